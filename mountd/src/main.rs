@@ -1,0 +1,2 @@
+//! `stencil-mountd`: supervisor and server of one Stencil mount.
+fn main() {}

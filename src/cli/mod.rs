@@ -1,0 +1,79 @@
+//! The command line: parse → run → print → exit. One file a command (or a small family of them).
+
+mod output;
+mod progress;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::Result;
+pub use output::{Done, Report};
+
+/// Template memory for microVMs and sandboxes.
+#[derive(Debug, Parser)]
+#[command(name = "stencil", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Directory of the template store
+    #[arg(
+        long,
+        global = true,
+        env = "STENCIL_STORE",
+        default_value = "/var/lib/stencil",
+        value_name = "DIR"
+    )]
+    pub store: PathBuf,
+    /// Print one JSON object instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say nothing but results and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Say more; twice: everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl Global {
+    /// A bar on standard error where that is a terminal, else nothing.
+    pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
+        progress::for_terminal(self.quiet || self.json)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {}
+
+fn run(cli: Cli) -> Result<Done> {
+    let _global = &cli.global;
+    match cli.command {}
+}
+
+/// Runs the command of this process's arguments.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return output::clap_error(&error),
+    };
+    let level = match (cli.global.quiet, cli.global.verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "info",
+        _ => "debug",
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
+        .format_timestamp(None)
+        .init();
+    let json = cli.global.json;
+    output::finish(run(cli), json)
+}

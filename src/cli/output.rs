@@ -1,0 +1,128 @@
+//! What a command leaves: data on standard output, talk on standard error, an exit code.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::error::{Code, Error, Result};
+
+/// One result, shown to people as text and to machines as one JSON object, both from the same struct.
+pub trait Report {
+    /// The text for people.
+    ///
+    /// # Errors
+    /// Whatever writing to `out` gives.
+    fn text(&self, out: &mut dyn Write) -> io::Result<()>;
+    /// The JSON object, without its `schema` field.
+    fn json(&self) -> Value;
+}
+
+/// A command that ran: what it prints and how it exits.
+pub struct Done {
+    report: Option<Box<dyn Report>>,
+    exit: u8,
+}
+
+impl Done {
+    /// Ran, and prints this.
+    pub fn report(report: impl Report + 'static) -> Done {
+        Done { report: Some(Box::new(report)), exit: 0 }
+    }
+
+    /// Ran, and has nothing to print (`{"schema":1}` with `--json`).
+    pub fn silent() -> Done {
+        Done { report: None, exit: 0 }
+    }
+
+    /// Prints its report, and exits as that kind of failure does (`verify` that found damage).
+    #[must_use]
+    pub fn exit_as(mut self, code: Code) -> Done {
+        self.exit = code.exit_code();
+        self
+    }
+
+    /// Exits with the code of a program that was run in the user's name.
+    #[must_use]
+    pub fn exit_code(mut self, code: u8) -> Done {
+        self.exit = code;
+        self
+    }
+}
+
+/// The JSON value of anything serializable; it cannot fail for the structs of this crate.
+pub fn to_json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+fn with_schema(value: Value) -> Value {
+    let mut object = serde_json::Map::new();
+    object.insert("schema".into(), json!(1));
+    if let Value::Object(fields) = value {
+        object.extend(fields);
+    }
+    Value::Object(object)
+}
+
+/// Prints the result and gives the exit code.
+pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
+    match result {
+        Ok(done) => match print(&done, json) {
+            Ok(()) => ExitCode::from(done.exit),
+            // The reader of a pipe has gone: it wanted no more.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(done.exit),
+            Err(error) => {
+                eprintln!("stencil: cannot write the result: {error}");
+                ExitCode::from(1)
+            }
+        },
+        Err(error) => fail(&error, json),
+    }
+}
+
+fn print(done: &Done, json: bool) -> io::Result<()> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    if json {
+        let value = done.report.as_ref().map_or(Value::Null, |r| r.json());
+        writeln!(out, "{}", with_schema(value))?;
+    } else if let Some(report) = &done.report {
+        report.text(&mut out)?;
+    }
+    out.flush()
+}
+
+fn fail(error: &Error, json: bool) -> ExitCode {
+    if json {
+        let mut message = error.message().to_owned();
+        if let Some(source) = std::error::Error::source(error) {
+            message = format!("{message}: {source}");
+        }
+        let value = json!({"schema": 1, "error": {
+            "code": error.code().name(),
+            "message": message,
+            "path": error.path().map(|p| p.display().to_string()),
+            "remedy": error.remedy_text(),
+        }});
+        println!("{value}");
+    } else {
+        eprintln!("stencil: {error}");
+        if let Some(remedy) = error.remedy_text() {
+            eprintln!("stencil: {remedy}");
+        }
+    }
+    ExitCode::from(error.code().exit_code())
+}
+
+/// Errors of the argument parser, in the form that the call asked for.
+pub fn clap_error(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
+    let help = matches!(error.kind(), DisplayHelp | DisplayVersion);
+    if !help && std::env::args().any(|a| a == "--json") {
+        let text = error.render().to_string();
+        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        return fail(&Error::usage(first).remedy("see stencil --help"), true);
+    }
+    let _ = error.print();
+    ExitCode::from(if help { 0 } else { Code::Usage.exit_code() })
+}

@@ -1,0 +1,58 @@
+//! Draws progress with throughput and time left, on a terminal only.
+
+use std::io::IsTerminal;
+use std::sync::Mutex;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::progress::{Progress, Silent};
+use crate::units::Bytes;
+
+/// A bar on standard error, or nothing where that is no terminal or `off`.
+pub fn for_terminal(off: bool) -> Box<dyn Progress> {
+    if off || !std::io::stderr().is_terminal() { Box::new(Silent) } else { Box::new(Bar(Mutex::new(None))) }
+}
+
+struct Bar(Mutex<Option<ProgressBar>>);
+
+impl Bar {
+    fn with(&self, act: impl FnOnce(&mut Option<ProgressBar>)) {
+        if let Ok(mut bar) = self.0.lock() {
+            act(&mut bar);
+        }
+    }
+}
+
+impl Progress for Bar {
+    fn start(&self, phase: &str, total: Option<Bytes>) {
+        let template = match total {
+            Some(_) => "{msg:12} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
+            None => "{msg:12} {spinner} {bytes} {bytes_per_sec}",
+        };
+        let bar = match total {
+            Some(total) => ProgressBar::new(total.get()),
+            None => ProgressBar::new_spinner(),
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(phase.to_owned());
+        self.with(|slot| *slot = Some(bar));
+    }
+
+    fn advance(&self, done: Bytes) {
+        self.with(|slot| {
+            if let Some(bar) = slot {
+                bar.inc(done.get());
+            }
+        });
+    }
+
+    fn finish(&self) {
+        self.with(|slot| {
+            if let Some(bar) = slot.take() {
+                bar.finish_and_clear();
+            }
+        });
+    }
+}

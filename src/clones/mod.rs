@@ -1,0 +1,1 @@
+//! Clones: processes that map a template.

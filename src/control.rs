@@ -1,0 +1,1 @@
+//! The words between `stencil` and `stencil-mountd`.

@@ -1,0 +1,226 @@
+//! The one error type: what failed, where, what was got and expected, and what to do next.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result with Stencil's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What kind of failure it is; each has one exit code of the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// Anything that has no kind of its own.
+    Failed,
+    /// The words of the call are wrong: nothing was tried.
+    Usage,
+    /// Stored bytes are not what was stored.
+    Damage,
+    /// The named thing does not exist.
+    NotFound,
+    /// The named thing is in use by somebody else.
+    InUse,
+    /// The same call may succeed later.
+    TryAgain,
+}
+
+impl Code {
+    /// Exit code of a command that fails so.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Code::Failed => 1,
+            Code::Usage => 2,
+            Code::Damage => 3,
+            Code::NotFound => 4,
+            Code::InUse => 5,
+            Code::TryAgain => 75,
+        }
+    }
+
+    /// The word that stands in `error.code` of `--json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Code::Failed => "failed",
+            Code::Usage => "usage",
+            Code::Damage => "damage",
+            Code::NotFound => "not-found",
+            Code::InUse => "in-use",
+            Code::TryAgain => "try-again",
+        }
+    }
+}
+
+/// A failure that its reader can act upon.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    code: Code,
+    message: String,
+    path: Option<PathBuf>,
+    remedy: Option<String>,
+    source: Option<io::Error>,
+}
+
+impl Error {
+    /// An error of the given kind; the message says what was tried, got and expected.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Error(Box::new(Inner { code, message: message.into(), path: None, remedy: None, source: None }))
+    }
+
+    /// [`Code::Failed`].
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::new(Code::Failed, message)
+    }
+
+    /// [`Code::Usage`].
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Code::Usage, message)
+    }
+
+    /// [`Code::Damage`].
+    pub fn damage(message: impl Into<String>) -> Self {
+        Self::new(Code::Damage, message)
+    }
+
+    /// [`Code::NotFound`].
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(Code::NotFound, message)
+    }
+
+    /// [`Code::InUse`].
+    pub fn in_use(message: impl Into<String>) -> Self {
+        Self::new(Code::InUse, message)
+    }
+
+    /// [`Code::TryAgain`].
+    pub fn try_again(message: impl Into<String>) -> Self {
+        Self::new(Code::TryAgain, message)
+    }
+
+    /// A failed system call on a path. `ENOENT` becomes [`Code::NotFound`], everything else
+    /// [`Code::Failed`]; full disks and missing rights bring their remedy along.
+    pub fn io(what: impl Into<String>, path: impl AsRef<Path>, source: io::Error) -> Self {
+        let code = match source.kind() {
+            io::ErrorKind::NotFound => Code::NotFound,
+            _ => Code::Failed,
+        };
+        let remedy = match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Some("free space on that filesystem, then run the command again: nothing was changed")
+            }
+            io::ErrorKind::PermissionDenied => Some("run it as a user with access to that path, or as root"),
+            io::ErrorKind::ReadOnlyFilesystem => {
+                Some("that filesystem is mounted read-only; use another place or remount it")
+            }
+            _ => None,
+        };
+        let mut error = Self::new(code, what).at(path);
+        error.0.remedy = remedy.map(str::to_owned);
+        error.0.source = Some(source);
+        error
+    }
+
+    /// Names the path that the error is about.
+    #[must_use]
+    pub fn at(mut self, path: impl AsRef<Path>) -> Self {
+        self.0.path = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Says what to do next.
+    #[must_use]
+    pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.0.remedy = Some(remedy.into());
+        self
+    }
+
+    /// Keeps the system's own error beneath this one.
+    #[must_use]
+    pub fn because(mut self, source: io::Error) -> Self {
+        self.0.source = Some(source);
+        self
+    }
+
+    /// Puts words in front of the message, for the caller's view of what was tried.
+    #[must_use]
+    pub fn context(mut self, what: impl fmt::Display) -> Self {
+        self.0.message = format!("{what}: {}", self.0.message);
+        self
+    }
+
+    /// What kind of failure it is.
+    pub fn code(&self) -> Code {
+        self.0.code
+    }
+
+    /// What was tried, got and expected, without path and cause.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// The path it is about.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// What to do next.
+    pub fn remedy_text(&self) -> Option<&str> {
+        self.0.remedy.as_deref()
+    }
+
+    /// The system's error number, where a system call failed.
+    pub fn errno(&self) -> Option<i32> {
+        self.0.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+/// `message: path: cause`, on one line; the remedy is printed by the command line beneath it.
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)?;
+        if let Some(path) = &self.0.path {
+            write!(f, ": {}", path.display())?;
+        }
+        if let Some(source) = &self.0.source {
+            write!(f, ": {}", errno_text(source))?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|e| e as _)
+    }
+}
+
+/// The system's words alone (`No such file or directory`), as C programs print them.
+pub fn errno_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_what_where_and_why() {
+        let error = Error::io("cannot open pack", "/s/p", io::Error::from_raw_os_error(libc::ENOENT));
+        assert_eq!(error.to_string(), "cannot open pack: /s/p: No such file or directory");
+        assert_eq!(error.code(), Code::NotFound);
+        assert_eq!(error.errno(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn a_full_disk_brings_its_remedy() {
+        let error = Error::io("cannot write", "/s", io::Error::from_raw_os_error(libc::ENOSPC));
+        assert!(error.remedy_text().unwrap().contains("free space"));
+        assert_eq!(error.code().exit_code(), 1);
+    }
+}

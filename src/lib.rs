@@ -1,0 +1,22 @@
+//! Stencil: template memory for microVMs and sandboxes.
+//!
+//! The library is built in floors; a file imports only from lower floors or from its own folder
+//! (`tests/layers.rs` checks it):
+//!
+//! | floor | modules |
+//! |---|---|
+//! | 0 | [`units`], [`error`], [`progress`] |
+//! | 1 | [`sys`]: the only unsafe code, one kernel interface a file |
+//! | 2 | [`store`] (knows no memory), [`memory`] (knows no store), [`control`] (the words between `stencil` and `stencil-mountd`) |
+//! | 3 | [`clones`]: sees paths and inodes, as a VMM does |
+//! | 4 | [`cli`] |
+
+pub mod cli;
+pub mod clones;
+pub mod control;
+pub mod error;
+pub mod memory;
+pub mod progress;
+pub mod store;
+pub mod sys;
+pub mod units;

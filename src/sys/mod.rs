@@ -1,0 +1,3 @@
+//! The fence around the kernel: the only unsafe code of the library, one interface a file.
+//! Every error number becomes an [`Error`](crate::error::Error) before it leaves.
+#![allow(unsafe_code)]

@@ -1,0 +1,239 @@
+//! Units are types: bytes, pages and offsets do not mix by accident.
+
+use std::fmt;
+use std::iter::Sum;
+use std::ops::{Add, AddAssign};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Size of a base page in bytes. Stencil runs on x86-64, where the kernel has no other.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Size of a PMD-mapped page in bytes.
+pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
+
+/// A size in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Bytes(u64);
+
+/// A number of 4 KiB pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PageCount(u64);
+
+/// The number of a page within one file or one mapping, counted from 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PageIndex(u64);
+
+/// A position in a file, in bytes from its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FileOffset(u64);
+
+/// A position in a mapping (in guest memory), in bytes from its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MemoryOffset(u64);
+
+macro_rules! unit {
+    ($name:ident) => {
+        impl $name {
+            /// The value with its unit.
+            pub const fn new(value: u64) -> Self {
+                Self(value)
+            }
+
+            /// The bare number.
+            pub const fn get(self) -> u64 {
+                self.0
+            }
+
+            /// The bare number as a length in memory (64-bit hosts only).
+            pub const fn as_usize(self) -> usize {
+                self.0 as usize
+            }
+        }
+    };
+}
+unit!(Bytes);
+unit!(PageCount);
+unit!(PageIndex);
+unit!(FileOffset);
+unit!(MemoryOffset);
+
+impl Bytes {
+    /// Nothing.
+    pub const ZERO: Bytes = Bytes(0);
+
+    /// `self + other`, or nothing past 2^64.
+    pub fn checked_add(self, other: Bytes) -> Option<Bytes> {
+        self.0.checked_add(other.0).map(Bytes)
+    }
+
+    /// `self - other`, not below zero.
+    pub fn saturating_sub(self, other: Bytes) -> Bytes {
+        Bytes(self.0.saturating_sub(other.0))
+    }
+
+    /// Pages needed to hold so many bytes.
+    pub fn pages(self) -> PageCount {
+        PageCount(self.0.div_ceil(PAGE_SIZE))
+    }
+
+    /// True for whole pages.
+    pub fn is_page_aligned(self) -> bool {
+        self.0.is_multiple_of(PAGE_SIZE)
+    }
+
+    /// Reads a size as people and QEMU write it: digits with an optional `k M G T` (powers of 1024;
+    /// `K`, `KiB`, `MB`… and lower case are accepted), `0x…`, or a fraction with a unit (`1.5G`).
+    ///
+    /// # Errors
+    /// A usage error that names the text, when it is no size or exceeds 2^64 − 1 bytes.
+    pub fn parse(text: &str) -> Result<Bytes> {
+        let bad = || {
+            Error::usage(format!("'{text}' is not a size"))
+                .remedy("write bytes or a number with k, M, G or T, like 512M")
+        };
+        if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+            return u64::from_str_radix(hex, 16).map(Bytes).map_err(|_| bad());
+        }
+        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(split);
+        let shift = match unit.to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kb" | "kib" => 10,
+            "m" | "mb" | "mib" => 20,
+            "g" | "gb" | "gib" => 30,
+            "t" | "tb" | "tib" => 40,
+            _ => return Err(bad()),
+        };
+        if let Ok(whole) = number.parse::<u64>() {
+            return whole.checked_mul(1 << shift).map(Bytes).ok_or_else(bad);
+        }
+        let fraction: f64 = number.parse().map_err(|_| bad())?;
+        let bytes = fraction * (1u64 << shift) as f64;
+        if shift == 0 || !bytes.is_finite() || bytes >= u64::MAX as f64 {
+            return Err(bad());
+        }
+        Ok(Bytes(bytes as u64))
+    }
+}
+
+impl PageCount {
+    /// No page.
+    pub const ZERO: PageCount = PageCount(0);
+
+    /// So many pages in bytes.
+    pub fn bytes(self) -> Bytes {
+        Bytes(self.0 * PAGE_SIZE)
+    }
+}
+
+impl PageIndex {
+    /// Where that page begins in its file.
+    pub fn file_offset(self) -> FileOffset {
+        FileOffset(self.0 * PAGE_SIZE)
+    }
+}
+
+impl FileOffset {
+    /// The page that holds this position.
+    pub fn page(self) -> PageIndex {
+        PageIndex(self.0 / PAGE_SIZE)
+    }
+
+    /// `self + length`, or nothing past 2^64.
+    pub fn checked_add(self, length: Bytes) -> Option<FileOffset> {
+        self.0.checked_add(length.0).map(FileOffset)
+    }
+}
+
+impl MemoryOffset {
+    /// The page that holds this position.
+    pub fn page(self) -> PageIndex {
+        PageIndex(self.0 / PAGE_SIZE)
+    }
+}
+
+macro_rules! sums {
+    ($name:ident) => {
+        impl Add for $name {
+            type Output = $name;
+            fn add(self, other: $name) -> $name {
+                $name(self.0 + other.0)
+            }
+        }
+        impl AddAssign for $name {
+            fn add_assign(&mut self, other: $name) {
+                self.0 += other.0;
+            }
+        }
+        impl Sum for $name {
+            fn sum<I: Iterator<Item = $name>>(iter: I) -> $name {
+                iter.fold($name(0), Add::add)
+            }
+        }
+    };
+}
+sums!(Bytes);
+sums!(PageCount);
+
+/// For people: three digits and a unit (`1.50 GiB`); bytes below 1 KiB are exact.
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        if self.0 < 1024 {
+            return f.pad(&format!("{} B", self.0));
+        }
+        let mut value = self.0 as f64 / 1024.0;
+        let mut unit = 0;
+        while value >= 999.5 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        let digits = if value < 9.995 {
+            2
+        } else if value < 99.95 {
+            1
+        } else {
+            0
+        };
+        f.pad(&format!("{value:.digits$} {}", UNITS[unit]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_as_people_write_them() {
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("0x1000", 4096),
+            ("4k", 4096),
+            ("4KiB", 4096),
+            ("512M", 512 << 20),
+            ("1.5G", 3 << 29),
+            ("2T", 2 << 40),
+        ] {
+            assert_eq!(Bytes::parse(text).unwrap().get(), bytes, "{text}");
+        }
+        for text in ["", "M", "1.5", "12Q", "-4k", "99999999999T", "0x"] {
+            assert!(Bytes::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_for_people() {
+        assert_eq!(Bytes::new(12).to_string(), "12 B");
+        assert_eq!(Bytes::new(1536).to_string(), "1.50 KiB");
+        assert_eq!(Bytes::new(512 << 20).to_string(), "512 MiB");
+        assert_eq!(Bytes::new(1 << 30).to_string(), "1.00 GiB");
+    }
+}

@@ -1,0 +1,2 @@
+//! One scenario a file; `support` holds what they share.
+mod support;

@@ -1,3 +1,6 @@
 //! The fence around the kernel: the only unsafe code of the library, one interface a file.
 //! Every error number becomes an [`Error`](crate::error::Error) before it leaves.
 #![allow(unsafe_code)]
+
+pub mod cachestat;
+pub mod procfs;

@@ -1,1 +1,3 @@
 //! What the scenarios share.
+
+pub mod host;

@@ -1,0 +1,50 @@
+# make help lists the targets. Everything below is one command; none needs another run first.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+DESTDIR ?=
+target := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+guard := tests/support/guard.sh
+
+.PHONY: help setup build demo test soak check bench install clean
+
+help:
+	@echo 'make setup    install what building and testing need (Debian 12), print the versions'
+	@echo 'make build    release binaries: $(target)/release/stencil and stencil-mountd'
+	@echo 'make demo     a real guest becomes a template, many clones share it, what they cost (does its own set-up)'
+	@echo 'make test     all tests, then a guard that nothing was left behind (does its own set-up)'
+	@echo 'make soak     the same scenarios with longer counts'
+	@echo 'make check    format, lints, documentation: warnings are errors'
+	@echo 'make bench    measurements'
+	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX))'
+	@echo 'make clean    remove the build directory'
+
+setup:
+	@tests/support/setup.sh
+
+build:
+	$(CARGO) build --release --workspace
+
+demo: setup build
+	@$(guard) tests/demo.sh
+
+test: setup build
+	$(guard) $(CARGO) test --release --workspace
+
+soak: setup build
+	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak
+
+check:
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
+
+bench: setup build
+	$(guard) $(CARGO) bench --workspace
+
+install: build
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/sbin'
+	install -m 0755 $(target)/release/stencil $(target)/release/stencil-mountd '$(DESTDIR)$(PREFIX)/bin/'
+
+clean:
+	$(CARGO) clean

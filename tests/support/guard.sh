@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Runs a command, then finds, names and clears whatever it left on the host: mounts, processes, swap and
+# loop devices, temporary files, changed switches of the kernel. Anything found fails the run.
+#
+#     tests/support/guard.sh COMMAND [ARGUMENT…]
+#
+# The command runs with its own TMPDIR and with STENCIL_TEST_RUN, which every descendant inherits: runs of
+# several people at one time do not see each other's things. The exit code is the command's, or 1.
+set -uo pipefail
+
+run=$(mktemp -d "${TMPDIR:-/tmp}/stencil-run.XXXXXX") || exit 1
+export STENCIL_TEST_RUN=$run TMPDIR=$run
+started=$(awk '{print $22}' /proc/self/stat)
+top=$(cd "$(dirname "$0")/../.." && pwd)
+target=${CARGO_TARGET_DIR:-$top/target}
+switches=(/sys/kernel/mm/ksm/run /sys/kernel/mm/transparent_hugepage/enabled
+    /sys/kernel/mm/transparent_hugepage/shmem_enabled /proc/sys/vm/overcommit_memory)
+
+switch_values() {
+    local file
+    for file in "${switches[@]}"; do
+        [ -r "$file" ] && printf '%s %s\n' "$file" "$(cat "$file")"
+    done
+}
+before=$(switch_values)
+
+# The processes of this run: "PID STATE COMMAND", the guard and its own helpers left out.
+ours() {
+    local dir pid exe stat
+    for dir in /proc/[0-9]*; do
+        pid=${dir#/proc/}
+        [ "$pid" != $$ ] && [ "$pid" != "$BASHPID" ] || continue
+        stat=$(cat "$dir/stat" 2>/dev/null) || continue
+        stat=${stat##*) }
+        # shellcheck disable=SC2086
+        set -- $stat
+        [ "$1" != Z ] && [ "$2" != $$ ] || continue
+        if ! tr '\0' '\n' <"$dir/environ" 2>/dev/null | grep -qxF "STENCIL_TEST_RUN=$run"; then
+            # A process that cleared its environment is known by its program and its age.
+            exe=$(readlink "$dir/exe" 2>/dev/null) || continue
+            case $exe in "$target"/release/stencil* | "$target"/debug/stencil*) ;; *) continue ;; esac
+            [ "${20}" -ge "$started" ] || continue
+        fi
+        printf '%s %s %s\n' "$pid" "$1" "$(tr '\0' ' ' <"$dir/cmdline" 2>/dev/null | cut -c1-160)"
+    done 2>/dev/null
+}
+
+# Ends a FUSE connection whose server is gone or stuck, by the minor number of its device.
+abort_connection() {
+    unshare --mount --propagation private sh -c '
+        [ -e /sys/fs/fuse/connections/'"$1"'/abort ] || mount -t fusectl none /sys/fs/fuse/connections || exit
+        echo 1 >/sys/fs/fuse/connections/'"$1"'/abort' 2>/dev/null
+}
+
+found=0
+name_it() {
+    found=$((found + 1))
+    printf 'guard: left behind: %s\n' "$*" >&2
+}
+
+# shellcheck disable=SC2317
+clear_all() {
+    local line pid device path round
+    while read -r line; do
+        [ -n "$line" ] && name_it "process $line"
+    done < <(ours)
+
+    # Aborting first frees whoever waits for an answer in state D.
+    while read -r device path; do
+        name_it "fuse mount $path"
+        abort_connection "${device#*:}"
+    done < <(awk -v run="$run/" 'index($5, run) == 1 && / - fuse/ {print $3, $5}' /proc/self/mountinfo)
+
+    for round in TERM KILL KILL; do
+        while read -r pid _; do
+            [ -n "$pid" ] && kill -"$round" "$pid" 2>/dev/null
+        done < <(ours)
+        [ -z "$(ours)" ] && break
+        sleep 0.5
+    done
+    while read -r line; do
+        [ -n "$line" ] && printf 'guard: cannot be killed: process %s\n' "$line" >&2
+    done < <(ours)
+
+    while read -r path; do
+        name_it "swap $path"
+        swapoff "$path"
+    done < <(awk -v run="$run/" 'index($1, run) == 1 {print $1}' /proc/swaps)
+    while read -r path; do
+        name_it "mount $path"
+        umount -l "$path" 2>/dev/null
+    done < <(awk -v run="$run/" 'index($5, run) == 1 {print $5}' /proc/self/mountinfo | sort -r)
+    while IFS=: read -r device path; do
+        name_it "loop device $device on $path"
+        losetup -d "$device"
+    done < <(losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v run="$run/" 'index($2, run) == 1 {print $1 ":" $2}')
+
+    while read -r path; do
+        name_it "file $path"
+    done < <(find "$run" -mindepth 1 -maxdepth 2 2>/dev/null | head -20)
+    chattr -R -i "$run" 2>/dev/null
+    rm -rf --one-file-system "$run"
+
+    while read -r line; do
+        # shellcheck disable=SC2086
+        set -- $line
+        grep -qxF "$line" <<<"$(switch_values)" && continue
+        name_it "$1 was '${line#* }', is now '$(cat "$1")'"
+        if [[ $line == *'['* ]]; then
+            sed 's/.*\[\(.*\)\].*/\1/' <<<"$line" >"$1"
+        else
+            printf '%s\n' "$2" >"$1"
+        fi
+    done <<<"$before"
+}
+
+child=
+trap '[ -n "$child" ] && kill -TERM "$child" 2>/dev/null' INT TERM
+"$@" &
+child=$!
+# A signal ends `wait` early; the command's own code is what counts.
+while :; do
+    wait "$child"
+    code=$?
+    kill -0 "$child" 2>/dev/null || break
+done
+
+clear_all
+if [ "$found" -gt 0 ]; then
+    printf 'guard: %s thing(s) of this run were left behind and have been cleared\n' "$found" >&2
+    [ "$code" != 0 ] || code=1
+fi
+exit "$code"

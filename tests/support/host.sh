@@ -1,0 +1,52 @@
+# What every script here asks of the host. Sourced, never run.
+# shellcheck shell=bash
+
+# The oldest kernel with FUSE passthrough.
+STENCIL_KERNEL_MIN=6.9
+# The oldest QEMU that maps writable RAM from a file opened read-only (`rom=`).
+STENCIL_QEMU_MIN=8.2
+# The oldest compiler that the workspace builds with.
+STENCIL_RUST_MIN=1.88
+
+# The kernel's release; the variable exists so that a test can play an older host.
+kernel_release() { printf '%s\n' "${STENCIL_TEST_KERNEL_RELEASE:-$(uname -r)}"; }
+
+# at_least HAVE WANT: compares MAJOR.MINOR, whatever follows.
+at_least() {
+    local have_major have_minor want_major want_minor
+    IFS=. read -r have_major have_minor _ <<<"${1%%[-+~ ]*}"
+    IFS=. read -r want_major want_minor _ <<<"$2"
+    have_minor=${have_minor%%[!0-9]*}
+    [ "${have_major:-0}" -gt "$want_major" ] 2>/dev/null && return 0
+    [ "${have_major:-0}" -eq "$want_major" ] 2>/dev/null && [ "${have_minor:-0}" -ge "$want_minor" ]
+}
+
+# The version of the installed QEMU, or nothing.
+qemu_version() {
+    command -v qemu-system-x86_64 >/dev/null 2>&1 || return 0
+    qemu-system-x86_64 --version 2>/dev/null | sed -n '1s/.*version \([0-9.]*\).*/\1/p'
+}
+
+# The version of rustc, or nothing.
+rust_version() {
+    command -v rustc >/dev/null 2>&1 || return 0
+    rustc --version 2>/dev/null | sed -n '1s/^rustc \([0-9.]*\).*/\1/p'
+}
+
+# Where the guest's kernel and the unpacked packages are kept, below the build directory.
+guest_cache() {
+    local top=$1
+    printf '%s/guest\n' "${CARGO_TARGET_DIR:-$top/target}"
+}
+
+# The lacks of this host, one a line, each with what to do. Nothing to say: the host will do.
+host_lacks() {
+    local release
+    release=$(kernel_release)
+    at_least "$release" "$STENCIL_KERNEL_MIN" ||
+        echo "kernel $release: Linux $STENCIL_KERNEL_MIN or newer is needed for FUSE passthrough; boot a newer kernel (Debian 12: linux-image-amd64 from bookworm-backports)"
+    [ "$(uname -m)" = x86_64 ] || echo "machine $(uname -m): only x86_64 is supported"
+    [ "$(id -u)" = 0 ] || echo "root: mounting and reading page maps of others need it; run it as root (sudo)"
+    [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || true
+    [ -c /dev/fuse ] || echo "/dev/fuse: load the fuse module (modprobe fuse), or give this container the device"
+}

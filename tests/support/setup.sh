@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# Installs what building and testing need, and prints the versions found. Run it as often as you like:
+# with nothing missing it takes no time and no network.
+#
+# Debian 12 only, from bookworm and bookworm-backports only. The archive's address and keyring are taken
+# from this machine's own apt sources, whose files stay as they are: the lists live below target/.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/../.." && pwd)
+# shellcheck source=tests/support/host.sh
+. "$top/tests/support/host.sh"
+cache=$(guest_cache "$top")
+
+say() { printf '%s\n' "$*"; }
+fail() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+# 1. What no package can mend.
+lacks=$(host_lacks)
+if ! command -v cargo >/dev/null 2>&1 && [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ]; then
+    PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+fi
+if ! command -v cargo >/dev/null 2>&1; then
+    lacks+=${lacks:+$'\n'}"cargo: install Rust $STENCIL_RUST_MIN or newer with rustup, and put ~/.cargo/bin into PATH (Debian 12's own cargo is too old)"
+elif ! at_least "$(rust_version)" "$STENCIL_RUST_MIN"; then
+    lacks+=${lacks:+$'\n'}"rustc $(rust_version): $STENCIL_RUST_MIN or newer is needed; run rustup update"
+fi
+if [ -n "$lacks" ]; then
+    mapfile -t lines <<<"$lacks"
+    fail "this host lacks:" "${lines[@]/#/  }"
+fi
+
+# 2. What packages bring.
+packages=()
+command -v cc >/dev/null 2>&1 || packages+=(gcc libc6-dev)
+command -v cpio >/dev/null 2>&1 || packages+=(cpio)
+command -v fio >/dev/null 2>&1 || packages+=(fio)
+busybox=$(command -v busybox || true)
+if [ -z "$busybox" ] || ldd "$busybox" >/dev/null 2>&1; then packages+=(busybox-static); fi
+command -v make >/dev/null 2>&1 || packages+=(make)
+need_qemu=
+at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
+need_kernel=
+[ -s "$cache/vmlinuz" ] || need_kernel=yes
+
+if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
+    # shellcheck disable=SC1091
+    codename=$(. /etc/os-release 2>/dev/null && printf '%s' "${ID:-}/${VERSION_CODENAME:-}")
+    if [ "$codename" != debian/bookworm ] || ! command -v apt-get >/dev/null 2>&1; then
+        missing=("${packages[@]}")
+        [ -z "$need_qemu" ] || missing+=("qemu-system-x86_64 >= $STENCIL_QEMU_MIN")
+        fail "this is ${codename:-an unknown system}; packages are installed on Debian 12 (bookworm) only" \
+            "install these with your system's own tools, then run make setup again: ${missing[*]:-none}" \
+            "${need_kernel:+and put a Linux kernel image for guests (serial console, initramfs; no modules needed) at $cache/vmlinuz}"
+    fi
+fi
+
+# The machine's own Debian archive as a deb822 stanza for the given suites: from the first source that
+# has suite bookworm (or bookworm-security) with component main; one signed by Debian's keyring is preferred.
+archive_stanza() {
+    local origin=$1 suites=$2
+    awk -v want="$origin" -v suites="$suites" '
+        function offer(uri, keyring,   score) {
+            if (uri == "" || uri ~ /^cdrom:/) return
+            score = (keyring ~ /debian-archive-keyring/) ? 2 : 1
+            if (score > best) { best = score; best_uri = uri; best_key = keyring }
+        }
+        function has(list, word,   i, n, parts) {
+            n = split(list, parts, /[ \t]+/)
+            for (i = 1; i <= n; i++) if (parts[i] == word || parts[i] == word "/updates") return 1
+            return 0
+        }
+        function stanza(   uris) {
+            if (has(f["types"], "deb") && has(f["suites"], want) && has(f["components"], "main") && f["enabled"] != "no") {
+                split(f["uris"], uris, /[ \t]+/)
+                offer(uris[1], f["signed-by"])
+            }
+            delete f; key = ""
+        }
+        FNR == 1 { stanza() }
+        /^[ \t]*#/ { next }
+        FILENAME ~ /\.sources$/ {
+            if ($0 ~ /^[ \t]*$/) { stanza(); next }
+            if ($0 ~ /^[A-Za-z-]+:/) {
+                key = tolower(substr($0, 1, index($0, ":") - 1))
+                value = substr($0, index($0, ":") + 1); sub(/^[ \t]+/, "", value); sub(/[ \t]+$/, "", value)
+                f[key] = value
+            } else if (key != "") { value = $0; sub(/^[ \t]+/, "", value); f[key] = f[key] (f[key] == "" ? "" : " ") value }
+            next
+        }
+        $1 == "deb" {
+            line = $0; keyring = ""
+            if (match(line, /\[[^]]*\]/) && $2 ~ /^\[/) {
+                options = substr(line, RSTART + 1, RLENGTH - 2)
+                line = substr(line, 1, RSTART - 1) substr(line, RSTART + RLENGTH)
+                if (match(options, /signed-by=[^ \t]+/)) keyring = substr(options, RSTART + 10, RLENGTH - 10)
+            }
+            n = split(line, w, /[ \t]+/)
+            rest = ""
+            for (i = 4; i <= n; i++) rest = rest " " w[i]
+            if ((w[3] == want || w[3] == want "/updates") && has(rest, "main")) offer(w[2], keyring)
+        }
+        END {
+            stanza()
+            if (best_uri == "") exit 1
+            printf "Types: deb\nURIs: %s\nSuites: %s\nComponents: main\n", best_uri, suites
+            if (best_key != "") printf "Signed-By: %s\n", best_key
+        }' /dev/null $(ls /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null)
+}
+
+apt() {
+    local tool=$1
+    shift
+    DEBIAN_FRONTEND=noninteractive "$tool" -q \
+        -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$cache/apt/sources" \
+        -o Dir::State::lists="$cache/apt/lists" -o Dir::Cache::pkgcache="" -o Dir::Cache::srcpkgcache="" \
+        -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@"
+}
+
+prepare_apt() {
+    mkdir -p "$cache/apt/sources" "$cache/apt/lists/partial"
+    archive_stanza bookworm "bookworm bookworm-updates bookworm-backports" >"$cache/apt/sources/debian.sources" ||
+        fail "no apt source of this machine has suite bookworm, component main" \
+            "add your Debian mirror to /etc/apt/sources.list, then run make setup again"
+    archive_stanza bookworm-security "bookworm-security" >"$cache/apt/sources/security.sources" ||
+        rm -f "$cache/apt/sources/security.sources"
+    apt apt-get update >"$cache/apt/update.log" 2>&1 || {
+        cat "$cache/apt/update.log" >&2
+        fail "the package lists could not be read; see the lines above (network, proxy, mirror without bookworm-backports?)"
+    }
+}
+
+if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
+    mkdir -p "$cache"
+    exec 9>"$cache/setup.lock"
+    flock 9
+    prepare_apt
+    if [ -n "${packages[*]}" ]; then
+        say "installing from bookworm: ${packages[*]}"
+        apt apt-get install -y --no-install-recommends "${packages[@]}" >"$cache/apt/install.log" 2>&1 ||
+            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install: ${packages[*]}"; }
+    fi
+    if [ -n "$need_qemu" ]; then
+        say "installing from bookworm-backports: qemu-system-x86"
+        apt apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86 >"$cache/apt/install.log" 2>&1 ||
+            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install qemu-system-x86 from bookworm-backports"; }
+    fi
+    if [ -n "$need_kernel" ]; then
+        # Unpacked, not installed: the host keeps its own kernel and boot loader.
+        kernel=$(apt apt-cache depends linux-image-cloud-amd64/bookworm | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -1)
+        [ -n "$kernel" ] || fail "linux-image-cloud-amd64 names no kernel in these package lists"
+        say "unpacking the guest's kernel: $kernel"
+        work=$(mktemp -d "$cache/kernel.XXXXXX")
+        trap 'rm -rf "$work"' EXIT
+        (cd "$work" && apt apt-get download "$kernel") >"$cache/apt/download.log" 2>&1 ||
+            { tail -20 "$cache/apt/download.log" >&2; fail "apt-get could not download $kernel"; }
+        dpkg-deb --fsys-tarfile "$work"/*.deb | tar -x -C "$work" --wildcards './boot/vmlinuz-*' './boot/config-*'
+        printf '%s\n' "$kernel" >"$cache/kernel.name"
+        cp "$work"/boot/config-* "$cache/config"
+        cp "$work"/boot/vmlinuz-* "$cache/vmlinuz.new"
+        mv "$cache/vmlinuz.new" "$cache/vmlinuz"
+    fi
+fi
+
+at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
+    fail "QEMU $(qemu_version) is what PATH finds, $STENCIL_QEMU_MIN or newer is needed: remove the older one from PATH"
+
+say "kernel   $(kernel_release)"
+say "rust     $(rust_version)"
+say "qemu     $(qemu_version)"
+say "guest    $(cat "$cache/kernel.name" 2>/dev/null || echo "$cache/vmlinuz")"
+say "busybox  $(busybox 2>/dev/null | sed -n '1s/^BusyBox \(v[^ ]*\).*/\1/p')"
+say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"
+say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

@@ -1,2 +1,3 @@
 //! One scenario a file; `support` holds what they share.
+mod layers;
 mod support;

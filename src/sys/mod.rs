@@ -3,4 +3,5 @@
 #![allow(unsafe_code)]
 
 pub mod cachestat;
+pub mod probe;
 pub mod procfs;

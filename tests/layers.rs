@@ -1,0 +1,138 @@
+//! The floors of the house: a file imports only from lower floors or from its own folder, and only the
+//! fence around the kernel holds unsafe code.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Floor of each module of the library; the same number may not import each other, but for its own folder.
+const FLOORS: [(&str, u32); 9] = [
+    ("units", 0),
+    ("error", 0),
+    ("progress", 0),
+    ("sys", 1),
+    ("store", 2),
+    ("memory", 2),
+    ("control", 2),
+    ("clones", 3),
+    ("cli", 4),
+];
+
+fn floor(module: &str) -> u32 {
+    FLOORS
+        .iter()
+        .find(|(name, _)| *name == module)
+        .unwrap_or_else(|| panic!("{module} has no floor: add it"))
+        .1
+}
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// The modules that a source text names behind `crate::`, also in grouped imports.
+fn imports(text: &str, root: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let text = text.split("#[cfg(test)]").next().unwrap();
+    for (at, _) in text.match_indices(root) {
+        let line_start = text[..at].rfind('\n').map_or(0, |i| i + 1);
+        if text[line_start..at].trim_start().starts_with("//") {
+            continue;
+        }
+        let rest = &text[at + root.len()..];
+        if let Some(group) = rest.strip_prefix('{') {
+            let mut depth = 0;
+            let mut word = String::new();
+            for c in group.chars() {
+                match c {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => found.push(std::mem::take(&mut word)),
+                    c if depth == 0 => word.push(c),
+                    _ => {}
+                }
+            }
+            found.push(word);
+        } else {
+            found.push(rest.to_owned());
+        }
+    }
+    found
+        .iter()
+        .map(|path| path.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>())
+        .filter(|module| FLOORS.iter().any(|(name, _)| name == module))
+        .collect()
+}
+
+#[test]
+fn a_file_imports_only_from_lower_floors() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    sources(&root.join("src"), &mut files);
+    let mut wrong = Vec::new();
+    for file in &files {
+        let relative = file.strip_prefix(root.join("src")).unwrap();
+        let first = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+        let module = first.trim_end_matches(".rs");
+        if module == "lib" || module == "main" {
+            continue;
+        }
+        for import in imports(&fs::read_to_string(file).unwrap(), "crate::") {
+            let same_house = import == module || floor(&import) < floor(module);
+            let ground = floor(&import) == 0;
+            if !same_house && !ground {
+                wrong.push(format!("{} imports {import}", relative.display()));
+            }
+        }
+    }
+    assert!(files.len() > 10, "found only {} files", files.len());
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_daemon_knows_neither_memory_nor_clones() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    sources(&root.join("mountd/src"), &mut files);
+    for file in &files {
+        for import in imports(&fs::read_to_string(file).unwrap(), "stencilfs::") {
+            assert!(
+                !["memory", "clones", "cli"].contains(&import.as_str()),
+                "{} imports {import}",
+                file.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stays_behind_the_fence() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    sources(&root.join("src"), &mut files);
+    sources(&root.join("mountd/src"), &mut files);
+    for file in files {
+        let relative = file.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+        if relative.starts_with("src/sys/") || relative == "mountd/src/backing.rs" {
+            continue;
+        }
+        for (number, line) in fs::read_to_string(&file).unwrap().lines().enumerate() {
+            let code = line.split("//").next().unwrap();
+            let block = ["unsafe {", "unsafe fn", "unsafe impl", "allow(unsafe_code)"];
+            assert!(!block.iter().any(|b| code.contains(b)), "{relative}:{}: {line}", number + 1);
+        }
+    }
+}
+
+#[test]
+fn the_reader_of_imports_sees_groups_and_passes_over_comments() {
+    let text = "use crate::{error::Error, store::{a, b}};\n// crate::clones\nlet x = crate::memory::y();\n#[cfg(test)]\ncrate::cli";
+    assert_eq!(imports(text, "crate::"), ["error", "store", "memory"]);
+}

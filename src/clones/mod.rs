@@ -1,1 +1,3 @@
 //! Clones: processes that map a template.
+
+pub mod qmp;

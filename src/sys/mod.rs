@@ -5,3 +5,4 @@
 pub mod cachestat;
 pub mod probe;
 pub mod procfs;
+pub mod process;

@@ -1,0 +1,303 @@
+//! Processes: named for good by pid and start time, signalled without mistaking one for another, forked.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use serde::{Deserialize, Serialize};
+
+use super::procfs;
+use crate::error::{Error, Result};
+
+/// One process, for good: a pid may be given again, a pid with its start time may not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The number.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot.
+    pub start_time: u64,
+}
+
+impl ProcessId {
+    /// The process that has this number now; `None` when there is none.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn of(pid: u32) -> Result<Option<ProcessId>> {
+        Ok(procfs::stat(pid)?.map(|stat| ProcessId { pid, start_time: stat.start_time }))
+    }
+
+    /// This process.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn me() -> Result<ProcessId> {
+        let pid = std::process::id();
+        Self::of(pid)?.ok_or_else(|| {
+            Error::failed(format!("process {pid} does not find itself in /proc"))
+                .remedy("mount the proc of this pid namespace on /proc")
+        })
+    }
+
+    /// True while that very process lives; a zombie does not.
+    pub fn is_alive(&self) -> bool {
+        procfs::is_alive(self.pid, self.start_time)
+    }
+
+    /// Sends a signal. False when the process is gone.
+    ///
+    /// # Errors
+    /// When this user may not signal it.
+    pub fn signal(&self, signal: Signal) -> Result<bool> {
+        let Some(fd) = self.open()? else { return Ok(false) };
+        match rustix::process::pidfd_send_signal(&fd, signal) {
+            Ok(()) => Ok(true),
+            Err(Errno::SRCH) => Ok(false),
+            Err(e) => Err(Error::failed(format!("cannot signal process {}", self.pid)).because(e.into())),
+        }
+    }
+
+    /// Waits until the process is gone. False when it still lives after `patience`.
+    ///
+    /// # Errors
+    /// When it cannot be watched.
+    pub fn wait_gone(&self, patience: Duration) -> Result<bool> {
+        let deadline = Instant::now() + patience;
+        let Some(fd) = self.open()? else { return Ok(true) };
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) => return Ok(!self.is_alive()),
+                Ok(_) => return Ok(true),
+                Err(Errno::INTR) => {}
+                Err(e) => {
+                    return Err(Error::failed(format!("cannot watch process {}", self.pid)).because(e.into()));
+                }
+            }
+        }
+    }
+
+    /// A descriptor of exactly this process; `None` when it is gone.
+    fn open(&self) -> Result<Option<OwnedFd>> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let fd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
+            Err(e) => return Err(Error::failed(format!("cannot open process {pid:?}")).because(e.into())),
+        };
+        // The descriptor is fixed now: if the start time still fits, it is ours.
+        Ok(self.is_alive().then_some(fd))
+    }
+}
+
+/// Which side of a fork this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fork {
+    /// The new process.
+    Child,
+    /// The old one, and the pid of the new one.
+    Parent(u32),
+}
+
+/// Forks this process, which must have one thread only: then the child may do whatever the parent might.
+///
+/// # Errors
+/// When there are other threads, or the system is out of processes.
+pub fn fork_single_threaded() -> Result<Fork> {
+    let threads = fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    if threads != 1 {
+        return Err(Error::failed(format!("cannot fork safely: this process has {threads} threads, not 1")));
+    }
+    // SAFETY: no other thread exists (checked above; only another thread could have made one since), so no
+    // lock is held by a thread that the child would lack.
+    match unsafe { libc::fork() } {
+        -1 => Err(Error::failed("cannot fork")
+            .because(io::Error::last_os_error())
+            .remedy("see the limits on processes: ulimit -u, kernel.pid_max, pids.max of the control group")),
+        0 => Ok(Fork::Child),
+        pid => Ok(Fork::Parent(pid as u32)),
+    }
+}
+
+/// Ends this process at once: no destructors, no exit handlers (those belong to the process that forked).
+pub fn leave(code: i32) -> ! {
+    // SAFETY: _exit has no preconditions and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// The command gets a session of its own, so that neither a terminal's end nor its keys reach it.
+pub fn own_session(command: &mut Command) -> &mut Command {
+    // SAFETY: setsid is async-signal-safe and allocates nothing.
+    unsafe { command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?)) }
+}
+
+/// The command inherits this descriptor under its number. Others that are started meanwhile do not.
+pub fn inherit(command: &mut Command, fd: OwnedFd) -> &mut Command {
+    // SAFETY: one fcntl, async-signal-safe; the closure owns the descriptor, so it is open in the child.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?;
+            Ok(())
+        })
+    }
+}
+
+/// From now on this process dies with its parent. False when the parent has gone already.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn die_with_parent(parent: u32) -> Result<bool> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|e| Error::failed("cannot ask for a death signal").because(e.into()))?;
+    Ok(rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() as u32 == parent))
+}
+
+/// Undoes [`die_with_parent`].
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn outlive_parent() -> Result<()> {
+    rustix::process::set_parent_process_death_signal(None)
+        .map_err(|e| Error::failed("cannot give up the death signal").because(e.into()))
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// With this exit code.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Ended::Code(code) => write!(f, "exit code {code}"),
+            Ended::Signal(number) => write!(f, "killed by {}", signal_name(number)),
+        }
+    }
+}
+
+/// The name of a signal (`SIGSEGV`), or its number.
+pub fn signal_name(number: i32) -> String {
+    let name = match number {
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGINT => "SIGINT",
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGILL => "SIGILL",
+        other => return format!("signal {other}"),
+    };
+    name.to_owned()
+}
+
+/// A child that has ended, and how; `None` when none has, or there is no child.
+///
+/// # Errors
+/// When the system call fails.
+pub fn reap_one() -> Result<Option<(u32, Ended)>> {
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some((pid, status))) => {
+                let ended = match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => Ended::Code(code),
+                    (None, Some(signal)) => Ended::Signal(signal),
+                    (None, None) => continue,
+                };
+                return Ok(Some((pid.as_raw_nonzero().get() as u32, ended)));
+            }
+            Ok(None) | Err(Errno::CHILD) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(Error::failed("cannot wait for children").because(e.into())),
+        }
+    }
+}
+
+/// Sleeps until a signal ends this process.
+pub fn sleep_until_killed() -> ! {
+    loop {
+        rustix::event::pause();
+    }
+}
+
+static FAULT_TELL: AtomicI32 = AtomicI32::new(-1);
+static FAULT_WAIT: AtomicI32 = AtomicI32::new(-1);
+
+/// At its next SIGSEGV this process writes one byte to `tell`, waits for one byte (or the end) of `wait`,
+/// and then dies of the fault as it would have: whoever holds the other ends may look at it before.
+///
+/// # Errors
+/// When the handler cannot be installed.
+pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd) -> Result<()> {
+    extern "C" fn handler(_signal: libc::c_int) {
+        let mut byte = b'F';
+        // SAFETY: write and read are async-signal-safe; the byte lives on this stack. A closed descriptor
+        // is only an error of the call.
+        unsafe {
+            libc::write(FAULT_TELL.load(Ordering::Relaxed), (&raw const byte).cast(), 1);
+            while libc::read(FAULT_WAIT.load(Ordering::Relaxed), (&raw mut byte).cast(), 1) < 0
+                && *libc::__errno_location() == libc::EINTR
+            {}
+        }
+        // SA_RESETHAND: returning runs the instruction again, and the fault then ends the process.
+    }
+    FAULT_TELL.store(tell.as_fd().as_raw_fd(), Ordering::Relaxed);
+    FAULT_WAIT.store(wait.as_fd().as_raw_fd(), Ordering::Relaxed);
+    // SAFETY: the action is fully initialised; the handler uses async-signal-safe calls and atomics only.
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESETHAND;
+        libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut())
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(Error::failed("cannot watch for faults").because(io::Error::last_os_error()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_pid_and_start_time() {
+        let me = ProcessId::me().unwrap();
+        assert!(me.is_alive());
+        let other = ProcessId { start_time: me.start_time + 1, ..me };
+        assert!(!other.is_alive());
+        // A signal for a process that is no more must not reach its successor: this one would end the test.
+        assert!(!other.signal(Signal::KILL).unwrap());
+        assert!(other.wait_gone(Duration::ZERO).unwrap());
+        assert!(!me.wait_gone(Duration::from_millis(1)).unwrap());
+    }
+
+    #[test]
+    fn a_killed_child_is_seen_to_go() {
+        let mut child = own_session(&mut Command::new("sleep")).arg("100").spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap().unwrap();
+        assert!(id.signal(Signal::KILL).unwrap());
+        assert!(id.wait_gone(Duration::from_secs(5)).unwrap());
+        child.wait().unwrap();
+        assert!(!id.signal(Signal::TERM).unwrap());
+    }
+
+    #[test]
+    fn forking_with_threads_is_refused() {
+        // The test harness runs this in a thread of its own.
+        assert!(fork_single_threaded().is_err());
+    }
+}

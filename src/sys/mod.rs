@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 pub mod cachestat;
+pub mod mapping;
+pub mod pagemap;
 pub mod probe;
-pub mod procfs;
 pub mod process;
+pub mod procfs;

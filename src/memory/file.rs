@@ -1,0 +1,161 @@
+//! Opening the backing store as QEMU does: use it, make it, or make an unnamed one in a folder.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FsWord, fstatfs};
+
+use crate::error::{Code, Error, Result, errno_text};
+use crate::units::PAGE_SIZE;
+
+use super::plan::{FileFacts, OpenMode, Plan};
+use crate::sys::mapping::Sharing;
+
+const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
+const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
+
+/// An open backing store. A file that this value has made is unlinked when it is dropped before
+/// [`Opened::keep`].
+#[derive(Debug)]
+pub struct Opened {
+    file: Option<File>,
+    made: Option<PathBuf>,
+    pub facts: FileFacts,
+    /// Lies on a FUSE filesystem.
+    pub fuse: bool,
+}
+
+impl Opened {
+    /// The open file.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
+    }
+
+    /// All went well: the file stays.
+    pub fn keep(mut self) -> Option<File> {
+        self.made = None;
+        self.file.take()
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let Some(path) = self.made.take() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// QEMU's hint below `Permission denied`.
+const TEMPLATING_HINT: &str = "Consider opening the backing store read-only but still creating writable RAM \
+    using '-object memory-backend-file,readonly=on,rom=off...' (see \"VM templating\" documentation)";
+
+/// Opens the store of a plan.
+///
+/// # Errors
+/// QEMU's words and its hint.
+pub fn open(plan: &Plan, path: &Path, mode: OpenMode) -> Result<Opened> {
+    match open_or_make(path, mode, &plan.region) {
+        Ok((file, made)) => describe(file, made).map_err(|e| refuse(path, &e)),
+        Err(cause) => {
+            let mut error = refuse(path, &cause);
+            let private = plan.sharing == Sharing::Private;
+            let denied = cause.raw_os_error() == Some(libc::EACCES);
+            if denied
+                && private
+                && mode == OpenMode::ReadWrite
+                && open_plain(path, OpenMode::ReadOnly).is_ok()
+            {
+                error = error.remedy(TEMPLATING_HINT);
+            }
+            Err(error)
+        }
+    }
+}
+
+fn refuse(path: &Path, cause: &io::Error) -> Error {
+    let code = match cause.kind() {
+        io::ErrorKind::NotFound => Code::NotFound,
+        _ => Code::Failed,
+    };
+    let words = errno_text(cause);
+    Error::new(code, format!("can't open backing store {} for guest RAM: {words}", path.display()))
+}
+
+/// O_NONBLOCK: a FIFO must not hang us; it cannot be mapped, and that is what its user hears.
+fn open_plain(path: &Path, mode: OpenMode) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .write(mode == OpenMode::ReadWrite)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    if mode == OpenMode::ReadOnly && file.metadata()?.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    Ok(file)
+}
+
+fn open_or_make(path: &Path, mode: OpenMode, region: &str) -> io::Result<(File, Option<PathBuf>)> {
+    loop {
+        let cause = match open_plain(path, mode) {
+            Ok(file) => return Ok((file, None)),
+            Err(cause) => cause,
+        };
+        let made = match (cause.raw_os_error(), mode) {
+            (Some(libc::ENOENT), OpenMode::ReadWrite) => make(path).map(|file| (file, Some(path.to_owned()))),
+            (Some(libc::EISDIR), OpenMode::ReadWrite) => make_unnamed(path, region).map(|file| (file, None)),
+            _ => Err(cause),
+        };
+        match made {
+            // Somebody made the file between our two calls: use theirs.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::EINTR)) => {}
+            other => return other,
+        }
+    }
+}
+
+fn make(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o644).open(path)
+}
+
+fn make_unnamed(folder: &Path, region: &str) -> io::Result<File> {
+    let prefix = format!("qemu_back_mem.{}.", region.replace('/', "_"));
+    tempfile::Builder::new().prefix(&prefix).rand_bytes(6).tempfile_in(folder)?.into_file_unlinked()
+}
+
+/// A temporary file without its name.
+trait Unlinked {
+    fn into_file_unlinked(self) -> io::Result<File>;
+}
+
+impl Unlinked for tempfile::NamedTempFile {
+    fn into_file_unlinked(self) -> io::Result<File> {
+        let (file, path) = self.into_parts();
+        path.close()?;
+        Ok(file)
+    }
+}
+
+fn describe(file: File, made: Option<PathBuf>) -> io::Result<Opened> {
+    let mut opened = Opened { file: None, made, facts: FileFacts::NONE, fuse: false };
+    let metadata = file.metadata()?;
+    let filesystem = fstatfs(&file)?;
+    let kind = metadata.file_type();
+    let size = if kind.is_file() {
+        metadata.size()
+    } else if kind.is_block_device() {
+        rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?
+    } else {
+        0
+    };
+    let page_size = match filesystem.f_type {
+        HUGETLBFS_MAGIC => u64::try_from(filesystem.f_bsize).unwrap_or(PAGE_SIZE),
+        _ => PAGE_SIZE,
+    };
+    opened.facts = FileFacts { size, page_size, regular: kind.is_file() };
+    opened.fuse = filesystem.f_type == FUSE_SUPER_MAGIC;
+    opened.file = Some(file);
+    Ok(opened)
+}

@@ -1,0 +1,256 @@
+//! What an object's text asks for, in QEMU's words and with QEMU's defaults.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::units::{Bytes, FileOffset};
+
+use super::grammar;
+use super::input::{Input, missing};
+use super::plan::{Note, Plan};
+
+/// The two object types that back guest memory here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ObjectType {
+    /// `memory-backend-file`
+    File,
+    /// `memory-backend-ram`
+    Ram,
+}
+
+impl ObjectType {
+    /// QEMU's name of the type.
+    pub fn name(self) -> &'static str {
+        match self {
+            ObjectType::File => "memory-backend-file",
+            ObjectType::Ram => "memory-backend-ram",
+        }
+    }
+}
+
+/// A switch with a third position.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnOffAuto {
+    /// on
+    On,
+    /// off
+    Off,
+    /// Decided by something else.
+    #[default]
+    Auto,
+}
+
+/// NUMA policy of the host's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum NumaPolicy {
+    /// `default`
+    #[default]
+    Default,
+    /// `preferred`
+    Preferred,
+    /// `bind`
+    Bind,
+    /// `interleave`
+    Interleave,
+}
+
+impl NumaPolicy {
+    /// QEMU's word.
+    pub fn name(self) -> &'static str {
+        match self {
+            NumaPolicy::Default => "default",
+            NumaPolicy::Preferred => "preferred",
+            NumaPolicy::Bind => "bind",
+            NumaPolicy::Interleave => "interleave",
+        }
+    }
+}
+
+/// Options that only `memory-backend-file` has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileOptions {
+    /// `mem-path`
+    pub mem_path: PathBuf,
+    /// `align`; 0 where nothing was asked.
+    pub align: Bytes,
+    /// `offset`
+    pub offset: FileOffset,
+    /// `discard-data`
+    pub discard_data: bool,
+    /// `pmem`
+    pub pmem: bool,
+    /// `readonly`
+    pub readonly: bool,
+    /// `rom`
+    pub rom: OnOffAuto,
+}
+
+/// One memory object, as asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// `qom-type`
+    pub object: ObjectType,
+    /// `id`
+    pub id: String,
+    /// `size`
+    pub size: Bytes,
+    /// `dump`: part of core dumps.
+    pub dump: bool,
+    /// `host-nodes`
+    pub host_nodes: Vec<u16>,
+    /// `merge`: KSM may merge copied pages.
+    pub merge: bool,
+    /// `policy`
+    pub policy: NumaPolicy,
+    /// `prealloc`: copy or allocate every page at once.
+    pub prealloc: bool,
+    /// `prealloc-threads`
+    pub prealloc_threads: Option<u32>,
+    /// `prealloc-context`: the id of another object, which cannot exist here.
+    pub prealloc_context: Option<String>,
+    /// `share`
+    pub share: bool,
+    /// `reserve`
+    pub reserve: bool,
+    /// `x-use-canonical-path-for-ramblock-id`: messages name the region by its path among the objects.
+    pub canonical_name: bool,
+    /// What only `memory-backend-file` has.
+    pub file: Option<FileOptions>,
+    /// `prefault` (Stencil's own): fill the page tables without copying.
+    pub prefault: bool,
+    /// What should be said about the text itself.
+    pub notes: Vec<Note>,
+}
+
+const SWITCHES: [(&str, OnOffAuto); 3] =
+    [("auto", OnOffAuto::Auto), ("on", OnOffAuto::On), ("off", OnOffAuto::Off)];
+
+const POLICIES: [(&str, NumaPolicy); 4] = [
+    ("default", NumaPolicy::Default),
+    ("preferred", NumaPolicy::Preferred),
+    ("bind", NumaPolicy::Bind),
+    ("interleave", NumaPolicy::Interleave),
+];
+
+/// QEMU has these as well; they are memory, but none that a template could back.
+const OTHER_MEMORY: [&str; 3] = ["memory-backend-memfd", "memory-backend-shm", "memory-backend-epc"];
+
+/// The hint that QEMU prints below a bad `id`.
+const IDENTIFIER_HINT: &str =
+    "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";
+
+impl Options {
+    /// Reads what follows `-object`: an option string, or a JSON object.
+    ///
+    /// # Errors
+    /// QEMU's words for what is wrong, as a usage error.
+    pub fn parse(text: &str) -> Result<Options> {
+        if text.starts_with('{') { Self::from_json(text) } else { Self::from_words(text) }
+    }
+
+    fn from_words(text: &str) -> Result<Options> {
+        let mut words = grammar::pairs(text, "qom-type");
+        // Of several ids the first counts, of everything else the last: an id is looked for in the
+        // whole text before anything else is.
+        let first_id = words.iter().find(|pair| pair.key == "id").cloned();
+        let mut notes = Vec::new();
+        if let Some(id) = &first_id {
+            check_id(&id.value)?;
+        }
+        for pair in &words {
+            if let Some(short) = &pair.short {
+                notes.push(Note::short_form(short, &pair.key, &pair.value));
+            }
+        }
+        words.retain(|pair| pair.key != "id");
+        words.extend(first_id);
+        Self::read(Input::Words(words), notes)
+    }
+
+    fn from_json(text: &str) -> Result<Options> {
+        let fields: BTreeMap<String, Value> =
+            serde_json::from_str(text).map_err(|e| Error::usage(format!("JSON parse error, {e}")))?;
+        Self::read(Input::Json(fields), Vec::new())
+    }
+
+    /// Takes the parameters in QEMU's order: it decides which of several faults is named.
+    fn read(mut input: Input, notes: Vec<Note>) -> Result<Options> {
+        let object = object_type(&input.text("qom-type")?.ok_or_else(|| missing("qom-type"))?)?;
+        let id = input.text("id")?.ok_or_else(|| missing("id"))?;
+        let dump = input.switch("dump")?.unwrap_or(true);
+        let host_nodes = input.numbers("host-nodes")?;
+        let merge = input.switch("merge")?.unwrap_or(true);
+        let policy = input.choice("policy", &POLICIES)?.unwrap_or_default();
+        let prealloc = input.switch("prealloc")?.unwrap_or(false);
+        let prealloc_threads = input.number("prealloc-threads")?;
+        let prealloc_context = input.text("prealloc-context")?;
+        let share = input.switch("share")?.unwrap_or(false);
+        let reserve = input.switch("reserve")?.unwrap_or(true);
+        let size = Bytes::new(input.size("size")?.ok_or_else(|| missing("size"))?);
+        let canonical_name = input.switch("x-use-canonical-path-for-ramblock-id")?.unwrap_or(false);
+        let file = match object {
+            ObjectType::File => Some(FileOptions {
+                align: Bytes::new(input.size("align")?.unwrap_or(0)),
+                offset: FileOffset::new(input.size("offset")?.unwrap_or(0)),
+                discard_data: input.switch("discard-data")?.unwrap_or(false),
+                mem_path: input.text("mem-path")?.ok_or_else(|| missing("mem-path"))?.into(),
+                pmem: input.switch("pmem")?.unwrap_or(false),
+                readonly: input.switch("readonly")?.unwrap_or(false),
+                rom: input.choice("rom", &SWITCHES)?.unwrap_or_default(),
+            }),
+            ObjectType::Ram => None,
+        };
+        let prefault = input.switch("prefault")?.unwrap_or(false);
+        input.end()?;
+        check_id(&id)?;
+        Ok(Options {
+            object,
+            id,
+            size,
+            dump,
+            host_nodes,
+            merge,
+            policy,
+            prealloc,
+            prealloc_threads,
+            prealloc_context,
+            share,
+            reserve,
+            canonical_name,
+            file,
+            prefault,
+            notes,
+        })
+    }
+
+    /// Decides what is to be done, without any system call.
+    ///
+    /// # Errors
+    /// QEMU's words for what it refuses before it opens the file.
+    pub fn plan(&self) -> Result<Plan> {
+        Plan::of(self)
+    }
+}
+
+fn object_type(name: &str) -> Result<ObjectType> {
+    match name {
+        "memory-backend-file" => Ok(ObjectType::File),
+        "memory-backend-ram" => Ok(ObjectType::Ram),
+        other if OTHER_MEMORY.contains(&other) => {
+            Err(Error::usage(format!("object type '{other}' cannot be backed by a template"))
+                .remedy("use memory-backend-file, or memory-backend-ram for memory without a template"))
+        }
+        other => Err(Error::usage(format!("Parameter 'qom-type' does not accept value '{other}'"))
+            .remedy("use memory-backend-file or memory-backend-ram")),
+    }
+}
+
+fn check_id(id: &str) -> Result<()> {
+    if grammar::is_identifier(id) {
+        return Ok(());
+    }
+    Err(grammar::expects("id", "an identifier").remedy(IDENTIFIER_HINT))
+}

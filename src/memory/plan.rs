@@ -1,0 +1,460 @@
+//! Options → what will be opened and mapped. Pure: the same options give the same plan, and what must
+//! be refused is refused here, in QEMU's order and words.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::sys::mapping::{NumaMode, Protection, Sharing};
+use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, PAGE_SIZE};
+
+use super::options::{FileOptions, NumaPolicy, OnOffAuto, Options};
+
+/// How the file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenMode {
+    /// `O_RDONLY`; the file must exist.
+    ReadOnly,
+    /// `O_RDWR`; a missing file is made.
+    ReadWrite,
+}
+
+/// What the guest gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Writable; a write goes to the file (`share=on`) or to a copy.
+    Ram,
+    /// Not writable.
+    Rom,
+    /// Writable memory from a read-only file: every write copies its page, the file is shared by all.
+    Template,
+}
+
+/// One row of the truth table that QEMU's documentation gives for `share`, `readonly` and `rom`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// Follows `readonly`.
+    pub open: OpenMode,
+    /// Follows `rom`.
+    pub protection: Protection,
+    /// Follows `share`.
+    pub sharing: Sharing,
+    /// What the guest gets.
+    pub role: Role,
+}
+
+/// The row of a combination.
+///
+/// # Errors
+/// QEMU's words for the four combinations that it refuses.
+pub fn row(share: bool, readonly: bool, rom: OnOffAuto) -> Result<Row> {
+    let rom = match (rom, readonly) {
+        (OnOffAuto::Auto, readonly) => readonly,
+        (OnOffAuto::On, true) => true,
+        (OnOffAuto::Off, _) => false,
+        (OnOffAuto::On, false) => {
+            return Err(Error::usage("property 'rom' = 'on' is not supported with 'readonly' = 'off'")
+                .remedy("add readonly=on"));
+        }
+    };
+    if readonly && share && !rom {
+        return Err(Error::usage(
+            "property 'rom' = 'off' is incompatible with 'readonly' = 'on' and 'share' = 'on'",
+        )
+        .remedy("use share=off: every write is then copied, and the file stays shared by all"));
+    }
+    Ok(Row {
+        open: if readonly { OpenMode::ReadOnly } else { OpenMode::ReadWrite },
+        protection: if rom { Protection::Read } else { Protection::ReadWrite },
+        sharing: if share { Sharing::Shared } else { Sharing::Private },
+        role: match (rom, readonly) {
+            (true, _) => Role::Rom,
+            (false, true) => Role::Template,
+            (false, false) => Role::Ram,
+        },
+    })
+}
+
+/// Something that the user should know about a backend that works.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Note {
+    /// A stable word for programs.
+    pub name: &'static str,
+    /// What is so.
+    pub message: String,
+    /// How much memory it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Bytes>,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+impl Note {
+    fn new(name: &'static str, message: impl Into<String>) -> Note {
+        Note { name, message: message.into(), bytes: None, remedy: None }
+    }
+
+    fn bytes(mut self, bytes: Bytes) -> Note {
+        self.bytes = Some(bytes);
+        self
+    }
+
+    fn remedy(mut self, remedy: impl Into<String>) -> Note {
+        self.remedy = Some(remedy.into());
+        self
+    }
+
+    pub(super) fn short_form(written: &str, key: &str, value: &str) -> Note {
+        Note::new("short-form", format!("short-form boolean option '{written}' deprecated"))
+            .remedy(format!("Please use {key}={value} instead"))
+    }
+
+    pub(super) fn no_sync(path: &Path) -> Note {
+        Note::new(
+            "no-sync",
+            format!(
+                "requesting persistence across crashes for backend file {} failed. Proceeding without \
+                 persistence, data might become corrupted in case of host crash.",
+                path.display()
+            ),
+        )
+    }
+
+    pub(super) fn no_huge_advice() -> Note {
+        Note::new(
+            "no-huge-advice",
+            "the file lies on FUSE: MADV_HUGEPAGE is not given, there it would fetch 2 MiB for every 4 KiB",
+        )
+    }
+}
+
+/// Where the memory comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A file, from an offset.
+    File {
+        /// `mem-path`
+        path: PathBuf,
+        /// How it is opened.
+        open: OpenMode,
+        /// `offset`
+        offset: FileOffset,
+    },
+    /// Anonymous memory (`memory-backend-ram`, `share=off`).
+    Anonymous,
+    /// A memfd of its own (`memory-backend-ram`, `share=on`).
+    Memfd,
+}
+
+/// Where the host's memory is to lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Numa {
+    /// `policy`
+    pub policy: NumaPolicy,
+    /// `host-nodes`
+    pub nodes: Vec<u16>,
+}
+
+impl Numa {
+    /// What `mbind` is told; nothing where nothing was asked.
+    pub(super) fn mode(&self) -> Option<NumaMode> {
+        match self.policy {
+            NumaPolicy::Default => None,
+            NumaPolicy::Preferred => Some(NumaMode::Preferred),
+            NumaPolicy::Bind => Some(NumaMode::Bind),
+            NumaPolicy::Interleave => Some(NumaMode::Interleave),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        match (self.policy, self.nodes.is_empty()) {
+            (NumaPolicy::Default, false) => Err(Error::usage(
+                "host-nodes must be empty for policy default, or you should explicitly specify a policy \
+                 other than default",
+            )),
+            (NumaPolicy::Default, true) | (_, false) => Ok(()),
+            (policy, true) => {
+                Err(Error::usage(format!("host-nodes must be set for policy {}", policy.name())))
+            }
+        }
+    }
+}
+
+/// What is to be done to make one backend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// `id`
+    pub id: String,
+    /// QEMU's name of the object type.
+    pub type_name: &'static str,
+    /// The name that messages give the memory.
+    pub region: String,
+    /// Where the memory comes from.
+    pub source: Source,
+    /// `size`, as asked.
+    pub size: Bytes,
+    /// `align`, where asked.
+    pub align: Option<Bytes>,
+    /// What the memory may be used for.
+    pub protection: Protection,
+    /// Who sees a write.
+    pub sharing: Sharing,
+    /// What the guest gets.
+    pub role: Role,
+    /// False: nothing is charged to `Committed_AS`.
+    pub reserve: bool,
+    /// `MAP_SYNC`, where the filesystem can.
+    pub sync: bool,
+    /// `MADV_MERGEABLE`
+    pub merge: bool,
+    /// Without it `MADV_DONTDUMP`.
+    pub dump: bool,
+    /// Where the host's memory is to lie.
+    pub numa: Numa,
+    /// Populate every page for writing, with at most so many threads.
+    pub prealloc: Option<u32>,
+    /// Populate every page for reading (Stencil's own).
+    pub prefault: bool,
+    /// `MADV_REMOVE` when the backend goes.
+    pub discard: bool,
+    /// What the user should know.
+    pub notes: Vec<Note>,
+}
+
+/// What must be known of an opened file before it is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileFacts {
+    /// Its length in bytes; 0 where it has none (a character device).
+    pub size: u64,
+    /// Bytes of its smallest page: 4096, or the size of a huge page on hugetlbfs.
+    pub page_size: u64,
+    /// A file proper, not a device.
+    pub regular: bool,
+}
+
+impl FileFacts {
+    /// Of memory without a file.
+    pub const NONE: FileFacts = FileFacts { size: 0, page_size: PAGE_SIZE, regular: false };
+}
+
+/// Where and how much is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes mapped, whole pages of the file.
+    pub length: Bytes,
+    /// Alignment of the first byte.
+    pub align: Bytes,
+    /// The file is empty and gets this length first.
+    pub extend_to: Option<u64>,
+}
+
+/// The highest number of NUMA nodes that QEMU knows.
+const MAX_NODES: u16 = 128;
+
+/// Threads that preallocate, at most.
+const MAX_PREALLOC_THREADS: u32 = 16;
+
+impl Plan {
+    /// The plan of these options.
+    ///
+    /// # Errors
+    /// QEMU's words for what it refuses before it opens the file.
+    pub(super) fn of(options: &Options) -> Result<Plan> {
+        let type_name = options.object.name();
+        check_properties(options, type_name)?;
+        let row = match &options.file {
+            Some(file) => row(options.share, file.readonly, file.rom)?,
+            None => row(options.share, false, OnOffAuto::Off)?,
+        };
+        let source = match (&options.file, options.share) {
+            (Some(file), _) => {
+                Source::File { path: file.mem_path.clone(), open: row.open, offset: file.offset }
+            }
+            (None, true) => Source::Memfd,
+            (None, false) => Source::Anonymous,
+        };
+        let file = options.file.as_ref();
+        let mut notes = options.notes.clone();
+        notes.extend(notes_of(options, file, row.role));
+        let region = match options.canonical_name {
+            true => format!("/objects/{}", options.id),
+            false => options.id.clone(),
+        };
+        Ok(Plan {
+            id: options.id.clone(),
+            type_name,
+            region,
+            source,
+            size: options.size,
+            align: file.map(|f| f.align).filter(|align| align.get() > 0),
+            protection: row.protection,
+            sharing: row.sharing,
+            role: row.role,
+            reserve: options.reserve,
+            sync: file.is_some_and(|f| f.pmem) && options.share,
+            merge: options.merge,
+            dump: options.dump,
+            numa: Numa { policy: options.policy, nodes: options.host_nodes.clone() },
+            prealloc: options
+                .prealloc
+                .then(|| options.prealloc_threads.unwrap_or(MAX_PREALLOC_THREADS).min(MAX_PREALLOC_THREADS)),
+            prefault: options.prefault,
+            discard: file.is_some_and(|f| f.discard_data),
+            notes,
+        })
+    }
+
+    /// Checks the opened file against the plan and decides what is mapped.
+    ///
+    /// # Errors
+    /// QEMU's words for what it refuses between open and mmap; our own for an empty file.
+    pub fn layout(&self, facts: &FileFacts) -> Result<Layout> {
+        let page = facts.page_size;
+        let rounded = self.size.get().checked_next_multiple_of(PAGE_SIZE).unwrap_or(0);
+        let (offset, path, open) = match &self.source {
+            Source::File { path, open, offset } => (offset.get(), Some(path), *open),
+            Source::Anonymous | Source::Memfd => (0, None, OpenMode::ReadWrite),
+        };
+        let end = offset.wrapping_add(rounded);
+        if path.is_some() && facts.size > 0 && facts.size < end {
+            return Err(Error::failed(format!(
+                "{} backing store size {:#x} is too small for 'size' option {rounded:#x} plus 'offset' \
+                 option {offset:#x}",
+                self.region, facts.size
+            ))
+            .remedy("lower size or offset, or use a longer file"));
+        }
+        let align = self.align.map_or(0, Bytes::get);
+        if !align.is_multiple_of(page) {
+            return Err(Error::usage(format!(
+                "alignment {align:#x} must be multiples of page size {page:#x}"
+            )));
+        }
+        if align > 0 && !align.is_power_of_two() {
+            return Err(Error::usage(format!("alignment {align:#x} must be a power of two")));
+        }
+        if !offset.is_multiple_of(page) {
+            return Err(Error::usage(format!("offset {offset:#x} must be multiples of page size {page:#x}")));
+        }
+        if rounded < page {
+            return Err(Error::usage(format!(
+                "memory size {rounded:#x} must be equal to or larger than page size {page:#x}"
+            )));
+        }
+        if let (Some(path), OpenMode::ReadOnly, true, 0) = (path, open, facts.regular, facts.size) {
+            return Err(Error::failed("the backing store is empty: the guest would die of SIGBUS")
+                .at(path)
+                .remedy("import or make the template first"));
+        }
+        let length = rounded
+            .checked_next_multiple_of(page)
+            .ok_or_else(|| map_failed(std::io::Error::from_raw_os_error(libc::ENOMEM)))?;
+        // QEMU aligns to a page and so never gets a PMD; ours is 2 MiB unless something is asked.
+        let wish = if self.align.is_some() { align } else { HUGE_PAGE_SIZE };
+        let extend = path.is_some() && open == OpenMode::ReadWrite && facts.size == 0 && facts.regular;
+        Ok(Layout {
+            length: Bytes::new(length),
+            align: Bytes::new(wish.max(page)),
+            extend_to: extend.then_some(offset.wrapping_add(length)),
+        })
+    }
+
+    /// What QEMU checks only when the memory is mapped, and what we refuse where QEMU crashes.
+    ///
+    /// # Errors
+    /// QEMU's words; our own for `prealloc=on` on ROM.
+    pub fn check_mapped(&self, facts: &FileFacts) -> Result<()> {
+        if matches!(self.source, Source::File { .. }) && !self.size.get().is_multiple_of(facts.page_size) {
+            return Err(Error::usage(format!(
+                "backend '{}' memory size must be multiple of {}",
+                self.type_name,
+                qemu_size(facts.page_size)
+            )));
+        }
+        self.numa.check()?;
+        if self.prealloc.is_some() && self.protection == Protection::Read {
+            return Err(Error::usage(
+                "'prealloc=on' writes every page, and this is ROM: QEMU dies of SIGSEGV",
+            )
+            .remedy("use prefault=on, which only reads"));
+        }
+        Ok(())
+    }
+}
+
+/// Wrong values, in the order in which QEMU sets properties.
+fn check_properties(options: &Options, type_name: &str) -> Result<()> {
+    if let Some(context) = &options.prealloc_context {
+        return Err(Error::usage(format!("Device '{context}' not found")));
+    }
+    if options.prealloc && !options.reserve {
+        return Err(Error::usage("'prealloc=on' and 'reserve=off' are incompatible"));
+    }
+    if let Some(node) = options.host_nodes.iter().find(|node| **node >= MAX_NODES) {
+        return Err(Error::usage(format!("Invalid host-nodes value: {node}")));
+    }
+    let zero = |name: &str| Error::usage(format!("property '{name}' of {type_name} doesn't take value '0'"));
+    if options.prealloc_threads == Some(0) {
+        return Err(zero("prealloc-threads"));
+    }
+    if options.size == Bytes::ZERO {
+        return Err(zero("size"));
+    }
+    Ok(())
+}
+
+fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role) -> Vec<Note> {
+    let mut notes = Vec::new();
+    let size = options.size;
+    if role == Role::Template && options.prealloc {
+        notes.push(
+            Note::new("prealloc-copies", "prealloc=on copies every page: nothing of the template is shared")
+                .bytes(size)
+                .remedy("use prefault=on, which fills the page tables and copies nothing"),
+        );
+    }
+    if role == Role::Template && options.reserve && !options.prealloc {
+        notes.push(
+            Note::new("charged-in-full", "every clone is charged its whole size in Committed_AS")
+                .bytes(size)
+                .remedy("use reserve=off"),
+        );
+    }
+    let Some(file) = file else { return notes };
+    if file.discard_data && file.readonly {
+        notes.push(
+            Note::new("discard-without-effect", "discard-data=on does nothing: the file is opened read-only")
+                .remedy("leave discard-data out"),
+        );
+    }
+    if file.discard_data && !file.readonly && !options.share {
+        notes.push(
+            Note::new("discard-without-effect", "discard-data=on does nothing on a private mapping")
+                .remedy("use share=on, or leave discard-data out"),
+        );
+    }
+    if file.pmem && !options.share {
+        notes.push(
+            Note::new("pmem-without-effect", "pmem=on asks for MAP_SYNC, which only share=on can have")
+                .remedy("use share=on, or leave pmem out"),
+        );
+    }
+    notes
+}
+
+/// QEMU's words for a failed `mmap`.
+pub(super) fn map_failed(cause: std::io::Error) -> Error {
+    Error::failed(format!("unable to map backing store for guest RAM: {}", crate::error::errno_text(&cause)))
+}
+
+/// A page size as QEMU writes it: `4 KiB`, `2 MiB`.
+fn qemu_size(bytes: u64) -> String {
+    match bytes {
+        b if b >= 1 << 30 => format!("{} GiB", b >> 30),
+        b if b >= 1 << 20 => format!("{} MiB", b >> 20),
+        b => format!("{} KiB", b >> 10),
+    }
+}

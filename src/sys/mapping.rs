@@ -1,0 +1,521 @@
+//! One owned mapping, placed as QEMU places guest memory: an inaccessible reservation, the memory
+//! inside it at the wished alignment, one inaccessible guard page behind it.
+//!
+//! ```text
+//! reserved PROT_NONE:  |......size + align......|
+//! after placing:             |== memory ==|guard|
+//!                            ^ aligned          (the rest is given back)
+//! ```
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::ptr;
+
+use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
+
+use crate::units::{Bytes, FileOffset, MemoryOffset, PAGE_SIZE};
+
+/// What the memory may be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protection {
+    /// `PROT_READ`
+    Read,
+    /// `PROT_READ | PROT_WRITE`
+    ReadWrite,
+}
+
+/// Who sees a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// `MAP_PRIVATE`: this process; the page is copied.
+    Private,
+    /// `MAP_SHARED`: everybody who maps the file, and the file.
+    Shared,
+}
+
+/// A mapping to be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// Bytes to map, whole pages.
+    pub length: Bytes,
+    /// Alignment of the first byte: a power of two, at least a page.
+    pub align: Bytes,
+    /// The file and where in it the mapping begins; anonymous memory without.
+    pub file: Option<(BorrowedFd<'a>, FileOffset)>,
+    /// What the memory may be used for.
+    pub protection: Protection,
+    /// Who sees a write.
+    pub sharing: Sharing,
+    /// False: `MAP_NORESERVE`, nothing is charged to `Committed_AS`.
+    pub reserve: bool,
+    /// `MAP_SYNC`; only with [`Sharing::Shared`].
+    pub sync: bool,
+}
+
+/// Advice to the kernel about a whole mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// `MADV_HUGEPAGE`
+    HugePage,
+    /// `MADV_DONTFORK`: a forked child has no such mapping.
+    DontFork,
+    /// `MADV_MERGEABLE`: copied pages may be merged by KSM.
+    Mergeable,
+    /// `MADV_DONTDUMP`: not in core dumps.
+    DontDump,
+    /// `MADV_RANDOM`: no readahead.
+    Random,
+    /// `MADV_POPULATE_READ`: fill the page tables without copying.
+    PopulateRead,
+    /// `MADV_POPULATE_WRITE`: as if every page were written.
+    PopulateWrite,
+    /// `MADV_REMOVE`: punch the pages out of the file.
+    Remove,
+    /// `MADV_PAGEOUT`: write to swap, or drop what a file still holds.
+    PageOut,
+    /// `MADV_GUARD_INSTALL` (kernel 6.13): any access is SIGSEGV from now on.
+    GuardInstall,
+    /// `MADV_GUARD_REMOVE`
+    GuardRemove,
+}
+
+impl Advice {
+    fn number(self) -> libc::c_int {
+        match self {
+            Advice::HugePage => libc::MADV_HUGEPAGE,
+            Advice::DontFork => libc::MADV_DONTFORK,
+            Advice::Mergeable => libc::MADV_MERGEABLE,
+            Advice::DontDump => libc::MADV_DONTDUMP,
+            Advice::Random => libc::MADV_RANDOM,
+            Advice::PopulateRead => libc::MADV_POPULATE_READ,
+            Advice::PopulateWrite => libc::MADV_POPULATE_WRITE,
+            Advice::Remove => libc::MADV_REMOVE,
+            Advice::PageOut => libc::MADV_PAGEOUT,
+            Advice::GuardInstall => 102,
+            Advice::GuardRemove => 103,
+        }
+    }
+}
+
+/// NUMA memory policy of a range, as `mbind` knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NumaMode {
+    /// `MPOL_DEFAULT`
+    Default,
+    /// `MPOL_PREFERRED`
+    Preferred,
+    /// `MPOL_BIND`
+    Bind,
+    /// `MPOL_INTERLEAVE`
+    Interleave,
+}
+
+impl NumaMode {
+    fn number(self) -> libc::c_long {
+        match self {
+            NumaMode::Default => 0,
+            NumaMode::Preferred => 1,
+            NumaMode::Bind => 2,
+            NumaMode::Interleave => 3,
+        }
+    }
+}
+
+/// Owned memory; unmapped, guard page included, when dropped.
+///
+/// Invariant: `address .. address + length` is mapped by this value, and the `guard` bytes after it
+/// are reserved by it, from construction to drop; nothing else in this crate maps or unmaps there.
+#[derive(Debug)]
+pub struct Mapping {
+    address: usize,
+    length: usize,
+    guard: usize,
+    protection: Protection,
+    sharing: Sharing,
+    /// True when `MAP_SYNC` was asked for and the filesystem could give it.
+    sync: bool,
+}
+
+/// A part of the address space that is not yet a [`Mapping`]; given back when dropped.
+struct Reservation {
+    address: usize,
+    length: usize,
+}
+
+impl Reservation {
+    fn new(length: usize) -> io::Result<Reservation> {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory in use.
+        let address = unsafe { mm::mmap_anonymous(ptr::null_mut(), length, ProtFlags::empty(), flags)? };
+        Ok(Reservation { address: address as usize, length })
+    }
+
+    /// Gives back everything outside `keep`, which lies inside.
+    fn trim(&mut self, keep: Range<usize>) {
+        let end = self.address + self.length;
+        debug_assert!(self.address <= keep.start && keep.end <= end);
+        for (from, to) in [(self.address, keep.start), (keep.end, end)] {
+            if to > from {
+                // SAFETY: the range lies in the reservation that this value owns, and nobody points into it.
+                let _ = unsafe { mm::munmap(from as *mut _, to - from) };
+            }
+        }
+        self.address = keep.start;
+        self.length = keep.end - keep.start;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: the reservation is owned by this value, and nobody points into it.
+            let _ = unsafe { mm::munmap(self.address as *mut _, self.length) };
+        }
+    }
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
+}
+
+impl Mapping {
+    /// Makes the mapping.
+    ///
+    /// # Errors
+    /// The error of `mmap`; `InvalidInput` when the length is no whole number of pages or the
+    /// alignment no power of two ≥ a page. Nothing stays mapped.
+    pub fn new(request: &Request<'_>) -> io::Result<Mapping> {
+        let page = PAGE_SIZE as usize;
+        let length = request.length.as_usize();
+        let align = request.align.as_usize();
+        if length == 0 || !length.is_multiple_of(page) {
+            return Err(invalid("the length of a mapping is a whole number of pages"));
+        }
+        if !align.is_power_of_two() || align < page {
+            return Err(invalid("the alignment of a mapping is a power of two, at least a page"));
+        }
+        let total = length.checked_add(align).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let mut reservation = Reservation::new(total)?;
+        let address = reservation.address.next_multiple_of(align);
+        let (protection, sync) = (request.protection, Self::place(request, address, length)?);
+        // At least one page is left behind the memory: both addresses are whole pages, so aligning
+        // skipped at most `align - page` of the `align` spare bytes.
+        reservation.trim(address..address + length + page);
+        std::mem::forget(reservation);
+        Ok(Mapping { address, length, guard: page, protection, sharing: request.sharing, sync })
+    }
+
+    /// Maps over the reservation; says whether MAP_SYNC was had.
+    fn place(request: &Request<'_>, address: usize, length: usize) -> io::Result<bool> {
+        let mut protection = ProtFlags::READ;
+        if request.protection == Protection::ReadWrite {
+            protection |= ProtFlags::WRITE;
+        }
+        let mut flags = MapFlags::FIXED;
+        if !request.reserve {
+            flags |= MapFlags::NORESERVE;
+        }
+        let shared = request.sharing == Sharing::Shared;
+        let plain = flags | if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
+        let map = |flags: MapFlags| -> io::Result<()> {
+            let at = address as *mut _;
+            match request.file {
+                Some((fd, offset)) => {
+                    // SAFETY: MAP_FIXED replaces only pages of the reservation that the caller owns;
+                    // no reference into it exists. The memory is only handed out as a raw pointer.
+                    unsafe { mm::mmap(at, length, protection, flags, fd, offset.get())? };
+                }
+                None => {
+                    // SAFETY: as above.
+                    unsafe { mm::mmap_anonymous(at, length, protection, flags)? };
+                }
+            }
+            Ok(())
+        };
+        if request.sync && shared {
+            match map(flags | MapFlags::SHARED_VALIDATE | MapFlags::SYNC) {
+                Ok(()) => return Ok(true),
+                // As QEMU: whatever the reason, try again without.
+                Err(_) => return map(plain).map(|()| false),
+            }
+        }
+        map(plain).map(|()| false)
+    }
+
+    /// First byte. Dereferencing it is unsafe and the caller's affair; it is valid while this value lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.address as *mut u8
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// Addresses of the memory, without the guard page.
+    pub fn range(&self) -> Range<u64> {
+        self.address as u64..(self.address + self.length) as u64
+    }
+
+    /// Bytes of memory, without the guard page.
+    pub fn len(&self) -> Bytes {
+        Bytes::new(self.length as u64)
+    }
+
+    /// Never: a mapping has at least one page.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// What the memory may be used for.
+    pub fn protection(&self) -> Protection {
+        self.protection
+    }
+
+    /// Who sees a write.
+    pub fn sharing(&self) -> Sharing {
+        self.sharing
+    }
+
+    /// True when the mapping has `MAP_SYNC`.
+    pub fn is_sync(&self) -> bool {
+        self.sync
+    }
+
+    /// The address of `length` bytes from `offset`, when they lie inside.
+    fn inside(&self, offset: MemoryOffset, length: usize) -> io::Result<usize> {
+        let end = offset.as_usize().checked_add(length);
+        match end {
+            Some(end) if end <= self.length => Ok(self.address + offset.as_usize()),
+            _ => Err(invalid("outside of the mapping")),
+        }
+    }
+
+    /// Copies memory out. What a load would answer with SIGBUS or SIGSEGV (a damaged page, a file
+    /// that shrank) is an error here.
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the mapping; `EFAULT` where the memory cannot be read.
+    pub fn read(&self, offset: MemoryOffset, out: &mut [u8]) -> io::Result<()> {
+        let from = self.inside(offset, out.len())?;
+        let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+        let remote = libc::iovec { iov_base: from as *mut _, iov_len: out.len() };
+        // SAFETY: `local` covers exactly `out`, which is borrowed mutably; the kernel checks `remote`,
+        // which is read only.
+        let done = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        whole(done, out.len())
+    }
+
+    /// Copies bytes into memory, as a guest's stores would. What a store would answer with a signal
+    /// (read-only memory) is an error here.
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the mapping; `EFAULT` where the memory cannot be written.
+    pub fn write(&self, offset: MemoryOffset, bytes: &[u8]) -> io::Result<()> {
+        let to = self.inside(offset, bytes.len())?;
+        let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
+        let remote = libc::iovec { iov_base: to as *mut _, iov_len: bytes.len() };
+        // SAFETY: `local` covers exactly `bytes`, which is only read; `remote` lies inside this mapping,
+        // into which no reference exists.
+        let done = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+        whole(done, bytes.len())
+    }
+
+    /// One load instruction. Where the page cannot be had, the process gets the signal that a VMM
+    /// would get (SIGBUS).
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the mapping.
+    pub fn load(&self, offset: MemoryOffset) -> io::Result<u8> {
+        let at = self.inside(offset, 1)?;
+        // SAFETY: the byte lies inside this mapping, which has PROT_READ while it lives.
+        Ok(unsafe { ptr::read_volatile(at as *const u8) })
+    }
+
+    /// One store instruction. On read-only memory the process gets SIGSEGV, as a VMM would.
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the mapping.
+    pub fn store(&self, offset: MemoryOffset, value: u8) -> io::Result<()> {
+        let at = self.inside(offset, 1)?;
+        // SAFETY: the byte lies inside this mapping, into which no reference exists; without
+        // PROT_WRITE the store ends in a signal and changes nothing.
+        unsafe { ptr::write_volatile(at as *mut u8, value) };
+        Ok(())
+    }
+
+    /// Gives advice about a part of the mapping.
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the mapping; the error of `madvise`.
+    pub fn advise(&self, part: Range<u64>, advice: Advice) -> io::Result<()> {
+        let length =
+            part.end.checked_sub(part.start).ok_or_else(|| invalid("a range that ends before it starts"))?;
+        let at = self.inside(MemoryOffset::new(part.start), length as usize)?;
+        // SAFETY: the range lies inside this mapping, into which no reference exists; none of the
+        // advices unmaps it.
+        let done = unsafe { libc::madvise(at as *mut _, length as usize, advice.number()) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Gives advice about the whole mapping.
+    ///
+    /// # Errors
+    /// The error of `madvise`.
+    pub fn advise_all(&self, advice: Advice) -> io::Result<()> {
+        self.advise(0..self.length as u64, advice)
+    }
+
+    /// Binds the memory to NUMA nodes (`mbind` with `MPOL_MF_STRICT`).
+    ///
+    /// # Errors
+    /// The error of `mbind`.
+    pub fn bind(&self, mode: NumaMode, nodes: &[u16]) -> io::Result<()> {
+        const BITS: usize = u64::BITS as usize;
+        const STRICT: libc::c_long = 1;
+        let last = nodes.iter().copied().max();
+        // The kernel looks at `maxnode - 1` bits; no bits at all without nodes.
+        let maxnode = last.map_or(1, |n| usize::from(n) + 2);
+        let mut mask = vec![0u64; maxnode.div_ceil(BITS) + 1];
+        for &node in nodes {
+            mask[usize::from(node) / BITS] |= 1 << (usize::from(node) % BITS);
+        }
+        let bits = if last.is_some() { mask.as_ptr() } else { ptr::null() };
+        // SAFETY: the range is this mapping; `mask` has more than `maxnode` bits and outlives the call.
+        let done = unsafe {
+            libc::syscall(libc::SYS_mbind, self.address, self.length, mode.number(), bits, maxnode, STRICT)
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Takes away all access to a part (`PROT_NONE`); what lay there stays as it is.
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the mapping; the error of `mprotect`.
+    pub fn forbid(&self, part: Range<u64>) -> io::Result<()> {
+        let length =
+            part.end.checked_sub(part.start).ok_or_else(|| invalid("a range that ends before it starts"))?;
+        let at = self.inside(MemoryOffset::new(part.start), length as usize)?;
+        // SAFETY: the range lies inside this mapping, into which no reference exists.
+        unsafe { mm::mprotect(at as *mut _, length as usize, MprotectFlags::empty())? };
+        Ok(())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: memory and guard page belong to this value, and it is gone after this.
+        let _ = unsafe { mm::munmap(self.address as *mut _, self.length + self.guard) };
+    }
+}
+
+fn whole(done: isize, wanted: usize) -> io::Result<()> {
+    match usize::try_from(done) {
+        Ok(done) if done == wanted => Ok(()),
+        // A partial copy stopped at a page that cannot be had.
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn anonymous(length: u64, align: u64) -> io::Result<Mapping> {
+        Mapping::new(&Request {
+            length: Bytes::new(length),
+            align: Bytes::new(align),
+            file: None,
+            protection: Protection::ReadWrite,
+            sharing: Sharing::Private,
+            reserve: true,
+            sync: false,
+        })
+    }
+
+    /// The permissions that `/proc/self/maps` shows at an address.
+    fn permissions(address: u64) -> Option<String> {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().find_map(|line| {
+            let (range, rest) = line.split_once(' ')?;
+            let (start, end) = range.split_once('-')?;
+            let start = u64::from_str_radix(start, 16).ok()?;
+            let end = u64::from_str_radix(end, 16).ok()?;
+            (start..end).contains(&address).then(|| rest[..4].to_owned())
+        })
+    }
+
+    #[test]
+    fn aligned_and_guarded() {
+        for align in [4096, 65536, 2 << 20, 64 << 20] {
+            let map = anonymous(3 * PAGE_SIZE, align).unwrap();
+            assert!(map.address().is_multiple_of(align), "{align}");
+            assert_eq!(permissions(map.range().start).unwrap(), "rw-p");
+            assert_eq!(permissions(map.range().end).unwrap(), "---p", "guard page");
+        }
+    }
+
+    #[test]
+    fn dropping_unmaps_memory_and_guard() {
+        // An odd size at an odd alignment, so that no other test's mapping is likely to take the place.
+        let map = anonymous(1 << 30, 1 << 30).unwrap();
+        let range = map.range();
+        drop(map);
+        let middle = range.start + (512 << 20);
+        assert_eq!(permissions(middle), None);
+    }
+
+    #[test]
+    fn bad_requests_are_errors() {
+        for (length, align) in [(0, 4096), (4095, 4096), (4096, 0), (4096, 12288), (4096, 2048)] {
+            let kind = anonymous(length, align).unwrap_err().kind();
+            assert_eq!(kind, io::ErrorKind::InvalidInput, "{length} {align}");
+        }
+        assert!(anonymous(1 << 62, 4096).is_err());
+        assert!(anonymous(u64::MAX - 4095, 1 << 63).is_err());
+    }
+
+    #[test]
+    fn access_is_bounded() {
+        let map = anonymous(2 * PAGE_SIZE, PAGE_SIZE).unwrap();
+        map.write(MemoryOffset::new(8190), &[1, 2]).unwrap();
+        let mut out = [0; 2];
+        map.read(MemoryOffset::new(8190), &mut out).unwrap();
+        assert_eq!(out, [1, 2]);
+        assert!(map.read(MemoryOffset::new(8191), &mut out).is_err());
+        assert!(map.write(MemoryOffset::new(u64::MAX), &[1]).is_err());
+        assert!(map.load(MemoryOffset::new(8192)).is_err());
+        assert!(map.store(MemoryOffset::new(8192), 1).is_err());
+        assert!(map.advise(4096..12288, Advice::Random).is_err());
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_had_is_an_error_and_no_signal() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * PAGE_SIZE).unwrap();
+        let map = Mapping::new(&Request {
+            length: Bytes::new(2 * PAGE_SIZE),
+            align: Bytes::new(PAGE_SIZE),
+            file: Some((file.as_fd(), FileOffset::new(0))),
+            protection: Protection::Read,
+            sharing: Sharing::Private,
+            reserve: true,
+            sync: false,
+        })
+        .unwrap();
+        file.set_len(PAGE_SIZE).unwrap();
+        let mut out = [1; 16];
+        map.read(MemoryOffset::new(0), &mut out).unwrap();
+        assert_eq!(out, [0; 16]);
+        let error = map.read(MemoryOffset::new(PAGE_SIZE), &mut out).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        let error = map.read(MemoryOffset::new(PAGE_SIZE - 8), &mut out).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        let error = map.write(MemoryOffset::new(0), &[1]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "read-only memory");
+    }
+}

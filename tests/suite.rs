@@ -1,3 +1,4 @@
 //! One scenario a file; `support` holds what they share.
 mod layers;
+mod store_roundtrip;
 mod support;

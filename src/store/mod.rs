@@ -1,1 +1,34 @@
-//! The template store.
+//! The template store: verified, deduplicated, zeros never stored.
+//!
+//! Three things are kept apart. The *image* is what a template is; its hash is the template's digest.
+//! The *placement* says where its blocks are, and may be rewritten. The *policy* (mode, owner, labels,
+//! tags) may change. `docs/store-format.md` describes the bytes.
+
+mod codec;
+mod digest;
+mod format;
+mod image;
+mod import;
+mod open;
+mod pack;
+mod policy;
+mod publish;
+mod reference;
+mod serving;
+mod tags;
+mod template;
+mod tree;
+
+pub use codec::{ChunkSize, Compression};
+pub use digest::Digest;
+pub use image::{FileKind, TemplateFile};
+pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
+pub use open::Store;
+pub use policy::{DEFAULT_MODE, Policy};
+pub use reference::{DEFAULT_TAG, TagName, TemplateRef, check_name};
+pub use serving::{Serving, inode_number};
+pub use tags::TagEntry;
+pub use template::{Scratch, Template};
+
+/// Size of an identity block in bytes: what is hashed, verified and read at once.
+pub const BLOCK_SIZE: u64 = 1 << format::BLOCK_SHIFT;

@@ -8,3 +8,4 @@ pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod procfs;
+pub mod map_file;

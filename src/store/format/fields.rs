@@ -1,0 +1,149 @@
+//! Reading and writing of fields, and the words that every header begins with.
+
+use std::path::Path;
+
+use super::VERSION;
+use crate::error::Error;
+
+/// Why bytes are no valid structure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Invalid {
+    /// They are not what was written.
+    Damage(String),
+    /// They were written by a newer Stencil, which uses something this one does not know.
+    Newer(String),
+}
+
+impl Invalid {
+    /// [`Invalid::Damage`].
+    pub fn damage(what: impl Into<String>) -> Invalid {
+        Invalid::Damage(what.into())
+    }
+
+    /// The error for the file that holds these bytes; `what` is its word (`pack`, `placement`).
+    pub fn in_file(self, what: &str, path: impl AsRef<Path>) -> Error {
+        match self {
+            Invalid::Damage(why) => Error::damage(format!("{what} is damaged: {why}")).at(path),
+            Invalid::Newer(why) => Error::failed(format!("{what} needs a newer Stencil: {why}"))
+                .at(path)
+                .remedy("update Stencil on this host"),
+        }
+    }
+}
+
+/// Takes fields from the front of a slice.
+pub(super) struct Fields<'a>(pub &'a [u8]);
+
+impl<'a> Fields<'a> {
+    pub fn bytes(&mut self, length: usize) -> Result<&'a [u8], Invalid> {
+        let (head, tail) = self.0.split_at_checked(length).ok_or_else(|| {
+            Invalid::damage(format!("{} bytes left where {length} are needed", self.0.len()))
+        })?;
+        self.0 = tail;
+        Ok(head)
+    }
+
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Invalid> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.bytes(N)?);
+        Ok(array)
+    }
+
+    pub fn u32(&mut self) -> Result<u32, Invalid> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    pub fn u64(&mut self) -> Result<u64, Invalid> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    /// Room for later: must be zero.
+    pub fn reserved(&mut self, length: usize) -> Result<(), Invalid> {
+        match self.bytes(length)?.iter().all(|&b| b == 0) {
+            true => Ok(()),
+            false => Err(Invalid::damage("a reserved field is not zero")),
+        }
+    }
+}
+
+/// First 40 bytes of every binary file: magic, version, header length, three feature words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Preamble {
+    /// Length of the header that this preamble begins, in bytes.
+    pub header_length: u32,
+    /// Features that a reader and a writer may ignore.
+    pub compatible: u64,
+    /// Features that a reader may ignore and a writer may not.
+    pub read_only_compatible: u64,
+    /// Features that nobody may ignore.
+    pub incompatible: u64,
+}
+
+impl Preamble {
+    /// Encoded length.
+    pub const LEN: usize = 40;
+
+    /// A header of this length without features.
+    pub fn plain(header_length: u32) -> Preamble {
+        Preamble { header_length, compatible: 0, read_only_compatible: 0, incompatible: 0 }
+    }
+
+    pub(super) fn encode(&self, magic: &[u8; 8], out: &mut Vec<u8>) {
+        out.extend_from_slice(magic);
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.extend_from_slice(&self.header_length.to_le_bytes());
+        out.extend_from_slice(&self.compatible.to_le_bytes());
+        out.extend_from_slice(&self.read_only_compatible.to_le_bytes());
+        out.extend_from_slice(&self.incompatible.to_le_bytes());
+    }
+
+    pub(super) fn decode(magic: &[u8; 8], fields: &mut Fields<'_>) -> Result<Preamble, Invalid> {
+        let found = fields.array::<8>()?;
+        if found != *magic {
+            return Err(Invalid::damage(format!(
+                "it begins with \"{}\", not \"{}\"",
+                found.escape_ascii(),
+                magic.escape_ascii()
+            )));
+        }
+        let (version, header_length) = (fields.u32()?, fields.u32()?);
+        let preamble = Preamble {
+            header_length,
+            compatible: fields.u64()?,
+            read_only_compatible: fields.u64()?,
+            incompatible: fields.u64()?,
+        };
+        Ok(preamble).and_then(|p| p.accept(version))
+    }
+
+    /// Versions and features this build does not know. Called on bytes whose checksum may not have
+    /// been compared yet: callers compare it first where they can.
+    fn accept(self, version: u32) -> Result<Preamble, Invalid> {
+        if version != VERSION {
+            return Err(Invalid::Newer(format!("format version {version}, known is {VERSION}")));
+        }
+        if self.incompatible != 0 {
+            return Err(Invalid::Newer(format!("features {:#x}", self.incompatible)));
+        }
+        Ok(self)
+    }
+}
+
+/// Appends the checksum over all that `out` holds.
+pub(super) fn seal(out: &mut Vec<u8>) {
+    let hash = blake3::hash(out);
+    out.extend_from_slice(hash.as_bytes());
+}
+
+/// Splits off and compares the checksum at the end of `bytes`.
+pub(super) fn unseal(bytes: &[u8]) -> Result<&[u8], Invalid> {
+    let (body, sum) = bytes
+        .split_last_chunk::<32>()
+        .ok_or_else(|| Invalid::damage(format!("{} bytes are too few", bytes.len())))?;
+    let got = blake3::hash(body);
+    if got != *sum {
+        let expected = blake3::Hash::from_bytes(*sum);
+        return Err(Invalid::damage(format!("its header has checksum {got}, expected {expected}")));
+    }
+    Ok(body)
+}

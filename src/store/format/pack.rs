@@ -1,0 +1,154 @@
+//! A pack: `header | records | index`. Its name is `packs/<id>.pack`.
+
+use super::fields::{Fields, Invalid, Preamble, seal, unseal};
+use super::{PackId, Stored};
+use crate::store::Digest;
+
+const MAGIC: &[u8; 8] = b"STNCLPAK";
+
+/// The first bytes of a pack; written last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackHeader {
+    /// Feature words.
+    pub preamble: Preamble,
+    /// Which pack it is; two packs under each other's names are found by it.
+    pub id: PackId,
+    /// Dedup domain: zero = blocks are named by plain BLAKE3 and shared by all templates.
+    pub domain: [u8; 16],
+    /// Where the index begins: the end of the records.
+    pub index_offset: u64,
+    /// Entries of the index.
+    pub index_count: u64,
+    /// BLAKE3 of the index.
+    pub index_hash: Digest,
+}
+
+/// Longest pack: record offsets have 32 bits.
+pub const MAX_PACK: u64 = u32::MAX as u64;
+
+impl PackHeader {
+    /// Encoded length: the place of the first record.
+    pub const LEN: usize = 256;
+
+    /// Header of a pack without features in the shared domain.
+    pub fn new(id: PackId, index_offset: u64, index_count: u64, index_hash: Digest) -> PackHeader {
+        let preamble = Preamble::plain(Self::LEN as u32);
+        PackHeader { preamble, id, domain: [0; 16], index_offset, index_count, index_hash }
+    }
+
+    /// Length of the whole file.
+    pub fn file_length(&self) -> u64 {
+        self.index_offset + self.index_count * IndexEntry::LEN as u64
+    }
+
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::LEN);
+        self.preamble.encode(MAGIC, &mut out);
+        out.extend_from_slice(&self.id.0);
+        out.extend_from_slice(&self.domain);
+        out.extend_from_slice(&self.index_offset.to_le_bytes());
+        out.extend_from_slice(&self.index_count.to_le_bytes());
+        out.extend_from_slice(self.index_hash.bytes());
+        out.resize(Self::LEN - 32, 0);
+        seal(&mut out);
+        out
+    }
+
+    /// From its bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`] when they are no header of this version, or one whose lengths are impossible.
+    pub fn decode(bytes: &[u8]) -> Result<PackHeader, Invalid> {
+        let bytes = bytes.get(..Self::LEN).ok_or_else(|| {
+            Invalid::damage(format!("{} bytes, its header alone has {}", bytes.len(), Self::LEN))
+        })?;
+        let mut fields = Fields(bytes);
+        let preamble = Preamble::decode(MAGIC, &mut fields)?;
+        unseal(bytes)?;
+        let header = PackHeader {
+            preamble,
+            id: PackId(fields.array()?),
+            domain: fields.array()?,
+            index_offset: fields.u64()?,
+            index_count: fields.u64()?,
+            index_hash: Digest::new(fields.array()?),
+        };
+        let records_end = Self::LEN as u64..=MAX_PACK;
+        if !records_end.contains(&header.index_offset)
+            || header.index_count > MAX_PACK / IndexEntry::LEN as u64
+        {
+            return Err(Invalid::damage("its header gives impossible lengths"));
+        }
+        if header.domain != [0; 16] {
+            return Err(Invalid::Newer("a dedup domain".into()));
+        }
+        Ok(header)
+    }
+}
+
+/// One block of a pack. The index is sorted by hash, each hash stands in it once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexEntry {
+    /// BLAKE3 of the plain block.
+    pub hash: Digest,
+    /// Where it is.
+    pub stored: Stored,
+}
+
+impl IndexEntry {
+    /// Encoded length.
+    pub const LEN: usize = 48;
+
+    /// Appends its bytes.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(self.hash.bytes());
+        self.stored.encode(out);
+        out.extend_from_slice(&[0; 4]);
+    }
+
+    /// From the first [`IndexEntry::LEN`] bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`] when a field is impossible.
+    pub fn decode(bytes: &[u8]) -> Result<IndexEntry, Invalid> {
+        let mut fields = Fields(bytes);
+        let entry = IndexEntry { hash: Digest::new(fields.array()?), stored: Stored::decode(&mut fields)? };
+        fields.reserved(4)?;
+        Ok(entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::format::BlockKind;
+
+    #[test]
+    fn header_round_trip_and_every_flipped_bit() {
+        let header = PackHeader::new(PackId([9; 16]), 5000, 2, Digest::of(b"i"));
+        let bytes = header.encode();
+        assert_eq!(bytes.len(), PackHeader::LEN);
+        assert_eq!(PackHeader::decode(&bytes).unwrap(), header);
+        for bit in 0..bytes.len() * 8 {
+            let mut bytes = bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(PackHeader::decode(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn index_entry_round_trip() {
+        let stored = Stored { offset: 256, length: 17, kind: BlockKind::Lz4, chunk_shift: 16 };
+        let entry = IndexEntry { hash: Digest::of(b"b"), stored };
+        let mut bytes = Vec::new();
+        entry.encode(&mut bytes);
+        assert_eq!(bytes.len(), IndexEntry::LEN);
+        assert_eq!(IndexEntry::decode(&bytes).unwrap(), entry);
+        for (at, value) in [(40, 0), (40, 4), (40, 9), (41, 11), (41, 17), (42, 1), (47, 1), (38, 2)] {
+            let mut bytes = bytes.clone();
+            bytes[at] = value;
+            assert!(IndexEntry::decode(&bytes).is_err(), "byte {at} = {value}");
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! The placement of an image: where its blocks are. It may be rewritten at any time.
+//!
+//! `front | row × blocks | chaining values of the image | chaining values of the rows`. The front is
+//! read and checked at open; rows are checked by segment when they are first touched.
+
+use super::fields::{Fields, Invalid, Preamble, seal, unseal};
+use super::{PackId, Stored};
+use crate::store::Digest;
+
+const MAGIC: &[u8; 8] = b"STNCLPLC";
+const FIXED: usize = Preamble::LEN + 120;
+const FILE: usize = 32;
+
+/// Longest front that is read: 256 files and a million packs.
+pub const MAX_FRONT: u32 = 32 << 20;
+
+/// What the front says about one file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileStats {
+    /// Bytes of its 4 KiB pages that are not zero.
+    pub data_bytes: u64,
+    /// Bytes of its records in packs, shared ones included.
+    pub stored_bytes: u64,
+}
+
+/// The part of a placement that is read at open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Front {
+    /// The image it belongs to.
+    pub digest: Digest,
+    /// Length of that image in bytes.
+    pub image_length: u64,
+    /// Blocks of that image.
+    pub block_count: u64,
+    /// Root of the hash tree over the rows.
+    pub rows_root: Digest,
+    /// One for each file of the image.
+    pub files: Vec<FileStats>,
+    /// Packs that rows name by their number in this list.
+    pub packs: Vec<PackId>,
+}
+
+/// Where the parts of a placement begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sections {
+    /// Rows; also the length of the front.
+    pub rows: u64,
+    /// Length of the rows.
+    pub rows_length: u64,
+    /// Chaining values of the image.
+    pub image_tree: u64,
+    /// Chaining values of the rows.
+    pub rows_tree: u64,
+    /// End of the file.
+    pub end: u64,
+}
+
+impl Front {
+    /// Length of the front of a placement with so many files and packs.
+    pub fn length(files: usize, packs: usize) -> u64 {
+        (FIXED + files * FILE + packs * 16 + 32) as u64
+    }
+
+    /// Where everything is; `segments` gives the number of chaining values for a length.
+    pub fn sections(&self, segments: impl Fn(u64) -> u64) -> Sections {
+        let rows = Self::length(self.files.len(), self.packs.len());
+        let rows_length = self.block_count * Row::LEN as u64;
+        let image_tree = rows + rows_length;
+        let rows_tree = image_tree + segments(self.image_length) * 32;
+        Sections { rows, rows_length, image_tree, rows_tree, end: rows_tree + segments(rows_length) * 32 }
+    }
+
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let length = Self::length(self.files.len(), self.packs.len());
+        let mut out = Vec::with_capacity(length as usize);
+        Preamble::plain(length as u32).encode(MAGIC, &mut out);
+        out.extend_from_slice(self.digest.bytes());
+        out.extend_from_slice(&self.image_length.to_le_bytes());
+        out.extend_from_slice(&self.block_count.to_le_bytes());
+        out.extend_from_slice(&(self.files.len() as u32).to_le_bytes());
+        out.extend_from_slice(&(self.packs.len() as u32).to_le_bytes());
+        out.extend_from_slice(self.rows_root.bytes());
+        out.resize(FIXED, 0);
+        for file in &self.files {
+            out.extend_from_slice(&file.data_bytes.to_le_bytes());
+            out.extend_from_slice(&file.stored_bytes.to_le_bytes());
+            out.extend_from_slice(&[0; 16]);
+        }
+        for pack in &self.packs {
+            out.extend_from_slice(&pack.0);
+        }
+        seal(&mut out);
+        out
+    }
+
+    /// Length of the front that begins with these bytes (at least [`Preamble::LEN`] of them).
+    ///
+    /// # Errors
+    /// [`Invalid`] when they begin no placement of this version.
+    pub fn peek(bytes: &[u8]) -> Result<u32, Invalid> {
+        let preamble = Preamble::decode(MAGIC, &mut Fields(bytes))?;
+        match preamble.header_length {
+            length if (length as usize) < FIXED + 32 || length > MAX_FRONT => {
+                Err(Invalid::damage(format!("a header of {length} bytes")))
+            }
+            length => Ok(length),
+        }
+    }
+
+    /// From its bytes, as many as [`Front::peek`] said.
+    ///
+    /// # Errors
+    /// [`Invalid`] when they are no front of this version.
+    pub fn decode(bytes: &[u8]) -> Result<Front, Invalid> {
+        let mut fields = Fields(unseal(bytes)?);
+        Preamble::decode(MAGIC, &mut fields)?;
+        let digest = Digest::new(fields.array()?);
+        let (image_length, block_count) = (fields.u64()?, fields.u64()?);
+        let (files, packs) = (fields.u32()? as usize, fields.u32()? as usize);
+        let rows_root = Digest::new(fields.array()?);
+        fields.reserved(FIXED - Preamble::LEN - 88)?;
+        if files > super::image::MAX_FILES || Self::length(files, packs) != bytes.len() as u64 {
+            return Err(Invalid::damage(format!("{files} files and {packs} packs in {} bytes", bytes.len())));
+        }
+        let mut front =
+            Front { digest, image_length, block_count, rows_root, files: Vec::new(), packs: Vec::new() };
+        for _ in 0..files {
+            let stats = FileStats { data_bytes: fields.u64()?, stored_bytes: fields.u64()? };
+            fields.reserved(16)?;
+            front.files.push(stats);
+        }
+        for _ in 0..packs {
+            front.packs.push(PackId(fields.array()?));
+        }
+        Ok(front)
+    }
+}
+
+/// Where one block is. `None` is a zero block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// Number of the pack in the front's list.
+    pub pack: u32,
+    /// Where in that pack.
+    pub stored: Stored,
+}
+
+impl Row {
+    /// Encoded length.
+    pub const LEN: usize = 16;
+
+    /// Appends the bytes of a row.
+    pub fn encode(row: Option<Row>, out: &mut Vec<u8>) {
+        match row {
+            None => out.extend_from_slice(&[0; Self::LEN]),
+            Some(row) => {
+                out.extend_from_slice(&row.pack.to_le_bytes());
+                row.stored.encode(out);
+            }
+        }
+    }
+
+    /// From the first [`Row::LEN`] bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`] when a field is impossible.
+    pub fn decode(bytes: &[u8]) -> Result<Option<Row>, Invalid> {
+        let mut fields = Fields(bytes);
+        let whole = fields.array::<{ Self::LEN }>()?;
+        if whole == [0; Self::LEN] {
+            return Ok(None);
+        }
+        let mut fields = Fields(&whole);
+        Ok(Some(Row { pack: fields.u32()?, stored: Stored::decode(&mut fields)? }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::format::BlockKind;
+
+    #[test]
+    fn front_round_trip_and_every_flipped_bit() {
+        let front = Front {
+            digest: Digest::of(b"d"),
+            image_length: 1000,
+            block_count: 20,
+            rows_root: Digest::of(b"r"),
+            files: vec![FileStats { data_bytes: 8192, stored_bytes: 77 }],
+            packs: vec![PackId([1; 16]), PackId([2; 16])],
+        };
+        let bytes = front.encode();
+        assert_eq!(Front::peek(&bytes).unwrap() as usize, bytes.len());
+        assert_eq!(Front::decode(&bytes).unwrap(), front);
+        for bit in 0..bytes.len() * 8 {
+            let mut bytes = bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(Front::decode(&bytes).is_err(), "bit {bit}");
+        }
+        for length in 0..bytes.len() {
+            assert!(Front::decode(&bytes[..length]).is_err(), "length {length}");
+        }
+    }
+
+    #[test]
+    fn row_round_trip() {
+        let stored = Stored { offset: 300, length: 65536, kind: BlockKind::Raw, chunk_shift: 12 };
+        for row in [None, Some(Row { pack: 3, stored })] {
+            let mut bytes = Vec::new();
+            Row::encode(row, &mut bytes);
+            assert_eq!(bytes.len(), Row::LEN);
+            assert_eq!(Row::decode(&bytes).unwrap(), row);
+        }
+        assert!(Row::decode(&[1; 15]).is_err());
+        assert!(Row::decode(&[1; 16]).is_err());
+    }
+}

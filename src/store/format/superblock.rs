@@ -1,0 +1,77 @@
+//! `STORE/format`: says that a folder is a store, and holds its secret.
+
+use super::fields::{Fields, Invalid, Preamble, seal, unseal};
+
+const MAGIC: &[u8; 8] = b"STNCLSTR";
+
+/// What a store is, apart from its content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Superblock {
+    /// Feature words.
+    pub preamble: Preamble,
+    /// Names the store.
+    pub id: [u8; 16],
+    /// Key of the inode numbers.
+    pub secret: [u8; 32],
+    /// Seconds since 1970.
+    pub created: u64,
+}
+
+impl Superblock {
+    /// Encoded length.
+    pub const LEN: usize = Preamble::LEN + 16 + 32 + 8 + 32 + 32;
+
+    /// A new store.
+    pub fn new(id: [u8; 16], secret: [u8; 32], created: u64) -> Superblock {
+        Superblock { preamble: Preamble::plain(Self::LEN as u32), id, secret, created }
+    }
+
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::LEN);
+        self.preamble.encode(MAGIC, &mut out);
+        out.extend_from_slice(&self.id);
+        out.extend_from_slice(&self.secret);
+        out.extend_from_slice(&self.created.to_le_bytes());
+        out.extend_from_slice(&[0; 32]);
+        seal(&mut out);
+        out
+    }
+
+    /// From its bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`] when they are no superblock of this version.
+    pub fn decode(bytes: &[u8]) -> Result<Superblock, Invalid> {
+        if bytes.len() != Self::LEN {
+            // A later version may be longer: its preamble says so before its length is held against it.
+            Preamble::decode(MAGIC, &mut Fields(bytes))?;
+            return Err(Invalid::damage(format!("{} bytes, expected {}", bytes.len(), Self::LEN)));
+        }
+        let mut fields = Fields(bytes);
+        let preamble = Preamble::decode(MAGIC, &mut fields)?;
+        unseal(bytes)?;
+        Ok(Superblock { preamble, id: fields.array()?, secret: fields.array()?, created: fields.u64()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_and_every_flipped_bit() {
+        let block = Superblock::new([1; 16], [2; 32], 3);
+        let bytes = block.encode();
+        assert_eq!(bytes.len(), Superblock::LEN);
+        assert_eq!(Superblock::decode(&bytes).unwrap(), block);
+        for bit in 0..bytes.len() * 8 {
+            let mut bytes = bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(Superblock::decode(&bytes).is_err(), "bit {bit}");
+        }
+        for length in 0..bytes.len() {
+            assert!(Superblock::decode(&bytes[..length]).is_err(), "length {length}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Which blocks the store has already: the indexes of its packs, and what this import has written.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{PoisonError, RwLock};
+
+use crate::error::Result;
+use crate::store::format::{PackId, Stored};
+use crate::store::pack::PackIndex;
+use crate::store::{Digest, Store};
+
+/// Where a block is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub pack: PackId,
+    pub stored: Stored,
+}
+
+/// Lookup of blocks by hash. Packs that other imports publish meanwhile are not seen: a block is then
+/// stored twice, which costs space and nothing else.
+#[derive(Debug)]
+pub(super) struct Known {
+    packs: Vec<PackIndex>,
+    /// Equal images lie in the same packs: the pack of the last hit is asked first.
+    last_hit: AtomicUsize,
+    own: RwLock<Own>,
+}
+
+#[derive(Debug, Default)]
+struct Own {
+    finished: Vec<PackIndex>,
+    current: HashMap<Digest, Place>,
+}
+
+impl Known {
+    /// Maps the index of every pack. A damaged pack is left out, so that its blocks are stored anew.
+    pub fn load(store: &Store) -> Result<Known> {
+        let mut packs = Vec::new();
+        for id in store.packs().ids()? {
+            match PackIndex::open(&store.packs().path(id), id) {
+                Ok(index) => packs.push(index),
+                Err(e) => log::warn!("{e}; its blocks are not reused"),
+            }
+        }
+        Ok(Known { packs, last_hit: AtomicUsize::new(0), own: RwLock::default() })
+    }
+
+    /// Where a block with this hash is.
+    pub fn find(&self, hash: &Digest) -> Option<Place> {
+        self.find_stored(hash).or_else(|| self.find_own(hash))
+    }
+
+    fn find_stored(&self, hash: &Digest) -> Option<Place> {
+        let first = self.last_hit.load(Ordering::Relaxed);
+        let ask = |number: usize| {
+            let pack = self.packs.get(number)?;
+            pack.find(hash).map(|stored| Place { pack: pack.id(), stored })
+        };
+        ask(first).or_else(|| {
+            (0..self.packs.len())
+                .filter(|n| *n != first)
+                .find_map(|n| ask(n).inspect(|_| self.last_hit.store(n, Ordering::Relaxed)))
+        })
+    }
+
+    /// Where this import has put a block with this hash.
+    pub fn find_own(&self, hash: &Digest) -> Option<Place> {
+        let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
+        own.current.get(hash).copied().or_else(|| {
+            own.finished
+                .iter()
+                .rev()
+                .find_map(|pack| pack.find(hash).map(|stored| Place { pack: pack.id(), stored }))
+        })
+    }
+
+    /// A block was appended to the pack that is being written.
+    pub fn add(&self, hash: Digest, place: Place) {
+        self.own.write().unwrap_or_else(PoisonError::into_inner).current.insert(hash, place);
+    }
+
+    /// The pack that was being written is complete, at `path`.
+    pub fn finish_pack(&self, path: &Path, id: PackId) -> Result<()> {
+        let index = PackIndex::open(path, id)?;
+        let mut own = self.own.write().unwrap_or_else(PoisonError::into_inner);
+        own.finished.push(index);
+        own.current.clear();
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! Import: reader → workers → ordered writer, in bounded memory; then one atomic commit.
+//!
+//! The reader cuts files into batches and skips holes. Workers hash, look the block up and compress it.
+//! The writer takes the batches in the order of the files, appends new blocks to packs of its own
+//! session and writes the tables. Nothing is visible before the commit.
+
+mod commit;
+mod known;
+mod reader;
+mod request;
+mod worker;
+mod writer;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, mpsc};
+use std::thread;
+
+pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
+
+use super::publish::Session;
+use super::{BLOCK_SIZE, Store};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use known::Known;
+use reader::Input;
+use worker::Batch;
+use writer::Writer;
+
+/// Blocks in a batch: one MiB is read, hashed and compressed at a time.
+const BATCH_BLOCKS: usize = 16;
+const BATCH_BYTES: usize = BATCH_BLOCKS * BLOCK_SIZE as usize;
+
+/// What the reader hands on.
+enum Work {
+    /// Blocks to hash and compress.
+    Data(Batch),
+    /// Zero blocks that were never read.
+    Zeros(u64),
+    /// The file has ended, at this size.
+    End(u64),
+}
+
+/// Why the pipeline stops: somebody wants it, or a part has failed.
+pub(super) struct Stop<'a> {
+    failed: AtomicBool,
+    wanted: Option<&'a AtomicBool>,
+}
+
+impl Stop<'_> {
+    fn check(&self) -> Result<()> {
+        if self.wanted.is_some_and(|w| w.load(Ordering::Relaxed)) {
+            return Err(Error::failed("interrupted: nothing was imported"));
+        }
+        match self.failed.load(Ordering::Relaxed) {
+            true => Err(Error::failed("stopped")),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Store {
+    /// Imports files as one template and points a tag at it.
+    ///
+    /// Memory is bounded whatever the size; all cores are used. Another import, of the same name or
+    /// content too, may run at the same time. When it fails or is interrupted nothing is left.
+    ///
+    /// # Errors
+    /// What is wrong with a source, the request or the store; [`Code::Failed`](crate::error::Code)
+    /// after an interrupt.
+    pub fn import(&self, request: ImportRequest, progress: &dyn Progress) -> Result<Imported> {
+        let inputs = request.inputs()?;
+        let _content = self.lock_content()?;
+        let session = Session::begin(&self.tmp_dir())?;
+        let known = Known::load(self)?;
+        let stop = Stop { failed: AtomicBool::new(false), wanted: request.interrupt.as_deref() };
+        let total: Option<u64> = inputs.iter().map(Input::size).sum();
+        progress.start("import", total.map(crate::units::Bytes::new));
+        let written = self.pipeline(&request, inputs, &session, &known, &stop, progress);
+        progress.finish();
+        let written = written?;
+        stop.check()?;
+        commit::commit(self, &session, written, &request)
+    }
+
+    fn pipeline(
+        &self,
+        request: &ImportRequest,
+        inputs: Vec<Input>,
+        session: &Session,
+        known: &Known,
+        stop: &Stop<'_>,
+        progress: &dyn Progress,
+    ) -> Result<writer::Written> {
+        let workers = thread::available_parallelism().map_or(1, usize::from);
+        let in_flight = workers * 3 + 2;
+        let (to_workers, work) = mpsc::sync_channel::<(u64, Batch)>(in_flight);
+        let (to_writer, done) = mpsc::channel::<(u64, Result<Work>)>();
+        let (give_back, empty) = mpsc::channel::<Batch>();
+        for _ in 0..in_flight {
+            // The receiver is alive: it is two lines above.
+            let _ = give_back.send(Batch::default());
+        }
+        let work = Mutex::new(work);
+        let mut writer = Writer::new(session, &inputs, known)?;
+        thread::scope(|scope| {
+            for _ in 0..workers {
+                let (work, to_writer) = (&work, to_writer.clone());
+                scope.spawn(move || worker::run(request, known, work, &to_writer));
+            }
+            scope.spawn({
+                let to_writer = to_writer.clone();
+                move || {
+                    let mut sequence = 0;
+                    let result = reader::run(inputs, stop, &empty, |work| {
+                        // A send fails when the other side is gone; then the writer has the reason.
+                        let sent = match work {
+                            Work::Data(batch) => to_workers.send((sequence, batch)).is_ok(),
+                            other => to_writer.send((sequence, Ok(other))).is_ok(),
+                        };
+                        sequence += 1;
+                        if sent { Ok(()) } else { Err(Error::failed("stopped")) }
+                    });
+                    if let Err(error) = result {
+                        let _ = to_writer.send((sequence, Err(error)));
+                    }
+                }
+            });
+            drop(to_writer);
+            let result = writer.run(&done, &give_back, progress);
+            if result.is_err() {
+                stop.failed.store(true, Ordering::Relaxed);
+                // Wakes a reader that waits for an empty batch, and workers that wait for work.
+                drop(give_back);
+                drop(done);
+            }
+            result
+        })?;
+        writer.finish()
+    }
+}

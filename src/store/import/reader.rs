@@ -1,0 +1,242 @@
+//! Reads the sources: holes are skipped, everything else comes in batches.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use rustix::io::Errno;
+
+use super::worker::Batch;
+use super::{BATCH_BYTES, ImportFile, Source, Stop, Work};
+use crate::error::{Error, Result};
+use crate::store::{BLOCK_SIZE, FileKind};
+use crate::units::PAGE_SIZE;
+
+/// How often a reader that waits for a pipe looks whether it is to stop.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// An open source.
+#[derive(Debug)]
+pub(super) struct Input {
+    pub name: String,
+    pub kind: FileKind,
+    /// For errors.
+    origin: String,
+    file: File,
+    /// Of files and devices; a pipe has none.
+    size: Option<u64>,
+    /// Size and time of change of a regular file when it was opened.
+    version: Option<(u64, i64, i64)>,
+}
+
+impl Input {
+    pub fn open(request: &ImportFile) -> Result<Input> {
+        let (origin, file) = match &request.source {
+            Source::Stdin => {
+                let stdin =
+                    rustix::io::dup(io::stdin()).map_err(|e| Error::io("cannot read", "-", e.into()))?;
+                ("-".to_owned(), File::from(stdin))
+            }
+            Source::Path(path) => {
+                let file = File::open(path).map_err(|e| Error::io("cannot open", path, e))?;
+                (path.display().to_string(), file)
+            }
+        };
+        let fail = |e| Error::io("cannot read", &origin, e);
+        let meta = file.metadata().map_err(fail)?;
+        let kind = meta.file_type();
+        if kind.is_dir() {
+            return Err(Error::usage("a folder cannot be imported")
+                .at(&origin)
+                .remedy("name the files in it"));
+        }
+        let size = if kind.is_file() {
+            Some(meta.len())
+        } else if kind.is_block_device() {
+            Some((&file).seek(io::SeekFrom::End(0)).map_err(fail)?)
+        } else {
+            None
+        };
+        // A file on standard input is read from where it stands, like any stream.
+        let size = if request.source == Source::Stdin { None } else { size };
+        let version = (kind.is_file() && size.is_some()).then(|| version(&meta));
+        let input = Input {
+            name: request.name.clone(),
+            kind: request.kind,
+            origin: origin.clone(),
+            file,
+            size,
+            version,
+        };
+        if let Some(size) = size {
+            input.check_size(size)?;
+            let _ = fadvise(&input.file, 0, None, Advice::Sequential);
+        }
+        Ok(input)
+    }
+
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    fn check_size(&self, size: u64) -> Result<()> {
+        if !self.kind.is_memory() || (size != 0 && size.is_multiple_of(PAGE_SIZE)) {
+            return Ok(());
+        }
+        let name = format!("file '{}' of kind {}", self.name, self.kind.name());
+        Err(match size {
+            0 => Error::usage(format!("{name} is empty")).remedy("check the source; guest memory has a size"),
+            _ => Error::usage(format!("{name} has {size} bytes, which is no multiple of {PAGE_SIZE}"))
+                .remedy(format!(
+                    "check that the source is complete; to import it as it is use --file {}=PATH,kind=blob",
+                    self.name
+                )),
+        }
+        .at(&self.origin))
+    }
+
+    fn changed(&self, how: &str) -> Error {
+        Error::failed(format!("the source {how} while it was read"))
+            .at(Path::new(&self.origin))
+            .remedy("stop whatever writes it (pause the guest), then import it again: nothing was changed")
+    }
+
+    fn fail(&self, error: io::Error) -> Error {
+        Error::io("cannot read", &self.origin, error)
+    }
+}
+
+fn version(meta: &std::fs::Metadata) -> (u64, i64, i64) {
+    (meta.len(), meta.mtime(), meta.mtime_nsec())
+}
+
+/// Reads all inputs in order. `empty` gives batches to fill, `send` takes what was read.
+pub(super) fn run(
+    inputs: Vec<Input>,
+    stop: &Stop<'_>,
+    empty: &Receiver<Batch>,
+    mut send: impl FnMut(Work) -> Result<()>,
+) -> Result<()> {
+    for input in inputs {
+        let size = match input.size {
+            Some(size) => read_file(&input, size, stop, empty, &mut send).map(|()| size)?,
+            None => read_stream(&input, stop, empty, &mut send)?,
+        };
+        send(Work::End(size))?;
+    }
+    Ok(())
+}
+
+fn next_batch(stop: &Stop<'_>, empty: &Receiver<Batch>) -> Result<Batch> {
+    stop.check()?;
+    let mut batch = empty.recv().map_err(|_| Error::failed("stopped"))?;
+    batch.plain.resize(BATCH_BYTES, 0);
+    Ok(batch)
+}
+
+fn read_file(
+    input: &Input,
+    size: u64,
+    stop: &Stop<'_>,
+    empty: &Receiver<Batch>,
+    send: &mut impl FnMut(Work) -> Result<()>,
+) -> Result<()> {
+    let mut offset = 0;
+    while offset < size {
+        let (start, end) = next_data(input, offset, size)?;
+        if start > offset {
+            send(Work::Zeros((start - offset).div_ceil(BLOCK_SIZE)))?;
+        }
+        offset = start;
+        while offset < end {
+            let mut batch = next_batch(stop, empty)?;
+            let length = (end - offset).min(BATCH_BYTES as u64) as usize;
+            batch.length = length;
+            input.file.read_exact_at(&mut batch.plain[..length], offset).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => input.changed("was cut short"),
+                _ => input.fail(e),
+            })?;
+            offset += length as u64;
+            send(Work::Data(batch))?;
+        }
+    }
+    if let Some(before) = input.version {
+        let meta = input.file.metadata().map_err(|e| input.fail(e))?;
+        if version(&meta) != before {
+            return Err(input.changed(if meta.len() == before.0 {
+                "was written"
+            } else {
+                "changed its size"
+            }));
+        }
+    }
+    Ok(())
+}
+
+/// The next range that is no hole, widened to whole blocks; `(size, size)` when only a hole is left.
+fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
+    let data = match seek(&input.file, SeekFrom::Data(offset)) {
+        Ok(data) => data.min(size),
+        Err(Errno::NXIO) => size,
+        // Not every file can tell its holes.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, size)),
+        Err(e) => return Err(input.fail(e.into())),
+    };
+    if data == size {
+        return Ok((size, size));
+    }
+    let hole = match seek(&input.file, SeekFrom::Hole(data)) {
+        Ok(hole) => hole.min(size),
+        Err(_) => size,
+    };
+    let start = data / BLOCK_SIZE * BLOCK_SIZE;
+    Ok((start.max(offset), hole.next_multiple_of(BLOCK_SIZE).min(size)))
+}
+
+fn read_stream(
+    input: &Input,
+    stop: &Stop<'_>,
+    empty: &Receiver<Batch>,
+    send: &mut impl FnMut(Work) -> Result<()>,
+) -> Result<u64> {
+    let mut total = 0;
+    loop {
+        let mut batch = next_batch(stop, empty)?;
+        let mut have = 0;
+        while have < BATCH_BYTES {
+            wait_readable(input, stop)?;
+            match (&input.file).read(&mut batch.plain[have..]) {
+                Ok(0) => break,
+                Ok(count) => have += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(input.fail(e)),
+            }
+        }
+        total += have as u64;
+        if have > 0 {
+            batch.length = have;
+            send(Work::Data(batch))?;
+        }
+        if have < BATCH_BYTES {
+            input.check_size(total)?;
+            return Ok(total);
+        }
+    }
+}
+
+fn wait_readable(input: &Input, stop: &Stop<'_>) -> Result<()> {
+    loop {
+        stop.check()?;
+        let timeout = Timespec { tv_sec: 0, tv_nsec: PATIENCE.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&input.file, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(e) => return Err(input.fail(e.into())),
+        }
+    }
+}

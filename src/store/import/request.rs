@@ -1,0 +1,148 @@
+//! What is to be imported, and what came of it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde::Serialize;
+
+use super::reader::Input;
+use crate::error::{Error, Result};
+use crate::store::{ChunkSize, Compression, Digest, FileKind, TagName, TemplateFile, check_name};
+use crate::units::Bytes;
+
+/// Where the bytes of a file come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A file, a block device or a pipe.
+    Path(PathBuf),
+    /// Standard input.
+    Stdin,
+}
+
+/// One file of the new template.
+#[derive(Debug, Clone)]
+pub struct ImportFile {
+    /// Its name in the template.
+    pub name: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Its bytes.
+    pub source: Source,
+}
+
+/// What the sources are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ImportFormat {
+    /// Looks at the sources.
+    #[default]
+    Auto,
+    /// The bytes as they are.
+    Raw,
+    /// A Firecracker snapshot: a memory file and a state file.
+    Firecracker,
+}
+
+impl FromStr for ImportFormat {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<ImportFormat> {
+        match text {
+            "auto" => Ok(ImportFormat::Auto),
+            "raw" => Ok(ImportFormat::Raw),
+            "firecracker" => Ok(ImportFormat::Firecracker),
+            _ => Err(Error::usage(format!("'{text}' is no format")).remedy("use auto, raw or firecracker")),
+        }
+    }
+}
+
+/// A template that is to be made. What is `None` keeps the value of a template with the same content,
+/// if there is one, or its default.
+#[derive(Debug, Clone)]
+pub struct ImportRequest {
+    /// The tag to point at it; without one it can be found by its digest only.
+    pub tag: Option<TagName>,
+    /// Its files, in any order.
+    pub files: Vec<ImportFile>,
+    /// Labels to set.
+    pub labels: BTreeMap<String, String>,
+    /// Permission bits of its files.
+    pub mode: Option<u32>,
+    /// User and group of its files.
+    pub owner: Option<(u32, u32)>,
+    /// How to launch clones of it.
+    pub recipe: Option<serde_json::Value>,
+    /// How new blocks are compressed.
+    pub compression: Compression,
+    /// The separately decodable part of a block.
+    pub chunk_size: ChunkSize,
+    /// Becomes true when the import is to stop.
+    pub interrupt: Option<Arc<AtomicBool>>,
+}
+
+impl ImportRequest {
+    /// A request for these files with every default.
+    pub fn new(tag: Option<TagName>, files: Vec<ImportFile>) -> ImportRequest {
+        ImportRequest {
+            tag,
+            files,
+            labels: BTreeMap::new(),
+            mode: None,
+            owner: None,
+            recipe: None,
+            compression: Compression::default(),
+            chunk_size: ChunkSize::default(),
+            interrupt: None,
+        }
+    }
+
+    /// Opens the sources, sorted by name.
+    pub(super) fn inputs(&self) -> Result<Vec<Input>> {
+        if self.files.is_empty() {
+            return Err(Error::usage("nothing to import"));
+        }
+        if self.files.len() > crate::store::format::image::MAX_FILES {
+            return Err(Error::usage(format!(
+                "{} files; a template holds at most {}",
+                self.files.len(),
+                crate::store::format::image::MAX_FILES
+            )));
+        }
+        let mut files: Vec<&ImportFile> = self.files.iter().collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        for file in &files {
+            check_name("file name", &file.name)?;
+            if file.name == "manifest.json" {
+                return Err(Error::usage(
+                    "a file cannot be named manifest.json: the mount shows one of its own",
+                ));
+            }
+        }
+        if let Some(pair) = files.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            return Err(Error::usage(format!("file '{}' is given twice", pair[0].name)));
+        }
+        if files.iter().filter(|f| f.source == Source::Stdin).count() > 1 {
+            return Err(Error::usage("standard input can be one file only"));
+        }
+        files.into_iter().map(Input::open).collect()
+    }
+}
+
+/// A template that was imported.
+#[derive(Debug, Clone, Serialize)]
+pub struct Imported {
+    /// Its identity.
+    pub digest: Digest,
+    /// The tag that points at it now.
+    pub tag: Option<TagName>,
+    /// Its files.
+    pub files: Vec<TemplateFile>,
+    /// True when the store had this content already.
+    pub existed: bool,
+    /// Bytes of blocks that are new in the store, before compression.
+    pub new_bytes: Bytes,
+    /// Bytes that were added to packs.
+    pub stored_bytes: Bytes,
+}

@@ -1,0 +1,216 @@
+//! A store on disk.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::format::superblock::Superblock;
+use super::pack::Packs;
+use super::publish::{Lock, random, sync_folder, write_new};
+use super::{Digest, Policy, Template};
+use crate::error::{Error, Result};
+
+/// A template store. Cheap to clone; clones share open packs.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    dir: PathBuf,
+    superblock: Superblock,
+    packs: Packs,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Store({})", self.0.dir.display())
+    }
+}
+
+const FOLDERS: [&str; 5] = ["images", "packs", "tags", "tmp", "locks"];
+
+impl Store {
+    /// Opens a store for reading and writing; nothing is written by this.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`](crate::error::Code) when there is no store; an error that says so when the
+    /// folder is something else or comes from a newer Stencil.
+    pub fn open(dir: &Path) -> Result<Store> {
+        let path = dir.join("format");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == io::ErrorKind::NotFound && is_foreign(dir) => return Err(foreign(dir)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Err(Error::not_found("no template store here")
+                    .at(dir)
+                    .remedy("stencil import makes one; for another place use --store DIR or STENCIL_STORE"));
+            }
+            Err(e) => return Err(Error::io("cannot open the store", &path, e)),
+        };
+        let superblock = Superblock::decode(&bytes).map_err(|e| e.in_file("store header", &path))?;
+        // Relative paths would change their meaning with the working directory of a daemon.
+        let dir = fs::canonicalize(dir).map_err(|e| Error::io("cannot open the store", dir, e))?;
+        let packs = Packs::new(dir.join("packs"));
+        Ok(Store(Arc::new(Inner { dir, superblock, packs })))
+    }
+
+    /// Opens a store, and makes an empty one where there is nothing or an empty folder.
+    ///
+    /// # Errors
+    /// As [`Store::open`], or when it cannot be made.
+    pub fn open_or_create(dir: &Path) -> Result<Store> {
+        if dir.join("format").exists() {
+            return Store::open(dir);
+        }
+        let fail = |e| Error::io("cannot create the store", dir, e);
+        let folder = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+        if is_foreign(dir) {
+            return Err(foreign(dir));
+        }
+        folder(dir).map_err(fail)?;
+        for name in FOLDERS {
+            folder(&dir.join(name)).map_err(fail)?;
+        }
+        // Two commands may create it at once: the header decides, and exactly one of them links it.
+        let _lock = Lock::wait(&dir.join("locks/create"), false)?;
+        let header = dir.join("format");
+        if !header.exists() {
+            let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            let temporary = dir.join("tmp/format");
+            let _ = fs::remove_file(&temporary);
+            write_new(&temporary, &Superblock::new(random()?, random()?, created).encode())?;
+            fs::rename(&temporary, &header).map_err(fail)?;
+            sync_folder(dir)?;
+        }
+        Store::open(dir)
+    }
+
+    /// Its folder, absolute.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// Key of the inode numbers; never leaves the host.
+    pub fn secret(&self) -> [u8; 32] {
+        self.0.superblock.secret
+    }
+
+    /// Digests of all templates, sorted.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn digests(&self) -> Result<Vec<Digest>> {
+        Ok(self.names(&self.images_dir())?.iter().filter_map(|n| n.parse().ok()).collect())
+    }
+
+    /// True when the store has that template.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.image_dir(digest).is_dir()
+    }
+
+    /// Opens a template: its header and the roots of its tables; blocks are read when asked for.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`](crate::error::Code) or [`Code::Damage`](crate::error::Code).
+    pub fn template(&self, digest: &Digest) -> Result<Template> {
+        Template::open(self.clone(), digest)
+    }
+
+    /// Changes the policy of a template; two changes at once do not lose one another.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`](crate::error::Code), or when it cannot be written.
+    pub fn set_policy(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
+        let _names = self.lock_names()?;
+        self.set_policy_locked(digest, change)
+    }
+
+    /// As [`Store::set_policy`]; the caller holds the lock of names.
+    pub(super) fn set_policy_locked(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
+        if !self.has(digest) {
+            return Err(Error::not_found(format!("no template {digest}")).at(self.dir()));
+        }
+        let path = self.policy_path(digest);
+        let mut policy = Policy::read(&path)?;
+        change(&mut policy);
+        policy.write(&path)
+    }
+
+    /// Paths of all packs.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn pack_files(&self) -> Result<Vec<PathBuf>> {
+        Ok(self.packs().ids()?.into_iter().map(|id| self.packs().path(id)).collect())
+    }
+
+    pub(super) fn packs(&self) -> &Packs {
+        &self.0.packs
+    }
+
+    pub(super) fn images_dir(&self) -> PathBuf {
+        self.0.dir.join("images")
+    }
+
+    pub(super) fn image_dir(&self, digest: &Digest) -> PathBuf {
+        self.images_dir().join(digest.to_string())
+    }
+
+    pub(super) fn policy_path(&self, digest: &Digest) -> PathBuf {
+        self.image_dir(digest).join("policy")
+    }
+
+    pub(super) fn tags_dir(&self) -> PathBuf {
+        self.0.dir.join("tags")
+    }
+
+    pub(super) fn packs_dir(&self) -> PathBuf {
+        self.0.dir.join("packs")
+    }
+
+    pub(super) fn tmp_dir(&self) -> PathBuf {
+        self.0.dir.join("tmp")
+    }
+
+    /// Held alone while names, policies or the list of templates change; for a short time only.
+    pub(super) fn lock_names(&self) -> Result<Lock> {
+        self.check_writable()?;
+        Lock::wait(&self.0.dir.join("locks/names"), false)
+    }
+
+    /// Held shared by importers for as long as they rely on packs; a collector takes it alone.
+    pub(super) fn lock_content(&self) -> Result<Lock> {
+        self.check_writable()?;
+        Lock::wait(&self.0.dir.join("locks/content"), true)
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        match self.0.superblock.preamble.read_only_compatible {
+            0 => Ok(()),
+            features => Err(Error::failed(format!(
+                "the store needs a newer Stencil to be changed (features {features:#x})"
+            ))
+            .at(&self.0.dir)
+            .remedy("update Stencil on this host; reading works")),
+        }
+    }
+}
+
+/// True for a folder that holds something, but nothing of a store that is being made.
+fn is_foreign(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|entries| {
+        entries.flatten().any(|e| {
+            let name = e.file_name();
+            !FOLDERS.iter().any(|f| name == **f) && name != "format" && name != "lost+found"
+        })
+    })
+}
+
+fn foreign(dir: &Path) -> Error {
+    Error::usage("this folder is not empty and no template store")
+        .at(dir)
+        .remedy("name another folder with --store DIR or STENCIL_STORE")
+}

@@ -1,0 +1,292 @@
+//! Reading packs: records by O_DIRECT, indexes by mapping.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{Advice, OFlags, fadvise, fcntl_setfl};
+
+use super::Digest;
+use super::format::pack::{IndexEntry, PackHeader};
+use super::format::{Invalid, PackId, Stored};
+use crate::error::{Error, Result, errno_text};
+use crate::sys::map_file::MappedFile;
+
+/// Alignment of direct reads: the largest logical block of the devices in use.
+const ALIGN: u64 = 4096;
+
+/// Packs kept open by one store; beyond that, others are closed.
+const MAX_OPEN: usize = 512;
+
+/// Memory for direct reads, reused from read to read.
+#[derive(Debug, Default)]
+pub(super) struct AlignedBuffer(Vec<u8>);
+
+impl AlignedBuffer {
+    fn take(&mut self, length: usize) -> &mut [u8] {
+        let align = ALIGN as usize;
+        if self.0.len() < length + align {
+            self.0.resize(length + align, 0);
+        }
+        let start = self.0.as_ptr().align_offset(align).min(align);
+        &mut self.0[start..start + length]
+    }
+}
+
+/// An open pack whose header was checked.
+#[derive(Debug)]
+pub(super) struct PackFile {
+    path: PathBuf,
+    file: File,
+    direct: AtomicBool,
+    header: PackHeader,
+}
+
+impl PackFile {
+    fn open(path: PathBuf, id: PackId) -> Result<PackFile> {
+        let open =
+            |flags: OFlags| OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(&path);
+        let (file, direct) = match open(OFlags::DIRECT) {
+            Ok(file) => (file, true),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                (open(OFlags::empty()).map_err(|e| open_error(&path, e))?, false)
+            }
+            Err(e) => return Err(open_error(&path, e)),
+        };
+        let mut pack = PackFile {
+            file,
+            direct: AtomicBool::new(direct),
+            header: PackHeader::new(id, 0, 0, Digest::new([0; 32])),
+            path,
+        };
+        let mut buffer = AlignedBuffer::default();
+        let head = pack.read_range(0, PackHeader::LEN, &mut buffer)?;
+        let header = PackHeader::decode(head).map_err(|e| e.in_file("pack", &pack.path))?;
+        let length = pack.file.metadata().map_err(|e| Error::io("cannot stat pack", &pack.path, e))?.len();
+        check_header(&header, id, length).map_err(|e| e.in_file("pack", &pack.path))?;
+        pack.header = header;
+        Ok(pack)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The record `stored`, in `buffer`.
+    pub fn record<'a>(&self, stored: Stored, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+        let (offset, length) = (u64::from(stored.offset), u64::from(stored.length));
+        if offset < PackHeader::LEN as u64 || offset + length > self.header.index_offset {
+            let why = format!(
+                "a block of {length} bytes is expected at offset {offset}, its records end at {}",
+                self.header.index_offset
+            );
+            return Err(Invalid::Damage(why).in_file("pack", &self.path));
+        }
+        self.read_range(offset, length as usize, buffer)
+    }
+
+    fn read_range<'a>(&self, offset: u64, length: usize, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+        let start = offset / ALIGN * ALIGN;
+        let end = (offset + length as u64).next_multiple_of(ALIGN);
+        let skip = (offset - start) as usize;
+        let target = buffer.take((end - start) as usize);
+        let mut have = 0;
+        while have < skip + length {
+            // A direct read ends short at the end of the file only.
+            match self.file.read_at(&mut target[have..], start + have as u64) {
+                Ok(0) => {
+                    let why = format!(
+                        "it ends at offset {}, in a block at {offset} of {length} bytes",
+                        start + have as u64
+                    );
+                    return Err(Invalid::Damage(why).in_file("pack", &self.path));
+                }
+                Ok(count) => have += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e)
+                    if e.raw_os_error() == Some(libc::EINVAL)
+                        && self.direct.swap(false, Ordering::Relaxed) =>
+                {
+                    fcntl_setfl(&self.file, OFlags::empty())
+                        .map_err(|e| Error::io("cannot read pack", &self.path, e.into()))?;
+                }
+                Err(e) => {
+                    let why = format!("offset {offset} cannot be read: {}", errno_text(&e));
+                    return Err(Invalid::Damage(why).in_file("pack", &self.path));
+                }
+            }
+        }
+        if !self.direct.load(Ordering::Relaxed) {
+            // Without direct reads the same bytes would be cached here and in the mount's inode.
+            let _ = fadvise(&self.file, start, std::num::NonZeroU64::new(end - start), Advice::DontNeed);
+        }
+        Ok(&target[skip..skip + length])
+    }
+}
+
+fn open_error(path: &Path, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file("pack", path),
+        _ => Error::io("cannot open pack", path, error),
+    }
+}
+
+fn check_header(header: &PackHeader, id: PackId, length: u64) -> std::result::Result<(), Invalid> {
+    if header.id != id {
+        return Err(Invalid::damage(format!("it is pack {}, expected {id}", header.id)));
+    }
+    if header.file_length() != length {
+        return Err(Invalid::damage(format!("it has {length} bytes, expected {}", header.file_length())));
+    }
+    Ok(())
+}
+
+/// The packs of a store, opened when they are needed.
+#[derive(Debug)]
+pub(super) struct Packs {
+    folder: PathBuf,
+    open: Mutex<HashMap<PackId, Arc<PackFile>>>,
+}
+
+impl Packs {
+    pub fn new(folder: PathBuf) -> Packs {
+        Packs { folder, open: Mutex::default() }
+    }
+
+    pub fn path(&self, id: PackId) -> PathBuf {
+        pack_path(&self.folder, id)
+    }
+
+    pub fn get(&self, id: PackId) -> Result<Arc<PackFile>> {
+        let lock = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pack) = lock().get(&id) {
+            return Ok(pack.clone());
+        }
+        let pack = Arc::new(PackFile::open(self.path(id), id)?);
+        let mut open = lock();
+        if open.len() >= MAX_OPEN {
+            // Any other will do: it is opened again at its next use.
+            let victim = open.keys().next().copied();
+            victim.map(|v| open.remove(&v));
+        }
+        open.insert(id, pack.clone());
+        Ok(pack)
+    }
+
+    /// Identities of all packs in the folder, by file name.
+    pub fn ids(&self) -> Result<Vec<PackId>> {
+        let read = |e| Error::io("cannot list packs", &self.folder, e);
+        let mut ids = Vec::new();
+        for entry in std::fs::read_dir(&self.folder).map_err(read)? {
+            ids.extend(parse_name(&entry.map_err(read)?.file_name().to_string_lossy()));
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+}
+
+/// File of a pack in `folder`.
+pub(super) fn pack_path(folder: &Path, id: PackId) -> PathBuf {
+    folder.join(format!("{id}.pack"))
+}
+
+fn parse_name(name: &str) -> Option<PackId> {
+    let hex = name.strip_suffix(".pack").filter(|h| h.len() == 32 && h.is_ascii())?;
+    let mut id = [0; 16];
+    for (byte, at) in id.iter_mut().zip((0..32).step_by(2)) {
+        *byte = u8::from_str_radix(&hex[at..at + 2], 16).ok()?;
+    }
+    Some(PackId(id)).filter(|id| id.to_string() == hex)
+}
+
+/// The sorted index of one pack, mapped and checked: which blocks are there already.
+#[derive(Debug)]
+pub(super) struct PackIndex {
+    id: PackId,
+    map: MappedFile,
+    offset: usize,
+    count: usize,
+}
+
+impl PackIndex {
+    /// Maps the index of the pack at `path` and compares its hash.
+    pub fn open(path: &Path, id: PackId) -> Result<PackIndex> {
+        let invalid = |e: Invalid| e.in_file("pack", path);
+        let file = File::open(path).map_err(|e| open_error(path, e))?;
+        let length = file.metadata().map_err(|e| Error::io("cannot stat pack", path, e))?.len();
+        let mut head = [0; PackHeader::LEN];
+        if length < PackHeader::LEN as u64 {
+            return Err(invalid(Invalid::damage(format!("{length} bytes"))));
+        }
+        file.read_exact_at(&mut head, 0).map_err(|e| Error::io("cannot read pack", path, e))?;
+        let header = PackHeader::decode(&head).map_err(invalid)?;
+        check_header(&header, id, length).map_err(invalid)?;
+        let mut index = vec![0; (length - header.index_offset) as usize];
+        file.read_exact_at(&mut index, header.index_offset)
+            .map_err(|e| invalid(Invalid::damage(format!("its index cannot be read: {}", errno_text(&e)))))?;
+        let got = Digest::of(&index);
+        if got != header.index_hash {
+            let why = format!("its index has hash {got}, expected {}", header.index_hash);
+            return Err(invalid(Invalid::Damage(why)));
+        }
+        let map = MappedFile::map(&file, length).map_err(|e| Error::io("cannot map pack", path, e))?;
+        Ok(PackIndex { id, map, offset: header.index_offset as usize, count: header.index_count as usize })
+    }
+
+    pub fn id(&self) -> PackId {
+        self.id
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    fn bytes(&self, index: usize) -> &[u8] {
+        &self.map[self.offset + index * IndexEntry::LEN..][..IndexEntry::LEN]
+    }
+
+    fn key(&self, index: usize) -> u64 {
+        prefix(self.bytes(index))
+    }
+
+    /// Entry `index`, counted in the order of hashes.
+    pub fn entry(&self, index: usize) -> std::result::Result<IndexEntry, Invalid> {
+        IndexEntry::decode(self.bytes(index))
+    }
+
+    /// Where this pack has the block with that hash.
+    pub fn find(&self, hash: &Digest) -> Option<Stored> {
+        let key = prefix(hash.bytes());
+        let (mut low, mut high) = (0, self.count);
+        // Hashes are evenly spread: the first steps guess the place and mostly hit it.
+        let mut guesses = 3;
+        while low < high {
+            let middle = match guesses {
+                0 => low + (high - low) / 2,
+                _ => {
+                    guesses -= 1;
+                    let (first, last) = (self.key(low), self.key(high - 1));
+                    if key < first || key > last {
+                        return None;
+                    }
+                    let share = u128::from(key - first) * (high - 1 - low) as u128;
+                    low + (share / u128::from((last - first).max(1))) as usize
+                }
+            };
+            match self.bytes(middle)[..32].cmp(hash.bytes()) {
+                std::cmp::Ordering::Equal => return self.entry(middle).ok().map(|e| e.stored),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        None
+    }
+}
+
+fn prefix(bytes: &[u8]) -> u64 {
+    bytes.first_chunk::<8>().map_or(0, |first| u64::from_be_bytes(*first))
+}

@@ -1,0 +1,157 @@
+//! Atomic publication: temporary → fsync → rename → fsync of the folder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// Makes renames and removals in a folder last.
+pub(super) fn sync_folder(path: &Path) -> Result<()> {
+    File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io("cannot sync the folder", path, e))
+}
+
+/// Writes a new file, durable, without publishing it.
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|e| Error::io("cannot write", path, e))
+}
+
+/// Replaces a small file as a whole: a reader sees the old or the new bytes, never a mixture.
+pub(super) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    // A name beginning with a dot is nobody's tag or digest; leftovers are swept with the sessions.
+    let temporary = folder.join(format!(".new-{}", random_hex()?));
+    let result = write_new(&temporary, bytes)
+        .and_then(|()| fs::rename(&temporary, path).map_err(|e| Error::io("cannot replace", path, e)))
+        .and_then(|()| sync_folder(folder));
+    if result.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    result
+}
+
+/// Random bytes of the kernel.
+pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    File::open("/dev/urandom")
+        .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut bytes))
+        .map_err(|e| Error::io("cannot read random bytes", "/dev/urandom", e))?;
+    Ok(bytes)
+}
+
+/// Sixteen random bytes as a file name.
+pub(super) fn random_hex() -> Result<String> {
+    random::<16>().map(|bytes| super::format::PackId(bytes).to_string())
+}
+
+/// A locked file; the kernel releases it when the process ends, however it ends.
+#[derive(Debug)]
+pub(super) struct Lock(#[allow(dead_code)] File);
+
+impl Lock {
+    /// Waits for the lock file at `path`, alone or shared.
+    pub fn wait(path: &Path, shared: bool) -> Result<Lock> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| Error::io("cannot open the lock", path, e))?;
+        let operation = if shared { FlockOperation::LockShared } else { FlockOperation::LockExclusive };
+        loop {
+            match flock(&file, operation) {
+                Ok(()) => return Ok(Lock(file)),
+                Err(Errno::INTR) => continue,
+                Err(e) => return Err(Error::io("cannot lock", path, e.into())),
+            }
+        }
+    }
+}
+
+/// A folder of one writer below `STORE/tmp`, locked while the writer lives, removed when it ends. What
+/// a killed writer left is removed by the next one.
+#[derive(Debug)]
+pub(super) struct Session {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Session {
+    /// A new one; sweeps the dead first.
+    pub fn begin(tmp: &Path) -> Result<Session> {
+        sweep(tmp);
+        loop {
+            let path = tmp.join(random_hex()?);
+            fs::create_dir(&path).map_err(|e| Error::io("cannot create", &path, e))?;
+            let lock = File::open(&path).map_err(|e| Error::io("cannot open", &path, e));
+            // Another writer's sweep may take the folder before it is locked: then begin again.
+            match lock {
+                Ok(lock)
+                    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() && path.exists() =>
+                {
+                    return Ok(Session { path, _lock: lock });
+                }
+                Err(e) if e.code() != crate::error::Code::NotFound => return Err(e),
+                _ => continue,
+            }
+        }
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Err(e) = fs::remove_dir_all(&self.path) {
+            log::warn!("cannot remove {}: {e}; the next import will", self.path.display());
+        }
+    }
+}
+
+/// Removes the folders whose writer is gone.
+fn sweep(tmp: &Path) {
+    let Ok(entries) = fs::read_dir(tmp) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let Ok(folder) = File::open(&path) else { continue };
+        if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            match fs::remove_dir_all(&path) {
+                Ok(()) => log::info!("removed {}, left by a killed writer", path.display()),
+                Err(e) => log::debug!("cannot remove {}: {e}", path.display()),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sessions_of_the_dead_are_swept_and_living_ones_are_not() {
+        let tmp = tempfile::tempdir().unwrap();
+        let living = Session::begin(tmp.path()).unwrap();
+        let dead = tmp.path().join("dead");
+        fs::create_dir(&dead).unwrap();
+        fs::write(dead.join("file"), "x").unwrap();
+        let next = Session::begin(tmp.path()).unwrap();
+        assert!(living.path().exists() && next.path().exists() && !dead.exists());
+        let path = living.path().to_owned();
+        drop(living);
+        assert!(!path.exists());
+    }
+}

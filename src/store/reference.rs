@@ -1,0 +1,188 @@
+//! Names: of templates, tags and files, and the ways to point at a template.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::Digest;
+use crate::error::{Error, Result};
+
+/// The tag that is meant when none is said.
+pub const DEFAULT_TAG: &str = "latest";
+
+/// Longest name or tag in bytes.
+pub const MAX_NAME: usize = 128;
+
+/// Fewest hex digits that are read as the beginning of a digest.
+pub const MIN_PREFIX: usize = 8;
+
+/// Checks one component that becomes a file name: letters, digits, `.`, `_` and `-`, starting with a
+/// letter, a digit or `_`, without `..`, at most [`MAX_NAME`] bytes.
+///
+/// # Errors
+/// A usage error that says which rule `text` breaks; `what` is the word for the component.
+pub fn check_name(what: &str, text: &str) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(Error::usage(format!("{what} '{}' {why}", text.escape_debug())).remedy(format!(
+            "use letters, digits, '.', '_' and '-', at most {MAX_NAME} of them, beginning with a letter or digit"
+        )))
+    };
+    if text.is_empty() {
+        return refuse("is empty");
+    }
+    if text.len() > MAX_NAME {
+        return refuse("is too long");
+    }
+    if text.contains('/') {
+        return refuse("contains '/'");
+    }
+    if text.contains("..") {
+        return refuse("contains '..'");
+    }
+    if let Some(bad) = text.chars().find(|c| !c.is_ascii_alphanumeric() && !"._-".contains(*c)) {
+        return refuse(&format!("contains '{}'", bad.escape_debug()));
+    }
+    if text.starts_with(['.', '-']) {
+        return refuse("begins with a sign");
+    }
+    Ok(())
+}
+
+/// `NAME:TAG`, a pointer to a template.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TagName {
+    name: String,
+    tag: String,
+}
+
+impl TagName {
+    /// The pointer with these two parts.
+    ///
+    /// # Errors
+    /// A usage error when a part is no name, or when the name reads as the beginning of a digest.
+    pub fn new(name: &str, tag: &str) -> Result<TagName> {
+        check_name("name", name)?;
+        check_name("tag", tag)?;
+        if is_prefix(name) {
+            return Err(Error::usage(format!("name '{name}' reads as the beginning of a digest"))
+                .remedy("add a letter beyond f or a '-' to the name"));
+        }
+        Ok(TagName { name: name.to_owned(), tag: tag.to_owned() })
+    }
+
+    /// The name without the tag.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The tag without the name.
+    pub fn tag(&self) -> &str {
+        &self.tag
+    }
+}
+
+impl fmt::Display for TagName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{}:{}", self.name, self.tag))
+    }
+}
+
+impl Serialize for TagName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl FromStr for TagName {
+    type Err = Error;
+
+    /// `NAME` or `NAME:TAG`.
+    fn from_str(text: &str) -> Result<TagName> {
+        match text.split_once(':') {
+            Some((name, tag)) => TagName::new(name, tag),
+            None => TagName::new(text, DEFAULT_TAG),
+        }
+    }
+}
+
+/// What a user writes where a template is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TemplateRef {
+    /// `NAME` or `NAME:TAG`.
+    Tag(TagName),
+    /// `NAME@blake3:HEX` (the name is for the reader only) or all 64 digits.
+    Digest(Digest),
+    /// Eight or more leading hex digits of a digest, lower case.
+    Prefix(String),
+}
+
+impl FromStr for TemplateRef {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<TemplateRef> {
+        if let Some((name, digest)) = text.split_once('@') {
+            check_name("name", name)?;
+            let Some(hex) = digest.strip_prefix("blake3:") else {
+                return Err(Error::usage(format!("'{text}' names no digest that Stencil knows"))
+                    .remedy("write NAME@blake3:HEX"));
+            };
+            return hex.parse().map(TemplateRef::Digest);
+        }
+        let hex = text.strip_prefix("blake3:").unwrap_or(text);
+        if is_prefix(hex) {
+            return Ok(match hex.len() {
+                64 => TemplateRef::Digest(hex.parse()?),
+                _ => TemplateRef::Prefix(hex.to_ascii_lowercase()),
+            });
+        }
+        text.parse().map(TemplateRef::Tag)
+    }
+}
+
+impl fmt::Display for TemplateRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TemplateRef::Tag(tag) => tag.fmt(f),
+            TemplateRef::Digest(digest) => digest.fmt(f),
+            TemplateRef::Prefix(prefix) => prefix.fmt(f),
+        }
+    }
+}
+
+fn is_prefix(text: &str) -> bool {
+    (MIN_PREFIX..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for good in ["a", "debian-12", "x_y.z", "7zip", "memory", "_x", &"n".repeat(128)] {
+            assert!(check_name("name", good).is_ok(), "{good}");
+        }
+        for bad in
+            ["", ".", "..", "a..b", "a/b", "/a", "-a", ".a", "a b", "a\0", "ä", "a:b", &"n".repeat(129)]
+        {
+            assert!(check_name("name", bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn references() {
+        let hex = Digest::of(b"x").to_string();
+        let tag = |n: &str, t: &str| TemplateRef::Tag(TagName::new(n, t).unwrap());
+        assert_eq!("a".parse::<TemplateRef>().unwrap(), tag("a", "latest"));
+        assert_eq!("a:b".parse::<TemplateRef>().unwrap(), tag("a", "b"));
+        assert_eq!("abc123".parse::<TemplateRef>().unwrap(), tag("abc123", "latest"));
+        assert_eq!(hex[..8].parse::<TemplateRef>().unwrap(), TemplateRef::Prefix(hex[..8].into()));
+        for whole in [hex.clone(), format!("a@blake3:{hex}"), format!("blake3:{hex}")] {
+            assert_eq!(whole.parse::<TemplateRef>().unwrap(), TemplateRef::Digest(Digest::of(b"x")));
+        }
+        for bad in ["", "a:", ":b", "a:b:c", "../x", "a/b", "a@sha256:00", "a@blake3:12", "deadbeef:1"] {
+            assert!(bad.parse::<TemplateRef>().is_err(), "{bad}");
+        }
+    }
+}

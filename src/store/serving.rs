@@ -1,0 +1,67 @@
+//! The inode number of a template's file: the one thing by which its users are found.
+
+use serde::{Deserialize, Serialize};
+
+use super::Digest;
+
+/// How a file is served through the mount. It is part of the inode number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Serving {
+    /// By FUSE passthrough to a hydrated backing file.
+    Passthrough,
+    /// By decoding stored blocks.
+    Decode,
+}
+
+impl Serving {
+    /// Both, in the order in which they are tried.
+    pub const ALL: [Serving; 2] = [Serving::Passthrough, Serving::Decode];
+
+    /// The word used in JSON and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Serving::Passthrough => "passthrough",
+            Serving::Decode => "decode",
+        }
+    }
+}
+
+/// The inode number of `file` of the template `digest`, served so, in mounts of the store with this
+/// secret: 63 bits of a keyed BLAKE3 hash, never 0 or 1.
+///
+/// The secret keeps the numbers from being guessed by somebody who knows the content.
+pub fn inode_number(secret: &[u8; 32], digest: &Digest, file: &str, serving: Serving) -> u64 {
+    for attempt in 0u8.. {
+        let mut hasher = blake3::Hasher::new_keyed(secret);
+        hasher.update(digest.bytes());
+        hasher.update(&[serving as u8, attempt]);
+        hasher.update(file.as_bytes());
+        let mut number = [0; 8];
+        number.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        let number = u64::from_le_bytes(number) & (u64::MAX >> 1);
+        if number > 1 {
+            return number;
+        }
+    }
+    2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_depend_on_all_four_and_nothing_else() {
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let base = inode_number(&[7; 32], &a, "memory", Serving::Decode);
+        assert_eq!(base, inode_number(&[7; 32], &a, "memory", Serving::Decode));
+        let others = [
+            inode_number(&[8; 32], &a, "memory", Serving::Decode),
+            inode_number(&[7; 32], &b, "memory", Serving::Decode),
+            inode_number(&[7; 32], &a, "state", Serving::Decode),
+            inode_number(&[7; 32], &a, "memory", Serving::Passthrough),
+        ];
+        assert!(others.iter().all(|&n| n != base && n > 1 && n >> 63 == 0));
+    }
+}

@@ -1,0 +1,166 @@
+//! Tags: `tags/<name>/<tag>`, a small file with a digest, replaced as a whole.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use serde::Serialize;
+
+use super::format::Invalid;
+use super::publish::{replace_file, sync_folder};
+use super::{Digest, Store, TagName, TemplateRef};
+use crate::error::{Code, Error, Result};
+
+/// One `NAME:TAG` and where it points.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TagEntry {
+    /// The name.
+    pub name: String,
+    /// The tag.
+    pub tag: String,
+    /// The template.
+    pub digest: Digest,
+    /// When it was last pointed there.
+    #[serde(skip)]
+    pub modified: SystemTime,
+}
+
+impl Store {
+    fn tag_path(&self, tag: &TagName) -> PathBuf {
+        self.tags_dir().join(tag.name()).join(tag.tag())
+    }
+
+    /// Where a tag points, or nothing.
+    ///
+    /// # Errors
+    /// When it cannot be read or is no tag.
+    pub fn tag(&self, tag: &TagName) -> Result<Option<Digest>> {
+        let path = self.tag_path(tag);
+        match fs::read(&path) {
+            Ok(bytes) => decode(&bytes).map(Some).map_err(|e| {
+                e.in_file("tag", &path).remedy(format!("point it anew: stencil tag DIGEST {tag}"))
+            }),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(Error::io("cannot read tag", &path, e)),
+        }
+    }
+
+    /// All tags, sorted by name and tag. A damaged one is left out with a warning in the log.
+    ///
+    /// # Errors
+    /// When a folder cannot be read.
+    pub fn tags(&self) -> Result<Vec<TagEntry>> {
+        let mut entries = Vec::new();
+        for name in self.names(&self.tags_dir())? {
+            for tag in self.names(&self.tags_dir().join(&name))? {
+                let Ok(pointer) = TagName::new(&name, &tag) else { continue };
+                match self.tag(&pointer) {
+                    Ok(Some(digest)) => {
+                        let modified = fs::metadata(self.tag_path(&pointer)).and_then(|m| m.modified());
+                        let modified = modified.unwrap_or(SystemTime::UNIX_EPOCH);
+                        entries.push(TagEntry { name: name.clone(), tag, digest, modified });
+                    }
+                    Ok(None) => {}
+                    Err(e) => log::warn!("{e}"),
+                }
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.
+    pub(super) fn names(&self, folder: &std::path::Path) -> Result<Vec<String>> {
+        let fail = |e| Error::io("cannot list", folder, e);
+        let entries = match fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(fail(e)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(fail)?.file_name().to_string_lossy().into_owned();
+            if !name.starts_with('.') {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Points `tag` at a template of this store.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] when there is no such template.
+    pub fn set_tag(&self, tag: &TagName, digest: &Digest) -> Result<()> {
+        let _names = self.lock_names()?;
+        self.set_tag_locked(tag, digest)
+    }
+
+    /// As [`Store::set_tag`]; the caller holds the lock of names.
+    pub(super) fn set_tag_locked(&self, tag: &TagName, digest: &Digest) -> Result<()> {
+        if !self.has(digest) {
+            return Err(Error::not_found(format!("no template {digest}")).at(self.dir()));
+        }
+        let path = self.tag_path(tag);
+        let folder = self.tags_dir().join(tag.name());
+        fs::create_dir_all(&folder).map_err(|e| Error::io("cannot create", &folder, e))?;
+        replace_file(&path, format!("blake3:{digest}\n").as_bytes())?;
+        sync_folder(&self.tags_dir())
+    }
+
+    /// Takes a tag away; the template stays. The caller holds the lock of names.
+    pub(super) fn remove_tag_locked(&self, tag: &TagName) -> Result<()> {
+        let path = self.tag_path(tag);
+        let folder = self.tags_dir().join(tag.name());
+        fs::remove_file(&path).map_err(|e| Error::io("cannot remove tag", &path, e))?;
+        sync_folder(&folder)?;
+        // Fails while other tags of the name are there, and that is right.
+        let _ = fs::remove_dir(&folder);
+        sync_folder(&self.tags_dir())
+    }
+
+    /// The digest that a user's words mean.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`], a usage error when a prefix fits several templates, or [`Code::Damage`]
+    /// when a tag points nowhere.
+    pub fn resolve(&self, reference: &TemplateRef) -> Result<Digest> {
+        let missing = || {
+            Error::not_found(format!("no template '{reference}'"))
+                .at(self.dir())
+                .remedy("see stencil ls for what the store has")
+        };
+        match reference {
+            TemplateRef::Digest(digest) if self.has(digest) => Ok(*digest),
+            TemplateRef::Digest(_) => Err(missing()),
+            TemplateRef::Tag(tag) => match self.tag(tag)? {
+                Some(digest) if self.has(&digest) => Ok(digest),
+                Some(digest) => Err(Error::new(
+                    Code::Damage,
+                    format!("tag {tag} points to template {digest}, which is not there"),
+                )
+                .at(self.dir())
+                .remedy(format!("import it again, or remove the tag: stencil rm {tag}"))),
+                None => Err(missing()),
+            },
+            TemplateRef::Prefix(prefix) => {
+                let mut fits: Vec<Digest> = self.digests()?;
+                fits.retain(|d| d.to_string().starts_with(prefix));
+                match fits[..] {
+                    [] => Err(missing()),
+                    [one] => Ok(one),
+                    [a, b, ..] => Err(Error::usage(format!("'{prefix}' is ambiguous: {a}, {b}"))
+                        .remedy("write more digits of the digest")),
+                }
+            }
+        }
+    }
+}
+
+fn decode(bytes: &[u8]) -> std::result::Result<Digest, Invalid> {
+    std::str::from_utf8(bytes)
+        .ok()
+        .and_then(|text| text.strip_prefix("blake3:")?.strip_suffix('\n')?.parse().ok())
+        .ok_or_else(|| Invalid::damage("it holds no digest"))
+}

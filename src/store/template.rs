@@ -1,0 +1,292 @@
+//! Reading a template. Every block is compared with its hash before a byte of it leaves.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::codec::Decoder;
+use super::format::image::{HASH_LEN, ImageFile, ImageHeader};
+use super::format::placement::{Front, Row};
+use super::format::{Invalid, Preamble};
+use super::pack::AlignedBuffer;
+use super::tree::{ChainingValue, CheckedTable, SEGMENT, segment_value, segments};
+use super::{BLOCK_SIZE, Digest, Policy, Store, TemplateFile};
+use crate::error::{Error, Result};
+use crate::units::Bytes;
+
+/// Memory that reads reuse; one for each thread.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    buffer: AlignedBuffer,
+    decoder: Decoder,
+    plain: Vec<u8>,
+}
+
+/// An open template. Reads go on when it is removed from the store, as long as its packs are there.
+#[derive(Debug)]
+pub struct Template {
+    store: Store,
+    digest: Digest,
+    files: Vec<TemplateFile>,
+    header: ImageHeader,
+    front: Front,
+    policy: Policy,
+    image: CheckedTable,
+    rows: CheckedTable,
+}
+
+impl Template {
+    pub(super) fn open(store: Store, digest: &Digest) -> Result<Template> {
+        let dir = store.image_dir(digest);
+        if !dir.is_dir() {
+            return Err(Error::not_found(format!("no template {digest}")).at(store.dir()));
+        }
+        let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
+        let (header, image) = open_image(&dir.join("image"), digest, &front, image_values)?;
+        let policy = Policy::read(&store.policy_path(digest))?;
+        let files = header
+            .files()
+            .iter()
+            .zip(&front.files)
+            .map(|(file, stats)| TemplateFile {
+                name: file.name.clone(),
+                kind: file.kind,
+                size: Bytes::new(file.size),
+                data_bytes: Bytes::new(stats.data_bytes),
+            })
+            .collect();
+        Ok(Template { store, digest: *digest, files, header, front, policy, image, rows })
+    }
+
+    /// Its identity.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Its files, sorted by name; their place in this list is their number.
+    pub fn files(&self) -> &[TemplateFile] {
+        &self.files
+    }
+
+    /// The number of a file.
+    pub fn file(&self, name: &str) -> Option<usize> {
+        self.files.iter().position(|f| f.name == name)
+    }
+
+    /// Its policy when it was opened.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Length of all files.
+    pub fn size(&self) -> Bytes {
+        self.files.iter().map(|f| f.size).sum()
+    }
+
+    /// Bytes of all files in 4 KiB pages that are not zero.
+    pub fn data_bytes(&self) -> Bytes {
+        self.files.iter().map(|f| f.data_bytes).sum()
+    }
+
+    /// Bytes of its records in packs; those that other templates share are counted too.
+    pub fn stored_bytes(&self) -> Bytes {
+        Bytes::new(self.front.files.iter().map(|f| f.stored_bytes).sum())
+    }
+
+    /// What it is, as JSON. Depends on the content alone, so that it may be cached for ever.
+    pub fn manifest_json(&self) -> String {
+        let value = json!({
+            "schema": 1,
+            "digest": self.digest,
+            "block_size": BLOCK_SIZE,
+            "files": self.files,
+        });
+        format!("{value:#}\n")
+    }
+
+    /// Blocks of a file; the last one may be shorter than [`BLOCK_SIZE`].
+    pub fn block_count(&self, file: usize) -> u64 {
+        self.header.files().get(file).map_or(0, ImageFile::blocks)
+    }
+
+    /// The hash of a plain block (zero-padded to [`BLOCK_SIZE`]), or nothing for a zero block. Equal
+    /// blocks of all templates have equal hashes: it may serve as a key of a cache.
+    ///
+    /// # Errors
+    /// [`Code::Damage`](crate::error::Code) when this part of the table is damaged; a usage error when
+    /// the file has no such block.
+    pub fn block_id(&self, file: usize, block: u64) -> Result<Option<Digest>> {
+        let (number, _) = self.locate(file, block)?;
+        self.block_hash(number)
+    }
+
+    /// Reads and verifies one whole block. `out` is filled from its front, as far as the block reaches
+    /// in its file ([`BLOCK_SIZE`], or less for the last one); its length is given back. After an error
+    /// `out` holds nothing of the block.
+    ///
+    /// # Errors
+    /// [`Code::Damage`](crate::error::Code) that names pack, offset, what was got and what expected; a
+    /// usage error when there is no such block or `out` is too short.
+    pub fn read_block(
+        &self,
+        file: usize,
+        block: u64,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<usize> {
+        let (number, length) = self.locate(file, block)?;
+        let have = out.len();
+        let out = out
+            .get_mut(..length)
+            .ok_or_else(|| Error::usage(format!("{have} bytes of room for a block of {length}")))?;
+        let Some(hash) = self.block_hash(number)? else {
+            out.fill(0);
+            return Ok(length);
+        };
+        let row = self.row(number)?.ok_or_else(|| {
+            let why = format!("block {number} with hash {hash} has no place");
+            Invalid::Damage(why).in_file("placement", self.placement_path())
+        })?;
+        let id = self.front.packs.get(row.pack as usize).ok_or_else(|| {
+            let why = format!("block {number} lies in pack {} of {}", row.pack, self.front.packs.len());
+            Invalid::Damage(why).in_file("placement", self.placement_path())
+        })?;
+        let pack = self.store.packs().get(*id)?;
+        let Scratch { buffer, decoder, plain } = scratch;
+        let record = pack.record(row.stored, buffer)?;
+        let how = (row.stored.kind, row.stored.chunk_shift);
+        let decoded = if length as u64 == BLOCK_SIZE {
+            decoder.block(how, record, &hash, out)
+        } else {
+            plain.resize(BLOCK_SIZE as usize, 0);
+            decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
+        };
+        decoded.map(|()| length).map_err(|why| {
+            let why = format!("the block at offset {} is not what was stored: {why}", row.stored.offset);
+            Invalid::Damage(why).in_file("pack", pack.path()).remedy(format!(
+                "stencil verify {} names what it affects; import the template again to repair it",
+                self.digest.short()
+            ))
+        })
+    }
+
+    /// The blocks of a file that are not zero, as ranges of block numbers in ascending order.
+    ///
+    /// # Errors
+    /// [`Code::Damage`](crate::error::Code) when the table is damaged.
+    pub fn data_ranges(&self, file: usize) -> Result<Vec<Range<u64>>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for block in 0..self.block_count(file) {
+            if self.block_id(file, block)?.is_some() {
+                match ranges.last_mut() {
+                    Some(last) if last.end == block => last.end += 1,
+                    _ => ranges.push(block..block + 1),
+                }
+            }
+        }
+        Ok(ranges)
+    }
+
+    /// Number of the block in the tables and its length in bytes.
+    fn locate(&self, file: usize, block: u64) -> Result<(u64, usize)> {
+        let found = self.header.files().get(file).filter(|f| block < f.blocks());
+        let found = found.ok_or_else(|| {
+            Error::usage(format!("no block {block} in file {file} of template {}", self.digest))
+        })?;
+        let length = (found.size - block * BLOCK_SIZE).min(BLOCK_SIZE);
+        Ok((found.first_block + block, length as usize))
+    }
+
+    fn block_hash(&self, number: u64) -> Result<Option<Digest>> {
+        let offset = ImageHeader::table_offset(self.files.len()) + number * HASH_LEN;
+        let hash = self.image.entry::<32>(offset)?;
+        Ok((hash != [0; 32]).then_some(Digest::new(hash)))
+    }
+
+    fn row(&self, number: u64) -> Result<Option<Row>> {
+        let bytes = self.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
+        Row::decode(&bytes).map_err(|e| e.in_file("placement", self.placement_path()))
+    }
+
+    fn placement_path(&self) -> PathBuf {
+        self.store.image_dir(&self.digest).join("placement")
+    }
+}
+
+fn open_file(what: &str, path: &Path) -> Result<(File, u64)> {
+    let open = || {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        Ok((file, length))
+    };
+    open().map_err(|e: std::io::Error| match e.kind() {
+        std::io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file(what, path),
+        _ => Error::io(format!("cannot open {what}"), path, e),
+    })
+}
+
+fn open_placement(path: &Path, digest: &Digest) -> Result<(Front, Vec<ChainingValue>, CheckedTable)> {
+    let what = "placement";
+    let damage = |why: String| Invalid::Damage(why).in_file(what, path);
+    let (file, length) = open_file(what, path)?;
+    let read = |offset: u64, length: u64| {
+        let mut bytes = vec![0; length as usize];
+        file.read_exact_at(&mut bytes, offset)
+            .map_err(|e| damage(format!("cannot be read: {}", crate::error::errno_text(&e))))?;
+        Ok(bytes)
+    };
+    if length < Preamble::LEN as u64 {
+        return Err(damage(format!("it has {length} bytes")));
+    }
+    let front_length = Front::peek(&read(0, Preamble::LEN as u64)?).map_err(|e| e.in_file(what, path))?;
+    if u64::from(front_length) > length {
+        return Err(damage(format!("it has {length} bytes, its header alone {front_length}")));
+    }
+    let front = Front::decode(&read(0, front_length.into())?).map_err(|e| e.in_file(what, path))?;
+    if front.digest != *digest {
+        return Err(damage(format!("it belongs to template {}, expected {digest}", front.digest)));
+    }
+    let sections = front.sections(segments);
+    if sections.end != length {
+        return Err(damage(format!("it has {length} bytes, expected {}", sections.end)));
+    }
+    let values = |from, to| Ok(read(from, to - from)?.as_chunks::<32>().0.to_vec());
+    let image_values = values(sections.image_tree, sections.rows_tree)?;
+    let rows_values = values(sections.rows_tree, sections.end)?;
+    let range = (sections.rows, sections.rows_length);
+    let root = front.rows_root;
+    let rows = CheckedTable::new(what, path, file, range, rows_values, &root)?;
+    Ok((front, image_values, rows))
+}
+
+fn open_image(
+    path: &Path,
+    digest: &Digest,
+    front: &Front,
+    values: Vec<ChainingValue>,
+) -> Result<(ImageHeader, CheckedTable)> {
+    let what = "image";
+    let damage = |why: String| Invalid::Damage(why).in_file(what, path);
+    let (file, length) = open_file(what, path)?;
+    if length != front.image_length {
+        return Err(damage(format!("it has {length} bytes, expected {}", front.image_length)));
+    }
+    let mut head = vec![0; length.min(SEGMENT) as usize];
+    file.read_exact_at(&mut head, 0)
+        .map_err(|e| damage(format!("cannot be read: {}", crate::error::errno_text(&e))))?;
+    if values.first() != Some(&segment_value(&head, 0, segments(length))) {
+        return Err(damage("its header is not what was written".into()));
+    }
+    let table = CheckedTable::new(what, path, file, (0, length), values, digest)?;
+    let header = ImageHeader::decode(&head).map_err(|e| e.in_file(what, path))?;
+    let fits = header.image_length() == length
+        && header.block_count() == front.block_count
+        && header.files().len() == front.files.len();
+    match fits {
+        true => Ok((header, table)),
+        false => Err(damage("its header and its placement disagree".into())),
+    }
+}

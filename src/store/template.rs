@@ -190,6 +190,24 @@ impl Template {
         Ok(ranges)
     }
 
+    /// Which of the sixteen 4 KiB pages of a block are not zero, lowest bit first; 0 for a zero block.
+    /// Asks the tables alone: no block is read.
+    ///
+    /// # Errors
+    /// As [`Template::block_id`].
+    pub fn data_pages(&self, file: usize, block: u64) -> Result<u16> {
+        let (number, _) = self.locate(file, block)?;
+        Ok(self.row(number)?.map_or(0, |row| row.stored.data_pages))
+    }
+
+    /// Files of the store that hold this template: its tables and the packs with its blocks, which it
+    /// may share with other templates.
+    pub fn store_files(&self) -> Vec<PathBuf> {
+        let dir = self.store.image_dir(&self.digest);
+        let packs = self.front.packs.iter().map(|id| self.store.packs().path(*id));
+        [dir.join("image"), dir.join("placement")].into_iter().chain(packs).collect()
+    }
+
     /// Number of the block in the tables and its length in bytes.
     fn locate(&self, file: usize, block: u64) -> Result<(u64, usize)> {
         let found = self.header.files().get(file).filter(|f| block < f.blocks());

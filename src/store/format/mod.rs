@@ -74,6 +74,9 @@ pub struct Stored {
     pub kind: BlockKind,
     /// Binary logarithm of the sub-chunk; [`BLOCK_SHIFT`] for a block stored in one piece.
     pub chunk_shift: u8,
+    /// Which of its sixteen 4 KiB pages are not zero, lowest bit first: accounting asks for it without
+    /// decoding the block.
+    pub data_pages: u16,
 }
 
 /// Longest record: a block stored raw, in sub-chunks of 4 KiB with their table.
@@ -92,15 +95,17 @@ impl Stored {
     fn encode(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(&self.length.to_le_bytes());
-        out.extend_from_slice(&[self.kind as u8, self.chunk_shift, 0, 0]);
+        out.extend_from_slice(&[self.kind as u8, self.chunk_shift]);
+        out.extend_from_slice(&self.data_pages.to_le_bytes());
     }
 
     fn decode(fields: &mut fields::Fields<'_>) -> Result<Stored, Invalid> {
         let (offset, length) = (fields.u32()?, fields.u32()?);
-        let [kind, chunk_shift, flags @ ..] = fields.array::<4>()?;
+        let [kind, chunk_shift, pages @ ..] = fields.array::<4>()?;
         let kind = BlockKind::decode(kind)?;
-        if flags != [0, 0] {
-            return Err(Invalid::Newer("block flags".into()));
+        let data_pages = u16::from_le_bytes(pages);
+        if data_pages == 0 {
+            return Err(Invalid::damage("a stored block claims to hold zeros only"));
         }
         if kind == BlockKind::Zero {
             return Err(Invalid::damage("a zero block claims to be stored"));
@@ -113,6 +118,6 @@ impl Stored {
         if !(MIN_CHUNK_SHIFT..=BLOCK_SHIFT as u8).contains(&chunk_shift) {
             return Err(Invalid::damage(format!("sub-chunks of 2^{chunk_shift} bytes")));
         }
-        Ok(Stored { offset, length, kind, chunk_shift })
+        Ok(Stored { offset, length, kind, chunk_shift, data_pages })
     }
 }

@@ -139,16 +139,19 @@ mod tests {
 
     #[test]
     fn index_entry_round_trip() {
-        let stored = Stored { offset: 256, length: 17, kind: BlockKind::Lz4, chunk_shift: 16 };
+        let stored =
+            Stored { offset: 256, length: 17, kind: BlockKind::Lz4, chunk_shift: 16, data_pages: 0x8001 };
         let entry = IndexEntry { hash: Digest::of(b"b"), stored };
         let mut bytes = Vec::new();
         entry.encode(&mut bytes);
         assert_eq!(bytes.len(), IndexEntry::LEN);
         assert_eq!(IndexEntry::decode(&bytes).unwrap(), entry);
-        for (at, value) in [(40, 0), (40, 4), (40, 9), (41, 11), (41, 17), (42, 1), (47, 1), (38, 2)] {
+        for (at, value) in [(40, 0), (40, 4), (40, 9), (41, 11), (41, 17), (47, 1), (38, 2)] {
             let mut bytes = bytes.clone();
             bytes[at] = value;
             assert!(IndexEntry::decode(&bytes).is_err(), "byte {at} = {value}");
         }
+        bytes[42..44].fill(0);
+        assert!(IndexEntry::decode(&bytes).is_err(), "a stored block without data");
     }
 }

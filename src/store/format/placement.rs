@@ -206,7 +206,8 @@ mod tests {
 
     #[test]
     fn row_round_trip() {
-        let stored = Stored { offset: 300, length: 65536, kind: BlockKind::Raw, chunk_shift: 12 };
+        let stored =
+            Stored { offset: 300, length: 65536, kind: BlockKind::Raw, chunk_shift: 12, data_pages: 1 };
         for row in [None, Some(Row { pack: 3, stored })] {
             let mut bytes = Vec::new();
             Row::encode(row, &mut bytes);

@@ -28,8 +28,8 @@ pub(super) struct Batch {
 /// What a worker found out about one block.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// 4 KiB pages that are not zero.
-    pub data_pages: u64,
+    /// Which 4 KiB pages are not zero, lowest bit first.
+    pub data_pages: u16,
     pub outcome: Outcome,
 }
 
@@ -78,7 +78,8 @@ fn process(batch: &mut Batch, encoder: &mut Encoder, known: &Known) {
     let padded = length.next_multiple_of(BLOCK_SIZE as usize);
     plain[*length..padded].fill(0);
     for block in plain[..padded].chunks_exact(BLOCK_SIZE as usize) {
-        let data_pages = block.chunks_exact(PAGE_SIZE as usize).filter(|page| !is_zero(page)).count() as u64;
+        let pages = block.chunks_exact(PAGE_SIZE as usize).enumerate();
+        let data_pages = pages.fold(0, |mask, (page, bytes)| mask | u16::from(!is_zero(bytes)) << page);
         let outcome = if data_pages == 0 {
             Outcome::Zero
         } else {

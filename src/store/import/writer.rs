@@ -158,24 +158,26 @@ impl<'a> Writer<'a> {
     }
 
     fn block(&mut self, block: &Block, records: &[u8]) -> Result<()> {
-        let (hash, place) =
-            match &block.outcome {
-                Outcome::Zero => return self.zeros(1),
-                Outcome::Known(hash, place) => (*hash, *place),
-                Outcome::New { hash, kind, chunk_shift, record } => {
-                    // The same block may have come in a batch that was worked on at the same time.
-                    let place =
-                        match self.known.find_own(hash) {
-                            Some(place) => place,
-                            None => self.append(*hash, &records[record.clone()], |offset, length| {
-                                Stored { offset, length, kind: *kind, chunk_shift: *chunk_shift }
-                            })?,
-                        };
-                    (*hash, place)
-                }
-            };
+        let (hash, place) = match &block.outcome {
+            Outcome::Zero => return self.zeros(1),
+            Outcome::Known(hash, place) => (*hash, *place),
+            Outcome::New { hash, kind, chunk_shift, record } => {
+                // The same block may have come in a batch that was worked on at the same time.
+                let place = match self.known.find_own(hash) {
+                    Some(place) => place,
+                    None => self.append(*hash, &records[record.clone()], |offset, length| Stored {
+                        offset,
+                        length,
+                        kind: *kind,
+                        chunk_shift: *chunk_shift,
+                        data_pages: block.data_pages,
+                    })?,
+                };
+                (*hash, place)
+            }
+        };
         let stats = &mut self.files[self.current].3;
-        stats.data_bytes += block.data_pages * PAGE_SIZE;
+        stats.data_bytes += u64::from(block.data_pages.count_ones()) * PAGE_SIZE;
         stats.stored_bytes += u64::from(place.stored.length);
         let next = self.numbers.len() as u32;
         let pack = *self.numbers.entry(place.pack).or_insert(next);

@@ -1,7 +1,17 @@
 //! The command line: parse → run → print → exit. One file a command (or a small family of them).
 
+mod chmod;
+mod columns;
+mod export;
+mod import;
+mod inspect;
+mod interrupt;
+mod ls;
 mod output;
 mod progress;
+mod rm;
+mod tag;
+mod words;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,11 +62,29 @@ impl Global {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    Import(import::ImportArgs),
+    Ls(ls::LsArgs),
+    Inspect(inspect::InspectArgs),
+    Tag(tag::TagArgs),
+    Rm(rm::RmArgs),
+    Chmod(chmod::ChmodArgs),
+    Chown(chmod::ChownArgs),
+    Export(export::ExportArgs),
+}
 
 fn run(cli: Cli) -> Result<Done> {
-    let _global = &cli.global;
-    match cli.command {}
+    let global = &cli.global;
+    match &cli.command {
+        Command::Import(args) => import::run(args, global),
+        Command::Ls(args) => ls::run(args, global),
+        Command::Inspect(args) => inspect::run(args, global),
+        Command::Tag(args) => tag::run(args, global),
+        Command::Rm(args) => rm::run(args, global),
+        Command::Chmod(args) => chmod::run(args, global),
+        Command::Chown(args) => chmod::run_chown(args, global),
+        Command::Export(args) => export::run(args, global),
+    }
 }
 
 /// Runs the command of this process's arguments.

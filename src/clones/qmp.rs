@@ -36,22 +36,19 @@ impl Qmp {
     /// When nothing listens there, it is no QMP, or it does not greet within 20 seconds (another client has it).
     pub fn connect(path: &Path) -> Result<Qmp> {
         let stream = UnixStream::connect(path).map_err(|e| {
-            Error::io("cannot connect to the QMP socket", path, e).remedy(
-                "start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here",
+            Error::io("cannot connect to the QMP socket", path, e)
+                .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here")
+        })?;
+        let mut qmp =
+            Qmp { stream, path: path.to_owned(), unread: vec![], events: VecDeque::new(), next_id: 1 };
+        let greeting = qmp.receive(Instant::now() + PATIENCE).map_err(|e| {
+            e.remedy(
+                "a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp",
             )
         })?;
-        let mut qmp = Qmp {
-            stream,
-            path: path.to_owned(),
-            unread: vec![],
-            events: VecDeque::new(),
-            next_id: 1,
-        };
-        let greeting = qmp.receive(Instant::now() + PATIENCE).map_err(|e| {
-            e.remedy("a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp")
-        })?;
         if greeting.get("QMP").is_none() {
-            return Err(Error::failed("this socket does not greet as QMP").at(path)
+            return Err(Error::failed("this socket does not greet as QMP")
+                .at(path)
                 .remedy("give the socket of -qmp, not the one of -monitor or a guest's serial port"));
         }
         qmp.run("qmp_capabilities", json!({}))?;
@@ -70,7 +67,12 @@ impl Qmp {
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    pub fn run_passing(&mut self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<Value> {
+    pub fn run_passing(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value> {
         let id = self.next_id;
         self.next_id += 1;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string().into_bytes();
@@ -99,7 +101,9 @@ impl Qmp {
         loop {
             let message = match self.events.pop_front() {
                 Some(event) => event,
-                None => self.receive(deadline).map_err(|e| e.context(format!("waiting for QEMU's event {name}")))?,
+                None => self
+                    .receive(deadline)
+                    .map_err(|e| e.context(format!("waiting for QEMU's event {name}")))?,
             };
             if message.get("event").and_then(Value::as_str) == Some(name) {
                 return Ok(message.get("data").cloned().unwrap_or(Value::Null));
@@ -127,8 +131,10 @@ impl Qmp {
                 "completed" => return Ok(()),
                 status @ ("failed" | "cancelled") => {
                     let reason = info.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
-                    return Err(Error::failed(format!("the migration of device state has {status}: {reason}"))
-                        .at(&self.path));
+                    return Err(Error::failed(format!(
+                        "the migration of device state has {status}: {reason}"
+                    ))
+                    .at(&self.path));
                 }
                 _ if Instant::now() >= deadline => {
                     return Err(Error::try_again("the migration of device state does not come to an end")

@@ -6,14 +6,17 @@
 
 mod codec;
 mod digest;
+mod export;
 mod format;
 mod image;
 mod import;
 mod open;
+mod owner;
 mod pack;
 mod policy;
 mod publish;
 mod reference;
+mod remove;
 mod serving;
 mod tags;
 mod template;
@@ -24,8 +27,10 @@ pub use digest::Digest;
 pub use image::{FileKind, TemplateFile};
 pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
 pub use open::Store;
+pub use owner::{Owner, parse_mode};
 pub use policy::{DEFAULT_MODE, Policy};
 pub use reference::{DEFAULT_TAG, TagName, TemplateRef, check_name};
+pub use remove::Removed;
 pub use serving::{Serving, inode_number};
 pub use tags::TagEntry;
 pub use template::{Scratch, Template};

@@ -96,6 +96,11 @@ impl Template {
         Bytes::new(self.front.files.iter().map(|f| f.stored_bytes).sum())
     }
 
+    /// Packs that hold its blocks.
+    pub fn packs(&self) -> Vec<PathBuf> {
+        self.front.packs.iter().map(|id| self.store.packs().path(*id)).collect()
+    }
+
     /// What it is, as JSON. Depends on the content alone, so that it may be cached for ever.
     pub fn manifest_json(&self) -> String {
         let value = json!({

@@ -3,9 +3,9 @@
 #![allow(unsafe_code)]
 
 pub mod cachestat;
+pub mod map_file;
 pub mod mapping;
 pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod procfs;
-pub mod map_file;

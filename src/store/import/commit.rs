@@ -50,6 +50,7 @@ pub(super) fn commit(
         existed,
         new_bytes: Bytes::new(if existed { 0 } else { written.new_bytes }),
         stored_bytes: Bytes::new(if existed { 0 } else { written.stored_bytes }),
+        repaired_blocks: 0,
     })
 }
 
@@ -68,9 +69,7 @@ fn apply(policy: &mut Policy, request: &ImportRequest) {
     if let Some(mode) = request.mode {
         policy.mode = mode;
     }
-    if let Some((uid, gid)) = request.owner {
-        (policy.uid, policy.gid) = (uid, gid);
-    }
+    request.owner.apply(policy);
     policy.labels.extend(request.labels.clone());
     if request.recipe.is_some() {
         policy.recipe = request.recipe.clone();

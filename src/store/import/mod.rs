@@ -5,6 +5,7 @@
 //! session and writes the tables. Nothing is visible before the commit.
 
 mod commit;
+mod format;
 mod known;
 mod reader;
 mod request;

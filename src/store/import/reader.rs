@@ -73,8 +73,7 @@ impl Input {
             size,
             version,
         };
-        if let Some(size) = size {
-            input.check_size(size)?;
+        if size.is_some() {
             let _ = fadvise(&input.file, 0, None, Advice::Sequential);
         }
         Ok(input)
@@ -84,7 +83,20 @@ impl Input {
         self.size
     }
 
-    fn check_size(&self, size: u64) -> Result<()> {
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// First bytes of a file or device; nothing of a pipe, whose bytes come once.
+    pub fn head(&self) -> Option<[u8; 8]> {
+        let mut head = [0; 8];
+        self.size?;
+        let _ = self.file.read_at(&mut head, 0);
+        Some(head)
+    }
+
+    /// Refuses memory that is not whole pages.
+    pub fn check_size(&self, size: u64) -> Result<()> {
         if !self.kind.is_memory() || (size != 0 && size.is_multiple_of(PAGE_SIZE)) {
             return Ok(());
         }

@@ -8,9 +8,10 @@ use std::sync::atomic::AtomicBool;
 
 use serde::Serialize;
 
+use super::format::check_format;
 use super::reader::Input;
 use crate::error::{Error, Result};
-use crate::store::{ChunkSize, Compression, Digest, FileKind, TagName, TemplateFile, check_name};
+use crate::store::{ChunkSize, Compression, Digest, FileKind, Owner, TagName, TemplateFile, check_name};
 use crate::units::Bytes;
 
 /// Where the bytes of a file come from.
@@ -71,7 +72,9 @@ pub struct ImportRequest {
     /// Permission bits of its files.
     pub mode: Option<u32>,
     /// User and group of its files.
-    pub owner: Option<(u32, u32)>,
+    pub owner: Owner,
+    /// What the sources are.
+    pub format: ImportFormat,
     /// How to launch clones of it.
     pub recipe: Option<serde_json::Value>,
     /// How new blocks are compressed.
@@ -90,7 +93,8 @@ impl ImportRequest {
             files,
             labels: BTreeMap::new(),
             mode: None,
-            owner: None,
+            owner: Owner::default(),
+            format: ImportFormat::default(),
             recipe: None,
             compression: Compression::default(),
             chunk_size: ChunkSize::default(),
@@ -100,6 +104,20 @@ impl ImportRequest {
 
     /// Opens the sources, sorted by name.
     pub(super) fn inputs(&self) -> Result<Vec<Input>> {
+        self.check()?;
+        let mut files: Vec<&ImportFile> = self.files.iter().collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        let inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
+        check_format(self.format, &inputs)?;
+        inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
+        Ok(inputs)
+    }
+
+    /// Refuses what can be refused without reading a source.
+    ///
+    /// # Errors
+    /// A usage error, or [`Code::NotFound`](crate::error::Code) when a source does not exist.
+    pub fn check(&self) -> Result<()> {
         if self.files.is_empty() {
             return Err(Error::usage("nothing to import"));
         }
@@ -126,7 +144,12 @@ impl ImportRequest {
         if files.iter().filter(|f| f.source == Source::Stdin).count() > 1 {
             return Err(Error::usage("standard input can be one file only"));
         }
-        files.into_iter().map(Input::open).collect()
+        for file in files {
+            if let Source::Path(path) = &file.source {
+                std::fs::metadata(path).map_err(|e| Error::io("cannot open", path, e))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -145,4 +168,6 @@ pub struct Imported {
     pub new_bytes: Bytes,
     /// Bytes that were added to packs.
     pub stored_bytes: Bytes,
+    /// Blocks that the store had, but damaged; they were stored anew.
+    pub repaired_blocks: u64,
 }

@@ -1,0 +1,77 @@
+//! `stencil export`: the plain bytes again.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::output::Done;
+use super::{Global, interrupt};
+use crate::error::{Error, Result};
+use crate::store::{Store, Template, TemplateRef};
+
+/// Write a template's files as they were imported
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The template, or one file of it; without FILE its memory (into a folder: every file)
+    #[arg(value_name = "T[/FILE]")]
+    what: String,
+    /// New file, existing folder, or '-' for standard output
+    out: PathBuf,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no such file, it is damaged, or OUT cannot be written.
+pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
+    let (reference, file) = match args.what.split_once('/') {
+        Some((reference, file)) => (reference, Some(file)),
+        None => (args.what.as_str(), None),
+    };
+    let reference: TemplateRef = reference.parse()?;
+    let store = Store::open(&global.store)?;
+    let template = store.template(&store.resolve(&reference)?)?;
+    let progress = global.progress();
+    let stop = interrupt::flag()?;
+    if args.out.as_os_str() == "-" {
+        if global.json {
+            return Err(Error::usage("standard output cannot hold the file and a JSON object")
+                .remedy("leave --json out, or name a file"));
+        }
+        let file = choose(&template, file)?;
+        // Not the line-buffered handle of the standard library: blocks go out whole.
+        let stdout =
+            rustix::io::dup(io::stdout()).map_err(|e| Error::failed("cannot write").because(e.into()))?;
+        template.export_stream(file, &mut fs::File::from(stdout), &stop, &*progress)?;
+        return Ok(Done::silent());
+    }
+    if args.out.is_dir() {
+        let files = match file {
+            Some(_) => vec![choose(&template, file)?],
+            None => (0..template.files().len()).collect(),
+        };
+        for file in files {
+            let out = args.out.join(&template.files()[file].name);
+            template.export_file(file, &out, &stop, &*progress)?;
+        }
+    } else {
+        template.export_file(choose(&template, file)?, &args.out, &stop, &*progress)?;
+    }
+    Ok(Done::silent())
+}
+
+/// The file that was named; without a name the only one, or `memory`.
+fn choose(template: &Template, name: Option<&str>) -> Result<usize> {
+    let files: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
+    let found = match name {
+        Some(name) => template.file(name),
+        None if files.len() == 1 => Some(0),
+        None => template.file("memory"),
+    };
+    found.ok_or_else(|| {
+        let what = name.map_or("no file was named".to_owned(), |n| format!("no file '{n}' in the template"));
+        Error::not_found(what).remedy(format!("write T/FILE with one of: {}", files.join(", ")))
+    })
+}

@@ -1,0 +1,151 @@
+//! `stencil import`: files become a template.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Instant;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::output::{Done, Report, to_json};
+use super::words::{mode, word};
+use super::{Global, interrupt};
+use crate::error::{Error, Result};
+use crate::store::{
+    ChunkSize, Compression, FileKind, ImportFile, ImportFormat, ImportRequest, Imported, Owner, Source,
+    Store, TagName,
+};
+use crate::units::Bytes;
+
+/// Make a template of a guest's memory
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// File, block device or pipe with the guest's memory; '-' reads standard input
+    source: PathBuf,
+    /// Name of the template; the tag is 'latest' unless given
+    #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>)]
+    tag: TagName,
+    /// Device state that belongs to the memory; becomes the file 'state'
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// One more file of the template; kind is ram (default), rom or blob
+    #[arg(long = "file", value_name = "NAME=PATH[,kind=ram|rom|blob]", value_parser = word::<FileArg>)]
+    files: Vec<FileArg>,
+    /// A label, may be repeated
+    #[arg(long = "label", value_name = "K=V", value_parser = word::<LabelArg>)]
+    labels: Vec<LabelArg>,
+    /// What the source is: auto, raw or firecracker
+    #[arg(long, default_value = "auto", value_parser = word::<ImportFormat>)]
+    format: ImportFormat,
+    /// How blocks are stored: lz4, zstd[:LEVEL] or none
+    #[arg(long, default_value = "lz4", value_name = "CODEC", value_parser = word::<Compression>)]
+    compression: Compression,
+    /// Part of a 64 KiB block that can be decoded alone: 4k, 8k, 16k, 32k or 64k
+    #[arg(long, default_value = "64k", value_name = "SIZE", value_parser = word::<ChunkSize>)]
+    chunk_size: ChunkSize,
+    /// Permission bits of the template's files in a mount, in octal
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    mode: Option<u32>,
+    /// Owner of the template's files in a mount, by name or number
+    #[arg(long, value_name = "U[:G]", value_parser = word::<Owner>)]
+    owner: Option<Owner>,
+}
+
+#[derive(Debug, Clone)]
+struct FileArg(ImportFile);
+
+impl FromStr for FileArg {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<FileArg> {
+        let (name, rest) = text.split_once('=').filter(|(_, path)| !path.is_empty()).ok_or_else(|| {
+            Error::usage(format!("'{text}' names no file"))
+                .remedy("write --file NAME=PATH[,kind=ram|rom|blob]")
+        })?;
+        let (path, kind) = match rest.rsplit_once(",kind=") {
+            Some((path, kind)) => (path, kind.parse()?),
+            None => (rest, FileKind::Ram),
+        };
+        Ok(FileArg(ImportFile { name: name.to_owned(), kind, source: source(path.into()) }))
+    }
+}
+
+#[derive(Debug, Clone)]
+struct LabelArg(String, String);
+
+impl FromStr for LabelArg {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<LabelArg> {
+        match text.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok(LabelArg(key.to_owned(), value.to_owned())),
+            _ => Err(Error::usage(format!("'{text}' is no label")).remedy("write --label KEY=VALUE")),
+        }
+    }
+}
+
+fn source(path: PathBuf) -> Source {
+    if path.as_os_str() == "-" { Source::Stdin } else { Source::Path(path) }
+}
+
+struct ImportReport {
+    imported: Imported,
+    seconds: f64,
+}
+
+impl Report for ImportReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Imported { digest, tag, files, existed, repaired_blocks, .. } = &self.imported;
+        let size: Bytes = files.iter().map(|f| f.size).sum();
+        let data: Bytes = files.iter().map(|f| f.data_bytes).sum();
+        let rate = Bytes::new((size.get() as f64 / self.seconds.max(1e-6)) as u64);
+        if let Some(tag) = tag {
+            write!(out, "{tag} ")?;
+        }
+        writeln!(out, "{digest}")?;
+        let stored = match existed {
+            true => "all there already".to_owned(),
+            false => format!("{} added to the store", self.imported.stored_bytes),
+        };
+        writeln!(out, "{size}, of which {data} data; {stored}; {:.1} s, {rate}/s", self.seconds)?;
+        if *repaired_blocks > 0 {
+            writeln!(out, "{repaired_blocks} damaged blocks were stored anew")?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        let mut value = to_json(&self.imported);
+        value["seconds"] = self.seconds.into();
+        value
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// As [`Store::import`].
+pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
+    let mut files =
+        vec![ImportFile { name: "memory".into(), kind: FileKind::Ram, source: source(args.source.clone()) }];
+    if let Some(state) = &args.state {
+        files.push(ImportFile { name: "state".into(), kind: FileKind::Blob, source: source(state.clone()) });
+    }
+    files.extend(args.files.iter().map(|f| f.0.clone()));
+    let mut request = ImportRequest::new(Some(args.tag.clone()), files);
+    request.labels = args.labels.iter().map(|l| (l.0.clone(), l.1.clone())).collect::<BTreeMap<_, _>>();
+    request.format = args.format;
+    request.compression = args.compression;
+    request.chunk_size = args.chunk_size;
+    request.mode = args.mode;
+    request.owner = args.owner.unwrap_or_default();
+    // What can be refused is refused before a store is made.
+    request.check()?;
+    request.interrupt = Some(interrupt::flag()?);
+    let start = Instant::now();
+    let store = Store::open_or_create(&global.store)?;
+    let imported = store.import(request, &*global.progress())?;
+    Ok(Done::report(ImportReport { imported, seconds: start.elapsed().as_secs_f64() }))
+}

@@ -1,0 +1,84 @@
+//! `stencil inspect`: all about one template.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use super::words::word;
+use crate::error::Result;
+use crate::store::{Digest, Policy, Store, TemplateFile, TemplateRef};
+use crate::units::Bytes;
+
+/// Show one template
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
+    template: TemplateRef,
+}
+
+#[derive(Serialize)]
+struct Inspection {
+    digest: Digest,
+    tags: Vec<String>,
+    files: Vec<TemplateFile>,
+    size_bytes: Bytes,
+    data_bytes: Bytes,
+    stored_bytes: Bytes,
+    packs: usize,
+    #[serde(flatten)]
+    policy: Policy,
+}
+
+impl Report for Inspection {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "digest   {}", self.digest)?;
+        writeln!(out, "tags     {}", if self.tags.is_empty() { "-".into() } else { self.tags.join(" ") })?;
+        writeln!(out, "size     {} ({} bytes)", self.size_bytes, self.size_bytes.get())?;
+        writeln!(out, "data     {} ({} bytes)", self.data_bytes, self.data_bytes.get())?;
+        writeln!(out, "stored   {} in {} packs", self.stored_bytes, self.packs)?;
+        writeln!(out, "mode     {:04o}", self.policy.mode)?;
+        writeln!(out, "owner    {}:{}", self.policy.uid, self.policy.gid)?;
+        writeln!(out, "created  {} (seconds since 1970)", self.policy.created)?;
+        for (key, value) in &self.policy.labels {
+            writeln!(out, "label    {key}={value}")?;
+        }
+        for file in &self.files {
+            let kind = file.kind.name();
+            writeln!(out, "file     {} {kind} {} ({} data)", file.name, file.size, file.data_bytes)?;
+        }
+        if let Some(recipe) = &self.policy.recipe {
+            writeln!(out, "recipe   {recipe}")?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no such template or it is damaged.
+pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let digest = store.resolve(&args.template)?;
+    let template = store.template(&digest)?;
+    let tags = store.tags()?.into_iter().filter(|t| t.digest == digest);
+    Ok(Done::report(Inspection {
+        digest,
+        tags: tags.map(|t| format!("{}:{}", t.name, t.tag)).collect(),
+        files: template.files().to_vec(),
+        size_bytes: template.size(),
+        data_bytes: template.data_bytes(),
+        stored_bytes: template.stored_bytes(),
+        packs: template.packs().len(),
+        policy: template.policy().clone(),
+    }))
+}

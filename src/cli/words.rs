@@ -1,0 +1,28 @@
+//! Words of the command line as values, with the remedy in the message.
+
+use std::str::FromStr;
+
+use crate::error::Error;
+
+/// For `#[arg(value_parser = word::<T>)]`: an error says what is wrong and what to write instead.
+///
+/// # Errors
+/// The message and the remedy of `T`'s own error.
+pub fn word<T: FromStr<Err = Error>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(explain)
+}
+
+/// Permission bits in octal.
+///
+/// # Errors
+/// As [`word`].
+pub fn mode(text: &str) -> Result<u32, String> {
+    crate::store::parse_mode(text).map_err(explain)
+}
+
+fn explain(error: Error) -> String {
+    match error.remedy_text() {
+        Some(remedy) => format!("{error}; {remedy}"),
+        None => error.to_string(),
+    }
+}

@@ -1,0 +1,221 @@
+//! Export: the plain bytes again, sparse, whole or not at all.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
+
+use super::codec::is_zero;
+use super::publish::{random_hex, sync_folder};
+use super::{BLOCK_SIZE, Scratch, Template};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::units::{Bytes, PAGE_SIZE};
+
+/// Blocks that one thread takes at a time.
+const SHARE: u64 = 64;
+
+impl Template {
+    /// Writes one file of the template to the file `out`, which appears (or is replaced) complete or
+    /// not at all. Zero pages become holes. All cores decode.
+    ///
+    /// # Errors
+    /// [`Code::Damage`](crate::error::Code) when a block is damaged, or what the system says about
+    /// `out`; a failed export after `interrupt` became true.
+    pub fn export_file(
+        &self,
+        file: usize,
+        out: &Path,
+        interrupt: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        // The file behind a link is replaced, not the link.
+        let out = &fs::canonicalize(out).unwrap_or_else(|_| out.to_owned());
+        if let Ok(meta) = fs::metadata(out)
+            && !meta.is_file()
+        {
+            let kind = meta.file_type();
+            if kind.is_fifo() || kind.is_char_device() {
+                let mut stream = OpenOptions::new()
+                    .write(true)
+                    .open(out)
+                    .map_err(|e| Error::io("cannot write", out, e))?;
+                return self.export_stream(file, &mut stream, interrupt, progress);
+            }
+            return Err(Error::usage("the export cannot replace what is there")
+                .at(out)
+                .remedy("name a file that does not exist yet, or - for standard output"));
+        }
+        let target = Target::create(out, self.policy().mode | 0o200)?;
+        let size = self.files().get(file).map_or(0, |f| f.size.get());
+        target.file.set_len(size).map_err(|e| Error::io("cannot write", out, e))?;
+        progress.start("export", Some(Bytes::new(size)));
+        let written = self.write_blocks(file, &target.file, out, interrupt, progress);
+        progress.finish();
+        written?;
+        target.publish(out)
+    }
+
+    /// Writes one file of the template to a stream, in order, zeros included. Every byte that was
+    /// written was verified; after an error the stream ends early.
+    ///
+    /// # Errors
+    /// As [`Template::export_file`].
+    pub fn export_stream(
+        &self,
+        file: usize,
+        out: &mut dyn Write,
+        interrupt: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+        progress.start("export", self.files().get(file).map(|f| f.size));
+        for number in 0..self.block_count(file) {
+            check(interrupt)?;
+            let length = self.read_block(file, number, &mut scratch, &mut block)?;
+            out.write_all(&block[..length])
+                .map_err(|e| Error::failed("cannot write the export").because(e))?;
+            progress.advance(Bytes::new(length as u64));
+        }
+        progress.finish();
+        out.flush().map_err(|e| Error::failed("cannot write the export").because(e))
+    }
+
+    fn write_blocks(
+        &self,
+        file: usize,
+        target: &File,
+        out: &Path,
+        interrupt: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let next = AtomicU64::new(0);
+        let failed = AtomicBool::new(false);
+        let blocks = self.block_count(file);
+        let work = || -> Result<()> {
+            let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+            while !failed.load(Ordering::Relaxed) {
+                let start = next.fetch_add(SHARE, Ordering::Relaxed);
+                if start >= blocks {
+                    break;
+                }
+                check(interrupt)?;
+                for number in start..(start + SHARE).min(blocks) {
+                    if self.block_id(file, number)?.is_some() {
+                        let length = self.read_block(file, number, &mut scratch, &mut block)?;
+                        write_pages(target, number * BLOCK_SIZE, &block[..length])
+                            .map_err(|e| Error::io("cannot write", out, e))?;
+                    }
+                    progress.advance(Bytes::new(BLOCK_SIZE));
+                }
+            }
+            Ok(())
+        };
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads)
+                .map(|_| scope.spawn(|| work().inspect_err(|_| failed.store(true, Ordering::Relaxed))))
+                .collect();
+            let results = threads.into_iter().map(|t| {
+                t.join().unwrap_or_else(|_| Err(Error::failed("a thread of the export has panicked")))
+            });
+            // All are waited for, the first error counts.
+            results.fold(Ok(()), |first, result| first.and(result))
+        })
+    }
+}
+
+fn check(interrupt: &AtomicBool) -> Result<()> {
+    match interrupt.load(Ordering::Relaxed) {
+        true => Err(Error::failed("interrupted: nothing was exported")),
+        false => Ok(()),
+    }
+}
+
+/// Writes the pages that are not zero; neighbours together.
+fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
+    let mut run: Option<usize> = None;
+    for (start, page) in (0..).step_by(PAGE_SIZE as usize).zip(block.chunks(PAGE_SIZE as usize)) {
+        match (is_zero(page), run) {
+            (false, None) => run = Some(start),
+            (true, Some(from)) => {
+                file.write_all_at(&block[from..start], offset + from as u64)?;
+                run = None;
+            }
+            _ => {}
+        }
+    }
+    run.map_or(Ok(()), |from| file.write_all_at(&block[from..], offset + from as u64))
+}
+
+/// A file without a name, so that nothing is left however the process ends.
+struct Target {
+    file: File,
+    /// Where the filesystem has no nameless files.
+    temporary: Option<PathBuf>,
+}
+
+impl Target {
+    fn create(out: &Path, mode: u32) -> Result<Target> {
+        let folder = folder_of(out);
+        let nameless = rustix::fs::open(
+            folder,
+            OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::from_raw_mode(mode),
+        );
+        match nameless {
+            Ok(file) => Ok(Target { file: file.into(), temporary: None }),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
+                let path = temporary_name(out)?;
+                let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
+                let file = file.map_err(|e| Error::io("cannot write", &path, e))?;
+                Ok(Target { file, temporary: Some(path) })
+            }
+            Err(e) => Err(Error::io("cannot write into", folder, e.into())),
+        }
+    }
+
+    fn publish(mut self, out: &Path) -> Result<()> {
+        let fail = |e: io::Error| Error::io("cannot write", out, e);
+        self.file.sync_all().map_err(fail)?;
+        let temporary = match self.temporary.take() {
+            Some(path) => path,
+            None => {
+                let path = temporary_name(out)?;
+                let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                linkat(CWD, own, CWD, &path, AtFlags::SYMLINK_FOLLOW).map_err(|e| fail(e.into()))?;
+                path
+            }
+        };
+        let renamed = fs::rename(&temporary, out).map_err(fail);
+        if renamed.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        renamed.and_then(|()| sync_folder(folder_of(out)))
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Some(path) = &self.temporary {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn folder_of(out: &Path) -> &Path {
+    match out.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    }
+}
+
+fn temporary_name(out: &Path) -> Result<PathBuf> {
+    let name = out.file_name().ok_or_else(|| Error::usage("the export needs a file name").at(out))?;
+    Ok(out.with_file_name(format!(".{}.stencil-{}", name.to_string_lossy(), &random_hex()?[..8])))
+}

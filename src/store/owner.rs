@@ -1,0 +1,106 @@
+//! Words for permissions: octal modes, users and groups.
+
+use std::fs;
+use std::str::FromStr;
+
+use super::Policy;
+use crate::error::{Error, Result};
+
+/// Reads an octal mode. A template is read-only, so only read bits may be set.
+///
+/// # Errors
+/// A usage error that says what is allowed.
+pub fn parse_mode(text: &str) -> Result<u32> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode & !0o444 == 0 && text.len() <= 5 => Ok(mode),
+        _ => Err(Error::usage(format!("'{text}' is no mode of a read-only file")).remedy(
+            "use read bits in octal: 0444 for everybody, 0440 for owner and group, 0400 for the owner",
+        )),
+    }
+}
+
+/// A change of owner; what is `None` stays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// The new user.
+    pub uid: Option<u32>,
+    /// The new group.
+    pub gid: Option<u32>,
+}
+
+impl Owner {
+    /// Changes a policy.
+    pub fn apply(self, policy: &mut Policy) {
+        policy.uid = self.uid.unwrap_or(policy.uid);
+        policy.gid = self.gid.unwrap_or(policy.gid);
+    }
+}
+
+impl FromStr for Owner {
+    type Err = Error;
+
+    /// `USER`, `USER:GROUP` or `:GROUP`, by name or number.
+    fn from_str(text: &str) -> Result<Owner> {
+        let (user, group) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group)),
+            None => (text, None),
+        };
+        if text.is_empty() || group == Some("") {
+            return Err(
+                Error::usage(format!("'{text}' names no owner")).remedy("write USER, USER:GROUP or :GROUP")
+            );
+        }
+        let uid = (!user.is_empty()).then(|| number("user", user, "/etc/passwd")).transpose()?;
+        let gid = group.map(|group| number("group", group, "/etc/group")).transpose()?;
+        Ok(Owner { uid, gid })
+    }
+}
+
+/// `u32::MAX` is no identity: to chown(2) it means "leave it".
+fn number(what: &str, text: &str, path: &str) -> Result<u32> {
+    if text.bytes().all(|b| b.is_ascii_digit()) {
+        let number = text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
+        return number.ok_or_else(|| Error::usage(format!("{what} number {text} is out of range")));
+    }
+    let table = fs::read_to_string(path).map_err(|e| Error::io("cannot look up names", path, e))?;
+    find(&table, text).ok_or_else(|| {
+        Error::usage(format!("no {what} '{text}' in {path}")).remedy(format!("write the {what}'s number"))
+    })
+}
+
+/// The third field of the line that begins with `name`.
+fn find(table: &str, name: &str) -> Option<u32> {
+    table.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes() {
+        for (text, mode) in [("444", 0o444), ("0400", 0o400), ("0", 0), ("0440", 0o440)] {
+            assert_eq!(parse_mode(text).unwrap(), mode);
+        }
+        for bad in ["", "0644", "555", "9", "-1", "u+r", "4444", "000000444"] {
+            assert!(parse_mode(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn owners() {
+        let owner = |uid, gid| Owner { uid, gid };
+        assert_eq!("7".parse::<Owner>().unwrap(), owner(Some(7), None));
+        assert_eq!("7:8".parse::<Owner>().unwrap(), owner(Some(7), Some(8)));
+        assert_eq!(":8".parse::<Owner>().unwrap(), owner(None, Some(8)));
+        assert_eq!("root:root".parse::<Owner>().unwrap(), owner(Some(0), Some(0)));
+        for bad in ["", ":", "7:", "4294967295", "no-such-user-here", "1:no-such-group-here"] {
+            assert!(bad.parse::<Owner>().is_err(), "{bad}");
+        }
+        assert_eq!(find("a:x:5:6:::\nb:x:7:8:::", "b"), Some(7));
+        assert_eq!(find("a\nb:x:y", "b"), None);
+    }
+}

@@ -7,6 +7,7 @@ mod import;
 mod inspect;
 mod interrupt;
 mod ls;
+mod explain;
 mod output;
 mod progress;
 mod rm;
@@ -71,6 +72,7 @@ enum Command {
     Chmod(chmod::ChmodArgs),
     Chown(chmod::ChownArgs),
     Export(export::ExportArgs),
+    Explain(explain::ExplainArgs),
 }
 
 fn run(cli: Cli) -> Result<Done> {
@@ -84,6 +86,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Chmod(args) => chmod::run(args, global),
         Command::Chown(args) => chmod::run_chown(args, global),
         Command::Export(args) => export::run(args, global),
+        Command::Explain(args) => explain::run(args, global),
     }
 }
 

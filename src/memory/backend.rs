@@ -11,7 +11,7 @@ use crate::sys::pagemap::Pagemap;
 use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
 
 use super::dirty::{PageRange, page_ranges};
-use super::file::{self, Opened};
+use super::file::{self, Undo};
 use super::options::Options;
 use super::plan::{FileFacts, Layout, Note, Plan, Role, Source, map_failed};
 
@@ -26,6 +26,8 @@ struct Inner {
     file: Option<File>,
     plan: Plan,
     notes: Vec<Note>,
+    /// Of a trial: gives back what it changed. Dropped after the mapping.
+    _undo: Undo,
 }
 
 impl Drop for Inner {
@@ -50,38 +52,46 @@ impl Backend {
     ///
     /// # Errors
     /// QEMU's words for everything that it would refuse, and our own refusals. Nothing stays mapped,
-    /// and a file that was made for it is gone again.
+    /// and a file that was made or extended for it is as it was before.
     pub fn create(plan: &Plan) -> Result<Backend> {
+        Backend::make(plan.clone(), |undo| undo.disarm())
+    }
+
+    /// Carries out a plan to see what comes of it: when the last handle is dropped the file is as it
+    /// was before, unless somebody wrote to it through a shared mapping.
+    ///
+    /// # Errors
+    /// As [`Backend::create`].
+    pub fn trial(plan: &Plan) -> Result<Backend> {
+        Backend::make(plan.for_trial(), |_| ())
+    }
+
+    fn make(plan: Plan, done: impl FnOnce(&mut Undo)) -> Result<Backend> {
         let mut notes = plan.notes.clone();
-        let (opened, offset) = match &plan.source {
-            Source::File { path, open, offset } => (Some(file::open(plan, path, *open)?), *offset),
+        let (mut opened, offset) = match &plan.source {
+            Source::File { path, open, offset } => (Some(file::open(&plan, path, *open)?), *offset),
             Source::Anonymous | Source::Memfd => (None, FileOffset::new(0)),
         };
         let facts = opened.as_ref().map_or(FileFacts::NONE, |o| o.facts);
         let layout = plan.layout(&facts)?;
-        let memfd = match plan.source {
-            Source::Memfd => Some(new_memfd(&plan.region, layout.length)?),
-            _ => None,
-        };
-        let backing = opened.as_ref().and_then(Opened::file).or(memfd.as_ref());
-        if let (Some(length), Some(file)) = (layout.extend_to, backing) {
-            file.set_len(length).map_err(|e| cannot_extend(plan, length, e))?;
-        }
-        let mapping = map(plan, &layout, backing, offset)?;
-        plan.check_mapped(&facts)?;
-        if plan.sync && !mapping.is_sync() {
-            if let Source::File { path, .. } = &plan.source {
-                notes.push(Note::no_sync(path));
-            }
+        if let (Some(length), Some(opened)) = (layout.extend_to, &mut opened) {
+            opened.extend(length).map_err(|e| cannot_extend(&plan, length, e))?;
         }
         let fuse = opened.as_ref().is_some_and(|o| o.fuse);
-        advise(plan, &mapping, fuse, &mut notes)?;
-        fill(plan, &mapping)?;
-        let file = match opened {
-            Some(opened) => opened.keep(),
-            None => memfd,
+        let (file, mut undo) = match (opened, &plan.source) {
+            (Some(opened), _) => (Some(opened.file), opened.undo),
+            (None, Source::Memfd) => (Some(new_memfd(&plan.region, layout.length)?), Undo::default()),
+            (None, _) => (None, Undo::default()),
         };
-        Ok(Backend(Arc::new(Inner { mapping, file, plan: plan.clone(), notes })))
+        let mapping = map(&plan, &layout, file.as_ref(), offset)?;
+        plan.check_mapped(&facts)?;
+        if let (true, false, Source::File { path, .. }) = (plan.sync, mapping.is_sync(), &plan.source) {
+            notes.push(Note::no_sync(path));
+        }
+        advise(&plan, &mapping, fuse, &mut notes)?;
+        fill(&plan, &mapping)?;
+        done(&mut undo);
+        Ok(Backend(Arc::new(Inner { mapping, file, plan, notes, _undo: undo })))
     }
 
     /// Bytes of memory.
@@ -227,7 +237,7 @@ fn new_memfd(name: &str, length: Bytes) -> Result<File> {
     use rustix::fs::{MemfdFlags, memfd_create};
     // The kernel takes at most 249 bytes for a name.
     let name: String = name.chars().filter(char::is_ascii).take(200).collect();
-    let fd = memfd_create(format!("memory-backend-memfd-{name}"), MemfdFlags::CLOEXEC)
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC)
         .map_err(|e| Error::failed("cannot make a memfd for guest RAM").because(e.into()))?;
     let file = File::from(fd);
     file.set_len(length.get()).map_err(map_failed)?;

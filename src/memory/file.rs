@@ -16,35 +16,56 @@ use crate::sys::mapping::Sharing;
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
 const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 
-/// An open backing store. A file that this value has made is unlinked when it is dropped before
-/// [`Opened::keep`].
+/// An open backing store.
 #[derive(Debug)]
 pub struct Opened {
-    file: Option<File>,
-    made: Option<PathBuf>,
+    /// The open file.
+    pub file: File,
+    /// Gives back what opening changed, unless it is told that all went well.
+    pub undo: Undo,
     pub facts: FileFacts,
     /// Lies on a FUSE filesystem.
     pub fuse: bool,
 }
 
-impl Opened {
-    /// The open file.
-    pub fn file(&self) -> Option<&File> {
-        self.file.as_ref()
-    }
+/// What was changed on the way to a mapping. Dropped before [`Undo::disarm`], it is given back.
+#[derive(Debug, Default)]
+pub struct Undo {
+    /// A file that did not exist before.
+    made: Option<PathBuf>,
+    /// A file that was empty before.
+    extended: Option<File>,
+}
 
-    /// All went well: the file stays.
-    pub fn keep(mut self) -> Option<File> {
+impl Undo {
+    /// All went well: everything stays.
+    pub fn disarm(&mut self) {
         self.made = None;
-        self.file.take()
+        self.extended = None;
     }
 }
 
-impl Drop for Opened {
+impl Drop for Undo {
     fn drop(&mut self) {
         if let Some(path) = self.made.take() {
             let _ = std::fs::remove_file(path);
         }
+        if let Some(file) = self.extended.take() {
+            let _ = file.set_len(0);
+        }
+    }
+}
+
+impl Opened {
+    /// Gives an empty file its length.
+    ///
+    /// # Errors
+    /// Whatever `ftruncate` and `dup` give.
+    pub fn extend(&mut self, length: u64) -> io::Result<()> {
+        let file = self.file.try_clone()?;
+        self.file.set_len(length)?;
+        self.undo.extended = Some(file);
+        Ok(())
     }
 }
 
@@ -139,7 +160,7 @@ impl Unlinked for tempfile::NamedTempFile {
 }
 
 fn describe(file: File, made: Option<PathBuf>) -> io::Result<Opened> {
-    let mut opened = Opened { file: None, made, facts: FileFacts::NONE, fuse: false };
+    let undo = Undo { made, extended: None };
     let metadata = file.metadata()?;
     let filesystem = fstatfs(&file)?;
     let kind = metadata.file_type();
@@ -154,8 +175,6 @@ fn describe(file: File, made: Option<PathBuf>) -> io::Result<Opened> {
         HUGETLBFS_MAGIC => u64::try_from(filesystem.f_bsize).unwrap_or(PAGE_SIZE),
         _ => PAGE_SIZE,
     };
-    opened.facts = FileFacts { size, page_size, regular: kind.is_file() };
-    opened.fuse = filesystem.f_type == FUSE_SUPER_MAGIC;
-    opened.file = Some(file);
-    Ok(opened)
+    let facts = FileFacts { size, page_size, regular: kind.is_file() };
+    Ok(Opened { file, undo, facts, fuse: filesystem.f_type == FUSE_SUPER_MAGIC })
 }

@@ -1,15 +1,13 @@
 //! What an object's text asks for, in QEMU's words and with QEMU's defaults.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-
-use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::units::{Bytes, FileOffset};
 
 use super::grammar;
 use super::input::{Input, missing};
+use super::json;
 use super::plan::{Note, Plan};
 
 /// The two object types that back guest memory here.
@@ -171,9 +169,7 @@ impl Options {
     }
 
     fn from_json(text: &str) -> Result<Options> {
-        let fields: BTreeMap<String, Value> =
-            serde_json::from_str(text).map_err(|e| Error::usage(format!("JSON parse error, {e}")))?;
-        Self::read(Input::Json(fields), Vec::new())
+        Self::read(Input::Json(json::object(text)?), Vec::new())
     }
 
     /// Takes the parameters in QEMU's order: it decides which of several faults is named.

@@ -307,6 +307,25 @@ impl Plan {
         })
     }
 
+    /// The same plan without what would change the file for good.
+    pub(super) fn for_trial(&self) -> Plan {
+        let mut plan = self.clone();
+        plan.discard = false;
+        if plan.prealloc.is_some() && plan.has_file() && plan.sharing == Sharing::Shared {
+            plan.prealloc = None;
+            plan.notes.push(
+                Note::new("trial", "not preallocated here: that would allocate the whole file")
+                    .bytes(plan.size),
+            );
+        }
+        plan
+    }
+
+    /// True when the memory comes from a file that was named.
+    pub fn has_file(&self) -> bool {
+        matches!(self.source, Source::File { .. })
+    }
+
     /// Checks the opened file against the plan and decides what is mapped.
     ///
     /// # Errors
@@ -367,7 +386,7 @@ impl Plan {
     /// # Errors
     /// QEMU's words; our own for `prealloc=on` on ROM.
     pub fn check_mapped(&self, facts: &FileFacts) -> Result<()> {
-        if matches!(self.source, Source::File { .. }) && !self.size.get().is_multiple_of(facts.page_size) {
+        if self.has_file() && !self.size.get().is_multiple_of(facts.page_size) {
             return Err(Error::usage(format!(
                 "backend '{}' memory size must be multiple of {}",
                 self.type_name,

@@ -299,12 +299,15 @@ impl Mapping {
     /// `InvalidInput` outside of the mapping; `EFAULT` where the memory cannot be read.
     pub fn read(&self, offset: MemoryOffset, out: &mut [u8]) -> io::Result<()> {
         let from = self.inside(offset, out.len())?;
-        let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
-        let remote = libc::iovec { iov_base: from as *mut _, iov_len: out.len() };
-        // SAFETY: `local` covers exactly `out`, which is borrowed mutably; the kernel checks `remote`,
-        // which is read only.
-        let done = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
-        whole(done, out.len())
+        for (n, out) in out.chunks_mut(MAX_COPY).enumerate() {
+            let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+            let remote = libc::iovec { iov_base: (from + n * MAX_COPY) as *mut _, iov_len: out.len() };
+            // SAFETY: `local` covers exactly `out`, which is borrowed mutably; the kernel checks
+            // `remote`, which is read only.
+            let done = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+            whole(done, out.len())?;
+        }
+        Ok(())
     }
 
     /// Copies bytes into memory, as a guest's stores would. What a store would answer with a signal
@@ -314,12 +317,15 @@ impl Mapping {
     /// `InvalidInput` outside of the mapping; `EFAULT` where the memory cannot be written.
     pub fn write(&self, offset: MemoryOffset, bytes: &[u8]) -> io::Result<()> {
         let to = self.inside(offset, bytes.len())?;
-        let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
-        let remote = libc::iovec { iov_base: to as *mut _, iov_len: bytes.len() };
-        // SAFETY: `local` covers exactly `bytes`, which is only read; `remote` lies inside this mapping,
-        // into which no reference exists.
-        let done = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
-        whole(done, bytes.len())
+        for (n, bytes) in bytes.chunks(MAX_COPY).enumerate() {
+            let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
+            let remote = libc::iovec { iov_base: (to + n * MAX_COPY) as *mut _, iov_len: bytes.len() };
+            // SAFETY: `local` covers exactly `bytes`, which is only read; `remote` lies inside this
+            // mapping, into which no reference exists.
+            let done = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+            whole(done, bytes.len())?;
+        }
+        Ok(())
     }
 
     /// One load instruction. Where the page cannot be had, the process gets the signal that a VMM
@@ -409,6 +415,9 @@ impl Drop for Mapping {
         let _ = unsafe { mm::munmap(self.address as *mut _, self.length + self.guard) };
     }
 }
+
+/// Bytes that one system call copies at most; the kernel's own limit is just below 2 GiB.
+const MAX_COPY: usize = 1 << 30;
 
 fn whole(done: isize, wanted: usize) -> io::Result<()> {
     match usize::try_from(done) {

@@ -1,3 +1,5 @@
 //! What the scenarios share.
 
 pub mod host;
+pub mod qemu_object;
+pub mod tables;

@@ -1,0 +1,407 @@
+//! The same object to the installed QEMU and to Stencil, in the same run: same verdict, same words, same
+//! mapping, same outcome of a read and a write. The objects stand in the tables of `docs/semantics.md`.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use stencilfs::memory::{Backend, Observed, Options, observe, parse_smaps};
+use stencilfs::units::MemoryOffset;
+
+use crate::support::host;
+use crate::support::qemu_object::{Guest, Verdict, verdict};
+use crate::support::tables::{code, rows};
+
+const DOCUMENT: &str = "semantics.md";
+const NOBODY: u32 = 65534;
+const MIB: u64 = 1 << 20;
+
+/// The files that the tables speak of, in a folder of their own.
+struct Files {
+    folder: tempfile::TempDir,
+    mounted: Option<PathBuf>,
+}
+
+impl Files {
+    fn new(object: &str) -> Files {
+        let folder = tempfile::tempdir().unwrap();
+        // Another user must get in, and make sockets and files.
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let mut files = Files { folder, mounted: None };
+        for (name, size, mode) in
+            [("file", 4 * MIB, 0o666), ("short", MIB, 0o666), ("empty", 0, 0o666), ("denied", 4 * MIB, 0o444)]
+        {
+            let path = files.path(name);
+            let content: Vec<u8> = (0..size).map(|n| (n / 4096 % 251) as u8 + 1).collect();
+            fs::write(&path, content).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        fs::create_dir(files.path("folder")).unwrap();
+        fs::set_permissions(files.path("folder"), fs::Permissions::from_mode(0o777)).unwrap();
+        if object.contains("{rofs}") {
+            files.mount_read_only();
+        }
+        files
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn mount_read_only(&mut self) {
+        let place = self.path("mount");
+        fs::create_dir(&place).unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=16M", "none"]).arg(&place));
+        self.mounted = Some(place.clone());
+        fs::copy(self.path("file"), place.join("rofs")).unwrap();
+        run(Command::new("mount").args(["-o", "remount,ro"]).arg(&place));
+    }
+
+    /// The object with the names of the files in it.
+    fn expand(&self, object: &str) -> String {
+        let mut text = match object.strip_prefix('M') {
+            Some(rest) => format!("memory-backend-file,id=m{rest}"),
+            None => object.to_owned(),
+        };
+        for name in ["file", "short", "empty", "denied", "folder", "missing"] {
+            text = text.replace(&format!("{{{name}}}"), self.path(name).to_str().unwrap());
+        }
+        text.replace("{rofs}", self.path("mount/rofs").to_str().unwrap())
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if let Some(place) = &self.mounted {
+            run(Command::new("umount").arg(place));
+        }
+    }
+}
+
+fn run(command: &mut Command) {
+    let status = command.status().unwrap();
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+/// Objects with a file that the caller must not write are tried as another user: root may do all.
+fn user_of(object: &str) -> Option<u32> {
+    object.contains("{denied}").then_some(NOBODY)
+}
+
+/// `stencil explain`, in a process of its own, where another user can run it.
+fn explain(object: &str, files: &Files, uid: Option<u32>) -> (Verdict, Value) {
+    let program = match uid {
+        None => PathBuf::from(env!("CARGO_BIN_EXE_stencil")),
+        Some(_) => {
+            let copy = files.path("stencil");
+            fs::copy(env!("CARGO_BIN_EXE_stencil"), &copy).unwrap();
+            copy
+        }
+    };
+    let mut command = Command::new(program);
+    command.args(["explain", "--json", "--", object]);
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    let output = command.output().unwrap();
+    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&output.status) {
+        return (Verdict::Died(signal), Value::Null);
+    }
+    let value: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{object}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
+    if value["verdict"] == "accepted" {
+        assert!(output.status.success());
+        return (Verdict::Accepted, value);
+    }
+    assert!(!output.status.success());
+    let text = |key: &str| value["error"][key].as_str().map(str::to_owned);
+    (Verdict::Refused { words: text("message").unwrap(), hint: text("remedy") }, value)
+}
+
+/// How a process maps an object: the mapping whose line picks it.
+fn mapping(smaps: &str, pick: impl Fn(&str) -> bool) -> Option<Observed> {
+    let line = smaps.lines().find(|line| line.contains('-') && pick(line))?;
+    let start = u64::from_str_radix(line.split_once('-')?.0, 16).ok()?;
+    parse_smaps(smaps, start)
+}
+
+/// QEMU's mapping of the object: of a file by its path; else the guest's memory has `size` bytes and a
+/// guard page behind it.
+fn mapping_in_qemu(guest: &Guest, folder: &Path, size: u64) -> Observed {
+    let smaps = guest.smaps();
+    let folder = folder.to_str().unwrap();
+    let sized = |line: &str| {
+        let (start, rest) = line.split_once('-')?;
+        let (end, _) = rest.split_once(' ')?;
+        Some(u64::from_str_radix(end, 16).ok()? - u64::from_str_radix(start, 16).ok()? == size)
+    };
+    mapping(&smaps, |line| line.contains(folder))
+        .or_else(|| mapping(&smaps, |line| line.contains("/memfd:m") && sized(line) == Some(true)))
+        .or_else(|| {
+            mapping(&smaps, |line| line.contains(" rw-p 00000000 00:00 0") && sized(line) == Some(true))
+        })
+        .unwrap_or_else(|| panic!("no mapping in {folder}: {smaps}"))
+}
+
+/// `O_RDONLY` or `O_RDWR`, as a process has the file open.
+fn open_mode(pid: u32, path: &Path) -> String {
+    let folder = format!("/proc/{pid}/fd");
+    let fd = fs::read_dir(folder)
+        .unwrap()
+        .flatten()
+        .find(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == path))
+        .unwrap_or_else(|| panic!("process {pid} has {} not open", path.display()));
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", fd.file_name().display())).unwrap();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+    match u32::from_str_radix(flags, 8).unwrap() & 3 {
+        0 => "O_RDONLY".to_owned(),
+        2 => "O_RDWR".to_owned(),
+        other => format!("mode {other}"),
+    }
+}
+
+/// What one read and one write did: the byte before, the byte after, the byte in the file after.
+type Outcome = (u8, u8, u8);
+
+const PLACE: u64 = 3 * 4096 + 77;
+
+fn byte_in(file: &Path) -> u8 {
+    fs::read(file).unwrap()[PLACE as usize]
+}
+
+#[test]
+fn the_twelve_rows() {
+    let _host = host::shared();
+    let table = rows(DOCUMENT, "the_twelve_rows");
+    assert_eq!(table.len(), 12);
+    let mut accepted = 0;
+    for row in &table {
+        let [share, readonly, rom, open, perms, result] = &row[..] else { panic!("{row:?}") };
+        let object = format!("M,size=4M,mem-path={{file}},share={share},readonly={readonly},rom={rom}");
+        let files = Files::new(&object);
+        let expanded = files.expand(&object);
+        let theirs = verdict(&expanded, None);
+        let (ours, _) = explain(&expanded, &files, None);
+        assert_eq!(theirs.clone().without_hint(), ours.without_hint(), "{object}");
+        if perms == "–" {
+            assert_eq!(theirs.without_hint(), Verdict::refused(code(result).unwrap()), "{object}");
+            continue;
+        }
+        assert_eq!(theirs, Verdict::Accepted, "{object}");
+        accepted += 1;
+        let (their_map, their_outcome) = in_qemu(&expanded, &files, open);
+        let files = Files::new(&object);
+        let (our_map, our_outcome) = in_stencil(&files.expand(&object), &files, open);
+        same_mapping(&object, &their_map, &our_map);
+        assert_eq!(&our_map.perms, perms, "{object}");
+        assert_eq!(their_outcome, our_outcome, "{object}: read, read after a write, file after it");
+        let (before, after, in_file) = our_outcome;
+        match &perms[..] {
+            "r--p" | "r--s" => assert_eq!((before, after), (in_file, in_file), "{object}"),
+            "rw-p" => assert!(after != before && in_file == before, "{object}: {our_outcome:?}"),
+            _ => assert!(after != before && in_file == after, "{object}: {our_outcome:?}"),
+        }
+    }
+    assert_eq!(accepted, 9);
+}
+
+fn in_qemu(object: &str, files: &Files, open: &str) -> (Observed, Outcome) {
+    let mut guest = Guest::with_memory(object, files.folder.path());
+    let before = guest.read(PLACE);
+    guest.write(PLACE, !before);
+    let after = guest.read(PLACE);
+    assert_eq!(open_mode(guest.pid(), &files.path("file")), open, "QEMU: {object}");
+    let map = mapping_in_qemu(&guest, files.folder.path(), 4 * MIB);
+    (map, (before, after, byte_in(&files.path("file"))))
+}
+
+fn in_stencil(object: &str, files: &Files, open: &str) -> (Observed, Outcome) {
+    let backend = Backend::from_text(object).unwrap();
+    let read = || {
+        let mut byte = [0];
+        backend.read_at(MemoryOffset::new(PLACE), &mut byte).unwrap();
+        byte[0]
+    };
+    let before = read();
+    // On ROM the write is refused; a guest's store would be a signal: see backend_rom.
+    let written = backend.write_at(MemoryOffset::new(PLACE), &[!before]);
+    assert_eq!(written.is_ok(), backend.protection() == stencilfs::memory::Protection::ReadWrite, "{object}");
+    let after = read();
+    assert_eq!(open_mode(std::process::id(), &files.path("file")), open, "Stencil: {object}");
+    let map = observe(backend.address_range().start).unwrap();
+    (map, (before, after, byte_in(&files.path("file"))))
+}
+
+/// Permissions, length, offset, flags. Addresses are ours, and what the document marks so: `merge=off`
+/// of anonymous memory.
+fn same_mapping(object: &str, theirs: &Observed, ours: &Observed) {
+    assert_eq!(theirs.perms, ours.perms, "{object}");
+    assert_eq!(theirs.offset, ours.offset, "{object}");
+    assert_eq!(theirs.end - theirs.start, ours.end - ours.start, "{object}");
+    let mut flags = theirs.vm_flags.clone();
+    if object.starts_with("memory-backend-ram") && object.contains("merge=off") {
+        flags.retain(|flag| flag != "mg");
+    }
+    assert_eq!(flags, ours.vm_flags, "{object}");
+}
+
+#[test]
+fn accepted_objects() {
+    let _host = host::shared();
+    for row in rows(DOCUMENT, "accepted_objects") {
+        let [object, perms] = &row[..] else { panic!("{row:?}") };
+        let object = code(object).unwrap();
+        let uid = user_of(object);
+        let files = Files::new(object);
+        let expanded = files.expand(object);
+        let guest = Guest::without_machine(&expanded, uid);
+        let size = if object.contains("size=1M") { MIB } else { 4 * MIB };
+        let size = if object.contains("size=0.5M") { MIB / 2 } else { size };
+        let theirs = mapping_in_qemu(&guest, files.folder.path(), size);
+        drop(guest);
+        let files = Files::new(object);
+        let (ours, value) = explain(&files.expand(object), &files, uid);
+        assert_eq!(ours, Verdict::Accepted, "{object}");
+        let ours: Observed = observed(&value);
+        same_mapping(object, &theirs, &ours);
+        assert_eq!(&ours.perms, perms, "{object}");
+        if !object.contains("align=") {
+            assert!(ours.start.is_multiple_of(2 * MIB), "{object}: aligned to 2 MiB");
+        }
+    }
+}
+
+fn observed(value: &Value) -> Observed {
+    let map = &value["map"];
+    let number = |key: &str| map[key].as_u64().unwrap();
+    let bytes = |key: &str| stencilfs::units::Bytes::new(number(key));
+    Observed {
+        line: map["line"].as_str().unwrap().to_owned(),
+        start: number("start"),
+        end: number("end"),
+        perms: map["perms"].as_str().unwrap().to_owned(),
+        offset: number("offset"),
+        vm_flags: serde_json::from_value(map["vm_flags"].clone()).unwrap(),
+        resident_bytes: bytes("resident_bytes"),
+        anonymous_bytes: bytes("anonymous_bytes"),
+        pmd_mapped_bytes: bytes("pmd_mapped_bytes"),
+    }
+}
+
+const TEMPLATING_HINT: &str = "Consider opening the backing store read-only but still creating writable RAM \
+    using '-object memory-backend-file,readonly=on,rom=off...' (see \"VM templating\" documentation)";
+
+#[test]
+fn refused_objects() {
+    let _host = host::shared();
+    for row in rows(DOCUMENT, "refused_objects") {
+        let [object, words] = &row[..] else { panic!("{row:?}") };
+        let object = code(object).unwrap_or("");
+        let uid = user_of(object);
+        let files = Files::new(object);
+        let expanded = files.expand(object);
+        let words = files.expand(code(words).unwrap());
+        let theirs = verdict(&expanded, uid);
+        let files_after = names(&files);
+        let (ours, _) = explain(&expanded, &files, uid);
+        assert_eq!(theirs.clone().without_hint(), Verdict::refused(&words), "QEMU: {object}");
+        assert_eq!(ours.clone().without_hint(), Verdict::refused(&words), "Stencil: {object}");
+        // A hint of QEMU's is ours as well; we have remedies where it has none, but never its templating
+        // hint where it does not print it.
+        let hint = |verdict: &Verdict| match verdict {
+            Verdict::Refused { hint, .. } => hint.clone(),
+            _ => None,
+        };
+        match hint(&theirs) {
+            Some(theirs) => assert_eq!(hint(&ours), Some(theirs), "{object}"),
+            None => assert_ne!(hint(&ours).as_deref(), Some(TEMPLATING_HINT), "{object}"),
+        }
+        let ours_left: Vec<_> = names(&files).into_iter().filter(|n| n != "stencil").collect();
+        assert_eq!(ours_left, files_after, "{object}: nothing is left behind");
+    }
+}
+
+fn names(files: &Files) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(files.folder.path())
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_templating_hint_is_printed_when_qemu_prints_it() {
+    let _host = host::shared();
+    for (object, printed) in [
+        ("M,size=4M,mem-path={denied}", true),
+        ("M,size=4M,mem-path={denied},share=on", false),
+        ("M,size=4M,mem-path={rofs}", false),
+    ] {
+        let files = Files::new(object);
+        let expanded = files.expand(object);
+        let ours = explain(&expanded, &files, user_of(object)).0;
+        for (who, verdict) in [("QEMU", verdict(&expanded, user_of(object))), ("Stencil", ours)] {
+            let Verdict::Refused { hint, .. } = verdict else { panic!("{who} accepts {object}") };
+            assert_eq!(hint.as_deref() == Some(TEMPLATING_HINT), printed, "{who}: {object}: {hint:?}");
+        }
+    }
+}
+
+#[test]
+fn where_we_differ() {
+    let _host = host::shared();
+    for row in rows(DOCUMENT, "where_we_differ") {
+        let [object, qemu, stencil] = &row[..] else { panic!("{row:?}") };
+        let object = code(object).unwrap();
+        let files = Files::new(object);
+        let expanded = files.expand(object);
+        let theirs = verdict(&expanded, None).without_hint();
+        let expected = match (&qemu[..], code(qemu)) {
+            ("SIGSEGV", _) => Verdict::Died(libc::SIGSEGV),
+            (_, Some(words)) => Verdict::refused(words),
+            _ => Verdict::Accepted,
+        };
+        assert_eq!(theirs, expected, "QEMU: {object}");
+        let ours = explain(&expanded, &files, None).0.without_hint();
+        let expected = code(stencil).map_or(Verdict::Accepted, Verdict::refused);
+        assert_eq!(ours, expected, "Stencil: {object}");
+    }
+}
+
+#[test]
+fn notes_of_accepted_objects() {
+    for row in rows(DOCUMENT, "notes_of_accepted_objects") {
+        let [object, note] = &row[..] else { panic!("{row:?}") };
+        let object = code(object).unwrap();
+        let files = Files::new(object);
+        let (_, value) = explain(&files.expand(object), &files, None);
+        let notes: Vec<_> = value["notes"].as_array().unwrap().iter().map(|n| n["name"].clone()).collect();
+        let expected: Vec<_> = code(note).into_iter().collect();
+        assert_eq!(notes, expected, "{object}");
+    }
+}
+
+/// What QEMU does beside the verdict: the files that are left.
+#[test]
+fn files_are_made_as_qemu_makes_them() {
+    let _host = host::shared();
+    for object in ["M,size=4M,mem-path={missing}", "M,size=4M,mem-path={missing},share=on,offset=1M"] {
+        let theirs = Files::new(object);
+        assert_eq!(verdict(&theirs.expand(object), None), Verdict::Accepted);
+        let ours = Files::new(object);
+        drop(Backend::create(&Options::parse(&ours.expand(object)).unwrap().plan().unwrap()).unwrap());
+        let look = |files: &Files| {
+            let metadata = File::open(files.path("missing")).unwrap().metadata().unwrap();
+            (metadata.len(), metadata.permissions().mode())
+        };
+        assert_eq!(look(&ours), look(&theirs), "{object}");
+        let trial = Files::new(object);
+        explain(&trial.expand(object), &trial, None);
+        assert!(!trial.path("missing").exists(), "explain leaves nothing behind");
+    }
+}

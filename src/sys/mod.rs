@@ -3,8 +3,11 @@
 #![allow(unsafe_code)]
 
 pub mod cachestat;
+pub mod fuse_dev;
 pub mod map_file;
 pub mod mapping;
+pub mod memfd;
+pub mod mount;
 pub mod pagemap;
 pub mod probe;
 pub mod process;

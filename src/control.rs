@@ -1,1 +1,0 @@
-//! The words between `stencil` and `stencil-mountd`.

@@ -1,0 +1,28 @@
+//! The words between `stencil` and `stencil-mountd`: who serves a mount, what it is asked and what it answers.
+//!
+//! A supervisor owns one folder in `runtime_dir()/mounts`: its record (`mount.json`), its control socket
+//! (`control.sock`) and its log. [`mounts`] reads the records; [`Mount`] asks the supervisor behind one.
+
+mod client;
+mod options;
+mod protocol;
+mod registry;
+mod wire;
+
+use std::path::PathBuf;
+
+pub use client::{ask, request_unmount};
+pub use options::{MountOptions, ServeMode};
+pub use protocol::{
+    Failure, FileStatus, MountStatus, Request, Residency, Response, TemplateStatus, UnmountMode,
+};
+pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, mounts};
+pub use wire::{Channel, MAX_FRAME};
+
+/// Where running things of Stencil leave their records: `$STENCIL_RUNTIME_DIR`, else `/run/stencil`.
+pub fn runtime_dir() -> PathBuf {
+    match std::env::var_os("STENCIL_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir),
+        _ => PathBuf::from("/run/stencil"),
+    }
+}

@@ -1,0 +1,171 @@
+//! The records of living mounts: one folder each in `runtime_dir()/mounts`.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::runtime_dir;
+use crate::error::{Error, Result};
+use crate::sys::procfs;
+
+/// Name of the control socket in a record's folder.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// Name of the log in a record's folder.
+pub const LOG_FILE: &str = "log";
+const RECORD_FILE: &str = "mount.json";
+
+/// What a supervisor writes down about its mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Where it is mounted (canonical).
+    pub mountpoint: PathBuf,
+    /// The store that it serves (canonical).
+    pub store: PathBuf,
+    /// `st_dev` of everything in it.
+    pub device: u64,
+    /// Process that holds the mount.
+    pub supervisor_pid: u32,
+    /// Its start, in clock ticks since boot.
+    pub supervisor_start: u64,
+    /// Process that answers the kernel, when one runs.
+    pub server_pid: Option<u32>,
+    /// Its start, in clock ticks since boot.
+    pub server_start: u64,
+    /// Version of both.
+    pub version: String,
+}
+
+/// A mount with a living supervisor or server.
+#[derive(Debug, Clone)]
+pub struct Mount {
+    /// Where it is mounted, or was before a lazy unmount.
+    pub mountpoint: PathBuf,
+    /// The store that it serves.
+    pub store: PathBuf,
+    /// `st_dev` of everything in it.
+    pub device: u64,
+    /// Process that holds the mount (dead where `orphaned`).
+    pub supervisor_pid: u32,
+    /// Process that answers the kernel.
+    pub server_pid: Option<u32>,
+    /// True after a lazy unmount.
+    pub detached: bool,
+    /// True where the supervisor has died and only the server is left.
+    pub orphaned: bool,
+    /// Version of both.
+    pub version: String,
+    /// Folder with its record, socket and log.
+    pub dir: PathBuf,
+}
+
+/// The folder of a supervisor's record; removed when dropped.
+#[derive(Debug)]
+pub struct RecordDir(PathBuf);
+
+impl RecordDir {
+    /// Makes the folder for the supervisor with this process id. What a dead one of the same number left is removed.
+    ///
+    /// # Errors
+    /// When the runtime directory cannot be made or written.
+    pub fn create(pid: u32) -> Result<RecordDir> {
+        let root = runtime_dir();
+        let all = root.join("mounts");
+        fs::create_dir_all(&all).map_err(|e| {
+            Error::io("cannot make the runtime directory", &all, e)
+                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write")
+        })?;
+        let dir = all.join(pid.to_string());
+        let _ = fs::remove_dir_all(&dir);
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| Error::io("cannot make the mount's record", &dir, e))?;
+        Ok(RecordDir(dir))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Writes the record in one step.
+    ///
+    /// # Errors
+    /// The filesystem's.
+    pub fn write(&self, record: &Record) -> Result<()> {
+        let tmp = self.0.join("mount.json.tmp");
+        let text = serde_json::to_vec_pretty(record)
+            .map_err(|e| Error::failed(format!("cannot write the mount's record: {e}")))?;
+        let written = (|| -> io::Result<()> {
+            let mut file =
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&tmp)?;
+            file.write_all(&text)?;
+            fs::rename(&tmp, self.0.join(RECORD_FILE))
+        })();
+        written.map_err(|e| Error::io("cannot write the mount's record", &self.0, e))
+    }
+}
+
+impl Drop for RecordDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            log::warn!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// Every mount of this runtime directory whose supervisor or server lives, lazily unmounted ones too, by mountpoint.
+/// Records of dead ones are removed on the way.
+///
+/// # Errors
+/// When the runtime directory exists and cannot be read. A directory that does not exist holds no mount.
+pub fn mounts() -> Result<Vec<Mount>> {
+    let all = runtime_dir().join("mounts");
+    let entries = match fs::read_dir(&all) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("cannot read the runtime directory", &all, e)),
+    };
+    let mounted = procfs::mounts()?;
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let dir = entry.path();
+        let Some(record) = read_record(&dir) else { continue };
+        let supervisor = procfs::is_alive(record.supervisor_pid, record.supervisor_start);
+        let server = record.server_pid.filter(|&pid| procfs::is_alive(pid, record.server_start));
+        if !supervisor && server.is_none() {
+            log::debug!("removing the record of a dead mount: {}", dir.display());
+            let _ = fs::remove_dir_all(&dir);
+            continue;
+        }
+        let detached = !mounted.iter().any(|m| m.dev == record.device);
+        found.push(Mount {
+            mountpoint: record.mountpoint,
+            store: record.store,
+            device: record.device,
+            supervisor_pid: record.supervisor_pid,
+            server_pid: server,
+            detached,
+            orphaned: !supervisor,
+            version: record.version,
+            dir,
+        });
+    }
+    found.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
+    Ok(found)
+}
+
+/// A folder without a readable record belongs to a supervisor that is just starting, or to nobody: left alone.
+fn read_record(dir: &Path) -> Option<Record> {
+    let text = fs::read(dir.join(RECORD_FILE)).ok()?;
+    match serde_json::from_slice(&text) {
+        Ok(record) => Some(record),
+        Err(error) => {
+            log::warn!("{}: no record of a mount: {error}", dir.display());
+            None
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `/dev/fuse`: the parts of its protocol that no crate speaks.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::error::{Error, Result};
+
+/// The kernel reads and writes no request of less than this, in bytes.
+const MIN_READ_BUFFER: usize = 8192 * 2;
+const FUSE_INIT: u32 = 26;
+const NOTIFY_RESEND: i32 = 7;
+
+/// `_IOW(229, 1, struct fuse_backing_map)`, 16 bytes.
+const IOC_BACKING_OPEN: libc::c_ulong = 0x4010_E501;
+/// `_IOW(229, 2, uint32_t)`.
+const IOC_BACKING_CLOSE: libc::c_ulong = 0x4004_E502;
+
+#[repr(C)]
+struct BackingMap {
+    fd: i32,
+    flags: u32,
+    padding: u64,
+}
+
+/// Opens `/dev/fuse`: a new connection.
+///
+/// # Errors
+/// Names what is missing: the device, or the right to open it.
+pub fn open() -> Result<OwnedFd> {
+    let path = Path::new("/dev/fuse");
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(file) => Ok(file.into()),
+        Err(e) => {
+            let remedy = match e.raw_os_error() {
+                Some(libc::ENOENT) => {
+                    "load the module `fuse` (modprobe fuse); in a container pass the device on (--device /dev/fuse)"
+                }
+                Some(libc::ENXIO | libc::ENODEV) => "the kernel has no FUSE: load the module `fuse`",
+                _ => "run it as root, or as a user who may read and write /dev/fuse",
+            };
+            Err(Error::io("cannot open the FUSE device", path, e).remedy(remedy))
+        }
+    }
+}
+
+/// Waits for the first request of a connection, which is always INIT.
+///
+/// # Errors
+/// The device's, or `InvalidData` for another request.
+pub fn read_init(fuse: impl AsFd) -> io::Result<Vec<u8>> {
+    let mut packet = vec![0; MIN_READ_BUFFER];
+    let n = loop {
+        match rustix::io::read(&fuse, &mut packet[..]) {
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            other => break other?,
+        }
+    };
+    packet.truncate(n);
+    // struct fuse_in_header: u32 len, u32 opcode, …
+    match packet.get(4..8).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes) {
+        Some(FUSE_INIT) => Ok(packet),
+        other => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("the first request has opcode {other:?}, expected INIT"),
+        )),
+    }
+}
+
+/// Writes a finished reply.
+///
+/// # Errors
+/// The device's.
+pub fn write_reply(fuse: impl AsFd, reply: &[u8]) -> io::Result<()> {
+    let n = rustix::io::write(fuse, reply)?;
+    if n == reply.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Asks the kernel to hand out again every request that was read and not answered (FUSE_NOTIFY_RESEND).
+///
+/// # Errors
+/// The device's.
+pub fn resend(fuse: impl AsFd) -> io::Result<()> {
+    // struct fuse_out_header: u32 len, i32 error (the notification's code), u64 unique = 0.
+    let mut notice = [0; 16];
+    notice[..4].copy_from_slice(&16u32.to_le_bytes());
+    notice[4..8].copy_from_slice(&NOTIFY_RESEND.to_le_bytes());
+    write_reply(fuse, &notice)
+}
+
+/// True once the connection is over: its superblock is gone, or it was aborted.
+pub fn is_over(fuse: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&fuse, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut fds, Some(&now)), Ok(1)) && fds[0].revents().contains(PollFlags::ERR)
+}
+
+/// Registers a file as a passthrough backing of the connection. The id belongs to the connection, not to the process.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN or where passthrough was not agreed on, `ELOOP` for a file on a stacked filesystem.
+pub fn backing_open(fuse: impl AsFd, file: impl AsFd) -> io::Result<u32> {
+    let map = BackingMap { fd: file.as_fd().as_raw_fd(), flags: 0, padding: 0 };
+    // SAFETY: both descriptors are open for the length of the call; the kernel reads 16 bytes from `map`, which has
+    // the layout of struct fuse_backing_map, and writes nothing.
+    let id = unsafe { libc::ioctl(fuse.as_fd().as_raw_fd(), IOC_BACKING_OPEN, &raw const map) };
+    u32::try_from(id).map_err(|_| io::Error::last_os_error())
+}
+
+/// Forgets a backing. Open files and mappings keep it.
+///
+/// # Errors
+/// `ENOENT` for an id that is not open.
+pub fn backing_close(fuse: impl AsFd, id: u32) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the length of the call; the kernel reads 4 bytes from `id`.
+    let result = unsafe { libc::ioctl(fuse.as_fd().as_raw_fd(), IOC_BACKING_CLOSE, &raw const id) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes the descriptor number of `target` refer to what `source` refers to, close-on-exec. Whoever owns `target` goes
+/// on owning that number; what it referred to before is closed.
+///
+/// # Errors
+/// The system's.
+pub fn replace_descriptor(target: BorrowedFd<'_>, source: impl AsFd) -> io::Result<()> {
+    loop {
+        // SAFETY: both numbers are open descriptors for the length of the call, and dup3 touches no memory. The owner
+        // of `target` keeps a valid descriptor: the number never becomes free.
+        let result = unsafe {
+            libc::dup3(source.as_fd().as_raw_fd(), target.as_raw_fd(), libc::O_CLOEXEC)
+        };
+        if result >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek, SeekFrom, Write};
+
+    #[test]
+    fn a_replaced_descriptor_keeps_its_number() {
+        let mut a = tempfile::tempfile().unwrap();
+        let mut b = tempfile::tempfile().unwrap();
+        b.write_all(b"b").unwrap();
+        b.seek(SeekFrom::Start(0)).unwrap();
+        let number = a.as_raw_fd();
+        replace_descriptor(a.as_fd(), &b).unwrap();
+        let mut text = String::new();
+        a.read_to_string(&mut text).unwrap();
+        assert_eq!((text.as_str(), a.as_raw_fd()), ("b", number));
+    }
+
+    #[test]
+    fn a_new_connection_is_not_over_and_has_no_backing() {
+        let fuse = open().unwrap();
+        assert!(!is_over(&fuse) || backing_close(&fuse, 1).is_err());
+    }
+}

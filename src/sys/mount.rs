@@ -1,0 +1,86 @@
+//! mount(2) and its relatives: attach a FUSE connection, take it away, abort it.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, fsconfig_create, fsmount,
+    fsopen, mount,
+};
+
+use crate::error::{Error, Result};
+
+/// Type of a mount of ours in `/proc/mounts`.
+pub const FS_TYPE: &str = "fuse.stencil";
+
+/// Mounts the FUSE connection behind `fuse` on a directory, with the permission checks of the kernel and for all users.
+/// The superblock stays writable: on a read-only one a writable open would be `EROFS`, and QEMU tells its user about
+/// `readonly=on,rom=off` only after `EACCES`. Every write-like call is refused by the server.
+///
+/// # Errors
+/// The kernel's; `EPERM` says what is missing.
+pub fn mount_fuse(fuse: impl AsFd, source: &str, mountpoint: &Path, noexec: bool) -> Result<()> {
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+    if noexec {
+        flags |= MountFlags::NOEXEC;
+    }
+    let data = format!(
+        "fd={},rootmode=40555,user_id=0,group_id=0,default_permissions,allow_other,max_read=1048576",
+        fuse.as_fd().as_raw_fd()
+    );
+    let data = std::ffi::CString::new(data).map_err(|e| Error::failed(e.to_string()))?;
+    mount(source, mountpoint, FS_TYPE, flags, Some(data.as_c_str())).map_err(|e| {
+        let error = Error::io("cannot mount", mountpoint, e.into());
+        match e {
+            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => {
+                error.remedy("mounting needs CAP_SYS_ADMIN: run it as root")
+            }
+            rustix::io::Errno::NODEV => {
+                error.remedy("the kernel has no FUSE: load the module `fuse` or set CONFIG_FUSE_FS")
+            }
+            _ => error,
+        }
+    })
+}
+
+/// Takes a mount out of the tree, if nobody uses it or, with `lazy`, at once.
+///
+/// # Errors
+/// `EBUSY` while it is in use; `EINVAL` where nothing is mounted there.
+pub fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
+    // A symbolic link put in the mountpoint's place must not lead the call elsewhere.
+    let mut flags = UnmountFlags::NOFOLLOW;
+    if lazy {
+        flags |= UnmountFlags::DETACH;
+    }
+    Ok(rustix::mount::unmount(mountpoint, flags)?)
+}
+
+/// Aborts the FUSE connection of that device number (`st_dev`): every waiting and every later request fails.
+/// Uses a private instance of fusectl that is attached nowhere.
+///
+/// # Errors
+/// `ENOENT` where no such connection exists; else the kernel's.
+pub fn abort_fuse_connection(device: u64) -> io::Result<()> {
+    let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    let root = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    // Connections are named after the kernel's own form of the device number; anonymous ones have major 0.
+    let name = format!("{}/abort", rustix::fs::minor(device));
+    let abort = rustix::fs::openat(&root, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    File::from(abort).write_all(b"1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aborting_no_connection_says_so() {
+        let error = abort_fuse_connection(rustix::fs::makedev(0, 999_999)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
+    }
+}

@@ -7,9 +7,10 @@
 //! |---|---|
 //! | 0 | [`units`], [`error`], [`progress`] |
 //! | 1 | [`sys`]: the only unsafe code, one kernel interface a file |
-//! | 2 | [`store`] (knows no memory), [`memory`] (knows no store), [`control`] (the words between `stencil` and `stencil-mountd`) |
-//! | 3 | [`clones`]: sees paths and inodes, as a VMM does |
-//! | 4 | [`cli`] |
+//! | 2 | [`store`] (knows no memory), [`memory`] (knows no store) |
+//! | 3 | [`control`]: the words between `stencil` and `stencil-mountd` |
+//! | 4 | [`clones`]: sees paths and inodes, as a VMM does |
+//! | 5 | [`cli`] |
 
 pub mod cli;
 pub mod clones;

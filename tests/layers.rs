@@ -12,9 +12,9 @@ const FLOORS: [(&str, u32); 9] = [
     ("sys", 1),
     ("store", 2),
     ("memory", 2),
-    ("control", 2),
-    ("clones", 3),
-    ("cli", 4),
+    ("control", 3),
+    ("clones", 4),
+    ("cli", 5),
 ];
 
 fn floor(module: &str) -> u32 {

@@ -39,8 +39,7 @@ impl FromStr for ServeMode {
             .into_iter()
             .find(|m| m.name() == text)
             .ok_or_else(|| {
-                Error::usage(format!("'{text}' is no way to serve"))
-                    .remedy("say auto, passthrough or decode")
+                Error::usage(format!("'{text}' is no way to serve")).remedy("say auto, passthrough or decode")
             })
     }
 }
@@ -135,9 +134,7 @@ impl MountOptions {
     }
 
     fn set(&mut self, key: &str, value: &OsStr) -> Result<()> {
-        let text = || {
-            value.to_str().ok_or_else(|| Error::usage(format!("the value of {key} is not UTF-8")))
-        };
+        let text = || value.to_str().ok_or_else(|| Error::usage(format!("the value of {key} is not UTF-8")));
         match key {
             "serve" => self.serve = text()?.parse()?,
             "cache-dir" => self.cache_dir = Some(PathBuf::from(value)),
@@ -242,12 +239,23 @@ mod tests {
     #[test]
     fn option_lists() {
         let mut options = MountOptions::new("/m", "/s");
-        options.apply("ro,nosuid,serve=decode,cache-size=1G,hydrate-timeout=2s,x-systemd.automount,noexec").unwrap();
+        options
+            .apply("ro,nosuid,serve=decode,cache-size=1G,hydrate-timeout=2s,x-systemd.automount,noexec")
+            .unwrap();
         assert_eq!(options.serve, ServeMode::Decode);
         assert_eq!(options.cache_size, Some(Bytes::new(1 << 30)));
         assert_eq!(options.hydrate_timeout, Duration::from_secs(2));
         assert!(options.noexec);
-        for bad in ["frobnicate", "serve", "serve=fast", "cache-size=much", "suid", "dev", "ro=1", "hydrate-timeout=-1"] {
+        for bad in [
+            "frobnicate",
+            "serve",
+            "serve=fast",
+            "cache-size=much",
+            "suid",
+            "dev",
+            "ro=1",
+            "hydrate-timeout=-1",
+        ] {
             let error = options.apply(bad).unwrap_err();
             assert_eq!(error.code(), crate::error::Code::Usage, "{bad}");
             assert!(error.remedy_text().is_some(), "{bad}: {error}");

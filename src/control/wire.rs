@@ -72,8 +72,7 @@ impl Channel {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let mut part = [IoSliceMut::new(&mut length[got..])];
-            let message =
-                retry(|| recvmsg(&self.0, &mut part, &mut ancillary, RecvFlags::CMSG_CLOEXEC))?;
+            let message = retry(|| recvmsg(&self.0, &mut part, &mut ancillary, RecvFlags::CMSG_CLOEXEC))?;
             for item in ancillary.drain() {
                 if let RecvAncillaryMessage::ScmRights(fds) = item {
                     fd = fds.into_iter().next().or(fd);

@@ -129,9 +129,7 @@ pub fn replace_descriptor(target: BorrowedFd<'_>, source: impl AsFd) -> io::Resu
     loop {
         // SAFETY: both numbers are open descriptors for the length of the call, and dup3 touches no memory. The owner
         // of `target` keeps a valid descriptor: the number never becomes free.
-        let result = unsafe {
-            libc::dup3(source.as_fd().as_raw_fd(), target.as_raw_fd(), libc::O_CLOEXEC)
-        };
+        let result = unsafe { libc::dup3(source.as_fd().as_raw_fd(), target.as_raw_fd(), libc::O_CLOEXEC) };
         if result >= 0 {
             return Ok(());
         }

@@ -1,0 +1,308 @@
+//! Serving by passthrough: which files have a backing, which get one, and which open waits for it.
+//!
+//! The inode number says how a file is served, so the answer is given by LOOKUP. An OPEN that finds no backing under
+//! the passthrough number, in time, is answered with ESTALE: the kernel then looks the name up again, hears the decode
+//! number, and opens that; the caller notices nothing.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use stencilfs::control::ServeMode;
+use stencilfs::error::{Code, Error};
+use stencilfs::store::{Serving, Template};
+
+pub use crate::backing::Opening;
+use crate::errno::Refusal;
+use crate::hydrate::Hydrator;
+use crate::link::{Ask, Cache, FileKey};
+use crate::stats::{Counter, Stats};
+use crate::tree::{Lasting, Offer};
+
+/// Files that are hydrated at the same time: a small one need not wait for a big one.
+const AT_ONCE: usize = 2;
+
+/// What did not fit is tried again after so long.
+const RETRY: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+enum State {
+    /// A backing is being made; opens wait until the deadline, if there is one.
+    Filling { deadline: Option<Instant>, late: bool, waiting: Vec<Opening> },
+    /// A backing is registered under that id.
+    Ready(u32),
+    /// There is none; the reason was given to the supervisor.
+    Decode { since: Instant, retry: bool },
+    /// It is being given up for others; the id, should it turn out to be in use.
+    Leaving(u32),
+}
+
+struct Job {
+    template: Arc<Template>,
+    file: usize,
+    key: FileKey,
+}
+
+/// The backings of one server.
+#[derive(Debug)]
+pub struct Passthrough {
+    mode: ServeMode,
+    timeout: Duration,
+    possible: bool,
+    hydrator: Hydrator,
+    states: Mutex<HashMap<FileKey, State>>,
+    jobs: Mutex<mpsc::Sender<Job>>,
+    deadlines: Condvar,
+    stats: Stats,
+}
+
+fn key(template: &Template, file: usize) -> FileKey {
+    let name = template.files().get(file).map_or("", |f| f.name.as_str());
+    FileKey { digest: *template.digest(), file: name.to_owned() }
+}
+
+impl Passthrough {
+    /// Serves so, with the backings that are ready already.
+    pub fn new(
+        mode: ServeMode,
+        timeout: Duration,
+        hydrator: Hydrator,
+        ready: Vec<(FileKey, u32)>,
+        stats: Stats,
+    ) -> Arc<Passthrough> {
+        let possible = !matches!(hydrator.cache(), Cache::Nowhere(_));
+        let states = ready.into_iter().map(|(key, id)| (key, State::Ready(id))).collect();
+        let (sender, receiver) = mpsc::channel::<Job>();
+        let ours = Arc::new(Passthrough {
+            mode,
+            timeout,
+            possible,
+            hydrator,
+            states: Mutex::new(states),
+            jobs: Mutex::new(sender),
+            deadlines: Condvar::new(),
+            stats,
+        });
+        let receiver = Arc::new(Mutex::new(receiver));
+        for _ in 0..AT_ONCE {
+            let (ours, receiver) = (Arc::clone(&ours), Arc::clone(&receiver));
+            thread::spawn(move || {
+                loop {
+                    let job = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(job) = job else { return };
+                    ours.run(&job);
+                }
+            });
+        }
+        let clock = Arc::clone(&ours);
+        thread::spawn(move || clock.watch_deadlines());
+        ours
+    }
+
+    fn states(&self) -> MutexGuard<'_, HashMap<FileKey, State>> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers an open of the passthrough number of a file, now or when its backing is there.
+    pub fn open(&self, template: &Arc<Template>, file: usize, opening: Opening) {
+        let key = key(template, file);
+        let mut states = self.states();
+        match states.get_mut(&key) {
+            Some(State::Ready(id)) => {
+                self.stats.count(Counter::OpensPassthrough);
+                opening.passthrough(*id);
+            }
+            Some(State::Filling { late: false, waiting, .. }) => waiting.push(opening),
+            Some(State::Filling { .. } | State::Decode { .. } | State::Leaving(_)) => {
+                opening.refuse(Refusal::Stale);
+            }
+            None if !self.possible => {
+                let refusal = if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Failed };
+                opening.refuse(refusal);
+            }
+            None => {
+                let deadline = match self.mode {
+                    ServeMode::Auto => Instant::now().checked_add(self.timeout),
+                    ServeMode::Passthrough | ServeMode::Decode => None,
+                };
+                let state = State::Filling { deadline, late: false, waiting: vec![opening] };
+                states.insert(key.clone(), state);
+                drop(states);
+                self.deadlines.notify_all();
+                let job = Job { template: Arc::clone(template), file, key };
+                let _ = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send(job);
+            }
+        }
+    }
+
+    fn run(&self, job: &Job) {
+        self.stats.count(Counter::HydrationsStarted);
+        log::info!("hydrating template {} file {}", job.key.digest, job.key.file);
+        let begun = Instant::now();
+        self.tell(&job.key, None);
+        let made = self.hydrator.hydrate(&job.template, job.file, &job.key, |keys| self.evict(keys));
+        let (state, answer): (Option<State>, _) = match made {
+            Ok(id) => {
+                self.stats.count(Counter::HydrationsDone);
+                log::info!(
+                    "template {} file {} is served by passthrough after {:.2} s",
+                    job.key.digest,
+                    job.key.file,
+                    begun.elapsed().as_secs_f64()
+                );
+                (Some(State::Ready(id)), Ok(id))
+            }
+            Err(error) => {
+                self.stats.count(Counter::HydrationsFailed);
+                log::warn!("template {} file {} gets no backing: {error}", job.key.digest, job.key.file);
+                self.tell(&job.key, Some(error.to_string()));
+                match self.mode {
+                    ServeMode::Auto => {
+                        let retry = error.code() == Code::TryAgain || error.errno() == Some(libc::ENOSPC);
+                        let state = State::Decode { since: Instant::now(), retry };
+                        (Some(state), Err(Refusal::Stale))
+                    }
+                    // The next open tries again; nobody is served otherwise.
+                    ServeMode::Passthrough | ServeMode::Decode => (None, Err(for_opener(&error))),
+                }
+            }
+        };
+        let mut states = self.states();
+        let before = match state {
+            Some(state) => states.insert(job.key.clone(), state),
+            None => states.remove(&job.key),
+        };
+        drop(states);
+        let Some(State::Filling { waiting, .. }) = before else { return };
+        for opening in waiting {
+            match answer {
+                Ok(id) => {
+                    self.stats.count(Counter::OpensPassthrough);
+                    opening.passthrough(id);
+                }
+                Err(refusal) => opening.refuse(refusal),
+            }
+        }
+    }
+
+    /// Stops handing out those backings, and has the supervisor close the unused ones.
+    fn evict(&self, keys: Vec<FileKey>) -> stencilfs::error::Result<()> {
+        let mut leaving = Vec::new();
+        {
+            let mut states = self.states();
+            for key in keys {
+                if let Some(state) = states.get_mut(&key)
+                    && let State::Ready(id) = *state
+                {
+                    *state = State::Leaving(id);
+                    leaving.push(key);
+                }
+            }
+        }
+        let closed = self.hydrator.evict(leaving.clone());
+        let gone: &[FileKey] = closed.as_deref().unwrap_or(&[]);
+        let mut states = self.states();
+        for key in leaving {
+            if gone.contains(&key) {
+                self.stats.count(Counter::Evictions);
+                log::info!("template {} file {} lost its backing: nobody used it", key.digest, key.file);
+                states.remove(&key);
+            } else if let Some(state) = states.get_mut(&key)
+                && let State::Leaving(id) = *state
+            {
+                *state = State::Ready(id);
+            }
+        }
+        closed.map(|_| ())
+    }
+
+    fn tell(&self, key: &FileKey, why: Option<String>) {
+        let _ = self.hydrator.link().ask(&Ask::Decode { key: key.clone(), why }, None);
+    }
+
+    /// Answers opens whose time is up.
+    fn watch_deadlines(&self) {
+        let mut states = self.states();
+        loop {
+            let now = Instant::now();
+            let mut next: Option<Instant> = None;
+            let mut told = Vec::new();
+            for (key, state) in states.iter_mut() {
+                if let State::Filling { deadline: Some(deadline), late, waiting } = state
+                    && !*late
+                {
+                    if *deadline <= now {
+                        *late = true;
+                        for opening in waiting.drain(..) {
+                            opening.refuse(Refusal::Stale);
+                        }
+                        told.push(key.clone());
+                    } else {
+                        next = Some(next.map_or(*deadline, |n| n.min(*deadline)));
+                    }
+                }
+            }
+            if !told.is_empty() {
+                drop(states);
+                for key in told {
+                    let why = format!(
+                        "its backing is still being filled; the first open waited {} s for it",
+                        self.timeout.as_secs_f64()
+                    );
+                    log::warn!("template {} file {} is served by decode: {why}", key.digest, key.file);
+                    self.tell(&key, Some(why));
+                }
+                states = self.states();
+                continue;
+            }
+            states = match next {
+                Some(next) => {
+                    let wait = next.saturating_duration_since(now);
+                    self.deadlines.wait_timeout(states, wait).unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.deadlines.wait(states).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+/// What an opener is told where nothing but passthrough is allowed.
+fn for_opener(error: &Error) -> Refusal {
+    match (error.code(), error.errno()) {
+        (Code::TryAgain, _) | (_, Some(libc::ENOSPC)) => Refusal::NoSpace,
+        (Code::Damage, _) => Refusal::Damaged,
+        _ => Refusal::Failed,
+    }
+}
+
+impl Offer for Passthrough {
+    fn offer(&self, template: &Template, file: usize) -> Serving {
+        let empty = template.files().get(file).is_none_or(|f| f.size.get() == 0);
+        match self.mode {
+            _ if empty => return Serving::Decode,
+            ServeMode::Decode => return Serving::Decode,
+            ServeMode::Passthrough => return Serving::Passthrough,
+            ServeMode::Auto if !self.possible => return Serving::Decode,
+            ServeMode::Auto => {}
+        }
+        let key = key(template, file);
+        let mut states = self.states();
+        match states.get(&key) {
+            None | Some(State::Ready(_) | State::Filling { late: false, .. }) => Serving::Passthrough,
+            Some(State::Decode { since, retry: true }) if since.elapsed() > RETRY => {
+                states.remove(&key);
+                Serving::Passthrough
+            }
+            Some(State::Filling { .. } | State::Decode { .. } | State::Leaving(_)) => Serving::Decode,
+        }
+    }
+
+    fn lasting(&self, template: &Template, file: usize) -> Lasting {
+        match (self.mode, self.possible) {
+            // A later open may be promoted.
+            (ServeMode::Auto, true) if self.offer(template, file) == Serving::Decode => Lasting::Not,
+            _ => Lasting::Long,
+        }
+    }
+}

@@ -1,0 +1,459 @@
+//! The names and attributes in a mount, from the live store. Knows no FUSE.
+//!
+//! ```text
+//!   /by-id/<digest>/{manifest.json, memory, state, …}
+//!   /templates/<name>/<tag>  ->  ../../by-id/<digest>
+//! ```
+//! Inode numbers are computed from what they stand for, so that a server knows those that its predecessor gave out:
+//! one that is not in the map is sought by walking the store again.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number};
+use stencilfs::units::Bytes;
+
+use crate::errno::Refusal;
+
+/// Inode number of the top; FUSE fixes it.
+pub const ROOT: u64 = 1;
+
+/// Name of the description in every template's directory.
+pub const MANIFEST: &str = "manifest.json";
+
+/// What an inode number stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Node {
+    /// The top.
+    Root,
+    /// `by-id`.
+    ById,
+    /// `templates`.
+    Templates,
+    /// `by-id/<digest>`.
+    Template(Digest),
+    /// `by-id/<digest>/manifest.json`.
+    Manifest(Digest),
+    /// `by-id/<digest>/<file>`: which file of the template, and how it is served under this number.
+    File(Digest, usize, Serving),
+    /// `templates/<name>`.
+    Name(String),
+    /// `templates/<name>/<tag>`.
+    Tag(TagName),
+}
+
+/// What kind of thing it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A symbolic link.
+    Symlink,
+}
+
+/// How long a name may be believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lasting {
+    /// Asked again each time: tags move, and a file served by decode may be promoted.
+    Not,
+    /// Content that has this name has it for ever.
+    Long,
+}
+
+/// What stat(2) shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attributes {
+    /// Inode number.
+    pub ino: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Length.
+    pub size: Bytes,
+    /// What it stores: pages that are not zero.
+    pub data: Bytes,
+    /// When it came into the store, in seconds since 1970.
+    pub created: u64,
+}
+
+/// One name in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirectoryEntry {
+    /// Position behind it: of the same name in every listing, whatever else comes and goes.
+    pub cookie: u64,
+    /// Inode number.
+    pub ino: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// The name.
+    pub name: String,
+}
+
+/// Decides how the next open of a file is served.
+pub trait Offer {
+    /// How, for file number `file` of `template`.
+    fn offer(&self, template: &Template, file: usize) -> Serving;
+    /// How long that answer holds.
+    fn lasting(&self, template: &Template, file: usize) -> Lasting;
+}
+
+/// The tree of one store.
+#[derive(Debug)]
+pub struct Tree {
+    store: Store,
+    secret: [u8; 32],
+    nodes: DashMap<u64, Node>,
+    templates: DashMap<Digest, Arc<Template>>,
+}
+
+impl Tree {
+    /// The tree of that store.
+    pub fn new(store: Store) -> Tree {
+        let secret = store.secret();
+        let tree = Tree { store, secret, nodes: DashMap::new(), templates: DashMap::new() };
+        tree.nodes.insert(ROOT, Node::Root);
+        tree
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// What that number stands for.
+    ///
+    /// # Errors
+    /// [`Refusal::Stale`] for a number that nothing in the store has.
+    pub fn node(&self, ino: u64) -> Result<Node, Refusal> {
+        if let Some(node) = self.nodes.get(&ino) {
+            return Ok(node.clone());
+        }
+        self.walk()?;
+        self.nodes.get(&ino).map(|n| n.clone()).ok_or(Refusal::Stale)
+    }
+
+    /// Enters every number that the store has now.
+    fn walk(&self) -> Result<(), Refusal> {
+        self.enter(Node::ById);
+        self.enter(Node::Templates);
+        for entry in self.store.tags().map_err(|e| refuse(&e))? {
+            self.enter(Node::Name(entry.name.clone()));
+            if let Ok(tag) = TagName::new(&entry.name, &entry.tag) {
+                self.enter(Node::Tag(tag));
+            }
+        }
+        for digest in self.store.digests().map_err(|e| refuse(&e))? {
+            self.enter(Node::Template(digest));
+            self.enter(Node::Manifest(digest));
+            // One that cannot be opened has no files; the log says why when somebody asks for it.
+            let Ok(template) = self.template(&digest) else { continue };
+            for file in 0..template.files().len() {
+                for serving in Serving::ALL {
+                    self.enter(Node::File(digest, file, serving));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&self, node: Node) -> u64 {
+        let ino = self.ino(&node);
+        self.nodes.entry(ino).or_insert(node);
+        ino
+    }
+
+    /// The number of a node.
+    pub fn ino(&self, node: &Node) -> u64 {
+        match node {
+            Node::Root => ROOT,
+            Node::ById => self.keyed("by-id"),
+            Node::Templates => self.keyed("templates"),
+            Node::Template(digest) => self.keyed(&format!("by-id/{digest}")),
+            Node::Manifest(digest) => inode_number(&self.secret, digest, MANIFEST, Serving::Decode),
+            Node::File(digest, file, serving) => match self.template(digest) {
+                Ok(template) => self.file_ino(&template, *file, *serving),
+                Err(_) => self.keyed(&format!("by-id/{digest}/#{file}")),
+            },
+            Node::Name(name) => self.keyed(&format!("templates/{name}")),
+            Node::Tag(tag) => self.keyed(&format!("templates/{}/{}", tag.name(), tag.tag())),
+        }
+    }
+
+    fn file_ino(&self, template: &Template, file: usize, serving: Serving) -> u64 {
+        let name = template.files().get(file).map_or("", |f| f.name.as_str());
+        inode_number(&self.secret, template.digest(), name, serving)
+    }
+
+    /// 63 bits of a keyed hash of a path, never 0 or 1.
+    fn keyed(&self, path: &str) -> u64 {
+        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
+        hasher.update(b"name\0");
+        hasher.update(path.as_bytes());
+        let mut number = [0; 8];
+        number.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        (u64::from_le_bytes(number) >> 1).max(2)
+    }
+
+    /// An open template; opened once.
+    ///
+    /// # Errors
+    /// What the store says, logged when it is more than a missing template.
+    pub fn template(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
+        if let Some(template) = self.templates.get(digest) {
+            return Ok(Arc::clone(&template));
+        }
+        let template = Arc::new(self.store.template(digest).map_err(|e| refuse(&e))?);
+        let kept = self.templates.entry(*digest).or_insert(template);
+        Ok(Arc::clone(&kept))
+    }
+
+    /// What a name in a directory stands for, and how long that holds.
+    ///
+    /// # Errors
+    /// [`Refusal::NoEntry`], [`Refusal::NotDirectory`], or the store's trouble.
+    pub fn lookup(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        offer: &impl Offer,
+    ) -> Result<(Attributes, Lasting), Refusal> {
+        let parent = self.node(parent)?;
+        let name = name.to_str().ok_or(Refusal::NoEntry)?;
+        let node = self.child(&parent, name, offer)?;
+        let lasting = match &node {
+            Node::Root | Node::ById | Node::Template(_) => Lasting::Long,
+            Node::Templates | Node::Name(_) | Node::Tag(_) | Node::Manifest(_) => Lasting::Not,
+            Node::File(digest, file, _) => offer.lasting(&*self.template(digest)?, *file),
+        };
+        self.enter(node.clone());
+        Ok((self.attributes_of(&node)?, lasting))
+    }
+
+    fn child(&self, parent: &Node, name: &str, offer: &impl Offer) -> Result<Node, Refusal> {
+        match (name, parent) {
+            (".", _) => return Ok(parent.clone()),
+            ("..", _) => return Ok(parent_of(parent)),
+            _ => {}
+        }
+        match parent {
+            Node::Root => match name {
+                "by-id" => Ok(Node::ById),
+                "templates" => Ok(Node::Templates),
+                _ => Err(Refusal::NoEntry),
+            },
+            Node::ById => match name.parse::<Digest>() {
+                // One spelling: capitals would be a second name of the same directory.
+                Ok(digest) if digest.to_string() == name && self.store.has(&digest) => {
+                    Ok(Node::Template(digest))
+                }
+                _ => Err(Refusal::NoEntry),
+            },
+            Node::Template(digest) if self.gone(digest) => Err(Refusal::NoEntry),
+            Node::Template(digest) if name == MANIFEST => Ok(Node::Manifest(*digest)),
+            Node::Template(digest) => {
+                let template = self.template(digest)?;
+                let file = template.file(name).ok_or(Refusal::NoEntry)?;
+                Ok(Node::File(*digest, file, offer.offer(&template, file)))
+            }
+            Node::Templates => {
+                let known = self.store.tags().map_err(|e| refuse(&e))?;
+                match known.into_iter().find(|t| t.name == name) {
+                    Some(entry) => Ok(Node::Name(entry.name)),
+                    None => Err(Refusal::NoEntry),
+                }
+            }
+            Node::Name(family) => {
+                let tag = TagName::new(family, name).map_err(|_| Refusal::NoEntry)?;
+                match self.store.tag(&tag).map_err(|e| refuse(&e))? {
+                    Some(_) => Ok(Node::Tag(tag)),
+                    None => Err(Refusal::NoEntry),
+                }
+            }
+            Node::Manifest(_) | Node::File(..) | Node::Tag(_) => Err(Refusal::NotDirectory),
+        }
+    }
+
+    /// True for a template that the store has no more. Its open files go on.
+    pub fn gone(&self, digest: &Digest) -> bool {
+        !self.store.has(digest)
+    }
+
+    /// What stat(2) shows for that number.
+    ///
+    /// # Errors
+    /// [`Refusal::Stale`] for one that means nothing any more, or the store's trouble.
+    pub fn attributes(&self, ino: u64) -> Result<Attributes, Refusal> {
+        let node = self.node(ino)?;
+        self.attributes_of(&node).map_err(|r| if r == Refusal::NoEntry { Refusal::Stale } else { r })
+    }
+
+    fn attributes_of(&self, node: &Node) -> Result<Attributes, Refusal> {
+        let plain = |kind, mode, size: u64| Attributes {
+            ino: self.ino(node),
+            kind,
+            mode,
+            uid: 0,
+            gid: 0,
+            size: Bytes::new(size),
+            data: Bytes::ZERO,
+            created: 0,
+        };
+        Ok(match node {
+            Node::Root | Node::ById | Node::Templates | Node::Name(_) | Node::Template(_) => {
+                plain(Kind::Directory, 0o555, 0)
+            }
+            Node::Tag(_) => plain(Kind::Symlink, 0o777, self.target(node)?.len() as u64),
+            Node::Manifest(digest) | Node::File(digest, ..) => {
+                // Opened anew where it can be: mode and owner may have changed since.
+                let fresh = self.store.template(digest).map(Arc::new);
+                let template = match fresh {
+                    Ok(template) => template,
+                    Err(_) => self.template(digest)?,
+                };
+                let (size, data) = match node {
+                    Node::File(_, file, _) => {
+                        let file = template.files().get(*file).ok_or(Refusal::NoEntry)?;
+                        (file.size, file.data_bytes)
+                    }
+                    _ => {
+                        let length = Bytes::new(template.manifest_json().len() as u64);
+                        (length, length)
+                    }
+                };
+                let policy = template.policy();
+                Attributes {
+                    mode: policy.mode & 0o555,
+                    uid: policy.uid,
+                    gid: policy.gid,
+                    size,
+                    data,
+                    created: policy.created,
+                    ..plain(Kind::File, 0, 0)
+                }
+            }
+        })
+    }
+
+    /// Where a tag leads.
+    ///
+    /// # Errors
+    /// [`Refusal::Invalid`] for what is no tag, [`Refusal::NoEntry`] for one that is gone.
+    pub fn read_link(&self, ino: u64) -> Result<String, Refusal> {
+        self.target(&self.node(ino)?)
+    }
+
+    fn target(&self, node: &Node) -> Result<String, Refusal> {
+        let Node::Tag(tag) = node else { return Err(Refusal::Invalid) };
+        match self.store.tag(tag).map_err(|e| refuse(&e))? {
+            Some(digest) => Ok(format!("../../by-id/{digest}")),
+            None => Err(Refusal::NoEntry),
+        }
+    }
+
+    /// Everything in a directory whose cookie is above `after`, by cookie.
+    ///
+    /// # Errors
+    /// [`Refusal::NotDirectory`], or the store's trouble.
+    pub fn list(&self, ino: u64, after: u64, offer: &impl Offer) -> Result<Vec<DirectoryEntry>, Refusal> {
+        let node = self.node(ino)?;
+        let mut children: Vec<(String, Node)> = match &node {
+            Node::Root => vec![("by-id".into(), Node::ById), ("templates".into(), Node::Templates)],
+            Node::ById => {
+                let all = self.store.digests().map_err(|e| refuse(&e))?;
+                all.into_iter().map(|d| (d.to_string(), Node::Template(d))).collect()
+            }
+            Node::Template(digest) if self.gone(digest) => Vec::new(),
+            Node::Template(digest) => {
+                let template = self.template(digest)?;
+                let files = template.files().iter().enumerate().map(|(i, file)| {
+                    (file.name.clone(), Node::File(*digest, i, offer.offer(&template, i)))
+                });
+                files.chain([(MANIFEST.to_owned(), Node::Manifest(*digest))]).collect()
+            }
+            Node::Templates => {
+                let mut names: Vec<String> =
+                    self.store.tags().map_err(|e| refuse(&e))?.into_iter().map(|t| t.name).collect();
+                names.dedup();
+                names.into_iter().map(|n| (n.clone(), Node::Name(n))).collect()
+            }
+            Node::Name(name) => {
+                let tags = self.store.tags().map_err(|e| refuse(&e))?;
+                let ours = tags.into_iter().filter(|t| &t.name == name);
+                ours.filter_map(|t| Some((t.tag.clone(), Node::Tag(TagName::new(&t.name, &t.tag).ok()?))))
+                    .collect()
+            }
+            Node::Manifest(_) | Node::File(..) | Node::Tag(_) => return Err(Refusal::NotDirectory),
+        };
+        children.push((".".into(), node.clone()));
+        children.push(("..".into(), parent_of(&node)));
+        let mut entries: Vec<DirectoryEntry> = children
+            .into_iter()
+            .map(|(name, child)| DirectoryEntry {
+                cookie: self.cookie(&name),
+                ino: self.ino(&child),
+                kind: kind_of(&child),
+                name,
+            })
+            .filter(|e| e.cookie > after)
+            .collect();
+        entries.sort_unstable_by_key(|e| e.cookie);
+        Ok(entries)
+    }
+
+    fn cookie(&self, name: &str) -> u64 {
+        match name {
+            "." => 1,
+            ".." => 2,
+            name => self.keyed(name).max(3),
+        }
+    }
+
+    /// Templates and the bytes of data in them, for statfs(2).
+    ///
+    /// # Errors
+    /// The store's trouble.
+    pub fn totals(&self) -> Result<(u64, Bytes), Refusal> {
+        let digests = self.store.digests().map_err(|e| refuse(&e))?;
+        let data = digests
+            .iter()
+            .filter_map(|d| self.template(d).ok())
+            .map(|t| t.files().iter().map(|f| f.data_bytes).sum())
+            .sum();
+        Ok((digests.len() as u64, data))
+    }
+}
+
+fn parent_of(node: &Node) -> Node {
+    match node {
+        Node::Root | Node::ById | Node::Templates => Node::Root,
+        Node::Template(_) => Node::ById,
+        Node::Manifest(digest) | Node::File(digest, ..) => Node::Template(*digest),
+        Node::Name(_) => Node::Templates,
+        Node::Tag(tag) => Node::Name(tag.name().to_owned()),
+    }
+}
+
+fn kind_of(node: &Node) -> Kind {
+    match node {
+        Node::Root | Node::ById | Node::Templates | Node::Template(_) | Node::Name(_) => Kind::Directory,
+        Node::Manifest(_) | Node::File(..) => Kind::File,
+        Node::Tag(_) => Kind::Symlink,
+    }
+}
+
+/// The refusal for an error of the store; what is more than a missing thing is logged here, once a request.
+fn refuse(error: &stencilfs::error::Error) -> Refusal {
+    let refusal = Refusal::from(error);
+    if refusal != Refusal::NoEntry {
+        log::error!("{error}");
+    }
+    refusal
+}

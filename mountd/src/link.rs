@@ -148,7 +148,7 @@ impl Link {
         let gone = |e| Error::failed("the supervisor is gone").because(e);
         channel.send(question, fd).map_err(gone)?;
         match channel.receive().map_err(gone)? {
-            Some((Answer::Refused(failure), _)) => Err(failure.into()),
+            Some((Answer::Refused(failure), _)) => Err(failure.into_error()),
             Some((answer, _)) => Ok(answer),
             None => Err(gone(std::io::ErrorKind::UnexpectedEof.into())),
         }

@@ -69,7 +69,7 @@ pub fn ask(dir: &Path, request: &Request) -> Result<Response> {
     let channel = Channel::new(OwnedFd::from(stream));
     channel.send(request, None).map_err(lost)?;
     match channel.receive::<Response>().map_err(lost)? {
-        Some((Response::Failed(failure), _)) => Err(failure.into()),
+        Some((Response::Failed(failure), _)) => Err(failure.into_error()),
         Some((response, _)) => Ok(response),
         None => Err(lost(std::io::ErrorKind::UnexpectedEof.into())),
     }

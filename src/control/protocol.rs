@@ -78,16 +78,17 @@ impl From<&Error> for Failure {
     }
 }
 
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Error {
+impl Failure {
+    /// The error that it was.
+    pub fn into_error(self) -> Error {
         const CODES: [Code; 6] =
             [Code::Failed, Code::Usage, Code::Damage, Code::NotFound, Code::InUse, Code::TryAgain];
-        let code = CODES.into_iter().find(|c| c.name() == failure.code).unwrap_or(Code::Failed);
-        let mut error = Error::new(code, failure.message);
-        if let Some(path) = failure.path {
+        let code = CODES.into_iter().find(|c| c.name() == self.code).unwrap_or(Code::Failed);
+        let mut error = Error::new(code, self.message);
+        if let Some(path) = self.path {
             error = error.at(path);
         }
-        match failure.remedy {
+        match self.remedy {
             Some(remedy) => error.remedy(remedy),
             None => error,
         }
@@ -183,7 +184,7 @@ mod tests {
         let error = Error::in_use("2 clones map it").at("/mnt").remedy("stop them");
         let text = serde_json::to_string(&Response::Failed(Failure::from(&error))).unwrap();
         let Response::Failed(back) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
-        let back = Error::from(back);
+        let back = back.into_error();
         assert_eq!(back.code(), Code::InUse);
         assert_eq!(back.to_string(), "2 clones map it: /mnt");
         assert_eq!(back.remedy_text(), Some("stop them"));

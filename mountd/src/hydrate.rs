@@ -79,16 +79,13 @@ impl Hydrator {
         self.verify(template, file, &backing, size, &pieces)?;
         match self.link.ask(&Ask::Register { key: key.clone() }, None)? {
             Answer::Backing(id) => Ok(id),
-            other => Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}"))),
+            other => {
+                Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}")))
+            }
         }
     }
 
-    fn reserve(
-        &self,
-        key: &FileKey,
-        bytes: u64,
-        evict: impl Fn(Vec<FileKey>) -> Result<()>,
-    ) -> Result<()> {
+    fn reserve(&self, key: &FileKey, bytes: u64, evict: impl Fn(Vec<FileKey>) -> Result<()>) -> Result<()> {
         let ask = Ask::Reserve { key: key.clone(), bytes };
         if let Answer::Evict(keys) = self.link.ask(&ask, None)? {
             evict(keys)?;
@@ -109,7 +106,9 @@ impl Hydrator {
     pub fn evict(&self, keys: Vec<FileKey>) -> Result<Vec<FileKey>> {
         match self.link.ask(&Ask::Evict { keys }, None)? {
             Answer::Evicted(keys) => Ok(keys),
-            other => Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}"))),
+            other => {
+                Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}")))
+            }
         }
     }
 
@@ -176,7 +175,9 @@ impl Hydrator {
         let mut at = 0;
         for gap_end in pieces.iter().map(|p| p.start).chain([size.get()]) {
             if at < gap_end && !is_hole(backing, at..gap_end)? {
-                return Err(Error::damage(format!("the backing holds data where there is none, behind offset {at}")));
+                return Err(Error::damage(format!(
+                    "the backing holds data where there is none, behind offset {at}"
+                )));
             }
             at = pieces.iter().find(|p| p.start == gap_end).map_or(gap_end, |p| p.end);
         }
@@ -240,7 +241,9 @@ fn unnamed_file(dir: &Path, size: Bytes) -> Result<File> {
 fn cannot_fill(cache: &Cache, error: std::io::Error) -> Error {
     match cache {
         Cache::Directory(dir) => Error::io("cannot fill the backing", dir, error),
-        Cache::Memory | Cache::Nowhere(_) => Error::failed("cannot fill the backing in memory").because(error),
+        Cache::Memory | Cache::Nowhere(_) => {
+            Error::failed("cannot fill the backing in memory").because(error)
+        }
     }
 }
 

@@ -86,6 +86,11 @@ pub enum Ask {
         /// In words.
         why: Option<String>,
     },
+    /// The backing is given up: its room is free again. Answered by `Done`.
+    GiveBack {
+        /// Of which file.
+        key: FileKey,
+    },
     /// So much of a backing is filled. Answered by `Done`.
     Progress {
         /// Of which file.

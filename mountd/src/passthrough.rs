@@ -157,6 +157,7 @@ impl Passthrough {
                 self.stats.count(Counter::HydrationsFailed);
                 log::warn!("template {} file {} gets no backing: {error}", job.key.digest, job.key.file);
                 self.tell(&job.key, Some(error.to_string()));
+                let _ = self.hydrator.link().ask(&Ask::GiveBack { key: job.key.clone() }, None);
                 match self.mode {
                     ServeMode::Auto => {
                         let retry = error.code() == Code::TryAgain || error.errno() == Some(libc::ENOSPC);

@@ -95,16 +95,10 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
 }
 
 /// fuser insists on an INIT of its own: it gets the kernel's from a socket pair, and its reply goes to the supervisor.
-fn handshake(
-    filesystem: Templates,
-    init: &[u8],
-    threads: usize,
-    link: &Link,
-) -> Result<Session<Templates>> {
+fn handshake(filesystem: Templates, init: &[u8], threads: usize, link: &Link) -> Result<Session<Templates>> {
     let fail = |e: std::io::Error| Error::failed("the handshake failed").because(e);
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(|e| fail(e.into()))?;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .map_err(|e| fail(e.into()))?;
     rustix::io::write(&ours, init).map_err(|e| fail(e.into()))?;
     let mut config = fuser::Config::default();
     config.acl = SessionACL::All;

@@ -373,9 +373,10 @@ impl Tree {
             Node::Template(digest) if self.gone(digest) => Vec::new(),
             Node::Template(digest) => {
                 let template = self.template(digest)?;
-                let files = template.files().iter().enumerate().map(|(i, file)| {
-                    (file.name.clone(), Node::File(*digest, i, offer.offer(&template, i)))
-                });
+                let files =
+                    template.files().iter().enumerate().map(|(i, file)| {
+                        (file.name.clone(), Node::File(*digest, i, offer.offer(&template, i)))
+                    });
                 files.chain([(MANIFEST.to_owned(), Node::Manifest(*digest))]).collect()
             }
             Node::Templates => {

@@ -61,6 +61,8 @@ pub struct MountOptions {
     pub hydrate_timeout: Duration,
     /// Execution of files in it is refused.
     pub noexec: bool,
+    /// The supervisor stays in its caller's session and talks to its terminal.
+    pub foreground: bool,
 }
 
 /// How long an open waits for its backing where nothing else is said.
@@ -99,6 +101,7 @@ impl MountOptions {
             cache_size: None,
             hydrate_timeout: HYDRATE_TIMEOUT,
             noexec: false,
+            foreground: false,
         }
     }
 
@@ -162,8 +165,10 @@ impl MountOptions {
             push("cache-size", OsStr::new(&size.get().to_string()));
         }
         push("hydrate-timeout", OsStr::new(&self.hydrate_timeout.as_secs_f64().to_string()));
-        if self.noexec {
-            args.push("--noexec".into());
+        for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
+            if set {
+                args.push(flag.into());
+            }
         }
         args.push("--".into());
         args.push(self.mountpoint.clone().into_os_string());
@@ -183,17 +188,10 @@ impl MountOptions {
             if bytes == b"--" {
                 break;
             }
-            if bytes == b"--noexec" {
-                options.noexec = true;
-                continue;
-            }
-            let bad = || Error::usage(format!("unknown argument {}", arg.display()));
-            let split = bytes.iter().position(|&b| b == b'=').ok_or_else(bad)?;
-            let key = std::str::from_utf8(&bytes[..split]).ok().and_then(|k| k.strip_prefix("--"));
-            let value = OsStr::from_bytes(&bytes[split + 1..]);
-            match key.ok_or_else(bad)? {
-                "store" => options.store = PathBuf::from(value),
-                key => options.set(key, value)?,
+            match bytes {
+                b"--noexec" => options.noexec = true,
+                b"--foreground" => options.foreground = true,
+                _ => options.argument(bytes)?,
             }
         }
         options.mountpoint = args.next().map(PathBuf::from).unwrap_or_default();
@@ -201,6 +199,19 @@ impl MountOptions {
             return Err(Error::usage("a mountpoint and --store= are needed"));
         }
         Ok(options)
+    }
+
+    fn argument(&mut self, bytes: &[u8]) -> Result<()> {
+        use std::os::unix::ffi::OsStrExt;
+        let bad = || Error::usage(format!("unknown argument {}", OsStr::from_bytes(bytes).display()));
+        let split = bytes.iter().position(|&b| b == b'=').ok_or_else(bad)?;
+        let key = std::str::from_utf8(&bytes[..split]).ok().and_then(|k| k.strip_prefix("--"));
+        let value = OsStr::from_bytes(&bytes[split + 1..]);
+        match key.ok_or_else(bad)? {
+            "store" => self.store = PathBuf::from(value),
+            key => self.set(key, value)?,
+        }
+        Ok(())
     }
 }
 
@@ -231,6 +242,7 @@ mod tests {
         options.cache_size = Some(Bytes::new(5 << 20));
         options.hydrate_timeout = Duration::from_millis(250);
         options.noexec = true;
+        options.foreground = true;
         let args = options.to_args();
         assert_eq!(args[0], "supervise");
         assert_eq!(MountOptions::from_args(args.into_iter().skip(1)).unwrap(), options);

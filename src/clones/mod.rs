@@ -1,3 +1,4 @@
 //! Clones: processes that map a template.
 
 pub mod qmp;
+pub mod recipe;

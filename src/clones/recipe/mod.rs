@@ -1,0 +1,77 @@
+//! A launch recipe: the command line that a template's clones are resumed with, kept in its policy.
+//!
+//! Arguments hold placeholders, filled in for each clone: `{memory}`, `{state}` and `{file:NAME}` are paths
+//! of the template's files below the mount, `{dir}` is the clone's own folder, `{id}` and `{index}` name it.
+
+mod plan;
+mod props;
+mod rules;
+mod values;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+pub use plan::{Blob, Facts, Plan, Ram, plan};
+pub use rules::is_device_for_clones;
+pub use values::{Escape, Values};
+
+/// The version of the recipe's own format.
+const VERSION: u32 = 1;
+
+/// How to resume a clone of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// Format of this recipe.
+    pub version: u32,
+    /// Which monitor it is for; `qemu`.
+    pub vmm: String,
+    /// The program that the template was captured from.
+    pub program: String,
+    /// Its version then, for people.
+    #[serde(default)]
+    pub vmm_version: String,
+    /// Arguments with placeholders, without the program.
+    pub argv: Vec<String>,
+}
+
+impl Recipe {
+    /// A recipe for QEMU.
+    pub fn qemu(program: String, vmm_version: String, argv: Vec<String>) -> Recipe {
+        Recipe { version: VERSION, vmm: "qemu".into(), program, vmm_version, argv }
+    }
+
+    /// Reads the recipe of a policy.
+    ///
+    /// # Errors
+    /// When it is of another format or for another monitor.
+    pub fn from_value(value: &Value) -> Result<Recipe> {
+        let recipe: Recipe = serde_json::from_value(value.clone()).map_err(|e| {
+            Error::failed(format!("the template's launch recipe cannot be understood: {e}"))
+                .remedy("give the command yourself: stencil clone T -- CMD…")
+        })?;
+        if recipe.version != VERSION || recipe.vmm != "qemu" {
+            return Err(Error::failed(format!(
+                "the template's launch recipe is version {} for '{}', this build knows version {VERSION} for 'qemu'",
+                recipe.version, recipe.vmm
+            ))
+            .remedy("use a newer stencil, or give the command yourself: stencil clone T -- CMD…"));
+        }
+        Ok(recipe)
+    }
+
+    /// As it is kept in the policy.
+    pub fn to_value(&self) -> Value {
+        serde_json::to_value(self).unwrap_or(Value::Null)
+    }
+
+    /// The arguments of one clone.
+    ///
+    /// # Errors
+    /// When a placeholder names a file that the template does not have.
+    pub fn arguments(&self, values: &Values) -> Result<Vec<String>> {
+        // In `key=value,key=value` a comma of a path is doubled; an argument that is just a path is taken as it is.
+        let escape = |arg: &str| if arg.contains('=') { Escape::DoubleCommas } else { Escape::None };
+        self.argv.iter().map(|arg| values.fill(arg, escape(arg))).collect()
+    }
+}

@@ -1,0 +1,144 @@
+//! QEMU's `first,key=value,…` property strings, and their JSON form.
+
+use serde_json::Value;
+
+/// The properties of one `-object`, `-device`, `-machine` or `-chardev`, in their order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Props {
+    list: Vec<(String, String)>,
+}
+
+impl Props {
+    /// Reads one argument; `implied` is the key of a first word without one (`qom-type`, `driver`, `type`).
+    /// `None` when it is JSON that is no flat object.
+    pub fn parse(text: &str, implied: &str) -> Option<Props> {
+        if text.trim_start().starts_with('{') {
+            let Value::Object(object) = serde_json::from_str(text).ok()? else { return None };
+            let list =
+                object.into_iter().map(|(key, value)| Some((key, plain(value)?))).collect::<Option<_>>()?;
+            return Some(Props { list });
+        }
+        let mut list = vec![];
+        for (number, word) in split(text).into_iter().enumerate() {
+            let pair = match word.split_once('=') {
+                Some((key, value)) => (key.to_owned(), value.to_owned()),
+                None if number == 0 => (implied.to_owned(), word),
+                // `share` alone means `share=on`, `noshare` is not QEMU's any more.
+                None => (word, "on".to_owned()),
+            };
+            list.push(pair);
+        }
+        Some(Props { list })
+    }
+
+    /// The value of a key; the last one counts, as in QEMU.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.list.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
+    /// Sets a key, at its first place or at the end.
+    pub fn set(&mut self, key: &str, value: &str) {
+        let place = self.list.iter().position(|(k, _)| k == key);
+        self.list.retain({
+            let mut seen = false;
+            move |(k, _)| k != key || !std::mem::replace(&mut seen, true)
+        });
+        match place.and_then(|i| self.list.get_mut(i)) {
+            Some((_, old)) => value.clone_into(old),
+            None => self.list.push((key.to_owned(), value.to_owned())),
+        }
+    }
+
+    /// True when a value would be taken for a placeholder.
+    pub fn has_braces(&self) -> bool {
+        self.list.iter().any(|(_, value)| value.contains(['{', '}']))
+    }
+
+    /// Leaves a key out.
+    pub fn remove(&mut self, key: &str) {
+        self.list.retain(|(k, _)| k != key);
+    }
+
+    /// As text for the command line. Values that are placeholders stay as they are; they are escaped when filled.
+    pub fn render(&self, implied: &str) -> String {
+        // The plain form takes every property that the JSON form has, so one form is enough.
+        let mut words = vec![];
+        for (number, (key, value)) in self.list.iter().enumerate() {
+            let value = value.replace(',', ",,");
+            if number == 0 && key == implied && !value.contains('=') {
+                words.push(value);
+            } else {
+                words.push(format!("{key}={value}"));
+            }
+        }
+        words.join(",")
+    }
+
+    /// Brings the implied key to the front, where the plain form wants it.
+    pub fn lead_with(&mut self, implied: &str) {
+        if let Some(place) = self.list.iter().position(|(k, _)| k == implied) {
+            let first = self.list.remove(place);
+            self.list.insert(0, first);
+        }
+    }
+}
+
+/// Splits at single commas; two commas are one within a word.
+fn split(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        let more = match c {
+            ',' if chars.peek() == Some(&',') => {
+                chars.next();
+                ','
+            }
+            ',' => {
+                words.push(String::new());
+                continue;
+            }
+            c => c,
+        };
+        if let Some(word) = words.last_mut() {
+            word.push(more);
+        }
+    }
+    words
+}
+
+fn plain(value: Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text),
+        Value::Bool(on) => Some(if on { "on" } else { "off" }.to_owned()),
+        Value::Number(number) => Some(number.to_string()),
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commas_inside_values_survive() {
+        let mut props = Props::parse("memory-backend-file,id=ram0,mem-path=/a,,b,share", "qom-type").unwrap();
+        assert_eq!(props.get("qom-type"), Some("memory-backend-file"));
+        assert_eq!(props.get("mem-path"), Some("/a,b"));
+        assert_eq!(props.get("share"), Some("on"));
+        assert_eq!(props.render("qom-type"), "memory-backend-file,id=ram0,mem-path=/a,,b,share=on");
+        props.set("mem-path", "{memory}");
+        props.remove("share");
+        props.set("rom", "off");
+        assert_eq!(props.render("qom-type"), "memory-backend-file,id=ram0,mem-path={memory},rom=off");
+    }
+
+    #[test]
+    fn json_reads_as_the_plain_form() {
+        let text = r#"{"id":"ram0","qom-type":"memory-backend-file","size":4096,"share":true}"#;
+        let mut props = Props::parse(text, "qom-type").unwrap();
+        props.lead_with("qom-type");
+        assert_eq!(props.get("size"), Some("4096"));
+        assert!(props.render("qom-type").starts_with("memory-backend-file,"));
+        assert!(Props::parse(r#"{"a":[1]}"#, "driver").is_none());
+    }
+}

@@ -1,0 +1,133 @@
+//! Placeholders of recipes and commands, and the values of one clone.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// What happens to a value when it is filled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Escape {
+    /// It is taken as it is.
+    None,
+    /// Its commas are doubled, as QEMU's property strings want it.
+    DoubleCommas,
+}
+
+/// The values of one clone.
+#[derive(Debug, Clone)]
+pub struct Values {
+    by_name: BTreeMap<String, String>,
+    template: String,
+}
+
+impl Values {
+    /// Values of a clone of that template; `files` are its files with their paths below the mount.
+    pub fn new(template: &str, files: &[(String, String)]) -> Values {
+        let mut by_name = BTreeMap::new();
+        for (name, path) in files {
+            if matches!(name.as_str(), "memory" | "state") {
+                by_name.insert(name.clone(), path.clone());
+            }
+            by_name.insert(format!("file:{name}"), path.clone());
+        }
+        Values { by_name, template: template.to_owned() }
+    }
+
+    /// Adds who this clone is.
+    #[must_use]
+    pub fn of_clone(mut self, id: &str, index: u32, dir: &Path) -> Values {
+        self.by_name.insert("id".into(), id.to_owned());
+        self.by_name.insert("index".into(), index.to_string());
+        self.by_name.insert("dir".into(), dir.display().to_string());
+        self
+    }
+
+    /// One value.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.by_name.get(name).map(String::as_str)
+    }
+
+    /// The same as variables of the environment: `STENCIL_MEMORY`, `STENCIL_STATE`, `STENCIL_ID`…;
+    /// a further file is `STENCIL_FILE_` and its name with `_` for everything but letters and digits.
+    pub fn variables(&self) -> impl Iterator<Item = (String, &str)> {
+        let name = |key: &str| match key.strip_prefix("file:") {
+            Some(file) => {
+                let safe = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+                format!("STENCIL_FILE_{}", file.chars().map(safe).collect::<String>())
+            }
+            None => format!("STENCIL_{}", key.to_ascii_uppercase()),
+        };
+        self.by_name.iter().map(move |(key, value)| (name(key), value.as_str()))
+    }
+
+    /// Fills the placeholders of one argument. Braces that are no placeholder stay.
+    ///
+    /// # Errors
+    /// A usage error when a placeholder names a file that the template does not have.
+    pub fn fill(&self, text: &str, escape: Escape) -> Result<String> {
+        let mut filled = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some(open) = rest.find('{') {
+            let (before, from) = rest.split_at(open);
+            filled.push_str(before);
+            let Some(close) = from.find('}') else {
+                rest = from;
+                break;
+            };
+            let (name, after) = (&from[1..close], &from[close + 1..]);
+            if let Some(value) = self.by_name.get(name) {
+                match escape {
+                    Escape::None => filled.push_str(value),
+                    Escape::DoubleCommas => filled.push_str(&value.replace(',', ",,")),
+                }
+                rest = after;
+            } else if matches!(name, "memory" | "state") || name.starts_with("file:") {
+                let file = name.trim_start_matches("file:");
+                return Err(Error::usage(format!(
+                    "{{{name}}}: template {} has no file '{file}'",
+                    self.template
+                ))
+                .remedy("see its files with `stencil inspect`"));
+            } else {
+                filled.push('{');
+                rest = &from[1..];
+            }
+        }
+        filled.push_str(rest);
+        Ok(filled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values() -> Values {
+        let files =
+            [("memory".to_owned(), "/m,n/memory".to_owned()), ("rom-1".to_owned(), "/m/rom".to_owned())];
+        Values::new("web", &files).of_clone("c1", 3, Path::new("/run/c1"))
+    }
+
+    #[test]
+    fn known_placeholders_are_filled_others_stay() {
+        let values = values();
+        assert_eq!(values.fill("x {id}-{index} {dir}", Escape::None).unwrap(), "x c1-3 /run/c1");
+        assert_eq!(values.fill("p={memory}", Escape::DoubleCommas).unwrap(), "p=/m,,n/memory");
+        assert_eq!(values.fill("{file:rom-1}", Escape::None).unwrap(), "/m/rom");
+        assert_eq!(values.fill("awk '{print $1}' {", Escape::None).unwrap(), "awk '{print $1}' {");
+        assert_eq!(values.fill("{{id}}", Escape::None).unwrap(), "{c1}");
+        assert_eq!(values.fill("{\"a\":\"{id}\"}", Escape::None).unwrap(), "{\"a\":\"c1\"}");
+        assert!(values.fill("{state}", Escape::None).is_err());
+        assert!(values.fill("{file:nope}", Escape::None).is_err());
+    }
+
+    #[test]
+    fn variables_have_names_of_the_shell() {
+        let values = values();
+        let all: Vec<_> = values.variables().collect();
+        assert!(all.contains(&("STENCIL_MEMORY".to_owned(), "/m,n/memory")));
+        assert!(all.contains(&("STENCIL_FILE_ROM_1".to_owned(), "/m/rom")));
+        assert!(all.contains(&("STENCIL_INDEX".to_owned(), "3")));
+    }
+}

@@ -119,6 +119,27 @@ impl Qmp {
         self.text_of("query-status", "status")
     }
 
+    /// Whether a migration leaves out RAM that lies in a shared file. Gives what was set before.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn ignore_shared(&mut self, on: bool) -> Result<bool> {
+        const NAME: &str = "x-ignore-shared";
+        let known = self.run("query-migrate-capabilities", json!({}))?;
+        let is_it = |c: &&Value| c.get("capability").and_then(Value::as_str) == Some(NAME);
+        let before = known.as_array().and_then(|all| all.iter().find(is_it));
+        let Some(before) = before.and_then(|c| c.get("state")).and_then(Value::as_bool) else {
+            return Err(Error::failed(format!("this QEMU does not know the migration capability {NAME}"))
+                .at(&self.path)
+                .remedy("use QEMU 8.2 or newer"));
+        };
+        if before != on {
+            let wanted = json!({"capabilities": [{"capability": NAME, "state": on}]});
+            self.run("migrate-set-capabilities", wanted)?;
+        }
+        Ok(before)
+    }
+
     /// Waits until the migration that was started has come to its end.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -234,27 +234,33 @@ pub fn sleep_until_killed() -> ! {
 
 static FAULT_TELL: AtomicI32 = AtomicI32::new(-1);
 static FAULT_WAIT: AtomicI32 = AtomicI32::new(-1);
+static FAULT_WORDS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+static FAULT_LENGTH: AtomicUsize = AtomicUsize::new(0);
 
-/// At its next SIGSEGV this process writes one byte to `tell`, waits for one byte (or the end) of `wait`,
+/// At its next SIGSEGV this process writes `words` to `tell`, waits for one byte (or the end) of `wait`,
 /// and then dies of the fault as it would have: whoever holds the other ends may look at it before.
+/// Both descriptors must stay open.
 ///
 /// # Errors
 /// When the handler cannot be installed.
-pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd) -> Result<()> {
+pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd, words: &'static [u8]) -> Result<()> {
     extern "C" fn handler(_signal: libc::c_int) {
-        let mut byte = b'F';
-        // SAFETY: write and read are async-signal-safe; the byte lives on this stack. A closed descriptor
-        // is only an error of the call.
+        let mut byte = 0u8;
+        // SAFETY: write and read are async-signal-safe; pointer and length were stored together, before the
+        // handler was installed, and are of a static slice. A closed descriptor is only an error of the call.
         unsafe {
-            libc::write(FAULT_TELL.load(Ordering::Relaxed), (&raw const byte).cast(), 1);
-            while libc::read(FAULT_WAIT.load(Ordering::Relaxed), (&raw mut byte).cast(), 1) < 0
+            let (words, length) = (FAULT_WORDS.load(Ordering::Acquire), FAULT_LENGTH.load(Ordering::Acquire));
+            libc::write(FAULT_TELL.load(Ordering::Acquire), words.cast(), length);
+            while libc::read(FAULT_WAIT.load(Ordering::Acquire), (&raw mut byte).cast(), 1) < 0
                 && *libc::__errno_location() == libc::EINTR
             {}
         }
         // SA_RESETHAND: returning runs the instruction again, and the fault then ends the process.
     }
-    FAULT_TELL.store(tell.as_fd().as_raw_fd(), Ordering::Relaxed);
-    FAULT_WAIT.store(wait.as_fd().as_raw_fd(), Ordering::Relaxed);
+    FAULT_TELL.store(tell.as_fd().as_raw_fd(), Ordering::Release);
+    FAULT_WAIT.store(wait.as_fd().as_raw_fd(), Ordering::Release);
+    FAULT_WORDS.store(words.as_ptr().cast_mut(), Ordering::Release);
+    FAULT_LENGTH.store(words.len(), Ordering::Release);
     // SAFETY: the action is fully initialised; the handler uses async-signal-safe calls and atomics only.
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();

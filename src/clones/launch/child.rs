@@ -1,0 +1,186 @@
+//! A clone that is any command of the user's.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::Herd;
+use crate::clones::recipe::Escape;
+use crate::clones::registry::{Entry, processes_of};
+use crate::error::{Error, Result};
+use crate::sys::process::{ProcessId, inherit, own_session};
+use crate::sys::procfs;
+
+/// When a command counts as ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// As soon as it maps the template's memory.
+    Mapped,
+    /// When it writes to the descriptor whose number is in `STENCIL_NOTIFY`.
+    Notify,
+}
+
+/// Starts the command and waits until it is ready.
+///
+/// # Errors
+/// When it cannot be started, ends before, or takes too long.
+pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) -> Result<Child> {
+    let values = herd.order.target.values().of_clone(&entry.id, entry.index, &entry.dir);
+    let filled = argv.iter().map(|arg| values.fill(arg, Escape::None)).collect::<Result<Vec<_>>>()?;
+    let Some((program, args)) = filled.split_first() else {
+        return Err(Error::usage("no command is given").remedy("write it after --, like -- CMD {memory}"));
+    };
+    let mut command = Command::new(program);
+    command.args(args).envs(values.variables()).env("STENCIL_TEMPLATE", herd.order.target.digest.to_string());
+    let heard = match ready {
+        Ready::Mapped => None,
+        Ready::Notify => {
+            let (heard, say) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+                .map_err(|e| Error::failed("cannot make a pipe").because(e.into()))?;
+            command.env("STENCIL_NOTIFY", say.as_raw_fd().to_string());
+            inherit(&mut command, say);
+            Some(heard)
+        }
+    };
+    let mut child = spawn(&mut command, entry)?;
+    // The launcher's own copy of the writing end goes with the command.
+    drop(command);
+    let patience = Patience::new(herd);
+    let outcome = match heard {
+        Some(heard) => wait_notified(&patience, &heard, &mut child, entry),
+        None => wait_mapped(&patience, &mut child, entry),
+    };
+    match outcome {
+        Ok(()) => Ok(child),
+        Err(error) => {
+            entry.destroy_processes()?;
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
+/// Starts a program as a clone: own session, its output in the clone's log, its process in the record.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn spawn(command: &mut Command, entry: &mut Entry) -> Result<Child> {
+    let path = entry.log_path();
+    let log = || File::options().create(true).append(true).open(&path);
+    let failed = |e| Error::io("cannot write the log of a clone", &path, e);
+    let (out, err) = (log().map_err(failed)?, log().map_err(failed)?);
+    own_session(command)
+        .env("STENCIL_DIR", &entry.dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::from(out))
+        .stderr(Stdio::from(err));
+    let program = command.get_program().to_owned();
+    let mut child = command.spawn().map_err(|e| {
+        Error::io("cannot start the command", &program, e)
+            .remedy("see that it is installed and may be executed")
+    })?;
+    let noted = ProcessId::of(child.id()).and_then(|id| id.map_or(Ok(()), |id| entry.set_process(id)));
+    if let Err(error) = noted {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    Ok(child)
+}
+
+/// How long a clone is waited for.
+pub struct Patience<'a> {
+    herd: &'a Herd<'a>,
+    /// When it has had its time.
+    pub deadline: Instant,
+}
+
+impl<'a> Patience<'a> {
+    /// Begins now.
+    pub fn new(herd: &'a Herd<'a>) -> Patience<'a> {
+        Patience { herd, deadline: Instant::now() + herd.order.patience }
+    }
+
+    /// Sleeps a moment.
+    ///
+    /// # Errors
+    /// When the launch is over or the time is up.
+    pub fn pause(&self, moment: Duration) -> Result<()> {
+        if self.herd.is_over() {
+            return Err(Error::failed("the launch was given up"));
+        }
+        if Instant::now() >= self.deadline {
+            return Err(Error::try_again(format!(
+                "it was not ready after {} s",
+                self.herd.order.patience.as_secs_f64()
+            ))
+            .remedy("see its log, or wait longer with --timeout"));
+        }
+        std::thread::sleep(moment);
+        Ok(())
+    }
+}
+
+fn wait_mapped(patience: &Patience<'_>, child: &mut Child, entry: &mut Entry) -> Result<()> {
+    let target = patience.herd.order.target;
+    let maps = |pid: u32| -> Result<bool> {
+        Ok(procfs::maps(pid, |dev, ino| target.is_mapped_by(dev, ino))?.is_some_and(|m| !m.is_empty()))
+    };
+    let mut moment = Duration::from_millis(1);
+    loop {
+        if maps(child.id())? {
+            return Ok(());
+        }
+        let ended = child.try_wait().map_err(|e| Error::failed("cannot wait for the command").because(e))?;
+        // It may have started another process that maps the template, and may itself be gone.
+        if ended.is_some() || moment >= Duration::from_millis(20) {
+            let family = processes_of(&entry.dir);
+            for process in &family {
+                if maps(process.pid)? {
+                    return entry.set_process(*process);
+                }
+            }
+            if let (Some(status), true) = (ended, family.is_empty()) {
+                return Err(Error::failed(format!("it ended before it mapped the template ({status})")));
+            }
+        }
+        patience.pause(moment)?;
+        moment = (moment * 2).min(Duration::from_millis(20));
+    }
+}
+
+fn wait_notified(
+    patience: &Patience<'_>,
+    heard: &OwnedFd,
+    child: &mut Child,
+    entry: &mut Entry,
+) -> Result<()> {
+    let moment = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    loop {
+        let ready = poll(&mut [PollFd::new(heard, PollFlags::IN)], Some(&moment)).is_ok_and(|n| n > 0);
+        if ready {
+            let mut byte = [0];
+            return match rustix::io::read(heard, &mut byte) {
+                Ok(1) => Ok(()),
+                Ok(_) => {
+                    let status =
+                        child.wait().map_err(|e| Error::failed("cannot wait for the command").because(e))?;
+                    Err(Error::failed(format!(
+                        "it closed the descriptor of STENCIL_NOTIFY without a word ({status})"
+                    )))
+                }
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(e) => Err(Error::failed("cannot hear the command").because(e.into())),
+            };
+        }
+        if let Ok(Some(status)) = child.try_wait()
+            && processes_of(&entry.dir).is_empty()
+        {
+            return Err(Error::failed(format!("it ended before it was ready ({status})")));
+        }
+        patience.pause(Duration::ZERO)?;
+    }
+}

@@ -1,4 +1,4 @@
-//! Tables for people: columns as wide as their widest cell.
+//! Tables for people: columns as wide as their widest cell, numbers to the right.
 
 use std::io::{self, Write};
 
@@ -28,11 +28,39 @@ impl Columns {
             self.rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..count).map(width).collect();
+        let number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit());
+        let is_numeric = |column: usize| {
+            let body = self.rows.get(1..).unwrap_or_default();
+            !body.is_empty() && body.iter().all(|row| row.get(column).is_none_or(number))
+        };
+        let numeric: Vec<bool> = (0..count).map(is_numeric).collect();
         for row in &self.rows {
-            let cells: Vec<String> =
-                row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+            let cells: Vec<String> = row
+                .iter()
+                .zip(widths.iter().zip(&numeric))
+                .map(
+                    |(cell, (width, right))| {
+                        if *right { format!("{cell:>width$}") } else { format!("{cell:width$}") }
+                    },
+                )
+                .collect();
             writeln!(out, "{}", cells.join("  ").trim_end())?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_fit_their_cells_and_numbers_stand_right() {
+        let mut out = Vec::new();
+        let mut table = Columns::new(&["NAME", "N"]);
+        table.row(["a".into(), "1".into()]);
+        table.row(["long".into(), "100".into()]);
+        table.print(&mut out).unwrap();
+        assert_eq!(String::from_utf8(out).unwrap(), "NAME    N\na       1\nlong  100\n");
     }
 }

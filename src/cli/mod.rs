@@ -2,12 +2,16 @@
 
 mod chmod;
 mod columns;
+mod density;
+mod dirty;
+mod doctor;
+mod explain;
 mod export;
+mod generate;
 mod import;
 mod inspect;
 mod interrupt;
 mod ls;
-mod explain;
 mod output;
 mod progress;
 mod rm;
@@ -73,6 +77,15 @@ enum Command {
     Chown(chmod::ChownArgs),
     Export(export::ExportArgs),
     Explain(explain::ExplainArgs),
+    /// Show what each clone has copied and what all of them really cost
+    Density(density::DensityArgs),
+    /// Show the pages that one clone has copied
+    Dirty(dirty::DirtyArgs),
+    /// Look at what this host can do and what costs sharing
+    Doctor(doctor::DoctorArgs),
+    /// Write man pages or shell completions
+    #[command(hide = true)]
+    Generate(generate::GenerateArgs),
 }
 
 fn run(cli: Cli) -> Result<Done> {
@@ -87,6 +100,10 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Chown(args) => chmod::run_chown(args, global),
         Command::Export(args) => export::run(args, global),
         Command::Explain(args) => explain::run(args, global),
+        Command::Density(args) => density::run(args, global),
+        Command::Dirty(args) => dirty::run(args, global),
+        Command::Doctor(args) => doctor::run(args, global),
+        Command::Generate(args) => generate::run(args, global),
     }
 }
 

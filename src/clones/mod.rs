@@ -1,6 +1,9 @@
-//! Clones: processes that map a template.
+//! Clones: processes that map a template. This floor sees paths and inodes, as a VMM does.
 
+pub mod accounting;
+pub mod audit;
 pub mod capture;
+pub mod find;
 pub mod launch;
 pub mod qmp;
 pub mod recipe;

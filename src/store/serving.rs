@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Digest;
 
 /// How a file is served through the mount. It is part of the inode number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Serving {
     /// By FUSE passthrough to a hydrated backing file.

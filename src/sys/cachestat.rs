@@ -1,10 +1,11 @@
-//! `cachestat(2)` (Linux 6.5): how much of a file is in the page cache.
+//! How much of a file is in the page cache: `cachestat(2)` (Linux 6.5), and `mincore(2)` through a mapping.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use crate::error::{Error, Result};
-use crate::units::{Bytes, FileOffset, PageCount};
+use crate::sys::mapping::Mapping;
+use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount};
 
 /// Number of the system call on every architecture; the `libc` crate has no name for it.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -56,6 +57,30 @@ pub fn cached_in(file: impl AsFd, offset: FileOffset, length: Bytes) -> Result<P
             .remedy("page cache figures need Linux 6.5 and the right to open the file"));
     }
     Ok(PageCount::new(answer.cached))
+}
+
+/// The parts of a mapping whose pages are in RAM, as offsets from its start. Through a FUSE passthrough
+/// mapping this sees the backing file.
+///
+/// # Errors
+/// Whatever `mincore` gives; `EPERM` does not exist, a file of another user reads as fully in RAM.
+pub fn in_core(mapping: &Mapping) -> Result<Vec<std::ops::Range<u64>>> {
+    let mut pages = vec![0u8; mapping.len().pages().as_usize()];
+    // SAFETY: the range is a live mapping, and the answer has one byte for each of its pages.
+    let result =
+        unsafe { libc::mincore(mapping.as_ptr().cast(), mapping.len().as_usize(), pages.as_mut_ptr()) };
+    if result != 0 {
+        return Err(Error::failed("mincore failed").because(io::Error::last_os_error()));
+    }
+    let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
+    for (index, _) in pages.iter().enumerate().filter(|(_, byte)| **byte & 1 == 1) {
+        let start = index as u64 * PAGE_SIZE;
+        match ranges.last_mut() {
+            Some(last) if last.end == start => last.end += PAGE_SIZE,
+            _ => ranges.push(start..start + PAGE_SIZE),
+        }
+    }
+    Ok(ranges)
 }
 
 #[cfg(test)]

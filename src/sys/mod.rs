@@ -4,6 +4,9 @@
 
 pub mod cachestat;
 pub mod fuse_dev;
+pub mod fusectl;
+pub mod handle;
+pub mod kpage;
 pub mod map_file;
 pub mod mapping;
 pub mod memfd;

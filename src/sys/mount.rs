@@ -6,10 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, fsconfig_create, fsmount, fsopen,
-    mount,
-};
+use rustix::mount::{MountFlags, UnmountFlags, mount};
 
 use crate::error::{Error, Result};
 
@@ -65,9 +62,7 @@ pub fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
 /// # Errors
 /// `ENOENT` where no such connection exists; else the kernel's.
 pub fn abort_fuse_connection(device: u64) -> io::Result<()> {
-    let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_create(context.as_fd())?;
-    let root = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let root = super::fusectl::open()?;
     // Connections are named after the kernel's own form of the device number; anonymous ones have major 0.
     let name = format!("{}/abort", rustix::fs::minor(device));
     let abort = rustix::fs::openat(&root, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;

@@ -65,6 +65,12 @@ pub fn has_sys_admin() -> bool {
     capability(21)
 }
 
+/// True when this process has the capability `CAP_SYS_PTRACE` (bit 19) in effect: it may look into every
+/// process that has no capability beyond its own.
+pub fn may_trace() -> bool {
+    capability(19)
+}
+
 fn capability(bit: u32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

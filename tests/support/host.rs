@@ -1,6 +1,7 @@
 //! Who may use the host at the same time: a scenario that measures the whole host (free memory, KSM, swap)
 //! runs alone, all others share it.
 
+use std::process::Command;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 static HOST: RwLock<()> = RwLock::new(());
@@ -13,4 +14,66 @@ pub fn shared() -> RwLockReadGuard<'static, ()> {
 /// For scenarios that measure the whole host or change its settings.
 pub fn alone() -> RwLockWriteGuard<'static, ()> {
     HOST.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn set(path: &str, value: &str) {
+    std::fs::write(path, value).unwrap_or_else(|e| panic!("{path} = {value}: {e}"));
+}
+
+/// A swap file in use; switched off and removed when dropped. Only for scenarios that run alone.
+pub struct SwapFile(tempfile::TempPath);
+
+impl SwapFile {
+    /// Makes one of so many bytes.
+    pub fn on(bytes: u64) -> SwapFile {
+        let path = tempfile::Builder::new()
+            .prefix("swap")
+            .tempfile_in(env!("CARGO_TARGET_TMPDIR"))
+            .unwrap()
+            .into_temp_path();
+        let run = |program: &str, args: &[&str]| {
+            let done = Command::new(program).args(args).arg(&*path).output().unwrap();
+            assert!(done.status.success(), "{program}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        run("fallocate", &["-l", &bytes.to_string()]);
+        run("mkswap", &[]);
+        run("swapon", &[]);
+        SwapFile(path)
+    }
+}
+
+impl Drop for SwapFile {
+    fn drop(&mut self) {
+        let done = Command::new("swapoff").arg(&*self.0).status();
+        assert!(done.is_ok_and(|s| s.success()) || std::thread::panicking(), "swapoff");
+    }
+}
+
+/// KSM, scanning fast; its settings are put back and its merges undone when dropped. Only for scenarios that
+/// run alone.
+pub struct Ksm(Vec<(String, String)>);
+
+impl Ksm {
+    /// Switches it on.
+    pub fn on() -> Ksm {
+        let wanted =
+            [("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("smart_scan", "0"), ("run", "1")];
+        let mut before = Vec::new();
+        for (name, value) in wanted {
+            let path = format!("/sys/kernel/mm/ksm/{name}");
+            let old = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+            set(&path, value);
+            before.push((path, old.trim().to_owned()));
+        }
+        Ksm(before)
+    }
+}
+
+impl Drop for Ksm {
+    fn drop(&mut self) {
+        set("/sys/kernel/mm/ksm/run", "2");
+        for (path, value) in self.0.iter().rev() {
+            set(path, value);
+        }
+    }
 }

@@ -1,0 +1,175 @@
+//! `stencil density`: what each clone has dirtied, what all of them really cost.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::output::{Done, Report, to_json};
+use super::{Global, columns::Columns};
+use crate::clones::accounting::{self, Density};
+use crate::clones::audit::{self, Audit};
+use crate::control;
+use crate::error::{Error, Result};
+use crate::store::{Store, TemplateRef};
+use crate::units::Bytes;
+
+/// Arguments of `stencil density`.
+#[derive(Debug, clap::Args)]
+pub struct DensityArgs {
+    /// Only this template
+    #[arg(value_name = "T")]
+    template: Option<TemplateRef>,
+    /// Hold the figures against page frames and the host's available memory
+    #[arg(long)]
+    audit: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct DensityReport {
+    #[serde(flatten)]
+    density: Density,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit: Option<Audit>,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// See [`accounting::survey`].
+pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
+    if args.audit && args.template.is_some() {
+        return Err(Error::usage("--audit looks at the whole host").remedy("leave the template out"));
+    }
+    let mounts = control::mounts()?;
+    let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
+    let survey = accounting::survey(&mounts, only.as_ref())?;
+    let audit = args.audit.then(|| audit::audit(&mounts, &survey)).transpose()?;
+    Ok(Done::report(DensityReport { density: survey.density, audit }))
+}
+
+impl Report for DensityReport {
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        self.templates(out)?;
+        self.clones(out)?;
+        self.totals(out)?;
+        self.audited(out)
+    }
+}
+
+fn ratio(value: Option<f64>) -> String {
+    value.map_or_else(|| "unknown".to_owned(), |v| format!("{v:.2}"))
+}
+
+impl DensityReport {
+    fn templates(&self, out: &mut dyn Write) -> io::Result<()> {
+        let mut table =
+            Columns::new(&["TEMPLATE", "DIGEST", "SERVING", "SIZE", "DATA", "RESIDENT", "CLONES"]);
+        for t in &self.density.templates {
+            table.row([
+                t.name.clone().unwrap_or_else(|| "-".to_owned()),
+                t.digest.to_string()[..12].to_owned(),
+                t.serving.clone(),
+                t.size_bytes.to_string(),
+                t.data_bytes.to_string(),
+                t.resident_bytes.to_string(),
+                t.clones.to_string(),
+            ]);
+        }
+        table.print(out)?;
+        writeln!(out)
+    }
+
+    fn clones(&self, out: &mut dyn Write) -> io::Result<()> {
+        let mut table = Columns::new(&[
+            "CLONE",
+            "PID",
+            "KIND",
+            "MAPPED",
+            "CLEAN",
+            "DIRTY-PAGES",
+            "PRIVATE",
+            "SWAP",
+            "TABLES",
+            "OVERHEAD",
+            "NAME",
+        ]);
+        for c in &self.density.clones {
+            let m = &c.memory;
+            table.row([
+                c.id.clone(),
+                c.pid.to_string(),
+                c.kind.clone(),
+                m.mapped_bytes.to_string(),
+                m.mapped_clean_bytes.to_string(),
+                m.dirty_pages.get().to_string(),
+                m.private_bytes.to_string(),
+                m.swap_bytes.to_string(),
+                m.page_table_bytes.to_string(),
+                m.overhead_bytes.to_string(),
+                c.name.clone(),
+            ]);
+        }
+        table.print(out)?;
+        writeln!(out)
+    }
+
+    fn totals(&self, out: &mut dyn Write) -> io::Result<()> {
+        let t = &self.density.totals;
+        let part = |out: &mut dyn Write, name: &str, bytes: Bytes| writeln!(out, "  {name:<22}{bytes:>10}");
+        writeln!(out, "{} clones take", t.clones)?;
+        part(out, "template pages", t.template_bytes)?;
+        part(out, "store cache", t.store_cache_bytes)?;
+        part(out, "private pages", t.private_bytes)?;
+        part(out, "page tables", t.page_table_bytes)?;
+        part(out, "overhead", t.overhead_bytes)?;
+        part(out, "= host memory", t.host_bytes)?;
+        if let (Some(bytes), Some(count)) = (t.bytes_per_further_clone, t.clones_per_gib) {
+            writeln!(out, "one more clone takes {bytes}; {count:.1} more fit into a GiB")?;
+            writeln!(
+                out,
+                "sharing ratio {} (each with its own copy: {})",
+                ratio(t.sharing_ratio),
+                t.copied_bytes
+            )?;
+            writeln!(out, "lazy ratio {} (each with its own copy of what it touched)", ratio(t.lazy_ratio))?;
+            writeln!(out, "overcommit ratio {} (mapped: {})", ratio(t.overcommit_ratio), t.mapped_bytes)?;
+        }
+        Ok(())
+    }
+
+    fn audited(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Some(audit) = &self.audit else { return Ok(()) };
+        let f = &audit.frames;
+        writeln!(out, "\naudit by page frames          counted   accounted")?;
+        for (name, counted, accounted) in [
+            ("private pages", f.private_bytes, f.private_accounted),
+            ("overhead", f.overhead_bytes, f.overhead_accounted),
+            ("template pages", f.template_bytes, f.template_accounted),
+        ] {
+            writeln!(out, "  {name:<22}{counted:>10}  {accounted:>10}")?;
+        }
+        writeln!(
+            out,
+            "  off by {:.3} %; {} processes unknown, {} mappings unexplained",
+            f.error_percent, f.unknown_processes, f.unexplained_mappings
+        )?;
+        match &audit.memory {
+            Some(m) => writeln!(
+                out,
+                "audit by available memory: fell by {} bytes, accounted {} bytes, off by {:.2} %",
+                m.fall_bytes,
+                m.accounted_bytes.get(),
+                m.error_percent
+            ),
+            None => writeln!(
+                out,
+                "audit by available memory: no baseline (`stencil clone` takes it before the first clone)"
+            ),
+        }
+    }
+}

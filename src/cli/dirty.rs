@@ -1,0 +1,133 @@
+//! `stencil dirty`: the pages that one clone has copied.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use crate::clones::accounting::{self, DirtyRange};
+use crate::clones::registry;
+use crate::control;
+use crate::error::{Error, Result};
+use crate::units::PageCount;
+
+/// Arguments of `stencil dirty`.
+#[derive(Debug, clap::Args)]
+pub struct DirtyArgs {
+    /// Id or process id of a clone
+    #[arg(value_name = "CLONE")]
+    clone: String,
+    /// List the ranges, in pages of the template's file
+    #[arg(long, conflicts_with = "bitmap")]
+    ranges: bool,
+    /// Write a bitmap of the file's pages, one bit a page, lowest bit first
+    #[arg(long, value_name = "FILE")]
+    bitmap: Option<PathBuf>,
+    /// The template's file that --bitmap is about
+    #[arg(long, value_name = "NAME", default_value = "memory")]
+    file: String,
+}
+
+#[derive(Debug, Serialize)]
+struct DirtyReport {
+    pid: u32,
+    dirty_pages: PageCount,
+    swapped_pages: PageCount,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ranges: Option<Vec<DirtyRange>>,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// Not found when there is no such clone.
+pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
+    let pid = pid_of(&args.clone)?;
+    let (clone, ranges) = accounting::dirty_of(pid, &control::mounts()?)?.ok_or_else(|| {
+        Error::not_found(format!("process {pid} maps no template of a mount on this host"))
+            .remedy("list the clones with `stencil ps`")
+    })?;
+    if let Some(path) = &args.bitmap {
+        let end = clone.maps.iter().filter(|map| map.file == args.file);
+        let Some(end) = end.map(|map| map.offset.get() + map.length.get()).max() else {
+            return Err(Error::not_found(format!("process {pid} does not map file '{}'", args.file))
+                .remedy("name one of its files with --file"));
+        };
+        let bitmap = bitmap(&ranges, &args.file, end / crate::units::PAGE_SIZE);
+        fs::write(path, bitmap).map_err(|e| Error::io("cannot write the bitmap", path, e))?;
+    }
+    let pages =
+        |swapped: bool| ranges.iter().filter(|r| r.swapped == swapped).map(|r| r.pages).sum::<PageCount>();
+    Ok(Done::report(DirtyReport {
+        pid,
+        dirty_pages: pages(false) + pages(true),
+        swapped_pages: pages(true),
+        ranges: args.ranges.then_some(ranges),
+    }))
+}
+
+/// The process of a clone: an id that `stencil clone` gave, else a process id.
+pub fn pid_of(clone: &str) -> Result<u32> {
+    if let Some(entry) = registry::list()?.into_iter().find(|entry| entry.id == clone) {
+        return Ok(entry.pid);
+    }
+    clone.parse().map_err(|_| {
+        Error::not_found(format!("there is no clone '{clone}'")).remedy("list the clones with `stencil ps`")
+    })
+}
+
+fn bitmap(ranges: &[DirtyRange], file: &str, pages: u64) -> Vec<u8> {
+    let mut bits = vec![0u8; pages.div_ceil(8) as usize];
+    for range in ranges.iter().filter(|range| range.file == file) {
+        for page in range.first_page..range.first_page + range.pages.get() {
+            if let Some(byte) = bits.get_mut((page / 8) as usize) {
+                *byte |= 1 << (page % 8);
+            }
+        }
+    }
+    bits
+}
+
+impl Report for DirtyReport {
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        for range in self.ranges.iter().flatten() {
+            let swapped = if range.swapped { " swapped" } else { "" };
+            writeln!(out, "{} {}+{}{swapped}", range.file, range.first_page, range.pages.get())?;
+        }
+        if self.ranges.is_none() {
+            writeln!(
+                out,
+                "{} pages dirty ({}), {} of them in swap",
+                self.dirty_pages.get(),
+                self.dirty_pages.bytes(),
+                self.swapped_pages.get()
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_bit_a_page_lowest_first() {
+        let range = |first_page, pages| DirtyRange {
+            file: "memory".into(),
+            first_page,
+            pages: PageCount::new(pages),
+            swapped: false,
+        };
+        let other = DirtyRange { file: "rom".into(), ..range(3, 1) };
+        assert_eq!(bitmap(&[range(0, 1), range(7, 3), other], "memory", 17), [0x81, 0x03, 0]);
+    }
+}

@@ -1,0 +1,344 @@
+//! `stencil doctor`: can this host do it, and does anything on it cost sharing or speed?
+
+use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use crate::control;
+use crate::error::{Code, Result};
+use crate::sys::pagemap::{Pagemap, Query};
+use crate::sys::probe::{self, KernelRelease};
+use crate::sys::{cachestat, fusectl, procfs};
+use crate::units::Bytes;
+
+/// Arguments of `stencil doctor`.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Directory of passthrough backings to look at (as `mount --cache-dir`)
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<std::path::PathBuf>,
+}
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    /// Works, at a cost that the check names.
+    Note,
+    /// Something that Stencil needs is missing.
+    Missing,
+}
+
+/// One thing looked at.
+#[derive(Debug, Clone, Serialize)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Check {
+        Check { name, verdict: Verdict::Ok, found: found.into(), remedy: None }
+    }
+
+    fn note(name: &'static str, found: impl Into<String>, remedy: &str) -> Check {
+        Check { name, verdict: Verdict::Note, found: found.into(), remedy: Some(remedy.to_owned()) }
+    }
+
+    fn missing(name: &'static str, found: impl Into<String>, remedy: &str) -> Check {
+        Check { name, verdict: Verdict::Missing, found: found.into(), remedy: Some(remedy.to_owned()) }
+    }
+}
+
+struct DoctorReport(Vec<Check>);
+
+/// Looks at the host and prints what it found; exit 1 when something is missing.
+///
+/// # Errors
+/// None: what cannot be asked is a finding.
+pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
+    let mut checks = vec![
+        kernel(),
+        pagemap_scan(),
+        page_cache_figures(),
+        device("fuse", "/dev/fuse", "load the kernel module: modprobe fuse"),
+        passthrough(),
+        privileges(),
+        closed_processes(),
+        kvm(),
+        huge_pages(),
+        ksm(),
+        swap(),
+        overcommit(),
+        read_size(),
+        store(&global.store),
+        cache(args.cache_dir.as_deref().unwrap_or(&global.store)),
+    ];
+    checks.extend(connections());
+    let missing = checks.iter().any(|check| check.verdict == Verdict::Missing);
+    let done = Done::report(DoctorReport(checks));
+    Ok(if missing { done.exit_as(Code::Failed) } else { done })
+}
+
+fn kernel() -> Check {
+    match KernelRelease::running() {
+        Ok((release, name)) if release >= KernelRelease::OLDEST => Check::ok("kernel", name),
+        Ok((_, name)) => Check::missing(
+            "kernel",
+            format!("{name}, needed {} or later", KernelRelease::OLDEST),
+            "boot a kernel 6.9 or later: on Debian 12, linux-image-amd64 from bookworm-backports",
+        ),
+        Err(error) => Check::missing("kernel", error.to_string(), "run it on Linux"),
+    }
+}
+
+fn pagemap_scan() -> Check {
+    let tried = Pagemap::this_process().and_then(|map| map.scan(0..0x1_0000, &Query::default()));
+    match tried {
+        Ok(_) => Check::ok("PAGEMAP_SCAN", "works"),
+        Err(error) => Check::missing(
+            "PAGEMAP_SCAN",
+            error.to_string(),
+            "dirty pages are counted with it: Linux 6.7 has it",
+        ),
+    }
+}
+
+fn page_cache_figures() -> Check {
+    let tried = std::fs::File::open("/proc/self/exe")
+        .map_err(|e| crate::error::Error::io("cannot open", "/proc/self/exe", e))
+        .and_then(|file| cachestat::cached(&file));
+    match tried {
+        Ok(_) => Check::ok("cachestat", "works"),
+        Err(error) => Check::missing(
+            "cachestat",
+            error.to_string(),
+            "resident pages are counted with it: Linux 6.5 has it",
+        ),
+    }
+}
+
+fn device(name: &'static str, path: &str, remedy: &str) -> Check {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_char_device() => Check::ok(name, path),
+        Ok(_) => Check::missing(name, format!("{path} is no device"), remedy),
+        Err(error) => Check::missing(name, format!("{path}: {}", crate::error::errno_text(&error)), remedy),
+    }
+}
+
+/// Whether the kernel was built with FUSE passthrough. Only a mount can ask the running kernel; its
+/// configuration is the next best, and a living mount says what it got in `stencil status`.
+fn passthrough() -> Check {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let config = std::fs::read(format!("/boot/config-{release}")).ok();
+    match config.map(|text| String::from_utf8_lossy(&text).contains("CONFIG_FUSE_PASSTHROUGH=y")) {
+        Some(true) => Check::ok("passthrough", "the kernel has it"),
+        Some(false) => Check::note(
+            "passthrough",
+            "this kernel is built without CONFIG_FUSE_PASSTHROUGH",
+            "templates are served by decoding; a kernel with it maps them faster",
+        ),
+        None => Check::ok("passthrough", "the kernel's configuration is not at hand; the first mount tells"),
+    }
+}
+
+fn privileges() -> Check {
+    if probe::has_sys_admin() {
+        Check::ok("privileges", "CAP_SYS_ADMIN")
+    } else {
+        Check::note(
+            "privileges",
+            "no CAP_SYS_ADMIN",
+            "the store commands work; run mount, clone and density as root",
+        )
+    }
+}
+
+/// Processes that even root may not look into here: were one a clone, nobody could count it.
+fn closed_processes() -> Check {
+    let closed: Vec<String> = procfs::pids()
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|&pid| procfs::maps(pid, |_, _| false).is_err())
+        .map(|pid| pid.to_string())
+        .collect();
+    if closed.is_empty() {
+        return Check::ok("processes", "all can be looked into");
+    }
+    Check::note(
+        "processes",
+        format!("no right to look into {}", closed.join(" ")),
+        "were one of them a clone, it would be left out; run it with all capabilities of the host",
+    )
+}
+
+fn kvm() -> Check {
+    match device("kvm", "/dev/kvm", "") {
+        check if check.verdict == Verdict::Ok => check,
+        check => Check::note("kvm", check.found, "guests run under emulation; load kvm_intel or kvm_amd"),
+    }
+}
+
+fn huge_pages() -> Check {
+    let Some(text) = probe::setting("/sys/kernel/mm/transparent_hugepage/enabled") else {
+        return Check::note(
+            "huge pages",
+            "this kernel has no transparent huge pages",
+            "templates are mapped by 4 KiB entries: more page tables and faults",
+        );
+    };
+    match probe::chosen(&text).unwrap_or("unknown") {
+        "never" => Check::note(
+            "huge pages",
+            "never",
+            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled lets backings be mapped by 2 MiB entries",
+        ),
+        "always" => Check::note(
+            "huge pages",
+            "always",
+            "a clone that writes one page of zeroed memory outside templates may get 2 MiB: madvise wastes less",
+        ),
+        word => Check::ok("huge pages", word),
+    }
+}
+
+fn ksm() -> Check {
+    match probe::number("/sys/kernel/mm/ksm/run") {
+        Some(1) => Check::note(
+            "ksm",
+            "running",
+            "merged copies are counted once, but each clone still shows them; the scanner costs CPU",
+        ),
+        Some(_) => Check::ok("ksm", "off; template pages need none"),
+        None => Check::ok("ksm", "not in this kernel; template pages need none"),
+    }
+}
+
+fn swap() -> Check {
+    match procfs::meminfo("SwapTotal") {
+        Ok(Some(total)) if total > Bytes::ZERO => {
+            Check::ok("swap", format!("{total}; copies in swap are shown as swap_bytes"))
+        }
+        Ok(_) => Check::ok("swap", "none"),
+        Err(error) => Check::note("swap", error.to_string(), "mount /proc"),
+    }
+}
+
+fn overcommit() -> Check {
+    match probe::number("/proc/sys/vm/overcommit_memory") {
+        Some(2) => Check::note(
+            "overcommit",
+            "strict (vm.overcommit_memory=2)",
+            "every clone is charged the whole size of its RAM: use reserve=off, or set vm.overcommit_memory to 0 or 1",
+        ),
+        Some(mode) => Check::ok("overcommit", format!("vm.overcommit_memory={mode}")),
+        None => Check::note("overcommit", "unknown", "mount /proc"),
+    }
+}
+
+fn read_size() -> Check {
+    match probe::number("/proc/sys/fs/fuse/max_pages_limit") {
+        Some(pages) if pages < 256 => Check::note(
+            "read size",
+            format!("fs.fuse.max_pages_limit={pages}"),
+            "sysctl fs.fuse.max_pages_limit=256 lets one request read 1 MiB",
+        ),
+        Some(pages) => Check::ok("read size", Bytes::new(pages * crate::units::PAGE_SIZE).to_string()),
+        None => Check::ok("read size", "1.00 MiB"),
+    }
+}
+
+fn store(dir: &Path) -> Check {
+    match probe::file_system(dir) {
+        Ok(fs) if fs.free < Bytes::new(1 << 30) => Check::note(
+            "store",
+            format!("{} on {}, only {} free", dir.display(), fs.name, fs.free),
+            "free space before the next import",
+        ),
+        Ok(fs) => Check::ok("store", format!("{} on {}, {} free", dir.display(), fs.name, fs.free)),
+        Err(_) => {
+            Check::ok("store", format!("{} does not exist yet; the first import makes it", dir.display()))
+        }
+    }
+}
+
+fn cache(dir: &Path) -> Check {
+    let existing = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match probe::file_system(existing) {
+        Ok(fs) if matches!(fs.name.as_str(), "ext4" | "xfs") => {
+            Check::ok("backing", format!("{} on {}", existing.display(), fs.name))
+        }
+        Ok(fs) => Check::note(
+            "backing",
+            format!("{} on {}", existing.display(), fs.name),
+            "passthrough backings are mapped by 2 MiB entries on ext4 or xfs: name one with mount --cache-dir",
+        ),
+        Err(error) => Check::note("backing", error.to_string(), "name a directory with --cache-dir"),
+    }
+}
+
+/// FUSE connections whose requests wait without moving, and mounts without a living supervisor.
+fn connections() -> Vec<Check> {
+    let mut checks = Vec::new();
+    match fusectl::stuck_connections() {
+        Ok(stuck) if stuck.is_empty() => checks.push(Check::ok("connections", "none is stuck")),
+        Ok(stuck) => checks.extend(stuck.into_iter().map(|connection| {
+            Check::note(
+                "connections",
+                format!(
+                    "FUSE connection {} has {} requests that nobody answers",
+                    connection.number, connection.waiting
+                ),
+                "if its server is gone: mount -t fusectl none DIR; echo 1 > DIR/N/abort",
+            )
+        })),
+        Err(error) => checks.push(Check::note("connections", error.to_string(), "run it as root")),
+    }
+    for living in control::mounts().unwrap_or_default() {
+        let place = living.mountpoint.display();
+        checks.push(match (living.orphaned, living.server_pid) {
+            (true, _) => Check::note(
+                "mount",
+                format!("{place} has lost its supervisor"),
+                "umount it and mount it again",
+            ),
+            (_, None) => Check::note(
+                "mount",
+                format!("{place} has no server now"),
+                "look at `stencil status` and its log",
+            ),
+            (_, Some(pid)) => Check::ok("mount", format!("{place} is served by process {pid}")),
+        });
+    }
+    checks
+}
+
+impl Report for DoctorReport {
+    fn json(&self) -> Value {
+        json!({ "checks": to_json(&self.0) })
+    }
+
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        for check in &self.0 {
+            let word = match check.verdict {
+                Verdict::Ok => "ok",
+                Verdict::Note => "note",
+                Verdict::Missing => "MISSING",
+            };
+            writeln!(out, "{word:<8}{:<14}{}", check.name, check.found)?;
+            if let Some(remedy) = &check.remedy {
+                writeln!(out, "{:<22}{remedy}", "")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! Distinct page frames: a page that several clones share after a fork or a KSM merge is counted once.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::path::Path;
+
+use super::process::Measured;
+use crate::clones::find::CloneProcess;
+use crate::error::{Code, Error, Result};
+use crate::sys::pagemap::Pagemap;
+use crate::sys::procfs;
+use crate::units::{Bytes, PageCount};
+
+/// What all clones together hold in RAM, every frame once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Distinct {
+    /// Copies of template pages.
+    pub private: Bytes,
+    /// Private memory outside template mappings.
+    pub overhead: Bytes,
+}
+
+/// Counts the frames of all clones. Where neither a fork nor KSM can have made two clones share a frame,
+/// that is the sum of their figures; for the others every frame number is read.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`, which the kernel wants before it gives frame numbers.
+pub fn distinct(clones: &[(CloneProcess, Measured)]) -> Result<Distinct> {
+    let suspects = suspects(clones);
+    let mut total = Distinct::default();
+    let mut private = HashSet::new();
+    let mut overhead = HashSet::new();
+    for (clone, measured) in clones {
+        if !suspects.contains(&clone.pid) {
+            total.private += measured.memory.private_bytes;
+            total.overhead += measured.memory.overhead_bytes;
+            continue;
+        }
+        let copies = measured.dirty.iter().flatten().filter(|d| !d.swapped).map(|d| d.range.clone());
+        if !collect(clone.pid, copies, &mut private)?
+            || !collect(clone.pid, measured.overhead.iter().cloned(), &mut overhead)?
+        {
+            log::info!("clone {} has ended while its frames were counted", clone.pid);
+        }
+    }
+    total.private += PageCount::new(private.len() as u64).bytes();
+    // KSM may merge a copy with a page outside: it is counted as a copy.
+    let outside = overhead.difference(&private).count();
+    total.overhead += PageCount::new(outside as u64).bytes();
+    Ok(total)
+}
+
+/// The frames of present anonymous pages in these ranges; false when the process has ended.
+fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut HashSet<u64>) -> Result<bool> {
+    let pagemap = match Pagemap::open(pid) {
+        Ok(pagemap) => pagemap,
+        Err(error) if error.code() == Code::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let mut hidden = false;
+    for range in ranges {
+        let read = pagemap.each_entry(range, |_, entry| {
+            if entry.is_present() && !entry.is_file() {
+                match entry.frame() {
+                    Some(frame) => drop(frames.insert(frame)),
+                    None => hidden = true,
+                }
+            }
+        });
+        match read {
+            Err(error) if error.code() == Code::NotFound => return Ok(false),
+            other => other?,
+        }
+    }
+    if hidden {
+        return Err(Error::failed(
+            "the kernel hides page frame numbers, so shared pages cannot be counted once",
+        )
+        .remedy("run it as root (CAP_SYS_ADMIN)"));
+    }
+    Ok(true)
+}
+
+/// The clones that may share a frame with another one. A forked child maps the same file at the same
+/// address as its parent; a merged page shows in the figures of KSM.
+fn suspects(clones: &[(CloneProcess, Measured)]) -> HashSet<u32> {
+    let mut at: HashMap<(u64, u64, u64, u64), Vec<u32>> = HashMap::new();
+    for (clone, _) in clones {
+        for map in &clone.maps {
+            at.entry((map.start, map.dev, map.ino, map.offset.get())).or_default().push(clone.pid);
+        }
+    }
+    let mut suspects: HashSet<u32> = at.into_values().filter(|pids| pids.len() > 1).flatten().collect();
+    for (clone, _) in clones {
+        if merged_by_ksm(clone.pid) {
+            suspects.insert(clone.pid);
+        }
+    }
+    suspects
+}
+
+fn merged_by_ksm(pid: u32) -> bool {
+    // A kernel without that file has no per-process figure: look at every frame then.
+    let Ok(text) = procfs::read_text(Path::new(&format!("/proc/{pid}/ksm_stat"))) else {
+        return Path::new("/sys/kernel/mm/ksm/pages_shared").exists();
+    };
+    let field = |line: &str| line.strip_prefix("ksm_merging_pages")?.trim().parse::<u64>().ok();
+    text.lines().find_map(field).is_some_and(|pages| pages > 0)
+}

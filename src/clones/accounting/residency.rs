@@ -1,0 +1,127 @@
+//! How much of each template is in RAM once for all: the page cache of its inodes and backings.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::Path;
+
+use crate::clones::find::{CloneProcess, Inodes, ServedFile};
+use crate::control::Mount;
+use crate::error::Result;
+use crate::store::{Digest, Serving, Store};
+use crate::sys::{cachestat, handle, procfs};
+use crate::units::Bytes;
+
+/// Bytes in the page cache by template and serving. Each mount has its own page cache: they add up.
+pub type Resident = BTreeMap<(Digest, Serving), Bytes>;
+
+/// Measures all templates of all mounts.
+///
+/// # Errors
+/// When a supervisor does not answer, or an inode may not be opened.
+pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> Result<Resident> {
+    let mut resident = Resident::new();
+    for mount in mounts {
+        if mount.orphaned {
+            continue;
+        }
+        for backing in mount.residency()? {
+            *resident.entry((backing.digest, Serving::Passthrough)).or_default() += backing.resident_bytes;
+        }
+    }
+    each_inode(mounts, inodes, clones, |file, opened| {
+        if file.serving == Serving::Decode {
+            *resident.entry((file.digest, Serving::Decode)).or_default() +=
+                cachestat::cached(&opened)?.bytes();
+        }
+        Ok(())
+    })?;
+    Ok(resident)
+}
+
+/// Calls `each` with every inode of the mounts that the kernel holds now, opened.
+///
+/// # Errors
+/// When an inode may not be opened, or what `each` says.
+pub fn each_inode(
+    mounts: &[Mount],
+    inodes: &Inodes,
+    clones: &[CloneProcess],
+    mut each: impl FnMut(&ServedFile, File) -> Result<()>,
+) -> Result<()> {
+    let mapped = one_mapping_of_each(clones);
+    let roots: Vec<Option<File>> = mounts.iter().map(root_of).collect();
+    for (ino, file) in inodes.iter() {
+        let dev = mounts[file.mount].device;
+        let opened = match (&roots[file.mount], mapped.get(&(dev, ino))) {
+            (Some(root), _) => handle::open_fuse_inode(root, ino)?,
+            // No path leads to a mount that was detached; a clone's own mapping does.
+            (None, Some(path)) => File::open(path).ok(),
+            (None, None) => None,
+        };
+        if let Some(opened) = opened {
+            each(file, opened)?;
+        }
+    }
+    Ok(())
+}
+
+/// The root of a mount, if it is still mounted there.
+fn root_of(mount: &Mount) -> Option<File> {
+    use std::os::unix::fs::MetadataExt;
+    if mount.detached {
+        return None;
+    }
+    let root = File::open(&mount.mountpoint).ok()?;
+    (root.metadata().ok()?.dev() == mount.device).then_some(root)
+}
+
+fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
+    let mut paths = HashMap::new();
+    for clone in clones {
+        for map in &clone.maps {
+            let end = map.range().end;
+            paths
+                .entry((map.dev, map.ino))
+                .or_insert_with(|| format!("/proc/{}/map_files/{:x}-{end:x}", clone.pid, map.start));
+        }
+    }
+    paths
+}
+
+/// Page cache of the store's own files, in bytes; each file once.
+///
+/// # Errors
+/// When a file of the store cannot be opened.
+pub fn store_files(store: &Store) -> Result<Bytes> {
+    store.pack_files()?.iter().map(|path| cached_file(path)).sum::<Result<Bytes>>()
+}
+
+/// Bytes of one file in the page cache; a file that is gone holds none.
+///
+/// # Errors
+/// When it exists and cannot be opened.
+pub fn cached_file(path: &Path) -> Result<Bytes> {
+    match File::open(path) {
+        Ok(file) => Ok(cachestat::cached(&file)?.bytes()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Bytes::ZERO),
+        Err(error) => Err(crate::error::Error::io("cannot open a file of the store", path, error)),
+    }
+}
+
+/// Private memory of the processes that serve these mounts: decoded blocks, reply buffers, tables.
+///
+/// # Errors
+/// When their status cannot be read.
+pub fn daemons(mounts: &[Mount]) -> Result<Bytes> {
+    let mut sum = Bytes::ZERO;
+    for mount in mounts {
+        let supervisor = (!mount.orphaned).then_some(mount.supervisor_pid);
+        for pid in supervisor.into_iter().chain(mount.server_pid) {
+            if let Some(status) = procfs::status(pid)? {
+                sum += status.rss_anon;
+                sum += status.page_tables;
+            }
+        }
+    }
+    Ok(sum)
+}

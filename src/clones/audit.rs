@@ -1,0 +1,257 @@
+//! Holds the accounting against what the kernel says by other ways: page frames found from every process
+//! (not from the list of clones), and the fall of the host's available memory since before the first clone.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::accounting::{Survey, Totals, residency};
+use super::find::{self, Inodes};
+use crate::control::{self, Mount};
+use crate::error::{Code, Error, Result};
+use crate::sys::kpage::{FrameKind, Frames};
+use crate::sys::mapping::{Advice, Mapping, Protection, Request, Sharing};
+use crate::sys::pagemap::Pagemap;
+use crate::sys::{cachestat, procfs};
+use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount};
+
+/// The answer of `density --audit`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Audit {
+    /// Page frames against the accounting.
+    pub frames: FrameAudit,
+    /// The fall of available memory against the accounting; null when no baseline was taken.
+    pub memory: Option<MemoryAudit>,
+}
+
+/// Frames counted one by one, in bytes, beside the accounting's figures.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct FrameAudit {
+    /// Anonymous frames in template mappings of any process.
+    pub private_bytes: Bytes,
+    /// What the accounting says.
+    pub private_accounted: Bytes,
+    /// Anonymous frames elsewhere in the processes that map a template.
+    pub overhead_bytes: Bytes,
+    /// What the accounting says.
+    pub overhead_accounted: Bytes,
+    /// Page cache frames of the templates.
+    pub template_bytes: Bytes,
+    /// What the accounting says.
+    pub template_accounted: Bytes,
+    /// Processes found that the accounting does not have.
+    pub unknown_processes: u64,
+    /// Page table entries (kpagecount) on private frames that no process explains.
+    pub unexplained_mappings: u64,
+    /// Difference of the sums, in percent of the accounting's.
+    pub error_percent: f64,
+}
+
+/// Available memory then and now, in bytes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct MemoryAudit {
+    /// MemAvailable and per-CPU free pages before the first clone.
+    pub available_before: Bytes,
+    /// The same now.
+    pub available_now: Bytes,
+    /// How much less it is.
+    pub fall_bytes: i64,
+    /// What the accounting says of the clones: private + page tables + overhead. Template pages are page
+    /// cache, which the kernel counts as available.
+    pub accounted_bytes: Bytes,
+    /// Difference in percent of the accounting's figure.
+    pub error_percent: f64,
+}
+
+/// Audits a survey that was just made of these mounts.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`, or when a process or file cannot be looked into.
+pub fn audit(mounts: &[Mount], survey: &Survey) -> Result<Audit> {
+    let totals = &survey.density.totals;
+    // Read before the walk, which itself takes memory.
+    let memory =
+        Baseline::load()?.map(|before| MemoryAudit::new(before, Baseline::now()?, totals)).transpose()?;
+    Ok(Audit { frames: frame_audit(mounts, survey)?, memory })
+}
+
+#[derive(Default)]
+struct Walk {
+    private: HashMap<u64, u64>,
+    overhead: HashSet<u64>,
+    processes: HashSet<u32>,
+}
+
+fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
+    let frames = Frames::open()?;
+    let mut walk = Walk::default();
+    for pid in procfs::pids()? {
+        match walk_process(pid, mounts, &frames, &mut walk) {
+            Err(error) if error.code() == Code::NotFound => {}
+            other => other?,
+        }
+    }
+    let template = template_frames(mounts, survey)?;
+    let mut unexplained = 0;
+    for (&frame, &seen) in &walk.private {
+        unexplained += frames.mappings(frame)?.saturating_sub(seen);
+    }
+    let private: HashSet<u64> = walk.private.keys().copied().collect();
+    let bytes = |count: usize| PageCount::new(count as u64).bytes();
+    let known: HashSet<u32> = survey.clones.iter().map(|(clone, _)| clone.pid).collect();
+    let totals = &survey.density.totals;
+    let mut audit = FrameAudit {
+        private_bytes: bytes(private.len()),
+        private_accounted: totals.private_bytes,
+        overhead_bytes: bytes(walk.overhead.difference(&private).count()),
+        overhead_accounted: totals.overhead_bytes,
+        template_bytes: bytes(template),
+        template_accounted: totals.template_bytes,
+        unknown_processes: walk.processes.difference(&known).count() as u64,
+        unexplained_mappings: unexplained,
+        error_percent: 0.0,
+    };
+    let counted = audit.private_bytes + audit.overhead_bytes + audit.template_bytes;
+    let accounted = audit.private_accounted + audit.overhead_accounted + audit.template_accounted;
+    audit.error_percent = percent(counted.get() as i64 - accounted.get() as i64, accounted);
+    Ok(audit)
+}
+
+/// Looks at every page of one process that maps a file of our mounts, entry by entry.
+fn walk_process(pid: u32, mounts: &[Mount], frames: &Frames, walk: &mut Walk) -> Result<()> {
+    let ours = |dev: u64| mounts.iter().any(|mount| mount.device == dev);
+    let Some(lines) = find::maps_of(pid, |_, _| true)? else { return Ok(()) };
+    if !lines.iter().any(|line| ours(line.dev)) {
+        return Ok(());
+    }
+    walk.processes.insert(pid);
+    let pagemap = Pagemap::open(pid)?;
+    for line in lines.iter().filter(|line| !line.path.starts_with("[v")) {
+        let template = ours(line.dev);
+        let mut anonymous = Vec::new();
+        pagemap.each_entry(line.start..line.end, |_, entry| anonymous.extend(entry.frame()))?;
+        for frame in anonymous {
+            if frames.kind(frame)? != FrameKind::Anonymous {
+                continue;
+            }
+            if template {
+                *walk.private.entry(frame).or_default() += 1;
+            } else {
+                walk.overhead.insert(frame);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Number of distinct frames that hold pages of templates: maps every file and looks at the frames of the
+/// pages that are in the page cache already.
+fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
+    let mut frames = HashSet::new();
+    let clones: Vec<_> = survey.clones.iter().map(|(clone, _)| clone.clone()).collect();
+    residency::each_inode(mounts, &survey.inodes, &clones, |_, file| collect_resident(&file, &mut frames))?;
+    Ok(frames.len())
+}
+
+fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
+    let size = file.metadata().map_err(|e| Error::failed("cannot ask for a file's size").because(e))?.len();
+    if size == 0 {
+        return Ok(());
+    }
+    let whole_pages = Bytes::new(size).pages().bytes();
+    let view = Mapping::new(&Request {
+        length: whole_pages,
+        align: Bytes::new(PAGE_SIZE),
+        file: Some((file.as_fd(), FileOffset::new(0))),
+        protection: Protection::Read,
+        sharing: Sharing::Private,
+        reserve: false,
+        sync: false,
+    })
+    .map_err(|e| Error::failed("cannot map a template to look at its frames").because(e))?;
+    let pagemap = Pagemap::this_process()?;
+    for range in cachestat::in_core(&view)? {
+        // Only what is in RAM already: the audit must not change what it measures.
+        view.advise(range.clone(), Advice::PopulateRead)
+            .map_err(|e| Error::failed("cannot fill page tables to look at frames").because(e))?;
+        let start = view.address();
+        pagemap
+            .each_entry(start + range.start..start + range.end, |_, entry| frames.extend(entry.frame()))?;
+    }
+    Ok(())
+}
+
+impl MemoryAudit {
+    fn new(before: Baseline, now: Baseline, totals: &Totals) -> Result<MemoryAudit> {
+        let accounted = totals.private_bytes + totals.page_table_bytes + totals.overhead_bytes;
+        let fall = before.available().get() as i64 - now.available().get() as i64;
+        Ok(MemoryAudit {
+            available_before: before.available(),
+            available_now: now.available(),
+            fall_bytes: fall,
+            accounted_bytes: accounted,
+            error_percent: percent(fall - accounted.get() as i64, accounted),
+        })
+    }
+}
+
+fn percent(difference: i64, of: Bytes) -> f64 {
+    match of.get() {
+        0 if difference == 0 => 0.0,
+        0 => 100.0,
+        of => 100.0 * difference.unsigned_abs() as f64 / of as f64,
+    }
+}
+
+/// The host's free memory at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Baseline {
+    mem_available: Bytes,
+    per_cpu_free: Bytes,
+}
+
+impl Baseline {
+    /// Now.
+    ///
+    /// # Errors
+    /// When the host's figures cannot be read.
+    pub fn now() -> Result<Baseline> {
+        let mem_available = procfs::meminfo("MemAvailable")?
+            .ok_or_else(|| Error::failed("this kernel does not say how much memory is available"))?;
+        Ok(Baseline { mem_available, per_cpu_free: procfs::per_cpu_free()? })
+    }
+
+    /// What a new process could get: `MemAvailable`, and the pages in per-CPU lists that it leaves out.
+    pub fn available(&self) -> Bytes {
+        self.mem_available + self.per_cpu_free
+    }
+
+    /// Keeps the present state as the baseline of later audits, if no clone of these mounts lives.
+    ///
+    /// # Errors
+    /// When the host cannot be asked or the runtime directory cannot be written.
+    pub fn keep_if_idle(inodes: &Inodes) -> Result<()> {
+        if !find::search(inodes)?.is_empty() {
+            return Ok(());
+        }
+        let path = baseline_path();
+        let text = serde_json::to_vec(&Baseline::now()?).unwrap_or_default();
+        fs::write(&path, text).map_err(|e| Error::io("cannot keep the baseline of the audit", path, e))
+    }
+
+    fn load() -> Result<Option<Baseline>> {
+        let path = baseline_path();
+        match fs::read(&path) {
+            Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("cannot read the baseline of the audit", path, error)),
+        }
+    }
+}
+
+fn baseline_path() -> PathBuf {
+    control::runtime_dir().join("memory-baseline.json")
+}

@@ -1,0 +1,212 @@
+//! Finds clones: every process that maps a template, whoever launched it.
+//!
+//! A mapping is known by the device and inode number of its file, which are the same in every mount and
+//! PID namespace, below every bind mount, and after a lazy unmount; paths and open counts are not.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::control::Mount;
+use crate::error::{Error, Result};
+use crate::store::{Digest, Serving, Store, inode_number};
+use crate::sys::{probe, procfs};
+use crate::units::{Bytes, FileOffset};
+
+/// A file of a template as it is served by one mount in one way: what an inode number means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServedFile {
+    /// The template.
+    pub digest: Digest,
+    /// Index of the file within the template.
+    pub index: usize,
+    /// Name of the file.
+    pub name: String,
+    /// Its length.
+    pub size: Bytes,
+    /// How this inode is served.
+    pub serving: Serving,
+    /// Index of the mount in the list that [`Inodes::of`] was made from.
+    pub mount: usize,
+}
+
+/// What the inode numbers of all mounts mean.
+#[derive(Debug, Default)]
+pub struct Inodes {
+    files: HashMap<(u64, u64), Arc<ServedFile>>,
+    devices: Vec<u64>,
+}
+
+impl Inodes {
+    /// The inodes of everything that these mounts can serve now.
+    ///
+    /// # Errors
+    /// When the store of a mount cannot be read.
+    pub fn of(mounts: &[Mount]) -> Result<Inodes> {
+        let mut inodes = Inodes { files: HashMap::new(), devices: mounts.iter().map(|m| m.device).collect() };
+        let mut stores: BTreeMap<_, Store> = BTreeMap::new();
+        for (mount, served_by) in mounts.iter().enumerate() {
+            if !stores.contains_key(&served_by.store) {
+                stores.insert(served_by.store.clone(), Store::open(&served_by.store)?);
+            }
+            let store = &stores[&served_by.store];
+            let secret = store.secret();
+            for digest in store.digests()? {
+                let template = match store.template(&digest) {
+                    Ok(template) => template,
+                    // Removed between the two calls, or damaged: `verify` is the one to say so.
+                    Err(error) => {
+                        log::warn!("template {digest} is left out: {error}");
+                        continue;
+                    }
+                };
+                for (index, file) in template.files().iter().enumerate() {
+                    for serving in [Serving::Passthrough, Serving::Decode] {
+                        let ino = inode_number(&secret, &digest, &file.name, serving);
+                        let served = ServedFile {
+                            digest,
+                            index,
+                            name: file.name.clone(),
+                            size: file.size,
+                            serving,
+                            mount,
+                        };
+                        inodes.files.insert((served_by.device, ino), Arc::new(served));
+                    }
+                }
+            }
+        }
+        Ok(inodes)
+    }
+
+    /// What a device and inode number mean; `None` for anything that is no file of a template.
+    pub fn lookup(&self, dev: u64, ino: u64) -> Option<&Arc<ServedFile>> {
+        self.files.get(&(dev, ino))
+    }
+
+    /// Every served file with its inode number, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Arc<ServedFile>)> {
+        self.files.iter().map(|((_, ino), file)| (*ino, file))
+    }
+
+    fn is_ours(&self, dev: u64) -> bool {
+        self.devices.contains(&dev)
+    }
+}
+
+/// One mapping of a template in one process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TemplateMapping {
+    /// The template.
+    pub digest: Digest,
+    /// File of the template.
+    pub file: String,
+    /// Device number of the mount, as `st_dev` has it.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+    /// First address in the process.
+    pub start: u64,
+    /// Where the mapping begins in the file, in bytes.
+    pub offset: FileOffset,
+    /// Its size in bytes.
+    pub length: Bytes,
+    /// How its pages are served.
+    pub serving: Serving,
+    /// Index of the file within the template.
+    #[serde(skip)]
+    pub index: usize,
+    /// Index of the mount.
+    #[serde(skip)]
+    pub mount: usize,
+}
+
+impl TemplateMapping {
+    /// Its addresses.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        self.start..self.start + self.length.get()
+    }
+}
+
+/// A process that maps at least one template.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneProcess {
+    /// Its process id, in this PID namespace.
+    pub pid: u32,
+    /// Its start, in clock ticks since boot: with the pid it names a process for good.
+    pub start_time: u64,
+    /// Its mappings of templates, by address.
+    pub maps: Vec<TemplateMapping>,
+}
+
+/// Every process that maps a template of these mounts, by pid.
+///
+/// # Errors
+/// When a store cannot be read, or a process may not be looked into: a list with holes would be a wrong number.
+pub fn template_mappings(mounts: &[Mount]) -> Result<Vec<CloneProcess>> {
+    search(&Inodes::of(mounts)?)
+}
+
+/// Every process that maps one of these inodes, by pid.
+///
+/// # Errors
+/// When a process may not be looked into.
+pub fn search(inodes: &Inodes) -> Result<Vec<CloneProcess>> {
+    let mut clones = Vec::new();
+    if inodes.devices.is_empty() {
+        return Ok(clones);
+    }
+    for pid in procfs::pids()? {
+        if let Some(clone) = look_at(pid, inodes)? {
+            clones.push(clone);
+        }
+    }
+    Ok(clones)
+}
+
+/// The template mappings of one process; `None` when it has none or is gone.
+///
+/// # Errors
+/// When the process may not be looked into.
+pub fn look_at(pid: u32, inodes: &Inodes) -> Result<Option<CloneProcess>> {
+    let Some(lines) = maps_of(pid, |dev, _| inodes.is_ours(dev))? else { return Ok(None) };
+    let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
+    if maps.is_empty() {
+        return Ok(None);
+    }
+    let Some(stat) = procfs::stat(pid)? else { return Ok(None) };
+    Ok(Some(CloneProcess { pid, start_time: stat.start_time, maps }))
+}
+
+/// The mappings of a process that `wanted` picks; `None` when it is gone, or out of reach even of root.
+///
+/// # Errors
+/// Without the right to look into processes of others.
+pub(super) fn maps_of(pid: u32, wanted: impl Fn(u64, u64) -> bool) -> Result<Option<Vec<procfs::MapLine>>> {
+    match procfs::maps(pid, wanted) {
+        Err(error) if !matches!(error.errno(), Some(libc::EACCES | libc::EPERM)) => Err(error),
+        // With all that a tracer can have, what stays closed has more rights than root has here: the
+        // manager of a container around us. `doctor` names it.
+        Err(_) if probe::may_trace() => Ok(None),
+        Err(_) => Err(Error::failed(format!("may not look into process {pid}, which may be a clone"))
+            .remedy("run it as root: clones of all users count")),
+        lines => lines,
+    }
+}
+
+fn mapping(line: &procfs::MapLine, inodes: &Inodes) -> Option<TemplateMapping> {
+    let file = inodes.lookup(line.dev, line.ino)?;
+    Some(TemplateMapping {
+        digest: file.digest,
+        file: file.name.clone(),
+        dev: line.dev,
+        ino: line.ino,
+        start: line.start,
+        offset: FileOffset::new(line.offset),
+        length: line.len(),
+        serving: file.serving,
+        index: file.index,
+        mount: file.mount,
+    })
+}

@@ -1,0 +1,91 @@
+//! The FUSE control filesystem: which connections wait for answers, and how many requests each has.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::fs::{Dir, Mode, OFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+
+use crate::error::{Error, Result};
+
+/// How long a request must wait unmoved before its connection counts as stuck.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// One FUSE connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connection {
+    /// Its number: the minor device number of its mount.
+    pub number: u32,
+    /// Requests that nobody has answered.
+    pub waiting: u64,
+}
+
+/// An instance of fusectl of our own, attached nowhere.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`.
+pub fn open() -> io::Result<OwnedFd> {
+    let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
+}
+
+/// All connections of this host.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`.
+pub fn connections() -> Result<Vec<Connection>> {
+    let failed = |e: io::Error| {
+        Error::failed("cannot look at the host's FUSE connections").because(e).remedy("run it as root")
+    };
+    let root = open().map_err(failed)?;
+    let mut found = Vec::new();
+    for entry in Dir::read_from(&root).map_err(|e| failed(e.into()))? {
+        let Ok(entry) = entry else { continue };
+        let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // A connection may end between the listing and the look.
+        if let Some(waiting) = waiting(&root, number) {
+            found.push(Connection { number, waiting });
+        }
+    }
+    Ok(found)
+}
+
+fn waiting(root: &OwnedFd, number: u32) -> Option<u64> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(root, format!("{number}/waiting"), flags, Mode::empty()).ok()?;
+    let mut text = String::new();
+    File::from(file).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Connections that had requests waiting and, half a second later, no fewer.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`.
+pub fn stuck_connections() -> Result<Vec<Connection>> {
+    let before: Vec<Connection> = connections()?.into_iter().filter(|c| c.waiting > 0).collect();
+    if before.is_empty() {
+        return Ok(before);
+    }
+    std::thread::sleep(PATIENCE);
+    let after = connections()?;
+    Ok(before
+        .into_iter()
+        .filter(|old| after.iter().any(|new| new.number == old.number && new.waiting >= old.waiting))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_can_be_listed() {
+        connections().unwrap();
+    }
+}

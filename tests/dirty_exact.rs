@@ -1,0 +1,298 @@
+//! Dirty pages, exact, whoever copied them and however: with both kinds of serving, against scripts whose
+//! every copied page is known.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::actor::{Actor, program};
+use crate::support::host;
+use crate::support::mount::TestMount;
+
+const PAGE: u64 = 4096;
+const SIZE: u64 = 64 << 20;
+const SERVINGS: [&str; 2] = ["decode", "passthrough"];
+
+/// A mount with one template of 64 MiB, its first half data, its second half zero.
+fn world(serve: &str) -> (TestMount, String) {
+    let world = TestMount::new(serve);
+    let source = world.dir().join("source");
+    let mut bytes = vec![0u8; SIZE as usize];
+    for (index, page) in bytes[..SIZE as usize / 2].chunks_exact_mut(PAGE as usize).enumerate() {
+        page[..8].copy_from_slice(&(index as u64 + 1).to_le_bytes());
+        page[2048] = 7;
+    }
+    fs::write(&source, bytes).unwrap();
+    let digest = world.import(&source, "web:1");
+    (world, digest)
+}
+
+/// What `stencil dirty --ranges` says of a process: pages of the file, present and swapped.
+fn dirty(world: &TestMount, pid: u32) -> (BTreeSet<u64>, BTreeSet<u64>) {
+    let answer = world.json(&["dirty", &pid.to_string(), "--ranges"]);
+    let mut sets = (BTreeSet::new(), BTreeSet::new());
+    for range in answer["ranges"].as_array().unwrap() {
+        let (first, pages) = (range["first_page"].as_u64().unwrap(), range["pages"].as_u64().unwrap());
+        let set = if range["swapped"] == true { &mut sets.1 } else { &mut sets.0 };
+        set.extend(first..first + pages);
+    }
+    let count = (sets.0.len() + sets.1.len()) as u64;
+    assert_eq!(answer["dirty_pages"].as_u64().unwrap(), count, "{answer}");
+    sets
+}
+
+/// The row of a process in `stencil density`.
+fn row(world: &TestMount, pid: u32) -> Value {
+    let density = world.json(&["density"]);
+    let clones = density["clones"].as_array().unwrap();
+    clones.iter().find(|c| c["pid"] == pid).unwrap_or_else(|| panic!("no {pid} in {density:#}")).clone()
+}
+
+fn private_pages(row: &Value) -> u64 {
+    row["private_bytes"].as_u64().unwrap() / PAGE
+}
+
+fn total(world: &TestMount, field: &str) -> u64 {
+    world.json(&["density"])["totals"][field].as_u64().unwrap()
+}
+
+/// Pages spread over the whole file by a fixed rule, none twice.
+fn scattered(count: u64, seed: u64) -> BTreeSet<u64> {
+    let pages = SIZE / PAGE;
+    (0..count).map(|i| (i * 2_654_435_761 + seed * 97) % pages).collect()
+}
+
+fn for_both(scenario: impl Fn(&TestMount, &str, &Path)) {
+    for serve in SERVINGS {
+        let (world, digest) = world(serve);
+        let memory = world.file(&digest, "memory");
+        scenario(&world, &digest, &memory);
+    }
+}
+
+fn map(actor: &mut Actor, memory: &Path) {
+    actor.tell(&format!("map 0 {} 0 {SIZE} rw", memory.display()));
+}
+
+#[test]
+fn known_pages_with_reads_between() {
+    let _host = host::shared();
+    for_both(|world, digest, memory| {
+        let mut actor = Actor::start();
+        map(&mut actor, memory);
+        assert_eq!(dirty(world, actor.pid()), Default::default(), "a mapping is no copy");
+        let pages = scattered(1000, 1);
+        for (n, &page) in pages.iter().enumerate() {
+            actor.tell(&format!("read 0 {}", (page + 31) % (SIZE / PAGE)));
+            actor.tell(&format!("write 0 {page}"));
+            if n % 3 == 0 {
+                actor.tell(&format!("read 0 {page}"));
+            }
+        }
+        // The same byte as before is a copy as well: page 5 has a 7 there.
+        actor.tell("write 0 5 7");
+        let expected: BTreeSet<u64> = pages.iter().copied().chain([5]).collect();
+        assert_eq!(dirty(world, actor.pid()), (expected.clone(), BTreeSet::new()));
+        let row = row(world, actor.pid());
+        assert_eq!(private_pages(&row), expected.len() as u64);
+        assert_eq!(row["kind"], "other");
+        assert_eq!(row["template"], digest);
+        assert_eq!(row["mapped_bytes"], SIZE);
+        assert_eq!(total(world, "private_bytes"), expected.len() as u64 * PAGE);
+    });
+}
+
+#[test]
+fn several_mappings_with_offsets_partly_unmapped_and_guarded() {
+    let _host = host::shared();
+    for_both(|world, _, memory| {
+        let mut actor = Actor::start();
+        let path = memory.display();
+        actor.tell(&format!("map 0 {path} 0 {} rw", 8 << 20));
+        actor.tell(&format!("map 1 {path} {} {} rw", 4 << 20, 8 << 20));
+        actor.tell(&format!("map 2 {path} {} {} ro", 32 << 20, 4 << 20));
+        actor.tell(&format!("shared 3 {path} 0 {}", 2 << 20));
+        actor.write_pages(0, [0, 1, 2, 100, 2047]);
+        // Pages 4, 5 and 1024.. of the second mapping are pages 1028, 1029 and 2048.. of the file.
+        actor.write_pages(1, [4, 5, 1024, 1025, 1026]);
+        actor.read_pages(2, 0..50);
+        actor.read_pages(3, 0..50);
+        let all = BTreeSet::from([0, 1, 2, 100, 2047, 1028, 1029, 2048, 2049, 2050]);
+        assert_eq!(dirty(world, actor.pid()).0, all);
+        // Unmapping in the middle takes copies away and splits the mapping in two.
+        actor.tell("unmap 1 1025 1");
+        // A guard region drops the copies beneath it and is none itself.
+        actor.tell("guard 0 1 64");
+        let left = BTreeSet::from([0, 100, 2047, 1028, 1029, 2048, 2050]);
+        assert_eq!(dirty(world, actor.pid()), (left, BTreeSet::new()));
+        let row = row(world, actor.pid());
+        assert_eq!(row["maps"].as_array().unwrap().len(), 5);
+        assert_eq!(row["mapped_bytes"].as_u64().unwrap(), (8 << 20) + (8 << 20) - PAGE + (4 << 20) + (2 << 20));
+        assert_eq!(private_pages(&row), 7);
+    });
+}
+
+#[test]
+fn a_page_that_both_mappings_copied_counts_twice() {
+    let _host = host::shared();
+    for_both(|world, _, memory| {
+        let mut actor = Actor::start();
+        let path = memory.display();
+        actor.tell(&format!("map 0 {path} 0 {} rw", 1 << 20));
+        actor.tell(&format!("map 1 {path} 0 {} rw", 1 << 20));
+        actor.write_pages(0, [7, 8]);
+        actor.write_pages(1, [8, 9]);
+        assert_eq!(private_pages(&row(world, actor.pid())), 4);
+        assert_eq!(total(world, "private_bytes"), 4 * PAGE);
+    });
+}
+
+#[test]
+fn a_forked_family_shares_what_it_has_not_written_since() {
+    let _host = host::shared();
+    for_both(|world, _, memory| {
+        let mut parent = Actor::start();
+        map(&mut parent, memory);
+        parent.write_pages(0, 0..1000);
+        // The child writes 50 of its parent's pages and 20 new ones.
+        let list: Vec<String> = (0..50).chain(5000..5020).map(|p: u64| p.to_string()).collect();
+        let child = parent.tell(&format!("fork 0 {}", list.join(" "))) as u32;
+        // The parent writes 30 of the shared pages again: those become its own.
+        parent.write_pages(0, 100..130);
+        assert_eq!(private_pages(&row(world, parent.pid())), 1000);
+        assert_eq!(private_pages(&row(world, child)), 1020);
+        assert_eq!(total(world, "private_bytes"), (1000 + 50 + 20 + 30) * PAGE);
+        assert_eq!(total(world, "clones"), 2);
+    });
+}
+
+#[test]
+fn copies_in_swap_are_dirty_and_take_no_ram() {
+    let _host = host::alone();
+    let swap = host::SwapFile::on(256 << 20);
+    for_both(|world, _, memory| {
+        let mut actor = Actor::start();
+        map(&mut actor, memory);
+        actor.write_pages(0, 10..110);
+        actor.tell("pageout 0 10 40");
+        actor.tell("read 0 11");
+        let (present, swapped) = dirty(world, actor.pid());
+        assert_eq!(present.union(&swapped).copied().collect::<BTreeSet<u64>>(), (10..110).collect());
+        assert!(present.contains(&11) && (50..110).all(|p| present.contains(&p)));
+        assert!(swapped.len() >= 30 && swapped.iter().all(|p| (10..50).contains(p)), "{swapped:?}");
+        let row = row(world, actor.pid());
+        assert_eq!(row["swap_bytes"].as_u64().unwrap(), swapped.len() as u64 * PAGE);
+        assert_eq!(private_pages(&row), present.len() as u64);
+        assert_eq!(row["dirty_pages"], 100);
+    });
+    drop(swap);
+}
+
+#[test]
+fn pages_that_ksm_merged_are_counted_once_in_the_total() {
+    let _host = host::alone();
+    let ksm = host::Ksm::on();
+    for_both(|world, _, memory| {
+        let mut actors: Vec<Actor> = (0..4).map(|_| Actor::start()).collect();
+        for actor in &mut actors {
+            map(actor, memory);
+            actor.tell(&format!("mergeable 0 {SIZE}"));
+            for page in 0..400 {
+                // Sixteen contents, each in all four clones.
+                actor.tell(&format!("fill 0 {page} {}", 1 + page % 16));
+            }
+        }
+        let merged = || total(world, "private_bytes") / PAGE;
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        // A merged page has at most 256 sharers (max_page_sharing): 1600 pages of 16 contents are 16 frames.
+        while merged() != 16 {
+            assert!(std::time::Instant::now() < deadline, "KSM left {} frames", merged());
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+        for actor in &actors {
+            assert_eq!(private_pages(&row(world, actor.pid())), 400, "each clone has its own count");
+        }
+        // A write takes one page out of the merge.
+        actors[0].tell("write 0 3 99");
+        assert_eq!(merged(), 17);
+    });
+    drop(ksm);
+}
+
+#[test]
+fn another_user_a_chroot_and_other_namespaces() {
+    let _host = host::shared();
+    for_both(|world, digest, memory| {
+        let mut setpriv = Command::new("setpriv");
+        setpriv.args(["--reuid=12345", "--regid=12345", "--clear-groups"]).arg(program());
+        let mut user = Actor::through(setpriv);
+        map(&mut user, memory);
+        user.write_pages(0, 0..11);
+        let user_row = row(world, user.pid());
+        assert_eq!((private_pages(&user_row), user_row["uid"].as_u64()), (11, Some(12345)));
+
+        // A jail that holds the actor and one bind-mounted template, in mount and PID namespaces of its own.
+        let jail = world.dir().join("jail");
+        fs::create_dir_all(jail.join("template")).unwrap();
+        fs::copy(program(), jail.join("actor")).unwrap();
+        let by_id = world.mountpoint().join("by-id").join(digest);
+        let script = "mount --bind \"$1\" \"$2/template\" && exec chroot \"$2\" /actor";
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "sh"]);
+        let mut jailed = Actor::through({
+            unshare.arg(&by_id).arg(&jail);
+            unshare
+        });
+        jailed.tell(&format!("map 0 /template/memory 0 {SIZE} rw"));
+        jailed.write_pages(0, 20..33);
+        let jailed_row = row(world, jailed.pid());
+        assert_eq!(private_pages(&jailed_row), 13);
+        assert_eq!(jailed_row["template"], digest);
+        assert_eq!(dirty(world, jailed.pid()).0, (20..33).collect());
+        assert_eq!(total(world, "private_bytes"), 24 * PAGE);
+    });
+}
+
+#[test]
+fn a_tag_that_moves_or_goes_changes_nothing_for_those_who_mapped_it() {
+    let _host = host::shared();
+    for_both(|world, digest, _| {
+        let through_tag = world.mountpoint().join("templates/web/1/memory");
+        let mut actor = Actor::start();
+        map(&mut actor, &through_tag);
+        actor.write_pages(0, 40..60);
+        let other = world.dir().join("other");
+        fs::write(&other, vec![9u8; 1 << 20]).unwrap();
+        let moved = world.import(&other, "web:1");
+        assert_ne!(&moved, digest);
+        assert_eq!(dirty(world, actor.pid()).0, (40..60).collect());
+        world.stencil(&["tag", &format!("web@blake3:{moved}"), "gone:1"]).ok();
+        world.stencil(&["rm", "gone:1"]).ok();
+        world.stencil(&["rm", "web:1"]).ok();
+        let row = row(world, actor.pid());
+        assert_eq!((private_pages(&row), row["template"].as_str().unwrap()), (20, digest));
+        // A new write after all that is counted too.
+        actor.tell("write 0 61");
+        assert_eq!(dirty(world, actor.pid()).0.len(), 21);
+    });
+}
+
+#[test]
+fn a_bitmap_has_one_bit_for_each_copied_page() {
+    let _host = host::shared();
+    for_both(|world, _, memory| {
+        let mut actor = Actor::start();
+        map(&mut actor, memory);
+        let pages = scattered(300, 9);
+        actor.write_pages(0, pages.iter().copied());
+        let out = world.dir().join("bitmap");
+        world.stencil(&["dirty", &actor.pid().to_string(), "--bitmap", out.to_str().unwrap()]).ok();
+        let bits = fs::read(&out).unwrap();
+        assert_eq!(bits.len() as u64, SIZE / PAGE / 8);
+        let set: BTreeSet<u64> = (0..SIZE / PAGE).filter(|p| bits[(p / 8) as usize] >> (p % 8) & 1 == 1).collect();
+        assert_eq!(set, pages);
+    });
+}

@@ -1,0 +1,127 @@
+/* A process that maps files, as any program may: it knows nothing of Stencil. One command a line on standard
+ * input, one answer a line on standard output: "ok", "ok NUMBER" or "error ERRNO".
+ *
+ *   map ID PATH OFFSET LENGTH rw|ro     private mapping
+ *   shared ID PATH OFFSET LENGTH        shared read-only mapping
+ *   anon ID LENGTH                      private memory without a file, for comparison
+ *   write ID PAGE [VALUE]               one byte in the middle of a page
+ *   fill ID PAGE VALUE                  the whole page
+ *   read ID PAGE                        answers the first byte
+ *   unmap ID FIRST COUNT                pages
+ *   guard ID FIRST COUNT                MADV_GUARD_INSTALL
+ *   pageout ID FIRST COUNT              MADV_PAGEOUT
+ *   mergeable ID LENGTH                 MADV_MERGEABLE on so many bytes
+ *   fork ID PAGE...                     a child that writes these pages and stays; answers its pid
+ *   quit
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <signal.h>
+#include <unistd.h>
+
+#define PAGE 4096UL
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+
+static volatile unsigned char *maps[64];
+
+static void answer(long result) {
+    if (result < 0)
+        printf("error %d\n", errno);
+    else
+        printf("ok %ld\n", result);
+    fflush(stdout);
+}
+
+static long map_file(int id, const char *path, unsigned long offset, unsigned long length, int prot, int flags) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    void *at = mmap(NULL, length, prot, flags, fd, (off_t)offset);
+    close(fd);
+    if (at == MAP_FAILED)
+        return -1;
+    maps[id] = at;
+    return 0;
+}
+
+static long fork_writer(int id, char *pages) {
+    int ready[2];
+    if (pipe(ready) != 0)
+        return -1;
+    pid_t parent = getpid();
+    pid_t child = fork();
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (getppid() != parent)
+            _exit(1);
+        for (char *word = strtok(pages, " \n"); word; word = strtok(NULL, " \n"))
+            maps[id][strtoul(word, NULL, 10) * PAGE + 99] = 0xC5;
+        if (write(ready[1], "x", 1) != 1)
+            _exit(1);
+        for (;;)
+            pause();
+    }
+    char byte;
+    if (child > 0 && read(ready[0], &byte, 1) != 1)
+        child = -1;
+    close(ready[0]);
+    close(ready[1]);
+    return child;
+}
+
+int main(void) {
+    static char line[1 << 16];
+    while (fgets(line, sizeof line, stdin)) {
+        char word[16], path[4096], prot[8];
+        int id = 0, used = 0;
+        unsigned long a = 0, b = 0;
+        if (sscanf(line, "%15s %d%n", word, &id, &used) < 1 || id < 0 || id >= 64) {
+            errno = EINVAL;
+            answer(-1);
+        } else if (strcmp(word, "quit") == 0) {
+            return 0;
+        } else if (strcmp(word, "map") == 0 && sscanf(line + used, "%4095s %lu %lu %7s", path, &a, &b, prot) == 4) {
+            int both = strcmp(prot, "rw") == 0 ? PROT_READ | PROT_WRITE : PROT_READ;
+            answer(map_file(id, path, a, b, both, MAP_PRIVATE));
+        } else if (strcmp(word, "shared") == 0 && sscanf(line + used, "%4095s %lu %lu", path, &a, &b) == 3) {
+            answer(map_file(id, path, a, b, PROT_READ, MAP_SHARED));
+        } else if (strcmp(word, "anon") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            void *at = mmap(NULL, a, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            maps[id] = at;
+            answer(at == MAP_FAILED ? -1 : 0);
+        } else if (strcmp(word, "write") == 0 && sscanf(line + used, "%lu %lu", &a, &b) >= 1) {
+            maps[id][a * PAGE + 2048] = b ? (unsigned char)b : 0x5A;
+            answer(0);
+        } else if (strcmp(word, "fill") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            memset((void *)(maps[id] + a * PAGE), (int)b, PAGE);
+            answer(0);
+        } else if (strcmp(word, "read") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            answer(maps[id][a * PAGE]);
+        } else if (strcmp(word, "unmap") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            answer(munmap((void *)(maps[id] + a * PAGE), b * PAGE));
+        } else if (strcmp(word, "guard") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_GUARD_INSTALL));
+        } else if (strcmp(word, "pageout") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_PAGEOUT));
+        } else if (strcmp(word, "mergeable") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            answer(madvise((void *)maps[id], a, MADV_MERGEABLE));
+        } else if (strcmp(word, "fork") == 0) {
+            answer(fork_writer(id, line + used));
+        } else {
+            errno = EINVAL;
+            answer(-1);
+        }
+    }
+    return 0;
+}

@@ -1,4 +1,6 @@
 //! One scenario a file; `support` holds what they share.
+mod backend_memory;
+mod kvm_guest;
 mod layers;
 mod qemu_conformance;
 mod store_roundtrip;

@@ -250,3 +250,70 @@ fn check_id(id: &str) -> Result<()> {
     }
     Err(grammar::expects("id", "an identifier").remedy(IDENTIFIER_HINT))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_say_the_same() {
+        let words = "memory-backend-file,id=m,size=4M,mem-path=/a,,b,share=on,dump=off,merge=off,readonly=on,rom=off,\
+            host-nodes=0,host-nodes=3-5,policy=interleave,prealloc=on,prealloc-threads=3,reserve=off,align=2M,\
+            offset=4k,discard-data=on,pmem=on,prefault=on,x-use-canonical-path-for-ramblock-id=on";
+        let json = r#"{"qom-type":"memory-backend-file","id":"m","size":4194304,"mem-path":"/a,b","share":true,
+            "dump":false,"merge":false,"readonly":true,"rom":"off","host-nodes":[0,3,4,5],"policy":"interleave",
+            "prealloc":true,"prealloc-threads":3,"reserve":false,"align":2097152,"offset":4096,"discard-data":true,
+            "pmem":true,"prefault":true,"x-use-canonical-path-for-ramblock-id":true}"#;
+        let (words, json) = (Options::parse(words).unwrap(), Options::parse(json).unwrap());
+        assert_eq!(words, json);
+        assert_eq!(words.host_nodes, [0, 3, 4, 5]);
+        assert_eq!(words.file.as_ref().unwrap().mem_path.to_str(), Some("/a,b"));
+        assert_eq!(words.file.as_ref().unwrap().rom, OnOffAuto::Off);
+    }
+
+    #[test]
+    fn what_is_not_said_is_as_in_qemu() {
+        let options = Options::parse("memory-backend-file,id=m,size=4M,mem-path=/f").unwrap();
+        assert!(options.dump && options.merge && options.reserve);
+        assert!(!options.share && !options.prealloc && !options.prefault && !options.canonical_name);
+        assert_eq!((options.policy, options.prealloc_threads), (NumaPolicy::Default, None));
+        let file = options.file.unwrap();
+        assert_eq!((file.align, file.offset), (Bytes::ZERO, FileOffset::new(0)));
+        assert!(!file.readonly && !file.pmem && !file.discard_data);
+        assert_eq!(file.rom, OnOffAuto::Auto);
+        assert!(options.notes.is_empty());
+    }
+
+    /// Whatever the text: an answer, never a panic.
+    #[test]
+    fn no_text_is_too_odd() {
+        let seeds = [
+            "memory-backend-file,id=m,size=4M,mem-path=/f,host-nodes=0-3,share,noreadonly",
+            r#"{"qom-type":"memory-backend-ram","id":"m","size":4096,"host-nodes":[1,2],"x":"\u00e9"}"#,
+        ];
+        let mut state = 1u64;
+        let mut dice = |limit: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % limit
+        };
+        let odd: Vec<char> = ",,==-\"'\\{}[]:.0x9eéK\u{0}\u{1F600} ".chars().collect();
+        for round in 0..20_000 {
+            let mut text: Vec<char> = seeds[round % 2].chars().collect();
+            for _ in 0..=dice(6) {
+                let at = dice(text.len());
+                match dice(3) {
+                    0 => text[at] = odd[dice(odd.len())],
+                    1 => text.insert(at, odd[dice(odd.len())]),
+                    _ => drop(text.splice(at..(at + dice(9)).min(text.len()), [])),
+                }
+                if text.is_empty() {
+                    break;
+                }
+            }
+            let text: String = text.into_iter().collect();
+            if let Ok(options) = Options::parse(&text) {
+                let _ = options.plan().map(|plan| plan.layout(&super::super::FileFacts::NONE));
+            }
+        }
+    }
+}

@@ -477,3 +477,109 @@ fn qemu_size(bytes: u64) -> String {
         b => format!("{} KiB", b >> 10),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(text: &str) -> Result<Plan> {
+        let text = text.replacen('M', "memory-backend-file,id=m,mem-path=/f", 1);
+        Options::parse(&text)?.plan()
+    }
+
+    const FILE: FileFacts = FileFacts { size: 4 << 20, page_size: 4096, regular: true };
+
+    /// Independent of `row`: what the three properties mean, each by itself.
+    #[test]
+    fn every_combination_follows_the_three_rules() {
+        for share in [false, true] {
+            for readonly in [false, true] {
+                for rom in [OnOffAuto::Auto, OnOffAuto::On, OnOffAuto::Off] {
+                    let is_rom = match rom {
+                        OnOffAuto::Auto => readonly,
+                        OnOffAuto::On => true,
+                        OnOffAuto::Off => false,
+                    };
+                    let got = row(share, readonly, rom);
+                    let name = format!("share={share} readonly={readonly} rom={rom:?}");
+                    if is_rom && !readonly {
+                        let words = "property 'rom' = 'on' is not supported with 'readonly' = 'off'";
+                        assert_eq!(got.unwrap_err().message(), words, "{name}");
+                        continue;
+                    }
+                    if !is_rom && readonly && share {
+                        let words = "property 'rom' = 'off' is incompatible with 'readonly' = 'on' and 'share' = 'on'";
+                        assert_eq!(got.unwrap_err().message(), words, "{name}");
+                        continue;
+                    }
+                    let got = got.unwrap();
+                    assert_eq!(got.open == OpenMode::ReadOnly, readonly, "{name}");
+                    assert_eq!(got.protection == Protection::Read, is_rom, "{name}");
+                    assert_eq!(got.sharing == Sharing::Shared, share, "{name}");
+                    assert_eq!(got.role == Role::Template, readonly && !is_rom, "{name}");
+                    assert_eq!(got.role == Role::Rom, is_rom, "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_mapped_follows_file_and_options() {
+        let mib = 1 << 20;
+        for (text, length, align) in [
+            ("M,size=4M", 4 * mib, 2 * mib),
+            ("M,size=4M,align=4k", 4 * mib, 4096),
+            ("M,size=1M,offset=3M,align=64k", mib, 65536),
+            ("M,size=1M,align=1G", mib, 1 << 30),
+            ("memory-backend-ram,id=m,size=10000", 12288, 2 * mib),
+        ] {
+            let plan = plan(text).unwrap();
+            let facts = if plan.has_file() { FILE } else { FileFacts::NONE };
+            let expected = Layout { length: Bytes::new(length), align: Bytes::new(align), extend_to: None };
+            assert_eq!(plan.layout(&facts).unwrap(), expected, "{text}");
+            plan.check_mapped(&facts).unwrap();
+        }
+        let empty = FileFacts { size: 0, ..FILE };
+        let layout = plan("M,size=4M,offset=1M").unwrap().layout(&empty).unwrap();
+        assert_eq!(layout.extend_to, Some(5 << 20));
+        assert!(plan("M,size=4M,readonly=on").unwrap().layout(&empty).is_err());
+    }
+
+    #[test]
+    fn pages_of_hugetlbfs_are_the_unit_there() {
+        let huge = FileFacts { size: 8 << 20, page_size: 2 << 20, regular: true };
+        for (text, words) in [
+            ("M,size=4M,align=64k", "alignment 0x10000 must be multiples of page size 0x200000"),
+            ("M,size=4M,offset=4k", "offset 0x1000 must be multiples of page size 0x200000"),
+            ("M,size=1M", "memory size 0x100000 must be equal to or larger than page size 0x200000"),
+        ] {
+            assert_eq!(plan(text).unwrap().layout(&huge).unwrap_err().message(), words, "{text}");
+        }
+        let odd = plan("M,size=3M").unwrap();
+        assert_eq!(odd.layout(&huge).unwrap().length, Bytes::new(4 << 20));
+        let words = "backend 'memory-backend-file' memory size must be multiple of 2 MiB";
+        assert_eq!(odd.check_mapped(&huge).unwrap_err().message(), words);
+    }
+
+    #[test]
+    fn threads_that_preallocate() {
+        for (text, threads) in [
+            ("M,size=4M", None),
+            ("M,size=4M,prealloc=on", Some(16)),
+            ("M,size=4M,prealloc=on,prealloc-threads=3", Some(3)),
+            ("M,size=4M,prealloc=on,prealloc-threads=4000000000", Some(16)),
+        ] {
+            assert_eq!(plan(text).unwrap().prealloc, threads, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_trial_leaves_out_what_cannot_be_undone() {
+        let shared = plan("M,size=4M,share=on,discard-data=on,prealloc=on").unwrap();
+        assert!(shared.discard && shared.prealloc.is_some());
+        let trial = shared.for_trial();
+        assert!(!trial.discard && trial.prealloc.is_none());
+        let private = plan("M,size=4M,prealloc=on").unwrap();
+        assert!(private.for_trial().prealloc.is_some(), "copies of a trial go with it");
+    }
+}

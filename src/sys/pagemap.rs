@@ -603,6 +603,58 @@ mod tests {
         assert_eq!(Pagemap::open(child.id()).unwrap_err().code(), crate::error::Code::NotFound);
     }
 
+    /// Arms asynchronous write protection by userfaultfd over a mapping; disarmed when the file is closed.
+    fn arm_write_protection(map: &Mapping) -> File {
+        use std::os::fd::FromRawFd;
+        const API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
+        const REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
+        const WRITE_PROTECT: libc::Ioctl = 0xc018_aa06_u32 as libc::Ioctl;
+        let (unpopulated, asynchronous) = (1u64 << 13, 1u64 << 15);
+        let range = map.range();
+        let length = range.end - range.start;
+        let mut api = [0xaa, unpopulated | asynchronous, 0];
+        let mut register = [range.start, length, 2, 0];
+        let mut protect = [range.start, length, 1];
+        // SAFETY: each argument is an array of as many u64 as the request's number names bytes; the range is
+        // the mapping's own, and protecting it changes no byte of it.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) as i32;
+            assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
+            let file = File::from_raw_fd(fd);
+            for (request, argument) in [
+                (API, api.as_mut_ptr()),
+                (REGISTER, register.as_mut_ptr()),
+                (WRITE_PROTECT, protect.as_mut_ptr()),
+            ] {
+                let done = libc::ioctl(fd, request, argument);
+                assert_eq!(done, 0, "{request:#x}: {}", io::Error::last_os_error());
+            }
+            file
+        }
+    }
+
+    #[test]
+    fn write_protection_markers_are_not_dirty() {
+        let length = 16 << 20;
+        let file = template(length);
+        let map = private_map(&file, length, HUGE_PAGE_SIZE);
+        let written = scattered(100, length / PAGE_SIZE, 5);
+        written.iter().for_each(|page| write_page(&map, *page));
+        let _armed = arm_write_protection(&map);
+        let pagemap = Pagemap::this_process().unwrap();
+        let swapped = Query { any: Categories::SWAPPED, ..Query::default() };
+        let look_swapped: u64 =
+            pagemap.scan(map.range(), &swapped).unwrap().iter().map(|r| r.range.end - r.range.start).sum();
+        assert!(look_swapped > 100 * PAGE_SIZE, "the markers are there");
+        assert_eq!(pages(&map, &pagemap.dirty(map.range()).unwrap()), Vec::from_iter(written.clone()));
+        // A write below the protection: one more page.
+        let clean = (0..).find(|page| !written.contains(page)).unwrap();
+        write_page(&map, clean);
+        let found = pages(&map, &pagemap.dirty(map.range()).unwrap());
+        assert_eq!(found.len(), 101);
+        assert!(found.contains(&clean));
+    }
+
     #[test]
     fn ranges_are_whole_pages() {
         let pagemap = Pagemap::this_process().unwrap();

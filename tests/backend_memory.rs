@@ -1,0 +1,294 @@
+//! Backends as their users see them: handles, dirty pages at random, swap, ROM, other files.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use stencilfs::error::Code;
+use stencilfs::memory::{Backend, PageRange, Protection, Role, Sharing, page_ranges};
+use stencilfs::sys::mapping::{Advice, Mapping, Request};
+use stencilfs::sys::pagemap::Pagemap;
+use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
+
+use crate::support::host;
+
+fn template(folder: &Path, bytes: u64) -> PathBuf {
+    let path = folder.join("template");
+    let mut file = File::create(&path).unwrap();
+    for page in 0..bytes / PAGE_SIZE {
+        file.write_all(&[(page % 251) as u8 + 1; PAGE_SIZE as usize]).unwrap();
+    }
+    path
+}
+
+fn object(path: &Path, size: u64, more: &str) -> String {
+    format!("memory-backend-file,id=m,size={size},mem-path={},readonly=on{more}", path.display())
+}
+
+fn pages_of(ranges: &[PageRange]) -> BTreeSet<u64> {
+    ranges.iter().flat_map(PageRange::pages).collect()
+}
+
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+#[test]
+fn random_writers_are_counted_to_the_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let size = 32 << 20;
+    let path = template(folder.path(), size);
+    for (seed, more) in [(1, ",rom=off"), (2, ",rom=off,prefault=on"), (3, ",rom=off,reserve=off,offset=1M")]
+    {
+        let size = if more.contains("offset") { size - (1 << 20) } else { size };
+        let memory = Backend::from_text(&object(&path, size, more)).unwrap();
+        let mut dice = Dice(seed);
+        let mut written = BTreeSet::new();
+        for round in 0..10 {
+            for _ in 0..200 {
+                let page = dice.below(size / PAGE_SIZE);
+                match dice.below(4) {
+                    0 => drop(memory.touch(PageIndex::new(page)).unwrap()),
+                    1 => {
+                        let at = page * PAGE_SIZE + dice.below(PAGE_SIZE);
+                        memory.poke(MemoryOffset::new(at), 0).unwrap();
+                        written.insert(page);
+                    }
+                    2 => {
+                        let at = page * PAGE_SIZE + dice.below(PAGE_SIZE);
+                        let length = dice.below(3 * PAGE_SIZE).min(size - at);
+                        memory.write_at(MemoryOffset::new(at), &vec![7; length as usize]).unwrap();
+                        if length > 0 {
+                            written.extend(page..=(at + length - 1) / PAGE_SIZE);
+                        }
+                    }
+                    _ => {
+                        let at = page * PAGE_SIZE;
+                        let mut bytes = vec![0; dice.below(3 * PAGE_SIZE).min(size - at) as usize];
+                        memory.read_at(MemoryOffset::new(at), &mut bytes).unwrap();
+                    }
+                }
+            }
+            assert_eq!(pages_of(&memory.dirty().unwrap()), written, "round {round}{more}");
+        }
+    }
+}
+
+#[test]
+fn the_handle_says_what_a_vmm_needs_and_unmaps_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = template(folder.path(), 4 << 20);
+    let memory = Backend::from_text(&object(&path, 1 << 20, ",rom=off,offset=2M,reserve=off")).unwrap();
+    assert_eq!(memory.len(), Bytes::new(1 << 20));
+    assert_eq!(memory.file_offset(), FileOffset::new(2 << 20));
+    assert_eq!((memory.protection(), memory.sharing()), (Protection::ReadWrite, Sharing::Private));
+    assert_eq!(memory.flags(), libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+    assert_eq!(memory.role(), Role::Template);
+    assert!(memory.as_ptr() as u64 % HUGE_PAGE_SIZE == 0);
+    let metadata = File::from(memory.fd().unwrap().try_clone_to_owned().unwrap()).metadata().unwrap();
+    assert_eq!(metadata.len(), 4 << 20);
+    let range = memory.address_range();
+    let region = memory.clone();
+    drop(memory);
+    assert_eq!(region.touch(PageIndex::new(3)).unwrap(), ((512 + 3) % 251) as u8 + 1);
+    let is_mapped = || {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        maps.contains(path.to_str().unwrap())
+    };
+    assert!(is_mapped());
+    drop(region);
+    assert!(!is_mapped(), "{range:x?} is gone with the last handle");
+}
+
+#[test]
+fn memory_without_a_file() {
+    for (more, sharing, flags) in [
+        ("", Sharing::Private, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+        (",share=on", Sharing::Shared, libc::MAP_SHARED),
+    ] {
+        let memory = Backend::from_text(&format!("memory-backend-ram,id=r,size=10000{more}")).unwrap();
+        assert_eq!(memory.len(), Bytes::new(3 * PAGE_SIZE), "rounded up, as QEMU does");
+        assert_eq!((memory.sharing(), memory.flags()), (sharing, flags));
+        assert_eq!(memory.fd().is_some(), sharing == Sharing::Shared);
+        memory.write_at(MemoryOffset::new(5000), b"x").unwrap();
+        assert_eq!(memory.touch(PageIndex::new(1)).unwrap(), 0);
+    }
+}
+
+#[test]
+fn access_outside_is_a_usage_error() {
+    let memory = Backend::from_text("memory-backend-ram,id=r,size=64k").unwrap();
+    let mut byte = [0];
+    assert_eq!(memory.read_at(MemoryOffset::new(65536), &mut byte).unwrap_err().code(), Code::Usage);
+    assert_eq!(memory.write_at(MemoryOffset::new(u64::MAX), &byte).unwrap_err().code(), Code::Usage);
+    assert_eq!(memory.touch(PageIndex::new(16)).unwrap_err().code(), Code::Usage);
+    assert_eq!(memory.touch(PageIndex::new(u64::MAX)).unwrap_err().code(), Code::Usage);
+    assert_eq!(memory.poke(MemoryOffset::new(65536), 1).unwrap_err().code(), Code::Usage);
+    memory.read_at(MemoryOffset::new(65535), &mut byte).unwrap();
+    memory.read_at(MemoryOffset::new(65536), &mut []).unwrap();
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_for_read_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = template(folder.path(), 1 << 20);
+    let memory = Backend::from_text(&object(&path, 1 << 20, ",rom=off")).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(64 << 10).unwrap();
+    let mut bytes = vec![0; 8192];
+    memory.read_at(MemoryOffset::new(0), &mut bytes).unwrap();
+    assert_eq!(memory.read_at(MemoryOffset::new(512 << 10), &mut bytes).unwrap_err().code(), Code::Failed);
+    assert!(memory.write_at(MemoryOffset::new(512 << 10), &bytes).is_err());
+    let error = Backend::from_text(&object(&path, 64 << 10, ",rom=off,prefault=on,offset=0"));
+    assert!(error.is_ok());
+}
+
+#[test]
+fn a_fifo_is_refused_and_nothing_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let error = Backend::from_text(&object(&path, 1 << 20, "")).unwrap_err();
+    assert_eq!(error.message(), "unable to map backing store for guest RAM: No such device");
+}
+
+#[test]
+fn a_failed_backend_leaves_its_files_as_they_were() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty");
+    File::create(&empty).unwrap();
+    let missing = folder.path().join("missing");
+    for (path, fault) in [(&empty, "policy=bind"), (&missing, "policy=bind"), (&missing, "align=12k")] {
+        let object = format!("memory-backend-file,id=m,size=1M,mem-path={},{fault}", path.display());
+        assert!(Backend::from_text(&object).is_err());
+        assert!(!missing.exists());
+        assert_eq!(empty.metadata().unwrap().len(), 0);
+    }
+}
+
+#[test]
+fn discarding_punches_the_shared_file_when_the_last_handle_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = template(folder.path(), 1 << 20);
+    let object =
+        format!("memory-backend-file,id=m,size=512k,mem-path={},share=on,discard-data=on", path.display());
+    let memory = Backend::from_text(&object).unwrap();
+    let again = memory.clone();
+    drop(memory);
+    assert_ne!(fs::read(&path).unwrap()[0], 0);
+    drop(again);
+    let left = fs::read(&path).unwrap();
+    assert!(left[..512 << 10].iter().all(|b| *b == 0) && left[512 << 10..].iter().all(|b| *b != 0));
+}
+
+/// The name of the test below, for the child that dies of it.
+const ROM_CHILD: &str = "STENCIL_TEST_ROM_CHILD";
+
+#[test]
+fn a_store_to_rom_is_sigsegv_and_copies_nothing() {
+    if let Some(path) = std::env::var_os(ROM_CHILD) {
+        store_to_rom(Path::new(&path));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = template(folder.path(), 1 << 20);
+    let before = fs::read(&path).unwrap();
+    for more in ["", ",share=on", ",rom=on"] {
+        let rom = Backend::from_text(&object(&path, 1 << 20, more)).unwrap();
+        assert_eq!(rom.role(), Role::Rom);
+        assert_eq!(rom.write_at(MemoryOffset::new(4096), &[0; 64]).unwrap_err().code(), Code::Failed);
+        assert!(rom.dirty().unwrap().is_empty());
+    }
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "backend_memory::a_store_to_rom_is_sigsegv_and_copies_nothing"])
+        .env(ROM_CHILD, &path)
+        .output()
+        .unwrap()
+        .status;
+    assert_eq!(status.signal(), Some(libc::SIGSEGV));
+    assert!(fs::read(&path).unwrap() == before);
+}
+
+fn store_to_rom(path: &Path) -> ! {
+    let rom = Backend::from_text(&object(path, 1 << 20, "")).unwrap();
+    rom.touch(PageIndex::new(5)).unwrap();
+    assert!(rom.dirty().unwrap().is_empty());
+    rom.poke(MemoryOffset::new(5 * PAGE_SIZE), 1).unwrap();
+    panic!("the store went through");
+}
+
+/// Swap of our own for as long as the value lives.
+struct Swap(PathBuf);
+
+impl Swap {
+    fn on(folder: &Path) -> Swap {
+        let path = folder.join("swap");
+        fs::write(&path, vec![0; 64 << 20]).unwrap();
+        File::open(&path).unwrap().sync_all().unwrap();
+        for (program, arguments) in [("chmod", &["600"][..]), ("mkswap", &["-q"]), ("swapon", &[])] {
+            let status = Command::new(program).args(arguments).arg(&path).status().unwrap();
+            assert!(status.success(), "{program}: {status}");
+        }
+        Swap(path)
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        let status = Command::new("swapoff").arg(&self.0).status();
+        assert!(status.is_ok_and(|s| s.success()), "swap stays on: {}", self.0.display());
+    }
+}
+
+#[test]
+fn copies_in_swap_are_dirty_and_hold_no_ram() {
+    let _host = host::alone();
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let _swap = Swap::on(folder.path());
+    let size = 8 << 20;
+    let file = File::open(template(folder.path(), size)).unwrap();
+    let map = Mapping::new(&Request {
+        length: Bytes::new(size),
+        align: Bytes::new(HUGE_PAGE_SIZE),
+        file: Some((std::os::fd::AsFd::as_fd(&file), FileOffset::new(0))),
+        protection: Protection::ReadWrite,
+        sharing: Sharing::Private,
+        reserve: false,
+        sync: false,
+    })
+    .unwrap();
+    let written: BTreeSet<u64> = (0..300).map(|n| n * 5 + 2).collect();
+    for page in &written {
+        map.store(MemoryOffset::new(page * PAGE_SIZE), 0xaa).unwrap();
+    }
+    let pagemap = Pagemap::this_process().unwrap();
+    // Pages on a CPU's own lists are passed over; a second call finds them.
+    let mut swapped = BTreeSet::new();
+    for _ in 0..50 {
+        map.advise(0..size / 2, Advice::PageOut).unwrap();
+        let ranges = page_ranges(&pagemap, map.range()).unwrap();
+        assert_eq!(pages_of(&ranges), written, "swapped or not, each page once");
+        swapped = pages_of(&ranges.into_iter().filter(|r| r.swapped).collect::<Vec<_>>());
+        if swapped.len() >= 100 {
+            break;
+        }
+    }
+    assert!(swapped.len() >= 100, "only {} pages went to swap", swapped.len());
+    assert!(swapped.iter().all(|page| *page < size / 2 / PAGE_SIZE));
+    let entries = pagemap.entries(map.range()).unwrap();
+    for page in &swapped {
+        assert!(entries[*page as usize].swap_slot().is_some() && !entries[*page as usize].is_present());
+    }
+    // A read brings a page back: it is dirty still, and in RAM.
+    let back = *swapped.first().unwrap();
+    assert_eq!(map.load(MemoryOffset::new(back * PAGE_SIZE)).unwrap(), 0xaa);
+    let ranges = page_ranges(&pagemap, map.range()).unwrap();
+    assert_eq!(pages_of(&ranges), written);
+    assert!(!pages_of(&ranges.into_iter().filter(|r| r.swapped).collect::<Vec<_>>()).contains(&back));
+}

@@ -1,0 +1,227 @@
+//! A real KVM guest whose RAM is a backend: real-mode code reads some pages and writes others, and exactly
+//! the written ones are private afterwards.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use stencilfs::memory::{Backend, PageRange, Role, page_ranges};
+use stencilfs::sys::pagemap::Pagemap;
+use stencilfs::units::{MemoryOffset, PAGE_SIZE};
+
+use crate::support::host;
+
+const SIZE: u64 = 16 << 20;
+
+/// Where the guest sees a second window of the same memory.
+const WINDOW_GUEST: u64 = 0x8_0000;
+const WINDOW_MEMORY: u64 = 8 << 20;
+const WINDOW_PAGES: u64 = 64;
+
+/// Where the lists of pages lie, as 16-bit segments; the code is at 0.
+const READ_LIST: u16 = 0x400;
+const WRITE_LIST: u16 = 0x800;
+
+/// For every segment of one list: load a byte of it. For every one of the other: store a byte. Then halt.
+fn program(reads: u16, writes: u16) -> Vec<u8> {
+    let mut code = vec![0xfc]; // cld
+    for (list, count, access) in
+        [(READ_LIST, reads, [0x26, 0x8a, 0x15]), (WRITE_LIST, writes, [0x26, 0x88, 0x0d])]
+    {
+        code.push(0xbe); // mov si, list
+        code.extend(list.to_le_bytes());
+        code.push(0xb9); // mov cx, count
+        code.extend(count.to_le_bytes());
+        code.extend([0xe3, 0x08]); // jcxz past the loop
+        code.push(0xad); // lodsw
+        code.extend([0x8e, 0xc0]); // mov es, ax
+        code.extend(access); // mov dl, [es:di] or mov [es:di], cl
+        code.extend([0xe2, 0xf8]); // loop
+    }
+    code.push(0xf4); // hlt
+    code
+}
+
+/// A template with the program in it and a pattern everywhere else.
+pub fn write_template(path: &Path, reads: &[u16], writes: &[u16]) {
+    let mut file = File::create(path).unwrap();
+    for page in 0..SIZE / PAGE_SIZE {
+        file.write_all(&[(page % 251) as u8 + 1; PAGE_SIZE as usize]).unwrap();
+    }
+    file.write_all_at(&program(reads.len() as u16, writes.len() as u16), 0).unwrap();
+    for (list, segments) in [(READ_LIST, reads), (WRITE_LIST, writes)] {
+        let bytes: Vec<u8> = segments.iter().flat_map(|s| s.to_le_bytes()).collect();
+        file.write_all_at(&bytes, u64::from(list)).unwrap();
+    }
+}
+
+/// The guest's 1 MiB: the memory from its start, but in the window what lies at 8 MiB.
+struct Machine {
+    _vm: VmFd,
+    cpu: VcpuFd,
+    _memory: Backend,
+}
+
+impl Machine {
+    fn new(memory: Backend, flags: u32) -> Machine {
+        let kvm = Kvm::new().expect("/dev/kvm");
+        let vm = kvm.create_vm().unwrap();
+        vm.set_tss_address(0xfffb_d000).unwrap();
+        let start = memory.as_ptr() as u64;
+        let window = WINDOW_PAGES * PAGE_SIZE;
+        for (slot, guest, at, length) in [(0, 0, 0, WINDOW_GUEST), (1, WINDOW_GUEST, WINDOW_MEMORY, window)] {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: guest,
+                memory_size: length,
+                userspace_addr: start + at,
+            };
+            // SAFETY: the range lies inside the backend's memory, which the machine keeps mapped for as
+            // long as the VM lives, and into which nobody has a reference.
+            unsafe { vm.set_user_memory_region(region).unwrap() };
+        }
+        let cpu = vm.create_vcpu(0).unwrap();
+        let mut special = cpu.get_sregs().unwrap();
+        special.cs.base = 0;
+        special.cs.selector = 0;
+        cpu.set_sregs(&special).unwrap();
+        let mut registers = cpu.get_regs().unwrap();
+        registers.rip = 0;
+        registers.rflags = 2;
+        cpu.set_regs(&registers).unwrap();
+        Machine { _vm: vm, cpu, _memory: memory }
+    }
+
+    /// Runs to the halt; counts writes that left the guest as MMIO.
+    fn run(&mut self) -> Result<usize, kvm_ioctls::Error> {
+        let mut outside = 0;
+        loop {
+            match self.cpu.run()? {
+                VcpuExit::Hlt => return Ok(outside),
+                VcpuExit::MmioWrite(..) => outside += 1,
+                other => panic!("the guest left with {other:?}"),
+            }
+        }
+    }
+}
+
+/// Different pages of the first megabyte that hold no code: as segments, and as pages of the memory.
+fn scattered(count: usize, seed: u64, not: &[u64]) -> (Vec<u16>, Vec<u64>) {
+    let mut state = seed;
+    let mut segments = Vec::new();
+    let mut pages = Vec::new();
+    let first_window = WINDOW_GUEST / PAGE_SIZE;
+    while pages.len() < count {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let guest = 1 + (state >> 33) % (first_window + WINDOW_PAGES - 1);
+        let page = match guest.checked_sub(first_window) {
+            Some(in_window) => WINDOW_MEMORY / PAGE_SIZE + in_window,
+            None => guest,
+        };
+        if !not.contains(&page) && !pages.contains(&page) {
+            pages.push(page);
+            segments.push((guest * PAGE_SIZE / 16) as u16);
+        }
+    }
+    (segments, pages)
+}
+
+fn pages_of(ranges: &[PageRange]) -> BTreeSet<u64> {
+    ranges.iter().flat_map(PageRange::pages).collect()
+}
+
+/// The dirty pages as the process itself sees them, and as anybody sees them through `/proc/PID`.
+fn both_views(memory: &Backend) -> (BTreeSet<u64>, BTreeSet<u64>) {
+    let inside = memory.dirty().unwrap();
+    let outside = Pagemap::open(std::process::id()).unwrap();
+    let outside = page_ranges(&outside, memory.address_range()).unwrap();
+    (pages_of(&inside), pages_of(&outside))
+}
+
+/// A guest on a template: reads and writes, then exactly the written pages are private and hold what
+/// was written.
+pub fn writes_exactly(template: &Path, extra: &str, writes: &[u64]) {
+    let object = format!(
+        "memory-backend-file,id=m,size=16M,mem-path={},readonly=on,rom=off{extra}",
+        template.display()
+    );
+    let memory = Backend::from_text(&object).unwrap();
+    assert_eq!(memory.role(), Role::Template);
+    let mut machine = Machine::new(memory.clone(), 0);
+    assert_eq!(machine.run().unwrap(), 0);
+    let expected = BTreeSet::from_iter(writes.iter().copied());
+    let (inside, outside) = both_views(&memory);
+    assert_eq!(inside, expected, "{} writes{extra}", writes.len());
+    assert_eq!(outside, inside);
+    for (n, &page) in writes.iter().enumerate() {
+        let mut bytes = [0; 2];
+        memory.read_at(MemoryOffset::new(page * PAGE_SIZE), &mut bytes).unwrap();
+        // The loop's counter was stored; the byte behind it is the template's.
+        assert_eq!(bytes, [(writes.len() - n) as u8, (page % 251) as u8 + 1], "page {page}");
+    }
+    // The VM goes before its memory: nothing of it may keep the pages.
+    drop(machine);
+    assert_eq!(pages_of(&memory.dirty().unwrap()), expected);
+}
+
+#[test]
+fn exactly_the_written_pages_of_a_real_guest_are_private() {
+    let _host = host::shared();
+    let folder = tempfile::tempdir().unwrap();
+    for (count, extra) in
+        [(0, ""), (1, ""), (100, ""), (100, ",prefault=on"), (150, ",reserve=off,merge=off")]
+    {
+        let (write_list, writes) = scattered(count, 42 + count as u64, &[]);
+        let (read_list, _) = scattered(40, 7, &writes);
+        let template = folder.path().join(format!("template-{count}"));
+        write_template(&template, &read_list, &write_list);
+        let before = std::fs::read(&template).unwrap();
+        writes_exactly(&template, extra, &writes);
+        assert!(std::fs::read(&template).unwrap() == before, "the template is unchanged");
+    }
+}
+
+#[test]
+fn two_guests_of_one_template_know_nothing_of_each_other() {
+    let _host = host::shared();
+    let folder = tempfile::tempdir().unwrap();
+    let template = folder.path().join("template");
+    let (list, writes) = scattered(80, 3, &[]);
+    write_template(&template, &[], &list);
+    let object = format!(
+        "memory-backend-file,id=m,size=16M,mem-path={},readonly=on,rom=off,reserve=off",
+        template.display()
+    );
+    let (one, two) = (Backend::from_text(&object).unwrap(), Backend::from_text(&object).unwrap());
+    Machine::new(one.clone(), 0).run().unwrap();
+    let writes = BTreeSet::from_iter(writes);
+    assert_eq!(pages_of(&one.dirty().unwrap()), writes);
+    assert!(two.dirty().unwrap().is_empty());
+    Machine::new(two.clone(), 0).run().unwrap();
+    assert_eq!(pages_of(&two.dirty().unwrap()), writes);
+}
+
+#[test]
+fn a_guests_writes_to_rom_leave_it_and_copy_nothing() {
+    let _host = host::shared();
+    let folder = tempfile::tempdir().unwrap();
+    let template = folder.path().join("rom");
+    let (list, writes) = scattered(60, 11, &[]);
+    write_template(&template, &[], &list);
+    let object = format!("memory-backend-file,id=m,size=16M,mem-path={},readonly=on", template.display());
+    let rom = Backend::from_text(&object).unwrap();
+    assert_eq!(rom.role(), Role::Rom);
+    let mut machine = Machine::new(rom.clone(), KVM_MEM_READONLY);
+    assert_eq!(machine.run().unwrap(), writes.len(), "every write is an MMIO exit");
+    assert_eq!(both_views(&rom), (BTreeSet::new(), BTreeSet::new()));
+    // The same for a VMM that forgets KVM_MEM_READONLY: the mapping decides.
+    drop(machine);
+    assert_eq!(Machine::new(rom.clone(), 0).run().unwrap(), writes.len());
+    assert_eq!(both_views(&rom), (BTreeSet::new(), BTreeSet::new()));
+}

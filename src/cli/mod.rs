@@ -12,10 +12,13 @@ mod import;
 mod inspect;
 mod interrupt;
 mod ls;
+mod mount;
 mod output;
 mod progress;
 mod rm;
+mod status;
 mod tag;
+mod umount;
 mod words;
 
 use std::path::PathBuf;
@@ -86,6 +89,9 @@ enum Command {
     /// Write man pages or shell completions
     #[command(hide = true)]
     Generate(generate::GenerateArgs),
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
+    Status(status::StatusArgs),
 }
 
 fn run(cli: Cli) -> Result<Done> {
@@ -104,6 +110,9 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Dirty(args) => dirty::run(args, global),
         Command::Doctor(args) => doctor::run(args, global),
         Command::Generate(args) => generate::run(args, global),
+        Command::Mount(args) => mount::run(args, global),
+        Command::Umount(args) => umount::run(args, global),
+        Command::Status(args) => status::run(args, global),
     }
 }
 

@@ -20,6 +20,22 @@ pub fn mode(text: &str) -> Result<u32, String> {
     crate::store::parse_mode(text).map_err(explain)
 }
 
+/// A size in bytes, or with a unit.
+///
+/// # Errors
+/// As [`word`].
+pub fn size(text: &str) -> Result<crate::units::Bytes, String> {
+    crate::units::Bytes::parse(text).map_err(explain)
+}
+
+/// A time in seconds.
+///
+/// # Errors
+/// As [`word`].
+pub fn seconds(text: &str) -> Result<std::time::Duration, String> {
+    crate::control::parse_seconds(text).map_err(explain)
+}
+
 fn explain(error: Error) -> String {
     match error.remedy_text() {
         Some(remedy) => format!("{error}; {remedy}"),

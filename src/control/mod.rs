@@ -4,6 +4,7 @@
 //! (`control.sock`) and its log. [`mounts`] reads the records; [`Mount`] asks the supervisor behind one.
 
 mod client;
+mod daemon;
 mod options;
 mod protocol;
 mod registry;
@@ -12,7 +13,8 @@ mod wire;
 use std::path::PathBuf;
 
 pub use client::{ask, request_unmount};
-pub use options::{MountOptions, ServeMode};
+pub use daemon::{become_supervisor, find_daemon, start_supervisor};
+pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{
     Failure, FileStatus, MountStatus, Request, Residency, Response, TemplateStatus, UnmountMode,
 };
@@ -22,7 +24,8 @@ pub use wire::{Channel, MAX_FRAME};
 /// Where running things of Stencil leave their records: `$STENCIL_RUNTIME_DIR`, else `/run/stencil`.
 pub fn runtime_dir() -> PathBuf {
     match std::env::var_os("STENCIL_RUNTIME_DIR") {
-        Some(dir) if !dir.is_empty() => PathBuf::from(dir),
+        // Absolute: daemons leave their working directory.
+        Some(dir) if !dir.is_empty() => std::path::absolute(&dir).unwrap_or(PathBuf::from(dir)),
         _ => PathBuf::from("/run/stencil"),
     }
 }

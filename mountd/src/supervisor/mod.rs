@@ -100,6 +100,10 @@ fn run(mut options: MountOptions, caller: &mut Caller) -> Result<()> {
     let init = fuse_dev::read_init(&fuse)
         .map_err(|e| Error::failed("the kernel does not begin to speak").because(e))?;
     let cache = cache::choose(&options, &init)?;
+    if !options.foreground {
+        // Every path is canonical by now; the caller's directory must not be held.
+        std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))?;
+    }
     let shared =
         Arc::new(Shared::new(options.clone(), fuse, device, init, record, Stats::new(counters), cache));
     shared.write_record()?;

@@ -16,8 +16,10 @@ pub fn in_use(device: u64, inodes: &HashSet<u64>) -> Result<HashSet<u64>> {
     let mut used = HashSet::new();
     let me = std::process::id();
     for pid in procfs::pids()?.into_iter().filter(|&pid| pid != me) {
-        let maps = procfs::maps(pid, |dev, ino| dev == device && inodes.contains(&ino))?;
-        used.extend(maps.into_iter().flatten().map(|m| m.ino));
+        match procfs::maps(pid, |dev, ino| dev == device && inodes.contains(&ino)) {
+            Ok(maps) => used.extend(maps.into_iter().flatten().map(|m| m.ino)),
+            Err(error) => log::debug!("{error}"),
+        }
         used.extend(open_inodes(pid, device).into_iter().filter(|ino| inodes.contains(ino)));
     }
     Ok(used)

@@ -1,0 +1,111 @@
+//! `stencil status`: which mounts there are, and how they do.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::columns::Columns;
+use super::output::{Done, Report, to_json};
+use crate::control::{self, MountStatus};
+use crate::error::Result;
+
+/// Show the mounts: who serves them, what is served how, and why
+#[derive(Debug, Args)]
+pub struct StatusArgs {}
+
+#[derive(Serialize)]
+struct Status {
+    mounts: Vec<MountStatus>,
+    /// Mounts whose supervisor does not answer, and what is wrong.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    silent: Vec<Silent>,
+}
+
+#[derive(Serialize)]
+struct Silent {
+    mountpoint: std::path::PathBuf,
+    server_pid: Option<u32>,
+    error: String,
+}
+
+impl Report for Status {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        if self.mounts.is_empty() && self.silent.is_empty() {
+            return writeln!(out, "no mounts");
+        }
+        for (i, mount) in self.mounts.iter().enumerate() {
+            if i > 0 {
+                writeln!(out)?;
+            }
+            one(mount, out)?;
+        }
+        for silent in &self.silent {
+            writeln!(out, "{}: {}", silent.mountpoint.display(), silent.error)?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
+    let detached = if mount.detached { ", detached: served until its last user ends" } else { "" };
+    writeln!(
+        out,
+        "{} serves {} ({}){detached}",
+        mount.mountpoint.display(),
+        mount.store.display(),
+        mount.serve
+    )?;
+    let server = mount.server_pid.map_or_else(|| "being started".to_owned(), |pid| pid.to_string());
+    writeln!(out, "  supervisor {}, server {server}, {} restarts", mount.supervisor_pid, mount.restarts)?;
+    match (&mount.cache, &mount.cache_why) {
+        (Some(place), why) => {
+            writeln!(out, "  backings in {place}: {} of {}", mount.cache_used, mount.cache_size)?;
+            if let Some(why) = why {
+                writeln!(out, "  {why}")?;
+            }
+        }
+        (None, Some(why)) => writeln!(out, "  no backings: {why}")?,
+        (None, None) => {}
+    }
+    let mut table = Columns::new(&["  TEMPLATE", "FILE", "SIZE", "SERVING", "HYDRATED", "CLONES", "WHY"]);
+    for template in &mount.templates {
+        for file in &template.files {
+            table.row([
+                format!("  {}", template.digest.short()),
+                file.name.clone(),
+                file.size.to_string(),
+                file.serving.name().to_owned(),
+                if file.hydrated { "yes".into() } else { file.hydrated_bytes.to_string() },
+                template.clones.to_string(),
+                file.why.clone().unwrap_or_default(),
+            ]);
+        }
+    }
+    table.print(out)
+}
+
+/// Asks every supervisor of this runtime directory.
+///
+/// # Errors
+/// When the runtime directory cannot be read.
+pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
+    let mut status = Status { mounts: Vec::new(), silent: Vec::new() };
+    for mount in control::mounts()? {
+        match mount.status() {
+            Ok(answer) => status.mounts.push(answer),
+            Err(error) => status.silent.push(Silent {
+                mountpoint: mount.mountpoint,
+                server_pid: mount.server_pid,
+                error: error.to_string(),
+            }),
+        }
+    }
+    Ok(Done::report(status))
+}

@@ -1,0 +1,239 @@
+//! `stencil umount`: end a mount.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use crate::control::{self, Mount, UnmountMode};
+use crate::error::{Error, Result};
+use crate::sys::{mount, procfs};
+
+/// A mount that was told to end has ended within this time, or somebody else still holds it.
+const END: Duration = Duration::from_secs(10);
+
+/// Most users that are named in one line.
+const NAMED: usize = 20;
+
+/// Unmount; refused while clones map it
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// Where it is mounted
+    #[arg(value_name = "MNT")]
+    mountpoint: PathBuf,
+    /// Take it out of the tree now; it is served until its last clone ends
+    #[arg(short, long)]
+    lazy: bool,
+    /// End it now: clones that still need pages from it die
+    #[arg(long, conflicts_with = "lazy")]
+    force: bool,
+}
+
+/// A process that maps files of the mount, or has some open.
+#[derive(Debug, Serialize)]
+struct User {
+    pid: u32,
+    name: String,
+    maps: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Unmounted {
+    mountpoint: PathBuf,
+    /// Still served, for these.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    served_until_they_end: Vec<User>,
+    /// Will die when they next need a page that they have not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cut_off: Vec<User>,
+}
+
+impl Report for Unmounted {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{} is unmounted", self.mountpoint.display())?;
+        if !self.served_until_they_end.is_empty() {
+            writeln!(out, "it is served until these end: {}", list(&self.served_until_they_end))?;
+        }
+        if !self.cut_off.is_empty() {
+            writeln!(out, "these were cut off: {}", list(&self.cut_off))?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Unmounts.
+///
+/// # Errors
+/// [`Code::InUse`](crate::error::Code::InUse) with the users' list; not found where nothing is mounted.
+pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
+    let path = absolute(&args.mountpoint)?;
+    let mode = match (args.lazy, args.force) {
+        (true, _) => UnmountMode::Lazy,
+        (_, true) => UnmountMode::Force,
+        _ => UnmountMode::Plain,
+    };
+    // A lazily unmounted one may share its path with a newer one: that is meant.
+    let mounts = control::mounts()?;
+    let here = || mounts.iter().filter(|m| m.mountpoint == path);
+    let Some(found) = here().find(|m| !m.detached).or_else(|| here().next()) else {
+        return without_supervisor(&path, args);
+    };
+    let users = users(found)?;
+    match mode {
+        UnmountMode::Plain if users.iter().any(|u| u.maps) => return Err(in_use(&path, &users)),
+        UnmountMode::Force if !global.quiet && !users.is_empty() => {
+            let count = users.len();
+            eprintln!(
+                "stencil: {count} users will die at the next page that they do not have: {}",
+                list(&users)
+            );
+        }
+        _ => {}
+    }
+    end(found, mode).map_err(|e| match e.code() {
+        crate::error::Code::InUse if mode == UnmountMode::Plain => in_use(&path, &users),
+        _ => e,
+    })?;
+    let mut report = Unmounted { mountpoint: path, served_until_they_end: vec![], cut_off: vec![] };
+    match mode {
+        UnmountMode::Plain => wait_for_end(found)?,
+        UnmountMode::Force => {
+            wait_for_end(found)?;
+            report.cut_off = users;
+        }
+        UnmountMode::Lazy if users.is_empty() => wait_for_end(found)?,
+        UnmountMode::Lazy => report.served_until_they_end = users,
+    }
+    Ok(Done::report(report))
+}
+
+/// Asks the supervisor; where that has died, does it itself.
+fn end(found: &Mount, mode: UnmountMode) -> Result<()> {
+    if !found.orphaned {
+        return control::request_unmount(found, mode);
+    }
+    let fail = |e: io::Error| match e.raw_os_error() {
+        Some(libc::EBUSY) => Error::in_use("the mount is in use").at(&found.mountpoint),
+        _ => Error::io("cannot unmount", &found.mountpoint, e),
+    };
+    if !found.detached {
+        mount::unmount(&found.mountpoint, mode != UnmountMode::Plain).map_err(fail)?;
+    }
+    if mode == UnmountMode::Force {
+        match mount::abort_fuse_connection(found.device) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+            other => other.map_err(fail)?,
+        }
+    }
+    Ok(())
+}
+
+/// A mount that no supervisor or server stands behind: dead, or not ours.
+fn without_supervisor(path: &Path, args: &UmountArgs) -> Result<Done> {
+    let there = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == path);
+    match there {
+        Some(there) if there.fs_type == mount::FS_TYPE => {
+            mount::unmount(path, args.lazy || args.force).map_err(|e| match e.raw_os_error() {
+                Some(libc::EBUSY) => Error::in_use("the mount is dead, and processes still hold it")
+                    .at(path)
+                    .remedy(format!("detach it: stencil umount -l {}", path.display())),
+                _ => Error::io("cannot unmount", path, e),
+            })?;
+            let mountpoint = path.to_owned();
+            Ok(Done::report(Unmounted { mountpoint, served_until_they_end: vec![], cut_off: vec![] }))
+        }
+        Some(there) => {
+            Err(Error::usage(format!("a mount of type {} is there, none of Stencil", there.fs_type))
+                .at(path)
+                .remedy(format!("take that away with umount {}", path.display())))
+        }
+        None => Err(Error::not_found("nothing is mounted there")
+            .at(path)
+            .remedy("stencil status lists the mounts of Stencil")),
+    }
+}
+
+fn wait_for_end(found: &Mount) -> Result<()> {
+    let until = Instant::now() + END;
+    while found.dir.exists() {
+        let living = control::mounts()?.iter().any(|m| m.dir == found.dir);
+        if !living {
+            break;
+        }
+        if Instant::now() > until {
+            return Err(Error::in_use(
+                "it is unmounted here, but served on: another mount namespace or open file holds it",
+            )
+            .at(&found.mountpoint)
+            .remedy("stencil status shows it until its last user ends"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// The path without symbolic links, and without asking what is mounted on its last part: that may be dead.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    let fail = |e| Error::io("cannot find the mountpoint", path, e);
+    let full = std::path::absolute(path).map_err(fail)?;
+    match (full.parent(), full.file_name()) {
+        (Some(parent), Some(name)) => Ok(std::fs::canonicalize(parent).map_err(fail)?.join(name)),
+        _ => Ok(full),
+    }
+}
+
+fn users(mount: &Mount) -> Result<Vec<User>> {
+    let mut users = Vec::new();
+    for pid in procfs::pids()? {
+        if pid == mount.supervisor_pid || Some(pid) == mount.server_pid {
+            continue;
+        }
+        // A process that even root may not look into is passed over: the kernel still refuses what is in use.
+        let maps = procfs::maps(pid, |dev, _| dev == mount.device)
+            .inspect_err(|e| log::debug!("{e}"))
+            .is_ok_and(|m| m.is_some_and(|m| !m.is_empty()));
+        if maps || has_open(pid, &mount.mountpoint) {
+            let name = procfs::status(pid)?.map_or_else(String::new, |s| s.name);
+            users.push(User { pid, name, maps });
+        }
+    }
+    Ok(users)
+}
+
+/// By path, since asking the files themselves would ask the mount.
+fn has_open(pid: u32, mountpoint: &Path) -> bool {
+    let below = |link: PathBuf| std::fs::read_link(link).is_ok_and(|to| to.starts_with(mountpoint));
+    let base = PathBuf::from(format!("/proc/{pid}"));
+    let files = std::fs::read_dir(base.join("fd")).into_iter().flatten().flatten();
+    ["cwd", "root", "exe"].iter().any(|n| below(base.join(n))) || files.into_iter().any(|f| below(f.path()))
+}
+
+fn list(users: &[User]) -> String {
+    let mut words: Vec<String> =
+        users.iter().take(NAMED).map(|u| format!("{} ({})", u.pid, u.name)).collect();
+    if users.len() > NAMED {
+        words.push(format!("and {} more", users.len() - NAMED));
+    }
+    words.join(", ")
+}
+
+fn in_use(path: &Path, users: &[User]) -> Error {
+    let clones = users.iter().filter(|u| u.maps).count();
+    let what = match (clones, users.len()) {
+        (0, 0) => "the mount is in use".to_owned(),
+        (0, n) => format!("{n} processes have files of the mount open: {}", list(users)),
+        (n, _) => format!("{n} processes map templates of the mount: {}", list(users)),
+    };
+    Error::in_use(what)
+        .at(path)
+        .remedy("stop them, or detach it with -l: they are then served until they end")
+}

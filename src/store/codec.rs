@@ -14,7 +14,7 @@ use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, 
 use super::format::{BLOCK_SHIFT, BlockKind, CHUNK_ENTRY, MIN_CHUNK_SHIFT};
 use super::{BLOCK_SIZE, Digest};
 use crate::error::{Error, Result};
-use crate::units::Bytes;
+use crate::units::{Bytes, PAGE_SIZE};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
@@ -23,6 +23,12 @@ static ZEROS: [u8; BLOCK] = [0; BLOCK];
 pub fn is_zero(bytes: &[u8]) -> bool {
     // A comparison with a static block is memcmp: as fast as memory in every build profile.
     bytes.chunks(BLOCK).all(|part| part == &ZEROS[..part.len()])
+}
+
+/// Which 4 KiB pages of a block are not zero, lowest bit first.
+pub fn page_mask(block: &[u8]) -> u16 {
+    let pages = (0..).zip(block.chunks_exact(PAGE_SIZE as usize));
+    pages.fold(0, |mask, (page, bytes)| mask | u16::from(!is_zero(bytes)) << page)
 }
 
 /// How new blocks are compressed. A block that does not shrink is stored raw.

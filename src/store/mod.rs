@@ -21,6 +21,7 @@ mod serving;
 mod tags;
 mod template;
 mod tree;
+mod verify;
 
 pub use codec::{ChunkSize, Compression};
 pub use digest::Digest;
@@ -34,6 +35,7 @@ pub use remove::Removed;
 pub use serving::{Serving, inode_number};
 pub use tags::TagEntry;
 pub use template::{Scratch, Template};
+pub use verify::{Affected, Damage, Verified};
 
 /// Size of an identity block in bytes: what is hashed, verified and read at once.
 pub const BLOCK_SIZE: u64 = 1 << format::BLOCK_SHIFT;

@@ -66,14 +66,23 @@ impl PackFile {
         let mut buffer = AlignedBuffer::default();
         let head = pack.read_range(0, PackHeader::LEN, &mut buffer)?;
         let header = PackHeader::decode(head).map_err(|e| e.in_file("pack", &pack.path))?;
-        let length = pack.file.metadata().map_err(|e| Error::io("cannot stat pack", &pack.path, e))?.len();
-        check_header(&header, id, length).map_err(|e| e.in_file("pack", &pack.path))?;
+        // Its length is not held against it here: of a pack that was cut short the front is still good,
+        // and each block is verified anyway.
+        check_id(&header, id).map_err(|e| e.in_file("pack", &pack.path))?;
         pack.header = header;
         Ok(pack)
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The error for a record that gives another block than was stored.
+    pub fn mismatch(&self, stored: Stored, why: &str) -> Error {
+        let why = format!("the block at offset {} is not what was stored: {why}", stored.offset);
+        Invalid::Damage(why)
+            .in_file("pack", &self.path)
+            .remedy("stencil verify names what it affects; to repair it import the same memory again")
     }
 
     /// The record `stored`, in `buffer`.
@@ -135,10 +144,15 @@ fn open_error(path: &Path, error: io::Error) -> Error {
     }
 }
 
-fn check_header(header: &PackHeader, id: PackId, length: u64) -> std::result::Result<(), Invalid> {
-    if header.id != id {
-        return Err(Invalid::damage(format!("it is pack {}, expected {id}", header.id)));
+fn check_id(header: &PackHeader, id: PackId) -> std::result::Result<(), Invalid> {
+    match header.id == id {
+        true => Ok(()),
+        false => Err(Invalid::damage(format!("it is pack {}, expected {id}", header.id))),
     }
+}
+
+fn check_header(header: &PackHeader, id: PackId, length: u64) -> std::result::Result<(), Invalid> {
+    check_id(header, id)?;
     if header.file_length() != length {
         return Err(Invalid::damage(format!("it has {length} bytes, expected {}", header.file_length())));
     }

@@ -52,21 +52,33 @@ impl Store {
     /// When a folder cannot be read.
     pub fn tags(&self) -> Result<Vec<TagEntry>> {
         let mut entries = Vec::new();
-        for name in self.names(&self.tags_dir())? {
-            for tag in self.names(&self.tags_dir().join(&name))? {
-                let Ok(pointer) = TagName::new(&name, &tag) else { continue };
-                match self.tag(&pointer) {
-                    Ok(Some(digest)) => {
-                        let modified = fs::metadata(self.tag_path(&pointer)).and_then(|m| m.modified());
-                        let modified = modified.unwrap_or(SystemTime::UNIX_EPOCH);
-                        entries.push(TagEntry { name: name.clone(), tag, digest, modified });
-                    }
-                    Ok(None) => {}
-                    Err(e) => log::warn!("{e}"),
+        for (pointer, path) in self.tag_files()? {
+            match self.tag(&pointer) {
+                Ok(Some(digest)) => {
+                    let modified = fs::metadata(&path).and_then(|m| m.modified());
+                    let modified = modified.unwrap_or(SystemTime::UNIX_EPOCH);
+                    let (name, tag) = (pointer.name().to_owned(), pointer.tag().to_owned());
+                    entries.push(TagEntry { name, tag, digest, modified });
                 }
+                Ok(None) => {}
+                Err(e) => log::warn!("{e}"),
             }
         }
         Ok(entries)
+    }
+
+    /// All tags with their files, sorted, whatever the files hold.
+    pub(super) fn tag_files(&self) -> Result<Vec<(TagName, PathBuf)>> {
+        let mut found = Vec::new();
+        for name in self.names(&self.tags_dir())? {
+            for tag in self.names(&self.tags_dir().join(&name))? {
+                if let Ok(pointer) = TagName::new(&name, &tag) {
+                    let path = self.tag_path(&pointer);
+                    found.push((pointer, path));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.

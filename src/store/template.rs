@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::codec::Decoder;
+use super::codec::{Decoder, page_mask};
 use super::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use super::format::placement::{Front, Row};
-use super::format::{Invalid, Preamble};
-use super::pack::AlignedBuffer;
+use super::format::{Invalid, PackId, Preamble, Stored};
+use super::pack::{AlignedBuffer, PackFile, PackIndex};
 use super::tree::{ChainingValue, CheckedTable, SEGMENT, segment_value, segments};
 use super::{BLOCK_SIZE, Digest, Policy, Store, TemplateFile};
 use crate::error::{Error, Result};
@@ -23,6 +23,22 @@ pub struct Scratch {
     buffer: AlignedBuffer,
     decoder: Decoder,
     plain: Vec<u8>,
+}
+
+impl Scratch {
+    /// Reads a record of a pack and compares the block in it with its hash.
+    pub(super) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<()> {
+        let Scratch { buffer, decoder, plain } = self;
+        plain.resize(BLOCK_SIZE as usize, 0);
+        let record = pack.record(stored, buffer)?;
+        let decoded = decoder.block((stored.kind, stored.chunk_shift), record, hash, plain);
+        decoded
+            .and_then(|()| match page_mask(plain) {
+                mask if mask == stored.data_pages => Ok(()),
+                mask => Err(format!("its pages are {mask:#x}, expected {:#x}", stored.data_pages)),
+            })
+            .map_err(|why| pack.mismatch(stored, &why))
+    }
 }
 
 /// An open template. Reads go on when it is removed from the store, as long as its packs are there.
@@ -151,31 +167,41 @@ impl Template {
             out.fill(0);
             return Ok(length);
         };
-        let row = self.row(number)?.ok_or_else(|| {
-            let why = format!("block {number} with hash {hash} has no place");
-            Invalid::Damage(why).in_file("placement", self.placement_path())
-        })?;
-        let id = self.front.packs.get(row.pack as usize).ok_or_else(|| {
-            let why = format!("block {number} lies in pack {} of {}", row.pack, self.front.packs.len());
-            Invalid::Damage(why).in_file("placement", self.placement_path())
-        })?;
-        let pack = self.store.packs().get(*id)?;
+        let (id, stored) = self.stored(number, &hash)?;
+        let pack = self.store.packs().get(id)?;
         let Scratch { buffer, decoder, plain } = scratch;
-        let record = pack.record(row.stored, buffer)?;
-        let how = (row.stored.kind, row.stored.chunk_shift);
+        let record = pack.record(stored, buffer)?;
+        let how = (stored.kind, stored.chunk_shift);
         let decoded = if length as u64 == BLOCK_SIZE {
             decoder.block(how, record, &hash, out)
         } else {
             plain.resize(BLOCK_SIZE as usize, 0);
             decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
         };
-        decoded.map(|()| length).map_err(|why| {
-            let why = format!("the block at offset {} is not what was stored: {why}", row.stored.offset);
-            Invalid::Damage(why).in_file("pack", pack.path()).remedy(format!(
-                "stencil verify {} names what it affects; import the template again to repair it",
-                self.digest.short()
-            ))
-        })
+        decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
+    }
+
+    /// Hash and place of a block, or nothing for a zero block.
+    pub(super) fn place(&self, file: usize, block: u64) -> Result<Option<(Digest, PackId, Stored)>> {
+        let (number, _) = self.locate(file, block)?;
+        let Some(hash) = self.block_hash(number)? else { return Ok(None) };
+        self.stored(number, &hash).map(|(id, stored)| Some((hash, id, stored)))
+    }
+
+    /// Checks both tables as a whole: one result for the image, one for the placement.
+    pub(super) fn check_tables(&self) -> [Result<()>; 2] {
+        [self.image.check_all(), self.rows.check_all()]
+    }
+
+    /// Checks the tables, and headers and indexes of the packs; reads no block.
+    pub(super) fn check(&self) -> Result<()> {
+        self.check_tables().into_iter().collect::<Result<()>>()?;
+        self.front.packs.iter().try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
+    }
+
+    /// Its folder in the store.
+    pub(super) fn folder(&self) -> PathBuf {
+        self.store.image_dir(&self.digest)
     }
 
     /// The blocks of a file that are not zero, as ranges of block numbers in ascending order.
@@ -208,9 +234,8 @@ impl Template {
     /// Files of the store that hold this template: its tables and the packs with its blocks, which it
     /// may share with other templates.
     pub fn store_files(&self) -> Vec<PathBuf> {
-        let dir = self.store.image_dir(&self.digest);
-        let packs = self.front.packs.iter().map(|id| self.store.packs().path(*id));
-        [dir.join("image"), dir.join("placement")].into_iter().chain(packs).collect()
+        let dir = self.folder();
+        [dir.join("image"), dir.join("placement")].into_iter().chain(self.packs()).collect()
     }
 
     /// Number of the block in the tables and its length in bytes.
@@ -229,13 +254,23 @@ impl Template {
         Ok((hash != [0; 32]).then_some(Digest::new(hash)))
     }
 
+    fn stored(&self, number: u64, hash: &Digest) -> Result<(PackId, Stored)> {
+        let damage = |why: String| Invalid::Damage(why).in_file("placement", self.placement_path());
+        let row = self.row(number)?;
+        let row = row.ok_or_else(|| damage(format!("block {number} with hash {hash} has no place")))?;
+        let id = self.front.packs.get(row.pack as usize).ok_or_else(|| {
+            damage(format!("block {number} lies in pack {} of {}", row.pack, self.front.packs.len()))
+        })?;
+        Ok((*id, row.stored))
+    }
+
     fn row(&self, number: u64) -> Result<Option<Row>> {
         let bytes = self.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
         Row::decode(&bytes).map_err(|e| e.in_file("placement", self.placement_path()))
     }
 
     fn placement_path(&self) -> PathBuf {
-        self.store.image_dir(&self.digest).join("placement")
+        self.folder().join("placement")
     }
 }
 

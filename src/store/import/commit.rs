@@ -1,15 +1,16 @@
 //! Publishes what the session has written: packs, then the image, then the tag.
 
 use std::fs;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::writer::Written;
 use super::{ImportRequest, Imported};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::store::pack::pack_path;
 use crate::store::policy::DEFAULT_MODE;
 use crate::store::publish::{Session, sync_folder, write_new};
-use crate::store::{Policy, Store};
+use crate::store::{Digest, Policy, Store};
 use crate::units::Bytes;
 
 pub(super) fn commit(
@@ -17,6 +18,7 @@ pub(super) fn commit(
     session: &Session,
     written: Written,
     request: &ImportRequest,
+    repaired: u64,
 ) -> Result<Imported> {
     let folder = session.path().join("image");
     let mut policy = fresh_policy();
@@ -26,19 +28,34 @@ pub(super) fn commit(
 
     let _names = store.lock_names()?;
     let existed = store.has(&written.digest);
-    if existed {
-        // Its own copy of the blocks, if it made any, goes away with the session.
-        store.set_policy_locked(&written.digest, |policy| apply(policy, request))?;
-    } else {
-        let move_to = |from: &std::path::Path, to: &std::path::Path| {
-            fs::rename(from, to).map_err(|e| Error::io("cannot publish", to, e))
-        };
+    // What it has written is not needed when a sound template with this content is there: then it goes
+    // away with the session.
+    let needed = !existed || repaired > 0 || !is_sound(store, &written.digest);
+    if needed {
         for id in &written.packs {
-            move_to(&pack_path(session.path(), *id), &store.packs().path(*id))?;
+            publish(&pack_path(session.path(), *id), &store.packs().path(*id))?;
         }
         sync_folder(&store.packs_dir())?;
-        move_to(&folder, &store.image_dir(&written.digest))?;
+    }
+    let target = store.image_dir(&written.digest);
+    if !existed {
+        publish(&folder, &target)?;
         sync_folder(&store.images_dir())?;
+    } else {
+        if needed {
+            // The image is the same by its digest, so that either placement fits either file.
+            for name in ["image", "placement"] {
+                publish(&folder.join(name), &target.join(name))?;
+            }
+        }
+        match store.set_policy_locked(&written.digest, |policy| apply(policy, request)) {
+            Err(e) if e.code() == Code::Damage || e.code() == Code::NotFound => {
+                log::warn!("{e}; it is written anew");
+                publish(&folder.join("policy"), &target.join("policy"))?;
+            }
+            other => other?,
+        }
+        sync_folder(&target)?;
     }
     if let Some(tag) = &request.tag {
         store.set_tag_locked(tag, &written.digest)?;
@@ -48,10 +65,20 @@ pub(super) fn commit(
         tag: request.tag.clone(),
         files: written.files,
         existed,
-        new_bytes: Bytes::new(if existed { 0 } else { written.new_bytes }),
-        stored_bytes: Bytes::new(if existed { 0 } else { written.stored_bytes }),
-        repaired_blocks: 0,
+        new_bytes: Bytes::new(if needed { written.new_bytes } else { 0 }),
+        stored_bytes: Bytes::new(if needed { written.stored_bytes } else { 0 }),
+        repaired_blocks: repaired,
     })
+}
+
+fn publish(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|e| Error::io("cannot publish", to, e))
+}
+
+/// True when the tables of a template and the headers and indexes of its packs are undamaged. Its
+/// blocks were read when the import met them.
+fn is_sound(store: &Store, digest: &Digest) -> bool {
+    store.template(digest).and_then(|t| t.check()).inspect_err(|e| log::warn!("{e}; repairing")).is_ok()
 }
 
 fn fresh_policy() -> Policy {

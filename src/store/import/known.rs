@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::Result;
 use crate::store::format::{PackId, Stored};
 use crate::store::pack::PackIndex;
-use crate::store::{Digest, Store};
+use crate::store::{Digest, Scratch, Store};
 
 /// Where a block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,9 @@ pub(super) struct Known {
     /// Equal images lie in the same packs: the pack of the last hit is asked first.
     last_hit: AtomicUsize,
     own: RwLock<Own>,
+    store: Store,
+    /// Blocks of the store that were read: whether they are what they should be.
+    verdicts: Mutex<HashMap<(PackId, u32), bool>>,
 }
 
 #[derive(Debug, Default)]
@@ -43,12 +46,38 @@ impl Known {
                 Err(e) => log::warn!("{e}; its blocks are not reused"),
             }
         }
-        Ok(Known { packs, last_hit: AtomicUsize::new(0), own: RwLock::default() })
+        let store = store.clone();
+        Ok(Known { packs, last_hit: AtomicUsize::new(0), own: RwLock::default(), store, verdicts: Mutex::default() })
     }
 
-    /// Where a block with this hash is.
-    pub fn find(&self, hash: &Digest) -> Option<Place> {
-        self.find_stored(hash).or_else(|| self.find_own(hash))
+    /// Where a block with this hash is. A block of the store is read and verified before it is relied
+    /// on: what is damaged there is stored anew, so that a finished import can be read, and importing
+    /// the same memory again repairs a store.
+    pub fn find(&self, hash: &Digest, scratch: &mut Scratch) -> Option<Place> {
+        let stored = self.find_stored(hash).filter(|place| self.is_good(hash, place, scratch));
+        stored.or_else(|| self.find_own(hash))
+    }
+
+    /// How many blocks of the store were found damaged.
+    pub fn damaged(&self) -> u64 {
+        self.verdicts().values().filter(|good| !**good).count() as u64
+    }
+
+    fn verdicts(&self) -> MutexGuard<'_, HashMap<(PackId, u32), bool>> {
+        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_good(&self, hash: &Digest, place: &Place, scratch: &mut Scratch) -> bool {
+        let key = (place.pack, place.stored.offset);
+        if let Some(good) = self.verdicts().get(&key) {
+            return *good;
+        }
+        let result = self.store.packs().get(place.pack).and_then(|pack| scratch.verify(&pack, place.stored, hash));
+        if let Err(e) = &result {
+            log::warn!("{e}; the block is stored anew");
+        }
+        self.verdicts().insert(key, result.is_ok());
+        result.is_ok()
     }
 
     fn find_stored(&self, hash: &Digest) -> Option<Place> {

@@ -80,7 +80,7 @@ impl Store {
         progress.finish();
         let written = written?;
         stop.check()?;
-        commit::commit(self, &session, written, &request)
+        commit::commit(self, &session, written, &request, known.damaged())
     }
 
     fn pipeline(

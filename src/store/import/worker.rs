@@ -7,10 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use super::known::{Known, Place};
 use super::{ImportRequest, Work};
 use crate::error::Result;
-use crate::store::codec::{Encoder, is_zero};
+use crate::store::codec::{Encoder, page_mask};
 use crate::store::format::BlockKind;
-use crate::store::{BLOCK_SIZE, Digest};
-use crate::units::PAGE_SIZE;
+use crate::store::{BLOCK_SIZE, Digest, Scratch};
 
 /// A run of blocks on its way through the pipeline, with its memory; used again and again.
 #[derive(Debug, Default)]
@@ -61,30 +60,30 @@ pub(super) fn run(
             return;
         }
     };
+    let mut scratch = Scratch::default();
     loop {
         let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((sequence, mut batch)) = next else { return };
-        process(&mut batch, &mut encoder, known);
+        process(&mut batch, &mut encoder, known, &mut scratch);
         if done.send((sequence, Ok(Work::Data(batch)))).is_err() {
             return;
         }
     }
 }
 
-fn process(batch: &mut Batch, encoder: &mut Encoder, known: &Known) {
+fn process(batch: &mut Batch, encoder: &mut Encoder, known: &Known, scratch: &mut Scratch) {
     let Batch { plain, length, records, blocks } = batch;
     records.clear();
     blocks.clear();
     let padded = length.next_multiple_of(BLOCK_SIZE as usize);
     plain[*length..padded].fill(0);
     for block in plain[..padded].chunks_exact(BLOCK_SIZE as usize) {
-        let pages = block.chunks_exact(PAGE_SIZE as usize).enumerate();
-        let data_pages = pages.fold(0, |mask, (page, bytes)| mask | u16::from(!is_zero(bytes)) << page);
+        let data_pages = page_mask(block);
         let outcome = if data_pages == 0 {
             Outcome::Zero
         } else {
             let hash = Digest::of(block);
-            match known.find(&hash) {
+            match known.find(&hash, scratch) {
                 Some(place) => Outcome::Known(hash, place),
                 None => {
                     let start = records.len();

@@ -1,5 +1,6 @@
 //! `stencil inspect`: all about one template.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use clap::Args;
@@ -10,7 +11,7 @@ use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use crate::error::Result;
-use crate::store::{Digest, Policy, Store, TemplateFile, TemplateRef};
+use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
 
 /// Show one template
@@ -30,8 +31,14 @@ struct Inspection {
     data_bytes: Bytes,
     stored_bytes: Bytes,
     packs: usize,
-    #[serde(flatten)]
-    policy: Policy,
+    /// In octal, as chmod takes it.
+    mode: String,
+    uid: u32,
+    gid: u32,
+    created: u64,
+    labels: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recipe: Option<Value>,
 }
 
 impl Report for Inspection {
@@ -41,17 +48,17 @@ impl Report for Inspection {
         writeln!(out, "size     {} ({} bytes)", self.size_bytes, self.size_bytes.get())?;
         writeln!(out, "data     {} ({} bytes)", self.data_bytes, self.data_bytes.get())?;
         writeln!(out, "stored   {} in {} packs", self.stored_bytes, self.packs)?;
-        writeln!(out, "mode     {:04o}", self.policy.mode)?;
-        writeln!(out, "owner    {}:{}", self.policy.uid, self.policy.gid)?;
-        writeln!(out, "created  {} (seconds since 1970)", self.policy.created)?;
-        for (key, value) in &self.policy.labels {
+        writeln!(out, "mode     {}", self.mode)?;
+        writeln!(out, "owner    {}:{}", self.uid, self.gid)?;
+        writeln!(out, "created  {} (seconds since 1970)", self.created)?;
+        for (key, value) in &self.labels {
             writeln!(out, "label    {key}={value}")?;
         }
         for file in &self.files {
             let kind = file.kind.name();
             writeln!(out, "file     {} {kind} {} ({} data)", file.name, file.size, file.data_bytes)?;
         }
-        if let Some(recipe) = &self.policy.recipe {
+        if let Some(recipe) = &self.recipe {
             writeln!(out, "recipe   {recipe}")?;
         }
         Ok(())
@@ -71,6 +78,7 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
     let digest = store.resolve(&args.template)?;
     let template = store.template(&digest)?;
     let tags = store.tags()?.into_iter().filter(|t| t.digest == digest);
+    let policy = template.policy();
     Ok(Done::report(Inspection {
         digest,
         tags: tags.map(|t| format!("{}:{}", t.name, t.tag)).collect(),
@@ -79,6 +87,11 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
         data_bytes: template.data_bytes(),
         stored_bytes: template.stored_bytes(),
         packs: template.packs().len(),
-        policy: template.policy().clone(),
+        mode: format!("{:04o}", policy.mode),
+        uid: policy.uid,
+        gid: policy.gid,
+        created: policy.created,
+        labels: policy.labels.clone(),
+        recipe: policy.recipe.clone(),
     }))
 }

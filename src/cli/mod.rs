@@ -14,11 +14,13 @@ mod interrupt;
 mod ls;
 mod mount;
 mod output;
+mod path;
 mod progress;
 mod rm;
 mod status;
 mod tag;
 mod umount;
+mod verify;
 mod words;
 
 use std::path::PathBuf;
@@ -79,6 +81,8 @@ enum Command {
     Chmod(chmod::ChmodArgs),
     Chown(chmod::ChownArgs),
     Export(export::ExportArgs),
+    Verify(verify::VerifyArgs),
+    Path(path::PathArgs),
     Explain(explain::ExplainArgs),
     /// Show what each clone has copied and what all of them really cost
     Density(density::DensityArgs),
@@ -105,6 +109,8 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Chmod(args) => chmod::run(args, global),
         Command::Chown(args) => chmod::run_chown(args, global),
         Command::Export(args) => export::run(args, global),
+        Command::Verify(args) => verify::run(args, global),
+        Command::Path(args) => path::run(args, global),
         Command::Explain(args) => explain::run(args, global),
         Command::Density(args) => density::run(args, global),
         Command::Dirty(args) => dirty::run(args, global),

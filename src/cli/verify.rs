@@ -33,6 +33,12 @@ struct VerifyReport {
 }
 
 impl VerifyReport {
+    /// Damage that nobody needs is named, but it is no failure.
+    fn exit(&self) -> Option<Code> {
+        let harmless = self.verified.damages.iter().all(Damage::is_unused);
+        (!harmless).then_some(Code::Damage)
+    }
+
     fn affected(&self, affected: &Affected) -> String {
         let name = match self.tags.get(&affected.digest).and_then(|tags| tags.first()) {
             Some(tag) => format!("{tag} ({})", affected.digest.short()),
@@ -50,6 +56,9 @@ impl VerifyReport {
             write!(out, " offset {offset}")?;
         }
         writeln!(out, ": {}", damage.message)?;
+        if damage.is_unused() {
+            writeln!(out, "  affects no template: it only takes space")?;
+        }
         for affected in &damage.affects {
             writeln!(out, "  affects {}", self.affected(affected))?;
         }
@@ -76,7 +85,12 @@ impl Report for VerifyReport {
             0 => writeln!(out, "verified {checked}: no damage"),
             count => {
                 writeln!(out, "verified {checked}: {count} damaged places")?;
-                writeln!(out, "to repair a template import the same memory again, under any name")
+                match self.exit() {
+                    Some(_) => {
+                        writeln!(out, "to repair a template import the same memory again, under any name")
+                    }
+                    None => Ok(()),
+                }
             }
         }
     }
@@ -93,7 +107,8 @@ impl Report for VerifyReport {
 pub fn run(args: &VerifyArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let only = args.template.as_ref().map(|t| store.resolve(t)).transpose()?;
-    let verified = store.verify(only.as_ref(), &interrupt::flag()?, &*global.progress())?;
+    let stop = interrupt::flag()?;
+    let verified = store.verify(only.as_ref(), &stop, &*global.progress())?;
     let mut tags: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
     if !verified.damages.is_empty() {
         for tag in store.tags()? {
@@ -103,7 +118,11 @@ pub fn run(args: &VerifyArgs, global: &Global) -> Result<Done> {
             }
         }
     }
-    let damaged = !verified.damages.is_empty();
-    let done = Done::report(VerifyReport { verified, tags });
-    Ok(if damaged { done.exit_as(Code::Damage) } else { done })
+    let report = VerifyReport { verified, tags };
+    let exit = report.exit();
+    let done = Done::report(report);
+    Ok(match exit {
+        Some(code) => done.exit_as(code),
+        None => done,
+    })
 }

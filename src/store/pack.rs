@@ -73,10 +73,6 @@ impl PackFile {
         Ok(pack)
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The error for a record that gives another block than was stored.
     pub fn mismatch(&self, stored: Stored, why: &str) -> Error {
         let why = format!("the block at offset {} is not what was stored: {why}", stored.offset);

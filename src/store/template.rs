@@ -117,6 +117,10 @@ impl Template {
         self.front.packs.iter().map(|id| self.store.packs().path(*id)).collect()
     }
 
+    pub(super) fn pack_ids(&self) -> &[PackId] {
+        &self.front.packs
+    }
+
     /// What it is, as JSON. Depends on the content alone, so that it may be cached for ever.
     pub fn manifest_json(&self) -> String {
         let value = json!({
@@ -196,7 +200,10 @@ impl Template {
     /// Checks the tables, and headers and indexes of the packs; reads no block.
     pub(super) fn check(&self) -> Result<()> {
         self.check_tables().into_iter().collect::<Result<()>>()?;
-        self.front.packs.iter().try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
+        self.front
+            .packs
+            .iter()
+            .try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
     }
 
     /// Its folder in the store.

@@ -150,11 +150,6 @@ impl CheckedTable {
         Ok(CheckedTable { path: path.to_owned(), what, file, map, base, length, values, checked })
     }
 
-    /// Length of the table in bytes.
-    pub fn length(&self) -> u64 {
-        self.length
-    }
-
     /// `N` bytes at `offset`; they must not cross a segment.
     ///
     /// # Errors

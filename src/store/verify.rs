@@ -42,6 +42,14 @@ pub struct Damage {
     pub affects: Vec<Affected>,
 }
 
+impl Damage {
+    /// True for a place in a pack that no template needs (any more): it takes space and nothing else,
+    /// because an import reads what it reuses.
+    pub fn is_unused(&self) -> bool {
+        self.affects.is_empty() && self.path.extension().is_some_and(|e| e == "pack")
+    }
+}
+
 /// What a verification has found.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Verified {
@@ -237,6 +245,12 @@ impl Run<'_> {
             Err(_) if !self.store.has(digest) => return Ok(()),
             Err(e) => return self.note(e, (&folder, None), whole()),
         };
+        for id in template.pack_ids().iter().filter(|id| !checked.contains_key(id)) {
+            let path = self.store.packs().path(*id);
+            if let Err(e) = PackIndex::open(&path, *id) {
+                self.note(e, (&path, None), whole())?;
+            }
+        }
         for result in template.check_tables() {
             result.or_else(|e| self.note(e, (&folder, None), whole()))?;
         }
@@ -274,7 +288,8 @@ impl Run<'_> {
             && pack.index.find(&hash) == Some(stored)
         {
             if pack.bad.contains(&stored.offset)
-                && let Some((_, affects)) = self.findings().damages.get_mut(&(path, Some(stored.offset.into())))
+                && let Some((_, affects)) =
+                    self.findings().damages.get_mut(&(path, Some(stored.offset.into())))
             {
                 affects.insert(affected());
             }

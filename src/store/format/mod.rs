@@ -89,9 +89,6 @@ pub const CHUNK_ENTRY: usize = 2 + 32;
 pub const MIN_CHUNK_SHIFT: u8 = 12;
 
 impl Stored {
-    /// Encoded length.
-    pub const LEN: usize = 12;
-
     fn encode(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(&self.length.to_le_bytes());

@@ -47,7 +47,13 @@ impl Known {
             }
         }
         let store = store.clone();
-        Ok(Known { packs, last_hit: AtomicUsize::new(0), own: RwLock::default(), store, verdicts: Mutex::default() })
+        Ok(Known {
+            packs,
+            last_hit: AtomicUsize::new(0),
+            own: RwLock::default(),
+            store,
+            verdicts: Mutex::default(),
+        })
     }
 
     /// Where a block with this hash is. A block of the store is read and verified before it is relied
@@ -72,7 +78,8 @@ impl Known {
         if let Some(good) = self.verdicts().get(&key) {
             return *good;
         }
-        let result = self.store.packs().get(place.pack).and_then(|pack| scratch.verify(&pack, place.stored, hash));
+        let result =
+            self.store.packs().get(place.pack).and_then(|pack| scratch.verify(&pack, place.stored, hash));
         if let Err(e) = &result {
             log::warn!("{e}; the block is stored anew");
         }

@@ -1,0 +1,68 @@
+//! `stencil path`: where a template is in a mount.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use crate::control;
+use crate::error::{Error, Result};
+use crate::store::{Digest, Store, TemplateRef};
+
+/// Print where a mount has a template
+#[derive(Debug, Args)]
+pub struct PathArgs {
+    /// The template's folder, or one file in it
+    #[arg(value_name = "T[/FILE]")]
+    what: String,
+}
+
+#[derive(Serialize)]
+struct Place {
+    path: PathBuf,
+    digest: Digest,
+    mountpoint: PathBuf,
+}
+
+impl Report for Place {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{}", self.path.display())
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no such template or file, or the store is not mounted.
+pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
+    let (reference, file) = match args.what.split_once('/') {
+        Some((reference, file)) => (reference, Some(file)),
+        None => (args.what.as_str(), None),
+    };
+    let store = Store::open(&global.store)?;
+    // By identity: a tag may be moved while a guest still needs what it named.
+    let digest = store.resolve(&reference.parse::<TemplateRef>()?)?;
+    let mount = control::mounts()?.into_iter().find(|m| !m.detached && m.store == store.dir());
+    let mount = mount.ok_or_else(|| {
+        Error::not_found("the store is not mounted").at(store.dir()).remedy("stencil mount MNT mounts it")
+    })?;
+    let mut path = mount.mountpoint.join("by-id").join(digest.to_string());
+    if let Some(file) = file {
+        let template = store.template(&digest)?;
+        if template.file(file).is_none() {
+            let names: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
+            return Err(Error::not_found(format!("no file '{file}' in the template"))
+                .remedy(format!("it has {}", names.join(", "))));
+        }
+        path.push(file);
+    }
+    Ok(Done::report(Place { path, digest, mountpoint: mount.mountpoint }))
+}

@@ -9,9 +9,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::accounting::{Survey, Totals, residency};
-use super::find::{self, Inodes};
+use super::find::{self, Inodes, ServedFile};
 use crate::control::{self, Mount};
 use crate::error::{Code, Error, Result};
+use crate::store::Serving;
 use crate::sys::kpage::{FrameKind, Frames};
 use crate::sys::mapping::{Advice, Mapping, Protection, Request, Sharing};
 use crate::sys::pagemap::Pagemap;
@@ -152,7 +153,14 @@ fn walk_process(pid: u32, mounts: &[Mount], frames: &Frames, walk: &mut Walk) ->
 fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
     let mut frames = HashSet::new();
     let clones: Vec<_> = survey.clones.iter().map(|(clone, _)| clone.clone()).collect();
-    residency::each_inode(mounts, &survey.inodes, &clones, |_, file| collect_resident(&file, &mut frames))?;
+    let backings = residency::backings(mounts)?;
+    let wanted = |file: &ServedFile| {
+        file.serving == Serving::Decode
+            || backings.iter().any(|backing| backing.digest == file.digest && backing.file == file.name)
+    };
+    residency::each_inode(mounts, &survey.inodes, &clones, wanted, |_, file| {
+        collect_resident(&file, &mut frames)
+    })?;
     Ok(frames.len())
 }
 
@@ -172,6 +180,9 @@ fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
         sync: false,
     })
     .map_err(|e| Error::failed("cannot map a template to look at its frames").because(e))?;
+    // A fault on a page that readahead has marked would read further pages in.
+    let advised = view.advise_all(Advice::Random);
+    advised.map_err(|e| Error::failed("cannot switch readahead off to look at frames").because(e))?;
     let pagemap = Pagemap::this_process()?;
     for range in cachestat::in_core(&view)? {
         // Only what is in RAM already: the audit must not change what it measures.

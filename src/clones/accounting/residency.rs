@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 
 use crate::clones::find::{CloneProcess, Inodes, ServedFile};
-use crate::control::Mount;
+use crate::control::{Mount, Residency};
 use crate::error::Result;
 use crate::store::{Digest, Serving, Store};
 use crate::sys::{cachestat, handle, procfs};
@@ -20,25 +20,36 @@ pub type Resident = BTreeMap<(Digest, Serving), Bytes>;
 /// When a supervisor does not answer, or an inode may not be opened.
 pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> Result<Resident> {
     let mut resident = Resident::new();
-    for mount in mounts {
-        if mount.orphaned {
-            continue;
-        }
-        for backing in mount.residency()? {
-            *resident.entry((backing.digest, Serving::Passthrough)).or_default() += backing.resident_bytes;
-        }
+    for backing in backings(mounts)? {
+        *resident.entry((backing.digest, Serving::Passthrough)).or_default() += backing.resident_bytes;
     }
-    each_inode(mounts, inodes, clones, |file, opened| {
-        if file.serving == Serving::Decode {
+    each_inode(
+        mounts,
+        inodes,
+        clones,
+        |file| file.serving == Serving::Decode,
+        |file, opened| {
             *resident.entry((file.digest, Serving::Decode)).or_default() +=
                 cachestat::cached(&opened)?.bytes();
-        }
-        Ok(())
-    })?;
+            Ok(())
+        },
+    )?;
     Ok(resident)
 }
 
-/// Calls `each` with every inode of the mounts that the kernel holds now, opened.
+/// The passthrough backings of all mounts, as their supervisors see them.
+///
+/// # Errors
+/// When a supervisor does not answer.
+pub fn backings(mounts: &[Mount]) -> Result<Vec<Residency>> {
+    let mut all = Vec::new();
+    for mount in mounts.iter().filter(|mount| !mount.orphaned) {
+        all.extend(mount.residency()?);
+    }
+    Ok(all)
+}
+
+/// Calls `each` with every wanted inode of the mounts that the kernel holds now, opened.
 ///
 /// # Errors
 /// When an inode may not be opened, or what `each` says.
@@ -46,11 +57,12 @@ pub fn each_inode(
     mounts: &[Mount],
     inodes: &Inodes,
     clones: &[CloneProcess],
+    wanted: impl Fn(&ServedFile) -> bool,
     mut each: impl FnMut(&ServedFile, File) -> Result<()>,
 ) -> Result<()> {
     let mapped = one_mapping_of_each(clones);
     let roots: Vec<Option<File>> = mounts.iter().map(root_of).collect();
-    for (ino, file) in inodes.iter() {
+    for (ino, file) in inodes.iter().filter(|(_, file)| wanted(file)) {
         let dev = mounts[file.mount].device;
         let opened = match (&roots[file.mount], mapped.get(&(dev, ino))) {
             (Some(root), _) => handle::open_fuse_inode(root, ino)?,

@@ -8,3 +8,4 @@ pub mod launch;
 pub mod qmp;
 pub mod recipe;
 pub mod registry;
+pub mod stop;

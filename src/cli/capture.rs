@@ -1,0 +1,77 @@
+//! `stencil capture`: a running QEMU becomes a template.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::output::{Done, Report, to_json};
+use super::words::word;
+use super::{Global, interrupt};
+use crate::clones::capture::{Afterwards, Captured, capture};
+use crate::error::Result;
+use crate::store::{Store, TagName};
+use crate::units::Bytes;
+
+/// Make a template of a running QEMU
+///
+/// Its RAM must be in memory-backend-file objects with share=on. The VM stands still while it is captured and is
+/// afterwards as it was before.
+#[derive(Debug, Args)]
+pub struct CaptureArgs {
+    /// The QMP socket of the QEMU
+    #[arg(value_name = "SOCK")]
+    socket: PathBuf,
+    /// Name of the template; the tag is 'latest' unless given
+    #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>)]
+    tag: TagName,
+    /// Leave the VM paused
+    #[arg(long, conflicts_with = "quit")]
+    pause: bool,
+    /// End the VM
+    #[arg(long)]
+    quit: bool,
+}
+
+struct CaptureReport {
+    captured: Captured,
+    tag: TagName,
+}
+
+impl Report for CaptureReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Captured { imported, pause_seconds, cloned, state_bytes, vm, warnings } = &self.captured;
+        writeln!(out, "{} {}", self.tag, imported.digest)?;
+        let size: Bytes = imported.files.iter().filter(|f| f.kind.is_memory()).map(|f| f.size).sum();
+        writeln!(out, "{size} of RAM, {state_bytes} of device state, {} added to the store", imported.stored_bytes)?;
+        match pause_seconds {
+            Some(pause) => {
+                let how = if *cloned { ", its RAM file was cloned" } else { "" };
+                writeln!(out, "the VM stood still for {:.0} ms{how}; it is {vm}", pause * 1000.0)?;
+            }
+            None => writeln!(out, "the VM: {vm}")?,
+        }
+        warnings.iter().try_for_each(|warning| writeln!(out, "note: {warning}"))
+    }
+
+    fn json(&self) -> Value {
+        to_json(&self.captured)
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When the VM is none that clones can be made of, or something fails on the way.
+pub fn run(args: &CaptureArgs, global: &Global) -> Result<Done> {
+    let afterwards = match (args.pause, args.quit) {
+        (true, _) => Afterwards::Pause,
+        (_, true) => Afterwards::Quit,
+        _ => Afterwards::AsBefore,
+    };
+    let store = Store::open_or_create(&global.store)?;
+    let interrupt = interrupt::flag()?;
+    let captured = capture(&store, &args.socket, &args.tag, afterwards, interrupt, &*global.progress())?;
+    Ok(Done::report(CaptureReport { captured, tag: args.tag.clone() }))
+}

@@ -1,0 +1,172 @@
+//! `stencil clone`: many processes map one template.
+
+use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::output::{Done, Report, to_json};
+use super::words::word;
+use super::{Global, interrupt};
+use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
+use crate::clones::registry::Entry;
+use crate::clones::stop::stop;
+use crate::error::{Code, Error, Result};
+use crate::store::{Store, TemplateRef};
+
+/// Launch clones of a template
+///
+/// Without --simulate and CMD the template's own launch recipe is used. The command returns when all clones are
+/// ready; they live on until they end or are stopped. If one does not get ready, none is left.
+#[derive(Debug, Args)]
+pub struct CloneArgs {
+    /// The template: NAME[:TAG], NAME@blake3:HEX or the beginning of its digest
+    #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
+    template: TemplateRef,
+    /// How many
+    #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    count: u32,
+    /// Wait until all have ended (an interrupt stops them); exit as the command did
+    #[arg(long)]
+    wait: bool,
+    /// When a command is ready: mapped (it maps the template's memory) or notify (it writes to the descriptor
+    /// whose number is in STENCIL_NOTIFY)
+    #[arg(long, default_value = "mapped", value_parser = ["mapped", "notify"])]
+    ready: String,
+    /// Keep the clones that get ready though others fail
+    #[arg(long)]
+    keep_going: bool,
+    /// No VMM but a worker that maps the memory and touches pages: read=AMOUNT,write=AMOUNT[,seed=N][,file=NAME];
+    /// an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
+    #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
+    simulate: Option<Simulate>,
+    /// How many are launched at a time [default: twice the processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    parallel: Option<u32>,
+    /// Seconds that one clone may take to get ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    timeout: u32,
+    /// A command to run; {memory} {state} {file:NAME} {id} {index} {dir} are filled in, and are in STENCIL_MEMORY,
+    /// STENCIL_STATE… as well
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+struct CloneReport {
+    name: String,
+    digest: String,
+    clones: Vec<Entry>,
+    failures: Vec<Failure>,
+    seconds: f64,
+    ended: bool,
+}
+
+impl Report for CloneReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        if !self.ended {
+            for clone in &self.clones {
+                writeln!(out, "{}", clone.id)?;
+            }
+        }
+        for failure in &self.failures {
+            writeln!(out, "clone {} failed: {}", failure.index, failure.message)?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "template": self.digest,
+            "clones": to_json(&self.clones),
+            "failures": to_json(&self.failures),
+            "ready_seconds": self.seconds,
+        })
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no such template or mount, or a clone does not get ready.
+pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let target = Target::find(&store, &args.template)?;
+    let how = match (&args.simulate, args.command.is_empty()) {
+        (Some(simulate), _) => How::Simulated(simulate.clone()),
+        (None, true) => How::Qemu(target.recipe()?),
+        (None, false) => {
+            How::Command(args.command.clone(), if args.ready == "notify" { Ready::Notify } else { Ready::Mapped })
+        }
+    };
+    let cancel = interrupt::flag()?;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let order = Order {
+        target: &target,
+        how,
+        count: args.count,
+        parallel: args.parallel.unwrap_or(cores * 2),
+        keep_going: args.keep_going,
+        patience: Duration::from_secs(args.timeout.into()),
+        cancel: &cancel,
+    };
+    let start = Instant::now();
+    let launched = launch(&order)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let failed = !launched.failures.is_empty();
+    let mut code = 0;
+    let report = |clones, failures, ended| CloneReport {
+        name: target.name.clone(),
+        digest: target.digest.to_string(),
+        clones,
+        failures,
+        seconds,
+        ended,
+    };
+    let done = if args.wait {
+        let Launched { clones, failures, children } = launched;
+        code = wait(&clones, children, &cancel)?;
+        Done::report(report(clones, failures, true))
+    } else {
+        Done::report(report(launched.clones, launched.failures, false))
+    };
+    Ok(match (failed, code) {
+        (true, _) => done.exit_as(Code::Failed),
+        (false, code) => done.exit_code(code),
+    })
+}
+
+/// Waits for the end of all clones and removes what they had. Gives the exit code of the first that failed.
+fn wait(
+    clones: &[Entry],
+    mut children: Vec<std::process::Child>,
+    cancel: &std::sync::atomic::AtomicBool,
+) -> Result<u8> {
+    let mut code = 0;
+    loop {
+        children.retain_mut(|child| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) => {
+                let this = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+                if code == 0 {
+                    code = this.clamp(0, 255) as u8;
+                }
+                false
+            }
+            Err(_) => false,
+        });
+        if cancel.load(Ordering::Relaxed) {
+            stop(clones, Duration::from_secs(10))?;
+            return Err(Error::failed("interrupted: the clones were stopped"));
+        }
+        if children.is_empty() && clones.iter().all(|c| c.processes().is_empty()) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    clones.iter().try_for_each(Entry::remove)?;
+    Ok(code)
+}

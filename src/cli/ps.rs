@@ -1,0 +1,105 @@
+//! `stencil ps`: which clones there are.
+
+use std::io::{self, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::Global;
+use super::columns::Columns;
+use super::output::{Done, Report, to_json};
+use crate::clones::registry::{self, Entry};
+use crate::error::Result;
+
+/// List the clones that were launched here, and other processes that map a template
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Print ids only, of clones that were launched here
+    #[arg(long)]
+    ids: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    id: Option<String>,
+    pid: u32,
+    state: &'static str,
+    kind: &'static str,
+    name: Option<String>,
+    template: String,
+    created: Option<u64>,
+    dir: Option<String>,
+}
+
+impl Row {
+    fn of(entry: &Entry) -> Row {
+        let state = match (entry.is_launching(), entry.processes().is_empty()) {
+            (true, _) => "launching",
+            (false, false) => "running",
+            (false, true) => "ended",
+        };
+        Row {
+            id: Some(entry.id.clone()),
+            pid: entry.pid,
+            state,
+            kind: entry.kind.name(),
+            name: Some(entry.name.clone()),
+            template: entry.template.clone(),
+            created: Some(entry.created),
+            dir: Some(entry.dir.display().to_string()),
+        }
+    }
+}
+
+struct PsReport {
+    rows: Vec<Row>,
+    ids: bool,
+}
+
+impl Report for PsReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        if self.ids {
+            return self.rows.iter().filter_map(|r| r.id.as_ref()).try_for_each(|id| writeln!(out, "{id}"));
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "TEMPLATE"]);
+        for row in &self.rows {
+            let short: String = row.template.chars().take(12).collect();
+            columns.row([
+                row.id.clone().unwrap_or_else(|| "-".into()),
+                row.pid.to_string(),
+                row.state.into(),
+                row.kind.into(),
+                row.created.map_or_else(|| "-".into(), |at| age(now.saturating_sub(at))),
+                row.name.clone().unwrap_or(short),
+            ]);
+        }
+        columns.print(out)
+    }
+
+    fn json(&self) -> Value {
+        json!({ "clones": to_json(&self.rows) })
+    }
+}
+
+/// A span of time in its largest unit.
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        7200..=172_799 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86400),
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When the runtime directory cannot be read.
+pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
+    registry::sweep()?;
+    let rows: Vec<Row> = registry::list()?.iter().map(Row::of).collect();
+    Ok(Done::report(PsReport { rows, ids: args.ids }))
+}

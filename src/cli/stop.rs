@@ -1,0 +1,66 @@
+//! `stencil stop`: clones end.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use crate::clones::registry::{self, Entry};
+use crate::clones::stop::{How, stop};
+use crate::error::Result;
+
+/// Stop clones that were launched here and remove what they had
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Their ids
+    #[arg(value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
+    ids: Vec<String>,
+    /// All of them
+    #[arg(long)]
+    all: bool,
+    /// Seconds until a clone that does not end is killed
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    grace: u32,
+}
+
+struct StopReport {
+    stopped: Vec<(Entry, How)>,
+    quiet: bool,
+}
+
+impl Report for StopReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        if self.quiet {
+            return Ok(());
+        }
+        let killed = self.stopped.iter().filter(|(_, how)| *how == How::Killed).count();
+        match (self.stopped.len(), killed) {
+            (all, 0) => writeln!(out, "{all} stopped"),
+            (all, killed) => writeln!(out, "{all} stopped, {killed} of them killed"),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let row = |(entry, how): &(Entry, How)| json!({"id": entry.id, "pid": entry.pid, "how": to_json(how)});
+        json!({ "stopped": self.stopped.iter().map(row).collect::<Vec<_>>() })
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no clone of an id, or one cannot be ended.
+pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
+    registry::sweep()?;
+    let entries = if args.all {
+        // Those that a launcher still holds are its own.
+        registry::list()?.into_iter().filter(|e| !e.is_launching()).collect()
+    } else {
+        args.ids.iter().map(|id| registry::find(id)).collect::<Result<Vec<_>>>()?
+    };
+    let how = stop(&entries, Duration::from_secs(args.grace.into()))?;
+    Ok(Done::report(StopReport { stopped: entries.into_iter().zip(how).collect(), quiet: global.quiet }))
+}

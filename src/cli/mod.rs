@@ -1,6 +1,8 @@
 //! The command line: parse → run → print → exit. One file a command (or a small family of them).
 
+mod capture;
 mod chmod;
+mod clone;
 mod columns;
 mod density;
 mod dirty;
@@ -11,13 +13,16 @@ mod generate;
 mod import;
 mod inspect;
 mod interrupt;
+mod logs;
 mod ls;
 mod mount;
 mod output;
 mod path;
 mod progress;
+mod ps;
 mod rm;
 mod status;
+mod stop;
 mod tag;
 mod umount;
 mod verify;
@@ -96,6 +101,11 @@ enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
+    Capture(capture::CaptureArgs),
+    Clone(clone::CloneArgs),
+    Ps(ps::PsArgs),
+    Logs(logs::LogsArgs),
+    Stop(stop::StopArgs),
 }
 
 fn run(cli: Cli) -> Result<Done> {
@@ -119,11 +129,19 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Mount(args) => mount::run(args, global),
         Command::Umount(args) => umount::run(args, global),
         Command::Status(args) => status::run(args, global),
+        Command::Capture(args) => capture::run(args, global),
+        Command::Clone(args) => clone::run(args, global),
+        Command::Ps(args) => ps::run(args, global),
+        Command::Logs(args) => logs::run(args, global),
+        Command::Stop(args) => stop::run(args, global),
     }
 }
 
 /// Runs the command of this process's arguments.
 pub fn main() -> ExitCode {
+    if let Some(code) = crate::clones::launch::helper_main() {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return output::clap_error(&error),

@@ -9,8 +9,8 @@ use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -101,10 +101,15 @@ pub fn capture(
     let (imported, pause) = if clones.is_some() {
         let pause = stand.over(false)?;
         (store.import(request, progress)?, Some(pause))
+    } else if run_on {
+        let until_read = UntilRead { inner: progress, stand: Mutex::new(&mut stand), pause: Mutex::default() };
+        let imported = store.import(request, &until_read);
+        let pause = until_read.pause.into_inner().unwrap_or_else(PoisonError::into_inner);
+        (imported?, Some(pause.unwrap_or_else(|| stand.over(false))?))
     } else {
         let imported = store.import(request, progress)?;
-        let pause = stand.over(!run_on)?;
-        (imported, run_on.then_some(pause))
+        stand.over(true)?;
+        (imported, None)
     };
     let vm_now = match afterwards {
         Afterwards::Quit => stand.quit()?,
@@ -265,6 +270,34 @@ fn check_live(qmp: &mut Qmp, plan: &Plan) -> Result<()> {
     }
     Err(Error::usage(format!("clones cannot have: {}", against.join("; ")))
         .remedy("start the VM without it, then capture again; guests without disk and network can be cloned"))
+}
+
+/// Lets the VM run again as soon as an import has read all of its sources: what comes then, flushing to the disk and
+/// the commit, need not make a guest wait.
+struct UntilRead<'a> {
+    inner: &'a dyn Progress,
+    stand: Mutex<&'a mut Stand>,
+    pause: Mutex<Option<Result<Duration>>>,
+}
+
+impl Progress for UntilRead<'_> {
+    fn start(&self, phase: &str, total: Option<Bytes>) {
+        self.inner.start(phase, total);
+    }
+
+    fn advance(&self, done: Bytes) {
+        self.inner.advance(done);
+    }
+
+    fn finish(&self) {
+        let mut stand = self.stand.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        if pause.is_none() {
+            *pause = Some(stand.over(false));
+        }
+        drop((stand, pause));
+        self.inner.finish();
+    }
 }
 
 /// A VM that stands still. However this ends, it is let run again if it ran.

@@ -1,46 +1,21 @@
 //! What goes in comes out, byte for byte, under one identity.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::Stdio;
 
 use stencilfs::progress::Silent;
-use stencilfs::store::{
-    BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Imported, Scratch, Source, Store,
-};
+use stencilfs::store::{Serving, Store, inode_number};
 
-/// Bytes that do not compress, the same for the same seed.
-pub fn random(seed: u64, length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
-
-fn request(dir: &Path, tag: &str, bytes: &[u8]) -> ImportRequest {
-    let source = dir.join(format!("{}.source", Digest::of(tag.as_bytes()).short()));
-    fs::write(&source, bytes).unwrap();
-    let file = ImportFile { name: "memory".into(), kind: FileKind::Blob, source: Source::Path(source) };
-    ImportRequest::new(Some(tag.parse().unwrap()), vec![file])
-}
-
-fn import(store: &Store, dir: &Path, tag: &str, bytes: &[u8]) -> Imported {
-    store.import(request(dir, tag, bytes), &Silent).unwrap()
-}
-
-fn read_all(store: &Store, digest: &Digest) -> Vec<u8> {
-    let template = store.template(digest).unwrap();
-    let (mut scratch, mut out, mut block) = (Scratch::default(), Vec::new(), vec![1; BLOCK_SIZE as usize]);
-    for number in 0..template.block_count(0) {
-        let length = template.read_block(0, number, &mut scratch, &mut block).unwrap();
-        out.extend_from_slice(&block[..length]);
-    }
-    out
-}
+use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
 /// Every shape that the cutting into blocks could get wrong.
 fn shapes() -> Vec<(&'static str, Vec<u8>)> {
     let holes = [vec![0; 3 << 20], random(4, 200_000), vec![0; (3 << 20) + 17]].concat();
     let mut sparse_pages = vec![0; 40 * 4096];
     sparse_pages[4096 * 21 + 7] = 1;
+    let mut last_byte = vec![0; (2 << 20) + 1];
+    last_byte[2 << 20] = 9;
     vec![
         ("empty", Vec::new()),
         ("one byte", vec![7]),
@@ -51,37 +26,168 @@ fn shapes() -> Vec<(&'static str, Vec<u8>)> {
         ("all random", random(3, (5 << 20) + 4096)),
         ("holes at both ends", holes),
         ("single pages", sparse_pages),
+        ("last byte", last_byte),
         ("text", b"compress me ".repeat(300_000)),
+        ("guest", guest_like(7, 7 << 20)),
     ]
 }
 
+const CODECS: [(&str, &str); 6] =
+    [("lz4", "64k"), ("zstd:9", "64k"), ("none", "64k"), ("lz4", "4k"), ("zstd", "16k"), ("none", "8k")];
+
 #[test]
-fn every_shape_with_every_codec_round_trips_under_one_digest() {
-    let dir = tempfile::tempdir().unwrap();
+fn every_shape_with_every_codec_comes_back_under_one_digest() {
     for (shape, bytes) in shapes() {
         let mut digests = Vec::new();
-        for (codec, chunk) in [
-            ("lz4", "64k"),
-            ("zstd:9", "64k"),
-            ("none", "64k"),
-            ("lz4", "4k"),
-            ("zstd", "16k"),
-            ("none", "8k"),
-        ] {
-            let store = Store::open_or_create(&dir.path().join(format!("{shape}-{codec}-{chunk}"))).unwrap();
-            let mut request = request(dir.path(), "a", &bytes);
+        for (codec, chunk) in CODECS {
+            let fixture = Fixture::new();
+            let mut request = fixture.request("a", &bytes);
             request.compression = codec.parse().unwrap();
             request.chunk_size = chunk.parse().unwrap();
-            let imported = store.import(request, &Silent).unwrap();
-            assert!(read_all(&store, &imported.digest) == bytes, "{shape} {codec} {chunk}");
+            let imported = fixture.store().import(request, &Silent).unwrap();
+            let back = read_all(&fixture.store(), &imported.digest, 0).unwrap();
+            assert!(back == bytes, "{shape} {codec} {chunk}");
             digests.push(imported.digest);
         }
         assert!(digests.iter().all(|d| *d == digests[0]), "{shape}: {digests:?}");
     }
-    assert!(
-        import(&Store::open_or_create(&dir.path().join("s")).unwrap(), dir.path(), "x", b"1")
-            .stored_bytes
-            .get()
-            > 0
+}
+
+/// The data counted by the store is what a page-by-page model counts, and the ranges cover exactly it.
+#[test]
+fn data_is_counted_by_the_page() {
+    for (shape, bytes) in shapes() {
+        let fixture = Fixture::new();
+        let digest = fixture.import("a", &bytes).digest;
+        let template = fixture.store().template(&digest).unwrap();
+        let pages = bytes.chunks(4096).filter(|p| p.iter().any(|b| *b != 0)).count() as u64;
+        assert_eq!(template.files()[0].data_bytes.get(), pages * 4096, "{shape}");
+        let ranges = template.data_ranges(0).unwrap();
+        for (number, block) in bytes.chunks(65536).enumerate() {
+            let mask = block
+                .chunks(4096)
+                .enumerate()
+                .fold(0u16, |mask, (page, bytes)| mask | u16::from(bytes.iter().any(|b| *b != 0)) << page);
+            let number = number as u64;
+            assert_eq!(template.data_pages(0, number).unwrap(), mask, "{shape}");
+            assert_eq!(ranges.iter().any(|r| r.contains(&number)), mask != 0, "{shape} block {number}");
+            assert_eq!(template.block_id(0, number).unwrap().is_some(), mask != 0, "{shape} block {number}");
+        }
+        assert!(ranges.windows(2).all(|w| w[0].end < w[1].start), "{shape}: {ranges:?}");
+    }
+}
+
+/// By the command line: from a file, from a pipe, to a file, to a pipe; holes stay holes.
+#[test]
+fn export_gives_the_imported_file_back() {
+    for (shape, mut bytes) in shapes() {
+        bytes.resize(bytes.len().next_multiple_of(4096).max(4096), 0);
+        let fixture = Fixture::new();
+        let source = fixture.path("source");
+        // With real holes where it has zero pages.
+        let file = File::create(&source).unwrap();
+        file.set_len(bytes.len() as u64).unwrap();
+        for (page, part) in bytes.chunks(4096).enumerate() {
+            if part.iter().any(|b| *b != 0) {
+                file.write_all_at(part, page as u64 * 4096).unwrap();
+            }
+        }
+        let out = fixture.path("out");
+        let (source_text, out_text) = (source.to_str().unwrap(), out.to_str().unwrap());
+        fixture.run(&["import", source_text, "a"]).ok();
+        fixture.run(&["export", "a", out_text]).ok();
+        assert!(fs::read(&out).unwrap() == bytes, "{shape}");
+        let blocks = |path| fs::metadata(path).unwrap().blocks();
+        assert!(
+            blocks(&out) <= blocks(&source) + 16,
+            "{shape}: {} blocks, {}",
+            blocks(&out),
+            blocks(&source)
+        );
+
+        let piped = stencil(fixture.dir.path(), &["import", "-", "b", "--json"])
+            .stdin(Stdio::from(
+                stencil(fixture.dir.path(), &["export", "a/memory", "-"])
+                    .stdout(Stdio::piped())
+                    .spawn()
+                    .unwrap()
+                    .stdout
+                    .unwrap(),
+            ))
+            .output()
+            .unwrap();
+        let piped: serde_json::Value = serde_json::from_slice(&piped.stdout).unwrap();
+        assert_eq!(piped["existed"], true, "{shape}: a pipe gives another digest");
+        fixture.assert_clean();
+    }
+}
+
+/// Names, labels, mode, owner, codec, chunk size and host do not matter; a byte, a kind or a name of a
+/// file do.
+#[test]
+fn identity_depends_on_content_alone() {
+    let bytes = guest_like(1, 4 << 20);
+    let (one, two) = (Fixture::new(), Fixture::new());
+    let source = one.file("m", &bytes);
+    let source = source.to_str().unwrap();
+    let state = one.file("s", b"device state");
+    let state = state.to_str().unwrap();
+    let digest = |fixture: &Fixture, args: &[&str]| {
+        let mut all = vec!["import", source];
+        all.extend(args);
+        all.push("--json");
+        fixture.run(&all).ok().json()["digest"].as_str().unwrap().to_owned()
+    };
+    let base = digest(&one, &["a:1", "--state", state]);
+    assert_eq!(
+        base,
+        digest(&one, &["b:2", "--state", state, "--label", "k=v", "--mode", "0400", "--owner", "7:8"])
     );
+    assert_eq!(base, digest(&two, &["a", "--state", state, "--compression", "zstd:7"]));
+    assert_eq!(base, digest(&two, &["c", "--state", state, "--compression", "none", "--chunk-size", "4k"]));
+    assert_eq!(base, digest(&two, &["d", "--file", &format!("state={state},kind=blob")]));
+    for other in [
+        digest(&two, &["e"]),
+        digest(&two, &["f", "--file", &format!("other={state},kind=blob")]),
+        digest(&two, &["g", "--state", source]),
+        digest(&two, &["h", "--file", &format!("state={source},kind=rom")]),
+        digest(&two, &["i", "--file", &format!("state={source},kind=ram")]),
+    ] {
+        assert_ne!(base, other);
+    }
+    // One template, two tags; the later policy counts.
+    let inspected = one.run(&["inspect", "a:1", "--json"]).ok().json();
+    assert_eq!(inspected["tags"], serde_json::json!(["a:1", "b:2"]));
+    assert_eq!((&inspected["mode"], &inspected["uid"]), (&"0400".into(), &7.into()));
+    assert_eq!(inspected["labels"]["k"], "v");
+    // The digest is the plain BLAKE3 hash of the image on the disk.
+    let image = fs::read(one.path("store/images").join(&base).join("image")).unwrap();
+    assert_eq!(blake3::hash(&image).to_hex().as_str(), base);
+    // Inode numbers differ by store, not by tag.
+    let (a, b) = (Store::open(&one.path("store")).unwrap(), Store::open(&two.path("store")).unwrap());
+    let digest = base.parse().unwrap();
+    let inode = |store: &Store| inode_number(&store.secret(), &digest, "memory", Serving::Decode);
+    assert_ne!(inode(&a), inode(&b));
+}
+
+#[test]
+fn several_files_come_back_into_a_folder() {
+    let fixture = Fixture::new();
+    let parts =
+        [("memory", guest_like(1, 1 << 20)), ("node1", guest_like(2, 1 << 20)), ("state", random(3, 777))];
+    let paths: Vec<String> =
+        parts.iter().map(|(n, b)| fixture.file(n, b).to_str().unwrap().to_owned()).collect();
+    let node = format!("node1={}", paths[1]);
+    fixture.run(&["import", &paths[0], "numa", "--state", &paths[2], "--file", &node]).ok();
+    let out = fixture.path("out");
+    fs::create_dir(&out).unwrap();
+    fixture.run(&["export", "numa", out.to_str().unwrap()]).ok();
+    for (name, bytes) in &parts {
+        assert!(fs::read(out.join(name)).unwrap() == *bytes, "{name}");
+    }
+    let single = fixture.path("single");
+    fixture.run(&["export", "numa/node1", single.to_str().unwrap()]).ok();
+    assert!(fs::read(single).unwrap() == parts[1].1);
+    assert_eq!(fixture.run(&["export", "numa/nope", "/dev/null"]).code, 4);
+    fixture.run(&["verify"]).ok();
 }

@@ -3,5 +3,6 @@ mod backend_memory;
 mod kvm_guest;
 mod layers;
 mod qemu_conformance;
+mod store_damage;
 mod store_roundtrip;
 mod support;

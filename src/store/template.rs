@@ -12,7 +12,7 @@ use super::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use super::format::placement::{Front, Row};
 use super::format::{Invalid, PackId, Preamble, Stored};
 use super::pack::{AlignedBuffer, PackFile, PackIndex};
-use super::tree::{ChainingValue, CheckedTable, SEGMENT, segment_value, segments};
+use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
 use super::{BLOCK_SIZE, Digest, Policy, Store, TemplateFile};
 use crate::error::{Error, Result};
 use crate::units::Bytes;
@@ -321,9 +321,11 @@ fn open_placement(path: &Path, digest: &Digest) -> Result<(Front, Vec<ChainingVa
     let values = |from, to| Ok(read(from, to - from)?.as_chunks::<32>().0.to_vec());
     let image_values = values(sections.image_tree, sections.rows_tree)?;
     let rows_values = values(sections.rows_tree, sections.end)?;
+    if root(&image_values, front.image_length) != Some(*digest) {
+        return Err(damage("its checksums of the image do not belong to the template's digest".into()));
+    }
     let range = (sections.rows, sections.rows_length);
-    let root = front.rows_root;
-    let rows = CheckedTable::new(what, path, file, range, rows_values, &root)?;
+    let rows = CheckedTable::new(what, path, file, range, rows_values, &front.rows_root)?;
     Ok((front, image_values, rows))
 }
 

@@ -2,4 +2,5 @@
 
 pub mod host;
 pub mod qemu_object;
+pub mod store;
 pub mod tables;

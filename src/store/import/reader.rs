@@ -105,8 +105,9 @@ impl Input {
             0 => Error::usage(format!("{name} is empty")).remedy("check the source; guest memory has a size"),
             _ => Error::usage(format!("{name} has {size} bytes, which is no multiple of {PAGE_SIZE}"))
                 .remedy(format!(
-                    "check that the source is complete; to import it as it is use --file {}=PATH,kind=blob",
-                    self.name
+                    "check that the source is complete; 'truncate -s {} FILE' pads it with zeros; what is \
+                     not guest memory can be a file of kind blob",
+                    size.next_multiple_of(PAGE_SIZE)
                 )),
         }
         .at(&self.origin))

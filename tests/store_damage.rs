@@ -1,0 +1,246 @@
+//! Damage anywhere is found and named; no wrong byte leaves the store; importing again repairs.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use stencilfs::error::Code;
+use stencilfs::progress::Silent;
+use stencilfs::store::{BLOCK_SIZE, Digest, Scratch};
+
+use crate::support::store::{Fixture, guest_like, random, read_all};
+
+/// A store with two templates that share blocks, in sub-chunks and in one piece.
+fn fixture() -> (Fixture, Vec<(String, Digest, Vec<u8>)>) {
+    let fixture = Fixture::new();
+    let first = guest_like(1, 3 << 20);
+    let second = [&first[..1 << 20], &guest_like(2, 1 << 20)[..], &random(9, 70_000)].concat();
+    let mut templates = Vec::new();
+    for (name, bytes, chunk) in [("first", first, "64k"), ("second", second, "8k")] {
+        let mut request = fixture.request(name, &bytes);
+        request.chunk_size = chunk.parse().unwrap();
+        let digest = fixture.store().import(request, &Silent).unwrap().digest;
+        templates.push((name.to_owned(), digest, bytes));
+    }
+    (fixture, templates)
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x20], at).unwrap();
+}
+
+/// Reads everything that can be read: each block is right or an error that says damage.
+fn assert_no_wrong_byte(fixture: &Fixture, templates: &[(String, Digest, Vec<u8>)]) -> usize {
+    let mut errors = 0;
+    let Ok(store) = stencilfs::store::Store::open(&fixture.path("store")) else { return 1 };
+    for (name, digest, bytes) in templates {
+        let template = match store.template(digest) {
+            Ok(template) => template,
+            Err(e) => {
+                assert!(matches!(e.code(), Code::Damage | Code::Failed), "{name}: {e}");
+                errors += 1;
+                continue;
+            }
+        };
+        let mut scratch = Scratch::default();
+        let mut block = vec![0xaa; BLOCK_SIZE as usize];
+        for (number, expected) in bytes.chunks(BLOCK_SIZE as usize).enumerate() {
+            match template.read_block(0, number as u64, &mut scratch, &mut block) {
+                Ok(length) => assert!(block[..length] == *expected, "{name}: block {number} is wrong"),
+                Err(e) => {
+                    assert!(matches!(e.code(), Code::Damage | Code::Failed), "{name}: {e}");
+                    errors += 1;
+                }
+            }
+        }
+    }
+    errors
+}
+
+/// Every file of the store, and for each the places to damage: the first bytes one by one, then samples.
+fn places(fixture: &Fixture) -> Vec<(PathBuf, u64)> {
+    let mut places = Vec::new();
+    for path in fixture.files("") {
+        let length = fs::metadata(&path).unwrap().len();
+        let step = (length / 60).max(1);
+        let head = (0..length.min(400)).step_by(7);
+        let tail = (length.saturating_sub(200)..length).step_by(11);
+        places
+            .extend(head.chain((0..length).step_by(step as usize)).chain(tail).map(|at| (path.clone(), at)));
+    }
+    places
+}
+
+#[test]
+fn a_flipped_bit_anywhere_is_found_and_named_and_never_served() {
+    let (fixture, templates) = fixture();
+    let mut silent = Vec::new();
+    let places = places(&fixture);
+    assert!(places.len() > 400, "{}", places.len());
+    for (path, at) in &places {
+        flip(path, *at);
+        let errors = assert_no_wrong_byte(&fixture, &templates);
+        let verified = stencilfs::store::Store::open(&fixture.path("store"))
+            .and_then(|store| store.verify(None, &Default::default(), &Silent));
+        match verified {
+            Ok(verified) => {
+                let named = verified.damages.iter().any(|d| d.path == *path);
+                if !named {
+                    silent.push((path.clone(), *at));
+                }
+                if errors > 0 {
+                    assert!(named, "{} at {at}: {:?}", path.display(), verified.damages);
+                }
+            }
+            Err(e) => assert_eq!(e.path(), Some(path.as_path()), "{e}"),
+        }
+        flip(path, *at);
+    }
+    // Bits without a meaning exist in compressed data; nowhere else.
+    for (path, at) in &silent {
+        assert!(path.extension().is_some_and(|e| e == "pack"), "{} at {at} was not found", path.display());
+    }
+    assert!(
+        silent.len() < places.len() / 50,
+        "{} of {} flips not found: {silent:?}",
+        silent.len(),
+        places.len()
+    );
+    assert_eq!(assert_no_wrong_byte(&fixture, &templates), 0);
+}
+
+/// By the command: exit code 3, pack, offset, template and file are named, nothing is at OUT.
+#[test]
+fn verify_names_and_export_leaves_nothing() {
+    let (fixture, templates) = fixture();
+    let pack = fixture.files("packs")[0].clone();
+    flip(&pack, 5000);
+    let verify = fixture.run(&["verify"]);
+    assert_eq!(verify.code, 3, "{verify:?}");
+    assert!(
+        verify.stdout.contains(pack.to_str().unwrap()) && verify.stdout.contains("offset "),
+        "{verify:?}"
+    );
+    let json = fixture.run(&["verify", "--json"]);
+    assert_eq!(json.code, 3);
+    let damages = json.json()["damages"].as_array().unwrap().clone();
+    assert_eq!(damages.len(), 1, "{damages:?}");
+    let offset = damages[0]["offset"].as_u64().unwrap();
+    assert!(offset <= 5000 && 5000 < offset + 65536 + 544, "{damages:?}");
+    let affected: Vec<&str> =
+        damages[0]["affects"].as_array().unwrap().iter().map(|a| a["digest"].as_str().unwrap()).collect();
+    let mut broken = 0;
+    for (name, digest, bytes) in &templates {
+        let out = fixture.path("out");
+        fs::write(&out, "before").unwrap();
+        let export = fixture.run(&["export", name, out.to_str().unwrap()]);
+        let single = fixture.run(&["verify", name]).code;
+        if affected.contains(&digest.to_string().as_str()) {
+            broken += 1;
+            assert_eq!((export.code, single), (3, 3), "{export:?}");
+            assert!(export.stderr.contains(pack.to_str().unwrap()), "{export:?}");
+            // What was there before is there still.
+            assert_eq!(fs::read(&out).unwrap(), b"before");
+        } else {
+            assert_eq!((export.code, single), (0, 0), "{export:?}");
+            assert!(fs::read(&out).unwrap() == *bytes);
+        }
+        let fresh = fixture.path("fresh");
+        let export = fixture.run(&["export", name, fresh.to_str().unwrap()]);
+        assert_eq!(export.code == 0, fresh.exists());
+        let _ = fs::remove_file(&fresh);
+    }
+    assert!(broken > 0);
+    let left: Vec<_> = fs::read_dir(fixture.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().contains(".stencil-")), "{left:?}");
+}
+
+#[test]
+fn a_truncated_pack_loses_its_tail_only() {
+    let (fixture, templates) = fixture();
+    let pack = fixture.files("packs").into_iter().max_by_key(|p| fs::metadata(p).unwrap().len()).unwrap();
+    let whole = fs::read(&pack).unwrap();
+    for keep in [0, 1, 100, 255, 256, 4096, whole.len() / 2, whole.len() - 1] {
+        fs::write(&pack, &whole[..keep]).unwrap();
+        let errors = assert_no_wrong_byte(&fixture, &templates);
+        if keep == whole.len() / 2 {
+            let blocks: usize = templates.iter().map(|t| t.2.len().div_ceil(65536)).sum();
+            assert!(errors > 0 && errors < blocks, "{errors} of {blocks}");
+        }
+        let verify = fixture.run(&["verify"]);
+        assert_eq!(verify.code, 3, "{keep}: {verify:?}");
+        assert!(verify.stdout.contains(pack.to_str().unwrap()), "{verify:?}");
+    }
+    fs::remove_file(&pack).unwrap();
+    assert!(assert_no_wrong_byte(&fixture, &templates) > 0);
+    let verify = fixture.run(&["verify"]);
+    assert_eq!(verify.code, 3);
+    assert!(verify.stdout.contains("missing"), "{verify:?}");
+    fs::write(&pack, &whole).unwrap();
+    fixture.run(&["verify"]).ok();
+}
+
+#[test]
+fn swapped_packs_and_swapped_tables_are_found() {
+    let (fixture, templates) = fixture();
+    let packs = fixture.files("packs");
+    assert!(packs.len() >= 2);
+    let swap = |a: &Path, b: &Path| {
+        let between = fixture.path("between");
+        fs::rename(a, &between).unwrap();
+        fs::rename(b, a).unwrap();
+        fs::rename(&between, b).unwrap();
+    };
+    let folders: Vec<PathBuf> =
+        templates.iter().map(|t| fixture.path("store/images").join(t.1.to_string())).collect();
+    let pairs = [
+        (packs[0].clone(), packs[1].clone()),
+        (folders[0].join("image"), folders[1].join("image")),
+        (folders[0].join("placement"), folders[1].join("placement")),
+        (folders[0].clone(), folders[1].clone()),
+    ];
+    for (a, b) in pairs {
+        swap(&a, &b);
+        assert!(assert_no_wrong_byte(&fixture, &templates) > 0, "{}", a.display());
+        let verify = fixture.run(&["verify"]);
+        assert_eq!(verify.code, 3, "{}: {verify:?}", a.display());
+        assert!([&a, &b].iter().all(|p| verify.stdout.contains(p.to_str().unwrap())), "{verify:?}");
+        swap(&a, &b);
+    }
+    fixture.run(&["verify"]).ok();
+}
+
+#[test]
+fn importing_again_repairs() {
+    let (fixture, templates) = fixture();
+    let victims: Vec<PathBuf> = fixture.files("packs").into_iter().chain(fixture.files("images")).collect();
+    for victim in victims {
+        for how in ["flip", "cut", "remove"] {
+            if !victim.exists() {
+                continue;
+            }
+            match how {
+                "flip" => flip(&victim, fs::metadata(&victim).unwrap().len() / 2),
+                "cut" => {
+                    let bytes = fs::read(&victim).unwrap();
+                    fs::write(&victim, &bytes[..bytes.len() / 3]).unwrap();
+                }
+                _ => fs::remove_file(&victim).unwrap(),
+            }
+            for (name, digest, bytes) in &templates {
+                assert_eq!(fixture.import(name, bytes).digest, *digest);
+                assert!(
+                    read_all(&fixture.store(), digest, 0).unwrap() == *bytes,
+                    "{how} {}",
+                    victim.display()
+                );
+            }
+            // What is left of the old pack is named, but nobody needs it.
+            let verify = fixture.run(&["verify"]);
+            assert_eq!(verify.code, 0, "{how} {}: {verify:?}", victim.display());
+        }
+    }
+}

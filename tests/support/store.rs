@@ -1,0 +1,157 @@
+//! A store in a temporary folder, and the `stencil` command on it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use stencilfs::progress::Silent;
+use stencilfs::store::{
+    BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Imported, Scratch, Source, Store,
+};
+
+/// Bytes that do not compress, the same for the same seed.
+pub fn random(seed: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// Something like guest memory: zero pages, text, tables of small numbers, random pages.
+pub fn guest_like(seed: u64, length: usize) -> Vec<u8> {
+    let noise = random(seed, length.div_ceil(4096));
+    let mut bytes = vec![0; length];
+    for (page, (out, kind)) in bytes.chunks_mut(4096).zip(noise).enumerate() {
+        match kind % 8 {
+            0..4 => {}
+            4 => out.copy_from_slice(&random(seed + page as u64, 4096)[..out.len()]),
+            5 | 6 => {
+                out.iter_mut().enumerate().for_each(|(i, b)| *b = b"struct page_entry "[(i + page) % 18])
+            }
+            _ => out.iter_mut().step_by(8).for_each(|b| *b = page as u8),
+        }
+    }
+    bytes
+}
+
+/// A store of its own.
+pub struct Fixture {
+    pub dir: tempfile::TempDir,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Ran {
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    pub fn ok(self) -> Ran {
+        assert_eq!(self.code, 0, "{self:?}");
+        self
+    }
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Ran {
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// The `stencil` command on the store in `dir`.
+pub fn stencil(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stencil"));
+    command.args(args).env("STENCIL_STORE", dir.join("store")).env("STENCIL_RUNTIME_DIR", dir.join("run"));
+    command
+}
+
+impl Fixture {
+    pub fn new() -> Fixture {
+        Fixture { dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Path of a new file with these bytes.
+    pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    pub fn store(&self) -> Store {
+        Store::open_or_create(&self.path("store")).unwrap()
+    }
+
+    pub fn run(&self, args: &[&str]) -> Ran {
+        stencil(self.dir.path(), args).output().unwrap().into()
+    }
+
+    /// A request for a template with the one file `memory`.
+    pub fn request(&self, tag: &str, bytes: &[u8]) -> ImportRequest {
+        let source = self.file(&format!("{}.source", Digest::of(tag.as_bytes()).short()), bytes);
+        let kind = if bytes.len().is_multiple_of(4096) && !bytes.is_empty() {
+            FileKind::Ram
+        } else {
+            FileKind::Blob
+        };
+        let file = ImportFile { name: "memory".into(), kind, source: Source::Path(source) };
+        ImportRequest::new(Some(tag.parse().unwrap()), vec![file])
+    }
+
+    pub fn import(&self, tag: &str, bytes: &[u8]) -> Imported {
+        self.store().import(self.request(tag, bytes), &Silent).unwrap()
+    }
+
+    /// Files below a folder of the store, sorted.
+    pub fn files(&self, folder: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        collect(&self.path("store").join(folder), &mut found);
+        found.sort();
+        found
+    }
+
+    /// Nothing of a failed or killed command is left: no session, no file that is not of the layout.
+    pub fn assert_clean(&self) {
+        assert_eq!(self.files("tmp"), Vec::<PathBuf>::new());
+        for file in self.files("") {
+            let name = file.file_name().unwrap().to_string_lossy();
+            assert!(!name.starts_with('.'), "{} is left", file.display());
+        }
+    }
+
+    /// Blocks that the store takes on the disk, in bytes.
+    pub fn disk_usage(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        self.files("").iter().map(|f| fs::metadata(f).unwrap().blocks() * 512).sum()
+    }
+}
+
+fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { collect(&path, found) } else { found.push(path) }
+    }
+}
+
+/// All bytes of one file of a template, or the error of its first bad block.
+pub fn read_all(store: &Store, digest: &Digest, file: usize) -> stencilfs::error::Result<Vec<u8>> {
+    let template = store.template(digest)?;
+    let (mut scratch, mut out, mut block) = (Scratch::default(), Vec::new(), vec![1; BLOCK_SIZE as usize]);
+    for number in 0..template.block_count(file) {
+        let length = template.read_block(file, number, &mut scratch, &mut block)?;
+        out.extend_from_slice(&block[..length]);
+    }
+    Ok(out)
+}

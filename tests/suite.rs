@@ -2,6 +2,7 @@
 mod backend_memory;
 mod kvm_guest;
 mod layers;
+mod mount_reads;
 mod qemu_conformance;
 mod store_damage;
 mod store_roundtrip;

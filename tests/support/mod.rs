@@ -1,6 +1,7 @@
 //! What the scenarios share.
 
 pub mod host;
+pub mod mount;
 pub mod qemu_object;
 pub mod store;
 pub mod tables;

@@ -1,0 +1,189 @@
+//! Every way to read a file of the mount gives what was imported, with both kinds of serving, also after a
+//! server was killed in between.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use stencilfs::store::BLOCK_SIZE;
+
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+
+const PAGE: usize = 4096;
+
+/// 24 MiB and a page: data that does not compress, text, holes as large as blocks and as large as huge pages,
+/// and an end in the middle of a block.
+fn image() -> Vec<u8> {
+    let mut bytes = vec![0; (24 << 20) + PAGE];
+    let mut random = vec![0; 3 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut random);
+    bytes[PAGE..PAGE + random.len()].copy_from_slice(&random);
+    for (i, page) in bytes[8 << 20..16 << 20].chunks_mut(PAGE).enumerate().filter(|(i, _)| i % 3 == 0) {
+        page[..8].copy_from_slice(&i.to_le_bytes());
+        page[100..].fill(i as u8);
+    }
+    bytes[20 << 20..(20 << 20) + BLOCK_SIZE as usize].fill(3);
+    let length = bytes.len();
+    bytes[length - 5..].copy_from_slice(b"end!\n");
+    bytes
+}
+
+/// Whole, by pieces at odd offsets, by sendfile, mapped, around the cache, by other programs.
+fn compare(path: &Path, expected: &[u8], scratch: &Path) {
+    assert!(fs::read(path).unwrap() == expected, "read");
+
+    let file = File::open(path).unwrap();
+    let mut piece = vec![0; 300_001];
+    for (offset, length) in [
+        (0, 1),
+        (1, 4095),
+        (4095, 2),
+        (65_535, 70_001),
+        ((3 << 20) + 4090, 300_001),
+        ((8 << 20) - 7, 131_072),
+        ((20 << 20) - 1, 65_540),
+        (expected.len() - 6, 6),
+    ] {
+        file.read_exact_at(&mut piece[..length], offset as u64).unwrap();
+        assert!(piece[..length] == expected[offset..offset + length], "pread {length} at {offset}");
+    }
+    assert_eq!(file.read_at(&mut piece, expected.len() as u64 - 2).unwrap(), 2, "a read ends with the file");
+    assert_eq!(file.read_at(&mut piece, expected.len() as u64 + 9).unwrap(), 0);
+
+    let mut other = File::create(scratch).unwrap();
+    std::io::copy(&mut File::open(path).unwrap(), &mut other).unwrap();
+    let mut position = 4097;
+    let sent = rustix::fs::sendfile(&other, &file, Some(&mut position), 200_000).unwrap();
+    other = File::open(scratch).unwrap();
+    let mut copied = Vec::new();
+    other.seek(SeekFrom::Start(expected.len() as u64)).unwrap();
+    other.read_to_end(&mut copied).unwrap();
+    assert!(copied == expected[4097..4097 + sent], "sendfile");
+
+    let direct = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
+        .open(path)
+        .unwrap();
+    let mut aligned =
+        stencilfs::sys::memfd::LockedBuffer::new(stencilfs::units::Bytes::new(1 << 20)).unwrap();
+    for offset in [0, 2 << 20, (24 << 20)] {
+        let got = direct.read_at(&mut aligned, offset as u64).unwrap();
+        let end = expected.len().min(offset + aligned.len());
+        assert!(aligned[..got] == expected[offset..end], "O_DIRECT at {offset}");
+    }
+}
+
+fn digest_of(path: &Path) -> String {
+    run("sha256sum", &[path]).split(' ').next().unwrap().to_owned()
+}
+
+fn all_ways_agree(serve: &str) {
+    let _host = host::shared();
+    let world = TestMount::new(serve);
+    let bytes = image();
+    let source = world.dir().join("source");
+    fs::write(&source, &bytes).unwrap();
+    let digest = world.import(&source, "web:1");
+    let path = world.file(&digest, "memory");
+    let sum = digest_of(&source);
+    for round in 0..3 {
+        compare(&path, &bytes, &world.dir().join("copy"));
+        assert_eq!(digest_of(&path), sum, "sha256sum in round {round}");
+        assert_eq!(digest_of(&world.mountpoint().join("templates/web/1/memory")), sum);
+        world.kill_server();
+        // The next round asks the new server, not the page cache.
+        drop_cache(&path);
+    }
+    let status = world.status();
+    assert_eq!(status["restarts"], 3);
+    assert_eq!(status["templates"][0]["serving"], serve, "{status:#}");
+    let counter = |name: &str| status["counters"][name].as_u64().unwrap();
+    assert_eq!(counter("damaged") + counter("failed"), 0, "{status:#}");
+    assert_eq!(counter("opens_decode") == 0, serve == "passthrough", "{status:#}");
+}
+
+fn drop_cache(path: &Path) {
+    let file = File::open(path).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
+#[test]
+fn every_way_to_read_agrees_with_the_source_by_decode() {
+    all_ways_agree("decode");
+}
+
+#[test]
+fn every_way_to_read_agrees_with_the_source_by_passthrough() {
+    all_ways_agree("passthrough");
+}
+
+#[test]
+fn names_attributes_and_sizes_are_as_promised() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    let bytes = image();
+    let digest = world.import_bytes(&bytes, "web:1");
+    let names = |path: &str| {
+        let mut names: Vec<String> = fs::read_dir(world.mountpoint().join(path))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(""), ["by-id", "templates"]);
+    assert_eq!(names("by-id"), [digest.clone()]);
+    assert_eq!(names(&format!("by-id/{digest}")), ["manifest.json", "memory"]);
+    assert_eq!(names("templates"), ["web"]);
+    assert_eq!(names("templates/web"), ["1"]);
+    let link = fs::read_link(world.mountpoint().join("templates/web/1")).unwrap();
+    assert_eq!(link, Path::new("../../by-id").join(&digest));
+
+    let memory = fs::metadata(world.file(&digest, "memory")).unwrap();
+    assert_eq!((memory.len(), memory.mode(), memory.nlink()), (bytes.len() as u64, 0o100_444, 1));
+    let zero = [0; PAGE];
+    let data = bytes.chunks(PAGE).filter(|page| *page != &zero[..page.len()]).count() * PAGE;
+    assert_eq!(memory.blocks() * 512, data as u64, "blocks are the pages with data");
+    assert_eq!(fs::metadata(world.mountpoint().join("by-id")).unwrap().mode(), 0o40_555);
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(world.file(&digest, "manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["digest"], digest.as_str());
+
+    let stat = rustix::fs::statvfs(world.mountpoint()).unwrap();
+    assert_eq!((stat.f_blocks * stat.f_frsize, stat.f_bfree, stat.f_files), (data as u64, 0, 1));
+
+    for missing in
+        ["x", "by-id/x", &format!("by-id/{}", digest.to_uppercase()), "templates/web/2", "templates/x"]
+    {
+        let error = fs::metadata(world.mountpoint().join(missing)).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{missing}");
+    }
+    let many: Vec<String> = (0..300).map(|i| format!("v{i:03}")).collect();
+    for tag in &many {
+        let store = stencilfs::store::Store::open(&world.store_dir()).unwrap();
+        let pointer = stencilfs::store::TagName::new("many", tag).unwrap();
+        store.set_tag(&pointer, &digest.parse().unwrap()).unwrap();
+    }
+    assert_eq!(names("templates/many"), many, "a listing longer than one answer");
+}
+
+#[test]
+fn holes_are_found_by_seeking() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let mut bytes = vec![0; 8 << 20];
+        bytes[4 << 20] = 1;
+        let digest = world.import_bytes(&bytes, "web:1");
+        let file = File::open(world.file(&digest, "memory")).unwrap();
+        let seek = |from| rustix::fs::seek(&file, from);
+        assert_eq!(seek(rustix::fs::SeekFrom::Data(0)).unwrap(), 4 << 20);
+        assert_eq!(seek(rustix::fs::SeekFrom::Hole(4 << 20)).unwrap(), (4 << 20) + BLOCK_SIZE);
+        assert_eq!(seek(rustix::fs::SeekFrom::Hole(5 << 20)).unwrap(), 5 << 20);
+        assert_eq!(seek(rustix::fs::SeekFrom::Data(5 << 20)).unwrap_err(), rustix::io::Errno::NXIO);
+        assert_eq!(seek(rustix::fs::SeekFrom::End(0)).unwrap(), 8 << 20);
+    }
+}

@@ -1,0 +1,271 @@
+//! A store, a runtime directory and a mount of one scenario's own, with the real binaries.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use stencilfs::sys::mount;
+use stencilfs::sys::process::ProcessId;
+
+/// The command line's binary.
+pub const STENCIL: &str = env!("CARGO_BIN_EXE_stencil");
+
+/// The daemon's binary, built by `cargo build --workspace` into the same directory.
+pub fn daemon() -> PathBuf {
+    let path = Path::new(STENCIL).with_file_name("stencil-mountd");
+    assert!(path.is_file(), "{} is missing: run `cargo build --workspace` first", path.display());
+    path
+}
+
+/// Where temporary things go: the target's own filesystem, never a tmpfs.
+pub fn temporary(prefix: &str) -> tempfile::TempDir {
+    tempfile::Builder::new().prefix(prefix).tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// What a command left.
+#[derive(Debug)]
+pub struct Run {
+    /// How it was called.
+    pub words: String,
+    /// Exit code; -1 for a signal.
+    pub code: i32,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+}
+
+impl Run {
+    fn of(words: String, output: &Output) -> Run {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Run {
+            words,
+            code: output.status.code().unwrap_or(-1),
+            out: text(&output.stdout),
+            err: text(&output.stderr),
+        }
+    }
+
+    /// Panics unless it exited with 0.
+    #[track_caller]
+    pub fn ok(self) -> Run {
+        self.exits(0)
+    }
+
+    /// Panics unless it exited so.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Run {
+        assert_eq!(self.code, code, "stencil {}\nstdout: {}\nstderr: {}", self.words, self.out, self.err);
+        self
+    }
+
+    /// Panics unless standard error has these words, a remedy on a second line, and nothing more.
+    #[track_caller]
+    pub fn says(self, words: &str) -> Run {
+        assert!(self.err.contains(words), "stencil {}: '{words}' is not in: {}", self.words, self.err);
+        assert_eq!(
+            self.err.lines().count(),
+            2,
+            "stencil {}: one line and its remedy: {}",
+            self.words,
+            self.err
+        );
+        self
+    }
+}
+
+/// A store with a mount. Dropped, it unmounts and ends exactly its own processes.
+pub struct TestMount {
+    dir: tempfile::TempDir,
+    mountpoint: PathBuf,
+}
+
+impl TestMount {
+    /// A mount of an empty store, served so (`auto`, `passthrough`, `decode`).
+    pub fn new(serve: &str) -> TestMount {
+        Self::with(&["--serve", serve])
+    }
+
+    /// A mount of an empty store with these options.
+    pub fn with(options: &[&str]) -> TestMount {
+        let world = Self::unmounted();
+        world.mount(options).ok();
+        world
+    }
+
+    /// An empty store and a directory for its mount.
+    pub fn unmounted() -> TestMount {
+        daemon();
+        let dir = temporary("mount-");
+        let mountpoint = dir.path().join("mnt");
+        std::fs::create_dir(&mountpoint).unwrap();
+        stencilfs::store::Store::open_or_create(&dir.path().join("store")).unwrap();
+        TestMount { dir, mountpoint }
+    }
+
+    /// Mounts with these options.
+    pub fn mount(&self, options: &[&str]) -> Run {
+        let mut words = vec!["mount", self.mountpoint.to_str().unwrap()];
+        words.extend(options);
+        self.stencil(&words)
+    }
+
+    /// A folder of the scenario's own, removed with it.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where the mount is.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// The store's folder.
+    pub fn store_dir(&self) -> PathBuf {
+        self.dir().join("store")
+    }
+
+    /// The runtime directory.
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.dir().join("run")
+    }
+
+    /// A file of a template in the mount.
+    pub fn file(&self, digest: &str, name: &str) -> PathBuf {
+        self.mountpoint.join("by-id").join(digest).join(name)
+    }
+
+    /// `stencil` with this store and runtime directory.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(STENCIL);
+        command
+            .env("STENCIL_STORE", self.store_dir())
+            .env("STENCIL_RUNTIME_DIR", self.runtime_dir())
+            .env_remove("STENCIL_LOG")
+            .env_remove("STENCIL_MOUNTD")
+            .current_dir(self.dir());
+        command
+    }
+
+    /// Runs `stencil`.
+    pub fn stencil(&self, words: &[&str]) -> Run {
+        let output = self.command().args(words).output().unwrap();
+        Run::of(words.join(" "), &output)
+    }
+
+    /// Runs `stencil --json`, which must exit with 0.
+    #[track_caller]
+    pub fn json(&self, words: &[&str]) -> Value {
+        let run = self.stencil(&[&["--json"], words].concat()).ok();
+        serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}", run.out))
+    }
+
+    /// Imports a memory image and gives its digest.
+    pub fn import(&self, source: &Path, tag: &str) -> String {
+        let answer = self.json(&["import", source.to_str().unwrap(), tag]);
+        answer["digest"].as_str().unwrap_or_else(|| panic!("no digest in {answer}")).to_owned()
+    }
+
+    /// Writes these bytes to a file of the scenario and imports that.
+    pub fn import_bytes(&self, bytes: &[u8], tag: &str) -> String {
+        let source = self.dir().join(tag.replace(':', "-"));
+        std::fs::write(&source, bytes).unwrap();
+        self.import(&source, tag)
+    }
+
+    /// The mount's object in `stencil status`.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        let all = self.json(&["status"]);
+        let mounts = all["mounts"].as_array().unwrap();
+        assert_eq!(mounts.len(), 1, "{all:#}");
+        mounts[0].clone()
+    }
+
+    /// One counter of the mount.
+    #[track_caller]
+    pub fn counter(&self, name: &str) -> u64 {
+        self.status()["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
+    }
+
+    /// The process that answers the kernel; waits for a successor.
+    pub fn server(&self) -> u32 {
+        wait_for("a server", || self.status()["server_pid"].as_u64()) as u32
+    }
+
+    /// Kills the server with SIGKILL, and waits until another one serves.
+    pub fn kill_server(&self) {
+        let before = self.server();
+        let process = ProcessId::of(before).unwrap().expect("the server lives");
+        process.signal(rustix::process::Signal::KILL).unwrap();
+        wait_for("a successor", || (self.server() != before).then_some(()));
+    }
+
+    /// What the daemon has logged.
+    pub fn log(&self) -> String {
+        let mounts = std::fs::read_dir(self.runtime_dir().join("mounts")).into_iter().flatten().flatten();
+        mounts.filter_map(|m| std::fs::read_to_string(m.path().join("log")).ok()).collect()
+    }
+
+    /// Supervisor and server, whoever lives.
+    pub fn processes(&self) -> Vec<ProcessId> {
+        let mut found = Vec::new();
+        let mounts = std::fs::read_dir(self.runtime_dir().join("mounts")).into_iter().flatten().flatten();
+        for mount in mounts {
+            let Ok(text) = std::fs::read(mount.path().join("mount.json")) else { continue };
+            let Ok(record) = serde_json::from_slice::<Value>(&text) else { continue };
+            for role in ["supervisor", "server"] {
+                let number = |field: &str| record[format!("{role}_{field}")].as_u64();
+                if let (Some(pid), Some(start_time)) = (number("pid"), number("start")) {
+                    found.push(ProcessId { pid: pid as u32, start_time });
+                }
+            }
+        }
+        found.into_iter().filter(ProcessId::is_alive).collect()
+    }
+}
+
+impl Drop for TestMount {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("log of the daemon:\n{}", self.log());
+        }
+        let processes = self.processes();
+        for _ in 0..8 {
+            if self.stencil(&["umount", "--force", self.mountpoint.to_str().unwrap()]).code != 0 {
+                break;
+            }
+        }
+        for process in processes {
+            let _ = process.signal(rustix::process::Signal::KILL);
+        }
+        while mount::unmount(&self.mountpoint, true).is_ok() {}
+    }
+}
+
+/// Asks until there is an answer; panics after half a minute.
+#[track_caller]
+pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
+    let until = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < until, "waited half a minute for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs another program, which must exit with 0, and gives its output.
+#[track_caller]
+pub fn run(program: &str, args: &[impl AsRef<OsStr>]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}; `make setup` installs what the tests need"));
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {}\n{err}", output.status);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

@@ -363,6 +363,7 @@ fn where_we_differ() {
         let theirs = verdict(&expanded, None).without_hint();
         let expected = match (&qemu[..], code(qemu)) {
             ("SIGSEGV", _) => Verdict::Died(libc::SIGSEGV),
+            ("SIGABRT", _) => Verdict::Died(libc::SIGABRT),
             (_, Some(words)) => Verdict::refused(words),
             _ => Verdict::Accepted,
         };

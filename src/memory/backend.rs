@@ -74,9 +74,13 @@ impl Backend {
         };
         let facts = opened.as_ref().map_or(FileFacts::NONE, |o| o.facts);
         let layout = plan.layout(&facts)?;
-        if let (Some(length), Some(opened)) = (layout.extend_to, &mut opened) {
-            opened.extend(length).map_err(|e| cannot_extend(&plan, length, e))?;
-        }
+        // QEMU goes on when this fails: where the memory cannot be mapped either, that is what it names.
+        let not_extended = match (layout.extend_to, &mut opened) {
+            (Some(length), Some(opened)) => {
+                opened.extend(length).err().map(|cause| cannot_extend(&plan, length, cause))
+            }
+            _ => None,
+        };
         let fuse = opened.as_ref().is_some_and(|o| o.fuse);
         let (file, mut undo) = match (opened, &plan.source) {
             (Some(opened), _) => (Some(opened.file), opened.undo),
@@ -84,6 +88,9 @@ impl Backend {
             (None, _) => (None, Undo::default()),
         };
         let mapping = map(&plan, &layout, file.as_ref(), offset)?;
+        if let Some(error) = not_extended {
+            return Err(error);
+        }
         plan.check_mapped(&facts)?;
         if let (true, false, Source::File { path, .. }) = (plan.sync, mapping.is_sync(), &plan.source) {
             notes.push(Note::no_sync(path));
@@ -233,14 +240,23 @@ fn cannot_extend(plan: &Plan, length: u64, cause: io::Error) -> Error {
     }
 }
 
-fn new_memfd(name: &str, length: Bytes) -> Result<File> {
+/// QEMU's words for memory without a file that cannot be had.
+fn cannot_set_up(region: &str, cause: &io::Error) -> Error {
+    let words = match cause.raw_os_error() {
+        Some(_) => errno_text(cause),
+        // More than a file can be long.
+        None => errno_text(&io::Error::from_raw_os_error(libc::ENOMEM)),
+    };
+    Error::failed(format!("cannot set up guest memory '{region}': {words}"))
+}
+
+fn new_memfd(region: &str, length: Bytes) -> Result<File> {
     use rustix::fs::{MemfdFlags, memfd_create};
     // The kernel takes at most 249 bytes for a name.
-    let name: String = name.chars().filter(char::is_ascii).take(200).collect();
-    let fd = memfd_create(name, MemfdFlags::CLOEXEC)
-        .map_err(|e| Error::failed("cannot make a memfd for guest RAM").because(e.into()))?;
+    let name: String = region.chars().filter(char::is_ascii).take(200).collect();
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC).map_err(|e| cannot_set_up(region, &e.into()))?;
     let file = File::from(fd);
-    file.set_len(length.get()).map_err(map_failed)?;
+    file.set_len(length.get()).map_err(|e| cannot_set_up(region, &e))?;
     Ok(file)
 }
 
@@ -256,10 +272,7 @@ fn map(plan: &Plan, layout: &Layout, file: Option<&File>, offset: FileOffset) ->
     })
     .map_err(|cause| match plan.source {
         Source::File { .. } => map_failed(cause),
-        // QEMU's words for memory without a file.
-        Source::Anonymous | Source::Memfd => {
-            Error::failed(format!("cannot set up guest memory '{}': {}", plan.region, errno_text(&cause)))
-        }
+        Source::Anonymous | Source::Memfd => cannot_set_up(&plan.region, &cause),
     })
 }
 

@@ -88,19 +88,19 @@ pub fn verdict(object: &str, uid: Option<u32>) -> Verdict {
     refusal(&said, object)
 }
 
-/// The error among what QEMU printed; warnings of short forms stand above it, a hint below.
+/// The error among what QEMU printed: its first line that is no warning, and the hint below it. Above it
+/// stand warnings with their advice and `perror` lines, which do not begin with the program's name.
 fn refusal(said: &str, object: &str) -> Verdict {
     let prefix = format!("{QEMU}: ");
     let place = format!("-object {object}: ");
-    let mut errors = said.lines().skip_while(|line| {
-        let line = line.strip_prefix(&prefix).unwrap_or(line);
-        let line = line.strip_prefix(&place).unwrap_or(line);
-        line.starts_with("warning: ") || line.starts_with("Please use ") || line.starts_with("Warning: ")
-    });
-    let first = errors.next().unwrap_or_default();
-    let words = first.strip_prefix(&prefix).unwrap_or(first);
-    let words = words.strip_prefix(&place).unwrap_or(words);
-    Verdict::Refused { words: words.to_owned(), hint: errors.next().map(str::to_owned) }
+    let error = |line: &str| {
+        let words = line.strip_prefix(&prefix)?;
+        let words = words.strip_prefix(&place).unwrap_or(words);
+        (!words.starts_with("warning: ")).then(|| words.to_owned())
+    };
+    let mut lines = said.lines();
+    let words = lines.find_map(error).unwrap_or_else(|| panic!("QEMU refuses without an error: {said}"));
+    Verdict::Refused { words, hint: lines.next().map(str::to_owned) }
 }
 
 /// A QEMU that runs, its CPU stopped, with the object as its guest's whole memory.

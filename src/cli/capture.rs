@@ -44,7 +44,11 @@ impl Report for CaptureReport {
         let Captured { imported, pause_seconds, cloned, state_bytes, vm, warnings } = &self.captured;
         writeln!(out, "{} {}", self.tag, imported.digest)?;
         let size: Bytes = imported.files.iter().filter(|f| f.kind.is_memory()).map(|f| f.size).sum();
-        writeln!(out, "{size} of RAM, {state_bytes} of device state, {} added to the store", imported.stored_bytes)?;
+        writeln!(
+            out,
+            "{size} of RAM, {state_bytes} of device state, {} added to the store",
+            imported.stored_bytes
+        )?;
         match pause_seconds {
             Some(pause) => {
                 let how = if *cloned { ", its RAM file was cloned" } else { "" };

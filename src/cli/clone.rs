@@ -98,9 +98,10 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let how = match (&args.simulate, args.command.is_empty()) {
         (Some(simulate), _) => How::Simulated(simulate.clone()),
         (None, true) => How::Qemu(target.recipe()?),
-        (None, false) => {
-            How::Command(args.command.clone(), if args.ready == "notify" { Ready::Notify } else { Ready::Mapped })
-        }
+        (None, false) => How::Command(
+            args.command.clone(),
+            if args.ready == "notify" { Ready::Notify } else { Ready::Mapped },
+        ),
     };
     let cancel = interrupt::flag()?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);

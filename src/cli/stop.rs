@@ -44,7 +44,8 @@ impl Report for StopReport {
     }
 
     fn json(&self) -> Value {
-        let row = |(entry, how): &(Entry, How)| json!({"id": entry.id, "pid": entry.pid, "how": to_json(how)});
+        let row =
+            |(entry, how): &(Entry, How)| json!({"id": entry.id, "pid": entry.pid, "how": to_json(how)});
         json!({ "stopped": self.stopped.iter().map(row).collect::<Vec<_>>() })
     }
 }

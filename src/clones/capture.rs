@@ -102,7 +102,8 @@ pub fn capture(
         let pause = stand.over(false)?;
         (store.import(request, progress)?, Some(pause))
     } else if run_on {
-        let until_read = UntilRead { inner: progress, stand: Mutex::new(&mut stand), pause: Mutex::default() };
+        let until_read =
+            UntilRead { inner: progress, stand: Mutex::new(&mut stand), pause: Mutex::default() };
         let imported = store.import(request, &until_read);
         let pause = until_read.pause.into_inner().unwrap_or_else(PoisonError::into_inner);
         (imported?, Some(pause.unwrap_or_else(|| stand.over(false))?))

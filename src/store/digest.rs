@@ -59,8 +59,11 @@ impl FromStr for Digest {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Digest> {
-        blake3::Hash::from_hex(text).map(Digest::from).map_err(|_| {
-            Error::usage(format!("'{text}' is no digest: 64 hex digits are expected, {} came", text.len()))
+        // One spelling only: a digest is also a file name, and a flipped bit must not be another spelling.
+        let spelled = blake3::Hash::from_hex(text).map(Digest::from).ok().filter(|d| d.to_string() == text);
+        spelled.ok_or_else(|| {
+            Error::usage(format!("'{}' is no digest", text.escape_debug()))
+                .remedy("write 64 hex digits in lower case")
         })
     }
 }
@@ -87,7 +90,7 @@ mod tests {
         let digest = Digest::of(b"x");
         assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
         assert_eq!(serde_json::to_string(&digest).unwrap(), format!("\"{digest}\""));
-        for bad in ["", "12", &"g".repeat(64), &"a".repeat(65)] {
+        for bad in ["", "12", &"g".repeat(64), &"a".repeat(65), &"A".repeat(64)] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
     }

@@ -127,13 +127,14 @@ impl FromStr for TemplateRef {
                 return Err(Error::usage(format!("'{text}' names no digest that Stencil knows"))
                     .remedy("write NAME@blake3:HEX"));
             };
-            return hex.parse().map(TemplateRef::Digest);
+            return hex.to_ascii_lowercase().parse().map(TemplateRef::Digest);
         }
         let hex = text.strip_prefix("blake3:").unwrap_or(text);
         if is_prefix(hex) {
+            let hex = hex.to_ascii_lowercase();
             return Ok(match hex.len() {
                 64 => TemplateRef::Digest(hex.parse()?),
-                _ => TemplateRef::Prefix(hex.to_ascii_lowercase()),
+                _ => TemplateRef::Prefix(hex),
             });
         }
         text.parse().map(TemplateRef::Tag)
@@ -178,7 +179,9 @@ mod tests {
         assert_eq!("a:b".parse::<TemplateRef>().unwrap(), tag("a", "b"));
         assert_eq!("abc123".parse::<TemplateRef>().unwrap(), tag("abc123", "latest"));
         assert_eq!(hex[..8].parse::<TemplateRef>().unwrap(), TemplateRef::Prefix(hex[..8].into()));
-        for whole in [hex.clone(), format!("a@blake3:{hex}"), format!("blake3:{hex}")] {
+        for whole in
+            [hex.clone(), format!("a@blake3:{hex}"), format!("blake3:{hex}"), hex.to_ascii_uppercase()]
+        {
             assert_eq!(whole.parse::<TemplateRef>().unwrap(), TemplateRef::Digest(Digest::of(b"x")));
         }
         for bad in ["", "a:", ":b", "a:b:c", "../x", "a/b", "a@sha256:00", "a@blake3:12", "deadbeef:1"] {

@@ -15,17 +15,19 @@ initramfs=$cache/initramfs.gz
     echo "guest: no kernel at $kernel: run make setup" >&2
     exit 1
 }
-if ! [ "$initramfs" -nt "$0" ]; then
+if ! [ "$initramfs" -nt "$0" ] || ! [ "$initramfs" -nt "$kernel" ]; then
     busybox=$(command -v busybox) || { echo "guest: no busybox: run make setup" >&2; exit 1; }
     work=$(mktemp -d "$cache/initramfs.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work"/root/{bin,dev,proc,sys,ram}
     cp "$busybox" "$work/root/bin/busybox"
+    [ ! -e "$cache/virtio-rng.ko" ] || cp "$cache/virtio-rng.ko" "$work/root/"
     cat >"$work/root/init" <<'INIT'
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t tmpfs -o size=80% ram /ram
+[ ! -e /virtio-rng.ko ] || /bin/busybox insmod /virtio-rng.ko
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 # Text with some structure, as the memory of a real guest is: not all random, not all one byte.
 /bin/busybox seq 1 1000000 >/ram/numbers

@@ -39,10 +39,12 @@ command -v fio >/dev/null 2>&1 || packages+=(fio)
 busybox=$(command -v busybox || true)
 if [ -z "$busybox" ] || ldd "$busybox" >/dev/null 2>&1; then packages+=(busybox-static); fi
 command -v make >/dev/null 2>&1 || packages+=(make)
+command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 need_qemu=
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
 need_kernel=
-[ -s "$cache/vmlinuz" ] || need_kernel=yes
+# Only the newer of Debian 12's kernels sees a new VM generation: without that, clones would be twins.
+[ -s "$cache/vmlinuz" ] && { ! [ -e "$cache/config" ] || grep -q '^CONFIG_VMGENID=y' "$cache/config"; } || need_kernel=yes
 
 if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
     # shellcheck disable=SC1091
@@ -52,7 +54,7 @@ if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
         [ -z "$need_qemu" ] || missing+=("qemu-system-x86_64 >= $STENCIL_QEMU_MIN")
         fail "this is ${codename:-an unknown system}; packages are installed on Debian 12 (bookworm) only" \
             "install these with your system's own tools, then run make setup again: ${missing[*]:-none}" \
-            "${need_kernel:+and put a Linux kernel image for guests (serial console, initramfs; no modules needed) at $cache/vmlinuz}"
+            "${need_kernel:+and put a Linux kernel image for guests (serial console, initramfs and vmgenid built in) at $cache/vmlinuz}"
     fi
 fi
 
@@ -148,14 +150,20 @@ if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
     fi
     if [ -n "$need_kernel" ]; then
         # Unpacked, not installed: the host keeps its own kernel and boot loader.
-        kernel=$(apt apt-cache depends linux-image-cloud-amd64/bookworm | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -1)
+        kernel=$(apt apt-cache depends linux-image-cloud-amd64/bookworm-backports | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -1)
         [ -n "$kernel" ] || fail "linux-image-cloud-amd64 names no kernel in these package lists"
         say "unpacking the guest's kernel: $kernel"
         work=$(mktemp -d "$cache/kernel.XXXXXX")
         trap 'rm -rf "$work"' EXIT
-        (cd "$work" && apt apt-get download "$kernel") >"$cache/apt/download.log" 2>&1 ||
+        (cd "$work" && apt apt-get download "$kernel/bookworm-backports") >"$cache/apt/download.log" 2>&1 ||
             { tail -20 "$cache/apt/download.log" >&2; fail "apt-get could not download $kernel"; }
-        dpkg-deb --fsys-tarfile "$work"/*.deb | tar -x -C "$work" --wildcards './boot/vmlinuz-*' './boot/config-*'
+        dpkg-deb --fsys-tarfile "$work"/*.deb |
+            tar -x -C "$work" --wildcards './boot/vmlinuz-*' './boot/config-*' '*/virtio-rng.ko*'
+        module=$(find "$work" -name 'virtio-rng.ko*')
+        case $module in
+        *.xz) xz -dc "$module" >"$cache/virtio-rng.ko" ;;
+        *.ko) cp "$module" "$cache/virtio-rng.ko" ;;
+        esac
         printf '%s\n' "$kernel" >"$cache/kernel.name"
         cp "$work"/boot/config-* "$cache/config"
         cp "$work"/boot/vmlinuz-* "$cache/vmlinuz.new"

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# The main job, from a booting guest to what its clones cost: `make demo` builds and runs it.
+# Everything it makes is in one temporary folder, which is gone at the end, also after an interrupt.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=tests/support/host.sh
+. "$top/tests/support/host.sh"
+
+qemus=${STENCIL_DEMO_QEMUS:-6}
+simulated=${STENCIL_DEMO_SIMULATED:-200}
+bin=${STENCIL_BIN_DIR:-${CARGO_TARGET_DIR:-$top/target}/release}
+
+lacks=$(host_lacks)
+if [ -n "$lacks" ]; then
+    printf 'demo: this host cannot run it\n' >&2
+    sed 's/^/  /' <<<"$lacks" >&2
+    exit 1
+fi
+for need in "$bin/stencil" "$bin/stencil-mountd"; do
+    [ -x "$need" ] || { echo "demo: $need is missing: run make build" >&2; exit 1; }
+done
+at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || { echo "demo: QEMU >= $STENCIL_QEMU_MIN is missing: run make setup" >&2; exit 1; }
+mapfile -t guest < <("$top/tests/support/guest.sh")
+[ "${#guest[@]}" = 2 ] || exit 1
+
+dir=$(mktemp -d "${TMPDIR:-/tmp}/stencil-demo.XXXXXX")
+export STENCIL_STORE=$dir/store STENCIL_RUNTIME_DIR=$dir/run
+PATH=$bin:$PATH
+mkdir "$dir/mnt" "$dir/run"
+source_pid=
+began=$SECONDS
+
+say() { printf '\n\033[1m%3d s  %s\033[0m\n' $((SECONDS - began)) "$*"; }
+[ -t 1 ] || say() { printf '\n%3d s  %s\n' $((SECONDS - began)) "$*"; }
+
+# shellcheck disable=SC2317
+clean() {
+    local code=$?
+    trap - EXIT INT TERM HUP
+    set +e
+    stencil -q stop --all >/dev/null 2>&1
+    [ -z "$source_pid" ] || kill "$source_pid" 2>/dev/null
+    if grep -q " $dir/mnt " /proc/self/mountinfo; then
+        stencil -q umount "$dir/mnt" 2>/dev/null || stencil -q umount --force "$dir/mnt"
+    fi
+    rm -rf "$dir"
+    [ "$code" = 0 ] || echo "demo: ended with code $code; everything it made has been removed" >&2
+    exit "$code"
+}
+trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# wait_for SECONDS FILE PATTERN
+wait_for() {
+    local end=$((SECONDS + $1))
+    until grep -q "$3" "$2" 2>/dev/null; do
+        if [ $SECONDS -ge $end ]; then
+            echo "demo: no '$3' in $2 after $1 s" >&2
+            tail -5 "$2" >&2 || true
+            exit 1
+        fi
+        sleep 0.1
+    done
+}
+
+say "A Linux guest boots in QEMU $(qemu_version) (TCG, 256 MiB in a shared file)"
+qemu-system-x86_64 -M q35,memory-backend=ram0 -accel tcg -cpu max -m 256M -nodefaults -no-user-config -display none \
+    -object "memory-backend-file,id=ram0,size=256M,mem-path=$dir/ram,share=on" \
+    -device vmgenid,guid=auto -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0 \
+    -kernel "${guest[0]}" -initrd "${guest[1]}" -append "console=ttyS0 quiet panic=-1" \
+    -serial "file:$dir/serial" -qmp "unix:$dir/qmp,server=on,wait=off" </dev/null 2>"$dir/qemu.log" &
+source_pid=$!
+wait_for 90 "$dir/serial" "heartbeat 3 "
+tail -1 "$dir/serial"
+
+say "It becomes a template, and runs on"
+stencil capture "$dir/qmp" demo:v1
+beats=$(grep -c heartbeat "$dir/serial")
+sleep 1
+[ "$(grep -c heartbeat "$dir/serial")" -gt "$beats" ] || { echo "demo: the captured guest has stopped" >&2; exit 1; }
+kill "$source_pid"
+wait "$source_pid" 2>/dev/null || true
+source_pid=
+
+say "The store is mounted"
+stencil mount "$dir/mnt"
+memory=$dir/mnt/$(readlink "$dir/mnt/templates/demo/v1" | sed 's|^\(\.\./\)*||')/memory
+
+say "$qemus QEMU clones resume from it"
+mapfile -t ids < <(stencil clone demo:v1 -n "$qemus")
+[ "${#ids[@]}" = "$qemus" ] || exit 1
+
+say "$simulated simulated clones map it, read 2 % and write 1 % of its pages"
+[ "$(stencil clone demo:v1 -n "$simulated" --simulate read=2%,write=1% | wc -l)" = "$simulated" ] || exit 1
+
+say "Each guest goes on where the template was"
+for id in "${ids[@]}"; do
+    wait_for 60 "$STENCIL_RUNTIME_DIR/clones/$id/serial.log" heartbeat
+    printf '%s  %s\n' "$id" "$(stencil logs "$id" | grep heartbeat | tail -1)"
+done
+
+say "What they cost"
+stencil density --audit | awk '
+    $3 == "simulated" { if (++seen > 3) { more++; next } }
+    more && !/simulated/ { printf "… and %d more simulated clones\n", more; more = 0 }
+    { print }'
+
+say "The template has not changed"
+served=$(sha256sum <"$memory")
+[ "$served" = "$(stencil export demo:v1 - | sha256sum)" ] || { echo "demo: the template has changed" >&2; exit 1; }
+echo "sha256 ${served%% *} through the mount, and in the store"
+
+say "All stop, the mount goes"
+stencil stop --all
+stencil umount "$dir/mnt"
+[ -z "$(stencil ps --ids)" ] || { echo "demo: clones are left" >&2; exit 1; }
+if grep -q "$dir" /proc/self/mountinfo; then
+    echo "demo: a mount is left" >&2
+    exit 1
+fi
+say "Done"

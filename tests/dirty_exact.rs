@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -19,6 +20,8 @@ const SERVINGS: [&str; 2] = ["decode", "passthrough"];
 /// A mount with one template of 64 MiB, its first half data, its second half zero.
 fn world(serve: &str) -> (TestMount, String) {
     let world = TestMount::new(serve);
+    // Other users come through here.
+    fs::set_permissions(world.dir(), fs::Permissions::from_mode(0o755)).unwrap();
     let source = world.dir().join("source");
     let mut bytes = vec![0u8; SIZE as usize];
     for (index, page) in bytes[..SIZE as usize / 2].chunks_exact_mut(PAGE as usize).enumerate() {
@@ -130,7 +133,10 @@ fn several_mappings_with_offsets_partly_unmapped_and_guarded() {
         assert_eq!(dirty(world, actor.pid()), (left, BTreeSet::new()));
         let row = row(world, actor.pid());
         assert_eq!(row["maps"].as_array().unwrap().len(), 5);
-        assert_eq!(row["mapped_bytes"].as_u64().unwrap(), (8 << 20) + (8 << 20) - PAGE + (4 << 20) + (2 << 20));
+        assert_eq!(
+            row["mapped_bytes"].as_u64().unwrap(),
+            (8 << 20) + (8 << 20) - PAGE + (4 << 20) + (2 << 20)
+        );
         assert_eq!(private_pages(&row), 7);
     });
 }
@@ -292,7 +298,8 @@ fn a_bitmap_has_one_bit_for_each_copied_page() {
         world.stencil(&["dirty", &actor.pid().to_string(), "--bitmap", out.to_str().unwrap()]).ok();
         let bits = fs::read(&out).unwrap();
         assert_eq!(bits.len() as u64, SIZE / PAGE / 8);
-        let set: BTreeSet<u64> = (0..SIZE / PAGE).filter(|p| bits[(p / 8) as usize] >> (p % 8) & 1 == 1).collect();
+        let set: BTreeSet<u64> =
+            (0..SIZE / PAGE).filter(|p| bits[(p / 8) as usize] >> (p % 8) & 1 == 1).collect();
         assert_eq!(set, pages);
     });
 }

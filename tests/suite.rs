@@ -1,5 +1,7 @@
 //! One scenario a file; `support` holds what they share.
+mod accounting;
 mod backend_memory;
+mod dirty_exact;
 mod kvm_guest;
 mod layers;
 mod mount_reads;

@@ -1,5 +1,6 @@
 //! What the scenarios share.
 
+pub mod actor;
 pub mod host;
 pub mod mount;
 pub mod qemu_object;

@@ -1,0 +1,169 @@
+//! The sums of the accounting and both of its audits, on real clones.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use serde_json::Value;
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::TestMount;
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+
+/// A mount with a template of `size` bytes, three quarters of it data that no two pages share.
+fn world(serve: &str, size: u64) -> (TestMount, String) {
+    let world = TestMount::new(serve);
+    let mut bytes = vec![0u8; size as usize];
+    let data = bytes.len() / 4 * 3;
+    for (index, page) in bytes[..data].chunks_exact_mut(PAGE as usize).enumerate() {
+        page[..8].copy_from_slice(&(index as u64 + 1).to_le_bytes());
+    }
+    let digest = world.import_bytes(&bytes, "web:1");
+    (world, digest)
+}
+
+fn number(value: &Value, field: &str) -> u64 {
+    value[field].as_u64().unwrap_or_else(|| panic!("no number {field} in {value:#}"))
+}
+
+fn assert_sums(density: &Value) {
+    let totals = &density["totals"];
+    let parts =
+        ["template_bytes", "store_cache_bytes", "private_bytes", "page_table_bytes", "overhead_bytes"];
+    let sum: u64 = parts.iter().map(|part| number(totals, part)).sum();
+    assert_eq!(number(totals, "host_bytes"), sum, "{totals:#}");
+    let clones = density["clones"].as_array().unwrap();
+    assert_eq!(number(totals, "clones"), clones.len() as u64);
+    for field in ["mapped_bytes", "swap_bytes", "page_table_bytes"] {
+        let sum: u64 = clones.iter().map(|clone| number(clone, field)).sum();
+        assert_eq!(number(totals, field), sum, "{field}");
+    }
+    let resident: u64 =
+        density["templates"].as_array().unwrap().iter().map(|t| number(t, "resident_bytes")).sum();
+    assert_eq!(number(totals, "template_bytes"), resident);
+}
+
+/// The kernel's own sum of copied memory in the mappings of one inode: `Private_Dirty` and `Shared_Dirty` of
+/// `/proc/PID/smaps`, in bytes.
+fn smaps_dirty(pid: u64, ino: u64) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut inside, mut sum) = (false, 0);
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words[0].contains('-') && words.len() >= 5 && !words[0].ends_with(':') {
+            inside = words[4] == ino.to_string();
+        } else if inside && matches!(words[0], "Private_Dirty:" | "Shared_Dirty:") {
+            sum += words[1].parse::<u64>().unwrap() * 1024;
+        }
+    }
+    sum
+}
+
+#[test]
+fn the_host_is_the_sum_of_its_parts_and_the_kernel_agrees() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let (world, digest) = world(serve, 32 * MIB);
+        world.stencil(&["clone", "web:1", "-n", "12", "--simulate", "read=100p,write=300p"]).ok();
+        let density = world.json(&["density"]);
+        assert_sums(&density);
+        let clones = density["clones"].as_array().unwrap();
+        assert_eq!(clones.len(), 12);
+        for clone in clones {
+            assert_eq!(number(clone, "dirty_pages"), 300, "{clone:#}");
+            assert_eq!(
+                (clone["kind"].as_str(), clone["template"].as_str()),
+                (Some("simulated"), Some(&*digest))
+            );
+            let ino = number(&clone["maps"][0], "ino");
+            assert_eq!(number(clone, "private_bytes"), smaps_dirty(number(clone, "pid"), ino));
+        }
+        let totals = &density["totals"];
+        assert_eq!(number(totals, "private_bytes"), 12 * 300 * PAGE);
+        assert_eq!(number(&density["templates"][0], "clones"), 12);
+        assert_eq!(density["templates"][0]["serving"], serve);
+        assert_eq!(number(&density["templates"][0], "data_bytes"), 24 * MIB);
+        // Restored by copy: all data, the copies of zero pages, and what each clone has besides.
+        let copied = number(totals, "copied_bytes");
+        let besides = number(totals, "page_table_bytes") + number(totals, "overhead_bytes");
+        let new = copied - besides - 12 * 24 * MIB;
+        // A quarter of the template is zero, and the 300 pages are spread evenly.
+        assert!((12 * 40 * PAGE..12 * 120 * PAGE).contains(&new), "{} new pages", new / PAGE);
+        assert!(
+            totals["lazy_ratio"]
+                .as_f64()
+                .is_some_and(|lazy| lazy < totals["sharing_ratio"].as_f64().unwrap())
+        );
+        world.stencil(&["stop", "--all"]).ok();
+        assert_eq!(number(&world.json(&["density"])["totals"], "clones"), 0);
+    }
+}
+
+#[test]
+fn two_tags_of_one_template_take_ram_once() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let (world, _) = world(serve, 16 * MIB);
+        world.stencil(&["tag", "web:1", "shop:7"]).ok();
+        let mut actors: Vec<Actor> = (0..2).map(|_| Actor::start()).collect();
+        for (actor, tag) in actors.iter_mut().zip(["web/1", "shop/7"]) {
+            let path = world.mountpoint().join("templates").join(tag).join("memory");
+            actor.tell(&format!("map 0 {} 0 {} ro", path.display(), 16 * MIB));
+            actor.read_pages(0, 0..(16 * MIB / PAGE));
+        }
+        let density = world.json(&["density"]);
+        assert_eq!(number(&density["totals"], "template_bytes"), 16 * MIB, "{density:#}");
+        assert_eq!(number(&density["totals"], "clones"), 2);
+        let by_ino: BTreeMap<u64, usize> =
+            density["clones"].as_array().unwrap().iter().fold(BTreeMap::new(), |mut map, clone| {
+                *map.entry(number(&clone["maps"][0], "ino")).or_default() += 1;
+                map
+            });
+        assert_eq!(by_ino.into_values().collect::<Vec<_>>(), [2]);
+    }
+}
+
+#[test]
+fn page_frames_agree_with_the_accounting_also_after_forks() {
+    let _host = host::alone();
+    for serve in ["decode", "passthrough"] {
+        let (world, digest) = world(serve, 64 * MIB);
+        world.stencil(&["clone", "web:1", "-n", "40", "--simulate", "read=500p,write=500p"]).ok();
+        let mut parent = Actor::start();
+        parent.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), 64 * MIB));
+        parent.write_pages(0, 0..2000);
+        parent.tell("fork 0 1 2 3 9000 9001");
+        let density = world.json(&["density", "--audit"]);
+        assert_sums(&density);
+        assert_eq!(number(&density["totals"], "private_bytes"), (40 * 500 + 2000 + 5) * PAGE);
+        let frames = &density["audit"]["frames"];
+        assert!(frames["error_percent"].as_f64().unwrap() <= 0.5, "{frames:#}");
+        assert_eq!(number(frames, "private_bytes"), number(frames, "private_accounted"), "{frames:#}");
+        assert_eq!((number(frames, "unknown_processes"), number(frames, "unexplained_mappings")), (0, 0));
+        assert!(number(frames, "template_bytes") > MIB, "{frames:#}");
+        world.stencil(&["stop", "--all"]).ok();
+    }
+}
+
+#[test]
+fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
+    let _host = host::alone();
+    let (world, _) = world("passthrough", 256 * MIB);
+    // Warm: what the template itself takes is page cache before the first baseline.
+    world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
+    world.stencil(&["stop", "--all"]).ok();
+    for herd in 0..3 {
+        host::settle();
+        world.stencil(&["clone", "web:1", "-n", "200", "--simulate", "read=8M,write=4M"]).ok();
+        let density = world.json(&["density", "--audit"]);
+        assert_sums(&density);
+        assert_eq!(number(&density["totals"], "private_bytes"), 200 * 4 * MIB);
+        let memory = &density["audit"]["memory"];
+        let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("{density:#}"));
+        println!("herd {herd}: {memory}");
+        assert!(error <= 3.0, "herd {herd}: {memory:#}");
+        world.stencil(&["stop", "--all"]).ok();
+    }
+}

@@ -15,6 +15,7 @@ use stencilfs::sys::pagemap::Pagemap;
 use stencilfs::units::{MemoryOffset, PAGE_SIZE};
 
 use crate::support::host;
+use crate::support::mount::TestMount;
 
 const SIZE: u64 = 16 << 20;
 
@@ -224,4 +225,43 @@ fn a_guests_writes_to_rom_leave_it_and_copy_nothing() {
     drop(machine);
     assert_eq!(Machine::new(rom.clone(), 0).run().unwrap(), writes.len());
     assert_eq!(both_views(&rom), (BTreeSet::new(), BTreeSet::new()));
+}
+
+/// The same guest on templates in a mount. `stencil dirty` looks at it from outside.
+#[test]
+fn a_real_guest_on_a_mounted_template() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let (write_list, writes) = scattered(120, 19, &[]);
+        let (read_list, _) = scattered(60, 23, &writes);
+        let source = world.dir().join("source");
+        write_template(&source, &read_list, &write_list);
+        let digest = world.import(&source, "guest:1");
+        let file = world.file(&digest, "memory");
+        for extra in ["", ",reserve=off", ",prefault=on"] {
+            writes_exactly(&file, extra, &writes);
+        }
+
+        let object =
+            format!("memory-backend-file,id=m,size=16M,mem-path={},readonly=on,rom=off", file.display());
+        let memory = Backend::from_text(&object).unwrap();
+        let mut machine = Machine::new(memory.clone(), 0);
+        machine.run().unwrap();
+        let answer = world.json(&["dirty", &std::process::id().to_string(), "--ranges"]);
+        let ranges = answer["ranges"].as_array().unwrap();
+        let seen: BTreeSet<u64> = ranges
+            .iter()
+            .map(|r| (r["first_page"].as_u64().unwrap(), r["pages"].as_u64().unwrap()))
+            .flat_map(|(first, pages)| first..first + pages)
+            .collect();
+        assert_eq!(seen, BTreeSet::from_iter(writes.iter().copied()), "{serve}");
+        assert!(std::fs::read(&file).unwrap() == std::fs::read(&source).unwrap(), "{serve}: unchanged");
+
+        let rom =
+            format!("memory-backend-file,id=m,size=16M,mem-path={},readonly=on,share=on", file.display());
+        let rom = Backend::from_text(&rom).unwrap();
+        assert_eq!(Machine::new(rom.clone(), KVM_MEM_READONLY).run().unwrap(), writes.len(), "{serve}");
+        assert!(rom.dirty().unwrap().is_empty());
+    }
 }

@@ -12,6 +12,7 @@ use stencilfs::memory::{Backend, Observed, Options, observe, parse_smaps};
 use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
+use crate::support::mount::TestMount;
 use crate::support::qemu_object::{Guest, Verdict, verdict};
 use crate::support::tables::{code, rows};
 
@@ -97,7 +98,9 @@ fn explain(object: &str, files: &Files, uid: Option<u32>) -> (Verdict, Value) {
         None => PathBuf::from(env!("CARGO_BIN_EXE_stencil")),
         Some(_) => {
             let copy = files.path("stencil");
-            fs::copy(env!("CARGO_BIN_EXE_stencil"), &copy).unwrap();
+            // By a process of its own: one that this process wrote itself may still be open for writing in
+            // a child that another thread is just starting, and cannot be executed then.
+            run(Command::new("cp").arg(env!("CARGO_BIN_EXE_stencil")).arg(&copy));
             copy
         }
     };
@@ -404,5 +407,52 @@ fn files_are_made_as_qemu_makes_them() {
         let trial = Files::new(object);
         explain(&trial.expand(object), &trial, None);
         assert!(!trial.path("missing").exists(), "explain leaves nothing behind");
+    }
+}
+
+/// A template in a mount, of both kinds: the same words and the same mapping, but for the advice that
+/// would fetch 2 MiB for every page.
+#[test]
+fn on_a_mount_only_the_huge_page_advice_differs() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let content: Vec<u8> = (0..4 * MIB).map(|n| (n / 4096 % 251) as u8 + 1).collect();
+        let digest = world.import_bytes(&content, "conformance:1");
+        let file = world.file(&digest, "memory");
+        let object =
+            |more: &str| format!("memory-backend-file,id=m,size=4M,mem-path={}{more}", file.display());
+        let files = Files::new("");
+
+        for (more, perms) in
+            [(",readonly=on,rom=off", "rw-p"), (",readonly=on", "r--p"), (",readonly=on,share=on", "r--s")]
+        {
+            let object = object(more);
+            let guest = Guest::without_machine(&object, None);
+            let theirs = mapping(&guest.smaps(), |line| line.contains(file.to_str().unwrap())).unwrap();
+            drop(guest);
+            let (verdict, value) = explain(&object, &files, None);
+            assert_eq!(verdict, Verdict::Accepted, "{serve}: {object}");
+            let ours = observed(&value);
+            assert_eq!((&ours.perms[..], ours.offset), (perms, theirs.offset), "{serve}{more}");
+            let without: Vec<_> = theirs.vm_flags.iter().filter(|flag| *flag != "hg").cloned().collect();
+            assert_ne!(without, theirs.vm_flags, "QEMU gives the advice");
+            assert_eq!(ours.vm_flags, without, "{serve}{more}");
+            let notes = value["notes"].as_array().unwrap();
+            assert!(notes.iter().any(|note| note["name"] == "no-huge-advice"), "{serve}{more}");
+        }
+
+        for (more, hint) in [("", true), (",share=on", false), (",rom=off", true)] {
+            let object = object(more);
+            let theirs = verdict(&object, None);
+            let ours = explain(&object, &files, None).0;
+            let words =
+                format!("can't open backing store {} for guest RAM: Permission denied", file.display());
+            for (who, verdict) in [("QEMU", theirs), ("Stencil", ours)] {
+                assert_eq!(verdict.clone().without_hint(), Verdict::refused(&words), "{serve}: {who}{more}");
+                let Verdict::Refused { hint: got, .. } = verdict else { unreachable!() };
+                assert_eq!(got.as_deref() == Some(TEMPLATING_HINT), hint, "{serve}: {who}{more}: {got:?}");
+            }
+        }
     }
 }

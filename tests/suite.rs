@@ -6,6 +6,8 @@ mod kvm_guest;
 mod layers;
 mod mount_reads;
 mod qemu_conformance;
+mod store_crash;
 mod store_damage;
+mod store_limits;
 mod store_roundtrip;
 mod support;

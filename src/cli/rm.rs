@@ -8,7 +8,9 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
-use crate::error::Result;
+use crate::clones::find;
+use crate::control;
+use crate::error::{Error, Result};
 use crate::store::{Digest, Removed, Store, TemplateRef};
 
 /// Remove a tag; the last one takes the template along
@@ -45,11 +47,31 @@ impl Report for Gone {
 /// When there is no such template, or a process maps it.
 pub fn run(args: &RmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let removed = args.templates.iter().map(|t| store.remove(t, check_unused));
+    let removed = args.templates.iter().map(|t| store.remove(t, |digest| check_unused(&store, digest)));
     Ok(Done::report(Gone(removed.collect::<Result<_>>()?)))
 }
 
-/// Refuses while a process maps the template.
-fn check_unused(_digest: &Digest) -> Result<()> {
-    Ok(())
+/// Refuses while a process maps the template in any mount of this store, lazily unmounted ones too.
+fn check_unused(store: &Store, digest: &Digest) -> Result<()> {
+    let mut mounts = control::mounts()?;
+    mounts.retain(|m| m.store == store.dir());
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    if let Err(error) = store.template(digest) {
+        let why = format!("template {digest} is damaged, so its users cannot be found ({})", error.message());
+        return Err(Error::in_use(why)
+            .remedy("import the same memory again to repair it, or unmount the store first"));
+    }
+    let clones = find::template_mappings(&mounts)?;
+    let users = clones.iter().filter(|c| c.maps.iter().any(|m| m.digest == *digest));
+    let pids: Vec<String> = users.map(|c| c.pid.to_string()).collect();
+    match pids.len() {
+        0 => Ok(()),
+        count => Err(Error::in_use(format!(
+            "template {digest} is in use: {count} processes map it: {}",
+            pids.join(", ")
+        ))
+        .remedy("stop them first: stencil stop ends the clones that Stencil launched")),
+    }
 }

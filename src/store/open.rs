@@ -136,7 +136,7 @@ impl Store {
         let path = self.policy_path(digest);
         let mut policy = Policy::read(&path)?;
         change(&mut policy);
-        policy.write(&path)
+        policy.write(&self.tmp_dir(), &path)
     }
 
     /// Paths of all packs.

@@ -74,8 +74,8 @@ impl Policy {
         Policy::decode(&bytes).map_err(|e| e.in_file("policy", path))
     }
 
-    pub(super) fn write(&self, path: &Path) -> Result<()> {
-        replace_file(path, &self.encode()?)
+    pub(super) fn write(&self, tmp: &Path, path: &Path) -> Result<()> {
+        replace_file(tmp, path, &self.encode()?)
     }
 }
 

@@ -25,18 +25,14 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     write().map_err(|e| Error::io("cannot write", path, e))
 }
 
-/// Replaces a small file as a whole: a reader sees the old or the new bytes, never a mixture.
-pub(super) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    // A name beginning with a dot is nobody's tag or digest; leftovers are swept with the sessions.
-    let temporary = folder.join(format!(".new-{}", random_hex()?));
-    let result = write_new(&temporary, bytes)
-        .and_then(|()| fs::rename(&temporary, path).map_err(|e| Error::io("cannot replace", path, e)))
-        .and_then(|()| sync_folder(folder));
-    if result.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    result
+/// Replaces a small file as a whole: a reader sees the old or the new bytes, never a mixture. `tmp` is
+/// the store's folder for what is not published yet.
+pub(super) fn replace_file(tmp: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
+    let session = Session::begin(tmp)?;
+    let temporary = session.path().join("new");
+    write_new(&temporary, bytes)?;
+    fs::rename(&temporary, path).map_err(|e| Error::io("cannot replace", path, e))?;
+    sync_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
 /// Random bytes of the kernel.

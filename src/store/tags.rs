@@ -117,7 +117,7 @@ impl Store {
         let path = self.tag_path(tag);
         let folder = self.tags_dir().join(tag.name());
         fs::create_dir_all(&folder).map_err(|e| Error::io("cannot create", &folder, e))?;
-        replace_file(&path, format!("blake3:{digest}\n").as_bytes())?;
+        replace_file(&self.tmp_dir(), &path, format!("blake3:{digest}\n").as_bytes())?;
         sync_folder(&self.tags_dir())
     }
 

@@ -1,0 +1,208 @@
+//! Killed, interrupted and simultaneous commands: the store is afterwards as if each had run or not.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
+
+fn signal(child: &Child, signal: Signal) {
+    let _ = kill_process(Pid::from_raw(child.id() as i32).unwrap(), signal);
+}
+
+/// Every tag points to a whole template with the bytes of its source, nothing is damaged, and after one
+/// more write command nothing else is left.
+fn assert_sound(fixture: &Fixture, sources: &[(&str, &[u8])]) {
+    let store = fixture.store();
+    for tag in store.tags().unwrap() {
+        let bytes = read_all(&store, &tag.digest, 0).unwrap();
+        let expected = sources.iter().find(|(name, _)| *name == tag.name).unwrap().1;
+        assert!(bytes == expected, "{}: {} bytes", tag.name, bytes.len());
+    }
+    for digest in store.digests().unwrap() {
+        store.template(&digest).unwrap();
+    }
+    fixture.run(&["verify"]).ok();
+    // The next writer sweeps what a killed one left.
+    fixture.import("sweeper", &random(99, 4096));
+    fixture.run(&["rm", "sweeper"]).ok();
+    fixture.assert_clean();
+}
+
+/// SIGKILL at many moments between start and end of an import.
+#[test]
+fn a_killed_import_leaves_nothing_that_matters() {
+    let fixture = Fixture::new();
+    let base = guest_like(5, 2 << 20);
+    fixture.import("base", &base);
+    let bytes = guest_like(6, 48 << 20);
+    let source = fixture.file("source", &bytes);
+    let source = source.to_str().unwrap();
+    let start = Instant::now();
+    fixture.run(&["import", source, "whole"]).ok();
+    let whole = start.elapsed();
+    fixture.run(&["rm", "whole"]).ok();
+    // Its packs stay: away with them, so that each attempt has everything to write.
+    let keep: BTreeSet<_> = fixture
+        .store()
+        .template(&fixture.store().tags().unwrap()[0].digest)
+        .unwrap()
+        .packs()
+        .into_iter()
+        .collect();
+    let mut killed = 0;
+    const ATTEMPTS: u32 = 40;
+    for attempt in 0..ATTEMPTS {
+        for pack in fixture.files("packs").into_iter().filter(|p| !keep.contains(p)) {
+            fs::remove_file(pack).unwrap();
+        }
+        let mut child =
+            stencil(fixture.dir.path(), &["import", source, "victim"]).stdout(Stdio::null()).spawn().unwrap();
+        // Denser towards the end, where the commit is.
+        let share = f64::from(attempt + 1) / f64::from(ATTEMPTS);
+        thread::sleep(whole.mul_f64(share.sqrt()));
+        signal(&child, Signal::KILL);
+        if child.wait().unwrap().code().is_none() {
+            killed += 1;
+        }
+        assert_sound(&fixture, &[("base", &base), ("victim", &bytes)]);
+        if fixture.run(&["inspect", "victim"]).code == 0 {
+            fixture.run(&["rm", "victim"]).ok();
+        }
+        for digest in fixture.store().digests().unwrap() {
+            if fixture.store().tags().unwrap().iter().all(|t| t.digest != digest) {
+                fixture.run(&["rm", &digest.to_string()]).ok();
+            }
+        }
+    }
+    assert!(killed > ATTEMPTS / 3, "only {killed} of {ATTEMPTS} were killed before their end");
+}
+
+#[test]
+fn an_interrupted_import_or_export_cleans_up_at_once() {
+    let fixture = Fixture::new();
+    for (number, name) in [Signal::INT, Signal::TERM].into_iter().zip(["INT", "TERM"]) {
+        // From a pipe that never ends: it is certainly running.
+        let mut child = stencil(fixture.dir.path(), &["import", "-", "victim"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.as_mut().unwrap().write_all(&random(1, 5 << 20)).unwrap();
+        thread::sleep(Duration::from_millis(150));
+        signal(&child, number);
+        let stdin = child.stdin.take();
+        let output = child.wait_with_output().unwrap();
+        drop(stdin);
+        assert_eq!(output.status.code(), Some(1), "{name}");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(text.contains("interrupted") && text.lines().count() == 1, "{name}: {text}");
+        fixture.assert_clean();
+        assert_eq!(
+            fixture.files("packs").len() + fixture.files("images").len() + fixture.files("tags").len(),
+            0
+        );
+    }
+}
+
+#[test]
+fn two_imports_at_once_of_one_name_and_one_content() {
+    let fixture = Fixture::new();
+    let (same, other) = (guest_like(1, 8 << 20), guest_like(2, 8 << 20));
+    let (a, b) = (fixture.file("a", &same), fixture.file("b", &other));
+    let (a, b) = (a.to_str().unwrap(), b.to_str().unwrap());
+    for round in 0..4 {
+        // The first ones also race for making the store.
+        let children: Vec<Child> = [("same", a), ("same", a), ("contested", a), ("contested", b)]
+            .iter()
+            .map(|(name, source)| {
+                let args = ["import", source, name];
+                stencil(fixture.dir.path(), &args).stdout(Stdio::null()).spawn().unwrap()
+            })
+            .collect();
+        for mut child in children {
+            assert!(child.wait().unwrap().success(), "round {round}");
+        }
+        let store = fixture.store();
+        let tags = store.tags().unwrap();
+        assert_eq!(tags.len(), 2, "{tags:?}");
+        assert!(read_all(&store, &tags[1].digest, 0).unwrap() == same);
+        let contested = read_all(&store, &tags[0].digest, 0).unwrap();
+        assert!(contested == same || contested == other);
+        assert_eq!(store.digests().unwrap().len(), 2);
+        fixture.run(&["verify"]).ok();
+        fixture.assert_clean();
+    }
+}
+
+/// Commands that change names, all at once, many times: every call succeeds or says why, and no tag
+/// ever points nowhere.
+#[test]
+fn import_tag_chmod_and_rm_at_once() {
+    let fixture = Fixture::new();
+    let bytes = guest_like(1, 1 << 20);
+    let source = fixture.file("a", &bytes);
+    let source = source.to_str().unwrap().to_owned();
+    let dir = fixture.dir.path();
+    fixture.run(&["import", &source, "base"]).ok();
+    let commands: [&[&str]; 5] = [
+        &["import", &source, "x:1"],
+        &["tag", "x:1", "y"],
+        &["rm", "x:1"],
+        &["rm", "y"],
+        &["chmod", "0440", "x:1"],
+    ];
+    thread::scope(|scope| {
+        for command in commands {
+            scope.spawn(move || {
+                for _ in 0..15 {
+                    let output = stencil(dir, command).output().unwrap();
+                    let text = String::from_utf8_lossy(&output.stderr);
+                    assert!(matches!(output.status.code(), Some(0 | 4)), "{command:?}: {text}");
+                }
+            });
+        }
+        scope.spawn(|| {
+            for _ in 0..30 {
+                let store = fixture.store();
+                for tag in store.tags().unwrap() {
+                    assert_eq!(store.has(&tag.digest), true, "{tag:?}");
+                }
+            }
+        });
+    });
+    // "base" keeps the template alive, so that no removal may take it.
+    assert!(read_all(&fixture.store(), &fixture.store().tags().unwrap()[0].digest, 0).unwrap() == bytes);
+    fixture.run(&["verify"]).ok();
+    fixture.assert_clean();
+}
+
+/// With the template itself coming and going.
+#[test]
+fn import_and_rm_of_the_last_tag_at_once() {
+    let fixture = Fixture::new();
+    let bytes = guest_like(1, 1 << 20);
+    let source = fixture.file("a", &bytes);
+    let source = source.to_str().unwrap().to_owned();
+    let dir = fixture.dir.path();
+    let commands: [&[&str]; 2] = [&["import", &source, "x"], &["rm", "x"]];
+    thread::scope(|scope| {
+        for command in commands {
+            scope.spawn(move || {
+                for _ in 0..25 {
+                    let output = stencil(dir, command).output().unwrap();
+                    let text = String::from_utf8_lossy(&output.stderr);
+                    assert!(matches!(output.status.code(), Some(0 | 4)), "{command:?}: {text}");
+                }
+            });
+        }
+    });
+    assert_sound(&fixture, &[("x", &bytes)]);
+    let store = fixture.store();
+    assert_eq!(store.tags().unwrap().len(), store.digests().unwrap().len());
+}

@@ -52,13 +52,16 @@ impl Files {
         self.folder.path().join(name)
     }
 
+    /// The folder a second time, read-only. A bind mount of its own: making a filesystem read-only fails
+    /// while any child that another thread is just starting still has a file of it open for writing.
     fn mount_read_only(&mut self) {
-        let place = self.path("mount");
+        let (source, place) = (self.path("source"), self.path("mount"));
+        fs::create_dir(&source).unwrap();
+        fs::copy(self.path("file"), source.join("rofs")).unwrap();
         fs::create_dir(&place).unwrap();
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=16M", "none"]).arg(&place));
+        run(Command::new("mount").arg("--bind").args([&source, &place]));
         self.mounted = Some(place.clone());
-        fs::copy(self.path("file"), place.join("rofs")).unwrap();
-        run(Command::new("mount").args(["-o", "remount,ro"]).arg(&place));
+        run(Command::new("mount").args(["-o", "remount,bind,ro"]).arg(&place));
     }
 
     /// The object with the names of the files in it.
@@ -77,7 +80,7 @@ impl Files {
 impl Drop for Files {
     fn drop(&mut self) {
         if let Some(place) = &self.mounted {
-            run(Command::new("umount").arg(place));
+            run(Command::new("umount").arg("--lazy").arg(place));
         }
     }
 }

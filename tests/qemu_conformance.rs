@@ -267,8 +267,15 @@ fn accepted_objects() {
         let size = if object.contains("size=1M") { MIB } else { 4 * MIB };
         let size = if object.contains("size=0.5M") { MIB / 2 } else { size };
         let theirs = mapping_in_qemu(&guest, files.folder.path(), size);
+        let their_policy = numa_policy(guest.pid(), theirs.start);
         drop(guest);
         let files = Files::new(object);
+        if object.contains("policy") {
+            let ours = Backend::from_text(&files.expand(object)).unwrap();
+            let our_policy = numa_policy(std::process::id(), ours.address_range().start);
+            assert_eq!(our_policy, their_policy, "{object}");
+            assert_ne!(our_policy.as_deref(), Some("default"), "{object}");
+        }
         let (ours, value) = explain(&files.expand(object), &files, uid);
         assert_eq!(ours, Verdict::Accepted, "{object}");
         let ours: Observed = observed(&value);
@@ -278,6 +285,14 @@ fn accepted_objects() {
             assert!(ours.start.is_multiple_of(2 * MIB), "{object}: aligned to 2 MiB");
         }
     }
+}
+
+/// The policy that the kernel keeps for the mapping that begins at an address.
+fn numa_policy(pid: u32, start: u64) -> Option<String> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
+    let line = maps.lines().find_map(|line| line.strip_prefix(&format!("{start:x} ")))?;
+    let end = line.find(" file=").or(line.find(" anon=")).unwrap_or(line.len());
+    Some(line[..end].to_owned())
 }
 
 fn observed(value: &Value) -> Observed {

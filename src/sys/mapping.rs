@@ -103,7 +103,7 @@ impl Advice {
 pub enum NumaMode {
     /// `MPOL_DEFAULT`
     Default,
-    /// `MPOL_PREFERRED`
+    /// `MPOL_PREFERRED_MANY`
     Preferred,
     /// `MPOL_BIND`
     Bind,
@@ -115,7 +115,7 @@ impl NumaMode {
     fn number(self) -> libc::c_long {
         match self {
             NumaMode::Default => 0,
-            NumaMode::Preferred => 1,
+            NumaMode::Preferred => 5,
             NumaMode::Bind => 2,
             NumaMode::Interleave => 3,
         }

@@ -42,9 +42,15 @@ check:
 bench: setup build
 	$(guard) $(CARGO) bench --workspace
 
+share := $(DESTDIR)$(PREFIX)/share
 install: build
-	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/sbin'
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(share)/man/man1' '$(share)/bash-completion/completions' \
+	    '$(share)/zsh/site-functions' '$(share)/fish/vendor_completions.d'
 	install -m 0755 $(target)/release/stencil $(target)/release/stencil-mountd '$(DESTDIR)$(PREFIX)/bin/'
+	$(target)/release/stencil generate man '$(share)/man/man1'
+	$(target)/release/stencil generate completions bash >'$(share)/bash-completion/completions/stencil'
+	$(target)/release/stencil generate completions zsh >'$(share)/zsh/site-functions/_stencil'
+	$(target)/release/stencil generate completions fish >'$(share)/fish/vendor_completions.d/stencil.fish'
 
 clean:
 	$(CARGO) clean

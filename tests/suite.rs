@@ -1,6 +1,7 @@
 //! One scenario a file; `support` holds what they share.
 mod accounting;
 mod backend_memory;
+mod command_line;
 mod dirty_exact;
 mod kvm_guest;
 mod layers;

@@ -1,12 +1,14 @@
 //! `stencil generate`: man pages and shell completions, made from the commands themselves.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
 use clap_complete::Shell;
+use serde_json::{Value, json};
 
-use super::{Cli, Done, Global};
+use super::{Cli, Done, Global, Report};
 use crate::error::{Error, Result};
 
 /// Arguments of `stencil generate`.
@@ -38,12 +40,29 @@ pub fn run(args: &GenerateArgs, _global: &Global) -> Result<Done> {
     let mut command = Cli::command();
     command.build();
     match &args.what {
-        What::Man { dir } => man_pages(&command, "stencil", dir)?,
+        What::Man { dir } => {
+            man_pages(&command, "stencil", dir)?;
+            Ok(Done::silent())
+        }
         What::Completions { shell } => {
-            clap_complete::generate(*shell, &mut command, "stencil", &mut std::io::stdout());
+            // Not straight to standard output: the generator panics when a reader goes away early.
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut command, "stencil", &mut script);
+            Ok(Done::report(Script(script)))
         }
     }
-    Ok(Done::silent())
+}
+
+struct Script(Vec<u8>);
+
+impl Report for Script {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(&self.0)
+    }
+
+    fn json(&self) -> Value {
+        json!({ "script": String::from_utf8_lossy(&self.0) })
+    }
 }
 
 fn man_pages(command: &clap::Command, name: &str, dir: &Path) -> Result<()> {

@@ -1,0 +1,101 @@
+//! The command line as a contract: exit codes, errors as text and as JSON, man pages, completions.
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::mount::{STENCIL, temporary};
+
+/// Exit code, standard output, standard error.
+fn stencil(args: &[&str]) -> (i32, String, String) {
+    let none = temporary("cli-");
+    let output = Command::new(STENCIL)
+        .args(args)
+        .env("STENCIL_STORE", none.path().join("no-store"))
+        .env("STENCIL_RUNTIME_DIR", none.path().join("run"))
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_missing_store_is_one_line_with_a_remedy_and_exit_4() {
+    for command in
+        [&["ls"][..], &["inspect", "web:1"], &["verify"], &["export", "web:1", "/tmp/x"], &["clone", "web:1"]]
+    {
+        let (code, out, err) = stencil(command);
+        assert_eq!((code, out.as_str()), (4, ""), "{command:?}: {err}");
+        let lines: Vec<&str> = err.lines().collect();
+        assert_eq!(lines.len(), 2, "{command:?}: {err}");
+        assert!(lines[0].contains("no template store") && lines[1].contains("stencil import"), "{err}");
+    }
+}
+
+#[test]
+fn errors_are_json_where_json_was_asked_for() {
+    let (code, out, err) = stencil(&["--json", "ls"]);
+    assert_eq!((code, err.as_str()), (4, ""));
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(answer["schema"], 1);
+    assert_eq!(answer["error"]["code"], "not-found");
+    assert!(answer["error"]["path"].as_str().unwrap().ends_with("no-store"));
+    assert!(answer["error"]["remedy"].as_str().unwrap().contains("stencil import"));
+
+    let (code, out, _) = stencil(&["--json", "ls", "--no-such-option"]);
+    assert_eq!(code, 2);
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(answer["error"]["code"], "usage");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("--no-such-option"));
+}
+
+#[test]
+fn wrong_words_exit_2_and_try_nothing() {
+    for command in [
+        &["no-such-command"][..],
+        &["import", "/dev/null", "../up:1"],
+        &["import", "/dev/null", "a/b:1"],
+        &["import", "/dev/null", "web:1", "--compression", "gzip"],
+        &["clone", "web:1", "-n", "0"],
+        &["clone", "web:1", "--simulate", "read=200%"],
+        &["density", "--no-such-key"],
+        &["explain", "memory-backend-file,id=x,size=4k,mem-path=/dev/null,foo=1"],
+    ] {
+        let (code, out, err) = stencil(command);
+        assert_eq!((code, out.as_str()), (2, ""), "{command:?}: {err}");
+        assert!(!err.is_empty() && !err.contains("panicked"), "{command:?}: {err}");
+    }
+}
+
+#[test]
+fn every_command_has_a_man_page_and_completions_know_it() {
+    let dir = temporary("man-");
+    let (code, _, err) = stencil(&["generate", "man", dir.path().to_str().unwrap()]);
+    assert_eq!(code, 0, "{err}");
+    let (_, help, _) = stencil(&["--help"]);
+    let commands: Vec<&str> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next().filter(|word| !word.is_empty()))
+        .filter(|word| *word != "help")
+        .collect();
+    assert!(commands.len() >= 20, "{commands:?}");
+    let completions: Vec<String> =
+        ["bash", "zsh", "fish"].map(|shell| stencil(&["generate", "completions", shell]).1).to_vec();
+    for command in commands {
+        let page = fs::read_to_string(dir.path().join(format!("stencil-{command}.1")));
+        assert!(page.unwrap_or_else(|e| panic!("{command}: {e}")).contains(".SH SYNOPSIS"));
+        assert!(completions.iter().all(|text| text.contains(command)), "{command}");
+    }
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let script = format!("{STENCIL} generate completions bash | head -1; echo ${{PIPESTATUS[0]}}");
+    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.trim_end().ends_with('0'), "{text} {}", String::from_utf8_lossy(&output.stderr));
+}

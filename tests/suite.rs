@@ -6,6 +6,7 @@ mod dirty_exact;
 mod kvm_guest;
 mod layers;
 mod mount_reads;
+mod mount_refusals;
 mod qemu_conformance;
 mod store_crash;
 mod store_damage;

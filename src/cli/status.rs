@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
+use crate::clones::find::{self, CloneProcess};
 use crate::control::{self, MountStatus};
 use crate::error::Result;
 
@@ -97,9 +98,19 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
 /// When the runtime directory cannot be read.
 pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
     let mut status = Status { mounts: Vec::new(), silent: Vec::new() };
-    for mount in control::mounts()? {
+    let mounts = control::mounts()?;
+    let clones = find::template_mappings(&mounts)?;
+    for (index, mount) in mounts.into_iter().enumerate() {
         match mount.status() {
-            Ok(answer) => status.mounts.push(answer),
+            Ok(mut answer) => {
+                for template in &mut answer.templates {
+                    let maps = |c: &&CloneProcess| {
+                        c.maps.iter().any(|m| m.mount == index && m.digest == template.digest)
+                    };
+                    template.clones = clones.iter().filter(maps).count() as u64;
+                }
+                status.mounts.push(answer);
+            }
             Err(error) => status.silent.push(Silent {
                 mountpoint: mount.mountpoint,
                 server_pid: mount.server_pid,

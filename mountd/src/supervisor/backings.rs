@@ -183,11 +183,7 @@ impl Backings {
         let id = fuse_dev::backing_open(fuse, fd).map_err(|e| {
             let stacked = e.raw_os_error() == Some(libc::ELOOP);
             let error = Error::failed("the kernel does not accept the backing").because(e);
-            if stacked {
-                error.remedy("name a directory on ext4, xfs or tmpfs with --cache-dir")
-            } else {
-                error
-            }
+            if stacked { error.remedy("name a directory on ext4 or xfs with --cache-dir") } else { error }
         })?;
         backing.id = Some(id);
         backing.filled = backing.reserved;

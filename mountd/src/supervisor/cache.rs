@@ -47,7 +47,7 @@ pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
     if let Some(dir) = &options.cache_dir {
         probe(dir).map_err(|e| {
             let e = e.context("the cache directory cannot hold backings");
-            if e.remedy_text().is_some() { e } else { e.remedy("name a directory on ext4, xfs or tmpfs") }
+            if e.remedy_text().is_some() { e } else { e.remedy("name a directory on ext4 or xfs") }
         })?;
         let dir =
             std::fs::canonicalize(dir).map_err(|e| Error::io("cannot use the cache directory", dir, e))?;
@@ -81,7 +81,7 @@ fn probe(dir: &Path) -> Result<()> {
             "it lies on overlayfs, which is stacked already: passthrough accepts no other layer",
         )
         .at(dir)
-        .remedy("name a directory on ext4, xfs or tmpfs with --cache-dir"));
+        .remedy("name a directory on ext4 or xfs with --cache-dir"));
     }
     let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
@@ -89,7 +89,10 @@ fn probe(dir: &Path) -> Result<()> {
     freeze(&file).map_err(fail("its files cannot be made immutable"))?;
     match rustix::io::pwrite(&file, b"x", 0) {
         Err(_) => Ok(()),
-        Ok(_) => Err(Error::failed("immutable files can be written in it").at(dir)),
+        // tmpfs is such a one: it looks at the flag only when a file is opened.
+        Ok(_) => {
+            Err(Error::failed("its immutable files can be written through descriptors opened before").at(dir))
+        }
     }
 }
 

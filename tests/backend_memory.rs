@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use stencilfs::error::Code;
-use stencilfs::memory::{Backend, PageRange, Protection, Role, Sharing, page_ranges};
+use stencilfs::memory::{Backend, PageRange, Protection, Role, Sharing, observe, page_ranges};
 use stencilfs::sys::mapping::{Advice, Mapping, Request};
 use stencilfs::sys::pagemap::Pagemap;
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
@@ -186,6 +186,45 @@ fn discarding_punches_the_shared_file_when_the_last_handle_goes() {
     drop(again);
     let left = fs::read(&path).unwrap();
     assert!(left[..512 << 10].iter().all(|b| *b == 0) && left[512 << 10..].iter().all(|b| *b != 0));
+}
+
+/// A filesystem of 2 MiB pages for as long as the value lives.
+struct HugeTmpfs(PathBuf);
+
+impl HugeTmpfs {
+    fn mount(place: &Path) -> HugeTmpfs {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "huge=always,size=64M", "none"]).arg(place);
+        assert!(mount.status().unwrap().success());
+        HugeTmpfs(place.to_owned())
+    }
+}
+
+impl Drop for HugeTmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn pages_mapped_by_2_mib_are_copied_by_4_kib() {
+    let _host = host::shared();
+    let folder = tempfile::tempdir().unwrap();
+    let _mounted = HugeTmpfs::mount(folder.path());
+    let size = 16 << 20;
+    let path = template(folder.path(), size);
+    let memory = Backend::from_text(&object(&path, size, ",rom=off,prefault=on")).unwrap();
+    let mapped = || observe(memory.address_range().start).unwrap().pmd_mapped_bytes.get();
+    assert_eq!(mapped(), size, "the default alignment lets every PMD be used");
+    assert!(memory.dirty().unwrap().is_empty());
+    // Two pages of the first 2 MiB, one at the border of the third and fourth, none of the others.
+    let written = BTreeSet::from([0, 77, 4 * 512 - 1, 4 * 512]);
+    for page in &written {
+        memory.poke(MemoryOffset::new(page * PAGE_SIZE + 9), 0).unwrap();
+    }
+    assert_eq!(pages_of(&memory.dirty().unwrap()), written);
+    assert_eq!(mapped(), size - 3 * HUGE_PAGE_SIZE, "a write costs its 2 MiB the PMD, for good");
+    assert_eq!(memory.touch(PageIndex::new(78)).unwrap(), 79);
 }
 
 /// The name of the test below, for the child that dies of it.

@@ -274,13 +274,17 @@ fn accepted_objects() {
             let ours = Backend::from_text(&files.expand(object)).unwrap();
             let our_policy = numa_policy(std::process::id(), ours.address_range().start);
             assert_eq!(our_policy, their_policy, "{object}");
-            assert_ne!(our_policy.as_deref(), Some("default"), "{object}");
+            assert_ne!(our_policy, "default", "{object}");
         }
         let (ours, value) = explain(&files.expand(object), &files, uid);
         assert_eq!(ours, Verdict::Accepted, "{object}");
         let ours: Observed = observed(&value);
         same_mapping(object, &theirs, &ours);
         assert_eq!(&ours.perms, perms, "{object}");
+        let copied = if object.contains("prealloc=on") { size } else { 0 };
+        for (who, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
+            assert_eq!(map.anonymous_bytes.get(), copied, "{who}: {object}: prealloc copies every page");
+        }
         if !object.contains("align=") {
             assert!(ours.start.is_multiple_of(2 * MIB), "{object}: aligned to 2 MiB");
         }
@@ -288,11 +292,11 @@ fn accepted_objects() {
 }
 
 /// The policy that the kernel keeps for the mapping that begins at an address.
-fn numa_policy(pid: u32, start: u64) -> Option<String> {
+fn numa_policy(pid: u32, start: u64) -> String {
     let maps = fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
-    let line = maps.lines().find_map(|line| line.strip_prefix(&format!("{start:x} ")))?;
+    let line = maps.lines().find_map(|line| line.strip_prefix(&format!("{start:x} "))).unwrap();
     let end = line.find(" file=").or(line.find(" anon=")).unwrap_or(line.len());
-    Some(line[..end].to_owned())
+    line[..end].to_owned()
 }
 
 fn observed(value: &Value) -> Observed {
@@ -425,6 +429,28 @@ fn files_are_made_as_qemu_makes_them() {
         let trial = Files::new(object);
         explain(&trial.expand(object), &trial, None);
         assert!(!trial.path("missing").exists(), "explain leaves nothing behind");
+    }
+}
+
+/// The bytes of the file after a backend that discards its data has gone.
+#[test]
+fn data_is_discarded_where_qemu_discards_it() {
+    let _host = host::shared();
+    for (more, discarded) in [
+        (",share=on,discard-data=on", true),
+        (",share=on", false),
+        (",discard-data=on", false),
+        (",readonly=on,rom=off,discard-data=on", false),
+        (",readonly=on,share=on,discard-data=on", false),
+    ] {
+        let object = format!("M,size=2M,mem-path={{file}}{more}");
+        let (theirs, ours) = (Files::new(&object), Files::new(&object));
+        assert_eq!(verdict(&theirs.expand(&object), None), Verdict::Accepted);
+        drop(Backend::from_text(&ours.expand(&object)).unwrap());
+        let (theirs, ours) = (fs::read(theirs.path("file")).unwrap(), fs::read(ours.path("file")).unwrap());
+        assert!(theirs == ours, "{object}");
+        assert_eq!(ours[..2 << 20].iter().all(|byte| *byte == 0), discarded, "{object}");
+        assert!(ours[2 << 20..].iter().all(|byte| *byte != 0), "{object}: the rest stays");
     }
 }
 

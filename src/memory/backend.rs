@@ -12,8 +12,10 @@ use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, P
 
 use super::dirty::{PageRange, page_ranges};
 use super::file::{self, Undo};
+use super::note::Note;
 use super::options::Options;
-use super::plan::{FileFacts, Layout, Note, Plan, Role, Source, map_failed};
+use super::plan::{FileFacts, Layout, Plan, Source, map_failed};
+use super::row::Role;
 
 /// A mapped memory object. Cloning the value gives another handle to the same memory, which is
 /// unmapped when the last handle is dropped: a VMM keeps one in every region it makes of it.

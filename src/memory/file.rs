@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FsWord, fstatfs};
 
 use crate::error::{Code, Error, Result, errno_text};
+use crate::sys::mapping::Sharing;
 use crate::units::PAGE_SIZE;
 
-use super::plan::{FileFacts, OpenMode, Plan};
-use crate::sys::mapping::Sharing;
+use super::plan::{FileFacts, Plan};
+use super::row::OpenMode;
 
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
 const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;

@@ -12,13 +12,17 @@ mod file;
 mod grammar;
 mod input;
 mod json;
+mod note;
 mod observed;
 mod options;
 mod plan;
+mod row;
 
 pub use crate::sys::mapping::{Protection, Sharing};
 pub use backend::Backend;
 pub use dirty::{PageRange, page_ranges};
+pub use note::Note;
 pub use observed::{Observed, observe, parse_smaps};
 pub use options::{FileOptions, NumaPolicy, ObjectType, OnOffAuto, Options};
-pub use plan::{FileFacts, Layout, Note, Numa, OpenMode, Plan, Role, Row, Source, row};
+pub use plan::{FileFacts, Layout, Numa, Plan, Source};
+pub use row::{OpenMode, Role, Row, row};

@@ -8,7 +8,8 @@ use crate::units::{Bytes, FileOffset};
 use super::grammar;
 use super::input::{Input, missing};
 use super::json;
-use super::plan::{Note, Plan};
+use super::note::Note;
+use super::plan::Plan;
 
 /// The two object types that back guest memory here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

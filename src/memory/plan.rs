@@ -1,135 +1,15 @@
 //! Options → what will be opened and mapped. Pure: the same options give the same plan, and what must
 //! be refused is refused here, in QEMU's order and words.
 
-use std::path::{Path, PathBuf};
-
-use serde::Serialize;
+use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::sys::mapping::{NumaMode, Protection, Sharing};
 use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, PAGE_SIZE};
 
-use super::options::{FileOptions, NumaPolicy, OnOffAuto, Options};
-
-/// How the file is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OpenMode {
-    /// `O_RDONLY`; the file must exist.
-    ReadOnly,
-    /// `O_RDWR`; a missing file is made.
-    ReadWrite,
-}
-
-/// What the guest gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Writable; a write goes to the file (`share=on`) or to a copy.
-    Ram,
-    /// Not writable.
-    Rom,
-    /// Writable memory from a read-only file: every write copies its page, the file is shared by all.
-    Template,
-}
-
-/// One row of the truth table that QEMU's documentation gives for `share`, `readonly` and `rom`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
-    /// Follows `readonly`.
-    pub open: OpenMode,
-    /// Follows `rom`.
-    pub protection: Protection,
-    /// Follows `share`.
-    pub sharing: Sharing,
-    /// What the guest gets.
-    pub role: Role,
-}
-
-/// The row of a combination.
-///
-/// # Errors
-/// QEMU's words for the four combinations that it refuses.
-pub fn row(share: bool, readonly: bool, rom: OnOffAuto) -> Result<Row> {
-    let rom = match (rom, readonly) {
-        (OnOffAuto::Auto, readonly) => readonly,
-        (OnOffAuto::On, true) => true,
-        (OnOffAuto::Off, _) => false,
-        (OnOffAuto::On, false) => {
-            return Err(Error::usage("property 'rom' = 'on' is not supported with 'readonly' = 'off'")
-                .remedy("add readonly=on"));
-        }
-    };
-    if readonly && share && !rom {
-        return Err(Error::usage(
-            "property 'rom' = 'off' is incompatible with 'readonly' = 'on' and 'share' = 'on'",
-        )
-        .remedy("use share=off: every write is then copied, and the file stays shared by all"));
-    }
-    Ok(Row {
-        open: if readonly { OpenMode::ReadOnly } else { OpenMode::ReadWrite },
-        protection: if rom { Protection::Read } else { Protection::ReadWrite },
-        sharing: if share { Sharing::Shared } else { Sharing::Private },
-        role: match (rom, readonly) {
-            (true, _) => Role::Rom,
-            (false, true) => Role::Template,
-            (false, false) => Role::Ram,
-        },
-    })
-}
-
-/// Something that the user should know about a backend that works.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Note {
-    /// A stable word for programs.
-    pub name: &'static str,
-    /// What is so.
-    pub message: String,
-    /// How much memory it is about.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes: Option<Bytes>,
-    /// What to do about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub remedy: Option<String>,
-}
-
-impl Note {
-    fn new(name: &'static str, message: impl Into<String>) -> Note {
-        Note { name, message: message.into(), bytes: None, remedy: None }
-    }
-
-    fn bytes(mut self, bytes: Bytes) -> Note {
-        self.bytes = Some(bytes);
-        self
-    }
-
-    fn remedy(mut self, remedy: impl Into<String>) -> Note {
-        self.remedy = Some(remedy.into());
-        self
-    }
-
-    pub(super) fn short_form(written: &str, key: &str, value: &str) -> Note {
-        Note::new("short-form", format!("short-form boolean option '{written}' deprecated"))
-            .remedy(format!("Please use {key}={value} instead"))
-    }
-
-    pub(super) fn no_sync(path: &Path) -> Note {
-        Note::new(
-            "no-sync",
-            format!(
-                "requesting persistence across crashes for backend file {} failed. Proceeding without \
-                 persistence, data might become corrupted in case of host crash.",
-                path.display()
-            ),
-        )
-    }
-
-    pub(super) fn no_huge_advice() -> Note {
-        Note::new(
-            "no-huge-advice",
-            "the file lies on FUSE: MADV_HUGEPAGE is not given, there it would fetch 2 MiB for every 4 KiB",
-        )
-    }
-}
+use super::note::{Note, notes_of};
+use super::options::{NumaPolicy, OnOffAuto, Options};
+use super::row::{OpenMode, Role, row};
 
 /// Where the memory comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -425,45 +305,6 @@ fn check_properties(options: &Options, type_name: &str) -> Result<()> {
     Ok(())
 }
 
-fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role) -> Vec<Note> {
-    let mut notes = Vec::new();
-    let size = options.size;
-    if role == Role::Template && options.prealloc {
-        notes.push(
-            Note::new("prealloc-copies", "prealloc=on copies every page: nothing of the template is shared")
-                .bytes(size)
-                .remedy("use prefault=on, which fills the page tables and copies nothing"),
-        );
-    }
-    if role == Role::Template && options.reserve && !options.prealloc {
-        notes.push(
-            Note::new("charged-in-full", "every clone is charged its whole size in Committed_AS")
-                .bytes(size)
-                .remedy("use reserve=off"),
-        );
-    }
-    let Some(file) = file else { return notes };
-    if file.discard_data && file.readonly {
-        notes.push(
-            Note::new("discard-without-effect", "discard-data=on does nothing: the file is opened read-only")
-                .remedy("leave discard-data out"),
-        );
-    }
-    if file.discard_data && !file.readonly && !options.share {
-        notes.push(
-            Note::new("discard-without-effect", "discard-data=on does nothing on a private mapping")
-                .remedy("use share=on, or leave discard-data out"),
-        );
-    }
-    if file.pmem && !options.share {
-        notes.push(
-            Note::new("pmem-without-effect", "pmem=on asks for MAP_SYNC, which only share=on can have")
-                .remedy("use share=on, or leave pmem out"),
-        );
-    }
-    notes
-}
-
 /// QEMU's words for a failed `mmap`.
 pub(super) fn map_failed(cause: std::io::Error) -> Error {
     Error::failed(format!("unable to map backing store for guest RAM: {}", crate::error::errno_text(&cause)))
@@ -488,40 +329,6 @@ mod tests {
     }
 
     const FILE: FileFacts = FileFacts { size: 4 << 20, page_size: 4096, regular: true };
-
-    /// Independent of `row`: what the three properties mean, each by itself.
-    #[test]
-    fn every_combination_follows_the_three_rules() {
-        for share in [false, true] {
-            for readonly in [false, true] {
-                for rom in [OnOffAuto::Auto, OnOffAuto::On, OnOffAuto::Off] {
-                    let is_rom = match rom {
-                        OnOffAuto::Auto => readonly,
-                        OnOffAuto::On => true,
-                        OnOffAuto::Off => false,
-                    };
-                    let got = row(share, readonly, rom);
-                    let name = format!("share={share} readonly={readonly} rom={rom:?}");
-                    if is_rom && !readonly {
-                        let words = "property 'rom' = 'on' is not supported with 'readonly' = 'off'";
-                        assert_eq!(got.unwrap_err().message(), words, "{name}");
-                        continue;
-                    }
-                    if !is_rom && readonly && share {
-                        let words = "property 'rom' = 'off' is incompatible with 'readonly' = 'on' and 'share' = 'on'";
-                        assert_eq!(got.unwrap_err().message(), words, "{name}");
-                        continue;
-                    }
-                    let got = got.unwrap();
-                    assert_eq!(got.open == OpenMode::ReadOnly, readonly, "{name}");
-                    assert_eq!(got.protection == Protection::Read, is_rom, "{name}");
-                    assert_eq!(got.sharing == Sharing::Shared, share, "{name}");
-                    assert_eq!(got.role == Role::Template, readonly && !is_rom, "{name}");
-                    assert_eq!(got.role == Role::Rom, is_rom, "{name}");
-                }
-            }
-        }
-    }
 
     #[test]
     fn what_is_mapped_follows_file_and_options() {

@@ -92,7 +92,7 @@ fn the_handle_says_what_a_vmm_needs_and_unmaps_last() {
     assert_eq!((memory.protection(), memory.sharing()), (Protection::ReadWrite, Sharing::Private));
     assert_eq!(memory.flags(), libc::MAP_PRIVATE | libc::MAP_NORESERVE);
     assert_eq!(memory.role(), Role::Template);
-    assert!(memory.as_ptr() as u64 % HUGE_PAGE_SIZE == 0);
+    assert!((memory.as_ptr() as u64).is_multiple_of(HUGE_PAGE_SIZE));
     let metadata = File::from(memory.fd().unwrap().try_clone_to_owned().unwrap()).metadata().unwrap();
     assert_eq!(metadata.len(), 4 << 20);
     let range = memory.address_range();

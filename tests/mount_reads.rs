@@ -135,7 +135,7 @@ fn names_attributes_and_sizes_are_as_promised() {
         names
     };
     assert_eq!(names(""), ["by-id", "templates"]);
-    assert_eq!(names("by-id"), [digest.clone()]);
+    assert_eq!(names("by-id"), std::slice::from_ref(&digest));
     assert_eq!(names(&format!("by-id/{digest}")), ["manifest.json", "memory"]);
     assert_eq!(names("templates"), ["web"]);
     assert_eq!(names("templates/web"), ["1"]);

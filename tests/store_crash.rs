@@ -171,7 +171,7 @@ fn import_tag_chmod_and_rm_at_once() {
             for _ in 0..30 {
                 let store = fixture.store();
                 for tag in store.tags().unwrap() {
-                    assert_eq!(store.has(&tag.digest), true, "{tag:?}");
+                    assert!(store.has(&tag.digest), "{tag:?}");
                 }
             }
         });

@@ -6,13 +6,11 @@ use std::process::{Command, Stdio};
 
 use crate::support::store::{Fixture, guest_like, random, stencil};
 
-/// Highest resident memory of the command in bytes, from its own accounting at exit.
+/// Highest resident memory of the command in bytes. The kernel's own high-water mark goes with the address
+/// space at exit, so it is read while the command runs; it only rises.
 fn peak_of(command: &mut Command, input: Option<File>) -> u64 {
     let stdin = input.map_or_else(Stdio::null, Stdio::from);
-    let child = command.stdin(stdin).stdout(Stdio::null()).spawn().unwrap();
-    let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
-    // Wait without reaping, so that /proc still has the numbers; VmHWM goes with the address space, the
-    // kernel keeps the maximum for getrusage of waited children only. So sample while it runs.
+    let mut child = command.stdin(stdin).stdout(Stdio::null()).spawn().unwrap();
     let mut peak = 0;
     loop {
         let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
@@ -20,9 +18,8 @@ fn peak_of(command: &mut Command, input: Option<File>) -> u64 {
         if let Some(kib) = line.and_then(|l| l.split(' ').next()).and_then(|n| n.parse::<u64>().ok()) {
             peak = peak.max(kib * 1024);
         }
-        let options = rustix::process::WaitOptions::NOHANG;
-        if let Some((_, status)) = rustix::process::waitpid(Some(pid), options).unwrap() {
-            assert_eq!(status.exit_status(), Some(0));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "{status}");
             return peak;
         }
         std::thread::sleep(std::time::Duration::from_millis(1));

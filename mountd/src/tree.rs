@@ -123,11 +123,6 @@ impl Tree {
         tree
     }
 
-    /// The store.
-    pub fn store(&self) -> &Store {
-        &self.store
-    }
-
     /// What that number stands for.
     ///
     /// # Errors

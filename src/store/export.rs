@@ -121,11 +121,11 @@ impl Template {
             let threads: Vec<_> = (0..threads)
                 .map(|_| scope.spawn(|| work().inspect_err(|_| failed.store(true, Ordering::Relaxed))))
                 .collect();
-            let results = threads.into_iter().map(|t| {
-                t.join().unwrap_or_else(|_| Err(Error::failed("a thread of the export has panicked")))
-            });
-            // All are waited for, the first error counts.
-            results.fold(Ok(()), |first, result| first.and(result))
+            let panicked = |_| Err(Error::failed("a thread of the export has panicked"));
+            let results: Vec<Result<()>> =
+                threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect();
+            // All were waited for, the first error counts.
+            results.into_iter().collect()
         })
     }
 }

@@ -18,7 +18,7 @@ pub const MAX_NAME: usize = 128;
 pub const MIN_PREFIX: usize = 8;
 
 /// Checks one component that becomes a file name: letters, digits, `.`, `_` and `-`, starting with a
-/// letter, a digit or `_`, without `..`, at most [`MAX_NAME`] bytes.
+/// letter, a digit or `_`, without `..`, at most `MAX_NAME` bytes.
 ///
 /// # Errors
 /// A usage error that says which rule `text` breaks; `what` is the word for the component.

@@ -171,10 +171,11 @@ impl Run<'_> {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(count.max(1));
         thread::scope(|scope| {
             let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().fold(Ok(()), |first, thread| {
-                let panicked = |_| Err(Error::failed("a thread of the verification has panicked"));
-                first.and(thread.join().unwrap_or_else(panicked))
-            })
+            let panicked = |_| Err(Error::failed("a thread of the verification has panicked"));
+            let results: Vec<Result<()>> =
+                threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect();
+            // All were waited for, the first error counts.
+            results.into_iter().collect()
         })
     }
 

@@ -200,7 +200,7 @@ impl<'a> Work<'a> {
                     Some("readonly=off")
                 } else if props
                     .get("offset")
-                    .is_some_and(|o| o.trim_start_matches("0x").trim_matches('0') != "")
+                    .is_some_and(|o| !o.trim_start_matches("0x").trim_matches('0').is_empty())
                 {
                     Some("offset=0")
                 } else {
@@ -248,7 +248,7 @@ impl<'a> Work<'a> {
             props.set("guid", "auto");
         }
         if let Some(chardev) = props.get("chardev") {
-            self.use_chardev(&chardev.to_owned());
+            self.use_chardev(chardev);
         }
         self.devices.push(driver);
         self.keep("device", Some(&props.render("driver")));

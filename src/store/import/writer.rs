@@ -246,7 +246,11 @@ impl<'a> Writer<'a> {
         let image = self.image.into_inner().map_err(|e| fail(e.into_error()))?;
         image.write_all_at(&header.encode(), 0).map_err(fail)?;
         let mut image_tree = TreeWriter::default();
-        copy(image.try_clone().map_err(fail)?, |part| Ok(image_tree.update(part))).map_err(fail)?;
+        copy(image.try_clone().map_err(fail)?, |part| {
+            image_tree.update(part);
+            Ok(())
+        })
+        .map_err(fail)?;
         image.sync_all().map_err(fail)?;
         let (image_values, digest) = image_tree.finish();
 
@@ -314,7 +318,7 @@ impl OpenPack {
 
     fn finish(mut self) -> Result<File> {
         let fail = |e| Error::io("cannot write", &self.path, e);
-        self.entries.sort_unstable_by(|a, b| a.hash.cmp(&b.hash));
+        self.entries.sort_unstable_by_key(|entry| entry.hash);
         let mut index = Vec::with_capacity(self.entries.len() * IndexEntry::LEN);
         for entry in &self.entries {
             entry.encode(&mut index);

@@ -183,7 +183,9 @@ fn wait_for_end(found: &Mount) -> Result<()> {
 
 /// The path without symbolic links, and without asking what is mounted on its last part: that may be dead.
 fn absolute(path: &Path) -> Result<PathBuf> {
-    let fail = |e| Error::io("cannot find the mountpoint", path, e);
+    let fail = |e| {
+        Error::io("cannot find the mountpoint", path, e).remedy("stencil status lists the mounts of Stencil")
+    };
     let full = std::path::absolute(path).map_err(fail)?;
     match (full.parent(), full.file_name()) {
         (Some(parent), Some(name)) => Ok(std::fs::canonicalize(parent).map_err(fail)?.join(name)),

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use stencilfs::control;
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::{mount, procfs};
 
@@ -12,15 +13,17 @@ use stencilfs::sys::{mount, procfs};
 /// Says what is in the way, and how to get it out of it.
 pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     let canonical = fs::canonicalize(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENOTCONN) => Error::in_use("the mountpoint holds a mount whose server has died")
-            .at(path)
-            .remedy(format!("take it away with `stencil umount -l {0}`, or `umount -l {0}`", path.display())),
+        Some(libc::ENOTCONN) => dead(path),
         Some(libc::ENOENT) => Error::io("the mountpoint does not exist", path, e)
             .remedy(format!("make it: mkdir -p {}", path.display())),
         _ => Error::io("cannot use the mountpoint", path, e),
     })?;
     if let Some(there) = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == canonical) {
         let ours = there.fs_type == mount::FS_TYPE;
+        // The kernel may know its attributes for a while yet; that it has a path does not mean that it lives.
+        if ours && !control::mounts()?.iter().any(|m| m.device == there.dev) {
+            return Err(dead(&canonical));
+        }
         let what =
             if ours { "a Stencil mount".to_owned() } else { format!("a mount of type {}", there.fs_type) };
         return Err(Error::in_use(format!("the mountpoint is taken by {what}")).at(&canonical).remedy(
@@ -46,6 +49,12 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
             .remedy("name an empty directory"));
     }
     Ok(canonical)
+}
+
+fn dead(path: &Path) -> Error {
+    Error::in_use("the mountpoint holds a mount whose server has died")
+        .at(path)
+        .remedy(format!("take it away: stencil umount -l {}", path.display()))
 }
 
 /// Device number of what is mounted there, without asking the mount.

@@ -1,0 +1,181 @@
+//! The three ways to end a mount, and that nothing is left behind.
+
+use std::fs::{self, File};
+
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::{TestMount, wait_for};
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 2048;
+
+fn image() -> Vec<u8> {
+    let mut bytes = vec![0; (PAGES * PAGE) as usize];
+    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn map(world: &TestMount, digest: &str) -> Actor {
+    let mut actor = Actor::start();
+    actor.tell(&format!("map 0 {} 0 {} rw", world.file(digest, "memory").display(), PAGES * PAGE));
+    actor
+}
+
+/// No mount, no process, no record.
+fn assert_nothing_is_left(world: &TestMount, processes: &[ProcessId]) {
+    wait_for("the processes' end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+    let records: Vec<_> =
+        fs::read_dir(world.runtime_dir().join("mounts")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(records.is_empty(), "{records:?}");
+    assert_eq!(fs::read_dir(world.mountpoint()).unwrap().count(), 0);
+    assert!(world.json(&["status"])["mounts"].as_array().unwrap().is_empty());
+    let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounted.contains(world.mountpoint().to_str().unwrap()));
+}
+
+#[test]
+fn a_mount_that_nobody_uses_ends_at_once_and_leaves_nothing() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&image(), "web:1");
+        assert!(fs::read(world.file(&digest, "memory")).unwrap() == image());
+        let processes = world.processes();
+        assert_eq!(processes.len(), 2);
+        world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+        assert_nothing_is_left(&world, &processes);
+        world.mount(&["--serve", serve]).ok();
+        assert!(fs::read(world.file(&digest, "memory")).unwrap() == image(), "and can be mounted again");
+    }
+}
+
+#[test]
+fn umount_with_clones_is_refused_with_their_list() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&image(), "web:1");
+        let mnt = world.mountpoint().to_str().unwrap();
+        let mut clones = [map(&world, &digest), map(&world, &digest)];
+        let refused = world.stencil(&["umount", mnt]).exits(5).says("2 processes map templates of the mount");
+        for clone in &clones {
+            assert!(refused.err.contains(&clone.pid().to_string()), "{}", refused.err);
+        }
+        assert_eq!(clones[0].tell("read 0 5") as u8, image()[5 * PAGE as usize], "they are unharmed");
+        drop(clones);
+        // An open file without a mapping holds it too.
+        let open = File::open(world.file(&digest, "memory")).unwrap();
+        let refused = world.stencil(&["umount", mnt]).exits(5);
+        assert!(refused.err.contains(&format!("{} (", std::process::id())), "{}", refused.err);
+        drop(open);
+        world.stencil(&["umount", mnt]).ok();
+    }
+}
+
+#[test]
+fn a_lazy_unmount_serves_until_the_last_mapping_is_gone() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let bytes = image();
+        let digest = world.import_bytes(&bytes, "web:1");
+        let mut clone = map(&world, &digest);
+        clone.tell("write 0 3 77");
+        let processes = world.processes();
+        let mnt = world.mountpoint().to_str().unwrap();
+        let run = world.stencil(&["umount", "-l", mnt]).ok();
+        assert!(run.out.contains(&clone.pid().to_string()), "{}", run.out);
+        assert_eq!(fs::read_dir(world.mountpoint()).unwrap().count(), 0, "no path leads to it");
+        let status = world.status();
+        assert_eq!((&status["detached"], &status["templates"][0]["clones"]), (&true.into(), &1.into()));
+        // Pages that nobody has touched, before and after a server was killed.
+        for number in (0..PAGES / 2).filter(|n| *n != 3) {
+            assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
+        }
+        world.kill_server();
+        for number in PAGES / 2..PAGES {
+            assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
+        }
+        // The place is free for another one meanwhile.
+        world.mount(&["--serve", serve]).ok();
+        assert_eq!(world.json(&["status"])["mounts"].as_array().unwrap().len(), 2);
+        world.stencil(&["umount", mnt]).ok();
+        assert!(processes[0].is_alive(), "the supervisor serves on");
+        drop(clone);
+        assert_nothing_is_left(&world, &processes);
+    }
+}
+
+#[test]
+fn a_forced_unmount_names_who_will_die_and_ends() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let bytes = image();
+        let digest = world.import_bytes(&bytes, "web:1");
+        let mut clone = map(&world, &digest);
+        let processes = world.processes();
+        let run = world.stencil(&["umount", "--force", world.mountpoint().to_str().unwrap()]).ok();
+        assert!(run.err.contains(&clone.pid().to_string()), "{}", run.err);
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| clone.tell("read 0 100")));
+        // A passthrough mapping needs no server, nor a mount.
+        assert_eq!(read.is_ok(), serve == "passthrough");
+        drop(clone);
+        assert_nothing_is_left(&world, &processes);
+    }
+}
+
+#[test]
+fn a_mount_that_is_taken_away_by_others_ends_too() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let processes = world.processes();
+    crate::support::mount::run("umount", &[world.mountpoint()]);
+    assert_nothing_is_left(&world, &processes);
+
+    world.mount(&[]).ok();
+    let processes = world.processes();
+    // As a service manager ends it.
+    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    assert_nothing_is_left(&world, &processes);
+}
+
+#[test]
+fn sigterm_with_clones_serves_on_until_they_end() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let bytes = image();
+    let digest = world.import_bytes(&bytes, "web:1");
+    let mut clone = map(&world, &digest);
+    let processes = world.processes();
+    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
+    for number in 0..PAGES {
+        assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
+    }
+    drop(clone);
+    assert_nothing_is_left(&world, &processes);
+}
+
+#[test]
+fn a_mount_in_the_foreground_talks_to_its_terminal_and_ends_with_it() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let digest = world.import_bytes(&image(), "web:1");
+    let mut child = world
+        .command()
+        .args(["mount", "-f", world.mountpoint().to_str().unwrap()])
+        .stderr(File::create(world.dir().join("terminal")).unwrap())
+        .spawn()
+        .unwrap();
+    wait_for("the mount", || fs::metadata(world.file(&digest, "memory")).ok());
+    let processes = world.processes();
+    assert_eq!(processes[0].pid, child.id());
+    processes[0].signal(rustix::process::Signal::INT).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_nothing_is_left(&world, &processes);
+    let said = fs::read_to_string(world.dir().join("terminal")).unwrap();
+    assert!(said.contains("serving with") && said.contains("the mount is over"), "{said}");
+}

@@ -13,82 +13,13 @@ use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::object_files::{Files, run};
 use crate::support::qemu_object::{Guest, Verdict, verdict};
 use crate::support::tables::{code, rows};
 
 const DOCUMENT: &str = "semantics.md";
 const NOBODY: u32 = 65534;
 const MIB: u64 = 1 << 20;
-
-/// The files that the tables speak of, in a folder of their own.
-struct Files {
-    folder: tempfile::TempDir,
-    mounted: Option<PathBuf>,
-}
-
-impl Files {
-    fn new(object: &str) -> Files {
-        let folder = tempfile::tempdir().unwrap();
-        // Another user must get in, and make sockets and files.
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let mut files = Files { folder, mounted: None };
-        for (name, size, mode) in
-            [("file", 4 * MIB, 0o666), ("short", MIB, 0o666), ("empty", 0, 0o666), ("denied", 4 * MIB, 0o444)]
-        {
-            let path = files.path(name);
-            let content: Vec<u8> = (0..size).map(|n| (n / 4096 % 251) as u8 + 1).collect();
-            fs::write(&path, content).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        }
-        fs::create_dir(files.path("folder")).unwrap();
-        fs::set_permissions(files.path("folder"), fs::Permissions::from_mode(0o777)).unwrap();
-        if object.contains("{rofs}") {
-            files.mount_read_only();
-        }
-        files
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// The folder a second time, read-only. A bind mount of its own: making a filesystem read-only fails
-    /// while any child that another thread is just starting still has a file of it open for writing.
-    fn mount_read_only(&mut self) {
-        let (source, place) = (self.path("source"), self.path("mount"));
-        fs::create_dir(&source).unwrap();
-        fs::copy(self.path("file"), source.join("rofs")).unwrap();
-        fs::create_dir(&place).unwrap();
-        run(Command::new("mount").arg("--bind").args([&source, &place]));
-        self.mounted = Some(place.clone());
-        run(Command::new("mount").args(["-o", "remount,bind,ro"]).arg(&place));
-    }
-
-    /// The object with the names of the files in it.
-    fn expand(&self, object: &str) -> String {
-        let mut text = match object.strip_prefix('M') {
-            Some(rest) => format!("memory-backend-file,id=m{rest}"),
-            None => object.to_owned(),
-        };
-        for name in ["file", "short", "empty", "denied", "folder", "missing"] {
-            text = text.replace(&format!("{{{name}}}"), self.path(name).to_str().unwrap());
-        }
-        text.replace("{rofs}", self.path("mount/rofs").to_str().unwrap())
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        if let Some(place) = &self.mounted {
-            run(Command::new("umount").arg("--lazy").arg(place));
-        }
-    }
-}
-
-fn run(command: &mut Command) {
-    let status = command.status().unwrap();
-    assert!(status.success(), "{command:?}: {status}");
-}
 
 /// Objects with a file that the caller must not write are tried as another user: root may do all.
 fn user_of(object: &str) -> Option<u32> {

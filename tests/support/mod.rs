@@ -3,6 +3,7 @@
 pub mod actor;
 pub mod host;
 pub mod mount;
+pub mod object_files;
 pub mod qemu_object;
 pub mod store;
 pub mod tables;

@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
+use crate::clones::find::{self, CloneProcess};
 use crate::clones::registry::{self, Entry};
+use crate::control;
 use crate::error::Result;
+use crate::sys::process::ProcessId;
 
 /// List the clones that were launched here, and other processes that map a template
 #[derive(Debug, Args)]
@@ -50,6 +53,20 @@ impl Row {
             created: Some(entry.created),
             dir: Some(entry.dir.display().to_string()),
         }
+    }
+
+    /// A process that somebody else launched.
+    fn of_other(clone: &CloneProcess) -> Option<Row> {
+        Some(Row {
+            id: None,
+            pid: clone.pid,
+            state: "running",
+            kind: "other",
+            name: None,
+            template: clone.maps.first()?.digest.to_string(),
+            created: None,
+            dir: None,
+        })
     }
 }
 
@@ -100,6 +117,13 @@ fn age(seconds: u64) -> String {
 /// When the runtime directory cannot be read.
 pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
     registry::sweep()?;
-    let rows: Vec<Row> = registry::list()?.iter().map(Row::of).collect();
+    let entries = registry::list()?;
+    let mut rows: Vec<Row> = entries.iter().map(Row::of).collect();
+    let ours: Vec<ProcessId> = entries.iter().flat_map(Entry::processes).collect();
+    for clone in find::template_mappings(&control::mounts()?)? {
+        if !ours.contains(&ProcessId { pid: clone.pid, start_time: clone.start_time }) {
+            rows.extend(Row::of_other(&clone));
+        }
+    }
     Ok(Done::report(PsReport { rows, ids: args.ids }))
 }

@@ -133,10 +133,21 @@ pub fn leave(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// The command gets a session of its own, so that neither a terminal's end nor its keys reach it.
+/// The command gets a session of its own, so that neither a terminal's end nor its keys reach it, and no
+/// descriptors but the standard ones: a process that lives on must not hold its caller's pipes open.
+/// What it is to [`inherit`] is named afterwards.
 pub fn own_session(command: &mut Command) -> &mut Command {
-    // SAFETY: setsid is async-signal-safe and allocates nothing.
-    unsafe { command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?)) }
+    // SAFETY: setsid and close_range are async-signal-safe and allocate nothing; descriptors are marked to
+    // be closed at exec, none is closed here.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            match libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        })
+    }
 }
 
 /// The command inherits this descriptor under its number. Others that are started meanwhile do not.

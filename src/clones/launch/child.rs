@@ -34,7 +34,10 @@ pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) ->
         return Err(Error::usage("no command is given").remedy("write it after --, like -- CMD {memory}"));
     };
     let mut command = Command::new(program);
-    command.args(args).envs(values.variables()).env("STENCIL_TEMPLATE", herd.order.target.digest.to_string());
+    own_session(&mut command)
+        .args(args)
+        .envs(values.variables())
+        .env("STENCIL_TEMPLATE", herd.order.target.digest.to_string());
     let heard = match ready {
         Ready::Mapped => None,
         Ready::Notify => {
@@ -63,7 +66,7 @@ pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) ->
     }
 }
 
-/// Starts a program as a clone: own session, its output in the clone's log, its process in the record.
+/// Starts a program as a clone: its output goes to the clone's log, its process into the record.
 ///
 /// # Errors
 /// When it cannot be started.
@@ -72,7 +75,7 @@ pub fn spawn(command: &mut Command, entry: &mut Entry) -> Result<Child> {
     let log = || File::options().create(true).append(true).open(&path);
     let failed = |e| Error::io("cannot write the log of a clone", &path, e);
     let (out, err) = (log().map_err(failed)?, log().map_err(failed)?);
-    own_session(command)
+    command
         .env("STENCIL_DIR", &entry.dir)
         .stdin(Stdio::null())
         .stdout(Stdio::from(out))

@@ -15,8 +15,11 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::clones::audit::Baseline;
+use crate::clones::find::Inodes;
 use crate::clones::recipe::Recipe;
 use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry};
+use crate::control;
 use crate::error::{Error, Result};
 pub use child::Ready;
 pub use simulate::{Amount, Scatter, Simulate};
@@ -91,6 +94,9 @@ pub struct Launched {
 pub fn launch(order: &Order<'_>) -> Result<Launched> {
     registry::sweep()?;
     let launch = Launch::begin()?;
+    // What the host had free before its first clone, for `density --audit`.
+    let kept = control::mounts().and_then(|mounts| Baseline::keep_if_idle(&Inodes::of(&mounts)?));
+    kept.unwrap_or_else(|error| log::warn!("{error}"));
     // From here on, whatever happens to this process, the watchdog or the next sweep clears up.
     let mut watchdog = None;
     let outcome = watchdog::start(&launch).and_then(|started| {

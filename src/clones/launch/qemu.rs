@@ -11,6 +11,7 @@ use crate::clones::qmp::Qmp;
 use crate::clones::recipe::Recipe;
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
+use crate::sys::process::own_session;
 
 /// The longest path that a unix socket's address holds.
 const LONGEST_SOCKET: usize = 107;
@@ -33,7 +34,7 @@ pub fn resume(herd: &Herd<'_>, recipe: &Recipe, entry: &mut Entry) -> Result<Chi
         ))
     })?;
     let mut command = Command::new(&recipe.program);
-    command.args(recipe.arguments(&values)?).envs(values.variables());
+    own_session(&mut command).args(recipe.arguments(&values)?).envs(values.variables());
     let mut child = spawn(&mut command, entry)?;
     let patience = Patience::new(herd);
     match bring_up(&patience, &mut child, entry, &state) {

@@ -3,6 +3,8 @@ mod accounting;
 mod backend_memory;
 mod command_line;
 mod dirty_exact;
+mod clone_command;
+mod clone_simulated;
 mod kvm_guest;
 mod layers;
 mod mount_bad_input;

@@ -1,6 +1,7 @@
 //! What the scenarios share.
 
 pub mod actor;
+pub mod guest;
 pub mod host;
 pub mod mount;
 pub mod object_files;

@@ -13,7 +13,8 @@ use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::TestMount;
 
-const READY_THEN_SLEEP: &str = "echo ready {index}; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 1000";
+const READY_THEN_SLEEP: &str =
+    "echo ready {index}; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 1000";
 
 fn world() -> TestMount {
     let world = TestMount::new("auto");
@@ -42,7 +43,8 @@ fn processes_of(world: &TestMount) -> Vec<String> {
 #[track_caller]
 fn nothing_is_left(world: &TestMount) {
     for folder in ["clones", "launches"] {
-        let left: Vec<_> = fs::read_dir(world.runtime_dir().join(folder)).into_iter().flatten().flatten().collect();
+        let left: Vec<_> =
+            fs::read_dir(world.runtime_dir().join(folder)).into_iter().flatten().flatten().collect();
         assert!(left.is_empty(), "{left:?}");
     }
     assert_eq!(processes_of(world), Vec::<String>::new());
@@ -126,7 +128,8 @@ fn one_that_fails_takes_all_along_unless_told_otherwise() {
 fn one_that_does_not_heed_is_killed_and_one_that_ended_is_shown_so() {
     let _host = host::shared();
     let world = world();
-    let stubborn = format!("trap '' TERM; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; while :; do sleep 1000; done");
+    let stubborn =
+        format!("trap '' TERM; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; while :; do sleep 1000; done");
     world.json(&["clone", "web", "--ready", "notify", "--", "sh", "-c", &stubborn]);
     let stopped = world.json(&["stop", "--all", "--grace", "1"]);
     assert_eq!(stopped["stopped"][0]["how"], "killed", "{stopped}");

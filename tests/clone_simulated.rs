@@ -100,7 +100,8 @@ fn a_write_to_rom_is_sigsegv_and_no_private_page() {
         let file = format!("firmware={},kind=rom", rom.display());
         world.stencil(&["import", ram.to_str().unwrap(), "vm", "--file", &file]).ok();
 
-        let failed = world.stencil(&["clone", "vm", "-n", "2", "--simulate", "write=1p,file=firmware"]).exits(1);
+        let failed =
+            world.stencil(&["clone", "vm", "-n", "2", "--simulate", "write=1p,file=firmware"]).exits(1);
         assert!(failed.err.contains("killed by SIGSEGV"), "{}", failed.err);
         assert!(failed.err.contains("ROM file 'firmware' and had 0 private pages of it"), "{}", failed.err);
         assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
@@ -124,7 +125,10 @@ fn what_cannot_be_is_said() {
     world.stencil(&["clone", "web"]).exits(2).says("has no launch recipe");
     world.stencil(&["clone", "web", "--simulate", "write=101%"]).exits(2);
     world.stencil(&["clone", "web", "--simulate", "write=17p"]).exits(2);
-    world.stencil(&["clone", "web", "--simulate", "write=1p,file=nope"]).exits(2).says("no memory file 'nope'");
+    world
+        .stencil(&["clone", "web", "--simulate", "write=1p,file=nope"])
+        .exits(2)
+        .says("no memory file 'nope'");
     world.stencil(&["clone", "web", "--", "cat", "{state}"]).exits(1);
     world.stencil(&["stop", "cnone"]).exits(4).says("no clone has the id");
     world.stencil(&["logs", "../x"]).exits(4);

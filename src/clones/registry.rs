@@ -152,12 +152,7 @@ impl Entry {
     /// # Errors
     /// When something in it cannot be removed.
     pub fn remove(&self) -> Result<()> {
-        match fs::remove_dir_all(&self.dir) {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                Err(Error::io("cannot remove the folder of a clone", &self.dir, e))
-            }
-            _ => Ok(()),
-        }
+        remove_folder(&self.dir)
     }
 
     /// Ends its processes at once and removes its folder.
@@ -200,6 +195,12 @@ pub struct NewEntry<'a> {
     pub kind: Kind,
     /// Its number within its launch, from 0.
     pub index: u32,
+    /// What a simulated clone is told to touch.
+    pub touched: Option<Touched>,
+}
+
+fn staging_prefix(launch: &str) -> String {
+    format!(".{launch}-")
 }
 
 /// The folder that holds all records.
@@ -223,16 +224,13 @@ impl Launch {
     /// # Errors
     /// When the runtime directory cannot be written.
     pub fn begin() -> Result<Launch> {
-        let (all, id) = (launches_dir(), random_id()?);
-        let failed = |e| {
+        let (all, me) = (launches_dir(), ProcessId::me()?);
+        // The name says whose it is, so that the marker is whole as soon as it exists.
+        let id = format!("{}.{}.{}", random_id()?, me.pid, me.start_time);
+        fs::create_dir_all(&all).and_then(|()| fs::File::create_new(all.join(&id))).map_err(|e| {
             Error::io("cannot write to the runtime directory", &all, e)
                 .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a folder of yours")
-        };
-        fs::create_dir_all(&all).map_err(failed)?;
-        let owner = serde_json::to_vec(&ProcessId::me()?).unwrap_or_default();
-        let fresh = all.join(format!("{id}.new"));
-        fs::write(&fresh, owner).map_err(failed)?;
-        fs::rename(&fresh, all.join(&id)).map_err(failed)?;
+        })?;
         Ok(Launch { id })
     }
 
@@ -247,31 +245,36 @@ impl Launch {
     /// When the runtime directory cannot be written.
     pub fn create(&self, new: &NewEntry<'_>) -> Result<Entry> {
         let all = clones_dir();
-        fs::create_dir_all(&all).map_err(|e| Error::io("cannot make the folder of clones", &all, e))?;
-        let (id, dir) = loop {
-            let id = random_id()?;
-            let dir = all.join(&id);
-            match fs::DirBuilder::new().mode(0o700).create(&dir) {
-                Ok(()) => break (id, dir),
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(Error::io("cannot make the folder of a clone", &dir, e)),
-            }
-        };
-        let entry = Entry {
-            id,
+        let failed = |path: &Path, e| Error::io("cannot make the folder of a clone", path, e);
+        fs::create_dir_all(&all).map_err(|e| failed(&all, e))?;
+        // The folder appears with its record in it; what is cut off before bears the launch's name.
+        let staging = all.join(format!("{}{}", staging_prefix(&self.id), new.index));
+        fs::DirBuilder::new().mode(0o700).create(&staging).map_err(|e| failed(&staging, e))?;
+        let mut entry = Entry {
+            id: String::new(),
             pid: 0,
             start_time: 0,
             name: new.name.to_owned(),
             template: new.template.to_owned(),
             kind: new.kind,
-            dir,
+            dir: staging.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             index: new.index,
             launch: self.id.clone(),
-            touched: None,
+            touched: new.touched,
         };
-        entry.save()?;
-        Ok(entry)
+        loop {
+            entry.id = random_id()?;
+            entry.dir.clone_from(&staging);
+            entry.save()?;
+            entry.dir = all.join(&entry.id);
+            match fs::rename(&staging, &entry.dir) {
+                Ok(()) => return Ok(entry),
+                // A folder that is not empty is another clone's.
+                Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
+                Err(e) => return Err(failed(&entry.dir, e)),
+            }
+        }
     }
 
     /// Lets all clones of this launch go, at once.
@@ -303,6 +306,10 @@ pub fn is_held(launch: &str) -> bool {
 /// When a process does not die or a folder cannot be removed.
 pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     let marker = launches_dir().join(launch);
+    let Ok(lock) = fs::File::open(&marker) else { return Ok(vec![]) };
+    // The watchdog and another command may do it at one time.
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+        .map_err(|e| Error::io("cannot lock", &marker, e.into()))?;
     if !marker.exists() {
         return Ok(vec![]);
     }
@@ -314,10 +321,32 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     for entry in &all {
         entry.destroy()?;
     }
+    let prefix = staging_prefix(launch);
+    for folder in fs::read_dir(clones_dir()).into_iter().flatten().flatten() {
+        if folder.file_name().to_string_lossy().starts_with(&prefix) {
+            remove_folder(&folder.path())?;
+        }
+    }
     match fs::remove_file(&marker) {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", &marker, e)),
         _ => Ok(all),
     }
+}
+
+fn remove_folder(path: &Path) -> Result<()> {
+    // A worker that dies just now may still have put its log there.
+    for _ in 0..50 {
+        match fs::remove_dir_all(path) {
+            Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => {
+                std::thread::sleep(Duration::from_millis(10))
+            }
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                return Err(Error::io("cannot remove the folder of a clone", path, e));
+            }
+            _ => return Ok(()),
+        }
+    }
+    Err(Error::failed("the folder of a clone is still being written to").at(path))
 }
 
 /// All records, oldest first, clones that have ended among them.
@@ -334,6 +363,9 @@ pub fn list() -> Result<Vec<Entry>> {
     let mut entries = vec![];
     for folder in folders {
         let path = folder.map_err(|e| Error::io("cannot read the folder of clones", &all, e))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
+            continue;
+        }
         match load(&path) {
             Ok(Some(entry)) => entries.push(entry),
             Ok(None) => {}
@@ -370,8 +402,10 @@ pub fn sweep() -> Result<Vec<Entry>> {
     let Ok(markers) = fs::read_dir(launches_dir()) else { return Ok(swept) };
     for marker in markers.filter_map(std::result::Result::ok) {
         let Some(launch) = marker.file_name().to_str().map(str::to_owned) else { continue };
-        let Ok(bytes) = fs::read(marker.path()) else { continue };
-        let owner: Option<ProcessId> = serde_json::from_slice(&bytes).ok();
+        let owner = launch.split_once('.').and_then(|(_, owner)| {
+            let (pid, start_time) = owner.split_once('.')?;
+            Some(ProcessId { pid: pid.parse().ok()?, start_time: start_time.parse().ok()? })
+        });
         if owner.is_some_and(|owner| !owner.is_alive()) {
             let gone = abort(&launch)?;
             log::info!("launch {launch} had lost its launcher: {} clones removed", gone.len());

@@ -52,9 +52,11 @@ impl Qemu {
     pub fn boot(dir: &Path) -> Qemu {
         let (kernel, initramfs) = kernel_and_initramfs();
         let mut words = qemu_words(dir, "256M");
-        for (option, value) in
-            [("-kernel", kernel.as_str()), ("-initrd", &initramfs), ("-append", "console=ttyS0 quiet panic=-1")]
-        {
+        for (option, value) in [
+            ("-kernel", kernel.as_str()),
+            ("-initrd", &initramfs),
+            ("-append", "console=ttyS0 quiet panic=-1"),
+        ] {
             words.extend([option.to_owned(), value.to_owned()]);
         }
         let qemu = Qemu::start(dir, &words);
@@ -94,7 +96,9 @@ impl Qemu {
 
     /// Waits until there are so many heartbeats.
     pub fn wait_heartbeats(&self, count: usize) {
-        patiently("heartbeats", Duration::from_secs(120), || (self.heartbeats().len() >= count).then_some(()));
+        patiently("heartbeats", Duration::from_secs(120), || {
+            (self.heartbeats().len() >= count).then_some(())
+        });
     }
 
     /// True when it has ended.
@@ -152,7 +156,8 @@ pub fn patiently<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Op
 pub fn give(world: &TestMount) {
     let store = world.store_dir();
     fs::remove_dir_all(&store).unwrap();
-    let copied = Command::new("cp").args(["-a", "--reflink=auto"]).arg(captured()).arg(&store).status().unwrap();
+    let copied =
+        Command::new("cp").args(["-a", "--reflink=auto"]).arg(captured()).arg(&store).status().unwrap();
     assert!(copied.success());
 }
 

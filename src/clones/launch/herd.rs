@@ -82,8 +82,7 @@ pub fn launch(herd: &Herd<'_>, simulate: &Simulate) -> Result<Outcome> {
             && under_way.len() < herd.order.parallel.max(1) as usize
             && !herd.is_over()
         {
-            let mut entry = herd.create(next)?;
-            entry.touched = Some(touched);
+            let entry = herd.create(next, Some(touched))?;
             let line = format!("start {next} {}\n", entry.dir.display());
             held.input
                 .write_all(line.as_bytes())

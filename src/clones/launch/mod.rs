@@ -18,7 +18,7 @@ use std::time::Duration;
 use crate::clones::audit::Baseline;
 use crate::clones::find::Inodes;
 use crate::clones::recipe::Recipe;
-use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry};
+use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry, Touched};
 use crate::control;
 use crate::error::{Error, Result};
 pub use child::Ready;
@@ -157,10 +157,16 @@ impl Herd<'_> {
         use_it(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn create(&self, index: u32) -> Result<Entry> {
+    fn create(&self, index: u32, touched: Option<Touched>) -> Result<Entry> {
         let digest = self.order.target.digest.to_string();
         let kind = self.order.how.kind();
-        self.launch.create(&NewEntry { name: &self.order.target.name, template: &digest, kind, index })
+        self.launch.create(&NewEntry {
+            name: &self.order.target.name,
+            template: &digest,
+            kind,
+            index,
+            touched,
+        })
     }
 
     fn failed(&self, index: u32, message: String) {
@@ -195,7 +201,7 @@ impl Herd<'_> {
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
     {
-        let mut entry = match self.create(index) {
+        let mut entry = match self.create(index, None) {
             Ok(entry) => entry,
             Err(error) => return self.failed(index, error.to_string()),
         };

@@ -1,0 +1,185 @@
+//! A running QEMU becomes a template and is afterwards as it was before; what clones cannot have is refused.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use stencilfs::clones::qmp::Qmp;
+
+use crate::support::guest::{Qemu, patiently, qemu_words};
+use crate::support::host;
+use crate::support::mount::{TestMount, temporary};
+
+fn ignores_shared(qemu: &Qemu) -> bool {
+    let all = qemu.run("query-migrate-capabilities");
+    let one = all.as_array().unwrap().iter().find(|c| c["capability"] == "x-ignore-shared").unwrap();
+    one["state"].as_bool().unwrap()
+}
+
+#[test]
+fn a_running_guest_is_captured_and_is_then_as_before() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let mut guest = Qemu::boot(world.dir());
+    let socket = guest.socket();
+    let socket = socket.to_str().unwrap();
+
+    // Running before, running afterwards, and not far behind.
+    let beats = guest.heartbeats().len();
+    let captured = world.json(&["capture", socket, "guest:run"]);
+    assert_eq!(captured["vm"], "running");
+    assert_eq!(guest.status(), "running");
+    assert!(!ignores_shared(&guest), "the capability is as it was");
+    guest.wait_heartbeats(beats + 3);
+    let pause = captured["pause_seconds"].as_f64().unwrap();
+    println!("the guest stood still for {:.0} ms", pause * 1000.0);
+    assert!(pause < 10.0);
+    assert_eq!(captured["warnings"], json!([]));
+    let names: Vec<&str> = captured["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["initrd", "kernel", "memory", "state"]);
+    let recipe = world.stencil(&["inspect", "guest:run"]).ok().out;
+    let own = world.dir().display().to_string();
+    assert!(!recipe.contains(&own), "nothing of the VM's own in its clones' command line: {recipe}");
+
+    // Left paused on request: RAM is then what the template has, byte for byte.
+    let captured = world.json(&["capture", socket, "guest:still", "--pause"]);
+    assert_eq!(captured["pause_seconds"], Value::Null);
+    assert_ne!(guest.status(), "running");
+    let beats = guest.heartbeats().len();
+    let copy = world.dir().join("copy");
+    world.stencil(&["export", "guest:still/memory", copy.to_str().unwrap()]).ok();
+    assert!(fs::read(&copy).unwrap() == fs::read(world.dir().join("ram")).unwrap());
+    let run = world.stencil(&["capture", socket, "guest:again"]).exits(2);
+    assert!(run.err.contains("cont"), "{}", run.err);
+    assert_eq!(guest.heartbeats().len(), beats);
+    guest.run("cont");
+    guest.wait_heartbeats(beats + 3);
+
+    // Paused before: not let run.
+    guest.run("stop");
+    let beats = guest.heartbeats().len();
+    let captured = world.json(&["capture", socket, "guest:paused"]);
+    assert_eq!(captured["pause_seconds"], Value::Null);
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(guest.heartbeats().len() <= beats + 1, "it did not run");
+    guest.run("cont");
+    guest.wait_heartbeats(beats + 3);
+
+    // A guest whose store cannot be written goes on too.
+    let blocked = world.dir().join("blocked");
+    fs::write(&blocked, "no folder").unwrap();
+    world.stencil(&["--store", blocked.to_str().unwrap(), "capture", socket, "guest:x"]).exits(1);
+    assert_eq!(guest.status(), "running");
+
+    // Ended on request.
+    let captured = world.json(&["capture", socket, "guest:last", "--quit"]);
+    assert_eq!(captured["vm"], "quit");
+    patiently("end of QEMU", Duration::from_secs(10), || guest.has_ended().then_some(()));
+}
+
+#[test]
+fn soak_a_killed_capture_leaves_the_guest_running() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    // A VM without a guest of its own: firmware runs, and RAM has something in it.
+    let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "192M"));
+    let ram = vec![0x5a; 64 << 20];
+    std::os::unix::fs::FileExt::write_all_at(
+        &fs::OpenOptions::new().write(true).open(world.dir().join("ram")).unwrap(),
+        &ram,
+        100 << 20,
+    )
+    .unwrap();
+    let rounds = if std::env::var_os("STENCIL_SOAK").is_some() { 60 } else { 10 };
+    let mut whole = 0;
+    for round in 0..rounds {
+        let mut command = world.command();
+        command.arg("capture").arg(guest.socket()).arg(format!("guest:k{round}"));
+        let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(3 + round * 211 % 240));
+        let _ = kill_process(Pid::from_raw(capture.id() as i32).unwrap(), Signal::KILL);
+        whole += usize::from(capture.wait().unwrap().success());
+        patiently("running guest", Duration::from_secs(15), || (guest.status() == "running").then_some(()));
+        assert!(!ignores_shared(&guest));
+    }
+    println!("{rounds} captures, {whole} were faster than the signal");
+    // What was cut off is none of the templates, and the next capture works.
+    world.json(&["capture", guest.socket().to_str().unwrap(), "guest:whole"]);
+    world.stencil(&["verify", "guest:whole"]).ok();
+}
+
+#[test]
+fn what_clones_cannot_have_is_refused_and_changes_nothing() {
+    let _host = host::shared();
+    let dir = temporary("refuse-");
+    let path = dir.path().display().to_string();
+    let good = qemu_words(dir.path(), "16M").join(" ");
+    let ram = "-object memory-backend-file,id=ram0,size=16M";
+    for (from, to, words, remedy) in [
+        ("-nodefaults ", "", "default network card", "capture again"),
+        ("-accel", "-netdev user,id=n0 -device e1000e,netdev=n0,id=eth -accel", "device e1000e (eth)", ""),
+        ("-accel", "-drive if=none,id=d0,driver=null-co,read-zeroes=on -accel", "-drive", "a disk"),
+        ("share=on", "share=off", "RAM of this VM", "the option share=on"),
+        (ram, "-object memory-backend-memfd,id=ram0,size=16M", "RAM of this VM", "memory-backend-file,id=ram0,size=16M,mem-path=FILE,share=on"),
+        (",memory-backend=ram0", ",memory-backend=ram1 -object memory-backend-ram,id=ram1,size=16M", "RAM of this VM", "replace -object memory-backend-ram,id=ram1"),
+        ("-accel", "-device virtio-balloon-pci,id=b -accel", "device virtio-balloon-pci (b)", ""),
+    ] {
+        let mut changed = good.replacen(from, to, 1);
+        if to.contains("memfd") {
+            changed = changed.replace(&format!(",mem-path={path}/ram"), "");
+        }
+        let words_of: Vec<String> = changed.split_ascii_whitespace().map(str::to_owned).collect();
+        let qemu = Qemu::start(dir.path(), &words_of);
+        let store = dir.path().join("store");
+        let run = Command::new(crate::support::mount::STENCIL)
+            .arg("--store")
+            .arg(&store)
+            .arg("capture")
+            .arg(qemu.socket())
+            .arg("x")
+            .output()
+            .unwrap();
+        let err = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(2), "{to}: {err}");
+        assert!(err.contains(words) && err.contains(remedy), "{to}: {err}");
+        assert_eq!(qemu.status(), "running");
+        assert!(!ignores_shared(&qemu));
+    }
+    // What is plugged in later does not stand in the command line.
+    let port = good.replacen("-accel", "-device pcie-root-port,id=slot0 -accel", 1);
+    let words: Vec<String> = port.split_ascii_whitespace().map(str::to_owned).collect();
+    let qemu = Qemu::start(dir.path(), &words);
+    let plugged = json!({"driver": "virtio-rng-pci", "rng": "rng0", "bus": "slot0", "id": "late"});
+    qemu.qmp().run("device_add", plugged).unwrap();
+    let run = Command::new(crate::support::mount::STENCIL)
+        .args(["--store", dir.path().join("store").to_str().unwrap(), "capture"])
+        .arg(qemu.socket())
+        .arg("x")
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&run.stderr);
+    assert!(err.contains("plugged in or out (3 on the command line, 4 in the VM)"), "{err}");
+}
+
+#[test]
+fn no_vm_behind_the_socket_is_said() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    world.stencil(&["capture", "/nonexistent/qmp", "x"]).exits(4).says("cannot connect to the QMP socket");
+    let file = world.dir().join("file");
+    fs::write(&file, "x").unwrap();
+    world.stencil(&["capture", file.to_str().unwrap(), "x"]).exits(1);
+    // A guest without generation id and random numbers is captured, and the lack is named.
+    let words = qemu_words(world.dir(), "16M").join(" ");
+    let bare = words.replace("-device vmgenid,guid=auto", "").replace("-device virtio-rng-pci,rng=rng0", "");
+    let bare: Vec<String> = bare.split_ascii_whitespace().map(str::to_owned).collect();
+    let qemu = Qemu::start(world.dir(), &bare);
+    // Somebody else holds the session: an end, not a hang, is the point; it comes free.
+    let held = Qmp::connect(&qemu.socket()).unwrap();
+    drop(held);
+    let captured = world.json(&["capture", qemu.socket().to_str().unwrap(), "bare"]);
+    let warnings = captured["warnings"].to_string();
+    assert!(warnings.contains("vmgenid") && warnings.contains("virtio-rng"), "{warnings}");
+}

@@ -1,12 +1,11 @@
 //! One scenario a file; `support` holds what they share.
 mod accounting;
 mod backend_memory;
-mod command_line;
-mod dirty_exact;
 mod capture_qemu;
 mod clone_command;
 mod clone_qemu;
 mod clone_simulated;
+mod command_line;
 mod dirty_exact;
 mod kvm_guest;
 mod layers;

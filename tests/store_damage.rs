@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use stencilfs::error::Code;
 use stencilfs::progress::Silent;
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch};
+use stencilfs::units::FileOffset;
 
 use crate::support::store::{Fixture, guest_like, random, read_all};
 
 /// A store with two templates that share blocks, in sub-chunks and in one piece.
 fn fixture() -> (Fixture, Vec<(String, Digest, Vec<u8>)>) {
     let fixture = Fixture::new();
-    let first = guest_like(1, 3 << 20);
-    let second = [&first[..1 << 20], &guest_like(2, 1 << 20)[..], &random(9, 70_000)].concat();
+    let first = guest_like(1, 5 << 18);
+    let second = [&first[..1 << 19], &guest_like(2, 1 << 19)[..], &random(9, 70_000)].concat();
     let mut templates = Vec::new();
     for (name, bytes, chunk) in [("first", first, "64k"), ("second", second, "8k")] {
         let mut request = fixture.request(name, &bytes);
@@ -55,6 +56,15 @@ fn assert_no_wrong_byte(fixture: &Fixture, templates: &[(String, Digest, Vec<u8>
                     errors += 1;
                 }
             }
+            // A part of it, odd and inside one sub-chunk or two.
+            let from = (number * 977) % (expected.len() - 300);
+            let offset = FileOffset::new(number as u64 * BLOCK_SIZE + from as u64);
+            if template.read_range(0, offset, &mut scratch, &mut block[..300]).is_ok() {
+                assert!(
+                    block[..300] == expected[from..from + 300],
+                    "{name}: a part of block {number} is wrong"
+                );
+            }
         }
     }
     errors
@@ -65,8 +75,8 @@ fn places(fixture: &Fixture) -> Vec<(PathBuf, u64)> {
     let mut places = Vec::new();
     for path in fixture.files("") {
         let length = fs::metadata(&path).unwrap().len();
-        let step = (length / 60).max(1);
-        let head = (0..length.min(400)).step_by(7);
+        let step = (length / 40).max(1);
+        let head = (0..length.min(400)).step_by(9);
         let tail = (length.saturating_sub(200)..length).step_by(11);
         places
             .extend(head.chain((0..length).step_by(step as usize)).chain(tail).map(|at| (path.clone(), at)));

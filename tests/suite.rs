@@ -19,6 +19,7 @@ mod mount_unmount;
 mod qemu_conformance;
 mod store_crash;
 mod store_damage;
+mod store_format;
 mod store_limits;
 mod store_roundtrip;
 mod support;

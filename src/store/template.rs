@@ -10,12 +10,12 @@ use serde_json::json;
 use super::codec::{Decoder, page_mask};
 use super::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use super::format::placement::{Front, Row};
-use super::format::{Invalid, PackId, Preamble, Stored};
+use super::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
 use super::pack::{AlignedBuffer, PackFile, PackIndex};
 use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
 use super::{BLOCK_SIZE, Digest, Policy, Store, TemplateFile};
 use crate::error::{Error, Result};
-use crate::units::Bytes;
+use crate::units::{Bytes, FileOffset};
 
 /// Memory that reads reuse; one for each thread.
 #[derive(Debug, Default)]
@@ -183,6 +183,59 @@ impl Template {
             decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
         };
         decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
+    }
+
+    /// Fills `out` with the bytes at `offset` of a file. Of blocks stored in sub-chunks only those are
+    /// decoded that are asked for; everything that leaves was verified.
+    ///
+    /// # Errors
+    /// As [`Template::read_block`]; a usage error when the range reaches beyond the file.
+    pub fn read_range(
+        &self,
+        file: usize,
+        offset: FileOffset,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let mut position = offset.get();
+        let mut out = out;
+        while !out.is_empty() {
+            let (block, within) = (position / BLOCK_SIZE, (position % BLOCK_SIZE) as usize);
+            let (number, length) = self.locate(file, block)?;
+            if within >= length {
+                return Err(Error::usage(format!("byte {position} lies behind the end of file {file}")));
+            }
+            let (now, rest) = out.split_at_mut(out.len().min(length - within));
+            match now.len() == length {
+                true => self.read_block(file, block, scratch, now).map(drop)?,
+                false => self.read_part(number, within, scratch, now)?,
+            }
+            position += now.len() as u64;
+            out = rest;
+        }
+        Ok(())
+    }
+
+    fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
+        let Some(hash) = self.block_hash(number)? else {
+            out.fill(0);
+            return Ok(());
+        };
+        let (id, stored) = self.stored(number, &hash)?;
+        let pack = self.store.packs().get(id)?;
+        let Scratch { buffer, decoder, plain } = scratch;
+        plain.resize(BLOCK_SIZE as usize, 0);
+        // The whole record: of 40 KiB a second access to the device would cost more than the bytes.
+        let record = pack.record(stored, buffer)?;
+        let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
+        let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
+        let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {
+            true => decoder.block(how, record, &hash, plain),
+            false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
+        };
+        decoded.map_err(|why| pack.mismatch(stored, &why))?;
+        out.copy_from_slice(&plain[within..within + out.len()]);
+        Ok(())
     }
 
     /// Hash and place of a block, or nothing for a zero block.

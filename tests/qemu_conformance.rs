@@ -3,9 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use serde_json::Value;
 use stencilfs::memory::{Backend, Observed, Options, observe, parse_smaps};
@@ -13,50 +11,12 @@ use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::object_files::{Files, run};
+use crate::support::object_files::{Files, explain, user_of};
 use crate::support::qemu_object::{Guest, Verdict, verdict};
 use crate::support::tables::{code, rows};
 
 const DOCUMENT: &str = "semantics.md";
-const NOBODY: u32 = 65534;
 const MIB: u64 = 1 << 20;
-
-/// Objects with a file that the caller must not write are tried as another user: root may do all.
-fn user_of(object: &str) -> Option<u32> {
-    object.contains("{denied}").then_some(NOBODY)
-}
-
-/// `stencil explain`, in a process of its own, where another user can run it.
-fn explain(object: &str, files: &Files, uid: Option<u32>) -> (Verdict, Value) {
-    let program = match uid {
-        None => PathBuf::from(env!("CARGO_BIN_EXE_stencil")),
-        Some(_) => {
-            let copy = files.path("stencil");
-            // By a process of its own: one that this process wrote itself may still be open for writing in
-            // a child that another thread is just starting, and cannot be executed then.
-            run(Command::new("cp").arg(env!("CARGO_BIN_EXE_stencil")).arg(&copy));
-            copy
-        }
-    };
-    let mut command = Command::new(program);
-    command.args(["explain", "--json", "--", object]);
-    if let Some(uid) = uid {
-        command.uid(uid).gid(uid);
-    }
-    let output = command.output().unwrap();
-    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&output.status) {
-        return (Verdict::Died(signal), Value::Null);
-    }
-    let value: Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|e| panic!("{object}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
-    if value["verdict"] == "accepted" {
-        assert!(output.status.success());
-        return (Verdict::Accepted, value);
-    }
-    assert!(!output.status.success());
-    let text = |key: &str| value["error"][key].as_str().map(str::to_owned);
-    (Verdict::Refused { words: text("message").unwrap(), hint: text("remedy") }, value)
-}
 
 /// How a process maps an object: the mapping whose line picks it.
 fn mapping(smaps: &str, pick: impl Fn(&str) -> bool) -> Option<Observed> {
@@ -215,6 +175,14 @@ fn accepted_objects() {
         let copied = if object.contains("prealloc=on") { size } else { 0 };
         for (who, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
             assert_eq!(map.anonymous_bytes.get(), copied, "{who}: {object}: prealloc copies every page");
+        }
+        if object.ends_with("{folder}") {
+            for (who, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
+                let unnamed =
+                    map.line.contains("/folder/qemu_back_mem.m.") && map.line.ends_with(" (deleted)");
+                assert!(unnamed, "{who}: {}", map.line);
+            }
+            assert_eq!(fs::read_dir(files.path("folder")).unwrap().count(), 0, "{object}");
         }
         if !object.contains("align=") {
             assert!(ours.start.is_multiple_of(2 * MIB), "{object}: aligned to 2 MiB");

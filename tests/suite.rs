@@ -17,6 +17,7 @@ mod mount_refusals;
 mod mount_serving;
 mod mount_unmount;
 mod qemu_conformance;
+mod qemu_random;
 mod store_crash;
 mod store_damage;
 mod store_format;

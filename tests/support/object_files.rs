@@ -2,10 +2,16 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
+use serde_json::Value;
+
+use super::qemu_object::Verdict;
+
 const MIB: u64 = 1 << 20;
+const NOBODY: u32 = 65534;
 
 /// The files that the tables speak of, in a folder of their own.
 pub struct Files {
@@ -75,4 +81,41 @@ impl Drop for Files {
 pub fn run(command: &mut Command) {
     let status = command.status().unwrap();
     assert!(status.success(), "{command:?}: {status}");
+}
+
+/// Objects with a file that the caller must not write are tried as another user: root may do all.
+pub fn user_of(object: &str) -> Option<u32> {
+    object.contains("{denied}").then_some(NOBODY)
+}
+
+/// `stencil explain`, in a process of its own, where another user can run it.
+pub fn explain(object: &str, files: &Files, uid: Option<u32>) -> (Verdict, Value) {
+    let program = match uid {
+        None => PathBuf::from(env!("CARGO_BIN_EXE_stencil")),
+        Some(_) => {
+            let copy = files.path("stencil");
+            // By a process of its own: one that this process wrote itself may still be open for writing in
+            // a child that another thread is just starting, and cannot be executed then.
+            run(Command::new("cp").arg(env!("CARGO_BIN_EXE_stencil")).arg(&copy));
+            copy
+        }
+    };
+    let mut command = Command::new(program);
+    command.args(["explain", "--json", "--", object]);
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    let output = command.output().unwrap();
+    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&output.status) {
+        return (Verdict::Died(signal), Value::Null);
+    }
+    let value: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{object}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
+    if value["verdict"] == "accepted" {
+        assert!(output.status.success());
+        return (Verdict::Accepted, value);
+    }
+    assert!(!output.status.success());
+    let text = |key: &str| value["error"][key].as_str().map(str::to_owned);
+    (Verdict::Refused { words: text("message").unwrap(), hint: text("remedy") }, value)
 }

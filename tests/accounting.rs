@@ -167,3 +167,35 @@ fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
         world.stencil(&["stop", "--all"]).ok();
     }
 }
+
+#[test]
+fn density_has_the_fields_that_programs_rely_on() {
+    let _host = host::alone();
+    let (world, _) = world("decode", 4 * MIB);
+    world.stencil(&["clone", "web:1", "-n", "2", "--simulate", "write=3p"]).ok();
+    let density = world.json(&["density", "--audit"]);
+    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    assert_eq!(keys(&density), "schema templates clones totals audit");
+    assert_eq!(
+        keys(&density["templates"][0]),
+        "name digest serving size_bytes data_bytes resident_bytes store_cache_bytes clones"
+    );
+    assert_eq!(
+        keys(&density["clones"][0]),
+        "id pid name cgroup uid template kind mapped_bytes mapped_clean_bytes private_bytes swap_bytes dirty_pages \
+         page_table_bytes overhead_bytes pmd_mapped_bytes maps"
+    );
+    assert_eq!(keys(&density["clones"][0]["maps"][0]), "digest file dev ino start offset length serving");
+    assert_eq!(
+        keys(&density["totals"]),
+        "clones mapped_bytes copied_bytes template_bytes store_cache_bytes private_bytes page_table_bytes \
+         overhead_bytes swap_bytes host_bytes bytes_per_further_clone clones_per_gib sharing_ratio lazy_ratio \
+         overcommit_ratio"
+    );
+    // People and programs read the same figures.
+    let text = world.stencil(&["density"]).ok().out;
+    for clone in density["clones"].as_array().unwrap() {
+        let line = text.lines().find(|line| line.starts_with(clone["id"].as_str().unwrap())).unwrap();
+        assert!(line.split_whitespace().any(|word| word == "3"), "{line}");
+    }
+}

@@ -8,7 +8,8 @@ mod process;
 pub mod residency;
 mod totals;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -143,7 +144,8 @@ struct Templates {
     opened: BTreeMap<Digest, Template>,
     rows: BTreeMap<Digest, TemplateMemory>,
     servings: BTreeMap<Digest, Vec<Serving>>,
-    stores: Vec<Store>,
+    /// Files of the stores that hold them.
+    files: BTreeSet<PathBuf>,
 }
 
 impl Templates {
@@ -152,7 +154,7 @@ impl Templates {
             opened: BTreeMap::new(),
             rows: BTreeMap::new(),
             servings: BTreeMap::new(),
-            stores: Vec::new(),
+            files: BTreeSet::new(),
         };
         let mut paths: Vec<_> = mounts.iter().map(|mount| mount.store.clone()).collect();
         paths.sort();
@@ -160,18 +162,24 @@ impl Templates {
         for path in paths {
             let store = Store::open(&path)?;
             all.add_store(&store, only)?;
-            all.stores.push(store);
         }
         Ok(all)
     }
 
     fn add_store(&mut self, store: &Store, only: Option<&Digest>) -> Result<()> {
         let tags = store.tags()?;
+        if only.is_none() {
+            self.files.extend(store.pack_files()?);
+        }
         for digest in store.digests()? {
             if only.is_some_and(|only| *only != digest) || self.opened.contains_key(&digest) {
                 continue;
             }
-            let template = store.template(&digest)?;
+            let template = match store.template(&digest) {
+                Ok(template) => template,
+                // Inodes::of has named it in the log.
+                Err(_) => continue,
+            };
             let tag = tags.iter().find(|tag| tag.digest == digest);
             let row = TemplateMemory {
                 name: tag.map(|tag| format!("{}:{}", tag.name, tag.tag)),
@@ -188,6 +196,7 @@ impl Templates {
                 clones: 0,
             };
             self.rows.insert(digest, row);
+            self.files.extend(template.store_files());
             self.opened.insert(digest, template);
         }
         Ok(())
@@ -233,7 +242,7 @@ impl Templates {
     }
 
     fn store_cache(&self) -> Result<Bytes> {
-        self.stores.iter().map(residency::store_files).sum()
+        self.files.iter().map(|path| residency::cached_file(path)).sum()
     }
 
     fn rows(&self) -> Vec<TemplateMemory> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::clones::find::{CloneProcess, Inodes, ServedFile};
 use crate::control::{Mount, Residency};
 use crate::error::Result;
-use crate::store::{Digest, Serving, Store};
+use crate::store::{Digest, Serving};
 use crate::sys::{cachestat, handle, procfs};
 use crate::units::Bytes;
 
@@ -98,14 +98,6 @@ fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
         }
     }
     paths
-}
-
-/// Page cache of the store's own files, in bytes; each file once.
-///
-/// # Errors
-/// When a file of the store cannot be opened.
-pub fn store_files(store: &Store) -> Result<Bytes> {
-    store.pack_files()?.iter().map(|path| cached_file(path)).sum::<Result<Bytes>>()
 }
 
 /// Bytes of one file in the page cache; a file that is gone holds none.

@@ -37,7 +37,8 @@ fn a_running_guest_is_captured_and_is_then_as_before() {
     println!("the guest stood still for {:.0} ms", pause * 1000.0);
     assert!(pause < 10.0);
     assert_eq!(captured["warnings"], json!([]));
-    let names: Vec<&str> = captured["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        captured["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["initrd", "kernel", "memory", "state"]);
     let recipe = world.stencil(&["inspect", "guest:run"]).ok().out;
     let own = world.dir().display().to_string();
@@ -122,8 +123,18 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
         ("-accel", "-netdev user,id=n0 -device e1000e,netdev=n0,id=eth -accel", "device e1000e (eth)", ""),
         ("-accel", "-drive if=none,id=d0,driver=null-co,read-zeroes=on -accel", "-drive", "a disk"),
         ("share=on", "share=off", "RAM of this VM", "the option share=on"),
-        (ram, "-object memory-backend-memfd,id=ram0,size=16M", "RAM of this VM", "memory-backend-file,id=ram0,size=16M,mem-path=FILE,share=on"),
-        (",memory-backend=ram0", ",memory-backend=ram1 -object memory-backend-ram,id=ram1,size=16M", "RAM of this VM", "replace -object memory-backend-ram,id=ram1"),
+        (
+            ram,
+            "-object memory-backend-memfd,id=ram0,size=16M",
+            "RAM of this VM",
+            "memory-backend-file,id=ram0,size=16M,mem-path=FILE,share=on",
+        ),
+        (
+            ",memory-backend=ram0",
+            ",memory-backend=ram1 -object memory-backend-ram,id=ram1,size=16M",
+            "RAM of this VM",
+            "replace -object memory-backend-ram,id=ram1",
+        ),
         ("-accel", "-device virtio-balloon-pci,id=b -accel", "device virtio-balloon-pci (b)", ""),
     ] {
         let mut changed = good.replacen(from, to, 1);

@@ -68,7 +68,8 @@ fn guests_resume_and_are_no_twins() {
     });
 
     let stopped = world.json(&["stop", "--all"]);
-    let how: BTreeSet<_> = stopped["stopped"].as_array().unwrap().iter().map(|s| s["how"].to_string()).collect();
+    let how: BTreeSet<_> =
+        stopped["stopped"].as_array().unwrap().iter().map(|s| s["how"].to_string()).collect();
     assert_eq!(how, BTreeSet::from(["\"gone\"".to_owned(), "\"stopped\"".to_owned()]), "{stopped}");
     assert_eq!(fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
 
@@ -118,7 +119,8 @@ fn a_guest_that_somebody_else_resumed_is_seen() {
         "memory-backend-file,id=m,size=16M,mem-path={},share=off,readonly=on,rom=off",
         world.file(&digest, "memory").display()
     );
-    let words = ["-M", "q35,memory-backend=m", "-m", "16M", "-nodefaults", "-display", "none", "-object", &object];
+    let words =
+        ["-M", "q35,memory-backend=m", "-m", "16M", "-nodefaults", "-display", "none", "-object", &object];
     let mut other = Command::new("qemu-system-x86_64").args(words).spawn().unwrap();
     let seen = patiently("foreign clone", Duration::from_secs(20), || {
         let ps = world.json(&["ps"]);

@@ -18,6 +18,7 @@ mod mount_serving;
 mod mount_unmount;
 mod qemu_conformance;
 mod qemu_random;
+mod store_bad_input;
 mod store_crash;
 mod store_damage;
 mod store_format;

@@ -12,7 +12,7 @@ use fuser::{
     ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use stencilfs::store::Serving;
+use stencilfs::store::{Digest, Serving};
 use stencilfs::units::PAGE_SIZE;
 
 use crate::decode::{Decoder, MAX_READ};
@@ -59,6 +59,25 @@ impl Templates {
             | Refusal::Unsupported => {}
         }
         refusal.errno()
+    }
+
+    fn read_file(
+        &self,
+        digest: &Digest,
+        file: usize,
+        offset: u64,
+        size: u32,
+        mut send: impl FnMut(&[u8]),
+    ) -> Result<(), Refusal> {
+        let template = self.tree.template(digest)?;
+        match self.decoder.read(&template, file, offset, size as usize, &mut send) {
+            Err(refusal) if !self.tree.gone(digest) => {
+                // Its blocks may have been moved since it was opened; a second failure is the answer.
+                let template = self.tree.reopen(digest).map_err(|_| refusal)?;
+                self.decoder.read(&template, file, offset, size as usize, &mut send)
+            }
+            done => done,
+        }
     }
 
     fn answered(&self) {
@@ -200,10 +219,7 @@ impl Filesystem for Templates {
             }
         };
         let done = match self.tree.node(ino.0) {
-            Ok(Node::File(digest, file, _)) => self
-                .tree
-                .template(&digest)
-                .and_then(|t| self.decoder.read(&t, file, offset, size as usize, &mut send)),
+            Ok(Node::File(digest, file, _)) => self.read_file(&digest, file, offset, size, &mut send),
             Ok(Node::Manifest(digest)) => self.tree.template(&digest).map(|template| {
                 let text = template.manifest_json();
                 let begin = (offset as usize).min(text.len());

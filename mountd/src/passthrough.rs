@@ -34,8 +34,8 @@ enum State {
     Ready(u32),
     /// There is none; the reason was given to the supervisor.
     Decode { since: Instant, retry: bool },
-    /// It is being given up for others; the id, should it turn out to be in use.
-    Leaving(u32),
+    /// It is being given up for others, unless it turns out to be in use; opens wait until that is known.
+    Leaving { id: u32, waiting: Vec<(Arc<Template>, usize, Opening)> },
 }
 
 struct Job {
@@ -114,9 +114,8 @@ impl Passthrough {
                 opening.passthrough(*id);
             }
             Some(State::Filling { late: false, waiting, .. }) => waiting.push(opening),
-            Some(State::Filling { .. } | State::Decode { .. } | State::Leaving(_)) => {
-                opening.refuse(Refusal::Stale);
-            }
+            Some(State::Leaving { waiting, .. }) => waiting.push((Arc::clone(template), file, opening)),
+            Some(State::Filling { .. } | State::Decode { .. }) => opening.refuse(Refusal::Stale),
             None if !self.possible => {
                 let refusal = if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Failed };
                 opening.refuse(refusal);
@@ -196,24 +195,29 @@ impl Passthrough {
                 if let Some(state) = states.get_mut(&key)
                     && let State::Ready(id) = *state
                 {
-                    *state = State::Leaving(id);
+                    *state = State::Leaving { id, waiting: Vec::new() };
                     leaving.push(key);
                 }
             }
         }
         let closed = self.hydrator.evict(leaving.clone());
         let gone: &[FileKey] = closed.as_deref().unwrap_or(&[]);
-        let mut states = self.states();
-        for key in leaving {
-            if gone.contains(&key) {
-                self.stats.count(Counter::Evictions);
-                log::info!("template {} file {} lost its backing: nobody used it", key.digest, key.file);
-                states.remove(&key);
-            } else if let Some(state) = states.get_mut(&key)
-                && let State::Leaving(id) = *state
-            {
-                *state = State::Ready(id);
+        let mut opens = Vec::new();
+        {
+            let mut states = self.states();
+            for key in leaving {
+                let Some(State::Leaving { id, waiting }) = states.remove(&key) else { continue };
+                opens.extend(waiting);
+                if gone.contains(&key) {
+                    self.stats.count(Counter::Evictions);
+                    log::info!("template {} file {} lost its backing: nobody used it", key.digest, key.file);
+                } else {
+                    states.insert(key, State::Ready(id));
+                }
             }
+        }
+        for (template, file, opening) in opens {
+            self.open(&template, file, opening);
         }
         closed.map(|_| ())
     }
@@ -290,12 +294,14 @@ impl Offer for Passthrough {
         let key = key(template, file);
         let mut states = self.states();
         match states.get(&key) {
-            None | Some(State::Ready(_) | State::Filling { late: false, .. }) => Serving::Passthrough,
+            None | Some(State::Ready(_) | State::Leaving { .. } | State::Filling { late: false, .. }) => {
+                Serving::Passthrough
+            }
             Some(State::Decode { since, retry: true }) if since.elapsed() > RETRY => {
                 states.remove(&key);
                 Serving::Passthrough
             }
-            Some(State::Filling { .. } | State::Decode { .. } | State::Leaving(_)) => Serving::Decode,
+            Some(State::Filling { .. } | State::Decode { .. }) => Serving::Decode,
         }
     }
 

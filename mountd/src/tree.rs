@@ -210,6 +210,16 @@ impl Tree {
         Ok(Arc::clone(&kept))
     }
 
+    /// Opens a template anew: where its blocks are may have changed since.
+    ///
+    /// # Errors
+    /// As [`template`](Self::template).
+    pub fn reopen(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
+        let template = Arc::new(self.store.template(digest).map_err(|e| refuse(&e))?);
+        self.templates.insert(*digest, Arc::clone(&template));
+        Ok(template)
+    }
+
     /// What a name in a directory stands for, and how long that holds.
     ///
     /// # Errors
@@ -259,10 +269,10 @@ impl Tree {
                 Ok(Node::File(*digest, file, offer.offer(&template, file)))
             }
             Node::Templates => {
-                let known = self.store.tags().map_err(|e| refuse(&e))?;
-                match known.into_iter().find(|t| t.name == name) {
-                    Some(entry) => Ok(Node::Name(entry.name)),
-                    None => Err(Refusal::NoEntry),
+                if self.store.has_name(name).map_err(|e| refuse(&e))? {
+                    Ok(Node::Name(name.to_owned()))
+                } else {
+                    Err(Refusal::NoEntry)
                 }
             }
             Node::Name(family) => {

@@ -81,6 +81,17 @@ impl Store {
         Ok(found)
     }
 
+    /// True when some tag has that name.
+    ///
+    /// # Errors
+    /// When the folder of its tags cannot be read.
+    pub fn has_name(&self, name: &str) -> Result<bool> {
+        if super::check_name("name", name).is_err() {
+            return Ok(false);
+        }
+        Ok(!self.names(&self.tags_dir().join(name))?.is_empty())
+    }
+
     /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.
     pub(super) fn names(&self, folder: &std::path::Path) -> Result<Vec<String>> {
         let fail = |e| Error::io("cannot list", folder, e);

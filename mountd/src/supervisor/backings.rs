@@ -70,12 +70,9 @@ impl Backings {
         Bytes::new(self.all.values().map(|b| b.reserved).sum())
     }
 
-    /// A server has died: what it was making is gone with it.
+    /// A server has died: what it was making is gone with it, and its successor tries everything anew.
     pub fn forget_unfinished(&mut self) {
-        self.all.retain(|_, b| b.is_ready() || b.why.is_some());
-        for backing in self.all.values_mut().filter(|b| !b.is_ready()) {
-            *backing = Backing { why: backing.why.take(), ..Backing::default() };
-        }
+        self.all.retain(|_, b| b.is_ready());
     }
 
     /// Sets room aside, or names the backings that would have to go.
@@ -160,7 +157,7 @@ impl Backings {
         let backing = self
             .all
             .get_mut(key)
-            .filter(|b| b.id.is_none() && b.reserved > 0 || b.fd.is_none() && b.id.is_none())
+            .filter(|b| !b.is_ready())
             .ok_or_else(|| Error::failed("no room was set aside for that backing"))?;
         let frozen = match self.chosen.cache {
             Cache::Directory(_) => cache::freeze(&fd).map_err(Into::into),

@@ -32,7 +32,7 @@ test: setup build
 	$(guard) $(CARGO) test --release --workspace
 
 soak: setup build
-	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak
+	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak kill crash
 
 check:
 	$(CARGO) fmt --all -- --check

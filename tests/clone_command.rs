@@ -128,9 +128,8 @@ fn one_that_fails_takes_all_along_unless_told_otherwise() {
 fn one_that_does_not_heed_is_killed_and_one_that_ended_is_shown_so() {
     let _host = host::shared();
     let world = world();
-    let stubborn =
-        format!("trap '' TERM; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; while :; do sleep 1000; done");
-    world.json(&["clone", "web", "--ready", "notify", "--", "sh", "-c", &stubborn]);
+    let stubborn = "trap '' TERM; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; while :; do sleep 1000; done";
+    world.json(&["clone", "web", "--ready", "notify", "--", "sh", "-c", stubborn]);
     let stopped = world.json(&["stop", "--all", "--grace", "1"]);
     assert_eq!(stopped["stopped"][0]["how"], "killed", "{stopped}");
     nothing_is_left(&world);

@@ -6,6 +6,7 @@ mod clone_command;
 mod clone_qemu;
 mod clone_simulated;
 mod command_line;
+mod demo;
 mod dirty_exact;
 mod kvm_guest;
 mod layers;

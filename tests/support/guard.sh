@@ -9,7 +9,6 @@
 set -uo pipefail
 
 run=$(mktemp -d "${TMPDIR:-/tmp}/stencil-run.XXXXXX") || exit 1
-export STENCIL_TEST_RUN=$run TMPDIR=$run
 started=$(awk '{print $22}' /proc/self/stat)
 top=$(cd "$(dirname "$0")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$top/target}
@@ -24,25 +23,43 @@ switch_values() {
 }
 before=$(switch_values)
 
-# The processes of this run: "PID STATE COMMAND", the guard and its own helpers left out.
+# Scenarios keep what must not lie on a tmpfs below the build directory.
+scratch=$target/tmp
+mkdir -p "$scratch"
+scratch=$(cd "$scratch" && pwd -P)
+scratch_before=$(ls -A "$scratch")
+mounts_before=$(awk '{print $5}' /proc/self/mountinfo)
+
+# Mounts of this run, innermost first: "DEVICE TYPE PATH".
+our_mounts() {
+    awk -v run="$run/" -v scratch="$scratch/" '
+        index($5, run) == 1 || index($5, scratch) == 1 {
+            for (i = 7; i < NF; i++) if ($i == "-") break
+            print $3, $(i + 1), $5
+        }' /proc/self/mountinfo | tac | while read -r device type path; do
+        grep -qxF "$path" <<<"$mounts_before" || printf '%s %s %s\n' "$device" "$type" "$path"
+    done
+}
+
+# The processes of this run: "PID STATE COMMAND".
 ours() {
-    local dir pid exe stat
-    for dir in /proc/[0-9]*; do
-        pid=${dir#/proc/}
-        [ "$pid" != $$ ] && [ "$pid" != "$BASHPID" ] || continue
-        stat=$(cat "$dir/stat" 2>/dev/null) || continue
+    local pid stat
+    {
+        grep -slzxF "STENCIL_TEST_RUN=$run" /proc/[0-9]*/environ | cut -d/ -f3
+        # A process that cleared its environment is known by its program and its age.
+        stat -c '%n %N' /proc/[0-9]*/exe 2>/dev/null | awk -v top="$target/" '
+            { at = index($0, "-> ")
+              if (index(substr($0, at), top "release/stencil") || index(substr($0, at), top "debug/stencil")) {
+                  split($1, part, "/"); print part[3] " aged" } }'
+    } | sort -u | while read -r pid aged; do
+        { stat=$(</proc/"$pid"/stat); } 2>/dev/null || continue
         stat=${stat##*) }
         # shellcheck disable=SC2086
         set -- $stat
-        [ "$1" != Z ] && [ "$2" != $$ ] || continue
-        if ! tr '\0' '\n' <"$dir/environ" 2>/dev/null | grep -qxF "STENCIL_TEST_RUN=$run"; then
-            # A process that cleared its environment is known by its program and its age.
-            exe=$(readlink "$dir/exe" 2>/dev/null) || continue
-            case $exe in "$target"/release/stencil* | "$target"/debug/stencil*) ;; *) continue ;; esac
-            [ "${20}" -ge "$started" ] || continue
-        fi
-        printf '%s %s %s\n' "$pid" "$1" "$(tr '\0' ' ' <"$dir/cmdline" 2>/dev/null | cut -c1-160)"
-    done 2>/dev/null
+        [ "$1" != Z ] || continue
+        [ -z "$aged" ] || [ "${20}" -ge "$started" ] || continue
+        printf '%s %s %s\n' "$pid" "$1" "$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | cut -c1-160)"
+    done | sort -u
 }
 
 # Ends a FUSE connection whose server is gone or stuck, by the minor number of its device.
@@ -66,10 +83,10 @@ clear_all() {
     done < <(ours)
 
     # Aborting first frees whoever waits for an answer in state D.
-    while read -r device path; do
-        name_it "fuse mount $path"
-        abort_connection "${device#*:}"
-    done < <(awk -v run="$run/" 'index($5, run) == 1 && / - fuse/ {print $3, $5}' /proc/self/mountinfo)
+    while read -r device type path; do
+        name_it "$type mount $path"
+        case $type in fuse*) abort_connection "${device#*:}" ;; esac
+    done < <(our_mounts)
 
     for round in TERM KILL KILL; do
         while read -r pid _; do
@@ -85,21 +102,26 @@ clear_all() {
     while read -r path; do
         name_it "swap $path"
         swapoff "$path"
-    done < <(awk -v run="$run/" 'index($1, run) == 1 {print $1}' /proc/swaps)
-    while read -r path; do
-        name_it "mount $path"
+    done < <(awk -v run="$run/" -v scratch="$scratch/" 'index($1, run) == 1 || index($1, scratch) == 1 {print $1}' /proc/swaps)
+    while read -r _ _ path; do
         umount -l "$path" 2>/dev/null
-    done < <(awk -v run="$run/" 'index($5, run) == 1 {print $5}' /proc/self/mountinfo | sort -r)
+    done < <(our_mounts)
     while IFS=: read -r device path; do
         name_it "loop device $device on $path"
         losetup -d "$device"
-    done < <(losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v run="$run/" 'index($2, run) == 1 {print $1 ":" $2}')
+    done < <(losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v run="$run/" -v scratch="$scratch/" 'index($2, run) == 1 || index($2, scratch) == 1 {print $1 ":" $2}')
 
     while read -r path; do
         name_it "file $path"
     done < <(find "$run" -mindepth 1 -maxdepth 2 2>/dev/null | head -20)
     chattr -R -i "$run" 2>/dev/null
     rm -rf --one-file-system "$run"
+    while read -r path; do
+        [ -n "$path" ] && ! grep -qxF "$path" <<<"$scratch_before" || continue
+        name_it "file $scratch/$path"
+        chattr -R -i "$scratch/$path" 2>/dev/null
+        rm -rf --one-file-system "${scratch:?}/$path"
+    done < <(ls -A "$scratch")
 
     while read -r line; do
         # shellcheck disable=SC2086
@@ -116,7 +138,8 @@ clear_all() {
 
 child=
 trap '[ -n "$child" ] && kill -TERM "$child" 2>/dev/null' INT TERM
-"$@" &
+# Only the command bears the mark: the guard's own helpers are none of the run.
+env STENCIL_TEST_RUN="$run" TMPDIR="$run" "$@" &
 child=$!
 # A signal ends `wait` early; the command's own code is what counts.
 while :; do

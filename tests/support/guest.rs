@@ -64,11 +64,6 @@ impl Qemu {
         qemu
     }
 
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Its QMP socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("qmp")

@@ -50,7 +50,7 @@ need_kernel=
 
 if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
     # shellcheck disable=SC1091
-    codename=$(. /etc/os-release 2>/dev/null && printf '%s' "${ID:-}/${VERSION_CODENAME:-}")
+    codename=$(. "${STENCIL_TEST_OS_RELEASE:-/etc/os-release}" 2>/dev/null && printf '%s' "${ID:-}/${VERSION_CODENAME:-}")
     if [ "$codename" != debian/bookworm ] || ! command -v apt-get >/dev/null 2>&1; then
         missing=("${packages[@]}")
         [ -z "$need_qemu" ] || missing+=("qemu-system-x86_64 >= $STENCIL_QEMU_MIN")

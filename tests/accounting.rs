@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use rustix::process::Signal;
 use serde_json::Value;
+use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::{guest, host};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -166,6 +168,61 @@ fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
         assert!(error <= 3.0, "herd {herd}: {memory:#}");
         world.stencil(&["stop", "--all"]).ok();
     }
+}
+
+/// Clones that are stopped by SIGSTOP, until this is dropped.
+struct StandStill(Vec<ProcessId>);
+
+impl StandStill {
+    fn of(ps: &Value) -> StandStill {
+        let clones = ps["clones"].as_array().unwrap();
+        let processes: Vec<ProcessId> = clones
+            .iter()
+            .map(|clone| ProcessId::of(number(clone, "pid") as u32).unwrap().expect("the clone lives"))
+            .collect();
+        for process in &processes {
+            process.signal(Signal::STOP).unwrap();
+        }
+        StandStill(processes)
+    }
+}
+
+impl Drop for StandStill {
+    fn drop(&mut self) {
+        for process in &self.0 {
+            let _ = process.signal(Signal::CONT);
+        }
+    }
+}
+
+#[test]
+fn available_memory_falls_by_what_eight_qemu_guests_take() {
+    let _host = host::alone();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    world.mount(&["--serve", "passthrough"]).ok();
+    world.stencil(&["clone", "guest:v1", "--simulate", "read=100%"]).ok();
+    world.stencil(&["stop", "--all"]).ok();
+    host::settle();
+    world.stencil(&["clone", "guest:v1", "-n", "8"]).ok();
+    // An emulated guest translates new code all the time: what is measured twice must stand still.
+    let still = StandStill::of(&world.json(&["ps"]));
+    let density = world.json(&["density", "--audit"]);
+    drop(still);
+    assert_sums(&density);
+    let clones = density["clones"].as_array().unwrap();
+    assert_eq!(clones.len(), 8);
+    for clone in clones {
+        assert_eq!(clone["kind"], "qemu");
+        // Private copies are a small part of what is mapped: sharing is what this is about.
+        assert!(number(clone, "private_bytes") > 0, "{clone:#}");
+        assert!(number(clone, "private_bytes") * 10 < number(clone, "mapped_bytes"), "{clone:#}");
+    }
+    let audit = &density["audit"];
+    println!("eight guests: {audit}");
+    assert!(audit["frames"]["error_percent"].as_f64().unwrap() <= 0.5, "{audit:#}");
+    assert!(audit["memory"]["error_percent"].as_f64().unwrap() <= 5.0, "{audit:#}");
+    world.stencil(&["stop", "--all"]).ok();
 }
 
 #[test]

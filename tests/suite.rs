@@ -1,5 +1,6 @@
 //! One scenario a file; `support` holds what they share.
 mod accounting;
+mod backend_explain;
 mod backend_memory;
 mod capture_qemu;
 mod clone_command;

@@ -28,7 +28,7 @@ struct Inner {
     file: Option<File>,
     plan: Plan,
     notes: Vec<Note>,
-    /// Of a trial: gives back what it changed. Dropped after the mapping.
+    /// Of a trial: unlinks a file that it made. Dropped after the mapping.
     _undo: Undo,
 }
 
@@ -54,9 +54,9 @@ impl Backend {
     ///
     /// # Errors
     /// QEMU's words for everything that it would refuse, and our own refusals. Nothing stays mapped,
-    /// and a file that was made or extended for it is as it was before.
+    /// and a file that was made for it is gone again.
     pub fn create(plan: &Plan) -> Result<Backend> {
-        Backend::make(plan.clone(), |undo| undo.disarm())
+        Backend::make(plan.clone(), false)
     }
 
     /// Carries out a plan to see what comes of it: when the last handle is dropped the file is as it
@@ -65,21 +65,27 @@ impl Backend {
     /// # Errors
     /// As [`Backend::create`].
     pub fn trial(plan: &Plan) -> Result<Backend> {
-        Backend::make(plan.for_trial(), |_| ())
+        Backend::make(plan.for_trial(), true)
     }
 
-    fn make(plan: Plan, done: impl FnOnce(&mut Undo)) -> Result<Backend> {
-        let mut notes = plan.notes.clone();
-        let (mut opened, offset) = match &plan.source {
+    fn make(mut plan: Plan, trial: bool) -> Result<Backend> {
+        let (opened, offset) = match &plan.source {
             Source::File { path, open, offset } => (Some(file::open(&plan, path, *open)?), *offset),
             Source::Anonymous | Source::Memfd => (None, FileOffset::new(0)),
         };
         let facts = opened.as_ref().map_or(FileFacts::NONE, |o| o.facts);
         let layout = plan.layout(&facts)?;
-        // QEMU goes on when this fails: where the memory cannot be mapped either, that is what it names.
-        let not_extended = match (layout.extend_to, &mut opened) {
+        let refused = plan.check_mapped(&facts).err();
+        let made = opened.as_ref().is_some_and(|o| o.undo.is_armed());
+        let extend_to = layout.extend_to.filter(|_| refused.is_none());
+        let not_extended = match (extend_to, &opened) {
+            // An empty file that somebody else may use stays empty in a trial: it is mapped, not touched.
+            (Some(_), Some(_)) if trial && !made => {
+                plan.leave_untouched();
+                None
+            }
             (Some(length), Some(opened)) => {
-                opened.extend(length).err().map(|cause| cannot_extend(&plan, length, cause))
+                opened.file.set_len(length).err().map(|cause| cannot_extend(&plan, length, cause))
             }
             _ => None,
         };
@@ -90,16 +96,19 @@ impl Backend {
             (None, _) => (None, Undo::default()),
         };
         let mapping = map(&plan, &layout, file.as_ref(), offset)?;
-        if let Some(error) = not_extended {
+        // In QEMU's order: what cannot be mapped is named before anything else.
+        if let Some(error) = not_extended.or(refused) {
             return Err(error);
         }
-        plan.check_mapped(&facts)?;
+        let mut notes = plan.notes.clone();
         if let (true, false, Source::File { path, .. }) = (plan.sync, mapping.is_sync(), &plan.source) {
             notes.push(Note::no_sync(path));
         }
         advise(&plan, &mapping, fuse, &mut notes)?;
         fill(&plan, &mapping)?;
-        done(&mut undo);
+        if !trial {
+            undo.disarm();
+        }
         Ok(Backend(Arc::new(Inner { mapping, file, plan, notes, _undo: undo })))
     }
 

@@ -22,51 +22,34 @@ const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 pub struct Opened {
     /// The open file.
     pub file: File,
-    /// Gives back what opening changed, unless it is told that all went well.
+    /// Unlinks the file if it was made here, unless it is told that all went well.
     pub undo: Undo,
     pub facts: FileFacts,
     /// Lies on a FUSE filesystem.
     pub fuse: bool,
 }
 
-/// What was changed on the way to a mapping. Dropped before [`Undo::disarm`], it is given back.
+/// A file that was made on the way to a mapping. Dropped before [`Undo::disarm`], it is unlinked.
 #[derive(Debug, Default)]
-pub struct Undo {
-    /// A file that did not exist before.
-    made: Option<PathBuf>,
-    /// A file that was empty before.
-    extended: Option<File>,
-}
+pub struct Undo(Option<PathBuf>);
 
 impl Undo {
-    /// All went well: everything stays.
+    /// All went well: the file stays.
     pub fn disarm(&mut self) {
-        self.made = None;
-        self.extended = None;
+        self.0 = None;
+    }
+
+    /// True when there is a file to unlink.
+    pub fn is_armed(&self) -> bool {
+        self.0.is_some()
     }
 }
 
 impl Drop for Undo {
     fn drop(&mut self) {
-        if let Some(path) = self.made.take() {
+        if let Some(path) = self.0.take() {
             let _ = std::fs::remove_file(path);
         }
-        if let Some(file) = self.extended.take() {
-            let _ = file.set_len(0);
-        }
-    }
-}
-
-impl Opened {
-    /// Gives an empty file its length.
-    ///
-    /// # Errors
-    /// Whatever `ftruncate` and `dup` give.
-    pub fn extend(&mut self, length: u64) -> io::Result<()> {
-        let file = self.file.try_clone()?;
-        self.file.set_len(length)?;
-        self.undo.extended = Some(file);
-        Ok(())
     }
 }
 
@@ -161,7 +144,7 @@ impl Unlinked for tempfile::NamedTempFile {
 }
 
 fn describe(file: File, made: Option<PathBuf>) -> io::Result<Opened> {
-    let undo = Undo { made, extended: None };
+    let undo = Undo(made);
     let metadata = file.metadata()?;
     let filesystem = fstatfs(&file)?;
     let kind = metadata.file_type();

@@ -192,13 +192,19 @@ impl Plan {
         let mut plan = self.clone();
         plan.discard = false;
         if plan.prealloc.is_some() && plan.has_file() && plan.sharing == Sharing::Shared {
-            plan.prealloc = None;
-            plan.notes.push(
-                Note::new("trial", "not preallocated here: that would allocate the whole file")
-                    .bytes(plan.size),
-            );
+            plan.leave_untouched();
         }
         plan
+    }
+
+    /// Touches no page, and says so where pages were to be touched.
+    pub(super) fn leave_untouched(&mut self) {
+        let wanted = self.prealloc.take().is_some() | std::mem::take(&mut self.prefault);
+        if wanted {
+            self.notes.push(
+                Note::new("trial", "not filled here: that would allocate the whole file").bytes(self.size),
+            );
+        }
     }
 
     /// True when the memory comes from a file that was named.

@@ -1,0 +1,88 @@
+//! `stencil explain`: what it prints, how it exits, and that it leaves the file as it was.
+
+use std::fs;
+use std::process::{Command, Output};
+
+use crate::support::object_files::Files;
+
+fn explain(files: &Files, object: &str, json: bool) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stencil"));
+    if json {
+        command.arg("--json");
+    }
+    command.args(["explain", "--", &files.expand(object)]).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn an_accepted_object_is_explained_to_people_and_to_machines() {
+    let files = Files::new("");
+    let object = "M,size=4M,mem-path={file},readonly=on,rom=off";
+    let output = explain(&files, object, false);
+    assert!(output.status.success() && output.stderr.is_empty());
+    let said = text(&output.stdout);
+    let path = files.path("file").display().to_string();
+    let lines: Vec<_> = said.lines().collect();
+    assert!(
+        lines[0].starts_with("memory-backend-file 'm', 4.00 MiB: writable RAM from a read-only file"),
+        "{said}"
+    );
+    assert!(
+        lines[1].starts_with("maps ") && lines[1].contains(" rw-p ") && lines[1].ends_with(&path),
+        "{said}"
+    );
+    assert!(lines[2].starts_with("VmFlags  rd wr "), "{said}");
+    assert!(lines[4].contains("4.00 MiB") && lines[5].trim() == "use reserve=off", "{said}");
+
+    let value: serde_json::Value = serde_json::from_slice(&explain(&files, object, true).stdout).unwrap();
+    assert_eq!(value["schema"], 1);
+    assert_eq!(value["verdict"], "accepted");
+    assert_eq!(value["role"], "template");
+    assert_eq!(value["size_bytes"], 4 << 20);
+    assert_eq!(value["notes"][0]["bytes"], 4 << 20);
+    assert_eq!(value["notes"][0]["remedy"], "use reserve=off");
+}
+
+#[test]
+fn a_refusal_has_one_line_its_remedy_and_its_exit_code() {
+    let files = Files::new("");
+    for (object, code, lines) in [
+        ("M,size=4M,mem-path={file},share=maybe", 2, 1),
+        ("memory-backend-file,id=1", 2, 2),
+        ("M,size=4M,mem-path={file},rom=on", 2, 2),
+        ("M,size=4M,mem-path={missing},readonly=on", 4, 1),
+        ("M,size=8M,mem-path={file}", 1, 2),
+        ("M,size=4M,mem-path={empty},readonly=on", 1, 2),
+    ] {
+        let output = explain(&files, object, false);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{object}: {said}");
+        assert!(output.stdout.is_empty(), "{object}");
+        assert_eq!(said.lines().count(), lines, "{object}: {said}");
+        assert!(said.lines().all(|line| line.starts_with("stencil: ")), "{object}: {said}");
+    }
+}
+
+#[test]
+fn the_file_is_afterwards_what_it_was() {
+    for object in [
+        "M,size=4M,mem-path={missing}",
+        "M,size=4M,mem-path={missing},share=on,prealloc=on",
+        "M,size=4M,mem-path={empty},share=on",
+        "M,size=4M,mem-path={empty},prealloc=on,prefault=on",
+        "M,size=4M,mem-path={file},share=on,discard-data=on,prealloc=on",
+        "M,size=4M,mem-path={file},prealloc=on",
+        "M,size=4M,mem-path={folder}",
+    ] {
+        let files = Files::new("");
+        let before = fs::read(files.path("file")).unwrap();
+        assert!(explain(&files, object, false).status.success(), "{object}");
+        assert!(fs::read(files.path("file")).unwrap() == before, "{object}");
+        assert_eq!(fs::metadata(files.path("empty")).unwrap().len(), 0, "{object}");
+        assert!(!files.path("missing").exists(), "{object}");
+        assert_eq!(fs::read_dir(files.path("folder")).unwrap().count(), 0, "{object}");
+    }
+}

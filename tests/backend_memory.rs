@@ -14,6 +14,7 @@ use stencilfs::sys::pagemap::Pagemap;
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
 
 use crate::support::host;
+use crate::support::mount::TestMount;
 
 fn template(folder: &Path, bytes: u64) -> PathBuf {
     let path = folder.join("template");
@@ -148,6 +149,41 @@ fn a_file_that_shrinks_is_an_error_for_read_at() {
     assert!(memory.write_at(MemoryOffset::new(512 << 10), &bytes).is_err());
     let error = Backend::from_text(&object(&path, 64 << 10, ",rom=off,prefault=on,offset=0"));
     assert!(error.is_ok());
+}
+
+#[test]
+fn a_damaged_page_of_a_mount_is_an_error_for_read_at_and_only_there() {
+    use std::os::unix::fs::FileExt;
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let mut content = vec![0; 4 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut content);
+    let digest = world.import_bytes(&content, "damaged:1");
+    for pack in fs::read_dir(world.store_dir().join("packs")).unwrap().flatten() {
+        let pack = File::options().read(true).write(true).open(pack.path()).unwrap();
+        let (mut byte, middle) = ([0], pack.metadata().unwrap().len() / 2);
+        pack.read_exact_at(&mut byte, middle).unwrap();
+        pack.write_all_at(&[!byte[0]], middle).unwrap();
+        pack.sync_all().unwrap();
+    }
+    let path = world.file(&digest, "memory");
+    let memory = Backend::from_text(&object(&path, 4 << 20, ",rom=off")).unwrap();
+    let mut lost = 0;
+    for (n, wanted) in content.chunks(64 << 10).enumerate() {
+        let mut block = vec![0; wanted.len()];
+        match memory.read_at(MemoryOffset::new(n as u64 * (64 << 10)), &mut block) {
+            Ok(()) => assert!(block == wanted, "block {n}"),
+            Err(error) => {
+                assert_eq!(error.code(), Code::Failed);
+                assert!(error.remedy_text().unwrap().contains("stencil verify"));
+                lost += 1;
+            }
+        }
+    }
+    assert_eq!(lost, 1, "blocks");
+    assert!(memory.dirty().unwrap().is_empty());
+    let error = Backend::from_text(&object(&path, 4 << 20, ",rom=off,prefault=on")).unwrap_err();
+    assert!(error.message().starts_with("cannot read every page of the backing store"), "{error}");
 }
 
 #[test]

@@ -266,7 +266,7 @@ impl Pagemap {
                 // The page may have come back since the scan.
                 let copied = !entry.is_file() && !entry.is_guard() && !entry.is_marker();
                 if copied && (entry.is_present() || entry.is_swap()) {
-                    push(&mut dirty, address..address + PAGE_SIZE, entry.is_swap());
+                    push(&mut dirty, address..address + PAGE_SIZE, entry.swap_slot().is_some());
                 }
             })?;
         }

@@ -4,8 +4,12 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry(pub(super) u64);
 
-/// Page table entries that look like swap and are none have this type: the last of the 32 that the
-/// kernel has (`SWP_PTE_MARKER`).
+/// Of the 32 types that an entry with the swap bit may have, a kernel with all options built in leaves so
+/// many to swap areas (`MAX_SWAPFILES`); areas are numbered from 0.
+const SWAP_AREAS: u64 = 23;
+
+/// The last type: a marker that holds no page (`SWP_PTE_MARKER`). Those between are pages on their way to
+/// another frame, pages of devices, and poisoned ones.
 const SWAP_TYPE_MARKER: u64 = 31;
 
 impl Entry {
@@ -19,7 +23,7 @@ impl Entry {
         self.0 >> 63 & 1 == 1
     }
 
-    /// In swap, or a marker that looks so.
+    /// Not present, but not empty: in swap, on its way to another frame, or a marker.
     pub fn is_swap(self) -> bool {
         self.0 >> 62 & 1 == 1
     }
@@ -60,8 +64,39 @@ impl Entry {
         self.swap().is_some_and(|(kind, _)| kind == SWAP_TYPE_MARKER)
     }
 
-    /// Type and offset of the swap slot that holds the page, unless it is a marker.
+    /// Area and offset of the swap slot that holds the page, where one does. Without `CAP_SYS_ADMIN` the
+    /// kernel hides both, and everything with the swap bit looks like slot (0, 0).
     pub fn swap_slot(self) -> Option<(u64, u64)> {
-        self.swap().filter(|(kind, _)| *kind != SWAP_TYPE_MARKER)
+        self.swap().filter(|(kind, _)| *kind < SWAP_AREAS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SWAP: u64 = 1 << 62;
+
+    #[test]
+    fn what_has_the_swap_bit_is_told_apart_by_its_type() {
+        for (bits, slot, marker) in [
+            (SWAP | 77 << 5, Some((0, 77)), false),
+            (SWAP | 5 << 5 | 2, Some((2, 5)), false),
+            (SWAP | 1 << 57 | 5 << 5, Some((0, 5)), false),
+            (SWAP | 1234 << 5 | 25, None, false),
+            (SWAP | 1 << 57 | 1 << 5 | 31, None, true),
+            (1 << 63 | 77 << 5, None, false),
+            (0, None, false),
+        ] {
+            let entry = Entry(bits);
+            assert_eq!((entry.swap_slot(), entry.is_marker()), (slot, marker), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn a_frame_is_of_a_present_page_only() {
+        assert_eq!(Entry(1 << 63 | 1 << 56 | 0x1234).frame(), Some(0x1234));
+        assert_eq!(Entry(SWAP | 0x1234).frame(), None);
+        assert_eq!(Entry(1 << 63).frame(), None, "hidden from this caller");
     }
 }

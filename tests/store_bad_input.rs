@@ -192,17 +192,11 @@ fn stores_and_templates() {
     assert_eq!(fs::read_to_string(&foreign).unwrap(), "a file");
     fs::remove_file(&foreign).unwrap();
 
-    let first = fixture.run(&["import", source, "a", "--json"]).ok().json();
-    let digest = first["digest"].as_str().unwrap().to_owned();
+    fixture.run(&["import", source, "a"]).ok();
     for args in
         [&["inspect", "b"][..], &["inspect", "a:2"], &["rm", "b"], &["chmod", "0444", "b"], &["verify", "b"]]
     {
-        refused(
-            &fixture,
-            args,
-            4,
-            &["no template 'b:latest'", "stencil ls"][..usize::from(args[1] != "a:2")].as_ref(),
-        );
+        refused(&fixture, args, 4, &["no template '", "stencil ls"]);
     }
     refused(&fixture, &["inspect", &"0".repeat(64)], 4, &["no template"]);
     refused(&fixture, &["inspect", "a@sha256:00"], 2, &["NAME@blake3:HEX"]);

@@ -175,22 +175,43 @@ fn interrupted(signal: Signal, words: &[&str]) {
             assert!(clones.iter().all(|c| c["state"] == "running"), "{clones:#?}");
             world.stencil(&["stop", "--all"]).ok();
         }
-        // The launcher's helper, or the next command, clears up; no clone may outlive that.
-        patiently("end of all clones", Duration::from_secs(10), || {
-            world.stencil(&["ps"]).ok();
-            let left = processes_of(&world);
-            if !left.is_empty() && fs::read_dir(world.runtime_dir().join("launches")).unwrap().count() == 0 {
-                // Let go in the very moment of the signal: then all of them were.
-                let clones = world.json(&["ps"])["clones"].as_array().unwrap().clone();
-                if clones.len() == 20 {
-                    world.stencil(&["stop", "--all"]).ok();
-                }
-            }
-            left.is_empty().then_some(())
+        // Without any further command nothing stays, or (let go in that very moment) all of them.
+        let held = || fs::read_dir(world.runtime_dir().join("launches")).map_or(0, Iterator::count) > 0;
+        patiently("end of the launch", Duration::from_secs(10), || (!held()).then_some(()));
+        let clones = world.json(&["ps"])["clones"].as_array().unwrap().len();
+        if clones > 0 {
+            assert_eq!(clones, 20, "all or none");
+            world.stencil(&["stop", "--all"]).ok();
+        }
+        patiently("end of all processes", Duration::from_secs(10), || {
+            processes_of(&world).is_empty().then_some(())
         });
         nothing_is_left(&world);
     }
     println!("{rounds} rounds, {survived} launches were faster than the signal");
+}
+
+#[test]
+fn the_next_command_clears_up_what_nobody_else_could() {
+    let _host = host::shared();
+    let world = world();
+    let script = "sleep 1000";
+    let mut command = world.command();
+    command.args(["clone", "web", "-n", "3", "--ready", "notify", "--", "sh", "-c", script]);
+    let mut launcher = command.stderr(Stdio::null()).spawn().unwrap();
+    patiently("clones", Duration::from_secs(20), || {
+        (processes_of(&world).iter().filter(|p| p.contains("sleep 1000")).count() >= 3).then_some(())
+    });
+    // Launcher and watchdog die at one time.
+    for process in processes_of(&world).iter().filter(|p| p.contains("launch-watchdog")) {
+        let pid = process.split_once(' ').unwrap().0.parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    }
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+    assert!(processes_of(&world).iter().any(|p| p.contains("sleep 1000")), "nobody was there to end them");
+    assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
+    nothing_is_left(&world);
 }
 
 #[test]

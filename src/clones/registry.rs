@@ -219,19 +219,28 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// A launch of this process that has not begun.
+    ///
+    /// # Errors
+    /// When the kernel does not say who this process is.
+    pub fn prepare() -> Result<Launch> {
+        // The name says whose it is, so that the marker is whole as soon as it exists.
+        let me = ProcessId::me()?;
+        Ok(Launch { id: format!("{}.{}.{}", random_id()?, me.pid, me.start_time) })
+    }
+
     /// Begins: from now on the clones of this launch live and die with this process.
     ///
     /// # Errors
     /// When the runtime directory cannot be written.
-    pub fn begin() -> Result<Launch> {
-        let (all, me) = (launches_dir(), ProcessId::me()?);
-        // The name says whose it is, so that the marker is whole as soon as it exists.
-        let id = format!("{}.{}.{}", random_id()?, me.pid, me.start_time);
-        fs::create_dir_all(&all).and_then(|()| fs::File::create_new(all.join(&id))).map_err(|e| {
-            Error::io("cannot write to the runtime directory", &all, e)
-                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a folder of yours")
-        })?;
-        Ok(Launch { id })
+    pub fn begin(&self) -> Result<()> {
+        let all = launches_dir();
+        fs::create_dir_all(&all).and_then(|()| fs::File::create_new(all.join(&self.id))).map(drop).map_err(
+            |e| {
+                Error::io("cannot write to the runtime directory", &all, e)
+                    .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a folder of yours")
+            },
+        )
     }
 
     /// Its id.

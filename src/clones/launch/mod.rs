@@ -93,19 +93,17 @@ pub struct Launched {
 /// nothing of it is left.
 pub fn launch(order: &Order<'_>) -> Result<Launched> {
     registry::sweep()?;
-    let launch = Launch::begin()?;
+    let launch = Launch::prepare()?;
+    // The watchdog comes first: whatever happens to this process from here on, it or the next sweep clears up.
+    let _watchdog = watchdog::start(&launch)?;
+    launch.begin()?;
     // What the host had free before its first clone, for `density --audit`.
     let kept = control::mounts().and_then(|mounts| Baseline::keep_if_idle(&Inodes::of(&mounts)?));
     kept.unwrap_or_else(|error| log::warn!("{error}"));
-    // From here on, whatever happens to this process, the watchdog or the next sweep clears up.
-    let mut watchdog = None;
-    let outcome = watchdog::start(&launch).and_then(|started| {
-        watchdog = Some(started);
-        let (launched, held) = gather(order, &launch)?;
+    let outcome = gather(order, &launch).and_then(|(launched, held)| {
         held.map_or(Ok(()), herd::Held::release)?;
         Ok(launched)
     });
-    // The watchdog is told only after the marker has gone, and then has nothing to do.
     match outcome {
         Ok(launched) => {
             launch.commit()?;

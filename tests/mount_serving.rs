@@ -1,11 +1,14 @@
 //! Which way a file is served, why, and what that costs in memory.
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use stencilfs::sys::cachestat;
+use stencilfs::sys::mapping::{Mapping, Protection, Request, Sharing};
+use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset};
 
 use crate::support::actor::Actor;
 use crate::support::host;
@@ -59,6 +62,72 @@ fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
     for number in (0..bytes.len() as u64 / PAGE).step_by(97) {
         assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
     }
+}
+
+#[test]
+fn a_backing_can_be_changed_by_nobody() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let bytes = random(9, 4 << 20);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let path = world.file(&digest, "memory");
+    assert!(fs::read(&path).unwrap() == bytes);
+    let supervisor = world.status()["supervisor_pid"].as_u64().unwrap();
+    let is_backing = |link: &PathBuf| {
+        let target = fs::read_link(link).unwrap_or_default();
+        target.starts_with(world.store_dir()) && target.to_string_lossy().ends_with("(deleted)")
+    };
+    let held: Vec<PathBuf> = fs::read_dir(format!("/proc/{supervisor}/fd"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(is_backing)
+        .collect();
+    assert_eq!(held.len(), 1, "{held:?}");
+    let flags = rustix::fs::ioctl_getflags(File::open(&held[0]).unwrap()).unwrap();
+    assert!(flags.contains(rustix::fs::IFlags::IMMUTABLE));
+    let error = File::options().write(true).open(&held[0]).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(1), "EPERM, for root too");
+}
+
+/// Sum of a field of the maps of this process that have that path, in bytes.
+fn smaps(path: &Path, field: &str) -> u64 {
+    let text = fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut ours = false;
+    let mut sum = 0;
+    for line in text.lines() {
+        match line.split_once(':') {
+            Some((key, value)) if !key.contains(' ') => {
+                if ours && key == field {
+                    sum += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
+                }
+            }
+            _ => ours = line.ends_with(path.to_str().unwrap()),
+        }
+    }
+    sum
+}
+
+#[test]
+fn a_backing_is_mapped_by_huge_pages_at_the_first_touch() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let digest = world.import_bytes(&random(8, 32 << 20), "web:1");
+    let path = world.file(&digest, "memory");
+    let file = File::open(&path).unwrap();
+    let map = Mapping::new(&Request {
+        length: Bytes::new(32 << 20),
+        align: Bytes::new(HUGE_PAGE_SIZE),
+        file: Some((file.as_fd(), FileOffset::new(0))),
+        protection: Protection::ReadWrite,
+        sharing: Sharing::Private,
+        reserve: false,
+        sync: false,
+    })
+    .unwrap();
+    for offset in (0..32 << 20).step_by(HUGE_PAGE_SIZE as usize) {
+        map.load(MemoryOffset::new(offset)).unwrap();
+    }
+    assert_eq!(smaps(&path, "FilePmdMapped"), 32 << 20, "a fault for each 2 MiB, and no more");
 }
 
 #[test]

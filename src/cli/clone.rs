@@ -12,6 +12,7 @@ use super::output::{Done, Report, to_json};
 use super::words::word;
 use super::{Global, interrupt};
 use crate::clones::audit::Baseline;
+use crate::clones::family::Families;
 use crate::clones::find::Inodes;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
 use crate::clones::registry::Entry;
@@ -122,7 +123,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         log::warn!("no baseline for density --audit: {error}");
     }
     let start = Instant::now();
-    let launched = launch(&order)?;
+    let launched = launch(&order, &*global.progress())?;
     let seconds = start.elapsed().as_secs_f64();
     let failed = !launched.failures.is_empty();
     let mut code = 0;
@@ -145,6 +146,11 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         (true, _) => done.exit_as(Code::Failed),
         (false, code) => done.exit_code(code),
     })
+}
+
+fn nobody_is_left(clones: &[Entry]) -> bool {
+    let families = Families::look(clones);
+    clones.iter().all(|clone| families.of(clone).is_empty())
 }
 
 /// Waits for the end of all clones and removes what they had. Gives the exit code of the first that failed.
@@ -170,7 +176,7 @@ fn wait(
             stop(clones, Duration::from_secs(10))?;
             return Err(Error::failed("interrupted: the clones were stopped"));
         }
-        if children.is_empty() && clones.iter().all(|c| c.processes().is_empty()) {
+        if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && nobody_is_left(clones) {
             break;
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -21,6 +21,14 @@ impl Bar {
             act(&mut bar);
         }
     }
+
+    fn show(&self, bar: ProgressBar, template: &str, phase: &str) {
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(phase.to_owned());
+        self.with(|slot| *slot = Some(bar));
+    }
 }
 
 impl Progress for Bar {
@@ -33,11 +41,11 @@ impl Progress for Bar {
             Some(total) => ProgressBar::new(total.get()),
             None => ProgressBar::new_spinner(),
         };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_message(phase.to_owned());
-        self.with(|slot| *slot = Some(bar));
+        self.show(bar, template, phase);
+    }
+
+    fn start_count(&self, phase: &str, total: u64) {
+        self.show(ProgressBar::new(total), "{msg:12} {bar:30} {pos}/{len} {per_sec} ETA {eta}", phase);
     }
 
     fn advance(&self, done: Bytes) {

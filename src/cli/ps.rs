@@ -1,5 +1,6 @@
 //! `stencil ps`: which clones there are.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
+use crate::clones::family::Families;
 use crate::clones::find::{self, CloneProcess};
 use crate::clones::registry::{self, Entry};
 use crate::control;
@@ -37,8 +39,8 @@ struct Row {
 }
 
 impl Row {
-    fn of(entry: &Entry) -> Row {
-        let state = match (entry.is_launching(), entry.processes().is_empty()) {
+    fn of(entry: &Entry, families: &Families) -> Row {
+        let state = match (entry.is_launching(), families.of(entry).is_empty()) {
             (true, _) => "launching",
             (false, false) => "running",
             (false, true) => "ended",
@@ -118,12 +120,16 @@ fn age(seconds: u64) -> String {
 pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
     registry::sweep()?;
     let entries = registry::list()?;
-    let mut rows: Vec<Row> = entries.iter().map(Row::of).collect();
-    let ours: Vec<ProcessId> = entries.iter().flat_map(Entry::processes).collect();
-    for clone in find::template_mappings(&control::mounts()?)? {
-        if !ours.contains(&ProcessId { pid: clone.pid, start_time: clone.start_time }) {
-            rows.extend(Row::of_other(&clone));
-        }
+    let families = Families::look(&entries);
+    let mut rows: Vec<Row> = entries.iter().map(|entry| Row::of(entry, &families)).collect();
+    let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| families.of(entry)).collect();
+    match control::mounts().and_then(|mounts| find::template_mappings(&mounts)) {
+        Ok(others) => rows.extend(others.iter().filter_map(|clone| {
+            let process = ProcessId { pid: clone.pid, start_time: clone.start_time };
+            if ours.contains(&process) { None } else { Row::of_other(clone) }
+        })),
+        // Who may not look into others' processes still sees the own clones.
+        Err(error) => log::warn!("other processes are not listed: {error}"),
     }
     Ok(Done::report(PsReport { rows, ids: args.ids }))
 }

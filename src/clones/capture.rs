@@ -196,8 +196,9 @@ impl Vm {
             let file = File::open(&path).map_err(|e| Error::io("cannot open the VM's RAM file", &path, e))?;
             let meta =
                 file.metadata().map_err(|e| Error::io("cannot look at the VM's RAM file", &path, e))?;
+            // Some file systems (btrfs) show another device number in maps than in stat.
             let named = |m: &&procfs::MapLine| m.path.ends_with(ram.mem_path.trim_start_matches('/'));
-            let is_it = |m: &&procfs::MapLine| (m.dev, m.ino) == (meta.dev(), meta.ino()) || named(m);
+            let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
             if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private()) {
                 return Err(Error::usage(format!(
                     "the VM does not share the RAM of '{}' through this file",
@@ -284,6 +285,10 @@ struct UntilRead<'a> {
 impl Progress for UntilRead<'_> {
     fn start(&self, phase: &str, total: Option<Bytes>) {
         self.inner.start(phase, total);
+    }
+
+    fn start_count(&self, phase: &str, total: u64) {
+        self.inner.start_count(phase, total);
     }
 
     fn advance(&self, done: Bytes) {

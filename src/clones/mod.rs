@@ -3,6 +3,7 @@
 pub mod accounting;
 pub mod audit;
 pub mod capture;
+pub mod family;
 pub mod find;
 pub mod launch;
 pub mod qmp;

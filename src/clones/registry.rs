@@ -12,9 +12,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
+use super::family;
 use crate::control::runtime_dir;
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
@@ -113,16 +113,6 @@ impl Entry {
         self.dir.join("qmp.sock")
     }
 
-    /// All living processes that belong to it: the noted one, and for a command those that it started.
-    pub fn processes(&self) -> Vec<ProcessId> {
-        let mut all: Vec<ProcessId> = self.process().into_iter().collect();
-        if self.kind == Kind::Command || (self.pid == 0 && self.kind == Kind::Qemu) {
-            all.extend(processes_of(&self.dir).into_iter().filter(|p| Some(*p) != self.process()));
-        }
-        all.retain(ProcessId::is_alive);
-        all
-    }
-
     /// Notes its process.
     ///
     /// # Errors
@@ -155,32 +145,13 @@ impl Entry {
         remove_folder(&self.dir)
     }
 
-    /// Ends its processes at once and removes its folder.
+    /// Kills its processes and removes its folder.
     ///
     /// # Errors
     /// When a process cannot be killed, or the folder not removed.
     pub fn destroy(&self) -> Result<()> {
-        self.destroy_processes()?;
+        family::kill(std::slice::from_ref(self))?;
         self.remove()
-    }
-
-    /// Ends its processes at once.
-    ///
-    /// # Errors
-    /// When one cannot be killed.
-    pub fn destroy_processes(&self) -> Result<()> {
-        let doomed = self.processes();
-        for process in &doomed {
-            process.signal(Signal::KILL)?;
-        }
-        for process in &doomed {
-            if !process.wait_gone(Duration::from_secs(10))? {
-                return Err(Error::failed(format!("process {} does not die", process.pid)).remedy(
-                    "it waits for an answer of a mount: see `stencil status`, or abort its fuse connection",
-                ));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -203,13 +174,18 @@ fn staging_prefix(launch: &str) -> String {
     format!(".{launch}-")
 }
 
+/// The runtime directory from the root: clones and helpers do not stay in this process's folder.
+pub fn runtime_root() -> PathBuf {
+    std::path::absolute(runtime_dir()).unwrap_or_else(|_| runtime_dir())
+}
+
 /// The folder that holds all records.
 pub fn clones_dir() -> PathBuf {
-    runtime_dir().join("clones")
+    runtime_root().join("clones")
 }
 
 fn launches_dir() -> PathBuf {
-    runtime_dir().join("launches")
+    runtime_root().join("launches")
 }
 
 /// One call that makes clones, and holds them until all are ready.
@@ -323,13 +299,8 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
         return Ok(vec![]);
     }
     let all: Vec<Entry> = list()?.into_iter().filter(|e| e.launch == launch).collect();
-    // All are told before any is waited for.
-    for process in all.iter().flat_map(Entry::processes) {
-        process.signal(Signal::KILL)?;
-    }
-    for entry in &all {
-        entry.destroy()?;
-    }
+    family::kill(&all)?;
+    all.iter().try_for_each(Entry::remove)?;
     let prefix = staging_prefix(launch);
     for folder in fs::read_dir(clones_dir()).into_iter().flatten().flatten() {
         if folder.file_name().to_string_lossy().starts_with(&prefix) {
@@ -422,17 +393,6 @@ pub fn sweep() -> Result<Vec<Entry>> {
         }
     }
     Ok(swept)
-}
-
-/// Processes whose environment says that they are the clone of this folder.
-pub fn processes_of(dir: &Path) -> Vec<ProcessId> {
-    let wanted = format!("STENCIL_DIR={}", dir.display());
-    let has = |pid: &u32| {
-        fs::read(format!("/proc/{pid}/environ"))
-            .is_ok_and(|bytes| bytes.split(|b| *b == 0).any(|word| word == wanted.as_bytes()))
-    };
-    let pids = procfs::pids().unwrap_or_default();
-    pids.into_iter().filter(has).filter_map(|pid| ProcessId::of(pid).ok()?).collect()
 }
 
 fn load(dir: &Path) -> Result<Option<Entry>> {

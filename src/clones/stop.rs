@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 
+use super::family::{self, Families};
 use super::qmp::Qmp;
 use super::registry::{Entry, Kind};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::sys::process::ProcessId;
 
 /// How a clone came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -27,47 +29,48 @@ pub enum How {
 /// # Errors
 /// When one does not even die, or its folder cannot be removed. The others are ended all the same.
 pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
+    let families = Families::look(entries);
     let mut outcome: Vec<How> = Vec::with_capacity(entries.len());
-    let mut problem = None;
+    let mut asked = vec![];
     for entry in entries {
-        let processes = entry.processes();
+        let processes = families.of(entry);
         outcome.push(if processes.is_empty() { How::Gone } else { How::Stopped });
         for process in processes {
-            if let Err(error) = process.signal(Signal::TERM) {
-                problem = problem.or(Some(error));
-            }
+            // Who may not be signalled cannot be killed either: the error comes from there.
+            let _ = process.signal(Signal::TERM);
+            asked.push(process);
         }
     }
-    wait_all(entries, Instant::now() + grace / 2);
+    wait_all(&asked, Instant::now() + grace / 2);
     for entry in entries.iter().filter(|e| e.kind == Kind::Qemu && e.is_alive()) {
         // Whoever holds its QMP session, or a QEMU that hangs: SIGKILL comes next.
         let quit = Qmp::connect(&entry.qmp_path()).and_then(|mut qmp| qmp.run("quit", json!({})));
         quit.map(drop).unwrap_or_else(|error| log::info!("clone {}: {error}", entry.id));
     }
-    wait_all(entries, Instant::now() + grace / 2);
+    wait_all(&asked, Instant::now() + grace / 2);
+    let families = Families::look(entries);
     for (entry, how) in entries.iter().zip(&mut outcome) {
-        if !entry.processes().is_empty() {
+        if !families.of(entry).is_empty() {
             *how = How::Killed;
         }
     }
-    // Killed together, then waited for one by one.
-    for process in entries.iter().filter(|e| e.is_alive()).flat_map(Entry::processes) {
-        process.signal(Signal::KILL)?;
-    }
-    for entry in entries {
-        if let Err(error) = entry.destroy() {
-            problem = problem.or_else(|| Some(error.context(format!("clone {}", entry.id))));
+    // The folders of those that do end are removed, whatever the others do.
+    let killed = family::kill(entries);
+    let mut problem = killed.err();
+    for entry in entries.iter().filter(|e| !e.is_alive()) {
+        if let Err(error) = entry.remove() {
+            problem = problem.or(Some(error));
         }
     }
     match problem {
-        Some(error) => Err(Error::remedy(error, "run stencil stop again; stencil ps shows what is left")),
+        Some(error) => Err(error),
         None => Ok(outcome),
     }
 }
 
 /// Waits until none of them lives, or the deadline.
-fn wait_all(entries: &[Entry], deadline: Instant) {
-    for process in entries.iter().filter_map(Entry::process) {
+fn wait_all(processes: &[ProcessId], deadline: Instant) {
+    for process in processes {
         // What cannot be watched is killed later.
         let _ = process.wait_gone(deadline.saturating_duration_since(Instant::now()));
     }

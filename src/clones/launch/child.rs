@@ -8,11 +8,15 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Herd;
+use crate::clones::family;
 use crate::clones::recipe::Escape;
-use crate::clones::registry::{Entry, processes_of};
+use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, inherit, own_session};
 use crate::sys::procfs;
+
+/// How often it is looked whether a command has started others: that is a look at every process of the host.
+const FAMILY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// When a command counts as ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +63,7 @@ pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) ->
     match outcome {
         Ok(()) => Ok(child),
         Err(error) => {
-            entry.destroy_processes()?;
+            family::kill(std::slice::from_ref(entry))?;
             let _ = child.wait();
             Err(error)
         }
@@ -133,14 +137,16 @@ fn wait_mapped(patience: &Patience<'_>, child: &mut Child, entry: &mut Entry) ->
         Ok(procfs::maps(pid, |dev, ino| target.is_mapped_by(dev, ino))?.is_some_and(|m| !m.is_empty()))
     };
     let mut moment = Duration::from_millis(1);
+    let mut next_look = Instant::now() + FAMILY_INTERVAL;
     loop {
         if maps(child.id())? {
             return Ok(());
         }
         let ended = child.try_wait().map_err(|e| Error::failed("cannot wait for the command").because(e))?;
         // It may have started another process that maps the template, and may itself be gone.
-        if ended.is_some() || moment >= Duration::from_millis(20) {
-            let family = processes_of(&entry.dir);
+        if ended.is_some() || Instant::now() >= next_look {
+            next_look = Instant::now() + FAMILY_INTERVAL;
+            let family = family::of_folder(&entry.dir);
             for process in &family {
                 if maps(process.pid)? {
                     return entry.set_process(*process);
@@ -180,7 +186,7 @@ fn wait_notified(
             };
         }
         if let Ok(Some(status)) = child.try_wait()
-            && processes_of(&entry.dir).is_empty()
+            && family::of_folder(&entry.dir).is_empty()
         {
             return Err(Error::failed(format!("it ended before it was ready ({status})")));
         }

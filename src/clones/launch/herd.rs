@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use super::watchdog::this_program;
 use super::zygote::{self, OrderFile};
 use super::{Herd, Launched, Outcome, Simulate};
-use crate::clones::registry::{Entry, Touched};
+use crate::clones::registry::{self, Entry, Touched};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
 use crate::sys::process::{ProcessId, own_session};
+use crate::units::Bytes;
 
 /// Ready clones that their zygote still holds: they die with it until they are released.
 pub struct Held {
@@ -136,6 +137,7 @@ fn hear(
         }
         Some("ready") => {
             under_way.remove(&index);
+            herd.progress.advance(Bytes::new(1));
             ready.extend(entries.remove(&index));
         }
         Some("failed") => {
@@ -183,10 +185,8 @@ fn start(order: &zygote::Order) -> Result<Held> {
     own_session(&mut command).arg(zygote::ARGUMENT);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A worker's environment is a page of its own that nothing needs.
-    command.env_clear();
-    for name in ["STENCIL_TEST_RUN", "STENCIL_RUNTIME_DIR"] {
-        command.envs(std::env::var_os(name).map(|value| (name, value)));
-    }
+    command.env_clear().env("STENCIL_RUNTIME_DIR", registry::runtime_root());
+    command.envs(std::env::var_os("STENCIL_TEST_RUN").map(|run| ("STENCIL_TEST_RUN", run)));
     let mut zygote = command.spawn().map_err(failed)?;
     let (Some(mut input), Some(output)) = (zygote.stdin.take(), zygote.stdout.take()) else {
         return Err(Error::failed("the zygote has no standard streams"));

@@ -21,6 +21,8 @@ use crate::clones::recipe::Recipe;
 use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry, Touched};
 use crate::control;
 use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::units::Bytes;
 pub use child::Ready;
 pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
@@ -91,7 +93,7 @@ pub struct Launched {
 /// # Errors
 /// When one does not get ready (unless `keep_going` and another does), or the launch is cancelled: then
 /// nothing of it is left.
-pub fn launch(order: &Order<'_>) -> Result<Launched> {
+pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
     registry::sweep()?;
     let launch = Launch::prepare()?;
     // The watchdog comes first: whatever happens to this process from here on, it or the next sweep clears up.
@@ -100,7 +102,10 @@ pub fn launch(order: &Order<'_>) -> Result<Launched> {
     // What the host had free before its first clone, for `density --audit`.
     let kept = control::mounts().and_then(|mounts| Baseline::keep_if_idle(&Inodes::of(&mounts)?));
     kept.unwrap_or_else(|error| log::warn!("{error}"));
-    let outcome = gather(order, &launch).and_then(|(launched, held)| {
+    progress.start_count("launch", order.count.into());
+    let gathered = gather(order, &launch, progress);
+    progress.finish();
+    let outcome = gathered.and_then(|(launched, held)| {
         held.map_or(Ok(()), herd::Held::release)?;
         Ok(launched)
     });
@@ -117,8 +122,8 @@ pub fn launch(order: &Order<'_>) -> Result<Launched> {
     }
 }
 
-fn gather(order: &Order<'_>, launch: &Launch) -> Result<Outcome> {
-    let herd = Herd { order, launch, next: AtomicU32::new(0), state: Mutex::default() };
+fn gather(order: &Order<'_>, launch: &Launch, progress: &dyn Progress) -> Result<Outcome> {
+    let herd = Herd { order, launch, progress, next: AtomicU32::new(0), state: Mutex::default() };
     let outcome = match &order.how {
         How::Simulated(simulate) => herd::launch(&herd, simulate)?,
         How::Qemu(recipe) => herd.pooled(|herd, entry| qemu::resume(herd, recipe, entry))?,
@@ -133,6 +138,7 @@ type Outcome = (Launched, Option<herd::Held>);
 struct Herd<'a> {
     order: &'a Order<'a>,
     launch: &'a Launch,
+    progress: &'a dyn Progress,
     next: AtomicU32,
     state: Mutex<Gathered>,
 }
@@ -204,10 +210,13 @@ impl Herd<'_> {
             Err(error) => return self.failed(index, error.to_string()),
         };
         match one(self, &mut entry) {
-            Ok(child) => self.gathered(|g| {
-                g.ready.push(entry);
-                g.children.push(child);
-            }),
+            Ok(child) => {
+                self.progress.advance(Bytes::new(1));
+                self.gathered(|g| {
+                    g.ready.push(entry);
+                    g.children.push(child);
+                });
+            }
             Err(error) => {
                 let said = tail(&entry.log_path());
                 // What cannot be removed now is removed with the whole launch, or by the next sweep.

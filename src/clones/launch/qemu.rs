@@ -35,6 +35,8 @@ pub fn resume(herd: &Herd<'_>, recipe: &Recipe, entry: &mut Entry) -> Result<Chi
     })?;
     let mut command = Command::new(&recipe.program);
     own_session(&mut command).args(recipe.arguments(&values)?).envs(values.variables());
+    // Not the launcher's folder, which somebody may want to unmount.
+    command.current_dir(&entry.dir);
     let mut child = spawn(&mut command, entry)?;
     let patience = Patience::new(herd);
     match bring_up(&patience, &mut child, entry, &state) {

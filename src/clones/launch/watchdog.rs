@@ -106,7 +106,10 @@ pub fn resume_main(socket: Option<OsString>) -> ExitCode {
 
 /// This very program, even if its file was replaced meanwhile.
 pub fn this_program() -> Command {
-    Command::new("/proc/self/exe")
+    let mut command = Command::new("/proc/self/exe");
+    // Not the caller's folder, which somebody may want to unmount.
+    command.current_dir("/").env("STENCIL_RUNTIME_DIR", registry::runtime_root());
+    command
 }
 
 /// The watchdog's whole life.

@@ -20,6 +20,9 @@ use super::cache::Chosen;
 use crate::link::{Answer, Ask, Cache, FileKey, Hello};
 use crate::stats::Stats;
 
+/// A search for users of backings that takes longer is given up.
+const SEARCH: Duration = Duration::from_secs(2);
+
 /// One mount, seen from its supervisor.
 #[derive(Debug)]
 pub struct Shared {
@@ -160,7 +163,7 @@ impl Shared {
             Ask::Reserve { key, bytes } => return self.state().backings.reserve(key, bytes),
             Ask::Evict { keys } => {
                 let secret = Store::open(&self.options.store)?.secret();
-                let unused = Backings::find_unused(self.device, &secret, keys)?;
+                let unused = self.find_unused(secret, keys)?;
                 self.state().backings.close(&self.fuse, &unused);
                 return Ok(Answer::Evicted(unused));
             }
@@ -174,6 +177,23 @@ impl Shared {
             Ask::GiveUp { failure } => log::error!("the server cannot start: {}", failure.into_error()),
         }
         Ok(Answer::Done)
+    }
+
+    /// Which of `keys` nobody uses. `/proc/PID/maps` of a process that waits for a page of ours can block until a server
+    /// answers it, and this thread is the one that starts servers: it waits only so long, then all count as used.
+    fn find_unused(&self, secret: [u8; 32], keys: Vec<FileKey>) -> Result<Vec<FileKey>> {
+        let (found, answer) = std::sync::mpsc::channel();
+        let device = self.device;
+        std::thread::spawn(move || {
+            let _ = found.send(Backings::find_unused(device, &secret, keys));
+        });
+        match answer.recv_timeout(SEARCH) {
+            Ok(unused) => unused,
+            Err(_) => {
+                log::warn!("the users of backings could not be found within {SEARCH:?}: none is evicted");
+                Ok(Vec::new())
+            }
+        }
     }
 
     /// The first reply goes to the kernel; later ones must be the same, for the kernel will not hear them.

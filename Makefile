@@ -15,7 +15,7 @@ help:
 	@echo 'make test     all tests, then a guard that nothing was left behind (does its own set-up)'
 	@echo 'make soak     the same scenarios with longer counts'
 	@echo 'make check    format, lints, documentation: warnings are errors'
-	@echo 'make bench    measurements'
+	@echo 'make bench    import and cold-read throughput, with ratios to the raw file'
 	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX))'
 	@echo 'make clean    remove the build directory'
 
@@ -40,7 +40,7 @@ check:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
 
 bench: setup build
-	$(guard) $(CARGO) bench --workspace
+	$(guard) tests/bench/throughput.sh
 
 share := $(DESTDIR)$(PREFIX)/share
 install: build

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Import and cold-read throughput on this machine: `make bench`. The machine's speed drifts, so the columns to quote
+# are the ratios to the raw file of the same run.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/../.." && pwd)
+bin=${STENCIL_BIN_DIR:-${CARGO_TARGET_DIR:-$top/target}/release}
+mib=${STENCIL_BENCH_MIB:-512}
+dir=$(mktemp -d "${CARGO_TARGET_DIR:-$top/target}/bench.XXXXXX")
+export STENCIL_RUNTIME_DIR=$dir/run
+PATH=$bin:$PATH
+
+# shellcheck disable=SC2317
+clean() {
+    trap - EXIT INT TERM
+    for mnt in "$dir"/mnt-*; do
+        [ -d "$mnt" ] && grep -q " $mnt " /proc/self/mountinfo && stencil -q umount "$mnt"
+    done
+    rm -rf "$dir"
+}
+trap clean EXIT INT TERM
+mkdir "$dir/run"
+
+# Programs and libraries with a run of zero pages after each, as a guest's memory has them.
+find /usr/lib /usr/bin -type f -size +64k -size -8M -print0 2>/dev/null | sort -z |
+    while IFS= read -r -d '' file; do cat "$file"; head -c $((1 << 20)) /dev/zero; done 2>/dev/null |
+    head -c $((mib << 20)) >"$dir/guest" || true
+truncate -s "${mib}M" "$dir/guest"
+head -c "${mib}M" /dev/urandom >"$dir/random"
+
+seconds() { local t0=$EPOCHREALTIME; "$@" >/dev/null; awk -v a="$t0" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }'; }
+
+printf 'import of %s MiB, source in the page cache\n%-22s%10s%12s\n' "$mib" "" "MiB/s" "stored MiB"
+for data in guest random; do
+    for codec in lz4 zstd none; do
+        store=$dir/store-$data-$codec
+        took=$(seconds stencil -q --store "$store" import "$dir/$data" bench:1 --compression "$codec")
+        stored=$(du -sm "$store" | cut -f1)
+        printf '%-22s%10.0f%12s\n' "$data $codec" "$(awk -v m="$mib" -v t="$took" 'BEGIN { print m / t }')" "$stored"
+        [ "$data-$codec" = guest-lz4 ] || rm -rf "$store"
+    done
+done
+
+for serve in decode passthrough; do
+    mkdir "$dir/mnt-$serve"
+    stencil -q --store "$dir/store-guest-lz4" mount "$dir/mnt-$serve" --serve "$serve" --cache-dir "$dir" >/dev/null
+done
+file_of() {
+    case $1 in raw) echo "$dir/guest" ;; *) echo "$dir/mnt-$1/templates/bench/1/memory" ;; esac
+}
+# The first open fills the backing; what is measured is what comes after.
+for serve in decode passthrough; do head -c 4096 "$(file_of "$serve")" >/dev/null; done
+
+# cold NAME FIO-OPTION… → "bandwidth in MiB/s, median latency in µs", page cache dropped before.
+cold() {
+    local name=$1
+    shift
+    sync
+    echo 1 >/proc/sys/vm/drop_caches
+    fio --name=cold --filename="$(file_of "$name")" --readonly --ioengine=mmap --size="${mib}M" --invalidate=0 \
+        --output-format=terse --terse-version=3 "$@" | awk -F';' '
+            { for (i = 18; i <= 37; i++) if (sub(/^50\.0+%=/, "", $i)) median = $i
+              print $7 / 1024, median }'
+}
+
+printf '\ncold reads through a mapping\n%-14s%18s%10s%16s%10s\n' "" "sequential MiB/s" "to raw" "random 4k p50 µs" "to raw"
+for name in raw decode passthrough; do
+    read -r bw _ < <(cold "$name" --rw=read --bs=1M)
+    read -r _ p50 < <(cold "$name" --rw=randread --bs=4k --fadvise_hint=random --number_ios=4000 --randseed=7)
+    [ "$name" = raw ] && raw_bw=$bw raw_p50=$p50
+    awk -v n="$name" -v b="$bw" -v p="$p50" -v rb="$raw_bw" -v rp="$raw_p50" \
+        'BEGIN { printf "%-14s%18.0f%10.2f%16.0f%10.2f\n", n, b, b / rb, p, p / rp }'
+done

@@ -5,14 +5,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
+use super::mount::STENCIL;
+
 /// The compiled program, static so that it runs in an empty chroot.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("actor-{}", std::process::id()));
+        // Beside the other programs; another run may compile it at the same moment.
+        let out = Path::new(STENCIL).with_file_name("stencil-test-actor");
+        let fresh = out.with_extension(std::process::id().to_string());
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/actor.c");
-        let status = Command::new("cc").args(["-O1", "-static", "-o"]).arg(&out).arg(source).status();
+        let status = Command::new("cc").args(["-O1", "-static", "-o"]).arg(&fresh).arg(source).status();
         assert!(status.expect("cc runs").success(), "actor.c compiles");
+        std::fs::rename(&fresh, &out).unwrap();
         out
     })
 }

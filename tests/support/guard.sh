@@ -9,6 +9,8 @@
 set -uo pipefail
 
 run=$(mktemp -d "${TMPDIR:-/tmp}/stencil-run.XXXXXX") || exit 1
+# Scenarios run programs as other users in there.
+chmod 0755 "$run"
 started=$(awk '{print $22}' /proc/self/stat)
 top=$(cd "$(dirname "$0")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$top/target}

@@ -76,7 +76,7 @@ impl Run {
     }
 }
 
-/// A store with a mount. Dropped, it unmounts and ends exactly its own processes.
+/// A store with a mount. Dropped, it stops its clones, unmounts, and ends exactly its own processes.
 pub struct TestMount {
     dir: tempfile::TempDir,
     mountpoint: PathBuf,
@@ -232,6 +232,7 @@ impl Drop for TestMount {
         if std::thread::panicking() {
             eprintln!("log of the daemon:\n{}", self.log());
         }
+        self.stencil(&["stop", "--all"]);
         let processes = self.processes();
         for _ in 0..8 {
             if self.stencil(&["umount", "--force", self.mountpoint.to_str().unwrap()]).code != 0 {

@@ -1,11 +1,13 @@
 # make help lists the targets. Everything below is one command; none needs another run first.
 
-CARGO ?= cargo
+CARGO ?= $(or $(shell command -v cargo),$(HOME)/.cargo/bin/cargo)
 PREFIX ?= /usr/local
 DESTDIR ?=
 target := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 guard := tests/support/guard.sh
 
+# One after the other: they share the host.
+.NOTPARALLEL:
 .PHONY: help setup build demo test soak check bench install clean
 
 help:

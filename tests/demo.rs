@@ -149,6 +149,7 @@ fn setup_says_what_to_do_without_cargo_and_elsewhere() {
 
 #[test]
 fn the_guard_names_and_clears_what_is_left() {
+    let _host = host::shared();
     let dir = temporary("guard-");
     let guard = |line: &str| {
         let mut command = Command::new(script("support/guard.sh"));

@@ -12,7 +12,10 @@ use crate::support::mount::TestMount;
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 16 << 10;
-const KILLS: u64 = 25;
+/// More of them in `make soak`.
+fn kills() -> u64 {
+    if std::env::var_os("STENCIL_SOAK").is_some() { 200 } else { 25 }
+}
 
 /// Every page knows its number.
 fn image() -> Vec<u8> {
@@ -80,7 +83,7 @@ fn kills_under_readers(serve: &str) {
                 std::thread::sleep(Duration::from_micros(100));
             }
         });
-        for _ in 0..KILLS {
+        for _ in 0..kills() {
             world.kill_server();
             let before = tally.pages.load(Ordering::Relaxed);
             let until = Instant::now() + Duration::from_secs(20);
@@ -103,10 +106,11 @@ fn kills_under_readers(serve: &str) {
         mapper.join().expect("no SIGBUS and no wrong byte");
     });
     let status = world.status();
-    assert_eq!(status["restarts"], KILLS);
+    assert_eq!(status["restarts"], kills());
     let number = |t: &AtomicU64| t.load(Ordering::Relaxed);
     println!(
-        "{serve}: {KILLS} kills, {} pages read, worst wait {} ms",
+        "{serve}: {} kills, {} pages read, worst wait {} ms",
+        kills(),
         number(&tally.pages),
         number(&tally.worst) / 1000
     );

@@ -3,10 +3,14 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use stencilfs::store::BLOCK_SIZE;
+
+use stencilfs::sys::mapping::{Mapping, Protection, Request, Sharing};
+use stencilfs::units::{Bytes, FileOffset, MemoryOffset};
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
@@ -56,6 +60,8 @@ fn compare(path: &Path, expected: &[u8], scratch: &Path) {
     std::io::copy(&mut File::open(path).unwrap(), &mut other).unwrap();
     let mut position = 4097;
     let sent = rustix::fs::sendfile(&other, &file, Some(&mut position), 200_000).unwrap();
+    assert_eq!(sent, 200_000, "sendfile");
+    assert!(fs::read(scratch).unwrap()[..expected.len()] == *expected, "copy_file_range");
     other = File::open(scratch).unwrap();
     let mut copied = Vec::new();
     other.seek(SeekFrom::Start(expected.len() as u64)).unwrap();
@@ -67,13 +73,28 @@ fn compare(path: &Path, expected: &[u8], scratch: &Path) {
         .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
         .open(path)
         .unwrap();
-    let mut aligned =
-        stencilfs::sys::memfd::LockedBuffer::new(stencilfs::units::Bytes::new(1 << 20)).unwrap();
+    let mut aligned = stencilfs::sys::memfd::LockedBuffer::new(Bytes::new(1 << 20)).unwrap();
     for offset in [0, 2 << 20, (24 << 20)] {
         let got = direct.read_at(&mut aligned, offset as u64).unwrap();
         let end = expected.len().min(offset + aligned.len());
+        assert_eq!(got, end - offset, "O_DIRECT at {offset}");
         assert!(aligned[..got] == expected[offset..end], "O_DIRECT at {offset}");
     }
+
+    let pages = Bytes::new(expected.len() as u64).pages().bytes();
+    let mapped = Mapping::new(&Request {
+        length: pages,
+        align: Bytes::new(4096),
+        file: Some((file.as_fd(), FileOffset::new(0))),
+        protection: Protection::Read,
+        sharing: Sharing::Private,
+        reserve: true,
+        sync: false,
+    })
+    .unwrap();
+    let mut seen = vec![0; expected.len()];
+    mapped.read(MemoryOffset::new(0), &mut seen).unwrap();
+    assert!(seen == expected, "mapped");
 }
 
 fn digest_of(path: &Path) -> String {

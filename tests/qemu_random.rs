@@ -107,8 +107,9 @@ fn words(dice: &mut Dice, name: &str, pairs: &[(&str, &str)]) -> String {
     let mut text = name.to_owned();
     for (key, value) in pairs {
         text += &match dice.below(40) {
-            0 => format!(",{key}"),
-            1 if *key != "foo" => format!(",no{key}"),
+            // A bare mem-path would be a file named "on" in whatever folder this runs.
+            0 if *key != "mem-path" => format!(",{key}"),
+            1 if !["foo", "mem-path"].contains(key) => format!(",no{key}"),
             _ => format!(",{key}={value}"),
         };
     }

@@ -57,15 +57,15 @@ fn a_killed_import_leaves_nothing_that_matters() {
         .into_iter()
         .collect();
     let mut killed = 0;
-    const ATTEMPTS: u32 = 40;
-    for attempt in 0..ATTEMPTS {
+    let attempts: u32 = if std::env::var_os("STENCIL_SOAK").is_some() { 200 } else { 40 };
+    for attempt in 0..attempts {
         for pack in fixture.files("packs").into_iter().filter(|p| !keep.contains(p)) {
             fs::remove_file(pack).unwrap();
         }
         let mut child =
             stencil(fixture.dir.path(), &["import", source, "victim"]).stdout(Stdio::null()).spawn().unwrap();
         // Denser towards the end, where the commit is.
-        let share = f64::from(attempt + 1) / f64::from(ATTEMPTS);
+        let share = f64::from(attempt + 1) / f64::from(attempts);
         thread::sleep(whole.mul_f64(share.sqrt()));
         signal(&child, Signal::KILL);
         if child.wait().unwrap().code().is_none() {
@@ -81,7 +81,7 @@ fn a_killed_import_leaves_nothing_that_matters() {
             }
         }
     }
-    assert!(killed > ATTEMPTS / 3, "only {killed} of {ATTEMPTS} were killed before their end");
+    assert!(killed > attempts / 3, "only {killed} of {attempts} were killed before their end");
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod mount_reads;
 mod mount_refusals;
 mod mount_serving;
 mod mount_unmount;
+mod progress;
 mod qemu_conformance;
 mod qemu_random;
 mod store_bad_input;

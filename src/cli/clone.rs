@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::output::{Done, Report, to_json};
 use super::words::word;
-use super::{Global, interrupt};
+use super::{Global, hydrate, interrupt};
 use crate::clones::audit::Baseline;
 use crate::clones::family::Families;
 use crate::clones::find::Inodes;
@@ -121,6 +121,9 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     // For the audit of `density`; a launch does not fail for want of it.
     if let Err(error) = Inodes::of(&control::mounts()?).and_then(|inodes| Baseline::keep_if_idle(&inodes)) {
         log::warn!("no baseline for density --audit: {error}");
+    }
+    if global.draws() {
+        hydrate::show(&target, &*global.progress(), &cancel);
     }
     let start = Instant::now();
     let launched = launch(&order, &*global.progress())?;

@@ -11,6 +11,7 @@ mod doctor;
 mod explain;
 mod export;
 mod generate;
+mod hydrate;
 mod import;
 mod inspect;
 mod interrupt;
@@ -71,6 +72,11 @@ pub struct Global {
 }
 
 impl Global {
+    /// True where progress is drawn: on a terminal, unless the call asked for silence or JSON.
+    pub fn draws(&self) -> bool {
+        !self.quiet && !self.json && std::io::IsTerminal::is_terminal(&std::io::stderr())
+    }
+
     /// A bar on standard error where that is a terminal, else nothing.
     pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
         progress::for_terminal(self.quiet || self.json)

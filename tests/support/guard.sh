@@ -48,7 +48,8 @@ ours() {
     local pid stat
     {
         grep -slzxF "STENCIL_TEST_RUN=$run" /proc/[0-9]*/environ | cut -d/ -f3
-        # A process that cleared its environment is known by its program and its age.
+        # A process that cleared its environment is known by its program and its age; one with an environment of
+        # its own belongs to somebody else.
         stat -c '%n %N' /proc/[0-9]*/exe 2>/dev/null | awk -v top="$target/" '
             { at = index($0, "-> ")
               if (index(substr($0, at), top "release/stencil") || index(substr($0, at), top "debug/stencil")) {
@@ -60,6 +61,7 @@ ours() {
         set -- $stat
         [ "$1" != Z ] || continue
         [ -z "$aged" ] || [ "${20}" -ge "$started" ] || continue
+        [ -z "$aged" ] || [ -z "$(head -c 1 "/proc/$pid/environ" 2>/dev/null | tr '\0' .)" ] || continue
         printf '%s %s %s\n' "$pid" "$1" "$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | cut -c1-160)"
     done | sort -u
 }

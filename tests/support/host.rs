@@ -1,14 +1,31 @@
 //! Who may use the host at the same time: a scenario that measures the whole host (free memory, KSM, swap)
 //! runs alone, all others share it.
 
+use std::cell::Cell;
 use std::process::Command;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 static HOST: RwLock<()> = RwLock::new(());
 
-/// For scenarios that mount or launch processes.
-pub fn shared() -> RwLockReadGuard<'static, ()> {
-    HOST.read().unwrap_or_else(PoisonError::into_inner)
+thread_local! {
+    static HELD: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Shares the host until it is dropped. One thread may hold several: only the first takes the lock, since a
+/// second reader would wait behind a writer that waits for the first.
+#[derive(Debug)]
+pub struct Shared(#[expect(dead_code, reason = "held, not read")] Option<RwLockReadGuard<'static, ()>>);
+
+/// For scenarios that mount or launch processes, or take memory in earnest.
+pub fn shared() -> Shared {
+    let held = HELD.replace(HELD.get() + 1);
+    Shared((held == 0).then(|| HOST.read().unwrap_or_else(PoisonError::into_inner)))
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        HELD.set(HELD.get() - 1);
+    }
 }
 
 /// For scenarios that measure the whole host or change its settings.

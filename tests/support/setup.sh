@@ -21,6 +21,11 @@ lacks=$(host_lacks)
 if ! command -v cargo >/dev/null 2>&1 && [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ]; then
     PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 fi
+for part in fmt clippy; do
+    if command -v cargo >/dev/null 2>&1 && ! cargo "$part" --version >/dev/null 2>&1; then
+        lacks+=${lacks:+$'\n'}"cargo $part: run rustup component add rustfmt clippy"
+    fi
+done
 if ! command -v cargo >/dev/null 2>&1; then
     lacks+=${lacks:+$'\n'}"cargo: install Rust $STENCIL_RUST_MIN or newer with rustup, and put ~/.cargo/bin into PATH (Debian 12's own cargo is too old)"
 elif ! at_least "$(rust_version)" "$STENCIL_RUST_MIN"; then

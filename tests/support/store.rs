@@ -1,5 +1,6 @@
 //! A store in a temporary folder, and the `stencil` command on it.
 
+use super::host;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -36,6 +37,8 @@ pub fn guest_like(seed: u64, length: usize) -> Vec<u8> {
 /// A store of its own.
 pub struct Fixture {
     pub dir: tempfile::TempDir,
+    /// An import takes memory and both cores: not beside a measurement of the whole host.
+    _host: host::Shared,
 }
 
 /// How a command ended.
@@ -76,7 +79,7 @@ pub fn stencil(dir: &Path, args: &[&str]) -> Command {
 
 impl Fixture {
     pub fn new() -> Fixture {
-        Fixture { dir: tempfile::tempdir().unwrap() }
+        Fixture { dir: tempfile::tempdir().unwrap(), _host: host::shared() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -82,24 +82,28 @@ pub fn resume_main(socket: Option<OsString>) -> ExitCode {
     if matches!(std::io::stdin().read(&mut byte), Ok(1..)) {
         return ExitCode::SUCCESS;
     }
-    let resumed = Qmp::connect(Path::new(&socket)).and_then(|mut qmp| {
-        qmp.ignore_shared(false)?;
-        // A device state that was cut off ends as a failed migration, within moments.
-        let mut outcome = qmp.run("cont", json!({}));
-        for _ in 0..100 {
-            if outcome.is_ok() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-            outcome = qmp.run("cont", json!({}));
-        }
-        outcome
+    // First of all the guest runs. A device state that was cut off ends as a failed migration, within moments;
+    // until then QEMU refuses to change a capability, and may refuse to go on.
+    let resumed = insist(|| Qmp::connect(Path::new(&socket))).and_then(|mut qmp| {
+        insist(|| qmp.run("cont", json!({})))?;
+        insist(|| qmp.ignore_shared(false))
     });
     match resumed {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("stencil: the VM could not be let run again: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Tries until it goes well, for half a minute.
+fn insist<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + Duration::from_secs(30);
+    loop {
+        match attempt() {
+            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+            outcome => return outcome,
         }
     }
 }

@@ -49,19 +49,19 @@ fn an_accepted_object_is_explained_to_people_and_to_machines() {
 #[test]
 fn a_refusal_has_one_line_its_remedy_and_its_exit_code() {
     let files = Files::new("");
-    for (object, code, lines) in [
-        ("M,size=4M,mem-path={file},share=maybe", 2, 1),
-        ("memory-backend-file,id=1", 2, 2),
-        ("M,size=4M,mem-path={file},rom=on", 2, 2),
-        ("M,size=4M,mem-path={missing},readonly=on", 4, 1),
-        ("M,size=8M,mem-path={file}", 1, 2),
-        ("M,size=4M,mem-path={empty},readonly=on", 1, 2),
+    for (object, code) in [
+        ("M,size=4M,mem-path={file},share=maybe", 2),
+        ("memory-backend-file,id=1", 2),
+        ("M,size=4M,mem-path={file},rom=on", 2),
+        ("M,size=4M,mem-path={missing},readonly=on", 4),
+        ("M,size=8M,mem-path={file}", 1),
+        ("M,size=4M,mem-path={empty},readonly=on", 1),
     ] {
         let output = explain(&files, object, false);
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{object}: {said}");
         assert!(output.stdout.is_empty(), "{object}");
-        assert_eq!(said.lines().count(), lines, "{object}: {said}");
+        assert_eq!(said.lines().count(), 2, "{object}: {said}");
         assert!(said.lines().all(|line| line.starts_with("stencil: ")), "{object}: {said}");
     }
 }

@@ -29,6 +29,7 @@ fn refused(fixture: &Fixture, args: &[&str], code: i32, words: &[&str]) {
     };
     assert_eq!(error["code"], name, "{error}");
     assert!(!error["message"].as_str().unwrap().is_empty(), "{error}");
+    assert!(error["remedy"].is_string(), "{error}");
 }
 
 #[test]

@@ -92,6 +92,20 @@ fn print(done: &Done, json: bool) -> io::Result<()> {
     out.flush()
 }
 
+/// What to do next: the error's own words, else where to look.
+fn remedy(error: &Error) -> &str {
+    error.remedy_text().unwrap_or(match error.code() {
+        Code::Usage => "`stencil help COMMAND` shows the words that a command takes",
+        Code::NotFound => "`stencil ls` lists templates, `stencil ps` clones, `stencil status` mounts",
+        Code::Damage => {
+            "`stencil verify` names all that is affected; importing the same memory again repairs it"
+        }
+        Code::InUse => "`stencil ps` lists who uses templates",
+        Code::TryAgain => "run the same command again later",
+        Code::Failed => "run it again with -v to see more; `stencil doctor` looks at the host",
+    })
+}
+
 fn fail(error: &Error, json: bool) -> ExitCode {
     if json {
         let mut message = error.message().to_owned();
@@ -102,14 +116,12 @@ fn fail(error: &Error, json: bool) -> ExitCode {
             "code": error.code().name(),
             "message": message,
             "path": error.path().map(|p| p.display().to_string()),
-            "remedy": error.remedy_text(),
+            "remedy": remedy(error),
         }});
         println!("{value}");
     } else {
         eprintln!("stencil: {error}");
-        if let Some(remedy) = error.remedy_text() {
-            eprintln!("stencil: {remedy}");
-        }
+        eprintln!("stencil: {}", remedy(error));
     }
     ExitCode::from(error.code().exit_code())
 }

@@ -102,7 +102,7 @@ fn an_interrupted_import_or_export_cleans_up_at_once() {
         drop(stdin);
         assert_eq!(output.status.code(), Some(1), "{name}");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(text.contains("interrupted") && text.lines().count() == 1, "{name}: {text}");
+        assert!(text.contains("interrupted") && text.lines().count() == 2, "{name}: {text}");
         fixture.assert_clean();
         assert_eq!(
             fixture.files("packs").len() + fixture.files("images").len() + fixture.files("tags").len(),

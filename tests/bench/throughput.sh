@@ -33,7 +33,7 @@ printf 'import of %s MiB, source in the page cache\n%-22s%10s%12s\n' "$mib" "" "
 for data in guest random; do
     for codec in lz4 zstd none; do
         store=$dir/store-$data-$codec
-        took=$(seconds stencil -q --store "$store" import "$dir/$data" bench:1 --compression "$codec")
+        took=$(seconds stencil -q --store "$store" import "$dir/$data" bench:1 --format raw --compression "$codec")
         stored=$(du -sm "$store" | cut -f1)
         printf '%-22s%10.0f%12s\n' "$data $codec" "$(awk -v m="$mib" -v t="$took" 'BEGIN { print m / t }')" "$stored"
         [ "$data-$codec" = guest-lz4 ] || rm -rf "$store"

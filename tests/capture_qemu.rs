@@ -93,7 +93,7 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
         100 << 20,
     )
     .unwrap();
-    let rounds = if std::env::var_os("STENCIL_SOAK").is_some() { 60 } else { 10 };
+    let rounds = host::rounds(10, 60);
     let mut whole = 0;
     for round in 0..rounds {
         let mut command = world.command();

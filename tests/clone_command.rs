@@ -158,7 +158,7 @@ fn wait_gives_the_commands_exit_code() {
 fn interrupted(signal: Signal, words: &[&str]) {
     let _host = host::shared();
     let world = world();
-    let rounds = if std::env::var_os("STENCIL_SOAK").is_some() { 100 } else { 12 };
+    let rounds = host::rounds(12, 100);
     let mut survived = 0;
     for round in 0..rounds {
         let mut launcher =

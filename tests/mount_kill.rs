@@ -14,7 +14,7 @@ const PAGE: u64 = 4096;
 const PAGES: u64 = 16 << 10;
 /// More of them in `make soak`.
 fn kills() -> u64 {
-    if std::env::var_os("STENCIL_SOAK").is_some() { 200 } else { 25 }
+    host::rounds(25, 200)
 }
 
 /// Every page knows its number.

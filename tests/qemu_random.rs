@@ -179,6 +179,5 @@ fn random_objects() {
 /// Many more where there is time: `make soak`.
 #[test]
 fn soak_random_objects() {
-    let count = if std::env::var_os("STENCIL_SOAK").is_some() { 1500 } else { 50 };
-    agree(count, 2);
+    agree(host::rounds(50, 1500), 2);
 }

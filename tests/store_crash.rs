@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::support::host;
 use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
 fn signal(child: &Child, signal: Signal) {
@@ -57,7 +58,7 @@ fn a_killed_import_leaves_nothing_that_matters() {
         .into_iter()
         .collect();
     let mut killed = 0;
-    let attempts: u32 = if std::env::var_os("STENCIL_SOAK").is_some() { 200 } else { 40 };
+    let attempts: u32 = host::rounds(40, 200);
     for attempt in 0..attempts {
         for pack in fixture.files("packs").into_iter().filter(|p| !keep.contains(p)) {
             fs::remove_file(pack).unwrap();

@@ -33,6 +33,16 @@ pub fn alone() -> RwLockWriteGuard<'static, ()> {
     HOST.write().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How often a scenario repeats itself: `test` times, or `soak` times in `make soak`.
+pub fn rounds<N>(test: N, soak: N) -> N {
+    if soaking() { soak } else { test }
+}
+
+/// True in `make soak`: the counts are the long ones, and figures are printed.
+pub fn soaking() -> bool {
+    std::env::var_os("STENCIL_SOAK").is_some()
+}
+
 fn set(path: &str, value: &str) {
     std::fs::write(path, value).unwrap_or_else(|e| panic!("{path} = {value}: {e}"));
 }

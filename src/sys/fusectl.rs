@@ -42,8 +42,12 @@ pub fn connections() -> Result<Vec<Connection>> {
     };
     let root = open().map_err(failed)?;
     let mut found = Vec::new();
-    for entry in Dir::read_from(&root).map_err(|e| failed(e.into()))? {
-        let Ok(entry) = entry else { continue };
+    // The mount's own descriptor is only a path: nothing can be read from it.
+    let folder =
+        rustix::fs::openat(&root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    let folder = folder.and_then(Dir::new).map_err(|e| failed(e.into()))?;
+    for entry in folder {
+        let entry = entry.map_err(|e| failed(e.into()))?;
         let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
             continue;
         };
@@ -83,9 +87,19 @@ pub fn stuck_connections() -> Result<Vec<Connection>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::{fuse_dev, mount, procfs};
 
     #[test]
-    fn connections_can_be_listed() {
-        connections().unwrap();
+    fn connections_are_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let fuse = fuse_dev::open().unwrap();
+        mount::mount_fuse(&fuse, "stencil-test", dir.path(), false).unwrap();
+        let device =
+            procfs::mounts().unwrap().into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
+        let listed = connections();
+        // Its INIT has not been read, so that one request waits.
+        let number = rustix::fs::minor(device.unwrap());
+        mount::unmount(dir.path(), true).unwrap();
+        assert!(listed.unwrap().contains(&Connection { number, waiting: 1 }));
     }
 }

@@ -9,6 +9,7 @@ mod clone_simulated;
 mod command_line;
 mod demo;
 mod dirty_exact;
+mod in_flight;
 mod kvm_guest;
 mod layers;
 mod mount_bad_input;

@@ -28,6 +28,8 @@ pub enum Refusal {
     Damaged,
     /// The backing does not fit, and decode is not allowed.
     NoSpace,
+    /// So many opens wait that this one cannot.
+    Crowded,
     /// Our own trouble.
     Failed,
 }
@@ -47,6 +49,7 @@ impl Refusal {
             Refusal::Unsupported => Errno::ENOSYS,
             Refusal::Damaged | Refusal::Failed => Errno::EIO,
             Refusal::NoSpace => Errno::ENOSPC,
+            Refusal::Crowded => Errno::EAGAIN,
         }
     }
 }

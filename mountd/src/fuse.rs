@@ -4,22 +4,25 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use stencilfs::control::{Asked, Op, Phase};
 use stencilfs::store::{Digest, Serving};
 use stencilfs::units::PAGE_SIZE;
 
+use crate::attr::{attr, kind};
 use crate::decode::{Decoder, MAX_READ};
 use crate::errno::Refusal;
+use crate::inflight::{Flight, Flights};
 use crate::passthrough::{Opening, Passthrough};
 use crate::stats::{Counter, Stats};
-use crate::tree::{Attributes, Kind, Lasting, Node, Tree};
+use crate::tree::{Lasting, Node, Tree};
 
 /// Names of content are true for ever; an hour bounds what a removed template leaves in the kernel.
 const LONG: Duration = Duration::from_secs(3600);
@@ -37,12 +40,19 @@ pub struct Templates {
     decoder: Decoder,
     passthrough: Arc<Passthrough>,
     stats: Stats,
+    flights: &'static Flights,
 }
 
 impl Templates {
     /// Serves that tree.
-    pub fn new(tree: Arc<Tree>, decoder: Decoder, passthrough: Arc<Passthrough>, stats: Stats) -> Templates {
-        Templates { tree, decoder, passthrough, stats }
+    pub fn new(
+        tree: Arc<Tree>,
+        decoder: Decoder,
+        passthrough: Arc<Passthrough>,
+        stats: Stats,
+        flights: &'static Flights,
+    ) -> Templates {
+        Templates { tree, decoder, passthrough, stats, flights }
     }
 
     fn refuse(&self, refusal: Refusal) -> Errno {
@@ -56,6 +66,7 @@ impl Templates {
             | Refusal::IsDirectory
             | Refusal::Invalid
             | Refusal::NoPosition
+            | Refusal::Crowded
             | Refusal::Unsupported => {}
         }
         refusal.errno()
@@ -80,45 +91,21 @@ impl Templates {
         }
     }
 
-    fn answered(&self) {
-        self.stats.count(Counter::Answers);
+    fn take(&self, req: &Request, op: Op, ino: INodeNo) -> Flight {
+        self.take_range(req, op, ino, 0, 0)
     }
-}
 
-fn attr(attributes: &Attributes) -> FileAttr {
-    let time = UNIX_EPOCH + Duration::from_secs(attributes.created);
-    FileAttr {
-        ino: INodeNo(attributes.ino),
-        size: attributes.size.get(),
-        blocks: attributes.data.get().div_ceil(512),
-        atime: time,
-        mtime: time,
-        ctime: time,
-        crtime: time,
-        kind: kind(attributes.kind),
-        perm: attributes.mode as u16,
-        nlink: if attributes.kind == Kind::Directory { 2 } else { 1 },
-        uid: attributes.uid,
-        gid: attributes.gid,
-        rdev: 0,
-        blksize: PAGE_SIZE as u32,
-        flags: 0,
-    }
-}
-
-fn kind(kind: Kind) -> FileType {
-    match kind {
-        Kind::Directory => FileType::Directory,
-        Kind::File => FileType::RegularFile,
-        Kind::Symlink => FileType::Symlink,
+    fn take_range(&self, req: &Request, op: Op, ino: INodeNo, offset: u64, size: u32) -> Flight {
+        self.flights.take(Asked { unique: req.unique().0, op, ino: ino.0, offset, size })
     }
 }
 
 /// Answers a request that would change something, whatever it is.
 macro_rules! refuse_writes {
-    ($self:ident, $reply:ident, $why:expr) => {{
+    ($self:ident, $req:ident, $op:ident, $ino:ident, $reply:ident, $why:expr) => {{
+        let flight = $self.take($req, Op::$op, $ino);
+        flight.replying();
         $reply.error($self.refuse($why));
-        $self.answered();
     }};
 }
 
@@ -142,9 +129,12 @@ impl Filesystem for Templates {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let flight = self.take(req, Op::Lookup, parent);
         self.stats.count(Counter::Lookups);
-        match self.tree.lookup(parent.0, name, &*self.passthrough) {
+        let found = self.tree.lookup(parent.0, name, &*self.passthrough);
+        flight.replying();
+        match found {
             Ok((attributes, lasting)) => {
                 let names = match lasting {
                     Lasting::Not => Duration::ZERO,
@@ -154,56 +144,61 @@ impl Filesystem for Templates {
             }
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
-        self.answered();
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.tree.attributes(ino.0) {
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let flight = self.take(req, Op::GetAttr, ino);
+        let found = self.tree.attributes(ino.0);
+        flight.replying();
+        match found {
             Ok(attributes) => reply.attr(&ATTRIBUTES, &attr(&attributes)),
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
-        self.answered();
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.tree.read_link(ino.0) {
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
+        let flight = self.take(req, Op::ReadLink, ino);
+        let found = self.tree.read_link(ino.0);
+        flight.replying();
+        match found {
             Ok(target) => reply.data(target.as_bytes()),
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
-        self.answered();
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let flight = self.take(req, Op::Open, ino);
         if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
             self.stats.count(Counter::OpensRefused);
+            flight.replying();
             reply.error(Refusal::Writes.errno());
-            return self.answered();
+            return;
         }
-        let stateless = FileHandle(0);
-        match self.tree.node(ino.0) {
-            Ok(Node::File(digest, ..) | Node::Manifest(digest)) if self.tree.gone(&digest) => {
-                reply.error(self.refuse(Refusal::Stale));
-            }
-            Ok(Node::Manifest(_)) => reply.opened(stateless, FopenFlags::FOPEN_KEEP_CACHE),
-            Ok(Node::File(_, _, Serving::Decode)) => {
-                self.stats.count(Counter::OpensDecode);
-                reply.opened(stateless, FopenFlags::FOPEN_KEEP_CACHE);
+        let refusal = match self.tree.node(ino.0) {
+            Ok(Node::File(digest, ..) | Node::Manifest(digest)) if self.tree.gone(&digest) => Refusal::Stale,
+            Ok(node @ (Node::Manifest(_) | Node::File(_, _, Serving::Decode))) => {
+                if matches!(node, Node::File(..)) {
+                    self.stats.count(Counter::OpensDecode);
+                }
+                flight.replying();
+                return reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
             }
             Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
                 // It answers later, when the backing has to be made first.
-                Ok(template) => self.passthrough.open(&template, file, Opening::new(reply)),
-                Err(refusal) => reply.error(self.refuse(refusal)),
+                Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),
+                Err(refusal) => refusal,
             },
-            Ok(Node::Tag(_)) => reply.error(self.refuse(Refusal::Invalid)),
-            Ok(_) => reply.error(self.refuse(Refusal::IsDirectory)),
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
-        self.answered();
+            Ok(Node::Tag(_)) => Refusal::Invalid,
+            Ok(_) => Refusal::IsDirectory,
+            Err(refusal) => refusal,
+        };
+        flight.replying();
+        reply.error(self.refuse(refusal));
     }
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -212,14 +207,19 @@ impl Filesystem for Templates {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let flight = self.take_range(req, Op::Read, ino, offset, size);
         let mut reply = Some(reply);
         let mut send = |bytes: &[u8]| {
             if let Some(reply) = reply.take() {
+                flight.replying();
                 reply.data(bytes);
             }
         };
         let done = match self.tree.node(ino.0) {
-            Ok(Node::File(digest, file, _)) => self.read_file(&digest, file, offset, size, &mut send),
+            Ok(Node::File(digest, file, _)) => {
+                flight.stamp(Phase::Decoding);
+                self.read_file(&digest, file, offset, size, &mut send)
+            }
             Ok(Node::Manifest(digest)) => self.tree.template(&digest).map(|template| {
                 let text = template.manifest_json();
                 let begin = (offset as usize).min(text.len());
@@ -230,20 +230,21 @@ impl Filesystem for Templates {
             Err(refusal) => Err(refusal),
         };
         if let (Err(refusal), Some(reply)) = (done, reply) {
+            flight.replying();
             reply.error(self.refuse(refusal));
         }
-        self.answered();
     }
 
     fn lseek(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: i64,
         whence: i32,
         reply: ReplyLseek,
     ) {
+        let flight = self.take(req, Op::LSeek, ino);
         let found = match self.tree.node(ino.0) {
             Ok(Node::File(digest, file, _)) => {
                 self.tree.template(&digest).and_then(|t| crate::decode::seek(&t, file, offset, whence))
@@ -251,15 +252,18 @@ impl Filesystem for Templates {
             Ok(_) => Err(Refusal::Unsupported),
             Err(refusal) => Err(refusal),
         };
+        flight.replying();
         match found {
             Ok(position) => reply.offset(position),
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
-        self.answered();
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        match self.tree.list(ino.0, offset, &*self.passthrough) {
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let flight = self.take(req, Op::ReadDir, ino);
+        let found = self.tree.list(ino.0, offset, &*self.passthrough);
+        flight.replying();
+        match found {
             Ok(entries) => {
                 for entry in entries {
                     if reply.add(INodeNo(entry.ino), entry.cookie, kind(entry.kind), &entry.name) {
@@ -270,37 +274,38 @@ impl Filesystem for Templates {
             }
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
-        self.answered();
     }
 
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        match self.tree.totals() {
+    fn statfs(&self, req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let flight = self.take(req, Op::StatFs, ino);
+        let found = self.tree.totals();
+        flight.replying();
+        match found {
             Ok((templates, data)) => {
                 let page = PAGE_SIZE as u32;
                 reply.statfs(data.pages().get(), 0, 0, templates, 0, page, 255, page);
             }
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
-        self.answered();
     }
 
     // Closing and syncing change nothing: the kernel asks once, hears that there is nothing to do, and stops asking.
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+    fn flush(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        refuse_writes!(self, req, Flush, ino, reply, Refusal::Unsupported);
     }
 
-    fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+    fn fsync(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        refuse_writes!(self, req, FSync, ino, reply, Refusal::Unsupported);
     }
 
-    fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+    fn fsyncdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        refuse_writes!(self, req, FSyncDir, ino, reply, Refusal::Unsupported);
     }
 
     fn setattr(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _mode: Option<u32>,
         _uid: Option<u32>,
         _gid: Option<u32>,
@@ -315,80 +320,87 @@ impl Filesystem for Templates {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        refuse_writes!(self, reply, if size.is_some() { Refusal::Writes } else { Refusal::Policy });
+        refuse_writes!(
+            self,
+            req,
+            SetAttr,
+            ino,
+            reply,
+            if size.is_some() { Refusal::Writes } else { Refusal::Policy }
+        );
     }
 
     fn mknod(
         &self,
-        _req: &Request,
-        _parent: INodeNo,
+        req: &Request,
+        parent: INodeNo,
         _name: &OsStr,
         _mode: u32,
         _umask: u32,
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        refuse_writes!(self, reply, Refusal::Writes);
+        refuse_writes!(self, req, MkNod, parent, reply, Refusal::Writes);
     }
 
     fn mkdir(
         &self,
-        _req: &Request,
-        _parent: INodeNo,
+        req: &Request,
+        parent: INodeNo,
         _name: &OsStr,
         _mode: u32,
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        refuse_writes!(self, reply, Refusal::Writes);
+        refuse_writes!(self, req, MkDir, parent, reply, Refusal::Writes);
     }
 
-    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        refuse_writes!(self, reply, Refusal::Writes);
+    fn unlink(&self, req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        refuse_writes!(self, req, Unlink, parent, reply, Refusal::Writes);
     }
 
-    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        refuse_writes!(self, reply, Refusal::Writes);
+    fn rmdir(&self, req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        refuse_writes!(self, req, RmDir, parent, reply, Refusal::Writes);
     }
 
-    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
-        refuse_writes!(self, reply, Refusal::Writes);
+    fn symlink(&self, req: &Request, parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        refuse_writes!(self, req, Symlink, parent, reply, Refusal::Writes);
     }
 
     fn rename(
         &self,
-        _req: &Request,
-        _parent: INodeNo,
+        req: &Request,
+        parent: INodeNo,
         _name: &OsStr,
         _newparent: INodeNo,
         _newname: &OsStr,
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        refuse_writes!(self, reply, Refusal::Writes);
+        refuse_writes!(self, req, Rename, parent, reply, Refusal::Writes);
     }
 
-    fn link(&self, _req: &Request, _ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
-        refuse_writes!(self, reply, Refusal::Writes);
+    fn link(&self, req: &Request, ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
+        refuse_writes!(self, req, Link, ino, reply, Refusal::Writes);
     }
 
     fn create(
         &self,
-        _req: &Request,
-        _parent: INodeNo,
+        req: &Request,
+        parent: INodeNo,
         _name: &OsStr,
         _mode: u32,
         _umask: u32,
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        refuse_writes!(self, reply, Refusal::Writes);
+        refuse_writes!(self, req, Create, parent, reply, Refusal::Writes);
     }
 
     fn write(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _fh: FileHandle,
         _offset: u64,
         _data: &[u8],
@@ -397,26 +409,26 @@ impl Filesystem for Templates {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        refuse_writes!(self, reply, Refusal::Writes);
+        refuse_writes!(self, req, Write, ino, reply, Refusal::Writes);
     }
 
     fn fallocate(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _fh: FileHandle,
         _offset: u64,
         _length: u64,
         _mode: i32,
         reply: ReplyEmpty,
     ) {
-        refuse_writes!(self, reply, Refusal::Writes);
+        refuse_writes!(self, req, FAllocate, ino, reply, Refusal::Writes);
     }
 
     fn copy_file_range(
         &self,
-        _req: &Request,
-        _ino_in: INodeNo,
+        req: &Request,
+        ino_in: INodeNo,
         _fh_in: FileHandle,
         _offset_in: u64,
         _ino_out: INodeNo,
@@ -426,39 +438,39 @@ impl Filesystem for Templates {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+        refuse_writes!(self, req, CopyFileRange, ino_in, reply, Refusal::Unsupported);
     }
 
     // No extended attributes and no ioctls: ENOSYS makes the kernel answer EOPNOTSUPP and ENOTTY itself from then on.
     fn setxattr(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _name: &OsStr,
         _value: &[u8],
         _flags: i32,
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+        refuse_writes!(self, req, SetXAttr, ino, reply, Refusal::Unsupported);
     }
 
-    fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+    fn getxattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        refuse_writes!(self, req, GetXAttr, ino, reply, Refusal::Unsupported);
     }
 
-    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+    fn listxattr(&self, req: &Request, ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        refuse_writes!(self, req, ListXAttr, ino, reply, Refusal::Unsupported);
     }
 
-    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+    fn removexattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        refuse_writes!(self, req, RemoveXAttr, ino, reply, Refusal::Unsupported);
     }
 
     fn ioctl(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _fh: FileHandle,
         _flags: IoctlFlags,
         _cmd: u32,
@@ -466,6 +478,6 @@ impl Filesystem for Templates {
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
-        refuse_writes!(self, reply, Refusal::Unsupported);
+        refuse_writes!(self, req, IoCtl, ino, reply, Refusal::Unsupported);
     }
 }

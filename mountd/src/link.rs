@@ -52,7 +52,8 @@ pub enum Cache {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ask {
-    /// The reply to INIT that this server gives. Answered by [`Answer::Done`] when it is the one that the kernel has.
+    /// The reply to INIT that this server gives, with the table of its requests in flight as descriptor. Answered by
+    /// [`Answer::Done`] when it is the reply that the kernel has.
     Handshake {
         /// The whole packet.
         reply: Vec<u8>,

@@ -7,12 +7,14 @@
 //!                             server: speaks FUSE; knows nothing that a successor could not find again
 //! ```
 
+mod attr;
 mod backing;
 mod control;
 mod decode;
 mod errno;
 mod fuse;
 mod hydrate;
+mod inflight;
 mod link;
 mod passthrough;
 mod server;

@@ -5,11 +5,12 @@
 //! number, and opens that; the caller notices nothing.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use stencilfs::control::ServeMode;
+use stencilfs::control::{PARKED_SLOTS, ServeMode};
 use stencilfs::error::{Code, Error};
 use stencilfs::store::{Serving, Template};
 
@@ -54,6 +55,8 @@ pub struct Passthrough {
     states: Mutex<HashMap<FileKey, State>>,
     jobs: Mutex<mpsc::Sender<Job>>,
     deadlines: Condvar,
+    /// As many opens wait as can; true until a backing is finished.
+    crowded: AtomicBool,
     stats: Stats,
 }
 
@@ -82,6 +85,7 @@ impl Passthrough {
             states: Mutex::new(states),
             jobs: Mutex::new(sender),
             deadlines: Condvar::new(),
+            crowded: AtomicBool::new(false),
             stats,
         });
         let receiver = Arc::new(Mutex::new(receiver));
@@ -105,7 +109,7 @@ impl Passthrough {
     }
 
     /// Answers an open of the passthrough number of a file, now or when its backing is there.
-    pub fn open(&self, template: &Arc<Template>, file: usize, opening: Opening) {
+    pub fn open(&self, template: &Arc<Template>, file: usize, mut opening: Opening) {
         let key = key(template, file);
         let mut states = self.states();
         match states.get_mut(&key) {
@@ -113,13 +117,17 @@ impl Passthrough {
                 self.stats.count(Counter::OpensPassthrough);
                 opening.passthrough(*id);
             }
-            Some(State::Filling { late: false, waiting, .. }) => waiting.push(opening),
-            Some(State::Leaving { waiting, .. }) => waiting.push((Arc::clone(template), file, opening)),
+            Some(State::Filling { late: false, waiting, .. }) if opening.park() => waiting.push(opening),
+            Some(State::Leaving { waiting, .. }) if opening.park() => {
+                waiting.push((Arc::clone(template), file, opening));
+            }
+            Some(State::Filling { late: false, .. } | State::Leaving { .. }) => self.refuse_crowd(opening),
             Some(State::Filling { .. } | State::Decode { .. }) => opening.refuse(Refusal::Stale),
             None if !self.possible => {
                 let refusal = if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Failed };
                 opening.refuse(refusal);
             }
+            None if !opening.park() => self.refuse_crowd(opening),
             None => {
                 let deadline = match self.mode {
                     ServeMode::Auto => Instant::now().checked_add(self.timeout),
@@ -133,6 +141,14 @@ impl Passthrough {
                 let _ = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send(job);
             }
         }
+    }
+
+    /// Answers an open that cannot wait: as if its time were up.
+    fn refuse_crowd(&self, opening: Opening) {
+        if !self.crowded.swap(true, Ordering::Relaxed) {
+            log::warn!("{PARKED_SLOTS} opens wait for backings: further ones do not wait");
+        }
+        opening.refuse(if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Crowded });
     }
 
     fn run(&self, job: &Job) {
@@ -174,6 +190,7 @@ impl Passthrough {
             None => states.remove(&job.key),
         };
         drop(states);
+        self.crowded.store(false, Ordering::Relaxed);
         let Some(State::Filling { waiting, .. }) = before else { return };
         for opening in waiting {
             match answer {
@@ -294,6 +311,11 @@ impl Offer for Passthrough {
         let key = key(template, file);
         let mut states = self.states();
         match states.get(&key) {
+            None | Some(State::Leaving { .. } | State::Filling { .. })
+                if self.crowded.load(Ordering::Relaxed) =>
+            {
+                Serving::Decode
+            }
             None | Some(State::Ready(_) | State::Leaving { .. } | State::Filling { late: false, .. }) => {
                 Serving::Passthrough
             }

@@ -18,6 +18,7 @@ use stencilfs::units::Bytes;
 use crate::decode::Decoder;
 use crate::fuse::Templates;
 use crate::hydrate::Hydrator;
+use crate::inflight::Flights;
 use crate::link::{Answer, Ask, Hello, Link};
 use crate::passthrough::Passthrough;
 use crate::stats::Stats;
@@ -69,6 +70,7 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
     let page = SharedCounters::map(counters)
         .map_err(|e| Error::failed("cannot map the counters page").because(e))?;
     let stats = Stats::new(page);
+    let flights = Flights::begin(stats.clone())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let tree = Arc::new(Tree::new(Store::open(&hello.store)?));
     let hydrator = Hydrator::new(hello.cache, Arc::clone(link), stats.clone(), cores);
@@ -80,10 +82,10 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
         stats.clone(),
     );
     let decoder = Decoder::new(KEEP, stats.clone());
-    let filesystem = Templates::new(tree, decoder, passthrough, stats);
+    let filesystem = Templates::new(tree, decoder, passthrough, stats, flights);
     let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
 
-    let session = handshake(filesystem, &hello.init, threads, link)?;
+    let session = handshake(filesystem, &hello.init, threads, link, flights)?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
     fuse_dev::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
     if hello.successor {
@@ -95,7 +97,13 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
 }
 
 /// fuser insists on an INIT of its own: it gets the kernel's from a socket pair, and its reply goes to the supervisor.
-fn handshake(filesystem: Templates, init: &[u8], threads: usize, link: &Link) -> Result<Session<Templates>> {
+fn handshake(
+    filesystem: Templates,
+    init: &[u8],
+    threads: usize,
+    link: &Link,
+    flights: &Flights,
+) -> Result<Session<Templates>> {
     let fail = |e: std::io::Error| Error::failed("the handshake failed").because(e);
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(|e| fail(e.into()))?;
@@ -107,7 +115,7 @@ fn handshake(filesystem: Templates, init: &[u8], threads: usize, link: &Link) ->
     let mut reply = vec![0; 4096];
     let length = rustix::io::read(&ours, &mut reply[..]).map_err(|e| fail(e.into()))?;
     reply.truncate(length);
-    match link.ask(&Ask::Handshake { reply }, None)? {
+    match link.ask(&Ask::Handshake { reply }, Some(flights.table().fd().as_fd()))? {
         Answer::Done => Ok(session),
         other => Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}"))),
     }

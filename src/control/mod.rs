@@ -5,6 +5,7 @@
 
 mod client;
 mod daemon;
+mod inflight;
 mod options;
 mod protocol;
 mod registry;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 
 pub use client::{ask, request_unmount};
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
+pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{
     Failure, FileStatus, MountStatus, Request, Residency, Response, TemplateStatus, UnmountMode,

@@ -1,4 +1,5 @@
-//! Anonymous files that several processes share: the counters page, and backings that live in memory.
+//! Anonymous files that several processes share: the counters, the table of requests in flight, and backings that live
+//! in memory.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,17 +30,85 @@ pub fn freeze(fd: impl AsFd) -> io::Result<()> {
     Ok(fcntl_add_seals(fd, all)?)
 }
 
-/// A page of 64-bit numbers that several processes count in.
+/// Whole pages of 64-bit numbers that several processes share.
 #[derive(Debug)]
-pub struct SharedCounters {
+pub struct SharedWords {
     base: NonNull<AtomicU64>,
+    length: usize,
     fd: OwnedFd,
 }
 
-// SAFETY: the page is only ever reached as atomics, and stays mapped as long as the value lives.
-unsafe impl Send for SharedCounters {}
+// SAFETY: the pages are only ever reached as atomics, and stay mapped as long as the value lives.
+unsafe impl Send for SharedWords {}
 // SAFETY: as above.
-unsafe impl Sync for SharedCounters {}
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// New pages, all zero, to write in.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn create(name: &str, pages: usize) -> io::Result<SharedWords> {
+        let fd = create(name, Bytes::new(pages as u64 * PAGE_SIZE))?;
+        // Nobody who is handed the descriptor can cut the pages away under the others.
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Self::map(fd, pages, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    /// The pages behind a descriptor that [`create`](Self::create) made in another process, to write in too.
+    ///
+    /// # Errors
+    /// The system's, or `InvalidInput` for a file that could shrink or has another length.
+    pub fn share(fd: OwnedFd, pages: usize) -> io::Result<SharedWords> {
+        Self::map(fd, pages, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    /// The same, to look at. A store to one of these words would be the death of the process.
+    ///
+    /// # Errors
+    /// As [`share`](Self::share).
+    pub fn watch(fd: OwnedFd, pages: usize) -> io::Result<SharedWords> {
+        Self::map(fd, pages, ProtFlags::READ)
+    }
+
+    fn map(fd: OwnedFd, pages: usize, protection: ProtFlags) -> io::Result<SharedWords> {
+        let length = pages * PAGE_SIZE as usize;
+        let seals = rustix::fs::fcntl_get_seals(&fd)?;
+        if rustix::fs::fstat(&fd)?.st_size != length as i64 || !seals.contains(SealFlags::SHRINK) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours. The file is that long
+        // and sealed against shrinking, so no access can fault.
+        let base =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, &fd, 0)? };
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(SharedWords { base, length, fd })
+    }
+
+    /// All of them.
+    pub fn all(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is `length` bytes, page-aligned, zeroed at first and only ever written as atomics by
+        // every process that has it; it lives as long as `self`. Where it is read-only, loads of 64 bits are plain
+        // loads, and nobody stores.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length / 8) }
+    }
+
+    /// To hand to another process.
+    pub fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length, and no reference into it outlives `self`.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+/// A page of 64-bit numbers that several processes count in.
+#[derive(Debug)]
+pub struct SharedCounters(SharedWords);
 
 impl SharedCounters {
     /// How many numbers there are.
@@ -50,10 +119,7 @@ impl SharedCounters {
     /// # Errors
     /// The system's.
     pub fn create() -> io::Result<SharedCounters> {
-        let fd = create("stencil-counters", Bytes::new(PAGE_SIZE))?;
-        // Nobody who is handed the descriptor can cut the page away under the others.
-        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Self::map(fd)
+        SharedWords::create("stencil-counters", 1).map(SharedCounters)
     }
 
     /// The page behind a descriptor that [`create`](Self::create) made in another process.
@@ -61,43 +127,17 @@ impl SharedCounters {
     /// # Errors
     /// The system's, or `InvalidInput` for a file that could shrink or is no page long.
     pub fn map(fd: OwnedFd) -> io::Result<SharedCounters> {
-        let seals = rustix::fs::fcntl_get_seals(&fd)?;
-        if rustix::fs::fstat(&fd)?.st_size != PAGE_SIZE as i64 || !seals.contains(SealFlags::SHRINK) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours. The file is one page
-        // long and sealed against shrinking, so no access can fault.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                PAGE_SIZE as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )?
-        };
-        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(SharedCounters { base, fd })
+        SharedWords::share(fd, 1).map(SharedCounters)
     }
 
     /// All of them.
     pub fn all(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping is one page, page-aligned, zeroed at first and only ever written as atomics by every
-        // process that has it; it lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), Self::COUNT) }
+        self.0.all()
     }
 
     /// To hand to another process.
     pub fn fd(&self) -> &OwnedFd {
-        &self.fd
-    }
-}
-
-impl Drop for SharedCounters {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` with this length, and no reference into it outlives `self`.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), PAGE_SIZE as usize) };
+        self.0.fd()
     }
 }
 
@@ -172,6 +212,19 @@ mod tests {
         a.all()[7].fetch_add(5, Ordering::Relaxed);
         assert_eq!(b.all()[7].load(Ordering::Relaxed), 5);
         assert!(SharedCounters::map(create("short", Bytes::new(12)).unwrap()).is_err());
+    }
+
+    #[test]
+    fn who_watches_sees_what_others_write() {
+        let words = SharedWords::create("x", 3).unwrap();
+        let watched = SharedWords::watch(words.fd().try_clone().unwrap(), 3).unwrap();
+        assert_eq!(watched.all().len(), 3 * 512);
+        words.all()[1535].store(9, Ordering::Relaxed);
+        assert_eq!(watched.all()[1535].load(Ordering::Relaxed), 9);
+        assert!(SharedWords::watch(words.fd().try_clone().unwrap(), 2).is_err(), "another length");
+        let file = std::fs::File::from(words.fd().try_clone().unwrap());
+        assert!(file.set_len(4096).is_err(), "the pages cannot be cut away");
+        assert!(SharedWords::watch(create("unsealed", Bytes::new(4096)).unwrap(), 1).is_err());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod actor;
 pub mod guest;
 pub mod host;
+pub mod inflight;
 pub mod mount;
 pub mod object_files;
 pub mod qemu_object;

@@ -23,6 +23,9 @@ struct Status {
     /// Mounts whose supervisor does not answer, and what is wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<Silent>,
+    /// Processes that could not be looked into in time: each may be one more clone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unseen: Vec<u32>,
 }
 
 #[derive(Serialize)]
@@ -97,9 +100,13 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// When the runtime directory cannot be read.
 pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
-    let mut status = Status { mounts: Vec::new(), silent: Vec::new() };
+    let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unseen: Vec::new() };
     let mounts = control::mounts()?;
-    let clones = find::template_mappings(&mounts)?;
+    let search = find::template_mappings(&mounts)?;
+    if let Some(holes) = search.holes() {
+        log::warn!("{holes}");
+    }
+    status.unseen = search.unseen;
     for (index, mount) in mounts.into_iter().enumerate() {
         match mount.status() {
             Ok(mut answer) => {
@@ -107,7 +114,7 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
                     let maps = |c: &&CloneProcess| {
                         c.maps.iter().any(|m| m.mount == index && m.digest == template.digest)
                     };
-                    template.clones = clones.iter().filter(maps).count() as u64;
+                    template.clones = search.clones.iter().filter(maps).count() as u64;
                 }
                 status.mounts.push(answer);
             }

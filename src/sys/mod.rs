@@ -15,3 +15,4 @@ pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod procfs;
+pub mod users;

@@ -1,43 +1,24 @@
-//! Who uses files of a mount: found by device and inode number in every process, never by path or open count.
+//! Who uses backings of a mount.
 
 use std::collections::HashSet;
-use std::os::fd::AsFd;
-use std::path::Path;
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, statx};
 use stencilfs::error::Result;
-use stencilfs::sys::procfs;
+use stencilfs::sys::users::{self, PATIENCE};
 
-/// Those of `inodes` on `device` that some process has mapped or open.
+/// Those of `inodes` on `device` that some process has mapped or open. Where a process lets nobody look, all count as
+/// used: a backing that is closed under its user costs that user its memory.
 ///
 /// # Errors
-/// When `/proc` cannot be read.
+/// When `/proc` cannot be listed.
 pub fn in_use(device: u64, inodes: &HashSet<u64>) -> Result<HashSet<u64>> {
-    let mut used = HashSet::new();
-    let me = std::process::id();
-    for pid in procfs::pids()?.into_iter().filter(|&pid| pid != me) {
-        match procfs::maps(pid, |dev, ino| dev == device && inodes.contains(&ino)) {
-            Ok(maps) => used.extend(maps.into_iter().flatten().map(|m| m.ino)),
-            Err(error) => log::debug!("{error}"),
-        }
-        used.extend(open_inodes(pid, device).into_iter().filter(|ino| inodes.contains(ino)));
+    let users = users::users_of(device, PATIENCE)?;
+    if !users.unseen.is_empty() {
+        log::warn!(
+            "all backings count as used: these processes let nobody look: {}",
+            users::list_pids(&users.unseen)
+        );
+        return Ok(inodes.clone());
     }
-    Ok(used)
-}
-
-/// Inodes on `device` that a process has open. The mount itself is never asked: its server may be dead.
-fn open_inodes(pid: u32, device: u64) -> Vec<u64> {
-    let folder = format!("/proc/{pid}/fd");
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let Ok(dir) = rustix::fs::open(Path::new(&folder), flags, Mode::empty()) else { return Vec::new() };
-    let Ok(entries) = rustix::fs::Dir::read_from(&dir) else { return Vec::new() };
-    entries
-        .flatten()
-        .filter_map(|entry| {
-            let stat =
-                statx(dir.as_fd(), entry.file_name(), AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
-            let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
-            (dev == device).then_some(stat.stx_ino)
-        })
-        .collect()
+    let used = users.found.into_iter().flat_map(|user| user.mapped.into_iter().chain(user.open));
+    Ok(used.filter(|ino| inodes.contains(ino)).collect())
 }

@@ -67,7 +67,14 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
         mount.serve
     )?;
     let server = mount.server_pid.map_or_else(|| "being started".to_owned(), |pid| pid.to_string());
-    writeln!(out, "  supervisor {}, server {server}, {} restarts", mount.supervisor_pid, mount.restarts)?;
+    writeln!(
+        out,
+        "  supervisor {} ({}), server {server} ({}), {} restarts",
+        mount.supervisor_pid,
+        mount.version,
+        mount.server_version.as_deref().unwrap_or("not known"),
+        mount.restarts
+    )?;
     match (&mount.cache, &mount.cache_why) {
         (Some(place), why) => {
             writeln!(out, "  backings in {place}: {} of {}", mount.cache_used, mount.cache_size)?;

@@ -231,7 +231,7 @@ fn wait_for_end(found: &Mount) -> Result<()> {
 }
 
 /// The path without symbolic links, and without asking what is mounted on its last part: that may be dead.
-fn absolute(path: &Path) -> Result<PathBuf> {
+pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     let fail = |e| {
         Error::io("cannot find the mountpoint", path, e).remedy("stencil status lists the mounts of Stencil")
     };

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub mod cachestat;
+pub mod descriptor;
 pub mod fuse_dev;
 pub mod fusectl;
 pub mod handle;

@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 pub mod cachestat;
-pub mod descriptor;
 pub mod fuse_dev;
 pub mod fusectl;
 pub mod handle;
@@ -16,4 +15,3 @@ pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod procfs;
-pub mod users;

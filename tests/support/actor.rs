@@ -1,25 +1,30 @@
 //! Drives `actor.c`: a process of nobody's making that maps files, copies pages, forks.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use super::mount::STENCIL;
 
 /// The compiled program, static so that it runs in an empty chroot.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        // Beside the other programs; another run may compile it at the same moment.
-        let out = Path::new(STENCIL).with_file_name("stencil-test-actor");
-        let fresh = out.with_extension(std::process::id().to_string());
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/actor.c");
-        let status = Command::new("cc").args(["-O1", "-static", "-o"]).arg(&fresh).arg(source).status();
-        assert!(status.expect("cc runs").success(), "actor.c compiles");
-        std::fs::rename(&fresh, &out).unwrap();
-        out
-    })
+    PROGRAM.get_or_init(|| compile("actor"))
+}
+
+/// Compiles `tests/support/NAME.c` and says where the program is.
+pub fn compile(name: &str) -> PathBuf {
+    // Beside the other programs; another run may compile it at the same moment.
+    let out = Path::new(STENCIL).with_file_name(format!("stencil-test-{name}"));
+    let fresh = out.with_extension(std::process::id().to_string());
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/support/{name}.c"));
+    let status = Command::new("cc").args(["-O1", "-static", "-o"]).arg(&fresh).arg(source).status();
+    assert!(status.expect("cc runs").success(), "{name}.c compiles");
+    std::fs::rename(&fresh, &out).unwrap();
+    out
 }
 
 /// One running actor; killed when dropped.
@@ -72,7 +77,7 @@ impl Actor {
 
     /// Runs one command; an error is its number.
     pub fn ask(&mut self, command: &str) -> Result<u64, i32> {
-        self.begin(command);
+        writeln!(self.input, "{command}").expect("the actor lives");
         let mut line = String::new();
         self.output.read_line(&mut line).expect("the actor answers");
         let mut words = line.split_whitespace();
@@ -83,9 +88,21 @@ impl Actor {
         }
     }
 
-    /// Begins with one command, whose answer is none of the caller's.
-    pub fn begin(&mut self, command: &str) {
+    /// Kills it with SIGKILL and says how long it took to be gone.
+    pub fn kill(mut self) -> Duration {
+        let begun = Instant::now();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        begun.elapsed()
+    }
+
+    /// Runs one command that it must not survive, and gives the signal that it dies of.
+    pub fn dies_of(&mut self, command: &str) -> Option<i32> {
         writeln!(self.input, "{command}").expect("the actor lives");
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        assert_eq!(line, "", "actor: {command}: answered");
+        self.child.wait().unwrap().signal()
     }
 
     /// Writes one byte into each of these pages of a mapping.

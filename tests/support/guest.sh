@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Builds the initramfs of the test guest (cached below target/) and prints where kernel and initramfs are,
-# one a line. The guest fills some memory with numbers, then prints a heartbeat about five times a second:
+# one a line. The guest fills some memory with numbers, then prints a heartbeat some five times a second:
 #
 #     heartbeat COUNT UPTIME RANDOM
+#
+# and with each reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -39,7 +41,8 @@ while :; do
     read -r uptime rest </proc/uptime
     read -r random </proc/sys/kernel/random/uuid
     echo "heartbeat $count $uptime $random"
-    /bin/busybox usleep 200000
+    /bin/busybox dd if=/ram/noise of=/dev/null bs=64k count=1 skip=$((count % 128)) 2>/dev/null
+    /bin/busybox usleep 150000
 done
 INIT
     chmod +x "$work/root/init"

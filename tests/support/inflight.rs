@@ -7,13 +7,13 @@ use stencilfs::control::{INFLIGHT_NAME, InFlightTable};
 
 /// Maps the table of a server. It stays readable when the server is killed.
 pub fn table_of(server: u32) -> InFlightTable {
-    let fds = format!("/proc/{server}/fd");
+    find_table(server).unwrap_or_else(|| panic!("server {server} has no table of requests in flight"))
+}
+
+/// The same for a server that may not have made it yet, or be gone.
+pub fn find_table(server: u32) -> Option<InFlightTable> {
     let wanted = format!("/memfd:{INFLIGHT_NAME} (deleted)");
-    for entry in fs::read_dir(&fds).unwrap_or_else(|e| panic!("{fds}: {e}")) {
-        let path = entry.unwrap().path();
-        if fs::read_link(&path).is_ok_and(|target| target == Path::new(&wanted)) {
-            return InFlightTable::map(File::open(&path).unwrap().into()).unwrap();
-        }
-    }
-    panic!("server {server} has no table of requests in flight");
+    let mut fds = fs::read_dir(format!("/proc/{server}/fd")).ok()?.flatten().map(|entry| entry.path());
+    let path = fds.find(|path| fs::read_link(path).is_ok_and(|target| target == Path::new(&wanted)))?;
+    InFlightTable::map(File::open(path).ok()?.into()).ok()
 }

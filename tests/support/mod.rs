@@ -1,11 +1,13 @@
 //! What the scenarios share.
 
 pub mod actor;
+pub mod drill;
 pub mod guest;
 pub mod host;
 pub mod inflight;
 pub mod mount;
 pub mod object_files;
 pub mod qemu_object;
+pub mod readers;
 pub mod store;
 pub mod tables;

@@ -195,6 +195,11 @@ impl TestMount {
         wait_for("a server", || self.status()["server_pid"].as_u64()) as u32
     }
 
+    /// The server of the mount's record, without a question to anybody.
+    pub fn recorded_server(&self) -> Option<ProcessId> {
+        self.recorded("server").pop()
+    }
+
     /// Kills the server with SIGKILL, and waits until another one serves.
     pub fn kill_server(&self) {
         let before = self.server();
@@ -211,19 +216,20 @@ impl TestMount {
 
     /// Supervisor and server, whoever lives.
     pub fn processes(&self) -> Vec<ProcessId> {
-        let mut found = Vec::new();
-        let mounts = std::fs::read_dir(self.runtime_dir().join("mounts")).into_iter().flatten().flatten();
-        for mount in mounts {
-            let Ok(text) = std::fs::read(mount.path().join("mount.json")) else { continue };
-            let Ok(record) = serde_json::from_slice::<Value>(&text) else { continue };
-            for role in ["supervisor", "server"] {
-                let number = |field: &str| record[format!("{role}_{field}")].as_u64();
-                if let (Some(pid), Some(start_time)) = (number("pid"), number("start")) {
-                    found.push(ProcessId { pid: pid as u32, start_time });
-                }
-            }
-        }
+        let found = [self.recorded("supervisor"), self.recorded("server")].concat();
         found.into_iter().filter(ProcessId::is_alive).collect()
+    }
+
+    /// Processes of that role, as the records of the runtime directory name them.
+    fn recorded(&self, role: &str) -> Vec<ProcessId> {
+        let mounts = std::fs::read_dir(self.runtime_dir().join("mounts")).into_iter().flatten().flatten();
+        let process = |mount: std::fs::DirEntry| {
+            let text = std::fs::read(mount.path().join("mount.json")).ok()?;
+            let record: Value = serde_json::from_slice(&text).ok()?;
+            let number = |field: &str| record[format!("{role}_{field}")].as_u64();
+            Some(ProcessId { pid: number("pid")? as u32, start_time: number("start")? })
+        };
+        mounts.filter_map(process).collect()
     }
 }
 

@@ -1,0 +1,81 @@
+//! Real guests in QEMU go through the death of servers: their hearts beat on, and QEMU says that they run.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use stencilfs::clones::qmp::Qmp;
+
+use crate::support::drill::Drill;
+use crate::support::guest::{self, heartbeats, patiently};
+use crate::support::host;
+use crate::support::mount::TestMount;
+
+/// When each heartbeat of a guest came, for as long as `over` is false.
+fn watch(serial: &Path, over: &AtomicBool) -> Vec<Instant> {
+    let mut came = Vec::new();
+    while !over.load(Ordering::Relaxed) {
+        let beats = heartbeats(serial).len();
+        while came.len() < beats {
+            came.push(Instant::now());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    came
+}
+
+/// The longest time between two heartbeats, from the third on: the first come with the guest's start.
+fn longest_gap(came: &[Instant]) -> Duration {
+    came.windows(2).skip(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+}
+
+fn kills_under_guests(serve: &str) {
+    let _host = host::alone();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    world.mount(&["--serve", serve]).ok();
+    let launched = world.json(&["clone", "guest:v1", "-n", "2"]);
+    let dirs: Vec<PathBuf> = launched["clones"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|clone| PathBuf::from(clone["dir"].as_str().unwrap()))
+        .collect();
+    let serials: Vec<PathBuf> = dirs.iter().map(|dir| dir.join("serial.log")).collect();
+    let mut drill = Drill::new(&world);
+    let over = AtomicBool::new(false);
+    let came: Vec<Vec<Instant>> = std::thread::scope(|scope| {
+        let watchers: Vec<_> = serials.iter().map(|serial| scope.spawn(|| watch(serial, &over))).collect();
+        let beats = |count: usize| {
+            for serial in &serials {
+                patiently("heartbeats", Duration::from_secs(30), || {
+                    (heartbeats(serial).len() >= count).then_some(())
+                });
+            }
+        };
+        beats(4);
+        for kill in 0..5 {
+            drill.kill();
+            beats(8 + 4 * kill);
+        }
+        over.store(true, Ordering::Relaxed);
+        watchers.into_iter().map(|watcher| watcher.join().unwrap()).collect()
+    });
+    for dir in &dirs {
+        assert_eq!(Qmp::connect(&dir.join("qmp.sock")).unwrap().status().unwrap(), "running");
+    }
+    drill.report(&format!("QEMU guests, {serve}"), &[]);
+    let gaps: Vec<Duration> = came.iter().map(|came| longest_gap(came)).collect();
+    println!("{serve}: {} and {} heartbeats, longest gaps {gaps:.0?}", came[0].len(), came[1].len());
+    assert!(gaps.iter().all(|gap| *gap <= Duration::from_millis(300)), "{gaps:?}");
+}
+
+#[test]
+fn hearts_beat_on_by_decode() {
+    kills_under_guests("decode");
+}
+
+#[test]
+fn hearts_beat_on_by_passthrough() {
+    kills_under_guests("passthrough");
+}

@@ -1,0 +1,43 @@
+//! A server that is stopped and not killed: whoever waits goes on waiting, and nobody hears of an error.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::support::drill::{Drill, stop};
+use crate::support::host;
+use crate::support::mount::TestMount;
+use crate::support::readers::{Image, Readers};
+
+const IMAGE: Image = Image { salt: 4, pages: 8 << 10 };
+
+/// Three ways to fault, two to read, two past the page cache, and names.
+const EIGHT: [&str; 8] = ["map", "readahead", "populate", "pread", "stream", "direct", "direct1m", "names"];
+
+#[test]
+fn readers_outlast_a_server_that_is_stopped_and_not_killed() {
+    let _host = host::alone();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut readers = Readers::new(world.dir(), Duration::from_micros(100));
+    readers.apart(&EIGHT, IMAGE, &world.file(&digest, "memory"));
+    readers.wait_progress(100);
+    let drill = Drill::new(&world);
+    let server = drill.server();
+    let begun = Instant::now();
+    stop(server);
+    std::thread::sleep(Duration::from_secs(5));
+    let waiting = drill.unanswered();
+    server.signal(Signal::CONT).unwrap();
+    let stopped = begun.elapsed();
+    readers.wait_progress(100);
+    let finished = readers.finish();
+    let longest =
+        finished.iter().flat_map(|r| &r.stalls).map(|s| Duration::from_nanos(s.end - s.begin)).max();
+    println!(
+        "stopped for {stopped:.1?} with {waiting} requests unanswered; the longest read took {:.1?}",
+        longest.unwrap()
+    );
+    assert_eq!((drill.server(), &world.status()["restarts"]), (server, &0.into()), "the same server");
+    assert!(waiting >= 5 && longest >= Some(Duration::from_secs(4)), "nobody waited");
+}

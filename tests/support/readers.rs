@@ -1,0 +1,209 @@
+//! Drives `reader.c`: processes that read pages which nobody has read, and end at the first error or wrong byte.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::actor;
+use super::guest::patiently;
+
+pub const PAGE: u64 = 4096;
+
+/// A memory image of which a reader knows every byte.
+#[derive(Debug, Clone, Copy)]
+pub struct Image {
+    /// Images of different salts differ in every page.
+    pub salt: u64,
+    /// Its length.
+    pub pages: u64,
+}
+
+fn splitmix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
+impl Image {
+    /// One page, as `reader.c` says.
+    pub fn page(&self, page: u64) -> [u8; PAGE as usize] {
+        let mut bytes = [0; PAGE as usize];
+        for (word, out) in bytes.chunks_exact_mut(8).enumerate() {
+            let word = word as u64;
+            let value = if word.is_multiple_of(2) {
+                splitmix((page * 512 + word).wrapping_add(self.salt))
+            } else {
+                page
+            };
+            out.copy_from_slice(&value.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// What `actor.c` answers to `hash` for it.
+    pub fn hash(&self, page: u64) -> u64 {
+        let words = self.page(page);
+        let words = words.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
+        words.fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x100_0000_01b3)) >> 1
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> Vec<u8> {
+        (0..self.pages).flat_map(|page| self.page(page)).collect()
+    }
+}
+
+/// One read that took its time, in nanoseconds of `CLOCK_MONOTONIC`.
+#[derive(Debug, Clone, Copy)]
+pub struct Stall {
+    pub begin: u64,
+    pub end: u64,
+}
+
+/// What a reader says when it has ended well.
+#[derive(Debug)]
+pub struct Finished {
+    pub pages: u64,
+    pub stalls: Vec<Stall>,
+}
+
+/// Readers of one image; killed when dropped.
+pub struct Readers {
+    progress: File,
+    pause: Duration,
+    all: Vec<(String, Child)>,
+}
+
+impl Readers {
+    /// None yet; `dir` gets the file of their progress. Each sleeps so long after a read.
+    pub fn new(dir: &Path, pause: Duration) -> Readers {
+        let progress = dir.join("progress");
+        let _ = std::fs::remove_file(&progress);
+        let progress =
+            File::create_new(&progress).and_then(|_| File::options().read(true).write(true).open(progress));
+        let progress = progress.unwrap();
+        progress.set_len(PAGE).unwrap();
+        Readers { progress, pause, all: Vec::new() }
+    }
+
+    /// One more, which reads so many pages of the image in `path`, in its own way (see `reader.c`).
+    pub fn add(&mut self, way: &str, image: Image, path: &Path, first: u64, count: u64) {
+        static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+        let pause = self.pause.as_micros() as u64;
+        let numbers = [self.all.len() as u64, pause, image.salt, first, count].map(|n| n.to_string());
+        let child = Command::new(PROGRAM.get_or_init(|| actor::compile("reader")))
+            .arg(format!(
+                "/proc/{}/fd/{}",
+                std::process::id(),
+                rustix::fd::AsRawFd::as_raw_fd(&self.progress)
+            ))
+            .args([&numbers[0], &numbers[1], way, &numbers[2]])
+            .arg(path)
+            .args(&numbers[3..])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        self.all.push((way.to_owned(), child));
+    }
+
+    /// One reader for each way, each with an equal part of the image.
+    pub fn apart(&mut self, ways: &[&str], image: Image, path: &Path) {
+        let count = image.pages / ways.len() as u64;
+        for (i, way) in ways.iter().enumerate() {
+            self.add(way, image, path, i as u64 * count, count);
+        }
+    }
+
+    /// Pages that each has read.
+    pub fn progress(&self) -> Vec<u64> {
+        let mut bytes = vec![0; self.all.len() * 8];
+        self.progress.read_exact_at(&mut bytes, 0).unwrap();
+        bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect()
+    }
+
+    /// The process of one.
+    pub fn pid(&self, index: usize) -> u32 {
+        self.all[index].1.id()
+    }
+
+    /// Kills one with SIGKILL and says how long it took to be gone.
+    pub fn kill(&mut self, index: usize) -> Duration {
+        let begun = Instant::now();
+        let (_, child) = &mut self.all[index];
+        child.kill().unwrap();
+        child.wait().unwrap();
+        begun.elapsed()
+    }
+
+    /// Panics with what a reader says that has ended before its time.
+    #[track_caller]
+    pub fn check(&mut self) {
+        for (way, child) in &mut self.all {
+            if let Some(status) = child.try_wait().unwrap() {
+                let mut said = String::new();
+                child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+                panic!("the reader by {way} ended: {status}, it said: {}", said.trim());
+            }
+        }
+    }
+
+    /// Waits until each has read so many pages more; panics when one ends or stands still.
+    #[track_caller]
+    pub fn wait_progress(&mut self, more: u64) {
+        let before = self.progress();
+        let ready = |now: &[u64]| now.iter().zip(&before).all(|(now, before)| *now >= before + more);
+        for _ in 0..40_000 {
+            if ready(&self.progress()) {
+                return;
+            }
+            self.check();
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        panic!("a reader stands still: {before:?}, then {:?}", self.progress());
+    }
+
+    /// Ends all of them; panics unless each read without an error.
+    #[track_caller]
+    pub fn finish(mut self) -> Vec<Finished> {
+        self.all.iter_mut().for_each(|(_, child)| drop(child.stdin.take()));
+        let mut finished = Vec::new();
+        for (way, mut child) in std::mem::take(&mut self.all) {
+            let out = child.stdout.take().unwrap();
+            let said = std::thread::spawn(move || BufReader::new(out).lines().map(Result::unwrap).collect());
+            let status = patiently(&format!("end of the reader by {way}"), Duration::from_secs(30), || {
+                child.try_wait().unwrap()
+            });
+            let said: Vec<String> = said.join().unwrap();
+            let last = said.last().map_or("nothing", String::as_str);
+            assert!(
+                status.success(),
+                "the reader by {way}: exit {:?}, signal {:?}, it said: {last}",
+                status.code(),
+                status.signal()
+            );
+            let pages = last.strip_prefix("read ").unwrap().parse().unwrap();
+            let stalls = said.iter().filter_map(|line| {
+                let mut numbers = line.strip_prefix("stall ")?.split(' ').map(|n| n.parse().unwrap());
+                Some(Stall { begin: numbers.next()?, end: numbers.next()? })
+            });
+            finished.push(Finished { pages, stalls: stalls.collect() });
+        }
+        finished
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        // One that waits for an answer is gone when the mount is.
+        for (_, child) in &mut self.all {
+            let _ = child.kill();
+        }
+    }
+}

@@ -15,6 +15,7 @@ use stencilfs::sys::memfd::LockedBuffer;
 use stencilfs::units::Bytes;
 
 use crate::errno::Refusal;
+use crate::replies::Replies;
 use crate::stats::{Counter, Stats};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -38,14 +39,16 @@ thread_local! {
 pub struct Decoder {
     cache: BlockCache,
     stats: Stats,
+    replies: Replies,
     /// Blocks whose damage is in the log already.
     reported: DashSet<(Digest, usize, u64)>,
 }
 
 impl Decoder {
-    /// A decoder that keeps at most so many bytes of decoded blocks.
-    pub fn new(keep: Bytes, stats: Stats) -> Decoder {
-        Decoder { cache: BlockCache::new(keep), stats, reported: DashSet::new() }
+    /// A decoder that keeps at most so many bytes of decoded blocks, and answers from those buffers of [`MAX_READ`]
+    /// bytes.
+    pub fn new(keep: Bytes, stats: Stats, replies: Replies) -> Decoder {
+        Decoder { cache: BlockCache::new(keep), stats, replies, reported: DashSet::new() }
     }
 
     /// Makes the bytes at `offset` of a file, fewer than `size` only at its end, and passes them to `send`.
@@ -69,7 +72,7 @@ impl Decoder {
         WORKSPACE.with_borrow_mut(|slot| {
             let workspace = match slot {
                 Some(workspace) => workspace,
-                None => slot.insert(new_workspace()?),
+                None => slot.insert(self.new_workspace()?),
             };
             let Workspace { reply, scratch } = workspace;
             let reply = &mut reply[..(end - offset) as usize];
@@ -79,6 +82,14 @@ impl Decoder {
             send(reply);
             Ok(())
         })
+    }
+
+    fn new_workspace(&self) -> Result<Workspace, Refusal> {
+        let Some(reply) = self.replies.take() else {
+            log::error!("more threads answer reads than there are reply buffers");
+            return Err(Refusal::Failed);
+        };
+        Ok(Workspace { reply, scratch: Scratch::default() })
     }
 
     fn fill(
@@ -180,14 +191,6 @@ pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Resul
         }
     }
     if want_data { Err(Refusal::NoPosition) } else { Ok(length as i64) }
-}
-
-fn new_workspace() -> Result<Workspace, Refusal> {
-    let reply = LockedBuffer::new(Bytes::new(MAX_READ as u64)).map_err(|e| {
-        log::error!("cannot lock {MAX_READ} bytes for replies: {e}; raise the limit of locked memory");
-        Refusal::Failed
-    })?;
-    Ok(Workspace { reply, scratch: Scratch::default() })
 }
 
 struct Kept {

@@ -17,6 +17,8 @@ mod hydrate;
 mod inflight;
 mod link;
 mod passthrough;
+mod replies;
+mod sandbox;
 mod server;
 mod stats;
 mod supervisor;
@@ -53,6 +55,10 @@ fn main() -> ExitCode {
         Some("serve") => {
             log.init();
             server::main()
+        }
+        Some("attempt") => {
+            log.init();
+            sandbox::attempt::main(args)
         }
         Some("--version") => {
             println!("stencil-mountd {}", env!("CARGO_PKG_VERSION"));

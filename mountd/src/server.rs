@@ -15,12 +15,14 @@ use stencilfs::sys::fuse_dev;
 use stencilfs::sys::memfd::SharedCounters;
 use stencilfs::units::Bytes;
 
-use crate::decode::Decoder;
+use crate::decode::{Decoder, MAX_READ};
 use crate::fuse::Templates;
 use crate::hydrate::Hydrator;
 use crate::inflight::Flights;
-use crate::link::{Answer, Ask, Hello, Link};
+use crate::link::{Answer, Ask, Cache, Hello, Link};
 use crate::passthrough::Passthrough;
+use crate::replies::Replies;
+use crate::sandbox;
 use crate::stats::Stats;
 use crate::tree::Tree;
 
@@ -72,6 +74,12 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
     let stats = Stats::new(page);
     let flights = Flights::begin(stats.clone())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
+    let replies = Replies::lock(threads, Bytes::new(MAX_READ as u64))?;
+    let sockets = handshake_sockets()?;
+    // The server makes its backings itself: it needs their folder beside the store.
+    let scratch = if let Cache::Directory(dir) = &hello.cache { Some(dir.clone()) } else { None };
+    sandbox::enter_making_files(&hello.store, scratch.as_deref())?;
     let tree = Arc::new(Tree::new(Store::open(&hello.store)?));
     let hydrator = Hydrator::new(hello.cache, Arc::clone(link), stats.clone(), cores);
     let passthrough = Passthrough::new(
@@ -81,11 +89,10 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
         hello.backings,
         stats.clone(),
     );
-    let decoder = Decoder::new(KEEP, stats.clone());
+    let decoder = Decoder::new(KEEP, stats.clone(), replies);
     let filesystem = Templates::new(tree, decoder, passthrough, stats, flights);
-    let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
 
-    let session = handshake(filesystem, &hello.init, threads, link, flights)?;
+    let session = handshake(filesystem, sockets, &hello.init, threads, link, flights)?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
     fuse_dev::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
     if hello.successor {
@@ -96,17 +103,22 @@ fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> R
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
 }
 
+/// For the handshake: in the sandbox no socket can be made.
+fn handshake_sockets() -> Result<(OwnedFd, OwnedFd)> {
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .map_err(|e| Error::failed("cannot make the sockets of the handshake").because(e.into()))
+}
+
 /// fuser insists on an INIT of its own: it gets the kernel's from a socket pair, and its reply goes to the supervisor.
 fn handshake(
     filesystem: Templates,
+    (ours, theirs): (OwnedFd, OwnedFd),
     init: &[u8],
     threads: usize,
     link: &Link,
     flights: &Flights,
 ) -> Result<Session<Templates>> {
     let fail = |e: std::io::Error| Error::failed("the handshake failed").because(e);
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-        .map_err(|e| fail(e.into()))?;
     rustix::io::write(&ours, init).map_err(|e| fail(e.into()))?;
     let mut config = fuser::Config::default();
     config.acl = SessionACL::All;

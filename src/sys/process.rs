@@ -209,6 +209,7 @@ pub fn signal_name(number: i32) -> String {
         libc::SIGINT => "SIGINT",
         libc::SIGHUP => "SIGHUP",
         libc::SIGILL => "SIGILL",
+        libc::SIGSYS => "SIGSYS",
         other => return format!("signal {other}"),
     };
     name.to_owned()

@@ -80,7 +80,12 @@ impl Run {
 pub struct TestMount {
     dir: tempfile::TempDir,
     mountpoint: PathBuf,
+    /// Set by a scenario that has its server end by a forbidden system call.
+    pub expects_sigsys: bool,
 }
+
+/// How the log names the end of a server that made a system call which is not on the list of docs/security.md.
+pub const SIGSYS: &str = "SIGSYS";
 
 impl TestMount {
     /// A mount of an empty store, served so (`auto`, `passthrough`, `decode`).
@@ -102,7 +107,7 @@ impl TestMount {
         let mountpoint = dir.path().join("mnt");
         std::fs::create_dir(&mountpoint).unwrap();
         stencilfs::store::Store::open_or_create(&dir.path().join("store")).unwrap();
-        TestMount { dir, mountpoint }
+        TestMount { dir, mountpoint, expects_sigsys: false }
     }
 
     /// Mounts with these options.
@@ -143,6 +148,8 @@ impl TestMount {
         command
             .env("STENCIL_STORE", self.store_dir())
             .env("STENCIL_RUNTIME_DIR", self.runtime_dir())
+            // A forbidden system call of a server is not refused here: it ends the server.
+            .env("STENCIL_SECCOMP", "kill")
             .env_remove("STENCIL_LOG")
             .env_remove("STENCIL_MOUNTD")
             .current_dir(self.dir());
@@ -235,8 +242,9 @@ impl TestMount {
 
 impl Drop for TestMount {
     fn drop(&mut self) {
+        let log = self.log();
         if std::thread::panicking() {
-            eprintln!("log of the daemon:\n{}", self.log());
+            eprintln!("log of the daemon:\n{log}");
         }
         self.stencil(&["stop", "--all"]);
         let processes = self.processes();
@@ -249,6 +257,10 @@ impl Drop for TestMount {
             let _ = process.signal(rustix::process::Signal::KILL);
         }
         while mount::unmount(&self.mountpoint, true).is_ok() {}
+        assert!(
+            std::thread::panicking() || self.expects_sigsys || !log.contains(SIGSYS),
+            "a server made a forbidden system call:\n{log}"
+        );
     }
 }
 

@@ -42,17 +42,22 @@ fn mountpoints_that_cannot_be() {
 }
 
 #[test]
-fn a_dead_mount_is_named_and_can_be_taken_away() {
+fn a_dead_mount_is_recovered_or_taken_away() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let mnt = world.mountpoint().to_str().unwrap().to_owned();
-    let processes = world.processes();
-    for process in &processes {
-        process.signal(rustix::process::Signal::KILL).unwrap();
-    }
-    wait_for("their end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
-    assert_eq!(fs::read_dir(&mnt).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
-    world.stencil(&["mount", &mnt]).exits(5).says("a mount whose server has died");
+    let kill_both = || {
+        let processes = world.processes();
+        for process in &processes {
+            process.signal(rustix::process::Signal::KILL).unwrap();
+        }
+        wait_for("their end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+        assert_eq!(fs::read_dir(&mnt).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+    };
+    kill_both();
+    world.mount(&["--serve", "decode"]).ok();
+    assert_eq!(fs::read_dir(&mnt).unwrap().count(), 2, "mounting again takes the dead one away");
+    kill_both();
     assert!(world.json(&["status"])["mounts"].as_array().unwrap().is_empty());
     world.stencil(&["umount", &mnt]).ok();
     assert_untouched(&world);

@@ -35,4 +35,5 @@ mod store_format;
 mod store_in_use;
 mod store_limits;
 mod store_roundtrip;
+mod stuck_process;
 mod support;

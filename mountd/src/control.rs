@@ -1,71 +1,194 @@
-//! The supervisor's control socket.
+//! The control socket, seen from the supervisor: who called, and who still waits for an answer.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use stencilfs::control::{CONTROL_SOCKET, Channel, Failure, Request, Response};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+};
+use stencilfs::control::{
+    CONTROL_SOCKET, Channel, Failure, Received, RecordDir, Request, Response, Snapshot, socket_path,
+};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::memfd;
+use stencilfs::units::Bytes;
 
-use crate::supervisor::Shared;
-
-/// A caller that says nothing for so long is left.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// So many may call at a time; the one that has waited longest for nothing makes room.
+const MOST: usize = 32;
 
 /// Listens in the record's folder, which only its owner can enter.
 ///
 /// # Errors
 /// The system's.
-pub fn listen(dir: &Path) -> Result<UnixListener> {
-    let path = dir.join(CONTROL_SOCKET);
-    let bind = || {
-        if path.as_os_str().len() < 108 {
-            return UnixListener::bind(&path);
-        }
-        let folder = std::fs::File::open(dir)?;
-        UnixListener::bind(format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_raw_fd()))
+pub fn open(record: &RecordDir) -> Result<OwnedFd> {
+    let path = record.path().join(CONTROL_SOCKET);
+    let open = || -> std::io::Result<OwnedFd> {
+        let _ = std::fs::remove_file(&path);
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        bind(&socket, &SocketAddrUnix::new(socket_path(record.folder()))?)?;
+        listen(&socket, MOST as i32)?;
+        Ok(socket)
     };
-    bind().map_err(|e| Error::io("cannot listen on the control socket", &path, e))
+    open().map_err(|e| Error::io("cannot listen on the control socket", &path, e))
 }
 
-/// Answers callers, each in its own thread, for as long as the process lives.
-pub fn answer_callers(listener: UnixListener, shared: Arc<Shared>) {
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            match stream {
-                Ok(stream) => {
-                    let shared = Arc::clone(&shared);
-                    std::thread::spawn(move || {
-                        shared.callers.fetch_add(1, Ordering::SeqCst);
-                        if let Err(error) = answer(stream, &shared) {
-                            log::warn!("a caller of the control socket was lost: {error}");
-                        }
-                        shared.callers.fetch_sub(1, Ordering::SeqCst);
-                    });
-                }
-                Err(error) => {
-                    log::warn!("the control socket: {error}");
-                    std::thread::sleep(Duration::from_millis(100));
+/// An answer, and the descriptor that goes with it.
+pub struct Answered;
+
+impl Answered {
+    /// A snapshot, in a memory file: it may be longer than a message.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn snapshot(snapshot: Snapshot) -> Result<(Response, Option<OwnedFd>)> {
+        let write = || -> std::io::Result<OwnedFd> {
+            let mut file = File::from(memfd::create("stencil-snapshot", Bytes::ZERO)?);
+            file.write_all(&serde_json::to_vec(&snapshot)?)?;
+            Ok(file.into())
+        };
+        let file = write().map_err(|e| Error::failed("cannot write a snapshot").because(e))?;
+        Ok((Response::Snapshot, Some(file)))
+    }
+}
+
+#[derive(Debug)]
+struct Caller {
+    id: u64,
+    channel: Channel,
+    waits: bool,
+}
+
+/// Who called; and who started the mount, which is told once that it answers.
+#[derive(Debug, Default)]
+pub struct Callers {
+    all: Vec<Caller>,
+    next: u64,
+    starter: Option<Starter>,
+}
+
+/// Who started the supervisor, and reads one line about how it went from standard output.
+#[derive(Debug)]
+pub struct Starter {
+    /// It talks to its terminal instead.
+    pub foreground: bool,
+}
+
+impl Starter {
+    /// Says that the mount answers, or why there is none.
+    pub fn tell(self, error: Option<&Error>) {
+        if self.foreground {
+            if let Some(error) = error {
+                eprintln!("stencil-mountd: {error}");
+                if let Some(remedy) = error.remedy_text() {
+                    eprintln!("stencil-mountd: {remedy}");
                 }
             }
+            return;
         }
-    });
+        let line = serde_json::to_string(&error.map(Failure::from)).unwrap_or_default();
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+        if let Ok(null) = File::options().write(true).open("/dev/null") {
+            let _ = rustix::stdio::dup2_stdout(&null);
+        }
+    }
 }
 
-fn answer(stream: UnixStream, shared: &Shared) -> std::io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let channel = Channel::new(OwnedFd::from(stream));
-    while let Some((request, _)) = channel.receive::<Request>()? {
-        let response = match request {
-            Request::Status => shared.status().map(|s| Response::Status(Box::new(s))),
-            Request::Residency => shared.residency().map(|files| Response::Residency { files }),
-            Request::Unmount { mode } => shared.unmount(mode).map(|()| Response::Done),
-        };
-        channel.send(&response.unwrap_or_else(|e| Response::Failed(Failure::from(&e))), None)?;
+impl Callers {
+    /// Nobody but who started the mount.
+    pub fn new(starter: Option<Starter>) -> Callers {
+        Callers { all: Vec::new(), next: 0, starter }
     }
-    Ok(())
+
+    /// Goes on with a caller that waits for its answer, and gives its number.
+    pub fn resume(&mut self, channel: Channel) -> u64 {
+        self.next += 1;
+        self.all.push(Caller { id: self.next, channel, waits: true });
+        self.next
+    }
+
+    /// True while the mount has never answered.
+    pub fn nobody_served_yet(&self) -> bool {
+        self.starter.is_some()
+    }
+
+    /// The mount answers.
+    pub fn served(&mut self) {
+        if let Some(starter) = self.starter.take() {
+            starter.tell(None);
+        }
+    }
+
+    /// Takes out who started the mount, to be told that there is none.
+    pub fn starter(&mut self) -> Option<Starter> {
+        self.starter.take()
+    }
+
+    /// Takes in who waits at the door.
+    pub fn accept(&mut self, listener: &OwnedFd) {
+        if self.all.len() >= MOST {
+            let Some(at) = self.all.iter().position(|c| !c.waits) else { return };
+            self.all.remove(at);
+        }
+        match accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(socket) => {
+                self.next += 1;
+                self.all.push(Caller { id: self.next, channel: Channel::new(socket), waits: false });
+            }
+            Err(e) => log::debug!("the control socket: {e}"),
+        }
+    }
+
+    /// Their ends, to be listened to.
+    pub fn channels(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
+        self.all.iter().map(|c| (c.id, c.channel.as_fd()))
+    }
+
+    /// The end of one.
+    pub fn channel(&self, id: u64) -> Option<BorrowedFd<'_>> {
+        self.channels().find(|(other, _)| *other == id).map(|(_, fd)| fd)
+    }
+
+    /// What a caller asks; it waits for the answer from now on.
+    pub fn receive(&mut self, id: u64) -> Option<Received<Request>> {
+        let caller = self.all.iter_mut().find(|c| c.id == id)?;
+        let received =
+            caller.channel.try_receive().inspect_err(|e| log::warn!("a caller is not understood: {e}"));
+        let received = received.ok()?;
+        caller.waits |= matches!(received, Received::Message(..));
+        Some(received)
+    }
+
+    /// Answers a caller that may have gone.
+    pub fn say(&mut self, id: u64, answer: Result<(Response, Option<OwnedFd>)>) {
+        let Some(caller) = self.all.iter_mut().find(|c| c.id == id) else { return };
+        caller.waits = false;
+        let (response, fd) = answer.unwrap_or_else(|e| (Response::Failed(Failure::from(&e)), None));
+        if let Err(e) = caller.channel.try_send(&response, fd.as_ref().map(AsFd::as_fd)) {
+            log::warn!("a caller was lost: {e}");
+            self.drop_caller(id);
+        }
+    }
+
+    /// Tells a caller that it is done, or why not.
+    pub fn answer(&mut self, id: Option<u64>, answer: Result<()>) {
+        if let Some(id) = id {
+            self.say(id, answer.map(|()| (Response::Done, None)));
+        }
+    }
+
+    /// One has gone.
+    pub fn drop_caller(&mut self, id: u64) {
+        self.all.retain(|c| c.id != id);
+    }
+
+    /// The mount is over: that is an answer too.
+    pub fn end(&mut self) {
+        let waiting: Vec<u64> = self.all.iter().filter(|c| c.waits).map(|c| c.id).collect();
+        for id in waiting {
+            self.answer(Some(id), Err(Error::failed("the mount is over")));
+        }
+    }
 }

@@ -2,20 +2,18 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use rustix::fs::{Mode, OFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
-use stencilfs::sys::memfd;
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
-use crate::link::{Answer, Ask, Cache, FileKey, Link};
+use crate::link::{Answer, Ask, Cache, FileKey, Link, unexpected};
 use crate::stats::{Counter, Stats};
 
 /// Backings are written in pieces of this many bytes, at multiples of it: the page cache then holds them in folios that
@@ -62,53 +60,52 @@ impl Hydrator {
         file: usize,
         key: &FileKey,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
-    ) -> Result<u32> {
+    ) -> Result<(u32, OwnedFd)> {
         let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
         let pieces = pieces(template, file, size)?;
         let bytes: u64 = pieces.iter().map(|p| p.end - p.start).sum();
-        self.reserve(key, bytes, evict)?;
-        let backing = match &self.cache {
-            Cache::Directory(dir) => unnamed_file(dir, size)?,
-            Cache::Memory => memfd::create("stencil-backing", size)
-                .map_err(|e| Error::failed("cannot make a memory file").because(e))?
-                .into(),
-            Cache::Nowhere(why) => return Err(Error::failed(why.clone())),
-        };
+        let backing = self.reserve(key, size, bytes, evict)?;
         self.fill(template, file, key, &backing, &pieces)?;
-        self.link.ask(&Ask::Freeze { key: key.clone() }, Some(backing.as_fd()))?;
+        self.link.tell(&Ask::Freeze { key: key.clone() })?;
         self.verify(template, file, &backing, size, &pieces)?;
         match self.link.ask(&Ask::Register { key: key.clone() }, None)? {
-            Answer::Backing(id) => Ok(id),
-            other => {
-                Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}")))
-            }
+            (Answer::Backing(id), _) => Ok((id, backing.into())),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
-    fn reserve(&self, key: &FileKey, bytes: u64, evict: impl Fn(Vec<FileKey>) -> Result<()>) -> Result<()> {
-        let ask = Ask::Reserve { key: key.clone(), bytes };
-        if let Answer::Evict(keys) = self.link.ask(&ask, None)? {
+    /// Room, and the empty file in it: the supervisor makes it, since a server may make none.
+    fn reserve(
+        &self,
+        key: &FileKey,
+        size: Bytes,
+        bytes: u64,
+        evict: impl Fn(Vec<FileKey>) -> Result<()>,
+    ) -> Result<File> {
+        let ask = Ask::Reserve { key: key.clone(), size: size.get(), bytes };
+        let mut answer = self.link.ask(&ask, None)?;
+        if let (Answer::Evict(keys), _) = answer {
             evict(keys)?;
-            if let Answer::Evict(_) = self.link.ask(&ask, None)? {
-                return Err(Error::try_again(format!(
-                    "its backing needs {}, and the cache is full of backings in use",
-                    Bytes::new(bytes)
-                )));
-            }
+            answer = self.link.ask(&ask, None)?;
         }
-        Ok(())
+        match answer {
+            (Answer::Room, Some(file)) => Ok(file.into()),
+            (Answer::Evict(_), _) => Err(Error::try_again(format!(
+                "its backing needs {}, and the cache is full of backings in use",
+                Bytes::new(bytes)
+            ))),
+            (other, _) => Err(unexpected(&other)),
+        }
     }
 
     /// Has the supervisor close those of these backings that nobody uses, and says which it closed.
     ///
     /// # Errors
-    /// When the supervisor is gone.
+    /// When the supervisor refuses.
     pub fn evict(&self, keys: Vec<FileKey>) -> Result<Vec<FileKey>> {
         match self.link.ask(&Ask::Evict { keys }, None)? {
-            Answer::Evicted(keys) => Ok(keys),
-            other => {
-                Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}")))
-            }
+            (Answer::Evicted(keys), _) => Ok(keys),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
@@ -132,7 +129,7 @@ impl Hydrator {
             let before = filled.fetch_add(length, Ordering::Relaxed);
             if before / PROGRESS != (before + length) / PROGRESS {
                 let bytes = before + length;
-                self.link.ask(&Ask::Progress { key: key.clone(), bytes }, None)?;
+                self.link.tell(&Ask::Progress { key: key.clone(), bytes })?;
             }
             Ok(())
         })
@@ -227,15 +224,6 @@ fn pieces(template: &Template, file: usize, size: Bytes) -> Result<Vec<Range<u64
         }
     }
     Ok(pieces)
-}
-
-fn unnamed_file(dir: &Path, size: Bytes) -> Result<File> {
-    let fail = |e: rustix::io::Errno| Error::io("cannot make a backing", dir, e.into());
-    // With O_EXCL nobody can give it a name later.
-    let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
-    rustix::fs::ftruncate(&fd, size.get()).map_err(fail)?;
-    Ok(fd.into())
 }
 
 fn cannot_fill(cache: &Cache, error: std::io::Error) -> Error {

@@ -1,76 +1,68 @@
 //! What server and supervisor say to each other: the server asks, the supervisor answers, one at a time.
+//!
+//! Questions have numbers. A supervisor that took the place of a dead one says [`Answer::Again`]: whoever waits for an
+//! answer then asks once more, and answers to older questions are dropped. So every question may come twice.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+pub use stencilfs::control::{Cache, FileKey};
 use stencilfs::control::{Channel, Failure};
 use stencilfs::error::{Error, Result};
-use stencilfs::store::Digest;
 
-/// One file of one template.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct FileKey {
-    /// The template.
-    pub digest: Digest,
-    /// Name of the file in it.
-    pub file: String,
-}
+/// Most backings that one question or answer names.
+pub const MOST_KEYS: usize = 64;
 
-/// What the supervisor tells a new server, with the counters page as descriptor.
+/// A numbered question.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Hello {
-    /// The kernel's INIT request, whole.
-    pub init: Vec<u8>,
-    /// True for a server that follows another one.
-    pub successor: bool,
-    /// Directory of the store.
-    pub store: std::path::PathBuf,
-    /// `auto`, `passthrough` or `decode`.
-    pub serve: String,
-    /// Milliseconds that an open may wait for its backing.
-    pub hydrate_timeout_ms: u64,
-    /// Where backings are made.
-    pub cache: Cache,
-    /// Backings that are ready, with their ids on the connection.
-    pub backings: Vec<(FileKey, u32)>,
+pub struct Question {
+    /// Greater than that of every earlier one of the same server; never 0.
+    pub number: u64,
+    /// What is asked.
+    pub ask: Ask,
 }
 
-/// Where backings are made.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Cache {
-    /// Unnamed files in that directory.
-    Directory(std::path::PathBuf),
-    /// Memory files.
-    Memory,
-    /// Nowhere, for that reason: everything is served by decode.
-    Nowhere(String),
+/// The answer to the question of that number.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Reply {
+    /// The question's.
+    pub number: u64,
+    /// What is answered.
+    pub answer: Answer,
 }
 
 /// What a server asks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ask {
-    /// The reply to INIT that this server gives, with the table of its requests in flight as descriptor. Answered by
-    /// [`Answer::Done`] when it is the reply that the kernel has.
+    /// Who this server is, and the reply to INIT that it gives; its in-flight table comes as descriptor. Answered by
+    /// [`Answer::Done`] when it speaks these words, and the reply is the one that the kernel has.
     Handshake {
+        /// Its [`CONTROL_VERSION`](stencilfs::control::CONTROL_VERSION).
+        control_version: u32,
+        /// Its version.
+        version: String,
         /// The whole packet.
         reply: Vec<u8>,
     },
-    /// Room for a backing. Answered by `Done`, [`Answer::Evict`] or `Refused`.
+    /// This server answers the kernel from now on. Answered by `Done`.
+    Serving,
+    /// Room for a backing, and an empty file for it. Answered by [`Answer::Room`] with the file, or [`Answer::Evict`].
     Reserve {
         /// For which file.
         key: FileKey,
-        /// Bytes of data.
+        /// Length of the file.
+        size: u64,
+        /// Bytes of data in it.
         bytes: u64,
     },
     /// These are handed out no more: close those that nobody uses. Answered by [`Answer::Evicted`].
     Evict {
-        /// Which.
+        /// Which; at most [`MOST_KEYS`].
         keys: Vec<FileKey>,
     },
-    /// The backing of the descriptor is full: freeze it. Answered by `Done`.
+    /// The backing is full: freeze it. Answered by `Done`.
     Freeze {
         /// Of which file.
         key: FileKey,
@@ -114,49 +106,95 @@ pub enum Answer {
     Done,
     /// It is not.
     Refused(Failure),
+    /// The file for a backing comes with this.
+    Room,
     /// There would be room without these: hand them out no more, then ask to [`Ask::Evict`] them.
     Evict(Vec<FileKey>),
     /// These were closed; the others of the question are in use.
     Evicted(Vec<FileKey>),
     /// The backing's id on the connection.
     Backing(u32),
+    /// Another supervisor listens now: whoever waits for an answer asks again.
+    Again,
 }
 
 /// The server's end.
 #[derive(Debug)]
-pub struct Link(Mutex<Channel>);
+pub struct Link(Mutex<(Channel, u64)>);
 
 impl Link {
     /// Asks through that socket.
     pub fn new(socket: OwnedFd) -> Link {
-        Link(Mutex::new(Channel::new(socket)))
-    }
-
-    /// Waits for the supervisor's first word.
-    ///
-    /// # Errors
-    /// When there is no supervisor, or it says something else.
-    pub fn hello(&self) -> Result<(Hello, OwnedFd)> {
-        let channel = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match channel.receive() {
-            Ok(Some((hello, Some(counters)))) => Ok((hello, counters)),
-            Ok(_) => Err(Error::failed("the supervisor said no hello")),
-            Err(e) => Err(Error::failed("the supervisor cannot be understood").because(e)),
-        }
+        Link(Mutex::new((Channel::new(socket), 0)))
     }
 
     /// Asks and waits. A refusal comes back as the error it is.
     ///
     /// # Errors
-    /// When the supervisor refuses, or is gone.
-    pub fn ask(&self, question: &Ask, fd: Option<BorrowedFd<'_>>) -> Result<Answer> {
-        let channel = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// When the supervisor refuses. A dead one is no error: the answer comes from whoever takes its place.
+    pub fn ask(&self, ask: &Ask, fd: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
+        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (channel, last) = &mut *guard;
+        *last += 1;
+        let question = Question { number: *last, ask: ask.clone() };
         let gone = |e| Error::failed("the supervisor is gone").because(e);
-        channel.send(question, fd).map_err(gone)?;
-        match channel.receive().map_err(gone)? {
-            Some((Answer::Refused(failure), _)) => Err(failure.into_error()),
-            Some((answer, _)) => Ok(answer),
-            None => Err(gone(std::io::ErrorKind::UnexpectedEof.into())),
+        channel.send(&question, fd).map_err(gone)?;
+        loop {
+            match channel.receive::<Reply>().map_err(gone)? {
+                Some((Reply { answer: Answer::Again, .. }, _)) => {
+                    channel.send(&question, fd).map_err(gone)?;
+                }
+                Some((reply, fd)) if reply.number == question.number => {
+                    return match reply.answer {
+                        Answer::Refused(failure) => Err(failure.into_error()),
+                        answer => Ok((answer, fd)),
+                    };
+                }
+                Some(_) => {}
+                None => return Err(gone(std::io::ErrorKind::UnexpectedEof.into())),
+            }
         }
+    }
+
+    /// Asks what can only be answered by done.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub fn tell(&self, ask: &Ask) -> Result<()> {
+        match self.ask(ask, None)?.0 {
+            Answer::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// The supervisor answered what was not asked.
+pub fn unexpected(answer: &Answer) -> Error {
+    Error::failed(format!("the supervisor gave an answer to another question: {answer:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn a_question_survives_a_new_supervisor() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let link = Link::new(theirs.into());
+        let server = thread::spawn(move || {
+            link.tell(&Ask::Serving).unwrap();
+            link.tell(&Ask::Serving).unwrap();
+        });
+        let hear = || ours.receive::<Question>().unwrap().unwrap().0.number;
+        let say = |number, answer| ours.send(&Reply { number, answer }, None).unwrap();
+        assert_eq!(hear(), 1);
+        say(0, Answer::Again);
+        assert_eq!(hear(), 1, "it asks again");
+        say(1, Answer::Done);
+        say(1, Answer::Done);
+        assert_eq!(hear(), 2, "the second answer to the first question is dropped");
+        say(2, Answer::Done);
+        server.join().unwrap();
     }
 }

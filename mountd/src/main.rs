@@ -1,7 +1,7 @@
 //! `stencil-mountd`: supervisor and server of one Stencil mount.
 //!
 //! ```text
-//!   stencil mount ──starts──▶ supervisor: holds the mount, the counters page, the backings, the control socket
+//!   stencil mount ──starts──▶ supervisor: holds the mount, the counters, the backings, the control socket
 //!                                │ starts, and starts again when it dies
 //!                                ▼
 //!                             server: speaks FUSE; knows nothing that a successor could not find again
@@ -9,33 +9,43 @@
 
 mod attr;
 mod backing;
+mod backings;
+mod begin;
 mod control;
 mod decode;
 mod errno;
 mod fuse;
 mod hydrate;
 mod inflight;
+mod jobs;
+mod kept;
 mod link;
+mod notify;
 mod passthrough;
 mod replies;
+mod requests;
 mod sandbox;
 mod server;
 mod stats;
 mod supervisor;
 mod tree;
+mod watchdog;
 
 use std::process::ExitCode;
 
-use stencilfs::control::MountOptions;
+use stencilfs::control::{CONTROL_VERSION, MountOptions};
 
 const USAGE: &str = "\
 stencil-mountd serves a Stencil store through FUSE. It is started by `stencil mount`.
 
 usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [--cache-dir=DIR]
-                      [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--noexec] -- MOUNTPOINT
+                      [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--watchdog=SECONDS] [--noexec]
+                      -- MOUNTPOINT
        stencil-mountd --version";
 
 fn main() -> ExitCode {
+    // Started from a descriptor, it would have the descriptor's number as its name.
+    let _ = rustix::thread::set_name(c"stencil-mountd");
     let mut args = std::env::args_os().skip(1);
     let command = args.next().unwrap_or_default();
     let level = env_logger::Env::new().filter_or("STENCIL_LOG", "info");
@@ -45,23 +55,28 @@ fn main() -> ExitCode {
         Some("supervise") => {
             log.init();
             match MountOptions::from_args(args) {
-                Ok(options) => supervisor::main(options),
+                Ok(options) => begin::supervise(options),
                 Err(error) => {
                     eprintln!("stencil-mountd: {error}\n{USAGE}");
                     ExitCode::from(error.code().exit_code())
                 }
             }
         }
+        Some("resume") => {
+            log.init();
+            begin::resume(args)
+        }
+        Some("check") => begin::check(),
         Some("serve") => {
             log.init();
-            server::main()
+            server::main(args)
         }
         Some("attempt") => {
             log.init();
             sandbox::attempt::main(args)
         }
         Some("--version") => {
-            println!("stencil-mountd {}", env!("CARGO_PKG_VERSION"));
+            println!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
         Some("--help" | "-h") => {

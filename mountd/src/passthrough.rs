@@ -5,6 +5,7 @@
 //! number, and opens that; the caller notices nothing.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
@@ -31,12 +32,21 @@ const RETRY: Duration = Duration::from_secs(10);
 enum State {
     /// A backing is being made; opens wait until the deadline, if there is one.
     Filling { deadline: Option<Instant>, late: bool, waiting: Vec<Opening> },
-    /// A backing is registered under that id.
-    Ready(u32),
+    /// A backing is registered.
+    Ready(Ready),
     /// There is none; the reason was given to the supervisor.
     Decode { since: Instant, retry: bool },
     /// It is being given up for others, unless it turns out to be in use; opens wait until that is known.
-    Leaving { id: u32, waiting: Vec<(Arc<Template>, usize, Opening)> },
+    Leaving { ready: Ready, waiting: Vec<(Arc<Template>, usize, Opening)> },
+}
+
+/// A registered backing.
+#[derive(Debug)]
+struct Ready {
+    /// Its id on the connection.
+    id: u32,
+    /// The file. The kernel has it too; here it is for a supervisor that takes the place of a dead one.
+    _file: OwnedFd,
 }
 
 struct Job {
@@ -71,11 +81,12 @@ impl Passthrough {
         mode: ServeMode,
         timeout: Duration,
         hydrator: Hydrator,
-        ready: Vec<(FileKey, u32)>,
+        ready: Vec<(FileKey, u32, OwnedFd)>,
         stats: Stats,
     ) -> Arc<Passthrough> {
         let possible = !matches!(hydrator.cache(), Cache::Nowhere(_));
-        let states = ready.into_iter().map(|(key, id)| (key, State::Ready(id))).collect();
+        let state = |(key, id, file)| (key, State::Ready(Ready { id, _file: file }));
+        let states = ready.into_iter().map(state).collect();
         let (sender, receiver) = mpsc::channel::<Job>();
         let ours = Arc::new(Passthrough {
             mode,
@@ -113,9 +124,9 @@ impl Passthrough {
         let key = key(template, file);
         let mut states = self.states();
         match states.get_mut(&key) {
-            Some(State::Ready(id)) => {
+            Some(State::Ready(ready)) => {
                 self.stats.count(Counter::OpensPassthrough);
-                opening.passthrough(*id);
+                opening.passthrough(ready.id);
             }
             Some(State::Filling { late: false, waiting, .. }) if opening.park() => waiting.push(opening),
             Some(State::Leaving { waiting, .. }) if opening.park() => {
@@ -158,7 +169,7 @@ impl Passthrough {
         self.tell(&job.key, None);
         let made = self.hydrator.hydrate(&job.template, job.file, &job.key, |keys| self.evict(keys));
         let (state, answer): (Option<State>, _) = match made {
-            Ok(id) => {
+            Ok((id, file)) => {
                 self.stats.count(Counter::HydrationsDone);
                 log::info!(
                     "template {} file {} is served by passthrough after {:.2} s",
@@ -166,7 +177,7 @@ impl Passthrough {
                     job.key.file,
                     begun.elapsed().as_secs_f64()
                 );
-                (Some(State::Ready(id)), Ok(id))
+                (Some(State::Ready(Ready { id, _file: file })), Ok(id))
             }
             Err(error) => {
                 self.stats.count(Counter::HydrationsFailed);
@@ -209,11 +220,13 @@ impl Passthrough {
         {
             let mut states = self.states();
             for key in keys {
-                if let Some(state) = states.get_mut(&key)
-                    && let State::Ready(id) = *state
-                {
-                    *state = State::Leaving { id, waiting: Vec::new() };
-                    leaving.push(key);
+                match states.remove(&key) {
+                    Some(State::Ready(ready)) => {
+                        states.insert(key.clone(), State::Leaving { ready, waiting: Vec::new() });
+                        leaving.push(key);
+                    }
+                    Some(other) => drop(states.insert(key, other)),
+                    None => {}
                 }
             }
         }
@@ -223,13 +236,13 @@ impl Passthrough {
         {
             let mut states = self.states();
             for key in leaving {
-                let Some(State::Leaving { id, waiting }) = states.remove(&key) else { continue };
+                let Some(State::Leaving { ready, waiting }) = states.remove(&key) else { continue };
                 opens.extend(waiting);
                 if gone.contains(&key) {
                     self.stats.count(Counter::Evictions);
                     log::info!("template {} file {} lost its backing: nobody used it", key.digest, key.file);
                 } else {
-                    states.insert(key, State::Ready(id));
+                    states.insert(key, State::Ready(ready));
                 }
             }
         }

@@ -1,25 +1,26 @@
 //! The server: speaks FUSE for one mount. Everything it knows a successor can find again.
 
-use std::fs::File;
+use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use fuser::{Session, SessionACL};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use stencilfs::control::Failure;
+use stencilfs::control::{BackingRow, CONTROL_VERSION, Failure, FileKey, Snapshot};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
-use stencilfs::sys::fuse_dev;
 use stencilfs::sys::memfd::SharedCounters;
+use stencilfs::sys::{descriptor, fuse_dev};
 use stencilfs::units::Bytes;
 
+use crate::begin::Fds;
 use crate::decode::{Decoder, MAX_READ};
 use crate::fuse::Templates;
 use crate::hydrate::Hydrator;
 use crate::inflight::Flights;
-use crate::link::{Answer, Ask, Cache, Hello, Link};
+use crate::kept::{self, Ledger};
+use crate::link::{self, Answer, Ask, Link};
 use crate::passthrough::Passthrough;
 use crate::replies::Replies;
 use crate::sandbox;
@@ -33,8 +34,36 @@ const KEEP: Bytes = Bytes::new(16 << 20);
 const FEWEST_THREADS: usize = 4;
 const MOST_THREADS: usize = 16;
 
-/// Serves until the mount is over. Descriptor 0 is the connection to the kernel, 1 the link to the supervisor.
-pub fn main() -> ExitCode {
+/// What a server is handed. It keeps all of it open, also what it does not use: a supervisor that takes the place of a
+/// dead one finds everything here, under the numbers of the arguments.
+struct Inherited {
+    fuse: OwnedFd,
+    link: Arc<Link>,
+    counters: OwnedFd,
+    ledger: OwnedFd,
+    _for_supervisors: [OwnedFd; 2],
+}
+
+impl Inherited {
+    fn take(fds: &mut Fds) -> Result<Inherited> {
+        Ok(Inherited {
+            fuse: fds.need("fuse")?,
+            link: Arc::new(Link::new(fds.need("link")?)),
+            counters: fds.need("counters")?,
+            ledger: fds.need("ledger")?,
+            _for_supervisors: [fds.need("peer")?, fds.need("program")?],
+        })
+    }
+}
+
+/// Serves until the mount is over. The arguments name the descriptors.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let run = || -> Result<()> {
+        let inherited = Inherited::take(&mut Fds::from_args(args)?)?;
+        serve(&inherited).inspect_err(|error| {
+            let _ = inherited.link.tell(&Ask::GiveUp { failure: Failure::from(error) });
+        })
+    };
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -44,63 +73,48 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<()> {
-    let (fuse, link) = inherited()?;
-    let link = Arc::new(Link::new(link));
-    let (hello, counters) = link.hello()?;
-    serve(&fuse, &link, hello, counters).inspect_err(|error| {
-        let _ = link.ask(&Ask::GiveUp { failure: Failure::from(error) }, None);
-    })
-}
-
-/// Takes the two descriptors off the numbers where a stray `print` would reach them.
-fn inherited() -> Result<(OwnedFd, OwnedFd)> {
-    let take = || -> std::io::Result<(OwnedFd, OwnedFd)> {
-        let fuse = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
-        let link = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
-        let null = File::options().read(true).write(true).open("/dev/null")?;
-        rustix::stdio::dup2_stdin(&null)?;
-        rustix::stdio::dup2_stdout(&null)?;
-        Ok((fuse, link))
-    };
-    take().map_err(|e| {
-        Error::failed("no connection was inherited").because(e).remedy("servers are started by a supervisor")
-    })
-}
-
-fn serve(fuse: &OwnedFd, link: &Arc<Link>, hello: Hello, counters: OwnedFd) -> Result<()> {
-    let page = SharedCounters::map(counters)
-        .map_err(|e| Error::failed("cannot map the counters page").because(e))?;
-    let stats = Stats::new(page);
+fn serve(inherited: &Inherited) -> Result<()> {
+    let Inherited { fuse, link, counters, ledger, .. } = inherited;
+    let unreadable = |e| Error::failed("the ledger cannot be read").because(e);
+    let (_, text) = Ledger::open(ledger.try_clone().map_err(unreadable)?).map_err(unreadable)?;
+    let Snapshot { init, reply, options, chosen, backings, .. } = kept::parse(&text)?;
+    let page = counters.try_clone().and_then(SharedCounters::map);
+    let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
     let flights = Flights::begin(stats.clone())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
     let replies = Replies::lock(threads, Bytes::new(MAX_READ as u64))?;
     let sockets = handshake_sockets()?;
-    // The server makes its backings itself: it needs their folder beside the store.
-    let scratch = if let Cache::Directory(dir) = &hello.cache { Some(dir.clone()) } else { None };
-    sandbox::enter_making_files(&hello.store, scratch.as_deref())?;
-    let tree = Arc::new(Tree::new(Store::open(&hello.store)?));
-    let hydrator = Hydrator::new(hello.cache, Arc::clone(link), stats.clone(), cores);
-    let passthrough = Passthrough::new(
-        hello.serve.parse()?,
-        Duration::from_millis(hello.hydrate_timeout_ms),
-        hydrator,
-        hello.backings,
-        stats.clone(),
-    );
+    let backings = ready(backings)?;
+    sandbox::enter(&options.store)?;
+    let tree = Arc::new(Tree::new(Store::open(&options.store)?));
+    let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), cores);
+    let passthrough =
+        Passthrough::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let decoder = Decoder::new(KEEP, stats.clone(), replies);
     let filesystem = Templates::new(tree, decoder, passthrough, stats, flights);
 
-    let session = handshake(filesystem, sockets, &hello.init, threads, link, flights)?;
+    let session = handshake(filesystem, sockets, &init, threads, link, flights)?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
     fuse_dev::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
-    if hello.successor {
+    if reply.is_some() {
         // What the predecessor had read and not answered comes again.
         fuse_dev::resend(fuse).map_err(taken_over)?;
     }
+    link.tell(&Ask::Serving)?;
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
+}
+
+/// The backings that are ready, with their descriptors: they were inherited under the supervisor's numbers.
+fn ready(rows: Vec<BackingRow>) -> Result<Vec<(FileKey, u32, OwnedFd)>> {
+    let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?)));
+    let take = |(key, id, number)| {
+        let fd = descriptor::take(number)
+            .map_err(|e| Error::failed(format!("backing {id}, descriptor {number}, is lost")).because(e))?;
+        Ok((key, id, fd))
+    };
+    ready.map(take).collect()
 }
 
 /// For the handshake: in the sandbox no socket can be made.
@@ -127,8 +141,10 @@ fn handshake(
     let mut reply = vec![0; 4096];
     let length = rustix::io::read(&ours, &mut reply[..]).map_err(|e| fail(e.into()))?;
     reply.truncate(length);
-    match link.ask(&Ask::Handshake { reply }, Some(flights.table().fd().as_fd()))? {
-        Answer::Done => Ok(session),
-        other => Err(Error::failed(format!("the supervisor gave an answer to another question: {other:?}"))),
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let handshake = Ask::Handshake { control_version: CONTROL_VERSION, version, reply };
+    match link.ask(&handshake, Some(flights.table().fd().as_fd()))? {
+        (Answer::Done, _) => Ok(session),
+        (other, _) => Err(link::unexpected(&other)),
     }
 }

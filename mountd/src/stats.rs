@@ -36,6 +36,8 @@ counters! {
     HydrationsDone "hydrations_done" "Backings filled, frozen, verified and registered.",
     HydrationsFailed "hydrations_failed" "Backings given up.",
     HydratedBytes "hydrated_bytes" "Bytes of data written to backings.",
+    WatchdogReplaced "watchdog_replaced" "Servers that left a request alone too long and were replaced.",
+    SlowSource "slow_source" "Times that the store was away for longer than the watchdog's limit.",
     Evictions "evictions" "Backings without clones that made room for others.",
 }
 

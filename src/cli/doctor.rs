@@ -13,6 +13,7 @@ use crate::control;
 use crate::error::{Code, Result};
 use crate::sys::pagemap::{Pagemap, Query};
 use crate::sys::probe::{self, KernelRelease};
+use crate::sys::users::{self, PATIENCE};
 use crate::sys::{cachestat, fusectl, procfs};
 use crate::units::Bytes;
 
@@ -165,12 +166,17 @@ fn privileges() -> Check {
 
 /// Processes that even root may not look into here: were one a clone, nobody could count it.
 fn closed_processes() -> Check {
-    let closed: Vec<String> = procfs::pids()
-        .unwrap_or_default()
-        .into_iter()
-        .filter(|&pid| procfs::maps(pid, |_, _| false).is_err())
-        .map(|pid| pid.to_string())
-        .collect();
+    let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, |pid| {
+        procfs::maps(pid, |_, _| false).is_err().then_some(())
+    });
+    let closed: Vec<String> = looks.seen.iter().map(|(pid, ())| pid.to_string()).collect();
+    if !looks.unseen.is_empty() {
+        return Check::note(
+            "processes",
+            format!("these let nobody look: {}", users::list_pids(&looks.unseen)),
+            "they wait for a file system that does not answer, and may be clones: see the connections below",
+        );
+    }
     if closed.is_empty() {
         return Check::ok("processes", "all can be looked into");
     }

@@ -22,6 +22,7 @@ mod output;
 mod path;
 mod progress;
 mod ps;
+mod restart;
 mod rm;
 mod status;
 mod stop;
@@ -107,6 +108,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
+    Restart(restart::RestartArgs),
     Status(status::StatusArgs),
     Capture(capture::CaptureArgs),
     Clone(clone::CloneArgs),
@@ -135,6 +137,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Generate(args) => generate::run(args, global),
         Command::Mount(args) => mount::run(args, global),
         Command::Umount(args) => umount::run(args, global),
+        Command::Restart(args) => restart::run(args, global),
         Command::Status(args) => status::run(args, global),
         Command::Capture(args) => capture::run(args, global),
         Command::Clone(args) => clone::run(args, global),

@@ -22,7 +22,7 @@ pub struct MountArgs {
     /// Stay in the foreground and log to the terminal
     #[arg(short = 'f', long)]
     foreground: bool,
-    /// Options as mount(8) writes them: serve=, cache-dir=, cache-size=, hydrate-timeout=, noexec
+    /// Options as mount(8) writes them: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
     /// How files are served: auto, passthrough or decode
@@ -37,6 +37,9 @@ pub struct MountArgs {
     /// Seconds that the first open of a file waits for its backing [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = words::seconds)]
     hydrate_timeout: Option<Duration>,
+    /// Seconds that a request of the kernel may stay unanswered before the server is replaced; 0 for ever [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = words::seconds)]
+    watchdog: Option<Duration>,
 }
 
 struct Mounted {
@@ -64,6 +67,7 @@ impl MountArgs {
         options.cache_dir = self.cache_dir.clone().or(options.cache_dir);
         options.cache_size = self.cache_size.or(options.cache_size);
         options.hydrate_timeout = self.hydrate_timeout.unwrap_or(options.hydrate_timeout);
+        options.watchdog = self.watchdog.unwrap_or(options.watchdog);
         options.foreground = self.foreground;
         Ok(options)
     }

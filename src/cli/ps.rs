@@ -74,6 +74,8 @@ impl Row {
 
 struct PsReport {
     rows: Vec<Row>,
+    /// Processes that could not be looked into in time: each may be one more clone.
+    unseen: Vec<u32>,
     ids: bool,
 }
 
@@ -99,7 +101,11 @@ impl Report for PsReport {
     }
 
     fn json(&self) -> Value {
-        json!({ "clones": to_json(&self.rows) })
+        let mut all = json!({ "clones": to_json(&self.rows) });
+        if !self.unseen.is_empty() {
+            all["unseen"] = json!(self.unseen);
+        }
+        all
     }
 }
 
@@ -123,13 +129,20 @@ pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
     let families = Families::look(&entries);
     let mut rows: Vec<Row> = entries.iter().map(|entry| Row::of(entry, &families)).collect();
     let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| families.of(entry)).collect();
+    let mut unseen = vec![];
     match control::mounts().and_then(|mounts| find::template_mappings(&mounts)) {
-        Ok(others) => rows.extend(others.iter().filter_map(|clone| {
-            let process = ProcessId { pid: clone.pid, start_time: clone.start_time };
-            if ours.contains(&process) { None } else { Row::of_other(clone) }
-        })),
+        Ok(others) => {
+            if let Some(holes) = others.holes() {
+                log::warn!("{holes}");
+            }
+            unseen = others.unseen;
+            rows.extend(others.clones.iter().filter_map(|clone| {
+                let process = ProcessId { pid: clone.pid, start_time: clone.start_time };
+                if ours.contains(&process) { None } else { Row::of_other(clone) }
+            }));
+        }
         // Who may not look into others' processes still sees the own clones.
         Err(error) => log::warn!("other processes are not listed: {error}"),
     }
-    Ok(Done::report(PsReport { rows, ids: args.ids }))
+    Ok(Done::report(PsReport { rows, unseen, ids: args.ids }))
 }

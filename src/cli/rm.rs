@@ -63,7 +63,7 @@ fn check_unused(store: &Store, digest: &Digest) -> Result<()> {
         return Err(Error::in_use(why)
             .remedy("import the same memory again to repair it, or unmount the store first"));
     }
-    let clones = find::template_mappings(&mounts)?;
+    let clones = find::template_mappings(&mounts)?.complete()?;
     let users = clones.iter().filter(|c| c.maps.iter().any(|m| m.digest == *digest));
     let pids: Vec<String> = users.map(|c| c.pid.to_string()).collect();
     match pids.len() {

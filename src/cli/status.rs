@@ -23,6 +23,9 @@ struct Status {
     /// Mounts whose supervisor does not answer, and what is wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<Silent>,
+    /// Processes that could not be looked into in time: each may be one more clone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unseen: Vec<u32>,
 }
 
 #[derive(Serialize)]
@@ -64,7 +67,14 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
         mount.serve
     )?;
     let server = mount.server_pid.map_or_else(|| "being started".to_owned(), |pid| pid.to_string());
-    writeln!(out, "  supervisor {}, server {server}, {} restarts", mount.supervisor_pid, mount.restarts)?;
+    writeln!(
+        out,
+        "  supervisor {} ({}), server {server} ({}), {} restarts",
+        mount.supervisor_pid,
+        mount.version,
+        mount.server_version.as_deref().unwrap_or("not known"),
+        mount.restarts
+    )?;
     match (&mount.cache, &mount.cache_why) {
         (Some(place), why) => {
             writeln!(out, "  backings in {place}: {} of {}", mount.cache_used, mount.cache_size)?;
@@ -97,9 +107,13 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// When the runtime directory cannot be read.
 pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
-    let mut status = Status { mounts: Vec::new(), silent: Vec::new() };
+    let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unseen: Vec::new() };
     let mounts = control::mounts()?;
-    let clones = find::template_mappings(&mounts)?;
+    let search = find::template_mappings(&mounts)?;
+    if let Some(holes) = search.holes() {
+        log::warn!("{holes}");
+    }
+    status.unseen = search.unseen;
     for (index, mount) in mounts.into_iter().enumerate() {
         match mount.status() {
             Ok(mut answer) => {
@@ -107,7 +121,7 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
                     let maps = |c: &&CloneProcess| {
                         c.maps.iter().any(|m| m.mount == index && m.digest == template.digest)
                     };
-                    template.clones = clones.iter().filter(maps).count() as u64;
+                    template.clones = search.clones.iter().filter(maps).count() as u64;
                 }
                 status.mounts.push(answer);
             }

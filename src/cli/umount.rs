@@ -12,13 +12,11 @@ use super::Global;
 use super::output::{Done, Report, to_json};
 use crate::control::{self, Mount, UnmountMode};
 use crate::error::{Error, Result};
+use crate::sys::users::{self, PATIENCE};
 use crate::sys::{mount, procfs};
 
 /// A mount that was told to end has ended within this time, or somebody else still holds it.
 const END: Duration = Duration::from_secs(10);
-
-/// Most users that are named in one line.
-const NAMED: usize = 20;
 
 /// Unmount; refused while clones map it
 #[derive(Debug, Args)]
@@ -51,6 +49,49 @@ struct Unmounted {
     /// Will die when they next need a page that they have not.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cut_off: Vec<User>,
+    /// Processes that could not be looked into in time: each may be one more user.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unseen: Vec<u32>,
+}
+
+impl Unmounted {
+    fn new(mountpoint: PathBuf) -> Unmounted {
+        Unmounted { mountpoint, served_until_they_end: vec![], cut_off: vec![], unseen: vec![] }
+    }
+}
+
+/// Who uses the mount, as far as could be seen.
+#[derive(Debug, Default)]
+struct Users {
+    found: Vec<User>,
+    unseen: Vec<u32>,
+}
+
+impl Users {
+    fn is_empty(&self) -> bool {
+        self.found.is_empty() && self.unseen.is_empty()
+    }
+
+    /// Says who dies, before it happens.
+    fn announce(&self, global: &Global) {
+        if global.quiet {
+            return;
+        }
+        if !self.found.is_empty() {
+            let count = self.found.len();
+            eprintln!(
+                "stencil: {count} users will die at the next page that they do not have: {}",
+                list(&self.found)
+            );
+        }
+        if !self.unseen.is_empty() {
+            eprintln!("stencil: {}", unseen(&self.unseen));
+        }
+    }
+}
+
+fn unseen(pids: &[u32]) -> String {
+    format!("processes that let nobody look may use it too: {}", users::list_pids(pids))
 }
 
 impl Report for Unmounted {
@@ -61,6 +102,9 @@ impl Report for Unmounted {
         }
         if !self.cut_off.is_empty() {
             writeln!(out, "these were cut off: {}", list(&self.cut_off))?;
+        }
+        if !self.unseen.is_empty() {
+            writeln!(out, "{}", unseen(&self.unseen))?;
         }
         Ok(())
     }
@@ -85,33 +129,27 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     let mounts = control::mounts()?;
     let here = || mounts.iter().filter(|m| m.mountpoint == path);
     let Some(found) = here().find(|m| !m.detached).or_else(|| here().next()) else {
-        return without_supervisor(&path, args);
+        return without_supervisor(&path, args, global);
     };
-    let users = users(found)?;
+    let users = users(found.device, &[Some(found.supervisor_pid), found.server_pid])?;
     match mode {
-        UnmountMode::Plain if users.iter().any(|u| u.maps) => return Err(in_use(&path, &users)),
-        UnmountMode::Force if !global.quiet && !users.is_empty() => {
-            let count = users.len();
-            eprintln!(
-                "stencil: {count} users will die at the next page that they do not have: {}",
-                list(&users)
-            );
-        }
+        UnmountMode::Plain if users.found.iter().any(|u| u.maps) => return Err(in_use(&path, &users)),
+        UnmountMode::Force => users.announce(global),
         _ => {}
     }
     end(found, mode).map_err(|e| match e.code() {
         crate::error::Code::InUse if mode == UnmountMode::Plain => in_use(&path, &users),
         _ => e,
     })?;
-    let mut report = Unmounted { mountpoint: path, served_until_they_end: vec![], cut_off: vec![] };
+    let mut report = Unmounted::new(path);
     match mode {
         UnmountMode::Plain => wait_for_end(found)?,
         UnmountMode::Force => {
             wait_for_end(found)?;
-            report.cut_off = users;
+            (report.cut_off, report.unseen) = (users.found, users.unseen);
         }
         UnmountMode::Lazy if users.is_empty() => wait_for_end(found)?,
-        UnmountMode::Lazy => report.served_until_they_end = users,
+        UnmountMode::Lazy => (report.served_until_they_end, report.unseen) = (users.found, users.unseen),
     }
     Ok(Done::report(report))
 }
@@ -129,27 +167,38 @@ fn end(found: &Mount, mode: UnmountMode) -> Result<()> {
         mount::unmount(&found.mountpoint, mode != UnmountMode::Plain).map_err(fail)?;
     }
     if mode == UnmountMode::Force {
-        match mount::abort_fuse_connection(found.device) {
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-            other => other.map_err(fail)?,
-        }
+        abort(found.device).map_err(fail)?;
     }
     Ok(())
 }
 
+/// Aborts the connection; one that is over already is fine.
+fn abort(device: u64) -> io::Result<()> {
+    match mount::abort_fuse_connection(device) {
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
 /// A mount that no supervisor or server stands behind: dead, or not ours.
-fn without_supervisor(path: &Path, args: &UmountArgs) -> Result<Done> {
+fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result<Done> {
     let there = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == path);
     match there {
         Some(there) if there.fs_type == mount::FS_TYPE => {
+            let mut report = Unmounted::new(path.to_owned());
+            if args.force {
+                let users = users(there.dev, &[])?;
+                users.announce(global);
+                (report.cut_off, report.unseen) = (users.found, users.unseen);
+                abort(there.dev).map_err(|e| Error::io("cannot abort the connection", path, e))?;
+            }
             mount::unmount(path, args.lazy || args.force).map_err(|e| match e.raw_os_error() {
                 Some(libc::EBUSY) => Error::in_use("the mount is dead, and processes still hold it")
                     .at(path)
                     .remedy(format!("detach it: stencil umount -l {}", path.display())),
                 _ => Error::io("cannot unmount", path, e),
             })?;
-            let mountpoint = path.to_owned();
-            Ok(Done::report(Unmounted { mountpoint, served_until_they_end: vec![], cut_off: vec![] }))
+            Ok(Done::report(report))
         }
         Some(there) => {
             Err(Error::usage(format!("a mount of type {} is there, none of Stencil", there.fs_type))
@@ -182,7 +231,7 @@ fn wait_for_end(found: &Mount) -> Result<()> {
 }
 
 /// The path without symbolic links, and without asking what is mounted on its last part: that may be dead.
-fn absolute(path: &Path) -> Result<PathBuf> {
+pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     let fail = |e| {
         Error::io("cannot find the mountpoint", path, e).remedy("stencil status lists the mounts of Stencil")
     };
@@ -193,48 +242,31 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     }
 }
 
-fn users(mount: &Mount) -> Result<Vec<User>> {
-    let mut users = Vec::new();
-    for pid in procfs::pids()? {
-        if pid == mount.supervisor_pid || Some(pid) == mount.server_pid {
-            continue;
-        }
-        // A process that even root may not look into is passed over: the kernel still refuses what is in use.
-        let maps = procfs::maps(pid, |dev, _| dev == mount.device)
-            .inspect_err(|e| log::debug!("{e}"))
-            .is_ok_and(|m| m.is_some_and(|m| !m.is_empty()));
-        if maps || has_open(pid, &mount.mountpoint) {
-            let name = procfs::status(pid)?.map_or_else(String::new, |s| s.name);
-            users.push(User { pid, name, maps });
-        }
-    }
-    Ok(users)
+/// The users of a file system, without its own processes. The mount itself is not asked: it may be dead.
+fn users(device: u64, own: &[Option<u32>]) -> Result<Users> {
+    let users = users::users_of(device, PATIENCE)?;
+    let stranger = |pid: u32| !own.contains(&Some(pid));
+    let user = |u: users::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
+    Ok(Users {
+        found: users.found.into_iter().filter(|u| stranger(u.pid)).map(user).collect(),
+        unseen: users.unseen.into_iter().filter(|&pid| stranger(pid)).collect(),
+    })
 }
 
-/// By path, since asking the files themselves would ask the mount.
-fn has_open(pid: u32, mountpoint: &Path) -> bool {
-    let below = |link: PathBuf| std::fs::read_link(link).is_ok_and(|to| to.starts_with(mountpoint));
-    let base = PathBuf::from(format!("/proc/{pid}"));
-    let files = std::fs::read_dir(base.join("fd")).into_iter().flatten().flatten();
-    ["cwd", "root", "exe"].iter().any(|n| below(base.join(n))) || files.into_iter().any(|f| below(f.path()))
+fn list(found: &[User]) -> String {
+    users::list(found.iter().map(|u| (u.pid, u.name.as_str())))
 }
 
-fn list(users: &[User]) -> String {
-    let mut words: Vec<String> =
-        users.iter().take(NAMED).map(|u| format!("{} ({})", u.pid, u.name)).collect();
-    if users.len() > NAMED {
-        words.push(format!("and {} more", users.len() - NAMED));
-    }
-    words.join(", ")
-}
-
-fn in_use(path: &Path, users: &[User]) -> Error {
-    let clones = users.iter().filter(|u| u.maps).count();
-    let what = match (clones, users.len()) {
+fn in_use(path: &Path, users: &Users) -> Error {
+    let clones = users.found.iter().filter(|u| u.maps).count();
+    let mut what = match (clones, users.found.len()) {
         (0, 0) => "the mount is in use".to_owned(),
-        (0, n) => format!("{n} processes have files of the mount open: {}", list(users)),
-        (n, _) => format!("{n} processes map templates of the mount: {}", list(users)),
+        (0, n) => format!("{n} processes have files of the mount open: {}", list(&users.found)),
+        (n, _) => format!("{n} processes map templates of the mount: {}", list(&users.found)),
     };
+    if !users.unseen.is_empty() {
+        what = format!("{what}; {}", unseen(&users.unseen));
+    }
     Error::in_use(what)
         .at(path)
         .remedy("stop them, or detach it with -l: they are then served until they end")

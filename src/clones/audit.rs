@@ -245,7 +245,7 @@ impl Baseline {
     /// # Errors
     /// When the host cannot be asked or the runtime directory cannot be written.
     pub fn keep_if_idle(inodes: &Inodes) -> Result<()> {
-        if !find::search(inodes)?.is_empty() {
+        if !find::search(inodes)?.complete()?.is_empty() {
             return Ok(());
         }
         let path = baseline_path();

@@ -1,6 +1,6 @@
 //! The processes that belong to a clone: the one in its record, and for a command all that it has started.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use super::registry::{Entry, Kind};
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
 use crate::sys::procfs;
+use crate::sys::users::{self, PATIENCE};
 
 /// What every process of a command clone has in its environment, followed by the clone's folder.
 const MARK: &[u8] = b"STENCIL_DIR=";
@@ -20,37 +21,62 @@ const LAST_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Who belongs to which clone, found by one look at all processes.
 #[derive(Debug)]
-pub struct Families(HashMap<Vec<u8>, Vec<ProcessId>>);
+pub struct Families {
+    /// The living processes with the mark, by the folder that it names.
+    marked: HashMap<Vec<u8>, Vec<ProcessId>>,
+    /// The living ones of those that records name.
+    recorded: HashSet<ProcessId>,
+}
 
 impl Families {
     /// Looks for the families of these clones.
     pub fn look(entries: &[Entry]) -> Families {
-        let mut families = HashMap::new();
-        if entries.iter().any(may_have_others) {
-            for pid in procfs::pids().unwrap_or_default() {
-                // One that may not be looked into, or has gone, is none of ours.
-                let Ok(bytes) = fs::read(format!("/proc/{pid}/environ")) else { continue };
-                let Some(dir) = bytes.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)) else {
-                    continue;
-                };
-                if let Ok(Some(process)) = ProcessId::of(pid) {
-                    families.entry(dir.to_vec()).or_insert_with(Vec::new).push(process);
-                }
+        let recorded: Vec<ProcessId> = entries.iter().filter_map(Entry::process).collect();
+        let search = entries.iter().any(may_have_others);
+        let pids = if search {
+            procfs::pids().unwrap_or_default()
+        } else {
+            recorded.iter().map(|process| process.pid).collect()
+        };
+        let looks = users::look_at_each(pids, PATIENCE, move |pid| {
+            let stat = procfs::stat(pid).ok()??;
+            let process = ProcessId { pid, start_time: stat.start_time };
+            stat.is_alive().then(|| (process, search.then(|| mark_of(pid)).flatten()))
+        });
+        // Who lets nobody look does live, and one that a record names is that one.
+        let unseen: HashSet<u32> = looks.unseen.into_iter().collect();
+        let living: HashSet<ProcessId> = looks.seen.iter().map(|(_, (process, _))| *process).collect();
+        let mut families = Families {
+            marked: HashMap::new(),
+            recorded: recorded
+                .into_iter()
+                .filter(|process| living.contains(process) || unseen.contains(&process.pid))
+                .collect(),
+        };
+        for (_, (process, mark)) in looks.seen {
+            if let Some(dir) = mark {
+                families.marked.entry(dir).or_default().push(process);
             }
         }
-        Families(families)
+        families
     }
 
-    /// The living processes of one of them.
+    /// The processes of one of them that were alive.
     pub fn of(&self, entry: &Entry) -> Vec<ProcessId> {
-        let mut all: Vec<ProcessId> = entry.process().into_iter().collect();
+        let mut all: Vec<ProcessId> =
+            entry.process().filter(|process| self.recorded.contains(process)).into_iter().collect();
         if may_have_others(entry) {
-            let others = self.0.get(entry.dir.as_os_str().as_encoded_bytes());
+            let others = self.marked.get(entry.dir.as_os_str().as_encoded_bytes());
             all.extend(others.into_iter().flatten().filter(|p| Some(**p) != entry.process()));
         }
-        all.retain(ProcessId::is_alive);
         all
     }
+}
+
+/// The folder of the clone that a process belongs to. One that may not be looked into, or has gone, is none of ours.
+fn mark_of(pid: u32) -> Option<Vec<u8>> {
+    let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec)
 }
 
 /// A worker is its zygote's child and dies with it; a QEMU starts nothing, but may not be noted yet.
@@ -64,14 +90,12 @@ fn may_have_others(entry: &Entry) -> bool {
 
 /// The living processes of the clone with this folder that its record does not name.
 pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
-    let wanted = [MARK, dir.as_os_str().as_encoded_bytes()].concat();
-    let is_it = |pid: &u32| {
-        fs::read(format!("/proc/{pid}/environ"))
-            .is_ok_and(|bytes| bytes.split(|b| *b == 0).any(|word| word == wanted))
-    };
-    let pids = procfs::pids().unwrap_or_default();
-    let found = pids.into_iter().filter(is_it).filter_map(|pid| ProcessId::of(pid).ok()?);
-    found.filter(ProcessId::is_alive).collect()
+    let wanted = dir.as_os_str().as_encoded_bytes().to_vec();
+    let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, move |pid| {
+        let ours = mark_of(pid).is_some_and(|dir| dir == wanted);
+        ours.then(|| ProcessId::of(pid).ok()?.filter(ProcessId::is_alive)).flatten()
+    });
+    looks.seen.into_iter().map(|(_, process)| process).collect()
 }
 
 /// Kills all processes of these clones and waits until they are gone.

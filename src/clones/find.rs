@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::control::Mount;
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, inode_number};
+use crate::sys::users::{self, PATIENCE};
 use crate::sys::{probe, procfs};
 use crate::units::{Bytes, FileOffset};
 
@@ -89,10 +90,6 @@ impl Inodes {
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Arc<ServedFile>)> {
         self.files.iter().map(|((_, ino), file)| (*ino, file))
     }
-
-    fn is_ours(&self, dev: u64) -> bool {
-        self.devices.contains(&dev)
-    }
 }
 
 /// One mapping of a template in one process.
@@ -140,43 +137,90 @@ pub struct CloneProcess {
     pub maps: Vec<TemplateMapping>,
 }
 
-/// Every process that maps a template of these mounts, by pid.
+/// What a search for clones brought.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Search {
+    /// The processes that map a template, by pid.
+    pub clones: Vec<CloneProcess>,
+    /// Processes that could not be looked into in time: each may be one more.
+    pub unseen: Vec<u32>,
+}
+
+impl Search {
+    /// The clones, if all of them are known.
+    ///
+    /// # Errors
+    /// [`Code::TryAgain`](crate::error::Code::TryAgain) where a process was not seen: a list with holes would be a
+    /// wrong number.
+    pub fn complete(self) -> Result<Vec<CloneProcess>> {
+        match self.holes() {
+            None => Ok(self.clones),
+            Some(holes) => Err(Error::try_again(holes).remedy(
+                "they wait for a file system that does not answer: `stencil doctor` names what is stuck",
+            )),
+        }
+    }
+
+    /// Names the processes that were not seen, if there are any.
+    pub fn holes(&self) -> Option<String> {
+        (!self.unseen.is_empty()).then(|| {
+            format!(
+                "processes that may be clones could not be looked into within {} s: {}",
+                PATIENCE.as_secs(),
+                users::list_pids(&self.unseen)
+            )
+        })
+    }
+}
+
+/// Every process that maps a template of these mounts.
 ///
 /// # Errors
-/// When a store cannot be read, or a process may not be looked into: a list with holes would be a wrong number.
-pub fn template_mappings(mounts: &[Mount]) -> Result<Vec<CloneProcess>> {
+/// When a store cannot be read, or a process may not be looked into.
+pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
     search(&Inodes::of(mounts)?)
 }
 
-/// Every process that maps one of these inodes, by pid.
+/// Every process that maps one of these inodes.
 ///
 /// # Errors
 /// When a process may not be looked into.
-pub fn search(inodes: &Inodes) -> Result<Vec<CloneProcess>> {
-    let mut clones = Vec::new();
+pub fn search(inodes: &Inodes) -> Result<Search> {
     if inodes.devices.is_empty() {
-        return Ok(clones);
+        return Ok(Search::default());
     }
-    for pid in procfs::pids()? {
-        if let Some(clone) = look_at(pid, inodes)? {
-            clones.push(clone);
-        }
-    }
-    Ok(clones)
+    look_at_each(procfs::pids()?, inodes)
 }
 
 /// The template mappings of one process; `None` when it has none or is gone.
 ///
 /// # Errors
-/// When the process may not be looked into.
+/// When the process may not be looked into, or lets nobody look in time.
 pub fn look_at(pid: u32, inodes: &Inodes) -> Result<Option<CloneProcess>> {
-    let Some(lines) = maps_of(pid, |dev, _| inodes.is_ours(dev))? else { return Ok(None) };
-    let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
-    if maps.is_empty() {
+    Ok(look_at_each(vec![pid], inodes)?.complete()?.pop())
+}
+
+fn look_at_each(pids: Vec<u32>, inodes: &Inodes) -> Result<Search> {
+    let devices = inodes.devices.clone();
+    let looks = users::look_at_each(pids, PATIENCE, move |pid| lines_of(pid, &devices).transpose());
+    let mut clones = Vec::new();
+    for (pid, seen) in looks.seen {
+        let (start_time, lines) = seen?;
+        let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
+        if !maps.is_empty() {
+            clones.push(CloneProcess { pid, start_time, maps });
+        }
+    }
+    Ok(Search { clones, unseen: looks.unseen })
+}
+
+/// When a process has started, and what it maps of these devices, if anything.
+fn lines_of(pid: u32, devices: &[u64]) -> Result<Option<(u64, Vec<procfs::MapLine>)>> {
+    let lines = maps_of(pid, |dev, _| devices.contains(&dev))?.unwrap_or_default();
+    if lines.is_empty() {
         return Ok(None);
     }
-    let Some(stat) = procfs::stat(pid)? else { return Ok(None) };
-    Ok(Some(CloneProcess { pid, start_time: stat.start_time, maps }))
+    Ok(procfs::stat(pid)?.map(|stat| (stat.start_time, lines)))
 }
 
 /// The mappings of a process that `wanted` picks; `None` when it is gone, or out of reach even of root.

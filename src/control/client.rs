@@ -1,17 +1,26 @@
 //! Asks supervisors.
 
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::protocol::{MountStatus, Request, Residency, Response, UnmountMode};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::protocol::{Request, Response, UnmountMode};
 use super::registry::{CONTROL_SOCKET, Mount};
+use super::snapshot::Snapshot;
+use super::status::{MountStatus, Residency};
 use super::wire::Channel;
 use crate::error::{Error, Result};
+use crate::sys::cachestat;
 
 /// A supervisor that does not answer for so long is stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A supervisor that replaces itself loses its callers for a moment: questions are asked again for so long.
+const AGAIN: Duration = Duration::from_secs(2);
 
 impl Mount {
     /// How the mount does.
@@ -19,21 +28,56 @@ impl Mount {
     /// # Errors
     /// When the supervisor does not answer.
     pub fn status(&self) -> Result<MountStatus> {
-        match ask(&self.dir, &Request::Status)? {
-            Response::Status(status) => Ok(*status),
-            other => Err(unexpected(&other)),
+        Ok(MountStatus::new(self.snapshot()?, self))
+    }
+
+    /// What the supervisor knows.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        match ask(&self.dir, &Request::Snapshot)? {
+            (Response::Snapshot, Some(file)) => {
+                let mut text = Vec::new();
+                let mut file = File::from(file);
+                let parsed: io::Result<Snapshot> = file
+                    .rewind()
+                    .and_then(|()| file.read_to_end(&mut text))
+                    .and_then(|_| serde_json::from_slice(&text).map_err(io::Error::from));
+                parsed.map_err(|e| {
+                    Error::failed("the supervisor gave an answer that is not understood")
+                        .because(e)
+                        .remedy(OTHER_VERSION)
+                })
+            }
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
-    /// How much of each passthrough backing is in the page cache. Only the supervisor can see that.
+    /// How much of each passthrough backing is in the page cache. Only the supervisor has them open.
     ///
     /// # Errors
-    /// When the supervisor does not answer.
+    /// When the supervisor does not answer, or the kernel cannot say.
     pub fn residency(&self) -> Result<Vec<Residency>> {
-        match ask(&self.dir, &Request::Residency)? {
-            Response::Residency { files } => Ok(files),
-            other => Err(unexpected(&other)),
+        let mut files = Vec::new();
+        for (index, row) in self.snapshot()?.backings.into_iter().enumerate() {
+            if row.id.is_none() {
+                continue;
+            }
+            match ask(&self.dir, &Request::Backing { index }) {
+                Ok((Response::Descriptor, Some(backing))) => files.push(Residency {
+                    digest: row.key.digest,
+                    file: row.key.file,
+                    resident_bytes: cachestat::cached(&backing)?.bytes(),
+                }),
+                Ok((other, _)) => return Err(unexpected(&other)),
+                // It was evicted since.
+                Err(error) if error.code() == crate::error::Code::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
+        files.sort_by(|a, b| (a.digest, &a.file).cmp(&(b.digest, &b.file)));
+        Ok(files)
     }
 }
 
@@ -42,46 +86,72 @@ impl Mount {
 /// # Errors
 /// [`Code::InUse`](crate::error::Code::InUse) where it is in use; or the supervisor does not answer.
 pub fn request_unmount(mount: &Mount, mode: UnmountMode) -> Result<()> {
-    match ask(&mount.dir, &Request::Unmount { mode })? {
-        Response::Done => Ok(()),
-        other => Err(unexpected(&other)),
+    done(ask(&mount.dir, &Request::Unmount { mode })?)
+}
+
+/// Has the supervisor go on with that program: a new server, and with `supervisor` a new supervisor too. Comes back
+/// once the new server answers the kernel.
+///
+/// # Errors
+/// Why the new one does not; the old one then goes on.
+pub fn request_restart(mount: &Mount, program: BorrowedFd<'_>, supervisor: bool) -> Result<()> {
+    done(ask_with(&mount.dir, &Request::Restart { supervisor }, Some(program))?)
+}
+
+fn done(answer: (Response, Option<OwnedFd>)) -> Result<()> {
+    match answer {
+        (Response::Done, _) => Ok(()),
+        (other, _) => Err(unexpected(&other)),
     }
 }
 
+const OTHER_VERSION: &str = "stencil and stencil-mountd are of different versions: install both from one build, then run stencil restart";
+
 fn unexpected(response: &Response) -> Error {
     Error::failed(format!("the supervisor gave an answer to another question: {response:?}"))
-        .remedy("stencil and stencil-mountd are of different versions: install both from one build")
+        .remedy(OTHER_VERSION)
 }
 
 /// Sends one request to the supervisor whose record is in `dir`. A [`Response::Failed`] comes back as the error it is.
 ///
 /// # Errors
 /// When there is no supervisor, it does not answer within half a minute, or it refuses.
-pub fn ask(dir: &Path, request: &Request) -> Result<Response> {
+pub fn ask(dir: &Path, request: &Request) -> Result<(Response, Option<OwnedFd>)> {
+    let until = Instant::now() + AGAIN;
+    loop {
+        match ask_with(dir, request, None) {
+            Err(error) if error.errno() == Some(libc::ECONNRESET) && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            answer => return answer,
+        }
+    }
+}
+
+fn ask_with(
+    dir: &Path,
+    request: &Request,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(Response, Option<OwnedFd>)> {
     let path = dir.join(CONTROL_SOCKET);
     let lost = |e| {
         Error::io("cannot talk to the supervisor of the mount", &path, e)
             .remedy("see whether it runs with `stencil status`; its log is beside that socket")
     };
-    let stream = connect(dir).map_err(lost)?;
-    stream.set_read_timeout(Some(PATIENCE)).map_err(lost)?;
-    stream.set_write_timeout(Some(PATIENCE)).map_err(lost)?;
-    let channel = Channel::new(OwnedFd::from(stream));
-    channel.send(request, None).map_err(lost)?;
+    let channel = reach(dir).map_err(lost)?;
+    channel.set_patience(PATIENCE).map_err(lost)?;
+    channel.send(request, fd).map_err(lost)?;
     match channel.receive::<Response>().map_err(lost)? {
         Some((Response::Failed(failure), _)) => Err(failure.into_error()),
-        Some((response, _)) => Ok(response),
-        None => Err(lost(std::io::ErrorKind::UnexpectedEof.into())),
+        Some(answer) => Ok(answer),
+        None => Err(lost(io::Error::from_raw_os_error(libc::ECONNRESET))),
     }
 }
 
 /// Socket addresses hold 107 bytes; a longer path is reached through its folder's descriptor.
-fn connect(dir: &Path) -> std::io::Result<UnixStream> {
-    let path = dir.join(CONTROL_SOCKET);
-    if path.as_os_str().len() < 108 {
-        return UnixStream::connect(path);
-    }
-    let folder = std::fs::File::open(dir)?;
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&folder);
-    UnixStream::connect(format!("/proc/self/fd/{fd}/{CONTROL_SOCKET}"))
+fn reach(dir: &Path) -> io::Result<Channel> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let folder = File::open(dir)?;
+    connect(&socket, &SocketAddrUnix::new(super::socket_path(folder.as_fd()))?)?;
+    Ok(Channel::new(socket))
 }

@@ -9,19 +9,28 @@ mod inflight;
 mod options;
 mod protocol;
 mod registry;
+mod snapshot;
+mod status;
 mod wire;
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
-pub use client::{ask, request_unmount};
+pub use client::{ask, request_restart, request_unmount};
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
 pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
 pub use options::{MountOptions, ServeMode, parse_seconds};
-pub use protocol::{
-    Failure, FileStatus, MountStatus, Request, Residency, Response, TemplateStatus, UnmountMode,
-};
+pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, mounts};
-pub use wire::{Channel, MAX_FRAME};
+pub use snapshot::{BackingRow, Cache, Chosen, FileKey, ServerRow, Snapshot};
+pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
+pub use wire::{Channel, MAX_MESSAGE, Received};
+
+/// A path to the control socket in the open folder of a record that fits into a socket's address, however deep the
+/// folder lies.
+pub fn socket_path(folder: BorrowedFd<'_>) -> PathBuf {
+    format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_raw_fd()).into()
+}
 
 /// Where running things of Stencil leave their records: `$STENCIL_RUNTIME_DIR`, else `/run/stencil`.
 pub fn runtime_dir() -> PathBuf {

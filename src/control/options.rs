@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
 /// How files are to be served.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ServeMode {
     /// Passthrough where the host can and the backing fits, else decode with a named reason.
     #[default]
@@ -45,7 +48,7 @@ impl FromStr for ServeMode {
 }
 
 /// Everything that makes a mount what it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountOptions {
     /// An empty directory.
     pub mountpoint: PathBuf,
@@ -59,6 +62,8 @@ pub struct MountOptions {
     pub cache_size: Option<Bytes>,
     /// How long an open may wait for its backing before it is served by decode.
     pub hydrate_timeout: Duration,
+    /// A request that a server leaves unanswered for so long has the server replaced; zero for never.
+    pub watchdog: Duration,
     /// Execution of files in it is refused.
     pub noexec: bool,
     /// The supervisor stays in its caller's session and talks to its terminal.
@@ -67,6 +72,9 @@ pub struct MountOptions {
 
 /// How long an open waits for its backing where nothing else is said.
 const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a request may be unanswered where nothing else is said.
+const WATCHDOG: Duration = Duration::from_secs(10);
 
 /// Words of `-o` that say what is so anyway, or that are meant for others (`mount`, `fstab`).
 const WITHOUT_EFFECT: [&str; 18] = [
@@ -100,6 +108,7 @@ impl MountOptions {
             cache_dir: None,
             cache_size: None,
             hydrate_timeout: HYDRATE_TIMEOUT,
+            watchdog: WATCHDOG,
             noexec: false,
             foreground: false,
         }
@@ -116,7 +125,7 @@ impl MountOptions {
                 None => (word, None),
             };
             match (key, value) {
-                ("serve" | "cache-dir" | "cache-size" | "hydrate-timeout", Some(value)) => {
+                ("serve" | "cache-dir" | "cache-size" | "hydrate-timeout" | "watchdog", Some(value)) => {
                     self.set(key, OsStr::new(value))?;
                 }
                 ("noexec", None) => self.noexec = true,
@@ -128,7 +137,7 @@ impl MountOptions {
                 }
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).remedy(
-                        "known are serve=, cache-dir=, cache-size=, hydrate-timeout=, noexec and the usual words of fstab",
+                        "known are serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec and the usual words of fstab",
                     ));
                 }
             }
@@ -143,6 +152,7 @@ impl MountOptions {
             "cache-dir" => self.cache_dir = Some(PathBuf::from(value)),
             "cache-size" => self.cache_size = Some(Bytes::parse(text()?)?),
             "hydrate-timeout" => self.hydrate_timeout = parse_seconds(text()?)?,
+            "watchdog" => self.watchdog = parse_seconds(text()?)?,
             _ => return Err(Error::usage(format!("unknown option '{key}'"))),
         }
         Ok(())
@@ -165,6 +175,7 @@ impl MountOptions {
             push("cache-size", OsStr::new(&size.get().to_string()));
         }
         push("hydrate-timeout", OsStr::new(&self.hydrate_timeout.as_secs_f64().to_string()));
+        push("watchdog", OsStr::new(&self.watchdog.as_secs_f64().to_string()));
         for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
             if set {
                 args.push(flag.into());
@@ -241,6 +252,7 @@ mod tests {
         options.cache_dir = Some("/c".into());
         options.cache_size = Some(Bytes::new(5 << 20));
         options.hydrate_timeout = Duration::from_millis(250);
+        options.watchdog = Duration::from_millis(1500);
         options.noexec = true;
         options.foreground = true;
         let args = options.to_args();

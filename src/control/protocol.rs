@@ -1,22 +1,30 @@
-//! What the control socket carries: one [`Request`] frame, one [`Response`] frame, both JSON.
+//! What the control socket carries: one [`Request`], one [`Response`].
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error};
-use crate::store::{Digest, Serving};
-use crate::units::Bytes;
+
+/// Version of the words between the processes of a mount. Servers and supervisors of different versions do not mix.
+pub const CONTROL_VERSION: u32 = 2;
 
 /// What a supervisor can be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "ask")]
 pub enum Request {
-    /// How the mount does.
-    Status,
-    /// How much of each passthrough backing is in the page cache.
-    Residency,
+    /// What it knows. Answered by [`Response::Snapshot`].
+    Snapshot,
+    /// The descriptor of a ready backing, in the order of the snapshot. Answered by [`Response::Descriptor`].
+    Backing {
+        /// Which.
+        index: usize,
+    },
+    /// Go on with another program, which comes as descriptor. Answered by [`Response::Done`] once its server answers.
+    Restart {
+        /// True where the supervisor itself is to be replaced too.
+        supervisor: bool,
+    },
     /// End the mount.
     Unmount {
         /// How.
@@ -40,13 +48,10 @@ pub enum UnmountMode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "answer")]
 pub enum Response {
-    /// To [`Request::Status`].
-    Status(Box<MountStatus>),
-    /// To [`Request::Residency`].
-    Residency {
-        /// One for each backing.
-        files: Vec<Residency>,
-    },
+    /// To [`Request::Snapshot`]: a [`Snapshot`](super::Snapshot) in the memory file that comes with it.
+    Snapshot,
+    /// To [`Request::Backing`]: the descriptor comes with it.
+    Descriptor,
     /// It was done.
     Done,
     /// It was not done.
@@ -93,86 +98,6 @@ impl Failure {
             None => error,
         }
     }
-}
-
-/// One mount, as `status --json` prints it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct MountStatus {
-    /// Where it is mounted, or was before a lazy unmount.
-    pub mountpoint: PathBuf,
-    /// The store that it serves.
-    pub store: PathBuf,
-    /// `st_dev` of everything in it.
-    pub device: u64,
-    /// Process that holds the mount.
-    pub supervisor_pid: u32,
-    /// Process that answers the kernel; none while a successor is being started.
-    pub server_pid: Option<u32>,
-    /// Version of both.
-    pub version: String,
-    /// How many servers were started in place of one that died.
-    pub restarts: u64,
-    /// True after a lazy unmount: no path leads to it, mappings of it still live.
-    pub detached: bool,
-    /// `auto`, `passthrough` or `decode`, as asked for.
-    pub serve: String,
-    /// Where passthrough backings live: a directory, or `memory`, or nothing with the reason in `cache_why`.
-    pub cache: Option<String>,
-    /// Why the cache is not where it was expected.
-    pub cache_why: Option<String>,
-    /// Most bytes that backings may take.
-    pub cache_size: Bytes,
-    /// Bytes that backings take now.
-    pub cache_used: Bytes,
-    /// What is served, and how.
-    pub templates: Vec<TemplateStatus>,
-    /// What was done since the mount began, by name.
-    pub counters: BTreeMap<String, u64>,
-}
-
-/// How one template is served.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct TemplateStatus {
-    /// Which.
-    pub digest: Digest,
-    /// What the next open of its RAM gets.
-    pub serving: Serving,
-    /// Why not passthrough, in words; none where it is, or will be at the first open.
-    pub why: Option<String>,
-    /// Processes that map it. The supervisor leaves it 0; the command line counts.
-    pub clones: u64,
-    /// Bytes of its files that are in backings, those being filled included.
-    pub hydrated_bytes: Bytes,
-    /// Its files.
-    pub files: Vec<FileStatus>,
-}
-
-/// How one file of a template is served.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct FileStatus {
-    /// Its name.
-    pub name: String,
-    /// Its length.
-    pub size: Bytes,
-    /// What the next open gets.
-    pub serving: Serving,
-    /// Why not passthrough.
-    pub why: Option<String>,
-    /// Bytes of data in its backing, also while that is being filled.
-    pub hydrated_bytes: Bytes,
-    /// True when the backing is complete and verified.
-    pub hydrated: bool,
-}
-
-/// Page cache of one passthrough backing.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Residency {
-    /// Template.
-    pub digest: Digest,
-    /// File of it.
-    pub file: String,
-    /// Bytes of the backing in the page cache.
-    pub resident_bytes: Bytes,
 }
 
 #[cfg(test)]

@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::runtime_dir;
 use crate::error::{Error, Result};
+use crate::sys::process::ProcessId;
 use crate::sys::procfs;
 
 /// Name of the control socket in a record's folder.
@@ -61,34 +64,64 @@ pub struct Mount {
     pub dir: PathBuf,
 }
 
-/// The folder of a supervisor's record; removed when dropped.
+/// The folder of a mount's record, locked by its supervisor for as long as that lives; removed when dropped.
 #[derive(Debug)]
-pub struct RecordDir(PathBuf);
+pub struct RecordDir {
+    path: PathBuf,
+    /// The folder itself: the lock is on it, and the control socket is reached through it.
+    folder: OwnedFd,
+}
 
 impl RecordDir {
-    /// Makes the folder for the supervisor with this process id. What a dead one of the same number left is removed.
+    /// Makes the folder of a new mount.
     ///
     /// # Errors
     /// When the runtime directory cannot be made or written.
-    pub fn create(pid: u32) -> Result<RecordDir> {
-        let root = runtime_dir();
-        let all = root.join("mounts");
+    pub fn create(supervisor: ProcessId) -> Result<RecordDir> {
+        let all = runtime_dir().join("mounts");
         fs::create_dir_all(&all).map_err(|e| {
             Error::io("cannot make the runtime directory", &all, e)
                 .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write")
         })?;
-        let dir = all.join(pid.to_string());
-        let _ = fs::remove_dir_all(&dir);
+        let path = all.join(format!("{}-{}", supervisor.pid, supervisor.start_time));
         fs::DirBuilder::new()
             .mode(0o700)
-            .create(&dir)
-            .map_err(|e| Error::io("cannot make the mount's record", &dir, e))?;
-        Ok(RecordDir(dir))
+            .create(&path)
+            .map_err(|e| Error::io("cannot make the mount's record", &path, e))?;
+        Self::take_over(&path)
+    }
+
+    /// Takes over the folder of a mount whose supervisor has died.
+    ///
+    /// # Errors
+    /// [`Code::InUse`](crate::error::Code::InUse) where a supervisor lives.
+    pub fn take_over(path: &Path) -> Result<RecordDir> {
+        let fail = |e| Error::io("cannot use the mount's record", path, e);
+        let folder = OwnedFd::from(fs::File::open(path).map_err(fail)?);
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(RecordDir { path: path.to_owned(), folder }),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(Error::in_use("the mount has a supervisor, or another one takes it over just now")
+                    .at(path)
+                    .remedy("see `stencil status`"))
+            }
+            Err(e) => Err(fail(e.into())),
+        }
+    }
+
+    /// The folder that a supervisor hands to the program that it becomes.
+    pub fn inherited(path: PathBuf, folder: OwnedFd) -> RecordDir {
+        RecordDir { path, folder }
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
+    }
+
+    /// The folder itself.
+    pub fn folder(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
     }
 
     /// Writes the record in one step.
@@ -96,23 +129,23 @@ impl RecordDir {
     /// # Errors
     /// The filesystem's.
     pub fn write(&self, record: &Record) -> Result<()> {
-        let tmp = self.0.join("mount.json.tmp");
+        let tmp = self.path.join("mount.json.tmp");
         let text = serde_json::to_vec_pretty(record)
             .map_err(|e| Error::failed(format!("cannot write the mount's record: {e}")))?;
         let written = (|| -> io::Result<()> {
             let mut file =
                 fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&tmp)?;
             file.write_all(&text)?;
-            fs::rename(&tmp, self.0.join(RECORD_FILE))
+            fs::rename(&tmp, self.path.join(RECORD_FILE))
         })();
-        written.map_err(|e| Error::io("cannot write the mount's record", &self.0, e))
+        written.map_err(|e| Error::io("cannot write the mount's record", &self.path, e))
     }
 }
 
 impl Drop for RecordDir {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            log::warn!("cannot remove {}: {error}", self.0.display());
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
@@ -127,7 +160,10 @@ pub fn mounts() -> Result<Vec<Mount>> {
     let entries = match fs::read_dir(&all) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io("cannot read the runtime directory", &all, e)),
+        Err(e) => {
+            return Err(Error::io("cannot read the runtime directory", &all, e)
+                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write"));
+        }
     };
     let mounted = procfs::mounts()?;
     let mut found = Vec::new();

@@ -1,22 +1,37 @@
-//! Frames over a stream socket: four bytes of length (little-endian), then JSON, and at most one file descriptor.
+//! Messages between the processes of a mount: one packet each (`SOCK_SEQPACKET`), JSON, and at most one descriptor.
+//!
+//! A packet arrives whole or not at all: nobody can hold up its reader in the middle of a message.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// No frame is longer, in bytes.
-pub const MAX_FRAME: usize = 64 << 20;
+/// No message is longer, in bytes. What is, goes in a memory file whose descriptor comes with the message.
+pub const MAX_MESSAGE: usize = 64 << 10;
 
-/// One end of a stream socket that carries frames.
+/// One end of a socket that carries messages.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
+
+/// What a channel that is not waited for has.
+#[derive(Debug)]
+pub enum Received<T> {
+    /// A message.
+    Message(T, Option<OwnedFd>),
+    /// Nothing yet.
+    Nothing,
+    /// The other end is closed.
+    Closed,
+}
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -24,10 +39,34 @@ impl AsFd for Channel {
     }
 }
 
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> OwnedFd {
+        channel.0
+    }
+}
+
 impl Channel {
-    /// Speaks frames over a connected stream socket.
+    /// Speaks over a connected packet socket.
     pub fn new(socket: OwnedFd) -> Channel {
         Channel(socket)
+    }
+
+    /// Two ends.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn pair() -> io::Result<(Channel, Channel)> {
+        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        Ok((Channel(a), Channel(b)))
+    }
+
+    /// Waits no longer than so for a message, or for room to send one; then it fails with `EAGAIN`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        set_socket_timeout(&self.0, Timeout::Recv, Some(patience))?;
+        Ok(set_socket_timeout(&self.0, Timeout::Send, Some(patience))?)
     }
 
     /// Sends one message, and the descriptor with it.
@@ -35,70 +74,84 @@ impl Channel {
     /// # Errors
     /// The socket's; the other end's death is `EPIPE`.
     pub fn send(&self, message: &impl Serialize, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        self.send_with(message, fd, SendFlags::empty())
+    }
+
+    /// As [`send`](Self::send), but fails with `EAGAIN` where it would wait.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn try_send(&self, message: &impl Serialize, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        self.send_with(message, fd, SendFlags::DONTWAIT)
+    }
+
+    fn send_with(
+        &self,
+        message: &impl Serialize,
+        fd: Option<BorrowedFd<'_>>,
+        flags: SendFlags,
+    ) -> io::Result<()> {
         let body = serde_json::to_vec(message)?;
-        if body.len() > MAX_FRAME {
-            return Err(io::Error::other(format!("a message of {} bytes exceeds {MAX_FRAME}", body.len())));
+        if body.len() > MAX_MESSAGE {
+            return Err(io::Error::other(format!("a message of {} bytes exceeds {MAX_MESSAGE}", body.len())));
         }
-        let length = (body.len() as u32).to_le_bytes();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let fds = fd.map(|fd| [fd]);
         if let Some(fds) = &fds {
             ancillary.push(SendAncillaryMessage::ScmRights(fds));
         }
-        let mut sent = 0;
-        while sent < 4 {
-            let part = [IoSlice::new(&length[sent..])];
-            sent += retry(|| sendmsg(&self.0, &part, &mut ancillary, SendFlags::NOSIGNAL))?;
-            ancillary.clear();
-        }
-        let mut rest = &body[..];
-        while !rest.is_empty() {
-            let n = retry(|| rustix::net::send(&self.0, rest, SendFlags::NOSIGNAL))?;
-            rest = &rest[n..];
-        }
-        Ok(())
+        let part = [IoSlice::new(&body)];
+        retry(|| sendmsg(&self.0, &part, &mut ancillary, flags | SendFlags::NOSIGNAL)).map(drop)
     }
 
     /// Waits for one message; none when the other end has closed.
     ///
     /// # Errors
-    /// The socket's, or `InvalidData` for what is no frame.
+    /// The socket's, or `InvalidData` for what is no message.
     pub fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Option<OwnedFd>)>> {
-        let mut length = [0; 4];
-        let mut got = 0;
+        match self.receive_with(RecvFlags::empty())? {
+            Received::Message(message, fd) => Ok(Some((message, fd))),
+            Received::Nothing => Err(io::ErrorKind::TimedOut.into()),
+            Received::Closed => Ok(None),
+        }
+    }
+
+    /// Takes one message if there is one.
+    ///
+    /// # Errors
+    /// As [`receive`](Self::receive).
+    pub fn try_receive<T: DeserializeOwned>(&self) -> io::Result<Received<T>> {
+        self.receive_with(RecvFlags::DONTWAIT)
+    }
+
+    fn receive_with<T: DeserializeOwned>(&self, flags: RecvFlags) -> io::Result<Received<T>> {
+        let mut body = vec![0; MAX_MESSAGE];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = {
+            let mut part = [IoSliceMut::new(&mut body)];
+            retry(|| recvmsg(&self.0, &mut part, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC))
+        };
+        let received = match received {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(Received::Closed),
+            other => other?,
+        };
         let mut fd = None;
-        while got < 4 {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let mut part = [IoSliceMut::new(&mut length[got..])];
-            let message = retry(|| recvmsg(&self.0, &mut part, &mut ancillary, RecvFlags::CMSG_CLOEXEC))?;
-            for item in ancillary.drain() {
-                if let RecvAncillaryMessage::ScmRights(fds) = item {
-                    fd = fds.into_iter().next().or(fd);
-                }
-            }
-            match message.bytes {
-                0 if got == 0 => return Ok(None),
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => got += n,
+        for item in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = item {
+                fd = fds.into_iter().next().or(fd);
             }
         }
-        let length = u32::from_le_bytes(length) as usize;
-        if length > MAX_FRAME {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("frame of {length} bytes")));
+        if received.flags.contains(ReturnFlags::TRUNC) {
+            let why = format!("a message of more than {MAX_MESSAGE} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
-        let mut body = Vec::new();
-        let mut part = vec![0; length.min(1 << 20)];
-        while body.len() < length {
-            let want = part.len().min(length - body.len());
-            match retry(|| rustix::io::read(&self.0, &mut part[..want]))? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => body.extend_from_slice(&part[..n]),
-            }
+        match received.bytes {
+            0 => Ok(Received::Closed),
+            n => Ok(Received::Message(serde_json::from_slice(&body[..n])?, fd)),
         }
-        let value = serde_json::from_slice(&body)?;
-        Ok(Some((value, fd)))
     }
 }
 
@@ -114,33 +167,41 @@ fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixStream;
 
     #[test]
-    fn frames_and_descriptors_arrive_in_order() {
-        let (a, b) = UnixStream::pair().unwrap();
-        let (a, b) = (Channel::new(a.into()), Channel::new(b.into()));
+    fn messages_and_descriptors_arrive_in_order() {
+        let (a, b) = Channel::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
+        assert!(matches!(b.try_receive::<String>().unwrap(), Received::Nothing));
         a.send(&"first", None).unwrap();
-        a.send(&"second", Some(file.as_fd())).unwrap();
+        a.try_send(&"second", Some(file.as_fd())).unwrap();
         let (text, fd) = b.receive::<String>().unwrap().unwrap();
         assert_eq!((text.as_str(), fd.is_some()), ("first", false));
         let (text, fd) = b.receive::<String>().unwrap().unwrap();
         assert_eq!(text, "second");
         let flags = rustix::io::fcntl_getfd(fd.unwrap()).unwrap();
         assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+        b.set_patience(Duration::from_millis(5)).unwrap();
+        assert_eq!(b.receive::<String>().unwrap_err().kind(), io::ErrorKind::TimedOut);
         drop(a);
         assert!(b.receive::<String>().unwrap().is_none());
     }
 
     #[test]
+    fn a_reader_that_sleeps_holds_up_nobody() {
+        let (a, _b) = Channel::pair().unwrap();
+        let text = "x".repeat(MAX_MESSAGE - 2);
+        let error = (0..1000).find_map(|_| a.try_send(&text, None).err()).expect("the socket fills up");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(a.try_send(&"x".repeat(MAX_MESSAGE), None).is_err());
+    }
+
+    #[test]
     fn rubbish_is_an_error() {
-        use std::io::Write;
-        for bytes in [&b"\x01\x00\x00\x00{"[..], b"\xff\xff\xff\xff", b"\x05\x00\x00\x00ab", b"\x01"] {
-            let (mut a, b) = UnixStream::pair().unwrap();
-            a.write_all(bytes).unwrap();
-            drop(a);
-            assert!(Channel::new(b.into()).receive::<String>().is_err(), "{bytes:?}");
+        for bytes in [&b"{"[..], b"\xff\xff\xff\xff", &[b'"'; MAX_MESSAGE + 1]] {
+            let (a, b) = Channel::pair().unwrap();
+            rustix::io::write(&a, bytes).unwrap();
+            assert!(b.receive::<String>().is_err(), "{} bytes", bytes.len());
         }
     }
 }

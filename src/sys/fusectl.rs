@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::fs::{Dir, Mode, OFlags};
@@ -30,6 +31,27 @@ pub fn open() -> io::Result<OwnedFd> {
     let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(context.as_fd())?;
     Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
+}
+
+/// The number of requests that nobody has answered on the connection of that device (`st_dev`), to be read with
+/// [`read_waiting`] as often as one likes. It does not keep the connection.
+///
+/// # Errors
+/// `ENOENT` where no such connection exists; else the kernel's.
+pub fn open_waiting(device: u64) -> io::Result<File> {
+    let path = format!("{}/waiting", rustix::fs::minor(device));
+    Ok(rustix::fs::openat(open()?, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
+}
+
+/// Reads it.
+///
+/// # Errors
+/// The kernel's, when the connection is over.
+pub fn read_waiting(file: &File) -> io::Result<u64> {
+    let mut text = [0; 24];
+    let length = file.read_at(&mut text, 0)?;
+    let number = std::str::from_utf8(&text[..length]).ok().and_then(|t| t.trim().parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// All connections of this host.

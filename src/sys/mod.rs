@@ -4,6 +4,7 @@
 
 pub mod attempt;
 pub mod cachestat;
+pub mod descriptor;
 pub mod fuse_dev;
 pub mod fusectl;
 pub mod handle;
@@ -16,3 +17,4 @@ pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod procfs;
+pub mod users;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
@@ -159,6 +159,42 @@ pub fn inherit(command: &mut Command, fd: OwnedFd) -> &mut Command {
             Ok(())
         })
     }
+}
+
+/// The command inherits all these under their numbers. They must stay open until it is started.
+pub fn inherit_all<'a>(command: &'a mut Command, fds: &[BorrowedFd<'_>]) -> &'a mut Command {
+    let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    // SAFETY: fcntl is async-signal-safe and touches no memory; a number that is not open any more is an error of the
+    // call, which fails the start.
+    unsafe {
+        command.pre_exec(move || {
+            for &number in &numbers {
+                if libc::fcntl(number, libc::F_SETFD, 0) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Holds back signals that would end this process, or lets them come again: what arrives meanwhile waits. A process
+/// that becomes another program holds them back from before until the new program is ready for them.
+///
+/// # Errors
+/// The system's.
+pub fn hold_signals(hold: bool) -> io::Result<()> {
+    // SAFETY: the set is initialised by sigemptyset before it is read; both calls touch nothing else.
+    let result = unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&raw mut set, signal);
+        }
+        let how = if hold { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
+        libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result)) }
 }
 
 /// From now on this process dies with its parent. False when the parent has gone already.

@@ -163,6 +163,13 @@ pub struct Stat {
     pub start_time: u64,
 }
 
+impl Stat {
+    /// False for a zombie.
+    pub fn is_alive(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X')
+    }
+}
+
 /// Reads the text of a `stat` file.
 pub fn parse_stat(text: &str) -> Option<Stat> {
     // The name in parentheses may hold anything, parentheses too.
@@ -185,7 +192,7 @@ pub fn stat(pid: u32) -> Result<Option<Stat>> {
 
 /// True while that very process lives; a zombie does not.
 pub fn is_alive(pid: u32, start_time: u64) -> bool {
-    matches!(stat(pid), Ok(Some(stat)) if stat.start_time == start_time && !matches!(stat.state, 'Z' | 'X'))
+    matches!(stat(pid), Ok(Some(stat)) if stat.start_time == start_time && stat.is_alive())
 }
 
 /// The control group of a process, the memory controller's where there are several (cgroup v1);

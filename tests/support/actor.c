@@ -12,6 +12,8 @@
  *   guard ID FIRST COUNT                MADV_GUARD_INSTALL
  *   pageout ID FIRST COUNT              MADV_PAGEOUT
  *   mergeable ID LENGTH                 MADV_MERGEABLE on so many bytes
+ *   open ID PATH                        a descriptor that is closed by exec, and no mapping
+ *   exec ID                             starts this program anew; there is no answer
  *   fork ID PAGE...                     a child that writes these pages and stays; answers its pid
  *   quit
  */
@@ -126,6 +128,11 @@ int main(void) {
             answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_PAGEOUT));
         } else if (strcmp(word, "mergeable") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             answer(madvise((void *)maps[id], a, MADV_MERGEABLE));
+        } else if (strcmp(word, "open") == 0 && sscanf(line + used, "%4095s", path) == 1) {
+            answer(open(path, O_RDONLY | O_CLOEXEC));
+        } else if (strcmp(word, "exec") == 0) {
+            execl("/proc/self/exe", "actor", (char *)NULL);
+            answer(-1);
         } else if (strcmp(word, "fork") == 0) {
             answer(fork_writer(id, line + used));
         } else {

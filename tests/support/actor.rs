@@ -77,7 +77,7 @@ impl Actor {
 
     /// Runs one command; an error is its number.
     pub fn ask(&mut self, command: &str) -> Result<u64, i32> {
-        writeln!(self.input, "{command}").expect("the actor lives");
+        self.begin(command);
         let mut line = String::new();
         self.output.read_line(&mut line).expect("the actor answers");
         let mut words = line.split_whitespace();
@@ -86,6 +86,11 @@ impl Actor {
             (Some("error"), Some(errno)) => Err(errno as i32),
             _ => panic!("actor: {command}: answered {line:?}"),
         }
+    }
+
+    /// Begins with one command, whose answer is none of the caller's.
+    pub fn begin(&mut self, command: &str) {
+        writeln!(self.input, "{command}").expect("the actor lives");
     }
 
     /// Kills it with SIGKILL and says how long it took to be gone.

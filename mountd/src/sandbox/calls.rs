@@ -165,23 +165,6 @@ pub const CALLS: &[Call] = &[
     call("exit_group", libc::SYS_exit_group, "end of the process"),
 ];
 
-const UNNAMED: i64 = (libc::O_RDWR | libc::O_TMPFILE & !libc::O_DIRECTORY) as i64;
-
-/// What a server that makes its backings itself needs beyond that.
-const MAKING_FILES: &[Call] = &[
-    call("ftruncate", libc::SYS_ftruncate, "lengths of backings"),
-    call("memfd_create", libc::SYS_memfd_create, "backings in memory"),
-    #[cfg(target_arch = "x86_64")]
-    only(
-        call("open", libc::SYS_open, "unnamed backings"),
-        Allowed::If("`O_TMPFILE`", &[bits(1, WRITING, UNNAMED)]),
-    ),
-    only(
-        call("openat", libc::SYS_openat, "unnamed backings"),
-        Allowed::If("`O_TMPFILE`", &[bits(2, WRITING, UNNAMED)]),
-    ),
-];
-
 impl Call {
     /// The row of docs/security.md.
     pub fn row(&self) -> String {
@@ -229,7 +212,7 @@ pub enum Refused {
 ///
 /// # Errors
 /// When the list cannot be compiled.
-pub fn programs(refused: Refused, makes_files: bool) -> Result<Option<[BpfProgram; 2]>> {
+pub fn programs(refused: Refused) -> Result<Option<[BpfProgram; 2]>> {
     let Ok(arch) = std::env::consts::ARCH.try_into() else { return Ok(None) };
     let compile = |rules: BTreeMap<i64, Vec<SeccompRule>>, otherwise, then| {
         SeccompFilter::new(rules, otherwise, then, arch)
@@ -238,9 +221,8 @@ pub fn programs(refused: Refused, makes_files: bool) -> Result<Option<[BpfProgra
     };
     let mut all = BTreeMap::new();
     let mut unknown = BTreeMap::new();
-    let more = if makes_files { MAKING_FILES } else { &[] };
-    for call in CALLS.iter().chain(more) {
-        all.entry(call.number).or_insert_with(Vec::new).extend(call.rules()?);
+    for call in CALLS {
+        all.insert(call.number, call.rules()?);
         if matches!(call.allowed, Allowed::Unknown(_)) {
             unknown.insert(call.number, Vec::new());
         }

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, RestrictionStatus,
-    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, LandlockStatus, PathBeneath, PathFd, RestrictionStatus, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use stencilfs::error::{Error, Result};
 
@@ -16,35 +16,23 @@ fn fail(what: &dyn std::fmt::Display) -> Error {
         .remedy("see whether the container's filter forbids the landlock system calls")
 }
 
-/// Rules that allow to read what lies below `store`, and to make unnamed files in `scratch`; everything else is
-/// forbidden: other files, TCP, abstract sockets and signals to others.
+/// Rules that allow to read what lies below `store`; everything else is forbidden: other files, writing, TCP, abstract
+/// sockets and signals to others.
 ///
 /// # Errors
-/// When a folder cannot be found.
-pub fn rules(store: &Path, scratch: Option<&Path>) -> Result<RulesetCreated> {
-    let reading = AccessFs::ReadFile | AccessFs::ReadDir;
-    let mut folders = vec![(store, reading)];
-    folders.extend(
-        scratch.map(|dir| (dir, reading | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::Truncate)),
-    );
-    let mut rules = Ruleset::default()
+/// When the folder cannot be found.
+pub fn rules(store: &Path) -> Result<RulesetCreated> {
+    let rules = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))
         .and_then(|r| r.handle_access(AccessNet::from_all(KNOWN)))
         .and_then(|r| r.scope(Scope::from_all(KNOWN)))
         .and_then(Ruleset::create)
         .map_err(|e| fail(&e))?;
-    for (folder, rights) in folders {
-        rules = allow(rules, folder, rights)?;
-    }
-    Ok(rules)
-}
-
-fn allow(rules: RulesetCreated, folder: &Path, rights: BitFlags<AccessFs>) -> Result<RulesetCreated> {
-    let fd = PathFd::new(folder).map_err(|e| {
+    let fd = PathFd::new(store).map_err(|e| {
         let landlock::PathFdError::OpenCall { source, .. } = e else { return fail(&e) };
-        Error::io("the server cannot be confined to the folder", folder, source)
+        Error::io("the server cannot be confined to the store", store, source)
     })?;
-    rules.add_rule(PathBeneath::new(fd, rights)).map_err(|e| fail(&e))
+    rules.add_rule(PathBeneath::new(fd, AccessFs::ReadFile | AccessFs::ReadDir)).map_err(|e| fail(&e))
 }
 
 /// From here on the rules hold.

@@ -29,27 +29,17 @@ pub const VARIABLE: &str = "STENCIL_SECCOMP";
 /// When there are other threads already (they would stay outside), when the store's owner cannot reach the store, or
 /// when a part fails that this kernel should have.
 pub fn enter(store: &Path) -> Result<Vec<String>> {
-    inside(store, None, false)
-}
-
-/// As [`enter`], for a server that makes its backings itself, in `scratch` or in memory.
-///
-/// # Errors
-/// As [`enter`].
-pub fn enter_making_files(store: &Path, scratch: Option<&Path>) -> Result<Vec<String>> {
-    inside(store, scratch, true)
-}
-
-fn inside(store: &Path, scratch: Option<&Path>, makes_files: bool) -> Result<Vec<String>> {
     privileges::expect_one_thread()?;
     let refused = refused(std::env::var_os(VARIABLE).as_deref())?;
+    // Both ask the kernel once where its fast paths are, by calls that are not on the list, and remember.
+    let _ = (rustix::param::page_size(), rustix::time::clock_gettime(rustix::time::ClockId::Monotonic));
     // Found before the uid changes: the way to the store may be closed to its owner.
-    let rules = files::rules(store, scratch)?;
+    let rules = files::rules(store)?;
     let mut lacks = Vec::new();
     privileges::give_up(store, &mut lacks)?;
     files::restrict(rules, &mut lacks)?;
     files::expect_readable(store)?;
-    filter(refused, makes_files, &mut lacks)?;
+    filter(refused, &mut lacks)?;
     for lack in &lacks {
         log::warn!("the server is less isolated than it could be: {lack}");
     }
@@ -66,8 +56,8 @@ fn refused(word: Option<&std::ffi::OsStr>) -> Result<Refused> {
 }
 
 /// The last step: what it needs itself is not on the list.
-fn filter(refused: Refused, makes_files: bool, lacks: &mut Vec<String>) -> Result<()> {
-    let Some(programs) = calls::programs(refused, makes_files)? else {
+fn filter(refused: Refused, lacks: &mut Vec<String>) -> Result<()> {
+    let Some(programs) = calls::programs(refused)? else {
         lacks.push(format!("no filter of system calls is known for {} processors", std::env::consts::ARCH));
         return Ok(());
     };

@@ -1,273 +1,399 @@
-//! The supervisor: mounts, keeps what must outlive a server, and starts the next server when one dies.
+//! The supervisor: keeps what must outlive a server, and starts the next server when one dies.
+//!
+//! One thread, one loop, nothing that waits: the control socket, the way to the server, the ends of processes, signals
+//! and the clock. What may take long is done in a process of its own (`jobs`).
 
-mod backings;
-mod cache;
-mod checks;
-mod shared;
-mod users;
+mod servers;
 
-use std::io::Write;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-use stencilfs::control::{Channel, Failure, LOG_FILE, MountOptions, RecordDir, UnmountMode};
-use stencilfs::error::{Code, Error, Result};
-use stencilfs::store::Store;
-use stencilfs::sys::memfd::SharedCounters;
-use stencilfs::sys::{fuse_dev, mount};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use stencilfs::control::{Failure, UnmountMode};
+use stencilfs::error::{Error, Result};
+use stencilfs::sys::{fuse_dev, process};
 
-use crate::link::{Answer, Ask, Hello};
-use crate::stats::{Counter, Stats};
-pub use shared::Shared;
+use crate::backings::Backings;
+use crate::control::Callers;
+use crate::jobs::{self, Job, Outcome};
+use crate::kept::{Kept, Program};
+use crate::notify::Notify;
+use crate::requests::Pending;
+use crate::stats::Counter;
+use crate::watchdog::Watchdog;
+pub use servers::Server;
 
 /// So many servers in a row may die before they answered anything; then each next one waits longer.
 const FREE_DEATHS: u32 = 3;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A new program must answer the kernel within this time.
+pub const PROBATION: Duration = Duration::from_secs(5);
+/// Unmounting waits for pages that are being read; so long.
+const UNMOUNT: Duration = Duration::from_secs(60);
+/// Servers that were killed and are not gone yet; more are not waited for.
+const MOST_LEAVING: usize = 8;
 
-/// Runs a mount from its begin to its end.
-pub fn main(options: MountOptions) -> ExitCode {
-    let foreground = options.foreground;
-    if !foreground {
-        // A session of its own: the caller's terminal may go. It fails only for what is a leader already.
-        let _ = rustix::process::setsid();
-    }
-    let mut caller = Caller { foreground, waiting: true };
-    match run(options, &mut caller) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            caller.tell(Some(&error));
-            ExitCode::from(error.code().exit_code())
+/// Who takes part in the loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Who {
+    Signals,
+    Connection,
+    Listener,
+    Caller(u64),
+    Server,
+    Candidate,
+    ServerEnd,
+    Leaving(usize),
+    Job(usize),
+}
+
+/// What a job is for.
+#[derive(Debug)]
+pub enum Purpose {
+    /// A question of the server of that number.
+    Ask(u32, Pending),
+    /// A caller's unmount, or a signal's.
+    Unmount(Option<u64>, UnmountMode),
+    /// Whether a program can take the place of this one; which, and who asked.
+    Check(Program, Option<u64>),
+}
+
+/// A server that is to take the place of the present one.
+#[derive(Debug)]
+pub struct Candidate {
+    pub server: Server,
+    pub program: Program,
+    pub caller: Option<u64>,
+    pub table: Option<OwnedFd>,
+    pub failure: Option<Failure>,
+}
+
+/// The supervisor of one mount.
+#[derive(Debug)]
+pub struct Supervisor {
+    pub(crate) kept: Kept,
+    pub(crate) backings: Backings,
+    pub(crate) server: Option<Server>,
+    pub(crate) candidate: Option<Candidate>,
+    pub(crate) leaving: Vec<Server>,
+    pub(crate) jobs: Vec<(Job, Purpose)>,
+    pub(crate) callers: Callers,
+    pub(crate) signals: OwnedFd,
+    pub(crate) terminations: u32,
+    pub(crate) watchdog: Watchdog,
+    pub(crate) notify: Notify,
+    pub(crate) idle_deaths: u32,
+    pub(crate) start_at: Option<Instant>,
+    pub(crate) failure: Option<Failure>,
+    pub(crate) successor_program: Option<(Program, Option<u64>)>,
+}
+
+impl Supervisor {
+    /// Takes up a mount, with its present server if there is one, and that one's table of requests.
+    pub fn new(
+        kept: Kept,
+        backings: Backings,
+        server: Option<(Server, Option<OwnedFd>)>,
+        callers: Callers,
+        signals: OwnedFd,
+        notify: Notify,
+    ) -> Supervisor {
+        let mut watchdog = Watchdog::new(kept.options.watchdog, kept.device);
+        let server = server.map(|(mut server, table)| {
+            watchdog.watch(table);
+            server.serving = true;
+            server
+        });
+        Supervisor {
+            kept,
+            backings,
+            server,
+            candidate: None,
+            leaving: Vec::new(),
+            jobs: Vec::new(),
+            callers,
+            signals,
+            terminations: 0,
+            watchdog,
+            notify,
+            idle_deaths: 0,
+            start_at: None,
+            failure: None,
+            successor_program: None,
         }
     }
-}
 
-/// Who started the supervisor, and reads one line about how it went from standard output.
-struct Caller {
-    foreground: bool,
-    waiting: bool,
-}
-
-impl Caller {
-    /// Says that the mount answers, or why there is none; once.
-    fn tell(&mut self, error: Option<&Error>) {
-        if !std::mem::take(&mut self.waiting) || self.foreground {
-            match error {
-                Some(error) if self.foreground => {
-                    eprintln!("stencil-mountd: {error}");
-                    if let Some(remedy) = error.remedy_text() {
-                        eprintln!("stencil-mountd: {remedy}");
-                    }
-                }
-                Some(error) => log::error!("{error}"),
-                None => {}
-            }
-            return;
-        }
-        let line = serde_json::to_string(&error.map(Failure::from)).unwrap_or_default();
-        let mut out = std::io::stdout().lock();
-        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-        if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
-            let _ = rustix::stdio::dup2_stdout(&null);
-        }
-    }
-}
-
-fn run(mut options: MountOptions, caller: &mut Caller) -> Result<()> {
-    options.mountpoint = checks::mountpoint(&options.mountpoint)?;
-    let store = Store::open(&options.store)?;
-    options.store = store.dir().to_owned();
-    let fuse = fuse_dev::open()?;
-    let record = RecordDir::create(std::process::id())?;
-    if !options.foreground {
-        log_to(&record)?;
-    }
-    let counters =
-        SharedCounters::create().map_err(|e| Error::failed("cannot make the counters page").because(e))?;
-    mount::mount_fuse(&fuse, "stencil", &options.mountpoint, options.noexec)?;
-    let device = checks::device_at(&options.mountpoint)?;
-    let mountpoint = options.mountpoint.clone();
-    let mounted = Mounted { mountpoint: &mountpoint, device };
-    let init = fuse_dev::read_init(&fuse)
-        .map_err(|e| Error::failed("the kernel does not begin to speak").because(e))?;
-    let cache = cache::choose(&options, &init)?;
-    if !options.foreground {
-        // Every path is canonical by now; the caller's directory must not be held.
-        std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))?;
-    }
-    let shared =
-        Arc::new(Shared::new(options.clone(), fuse, device, init, record, Stats::new(counters), cache));
-    shared.write_record()?;
-    crate::control::answer_callers(crate::control::listen(&shared.record_dir())?, Arc::clone(&shared));
-    end_on_signals(Arc::clone(&shared))?;
-    let result = keep_serving(&shared, caller);
-    drop(mounted);
-    shared.wait_for_callers();
-    shared.close();
-    result
-}
-
-/// Takes the mount away when the supervisor ends while it is still there: nobody would answer it any more.
-struct Mounted<'a> {
-    mountpoint: &'a Path,
-    device: u64,
-}
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        if checks::device_at(self.mountpoint).is_ok_and(|device| device == self.device)
-            && let Err(error) = mount::unmount(self.mountpoint, true)
+    /// Serves until the mount is over.
+    ///
+    /// # Errors
+    /// That no server ever answered, and why; with those who are to be told.
+    pub fn run(mut self) -> std::result::Result<(), (Error, Callers)> {
+        if let Err(e) =
+            rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT | rustix::mm::MlockAllFlags::FUTURE)
         {
-            log::error!("cannot unmount {}: {error}", self.mountpoint.display());
+            log::warn!("the supervisor's memory is not locked: {e}");
         }
-    }
-}
-
-fn log_to(record: &RecordDir) -> Result<()> {
-    let path = record.path().join(LOG_FILE);
-    let open = || -> std::io::Result<()> {
-        let file = std::fs::File::options().create(true).append(true).open(&path)?;
-        Ok(rustix::stdio::dup2_stderr(&file)?)
-    };
-    open().map_err(|e| Error::io("cannot write the log", &path, e))
-}
-
-/// SIGTERM and the like end the mount as soon as nobody is hurt: at once, or with its last mapping.
-fn end_on_signals(shared: Arc<Shared>) -> Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
-        .map_err(|e| Error::failed("cannot wait for signals").because(e))?;
-    thread::spawn(move || {
-        for signal in signals.forever() {
-            log::info!("signal {signal}: unmounting");
-            match shared.unmount(UnmountMode::Plain) {
-                Err(error) if error.code() == Code::InUse => {
-                    log::warn!("{error}; it is detached, and served until its last user ends");
-                    if let Err(error) = shared.unmount(UnmountMode::Lazy) {
-                        log::error!("{error}");
-                    }
-                }
-                Err(error) => log::error!("{error}"),
-                Ok(()) => {}
+        if self.server.is_some() {
+            self.announce();
+        }
+        while !fuse_dev::is_over(&self.kept.fuse) {
+            if let Err(error) = self.keep_a_server() {
+                return Err((error, self.callers));
+            }
+            self.turn();
+            if self.jobs.is_empty()
+                && let Some((program, caller)) = self.successor_program.take()
+            {
+                self.become_program(program, caller);
             }
         }
-    });
-    Ok(())
-}
+        log::info!("the mount is over");
+        self.notify.stopping();
+        let until = Instant::now() + Duration::from_secs(2);
+        while !(self.jobs.is_empty() && self.server.is_none()) && Instant::now() < until {
+            self.turn();
+        }
+        for server in
+            self.server.iter().chain(self.candidate.as_ref().map(|c| &c.server)).chain(&self.leaving)
+        {
+            server.kill();
+        }
+        self.callers.end();
+        Ok(())
+    }
 
-/// Starts servers until the connection is over.
-fn keep_serving(shared: &Arc<Shared>, caller: &mut Caller) -> Result<()> {
-    let mut idle_deaths = 0;
-    let mut successor = false;
-    loop {
-        let answers = shared.stats.get(Counter::Answers);
-        let begun = Instant::now();
-        let end = serve_once(shared, successor, caller);
-        if fuse_dev::is_over(&shared.fuse) {
-            log::info!("the mount is over");
+    /// One look at everything; waits until there is something to see.
+    fn turn(&mut self) {
+        let ready = self.wait();
+        for who in ready {
+            match who {
+                Who::Signals => self.signalled(),
+                Who::Listener => self.callers.accept(&self.kept.listener),
+                Who::Caller(id) => self.called(id),
+                Who::Server => self.hear(false),
+                Who::Candidate => self.hear(true),
+                Who::ServerEnd => self.server_died(),
+                Who::Leaving(at) => {
+                    if at < self.leaving.len() {
+                        log::info!("server {} has ended", self.leaving.remove(at).row.process.pid);
+                    }
+                    // What it had read since its successor began comes again.
+                    self.resend();
+                }
+                Who::Connection | Who::Job(_) => {}
+            }
+        }
+        self.see_to_jobs();
+        if let Some(candidate) = &self.candidate
+            && candidate.server.since.elapsed() > PROBATION
+        {
+            self.candidate_failed("it did not answer within 5 s");
+        }
+        if self.server.as_ref().is_some_and(|s| s.serving)
+            && let Some(why) = self.watchdog.look(&self.kept.stats)
+        {
+            log::error!("watchdog: {why}: the server is replaced");
+            self.kept.stats.count(Counter::WatchdogReplaced);
+            self.server_died();
+        }
+        self.notify.ping();
+        while matches!(process::reap_one(), Ok(Some(_))) {}
+    }
+
+    fn wait(&self) -> Vec<Who> {
+        let mut all: Vec<(Who, BorrowedFd<'_>)> = vec![
+            (Who::Signals, self.signals.as_fd()),
+            (Who::Connection, self.kept.fuse.as_fd()),
+            (Who::Listener, self.kept.listener.as_fd()),
+        ];
+        all.extend(self.callers.channels().map(|(id, channel)| (Who::Caller(id), channel)));
+        if let Some(server) = &self.server {
+            all.extend([(Who::Server, server.link.as_fd()), (Who::ServerEnd, server.pidfd.as_fd())]);
+        }
+        all.extend(self.candidate.iter().map(|c| (Who::Candidate, c.server.link.as_fd())));
+        all.extend(self.leaving.iter().enumerate().map(|(at, s)| (Who::Leaving(at), s.pidfd.as_fd())));
+        all.extend(self.jobs.iter().enumerate().map(|(at, (job, _))| (Who::Job(at), job.channel.as_fd())));
+        let events = |who| if who == Who::Connection { PollFlags::empty() } else { PollFlags::IN };
+        let mut polled: Vec<PollFd<'_>> =
+            all.iter().map(|(who, fd)| PollFd::from_borrowed_fd(*fd, events(*who))).collect();
+        let pause = self.watchdog.interval();
+        let timeout = Timespec { tv_sec: pause.as_secs() as i64, tv_nsec: pause.subsec_nanos().into() };
+        if poll(&mut polled, Some(&timeout)).is_err() {
+            return Vec::new();
+        }
+        all.iter().zip(&polled).filter(|(_, p)| !p.revents().is_empty()).map(|((who, _), _)| *who).collect()
+    }
+
+    /// Starts a server where none is, unless it is to wait.
+    fn keep_a_server(&mut self) -> Result<()> {
+        if self.server.is_some() || self.start_at.is_some_and(|at| Instant::now() < at) {
             return Ok(());
         }
-        match end {
-            End::Died if caller.waiting && idle_deaths + 1 >= FREE_DEATHS => {
-                return Err(Error::failed("the server dies before it answers")
-                    .remedy("start it with -f and STENCIL_LOG=debug to see why"));
+        if self.callers.nobody_served_yet() && (self.failure.is_some() || self.idle_deaths >= FREE_DEATHS) {
+            return Err(self.failure.take().map_or_else(
+                || {
+                    Error::failed("the server dies before it answers")
+                        .remedy("start it with -f and STENCIL_LOG=debug to see why")
+                },
+                Failure::into_error,
+            ));
+        }
+        self.save();
+        match Server::start(&self.kept, &self.backings, &self.kept.program) {
+            Ok(server) => self.server = Some(server),
+            Err(error) => {
+                log::error!("{error}");
+                self.idle_deaths += 1;
+                self.start_at = Some(Instant::now() + SHORTEST_PAUSE);
             }
-            End::Died => {}
-            End::GaveUp(failure) if caller.waiting => return Err(failure.into_error()),
-            End::GaveUp(failure) => log::error!("no server: {}", failure.into_error()),
         }
-        successor = shared.is_greeted();
-        idle_deaths = if shared.stats.get(Counter::Answers) == answers { idle_deaths + 1 } else { 0 };
-        shared.count_restart();
-        log::warn!("the server has died after {:.1} s; starting another", begun.elapsed().as_secs_f64());
-        if idle_deaths > FREE_DEATHS {
-            pause(shared, idle_deaths - FREE_DEATHS);
+        Ok(())
+    }
+
+    /// The server is gone, or is to go: the next one is started without waiting for its end.
+    pub(crate) fn server_died(&mut self) {
+        let Some(server) = self.server.take() else { return };
+        let answered = self.kept.stats.get(Counter::Answers) != server.answers;
+        self.idle_deaths = if answered { 0 } else { self.idle_deaths + 1 };
+        self.kept.restarts += 1;
+        log::warn!(
+            "server {} has died after {:.1} s",
+            server.row.process.pid,
+            server.since.elapsed().as_secs_f64()
+        );
+        self.dismiss(server);
+        self.backings.forget_unfinished();
+        self.watchdog.watch(None);
+        if self.idle_deaths >= FREE_DEATHS
+            && let Some(previous) = self.kept.previous.take()
+        {
+            log::error!(
+                "servers of {} do not answer: going back to {}",
+                self.kept.program.name.display(),
+                previous.name.display()
+            );
+            self.kept.program = previous;
+        }
+        self.start_at = self.idle_deaths.checked_sub(FREE_DEATHS + 1).map(|beyond| {
+            let pause = SHORTEST_PAUSE.saturating_mul(2 << beyond.min(10)).min(LONGEST_PAUSE);
+            log::error!("{} servers in a row died before they answered: waiting {pause:?}", self.idle_deaths);
+            Instant::now() + pause
+        });
+    }
+
+    /// Ends a server; its end is noticed later.
+    pub(crate) fn dismiss(&mut self, server: Server) {
+        server.kill();
+        if self.leaving.len() < MOST_LEAVING {
+            self.leaving.push(server);
         }
     }
-}
 
-/// Waits before the next start, twice as long each time; not longer than the connection lives.
-fn pause(shared: &Shared, nth: u32) {
-    let length = SHORTEST_PAUSE.saturating_mul(1 << nth.min(10)).min(LONGEST_PAUSE);
-    log::error!("{nth} servers beyond {FREE_DEATHS} in a row died before they answered: waiting {length:?}");
-    let until = Instant::now() + length;
-    while Instant::now() < until && !fuse_dev::is_over(&shared.fuse) {
-        thread::sleep(SHORTEST_PAUSE);
-    }
-}
-
-enum End {
-    Died,
-    GaveUp(Failure),
-}
-
-/// Starts a server and answers it until its end of the link closes, which is when it dies.
-fn serve_once(shared: &Arc<Shared>, successor: bool, caller: &mut Caller) -> End {
-    let (mut child, link) = match start_server(shared) {
-        Ok(started) => started,
-        Err(error) => return End::GaveUp(Failure::from(&error)),
-    };
-    shared.set_server(Some(child.id()));
-    let mut end = End::Died;
-    let hello = shared.hello(successor);
-    if let Err(error) = greet(&link, &hello, shared) {
-        log::error!("cannot greet the server: {error}");
-    }
-    while let Ok(Some((ask, fd))) = link.receive::<Ask>() {
-        let handshake = matches!(ask, Ask::Handshake { .. });
-        if let Ask::GiveUp { failure } = &ask {
-            end = End::GaveUp(failure.clone());
-        }
-        let answer = shared.answer(ask, fd).unwrap_or_else(|e| Answer::Refused(Failure::from(&e)));
-        let accepted = handshake && matches!(answer, Answer::Done);
-        if link.send(&answer, None).is_err() {
-            break;
-        }
-        if accepted {
-            shared.greeted.store(true, Ordering::SeqCst);
-            caller.tell(None);
+    pub(crate) fn resend(&self) {
+        if self.kept.reply.is_some()
+            && let Err(e) = fuse_dev::resend(&self.kept.fuse)
+        {
+            log::error!("cannot have requests sent again: {e}");
         }
     }
-    shared.set_server(None);
-    // A process that the kernel cannot end yet must not hold up its successor.
-    thread::spawn(move || {
-        if let Ok(status) = child.wait() {
-            log::info!("server {} has ended: {status}", child.id());
+
+    /// SIGTERM and the like end the mount as soon as nobody is hurt: at once, or with its last mapping. A second one
+    /// ends it now, and names who dies.
+    fn signalled(&mut self) {
+        let mut bytes = [0; 64];
+        if rustix::io::read(&self.signals, &mut bytes).is_err() {
+            return;
         }
-    });
-    end
-}
+        self.terminations += 1;
+        self.notify.stopping();
+        let mode = if self.terminations == 1 { UnmountMode::Plain } else { UnmountMode::Force };
+        log::info!(
+            "a signal asks for the end: {}",
+            if self.terminations == 1 { "unmounting" } else { "aborting" }
+        );
+        self.unmount(None, mode);
+    }
 
-fn greet(link: &Channel, hello: &Hello, shared: &Shared) -> std::io::Result<()> {
-    use std::os::fd::AsFd;
-    link.send(hello, Some(shared.stats.page().fd().as_fd()))
-}
+    pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {
+        let (options, device) = (self.kept.options.clone(), self.kept.device);
+        let job = Job::start(UNMOUNT, &self.kept.fuse, || {
+            if mode == UnmountMode::Force
+                && let Ok(users) = jobs::find_users(device, Duration::from_secs(1))
+            {
+                log::warn!("the connection is aborted; these lose what they have not read: {users}");
+            }
+            jobs::unmount(&options, device, mode).map(|()| None)
+        });
+        self.begin(job, Purpose::Unmount(caller, mode));
+    }
 
-/// The server inherits the connection as descriptor 0, the link as 1, the log as 2, and nothing else.
-fn start_server(shared: &Shared) -> Result<(Child, Channel)> {
-    let fail = |e: std::io::Error| {
-        Error::failed("cannot start a server").because(e).remedy("see the limits of processes and open files")
-    };
-    let (ours, theirs) = UnixStream::pair().map_err(fail)?;
-    let fuse = shared.fuse.try_clone().map_err(fail)?;
-    let child = Command::new("/proc/self/exe")
-        .arg0("stencil-mountd")
-        .arg("serve")
-        .arg("--")
-        .arg(&shared.options.mountpoint)
-        .stdin(Stdio::from(fuse))
-        .stdout(Stdio::from(OwnedFd::from(theirs)))
-        // Out of reach of Ctrl-C at the supervisor's terminal.
-        .process_group(0)
-        .spawn()
-        .map_err(fail)?;
-    Ok((child, Channel::new(ours.into())))
+    pub(crate) fn begin(&mut self, job: Result<Job>, purpose: Purpose) {
+        match job {
+            Ok(job) => self.jobs.push((job, purpose)),
+            Err(error) => self.ended(purpose, Outcome::Failed(Failure::from(&error)), None),
+        }
+    }
+
+    fn see_to_jobs(&mut self) {
+        let mut at = 0;
+        while let Some((job, _)) = self.jobs.get(at) {
+            match job.outcome() {
+                Some((outcome, fd)) => {
+                    let (_, purpose) = self.jobs.remove(at);
+                    self.ended(purpose, outcome, fd);
+                }
+                None => at += 1,
+            }
+        }
+    }
+
+    fn ended(&mut self, purpose: Purpose, outcome: Outcome, fd: Option<OwnedFd>) {
+        let failed = match &outcome {
+            Outcome::Failed(failure) => Some(failure.clone().into_error()),
+            _ => None,
+        };
+        match purpose {
+            Purpose::Ask(server, pending) => self.answered(server, pending, outcome, fd),
+            Purpose::Unmount(None, UnmountMode::Plain) if failed.is_some() => {
+                log::warn!("it is in use: detached, and served until its last user ends");
+                self.unmount(None, UnmountMode::Lazy);
+            }
+            Purpose::Unmount(caller, _) => {
+                if let (None, Some(error)) = (caller, &failed) {
+                    log::error!("{error}");
+                }
+                self.callers.answer(caller, failed.map_or(Ok(()), Err));
+            }
+            Purpose::Check(program, caller) => match failed {
+                None => self.successor_program = Some((program, caller)),
+                Some(error) => self.callers.answer(caller, Err(error)),
+            },
+        }
+    }
+
+    /// Writes down what a successor must know.
+    pub(crate) fn save(&mut self) {
+        let server = self.server.as_ref().map(|s| s.row.clone());
+        let text = self.kept.snapshot(server, self.backings.rows()).and_then(|snapshot| {
+            serde_json::to_vec(&snapshot).map_err(|e| Error::failed(format!("cannot write the ledger: {e}")))
+        });
+        let written = text.and_then(|text| {
+            self.kept.ledger.write(&text).map_err(|e| Error::failed("cannot write the ledger").because(e))
+        });
+        if let Err(error) = written {
+            log::error!("{error}");
+        }
+    }
+
+    /// Lets everybody know who serves: successors, other programs, the service manager, who started the mount.
+    pub(crate) fn announce(&mut self) {
+        self.save();
+        let server = self.server.as_ref().map(|s| s.row.process);
+        if let Err(error) = self.kept.write_record(server) {
+            log::error!("{error}");
+        }
+        self.notify.ready(&self.kept);
+        self.callers.served();
+    }
 }

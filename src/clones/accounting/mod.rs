@@ -96,7 +96,7 @@ pub struct Survey {
 /// When a store, a supervisor or a process cannot be asked: no figure is better than a wrong one.
 pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let inodes = Inodes::of(mounts)?;
-    let mut found = find::search(&inodes)?;
+    let mut found = find::search(&inodes)?.complete()?;
     if let Some(only) = only {
         found.retain(|clone| clone.maps.iter().any(|map| map.digest == *only));
     }

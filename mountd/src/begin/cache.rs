@@ -3,29 +3,16 @@
 use std::path::Path;
 
 use rustix::fs::{IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags, statfs, statvfs};
-use stencilfs::control::{MountOptions, ServeMode};
+use stencilfs::control::{Cache, Chosen, MountOptions, ServeMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::procfs;
 use stencilfs::units::Bytes;
-
-use crate::link::Cache;
 
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
 /// `FUSE_PASSTHROUGH`, bit 37 of INIT's flags: bit 5 of its second word.
 const PASSTHROUGH_FLAGS2: u32 = 1 << 5;
 /// Where `flags2` lies in an INIT request: header of 40 bytes, then major, minor, max_readahead, flags.
 const FLAGS2_OFFSET: usize = 40 + 16;
-
-/// The choice, and its reason where it is not the expected one.
-#[derive(Debug, Clone)]
-pub struct Chosen {
-    /// Where.
-    pub cache: Cache,
-    /// Why not in a directory.
-    pub why: Option<String>,
-    /// Most bytes.
-    pub most: Bytes,
-}
 
 /// Chooses by what was asked for and what the kernel and the filesystems can do.
 ///

@@ -12,17 +12,15 @@ use stencilfs::sys::{mount, procfs};
 /// # Errors
 /// Says what is in the way, and how to get it out of it.
 pub fn mountpoint(path: &Path) -> Result<PathBuf> {
-    let canonical = fs::canonicalize(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENOTCONN) => dead(path),
-        Some(libc::ENOENT) => Error::io("the mountpoint does not exist", path, e)
-            .remedy(format!("make it: mkdir -p {}", path.display())),
-        _ => Error::io("cannot use the mountpoint", path, e),
-    })?;
-    if let Some(there) = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == canonical) {
+    let canonical = canonical(path)?;
+    while let Some(there) = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == canonical) {
         let ours = there.fs_type == mount::FS_TYPE;
         // The kernel may know its attributes for a while yet; that it has a path does not mean that it lives.
         if ours && !control::mounts()?.iter().any(|m| m.device == there.dev) {
-            return Err(dead(&canonical));
+            log::warn!("{}: a dead mount of Stencil is taken away", canonical.display());
+            mount::unmount(&canonical, true)
+                .map_err(|e| Error::io("cannot take away the dead mount that is there", &canonical, e))?;
+            continue;
         }
         let what =
             if ours { "a Stencil mount".to_owned() } else { format!("a mount of type {}", there.fs_type) };
@@ -51,10 +49,26 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     Ok(canonical)
 }
 
-fn dead(path: &Path) -> Error {
-    Error::in_use("the mountpoint holds a mount whose server has died")
-        .at(path)
-        .remedy(format!("take it away: stencil umount -l {}", path.display()))
+/// The path without symbolic links. What is mounted on its last part is not asked: it may be dead.
+///
+/// # Errors
+/// When there is no such directory.
+pub fn canonical(path: &Path) -> Result<PathBuf> {
+    let fail = |e: std::io::Error| match e.raw_os_error() {
+        Some(libc::ENOENT) => Error::io("the mountpoint does not exist", path, e)
+            .remedy(format!("make it: mkdir -p {}", path.display())),
+        _ => Error::io("cannot use the mountpoint", path, e),
+    };
+    match fs::canonicalize(path) {
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+            let full = std::path::absolute(path).map_err(fail)?;
+            match (full.parent(), full.file_name()) {
+                (Some(parent), Some(name)) => Ok(fs::canonicalize(parent).map_err(fail)?.join(name)),
+                _ => Ok(full),
+            }
+        }
+        other => other.map_err(fail),
+    }
 }
 
 /// Device number of what is mounted there, without asking the mount.

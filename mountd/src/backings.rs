@@ -1,0 +1,242 @@
+//! The backings of a mount. They belong to the connection: the supervisor keeps them while servers come and go.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use stencilfs::control::{BackingRow, Chosen, FileKey};
+use stencilfs::error::{Error, Result};
+use stencilfs::sys::fuse_dev;
+use stencilfs::units::Bytes;
+
+use crate::link::{Answer, MOST_KEYS};
+
+/// Most files that a mount keeps a backing, or a reason for none, for.
+const MOST: usize = 4096;
+
+/// One of them.
+#[derive(Debug)]
+pub struct Backing {
+    /// What is known of it.
+    pub row: BackingRow,
+    /// The file, once it is made.
+    pub file: Option<OwnedFd>,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// There is only a reason why not.
+    None,
+    /// Room is set aside; it is made and filled.
+    Room,
+    /// Nobody can change it any more.
+    Frozen,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Backings(Vec<Backing>);
+
+impl Backings {
+    /// Those of another supervisor; `file` finds the descriptor of a row. What was unfinished is forgotten.
+    pub fn restore(rows: Vec<BackingRow>, mut file: impl FnMut(&BackingRow) -> Option<OwnedFd>) -> Backings {
+        let ready = rows.into_iter().filter(|row| row.id.is_some());
+        Backings(ready.map(|row| Backing { file: file(&row), row, stage: Stage::Frozen }).collect())
+    }
+
+    /// All rows, with the numbers of their descriptors here.
+    pub fn rows(&self) -> Vec<BackingRow> {
+        let number = |b: &Backing| b.file.as_ref().map(AsRawFd::as_raw_fd);
+        self.0.iter().map(|b| BackingRow { descriptor: number(b), ..b.row.clone() }).collect()
+    }
+
+    /// Descriptors of those that are ready.
+    pub fn files(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.ready().map(|(_, file)| file)
+    }
+
+    /// The descriptor of the ready one at that place of [`rows`](Self::rows).
+    ///
+    /// # Errors
+    /// Not found when there is none.
+    pub fn file(&self, index: usize) -> Result<&OwnedFd> {
+        let backing = self.0.get(index).filter(|b| b.row.id.is_some());
+        backing.and_then(|b| b.file.as_ref()).ok_or_else(|| Error::not_found("no such backing"))
+    }
+
+    /// The ids of those that are ready, with their descriptors.
+    pub fn ready(&self) -> impl Iterator<Item = (u32, &OwnedFd)> {
+        self.0.iter().filter_map(|b| Some((b.row.id?, b.file.as_ref()?)))
+    }
+
+    /// The id of a file's backing.
+    pub fn id(&self, key: &FileKey) -> Option<u32> {
+        self.0.iter().find(|b| b.row.key == *key)?.row.id
+    }
+
+    fn find(&mut self, key: &FileKey) -> Option<&mut Backing> {
+        self.0.iter_mut().find(|b| b.row.key == *key)
+    }
+
+    fn unfinished(&mut self, key: &FileKey) -> Result<&mut Backing> {
+        self.find(key)
+            .filter(|b| b.row.id.is_none() && b.stage != Stage::None)
+            .ok_or_else(|| Error::failed("no room was set aside for that backing"))
+    }
+
+    fn entry(&mut self, key: FileKey) -> Result<&mut Backing> {
+        let at = match self.0.iter().position(|b| b.row.key == key) {
+            Some(at) => at,
+            None if self.0.len() >= MOST => {
+                return Err(Error::try_again(format!("the mount keeps backings for {MOST} files, no more")));
+            }
+            None => {
+                let (id, descriptor, why) = (None, None, None);
+                let row = BackingRow { key, id, descriptor, identity: (0, 0), reserved: 0, filled: 0, why };
+                self.0.push(Backing { row, file: None, stage: Stage::None });
+                self.0.len() - 1
+            }
+        };
+        Ok(&mut self.0[at])
+    }
+
+    /// A server has died: what it was making is gone with it, and its successor tries everything anew.
+    pub fn forget_unfinished(&mut self) {
+        self.0.retain(|b| b.row.id.is_some());
+    }
+
+    /// Sets room aside ([`Answer::Room`]), or names the backings that would have to go.
+    ///
+    /// # Errors
+    /// [`Code::TryAgain`](stencilfs::error::Code::TryAgain) when it can never fit.
+    pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, bytes: u64) -> Result<Answer> {
+        let needs = format!("its backing needs {}", Bytes::new(bytes));
+        if bytes > chosen.most.get() {
+            return Err(Error::try_again(format!("{needs}, the cache may hold {}", chosen.most))
+                .remedy("mount with a larger --cache-size"));
+        }
+        let others: u64 = self.0.iter().filter(|b| b.row.key != *key).map(|b| b.row.reserved).sum();
+        let mut excess = (others + bytes).saturating_sub(chosen.most.get());
+        if excess == 0 {
+            let backing = self.entry(key.clone())?;
+            if backing.row.id.is_some() {
+                return Err(Error::failed("that file has a backing"));
+            }
+            backing.row.reserved = bytes;
+            backing.stage = Stage::Room;
+            return Ok(Answer::Room);
+        }
+        let mut candidates: Vec<_> =
+            self.0.iter().filter(|b| b.row.key != *key && b.row.id.is_some()).collect();
+        candidates.sort_by_key(|b| b.row.reserved);
+        let mut leave = Vec::new();
+        for backing in candidates.into_iter().take(MOST_KEYS) {
+            leave.push(backing.row.key.clone());
+            excess = excess.saturating_sub(backing.row.reserved);
+        }
+        if excess > 0 || leave.is_empty() {
+            let taken = Bytes::new(others);
+            return Err(Error::try_again(format!(
+                "{needs}, of the cache's {} {taken} are taken",
+                chosen.most
+            )));
+        }
+        Ok(Answer::Evict(leave))
+    }
+
+    /// Takes the empty file that was made for a backing.
+    ///
+    /// # Errors
+    /// When no room was set aside for it.
+    pub fn made(&mut self, key: &FileKey, file: OwnedFd) -> Result<&OwnedFd> {
+        let stat = rustix::fs::fstat(&file).map_err(|e| Error::failed("a lost backing").because(e.into()))?;
+        let backing = self.unfinished(key)?;
+        backing.row.identity = (stat.st_dev, stat.st_ino);
+        backing.stage = Stage::Room;
+        Ok(backing.file.insert(file))
+    }
+
+    /// What is to be frozen, and the room that was set aside for it.
+    ///
+    /// # Errors
+    /// When no file was made for it.
+    pub fn filled(&mut self, key: &FileKey) -> Result<(&OwnedFd, Bytes)> {
+        let backing = self.unfinished(key)?;
+        let file = backing.file.as_ref().ok_or_else(|| Error::failed("no file was made for that backing"))?;
+        Ok((file, Bytes::new(backing.row.reserved)))
+    }
+
+    /// Notes that it is frozen.
+    pub fn frozen(&mut self, key: &FileKey) {
+        if let Ok(backing) = self.unfinished(key) {
+            backing.stage = Stage::Frozen;
+        }
+    }
+
+    /// Registers a frozen backing, whose content the server has compared, with the connection.
+    ///
+    /// # Errors
+    /// The kernel's, or when it was not frozen.
+    pub fn register(&mut self, fuse: &OwnedFd, key: &FileKey) -> Result<u32> {
+        // A question may come twice: a second id for an inode in use would be an error for its openers.
+        if let Some(id) = self.find(key).and_then(|b| b.row.id) {
+            return Ok(id);
+        }
+        let backing = self.unfinished(key)?;
+        let file = backing.file.as_ref().filter(|_| backing.stage == Stage::Frozen);
+        let file = file.ok_or_else(|| Error::failed("that backing is not frozen"))?;
+        let id = fuse_dev::backing_open(fuse, file.as_fd()).map_err(|e| {
+            let stacked = e.raw_os_error() == Some(libc::ELOOP);
+            let error = Error::failed("the kernel does not accept the backing").because(e);
+            if stacked { error.remedy("name a directory on ext4 or xfs with --cache-dir") } else { error }
+        })?;
+        backing.row.id = Some(id);
+        backing.row.filled = backing.row.reserved;
+        backing.row.why = None;
+        Ok(id)
+    }
+
+    /// Closes backings that nobody uses and nobody is handed any more.
+    pub fn close(&mut self, fuse: &OwnedFd, keys: &[FileKey]) {
+        self.0.retain(|b| match b.row.id {
+            Some(id) if keys.contains(&b.row.key) => {
+                if let Err(error) = fuse_dev::backing_close(fuse, id) {
+                    log::error!(
+                        "cannot close the backing of {} {}: {error}",
+                        b.row.key.digest,
+                        b.row.key.file
+                    );
+                }
+                // The server that asked has the file open too: giving back its room is not waited for here.
+                false
+            }
+            _ => true,
+        });
+    }
+
+    /// Notes why a file has no backing, or that one is tried. One that is late goes on being filled.
+    ///
+    /// # Errors
+    /// When too many files have one.
+    pub fn decode(&mut self, key: FileKey, why: Option<String>) -> Result<()> {
+        let backing = self.entry(key)?;
+        if backing.row.id.is_none() {
+            backing.row.why = why;
+        }
+        Ok(())
+    }
+
+    /// Gives back the room of a backing that is given up.
+    pub fn give_back(&mut self, key: &FileKey) {
+        if let Ok(backing) = self.unfinished(key) {
+            (backing.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
+            backing.file = None;
+        }
+    }
+
+    /// Notes how far one is filled.
+    pub fn progress(&mut self, key: &FileKey, bytes: u64) {
+        if let Ok(backing) = self.unfinished(key) {
+            backing.row.filled = backing.row.filled.max(bytes);
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! A mount whose supervisor was killed: everything that it kept, its server has too.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use stencilfs::control::{Channel, INFLIGHT_NAME, Mount, RecordDir};
+use stencilfs::error::{Error, Result};
+
+use super::{Found, Taken, restore};
+use crate::kept::{self, Ledger, Program};
+use crate::link::{Answer, Reply};
+use crate::supervisor::Server;
+
+/// Takes over the mount, with its server.
+///
+/// # Errors
+/// Says what the server does not have. The mount is left as it was: it is served on.
+pub fn adopt(left: &Mount) -> Result<Taken> {
+    let fail = |error: Error| {
+        error
+            .context("cannot take over the mount, which has lost its supervisor")
+            .at(&left.mountpoint)
+            .remedy("it is served on; unmount it, with -l where clones use it, and mount again")
+    };
+    let record = RecordDir::take_over(&left.dir)?;
+    from_server(left, record).map_err(fail)
+}
+
+fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
+    let pid = left.server_pid.ok_or_else(|| Error::failed("its server is gone"))?;
+    let server = Holder::open(pid)?;
+    let wrong = |what: &str| Error::failed(format!("its server, process {pid}, holds no {what}"));
+    let fuse = server.get("fuse")?;
+    if !is_fuse(&fuse) {
+        return Err(wrong("connection"));
+    }
+    let unreadable = |e| Error::failed("its ledger cannot be read").because(e);
+    let (ledger, text) = Ledger::open(server.get("ledger")?).map_err(unreadable)?;
+    let snapshot = kept::parse(&text)?;
+    if snapshot.device != left.device {
+        return Err(wrong("ledger of this mount"));
+    }
+    let row = snapshot.server.clone().filter(|row| row.process.pid == pid && row.process.is_alive());
+    let row = row.ok_or_else(|| wrong("ledger of its own"))?;
+    let found = Found {
+        fuse,
+        counters: server.get("counters")?,
+        ledger,
+        program: Program::new(server.get("program")?),
+        listener: None,
+        files: server
+            .files(|stat| snapshot.backings.iter().any(|b| b.identity == (stat.st_dev, stat.st_ino))),
+    };
+    let link = Channel::new(server.get("peer")?);
+    let table = server.table();
+    let (kept, backings) = restore(snapshot, record, found)?;
+    greet(&link);
+    let server = Server::new(row, link, &kept)?;
+    log::info!("took over {} with server {pid}", kept.options.mountpoint.display());
+    Ok(Taken { kept, backings, server: Some((server, table)) })
+}
+
+/// Tells the server that it has another supervisor: if it waits for an answer of the one before, it asks again.
+pub fn greet(link: &Channel) {
+    if let Err(e) = link.try_send(&Reply { number: 0, answer: Answer::Again }, None) {
+        log::warn!("the server does not hear: {e}");
+    }
+}
+
+/// A server's table of requests, among its descriptors.
+pub fn table_of(pid: u32) -> Option<OwnedFd> {
+    Holder::open(pid).ok()?.table()
+}
+
+fn is_fuse(fd: &OwnedFd) -> bool {
+    const FUSE: (u32, u32) = (10, 229);
+    rustix::fs::fstat(fd).is_ok_and(|s| (rustix::fs::major(s.st_rdev), rustix::fs::minor(s.st_rdev)) == FUSE)
+}
+
+/// Another process whose descriptors are copied.
+struct Holder {
+    pidfd: OwnedFd,
+    pid: u32,
+    /// What its arguments call them.
+    names: HashMap<String, RawFd>,
+}
+
+impl Holder {
+    fn open(pid: u32) -> Result<Holder> {
+        let gone = || Error::failed(format!("process {pid} is gone"));
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty()).map_err(|_| gone())?;
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| gone())?;
+        let text = String::from_utf8_lossy(&arguments);
+        let list = text.split('\0').find_map(|arg| arg.strip_prefix("--fds=")).unwrap_or_default();
+        let pairs = list.split(',').filter_map(|item| item.split_once(':'));
+        let names =
+            pairs.filter_map(|(name, number)| Some((name.to_owned(), number.parse().ok()?))).collect();
+        Ok(Holder { pidfd, pid, names })
+    }
+
+    fn get(&self, name: &str) -> Result<OwnedFd> {
+        let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
+        let number = *self.names.get(name).ok_or_else(missing)?;
+        self.copy(number).map_err(|e| missing().because(e))
+    }
+
+    fn copy(&self, number: RawFd) -> io::Result<OwnedFd> {
+        Ok(pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())?)
+    }
+
+    fn numbers(&self) -> impl Iterator<Item = (RawFd, std::path::PathBuf)> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid)).into_iter().flatten().flatten();
+        entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+    }
+
+    /// Copies of all whose files are wanted.
+    fn files(&self, wanted: impl Fn(&rustix::fs::Stat) -> bool) -> Vec<OwnedFd> {
+        let matching =
+            self.numbers().filter(|(_, path)| rustix::fs::stat(path).is_ok_and(|stat| wanted(&stat)));
+        matching.filter_map(|(number, _)| self.copy(number).ok()).collect()
+    }
+
+    /// A copy of its table of requests.
+    fn table(&self) -> Option<OwnedFd> {
+        let name = format!("/memfd:{INFLIGHT_NAME} (deleted)");
+        let (number, _) =
+            self.numbers().find(|(_, path)| fs::read_link(path).is_ok_and(|to| to == Path::new(&name)))?;
+        self.copy(number).ok()
+    }
+}

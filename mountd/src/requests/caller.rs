@@ -1,0 +1,150 @@
+//! A new program takes the place of the server, or of the supervisor itself, while clones go on.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use stencilfs::control::{Received, Request, Response};
+use stencilfs::error::{Error, Result};
+use stencilfs::sys::{descriptor, process};
+
+use crate::control::Answered;
+use crate::jobs::Job;
+use crate::kept::Program;
+use crate::supervisor::{Candidate, PROBATION, Purpose, Server, Supervisor};
+
+impl Supervisor {
+    /// Answers a caller of the control socket, now or when it is done.
+    pub(crate) fn called(&mut self, id: u64) {
+        let (request, fd) = match self.callers.receive(id) {
+            Some(Received::Message(request, fd)) => (request, fd),
+            Some(Received::Nothing) => return,
+            Some(Received::Closed) | None => return self.callers.drop_caller(id),
+        };
+        match request {
+            Request::Snapshot => {
+                let server = self.server.as_ref().filter(|s| s.serving).map(|s| s.row.clone());
+                let snapshot = self.kept.snapshot(server, self.backings.rows());
+                self.callers.say(id, snapshot.and_then(Answered::snapshot));
+            }
+            Request::Backing { index } => {
+                let file = self
+                    .backings
+                    .file(index)
+                    .and_then(|f| f.try_clone().map_err(|e| Error::failed("out of descriptors").because(e)));
+                self.callers.say(id, file.map(|file| (Response::Descriptor, Some(file))));
+            }
+            Request::Unmount { mode } => self.unmount(Some(id), mode),
+            Request::Restart { supervisor } => {
+                if let Err(error) = self.restart(id, supervisor, fd) {
+                    self.callers.answer(Some(id), Err(error));
+                }
+            }
+        }
+    }
+
+    fn restart(&mut self, caller: u64, supervisor: bool, program: Option<OwnedFd>) -> Result<()> {
+        let program = program.ok_or_else(|| Error::failed("no program came with the question"))?;
+        if self.candidate.is_some() || self.successor_program.is_some() {
+            return Err(Error::try_again("another restart of this mount is under way"));
+        }
+        let program = Program::new(program);
+        if !supervisor {
+            return self.try_server(program, Some(caller));
+        }
+        self.save();
+        let fail = |e| Error::failed("cannot hand on the ledger").because(e);
+        let ledger = self.kept.ledger.read_only().map_err(fail)?;
+        let job = Job::ask_program(PROBATION, &program, ledger)?;
+        self.begin(Ok(job), Purpose::Check(program, Some(caller)));
+        Ok(())
+    }
+
+    /// Starts a server beside the present one, which goes on until the new one answers the kernel.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn try_server(&mut self, program: Program, caller: Option<u64>) -> Result<()> {
+        self.save();
+        let server = Server::start(&self.kept, &self.backings, &program)?;
+        self.candidate = Some(Candidate { server, program, caller, table: None, failure: None });
+        Ok(())
+    }
+
+    /// The new one answers the kernel.
+    pub(crate) fn promote_candidate(&mut self) {
+        let Some(Candidate { mut server, program, caller, table, .. }) = self.candidate.take() else {
+            return;
+        };
+        server.serving = true;
+        log::info!("server {} of {} serves now", server.row.process.pid, program.name.display());
+        if let Some(old) = self.server.replace(server) {
+            self.dismiss(old);
+        }
+        self.kept.restarts += 1;
+        self.kept.previous = Some(std::mem::replace(&mut self.kept.program, program));
+        self.backings.forget_unfinished();
+        self.watchdog.watch(table);
+        self.announce();
+        self.callers.answer(caller, Ok(()));
+    }
+
+    /// The new one does not do: the old one goes on, and gets what the new one had read.
+    pub(crate) fn candidate_failed(&mut self, why: &str) {
+        let Some(candidate) = self.candidate.take() else { return };
+        let name = candidate.program.name.display().to_string();
+        let error = match candidate.failure {
+            Some(failure) => failure.into_error(),
+            None => Error::failed(why),
+        };
+        let error = error.context(&format!("the new server, {name}, does not serve; the old one goes on"));
+        log::error!("{error}");
+        self.dismiss(candidate.server);
+        self.resend();
+        self.callers.answer(candidate.caller, Err(error));
+    }
+
+    /// Becomes another program, with every descriptor; that one then starts a server of its own. Comes back only when
+    /// that fails.
+    pub(crate) fn become_program(&mut self, program: Program, caller: Option<u64>) {
+        self.save();
+        let result = self.exec(&program, caller);
+        let error = Error::io("cannot become the program", &program.name, result.unwrap_or_else(|e| e));
+        log::error!("{error}");
+        self.callers.answer(caller, Err(error));
+    }
+
+    fn exec(&self, program: &Program, caller: Option<u64>) -> std::io::Result<std::io::Error> {
+        let mut names = String::from("--fds=");
+        let mut keep = |name: &str, fd: &dyn AsFd| -> std::io::Result<()> {
+            names += &format!("{name}:{},", descriptor::keep_at_exec(fd)?);
+            Ok(())
+        };
+        keep("fuse", &self.kept.fuse)?;
+        keep("ledger", &self.kept.ledger)?;
+        keep("counters", self.kept.stats.page().fd())?;
+        keep("record", &self.kept.record.folder())?;
+        keep("listener", &self.kept.listener)?;
+        keep("previous", &self.kept.program.file)?;
+        keep("program", &program.file)?;
+        if let Some(server) = &self.server {
+            keep("peer", &server.link)?;
+        }
+        if let Some(channel) = caller.and_then(|id| self.callers.channel(id)) {
+            keep("caller", &channel)?;
+        }
+        for backing in self.backings.files() {
+            keep("backing", backing)?;
+        }
+        // A signal in between waits for the new program.
+        process::hold_signals(true)?;
+        let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
+        let error = command
+            .arg0("stencil-mountd")
+            .args(["resume", &names, "--"])
+            .arg(&self.kept.options.mountpoint)
+            .exec();
+        process::hold_signals(false)?;
+        Ok(error)
+    }
+}

@@ -1,0 +1,90 @@
+//! Starting servers, and what one is to the supervisor.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+use stencilfs::control::{Channel, ServerRow};
+use stencilfs::error::{Error, Result};
+use stencilfs::sys::process::{self, ProcessId};
+
+use crate::backings::Backings;
+use crate::kept::{Kept, Program};
+
+/// A process that answers the kernel, or is about to.
+#[derive(Debug)]
+pub struct Server {
+    /// Which, and what it says of itself.
+    pub row: ServerRow,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+    /// The way to it.
+    pub link: Channel,
+    /// When it was started, or taken over.
+    pub since: Instant,
+    /// Requests of the kernel that were answered before it came.
+    pub answers: u64,
+    /// True once it answers the kernel.
+    pub serving: bool,
+}
+
+impl Server {
+    /// Starts one. It inherits every descriptor that a new supervisor would need, by number, and reads everything else
+    /// from the ledger.
+    ///
+    /// # Errors
+    /// When there can be no child.
+    pub fn start(kept: &Kept, backings: &Backings, program: &Program) -> Result<Server> {
+        let fail = |e: std::io::Error| {
+            Error::failed("cannot start a server")
+                .because(e)
+                .remedy("see the limits of processes and open files")
+        };
+        let (ours, theirs) = Channel::pair().map_err(fail)?;
+        let ledger = kept.ledger.read_only().map_err(fail)?;
+        let mut inherited: Vec<BorrowedFd<'_>> = backings.files().map(AsFd::as_fd).collect();
+        let mut names = String::from("--fds=");
+        for (name, fd) in [
+            ("fuse", kept.fuse.as_fd()),
+            ("link", theirs.as_fd()),
+            ("peer", ours.as_fd()),
+            ("ledger", ledger.as_fd()),
+            ("counters", kept.stats.page().fd().as_fd()),
+            ("program", program.file.as_fd()),
+        ] {
+            names += &format!("{name}:{},", fd.as_raw_fd());
+            inherited.push(fd);
+        }
+        let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
+        command.args(["serve", &names, "--"]).arg(&kept.options.mountpoint);
+        command.env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC");
+        // Out of reach of Ctrl-C at the supervisor's terminal.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        let child = process::inherit_all(&mut command, &inherited)
+            .spawn()
+            .map_err(|e| Error::io("cannot start a server", &program.name, e))?;
+        let process =
+            ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
+        let row = ServerRow { process, version: String::new(), program: program.name.clone() };
+        Server::new(row, ours, kept)
+    }
+
+    /// One that runs.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn new(row: ServerRow, link: Channel, kept: &Kept) -> Result<Server> {
+        let gone = || Error::failed(format!("the server, process {}, is gone", row.process.pid));
+        let pid = i32::try_from(row.process.pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|_| gone())?;
+        let answers = kept.stats.get(crate::stats::Counter::Answers);
+        Ok(Server { row, pidfd, link, since: Instant::now(), answers, serving: false })
+    }
+
+    /// Ends it.
+    pub fn kill(&self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}

@@ -1,0 +1,113 @@
+//! `stencil restart`: go on with another build, without unmounting.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use crate::control::{self, Mount};
+use crate::error::{Error, Result};
+
+/// Go on with another build of stencil-mountd; clones notice nothing
+///
+/// Without --server the installed stencil-mountd takes the place of supervisor and server; with it, that program takes
+/// the place of the server. A program that does not serve within 5 s is ended, and the old one goes on.
+#[derive(Debug, Args)]
+pub struct RestartArgs {
+    /// Where it is mounted
+    #[arg(value_name = "MNT", required_unless_present = "all")]
+    mountpoint: Option<PathBuf>,
+    /// All mounts
+    #[arg(long, conflicts_with = "mountpoint")]
+    all: bool,
+    /// The program of the new server
+    #[arg(long, value_name = "PATH")]
+    server: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+struct Restarted {
+    mounts: Vec<One>,
+}
+
+#[derive(Debug, Serialize)]
+struct One {
+    mountpoint: PathBuf,
+    supervisor_pid: u32,
+    version: String,
+    server_pid: Option<u32>,
+    server_version: Option<String>,
+}
+
+impl Report for Restarted {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        for one in &self.mounts {
+            writeln!(
+                out,
+                "{}: supervisor {} ({}), server {} ({})",
+                one.mountpoint.display(),
+                one.supervisor_pid,
+                one.version,
+                one.server_pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string()),
+                one.server_version.as_deref().unwrap_or("not known")
+            )?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Restarts one mount or all, one after the other; the first that does not ends it.
+///
+/// # Errors
+/// Why the new program does not serve; the old one then goes on. Not found where nothing is mounted.
+pub fn run(args: &RestartArgs, _global: &Global) -> Result<Done> {
+    let path = match &args.server {
+        Some(path) => path.clone(),
+        None => control::find_daemon()?,
+    };
+    let program = File::open(&path).map_err(|e| Error::io("cannot open the program", &path, e))?;
+    let mut restarted = Restarted { mounts: Vec::new() };
+    for mount in chosen(args)? {
+        control::request_restart(&mount, program.as_fd(), args.server.is_none())
+            .map_err(|e| e.context(&mount.mountpoint.display().to_string()))?;
+        let status = mount.status()?;
+        restarted.mounts.push(One {
+            mountpoint: status.mountpoint,
+            supervisor_pid: status.supervisor_pid,
+            version: status.version,
+            server_pid: status.server_pid,
+            server_version: status.server_version,
+        });
+    }
+    Ok(Done::report(restarted))
+}
+
+fn chosen(args: &RestartArgs) -> Result<Vec<Mount>> {
+    let mounts = control::mounts()?;
+    let Some(path) = &args.mountpoint else { return Ok(mounts) };
+    let path = super::umount::absolute(path)?;
+    let found: Vec<Mount> = mounts.into_iter().filter(|m| m.mountpoint == path && !m.detached).collect();
+    match found.first() {
+        Some(mount) if mount.orphaned => Err(lost(&mount.mountpoint)),
+        Some(_) => Ok(found),
+        None => Err(Error::not_found("no mount of Stencil is there")
+            .at(path)
+            .remedy("stencil status lists the mounts of Stencil")),
+    }
+}
+
+fn lost(mountpoint: &Path) -> Error {
+    Error::failed("the mount has lost its supervisor")
+        .at(mountpoint)
+        .remedy(format!("give it another one: stencil mount {}", mountpoint.display()))
+}

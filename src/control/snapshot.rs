@@ -1,0 +1,104 @@
+//! What a supervisor knows that is no descriptor: what its successor reads, and what `stencil status` asks for.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::options::MountOptions;
+use crate::store::Digest;
+use crate::sys::process::ProcessId;
+use crate::units::Bytes;
+
+/// One file of one template.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FileKey {
+    /// The template.
+    pub digest: Digest,
+    /// Name of the file in it.
+    pub file: String,
+}
+
+/// Where backings are made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cache {
+    /// Unnamed files in that directory.
+    Directory(PathBuf),
+    /// Memory files.
+    Memory,
+    /// Nowhere, for that reason: everything is served by decode.
+    Nowhere(String),
+}
+
+/// Where backings are made, and how much room they have.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Chosen {
+    /// Where.
+    pub cache: Cache,
+    /// Why not in a directory.
+    pub why: Option<String>,
+    /// Most bytes.
+    pub most: Bytes,
+}
+
+/// What is known of one file's backing.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BackingRow {
+    /// Of which file.
+    pub key: FileKey,
+    /// Its id on the connection, once it is complete, verified and registered.
+    pub id: Option<u32>,
+    /// Number of its descriptor in the supervisor; a server that was started after it has it under the same number.
+    pub descriptor: Option<i32>,
+    /// `st_dev` and `st_ino` of the backing file: nobody else has these while it is open.
+    pub identity: (u64, u64),
+    /// Bytes of room that are set aside for it.
+    pub reserved: u64,
+    /// Bytes of data in it.
+    pub filled: u64,
+    /// Why the file has none.
+    pub why: Option<String>,
+}
+
+/// The process that answers the kernel.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServerRow {
+    /// Which.
+    pub process: ProcessId,
+    /// Its version; empty until it has said so.
+    pub version: String,
+    /// Its program, as it was named when it was started.
+    pub program: PathBuf,
+}
+
+/// All of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Which words its processes speak.
+    pub control_version: u32,
+    /// Version of the supervisor.
+    pub version: String,
+    /// How the mount was asked for, with canonical paths.
+    pub options: MountOptions,
+    /// `st_dev` of everything in it.
+    pub device: u64,
+    /// Folder of its record.
+    pub record: PathBuf,
+    /// The supervisor.
+    pub supervisor: ProcessId,
+    /// The kernel's INIT request, whole.
+    pub init: Vec<u8>,
+    /// The reply that the kernel has; every later server must give the same.
+    pub reply: Option<Vec<u8>>,
+    /// Where backings are.
+    pub chosen: Chosen,
+    /// Who serves.
+    pub server: Option<ServerRow>,
+    /// Servers that were started in place of one that died or was replaced.
+    pub restarts: u64,
+    /// Backings, and the reasons of files that have none.
+    pub backings: Vec<BackingRow>,
+    /// What was done since the mount began, by name.
+    pub counters: BTreeMap<String, u64>,
+}

@@ -1,0 +1,129 @@
+//! A process that waits for an answer of a mount in the middle of `execve`: whoever looks for users goes on without
+//! it, says so, and takes it for a possible one.
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use stencilfs::sys::process::ProcessId;
+use stencilfs::sys::{mount, users};
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::{TestMount, wait_for};
+
+/// A command that is held up takes longer than this.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A stopped server, and a process that waits for it. Dropped, both go on.
+struct Stuck {
+    server: ProcessId,
+    device: u64,
+    actor: Actor,
+}
+
+impl Stuck {
+    /// The kernel asks a server about the closing of a file once in the life of a mount: nobody may have closed one.
+    fn new(world: &TestMount, digest: &str) -> Stuck {
+        let status = world.status();
+        let server = ProcessId::of(world.server()).unwrap().unwrap();
+        let mut actor = Actor::start();
+        actor.tell(&format!("open 0 {}", world.file(digest, "memory").display()));
+        server.signal(Signal::STOP).unwrap();
+        // A thread that is still running would answer.
+        wait_for("all its threads to stop", || all_stopped(server.pid).then_some(()));
+        // `exec` closes the file under a lock that readers of /proc/PID/maps want.
+        actor.begin("exec 0");
+        let stuck = Stuck { server, device: status["device"].as_u64().unwrap(), actor };
+        wait_for("the lock", || {
+            let path = format!("/proc/{}/maps", stuck.actor.pid());
+            let status = Command::new("timeout").args(["0.5", "cat", &path]).stdout(Stdio::null()).status();
+            (status.unwrap().code() == Some(124)).then_some(())
+        });
+        stuck
+    }
+}
+
+fn all_stopped(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    tasks
+        .into_iter()
+        .all(|task| std::fs::read_to_string(task.path().join("stat")).is_ok_and(|text| text.contains(") T ")))
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = mount::abort_fuse_connection(self.device);
+        }
+        let _ = self.server.signal(Signal::CONT);
+    }
+}
+
+/// Exit code and both outputs, of a command that must not be held up.
+fn run(world: &TestMount, words: &[&str]) -> (i32, String, String) {
+    let mut child =
+        world.command().args(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let until = Instant::now() + LIMIT;
+    let in_time = loop {
+        match child.try_wait().unwrap() {
+            Some(_) => break true,
+            None if Instant::now() > until => break false,
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    if !in_time {
+        child.kill().unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(in_time, "{words:?} is held up by the stuck process");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&[7; 1 << 20], "web:1");
+    let mut stuck = Stuck::new(&world, &digest);
+    let pid = stuck.actor.pid();
+    let begun = Instant::now();
+    let found = users::users_of(stuck.device, Duration::from_millis(300)).unwrap();
+    assert!(found.unseen.contains(&pid), "{found:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(!users::name_of(pid).is_empty());
+
+    let mountpoint = world.mountpoint().to_str().unwrap();
+    let commands: [&[&str]; 6] = [
+        &["--json", "status"],
+        &["--json", "ps"],
+        &["rm", "web:1"],
+        &["density"],
+        &["umount", mountpoint],
+        &["doctor"],
+    ];
+    let world = &world;
+    let [status, ps, rm, density, umount, doctor] = std::thread::scope(|scope| {
+        commands.map(|words| scope.spawn(move || run(world, words))).map(|thread| thread.join().unwrap())
+    });
+    for (code, out, err) in [status, ps] {
+        assert_eq!(code, 0, "{err}");
+        let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert!(answer["unseen"].as_array().is_some_and(|all| all.contains(&pid.into())), "{answer}");
+        assert!(err.contains(&pid.to_string()), "{err}");
+    }
+    for (code, _, err) in [&rm, &density] {
+        assert_eq!(*code, 75, "{err}");
+        assert!(err.contains(&format!("{pid} (")) && err.contains("stencil doctor"), "{err}");
+    }
+    assert_eq!(umount.0, 5, "{}", umount.2);
+    assert!(umount.2.contains("let nobody look") && umount.2.contains(&pid.to_string()), "{}", umount.2);
+    assert!(doctor.1.contains(&format!("{pid} (")), "{}", doctor.1);
+
+    stuck.server.signal(Signal::CONT).unwrap();
+    stuck.actor.tell("anon 0 4096");
+    drop(stuck);
+    world.stencil(&["rm", "web:1"]).ok();
+    world.stencil(&["umount", mountpoint]).ok();
+}

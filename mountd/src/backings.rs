@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use stencilfs::control::{BackingRow, Chosen, FileKey};
+use stencilfs::control::{BackingRow, Chosen, FileKey, Stage};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::units::Bytes;
@@ -19,17 +19,6 @@ pub struct Backing {
     pub row: BackingRow,
     /// The file, once it is made.
     pub file: Option<OwnedFd>,
-    stage: Stage,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// There is only a reason why not.
-    None,
-    /// Room is set aside; it is made and filled.
-    Room,
-    /// Nobody can change it any more.
-    Frozen,
 }
 
 /// All of them.
@@ -37,16 +26,20 @@ enum Stage {
 pub struct Backings(Vec<Backing>);
 
 impl Backings {
-    /// Those of another supervisor; `file` finds the descriptor of a row. What was unfinished is forgotten.
+    /// Those of another supervisor; `file` finds the descriptor of a row.
     pub fn restore(rows: Vec<BackingRow>, mut file: impl FnMut(&BackingRow) -> Option<OwnedFd>) -> Backings {
-        let ready = rows.into_iter().filter(|row| row.id.is_some());
-        Backings(ready.map(|row| Backing { file: file(&row), row, stage: Stage::Frozen }).collect())
+        Backings(rows.into_iter().map(|row| Backing { file: file(&row), row }).collect())
     }
 
     /// All rows, with the numbers of their descriptors here.
     pub fn rows(&self) -> Vec<BackingRow> {
         let number = |b: &Backing| b.file.as_ref().map(AsRawFd::as_raw_fd);
         self.0.iter().map(|b| BackingRow { descriptor: number(b), ..b.row.clone() }).collect()
+    }
+
+    /// Descriptors of all, those that are being made included.
+    pub fn all_files(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.0.iter().filter_map(|b| b.file.as_ref())
     }
 
     /// Descriptors of those that are ready.
@@ -79,7 +72,7 @@ impl Backings {
 
     fn unfinished(&mut self, key: &FileKey) -> Result<&mut Backing> {
         self.find(key)
-            .filter(|b| b.row.id.is_none() && b.stage != Stage::None)
+            .filter(|b| b.row.id.is_none() && b.row.stage != Stage::None)
             .ok_or_else(|| Error::failed("no room was set aside for that backing"))
     }
 
@@ -91,8 +84,10 @@ impl Backings {
             }
             None => {
                 let (id, descriptor, why) = (None, None, None);
-                let row = BackingRow { key, id, descriptor, identity: (0, 0), reserved: 0, filled: 0, why };
-                self.0.push(Backing { row, file: None, stage: Stage::None });
+                let stage = Stage::None;
+                let row =
+                    BackingRow { key, stage, id, descriptor, identity: (0, 0), reserved: 0, filled: 0, why };
+                self.0.push(Backing { row, file: None });
                 self.0.len() - 1
             }
         };
@@ -122,7 +117,7 @@ impl Backings {
                 return Err(Error::failed("that file has a backing"));
             }
             backing.row.reserved = bytes;
-            backing.stage = Stage::Room;
+            backing.row.stage = Stage::Room;
             return Ok(Answer::Room);
         }
         let mut candidates: Vec<_> =
@@ -151,24 +146,27 @@ impl Backings {
         let stat = rustix::fs::fstat(&file).map_err(|e| Error::failed("a lost backing").because(e.into()))?;
         let backing = self.unfinished(key)?;
         backing.row.identity = (stat.st_dev, stat.st_ino);
-        backing.stage = Stage::Room;
+        backing.row.stage = Stage::Room;
         Ok(backing.file.insert(file))
     }
 
-    /// What is to be frozen, and the room that was set aside for it.
+    /// What is to be frozen, and the room that was set aside for it; none when it is frozen.
     ///
     /// # Errors
     /// When no file was made for it.
-    pub fn filled(&mut self, key: &FileKey) -> Result<(&OwnedFd, Bytes)> {
+    pub fn filled(&mut self, key: &FileKey) -> Result<Option<(&OwnedFd, Bytes)>> {
         let backing = self.unfinished(key)?;
+        if backing.row.stage == Stage::Frozen {
+            return Ok(None);
+        }
         let file = backing.file.as_ref().ok_or_else(|| Error::failed("no file was made for that backing"))?;
-        Ok((file, Bytes::new(backing.row.reserved)))
+        Ok(Some((file, Bytes::new(backing.row.reserved))))
     }
 
     /// Notes that it is frozen.
     pub fn frozen(&mut self, key: &FileKey) {
         if let Ok(backing) = self.unfinished(key) {
-            backing.stage = Stage::Frozen;
+            backing.row.stage = Stage::Frozen;
         }
     }
 
@@ -182,7 +180,7 @@ impl Backings {
             return Ok(id);
         }
         let backing = self.unfinished(key)?;
-        let file = backing.file.as_ref().filter(|_| backing.stage == Stage::Frozen);
+        let file = backing.file.as_ref().filter(|_| backing.row.stage == Stage::Frozen);
         let file = file.ok_or_else(|| Error::failed("that backing is not frozen"))?;
         let id = fuse_dev::backing_open(fuse, file.as_fd()).map_err(|e| {
             let stacked = e.raw_os_error() == Some(libc::ELOOP);
@@ -228,7 +226,7 @@ impl Backings {
     /// Gives back the room of a backing that is given up.
     pub fn give_back(&mut self, key: &FileKey) {
         if let Ok(backing) = self.unfinished(key) {
-            (backing.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
+            (backing.row.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
             backing.file = None;
         }
     }

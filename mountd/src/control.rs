@@ -126,6 +126,11 @@ impl Callers {
         self.starter.take()
     }
 
+    /// True when one more can be taken in.
+    pub fn has_room(&self) -> bool {
+        self.all.len() < MOST || self.all.iter().any(|c| !c.waits)
+    }
+
     /// Takes in who waits at the door.
     pub fn accept(&mut self, listener: &OwnedFd) {
         if self.all.len() >= MOST {

@@ -45,6 +45,13 @@ impl Watchdog {
         self.told = false;
     }
 
+    /// Why a server that was started then, and does not serve yet, is to be replaced, if it is.
+    pub fn look_at_start(&self, since: Instant) -> Option<String> {
+        let waits = since.elapsed();
+        let late = !self.limit.is_zero() && waits >= self.limit;
+        late.then(|| format!("it does not serve {:.1} s after its start", waits.as_secs_f64()))
+    }
+
     /// Why the server is to be replaced, if it is.
     pub fn look(&mut self, stats: &Stats) -> Option<String> {
         if self.limit.is_zero() {

@@ -22,7 +22,7 @@ pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLO
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, mounts};
-pub use snapshot::{BackingRow, Cache, Chosen, FileKey, ServerRow, Snapshot};
+pub use snapshot::{BackingRow, Cache, Chosen, FileKey, ServerRow, Snapshot, Stage};
 pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
 pub use wire::{Channel, MAX_MESSAGE, Received};
 

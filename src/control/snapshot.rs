@@ -42,11 +42,25 @@ pub struct Chosen {
     pub most: Bytes,
 }
 
+/// How far a backing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// There is none, only a reason why.
+    None,
+    /// Room is set aside; it is made and filled.
+    Room,
+    /// Nobody can change it any more.
+    Frozen,
+}
+
 /// What is known of one file's backing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackingRow {
     /// Of which file.
     pub key: FileKey,
+    /// How far it is.
+    pub stage: Stage,
     /// Its id on the connection, once it is complete, verified and registered.
     pub id: Option<u32>,
     /// Number of its descriptor in the supervisor; a server that was started after it has it under the same number.

@@ -49,7 +49,7 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     Ok(canonical)
 }
 
-/// The path without symbolic links. What is mounted on its last part is not asked: it may be dead.
+/// The path without symbolic links. A mount of Stencil that is there is not asked: nobody may answer for it.
 ///
 /// # Errors
 /// When there is no such directory.
@@ -59,16 +59,14 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
             .remedy(format!("make it: mkdir -p {}", path.display())),
         _ => Error::io("cannot use the mountpoint", path, e),
     };
-    match fs::canonicalize(path) {
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
-            let full = std::path::absolute(path).map_err(fail)?;
-            match (full.parent(), full.file_name()) {
-                (Some(parent), Some(name)) => Ok(fs::canonicalize(parent).map_err(fail)?.join(name)),
-                _ => Ok(full),
-            }
+    let full = std::path::absolute(path).map_err(fail)?;
+    if let (Some(parent), Some(name)) = (full.parent(), full.file_name()) {
+        let place = fs::canonicalize(parent).map_err(fail)?.join(name);
+        if procfs::mounts()?.iter().any(|m| m.mountpoint == place && m.fs_type == mount::FS_TYPE) {
+            return Ok(place);
         }
-        other => other.map_err(fail),
     }
+    fs::canonicalize(path).map_err(fail)
 }
 
 /// Device number of what is mounted there, without asking the mount.

@@ -140,6 +140,7 @@ fn take(options: MountOptions) -> Result<Taken> {
         std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))?;
     }
     lower_oom_score();
+    raise_descriptor_limit();
     Ok(taken)
 }
 
@@ -165,16 +166,21 @@ impl Fds {
         Ok(fds)
     }
 
-    /// Those that a service manager kept: sd_listen_fds_with_names(3).
+    /// Those that a service manager kept, as sd_listen_fds_with_names(3) finds them.
     ///
     /// # Errors
     /// When one of them is not open.
     fn from_service_manager() -> Result<Fds> {
+        const FIRST: i32 = 3;
+        let word = |name| std::env::var(name).unwrap_or_default();
         let mut fds = Fds::default();
-        let listed = sd_notify::listen_fds_with_names()
-            .map_err(|e| Error::failed("cannot take what the service manager kept").because(e))?;
-        for (number, name) in listed {
-            fds.add(&name, number)?;
+        if word("LISTEN_PID") == std::process::id().to_string() {
+            let count: usize = word("LISTEN_FDS").parse().unwrap_or(0);
+            let names = word("LISTEN_FDNAMES");
+            let names = names.split(':').chain(std::iter::repeat("")).take(count);
+            for (name, number) in names.zip(FIRST..) {
+                fds.add(name, number)?;
+            }
         }
         Ok(fds)
     }
@@ -285,5 +291,14 @@ fn lower_oom_score() {
         std::fs::read_to_string(path).is_ok_and(|now| now.trim().parse::<i32>().is_ok_and(|n| n > -900));
     if lower && let Err(e) = std::fs::write(path, SCORE) {
         log::debug!("cannot lower the OOM score: {e}");
+    }
+}
+
+/// Each backing is a descriptor here and in the server.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: now.maximum, ..now }) {
+        log::warn!("cannot raise the limit of open files: {e}");
     }
 }

@@ -40,7 +40,7 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
     };
     let link = fds.take("peer").map(Channel::new);
     let found = Found { files: fds.rest(), ..found };
-    let (kept, backings) = restore(snapshot, record, found)?;
+    let (kept, mut backings) = restore(snapshot, record, found)?;
     let server = match (row, link) {
         (Some(row), Some(link)) => {
             adopt::greet(&link);
@@ -54,5 +54,8 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
         }
         (None, _) => None,
     };
+    if server.is_none() {
+        backings.forget_unfinished();
+    }
     Ok(Taken { kept, backings, server })
 }

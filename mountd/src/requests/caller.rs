@@ -133,7 +133,7 @@ impl Supervisor {
         if let Some(channel) = caller.and_then(|id| self.callers.channel(id)) {
             keep("caller", &channel)?;
         }
-        for backing in self.backings.files() {
+        for backing in self.backings.all_files() {
             keep("backing", backing)?;
         }
         // A signal in between waits for the new program.

@@ -107,10 +107,16 @@ impl Supervisor {
                 }
             }
             Ask::Freeze { key } => {
-                let job = self.backings.filled(&key).and_then(|(file, reserved)| {
+                let filled = self.backings.filled(&key);
+                if let Ok(None) = filled {
+                    return Some(Ok(Answer::Done));
+                }
+                let job = filled.and_then(|filled| {
                     let cache = &self.kept.chosen.cache;
                     Job::start(FILES, &self.kept.fuse, || {
-                        jobs::freeze_backing(cache, file, reserved).map(|()| None)
+                        filled
+                            .map_or(Ok(()), |(file, room)| jobs::freeze_backing(cache, file, room))
+                            .map(|()| None)
                     })
                 });
                 self.find_answer(job, Pending::Frozen(number, key));
@@ -166,12 +172,16 @@ impl Supervisor {
                     file.try_clone().map_err(|e| Error::failed("out of descriptors").because(e))
                 });
                 match made {
-                    Ok(file) => self.reply(number, Ok(Answer::Room), Some(file)),
+                    Ok(file) => {
+                        self.save();
+                        self.reply(number, Ok(Answer::Room), Some(file));
+                    }
                     Err(error) => self.reply(number, Err(error), None),
                 }
             }
             (Pending::Frozen(number, key), Outcome::Done, _) => {
                 self.backings.frozen(&key);
+                self.save();
                 self.reply(number, Ok(Answer::Done), None);
             }
             (Pending::Unused(number, keys), Outcome::Unused(places), _) => {

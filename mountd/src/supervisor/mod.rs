@@ -44,7 +44,7 @@ enum Who {
     Server,
     Candidate,
     ServerEnd,
-    Leaving(usize),
+    Leaving(u32),
     Job(usize),
 }
 
@@ -174,10 +174,9 @@ impl Supervisor {
                 Who::Server => self.hear(false),
                 Who::Candidate => self.hear(true),
                 Who::ServerEnd => self.server_died(),
-                Who::Leaving(at) => {
-                    if at < self.leaving.len() {
-                        log::info!("server {} has ended", self.leaving.remove(at).row.process.pid);
-                    }
+                Who::Leaving(pid) => {
+                    log::info!("server {pid} has ended");
+                    self.leaving.retain(|s| s.row.process.pid != pid);
                     // What it had read since its successor began comes again.
                     self.resend();
                 }
@@ -190,9 +189,12 @@ impl Supervisor {
         {
             self.candidate_failed("it did not answer within 5 s");
         }
-        if self.server.as_ref().is_some_and(|s| s.serving)
-            && let Some(why) = self.watchdog.look(&self.kept.stats)
-        {
+        let why = match &self.server {
+            Some(server) if server.serving => self.watchdog.look(&self.kept.stats),
+            Some(server) => self.watchdog.look_at_start(server.since),
+            None => None,
+        };
+        if let Some(why) = why {
             log::error!("watchdog: {why}: the server is replaced");
             self.kept.stats.count(Counter::WatchdogReplaced);
             self.server_died();
@@ -202,17 +204,17 @@ impl Supervisor {
     }
 
     fn wait(&self) -> Vec<Who> {
-        let mut all: Vec<(Who, BorrowedFd<'_>)> = vec![
-            (Who::Signals, self.signals.as_fd()),
-            (Who::Connection, self.kept.fuse.as_fd()),
-            (Who::Listener, self.kept.listener.as_fd()),
-        ];
+        let mut all: Vec<(Who, BorrowedFd<'_>)> =
+            vec![(Who::Signals, self.signals.as_fd()), (Who::Connection, self.kept.fuse.as_fd())];
+        if self.callers.has_room() {
+            all.push((Who::Listener, self.kept.listener.as_fd()));
+        }
         all.extend(self.callers.channels().map(|(id, channel)| (Who::Caller(id), channel)));
         if let Some(server) = &self.server {
             all.extend([(Who::Server, server.link.as_fd()), (Who::ServerEnd, server.pidfd.as_fd())]);
         }
         all.extend(self.candidate.iter().map(|c| (Who::Candidate, c.server.link.as_fd())));
-        all.extend(self.leaving.iter().enumerate().map(|(at, s)| (Who::Leaving(at), s.pidfd.as_fd())));
+        all.extend(self.leaving.iter().map(|s| (Who::Leaving(s.row.process.pid), s.pidfd.as_fd())));
         all.extend(self.jobs.iter().enumerate().map(|(at, (job, _))| (Who::Job(at), job.channel.as_fd())));
         let events = |who| if who == Who::Connection { PollFlags::empty() } else { PollFlags::IN };
         let mut polled: Vec<PollFd<'_>> =
@@ -302,10 +304,8 @@ impl Supervisor {
     /// ends it now, and names who dies.
     fn signalled(&mut self) {
         let mut bytes = [0; 64];
-        if rustix::io::read(&self.signals, &mut bytes).is_err() {
-            return;
-        }
-        self.terminations += 1;
+        let Ok(n) = rustix::io::read(&self.signals, &mut bytes) else { return };
+        self.terminations = self.terminations.saturating_add(n as u32);
         self.notify.stopping();
         let mode = if self.terminations == 1 { UnmountMode::Plain } else { UnmountMode::Force };
         log::info!(

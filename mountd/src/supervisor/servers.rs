@@ -59,7 +59,11 @@ impl Server {
         }
         let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
         command.args(["serve", &names, "--"]).arg(&kept.options.mountpoint);
-        command.env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC");
+        for word in
+            ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"]
+        {
+            command.env_remove(word);
+        }
         // Out of reach of Ctrl-C at the supervisor's terminal.
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let child = process::inherit_all(&mut command, &inherited)

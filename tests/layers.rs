@@ -136,3 +136,12 @@ fn the_reader_of_imports_sees_groups_and_passes_over_comments() {
     let text = "use crate::{error::Error, store::{a, b}};\n// crate::clones\nlet x = crate::memory::y();\n#[cfg(test)]\ncrate::cli";
     assert_eq!(imports(text, "crate::"), ["error", "store", "memory"]);
 }
+
+#[test]
+fn the_supervisor_stays_small() {
+    let mut files = Vec::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("mountd/src/supervisor"), &mut files);
+    assert!(!files.is_empty());
+    let lines: usize = files.iter().map(|f| fs::read_to_string(f).unwrap().lines().count()).sum();
+    assert!(lines <= 500, "the supervisor has {lines} lines: what may fail does not belong there");
+}

@@ -79,7 +79,7 @@ pub fn run(args: &RestartArgs, _global: &Global) -> Result<Done> {
     let mut restarted = Restarted { mounts: Vec::new() };
     for mount in chosen(args)? {
         control::request_restart(&mount, program.as_fd(), args.server.is_none())
-            .map_err(|e| e.context(&mount.mountpoint.display().to_string()))?;
+            .map_err(|e| e.context(mount.mountpoint.display()))?;
         let status = mount.status()?;
         restarted.mounts.push(One {
             mountpoint: status.mountpoint,

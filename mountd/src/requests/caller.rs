@@ -97,7 +97,7 @@ impl Supervisor {
             Some(failure) => failure.into_error(),
             None => Error::failed(why),
         };
-        let error = error.context(&format!("the new server, {name}, does not serve; the old one goes on"));
+        let error = error.context(format!("the new server, {name}, does not serve; the old one goes on"));
         log::error!("{error}");
         self.dismiss(candidate.server);
         self.resend();

@@ -28,6 +28,7 @@ mod mount_unmount;
 mod progress;
 mod qemu_conformance;
 mod qemu_random;
+mod sandbox;
 mod store_bad_input;
 mod store_crash;
 mod store_damage;

@@ -43,6 +43,8 @@ pub enum Ask {
         control_version: u32,
         /// Its version.
         version: String,
+        /// The parts of its sandbox that this kernel could not do, in words.
+        lacks: Vec<String>,
         /// The whole packet.
         reply: Vec<u8>,
     },

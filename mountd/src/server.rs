@@ -86,7 +86,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let replies = Replies::lock(threads, Bytes::new(MAX_READ as u64))?;
     let sockets = handshake_sockets()?;
     let backings = ready(backings)?;
-    sandbox::enter(&options.store)?;
+    let lacks = sandbox::enter(&options.store)?;
     let tree = Arc::new(Tree::new(Store::open(&options.store)?));
     let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), cores);
     let passthrough =
@@ -94,7 +94,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let decoder = Decoder::new(KEEP, stats.clone(), replies);
     let filesystem = Templates::new(tree, decoder, passthrough, stats, flights);
 
-    let session = handshake(filesystem, sockets, &init, threads, link, flights)?;
+    let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
     fuse_dev::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
     if reply.is_some() {
@@ -130,7 +130,7 @@ fn handshake(
     init: &[u8],
     threads: usize,
     link: &Link,
-    flights: &Flights,
+    (flights, lacks): (&Flights, Vec<String>),
 ) -> Result<Session<Templates>> {
     let fail = |e: std::io::Error| Error::failed("the handshake failed").because(e);
     rustix::io::write(&ours, init).map_err(|e| fail(e.into()))?;
@@ -142,7 +142,7 @@ fn handshake(
     let length = rustix::io::read(&ours, &mut reply[..]).map_err(|e| fail(e.into()))?;
     reply.truncate(length);
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    let handshake = Ask::Handshake { control_version: CONTROL_VERSION, version, reply };
+    let handshake = Ask::Handshake { control_version: CONTROL_VERSION, version, lacks, reply };
     match link.ask(&handshake, Some(flights.table().fd().as_fd()))? {
         (Answer::Done, _) => Ok(session),
         (other, _) => Err(link::unexpected(&other)),

@@ -75,6 +75,7 @@ pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
         passthrough(),
         privileges(),
         closed_processes(),
+        isolation(),
         kvm(),
         huge_pages(),
         ksm(),
@@ -184,6 +185,30 @@ fn closed_processes() -> Check {
         "processes",
         format!("no right to look into {}", closed.join(" ")),
         "were one of them a clone, it would be left out; run it with all capabilities of the host",
+    )
+}
+
+/// What the sandbox of a server is made of.
+fn isolation() -> Check {
+    let mut lacks = Vec::new();
+    match probe::landlock_version() {
+        Some(version) if version >= probe::LANDLOCK_NEEDED => {}
+        Some(version) => lacks.push(format!(
+            "the kernel's Landlock has version {version}, and knows not all that version {} forbids",
+            probe::LANDLOCK_NEEDED
+        )),
+        None => lacks.push("the kernel has no Landlock, or it is not switched on".to_owned()),
+    }
+    if !probe::has_seccomp_filters() {
+        lacks.push("the kernel has no seccomp filters".to_owned());
+    }
+    if lacks.is_empty() {
+        return Check::ok("isolation", "servers can be confined by Landlock and seccomp");
+    }
+    Check::note(
+        "isolation",
+        lacks.join("; "),
+        "servers run, with fewer walls around them: docs/security.md; boot a newer kernel, with lsm=landlock,…",
     )
 }
 

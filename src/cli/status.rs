@@ -75,6 +75,9 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
         mount.server_version.as_deref().unwrap_or("not known"),
         mount.restarts
     )?;
+    for lack in &mount.server_lacks {
+        writeln!(out, "  the server is less isolated than it could be: {lack}")?;
+    }
     match (&mount.cache, &mount.cache_why) {
         (Some(place), why) => {
             writeln!(out, "  backings in {place}: {} of {}", mount.cache_used, mount.cache_size)?;

@@ -84,6 +84,9 @@ pub struct ServerRow {
     pub version: String,
     /// Its program, as it was named when it was started.
     pub program: PathBuf,
+    /// The parts of its sandbox that this kernel could not do, in words.
+    #[serde(default)]
+    pub lacks: Vec<String>,
 }
 
 /// All of it.

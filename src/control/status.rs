@@ -31,6 +31,8 @@ pub struct MountStatus {
     pub server_version: Option<String>,
     /// Program of the server, as it was named when it was started.
     pub server_program: Option<PathBuf>,
+    /// The parts of the server's sandbox that this kernel could not do, in words; none where it is whole.
+    pub server_lacks: Vec<String>,
     /// How many servers were started in place of one that died or was replaced.
     pub restarts: u64,
     /// True after a lazy unmount: no path leads to it, mappings of it still live.
@@ -113,6 +115,7 @@ impl MountStatus {
             server_pid: server.as_ref().map(|s| s.process.pid),
             version: snapshot.version,
             server_version: version,
+            server_lacks: server.as_ref().map(|s| s.lacks.clone()).unwrap_or_default(),
             server_program: server.map(|s| s.program),
             restarts: snapshot.restarts,
             detached: mount.detached,

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::format::superblock::Superblock;
 use super::pack::Packs;
-use super::publish::{Lock, random, sync_folder, write_new};
+use super::publish::{Lock, inherit_owner, random, sync_folder, write_new};
 use super::{Digest, Policy, Template};
 use crate::error::{Error, Result};
 
@@ -73,6 +73,7 @@ impl Store {
         folder(dir).map_err(fail)?;
         for name in FOLDERS {
             folder(&dir.join(name)).map_err(fail)?;
+            inherit_owner(&dir.join(name))?;
         }
         // Two commands may create it at once: the header decides, and exactly one of them links it.
         let _lock = Lock::wait(&dir.join("locks/create"), false)?;

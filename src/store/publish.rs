@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -15,6 +15,28 @@ pub(super) fn sync_folder(path: &Path) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io("cannot sync the folder", path, e))
 }
 
+/// Gives what root has just made to the owner of the folder it lies in: a store belongs to one user, with whose rights
+/// it is served, and who must be able to go on with it. Nobody else can give files away.
+pub(super) fn inherit_owner(path: &Path) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let fail = |e| Error::io("cannot see who owns", path, e);
+    let folder = fs::metadata(path.parent().unwrap_or(Path::new("."))).map_err(fail)?;
+    let ours = fs::symlink_metadata(path).map_err(fail)?;
+    if (ours.uid(), ours.gid()) == (folder.uid(), folder.gid()) {
+        return Ok(());
+    }
+    std::os::unix::fs::lchown(path, Some(folder.uid()), Some(folder.gid()))
+        .map_err(|e| Error::io("cannot give it to the store's owner", path, e))
+}
+
+/// Makes a folder of the store, for its owner.
+pub(super) fn make_folder(path: &Path) -> Result<()> {
+    fs::create_dir(path).map_err(|e| Error::io("cannot create", path, e))?;
+    inherit_owner(path)
+}
+
 /// Writes a new file, durable, without publishing it.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || {
@@ -22,7 +44,8 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()
     };
-    write().map_err(|e| Error::io("cannot write", path, e))
+    write().map_err(|e| Error::io("cannot write", path, e))?;
+    inherit_owner(path)
 }
 
 /// Replaces a small file as a whole: a reader sees the old or the new bytes, never a mixture. `tmp` is
@@ -64,6 +87,7 @@ impl Lock {
             .mode(0o600)
             .open(path)
             .map_err(|e| Error::io("cannot open the lock", path, e))?;
+        inherit_owner(path)?;
         let operation = if shared { FlockOperation::LockShared } else { FlockOperation::LockExclusive };
         loop {
             match flock(&file, operation) {
@@ -90,7 +114,8 @@ impl Session {
         loop {
             let path = tmp.join(random_hex()?);
             fs::create_dir(&path).map_err(|e| Error::io("cannot create", &path, e))?;
-            let lock = File::open(&path).map_err(|e| Error::io("cannot open", &path, e));
+            let opened = || File::open(&path).map_err(|e| Error::io("cannot open", &path, e));
+            let lock = inherit_owner(&path).and_then(|()| opened());
             // Another writer's sweep may take the folder before it is locked: then begin again.
             match lock {
                 Ok(lock)

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use super::format::Invalid;
-use super::publish::{replace_file, sync_folder};
+use super::publish::{make_folder, replace_file, sync_folder};
 use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
 
@@ -127,7 +127,9 @@ impl Store {
         }
         let path = self.tag_path(tag);
         let folder = self.tags_dir().join(tag.name());
-        fs::create_dir_all(&folder).map_err(|e| Error::io("cannot create", &folder, e))?;
+        if !folder.is_dir() {
+            make_folder(&folder)?;
+        }
         replace_file(&self.tmp_dir(), &path, format!("blake3:{digest}\n").as_bytes())?;
         sync_folder(&self.tags_dir())
     }

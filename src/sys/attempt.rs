@@ -113,8 +113,9 @@ pub fn pidfd_open(pid: u32) -> io::Result<()> {
 /// # Errors
 /// Why it could not.
 pub fn socket(family: i32) -> io::Result<()> {
+    let kind = if family == libc::AF_NETLINK { libc::SOCK_RAW } else { libc::SOCK_STREAM };
     // SAFETY: socket touches no memory.
-    made(unsafe { libc::socket(family, libc::SOCK_STREAM, 0) }.into())
+    made(unsafe { libc::socket(family, kind, 0) }.into())
 }
 
 /// Mounts an empty tmpfs.

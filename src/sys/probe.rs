@@ -115,6 +115,34 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
     })
 }
 
+/// The version of Landlock whose rights a server gives up.
+pub const LANDLOCK_NEEDED: u32 = 7;
+
+/// Version of the kernel's Landlock; none where it is not built in or not switched on.
+pub fn landlock_version() -> Option<u32> {
+    const CREATE_RULESET_VERSION: libc::c_uint = 1;
+    // SAFETY: with this flag the call takes no memory and makes nothing: it answers with a number.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0usize,
+            CREATE_RULESET_VERSION,
+        )
+    };
+    u32::try_from(version).ok().filter(|&v| v > 0)
+}
+
+/// True when the kernel can filter system calls, and end a process by it.
+pub fn has_seccomp_filters() -> bool {
+    let action = libc::SECCOMP_RET_KILL_PROCESS;
+    // SAFETY: the kernel reads the four bytes of `action` and changes nothing.
+    let result = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, (&raw const action).cast::<u8>())
+    };
+    result == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -122,6 +122,19 @@ impl TestMount {
         self.dir.path()
     }
 
+    /// Lets every user come as far as this scenario's folder.
+    pub fn open_to_others(&self) {
+        use std::os::unix::fs::PermissionsExt;
+        for folder in self.dir().ancestors() {
+            let mode = std::fs::metadata(folder).unwrap().permissions().mode();
+            if mode & 1 == 0 {
+                let ours = folder.starts_with(env!("CARGO_TARGET_TMPDIR"));
+                assert!(ours, "{} keeps others out", folder.display());
+                std::fs::set_permissions(folder, PermissionsExt::from_mode(mode | 0o011)).unwrap();
+            }
+        }
+    }
+
     /// Where the mount is.
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint

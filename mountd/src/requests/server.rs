@@ -47,9 +47,9 @@ impl Supervisor {
     fn asked(&mut self, candidate: bool, question: Question, fd: Option<OwnedFd>) {
         let number = question.number;
         let answer = match question.ask {
-            Ask::Handshake { control_version, version, reply } => {
-                self.shake_hands(candidate, control_version, version, reply, fd).map(|()| Answer::Done)
-            }
+            Ask::Handshake { control_version, version, lacks, reply } => self
+                .shake_hands(candidate, control_version, (version, lacks), reply, fd)
+                .map(|()| Answer::Done),
             Ask::Serving if candidate => {
                 self.promote_candidate();
                 return self.reply(number, Ok(Answer::Done), None);
@@ -215,7 +215,7 @@ impl Supervisor {
         &mut self,
         candidate: bool,
         control_version: u32,
-        version: String,
+        (version, lacks): (String, Vec<String>),
         reply: Vec<u8>,
         table: Option<OwnedFd>,
     ) -> Result<()> {
@@ -238,11 +238,11 @@ impl Supervisor {
         }
         match (&mut self.candidate, &mut self.server) {
             (Some(new), _) if candidate => {
-                new.server.row.version = version;
+                (new.server.row.version, new.server.row.lacks) = (version, lacks);
                 new.table = table;
             }
             (_, Some(server)) => {
-                server.row.version = version;
+                (server.row.version, server.row.lacks) = (version, lacks);
                 self.watchdog.watch(table);
             }
             _ => {}

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use stencilfs::control::{Failure, UnmountMode};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::{fuse_dev, process};
+use stencilfs::sys::fuse_dev;
+use stencilfs::sys::process::{self, Ended};
 
 use crate::backings::Backings;
 use crate::control::Callers;
@@ -200,7 +201,12 @@ impl Supervisor {
             self.server_died();
         }
         self.notify.ping();
-        while matches!(process::reap_one(), Ok(Some(_))) {}
+        while let Ok(Some((pid, end))) = process::reap_one() {
+            log::debug!("process {pid} has ended: {end}");
+            if let Ended::Signal(number @ (libc::SIGSYS | libc::SIGSEGV | libc::SIGABRT)) = end {
+                log::error!("process {pid} has ended by {}: a fault of ours", process::signal_name(number));
+            }
+        }
     }
 
     fn wait(&self) -> Vec<Who> {

@@ -71,7 +71,8 @@ impl Server {
             .map_err(|e| Error::io("cannot start a server", &program.name, e))?;
         let process =
             ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
-        let row = ServerRow { process, version: String::new(), program: program.name.clone() };
+        let row =
+            ServerRow { process, version: String::new(), program: program.name.clone(), lacks: Vec::new() };
         Server::new(row, ours, kept)
     }
 

@@ -1,7 +1,7 @@
 //! Takes batches in order, writes packs and tables into the session.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::store::format::pack::{IndexEntry, PackHeader};
 use crate::store::format::placement::{FileStats, Front, Row};
 use crate::store::format::{PackId, Stored};
 use crate::store::pack::pack_path;
-use crate::store::publish::{Session, random};
+use crate::store::publish::{Session, inherit_owner, make_folder, random};
 use crate::store::tree::TreeWriter;
 use crate::store::{BLOCK_SIZE, Digest, FileKind, TemplateFile};
 use crate::units::{Bytes, PAGE_SIZE};
@@ -68,18 +68,20 @@ struct OpenPack {
 }
 
 fn create(path: &Path) -> Result<File> {
-    File::options()
+    let file = File::options()
         .read(true)
         .write(true)
         .create_new(true)
         .open(path)
-        .map_err(|e| Error::io("cannot create", path, e))
+        .map_err(|e| Error::io("cannot create", path, e))?;
+    inherit_owner(path)?;
+    Ok(file)
 }
 
 impl<'a> Writer<'a> {
     pub fn new(session: &'a Session, inputs: &[Input], known: &'a Known) -> Result<Writer<'a>> {
         let folder = session.path().join("image");
-        fs::create_dir(&folder).map_err(|e| Error::io("cannot create", &folder, e))?;
+        make_folder(&folder)?;
         let mut image = create(&folder.join("image"))?;
         image
             .seek(SeekFrom::Start(ImageHeader::table_offset(inputs.len())))

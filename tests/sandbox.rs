@@ -1,0 +1,391 @@
+//! The server's sandbox: what it forbids is tried in earnest, inside and outside; a real server has no privilege.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
+use stencilfs::sys::mount;
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::host;
+use crate::support::mount::{SIGSYS, STENCIL, TestMount, daemon, wait_for};
+
+/// System calls on the list of docs/security.md. One more is a decision, not an accident.
+const CALLS: usize = 50;
+
+/// A process that has nothing to do with a server.
+struct Stranger(Child);
+
+impl Stranger {
+    fn start() -> Stranger {
+        Stranger(Command::new("sleep").arg("100").stdin(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Against what a thing is tried.
+enum Target {
+    Nothing,
+    Word(&'static str),
+    /// The pid of a stranger.
+    Process,
+    /// An empty folder.
+    Folder,
+    /// A file that is there.
+    File,
+    /// A name that is free.
+    New,
+    /// A file of the store.
+    Store,
+}
+use Target::{File, Folder, New, Nothing, Process, Store, Word};
+
+/// What is tried, against what, how it ends outside of a sandbox and inside, and whether the filter is what refuses it.
+const ATTEMPTS: &[(&str, Target, &str, &str, bool)] = &[
+    ("execve", Word("/bin/true"), "", "EPERM", true),
+    ("fork", Nothing, "done", "EPERM", true),
+    ("clone3", Nothing, "EINVAL", "ENOSYS", false),
+    ("ptrace", Process, "done", "EPERM", true),
+    ("process_vm_readv", Process, "EFAULT", "EPERM", true),
+    ("kill", Process, "done", "EPERM", true),
+    ("tgkill", Process, "done", "EPERM", true),
+    ("set_owner", Process, "done", "EPERM", true),
+    ("pidfd_open", Process, "done", "EPERM", true),
+    ("socket_inet", Nothing, "done", "EPERM", true),
+    ("socket_unix", Nothing, "done", "EPERM", true),
+    ("socket_netlink", Nothing, "done", "EPERM", true),
+    ("mount", Folder, "done", "EPERM", true),
+    ("unshare", Nothing, "done", "EPERM", true),
+    ("bpf", Nothing, "done", "EPERM", true),
+    ("io_uring", Nothing, "EFAULT", "EPERM", true),
+    ("userfaultfd", Nothing, "done", "EPERM", true),
+    ("map_code", Nothing, "done", "EPERM", true),
+    ("setuid", Word("0"), "done", "EPERM", true),
+    ("chmod", File, "done", "EPERM", true),
+    ("unlink", File, "done", "EPERM", true),
+    ("write", File, "done", "EPERM", true),
+    ("write", Store, "done", "EPERM", true),
+    ("create", New, "done", "EPERM", true),
+    ("tmpfile", Folder, "done", "EPERM", true),
+    ("memfd", Nothing, "done", "EPERM", true),
+    ("read", Word("/etc/shadow"), "done", "EACCES", false),
+    ("read", File, "done", "EACCES", false),
+    // What a server must be able to do.
+    ("read", Store, "done", "done", false),
+    ("thread", Nothing, "done", "done", false),
+];
+
+struct Tried {
+    said: String,
+    signal: Option<i32>,
+}
+
+/// Tries one thing. `lacking` is a feature that the kernel shall not have.
+fn attempt(
+    world: &TestMount,
+    lacking: Option<&str>,
+    kill: bool,
+    inside: bool,
+    what: &str,
+    target: &Target,
+) -> Tried {
+    let stranger = matches!(target, Process).then(Stranger::start);
+    let file = world.dir().join("target");
+    let _ = fs::remove_file(&file);
+    let _ = fs::remove_dir(&file);
+    let word = match target {
+        Nothing => None,
+        Word(word) => Some((*word).to_owned()),
+        Process => Some(stranger.as_ref().unwrap().0.id().to_string()),
+        Folder => {
+            fs::create_dir(&file).unwrap();
+            Some(file.display().to_string())
+        }
+        File => {
+            fs::write(&file, "x").unwrap();
+            Some(file.display().to_string())
+        }
+        New => Some(file.display().to_string()),
+        Store => Some(world.store_dir().join("format").display().to_string()),
+    };
+    let mut command = Command::new(daemon());
+    if let Some(feature) = lacking {
+        command.args(["attempt", "without", feature]).arg(daemon());
+    }
+    command.arg("attempt").env("STENCIL_SECCOMP", if kill { "kill" } else { "" });
+    if inside {
+        command.arg("--store").arg(world.store_dir());
+    }
+    let output = command.arg(what).args(word).output().unwrap();
+    let _ = mount::unmount(&file, true);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said = text.trim().strip_prefix(&format!("{what}: ")).unwrap_or(text.trim()).to_owned();
+    Tried { said, signal: output.status.signal() }
+}
+
+#[test]
+fn what_is_forbidden_is_tried_and_refused() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    for (what, target, outside, inside, _) in ATTEMPTS {
+        let got = attempt(&world, None, false, false, what, target).said;
+        assert_eq!(got, *outside, "{what} outside of the sandbox: the attempt is none");
+        let got = attempt(&world, None, false, true, what, target).said;
+        assert_eq!(got, *inside, "{what} inside");
+    }
+}
+
+#[test]
+fn a_filter_that_kills_ends_whoever_tries() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    for (what, target, _, inside, by_filter) in ATTEMPTS {
+        let tried = attempt(&world, None, true, true, what, target);
+        match by_filter {
+            true => assert_eq!((tried.signal, tried.said.as_str()), (Some(libc::SIGSYS), ""), "{what}"),
+            false => assert_eq!((tried.signal, tried.said.as_str()), (None, *inside), "{what}"),
+        }
+    }
+}
+
+/// Each layer holds alone: what the other one would refuse first is refused by this one too.
+#[test]
+fn each_layer_holds_without_the_other() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let inside = |lacking, what, target| attempt(&world, Some(lacking), false, true, what, &target).said;
+    assert_eq!(inside("seccomp", "read", Word("/etc/shadow")), "EACCES");
+    assert_eq!(inside("seccomp", "write", Store), "EACCES");
+    assert_eq!(inside("seccomp", "create", New), "EACCES");
+    assert_eq!(inside("seccomp", "unlink", File), "EACCES");
+    assert_eq!(inside("seccomp", "kill", Process), "EPERM");
+    assert_eq!(inside("seccomp", "ptrace", Process), "EPERM");
+    assert_eq!(inside("seccomp", "mount", Folder), "EPERM");
+    assert_eq!(inside("seccomp", "unshare", Nothing), "EPERM", "there is no capability either");
+    assert_eq!(inside("landlock", "write", Store), "EPERM");
+    assert_eq!(inside("landlock", "create", New), "EPERM");
+    assert_eq!(inside("landlock", "kill", Process), "EPERM");
+    assert_eq!(inside("landlock", "read", File), "done", "reading is what Landlock alone forbids");
+}
+
+fn status_fields(path: &Path) -> Vec<(String, String)> {
+    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
+        .collect()
+}
+
+/// Panics unless every thread of the server has that uid and nothing else.
+#[track_caller]
+fn assert_confined(pid: u32, uid: u32) {
+    let tasks: Vec<_> = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().collect();
+    assert!(tasks.len() >= 4, "{} threads", tasks.len());
+    let uids = format!("{uid} {uid} {uid} {uid}");
+    for task in tasks {
+        let fields = status_fields(&task.path().join("status"));
+        let field = |name: &str| {
+            let found = fields.iter().find(|(n, _)| n == name);
+            found.unwrap_or_else(|| panic!("no {name}")).1.clone()
+        };
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(field(set), "0000000000000000", "{set}");
+        }
+        assert_eq!(
+            (field("Uid"), field("Gid"), field("Groups")),
+            (uids.clone(), uids.clone(), String::new())
+        );
+        assert_eq!((field("NoNewPrivs").as_str(), field("Seccomp").as_str()), ("1", "2"));
+    }
+}
+
+/// A descriptor of the server can be taken by a supervisor that did not start it.
+#[track_caller]
+fn assert_adoptable(pid: u32) {
+    let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let mut taken = Vec::<OwnedFd>::new();
+    for fd in fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/fuse"))) {
+        let number = fd.file_name().to_str().unwrap().parse().unwrap();
+        taken.push(pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap());
+    }
+    assert!(!taken.is_empty(), "the server has the connection open");
+}
+
+fn image(seed: u8) -> Vec<u8> {
+    (0..1_048_576u32).map(|i| (i / 4096) as u8 ^ (i as u8).wrapping_mul(seed)).collect()
+}
+
+#[test]
+fn a_running_server_has_no_privilege() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&image(3), "web:1");
+        assert_eq!(fs::read(world.file(&digest, "memory")).unwrap(), image(3));
+        assert_confined(world.server(), 0);
+        assert_adoptable(world.server());
+        world.kill_server();
+        let digest = world.import_bytes(&image(5), "web:2");
+        assert_eq!(fs::read(world.file(&digest, "memory")).unwrap(), image(5));
+        assert_confined(world.server(), 0);
+        let supervisor = world.status()["supervisor_pid"].as_u64().unwrap();
+        let fields = status_fields(Path::new(&format!("/proc/{supervisor}/status")));
+        assert!(fields.contains(&("Seccomp".to_owned(), "0".to_owned())), "the comparison sees a difference");
+    }
+}
+
+/// Gives a store to a user, who can reach it.
+fn give_store_to(world: &TestMount, uid: u32) {
+    world.open_to_others();
+    let mut folders = vec![world.store_dir()];
+    while let Some(path) = folders.pop() {
+        std::os::unix::fs::lchown(&path, Some(uid), Some(uid)).unwrap();
+        if path.is_dir() {
+            folders.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+}
+
+#[test]
+fn a_server_has_the_rights_of_the_stores_owner() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::unmounted();
+        let first = world.import_bytes(&image(3), "web:1");
+        give_store_to(&world, 1000);
+        world.mount(&["--serve", serve]).ok();
+        assert_eq!(fs::read(world.file(&first, "memory")).unwrap(), image(3));
+        assert_confined(world.server(), 1000);
+        assert_adoptable(world.server());
+        // What root imports belongs to the store's owner too, with everything on the way to it.
+        let second = world.import_bytes(&image(7), "api:1");
+        let mut folders = vec![world.store_dir()];
+        while let Some(path) = folders.pop() {
+            let metadata = fs::symlink_metadata(&path).unwrap();
+            assert_eq!((metadata.uid(), metadata.gid()), (1000, 1000), "{}", path.display());
+            if metadata.is_dir() {
+                folders.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            }
+        }
+        assert_eq!(fs::read(world.file(&second, "memory")).unwrap(), image(7));
+        world.kill_server();
+        assert_eq!(fs::read(world.mountpoint().join("templates/api/1/memory")).unwrap(), image(7));
+        assert_confined(world.server(), 1000);
+    }
+}
+
+#[test]
+fn a_store_that_its_owner_cannot_reach_is_refused_by_name() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    give_store_to(&world, 1000);
+    fs::set_permissions(world.dir(), fs::Permissions::from_mode(0o700)).unwrap();
+    world.mount(&["--serve", "decode"]).exits(1).says("the store's owner (uid 1000) cannot read the store");
+    fs::set_permissions(world.dir(), fs::Permissions::from_mode(0o711)).unwrap();
+    world.mount(&["--serve", "decode"]).ok();
+}
+
+#[test]
+fn a_server_cannot_be_made_to_open_what_lies_outside() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    world.import_bytes(&image(3), "web:1");
+    let inside = world.store_dir().join("tags/web/1");
+    let link = world.mountpoint().join("templates/web/1");
+    let before = fs::read_link(&link).unwrap();
+    // The same bytes, behind a symbolic link that leads out of the store.
+    let outside = world.dir().join("outside");
+    fs::rename(&inside, &outside).unwrap();
+    symlink(&outside, &inside).unwrap();
+    assert_eq!(fs::read_link(&link).unwrap_err().raw_os_error(), Some(libc::EIO));
+    let log = world.log();
+    assert!(log.contains("Permission denied"), "{log}");
+    fs::rename(&outside, &inside).unwrap();
+    assert_eq!(fs::read_link(&link).unwrap(), before);
+}
+
+#[test]
+fn a_server_that_a_forbidden_call_ends_is_named() {
+    let _host = host::shared();
+    let mut world = TestMount::new("decode");
+    world.expects_sigsys = true;
+    let digest = world.import_bytes(&image(3), "web:1");
+    let server = ProcessId::of(world.server()).unwrap().unwrap();
+    server.signal(Signal::SYS).unwrap();
+    wait_for("the end in the log", || world.log().contains(SIGSYS).then_some(()));
+    assert_eq!(fs::read(world.file(&digest, "memory")).unwrap(), image(3));
+}
+
+#[test]
+fn a_kernel_that_lacks_a_layer_is_named_and_served_on() {
+    let _host = host::shared();
+    for (feature, words) in
+        [("landlock", "the kernel has no Landlock"), ("seccomp", "the kernel has no seccomp")]
+    {
+        let world = TestMount::unmounted();
+        let digest = world.import_bytes(&image(3), "web:1");
+        let lacking = |words: &[&str]| {
+            let mut command = Command::new(daemon());
+            command.args(["attempt", "without", feature, STENCIL]).args(words);
+            command.env("STENCIL_STORE", world.store_dir()).env("STENCIL_RUNTIME_DIR", world.runtime_dir());
+            let output = command.current_dir(world.dir()).output().unwrap();
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+        };
+        lacking(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]);
+        assert_eq!(fs::read(world.file(&digest, "memory")).unwrap(), image(3));
+        assert!(world.log().contains(words), "{}", world.log());
+        let status = world.status();
+        assert!(status["server_lacks"][0].as_str().unwrap().contains(words), "{status:#}");
+        let status = world.stencil(&["status"]).ok().out;
+        assert!(status.contains(words), "{status}");
+        let doctor = lacking(&["doctor"]);
+        assert!(doctor.contains(words), "{doctor}");
+        let healthy = world.stencil(&["doctor"]).out;
+        assert!(!healthy.contains(words), "{healthy}");
+    }
+}
+
+#[test]
+fn every_test_that_a_promise_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/security.md")).unwrap();
+    // What stands in single backquotes, without blocks of code: every second piece.
+    let named: Vec<_> = page.split('`').skip(1).step_by(2).filter_map(|word| word.split_once("::")).collect();
+    assert!(named.len() > 20, "{named:?}");
+    for (scenario, test) in named {
+        let file = fs::read_to_string(root.join(format!("tests/{scenario}.rs")));
+        let text = file.unwrap_or_else(|e| panic!("{scenario}::{test}: {e}"));
+        assert!(text.contains(&format!("fn {test}()")), "{scenario} has no test {test}");
+    }
+}
+
+#[test]
+fn the_list_of_system_calls_is_the_documented_one() {
+    let output = Command::new(daemon()).args(["attempt", "calls"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let ours: BTreeSet<&str> = text.lines().collect();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/security.md")).unwrap();
+    let marker = "<!-- test: the_list_of_system_calls_is_the_documented_one -->";
+    let table = page.split(marker).nth(1).expect("the table is marked");
+    let documented: BTreeSet<&str> =
+        table.trim_start().lines().take_while(|line| line.starts_with('|')).skip(2).collect();
+    let missing: Vec<_> = ours.difference(&documented).collect();
+    let invented: Vec<_> = documented.difference(&ours).collect();
+    assert!(
+        missing.is_empty() && invented.is_empty(),
+        "not documented: {missing:#?}\nnot allowed: {invented:#?}"
+    );
+    assert_eq!(ours.len(), CALLS, "the list has grown or shrunk: say why in docs/security.md, and here");
+}

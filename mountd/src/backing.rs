@@ -2,6 +2,8 @@
 
 use fuser::{FileHandle, FopenFlags, ReplyOpen};
 
+use stencilfs::control::Phase;
+
 use crate::errno::Refusal;
 use crate::inflight::Flight;
 
@@ -20,7 +22,7 @@ impl Opening {
 
     /// Lets it wait. False where so many wait already that it must be answered now.
     pub fn park(&mut self) -> bool {
-        self.flight.park()
+        self.flight.park(Phase::Parked)
     }
 
     /// Answers with the backing of that id, which the supervisor keeps open on this connection.

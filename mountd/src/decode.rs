@@ -155,6 +155,8 @@ impl Decoder {
         let refusal = match Refusal::from(error) {
             // A pack that is missing is damage of what lies in it.
             Refusal::NoEntry => Refusal::Damaged,
+            // Nothing is known of the block.
+            Refusal::Away => return Refusal::Away,
             other => other,
         };
         if self.reported.insert((*template.digest(), file, block)) {

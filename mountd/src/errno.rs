@@ -30,6 +30,8 @@ pub enum Refusal {
     NoSpace,
     /// So many opens wait that this one cannot.
     Crowded,
+    /// The store cannot be reached now.
+    Away,
     /// Our own trouble.
     Failed,
 }
@@ -47,7 +49,7 @@ impl Refusal {
             Refusal::Policy => Errno::EPERM,
             Refusal::NoPosition => Errno::ENXIO,
             Refusal::Unsupported => Errno::ENOSYS,
-            Refusal::Damaged | Refusal::Failed => Errno::EIO,
+            Refusal::Damaged | Refusal::Away | Refusal::Failed => Errno::EIO,
             Refusal::NoSpace => Errno::ENOSPC,
             Refusal::Crowded => Errno::EAGAIN,
         }
@@ -60,7 +62,9 @@ impl From<&Error> for Refusal {
             Code::NotFound => Refusal::NoEntry,
             Code::Damage => Refusal::Damaged,
             Code::Failed if error.errno() == Some(libc::ENOSPC) => Refusal::NoSpace,
-            Code::Failed | Code::Usage | Code::InUse | Code::TryAgain => Refusal::Failed,
+            // Of the store's errors only this one says that the same call may succeed later.
+            Code::TryAgain => Refusal::Away,
+            Code::Failed | Code::Usage | Code::InUse => Refusal::Failed,
         }
     }
 }

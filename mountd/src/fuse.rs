@@ -12,15 +12,17 @@ use fuser::{
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use stencilfs::control::{Asked, Op, Phase};
-use stencilfs::store::{Digest, Serving};
+use stencilfs::control::{Asked, Op};
+use stencilfs::store::Serving;
 use stencilfs::units::PAGE_SIZE;
 
 use crate::attr::{attr, kind};
-use crate::decode::{Decoder, MAX_READ};
+use crate::decode::MAX_READ;
 use crate::errno::Refusal;
 use crate::inflight::{Flight, Flights};
 use crate::passthrough::{Opening, Passthrough};
+use crate::read::Reader;
+use crate::source::Source;
 use crate::stats::{Counter, Stats};
 use crate::tree::{Lasting, Node, Tree};
 
@@ -37,7 +39,8 @@ const MAX_BACKGROUND: u16 = 128;
 #[derive(Debug)]
 pub struct Templates {
     tree: Arc<Tree>,
-    decoder: Decoder,
+    reader: Arc<Reader>,
+    source: Arc<Source>,
     passthrough: Arc<Passthrough>,
     stats: Stats,
     flights: &'static Flights,
@@ -47,18 +50,23 @@ impl Templates {
     /// Serves that tree.
     pub fn new(
         tree: Arc<Tree>,
-        decoder: Decoder,
+        reader: Arc<Reader>,
+        source: Arc<Source>,
         passthrough: Arc<Passthrough>,
         stats: Stats,
         flights: &'static Flights,
     ) -> Templates {
-        Templates { tree, decoder, passthrough, stats, flights }
+        Templates { tree, reader, source, passthrough, stats, flights }
     }
 
     fn refuse(&self, refusal: Refusal) -> Errno {
         match refusal {
             Refusal::Damaged => self.stats.count(Counter::Damaged),
             Refusal::Failed | Refusal::NoSpace => self.stats.count(Counter::Failed),
+            Refusal::Away => {
+                self.source.note();
+                self.stats.count(Counter::Failed);
+            }
             Refusal::Writes | Refusal::Policy => self.stats.count(Counter::WritesRefused),
             Refusal::NoEntry
             | Refusal::Stale
@@ -72,22 +80,16 @@ impl Templates {
         refusal.errno()
     }
 
-    fn read_file(
-        &self,
-        digest: &Digest,
-        file: usize,
-        offset: u64,
-        size: u32,
-        mut send: impl FnMut(&[u8]),
-    ) -> Result<(), Refusal> {
-        let template = self.tree.template(digest)?;
-        match self.decoder.read(&template, file, offset, size as usize, &mut send) {
-            Err(refusal) if !self.tree.gone(digest) => {
-                // Its blocks may have been moved since it was opened; a second failure is the answer.
-                let template = self.tree.reopen(digest).map_err(|_| refusal)?;
-                self.decoder.read(&template, file, offset, size as usize, &mut send)
+    /// What a file that may be opened is.
+    fn openable(&self, ino: INodeNo) -> Result<Node, Refusal> {
+        let node = self.tree.node(ino.0)?;
+        match node {
+            Node::File(digest, ..) | Node::Manifest(digest) if self.tree.gone(&digest)? => {
+                Err(Refusal::Stale)
             }
-            done => done,
+            Node::File(..) | Node::Manifest(_) => Ok(node),
+            Node::Tag(_) => Err(Refusal::Invalid),
+            _ => Err(Refusal::IsDirectory),
         }
     }
 
@@ -174,22 +176,19 @@ impl Filesystem for Templates {
             reply.error(Refusal::Writes.errno());
             return;
         }
-        let refusal = match self.tree.node(ino.0) {
-            Ok(Node::File(digest, ..) | Node::Manifest(digest)) if self.tree.gone(&digest) => Refusal::Stale,
-            Ok(node @ (Node::Manifest(_) | Node::File(_, _, Serving::Decode))) => {
+        let refusal = match self.openable(ino) {
+            Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
+                // It answers later, when the backing has to be made first.
+                Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),
+                Err(refusal) => refusal,
+            },
+            Ok(node) => {
                 if matches!(node, Node::File(..)) {
                     self.stats.count(Counter::OpensDecode);
                 }
                 flight.replying();
                 return reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
             }
-            Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
-                // It answers later, when the backing has to be made first.
-                Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),
-                Err(refusal) => refusal,
-            },
-            Ok(Node::Tag(_)) => Refusal::Invalid,
-            Ok(_) => Refusal::IsDirectory,
             Err(refusal) => refusal,
         };
         flight.replying();
@@ -208,31 +207,19 @@ impl Filesystem for Templates {
         reply: ReplyData,
     ) {
         let flight = self.take_range(req, Op::Read, ino, offset, size);
-        let mut reply = Some(reply);
-        let mut send = |bytes: &[u8]| {
-            if let Some(reply) = reply.take() {
-                flight.replying();
+        let mut unsent = Some(reply);
+        let done = self.reader.read(&flight, |bytes| {
+            if let Some(reply) = unsent.take() {
                 reply.data(bytes);
             }
-        };
-        let done = match self.tree.node(ino.0) {
-            Ok(Node::File(digest, file, _)) => {
-                flight.stamp(Phase::Decoding);
-                self.read_file(&digest, file, offset, size, &mut send)
-            }
-            Ok(Node::Manifest(digest)) => self.tree.template(&digest).map(|template| {
-                let text = template.manifest_json();
-                let begin = (offset as usize).min(text.len());
-                let end = begin.saturating_add(size as usize).min(text.len());
-                send(&text.as_bytes()[begin..end]);
-            }),
-            Ok(_) => Err(Refusal::IsDirectory),
-            Err(refusal) => Err(refusal),
-        };
-        if let (Err(refusal), Some(reply)) = (done, reply) {
-            flight.replying();
-            reply.error(self.refuse(refusal));
+        });
+        let (Err(refusal), Some(reply)) = (done, unsent) else { return };
+        if refusal == Refusal::Away {
+            // It answers later, when the store is back.
+            return self.source.wait(flight, reply);
         }
+        flight.replying();
+        reply.error(self.refuse(refusal));
     }
 
     fn lseek(

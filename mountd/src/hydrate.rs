@@ -14,6 +14,7 @@ use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
 use crate::link::{Answer, Ask, Cache, FileKey, Link, unexpected};
+use crate::source::patiently;
 use crate::stats::{Counter, Stats};
 
 /// Backings are written in pieces of this many bytes, at multiples of it: the page cache then holds them in folios that
@@ -121,7 +122,8 @@ impl Hydrator {
         self.in_parallel(pieces, |piece, scratch, buffer| {
             let buffer = &mut buffer[..(piece.end - piece.start) as usize];
             for (i, part) in buffer.chunks_mut(BLOCK_SIZE as usize).enumerate() {
-                template.read_block(file, piece.start / BLOCK_SIZE + i as u64, scratch, part)?;
+                let block = piece.start / BLOCK_SIZE + i as u64;
+                patiently(|| template.read_block(file, block, scratch, part))?;
             }
             backing.write_all_at(buffer, piece.start).map_err(|e| cannot_fill(&self.cache, e))?;
             let length = buffer.len() as u64;

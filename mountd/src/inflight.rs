@@ -81,14 +81,19 @@ impl Flight {
         self.stamp(Phase::Replying);
     }
 
-    /// Leaves the thread's slot: from here on no thread waits for it. False where so many wait that there is no slot.
-    pub fn park(&mut self) -> bool {
+    /// What is asked.
+    pub fn asked(&self) -> &Asked {
+        &self.asked
+    }
+
+    /// Leaves the thread's slot: it waits, and holds up no thread. False where so many wait that there is no slot.
+    pub fn park(&mut self, phase: Phase) -> bool {
         let Place::Thread(thread) = self.place else {
-            self.stamp(Phase::Parked);
+            self.stamp(phase);
             return true;
         };
         let from = self.flights.next.fetch_add(1, Ordering::Relaxed);
-        let Some(number) = self.flights.table.park(from, &self.asked) else { return false };
+        let Some(number) = self.flights.table.park(from, &self.asked, phase) else { return false };
         self.flights.table.clear(thread);
         self.place = Place::Parked(number);
         true

@@ -186,8 +186,7 @@ impl Passthrough {
                 let _ = self.hydrator.link().ask(&Ask::GiveBack { key: job.key.clone() }, None);
                 match self.mode {
                     ServeMode::Auto => {
-                        let retry = error.code() == Code::TryAgain || error.errno() == Some(libc::ENOSPC);
-                        let state = State::Decode { since: Instant::now(), retry };
+                        let state = State::Decode { since: Instant::now(), retry: may_pass(&error) };
                         (Some(state), Err(Refusal::Stale))
                     }
                     // The next open tries again; nobody is served otherwise.
@@ -302,10 +301,20 @@ impl Passthrough {
     }
 }
 
+/// True for what may be over when it is tried again: no room, or a folder that is away, the store's or the cache's.
+fn may_pass(error: &Error) -> bool {
+    const PASSING: [i32; 7] =
+        [libc::ENOSPC, libc::EDQUOT, libc::ENOENT, libc::EACCES, libc::EROFS, libc::EIO, libc::ESTALE];
+    matches!(error.code(), Code::TryAgain | Code::NotFound)
+        || error.errno().is_some_and(|errno| PASSING.contains(&errno))
+}
+
 /// What an opener is told where nothing but passthrough is allowed.
 fn for_opener(error: &Error) -> Refusal {
     match (error.code(), error.errno()) {
-        (Code::TryAgain, _) | (_, Some(libc::ENOSPC)) => Refusal::NoSpace,
+        // The store is away: there is a system's error beneath, other than where room is missing.
+        (Code::TryAgain, Some(_)) => Refusal::Away,
+        (Code::TryAgain, None) | (_, Some(libc::ENOSPC | libc::EDQUOT)) => Refusal::NoSpace,
         (Code::Damage, _) => Refusal::Damaged,
         _ => Refusal::Failed,
     }

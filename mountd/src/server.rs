@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use fuser::{Session, SessionACL};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -22,8 +24,10 @@ use crate::inflight::Flights;
 use crate::kept::{self, Ledger};
 use crate::link::{self, Answer, Ask, Link};
 use crate::passthrough::Passthrough;
+use crate::read::Reader;
 use crate::replies::Replies;
 use crate::sandbox;
+use crate::source::{AGAIN, LONGEST_WAIT, Source};
 use crate::stats::Stats;
 use crate::tree::Tree;
 
@@ -83,16 +87,23 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let flights = Flights::begin(stats.clone())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
-    let replies = Replies::lock(threads, Bytes::new(MAX_READ as u64))?;
+    // One more for the thread that answers what waited for the store.
+    let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
     let sockets = handshake_sockets()?;
     let backings = ready(backings)?;
+    // What the sandbox allows is the folder that lies there now: the store must be there first.
+    open_store(&options.store, reply.is_some())?;
     let lacks = sandbox::enter(&options.store)?;
-    let tree = Arc::new(Tree::new(Store::open(&options.store)?));
+    // Without its capabilities the server may see less than before.
+    let store = open_store(&options.store, reply.is_some())?;
+    let tree = Arc::new(Tree::new(store.clone()));
     let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), cores);
     let passthrough =
         Passthrough::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let decoder = Decoder::new(KEEP, stats.clone(), replies);
-    let filesystem = Templates::new(tree, decoder, passthrough, stats, flights);
+    let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder));
+    let source = Source::new(store, Arc::clone(&reader), stats.clone());
+    let filesystem = Templates::new(tree, reader, source, passthrough, stats, flights);
 
     let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
@@ -121,6 +132,23 @@ fn ready(rows: Vec<BackingRow>) -> Result<Vec<(FileKey, u32, OwnedFd)>> {
 fn handshake_sockets() -> Result<(OwnedFd, OwnedFd)> {
     socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(|e| Error::failed("cannot make the sockets of the handshake").because(e.into()))
+}
+
+/// Opens the store. A successor waits for one that is away: until then the kernel keeps what it asks, and nobody gets an
+/// error.
+fn open_store(dir: &Path, successor: bool) -> Result<Store> {
+    let begun = Instant::now();
+    loop {
+        match Store::open(dir) {
+            Err(error) if successor && begun.elapsed() < LONGEST_WAIT => {
+                if begun.elapsed() < AGAIN {
+                    log::error!("{error}; waiting for it up to {LONGEST_WAIT:?}");
+                }
+                std::thread::sleep(AGAIN);
+            }
+            done => return done,
+        }
+    }
 }
 
 /// fuser insists on an INIT of its own: it gets the kernel's from a socket pair, and its reply goes to the supervisor.

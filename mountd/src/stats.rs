@@ -39,6 +39,8 @@ counters! {
     WatchdogReplaced "watchdog_replaced" "Servers that left a request alone too long and were replaced.",
     SlowSource "slow_source" "Times that the store was away for longer than the watchdog's limit.",
     Evictions "evictions" "Backings without clones that made room for others.",
+    SourceOutages "source_outages" "Times that the store could not be reached.",
+    SourceWaits "source_waits" "READs that waited for the store.",
 }
 
 /// Handle to the page of counters.

@@ -149,7 +149,11 @@ impl Tree {
             self.enter(Node::Template(digest));
             self.enter(Node::Manifest(digest));
             // One that cannot be opened has no files; the log says why when somebody asks for it.
-            let Ok(template) = self.template(&digest) else { continue };
+            let template = match self.template(&digest) {
+                Ok(template) => template,
+                Err(Refusal::Away) => return Err(Refusal::Away),
+                Err(_) => continue,
+            };
             for file in 0..template.files().len() {
                 for serving in Serving::ALL {
                     self.enter(Node::File(digest, file, serving));
@@ -256,12 +260,12 @@ impl Tree {
             },
             Node::ById => match name.parse::<Digest>() {
                 // One spelling: capitals would be a second name of the same directory.
-                Ok(digest) if digest.to_string() == name && self.store.has(&digest) => {
+                Ok(digest) if digest.to_string() == name && !self.gone(&digest)? => {
                     Ok(Node::Template(digest))
                 }
                 _ => Err(Refusal::NoEntry),
             },
-            Node::Template(digest) if self.gone(digest) => Err(Refusal::NoEntry),
+            Node::Template(digest) if self.gone(digest)? => Err(Refusal::NoEntry),
             Node::Template(digest) if name == MANIFEST => Ok(Node::Manifest(*digest)),
             Node::Template(digest) => {
                 let template = self.template(digest)?;
@@ -287,8 +291,11 @@ impl Tree {
     }
 
     /// True for a template that the store has no more. Its open files go on.
-    pub fn gone(&self, digest: &Digest) -> bool {
-        !self.store.has(digest)
+    ///
+    /// # Errors
+    /// [`Refusal::Away`] when the store cannot be asked.
+    pub fn gone(&self, digest: &Digest) -> Result<bool, Refusal> {
+        self.store.find(digest).map(|found| !found).map_err(|e| refuse(&e))
     }
 
     /// What stat(2) shows for that number.
@@ -375,7 +382,7 @@ impl Tree {
                 let all = self.store.digests().map_err(|e| refuse(&e))?;
                 all.into_iter().map(|d| (d.to_string(), Node::Template(d))).collect()
             }
-            Node::Template(digest) if self.gone(digest) => Vec::new(),
+            Node::Template(digest) if self.gone(digest)? => Vec::new(),
             Node::Template(digest) => {
                 let template = self.template(digest)?;
                 let files =
@@ -455,10 +462,11 @@ fn kind_of(node: &Node) -> Kind {
     }
 }
 
-/// The refusal for an error of the store; what is more than a missing thing is logged here, once a request.
+/// The refusal for an error of the store; what is more than a missing thing is logged here, once a request. That the store
+/// is away is logged once, by who waits for it.
 fn refuse(error: &stencilfs::error::Error) -> Refusal {
     let refusal = Refusal::from(error);
-    if refusal != Refusal::NoEntry {
+    if !matches!(refusal, Refusal::NoEntry | Refusal::Away) {
         log::error!("{error}");
     }
     refusal

@@ -4,7 +4,8 @@
 //!   word  0            1        2               3        4          5        6
 //!   slot  moved|state  unique   opcode|size     inode    offset     begun    -        64 bytes, a cache line
 //! ```
-//! One slot for each thread of the server, written by that thread alone, then slots for opens that wait for a backing.
+//! One slot for each thread of the server, written by that thread alone, then slots for requests that wait without
+//! one: opens for a backing, READs for the store.
 //! A slot is published by its first word: the time of the last stamp and the state. A reader takes the other words only
 //! when the first one is the same before and after; every change of a slot is a later stamp, so what it has is of one
 //! request.
@@ -22,7 +23,7 @@ pub const INFLIGHT_NAME: &str = "stencil-inflight";
 /// Slots for threads of the server.
 pub const THREAD_SLOTS: usize = 63;
 
-/// Slots for opens that wait.
+/// Slots for requests that wait without a thread.
 pub const PARKED_SLOTS: usize = 4096;
 
 /// Eight words a slot; the first slot is the head.
@@ -197,20 +198,18 @@ impl InFlightTable {
         (0..THREAD_SLOTS + PARKED_SLOTS).filter_map(move |index| read(self.slot(index), now))
     }
 
-    /// The request that was taken first of those that hold up a thread.
+    /// The request that was taken first, parked ones left out: those wait by right.
     pub fn oldest(&self) -> Option<InFlight> {
-        let now = now();
-        (0..THREAD_SLOTS).filter_map(|index| read(self.slot(index), now)).max_by_key(|r| r.age)
+        self.requests().filter(|r| r.phase != Phase::Parked).max_by_key(|r| r.age)
     }
 
-    /// The one of which nothing was heard for the longest time, of those that hold up a thread. While the store is away
-    /// a server that lives stamps its waiting READs ten times a second: it is old, and not still.
+    /// The one of which nothing was heard for the longest time, parked ones left out. While the store is away a server
+    /// that lives stamps its waiting READs ten times a second: such a one is old, and not still.
     pub fn stillest(&self) -> Option<InFlight> {
-        let now = now();
-        (0..THREAD_SLOTS).filter_map(|index| read(self.slot(index), now)).max_by_key(|r| r.still)
+        self.requests().filter(|r| r.phase != Phase::Parked).max_by_key(|r| r.still)
     }
 
-    /// How many opens wait for a backing.
+    /// How many requests wait without a thread: opens for a backing, READs for the store.
     pub fn parked(&self) -> usize {
         let taken = |i: &usize| self.slot(*i)[MOVED].load(Ordering::Relaxed) != 0;
         (THREAD_SLOTS..THREAD_SLOTS + PARKED_SLOTS).filter(taken).count()
@@ -240,15 +239,16 @@ impl InFlightTable {
         self.slot(thread.min(THREAD_SLOTS - 1))[MOVED].store(0, Ordering::Release);
     }
 
-    /// Enters an open that waits, seeking a free slot from number `from` on; gives its number, none when all are taken.
-    pub fn park(&self, from: usize, asked: &Asked) -> Option<usize> {
+    /// Enters a request that waits and holds up no thread, seeking a free slot from number `from` on; gives its number,
+    /// none when all are taken.
+    pub fn park(&self, from: usize, asked: &Asked, phase: Phase) -> Option<usize> {
         let now = now();
         let number = (0..PARKED_SLOTS).map(|i| (from + i) % PARKED_SLOTS).find(|&i| {
             let first = &self.slot(THREAD_SLOTS + i)[MOVED];
             first.load(Ordering::Relaxed) == 0
                 && first.compare_exchange(0, word(now, CLAIMED), Ordering::Acquire, Ordering::Relaxed).is_ok()
         })?;
-        write(self.slot(THREAD_SLOTS + number), asked, now, word(now, Phase::Parked as u64));
+        write(self.slot(THREAD_SLOTS + number), asked, now, word(now, phase as u64));
         Some(number)
     }
 
@@ -348,15 +348,20 @@ mod tests {
     fn parked_opens_are_counted_and_bounded() {
         let table = InFlightTable::create().unwrap();
         let slots: Vec<usize> =
-            (0..PARKED_SLOTS).map(|n| table.park(n * 3, &asked(n as u64)).unwrap()).collect();
+            (0..PARKED_SLOTS).map(|n| table.park(n * 3, &asked(n as u64), Phase::Parked).unwrap()).collect();
         assert_eq!(table.parked(), PARKED_SLOTS);
-        assert_eq!(table.park(0, &asked(1)), None, "no room is no panic");
+        assert_eq!(table.park(0, &asked(1), Phase::Parked), None, "no room is no panic");
         assert!(table.oldest().is_none(), "they hold up no thread");
         assert_eq!(table.requests().filter(|r| r.phase == Phase::Parked).count(), PARKED_SLOTS);
         table.unpark(slots[17], Some(Phase::Replying));
         table.unpark(slots[17], None);
         assert_eq!(table.parked(), PARKED_SLOTS - 1);
-        assert_eq!(table.park(0, &asked(1)), Some(slots[17]));
+        assert_eq!(table.park(0, &asked(1), Phase::WaitingForSource), Some(slots[17]));
+        assert_eq!(
+            table.oldest().unwrap().phase,
+            Phase::WaitingForSource,
+            "it has no thread, and somebody waits"
+        );
     }
 
     #[test]

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::format::PackId;
 use super::format::superblock::Superblock;
-use super::pack::Packs;
+use super::pack::{PackFile, Packs};
 use super::publish::{Lock, inherit_owner, random, sync_folder, write_new};
 use super::{Digest, Policy, Template};
 use crate::error::{Error, Result};
@@ -107,6 +108,48 @@ impl Store {
         Ok(self.names(&self.images_dir())?.iter().filter_map(|n| n.parse().ok()).collect())
     }
 
+    /// Whether the store is still where it was opened.
+    ///
+    /// # Errors
+    /// [`Code::TryAgain`](crate::error::Code) when its folders cannot be reached, or another store lies there.
+    pub fn check_reachable(&self) -> Result<()> {
+        let away = |path: &Path, e| {
+            Error::try_again("the store cannot be reached")
+                .at(path)
+                .because(e)
+                .remedy("bring it back to that path, readable for the server: what waits for it then goes on")
+        };
+        let path = self.0.dir.join("format");
+        let bytes = fs::read(&path).map_err(|e| away(&path, e))?;
+        if Superblock::decode(&bytes).is_ok_and(|s| s.secret != self.0.superblock.secret) {
+            return Err(Error::try_again("another store lies where the store was")
+                .at(self.dir())
+                .remedy("bring the store back to that path"));
+        }
+        for folder in ["images", "packs", "tags"] {
+            // To see its dot takes the right to search the folder.
+            let path = self.0.dir.join(folder);
+            fs::metadata(path.join(".")).map_err(|e| away(&path, e))?;
+        }
+        Ok(())
+    }
+
+    /// `error`, or that the whole store cannot be reached where that is its cause: nothing is missing or damaged then.
+    pub(super) fn blame(&self, error: Error) -> Error {
+        self.check_reachable().err().unwrap_or(error)
+    }
+
+    /// True when the store has that template, which is not the same as that it cannot be seen.
+    ///
+    /// # Errors
+    /// As [`Store::check_reachable`].
+    pub fn find(&self, digest: &Digest) -> Result<bool> {
+        if self.has(digest) {
+            return Ok(true);
+        }
+        self.check_reachable().map(|()| false)
+    }
+
     /// True when the store has that template.
     pub fn has(&self, digest: &Digest) -> bool {
         self.image_dir(digest).is_dir()
@@ -115,9 +158,10 @@ impl Store {
     /// Opens a template: its header and the roots of its tables; blocks are read when asked for.
     ///
     /// # Errors
-    /// [`Code::NotFound`](crate::error::Code) or [`Code::Damage`](crate::error::Code).
+    /// [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or as
+    /// [`Store::check_reachable`].
     pub fn template(&self, digest: &Digest) -> Result<Template> {
-        Template::open(self.clone(), digest)
+        Template::open(self.clone(), digest).map_err(|e| self.blame(e))
     }
 
     /// Changes the policy of a template; two changes at once do not lose one another.
@@ -146,6 +190,18 @@ impl Store {
     /// When the folder cannot be read.
     pub fn pack_files(&self) -> Result<Vec<PathBuf>> {
         Ok(self.packs().ids()?.into_iter().map(|id| self.packs().path(id)).collect())
+    }
+
+    /// An open pack.
+    pub(super) fn pack(&self, id: PackId) -> Result<Arc<PackFile>> {
+        self.0.packs.get(id).map_err(|e| self.blame(e))
+    }
+
+    /// The error for a pack that cannot be read. It is opened anew at its next use: behind a network filesystem the old
+    /// descriptor may be stale for good.
+    pub(super) fn unreadable(&self, id: PackId, error: Error) -> Error {
+        self.0.packs.forget(id);
+        self.blame(error)
     }
 
     pub(super) fn packs(&self) -> &Packs {

@@ -187,6 +187,11 @@ impl Packs {
         Ok(pack)
     }
 
+    /// Closes a pack; who reads it goes on.
+    pub fn forget(&self, id: PackId) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+
     /// Identities of all packs in the folder, by file name.
     pub fn ids(&self) -> Result<Vec<PackId>> {
         let read = |e| Error::io("cannot list packs", &self.folder, e);

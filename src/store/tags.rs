@@ -41,8 +41,10 @@ impl Store {
             Ok(bytes) => decode(&bytes).map(Some).map_err(|e| {
                 e.in_file("tag", &path).remedy(format!("point it anew: stencil tag DIGEST {tag}"))
             }),
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
-            Err(e) => Err(Error::io("cannot read tag", &path, e)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                self.check_reachable().map(|()| None)
+            }
+            Err(e) => Err(self.blame(Error::io("cannot read tag", &path, e))),
         }
     }
 
@@ -61,6 +63,7 @@ impl Store {
                     entries.push(TagEntry { name, tag, digest, modified });
                 }
                 Ok(None) => {}
+                Err(e) if e.code() == Code::TryAgain => return Err(e),
                 Err(e) => log::warn!("{e}"),
             }
         }
@@ -94,10 +97,12 @@ impl Store {
 
     /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.
     pub(super) fn names(&self, folder: &std::path::Path) -> Result<Vec<String>> {
-        let fail = |e| Error::io("cannot list", folder, e);
+        let fail = |e| self.blame(Error::io("cannot list", folder, e));
         let entries = match fs::read_dir(folder) {
             Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return self.check_reachable().map(|()| Vec::new());
+            }
             Err(e) => return Err(fail(e)),
         };
         let mut names = Vec::new();

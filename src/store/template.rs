@@ -172,9 +172,9 @@ impl Template {
             return Ok(length);
         };
         let (id, stored) = self.stored(number, &hash)?;
-        let pack = self.store.packs().get(id)?;
+        let pack = self.store.pack(id)?;
         let Scratch { buffer, decoder, plain } = scratch;
-        let record = pack.record(stored, buffer)?;
+        let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
         let how = (stored.kind, stored.chunk_shift);
         let decoded = if length as u64 == BLOCK_SIZE {
             decoder.block(how, record, &hash, out)
@@ -222,11 +222,11 @@ impl Template {
             return Ok(());
         };
         let (id, stored) = self.stored(number, &hash)?;
-        let pack = self.store.packs().get(id)?;
+        let pack = self.store.pack(id)?;
         let Scratch { buffer, decoder, plain } = scratch;
         plain.resize(BLOCK_SIZE as usize, 0);
         // The whole record: of 40 KiB a second access to the device would cost more than the bytes.
-        let record = pack.record(stored, buffer)?;
+        let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
         let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
         let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
         let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {

@@ -29,6 +29,7 @@ mod progress;
 mod qemu_conformance;
 mod qemu_random;
 mod sandbox;
+mod source_away;
 mod store_bad_input;
 mod store_crash;
 mod store_damage;

@@ -1,0 +1,192 @@
+//! A store that cannot be reached for a while: who needs a page from it waits, who needs none goes on, nothing is lost.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use stencilfs::control::{InFlightTable, Phase};
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::inflight::table_of;
+use crate::support::mount::{TestMount, wait_for};
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 1024;
+const CLONES: u64 = 24;
+/// More READs than a server has threads. Clones whose pages come by one READ wait for it together.
+const WAITING: usize = 17;
+
+fn image(seed: u8) -> Vec<u8> {
+    let mut bytes = vec![0; (PAGES * PAGE) as usize];
+    blake3::Hasher::new_keyed(&[seed; 32]).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// Makes the store unreachable until it is dropped.
+struct Away<'a>(Box<dyn Fn() + 'a>);
+
+impl Drop for Away<'_> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+fn moved(store: &Path) -> Away<'_> {
+    let aside = store.with_file_name("aside");
+    fs::rename(store, &aside).unwrap();
+    Away(Box::new(move || fs::rename(&aside, store).unwrap()))
+}
+
+fn unreadable(store: &Path) -> Away<'_> {
+    let before = fs::metadata(store).unwrap().permissions();
+    fs::set_permissions(store, Permissions::from_mode(0)).unwrap();
+    Away(Box::new(move || fs::set_permissions(store, before.clone()).unwrap()))
+}
+
+/// An empty filesystem lies over it, as when what was mounted there is gone.
+fn covered(store: &Path) -> Away<'_> {
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("none", store, "tmpfs", flags, None).unwrap();
+    Away(Box::new(move || rustix::mount::unmount(store, rustix::mount::UnmountFlags::DETACH).unwrap()))
+}
+
+fn waiting(table: &InFlightTable) -> usize {
+    table.requests().filter(|r| r.phase == Phase::WaitingForSource).count()
+}
+
+fn errno(path: &Path) -> Option<i32> {
+    fs::symlink_metadata(path).err().and_then(|e| e.raw_os_error())
+}
+
+/// Two templates are served, the pack of one is open, that of the other is not, when the store goes away.
+fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let store = world.store_dir();
+    let images = [image(1), image(2)];
+    let digests = [world.import_bytes(&images[0], "open:1"), world.import_bytes(&images[1], "closed:1")];
+    let files = digests.each_ref().map(|d| File::open(world.file(d, "memory")).unwrap());
+    let mut page = [0; PAGE as usize];
+    files[0].read_exact_at(&mut page, 0).unwrap();
+    rustix::fs::fadvise(&files[0], 0, None, rustix::fs::Advice::Random).unwrap();
+    let clones: Vec<Actor> = (0..CLONES)
+        .map(|_| {
+            let mut clone = Actor::start();
+            let path = world.file(&digests[1], "memory");
+            clone.tell(&format!("map 0 {} 0 {} rw", path.display(), PAGES * PAGE));
+            clone
+        })
+        .collect();
+    let server = ProcessId::of(world.server()).unwrap().unwrap();
+    let table = table_of(server.pid);
+    let away_for = if host::soaking() { Duration::from_secs(10) } else { Duration::from_secs(2) };
+    let begun = Instant::now();
+    let away = take_away(&store);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = clones
+            .into_iter()
+            .enumerate()
+            .map(|(i, mut clone)| {
+                let bytes = &images[1];
+                scope.spawn(move || {
+                    for number in [i as u64 * 40, 1000 - i as u64] {
+                        let got = clone.tell(&format!("read 0 {number}")) as u8;
+                        assert_eq!(got, bytes[(number * PAGE) as usize], "page {number}");
+                    }
+                    Instant::now()
+                })
+            })
+            .collect();
+        wait_for("all clones to wait", || (waiting(&table) >= WAITING).then_some(()));
+        assert!(
+            table.stillest().unwrap().still < Duration::from_secs(1),
+            "a server that waits is no stuck one"
+        );
+        if !kill {
+            // As many wait as there are threads, and more: they hold up nobody whose pack is open.
+            for number in 1..20 {
+                let asked = Instant::now();
+                files[0].read_exact_at(&mut page, number * 50 * PAGE).unwrap();
+                assert!(page == images[0][(number * 50 * PAGE) as usize..][..PAGE as usize], "page {number}");
+                assert!(
+                    asked.elapsed() < Duration::from_secs(1),
+                    "{:?} for what needs no store",
+                    asked.elapsed()
+                );
+            }
+            for name in ["open", "closed", "never"] {
+                assert_eq!(
+                    errno(&world.mountpoint().join("templates").join(name)),
+                    Some(libc::EIO),
+                    "{name}"
+                );
+            }
+            assert_eq!(
+                fs::read_dir(world.mountpoint().join("by-id"))
+                    .unwrap()
+                    .next()
+                    .unwrap()
+                    .unwrap_err()
+                    .raw_os_error(),
+                Some(libc::EIO)
+            );
+            std::thread::sleep(away_for.saturating_sub(begun.elapsed()));
+            assert!(waiting(&table) >= WAITING, "they still wait");
+        } else {
+            server.signal(rustix::process::Signal::KILL).unwrap();
+            std::thread::sleep(away_for.saturating_sub(begun.elapsed()));
+        }
+        drop(away);
+        let back = Instant::now();
+        for reader in readers {
+            let done = reader.join().expect("no SIGBUS and no wrong byte");
+            assert!(
+                done > back && done - back < Duration::from_secs(12),
+                "{:?} after it is back",
+                done - back
+            );
+        }
+    });
+    let names = fs::read_dir(world.mountpoint().join("templates")).unwrap();
+    assert_eq!(names.count(), 2, "nothing was remembered as missing");
+    for (digest, bytes) in digests.iter().zip(&images) {
+        assert!(fs::read(world.file(digest, "memory")).unwrap() == *bytes);
+    }
+    assert_eq!(errno(&world.mountpoint().join("templates/never")), Some(libc::ENOENT));
+    let status = world.status();
+    let counter = |name: &str| status["counters"][name].as_u64().unwrap();
+    assert_eq!(counter("damaged"), 0, "{status:#}");
+    assert!(counter("source_waits") >= WAITING as u64, "{status:#}");
+    let log = world.log();
+    let lines = |words: &str| log.lines().filter(|l| l.contains(words)).count();
+    assert!(!log.contains("it is missing"), "a store that is away is not damaged:\n{log}");
+    assert!(log.contains(&format!("store/format: {why}")), "{log}");
+    if !kill {
+        assert_eq!(lines("the store cannot be reached: "), 1, "{log}");
+        assert_eq!(lines("the store can be reached again"), 1, "{log}");
+        assert_eq!(status["restarts"], 0);
+    }
+}
+
+#[test]
+fn a_store_that_is_moved_away_and_back_costs_nobody_a_page() {
+    goes_away(moved, "No such file or directory", false);
+}
+
+#[test]
+fn a_store_that_is_unreadable_for_a_while_costs_nobody_a_page() {
+    goes_away(unreadable, "Permission denied", false);
+}
+
+#[test]
+fn a_store_whose_filesystem_is_gone_for_a_while_costs_nobody_a_page() {
+    goes_away(covered, "No such file or directory", false);
+}
+
+#[test]
+fn a_server_that_is_killed_while_the_store_is_away_costs_nobody_a_page() {
+    goes_away(moved, "No such file or directory", true);
+}

@@ -1,11 +1,10 @@
 //! Sees that requests of the kernel are answered in time.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use stencilfs::control::{InFlightTable, Phase};
-use stencilfs::sys::fusectl;
+use stencilfs::sys::fusectl::Waiting;
 
 use crate::stats::{Counter, Stats};
 
@@ -15,7 +14,7 @@ pub struct Watchdog {
     /// A server that leaves a request alone for so long is replaced; zero for never.
     limit: Duration,
     /// The kernel's count of requests without an answer, those that no server has read included.
-    waiting: Option<File>,
+    waiting: Option<Waiting>,
     /// Requests that the present server has read.
     table: Option<InFlightTable>,
     /// Since when nothing is answered though something waits, and how much was answered by then.
@@ -27,7 +26,7 @@ pub struct Watchdog {
 impl Watchdog {
     /// Watches the connection of that device.
     pub fn new(limit: Duration, device: u64) -> Watchdog {
-        let waiting = fusectl::open_waiting(device)
+        let waiting = Waiting::of(device)
             .inspect_err(|e| log::warn!("requests that no server reads go unwatched: fusectl: {e}"));
         Watchdog { limit, waiting: waiting.ok(), table: None, idle: None, told: false }
     }
@@ -72,7 +71,7 @@ impl Watchdog {
             None => self.told = false,
         }
         let answers = stats.get(Counter::Answers);
-        let waiting = self.waiting.as_ref().and_then(|file| fusectl::read_waiting(file).ok()).unwrap_or(0);
+        let waiting = self.waiting.as_ref().and_then(|w| w.read().ok()).unwrap_or(0);
         let parked = table.map_or(0, InFlightTable::parked) as u64;
         // What a server has read is timed by its own table.
         if waiting <= parked || oldest.is_some() || self.idle.is_some_and(|(_, before)| before != answers) {

@@ -1,9 +1,9 @@
 //! The FUSE control filesystem: which connections wait for answers, and how many requests each has.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::fs::{Dir, Mode, OFlags};
@@ -33,25 +33,38 @@ pub fn open() -> io::Result<OwnedFd> {
     Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
 }
 
-/// The number of requests that nobody has answered on the connection of that device (`st_dev`), to be read with
-/// [`read_waiting`] as often as one likes. It does not keep the connection.
-///
-/// # Errors
-/// `ENOENT` where no such connection exists; else the kernel's.
-pub fn open_waiting(device: u64) -> io::Result<File> {
-    let path = format!("{}/waiting", rustix::fs::minor(device));
-    Ok(rustix::fs::openat(open()?, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
+/// The number of requests that nobody has answered on one connection, to be read as often as one likes. It does not keep
+/// the connection.
+#[derive(Debug)]
+pub struct Waiting {
+    root: OwnedFd,
+    path: CString,
 }
 
-/// Reads it.
-///
-/// # Errors
-/// The kernel's, when the connection is over.
-pub fn read_waiting(file: &File) -> io::Result<u64> {
-    let mut text = [0; 24];
-    let length = file.read_at(&mut text, 0)?;
-    let number = std::str::from_utf8(&text[..length]).ok().and_then(|t| t.trim().parse().ok());
-    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+impl Waiting {
+    /// That of the connection of that device (`st_dev`).
+    ///
+    /// # Errors
+    /// `ENOENT` where no such connection exists; else the kernel's.
+    pub fn of(device: u64) -> io::Result<Waiting> {
+        let path = CString::new(format!("{}/waiting", rustix::fs::minor(device)))?;
+        let waiting = Waiting { root: open()?, path };
+        waiting.read().map(|_| waiting)
+    }
+
+    /// Reads it. Allocates nothing.
+    ///
+    /// # Errors
+    /// The kernel's, when the connection is over.
+    pub fn read(&self) -> io::Result<u64> {
+        // The file is no more than a stream, with a number that is read once: each time it is opened anew.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.root, self.path.as_c_str(), flags, Mode::empty())?;
+        let mut text = [0; 24];
+        let length = rustix::io::read(file, &mut text)?;
+        let number = std::str::from_utf8(&text[..length]).ok().and_then(|t| t.trim().parse().ok());
+        number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
 }
 
 /// All connections of this host.
@@ -121,7 +134,9 @@ mod tests {
         let listed = connections();
         // Its INIT has not been read, so that one request waits.
         let number = rustix::fs::minor(device.unwrap());
+        let waiting = Waiting::of(device.unwrap()).and_then(|w| Ok((w.read()?, w.read()?)));
         mount::unmount(dir.path(), true).unwrap();
         assert!(listed.unwrap().contains(&Connection { number, waiting: 1 }));
+        assert_eq!(waiting.unwrap(), (1, 1), "as often as one likes");
     }
 }

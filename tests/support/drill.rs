@@ -1,15 +1,13 @@
 //! Kills, stops and continues the server of a mount, at moments of one's choice, and keeps the time.
 
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags, openat};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use stencilfs::control::{InFlight, InFlightTable, Op, Phase};
+use stencilfs::sys::fusectl::Waiting;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::{fusectl, procfs};
+use stencilfs::sys::procfs;
 
 use super::inflight::find_table;
 use super::mount::{TestMount, wait_for};
@@ -54,8 +52,7 @@ struct Aim {
 /// A mount whose servers die.
 pub struct Drill<'a> {
     world: &'a TestMount,
-    connection: u32,
-    fusectl: OwnedFd,
+    waiting: Waiting,
     kills: Vec<Kill>,
     marks: Vec<u64>,
 }
@@ -64,9 +61,8 @@ impl<'a> Drill<'a> {
     /// None has died yet.
     pub fn new(world: &'a TestMount) -> Drill<'a> {
         let device = std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(world.mountpoint()).unwrap());
-        let connection = rustix::fs::minor(device);
-        let fusectl = fusectl::open().unwrap();
-        Drill { world, connection, fusectl, kills: Vec::new(), marks: Vec::new() }
+        let waiting = Waiting::of(device).unwrap();
+        Drill { world, waiting, kills: Vec::new(), marks: Vec::new() }
     }
 
     /// The server that runs now.
@@ -76,11 +72,7 @@ impl<'a> Drill<'a> {
 
     /// Requests without an answer, whether a server has read them or not.
     pub fn unanswered(&self) -> u64 {
-        let name = format!("{}/waiting", self.connection);
-        let file = openat(&self.fusectl, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let mut text = String::new();
-        File::from(file).read_to_string(&mut text).unwrap();
-        text.trim().parse().unwrap()
+        self.waiting.read().unwrap()
     }
 
     fn aim(&self) -> Aim {

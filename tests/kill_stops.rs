@@ -1,5 +1,6 @@
 //! A server that is stopped and not killed: whoever waits goes on waiting, and nobody hears of an error.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -40,4 +41,41 @@ fn readers_outlast_a_server_that_is_stopped_and_not_killed() {
     );
     assert_eq!((drill.server(), &world.status()["restarts"]), (server, &0.into()), "the same server");
     assert!(waiting >= 5 && longest >= Some(Duration::from_secs(4)), "nobody waited");
+}
+
+#[test]
+fn a_server_that_is_stopped_for_good_is_replaced_and_killed() {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let _host = host::alone();
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "2"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let path = world.file(&digest, "memory");
+    fs::metadata(&path).unwrap();
+    let mut readers = Readers::new(world.dir(), Duration::from_micros(100));
+    let drill = Drill::new(&world);
+    let mut worst = Duration::ZERO;
+    let rounds = host::rounds(2, 20);
+    for round in 0..rounds {
+        let server = drill.server();
+        let begun = if round == 0 {
+            // It has read nothing of what is asked.
+            stop(server);
+            let begun = Instant::now();
+            readers.apart(&EIGHT, IMAGE, &path);
+            begun
+        } else {
+            readers.wait_progress(100);
+            stop(server);
+            Instant::now()
+        };
+        readers.wait_progress(20);
+        worst = worst.max(begun.elapsed());
+        assert_ne!(drill.server(), server);
+        assert!(server.wait_gone(Duration::from_secs(1)).unwrap(), "the old one is killed");
+    }
+    readers.finish();
+    println!("stopped for good {rounds} times: all read on within {worst:.2?}, the limit is {LIMIT:?}");
+    assert!(worst <= LIMIT + Duration::from_secs(1), "{worst:?}");
+    assert_eq!(world.counter("watchdog_replaced"), rounds);
+    assert!(world.log().contains("watchdog: "), "{}", world.log());
 }

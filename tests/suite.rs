@@ -28,6 +28,7 @@ mod mount_unmount;
 mod progress;
 mod qemu_conformance;
 mod qemu_random;
+mod restart;
 mod sandbox;
 mod source_away;
 mod store_bad_input;

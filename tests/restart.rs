@@ -1,0 +1,285 @@
+//! Another program takes the place of the server or of the supervisor, under readers: none of them gets an error, and
+//! what they have mapped stays the same file.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::actor::{Actor, compile};
+use crate::support::drill::Drill;
+use crate::support::host;
+use crate::support::mount::{TestMount, daemon, wait_for};
+use crate::support::readers::{Image, PAGE, Readers};
+
+const IMAGE: Image = Image { salt: 11, pages: 8 << 10 };
+
+const WAYS: [&str; 7] = ["map", "map", "readahead", "pread", "stream", "direct", "direct1m"];
+
+/// A mount under readers, with what must stay as it is.
+struct Load<'a> {
+    world: &'a TestMount,
+    path: PathBuf,
+    readers: Readers,
+    clone: Actor,
+    inode: (u64, u64),
+    next: u64,
+}
+
+impl<'a> Load<'a> {
+    fn on(world: &'a TestMount) -> Load<'a> {
+        let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+        let path = world.file(&digest, "memory");
+        let mut readers = Readers::new(world.dir(), Duration::from_micros(300));
+        readers.apart(&WAYS, IMAGE, &path);
+        readers.add("names", IMAGE, &path, 0, IMAGE.pages);
+        let mut clone = Actor::start();
+        clone.tell(&format!("map 0 {} 0 {} rw", path.display(), IMAGE.pages * PAGE));
+        let about = fs::metadata(&path).unwrap();
+        readers.wait_progress(20);
+        Load { world, path, readers, clone, inode: (about.dev(), about.ino()), next: 0 }
+    }
+
+    fn mountpoint(&self) -> &'a str {
+        self.world.mountpoint().to_str().unwrap()
+    }
+
+    /// Everybody gets on, the clone's next page is right, and the file is the one that it was.
+    #[track_caller]
+    fn goes_on(&mut self) {
+        self.readers.wait_progress(20);
+        for _ in 0..50 {
+            self.next = (self.next + 6151) % IMAGE.pages;
+            assert_eq!(self.clone.tell(&format!("hash 0 {}", self.next)), IMAGE.hash(self.next));
+        }
+        let about = File::open(&self.path).unwrap().metadata().unwrap();
+        assert_eq!((about.dev(), about.ino()), self.inode, "the same file");
+    }
+
+    fn restart(&self, server: &Path) -> crate::support::mount::Run {
+        self.world.stencil(&["restart", self.mountpoint(), "--server", server.to_str().unwrap()])
+    }
+
+    /// Prints the longest read of all.
+    fn end(self, what: &str) {
+        let finished = self.readers.finish();
+        let stalls = finished.iter().flat_map(|r| &r.stalls).map(|s| Duration::from_nanos(s.end - s.begin));
+        let pages: u64 = finished.iter().map(|r| r.pages).sum();
+        println!(
+            "{what}: {pages} pages read without an error, the longest read {:.1?}",
+            stalls.max().unwrap_or_default()
+        );
+    }
+}
+
+#[test]
+fn a_soak_of_new_servers_under_readers() {
+    let _host = host::alone();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let mut load = Load::on(&world);
+        let other = world.dir().join("another-mountd");
+        fs::copy(daemon(), &other).unwrap();
+        let supervisor = world.status()["supervisor_pid"].clone();
+        for round in 0..host::rounds(4, 50) {
+            let before = world.server();
+            let program = if round % 2 == 0 { other.clone() } else { daemon() };
+            load.restart(&program).ok();
+            let status = world.status();
+            assert_ne!(status["server_pid"], before);
+            assert_eq!(status["supervisor_pid"], supervisor);
+            assert_eq!(status["server_program"], program.to_str().unwrap());
+            load.goes_on();
+        }
+        load.end(&format!("{serve}: other servers"));
+    }
+}
+
+#[test]
+fn a_soak_of_supervisors_that_become_another_program() {
+    let _host = host::alone();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let mut load = Load::on(&world);
+        let supervisor = world.status()["supervisor_pid"].clone();
+        for _ in 0..host::rounds(4, 50) {
+            let before = world.server();
+            world.stencil(&["restart", load.mountpoint()]).ok();
+            let status = world.status();
+            assert_ne!(status["server_pid"], before);
+            assert_eq!(status["supervisor_pid"], supervisor, "exec keeps the process");
+            load.goes_on();
+            // The new one sees to its servers as the old one did.
+            Drill::new(&world).kill();
+            load.goes_on();
+        }
+        load.end(&format!("{serve}: re-exec, then a kill"));
+    }
+}
+
+#[test]
+fn a_soak_of_supervisors_that_are_killed_and_replaced() {
+    let _host = host::alone();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::with(&["--serve", serve]);
+        let mut load = Load::on(&world);
+        for _ in 0..host::rounds(4, 50) {
+            let server = world.server();
+            let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
+            let process = ProcessId::of(supervisor).unwrap().unwrap();
+            process.signal(Signal::KILL).unwrap();
+            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+            load.goes_on();
+            world.mount(&["--serve", serve]).ok();
+            assert_eq!(world.server(), server, "the same server");
+            assert_ne!(world.status()["supervisor_pid"], supervisor);
+            load.goes_on();
+            Drill::new(&world).kill();
+            assert_ne!(world.server(), server);
+            load.goes_on();
+        }
+        load.end(&format!("{serve}: supervisor killed, adopted, then a kill"));
+    }
+}
+
+/// The old server goes on, is the same one, and nobody notices the trial.
+#[track_caller]
+fn is_refused(program: &Path, words: &str, between: std::ops::Range<u64>) {
+    let world = TestMount::new("decode");
+    let mut load = Load::on(&world);
+    let before = world.server();
+    for _ in 0..2 {
+        let begun = Instant::now();
+        let run = load.restart(program).exits(1);
+        assert!(run.err.contains(words), "{}", run.err);
+        let took = begun.elapsed().as_millis() as u64;
+        assert!(between.contains(&took), "after {took} ms: {}", run.err);
+        assert_eq!(
+            (world.server(), &world.status()["server_program"]),
+            (before, &daemon().to_str().unwrap().into())
+        );
+        load.goes_on();
+    }
+    // Nothing of the trial stays with the mount.
+    Drill::new(&world).kill();
+    load.goes_on();
+    load.end(&format!("{} refused", program.display()));
+}
+
+#[test]
+fn a_program_that_exits_leaves_the_old_server() {
+    let _host = host::alone();
+    is_refused(Path::new("/bin/false"), "the old one goes on", 0..2_000);
+}
+
+#[test]
+fn a_program_that_hangs_leaves_the_old_server() {
+    let _host = host::alone();
+    is_refused(&compile("hanger"), "it did not answer within 5 s", 4_900..7_000);
+}
+
+/// Builds stencil-mountd of another tree into a directory of its own, kept for the next run.
+fn build(tree: &Path, name: &str) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants").join(name);
+    let done = Command::new(env!("CARGO"))
+        .args(["build", "-q", "--offline", "-p", "stencil-mountd"])
+        .current_dir(tree)
+        .env("CARGO_TARGET_DIR", &target)
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    target.join("debug/stencil-mountd")
+}
+
+/// A copy of this tree, or of the commit before it where the history is there.
+fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
+    let tree = into.join("tree");
+    fs::create_dir(&tree).unwrap();
+    let top = env!("CARGO_MANIFEST_DIR");
+    let pack = match commit {
+        Some(commit) => format!("git -C {top} archive {commit} | tar -x -C {}", tree.display()),
+        None => {
+            format!("tar -C {top} --exclude=./target --exclude=./.git -c . | tar -x -C {}", tree.display())
+        }
+    };
+    let done = Command::new("bash").args(["-o", "pipefail", "-c", &pack]).output().unwrap();
+    assert!(done.status.success(), "{pack}: {}", String::from_utf8_lossy(&done.stderr));
+    tree
+}
+
+#[test]
+fn a_soak_build_that_wants_other_sizes_leaves_the_old_server() {
+    if !host::soaking() {
+        return println!("a build of other sizes is made in `make soak` only");
+    }
+    let _host = host::alone();
+    let dir = crate::support::mount::temporary("sizes-");
+    let tree = copy_of_tree(dir.path(), None);
+    let file = tree.join("mountd/src/decode.rs");
+    let text = fs::read_to_string(&file).unwrap();
+    let other = text.replace("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
+    assert_ne!(text, other);
+    fs::write(&file, other).unwrap();
+    is_refused(&build(&tree, "sizes"), "the old one goes on", 0..5_000);
+}
+
+#[test]
+fn a_soak_build_of_the_previous_commit_takes_over() {
+    if !host::soaking() {
+        return println!("the previous commit is built in `make soak` only");
+    }
+    let _host = host::alone();
+    let dir = crate::support::mount::temporary("previous-");
+    let mut git = Command::new("git");
+    let history = git.args(["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "-q", "--verify", "HEAD~1"]);
+    let has_history = history.output().is_ok_and(|o| o.status.success());
+    if !has_history {
+        println!("NO HISTORY HERE: the tree itself is built a second time instead of the previous commit");
+    }
+    let tree = copy_of_tree(dir.path(), has_history.then_some("HEAD~1"));
+    let program = build(&tree, "previous");
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let mut load = Load::on(&world);
+        for _ in 0..10 {
+            load.restart(&program).ok();
+            load.goes_on();
+            load.restart(&daemon()).ok();
+            load.goes_on();
+        }
+        load.end(&format!("{serve}: the previous commit and back"));
+    }
+}
+
+#[test]
+fn a_mount_whose_processes_were_both_killed_is_recovered() {
+    let _host = host::alone();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+        let path = world.file(&digest, "memory");
+        let mut clone = Actor::start();
+        clone.tell(&format!("map 0 {} 0 {} rw", path.display(), IMAGE.pages * PAGE));
+        clone.tell("hash 0 3");
+        for process in world.processes() {
+            process.signal(Signal::KILL).unwrap();
+            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+        }
+        assert_eq!(File::open(&path).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+        world.mount(&["--serve", serve]).ok();
+        assert!(fs::read(&path).unwrap() == IMAGE.bytes(), "new opens are served");
+        assert_eq!(world.json(&["status"])["mounts"].as_array().unwrap().len(), 1);
+        // The old connection is gone for good: what it has mapped by passthrough is not.
+        assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
+        if serve == "passthrough" {
+            for page in 0..IMAGE.pages {
+                assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
+            }
+        }
+        wait_for("one server", || (world.processes().len() == 2).then_some(()));
+    }
+}

@@ -7,16 +7,20 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
+use serde_json::{Value, json};
+use stencilfs::control::{CONTROL_VERSION, Channel};
 use stencilfs::sys::mount;
 use stencilfs::sys::process::ProcessId;
 
+use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::{SIGSYS, STENCIL, TestMount, daemon, wait_for};
 
 /// System calls on the list of docs/security.md. One more is a decision, not an accident.
-const CALLS: usize = 50;
+const CALLS: usize = 49;
 
 /// A process that has nothing to do with a server.
 struct Stranger(Child);
@@ -314,6 +318,87 @@ fn a_server_cannot_be_made_to_open_what_lies_outside() {
     assert!(log.contains("Permission denied"), "{log}");
     fs::rename(&outside, &inside).unwrap();
     assert_eq!(fs::read_link(&link).unwrap(), before);
+}
+
+/// The server's end of its link to the supervisor, taken from it.
+fn link_of(server: u32) -> Channel {
+    let line = fs::read(format!("/proc/{server}/cmdline")).unwrap();
+    let line = String::from_utf8_lossy(&line).into_owned();
+    let number =
+        line.split("link:").nth(1).and_then(|rest| rest.split(',').next()).expect("a link by number");
+    let process = pidfd_open(Pid::from_raw(server as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    Channel::new(pidfd_getfd(&process, number.parse().unwrap(), PidfdGetfdFlags::empty()).unwrap())
+}
+
+/// A server that was taken over asks for everything it should not get. The supervisor refuses, stays what it is, and
+/// no clone notices.
+#[test]
+fn the_supervisor_checks_what_a_server_asks() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "auto", "--cache-size", "64M"]);
+    let digest = world.import_bytes(&image(3), "web:1");
+    let mut clone = Actor::start();
+    clone.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), image(3).len()));
+    assert_eq!(world.counter("opens_passthrough"), 1);
+    let supervisor = world.status()["supervisor_pid"].as_u64().unwrap();
+    let resident = || {
+        let status = fs::read_to_string(format!("/proc/{supervisor}/status")).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let before = resident();
+    let server = ProcessId::of(world.server()).unwrap().unwrap();
+    let link = link_of(server.pid);
+    server.signal(Signal::STOP).unwrap();
+    link.set_patience(Duration::from_secs(5)).unwrap();
+    let mut number = 1_000_000u64;
+    let mut ask = |question: Value| -> String {
+        number += 1;
+        link.send(&json!({ "number": number, "ask": question }), None).unwrap();
+        loop {
+            // What the stopped server had asked itself is answered first.
+            let (reply, fd) = link.receive::<Value>().unwrap().expect("the supervisor lives");
+            if reply["number"] == number {
+                assert!(fd.is_none(), "{question} got a descriptor");
+                return reply["answer"].to_string();
+            }
+        }
+    };
+    let ours = json!({ "digest": digest, "file": "memory" });
+    let nobodys = |n: u32| json!({ "digest": format!("{n:064x}"), "file": "memory" });
+    for question in [
+        json!({ "reserve": { "key": nobodys(1), "size": 4096, "bytes": u64::MAX } }),
+        json!({ "reserve": { "key": nobodys(1), "size": u64::MAX, "bytes": 4096 } }),
+        json!({ "reserve": { "key": ours, "size": 4096, "bytes": 4096 } }),
+        json!({ "freeze": { "key": nobodys(2) } }),
+        json!({ "register": { "key": nobodys(2) } }),
+        json!({ "decode": { "key": { "digest": digest, "file": "x".repeat(256) }, "why": null } }),
+        json!({ "handshake": { "control_version": 0, "version": "", "lacks": [], "reply": [] } }),
+        json!({ "handshake": { "control_version": CONTROL_VERSION, "version": "", "lacks": [], "reply": [1, 2] } }),
+    ] {
+        let answer = ask(question.clone());
+        assert!(answer.contains("refused"), "{question}: {answer}");
+    }
+    // A backing that a clone maps is not closed.
+    assert_eq!(ask(json!({ "evict": { "keys": [ours] } })), json!({ "evicted": [] }).to_string());
+    // What is noted is bounded, in number and length.
+    let reason = "x".repeat(50_000);
+    let mut refused = 0;
+    for n in 0..5000 {
+        let answer = ask(json!({ "decode": { "key": nobodys(1000 + n), "why": reason } }));
+        refused += u32::from(answer.contains("refused"));
+    }
+    assert!((900..5000).contains(&refused), "{refused} of 5000 were refused");
+    assert!(resident() < before + (24 << 10), "{before} KiB became {}", resident());
+    // Words that mean nothing cost the server its place, and nobody else anything.
+    link.send(&"no question", None).unwrap();
+    wait_for("another server", || (world.server() != server.pid).then_some(()));
+    assert_eq!(world.status()["supervisor_pid"].as_u64().unwrap(), supervisor);
+    for page in 0..256 {
+        assert_eq!(clone.tell(&format!("read 0 {page}")), u64::from(image(3)[page * 4096]));
+    }
+    let next = world.import_bytes(&image(5), "web:2");
+    assert_eq!(fs::read(world.file(&next, "memory")).unwrap(), image(5));
 }
 
 #[test]

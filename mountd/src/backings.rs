@@ -11,6 +11,10 @@ use crate::link::{Answer, MOST_KEYS};
 
 /// Most files that a mount keeps a backing, or a reason for none, for.
 const MOST: usize = 4096;
+/// Longest name of a file, in bytes: what a name in a directory can have.
+const MOST_NAME: usize = 255;
+/// Longest reason, in characters.
+const MOST_WORDS: usize = 500;
 
 /// One of them.
 #[derive(Debug)]
@@ -79,6 +83,9 @@ impl Backings {
     fn entry(&mut self, key: FileKey) -> Result<&mut Backing> {
         let at = match self.0.iter().position(|b| b.row.key == key) {
             Some(at) => at,
+            None if key.file.len() > MOST_NAME => {
+                return Err(Error::usage(format!("the name of a file has {} bytes", key.file.len())));
+            }
             None if self.0.len() >= MOST => {
                 return Err(Error::try_again(format!("the mount keeps backings for {MOST} files, no more")));
             }
@@ -218,7 +225,8 @@ impl Backings {
     pub fn decode(&mut self, key: FileKey, why: Option<String>) -> Result<()> {
         let backing = self.entry(key)?;
         if backing.row.id.is_none() {
-            backing.row.why = why;
+            // It stays in locked memory, and in the ledger.
+            backing.row.why = why.map(|why| why.chars().take(MOST_WORDS).collect());
         }
         Ok(())
     }

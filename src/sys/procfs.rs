@@ -159,14 +159,17 @@ pub struct Stat {
     pub state: char,
     /// Parent.
     pub ppid: u32,
+    /// Threads that have not ended.
+    pub threads: u64,
     /// When the process started, in clock ticks since boot: with the pid it names a process for good.
     pub start_time: u64,
 }
 
 impl Stat {
-    /// False for a zombie.
+    /// False for a zombie. The first thread is one as soon as it has ended; as long as others have not, descriptors and
+    /// mappings of the process are still there.
     pub fn is_alive(&self) -> bool {
-        !matches!(self.state, 'Z' | 'X')
+        !matches!(self.state, 'Z' | 'X') || self.threads > 1
     }
 }
 
@@ -178,6 +181,7 @@ pub fn parse_stat(text: &str) -> Option<Stat> {
     Some(Stat {
         state: fields.first()?.chars().next()?,
         ppid: fields.get(1)?.parse().ok()?,
+        threads: fields.get(17)?.parse().ok()?,
         start_time: fields.get(19)?.parse().ok()?,
     })
 }

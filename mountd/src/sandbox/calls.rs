@@ -151,10 +151,6 @@ pub const CALLS: &[Call] = &[
     call("poll", libc::SYS_poll, "waits"),
     call("ppoll", libc::SYS_ppoll, "waits, where there is no `poll`"),
     call("sendmsg", libc::SYS_sendmsg, "questions to the supervisor, with descriptors"),
-    only(
-        call("sendto", libc::SYS_sendto, "questions to the supervisor"),
-        Allowed::If("without a destination", &[bits(4, !0, 0)]),
-    ),
     call("recvmsg", libc::SYS_recvmsg, "answers of the supervisor, with descriptors"),
     call("getrandom", libc::SYS_getrandom, "seeds of hash tables"),
     call("rt_sigaction", libc::SYS_rt_sigaction, "end of the process after a fault"),

@@ -38,5 +38,6 @@ mod store_format;
 mod store_in_use;
 mod store_limits;
 mod store_roundtrip;
+mod stuck_connection;
 mod stuck_process;
 mod support;

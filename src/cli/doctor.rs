@@ -9,12 +9,13 @@ use serde_json::{Value, json};
 
 use super::Global;
 use super::output::{Done, Report, to_json};
+use super::stuck::{self, Stuck};
 use crate::control;
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 use crate::sys::pagemap::{Pagemap, Query};
 use crate::sys::probe::{self, KernelRelease};
 use crate::sys::users::{self, PATIENCE};
-use crate::sys::{cachestat, fusectl, procfs};
+use crate::sys::{cachestat, procfs};
 use crate::units::Bytes;
 
 /// Arguments of `stencil doctor`.
@@ -23,6 +24,13 @@ pub struct DoctorArgs {
     /// Directory of passthrough backings to look at (as `mount --cache-dir`)
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<std::path::PathBuf>,
+    /// Abort a FUSE connection that nobody answers, after asking: N as listed, or the only one
+    #[arg(long, value_name = "N", num_args = 0..=1)]
+    #[expect(clippy::option_option, reason = "left out, without a number, with one")]
+    fix_stuck: Option<Option<u32>>,
+    /// Do not ask before the abort
+    #[arg(long, requires = "fix_stuck")]
+    yes: bool,
 }
 
 /// How a check came out.
@@ -60,13 +68,19 @@ impl Check {
     }
 }
 
-struct DoctorReport(Vec<Check>);
+struct DoctorReport {
+    checks: Vec<Check>,
+    stuck: Vec<Stuck>,
+}
 
 /// Looks at the host and prints what it found; exit 1 when something is missing.
 ///
 /// # Errors
-/// None: what cannot be asked is a finding.
+/// What [`stuck::fix`] refuses. Without it none: what cannot be asked is a finding.
 pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
+    if let Some(number) = args.fix_stuck {
+        return Ok(Done::report(stuck::fix(number, args.yes)?));
+    }
     let mut checks = vec![
         kernel(),
         pagemap_scan(),
@@ -85,9 +99,12 @@ pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
         store(&global.store),
         cache(args.cache_dir.as_deref().unwrap_or(&global.store)),
     ];
-    checks.extend(connections());
+    let stuck = stuck::find();
+    checks.extend(connections(stuck.as_ref().map(Vec::as_slice)));
+    checks.extend(mounts());
+    let stuck = stuck.unwrap_or_default();
     let missing = checks.iter().any(|check| check.verdict == Verdict::Missing);
-    let done = Done::report(DoctorReport(checks));
+    let done = Done::report(DoctorReport { checks, stuck });
     Ok(if missing { done.exit_as(Code::Failed) } else { done })
 }
 
@@ -317,23 +334,18 @@ fn cache(dir: &Path) -> Check {
     }
 }
 
-/// FUSE connections whose requests wait without moving, and mounts without a living supervisor.
-fn connections() -> Vec<Check> {
-    let mut checks = Vec::new();
-    match fusectl::stuck_connections() {
-        Ok(stuck) if stuck.is_empty() => checks.push(Check::ok("connections", "none is stuck")),
-        Ok(stuck) => checks.extend(stuck.into_iter().map(|connection| {
-            Check::note(
-                "connections",
-                format!(
-                    "FUSE connection {} has {} requests that nobody answers",
-                    connection.number, connection.waiting
-                ),
-                "if its server is gone: mount -t fusectl none DIR; echo 1 > DIR/N/abort",
-            )
-        })),
-        Err(error) => checks.push(Check::note("connections", error.to_string(), "run it as root")),
+/// FUSE connections whose requests wait without moving.
+fn connections(stuck: std::result::Result<&[Stuck], &Error>) -> Vec<Check> {
+    match stuck {
+        Ok([]) => vec![Check::ok("connections", "none is stuck")],
+        Ok(stuck) => stuck.iter().map(|one| Check::note("connections", one.found(), &one.remedy())).collect(),
+        Err(error) => vec![Check::note("connections", error.to_string(), "run it as root")],
     }
+}
+
+/// Mounts without a living supervisor or server.
+fn mounts() -> Vec<Check> {
+    let mut checks = Vec::new();
     for living in control::mounts().unwrap_or_default() {
         let place = living.mountpoint.display();
         checks.push(match (living.orphaned, living.server_pid) {
@@ -355,11 +367,11 @@ fn connections() -> Vec<Check> {
 
 impl Report for DoctorReport {
     fn json(&self) -> Value {
-        json!({ "checks": to_json(&self.0) })
+        json!({ "checks": to_json(&self.checks), "stuck": to_json(&self.stuck) })
     }
 
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        for check in &self.0 {
+        for check in &self.checks {
             let word = match check.verdict {
                 Verdict::Ok => "ok",
                 Verdict::Note => "note",

@@ -26,8 +26,10 @@ mod restart;
 mod rm;
 mod status;
 mod stop;
+mod stuck;
 mod tag;
 mod umount;
+mod users;
 mod verify;
 mod words;
 

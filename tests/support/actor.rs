@@ -78,17 +78,22 @@ impl Actor {
     /// Runs one command; an error is its number.
     pub fn ask(&mut self, command: &str) -> Result<u64, i32> {
         self.begin(command);
+        self.answer()
+    }
+
+    /// The answer to the command that was begun last; an error is its number.
+    pub fn answer(&mut self) -> Result<u64, i32> {
         let mut line = String::new();
         self.output.read_line(&mut line).expect("the actor answers");
         let mut words = line.split_whitespace();
         match (words.next(), words.next().and_then(|n| n.parse::<u64>().ok())) {
             (Some("ok"), Some(value)) => Ok(value),
             (Some("error"), Some(errno)) => Err(errno as i32),
-            _ => panic!("actor: {command}: answered {line:?}"),
+            _ => panic!("the actor answered {line:?}"),
         }
     }
 
-    /// Begins with one command, whose answer is none of the caller's.
+    /// Begins with one command, and does not wait for its answer.
     pub fn begin(&mut self, command: &str) {
         writeln!(self.input, "{command}").expect("the actor lives");
     }

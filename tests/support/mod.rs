@@ -6,6 +6,7 @@ pub mod guest;
 pub mod host;
 pub mod inflight;
 pub mod mount;
+pub mod notify;
 pub mod object_files;
 pub mod qemu_object;
 pub mod readers;

@@ -1,0 +1,300 @@
+//! A mount as a service: what the supervisor tells its manager, and what the manager's second home of descriptors is
+//! good for. The manager is `support::notify`; the unit file is checked as systemd reads it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use stencilfs::sys::process::ProcessId;
+use stencilfs::sys::{mount, procfs};
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::{STENCIL, TestMount, run, wait_for};
+use crate::support::notify::Manager;
+use crate::support::store::random;
+
+const UNIT: &str = "mountd/systemd/stencil@.service";
+const PAGE: u64 = 4096;
+const PAGES: u64 = 2048;
+const WATCHDOG: Duration = Duration::from_millis(1500);
+
+/// A mount that is a service, with one template and a process that maps it.
+struct Service {
+    // Dropped first: its process is none of the world's children.
+    manager: Manager,
+    world: TestMount,
+    command: Command,
+    bytes: Vec<u8>,
+    digest: String,
+}
+
+impl Service {
+    fn start(serve: &str) -> Service {
+        let world = TestMount::unmounted();
+        let bytes = random(11, (PAGES * PAGE) as usize);
+        let digest = world.import_bytes(&bytes, "web:1");
+        let mut command = world.command();
+        command.args(["mount", "-f", "--serve", serve]).arg(world.mountpoint());
+        let mut manager = Manager::new(world.dir(), WATCHDOG);
+        manager.start(&command);
+        manager.wait_heard("READY=1");
+        Service { manager, world, command, bytes, digest }
+    }
+
+    fn map(&self) -> Actor {
+        let mut actor = Actor::start();
+        actor.tell(&format!(
+            "map 0 {} 0 {} rw",
+            self.world.file(&self.digest, "memory").display(),
+            PAGES * PAGE
+        ));
+        actor
+    }
+
+    /// Every `step`th page from `first` has its bytes.
+    fn reads(&self, actor: &mut Actor, first: u64, step: usize) {
+        for page in (first..PAGES).step_by(step) {
+            assert_eq!(
+                actor.tell(&format!("read 0 {page}")) as u8,
+                self.bytes[(page * PAGE) as usize],
+                "page {page}"
+            );
+        }
+    }
+
+    fn inode(&self) -> u64 {
+        fs::metadata(self.world.file(&self.digest, "memory")).unwrap().ino()
+    }
+
+    /// Starts the service again after it has died.
+    fn again(&mut self) {
+        self.manager.start(&self.command);
+        self.manager.wait_heard("READY=1");
+    }
+}
+
+/// A clone that waits for an answer that nobody will give would hold up the test: its connection is aborted when the
+/// test fails, and after half a minute.
+fn abort_unless_told(device: u64) -> mpsc::Sender<()> {
+    let (told, hear) = mpsc::channel();
+    std::thread::spawn(move || {
+        if hear.recv_timeout(Duration::from_secs(30)).is_err() {
+            let _ = mount::abort_fuse_connection(device);
+        }
+    });
+    told
+}
+
+fn kill(pid: u32) -> ProcessId {
+    let process = ProcessId::of(pid).unwrap().unwrap();
+    process.signal(Signal::KILL).unwrap();
+    process
+}
+
+#[test]
+fn a_service_says_that_it_is_ready_lives_and_stops_and_its_server_says_nothing() {
+    let _host = host::shared();
+    let mut service = Service::start("passthrough");
+    assert!(fs::read(service.world.file(&service.digest, "memory")).unwrap() == service.bytes, "it serves");
+    service.manager.listen(Duration::from_millis(100));
+    let stored = service.manager.stored();
+    for name in ["fuse", "ledger", "counters", "program"] {
+        assert!(stored.contains(&name), "no {name} in {stored:?}");
+    }
+    assert!(stored.iter().any(|name| name.starts_with("backing-")), "no backing in {stored:?}");
+    let (signs, pause) = service.manager.watch(WATCHDOG * 3);
+    assert!(signs >= 5 && pause < WATCHDOG, "{signs} signs of life, once none for {pause:?}");
+
+    let status = service.world.status();
+    assert_eq!(status["supervisor_pid"], service.manager.pid(), "stencil mount -f becomes the supervisor");
+    let server = service.world.server();
+    let environ = fs::read(format!("/proc/{server}/environ")).unwrap();
+    for word in ["NOTIFY_SOCKET=", "WATCHDOG_", "LISTEN_"] {
+        assert!(!String::from_utf8_lossy(&environ).contains(word), "the server knows {word}");
+    }
+    service.world.kill_server();
+    let processes = service.world.processes();
+    let ended = service.manager.end(Signal::TERM);
+    assert!(ended.success(), "{ended}");
+    assert!(service.manager.heard.iter().any(|word| word == "STOPPING=1"), "{:?}", service.manager.heard);
+    assert!(service.manager.strangers.is_empty(), "{:?}", service.manager.strangers);
+    wait_for("the server's end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+    service.manager.drop_hung_up();
+    assert!(!service.manager.stored().contains(&"fuse"), "the connection is over");
+}
+
+#[test]
+fn a_supervisor_that_its_manager_starts_again_finds_its_server() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let mut service = Service::start(serve);
+        let mut clone = service.map();
+        service.reads(&mut clone, 0, 3);
+        let (server, inode) = (service.world.server(), service.inode());
+        service.manager.end(Signal::KILL);
+        service.reads(&mut clone, 1, 3);
+        service.again();
+        assert_eq!((service.world.server(), service.inode()), (server, inode), "{serve}");
+        service.reads(&mut clone, 2, 3);
+        let (signs, _) = service.manager.watch(WATCHDOG);
+        assert!(signs > 0, "no sign of life of the new one");
+        service.world.kill_server();
+        assert!(fs::read(service.world.file(&service.digest, "memory")).unwrap() == service.bytes);
+    }
+}
+
+#[test]
+fn with_supervisor_and_server_dead_the_manager_has_everything() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let mut service = Service::start(serve);
+        let mut clone = service.map();
+        service.reads(&mut clone, 0, 3);
+        service.manager.listen(Duration::from_millis(100));
+        let world = &service.world;
+        service.manager.during(|| world.kill_server());
+        let restarts = service.world.status()["restarts"].as_u64();
+        assert!(restarts >= Some(1));
+        let (server, inode) = (service.world.server(), service.inode());
+        let device = service.world.status()["device"].as_u64().unwrap();
+        // The supervisor first: it would start another server.
+        service.manager.end(Signal::KILL);
+        let server = kill(server);
+        wait_for("the server's end", || (!server.is_alive()).then_some(()));
+        // A page that nobody has, asked for while nobody lives to answer: it comes late, and is no SIGBUS.
+        clone.begin("read 0 1");
+        let late = abort_unless_told(device);
+        service.again();
+        assert_eq!(clone.answer(), Ok(service.bytes[PAGE as usize].into()), "{serve}");
+        late.send(()).unwrap();
+        service.reads(&mut clone, 4, 3);
+        service.reads(&mut clone, 2, 3);
+        assert_eq!(service.inode(), inode, "{serve}");
+        assert!(service.world.status()["restarts"].as_u64() >= restarts, "the count goes on");
+        let mut second = service.map();
+        service.reads(&mut second, 0, 1);
+        drop((clone, second));
+        assert!(service.manager.end(Signal::TERM).success());
+    }
+}
+
+#[test]
+fn a_reload_keeps_the_process_that_the_manager_knows() {
+    let _host = host::shared();
+    let mut service = Service::start("decode");
+    let mut clone = service.map();
+    service.reads(&mut clone, 0, 3);
+    let (pid, inode) = (service.manager.pid(), service.inode());
+    let mnt = service.world.mountpoint().to_str().unwrap().to_owned();
+    let world = &service.world;
+    service.manager.during(|| world.stencil(&["restart", &mnt])).ok();
+    assert_eq!(service.world.status()["supervisor_pid"], pid);
+    service.reads(&mut clone, 1, 3);
+    let (signs, pause) = service.manager.watch(WATCHDOG * 2);
+    assert!(signs >= 3 && pause < WATCHDOG, "{signs} signs of life after a reload, once none for {pause:?}");
+    assert_eq!(service.inode(), inode);
+    // The second home is as good as before.
+    let server = service.world.server();
+    service.manager.end(Signal::KILL);
+    kill(server);
+    service.again();
+    service.reads(&mut clone, 2, 3);
+}
+
+#[test]
+fn a_supervisor_that_stands_still_gives_no_sign_of_life() {
+    let _host = host::shared();
+    let mut service = Service::start("decode");
+    let mut clone = service.map();
+    let supervisor = ProcessId::of(service.manager.pid()).unwrap().unwrap();
+    supervisor.signal(Signal::STOP).unwrap();
+    // What was said before it stood still.
+    service.manager.listen(Duration::from_millis(50));
+    let (signs, _) = service.manager.watch(WATCHDOG);
+    assert_eq!(signs, 0);
+    service.reads(&mut clone, 0, 2);
+    let server = procfs::stat(service.world.processes()[1].pid).unwrap().unwrap();
+    // As systemd ends a service whose watchdog has run out.
+    supervisor.signal(Signal::ABORT).unwrap();
+    service.manager.end(Signal::KILL);
+    service.again();
+    let pid = service.world.server();
+    assert_eq!(procfs::stat(pid).unwrap().unwrap().start_time, server.start_time, "the same server");
+    service.reads(&mut clone, 1, 2);
+}
+
+fn unit() -> BTreeMap<String, Vec<String>> {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap();
+    let (mut section, mut found) = (String::new(), BTreeMap::<String, Vec<String>>::new());
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        if let Some(name) = line.strip_prefix('[') {
+            name.trim_end_matches(']').clone_into(&mut section);
+            continue;
+        }
+        let (key, value) = line.split_once('=').unwrap_or_else(|| panic!("{line}"));
+        found.entry(format!("{section}.{key}")).or_default().push(value.to_owned());
+    }
+    found
+}
+
+#[test]
+fn the_unit_says_what_the_promise_needs() {
+    let unit = unit();
+    for (key, value) in [
+        ("Service.Type", "notify"),
+        ("Service.NotifyAccess", "main"),
+        ("Service.KillMode", "process"),
+        ("Service.SendSIGKILL", "no"),
+        ("Service.Restart", "on-failure"),
+        ("Service.OOMScoreAdjust", "-900"),
+    ] {
+        assert_eq!(unit.get(key).map(Vec::as_slice), Some(&[value.to_owned()][..]), "{key}");
+    }
+    let number = |key: &str| unit[key][0].parse::<u64>().unwrap();
+    assert!(number("Service.WatchdogSec") >= 10);
+    assert!(number("Service.FileDescriptorStoreMax") >= 1024);
+    // A namespace of the service's own would hide the mount.
+    for key in
+        ["PrivateTmp", "ProtectSystem", "ProtectHome", "PrivateMounts", "ReadOnlyPaths", "RootDirectory"]
+    {
+        assert!(!unit.contains_key(&format!("Service.{key}")), "{key}");
+    }
+    // Both commands are ones that this build has.
+    for (key, word) in [("ExecStart", "mount"), ("ExecReload", "restart")] {
+        let words: Vec<&str> = unit[&format!("Service.{key}")][0].split(' ').collect();
+        assert_eq!((words[0], words[1]), ("/usr/local/bin/stencil", word));
+        run(STENCIL, &[word, "--help"]);
+    }
+}
+
+#[test]
+fn systemd_understands_the_unit() {
+    let installed = Command::new("systemd-analyze").arg("--version").output().is_ok();
+    if !installed {
+        eprintln!("SKIPPED: systemd-analyze is not here; the package systemd has it");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("stencil@srv-templates.service");
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap();
+    let verify = |text: &str| {
+        fs::write(&file, text.replace("/usr/local/bin/stencil", STENCIL)).unwrap();
+        let output =
+            Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&file).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (
+            output.status.success(),
+            said.lines().filter(|l| l.contains("stencil@")).map(str::to_owned).collect(),
+        )
+    };
+    let (good, said): (bool, Vec<String>) = verify(&text);
+    assert!(good && said.is_empty(), "{said:?}");
+    let (_, said) = verify(&text.replace("Type=notify", "Type=notiffy"));
+    assert!(!said.is_empty(), "a mistake would be seen");
+}

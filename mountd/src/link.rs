@@ -3,9 +3,12 @@
 //! Questions have numbers. A supervisor that took the place of a dead one says [`Answer::Again`]: whoever waits for an
 //! answer then asks once more, and answers to older questions are dropped. So every question may come twice.
 
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 pub use stencilfs::control::{Cache, FileKey};
 use stencilfs::control::{Channel, Failure};
@@ -122,12 +125,40 @@ pub enum Answer {
 
 /// The server's end.
 #[derive(Debug)]
-pub struct Link(Mutex<(Channel, u64)>);
+pub struct Link(Mutex<End>);
+
+#[derive(Debug)]
+struct End {
+    channel: Channel,
+    /// Number of the last question.
+    last: u64,
+    /// How long an answer is waited for, where not for ever.
+    patience: Option<Duration>,
+}
+
+impl End {
+    fn receive(&self) -> io::Result<Option<(Reply, Option<OwnedFd>)>> {
+        if let Some(patience) = self.patience {
+            let limit =
+                Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+            if rustix::event::poll(&mut [PollFd::new(&self.channel, PollFlags::IN)], Some(&limit))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        self.channel.receive()
+    }
+}
 
 impl Link {
-    /// Asks through that socket.
-    pub fn new(socket: OwnedFd) -> Link {
-        Link(Mutex::new((Channel::new(socket), 0)))
+    /// Asks through that socket. A server that nobody needs yet waits only so long for an answer: if the supervisor
+    /// dies before it serves, nobody would know of it.
+    pub fn new(socket: OwnedFd, patience: Option<Duration>) -> Link {
+        Link(Mutex::new(End { channel: Channel::new(socket), last: 0, patience }))
+    }
+
+    /// From now on answers are waited for, however long it takes.
+    pub fn wait_for_ever(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).patience = None;
     }
 
     /// Asks and waits. A refusal comes back as the error it is.
@@ -135,16 +166,15 @@ impl Link {
     /// # Errors
     /// When the supervisor refuses. A dead one is no error: the answer comes from whoever takes its place.
     pub fn ask(&self, ask: &Ask, fd: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
-        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (channel, last) = &mut *guard;
-        *last += 1;
-        let question = Question { number: *last, ask: ask.clone() };
+        let mut end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        end.last += 1;
+        let question = Question { number: end.last, ask: ask.clone() };
         let gone = |e| Error::failed("the supervisor is gone").because(e);
-        channel.send(&question, fd).map_err(gone)?;
+        end.channel.send(&question, fd).map_err(gone)?;
         loop {
-            match channel.receive::<Reply>().map_err(gone)? {
+            match end.receive().map_err(gone)? {
                 Some((Reply { answer: Answer::Again, .. }, _)) => {
-                    channel.send(&question, fd).map_err(gone)?;
+                    end.channel.send(&question, fd).map_err(gone)?;
                 }
                 Some((reply, fd)) if reply.number == question.number => {
                     return match reply.answer {
@@ -153,7 +183,7 @@ impl Link {
                     };
                 }
                 Some(_) => {}
-                None => return Err(gone(std::io::ErrorKind::UnexpectedEof.into())),
+                None => return Err(gone(io::ErrorKind::UnexpectedEof.into())),
             }
         }
     }
@@ -183,7 +213,7 @@ mod tests {
     #[test]
     fn a_question_survives_a_new_supervisor() {
         let (ours, theirs) = Channel::pair().unwrap();
-        let link = Link::new(theirs.into());
+        let link = Link::new(theirs.into(), None);
         let server = thread::spawn(move || {
             link.tell(&Ask::Serving).unwrap();
             link.tell(&Ask::Serving).unwrap();
@@ -198,5 +228,12 @@ mod tests {
         assert_eq!(hear(), 2, "the second answer to the first question is dropped");
         say(2, Answer::Done);
         server.join().unwrap();
+    }
+
+    #[test]
+    fn a_server_that_nobody_knows_of_does_not_wait_for_ever() {
+        let (_ours, theirs) = Channel::pair().unwrap();
+        let link = Link::new(theirs.into(), Some(Duration::from_millis(5)));
+        assert!(link.tell(&Ask::Serving).unwrap_err().to_string().contains("supervisor is gone"));
     }
 }

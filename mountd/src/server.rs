@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fuser::{Session, SessionACL};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -38,6 +38,12 @@ const KEEP: Bytes = Bytes::new(16 << 20);
 const FEWEST_THREADS: usize = 4;
 const MOST_THREADS: usize = 16;
 
+/// First argument of a server that is started beside one that serves.
+pub const BESIDE: &str = "--beside";
+
+/// Such a one ends when its supervisor has died before it served; the supervisor's own limit is far below.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// What a server is handed. It keeps all of it open, also what it does not use: a supervisor that takes the place of a
 /// dead one finds everything here, under the numbers of the arguments.
 struct Inherited {
@@ -49,10 +55,10 @@ struct Inherited {
 }
 
 impl Inherited {
-    fn take(fds: &mut Fds) -> Result<Inherited> {
+    fn take(fds: &mut Fds, beside: bool) -> Result<Inherited> {
         Ok(Inherited {
             fuse: fds.need("fuse")?,
-            link: Arc::new(Link::new(fds.need("link")?)),
+            link: Arc::new(Link::new(fds.need("link")?, beside.then_some(PATIENCE))),
             counters: fds.need("counters")?,
             ledger: fds.need("ledger")?,
             _for_supervisors: [fds.need("peer")?, fds.need("program")?],
@@ -63,7 +69,9 @@ impl Inherited {
 /// Serves until the mount is over. The arguments name the descriptors.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let run = || -> Result<()> {
-        let inherited = Inherited::take(&mut Fds::from_args(args)?)?;
+        let mut args = args.peekable();
+        let beside = args.next_if(|arg| arg == BESIDE).is_some();
+        let inherited = Inherited::take(&mut Fds::from_args(args)?, beside)?;
         serve(&inherited).inspect_err(|error| {
             let _ = inherited.link.tell(&Ask::GiveUp { failure: Failure::from(error) });
         })
@@ -113,6 +121,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
         fuse_dev::resend(fuse).map_err(taken_over)?;
     }
     link.tell(&Ask::Serving)?;
+    link.wait_for_ever();
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
 }

@@ -8,6 +8,9 @@ use stencilfs::sys::fusectl::Waiting;
 
 use crate::stats::{Counter, Stats};
 
+/// It never looks less often.
+const SELDOM: Duration = Duration::from_millis(500);
+
 /// What it watches.
 #[derive(Debug)]
 pub struct Watchdog {
@@ -33,7 +36,8 @@ impl Watchdog {
 
     /// How often it wants to look.
     pub fn interval(&self) -> Duration {
-        (self.limit / 10).clamp(Duration::from_millis(20), Duration::from_millis(250))
+        let often = if self.limit.is_zero() { SELDOM } else { self.limit / 10 };
+        often.clamp(Duration::from_millis(20), SELDOM)
     }
 
     /// From now on this server is watched.

@@ -66,7 +66,7 @@ impl Supervisor {
     /// When it cannot be started.
     pub fn try_server(&mut self, program: Program, caller: Option<u64>) -> Result<()> {
         self.save();
-        let server = Server::start(&self.kept, &self.backings, &program)?;
+        let server = Server::start(&self.kept, &self.backings, &program, true)?;
         self.candidate = Some(Candidate { server, program, caller, table: None, failure: None });
         Ok(())
     }

@@ -1,6 +1,7 @@
-//! What a supervisor is asked: by its server, and by callers of the control socket.
+//! What a supervisor is asked: by its server, by callers of the control socket, and by signals.
 
 mod caller;
+mod end;
 mod server;
 
 pub use server::Pending;

@@ -16,7 +16,7 @@ use stencilfs::sys::process::{self, Ended};
 
 use crate::backings::Backings;
 use crate::control::Callers;
-use crate::jobs::{self, Job, Outcome};
+use crate::jobs::{Job, Outcome};
 use crate::kept::{Kept, Program};
 use crate::notify::Notify;
 use crate::requests::Pending;
@@ -30,8 +30,6 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A new program must answer the kernel within this time.
 pub const PROBATION: Duration = Duration::from_secs(5);
-/// Unmounting waits for pages that are being read; so long.
-const UNMOUNT: Duration = Duration::from_secs(60);
 /// Servers that were killed and are not gone yet; more are not waited for.
 const MOST_LEAVING: usize = 8;
 
@@ -198,7 +196,12 @@ impl Supervisor {
         if let Some(why) = why {
             log::error!("watchdog: {why}: the server is replaced");
             self.kept.stats.count(Counter::WatchdogReplaced);
+            self.go_back();
             self.server_died();
+        }
+        let answers = self.kept.stats.get(Counter::Answers);
+        if self.server.as_ref().is_some_and(|s| s.serving && s.answers != answers) {
+            self.kept.previous = None;
         }
         self.notify.ping();
         while let Ok(Some((pid, end))) = process::reap_one() {
@@ -225,7 +228,8 @@ impl Supervisor {
         let events = |who| if who == Who::Connection { PollFlags::empty() } else { PollFlags::IN };
         let mut polled: Vec<PollFd<'_>> =
             all.iter().map(|(who, fd)| PollFd::from_borrowed_fd(*fd, events(*who))).collect();
-        let pause = self.watchdog.interval();
+        let pause = self.start_at.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+        let pause = pause.min(self.watchdog.interval());
         let timeout = Timespec { tv_sec: pause.as_secs() as i64, tv_nsec: pause.subsec_nanos().into() };
         if poll(&mut polled, Some(&timeout)).is_err() {
             return Vec::new();
@@ -248,8 +252,13 @@ impl Supervisor {
             ));
         }
         self.save();
-        match Server::start(&self.kept, &self.backings, &self.kept.program) {
-            Ok(server) => self.server = Some(server),
+        match Server::start(&self.kept, &self.backings, &self.kept.program, false) {
+            Ok(server) => {
+                self.server = Some(server);
+                self.start_at = None;
+                // From here on another supervisor could find it.
+                self.record();
+            }
             Err(error) => {
                 log::error!("{error}");
                 self.idle_deaths += 1;
@@ -273,21 +282,23 @@ impl Supervisor {
         self.dismiss(server);
         self.backings.forget_unfinished();
         self.watchdog.watch(None);
-        if self.idle_deaths >= FREE_DEATHS
-            && let Some(previous) = self.kept.previous.take()
-        {
-            log::error!(
-                "servers of {} do not answer: going back to {}",
-                self.kept.program.name.display(),
-                previous.name.display()
-            );
-            self.kept.program = previous;
+        if self.idle_deaths >= FREE_DEATHS {
+            self.go_back();
         }
         self.start_at = self.idle_deaths.checked_sub(FREE_DEATHS + 1).map(|beyond| {
             let pause = SHORTEST_PAUSE.saturating_mul(2 << beyond.min(10)).min(LONGEST_PAUSE);
             log::error!("{} servers in a row died before they answered: waiting {pause:?}", self.idle_deaths);
             Instant::now() + pause
         });
+    }
+
+    /// A new program that has not answered anything yet is of no use: back to the one before, if there is one.
+    fn go_back(&mut self) {
+        if let Some(previous) = self.kept.previous.take() {
+            let (new, old) = (self.kept.program.name.display(), previous.name.display());
+            log::error!("servers of {new} do not answer: going back to {old}");
+            self.kept.program = previous;
+        }
     }
 
     /// Ends a server; its end is noticed later.
@@ -304,34 +315,6 @@ impl Supervisor {
         {
             log::error!("cannot have requests sent again: {e}");
         }
-    }
-
-    /// SIGTERM and the like end the mount as soon as nobody is hurt: at once, or with its last mapping. A second one
-    /// ends it now, and names who dies.
-    fn signalled(&mut self) {
-        let mut bytes = [0; 64];
-        let Ok(n) = rustix::io::read(&self.signals, &mut bytes) else { return };
-        self.terminations = self.terminations.saturating_add(n as u32);
-        self.notify.stopping();
-        let mode = if self.terminations == 1 { UnmountMode::Plain } else { UnmountMode::Force };
-        log::info!(
-            "a signal asks for the end: {}",
-            if self.terminations == 1 { "unmounting" } else { "aborting" }
-        );
-        self.unmount(None, mode);
-    }
-
-    pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {
-        let (options, device) = (self.kept.options.clone(), self.kept.device);
-        let job = Job::start(UNMOUNT, &self.kept.fuse, || {
-            if mode == UnmountMode::Force
-                && let Ok(users) = jobs::find_users(device, Duration::from_secs(1))
-            {
-                log::warn!("the connection is aborted; these lose what they have not read: {users}");
-            }
-            jobs::unmount(&options, device, mode).map(|()| None)
-        });
-        self.begin(job, Purpose::Unmount(caller, mode));
     }
 
     pub(crate) fn begin(&mut self, job: Result<Job>, purpose: Purpose) {
@@ -392,13 +375,18 @@ impl Supervisor {
         }
     }
 
-    /// Lets everybody know who serves: successors, other programs, the service manager, who started the mount.
-    pub(crate) fn announce(&mut self) {
+    /// Writes down who is to serve, for successors and other programs.
+    fn record(&mut self) {
         self.save();
         let server = self.server.as_ref().map(|s| s.row.process);
         if let Err(error) = self.kept.write_record(server) {
             log::error!("{error}");
         }
+    }
+
+    /// Lets everybody know who serves: also the service manager, and who started the mount.
+    pub(crate) fn announce(&mut self) {
+        self.record();
         self.notify.ready(&self.kept);
         self.callers.served();
     }

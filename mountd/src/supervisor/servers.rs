@@ -12,6 +12,7 @@ use stencilfs::sys::process::{self, ProcessId};
 
 use crate::backings::Backings;
 use crate::kept::{Kept, Program};
+use crate::server::BESIDE;
 
 /// A process that answers the kernel, or is about to.
 #[derive(Debug)]
@@ -31,12 +32,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one. It inherits every descriptor that a new supervisor would need, by number, and reads everything else
+    /// Starts one, `beside` another that serves or in its place. It inherits every descriptor that a new supervisor would need, by number, and reads everything else
     /// from the ledger.
     ///
     /// # Errors
     /// When there can be no child.
-    pub fn start(kept: &Kept, backings: &Backings, program: &Program) -> Result<Server> {
+    pub fn start(kept: &Kept, backings: &Backings, program: &Program, beside: bool) -> Result<Server> {
         let fail = |e: std::io::Error| {
             Error::failed("cannot start a server")
                 .because(e)
@@ -58,7 +59,11 @@ impl Server {
             inherited.push(fd);
         }
         let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
-        command.args(["serve", &names, "--"]).arg(&kept.options.mountpoint);
+        command
+            .arg("serve")
+            .args(beside.then_some(BESIDE))
+            .args([&names, "--"])
+            .arg(&kept.options.mountpoint);
         for word in
             ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"]
         {

@@ -65,6 +65,17 @@ impl Backings {
         self.0.iter().filter_map(|b| Some((b.row.id?, b.file.as_ref()?)))
     }
 
+    /// A copy of the descriptor of a file's ready backing.
+    ///
+    /// # Errors
+    /// When there is none, or the process is out of descriptors.
+    pub fn copy(&self, key: &FileKey) -> Result<OwnedFd> {
+        let backing = self.0.iter().find(|b| b.row.key == *key && b.row.id.is_some());
+        let file =
+            backing.and_then(|b| b.file.as_ref()).ok_or_else(|| Error::not_found("no such backing"))?;
+        file.try_clone().map_err(|e| Error::failed("out of descriptors").because(e))
+    }
+
     /// The id of a file's backing.
     pub fn id(&self, key: &FileKey) -> Option<u32> {
         self.0.iter().find(|b| b.row.key == *key)?.row.id
@@ -106,11 +117,15 @@ impl Backings {
         self.0.retain(|b| b.row.id.is_some());
     }
 
-    /// Sets room aside ([`Answer::Room`]), or names the backings that would have to go.
+    /// Sets room aside ([`Answer::Room`]), or names the backings that would have to go. A backing that became ready
+    /// while another server served is given as it is ([`Answer::Backing`]).
     ///
     /// # Errors
     /// [`Code::TryAgain`](stencilfs::error::Code::TryAgain) when it can never fit.
     pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, bytes: u64) -> Result<Answer> {
+        if let Some(id) = self.id(key) {
+            return Ok(Answer::Backing(id));
+        }
         let needs = format!("its backing needs {}", Bytes::new(bytes));
         if bytes > chosen.most.get() {
             return Err(Error::try_again(format!("{needs}, the cache may hold {}", chosen.most))
@@ -120,9 +135,6 @@ impl Backings {
         let mut excess = (others + bytes).saturating_sub(chosen.most.get());
         if excess == 0 {
             let backing = self.entry(key.clone())?;
-            if backing.row.id.is_some() {
-                return Err(Error::failed("that file has a backing"));
-            }
             backing.row.reserved = bytes;
             backing.row.stage = Stage::Room;
             return Ok(Answer::Room);

@@ -65,7 +65,10 @@ impl Hydrator {
         let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
         let pieces = pieces(template, file, size)?;
         let bytes: u64 = pieces.iter().map(|p| p.end - p.start).sum();
-        let backing = self.reserve(key, size, bytes, evict)?;
+        let backing = match self.reserve(key, size, bytes, evict)? {
+            Room::Empty(file) => file,
+            Room::Ready(id, file) => return Ok((id, file)),
+        };
         self.fill(template, file, key, &backing, &pieces)?;
         self.link.tell(&Ask::Freeze { key: key.clone() })?;
         self.verify(template, file, &backing, size, &pieces)?;
@@ -75,14 +78,14 @@ impl Hydrator {
         }
     }
 
-    /// Room, and the empty file in it: the supervisor makes it, since a server may make none.
+    /// Room, and the file in it: the supervisor makes it, since a server may make none.
     fn reserve(
         &self,
         key: &FileKey,
         size: Bytes,
         bytes: u64,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
-    ) -> Result<File> {
+    ) -> Result<Room> {
         let ask = Ask::Reserve { key: key.clone(), size: size.get(), bytes };
         let mut answer = self.link.ask(&ask, None)?;
         if let (Answer::Evict(keys), _) = answer {
@@ -90,7 +93,8 @@ impl Hydrator {
             answer = self.link.ask(&ask, None)?;
         }
         match answer {
-            (Answer::Room, Some(file)) => Ok(file.into()),
+            (Answer::Room, Some(file)) => Ok(Room::Empty(file.into())),
+            (Answer::Backing(id), Some(file)) => Ok(Room::Ready(id, file)),
             (Answer::Evict(_), _) => Err(Error::try_again(format!(
                 "its backing needs {}, and the cache is full of backings in use",
                 Bytes::new(bytes)
@@ -212,6 +216,14 @@ impl Hydrator {
             })
         })
     }
+}
+
+/// What the supervisor gives for a backing.
+enum Room {
+    /// An empty file.
+    Empty(File),
+    /// What the server before has registered since this one began.
+    Ready(u32, OwnedFd),
 }
 
 /// The aligned pieces of a file that hold data, in order; the last one ends with the file.

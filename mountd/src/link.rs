@@ -53,7 +53,8 @@ pub enum Ask {
     },
     /// This server answers the kernel from now on. Answered by `Done`.
     Serving,
-    /// Room for a backing, and an empty file for it. Answered by [`Answer::Room`] with the file, or [`Answer::Evict`].
+    /// Room for a backing, and an empty file for it. Answered by [`Answer::Room`] with the file,
+    /// [`Answer::Evict`], or [`Answer::Backing`] with the file of one that is ready.
     Reserve {
         /// For which file.
         key: FileKey,

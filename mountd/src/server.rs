@@ -98,7 +98,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     // One more for the thread that answers what waited for the store.
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
     let sockets = handshake_sockets()?;
-    let backings = ready(backings)?;
+    let backings = ready(backings);
     // What the sandbox allows is the folder that lies there now: the store must be there first.
     open_store(&options.store, reply.is_some())?;
     let lacks = sandbox::enter(&options.store)?;
@@ -126,15 +126,16 @@ fn serve(inherited: &Inherited) -> Result<()> {
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
 }
 
-/// The backings that are ready, with their descriptors: they were inherited under the supervisor's numbers.
-fn ready(rows: Vec<BackingRow>) -> Result<Vec<(FileKey, u32, OwnedFd)>> {
-    let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?)));
-    let take = |(key, id, number)| {
-        let fd = descriptor::take(number)
-            .map_err(|e| Error::failed(format!("backing {id}, descriptor {number}, is lost")).because(e))?;
-        Ok((key, id, fd))
+/// The backings that are ready, with their descriptors: they were inherited under the supervisor's numbers. One that
+/// became ready after this process was started is not among them; the supervisor hands it over when it is asked for.
+fn ready(rows: Vec<BackingRow>) -> Vec<(FileKey, u32, OwnedFd)> {
+    let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?, row.identity)));
+    let inherited = |(key, id, number, identity)| {
+        let fd = descriptor::take(number).ok()?;
+        let stat = rustix::fs::fstat(&fd).ok()?;
+        ((stat.st_dev, stat.st_ino) == identity).then_some((key, id, fd))
     };
-    ready.map(take).collect()
+    ready.filter_map(inherited).collect()
 }
 
 /// For the handshake: in the sandbox no socket can be made.

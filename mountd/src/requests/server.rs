@@ -103,6 +103,13 @@ impl Supervisor {
                         self.find_answer(job, Pending::Made(number, key));
                         return None;
                     }
+                    Ok(Answer::Backing(id)) => {
+                        match self.backings.copy(&key) {
+                            Ok(file) => self.reply(number, Ok(Answer::Backing(id)), Some(file)),
+                            Err(error) => self.reply(number, Err(error), None),
+                        }
+                        return None;
+                    }
                     other => other,
                 }
             }
@@ -122,6 +129,8 @@ impl Supervisor {
                 self.find_answer(job, Pending::Frozen(number, key));
                 return None;
             }
+            // It began with the backings of that moment: none may go before it serves.
+            Ask::Evict { .. } if self.candidate.is_some() => Ok(Answer::Evicted(Vec::new())),
             Ask::Evict { mut keys } => {
                 keys.truncate(MOST_KEYS);
                 let (store, device) = (self.kept.options.store.clone(), self.kept.device);

@@ -250,6 +250,25 @@ fn a_running_server_has_no_privilege() {
     }
 }
 
+/// The right to lock memory is gone with the capabilities; the buffers that replies leave from are locked before.
+#[test]
+fn replies_are_locked_whatever_the_limit_is() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let digest = world.import_bytes(&image(3), "web:1");
+    let plain = world.command();
+    let mut command = Command::new("prlimit");
+    command.args(["--memlock=65536:65536", STENCIL, "mount"]).arg(world.mountpoint()).args(["--serve", "decode"]);
+    let set = plain.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    let output = command.envs(set).current_dir(world.dir()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(fs::read(world.file(&digest, "memory")).unwrap(), image(3));
+    let fields = status_fields(Path::new(&format!("/proc/{}/status", world.server())));
+    let locked = &fields.iter().find(|(name, _)| name == "VmLck").unwrap().1;
+    let locked: u64 = locked.trim_end_matches(" kB").parse().unwrap();
+    assert!(locked >= 4 << 10, "{locked} KiB are locked");
+}
+
 /// Gives a store to a user, who can reach it.
 fn give_store_to(world: &TestMount, uid: u32) {
     world.open_to_others();

@@ -61,15 +61,22 @@ pub fn write_template(path: &Path, reads: &[u16], writes: &[u16]) {
     }
 }
 
+/// A guest's own program, in its copy of the first page.
+pub fn set_program(memory: &Backend, reads: &[u16]) {
+    memory.write_at(MemoryOffset::new(0), &program(reads.len() as u16, 0)).unwrap();
+    let list: Vec<u8> = reads.iter().flat_map(|s| s.to_le_bytes()).collect();
+    memory.write_at(MemoryOffset::new(READ_LIST.into()), &list).unwrap();
+}
+
 /// The guest's 1 MiB: the memory from its start, but in the window what lies at 8 MiB.
-struct Machine {
+pub struct Machine {
     _vm: VmFd,
     cpu: VcpuFd,
     _memory: Backend,
 }
 
 impl Machine {
-    fn new(memory: Backend, flags: u32) -> Machine {
+    pub fn new(memory: Backend, flags: u32) -> Machine {
         let kvm = Kvm::new().expect("/dev/kvm");
         let vm = kvm.create_vm().unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
@@ -99,8 +106,26 @@ impl Machine {
         Machine { _vm: vm, cpu, _memory: memory }
     }
 
+    /// How many pages of the list of reads it has begun to read.
+    pub fn begun(&self) -> usize {
+        usize::from(self.cpu.get_regs().unwrap().rsi as u16 - READ_LIST) / 2
+    }
+
+    /// Runs until a page of its memory cannot be had. KVM_RUN then fails with EFAULT; where KVM emulates the instruction,
+    /// it hands the access out as if no memory lay there, with its address.
+    pub fn run_to_lost_page(&mut self) -> Option<u64> {
+        match self.cpu.run() {
+            Err(error) => {
+                assert_eq!(error.errno(), libc::EFAULT, "KVM_RUN: {error}");
+                None
+            }
+            Ok(VcpuExit::MmioRead(address, _)) => Some(address),
+            Ok(other) => panic!("the guest left with {other:?}"),
+        }
+    }
+
     /// Runs to the halt; counts writes that left the guest as MMIO.
-    fn run(&mut self) -> Result<usize, kvm_ioctls::Error> {
+    pub fn run(&mut self) -> Result<usize, kvm_ioctls::Error> {
         let mut outside = 0;
         loop {
             match self.cpu.run()? {

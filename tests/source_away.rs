@@ -172,17 +172,17 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
 }
 
 #[test]
-fn a_store_that_is_moved_away_and_back_costs_nobody_a_page() {
+fn soak_a_store_that_is_moved_away_and_back_costs_nobody_a_page() {
     goes_away(moved, "No such file or directory", false);
 }
 
 #[test]
-fn a_store_that_is_unreadable_for_a_while_costs_nobody_a_page() {
+fn soak_a_store_that_is_unreadable_for_a_while_costs_nobody_a_page() {
     goes_away(unreadable, "Permission denied", false);
 }
 
 #[test]
-fn a_store_whose_filesystem_is_gone_for_a_while_costs_nobody_a_page() {
+fn soak_a_store_whose_filesystem_is_gone_for_a_while_costs_nobody_a_page() {
     goes_away(covered, "No such file or directory", false);
 }
 

@@ -2,11 +2,13 @@
 mod accounting;
 mod backend_explain;
 mod backend_memory;
+mod cache_trouble;
 mod capture_qemu;
 mod clone_command;
 mod clone_qemu;
 mod clone_simulated;
 mod command_line;
+mod damaged_block;
 mod demo;
 mod dirty_exact;
 mod in_flight;
@@ -18,9 +20,11 @@ mod kill_reads;
 mod kill_stops;
 mod kvm_guest;
 mod layers;
+
 mod mount_bad_input;
 mod mount_damage;
 mod mount_kill;
+mod mount_leaks;
 mod mount_reads;
 mod mount_refusals;
 mod mount_serving;

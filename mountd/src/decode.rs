@@ -18,6 +18,9 @@ use crate::errno::Refusal;
 use crate::replies::Replies;
 use crate::stats::{Counter, Stats};
 
+/// Damaged blocks that the log names; further ones are counted only.
+const MOST_REPORTED: usize = 4096;
+
 const BLOCK: usize = BLOCK_SIZE as usize;
 
 /// Most bytes of one READ.
@@ -159,10 +162,12 @@ impl Decoder {
             Refusal::Away => return Refusal::Away,
             other => other,
         };
-        if self.reported.insert((*template.digest(), file, block)) {
+        if self.reported.len() < MOST_REPORTED && self.reported.insert((*template.digest(), file, block)) {
+            let id = template.block_id(file, block).ok().flatten();
+            let id = id.map_or_else(|| "unknown".to_owned(), |id| id.to_string());
             let name = template.files().get(file).map_or("?", |f| f.name.as_str());
             log::error!(
-                "template {} file {name} offset {}: {error}; reads of that block get EIO",
+                "template {} file {name} offset {}: {error}; reads of that block, digest {id}, get EIO",
                 template.digest(),
                 block * BLOCK_SIZE
             );

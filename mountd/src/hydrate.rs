@@ -22,6 +22,9 @@ use crate::stats::{Counter, Stats};
 const PIECE: u64 = HUGE_PAGE_SIZE;
 const BLOCKS: u64 = PIECE / BLOCK_SIZE;
 
+/// Each has a buffer of one piece and one for compressed blocks.
+const MOST_THREADS: usize = 16;
+
 /// The supervisor hears of every so many bytes.
 const PROGRESS: u64 = 64 << 20;
 
@@ -37,7 +40,7 @@ pub struct Hydrator {
 impl Hydrator {
     /// Makes backings there, with so many threads each.
     pub fn new(cache: Cache, link: Arc<Link>, stats: Stats, threads: usize) -> Hydrator {
-        Hydrator { cache, link, stats, threads: threads.max(1) }
+        Hydrator { cache, link, stats, threads: threads.clamp(1, MOST_THREADS) }
     }
 
     /// Where backings are made.

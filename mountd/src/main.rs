@@ -21,6 +21,7 @@ mod jobs;
 mod kept;
 mod link;
 mod notify;
+mod open_templates;
 mod passthrough;
 mod read;
 mod replies;

@@ -28,6 +28,9 @@ const AT_ONCE: usize = 2;
 /// What did not fit is tried again after so long.
 const RETRY: Duration = Duration::from_secs(10);
 
+/// So many files may be known before those without a backing are forgotten.
+const MOST_STATES: usize = 4096;
+
 #[derive(Debug)]
 enum State {
     /// A backing is being made; opens wait until the deadline, if there is one.
@@ -144,6 +147,10 @@ impl Passthrough {
                     ServeMode::Auto => Instant::now().checked_add(self.timeout),
                     ServeMode::Passthrough | ServeMode::Decode => None,
                 };
+                if states.len() >= MOST_STATES {
+                    // Those without a backing are tried anew at their next open.
+                    states.retain(|_, state| !matches!(state, State::Decode { .. }));
+                }
                 let state = State::Filling { deadline, late: false, waiting: vec![opening] };
                 states.insert(key.clone(), state);
                 drop(states);

@@ -23,6 +23,7 @@ use crate::hydrate::Hydrator;
 use crate::inflight::Flights;
 use crate::kept::{self, Ledger};
 use crate::link::{self, Answer, Ask, Link};
+use crate::open_templates;
 use crate::passthrough::Passthrough;
 use crate::read::Reader;
 use crate::replies::Replies;
@@ -97,6 +98,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
     // One more for the thread that answers what waited for the store.
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
+    let most_open = open_templates::most_open();
     let sockets = handshake_sockets()?;
     let backings = ready(backings);
     // What the sandbox allows is the folder that lies there now: the store must be there first.
@@ -104,7 +106,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let lacks = sandbox::enter(&options.store)?;
     // Without its capabilities the server may see less than before.
     let store = open_store(&options.store, reply.is_some())?;
-    let tree = Arc::new(Tree::new(store.clone()));
+    let tree = Arc::new(Tree::new(store.clone(), most_open));
     let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), cores);
     let passthrough =
         Passthrough::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());

@@ -7,20 +7,26 @@
 //! Inode numbers are computed from what they stand for, so that a server knows those that its predecessor gave out:
 //! one that is not in the map is sought by walking the store again.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use dashmap::DashMap;
+use dashmap::{DashMap, Entry};
 use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number};
 use stencilfs::units::Bytes;
 
 use crate::errno::Refusal;
+use crate::open_templates::OpenTemplates;
 
 /// Inode number of the top; FUSE fixes it.
 pub const ROOT: u64 = 1;
 
 /// Name of the description in every template's directory.
 pub const MANIFEST: &str = "manifest.json";
+
+/// So many numbers may be entered before those of removed templates are forgotten.
+const MOST_ENTERED: usize = 1 << 16;
 
 /// What an inode number stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,14 +117,17 @@ pub struct Tree {
     store: Store,
     secret: [u8; 32],
     nodes: DashMap<u64, Node>,
-    templates: DashMap<Digest, Arc<Template>>,
+    templates: OpenTemplates,
+    /// Numbers entered since those of removed templates were last sought.
+    entered: AtomicUsize,
 }
 
 impl Tree {
-    /// The tree of that store.
-    pub fn new(store: Store) -> Tree {
+    /// The tree of that store, of which at most `open` templates are kept open.
+    pub fn new(store: Store, open: usize) -> Tree {
         let secret = store.secret();
-        let tree = Tree { store, secret, nodes: DashMap::new(), templates: DashMap::new() };
+        let templates = OpenTemplates::new(open);
+        let tree = Tree { store, secret, nodes: DashMap::new(), templates, entered: AtomicUsize::new(0) };
         tree.nodes.insert(ROOT, Node::Root);
         tree
     }
@@ -165,8 +174,31 @@ impl Tree {
 
     fn enter(&self, node: Node) -> u64 {
         let ino = self.ino(&node);
-        self.nodes.entry(ino).or_insert(node);
+        if let Entry::Vacant(free) = self.nodes.entry(ino) {
+            free.insert(node);
+            self.entered.fetch_add(1, Ordering::Relaxed);
+        }
         ino
+    }
+
+    /// Forgets numbers of templates that the store has no more: what is kept is bounded by the store, not by all that
+    /// ever was in it.
+    fn bound_nodes(&self) {
+        if self.entered.load(Ordering::Relaxed) < MOST_ENTERED {
+            return;
+        }
+        self.entered.store(0, Ordering::Relaxed);
+        let Ok(digests) = self.store.digests() else { return };
+        let digests: HashSet<Digest> = digests.into_iter().collect();
+        self.nodes.retain(|_, node| match node {
+            Node::Template(digest) | Node::Manifest(digest) | Node::File(digest, ..) => {
+                digests.contains(digest)
+            }
+            // Found again by name.
+            Node::Name(_) | Node::Tag(_) => false,
+            Node::Root | Node::ById | Node::Templates => true,
+        });
+        self.templates.retain(&digests);
     }
 
     /// The number of a node.
@@ -177,18 +209,14 @@ impl Tree {
             Node::Templates => self.keyed("templates"),
             Node::Template(digest) => self.keyed(&format!("by-id/{digest}")),
             Node::Manifest(digest) => inode_number(&self.secret, digest, MANIFEST, Serving::Decode),
-            Node::File(digest, file, serving) => match self.template(digest) {
-                Ok(template) => self.file_ino(&template, *file, *serving),
-                Err(_) => self.keyed(&format!("by-id/{digest}/#{file}")),
-            },
+            Node::File(digest, file, serving) => {
+                // It was open before: somebody had to know that it has such a file.
+                let name = self.templates.name(digest, *file).unwrap_or_default();
+                inode_number(&self.secret, digest, &name, *serving)
+            }
             Node::Name(name) => self.keyed(&format!("templates/{name}")),
             Node::Tag(tag) => self.keyed(&format!("templates/{}/{}", tag.name(), tag.tag())),
         }
-    }
-
-    fn file_ino(&self, template: &Template, file: usize, serving: Serving) -> u64 {
-        let name = template.files().get(file).map_or("", |f| f.name.as_str());
-        inode_number(&self.secret, template.digest(), name, serving)
     }
 
     /// 63 bits of a keyed hash of a path, never 0 or 1.
@@ -206,12 +234,7 @@ impl Tree {
     /// # Errors
     /// What the store says, logged when it is more than a missing template.
     pub fn template(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
-        if let Some(template) = self.templates.get(digest) {
-            return Ok(Arc::clone(&template));
-        }
-        let template = Arc::new(self.store.template(digest).map_err(|e| refuse(&e))?);
-        let kept = self.templates.entry(*digest).or_insert(template);
-        Ok(Arc::clone(&kept))
+        self.templates.get(&self.store, digest).map_err(|e| refuse(&e))
     }
 
     /// Opens a template anew: where its blocks are may have changed since.
@@ -219,9 +242,7 @@ impl Tree {
     /// # Errors
     /// As [`template`](Self::template).
     pub fn reopen(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
-        let template = Arc::new(self.store.template(digest).map_err(|e| refuse(&e))?);
-        self.templates.insert(*digest, Arc::clone(&template));
-        Ok(template)
+        self.templates.reopen(&self.store, digest).map_err(|e| refuse(&e))
     }
 
     /// What a name in a directory stands for, and how long that holds.
@@ -242,6 +263,7 @@ impl Tree {
             Node::Templates | Node::Name(_) | Node::Tag(_) | Node::Manifest(_) => Lasting::Not,
             Node::File(digest, file, _) => offer.lasting(&*self.template(digest)?, *file),
         };
+        self.bound_nodes();
         self.enter(node.clone());
         Ok((self.attributes_of(&node)?, lasting))
     }

@@ -1,0 +1,132 @@
+//! The folder of backings fills up or vanishes: decode serves meanwhile, and passthrough comes back by itself.
+
+use std::fs::{self, File};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::{TestMount, run, wait_for};
+
+const PAGE: usize = 4096;
+
+fn random(seed: u8, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    blake3::Hasher::new_keyed(&[seed; 32]).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn template(world: &TestMount) -> Value {
+    world.status()["templates"][0].clone()
+}
+
+/// Opens again and again until an open gets the backing: what failed is tried again after ten seconds.
+fn promoted(world: &TestMount, path: &std::path::Path) {
+    let until = Instant::now() + Duration::from_secs(25);
+    while template(world)["serving"] != "passthrough" || template(world)["hydrated_bytes"] == 0 {
+        assert!(Instant::now() < until, "it is not promoted: {:#}", template(world));
+        File::open(path).unwrap();
+        std::thread::sleep(Duration::from_millis(250));
+    }
+}
+
+/// Maps it in a process of its own and reads every page.
+fn reads_right(path: &std::path::Path, bytes: &[u8]) -> Actor {
+    let mut clone = Actor::start();
+    clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
+    for page in 0..bytes.len() / PAGE {
+        assert_eq!(clone.tell(&format!("read 0 {page}")) as u8, bytes[page * PAGE], "page {page}");
+    }
+    clone
+}
+
+#[test]
+fn soak_a_disk_that_fills_up_while_hydrating_costs_nobody_a_page() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let (cache, disk) = (world.dir().join("cache"), world.dir().join("disk"));
+    fs::create_dir(&cache).unwrap();
+    File::create(&disk).unwrap().set_len(96 << 20).unwrap();
+    run("mkfs.ext4", &["-q", "-m", "0", disk.to_str().unwrap()]);
+    run("mount", &["-o", "loop", disk.to_str().unwrap(), cache.to_str().unwrap()]);
+    // Taken away again whatever happens; the mount above it has ended by then.
+    struct Disk(std::path::PathBuf);
+    impl Drop for Disk {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+    let _disk = Disk(cache.clone());
+    world.mount(&["--cache-dir", cache.to_str().unwrap(), "--cache-size", "1G"]).ok();
+    let bytes = random(3, 64 << 20);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let path = world.file(&digest, "memory");
+    let filler = cache.join("filler");
+    std::thread::scope(|scope| {
+        let opener = scope.spawn(|| File::open(&path).map(drop));
+        wait_for("the hydration", || world.log().contains("hydrating template").then_some(()));
+        let file = File::create(&filler).unwrap();
+        let mut piece = 16 << 20;
+        let (mut length, flags) = (0, rustix::fs::FallocateFlags::empty());
+        while piece >= 1 << 20 {
+            match rustix::fs::fallocate(&file, flags, length, piece) {
+                Ok(()) => length += piece,
+                Err(_) => piece /= 2,
+            }
+        }
+        opener.join().unwrap().expect("the open is answered");
+    });
+    let status = template(&world);
+    assert_eq!(status["serving"], "decode", "{status:#}");
+    let why = status["why"].as_str().unwrap();
+    assert!(why.contains("No space left") && why.contains("cache"), "{why}");
+    assert!(world.log().contains("gets no backing: cannot fill the backing"), "{}", world.log());
+    let clone = reads_right(&path, &bytes);
+    fs::remove_file(&filler).unwrap();
+    promoted(&world, &path);
+    drop(reads_right(&path, &bytes));
+    drop(clone);
+    assert_eq!(world.counter("failed"), 0);
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+}
+
+#[test]
+fn soak_a_cache_folder_that_is_gone_and_back_costs_nobody_a_page() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let cache = world.dir().join("cache");
+    fs::create_dir(&cache).unwrap();
+    world.mount(&["--cache-dir", cache.to_str().unwrap()]).ok();
+    let (early, late) = (random(4, 8 << 20), random(5, 8 << 20));
+    let digest = world.import_bytes(&early, "early:1");
+    let early_path = world.file(&digest, "memory");
+    let clone = reads_right(&early_path, &early);
+    fs::remove_dir(&cache).unwrap();
+    world.stencil(&["rm", "early:1"]).exits(5);
+    let digest = world.import_bytes(&late, "late:1");
+    let path = world.file(&digest, "memory");
+    let status_of = || {
+        let all = world.status();
+        let found = all["templates"].as_array().unwrap().iter().find(|t| t["digest"] == digest.as_str());
+        found.unwrap().clone()
+    };
+    let mut second = reads_right(&path, &late);
+    let status = status_of();
+    assert_eq!(status["serving"], "decode", "{status:#}");
+    let why = status["why"].as_str().unwrap();
+    assert!(why.contains("No such file") && why.contains("/cache"), "{why}");
+    // The backing that was there before has no name: it is served on.
+    assert!(fs::read(&early_path).unwrap() == early);
+    fs::create_dir(&cache).unwrap();
+    let until = Instant::now() + Duration::from_secs(25);
+    while status_of()["serving"] != "passthrough" || status_of()["hydrated_bytes"] == 0 {
+        assert!(Instant::now() < until, "it is not promoted: {:#}", status_of());
+        File::open(&path).unwrap();
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    drop(reads_right(&path, &late));
+    assert_eq!(second.tell("read 0 7") as u8, late[7 * PAGE], "who maps it by decode goes on");
+    drop(clone);
+    assert_eq!(world.counter("failed"), 0);
+}

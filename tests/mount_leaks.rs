@@ -1,0 +1,126 @@
+//! Opens, mappings and many templates leave nothing behind in the two processes of a mount.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use stencilfs::store::BLOCK_SIZE;
+use stencilfs::sys::map_file::MappedFile;
+
+use crate::support::host;
+use crate::support::mount::TestMount;
+
+const PAGE: usize = 4096;
+const SIZE: usize = 4 << 20;
+
+/// Open descriptors, resident and locked KiB of a process.
+#[derive(Debug, Clone, Copy)]
+struct Holds {
+    fds: u64,
+    resident: u64,
+    locked: u64,
+}
+
+fn holds(pid: u64) -> Holds {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|l| l.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
+    Holds { fds, resident: field("VmRSS:"), locked: field("VmLck:") }
+}
+
+fn of_both(world: &TestMount) -> [Holds; 2] {
+    let status = world.status();
+    ["supervisor_pid", "server_pid"].map(|role| holds(status[role].as_u64().unwrap()))
+}
+
+fn near(before: u64, after: u64) -> bool {
+    after.abs_diff(before) * 20 <= before
+}
+
+/// Opens through both kinds of paths, reads a little of each in turn, and maps every tenth time.
+fn work(paths: &[PathBuf], opens: usize, mappings: usize) {
+    let mut page = [0; PAGE];
+    for i in 0..opens {
+        let file = File::open(&paths[i % paths.len()]).unwrap();
+        if i % 16 == 0 {
+            file.read_exact_at(&mut page, (i % (SIZE / PAGE) * PAGE) as u64).unwrap();
+        }
+    }
+    for i in 0..mappings {
+        let file = File::open(&paths[i % paths.len()]).unwrap();
+        let map = MappedFile::map(&file, SIZE as u64).unwrap();
+        std::hint::black_box(map[i % (SIZE / PAGE) * PAGE]);
+    }
+}
+
+#[test]
+fn soak_opens_and_mappings_leave_nothing_behind() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let mut paths = Vec::new();
+        for seed in 0..4u8 {
+            let mut bytes = vec![0; SIZE];
+            blake3::Hasher::new_keyed(&[seed; 32]).finalize_xof().fill(&mut bytes);
+            let digest = world.import_bytes(&bytes, &format!("web:{seed}"));
+            paths.push(world.file(&digest, "memory"));
+            paths.push(world.mountpoint().join(format!("templates/web/{seed}/memory")));
+        }
+        // What is made once is made: the cache of blocks is full, every thread has answered.
+        for path in &paths {
+            let file = File::open(path).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
+            for block in 0..SIZE / BLOCK_SIZE as usize {
+                file.read_exact_at(&mut [0; PAGE], (block * BLOCK_SIZE as usize) as u64).unwrap();
+            }
+        }
+        work(&paths, 2000, 200);
+        let before = of_both(&world);
+        work(&paths, host::rounds(10_000, 100_000), host::rounds(1_000, 10_000));
+        let after = of_both(&world);
+        println!("{serve}: before {before:?}, after {after:?}");
+        for (before, after) in before.iter().zip(&after) {
+            assert!(near(before.fds, after.fds), "{serve}: descriptors: {before:?} {after:?}");
+            assert!(near(before.resident, after.resident), "{serve}: memory: {before:?} {after:?}");
+            assert!(near(before.locked, after.locked), "{serve}: locked memory: {before:?} {after:?}");
+        }
+    }
+}
+
+/// More templates than the server keeps open, under the lowest limit of open files that it may meet.
+#[test]
+fn many_templates_are_not_all_kept_open() {
+    const TEMPLATES: u32 = 90;
+    /// Kept under such a limit.
+    const KEPT: u64 = 64;
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let digests: Vec<String> = (0..TEMPLATES)
+        .map(|n| world.import_bytes(&n.to_le_bytes().repeat(PAGE / 4), &format!("web:{n}")))
+        .collect();
+    let words = ["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"];
+    let mut limited = std::process::Command::new("prlimit");
+    let mounted = limited
+        .arg("--nofile=1024:1024")
+        .arg(world.command().get_program())
+        .args(words)
+        .env("STENCIL_STORE", world.store_dir())
+        .env("STENCIL_RUNTIME_DIR", world.runtime_dir())
+        .status()
+        .unwrap();
+    assert!(mounted.success());
+    let read = |n: usize| fs::read(world.file(&digests[n], "memory")).unwrap();
+    for round in 0..3 {
+        for n in 0..digests.len() {
+            assert!(read(n) == (n as u32).to_le_bytes().repeat(PAGE / 4), "template {n} in round {round}");
+        }
+    }
+    let fds =
+        fs::read_dir(Path::new("/proc").join(world.server().to_string()).join("fd")).unwrap().count() as u64;
+    // A pack each, two tables for each that is kept, and the server's own.
+    assert!(fds <= u64::from(TEMPLATES) + 2 * KEPT + 40, "{fds} descriptors");
+    assert!(fds > u64::from(TEMPLATES), "the limit is met: {fds} descriptors");
+}

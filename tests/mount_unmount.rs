@@ -160,6 +160,33 @@ fn sigterm_with_clones_serves_on_until_they_end() {
 }
 
 #[test]
+fn a_second_sigterm_names_who_will_die_and_ends() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let digest = world.import_bytes(&image(), "web:1");
+    let mut child = world
+        .command()
+        .args(["mount", "-f", "--serve", "decode", world.mountpoint().to_str().unwrap()])
+        .stderr(File::create(world.dir().join("terminal")).unwrap())
+        .spawn()
+        .unwrap();
+    wait_for("the mount", || fs::metadata(world.file(&digest, "memory")).ok());
+    let mut clone = map(&world, &digest);
+    clone.tell("read 0 3");
+    let processes = world.processes();
+    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
+    assert_eq!(clone.tell("read 0 4") as u8, image()[4 * PAGE as usize], "one SIGTERM hurts nobody");
+    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    wait_for("the end", || (!processes[0].is_alive()).then_some(()));
+    child.wait().unwrap();
+    assert_eq!(clone.dies_of(&format!("read 0 {}", PAGES - 1)), Some(libc::SIGBUS));
+    let said = fs::read_to_string(world.dir().join("terminal")).unwrap();
+    assert!(said.contains(&format!("{}", clone.pid())), "{said}");
+    assert_nothing_is_left(&world, &processes);
+}
+
+#[test]
 fn a_mount_in_the_foreground_talks_to_its_terminal_and_ends_with_it() {
     let _host = host::shared();
     let world = TestMount::unmounted();

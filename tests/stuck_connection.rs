@@ -116,7 +116,8 @@ fn stuck(world: &TestMount, number: &str) -> Option<Value> {
     let run = world.stencil(&["--json", "doctor"]);
     let found: Value = serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{e}: {}", run.out));
     let all = found["stuck"].as_array().unwrap();
-    all.iter().find(|one| one["connection"].to_string() == number).cloned()
+    let number: u64 = number.parse().unwrap();
+    all.iter().find(|one| one["connection"] == number).cloned()
 }
 
 fn mounted(world: &TestMount) -> bool {

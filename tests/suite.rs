@@ -11,6 +11,7 @@ mod command_line;
 mod damaged_block;
 mod demo;
 mod dirty_exact;
+mod documents;
 mod in_flight;
 mod kill_clones;
 mod kill_kvm;

@@ -1,0 +1,53 @@
+//! Promises name the tests that would fail without them, and these exist.
+
+use std::fs;
+use std::path::Path;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What stands in backquotes and names a scenario and a test of it.
+fn named(text: &str) -> Vec<(&str, &str)> {
+    text.split('`').skip(1).step_by(2).filter_map(|word| word.split_once("::")).collect()
+}
+
+fn missing(text: &str) -> Vec<String> {
+    let exists = |(scenario, test): &(&str, &str)| {
+        fs::read_to_string(root().join(format!("tests/{scenario}.rs")))
+            .is_ok_and(|source| source.contains(&format!("fn {test}()")))
+    };
+    named(text).iter().filter(|pair| !exists(pair)).map(|(s, t)| format!("{s}::{t}")).collect()
+}
+
+#[test]
+fn every_test_that_operating_names_exists() {
+    let page = fs::read_to_string(root().join("docs/operating.md")).unwrap();
+    assert!(named(&page).len() > 40, "{:?}", named(&page));
+    assert_eq!(missing(&page), Vec::<String>::new());
+    assert_eq!(
+        missing(
+            "`documents::no_such` and `nowhere::at_all`, `layers::a_file_imports_only_from_lower_floors`"
+        )
+        .len(),
+        2
+    );
+}
+
+#[test]
+fn every_failure_names_a_test() {
+    let page = fs::read_to_string(root().join("docs/operating.md")).unwrap();
+    let section = page.split("## What a clone sees").nth(1).unwrap().split("\n## ").next().unwrap();
+    let rows: Vec<&str> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(rows.len() >= 14, "{}", rows.len());
+    for row in rows {
+        let cells = row.trim_matches('|').split(" | ").count();
+        assert_eq!(cells, 6, "{row}");
+        assert!(!named(row).is_empty(), "no test: {row}");
+    }
+    for title in ["Another build", "A lost supervisor", "Draining", "What is stuck", "As a service"] {
+        let section =
+            page.split(&format!("## {title}\n")).nth(1).unwrap_or_else(|| panic!("no section {title}"));
+        assert!(!named(section.split("\n## ").next().unwrap()).is_empty(), "{title} names no test");
+    }
+}

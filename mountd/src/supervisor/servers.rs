@@ -60,6 +60,7 @@ impl Server {
         }
         let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
         command
+            .arg0("stencil-mountd")
             .arg("serve")
             .args(beside.then_some(BESIDE))
             .args([&names, "--"])

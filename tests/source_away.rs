@@ -42,7 +42,7 @@ fn moved(store: &Path) -> Away<'_> {
 
 fn unreadable(store: &Path) -> Away<'_> {
     let before = fs::metadata(store).unwrap().permissions();
-    fs::set_permissions(store, Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(store, Permissions::from_mode(0o000)).unwrap();
     Away(Box::new(move || fs::set_permissions(store, before.clone()).unwrap()))
 }
 

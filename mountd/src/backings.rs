@@ -112,9 +112,16 @@ impl Backings {
         Ok(&mut self.0[at])
     }
 
-    /// A server has died: what it was making is gone with it, and its successor tries everything anew.
+    /// A server has died: what it was making is gone with it, and its successor makes it anew. Why files are served
+    /// without a backing stays: an open that was told so looks up the name again, and the successor must know.
     pub fn forget_unfinished(&mut self) {
-        self.0.retain(|b| b.row.id.is_some());
+        self.0.retain_mut(|b| {
+            if b.row.id.is_none() {
+                (b.row.stage, b.row.reserved, b.row.filled) = (Stage::None, 0, 0);
+                b.file = None;
+            }
+            b.row.id.is_some() || b.row.why.is_some()
+        });
     }
 
     /// Sets room aside ([`Answer::Room`]), or names the backings that would have to go. A backing that became ready

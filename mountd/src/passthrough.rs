@@ -52,7 +52,8 @@ struct Ready {
     _file: OwnedFd,
 }
 
-struct Job {
+/// A backing that is to be made.
+pub struct Job {
     template: Arc<Template>,
     file: usize,
     key: FileKey,
@@ -118,6 +119,34 @@ impl Passthrough {
         ours
     }
 
+    /// Files that the server before served by decode, for their backing was late or failed: whoever was told to look up
+    /// the name again must not be told so once more. Gives what is to be made now.
+    pub fn know_late(&self, late: Vec<(Option<Arc<Template>>, FileKey)>) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        if self.mode != ServeMode::Auto || !self.possible {
+            return jobs;
+        }
+        let mut states = self.states();
+        for (template, key) in late {
+            let file = template.as_ref().and_then(|t| t.files().iter().position(|f| f.name == key.file));
+            let state = match template.zip(file) {
+                Some((template, file)) => {
+                    jobs.push(Job { template, file, key: key.clone() });
+                    State::Filling { deadline: None, late: true, waiting: Vec::new() }
+                }
+                None => State::Decode { since: Instant::now(), retry: true },
+            };
+            states.insert(key, state);
+        }
+        jobs
+    }
+
+    /// Makes these backings.
+    pub fn begin(&self, jobs: Vec<Job>) {
+        let sender = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.into_iter().for_each(|job| drop(sender.send(job)));
+    }
+
     fn states(&self) -> MutexGuard<'_, HashMap<FileKey, State>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -173,7 +202,11 @@ impl Passthrough {
         self.stats.count(Counter::HydrationsStarted);
         log::info!("hydrating template {} file {}", job.key.digest, job.key.file);
         let begun = Instant::now();
+        // Told before the look: a deadline that passes later tells the reason later.
         self.tell(&job.key, None);
+        if matches!(self.states().get(&job.key), Some(State::Filling { late: true, .. })) {
+            self.tell(&job.key, Some(self.lateness()));
+        }
         let made = self.hydrator.hydrate(&job.template, job.file, &job.key, |keys| self.evict(keys));
         let (state, answer): (Option<State>, _) = match made {
             Ok((id, file)) => {
@@ -262,38 +295,40 @@ impl Passthrough {
         let _ = self.hydrator.link().ask(&Ask::Decode { key: key.clone(), why }, None);
     }
 
+    fn lateness(&self) -> String {
+        let waited = self.timeout.as_secs_f64();
+        format!("its backing is still being filled; the first open waited {waited} s for it")
+    }
+
     /// Answers opens whose time is up.
     fn watch_deadlines(&self) {
         let mut states = self.states();
         loop {
             let now = Instant::now();
             let mut next: Option<Instant> = None;
-            let mut told = Vec::new();
+            let (mut late_ones, mut refused) = (Vec::new(), Vec::new());
             for (key, state) in states.iter_mut() {
                 if let State::Filling { deadline: Some(deadline), late, waiting } = state
                     && !*late
                 {
                     if *deadline <= now {
                         *late = true;
-                        for opening in waiting.drain(..) {
-                            opening.refuse(Refusal::Stale);
-                        }
-                        told.push(key.clone());
+                        refused.append(waiting);
+                        late_ones.push(key.clone());
                     } else {
                         next = Some(next.map_or(*deadline, |n| n.min(*deadline)));
                     }
                 }
             }
-            if !told.is_empty() {
+            if !late_ones.is_empty() {
                 drop(states);
-                for key in told {
-                    let why = format!(
-                        "its backing is still being filled; the first open waited {} s for it",
-                        self.timeout.as_secs_f64()
-                    );
+                for key in late_ones {
+                    let why = self.lateness();
                     log::warn!("template {} file {} is served by decode: {why}", key.digest, key.file);
                     self.tell(&key, Some(why));
                 }
+                // Only now: should this server die, its successor knows it, and answers the next look-up so.
+                refused.into_iter().for_each(|opening: Opening| opening.refuse(Refusal::Stale));
                 states = self.states();
                 continue;
             }

@@ -100,6 +100,8 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
     let most_open = open_templates::most_open();
     let sockets = handshake_sockets()?;
+    let late: Vec<FileKey> =
+        backings.iter().filter(|b| b.id.is_none() && b.why.is_some()).map(|b| b.key.clone()).collect();
     let backings = ready(backings);
     // What the sandbox allows is the folder that lies there now: the store must be there first.
     open_store(&options.store, reply.is_some())?;
@@ -113,7 +115,9 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let decoder = Decoder::new(KEEP, stats.clone(), replies);
     let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder));
     let source = Source::new(store, Arc::clone(&reader), stats.clone());
-    let filesystem = Templates::new(tree, reader, source, passthrough, stats, flights);
+    let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
+    let unfinished = passthrough.know_late(late);
+    let filesystem = Templates::new(tree, reader, source, Arc::clone(&passthrough), stats, flights);
 
     let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
@@ -123,6 +127,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
         fuse_dev::resend(fuse).map_err(taken_over)?;
     }
     link.tell(&Ask::Serving)?;
+    passthrough.begin(unfinished);
     link.wait_for_ever();
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))

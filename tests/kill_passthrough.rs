@@ -25,9 +25,10 @@ fn kills_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOn
     let world = drill.world();
     std::thread::scope(|scope| {
         let work = scope.spawn(work);
-        let until = Instant::now() + Duration::from_secs(120);
+        let until = Instant::now() + Duration::from_secs(300);
         for round in 0u64.. {
-            std::thread::sleep(pause.mul_f64(0.2 + (round * 7919 % 100) as f64 / 60.0));
+            // Short and long: in a long one a backing can be finished.
+            std::thread::sleep(pause.mul_f64(0.2 + (round * 7919 % 100) as f64 / 25.0));
             if work.is_finished() {
                 break;
             }

@@ -13,7 +13,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::actor::{Actor, compile};
 use crate::support::drill::Drill;
 use crate::support::host;
-use crate::support::mount::{TestMount, daemon, wait_for};
+use crate::support::mount::{Run, STENCIL, TestMount, daemon, wait_for};
 use crate::support::readers::{Image, PAGE, Readers};
 
 const IMAGE: Image = Image { salt: 11, pages: 8 << 10 };
@@ -60,8 +60,21 @@ impl<'a> Load<'a> {
         assert_eq!((about.dev(), about.ino()), self.inode, "the same file");
     }
 
-    fn restart(&self, server: &Path) -> crate::support::mount::Run {
-        self.world.stencil(&["restart", self.mountpoint(), "--server", server.to_str().unwrap()])
+    /// With another program for the server alone, or for the supervisor as well: that one lies beside `stencil`.
+    fn restart(&self, program: &Path, whole: bool) -> Run {
+        let mut command = self.world.command();
+        if whole {
+            let beside = self.world.dir().join("installed");
+            fs::create_dir_all(&beside).unwrap();
+            fs::copy(STENCIL, beside.join("stencil")).unwrap();
+            fs::copy(program, beside.join("stencil-mountd")).unwrap();
+            let mut other = Command::new(beside.join("stencil"));
+            other.envs(command.get_envs().filter_map(|(k, v)| Some((k, v?)))).arg("restart");
+            command = other;
+        } else {
+            command.arg("restart").arg("--server").arg(program);
+        }
+        Run::of(program.display().to_string(), &command.arg(self.world.mountpoint()).output().unwrap())
     }
 
     /// Prints the longest read of all.
@@ -88,7 +101,7 @@ fn a_soak_of_new_servers_under_readers() {
         for round in 0..host::rounds(4, 50) {
             let before = world.server();
             let program = if round % 2 == 0 { other.clone() } else { daemon() };
-            load.restart(&program).ok();
+            load.restart(&program, false).ok();
             let status = world.status();
             assert_ne!(status["server_pid"], before);
             assert_eq!(status["supervisor_pid"], supervisor);
@@ -139,8 +152,8 @@ fn a_soak_of_supervisors_that_are_killed_and_replaced() {
             assert_ne!(world.status()["supervisor_pid"], supervisor);
             load.goes_on();
             Drill::new(&world).kill();
-            assert_ne!(world.server(), server);
             load.goes_on();
+            assert_ne!(world.server(), server);
         }
         load.end(&format!("{serve}: supervisor killed, adopted, then a kill"));
     }
@@ -148,25 +161,25 @@ fn a_soak_of_supervisors_that_are_killed_and_replaced() {
 
 /// The old server goes on, is the same one, and nobody notices the trial.
 #[track_caller]
-fn is_refused(program: &Path, words: &str, between: std::ops::Range<u64>) {
+fn is_refused(program: &Path, words: &str, took: std::ops::Range<u64>) {
     let world = TestMount::new("decode");
     let mut load = Load::on(&world);
     let before = world.server();
-    for _ in 0..2 {
+    for whole in [false, true] {
         let begun = Instant::now();
-        let run = load.restart(program).exits(1);
-        assert!(run.err.contains(words), "{}", run.err);
-        let took = begun.elapsed().as_millis() as u64;
-        assert!(between.contains(&took), "after {took} ms: {}", run.err);
-        assert_eq!(
-            (world.server(), &world.status()["server_program"]),
-            (before, &daemon().to_str().unwrap().into())
-        );
+        let run = load.restart(program, whole).exits(1);
+        let passed = begun.elapsed().as_millis() as u64;
+        println!("{} refused after {passed} ms: {}", program.display(), run.err.trim());
+        assert!(took.contains(&passed) && (whole || run.err.contains(words)), "{}", run.err);
+        let status = world.status();
+        assert_eq!(status["server_pid"], before, "the old one goes on");
+        assert_eq!(status["server_program"], daemon().to_str().unwrap());
         load.goes_on();
     }
     // Nothing of the trial stays with the mount.
     Drill::new(&world).kill();
     load.goes_on();
+    assert_eq!(world.status()["server_program"], daemon().to_str().unwrap());
     load.end(&format!("{} refused", program.display()));
 }
 
@@ -211,20 +224,31 @@ fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
     tree
 }
 
-#[test]
-fn a_soak_build_that_wants_other_sizes_leaves_the_old_server() {
+/// In a build of its own, one line of the source is another.
+fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: &str) {
     if !host::soaking() {
-        return println!("a build of other sizes is made in `make soak` only");
+        return println!("a build with {to} is made in `make soak` only");
     }
     let _host = host::alone();
-    let dir = crate::support::mount::temporary("sizes-");
+    let dir = crate::support::mount::temporary(name);
     let tree = copy_of_tree(dir.path(), None);
-    let file = tree.join("mountd/src/decode.rs");
+    let file = tree.join(file);
     let text = fs::read_to_string(&file).unwrap();
-    let other = text.replace("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
-    assert_ne!(text, other);
-    fs::write(&file, other).unwrap();
-    is_refused(&build(&tree, "sizes"), "the old one goes on", 0..5_000);
+    assert!(text.contains(from), "{} has no {from}", file.display());
+    fs::write(&file, text.replace(from, to)).unwrap();
+    is_refused(&build(&tree, name), words, 0..5_000);
+}
+
+#[test]
+fn a_soak_build_of_other_sizes_leaves_the_old_server() {
+    let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
+    a_soak_build_is_refused("sizes", "mountd/src/decode.rs", from, to, "the old one goes on");
+}
+
+#[test]
+fn a_soak_build_of_another_control_version_leaves_the_old_server() {
+    let (from, to) = ("CONTROL_VERSION: u32 = 2", "CONTROL_VERSION: u32 = 200");
+    a_soak_build_is_refused("control", "src/control/protocol.rs", from, to, "version");
 }
 
 #[test]
@@ -246,9 +270,9 @@ fn a_soak_build_of_the_previous_commit_takes_over() {
         let world = TestMount::new(serve);
         let mut load = Load::on(&world);
         for _ in 0..10 {
-            load.restart(&program).ok();
+            load.restart(&program, false).ok();
             load.goes_on();
-            load.restart(&daemon()).ok();
+            load.restart(&daemon(), false).ok();
             load.goes_on();
         }
         load.end(&format!("{serve}: the previous commit and back"));

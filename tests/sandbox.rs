@@ -258,7 +258,10 @@ fn replies_are_locked_whatever_the_limit_is() {
     let digest = world.import_bytes(&image(3), "web:1");
     let plain = world.command();
     let mut command = Command::new("prlimit");
-    command.args(["--memlock=65536:65536", STENCIL, "mount"]).arg(world.mountpoint()).args(["--serve", "decode"]);
+    command
+        .args(["--memlock=65536:65536", STENCIL, "mount"])
+        .arg(world.mountpoint())
+        .args(["--serve", "decode"]);
     let set = plain.get_envs().filter_map(|(name, value)| Some((name, value?)));
     let output = command.envs(set).current_dir(world.dir()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -149,7 +149,7 @@ impl<'a> Drill<'a> {
         );
         let at: Vec<u64> = self.kills.iter().map(|k| k.at).collect();
         let moments = [&at[..], &self.marks].concat();
-        let felt = Felt::of(&at, &moments, readers);
+        let felt = Felt::of(&at, &moments, readers, true);
         if !readers.is_empty() {
             let pages: u64 = readers.iter().map(|r| r.pages).sum();
             println!(
@@ -158,8 +158,10 @@ impl<'a> Drill<'a> {
                 Times(&felt.each)
             );
             println!("{what}: of the slowest reader of each kill: {}", Times(&felt.worst));
-            let quiet = Felt::of(&self.marks, &moments, readers);
-            println!("{what}: at moments without a kill: {}", Times(&quiet.each));
+            let quiet = Felt::of(&self.marks, &moments, readers, false);
+            if !self.marks.is_empty() {
+                println!("{what}: at moments without a kill: {}", Times(&quiet.each));
+            }
         }
         assert_eq!(self.world.status()["restarts"], self.kills.len());
         felt
@@ -193,13 +195,14 @@ pub struct Felt {
 }
 
 impl Felt {
-    /// At each of the moments `at`, until the next of `all`.
-    fn of(at: &[u64], all: &[u64], readers: &[Finished]) -> Felt {
+    /// At each of the moments `at`, until the next of `all`; reads that go on beyond that count for a kill only.
+    fn of(at: &[u64], all: &[u64], readers: &[Finished], beyond: bool) -> Felt {
         let mut felt = Felt { each: Vec::new(), worst: Vec::new() };
         for &moment in at {
             let next = all.iter().copied().filter(|&m| m > moment).min().unwrap_or(u64::MAX);
             let longest = |reader: &Finished| {
                 let met = reader.stalls.iter().filter(|s| s.end > moment && s.begin < next);
+                let met = met.filter(|s| beyond || s.end < next);
                 Duration::from_nanos(met.map(|s| s.end - s.begin).max().unwrap_or_default())
             };
             let each: Vec<Duration> = readers.iter().map(longest).collect();

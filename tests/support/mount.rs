@@ -38,7 +38,8 @@ pub struct Run {
 }
 
 impl Run {
-    fn of(words: String, output: &Output) -> Run {
+    /// What a command that was called so has left.
+    pub fn of(words: String, output: &Output) -> Run {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Run {
             words,

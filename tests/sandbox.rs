@@ -391,7 +391,6 @@ fn the_supervisor_checks_what_a_server_asks() {
     for question in [
         json!({ "reserve": { "key": nobodys(1), "size": 4096, "bytes": u64::MAX } }),
         json!({ "reserve": { "key": nobodys(1), "size": u64::MAX, "bytes": 4096 } }),
-        json!({ "reserve": { "key": ours, "size": 4096, "bytes": 4096 } }),
         json!({ "freeze": { "key": nobodys(2) } }),
         json!({ "register": { "key": nobodys(2) } }),
         json!({ "decode": { "key": { "digest": digest, "file": "x".repeat(256) }, "why": null } }),

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use stencilfs::store::BLOCK_SIZE;
 
-use stencilfs::sys::mapping::{Mapping, Protection, Request, Sharing};
-use stencilfs::units::{Bytes, FileOffset, MemoryOffset};
+use stencilfs::sys::mapping::{Mapping, Request};
+use stencilfs::units::{Bytes, MemoryOffset};
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
@@ -82,16 +82,7 @@ fn compare(path: &Path, expected: &[u8], scratch: &Path) {
     }
 
     let pages = Bytes::new(expected.len() as u64).pages().bytes();
-    let mapped = Mapping::new(&Request {
-        length: pages,
-        align: Bytes::new(4096),
-        file: Some((file.as_fd(), FileOffset::new(0))),
-        protection: Protection::Read,
-        sharing: Sharing::Private,
-        reserve: true,
-        sync: false,
-    })
-    .unwrap();
+    let mapped = Mapping::new(&Request::view(file.as_fd(), pages)).unwrap();
     let mut seen = vec![0; expected.len()];
     mapped.read(MemoryOffset::new(0), &mut seen).unwrap();
     assert!(seen == expected, "mapped");

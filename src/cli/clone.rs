@@ -11,13 +11,10 @@ use serde_json::{Value, json};
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use super::{Global, hydrate, interrupt};
-use crate::clones::audit::Baseline;
 use crate::clones::family::Families;
-use crate::clones::find::Inodes;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
 use crate::clones::registry::Entry;
 use crate::clones::stop::stop;
-use crate::control;
 use crate::error::{Code, Error, Result};
 use crate::store::{Store, TemplateRef};
 
@@ -118,10 +115,6 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         patience: Duration::from_secs(args.timeout.into()),
         cancel: &cancel,
     };
-    // For the audit of `density`; a launch does not fail for want of it.
-    if let Err(error) = Inodes::of(&control::mounts()?).and_then(|inodes| Baseline::keep_if_idle(&inodes)) {
-        log::warn!("no baseline for density --audit: {error}");
-    }
     if global.draws() {
         hydrate::show(&target, &*global.progress(), &cancel);
     }

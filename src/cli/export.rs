@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -44,7 +44,13 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
         // Not the line-buffered handle of the standard library: blocks go out whole.
         let stdout =
             rustix::io::dup(io::stdout()).map_err(|e| Error::failed("cannot write").because(e.into()))?;
-        template.export_stream(file, &mut fs::File::from(stdout), &stop, &*progress)?;
+        template.export_stream(
+            file,
+            Path::new("standard output"),
+            &mut fs::File::from(stdout),
+            &stop,
+            &*progress,
+        )?;
         return Ok(Done::silent());
     }
     if args.out.is_dir() {

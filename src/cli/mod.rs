@@ -80,9 +80,9 @@ impl Global {
         !self.quiet && !self.json && std::io::IsTerminal::is_terminal(&std::io::stderr())
     }
 
-    /// A bar on standard error where that is a terminal, else nothing.
+    /// A bar on standard error where progress is drawn, else nothing.
     pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
-        progress::for_terminal(self.quiet || self.json)
+        if self.draws() { progress::bar() } else { Box::new(crate::progress::Silent) }
     }
 }
 

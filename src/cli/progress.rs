@@ -1,16 +1,15 @@
 //! Draws progress with throughput and time left, on a terminal only.
 
-use std::io::IsTerminal;
 use std::sync::Mutex;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::progress::{Progress, Silent};
+use crate::progress::Progress;
 use crate::units::Bytes;
 
-/// A bar on standard error, or nothing where that is no terminal or `off`.
-pub fn for_terminal(off: bool) -> Box<dyn Progress> {
-    if off || !std::io::stderr().is_terminal() { Box::new(Silent) } else { Box::new(Bar(Mutex::new(None))) }
+/// A bar on standard error.
+pub fn bar() -> Box<dyn Progress> {
+    Box::new(Bar(Mutex::new(None)))
 }
 
 struct Bar(Mutex<Option<ProgressBar>>);

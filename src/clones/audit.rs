@@ -14,10 +14,10 @@ use crate::control::{self, Mount};
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
 use crate::sys::kpage::{FrameKind, Frames};
-use crate::sys::mapping::{Advice, Mapping, Protection, Request, Sharing};
+use crate::sys::mapping::{Advice, Mapping, Request};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::{cachestat, procfs};
-use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount};
+use crate::units::{Bytes, PageCount};
 
 /// The answer of `density --audit`.
 #[derive(Debug, Clone, Serialize)]
@@ -170,16 +170,8 @@ fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
         return Ok(());
     }
     let whole_pages = Bytes::new(size).pages().bytes();
-    let view = Mapping::new(&Request {
-        length: whole_pages,
-        align: Bytes::new(PAGE_SIZE),
-        file: Some((file.as_fd(), FileOffset::new(0))),
-        protection: Protection::Read,
-        sharing: Sharing::Private,
-        reserve: false,
-        sync: false,
-    })
-    .map_err(|e| Error::failed("cannot map a template to look at its frames").because(e))?;
+    let view = Mapping::new(&Request::view(file.as_fd(), whole_pages))
+        .map_err(|e| Error::failed("cannot map a template to look at its frames").because(e))?;
     // A fault on a page that readahead has marked would read further pages in.
     let advised = view.advise_all(Advice::Random);
     advised.map_err(|e| Error::failed("cannot switch readahead off to look at frames").because(e))?;

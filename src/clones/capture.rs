@@ -166,7 +166,8 @@ impl Vm {
             other => {
                 return Err(Error::usage(format!(
                     "this VM is in state '{other}'; it must be running or paused"
-                )));
+                ))
+                .remedy("wait until its state passes, or let it run with QMP cont, then capture again"));
             }
         };
         let pid = qmp.peer_pid()?;

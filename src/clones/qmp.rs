@@ -86,7 +86,9 @@ impl Qmp {
             } else if message.get("id").and_then(Value::as_u64) == Some(id) {
                 if let Some(error) = message.get("error") {
                     let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
-                    return Err(Error::failed(format!("QEMU refuses {command}: {text}")).at(&self.path));
+                    return Err(Error::failed(format!("QEMU refuses {command}: {text}"))
+                        .at(&self.path)
+                        .remedy("the words are QEMU's: its manual page on QMP and its log say more"));
                 }
                 return Ok(message.get("return").cloned().unwrap_or(Value::Null));
             }
@@ -155,11 +157,15 @@ impl Qmp {
                     return Err(Error::failed(format!(
                         "the migration of device state has {status}: {reason}"
                     ))
-                    .at(&self.path));
+                    .at(&self.path)
+                    .remedy("QEMU's log says which device; that one has to go, or be one that can migrate"));
                 }
                 _ if Instant::now() >= deadline => {
                     return Err(Error::try_again("the migration of device state does not come to an end")
-                        .at(&self.path));
+                        .at(&self.path)
+                        .remedy(
+                            "see query-migrate on the same socket; a host that is less busy takes less long",
+                        ));
                 }
                 _ => std::thread::sleep(pause),
             }
@@ -180,7 +186,9 @@ impl Qmp {
     fn text_of(&mut self, command: &str, field: &str) -> Result<String> {
         let value = self.run(command, json!({}))?;
         value.get(field).and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
-            Error::failed(format!("QEMU's answer to {command} has no '{field}': {value}")).at(&self.path)
+            Error::failed(format!("QEMU's answer to {command} has no '{field}': {value}"))
+                .at(&self.path)
+                .remedy("use QEMU 8.2 or newer")
         })
     }
 
@@ -215,20 +223,30 @@ impl Qmp {
                     continue;
                 }
                 return serde_json::from_slice(&line).map_err(|e| {
-                    Error::failed(format!("this socket does not speak QMP: {e}")).at(&self.path)
+                    Error::failed(format!("this socket does not speak QMP: {e}"))
+                        .at(&self.path)
+                        .remedy("give the socket of -qmp")
                 });
             }
             if self.unread.len() > LONGEST_MESSAGE {
-                return Err(Error::failed("QEMU sends a message without an end").at(&self.path));
+                return Err(Error::failed("QEMU sends a message without an end")
+                    .at(&self.path)
+                    .remedy("give the socket of -qmp"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::try_again("QEMU does not answer").at(&self.path));
+                return Err(Error::try_again("QEMU does not answer")
+                    .at(&self.path)
+                    .remedy("another program may hold its QMP session: QEMU speaks with one at a time"));
             }
             self.stream.set_read_timeout(Some(left)).map_err(|e| lost(&self.path, e))?;
             let mut buffer = [0; 4096];
             match self.stream.read(&mut buffer) {
-                Ok(0) => return Err(Error::failed("QEMU has closed the QMP session").at(&self.path)),
+                Ok(0) => {
+                    return Err(Error::failed("QEMU has closed the QMP session")
+                        .at(&self.path)
+                        .remedy("see whether that QEMU still runs, and its log"));
+                }
                 Ok(got) => self.unread.extend_from_slice(&buffer[..got]),
                 Err(e)
                     if matches!(

@@ -146,7 +146,12 @@ impl MountOptions {
     }
 
     fn set(&mut self, key: &str, value: &OsStr) -> Result<()> {
-        let text = || value.to_str().ok_or_else(|| Error::usage(format!("the value of {key} is not UTF-8")));
+        let text = || {
+            value.to_str().ok_or_else(|| {
+                Error::usage(format!("the value of {key} is not UTF-8"))
+                    .remedy(format!("write {key}= in plain letters and digits"))
+            })
+        };
         match key {
             "serve" => self.serve = text()?.parse()?,
             "cache-dir" => self.cache_dir = Some(PathBuf::from(value)),

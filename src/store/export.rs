@@ -45,7 +45,7 @@ impl Template {
                     .write(true)
                     .open(out)
                     .map_err(|e| Error::io("cannot write", out, e))?;
-                return self.export_stream(file, &mut stream, interrupt, progress);
+                return self.export_stream(file, out, &mut stream, interrupt, progress);
             }
             return Err(Error::usage("the export cannot replace what is there")
                 .at(out)
@@ -62,13 +62,14 @@ impl Template {
     }
 
     /// Writes one file of the template to a stream, in order, zeros included. Every byte that was
-    /// written was verified; after an error the stream ends early.
+    /// written was verified; after an error the stream ends early. Errors call the stream `name`.
     ///
     /// # Errors
     /// As [`Template::export_file`].
     pub fn export_stream(
         &self,
         file: usize,
+        name: &Path,
         out: &mut dyn Write,
         interrupt: &AtomicBool,
         progress: &dyn Progress,
@@ -78,12 +79,11 @@ impl Template {
         for number in 0..self.block_count(file) {
             check(interrupt)?;
             let length = self.read_block(file, number, &mut scratch, &mut block)?;
-            out.write_all(&block[..length])
-                .map_err(|e| Error::failed("cannot write the export").because(e))?;
+            out.write_all(&block[..length]).map_err(|e| Error::io("cannot write the export", name, e))?;
             progress.advance(Bytes::new(length as u64));
         }
         progress.finish();
-        out.flush().map_err(|e| Error::failed("cannot write the export").because(e))
+        out.flush().map_err(|e| Error::io("cannot write the export", name, e))
     }
 
     fn write_blocks(

@@ -176,7 +176,7 @@ impl Store {
     /// As [`Store::set_policy`]; the caller holds the lock of names.
     pub(super) fn set_policy_locked(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
         if !self.has(digest) {
-            return Err(Error::not_found(format!("no template {digest}")).at(self.dir()));
+            return Err(no_template(self.dir(), digest));
         }
         let path = self.policy_path(digest);
         let mut policy = Policy::read(&path)?;
@@ -264,6 +264,11 @@ fn is_foreign(dir: &Path) -> bool {
             !FOLDERS.iter().any(|f| name == **f) && name != "format" && name != "lost+found"
         })
     })
+}
+
+/// There is no template of that digest in the store.
+pub(super) fn no_template(dir: &Path, digest: &Digest) -> Error {
+    Error::not_found(format!("no template {digest}")).at(dir).remedy("see stencil ls for what the store has")
 }
 
 fn foreign(dir: &Path) -> Error {

@@ -60,7 +60,10 @@ impl FromStr for Owner {
 fn number(what: &str, text: &str, path: &str) -> Result<u32> {
     if text.bytes().all(|b| b.is_ascii_digit()) {
         let number = text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
-        return number.ok_or_else(|| Error::usage(format!("{what} number {text} is out of range")));
+        return number.ok_or_else(|| {
+            Error::usage(format!("{what} number {text} is out of range"))
+                .remedy(format!("write a number below {}, or a name of {path}", u32::MAX))
+        });
     }
     let table = fs::read_to_string(path).map_err(|e| Error::io("cannot look up names", path, e))?;
     find(&table, text).ok_or_else(|| {

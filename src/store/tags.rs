@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use super::format::Invalid;
+use super::open::no_template;
 use super::publish::{make_folder, replace_file, sync_folder};
 use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
@@ -128,7 +129,7 @@ impl Store {
     /// As [`Store::set_tag`]; the caller holds the lock of names.
     pub(super) fn set_tag_locked(&self, tag: &TagName, digest: &Digest) -> Result<()> {
         if !self.has(digest) {
-            return Err(Error::not_found(format!("no template {digest}")).at(self.dir()));
+            return Err(no_template(self.dir(), digest));
         }
         let path = self.tag_path(tag);
         let folder = self.tags_dir().join(tag.name());

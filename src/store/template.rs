@@ -11,6 +11,7 @@ use super::codec::{Decoder, page_mask};
 use super::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use super::format::placement::{Front, Row};
 use super::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
+use super::open::no_template;
 use super::pack::{AlignedBuffer, PackFile, PackIndex};
 use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
 use super::{BLOCK_SIZE, Digest, Policy, Store, TemplateFile};
@@ -58,7 +59,7 @@ impl Template {
     pub(super) fn open(store: Store, digest: &Digest) -> Result<Template> {
         let dir = store.image_dir(digest);
         if !dir.is_dir() {
-            return Err(Error::not_found(format!("no template {digest}")).at(store.dir()));
+            return Err(no_template(store.dir(), digest));
         }
         let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
         let (header, image) = open_image(&dir.join("image"), digest, &front, image_values)?;

@@ -57,6 +57,21 @@ pub struct Request<'a> {
     pub sync: bool,
 }
 
+impl<'a> Request<'a> {
+    /// The first `length` bytes of a file, to be read, private.
+    pub fn view(file: BorrowedFd<'a>, length: Bytes) -> Request<'a> {
+        Request {
+            length,
+            align: Bytes::new(PAGE_SIZE),
+            file: Some((file, FileOffset::new(0))),
+            protection: Protection::Read,
+            sharing: Sharing::Private,
+            reserve: true,
+            sync: false,
+        }
+    }
+}
+
 /// Owned memory; unmapped, guard page included, when dropped.
 ///
 /// Invariant: `address .. address + length` is mapped by this value, and the `guard` bytes after it

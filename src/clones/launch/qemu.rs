@@ -57,7 +57,8 @@ fn bring_up(patience: &Patience<'_>, child: &mut Child, entry: &Entry, state: &s
     qmp.run("cont", json!({}))?;
     match qmp.status()?.as_str() {
         "running" => Ok(()),
-        other => Err(Error::failed(format!("the guest does not run after it was resumed: it is '{other}'"))),
+        other => Err(Error::failed(format!("the guest does not run after it was resumed: it is '{other}'"))
+            .remedy("capture it again from a guest that runs, with this version of QEMU")),
     }
 }
 
@@ -73,7 +74,8 @@ fn connect(patience: &Patience<'_>, child: &mut Child, entry: &Entry) -> Result<
         }
         let ended = child.try_wait().map_err(|e| Error::failed("cannot wait for QEMU").because(e))?;
         if let Some(status) = ended {
-            return Err(Error::failed(format!("QEMU ended at once ({status})")));
+            return Err(Error::failed(format!("QEMU ended at once ({status})"))
+                .remedy("stencil inspect shows the recipe: this host needs the same QEMU, and what its command line names"));
         }
         patience.pause(Duration::from_millis(5))?;
     }

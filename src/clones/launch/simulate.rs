@@ -69,8 +69,10 @@ impl FromStr for Simulate {
                 Some(("read", amount)) => simulate.read = amount.parse()?,
                 Some(("write", amount)) => simulate.write = amount.parse()?,
                 Some(("seed", seed)) => {
-                    simulate.seed =
-                        seed.parse().map_err(|_| Error::usage(format!("seed '{seed}' is no number")))?;
+                    simulate.seed = seed.parse().map_err(|_| {
+                        Error::usage(format!("seed '{seed}' is no number"))
+                            .remedy("write seed=N with N from 0 to 18446744073709551615")
+                    })?;
                 }
                 Some(("file", name)) => simulate.file = Some(name.to_owned()),
                 _ => {
@@ -107,7 +109,8 @@ impl Simulate {
             return Err(Error::usage(format!(
                 "--simulate reads {read} and writes {written} other pages, but the file has {} in all",
                 all.get()
-            )));
+            ))
+            .remedy("write smaller shares: together at most 100%"));
         }
         Ok(Touched { read_pages: read, written_pages: written })
     }

@@ -119,14 +119,16 @@ impl ImportRequest {
     /// A usage error, or [`Code::NotFound`](crate::error::Code) when a source does not exist.
     pub fn check(&self) -> Result<()> {
         if self.files.is_empty() {
-            return Err(Error::usage("nothing to import"));
+            return Err(Error::usage("nothing to import")
+                .remedy("name a memory image, or files with --file NAME=PATH"));
         }
         if self.files.len() > crate::store::format::image::MAX_FILES {
             return Err(Error::usage(format!(
                 "{} files; a template holds at most {}",
                 self.files.len(),
                 crate::store::format::image::MAX_FILES
-            )));
+            ))
+            .remedy("leave some out, or make two templates"));
         }
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -135,14 +137,18 @@ impl ImportRequest {
             if file.name == "manifest.json" {
                 return Err(Error::usage(
                     "a file cannot be named manifest.json: the mount shows one of its own",
-                ));
+                )
+                .remedy("give it another name: --file NAME=PATH"));
             }
         }
         if let Some(pair) = files.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(Error::usage(format!("file '{}' is given twice", pair[0].name)));
+            return Err(Error::usage(format!("file '{}' is given twice", pair[0].name))
+                .remedy("give each file a name of its own: --file NAME=PATH"));
         }
         if files.iter().filter(|f| f.source == Source::Stdin).count() > 1 {
-            return Err(Error::usage("standard input can be one file only"));
+            return Err(
+                Error::usage("standard input can be one file only").remedy("give the others as paths")
+            );
         }
         for file in files {
             if let Source::Path(path) = &file.source {

@@ -76,16 +76,7 @@ fn access_is_bounded() {
 fn a_page_that_cannot_be_had_is_an_error_and_no_signal() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(2 * PAGE_SIZE).unwrap();
-    let map = Mapping::new(&Request {
-        length: Bytes::new(2 * PAGE_SIZE),
-        align: Bytes::new(PAGE_SIZE),
-        file: Some((file.as_fd(), FileOffset::new(0))),
-        protection: Protection::Read,
-        sharing: Sharing::Private,
-        reserve: true,
-        sync: false,
-    })
-    .unwrap();
+    let map = Mapping::new(&Request::view(file.as_fd(), Bytes::new(2 * PAGE_SIZE))).unwrap();
     file.set_len(PAGE_SIZE).unwrap();
     let mut out = [1; 16];
     map.read(MemoryOffset::new(0), &mut out).unwrap();

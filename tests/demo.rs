@@ -172,3 +172,45 @@ fn the_guard_names_and_clears_what_is_left() {
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.file_name()).collect();
     assert_eq!(left, ["target"]);
 }
+
+#[test]
+fn the_guard_knows_a_relative_build_directory_and_waits_for_another_run() {
+    let _host = host::shared();
+    let dir = temporary("guard-");
+    let guard = |line: &str| {
+        let mut command = Command::new(script("support/guard.sh"));
+        command.args(["bash", "-c", line]).current_dir(dir.path()).env("TMPDIR", dir.path());
+        command.env("CARGO_TARGET_DIR", "here").stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let began = dir.path().join("began");
+    let mut first = guard("touch here/tmp/first began; sleep 1; rm here/tmp/first began").spawn().unwrap();
+    patiently("the first run", Duration::from_secs(10), || began.exists().then_some(()));
+    let second = guard("ls here/tmp; mkdir here/tmp/m; mount -t tmpfs none here/tmp/m").output().unwrap();
+    assert!(first.wait().unwrap().success(), "nothing of the first run was cleared or blamed");
+    let said = text(&second);
+    assert!(said.contains("another run uses") && !said.contains("first"), "{said}");
+    assert!(said.contains("tmpfs mount ") && second.status.code() == Some(1), "{said}");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(dir.path().to_str().unwrap()), "{mounts}");
+}
+
+#[test]
+fn setup_sees_a_compiler_without_a_static_library() {
+    let dir = temporary("setup-");
+    let bin = dir.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    // A cc that cannot link, in front of the real one.
+    fs::write(bin.join("cc"), "#!/bin/sh\nexit 1\n").unwrap();
+    fs::set_permissions(bin.join("cc"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let release = dir.path().join("os-release");
+    fs::write(&release, "ID=fedora\nVERSION_CODENAME=\n").unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let output = Command::new(script("support/setup.sh"))
+        .env("PATH", path)
+        .env("STENCIL_TEST_OS_RELEASE", &release)
+        .env("CARGO_TARGET_DIR", dir.path().join("target"))
+        .output()
+        .unwrap();
+    assert!(text(&output).contains("libc6-dev"), "{}", text(&output));
+}

@@ -14,6 +14,8 @@ chmod 0755 "$run"
 started=$(awk '{print $22}' /proc/self/stat)
 top=$(cd "$(dirname "$0")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$top/target}
+# The kernel shows absolute paths only.
+mkdir -p "$target/tmp" && target=$(cd "$target" && pwd -P) || exit 1
 switches=(/sys/kernel/mm/ksm/run /sys/kernel/mm/transparent_hugepage/enabled
     /sys/kernel/mm/transparent_hugepage/shmem_enabled /proc/sys/vm/overcommit_memory)
 
@@ -26,9 +28,13 @@ switch_values() {
 before=$(switch_values)
 
 # Scenarios keep what must not lie on a tmpfs below the build directory.
-scratch=$target/tmp
-mkdir -p "$scratch"
-scratch=$(cd "$scratch" && pwd -P)
+scratch=$(cd "$target/tmp" && pwd -P)
+# What is new there when the run ends is this run's: another one in the same build directory waits for its end.
+exec 9>"$target/guard.lock"
+flock -n 9 || {
+    printf 'guard: another run uses %s; waiting for its end\n' "$target" >&2
+    flock 9
+}
 scratch_before=$(ls -A "$scratch")
 mounts_before=$(awk '{print $5}' /proc/self/mountinfo)
 
@@ -143,7 +149,7 @@ clear_all() {
 child=
 trap '[ -n "$child" ] && kill -TERM "$child" 2>/dev/null' INT TERM
 # Only the command bears the mark: the guard's own helpers are none of the run.
-env STENCIL_TEST_RUN="$run" TMPDIR="$run" "$@" &
+env STENCIL_TEST_RUN="$run" TMPDIR="$run" "$@" 9>&- &
 child=$!
 # A signal ends `wait` early; the command's own code is what counts.
 while :; do

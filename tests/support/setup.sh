@@ -11,6 +11,17 @@ top=$(cd "$(dirname "$0")/../.." && pwd)
 cache=$(guest_cache "$top")
 
 say() { printf '%s\n' "$*"; }
+
+# A compiler without the C library's headers and archives is not enough: the tests' own programs are static.
+links_statically() {
+    local dir code=0
+    command -v cc >/dev/null 2>&1 || return 1
+    dir=$(mktemp -d) || return 1
+    printf '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n' >"$dir/try.c"
+    cc -static -o "$dir/try" "$dir/try.c" 2>/dev/null || code=1
+    rm -rf "$dir"
+    return "$code"
+}
 fail() {
     printf 'setup: %s\n' "$@" >&2
     exit 1
@@ -38,7 +49,7 @@ fi
 
 # 2. What packages bring.
 packages=()
-command -v cc >/dev/null 2>&1 || packages+=(gcc libc6-dev)
+links_statically || packages+=(gcc libc6-dev)
 command -v cpio >/dev/null 2>&1 || packages+=(cpio)
 command -v fio >/dev/null 2>&1 || packages+=(fio)
 command -v mkfs.ext4 >/dev/null 2>&1 || packages+=(e2fsprogs)
@@ -182,6 +193,11 @@ at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
     fail "QEMU $(qemu_version) is what PATH finds, $STENCIL_QEMU_MIN or newer is needed: remove the older one from PATH"
 
 say "kernel   $(kernel_release)"
+if [ -c /dev/kvm ]; then
+    say "kvm      /dev/kvm"
+else
+    say "kvm      /dev/kvm is missing: building and the demo need none, the tests with KVM guests do; load kvm_intel or kvm_amd, or give this container the device"
+fi
 say "rust     $(rust_version)"
 say "qemu     $(qemu_version)"
 say "guest    $(cat "$cache/kernel.name" 2>/dev/null || echo "$cache/vmlinuz")"

@@ -195,9 +195,9 @@ fn a_program_that_hangs_leaves_the_old_server() {
     is_refused(&compile("hanger"), "it did not answer within 5 s", 4_900..7_000);
 }
 
-/// Builds stencil-mountd of another tree into a directory of its own, kept for the next run.
-fn build(tree: &Path, name: &str) -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants").join(name);
+/// Builds stencil-mountd of another tree in `dir`. What does not differ is kept for the next build and the next run.
+fn build(dir: &Path, tree: &Path) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants");
     let done = Command::new(env!("CARGO"))
         .args(["build", "-q", "--offline", "-p", "stencil-mountd"])
         .current_dir(tree)
@@ -205,7 +205,9 @@ fn build(tree: &Path, name: &str) -> PathBuf {
         .output()
         .unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    target.join("debug/stencil-mountd")
+    let program = dir.join("stencil-mountd");
+    fs::copy(target.join("debug/stencil-mountd"), &program).unwrap();
+    program
 }
 
 /// A copy of this tree, or of the commit before it where the history is there.
@@ -236,7 +238,7 @@ fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: 
     let text = fs::read_to_string(&file).unwrap();
     assert!(text.contains(from), "{} has no {from}", file.display());
     fs::write(&file, text.replace(from, to)).unwrap();
-    is_refused(&build(&tree, name), words, 0..5_000);
+    is_refused(&build(dir.path(), &tree), words, 0..5_000);
 }
 
 #[test]
@@ -265,7 +267,7 @@ fn a_soak_build_of_the_previous_commit_takes_over() {
         println!("NO HISTORY HERE: the tree itself is built a second time instead of the previous commit");
     }
     let tree = copy_of_tree(dir.path(), has_history.then_some("HEAD~1"));
-    let program = build(&tree, "previous");
+    let program = build(dir.path(), &tree);
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
         let mut load = Load::on(&world);

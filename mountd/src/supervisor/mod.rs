@@ -26,6 +26,8 @@ pub use servers::Server;
 
 /// So many servers in a row may die before they answered anything; then each next one waits longer.
 const FREE_DEATHS: u32 = 3;
+/// A server that lived so long counts as one that answered.
+const LIVED: Duration = Duration::from_secs(1);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A new program must answer the kernel within this time.
@@ -272,6 +274,8 @@ impl Supervisor {
     pub(crate) fn server_died(&mut self) {
         let Some(server) = self.server.take() else { return };
         let answered = self.kept.stats.get(Counter::Answers) != server.answers;
+        // One that lived for a while is no crash at the start: opens that wait for a backing may be all that it had.
+        let answered = answered || server.serving && server.since.elapsed() > LIVED;
         self.idle_deaths = if answered { 0 } else { self.idle_deaths + 1 };
         self.kept.restarts += 1;
         log::warn!(

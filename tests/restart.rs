@@ -221,6 +221,8 @@ fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
             format!("tar -C {top} --exclude=./target --exclude=./.git -c . | tar -x -C {}", tree.display())
         }
     };
+    // Newer than what was built last, or cargo takes another tree's build for this one's.
+    let pack = format!("{pack} && find {} -type f -exec touch {{}} +", tree.display());
     let done = Command::new("bash").args(["-o", "pipefail", "-c", &pack]).output().unwrap();
     assert!(done.status.success(), "{pack}: {}", String::from_utf8_lossy(&done.stderr));
     tree

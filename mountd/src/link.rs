@@ -131,6 +131,8 @@ pub struct Link(Mutex<End>);
 #[derive(Debug)]
 struct End {
     channel: Channel,
+    /// The connection to the kernel.
+    kernel: Option<OwnedFd>,
     /// Number of the last question.
     last: u64,
     /// How long an answer is waited for, where not for ever.
@@ -138,23 +140,28 @@ struct End {
 }
 
 impl End {
+    /// Waits for the supervisor, or for whoever takes its place: but not when the connection to the kernel is over, for
+    /// then nobody will.
     fn receive(&self) -> io::Result<Option<(Reply, Option<OwnedFd>)>> {
-        if let Some(patience) = self.patience {
-            let limit =
-                Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
-            if rustix::event::poll(&mut [PollFd::new(&self.channel, PollFlags::IN)], Some(&limit))? == 0 {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
+        let limit = self.patience.map(|patience| Timespec {
+            tv_sec: patience.as_secs() as i64,
+            tv_nsec: patience.subsec_nanos().into(),
+        });
+        let mut both = vec![PollFd::new(&self.channel, PollFlags::IN)];
+        both.extend(self.kernel.as_ref().map(|kernel| PollFd::new(kernel, PollFlags::empty())));
+        match rustix::io::retry_on_intr(|| rustix::event::poll(&mut both, limit.as_ref()))? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            _ if both[0].revents().is_empty() => Err(io::ErrorKind::NotConnected.into()),
+            _ => self.channel.receive(),
         }
-        self.channel.receive()
     }
 }
 
 impl Link {
     /// Asks through that socket. A server that nobody needs yet waits only so long for an answer: if the supervisor
     /// dies before it serves, nobody would know of it.
-    pub fn new(socket: OwnedFd, patience: Option<Duration>) -> Link {
-        Link(Mutex::new(End { channel: Channel::new(socket), last: 0, patience }))
+    pub fn new(socket: OwnedFd, kernel: Option<OwnedFd>, patience: Option<Duration>) -> Link {
+        Link(Mutex::new(End { channel: Channel::new(socket), kernel, last: 0, patience }))
     }
 
     /// From now on answers are waited for, however long it takes.
@@ -214,7 +221,7 @@ mod tests {
     #[test]
     fn a_question_survives_a_new_supervisor() {
         let (ours, theirs) = Channel::pair().unwrap();
-        let link = Link::new(theirs.into(), None);
+        let link = Link::new(theirs.into(), None, None);
         let server = thread::spawn(move || {
             link.tell(&Ask::Serving).unwrap();
             link.tell(&Ask::Serving).unwrap();
@@ -234,7 +241,7 @@ mod tests {
     #[test]
     fn a_server_that_nobody_knows_of_does_not_wait_for_ever() {
         let (_ours, theirs) = Channel::pair().unwrap();
-        let link = Link::new(theirs.into(), Some(Duration::from_millis(5)));
+        let link = Link::new(theirs.into(), None, Some(Duration::from_millis(5)));
         assert!(link.tell(&Ask::Serving).unwrap_err().to_string().contains("supervisor is gone"));
     }
 }

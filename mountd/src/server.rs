@@ -57,9 +57,11 @@ struct Inherited {
 
 impl Inherited {
     fn take(fds: &mut Fds, beside: bool) -> Result<Inherited> {
+        let fuse = fds.need("fuse")?;
+        let kernel = fuse.try_clone().map_err(|e| Error::failed("out of descriptors").because(e))?;
         Ok(Inherited {
-            fuse: fds.need("fuse")?,
-            link: Arc::new(Link::new(fds.need("link")?, beside.then_some(PATIENCE))),
+            fuse,
+            link: Arc::new(Link::new(fds.need("link")?, Some(kernel), beside.then_some(PATIENCE))),
             counters: fds.need("counters")?,
             ledger: fds.need("ledger")?,
             _for_supervisors: [fds.need("peer")?, fds.need("program")?],

@@ -129,8 +129,8 @@ fn serve(inherited: &Inherited) -> Result<()> {
         fuse_dev::resend(fuse).map_err(taken_over)?;
     }
     link.tell(&Ask::Serving)?;
-    passthrough.begin(unfinished);
     link.wait_for_ever();
+    passthrough.begin(unfinished);
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
 }

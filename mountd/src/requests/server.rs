@@ -148,7 +148,11 @@ impl Supervisor {
                 }
                 id.map(Answer::Backing)
             }
-            Ask::Decode { key, why } => self.backings.decode(key, why).map(|()| Answer::Done),
+            Ask::Decode { key, why } => {
+                let noted = self.backings.decode(key, why);
+                self.save();
+                noted.map(|()| Answer::Done)
+            }
             Ask::GiveBack { key } => {
                 self.backings.give_back(&key);
                 Ok(Answer::Done)

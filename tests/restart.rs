@@ -246,13 +246,22 @@ fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: 
 #[test]
 fn a_soak_build_of_other_sizes_leaves_the_old_server() {
     let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
-    a_soak_build_is_refused("sizes", "mountd/src/decode.rs", from, to, "the old one goes on");
+    a_soak_build_is_refused("sizes", "mountd/src/decode.rs", from, to, "other things than the first one");
 }
 
 #[test]
 fn a_soak_build_of_another_control_version_leaves_the_old_server() {
-    let (from, to) = ("CONTROL_VERSION: u32 = 2", "CONTROL_VERSION: u32 = 200");
-    a_soak_build_is_refused("control", "src/control/protocol.rs", from, to, "version");
+    let from = format!("CONTROL_VERSION: u32 = {}", stencilfs::control::CONTROL_VERSION);
+    let words = "the mount speaks version";
+    a_soak_build_is_refused("control", "src/control/protocol.rs", &from, "CONTROL_VERSION: u32 = 200", words);
+}
+
+/// The version of the words between processes, as a program prints it: `… (control 3)`.
+fn words_of(program: &Path) -> String {
+    let printed = crate::support::mount::run(program.to_str().unwrap(), &["--version"]);
+    let words =
+        printed.split_once("(control ").unwrap_or_else(|| panic!("no control version in {printed}")).1;
+    words.trim().to_owned()
 }
 
 #[test]
@@ -270,6 +279,10 @@ fn a_soak_build_of_the_previous_commit_takes_over() {
     }
     let tree = copy_of_tree(dir.path(), has_history.then_some("HEAD~1"));
     let program = build(dir.path(), &tree);
+    if words_of(&program) != words_of(&daemon()) {
+        println!("the previous commit speaks other words between processes: it must be refused");
+        return is_refused(&program, "the mount speaks version", 0..5_000);
+    }
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
         let mut load = Load::on(&world);
@@ -309,5 +322,33 @@ fn a_mount_whose_processes_were_both_killed_is_recovered() {
             }
         }
         wait_for("one server", || (world.processes().len() == 2).then_some(()));
+    }
+}
+
+/// What the server asks meanwhile is asked again of the next supervisor, and must be done once.
+#[test]
+fn a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
+    let _host = host::shared();
+    for serve in ["passthrough", "auto"] {
+        let world = TestMount::new(serve);
+        for round in 0..host::rounds(3, 20) {
+            let bytes: Vec<u8> =
+                IMAGE.bytes().iter().map(|byte| byte.wrapping_add(round as u8 + 1)).collect();
+            let digest = world.import_bytes(&bytes, &format!("web:{round}"));
+            let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
+            let process = ProcessId::of(supervisor).unwrap().unwrap();
+            process.signal(Signal::KILL).unwrap();
+            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+            let path = world.file(&digest, "memory");
+            std::thread::scope(|scope| {
+                let reader = scope.spawn(|| fs::read(&path));
+                // Its question lies in the socket of the dead one by now.
+                std::thread::sleep(Duration::from_millis(60));
+                world.mount(&[]).ok();
+                let read = reader.join().unwrap().expect("the open is answered");
+                assert!(read == bytes, "{serve}, round {round}: other bytes than were imported");
+            });
+        }
+        assert_eq!(world.counter("hydrations_failed"), 0);
     }
 }

@@ -392,7 +392,7 @@ fn the_supervisor_checks_what_a_server_asks() {
         json!({ "reserve": { "key": nobodys(1), "size": 4096, "bytes": u64::MAX } }),
         json!({ "reserve": { "key": nobodys(1), "size": u64::MAX, "bytes": 4096 } }),
         json!({ "freeze": { "key": nobodys(2) } }),
-        json!({ "register": { "key": nobodys(2) } }),
+        json!({ "register": { "key": nobodys(2), "identity": [0, 0] } }),
         json!({ "decode": { "key": { "digest": digest, "file": "x".repeat(256) }, "why": null } }),
         json!({ "handshake": { "control_version": 0, "version": "", "lacks": [], "reply": [] } }),
         json!({ "handshake": { "control_version": CONTROL_VERSION, "version": "", "lacks": [], "reply": [1, 2] } }),

@@ -14,7 +14,7 @@ const MOST: usize = 4096;
 /// Longest name of a file, in bytes: what a name in a directory can have.
 const MOST_NAME: usize = 255;
 /// Longest reason, in characters.
-const MOST_WORDS: usize = 500;
+const MOST_WORDS: usize = 400;
 
 /// One of them.
 #[derive(Debug)]
@@ -114,14 +114,17 @@ impl Backings {
 
     /// A server has died: what it was making is gone with it, and its successor makes it anew. Why files are served
     /// without a backing stays: an open that was told so looks up the name again, and the successor must know.
-    pub fn forget_unfinished(&mut self) {
+    /// Gives the half-made files, to be closed.
+    pub fn forget_unfinished(&mut self) -> Vec<OwnedFd> {
+        let mut files = Vec::new();
         self.0.retain_mut(|b| {
             if b.row.id.is_none() {
                 (b.row.stage, b.row.reserved, b.row.filled) = (Stage::None, 0, 0);
-                b.file = None;
+                files.extend(b.file.take());
             }
             b.row.id.is_some() || b.row.why.is_some()
         });
+        files
     }
 
     /// Sets room aside ([`Answer::Room`]), or names the backings that would have to go. A backing that became ready
@@ -200,12 +203,15 @@ impl Backings {
     ///
     /// # Errors
     /// The kernel's, or when it was not frozen.
-    pub fn register(&mut self, fuse: &OwnedFd, key: &FileKey) -> Result<u32> {
+    pub fn register(&mut self, fuse: &OwnedFd, key: &FileKey, compared: (u64, u64)) -> Result<u32> {
         // A question may come twice: a second id for an inode in use would be an error for its openers.
         if let Some(id) = self.find(key).and_then(|b| b.row.id) {
             return Ok(id);
         }
         let backing = self.unfinished(key)?;
+        if backing.row.identity != compared {
+            return Err(Error::failed("another file was compared than was made for that backing"));
+        }
         let file = backing.file.as_ref().filter(|_| backing.row.stage == Stage::Frozen);
         let file = file.ok_or_else(|| Error::failed("that backing is not frozen"))?;
         let id = fuse_dev::backing_open(fuse, file.as_fd()).map_err(|e| {
@@ -245,17 +251,17 @@ impl Backings {
         let backing = self.entry(key)?;
         if backing.row.id.is_none() {
             // It stays in locked memory, and in the ledger.
-            backing.row.why = why.map(|why| why.chars().take(MOST_WORDS).collect());
+            let plain = |c: char| if c.is_control() { ' ' } else { c };
+            backing.row.why = why.map(|why| why.chars().take(MOST_WORDS).map(plain).collect());
         }
         Ok(())
     }
 
-    /// Gives back the room of a backing that is given up.
-    pub fn give_back(&mut self, key: &FileKey) {
-        if let Ok(backing) = self.unfinished(key) {
-            (backing.row.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
-            backing.file = None;
-        }
+    /// Gives back the room of a backing that is given up, and its file, to be closed.
+    pub fn give_back(&mut self, key: &FileKey) -> Option<OwnedFd> {
+        let backing = self.unfinished(key).ok()?;
+        (backing.row.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
+        backing.file.take()
     }
 
     /// Notes how far one is filled.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
@@ -142,7 +143,11 @@ impl Callers {
                 self.next += 1;
                 self.all.push(Caller { id: self.next, channel: Channel::new(socket), waits: false });
             }
-            Err(e) => log::debug!("the control socket: {e}"),
+            Err(e) => {
+                // Out of descriptors it would be ready again at once.
+                log::debug!("the control socket: {e}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
     }
 

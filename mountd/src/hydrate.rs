@@ -13,6 +13,7 @@ use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
+use crate::kept;
 use crate::link::{Answer, Ask, Cache, FileKey, Link, unexpected};
 use crate::source::patiently;
 use crate::stats::{Counter, Stats};
@@ -75,7 +76,7 @@ impl Hydrator {
         self.fill(template, file, key, &backing, &pieces)?;
         self.link.tell(&Ask::Freeze { key: key.clone() })?;
         self.verify(template, file, &backing, size, &pieces)?;
-        match self.link.ask(&Ask::Register { key: key.clone() }, None)? {
+        match self.link.ask(&Ask::Register { key: key.clone(), identity: kept::identity(&backing)? }, None)? {
             (Answer::Backing(id), _) => Ok((id, backing.into())),
             (other, _) => Err(unexpected(&other)),
         }

@@ -21,7 +21,7 @@ use stencilfs::units::Bytes;
 use crate::stats::Stats;
 
 /// The ledger has two halves, written in turn: a supervisor that is killed while it writes leaves the other one whole.
-const HALF: u64 = 4 << 20;
+const HALF: u64 = 16 << 20;
 /// Number of the version, length and hash of the text.
 const HEAD: usize = 8 + 8 + 32;
 
@@ -206,8 +206,20 @@ impl Kept {
             server_pid: server.map(|s| s.pid),
             server_start: server.map_or(0, |s| s.start_time),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            ledger: identity(&self.ledger)?,
+            program: identity(&self.program.file)?,
         })
     }
+}
+
+/// `st_dev` and `st_ino` of an open file.
+///
+/// # Errors
+/// The system's.
+pub fn identity(file: impl AsFd) -> Result<(u64, u64)> {
+    let stat =
+        rustix::fs::fstat(file).map_err(|e| Error::failed("a descriptor is lost").because(e.into()))?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 /// Reads a snapshot; one of another version is refused.

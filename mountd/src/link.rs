@@ -77,6 +77,8 @@ pub enum Ask {
     Register {
         /// Of which file.
         key: FileKey,
+        /// `st_dev` and `st_ino` of what was compared.
+        identity: (u64, u64),
     },
     /// No backing for that file, and why; `None` when it is tried anew. Answered by `Done`.
     Decode {

@@ -38,6 +38,10 @@ use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
 
+/// Requests of the kernel arrive in buffers that are there.
+#[global_allocator]
+static ALLOCATOR: stencilfs::sys::alloc::PresentZeros = stencilfs::sys::alloc::PresentZeros;
+
 const USAGE: &str = "\
 stencil-mountd serves a Stencil store through FUSE. It is started by `stencil mount`.
 

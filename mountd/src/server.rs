@@ -45,6 +45,10 @@ pub const BESIDE: &str = "--beside";
 /// Such a one ends when its supervisor has died before it served; the supervisor's own limit is far below.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Another one has time to be taken over. Nobody may know of it: clones that wait for ever are worse off than clones
+/// that end.
+const LONG_PATIENCE: Duration = Duration::from_secs(300);
+
 /// What a server is handed. It keeps all of it open, also what it does not use: a supervisor that takes the place of a
 /// dead one finds everything here, under the numbers of the arguments.
 struct Inherited {
@@ -61,7 +65,11 @@ impl Inherited {
         let kernel = fuse.try_clone().map_err(|e| Error::failed("out of descriptors").because(e))?;
         Ok(Inherited {
             fuse,
-            link: Arc::new(Link::new(fds.need("link")?, Some(kernel), beside.then_some(PATIENCE))),
+            link: Arc::new(Link::new(
+                fds.need("link")?,
+                Some(kernel),
+                Some(if beside { PATIENCE } else { LONG_PATIENCE }),
+            )),
             counters: fds.need("counters")?,
             ledger: fds.need("ledger")?,
             _for_supervisors: [fds.need("peer")?, fds.need("program")?],

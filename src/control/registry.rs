@@ -39,6 +39,10 @@ pub struct Record {
     pub server_start: u64,
     /// Version of both.
     pub version: String,
+    /// `st_dev` and `st_ino` of the ledger: a server that was taken over cannot pass off another one.
+    pub ledger: (u64, u64),
+    /// The same of the program that servers are started from.
+    pub program: (u64, u64),
 }
 
 /// A mount with a living supervisor or server.
@@ -60,6 +64,8 @@ pub struct Mount {
     pub orphaned: bool,
     /// Version of both.
     pub version: String,
+    /// `st_dev` and `st_ino` of the ledger, and of the program that servers are started from.
+    pub identities: [(u64, u64); 2],
     /// Folder with its record, socket and log.
     pub dir: PathBuf,
 }
@@ -187,6 +193,7 @@ pub fn mounts() -> Result<Vec<Mount>> {
             detached,
             orphaned: !supervisor,
             version: record.version,
+            identities: [record.ledger, record.program],
             dir,
         });
     }

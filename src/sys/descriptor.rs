@@ -37,6 +37,14 @@ pub fn keep_at_exec(fd: impl AsFd) -> io::Result<RawFd> {
     Ok(fd.as_fd().as_raw_fd())
 }
 
+/// Lets a descriptor end with exec again.
+///
+/// # Errors
+/// The system's.
+pub fn close_at_exec(fd: impl AsFd) -> io::Result<()> {
+    Ok(rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

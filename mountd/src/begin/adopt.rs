@@ -38,8 +38,19 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     if !is_fuse(&fuse) {
         return Err(wrong("connection"));
     }
+    // What it calls so must be what its supervisor wrote down: the server may have been taken over.
+    let genuine = |name: &str, known: (u64, u64)| -> Result<OwnedFd> {
+        let fd = server.get(name)?;
+        if kept::identity(&fd)? == known {
+            Ok(fd)
+        } else {
+            Err(wrong(&format!("{name} that is its supervisor's")))
+        }
+    };
+    let [ledger, program] = left.identities;
+    let program = genuine("program", program)?;
     let unreadable = |e| Error::failed("its ledger cannot be read").because(e);
-    let (ledger, text) = Ledger::open(server.get("ledger")?).map_err(unreadable)?;
+    let (ledger, text) = Ledger::open(genuine("ledger", ledger)?).map_err(unreadable)?;
     let snapshot = kept::parse(&text)?;
     if snapshot.device != left.device {
         return Err(wrong("ledger of this mount"));
@@ -50,7 +61,7 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
         fuse,
         counters: server.get("counters")?,
         ledger,
-        program: Program::new(server.get("program")?),
+        program: Program::new(program),
         listener: None,
         files: server
             .files(|stat| snapshot.backings.iter().any(|b| b.identity == (stat.st_dev, stat.st_ino))),

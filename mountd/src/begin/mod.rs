@@ -89,8 +89,12 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
         ))
     };
     let ended = resumed().and_then(|(mut supervisor, caller)| {
-        let program = Program::own().map_err(|e| Error::failed("cannot open this program").because(e))?;
-        supervisor.try_server(program, caller)?;
+        let own = Program::own().map_err(|e| Error::failed("cannot open this program").because(e));
+        if let Err(error) = own.and_then(|program| supervisor.try_server(program, caller)) {
+            // The server goes on, and now has a supervisor that can say why there is no other.
+            log::error!("{error}");
+            supervisor.callers.answer(caller, Err(error));
+        }
         supervisor.run().map_err(|(error, _)| error)
     });
     match ended {

@@ -55,7 +55,7 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
         (None, _) => None,
     };
     if server.is_none() {
-        backings.forget_unfinished();
+        drop(backings.forget_unfinished());
     }
     Ok(Taken { kept, backings, server })
 }

@@ -77,7 +77,9 @@ impl Job {
             Fork::Parent(pid) => Job::new(ours, pid, limit),
             Fork::Child => {
                 let alone = || -> Result<()> {
-                    process::die_with_parent(parent)?;
+                    if !process::die_with_parent(parent)? {
+                        process::leave(0);
+                    }
                     let null = File::open("/dev/null").map_err(no_child)?;
                     fuse_dev::replace_descriptor(fuse.as_fd(), &null).map_err(no_child)
                 };

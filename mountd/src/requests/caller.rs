@@ -1,6 +1,6 @@
 //! A new program takes the place of the server, or of the supervisor itself, while clones go on.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -45,7 +45,8 @@ impl Supervisor {
 
     fn restart(&mut self, caller: u64, supervisor: bool, program: Option<OwnedFd>) -> Result<()> {
         let program = program.ok_or_else(|| Error::failed("no program came with the question"))?;
-        if self.candidate.is_some() || self.successor_program.is_some() {
+        let checked = self.jobs.iter().any(|(_, purpose)| matches!(purpose, Purpose::Check(..)));
+        if checked || self.candidate.is_some() || self.successor_program.is_some() {
             return Err(Error::try_again("another restart of this mount is under way"));
         }
         let program = Program::new(program);
@@ -78,14 +79,16 @@ impl Supervisor {
         };
         server.serving = true;
         log::info!("server {} of {} serves now", server.row.process.pid, program.name.display());
-        if let Some(old) = self.server.replace(server) {
-            self.dismiss(old);
-        }
+        let old = self.server.replace(server);
         self.kept.restarts += 1;
         self.kept.previous = Some(std::mem::replace(&mut self.kept.program, program));
-        self.backings.forget_unfinished();
+        self.to_close.extend(self.backings.forget_unfinished());
         self.watchdog.watch(table);
         self.announce();
+        // Only now: whoever takes over from here on finds the new one.
+        if let Some(old) = old {
+            self.dismiss(old);
+        }
         self.callers.answer(caller, Ok(()));
     }
 
@@ -115,35 +118,32 @@ impl Supervisor {
     }
 
     fn exec(&self, program: &Program, caller: Option<u64>) -> std::io::Result<std::io::Error> {
-        let mut names = String::from("--fds=");
-        let mut keep = |name: &str, fd: &dyn AsFd| -> std::io::Result<()> {
-            names += &format!("{name}:{},", descriptor::keep_at_exec(fd)?);
-            Ok(())
-        };
-        keep("fuse", &self.kept.fuse)?;
-        keep("ledger", &self.kept.ledger)?;
-        keep("counters", self.kept.stats.page().fd())?;
-        keep("record", &self.kept.record.folder())?;
-        keep("listener", &self.kept.listener)?;
-        keep("previous", &self.kept.program.file)?;
-        keep("program", &program.file)?;
-        if let Some(server) = &self.server {
-            keep("peer", &server.link)?;
-        }
-        if let Some(channel) = caller.and_then(|id| self.callers.channel(id)) {
-            keep("caller", &channel)?;
-        }
-        for backing in self.backings.all_files() {
-            keep("backing", backing)?;
-        }
+        let mut kept: Vec<(&str, BorrowedFd<'_>)> = vec![
+            ("fuse", self.kept.fuse.as_fd()),
+            ("ledger", self.kept.ledger.as_fd()),
+            ("counters", self.kept.stats.page().fd().as_fd()),
+            ("record", self.kept.record.folder()),
+            ("listener", self.kept.listener.as_fd()),
+            ("previous", self.kept.program.file.as_fd()),
+            ("program", program.file.as_fd()),
+        ];
+        kept.extend(self.server.as_ref().map(|server| ("peer", server.link.as_fd())));
+        kept.extend(caller.and_then(|id| self.callers.channel(id)).map(|channel| ("caller", channel)));
+        kept.extend(self.backings.all_files().map(|file| ("backing", file.as_fd())));
+        let names: String = kept.iter().map(|(name, fd)| format!("{name}:{},", fd.as_raw_fd())).collect();
+        let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
+        command.arg0("stencil-mountd").arg("resume").arg(format!("--fds={names}")).arg("--");
+        command.arg(&self.kept.options.mountpoint);
         // A signal in between waits for the new program.
         process::hold_signals(true)?;
-        let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
-        let error = command
-            .arg0("stencil-mountd")
-            .args(["resume", &names, "--"])
-            .arg(&self.kept.options.mountpoint)
-            .exec();
+        let error = match kept.iter().try_for_each(|(_, fd)| descriptor::keep_at_exec(fd).map(drop)) {
+            Ok(()) => command.exec(),
+            Err(error) => error,
+        };
+        // Still here: no server may inherit any of it by chance.
+        for (_, fd) in &kept {
+            descriptor::close_at_exec(fd)?;
+        }
         process::hold_signals(false)?;
         Ok(error)
     }

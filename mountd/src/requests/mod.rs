@@ -2,6 +2,7 @@
 
 mod caller;
 mod end;
+mod ended;
 mod server;
 
 pub use server::Pending;

@@ -46,6 +46,18 @@ impl Supervisor {
 
     fn asked(&mut self, candidate: bool, question: Question, fd: Option<OwnedFd>) {
         let number = question.number;
+        let server =
+            if candidate { self.candidate.as_mut().map(|c| &mut c.server) } else { self.server.as_mut() };
+        let Some(server) = server else { return };
+        if number <= server.heard {
+            // It asked again since it did not know which supervisor had heard it.
+            return;
+        }
+        if server.asking {
+            log::error!("the server does not wait for its answers");
+            return if candidate { self.candidate_failed("it asks out of turn") } else { self.server_died() };
+        }
+        server.heard = number;
         let answer = match question.ask {
             Ask::Handshake { control_version, version, lacks, reply } => self
                 .shake_hands(candidate, control_version, (version, lacks), reply, fd)
@@ -140,8 +152,8 @@ impl Supervisor {
                 self.find_answer(job, Pending::Unused(number, keys));
                 return None;
             }
-            Ask::Register { key } => {
-                let id = self.backings.register(&self.kept.fuse, &key);
+            Ask::Register { key, identity } => {
+                let id = self.backings.register(&self.kept.fuse, &key, identity);
                 if id.is_ok() {
                     self.save();
                     self.notify.store_backings(&self.backings);
@@ -154,7 +166,7 @@ impl Supervisor {
                 noted.map(|()| Answer::Done)
             }
             Ask::GiveBack { key } => {
-                self.backings.give_back(&key);
+                self.to_close.extend(self.backings.give_back(&key));
                 Ok(Answer::Done)
             }
             Ask::Progress { key, bytes } => {
@@ -166,14 +178,18 @@ impl Supervisor {
     }
 
     fn find_answer(&mut self, job: Result<Job>, pending: Pending) {
-        let server = self.server.as_ref().map_or(0, |s| s.row.process.pid);
+        let server = self.server.as_mut().map_or(0, |s| {
+            s.asking = true;
+            s.row.process.pid
+        });
         self.begin(job, Purpose::Ask(server, pending));
     }
 
     /// A job has found the answer to a question; it is of use only to the server that asked.
     pub(crate) fn answered(&mut self, server: u32, pending: Pending, outcome: Outcome, fd: Option<OwnedFd>) {
-        if self.server.as_ref().is_none_or(|s| s.row.process.pid != server) {
-            return;
+        match &mut self.server {
+            Some(asker) if asker.row.process.pid == server => asker.asking = false,
+            _ => return,
         }
         let refused = |outcome| match outcome {
             Outcome::Failed(failure) => failure.into_error(),
@@ -198,8 +214,11 @@ impl Supervisor {
                 self.reply(number, Ok(Answer::Done), None);
             }
             (Pending::Unused(number, keys), Outcome::Unused(places), _) => {
-                let unused: Vec<FileKey> =
+                let mut unused: Vec<FileKey> =
                     places.into_iter().filter_map(|place| keys.get(place as usize).cloned()).collect();
+                if self.candidate.is_some() {
+                    unused.clear();
+                }
                 self.notify.forget_backings(&self.backings, &unused);
                 self.backings.close(&self.kept.fuse, &unused);
                 self.save();

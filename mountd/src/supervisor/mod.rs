@@ -16,7 +16,7 @@ use stencilfs::sys::process::{self, Ended};
 
 use crate::backings::Backings;
 use crate::control::Callers;
-use crate::jobs::{Job, Outcome};
+use crate::jobs::Job;
 use crate::kept::{Kept, Program};
 use crate::notify::Notify;
 use crate::requests::Pending;
@@ -56,6 +56,8 @@ pub enum Purpose {
     Ask(u32, Pending),
     /// A caller's unmount, or a signal's.
     Unmount(Option<u64>, UnmountMode),
+    /// Closing files of backings that were given up: the filesystem may take its time.
+    Close,
     /// Whether a program can take the place of this one; which, and who asked.
     Check(Program, Option<u64>),
 }
@@ -84,6 +86,7 @@ pub struct Supervisor {
     pub(crate) terminations: u32,
     pub(crate) watchdog: Watchdog,
     pub(crate) notify: Notify,
+    pub(crate) to_close: Vec<OwnedFd>,
     pub(crate) idle_deaths: u32,
     pub(crate) start_at: Option<Instant>,
     pub(crate) failure: Option<Failure>,
@@ -118,6 +121,7 @@ impl Supervisor {
             terminations: 0,
             watchdog,
             notify,
+            to_close: Vec::new(),
             idle_deaths: 0,
             start_at: None,
             failure: None,
@@ -144,6 +148,7 @@ impl Supervisor {
             }
             self.turn();
             if self.jobs.is_empty()
+                && self.candidate.is_none()
                 && let Some((program, caller)) = self.successor_program.take()
             {
                 self.become_program(program, caller);
@@ -154,6 +159,8 @@ impl Supervisor {
         let until = Instant::now() + Duration::from_secs(2);
         while !(self.jobs.is_empty() && self.server.is_none()) && Instant::now() < until {
             self.turn();
+            // The connection is ready all the time now.
+            std::thread::sleep(Duration::from_millis(2));
         }
         for server in
             self.server.iter().chain(self.candidate.as_ref().map(|c| &c.server)).chain(&self.leaving)
@@ -205,6 +212,7 @@ impl Supervisor {
         if self.server.as_ref().is_some_and(|s| s.serving && s.answers != answers) {
             self.kept.previous = None;
         }
+        self.close_elsewhere();
         self.notify.ping();
         while let Ok(Some((pid, end))) = process::reap_one() {
             log::debug!("process {pid} has ended: {end}");
@@ -284,7 +292,7 @@ impl Supervisor {
             server.since.elapsed().as_secs_f64()
         );
         self.dismiss(server);
-        self.backings.forget_unfinished();
+        self.to_close.extend(self.backings.forget_unfinished());
         self.watchdog.watch(None);
         if self.idle_deaths >= FREE_DEATHS {
             self.go_back();
@@ -308,9 +316,10 @@ impl Supervisor {
     /// Ends a server; its end is noticed later.
     pub(crate) fn dismiss(&mut self, server: Server) {
         server.kill();
-        if self.leaving.len() < MOST_LEAVING {
-            self.leaving.push(server);
+        if self.leaving.len() == MOST_LEAVING {
+            self.leaving.remove(0);
         }
+        self.leaving.push(server);
     }
 
     pub(crate) fn resend(&self) {
@@ -318,50 +327,6 @@ impl Supervisor {
             && let Err(e) = fuse_dev::resend(&self.kept.fuse)
         {
             log::error!("cannot have requests sent again: {e}");
-        }
-    }
-
-    pub(crate) fn begin(&mut self, job: Result<Job>, purpose: Purpose) {
-        match job {
-            Ok(job) => self.jobs.push((job, purpose)),
-            Err(error) => self.ended(purpose, Outcome::Failed(Failure::from(&error)), None),
-        }
-    }
-
-    fn see_to_jobs(&mut self) {
-        let mut at = 0;
-        while let Some((job, _)) = self.jobs.get(at) {
-            match job.outcome() {
-                Some((outcome, fd)) => {
-                    let (_, purpose) = self.jobs.remove(at);
-                    self.ended(purpose, outcome, fd);
-                }
-                None => at += 1,
-            }
-        }
-    }
-
-    fn ended(&mut self, purpose: Purpose, outcome: Outcome, fd: Option<OwnedFd>) {
-        let failed = match &outcome {
-            Outcome::Failed(failure) => Some(failure.clone().into_error()),
-            _ => None,
-        };
-        match purpose {
-            Purpose::Ask(server, pending) => self.answered(server, pending, outcome, fd),
-            Purpose::Unmount(None, UnmountMode::Plain) if failed.is_some() => {
-                log::warn!("it is in use: detached, and served until its last user ends");
-                self.unmount(None, UnmountMode::Lazy);
-            }
-            Purpose::Unmount(caller, _) => {
-                if let (None, Some(error)) = (caller, &failed) {
-                    log::error!("{error}");
-                }
-                self.callers.answer(caller, failed.map_or(Ok(()), Err));
-            }
-            Purpose::Check(program, caller) => match failed {
-                None => self.successor_program = Some((program, caller)),
-                Some(error) => self.callers.answer(caller, Err(error)),
-            },
         }
     }
 

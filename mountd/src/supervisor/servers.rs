@@ -29,6 +29,10 @@ pub struct Server {
     pub answers: u64,
     /// True once it answers the kernel.
     pub serving: bool,
+    /// Number of the last question that was taken up: one that comes twice is answered once.
+    pub heard: u64,
+    /// True while a job finds its answer.
+    pub asking: bool,
 }
 
 impl Server {
@@ -91,7 +95,16 @@ impl Server {
         let pid = i32::try_from(row.process.pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|_| gone())?;
         let answers = kept.stats.get(crate::stats::Counter::Answers);
-        Ok(Server { row, pidfd, link, since: Instant::now(), answers, serving: false })
+        Ok(Server {
+            row,
+            pidfd,
+            link,
+            since: Instant::now(),
+            answers,
+            serving: false,
+            heard: 0,
+            asking: false,
+        })
     }
 
     /// Ends it.

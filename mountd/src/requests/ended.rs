@@ -1,0 +1,57 @@
+//! What becomes of a job that has ended.
+
+use std::os::fd::OwnedFd;
+
+use stencilfs::control::{Failure, UnmountMode};
+use stencilfs::error::Result;
+
+use crate::jobs::{Job, Outcome};
+use crate::supervisor::{Purpose, Supervisor};
+
+impl Supervisor {
+    /// Waits for a job's end; one that cannot begin ends at once.
+    pub(crate) fn begin(&mut self, job: Result<Job>, purpose: Purpose) {
+        match job {
+            Ok(job) => self.jobs.push((job, purpose)),
+            Err(error) => self.ended(purpose, Outcome::Failed(Failure::from(&error)), None),
+        }
+    }
+
+    pub(crate) fn see_to_jobs(&mut self) {
+        let mut at = 0;
+        while let Some((job, _)) = self.jobs.get(at) {
+            match job.outcome() {
+                Some((outcome, fd)) => {
+                    let (_, purpose) = self.jobs.remove(at);
+                    self.ended(purpose, outcome, fd);
+                }
+                None => at += 1,
+            }
+        }
+    }
+
+    fn ended(&mut self, purpose: Purpose, outcome: Outcome, fd: Option<OwnedFd>) {
+        let failed = match &outcome {
+            Outcome::Failed(failure) => Some(failure.clone().into_error()),
+            _ => None,
+        };
+        match purpose {
+            Purpose::Ask(server, pending) => self.answered(server, pending, outcome, fd),
+            Purpose::Unmount(None, UnmountMode::Plain) if failed.is_some() => {
+                log::warn!("it is in use: detached, and served until its last user ends");
+                self.unmount(None, UnmountMode::Lazy);
+            }
+            Purpose::Unmount(caller, _) => {
+                if let (None, Some(error)) = (caller, &failed) {
+                    log::error!("{error}");
+                }
+                self.callers.answer(caller, failed.map_or(Ok(()), Err));
+            }
+            Purpose::Close => {}
+            Purpose::Check(program, caller) => match failed {
+                None => self.successor_program = Some((program, caller)),
+                Some(error) => self.callers.answer(caller, Err(error)),
+            },
+        }
+    }
+}

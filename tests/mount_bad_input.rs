@@ -1,7 +1,6 @@
 //! Whatever is in a mount's way gets one clear line, a remedy and the right exit code, and nothing is lost.
 
-use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -216,8 +215,9 @@ fn without_the_daemon() {
     let world = TestMount::unmounted();
     let alone = temporary("alone-");
     let stencil = alone.path().join("stencil");
-    fs::copy(STENCIL, &stencil).unwrap();
-    fs::set_permissions(&stencil, fs::Permissions::from_mode(0o755)).unwrap();
+    // By other processes: a child of another scenario that inherits a descriptor open for writing makes it ETXTBSY.
+    let make = |script: &str| assert!(Command::new("sh").args(["-c", script]).status().unwrap().success());
+    make(&format!("cp {STENCIL} {0} && chmod 755 {0}", stencil.display()));
     let output = Command::new(&stencil)
         .args(["mount", world.mountpoint().to_str().unwrap()])
         .env("STENCIL_STORE", world.store_dir())
@@ -229,9 +229,8 @@ fn without_the_daemon() {
     assert_eq!(output.status.code(), Some(4), "{said}");
     assert!(said.contains("stencil-mountd is not installed"), "{said}");
     // A program in its place that is no daemon.
-    File::create(alone.path().join("stencil-mountd")).unwrap();
-    fs::write(alone.path().join("stencil-mountd"), "#!/bin/sh\nexit 7\n").unwrap();
-    fs::set_permissions(alone.path().join("stencil-mountd"), fs::Permissions::from_mode(0o755)).unwrap();
+    let daemon = alone.path().join("stencil-mountd");
+    make(&format!("printf '#!/bin/sh\\nexit 7\\n' >{0} && chmod 755 {0}", daemon.display()));
     let output = Command::new(&stencil)
         .args(["mount", world.mountpoint().to_str().unwrap()])
         .env("STENCIL_STORE", world.store_dir())

@@ -234,6 +234,17 @@ impl std::fmt::Display for Ended {
     }
 }
 
+/// Signals a child that has not been reaped, so that no other process can have its number. One that has
+/// ended already is no error.
+///
+/// # Errors
+/// When this user may not signal it (it has changed its user).
+pub fn signal_child(pid: u32, signal: Signal) -> Result<()> {
+    let failed = |e: Errno| Error::failed(format!("cannot signal process {pid}")).because(e.into());
+    let target = Pid::from_raw(pid as i32).ok_or_else(|| failed(Errno::SRCH))?;
+    rustix::process::kill_process(target, signal).map_err(failed)
+}
+
 /// The name of a signal (`SIGSEGV`), or its number.
 pub fn signal_name(number: i32) -> String {
     let name = match number {
@@ -285,8 +296,9 @@ static FAULT_WAIT: AtomicI32 = AtomicI32::new(-1);
 static FAULT_WORDS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static FAULT_LENGTH: AtomicUsize = AtomicUsize::new(0);
 
-/// At its next SIGSEGV this process writes `words` to `tell`, waits for one byte (or the end) of `wait`,
-/// and then dies of the fault as it would have: whoever holds the other ends may look at it before.
+/// At its next SIGSEGV this process writes `words` to `tell`, waits for a second SIGSEGV (or the end of
+/// `wait`), and then dies of it as it would have: whoever holds the other ends may look at it before. The
+/// second signal has one process as its receiver, where a byte could be read by any that waits.
 /// Both descriptors must stay open.
 ///
 /// # Errors
@@ -303,7 +315,8 @@ pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd, words: &'static [u8]) ->
                 && *libc::__errno_location() == libc::EINTR
             {}
         }
-        // SA_RESETHAND: returning runs the instruction again, and the fault then ends the process.
+        // SA_RESETHAND and SA_NODEFER: a signal that comes while this waits ends the process, and so does the
+        // fault when returning runs the instruction again.
     }
     FAULT_TELL.store(tell.as_fd().as_raw_fd(), Ordering::Release);
     FAULT_WAIT.store(wait.as_fd().as_raw_fd(), Ordering::Release);
@@ -313,7 +326,7 @@ pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd, words: &'static [u8]) ->
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
-        action.sa_flags = libc::SA_RESETHAND;
+        action.sa_flags = libc::SA_RESETHAND | libc::SA_NODEFER;
         libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut())
     };
     if result == 0 {

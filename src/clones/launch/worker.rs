@@ -19,7 +19,7 @@ pub struct Pipes {
     pub say: OwnedFd,
     /// One byte lets one ready worker go.
     pub release: OwnedFd,
-    /// One byte lets one worker die of its fault.
+    /// Its end lets the workers die of their faults that nobody looks at any more.
     pub fault: OwnedFd,
 }
 

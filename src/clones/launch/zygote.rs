@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::simulate::Simulate;
@@ -291,19 +292,18 @@ impl Zygote {
                 let mut rest = rest.splitn(3, ' ');
                 let (start, end) = (rest.next(), rest.next());
                 let range = start.and_then(|s| s.parse().ok()).zip(end.and_then(|e| e.parse().ok()));
-                let private = match range {
-                    Some((start, end)) => {
-                        Pagemap::open(pid)?.dirty(start..end)?.iter().map(|r| r.pages()).sum()
-                    }
-                    None => 0u64,
+                let Some((start, end)) = range else { return Ok(()) };
+                let private = Pagemap::open(pid).and_then(|pages| pages.dirty(start..end));
+                let private = match private {
+                    Ok(regions) => regions.iter().map(|r| r.pages()).sum::<u64>().to_string(),
+                    // Somebody else ended it meanwhile.
+                    Err(_) => "an unknown number of".to_owned(),
                 };
                 worker.last_words = Some(format!(
                     "it wrote to the ROM file '{}' and had {private} private pages of it",
                     rest.next().unwrap_or_default()
                 ));
-                rustix::io::write(&self.fault, b"F")
-                    .map_err(|e| Error::failed("cannot answer a worker").because(e.into()))?;
-                Ok(())
+                process::signal_child(pid, Signal::SEGV)
             }
             _ => Ok(()),
         }

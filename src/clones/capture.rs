@@ -193,25 +193,31 @@ impl Vm {
     fn ram_files(&self) -> Result<Vec<RamFile>> {
         let maps = procfs::maps(self.pid, |_, _| true)?.unwrap_or_default();
         let open = |ram: &super::recipe::Ram| {
-            let path = self.path_of(Path::new(&ram.mem_path));
-            let file = File::open(&path).map_err(|e| Error::io("cannot open the VM's RAM file", &path, e))?;
-            let meta =
-                file.metadata().map_err(|e| Error::io("cannot look at the VM's RAM file", &path, e))?;
-            // Some file systems (btrfs) show another device number in maps than in stat.
-            let named = |m: &&procfs::MapLine| m.path.ends_with(ram.mem_path.trim_start_matches('/'));
-            let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
-            if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private()) {
-                return Err(Error::usage(format!(
-                    "the VM does not share the RAM of '{}' through this file",
-                    ram.id
-                ))
-                .at(&path)
-                .remedy("give mem-path= the path of a file, and do not replace it while the VM runs"));
-            }
-            let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
+            let (file, dir) = self.memory_file(&maps, &ram.id, &ram.mem_path)?;
             Ok((ram.file.clone(), ram.id.clone(), file, dir))
         };
+        let roms = self.plan.roms.iter().map(|rom| self.memory_file(&maps, &rom.id, &rom.mem_path));
+        roms.collect::<Result<Vec<_>>>()?;
         self.plan.ram.iter().map(open).collect()
+    }
+
+    /// The file of a memory object, and the folder that it lies in.
+    fn memory_file(&self, maps: &[procfs::MapLine], id: &str, mem_path: &str) -> Result<(File, PathBuf)> {
+        let path = self.path_of(Path::new(mem_path));
+        let file = File::open(&path).map_err(|e| Error::io("cannot open the VM's memory file", &path, e))?;
+        let meta = file.metadata().map_err(|e| Error::io("cannot look at the VM's memory file", &path, e))?;
+        // Some file systems (btrfs) show another device number in maps than in stat.
+        let named = |m: &&procfs::MapLine| m.path.ends_with(mem_path.trim_start_matches('/'));
+        let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
+        if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private()) {
+            return Err(Error::usage(format!(
+                "the VM does not share the memory of '{id}' through this file"
+            ))
+            .at(&path)
+            .remedy("give mem-path= the path of a file, and do not replace it while the VM runs"));
+        }
+        let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
+        Ok((file, dir))
     }
 
     fn blob_files(&self) -> Vec<ImportFile> {
@@ -220,7 +226,12 @@ impl Vm {
             kind: FileKind::Blob,
             source: Source::Path(self.path_of(&blob.path)),
         };
-        self.plan.blobs.iter().map(file).collect()
+        let rom = |rom: &super::recipe::Rom| ImportFile {
+            name: rom.file.clone(),
+            kind: FileKind::Rom,
+            source: Source::Path(self.path_of(Path::new(&rom.mem_path))),
+        };
+        self.plan.blobs.iter().map(file).chain(self.plan.roms.iter().map(rom)).collect()
     }
 
     /// A path as that process sees it, whatever its root and working directory are.
@@ -264,7 +275,7 @@ fn check_live(qmp: &mut Qmp, plan: &Plan) -> Result<()> {
     }
     for memory in qmp.run("query-memdev", json!({}))?.as_array().into_iter().flatten() {
         let id = memory.get("id").and_then(Value::as_str).unwrap_or("without id");
-        if !plan.ram.iter().any(|ram| ram.id == id) {
+        if !plan.ram.iter().any(|ram| ram.id == id) && !plan.roms.iter().any(|rom| rom.id == id) {
             against.push(format!("memory '{id}'"));
         }
     }

@@ -3,6 +3,7 @@
 //! Arguments hold placeholders, filled in for each clone: `{memory}`, `{state}` and `{file:NAME}` are paths
 //! of the template's files below the mount, `{dir}` is the clone's own folder, `{id}` and `{index}` name it.
 
+mod memory;
 mod plan;
 mod props;
 mod rules;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-pub use plan::{Blob, Facts, Plan, Ram, plan};
+pub use plan::{Blob, Facts, Plan, Ram, Rom, plan};
 pub use rules::is_device_for_clones;
 pub use values::{Escape, Values};
 

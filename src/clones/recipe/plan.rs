@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use super::memory::{self, Memory, Problem};
 use super::props::Props;
 use super::rules::{Rule, is_device_for_clones, rule};
 use crate::error::{Error, Result};
@@ -27,6 +28,17 @@ pub struct Ram {
     pub mem_path: String,
 }
 
+/// Memory of the VM that nobody writes: the file of a read-only NVDIMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rom {
+    /// Its object id.
+    pub id: String,
+    /// Its file in the template: `rom-ID`.
+    pub file: String,
+    /// Where QEMU keeps it.
+    pub mem_path: String,
+}
+
 /// A file that clones need besides RAM and device state, kept in the template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blob {
@@ -43,6 +55,8 @@ pub struct Plan {
     pub argv: Vec<String>,
     /// RAM backends, at least one.
     pub ram: Vec<Ram>,
+    /// Memory that is only read.
+    pub roms: Vec<Rom>,
     /// Further files.
     pub blobs: Vec<Blob>,
     /// Devices named on the command line.
@@ -104,6 +118,7 @@ struct Work<'a> {
     facts: &'a Facts,
     argv: Vec<String>,
     ram: Vec<Ram>,
+    roms: Vec<Rom>,
     blobs: Vec<Blob>,
     chardevs: Vec<(String, bool)>,
     monitors: Vec<String>,
@@ -126,6 +141,7 @@ impl<'a> Work<'a> {
             facts,
             argv: vec![],
             ram: vec![],
+            roms: vec![],
             blobs: vec![],
             chardevs: vec![],
             monitors: vec![],
@@ -193,44 +209,18 @@ impl<'a> Work<'a> {
         let kind = props.get("qom-type").unwrap_or_default().to_owned();
         let id = props.get("id").unwrap_or_default().to_owned();
         match kind.as_str() {
-            "memory-backend-file" => {
-                let problem = if !is_on(props.get("share")) {
-                    Some("share=on")
-                } else if is_on(props.get("readonly")) {
-                    Some("readonly=off")
-                } else if props
-                    .get("offset")
-                    .is_some_and(|o| !o.trim_start_matches("0x").trim_matches('0').is_empty())
-                {
-                    Some("offset=0")
-                } else {
-                    None
-                };
-                if let Some(add) = problem {
-                    self.ram_problems.push(format!("give -object {kind},id={id},… the option {add}"));
-                }
-                let file = if self.ram.is_empty() { "memory".to_owned() } else { format!("memory-{id}") };
-                let mem_path = props.get("mem-path").unwrap_or_default().to_owned();
-                let place =
-                    if self.ram.is_empty() { "{memory}".to_owned() } else { format!("{{file:{file}}}") };
-                self.prealloc |= is_on(props.get("prealloc"));
-                for key in ["prealloc", "prealloc-threads", "prealloc-context", "discard-data", "pmem"] {
-                    props.remove(key);
-                }
-                for (key, value) in
-                    [("mem-path", place.as_str()), ("share", "off"), ("readonly", "on"), ("rom", "off")]
-                {
-                    props.set(key, value);
-                }
-                self.ram.push(Ram { id, file, mem_path });
-                self.keep("object", Some(&props.render("qom-type")));
-            }
             "rng-random" | "rng-builtin" | "iothread" => self.keep("object", Some(&props.render("qom-type"))),
-            "memory-backend-ram" | "memory-backend-memfd" | "memory-backend-shm" | "memory-backend-epc" => {
-                let size = props.get("size").unwrap_or(&self.size).to_owned();
-                self.ram_problems.push(format!(
-                    "replace -object {kind},id={id},… by -object memory-backend-file,id={id},size={size},mem-path=FILE,share=on"
-                ));
+            _ if memory::is_memory(&kind) => {
+                let prealloc = memory::is_on(props.get("prealloc"));
+                match memory::object(&mut props, self.ram.len(), &self.size) {
+                    Ok(Memory::Ram(ram)) => {
+                        self.prealloc |= prealloc;
+                        self.ram.push(ram);
+                    }
+                    Ok(Memory::Rom(rom)) => self.roms.push(rom),
+                    Err(Problem(text)) => return self.ram_problems.push(text),
+                }
+                self.keep("object", Some(&props.render("qom-type")));
             }
             _ => self.refuse(format!("object {kind} ({id})")),
         }
@@ -243,6 +233,11 @@ impl<'a> Work<'a> {
         if !is_device_for_clones(&driver) {
             let id = props.get("id").map(|id| format!(" ({id})")).unwrap_or_default();
             return self.refuse(format!("device {driver}{id}"));
+        }
+        if driver == "nvdimm"
+            && let Some(against) = memory::nvdimm(&props, &self.roms)
+        {
+            return self.refuse(against);
         }
         if driver == "vmgenid" {
             props.set("guid", "auto");
@@ -346,7 +341,14 @@ impl<'a> Work<'a> {
             self.keep(option, Some(value));
         }
         let warnings = self.warnings();
-        Ok(Plan { argv: self.argv, ram: self.ram, blobs: self.blobs, devices: self.devices.len(), warnings })
+        Ok(Plan {
+            argv: self.argv,
+            ram: self.ram,
+            roms: self.roms,
+            blobs: self.blobs,
+            devices: self.devices.len(),
+            warnings,
+        })
     }
 
     fn warnings(&self) -> Vec<String> {
@@ -370,10 +372,6 @@ impl<'a> Work<'a> {
         }
         warnings
     }
-}
-
-fn is_on(value: Option<&str>) -> bool {
-    matches!(value, Some("on" | "yes" | "true" | "y"))
 }
 
 #[cfg(test)]

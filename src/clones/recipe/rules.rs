@@ -57,8 +57,10 @@ pub fn rule(option: &str) -> Rule {
 }
 
 /// Devices that need nothing of the host, so that every clone may have its own.
-const DEVICES: [&str; 22] = [
+const DEVICES: [&str; 23] = [
     "vmgenid",
+    // Only where its memory is a ROM, see memory.rs.
+    "nvdimm",
     "virtio-rng-pci",
     "virtio-rng-pci-non-transitional",
     "virtio-rng-pci-transitional",

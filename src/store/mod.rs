@@ -5,19 +5,23 @@
 //! tags) may change. `docs/store-format.md` describes the bytes.
 
 mod codec;
+mod commit;
 mod digest;
 mod export;
 mod format;
 mod image;
 mod import;
+mod known;
 mod open;
 mod owner;
 mod pack;
+mod pack_writer;
 mod policy;
 mod publish;
 mod reference;
 mod remove;
 mod serving;
+mod tables;
 mod tags;
 mod template;
 mod tree;

@@ -56,7 +56,12 @@ command -v mkfs.ext4 >/dev/null 2>&1 || packages+=(e2fsprogs)
 command -v perl >/dev/null 2>&1 || packages+=(perl-base)
 busybox=$(command -v busybox || true)
 if [ -z "$busybox" ] || ldd "$busybox" >/dev/null 2>&1; then packages+=(busybox-static); fi
+command -v ip >/dev/null 2>&1 || packages+=(iproute2)
 command -v make >/dev/null 2>&1 || packages+=(make)
+command -v rsync >/dev/null 2>&1 || packages+=(rsync)
+# The server's programs alone: installing them starts no service on this host.
+command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)
+command -v dropbear >/dev/null 2>&1 || packages+=(dropbear-bin)
 command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 need_qemu=
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
@@ -203,4 +208,6 @@ say "qemu     $(qemu_version)"
 say "guest    $(cat "$cache/kernel.name" 2>/dev/null || echo "$cache/vmlinuz")"
 say "busybox  $(busybox 2>/dev/null | sed -n '1s/^BusyBox \(v[^ ]*\).*/\1/p')"
 say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"
+say "rsync    $(rsync --version 2>/dev/null | sed -n '1s/^rsync *version \([^ ]*\).*/\1/p')"
+say "dropbear $(dropbear -V 2>&1 | sed -n '1s/^Dropbear v//p')"
 say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

@@ -4,9 +4,7 @@
 //! The writer takes the batches in the order of the files, appends new blocks to packs of its own
 //! session and writes the tables. Nothing is visible before the commit.
 
-mod commit;
 mod format;
-mod known;
 mod reader;
 mod request;
 mod worker;
@@ -18,11 +16,14 @@ use std::thread;
 
 pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
 
+use super::commit::{Finished, commit, fresh_policy};
+use super::known::Known;
+use super::pack_writer::Packed;
 use super::publish::Session;
 use super::{BLOCK_SIZE, Store};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use known::Known;
+use crate::units::Bytes;
 use reader::Input;
 use worker::Batch;
 use writer::Writer;
@@ -75,12 +76,31 @@ impl Store {
         let known = Known::load(self)?;
         let stop = Stop { failed: AtomicBool::new(false), wanted: request.interrupt.as_deref() };
         let total: Option<u64> = inputs.iter().map(Input::size).sum();
-        progress.start("import", total.map(crate::units::Bytes::new));
+        progress.start("import", total.map(Bytes::new));
         let written = self.pipeline(&request, inputs, &session, &known, &stop, progress);
         progress.finish();
         let written = written?;
         stop.check()?;
-        commit::commit(self, &session, written, &request, known.damaged())
+        let writer::Written { tables, packed } = written;
+        let template = Finished {
+            digest: tables.digest,
+            folder: session.path().join("image"),
+            policy: fresh_policy(),
+            change: &|policy| request.apply(policy),
+            tags: request.tag.iter().cloned().collect(),
+        };
+        let repaired = known.damaged();
+        let (committed, needed) = commit(self, &session, &packed, &[template], repaired)?;
+        let packed = if needed { packed } else { Packed::default() };
+        Ok(Imported {
+            digest: tables.digest,
+            tag: request.tag,
+            files: tables.files,
+            existed: committed.iter().all(|c| c.existed),
+            new_bytes: Bytes::new(packed.new_bytes),
+            stored_bytes: Bytes::new(packed.stored_bytes),
+            repaired_blocks: repaired,
+        })
     }
 
     fn pipeline(
@@ -102,7 +122,7 @@ impl Store {
             let _ = give_back.send(Batch::default());
         }
         let work = Mutex::new(work);
-        let mut writer = Writer::new(session, &inputs, known)?;
+        let mut writer = Writer::new(session.path(), &inputs, known)?;
         thread::scope(|scope| {
             for _ in 0..workers {
                 let (work, to_writer) = (&work, to_writer.clone());

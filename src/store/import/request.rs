@@ -11,7 +11,9 @@ use serde::Serialize;
 use super::format::check_format;
 use super::reader::Input;
 use crate::error::{Error, Result};
-use crate::store::{ChunkSize, Compression, Digest, FileKind, Owner, TagName, TemplateFile, check_name};
+use crate::store::{
+    ChunkSize, Compression, Digest, FileKind, Owner, Policy, TagName, TemplateFile, check_name,
+};
 use crate::units::Bytes;
 
 /// Where the bytes of a file come from.
@@ -111,6 +113,18 @@ impl ImportRequest {
         check_format(self.format, &inputs)?;
         inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
         Ok(inputs)
+    }
+
+    /// What it says about the policy.
+    pub(super) fn apply(&self, policy: &mut Policy) {
+        if let Some(mode) = self.mode {
+            policy.mode = mode;
+        }
+        self.owner.apply(policy);
+        policy.labels.extend(self.labels.clone());
+        if self.recipe.is_some() {
+            policy.recipe = self.recipe.clone();
+        }
     }
 
     /// Refuses what can be refused without reading a source.

@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 
-use super::known::{Known, Place};
 use super::{ImportRequest, Work};
 use crate::error::Result;
 use crate::store::codec::{Encoder, page_mask};
 use crate::store::format::BlockKind;
+use crate::store::known::{Known, Place};
 use crate::store::{BLOCK_SIZE, Digest, Scratch};
 
 /// A run of blocks on its way through the pipeline, with its memory; used again and again.

@@ -21,7 +21,7 @@ mod kill_reads;
 mod kill_stops;
 mod kvm_guest;
 mod layers;
-
+mod leases;
 mod mount_bad_input;
 mod mount_damage;
 mod mount_kill;

@@ -95,7 +95,7 @@ impl Report for CloneReport {
 /// When there is no such template or mount, or a clone does not get ready.
 pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let target = Target::find(&store, &args.template)?;
+    let (target, lease) = Target::find(&store, &args.template)?;
     let how = match (&args.simulate, args.command.is_empty()) {
         (Some(simulate), _) => How::Simulated(simulate.clone()),
         (None, true) => How::Qemu(target.recipe()?),
@@ -120,6 +120,8 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     }
     let start = Instant::now();
     let launched = launch(&order, &*global.progress())?;
+    // From here on they are found by what they map.
+    drop(lease);
     let seconds = start.elapsed().as_secs_f64();
     let failed = !launched.failures.is_empty();
     let mut code = 0;

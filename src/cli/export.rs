@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::output::Done;
 use super::{Global, interrupt};
+use crate::control::Lease;
 use crate::error::{Error, Result};
 use crate::store::{Store, Template, TemplateRef};
 
@@ -32,7 +33,8 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     };
     let reference: TemplateRef = reference.parse()?;
     let store = Store::open(&global.store)?;
-    let template = store.template(&store.resolve(&reference)?)?;
+    let (digest, _lease) = Lease::of(&store, &reference, "export")?;
+    let template = store.template(&digest)?;
     let progress = global.progress();
     let stop = interrupt::flag()?;
     if args.out.as_os_str() == "-" {

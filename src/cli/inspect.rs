@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
+use crate::control::{LeaseHolder, leases};
 use crate::error::Result;
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
@@ -39,6 +40,8 @@ struct Inspection {
     labels: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     recipe: Option<Value>,
+    /// Who relies on it just now.
+    leases: Vec<LeaseHolder>,
 }
 
 impl Report for Inspection {
@@ -57,6 +60,9 @@ impl Report for Inspection {
         for file in &self.files {
             let kind = file.kind.name();
             writeln!(out, "file     {} {kind} {} ({} data)", file.name, file.size, file.data_bytes)?;
+        }
+        for lease in &self.leases {
+            writeln!(out, "lease    process {} ({})", lease.pid, lease.command)?;
         }
         if let Some(recipe) = &self.recipe {
             writeln!(out, "recipe   {recipe}")?;
@@ -93,5 +99,14 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
         created: policy.created,
         labels: policy.labels.clone(),
         recipe: policy.recipe.clone(),
+        leases: held(&store).into_iter().filter(|l| l.digest == digest).collect(),
     }))
+}
+
+/// Who may not read the runtime directory still sees the template.
+fn held(store: &Store) -> Vec<LeaseHolder> {
+    leases(store).unwrap_or_else(|error| {
+        log::warn!("leases are not listed: {error}");
+        Vec::new()
+    })
 }

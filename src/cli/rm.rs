@@ -9,7 +9,7 @@ use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use crate::clones::find;
-use crate::control;
+use crate::control::{self, RemovalMark};
 use crate::error::{Error, Result};
 use crate::store::{Digest, Removed, Store, TemplateRef};
 
@@ -47,12 +47,17 @@ impl Report for Gone {
 /// When there is no such template, or a process maps it.
 pub fn run(args: &RmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let removed = args.templates.iter().map(|t| store.remove(t, |digest| check_unused(&store, digest)));
+    let removed = args.templates.iter().map(|t| {
+        let mut mark = None;
+        store.remove(t, |digest| check_unused(&store, digest, &mut mark))
+    });
     Ok(Done::report(Gone(removed.collect::<Result<_>>()?)))
 }
 
 /// Refuses while a process maps the template in any mount of this store, lazily unmounted ones too.
-fn check_unused(store: &Store, digest: &Digest) -> Result<()> {
+fn check_unused(store: &Store, digest: &Digest, mark: &mut Option<RemovalMark>) -> Result<()> {
+    let mark = mark.insert(RemovalMark::announce(store, digest)?);
+    mark.expect_no_lease()?;
     let mut mounts = control::mounts()?;
     mounts.retain(|m| m.store == store.dir());
     if mounts.is_empty() {

@@ -6,6 +6,7 @@
 mod client;
 mod daemon;
 mod inflight;
+mod lease;
 mod options;
 mod protocol;
 mod registry;
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 pub use client::{ask, request_restart, request_unmount};
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
 pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
+pub use lease::{Lease, LeaseHolder, RemovalMark, leases, removals};
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, mounts};

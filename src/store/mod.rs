@@ -31,7 +31,7 @@ pub use codec::{ChunkSize, Compression};
 pub use digest::Digest;
 pub use image::{FileKind, TemplateFile};
 pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
-pub use open::Store;
+pub use open::{ContentHold, Store};
 pub use owner::{Owner, parse_mode};
 pub use policy::{DEFAULT_MODE, Policy};
 pub use reference::{DEFAULT_TAG, TagName, TemplateRef, check_name};
@@ -40,6 +40,14 @@ pub use serving::{Serving, inode_number};
 pub use tags::TagEntry;
 pub use template::{Scratch, Template};
 pub use verify::{Affected, Damage, Verified};
+
+/// A name that nobody else has: 32 random hex digits.
+///
+/// # Errors
+/// When the kernel gives no random bytes.
+pub fn random_name() -> crate::error::Result<String> {
+    publish::random_hex()
+}
 
 /// Size of an identity block in bytes: what is hashed, verified and read at once.
 pub const BLOCK_SIZE: u64 = 1 << format::BLOCK_SHIFT;

@@ -19,6 +19,12 @@ use crate::error::{Error, Result};
 #[derive(Clone)]
 pub struct Store(Arc<Inner>);
 
+/// Keeps what is in the packs of a store there.
+#[derive(Debug)]
+pub struct ContentHold {
+    _lock: Lock,
+}
+
 struct Inner {
     dir: PathBuf,
     superblock: Superblock,
@@ -98,6 +104,24 @@ impl Store {
     /// Key of the inode numbers; never leaves the host.
     pub fn secret(&self) -> [u8; 32] {
         self.0.superblock.secret
+    }
+
+    /// Its identity: 32 hex digits, the same wherever it is mounted or moved to.
+    pub fn id(&self) -> String {
+        PackId(self.0.superblock.id).to_string()
+    }
+
+    /// The error that says that the store has no such template.
+    pub fn no_template(&self, digest: &Digest) -> Error {
+        no_template(self.dir(), digest)
+    }
+
+    /// Nothing that the store holds is given back while this lives: a collector waits for it.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub fn hold_content(&self) -> Result<ContentHold> {
+        self.lock_content().map(|lock| ContentHold { _lock: lock })
     }
 
     /// Digests of all templates, sorted.

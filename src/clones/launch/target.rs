@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::clones::recipe::{Recipe, Values};
-use crate::control;
+use crate::control::{self, Lease};
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, TemplateFile, TemplateRef, inode_number};
 
@@ -24,12 +24,12 @@ pub struct Target {
 }
 
 impl Target {
-    /// Finds the template and a mount that serves its store.
+    /// Finds the template and a mount that serves its store. The lease is to be held until its clones map it.
     ///
     /// # Errors
     /// When there is no such template, or no mount of that store.
-    pub fn find(store: &Store, reference: &TemplateRef) -> Result<Target> {
-        let digest = store.resolve(reference)?;
+    pub fn find(store: &Store, reference: &TemplateRef) -> Result<(Target, Lease)> {
+        let (digest, lease) = Lease::of(store, reference, "clone")?;
         let template = store.template(&digest)?;
         let place =
             store.dir().canonicalize().map_err(|e| Error::io("cannot find the store", store.dir(), e))?;
@@ -54,14 +54,15 @@ impl Target {
         std::fs::metadata(&dir).map_err(|e| {
             Error::io("the mount does not show this template", &dir, e).remedy("see `stencil status`")
         })?;
-        Ok(Target {
+        let target = Target {
             name: reference.to_string(),
             digest,
             dir,
             files: template.files().to_vec(),
             inodes: (mount.device, inodes),
             recipe: template.policy().recipe.clone(),
-        })
+        };
+        Ok((target, lease))
     }
 
     /// The template's own recipe.

@@ -111,10 +111,6 @@ fn sources() {
     fixture.file("page", &random(2, 4096));
     let firecracker = ["import", &path("page"), "a", "--state", &state, "--format", "firecracker"];
     refused(&fixture, &firecracker, 2, &["not from Firecracker", "--format raw"]);
-    fixture.file("fcstate", &[&0x0710_1984_8664_0000u64.to_le_bytes()[..], b"state"].concat());
-    fixture
-        .run(&["import", &path("page"), "fc", "--state", &path("fcstate"), "--format", "firecracker"])
-        .ok();
     fixture.run(&["import", &path("gzip"), "a", "--format", "raw"]).ok();
     fixture.run(&["rm", "a"]).ok();
     // A pipe with an odd length is known at its end only.

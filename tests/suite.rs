@@ -12,6 +12,7 @@ mod damaged_block;
 mod demo;
 mod dirty_exact;
 mod documents;
+mod firecracker;
 mod in_flight;
 mod kill_clones;
 mod kill_kvm;

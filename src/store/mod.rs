@@ -8,6 +8,7 @@ mod codec;
 mod commit;
 mod digest;
 mod export;
+mod firecracker;
 mod format;
 mod image;
 mod import;
@@ -29,6 +30,7 @@ mod verify;
 
 pub use codec::{ChunkSize, Compression};
 pub use digest::Digest;
+pub use firecracker::FirecrackerState;
 pub use image::{FileKind, TemplateFile};
 pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
 pub use open::{ContentHold, Store};

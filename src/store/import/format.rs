@@ -4,9 +4,7 @@ use super::ImportFormat;
 use super::reader::Input;
 use crate::error::{Error, Result};
 use crate::store::FileKind;
-
-/// First bytes of a Firecracker state file on x86-64 (little endian 0x0710_1984_8664_0000).
-const FIRECRACKER_STATE: [u8; 8] = [0x00, 0x00, 0x64, 0x86, 0x84, 0x19, 0x10, 0x07];
+use crate::store::firecracker::{FirecrackerState, LONGEST_STATE};
 
 /// Containers that hold guest memory but are not guest memory.
 const CONTAINERS: [(&[u8], &str, &str); 7] = [
@@ -31,17 +29,58 @@ pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()>
                     .remedy("stencil import MEMORY NAME --state STATE --format firecracker"));
             };
             no_container(memory)?;
-            match state.head() {
-                Some(head) if head.starts_with(&FIRECRACKER_STATE) => Ok(()),
-                Some(_) => Err(Error::usage("the state file is not from Firecracker on x86-64")
-                    .at(state.origin())
-                    .remedy("use --format raw to import it as it is")),
-                None => Err(Error::usage("a pipe cannot be checked for a Firecracker state")
-                    .at(state.origin())
-                    .remedy("name files, or use --format raw")),
-            }
+            firecracker_state(state)?;
+            firecracker_memory(memory)
         }
     }
+}
+
+fn firecracker_state(input: &Input) -> Result<()> {
+    let Some(bytes) = input.whole(LONGEST_STATE)? else { return Err(from_a_pipe(input)) };
+    let wrong = |why: String| {
+        Error::usage(format!("the state file {why}"))
+            .at(input.origin())
+            .remedy("make the snapshot again, or use --format raw to import it as it is")
+    };
+    let state = FirecrackerState::whole(&bytes).map_err(wrong)?;
+    match state.machine == std::env::consts::ARCH {
+        true => Ok(()),
+        false => Err(wrong(format!(
+            "is of a guest on {}, and this host is {}",
+            state.machine,
+            std::env::consts::ARCH
+        ))),
+    }
+}
+
+/// Firecracker writes every byte of a full snapshot, so holes mean that pages are missing.
+fn firecracker_memory(input: &Input) -> Result<()> {
+    let Some(size) = input.size() else { return Err(from_a_pipe(input)) };
+    if !size.is_multiple_of(1 << 20) {
+        return Err(Error::usage(format!(
+            "the memory file has {size} bytes; Firecracker's is a multiple of 1 MiB"
+        ))
+        .at(input.origin())
+        .remedy("check that it is whole, or use --format raw to import it as it is"));
+    }
+    let holes = input.hole_bytes()?;
+    if holes == 0 {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "the memory file has holes, {holes} of {size} bytes: it is a diff snapshot, or a full one that was copied with holes"
+    ))
+    .at(input.origin())
+    .remedy(
+        "merge a diff snapshot into its base: snapshot-editor edit-memory rebase --memory-path BASE --diff-path FILE; \
+         a full one can be copied again by cp --sparse=never, or imported by --format raw",
+    ))
+}
+
+fn from_a_pipe(input: &Input) -> Error {
+    Error::usage("a pipe cannot be checked for a Firecracker snapshot")
+        .at(input.origin())
+        .remedy("name files, or use --format raw")
 }
 
 fn no_container(input: &Input) -> Result<()> {

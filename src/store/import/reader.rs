@@ -95,6 +95,40 @@ impl Input {
         Some(head)
     }
 
+    /// All bytes of a file or device that has at most so many; nothing of a pipe.
+    pub fn whole(&self, most: u64) -> Result<Option<Vec<u8>>> {
+        let Some(size) = self.size else { return Ok(None) };
+        if size > most {
+            return Err(Error::usage(format!("{size} bytes are too many for file '{}'", self.name))
+                .at(&self.origin)
+                .remedy(format!("it has at most {most} bytes: check that the right file is named")));
+        }
+        let mut bytes = vec![0; size as usize];
+        self.file.read_exact_at(&mut bytes, 0).map_err(|e| self.fail(e))?;
+        Ok(Some(bytes))
+    }
+
+    /// Bytes of a file or device that are in a hole, to the byte, as its file system tells.
+    pub fn hole_bytes(&self) -> Result<u64> {
+        let size = self.size.unwrap_or_default();
+        let (mut holes, mut at) = (0, 0);
+        while at < size {
+            let hole = match seek(&self.file, SeekFrom::Hole(at)) {
+                Ok(hole) => hole.min(size),
+                // Not every file can tell its holes.
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => break,
+                Err(e) => return Err(self.fail(e.into())),
+            };
+            at = match seek(&self.file, SeekFrom::Data(hole)) {
+                Ok(data) => data.min(size),
+                Err(Errno::NXIO) => size,
+                Err(e) => return Err(self.fail(e.into())),
+            };
+            holes += at - hole;
+        }
+        Ok(holes)
+    }
+
     /// Refuses memory that is not whole pages.
     pub fn check_size(&self, size: u64) -> Result<()> {
         if !self.kind.is_memory() || (size != 0 && size.is_multiple_of(PAGE_SIZE)) {

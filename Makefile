@@ -3,12 +3,16 @@
 CARGO ?= $(or $(shell command -v cargo),$(HOME)/.cargo/bin/cargo)
 PREFIX ?= /usr/local
 DESTDIR ?=
+# mount(8) looks for its helpers here and nowhere else.
+SBINDIR ?= /usr/sbin
 target := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+# The folder of the programs that are installed or packed.
+bin ?= $(target)/release
 guard := tests/support/guard.sh
 
 # One after the other: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test soak check bench install clean
+.PHONY: help setup build demo test soak check bench install install-files uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install what building and testing need (Debian 12), print the versions'
@@ -18,7 +22,9 @@ help:
 	@echo 'make soak     the same scenarios with longer counts'
 	@echo 'make check    format, lints, documentation: warnings are errors'
 	@echo 'make bench    import and cold-read throughput, with ratios to the raw file'
-	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX))'
+	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the helper of mount(8) into $$DESTDIR$$SBINDIR ($(SBINDIR))'
+	@echo 'make uninstall  takes away what make install has installed with the same variables'
+	@echo 'make deb      the Debian package: $(target)/debian/stencil_*.deb (does its own set-up)'
 	@echo 'make clean    remove the build directory'
 
 setup:
@@ -44,17 +50,44 @@ check:
 bench: setup build
 	$(guard) tests/bench/throughput.sh
 
+deb: setup build deb-files
+
+# Without building: what is in $(bin).
+deb-files:
+	@CARGO='$(CARGO)' mountd/debian/build.sh '$(bin)'
+
+install: build install-files
+
 share := $(DESTDIR)$(PREFIX)/share
-install: build
-	install -d '$(DESTDIR)$(PREFIX)/bin' '$(share)/man/man1' '$(share)/bash-completion/completions' \
-	    '$(share)/zsh/site-functions' '$(share)/fish/vendor_completions.d' '$(DESTDIR)$(PREFIX)/lib/systemd/system'
-	install -m 0755 $(target)/release/stencil $(target)/release/stencil-mountd '$(DESTDIR)$(PREFIX)/bin/'
-	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' \
-	    >'$(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service'
-	$(target)/release/stencil generate man '$(share)/man/man1'
-	$(target)/release/stencil generate completions bash >'$(share)/bash-completion/completions/stencil'
-	$(target)/release/stencil generate completions zsh >'$(share)/zsh/site-functions/_stencil'
-	$(target)/release/stencil generate completions fish >'$(share)/fish/vendor_completions.d/stencil.fish'
+doc := $(share)/doc/stencil
+unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service
+completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
+    $(share)/fish/vendor_completions.d/stencil.fish
+
+# Without building: what is in $(bin).
+install-files:
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(share)/man/man1' '$(share)/man/man8' \
+	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/docs' '$(doc)/examples'
+	install -m 0755 '$(bin)/stencil' '$(bin)/stencil-mountd' '$(DESTDIR)$(PREFIX)/bin/'
+	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(SBINDIR)/mount.fuse.stencil'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
+	$(bin)/stencil generate man '$(share)/man/man1'
+	mv '$(share)/man/man1/'*stencil*.8 '$(share)/man/man8/'
+	$(foreach file,$(completions),$(bin)/stencil generate completions \
+	    $(if $(findstring /bash,$(file)),bash,$(if $(findstring /zsh,$(file)),zsh,fish)) >'$(file)' &&) :
+	install -m 0644 README.md CHANGELOG.md mountd/debian/copyright '$(doc)/'
+	install -m 0644 docs/*.md '$(doc)/docs/'
+	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
+	mountd/debian/crates.sh | gzip -9n >'$(doc)/crates.gz'
+	chmod 0644 '$(unit)' $(foreach file,$(completions),'$(file)') '$(doc)/crates.gz' \
+	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
+
+uninstall:
+	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \
+	    '$(DESTDIR)$(SBINDIR)/mount.fuse.stencil' '$(unit)' $(foreach file,$(completions),'$(file)') \
+	    '$(share)/man/man1/stencil.1' '$(share)/man/man1/stencil-'*.1 \
+	    '$(share)/man/man8/stencil-mountd.8' '$(share)/man/man8/mount.fuse.stencil.8'
+	rm -rf '$(doc)'
 
 clean:
 	$(CARGO) clean

@@ -8,6 +8,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use serde_json::{Value, json};
 
+use super::mount_helper::Helper;
 use super::{Cli, Done, Global, Report};
 use crate::error::{Error, Result};
 
@@ -20,7 +21,7 @@ pub struct GenerateArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// Write one man page a command into a directory
+    /// Write one man page a command, and those of mount(8)'s helper and of the daemon, into a directory
     Man {
         /// The directory; it must exist
         dir: PathBuf,
@@ -42,6 +43,8 @@ pub fn run(args: &GenerateArgs, _global: &Global) -> Result<Done> {
     match &args.what {
         What::Man { dir } => {
             man_pages(&command, "stencil", dir)?;
+            man_page(Helper::command(), dir)?;
+            write_page(&dir.join("stencil-mountd.8"), DAEMON)?;
             Ok(Done::silent())
         }
         What::Completions { shell } => {
@@ -65,14 +68,33 @@ impl Report for Script {
     }
 }
 
-fn man_pages(command: &clap::Command, name: &str, dir: &Path) -> Result<()> {
+/// The daemon's page: it has one caller, and no options that people should type.
+const DAEMON: &str = include_str!("stencil-mountd.8");
+
+/// A page of section 8 for programs that only other programs call.
+fn man_page(command: clap::Command, dir: &Path) -> Result<()> {
+    let path = dir.join(format!("{}.8", command.get_name()));
     let mut page = Vec::new();
+    clap_mangen::Man::new(command).section("8").render(&mut page).map_err(|e| cannot_write(&path, e))?;
+    write_page(&path, page)
+}
+
+fn man_pages(command: &clap::Command, name: &str, dir: &Path) -> Result<()> {
     let path = dir.join(format!("{name}.1"));
-    let failed = |e| Error::io("cannot write the man page", &path, e);
-    clap_mangen::Man::new(command.clone().name(name.to_owned())).render(&mut page).map_err(failed)?;
-    fs::write(&path, page).map_err(failed)?;
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(command.clone().name(name.to_owned()));
+    man.render(&mut page).map_err(|e| cannot_write(&path, e))?;
+    write_page(&path, page)?;
     for below in command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
         man_pages(below, &format!("{name}-{}", below.get_name()), dir)?;
     }
     Ok(())
+}
+
+fn cannot_write(path: &Path, error: io::Error) -> Error {
+    Error::io("cannot write the man page", path, error)
+}
+
+fn write_page(path: &Path, page: impl AsRef<[u8]>) -> Result<()> {
+    fs::write(path, page).map_err(|e| cannot_write(path, e))
 }

@@ -18,6 +18,7 @@ mod interrupt;
 mod logs;
 mod ls;
 mod mount;
+mod mount_helper;
 mod output;
 mod path;
 mod progress;
@@ -154,6 +155,9 @@ pub fn main() -> ExitCode {
     if let Some(code) = crate::clones::launch::helper_main() {
         return code;
     }
+    if mount_helper::is_called(std::env::args_os().next().as_deref()) {
+        return mount_helper::main();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return output::clap_error(&error),
@@ -164,9 +168,7 @@ pub fn main() -> ExitCode {
         (_, 1) => "info",
         _ => "debug",
     };
-    env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
-        .format_timestamp(None)
-        .init();
+    output::start_log(level);
     let json = cli.global.json;
     output::finish(run(cli), json)
 }

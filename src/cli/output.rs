@@ -120,10 +120,22 @@ fn fail(error: &Error, json: bool) -> ExitCode {
         }});
         println!("{value}");
     } else {
-        eprintln!("stencil: {error}");
-        eprintln!("stencil: {}", remedy(error));
+        tell("stencil", error);
     }
     ExitCode::from(error.code().exit_code())
+}
+
+/// Says on standard error what failed, and what to do next.
+pub fn tell(program: &str, error: &Error) {
+    eprintln!("{program}: {error}");
+    eprintln!("{program}: {}", remedy(error));
+}
+
+/// Talk of this process goes to standard error, from this level on; `STENCIL_LOG` says another.
+pub fn start_log(level: &str) {
+    env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
+        .format_timestamp(None)
+        .init();
 }
 
 /// Errors of the argument parser, in the form that the call asked for.

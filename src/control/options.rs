@@ -76,8 +76,11 @@ const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a request may be unanswered where nothing else is said.
 const WATCHDOG: Duration = Duration::from_secs(10);
 
+/// Words of `-o` that are Stencil's own and have a value.
+const WITH_VALUE: [&str; 5] = ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog"];
+
 /// Words of `-o` that say what is so anyway, or that are meant for others (`mount`, `fstab`).
-const WITHOUT_EFFECT: [&str; 18] = [
+const WITHOUT_EFFECT: [&str; 26] = [
     "ro",
     "rw",
     "defaults",
@@ -86,17 +89,43 @@ const WITHOUT_EFFECT: [&str; 18] = [
     "nosuid",
     "nodev",
     "exec",
+    "sync",
     "async",
+    "dirsync",
+    "atime",
     "noatime",
+    "diratime",
     "nodiratime",
     "relatime",
+    "norelatime",
+    "strictatime",
+    "lazytime",
     "auto",
     "noauto",
     "nofail",
     "nouser",
     "_netdev",
     "silent",
+    "loud",
 ];
+
+/// Words of `-o` that cannot be had, whatever the caller is ready to forgo, and why.
+fn refused(word: &str) -> Option<Error> {
+    let key = word.split_once('=').map_or(word, |(key, _)| key);
+    let (why, remedy) = match key {
+        "suid" | "dev" => ("", "templates hold memory images, never programs or devices: leave it out"),
+        "remount" => (
+            ": a mount of Stencil keeps the options that it was made with",
+            "umount it and mount it again, or go on with another build by `stencil restart`",
+        ),
+        "user" | "users" | "owner" | "group" => (
+            ": only root can mount a store for everybody",
+            "leave it out, and let root or a service mount it",
+        ),
+        _ => return None,
+    };
+    Some(Error::usage(format!("mount option '{word}' is refused{why}")).remedy(remedy))
+}
 
 impl MountOptions {
     /// A mount of that store there, with everything else by default.
@@ -120,21 +149,13 @@ impl MountOptions {
     /// A usage error that names the word that is not understood.
     pub fn apply(&mut self, list: &str) -> Result<()> {
         for word in list.split(',').filter(|w| !w.is_empty()) {
-            let (key, value) = match word.split_once('=') {
-                Some((key, value)) => (key, Some(value)),
-                None => (word, None),
-            };
-            match (key, value) {
-                ("serve" | "cache-dir" | "cache-size" | "hydrate-timeout" | "watchdog", Some(value)) => {
-                    self.set(key, OsStr::new(value))?;
-                }
-                ("noexec", None) => self.noexec = true,
-                (key, None) if WITHOUT_EFFECT.contains(&key) => {}
-                (key, _) if key.starts_with("x-") || key.starts_with("X-") => {}
-                ("suid" | "dev", None) => {
-                    return Err(Error::usage(format!("mount option '{key}' is refused"))
-                        .remedy("templates hold memory images, never programs or devices: leave it out"));
-                }
+            if let Some(error) = refused(word) {
+                return Err(error);
+            }
+            match word.split_once('=') {
+                Some((key, value)) if WITH_VALUE.contains(&key) => self.set(key, OsStr::new(value))?,
+                None if word == "noexec" => self.noexec = true,
+                _ if Self::knows(word) => {}
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).remedy(
                         "known are serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec and the usual words of fstab",
@@ -143,6 +164,15 @@ impl MountOptions {
             }
         }
         Ok(())
+    }
+
+    /// True for a word of `-o` that means something here, be it that it is refused, or that is for others.
+    pub fn knows(word: &str) -> bool {
+        match word.split_once('=') {
+            _ if refused(word).is_some() || word.starts_with("x-") || word.starts_with("X-") => true,
+            Some((key, _)) => WITH_VALUE.contains(&key) || key == "comment",
+            None => word.is_empty() || word == "noexec" || WITHOUT_EFFECT.contains(&word),
+        }
     }
 
     fn set(&mut self, key: &str, value: &OsStr) -> Result<()> {

@@ -131,7 +131,7 @@ mod tests {
     fn connections_are_listed() {
         let dir = tempfile::tempdir().unwrap();
         let fuse = fuse_dev::open().unwrap();
-        mount::mount_fuse(&fuse, "stencil-test", dir.path(), false).unwrap();
+        mount::mount_fuse(&fuse, "stencil-test".as_ref(), dir.path(), false).unwrap();
         let device =
             procfs::mounts().unwrap().into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
         let listed = connections();

@@ -17,9 +17,11 @@ pub const FS_TYPE: &str = "fuse.stencil";
 /// The superblock stays writable: on a read-only one a writable open would be `EROFS`, and QEMU tells its user about
 /// `readonly=on,rom=off` only after `EACCES`. Every write-like call is refused by the server.
 ///
+/// `source` is what `/proc/mounts` names: mount(8) compares it with fstab before it mounts a second time.
+///
 /// # Errors
 /// The kernel's; `EPERM` says what is missing.
-pub fn mount_fuse(fuse: impl AsFd, source: &str, mountpoint: &Path, noexec: bool) -> Result<()> {
+pub fn mount_fuse(fuse: impl AsFd, source: &Path, mountpoint: &Path, noexec: bool) -> Result<()> {
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
     if noexec {
         flags |= MountFlags::NOEXEC;

@@ -7,6 +7,9 @@ STENCIL_KERNEL_MIN=6.9
 STENCIL_QEMU_MIN=8.2
 # The oldest compiler that the workspace builds with.
 STENCIL_RUST_MIN=1.88
+# What makes the Debian package, and the C library of the Debian that it is for.
+STENCIL_CARGO_DEB=3.8.0
+STENCIL_GLIBC_MAX=2.36
 
 # The kernel's release; the variable exists so that a test can play an older host.
 kernel_release() { printf '%s\n' "${STENCIL_TEST_KERNEL_RELEASE:-$(uname -r)}"; }
@@ -37,6 +40,12 @@ rust_version() {
 guest_cache() {
     local top=$1
     printf '%s/guest\n' "${CARGO_TARGET_DIR:-$top/target}"
+}
+
+# Where programs that only this project needs are installed, below the build directory.
+tools() {
+    local top=$1
+    printf '%s/tools\n' "${CARGO_TARGET_DIR:-$top/target}"
 }
 
 # The lacks of this host, one a line, each with what to do. Nothing to say: the host will do.

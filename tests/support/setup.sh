@@ -63,13 +63,23 @@ command -v rsync >/dev/null 2>&1 || packages+=(rsync)
 command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)
 command -v dropbear >/dev/null 2>&1 || packages+=(dropbear-bin)
 command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
+# The package of this project: what makes it, and what reads its man pages and completions.
+command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)
+command -v objdump >/dev/null 2>&1 || packages+=(binutils)
+command -v debootstrap >/dev/null 2>&1 || packages+=(debootstrap)
+command -v groff >/dev/null 2>&1 || packages+=(groff-base)
+command -v zsh >/dev/null 2>&1 || packages+=(zsh)
+command -v fish >/dev/null 2>&1 || packages+=(fish)
+root=$cache/bookworm.tar
+need_root=
+[ -s "$root" ] || need_root=yes
 need_qemu=
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
 need_kernel=
 # Only the newer of Debian 12's kernels sees a new VM generation: without that, clones would be twins.
 [ -s "$cache/vmlinuz" ] && { ! [ -e "$cache/config" ] || grep -q '^CONFIG_VMGENID=y' "$cache/config"; } || need_kernel=yes
 
-if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     # shellcheck disable=SC1091
     codename=$(. "${STENCIL_TEST_OS_RELEASE:-/etc/os-release}" 2>/dev/null && printf '%s' "${ID:-}/${VERSION_CODENAME:-}")
     if [ "$codename" != debian/bookworm ] || ! command -v apt-get >/dev/null 2>&1; then
@@ -77,6 +87,7 @@ if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
         [ -z "$need_qemu" ] || missing+=("qemu-system-x86_64 >= $STENCIL_QEMU_MIN")
         fail "this is ${codename:-an unknown system}; packages are installed on Debian 12 (bookworm) only" \
             "install these with your system's own tools, then run make setup again: ${missing[*]:-none}" \
+            "${need_root:+and put a tar of a minimal Debian 12 root, as debootstrap --variant=minbase makes it, at $root}" \
             "${need_kernel:+and put a Linux kernel image for guests (serial console, initramfs and vmgenid built in) at $cache/vmlinuz}"
     fi
 fi
@@ -156,10 +167,12 @@ prepare_apt() {
     }
 }
 
-if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     mkdir -p "$cache"
     exec 9>"$cache/setup.lock"
     flock 9
+    work=$(mktemp -d "$cache/setup.XXXXXX")
+    trap 'rm -rf --one-file-system "$work"' EXIT
     prepare_apt
     if [ -n "${packages[*]}" ]; then
         say "installing from bookworm: ${packages[*]}"
@@ -176,8 +189,6 @@ if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
         kernel=$(apt apt-cache depends linux-image-cloud-amd64/bookworm-backports | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -1)
         [ -n "$kernel" ] || fail "linux-image-cloud-amd64 names no kernel in these package lists"
         say "unpacking the guest's kernel: $kernel"
-        work=$(mktemp -d "$cache/kernel.XXXXXX")
-        trap 'rm -rf "$work"' EXIT
         (cd "$work" && apt apt-get download "$kernel/bookworm-backports") >"$cache/apt/download.log" 2>&1 ||
             { tail -20 "$cache/apt/download.log" >&2; fail "apt-get could not download $kernel"; }
         dpkg-deb --fsys-tarfile "$work"/*.deb |
@@ -192,6 +203,28 @@ if [ -n "${packages[*]}$need_qemu$need_kernel" ]; then
         cp "$work"/boot/vmlinuz-* "$cache/vmlinuz.new"
         mv "$cache/vmlinuz.new" "$cache/vmlinuz"
     fi
+    if [ -n "$need_root" ]; then
+        say "making a clean Debian 12 root: $root"
+        stanza=$(archive_stanza bookworm bookworm)
+        uri=$(sed -n 's/^URIs: //p' <<<"$stanza")
+        keyring=$(sed -n 's/^Signed-By: //p' <<<"$stanza")
+        debootstrap --variant=minbase ${keyring:+--keyring="$keyring"} bookworm "$work/root" "$uri" >"$cache/debootstrap.log" 2>&1 ||
+            { tail -20 "$cache/debootstrap.log" >&2; fail "debootstrap could not make a Debian 12 root; its words are above"; }
+        rm -rf "$work"/root/var/cache/apt/archives/*.deb "$work"/root/var/lib/apt/lists/*
+        tar -C "$work/root" --numeric-owner --one-file-system -cf "$root.new" .
+        mv "$root.new" "$root"
+    fi
+fi
+
+# 3. What cargo brings.
+tool=$(tools "$top")
+if [ "$("$tool/bin/cargo-deb" --version 2>/dev/null)" != "cargo-deb $STENCIL_CARGO_DEB" ]; then
+    say "installing from crates.io: cargo-deb $STENCIL_CARGO_DEB"
+    mkdir -p "$tool"
+    CARGO_TARGET_DIR="$tool/build" cargo install -q --locked --no-default-features --root "$tool" \
+        "cargo-deb@$STENCIL_CARGO_DEB" >"$tool/install.log" 2>&1 ||
+        { tail -20 "$tool/install.log" >&2; fail "cargo could not install cargo-deb $STENCIL_CARGO_DEB"; }
+    rm -rf "$tool/build"
 fi
 
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
@@ -210,4 +243,5 @@ say "busybox  $(busybox 2>/dev/null | sed -n '1s/^BusyBox \(v[^ ]*\).*/\1/p')"
 say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"
 say "rsync    $(rsync --version 2>/dev/null | sed -n '1s/^rsync *version \([^ ]*\).*/\1/p')"
 say "dropbear $(dropbear -V 2>&1 | sed -n '1s/^Dropbear v//p')"
+say "cargo-deb $STENCIL_CARGO_DEB"
 say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

@@ -28,7 +28,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     let counters = SharedCounters::create().map_err(fail("cannot make the counters page"))?;
     let ledger = Ledger::create().map_err(fail("cannot make the ledger"))?;
     let program = Program::own().map_err(fail("cannot open this program"))?;
-    mount::mount_fuse(&fuse, "stencil", &options.mountpoint, options.noexec)?;
+    mount::mount_fuse(&fuse, &options.store, &options.mountpoint, options.noexec)?;
     let device = checks::device_at(&options.mountpoint)?;
     let mountpoint = options.mountpoint.clone();
     let begin = || -> Result<Taken> {

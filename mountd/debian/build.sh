@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes the Debian package of the programs in a folder.
+#
+#     mountd/debian/build.sh BIN     BIN is target/release or target/debug; the package goes to BIN/../debian/
+#
+# What `make install` installs is what the package holds: it is installed into BIN/package, and cargo-deb packs that.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/../.." && pwd)
+# shellcheck source=tests/support/host.sh
+. "$top/tests/support/host.sh"
+bin=$(cd "$1" && pwd -P)
+cargo=${CARGO:-cargo}
+tool=$(tools "$top")/bin/cargo-deb
+
+fail() {
+    printf 'deb: %s\n' "$@" >&2
+    exit 1
+}
+
+[ "$("$tool" --version 2>/dev/null)" = "cargo-deb $STENCIL_CARGO_DEB" ] ||
+    fail "cargo-deb $STENCIL_CARGO_DEB is not at $tool: run make setup"
+
+# A program that was linked against a newer C library starts on no Debian 12.
+needs=$(objdump -T "$bin/stencil" "$bin/stencil-mountd" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1)
+[ -n "$needs" ] || fail "no version of the C library found in $bin/stencil"
+[ "$(printf 'GLIBC_%s\n%s\n' "$STENCIL_GLIBC_MAX" "$needs" | sort -V | tail -1)" = "GLIBC_$STENCIL_GLIBC_MAX" ] ||
+    fail "the programs need $needs, Debian 12 has GLIBC_$STENCIL_GLIBC_MAX: build them on Debian 12"
+
+stage=$bin/package
+rm -rf "$stage"
+mkdir -p "$stage"
+make --no-print-directory -C "$top" install-files bin="$bin" DESTDIR="$stage" PREFIX=/usr SBINDIR=/usr/sbin >/dev/null
+doc=$stage/usr/share/doc/stencil
+version=$("$bin/stencil" --version | cut -d' ' -f2)
+maintainer=$(sed -n 's/^maintainer = "\(.*\)"$/\1/p' "$top/Cargo.toml")
+printf 'stencil (%s-1) unstable; urgency=medium\n\n  * What changed is in changelog.gz.\n\n -- %s  %s\n' \
+    "$version" "$maintainer" "$(LC_ALL=C date -R -u -r "$top/CHANGELOG.md")" >"$doc/changelog.Debian"
+mv "$doc/CHANGELOG.md" "$doc/changelog"
+gzip -9n "$doc"/changelog* "$stage"/usr/share/man/man*/*
+
+profile=release
+[ "${bin##*/}" != debug ] || profile=dev
+cd "$top"
+CARGO_TARGET_DIR=${bin%/*} CARGO=$cargo "$tool" --no-build --offline --locked --strip --quiet --compress-system \
+    --profile "$profile" --output "${bin%/*}/debian/"

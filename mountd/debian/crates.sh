@@ -1,0 +1,24 @@
+#!/bin/sh
+# The crates that the programs are linked with: name, version, licence, and every licence text that they come with,
+# each text once. Written to standard output.
+set -eu
+cargo=${CARGO:-cargo}
+sources=${CARGO_HOME:-$HOME/.cargo}/registry/src
+list=$("$cargo" tree --workspace --locked --offline -e normal --prefix none --format '{p} | {l}' |
+    sed 's/ (\*)$//; /(\//d; /^$/d' | sort -u)
+[ "$(printf '%s\n' "$list" | wc -l)" -gt 20 ] || {
+    echo "crates.sh: cargo tree names only: $list" >&2
+    exit 1
+}
+echo 'Crates in stencil and stencil-mountd:'
+echo
+printf '%s\n' "$list"
+printf '%s\n' "$list" | sed 's/^\([^ ]*\) v\([^ ]*\).*/\1-\2/' | while read -r crate; do
+    find "$sources"/*/"$crate" -maxdepth 2 -type f \( -iname 'licen[sc]e*' -o -iname 'copying*' -o -iname 'notice*' \)
+done | sort | xargs -d '\n' sha256sum | awk '
+    { hash = $1; path = substr($0, 67); n = split(path, part, "/"); name = part[n - 1] "/" part[n]
+      if (!(hash in first)) { first[hash] = path; order[++count] = hash }
+      of[hash] = of[hash] " " name }
+    END { for (i = 1; i <= count; i++) {
+        print "\n\n=== " substr(of[order[i]], 2) "\n"
+        while ((getline line < first[order[i]]) > 0) print line } }'

@@ -1,0 +1,176 @@
+//! `mount.fuse.stencil`: what mount(8) runs for `mount -t fuse.stencil STORE MNT` and for lines of fstab.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use super::output;
+use crate::control::{self, MountOptions};
+use crate::error::{Code, Error, Result};
+use crate::store::Store;
+use crate::sys::mount::FS_TYPE;
+
+/// The name by which mount(8) calls this program.
+pub const NAME: &str = "mount.fuse.stencil";
+
+/// Mount a template store: the helper of mount(8)
+///
+/// mount(8) runs it for `mount -t fuse.stencil STORE MNT` and for lines of fstab with the type fuse.stencil. It takes
+/// the calling convention of mount(8), and does what `stencil mount` does.
+#[derive(Debug, Parser)]
+#[command(name = NAME, version, after_long_help = EXAMPLES, disable_help_flag = true)]
+pub struct Helper {
+    /// Directory of the template store
+    #[arg(value_name = "STORE")]
+    store: PathBuf,
+    /// An empty directory
+    #[arg(value_name = "MNT")]
+    mountpoint: PathBuf,
+    /// Options: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec, and the usual words of fstab
+    #[arg(short = 'o', value_name = "OPTS")]
+    options: Vec<String>,
+    /// Leave options aside that are not known, and say so
+    #[arg(short = 's')]
+    sloppy: bool,
+    /// Check the call, the store and the directory; do not mount
+    #[arg(short = 'f')]
+    fake: bool,
+    /// No effect: there is no mtab to write
+    #[arg(short = 'n')]
+    no_mtab: bool,
+    /// Say what was done
+    #[arg(short = 'v')]
+    verbose: bool,
+    /// The type that mount(8) was given
+    #[arg(short = 't', value_name = "TYPE")]
+    fs_type: Option<String>,
+    /// Refused: a mount namespace is entered with nsenter(1)
+    #[arg(short = 'N', value_name = "NAMESPACE")]
+    namespace: Option<String>,
+    /// Print help
+    #[arg(short = 'h', long, action = clap::ArgAction::Help)]
+    help: (),
+}
+
+const EXAMPLES: &str = "\
+A line of fstab:
+
+  /var/lib/stencil /srv/templates fuse.stencil cache-size=20G,nofail 0 0
+
+The exit code is one of mount(8): 0 mounted, 1 the call is wrong, 32 the mount failed.
+umount(8) ends the mount, unless somebody uses it; `stencil umount` also names who does.";
+
+/// True when the program was called by the helper's name.
+pub fn is_called(program: Option<&OsStr>) -> bool {
+    program.and_then(|path| Path::new(path).file_name()).is_some_and(|name| name == NAME)
+}
+
+/// Runs the helper with this process's arguments.
+pub fn main() -> ExitCode {
+    let helper = match Helper::try_parse() {
+        Ok(helper) => helper,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    let level = if helper.verbose { "info" } else { "warn" };
+    output::start_log(level);
+    match helper.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::tell(NAME, &error);
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// The word of mount(8) for it.
+fn exit_code(error: &Error) -> u8 {
+    match error.code() {
+        Code::Usage => 1,
+        _ => 32,
+    }
+}
+
+impl Helper {
+    fn run(&self) -> Result<()> {
+        let options = self.to_options()?;
+        if self.fake {
+            Store::open(&options.store)?;
+            let there = std::fs::metadata(&options.mountpoint)
+                .map_err(|e| Error::io("cannot use the mountpoint", &options.mountpoint, e))?;
+            if !there.is_dir() {
+                return Err(Error::usage("the mountpoint is no directory")
+                    .at(&options.mountpoint)
+                    .remedy("name an empty directory"));
+            }
+        } else {
+            control::start_supervisor(&options)?;
+        }
+        if self.verbose {
+            let word = if self.fake { "could be mounted" } else { "is mounted" };
+            println!("{NAME}: {} {word} on {}", options.store.display(), options.mountpoint.display());
+        }
+        Ok(())
+    }
+
+    fn to_options(&self) -> Result<MountOptions> {
+        if let Some(namespace) = &self.namespace {
+            return Err(Error::usage(format!("mount -N {namespace} is not supported"))
+                .remedy("enter the namespace: nsenter --mount=… mount …"));
+        }
+        if let Some(other) = self.fs_type.as_deref().filter(|t| ![FS_TYPE, "stencil"].contains(t)) {
+            return Err(Error::usage(format!("the type is {other}, expected {FS_TYPE}"))
+                .remedy(format!("say mount -t {FS_TYPE}")));
+        }
+        let full = |path: &Path| std::path::absolute(path).map_err(|e| Error::io("cannot use", path, e));
+        let mut options = MountOptions::new(full(&self.mountpoint)?, full(&self.store)?);
+        for word in self.options.iter().flat_map(|list| list.split(',')) {
+            if self.sloppy && !MountOptions::knows(word) {
+                log::warn!("option {word} is left aside: it is not known");
+                continue;
+            }
+            options.apply(word)?;
+        }
+        Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(words: &[&str]) -> Result<MountOptions> {
+        let helper = Helper::try_parse_from([&[NAME], words].concat()).unwrap();
+        helper.to_options()
+    }
+
+    #[test]
+    fn the_calls_of_mount_are_understood() {
+        let call = ["/s", "/m", "-n", "-v", "-o", "rw,serve=decode,watchdog=3,_netdev,nofail", "-t", FS_TYPE];
+        let options = options(&call).unwrap();
+        assert_eq!((options.store.to_str(), options.mountpoint.to_str()), (Some("/s"), Some("/m")));
+        assert_eq!(options.serve, control::ServeMode::Decode);
+        assert_eq!(options.watchdog.as_secs(), 3);
+        assert!(!options.foreground);
+    }
+
+    #[test]
+    fn sloppy_leaves_unknown_words_aside_but_no_wrong_values() {
+        assert_eq!(options(&["/s", "/m", "-o", "frobnicate"]).unwrap_err().code(), Code::Usage);
+        assert!(options(&["/s", "/m", "-s", "-o", "frobnicate,noexec"]).unwrap().noexec);
+        assert!(options(&["/s", "/m", "-s", "-o", "serve=fast"]).is_err());
+        for word in ["remount,rw", "suid"] {
+            assert!(options(&["/s", "/m", "-s", "-o", word]).is_err(), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_program_is_known_by_its_last_name() {
+        assert!(is_called(Some(OsStr::new("/sbin/mount.fuse.stencil"))));
+        assert!(!is_called(Some(OsStr::new("/usr/bin/stencil"))) && !is_called(None));
+    }
+}

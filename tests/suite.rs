@@ -31,6 +31,7 @@ mod mount_reads;
 mod mount_refusals;
 mod mount_serving;
 mod mount_unmount;
+mod packages;
 mod progress;
 mod qemu_conformance;
 mod qemu_random;

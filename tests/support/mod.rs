@@ -1,6 +1,7 @@
 //! What the scenarios share.
 
 pub mod actor;
+pub mod debian;
 pub mod drill;
 pub mod guest;
 pub mod host;

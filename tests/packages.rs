@@ -1,0 +1,253 @@
+//! The Debian package in a clean Debian 12, and `make install` beside it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::debian::{Debian, bin, make, package};
+use crate::support::host;
+use crate::support::mount::{Run, run, temporary, wait_for};
+use crate::support::store::random;
+
+const MEMORY: usize = 8 << 20;
+const MNT: &str = "/srv/templates";
+/// The template's bytes are what was imported.
+const SAME: &str = "cmp /root/guest.ram /srv/templates/templates/web/1/memory";
+
+/// The package installed in a clean root that holds a guest's memory in `/root/guest.ram`.
+fn installed(debian: &Debian) -> Run {
+    fs::copy(package(), debian.path("/tmp/stencil.deb")).unwrap();
+    fs::write(debian.path("/root/guest.ram"), random(3, MEMORY)).unwrap();
+    fs::create_dir_all(debian.path(MNT)).unwrap();
+    debian.sh("dpkg -i /tmp/stencil.deb")
+}
+
+fn wait_unmounted(debian: &Debian) {
+    wait_for("both processes of the mount to end", || {
+        (debian.out("stencil status") == "no mounts\n").then_some(())
+    });
+}
+
+#[test]
+fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
+    let _host = host::shared();
+    let debian = Debian::new();
+    fs::write(debian.path("/root/guest.ram"), "").unwrap();
+    fs::create_dir_all(debian.path("/etc/systemd/system/multi-user.target.wants")).unwrap();
+    fs::create_dir_all(debian.path(MNT)).unwrap();
+    fs::write(debian.path("/tmp/stencil.deb"), "").unwrap();
+    let before = debian.files();
+    let said = installed(&debian).ok();
+    assert!(!said.err.contains("warning"), "{}", said.err);
+    assert_eq!(debian.out("dpkg --audit; dpkg --verify stencil"), "");
+
+    what_is_linked_is_declared(&debian);
+    let doctor = debian.json("doctor");
+    let checks = doctor["checks"].as_array().unwrap();
+    assert!(checks.len() > 10 && checks.iter().all(|c| c["verdict"] != "missing"), "{doctor:#}");
+    debian.out("stencil import /root/guest.ram web:1");
+    assert!(debian.out("stencil ls").contains("web"));
+    debian.out("stencil verify && stencil export web:1/memory /tmp/out && cmp /tmp/out /root/guest.ram && rm /tmp/out");
+
+    // As the example of the package has it.
+    debian.out("cp /etc/fstab /tmp/fstab && cat /usr/share/doc/stencil/examples/fstab >>/etc/fstab");
+    debian.out("mount -a");
+    debian.out(SAME);
+    debian.out("mount -a");
+    let places = debian.out("findmnt -n -o SOURCE,TARGET,FSTYPE -t fuse.stencil");
+    assert_eq!(places.split_whitespace().collect::<Vec<_>>(), ["/var/lib/stencil", MNT, "fuse.stencil"]);
+    debian.out("umount /srv/templates");
+    wait_unmounted(&debian);
+    debian.out("mv /tmp/fstab /etc/fstab");
+
+    // A guest's life is worth more than a removal.
+    debian.out("mount -t fuse.stencil -o _netdev,nofail,x-systemd.automount /var/lib/stencil /srv/templates");
+    debian.out("stencil clone web:1 -n 3 --simulate read=50%,write=5%");
+    let clones = || debian.json("density")["totals"]["clones"].as_u64();
+    assert_eq!(clones(), Some(3));
+    for verb in ["--remove", "--purge"] {
+        let refused = debian.sh(&format!("dpkg {verb} stencil")).exits(1);
+        assert!(refused.err.contains("  mounted: /srv/templates\n"), "{}", refused.err);
+        assert!(refused.err.contains("stencil umount MNT"), "{}", refused.err);
+    }
+    assert_eq!(debian.out("dpkg-query -W -f '${db:Status-Status}' stencil"), "installed");
+    assert!(debian.sh("umount /srv/templates").code != 0, "clones map it");
+
+    // The same package as an upgrade: mounts go on, and can be moved to the new build.
+    let upgraded = debian.sh("dpkg -i /tmp/stencil.deb").ok();
+    assert!(upgraded.out.contains("stencil restart --all"), "{}", upgraded.out);
+    debian.out(SAME);
+    debian.out("stencil restart --all");
+    debian.out(SAME);
+    assert_eq!(clones(), Some(3));
+    debian.out("stencil stop --all && umount -l /srv/templates");
+    wait_unmounted(&debian);
+
+    // What people have made outlives a removal, and a purge too as long as it holds a template.
+    let unit = debian.path("/etc/systemd/system/multi-user.target.wants/stencil@srv-templates.service");
+    symlink("/lib/systemd/system/stencil@.service", &unit).unwrap();
+    debian.out("dpkg --remove stencil");
+    assert!(debian.path("/var/lib/stencil/format").is_file() && !debian.path("/run/stencil").exists());
+    let kept = debian.sh("dpkg --purge stencil").ok();
+    assert!(kept.err.contains("/var/lib/stencil is kept: it holds templates"), "{}", kept.err);
+    assert!(fs::symlink_metadata(&unit).is_err(), "a service without its unit");
+    debian.out("dpkg -i /tmp/stencil.deb && stencil verify && stencil rm web:1");
+    let purged = debian.sh("dpkg --purge stencil").ok();
+    assert!(!purged.err.contains("kept") && !purged.err.contains("not empty"), "{}", purged.err);
+
+    fs::write(debian.path("/root/guest.ram"), "").unwrap();
+    fs::write(debian.path("/tmp/stencil.deb"), "").unwrap();
+    let after = debian.files();
+    let left: Vec<_> = after.iter().filter(|(path, what)| before.get(*path) != Some(what)).collect();
+    let lost: Vec<_> = before.keys().filter(|path| !after.contains_key(*path)).collect();
+    assert!(left.is_empty() && lost.is_empty(), "left behind: {left:?}; lost: {lost:?}");
+}
+
+/// What the programs are linked with is there, and each library's package is among the declared ones.
+fn what_is_linked_is_declared(debian: &Debian) {
+    let depends = debian.out("dpkg-query -W -f '${Depends}' stencil");
+    let declared: BTreeSet<&str> = depends.split(", ").map(|word| word.split(' ').next().unwrap()).collect();
+    let linked = debian.out("ldd /usr/bin/stencil /usr/bin/stencil-mountd");
+    assert!(!linked.contains("not found"), "{linked}");
+    let libraries: BTreeSet<&str> =
+        linked.split_whitespace().filter(|word| word.starts_with('/') && !word.ends_with(':')).collect();
+    assert!(libraries.len() >= 2, "{linked}");
+    for library in libraries {
+        // dpkg knows it by the one or the other name of a folder of a merged root.
+        let name = Path::new(library).file_name().unwrap().to_str().unwrap();
+        let owner = debian.out(&format!("dpkg -S '*/{name}'"));
+        let owner = owner.split(':').next().unwrap();
+        assert!(declared.contains(owner), "{library} is of {owner}, declared is {depends}");
+    }
+}
+
+#[test]
+fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
+    let _host = host::shared();
+    let debian = Debian::new();
+    installed(&debian).ok();
+    debian.out("stencil import /root/guest.ram web:1");
+    let call = |options: &str| debian.sh(&format!("mount -t fuse.stencil {options} /var/lib/stencil {MNT}"));
+    let mounted = || !debian.sh("findmnt -n -t fuse.stencil").out.is_empty();
+
+    for (options, code, words) in [
+        ("-o frobnicate", 1, "unknown mount option 'frobnicate'"),
+        ("-o serve=fast", 1, "'fast' is no way to serve"),
+        ("-f -o frobnicate", 1, "unknown mount option 'frobnicate'"),
+    ] {
+        let refused = call(options).exits(code);
+        assert!(refused.err.contains(&format!("mount.fuse.stencil: {words}")), "{options}: {}", refused.err);
+        assert!(!mounted(), "{options}");
+    }
+    let missing = debian.sh(&format!("mount -t fuse.stencil /var/lib/none {MNT}")).exits(32);
+    assert!(missing.err.contains("no template store"), "{}", missing.err);
+    call("-f").ok();
+    assert!(!mounted(), "-f mounts nothing");
+
+    let loud = call("-v -n -s -o ro,frobnicate,serve=decode,user_xattr,x-initrd.mount,comment=a").ok();
+    assert!(loud.out.contains("/var/lib/stencil is mounted on /srv/templates"), "{}", loud.out);
+    assert!(loud.err.contains("frobnicate"), "what is left aside is said: {}", loud.err);
+    debian.out(SAME);
+    assert_eq!(debian.json("status")["mounts"][0]["serve"], "decode");
+    let again = debian.sh(&format!("mount -o remount,ro {MNT}"));
+    assert!(again.code != 0 && again.err.contains("'remount' is refused"), "{}", again.err);
+    let twice = call("");
+    assert!(twice.code == 32, "{} {}", twice.code, twice.err);
+    debian.out(&format!("umount {MNT}"));
+    wait_unmounted(&debian);
+}
+
+#[test]
+fn pages_and_completions_are_there_and_are_understood() {
+    let _host = host::shared();
+    let debian = Debian::new();
+    let before = debian.files();
+    installed(&debian).ok();
+    let help = debian.out("stencil --help");
+    let commands: Vec<&str> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())
+        .filter(|word| !word.is_empty() && *word != "help")
+        .collect();
+    assert!(commands.len() >= 20, "{commands:?}");
+    let mut pages: Vec<String> =
+        commands.iter().map(|command| format!("man1/stencil-{command}.1.gz")).collect();
+    pages.extend(
+        ["man1/stencil.1.gz", "man8/mount.fuse.stencil.8.gz", "man8/stencil-mountd.8.gz"].map(Into::into),
+    );
+    for page in pages {
+        let path = debian.path(&format!("/usr/share/man/{page}"));
+        let read = Command::new("sh")
+            .args(["-c", "gzip -dc \"$0\" | groff -k -man -Tutf8 -ww"])
+            .arg(&path)
+            .output()
+            .unwrap();
+        let (text, faults) = (String::from_utf8_lossy(&read.stdout), String::from_utf8_lossy(&read.stderr));
+        assert!(text.contains("SYNOPSIS") || text.contains("S\u{8}SY"), "{page}: {text}{faults}");
+        assert_eq!(faults, "", "{page}");
+    }
+
+    let completed = debian.out(
+        "bash -c '. /usr/share/bash-completion/completions/stencil; COMP_WORDS=(stencil mou) COMP_CWORD=1; \
+         $(complete -p stencil | grep -o \"_stencil\") stencil mou stencil; echo ${COMPREPLY[@]}'",
+    );
+    assert_eq!(completed.trim(), "mount");
+    let file = |path: &str| debian.path(path).to_str().unwrap().to_owned();
+    run("zsh", &["-fn", &file("/usr/share/zsh/site-functions/_stencil")]);
+    let fish = fs::read_to_string(file("/usr/share/fish/vendor_completions.d/stencil.fish")).unwrap();
+    let asked = run("fish", &["--no-config", "-c", &format!("{fish}\ncomplete --do-complete 'stencil mou'")]);
+    assert!(asked.starts_with("mount\t"), "{asked}");
+
+    // Every file of the package is named by it, and no other came.
+    let named: BTreeSet<String> =
+        debian.out("dpkg -L stencil").lines().map(|path| path.trim_start_matches('/').to_owned()).collect();
+    let came: Vec<String> = debian
+        .files()
+        .into_keys()
+        .filter(|path| !before.contains_key(path) && !path.starts_with("var/lib/dpkg/info/stencil."))
+        .filter(|path| !["root/guest.ram", "srv/templates", "tmp/stencil.deb"].contains(&path.as_str()))
+        .collect();
+    assert!(came.len() > 40 && came.iter().all(|path| named.contains(path)), "{came:?}");
+}
+
+/// Paths below a folder that are no folders, without `.gz`.
+fn files_below(dir: &Path) -> BTreeSet<String> {
+    run("find", &[dir.to_str().unwrap(), "!", "-type", "d", "-printf", "%P\\n"])
+        .lines()
+        .map(|path| path.trim_end_matches(".gz").to_owned())
+        .collect()
+}
+
+#[test]
+fn make_install_brings_what_the_package_has_and_takes_it_away_again() {
+    let _host = host::shared();
+    let dir = temporary("install-");
+    let (unpacked, staged) = (dir.path().join("deb"), dir.path().join("staged"));
+    run("dpkg-deb", &["-x", package().to_str().unwrap(), unpacked.to_str().unwrap()]);
+    let (bin, dest) = (bin(), format!("DESTDIR={}", staged.display()));
+    let words =
+        |verb: &'static str| [verb, &bin, &dest, "PREFIX=/usr", "SBINDIR=/usr/sbin"].map(str::to_owned);
+    let make = |words: [String; 5]| make(&words.each_ref().map(String::as_str)).ok();
+
+    make(words("install-files"));
+    let doc = |name: &str| format!("usr/share/doc/stencil/{name}");
+    let mut packed = files_below(&unpacked);
+    assert!(packed.remove(&doc("changelog.Debian")) && packed.remove(&doc("changelog")));
+    packed.insert(doc("CHANGELOG.md"));
+    assert_eq!(files_below(&staged), packed);
+    make(words("uninstall"));
+    assert_eq!(files_below(&staged), BTreeSet::new());
+
+    let elsewhere = words("install-files").map(|word| word.replace("PREFIX=/usr", "PREFIX=/opt/x"));
+    make(elsewhere);
+    let helper = fs::canonicalize(staged.join("usr/sbin/mount.fuse.stencil")).unwrap();
+    assert_eq!(helper, fs::canonicalize(staged.join("opt/x/bin/stencil")).unwrap());
+    let unit = fs::read_to_string(staged.join("opt/x/lib/systemd/system/stencil@.service")).unwrap();
+    assert!(unit.contains("\nExecStart=/opt/x/bin/stencil mount") && !unit.contains("/usr/local"), "{unit}");
+    run(helper.to_str().unwrap(), &["--version"]);
+}

@@ -35,6 +35,13 @@ fn every_test_that_operating_names_exists() {
 }
 
 #[test]
+fn every_test_that_compatibility_names_exists() {
+    let page = fs::read_to_string(root().join("docs/compatibility.md")).unwrap();
+    assert!(named(&page).len() >= 5, "{:?}", named(&page));
+    assert_eq!(missing(&page), Vec::<String>::new());
+}
+
+#[test]
 fn every_failure_names_a_test() {
     let page = fs::read_to_string(root().join("docs/operating.md")).unwrap();
     let section = page.split("## What a clone sees").nth(1).unwrap().split("\n## ").next().unwrap();

@@ -8,6 +8,7 @@ mod clone_command;
 mod clone_qemu;
 mod clone_simulated;
 mod command_line;
+mod compatibility;
 mod damaged_block;
 mod demo;
 mod dirty_exact;

@@ -1,0 +1,153 @@
+//! What `docs/compatibility.md` promises.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use serde_json::Value;
+use stencilfs::error::Code;
+
+use crate::support::host;
+use crate::support::mount::{Run, TestMount};
+use crate::support::store::{Fixture, random};
+use crate::support::tables::{code, rows};
+
+/// The values that a path such as `clones[].maps[].file` has in an answer; nothing where a field is missing.
+fn at<'a>(answer: &'a Value, path: &str) -> Option<Vec<&'a Value>> {
+    let mut found = vec![answer];
+    for step in path.split('.') {
+        let (field, list) = step.strip_suffix("[]").map_or((step, false), |field| (field, true));
+        let mut next = Vec::new();
+        for value in found {
+            let value = value.get(field)?;
+            if list {
+                next.extend(value.as_array()?);
+            } else {
+                next.push(value);
+            }
+        }
+        found = next;
+    }
+    Some(found)
+}
+
+/// One call of each command that the table has, with an answer in which no list is empty.
+fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
+    let source = world.dir().join("guest.ram");
+    fs::write(&source, random(5, 1 << 20)).unwrap();
+    let (source, mnt) = (source.to_str().unwrap(), world.mountpoint().to_str().unwrap());
+    let object = format!("memory-backend-file,id=m,size=1M,mem-path={source},readonly=on,rom=off");
+    let mut answers = BTreeMap::new();
+    let mut ask = |words: &[&'static str], more: &[&str]| {
+        let answer = world.json(&[words, more].concat());
+        answers.insert(words[0], answer.clone());
+        answer
+    };
+    ask(&["import"], &[source, "web:1"]);
+    ask(&["tag", "web:1", "web:2"], &[]);
+    ask(&["ls"], &[]);
+    ask(&["inspect", "web:1"], &[]);
+    ask(&["verify"], &[]);
+    ask(&["mount"], &[mnt]);
+    ask(&["path", "web:1"], &[]);
+    let launched = ask(&["clone", "web:1", "--simulate", "read=50%,write=10%"], &[]);
+    let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
+    ask(&["ps"], &[]);
+    ask(&["density"], &[]);
+    ask(&["dirty", "--ranges"], &[&id]);
+    ask(&["status"], &[]);
+    ask(&["restart"], &[mnt]);
+    ask(&["doctor"], &[]);
+    ask(&["stop", "--all"], &[]);
+    ask(&["umount"], &[mnt]);
+    ask(&["rm", "web:2"], &[]);
+    ask(&["explain"], &[&object]);
+    answers
+}
+
+#[test]
+fn json_has_every_promised_field() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let answers = answers(&world);
+    let mut missing = Vec::new();
+    let mut seen = BTreeSet::new();
+    for row in rows("compatibility.md", "json_has_every_promised_field") {
+        let (command, fields) = (code(&row[0]).unwrap().to_owned(), code(&row[1]).unwrap());
+        let Some(answer) = answers.get(command.as_str()) else {
+            missing.push(format!("{command}: it is not called here"));
+            continue;
+        };
+        assert_eq!(answer["schema"], 1, "{command}");
+        for field in fields.split(' ') {
+            if !at(answer, field).is_some_and(|values| !values.is_empty()) {
+                missing.push(format!("{command}: {field}"));
+            }
+        }
+        seen.insert(command);
+    }
+    assert!(missing.is_empty(), "{missing:#?}\n{answers:#?}");
+    assert!(seen.len() >= 16, "{seen:?}");
+}
+
+#[test]
+fn exit_codes_are_the_promised_ones() {
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/compatibility.md")).unwrap();
+    let table = text.split("Exit codes:").nth(1).unwrap().split("\n\n").nth(1).unwrap();
+    let promised: BTreeSet<u8> =
+        table.lines().skip(2).map(|line| line.split('|').nth(1).unwrap().trim().parse().unwrap()).collect();
+    let codes = [Code::Failed, Code::Usage, Code::Damage, Code::NotFound, Code::InUse, Code::TryAgain];
+    let mut ours: BTreeSet<u8> = codes.map(Code::exit_code).into();
+    ours.insert(0);
+    assert_eq!(ours, promised);
+}
+
+/// Where the three words of features lie in `format`, and where its checksum does.
+const COMPATIBLE: usize = 16;
+const READ_ONLY_COMPATIBLE: usize = 24;
+const INCOMPATIBLE: usize = 32;
+const SUM: usize = 128;
+
+#[test]
+fn a_store_with_new_features_is_read_or_refused_by_name() {
+    let fixture = Fixture::new();
+    let source = fixture.file("guest.ram", &random(6, 1 << 20));
+    let store = fixture.path("store");
+    let stencil = |words: &[&str]| {
+        let ran = fixture.run(words);
+        Run { words: words.join(" "), code: ran.code, out: ran.stdout, err: ran.stderr }
+    };
+    let import = ["import", source.to_str().unwrap(), "web:2"];
+    stencil(&["import", source.to_str().unwrap(), "web:1"]).ok();
+    let header = store.join("format");
+    let plain = fs::read(&header).unwrap();
+    let with = |at: usize, byte: u8| {
+        let mut bytes = plain.clone();
+        bytes[at] = byte;
+        let sum = blake3::hash(&bytes[..SUM]);
+        bytes[SUM..].copy_from_slice(sum.as_bytes());
+        fs::write(&header, bytes).unwrap();
+    };
+
+    with(COMPATIBLE, 1);
+    stencil(&["verify"]).ok();
+    stencil(&import).ok();
+
+    with(READ_ONLY_COMPATIBLE, 2);
+    assert!(stencil(&["ls"]).ok().out.contains("web"));
+    stencil(&["verify", "web:1"]).ok();
+    for words in [&import[..], &["rm", "web:1"], &["tag", "web:1", "web:3"]] {
+        stencil(words).exits(1).says("needs a newer Stencil to be changed (features 0x2)");
+    }
+
+    with(INCOMPATIBLE, 4);
+    stencil(&["ls"]).exits(1).says("needs a newer Stencil: features 0x4");
+    stencil(&import).exits(1).says("needs a newer Stencil: features 0x4");
+
+    // A version that is not known.
+    with(8, 2);
+    stencil(&["ls"]).exits(1).says("format version 2, known is 1");
+
+    fs::write(&header, &plain).unwrap();
+    stencil(&["verify"]).ok();
+    assert!(stencil(&["ls"]).ok().out.lines().count() == 3, "refused calls have changed nothing");
+}

@@ -92,8 +92,9 @@ fn may_have_others(entry: &Entry) -> bool {
 pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
     let wanted = dir.as_os_str().as_encoded_bytes().to_vec();
     let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, move |pid| {
-        let ours = mark_of(pid).is_some_and(|dir| dir == wanted);
-        ours.then(|| ProcessId::of(pid).ok()?.filter(ProcessId::is_alive)).flatten()
+        let stat =
+            mark_of(pid).is_some_and(|dir| dir == wanted).then(|| procfs::stat(pid).ok()?).flatten()?;
+        stat.is_alive().then_some(ProcessId { pid, start_time: stat.start_time })
     });
     looks.seen.into_iter().map(|(_, process)| process).collect()
 }

@@ -176,8 +176,9 @@ pub fn mounts() -> Result<Vec<Mount>> {
     for entry in entries.flatten() {
         let dir = entry.path();
         let Some(record) = read_record(&dir) else { continue };
-        let supervisor = procfs::is_alive(record.supervisor_pid, record.supervisor_start);
-        let server = record.server_pid.filter(|&pid| procfs::is_alive(pid, record.server_start));
+        let alive = |pid, start_time| ProcessId { pid, start_time }.is_alive();
+        let supervisor = alive(record.supervisor_pid, record.supervisor_start);
+        let server = record.server_pid.filter(|&pid| alive(pid, record.server_start));
         if !supervisor && server.is_none() {
             log::debug!("removing the record of a dead mount: {}", dir.display());
             let _ = fs::remove_dir_all(&dir);

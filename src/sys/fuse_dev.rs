@@ -4,9 +4,11 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 
+use super::wait::poll_for;
 use crate::error::{Error, Result};
 
 /// The kernel reads and writes no request of less than this, in bytes.
@@ -45,6 +47,30 @@ pub fn open() -> Result<OwnedFd> {
             Err(Error::io("cannot open the FUSE device", path, e).remedy(remedy))
         }
     }
+}
+
+/// Which connection a descriptor of `/dev/fuse` belongs to: the `st_dev` of its mount; none where the kernel does not
+/// say so.
+///
+/// # Errors
+/// `InvalidData` for what is no descriptor of `/dev/fuse` with a connection.
+pub fn connection_of(fuse: impl AsFd) -> io::Result<Option<u64>> {
+    const DEVICE: (u32, u32) = (10, 229);
+    let stat = rustix::fs::fstat(&fuse)?;
+    if (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)) != DEVICE {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fuse.as_fd().as_raw_fd()))?;
+    parse_connection(&about)
+}
+
+/// Reads the text of a `fdinfo` file. The kernel prints its own form of the device number; anonymous ones have major 0.
+fn parse_connection(about: &str) -> io::Result<Option<u64>> {
+    let Some(number) = about.lines().find_map(|line| line.strip_prefix("fuse_connection:")) else {
+        return Ok(None);
+    };
+    let number: u32 = number.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?;
+    Ok(Some(rustix::fs::makedev(number >> 20, number & 0xf_ffff)))
 }
 
 /// Waits for the first request of a connection, which is always INIT.
@@ -94,8 +120,7 @@ pub fn resend(fuse: impl AsFd) -> io::Result<()> {
 /// True once the connection is over: its superblock is gone, or it was aborted.
 pub fn is_over(fuse: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&fuse, PollFlags::empty())];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(poll(&mut fds, Some(&now)), Ok(1)) && fds[0].revents().contains(PollFlags::ERR)
+    matches!(poll_for(&mut fds, Some(Duration::ZERO)), Ok(1)) && fds[0].revents().contains(PollFlags::ERR)
 }
 
 /// Registers a file as a passthrough backing of the connection. The id belongs to the connection, not to the process.
@@ -156,6 +181,21 @@ mod tests {
         let mut text = String::new();
         a.read_to_string(&mut text).unwrap();
         assert_eq!((text.as_str(), a.as_raw_fd()), ("b", number));
+    }
+
+    #[test]
+    fn the_kernel_says_whose_descriptor_it_is() {
+        assert_eq!(parse_connection("pos:\t0\nflags:\t02\nfuse_connection:\t58\n").unwrap(), Some(58));
+        assert_eq!(parse_connection("pos:\t0\n").unwrap(), None, "an older kernel");
+        assert!(parse_connection("fuse_connection:\tx").is_err());
+        assert!(connection_of(tempfile::tempfile().unwrap()).is_err());
+        let dir = tempfile::tempdir().unwrap();
+        let fuse = open().unwrap();
+        crate::sys::mount::mount_fuse(&fuse, "stencil-test", dir.path(), false).unwrap();
+        let mounts = crate::sys::procfs::mounts().unwrap();
+        crate::sys::mount::unmount(dir.path(), true).unwrap();
+        let device = mounts.into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
+        assert_eq!(connection_of(&fuse).unwrap(), device);
     }
 
     #[test]

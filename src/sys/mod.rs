@@ -19,3 +19,4 @@ pub mod probe;
 pub mod process;
 pub mod procfs;
 pub mod users;
+pub mod wait;

@@ -8,13 +8,33 @@ use std::process::Command;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use serde::{Deserialize, Serialize};
 
-use super::procfs;
+use super::wait::poll_for;
+use super::{procfs, users};
 use crate::error::{Error, Result};
+
+/// A descriptor of the process that has this number now; `None` when there is none. Whoever must not mistake another
+/// one for it compares what the descriptor leads to: the number may have been given away before it was opened.
+///
+/// # Errors
+/// The system's, when it is out of descriptors.
+pub fn pidfd(pid: u32) -> Result<Option<OwnedFd>> {
+    let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+    match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Ok(None),
+        Err(e) => Err(Error::failed(format!("cannot open process {pid}")).because(e.into())),
+    }
+}
+
+/// True once the process of that descriptor has ended, a zombie's too, with all of its threads.
+pub fn has_ended(pidfd: impl AsFd) -> bool {
+    poll_for(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(Duration::ZERO)).is_ok_and(|n| n > 0)
+}
 
 /// One process, for good: a pid may be given again, a pid with its start time may not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -29,8 +49,21 @@ impl ProcessId {
     /// The process that has this number now; `None` when there is none.
     ///
     /// # Errors
-    /// When `/proc` cannot be read.
+    /// When `/proc` cannot be read; [`Code::TryAgain`](crate::error::Code::TryAgain) for a process that lets nobody look
+    /// into it in time.
     pub fn of(pid: u32) -> Result<Option<ProcessId>> {
+        match look(pid) {
+            Look::Seen(stat) => Ok(stat?.map(|stat| ProcessId { pid, start_time: stat.start_time })),
+            Look::Unseen => Err(unseen(pid)),
+        }
+    }
+
+    /// A child of this process that does not execute a program any more, or none whose files anybody must answer for.
+    /// Reads it without a thread: a process that forks must have one only.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn of_child(pid: u32) -> Result<Option<ProcessId>> {
         Ok(procfs::stat(pid)?.map(|stat| ProcessId { pid, start_time: stat.start_time }))
     }
 
@@ -40,21 +73,28 @@ impl ProcessId {
     /// When `/proc` cannot be read.
     pub fn me() -> Result<ProcessId> {
         let pid = std::process::id();
-        Self::of(pid)?.ok_or_else(|| {
+        Self::of_child(pid)?.ok_or_else(|| {
             Error::failed(format!("process {pid} does not find itself in /proc"))
                 .remedy("mount the proc of this pid namespace on /proc")
         })
     }
 
-    /// True while that very process lives; a zombie does not.
+    /// True while that very process lives; a zombie does not. One that lives and lets nobody look into it in time
+    /// counts as that one.
     pub fn is_alive(&self) -> bool {
-        procfs::is_alive(self.pid, self.start_time)
+        match pidfd(self.pid) {
+            Ok(None) => false,
+            Ok(Some(fd)) => !has_ended(&fd) && self.is_it().unwrap_or(true),
+            // Out of descriptors: nothing can be read either.
+            Err(_) => procfs::is_alive(self.pid, self.start_time),
+        }
     }
 
     /// Sends a signal. False when the process is gone.
     ///
     /// # Errors
-    /// When this user may not signal it.
+    /// When this user may not signal it; [`Code::TryAgain`](crate::error::Code::TryAgain) where it cannot be told in time
+    /// whether it is that one.
     pub fn signal(&self, signal: Signal) -> Result<bool> {
         let Some(fd) = self.open()? else { return Ok(false) };
         match rustix::process::pidfd_send_signal(&fd, signal) {
@@ -73,10 +113,8 @@ impl ProcessId {
         let Some(fd) = self.open()? else { return Ok(true) };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
-                Ok(0) => return Ok(!self.is_alive()),
-                Ok(_) => return Ok(true),
+            match poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Some(left)) {
+                Ok(n) => return Ok(n > 0),
                 Err(Errno::INTR) => {}
                 Err(e) => {
                     return Err(Error::failed(format!("cannot watch process {}", self.pid)).because(e.into()));
@@ -86,16 +124,48 @@ impl ProcessId {
     }
 
     /// A descriptor of exactly this process; `None` when it is gone.
-    fn open(&self) -> Result<Option<OwnedFd>> {
-        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
-        let fd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
-            Err(e) => return Err(Error::failed(format!("cannot open process {pid:?}")).because(e.into())),
-        };
-        // The descriptor is fixed now: if the start time still fits, it is ours.
-        Ok(self.is_alive().then_some(fd))
+    ///
+    /// # Errors
+    /// [`Code::TryAgain`](crate::error::Code::TryAgain) where it cannot be told in time whether it is that one.
+    pub fn open(&self) -> Result<Option<OwnedFd>> {
+        let Some(fd) = pidfd(self.pid)? else { return Ok(None) };
+        if has_ended(&fd) {
+            return Ok(None);
+        }
+        // The descriptor is fixed now: if the start time fits after it was opened, it is ours.
+        match self.is_it() {
+            Some(it) => Ok(it.then_some(fd)),
+            None => Err(unseen(self.pid)),
+        }
     }
+
+    /// Whether the process that has this number now is this one; `None` where it lets nobody look in time.
+    fn is_it(&self) -> Option<bool> {
+        match look(self.pid) {
+            Look::Seen(stat) => Some(matches!(stat, Ok(Some(stat)) if stat.start_time == self.start_time)),
+            Look::Unseen => None,
+        }
+    }
+}
+
+/// What a look at a process brought.
+enum Look {
+    Seen(Result<Option<procfs::Stat>>),
+    /// It lets nobody look into it: it waits for somebody's answer in the middle of an `execve`.
+    Unseen,
+}
+
+fn look(pid: u32) -> Look {
+    let looks = users::look_at_each(vec![pid], users::PATIENCE, |pid| Some(procfs::stat(pid)));
+    match looks.seen.into_iter().next() {
+        Some((_, stat)) => Look::Seen(stat),
+        None => Look::Unseen,
+    }
+}
+
+fn unseen(pid: u32) -> Error {
+    Error::try_again(format!("process {} lets nobody look into it", users::list_pids(&[pid])))
+        .remedy("it waits for an answer in the middle of an execve: `stencil doctor` says whose")
 }
 
 /// Which side of a fork this is.
@@ -112,7 +182,15 @@ pub enum Fork {
 /// # Errors
 /// When there are other threads, or the system is out of processes.
 pub fn fork_single_threaded() -> Result<Fork> {
-    let threads = fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    /// A thread that was joined is listed for a moment longer.
+    const MOMENT: Duration = Duration::from_millis(50);
+    let count = || fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    let until = Instant::now() + MOMENT;
+    let mut threads = count();
+    while threads > 1 && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(1));
+        threads = count();
+    }
     if threads != 1 {
         return Err(Error::failed(format!("cannot fork safely: this process has {threads} threads, not 1")));
     }

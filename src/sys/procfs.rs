@@ -194,7 +194,8 @@ pub fn stat(pid: u32) -> Result<Option<Stat>> {
     Ok(read_of(pid, "stat")?.and_then(|text| parse_stat(&text)))
 }
 
-/// True while that very process lives; a zombie does not.
+/// True while that very process lives; a zombie does not. Waits as long as that one lets nobody look into it: only for
+/// who can be left waiting.
 pub fn is_alive(pid: u32, start_time: u64) -> bool {
     matches!(stat(pid), Ok(Some(stat)) if stat.start_time == start_time && stat.is_alive())
 }

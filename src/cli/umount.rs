@@ -18,6 +18,9 @@ use crate::sys::{mount, procfs};
 /// A mount that was told to end has ended within this time, or somebody else still holds it.
 const END: Duration = Duration::from_secs(10);
 
+/// A supervisor whose record says nothing any more has ended within this time.
+const LAST_STEPS: Duration = Duration::from_secs(1);
+
 /// Unmount; refused while clones map it
 #[derive(Debug, Args)]
 pub struct UmountArgs {
@@ -173,9 +176,11 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
 
 fn wait_for_end(found: &Mount) -> Result<()> {
     let until = Instant::now() + END;
+    let mut dead = None;
     while found.dir.exists() {
         let living = control::mounts()?.iter().any(|m| m.dir == found.dir);
-        if !living {
+        // A supervisor takes its record away file by file: the folder is the last of it.
+        if !living && dead.get_or_insert_with(Instant::now).elapsed() > LAST_STEPS {
             break;
         }
         if Instant::now() > until {

@@ -7,6 +7,7 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::units::Bytes;
 
+use crate::kept;
 use crate::link::{Answer, MOST_KEYS};
 
 /// Most files that a mount keeps a backing, or a reason for none, for.
@@ -73,7 +74,7 @@ impl Backings {
         let backing = self.0.iter().find(|b| b.row.key == *key && b.row.id.is_some());
         let file =
             backing.and_then(|b| b.file.as_ref()).ok_or_else(|| Error::not_found("no such backing"))?;
-        file.try_clone().map_err(|e| Error::failed("out of descriptors").because(e))
+        kept::copy(file)
     }
 
     /// The id of a file's backing.
@@ -172,9 +173,9 @@ impl Backings {
     /// # Errors
     /// When no room was set aside for it.
     pub fn made(&mut self, key: &FileKey, file: OwnedFd) -> Result<&OwnedFd> {
-        let stat = rustix::fs::fstat(&file).map_err(|e| Error::failed("a lost backing").because(e.into()))?;
+        let identity = kept::identity(&file)?;
         let backing = self.unfinished(key)?;
-        backing.row.identity = (stat.st_dev, stat.st_ino);
+        backing.row.identity = identity;
         backing.row.stage = Stage::Room;
         Ok(backing.file.insert(file))
     }

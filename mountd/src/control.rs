@@ -35,23 +35,18 @@ pub fn open(record: &RecordDir) -> Result<OwnedFd> {
     open().map_err(|e| Error::io("cannot listen on the control socket", &path, e))
 }
 
-/// An answer, and the descriptor that goes with it.
-pub struct Answered;
-
-impl Answered {
-    /// A snapshot, in a memory file: it may be longer than a message.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn snapshot(snapshot: Snapshot) -> Result<(Response, Option<OwnedFd>)> {
-        let write = || -> std::io::Result<OwnedFd> {
-            let mut file = File::from(memfd::create("stencil-snapshot", Bytes::ZERO)?);
-            file.write_all(&serde_json::to_vec(&snapshot)?)?;
-            Ok(file.into())
-        };
-        let file = write().map_err(|e| Error::failed("cannot write a snapshot").because(e))?;
-        Ok((Response::Snapshot, Some(file)))
-    }
+/// A snapshot as an answer, in a memory file: it may be longer than a message.
+///
+/// # Errors
+/// The system's.
+pub fn answer_with(snapshot: &Snapshot) -> Result<(Response, Option<OwnedFd>)> {
+    let write = || -> std::io::Result<OwnedFd> {
+        let mut file = File::from(memfd::create("stencil-snapshot", Bytes::ZERO)?);
+        file.write_all(&serde_json::to_vec(snapshot)?)?;
+        Ok(file.into())
+    };
+    let file = write().map_err(|e| Error::failed("cannot write a snapshot").because(e))?;
+    Ok((Response::Snapshot, Some(file)))
 }
 
 #[derive(Debug)]

@@ -38,27 +38,21 @@ const MAX_BACKGROUND: u16 = 128;
 /// The filesystem, as fuser calls it.
 #[derive(Debug)]
 pub struct Templates {
-    tree: Arc<Tree>,
-    reader: Arc<Reader>,
-    source: Arc<Source>,
-    passthrough: Arc<Passthrough>,
-    stats: Stats,
-    flights: &'static Flights,
+    /// Names, attributes, inode numbers.
+    pub tree: Arc<Tree>,
+    /// Answers READs.
+    pub reader: Arc<Reader>,
+    /// READs that wait for the store.
+    pub source: Arc<Source>,
+    /// Files with a backing, and opens that wait for one.
+    pub passthrough: Arc<Passthrough>,
+    /// The counters.
+    pub stats: Stats,
+    /// Requests in flight.
+    pub flights: &'static Flights,
 }
 
 impl Templates {
-    /// Serves that tree.
-    pub fn new(
-        tree: Arc<Tree>,
-        reader: Arc<Reader>,
-        source: Arc<Source>,
-        passthrough: Arc<Passthrough>,
-        stats: Stats,
-        flights: &'static Flights,
-    ) -> Templates {
-        Templates { tree, reader, source, passthrough, stats, flights }
-    }
-
     fn refuse(&self, refusal: Refusal) -> Errno {
         match refusal {
             Refusal::Damaged => self.stats.count(Counter::Damaged),

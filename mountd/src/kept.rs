@@ -150,6 +150,8 @@ pub struct Kept {
     pub chosen: Chosen,
     /// Servers that were started in place of others.
     pub restarts: u64,
+    /// Signals that have asked for the end; they go on counting when the supervisor becomes another program.
+    pub terminations: u32,
     /// The connection.
     pub fuse: OwnedFd,
     /// The counters.
@@ -171,7 +173,12 @@ impl Kept {
     ///
     /// # Errors
     /// When this process is not in `/proc`.
-    pub fn snapshot(&self, server: Option<ServerRow>, backings: Vec<BackingRow>) -> Result<Snapshot> {
+    pub fn snapshot(
+        &self,
+        server: Option<ServerRow>,
+        leaving: Vec<u32>,
+        backings: Vec<BackingRow>,
+    ) -> Result<Snapshot> {
         Ok(Snapshot {
             control_version: CONTROL_VERSION,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -183,6 +190,9 @@ impl Kept {
             reply: self.reply.clone(),
             chosen: self.chosen.clone(),
             server,
+            leaving,
+            page: Some(identity(self.stats.page().fd())?),
+            terminations: self.terminations,
             restarts: self.restarts,
             backings,
             counters: self.stats.all(),
@@ -222,11 +232,36 @@ pub fn identity(file: impl AsFd) -> Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
+/// True when that is the identity of an open file.
+pub fn is(file: impl AsFd, known: (u64, u64)) -> bool {
+    identity(file).is_ok_and(|its| its == known)
+}
+
+/// Another descriptor of the same file.
+///
+/// # Errors
+/// When the process is out of descriptors.
+pub fn copy(file: impl AsFd) -> Result<OwnedFd> {
+    file.as_fd().try_clone_to_owned().map_err(|e| {
+        Error::failed("out of descriptors").because(e).remedy("raise the limit of open files: ulimit -n")
+    })
+}
+
+/// A ledger that another supervisor wrote, and what is in it.
+///
+/// # Errors
+/// When it is none, or of another version.
+pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
+    let (ledger, text) =
+        Ledger::open(file).map_err(|e| Error::failed("the ledger cannot be read").because(e))?;
+    Ok((ledger, parse(&text)?))
+}
+
 /// Reads a snapshot; one of another version is refused.
 ///
 /// # Errors
 /// Says which versions meet.
-pub fn parse(text: &[u8]) -> Result<Snapshot> {
+fn parse(text: &[u8]) -> Result<Snapshot> {
     #[derive(serde::Deserialize)]
     struct Version {
         control_version: u32,

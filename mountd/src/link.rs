@@ -8,11 +8,12 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
 pub use stencilfs::control::{Cache, FileKey};
 use stencilfs::control::{Channel, Failure};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::wait::poll_for;
 
 /// Most backings that one question or answer names.
 pub const MOST_KEYS: usize = 64;
@@ -145,13 +146,9 @@ impl End {
     /// Waits for the supervisor, or for whoever takes its place: but not when the connection to the kernel is over, for
     /// then nobody will.
     fn receive(&self) -> io::Result<Option<(Reply, Option<OwnedFd>)>> {
-        let limit = self.patience.map(|patience| Timespec {
-            tv_sec: patience.as_secs() as i64,
-            tv_nsec: patience.subsec_nanos().into(),
-        });
         let mut both = vec![PollFd::new(&self.channel, PollFlags::IN)];
         both.extend(self.kernel.as_ref().map(|kernel| PollFd::new(kernel, PollFlags::empty())));
-        match rustix::io::retry_on_intr(|| rustix::event::poll(&mut both, limit.as_ref()))? {
+        match rustix::io::retry_on_intr(|| poll_for(&mut both, self.patience))? {
             0 => Err(io::ErrorKind::TimedOut.into()),
             _ if both[0].revents().is_empty() => Err(io::ErrorKind::NotConnected.into()),
             _ => self.channel.receive(),

@@ -15,6 +15,7 @@ mod control;
 mod decode;
 mod errno;
 mod fuse;
+mod handed;
 mod hydrate;
 mod inflight;
 mod jobs;

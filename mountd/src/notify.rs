@@ -105,7 +105,8 @@ impl Notify {
         }
     }
 
-    fn forget(&mut self, name: &str) {
+    /// The manager is to give away what it keeps under that name.
+    pub fn forget(&mut self, name: &str) {
         self.say(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
     }
 

@@ -16,12 +16,12 @@ use stencilfs::sys::memfd::SharedCounters;
 use stencilfs::sys::{descriptor, fuse_dev};
 use stencilfs::units::Bytes;
 
-use crate::begin::Fds;
 use crate::decode::{Decoder, MAX_READ};
 use crate::fuse::Templates;
+use crate::handed::Fds;
 use crate::hydrate::Hydrator;
 use crate::inflight::Flights;
-use crate::kept::{self, Ledger};
+use crate::kept;
 use crate::link::{self, Answer, Ask, Link};
 use crate::open_templates;
 use crate::passthrough::Passthrough;
@@ -62,7 +62,7 @@ struct Inherited {
 impl Inherited {
     fn take(fds: &mut Fds, beside: bool) -> Result<Inherited> {
         let fuse = fds.need("fuse")?;
-        let kernel = fuse.try_clone().map_err(|e| Error::failed("out of descriptors").because(e))?;
+        let kernel = kept::copy(&fuse)?;
         Ok(Inherited {
             fuse,
             link: Arc::new(Link::new(
@@ -98,10 +98,9 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn serve(inherited: &Inherited) -> Result<()> {
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
-    let unreadable = |e| Error::failed("the ledger cannot be read").because(e);
-    let (_, text) = Ledger::open(ledger.try_clone().map_err(unreadable)?).map_err(unreadable)?;
-    let Snapshot { init, reply, options, chosen, backings, .. } = kept::parse(&text)?;
-    let page = counters.try_clone().and_then(SharedCounters::map);
+    let (_, snapshot) = kept::read(kept::copy(ledger)?)?;
+    let Snapshot { init, reply, options, chosen, backings, .. } = snapshot;
+    let page = SharedCounters::map(kept::copy(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
     let flights = Flights::begin(stats.clone())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -127,7 +126,8 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let source = Source::new(store, Arc::clone(&reader), stats.clone());
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
     let unfinished = passthrough.know_late(late);
-    let filesystem = Templates::new(tree, reader, source, Arc::clone(&passthrough), stats, flights);
+    let filesystem =
+        Templates { tree, reader, source, passthrough: Arc::clone(&passthrough), stats, flights };
 
     let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
@@ -149,8 +149,7 @@ fn ready(rows: Vec<BackingRow>) -> Vec<(FileKey, u32, OwnedFd)> {
     let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?, row.identity)));
     let inherited = |(key, id, number, identity)| {
         let fd = descriptor::take(number).ok()?;
-        let stat = rustix::fs::fstat(&fd).ok()?;
-        ((stat.st_dev, stat.st_ino) == identity).then_some((key, id, fd))
+        kept::is(&fd, identity).then_some((key, id, fd))
     };
     ready.filter_map(inherited).collect()
 }

@@ -87,6 +87,13 @@ pub struct ServerRow {
     /// The parts of its sandbox that this kernel could not do, in words.
     #[serde(default)]
     pub lacks: Vec<String>,
+    /// True once it answers the kernel. Ledgers without the word are of servers that do.
+    #[serde(default = "yes")]
+    pub serving: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// All of it.
@@ -112,6 +119,15 @@ pub struct Snapshot {
     pub chosen: Chosen,
     /// Who serves.
     pub server: Option<ServerRow>,
+    /// Servers that were ended and have not gone yet, by number: what they had read comes again once they have.
+    #[serde(default)]
+    pub leaving: Vec<u32>,
+    /// `st_dev` and `st_ino` of the counters page.
+    #[serde(default)]
+    pub page: Option<(u64, u64)>,
+    /// Signals that have asked the supervisor for the end.
+    #[serde(default)]
+    pub terminations: u32,
     /// Servers that were started in place of one that died or was replaced.
     pub restarts: u64,
     /// Backings, and the reasons of files that have none.

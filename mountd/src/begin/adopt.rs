@@ -6,12 +6,15 @@ use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use stencilfs::control::{Channel, INFLIGHT_NAME, Mount, RecordDir};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::fuse_dev;
+use stencilfs::sys::process::{has_ended, pidfd};
 
 use super::{Found, Taken, restore};
-use crate::kept::{self, Ledger, Program};
+use crate::handed;
+use crate::kept::{self, Program};
 use crate::link::{Answer, Reply};
 use crate::supervisor::Server;
 
@@ -35,36 +38,32 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     let server = Holder::open(pid)?;
     let wrong = |what: &str| Error::failed(format!("its server, process {pid}, holds no {what}"));
     let fuse = server.get("fuse")?;
-    if !is_fuse(&fuse) {
-        return Err(wrong("connection"));
+    if !is_of(&fuse, left.device) {
+        return Err(wrong("connection of this mount"));
     }
     // What it calls so must be what its supervisor wrote down: the server may have been taken over.
     let genuine = |name: &str, known: (u64, u64)| -> Result<OwnedFd> {
         let fd = server.get(name)?;
-        if kept::identity(&fd)? == known {
-            Ok(fd)
-        } else {
-            Err(wrong(&format!("{name} that is its supervisor's")))
-        }
+        let its = kept::is(&fd, known);
+        its.then_some(fd).ok_or_else(|| wrong(&format!("{name} that is its supervisor's")))
     };
     let [ledger, program] = left.identities;
     let program = genuine("program", program)?;
-    let unreadable = |e| Error::failed("its ledger cannot be read").because(e);
-    let (ledger, text) = Ledger::open(genuine("ledger", ledger)?).map_err(unreadable)?;
-    let snapshot = kept::parse(&text)?;
+    let (ledger, snapshot) = kept::read(genuine("ledger", ledger)?)?;
     if snapshot.device != left.device {
         return Err(wrong("ledger of this mount"));
     }
-    let row = snapshot.server.clone().filter(|row| row.process.pid == pid && row.process.is_alive());
+    // The descriptors are those of one process, and the ledger among them is genuine: it is that server.
+    let row = snapshot.server.clone().filter(|row| row.process.pid == pid && !has_ended(&server.pidfd));
     let row = row.ok_or_else(|| wrong("ledger of its own"))?;
+    let leaving = snapshot.leaving.clone();
     let found = Found {
         fuse,
         counters: server.get("counters")?,
         ledger,
         program: Program::new(program),
         listener: None,
-        files: server
-            .files(|stat| snapshot.backings.iter().any(|b| b.identity == (stat.st_dev, stat.st_ino))),
+        files: server.files(|file| snapshot.backings.iter().any(|b| b.identity == file)),
     };
     let link = Channel::new(server.get("peer")?);
     let table = server.table();
@@ -72,7 +71,7 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     greet(&link);
     let server = Server::new(row, link, &kept)?;
     log::info!("took over {} with server {pid}", kept.options.mountpoint.display());
-    Ok(Taken { kept, backings, server: Some((server, table)) })
+    Ok(Taken { kept, backings, server: Some((server, table)), leaving })
 }
 
 /// Tells the server that it has another supervisor: if it waits for an answer of the one before, it asks again.
@@ -87,9 +86,10 @@ pub fn table_of(pid: u32) -> Option<OwnedFd> {
     Holder::open(pid).ok()?.table()
 }
 
-fn is_fuse(fd: &OwnedFd) -> bool {
-    const FUSE: (u32, u32) = (10, 229);
-    rustix::fs::fstat(fd).is_ok_and(|s| (rustix::fs::major(s.st_rdev), rustix::fs::minor(s.st_rdev)) == FUSE)
+/// True for the connection of that device: a descriptor of another mount would be answered for in vain. Kernels that do
+/// not say whose it is are believed.
+pub fn is_of(fuse: &OwnedFd, device: u64) -> bool {
+    fuse_dev::connection_of(fuse).is_ok_and(|its| its.is_none_or(|its| its == device))
 }
 
 /// Another process whose descriptors are copied.
@@ -103,14 +103,11 @@ struct Holder {
 impl Holder {
     fn open(pid: u32) -> Result<Holder> {
         let gone = || Error::failed(format!("process {pid} is gone"));
-        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
-        let pidfd = pidfd_open(raw, PidfdFlags::empty()).map_err(|_| gone())?;
+        let pidfd = pidfd(pid)?.ok_or_else(gone)?;
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| gone())?;
         let text = String::from_utf8_lossy(&arguments);
-        let list = text.split('\0').find_map(|arg| arg.strip_prefix("--fds=")).unwrap_or_default();
-        let pairs = list.split(',').filter_map(|item| item.split_once(':'));
-        let names =
-            pairs.filter_map(|(name, number)| Some((name.to_owned(), number.parse().ok()?))).collect();
+        let pairs = text.split('\0').find_map(handed::parse).unwrap_or_default();
+        let names = pairs.into_iter().map(|(name, number)| (name.to_owned(), number)).collect();
         Ok(Holder { pidfd, pid, names })
     }
 
@@ -130,10 +127,12 @@ impl Holder {
     }
 
     /// Copies of all whose files are wanted.
-    fn files(&self, wanted: impl Fn(&rustix::fs::Stat) -> bool) -> Vec<OwnedFd> {
-        let matching =
-            self.numbers().filter(|(_, path)| rustix::fs::stat(path).is_ok_and(|stat| wanted(&stat)));
-        matching.filter_map(|(number, _)| self.copy(number).ok()).collect()
+    fn files(&self, wanted: impl Fn((u64, u64)) -> bool) -> Vec<OwnedFd> {
+        let identity = |path: &Path| rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino));
+        let matching = self.numbers().filter(|(_, path)| identity(path).is_ok_and(&wanted));
+        let copies = matching.filter_map(|(number, _)| self.copy(number).ok());
+        // Between the look and the copy it may have become another one.
+        copies.filter(|file| kept::identity(file).is_ok_and(&wanted)).collect()
     }
 
     /// A copy of its table of requests.

@@ -15,7 +15,6 @@ mod checks;
 mod prepare;
 mod resume;
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -24,21 +23,28 @@ use std::process::ExitCode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use stencilfs::control::{self, BackingRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::fuse_dev;
 use stencilfs::sys::memfd::SharedCounters;
-use stencilfs::sys::process;
+use stencilfs::sys::process::{self, ProcessId};
 
 use crate::backings::Backings;
 use crate::control::{Callers, Starter};
+use crate::handed::Fds;
 use crate::kept::{self, Kept, Ledger, Program};
 use crate::notify::Notify;
 use crate::stats::Stats;
 use crate::supervisor::{Server, Supervisor};
 
 /// A mount, from its begin or from where another supervisor left it.
-struct Taken {
-    kept: Kept,
-    backings: Backings,
-    server: Option<(Server, Option<OwnedFd>)>,
+pub struct Taken {
+    /// What is kept for it.
+    pub kept: Kept,
+    /// Its backings.
+    pub backings: Backings,
+    /// Its server, and that one's table of requests.
+    pub server: Option<(Server, Option<OwnedFd>)>,
+    /// Servers that were ended before and may live yet, by number.
+    pub leaving: Vec<u32>,
 }
 
 /// `stencil-mountd supervise`.
@@ -56,15 +62,14 @@ pub fn supervise(options: MountOptions) -> ExitCode {
         }
         ExitCode::from(error.code().exit_code())
     };
-    let begun = signals().and_then(|signals| Ok((take(options)?, signals)));
+    let mut notify = Notify::new();
+    let begun = signals().and_then(|signals| Ok((take(options, &mut notify)?, signals)));
     let (taken, signals) = match begun {
         Ok(begun) => begun,
         Err(error) => return fail(&mut callers, error),
     };
     let (mountpoint, device) = (taken.kept.options.mountpoint.clone(), taken.kept.device);
-    let supervisor =
-        Supervisor::new(taken.kept, taken.backings, taken.server, callers, signals, Notify::new());
-    match supervisor.run() {
+    match Supervisor::new(taken, callers, signals, notify).run() {
         Ok(()) => ExitCode::SUCCESS,
         Err((error, mut callers)) => {
             prepare::unmount(&mountpoint, device);
@@ -83,10 +88,7 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
         let caller = caller.map(|fd| callers.resume(control::Channel::new(fd)));
         let signals = signals()?;
         process::hold_signals(false).map_err(|e| Error::failed("cannot hear signals").because(e))?;
-        Ok((
-            Supervisor::new(taken.kept, taken.backings, taken.server, callers, signals, Notify::new()),
-            caller,
-        ))
+        Ok((Supervisor::new(taken, callers, signals, Notify::new()), caller))
     };
     let ended = resumed().and_then(|(mut supervisor, caller)| {
         let own = Program::own().map_err(|e| Error::failed("cannot open this program").because(e));
@@ -110,12 +112,7 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
 /// output.
 pub fn check() -> ExitCode {
     use crate::jobs::Outcome;
-    let checked = || -> Result<()> {
-        let fail = |e: std::io::Error| Error::failed("no ledger was handed on").because(e);
-        let (_, text) =
-            Ledger::open(rustix::stdio::stdin().try_clone_to_owned().map_err(fail)?).map_err(fail)?;
-        kept::parse(&text).map(drop)
-    };
+    let checked = || -> Result<()> { kept::read(kept::copy(rustix::stdio::stdin())?).map(drop) };
     let (outcome, code) = match checked() {
         Ok(()) => (Outcome::Done, ExitCode::SUCCESS),
         Err(error) => (Outcome::Failed(control::Failure::from(&error)), ExitCode::FAILURE),
@@ -127,16 +124,22 @@ pub fn check() -> ExitCode {
 }
 
 /// A new mount, or one whose supervisor is dead.
-fn take(options: MountOptions) -> Result<Taken> {
+fn take(options: MountOptions, notify: &mut Notify) -> Result<Taken> {
     let mountpoint = checks::canonical(&options.mountpoint)?;
     let left =
         control::mounts()?.into_iter().find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned);
     let mut stored = Fds::from_service_manager()?;
-    let mut taken = match (left, stored.has("fuse")) {
-        (Some(left), _) => adopt::adopt(&left),
-        (None, true) => resume::from_fds(&mut stored),
-        (None, false) => prepare::prepare(options.clone()),
-    }?;
+    let living = stored.of("fuse").iter().any(|fuse| !fuse_dev::is_over(fuse));
+    let mut taken = match (left, living) {
+        (Some(left), _) => adopt::adopt(&left)?,
+        (None, true) => resume::from_fds(&mut stored)?,
+        (None, false) => {
+            let taken = prepare::prepare(options.clone())?;
+            // What is left of an earlier mount is not to be taken for this one's.
+            stored.names().for_each(|name| notify.forget(name));
+            taken
+        }
+    };
     taken.kept.options.foreground = options.foreground;
     if !options.foreground {
         log_to(&taken.kept.record)?;
@@ -148,93 +151,17 @@ fn take(options: MountOptions) -> Result<Taken> {
     Ok(taken)
 }
 
-/// Descriptors with names.
-#[derive(Debug, Default)]
-pub struct Fds(HashMap<String, Vec<OwnedFd>>);
-
-impl Fds {
-    /// Those that `--fds=NAME:NUMBER,…` names.
-    ///
-    /// # Errors
-    /// When one of them is not open.
-    pub fn from_args(args: impl Iterator<Item = OsString>) -> Result<Fds> {
-        let bad = || Error::usage("it is started by a supervisor only, which hands it descriptors");
-        let mut fds = Fds::default();
-        for arg in args.take_while(|arg| arg != "--") {
-            let names = arg.to_str().and_then(|a| a.strip_prefix("--fds=")).ok_or_else(bad)?;
-            for item in names.split(',').filter(|item| !item.is_empty()) {
-                let (name, number) = item.split_once(':').ok_or_else(bad)?;
-                fds.add(name, number.parse().map_err(|_| bad())?)?;
-            }
-        }
-        Ok(fds)
-    }
-
-    /// Those that a service manager kept, as sd_listen_fds_with_names(3) finds them.
-    ///
-    /// # Errors
-    /// When one of them is not open.
-    fn from_service_manager() -> Result<Fds> {
-        const FIRST: i32 = 3;
-        let word = |name| std::env::var(name).unwrap_or_default();
-        let mut fds = Fds::default();
-        if word("LISTEN_PID") == std::process::id().to_string() {
-            let count: usize = word("LISTEN_FDS").parse().unwrap_or(0);
-            let names = word("LISTEN_FDNAMES");
-            let names = names.split(':').chain(std::iter::repeat("")).take(count);
-            for (name, number) in names.zip(FIRST..) {
-                fds.add(name, number)?;
-            }
-        }
-        Ok(fds)
-    }
-
-    fn add(&mut self, name: &str, number: i32) -> Result<()> {
-        let fd = stencilfs::sys::descriptor::take(number).map_err(|e| {
-            Error::failed(format!("descriptor {number} ({name}) was not handed to this program")).because(e)
-        })?;
-        self.0.entry(name.to_owned()).or_default().push(fd);
-        Ok(())
-    }
-
-    /// True when there is one of that name.
-    pub fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name)
-    }
-
-    /// The one of that name.
-    pub fn take(&mut self, name: &str) -> Option<OwnedFd> {
-        self.0.remove(name).and_then(|mut all| all.pop())
-    }
-
-    /// The one of that name, which must be there.
-    ///
-    /// # Errors
-    /// Names it.
-    pub fn need(&mut self, name: &str) -> Result<OwnedFd> {
-        self.take(name)
-            .ok_or_else(|| Error::failed(format!("no descriptor '{name}' was handed to this program")))
-    }
-
-    /// All that are left, whatever their names.
-    pub fn rest(&mut self) -> Vec<OwnedFd> {
-        self.0.drain().flat_map(|(_, fds)| fds).collect()
-    }
-}
-
 /// What a ledger's supervisor kept, from the descriptors that were found. `record` is locked by the caller.
 fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(Kept, Backings)> {
-    let fail = |what: &'static str| move |e| Error::failed(what).because(e);
-    let counters = SharedCounters::map(found.counters).map_err(fail("the counters cannot be mapped"))?;
+    let counters = SharedCounters::map(found.counters)
+        .map_err(|e| Error::failed("the counters cannot be mapped").because(e))?;
     let listener = match found.listener {
         Some(listener) => listener,
         None => crate::control::open(&record)?,
     };
     let mut files = found.files;
     let backings = Backings::restore(snapshot.backings, |row: &BackingRow| {
-        let at = files.iter().position(|fd| {
-            rustix::fs::fstat(fd).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == row.identity)
-        })?;
+        let at = files.iter().position(|fd| kept::is(fd, row.identity))?;
         Some(files.swap_remove(at))
     });
     let kept = Kept {
@@ -244,6 +171,8 @@ fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(Kept,
         reply: snapshot.reply,
         chosen: snapshot.chosen,
         restarts: snapshot.restarts,
+        // Another process was not asked for the end yet.
+        terminations: if snapshot.supervisor == ProcessId::me()? { snapshot.terminations } else { 0 },
         fuse: found.fuse,
         stats: Stats::new(counters),
         record,

@@ -29,19 +29,25 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     let ledger = Ledger::create().map_err(fail("cannot make the ledger"))?;
     let program = Program::own().map_err(fail("cannot open this program"))?;
     mount::mount_fuse(&fuse, &options.store, &options.mountpoint, options.noexec)?;
-    let device = checks::device_at(&options.mountpoint)?;
+    let device = checks::device_at(&options.mountpoint).inspect_err(|_| {
+        // Nothing is known of what is there but that this process has just put it there.
+        if let Err(error) = mount::unmount(&options.mountpoint, true) {
+            log::error!("cannot unmount {}: {error}", options.mountpoint.display());
+        }
+    })?;
     let mountpoint = options.mountpoint.clone();
     let begin = || -> Result<Taken> {
         let init = fuse_dev::read_init(&fuse).map_err(fail("the kernel does not begin to speak"))?;
         let chosen = cache::choose(&options, &init)?;
         let listener = crate::control::open(&record)?;
         let stats = Stats::new(counters);
-        let (reply, restarts, previous) = (None, 0, None);
+        let (reply, restarts, terminations, previous) = (None, 0, 0, None);
         #[rustfmt::skip]
         let kept = Kept {
-            options, device, init, reply, chosen, restarts, fuse, stats, record, listener, program, previous, ledger,
+            options, device, init, reply, chosen, restarts, terminations, fuse, stats, record, listener, program,
+            previous, ledger,
         };
-        Ok(Taken { kept, backings: Backings::default(), server: None })
+        Ok(Taken { kept, backings: Backings::default(), server: None, leaving: Vec::new() })
     };
     begin().inspect_err(|_| unmount(&mountpoint, device))
 }

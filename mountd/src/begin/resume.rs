@@ -1,11 +1,16 @@
 //! A mount whose descriptors were handed to this process: by the program that it was before, or by a service manager
 //! that kept them while nobody lived.
 
-use stencilfs::control::{Channel, RecordDir};
+use std::os::fd::OwnedFd;
+
+use rustix::process::Signal;
+use stencilfs::control::{Channel, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::fuse_dev;
 use stencilfs::sys::process::ProcessId;
 
-use super::{Fds, Found, Taken, adopt, restore};
+use super::{Found, Taken, adopt, restore};
+use crate::handed::Fds;
 use crate::kept::{self, Ledger, Program};
 use crate::supervisor::Server;
 
@@ -14,34 +19,26 @@ use crate::supervisor::Server;
 /// # Errors
 /// Names what is missing.
 pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
-    let unreadable = |e| Error::failed("the ledger cannot be read").because(e);
-    let (ledger, text) = Ledger::open(fds.need("ledger")?).map_err(unreadable)?;
-    let snapshot = kept::parse(&text)?;
+    let (ledger, snapshot, fuse) = connection(fds)?;
+    let counters =
+        fds.all("counters").into_iter().rfind(|page| snapshot.page.is_none_or(|its| kept::is(page, its)));
+    let missing =
+        |what| Error::failed(format!("no descriptor '{what}' of this mount was handed to this program"));
+    let counters = counters.ok_or_else(|| missing("counters"))?;
     let record = match fds.take("record") {
         Some(folder) => RecordDir::inherited(snapshot.record.clone(), folder),
         // Of a mount that nobody lives for any more the record may have been removed.
         None => RecordDir::take_over(&snapshot.record).or_else(|_| RecordDir::create(ProcessId::me()?))?,
     };
-    let row = snapshot.server.clone().filter(|row| row.process.is_alive());
     // Servers go on from the program before, until a new one has proved itself.
-    let program = fds.take("previous");
-    let program = match program {
-        Some(program) => program,
-        None => fds.need("program")?,
-    };
-    let _ = fds.take("program");
-    let found = Found {
-        fuse: fds.need("fuse")?,
-        counters: fds.need("counters")?,
-        ledger,
-        program: Program::new(program),
-        listener: fds.take("listener"),
-        files: Vec::new(),
-    };
-    let link = fds.take("peer").map(Channel::new);
-    let found = Found { files: fds.rest(), ..found };
+    let (previous, program) = (fds.take("previous"), fds.take("program"));
+    let program = Program::new(previous.or(program).ok_or_else(|| missing("program"))?);
+    let (listener, link) = (fds.take("listener"), fds.take("peer").map(Channel::new));
+    let (row, leaving) = (snapshot.server.clone(), snapshot.leaving.clone());
+    let found = Found { fuse, counters, ledger, program, listener, files: fds.rest() };
     let (kept, mut backings) = restore(snapshot, record, found)?;
     let server = match (row, link) {
+        // A child of this process, and its link: it is that one, or gone.
         (Some(row), Some(link)) => {
             adopt::greet(&link);
             let table = adopt::table_of(row.process.pid);
@@ -49,7 +46,9 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
         }
         // A server whose link is lost is of no use: its successor gets what it had read.
         (Some(row), None) => {
-            let _ = row.process.signal(rustix::process::Signal::KILL);
+            if let Err(error) = row.process.signal(Signal::KILL) {
+                log::warn!("the server before is not ended: {error}");
+            }
             None
         }
         (None, _) => None,
@@ -57,5 +56,38 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
     if server.is_none() {
         drop(backings.forget_unfinished());
     }
-    Ok(Taken { kept, backings, server })
+    Ok(Taken { kept, backings, server, leaving })
+}
+
+/// The connection that lives, and its ledger. A manager may have kept descriptors of an earlier mount as well, whose
+/// device number another one can have by now: of several ledgers it is the one that was written by the last supervisor.
+fn connection(fds: &mut Fds) -> Result<(Ledger, Snapshot, OwnedFd)> {
+    let mut living: Vec<OwnedFd> = fds.all("fuse");
+    if living.len() > 1 {
+        living.retain(|fuse| !fuse_dev::is_over(fuse));
+    }
+    let mut why = Error::failed("no ledger was handed to this program");
+    let mut found: Option<(Ledger, Snapshot, usize)> = None;
+    for ledger in fds.all("ledger") {
+        let (ledger, snapshot) = match kept::read(ledger) {
+            Ok(read) => read,
+            Err(error) => {
+                why = error;
+                continue;
+            }
+        };
+        let Some(at) = living.iter().position(|fuse| adopt::is_of(fuse, snapshot.device)) else {
+            why = Error::failed(
+                "no connection of the mount that the ledger is about was handed to this program",
+            )
+            .remedy("unmount and mount again");
+            continue;
+        };
+        let newer =
+            |(_, other, _): &(_, Snapshot, _)| other.supervisor.start_time <= snapshot.supervisor.start_time;
+        if found.as_ref().is_none_or(newer) {
+            found = Some((ledger, snapshot, at));
+        }
+    }
+    found.map(|(ledger, snapshot, at)| (ledger, snapshot, living.swap_remove(at))).ok_or(why)
 }

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use stencilfs::control::{Cache, Channel, Failure, Received};
 use stencilfs::error::{Error, Result};
@@ -111,8 +111,8 @@ impl Job {
     }
 
     fn new(channel: Channel, pid: u32, limit: Duration) -> Result<Job> {
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| Error::failed("no child"))?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|e| no_child(e.into()))?;
+        let pidfd =
+            process::pidfd(pid)?.ok_or_else(|| Error::failed(format!("process {pid} is no child")))?;
         Ok(Job { channel, pidfd, deadline: Instant::now() + limit })
     }
 

@@ -8,9 +8,10 @@ use stencilfs::control::{Received, Request, Response};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::{descriptor, process};
 
-use crate::control::Answered;
+use crate::control::answer_with;
+use crate::handed;
 use crate::jobs::Job;
-use crate::kept::Program;
+use crate::kept::{self, Program};
 use crate::supervisor::{Candidate, PROBATION, Purpose, Server, Supervisor};
 
 impl Supervisor {
@@ -23,15 +24,12 @@ impl Supervisor {
         };
         match request {
             Request::Snapshot => {
-                let server = self.server.as_ref().filter(|s| s.serving).map(|s| s.row.clone());
-                let snapshot = self.kept.snapshot(server, self.backings.rows());
-                self.callers.say(id, snapshot.and_then(Answered::snapshot));
+                let server = self.server.as_ref().map(|s| s.row.clone()).filter(|row| row.serving);
+                let snapshot = self.snapshot(server);
+                self.callers.say(id, snapshot.and_then(|snapshot| answer_with(&snapshot)));
             }
             Request::Backing { index } => {
-                let file = self
-                    .backings
-                    .file(index)
-                    .and_then(|f| f.try_clone().map_err(|e| Error::failed("out of descriptors").because(e)));
+                let file = self.backings.file(index).and_then(kept::copy);
                 self.callers.say(id, file.map(|file| (Response::Descriptor, Some(file))));
             }
             Request::Unmount { mode } => self.unmount(Some(id), mode),
@@ -57,7 +55,7 @@ impl Supervisor {
         let fail = |e| Error::failed("cannot hand on the ledger").because(e);
         let ledger = self.kept.ledger.read_only().map_err(fail)?;
         let job = Job::ask_program(PROBATION, &program, ledger)?;
-        self.begin(Ok(job), Purpose::Check(program, Some(caller)));
+        self.begin(Ok(job), Purpose::Check(program, caller));
         Ok(())
     }
 
@@ -77,7 +75,7 @@ impl Supervisor {
         let Some(Candidate { mut server, program, caller, table, .. }) = self.candidate.take() else {
             return;
         };
-        server.serving = true;
+        server.row.serving = true;
         log::info!("server {} of {} serves now", server.row.process.pid, program.name.display());
         let old = self.server.replace(server);
         self.kept.restarts += 1;
@@ -88,6 +86,7 @@ impl Supervisor {
         // Only now: whoever takes over from here on finds the new one.
         if let Some(old) = old {
             self.dismiss(old);
+            self.save();
         }
         self.callers.answer(caller, Ok(()));
     }
@@ -109,15 +108,15 @@ impl Supervisor {
 
     /// Becomes another program, with every descriptor; that one then starts a server of its own. Comes back only when
     /// that fails.
-    pub(crate) fn become_program(&mut self, program: Program, caller: Option<u64>) {
+    pub(crate) fn become_program(&mut self, program: Program, caller: u64) {
         self.save();
         let result = self.exec(&program, caller);
         let error = Error::io("cannot become the program", &program.name, result.unwrap_or_else(|e| e));
         log::error!("{error}");
-        self.callers.answer(caller, Err(error));
+        self.callers.answer(Some(caller), Err(error));
     }
 
-    fn exec(&self, program: &Program, caller: Option<u64>) -> std::io::Result<std::io::Error> {
+    fn exec(&self, program: &Program, caller: u64) -> std::io::Result<std::io::Error> {
         let mut kept: Vec<(&str, BorrowedFd<'_>)> = vec![
             ("fuse", self.kept.fuse.as_fd()),
             ("ledger", self.kept.ledger.as_fd()),
@@ -128,11 +127,10 @@ impl Supervisor {
             ("program", program.file.as_fd()),
         ];
         kept.extend(self.server.as_ref().map(|server| ("peer", server.link.as_fd())));
-        kept.extend(caller.and_then(|id| self.callers.channel(id)).map(|channel| ("caller", channel)));
+        kept.extend(self.callers.channel(caller).map(|channel| ("caller", channel)));
         kept.extend(self.backings.all_files().map(|file| ("backing", file.as_fd())));
-        let names: String = kept.iter().map(|(name, fd)| format!("{name}:{},", fd.as_raw_fd())).collect();
         let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
-        command.arg0("stencil-mountd").arg("resume").arg(format!("--fds={names}")).arg("--");
+        command.arg0("stencil-mountd").arg("resume").arg(handed::argument(&kept)).arg("--");
         command.arg(&self.kept.options.mountpoint);
         // A signal in between waits for the new program.
         process::hold_signals(true)?;

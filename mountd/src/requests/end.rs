@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
 use stencilfs::control::UnmountMode;
+use stencilfs::error::Error;
 
 use crate::jobs::{self, Job};
 use crate::supervisor::{Purpose, Supervisor};
@@ -10,24 +12,38 @@ use crate::supervisor::{Purpose, Supervisor};
 /// Unmounting waits for pages that are being read; so long.
 const UNMOUNT: Duration = Duration::from_secs(60);
 
-/// The supervisor has closed its copies after so long.
-const MOMENT: Duration = Duration::from_millis(200);
-
 /// Who loses its memory is sought for so long.
 const SEARCH: Duration = Duration::from_secs(1);
 
+fn no_word(e: std::io::Error) -> Error {
+    Error::failed("no word between the supervisor and who closes files for it").because(e)
+}
+
 impl Supervisor {
-    /// Closes files that nobody else has open, where it may take long: in a child that has them a moment longer.
+    /// Closes files that nobody else has open, where it may take long: in a child that is the last to have them. One
+    /// such child at a time: what comes meanwhile is closed by the next.
     pub(crate) fn close_elsewhere(&mut self) {
-        if self.to_close.is_empty() || !self.server.as_ref().is_some_and(|s| s.serving) {
+        let closing = self.jobs.iter().any(|(_, purpose)| matches!(purpose, Purpose::Close));
+        if closing || self.to_close.is_empty() || !self.server.as_ref().is_some_and(|s| s.row.serving) {
             return;
         }
-        let job = Job::start(UNMOUNT, &self.kept.fuse, || {
-            std::thread::sleep(MOMENT);
-            Ok(None)
+        let begun = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| no_word(e.into())).and_then(|closed| {
+            let job = Job::start(UNMOUNT, &self.kept.fuse, || {
+                // It ends, and closes them, only when the supervisor has closed its own.
+                rustix::io::read(&closed, &mut [0; 8]).map(|_| None).map_err(|e| no_word(e.into()))
+            });
+            job.map(|job| (job, closed))
         });
         self.to_close.clear();
-        self.begin(job, Purpose::Close);
+        match begun {
+            Ok((job, closed)) => {
+                if let Err(e) = rustix::io::write(&closed, &1u64.to_ne_bytes()) {
+                    log::warn!("{}", no_word(e.into()));
+                }
+                self.begin(Ok(job), Purpose::Close);
+            }
+            Err(error) => log::warn!("files of backings were closed by the supervisor itself: {error}"),
+        }
     }
 
     /// SIGTERM and the like end the mount as soon as nobody is hurt: at once, or with its last mapping. A second one
@@ -35,12 +51,12 @@ impl Supervisor {
     pub(crate) fn signalled(&mut self) {
         let mut bytes = [0; 64];
         let Ok(n) = rustix::io::read(&self.signals, &mut bytes) else { return };
-        self.terminations = self.terminations.saturating_add(n as u32);
+        self.kept.terminations = self.kept.terminations.saturating_add(n as u32);
         self.notify.stopping();
-        let mode = if self.terminations == 1 { UnmountMode::Plain } else { UnmountMode::Force };
+        let mode = if self.kept.terminations == 1 { UnmountMode::Plain } else { UnmountMode::Force };
         log::info!(
             "a signal asks for the end: {}",
-            if self.terminations == 1 { "unmounting" } else { "aborting" }
+            if self.kept.terminations == 1 { "unmounting" } else { "aborting" }
         );
         self.unmount(None, mode);
     }

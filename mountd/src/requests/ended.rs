@@ -50,7 +50,7 @@ impl Supervisor {
             Purpose::Close => {}
             Purpose::Check(program, caller) => match failed {
                 None => self.successor_program = Some((program, caller)),
-                Some(error) => self.callers.answer(caller, Err(error)),
+                Some(error) => self.callers.answer(Some(caller), Err(error)),
             },
         }
     }

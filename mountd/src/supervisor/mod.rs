@@ -8,13 +8,15 @@ mod servers;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use stencilfs::control::{Failure, UnmountMode};
+use rustix::event::{PollFd, PollFlags};
+use stencilfs::control::{Failure, ServerRow, Snapshot, UnmountMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::sys::process::{self, Ended};
+use stencilfs::sys::wait::poll_for;
 
 use crate::backings::Backings;
+use crate::begin::Taken;
 use crate::control::Callers;
 use crate::jobs::Job;
 use crate::kept::{Kept, Program};
@@ -32,8 +34,6 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A new program must answer the kernel within this time.
 pub const PROBATION: Duration = Duration::from_secs(5);
-/// Servers that were killed and are not gone yet; more are not waited for.
-const MOST_LEAVING: usize = 8;
 
 /// Who takes part in the loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub enum Purpose {
     /// Closing files of backings that were given up: the filesystem may take its time.
     Close,
     /// Whether a program can take the place of this one; which, and who asked.
-    Check(Program, Option<u64>),
+    Check(Program, u64),
 }
 
 /// A server that is to take the place of the present one.
@@ -79,46 +79,41 @@ pub struct Supervisor {
     pub(crate) backings: Backings,
     pub(crate) server: Option<Server>,
     pub(crate) candidate: Option<Candidate>,
-    pub(crate) leaving: Vec<Server>,
+    /// Servers that were killed and are not gone yet, by number. Each is a process that the kernel holds: there are
+    /// never more entries than those.
+    pub(crate) leaving: Vec<(u32, OwnedFd)>,
     pub(crate) jobs: Vec<(Job, Purpose)>,
     pub(crate) callers: Callers,
     pub(crate) signals: OwnedFd,
-    pub(crate) terminations: u32,
     pub(crate) watchdog: Watchdog,
     pub(crate) notify: Notify,
     pub(crate) to_close: Vec<OwnedFd>,
     pub(crate) idle_deaths: u32,
     pub(crate) start_at: Option<Instant>,
     pub(crate) failure: Option<Failure>,
-    pub(crate) successor_program: Option<(Program, Option<u64>)>,
+    pub(crate) successor_program: Option<(Program, u64)>,
 }
 
 impl Supervisor {
     /// Takes up a mount, with its present server if there is one, and that one's table of requests.
-    pub fn new(
-        kept: Kept,
-        backings: Backings,
-        server: Option<(Server, Option<OwnedFd>)>,
-        callers: Callers,
-        signals: OwnedFd,
-        notify: Notify,
-    ) -> Supervisor {
+    pub fn new(taken: Taken, callers: Callers, signals: OwnedFd, notify: Notify) -> Supervisor {
+        let Taken { kept, backings, server, leaving } = taken;
         let mut watchdog = Watchdog::new(kept.options.watchdog, kept.device);
-        let server = server.map(|(mut server, table)| {
+        let server = server.map(|(server, table)| {
             watchdog.watch(table);
-            server.serving = true;
             server
         });
-        Supervisor {
+        let owed = !leaving.is_empty();
+        let living = |pid| process::pidfd(pid).ok().flatten().map(|pidfd| (pid, pidfd));
+        let supervisor = Supervisor {
             kept,
             backings,
             server,
             candidate: None,
-            leaving: Vec::new(),
+            leaving: leaving.into_iter().filter_map(living).collect(),
             jobs: Vec::new(),
             callers,
             signals,
-            terminations: 0,
             watchdog,
             notify,
             to_close: Vec::new(),
@@ -126,7 +121,12 @@ impl Supervisor {
             start_at: None,
             failure: None,
             successor_program: None,
+        };
+        if owed {
+            // Of those that have gone meanwhile; that of the others is sent again when they have.
+            supervisor.resend();
         }
+        supervisor
     }
 
     /// Serves until the mount is over.
@@ -139,8 +139,14 @@ impl Supervisor {
         {
             log::warn!("the supervisor's memory is not locked: {e}");
         }
-        if self.server.is_some() {
-            self.announce();
+        if self.kept.stats.get(Counter::Answers) > 0 {
+            // Somebody relies on the mount: it is not given up, whatever becomes of the next server.
+            self.callers.served();
+        }
+        match &self.server {
+            Some(server) if server.row.serving => self.announce(),
+            Some(_) => self.record(),
+            None => {}
         }
         while !fuse_dev::is_over(&self.kept.fuse) {
             if let Err(error) = self.keep_a_server() {
@@ -162,11 +168,7 @@ impl Supervisor {
             // The connection is ready all the time now.
             std::thread::sleep(Duration::from_millis(2));
         }
-        for server in
-            self.server.iter().chain(self.candidate.as_ref().map(|c| &c.server)).chain(&self.leaving)
-        {
-            server.kill();
-        }
+        self.server.iter().chain(self.candidate.as_ref().map(|c| &c.server)).for_each(Server::kill);
         self.callers.end();
         Ok(())
     }
@@ -184,7 +186,7 @@ impl Supervisor {
                 Who::ServerEnd => self.server_died(),
                 Who::Leaving(pid) => {
                     log::info!("server {pid} has ended");
-                    self.leaving.retain(|s| s.row.process.pid != pid);
+                    self.leaving.retain(|(other, _)| *other != pid);
                     // What it had read since its successor began comes again.
                     self.resend();
                 }
@@ -198,7 +200,7 @@ impl Supervisor {
             self.candidate_failed("it did not answer within 5 s");
         }
         let why = match &self.server {
-            Some(server) if server.serving => self.watchdog.look(&self.kept.stats),
+            Some(server) if server.row.serving => self.watchdog.look(&self.kept.stats),
             Some(server) => self.watchdog.look_at_start(server.since),
             None => None,
         };
@@ -209,7 +211,7 @@ impl Supervisor {
             self.server_died();
         }
         let answers = self.kept.stats.get(Counter::Answers);
-        if self.server.as_ref().is_some_and(|s| s.serving && s.answers != answers) {
+        if self.server.as_ref().is_some_and(|s| s.row.serving && s.answers != answers) {
             self.kept.previous = None;
         }
         self.close_elsewhere();
@@ -233,15 +235,14 @@ impl Supervisor {
             all.extend([(Who::Server, server.link.as_fd()), (Who::ServerEnd, server.pidfd.as_fd())]);
         }
         all.extend(self.candidate.iter().map(|c| (Who::Candidate, c.server.link.as_fd())));
-        all.extend(self.leaving.iter().map(|s| (Who::Leaving(s.row.process.pid), s.pidfd.as_fd())));
+        all.extend(self.leaving.iter().map(|(pid, pidfd)| (Who::Leaving(*pid), pidfd.as_fd())));
         all.extend(self.jobs.iter().enumerate().map(|(at, (job, _))| (Who::Job(at), job.channel.as_fd())));
         let events = |who| if who == Who::Connection { PollFlags::empty() } else { PollFlags::IN };
         let mut polled: Vec<PollFd<'_>> =
             all.iter().map(|(who, fd)| PollFd::from_borrowed_fd(*fd, events(*who))).collect();
         let pause = self.start_at.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
         let pause = pause.min(self.watchdog.interval());
-        let timeout = Timespec { tv_sec: pause.as_secs() as i64, tv_nsec: pause.subsec_nanos().into() };
-        if poll(&mut polled, Some(&timeout)).is_err() {
+        if poll_for(&mut polled, Some(pause)).is_err() {
             return Vec::new();
         }
         all.iter().zip(&polled).filter(|(_, p)| !p.revents().is_empty()).map(|((who, _), _)| *who).collect()
@@ -283,7 +284,7 @@ impl Supervisor {
         let Some(server) = self.server.take() else { return };
         let answered = self.kept.stats.get(Counter::Answers) != server.answers;
         // One that lived for a while is no crash at the start: opens that wait for a backing may be all that it had.
-        let answered = answered || server.serving && server.since.elapsed() > LIVED;
+        let answered = answered || server.row.serving && server.since.elapsed() > LIVED;
         self.idle_deaths = if answered { 0 } else { self.idle_deaths + 1 };
         self.kept.restarts += 1;
         log::warn!(
@@ -316,10 +317,7 @@ impl Supervisor {
     /// Ends a server; its end is noticed later.
     pub(crate) fn dismiss(&mut self, server: Server) {
         server.kill();
-        if self.leaving.len() == MOST_LEAVING {
-            self.leaving.remove(0);
-        }
-        self.leaving.push(server);
+        self.leaving.push((server.row.process.pid, server.pidfd));
     }
 
     pub(crate) fn resend(&self) {
@@ -330,10 +328,16 @@ impl Supervisor {
         }
     }
 
+    /// Everything that is no descriptor, with that server.
+    pub(crate) fn snapshot(&self, server: Option<ServerRow>) -> Result<Snapshot> {
+        let leaving = self.leaving.iter().map(|(pid, _)| *pid).collect();
+        self.kept.snapshot(server, leaving, self.backings.rows())
+    }
+
     /// Writes down what a successor must know.
     pub(crate) fn save(&mut self) {
         let server = self.server.as_ref().map(|s| s.row.clone());
-        let text = self.kept.snapshot(server, self.backings.rows()).and_then(|snapshot| {
+        let text = self.snapshot(server).and_then(|snapshot| {
             serde_json::to_vec(&snapshot).map_err(|e| Error::failed(format!("cannot write the ledger: {e}")))
         });
         let written = text.and_then(|text| {

@@ -5,12 +5,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::Signal;
 use stencilfs::control::{Channel, ServerRow};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::process::{self, ProcessId};
 
 use crate::backings::Backings;
+use crate::handed;
 use crate::kept::{Kept, Program};
 use crate::server::BESIDE;
 
@@ -27,8 +28,6 @@ pub struct Server {
     pub since: Instant,
     /// Requests of the kernel that were answered before it came.
     pub answers: u64,
-    /// True once it answers the kernel.
-    pub serving: bool,
     /// Number of the last question that was taken up: one that comes twice is answered once.
     pub heard: u64,
     /// True while a job finds its answer.
@@ -36,8 +35,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one, `beside` another that serves or in its place. It inherits every descriptor that a new supervisor would need, by number, and reads everything else
-    /// from the ledger.
+    /// Starts one, `beside` another that serves or in its place. It inherits every descriptor that a new supervisor
+    /// would need, by number, and reads everything else from the ledger.
     ///
     /// # Errors
     /// When there can be no child.
@@ -49,25 +48,22 @@ impl Server {
         };
         let (ours, theirs) = Channel::pair().map_err(fail)?;
         let ledger = kept.ledger.read_only().map_err(fail)?;
-        let mut inherited: Vec<BorrowedFd<'_>> = backings.files().map(AsFd::as_fd).collect();
-        let mut names = String::from("--fds=");
-        for (name, fd) in [
+        let named = [
             ("fuse", kept.fuse.as_fd()),
             ("link", theirs.as_fd()),
             ("peer", ours.as_fd()),
             ("ledger", ledger.as_fd()),
             ("counters", kept.stats.page().fd().as_fd()),
             ("program", program.file.as_fd()),
-        ] {
-            names += &format!("{name}:{},", fd.as_raw_fd());
-            inherited.push(fd);
-        }
+        ];
+        let backings = backings.files().map(AsFd::as_fd);
+        let inherited: Vec<BorrowedFd<'_>> = named.iter().map(|(_, fd)| *fd).chain(backings).collect();
         let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
         command
             .arg0("stencil-mountd")
             .arg("serve")
             .args(beside.then_some(BESIDE))
-            .args([&names, "--"])
+            .args([&handed::argument(&named), "--"])
             .arg(&kept.options.mountpoint);
         for word in
             ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"]
@@ -80,10 +76,9 @@ impl Server {
             .spawn()
             .map_err(|e| Error::io("cannot start a server", &program.name, e))?;
         let process =
-            ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
-        let row =
-            ServerRow { process, version: String::new(), program: program.name.clone(), lacks: Vec::new() };
-        Server::new(row, ours, kept)
+            ProcessId::of_child(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
+        let (version, lacks, program) = (String::new(), Vec::new(), program.name.clone());
+        Server::new(ServerRow { process, version, program, lacks, serving: false }, ours, kept)
     }
 
     /// One that runs.
@@ -92,19 +87,9 @@ impl Server {
     /// When it does not.
     pub fn new(row: ServerRow, link: Channel, kept: &Kept) -> Result<Server> {
         let gone = || Error::failed(format!("the server, process {}, is gone", row.process.pid));
-        let pid = i32::try_from(row.process.pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|_| gone())?;
+        let pidfd = process::pidfd(row.process.pid)?.ok_or_else(gone)?;
         let answers = kept.stats.get(crate::stats::Counter::Answers);
-        Ok(Server {
-            row,
-            pidfd,
-            link,
-            since: Instant::now(),
-            answers,
-            serving: false,
-            heard: 0,
-            asking: false,
-        })
+        Ok(Server { row, pidfd, link, since: Instant::now(), answers, heard: 0, asking: false })
     }
 
     /// Ends it.

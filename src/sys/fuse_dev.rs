@@ -191,7 +191,7 @@ mod tests {
         assert!(connection_of(tempfile::tempfile().unwrap()).is_err());
         let dir = tempfile::tempdir().unwrap();
         let fuse = open().unwrap();
-        crate::sys::mount::mount_fuse(&fuse, "stencil-test", dir.path(), false).unwrap();
+        crate::sys::mount::mount_fuse(&fuse, dir.path(), dir.path(), false).unwrap();
         let mounts = crate::sys::procfs::mounts().unwrap();
         crate::sys::mount::unmount(dir.path(), true).unwrap();
         let device = mounts.into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);

@@ -43,6 +43,7 @@ mod store_bad_input;
 mod store_crash;
 mod store_damage;
 mod store_format;
+mod store_gc;
 mod store_in_use;
 mod store_limits;
 mod store_roundtrip;

@@ -8,8 +8,10 @@ mod columns;
 mod density;
 mod dirty;
 mod doctor;
+mod du;
 mod explain;
 mod export;
+mod gc;
 mod generate;
 mod hydrate;
 mod import;
@@ -98,6 +100,8 @@ enum Command {
     Chown(chmod::ChownArgs),
     Export(export::ExportArgs),
     Verify(verify::VerifyArgs),
+    Gc(gc::GcArgs),
+    Du(du::DuArgs),
     Path(path::PathArgs),
     Explain(explain::ExplainArgs),
     /// Show what each clone has copied and what all of them really cost
@@ -132,6 +136,8 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Chown(args) => chmod::run_chown(args, global),
         Command::Export(args) => export::run(args, global),
         Command::Verify(args) => verify::run(args, global),
+        Command::Gc(args) => gc::run(args, global),
+        Command::Du(args) => du::run(args, global),
         Command::Path(args) => path::run(args, global),
         Command::Explain(args) => explain::run(args, global),
         Command::Density(args) => density::run(args, global),

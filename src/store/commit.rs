@@ -1,15 +1,14 @@
 //! Publishes what a session has written: packs, then images, then tags.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::pack::pack_path;
 use super::pack_writer::Packed;
 use super::policy::DEFAULT_MODE;
-use super::publish::{Lock, Session, sync_folder, write_new};
+use super::publish::{Lock, Session, publish, sync_folder, write_new};
 use super::{Digest, Policy, Store, TagName};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 
 /// A template whose tables are complete in a folder of the session.
 pub(super) struct Finished<'a> {
@@ -104,10 +103,6 @@ fn point(store: &Store, template: &Finished<'_>, _names: &Lock) -> Result<Vec<(T
         moved.extend(before.map(|before| (tag.clone(), before)));
     }
     Ok(moved)
-}
-
-fn publish(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).map_err(|e| Error::io("cannot publish", to, e))
 }
 
 /// True when the tables of a template and the headers and indexes of its packs are undamaged. Its

@@ -39,21 +39,25 @@ struct Own {
 impl Known {
     /// Maps the index of every pack. A damaged pack is left out, so that its blocks are stored anew.
     pub fn load(store: &Store) -> Result<Known> {
-        let mut packs = Vec::new();
+        let mut known = Known::nothing(store);
         for id in store.packs().ids()? {
             match PackIndex::open(&store.packs().path(id), id) {
-                Ok(index) => packs.push(index),
+                Ok(index) => known.packs.push(index),
                 Err(e) => log::warn!("{e}; its blocks are not reused"),
             }
         }
-        let store = store.clone();
-        Ok(Known {
-            packs,
+        Ok(known)
+    }
+
+    /// Knows nothing but what is added.
+    pub fn nothing(store: &Store) -> Known {
+        Known {
+            packs: Vec::new(),
             last_hit: AtomicUsize::new(0),
             own: RwLock::default(),
-            store,
+            store: store.clone(),
             verdicts: Mutex::default(),
-        })
+        }
     }
 
     /// Where a block with this hash is. A block of the store is read and verified before it is relied
@@ -78,8 +82,11 @@ impl Known {
         if let Some(good) = self.verdicts().get(&key) {
             return *good;
         }
-        let result =
-            self.store.packs().get(place.pack).and_then(|pack| scratch.verify(&pack, place.stored, hash));
+        let result = self
+            .store
+            .packs()
+            .get(place.pack)
+            .and_then(|pack| scratch.verify(&pack, place.stored, hash).map(drop));
         if let Err(e) = &result {
             log::warn!("{e}; the block is stored anew");
         }

@@ -4,12 +4,14 @@
 //! The *placement* says where its blocks are, and may be rewritten. The *policy* (mode, owner, labels,
 //! tags) may change. `docs/store-format.md` describes the bytes.
 
+mod census;
 mod codec;
 mod commit;
 mod digest;
 mod export;
 mod firecracker;
 mod format;
+mod gc;
 mod image;
 mod import;
 mod known;
@@ -26,11 +28,13 @@ mod tables;
 mod tags;
 mod template;
 mod tree;
+mod usage;
 mod verify;
 
 pub use codec::{ChunkSize, Compression};
 pub use digest::Digest;
 pub use firecracker::FirecrackerState;
+pub use gc::Collected;
 pub use image::{FileKind, TemplateFile};
 pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
 pub use open::{ContentHold, Store};
@@ -41,6 +45,7 @@ pub use remove::Removed;
 pub use serving::{Serving, inode_number};
 pub use tags::TagEntry;
 pub use template::{Scratch, Template};
+pub use usage::{StoreUsage, TemplateUsage};
 pub use verify::{Affected, Damage, Verified};
 
 /// A name that nobody else has: 32 random hex digits.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::format::PackId;
@@ -265,10 +266,26 @@ impl Store {
     /// Held shared by importers for as long as they rely on packs; a collector takes it alone.
     pub(super) fn lock_content(&self) -> Result<Lock> {
         self.check_writable()?;
+        // A collector that waits keeps the gate: those who come after it do not keep it waiting.
+        let _gate = Lock::wait(&self.0.dir.join("locks/gate"), true)?;
         Lock::wait(&self.0.dir.join("locks/content"), true)
     }
 
+    /// Held by a collector: nobody relies on packs but readers, who look again when one is gone.
+    pub(super) fn lock_content_alone(&self, interrupt: &AtomicBool) -> Result<Lock> {
+        self.check_writable()?;
+        let _gate = Lock::alone(&self.0.dir.join("locks/gate"), interrupt)?;
+        Lock::alone(&self.0.dir.join("locks/content"), interrupt)
+    }
+
     fn check_writable(&self) -> Result<()> {
+        let read_only = rustix::fs::statvfs(&self.0.dir)
+            .is_ok_and(|s| s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY));
+        if read_only {
+            return Err(Error::failed("the store lies on a filesystem that is mounted read-only")
+                .at(&self.0.dir)
+                .remedy("reading and mounting work; to change it, mount that filesystem read-write"));
+        }
         match self.0.superblock.preamble.read_only_compatible {
             0 => Ok(()),
             features => Err(Error::failed(format!(

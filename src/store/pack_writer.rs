@@ -17,7 +17,7 @@ use super::{BLOCK_SIZE, Digest};
 use crate::error::{Error, Result};
 
 /// A pack is closed when it has this many bytes or blocks; both bound memory and what damage can hit.
-const PACK_BYTES: u64 = 64 << 20;
+pub(super) const PACK_BYTES: u64 = 64 << 20;
 const PACK_BLOCKS: usize = 32 << 10;
 
 /// Packs that may be on their way to the disk while the next one is filled.

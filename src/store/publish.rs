@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -35,6 +37,11 @@ pub(super) fn inherit_owner(path: &Path) -> Result<()> {
 pub(super) fn make_folder(path: &Path) -> Result<()> {
     fs::create_dir(path).map_err(|e| Error::io("cannot create", path, e))?;
     inherit_owner(path)
+}
+
+/// Moves what is complete and durable to the place where it counts.
+pub(super) fn publish(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|e| Error::io("cannot publish", to, e))
 }
 
 /// Writes a new file, durable, without publishing it.
@@ -77,8 +84,7 @@ pub(super) fn random_hex() -> Result<String> {
 pub(super) struct Lock(#[allow(dead_code)] File);
 
 impl Lock {
-    /// Waits for the lock file at `path`, alone or shared.
-    pub fn wait(path: &Path, shared: bool) -> Result<Lock> {
+    fn open(path: &Path) -> Result<File> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -88,6 +94,25 @@ impl Lock {
             .open(path)
             .map_err(|e| Error::io("cannot open the lock", path, e))?;
         inherit_owner(path)?;
+        Ok(file)
+    }
+
+    /// Waits for the lock alone, until `interrupt` becomes true: others may hold it for hours.
+    pub fn alone(path: &Path, interrupt: &AtomicBool) -> Result<Lock> {
+        let file = Lock::open(path)?;
+        while !interrupt.load(Ordering::Relaxed) {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Lock(file)),
+                Err(Errno::INTR | Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(10)),
+                Err(e) => return Err(Error::io("cannot lock", path, e.into())),
+            }
+        }
+        Err(Error::failed("interrupted before others were done: nothing was changed").at(path))
+    }
+
+    /// Waits for the lock file at `path`, alone or shared.
+    pub fn wait(path: &Path, shared: bool) -> Result<Lock> {
+        let file = Lock::open(path)?;
         let operation = if shared { FlockOperation::LockShared } else { FlockOperation::LockExclusive };
         loop {
             match flock(&file, operation) {
@@ -110,7 +135,7 @@ pub(super) struct Session {
 impl Session {
     /// A new one; sweeps the dead first.
     pub fn begin(tmp: &Path) -> Result<Session> {
-        sweep(tmp);
+        sweep(tmp, false);
         loop {
             let path = tmp.join(random_hex()?);
             fs::create_dir(&path).map_err(|e| Error::io("cannot create", &path, e))?;
@@ -143,19 +168,36 @@ impl Drop for Session {
     }
 }
 
-/// Removes the folders whose writer is gone.
-fn sweep(tmp: &Path) {
-    let Ok(entries) = fs::read_dir(tmp) else { return };
+/// Removes the folders whose writer is gone, or only looks at them. Gives their number, and what they take on the disk.
+pub(super) fn sweep(tmp: &Path, only_look: bool) -> (u64, u64) {
+    let Ok(entries) = fs::read_dir(tmp) else { return (0, 0) };
+    let (mut count, mut bytes) = (0, 0);
     for entry in entries.flatten() {
         let path = entry.path();
         let Ok(folder) = File::open(&path) else { continue };
-        if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            match fs::remove_dir_all(&path) {
-                Ok(()) => log::info!("removed {}, left by a killed writer", path.display()),
-                Err(e) => log::debug!("cannot remove {}: {e}", path.display()),
+        if !path.is_dir() || flock(&folder, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        let takes = allocated(&path);
+        match if only_look { Ok(()) } else { fs::remove_dir_all(&path) } {
+            Ok(()) => {
+                (count, bytes) = (count + 1, bytes + takes);
+                if !only_look {
+                    log::info!("removed {}, left by a killed writer", path.display());
+                }
             }
+            Err(e) => log::debug!("cannot remove {}: {e}", path.display()),
         }
     }
+    (count, bytes)
+}
+
+/// What a file, or a folder with all below it, takes on the disk, as far as it can be seen.
+pub(super) fn allocated(path: &Path) -> u64 {
+    let Ok(meta) = fs::symlink_metadata(path) else { return 0 };
+    let below = if meta.is_dir() { fs::read_dir(path).ok() } else { None };
+    let below = below.into_iter().flatten().flatten().map(|entry| allocated(&entry.path()));
+    meta.blocks() * 512 + below.sum::<u64>()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use serde_json::json;
 
@@ -27,15 +28,15 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Reads a record of a pack and compares the block in it with its hash.
-    pub(super) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<()> {
+    /// Reads a record of a pack and compares the block in it with its hash. Gives the record.
+    pub(super) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<&[u8]> {
         let Scratch { buffer, decoder, plain } = self;
         plain.resize(BLOCK_SIZE as usize, 0);
         let record = pack.record(stored, buffer)?;
         let decoded = decoder.block((stored.kind, stored.chunk_shift), record, hash, plain);
         decoded
             .and_then(|()| match page_mask(plain) {
-                mask if mask == stored.data_pages => Ok(()),
+                mask if mask == stored.data_pages => Ok(record),
                 mask => Err(format!("its pages are {mask:#x}, expected {:#x}", stored.data_pages)),
             })
             .map_err(|why| pack.mismatch(stored, &why))
@@ -49,9 +50,15 @@ pub struct Template {
     digest: Digest,
     files: Vec<TemplateFile>,
     header: ImageHeader,
-    front: Front,
     policy: Policy,
     image: CheckedTable,
+    placement: RwLock<Arc<Placement>>,
+}
+
+/// Where its blocks are. A collector may write another one at any time.
+#[derive(Debug)]
+struct Placement {
+    front: Front,
     rows: CheckedTable,
 }
 
@@ -75,7 +82,8 @@ impl Template {
                 data_bytes: Bytes::new(stats.data_bytes),
             })
             .collect();
-        Ok(Template { store, digest: *digest, files, header, front, policy, image, rows })
+        let placement = RwLock::new(Arc::new(Placement { front, rows }));
+        Ok(Template { store, digest: *digest, files, header, policy, image, placement })
     }
 
     /// Its identity.
@@ -110,16 +118,48 @@ impl Template {
 
     /// Bytes of its records in packs; those that other templates share are counted too.
     pub fn stored_bytes(&self) -> Bytes {
-        Bytes::new(self.front.files.iter().map(|f| f.stored_bytes).sum())
+        Bytes::new(self.placement().front.files.iter().map(|f| f.stored_bytes).sum())
     }
 
     /// Packs that hold its blocks.
     pub fn packs(&self) -> Vec<PathBuf> {
-        self.front.packs.iter().map(|id| self.store.packs().path(*id)).collect()
+        self.pack_ids().into_iter().map(|id| self.store.packs().path(id)).collect()
     }
 
-    pub(super) fn pack_ids(&self) -> &[PackId] {
-        &self.front.packs
+    pub(super) fn pack_ids(&self) -> Vec<PackId> {
+        self.placement().front.packs.clone()
+    }
+
+    fn placement(&self) -> Arc<Placement> {
+        Arc::clone(&self.placement.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Does what depends on where blocks are. They may have been moved since the placement was opened, and the packs
+    /// where they were be gone: what fails is done again for as long as there is a newer placement.
+    fn where_it_is<T>(&self, mut work: impl FnMut(&Placement) -> Result<T>) -> Result<T> {
+        let mut placement = self.placement();
+        loop {
+            match work(&placement) {
+                Err(error) => match self.newer(&placement) {
+                    Some(newer) => placement = newer,
+                    None => return Err(error),
+                },
+                done => return done,
+            }
+        }
+    }
+
+    /// The present placement, where it is another one than that.
+    fn newer(&self, old: &Arc<Placement>) -> Option<Arc<Placement>> {
+        let mut current = self.placement.write().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&current, old) {
+            let (front, _, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
+            if front == old.front {
+                return None;
+            }
+            *current = Arc::new(Placement { front, rows });
+        }
+        Some(Arc::clone(&current))
     }
 
     /// What it is, as JSON. Depends on the content alone, so that it may be cached for ever.
@@ -172,18 +212,20 @@ impl Template {
             out.fill(0);
             return Ok(length);
         };
-        let (id, stored) = self.stored(number, &hash)?;
-        let pack = self.store.pack(id)?;
         let Scratch { buffer, decoder, plain } = scratch;
-        let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
-        let how = (stored.kind, stored.chunk_shift);
-        let decoded = if length as u64 == BLOCK_SIZE {
-            decoder.block(how, record, &hash, out)
-        } else {
-            plain.resize(BLOCK_SIZE as usize, 0);
-            decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
-        };
-        decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
+        self.where_it_is(|placement| {
+            let (id, stored) = self.stored(placement, number, &hash)?;
+            let pack = self.store.pack(id)?;
+            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
+            let how = (stored.kind, stored.chunk_shift);
+            let decoded = if length as u64 == BLOCK_SIZE {
+                decoder.block(how, record, &hash, out)
+            } else {
+                plain.resize(BLOCK_SIZE as usize, 0);
+                decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
+            };
+            decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
+        })
     }
 
     /// Fills `out` with the bytes at `offset` of a file. Of blocks stored in sub-chunks only those are
@@ -222,19 +264,21 @@ impl Template {
             out.fill(0);
             return Ok(());
         };
-        let (id, stored) = self.stored(number, &hash)?;
-        let pack = self.store.pack(id)?;
         let Scratch { buffer, decoder, plain } = scratch;
         plain.resize(BLOCK_SIZE as usize, 0);
-        // The whole record: of 40 KiB a second access to the device would cost more than the bytes.
-        let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
-        let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
-        let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
-        let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {
-            true => decoder.block(how, record, &hash, plain),
-            false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
-        };
-        decoded.map_err(|why| pack.mismatch(stored, &why))?;
+        self.where_it_is(|placement| {
+            let (id, stored) = self.stored(placement, number, &hash)?;
+            let pack = self.store.pack(id)?;
+            // The whole record: of 40 KiB a second access to the device would cost more than the bytes.
+            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
+            let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
+            let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
+            let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {
+                true => decoder.block(how, record, &hash, plain),
+                false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
+            };
+            decoded.map_err(|why| pack.mismatch(stored, &why))
+        })?;
         out.copy_from_slice(&plain[within..within + out.len()]);
         Ok(())
     }
@@ -243,21 +287,21 @@ impl Template {
     pub(super) fn place(&self, file: usize, block: u64) -> Result<Option<(Digest, PackId, Stored)>> {
         let (number, _) = self.locate(file, block)?;
         let Some(hash) = self.block_hash(number)? else { return Ok(None) };
-        self.stored(number, &hash).map(|(id, stored)| Some((hash, id, stored)))
+        self.where_it_is(|p| self.stored(p, number, &hash)).map(|(id, stored)| Some((hash, id, stored)))
     }
 
     /// Checks both tables as a whole: one result for the image, one for the placement.
     pub(super) fn check_tables(&self) -> [Result<()>; 2] {
-        [self.image.check_all(), self.rows.check_all()]
+        [self.image.check_all(), self.where_it_is(|p| p.rows.check_all())]
     }
 
     /// Checks the tables, and headers and indexes of the packs; reads no block.
     pub(super) fn check(&self) -> Result<()> {
         self.check_tables().into_iter().collect::<Result<()>>()?;
-        self.front
-            .packs
-            .iter()
-            .try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
+        self.where_it_is(|placement| {
+            let mut packs = placement.front.packs.iter();
+            packs.try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
+        })
     }
 
     /// Its folder in the store.
@@ -289,7 +333,7 @@ impl Template {
     /// As [`Template::block_id`].
     pub fn data_pages(&self, file: usize, block: u64) -> Result<u16> {
         let (number, _) = self.locate(file, block)?;
-        Ok(self.row(number)?.map_or(0, |row| row.stored.data_pages))
+        Ok(self.where_it_is(|p| self.row(p, number))?.map_or(0, |row| row.stored.data_pages))
     }
 
     /// Files of the store that hold this template: its tables and the packs with its blocks, which it
@@ -315,18 +359,18 @@ impl Template {
         Ok((hash != [0; 32]).then_some(Digest::new(hash)))
     }
 
-    fn stored(&self, number: u64, hash: &Digest) -> Result<(PackId, Stored)> {
+    fn stored(&self, placement: &Placement, number: u64, hash: &Digest) -> Result<(PackId, Stored)> {
         let damage = |why: String| Invalid::Damage(why).in_file("placement", self.placement_path());
-        let row = self.row(number)?;
+        let row = self.row(placement, number)?;
         let row = row.ok_or_else(|| damage(format!("block {number} with hash {hash} has no place")))?;
-        let id = self.front.packs.get(row.pack as usize).ok_or_else(|| {
-            damage(format!("block {number} lies in pack {} of {}", row.pack, self.front.packs.len()))
+        let id = placement.front.packs.get(row.pack as usize).ok_or_else(|| {
+            damage(format!("block {number} lies in pack {} of {}", row.pack, placement.front.packs.len()))
         })?;
         Ok((*id, row.stored))
     }
 
-    fn row(&self, number: u64) -> Result<Option<Row>> {
-        let bytes = self.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
+    fn row(&self, placement: &Placement, number: u64) -> Result<Option<Row>> {
+        let bytes = placement.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
         Row::decode(&bytes).map_err(|e| e.in_file("placement", self.placement_path()))
     }
 

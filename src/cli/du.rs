@@ -1,0 +1,123 @@
+//! `stencil du`: where the bytes of the store are.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::columns::Columns;
+use super::output::{Done, Report, to_json};
+use super::{Global, interrupt};
+use crate::control::{self, LeaseHolder};
+use crate::error::Result;
+use crate::store::{Digest, Store, StoreUsage, TemplateUsage};
+use crate::units::Bytes;
+
+/// Show what templates take, alone and shared
+///
+/// LOGICAL is the length of a template's files, UNIQUE what removing it and `stencil gc` would give back, SHARED what
+/// other templates need too, CACHE its passthrough backings in all mounts of the store.
+#[derive(Debug, Args)]
+pub struct DuArgs {}
+
+#[derive(Serialize)]
+struct Line {
+    #[serde(flatten)]
+    usage: TemplateUsage,
+    cache_bytes: Option<Bytes>,
+}
+
+#[derive(Serialize)]
+struct Totals {
+    #[serde(flatten)]
+    usage: StoreUsage,
+    cache_bytes: Option<Bytes>,
+}
+
+struct Usage {
+    templates: Vec<Line>,
+    totals: Totals,
+    leases: Vec<LeaseHolder>,
+}
+
+impl Report for Usage {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let mut table =
+            Columns::new(&["TEMPLATE", "DIGEST", "LOGICAL", "DATA", "STORED", "UNIQUE", "SHARED", "CACHE"]);
+        let cache = |bytes: Option<Bytes>| bytes.map_or_else(|| "?".into(), |b| b.to_string());
+        for Line { usage, cache_bytes } in &self.templates {
+            table.row([
+                if usage.tags.is_empty() { "-".into() } else { usage.tags.join(",") },
+                usage.digest.short(),
+                usage.logical_bytes.to_string(),
+                usage.data_bytes.to_string(),
+                usage.stored_bytes.to_string(),
+                usage.unique_bytes.to_string(),
+                usage.shared_bytes.to_string(),
+                cache(*cache_bytes),
+            ]);
+        }
+        table.print(out)?;
+        let t = &self.totals.usage;
+        writeln!(out, "store  {} = {} unique + {} shared", t.store_bytes, t.unique_bytes, t.shared_bytes)?;
+        let overhead = Bytes::new(t.overhead_bytes.unsigned_abs());
+        let sign = if t.overhead_bytes < 0 { "-" } else { "+" };
+        writeln!(
+            out,
+            "       + {} that nobody needs {sign} {overhead} of packs beside records",
+            t.dead_bytes
+        )?;
+        writeln!(
+            out,
+            "       + {} tables + {} sessions + {} other",
+            t.table_bytes, t.session_bytes, t.other_bytes
+        )?;
+        writeln!(out, "cache  {}", cache(self.totals.cache_bytes))?;
+        for lease in &self.leases {
+            writeln!(out, "lease  {} process {} ({})", lease.digest.short(), lease.pid, lease.command)?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "templates": to_json(&self.templates),
+            "totals": to_json(&self.totals),
+            "leases": to_json(&self.leases),
+        })
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When the store cannot be read.
+pub fn run(_args: &DuArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let mut usage = store.usage(&*interrupt::flag()?)?;
+    let caches = caches(&store).map_err(|error| log::warn!("the cache is not counted: {error}")).ok();
+    let of = |digest: &Digest| caches.as_ref().map(|c| c.get(digest).copied().unwrap_or(Bytes::ZERO));
+    let templates = std::mem::take(&mut usage.templates);
+    let templates =
+        templates.into_iter().map(|usage| Line { cache_bytes: of(&usage.digest), usage }).collect();
+    let totals = Totals { usage, cache_bytes: caches.as_ref().map(|c| c.values().copied().sum()) };
+    let leases = control::leases(&store).unwrap_or_else(|error| {
+        log::warn!("leases are not listed: {error}");
+        Vec::new()
+    });
+    Ok(Done::report(Usage { templates, totals, leases }))
+}
+
+/// What backings of each template take, in all mounts of the store; templates that are removed too.
+fn caches(store: &Store) -> Result<BTreeMap<Digest, Bytes>> {
+    let mut caches: BTreeMap<Digest, Bytes> = BTreeMap::new();
+    for mount in control::mounts()?.into_iter().filter(|m| m.store == store.dir()) {
+        for row in mount.snapshot()?.backings {
+            let bytes = caches.entry(row.key.digest).or_insert(Bytes::ZERO);
+            *bytes = Bytes::new(bytes.get() + row.reserved);
+        }
+    }
+    Ok(caches)
+}

@@ -1,0 +1,264 @@
+//! What removed templates took is given back, and nobody who reads is hurt; `du` adds up to what du(1) sees.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use stencilfs::progress::Silent;
+use stencilfs::store::{BLOCK_SIZE, Scratch, Store, Template};
+
+use crate::support::host;
+use crate::support::mount::run;
+use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
+
+const BLOCK: usize = BLOCK_SIZE as usize;
+
+fn bytes_of(template: &Template) -> stencilfs::error::Result<Vec<u8>> {
+    let (mut scratch, mut out, mut block) = (Scratch::default(), Vec::new(), vec![0; BLOCK]);
+    for number in 0..template.block_count(0) {
+        let length = template.read_block(0, number, &mut scratch, &mut block)?;
+        out.extend_from_slice(&block[..length]);
+    }
+    Ok(out)
+}
+
+/// `du` of both kinds.
+fn assert_du_adds_up(fixture: &Fixture) -> serde_json::Value {
+    let answer = fixture.run(&["--json", "du"]).ok().json();
+    let store = fixture.path("store");
+    let seen = run("du", &["-s", "--block-size=1", store.to_str().unwrap()]);
+    let seen: u64 = seen.split_whitespace().next().unwrap().parse().unwrap();
+    let totals = &answer["totals"];
+    assert_eq!(totals["store_bytes"], seen, "{answer:#}");
+    let parts = [
+        "unique_bytes",
+        "shared_bytes",
+        "dead_bytes",
+        "overhead_bytes",
+        "table_bytes",
+        "session_bytes",
+        "other_bytes",
+    ];
+    let sum: i64 = parts.iter().map(|part| totals[part].as_i64().unwrap()).sum();
+    assert_eq!(sum, seen as i64, "{answer:#}");
+    let of = |field: &str| {
+        answer["templates"].as_array().unwrap().iter().map(|t| t[field].as_u64().unwrap()).sum::<u64>()
+    };
+    for part in ["unique_bytes", "logical_bytes", "data_bytes"] {
+        assert_eq!(of(part), totals[part].as_u64().unwrap(), "{part}: {answer:#}");
+    }
+    answer
+}
+
+#[test]
+fn du_adds_up_to_what_du_of_coreutils_sees() {
+    let fixture = Fixture::new();
+    let (own, common) = (random(1, 16 * BLOCK), random(2, 8 * BLOCK));
+    fixture.import("a", &[&own[..], &common].concat());
+    let alone = assert_du_adds_up(&fixture);
+    assert_eq!(alone["totals"]["shared_bytes"], 0);
+    fixture.import("b", &[&common[..], &random(3, 4 * BLOCK)].concat());
+    fixture.import("c", &guest_like(4, 3 << 20));
+    let three = assert_du_adds_up(&fixture);
+    // Random blocks are stored raw, in sub-chunks or not: a record is at least a block.
+    let template = |name: &str| {
+        let all = three["templates"].as_array().unwrap();
+        all.iter().find(|t| t["tags"][0] == format!("{name}:latest")).unwrap().clone()
+    };
+    let near = |value: &serde_json::Value, blocks: u64| {
+        let (got, expected) = (value.as_u64().unwrap(), blocks * BLOCK_SIZE);
+        assert!((expected..expected + expected / 50).contains(&got), "{got}, expected {expected}: {three:#}");
+    };
+    for (name, unique, shared) in [("a", 16, 8), ("b", 4, 8)] {
+        near(&template(name)["unique_bytes"], unique);
+        near(&template(name)["shared_bytes"], shared);
+        near(&template(name)["stored_bytes"], unique + shared);
+    }
+    near(&three["totals"]["shared_bytes"], 8);
+    fixture.run(&["rm", "a"]).ok();
+    let left = assert_du_adds_up(&fixture);
+    near(&left["totals"]["dead_bytes"], 16);
+    assert_eq!(left["totals"]["shared_bytes"], 0);
+    let text = fixture.run(&["du"]).ok().stdout;
+    assert!(text.contains("UNIQUE") && text.contains("that nobody needs"), "{text}");
+}
+
+#[test]
+fn what_removed_templates_took_is_given_back() {
+    let fixture = Fixture::new();
+    let common = random(2, 8 * BLOCK);
+    let kept = [&common[..], &random(3, 4 * BLOCK)].concat();
+    let first = [&random(1, 16 * BLOCK)[..], &common].concat();
+    fixture.import("first", &first);
+    fixture.import("kept", &kept);
+    fixture.import("other", &random(5, 10 * BLOCK));
+    // One who reads with the placement of before, and has no pack open.
+    let reader = Store::open(&fixture.path("store")).unwrap();
+    let digest = reader.resolve(&"kept".parse().unwrap()).unwrap();
+    let template = reader.template(&digest).unwrap();
+    fixture.run(&["rm", "first", "other"]).ok();
+    // A killed writer.
+    let dead = fixture.path("store/tmp/dead");
+    fs::create_dir(&dead).unwrap();
+    fs::write(dead.join("pack"), random(6, 1 << 20)).unwrap();
+    let before = fixture.disk_usage();
+    let dry = fixture.run(&["--json", "gc", "--dry-run"]).ok().json();
+    assert_eq!(dry["removed_packs"], 2, "{dry:#}");
+    assert_eq!(dry["repacked_packs"], 1, "{dry:#}");
+    assert_eq!(fixture.disk_usage(), before, "nothing was changed");
+    let packs = fixture.files("packs");
+    let done = fixture.run(&["--json", "gc"]).ok().json();
+    for field in ["removed_packs", "repacked_packs", "placements", "new_packs", "dead_bytes"] {
+        assert_eq!(done[field], dry[field], "{field}: {done:#}");
+    }
+    let freed = done["freed_bytes"].as_u64().unwrap();
+    let really = before - fixture.disk_usage();
+    assert!(freed.abs_diff(really) < 64 << 10, "{freed} said, {really} seen");
+    assert!(really > 25 * BLOCK_SIZE, "{really}");
+    assert!(!dead.exists());
+    let now = fixture.files("packs");
+    assert_eq!(now.iter().filter(|p| packs.contains(p)).count(), 1, "the pack of `kept` alone stays");
+    assert!(bytes_of(&template).unwrap() == kept, "the reader went on");
+    assert!(read_all(&fixture.store(), &digest, 0).unwrap() == kept);
+    fixture.run(&["verify"]).ok();
+    let again = fixture.run(&["--json", "gc"]).ok().json();
+    assert_eq!((&again["removed_packs"], &again["freed_bytes"]), (&0.into(), &0.into()));
+    assert_du_adds_up(&fixture);
+    // Blocks that are needed again are stored again.
+    fixture.import("first", &first);
+    fixture.run(&["verify"]).ok();
+    fixture.run(&["rm", "first", "kept"]).ok();
+    fixture.run(&["gc"]).ok();
+    assert_eq!(fixture.files("packs").len(), 0, "of an empty store nothing stays");
+}
+
+#[test]
+fn a_pack_that_cannot_be_copied_is_left_as_it_is() {
+    let fixture = Fixture::new();
+    let common = random(2, 4 * BLOCK);
+    fixture.import("first", &[&common[..], &random(1, 16 * BLOCK)].concat());
+    fixture.import("kept", &common);
+    let pack = fixture.files("packs").remove(0);
+    fixture.run(&["rm", "first"]).ok();
+    let mut bytes = fs::read(&pack).unwrap();
+    bytes[300] ^= 1;
+    fs::write(&pack, &bytes).unwrap();
+    fixture.run(&["gc"]).ok();
+    assert!(fs::read(&pack).unwrap() == bytes);
+    assert_eq!(fixture.run(&["verify"]).code, 3);
+    // Where it is not known what a template needs, nothing is given back.
+    fixture.import("kept", &common);
+    fixture.run(&["gc"]).ok();
+    fixture.run(&["verify"]).ok();
+    let placement = fixture.files("images").into_iter().find(|p| p.ends_with("placement")).unwrap();
+    let mut bytes = fs::read(&placement).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&placement, bytes).unwrap();
+    let packs = fixture.files("packs");
+    let refused = fixture.run(&["gc"]);
+    assert_eq!(refused.code, 3, "{refused:?}");
+    assert!(refused.stderr.contains("import the same memory again"), "{refused:?}");
+    assert_eq!(fixture.files("packs"), packs);
+    fixture.import("kept", &common);
+    fixture.run(&["gc"]).ok();
+    fixture.run(&["verify"]).ok();
+}
+
+/// A collector that is killed at any moment loses nothing, and the next one gives back what it left.
+#[test]
+fn a_killed_collector_loses_nothing() {
+    let fixture = Fixture::new();
+    let parts: Vec<Vec<u8>> = (0..6).map(|seed| random(seed, 64 * BLOCK)).collect();
+    let kept: Vec<u8> = parts.iter().flat_map(|p| p[..20 * BLOCK].to_vec()).collect();
+    let start = Instant::now();
+    let mut longest = Duration::from_millis(20);
+    let rounds: u32 = host::rounds(12, 150);
+    let mut killed = 0;
+    for round in 0..rounds {
+        for (number, part) in parts.iter().enumerate() {
+            fixture.import(&format!("part-{number}"), part);
+        }
+        fixture.import("kept", &kept);
+        for number in 0..parts.len() {
+            fixture.run(&["rm", &format!("part-{number}")]).ok();
+        }
+        if round == 0 {
+            let begun = Instant::now();
+            fixture.run(&["gc"]).ok();
+            longest = begun.elapsed();
+            continue;
+        }
+        let mut gc = stencil(fixture.dir.path(), &["gc"]).stdout(Stdio::null()).spawn().unwrap();
+        thread::sleep(longest.mul_f64(f64::from(round) / f64::from(rounds)));
+        gc.kill().unwrap();
+        match gc.wait().unwrap().code() {
+            None => killed += 1,
+            // It is faster than it was: the next kill comes earlier.
+            Some(_) => longest = longest.mul_f64(0.8),
+        }
+        let store = fixture.store();
+        let digest = store.resolve(&"kept".parse().unwrap()).unwrap();
+        assert!(read_all(&store, &digest, 0).unwrap() == kept, "round {round}");
+        fixture.run(&["verify"]).ok();
+        fixture.run(&["gc"]).ok();
+        assert!(fixture.disk_usage() < 125 * BLOCK_SIZE, "{}", fixture.disk_usage());
+        fixture.assert_clean();
+    }
+    fixture.run(&["verify"]).ok();
+    assert!(killed * 4 > rounds, "{killed} of {rounds} were killed in time");
+    host::soaking().then(|| println!("{killed} of {rounds} killed, {:?}", start.elapsed()));
+}
+
+/// Importers, one after the other on four threads, do not keep a collector waiting; nobody loses a block.
+#[test]
+fn a_collector_is_not_starved_by_importers() {
+    let fixture = Fixture::new();
+    let store = fixture.store();
+    fixture.import("kept", &guest_like(1, 4 << 20));
+    let digest = store.resolve(&"kept".parse().unwrap()).unwrap();
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for number in 0..4 {
+            let (fixture, stop) = (&fixture, &stop);
+            scope.spawn(move || {
+                let mut seed = number * 1000;
+                let store = fixture.store();
+                while !stop.load(Ordering::Relaxed) {
+                    seed += 1;
+                    let tag = format!("im-{number}");
+                    let bytes = guest_like(seed, 1 << 20);
+                    let imported = store.import(fixture.request(&tag, &bytes), &Silent).unwrap();
+                    assert!(read_all(&store, &imported.digest, 0).unwrap() == bytes);
+                }
+            });
+        }
+        for _ in 0..host::rounds(5, 60) {
+            let none = AtomicBool::new(false);
+            let begun = Instant::now();
+            store.collect(false, &none, &Silent).unwrap();
+            assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+            read_all(&store, &digest, 0).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    fixture.run(&["verify"]).ok();
+}
+
+/// A collector that waits for an importer hears an interrupt, and holds nobody up afterwards.
+#[test]
+fn a_collector_that_waits_can_be_interrupted() {
+    let fixture = Fixture::new();
+    fixture.import("a", &random(1, BLOCK));
+    let hold = fixture.store().hold_content().unwrap();
+    let mut gc = stencil(fixture.dir.path(), &["gc"]).stderr(Stdio::null()).spawn().unwrap();
+    thread::sleep(Duration::from_millis(200));
+    assert!(gc.try_wait().unwrap().is_none(), "it waits");
+    let done = Command::new("kill").args(["-INT", &gc.id().to_string()]).status().unwrap();
+    assert!(done.success());
+    assert_eq!(gc.wait().unwrap().code(), Some(1));
+    fixture.import("b", &random(2, BLOCK));
+    drop(hold);
+    fixture.run(&["gc"]).ok();
+}

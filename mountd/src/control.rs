@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
@@ -17,6 +17,9 @@ use stencilfs::units::Bytes;
 
 /// So many may call at a time; the one that has waited longest for nothing makes room.
 const MOST: usize = 32;
+
+/// Who cannot be taken in, for want of descriptors, waits so long: the door would be ready again at once.
+const REST: Duration = Duration::from_millis(20);
 
 /// Listens in the record's folder, which only its owner can enter.
 ///
@@ -62,6 +65,7 @@ pub struct Callers {
     all: Vec<Caller>,
     next: u64,
     starter: Option<Starter>,
+    closed_until: Option<Instant>,
 }
 
 /// Who started the supervisor, and reads one line about how it went from standard output.
@@ -95,7 +99,7 @@ impl Starter {
 impl Callers {
     /// Nobody but who started the mount.
     pub fn new(starter: Option<Starter>) -> Callers {
-        Callers { all: Vec::new(), next: 0, starter }
+        Callers { starter, ..Callers::default() }
     }
 
     /// Goes on with a caller that waits for its answer, and gives its number.
@@ -124,7 +128,8 @@ impl Callers {
 
     /// True when one more can be taken in.
     pub fn has_room(&self) -> bool {
-        self.all.len() < MOST || self.all.iter().any(|c| !c.waits)
+        let open = self.closed_until.is_none_or(|until| Instant::now() >= until);
+        open && (self.all.len() < MOST || self.all.iter().any(|c| !c.waits))
     }
 
     /// Takes in who waits at the door.
@@ -139,9 +144,8 @@ impl Callers {
                 self.all.push(Caller { id: self.next, channel: Channel::new(socket), waits: false });
             }
             Err(e) => {
-                // Out of descriptors it would be ready again at once.
                 log::debug!("the control socket: {e}");
-                std::thread::sleep(Duration::from_millis(5));
+                self.closed_until = Some(Instant::now() + REST);
             }
         }
     }

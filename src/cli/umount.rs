@@ -13,7 +13,7 @@ use super::output::{Done, Report, to_json};
 use super::users::{User, Users, list, unseen};
 use crate::control::{self, Mount, UnmountMode};
 use crate::error::{Error, Result};
-use crate::sys::{mount, procfs};
+use crate::sys::mount;
 
 /// A mount that was told to end has ended within this time, or somebody else still holds it.
 const END: Duration = Duration::from_secs(10);
@@ -143,8 +143,7 @@ fn abort(device: u64) -> io::Result<()> {
 
 /// A mount that no supervisor or server stands behind: dead, or not ours.
 fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result<Done> {
-    let there = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == path);
-    match there {
+    match mount::at(path)? {
         Some(there) if there.fs_type == mount::FS_TYPE => {
             let mut report = Unmounted::new(path.to_owned());
             if args.force {
@@ -195,16 +194,11 @@ fn wait_for_end(found: &Mount) -> Result<()> {
     Ok(())
 }
 
-/// The path without symbolic links, and without asking what is mounted on its last part: that may be dead.
+/// The path without symbolic links, and without asking what is mounted there: that may be dead.
 pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
-    let fail = |e| {
+    mount::place(path).map_err(|e| {
         Error::io("cannot find the mountpoint", path, e).remedy("stencil status lists the mounts of Stencil")
-    };
-    let full = std::path::absolute(path).map_err(fail)?;
-    match (full.parent(), full.file_name()) {
-        (Some(parent), Some(name)) => Ok(std::fs::canonicalize(parent).map_err(fail)?.join(name)),
-        _ => Ok(full),
-    }
+    })
 }
 
 fn in_use(path: &Path, users: &Users) -> Error {

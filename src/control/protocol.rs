@@ -65,18 +65,22 @@ pub struct Failure {
     message: String,
     path: Option<PathBuf>,
     remedy: Option<String>,
+    /// The system's error number: what may pass is tried again on the other side too.
+    #[serde(default)]
+    errno: Option<i32>,
 }
 
 impl From<&Error> for Failure {
     fn from(error: &Error) -> Failure {
         let mut message = error.message().to_owned();
-        if let Some(errno) = error.errno() {
-            let cause = std::io::Error::from_raw_os_error(errno);
-            message = format!("{message}: {}", crate::error::errno_text(&cause));
+        // A cause that is no error number has only words.
+        if let Some(cause) = std::error::Error::source(error).filter(|_| error.errno().is_none()) {
+            message = format!("{message}: {cause}");
         }
         Failure {
             code: error.code().name().to_owned(),
             message,
+            errno: error.errno(),
             path: error.path().map(ToOwned::to_owned),
             remedy: error.remedy_text().map(str::to_owned),
         }
@@ -93,6 +97,10 @@ impl Failure {
         if let Some(path) = self.path {
             error = error.at(path);
         }
+        if let Some(errno) = self.errno {
+            error = error.because(std::io::Error::from_raw_os_error(errno));
+        }
+        // Last: a remedy that comes with a cause must not take the place of the one that was given.
         match self.remedy {
             Some(remedy) => error.remedy(remedy),
             None => error,
@@ -113,6 +121,20 @@ mod tests {
         assert_eq!(back.code(), Code::InUse);
         assert_eq!(back.to_string(), "2 clones map it: /mnt");
         assert_eq!(back.remedy_text(), Some("stop them"));
+    }
+
+    #[test]
+    fn the_cause_survives_too_and_is_said_once() {
+        let cause = std::io::Error::from_raw_os_error(libc::EROFS);
+        let error = Error::io("cannot make a backing", "/cache", cause);
+        let back = Failure::from(&error).into_error();
+        assert_eq!((back.errno(), back.to_string()), (Some(libc::EROFS), error.to_string()));
+        let words =
+            Error::failed("it cannot be read").because(std::io::Error::other("four bytes are missing"));
+        let back = Failure::from(&words).into_error();
+        assert_eq!((back.errno(), back.to_string()), (None, words.to_string()));
+        let old = r#"{"code":"error","message":"m","path":null,"remedy":null}"#;
+        assert_eq!(serde_json::from_str::<Failure>(old).unwrap().into_error().errno(), None);
     }
 
     #[test]

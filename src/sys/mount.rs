@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags, mount};
 
+use super::procfs::{self, MountLine};
 use crate::error::{Error, Result};
 
 /// Type of a mount of ours in `/proc/mounts`.
@@ -58,6 +59,34 @@ pub fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     Ok(rustix::mount::unmount(mountpoint, flags)?)
 }
 
+/// What is mounted on a path, of several the one that is seen; nobody is asked but `/proc`.
+///
+/// # Errors
+/// When `/proc/self/mountinfo` cannot be read.
+pub fn at(mountpoint: &Path) -> Result<Option<MountLine>> {
+    Ok(procfs::mounts()?.into_iter().rfind(|mount| mount.mountpoint == mountpoint))
+}
+
+/// A mountpoint's path without symbolic links. What is mounted there is not asked: nobody may answer for it. The last
+/// part need not exist.
+///
+/// # Errors
+/// When there is no such folder, or mounts cannot be listed.
+pub fn place(path: &Path) -> io::Result<PathBuf> {
+    let full = std::path::absolute(path)?;
+    let (Some(parent), Some(name)) = (full.parent(), full.file_name()) else {
+        return std::fs::canonicalize(full);
+    };
+    let place = std::fs::canonicalize(parent)?.join(name);
+    if at(&place).map_err(io::Error::other)?.is_some() {
+        return Ok(place);
+    }
+    match std::fs::canonicalize(&place) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(place),
+        other => other,
+    }
+}
+
 /// Aborts the FUSE connection of that device number (`st_dev`): every waiting and every later request fails.
 /// Uses a private instance of fusectl that is attached nowhere.
 ///
@@ -74,6 +103,31 @@ pub fn abort_fuse_connection(device: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_place_of_a_mount_is_found_without_asking_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = std::fs::canonicalize(dir.path()).unwrap();
+        let (mnt, link) = (real.join("mnt"), real.join("link"));
+        std::fs::create_dir(&mnt).unwrap();
+        std::os::unix::fs::symlink(&mnt, &link).unwrap();
+        std::os::unix::fs::symlink(&real, real.join("again")).unwrap();
+        // Nobody answers on this connection: whoever asks it waits for ever.
+        let fuse = crate::sys::fuse_dev::open().unwrap();
+        mount_fuse(&fuse, &real, &mnt, false).unwrap();
+        let places = [mnt.clone(), real.join("again/mnt"), real.join("mnt/")].map(|path| place(&path));
+        let there = at(&mnt);
+        unmount(&mnt, true).unwrap();
+        for place in places {
+            assert_eq!(place.unwrap(), mnt);
+        }
+        assert_eq!(there.unwrap().unwrap().fs_type, FS_TYPE);
+        assert_eq!(at(&mnt).unwrap(), None);
+        assert_eq!(place(&link).unwrap(), mnt, "a link to a mountpoint is followed");
+        assert_eq!(place(&real.join("again/missing")).unwrap(), real.join("missing"));
+        assert!(place(Path::new("/no/such/place")).is_err());
+        assert_eq!(place(Path::new("/")).unwrap(), Path::new("/"));
+    }
 
     #[test]
     fn aborting_no_connection_says_so() {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use stencilfs::control;
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::{mount, procfs};
+use stencilfs::sys::mount;
 
 /// The canonical path of a directory that can take a mount: there, empty, and nothing mounted on it.
 ///
@@ -13,7 +13,7 @@ use stencilfs::sys::{mount, procfs};
 /// Says what is in the way, and how to get it out of it.
 pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     let canonical = canonical(path)?;
-    while let Some(there) = procfs::mounts()?.into_iter().rfind(|m| m.mountpoint == canonical) {
+    while let Some(there) = mount::at(&canonical)? {
         let ours = there.fs_type == mount::FS_TYPE;
         // The kernel may know its attributes for a while yet; that it has a path does not mean that it lives.
         if ours && !control::mounts()?.iter().any(|m| m.device == there.dev) {
@@ -32,15 +32,13 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
             ),
         ));
     }
-    let metadata =
-        fs::metadata(&canonical).map_err(|e| Error::io("cannot use the mountpoint", &canonical, e))?;
+    let metadata = fs::metadata(&canonical).map_err(|e| unusable(&canonical, e))?;
     if !metadata.is_dir() {
         return Err(Error::usage("the mountpoint is no directory")
             .at(&canonical)
             .remedy("name an empty directory"));
     }
-    let mut entries =
-        fs::read_dir(&canonical).map_err(|e| Error::io("cannot use the mountpoint", &canonical, e))?;
+    let mut entries = fs::read_dir(&canonical).map_err(|e| unusable(&canonical, e))?;
     if entries.next().is_some() {
         return Err(Error::usage("the mountpoint is not empty: a mount would hide what is in it")
             .at(&canonical)
@@ -49,24 +47,20 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     Ok(canonical)
 }
 
-/// The path without symbolic links. A mount of Stencil that is there is not asked: nobody may answer for it.
+/// The path without symbolic links. What is mounted there is not asked.
 ///
 /// # Errors
-/// When there is no such directory.
+/// When its folder cannot be found.
 pub fn canonical(path: &Path) -> Result<PathBuf> {
-    let fail = |e: std::io::Error| match e.raw_os_error() {
+    mount::place(path).map_err(|e| unusable(path, e))
+}
+
+fn unusable(path: &Path, e: std::io::Error) -> Error {
+    match e.raw_os_error() {
         Some(libc::ENOENT) => Error::io("the mountpoint does not exist", path, e)
             .remedy(format!("make it: mkdir -p {}", path.display())),
         _ => Error::io("cannot use the mountpoint", path, e),
-    };
-    let full = std::path::absolute(path).map_err(fail)?;
-    if let (Some(parent), Some(name)) = (full.parent(), full.file_name()) {
-        let place = fs::canonicalize(parent).map_err(fail)?.join(name);
-        if procfs::mounts()?.iter().any(|m| m.mountpoint == place && m.fs_type == mount::FS_TYPE) {
-            return Ok(place);
-        }
     }
-    fs::canonicalize(path).map_err(fail)
 }
 
 /// Device number of what is mounted there, without asking the mount.
@@ -74,9 +68,7 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
 /// # Errors
 /// When nothing is mounted there.
 pub fn device_at(mountpoint: &Path) -> Result<u64> {
-    procfs::mounts()?
-        .into_iter()
-        .rfind(|m| m.mountpoint == mountpoint)
+    mount::at(mountpoint)?
         .map(|m| m.dev)
         .ok_or_else(|| Error::failed("the mount does not appear in /proc/self/mountinfo").at(mountpoint))
 }

@@ -2,7 +2,7 @@
 
 use stencilfs::control::{MountOptions, UnmountMode};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::{mount, procfs};
+use stencilfs::sys::mount;
 
 /// Ends the mount.
 ///
@@ -10,8 +10,11 @@ use stencilfs::sys::{mount, procfs};
 /// [`Code::InUse`](stencilfs::error::Code::InUse) where it is in use and not forced.
 pub fn end(options: &MountOptions, device: u64, mode: UnmountMode) -> Result<()> {
     let path = &options.mountpoint;
-    let attached = procfs::mounts()
-        .is_ok_and(|all| all.iter().rfind(|m| m.mountpoint == *path).is_some_and(|m| m.dev == device));
+    let attached = match mount::at(path) {
+        // The connection can be aborted all the same.
+        Err(error) if mode != UnmountMode::Force => return Err(error),
+        there => there.ok().flatten().is_some_and(|there| there.dev == device),
+    };
     if !attached && mode != UnmountMode::Force {
         return Err(Error::in_use("it is detached already, and served until its last user ends")
             .at(path)

@@ -166,6 +166,13 @@ mod tests {
         for word in ["remount,rw", "suid"] {
             assert!(options(&["/s", "/m", "-s", "-o", word]).is_err(), "{word}");
         }
+        for call in [["-N", "/proc/1/ns/mnt"], ["-t", "fuse.other"]] {
+            assert_eq!(
+                options(&[&["/s", "/m"], &call[..]].concat()).unwrap_err().code(),
+                Code::Usage,
+                "{call:?}"
+            );
+        }
     }
 
     #[test]

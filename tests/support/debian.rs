@@ -144,8 +144,9 @@ const BOOKS: [&str; 6] = [
 
 impl Drop for Debian {
     fn drop(&mut self) {
-        // The first process of a namespace takes all others with it.
-        let _ = self.holder.kill();
+        // The first process of a namespace takes all others with it, and is gone after them: nobody writes below the
+        // folder any more when that is removed.
+        let _ = Command::new("kill").args(["-KILL", &self.init]).status();
         let _ = self.holder.wait();
     }
 }

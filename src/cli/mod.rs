@@ -1,6 +1,7 @@
 //! The command line: parse → run → print → exit. One file a command (or a small family of them).
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments of arguments are help texts: NAME[:TAG]")]
 
+mod args;
 mod capture;
 mod chmod;
 mod clone;
@@ -103,6 +104,7 @@ enum Command {
     Gc(gc::GcArgs),
     Du(du::DuArgs),
     Path(path::PathArgs),
+    Args(args::VmmArgs),
     Explain(explain::ExplainArgs),
     /// Show what each clone has copied and what all of them really cost
     Density(density::DensityArgs),
@@ -139,6 +141,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Gc(args) => gc::run(args, global),
         Command::Du(args) => du::run(args, global),
         Command::Path(args) => path::run(args, global),
+        Command::Args(args) => args::run(args, global),
         Command::Explain(args) => explain::run(args, global),
         Command::Density(args) => density::run(args, global),
         Command::Dirty(args) => dirty::run(args, global),

@@ -10,3 +10,4 @@ pub mod qmp;
 pub mod recipe;
 pub mod registry;
 pub mod stop;
+pub mod vmm;

@@ -193,7 +193,8 @@ fn captured() -> PathBuf {
     place
 }
 
-fn kernel_and_initramfs() -> (String, String) {
+/// Paths of the guest's kernel and initramfs.
+pub fn kernel_and_initramfs() -> (String, String) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/guest.sh");
     let done = Command::new(&script).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));

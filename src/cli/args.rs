@@ -1,0 +1,93 @@
+//! `stencil args`: what to paste into another program.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Global;
+use super::output::{Done, Report, to_json};
+use super::words::word;
+use crate::clones::launch::Target;
+use crate::clones::recipe::Recipe;
+use crate::clones::vmm::{Paste, Served, Vmm, paste};
+use crate::error::Result;
+use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
+
+/// Print what to paste so that another program's guests have a template's memory
+#[derive(Debug, Args)]
+pub struct VmmArgs {
+    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
+    template: TemplateRef,
+    /// qemu (a command line), firecracker (the body of snapshot/load), libvirt (a domain) or kata (a script)
+    #[arg(long, value_name = "VMM", value_parser = word::<Vmm>)]
+    vmm: Vmm,
+}
+
+#[derive(Serialize)]
+struct Pasted {
+    vmm: &'static str,
+    template: String,
+    digest: Digest,
+    text: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    argv: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<Value>,
+    notes: Vec<String>,
+}
+
+impl Report for Pasted {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{}", self.text)
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no such template, its store is not mounted, or the VMM cannot take it.
+pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let (target, _lease) = Target::find(&store, &args.template)?;
+    let template = store.template(&target.digest)?;
+    let path = |name: &str| target.dir.join(name).display().to_string();
+    let served = Served {
+        name: target.name.clone(),
+        files: target.files.iter().map(|file| (file.clone(), path(&file.name))).collect(),
+        recipe: template.policy().recipe.as_ref().map(Recipe::from_value).transpose()?,
+        state_head: state_head(&template)?,
+    };
+    let Paste { text, argv, body, notes } = paste(args.vmm, &served)?;
+    if !global.quiet && !global.json {
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
+    }
+    let report = Pasted {
+        vmm: args.vmm.name(),
+        template: served.name,
+        digest: target.digest,
+        text,
+        argv,
+        body,
+        notes,
+    };
+    Ok(Done::report(report))
+}
+
+/// The first block of the device state.
+fn state_head(template: &Template) -> Result<Option<Vec<u8>>> {
+    let Some(file) = template.file("state") else { return Ok(None) };
+    let mut head = vec![0; BLOCK_SIZE as usize];
+    if template.block_count(file) == 0 {
+        return Ok(Some(vec![]));
+    }
+    let length = template.read_block(file, 0, &mut Scratch::default(), &mut head)?;
+    head.truncate(length);
+    Ok(Some(head))
+}

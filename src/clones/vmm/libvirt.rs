@@ -1,0 +1,63 @@
+//! A libvirt domain: libvirt has no word for `readonly=on,rom=off`, so the memory is given through
+//! `<qemu:commandline>`, whose `-machine memory-backend=` comes after libvirt's own and counts.
+
+use super::qemu::of_files;
+use super::{Paste, Served};
+use crate::error::Result;
+
+pub(super) fn paste(template: &Served) -> Result<Paste> {
+    let memory = template.one_ram("libvirt", "makes the memory of NUMA nodes itself")?;
+    let line = of_files(template, None)?;
+    let name = escape(&template.name.replace([':', '/', '@'], "-"));
+    let size = memory.size.get() / 1024;
+    let mut text = format!(
+        "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\n  <name>{name}</name>\n  \
+         <memory unit='KiB'>{size}</memory>\n  <os>\n    <type arch='x86_64' machine='q35'>hvm</type>\n  </os>\n  \
+         <qemu:commandline>\n"
+    );
+    for word in line.words() {
+        text.push_str(&format!("    <qemu:arg value='{}'/>\n", escape(word)));
+    }
+    text.push_str("  </qemu:commandline>\n</domain>");
+    let mut notes = vec![
+        "take over xmlns:qemu, the size of <memory>, and <qemu:commandline>; leave out <memoryBacking>, and all that \
+         needs shared or discardable memory (vhost-user, virtiofs, the balloon)"
+            .to_owned(),
+        "the user that libvirt runs QEMU as must be able to open the files: stencil chown, stencil chmod".to_owned(),
+    ];
+    if template.state().is_some() {
+        notes.push("libvirt does not resume device state that it did not save: the guest boots".to_owned());
+    }
+    Ok(Paste { text, argv: None, body: None, notes })
+}
+
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '\'' => escaped.push_str("&apos;"),
+            '"' => escaped.push_str("&quot;"),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::served;
+    use super::*;
+    use crate::store::FileKind::Ram;
+
+    #[test]
+    fn a_path_cannot_end_the_attribute() {
+        let mut template = served(&[("memory", Ram, 64)]);
+        template.files[0].1 = "/m'/><x a='&".into();
+        let text = paste(&template).unwrap().text;
+        assert!(text.contains("mem-path=/m&apos;/&gt;&lt;x a=&apos;&amp;,align=2M"), "{text}");
+        assert!(text.contains("<memory unit='KiB'>65536</memory>"), "{text}");
+    }
+}

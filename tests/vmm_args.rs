@@ -1,0 +1,368 @@
+//! What `stencil args` prints is run as printed: QEMU, QEMU as libvirt and Kata call it; Firecracker's body is held
+//! against its published API.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stencilfs::clones::qmp::Qmp;
+
+use crate::firecracker::state;
+use crate::support::guest::{self, heartbeats, patiently};
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::support::store::guest_like;
+
+const MIB: usize = 1 << 20;
+
+/// A process that is killed when dropped.
+struct Running(Child);
+
+impl Running {
+    fn start(command: &mut Command, log: &Path) -> Running {
+        let log = fs::File::create(log).unwrap();
+        Running(command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap())
+    }
+
+    fn shell(world: &TestMount, text: &str) -> Running {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("exec {text}")]).current_dir(world.dir());
+        Running::start(&mut command, &world.dir().join("qemu.log"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What `ps` and `/proc` say of the mappings of that process: file, protection, length.
+fn mappings(world: &TestMount, qemu: &mut Running) -> Vec<(String, String, u64)> {
+    let pid = qemu.0.id();
+    let look = || {
+        let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap_or_default();
+        assert!(qemu.0.try_wait().unwrap().is_none(), "QEMU ended: {log}");
+        let density = world.json(&["density"]);
+        let clones = density["clones"].as_array().unwrap();
+        let clone = clones.iter().find(|c| c["pid"] == pid)?.clone();
+        (clone["private_bytes"].as_u64().unwrap() > 0).then_some(clone)
+    };
+    let clone = patiently("a guest that writes to its memory", Duration::from_secs(60), look);
+    let lines = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let protection = |start: u64| {
+        let line = lines.lines().find(|l| l.starts_with(&format!("{start:x}-"))).unwrap();
+        line.split_ascii_whitespace().nth(1).unwrap().to_owned()
+    };
+    // QEMU maps the initrd as well.
+    let maps = clone["maps"].as_array().unwrap().iter().filter(|m| m["file"] != "initrd");
+    let mut maps: Vec<_> = maps
+        .map(|m| {
+            let start = m["start"].as_u64().unwrap();
+            assert!(start.is_multiple_of(2 << 20) || m["file"] == "odd", "aligned for 2 MiB pages: {m}");
+            (
+                m["file"].as_str().unwrap().to_owned(),
+                protection(start),
+                m["length"].as_u64().unwrap() / MIB as u64,
+            )
+        })
+        .collect();
+    maps.sort();
+    maps
+}
+
+fn import(world: &TestMount, tag: &str, files: &[(&str, usize, &str)]) {
+    let mut words = vec!["import".to_owned()];
+    for (number, (name, mib, kind)) in files.iter().enumerate() {
+        let path = world.dir().join(format!("{name}.source"));
+        fs::write(&path, guest_like(number as u64 + 7, mib * MIB)).unwrap();
+        let path = path.display().to_string();
+        match number {
+            0 => words.extend([path, tag.to_owned()]),
+            _ => words.extend(["--file".to_owned(), format!("{name}={path},kind={kind}")]),
+        }
+    }
+    world.stencil(&words.iter().map(String::as_str).collect::<Vec<_>>()).ok();
+}
+
+fn text(world: &TestMount, template: &str, vmm: &str) -> String {
+    let run = world.stencil(&["args", template, "--vmm", vmm]).ok();
+    let json = world.json(&["args", template, "--vmm", vmm]);
+    assert_eq!(json["text"].as_str().unwrap(), run.out.trim_end(), "one struct");
+    assert!(json["notes"].as_array().unwrap().iter().all(|n| run.err.contains(n.as_str().unwrap())));
+    run.out
+}
+
+#[test]
+fn each_printed_qemu_line_runs_as_printed() {
+    let _host = host::shared();
+    for serve in ["passthrough", "decode"] {
+        let world = TestMount::new(serve);
+        import(&world, "plain", &[("memory", 64, "ram")]);
+        import(&world, "nodes", &[("memory", 64, "ram"), ("memory-n1", 32, "ram")]);
+        import(&world, "rom", &[("memory", 64, "ram"), ("img", 6, "rom"), ("odd", 5, "rom")]);
+        let file = |name: &str, protection: &str, mib| (name.to_owned(), protection.to_owned(), mib);
+        for (template, expected) in [
+            ("plain", vec![file("memory", "rw-p", 64)]),
+            ("nodes", vec![file("memory", "rw-p", 64), file("memory-n1", "rw-p", 32)]),
+            ("rom", vec![file("img", "r--s", 6), file("memory", "rw-p", 64), file("odd", "r--s", 5)]),
+        ] {
+            let mut qemu = Running::shell(&world, &text(&world, template, "qemu"));
+            assert_eq!(mappings(&world, &mut qemu), expected, "{serve} {template}");
+        }
+    }
+}
+
+#[test]
+fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    let place = world.dir().join("m,n it's");
+    fs::create_dir(&place).unwrap();
+    world.stencil(&["mount", place.to_str().unwrap()]).ok();
+    let line = text(&world, "guest:v1", "qemu");
+    assert!(line.contains("id=ram0") && line.contains("memory-backend=ram0"), "{line}");
+    assert!(line.contains("m,,n it'\\''s"), "{line}");
+    let mut qemu = Running::shell(&world, &line);
+    assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
+    drop(qemu);
+    let domain = text(&world, "guest:v1", "libvirt");
+    let file = world.dir().join("domain.xml");
+    fs::write(&file, &domain).unwrap();
+    run("virt-xml-validate", &[file.to_str().unwrap(), "domain"]);
+    world.stencil(&["umount", place.to_str().unwrap()]).ok();
+    world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(1).says("no mount serves this store");
+}
+
+#[test]
+fn a_libvirt_domain_is_valid_and_its_words_count_beside_libvirts_own() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    import(&world, "rom", &[("memory", 64, "ram"), ("img", 6, "rom")]);
+    let domain = text(&world, "rom", "libvirt");
+    let file = world.dir().join("domain.xml");
+    fs::write(&file, &domain).unwrap();
+    run("virt-xml-validate", &[file.to_str().unwrap(), "domain"]);
+    fs::write(&file, domain.replace("qemu:arg ", "qemu:argument ")).unwrap();
+    let broken = Command::new("virt-xml-validate").arg(&file).arg("domain").output().unwrap();
+    assert!(!broken.status.success(), "the schema looks at these elements");
+
+    // What libvirt puts before them for a domain of this size.
+    let libvirts = r#"qemu-system-x86_64 -name guest=rom,debug-threads=on -S -machine pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram
+        -accel tcg -m size=65536k -object {"qom-type":"memory-backend-ram","id":"pc.ram","size":67108864} -overcommit mem-lock=off
+        -smp 1,sockets=1,cores=1,threads=1 -uuid 4dea22b3-1d52-d8f3-2516-782e98ab3fa0 -display none -no-user-config -nodefaults
+        -rtc base=utc -no-shutdown -boot strict=on"#;
+    let words = run("xmllint", &["--xpath", "//@value", file.to_str().unwrap()]);
+    let ours = words.lines().filter_map(|l| l.trim().strip_prefix("value=\"")?.strip_suffix('"'));
+    let all: Vec<&str> = libvirts.split_ascii_whitespace().filter(|w| *w != "-S").chain(ours).collect();
+    let mut command = Command::new(all[0]);
+    let mut qemu = Running::start(command.args(&all[1..]), &world.dir().join("qemu.log"));
+    let expected = [("img".to_owned(), "r--s".to_owned(), 6), ("memory".to_owned(), "rw-p".to_owned(), 64)];
+    assert_eq!(mappings(&world, &mut qemu), expected);
+
+    import(&world, "nodes", &[("memory", 64, "ram"), ("memory-n1", 32, "ram")]);
+    world
+        .stencil(&["args", "nodes", "--vmm", "libvirt"])
+        .exits(2)
+        .says("has 2 RAM files, and libvirt makes the memory of NUMA nodes itself");
+}
+
+/// `SnapshotLoadParams` and `MemoryBackend` of Firecracker's API description: properties, and which must be there.
+const LOAD: [(&str, &str, bool); 8] = [
+    ("snapshot_path", "string", true),
+    ("mem_backend", "MemoryBackend", false),
+    ("mem_file_path", "string", false),
+    ("enable_diff_snapshots", "boolean", false),
+    ("track_dirty_pages", "boolean", false),
+    ("resume_vm", "boolean", false),
+    ("network_overrides", "array", false),
+    ("clock_realtime", "boolean", false),
+];
+const BACKEND: [(&str, &str, bool); 2] = [("backend_type", "string", true), ("backend_path", "string", true)];
+
+fn fits(value: &Value, fields: &[(&str, &str, bool)]) {
+    let object = value.as_object().unwrap();
+    for (key, value) in object {
+        let (_, kind, _) =
+            fields.iter().find(|f| f.0 == key).unwrap_or_else(|| panic!("{key} is no property"));
+        match *kind {
+            "string" => assert!(value.is_string(), "{key}"),
+            "boolean" => assert!(value.is_boolean(), "{key}"),
+            "MemoryBackend" => fits(value, &BACKEND),
+            kind => panic!("{key} as {kind}"),
+        }
+    }
+    assert!(fields.iter().all(|(name, _, required)| !required || object.contains_key(*name)), "{value}");
+}
+
+#[test]
+fn firecrackers_body_is_what_its_api_takes() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    let memory = guest_like(3, 4 * MIB);
+    let paths = ["fc.memory", "fc.state"].map(|name| world.dir().join(name));
+    fs::write(&paths[0], &memory).unwrap();
+    fs::write(&paths[1], state(0x8664, "10.0.0", 9)).unwrap();
+    let [memory_path, state_path] = paths.each_ref().map(|p| p.to_str().unwrap());
+    world.stencil(&["import", memory_path, "fc", "--state", state_path, "--format", "firecracker"]).ok();
+
+    let body: Value = serde_json::from_str(&text(&world, "fc", "firecracker")).unwrap();
+    fits(&body, &LOAD);
+    assert_eq!(body["mem_backend"]["backend_type"], "File");
+    assert_eq!(body["resume_vm"], json!(true));
+    assert_eq!(world.json(&["args", "fc", "--vmm", "firecracker"])["body"], body);
+    let served = fs::read(body["mem_backend"]["backend_path"].as_str().unwrap()).unwrap();
+    assert!(served == memory);
+    assert_eq!(fs::read(body["snapshot_path"].as_str().unwrap()).unwrap(), fs::read(&paths[1]).unwrap());
+
+    import(&world, "plain", &[("memory", 4, "ram")]);
+    world.stencil(&["args", "plain", "--vmm", "firecracker"]).exits(2).says("no file 'state'");
+    world.stencil(&["import", memory_path, "other", "--state", memory_path]).ok();
+    world.stencil(&["args", "other", "--vmm", "firecracker"]).exits(2).says("is not from Firecracker");
+    world.stencil(&["args", "none", "--vmm", "firecracker"]).exits(4);
+    world.stencil(&["args", "plain", "--vmm", "xen"]).exits(2);
+}
+
+/// Kata's script for this template, and the folder that stands for Kata's own template.
+fn kata(world: &TestMount, template: &str) -> (PathBuf, PathBuf) {
+    use std::os::unix::fs::PermissionsExt;
+    let script = world.dir().join("qemu-stencil");
+    fs::write(&script, text(world, template, "kata")).unwrap();
+    fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
+    let folder = world.dir().join("template");
+    fs::create_dir_all(&folder).unwrap();
+    (script, folder)
+}
+
+#[test]
+fn katas_script_resumes_a_real_guest_from_the_template() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    world.mount(&[]).ok();
+    let (script, folder) = kata(&world, "guest:v1");
+    let recipe = world.json(&["inspect", "guest:v1"])["recipe"].clone();
+    let by_id = world.json(&["path", "guest:v1"])["path"].as_str().unwrap().to_owned();
+    fs::copy(format!("{by_id}/state"), folder.join("state")).unwrap();
+
+    // The VM as Kata resumes one: its RAM by a path that it would open read-write, device state by `exec:cat`.
+    let theirs =
+        format!("memory-backend-file,id=ram0,size=256M,mem-path={}/memory,prealloc=on", folder.display());
+    let words: Vec<String> = recipe["argv"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|word| {
+            let word = word.as_str().unwrap();
+            if word.starts_with("memory-backend-file,") {
+                return theirs.clone();
+            }
+            let word = word.replace("{dir}", world.dir().to_str().unwrap()).replace("{id}", "kata");
+            word.replace("{file:", &format!("{by_id}/")).replace('}', "")
+        })
+        .collect();
+    assert!(words.contains(&"-incoming".to_owned()) && words.contains(&theirs), "{words:?}");
+    let mut command = Command::new(&script);
+    let mut qemu = Running::start(command.args(&words), &world.dir().join("qemu.log"));
+    let mut qmp = patiently("QMP", Duration::from_secs(30), || {
+        let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap();
+        assert!(qemu.0.try_wait().unwrap().is_none(), "{log}");
+        Qmp::connect(&world.dir().join("qmp.sock")).ok()
+    });
+    qmp.ignore_shared(true).unwrap();
+    qmp.run("migrate-incoming", json!({"uri": format!("exec:cat {}", folder.join("state").display())}))
+        .unwrap();
+    qmp.wait_migrated(Instant::now() + Duration::from_secs(60)).unwrap();
+    qmp.run("cont", json!({})).unwrap();
+    let serial = world.dir().join("serial.log");
+    patiently("heartbeats", Duration::from_secs(60), || (heartbeats(&serial).len() >= 3).then_some(()));
+    assert!(heartbeats(&serial)[0].count >= 4, "it went on, it did not boot");
+    assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
+    let density = world.json(&["density"]);
+    let private = density["clones"][0]["private_bytes"].as_u64().unwrap();
+    assert!(private < 64 << 20, "prealloc is left out: {private}");
+}
+
+#[test]
+fn katas_script_takes_its_forms_and_refuses_by_name() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    let paths = ["memory", "state"].map(|name| world.dir().join(name));
+    fs::write(&paths[0], guest_like(3, 64 * MIB)).unwrap();
+    fs::write(&paths[1], b"this state is never loaded here").unwrap();
+    let [memory, state] = paths.each_ref().map(|p| p.to_str().unwrap());
+    world.stencil(&["import", memory, "kata", "--state", state]).ok();
+    let (script, folder) = kata(&world, "kata");
+    let folder = folder.display();
+    fs::copy(&paths[1], format!("{folder}/state")).unwrap();
+    fs::copy(&paths[0], format!("{folder}/memory")).unwrap();
+
+    let call = |words: &str| {
+        let mut command = Command::new(&script);
+        command.args(words.split_ascii_whitespace()).current_dir(world.dir());
+        command
+    };
+    let common = "-machine q35,accel=tcg -nodefaults -display none";
+    let numa = "-numa node,memdev=dimm1";
+    let memory_of = |words: &str| {
+        let mut qemu = Running::start(&mut call(words), &world.dir().join("qemu.log"));
+        let pid = qemu.0.id();
+        // The executable's name changes from the shell's to QEMU's.
+        patiently("its memory", Duration::from_secs(30), || {
+            let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap();
+            assert!(qemu.0.try_wait().unwrap().is_none(), "{words}: {log}");
+            let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+            let line = maps.lines().find(|l| l.ends_with("/memory"))?;
+            let words: Vec<&str> = line.split_ascii_whitespace().collect();
+            Some((words[1].to_owned(), words[5].to_owned()))
+        })
+    };
+    let template = world.json(&["path", "kata/memory"])["path"].as_str().unwrap().to_owned();
+    for object in [
+        format!("memory-backend-file,id=dimm1,size=64M,mem-path={folder}/memory"),
+        format!("memory-backend-file,size=67108864,mem-path={folder}/memory,id=dimm1,share=off,prealloc=on"),
+        "memory-backend-ram,id=dimm1,size=65536k".to_owned(),
+    ] {
+        let words = format!("{common} -m 64M,slots=10,maxmem=2G -object {object} {numa} -incoming defer");
+        assert_eq!(memory_of(&words), ("rw-p".to_owned(), template.clone()), "{object}");
+    }
+    let machine = "-machine q35,accel=tcg,memory-backend=dimm1 -nodefaults -display none -m 64M";
+    let words = format!("{machine} -object memory-backend-ram,id=dimm1,size=64M -incoming defer");
+    assert_eq!(memory_of(&words), ("rw-p".to_owned(), template.clone()));
+    // The VM that Kata makes its own template with writes to its own file.
+    let own = format!("memory-backend-file,id=dimm1,size=64M,mem-path={folder}/memory,share=on");
+    let words = format!("{common} -m 64M -object {own} {numa} -S");
+    assert_eq!(memory_of(&words), ("rw-s".to_owned(), format!("{folder}/memory")));
+    let version = call("-version").output().unwrap();
+    assert!(String::from_utf8_lossy(&version.stdout).starts_with("QEMU emulator version"));
+
+    let ram =
+        |options: &str| format!("-object memory-backend-file,id=dimm1,mem-path={folder}/memory,{options}");
+    let fine = ram("size=64M");
+    for (words, why) in [
+        (format!("{} {numa}", ram("size=64M,share=on")), "is shared (share=on)"),
+        (format!("{} {numa}", ram("size=128M")), "134217728 bytes of RAM, the template 67108864"),
+        (format!("{} {numa}", ram("size=lots")), "cannot read the size"),
+        (format!("{fine} {numa} -numa node,memdev=dimm2"), "has 2 RAM objects"),
+        (fine.clone(), "has 0 RAM objects"),
+        ("-numa node,memdev=dimm1".to_owned(), "no -object has the id dimm1"),
+        (format!("-object memory-backend-epc,id=dimm1,size=64M {numa}"), "cannot be replaced"),
+        (
+            format!("{fine} {numa} -device vhost-user-fs-pci,chardev=c,tag=k"),
+            "vhost-user-fs-pci: set shared_fs",
+        ),
+    ] {
+        let run = call(&format!("{common} -m 64M {words} -incoming defer")).output().unwrap();
+        let err = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(1), "{words}: {err}");
+        assert!(err.starts_with("stencil: ") && err.contains(why), "{words}: {err}");
+    }
+    fs::write(format!("{folder}/state"), b"this state is another template's").unwrap();
+    let run = call(&format!("{common} -m 64M {fine} {numa} -incoming defer")).output().unwrap();
+    let err = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.code() == Some(1) && err.contains("not the device state of the template"), "{err}");
+}

@@ -36,7 +36,7 @@ pub use digest::Digest;
 pub use firecracker::FirecrackerState;
 pub use gc::Collected;
 pub use image::{FileKind, TemplateFile};
-pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
+pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 pub use open::{ContentHold, Store};
 pub use owner::{Owner, parse_mode};
 pub use policy::{DEFAULT_MODE, Policy};

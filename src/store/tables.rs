@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -17,15 +17,20 @@ use super::{Digest, FileKind, TemplateFile};
 use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE};
 
-/// Takes the blocks of all files in the order of the image.
+/// A block's hash in the image.
+const HASH_LENGTH: u64 = 32;
+
+/// Takes the blocks of all files, file after file.
 pub(super) struct TableWriter {
     folder: PathBuf,
     files: Vec<(String, FileKind, Option<u64>, FileStats)>,
-    current: usize,
-    image: BufWriter<File>,
+    /// In this order files come; in the image they are sorted by name.
+    order: Vec<usize>,
+    done: usize,
+    /// First block and number of blocks of each file, as they came.
+    spans: Vec<(u64, u64)>,
+    hashes: BufWriter<File>,
     rows: BufWriter<File>,
-    rows_path: PathBuf,
-    rows_tree: TreeWriter,
     block_count: u64,
     numbers: HashMap<PackId, u32>,
 }
@@ -37,28 +42,33 @@ pub(super) struct Tables {
 }
 
 impl TableWriter {
-    /// For these files, sorted by name, in the new folder `folder`. Beside it a file for the rows is made, and removed
-    /// at the end.
+    /// For these files, sorted by name, in the new folder `folder`. Beside it two files are made, and removed at the end.
     pub fn new(folder: &Path, files: impl IntoIterator<Item = (String, FileKind)>) -> Result<TableWriter> {
         make_folder(folder)?;
         let none = FileStats { data_bytes: 0, stored_bytes: 0 };
         let files: Vec<_> = files.into_iter().map(|(name, kind)| (name, kind, None, none)).collect();
-        let mut image = create(&folder.join("image"))?;
-        image
-            .seek(SeekFrom::Start(ImageHeader::table_offset(files.len())))
-            .map_err(|e| Error::io("cannot write", folder, e))?;
-        let rows_path = folder.with_extension("rows");
+        let part = |name| Ok(BufWriter::with_capacity(256 << 10, create(&folder.with_extension(name))?));
         Ok(TableWriter {
             folder: folder.to_owned(),
+            order: (0..files.len()).collect(),
+            done: 0,
+            spans: vec![(0, 0); files.len()],
             files,
-            current: 0,
-            image: BufWriter::with_capacity(256 << 10, image),
-            rows: BufWriter::with_capacity(256 << 10, create(&rows_path)?),
-            rows_path,
-            rows_tree: TreeWriter::default(),
+            hashes: part("hashes")?,
+            rows: part("rows")?,
             block_count: 0,
             numbers: HashMap::new(),
         })
+    }
+
+    /// The files come in this order; without it, as they are sorted.
+    pub fn coming_in(self, order: Vec<usize>) -> TableWriter {
+        TableWriter { order, ..self }
+    }
+
+    /// The file whose blocks come now.
+    fn current(&self) -> usize {
+        self.order[self.done]
     }
 
     fn error(&self, error: std::io::Error) -> Error {
@@ -71,9 +81,8 @@ impl TableWriter {
         let mut left = blocks;
         while left > 0 {
             let now = left.min(256) as usize;
-            self.image.write_all(&ZEROS[..now * 32]).map_err(|e| self.error(e))?;
+            self.hashes.write_all(&ZEROS[..now * HASH_LENGTH as usize]).map_err(|e| self.error(e))?;
             self.rows.write_all(&ZEROS[..now * Row::LEN]).map_err(|e| self.error(e))?;
-            self.rows_tree.update(&ZEROS[..now * Row::LEN]);
             left -= now as u64;
         }
         self.block_count += blocks;
@@ -82,24 +91,27 @@ impl TableWriter {
 
     /// The block with that hash, which lies there.
     pub fn block(&mut self, hash: &Digest, place: Place) -> Result<()> {
-        let stats = &mut self.files[self.current].3;
+        let at = self.current();
+        let stats = &mut self.files[at].3;
         stats.data_bytes += u64::from(place.stored.data_pages.count_ones()) * PAGE_SIZE;
         stats.stored_bytes += u64::from(place.stored.length);
         let next = self.numbers.len() as u32;
         let pack = *self.numbers.entry(place.pack).or_insert(next);
         let mut row = Vec::with_capacity(Row::LEN);
         Row::encode(Some(Row { pack, stored: place.stored }), &mut row);
-        self.image.write_all(hash.bytes()).map_err(|e| self.error(e))?;
+        self.hashes.write_all(hash.bytes()).map_err(|e| self.error(e))?;
         self.rows.write_all(&row).map_err(|e| self.error(e))?;
-        self.rows_tree.update(&row);
         self.block_count += 1;
         Ok(())
     }
 
     /// The file has ended, at this size; the next block is of the next file.
     pub fn end_file(&mut self, size: u64) {
-        self.files[self.current].2 = Some(size);
-        self.current += 1;
+        let at = self.current();
+        self.files[at].2 = Some(size);
+        let begin = self.spans.iter().map(|(_, count)| count).sum();
+        self.spans[at] = (begin, self.block_count - begin);
+        self.done += 1;
     }
 
     /// Completes both tables; they are on the disk afterwards.
@@ -112,18 +124,27 @@ impl TableWriter {
             let got = self.block_count;
             return Err(Error::failed(format!("{got} blocks came, expected {}", header.block_count())));
         }
-        let image = self.image.into_inner().map_err(|e| fail(e.into_error()))?;
-        image.write_all_at(&header.encode(), 0).map_err(fail)?;
+        let hashes = self.hashes.into_inner().map_err(|e| fail(e.into_error()))?;
+        let mut image = BufWriter::with_capacity(256 << 10, create(&folder.join("image"))?);
         let mut image_tree = TreeWriter::default();
-        copy(image.try_clone().map_err(fail)?, |part| {
+        let mut put = |part: &[u8]| {
             image_tree.update(part);
-            Ok(())
-        })
-        .map_err(fail)?;
-        image.sync_all().map_err(fail)?;
+            image.write_all(part)
+        };
+        put(&header.encode())
+            .and_then(|()| copy_spans(&hashes, &self.spans, HASH_LENGTH, &mut put))
+            .map_err(fail)?;
+        image.into_inner().map_err(|e| fail(e.into_error()))?.sync_all().map_err(fail)?;
         let (image_values, digest) = image_tree.finish();
 
-        let (rows_values, rows_root) = self.rows_tree.finish();
+        let rows = self.rows.into_inner().map_err(|e| fail(e.into_error()))?;
+        let mut rows_tree = TreeWriter::default();
+        let tree_row = |part: &[u8]| {
+            rows_tree.update(part);
+            Ok(())
+        };
+        copy_spans(&rows, &self.spans, Row::LEN as u64, tree_row).map_err(fail)?;
+        let (rows_values, rows_root) = rows_tree.finish();
         let mut packs: Vec<(u32, PackId)> = self.numbers.iter().map(|(id, number)| (*number, *id)).collect();
         packs.sort_unstable();
         let front = Front {
@@ -136,13 +157,14 @@ impl TableWriter {
         };
         let mut placement = BufWriter::with_capacity(256 << 10, create(&folder.join("placement"))?);
         placement.write_all(&front.encode()).map_err(fail)?;
-        let rows = self.rows.into_inner().map_err(|e| fail(e.into_error()))?;
-        copy(rows, |part| placement.write_all(part)).map_err(fail)?;
+        copy_spans(&rows, &self.spans, Row::LEN as u64, |part| placement.write_all(part)).map_err(fail)?;
         for value in image_values.iter().chain(&rows_values) {
             placement.write_all(value).map_err(fail)?;
         }
         placement.into_inner().map_err(|e| fail(e.into_error()))?.sync_all().map_err(fail)?;
-        std::fs::remove_file(&self.rows_path).map_err(fail)?;
+        for name in ["hashes", "rows"] {
+            std::fs::remove_file(folder.with_extension(name)).map_err(fail)?;
+        }
 
         let files = header.files().iter().zip(&front.files).map(|(file, stats)| TemplateFile {
             name: file.name.clone(),
@@ -154,14 +176,22 @@ impl TableWriter {
     }
 }
 
-/// All bytes of a file, from its start.
-fn copy(mut file: File, mut each: impl FnMut(&[u8]) -> std::io::Result<()>) -> std::io::Result<()> {
-    file.seek(SeekFrom::Start(0))?;
+/// Those ranges of a table whose entries have `size` bytes, one after the other.
+fn copy_spans(
+    table: &File,
+    spans: &[(u64, u64)],
+    size: u64,
+    mut each: impl FnMut(&[u8]) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     let mut part = vec![0; 256 << 10];
-    loop {
-        match file.read(&mut part)? {
-            0 => return Ok(()),
-            length => each(&part[..length])?,
+    for (begin, count) in spans {
+        let (mut at, end) = (begin * size, (begin + count) * size);
+        while at < end {
+            let now = (end - at).min(part.len() as u64) as usize;
+            table.read_exact_at(&mut part[..now], at)?;
+            each(&part[..now])?;
+            at += now as u64;
         }
     }
+    Ok(())
 }

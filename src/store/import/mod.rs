@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
 
-pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Source};
+pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
 use super::commit::{Finished, commit, fresh_policy};
 use super::known::Known;
@@ -122,7 +122,8 @@ impl Store {
             let _ = give_back.send(Batch::default());
         }
         let work = Mutex::new(work);
-        let mut writer = Writer::new(session.path(), &inputs, known)?;
+        let order = reader::order(&inputs);
+        let mut writer = Writer::new(session.path(), &inputs, order.clone(), known)?;
         thread::scope(|scope| {
             for _ in 0..workers {
                 let (work, to_writer) = (&work, to_writer.clone());
@@ -132,7 +133,7 @@ impl Store {
                 let to_writer = to_writer.clone();
                 move || {
                     let mut sequence = 0;
-                    let result = reader::run(inputs, stop, &empty, |work| {
+                    let result = reader::run(inputs, &order, stop, &empty, |work| {
                         // A send fails when the other side is gone; then the writer has the reason.
                         let sent = match work {
                             Work::Data(batch) => to_workers.send((sequence, batch)).is_ok(),

@@ -12,7 +12,7 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 
 use super::worker::Batch;
-use super::{BATCH_BYTES, ImportFile, Source, Stop, Work};
+use super::{BATCH_BYTES, ImportFile, Later, Source, Stop, Work};
 use crate::error::{Error, Result};
 use crate::store::{BLOCK_SIZE, FileKind};
 use crate::units::PAGE_SIZE;
@@ -27,11 +27,18 @@ pub(super) struct Input {
     pub kind: FileKind,
     /// For errors.
     origin: String,
-    file: File,
+    file: From,
     /// Of files and devices; a pipe has none.
     size: Option<u64>,
     /// Size and time of change of a regular file when it was opened.
     version: Option<(u64, i64, i64)>,
+}
+
+/// Where an input's bytes are.
+#[derive(Debug)]
+enum From {
+    Open(File),
+    Later(Later),
 }
 
 impl Input {
@@ -45,6 +52,16 @@ impl Input {
             Source::Path(path) => {
                 let file = File::open(path).map_err(|e| Error::io("cannot open", path, e))?;
                 (path.display().to_string(), file)
+            }
+            Source::Later(later) => {
+                return Ok(Input {
+                    name: request.name.clone(),
+                    kind: request.kind,
+                    origin: request.name.clone(),
+                    size: Some(later.size),
+                    file: From::Later(later.clone()),
+                    version: None,
+                });
             }
         };
         let fail = |e| Error::io("cannot read", &origin, e);
@@ -69,14 +86,46 @@ impl Input {
             name: request.name.clone(),
             kind: request.kind,
             origin: origin.clone(),
-            file,
+            file: From::Open(file),
             size,
             version,
         };
-        if size.is_some() {
-            let _ = fadvise(&input.file, 0, None, Advice::Sequential);
+        if let (Some(_), From::Open(file)) = (size, &input.file) {
+            let _ = fadvise(file, 0, None, Advice::Sequential);
         }
         Ok(input)
+    }
+
+    /// True for one that is opened after all others have been read.
+    fn is_late(&self) -> bool {
+        matches!(self.file, From::Later(_))
+    }
+
+    /// Opens a late one.
+    fn now(mut self) -> Result<Input> {
+        let From::Later(later) = &self.file else { return Ok(self) };
+        let file = (later.open)()?;
+        let meta = file.metadata().map_err(|e| self.fail(e))?;
+        if !meta.is_file() || meta.len() != later.size {
+            return Err(Error::failed(format!(
+                "the source has {} bytes, expected {}",
+                meta.len(),
+                later.size
+            ))
+            .at(&self.origin)
+            .remedy("run the command again: nothing was changed"));
+        }
+        self.version = Some(version(&meta));
+        self.file = From::Open(file);
+        Ok(self)
+    }
+
+    /// The open file. A late one is opened before anything is read of it.
+    fn file(&self) -> io::Result<&File> {
+        match &self.file {
+            From::Open(file) => Ok(file),
+            From::Later(_) => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     pub fn size(&self) -> Option<u64> {
@@ -91,7 +140,7 @@ impl Input {
     pub fn head(&self) -> Option<[u8; 8]> {
         let mut head = [0; 8];
         self.size?;
-        let _ = self.file.read_at(&mut head, 0);
+        let _ = self.file().ok()?.read_at(&mut head, 0);
         Some(head)
     }
 
@@ -104,22 +153,23 @@ impl Input {
                 .remedy(format!("it has at most {most} bytes: check that the right file is named")));
         }
         let mut bytes = vec![0; size as usize];
-        self.file.read_exact_at(&mut bytes, 0).map_err(|e| self.fail(e))?;
+        self.file().and_then(|f| f.read_exact_at(&mut bytes, 0)).map_err(|e| self.fail(e))?;
         Ok(Some(bytes))
     }
 
     /// Bytes of a file or device that are in a hole, to the byte, as its file system tells.
     pub fn hole_bytes(&self) -> Result<u64> {
         let size = self.size.unwrap_or_default();
+        let file = self.file().map_err(|e| self.fail(e))?;
         let (mut holes, mut at) = (0, 0);
         while at < size {
-            let hole = match seek(&self.file, SeekFrom::Hole(at)) {
+            let hole = match seek(file, SeekFrom::Hole(at)) {
                 Ok(hole) => hole.min(size),
                 // Not every file can tell its holes.
                 Err(Errno::INVAL | Errno::OPNOTSUPP) => break,
                 Err(e) => return Err(self.fail(e.into())),
             };
-            at = match seek(&self.file, SeekFrom::Data(hole)) {
+            at = match seek(file, SeekFrom::Data(hole)) {
                 Ok(data) => data.min(size),
                 Err(Errno::NXIO) => size,
                 Err(e) => return Err(self.fail(e.into())),
@@ -162,14 +212,26 @@ fn version(meta: &std::fs::Metadata) -> (u64, i64, i64) {
     (meta.len(), meta.mtime(), meta.mtime_nsec())
 }
 
-/// Reads all inputs in order. `empty` gives batches to fill, `send` takes what was read.
+/// The order in which inputs are read: late ones come last.
+pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..inputs.len()).collect();
+    order.sort_by_key(|&at| inputs.get(at).is_some_and(Input::is_late));
+    order
+}
+
+/// Reads all inputs in that order. `empty` gives batches to fill, `send` takes what was read.
 pub(super) fn run(
     inputs: Vec<Input>,
+    order: &[usize],
     stop: &Stop<'_>,
     empty: &Receiver<Batch>,
     mut send: impl FnMut(Work) -> Result<()>,
 ) -> Result<()> {
-    for input in inputs {
+    let mut inputs: Vec<Option<Input>> = inputs.into_iter().map(Some).collect();
+    for &at in order {
+        let Some(input) = inputs.get_mut(at).and_then(Option::take) else { continue };
+        stop.check()?;
+        let input = input.now()?;
         let size = match input.size {
             Some(size) => read_file(&input, size, stop, empty, &mut send).map(|()| size)?,
             None => read_stream(&input, stop, empty, &mut send)?,
@@ -204,7 +266,8 @@ fn read_file(
             let mut batch = next_batch(stop, empty)?;
             let length = (end - offset).min(BATCH_BYTES as u64) as usize;
             batch.length = length;
-            input.file.read_exact_at(&mut batch.plain[..length], offset).map_err(|e| match e.kind() {
+            let read = input.file().and_then(|f| f.read_exact_at(&mut batch.plain[..length], offset));
+            read.map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => input.changed("was cut short"),
                 _ => input.fail(e),
             })?;
@@ -213,7 +276,7 @@ fn read_file(
         }
     }
     if let Some(before) = input.version {
-        let meta = input.file.metadata().map_err(|e| input.fail(e))?;
+        let meta = input.file().and_then(File::metadata).map_err(|e| input.fail(e))?;
         if version(&meta) != before {
             return Err(input.changed(if meta.len() == before.0 {
                 "was written"
@@ -227,7 +290,8 @@ fn read_file(
 
 /// The next range that is no hole, widened to whole blocks; `(size, size)` when only a hole is left.
 fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
-    let data = match seek(&input.file, SeekFrom::Data(offset)) {
+    let file = input.file().map_err(|e| input.fail(e))?;
+    let data = match seek(file, SeekFrom::Data(offset)) {
         Ok(data) => data.min(size),
         Err(Errno::NXIO) => size,
         // Not every file can tell its holes.
@@ -237,7 +301,7 @@ fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
     if data == size {
         return Ok((size, size));
     }
-    let hole = match seek(&input.file, SeekFrom::Hole(data)) {
+    let hole = match seek(file, SeekFrom::Hole(data)) {
         Ok(hole) => hole.min(size),
         Err(_) => size,
     };
@@ -252,12 +316,13 @@ fn read_stream(
     send: &mut impl FnMut(Work) -> Result<()>,
 ) -> Result<u64> {
     let mut total = 0;
+    let mut file = input.file().map_err(|e| input.fail(e))?;
     loop {
         let mut batch = next_batch(stop, empty)?;
         let mut have = 0;
         while have < BATCH_BYTES {
             wait_readable(input, stop)?;
-            match (&input.file).read(&mut batch.plain[have..]) {
+            match file.read(&mut batch.plain[have..]) {
                 Ok(0) => break,
                 Ok(count) => have += count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -277,10 +342,11 @@ fn read_stream(
 }
 
 fn wait_readable(input: &Input, stop: &Stop<'_>) -> Result<()> {
+    let file = input.file().map_err(|e| input.fail(e))?;
     loop {
         stop.check()?;
         let timeout = Timespec { tv_sec: 0, tv_nsec: PATIENCE.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&input.file, PollFlags::IN)], Some(&timeout)) {
+        match poll(&mut [PollFd::new(file, PollFlags::IN)], Some(&timeout)) {
             Ok(0) | Err(Errno::INTR) => {}
             Ok(_) => return Ok(()),
             Err(e) => return Err(input.fail(e.into())),

@@ -1,6 +1,8 @@
 //! What is to be imported, and what came of it.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -23,7 +25,33 @@ pub enum Source {
     Path(PathBuf),
     /// Standard input.
     Stdin,
+    /// A regular file that is there only when everything else has been read.
+    Later(Later),
 }
+
+/// A file of known size that is opened after all other sources have been read: what has to stand still for those
+/// may go on then.
+#[derive(Clone)]
+pub struct Later {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Gives it, from its start.
+    pub open: Arc<dyn Fn() -> Result<File> + Send + Sync>,
+}
+
+impl fmt::Debug for Later {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Later").field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+impl PartialEq for Later {
+    fn eq(&self, other: &Later) -> bool {
+        Arc::ptr_eq(&self.open, &other.open)
+    }
+}
+
+impl Eq for Later {}
 
 /// One file of the new template.
 #[derive(Debug, Clone)]

@@ -29,9 +29,14 @@ pub(super) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    pub fn new(session: &'a Path, inputs: &[Input], known: &'a Known) -> Result<Writer<'a>> {
+    pub fn new(
+        session: &'a Path,
+        inputs: &[Input],
+        order: Vec<usize>,
+        known: &'a Known,
+    ) -> Result<Writer<'a>> {
         let files = inputs.iter().map(|i| (i.name.clone(), i.kind));
-        let tables = TableWriter::new(&session.join("image"), files)?;
+        let tables = TableWriter::new(&session.join("image"), files)?.coming_in(order);
         Ok(Writer { known, tables, packs: PackWriter::new(session, known) })
     }
 

@@ -40,7 +40,7 @@ fn a_running_guest_is_captured_and_is_then_as_before() {
     let names: Vec<&str> =
         captured["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["initrd", "kernel", "memory", "state"]);
-    let recipe = world.stencil(&["inspect", "guest:run"]).ok().out;
+    let recipe = world.stencil(&["inspect", "--recipe", "guest:run"]).ok().out;
     let own = world.dir().display().to_string();
     assert!(!recipe.contains(&own), "nothing of the VM's own in its clones' command line: {recipe}");
 

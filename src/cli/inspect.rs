@@ -10,8 +10,9 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
+use crate::clones::recipe::Recipe;
 use crate::control::{LeaseHolder, leases};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
 
@@ -21,6 +22,29 @@ pub struct InspectArgs {
     /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
+    /// Show its launch recipe alone, as `recipe edit` takes it
+    #[arg(long)]
+    recipe: bool,
+}
+
+/// The recipe of one template, in the form that is edited.
+#[derive(Serialize)]
+struct RecipeAlone {
+    digest: Digest,
+    recipe: Value,
+}
+
+impl Report for RecipeAlone {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        match Recipe::from_value(&self.recipe) {
+            Ok(recipe) => out.write_all(recipe.to_text().as_bytes()),
+            Err(_) => writeln!(out, "{:#}", self.recipe),
+        }
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
 }
 
 #[derive(Serialize)]
@@ -65,7 +89,8 @@ impl Report for Inspection {
             writeln!(out, "lease    process {} ({})", lease.pid, lease.command)?;
         }
         if let Some(recipe) = &self.recipe {
-            writeln!(out, "recipe   {recipe}")?;
+            let text = |key| recipe.get(key).and_then(Value::as_str).unwrap_or("?");
+            writeln!(out, "recipe   {} {} (--recipe shows it)", text("vmm"), text("vmm_version"))?;
         }
         Ok(())
     }
@@ -85,6 +110,13 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
     let template = store.template(&digest)?;
     let tags = store.tags()?.into_iter().filter(|t| t.digest == digest);
     let policy = template.policy();
+    if args.recipe {
+        let recipe = policy.recipe.clone().ok_or_else(|| {
+            Error::not_found(format!("template {digest} has no launch recipe: it was not captured from a VM"))
+                .remedy("give it one with `stencil recipe edit --from FILE`")
+        })?;
+        return Ok(Done::report(RecipeAlone { digest, recipe }));
+    }
     Ok(Done::report(Inspection {
         digest,
         tags: tags.map(|t| format!("{}:{}", t.name, t.tag)).collect(),

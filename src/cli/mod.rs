@@ -26,6 +26,7 @@ mod output;
 mod path;
 mod progress;
 mod ps;
+mod recipe;
 mod restart;
 mod rm;
 mod status;
@@ -105,6 +106,7 @@ enum Command {
     Du(du::DuArgs),
     Path(path::PathArgs),
     Args(args::VmmArgs),
+    Recipe(recipe::RecipeArgs),
     Explain(explain::ExplainArgs),
     /// Show what each clone has copied and what all of them really cost
     Density(density::DensityArgs),
@@ -142,6 +144,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Du(args) => du::run(args, global),
         Command::Path(args) => path::run(args, global),
         Command::Args(args) => args::run(args, global),
+        Command::Recipe(args) => recipe::run(args, global),
         Command::Explain(args) => explain::run(args, global),
         Command::Density(args) => density::run(args, global),
         Command::Dirty(args) => dirty::run(args, global),

@@ -1,6 +1,6 @@
 //! `stencil ps`: which clones there are.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,6 +36,8 @@ struct Row {
     template: String,
     created: Option<u64>,
     dir: Option<String>,
+    /// Ports of the host that lead into it: the recipe's name, and the number.
+    ports: BTreeMap<String, u16>,
 }
 
 impl Row {
@@ -54,6 +56,7 @@ impl Row {
             template: entry.template.clone(),
             created: Some(entry.created),
             dir: Some(entry.dir.display().to_string()),
+            ports: entry.ports.clone(),
         }
     }
 
@@ -68,6 +71,7 @@ impl Row {
             template: clone.maps.first()?.digest.to_string(),
             created: None,
             dir: None,
+            ports: BTreeMap::new(),
         })
     }
 }
@@ -85,7 +89,7 @@ impl Report for PsReport {
             return self.rows.iter().filter_map(|r| r.id.as_ref()).try_for_each(|id| writeln!(out, "{id}"));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "TEMPLATE"]);
+        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "PORTS", "TEMPLATE"]);
         for row in &self.rows {
             let short: String = row.template.chars().take(12).collect();
             columns.row([
@@ -94,6 +98,7 @@ impl Report for PsReport {
                 row.state.into(),
                 row.kind.into(),
                 row.created.map_or_else(|| "-".into(), |at| age(now.saturating_sub(at))),
+                ports(&row.ports),
                 row.name.clone().unwrap_or(short),
             ]);
         }
@@ -107,6 +112,12 @@ impl Report for PsReport {
         }
         all
     }
+}
+
+/// `HOST->NAME`, as container tools write it.
+fn ports(all: &BTreeMap<String, u16>) -> String {
+    let one = |(name, port): (&String, &u16)| format!("{port}->{name}");
+    if all.is_empty() { "-".into() } else { all.iter().map(one).collect::<Vec<_>>().join(",") }
 }
 
 /// A span of time in its largest unit.

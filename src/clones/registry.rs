@@ -6,6 +6,7 @@
 //! Clones of one call belong to one [`Launch`], which holds them by one marker file: taking it away lets all
 //! of them go at once. If the launcher dies before, whoever comes next ends what is left ([`sweep`]).
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::DirBuilderExt;
@@ -80,6 +81,12 @@ pub struct Entry {
     /// What a simulated clone was told to touch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub touched: Option<Touched>,
+    /// Its ports of the host: the N of `{port:N}`, and which it is.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ports: BTreeMap<String, u16>,
+    /// The machine's UUID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
 }
 
 impl Entry {
@@ -247,6 +254,8 @@ impl Launch {
             index: new.index,
             launch: self.id.clone(),
             touched: new.touched,
+            ports: BTreeMap::new(),
+            uuid: None,
         };
         loop {
             entry.id = random_id()?;
@@ -412,7 +421,11 @@ fn load(dir: &Path) -> Result<Option<Entry>> {
     Ok(Some(entry))
 }
 
-fn random_id() -> Result<String> {
+/// A short name that nobody else has: `c` and seven hex digits.
+///
+/// # Errors
+/// When the kernel gives no random numbers.
+pub fn random_id() -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random/uuid");
     let uuid = procfs::read_text(path)?;
     let hex: String = uuid.chars().filter(char::is_ascii_hexdigit).take(7).collect();
@@ -441,6 +454,8 @@ mod tests {
             index: 7,
             launch: "c7654321".into(),
             touched: Some(Touched { read_pages: 8, written_pages: 9 }),
+            ports: BTreeMap::from([("80".into(), 40_000)]),
+            uuid: None,
         };
         entry.save().unwrap();
         assert_eq!(load(dir.path()).unwrap(), Some(entry));

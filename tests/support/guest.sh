@@ -5,6 +5,8 @@
 #     heartbeat COUNT UPTIME RANDOM
 #
 # and with each reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
+# With a disk (an ext4 on virtio-blk) it appends each heartbeat to its file `beats`, synced; with a network card it
+# serves the disk by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -23,14 +25,36 @@ if ! [ "$initramfs" -nt "$0" ] || ! [ "$initramfs" -nt "$kernel" ]; then
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work"/root/{bin,dev,proc,sys,ram}
     cp "$busybox" "$work/root/bin/busybox"
-    [ ! -e "$cache/virtio-rng.ko" ] || cp "$cache/virtio-rng.ko" "$work/root/"
+    mkdir -p "$work/root/modules" "$work/root/disk"
+    [ ! -d "$cache/modules" ] || cp "$cache"/modules/*.ko "$work/root/modules/"
+    [ ! -e "$cache/virtio-rng.ko" ] || cp "$cache/virtio-rng.ko" "$work/root/modules/virtio-rng.ko"
     cat >"$work/root/init" <<'INIT'
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t tmpfs -o size=80% ram /ram
-[ ! -e /virtio-rng.ko ] || /bin/busybox insmod /virtio-rng.ko
+for module in virtio-rng virtio_blk failover net_failover virtio_net; do
+    [ ! -e /modules/$module.ko ] || /bin/busybox insmod /modules/$module.ko
+done
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
+disk=
+if [ -b /dev/vda ]; then
+    /bin/busybox mount -t ext4 /dev/vda /disk && disk=yes
+fi
+if [ -e /proc/sys/net/ipv4/conf/eth0 ]; then
+    /bin/busybox ip address add 10.0.2.15/24 dev eth0
+    /bin/busybox ip link set eth0 up
+    /bin/busybox httpd -h /disk -p 80
+fi
+# Whoever connects to the second serial port is told the last heartbeat for each line.
+(
+    exec 3<>/dev/ttyS1 || exit
+    /bin/busybox stty -F /dev/ttyS1 raw -echo
+    while read -r line <&3; do
+        read -r beat </ram/beat
+        echo "$line: $beat" >&3
+    done
+) 2>/dev/null &
 # Text with some structure, as the memory of a real guest is: not all random, not all one byte.
 /bin/busybox seq 1 1000000 >/ram/numbers
 /bin/busybox dd if=/dev/urandom of=/ram/noise bs=1M count=8 2>/dev/null
@@ -41,6 +65,11 @@ while :; do
     read -r uptime rest </proc/uptime
     read -r random </proc/sys/kernel/random/uuid
     echo "heartbeat $count $uptime $random"
+    echo "$count $random" >/ram/beat
+    if [ -n "$disk" ]; then
+        echo "$count $random" >>/disk/beats
+        /bin/busybox sync
+    fi
     /bin/busybox dd if=/ram/noise of=/dev/null bs=64k count=1 skip=$((count % 128)) 2>/dev/null
     /bin/busybox usleep 150000
 done

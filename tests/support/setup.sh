@@ -78,9 +78,11 @@ need_root=
 [ -s "$root" ] || need_root=yes
 need_qemu=
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
+# qemu-img makes the disks of clones; it must be as new as QEMU.
+command -v qemu-img >/dev/null 2>&1 || need_qemu=yes
 need_kernel=
 # Only the newer of Debian 12's kernels sees a new VM generation: without that, clones would be twins.
-[ -s "$cache/vmlinuz" ] && { ! [ -e "$cache/config" ] || grep -q '^CONFIG_VMGENID=y' "$cache/config"; } || need_kernel=yes
+[ -s "$cache/vmlinuz" ] && { [ -d "$cache/modules" ] || ! [ -e "$cache/kernel.name" ]; } && { ! [ -e "$cache/config" ] || grep -q '^CONFIG_VMGENID=y' "$cache/config"; } || need_kernel=yes
 
 if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     # shellcheck disable=SC1091
@@ -183,9 +185,9 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
             { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install: ${packages[*]}"; }
     fi
     if [ -n "$need_qemu" ]; then
-        say "installing from bookworm-backports: qemu-system-x86"
-        apt apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86 >"$cache/apt/install.log" 2>&1 ||
-            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install qemu-system-x86 from bookworm-backports"; }
+        say "installing from bookworm-backports: qemu-system-x86 qemu-utils"
+        apt apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils >"$cache/apt/install.log" 2>&1 ||
+            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install qemu-system-x86 and qemu-utils from bookworm-backports"; }
     fi
     if [ -n "$need_kernel" ]; then
         # Unpacked, not installed: the host keeps its own kernel and boot loader.
@@ -195,12 +197,18 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
         (cd "$work" && apt apt-get download "$kernel/bookworm-backports") >"$cache/apt/download.log" 2>&1 ||
             { tail -20 "$cache/apt/download.log" >&2; fail "apt-get could not download $kernel"; }
         dpkg-deb --fsys-tarfile "$work"/*.deb |
-            tar -x -C "$work" --wildcards './boot/vmlinuz-*' './boot/config-*' '*/virtio-rng.ko*'
-        module=$(find "$work" -name 'virtio-rng.ko*')
-        case $module in
-        *.xz) xz -dc "$module" >"$cache/virtio-rng.ko" ;;
-        *.ko) cp "$module" "$cache/virtio-rng.ko" ;;
-        esac
+            tar -x -C "$work" --wildcards './boot/vmlinuz-*' './boot/config-*' '*/virtio-rng.ko*' \
+                '*/virtio_blk.ko*' '*/virtio_net.ko*' '*/net_failover.ko*' '*/failover.ko*'
+        mkdir "$work/modules"
+        while read -r module; do
+            name=$(basename "$module" .xz)
+            case $module in
+            *.xz) xz -dc "$module" >"$work/modules/$name" ;;
+            *) cp "$module" "$work/modules/$name" ;;
+            esac
+        done < <(find "$work/lib" "$work/usr" -name '*.ko*' 2>/dev/null)
+        rm -rf "$cache/modules"
+        mv "$work/modules" "$cache/modules"
         printf '%s\n' "$kernel" >"$cache/kernel.name"
         cp "$work"/boot/config-* "$cache/config"
         cp "$work"/boot/vmlinuz-* "$cache/vmlinuz.new"

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::Herd;
+use super::{Herd, own};
 use crate::clones::family;
-use crate::clones::recipe::Escape;
+use crate::clones::recipe::{Escape, Needs};
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, inherit, own_session};
@@ -32,7 +32,10 @@ pub enum Ready {
 /// # Errors
 /// When it cannot be started, ends before, or takes too long.
 pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) -> Result<Child> {
-    let values = herd.order.target.values().of_clone(&entry.id, entry.index, &entry.dir);
+    let target = herd.order.target;
+    let needs = Needs::of(argv);
+    let disks = if needs.disks.is_empty() { vec![] } else { target.recipe()?.disks };
+    let (values, reserved) = own::make(target, &disks, &needs, entry, 0)?;
     let filled = argv.iter().map(|arg| values.fill(arg, Escape::None)).collect::<Result<Vec<_>>>()?;
     let Some((program, args)) = filled.split_first() else {
         return Err(Error::usage("no command is given").remedy("write it after --, like -- CMD {memory}"));
@@ -52,6 +55,8 @@ pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) ->
             Some(heard)
         }
     };
+    // Not every program can listen where another one holds the port.
+    drop(reserved);
     let mut child = spawn(&mut command, entry)?;
     // The launcher's own copy of the writing end goes with the command.
     drop(command);

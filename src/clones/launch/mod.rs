@@ -2,6 +2,7 @@
 
 mod child;
 mod herd;
+mod own;
 mod qemu;
 mod simulate;
 mod target;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::clones::audit::Baseline;
+use crate::clones::capture;
 use crate::clones::find::Inodes;
 use crate::clones::recipe::Recipe;
 use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry, Touched};
@@ -26,7 +28,7 @@ use crate::units::Bytes;
 pub use child::Ready;
 pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
-pub use watchdog::ResumeOnDeath;
+pub use watchdog::this_program;
 
 /// What a clone is.
 #[derive(Debug, Clone)]
@@ -268,8 +270,8 @@ pub fn helper_main() -> Option<ExitCode> {
         Some(zygote::main())
     } else if first == watchdog::ARGUMENT {
         Some(watchdog::main(args.next()))
-    } else if first == watchdog::RESUME_ARGUMENT {
-        Some(watchdog::resume_main(args.next()))
+    } else if first == capture::RESUME_ARGUMENT {
+        Some(capture::resume_main(args))
     } else {
         None
     }

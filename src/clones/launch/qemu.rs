@@ -7,8 +7,9 @@ use serde_json::json;
 
 use super::Herd;
 use super::child::{Patience, spawn};
+use super::own;
 use crate::clones::qmp::Qmp;
-use crate::clones::recipe::Recipe;
+use crate::clones::recipe::{Needs, Recipe};
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
 use crate::sys::process::own_session;
@@ -16,30 +17,75 @@ use crate::sys::process::own_session;
 /// The longest path that a unix socket's address holds.
 const LONGEST_SOCKET: usize = 107;
 
+/// How often a clone is begun anew with other ports and addresses, because somebody else has taken one.
+const ATTEMPTS: u32 = 5;
+
+/// Words of QEMU's that mean so.
+const TAKEN: [&str; 3] =
+    ["Could not set up host forwarding rule", "Address already in use", "unable to set guest cid"];
+
 /// Resumes one clone and returns when its guest runs.
 ///
 /// # Errors
 /// When QEMU cannot be started, refuses the state, or takes too long.
 pub fn resume(herd: &Herd<'_>, recipe: &Recipe, entry: &mut Entry) -> Result<Child> {
-    if entry.qmp_path().as_os_str().len() > LONGEST_SOCKET {
-        return Err(Error::failed("the path of the QMP socket would be longer than a unix socket's may be")
-            .at(entry.qmp_path())
-            .remedy("set STENCIL_RUNTIME_DIR to a shorter path"));
+    let needs = Needs::of(&recipe.argv);
+    let patience = Patience::new(herd);
+    let mut attempt = 0;
+    loop {
+        let begin = std::fs::metadata(entry.log_path()).map_or(0, |m| m.len());
+        let outcome = resume_once(herd, &patience, recipe, &needs, entry, attempt);
+        attempt += 1;
+        match outcome {
+            Err(error) if attempt < ATTEMPTS && somebody_has_it(entry, begin) => {
+                log::info!("clone {}: {error}; it is begun anew with other ports", entry.id);
+            }
+            other => return other,
+        }
     }
-    let values = herd.order.target.values().of_clone(&entry.id, entry.index, &entry.dir);
+}
+
+/// True when QEMU has said since then that a port or an address is taken.
+fn somebody_has_it(entry: &Entry, begin: u64) -> bool {
+    let log = std::fs::read(entry.log_path()).unwrap_or_default();
+    let since = String::from_utf8_lossy(log.get(begin as usize..).unwrap_or_default()).into_owned();
+    TAKEN.iter().any(|words| since.contains(words))
+}
+
+fn resume_once(
+    herd: &Herd<'_>,
+    patience: &Patience<'_>,
+    recipe: &Recipe,
+    needs: &Needs,
+    entry: &mut Entry,
+    attempt: u32,
+) -> Result<Child> {
+    // The ports stay reserved until QEMU listens on them.
+    let (values, _reserved) = own::make(herd.order.target, &recipe.disks, needs, entry, attempt)?;
     let state = values.get("state").map(str::to_owned).ok_or_else(|| {
         Error::usage(format!(
             "template {} has no file 'state', so no device state to resume",
             herd.order.target.name
         ))
     })?;
+    let arguments = recipe.arguments(&values)?;
+    let sockets =
+        arguments.iter().flat_map(|arg| arg.split([',', '=', ':'])).filter(|word| word.ends_with(".sock"));
+    if let Some(long) = sockets.into_iter().find(|path| path.len() > LONGEST_SOCKET) {
+        return Err(Error::failed(
+            "the path of a clone's socket would be longer than a unix socket's may be",
+        )
+        .at(long)
+        .remedy("set STENCIL_RUNTIME_DIR to a shorter path"));
+    }
     let mut command = Command::new(&recipe.program);
-    own_session(&mut command).args(recipe.arguments(&values)?).envs(values.variables());
+    own_session(&mut command).args(arguments).envs(values.variables());
     // Not the launcher's folder, which somebody may want to unmount.
     command.current_dir(&entry.dir);
+    // A QEMU before this one may have left it.
+    let _ = std::fs::remove_file(entry.qmp_path());
     let mut child = spawn(&mut command, entry)?;
-    let patience = Patience::new(herd);
-    match bring_up(&patience, &mut child, entry, &state) {
+    match bring_up(patience, &mut child, entry, &state) {
         Ok(()) => Ok(child),
         Err(error) => {
             let _ = child.kill();

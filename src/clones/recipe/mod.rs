@@ -2,8 +2,15 @@
 //!
 //! Arguments hold placeholders, filled in for each clone: `{memory}`, `{state}` and `{file:NAME}` are paths
 //! of the template's files below the mount, `{dir}` is the clone's own folder, `{id}` and `{index}` name it.
+//! What a host can have only once is made for each: `{mac}` and `{mac:N}`, `{cid}`, `{uuid}`, `{port:N}`, `{disk:NAME}`.
 
+mod chars;
+mod check;
+mod disks;
+mod host;
+mod identity;
 mod memory;
+mod network;
 mod plan;
 mod props;
 mod rules;
@@ -13,15 +20,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+pub use check::MAX_TEXT;
+pub use disks::PlannedDisk;
+pub use host::{Image, LiveDisk};
+pub use identity::Identity;
 pub use plan::{Blob, Facts, Plan, Ram, Rom, plan};
 pub use rules::is_device_for_clones;
-pub use values::{Escape, Values};
+pub use values::{Escape, Needs, Values};
 
 /// The version of the recipe's own format.
 const VERSION: u32 = 1;
 
 /// How to resume a clone of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Format of this recipe.
     pub version: u32,
@@ -32,14 +44,32 @@ pub struct Recipe {
     /// Its version then, for people.
     #[serde(default)]
     pub vmm_version: String,
+    /// What clones write to: each gets an overlay of its own, `{disk:NAME}`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     /// Arguments with placeholders, without the program.
     pub argv: Vec<String>,
 }
 
+/// A disk that clones write to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// The name in `{disk:NAME}`.
+    pub name: String,
+    /// The template's file that the overlay lies over.
+    pub base: String,
+    /// Format of that file.
+    pub format: String,
+}
+
 impl Recipe {
     /// A recipe for QEMU.
-    pub fn qemu(program: String, vmm_version: String, argv: Vec<String>) -> Recipe {
-        Recipe { version: VERSION, vmm: "qemu".into(), program, vmm_version, argv }
+    pub fn qemu(program: String, vmm_version: String, plan: &Plan) -> Recipe {
+        let disks = plan.disks.iter().filter(|d| !d.live.read_only);
+        let disk = |d: &PlannedDisk| Disk { name: d.name.clone(), base: d.file(), format: d.format.clone() };
+        let disks = disks.map(disk).collect();
+        Recipe { version: VERSION, vmm: "qemu".into(), program, vmm_version, disks, argv: plan.argv.clone() }
     }
 
     /// Reads the recipe of a policy.

@@ -5,9 +5,14 @@
 
 use std::path::PathBuf;
 
+use super::chars;
+use super::disks::{Disks, PlannedDisk};
+use super::host::LiveDisk;
 use super::memory::{self, Memory, Problem};
+use super::network::{Networks, is_nic};
 use super::props::Props;
-use super::rules::{Rule, is_device_for_clones, rule};
+use super::rules::{Rule, is_device_for_clones, is_of_host, rule, why_not};
+use super::values::placeholders;
 use crate::error::{Error, Result};
 
 /// What the command line does not say.
@@ -15,6 +20,8 @@ use crate::error::{Error, Result};
 pub struct Facts {
     /// The machine type without alias (`pc-q35-10.0`), so that a newer QEMU resumes it too.
     pub machine_type: Option<String>,
+    /// The media that it has.
+    pub disks: Vec<LiveDisk>,
 }
 
 /// A RAM backend of the VM.
@@ -59,6 +66,8 @@ pub struct Plan {
     pub roms: Vec<Rom>,
     /// Further files.
     pub blobs: Vec<Blob>,
+    /// Disks.
+    pub disks: Vec<PlannedDisk>,
     /// Devices named on the command line.
     pub devices: usize,
     /// What the user should know.
@@ -74,7 +83,8 @@ pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
     let mut words = argv.iter();
     while let Some(word) = words.next() {
         let Some(option) = word.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else {
-            work.refuse(format!("'{word}', a disk"));
+            let option = work.disks.short("hda", word);
+            work.keep_some("drive", option);
             continue;
         };
         let mut value = || {
@@ -99,14 +109,32 @@ pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
             Rule::Serial => work.serial(value()?),
             Rule::Mon => work.mon(value()?),
             Rule::File => work.file(option, value()?),
+            Rule::FileIfPath => {
+                let value = value()?;
+                match value.contains('/') {
+                    true => work.file(option, value),
+                    false => work.keep(option, Some(value)),
+                }
+            }
+            Rule::Firmware => work.firmware(option, value()?),
+            Rule::Parallel => work.parallel = Some(if value()? == "none" { "none" } else { "null" }),
+            Rule::Network => {
+                let changed = work.networks.option(option, value()?);
+                work.keep_some(option, changed);
+            }
+            Rule::Drive => {
+                let value = value()?;
+                let changed = work.disks.drive(value, &format!("-drive {value}"));
+                work.keep_some("drive", changed);
+            }
+            Rule::Disk => {
+                let changed = work.disks.short(option, value()?);
+                work.keep_some("drive", changed);
+            }
+            Rule::Blockdev => work.disks.blockdev(value()?),
             Rule::Refuse(what) => {
                 let value = value()?;
-                if matches!(option, "net" | "nic") && value == "none" {
-                    work.no_network = true;
-                    work.keep(option, Some(value));
-                } else {
-                    work.refuse(format!("-{option} {value}: {what}"));
-                }
+                work.refuse(format!("-{option} {value}: {what}"));
             }
             Rule::Unknown => work.refuse(format!("-{option}, which is not known to be safe for clones")),
         }
@@ -120,14 +148,17 @@ struct Work<'a> {
     ram: Vec<Ram>,
     roms: Vec<Rom>,
     blobs: Vec<Blob>,
-    chardevs: Vec<(String, bool)>,
+    disks: Disks,
+    networks: Networks,
+    chardevs: Vec<(String, Option<Props>)>,
+    used_chardevs: Vec<String>,
+    parallel: Option<&'static str>,
     monitors: Vec<String>,
     serials: usize,
     serial_given: bool,
     devices: Vec<String>,
     refused: Vec<String>,
     ram_problems: Vec<String>,
-    no_network: bool,
     nodefaults: bool,
     machine_given: bool,
     machine: String,
@@ -143,14 +174,17 @@ impl<'a> Work<'a> {
             ram: vec![],
             roms: vec![],
             blobs: vec![],
+            disks: Disks::new(&facts.disks),
+            networks: Networks::default(),
             chardevs: vec![],
+            used_chardevs: vec![],
+            parallel: None,
             monitors: vec![],
             serials: 0,
             serial_given: false,
             devices: vec![],
             refused: vec![],
             ram_problems: vec![],
-            no_network: false,
             nodefaults: false,
             machine_given: false,
             machine: String::new(),
@@ -165,11 +199,20 @@ impl<'a> Work<'a> {
         self.argv.extend(value.map(str::to_owned));
     }
 
+    fn keep_some(&mut self, option: &str, value: Option<String>) {
+        if let Some(value) = value {
+            self.keep(option, Some(&value));
+        }
+    }
+
     fn refuse(&mut self, what: String) {
         self.refused.push(what);
     }
 
     fn note_kept(&mut self, option: &str, value: &str) {
+        if let Some(name) = placeholders(value).next() {
+            self.refuse(format!("-{option} {value}, in which {{{name}}} would be filled in"));
+        }
         if option == "m" {
             let size = Props::parse(value, "size");
             size.as_ref().and_then(|p| p.get("size")).unwrap_or(value).clone_into(&mut self.size);
@@ -230,9 +273,12 @@ impl<'a> Work<'a> {
         let Some(mut props) = self.props("device", text, "driver") else { return };
         props.lead_with("driver");
         let driver = props.get("driver").unwrap_or_default().to_owned();
+        let id = props.get("id").map(|id| format!(" ({id})")).unwrap_or_default();
         if !is_device_for_clones(&driver) {
-            let id = props.get("id").map(|id| format!(" ({id})")).unwrap_or_default();
-            return self.refuse(format!("device {driver}{id}"));
+            return self.refuse(format!("device {driver}{id}{}", why_not(&driver)));
+        }
+        if let Some((key, value)) = props.iter().find(|(key, value)| is_of_host(key, value)) {
+            return self.refuse(format!("device {driver}{id} with {key}={value}"));
         }
         if driver == "nvdimm"
             && let Some(against) = memory::nvdimm(&props, &self.roms)
@@ -242,6 +288,15 @@ impl<'a> Work<'a> {
         if driver == "vmgenid" {
             props.set("guid", "auto");
         }
+        if driver.starts_with("vhost-vsock") {
+            if self.devices.contains(&driver) {
+                return self.refuse(format!("a second device {driver}{id}"));
+            }
+            props.set("guest-cid", "{cid}");
+        }
+        if is_nic(&driver) {
+            props.set("mac", &self.networks.mac());
+        }
         if let Some(chardev) = props.get("chardev") {
             self.use_chardev(chardev);
         }
@@ -250,18 +305,30 @@ impl<'a> Work<'a> {
     }
 
     fn use_chardev(&mut self, id: &str) {
-        match self.chardevs.iter_mut().find(|(known, _)| known == id) {
-            Some((_, used)) => *used = true,
-            None => self.chardevs.push((id.to_owned(), true)),
-        }
+        self.used_chardevs.push(id.to_owned());
     }
 
     fn chardev(&mut self, text: &str) {
-        let Some(props) = self.props("chardev", text, "backend") else { return };
-        let id = props.get("id").unwrap_or_default();
-        if !self.chardevs.iter().any(|(known, _)| known == id) {
-            self.chardevs.push((id.to_owned(), false));
+        let Some(mut props) = self.props("chardev", text, "backend") else { return };
+        props.lead_with("backend");
+        self.chardevs.push((props.get("id").unwrap_or_default().to_owned(), Some(props)));
+    }
+
+    /// Options whose files go into the template, and whose identity is each clone's own.
+    fn firmware(&mut self, option: &str, text: &str) {
+        let Some(mut props) = self.props(option, text, if option == "fw_cfg" { "name" } else { "type" })
+        else {
+            return;
+        };
+        if let Some(path) = props.get("file").map(PathBuf::from) {
+            let file = format!("{}-{}", option.replace('_', "-"), self.blobs.len());
+            props.set("file", &format!("{{file:{file}}}"));
+            self.blobs.push(Blob { file, path });
         }
+        if props.get("uuid").is_some() {
+            props.set("uuid", "{uuid}");
+        }
+        self.keep(option, Some(&props.render(if option == "fw_cfg" { "name" } else { "" })));
     }
 
     fn mon(&mut self, text: &str) {
@@ -277,17 +344,14 @@ impl<'a> Work<'a> {
                 self.keep("serial", Some(value));
             }
             None if value == "none" => self.keep("serial", Some(value)),
-            None => self.add_serial(),
+            None => match chars::serial(value, self.serials) {
+                Some(changed) => {
+                    self.serials += 1;
+                    self.keep("serial", Some(&changed));
+                }
+                None => self.refuse(format!("-serial {value}: a line of the host")),
+            },
         }
-    }
-
-    fn add_serial(&mut self) {
-        let name = match self.serials {
-            0 => "serial.log".to_owned(),
-            number => format!("serial-{number}.log"),
-        };
-        self.serials += 1;
-        self.keep("serial", Some(&format!("file:{{dir}}/{name}")));
     }
 
     fn file(&mut self, option: &str, value: &str) {
@@ -307,22 +371,37 @@ impl<'a> Work<'a> {
             return Err(Error::usage("the RAM of this VM is not in a file that QEMU shares")
                 .remedy(format!("start it anew: {}", self.ram_problems.join("; "))));
         }
-        if !self.nodefaults && !self.no_network {
-            self.refuse("the default network card (start QEMU with -nic none)".into());
+        let (disks, nodes) = self.disks.finish();
+        for node in nodes {
+            self.keep("blockdev", Some(&node));
         }
-        if !self.refused.is_empty() {
-            return Err(Error::usage(format!("clones cannot have: {}", self.refused.join("; "))).remedy(
-                "start the VM without it, then capture again; guests without disk and network can be cloned",
-            ));
-        }
-        if !self.serial_given && !self.nodefaults {
-            self.add_serial();
-        }
-        for (id, used) in std::mem::take(&mut self.chardevs) {
-            if used && !self.monitors.contains(&id) {
-                self.keep("chardev", Some(&format!("file,id={id},path={{dir}}/chardev-{id}.log")));
+        for (id, props) in std::mem::take(&mut self.chardevs) {
+            let Some(props) =
+                props.filter(|_| self.used_chardevs.contains(&id) && !self.monitors.contains(&id))
+            else {
+                continue;
+            };
+            let backend = props.get("backend").unwrap_or_default();
+            match chars::kind(backend) {
+                Some(kind) => self.keep("chardev", Some(&chars::option(&id, kind, &props))),
+                None => self.refuse(format!("-chardev {backend},id={id}: a thing of the host")),
             }
         }
+        self.refused.append(&mut self.disks.refused);
+        self.refused.append(&mut self.networks.refused);
+        if !self.refused.is_empty() {
+            return Err(Error::usage(format!("clones cannot have: {}", self.refused.join("; ")))
+                .remedy("start the VM without it, then capture again"));
+        }
+        if !self.nodefaults && !self.networks.given {
+            let mac = self.networks.mac();
+            self.keep("nic", Some(&format!("user,mac={mac}")));
+        }
+        if !self.serial_given && !self.nodefaults {
+            self.keep("serial", Some("file:{dir}/serial.log"));
+        }
+        let parallel = self.parallel.unwrap_or(if self.nodefaults { "none" } else { "null" });
+        self.keep("parallel", Some(parallel));
         if !self.machine_given
             && let Some(pinned) = &self.facts.machine_type
         {
@@ -331,8 +410,8 @@ impl<'a> Work<'a> {
         }
         for (option, value) in [
             ("name", "stencil-{id}"),
+            ("uuid", "{uuid}"),
             ("display", "none"),
-            ("parallel", "none"),
             ("monitor", "none"),
             ("chardev", "socket,id=stencil-qmp,path={dir}/qmp.sock,server=on,wait=off"),
             ("mon", "chardev=stencil-qmp,mode=control"),
@@ -340,13 +419,15 @@ impl<'a> Work<'a> {
         ] {
             self.keep(option, Some(value));
         }
-        let warnings = self.warnings();
+        let mut warnings = self.warnings();
+        warnings.append(&mut self.networks.warnings);
         Ok(Plan {
             argv: self.argv,
             ram: self.ram,
             roms: self.roms,
             blobs: self.blobs,
-            devices: self.devices.len(),
+            disks,
+            devices: self.devices.len() + self.disks.devices,
             warnings,
         })
     }
@@ -375,98 +456,4 @@ impl<'a> Work<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GUEST: &str = "-M q35,memory-backend=ram0 -accel tcg -m 256M -nodefaults -display none -serial file:/tmp/s \
-        -object memory-backend-file,id=ram0,size=256M,mem-path=/tmp/ram,share=on,prealloc=on \
-        -qmp unix:/tmp/q,server=on,wait=off -device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87 \
-        -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0 \
-        -kernel /boot/k -initrd /boot/i -append console=ttyS0 -daemonize -pidfile /tmp/p";
-
-    fn words(text: &str) -> Vec<String> {
-        text.split_ascii_whitespace().map(str::to_owned).collect()
-    }
-
-    fn planned(extra: &str) -> Result<Plan> {
-        let facts = Facts { machine_type: Some("pc-q35-10.0".into()) };
-        plan(&words(&format!("{GUEST} {extra}")), &facts)
-    }
-
-    #[test]
-    fn a_plain_guest_gets_a_recipe() {
-        let plan = planned("").unwrap();
-        let line = plan.argv.join(" ");
-        assert!(line.starts_with("-machine pc-q35-10.0,memory-backend=ram0 -accel tcg -m 256M"), "{line}");
-        assert!(line.contains(
-            "-object memory-backend-file,id=ram0,size=256M,mem-path={memory},share=off,readonly=on,rom=off "
-        ));
-        assert!(line.contains("-device vmgenid,guid=auto"));
-        assert!(line.contains("-serial file:{dir}/serial.log"));
-        assert!(line.contains("-kernel {file:kernel} -initrd {file:initrd}"));
-        assert!(line.ends_with("-mon chardev=stencil-qmp,mode=control -incoming defer"));
-        for gone in ["/tmp/", "daemonize", "pidfile", " -qmp ", "324e"] {
-            assert!(!line.contains(gone), "{gone} in {line}");
-        }
-        assert_eq!(plan.ram, [Ram { id: "ram0".into(), file: "memory".into(), mem_path: "/tmp/ram".into() }]);
-        assert_eq!(plan.blobs.len(), 2);
-        assert_eq!(plan.warnings.len(), 1, "{:?}", plan.warnings);
-    }
-
-    #[test]
-    fn what_clones_cannot_have_is_refused_by_name() {
-        for (extra, name) in [
-            ("-drive file=/d.img", "-drive file=/d.img: a disk"),
-            ("/d.img", "'/d.img', a disk"),
-            ("-netdev user,id=n0 -device virtio-net-pci,netdev=n0,id=eth", "device virtio-net-pci (eth)"),
-            ("-device {\"driver\":\"vfio-pci\",\"host\":\"0:1\"}", "device vfio-pci"),
-            ("-object tls-creds-psk,id=t", "object tls-creds-psk (t)"),
-            ("-machine pflash0=f", "-machine pflash0=f"),
-            ("-frobnicate", "-frobnicate"),
-        ] {
-            let error = planned(extra).unwrap_err();
-            assert!(error.to_string().contains(name), "{extra}: {error}");
-        }
-        let no_nodefaults = words(&GUEST.replace("-nodefaults", ""));
-        let error = plan(&no_nodefaults, &Facts::default()).unwrap_err();
-        assert!(error.to_string().contains("-nic none"), "{error}");
-    }
-
-    #[test]
-    fn ram_elsewhere_is_refused_with_the_text_to_add() {
-        for (line, text) in [
-            (
-                "-M q35 -m 512M -nodefaults",
-                "-machine q35,memory-backend=ram0 -object memory-backend-file,id=ram0,size=512M,mem-path=FILE,share=on",
-            ),
-            (
-                "-object memory-backend-ram,id=r,size=1G",
-                "-object memory-backend-file,id=r,size=1G,mem-path=FILE,share=on",
-            ),
-            ("-object memory-backend-file,id=r,size=1G,mem-path=/f", "the option share=on"),
-        ] {
-            let error = plan(&words(line), &Facts::default()).unwrap_err();
-            assert!(error.remedy_text().unwrap().contains(text), "{line}: {error:?}");
-        }
-    }
-
-    #[test]
-    fn monitors_go_and_serial_chardevs_become_files() {
-        let plan = planned(
-            "-chardev socket,id=m,path=/x,server=on -mon chardev=m,mode=control \
-             -chardev stdio,id=con -device isa-serial,chardev=con",
-        )
-        .unwrap();
-        let line = plan.argv.join(" ");
-        assert!(line.contains("-device isa-serial,chardev=con"));
-        assert!(line.contains("-chardev file,id=con,path={dir}/chardev-con.log"));
-        assert!(!line.contains("stdio") && !line.contains("/x"), "{line}");
-    }
-
-    #[test]
-    fn a_second_ram_backend_is_a_second_file() {
-        let plan = planned("-object memory-backend-file,id=ram1,size=1M,mem-path=/tmp/b,share=on").unwrap();
-        assert_eq!(plan.ram[1].file, "memory-ram1");
-        assert!(plan.argv.join(" ").contains("mem-path={file:memory-ram1},"));
-    }
-}
+mod tests;

@@ -10,12 +10,13 @@ pub struct Props {
 
 impl Props {
     /// Reads one argument; `implied` is the key of a first word without one (`qom-type`, `driver`, `type`).
-    /// `None` when it is JSON that is no flat object.
+    /// Objects within JSON become dotted keys, as QEMU reads them. `None` when it is JSON with other lists than
+    /// those of strings.
     pub fn parse(text: &str, implied: &str) -> Option<Props> {
         if text.trim_start().starts_with('{') {
             let Value::Object(object) = serde_json::from_str(text).ok()? else { return None };
-            let list =
-                object.into_iter().map(|(key, value)| Some((key, plain(value)?))).collect::<Option<_>>()?;
+            let mut list = vec![];
+            flatten("", object, &mut list)?;
             return Some(Props { list });
         }
         let mut list = vec![];
@@ -47,6 +48,16 @@ impl Props {
             Some((_, old)) => value.clone_into(old),
             None => self.list.push((key.to_owned(), value.to_owned())),
         }
+    }
+
+    /// Keys and values in their order; a key may come more than once.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.list.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+
+    /// The values of a key that may come more than once, to be changed.
+    pub fn all_mut<'a>(&'a mut self, key: &'a str) -> impl Iterator<Item = &'a mut String> {
+        self.list.iter_mut().filter(move |(k, _)| k == key).map(|(_, value)| value)
     }
 
     /// True when a value would be taken for a placeholder.
@@ -106,6 +117,28 @@ fn split(text: &str) -> Vec<String> {
     words
 }
 
+/// The pairs of an object; `None` for lists that are not of QEMU's string objects (`[{"str": …}]`).
+fn flatten(
+    prefix: &str,
+    object: serde_json::Map<String, Value>,
+    list: &mut Vec<(String, String)>,
+) -> Option<()> {
+    for (key, value) in object {
+        let key = format!("{prefix}{key}");
+        match value {
+            Value::Object(inner) => flatten(&format!("{key}."), inner, list)?,
+            Value::Array(items) => {
+                for item in items {
+                    let text = item.get("str").and_then(Value::as_str)?;
+                    list.push((key.clone(), text.to_owned()));
+                }
+            }
+            value => list.push((key, plain(value)?)),
+        }
+    }
+    Some(())
+}
+
 fn plain(value: Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text),
@@ -140,5 +173,11 @@ mod tests {
         assert_eq!(props.get("size"), Some("4096"));
         assert!(props.render("qom-type").starts_with("memory-backend-file,"));
         assert!(Props::parse(r#"{"a":[1]}"#, "driver").is_none());
+        let deep =
+            Props::parse(r#"{"driver":"raw","file":{"driver":"file","filename":"/d"}}"#, "driver").unwrap();
+        assert_eq!(deep.get("file.filename"), Some("/d"));
+        let forwards = r#"{"type":"user","hostfwd":[{"str":"tcp::1-:2"},{"str":"udp::3-:4"}]}"#;
+        let forwards = Props::parse(forwards, "type").unwrap();
+        assert_eq!(forwards.render("type"), "user,hostfwd=tcp::1-:2,hostfwd=udp::3-:4");
     }
 }

@@ -20,7 +20,21 @@ pub enum Rule {
     Mon,
     /// Its value is a file that goes into the template under the option's name.
     File,
-    /// Refused as what it names, but for a network that is `none`.
+    /// The same, where it is a path; else kept.
+    FileIfPath,
+    /// A network.
+    Network,
+    /// A disk in full.
+    Drive,
+    /// A disk by its file alone.
+    Disk,
+    /// A block node.
+    Blockdev,
+    /// Kept; what identifies the machine is each clone's own, a file goes into the template.
+    Firmware,
+    /// A parallel port, that goes nowhere.
+    Parallel,
+    /// Refused as what it names.
     Refuse(&'static str),
     /// Refused by name.
     Unknown,
@@ -32,11 +46,10 @@ pub fn rule(option: &str) -> Rule {
         "enable-kvm" | "nodefaults" | "no-user-config" | "nographic" | "no-reboot" | "no-shutdown"
         | "no-acpi" | "no-hpet" | "no-fd-bootchk" | "usb" => Rule::Keep(false),
         "accel" | "cpu" | "smp" | "m" | "overcommit" | "numa" | "boot" | "vga" | "k" | "rtc" | "icount"
-        | "global" | "L" | "bios" | "append" | "smbios" | "fw_cfg" | "action" | "uuid" | "msg" | "compat"
-        | "sandbox" => Rule::Keep(true),
+        | "global" | "L" | "append" | "action" | "msg" | "compat" | "sandbox" => Rule::Keep(true),
         "daemonize" | "S" | "s" => Rule::Drop(false),
-        "pidfile" | "name" | "D" | "d" | "trace" | "monitor" | "qmp" | "qmp-pretty" | "incoming"
-        | "parallel" | "display" | "vnc" | "gdb" => Rule::Drop(true),
+        "pidfile" | "name" | "uuid" | "D" | "d" | "trace" | "monitor" | "qmp" | "qmp-pretty" | "incoming"
+        | "display" | "vnc" | "gdb" => Rule::Drop(true),
         "M" | "machine" => Rule::Machine,
         "object" => Rule::Object,
         "device" => Rule::Device,
@@ -44,9 +57,14 @@ pub fn rule(option: &str) -> Rule {
         "serial" => Rule::Serial,
         "mon" => Rule::Mon,
         "kernel" | "initrd" => Rule::File,
-        "drive" | "blockdev" | "hda" | "hdb" | "hdc" | "hdd" | "cdrom" | "fda" | "fdb" | "mtdblock"
-        | "sd" | "pflash" => Rule::Refuse("a disk"),
-        "net" | "nic" | "netdev" => Rule::Refuse("a network"),
+        "bios" => Rule::FileIfPath,
+        "smbios" | "fw_cfg" => Rule::Firmware,
+        "parallel" => Rule::Parallel,
+        "drive" => Rule::Drive,
+        "blockdev" => Rule::Blockdev,
+        "hda" | "hdb" | "hdc" | "hdd" | "cdrom" | "fda" | "fdb" | "sd" | "pflash" => Rule::Disk,
+        "mtdblock" => Rule::Refuse("a disk"),
+        "net" | "nic" | "netdev" => Rule::Network,
         "fsdev" | "virtfs" => Rule::Refuse("a shared folder"),
         "loadvm" | "readconfig" | "set" => Rule::Refuse("settings from elsewhere"),
         "tpmdev" | "usbdevice" | "audiodev" | "audio" | "spice" | "chroot" | "runas" | "run-with" => {
@@ -57,7 +75,7 @@ pub fn rule(option: &str) -> Rule {
 }
 
 /// Devices that need nothing of the host, so that every clone may have its own.
-const DEVICES: [&str; 23] = [
+const DEVICES: [&str; 58] = [
     "vmgenid",
     // Only where its memory is a ROM, see memory.rs.
     "nvdimm",
@@ -82,9 +100,67 @@ const DEVICES: [&str; 23] = [
     "usb-mouse",
     "virtio-keyboard-pci",
     "virtio-tablet-pci",
+    "virtio-blk-pci",
+    "virtio-blk-pci-non-transitional",
+    "virtio-blk-pci-transitional",
+    "virtio-blk-device",
+    "virtio-scsi-pci",
+    "virtio-scsi-pci-non-transitional",
+    "virtio-scsi-pci-transitional",
+    "virtio-scsi-device",
+    "scsi-hd",
+    "scsi-cd",
+    "ide-hd",
+    "ide-cd",
+    "ahci",
+    "ich9-ahci",
+    "piix3-ide",
+    "piix4-ide",
+    "lsi53c895a",
+    "usb-storage",
+    "usb-ehci",
+    "ich9-usb-ehci1",
+    "piix3-usb-uhci",
+    "nec-usb-xhci",
+    "usb-hub",
+    "floppy",
+    "pci-serial",
+    "virtio-serial-pci",
+    "virtio-serial-pci-non-transitional",
+    "virtio-serial-pci-transitional",
+    "virtio-serial-device",
+    "virtserialport",
+    "virtconsole",
+    "virtio-gpu-pci",
+    "virtio-vga",
+    "virtio-mouse-pci",
+    "vhost-vsock-pci",
 ];
+
+/// Why clones cannot have a device that is not among these.
+pub fn why_not(driver: &str) -> &'static str {
+    if driver.starts_with("vhost-user") {
+        ": its other end is a process of the host that shares the RAM"
+    } else if driver.starts_with("vhost-vdpa") || driver.starts_with("vfio") || driver == "usb-host" {
+        ": a device of the host"
+    } else if driver.starts_with("tpm-") {
+        ": a TPM, whose state is not the clone's"
+    } else if driver.contains("9p") || driver.contains("user-fs") {
+        ": a shared folder"
+    } else if driver.contains("balloon") || driver.contains("virtio-mem") {
+        ": it gives pages of the template back to the host"
+    } else {
+        ""
+    }
+}
+
+/// Properties of a device that name something of the host.
+pub fn is_of_host(key: &str, value: &str) -> bool {
+    matches!(key, "vhostfd" | "vhost-fd" | "fd" | "host" | "hostdev" | "sysfsdev")
+        || (key == "romfile" && !value.is_empty())
+}
 
 /// True for a device that clones may have.
 pub fn is_device_for_clones(driver: &str) -> bool {
-    DEVICES.contains(&driver)
+    DEVICES.contains(&driver) || super::network::is_nic(driver)
 }

@@ -1,9 +1,55 @@
 //! Placeholders of recipes and commands, and the values of one clone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+
+/// Placeholders without an argument.
+const PLAIN: [&str; 8] = ["memory", "state", "id", "index", "dir", "mac", "cid", "uuid"];
+
+/// Placeholders with one: `{file:NAME}`…
+const NAMED: [&str; 4] = ["file", "disk", "port", "mac"];
+
+/// The placeholders in a text, without their braces. Other braces are text.
+pub fn placeholders(text: &str) -> impl Iterator<Item = &str> {
+    text.match_indices('{').filter_map(|(at, _)| {
+        let inner = text.get(at + 1..)?;
+        let name = inner.get(..inner.find('}')?)?;
+        is_placeholder(name).then_some(name)
+    })
+}
+
+fn is_placeholder(name: &str) -> bool {
+    let sane = |text: &str| {
+        !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    };
+    PLAIN.contains(&name) || name.split_once(':').is_some_and(|(kind, of)| NAMED.contains(&kind) && sane(of))
+}
+
+/// What must be made for a clone before its command line can be filled in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Names of ports.
+    pub ports: BTreeSet<String>,
+    /// Names of disks.
+    pub disks: BTreeSet<String>,
+}
+
+impl Needs {
+    /// What these arguments name.
+    pub fn of<'a>(argv: impl IntoIterator<Item = &'a String>) -> Needs {
+        let mut needs = Needs::default();
+        for name in argv.into_iter().flat_map(|arg| placeholders(arg)) {
+            match name.split_once(':') {
+                Some(("port", name)) => drop(needs.ports.insert(name.to_owned())),
+                Some(("disk", name)) => drop(needs.disks.insert(name.to_owned())),
+                _ => {}
+            }
+        }
+        needs
+    }
+}
 
 /// What happens to a value when it is filled in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,20 +89,25 @@ impl Values {
         self
     }
 
+    /// Adds one more value.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl Into<String>) -> Values {
+        self.by_name.insert(name.to_owned(), value.into());
+        self
+    }
+
     /// One value.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.by_name.get(name).map(String::as_str)
     }
 
     /// The same as variables of the environment: `STENCIL_MEMORY`, `STENCIL_STATE`, `STENCIL_ID`…;
-    /// a further file is `STENCIL_FILE_` and its name with `_` for everything but letters and digits.
+    /// a further file is `STENCIL_FILE_` and its name with `_` for everything but letters and digits; so are ports
+    /// (`STENCIL_PORT_80`), disks and further MAC addresses.
     pub fn variables(&self) -> impl Iterator<Item = (String, &str)> {
-        let name = |key: &str| match key.strip_prefix("file:") {
-            Some(file) => {
-                let safe = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
-                format!("STENCIL_FILE_{}", file.chars().map(safe).collect::<String>())
-            }
-            None => format!("STENCIL_{}", key.to_ascii_uppercase()),
+        let name = |key: &str| {
+            let safe = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+            format!("STENCIL_{}", key.chars().map(safe).collect::<String>())
         };
         self.by_name.iter().map(move |(key, value)| (name(key), value.as_str()))
     }
@@ -64,7 +115,7 @@ impl Values {
     /// Fills the placeholders of one argument. Braces that are no placeholder stay.
     ///
     /// # Errors
-    /// A usage error when a placeholder names a file that the template does not have.
+    /// A usage error when a placeholder names a file or a disk that the template does not have.
     pub fn fill(&self, text: &str, escape: Escape) -> Result<String> {
         let mut filled = String::with_capacity(text.len());
         let mut rest = text;
@@ -89,6 +140,9 @@ impl Values {
                     self.template
                 ))
                 .remedy("see its files with `stencil inspect`"));
+            } else if name.starts_with("disk:") && is_placeholder(name) {
+                return Err(Error::usage(format!("{{{name}}}: template {} has no such disk", self.template))
+                    .remedy("see the disks of its recipe with `stencil inspect --recipe`"));
             } else {
                 filled.push('{');
                 rest = &from[1..];
@@ -120,6 +174,19 @@ mod tests {
         assert_eq!(values.fill("{\"a\":\"{id}\"}", Escape::None).unwrap(), "{\"a\":\"c1\"}");
         assert!(values.fill("{state}", Escape::None).is_err());
         assert!(values.fill("{file:nope}", Escape::None).is_err());
+    }
+
+    #[test]
+    fn placeholders_are_found_and_nothing_else() {
+        let text = "a={mac},b={port:80} {x} {port:} {{disk:root}} {id {file:a/b} {mac:1}";
+        let found: Vec<_> = placeholders(text).collect();
+        assert_eq!(found, ["mac", "port:80", "disk:root", "mac:1"]);
+        let needs = Needs::of(&[text.to_owned()]);
+        assert!(needs.ports.contains("80") && needs.disks.contains("root"));
+        assert!(values().fill("{disk:root}", Escape::None).is_err());
+        let values = values().with("disk:root", "/d").with("port:80", "4711");
+        assert_eq!(values.fill("{disk:root}:{port:80}", Escape::None).unwrap(), "/d:4711");
+        assert!(values.variables().any(|v| v == ("STENCIL_PORT_80".to_owned(), "4711")));
     }
 
     #[test]

@@ -1,0 +1,224 @@
+//! A running QEMU becomes a template, and runs on as before.
+//!
+//! RAM is in a file that QEMU shares, so it is read where it lies while the VM stands still; device state
+//! comes through a pipe as a migration that leaves that RAM out. Where the file system can clone a file,
+//! the VM stands still for the clone only, not for the import.
+
+mod disks;
+mod stand;
+mod vm;
+mod watchdog;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{Mode, OFlags};
+use serde::Serialize;
+
+use super::qmp::Qmp;
+use super::recipe::PlannedDisk;
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
+use crate::units::Bytes;
+use disks::Frozen;
+use stand::Stand;
+use vm::Vm;
+pub use watchdog::{RESUME_ARGUMENT, resume_main};
+
+/// What becomes of the VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It runs if it ran.
+    #[default]
+    AsBefore,
+    /// It stands still.
+    Pause,
+    /// It is ended.
+    Quit,
+}
+
+/// What came of a capture.
+#[derive(Debug, Serialize)]
+pub struct Captured {
+    /// The template.
+    #[serde(flatten)]
+    pub imported: Imported,
+    /// How long the VM stood still, in seconds; `null` when it did before or does now.
+    pub pause_seconds: Option<f64>,
+    /// True when RAM was cloned within its file system, so that the VM ran on during the import.
+    pub cloned: bool,
+    /// Bytes of device state.
+    pub state_bytes: Bytes,
+    /// State of the VM afterwards, in QEMU's words; `quit` when it was ended.
+    pub vm: String,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Captures the VM behind a QMP socket.
+///
+/// # Errors
+/// When the VM is not one that clones can be made of (the message names everything that stands against it), or
+/// something fails on the way: then the VM is as it was before, and the store as well.
+pub fn capture(
+    store: &Store,
+    socket: &Path,
+    tag: &TagName,
+    afterwards: Afterwards,
+    interrupt: Arc<AtomicBool>,
+    progress: &dyn Progress,
+) -> Result<Captured> {
+    let mut qmp = Qmp::connect(socket)?;
+    let vm = Arc::new(Vm::look(&mut qmp)?);
+    let ram = vm.ram_files()?;
+    let run_on = afterwards == Afterwards::AsBefore && vm.was_running;
+    let mut request = ImportRequest::new(Some(tag.clone()), vm.blob_files());
+    request.interrupt = Some(interrupt.clone());
+    request.recipe = Some(vm.recipe());
+
+    let mut stand = Stand::still(qmp, socket, vm.process, vm.was_running)?;
+    if run_on {
+        stand.freeze(frozen(&vm)?)?;
+    }
+    let state = stand.device_state()?;
+    let state_bytes = Bytes::new(state.metadata().map_or(0, |m| m.len()));
+    request.files.push(ImportFile {
+        name: "state".into(),
+        kind: FileKind::Blob,
+        source: Source::Path(by_descriptor(&state)),
+    });
+    let clones: Option<Vec<File>> =
+        if run_on { ram.iter().map(|(_, _, file, dir)| clone_file(file, dir)).collect() } else { None };
+    let sources = ram.iter().zip(0..).map(|((name, _, file, _), at)| {
+        let file = clones.as_ref().and_then(|all| all.get(at)).unwrap_or(file);
+        ImportFile { name: name.clone(), kind: FileKind::Ram, source: Source::Path(by_descriptor(file)) }
+    });
+    request.files.extend(sources);
+    let stand = Arc::new(Mutex::new(stand));
+    let disks = vm.plan.disks.iter().map(|disk| {
+        let later = Disk { vm: vm.clone(), disk: disk.clone(), folder: store.dir().join("tmp") };
+        later.source(&stand, run_on, &interrupt)
+    });
+    request.files.extend(disks.collect::<Result<Vec<_>>>()?);
+
+    let imported = if clones.is_some() {
+        held(&stand).over(false)?;
+        store.import(request, progress)
+    } else if run_on {
+        store.import(request, &UntilRead { inner: progress, stand: &stand })
+    } else {
+        store.import(request, progress)
+    };
+    let mut stand = held(&stand);
+    let pause = stand.over(!run_on && imported.is_ok());
+    let settled = stand.settle();
+    let (imported, pause) = (imported?, pause?);
+    settled?;
+    let vm_now = match afterwards {
+        Afterwards::Quit => stand.quit()?,
+        _ => stand.status()?,
+    };
+    Ok(Captured {
+        imported,
+        pause_seconds: run_on.then(|| pause.as_secs_f64()),
+        cloned: clones.is_some(),
+        state_bytes,
+        vm: vm_now,
+        warnings: vm.plan.warnings.clone(),
+    })
+}
+
+fn held<'a>(stand: &'a Mutex<Stand>) -> MutexGuard<'a, Stand> {
+    stand.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The snapshots of all disks that the guest writes to.
+fn frozen(vm: &Vm) -> Result<Vec<Frozen>> {
+    let unique = format!("{}-{}", vm.pid, crate::clones::registry::random_id()?);
+    let place = |path: &Path| vm.path_of(path);
+    let writable = vm.plan.disks.iter().filter(|disk| !disk.live.read_only);
+    Ok(writable.zip(0..).map(|(disk, number)| Frozen::plan(&disk.live, number, &unique, &place)).collect())
+}
+
+/// A disk that is read when RAM has been: the VM does not stand still for it.
+struct Disk {
+    vm: Arc<Vm>,
+    disk: PlannedDisk,
+    folder: PathBuf,
+}
+
+impl Disk {
+    fn source(
+        self,
+        stand: &Arc<Mutex<Stand>>,
+        run_on: bool,
+        interrupt: &Arc<AtomicBool>,
+    ) -> Result<ImportFile> {
+        let name = self.disk.file();
+        let size = match self.disk.as_it_is() {
+            true => {
+                let path = self.vm.path_of(&self.disk.live.image.path);
+                std::fs::metadata(&path)
+                    .map_err(|e| crate::error::Error::io("cannot read the VM's disk", &path, e))?
+                    .size()
+            }
+            false => self.disk.live.image.size,
+        };
+        let (stand, interrupt) = (stand.clone(), interrupt.clone());
+        let open = move || {
+            if run_on {
+                held(&stand).over(false)?;
+            }
+            disks::contents(&self.disk, &|path| self.vm.path_of(path), &self.folder, &interrupt)
+        };
+        let source = Source::Later(Later { size, open: Arc::new(open) });
+        Ok(ImportFile { name, kind: FileKind::Blob, source })
+    }
+}
+
+/// A path by which this process opens the file again, whatever became of its name.
+fn by_descriptor(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// A copy that shares its blocks, where the file system can make one; else nothing.
+fn clone_file(file: &File, dir: &Path) -> Option<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let copy = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR).ok()?;
+    rustix::fs::ioctl_ficlone(&copy, file).ok()?;
+    Some(File::from(copy))
+}
+
+/// Lets the VM run again as soon as an import has read all of its sources: what comes then, flushing to the disk and
+/// the commit, need not make a guest wait.
+struct UntilRead<'a> {
+    inner: &'a dyn Progress,
+    stand: &'a Mutex<Stand>,
+}
+
+impl Progress for UntilRead<'_> {
+    fn start(&self, phase: &str, total: Option<Bytes>) {
+        self.inner.start(phase, total);
+    }
+
+    fn start_count(&self, phase: &str, total: u64) {
+        self.inner.start_count(phase, total);
+    }
+
+    fn advance(&self, done: Bytes) {
+        self.inner.advance(done);
+    }
+
+    fn finish(&self) {
+        // An error here is met again, and told, at the end.
+        if let Err(error) = held(self.stand).over(false) {
+            log::debug!("{error}");
+        }
+        self.inner.finish();
+    }
+}

@@ -1,0 +1,193 @@
+//! What there is to know of a VM before it is captured; nothing of it is changed.
+
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::clones::qmp::Qmp;
+use crate::clones::recipe::{
+    Blob, Facts, LiveDisk, Plan, PlannedDisk, Ram, Recipe, Rom, is_device_for_clones, plan,
+};
+use crate::error::{Error, Result};
+use crate::store::{FileKind, ImportFile, Source};
+use crate::sys::process::ProcessId;
+use crate::sys::procfs;
+
+/// A VM that clones can be made of.
+pub(super) struct Vm {
+    pub pid: u32,
+    pub process: ProcessId,
+    pub was_running: bool,
+    pub plan: Plan,
+    program: String,
+    version: String,
+}
+
+/// A RAM file: its name in the template, its backend, the file, the folder that it lies in.
+pub(super) type RamFile = (String, String, File, PathBuf);
+
+impl Vm {
+    /// Finds out all about it, and changes nothing.
+    pub fn look(qmp: &mut Qmp) -> Result<Vm> {
+        let was_running = match qmp.status()?.as_str() {
+            "running" => true,
+            "paused" | "prelaunch" => false,
+            "postmigrate" => {
+                return Err(Error::usage(
+                    "this VM stands still after a migration, and QEMU does not migrate it twice",
+                )
+                .remedy("let it run with QMP cont, then capture again"));
+            }
+            other => {
+                return Err(Error::usage(format!(
+                    "this VM is in state '{other}'; it must be running or paused"
+                ))
+                .remedy("wait until its state passes, or let it run with QMP cont, then capture again"));
+            }
+        };
+        let pid = qmp.peer_pid()?;
+        let gone = || {
+            Error::failed(format!("process {pid}, which opened the QMP socket, is no QEMU of this host"))
+                .remedy("run stencil on the host and in the pid namespace of the QEMU")
+        };
+        let words = procfs::cmdline(pid)?.ok_or_else(gone)?;
+        let (first, argv) = words.split_first().ok_or_else(gone)?;
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe")).map_err(|e| gone().because(e))?;
+        let program = if exe.exists() { exe.display().to_string() } else { first.clone() };
+        let version = qmp.run("query-version", json!({}))?;
+        let number = |key| version.pointer(&format!("/qemu/{key}")).and_then(Value::as_u64).unwrap_or(0);
+        let version = format!("{}.{}.{}", number("major"), number("minor"), number("micro"));
+        let kind = qmp.run("qom-get", json!({"path": "/machine", "property": "type"}))?;
+        let machine_type = kind.as_str().and_then(|t| t.strip_suffix("-machine")).map(str::to_owned);
+        let process = ProcessId::of(pid)?.ok_or_else(gone)?;
+        let against = |list: Vec<String>| Error::usage(format!("clones cannot have: {}", list.join("; ")));
+        let disks = LiveDisk::all(&qmp.run("query-block", json!({}))?)
+            .map_err(|list| against(list).remedy("start the VM without it, then capture again"))?;
+        let plan = plan(argv, &Facts { machine_type, disks })?;
+        check_live(qmp, &plan)?;
+        let vm = Vm { pid, process, was_running, plan, program, version };
+        let list: Vec<String> = vm.plan.disks.iter().filter_map(|disk| vm.host_disk(disk)).collect();
+        if !list.is_empty() {
+            return Err(
+                against(list).remedy("use an image file (qcow2 or raw) in its place, then capture again")
+            );
+        }
+        Ok(vm)
+    }
+
+    /// Opens the files that hold RAM, and makes sure that the VM really has them mapped.
+    pub fn ram_files(&self) -> Result<Vec<RamFile>> {
+        let maps = procfs::maps(self.pid, |_, _| true)?.unwrap_or_default();
+        let open = |ram: &Ram| {
+            let (file, dir) = self.memory_file(&maps, &ram.id, &ram.mem_path)?;
+            Ok((ram.file.clone(), ram.id.clone(), file, dir))
+        };
+        let roms = self.plan.roms.iter().map(|rom| self.memory_file(&maps, &rom.id, &rom.mem_path));
+        roms.collect::<Result<Vec<_>>>()?;
+        self.plan.ram.iter().map(open).collect()
+    }
+
+    /// The file of a memory object, and the folder that it lies in.
+    fn memory_file(&self, maps: &[procfs::MapLine], id: &str, mem_path: &str) -> Result<(File, PathBuf)> {
+        let path = self.path_of(Path::new(mem_path));
+        let file = File::open(&path).map_err(|e| Error::io("cannot open the VM's memory file", &path, e))?;
+        let meta = file.metadata().map_err(|e| Error::io("cannot look at the VM's memory file", &path, e))?;
+        // Some file systems (btrfs) show another device number in maps than in stat.
+        let named = |m: &&procfs::MapLine| m.path.ends_with(mem_path.trim_start_matches('/'));
+        let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
+        if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private()) {
+            return Err(Error::usage(format!(
+                "the VM does not share the memory of '{id}' through this file"
+            ))
+            .at(&path)
+            .remedy("give mem-path= the path of a file, and do not replace it while the VM runs"));
+        }
+        let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
+        Ok((file, dir))
+    }
+
+    /// The recipe of clones.
+    pub fn recipe(&self) -> Value {
+        Recipe::qemu(self.program.clone(), self.version.clone(), &self.plan).to_value()
+    }
+
+    /// Why a disk's image is no plain file.
+    fn host_disk(&self, disk: &PlannedDisk) -> Option<String> {
+        disk.live.image.chain().find_map(|image| {
+            let path = self.path_of(&image.path);
+            let shown = image.path.display();
+            let name = &disk.name;
+            match std::fs::metadata(&path) {
+                Ok(meta) if meta.is_file() => None,
+                Ok(meta) if meta.file_type().is_block_device() => {
+                    Some(format!("disk {name}: {shown} is a raw disk of the host"))
+                }
+                Ok(_) => Some(format!("disk {name}: {shown} is no regular file")),
+                Err(e) => {
+                    Some(format!("disk {name}: {shown} cannot be read ({})", crate::error::errno_text(&e)))
+                }
+            }
+        })
+    }
+
+    pub fn blob_files(&self) -> Vec<ImportFile> {
+        let file = |blob: &Blob| ImportFile {
+            name: blob.file.clone(),
+            kind: FileKind::Blob,
+            source: Source::Path(self.path_of(&blob.path)),
+        };
+        let rom = |rom: &Rom| ImportFile {
+            name: rom.file.clone(),
+            kind: FileKind::Rom,
+            source: Source::Path(self.path_of(Path::new(&rom.mem_path))),
+        };
+        self.plan.blobs.iter().map(file).chain(self.plan.roms.iter().map(rom)).collect()
+    }
+
+    /// A path as that process sees it, whatever its root and working directory are.
+    pub fn path_of(&self, path: &Path) -> PathBuf {
+        match path.strip_prefix("/") {
+            Ok(rest) => Path::new(&format!("/proc/{}/root", self.pid)).join(rest),
+            Err(_) => Path::new(&format!("/proc/{}/cwd", self.pid)).join(path),
+        }
+    }
+}
+
+/// What was plugged in while the VM ran does not stand in its command line.
+fn check_live(qmp: &mut Qmp, plan: &Plan) -> Result<()> {
+    let mut against = vec![];
+    let mut devices = 0;
+    for place in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let list = qmp.run("qom-list", json!({"path": place}))?;
+        for item in list.as_array().into_iter().flatten() {
+            let kind = item.get("type").and_then(Value::as_str).unwrap_or_default();
+            let Some(driver) = kind.strip_prefix("child<").and_then(|k| k.strip_suffix('>')) else {
+                continue;
+            };
+            devices += 1;
+            if !is_device_for_clones(driver) {
+                let name = item.get("name").and_then(Value::as_str).unwrap_or_default();
+                against.push(format!("device {driver} ({name})"));
+            }
+        }
+    }
+    if devices != plan.devices && against.is_empty() {
+        against.push(format!(
+            "devices that were plugged in or out ({} on the command line, {devices} in the VM)",
+            plan.devices
+        ));
+    }
+    for memory in qmp.run("query-memdev", json!({}))?.as_array().into_iter().flatten() {
+        let id = memory.get("id").and_then(Value::as_str).unwrap_or("without id");
+        if !plan.ram.iter().any(|ram| ram.id == id) && !plan.roms.iter().any(|rom| rom.id == id) {
+            against.push(format!("memory '{id}'"));
+        }
+    }
+    if against.is_empty() {
+        return Ok(());
+    }
+    Err(Error::usage(format!("clones cannot have: {}", against.join("; ")))
+        .remedy("start the VM without it, then capture again"))
+}

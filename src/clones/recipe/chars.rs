@@ -1,0 +1,85 @@
+//! Character devices of a captured VM: what was a socket is a socket in the clone's folder, what was written
+//! somewhere is a file there.
+
+use super::props::Props;
+
+/// What a character device of a clone is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Somebody may connect.
+    Socket,
+    /// It is written down.
+    File,
+    /// Nothing.
+    Null,
+    /// Kept in QEMU's memory.
+    Ring,
+}
+
+/// The kind for a backend of `-chardev`; `None` for one that is a thing of the host.
+pub fn kind(backend: &str) -> Option<Kind> {
+    match backend {
+        "socket" | "pty" | "udp" => Some(Kind::Socket),
+        "file" | "stdio" | "pipe" => Some(Kind::File),
+        "null" | "vc" | "mouse" => Some(Kind::Null),
+        "ringbuf" | "memory" => Some(Kind::Ring),
+        _ => None,
+    }
+}
+
+/// The `-chardev` of clones. `mux` and `logfile` stay and go.
+pub fn option(id: &str, kind: Kind, props: &Props) -> String {
+    let mux = if super::memory::is_on(props.get("mux")) { ",mux=on" } else { "" };
+    match kind {
+        Kind::Socket => format!("socket,id={id},path={{dir}}/{},server=on,wait=off{mux}", socket_name(id)),
+        Kind::File => format!("file,id={id},path={{dir}}/chardev-{id}.log{mux}"),
+        Kind::Null => format!("null,id={id}{mux}"),
+        Kind::Ring => {
+            let size = props.get("size").unwrap_or("64K");
+            format!("ringbuf,id={id},size={size}{mux}")
+        }
+    }
+}
+
+/// A socket's name in the clone's folder; the monitor has its own there.
+fn socket_name(id: &str) -> String {
+    if id == "qmp" { "chardev-qmp.sock".into() } else { format!("{id}.sock") }
+}
+
+/// The `-serial` of clones for that of the VM; `number` counts those that go somewhere.
+pub fn serial(value: &str, number: usize) -> Option<String> {
+    let stem = if number == 0 { "serial".to_owned() } else { format!("serial-{number}") };
+    let backend = value.split([':', ',']).next().unwrap_or_default();
+    match backend {
+        "unix" | "tcp" | "telnet" | "websocket" | "udp" | "pty" => {
+            Some(format!("unix:{{dir}}/{stem}.sock,server=on,wait=off"))
+        }
+        "null" => Some("null".into()),
+        "file" | "stdio" | "mon" | "vc" | "pipe" | "con" => Some(format!("file:{{dir}}/{stem}.log")),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_stay_sockets_and_host_lines_are_refused() {
+        assert_eq!(
+            serial("unix:/tmp/s,server=on,wait=off", 1).unwrap(),
+            "unix:{dir}/serial-1.sock,server=on,wait=off"
+        );
+        assert_eq!(serial("file:/tmp/x", 0).unwrap(), "file:{dir}/serial.log");
+        assert_eq!(serial("mon:stdio", 2).unwrap(), "file:{dir}/serial-2.log");
+        assert_eq!(serial("/dev/ttyS0", 0), None);
+        let props = Props::parse("socket,id=agent,path=/x,server=on,mux=on", "backend").unwrap();
+        assert_eq!(
+            option("agent", Kind::Socket, &props),
+            "socket,id=agent,path={dir}/agent.sock,server=on,wait=off,mux=on"
+        );
+        assert!(option("qmp", Kind::Socket, &props).contains("chardev-qmp.sock"));
+        assert_eq!(kind("serial"), None);
+        assert_eq!(kind("spicevmc"), None);
+    }
+}

@@ -1,0 +1,123 @@
+//! A recipe that a person has written: everything that would not work is said at once.
+
+use super::values::placeholders;
+use super::{Recipe, VERSION};
+use crate::error::{Error, Result};
+use crate::store::check_name;
+
+/// The longest text of a recipe; a policy holds no more.
+pub const MAX_TEXT: u64 = 1 << 20;
+
+impl Recipe {
+    /// Reads a recipe that was edited, for a template with these files.
+    ///
+    /// # Errors
+    /// A usage error that names everything that is wrong with it.
+    pub fn edited(text: &str, files: &[&str]) -> Result<Recipe> {
+        let recipe: Recipe = serde_json::from_str(text).map_err(|e| {
+            Error::usage(format!("this is no recipe: {e}"))
+                .remedy("keep the JSON of `stencil inspect --recipe`; each argument is one string of argv")
+        })?;
+        let mut wrong = vec![];
+        if recipe.version != VERSION || recipe.vmm != "qemu" {
+            wrong.push(format!(
+                "version {} for '{}', expected version {VERSION} for 'qemu'",
+                recipe.version, recipe.vmm
+            ));
+        }
+        if recipe.program.is_empty() {
+            wrong.push("no program".into());
+        }
+        if recipe.argv.iter().chain([&recipe.program]).any(|word| word.contains('\0')) {
+            wrong.push("a zero byte in an argument".into());
+        }
+        for (at, disk) in recipe.disks.iter().enumerate() {
+            if check_name("disk", &disk.name).is_err() {
+                wrong.push(format!(
+                    "disk '{}': a name of letters, digits, '.', '_' and '-' is needed",
+                    disk.name
+                ));
+            }
+            if recipe.disks.iter().take(at).any(|other| other.name == disk.name) {
+                wrong.push(format!("disk '{}' is there twice", disk.name));
+            }
+            if !files.contains(&disk.base.as_str()) {
+                wrong.push(format!("disk '{}': the template has no file '{}'", disk.name, disk.base));
+            }
+            if !matches!(disk.format.as_str(), "raw" | "qcow2") {
+                wrong
+                    .push(format!("disk '{}': format '{}' is neither raw nor qcow2", disk.name, disk.format));
+            }
+        }
+        for name in recipe.argv.iter().flat_map(|arg| placeholders(arg)) {
+            let missing = match name.split_once(':') {
+                None => matches!(name, "memory" | "state") && !files.contains(&name),
+                Some(("file", file)) => !files.contains(&file),
+                Some(("disk", disk)) => !recipe.disks.iter().any(|d| d.name == disk),
+                Some(("mac", number)) => number.parse::<u8>().is_err(),
+                Some(_) => false,
+            };
+            if missing {
+                wrong.push(format!("{{{name}}}: the template has none"));
+            }
+        }
+        for (need, why) in [
+            ("{memory}", "clones would not map the template"),
+            ("{dir}/qmp.sock", "clones are resumed through that QMP socket"),
+            ("defer", "-incoming defer is how QEMU waits for its device state"),
+        ] {
+            if !recipe.argv.iter().any(|arg| arg.contains(need)) {
+                wrong.push(format!("no argument has {need}: {why}"));
+            }
+        }
+        match wrong.is_empty() {
+            true => Ok(recipe),
+            false => Err(Error::usage(format!("this recipe cannot work: {}", wrong.join("; ")))
+                .remedy("mend it and try again: the template's recipe was not changed")),
+        }
+    }
+
+    /// As text that a person edits: one argument a line.
+    pub fn to_text(&self) -> String {
+        serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"{"version":1,"vmm":"qemu","program":"qemu","disks":[{"name":"root","base":"disk-root",
+        "format":"raw"}],"argv":["-object","mem-path={memory}","-drive","file={disk:root}","-chardev",
+        "socket,path={dir}/qmp.sock","-incoming","defer","{port:80}{mac:1}{unknown}"]}"#;
+
+    #[test]
+    fn a_good_one_reads_as_it_is_written() {
+        let files = ["memory", "state", "disk-root"];
+        let recipe = Recipe::edited(GOOD, &files).unwrap();
+        assert_eq!(Recipe::edited(&recipe.to_text(), &files).unwrap(), recipe);
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said_at_once() {
+        let files = ["memory", "state", "disk-root"];
+        for (from, to, words) in [
+            ("disk-root", "disk-boot", "no file 'disk-boot'"),
+            ("{disk:root}", "{disk:boot}", "{disk:boot}"),
+            ("{memory}", "{file:rom}", "{file:rom}"),
+            ("{memory}", "/ram", "no argument has {memory}"),
+            ("qmp.sock", "other", "{dir}/qmp.sock"),
+            ("\"raw\"", "\"vmdk\"", "neither raw nor qcow2"),
+            ("\"qemu\",\"program\"", "\"xen\",\"program\"", "for 'xen'"),
+            ("\"vmm\"", "\"vmn\"", "unknown field"),
+            ("{mac:1}", "{mac:x}", "{mac:x}"),
+            ("\"root\"", "\"../x\"", "a name of letters"),
+        ] {
+            let error = Recipe::edited(&GOOD.replacen(from, to, 1), &files).unwrap_err();
+            assert!(error.to_string().contains(words), "{from} → {to}: {error}");
+        }
+        let two = GOOD.replace("{memory}", "{file:rom}");
+        let error = Recipe::edited(&two, &files).unwrap_err().to_string();
+        assert!(error.contains("{file:rom}") && error.contains("no argument has {memory}"), "{error}");
+    }
+}

@@ -1,0 +1,93 @@
+//! What a host can have only once, derived from a clone's id.
+
+use std::path::Path;
+
+use crate::store::Digest;
+
+/// Network cards that a clone can have.
+const CARDS: u64 = 16;
+
+/// What a clone is called by others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    number: u64,
+    host: u64,
+    attempt: u32,
+}
+
+impl Identity {
+    /// The identity of the clone with that id (`c` and seven hex digits, unique in its runtime directory). `attempt`
+    /// counts the times that somebody else had what this gave.
+    pub fn of(id: &str, attempt: u32) -> Identity {
+        let number = id.get(1..).and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0) & 0x0fff_ffff;
+        Identity { number, host: host_number(), attempt }
+    }
+
+    /// The address of a network card: locally administered, unicast. 28 bits are the clone's id and four the card, so
+    /// that clones of one runtime directory never have the same; 13 bits tell hosts and runtime directories apart.
+    /// Where those are alike for two hosts, a random id of 28 bits has to be as well.
+    pub fn mac(&self, card: u8) -> String {
+        let bits = (self.host & 0x1fff) << 32 | self.number << 4 | u64::from(card) % CARDS;
+        let byte = |at: u32| (bits >> (8 * at)) as u8;
+        // Of the first byte two bits are given: not a group, locally administered. 0x52 is not used: QEMU's own begin so.
+        let first = 0x06 | (byte(5) & 0x1f) << 3;
+        let rest: Vec<String> = (0..5).rev().map(|at| format!("{:02x}", byte(at))).collect();
+        format!("{first:02x}:{}", rest.join(":"))
+    }
+
+    /// The vsock address: never one that is reserved, and one that another clone of this runtime directory cannot have.
+    pub fn cid(&self) -> u32 {
+        let high = u64::from(self.attempt % 14) + 1;
+        (high << 28 | self.number) as u32
+    }
+
+    /// Cards whose addresses are made known.
+    pub fn cards() -> impl Iterator<Item = u8> {
+        0..CARDS as u8
+    }
+}
+
+/// Some bits of what this host is, and of the runtime directory.
+fn host_number() -> u64 {
+    let read = |path: &str| std::fs::read(Path::new(path)).unwrap_or_default();
+    let mut id = read("/etc/machine-id");
+    if id.is_empty() {
+        id = read("/proc/sys/kernel/random/boot_id");
+    }
+    id.extend_from_slice(crate::clones::registry::runtime_root().as_os_str().as_encoded_bytes());
+    let digest = Digest::of(&id);
+    digest.bytes().iter().take(8).fold(0, |all, byte| all << 8 | u64::from(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_local_and_no_two_alike() {
+        let mut seen = BTreeSet::new();
+        for id in ["c0000000", "c0000001", "cfffffff", "cabcdef0"] {
+            for card in Identity::cards() {
+                let mac = Identity::of(id, 0).mac(card);
+                let first = u8::from_str_radix(&mac[..2], 16).unwrap();
+                assert_eq!(first & 3, 2, "{mac}: unicast, locally administered");
+                assert_eq!(mac.len(), 17);
+                assert!(seen.insert(mac));
+            }
+        }
+    }
+
+    #[test]
+    fn vsock_addresses_are_never_reserved() {
+        for attempt in 0..40 {
+            for id in ["c0000000", "cfffffff"] {
+                let cid = Identity::of(id, attempt).cid();
+                assert!((3..u32::MAX).contains(&cid), "{cid:#x}");
+            }
+        }
+        assert_ne!(Identity::of("c0000001", 0).cid(), Identity::of("c0000001", 1).cid());
+        assert_ne!(Identity::of("c0000001", 0).cid(), Identity::of("c0000002", 0).cid());
+    }
+}

@@ -121,9 +121,18 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
     let good = qemu_words(dir.path(), "16M").join(" ");
     let ram = "-object memory-backend-file,id=ram0,size=16M";
     for (from, to, words, remedy) in [
-        ("-nodefaults ", "", "default network card", "capture again"),
-        ("-accel", "-netdev user,id=n0 -device e1000e,netdev=n0,id=eth -accel", "device e1000e (eth)", ""),
-        ("-accel", "-drive if=none,id=d0,driver=null-co,read-zeroes=on -accel", "-drive", "a disk"),
+        (
+            "-accel",
+            "-netdev socket,id=n0,listen=127.0.0.1:0 -device e1000e,netdev=n0 -accel",
+            "-netdev socket,id=n0,listen=127.0.0.1:0: a network of kind socket",
+            "capture again",
+        ),
+        (
+            "-accel",
+            "-drive if=none,id=d0,driver=null-co,read-zeroes=on -netdev user,id=n0,tftp=/srv -accel",
+            "a disk with driver=null-co,read-zeroes=on; -netdev user,id=n0,tftp=/srv: a network with tftp=/srv",
+            "capture again",
+        ),
         ("share=on", "share=off", "RAM of this VM", "the option share=on"),
         (
             ram,

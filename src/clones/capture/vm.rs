@@ -110,7 +110,8 @@ impl Vm {
 
     /// The recipe of clones.
     pub fn recipe(&self) -> Value {
-        Recipe::qemu(self.program.clone(), self.version.clone(), &self.plan).to_value()
+        let Plan { argv, disks, .. } = &self.plan;
+        Recipe::qemu(self.program.clone(), self.version.clone(), argv.clone()).with_disks(disks).to_value()
     }
 
     /// Why a disk's image is no plain file.

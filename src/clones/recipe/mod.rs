@@ -65,11 +65,17 @@ pub struct Disk {
 
 impl Recipe {
     /// A recipe for QEMU.
-    pub fn qemu(program: String, vmm_version: String, plan: &Plan) -> Recipe {
-        let disks = plan.disks.iter().filter(|d| !d.live.read_only);
+    pub fn qemu(program: String, vmm_version: String, argv: Vec<String>) -> Recipe {
+        Recipe { version: VERSION, vmm: "qemu".into(), program, vmm_version, disks: vec![], argv }
+    }
+
+    /// With these disks of the VM: clones get those that its guest could write to.
+    #[must_use]
+    pub fn with_disks(mut self, disks: &[PlannedDisk]) -> Recipe {
+        let written = disks.iter().filter(|disk| !disk.live.read_only);
         let disk = |d: &PlannedDisk| Disk { name: d.name.clone(), base: d.file(), format: d.format.clone() };
-        let disks = disks.map(disk).collect();
-        Recipe { version: VERSION, vmm: "qemu".into(), program, vmm_version, disks, argv: plan.argv.clone() }
+        self.disks = written.map(disk).collect();
+        self
     }
 
     /// Reads the recipe of a policy.

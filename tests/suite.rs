@@ -52,4 +52,5 @@ mod stuck_connection;
 mod stuck_process;
 mod support;
 mod systemd;
+mod travel_stream;
 mod vmm_args;

@@ -18,6 +18,7 @@ mod hydrate;
 mod import;
 mod inspect;
 mod interrupt;
+mod load;
 mod logs;
 mod ls;
 mod mount;
@@ -29,6 +30,7 @@ mod ps;
 mod recipe;
 mod restart;
 mod rm;
+mod save;
 mod status;
 mod stop;
 mod stuck;
@@ -101,6 +103,8 @@ enum Command {
     Chmod(chmod::ChmodArgs),
     Chown(chmod::ChownArgs),
     Export(export::ExportArgs),
+    Save(save::SaveArgs),
+    Load(load::LoadArgs),
     Verify(verify::VerifyArgs),
     Gc(gc::GcArgs),
     Du(du::DuArgs),
@@ -139,6 +143,8 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Chmod(args) => chmod::run(args, global),
         Command::Chown(args) => chmod::run_chown(args, global),
         Command::Export(args) => export::run(args, global),
+        Command::Save(args) => save::run(args, global),
+        Command::Load(args) => load::run(args, global),
         Command::Verify(args) => verify::run(args, global),
         Command::Gc(args) => gc::run(args, global),
         Command::Du(args) => du::run(args, global),

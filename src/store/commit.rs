@@ -28,7 +28,6 @@ pub(super) struct Committed {
     /// The store had this content already.
     pub existed: bool,
     /// Where tags pointed before, of those that pointed elsewhere.
-    #[expect(dead_code, reason = "an import names one tag, and its caller knows it")]
     pub moved: Vec<(TagName, Digest)>,
 }
 

@@ -153,15 +153,21 @@ fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
     run.map_or(Ok(()), |from| file.write_all_at(&block[from..], offset + from as u64))
 }
 
-/// A file without a name, so that nothing is left however the process ends.
-struct Target {
+/// A new file that appears (or replaces another) complete or not at all. It has no name until then, so that nothing is left
+/// however the process ends.
+#[derive(Debug)]
+pub struct Target {
     file: File,
     /// Where the filesystem has no nameless files.
     temporary: Option<PathBuf>,
 }
 
 impl Target {
-    fn create(out: &Path, mode: u32) -> Result<Target> {
+    /// A file that is to be `out`, with these permission bits.
+    ///
+    /// # Errors
+    /// When its folder cannot be written.
+    pub fn create(out: &Path, mode: u32) -> Result<Target> {
         let folder = folder_of(out);
         let nameless = rustix::fs::open(
             folder,
@@ -180,7 +186,16 @@ impl Target {
         }
     }
 
-    fn publish(mut self, out: &Path) -> Result<()> {
+    /// Where to write.
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Gives it its name; it is on the disk then.
+    ///
+    /// # Errors
+    /// What the system says about `out`.
+    pub fn publish(mut self, out: &Path) -> Result<()> {
         let fail = |e: io::Error| Error::io("cannot write", out, e);
         self.file.sync_all().map_err(fail)?;
         let temporary = match self.temporary.take() {

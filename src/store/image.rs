@@ -5,7 +5,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::units::Bytes;
+use crate::units::{Bytes, PAGE_SIZE};
+
+/// The mount shows a file of this name of its own.
+pub(super) const MANIFEST: &str = "manifest.json";
 
 /// What a file of a template is. The numbers are on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,6 +31,11 @@ impl FileKind {
             FileKind::Rom => "rom",
             FileKind::Blob => "blob",
         }
+    }
+
+    /// True when a file of this kind may have so many bytes: memory is whole pages, and at least one.
+    pub(super) fn can_have(self, size: u64) -> bool {
+        !self.is_memory() || (size != 0 && size.is_multiple_of(PAGE_SIZE))
     }
 
     /// True for what a guest sees as memory.

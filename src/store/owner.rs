@@ -6,13 +6,16 @@ use std::str::FromStr;
 use super::Policy;
 use crate::error::{Error, Result};
 
+/// The permission bits that a template's files can have.
+pub(super) const READ_BITS: u32 = 0o444;
+
 /// Reads an octal mode. A template is read-only, so only read bits may be set.
 ///
 /// # Errors
 /// A usage error that says what is allowed.
 pub fn parse_mode(text: &str) -> Result<u32> {
     match u32::from_str_radix(text, 8) {
-        Ok(mode) if mode & !0o444 == 0 && text.len() <= 5 => Ok(mode),
+        Ok(mode) if mode & !READ_BITS == 0 && text.len() <= 5 => Ok(mode),
         _ => Err(Error::usage(format!("'{text}' is no mode of a read-only file")).remedy(
             "use read bits in octal: 0444 for everybody, 0440 for owner and group, 0400 for the owner",
         )),

@@ -47,7 +47,7 @@ pub(super) struct PackFile {
 }
 
 impl PackFile {
-    fn open(path: PathBuf, id: PackId) -> Result<PackFile> {
+    pub fn open(path: PathBuf, id: PackId) -> Result<PackFile> {
         let open =
             |flags: OFlags| OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(&path);
         let (file, direct) = match open(OFlags::DIRECT) {

@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 pub const DEFAULT_MODE: u32 = 0o444;
 
 const HEAD: &str = "stencil policy 1 blake3:";
-const MAX_LENGTH: u64 = 1 << 20;
+/// Longest policy in bytes.
+pub(super) const MAX_LENGTH: u64 = 1 << 20;
 
 /// The changeable part of a template; its digest does not depend on it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use serde_json::json;
 
-use super::codec::{Decoder, page_mask};
+use super::codec::{Decoder, Mismatch, page_mask};
 use super::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use super::format::placement::{Front, Row};
 use super::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
@@ -28,18 +28,43 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Reads a record of a pack and compares the block in it with its hash. Gives the record.
+    /// Reads a record of a pack and compares the block in it with its hash; gives the record.
     pub(super) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<&[u8]> {
         let Scratch { buffer, decoder, plain } = self;
-        plain.resize(BLOCK_SIZE as usize, 0);
         let record = pack.record(stored, buffer)?;
-        let decoded = decoder.block((stored.kind, stored.chunk_shift), record, hash, plain);
-        decoded
-            .and_then(|()| match page_mask(plain) {
-                mask if mask == stored.data_pages => Ok(record),
-                mask => Err(format!("its pages are {mask:#x}, expected {:#x}", stored.data_pages)),
-            })
-            .map_err(|why| pack.mismatch(stored, &why))
+        check(decoder, plain, record, stored, hash).map_err(|why| pack.mismatch(stored, &why))?;
+        Ok(record)
+    }
+
+    /// Compares the block in `record`, which no pack has yet, with its hash; gives the plain block.
+    pub(super) fn check(
+        &mut self,
+        record: &[u8],
+        stored: Stored,
+        hash: &Digest,
+    ) -> std::result::Result<&[u8], Mismatch> {
+        check(&mut self.decoder, &mut self.plain, record, stored, hash)?;
+        Ok(&self.plain)
+    }
+
+    /// The plain block that was compared last.
+    pub(super) fn plain(&self) -> &[u8] {
+        &self.plain
+    }
+}
+
+fn check(
+    decoder: &mut Decoder,
+    plain: &mut Vec<u8>,
+    record: &[u8],
+    stored: Stored,
+    hash: &Digest,
+) -> std::result::Result<(), Mismatch> {
+    plain.resize(BLOCK_SIZE as usize, 0);
+    decoder.block((stored.kind, stored.chunk_shift), record, hash, plain)?;
+    match page_mask(plain) {
+        mask if mask == stored.data_pages => Ok(()),
+        mask => Err(format!("its pages are {mask:#x}, expected {:#x}", stored.data_pages)),
     }
 }
 
@@ -281,6 +306,35 @@ impl Template {
         })?;
         out.copy_from_slice(&plain[within..within + out.len()]);
         Ok(())
+    }
+
+    /// Reads one block as it is stored and verifies it; its record is appended to `out`. A zero block has none.
+    pub(super) fn read_record(
+        &self,
+        file: usize,
+        block: u64,
+        scratch: &mut Scratch,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<(Digest, Stored)>> {
+        let (number, _) = self.locate(file, block)?;
+        let Some(hash) = self.block_hash(number)? else { return Ok(None) };
+        self.where_it_is(|placement| {
+            let (id, stored) = self.stored(placement, number, &hash)?;
+            let pack = self.store.pack(id)?;
+            let record = scratch.verify(&pack, stored, &hash).map_err(|e| self.store.unreadable(id, e))?;
+            out.extend_from_slice(record);
+            Ok(Some((hash, stored)))
+        })
+    }
+
+    /// The bytes of its image, in parts that were verified.
+    pub(super) fn read_image(&self, each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.image.read_all(each)
+    }
+
+    /// Length of its image in bytes.
+    pub(super) fn image_length(&self) -> u64 {
+        self.header.image_length()
     }
 
     /// Hash and place of a block, or nothing for a zero block.

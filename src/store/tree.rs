@@ -177,6 +177,14 @@ impl CheckedTable {
         (0..segments(self.length)).try_for_each(|segment| self.read_and_check(segment))
     }
 
+    /// All bytes of the table in order, each part compared with its chaining value before it is given.
+    ///
+    /// # Errors
+    /// [`Code::Damage`](crate::error::Code) for the first bad part, or what `each` gives.
+    pub fn read_all(&self, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        (0..segments(self.length)).try_for_each(|segment| each(&self.read_checked(segment)?))
+    }
+
     fn check(&self, segment: u64) -> Result<()> {
         let (word, bit) = (&self.checked[(segment / 64) as usize], 1 << (segment % 64));
         if word.load(Ordering::Acquire) & bit == 0 {
@@ -189,6 +197,10 @@ impl CheckedTable {
     /// By read(2), not through the mapping: a bad sector or a file cut short after open is an error
     /// here and would be a SIGBUS there.
     fn read_and_check(&self, segment: u64) -> Result<()> {
+        self.read_checked(segment).map(drop)
+    }
+
+    fn read_checked(&self, segment: u64) -> Result<Vec<u8>> {
         let start = segment * SEGMENT;
         let mut bytes = vec![0; (self.length - start).min(SEGMENT) as usize];
         let damage = |why: String| {
@@ -201,7 +213,7 @@ impl CheckedTable {
         let got = segment_value(&bytes, segment, segments(self.length));
         let expected = self.values[segment as usize];
         match got == expected {
-            true => Ok(()),
+            true => Ok(bytes),
             false => {
                 Err(damage(format!("checksum is {}, expected {}", Digest::new(got), Digest::new(expected))))
             }

@@ -57,6 +57,14 @@ impl<'a> Fields<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// Nothing may follow.
+    pub fn end(&self) -> Result<(), Invalid> {
+        match self.0.len() {
+            0 => Ok(()),
+            length => Err(Invalid::damage(format!("{length} bytes follow its last field"))),
+        }
+    }
+
     /// Room for later: must be zero.
     pub fn reserved(&mut self, length: usize) -> Result<(), Invalid> {
         match self.bytes(length)?.iter().all(|&b| b == 0) {

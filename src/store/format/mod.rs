@@ -8,6 +8,7 @@ mod fields;
 pub mod image;
 pub mod pack;
 pub mod placement;
+pub mod stream;
 pub mod superblock;
 
 pub use fields::{Invalid, Preamble};

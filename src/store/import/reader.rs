@@ -181,7 +181,7 @@ impl Input {
 
     /// Refuses memory that is not whole pages.
     pub fn check_size(&self, size: u64) -> Result<()> {
-        if !self.kind.is_memory() || (size != 0 && size.is_multiple_of(PAGE_SIZE)) {
+        if self.kind.can_have(size) {
             return Ok(());
         }
         let name = format!("file '{}' of kind {}", self.name, self.kind.name());

@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::format::check_format;
 use super::reader::Input;
 use crate::error::{Error, Result};
+use crate::store::image::MANIFEST;
 use crate::store::{
     ChunkSize, Compression, Digest, FileKind, Owner, Policy, TagName, TemplateFile, check_name,
 };
@@ -176,7 +177,7 @@ impl ImportRequest {
         files.sort_by(|a, b| a.name.cmp(&b.name));
         for file in &files {
             check_name("file name", &file.name)?;
-            if file.name == "manifest.json" {
+            if file.name == MANIFEST {
                 return Err(Error::usage(
                     "a file cannot be named manifest.json: the mount shows one of its own",
                 )

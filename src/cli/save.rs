@@ -1,0 +1,140 @@
+//! `stencil save`: whole templates as one stream.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::output::{Done, Report, to_json};
+use super::words::word;
+use super::{Global, interrupt};
+use crate::control::Lease;
+use crate::error::{Error, Result};
+use crate::store::{Digest, SaveRequest, Saved, Store, TagName, Target, TemplateRef};
+
+/// Write templates as one stream, for stencil load on another host
+#[derive(Debug, Args)]
+pub struct SaveArgs {
+    /// NAME[:TAG] (that tag travels along), or a digest (all its tags do)
+    #[arg(value_name = "T", required = true, value_parser = word::<TemplateRef>)]
+    templates: Vec<TemplateRef>,
+    /// Where to write; without it standard output
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Leave out the blocks of a template that the other store has; may be repeated
+    #[arg(long, value_name = "T", value_parser = word::<TemplateRef>)]
+    without: Vec<TemplateRef>,
+}
+
+#[derive(Serialize)]
+struct SaveReport {
+    output: PathBuf,
+    #[serde(flatten)]
+    saved: Saved,
+    seconds: f64,
+}
+
+impl Report for SaveReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        for template in &self.saved.templates {
+            let tags: Vec<String> = template.tags.iter().map(TagName::to_string).collect();
+            writeln!(
+                out,
+                "{} {}",
+                if tags.is_empty() { "-".into() } else { tags.join(" ") },
+                template.digest
+            )?;
+        }
+        let Saved { blocks, block_bytes, stream_bytes, .. } = &self.saved;
+        writeln!(
+            out,
+            "{blocks} blocks ({block_bytes}) in a stream of {stream_bytes}: {}; {:.1} s",
+            self.output.display(),
+            self.seconds
+        )
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When there is no such template, it is damaged, or the stream cannot be written.
+pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
+    let output = args.output.as_deref().filter(|path| path.as_os_str() != "-");
+    if output.is_none() {
+        if global.json {
+            return Err(Error::usage("standard output cannot hold the stream and a JSON object")
+                .remedy("leave --json out, or name a file with -o"));
+        }
+        if io::stdout().is_terminal() {
+            return Err(Error::usage("a stream of templates is nothing for a terminal")
+                .remedy("name a file with -o, or pipe it: stencil save T | ssh HOST stencil load"));
+        }
+    }
+    let start = Instant::now();
+    let store = Store::open(&global.store)?;
+    let mut leases = Vec::new();
+    let mut lease = |reference: &TemplateRef| -> Result<Digest> {
+        let (digest, lease) = Lease::of(&store, reference, "save")?;
+        leases.push(lease);
+        Ok(digest)
+    };
+    let mut request = SaveRequest::default();
+    for reference in &args.templates {
+        let digest = lease(reference)?;
+        let tags = match reference {
+            TemplateRef::Tag(tag) => vec![tag.clone()],
+            _ => tags_of(&store, &digest)?,
+        };
+        request.templates.push((digest, tags));
+    }
+    for reference in &args.without {
+        request.without.push(lease(reference)?);
+    }
+    let progress = global.progress();
+    let Some(path) = output else {
+        // Not the line-buffered handle of the standard library: blocks go out whole. An interrupt ends the process in the
+        // middle of a write that its reader does not take; nothing of it would have to be cleared up.
+        let stdout =
+            rustix::io::dup(io::stdout()).map_err(|e| Error::failed("cannot write").because(e.into()))?;
+        store.save(&request, (&mut File::from(stdout), Path::new("standard output")), &*progress)?;
+        return Ok(Done::silent());
+    };
+    // The file behind a link is replaced, not the link.
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let saved = match fs::metadata(&path) {
+        Ok(meta) if meta.is_dir() => {
+            return Err(Error::usage("the stream cannot replace a folder")
+                .at(&path)
+                .remedy("name a file in it"));
+        }
+        Ok(meta) if !meta.is_file() => {
+            let mut file =
+                File::options().write(true).open(&path).map_err(|e| Error::io("cannot write", &path, e))?;
+            store.save(&request, (&mut file, &path), &*progress)?
+        }
+        _ => {
+            request.interrupt = Some(interrupt::flag()?);
+            // Guest memory: for its owner alone.
+            let mut target = Target::create(&path, 0o600)?;
+            let saved = store.save(&request, (target.file(), &path), &*progress)?;
+            target.publish(&path)?;
+            saved
+        }
+    };
+    Ok(Done::report(SaveReport { output: path, saved, seconds: start.elapsed().as_secs_f64() }))
+}
+
+/// All tags that point at a template now.
+fn tags_of(store: &Store, digest: &Digest) -> Result<Vec<TagName>> {
+    let tags = store.tags()?.into_iter().filter(|t| t.digest == *digest);
+    tags.map(|t| TagName::new(&t.name, &t.tag)).collect()
+}

@@ -1,0 +1,226 @@
+//! A stream of templates: `front | (policy | image) × templates | (entry | record) × blocks | hash`.
+//!
+//! The front says what comes; the hash at the end is that of all bytes before it.
+
+use super::fields::{Fields, Invalid, Preamble, seal, unseal};
+use super::pack::IndexEntry;
+use crate::store::{Digest, TagName};
+
+/// The first bytes of every stream.
+pub const MAGIC: &[u8; 8] = b"STNCLSAV";
+
+const FIXED: usize = Preamble::LEN + 24;
+const TEMPLATE: usize = 48;
+const TAG: usize = 4;
+
+/// Longest front that is read; it has room for 100 000 tags.
+pub const MAX_FRONT: u32 = 32 << 20;
+
+/// Most templates of a stream, and most templates that it builds on.
+pub const MAX_TEMPLATES: usize = 4096;
+
+/// One template as the front names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamTemplate {
+    /// Its identity: the hash of its image.
+    pub digest: Digest,
+    /// Length of its image in bytes.
+    pub image_length: u64,
+    /// Length of its policy in bytes.
+    pub policy_length: u32,
+    /// Names that point at it.
+    pub tags: Vec<TagName>,
+}
+
+/// What a stream holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamFront {
+    /// Its templates, each once.
+    pub templates: Vec<StreamTemplate>,
+    /// Templates whose blocks were left out.
+    pub without: Vec<Digest>,
+    /// How many blocks follow the images.
+    pub blocks: u64,
+}
+
+impl StreamFront {
+    /// Its bytes.
+    ///
+    /// # Errors
+    /// [`Invalid`] when it is too long for a reader.
+    pub fn encode(&self) -> Result<Vec<u8>, Invalid> {
+        let tags = |t: &StreamTemplate| -> usize {
+            t.tags.iter().map(|tag| TAG + tag.name().len() + tag.tag().len()).sum()
+        };
+        let length = FIXED
+            + self.templates.iter().map(|t| TEMPLATE + tags(t)).sum::<usize>()
+            + self.without.len() * Digest::LEN
+            + 32;
+        if length > MAX_FRONT as usize
+            || self.templates.len() > MAX_TEMPLATES
+            || self.without.len() > MAX_TEMPLATES
+        {
+            return Err(Invalid::damage(format!(
+                "{} templates with their tags and {} to build on are beyond what one stream can name",
+                self.templates.len(),
+                self.without.len()
+            )));
+        }
+        let mut out = Vec::with_capacity(length);
+        Preamble::plain(length as u32).encode(MAGIC, &mut out);
+        out.extend_from_slice(&(self.templates.len() as u32).to_le_bytes());
+        out.extend_from_slice(&(self.without.len() as u32).to_le_bytes());
+        out.extend_from_slice(&self.blocks.to_le_bytes());
+        out.extend_from_slice(&[0; 8]);
+        for template in &self.templates {
+            out.extend_from_slice(template.digest.bytes());
+            out.extend_from_slice(&template.image_length.to_le_bytes());
+            out.extend_from_slice(&template.policy_length.to_le_bytes());
+            out.extend_from_slice(&(template.tags.len() as u32).to_le_bytes());
+            for tag in &template.tags {
+                for part in [tag.name(), tag.tag()] {
+                    out.extend_from_slice(&(part.len() as u16).to_le_bytes());
+                    out.extend_from_slice(part.as_bytes());
+                }
+            }
+        }
+        for digest in &self.without {
+            out.extend_from_slice(digest.bytes());
+        }
+        seal(&mut out);
+        Ok(out)
+    }
+
+    /// Length of the front that begins with these bytes (at least [`Preamble::LEN`] of them).
+    ///
+    /// # Errors
+    /// [`Invalid`] when they begin no stream of this version.
+    pub fn peek(bytes: &[u8]) -> Result<u32, Invalid> {
+        match Preamble::decode(MAGIC, &mut Fields(bytes))?.header_length {
+            length if (length as usize) < FIXED + TEMPLATE + 32 || length > MAX_FRONT => {
+                Err(Invalid::damage(format!("a header of {length} bytes")))
+            }
+            length => Ok(length),
+        }
+    }
+
+    /// From its bytes, as many as [`StreamFront::peek`] said.
+    ///
+    /// # Errors
+    /// [`Invalid`] when they are no front of this version.
+    pub fn decode(bytes: &[u8]) -> Result<StreamFront, Invalid> {
+        let mut fields = Fields(unseal(bytes)?);
+        Preamble::decode(MAGIC, &mut fields)?;
+        let (templates, without) = (fields.u32()? as usize, fields.u32()? as usize);
+        let mut front = StreamFront { templates: Vec::new(), without: Vec::new(), blocks: fields.u64()? };
+        fields.reserved(8)?;
+        if templates == 0 || templates > MAX_TEMPLATES || without > MAX_TEMPLATES {
+            return Err(Invalid::damage(format!("{templates} templates, {without} to build on")));
+        }
+        for _ in 0..templates {
+            let digest = Digest::new(fields.array()?);
+            let (image_length, policy_length) = (fields.u64()?, fields.u32()?);
+            let mut tags = Vec::new();
+            for _ in 0..fields.u32()? {
+                let (name, tag) = (text(&mut fields)?, text(&mut fields)?);
+                tags.push(TagName::new(name, tag).map_err(|e| Invalid::damage(e.message()))?);
+            }
+            if front.templates.iter().any(|t| t.digest == digest) {
+                return Err(Invalid::damage(format!("template {digest} comes twice")));
+            }
+            if let Some(tag) = front.templates.iter().flat_map(|t| &t.tags).find(|t| tags.contains(t)) {
+                return Err(Invalid::damage(format!("tag {tag} points to two templates")));
+            }
+            front.templates.push(StreamTemplate { digest, image_length, policy_length, tags });
+        }
+        for _ in 0..without {
+            front.without.push(Digest::new(fields.array()?));
+        }
+        fields.end()?;
+        Ok(front)
+    }
+}
+
+fn text<'a>(fields: &mut Fields<'a>) -> Result<&'a str, Invalid> {
+    let length = u16::from_le_bytes(fields.array()?);
+    std::str::from_utf8(fields.bytes(length.into())?).map_err(|_| Invalid::damage("a tag is no UTF-8"))
+}
+
+/// What stands before each record: as in the index of a pack, with the offset 0.
+///
+/// # Errors
+/// [`Invalid`] when a field is impossible.
+pub fn decode_entry(bytes: &[u8]) -> Result<IndexEntry, Invalid> {
+    let entry = IndexEntry::decode(bytes)?;
+    match entry.stored.offset {
+        0 => Ok(entry),
+        offset => Err(Invalid::damage(format!("a block at offset {offset} of no pack"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn front() -> StreamFront {
+        let template = |seed: &[u8], tags: &[&str]| StreamTemplate {
+            digest: Digest::of(seed),
+            image_length: 1000,
+            policy_length: 77,
+            tags: tags.iter().map(|t| t.parse().unwrap()).collect(),
+        };
+        StreamFront {
+            templates: vec![template(b"a", &["web:1", "web:2"]), template(b"b", &[])],
+            without: vec![Digest::of(b"c")],
+            blocks: 9,
+        }
+    }
+
+    #[test]
+    fn round_trip_every_flipped_bit_and_every_length() {
+        let bytes = front().encode().unwrap();
+        assert_eq!(StreamFront::peek(&bytes).unwrap() as usize, bytes.len());
+        assert_eq!(StreamFront::decode(&bytes).unwrap(), front());
+        for bit in 0..bytes.len() * 8 {
+            let mut bytes = bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(StreamFront::decode(&bytes).is_err(), "bit {bit}");
+        }
+        for length in 0..bytes.len() {
+            assert!(StreamFront::decode(&bytes[..length]).is_err(), "length {length}");
+        }
+    }
+
+    /// With the checksum made right again.
+    #[test]
+    fn fields_that_lie_are_refused_or_mean_something_but_never_panic() {
+        let bytes = front().encode().unwrap();
+        let body = bytes.len() - 32;
+        let mut accepted = 0;
+        for at in Preamble::LEN..body {
+            for value in [0, 1, 2, 0x2e, 0x7f, 0xff] {
+                let mut bad = bytes[..body].to_vec();
+                bad[at] = value;
+                seal(&mut bad);
+                if let Ok(front) = StreamFront::decode(&bad) {
+                    accepted += 1;
+                    assert_eq!(front.encode().unwrap(), bad, "byte {at} = {value}: two spellings");
+                }
+            }
+        }
+        assert!(accepted > 0);
+    }
+
+    #[test]
+    fn nothing_comes_twice() {
+        let refused = |change: &dyn Fn(&mut StreamFront)| {
+            let mut front = front();
+            change(&mut front);
+            StreamFront::decode(&front.encode().unwrap()).is_err()
+        };
+        assert!(!refused(&|_| {}));
+        assert!(refused(&|f| f.templates[1].digest = f.templates[0].digest));
+        assert!(refused(&|f| f.templates[1].tags = vec!["web:2".parse().unwrap()]));
+        assert!(refused(&|f| f.templates.clear()));
+    }
+}

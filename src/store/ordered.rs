@@ -1,0 +1,142 @@
+//! Work on all cores whose results are taken in order.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
+
+use crate::error::{Error, Result};
+
+/// Takes what `make` gives (until it gives nothing) through `work`, on all cores, to `take`, in the order in which it was
+/// made. `state` makes what each worker keeps between two pieces of work.
+///
+/// A bounded number of pieces is under way at a time. The first error in that order ends everything; `stop` becomes
+/// true then, so that a `make` that waits for something outside can end too.
+pub(super) fn ordered<S, I: Send, O: Send>(
+    stop: &AtomicBool,
+    mut make: impl FnMut() -> Result<Option<I>> + Send,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, I) -> Result<O> + Sync,
+    mut take: impl FnMut(O) -> Result<()>,
+) -> Result<()> {
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    let (permit, permits) = mpsc::channel::<()>();
+    for _ in 0..workers * 3 + 2 {
+        // The receiver is alive: it is two lines above.
+        let _ = permit.send(());
+    }
+    let (to_workers, pieces) = mpsc::channel::<(u64, I)>();
+    let pieces = Mutex::new(pieces);
+    let (to_taker, done) = mpsc::channel::<(u64, Result<O>)>();
+    thread::scope(|scope| {
+        for _ in 0..workers {
+            let (pieces, to_taker, state, work) = (&pieces, to_taker.clone(), &state, &work);
+            scope.spawn(move || {
+                let mut state = state();
+                loop {
+                    let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok((number, piece)) = next else { return };
+                    // A panic that was not told would leave everybody waiting for this number.
+                    let result = catch_unwind(AssertUnwindSafe(|| work(&mut state, piece)))
+                        .unwrap_or_else(|_| Err(Error::failed("a thread of this work has panicked")));
+                    if to_taker.send((number, result)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        scope.spawn(move || {
+            for number in 0.. {
+                if permits.recv().is_err() {
+                    return;
+                }
+                let sent = match make() {
+                    Ok(Some(piece)) => to_workers.send((number, piece)).is_ok(),
+                    Ok(None) => return,
+                    Err(error) => {
+                        let _ = to_taker.send((number, Err(error)));
+                        return;
+                    }
+                };
+                if !sent {
+                    return;
+                }
+            }
+        });
+        let mut waiting = BTreeMap::new();
+        let mut next = 0;
+        let mut run = || {
+            while let Ok((number, result)) = done.recv() {
+                waiting.insert(number, result);
+                while let Some(result) = waiting.remove(&next) {
+                    next += 1;
+                    take(result?)?;
+                    // The maker may have ended.
+                    let _ = permit.send(());
+                }
+            }
+            Ok(())
+        };
+        let result = run();
+        if result.is_err() {
+            stop.store(true, Ordering::Relaxed);
+        }
+        // Wakes a maker that waits for its turn, and workers that wait for work.
+        drop(permit);
+        drop(done);
+        result
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_come_in_order_and_only_so_many_are_under_way() {
+        let (mut made, mut taken) = (0u64, Vec::new());
+        let under_way = std::sync::atomic::AtomicUsize::new(0);
+        let make = || {
+            made += 1;
+            assert!(under_way.fetch_add(1, Ordering::SeqCst) < 400);
+            Ok((made <= 2000).then_some(made))
+        };
+        let work = |_: &mut (), n: u64| {
+            if n.is_multiple_of(7) {
+                thread::sleep(std::time::Duration::from_micros(300));
+            }
+            Ok(n)
+        };
+        let take = |n| {
+            under_way.fetch_sub(1, Ordering::SeqCst);
+            taken.push(n);
+            Ok(())
+        };
+        ordered(&AtomicBool::new(false), make, || (), work, take).unwrap();
+        assert_eq!(taken, (1..=2000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_first_error_in_order_counts_and_ends_a_maker_that_waits() {
+        let stop = AtomicBool::new(false);
+        let mut made = 0;
+        let make = || {
+            made += 1;
+            while made > 20 && !stop.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+            Ok(Some(made))
+        };
+        let work = |_: &mut (), n: i32| match n {
+            10 => {
+                thread::sleep(std::time::Duration::from_millis(20));
+                Err(Error::failed("ten"))
+            }
+            11 => Err(Error::failed("eleven")),
+            _ => Ok(n),
+        };
+        let error = ordered(&stop, make, || (), work, |_| Ok(())).unwrap_err();
+        assert_eq!(error.message(), "ten");
+    }
+}

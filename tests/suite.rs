@@ -15,6 +15,7 @@ mod dirty_exact;
 mod documents;
 mod firecracker;
 mod in_flight;
+mod jail;
 mod kill_clones;
 mod kill_kvm;
 mod kill_passthrough;

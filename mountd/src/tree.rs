@@ -341,17 +341,21 @@ impl Tree {
             created: 0,
         };
         Ok(match node {
-            Node::Root | Node::ById | Node::Templates | Node::Name(_) | Node::Template(_) => {
-                plain(Kind::Directory, 0o555, 0)
-            }
+            Node::Root | Node::ById | Node::Templates | Node::Name(_) => plain(Kind::Directory, 0o555, 0),
+            Node::Template(digest) => match self.store.template(digest) {
+                // Who may not read the files learns nothing of them, not even by a descriptor of their names.
+                Ok(template) => {
+                    let (policy, all) = (template.policy(), plain(Kind::Directory, 0o555, 0));
+                    let read = policy.mode & 0o444;
+                    Attributes { mode: read | read >> 2, uid: policy.uid, gid: policy.gid, ..all }
+                }
+                Err(_) => plain(Kind::Directory, 0o500, 0),
+            },
             Node::Tag(_) => plain(Kind::Symlink, 0o777, self.target(node)?.len() as u64),
             Node::Manifest(digest) | Node::File(digest, ..) => {
                 // Opened anew where it can be: mode and owner may have changed since.
                 let fresh = self.store.template(digest).map(Arc::new);
-                let template = match fresh {
-                    Ok(template) => template,
-                    Err(_) => self.template(digest)?,
-                };
+                let template = fresh.or_else(|_| self.template(digest))?;
                 let (size, data) = match node {
                     Node::File(_, file, _) => {
                         let file = template.files().get(*file).ok_or(Refusal::NoEntry)?;

@@ -1,0 +1,216 @@
+//! Users and jails: a clone in a chroot that sees one template counts like any other, and who may not read a
+//! template learns nothing of it. The mount under load of programs that know nothing of Stencil.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use stencilfs::sys::cachestat;
+
+use crate::support::actor::{self, Actor, compile};
+use crate::support::guest::patiently;
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::support::store::guest_like;
+use crate::support::tables::{code, rows};
+
+const MIB: usize = 1 << 20;
+const PAGE: usize = 4096;
+
+/// A template of the user 123 and nobody else.
+fn import_for_123(world: &TestMount, bytes: &[u8]) -> String {
+    let source = world.dir().join("source");
+    fs::write(&source, bytes).unwrap();
+    let words = ["import", source.to_str().unwrap(), "web:1", "--mode", "0440", "--owner", "123:123"];
+    world.stencil(&words).ok();
+    world.json(&["inspect", "web:1"])["digest"].as_str().unwrap().to_owned()
+}
+
+/// The actor's hash of a page.
+fn hash(page: &[u8]) -> u64 {
+    let words = page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+    words.fold(0xcbf2_9ce4_8422_2325, |sum: u64, word| (sum ^ word).wrapping_mul(0x100_0000_01b3)) >> 1
+}
+
+#[test]
+fn a_clone_in_a_chroot_with_one_folder_counts() {
+    let _host = host::shared();
+    for serve in ["passthrough", "decode"] {
+        let world = TestMount::new(serve);
+        let bytes = guest_like(11, 16 * MIB);
+        let digest = import_for_123(&world, &bytes);
+        let jail = world.dir().join("jail");
+        fs::create_dir_all(jail.join("template")).unwrap();
+        fs::copy(actor::program(), jail.join("actor")).unwrap();
+        let folder = world.mountpoint().join("by-id").join(&digest);
+        let metadata = fs::metadata(&folder).unwrap();
+        assert_eq!((metadata.mode() & 0o7777, metadata.uid(), metadata.gid()), (0o550, 123, 123));
+
+        // The bind mount is in a mount namespace of its own, as a jailer makes one, and goes with it.
+        let script = "mount --bind \"$1\" \"$2/template\" && mount -o remount,bind,ro \"$2/template\" && \
+                      exec chroot --userspec=123:123 --groups= \"$2\" /actor";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, "sh"]).arg(&folder).arg(&jail);
+        let mut clone = Actor::through(command);
+        clone.tell(&format!("map 0 /template/memory 0 {} rw", bytes.len()));
+        clone.write_pages(0, (0..50).map(|page| page * 31));
+        for page in [7, 500, 4000] {
+            assert_eq!(clone.tell(&format!("hash 0 {page}")), hash(&bytes[page * PAGE..(page + 1) * PAGE]));
+        }
+        assert!(
+            clone.ask(&format!("map 1 {} 0 4096 ro", folder.join("memory").display())).is_err(),
+            "a jail"
+        );
+
+        let density = world.json(&["density"]);
+        let row = density["clones"].as_array().unwrap().iter().find(|c| c["pid"] == clone.pid()).unwrap();
+        assert_eq!((&row["uid"], &row["dirty_pages"]), (&123.into(), &50.into()), "{serve}: {row}");
+        assert_eq!(row["maps"][0]["serving"], serve);
+        let ps = world.json(&["ps"]);
+        let row = ps["clones"].as_array().unwrap().iter().find(|c| c["pid"] == clone.pid()).unwrap();
+        assert_eq!((row["kind"].as_str(), row["template"].as_str()), (Some("other"), Some(digest.as_str())));
+        let dirty = world.json(&["dirty", &clone.pid().to_string()]);
+        assert_eq!(dirty["dirty_pages"], 50);
+        world.stencil(&["rm", "web:1"]).exits(5);
+    }
+}
+
+#[test]
+fn who_may_not_read_a_template_learns_nothing_of_it() {
+    let _host = host::shared();
+    let promised: Vec<(String, String)> =
+        rows("security.md", "who_may_not_read_a_template_learns_nothing_of_it")
+            .into_iter()
+            .map(|row| (code(&row[0]).unwrap().to_owned(), code(&row[1]).unwrap().to_owned()))
+            .collect();
+    for serve in ["passthrough", "decode"] {
+        let world = TestMount::new(serve);
+        world.open_to_others();
+        let bytes = guest_like(12, 8 * MIB);
+        let digest = import_for_123(&world, &bytes);
+        let file = world.file(&digest, "memory");
+        // Some pages are in RAM and some are not: there is something to learn.
+        let opened = File::open(&file).unwrap();
+        rustix::fs::fadvise(&opened, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&opened, &mut [0; PAGE], 0).unwrap();
+        if serve == "decode" {
+            let cached = cachestat::cached(&opened).unwrap().get();
+            assert!((1..bytes.len() as u64 / 4096).contains(&cached), "{cached}");
+        }
+        let tagged = world.mountpoint().join("templates/web/1/memory");
+        let probe = |uid: &str| -> Vec<(String, String)> {
+            let out =
+                run(compile("probe").to_str().unwrap(), &[uid.as_ref(), file.as_os_str(), tagged.as_ref()]);
+            let pair = |line: &str| line.split_once('\t').map(|(a, b)| (a.to_owned(), b.to_owned()));
+            out.lines().filter_map(pair).collect()
+        };
+        assert_eq!(probe("124"), promised, "{serve}");
+        // The same program as the owner: what is refused to a stranger is so for that reason.
+        let own = probe("123");
+        for call in
+            ["open(F, O_RDONLY)", "open(T, O_RDONLY)", "stat(F)", "opendir(D)", "chdir(D)", "cachestat(R)"]
+        {
+            assert!(own.contains(&(call.to_owned(), "ok".to_owned())), "{serve} {call}: {own:?}");
+        }
+    }
+}
+
+/// Reads all of the file with fio in this way, which compares each block's checksum.
+fn fio(file: &Path, engine: &[&str]) {
+    let mut command = Command::new("fio");
+    command.args(["--name=read", "--readonly", "--rw=randread", "--bs=4k", "--size=32m", "--verify=crc32c"]);
+    command.args(["--verify_fatal=1", "--output-format=json"]).args(engine);
+    command
+        .arg(format!("--filename={}", file.display()))
+        .current_dir(file.parent().unwrap().parent().unwrap());
+    let done = command.output().expect("fio runs: make setup");
+    let out = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success(), "{engine:?}: {out}\n{}", String::from_utf8_lossy(&done.stderr));
+    let json: serde_json::Value = serde_json::from_str(&out[out.find('{').unwrap()..]).unwrap();
+    let job = &json["jobs"][0];
+    assert_eq!(job["error"], 0, "{engine:?}");
+    assert_eq!(job["read"]["io_bytes"], 32 * MIB as u64, "{engine:?}");
+}
+
+const ENGINES: [&[&str]; 4] = [
+    &["--ioengine=mmap"],
+    &["--ioengine=psync", "--direct=1"],
+    &["--ioengine=io_uring", "--iodepth=16"],
+    &["--ioengine=io_uring", "--iodepth=16", "--direct=1"],
+];
+
+/// A file whose every block fio knows, in a template.
+fn import_from_fio(world: &TestMount) -> (Vec<u8>, std::path::PathBuf) {
+    let source = world.dir().join("fio.source");
+    let written = format!("--filename={}", source.display());
+    let how = ["--name=write", "--rw=write", "--bs=4k", "--size=32m", "--verify=crc32c", "--do_verify=0"];
+    run("fio", &[&how[..], &["--ioengine=psync", "--output=/dev/null", &written]].concat());
+    let digest = world.import(&source, "fio");
+    (fs::read(&source).unwrap(), world.file(&digest, "memory"))
+}
+
+#[test]
+fn fio_reads_every_way_and_finds_every_checksum() {
+    let _host = host::shared();
+    for serve in ["passthrough", "decode"] {
+        let world = TestMount::new(serve);
+        let (bytes, file) = import_from_fio(&world);
+        for engine in ENGINES {
+            fio(&file, engine);
+        }
+        assert!(fs::read(&file).unwrap() == bytes, "{serve}");
+        assert_eq!(world.counter("damaged") + world.counter("failed"), 0, "{serve}");
+    }
+}
+
+/// stress-ng's forks take all free memory, so that pages of templates are given up and asked for again.
+#[test]
+fn forks_that_take_all_memory_leave_every_byte_right() {
+    let _host = host::alone();
+    let worlds = ["passthrough", "decode"].map(TestMount::new);
+    let files = worlds.each_ref().map(import_from_fio);
+    let mut clones = [0, 1].map(|_| Actor::start());
+    for (clone, (bytes, file)) in clones.iter_mut().zip(&files) {
+        clone.tell(&format!("map 0 {} 0 {} rw", file.display(), bytes.len()));
+        for page in (0..bytes.len() / PAGE).step_by(5) {
+            clone.tell(&format!("fill 0 {page} {}", page % 251));
+        }
+    }
+    let seconds = host::rounds("4", "30");
+    let stress =
+        ["--mmapfork", "1", "--timeout", seconds, "--verify", "--temp-path", "/tmp", "--metrics-brief"];
+    let mut stress = Command::new("stress-ng")
+        .args(stress)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("stress-ng runs: make setup");
+    let mut read = 0;
+    let status = patiently("the end of stress-ng", Duration::from_secs(120), || {
+        for (_, file) in &files {
+            fio(file, &["--ioengine=psync", "--direct=1"]);
+            read += 1;
+        }
+        stress.try_wait().unwrap()
+    });
+    let stress = stress.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&[stress.stdout, stress.stderr].concat()).into_owned();
+    assert!(
+        status.success() && said.contains("successful run completed") && !said.contains("fail:"),
+        "{said}"
+    );
+    println!("32 MiB were read {read} times meanwhile");
+    for ((clone, (bytes, file)), world) in clones.iter_mut().zip(&files).zip(&worlds) {
+        for page in 0..bytes.len() / PAGE {
+            let expected = match page % 5 {
+                0 => hash(&[(page % 251) as u8; PAGE]),
+                _ => hash(&bytes[page * PAGE..(page + 1) * PAGE]),
+            };
+            assert_eq!(clone.tell(&format!("hash 0 {page}")), expected, "page {page}");
+        }
+        assert!(fs::read(file).unwrap() == *bytes);
+        assert_eq!(world.counter("damaged") + world.counter("failed"), 0);
+    }
+}

@@ -1,11 +1,12 @@
 //! The sums of the accounting and both of its audits, on real clones.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use rustix::process::Signal;
 use serde_json::Value;
 use stencilfs::sys::process::ProcessId;
+use stencilfs::sys::{procfs, users};
 
 use crate::support::actor::Actor;
 use crate::support::mount::TestMount;
@@ -157,17 +158,35 @@ fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
     world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
     for herd in 0..3 {
-        host::settle();
-        world.stencil(&["clone", "web:1", "-n", "200", "--simulate", "read=8M,write=4M"]).ok();
-        let density = world.json(&["density", "--audit"]);
-        assert_sums(&density);
-        assert_eq!(number(&density["totals"], "private_bytes"), 200 * 4 * MIB);
-        let memory = &density["audit"]["memory"];
-        let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("{density:#}"));
-        println!("herd {herd}: {memory}");
-        assert!(error <= 3.0, "herd {herd}: {memory:#}");
-        world.stencil(&["stop", "--all"]).ok();
+        let mut again = true;
+        loop {
+            host::settle();
+            let compiled = compilers();
+            world.stencil(&["clone", "web:1", "-n", "200", "--simulate", "read=8M,write=4M"]).ok();
+            let density = world.json(&["density", "--audit"]);
+            assert_sums(&density);
+            assert_eq!(number(&density["totals"], "private_bytes"), 200 * 4 * MIB);
+            let memory = &density["audit"]["memory"];
+            let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("{density:#}"));
+            println!("herd {herd}: {memory}");
+            world.stencil(&["stop", "--all"]).ok();
+            if error <= 3.0 {
+                break;
+            }
+            // What is measured is the free memory of the whole host. A compiler that takes or gives back hundreds of MiB
+            // meanwhile is measured with it: then, and only then, the herd is measured once more.
+            let others: Vec<_> = compiled.union(&compilers()).cloned().collect();
+            assert!(!others.is_empty() && std::mem::take(&mut again), "herd {herd}: {others:?}: {memory:#}");
+            println!("herd {herd}: measured again, for these ran beside it: {others:?}");
+        }
     }
+}
+
+/// Compilers and linkers that run on this host.
+fn compilers() -> BTreeSet<String> {
+    const NAMES: [&str; 6] = ["rustc", "cargo", "cc1", "ld", "lld", "collect2"];
+    let all = procfs::pids().unwrap().into_iter().map(users::name_of);
+    all.filter(|name| NAMES.contains(&name.as_str())).collect()
 }
 
 /// Clones that are stopped by SIGSTOP, until this is dropped.

@@ -130,3 +130,38 @@ fn soak_a_cache_folder_that_is_gone_and_back_costs_nobody_a_page() {
     drop(clone);
     assert_eq!(world.counter("failed"), 0);
 }
+
+/// The supervisor's error keeps its number on the way to the server: what may pass is tried again.
+#[test]
+fn soak_a_cache_folder_that_is_read_only_for_a_while_costs_nobody_a_page() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let cache = world.dir().join("cache");
+    fs::create_dir(&cache).unwrap();
+    let folder = cache.to_str().unwrap();
+    run("mount", &["--bind", folder, folder]);
+    struct Bound(std::path::PathBuf);
+    impl Drop for Bound {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+    let _bound = Bound(cache.clone());
+    world.mount(&["--cache-dir", folder]).ok();
+    run("mount", &["-o", "remount,bind,ro", folder]);
+    let bytes = random(6, 8 << 20);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let path = world.file(&digest, "memory");
+    let mut clone = reads_right(&path, &bytes);
+    let status = template(&world);
+    assert_eq!(status["serving"], "decode", "{status:#}");
+    let why = status["why"].as_str().unwrap();
+    assert!(why.contains("Read-only file system") && why.contains("/cache"), "{why}");
+    run("mount", &["-o", "remount,bind,rw", folder]);
+    promoted(&world, &path);
+    drop(reads_right(&path, &bytes));
+    assert_eq!(clone.tell("read 0 7") as u8, bytes[7 * PAGE], "who maps it by decode goes on");
+    drop(clone);
+    assert_eq!(world.counter("failed"), 0);
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+}

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::procfs;
 
 use crate::support::actor::Actor;
-use crate::support::drill::{Drill, Times, quantile, stop};
+use crate::support::drill::{Drill, Times, is_read, quantile, stop};
 use crate::support::host;
+use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
 use crate::support::readers::{Image, PAGE, Readers};
 
@@ -82,25 +82,27 @@ fn a_clone_killed_in_a_read_is_reaped() {
     let path = world.file(&digest, "memory");
     let mut reaped = Vec::new();
     let mut inside = 0;
-    for round in 0..host::rounds(10, 50) {
+    let table = table_of(world.server());
+    // Each clone has a part of the file to itself: the READ says whose it is.
+    let part = IMAGE.pages / WAYS.len() as u64 * PAGE;
+    for _ in 0..host::rounds(10, 50) {
         let mut clones = Readers::new(world.dir(), Duration::ZERO);
         clones.apart(&WAYS, IMAGE, &path);
         clones.wait_progress(10);
         for clone in 0..WAYS.len() {
-            std::thread::sleep(Duration::from_micros(round * 7919 % 2_000));
-            inside += u64::from(is_waiting(clones.pid(clone)));
+            let waits = || table.requests().any(|r| is_read(&r) && r.offset / part == clone as u64);
+            let until = Instant::now() + Duration::from_secs(1);
+            while !waits() && Instant::now() < until {
+                std::hint::spin_loop();
+            }
+            inside += usize::from(waits());
             reaped.push(clones.kill(clone));
         }
     }
     reaped.sort();
     println!("clones killed, {inside} of them in a READ: reaped after {}", Times(&reaped));
-    assert!(inside as usize * 4 >= reaped.len(), "few clones were inside a READ");
+    assert!(inside * 4 >= reaped.len(), "few clones were inside a READ");
     assert!(quantile(&reaped, 1.0) <= Duration::from_secs(1), "{reaped:?}");
-}
-
-/// A reader without a pause sleeps in reads only.
-fn is_waiting(pid: u32) -> bool {
-    procfs::stat(pid).unwrap().is_some_and(|stat| matches!(stat.state, 'D' | 'S'))
 }
 
 /// While nobody answers, some cannot end: they end with the next server.
@@ -115,7 +117,11 @@ fn a_clone_killed_while_the_server_is_stopped_ends_with_the_next_server() {
     let mut drill = Drill::new(&world);
     stop(drill.server());
     let pids: Vec<u32> = (0..WAYS.len()).map(|clone| clones.pid(clone)).collect();
-    wait_for("all to wait", || pids.iter().all(|&pid| is_waiting(pid)).then_some(()));
+    wait_for("all to wait", || {
+        let before = clones.progress();
+        std::thread::sleep(Duration::from_millis(100));
+        (clones.progress() == before && drill.unanswered() >= WAYS.len() as u64).then_some(())
+    });
     let processes: Vec<_> = pids.iter().map(|&pid| ProcessId::of(pid).unwrap().unwrap()).collect();
     for process in &processes {
         process.signal(Signal::KILL).unwrap();

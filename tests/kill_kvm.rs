@@ -1,6 +1,5 @@
 //! A real KVM guest goes through the death of servers: it reads every page of its memory, writes every third, and ends
 //! by its own HLT; every page is then what it must be.
-#![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -10,13 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::VcpuExit;
 use stencilfs::memory::{Backend, PageRange};
 use stencilfs::units::MemoryOffset;
 
 use crate::support::drill::Drill;
 use crate::support::host;
+use crate::support::kvm::Guest;
 use crate::support::mount::TestMount;
 use crate::support::readers::{Image, PAGE};
 
@@ -54,63 +53,12 @@ fn template() -> Vec<u8> {
     bytes
 }
 
-/// All its memory flat from address 0, in protected mode without paging.
-struct Machine {
-    _vm: VmFd,
-    cpu: VcpuFd,
-    _memory: Backend,
-}
-
-impl Machine {
-    fn new(memory: Backend) -> Machine {
-        let vm = Kvm::new().expect("/dev/kvm").create_vm().unwrap();
-        vm.set_tss_address(0xfffb_d000).unwrap();
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: memory.len().get(),
-            userspace_addr: memory.as_ptr() as u64,
-        };
-        // SAFETY: the range is exactly the backend's memory, which the machine keeps mapped for as long as the VM
-        // lives, and into which nobody has a reference.
-        unsafe { vm.set_user_memory_region(region).unwrap() };
-        let cpu = vm.create_vcpu(0).unwrap();
-        let mut special = cpu.get_sregs().unwrap();
-        let flat = |selector: u16, kind: u8| kvm_segment {
-            base: 0,
-            limit: 0xffff_ffff,
-            selector,
-            type_: kind,
-            present: 1,
-            dpl: 0,
-            db: 1,
-            s: 1,
-            l: 0,
-            g: 1,
-            avl: 0,
-            unusable: 0,
-            padding: 0,
-        };
-        special.cs = flat(8, 11);
-        let data = flat(16, 3);
-        (special.ds, special.es, special.fs, special.gs, special.ss) = (data, data, data, data, data);
-        special.cr0 |= 1;
-        cpu.set_sregs(&special).unwrap();
-        let mut registers = cpu.get_regs().unwrap();
-        registers.rip = 0;
-        registers.rflags = 2;
-        cpu.set_regs(&registers).unwrap();
-        Machine { _vm: vm, cpu, _memory: memory }
-    }
-
-    /// To the guest's own halt.
-    fn run(&mut self) -> Result<(), String> {
-        match self.cpu.run().map_err(|e| format!("KVM_RUN: {e}"))? {
-            VcpuExit::Hlt => Ok(()),
-            VcpuExit::IoOut(16, page) => Err(format!("the guest read a wrong page: {page:?}")),
-            other => Err(format!("the guest left with {other:?}")),
-        }
+/// Runs to the guest's own halt.
+fn run(guest: &mut Guest) -> Result<(), String> {
+    match guest.cpu.run().map_err(|e| format!("KVM_RUN: {e}"))? {
+        VcpuExit::Hlt => Ok(()),
+        VcpuExit::IoOut(16, page) => Err(format!("the guest read a wrong page: {page:?}")),
+        other => Err(format!("the guest left with {other:?}")),
     }
 }
 
@@ -124,9 +72,9 @@ fn one_guest(path: &Path, running: &AtomicBool) -> Result<(), String> {
         path.display()
     );
     let memory = Backend::from_text(&object).map_err(|e| e.to_string())?;
-    let mut machine = Machine::new(memory.clone());
+    let mut guest = Guest::new(memory.clone(), &[(0, 0..IMAGE.pages * PAGE)], 0).flat();
     running.store(true, Ordering::SeqCst);
-    let end = machine.run();
+    let end = run(&mut guest);
     running.store(false, Ordering::SeqCst);
     end?;
     let dirty = memory.dirty().map_err(|e| e.to_string())?;

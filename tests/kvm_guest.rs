@@ -1,6 +1,5 @@
 //! A real KVM guest whose RAM is a backend: real-mode code reads some pages and writes others, and exactly
 //! the written ones are private afterwards.
-#![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -8,13 +7,14 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_bindings::KVM_MEM_READONLY;
+use kvm_ioctls::VcpuExit;
 use stencilfs::memory::{Backend, PageRange, Role, page_ranges};
 use stencilfs::sys::pagemap::Pagemap;
 use stencilfs::units::{MemoryOffset, PAGE_SIZE};
 
 use crate::support::host;
+use crate::support::kvm::Guest;
 use crate::support::mount::TestMount;
 
 const SIZE: u64 = 16 << 20;
@@ -69,52 +69,23 @@ pub fn set_program(memory: &Backend, reads: &[u16]) {
 }
 
 /// The guest's 1 MiB: the memory from its start, but in the window what lies at 8 MiB.
-pub struct Machine {
-    _vm: VmFd,
-    cpu: VcpuFd,
-    _memory: Backend,
-}
+pub struct Machine(Guest);
 
 impl Machine {
     pub fn new(memory: Backend, flags: u32) -> Machine {
-        let kvm = Kvm::new().expect("/dev/kvm");
-        let vm = kvm.create_vm().unwrap();
-        vm.set_tss_address(0xfffb_d000).unwrap();
-        let start = memory.as_ptr() as u64;
-        let window = WINDOW_PAGES * PAGE_SIZE;
-        for (slot, guest, at, length) in [(0, 0, 0, WINDOW_GUEST), (1, WINDOW_GUEST, WINDOW_MEMORY, window)] {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags,
-                guest_phys_addr: guest,
-                memory_size: length,
-                userspace_addr: start + at,
-            };
-            // SAFETY: the range lies inside the backend's memory, which the machine keeps mapped for as
-            // long as the VM lives, and into which nobody has a reference.
-            unsafe { vm.set_user_memory_region(region).unwrap() };
-        }
-        let cpu = vm.create_vcpu(0).unwrap();
-        let mut special = cpu.get_sregs().unwrap();
-        special.cs.base = 0;
-        special.cs.selector = 0;
-        cpu.set_sregs(&special).unwrap();
-        let mut registers = cpu.get_regs().unwrap();
-        registers.rip = 0;
-        registers.rflags = 2;
-        cpu.set_regs(&registers).unwrap();
-        Machine { _vm: vm, cpu, _memory: memory }
+        let window = WINDOW_MEMORY..WINDOW_MEMORY + WINDOW_PAGES * PAGE_SIZE;
+        Machine(Guest::new(memory, &[(0, 0..WINDOW_GUEST), (WINDOW_GUEST, window)], flags))
     }
 
     /// How many pages of the list of reads it has begun to read.
     pub fn begun(&self) -> usize {
-        usize::from(self.cpu.get_regs().unwrap().rsi as u16 - READ_LIST) / 2
+        usize::from(self.0.cpu.get_regs().unwrap().rsi as u16 - READ_LIST) / 2
     }
 
     /// Runs until a page of its memory cannot be had. KVM_RUN then fails with EFAULT; where KVM emulates the instruction,
     /// it hands the access out as if no memory lay there, with its address.
     pub fn run_to_lost_page(&mut self) -> Option<u64> {
-        match self.cpu.run() {
+        match self.0.cpu.run() {
             Err(error) => {
                 assert_eq!(error.errno(), libc::EFAULT, "KVM_RUN: {error}");
                 None
@@ -128,7 +99,7 @@ impl Machine {
     pub fn run(&mut self) -> Result<usize, kvm_ioctls::Error> {
         let mut outside = 0;
         loop {
-            match self.cpu.run()? {
+            match self.0.cpu.run()? {
                 VcpuExit::Hlt => return Ok(outside),
                 VcpuExit::MmioWrite(..) => outside += 1,
                 other => panic!("the guest left with {other:?}"),

@@ -240,3 +240,24 @@ fn without_the_daemon() {
     assert!(said.contains("the supervisor ended without a word"), "{said}");
     assert_untouched(&world);
 }
+
+/// A mount whose device number cannot be found is taken away again: nobody could say later which one it is.
+#[test]
+fn a_mount_that_is_not_in_mountinfo_is_taken_away() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let mountpoint = world.mountpoint().display().to_string();
+    // The daemon sees mounts as they were before it began; the shell around it sees them as they are.
+    let inner = format!(
+        "cat /proc/self/mountinfo >old && mount --bind old /proc/$$/mountinfo && exec {} supervise --store={} -- {mountpoint}",
+        crate::support::mount::daemon().display(),
+        world.store_dir().display(),
+    );
+    let outer = format!("bash -c '{inner}'; echo; echo \"ended with $?\"; cat /proc/self/mountinfo");
+    let output = world.command_in("unshare").args(["-m", "bash", "-c", &outer]).output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(out.contains("ended with 1"), "{out}\n{err}");
+    assert!(out.contains("does not appear in /proc/self/mountinfo"), "{out}\n{err}");
+    assert!(!out.contains(&format!(" {mountpoint} ")), "the mount is left: {out}");
+    assert_untouched(&world);
+}

@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use serde_json::{Value, json};
-use stencilfs::control::{CONTROL_VERSION, Channel};
+use stencilfs::control::CONTROL_VERSION;
 use stencilfs::sys::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::host;
 use crate::support::mount::{SIGSYS, STENCIL, TestMount, daemon, wait_for};
+use crate::support::{host, link};
 
 /// System calls on the list of docs/security.md. One more is a decision, not an accident.
 const CALLS: usize = 49;
@@ -342,16 +342,6 @@ fn a_server_cannot_be_made_to_open_what_lies_outside() {
     assert_eq!(fs::read_link(&link).unwrap(), before);
 }
 
-/// The server's end of its link to the supervisor, taken from it.
-fn link_of(server: u32) -> Channel {
-    let line = fs::read(format!("/proc/{server}/cmdline")).unwrap();
-    let line = String::from_utf8_lossy(&line).into_owned();
-    let number =
-        line.split("link:").nth(1).and_then(|rest| rest.split(',').next()).expect("a link by number");
-    let process = pidfd_open(Pid::from_raw(server as i32).unwrap(), PidfdFlags::empty()).unwrap();
-    Channel::new(pidfd_getfd(&process, number.parse().unwrap(), PidfdGetfdFlags::empty()).unwrap())
-}
-
 /// A server that was taken over asks for everything it should not get. The supervisor refuses, stays what it is, and
 /// no clone notices.
 #[test]
@@ -370,13 +360,13 @@ fn the_supervisor_checks_what_a_server_asks() {
     };
     let before = resident();
     let server = ProcessId::of(world.server()).unwrap().unwrap();
-    let link = link_of(server.pid);
+    let link = link::link_of(server.pid);
     server.signal(Signal::STOP).unwrap();
     link.set_patience(Duration::from_secs(5)).unwrap();
     let mut number = 1_000_000u64;
     let mut ask = |question: Value| -> String {
         number += 1;
-        link.send(&json!({ "number": number, "ask": question }), None).unwrap();
+        link.send(&link::question(number, &question), None).unwrap();
         loop {
             // What the stopped server had asked itself is answered first.
             let (reply, fd) = link.receive::<Value>().unwrap().expect("the supervisor lives");
@@ -387,12 +377,11 @@ fn the_supervisor_checks_what_a_server_asks() {
         }
     };
     let ours = json!({ "digest": digest, "file": "memory" });
-    let nobodys = |n: u32| json!({ "digest": format!("{n:064x}"), "file": "memory" });
     for question in [
-        json!({ "reserve": { "key": nobodys(1), "size": 4096, "bytes": u64::MAX } }),
-        json!({ "reserve": { "key": nobodys(1), "size": u64::MAX, "bytes": 4096 } }),
-        json!({ "freeze": { "key": nobodys(2) } }),
-        json!({ "register": { "key": nobodys(2), "identity": [0, 0] } }),
+        json!({ "reserve": { "key": link::nobodys(1), "size": 4096, "bytes": u64::MAX } }),
+        json!({ "reserve": { "key": link::nobodys(1), "size": u64::MAX, "bytes": 4096 } }),
+        json!({ "freeze": { "key": link::nobodys(2) } }),
+        json!({ "register": { "key": link::nobodys(2), "identity": [0, 0] } }),
         json!({ "decode": { "key": { "digest": digest, "file": "x".repeat(256) }, "why": null } }),
         json!({ "handshake": { "control_version": 0, "version": "", "lacks": [], "reply": [] } }),
         json!({ "handshake": { "control_version": CONTROL_VERSION, "version": "", "lacks": [], "reply": [1, 2] } }),
@@ -406,7 +395,7 @@ fn the_supervisor_checks_what_a_server_asks() {
     let reason = "x".repeat(50_000);
     let mut refused = 0;
     for n in 0..5000 {
-        let answer = ask(json!({ "decode": { "key": nobodys(1000 + n), "why": reason } }));
+        let answer = ask(json!({ "decode": { "key": link::nobodys(1000 + n), "why": reason } }));
         refused += u32::from(answer.contains("refused"));
     }
     assert!((900..5000).contains(&refused), "{refused} of 5000 were refused");

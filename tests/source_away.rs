@@ -190,3 +190,51 @@ fn soak_a_store_whose_filesystem_is_gone_for_a_while_costs_nobody_a_page() {
 fn a_server_that_is_killed_while_the_store_is_away_costs_nobody_a_page() {
     goes_away(moved, "No such file or directory", true);
 }
+
+/// The wait has an end: half a minute, then it is an error, for those who wait and for those who come; and then the store
+/// is back.
+#[test]
+fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
+    const WAIT: Duration = Duration::from_secs(30);
+    if !host::soaking() {
+        return println!("half a minute is waited for in `make soak` only");
+    }
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let bytes = image(3);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let file = File::open(world.file(&digest, "memory")).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
+    let store = world.store_dir();
+    let away = moved(&store);
+    std::thread::scope(|scope| {
+        let reads: Vec<_> = (0..WAITING as u64)
+            .map(|number| {
+                let file = &file;
+                scope.spawn(move || {
+                    let begun = Instant::now();
+                    let error = file.read_exact_at(&mut [0; PAGE as usize], number * 20 * PAGE).unwrap_err();
+                    (error.raw_os_error(), begun.elapsed())
+                })
+            })
+            .collect();
+        for read in reads {
+            let (errno, waited) = read.join().unwrap();
+            assert_eq!(errno, Some(libc::EIO));
+            assert!(waited >= WAIT && waited < WAIT * 2, "{waited:?}");
+        }
+    });
+    let log = world.log();
+    assert_eq!(
+        log.lines().filter(|l| l.contains("waited 30s for the store: it gets EIO")).count(),
+        1,
+        "{log}"
+    );
+    assert!(world.counter("failed") >= WAITING as u64);
+    assert_eq!((world.counter("damaged"), world.status()["restarts"].as_u64()), (0, Some(0)));
+    drop(away);
+    assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes, "nothing was remembered");
+    wait_for("the end of the outage", || {
+        world.log().contains("the store can be reached again").then_some(())
+    });
+}

@@ -6,6 +6,8 @@ pub mod drill;
 pub mod guest;
 pub mod host;
 pub mod inflight;
+pub mod kvm;
+pub mod link;
 pub mod mount;
 pub mod notify;
 pub mod object_files;

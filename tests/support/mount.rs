@@ -158,7 +158,12 @@ impl TestMount {
 
     /// `stencil` with this store and runtime directory.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(STENCIL);
+        self.command_in(STENCIL)
+    }
+
+    /// Another program with the same environment.
+    pub fn command_in(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
         command
             .env("STENCIL_STORE", self.store_dir())
             .env("STENCIL_RUNTIME_DIR", self.runtime_dir())

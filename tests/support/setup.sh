@@ -61,6 +61,7 @@ busybox=$(command -v busybox || true)
 if [ -z "$busybox" ] || ldd "$busybox" >/dev/null 2>&1; then packages+=(busybox-static); fi
 command -v ip >/dev/null 2>&1 || packages+=(iproute2)
 command -v make >/dev/null 2>&1 || packages+=(make)
+command -v systemd-analyze >/dev/null 2>&1 || packages+=(systemd)
 command -v rsync >/dev/null 2>&1 || packages+=(rsync)
 # The server's programs alone: installing them starts no service on this host.
 command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)

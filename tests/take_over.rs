@@ -1,0 +1,236 @@
+//! A supervisor that takes over in the middle of something: a server that is starting, a question that was asked twice,
+//! a mount that has only just begun, servers that were ended and do not end.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::actor::Actor;
+use crate::support::mount::{TestMount, daemon, wait_for};
+use crate::support::readers::{Image, PAGE};
+use crate::support::{host, link};
+
+const IMAGE: Image = Image { salt: 12, pages: 2 << 10 };
+
+fn map(path: &Path) -> Actor {
+    let mut clone = Actor::start();
+    clone.tell(&format!("map 0 {} 0 {} rw", path.display(), IMAGE.pages * PAGE));
+    clone
+}
+
+/// Kills the supervisor, and waits until it is gone.
+fn kill_supervisor(world: &TestMount) {
+    let pid = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
+    let process = ProcessId::of(pid).unwrap().unwrap();
+    process.signal(Signal::KILL).unwrap();
+    assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+}
+
+/// The store, while it is moved away; moved back when dropped.
+struct Away(PathBuf, PathBuf);
+
+impl Away {
+    fn take(store: &Path) -> Away {
+        let aside = store.with_file_name("aside");
+        fs::rename(store, &aside).unwrap();
+        Away(aside, store.to_owned())
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        let _ = fs::rename(&self.0, &self.1);
+    }
+}
+
+/// A server that waits for its store before it serves is taken over: the mount answers when the server does, and it is
+/// not given up though nobody serves yet.
+#[test]
+fn a_server_that_is_starting_is_taken_over_as_one() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut clone = map(&world.file(&digest, "memory"));
+    assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
+    let first = world.recorded_server().unwrap();
+    let away = Away::take(&world.store_dir());
+    first.signal(Signal::KILL).unwrap();
+    let second = wait_for("a successor", || world.recorded_server().filter(|s| *s != first && s.is_alive()));
+    clone.begin("hash 0 900");
+    kill_supervisor(&world);
+    world.mount(&["--serve", "decode", "--watchdog", "0"]).ok();
+    assert_eq!(world.recorded_server(), Some(second), "the same server");
+    assert_eq!(world.status()["server_pid"], Value::Null, "it does not serve before it says so");
+    drop(away);
+    assert_eq!(clone.answer(), Ok(IMAGE.hash(900)));
+    assert_eq!(world.server(), second.pid);
+    assert_eq!(world.status()["restarts"], 1);
+    world.kill_server();
+    assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
+}
+
+/// The server's question lies in the socket of a dead supervisor, and is asked again when there is another one.
+#[test]
+fn a_reservation_that_comes_twice_is_made_once() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "auto", "--cache-size", "64M"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let server = ProcessId::of(world.server()).unwrap().unwrap();
+    let link = link::link_of(server.pid);
+    link.set_patience(Duration::from_secs(10)).unwrap();
+    server.signal(Signal::STOP).unwrap();
+    kill_supervisor(&world);
+    let bytes = 8u64 << 20;
+    let reserve = json!({ "reserve": { "key": link::nobodys(1), "size": bytes, "bytes": bytes } });
+    for _ in 0..2 {
+        link.send(&link::question(1_000_000, &reserve), None).unwrap();
+    }
+    world.mount(&[]).ok();
+    let mut files = 0;
+    let mut heard = Vec::new();
+    while files == 0 {
+        let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor lives");
+        files += u32::from(file.is_some());
+        heard.push(reply);
+    }
+    // Whatever came of the second one would come before the answer to the next question.
+    let next = json!({ "progress": { "key": link::nobodys(1), "bytes": 4096 } });
+    link.send(&link::question(1_000_001, &next), None).unwrap();
+    while heard.last().unwrap()["number"] != 1_000_001 {
+        let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor lives");
+        files += u32::from(file.is_some());
+        heard.push(reply);
+    }
+    let answers = |number: u64| heard.iter().filter(|reply| reply["number"] == number).count();
+    assert_eq!((answers(0), answers(1_000_000), files), (1, 1, 1), "{heard:#?}");
+    assert_eq!(heard[0]["answer"], "again");
+    assert_eq!(world.status()["cache_used"], bytes, "room for one");
+    server.signal(Signal::KILL).unwrap();
+    wait_for("a successor", || (world.server() != server.pid).then_some(()));
+    assert_eq!(world.status()["cache_used"], 0, "nobody makes it any more");
+    assert!(fs::read(world.file(&digest, "memory")).unwrap() == IMAGE.bytes());
+}
+
+/// At every moment of the first second of a mount its supervisor dies; mounting again always helps.
+#[test]
+fn soak_supervisors_that_die_while_their_mount_begins() {
+    let _host = host::alone();
+    let world = TestMount::unmounted();
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let path = world.file(&digest, "memory");
+    let mnt = world.mountpoint().to_str().unwrap();
+    let mut adopted = 0;
+    let rounds = host::rounds(12, 150);
+    for round in 0..rounds {
+        let mut mount = world.command();
+        mount.args(["mount", mnt]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut mount = mount.spawn().unwrap();
+        let children = format!("/proc/{0}/task/{0}/children", mount.id());
+        let supervisor = wait_for("a supervisor", || {
+            let text = fs::read_to_string(&children).ok()?;
+            let process = ProcessId::of(text.split_whitespace().next()?.parse().ok()?).ok()??;
+            let program = fs::read_link(format!("/proc/{}/exe", process.pid)).ok()?;
+            (program == daemon()).then_some(process)
+        });
+        std::thread::sleep(Duration::from_micros(round * 7919 % 60_000));
+        supervisor.signal(Signal::KILL).unwrap();
+        assert!(supervisor.wait_gone(Duration::from_secs(1)).unwrap());
+        mount.wait().unwrap();
+        let before = world.recorded_server().filter(ProcessId::is_alive);
+        world.mount(&[]).ok();
+        assert!(fs::read(&path).unwrap() == IMAGE.bytes(), "round {round}");
+        adopted += u64::from(before.is_some() && world.recorded_server() == before);
+        let processes = world.processes();
+        world.stencil(&["umount", mnt]).ok();
+        wait_for("the end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+        let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounted.contains(mnt), "round {round}: a mount is left: {mounted}");
+    }
+    println!(
+        "{rounds} supervisors killed while their mount began; {adopted} times the server was taken over"
+    );
+    assert!(adopted > 0, "no server was met");
+}
+
+/// A control group whose processes stand still, not even SIGKILL ends them; they go on when it is dropped.
+struct Frozen(PathBuf, Option<PathBuf>);
+
+impl Frozen {
+    fn new(dir: &Path) -> Frozen {
+        let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let there = text.lines().find(|line| line.contains(" - cgroup ") && line.ends_with("freezer"));
+        let (top, own) = match there.and_then(|line| line.split(' ').nth(4)) {
+            Some(top) => (PathBuf::from(top), None),
+            None => {
+                let top = dir.join("freezer");
+                fs::create_dir(&top).unwrap();
+                let flags = rustix::mount::MountFlags::empty();
+                rustix::mount::mount("none", &top, "cgroup", flags, Some(c"freezer"))
+                    .expect("the freezer of control groups, version 1");
+                (top.clone(), Some(top))
+            }
+        };
+        let group = top.join(format!("stencil-test-{}", std::process::id()));
+        fs::create_dir(&group).unwrap();
+        fs::write(group.join("freezer.state"), "FROZEN").unwrap();
+        Frozen(group, own)
+    }
+
+    fn add(&self, pid: u32) {
+        fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("freezer.state"), "THAWED");
+        let until = Instant::now() + Duration::from_secs(10);
+        while fs::remove_dir(&self.0).is_err() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if let Some(top) = &self.1 {
+            let _ = rustix::mount::unmount(top, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// More servers than a hand counts are ended and stay: each one's end is noticed, by the next supervisor too.
+#[test]
+fn the_end_of_every_server_is_noticed_however_late() {
+    const SERVERS: usize = 11;
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut clone = map(&world.file(&digest, "memory"));
+    let frozen = Frozen::new(world.dir());
+    let program = daemon();
+    let mut ended = Vec::new();
+    for round in 0..SERVERS {
+        let server = ProcessId::of(world.server()).unwrap().unwrap();
+        frozen.add(server.pid);
+        let restart =
+            ["restart", "--server", program.to_str().unwrap(), world.mountpoint().to_str().unwrap()];
+        world.stencil(&restart).ok();
+        ended.push(server);
+        let page = round as u64 * 100;
+        assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
+    }
+    assert!(ended.iter().all(ProcessId::is_alive), "they stand still");
+    kill_supervisor(&world);
+    world.mount(&[]).ok();
+    let noticed = |pid: u32| world.log().contains(&format!("server {pid} has ended"));
+    assert!(ended.iter().all(|server| !noticed(server.pid)));
+    drop(frozen);
+    for server in &ended {
+        wait_for("the end of a server", || noticed(server.pid).then_some(()));
+    }
+    for page in (50..IMAGE.pages).step_by(100) {
+        assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
+    }
+    drop(File::open(world.file(&digest, "memory")).unwrap());
+}

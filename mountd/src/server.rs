@@ -13,7 +13,7 @@ use stencilfs::control::{BackingRow, CONTROL_VERSION, Failure, FileKey, Snapshot
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 use stencilfs::sys::memfd::SharedCounters;
-use stencilfs::sys::{descriptor, fuse_dev};
+use stencilfs::sys::{descriptor, fuse_dev, process};
 use stencilfs::units::Bytes;
 
 use crate::decode::{Decoder, MAX_READ};
@@ -80,6 +80,8 @@ impl Inherited {
 /// Serves until the mount is over. The arguments name the descriptors.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let run = || -> Result<()> {
+        // One that stands still when its supervisor dies is all that the mount has left.
+        process::outlive_hangup().map_err(|e| Error::failed("cannot ignore SIGHUP").because(e))?;
         let mut args = args.peekable();
         let beside = args.next_if(|arg| arg == BESIDE).is_some();
         let inherited = Inherited::take(&mut Fds::from_args(args)?, beside)?;

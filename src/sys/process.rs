@@ -294,6 +294,19 @@ pub fn outlive_parent() -> Result<()> {
         .map_err(|e| Error::failed("cannot give up the death signal").because(e.into()))
 }
 
+/// From now on SIGHUP does not end this process. The kernel sends it to processes that stand still when the last one
+/// dies that could have let them go on.
+///
+/// # Errors
+/// The system's.
+pub fn outlive_hangup() -> io::Result<()> {
+    // SAFETY: ignoring a signal installs no handler and touches no memory.
+    match unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {

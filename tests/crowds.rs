@@ -120,14 +120,14 @@ fn wait_until(done: impl Fn() -> bool) -> bool {
     false
 }
 
-/// READs that wait for a store that is away: those beyond the slots wait in the server's threads, and all are answered.
+/// READs that wait for a store that is away: the kernel hands out only some at a time, and in the end all are answered.
 #[test]
-fn reads_beyond_the_slots_wait_too() {
+fn a_crowd_of_reads_waits_for_its_store() {
     let _host = host::alone();
     raise_limit();
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
-    // Direct reads are one request each, which nothing in the kernel holds back.
+    // Direct reads are one request each.
     let direct = libc::O_DIRECT;
     let file = File::options().read(true).custom_flags(direct).open(world.file(&digest, "memory")).unwrap();
     let table = table_of(world.server());
@@ -144,7 +144,8 @@ fn reads_beyond_the_slots_wait_too() {
             assert!(page.0 == IMAGE.page(number as u64), "page {number}");
             answered.fetch_add(1, Ordering::Relaxed);
         });
-        let full = wait_until(|| table.parked() == PARKED_SLOTS);
+        // More than there are threads to answer them.
+        let full = wait_until(|| table.parked() >= 100);
         let early = answered.load(Ordering::Relaxed);
         fs::rename(&aside, world.store_dir()).unwrap();
         assert!(full && early == 0, "{} wait, {early} were answered", table.parked());
@@ -152,5 +153,4 @@ fn reads_beyond_the_slots_wait_too() {
     assert_eq!(answered.load(Ordering::Relaxed), CROWD);
     wait_for("an empty table", || (table.parked() == 0).then_some(()));
     assert_eq!((world.counter("failed"), world.counter("damaged")), (0, 0));
-    assert!(world.counter("source_waits") >= CROWD as u64);
 }

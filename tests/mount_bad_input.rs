@@ -253,7 +253,7 @@ fn a_mount_that_is_not_in_mountinfo_is_taken_away() {
         crate::support::mount::daemon().display(),
         world.store_dir().display(),
     );
-    let outer = format!("bash -c '{inner}'; echo; echo \"ended with $?\"; cat /proc/self/mountinfo");
+    let outer = format!("bash -c '{inner}'; code=$?; echo; echo ended with $code; cat /proc/self/mountinfo");
     let output = world.command_in("unshare").args(["-m", "bash", "-c", &outer]).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(out.contains("ended with 1"), "{out}\n{err}");

@@ -82,7 +82,11 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     debian.out("stencil restart --all");
     debian.out(SAME);
     assert_eq!(clones(), Some(3));
-    debian.out("stencil stop --all && umount -l /srv/templates");
+    // Out of the tree, and still somebody's memory.
+    debian.out("stencil umount -l /srv/templates");
+    let refused = debian.sh("dpkg --remove stencil").exits(1);
+    assert!(refused.err.contains("  served:  /srv/templates serves /var/lib/stencil"), "{}", refused.err);
+    debian.out("stencil stop --all");
     wait_unmounted(&debian);
 
     // What people have made outlives a removal, and a purge too as long as it holds a template.

@@ -60,7 +60,7 @@ impl Debian {
         // It reaps what loses its parent, as the first process of a system does.
         let script = "cd \"$1\" && mount --bind . . && cd \"$1\" && mount -t proc proc proc && mount -t sysfs sysfs sys \
                       && mount --bind /dev/fuse dev/fuse && exec chroot . \
-                      sh -c 'echo here; while :; do sleep 1; done'";
+                      sh -c 'trap \"exit 0\" TERM; echo here; while :; do sleep 1 & wait $!; done'";
         let mut holder = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL"])
             .args(["sh", "-c", script, "sh"])
@@ -146,7 +146,7 @@ impl Drop for Debian {
     fn drop(&mut self) {
         // The first process of a namespace takes all others with it, and is gone after them: nobody writes below the
         // folder any more when that is removed.
-        let _ = Command::new("kill").args(["-KILL", &self.init]).status();
+        let _ = Command::new("kill").args(["-TERM", &self.init]).status();
         let _ = self.holder.wait();
     }
 }

@@ -5,6 +5,7 @@ pub mod debian;
 pub mod drill;
 pub mod guest;
 pub mod host;
+pub mod hosts;
 pub mod inflight;
 pub mod kvm;
 pub mod link;

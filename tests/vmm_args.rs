@@ -262,6 +262,7 @@ fn katas_script_resumes_a_real_guest_from_the_template() {
                 return theirs.clone();
             }
             let word = word.replace("{dir}", world.dir().to_str().unwrap()).replace("{id}", "kata");
+            let word = word.replace("{uuid}", "7d4a2c1e-0000-4000-8000-000000000001");
             word.replace("{file:", &format!("{by_id}/")).replace('}', "")
         })
         .collect();

@@ -62,6 +62,16 @@ fn four_sparse_gib_in_bounded_memory() {
     assert!(Command::new("cmp").arg(source).arg(&out).status().unwrap().success());
     let peak = peak_of(&mut stencil(fixture.dir.path(), &["verify"]), None);
     assert!(peak < 256 << 20, "verify: {} MiB", peak >> 20);
+    let stream = fixture.path("stream");
+    let stream = stream.to_str().unwrap();
+    let peak = peak_of(&mut stencil(fixture.dir.path(), &["save", "a", "-o", stream]), None);
+    assert!(peak < 256 << 20, "save: {} MiB", peak >> 20);
+    // Into another store, and where all of it is.
+    for to in [fixture.path("other"), fixture.path("store")] {
+        let mut load = stencil(fixture.dir.path(), &["load", "-i", stream, "--store", to.to_str().unwrap()]);
+        let peak = peak_of(&mut load, None);
+        assert!(peak < 256 << 20, "load: {} MiB", peak >> 20);
+    }
 }
 
 #[test]

@@ -56,6 +56,7 @@ mod stuck_process;
 mod support;
 mod systemd;
 mod take_over;
+mod travel_hostile;
 mod travel_hosts;
 mod travel_rsync;
 mod travel_stream;

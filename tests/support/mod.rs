@@ -15,4 +15,5 @@ pub mod object_files;
 pub mod qemu_object;
 pub mod readers;
 pub mod store;
+pub mod stream;
 pub mod tables;

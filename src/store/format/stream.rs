@@ -2,6 +2,8 @@
 //!
 //! The front says what comes; the hash at the end is that of all bytes before it.
 
+use std::collections::HashSet;
+
 use super::fields::{Fields, Invalid, Preamble, seal, unseal};
 use super::pack::IndexEntry;
 use crate::store::{Digest, TagName};
@@ -13,11 +15,14 @@ const FIXED: usize = Preamble::LEN + 24;
 const TEMPLATE: usize = 48;
 const TAG: usize = 4;
 
-/// Longest front that is read; it has room for 100 000 tags.
-pub const MAX_FRONT: u32 = 32 << 20;
+/// Longest front that is read; it has room for all of the below.
+pub const MAX_FRONT: u32 = 8 << 20;
 
 /// Most templates of a stream, and most templates that it builds on.
 pub const MAX_TEMPLATES: usize = 4096;
+
+/// Most tags of all templates of a stream: a loader sets them while others wait.
+pub const MAX_TAGS: usize = 16 << 10;
 
 /// One template as the front names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +64,7 @@ impl StreamFront {
         if length > MAX_FRONT as usize
             || self.templates.len() > MAX_TEMPLATES
             || self.without.len() > MAX_TEMPLATES
+            || self.templates.iter().map(|t| t.tags.len()).sum::<usize>() > MAX_TAGS
         {
             return Err(Invalid::damage(format!(
                 "{} templates with their tags and {} to build on are beyond what one stream can name",
@@ -117,19 +123,23 @@ impl StreamFront {
         if templates == 0 || templates > MAX_TEMPLATES || without > MAX_TEMPLATES {
             return Err(Invalid::damage(format!("{templates} templates, {without} to build on")));
         }
+        let (mut digests, mut names) = (HashSet::new(), HashSet::new());
         for _ in 0..templates {
             let digest = Digest::new(fields.array()?);
             let (image_length, policy_length) = (fields.u64()?, fields.u32()?);
+            if !digests.insert(digest) {
+                return Err(Invalid::damage(format!("template {digest} comes twice")));
+            }
             let mut tags = Vec::new();
             for _ in 0..fields.u32()? {
                 let (name, tag) = (text(&mut fields)?, text(&mut fields)?);
-                tags.push(TagName::new(name, tag).map_err(|e| Invalid::damage(e.message()))?);
-            }
-            if front.templates.iter().any(|t| t.digest == digest) {
-                return Err(Invalid::damage(format!("template {digest} comes twice")));
-            }
-            if let Some(tag) = front.templates.iter().flat_map(|t| &t.tags).find(|t| tags.contains(t)) {
-                return Err(Invalid::damage(format!("tag {tag} points to two templates")));
+                let tag = TagName::new(name, tag).map_err(|e| Invalid::damage(e.message()))?;
+                if names.len() == MAX_TAGS || !names.insert(tag.clone()) {
+                    return Err(Invalid::damage(format!(
+                        "tag {tag} comes twice, or after {MAX_TAGS} others"
+                    )));
+                }
+                tags.push(tag);
             }
             front.templates.push(StreamTemplate { digest, image_length, policy_length, tags });
         }
@@ -212,6 +222,27 @@ mod tests {
     }
 
     #[test]
+    fn the_longest_front_fits() {
+        let name = "n".repeat(128);
+        let template = |number: usize| StreamTemplate {
+            digest: Digest::of(&number.to_le_bytes()),
+            image_length: 1,
+            policy_length: 1,
+            tags: (0..MAX_TAGS / MAX_TEMPLATES)
+                .map(|tag| TagName::new(&name, &format!("{number:064}{tag:064}")).unwrap())
+                .collect(),
+        };
+        let mut front = StreamFront {
+            templates: (0..MAX_TEMPLATES).map(template).collect(),
+            without: vec![Digest::of(b""); MAX_TEMPLATES],
+            blocks: 1,
+        };
+        assert_eq!(StreamFront::decode(&front.encode().unwrap()).unwrap(), front);
+        front.templates[0].tags.push("one:more".parse().unwrap());
+        assert!(front.encode().is_err());
+    }
+
+    #[test]
     fn nothing_comes_twice() {
         let refused = |change: &dyn Fn(&mut StreamFront)| {
             let mut front = front();
@@ -221,6 +252,7 @@ mod tests {
         assert!(!refused(&|_| {}));
         assert!(refused(&|f| f.templates[1].digest = f.templates[0].digest));
         assert!(refused(&|f| f.templates[1].tags = vec!["web:2".parse().unwrap()]));
+        assert!(refused(&|f| f.templates[0].tags.push("web:2".parse().unwrap())));
         assert!(refused(&|f| f.templates.clear()));
     }
 }

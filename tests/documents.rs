@@ -42,6 +42,16 @@ fn every_test_that_compatibility_names_exists() {
 }
 
 #[test]
+fn what_other_vmms_get_names_tests_that_exist() {
+    let page = fs::read_to_string(root().join("docs/vmms.md")).unwrap();
+    assert_eq!(missing(&page), Vec::<String>::new());
+    for vmm in ["QEMU", "Firecracker", "libvirt", "Kata Containers"] {
+        let section = page.split(&format!("## {vmm}\n")).nth(1).unwrap_or_else(|| panic!("no section {vmm}"));
+        assert!(!named(section.split("\n## ").next().unwrap()).is_empty(), "{vmm} names no test");
+    }
+}
+
+#[test]
 fn every_failure_names_a_test() {
     let page = fs::read_to_string(root().join("docs/operating.md")).unwrap();
     let section = page.split("## What a clone sees").nth(1).unwrap().split("\n## ").next().unwrap();

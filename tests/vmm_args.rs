@@ -307,6 +307,12 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
         command.args(words.split_ascii_whitespace()).current_dir(world.dir());
         command
     };
+    // A QEMU that starts where it should not would wait for ever.
+    let refused = |words: &str| {
+        let mut command = Command::new("timeout");
+        command.arg("30").arg(&script).args(words.split_ascii_whitespace());
+        command.current_dir(world.dir()).output().unwrap()
+    };
     let common = "-machine q35,accel=tcg -nodefaults -display none";
     let numa = "-numa node,memdev=dimm1";
     let memory_of = |words: &str| {
@@ -357,13 +363,13 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
             "vhost-user-fs-pci: set shared_fs",
         ),
     ] {
-        let run = call(&format!("{common} -m 64M {words} -incoming defer")).output().unwrap();
+        let run = refused(&format!("{common} -m 64M {words} -incoming defer"));
         let err = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(1), "{words}: {err}");
         assert!(err.starts_with("stencil: ") && err.contains(why), "{words}: {err}");
     }
     fs::write(format!("{folder}/state"), b"this state is another template's").unwrap();
-    let run = call(&format!("{common} -m 64M {fine} {numa} -incoming defer")).output().unwrap();
+    let run = refused(&format!("{common} -m 64M {fine} {numa} -incoming defer"));
     let err = String::from_utf8_lossy(&run.stderr);
     assert!(run.status.code() == Some(1) && err.contains("not the device state of the template"), "{err}");
 }

@@ -53,7 +53,7 @@ impl World {
         let log = || self.world.log();
         wait_for("another server", || (self.world.server() != self.server.pid).then_some(()));
         assert!(log().contains(words), "'{words}' is not in: {}", log());
-        assert!(self.server.wait_gone(Duration::from_secs(2)).unwrap(), "it is ended");
+        assert!(self.server.wait_gone(Duration::from_secs(10)).unwrap(), "it is ended");
         assert_eq!(self.world.status()["supervisor_pid"], self.supervisor.pid);
         for page in 0..IMAGE.pages {
             assert_eq!(self.clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page), "page {page}");

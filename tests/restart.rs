@@ -145,7 +145,7 @@ fn a_soak_of_supervisors_that_are_killed_and_replaced() {
             let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
             let process = ProcessId::of(supervisor).unwrap().unwrap();
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+            assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
             load.goes_on();
             world.mount(&["--serve", serve]).ok();
             assert_eq!(world.server(), server, "the same server");
@@ -314,7 +314,7 @@ fn a_mount_whose_processes_were_both_killed_is_recovered() {
         clone.tell("hash 0 3");
         for process in world.processes() {
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+            assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
         }
         assert_eq!(File::open(&path).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
         world.mount(&["--serve", serve]).ok();
@@ -344,7 +344,7 @@ fn a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
             let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
             let process = ProcessId::of(supervisor).unwrap().unwrap();
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+            assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
             let path = world.file(&digest, "memory");
             std::thread::scope(|scope| {
                 let reader = scope.spawn(|| fs::read(&path));

@@ -29,7 +29,7 @@ fn map(path: &Path) -> Actor {
 fn kill_supervisor(world: &TestMount) {
     let process = world.processes()[0];
     process.signal(Signal::KILL).unwrap();
-    assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+    assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
 }
 
 /// The store, while it is moved away; moved back when dropped.
@@ -153,7 +153,7 @@ fn soak_supervisors_that_die_while_their_mount_begins() {
         });
         std::thread::sleep(Duration::from_micros(round * 7919 % 60_000));
         supervisor.signal(Signal::KILL).unwrap();
-        assert!(supervisor.wait_gone(Duration::from_secs(1)).unwrap());
+        assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
         mount.wait().unwrap();
         let before = world.recorded_server().filter(ProcessId::is_alive);
         world.mount(&[]).ok();

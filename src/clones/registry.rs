@@ -11,8 +11,10 @@ use std::fs;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::family;
@@ -191,6 +193,9 @@ pub fn clones_dir() -> PathBuf {
     runtime_root().join("clones")
 }
 
+/// How long another one may take to clear up a launch, or a child to execute its program.
+const CLEARING: Duration = Duration::from_secs(30);
+
 fn launches_dir() -> PathBuf {
     runtime_root().join("launches")
 }
@@ -199,6 +204,9 @@ fn launches_dir() -> PathBuf {
 #[derive(Debug)]
 pub struct Launch {
     id: String,
+    /// Locked shared, and inherited by every child until it executes its program: who takes the lock alone meets no
+    /// process of this launch that cannot be told yet by what it was given.
+    marker: OnceLock<fs::File>,
 }
 
 impl Launch {
@@ -209,7 +217,8 @@ impl Launch {
     pub fn prepare() -> Result<Launch> {
         // The name says whose it is, so that the marker is whole as soon as it exists.
         let me = ProcessId::me()?;
-        Ok(Launch { id: format!("{}.{}.{}", random_id()?, me.pid, me.start_time) })
+        let id = format!("{}.{}.{}", random_id()?, me.pid, me.start_time);
+        Ok(Launch { id, marker: OnceLock::new() })
     }
 
     /// Begins: from now on the clones of this launch live and die with this process.
@@ -218,12 +227,18 @@ impl Launch {
     /// When the runtime directory cannot be written.
     pub fn begin(&self) -> Result<()> {
         let all = launches_dir();
-        fs::create_dir_all(&all).and_then(|()| fs::File::create_new(all.join(&self.id))).map(drop).map_err(
-            |e| {
-                Error::io("cannot write to the runtime directory", &all, e)
-                    .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a folder of yours")
-            },
-        )
+        let make = || {
+            fs::create_dir_all(&all)?;
+            let marker = fs::File::create_new(all.join(&self.id))?;
+            flock(&marker, FlockOperation::LockShared)?;
+            Ok(marker)
+        };
+        let marker = make().map_err(|e| {
+            Error::io("cannot write to the runtime directory", &all, e)
+                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a folder of yours")
+        })?;
+        self.marker.get_or_init(|| marker);
+        Ok(())
     }
 
     /// Its id.
@@ -285,6 +300,7 @@ impl Launch {
     /// # Errors
     /// When one of them does not die or its folder cannot be removed.
     pub fn abort(self) -> Result<()> {
+        drop(self.marker);
         abort(&self.id).map(drop)
     }
 }
@@ -301,9 +317,18 @@ pub fn is_held(launch: &str) -> bool {
 pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     let marker = launches_dir().join(launch);
     let Ok(lock) = fs::File::open(&marker) else { return Ok(vec![]) };
-    // The watchdog and another command may do it at one time.
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-        .map_err(|e| Error::io("cannot lock", &marker, e.into()))?;
+    // The watchdog and another command may do it at one time, and a child may not have executed its program yet.
+    let until = Instant::now() + CLEARING;
+    while let Err(e) = flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        if e != rustix::io::Errno::WOULDBLOCK {
+            return Err(Error::io("cannot lock", &marker, e.into()));
+        }
+        if Instant::now() >= until {
+            let what = format!("a broken launch could not be cleared up within {} s", CLEARING.as_secs());
+            return Err(Error::try_again(what).at(&marker));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     if !marker.exists() {
         return Ok(vec![]);
     }

@@ -39,6 +39,8 @@ mod packages;
 mod progress;
 mod qemu_conformance;
 mod qemu_random;
+mod recipe_clones;
+mod recipe_edit;
 mod restart;
 mod rom_guest;
 mod sandbox;

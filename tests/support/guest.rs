@@ -1,6 +1,8 @@
 //! A real Linux guest in QEMU (TCG): booted, captured once per build, given to scenarios.
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -8,7 +10,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use super::mount::{STENCIL, TestMount, temporary};
+use super::mount::{STENCIL, TestMount, run, temporary};
+use super::store::random;
 
 /// Words of a QEMU whose guest clones can be made of; `dir` gets its RAM file and sockets.
 pub fn qemu_words(dir: &Path, memory: &str) -> Vec<String> {
@@ -50,6 +53,11 @@ impl Qemu {
 
     /// Boots the Linux guest and waits until its heart beats.
     pub fn boot(dir: &Path) -> Qemu {
+        Qemu::boot_with(dir, "")
+    }
+
+    /// The same with more words on its command line.
+    pub fn boot_with(dir: &Path, more: &str) -> Qemu {
         let (kernel, initramfs) = kernel_and_initramfs();
         let mut words = qemu_words(dir, "256M");
         for (option, value) in [
@@ -59,6 +67,7 @@ impl Qemu {
         ] {
             words.extend([option.to_owned(), value.to_owned()]);
         }
+        words.extend(more.split_ascii_whitespace().map(str::to_owned));
         let qemu = Qemu::start(dir, &words);
         qemu.wait_heartbeats(3);
         qemu
@@ -96,6 +105,12 @@ impl Qemu {
         });
     }
 
+    /// Ends it as a crash does.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     /// True when it has ended.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
@@ -111,6 +126,61 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A disk for a guest: an ext4 of 64 MiB with a file of `noise` bytes that do not compress, as a raw base image and
+/// a qcow2 over it. Gives the qcow2.
+pub fn make_disk(dir: &Path, noise: usize) -> PathBuf {
+    let (root, base, disk) = (dir.join("root"), dir.join("base.raw"), dir.join("disk.qcow2"));
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("noise"), random(7, noise)).unwrap();
+    let size = format!("{}M", 64 + (noise >> 20));
+    run("mkfs.ext4", &["-q", "-d", root.to_str().unwrap(), base.to_str().unwrap(), &size]);
+    let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+    run("qemu-img", &[&words[..], &[base.to_str().unwrap(), disk.to_str().unwrap()]].concat());
+    disk
+}
+
+/// Words that give a guest this disk, a network card with a forward from a port of the host, and a second serial port.
+pub fn devices(dir: &Path, disk: &Path, port: u16) -> String {
+    format!(
+        "-drive file={},if=virtio,format=qcow2,id=root -netdev user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:80 \
+         -device virtio-net-pci,netdev=n0,id=eth,mac=52:54:00:12:34:57 \
+         -serial unix:{}/second.sock,server=on,wait=off",
+        disk.display(),
+        dir.display()
+    )
+}
+
+/// What the guest behind that port has written to its disk: a heartbeat a line.
+pub fn beats_on_disk(port: u16) -> Option<Vec<String>> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.write_all(b"GET /beats HTTP/1.0\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    assert!(head.contains("200 OK"), "{head}");
+    Some(body.lines().map(str::to_owned).collect())
+}
+
+/// The heartbeats in a guest's disk image that nobody uses; its file system must be sound.
+pub fn beats_in_image(image: &Path, dir: &Path) -> Vec<String> {
+    run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
+    let copy = dir.join("copy.raw");
+    run("qemu-img", &["convert", "-O", "raw", image.to_str().unwrap(), copy.to_str().unwrap()]);
+    // The journal of a guest that did not unmount is replayed; after that nothing may be left to mend.
+    let replayed = Command::new("e2fsck").args(["-p"]).arg(&copy).output().unwrap();
+    assert!(matches!(replayed.status.code(), Some(0 | 1)), "{replayed:?}");
+    run("e2fsck", &["-f", "-n", copy.to_str().unwrap()]);
+    let text = run("debugfs", &["-R", "cat /beats", copy.to_str().unwrap()]);
+    fs::remove_file(copy).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+/// A port that nobody listens on.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// One line of the guest's.

@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::clones::qmp::Qmp;
-use crate::clones::recipe::{
-    Blob, Facts, LiveDisk, Plan, PlannedDisk, Ram, Recipe, Rom, is_device_for_clones, plan,
-};
+use crate::clones::recipe::{Blob, Facts, LiveDisk, Plan, Ram, Recipe, Rom, is_device_for_clones, plan};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, ImportFile, Source};
 use crate::sys::process::ProcessId;
@@ -62,19 +60,13 @@ impl Vm {
         let kind = qmp.run("qom-get", json!({"path": "/machine", "property": "type"}))?;
         let machine_type = kind.as_str().and_then(|t| t.strip_suffix("-machine")).map(str::to_owned);
         let process = ProcessId::of(pid)?.ok_or_else(gone)?;
-        let against = |list: Vec<String>| Error::usage(format!("clones cannot have: {}", list.join("; ")));
-        let disks = LiveDisk::all(&qmp.run("query-block", json!({}))?)
-            .map_err(|list| against(list).remedy("start the VM without it, then capture again"))?;
+        let mut disks = LiveDisk::all(&qmp.run("query-block", json!({}))?);
+        for disk in disks.iter_mut().filter(|disk| disk.problem.is_none()) {
+            disk.problem = disk.image.chain().find_map(|image| host_problem(pid, &image.path));
+        }
         let plan = plan(argv, &Facts { machine_type, disks })?;
         check_live(qmp, &plan)?;
-        let vm = Vm { pid, process, was_running, plan, program, version };
-        let list: Vec<String> = vm.plan.disks.iter().filter_map(|disk| vm.host_disk(disk)).collect();
-        if !list.is_empty() {
-            return Err(
-                against(list).remedy("use an image file (qcow2 or raw) in its place, then capture again")
-            );
-        }
-        Ok(vm)
+        Ok(Vm { pid, process, was_running, plan, program, version })
     }
 
     /// Opens the files that hold RAM, and makes sure that the VM really has them mapped.
@@ -114,25 +106,6 @@ impl Vm {
         Recipe::qemu(self.program.clone(), self.version.clone(), argv.clone()).with_disks(disks).to_value()
     }
 
-    /// Why a disk's image is no plain file.
-    fn host_disk(&self, disk: &PlannedDisk) -> Option<String> {
-        disk.live.image.chain().find_map(|image| {
-            let path = self.path_of(&image.path);
-            let shown = image.path.display();
-            let name = &disk.name;
-            match std::fs::metadata(&path) {
-                Ok(meta) if meta.is_file() => None,
-                Ok(meta) if meta.file_type().is_block_device() => {
-                    Some(format!("disk {name}: {shown} is a raw disk of the host"))
-                }
-                Ok(_) => Some(format!("disk {name}: {shown} is no regular file")),
-                Err(e) => {
-                    Some(format!("disk {name}: {shown} cannot be read ({})", crate::error::errno_text(&e)))
-                }
-            }
-        })
-    }
-
     pub fn blob_files(&self) -> Vec<ImportFile> {
         let file = |blob: &Blob| ImportFile {
             name: blob.file.clone(),
@@ -149,10 +122,26 @@ impl Vm {
 
     /// A path as that process sees it, whatever its root and working directory are.
     pub fn path_of(&self, path: &Path) -> PathBuf {
-        match path.strip_prefix("/") {
-            Ok(rest) => Path::new(&format!("/proc/{}/root", self.pid)).join(rest),
-            Err(_) => Path::new(&format!("/proc/{}/cwd", self.pid)).join(path),
-        }
+        path_of(self.pid, path)
+    }
+}
+
+/// A path as that process sees it, whatever its root and working directory are.
+fn path_of(pid: u32, path: &Path) -> PathBuf {
+    match path.strip_prefix("/") {
+        Ok(rest) => Path::new(&format!("/proc/{pid}/root")).join(rest),
+        Err(_) => Path::new(&format!("/proc/{pid}/cwd")).join(path),
+    }
+}
+
+/// Why an image is no plain file.
+fn host_problem(pid: u32, path: &Path) -> Option<String> {
+    let shown = path.display();
+    match std::fs::metadata(path_of(pid, path)) {
+        Ok(meta) if meta.is_file() => None,
+        Ok(meta) if meta.file_type().is_block_device() => Some(format!("{shown} is a raw disk of the host")),
+        Ok(_) => Some(format!("{shown} is no regular file")),
+        Err(e) => Some(format!("{shown} cannot be read ({})", crate::error::errno_text(&e))),
     }
 }
 

@@ -37,7 +37,6 @@ impl PlannedDisk {
 pub struct Disks {
     live: Vec<LiveDisk>,
     nodes: BTreeMap<String, Props>,
-    used_nodes: Vec<String>,
     planned: Vec<PlannedDisk>,
     /// What clones cannot have.
     pub refused: Vec<String>,
@@ -127,6 +126,8 @@ impl Disks {
             .collect();
         if !odd.is_empty() {
             self.refused.push(format!("{said}: a disk with {}", odd.join(",")));
+            // It is not told again as one that is not on the command line.
+            self.live.retain(|live| props.get("id").is_none_or(|id| live.device != id));
             return None;
         }
         let Some(path) = path else { return Some(props.render("")) };
@@ -177,11 +178,9 @@ impl Disks {
             return None;
         };
         let live = self.live.remove(at);
-        for image in live.image.chain() {
-            if image.path.starts_with("/dev") {
-                self.refused.push(format!("{said}: a raw disk of the host ({})", image.path.display()));
-                return None;
-            }
+        if let Some(problem) = &live.problem {
+            self.refused.push(format!("{said}: {problem}"));
+            return None;
         }
         let wanted = [&live.device, &live.node].into_iter().find(|n| !n.is_empty() && !n.starts_with('#'));
         let stem: String = wanted
@@ -219,7 +218,8 @@ impl Disks {
         for live in std::mem::take(&mut self.live) {
             let name = [&live.device, &live.qdev, &live.node].into_iter().find(|n| !n.is_empty()).cloned();
             let name = name.unwrap_or_default();
-            self.refused.push(format!("disk {name}, which is not on the command line"));
+            let problem = live.problem.map(|p| format!(" ({p})")).unwrap_or_default();
+            self.refused.push(format!("disk {name}, which is not on the command line{problem}"));
         }
         (std::mem::take(&mut self.planned), options)
     }
@@ -257,7 +257,6 @@ impl Disks {
             self.refused.push(format!("{said}: a disk with {}", odd.join(",")));
             return None;
         }
-        self.used_nodes.push(name.to_owned());
         let disk = self.take(said, |live| live.node == name)?;
         let (place, format) = match disk.live.read_only {
             true => (format!("{{file:{}}}", disk.file()), disk.format.as_str()),

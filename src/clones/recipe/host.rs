@@ -17,6 +17,8 @@ pub struct LiveDisk {
     pub read_only: bool,
     /// Its image and those beneath it.
     pub image: Image,
+    /// Why clones cannot have it.
+    pub problem: Option<String>,
 }
 
 /// One image of a chain, as QEMU has opened it.
@@ -33,65 +35,63 @@ pub struct Image {
 }
 
 impl LiveDisk {
-    /// Those of an answer to `query-block`; or the names of those that QEMU tells nothing usable of.
-    pub fn all(answer: &Value) -> Result<Vec<LiveDisk>, Vec<String>> {
+    /// Those of an answer to `query-block`.
+    pub fn all(answer: &Value) -> Vec<LiveDisk> {
         let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        let (mut disks, mut against) = (vec![], vec![]);
+        let mut disks = vec![];
         for one in answer.as_array().into_iter().flatten() {
             let Some(inserted) = one.get("inserted") else { continue };
-            let (device, qdev) = (text(one, "device"), text(one, "qdev"));
-            let name = [&device, &qdev].into_iter().find(|n| !n.is_empty()).cloned();
-            let name = name.unwrap_or_else(|| "without a name".into());
-            match inserted.get("image").map(Image::read) {
-                Some(Ok(image)) => disks.push(LiveDisk {
-                    device,
-                    qdev,
-                    node: text(inserted, "node-name"),
-                    read_only: inserted.get("ro").and_then(Value::as_bool).unwrap_or(false),
-                    image,
-                }),
-                Some(Err(why)) => against.push(format!("disk {name}: {why}")),
-                None => against.push(format!("disk {name}: QEMU does not tell its image")),
-            }
+            let mut problem = None;
+            let image = Image::read(inserted.get("image").unwrap_or(&Value::Null), &mut problem);
+            disks.push(LiveDisk {
+                device: text(one, "device"),
+                qdev: text(one, "qdev"),
+                node: text(inserted, "node-name"),
+                read_only: inserted.get("ro").and_then(Value::as_bool).unwrap_or(false),
+                image,
+                problem,
+            });
         }
-        if against.is_empty() { Ok(disks) } else { Err(against) }
+        disks
     }
 }
 
 impl Image {
-    fn read(value: &Value) -> Result<Image, String> {
-        let text = |key: &str| value.get(key).and_then(Value::as_str);
-        let (Some(path), Some(format), Some(size)) =
-            (text("filename"), text("format"), value.get("virtual-size").and_then(Value::as_u64))
-        else {
-            return Err("QEMU does not tell its image".into());
-        };
-        if path.starts_with("json:") {
-            return Err(format!("its image cannot be named by one path ({path})"));
-        }
-        if let Some((scheme, _)) = path.split_once(':')
-            && !path.starts_with('/')
-        {
-            return Err(format!("{path} is no file of this host but {scheme}"));
-        }
+    /// Reads one; the first thing against it goes to `problem`.
+    fn read(value: &Value, problem: &mut Option<String>) -> Image {
+        let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default();
+        let (path, format) = (text("filename"), text("format"));
         let format = if format == "file" { "raw" } else { format };
-        if !matches!(format, "qcow2" | "raw") {
-            return Err(format!("{path} has format {format}; clones can have qcow2 and raw"));
-        }
-        if value.get("encrypted").and_then(Value::as_bool) == Some(true) {
-            return Err(format!("{path} is encrypted"));
-        }
-        if value.pointer("/format-specific/data/data-file").is_some() {
-            return Err(format!("{path} keeps its data in another file"));
-        }
-        let backing = match value.get("backing-image") {
-            Some(backing) => Some(Box::new(Image::read(backing)?)),
-            None if value.get("backing-filename").is_some() => {
-                return Err(format!("{path}: QEMU does not tell the image beneath it"));
+        let scheme = path.split_once(':').filter(|_| !path.starts_with('/')).map(|(scheme, _)| scheme);
+        let backing = value.get("backing-image");
+        let found = match (path, scheme) {
+            ("", _) => Some("QEMU does not tell its image".into()),
+            (_, Some("json")) => Some(format!("its image cannot be named by one path ({path})")),
+            (_, Some(scheme)) => Some(format!("{path} is no file of this host but {scheme}")),
+            _ if path.starts_with("/dev/") => Some(format!("{path} is a raw disk of the host")),
+            _ if !matches!(format, "qcow2" | "raw") => {
+                Some(format!("{path} has format {format}; clones can have qcow2 and raw"))
             }
-            None => None,
+            _ if value.get("encrypted").and_then(Value::as_bool) == Some(true) => {
+                Some(format!("{path} is encrypted"))
+            }
+            _ if value.pointer("/format-specific/data/data-file").is_some() => {
+                Some(format!("{path} keeps its data in another file"))
+            }
+            _ if backing.is_none() && value.get("backing-filename").is_some() => {
+                Some(format!("{path}: QEMU does not tell the image beneath it"))
+            }
+            _ => None,
         };
-        Ok(Image { path: path.into(), format: format.into(), size, backing })
+        if problem.is_none() {
+            *problem = found;
+        }
+        Image {
+            path: path.into(),
+            format: format.into(),
+            size: value.get("virtual-size").and_then(Value::as_u64).unwrap_or(0),
+            backing: backing.map(|backing| Box::new(Image::read(backing, problem))),
+        }
     }
 
     /// The chain from this image down.
@@ -127,7 +127,8 @@ mod tests {
         let base = json!({"filename": "/b.raw", "format": "raw", "virtual-size": 512});
         let top =
             json!({"filename": "/t.qcow2", "format": "qcow2", "virtual-size": 1024, "backing-image": base});
-        let disks = LiveDisk::all(&block(top)).unwrap();
+        let disks = LiveDisk::all(&block(top));
+        assert_eq!(disks[0].problem, None);
         assert_eq!((disks.len(), disks[0].image.chain().count()), (1, 2));
         let words = disks[0].image.to_json(&|path| Path::new("/root").join(path.strip_prefix("/").unwrap()));
         assert_eq!(words["backing"]["file"]["filename"], "/root/b.raw");
@@ -146,10 +147,15 @@ mod tests {
                 json!({"filename": "/x", "format": "qcow2", "virtual-size": 1, "backing-filename": "/y"}),
                 "beneath",
             ),
+            (
+                json!({"filename": "/x", "format": "qcow2", "virtual-size": 1,
+                       "backing-image": {"filename": "/dev/sda", "format": "raw", "virtual-size": 1}}),
+                "/dev/sda is a raw disk of the host",
+            ),
             (json!({}), "does not tell"),
         ] {
-            let against = LiveDisk::all(&block(image)).unwrap_err();
-            assert!(against[0].contains(words) && against[0].starts_with("disk virtio0"), "{against:?}");
+            let problem = LiveDisk::all(&block(image)).remove(0).problem.unwrap();
+            assert!(problem.contains(words), "{problem}");
         }
     }
 }

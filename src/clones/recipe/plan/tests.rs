@@ -69,6 +69,7 @@ fn what_a_host_has_once_is_each_clones_own() {
         node: node.into(),
         read_only,
         image: super::super::Image { path: path.into(), format: format.into(), size: 1 << 20, backing: None },
+        problem: None,
     };
     let disks = vec![
         live("virtio0", "#block1", "/d,1.qcow2", "qcow2", false),

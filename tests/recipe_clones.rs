@@ -1,0 +1,264 @@
+//! A guest with disks, a network card and a second serial port: each clone has its own of everything that a host can
+//! have only once, and the captured VM has its own image again.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use stencilfs::clones::qmp::Qmp;
+
+use crate::support::guest::{
+    Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, patiently,
+};
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+
+/// Which image each block device of the VM has, without figures that move.
+fn media(qmp: &mut Qmp) -> Value {
+    let all = qmp.run("query-block", json!({})).unwrap();
+    let one = |b: &Value| {
+        let inserted = &b["inserted"];
+        json!([
+            b["device"],
+            b["qdev"],
+            inserted["node-name"],
+            inserted["file"],
+            inserted["ro"],
+            inserted["drv"]
+        ])
+    };
+    all.as_array().unwrap().iter().map(one).collect()
+}
+
+fn overlays(dir: &Path) -> Vec<PathBuf> {
+    let all = fs::read_dir(dir).unwrap().flatten().map(|e| e.path());
+    all.filter(|path| path.to_string_lossy().contains(".stencil-")).collect()
+}
+
+fn count_of(line: &str) -> u64 {
+    line.split(' ').next().unwrap().parse().unwrap()
+}
+
+/// Heartbeats are on the disk from the first to this one, each once.
+#[track_caller]
+fn are_whole(beats: &[String], at_least: u64) {
+    for (line, number) in beats.iter().zip(1..) {
+        assert_eq!(count_of(line), number, "after {:?}", beats.get(number as usize - 2));
+    }
+    assert!(beats.len() as u64 >= at_least, "{} heartbeats, {at_least} were told", beats.len());
+}
+
+#[test]
+fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let dir = world.dir();
+    let disk = make_disk(dir, 3 << 20);
+    let (raw, cd) = (dir.join("second.raw"), dir.join("cd.iso"));
+    fs::write(&raw, vec![5; 1 << 20]).unwrap();
+    fs::write(&cd, vec![6; 1 << 20]).unwrap();
+    let port = free_port();
+    let more = format!(
+        "{} -blockdev driver=file,node-name=f,filename={} -blockdev driver=raw,node-name=second,file=f \
+         -device virtio-blk-pci,drive=second -drive file={},media=cdrom,if=none,id=cd -device virtio-scsi-pci,id=s \
+         -device scsi-cd,drive=cd,bus=s.0",
+        devices(dir, &disk, port),
+        raw.display(),
+        cd.display()
+    );
+    let mut guest = Qemu::boot_with(dir, &more);
+    let before = media(&mut guest.qmp());
+    let captured = world.json(&["capture", guest.socket().to_str().unwrap(), "vm:1"]);
+    println!("the VM stood still for {} s", captured["pause_seconds"]);
+    assert_eq!((&captured["vm"], &captured["warnings"]), (&json!("running"), &json!([])));
+    assert_eq!(media(&mut guest.qmp()), before, "the VM has its own images again");
+    assert_eq!(overlays(dir), Vec::<PathBuf>::new());
+    let names: Vec<_> = captured["files"].as_array().unwrap().iter().map(|f| f["name"].clone()).collect();
+    assert_eq!(names, ["disk-cd", "disk-root", "disk-second", "initrd", "kernel", "memory", "state"]);
+    let recipe = world.stencil(&["inspect", "--recipe", "vm:1"]).ok().out;
+    assert!(!recipe.contains(dir.to_str().unwrap()) && !recipe.contains("52:54:00"), "{recipe}");
+
+    // It goes on writing to them, and what it writes is not in the template.
+    let now = guest.heartbeats().len();
+    guest.wait_heartbeats(now + 3);
+    let own = beats_on_disk(port).unwrap();
+    are_whole(&own, now as u64);
+
+    let base = |name: &str| world.stencil(&["export", &format!("vm:1/disk-{name}"), "-"]).ok().out.len();
+    assert!(base("second") > 0);
+    let digest_of = |name: &str| {
+        let out = dir.join(format!("exported-{name}"));
+        world.stencil(&["export", &format!("vm:1/disk-{name}"), out.to_str().unwrap()]).ok();
+        let digest = blake3::hash(&fs::read(&out).unwrap()).to_hex().to_string();
+        fs::remove_file(out).unwrap();
+        digest
+    };
+    let root_before = digest_of("root");
+    assert_eq!(digest_of("second"), blake3::hash(&fs::read(&raw).unwrap()).to_hex().to_string());
+
+    world.mount(&["--serve", "auto"]).ok();
+    let launched = world.json(&["clone", "vm:1", "-n", "6"]);
+    println!("6 guests were running after {} s", launched["ready_seconds"]);
+    let listed = world.json(&["ps"]);
+    let clones = listed["clones"].as_array().unwrap();
+    assert_eq!(clones.len(), 6);
+
+    // All at the same time: on its own port each answers with what it has written to its own disk.
+    std::thread::scope(|scope| {
+        for clone in clones {
+            scope.spawn(|| {
+                let folder = Path::new(clone["dir"].as_str().unwrap());
+                let port = clone["ports"]["80"].as_u64().unwrap() as u16;
+                let first = patiently("an answer", Duration::from_secs(60), || beats_on_disk(port));
+                let later = patiently("a longer answer", Duration::from_secs(60), || {
+                    beats_on_disk(port).filter(|beats| beats.len() > first.len() + 2)
+                });
+                are_whole(&later, first.len() as u64 + 2);
+                // It is this clone that answers: its serial port says the same.
+                let told = heartbeats(&folder.join("serial.log"));
+                let last = later.last().unwrap();
+                assert!(told.iter().any(|b| last == &format!("{} {}", b.count, b.random)), "{last}");
+                // The second serial port is a socket on which it talks.
+                let socket = UnixStream::connect(folder.join("serial-1.sock")).unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+                (&socket).write_all(b"who\n").unwrap();
+                let mut line = String::new();
+                BufReader::new(&socket).read_line(&mut line).unwrap();
+                let beat = line.trim().strip_prefix("who: ").unwrap_or_else(|| panic!("{line}"));
+                assert!(count_of(beat) >= count_of(last), "{beat} after {last}");
+            });
+        }
+    });
+
+    // What a host can have only once is another one's nowhere.
+    let mut seen: Vec<BTreeSet<String>> = vec![BTreeSet::new(); 8];
+    for clone in clones {
+        let folder = Path::new(clone["dir"].as_str().unwrap());
+        let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
+        let mut ask = |command: &str, field: &str| qmp.run(command, json!({})).unwrap()[field].to_string();
+        let told = [
+            ask("query-name", "name"),
+            ask("query-uuid", "UUID"),
+            ask("query-vm-generation-id", "guid"),
+            qmp.run("qom-get", json!({"path": "/machine/peripheral/eth", "property": "mac"}))
+                .unwrap()
+                .to_string(),
+            clone["id"].to_string(),
+            clone["ports"]["80"].to_string(),
+            media(&mut qmp).to_string(),
+            beats_on_disk(clone["ports"]["80"].as_u64().unwrap() as u16).unwrap().last().unwrap().clone(),
+        ];
+        for (all, one) in seen.iter_mut().zip(told) {
+            all.insert(one);
+        }
+        let local = u8::from_str_radix(&seen[3].last().unwrap()[1..3], 16).unwrap();
+        assert_eq!(local & 3, 2, "a MAC that is locally administered");
+        for name in ["disk-root.qcow2", "disk-second.qcow2"] {
+            let info = run("qemu-img", &["info", "-U", "--output=json", folder.join(name).to_str().unwrap()]);
+            let info: Value = serde_json::from_str(&info).unwrap();
+            assert_eq!(info["backing-filename-format"], "raw");
+            let backing = info["backing-filename"].as_str().unwrap();
+            assert!(backing.starts_with(world.mountpoint().to_str().unwrap()), "{backing}");
+        }
+    }
+    assert!(seen.iter().all(|all| all.len() == 6), "{seen:#?}");
+
+    let images: Vec<PathBuf> =
+        clones.iter().map(|c| Path::new(c["dir"].as_str().unwrap()).join("disk-root.qcow2")).collect();
+    images.iter().for_each(|image| drop(run("qemu-img", &["check", "-q", "-U", image.to_str().unwrap()])));
+    assert_eq!(digest_of("root"), root_before, "no clone has written to the base image");
+    world.stencil(&["stop", "--all"]).ok();
+    assert!(images.iter().all(|image| !image.exists()), "a clone's disk goes with it");
+    world.stencil(&["verify", "vm:1"]).ok();
+
+    // The VM's own image: sound, with everything that it has written.
+    let told = guest.heartbeats().last().unwrap().count;
+    guest.run("quit");
+    patiently("end of QEMU", Duration::from_secs(10), || guest.has_ended().then_some(()));
+    are_whole(&beats_in_image(&disk, dir), told - 1);
+}
+
+#[test]
+fn soak_a_killed_capture_gives_the_vm_its_disk_back() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let disk = make_disk(world.dir(), 24 << 20);
+    let mut guest = Qemu::boot_with(world.dir(), &devices(world.dir(), &disk, free_port()));
+    let before = media(&mut guest.qmp());
+    let rounds = host::rounds(8, 50);
+    let (mut whole, mut in_the_middle) = (0, 0);
+    for round in 0..rounds {
+        let mut command = world.command();
+        command.arg("capture").arg(guest.socket()).arg(format!("vm:k{round}"));
+        let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Half of them as soon as the disk is frozen and a moment later, the others anywhere.
+        if round % 2 == 0 {
+            for _ in 0..400 {
+                if !overlays(world.dir()).is_empty() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(round * 97 % 400));
+        in_the_middle += usize::from(!overlays(world.dir()).is_empty());
+        let _ = kill_process(Pid::from_raw(capture.id() as i32).unwrap(), Signal::KILL);
+        whole += usize::from(capture.wait().unwrap().success());
+        patiently("own image", Duration::from_secs(30), || {
+            let mut qmp = Qmp::connect(&guest.socket()).ok()?;
+            (qmp.status().ok()? == "running" && media(&mut qmp) == before && overlays(world.dir()).is_empty())
+                .then_some(())
+        });
+        let beats = guest.heartbeats().len();
+        guest.wait_heartbeats(beats + 1);
+    }
+    println!(
+        "{rounds} captures: {in_the_middle} killed while the disk was frozen, {whole} faster than the signal"
+    );
+    assert!(in_the_middle > 0);
+    world.json(&["capture", guest.socket().to_str().unwrap(), "vm:whole"]);
+    let told = guest.heartbeats().last().unwrap().count;
+    guest.run("quit");
+    patiently("end of QEMU", Duration::from_secs(10), || guest.has_ended().then_some(()));
+    are_whole(&beats_in_image(&disk, world.dir()), told - 1);
+}
+
+#[test]
+fn a_vm_that_dies_while_its_disk_is_read_loses_nothing() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let disk = make_disk(world.dir(), 200 << 20);
+    for with_capture in [false, true] {
+        let mut guest = Qemu::boot_with(world.dir(), &devices(world.dir(), &disk, free_port()));
+        let mut command = world.command();
+        command.arg("capture").arg(guest.socket()).arg("vm:x");
+        let mut capture = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        patiently("a frozen disk", Duration::from_secs(20), || {
+            (!overlays(world.dir()).is_empty() && guest.status() == "running").then_some(())
+        });
+        let beats = guest.heartbeats().len();
+        guest.wait_heartbeats(beats + 2);
+        assert!(!overlays(world.dir()).is_empty(), "the disk is still read");
+        guest.kill();
+        let told = guest.heartbeats().last().unwrap().count;
+        if with_capture {
+            let _ = kill_process(Pid::from_raw(capture.id() as i32).unwrap(), Signal::KILL);
+        }
+        let status = capture.wait().unwrap();
+        patiently("the overlay's end", Duration::from_secs(30), || {
+            overlays(world.dir()).is_empty().then_some(())
+        });
+        println!("capture ended with {status}, {told} heartbeats");
+        // The next guest boots from the same image and counts anew.
+        let beats = beats_in_image(&disk, world.dir());
+        let begin = beats.iter().rposition(|line| count_of(line) == 1).unwrap();
+        are_whole(&beats[begin..], told - 1);
+        fs::remove_file(world.dir().join("serial")).unwrap();
+    }
+}

@@ -1,0 +1,143 @@
+//! Recipes are shown and edited, and what cannot work never replaces one that does; values are made for commands too.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use crate::support::guest;
+use crate::support::host;
+use crate::support::mount::{STENCIL, TestMount};
+
+fn good() -> Value {
+    json!({
+        "version": 1, "vmm": "qemu", "program": "/usr/bin/qemu-system-x86_64", "vmm_version": "10.0.2",
+        "argv": ["-object", "memory-backend-file,id=m,size=1M,mem-path={memory},share=off,readonly=on,rom=off",
+                 "-chardev", "socket,id=q,path={dir}/qmp.sock,server=on,wait=off", "-incoming", "defer"],
+    })
+}
+
+#[test]
+fn a_recipe_is_edited_or_stays_as_it_was() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    world.import_bytes(&vec![1; 1 << 20], "web");
+    world.stencil(&["inspect", "web", "--recipe"]).exits(4).says("has no launch recipe");
+    world.stencil(&["recipe", "edit", "web"]).exits(2).says("has no recipe to edit");
+    let file = world.dir().join("recipe.json");
+    let path = file.to_str().unwrap();
+    fs::write(&file, good().to_string()).unwrap();
+    assert_eq!(world.json(&["recipe", "edit", "web", "--from", path])["changed"], true);
+    assert_eq!(world.json(&["recipe", "edit", "web", "--from", path])["changed"], false);
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
+
+    // What is shown is what is taken, from a pipe as well.
+    let shown = world.stencil(&["inspect", "web", "--recipe"]).ok().out;
+    assert!(shown.lines().count() > 10, "an argument a line: {shown}");
+    let mut command = world.command();
+    let edit = command.args(["recipe", "edit", "web", "--from", "-"]).stdin(Stdio::piped()).spawn();
+    let mut edit = edit.unwrap();
+    std::io::Write::write_all(&mut edit.stdin.take().unwrap(), shown.as_bytes()).unwrap();
+    assert!(edit.wait().unwrap().success());
+
+    // Everything that is wrong is named, and nothing changes.
+    for (from, to, words) in [
+        ("{memory}", "{file:rom}", "{file:rom}: the template has none; no argument has {memory}"),
+        ("qmp.sock", "other.sock", "clones are resumed through that QMP socket"),
+        ("\"defer\"", "\"tcp:0:1\"", "-incoming defer"),
+        ("\"qemu\"", "\"xen\"", "for 'xen', expected version 1 for 'qemu'"),
+        ("\"vmm\"", "\"monitor\"", "this is no recipe: unknown field `monitor`"),
+        ("{", "", "this is no recipe"),
+    ] {
+        fs::write(&file, good().to_string().replacen(from, to, 1)).unwrap();
+        world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says(words);
+    }
+    fs::write(&file, vec![b' '; (1 << 20) + 1]).unwrap();
+    world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says("at most");
+    world
+        .stencil(&["recipe", "edit", "web", "--from", "/nonexistent"])
+        .exits(4)
+        .says("cannot read the recipe");
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
+
+    // In an editor, whose command may have arguments.
+    let temporary = world.dir().join("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let edit = |editor: &str| {
+        let mut command = world.command();
+        command.args(["--json", "recipe", "edit", "web"]).env("VISUAL", editor).env("TMPDIR", &temporary);
+        let done = command.stdin(Stdio::null()).output().unwrap();
+        (done.status.code().unwrap(), String::from_utf8_lossy(&done.stdout).into_owned())
+    };
+    assert!(edit("true").1.contains("\"changed\":false"));
+    assert!(edit("sed -i s/10.0.2/10.0.3/").1.contains("\"changed\":true"));
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"]["vmm_version"], "10.0.3");
+    assert_eq!(edit("sed -i s/{memory}/{nothing}/").0, 2);
+    assert_eq!(edit("exit 7; true").0, 1);
+    // Somebody else is faster.
+    fs::write(&file, good().to_string()).unwrap();
+    let race = format!("sed -i s/10.0.3/10.0.4/ \"$1\"; {STENCIL} -q recipe edit web --from {path} #");
+    let (code, said) = edit(&race);
+    assert!(code == 75 && said.contains("changed by somebody else"), "{code} {said}");
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "no text is left");
+}
+
+#[test]
+fn commands_get_values_of_their_own() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    world.import_bytes(&vec![1; 1 << 20], "web");
+    let line = "echo {mac} {mac:1} {cid} {uuid} {port:80} {port:53} > {dir}/told; \
+                echo $STENCIL_MAC $STENCIL_MAC_1 $STENCIL_CID $STENCIL_UUID $STENCIL_PORT_80 $STENCIL_PORT_53 > {dir}/again; \
+                eval \"echo >&$STENCIL_NOTIFY\"; exec sleep 1000";
+    world.stencil(&["clone", "web", "-n", "5", "--ready", "notify", "--", "sh", "-c", line]).ok();
+    let mut all = BTreeSet::new();
+    for clone in world.json(&["ps"])["clones"].as_array().unwrap() {
+        let dir = clone["dir"].as_str().unwrap();
+        let told = fs::read_to_string(format!("{dir}/told")).unwrap();
+        assert_eq!(told, fs::read_to_string(format!("{dir}/again")).unwrap());
+        let words: Vec<&str> = told.split_ascii_whitespace().collect();
+        assert_eq!(
+            clone["ports"],
+            json!({"53": words[5].parse::<u16>().unwrap(), "80": words[4].parse::<u16>().unwrap()})
+        );
+        assert!(words[2].parse::<u32>().unwrap() >= 3);
+        all.extend(words.iter().map(|w| (*w).to_owned()));
+    }
+    assert_eq!(all.len(), 5 * 6, "{all:?}");
+    let shown = world.stencil(&["ps"]).ok().out;
+    assert!(shown.contains("->80"), "{shown}");
+    world.stencil(&["clone", "web", "--", "sh", "-c", "echo {disk:root}"]).exits(1);
+    world.stencil(&["stop", "--all"]).ok();
+}
+
+#[test]
+fn a_port_that_somebody_takes_first_is_replaced_by_another() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    // A QEMU that meets a taken port twice, with the words of the real one.
+    let wrapper = world.dir().join("wrapper");
+    let script = "#!/bin/sh\necho x >>tries\n[ $(wc -l <tries) -gt 2 ] || {\n\
+                  echo \"qemu: -nic user: Could not set up host forwarding rule 'tcp::1-:2'\" >&2; exit 1; }\n\
+                  exec qemu-system-x86_64 \"$@\"\n";
+    fs::write(&wrapper, script).unwrap();
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut recipe = world.json(&["inspect", "guest:v1", "--recipe"])["recipe"].clone();
+    recipe["program"] = json!(wrapper);
+    let file = world.dir().join("recipe.json");
+    fs::write(&file, recipe.to_string()).unwrap();
+    world.stencil(&["recipe", "edit", "guest:v1", "--from", file.to_str().unwrap()]).ok();
+    world.mount(&[]).ok();
+    let launched = world.json(&["clone", "guest:v1"]);
+    let dir = launched["clones"][0]["dir"].as_str().unwrap();
+    assert_eq!(fs::read_to_string(format!("{dir}/tries")).unwrap().lines().count(), 3);
+    world.stencil(&["stop", "--all"]).ok();
+    // One that always says so is given up, and its words are told.
+    fs::write(&wrapper, script.replace("-gt 2", "-gt 99")).unwrap();
+    let run = world.stencil(&["clone", "guest:v1"]).exits(1);
+    assert!(run.err.contains("Could not set up host forwarding rule"), "{}", run.err);
+}

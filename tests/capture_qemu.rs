@@ -10,7 +10,7 @@ use stencilfs::clones::qmp::Qmp;
 
 use crate::support::guest::{Qemu, patiently, qemu_words};
 use crate::support::host;
-use crate::support::mount::{TestMount, temporary};
+use crate::support::mount::{TestMount, run, temporary};
 
 fn ignores_shared(qemu: &Qemu) -> bool {
     let all = qemu.run("query-migrate-capabilities");
@@ -169,6 +169,31 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
         assert_eq!(qemu.status(), "running");
         assert!(!ignores_shared(&qemu));
     }
+    // A disk of the host is named together with everything else.
+    let image = dir.path().join("image");
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let device = run("losetup", &["-f", "--show", image.to_str().unwrap()]);
+    let device = device.trim();
+    let more = format!(
+        "-drive file={device},format=raw,if=none,id=d0 -drive file={},format=raw,snapshot=on,if=none,id=d1 -accel",
+        image.display()
+    );
+    let words: Vec<String> =
+        good.replacen("-accel", &more, 1).split_ascii_whitespace().map(str::to_owned).collect();
+    let qemu = Qemu::start(dir.path(), &words);
+    let done = Command::new(crate::support::mount::STENCIL)
+        .args(["--store", dir.path().join("store").to_str().unwrap(), "capture"])
+        .arg(qemu.socket())
+        .arg("x")
+        .output()
+        .unwrap();
+    drop(qemu);
+    run("losetup", &["-d", device]);
+    let err = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(2), "{err}");
+    assert!(err.contains(&format!("{device} is a raw disk of the host")), "{err}");
+    assert!(err.contains("a disk with snapshot=on"), "{err}");
+
     // What is plugged in later does not stand in the command line.
     let port = good.replacen("-accel", "-device pcie-root-port,id=slot0 -accel", 1);
     let words: Vec<String> = port.split_ascii_whitespace().map(str::to_owned).collect();

@@ -68,6 +68,8 @@ fn it_shows_the_main_job_and_leaves_nothing() {
         "sharing ratio",
         "audit",
         "and in the store",
+        "on its disk: ",
+        "the base image of their disks, before and after",
         "206 stopped",
         "Done",
     ] {

@@ -64,12 +64,52 @@ wait_for() {
     done
 }
 
-say "A Linux guest boots in QEMU $(qemu_version) (TCG, 256 MiB in a shared file)"
+# What the guest behind a port of this host has written to its disk.
+beats() { busybox wget -q -T 20 -O - "http://127.0.0.1:$1/beats"; }
+
+# ask DIR: what a clone answers over QMP, and on its second serial port: name, uuid, generation, MAC; a heartbeat.
+ask() {
+    perl -MIO::Socket::UNIX -e '
+        my ($dir) = @ARGV;
+        $SIG{ALRM} = sub { die "no answer in $dir\n" };
+        alarm 60;
+        my $qmp = IO::Socket::UNIX->new(Peer => "$dir/qmp.sock") or die "$dir/qmp.sock: $!\n";
+        sub run {
+            my ($words, $field) = @_;
+            print $qmp "$words\n";
+            $qmp->flush;
+            while (my $line = <$qmp>) {
+                next unless $line =~ /^\{"return"/;
+                return $line =~ /"$field": "([^"]*)"/ ? $1 : "?";
+            }
+            die "$dir/qmp.sock: closed\n";
+        }
+        run(q({"execute": "qmp_capabilities"}), "return");
+        my @all = (run(q({"execute": "query-name"}), "name"), run(q({"execute": "query-uuid"}), "UUID"),
+            run(q({"execute": "query-vm-generation-id"}), "guid"),
+            run(q({"execute": "qom-get", "arguments": {"path": "/machine/peripheral/eth", "property": "mac"}}), "return"));
+        my $serial = IO::Socket::UNIX->new(Peer => "$dir/serial-1.sock") or die "$dir/serial-1.sock: $!\n";
+        print $serial "who\n";
+        $serial->flush;
+        my $line = <$serial> // "";
+        $line =~ /^who: (\d+) / or die "$dir/serial-1.sock says $line\n";
+        print join(" ", @all, $1), "\n";' "$1"
+}
+
+say "A disk is made: a small ext4 in a qcow2"
+mkdir "$dir/root"
+mkfs.ext4 -q -d "$dir/root" "$dir/disk.raw" 32M 2>/dev/null
+qemu-img convert -f raw -O qcow2 "$dir/disk.raw" "$dir/disk.qcow2"
+rm "$dir/disk.raw"
+
+say "A Linux guest boots in QEMU $(qemu_version) (TCG, 256 MiB in a shared file, a disk, a network card, two serial ports)"
 qemu-system-x86_64 -M q35,memory-backend=ram0 -accel tcg -cpu max -m 256M -nodefaults -no-user-config -display none \
     -object "memory-backend-file,id=ram0,size=256M,mem-path=$dir/ram,share=on" \
     -device vmgenid,guid=auto -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0 \
     -kernel "${guest[0]}" -initrd "${guest[1]}" -append "console=ttyS0 quiet panic=-1" \
-    -serial "file:$dir/serial" -qmp "unix:$dir/qmp,server=on,wait=off" </dev/null 2>"$dir/qemu.log" &
+    -drive "file=$dir/disk.qcow2,if=virtio,format=qcow2,id=root" \
+    -netdev user,id=n0,hostfwd=tcp:127.0.0.1:0-:80 -device virtio-net-pci,netdev=n0,id=eth \
+    -serial "file:$dir/serial" -serial "unix:$dir/second.sock,server=on,wait=off" -qmp "unix:$dir/qmp,server=on,wait=off" </dev/null 2>"$dir/qemu.log" &
 source_pid=$!
 wait_for 90 "$dir/serial" "heartbeat 3 "
 tail -1 "$dir/serial"
@@ -79,9 +119,14 @@ stencil capture "$dir/qmp" demo:v1
 beats=$(grep -c heartbeat "$dir/serial")
 sleep 1
 [ "$(grep -c heartbeat "$dir/serial")" -gt "$beats" ] || { echo "demo: the captured guest has stopped" >&2; exit 1; }
+for left in "$dir"/*.stencil-*; do
+    [ ! -e "$left" ] || { echo "demo: $left is left" >&2; exit 1; }
+done
 kill "$source_pid"
 wait "$source_pid" 2>/dev/null || true
 source_pid=
+qemu-img check -q "$dir/disk.qcow2" || { echo "demo: the captured guest's disk is damaged" >&2; exit 1; }
+base=$(stencil export demo:v1/disk-root - | sha256sum)
 
 say "The store is mounted"
 stencil mount "$dir/mnt"
@@ -100,6 +145,23 @@ for id in "${ids[@]}"; do
     printf '%s  %s\n' "$id" "$(stencil logs "$id" | grep heartbeat | tail -1)"
 done
 
+say "Each answers on a port of its own with what it has written to its own disk, all at the same time"
+declare -A port
+while read -r id _ _ _ _ ports _; do port[$id]=${ports%%->*}; done < <(stencil ps | grep ' qemu ')
+mkdir "$dir/answers"
+asking=()
+for id in "${ids[@]}"; do
+    { beats "${port[$id]}" | tail -1 && ask "$STENCIL_RUNTIME_DIR/clones/$id"; } >"$dir/answers/$id" &
+    asking+=($!)
+done
+for one in "${asking[@]}"; do wait "$one" || { echo "demo: a clone does not answer" >&2; exit 1; }; done
+for id in "${ids[@]}"; do
+    { read -r beat && read -r name uuid generation mac _; } <"$dir/answers/$id"
+    printf '%s  port %s  MAC %s  on its disk: %s\n' "$id" "${port[$id]}" "$mac" "$beat"
+    printf '%s\n' "${port[$id]}" "$name" "$uuid" "$generation" "$mac" "$beat" >>"$dir/told"
+done
+[ "$(sort -u "$dir/told" | wc -l)" = $((qemus * 6)) ] || { echo "demo: two clones have the same identity" >&2; cat "$dir/told" >&2; exit 1; }
+
 say "What they cost"
 stencil density --audit | awk '
     $3 == "simulated" { if (++seen > 3) { more++; next } }
@@ -110,6 +172,8 @@ say "The template has not changed"
 served=$(sha256sum <"$memory")
 [ "$served" = "$(stencil export demo:v1 - | sha256sum)" ] || { echo "demo: the template has changed" >&2; exit 1; }
 echo "sha256 ${served%% *} through the mount, and in the store"
+[ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the base image has changed" >&2; exit 1; }
+echo "sha256 ${base%% *} the base image of their disks, before and after"
 
 say "All stop, the mount goes"
 stencil stop --all

@@ -65,7 +65,7 @@ impl Frozen {
 /// Lets all of them write to overlays, or none. The VM stands still.
 ///
 /// # Errors
-/// QEMU's words; then nothing has changed.
+/// QEMU's words. [`settle`] clears up: QEMU may have made files before it refused, or its answer was lost.
 pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     let action = |disk: &Frozen| {
         json!({"type": "blockdev-snapshot-sync", "data": {
@@ -74,16 +74,11 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
         }})
     };
     let actions: Vec<Value> = disks.iter().map(action).collect();
-    match qmp.run("transaction", json!({"actions": actions})) {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            // QEMU has made files before it refused.
-            disks.iter().for_each(|disk| drop(fs::remove_file(&disk.place)));
-            Err(error.context("the VM's disks cannot be frozen").remedy(
-                "QEMU makes an overlay beside each image for as long as that is read: it must be able to write there",
-            ))
-        }
-    }
+    qmp.run("transaction", json!({"actions": actions})).map(drop).map_err(|error| {
+        error.context("the VM's disks cannot be frozen").remedy(
+            "QEMU makes an overlay beside each image for as long as that is read: it must be able to write there",
+        )
+    })
 }
 
 /// Brings every disk back to its own image, and removes the overlays. What was never frozen is left alone.

@@ -53,9 +53,9 @@ impl Stand {
         if let Some(helper) = &mut self.helper {
             helper.tell_frozen(&disks)?;
         }
-        disks::freeze(&mut self.qmp, &disks)?;
+        // Noted first: QEMU may have done it though its answer is lost.
         self.frozen = disks;
-        Ok(())
+        disks::freeze(&mut self.qmp, &self.frozen)
     }
 
     /// Device state, without the RAM that lies in shared files.
@@ -109,8 +109,11 @@ impl Stand {
             Err(_) if !self.vm.is_alive() => disks::settle_without_vm(&frozen),
             other => other,
         };
-        if let Some(helper) = self.helper.take() {
-            helper.dismiss();
+        match (self.helper.take(), &settled) {
+            (Some(helper), Ok(())) => helper.dismiss(),
+            // It tries once more, as soon as this session with QEMU is over.
+            (Some(helper), Err(_)) => drop(helper),
+            (None, _) => {}
         }
         settled
     }

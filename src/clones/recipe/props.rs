@@ -133,6 +133,8 @@ fn flatten(
                     list.push((key.clone(), text.to_owned()));
                 }
             }
+            // As in a block node without backing file.
+            Value::Null => {}
             value => list.push((key, plain(value)?)),
         }
     }

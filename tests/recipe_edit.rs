@@ -93,7 +93,7 @@ fn commands_get_values_of_their_own() {
     let line = "echo {mac} {mac:1} {cid} {uuid} {port:80} {port:53} > {dir}/told; \
                 echo $STENCIL_MAC $STENCIL_MAC_1 $STENCIL_CID $STENCIL_UUID $STENCIL_PORT_80 $STENCIL_PORT_53 > {dir}/again; \
                 eval \"echo >&$STENCIL_NOTIFY\"; exec sleep 1000";
-    world.stencil(&["clone", "web", "-n", "5", "--ready", "notify", "--", "sh", "-c", line]).ok();
+    world.stencil(&["clone", "web", "-n", "5", "--ready", "notify", "--", "bash", "-c", line]).ok();
     let mut all = BTreeSet::new();
     for clone in world.json(&["ps"])["clones"].as_array().unwrap() {
         let dir = clone["dir"].as_str().unwrap();

@@ -38,6 +38,7 @@ impl Qemu {
         let child = Command::new("qemu-system-x86_64")
             .args(words)
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .expect("qemu-system-x86_64 runs: make setup");

@@ -38,9 +38,12 @@ for module in virtio-rng virtio_blk failover net_failover virtio_net; do
 done
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 disk=
-if [ -b /dev/vda ]; then
-    /bin/busybox mount -t ext4 /dev/vda /disk && disk=yes
-fi
+for device in /dev/vd?; do
+    if [ -b "$device" ] && /bin/busybox mount -t ext4 "$device" /disk; then
+        disk=yes
+        break
+    fi
+done
 if [ -e /proc/sys/net/ipv4/conf/eth0 ]; then
     /bin/busybox ip address add 10.0.2.15/24 dev eth0
     /bin/busybox ip link set eth0 up

@@ -9,6 +9,7 @@
 //! between the job's `pending` and its `job-finalize`.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +37,8 @@ pub struct Frozen {
     pub overlay: PathBuf,
     /// The overlay, in the eyes of this host.
     pub place: PathBuf,
+    /// The image: where QEMU sees it, where this host does, its format and its size.
+    image: (PathBuf, PathBuf, String, u64),
 }
 
 impl Frozen {
@@ -58,25 +61,46 @@ impl Frozen {
             overlay_node: format!("stencil-{unique}-{number}"),
             place: place(&overlay),
             overlay,
+            image: (
+                disk.image.path.clone(),
+                place(&disk.image.path),
+                disk.image.format.clone(),
+                disk.image.size,
+            ),
         }
+    }
+
+    /// Makes the empty overlay, for whoever may write to the image.
+    ///
+    /// # Errors
+    /// When there can be no file beside the image.
+    pub fn make(&self) -> Result<()> {
+        let (path, place, format, size) = &self.image;
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(path).arg(&self.place);
+        run(command.arg(size.to_string()), None)?;
+        let failed = |e| Error::io("cannot give the overlay to the image's owner", &self.place, e);
+        let owner = fs::metadata(place).map_err(failed)?;
+        std::os::unix::fs::chown(&self.place, Some(owner.uid()), Some(owner.gid())).map_err(failed)?;
+        fs::set_permissions(&self.place, owner.permissions()).map_err(failed)
     }
 }
 
 /// Lets all of them write to overlays, or none. The VM stands still.
 ///
 /// # Errors
-/// QEMU's words. [`settle`] clears up: QEMU may have made files before it refused, or its answer was lost.
+/// QEMU's words. [`settle`] clears up: it may have done so and its answer was lost.
 pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     let action = |disk: &Frozen| {
         json!({"type": "blockdev-snapshot-sync", "data": {
             "node-name": disk.node, "snapshot-node-name": disk.overlay_node,
-            "snapshot-file": disk.overlay, "format": "qcow2", "mode": "absolute-paths",
+            "snapshot-file": disk.overlay, "format": "qcow2", "mode": "existing",
         }})
     };
     let actions: Vec<Value> = disks.iter().map(action).collect();
     qmp.run("transaction", json!({"actions": actions})).map(drop).map_err(|error| {
         error.context("the VM's disks cannot be frozen").remedy(
-            "QEMU makes an overlay beside each image for as long as that is read: it must be able to write there",
+            "QEMU writes to an overlay beside each image for as long as that is read: it must be able to open it",
         )
     })
 }
@@ -199,10 +223,11 @@ pub fn settle_without_vm(disks: &[Frozen]) -> Result<()> {
     }
     for disk in disks.iter().filter(|disk| disk.place.exists()) {
         let mut command = Command::new("qemu-img");
-        command.args(["commit", "-q", "-f", "qcow2"]).arg(&disk.place);
-        let outcome = run(command, None).and_then(|()| {
-            fs::remove_file(&disk.place).map_err(|e| Error::io("cannot remove the overlay", &disk.place, e))
-        });
+        let outcome =
+            run(command.args(["commit", "-q", "-f", "qcow2"]).arg(&disk.place), None).and_then(|()| {
+                fs::remove_file(&disk.place)
+                    .map_err(|e| Error::io("cannot remove the overlay", &disk.place, e))
+            });
         if let Err(error) = outcome {
             failed.get_or_insert(error.context("the VM ended while its disk was read").at(&disk.place).remedy(
                 "do not start the VM from its image yet: `qemu-img commit` of that file brings in what the guest wrote last",
@@ -234,17 +259,14 @@ pub fn contents(
     // It reads and writes through descriptors of this process: nothing has a name that could be left behind.
     let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&copy));
     command.args(["convert", "-q", "-U", "-n", "--target-is-zero", "-O", "raw", &source, &target]);
-    run(command, Some(interrupt)).map_err(|e| e.context(format!("the disk {} cannot be read", disk.name)))?;
+    run(&mut command, Some(interrupt))
+        .map_err(|e| e.context(format!("the disk {} cannot be read", disk.name)))?;
     Ok(copy)
 }
 
 /// Runs qemu-img to its end.
-fn run(mut command: Command, interrupt: Option<&AtomicBool>) -> Result<()> {
-    own_session(&mut command)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
+fn run(command: &mut Command, interrupt: Option<&AtomicBool>) -> Result<()> {
+    own_session(command).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|e| {
         Error::io("cannot start", "qemu-img", e)
             .remedy("install it (Debian: qemu-utils) and put it into PATH")

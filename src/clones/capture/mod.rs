@@ -81,10 +81,9 @@ pub fn capture(
     request.interrupt = Some(interrupt.clone());
     request.recipe = Some(vm.recipe());
 
-    let mut stand = Stand::still(qmp, socket, vm.process, vm.was_running)?;
-    if run_on {
-        stand.freeze(frozen(&vm)?)?;
-    }
+    let frozen = if run_on { frozen(&vm)? } else { vec![] };
+    let mut stand = Stand::prepare(qmp, socket, vm.process, vm.was_running, frozen)?;
+    stand.still()?;
     let state = stand.device_state()?;
     let state_bytes = Bytes::new(state.metadata().map_or(0, |m| m.len()));
     request.files.push(ImportFile {

@@ -32,29 +32,35 @@ pub(super) struct Stand {
 }
 
 impl Stand {
-    pub fn still(mut qmp: Qmp, socket: &Path, vm: ProcessId, was_running: bool) -> Result<Stand> {
+    /// Before the pause. These disks will be frozen in it; what that needs is made now.
+    pub fn prepare(
+        qmp: Qmp,
+        socket: &Path,
+        vm: ProcessId,
+        was_running: bool,
+        disks: Vec<Frozen>,
+    ) -> Result<Stand> {
         let helper = if was_running { Some(ResumeOnDeath::start(socket, vm)?) } else { None };
-        let ignored_shared = Some(qmp.ignore_shared(true)?);
         let since = Instant::now();
-        let frozen = vec![];
-        let mut stand = Stand { qmp, vm, since, was_running, ignored_shared, over: None, frozen, helper };
-        if was_running {
-            stand.since = Instant::now();
-            stand.qmp.run("stop", json!({}))?;
+        let mut stand =
+            Stand { qmp, vm, since, was_running, ignored_shared: None, over: None, frozen: disks, helper };
+        if let (Some(helper), false) = (&mut stand.helper, stand.frozen.is_empty()) {
+            helper.tell_frozen(&stand.frozen)?;
         }
+        stand.frozen.iter().try_for_each(Frozen::make)?;
         Ok(stand)
     }
 
-    /// Freezes these disks, so that they can be read when the VM runs again.
-    pub fn freeze(&mut self, disks: Vec<Frozen>) -> Result<()> {
-        if disks.is_empty() {
+    /// The pause begins, and the disks are frozen.
+    pub fn still(&mut self) -> Result<()> {
+        self.ignored_shared = Some(self.qmp.ignore_shared(true)?);
+        self.since = Instant::now();
+        if self.was_running {
+            self.qmp.run("stop", json!({}))?;
+        }
+        if self.frozen.is_empty() {
             return Ok(());
         }
-        if let Some(helper) = &mut self.helper {
-            helper.tell_frozen(&disks)?;
-        }
-        // Noted first: QEMU may have done it though its answer is lost.
-        self.frozen = disks;
         disks::freeze(&mut self.qmp, &self.frozen)
     }
 

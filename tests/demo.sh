@@ -65,7 +65,17 @@ wait_for() {
 }
 
 # What the guest behind a port of this host has written to its disk.
-beats() { busybox wget -q -T 20 -O - "http://127.0.0.1:$1/beats"; }
+beats() {
+    perl -MIO::Socket::INET -e '
+        my $guest = IO::Socket::INET->new(PeerAddr => "127.0.0.1", PeerPort => $ARGV[0], Timeout => 20) or die "port $ARGV[0]: $!\n";
+        $SIG{ALRM} = sub { die "port $ARGV[0]: no answer\n" };
+        alarm 60;
+        print $guest "GET /beats HTTP/1.0\r\n\r\n";
+        $guest->flush;
+        my ($head, $body) = split /\r\n\r\n/, join("", <$guest>), 2;
+        $head =~ / 200 / or die "port $ARGV[0]: $head\n";
+        print $body;' "$1"
+}
 
 # ask DIR: what a clone answers over QMP, and on its second serial port: name, uuid, generation, MAC; a heartbeat.
 ask() {

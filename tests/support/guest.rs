@@ -107,6 +107,7 @@ impl Qemu {
     }
 
     /// Ends it as a crash does.
+    #[allow(dead_code, reason = "for scenarios")]
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

@@ -49,6 +49,7 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["verify"], &[]);
     ask(&["mount"], &[mnt]);
     ask(&["path", "web:1"], &[]);
+    ask(&["args", "web:1", "--vmm", "qemu"], &[]);
     let launched = ask(&["clone", "web:1", "--simulate", "read=50%,write=10%"], &[]);
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
     ask(&["ps"], &[]);

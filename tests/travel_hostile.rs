@@ -4,7 +4,7 @@ use std::fs::{self, File};
 
 use stencilfs::error::Code;
 use stencilfs::progress::Silent;
-use stencilfs::store::{Incoming, LoadRequest};
+use stencilfs::store::{Incoming, LoadRequest, TemplateRef, What};
 
 use crate::support::host;
 use crate::support::store::{Fixture, guest_like, random};
@@ -111,7 +111,10 @@ fn mutated_streams_give_the_right_template_or_nothing() {
                     assert_same(&from, &to, &digest);
                     let policy = store.template(&template.digest).unwrap().policy().clone();
                     assert_eq!(policy.mode & !0o444, 0);
-                    store.remove(&digest.parse().unwrap(), |_| Ok(())).unwrap();
+                    let digest = template.digest;
+                    store
+                        .remove(What::Named(&TemplateRef::Digest(digest)), Some(&digest), || Ok(true))
+                        .unwrap();
                 }
             }
         }

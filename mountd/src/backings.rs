@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use stencilfs::control::{BackingRow, Chosen, FileKey, Stage};
 use stencilfs::error::{Error, Result};
+use stencilfs::store::Digest;
 use stencilfs::sys::fuse_dev;
 use stencilfs::units::Bytes;
 
@@ -224,6 +225,20 @@ impl Backings {
         backing.row.filled = backing.row.reserved;
         backing.row.why = None;
         Ok(id)
+    }
+
+    /// The files of a template that have a ready backing.
+    pub fn keys_of(&self, digest: &Digest) -> Vec<FileKey> {
+        let ready = self.0.iter().filter(|b| b.row.key.digest == *digest && b.row.id.is_some());
+        ready.map(|b| b.row.key.clone()).collect()
+    }
+
+    /// As [`close`](Self::close), and gives the files, to be closed elsewhere.
+    pub fn close_with_files(&mut self, fuse: &OwnedFd, keys: &[FileKey]) -> Vec<OwnedFd> {
+        let wanted = |b: &&mut Backing| keys.contains(&b.row.key);
+        let files = self.0.iter_mut().filter(wanted).filter_map(|b| b.file.take()).collect();
+        self.close(fuse, keys);
+        files
     }
 
     /// Closes backings that nobody uses and nobody is handed any more.

@@ -57,6 +57,14 @@ struct Caller {
     id: u64,
     channel: Channel,
     waits: bool,
+    /// It keeps its place though it waits for nothing: something holds for as long as it is connected.
+    keeps: bool,
+}
+
+impl Caller {
+    fn may_go(&self) -> bool {
+        !self.waits && !self.keeps
+    }
 }
 
 /// Who called; and who started the mount, which is told once that it answers.
@@ -105,7 +113,7 @@ impl Callers {
     /// Goes on with a caller that waits for its answer, and gives its number.
     pub fn resume(&mut self, channel: Channel) -> u64 {
         self.next += 1;
-        self.all.push(Caller { id: self.next, channel, waits: true });
+        self.all.push(Caller { id: self.next, channel, waits: true, keeps: false });
         self.next
     }
 
@@ -129,25 +137,35 @@ impl Callers {
     /// True when one more can be taken in.
     pub fn has_room(&self) -> bool {
         let open = self.closed_until.is_none_or(|until| Instant::now() >= until);
-        open && (self.all.len() < MOST || self.all.iter().any(|c| !c.waits))
+        open && (self.all.len() < MOST || self.all.iter().any(Caller::may_go))
     }
 
     /// Takes in who waits at the door.
     pub fn accept(&mut self, listener: &OwnedFd) {
         if self.all.len() >= MOST {
-            let Some(at) = self.all.iter().position(|c| !c.waits) else { return };
+            let Some(at) = self.all.iter().position(Caller::may_go) else { return };
             self.all.remove(at);
         }
         match accept_with(listener, SocketFlags::CLOEXEC) {
             Ok(socket) => {
                 self.next += 1;
-                self.all.push(Caller { id: self.next, channel: Channel::new(socket), waits: false });
+                self.all.push(Caller {
+                    id: self.next,
+                    channel: Channel::new(socket),
+                    waits: false,
+                    keeps: false,
+                });
             }
             Err(e) => {
                 log::debug!("the control socket: {e}");
                 self.closed_until = Some(Instant::now() + REST);
             }
         }
+    }
+
+    /// Whether a caller keeps its place also while it waits for nothing.
+    pub fn keep(&mut self, id: u64, keeps: bool) {
+        self.all.iter_mut().filter(|c| c.id == id).for_each(|c| c.keeps = keeps);
     }
 
     /// Their ends, to be listened to.

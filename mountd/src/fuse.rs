@@ -17,6 +17,7 @@ use stencilfs::store::Serving;
 use stencilfs::units::PAGE_SIZE;
 
 use crate::attr::{attr, kind};
+use crate::condemned::Condemned;
 use crate::decode::MAX_READ;
 use crate::errno::Refusal;
 use crate::inflight::{Flight, Flights};
@@ -46,6 +47,8 @@ pub struct Templates {
     pub source: Arc<Source>,
     /// Files with a backing, and opens that wait for one.
     pub passthrough: Arc<Passthrough>,
+    /// What nobody may find or open.
+    pub condemned: Arc<Condemned>,
     /// The counters.
     pub stats: Stats,
     /// Requests in flight.
@@ -128,6 +131,7 @@ impl Filesystem for Templates {
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let flight = self.take(req, Op::Lookup, parent);
         self.stats.count(Counter::Lookups);
+        let _looking = self.condemned.look();
         let found = self.tree.lookup(parent.0, name, &*self.passthrough);
         flight.replying();
         match found {
@@ -170,7 +174,12 @@ impl Filesystem for Templates {
             reply.error(Refusal::Writes.errno());
             return;
         }
-        let refusal = match self.openable(ino) {
+        let _looking = self.condemned.look();
+        let openable = self.openable(ino);
+        if let Ok(Node::File(digest, ..)) = &openable {
+            self.condemned.opened(digest);
+        }
+        let refusal = match openable {
             Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
                 // It answers later, when the backing has to be made first.
                 Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),

@@ -13,6 +13,7 @@ use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
+use crate::condemned::Condemned;
 use crate::kept;
 use crate::link::{Answer, Ask, Cache, FileKey, Link, unexpected};
 use crate::source::patiently;
@@ -35,18 +36,30 @@ pub struct Hydrator {
     cache: Cache,
     link: Arc<Link>,
     stats: Stats,
+    condemned: Arc<Condemned>,
     threads: usize,
 }
 
 impl Hydrator {
     /// Makes backings there, with so many threads each.
-    pub fn new(cache: Cache, link: Arc<Link>, stats: Stats, threads: usize) -> Hydrator {
-        Hydrator { cache, link, stats, threads: threads.clamp(1, MOST_THREADS) }
+    pub fn new(
+        cache: Cache,
+        link: Arc<Link>,
+        stats: Stats,
+        condemned: Arc<Condemned>,
+        threads: usize,
+    ) -> Hydrator {
+        Hydrator { cache, link, stats, condemned, threads: threads.clamp(1, MOST_THREADS) }
     }
 
     /// Where backings are made.
     pub fn cache(&self) -> &Cache {
         &self.cache
+    }
+
+    /// What is about to be removed: no backing is made of it.
+    pub fn condemned(&self) -> &Condemned {
+        &self.condemned
     }
 
     /// The way to the supervisor.
@@ -66,6 +79,7 @@ impl Hydrator {
         key: &FileKey,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
     ) -> Result<(u32, OwnedFd)> {
+        self.check(template)?;
         let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
         let pieces = pieces(template, file, size)?;
         let bytes: u64 = pieces.iter().map(|p| p.end - p.start).sum();
@@ -79,6 +93,13 @@ impl Hydrator {
         match self.link.ask(&Ask::Register { key: key.clone(), identity: kept::identity(&backing)? }, None)? {
             (Answer::Backing(id), _) => Ok((id, backing.into())),
             (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    fn check(&self, template: &Template) -> Result<()> {
+        match self.condemned.holds(template.digest()) {
+            true => Err(Error::not_found("it is about to be removed")),
+            false => Ok(()),
         }
     }
 
@@ -128,6 +149,7 @@ impl Hydrator {
     ) -> Result<()> {
         let filled = AtomicU64::new(0);
         self.in_parallel(pieces, |piece, scratch, buffer| {
+            self.check(template)?;
             let buffer = &mut buffer[..(piece.end - piece.start) as usize];
             for (i, part) in buffer.chunks_mut(BLOCK_SIZE as usize).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
@@ -155,6 +177,7 @@ impl Hydrator {
         pieces: &[Range<u64>],
     ) -> Result<()> {
         self.in_parallel(pieces, |piece, _, buffer| {
+            self.check(template)?;
             let length = (piece.end - piece.start) as usize;
             // A hash is over a whole block, zeros behind the end of the file.
             buffer[length..].fill(0);

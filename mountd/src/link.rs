@@ -100,6 +100,13 @@ pub enum Ask {
         /// Bytes of data.
         bytes: u64,
     },
+    /// The list of condemned templates is acted upon. Answered by `Done`.
+    Condemned {
+        /// How often the bell was rung before the list was read.
+        ring: u32,
+        /// So long the last open of one of them may take to be seen.
+        grace_ms: u64,
+    },
     /// The server cannot start. Answered by `Done`.
     GiveUp {
         /// Why.

@@ -11,6 +11,7 @@ mod attr;
 mod backing;
 mod backings;
 mod begin;
+mod condemned;
 mod control;
 mod decode;
 mod errno;

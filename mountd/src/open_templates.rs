@@ -76,6 +76,11 @@ impl OpenTemplates {
         self.names.get(digest).and_then(|names| names.get(file).cloned())
     }
 
+    /// Closes all; their names stay known.
+    pub fn close(&self) {
+        self.open.clear();
+    }
+
     /// Forgets all templates but these.
     pub fn retain(&self, digests: &HashSet<Digest>) {
         self.names.retain(|digest, _| digests.contains(digest));

@@ -28,6 +28,9 @@ const AT_ONCE: usize = 2;
 /// What did not fit is tried again after so long.
 const RETRY: Duration = Duration::from_secs(10);
 
+/// The making of a backing has ended within this time; it may wait for the store.
+const LONGEST_END: Duration = Duration::from_secs(5);
+
 /// So many files may be known before those without a backing are forgotten.
 const MOST_STATES: usize = 4096;
 
@@ -219,6 +222,10 @@ impl Passthrough {
                 );
                 (Some(State::Ready(Ready { id, _file: file })), Ok(id))
             }
+            Err(_) if self.hydrator.condemned().holds(&job.key.digest) => {
+                let _ = self.hydrator.link().ask(&Ask::GiveBack { key: job.key.clone() }, None);
+                (None, Err(Refusal::NoEntry))
+            }
             Err(error) => {
                 self.stats.count(Counter::HydrationsFailed);
                 log::warn!("template {} file {} gets no backing: {error}", job.key.digest, job.key.file);
@@ -234,6 +241,15 @@ impl Passthrough {
                 }
             }
         };
+        let _looking = self.hydrator.condemned().look();
+        // What was condemned meanwhile has a backing, and nobody gets it.
+        let answer = match self.hydrator.condemned().holds(&job.key.digest) {
+            true => Err(Refusal::NoEntry),
+            false => answer,
+        };
+        if answer.is_ok() {
+            self.hydrator.condemned().opened(&job.key.digest);
+        }
         let mut states = self.states();
         let before = match state {
             Some(state) => states.insert(job.key.clone(), state),
@@ -286,9 +302,49 @@ impl Passthrough {
             }
         }
         for (template, file, opening) in opens {
-            self.open(&template, file, opening);
+            let condemned = self.hydrator.condemned();
+            let _looking = condemned.look();
+            if condemned.holds(template.digest()) {
+                opening.refuse(Refusal::NoEntry);
+            } else {
+                condemned.opened(template.digest());
+                self.open(&template, file, opening);
+            }
         }
         closed.map(|_| ())
+    }
+
+    /// Ends what is under way for condemned templates, and forgets what is removed: opens that wait are refused, and the
+    /// makers of backings give up at their next piece.
+    pub fn end_condemned(&self) {
+        let condemned = self.hydrator.condemned();
+        let until = Instant::now() + LONGEST_END;
+        loop {
+            let mut refused = Vec::new();
+            let mut filling = false;
+            self.states().retain(|key, state| {
+                if !condemned.holds(&key.digest) {
+                    return true;
+                }
+                match state {
+                    State::Filling { waiting, .. } => {
+                        refused.append(waiting);
+                        filling = true;
+                        true
+                    }
+                    State::Leaving { waiting, .. } => {
+                        refused.extend(waiting.drain(..).map(|(_, _, opening)| opening));
+                        true
+                    }
+                    State::Ready(_) | State::Decode { .. } => !condemned.is_removed(&key.digest),
+                }
+            });
+            refused.into_iter().for_each(|opening: Opening| opening.refuse(Refusal::NoEntry));
+            if !filling || Instant::now() > until {
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn tell(&self, key: &FileKey, why: Option<String>) {

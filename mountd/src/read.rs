@@ -63,7 +63,7 @@ impl Reader {
         let template = self.tree.template(digest)?;
         match self.decoder.read(&template, file, offset, size as usize, &mut *send) {
             Err(Refusal::Away) => Err(Refusal::Away),
-            Err(refusal) if !self.tree.gone(digest)? => {
+            Err(refusal) if !self.tree.removed(digest)? => {
                 // Its blocks may have been moved since it was opened; a second failure is the answer.
                 let template = match self.tree.reopen(digest) {
                     Err(Refusal::Away) => return Err(Refusal::Away),

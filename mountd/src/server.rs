@@ -16,6 +16,7 @@ use stencilfs::sys::memfd::SharedCounters;
 use stencilfs::sys::{descriptor, fuse_dev, process};
 use stencilfs::units::Bytes;
 
+use crate::condemned::{Condemned, Watcher};
 use crate::decode::{Decoder, MAX_READ};
 use crate::fuse::Templates;
 use crate::handed::Fds;
@@ -100,10 +101,16 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn serve(inherited: &Inherited) -> Result<()> {
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
-    let (_, snapshot) = kept::read(kept::copy(ledger)?)?;
-    let Snapshot { init, reply, options, chosen, backings, .. } = snapshot;
     let page = SharedCounters::map(kept::copy(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
+    // Before the list of condemned templates is read: what changes it later rings again.
+    let rings = stats.page().rings();
+    let (_, snapshot) = kept::read(kept::copy(ledger)?)?;
+    let Snapshot { init, reply, options, chosen, backings, condemned, .. } = snapshot;
+    let condemned = Condemned::new(&condemned);
+    // The supervisor closes these.
+    let backings: Vec<BackingRow> =
+        backings.into_iter().filter(|b| !condemned.is_removed(&b.key.digest)).collect();
     let flights = Flights::begin(stats.clone())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
@@ -119,17 +126,27 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let lacks = sandbox::enter(&options.store)?;
     // Without its capabilities the server may see less than before.
     let store = open_store(&options.store, reply.is_some())?;
-    let tree = Arc::new(Tree::new(store.clone(), most_open));
-    let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), cores);
+    let tree = Arc::new(Tree::new(store.clone(), most_open, Arc::clone(&condemned)));
+    let hydrator =
+        Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cores);
     let passthrough =
         Passthrough::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
+    let watcher = Watcher {
+        condemned: Arc::clone(&condemned),
+        tree: Arc::clone(&tree),
+        passthrough: Arc::clone(&passthrough),
+        store: store.clone(),
+        ledger: kept::copy(ledger)?,
+        stats: stats.clone(),
+        link: Arc::clone(link),
+    };
     let decoder = Decoder::new(KEEP, stats.clone(), replies);
     let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder));
     let source = Source::new(store, Arc::clone(&reader), stats.clone());
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
     let unfinished = passthrough.know_late(late);
     let filesystem =
-        Templates { tree, reader, source, passthrough: Arc::clone(&passthrough), stats, flights };
+        Templates { tree, reader, source, passthrough: Arc::clone(&passthrough), condemned, stats, flights };
 
     let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
@@ -140,6 +157,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     }
     link.tell(&Ask::Serving)?;
     link.wait_for_ever();
+    watcher.start(rings);
     passthrough.begin(unfinished);
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))

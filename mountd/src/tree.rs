@@ -16,6 +16,7 @@ use dashmap::{DashMap, Entry};
 use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number};
 use stencilfs::units::Bytes;
 
+use crate::condemned::Condemned;
 use crate::errno::Refusal;
 use crate::open_templates::OpenTemplates;
 
@@ -118,16 +119,18 @@ pub struct Tree {
     secret: [u8; 32],
     nodes: DashMap<u64, Node>,
     templates: OpenTemplates,
+    condemned: Arc<Condemned>,
     /// Numbers entered since those of removed templates were last sought.
     entered: AtomicUsize,
 }
 
 impl Tree {
     /// The tree of that store, of which at most `open` templates are kept open.
-    pub fn new(store: Store, open: usize) -> Tree {
+    pub fn new(store: Store, open: usize, condemned: Arc<Condemned>) -> Tree {
         let secret = store.secret();
         let templates = OpenTemplates::new(open);
-        let tree = Tree { store, secret, nodes: DashMap::new(), templates, entered: AtomicUsize::new(0) };
+        let (nodes, entered) = (DashMap::new(), AtomicUsize::new(0));
+        let tree = Tree { store, secret, nodes, templates, condemned, entered };
         tree.nodes.insert(ROOT, Node::Root);
         tree
     }
@@ -312,11 +315,25 @@ impl Tree {
         }
     }
 
-    /// True for a template that the store has no more. Its open files go on.
+    /// Closes every template that is open: what somebody still needs is opened again.
+    pub fn close_templates(&self) {
+        self.templates.close();
+    }
+
+    /// True for a template that nobody may find or open: the store has it no more, or it is condemned. Its open files go
+    /// on.
     ///
     /// # Errors
     /// [`Refusal::Away`] when the store cannot be asked.
     pub fn gone(&self, digest: &Digest) -> Result<bool, Refusal> {
+        if self.condemned.holds(digest) { Ok(true) } else { self.removed(digest) }
+    }
+
+    /// True for one that the store has no more.
+    ///
+    /// # Errors
+    /// As [`gone`](Self::gone).
+    pub fn removed(&self, digest: &Digest) -> Result<bool, Refusal> {
         self.store.find(digest).map(|found| !found).map_err(|e| refuse(&e))
     }
 

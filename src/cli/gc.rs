@@ -7,8 +7,10 @@ use serde_json::Value;
 
 use super::output::{Done, Report, to_json};
 use super::{Global, interrupt};
-use crate::error::Result;
-use crate::store::{Collected, Store};
+use crate::clones::removal;
+use crate::control;
+use crate::error::{Code, Result};
+use crate::store::{Collected, Digest, Store};
 
 /// Give back what no template needs
 ///
@@ -19,11 +21,18 @@ pub struct GcArgs {
     /// Change nothing, say what would be given back
     #[arg(long)]
     dry_run: bool,
+    /// Also remove templates without a tag that nobody uses
+    #[arg(long)]
+    untagged: bool,
 }
 
 #[derive(serde::Serialize)]
 struct Collection {
     dry_run: bool,
+    /// Templates without a tag that are gone.
+    removed_templates: Vec<Digest>,
+    /// Those that somebody uses.
+    kept_templates: Vec<Digest>,
     #[serde(flatten)]
     collected: Collected,
 }
@@ -39,6 +48,12 @@ impl Report for Collection {
             freed_bytes,
             dead_bytes,
         } = &self.collected;
+        for digest in &self.removed_templates {
+            writeln!(out, "template {digest} {}", if self.dry_run { "would be removed" } else { "removed" })?;
+        }
+        for digest in &self.kept_templates {
+            writeln!(out, "template {digest} has no tag and is in use")?;
+        }
         let would = if self.dry_run { "would be " } else { "" };
         writeln!(out, "{freed_bytes} {would}given back ({} bytes)", freed_bytes.get())?;
         writeln!(
@@ -66,6 +81,40 @@ impl Report for Collection {
 pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let stop = interrupt::flag()?;
-    let collected = store.collect(args.dry_run, &stop, &*global.progress())?;
-    Ok(Done::report(Collection { dry_run: args.dry_run, collected }))
+    let mut collection = Collection {
+        dry_run: args.dry_run,
+        removed_templates: Vec::new(),
+        kept_templates: Vec::new(),
+        collected: Collected::default(),
+    };
+    if args.untagged {
+        let tags = store.tags()?;
+        let untagged = store.digests()?.into_iter().filter(|d| tags.iter().all(|t| t.digest != *d));
+        for digest in untagged {
+            if args.dry_run {
+                collection.removed_templates.push(digest);
+                continue;
+            }
+            match removal::remove_untagged(&store, &digest) {
+                Ok(removed) => collection.removed_templates.extend(removed.template),
+                Err(error) if matches!(error.code(), Code::InUse | Code::TryAgain) => {
+                    log::info!("{error}");
+                    collection.kept_templates.push(digest);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    collection.collected = store.collect(args.dry_run, &stop, &*global.progress())?;
+    if !args.dry_run {
+        // What a server has open keeps its room.
+        let mounts = control::mounts().unwrap_or_else(|error| {
+            log::warn!("mounts are not told: {error}");
+            Vec::new()
+        });
+        for mount in mounts.into_iter().filter(|m| m.store == store.dir() && !m.orphaned) {
+            control::request_refresh(&mount).unwrap_or_else(|error| log::warn!("{error}"));
+        }
+    }
+    Ok(Done::report(collection))
 }

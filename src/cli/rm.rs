@@ -8,10 +8,9 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
-use crate::clones::find;
-use crate::control::{self, RemovalMark};
-use crate::error::{Error, Result};
-use crate::store::{Digest, Removed, Store, TemplateRef};
+use crate::clones::removal;
+use crate::error::Result;
+use crate::store::{Removed, Store, TemplateRef};
 
 /// Remove a tag; the last one takes the template along
 #[derive(Debug, Args)]
@@ -44,39 +43,9 @@ impl Report for Gone {
 /// Runs it.
 ///
 /// # Errors
-/// When there is no such template, or a process maps it.
+/// When there is no such template, or somebody uses it.
 pub fn run(args: &RmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let removed = args.templates.iter().map(|t| {
-        let mut mark = None;
-        store.remove(t, |digest| check_unused(&store, digest, &mut mark))
-    });
+    let removed = args.templates.iter().map(|template| removal::remove(&store, template));
     Ok(Done::report(Gone(removed.collect::<Result<_>>()?)))
-}
-
-/// Refuses while a process maps the template in any mount of this store, lazily unmounted ones too.
-fn check_unused(store: &Store, digest: &Digest, mark: &mut Option<RemovalMark>) -> Result<()> {
-    let mark = mark.insert(RemovalMark::announce(store, digest)?);
-    mark.expect_no_lease()?;
-    let mut mounts = control::mounts()?;
-    mounts.retain(|m| m.store == store.dir());
-    if mounts.is_empty() {
-        return Ok(());
-    }
-    if let Err(error) = store.template(digest) {
-        let why = format!("template {digest} is damaged, so its users cannot be found ({})", error.message());
-        return Err(Error::in_use(why)
-            .remedy("import the same memory again to repair it, or unmount the store first"));
-    }
-    let clones = find::template_mappings(&mounts)?.complete()?;
-    let users = clones.iter().filter(|c| c.maps.iter().any(|m| m.digest == *digest));
-    let pids: Vec<String> = users.map(|c| c.pid.to_string()).collect();
-    match pids.len() {
-        0 => Ok(()),
-        count => Err(Error::in_use(format!(
-            "template {digest} is in use: {count} processes map it: {}",
-            pids.join(", ")
-        ))
-        .remedy("stop them first: stencil stop ends the clones that Stencil launched")),
-    }
 }

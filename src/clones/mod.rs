@@ -9,5 +9,6 @@ pub mod launch;
 pub mod qmp;
 pub mod recipe;
 pub mod registry;
+pub mod removal;
 pub mod stop;
 pub mod vmm;

@@ -89,6 +89,17 @@ pub fn request_unmount(mount: &Mount, mode: UnmountMode) -> Result<()> {
     done(ask(&mount.dir, &Request::Unmount { mode })?)
 }
 
+/// Has the server close what was given back in the store; comes back when it has.
+///
+/// # Errors
+/// When the supervisor does not answer.
+pub fn request_refresh(mount: &Mount) -> Result<()> {
+    match ask(&mount.dir, &Request::Refresh)? {
+        (Response::Settled { .. }, _) => Ok(()),
+        (other, _) => Err(unexpected(&other)),
+    }
+}
+
 /// Has the supervisor go on with that program: a new server, and with `supervisor` a new supervisor too. Comes back
 /// once the new server answers the kernel.
 ///
@@ -104,6 +115,9 @@ fn done(answer: (Response, Option<OwnedFd>)) -> Result<()> {
         (other, _) => Err(unexpected(&other)),
     }
 }
+
+pub(super) const SUPERVISOR_LOST: &str =
+    "see whether it runs with `stencil status`; its log is beside that socket";
 
 const OTHER_VERSION: &str = "stencil and stencil-mountd are of different versions: install both from one build, then run stencil restart";
 
@@ -134,10 +148,7 @@ fn ask_with(
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(Response, Option<OwnedFd>)> {
     let path = dir.join(CONTROL_SOCKET);
-    let lost = |e| {
-        Error::io("cannot talk to the supervisor of the mount", &path, e)
-            .remedy("see whether it runs with `stencil status`; its log is beside that socket")
-    };
+    let lost = |e| Error::io("cannot talk to the supervisor of the mount", &path, e).remedy(SUPERVISOR_LOST);
     let channel = reach(dir).map_err(lost)?;
     channel.set_patience(PATIENCE).map_err(lost)?;
     channel.send(request, fd).map_err(lost)?;
@@ -149,7 +160,7 @@ fn ask_with(
 }
 
 /// Socket addresses hold 107 bytes; a longer path is reached through its folder's descriptor.
-fn reach(dir: &Path) -> io::Result<Channel> {
+pub(super) fn reach(dir: &Path) -> io::Result<Channel> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let folder = File::open(dir)?;
     connect(&socket, &SocketAddrUnix::new(super::socket_path(folder.as_fd()))?)?;

@@ -4,6 +4,7 @@
 //! (`control.sock`) and its log. [`mounts`] reads the records; [`Mount`] asks the supervisor behind one.
 
 mod client;
+mod condemn;
 mod daemon;
 mod inflight;
 mod lease;
@@ -17,14 +18,15 @@ mod wire;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
-pub use client::{ask, request_restart, request_unmount};
+pub use client::{ask, request_refresh, request_restart, request_unmount};
+pub use condemn::Condemnation;
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
 pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
 pub use lease::{Lease, LeaseHolder, RemovalMark, leases, removals};
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, mounts};
-pub use snapshot::{BackingRow, Cache, Chosen, FileKey, ServerRow, Snapshot, Stage};
+pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerRow, Snapshot, Stage};
 pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
 pub use wire::{Channel, MAX_MESSAGE, Received};
 

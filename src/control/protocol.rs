@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error};
+use crate::store::Digest;
 
 /// Version of the words between the processes of a mount. Servers and supervisors of different versions do not mix.
 pub const CONTROL_VERSION: u32 = 3;
@@ -25,6 +26,27 @@ pub enum Request {
         /// True where the supervisor itself is to be replaced too.
         supervisor: bool,
     },
+    /// Nobody is to find or open a template any more, as long as this connection lives. Answered by
+    /// [`Response::Settled`] once it is so.
+    Condemn {
+        /// Which.
+        digest: Digest,
+    },
+    /// Whether it has been so ever since. Answered by [`Response::Done`].
+    Confirm {
+        /// Which.
+        digest: Digest,
+    },
+    /// It may be found again; or it is removed, and its backings are closed. Answered by [`Response::Settled`].
+    Release {
+        /// Which.
+        digest: Digest,
+        /// True once it is removed.
+        removed: bool,
+    },
+    /// Something in the store was given back: what the server has open of it is closed. Answered by
+    /// [`Response::Settled`].
+    Refresh,
     /// End the mount.
     Unmount {
         /// How.
@@ -54,6 +76,12 @@ pub enum Response {
     Descriptor,
     /// It was done.
     Done,
+    /// It was done, in every server of the mount. What an open that was answered before has given can be seen after so
+    /// long.
+    Settled {
+        /// At most a second.
+        milliseconds: u64,
+    },
     /// It was not done.
     Failed(Failure),
 }

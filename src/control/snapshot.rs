@@ -96,6 +96,15 @@ fn yes() -> bool {
     true
 }
 
+/// A template that is about to be removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CondemnedRow {
+    /// Which.
+    pub digest: Digest,
+    /// True once it is removed, and only its backings are left.
+    pub removed: bool,
+}
+
 /// All of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -132,6 +141,9 @@ pub struct Snapshot {
     pub restarts: u64,
     /// Backings, and the reasons of files that have none.
     pub backings: Vec<BackingRow>,
+    /// Templates that nobody may find or open.
+    #[serde(default)]
+    pub condemned: Vec<CondemnedRow>,
     /// What was done since the mount began, by name.
     pub counters: BTreeMap<String, u64>,
 }

@@ -44,7 +44,7 @@ pub use open::{ContentHold, Store};
 pub use owner::{Owner, parse_mode};
 pub use policy::{DEFAULT_MODE, Policy};
 pub use reference::{DEFAULT_TAG, TagName, TemplateRef, check_name};
-pub use remove::Removed;
+pub use remove::{Removal, Removed, What};
 pub use serving::{Serving, inode_number};
 pub use tags::TagEntry;
 pub use template::{Scratch, Template};

@@ -229,6 +229,11 @@ impl Store {
         self.blame(error)
     }
 
+    /// Closes packs that are gone: while they are open they keep their room on the disk. Who reads them goes on.
+    pub fn close_vanished(&self) {
+        self.packs().close_vanished();
+    }
+
     pub(super) fn packs(&self) -> &Packs {
         &self.0.packs
     }

@@ -192,6 +192,13 @@ impl Packs {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
+    /// Closes those that are not in the folder any more.
+    pub fn close_vanished(&self) {
+        let folder = &self.folder;
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|id, _| pack_path(folder, *id).exists());
+    }
+
     /// Identities of all packs in the folder, by file name.
     pub fn ids(&self) -> Result<Vec<PackId>> {
         let read = |e| Error::io("cannot list packs", &self.folder, e);

@@ -9,7 +9,7 @@ use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
 
 /// What a removal has taken away.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Removed {
     /// Tags that are gone.
     pub tags: Vec<TagName>,
@@ -17,41 +17,76 @@ pub struct Removed {
     pub template: Option<Digest>,
 }
 
+/// What is to be removed.
+#[derive(Debug, Clone, Copy)]
+pub enum What<'a> {
+    /// What these words mean: a tag of a template that has others goes alone, the last tag takes the template along,
+    /// a digest takes all its tags along.
+    Named(&'a TemplateRef),
+    /// A template, unless it has a tag.
+    Untagged(&'a Digest),
+}
+
+/// How far a removal has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removal {
+    /// That is gone.
+    Done(Removed),
+    /// This template would go: see first that nobody uses it.
+    Template(Digest),
+}
+
 impl Store {
-    /// Removes what `reference` names. A tag of a template that has others is removed alone; the last
-    /// tag takes the template along, and a digest takes all its tags along.
-    ///
-    /// `in_use` is asked before a template goes, while no name can change; its error stops the removal.
+    /// Removes tags, and with them the template `unused`, of which the caller knows that nobody uses it. Any other
+    /// template is only named. `last_look` is asked before the template goes, while no name can change: whether that
+    /// is still so.
     ///
     /// # Errors
-    /// [`Code::NotFound`], what `in_use` says, or when a file cannot be removed.
+    /// [`Code::NotFound`], what `last_look` says, or when a file cannot be removed.
     pub fn remove(
         &self,
-        reference: &TemplateRef,
-        in_use: impl FnOnce(&Digest) -> Result<()>,
-    ) -> Result<Removed> {
+        what: What<'_>,
+        unused: Option<&Digest>,
+        last_look: impl FnOnce() -> Result<bool>,
+    ) -> Result<Removal> {
         let _names = self.lock_names()?;
-        let digest = match reference {
-            TemplateRef::Tag(tag) => match self.tag(tag) {
-                Ok(Some(digest)) if self.has(&digest) => digest,
-                Ok(None) => return self.resolve(reference).map(|_| nothing()),
-                // It points nowhere, or is damaged: there is nothing but itself to remove.
-                Ok(Some(_)) => return self.remove_tag_only(tag),
-                Err(e) if e.code() == Code::Damage => return self.remove_tag_only(tag),
-                Err(e) => return Err(e),
-            },
-            other => self.resolve(other)?,
+        let tags_of = |digest: &Digest| -> Result<Vec<TagName>> {
+            let ours = self.tags()?.into_iter().filter(|t| t.digest == *digest);
+            ours.map(|entry| TagName::new(&entry.name, &entry.tag)).collect()
         };
-        let mut tags: Vec<TagName> = Vec::new();
-        for entry in self.tags()?.into_iter().filter(|t| t.digest == digest) {
-            tags.push(TagName::new(&entry.name, &entry.tag)?);
+        let (digest, tags) = match what {
+            What::Untagged(digest) => {
+                if !self.find(digest)? || !tags_of(digest)?.is_empty() {
+                    return Ok(Removal::Done(Removed::default()));
+                }
+                (*digest, Vec::new())
+            }
+            What::Named(TemplateRef::Tag(tag)) => {
+                let digest = match self.tag(tag) {
+                    Ok(Some(digest)) if self.has(&digest) => digest,
+                    Ok(None) => {
+                        // It says that there is none.
+                        self.resolve(&TemplateRef::Tag(tag.clone()))?
+                    }
+                    // It points nowhere, or is damaged: there is nothing but itself to remove.
+                    Ok(Some(_)) => return self.remove_tag_only(tag),
+                    Err(e) if e.code() == Code::Damage => return self.remove_tag_only(tag),
+                    Err(e) => return Err(e),
+                };
+                let tags = tags_of(&digest)?;
+                if tags.iter().any(|t| t != tag) {
+                    return self.remove_tag_only(tag);
+                }
+                (digest, tags)
+            }
+            What::Named(other) => {
+                let digest = self.resolve(other)?;
+                (digest, tags_of(&digest)?)
+            }
+        };
+        if unused != Some(&digest) || !last_look()? {
+            return Ok(Removal::Template(digest));
         }
-        if let TemplateRef::Tag(tag) = reference
-            && tags.iter().any(|t| t != tag)
-        {
-            return self.remove_tag_only(tag);
-        }
-        in_use(&digest)?;
         let session = Session::begin(&self.tmp_dir())?;
         // Tags first: what is left after a crash in between is a template without a name, not a name
         // without a template.
@@ -62,15 +97,11 @@ impl Store {
         let folder = self.image_dir(&digest);
         fs::rename(&folder, &grave).map_err(|e| Error::io("cannot remove the template", &folder, e))?;
         sync_folder(&self.images_dir())?;
-        Ok(Removed { tags, template: Some(digest) })
+        Ok(Removal::Done(Removed { tags, template: Some(digest) }))
     }
 
-    fn remove_tag_only(&self, tag: &TagName) -> Result<Removed> {
+    fn remove_tag_only(&self, tag: &TagName) -> Result<Removal> {
         self.remove_tag_locked(tag)?;
-        Ok(Removed { tags: vec![tag.clone()], template: None })
+        Ok(Removal::Done(Removed { tags: vec![tag.clone()], template: None }))
     }
-}
-
-fn nothing() -> Removed {
-    Removed { tags: Vec::new(), template: None }
 }

@@ -4,10 +4,11 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MlockFlags, ProtFlags};
+use rustix::thread::futex;
 
 use crate::units::{Bytes, PAGE_SIZE};
 
@@ -106,13 +107,13 @@ impl Drop for SharedWords {
     }
 }
 
-/// A page of 64-bit numbers that several processes count in.
+/// A page of 64-bit numbers that several processes count in, and a bell that one of them rings for the others.
 #[derive(Debug)]
 pub struct SharedCounters(SharedWords);
 
 impl SharedCounters {
-    /// How many numbers there are.
-    pub const COUNT: usize = (PAGE_SIZE / 8) as usize;
+    /// How many numbers there are. Behind them is the bell.
+    pub const COUNT: usize = (PAGE_SIZE / 8) as usize - 1;
 
     /// A new page, all zero.
     ///
@@ -132,12 +133,36 @@ impl SharedCounters {
 
     /// All of them.
     pub fn all(&self) -> &[AtomicU64] {
-        self.0.all()
+        &self.0.all()[..Self::COUNT]
     }
 
     /// To hand to another process.
     pub fn fd(&self) -> &OwnedFd {
         self.0.fd()
+    }
+
+    fn bell(&self) -> &AtomicU32 {
+        let word = std::ptr::from_ref(&self.0.all()[Self::COUNT]);
+        // SAFETY: four bytes at the begin of an aligned word that lives as long as `self`; no process reaches it other
+        // than as this smaller atomic.
+        unsafe { &*word.cast::<AtomicU32>() }
+    }
+
+    /// How often the bell was rung.
+    pub fn rings(&self) -> u32 {
+        self.bell().load(Ordering::SeqCst)
+    }
+
+    /// Rings the bell: whoever waits for it goes on. Gives how often it was rung.
+    pub fn ring(&self) -> u32 {
+        let rings = self.bell().fetch_add(1, Ordering::SeqCst).wrapping_add(1);
+        let _ = futex::wake(self.bell(), futex::Flags::empty(), i32::MAX as u32);
+        rings
+    }
+
+    /// Waits until the bell is rung, if it was not since it had been rung `heard` times; may come back early.
+    pub fn wait_for_ring(&self, heard: u32) {
+        let _ = futex::wait(self.bell(), futex::Flags::empty(), heard, None);
     }
 }
 
@@ -203,7 +228,6 @@ impl Drop for LockedBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn two_mappings_of_the_counters_are_one() {
@@ -212,6 +236,23 @@ mod tests {
         a.all()[7].fetch_add(5, Ordering::Relaxed);
         assert_eq!(b.all()[7].load(Ordering::Relaxed), 5);
         assert!(SharedCounters::map(create("short", Bytes::new(12)).unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_bell_wakes_who_waits_in_another_mapping() {
+        let a = SharedCounters::create().unwrap();
+        let b = SharedCounters::map(a.fd().try_clone().unwrap()).unwrap();
+        assert_eq!(b.rings(), 0);
+        let waiter = std::thread::spawn(move || {
+            while b.rings() == 0 {
+                b.wait_for_ring(0);
+            }
+            b.rings()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(a.ring(), 1);
+        assert_eq!(waiter.join().unwrap(), 1);
+        a.wait_for_ring(0);
     }
 
     #[test]

@@ -56,7 +56,7 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     // The descriptors are those of one process, and the ledger among them is genuine: it is that server.
     let row = snapshot.server.clone().filter(|row| row.process.pid == pid && !has_ended(&server.pidfd));
     let row = row.ok_or_else(|| wrong("ledger of its own"))?;
-    let leaving = snapshot.leaving.clone();
+    let (leaving, condemned) = (snapshot.leaving.clone(), snapshot.condemned.clone());
     let found = Found {
         fuse,
         counters: server.get("counters")?,
@@ -71,7 +71,7 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     greet(&link);
     let server = Server::new(row, link, &kept)?;
     log::info!("took over {} with server {pid}", kept.options.mountpoint.display());
-    Ok(Taken { kept, backings, server: Some((server, table)), leaving })
+    Ok(Taken { kept, backings, server: Some((server, table)), leaving, condemned })
 }
 
 /// Tells the server that it has another supervisor: if it waits for an answer of the one before, it asks again.

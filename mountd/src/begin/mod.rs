@@ -21,7 +21,7 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use stencilfs::control::{self, BackingRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
+use stencilfs::control::{self, BackingRow, CondemnedRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::sys::memfd::SharedCounters;
@@ -45,6 +45,8 @@ pub struct Taken {
     pub server: Option<(Server, Option<OwnedFd>)>,
     /// Servers that were ended before and may live yet, by number.
     pub leaving: Vec<u32>,
+    /// Templates that nobody may find or open.
+    pub condemned: Vec<CondemnedRow>,
 }
 
 /// `stencil-mountd supervise`.

@@ -47,7 +47,13 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
             options, device, init, reply, chosen, restarts, terminations, fuse, stats, record, listener, program,
             previous, ledger,
         };
-        Ok(Taken { kept, backings: Backings::default(), server: None, leaving: Vec::new() })
+        Ok(Taken {
+            kept,
+            backings: Backings::default(),
+            server: None,
+            leaving: Vec::new(),
+            condemned: Vec::new(),
+        })
     };
     begin().inspect_err(|_| unmount(&mountpoint, device))
 }

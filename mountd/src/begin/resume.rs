@@ -35,6 +35,7 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
     let program = Program::new(previous.or(program).ok_or_else(|| missing("program"))?);
     let (listener, link) = (fds.take("listener"), fds.take("peer").map(Channel::new));
     let (row, leaving) = (snapshot.server.clone(), snapshot.leaving.clone());
+    let condemned = snapshot.condemned.clone();
     let found = Found { fuse, counters, ledger, program, listener, files: fds.rest() };
     let (kept, mut backings) = restore(snapshot, record, found)?;
     let server = match (row, link) {
@@ -56,7 +57,7 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
     if server.is_none() {
         drop(backings.forget_unfinished());
     }
-    Ok(Taken { kept, backings, server, leaving })
+    Ok(Taken { kept, backings, server, leaving, condemned })
 }
 
 /// The connection that lives, and its ledger. A manager may have kept descriptors of an earlier mount as well, whose

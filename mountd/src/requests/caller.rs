@@ -32,6 +32,13 @@ impl Supervisor {
                 let file = self.backings.file(index).and_then(kept::copy);
                 self.callers.say(id, file.map(|file| (Response::Descriptor, Some(file))));
             }
+            Request::Condemn { digest } => self.condemn(id, digest),
+            Request::Confirm { digest } => {
+                let still = self.confirm(id, &digest);
+                self.callers.answer(Some(id), still);
+            }
+            Request::Release { digest, removed } => self.release(id, digest, removed),
+            Request::Refresh => self.ring(id, None),
             Request::Unmount { mode } => self.unmount(Some(id), mode),
             Request::Restart { supervisor } => {
                 if let Err(error) = self.restart(id, supervisor, fd) {

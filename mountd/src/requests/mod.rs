@@ -1,8 +1,10 @@
 //! What a supervisor is asked: by its server, by callers of the control socket, and by signals.
 
 mod caller;
+mod condemn;
 mod end;
 mod ended;
 mod server;
 
+pub use condemn::Condemned;
 pub use server::Pending;

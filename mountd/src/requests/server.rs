@@ -109,6 +109,10 @@ impl Supervisor {
                 self.to_close.extend(self.backings.give_back(&key));
                 Some(Ok(Answer::Done))
             }
+            Ask::Condemned { ring, grace_ms } => {
+                self.acted(ring, grace_ms);
+                Some(Ok(Answer::Done))
+            }
             Ask::Progress { key, bytes } => {
                 self.backings.progress(&key, bytes);
                 Some(Ok(Answer::Done))

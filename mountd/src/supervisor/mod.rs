@@ -21,7 +21,7 @@ use crate::control::Callers;
 use crate::jobs::Job;
 use crate::kept::{Kept, Program};
 use crate::notify::Notify;
-use crate::requests::Pending;
+use crate::requests::{Condemned, Pending};
 use crate::stats::Counter;
 use crate::watchdog::Watchdog;
 pub use servers::Server;
@@ -85,6 +85,7 @@ pub struct Supervisor {
     pub(crate) jobs: Vec<(Job, Purpose)>,
     pub(crate) callers: Callers,
     pub(crate) signals: OwnedFd,
+    pub(crate) condemned: Condemned,
     pub(crate) watchdog: Watchdog,
     pub(crate) notify: Notify,
     pub(crate) to_close: Vec<OwnedFd>,
@@ -97,7 +98,7 @@ pub struct Supervisor {
 impl Supervisor {
     /// Takes up a mount, with its present server if there is one, and that one's table of requests.
     pub fn new(taken: Taken, callers: Callers, signals: OwnedFd, notify: Notify) -> Supervisor {
-        let Taken { kept, backings, server, leaving } = taken;
+        let Taken { kept, backings, server, leaving, condemned } = taken;
         let mut watchdog = Watchdog::new(kept.options.watchdog, kept.device);
         let server = server.map(|(server, table)| {
             watchdog.watch(table);
@@ -114,6 +115,7 @@ impl Supervisor {
             jobs: Vec::new(),
             callers,
             signals,
+            condemned: Condemned::restore(condemned),
             watchdog,
             notify,
             to_close: Vec::new(),
@@ -139,14 +141,14 @@ impl Supervisor {
         {
             log::warn!("the supervisor's memory is not locked: {e}");
         }
-        if self.kept.stats.get(Counter::Answers) > 0 {
-            // Somebody relies on the mount: it is not given up, whatever becomes of the next server.
-            self.callers.served();
-        }
         match &self.server {
             Some(server) if server.row.serving => self.announce(),
             Some(_) => self.record(),
             None => {}
+        }
+        if self.kept.stats.get(Counter::Answers) > 0 {
+            // Somebody relies on the mount: it is not given up, whatever becomes of the next server.
+            self.callers.served();
         }
         while !fuse_dev::is_over(&self.kept.fuse) {
             if let Err(error) = self.keep_a_server() {
@@ -214,6 +216,7 @@ impl Supervisor {
         if self.server.as_ref().is_some_and(|s| s.row.serving && s.answers != answers) {
             self.kept.previous = None;
         }
+        self.see_to_condemned();
         self.close_elsewhere();
         self.notify.ping();
         while let Ok(Some((pid, end))) = process::reap_one() {
@@ -331,7 +334,8 @@ impl Supervisor {
     /// Everything that is no descriptor, with that server.
     pub(crate) fn snapshot(&self, server: Option<ServerRow>) -> Result<Snapshot> {
         let leaving = self.leaving.iter().map(|(pid, _)| *pid).collect();
-        self.kept.snapshot(server, leaving, self.backings.rows())
+        let snapshot = self.kept.snapshot(server, leaving, self.backings.rows())?;
+        Ok(Snapshot { condemned: self.condemned.rows(), ..snapshot })
     }
 
     /// Writes down what a successor must know.

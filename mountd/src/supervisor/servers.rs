@@ -32,6 +32,8 @@ pub struct Server {
     pub heard: u64,
     /// True while a job finds its answer.
     pub asking: bool,
+    /// How often the bell had been rung when it was started, where that is known.
+    pub born: Option<u32>,
 }
 
 impl Server {
@@ -78,7 +80,9 @@ impl Server {
         let process =
             ProcessId::of_child(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
         let (version, lacks, program) = (String::new(), Vec::new(), program.name.clone());
-        Server::new(ServerRow { process, version, program, lacks, serving: false }, ours, kept)
+        let server = Server::new(ServerRow { process, version, program, lacks, serving: false }, ours, kept)?;
+        // Whatever was rung for stands in the ledger that it has yet to read.
+        Ok(Server { born: Some(kept.stats.page().rings()), ..server })
     }
 
     /// One that runs.
@@ -89,7 +93,7 @@ impl Server {
         let gone = || Error::failed(format!("the server, process {}, is gone", row.process.pid));
         let pidfd = process::pidfd(row.process.pid)?.ok_or_else(gone)?;
         let answers = kept.stats.get(crate::stats::Counter::Answers);
-        Ok(Server { row, pidfd, link, since: Instant::now(), answers, heard: 0, asking: false })
+        Ok(Server { row, pidfd, link, since: Instant::now(), answers, heard: 0, asking: false, born: None })
     }
 
     /// Ends it.

@@ -1,0 +1,172 @@
+//! Templates that are about to be removed, as the supervisor keeps them.
+//!
+//! A removal condemns a template for as long as its connection to the control socket lives. Condemned means: the server has
+//! said that nobody finds or opens it, and no older server can answer any more. The list is in the ledger, so every later
+//! server begins with it.
+
+use std::time::{Duration, Instant};
+
+use stencilfs::control::{CondemnedRow, Response};
+use stencilfs::error::{Error, Result};
+use stencilfs::store::Digest;
+
+use crate::condemned::GRACE;
+use crate::supervisor::Supervisor;
+
+/// A removal whose supervisor died finds that out at its next question; until then its template stays condemned.
+const ORPHANED: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+struct Row {
+    digest: Digest,
+    removed: bool,
+    /// The caller; of an earlier supervisor it is not known.
+    holder: Option<u64>,
+    until: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    caller: u64,
+    ring: u32,
+    /// The backings of that template are then closed.
+    removed: Option<Digest>,
+}
+
+/// What is condemned, and who waits to hear that it is.
+#[derive(Debug, Default)]
+pub struct Condemned {
+    rows: Vec<Row>,
+    waiting: Vec<Waiting>,
+    /// Number of the server that has acted upon the list, of the ring that it heard, and the grace that it asks for.
+    acted: Option<(u32, u32, u64)>,
+}
+
+impl Condemned {
+    /// Those of the supervisor before.
+    pub fn restore(rows: Vec<CondemnedRow>) -> Condemned {
+        let until = Some(Instant::now() + ORPHANED);
+        let row = |row: CondemnedRow| Row { digest: row.digest, removed: row.removed, holder: None, until };
+        Condemned { rows: rows.into_iter().map(row).collect(), ..Condemned::default() }
+    }
+
+    /// For the ledger.
+    pub fn rows(&self) -> Vec<CondemnedRow> {
+        self.rows.iter().map(|row| CondemnedRow { digest: row.digest, removed: row.removed }).collect()
+    }
+
+    fn position(&self, caller: u64, digest: &Digest) -> Option<usize> {
+        self.rows.iter().position(|row| row.holder == Some(caller) && row.digest == *digest)
+    }
+}
+
+impl Supervisor {
+    /// Answers once nobody can find or open the template.
+    pub(crate) fn condemn(&mut self, caller: u64, digest: Digest) {
+        if self.condemned.position(caller, &digest).is_none() {
+            let row = Row { digest, removed: false, holder: Some(caller), until: None };
+            self.condemned.rows.push(row);
+        }
+        self.callers.keep(caller, true);
+        self.ring(caller, None);
+    }
+
+    /// Fails unless the caller has condemned the template, and nobody could open it since.
+    ///
+    /// # Errors
+    /// When not.
+    pub(crate) fn confirm(&self, caller: u64, digest: &Digest) -> Result<()> {
+        match self.condemned.position(caller, digest) {
+            Some(_) => Ok(()),
+            None => Err(Error::try_again("the template is not condemned any more")),
+        }
+    }
+
+    /// Answers once the template can be found again, or, if it is removed, nothing of it is left here.
+    pub(crate) fn release(&mut self, caller: u64, digest: Digest, removed: bool) {
+        if let Some(at) = self.condemned.position(caller, &digest) {
+            if removed {
+                self.condemned.rows[at].removed = true;
+                return self.ring(caller, Some(digest));
+            }
+            self.condemned.rows.remove(at);
+        }
+        self.callers.keep(caller, false);
+        self.ring(caller, None);
+    }
+
+    /// Has the server look at the list, and at the store.
+    pub(crate) fn ring(&mut self, caller: u64, removed: Option<Digest>) {
+        let ring = self.ring_bell();
+        self.condemned.waiting.push(Waiting { caller, ring, removed });
+    }
+
+    fn ring_bell(&mut self) -> u32 {
+        // A server that hears the bell reads the ledger, and one that starts from here on reads it too.
+        self.save();
+        self.kept.stats.page().ring()
+    }
+
+    /// The server has acted upon the list.
+    pub(crate) fn acted(&mut self, ring: u32, grace_ms: u64) {
+        self.condemned.acted = self.server.as_ref().map(|server| (server.row.process.pid, ring, grace_ms));
+    }
+
+    /// True when every server that can answer the kernel knows what was written down before that ring: it has said so, or
+    /// it began later. Gives the grace in milliseconds.
+    fn known(&self, ring: u32) -> Option<u64> {
+        // One that was killed may be in the middle of an answer, one that begins may have read an older list.
+        if self.candidate.is_some() || !self.leaving.is_empty() {
+            return None;
+        }
+        let heard = |at: u32| at.wrapping_sub(ring) < u32::MAX / 2;
+        let full = GRACE.as_millis() as u64;
+        let Some(server) = &self.server else { return Some(full) };
+        match self.condemned.acted {
+            Some((pid, at, grace_ms)) if pid == server.row.process.pid && heard(at) => Some(grace_ms),
+            _ => server.born.is_some_and(heard).then_some(full),
+        }
+    }
+
+    /// Lets go what belongs to callers that have gone, and answers those whose wish is fulfilled.
+    pub(crate) fn see_to_condemned(&mut self) {
+        let (now, callers) = (Instant::now(), &self.callers);
+        let holds = |row: &mut Row| match row.holder {
+            Some(caller) => callers.channel(caller).is_some(),
+            None => row.until.is_some_and(|until| now < until),
+        };
+        let gone: Vec<Row> = self.condemned.rows.extract_if(.., |row| !holds(row)).collect();
+        self.condemned.waiting.retain(|waiting| callers.channel(waiting.caller).is_some());
+        for row in gone.iter().filter(|row| row.removed) {
+            self.close_backings_of(&row.digest);
+        }
+        if !gone.is_empty() {
+            self.ring_bell();
+        }
+        for waiting in std::mem::take(&mut self.condemned.waiting) {
+            let Some(milliseconds) = self.known(waiting.ring) else {
+                self.condemned.waiting.push(waiting);
+                continue;
+            };
+            let Waiting { caller, removed, .. } = waiting;
+            match removed {
+                // The server has forgotten its backings: they can be closed, and the name be free for another import.
+                Some(digest) => {
+                    self.close_backings_of(&digest);
+                    self.condemned.rows.retain(|row| row.holder != Some(caller) || row.digest != digest);
+                    self.callers.keep(caller, false);
+                    self.ring(caller, None);
+                }
+                None => self.callers.say(caller, Ok((Response::Settled { milliseconds }, None))),
+            }
+        }
+    }
+
+    fn close_backings_of(&mut self, digest: &Digest) {
+        let keys = self.backings.keys_of(digest);
+        self.notify.forget_backings(&self.backings, &keys);
+        // To give back their room may take the filesystem a while.
+        self.to_close.extend(self.backings.close_with_files(&self.kept.fuse, &keys));
+        self.save();
+    }
+}

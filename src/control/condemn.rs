@@ -1,0 +1,140 @@
+//! Has mounts find and open a template no more, for as long as this process wants it.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::client::{SUPERVISOR_LOST, reach};
+use super::protocol::{Request, Response};
+use super::registry::{CONTROL_SOCKET, Mount, mounts};
+use super::wire::Channel;
+use crate::error::{Error, Result};
+use crate::store::Digest;
+
+/// A server that makes backings may have to end that first, and one that was killed may have to go.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A supervisor that is replaced, or whose mount ends, is asked again for so long.
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// A template that some mounts have condemned. When this is dropped, or its process ends, they find it again.
+#[derive(Debug)]
+pub struct Condemnation {
+    digest: Digest,
+    mounts: Vec<(Mount, Channel)>,
+}
+
+impl Condemnation {
+    /// By no mount yet.
+    pub fn new(digest: Digest) -> Condemnation {
+        Condemnation { digest, mounts: Vec::new() }
+    }
+
+    /// The template.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// The mounts that have condemned it.
+    pub fn mounts(&self) -> Vec<Mount> {
+        self.mounts.iter().map(|(mount, _)| mount.clone()).collect()
+    }
+
+    /// True when that mount has condemned it.
+    pub fn has(&self, mount: &Mount) -> bool {
+        self.mounts.iter().any(|(ours, _)| ours.device == mount.device)
+    }
+
+    /// Has these mounts condemn it too; comes back when nobody can find or open it in any of them.
+    ///
+    /// # Errors
+    /// [`Code::TryAgain`](crate::error::Code::TryAgain) that names the mount which cannot be asked.
+    pub fn extend(&mut self, mounts: Vec<Mount>) -> Result<()> {
+        let mut grace = Duration::ZERO;
+        for mount in mounts {
+            if mount.orphaned {
+                return Err(Error::try_again(format!(
+                    "the mount's supervisor (process {}) is dead, so it cannot be asked to let go of template {}",
+                    mount.supervisor_pid, self.digest
+                ))
+                .at(&mount.mountpoint)
+                .remedy(format!(
+                    "give it another one: stencil mount {0}; or end it: stencil umount {0}",
+                    mount.mountpoint.display()
+                )));
+            }
+            if let Some((channel, moment)) = condemned_by(&mount, self.digest)? {
+                self.mounts.push((mount, channel));
+                grace = grace.max(moment);
+            }
+        }
+        // Who was answered just before can be seen then.
+        std::thread::sleep(grace);
+        Ok(())
+    }
+
+    /// True when it has been condemned in all of these mounts ever since. A supervisor that was replaced meanwhile does
+    /// not know, and a mount that has ended cannot say so.
+    pub fn still_holds(&self) -> bool {
+        let ask = |channel: &Channel| ask(channel, &Request::Confirm { digest: self.digest });
+        self.mounts.iter().all(|(_, channel)| ask(channel).is_ok())
+    }
+
+    /// They find it again; or, where it is removed, they give back what they have of it. Without this they would do so
+    /// a moment later.
+    ///
+    /// # Errors
+    /// When one of them does not answer.
+    pub fn release(self, removed: bool) -> Result<()> {
+        let request = Request::Release { digest: self.digest, removed };
+        self.mounts
+            .iter()
+            .try_for_each(|(mount, channel)| ask(channel, &request).map(drop).map_err(|e| lost(mount, e)))
+    }
+}
+
+/// Has one mount condemn the template, and gives the connection for as long as which it does; nothing when the mount ends
+/// instead.
+fn condemned_by(mount: &Mount, digest: Digest) -> Result<Option<(Channel, Duration)>> {
+    let until = Instant::now() + AGAIN;
+    loop {
+        let attempt = || -> io::Result<(Channel, Duration)> {
+            let channel = reach(&mount.dir)?;
+            channel.set_patience(PATIENCE)?;
+            let grace = ask(&channel, &Request::Condemn { digest })?;
+            Ok((channel, grace))
+        };
+        let error = match attempt() {
+            Ok(condemned) => return Ok(Some(condemned)),
+            Err(error) => error,
+        };
+        if !mounts()?.iter().any(|living| living.dir == mount.dir) {
+            return Ok(None);
+        }
+        if Instant::now() > until || is_late(&error) {
+            return Err(lost(mount, error));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn ask(channel: &Channel, request: &Request) -> io::Result<Duration> {
+    channel.send(request, None)?;
+    match channel.receive::<Response>()? {
+        Some((Response::Done, _)) => Ok(Duration::ZERO),
+        Some((Response::Settled { milliseconds }, _)) => Ok(Duration::from_millis(milliseconds.min(1000))),
+        Some((other, _)) => Err(io::Error::other(format!("it answers {other:?}"))),
+        None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
+    }
+}
+
+fn is_late(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}
+
+fn lost(mount: &Mount, error: io::Error) -> Error {
+    let what = match is_late(&error) {
+        true => "the mount does not say within 30 s that nobody can open the template",
+        false => "the mount's supervisor cannot be asked",
+    };
+    Error::try_again(what).at(mount.dir.join(CONTROL_SOCKET)).because(error).remedy(SUPERVISOR_LOST)
+}

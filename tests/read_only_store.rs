@@ -1,0 +1,61 @@
+//! A store on a filesystem that is mounted read-only is served; who would change it hears why not.
+
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::support::store::guest_like;
+
+/// A folder that is mounted read-only upon itself; unmounted when dropped.
+struct ReadOnly(String);
+
+impl ReadOnly {
+    fn new(folder: &std::path::Path) -> ReadOnly {
+        let folder = folder.to_str().unwrap().to_owned();
+        run("mount", &["--bind", &folder, &folder]);
+        run("mount", &["-o", "remount,bind,ro", &folder]);
+        ReadOnly(folder)
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").args(["-l", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_store_on_a_read_only_filesystem_is_served() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let bytes = guest_like(1, 4 << 20);
+    let digest = world.import_bytes(&bytes, "web");
+    let read_only = ReadOnly::new(&world.store_dir());
+    assert_eq!(world.json(&["ls"])["templates"][0]["digest"], digest);
+    world.stencil(&["verify"]).ok();
+    world.mount(&[]).ok();
+    assert!(std::fs::read(world.file(&digest, "memory")).unwrap() == bytes);
+    assert_eq!(world.status()["templates"][0]["serving"], "passthrough", "its backing is in memory");
+    world.stencil(&["clone", "web", "-n", "3", "--simulate", "read=50%,write=5%"]).ok();
+    assert_eq!(world.json(&["density"])["totals"]["clones"], 3);
+    let out = world.dir().join("out");
+    world.stencil(&["export", "web", out.to_str().unwrap()]).ok();
+    assert!(std::fs::read(out).unwrap() == bytes);
+    assert_eq!(world.json(&["du"])["templates"][0]["digest"], digest);
+    world.stencil(&["gc", "--dry-run"]).ok();
+
+    let source = world.dir().join("source");
+    std::fs::write(&source, guest_like(2, 1 << 20)).unwrap();
+    for words in [
+        &["import", source.to_str().unwrap(), "other"][..],
+        &["tag", "web", "web:2"],
+        &["chmod", "0440", "web"],
+        &["gc"],
+    ] {
+        world.stencil(words).exits(1).says("read-only");
+    }
+    world.stencil(&["stop", "--all"]).ok();
+    world.stencil(&["rm", "web"]).exits(1).says("read-only");
+    assert!(std::fs::read(world.file(&digest, "memory")).unwrap() == bytes);
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    drop(read_only);
+    world.stencil(&["rm", "web"]).ok();
+}

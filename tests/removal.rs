@@ -1,0 +1,211 @@
+//! Two-phase removal: what is about to be removed is found by nobody, whoever has it is found, and nobody is hurt.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use stencilfs::control::{Channel, Request, Response, socket_path};
+
+use crate::support::host;
+use crate::support::mount::{TestMount, wait_for};
+use crate::support::store::guest_like;
+
+const SIZE: usize = 4 << 20;
+
+/// A caller of the mount's supervisor, as `rm` is one.
+struct Caller(Channel);
+
+impl Caller {
+    fn of(world: &TestMount) -> Caller {
+        let mut records = fs::read_dir(world.runtime_dir().join("mounts")).unwrap();
+        let folder = File::open(records.next().unwrap().unwrap().path()).unwrap();
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        connect(&socket, &SocketAddrUnix::new(socket_path(folder.as_fd())).unwrap()).unwrap();
+        let channel = Channel::new(socket);
+        channel.set_patience(Duration::from_secs(30)).unwrap();
+        Caller(channel)
+    }
+
+    fn ask(&self, request: &Request) -> Response {
+        self.0.send(request, None).unwrap();
+        self.0.receive::<Response>().unwrap().expect("the supervisor has gone").0
+    }
+
+    fn done(&self, request: &Request) {
+        let answer = self.ask(request);
+        assert!(matches!(answer, Response::Done | Response::Settled { .. }), "{answer:?}");
+    }
+}
+
+fn open(world: &TestMount, digest: &str) -> Option<i32> {
+    File::open(world.file(digest, "memory")).err().and_then(|e| e.raw_os_error())
+}
+
+#[test]
+fn a_condemned_template_is_found_by_nobody_and_again_afterwards() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+        let other = world.import_bytes(&guest_like(2, SIZE), "other");
+        assert_eq!(open(&world, &digest), None, "the kernel has the name now");
+        let caller = Caller::of(&world);
+        let id = digest.parse().unwrap();
+        caller.done(&Request::Condemn { digest: id });
+        assert_eq!(open(&world, &digest), Some(libc::ENOENT), "{serve}");
+        let folder = world.mountpoint().join("templates/web/latest/memory");
+        assert_eq!(File::open(folder).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(open(&world, &other), None);
+        // The next server knows it too.
+        let server = world.server();
+        assert!(Command::new("kill").args(["-KILL", &server.to_string()]).status().unwrap().success());
+        wait_for("another server", || (world.server() != server).then_some(()));
+        assert_eq!(open(&world, &digest), Some(libc::ENOENT), "{serve}, the next server");
+        caller.done(&Request::Confirm { digest: id });
+        caller.done(&Request::Release { digest: id, removed: false });
+        assert_eq!(open(&world, &digest), None, "{serve}, released");
+        assert!(matches!(caller.ask(&Request::Confirm { digest: id }), Response::Failed(_)));
+        // A caller that ends lets go.
+        caller.done(&Request::Condemn { digest: id });
+        assert_eq!(open(&world, &digest), Some(libc::ENOENT));
+        drop(caller);
+        wait_for("the template", || open(&world, &digest).is_none().then_some(()));
+    }
+}
+
+#[test]
+fn an_open_that_waits_for_its_backing_ends() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let bytes = guest_like(1, 192 << 20);
+    let digest = world.import_bytes(&bytes, "big");
+    let id = digest.parse().unwrap();
+    let path = world.file(&digest, "memory");
+    fs::metadata(&path).unwrap();
+    let caller = Caller::of(&world);
+    let opener = thread::spawn(move || File::open(path).map(drop).map_err(|e| e.raw_os_error()));
+    wait_for("the hydration", || (world.counter("hydrations_started") > 0).then_some(()));
+    caller.done(&Request::Condemn { digest: id });
+    let begun = Instant::now();
+    let opened = opener.join().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(5), "it has ended before the answer");
+    if world.counter("hydrations_done") == 0 {
+        assert_eq!(opened, Err(Some(libc::ENOENT)));
+        let reserved = world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
+        assert_eq!(reserved, 0, "its room is given back");
+    }
+    caller.done(&Request::Release { digest: id, removed: false });
+    assert_eq!(open(&world, &digest), None, "the next open has its backing made");
+}
+
+#[test]
+fn who_has_it_open_is_found_and_the_cache_is_given_back() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+        let file = File::open(world.file(&digest, "memory")).unwrap();
+        // It has the file open and maps nothing of it.
+        let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
+        let refused = world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
+        assert!(refused.err.contains(&holder.id().to_string()), "{refused:?}");
+        assert_eq!(open(&world, &digest), None, "it is found again at once");
+        let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
+        assert_eq!(cache() > 0, serve == "passthrough");
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        world.stencil(&["rm", "web"]).ok();
+        assert_eq!(open(&world, &digest), Some(libc::ENOENT));
+        assert_eq!(cache(), 0);
+        assert!(world.status()["templates"].as_array().unwrap().is_empty(), "{:#}", world.status());
+        world.stencil(&["gc"]).ok();
+        let open_packs = |pid: u32| {
+            let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+            fds.filter_map(|fd| fs::read_link(fd.path()).ok())
+                .filter(|to| to.to_string_lossy().contains(".pack"))
+                .count()
+        };
+        assert_eq!(open_packs(world.server()), 0, "the disk has its room back");
+        // The same content is served again when it comes back.
+        assert_eq!(world.import_bytes(&guest_like(1, SIZE), "web"), digest);
+        assert!(fs::read(world.file(&digest, "memory")).unwrap() == guest_like(1, SIZE));
+    }
+}
+
+#[test]
+fn a_mount_that_cannot_be_asked_is_named_and_nothing_is_removed() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+    let pid = world.status()["supervisor_pid"].as_u64().unwrap().to_string();
+    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    wait_for("its end", || (!fs::exists(format!("/proc/{pid}/cmdline")).unwrap()).then_some(()));
+    let refused = world.stencil(&["rm", "web"]).exits(75).says("supervisor");
+    assert!(refused.err.contains(world.mountpoint().to_str().unwrap()), "{refused:?}");
+    assert_eq!(open(&world, &digest), None);
+    world.mount(&["--serve", "decode"]).ok();
+    world.stencil(&["rm", "web"]).ok();
+    assert_eq!(open(&world, &digest), Some(libc::ENOENT));
+}
+
+#[test]
+fn templates_without_a_tag_go_only_when_nobody_uses_them() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let used = world.import_bytes(&guest_like(1, SIZE), "web:1");
+    let unused = world.import_bytes(&guest_like(2, SIZE), "web:2");
+    let tagged = world.import_bytes(&guest_like(3, SIZE), "web:3");
+    for tag in ["1", "2"] {
+        fs::remove_file(world.store_dir().join("tags/web").join(tag)).unwrap();
+    }
+    let file = File::open(world.file(&used, "memory")).unwrap();
+    let mut holder = Command::new("sleep").arg("600").stdin(file).stdout(Stdio::null()).spawn().unwrap();
+    let dry = world.json(&["gc", "--untagged", "--dry-run"]);
+    assert_eq!(dry["removed_templates"].as_array().unwrap().len(), 2);
+    let done = world.json(&["gc", "--untagged"]);
+    assert_eq!(done["removed_templates"], serde_json::json!([unused]));
+    assert_eq!(done["kept_templates"], serde_json::json!([used]));
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    let done = world.json(&["gc", "--untagged"]);
+    assert_eq!(done["removed_templates"], serde_json::json!([used]));
+    assert_eq!(world.json(&["ls"])["templates"][0]["digest"], tagged);
+    world.stencil(&["verify"]).ok();
+}
+
+/// A removal that is killed at any moment removes the template or leaves it, and never leaves it hidden.
+#[test]
+fn a_removal_that_is_killed_hides_nothing() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    let bytes = guest_like(1, SIZE);
+    let mut digest = world.import_bytes(&bytes, "web");
+    let mut longest = Duration::from_millis(150);
+    let (mut killed, mut gone) = (0, 0);
+    let rounds = host::rounds(12, 200);
+    for round in 0..rounds {
+        drop(File::open(world.file(&digest, "memory")).unwrap());
+        let mut rm = world.command().args(["rm", "web"]).stdout(Stdio::null()).spawn().unwrap();
+        thread::sleep(longest.mul_f64(f64::from(round % 12) / 12.0));
+        rm.kill().unwrap();
+        match rm.wait().unwrap().code() {
+            None => killed += 1,
+            Some(_) => longest = longest.mul_f64(0.9),
+        }
+        if world.store_dir().join("images").join(&digest).exists() {
+            wait_for("the template", || open(&world, &digest).is_none().then_some(()));
+            assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes, "round {round}");
+        } else {
+            gone += 1;
+        }
+        digest = world.import_bytes(&bytes, "web");
+    }
+    world.stencil(&["rm", "web"]).ok();
+    world.stencil(&["verify"]).ok();
+    assert!(killed > 0, "{killed} of {rounds} were killed in time, {gone} had removed it");
+}

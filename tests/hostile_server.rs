@@ -49,7 +49,7 @@ impl World {
     }
 
     /// The server is replaced, and nobody else has noticed anything.
-    fn is_replaced(mut self, words: &str) {
+    fn gives_way(mut self, words: &str) {
         let log = || self.world.log();
         wait_for("another server", || (self.world.server() != self.server.pid).then_some(()));
         assert!(log().contains(words), "'{words}' is not in: {}", log());
@@ -127,11 +127,11 @@ fn a_flood_of_questions_holds_up_nobody_and_is_bounded() {
     assert_eq!(hostile.clone.tell("hash 0 77"), IMAGE.hash(77));
     // Nonsense ends it.
     hostile.link.send(&"no question", None).unwrap();
-    hostile.is_replaced("has died");
+    hostile.gives_way("has died");
 }
 
 #[test]
-fn a_server_that_takes_no_answer_is_replaced() {
+fn a_server_that_takes_no_answer_gives_way() {
     let _host = host::shared();
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
@@ -144,11 +144,11 @@ fn a_server_that_takes_no_answer_is_replaced() {
             Err(_) => break,
         }
     }
-    hostile.is_replaced("the server takes no answer");
+    hostile.gives_way("the server takes no answer");
 }
 
 #[test]
-fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
+fn a_server_that_does_not_wait_for_an_answer_gives_way() {
     let _host = host::shared();
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
@@ -157,5 +157,5 @@ fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
     for number in 1_000_000u64..1_000_002 {
         hostile.link.send(&link::question(number, &evict), None).unwrap();
     }
-    hostile.is_replaced("the server does not wait for its answers");
+    hostile.gives_way("the server does not wait for its answers");
 }

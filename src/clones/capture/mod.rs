@@ -124,7 +124,7 @@ pub fn capture(
     };
     Ok(Captured {
         imported,
-        pause_seconds: run_on.then(|| pause.as_secs_f64()),
+        pause_seconds: run_on.then_some(pause.as_secs_f64()),
         cloned: clones.is_some(),
         state_bytes,
         vm: vm_now,

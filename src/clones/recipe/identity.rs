@@ -27,7 +27,7 @@ impl Identity {
     /// that clones of one runtime directory never have the same; 13 bits tell hosts and runtime directories apart.
     /// Where those are alike for two hosts, a random id of 28 bits has to be as well.
     pub fn mac(&self, card: u8) -> String {
-        let bits = (self.host & 0x1fff) << 32 | self.number << 4 | u64::from(card) % CARDS;
+        let bits = ((self.host & 0x1fff) << 32) | (self.number << 4) | (u64::from(card) % CARDS);
         let byte = |at: u32| (bits >> (8 * at)) as u8;
         // Of the first byte two bits are given: not a group, locally administered. 0x52 is not used: QEMU's own begin so.
         let first = 0x06 | (byte(5) & 0x1f) << 3;

@@ -228,3 +228,54 @@ fn soak_a_killed_capture_gives_the_vm_its_disk_back() {
     patiently("end of QEMU", Duration::from_secs(10), || guest.has_ended().then_some(()));
     are_whole(&beats_in_image(&disk, world.dir()), told - 1);
 }
+
+#[test]
+fn a_vm_that_dies_while_its_disk_is_read_loses_nothing() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let disk = make_disk(world.dir(), 24 << 20);
+    let grown = || {
+        let overlay = overlays(world.dir()).pop()?;
+        (fs::metadata(overlay).ok()?.len() > 256 << 10).then_some(())
+    };
+    for with_capture in [false, true] {
+        let mut guest = Qemu::boot_with(world.dir(), &devices(world.dir(), &disk, free_port()));
+        // The capture stands still as soon as the guest has written to the overlay; one that is faster is made again.
+        let mut capture = (0..20)
+            .find_map(|_| {
+                let mut command = world.command();
+                command.arg("capture").arg(guest.socket()).arg("vm:x");
+                let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+                while capture.try_wait().unwrap().is_none() {
+                    if grown().is_some() {
+                        let pid = Pid::from_raw(capture.id() as i32).unwrap();
+                        kill_process(pid, Signal::STOP).unwrap();
+                        std::thread::sleep(Duration::from_millis(50));
+                        if grown().is_some() {
+                            return Some(capture);
+                        }
+                        kill_process(pid, Signal::CONT).unwrap();
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                None
+            })
+            .expect("a capture that reads the disk when it is looked at");
+        let beats = guest.heartbeats().len();
+        guest.wait_heartbeats(beats + 2);
+        guest.kill();
+        let told = guest.heartbeats().last().unwrap().count;
+        let pid = Pid::from_raw(capture.id() as i32).unwrap();
+        kill_process(pid, if with_capture { Signal::KILL } else { Signal::CONT }).unwrap();
+        let status = capture.wait().unwrap();
+        patiently("the overlay's end", Duration::from_secs(30), || {
+            overlays(world.dir()).is_empty().then_some(())
+        });
+        println!("capture ended with {status}, {told} heartbeats");
+        // The next guest boots from the same image and counts anew.
+        let beats = beats_in_image(&disk, world.dir());
+        let begin = beats.iter().rposition(|line| count_of(line) == 1).unwrap();
+        are_whole(&beats[begin..], told - 1);
+        fs::remove_file(world.dir().join("serial")).unwrap();
+    }
+}

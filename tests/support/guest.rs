@@ -107,7 +107,6 @@ impl Qemu {
     }
 
     /// Ends it as a crash does.
-    #[allow(dead_code, reason = "for scenarios")]
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

@@ -219,6 +219,17 @@ fn wait_committed(qmp: &mut Qmp, id: &str, disk: &Frozen) -> Result<()> {
 pub fn settle_without_vm(disks: &[Frozen]) -> Result<()> {
     let mut failed = None;
     for disk in disks {
+        // With the process its view of the host is gone, where that was not ours.
+        if !disk.place.parent().is_some_and(Path::is_dir) {
+            let why = format!(
+                "the VM ended while its disk was read, and its overlay {} is out of reach",
+                disk.overlay.display()
+            );
+            failed.get_or_insert(Error::failed(why).remedy(
+                "where that file is: `qemu-img commit` of it brings in what the guest wrote last, before the VM is started again",
+            ));
+            continue;
+        }
         let _ = fs::remove_file(disk.committed());
     }
     for disk in disks.iter().filter(|disk| disk.place.exists()) {

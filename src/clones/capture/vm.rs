@@ -126,11 +126,26 @@ impl Vm {
     }
 }
 
-/// A path as that process sees it, whatever its root and working directory are.
+/// A path as that process sees it, whatever its root and working directory are. Where its root is ours, the path is
+/// good for longer than the process lives.
 fn path_of(pid: u32, path: &Path) -> PathBuf {
+    let of_process = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let same = |name: &str| {
+        let (own, its) = (Path::new("/proc/self").join(name), of_process(name));
+        identity(&own).is_some_and(|own| Some(own) == identity(&its))
+    };
+    if same("root") && same("ns/mnt") {
+        if path.is_absolute() {
+            return path.to_owned();
+        }
+        if let Ok(folder) = std::fs::read_link(of_process("cwd")) {
+            return folder.join(path);
+        }
+    }
     match path.strip_prefix("/") {
-        Ok(rest) => Path::new(&format!("/proc/{pid}/root")).join(rest),
-        Err(_) => Path::new(&format!("/proc/{pid}/cwd")).join(path),
+        Ok(rest) => of_process("root").join(rest),
+        Err(_) => of_process("cwd").join(path),
     }
 }
 

@@ -145,7 +145,10 @@ fn settle_one(qmp: &mut Qmp, disk: &Frozen) -> Result<()> {
             )?;
         }
         if let Err(error) = wait_committed(qmp, &job, disk) {
-            let _ = fs::rename(disk.committed(), &disk.place);
+            // Only what QEMU says it still writes to is an overlay again: of a VM that has died the image may be newer.
+            if matches!(has_node(qmp, &disk.overlay_node), Ok(true)) {
+                let _ = fs::rename(disk.committed(), &disk.place);
+            }
             return Err(error);
         }
         if has_node(qmp, &disk.overlay_node)? {

@@ -221,7 +221,8 @@ fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
         for read in reads {
             let (errno, waited) = read.join().unwrap();
             assert_eq!(errno, Some(libc::EIO));
-            assert!(waited >= WAIT && waited < WAIT * 2, "{waited:?}");
+            // A buffered read asks twice: for what lies ahead, then for its page.
+            assert!(waited >= WAIT && waited < WAIT * 3, "{waited:?}");
         }
     });
     let log = world.log();

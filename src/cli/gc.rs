@@ -88,6 +88,7 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
         collected: Collected::default(),
     };
     if args.untagged {
+        store.expect_tags_readable()?;
         let tags = store.tags()?;
         let untagged = store.digests()?.into_iter().filter(|d| tags.iter().all(|t| t.digest != *d));
         for digest in untagged {

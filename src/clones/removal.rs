@@ -7,6 +7,8 @@
 //! Whatever fails on the way, or kills this process, lets the mounts find it again.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use crate::clones::find;
 use crate::control::{self, Condemnation, Mount, RemovalMark};
@@ -60,7 +62,10 @@ fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
 
 fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
     let mut mounts = control::mounts()?;
-    mounts.retain(|m| m.store == store.dir());
+    // One store may have several paths: below a bind mount it is the same folder.
+    let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    let ours = identity(store.dir());
+    mounts.retain(|m| m.store == store.dir() || (ours.is_some() && identity(&m.store) == ours));
     Ok(mounts)
 }
 

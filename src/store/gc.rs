@@ -172,9 +172,10 @@ impl Run<'_> {
         }
         let session = Session::begin(&self.store.tmp_dir())?;
         let (moved, whole, packs) = self.copy(census, &plan.repack, session.path())?;
+        let mut taken = 0;
         for id in &packs {
             let path = pack_path(session.path(), *id);
-            freed = freed.saturating_sub(allocated(&path));
+            taken += allocated(&path);
             publish(&path, &self.store.packs().path(*id))?;
         }
         sync_folder(&self.store.packs_dir())?;
@@ -193,7 +194,7 @@ impl Run<'_> {
         done.removed_packs += whole.len() as u64;
         done.repacked_packs = whole.len() as u64;
         done.new_packs = packs.len() as u64;
-        Ok(freed)
+        Ok(freed.saturating_sub(taken))
     }
 
     fn remove(&self, packs: &BTreeSet<PackId>) -> Result<u64> {

@@ -56,6 +56,7 @@ impl Store {
         };
         let (digest, tags) = match what {
             What::Untagged(digest) => {
+                self.expect_tags_readable()?;
                 if !self.find(digest)? || !tags_of(digest)?.is_empty() {
                     return Ok(Removal::Done(Removed::default()));
                 }

@@ -71,6 +71,14 @@ impl Store {
         Ok(entries)
     }
 
+    /// Fails where it cannot be known what a tag points to: a template without a tag cannot be told then.
+    ///
+    /// # Errors
+    /// [`Code::Damage`] that names the tag and its repair.
+    pub fn expect_tags_readable(&self) -> Result<()> {
+        self.tag_files()?.iter().try_for_each(|(tag, _)| self.tag(tag).map(drop))
+    }
+
     /// All tags with their files, sorted, whatever the files hold.
     pub(super) fn tag_files(&self) -> Result<Vec<(TagName, PathBuf)>> {
         let mut found = Vec::new();

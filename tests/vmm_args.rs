@@ -40,6 +40,23 @@ impl Drop for Running {
     }
 }
 
+/// A mount of the scenario's store at another place; unmounted when dropped.
+struct Elsewhere<'a>(&'a TestMount, &'a Path);
+
+impl<'a> Elsewhere<'a> {
+    fn mount(world: &'a TestMount, place: &'a Path) -> Elsewhere<'a> {
+        world.stencil(&["mount", place.to_str().unwrap()]).ok();
+        Elsewhere(world, place)
+    }
+}
+
+impl Drop for Elsewhere<'_> {
+    fn drop(&mut self) {
+        let run = self.0.stencil(&["umount", "--force", self.1.to_str().unwrap()]);
+        assert!(run.code == 0 || std::thread::panicking(), "{}", run.err);
+    }
+}
+
 /// What `ps` and `/proc` say of the mappings of that process: file, protection, length.
 fn mappings(world: &TestMount, qemu: &mut Running) -> Vec<(String, String, u64)> {
     let pid = qemu.0.id();
@@ -123,7 +140,7 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     guest::give(&world);
     let place = world.dir().join("m,n it's");
     fs::create_dir(&place).unwrap();
-    world.stencil(&["mount", place.to_str().unwrap()]).ok();
+    let mounted = Elsewhere::mount(&world, &place);
     let line = text(&world, "guest:v1", "qemu");
     assert!(line.contains("id=ram0") && line.contains("memory-backend=ram0"), "{line}");
     assert!(line.contains("m,,n it'\\''s"), "{line}");
@@ -134,7 +151,7 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     let file = world.dir().join("domain.xml");
     fs::write(&file, &domain).unwrap();
     run("virt-xml-validate", &[file.to_str().unwrap(), "domain"]);
-    world.stencil(&["umount", place.to_str().unwrap()]).ok();
+    drop(mounted);
     world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(1).says("no mount serves this store");
 }
 

@@ -175,7 +175,7 @@ fn a_copy_that_is_cut_off_has_no_tag_that_is_not_whole() {
         import_some();
         let (mut command, stage) = world.copy();
         let mut running = command.spawn().unwrap();
-        thread::sleep(whole.mul_f64(f64::from(cut + 1) / f64::from(cuts + 1)));
+        thread::sleep(whole.mul_f64(f64::from(cut) / f64::from(cuts)));
         world.hosts.set_link(0, false);
         cut_off += u32::from(!running.wait().unwrap().success());
         world.hosts.set_link(0, true);

@@ -291,7 +291,8 @@ fn an_interrupted_load_or_save_cleans_up_at_once() {
         let mut load = load_command(&to).spawn().unwrap();
         load.stdin.as_mut().unwrap().write_all(&stream[..stream.len() - 1000]).unwrap();
         wait_for("a session", || {
-            (!to.path("store").exists() || to.files("tmp").is_empty()).then_some(()).xor(Some(()))
+            let begun = to.path("store").exists() && !to.files("tmp").is_empty();
+            begun.then_some(())
         });
         signal(&load, number);
         let stdin = load.stdin.take();
@@ -360,7 +361,7 @@ fn a_killed_load_leaves_nothing_that_matters() {
         }
         to.import("base", &guest_like(7, 1 << 20));
         let mut child = stencil(to.dir.path(), &words).stdout(Stdio::null()).spawn().unwrap();
-        let share = f64::from(attempt + 1) / f64::from(attempts);
+        let share = f64::from(attempt) / f64::from(attempts);
         thread::sleep(whole.mul_f64(share.sqrt()));
         signal(&child, Signal::KILL);
         killed += u32::from(child.wait().unwrap().code().is_none());

@@ -128,8 +128,8 @@ impl Hosts {
             "-oStrictHostKeyChecking=no",
             "-oUserKnownHostsFile=/dev/null",
             "-oConnectTimeout=20",
-            "-oServerAliveInterval=1",
-            "-oServerAliveCountMax=2",
+            "-oServerAliveInterval=2",
+            "-oServerAliveCountMax=3",
         ];
         words.map(str::to_owned).to_vec()
     }
@@ -167,7 +167,7 @@ fn serve_ssh(host: &Host, dir: &Path) -> Child {
     host.run(&["mount", "--bind", table.to_str().unwrap(), "/etc/passwd"]);
     host.command("dropbear")
         // Its own environment goes to the commands: their store is this host's.
-        .args(["-F", "-E", "-e", "-s", "-m", "-p", "2222", "-K", "1", "-r", server_key.to_str().unwrap()])
+        .args(["-F", "-E", "-e", "-s", "-m", "-p", "2222", "-K", "2", "-r", server_key.to_str().unwrap()])
         .args(["-P", host.path("dropbear.pid").to_str().unwrap()])
         .process_group(0)
         .stderr(fs::File::create(host.path("dropbear.log")).unwrap())

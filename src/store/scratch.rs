@@ -1,0 +1,56 @@
+//! What one thread needs to read and compare blocks.
+
+use super::codec::{Decoder, Mismatch, page_mask};
+use super::format::Stored;
+use super::pack::{AlignedBuffer, PackFile};
+use super::{BLOCK_SIZE, Digest};
+use crate::error::Result;
+
+/// Memory that reads reuse; one for each thread.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    pub(super) buffer: AlignedBuffer,
+    pub(super) decoder: Decoder,
+    pub(super) plain: Vec<u8>,
+}
+
+impl Scratch {
+    /// Reads a record of a pack and compares the block in it with its hash; gives the record.
+    pub(super) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<&[u8]> {
+        let Scratch { buffer, decoder, plain } = self;
+        let record = pack.record(stored, buffer)?;
+        check(decoder, plain, record, stored, hash).map_err(|why| pack.mismatch(stored, &why))?;
+        Ok(record)
+    }
+
+    /// Compares the block in `record`, which no pack has yet, with its hash; gives the plain block.
+    pub(super) fn check(
+        &mut self,
+        record: &[u8],
+        stored: Stored,
+        hash: &Digest,
+    ) -> std::result::Result<&[u8], Mismatch> {
+        check(&mut self.decoder, &mut self.plain, record, stored, hash)?;
+        Ok(&self.plain)
+    }
+
+    /// The plain block that was compared last.
+    pub(super) fn plain(&self) -> &[u8] {
+        &self.plain
+    }
+}
+
+fn check(
+    decoder: &mut Decoder,
+    plain: &mut Vec<u8>,
+    record: &[u8],
+    stored: Stored,
+    hash: &Digest,
+) -> std::result::Result<(), Mismatch> {
+    plain.resize(BLOCK_SIZE as usize, 0);
+    decoder.block((stored.kind, stored.chunk_shift), record, hash, plain)?;
+    match page_mask(plain) {
+        mask if mask == stored.data_pages => Ok(()),
+        mask => Err(format!("its pages are {mask:#x}, expected {:#x}", stored.data_pages)),
+    }
+}

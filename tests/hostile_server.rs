@@ -131,7 +131,7 @@ fn a_flood_of_questions_holds_up_nobody_and_is_bounded() {
 }
 
 #[test]
-fn a_server_that_takes_no_answer_gives_way() {
+fn a_server_that_takes_no_answer_is_replaced() {
     let _host = host::shared();
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
@@ -148,7 +148,7 @@ fn a_server_that_takes_no_answer_gives_way() {
 }
 
 #[test]
-fn a_server_that_does_not_wait_for_an_answer_gives_way() {
+fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
     let _host = host::shared();
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();

@@ -57,10 +57,11 @@ impl Debian {
         std::fs::create_dir(&root).unwrap();
         run("tar", &["-C", root.to_str().unwrap(), "--numeric-owner", "-xpf", tar.to_str().unwrap()]);
         std::fs::write(root.join("dev/fuse"), "").unwrap();
-        // It reaps what loses its parent, as the first process of a system does.
+        // A copy of this host's mounts would hold those of other scenarios: the old root goes at once. The first process
+        // reaps what loses its parent, as that of a system does.
         let script = "cd \"$1\" && mount --bind . . && cd \"$1\" && mount -t proc proc proc && mount -t sysfs sysfs sys \
-                      && mount --bind /dev/fuse dev/fuse && exec chroot . \
-                      sh -c 'trap \"exit 0\" TERM; echo here; while :; do sleep 1 & wait $!; done'";
+                      && mount --bind /dev/fuse dev/fuse && pivot_root . . \
+                      && umount -l . && cd / && exec sh -c 'trap \"exit 0\" TERM; echo here; while :; do sleep 1 & wait $!; done'";
         let mut holder = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL"])
             .args(["sh", "-c", script, "sh"])

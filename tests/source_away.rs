@@ -231,9 +231,10 @@ fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
         1,
         "{log}"
     );
+    drop(away);
+    // `stencil status` asks the store too.
     assert!(world.counter("failed") >= WAITING as u64);
     assert_eq!((world.counter("damaged"), world.status()["restarts"].as_u64()), (0, Some(0)));
-    drop(away);
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes, "nothing was remembered");
     wait_for("the end of the outage", || {
         world.log().contains("the store can be reached again").then_some(())

@@ -47,6 +47,11 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["ls"], &[]);
     ask(&["inspect", "web:1"], &[]);
     ask(&["verify"], &[]);
+    let stream = world.dir().join("stream");
+    ask(&["save", "web:1", "-o"], &[stream.to_str().unwrap()]);
+    ask(&["load", "-i"], &[stream.to_str().unwrap()]);
+    ask(&["du"], &[]);
+    ask(&["gc"], &[]);
     ask(&["mount"], &[mnt]);
     ask(&["path", "web:1"], &[]);
     ask(&["args", "web:1", "--vmm", "qemu"], &[]);
@@ -87,7 +92,7 @@ fn json_has_every_promised_field() {
         seen.insert(command);
     }
     assert!(missing.is_empty(), "{missing:#?}\n{answers:#?}");
-    assert!(seen.len() >= 16, "{seen:?}");
+    assert!(seen.len() >= 22, "{seen:?}");
 }
 
 #[test]

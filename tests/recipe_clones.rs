@@ -196,7 +196,10 @@ fn soak_a_killed_capture_gives_the_vm_its_disk_back() {
     for round in 0..rounds {
         let mut command = world.command();
         command.arg("capture").arg(guest.socket()).arg(format!("vm:k{round}"));
-        let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Its helper goes on talking here.
+        let log =
+            fs::File::options().create(true).append(true).open(world.dir().join("captures.log")).unwrap();
+        let mut capture = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         // Half of them as soon as the disk is frozen and a moment later, the others anywhere.
         if round % 2 == 0 {
             for _ in 0..400 {
@@ -210,11 +213,18 @@ fn soak_a_killed_capture_gives_the_vm_its_disk_back() {
         in_the_middle += usize::from(!overlays(world.dir()).is_empty());
         let _ = kill_process(Pid::from_raw(capture.id() as i32).unwrap(), Signal::KILL);
         whole += usize::from(capture.wait().unwrap().success());
-        patiently("own image", Duration::from_secs(30), || {
-            let mut qmp = Qmp::connect(&guest.socket()).ok()?;
-            (qmp.status().ok()? == "running" && media(&mut qmp) == before && overlays(world.dir()).is_empty())
-                .then_some(())
-        });
+        let end = std::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            // Not too often: the helper wants to talk to QEMU as well, which speaks with one at a time.
+            std::thread::sleep(Duration::from_millis(50));
+            let Ok(mut qmp) = Qmp::connect(&guest.socket()) else { continue };
+            let (status, own, left) = (qmp.status().unwrap(), media(&mut qmp), overlays(world.dir()));
+            if status == "running" && own == before && left.is_empty() {
+                break;
+            }
+            let log = fs::read_to_string(world.dir().join("captures.log")).unwrap();
+            assert!(std::time::Instant::now() < end, "round {round}: {status}, {own}, {left:?}: {log}");
+        }
         let beats = guest.heartbeats().len();
         guest.wait_heartbeats(beats + 1);
     }

@@ -155,6 +155,11 @@ fn settle_one(qmp: &mut Qmp, disk: &Frozen) -> Result<()> {
             return Err(Error::failed("QEMU has committed the overlay and still uses it"));
         }
     }
+    if let Some(over) = job_of(qmp, &job)? {
+        // One that came to its end and was told nobody.
+        log::debug!("{over}");
+        qmp.run("job-dismiss", json!({"id": job}))?;
+    }
     for path in [&disk.place, &disk.committed()] {
         match fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {

@@ -10,7 +10,7 @@ use std::process::{Child, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::disks::{self, Frozen};
 use crate::clones::launch::this_program;
@@ -110,10 +110,10 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn bring_back(socket: &Path, vm: ProcessId, frozen: &[Frozen], is_over: bool) -> Result<()> {
     let brought = insist(vm, || Qmp::connect(socket)).and_then(|mut qmp| {
-        // First of all the guest runs. A device state that was cut off ends as a failed migration, within moments;
-        // until then QEMU refuses to change a capability, and may refuse to go on.
         if !is_over {
-            insist(vm, || qmp.run("cont", json!({})))?;
+            // A device state that was cut off ends as a failed migration, one that was whole as a finished one; either
+            // may still stop the guest, and until then QEMU refuses to change a capability.
+            insist(vm, || runs_again(&mut qmp))?;
             insist(vm, || qmp.ignore_shared(false))?;
         }
         disks::settle(&mut qmp, frozen)
@@ -122,6 +122,18 @@ fn bring_back(socket: &Path, vm: ProcessId, frozen: &[Frozen], is_over: bool) ->
         // What the guest wrote last must still come into its image.
         Err(_) if !vm.is_alive() => disks::settle_without_vm(frozen),
         other => other,
+    }
+}
+
+/// Lets the guest run, and makes sure that no migration is left that would stop it.
+fn runs_again(qmp: &mut Qmp) -> Result<()> {
+    qmp.run("cont", json!({}))?;
+    let migration = qmp.run("query-migrate", json!({}))?;
+    let phase = migration.get("status").and_then(Value::as_str).unwrap_or("none");
+    let status = qmp.status()?;
+    match (phase, status.as_str()) {
+        ("none" | "completed" | "failed" | "cancelled", "running") => Ok(()),
+        _ => Err(Error::try_again(format!("its migration is '{phase}' and the guest '{status}'"))),
     }
 }
 

@@ -9,6 +9,7 @@
 //! between the job's `pending` and its `job-finalize`.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{LiveDisk, PlannedDisk};
 use crate::error::{Error, Result};
-use crate::sys::process::own_session;
+use crate::sys::process::{inherit, own_session};
 
 /// How long the commit of one overlay may make no progress.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(60);
@@ -70,14 +71,18 @@ impl Frozen {
         }
     }
 
-    /// Makes the empty overlay, for whoever may write to the image.
+    /// Makes the empty overlay, for whoever may write to the image. `hold` goes with qemu-img: whoever clears up after
+    /// this process waits until that is gone and makes no more file.
     ///
     /// # Errors
     /// When there can be no file beside the image.
-    pub fn make(&self) -> Result<()> {
+    pub fn make(&self, hold: Option<OwnedFd>) -> Result<()> {
         let (path, place, format, size) = &self.image;
         let mut command = Command::new("qemu-img");
         command.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(path).arg(&self.place);
+        if let Some(hold) = hold {
+            inherit(&mut command, hold);
+        }
         run(command.arg(size.to_string()), None)?;
         let failed = |e| Error::io("cannot give the overlay to the image's owner", &self.place, e);
         let owner = fs::metadata(place).map_err(failed)?;

@@ -47,7 +47,9 @@ impl Stand {
         if let (Some(helper), false) = (&mut stand.helper, stand.frozen.is_empty()) {
             helper.tell_frozen(&stand.frozen)?;
         }
-        stand.frozen.iter().try_for_each(Frozen::make)?;
+        for disk in &stand.frozen {
+            disk.make(stand.helper.as_ref().map_or(Ok(None), ResumeOnDeath::hold)?)?;
+        }
         Ok(stand)
     }
 

@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -59,6 +60,15 @@ impl ResumeOnDeath {
     pub fn tell_frozen(&mut self, disks: &[Frozen]) -> Result<()> {
         self.tell(&Told::Frozen(disks.to_vec()))
             .map_err(|e| Error::failed("the VM's watchdog does not listen").because(e))
+    }
+
+    /// What keeps the helper waiting: while a process has it, this capture does not count as dead.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub fn hold(&self) -> Result<Option<OwnedFd>> {
+        let held = self.0.stdin.as_ref().map(|stdin| stdin.as_fd().try_clone_to_owned());
+        held.transpose().map_err(|e| Error::failed("cannot copy a descriptor").because(e))
     }
 
     /// The VM runs again.

@@ -78,7 +78,7 @@ impl Frozen {
     /// When there can be no file beside the image.
     pub fn make(&self, hold: Option<OwnedFd>) -> Result<()> {
         let (path, place, format, size) = &self.image;
-        let mut command = Command::new("qemu-img");
+        let mut command = qemu_img();
         command.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(path).arg(&self.place);
         if let Some(hold) = hold {
             inherit(&mut command, hold);
@@ -246,7 +246,7 @@ pub fn settle_without_vm(disks: &[Frozen]) -> Result<()> {
         let _ = fs::remove_file(disk.committed());
     }
     for disk in disks.iter().filter(|disk| disk.place.exists()) {
-        let mut command = Command::new("qemu-img");
+        let mut command = qemu_img();
         let outcome =
             run(command.args(["commit", "-q", "-f", "qcow2"]).arg(&disk.place), None).and_then(|()| {
                 fs::remove_file(&disk.place)
@@ -278,7 +278,7 @@ pub fn contents(
     let copy =
         tempfile::tempfile_in(folder).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
     copy.set_len(disk.live.image.size).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
-    let mut command = Command::new("qemu-img");
+    let mut command = qemu_img();
     let source = format!("json:{}", disk.live.image.to_json(place));
     // It reads and writes through descriptors of this process: nothing has a name that could be left behind.
     let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&copy));
@@ -288,9 +288,16 @@ pub fn contents(
     Ok(copy)
 }
 
+/// Reached by no key of a terminal, with no descriptor but those that it is to inherit.
+fn qemu_img() -> Command {
+    let mut command = Command::new("qemu-img");
+    own_session(&mut command);
+    command
+}
+
 /// Runs qemu-img to its end.
 fn run(command: &mut Command, interrupt: Option<&AtomicBool>) -> Result<()> {
-    own_session(command).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|e| {
         Error::io("cannot start", "qemu-img", e)
             .remedy("install it (Debian: qemu-utils) and put it into PATH")

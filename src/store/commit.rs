@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::io::Errno;
+
 use super::pack::pack_path;
 use super::pack_writer::Packed;
 use super::policy::DEFAULT_MODE;
 use super::publish::{Lock, Session, publish, sync_folder, write_new};
 use super::{Digest, Policy, Store, TagName};
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 
 /// A template whose tables are complete in a folder of the session.
 pub(super) struct Finished<'a> {
@@ -33,6 +35,8 @@ pub(super) struct Committed {
 
 /// Publishes all of `templates`, or what of them the store lacks. Gives what became of each, and whether the new packs
 /// were needed: when sound templates with this content are there, they go away with the session.
+///
+/// An error after the first step that can be seen says how far it came: every step leaves only what is whole.
 pub(super) fn commit(
     store: &Store,
     session: &Session,
@@ -54,25 +58,57 @@ pub(super) fn commit(
         .map(|(t, existed)| !existed || repaired > 0 || !is_sound(store, &t.digest))
         .collect();
     let any = needed.contains(&true);
-    if any {
-        for id in &packed.packs {
-            publish(&pack_path(session.path(), *id), &store.packs().path(*id))?;
+    let mut seen = Seen::default();
+    let mut publish_all = || {
+        if any {
+            for id in &packed.packs {
+                publish(&pack_path(session.path(), *id), &store.packs().path(*id))?;
+                seen.packs += 1;
+            }
+            sync_folder(&store.packs_dir())?;
         }
-        sync_folder(&store.packs_dir())?;
-    }
-    for ((template, existed), needed) in templates.iter().zip(&existed).zip(&needed) {
-        match existed {
-            true => replace(store, template, *needed)?,
-            false => publish(&template.folder, &store.image_dir(&template.digest))?,
+        for ((template, existed), needed) in templates.iter().zip(&existed).zip(&needed) {
+            match existed {
+                true => replace(store, template, *needed)?,
+                false => publish(&template.folder, &store.image_dir(&template.digest))?,
+            }
+            seen.templates += 1;
         }
+        sync_folder(&store.images_dir())?;
+        let mut done = Vec::with_capacity(templates.len());
+        for (template, existed) in templates.iter().zip(&existed) {
+            let moved = point(store, template, &names, &mut seen.tags)?;
+            done.push(Committed { existed: *existed, moved });
+        }
+        Ok(done)
+    };
+    let done = publish_all();
+    done.map(|done| (done, any)).map_err(|e| seen.told(e))
+}
+
+/// What others can see of an unfinished commit.
+#[derive(Default)]
+struct Seen {
+    packs: usize,
+    templates: usize,
+    tags: usize,
+}
+
+impl Seen {
+    fn told(&self, error: Error) -> Error {
+        let Seen { packs, templates, tags } = self;
+        if packs + templates + tags == 0 {
+            return error;
+        }
+        let full = [Errno::NOSPC, Errno::DQUOT].iter().any(|full| error.errno() == Some(full.raw_os_error()));
+        let first = if full { "free space on that filesystem" } else { "mend the cause" };
+        error
+            .context(format!("packs published: {packs}, templates: {templates}, tags: {tags}, all of them whole; then"))
+            .remedy(format!(
+                "{first}, then run it again: it uses what is there; or give that back: stencil rm takes templates by digest, \
+                 stencil gc what no template needs"
+            ))
     }
-    sync_folder(&store.images_dir())?;
-    let mut done = Vec::with_capacity(templates.len());
-    for (template, existed) in templates.iter().zip(existed) {
-        let moved = point(store, template, &names)?;
-        done.push(Committed { existed, moved });
-    }
-    Ok((done, any))
 }
 
 /// The store has a template of that digest: its policy is changed, and its tables are replaced where they are needed.
@@ -94,11 +130,17 @@ fn replace(store: &Store, template: &Finished<'_>, needed: bool) -> Result<()> {
     sync_folder(&target)
 }
 
-fn point(store: &Store, template: &Finished<'_>, _names: &Lock) -> Result<Vec<(TagName, Digest)>> {
+fn point(
+    store: &Store,
+    template: &Finished<'_>,
+    _names: &Lock,
+    count: &mut usize,
+) -> Result<Vec<(TagName, Digest)>> {
     let mut moved = Vec::new();
     for tag in &template.tags {
         let before = store.tag(tag).ok().flatten().filter(|before| *before != template.digest);
         store.set_tag_locked(tag, &template.digest)?;
+        *count += 1;
         moved.extend(before.map(|before| (tag.clone(), before)));
     }
     Ok(moved)

@@ -16,8 +16,9 @@ const HASH_BLAKE3: u32 = 1;
 /// Most files of a template: the header with all of them fits one segment of the hash tree.
 pub const MAX_FILES: usize = 256;
 
-/// Most bytes of one file (a million times 64 GiB).
-pub const MAX_FILE: u64 = 1 << 56;
+/// Most bytes of all files together: what the 46 bits of a guest's physical address reach. Its table has 32 GiB, so that
+/// also one of zeros only, which costs its sender nothing, is bounded.
+pub const MAX_BYTES: u64 = 1 << 46;
 
 /// Bytes per block in the table.
 pub const HASH_LEN: u64 = 32;
@@ -56,13 +57,17 @@ impl ImageHeader {
     pub fn new(list: impl IntoIterator<Item = (String, FileKind, u64)>) -> Result<ImageHeader, Invalid> {
         let mut files: Vec<ImageFile> = Vec::new();
         let mut first_block = 0;
+        let mut total: u64 = 0;
         for (name, kind, size) in list {
             check_name("file name", &name).map_err(|e| Invalid::damage(e.message()))?;
             if files.last().is_some_and(|last| last.name >= name) {
                 return Err(Invalid::damage(format!("file '{name}' is out of order")));
             }
-            if size > MAX_FILE || files.len() == MAX_FILES {
-                return Err(Invalid::damage(format!("file '{name}' is beyond what an image can hold")));
+            total = total.saturating_add(size);
+            if total > MAX_BYTES || files.len() == MAX_FILES {
+                return Err(Invalid::damage(format!(
+                    "file '{name}' is beyond what an image can hold: {MAX_FILES} files, {MAX_BYTES} bytes"
+                )));
             }
             let file = ImageFile { name, kind, size, first_block };
             first_block += file.blocks();
@@ -218,5 +223,16 @@ mod tests {
         assert!(new(&["a", "a"]).is_err());
         assert!(new(&["../a"]).is_err());
         assert!(new(&[]).is_err());
+    }
+
+    #[test]
+    fn all_files_together_are_bounded() {
+        let new = |sizes: [u64; 2]| {
+            let names = ["a", "b"].map(str::to_owned);
+            ImageHeader::new(names.into_iter().zip(sizes).map(|(n, s)| (n, FileKind::Blob, s)))
+        };
+        assert!(new([MAX_BYTES - 1, 1]).is_ok());
+        assert!(new([MAX_BYTES, 1]).is_err());
+        assert!(new([1, u64::MAX]).is_err());
     }
 }

@@ -91,7 +91,7 @@ fn mutated_streams_give_the_right_template_or_nothing() {
         let stream = &streams[usize::from(round % 16 == 0)];
         let mutated = mutate(stream, &mut dice);
         fs::write(&path, &mutated).unwrap();
-        let loaded = Incoming::open(File::open(&path).unwrap(), &path, None)
+        let loaded = Incoming::open(File::open(&path).unwrap(), &path, None, None)
             .and_then(|stream| store.load(stream, &LoadRequest::default(), &Silent));
         match loaded {
             Err(e) => {

@@ -258,7 +258,7 @@ fn every_end_and_every_addition_is_refused() {
     let path = to.path("incoming");
     let refused = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
-        let loaded = Incoming::open(File::open(&path).unwrap(), &path, None)
+        let loaded = Incoming::open(File::open(&path).unwrap(), &path, None, None)
             .and_then(|stream| store.load(stream, &LoadRequest::default(), &Silent));
         match loaded {
             Ok(_) => false,

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::Value;
 
 use super::output::{Done, Report, to_json};
-use super::words::{mode, word};
+use super::words::{STALL, mode, seconds, word};
 use super::{Global, interrupt};
 use crate::error::{Error, Result};
 use crate::store::{
@@ -51,6 +51,9 @@ pub struct ImportArgs {
     /// Owner of the template's files in a mount, by name or number
     #[arg(long, value_name = "U[:G]", value_parser = word::<Owner>)]
     owner: Option<Owner>,
+    /// Give up when a pipe is silent for so long; 0 waits without end
+    #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
+    stall_timeout: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -144,6 +147,7 @@ pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
     // What can be refused is refused before a store is made.
     request.check()?;
     request.interrupt = Some(interrupt::flag()?);
+    request.stall = Some(args.stall_timeout);
     let start = Instant::now();
     let store = Store::open_or_create(&global.store)?;
     let imported = store.import(request, &*global.progress())?;

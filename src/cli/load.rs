@@ -3,14 +3,14 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::output::{Done, Report, to_json};
-use super::words::{mode, word};
+use super::words::{STALL, mode, seconds, word};
 use super::{Global, interrupt};
 use crate::error::{Error, Result};
 use crate::store::{Incoming, LoadRequest, Loaded, Owner, Store, TagName};
@@ -31,6 +31,9 @@ pub struct LoadArgs {
     /// Leave out launch recipes: they are command lines that stencil clone runs
     #[arg(long)]
     no_recipes: bool,
+    /// Give up when the stream is silent for so long; 0 waits without end
+    #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
+    stall_timeout: Duration,
 }
 
 #[derive(Serialize)]
@@ -92,7 +95,7 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
     };
     let start = Instant::now();
     // A stream that is none makes no store.
-    let incoming = Incoming::open(file, name, Some(interrupt::flag()?))?;
+    let incoming = Incoming::open(file, name, Some(interrupt::flag()?), Some(args.stall_timeout))?;
     let store = Store::open_or_create(&global.store)?;
     let request = LoadRequest {
         mode: args.mode,

@@ -36,6 +36,9 @@ pub fn seconds(text: &str) -> Result<std::time::Duration, String> {
     crate::control::parse_seconds(text).map_err(explain)
 }
 
+/// How many seconds a sender may be silent, unless it is said otherwise.
+pub const STALL: &str = "300";
+
 fn explain(error: Error) -> String {
     match error.remedy_text() {
         Some(remedy) => format!("{error}; {remedy}"),

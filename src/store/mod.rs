@@ -26,6 +26,7 @@ mod reference;
 mod remove;
 mod scratch;
 mod serving;
+mod silence;
 mod tables;
 mod tags;
 mod template;

@@ -13,6 +13,7 @@ mod writer;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
+use std::time::Duration;
 
 pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
@@ -46,6 +47,8 @@ enum Work {
 pub(super) struct Stop<'a> {
     failed: AtomicBool,
     wanted: Option<&'a AtomicBool>,
+    /// How long a pipe may be silent.
+    stall: Option<Duration>,
 }
 
 impl Stop<'_> {
@@ -64,17 +67,22 @@ impl Store {
     /// Imports files as one template and points a tag at it.
     ///
     /// Memory is bounded whatever the size; all cores are used. Another import, of the same name or
-    /// content too, may run at the same time. When it fails or is interrupted nothing is left.
+    /// content too, may run at the same time. When it fails or is interrupted nothing is left, unless publishing itself
+    /// fails: then the error says how far it came, and what is there is whole.
     ///
     /// # Errors
     /// What is wrong with a source, the request or the store; [`Code::Failed`](crate::error::Code)
-    /// after an interrupt.
+    /// after an interrupt, [`Code::TryAgain`](crate::error::Code) when a pipe falls silent.
     pub fn import(&self, request: ImportRequest, progress: &dyn Progress) -> Result<Imported> {
         let inputs = request.inputs()?;
         let _content = self.lock_content()?;
         let session = Session::begin(&self.tmp_dir())?;
         let known = Known::load(self)?;
-        let stop = Stop { failed: AtomicBool::new(false), wanted: request.interrupt.as_deref() };
+        let stop = Stop {
+            failed: AtomicBool::new(false),
+            wanted: request.interrupt.as_deref(),
+            stall: request.stall,
+        };
         let total: Option<u64> = inputs.iter().map(Input::size).sum();
         progress.start("import", total.map(Bytes::new));
         let written = self.pipeline(&request, inputs, &session, &known, &stop, progress);

@@ -5,20 +5,16 @@ use std::io::{self, Read, Seek};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 
 use super::worker::Batch;
 use super::{BATCH_BYTES, ImportFile, Later, Source, Stop, Work};
 use crate::error::{Error, Result};
-use crate::store::{BLOCK_SIZE, FileKind};
+use crate::store::format::image::MAX_BYTES;
+use crate::store::{BLOCK_SIZE, FileKind, silence};
 use crate::units::PAGE_SIZE;
-
-/// How often a reader that waits for a pipe looks whether it is to stop.
-const PATIENCE: Duration = Duration::from_millis(100);
 
 /// An open source.
 #[derive(Debug)]
@@ -197,6 +193,19 @@ impl Input {
         .at(&self.origin))
     }
 
+    /// Refuses more than a template can hold; `total` is the size of all files up to and with this one.
+    pub fn check_total(&self, total: u64) -> Result<()> {
+        if total <= MAX_BYTES {
+            return Ok(());
+        }
+        Err(Error::usage(format!(
+            "with file '{}' the template would have {total} bytes or more; a template holds at most {MAX_BYTES}",
+            self.name
+        ))
+        .at(&self.origin)
+        .remedy("check the source's size; make several templates of what is larger"))
+    }
+
     fn changed(&self, how: &str) -> Error {
         Error::failed(format!("the source {how} while it was read"))
             .at(Path::new(&self.origin))
@@ -321,7 +330,7 @@ fn read_stream(
         let mut batch = next_batch(stop, empty)?;
         let mut have = 0;
         while have < BATCH_BYTES {
-            wait_readable(input, stop)?;
+            wait_readable(input, stop, total + have as u64)?;
             match file.read(&mut batch.plain[have..]) {
                 Ok(0) => break,
                 Ok(count) => have += count,
@@ -330,6 +339,7 @@ fn read_stream(
             }
         }
         total += have as u64;
+        input.check_total(total)?;
         if have > 0 {
             batch.length = have;
             send(Work::Data(batch))?;
@@ -341,15 +351,16 @@ fn read_stream(
     }
 }
 
-fn wait_readable(input: &Input, stop: &Stop<'_>) -> Result<()> {
+fn wait_readable(input: &Input, stop: &Stop<'_>, have: u64) -> Result<()> {
     let file = input.file().map_err(|e| input.fail(e))?;
-    loop {
-        stop.check()?;
-        let timeout = Timespec { tv_sec: 0, tv_nsec: PATIENCE.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(file, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(e) => return Err(input.fail(e.into())),
-        }
+    if silence::wait_readable(file, stop.stall, || stop.check(), |e| input.fail(e))? {
+        return Ok(());
     }
+    Err(Error::try_again(format!(
+        "the source of file '{}' stands still: nothing came for {} s after {have} bytes, and nothing was imported",
+        input.name,
+        stop.stall.unwrap_or_default().as_secs_f64()
+    ))
+    .at(&input.origin)
+    .remedy(silence::REMEDY))
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -114,6 +115,9 @@ pub struct ImportRequest {
     pub chunk_size: ChunkSize,
     /// Becomes true when the import is to stop.
     pub interrupt: Option<Arc<AtomicBool>>,
+    /// How long a pipe may be silent before the import fails; for ever without it, or where it is zero. Who imports
+    /// holds a collector up, and that one other writers.
+    pub stall: Option<Duration>,
 }
 
 impl ImportRequest {
@@ -130,6 +134,7 @@ impl ImportRequest {
             compression: Compression::default(),
             chunk_size: ChunkSize::default(),
             interrupt: None,
+            stall: None,
         }
     }
 
@@ -141,6 +146,11 @@ impl ImportRequest {
         let inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
         check_format(self.format, &inputs)?;
         inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
+        let mut total: u64 = 0;
+        for input in &inputs {
+            total = total.saturating_add(input.size().unwrap_or_default());
+            input.check_total(total)?;
+        }
         Ok(inputs)
     }
 

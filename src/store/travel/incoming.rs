@@ -7,16 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-
 use crate::error::{Error, Result};
 use crate::store::Digest;
 use crate::store::format::stream::{MAGIC, StreamFront};
 use crate::store::format::{Invalid, Preamble};
+use crate::store::silence;
 
-/// How often a reader that waits for a pipe looks whether it is to stop.
-const PATIENCE: Duration = Duration::from_millis(100);
 const BUFFER: usize = 256 << 10;
 
 /// A stream whose front was read and is sound.
@@ -27,13 +23,19 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Reads the front of a stream. `name` is what errors call it.
+    /// Reads the front of a stream. `name` is what errors call it. From now on no wait for its next byte is longer than
+    /// `stall`, where that is given and not zero.
     ///
     /// # Errors
-    /// A usage error when it is none, [`Code::Damage`](crate::error::Code) when it is cut short or changed, or what the
-    /// system says.
-    pub fn open(file: File, name: &Path, interrupt: Option<Arc<AtomicBool>>) -> Result<Incoming> {
-        let mut source = StreamSource::new(file, name, interrupt);
+    /// A usage error when it is none, [`Code::Damage`](crate::error::Code) when it is cut short or changed,
+    /// [`Code::TryAgain`](crate::error::Code) when it falls silent, or what the system says.
+    pub fn open(
+        file: File,
+        name: &Path,
+        interrupt: Option<Arc<AtomicBool>>,
+        stall: Option<Duration>,
+    ) -> Result<Incoming> {
+        let mut source = StreamSource::new(file, name, (interrupt, stall));
         let mut bytes = vec![0; MAGIC.len()];
         let have = source.fill(&mut bytes)?;
         if bytes[..have] != MAGIC[..have] {
@@ -71,6 +73,7 @@ pub(super) struct StreamSource {
     file: File,
     name: PathBuf,
     interrupt: Option<Arc<AtomicBool>>,
+    stall: Option<Duration>,
     buffer: Vec<u8>,
     used: usize,
     hasher: blake3::Hasher,
@@ -80,11 +83,16 @@ pub(super) struct StreamSource {
 }
 
 impl StreamSource {
-    fn new(file: File, name: &Path, interrupt: Option<Arc<AtomicBool>>) -> StreamSource {
+    fn new(
+        file: File,
+        name: &Path,
+        (interrupt, stall): (Option<Arc<AtomicBool>>, Option<Duration>),
+    ) -> StreamSource {
         StreamSource {
             file,
             name: name.to_owned(),
             interrupt,
+            stall,
             buffer: Vec::new(),
             used: 0,
             hasher: blake3::Hasher::new(),
@@ -172,15 +180,17 @@ impl StreamSource {
     }
 
     fn wait(&self) -> Result<()> {
-        loop {
-            self.check()?;
-            let timeout = Timespec { tv_sec: 0, tv_nsec: PATIENCE.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&timeout)) {
-                Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
-                Err(e) => return Err(Error::io("cannot read the stream", &self.name, e.into())),
-            }
+        let fail = |e| Error::io("cannot read the stream", &self.name, e);
+        if silence::wait_readable(&self.file, self.stall, || self.check(), fail)? {
+            return Ok(());
         }
+        Err(Error::try_again(format!(
+            "the stream stands still: nothing came for {} s after {} bytes, and nothing was loaded",
+            self.stall.unwrap_or_default().as_secs_f64(),
+            self.offset
+        ))
+        .at(&self.name)
+        .remedy(silence::REMEDY))
     }
 
     /// Compares the hash at the end, and that nothing follows.

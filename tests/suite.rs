@@ -65,4 +65,5 @@ mod travel_hostile;
 mod travel_hosts;
 mod travel_rsync;
 mod travel_stream;
+mod travel_trust;
 mod vmm_args;

@@ -21,7 +21,7 @@ impl Dice {
 }
 
 /// The hashes of front and stream made right again.
-fn seal(stream: &mut [u8]) {
+pub fn seal(stream: &mut [u8]) {
     let end = stream.len() - 32;
     let front = u32::from_le_bytes(stream[12..16].try_into().unwrap()) as usize;
     if (64..end).contains(&front) {
@@ -189,7 +189,7 @@ fn lies_with_right_checksums_are_named() {
     let cases: [(Vec<u8>, &str); 10] = [
         (at(40, &[0; 4]), "0 templates"),
         (at(40, &[0xff; 4]), "templates"),
-        (at(48, &[0xff; 8]), "it ends after"),
+        (at(48, &[0xff; 8]), "its images have 1"),
         (at(48, &[0; 8]), "its content has hash"),
         (at(96, &[0xff; 8]), "it ends after"),
         (at(96, &[0x21]), "has 289 bytes, expected 288"),

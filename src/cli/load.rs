@@ -31,6 +31,9 @@ pub struct LoadArgs {
     /// Leave out launch recipes: they are command lines that stencil clone runs
     #[arg(long)]
     no_recipes: bool,
+    /// Leave out tags: none is made, none moved; what was loaded is found by its digest
+    #[arg(long)]
+    no_tags: bool,
     /// Give up when the stream is silent for so long; 0 waits without end
     #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
     stall_timeout: Duration,
@@ -51,7 +54,7 @@ impl Report for LoadReport {
             let there = if template.existed { " (all there already)" } else { "" };
             writeln!(out, "{tags} {}{there}", template.digest)?;
             for moved in &template.moved {
-                writeln!(out, "  {} pointed to {} before", moved.tag, moved.from.short())?;
+                writeln!(out, "  tag {} moved: it pointed to {} before", moved.tag, moved.from.short())?;
             }
             if template.recipe {
                 writeln!(out, "  with a launch recipe: look at it before stencil clone runs it")?;
@@ -101,6 +104,7 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
         mode: args.mode,
         owner: args.owner.unwrap_or_default(),
         without_recipes: args.no_recipes,
+        without_tags: args.no_tags,
     };
     let loaded = store.load(incoming, &request, &*global.progress())?;
     Ok(Done::report(LoadReport { loaded, seconds: start.elapsed().as_secs_f64() }))

@@ -1,5 +1,6 @@
 //! Loading a stream: every block is verified before it is written, nothing is visible before the commit.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
@@ -41,6 +42,8 @@ pub struct LoadRequest {
     pub owner: Owner,
     /// Leaves out the launch recipes: they are command lines that `clone` runs.
     pub without_recipes: bool,
+    /// Leaves out the tags: they may point elsewhere in this store.
+    pub without_tags: bool,
 }
 
 /// A tag that pointed elsewhere.
@@ -107,11 +110,12 @@ impl Store {
     /// Loads the templates of a stream, with their tags; a tag that points elsewhere is moved, as an import does.
     ///
     /// Everything is verified while it comes, and nothing is visible before all has come. When it fails or is interrupted
-    /// nothing is left.
+    /// nothing is left, unless publishing itself fails: then the error says how far it came, and what is there is whole.
     ///
     /// # Errors
     /// [`Code::Damage`](crate::error::Code) when the stream is cut short or was changed, [`Code::NotFound`](crate::error::Code) when it was saved without blocks
-    /// that the store lacks, what the system says, or that it was interrupted.
+    /// that the store lacks, [`Code::TryAgain`](crate::error::Code) when it falls silent, what the system says, or that it
+    /// was interrupted.
     pub fn load(&self, incoming: Incoming, request: &LoadRequest, progress: &dyn Progress) -> Result<Loaded> {
         let Incoming { front, mut source } = incoming;
         if let Some(base) = front.without.iter().find(|base| !self.has(base)) {
@@ -140,7 +144,7 @@ impl Store {
                 folder,
                 policy: arrived(&received.policy, request),
                 change: &change,
-                tags: template.tags.clone(),
+                tags: request.tags(template),
             });
         }
         source.check()?;
@@ -183,6 +187,12 @@ impl Store {
             let path = session.path().join(format!("image-{number}.received"));
             received.push(receive_template(template, source, path)?);
         }
+        let most = received.iter().fold(0, |sum: u64, r| sum.saturating_add(r.header.block_count()));
+        if front.blocks > most {
+            let announced = front.blocks;
+            return Err(source.damaged(format!("it announces {announced} blocks, its images have {most}")));
+        }
+        let mut came = HashSet::new();
         let mut packs = PackWriter::new(session.path(), known);
         let (mut left, mut skipped) = (front.blocks, 0);
         let stop = source.stop.clone();
@@ -194,6 +204,7 @@ impl Store {
             |scratch, batch| check_batch(batch, known, scratch).map_err(|why| damaged(&name, why)),
             |(batch, there)| {
                 for ((entry, range), there) in batch.blocks.into_iter().zip(there) {
+                    came.insert(entry.hash);
                     // The same block may have come in a batch that was worked on at the same time.
                     if there || known.find_own(&entry.hash).is_some() {
                         skipped += 1;
@@ -206,6 +217,7 @@ impl Store {
             },
         )?;
         source.finish()?;
+        refuse_unnamed(&received, came, source)?;
         Ok((received, packs.finish()?, skipped))
     }
 
@@ -298,6 +310,11 @@ impl Store {
 const ZERO: Digest = Digest::new([0; 32]);
 
 impl LoadRequest {
+    /// What is to point at a template.
+    fn tags(&self, template: &StreamTemplate) -> Vec<TagName> {
+        if self.without_tags { Vec::new() } else { template.tags.clone() }
+    }
+
     fn apply(&self, policy: &mut Policy) {
         policy.mode = self.mode.unwrap_or(policy.mode);
         self.owner.apply(policy);
@@ -397,6 +414,27 @@ fn check_batch(
         there.push(known.find(&entry.hash, scratch).is_some());
     }
     Ok((batch, there))
+}
+
+/// Refuses blocks that no image names: nobody would ever read them, and the sender would hear whether they are here.
+fn refuse_unnamed(received: &[Received], mut came: HashSet<Digest>, source: &mut StreamSource) -> Result<()> {
+    for template in received {
+        let mut image = ImageReader::open(&template.image, template.header.files().len())?;
+        let mut left = template.header.block_count();
+        while let Some(hashes) = image.next(&mut left)? {
+            source.check()?;
+            for hash in hashes {
+                came.remove(&hash);
+            }
+        }
+    }
+    match came.iter().next() {
+        None => Ok(()),
+        Some(hash) => {
+            let count = came.len();
+            Err(source.damaged(format!("it has {count} blocks that no image names, {hash} among them")))
+        }
+    }
 }
 
 /// The hashes of an image that was received.

@@ -1,0 +1,184 @@
+//! What a sender cannot do to a store: hold it up, fill it, move its tags unasked; and what a failure leaves.
+
+use std::fs;
+use std::io::Write;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::store::{Fixture, Ran, random, stencil};
+use crate::support::stream::{assert_nothing, assert_same, import, load, save};
+use crate::travel_hostile::seal;
+
+const BLOCK: usize = 64 << 10;
+
+/// Where the first image of a stream begins.
+fn image_of(stream: &[u8]) -> usize {
+    let number = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap()) as usize;
+    number(12) + number(104)
+}
+
+fn piped(fixture: &Fixture, words: &[&str], bytes: &[u8]) -> Child {
+    let mut command = stencil(fixture.dir.path(), words);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.as_mut().unwrap().write_all(bytes).unwrap();
+    child
+}
+
+/// Ends by itself though its input stays open.
+fn end(mut child: Child) -> Ran {
+    let stdin = child.stdin.take();
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+            panic!("it still waits");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(stdin);
+    child.wait_with_output().unwrap().into()
+}
+
+#[test]
+fn a_silent_sender_is_left_after_the_limit() {
+    let (from, to) = (Fixture::new(), Fixture::new());
+    let digest = import(&from, "web:1", 1, "lz4", "64k");
+    let stream = save(&from, &["web:1"]);
+    let words = ["load", "--json", "--stall-timeout", "1"];
+    for part in [0, 20, 2000, stream.len() - 1] {
+        let ran = end(piped(&to, &words, &stream[..part]));
+        assert_eq!(ran.code, 75, "{part}: {ran:?}");
+        let error = &ran.json()["error"];
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("nothing came for 1 s after"), "{ran:?}");
+        assert!(error["remedy"].as_str().unwrap().contains("--stall-timeout"), "{ran:?}");
+        assert_eq!(error["path"], "standard input");
+        assert_nothing(&to);
+    }
+    let ran = end(piped(&to, &["import", "-", "web", "--json", "--stall-timeout", "1"], &[1; 5000]));
+    assert_eq!(ran.code, 75, "{ran:?}");
+    assert!(ran.stdout.contains("after 5000 bytes"), "{ran:?}");
+    assert_nothing(&to);
+    // Without a limit it waits; what comes then is taken.
+    let mut child = piped(&to, &["load", "--stall-timeout", "0"], &stream[..2000]);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(child.try_wait().unwrap().is_none());
+    child.stdin.take().unwrap().write_all(&stream[2000..]).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_same(&from, &to, &digest);
+}
+
+#[test]
+fn blocks_that_no_image_names_are_refused() {
+    let (from, other, to) = (Fixture::new(), Fixture::new(), Fixture::new());
+    // Two blocks, one of them of zeros: there is room for one more in what the image has.
+    from.import("web:1", &[&random(1, BLOCK)[..], &[0; BLOCK]].concat());
+    let stream = save(&from, &["web:1"]);
+    other.import("more", &random(2, BLOCK));
+    let more = save(&other, &["more"]);
+    let record = &more[image_of(&more) + 96 + 160 + 32..more.len() - 32];
+    let with = |extra: u64| {
+        let mut bytes = stream.clone();
+        bytes[48..56].copy_from_slice(&(1 + extra).to_le_bytes());
+        let end = bytes.len() - 32;
+        bytes.splice(end..end, record.repeat(extra as usize));
+        seal(&mut bytes);
+        bytes
+    };
+    for (extra, words) in
+        [(1, "1 blocks that no image names"), (2, "it announces 3 blocks, its images have 2")]
+    {
+        let ran = load(&to, &with(extra));
+        assert_eq!(ran.code, 3, "{ran:?}");
+        assert!(ran.stdout.contains(words), "{ran:?}");
+        assert_nothing(&to);
+    }
+    // Whether the store has such a block is nothing that a sender hears.
+    load(&to, &more).ok();
+    let ran = load(&to, &with(1));
+    assert_eq!(ran.code, 3, "{ran:?}");
+    to.assert_clean();
+    load(&to, &with(0)).ok();
+}
+
+#[test]
+fn an_image_has_at_most_64_tib_imported_or_loaded() {
+    let (from, to) = (Fixture::new(), Fixture::new());
+    from.import("web:1", &random(1, 3 << 12));
+    let mut stream = save(&from, &["web:1"]);
+    let (image, size) = (image_of(&stream), 1u64 << 47);
+    let blocks = size / BLOCK as u64;
+    stream[96..104].copy_from_slice(&(96 + 160 + 32 * blocks).to_le_bytes());
+    stream[image + 72..][..8].copy_from_slice(&blocks.to_le_bytes());
+    stream[image + 96 + 8..][..8].copy_from_slice(&size.to_le_bytes());
+    stream.resize(stream.len() + 2 * BLOCK, 0);
+    seal(&mut stream);
+    let ran = load(&to, &stream);
+    assert_eq!(ran.code, 3, "{ran:?}");
+    assert!(ran.stdout.contains("beyond what an image can hold"), "{ran:?}");
+    assert_nothing(&to);
+
+    let source = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    source.as_file().set_len((1 << 46) + 4096).unwrap();
+    let ran = to.run(&["import", source.path().to_str().unwrap(), "web"]);
+    assert_eq!(ran.code, 2, "{ran:?}");
+    assert!(ran.stderr.contains("at most 70368744177664"), "{ran:?}");
+    assert_nothing(&to);
+}
+
+#[test]
+fn tags_stay_where_they_are_without_the_streams() {
+    let (from, to) = (Fixture::new(), Fixture::new());
+    let digest = import(&from, "web:1", 1, "lz4", "64k");
+    from.run(&["tag", "web:1", "other:x"]).ok();
+    save(&from, &["web:1", "other:x"]);
+    let stream = from.path("stream");
+    let stream = stream.to_str().unwrap();
+    let before = to.import("web:1", &random(9, 1 << 20)).digest;
+    let tags = || to.store().tags().unwrap().iter().map(|t| t.digest).collect::<Vec<_>>();
+
+    let loaded = to.run(&["load", "-i", stream, "--no-tags", "--json"]).ok().json();
+    assert_eq!(loaded["templates"][0]["tags"], json!([]));
+    assert_eq!(loaded["templates"][0]["moved"], json!([]));
+    assert_eq!(loaded["templates"][0]["digest"], digest.as_str());
+    assert_eq!(tags(), [before]);
+    assert_same(&from, &to, &digest);
+
+    let text = to.run(&["load", "-i", stream]).ok().stdout;
+    let short = before.short();
+    assert!(text.contains(&format!("  tag web:1 moved: it pointed to {short} before\n")), "{text}");
+    assert!(!text.contains("tag other:x moved"), "{text}");
+    assert_eq!(tags().len(), 2);
+    assert!(!tags().contains(&before));
+}
+
+/// A file stands where the folder of the second tag has to be.
+#[test]
+fn a_failure_while_publishing_says_what_is_there() {
+    let (from, to) = (Fixture::new(), Fixture::new());
+    let digest = import(&from, "ok:1", 1, "lz4", "64k");
+    from.run(&["tag", "ok:1", "web:1"]).ok();
+    let stream = save(&from, &["ok:1", "web:1"]);
+    drop(to.store());
+    let obstacle = to.path("store/tags/web");
+    fs::write(&obstacle, "").unwrap();
+    let ran = load(&to, &stream);
+    assert_eq!(ran.code, 1, "{ran:?}");
+    let error = &ran.json()["error"];
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.starts_with("packs published: 1, templates: 1, tags: 1, all of them whole; then: "),
+        "{ran:?}"
+    );
+    assert!(error["remedy"].as_str().unwrap().contains("stencil gc"), "{ran:?}");
+    to.assert_clean();
+    assert_same(&from, &to, &digest);
+    fs::remove_file(&obstacle).unwrap();
+    to.run(&["verify"]).ok();
+    let again = load(&to, &stream).ok().json();
+    assert_eq!(again["templates"][0]["existed"], true);
+    assert_eq!(to.store().tags().unwrap().len(), 2);
+}

@@ -303,7 +303,12 @@ fn an_interrupted_load_or_save_cleans_up_at_once() {
         assert_nothing(&to);
 
         // Nobody takes what is saved: the writer stands in the middle of a write.
-        let mut save = stencil(from.dir.path(), &["save", "web:1"]).stdout(Stdio::piped()).spawn().unwrap();
+        // Whoever runs the tests in the background may have them ignore SIGINT; `env` undoes that.
+        let plain = stencil(from.dir.path(), &["save", "web:1"]);
+        let mut command = Command::new("env");
+        command.arg("--default-signal=INT,TERM").arg(plain.get_program()).args(plain.get_args());
+        command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let mut save = command.stdout(Stdio::piped()).spawn().unwrap();
         wait_for("a lease", || leases(&from, "web:1").first().cloned());
         signal(&save, number);
         assert!(!save.wait().unwrap().success());

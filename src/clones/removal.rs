@@ -73,6 +73,8 @@ impl Cleared {
     fn get(store: &Store, digest: Digest) -> Result<Cleared> {
         let mark = RemovalMark::announce(store, &digest)?;
         mark.expect_no_lease()?;
+        // What is in use is not hidden from anybody, not even for a moment.
+        expect_unused(store, &digest, &mounts_of(store)?)?;
         let mut condemned = Condemnation::new(digest);
         loop {
             let new: Vec<Mount> = mounts_of(store)?.into_iter().filter(|m| !condemned.has(m)).collect();

@@ -5,7 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use fuser::{FileAttr, FileType, INodeNo};
 use stencilfs::units::PAGE_SIZE;
 
-use crate::tree::{Attributes, Kind};
+use crate::node::{Attributes, Kind};
 
 /// What stat(2) shows.
 pub fn attr(attributes: &Attributes) -> FileAttr {

@@ -21,11 +21,12 @@ use crate::condemned::Condemned;
 use crate::decode::MAX_READ;
 use crate::errno::Refusal;
 use crate::inflight::{Flight, Flights};
+use crate::node::{Lasting, Node};
 use crate::passthrough::{Opening, Passthrough};
 use crate::read::Reader;
 use crate::source::Source;
 use crate::stats::{Counter, Stats};
-use crate::tree::{Lasting, Node, Tree};
+use crate::tree::Tree;
 
 /// Names of content are true for ever; an hour bounds what a removed template leaves in the kernel.
 const LONG: Duration = Duration::from_secs(3600);

@@ -22,6 +22,7 @@ mod inflight;
 mod jobs;
 mod kept;
 mod link;
+mod node;
 mod notify;
 mod open_templates;
 mod passthrough;

@@ -19,8 +19,9 @@ pub use crate::backing::Opening;
 use crate::errno::Refusal;
 use crate::hydrate::Hydrator;
 use crate::link::{Ask, Cache, FileKey};
+use crate::node::Lasting;
 use crate::stats::{Counter, Stats};
-use crate::tree::{Lasting, Offer};
+use crate::tree::Offer;
 
 /// Files that are hydrated at the same time: a small one need not wait for a big one.
 const AT_ONCE: usize = 2;

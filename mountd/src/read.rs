@@ -8,7 +8,8 @@ use stencilfs::store::Digest;
 use crate::decode::Decoder;
 use crate::errno::Refusal;
 use crate::inflight::Flight;
-use crate::tree::{Node, Tree};
+use crate::node::Node;
+use crate::tree::Tree;
 
 /// Reads files of a tree.
 #[derive(Debug)]

@@ -18,91 +18,11 @@ use stencilfs::units::Bytes;
 
 use crate::condemned::Condemned;
 use crate::errno::Refusal;
+use crate::node::{Attributes, DirectoryEntry, Kind, Lasting, MANIFEST, Node, ROOT};
 use crate::open_templates::OpenTemplates;
-
-/// Inode number of the top; FUSE fixes it.
-pub const ROOT: u64 = 1;
-
-/// Name of the description in every template's directory.
-pub const MANIFEST: &str = "manifest.json";
 
 /// So many numbers may be entered before those of removed templates are forgotten.
 const MOST_ENTERED: usize = 1 << 16;
-
-/// What an inode number stands for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Node {
-    /// The top.
-    Root,
-    /// `by-id`.
-    ById,
-    /// `templates`.
-    Templates,
-    /// `by-id/<digest>`.
-    Template(Digest),
-    /// `by-id/<digest>/manifest.json`.
-    Manifest(Digest),
-    /// `by-id/<digest>/<file>`: which file of the template, and how it is served under this number.
-    File(Digest, usize, Serving),
-    /// `templates/<name>`.
-    Name(String),
-    /// `templates/<name>/<tag>`.
-    Tag(TagName),
-}
-
-/// What kind of thing it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// A directory.
-    Directory,
-    /// A regular file.
-    File,
-    /// A symbolic link.
-    Symlink,
-}
-
-/// How long a name may be believed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lasting {
-    /// Asked again each time: tags move, and a file served by decode may be promoted.
-    Not,
-    /// Content that has this name has it for ever.
-    Long,
-}
-
-/// What stat(2) shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attributes {
-    /// Inode number.
-    pub ino: u64,
-    /// What it is.
-    pub kind: Kind,
-    /// Permission bits.
-    pub mode: u32,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Length.
-    pub size: Bytes,
-    /// What it stores: pages that are not zero.
-    pub data: Bytes,
-    /// When it came into the store, in seconds since 1970.
-    pub created: u64,
-}
-
-/// One name in a directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DirectoryEntry {
-    /// Position behind it: of the same name in every listing, whatever else comes and goes.
-    pub cookie: u64,
-    /// Inode number.
-    pub ino: u64,
-    /// What it is.
-    pub kind: Kind,
-    /// The name.
-    pub name: String,
-}
 
 /// Decides how the next open of a file is served.
 pub trait Offer {
@@ -274,7 +194,7 @@ impl Tree {
     fn child(&self, parent: &Node, name: &str, offer: &impl Offer) -> Result<Node, Refusal> {
         match (name, parent) {
             (".", _) => return Ok(parent.clone()),
-            ("..", _) => return Ok(parent_of(parent)),
+            ("..", _) => return Ok(parent.parent()),
             _ => {}
         }
         match parent {
@@ -449,13 +369,13 @@ impl Tree {
             Node::Manifest(_) | Node::File(..) | Node::Tag(_) => return Err(Refusal::NotDirectory),
         };
         children.push((".".into(), node.clone()));
-        children.push(("..".into(), parent_of(&node)));
+        children.push(("..".into(), node.parent()));
         let mut entries: Vec<DirectoryEntry> = children
             .into_iter()
             .map(|(name, child)| DirectoryEntry {
                 cookie: self.cookie(&name),
                 ino: self.ino(&child),
-                kind: kind_of(&child),
+                kind: child.kind(),
                 name,
             })
             .filter(|e| e.cookie > after)
@@ -484,24 +404,6 @@ impl Tree {
             .map(|t| t.files().iter().map(|f| f.data_bytes).sum())
             .sum();
         Ok((digests.len() as u64, data))
-    }
-}
-
-fn parent_of(node: &Node) -> Node {
-    match node {
-        Node::Root | Node::ById | Node::Templates => Node::Root,
-        Node::Template(_) => Node::ById,
-        Node::Manifest(digest) | Node::File(digest, ..) => Node::Template(*digest),
-        Node::Name(_) => Node::Templates,
-        Node::Tag(tag) => Node::Name(tag.name().to_owned()),
-    }
-}
-
-fn kind_of(node: &Node) -> Kind {
-    match node {
-        Node::Root | Node::ById | Node::Templates | Node::Template(_) | Node::Name(_) => Kind::Directory,
-        Node::Manifest(_) | Node::File(..) => Kind::File,
-        Node::Tag(_) => Kind::Symlink,
     }
 }
 

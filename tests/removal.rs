@@ -3,11 +3,13 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde_json::Value;
 use stencilfs::control::{Channel, Request, Response, socket_path};
 
 use crate::support::host;
@@ -208,4 +210,35 @@ fn a_removal_that_is_killed_hides_nothing() {
     world.stencil(&["rm", "web"]).ok();
     world.stencil(&["verify"]).ok();
     assert!(killed > 0, "{killed} of {rounds} were killed in time, {gone} had removed it");
+}
+
+/// Unmounts the second path of a store with its scenario.
+struct Alias(PathBuf);
+
+impl Drop for Alias {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_store_has_its_mounts_by_every_path() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    world.import_bytes(&guest_like(3, 4 << 20), "web:1");
+    let alias = Alias(world.dir().join("alias"));
+    fs::create_dir(&alias.0).unwrap();
+    let bound = Command::new("mount").arg("--bind").arg(world.store_dir()).arg(&alias.0).status().unwrap();
+    assert!(bound.success());
+    let asked =
+        |words: &[&str]| world.stencil(&[&["--store", alias.0.to_str().unwrap(), "--json"], words].concat());
+    let answer = |words: &[&str]| serde_json::from_str::<Value>(&asked(words).ok().out).unwrap();
+    let launched = answer(&["clone", "web:1", "--simulate", "read=90%,write=1%"]);
+    assert_eq!(launched["clones"].as_array().unwrap().len(), 1);
+    assert!(answer(&["du"])["totals"]["cache_bytes"].as_u64().unwrap() > 0);
+    asked(&["path", "web:1"]).ok();
+    asked(&["gc"]).ok();
+    asked(&["rm", "web:1"]).exits(5);
+    asked(&["stop", "--all"]).ok();
+    asked(&["rm", "web:1"]).ok();
 }

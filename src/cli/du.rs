@@ -113,7 +113,7 @@ pub fn run(_args: &DuArgs, global: &Global) -> Result<Done> {
 /// What backings of each template take, in all mounts of the store; templates that are removed too.
 fn caches(store: &Store) -> Result<BTreeMap<Digest, Bytes>> {
     let mut caches: BTreeMap<Digest, Bytes> = BTreeMap::new();
-    for mount in control::mounts()?.into_iter().filter(|m| m.store == store.dir()) {
+    for mount in control::mounts_of(store)? {
         for row in mount.snapshot()?.backings {
             let bytes = caches.entry(row.key.digest).or_insert(Bytes::ZERO);
             *bytes = Bytes::new(bytes.get() + row.reserved);

@@ -109,11 +109,11 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
     collection.collected = store.collect(args.dry_run, &stop, &*global.progress())?;
     if !args.dry_run {
         // What a server has open keeps its room.
-        let mounts = control::mounts().unwrap_or_else(|error| {
+        let mounts = control::mounts_of(&store).unwrap_or_else(|error| {
             log::warn!("mounts are not told: {error}");
             Vec::new()
         });
-        for mount in mounts.into_iter().filter(|m| m.store == store.dir() && !m.orphaned) {
+        for mount in mounts.into_iter().filter(|m| !m.orphaned) {
             control::request_refresh(&mount).unwrap_or_else(|error| log::warn!("{error}"));
         }
     }

@@ -50,7 +50,7 @@ pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     // By identity: a tag may be moved while a guest still needs what it named.
     let digest = store.resolve(&reference.parse::<TemplateRef>()?)?;
-    let mount = control::mounts()?.into_iter().find(|m| !m.detached && m.store == store.dir());
+    let mount = control::mounts_of(&store)?.into_iter().find(|m| !m.detached);
     let mount = mount.ok_or_else(|| {
         Error::not_found("the store is not mounted").at(store.dir()).remedy("stencil mount MNT mounts it")
     })?;

@@ -7,8 +7,6 @@
 //! Whatever fails on the way, or kills this process, lets the mounts find it again.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 use crate::clones::find;
 use crate::control::{self, Condemnation, Mount, RemovalMark};
@@ -60,24 +58,16 @@ fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
     }
 }
 
-fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
-    let mut mounts = control::mounts()?;
-    // One store may have several paths: below a bind mount it is the same folder.
-    let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let ours = identity(store.dir());
-    mounts.retain(|m| m.store == store.dir() || (ours.is_some() && identity(&m.store) == ours));
-    Ok(mounts)
-}
-
 impl Cleared {
     fn get(store: &Store, digest: Digest) -> Result<Cleared> {
         let mark = RemovalMark::announce(store, &digest)?;
         mark.expect_no_lease()?;
         // What is in use is not hidden from anybody, not even for a moment.
-        expect_unused(store, &digest, &mounts_of(store)?)?;
+        expect_unused(store, &digest, &control::mounts_of(store)?)?;
         let mut condemned = Condemnation::new(digest);
         loop {
-            let new: Vec<Mount> = mounts_of(store)?.into_iter().filter(|m| !condemned.has(m)).collect();
+            let new: Vec<Mount> =
+                control::mounts_of(store)?.into_iter().filter(|m| !condemned.has(m)).collect();
             if new.is_empty() {
                 return Ok(Cleared { store: store.clone(), mark, condemned });
             }
@@ -93,7 +83,7 @@ impl Cleared {
     /// Asked while no name can change: false where it is to be cleared anew.
     fn still_holds(&self) -> Result<bool> {
         self.mark.expect_no_lease()?;
-        if mounts_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
+        if control::mounts_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
             return Ok(false);
         }
         Ok(self.condemned.still_holds())

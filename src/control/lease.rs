@@ -204,7 +204,7 @@ fn make_folder(store: &Store) -> Result<PathBuf> {
 
 fn closed(path: &Path, error: io::Error) -> Error {
     Error::io("cannot take a lease", path, error)
-        .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write")
+        .remedy("run it as root: mounts and removals look for leases in this directory and in no other")
 }
 
 fn all(store: &Store) -> Result<Vec<LeaseHolder>> {
@@ -214,7 +214,7 @@ fn all(store: &Store) -> Result<Vec<LeaseHolder>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => {
             return Err(Error::io("cannot read the leases", &folder, e)
-                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can read"));
+                .remedy("run it as root: leases are in this directory and in no other"));
         }
     };
     let mut found = Vec::new();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::runtime_dir;
 use crate::error::{Error, Result};
+use crate::store::Store;
 use crate::sys::process::ProcessId;
 use crate::sys::procfs;
 
@@ -154,6 +155,18 @@ impl Drop for RecordDir {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
+}
+
+/// The mounts of a store, by whatever path it was mounted: one folder may have several, below a bind mount for example.
+///
+/// # Errors
+/// As [`mounts`].
+pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
+    let identity = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    let ours = identity(store.dir());
+    let mut found = mounts()?;
+    found.retain(|m| m.store == store.dir() || (ours.is_some() && identity(&m.store) == ours));
+    Ok(found)
 }
 
 /// Every mount of this runtime directory whose supervisor or server lives, lazily unmounted ones too, by mountpoint.

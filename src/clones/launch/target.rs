@@ -31,17 +31,11 @@ impl Target {
     pub fn find(store: &Store, reference: &TemplateRef) -> Result<(Target, Lease)> {
         let (digest, lease) = Lease::of(store, reference, "clone")?;
         let template = store.template(&digest)?;
-        let place =
-            store.dir().canonicalize().map_err(|e| Error::io("cannot find the store", store.dir(), e))?;
-        let mounts = control::mounts()?;
-        let mount = mounts
-            .into_iter()
-            .find(|m| !m.detached && m.store.canonicalize().is_ok_and(|dir| dir == place))
-            .ok_or_else(|| {
-                Error::failed("no mount serves this store, so clones cannot map its templates")
-                    .at(&place)
-                    .remedy(format!("mount it first: stencil --store {} mount MNT", place.display()))
-            })?;
+        let mount = control::mounts_of(store)?.into_iter().find(|m| !m.detached).ok_or_else(|| {
+            Error::failed("no mount serves this store, so clones cannot map its templates")
+                .at(store.dir())
+                .remedy(format!("mount it first: stencil --store {} mount MNT", store.dir().display()))
+        })?;
         let secret = store.secret();
         let inodes = template
             .files()

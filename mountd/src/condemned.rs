@@ -7,7 +7,9 @@
 //! The supervisor believes that only when it is told, so a server that dies in between costs time and nothing else.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::convert::Infallible;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +25,9 @@ use crate::tree::Tree;
 /// An open that was answered is seen in its process within this time, even on a busy host.
 pub const GRACE: Duration = Duration::from_millis(200);
 
+/// How often who waits looks for a newer list.
+const MOMENT: Duration = Duration::from_millis(20);
+
 /// No more opens are remembered than so many, but for those of the last moment.
 const MOST: usize = 4096;
 
@@ -31,12 +36,24 @@ const MOST: usize = 4096;
 pub struct Condemned {
     /// True for those that are removed already.
     now: RwLock<HashMap<Digest, bool>>,
-    /// Held by whoever looks at the list, until the answer that follows from it is given.
-    looking: RwLock<()>,
+    looking: Mutex<Looks>,
     opened: Mutex<HashMap<Digest, Instant>>,
     /// What the server before has answered is not known.
     begun: Instant,
 }
+
+/// Whoever looks at the list keeps a sender until the answer that follows from it is given: a receiver whose senders are
+/// all gone has nobody left. One that hangs in a file system holds up a removal, and nobody who looks after it.
+#[derive(Debug)]
+struct Looks {
+    now: (Sender<Infallible>, Receiver<Infallible>),
+    /// Those who may act upon lists of before.
+    before: Vec<Receiver<Infallible>>,
+}
+
+/// Somebody acts upon the list.
+#[derive(Debug)]
+pub struct Looking(#[allow(dead_code, reason = "it counts by being there")] Sender<Infallible>);
 
 fn list(rows: &[CondemnedRow]) -> HashMap<Digest, bool> {
     rows.iter().map(|row| (row.digest, row.removed)).collect()
@@ -47,15 +64,19 @@ impl Condemned {
     pub fn new(rows: &[CondemnedRow]) -> Arc<Condemned> {
         Arc::new(Condemned {
             now: RwLock::new(list(rows)),
-            looking: RwLock::new(()),
+            looking: Mutex::new(Looks { now: channel(), before: Vec::new() }),
             opened: Mutex::default(),
             begun: Instant::now(),
         })
     }
 
+    fn looks(&self) -> MutexGuard<'_, Looks> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// To be held from the question whether a template is condemned to the answer that is given.
-    pub fn look(&self) -> RwLockReadGuard<'_, ()> {
-        self.looking.read().unwrap_or_else(PoisonError::into_inner)
+    pub fn look(&self) -> Looking {
+        Looking(self.looks().now.0.clone())
     }
 
     /// True for a template that nobody may find or open.
@@ -77,16 +98,30 @@ impl Condemned {
         opened.insert(*digest, Instant::now());
     }
 
-    /// The new list; comes back when nobody acts upon the old one. Gives how long the last open of one that is new
-    /// in it may take to be seen.
-    fn change(&self, rows: &[CondemnedRow]) -> Duration {
-        let new = list(rows);
-        let old =
-            std::mem::replace(&mut *self.now.write().unwrap_or_else(PoisonError::into_inner), new.clone());
-        drop(self.looking.write().unwrap_or_else(PoisonError::into_inner));
+    /// The new list. Others may still act upon the one before.
+    fn change(&self, rows: &[CondemnedRow]) {
+        *self.now.write().unwrap_or_else(PoisonError::into_inner) = list(rows);
+        // After the list: who looks from here on sees it.
+        let mut looks = self.looks();
+        let (_, old) = std::mem::replace(&mut looks.now, channel());
+        looks.before.push(old);
+    }
+
+    /// True once nobody acts upon a list of before; waits a moment for that.
+    fn is_settled(&self) -> bool {
+        let before = std::mem::take(&mut self.looks().before);
+        let gone = |old: &Receiver<_>| old.recv_timeout(MOMENT) == Err(RecvTimeoutError::Disconnected);
+        let left: Vec<_> = before.into_iter().skip_while(gone).collect();
+        let settled = left.is_empty();
+        self.looks().before.extend(left);
+        settled
+    }
+
+    /// How long the last open of a condemned template may take to be seen in its process.
+    fn grace(&self) -> Duration {
         let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = new.keys().filter(|digest| !old.contains_key(digest));
-        let last = fresh.map(|digest| opened.get(digest).copied().unwrap_or(self.begun).max(self.begun));
+        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        let last = now.keys().map(|digest| opened.get(digest).copied().unwrap_or(self.begun).max(self.begun));
         last.map(|at| GRACE.saturating_sub(at.elapsed())).max().unwrap_or_default()
     }
 }
@@ -138,7 +173,14 @@ impl Watcher {
             // The supervisor goes on waiting, and says so to who asked it.
             Err(error) => return log::error!("the list of condemned templates cannot be read: {error}"),
         };
-        let grace = self.condemned.change(&rows);
+        self.condemned.change(&rows);
+        while !self.condemned.is_settled() {
+            // What was released meanwhile is found again, whoever hangs.
+            if self.stats.page().rings() != ring {
+                return;
+            }
+        }
+        let grace = self.condemned.grace();
         self.passthrough.end_condemned();
         // What it has open of the store keeps room on the disk that was given back.
         self.tree.close_templates();
@@ -154,26 +196,52 @@ impl Watcher {
 mod tests {
     use super::*;
 
+    fn row(digest: Digest, removed: bool) -> CondemnedRow {
+        CondemnedRow { digest, removed }
+    }
+
     #[test]
     fn a_new_list_waits_for_who_looked_at_the_old_one() {
         let condemned = Condemned::new(&[]);
         let digest = Digest::of(b"x");
-        let guard = condemned.look();
-        assert!(!condemned.holds(&digest));
-        let changing = Arc::clone(&condemned);
-        let changer = thread::spawn(move || changing.change(&[CondemnedRow { digest, removed: false }]));
-        while !condemned.holds(&digest) {
-            thread::yield_now();
-        }
-        assert!(!changer.is_finished(), "somebody acts upon the old list yet");
+        let looking = condemned.look();
+        condemned.change(&[row(digest, false)]);
+        assert!(condemned.holds(&digest));
+        assert!(!condemned.is_settled(), "somebody acts upon the old list yet");
         condemned.opened(&digest);
-        drop(guard);
-        let grace = changer.join().unwrap();
-        assert!(grace > Duration::ZERO && grace <= GRACE);
+        drop(looking);
+        assert!(condemned.is_settled());
+        assert!(condemned.grace() > Duration::ZERO && condemned.grace() <= GRACE);
         assert!(!condemned.is_removed(&digest));
-        condemned.change(&[CondemnedRow { digest, removed: true }]);
+        condemned.change(&[row(digest, true)]);
         assert!(condemned.is_removed(&digest));
         condemned.change(&[]);
         assert!(!condemned.holds(&digest));
+        assert_eq!(condemned.grace(), Duration::ZERO);
+    }
+
+    /// One who hangs holds up what waits for all, and neither those who look nor what is released.
+    #[test]
+    fn who_hangs_holds_up_nobody_who_looks() {
+        let condemned = Condemned::new(&[]);
+        let digest = Digest::of(b"x");
+        let hangs = condemned.look();
+        condemned.change(&[row(digest, false)]);
+        assert!(!condemned.is_settled());
+        let other = Arc::clone(&condemned);
+        let looks = thread::spawn(move || (other.look(), other.holds(&digest)));
+        let begun = Instant::now();
+        while !looks.is_finished() {
+            assert!(!condemned.is_settled());
+            assert!(begun.elapsed() < Duration::from_secs(10), "nobody can look");
+        }
+        let (looking, held) = looks.join().unwrap();
+        assert!(held);
+        condemned.change(&[]);
+        assert!(!condemned.holds(&digest));
+        drop(hangs);
+        assert!(!condemned.is_settled(), "the second one acts upon the list that hid it");
+        drop(looking);
+        assert!(condemned.is_settled());
     }
 }

@@ -41,7 +41,7 @@ fn processes_of(world: &TestMount) -> Vec<String> {
 }
 
 #[track_caller]
-fn nothing_is_left(world: &TestMount) {
+pub fn nothing_is_left(world: &TestMount) {
     for folder in ["clones", "launches"] {
         let left: Vec<_> =
             fs::read_dir(world.runtime_dir().join(folder)).into_iter().flatten().flatten().collect();

@@ -6,7 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
 use serde_json::{Value, json};
+use stencilfs::sys::process::ProcessId;
 
+use crate::clone_command::nothing_is_left;
 use crate::support::guest;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount};
@@ -47,6 +49,8 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
         ("{memory}", "{file:rom}", "{file:rom}: the template has none; no argument has {memory}"),
         ("qmp.sock", "other.sock", "clones are resumed through that QMP socket"),
         ("\"defer\"", "\"tcp:0:1\"", "-incoming defer"),
+        ("\"defer\"", "\"defer\",\"-daemonize\"", "-daemonize: a clone's process is the one that"),
+        ("id=q", "id={uid}", "{uid}: there is no such placeholder"),
         ("\"qemu\"", "\"xen\"", "for 'xen', expected version 1 for 'qemu'"),
         ("\"vmm\"", "\"monitor\"", "this is no recipe: unknown field `monitor`"),
         ("{", "", "this is no recipe"),
@@ -114,16 +118,9 @@ fn commands_get_values_of_their_own() {
     world.stencil(&["stop", "--all"]).ok();
 }
 
-#[test]
-fn a_port_that_somebody_takes_first_is_replaced_by_another() {
-    let _host = host::shared();
-    let world = TestMount::unmounted();
-    guest::give(&world);
-    // A QEMU that meets a taken port twice, with the words of the real one.
+/// Lets clones of the guest be started by this script, which gets QEMU's arguments.
+fn start_by_script(world: &TestMount, script: &str) {
     let wrapper = world.dir().join("wrapper");
-    let script = "#!/bin/sh\necho x >>tries\n[ $(wc -l <tries) -gt 2 ] || {\n\
-                  echo \"qemu: -nic user: Could not set up host forwarding rule 'tcp::1-:2'\" >&2; exit 1; }\n\
-                  exec qemu-system-x86_64 \"$@\"\n";
     fs::write(&wrapper, script).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
     let mut recipe = world.json(&["inspect", "guest:v1", "--recipe"])["recipe"].clone();
@@ -131,13 +128,67 @@ fn a_port_that_somebody_takes_first_is_replaced_by_another() {
     let file = world.dir().join("recipe.json");
     fs::write(&file, recipe.to_string()).unwrap();
     world.stencil(&["recipe", "edit", "guest:v1", "--from", file.to_str().unwrap()]).ok();
+}
+
+#[test]
+fn a_port_that_somebody_takes_first_is_replaced_by_another() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    // A QEMU that meets a taken port twice, with the words of the real one.
+    let script = "#!/bin/sh\necho x >>tries\n[ $(wc -l <tries) -gt 2 ] || {\n\
+                  echo \"qemu: -nic user: Could not set up host forwarding rule 'tcp::1-:2'\" >&2; exit 1; }\n\
+                  exec qemu-system-x86_64 \"$@\"\n";
+    start_by_script(&world, script);
     world.mount(&[]).ok();
     let launched = world.json(&["clone", "guest:v1"]);
     let dir = launched["clones"][0]["dir"].as_str().unwrap();
     assert_eq!(fs::read_to_string(format!("{dir}/tries")).unwrap().lines().count(), 3);
     world.stencil(&["stop", "--all"]).ok();
     // One that always says so is given up, and its words are told.
-    fs::write(&wrapper, script.replace("-gt 2", "-gt 99")).unwrap();
+    start_by_script(&world, &script.replace("-gt 2", "-gt 99"));
     let run = world.stencil(&["clone", "guest:v1"]).exits(1);
     assert!(run.err.contains("Could not set up host forwarding rule"), "{}", run.err);
+}
+
+#[test]
+fn a_script_that_starts_qemu_leaves_nothing_behind() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    guest::give(&world);
+    world.mount(&[]).ok();
+    for line in [
+        "qemu-system-x86_64 \"$@\"; exit",
+        "setsid qemu-system-x86_64 \"$@\" & sleep 1000",
+        "qemu-system-x86_64 \"$@\" & exit",
+        "exec qemu-system-x86_64 -daemonize \"$@\"",
+        // Another environment: it is known by its socket alone.
+        "env -i \"$(command -v qemu-system-x86_64)\" \"$@\"; exit",
+    ] {
+        start_by_script(&world, &format!("#!/bin/sh\n{line}\n"));
+        let launched = world.json(&["clone", "guest:v1", "-n", "2"]);
+        let mut processes = vec![];
+        for clone in launched["clones"].as_array().unwrap() {
+            let pid = clone["pid"].as_u64().unwrap() as u32;
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+            assert!(name.starts_with("qemu-system"), "{line}: {name}");
+            processes.push(ProcessId::of(pid).unwrap().unwrap());
+        }
+        let listed = world.json(&["ps"]);
+        let states: Vec<_> = listed["clones"].as_array().unwrap().iter().map(|c| &c["state"]).collect();
+        assert_eq!(states, ["running"; 2], "{line}: {listed:#}");
+        world.stencil(&["stop", "--all"]).ok();
+        assert!(processes.iter().all(|p| !p.is_alive()), "{line}");
+        nothing_is_left(&world);
+    }
+    // One that never answers, and one that fails, whatever they have started.
+    for (line, words) in [
+        ("setsid sleep 1000 & exit 3", "not ready after 2 s"),
+        ("sleep 1000 & exec sleep 1000", "not ready after 2 s"),
+        ("exit 3", "QEMU ended at once (exit status: 3)"),
+    ] {
+        start_by_script(&world, &format!("#!/bin/sh\n{line}\n"));
+        world.stencil(&["clone", "guest:v1", "--timeout", "2"]).exits(1).says(words);
+        nothing_is_left(&world);
+    }
 }

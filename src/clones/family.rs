@@ -1,4 +1,4 @@
-//! The processes that belong to a clone: the one in its record, and for a command all that it has started.
+//! The processes that belong to a clone: the one in its record, and all that a command or a recipe has started.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -13,7 +13,7 @@ use crate::sys::process::ProcessId;
 use crate::sys::procfs;
 use crate::sys::users::{self, PATIENCE};
 
-/// What every process of a command clone has in its environment, followed by the clone's folder.
+/// What every process of a clone but a worker has in its environment, followed by the clone's folder.
 const MARK: &[u8] = b"STENCIL_DIR=";
 
 /// How long a killed process may take to go.
@@ -79,13 +79,9 @@ fn mark_of(pid: u32) -> Option<Vec<u8>> {
     environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec)
 }
 
-/// A worker is its zygote's child and dies with it; a QEMU starts nothing, but may not be noted yet.
+/// A worker is its zygote's child and dies with it. What a recipe names may be a script that starts QEMU.
 fn may_have_others(entry: &Entry) -> bool {
-    match entry.kind {
-        Kind::Simulated => false,
-        Kind::Qemu => entry.pid == 0,
-        Kind::Command => true,
-    }
+    entry.kind != Kind::Simulated
 }
 
 /// The living processes of the clone with this folder that its record does not name.

@@ -8,11 +8,12 @@ use serde_json::json;
 use super::Herd;
 use super::child::{Patience, spawn};
 use super::own;
+use crate::clones::family;
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
-use crate::sys::process::own_session;
+use crate::sys::process::{ProcessId, own_session};
 
 /// The longest path that a unix socket's address holds.
 const LONGEST_SOCKET: usize = 107;
@@ -88,15 +89,20 @@ fn resume_once(
     match bring_up(patience, &mut child, entry, &state) {
         Ok(()) => Ok(child),
         Err(error) => {
-            let _ = child.kill();
+            // The recipe's program may have started another one.
+            family::kill(std::slice::from_ref(entry))?;
             let _ = child.wait();
             Err(error)
         }
     }
 }
 
-fn bring_up(patience: &Patience<'_>, child: &mut Child, entry: &Entry, state: &str) -> Result<()> {
+fn bring_up(patience: &Patience<'_>, child: &mut Child, entry: &mut Entry, state: &str) -> Result<()> {
     let mut qmp = connect(patience, child, entry)?;
+    // The recipe's program may be a script that started QEMU: the clone is the QEMU.
+    if let Some(process) = ProcessId::of(qmp.peer_pid()?)?.filter(|p| Some(*p) != entry.process()) {
+        entry.set_process(process)?;
+    }
     qmp.ignore_shared(true)?;
     qmp.run("migrate-incoming", json!({"uri": format!("file:{state}")}))?;
     qmp.wait_migrated(patience.deadline)?;
@@ -119,7 +125,9 @@ fn connect(patience: &Patience<'_>, child: &mut Child, entry: &Entry) -> Result<
             }
         }
         let ended = child.try_wait().map_err(|e| Error::failed("cannot wait for QEMU").because(e))?;
-        if let Some(status) = ended {
+        if let Some(status) = ended
+            && family::of_folder(&entry.dir).is_empty()
+        {
             return Err(Error::failed(format!("QEMU ended at once ({status})"))
                 .remedy("stencil inspect shows the recipe: this host needs the same QEMU, and what its command line names"));
         }

@@ -1,7 +1,7 @@
 //! A recipe that a person has written: everything that would not work is said at once.
 
-use super::values::placeholders;
-use super::{Recipe, VERSION};
+use super::values::{misspelt, placeholders};
+use super::{Identity, Recipe, VERSION};
 use crate::error::{Error, Result};
 use crate::store::check_name;
 
@@ -50,25 +50,42 @@ impl Recipe {
             }
         }
         for name in recipe.argv.iter().flat_map(|arg| placeholders(arg)) {
-            let missing = match name.split_once(':') {
-                None => matches!(name, "memory" | "state") && !files.contains(&name),
-                Some(("file", file)) => !files.contains(&file),
-                Some(("disk", disk)) => !recipe.disks.iter().any(|d| d.name == disk),
-                Some(("mac", number)) => number.parse::<u8>().is_err(),
-                Some(_) => false,
+            let is_card = |number: &str| Identity::cards().any(|card| card.to_string() == number);
+            let problem = match name.split_once(':') {
+                None if matches!(name, "memory" | "state") && !files.contains(&name) => {
+                    "the template has none"
+                }
+                Some(("file", file)) if !files.contains(&file) => "the template has none",
+                Some(("disk", disk)) if !recipe.disks.iter().any(|d| d.name == disk) => {
+                    "the template has none"
+                }
+                Some(("mac", number)) if !is_card(number) => "a clone has addresses for cards 0 to 15",
+                _ => continue,
             };
-            if missing {
-                wrong.push(format!("{{{name}}}: the template has none"));
+            wrong.push(format!("{{{name}}}: {problem}"));
+        }
+        let before = [""].into_iter().chain(recipe.argv.iter().map(String::as_str));
+        for (before, arg) in before.zip(&recipe.argv) {
+            // QEMU takes options with one hyphen and with two.
+            if matches!(arg.as_str(), "-daemonize" | "--daemonize") {
+                wrong.push("-daemonize: a clone's process is the one that its launcher starts".into());
+            }
+            // What the guest's kernel is told is the guest's.
+            if !matches!(before, "-append" | "--append") {
+                wrong.extend(misspelt(arg).map(|name| format!("{{{name}}}: there is no such placeholder")));
             }
         }
         for (need, why) in [
             ("{memory}", "clones would not map the template"),
             ("{dir}/qmp.sock", "clones are resumed through that QMP socket"),
-            ("defer", "-incoming defer is how QEMU waits for its device state"),
         ] {
             if !recipe.argv.iter().any(|arg| arg.contains(need)) {
                 wrong.push(format!("no argument has {need}: {why}"));
             }
+        }
+        let is_deferred = |pair: &[String]| matches!(pair, [option, value] if option.trim_start_matches('-') == "incoming" && value == "defer");
+        if !recipe.argv.windows(2).any(is_deferred) {
+            wrong.push("no -incoming defer: that is how QEMU waits for its device state".into());
         }
         match wrong.is_empty() {
             true => Ok(recipe),
@@ -89,7 +106,7 @@ mod tests {
 
     const GOOD: &str = r#"{"version":1,"vmm":"qemu","program":"qemu","disks":[{"name":"root","base":"disk-root",
         "format":"raw"}],"argv":["-object","mem-path={memory}","-drive","file={disk:root}","-chardev",
-        "socket,path={dir}/qmp.sock","-incoming","defer","{port:80}{mac:1}{unknown}"]}"#;
+        "socket,path={dir}/qmp.sock","-incoming","defer","{port:80}{mac:1}","-append","{unknown}","{\"a\":1}"]}"#;
 
     #[test]
     fn a_good_one_reads_as_it_is_written() {
@@ -111,6 +128,15 @@ mod tests {
             ("\"qemu\",\"program\"", "\"xen\",\"program\"", "for 'xen'"),
             ("\"vmm\"", "\"vmn\"", "unknown field"),
             ("{mac:1}", "{mac:x}", "{mac:x}"),
+            ("{mac:1}", "{mac:16}", "cards 0 to 15"),
+            ("{port:80}", "{prot:80}", "{prot:80}: there is no such placeholder"),
+            ("{port:80}", "{pid}", "{pid}: there is no such placeholder"),
+            (
+                "\"-incoming\",\"defer\"",
+                "\"-incoming\",\"tcp:0:1\",\"-name\",\"defer\"",
+                "no -incoming defer",
+            ),
+            ("\"-append\"", "\"-daemonize\",\"-append\"", "-daemonize: "),
             ("\"root\"", "\"../x\"", "a name of letters"),
         ] {
             let error = Recipe::edited(&GOOD.replacen(from, to, 1), &files).unwrap_err();

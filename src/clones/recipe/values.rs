@@ -13,10 +13,22 @@ const NAMED: [&str; 4] = ["file", "disk", "port", "mac"];
 
 /// The placeholders in a text, without their braces. Other braces are text.
 pub fn placeholders(text: &str) -> impl Iterator<Item = &str> {
+    in_braces(text).filter(|name| is_placeholder(name))
+}
+
+/// What stands in braces, looks like a placeholder, and is none: `{prot:80}`, `{uid}`.
+pub fn misspelt(text: &str) -> impl Iterator<Item = &str> {
+    in_braces(text).filter(|name| {
+        let word = name.split_once(':').map_or(*name, |(kind, _)| kind);
+        let is_word = !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase());
+        is_word && !is_placeholder(name)
+    })
+}
+
+fn in_braces(text: &str) -> impl Iterator<Item = &str> {
     text.match_indices('{').filter_map(|(at, _)| {
         let inner = text.get(at + 1..)?;
-        let name = inner.get(..inner.find('}')?)?;
-        is_placeholder(name).then_some(name)
+        inner.get(..inner.find('}')?)
     })
 }
 

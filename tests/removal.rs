@@ -13,7 +13,7 @@ use serde_json::Value;
 use stencilfs::control::{Channel, Request, Response, socket_path};
 
 use crate::support::host;
-use crate::support::mount::{TestMount, wait_for};
+use crate::support::mount::{Run, STENCIL, TestMount, wait_for};
 use crate::support::store::guest_like;
 
 const SIZE: usize = 4 << 20;
@@ -153,6 +153,54 @@ fn a_mount_that_cannot_be_asked_is_named_and_nothing_is_removed() {
     world.mount(&["--serve", "decode"]).ok();
     world.stencil(&["rm", "web"]).ok();
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
+}
+
+/// Whoever does not see the supervisor neither takes it for dead nor trusts a search for clones.
+#[test]
+fn another_pid_namespace_removes_neither_records_nor_templates() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+    let file = File::open(world.file(&digest, "memory")).unwrap();
+    let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
+    let elsewhere = |words: &[&str]| {
+        let mut command = world.command_in("unshare");
+        command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(STENCIL).args(words);
+        Run::of(words.join(" "), &command.output().unwrap())
+    };
+    let listed = elsewhere(&["status"]).ok();
+    assert!(listed.out.contains(world.mountpoint().to_str().unwrap()), "{listed:?}");
+    elsewhere(&["rm", "web"]).exits(75).says("another PID namespace");
+    world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
+    assert_eq!(open(&world, &digest), None);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    world.stencil(&["rm", "web"]).ok();
+}
+
+/// What cannot be known of a mount is no sign that there is none.
+#[test]
+fn a_mount_that_is_not_known_whole_keeps_its_templates() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+    let record = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap();
+    let record = record.path().join("mount.json");
+    let text = fs::read(&record).unwrap();
+    fs::write(&record, &text[..text.len() / 2]).unwrap();
+    world.stencil(&["rm", "web"]).exits(75).says("the record of a mount cannot be read");
+    fs::write(&record, &text).unwrap();
+    // Another runtime directory knows nothing of the mount; the mount table does.
+    let elsewhere = |words: &[&str]| {
+        let mut command = world.command();
+        command.args(words).env("STENCIL_RUNTIME_DIR", world.dir().join("elsewhere"));
+        Run::of(words.join(" "), &command.output().unwrap())
+    };
+    let refused = elsewhere(&["rm", "web"]).exits(75).says("no record in this runtime directory");
+    assert!(refused.err.contains(world.mountpoint().to_str().unwrap()), "{refused:?}");
+    assert_eq!(open(&world, &digest), None);
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    elsewhere(&["rm", "web"]).ok();
 }
 
 #[test]

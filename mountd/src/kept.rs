@@ -14,8 +14,8 @@ use stencilfs::control::{
     BackingRow, CONTROL_VERSION, Chosen, MountOptions, Record, RecordDir, ServerRow, Snapshot,
 };
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd;
 use stencilfs::sys::process::ProcessId;
+use stencilfs::sys::{memfd, probe};
 use stencilfs::units::Bytes;
 
 use crate::stats::Stats;
@@ -140,6 +140,8 @@ impl Program {
 pub struct Kept {
     /// How the mount was asked for, with canonical paths.
     pub options: MountOptions,
+    /// Identity of the store, for those who know it by another path.
+    pub store_id: Option<String>,
     /// `st_dev` of everything in it.
     pub device: u64,
     /// The kernel's INIT request.
@@ -195,6 +197,7 @@ impl Kept {
             terminations: self.terminations,
             restarts: self.restarts,
             backings,
+            store_id: self.store_id.clone(),
             condemned: Vec::new(),
             counters: self.stats.all(),
         })
@@ -211,6 +214,7 @@ impl Kept {
         self.record.write(&Record {
             mountpoint: self.options.mountpoint.clone(),
             store: self.options.store.clone(),
+            store_id: self.store_id.clone(),
             device: self.device,
             supervisor_pid: me.pid,
             supervisor_start: me.start_time,
@@ -219,6 +223,7 @@ impl Kept {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ledger: identity(&self.ledger)?,
             program: identity(&self.program.file)?,
+            pid_namespace: probe::pid_namespace(),
         })
     }
 }

@@ -63,11 +63,11 @@ impl Cleared {
         let mark = RemovalMark::announce(store, &digest)?;
         mark.expect_no_lease()?;
         // What is in use is not hidden from anybody, not even for a moment.
-        expect_unused(store, &digest, &control::mounts_of(store)?)?;
+        expect_unused(store, &digest, &control::every_mount_of(store)?)?;
         let mut condemned = Condemnation::new(digest);
         loop {
             let new: Vec<Mount> =
-                control::mounts_of(store)?.into_iter().filter(|m| !condemned.has(m)).collect();
+                control::every_mount_of(store)?.into_iter().filter(|m| !condemned.has(m)).collect();
             if new.is_empty() {
                 return Ok(Cleared { store: store.clone(), mark, condemned });
             }
@@ -83,7 +83,7 @@ impl Cleared {
     /// Asked while no name can change: false where it is to be cleared anew.
     fn still_holds(&self) -> Result<bool> {
         self.mark.expect_no_lease()?;
-        if control::mounts_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
+        if control::every_mount_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
             return Ok(false);
         }
         Ok(self.condemned.still_holds())

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::client::{SUPERVISOR_LOST, reach};
 use super::protocol::{Request, Response};
-use super::registry::{CONTROL_SOCKET, Mount, mounts};
+use super::registry::{CONTROL_SOCKET, Mount, lives};
 use super::wire::Channel;
 use crate::error::{Error, Result};
 use crate::store::Digest;
@@ -51,6 +51,18 @@ impl Condemnation {
     pub fn extend(&mut self, mounts: Vec<Mount>) -> Result<()> {
         let mut grace = Duration::ZERO;
         for mount in mounts {
+            if mount.foreign {
+                return Err(Error::try_again(format!(
+                    "the mount's supervisor (there process {}) is in another PID namespace, so clones of template {} \
+                     may be out of sight",
+                    mount.supervisor_pid, self.digest
+                ))
+                .at(&mount.mountpoint)
+                .remedy(format!(
+                    "run it where that mount was made; if nobody lives there any more, remove {}",
+                    mount.dir.display()
+                )));
+            }
             if mount.orphaned {
                 return Err(Error::try_again(format!(
                     "the mount's supervisor (process {}) is dead, so it cannot be asked to let go of template {}",
@@ -107,7 +119,7 @@ fn condemned_by(mount: &Mount, digest: Digest) -> Result<Option<(Channel, Durati
             Ok(condemned) => return Ok(Some(condemned)),
             Err(error) => error,
         };
-        if !mounts()?.iter().any(|living| living.dir == mount.dir) {
+        if !lives(mount)? {
             return Ok(None);
         }
         if Instant::now() > until || is_late(&error) {

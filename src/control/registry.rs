@@ -5,21 +5,26 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::runtime_dir;
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sys::process::ProcessId;
-use crate::sys::procfs;
+use crate::sys::{mount, probe, procfs};
 
 /// Name of the control socket in a record's folder.
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Name of the log in a record's folder.
 pub const LOG_FILE: &str = "log";
 const RECORD_FILE: &str = "mount.json";
+/// A mount that begins has a record within this time, on a busy host too.
+const BEGINNING: Duration = Duration::from_secs(2);
 
 /// What a supervisor writes down about its mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +33,9 @@ pub struct Record {
     pub mountpoint: PathBuf,
     /// The store that it serves (canonical).
     pub store: PathBuf,
+    /// Its [`id`](Store::id); unknown to versions before.
+    #[serde(default)]
+    pub store_id: Option<String>,
     /// `st_dev` of everything in it.
     pub device: u64,
     /// Process that holds the mount.
@@ -44,6 +52,9 @@ pub struct Record {
     pub ledger: (u64, u64),
     /// The same of the program that servers are started from.
     pub program: (u64, u64),
+    /// The PID namespace that the numbers of processes are of; unknown to versions before.
+    #[serde(default)]
+    pub pid_namespace: Option<u64>,
 }
 
 /// A mount with a living supervisor or server.
@@ -53,6 +64,8 @@ pub struct Mount {
     pub mountpoint: PathBuf,
     /// The store that it serves.
     pub store: PathBuf,
+    /// Its identity.
+    pub store_id: Option<String>,
     /// `st_dev` of everything in it.
     pub device: u64,
     /// Process that holds the mount (dead where `orphaned`).
@@ -63,6 +76,8 @@ pub struct Mount {
     pub detached: bool,
     /// True where the supervisor has died and only the server is left.
     pub orphaned: bool,
+    /// True where both live in another PID namespace: their numbers mean nothing here, and clones may not be visible.
+    pub foreign: bool,
     /// Version of both.
     pub version: String,
     /// `st_dev` and `st_ino` of the ledger, and of the program that servers are started from.
@@ -105,9 +120,9 @@ impl RecordDir {
     pub fn take_over(path: &Path) -> Result<RecordDir> {
         let fail = |e| Error::io("cannot use the mount's record", path, e);
         let folder = OwnedFd::from(fs::File::open(path).map_err(fail)?);
-        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(RecordDir { path: path.to_owned(), folder }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Errno::WOULDBLOCK) => {
                 Err(Error::in_use("the mount has a supervisor, or another one takes it over just now")
                     .at(path)
                     .remedy("see `stencil status`"))
@@ -157,42 +172,118 @@ impl Drop for RecordDir {
     }
 }
 
-/// The mounts of a store, by whatever path it was mounted: one folder may have several, below a bind mount for example.
+/// The mounts of a store that can be known, by whatever path it was mounted: one folder may have several, below a bind
+/// mount for example.
 ///
 /// # Errors
 /// As [`mounts`].
 pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
-    let identity = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let ours = identity(store.dir());
-    let mut found = mounts()?;
-    found.retain(|m| m.store == store.dir() || (ours.is_some() && identity(&m.store) == ours));
-    Ok(found)
+    Ok(only(mounts()?, store))
+}
+
+/// As [`mounts_of`], for who must know of every one.
+///
+/// # Errors
+/// [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read, or a mount of the store has none in
+/// this runtime directory.
+pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
+    let until = Instant::now() + BEGINNING;
+    loop {
+        let all = scan_all()?;
+        let known = |dev| all.iter().any(|m| m.device == dev);
+        let ours = identity(store.dir());
+        let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
+        let mut mounted = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
+        let Some(stranger) = mounted.find(|m| !known(m.dev) && serves(Path::new(&m.source))) else {
+            return Ok(only(all, store));
+        };
+        if Instant::now() > until {
+            return Err(Error::try_again("a mount of the store has no record in this runtime directory")
+                .at(&stranger.mountpoint)
+                .remedy(format!(
+                    "run it with the STENCIL_RUNTIME_DIR of that mount, here it is {}; or take the mount away: \
+                     stencil umount {}",
+                    runtime_dir().display(),
+                    stranger.mountpoint.display()
+                )));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether a mount has not ended.
+///
+/// # Errors
+/// As [`every_mount_of`]: a record that cannot be read is no sign of an end.
+pub(super) fn lives(mount: &Mount) -> Result<bool> {
+    Ok(scan_all()?.iter().any(|living| living.dir == mount.dir))
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).map(|m| (m.dev(), m.ino())).ok()
+}
+
+fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
+    let (ours, id) = (identity(store.dir()), store.id());
+    mounts.retain(|m| {
+        // A copy of a store has its id too: that decides only where the folder is away.
+        m.store == store.dir()
+            || identity(&m.store).map_or(m.store_id.as_ref() == Some(&id), |its| Some(its) == ours)
+    });
+    mounts
 }
 
 /// Every mount of this runtime directory whose supervisor or server lives, lazily unmounted ones too, by mountpoint.
-/// Records of dead ones are removed on the way.
+/// Records of dead ones are removed on the way; not those of another PID namespace, whose processes cannot be seen.
 ///
 /// # Errors
 /// When the runtime directory exists and cannot be read. A directory that does not exist holds no mount.
 pub fn mounts() -> Result<Vec<Mount>> {
+    let (found, unread) = scan()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    Ok(found)
+}
+
+/// All mounts, or why a record cannot be read.
+fn scan_all() -> Result<Vec<Mount>> {
+    let (all, unread) = scan()?;
+    unread.into_iter().next().map_or(Ok(all), Err)
+}
+
+/// All mounts, and why some records could not be read.
+fn scan() -> Result<(Vec<Mount>, Vec<Error>)> {
     let all = runtime_dir().join("mounts");
+    let fail = |e| {
+        Error::io("cannot read the runtime directory", &all, e)
+            .remedy("run it as root: mounts have their records in this directory and in no other")
+    };
     let entries = match fs::read_dir(&all) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => {
-            return Err(Error::io("cannot read the runtime directory", &all, e)
-                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write"));
-        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
+        Err(e) => return Err(fail(e)),
     };
     let mounted = procfs::mounts()?;
-    let mut found = Vec::new();
-    for entry in entries.flatten() {
-        let dir = entry.path();
-        let Some(record) = read_record(&dir) else { continue };
-        let alive = |pid, start_time| ProcessId { pid, start_time }.is_alive();
-        let supervisor = alive(record.supervisor_pid, record.supervisor_start);
+    let namespace = probe::pid_namespace();
+    let (mut found, mut unread) = (Vec::new(), Vec::new());
+    for entry in entries {
+        let dir = entry.map_err(fail)?.path();
+        let record = match read_record(&dir) {
+            Ok(Some(record)) => record,
+            Ok(None) => continue,
+            Err(error) => {
+                unread.push(error);
+                continue;
+            }
+        };
+        // A number says nothing here when it is of another PID namespace; a lock is the same everywhere.
+        let foreign = record.pid_namespace.is_some_and(|its| Some(its) != namespace);
+        let alive = |pid, start_time| !foreign && ProcessId { pid, start_time }.is_alive();
+        let supervisor = match foreign {
+            true => is_locked(&dir),
+            false => alive(record.supervisor_pid, record.supervisor_start),
+        };
         let server = record.server_pid.filter(|&pid| alive(pid, record.server_start));
-        if !supervisor && server.is_none() {
+        if !supervisor && server.is_none() && !foreign {
             log::debug!("removing the record of a dead mount: {}", dir.display());
             let _ = fs::remove_dir_all(&dir);
             continue;
@@ -201,28 +292,44 @@ pub fn mounts() -> Result<Vec<Mount>> {
         found.push(Mount {
             mountpoint: record.mountpoint,
             store: record.store,
+            store_id: record.store_id,
             device: record.device,
             supervisor_pid: record.supervisor_pid,
             server_pid: server,
             detached,
             orphaned: !supervisor,
+            foreign,
             version: record.version,
             identities: [record.ledger, record.program],
             dir,
         });
     }
     found.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
-    Ok(found)
+    Ok((found, unread))
 }
 
-/// A folder without a readable record belongs to a supervisor that is just starting, or to nobody: left alone.
-fn read_record(dir: &Path) -> Option<Record> {
-    let text = fs::read(dir.join(RECORD_FILE)).ok()?;
-    match serde_json::from_slice(&text) {
-        Ok(record) => Some(record),
-        Err(error) => {
-            log::warn!("{}: no record of a mount: {error}", dir.display());
-            None
-        }
+/// True while a supervisor has the folder of its record.
+fn is_locked(dir: &Path) -> bool {
+    // Shared: two that look at the same time do not take each other for a supervisor.
+    let look = |folder: fs::File| flock(&folder, FlockOperation::NonBlockingLockShared);
+    fs::File::open(dir).is_ok_and(|folder| look(folder) == Err(Errno::WOULDBLOCK))
+}
+
+/// A folder without a record belongs to a supervisor that is just starting, which has no server yet, or to nobody.
+///
+/// # Errors
+/// [`Code::TryAgain`](crate::error::Code::TryAgain) that says why it cannot be read.
+fn read_record(dir: &Path) -> Result<Option<Record>> {
+    let path = dir.join(RECORD_FILE);
+    let unread = |e: io::Error| {
+        Error::try_again("the record of a mount cannot be read").at(&path).because(e).remedy(format!(
+            "run it as root, with the Stencil that made it; if nobody lives there any more, remove {}",
+            dir.display()
+        ))
+    };
+    match fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| unread(e.into())),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(e) => Err(unread(e)),
     }
 }

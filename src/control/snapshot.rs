@@ -141,6 +141,9 @@ pub struct Snapshot {
     pub restarts: u64,
     /// Backings, and the reasons of files that have none.
     pub backings: Vec<BackingRow>,
+    /// Identity of the store; unknown to ledgers of versions before.
+    #[serde(default)]
+    pub store_id: Option<String>,
     /// Templates that nobody may find or open.
     #[serde(default)]
     pub condemned: Vec<CondemnedRow>,

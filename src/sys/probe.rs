@@ -65,6 +65,11 @@ pub fn has_sys_admin() -> bool {
     capability(21)
 }
 
+/// The PID namespace of this process; `None` without `/proc`.
+pub fn pid_namespace() -> Option<u64> {
+    std::fs::metadata("/proc/self/ns/pid").ok().map(|file| std::os::unix::fs::MetadataExt::ino(&file))
+}
+
 /// True when this process has the capability `CAP_SYS_PTRACE` (bit 19) in effect: it may look into every
 /// process that has no capability beyond its own.
 pub fn may_trace() -> bool {

@@ -128,8 +128,9 @@ pub fn check() -> ExitCode {
 /// A new mount, or one whose supervisor is dead.
 fn take(options: MountOptions, notify: &mut Notify) -> Result<Taken> {
     let mountpoint = checks::canonical(&options.mountpoint)?;
-    let left =
-        control::mounts()?.into_iter().find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned);
+    let left = control::mounts()?
+        .into_iter()
+        .find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned && m.server_pid.is_some());
     let mut stored = Fds::from_service_manager()?;
     let living = stored.of("fuse").iter().any(|fuse| !fuse_dev::is_over(fuse));
     let mut taken = match (left, living) {
@@ -168,6 +169,7 @@ fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(Kept,
     });
     let kept = Kept {
         options: snapshot.options,
+        store_id: snapshot.store_id,
         device: snapshot.device,
         init: snapshot.init,
         reply: snapshot.reply,

@@ -41,11 +41,12 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
         let chosen = cache::choose(&options, &init)?;
         let listener = crate::control::open(&record)?;
         let stats = Stats::new(counters);
+        let store_id = Some(store.id());
         let (reply, restarts, terminations, previous) = (None, 0, 0, None);
         #[rustfmt::skip]
         let kept = Kept {
-            options, device, init, reply, chosen, restarts, terminations, fuse, stats, record, listener, program,
-            previous, ledger,
+            options, store_id, device, init, reply, chosen, restarts, terminations, fuse, stats, record, listener,
+            program, previous, ledger,
         };
         Ok(Taken {
             kept,

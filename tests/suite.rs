@@ -15,6 +15,7 @@ mod demo;
 mod dirty_exact;
 mod documents;
 mod firecracker;
+mod gc_room;
 mod hostile_server;
 mod in_flight;
 mod jail;

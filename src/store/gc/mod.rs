@@ -2,10 +2,12 @@
 //! which little is needed.
 //!
 //! ```text
-//!   new packs ─▶ placements, one by one, each in one step ─▶ old packs go
+//!   a few packs: new packs ─▶ placements, one by one, each in one step ─▶ old packs go ─▶ the next few
 //! ```
 //! A crash in between leaves packs that no placement names: the next run takes them. A reader with an older placement
 //! meets a missing pack, opens the placement anew and goes on.
+
+mod plan;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -14,14 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
+use self::plan::{Plan, Share};
 use super::census::{Census, PackUse};
 use super::format::PackId;
+use super::format::pack::IndexEntry;
 use super::known::{Known, Place};
 use super::pack::pack_path;
 use super::pack_writer::{PACK_BYTES, PackWriter};
 use super::publish::{Session, allocated, publish, sweep, sync_folder};
 use super::tables::TableWriter;
-use super::{Scratch, Store, Template};
+use super::{Digest, Scratch, Store, Template};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::units::Bytes;
@@ -45,47 +49,7 @@ pub struct Collected {
     pub dead_bytes: Bytes,
 }
 
-/// What is to be done with which packs.
-#[derive(Debug, Default)]
-struct Plan {
-    remove: BTreeSet<PackId>,
-    repack: BTreeSet<PackId>,
-    /// Bytes of dead records that stay.
-    stays: u64,
-}
-
-impl Plan {
-    /// A pack that is at least half dead is written anew. The rest may keep as many dead bytes as one pack holds, or a
-    /// tenth of all: beyond that the worst ones are written anew too.
-    fn of(census: &Census) -> Plan {
-        let mut plan = Plan::default();
-        let mut rest: Vec<(u64, u64, PackId)> = Vec::new();
-        for (id, pack) in census.packs.iter().filter(|(_, p)| !p.strange) {
-            let (all, live) = pack.bytes();
-            let dead = all - live;
-            if live == 0 {
-                plan.remove.insert(*id);
-            } else if dead >= live {
-                plan.repack.insert(*id);
-            } else {
-                rest.push((all, dead, *id));
-            }
-        }
-        // The greatest share of dead bytes last.
-        rest.sort_by(|a, b| (u128::from(a.1) * u128::from(b.0)).cmp(&(u128::from(b.1) * u128::from(a.0))));
-        let mut all: u64 = rest.iter().map(|r| r.0).sum();
-        plan.stays = rest.iter().map(|r| r.1).sum();
-        while plan.stays > PACK_BYTES.max(all / 10)
-            && let Some((bytes, dead, id)) = rest.pop()
-        {
-            plan.repack.insert(id);
-            plan.stays -= dead;
-            all -= bytes;
-        }
-        plan
-    }
-}
-
+/// Where records are now.
 type Moved = HashMap<(PackId, u32), Place>;
 
 struct Run<'a> {
@@ -100,7 +64,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Code::Damage`] when it cannot be known what a template needs: then no pack is touched. What the filesystem
-    /// says, or that `interrupt` became true; whatever was done until then is as good as done.
+    /// says, or that `interrupt` became true; whatever was given back until then stays so.
     pub fn collect(
         &self,
         dry_run: bool,
@@ -121,16 +85,25 @@ impl Store {
             .at(self.dir())
             .remedy("import the same memory again to repair it, or remove it: stencil rm DIGEST"));
         }
-        let plan = Plan::of(&census);
+        let packs = census.packs.iter().filter(|(_, pack)| !pack.strange);
+        let plan = Plan::of(packs.map(|(id, pack)| {
+            let (all, live) = pack.bytes();
+            Share { id: *id, all, live }
+        }));
         let run = Run { store: self, interrupt, progress };
         let mut done = Collected { sessions, dead_bytes: Bytes::new(plan.stays), ..Collected::default() };
         let freed = match dry_run {
-            true => run.estimate(&census, &plan, &mut done),
-            false => run.collect(&census, &plan, &mut done)?,
+            true => run.estimate(&census, plan, &mut done),
+            false => run.collect(census, plan, &mut done)?,
         };
         done.freed_bytes = Bytes::new(swept + freed);
         Ok(done)
     }
+}
+
+fn affected<'c>(census: &'c Census, packs: &BTreeSet<PackId>) -> impl Iterator<Item = &'c Digest> {
+    let affected = census.templates.iter().filter(|t| t.pack_ids().iter().any(|id| packs.contains(id)));
+    affected.map(Template::digest)
 }
 
 impl Run<'_> {
@@ -145,33 +118,69 @@ impl Run<'_> {
         }
     }
 
-    fn estimate(&self, census: &Census, plan: &Plan, done: &mut Collected) -> u64 {
-        let live: u64 = plan.repack.iter().map(|id| census.packs[id].bytes().1).sum();
-        done.removed_packs = (plan.remove.len() + plan.repack.len()) as u64;
-        done.repacked_packs = plan.repack.len() as u64;
-        done.new_packs = live.div_ceil(PACK_BYTES);
-        done.placements = self.affected(census, &plan.repack).count() as u64;
-        let old: u64 = plan.remove.iter().chain(&plan.repack).map(|id| self.allocated(*id)).sum();
+    /// What is free where the store lies, for those who are not root.
+    fn room(&self) -> u64 {
+        rustix::fs::statvfs(self.store.dir()).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
+    }
+
+    fn estimate(&self, census: &Census, mut plan: Plan, done: &mut Collected) -> u64 {
+        let live = plan.live();
+        let mut old: u64 = plan.remove.iter().map(|id| self.allocated(*id)).sum();
+        let mut repacked = BTreeSet::new();
+        loop {
+            let round = plan.next_round(u64::MAX);
+            if round.is_empty() {
+                break;
+            }
+            done.new_packs += round.iter().map(|pack| pack.live).sum::<u64>().div_ceil(PACK_BYTES);
+            old += round.iter().map(|pack| self.allocated(pack.id)).sum::<u64>();
+            repacked.extend(round.iter().map(|pack| pack.id));
+        }
+        done.removed_packs = (plan.remove.len() + repacked.len()) as u64;
+        done.repacked_packs = repacked.len() as u64;
+        done.placements = affected(census, &repacked).count() as u64;
         old.saturating_sub(live.next_multiple_of(4096))
     }
 
-    fn affected<'c>(
-        &self,
-        census: &'c Census,
-        packs: &BTreeSet<PackId>,
-    ) -> impl Iterator<Item = &'c Template> {
-        census.templates.iter().filter(|t| t.pack_ids().iter().any(|id| packs.contains(id)))
+    fn collect(&self, mut census: Census, mut plan: Plan, done: &mut Collected) -> Result<u64> {
+        // What needs no work comes first: it makes room for what does.
+        let mut freed = self.remove(&mut census, &plan.remove)?;
+        done.removed_packs = plan.remove.len() as u64;
+        let known = Known::nothing(self.store);
+        let (mut taken, mut replaced) = (0, BTreeSet::new());
+        self.progress.start("repack", Some(Bytes::new(plan.live())));
+        let rounds = loop {
+            let round = plan.next_round(self.room());
+            if round.is_empty() {
+                break Ok(());
+            }
+            match self.round(&mut census, &round, &known, &mut replaced, done) {
+                Ok((given, new)) => (freed, taken) = (freed + given, taken + new),
+                Err(error) => break Err(error),
+            }
+        };
+        self.progress.finish();
+        rounds.map_err(|error| match error.errno() {
+            Some(libc::ENOSPC | libc::EDQUOT) => error
+                .context(format!("packs given back: {}; then", done.removed_packs))
+                .remedy(format!("free {} on that filesystem, then run it again", Bytes::new(PACK_BYTES))),
+            _ => error,
+        })?;
+        done.placements = replaced.len() as u64;
+        Ok(freed.saturating_sub(taken))
     }
 
-    fn collect(&self, census: &Census, plan: &Plan, done: &mut Collected) -> Result<u64> {
-        // What needs no work comes first: it makes room for what does.
-        let mut freed = self.remove(&plan.remove)?;
-        done.removed_packs = plan.remove.len() as u64;
-        if plan.repack.is_empty() {
-            return Ok(freed);
-        }
+    /// Writes these packs anew, as a whole. Gives what has become free, and what the new ones take.
+    fn round(
+        &self,
+        census: &mut Census,
+        round: &[Share],
+        known: &Known,
+        replaced: &mut BTreeSet<Digest>,
+        done: &mut Collected,
+    ) -> Result<(u64, u64)> {
         let session = Session::begin(&self.store.tmp_dir())?;
-        let (moved, whole, packs) = self.copy(census, &plan.repack, session.path())?;
+        let (moved, whole, packs) = self.copy(census, round, known, session.path())?;
         let mut taken = 0;
         for id in &packs {
             let path = pack_path(session.path(), *id);
@@ -179,32 +188,42 @@ impl Run<'_> {
             publish(&path, &self.store.packs().path(*id))?;
         }
         sync_folder(&self.store.packs_dir())?;
-        for (number, template) in self.affected(census, &whole).enumerate() {
+        let folder = session.path().join("image");
+        for digest in affected(census, &whole) {
             self.check()?;
-            let folder = session.path().join(format!("image-{number}"));
-            rewrite(template, &moved, &whole, &folder)?;
-            let _names = self.store.lock_names()?;
-            if self.store.has(template.digest()) {
+            // As it is after the rounds before.
+            let template = match self.store.template(digest) {
+                Ok(template) => template,
+                Err(_) if !self.store.find(digest)? => continue,
+                Err(error) => return Err(error),
+            };
+            rewrite(&template, &moved, &whole, &folder)?;
+            let names = self.store.lock_names()?;
+            if self.store.has(digest) {
                 publish(&folder.join("placement"), &template.folder().join("placement"))?;
                 sync_folder(&template.folder())?;
-                done.placements += 1;
+                replaced.insert(*digest);
             }
+            drop(names);
+            fs::remove_dir_all(&folder).map_err(|e| Error::io("cannot remove", &folder, e))?;
         }
-        freed += self.remove(&whole)?;
+        let freed = self.remove(census, &whole)?;
         done.removed_packs += whole.len() as u64;
-        done.repacked_packs = whole.len() as u64;
-        done.new_packs = packs.len() as u64;
-        Ok(freed.saturating_sub(taken))
+        done.repacked_packs += whole.len() as u64;
+        done.new_packs += packs.len() as u64;
+        Ok((freed, taken))
     }
 
-    fn remove(&self, packs: &BTreeSet<PackId>) -> Result<u64> {
+    fn remove(&self, census: &mut Census, packs: &BTreeSet<PackId>) -> Result<u64> {
         let mut freed = 0;
         for id in packs {
             self.check()?;
             let path = self.store.packs().path(*id);
             freed += allocated(&path);
             fs::remove_file(&path).map_err(|e| Error::io("cannot remove the pack", &path, e))?;
+            // What is open or mapped keeps its room.
             self.store.packs().forget(*id);
+            census.packs.remove(id);
         }
         sync_folder(&self.store.packs_dir())?;
         Ok(freed)
@@ -215,52 +234,46 @@ impl Run<'_> {
     fn copy(
         &self,
         census: &Census,
-        packs: &BTreeSet<PackId>,
+        round: &[Share],
+        known: &Known,
         folder: &Path,
     ) -> Result<(Moved, BTreeSet<PackId>, Vec<PackId>)> {
-        let known = Known::nothing(self.store);
-        let mut writer = PackWriter::new(folder, &known);
+        let mut writer = PackWriter::new(folder, known);
         let (mut moved, mut whole) = (Moved::new(), BTreeSet::new());
-        let live = packs.iter().map(|id| census.packs[id].bytes().1).sum();
-        self.progress.start("repack", Some(Bytes::new(live)));
-        for id in packs {
-            match self.copy_pack(*id, &census.packs[id], (&known, &mut writer), &mut moved) {
-                Ok(()) => drop(whole.insert(*id)),
+        for Share { id, .. } in round {
+            match self.read(*id, &census.packs[id]) {
+                Ok(records) => {
+                    for (entry, record) in &records {
+                        let place = match known.find_own(&entry.hash) {
+                            Some(place) => place,
+                            None => writer.append(entry.hash, record, entry.stored)?,
+                        };
+                        moved.insert((*id, entry.stored.offset), place);
+                    }
+                    whole.insert(*id);
+                }
                 // It stays as it is: what is whole in it can still be read, and `verify` names the rest.
                 Err(e) if e.code() == Code::Damage => log::warn!("{e}; that pack is left as it is"),
-                Err(e) => {
-                    self.progress.finish();
-                    return Err(e);
-                }
+                Err(e) => return Err(e),
             }
         }
-        self.progress.finish();
-        let packs = writer.finish()?.packs;
-        Ok((moved, whole, packs))
+        Ok((moved, whole, writer.finish()?.packs))
     }
 
-    fn copy_pack(
-        &self,
-        id: PackId,
-        pack_use: &PackUse,
-        (known, writer): (&Known, &mut PackWriter<'_>),
-        moved: &mut Moved,
-    ) -> Result<()> {
+    /// What is needed of a pack, as it is stored: all of it is what it should be, or nothing of it is copied. A copy that
+    /// nobody names would take room beside the pack that stays.
+    fn read(&self, id: PackId, pack_use: &PackUse) -> Result<Vec<(IndexEntry, Box<[u8]>)>> {
         let pack = self.store.packs().get(id)?;
         let mut scratch = Scratch::default();
+        let mut records = Vec::new();
         for entry in pack_use.live() {
             self.check()?;
             let entry = entry.map_err(|e| e.in_file("pack", self.store.packs().path(id)))?;
-            // As it is stored, and only if it is what it should be.
             let record = scratch.verify(&pack, entry.stored, &entry.hash)?;
-            let place = match known.find_own(&entry.hash) {
-                Some(place) => place,
-                None => writer.append(entry.hash, record, entry.stored)?,
-            };
-            moved.insert((id, entry.stored.offset), place);
             self.progress.advance(Bytes::new(entry.stored.length.into()));
+            records.push((entry, record.into()));
         }
-        Ok(())
+        Ok(records)
     }
 }
 

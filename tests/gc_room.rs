@@ -1,0 +1,181 @@
+//! What a collection takes while it works, and what it says it gave back.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use stencilfs::store::BLOCK_SIZE;
+
+use crate::support::store::{Fixture, random, read_all};
+
+const BLOCK: usize = BLOCK_SIZE as usize;
+const PACK: u64 = 64 << 20;
+
+fn digest_of(fixture: &Fixture, tag: &str) -> stencilfs::store::Digest {
+    fixture.store().resolve(&tag.parse().unwrap()).unwrap()
+}
+
+fn parts_of(bytes: &[u8], needed: impl Fn(usize) -> bool) -> Vec<u8> {
+    let blocks = bytes.chunks(BLOCK).enumerate().filter(|(number, _)| needed(*number));
+    blocks.flat_map(|(_, block)| block).copied().collect()
+}
+
+#[test]
+fn what_is_given_back_is_what_is_said() {
+    // Nothing but packs to be written anew; then one beside that nobody needs.
+    for dead in [false, true] {
+        let fixture = Fixture::new();
+        let first = random(1, 64 * BLOCK);
+        fixture.import("first", &first);
+        fixture.import("kept", &first[..24 * BLOCK]);
+        if dead {
+            fixture.import("dead", &random(2, 8 * BLOCK));
+            fixture.run(&["rm", "dead"]).ok();
+        }
+        fixture.run(&["rm", "first"]).ok();
+        let dry = fixture.run(&["--json", "gc", "--dry-run"]).ok().json();
+        let before = fixture.disk_usage();
+        let done = fixture.run(&["--json", "gc"]).ok().json();
+        let really = before - fixture.disk_usage();
+        assert!(really >= if dead { 48 } else { 40 } * BLOCK_SIZE - (64 << 10), "{really}");
+        for (what, answer) in [("before", &dry), ("after", &done)] {
+            let freed = answer["freed_bytes"].as_u64().unwrap();
+            assert!(freed.abs_diff(really) < 64 << 10, "{freed} said {what}, {really} seen");
+        }
+        assert_eq!(done["removed_packs"], if dead { 2 } else { 1 });
+    }
+}
+
+/// What was copied before the damage was met is not left beside the pack that stays.
+#[test]
+fn damage_does_not_make_a_store_larger() {
+    let fixture = Fixture::new();
+    let first = random(1, 40 * BLOCK);
+    fixture.import("first", &first);
+    // The last blocks of the pack.
+    fixture.import("kept", &first[28 * BLOCK..]);
+    let pack = fixture.files("packs").remove(0);
+    fixture.run(&["rm", "first"]).ok();
+    let file = File::options().read(true).write(true).open(&pack).unwrap();
+    let (place, mut byte) = (39 * BLOCK_SIZE + 1000, [0]);
+    file.read_exact_at(&mut byte, place).unwrap();
+    file.write_all_at(&[!byte[0]], place).unwrap();
+    let before = fixture.disk_usage();
+    for _ in 0..2 {
+        let done = fixture.run(&["--json", "gc"]).ok();
+        assert!(done.stderr.contains("is left as it is"), "{done:?}");
+        let done = done.json();
+        assert_eq!((&done["freed_bytes"], &done["new_packs"]), (&0.into(), &0.into()), "{done:#}");
+        assert_eq!(fixture.disk_usage(), before);
+        assert_eq!(fixture.files("packs"), [pack.clone()]);
+    }
+    assert_eq!(fixture.run(&["verify"]).code, 3);
+    // Once it is repaired, the pack goes.
+    fixture.import("kept", &first[28 * BLOCK..]);
+    fixture.run(&["gc"]).ok();
+    assert!(!pack.exists());
+    fixture.run(&["verify"]).ok();
+}
+
+/// A small filesystem, for as long as this lives.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn new(path: PathBuf, bytes: u64) -> Disk {
+        fs::create_dir(&path).unwrap();
+        let options = std::ffi::CString::new(format!("size={bytes},mode=0700")).unwrap();
+        mount("none", &path, "tmpfs", MountFlags::empty(), options.as_c_str()).unwrap();
+        Disk(path)
+    }
+
+    fn free(&self) -> u64 {
+        let stat = rustix::fs::statvfs(&self.0).unwrap();
+        stat.f_bavail * stat.f_frsize
+    }
+
+    /// Leaves so many bytes of it.
+    fn leave(&self, filler: &Path, bytes: u64) {
+        let _ = fs::remove_file(filler);
+        fs::write(filler, vec![1; (self.free() - bytes) as usize]).unwrap();
+        assert!(self.free().abs_diff(bytes) < 16 << 10, "{}", self.free());
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        unmount(&self.0, UnmountFlags::DETACH).unwrap();
+    }
+}
+
+/// Packs are written anew one after the other where there is no room for all: each gives room to the next.
+#[test]
+fn a_store_that_is_nearly_full_is_collected() {
+    const PACKS: u64 = 8;
+    let fixture = Fixture::new();
+    let disk = Disk::new(fixture.path("store"), 48 << 20);
+    let parts: Vec<Vec<u8>> = (0..PACKS).map(|seed| random(seed, 64 * BLOCK)).collect();
+    for (number, part) in parts.iter().enumerate() {
+        fixture.import(&format!("part-{number}"), part);
+    }
+    let kept: Vec<u8> = parts.iter().flat_map(|part| part[..24 * BLOCK].to_vec()).collect();
+    fixture.import("kept", &kept);
+    for number in 0..PACKS {
+        fixture.run(&["rm", &format!("part-{number}")]).ok();
+    }
+    let filler = disk.0.join("filler");
+    disk.leave(&filler, 256 << 10);
+    let refused = fixture.run(&["gc"]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(
+        refused.stderr.contains("packs given back: 0") && refused.stderr.contains("free 64.0 MiB"),
+        "{refused:?}"
+    );
+    assert_eq!(fixture.files("tmp"), Vec::<PathBuf>::new());
+    assert!(read_all(&fixture.store(), &digest_of(&fixture, "kept"), 0).unwrap() == kept);
+    // Room for two copies of what is needed of one pack; of all of them it is 12 MiB.
+    disk.leave(&filler, 3 << 20);
+    let free = disk.free();
+    let done = fixture.run(&["--json", "gc"]).ok().json();
+    assert_eq!(done["repacked_packs"], PACKS, "{done:#}");
+    assert_eq!(done["placements"], 1, "{done:#}");
+    let freed = done["freed_bytes"].as_u64().unwrap();
+    assert!(freed > PACKS * 39 * BLOCK_SIZE, "{freed}");
+    assert!(freed.abs_diff(disk.free() - free) < 64 << 10, "{freed} said, {} seen", disk.free() - free);
+    assert!(read_all(&fixture.store(), &digest_of(&fixture, "kept"), 0).unwrap() == kept);
+    fixture.run(&["verify"]).ok();
+}
+
+/// Of a store of several full packs nothing stays but what is needed, and one pack.
+#[test]
+fn full_packs_are_written_anew_as_several() {
+    let fixture = Fixture::new();
+    // Of these less than half is needed, of those more.
+    let (less, more) = (random(1, 160 << 20), random(2, 96 << 20));
+    fixture.import("less", &less);
+    fixture.import("more", &more);
+    assert!(fixture.files("packs").len() >= 5);
+    let kept_less = parts_of(&less, |number| number % 20 < 9);
+    let kept_more = parts_of(&more, |number| number % 20 < 11);
+    drop((less, more));
+    fixture.import("kept-less", &kept_less);
+    fixture.import("kept-more", &kept_more);
+    let packs = fixture.files("packs");
+    fixture.run(&["rm", "less", "more"]).ok();
+    let dry = fixture.run(&["--json", "gc", "--dry-run"]).ok().json();
+    let done = fixture.run(&["--json", "gc"]).ok().json();
+    for field in ["removed_packs", "repacked_packs", "placements", "new_packs", "dead_bytes"] {
+        assert_eq!(done[field], dry[field], "{field}: {done:#}");
+    }
+    assert!(done["new_packs"].as_u64().unwrap() >= 2, "{done:#}");
+    assert!(done["dead_bytes"].as_u64().unwrap() > PACK / 2, "what is mostly needed stays: {done:#}");
+    assert!(fixture.files("packs").iter().any(|pack| packs.contains(pack)), "{done:#}");
+    let live = (kept_less.len() + kept_more.len()) as u64;
+    let totals = fixture.run(&["--json", "du"]).ok().json()["totals"].clone();
+    assert!(totals["dead_bytes"].as_u64().unwrap() <= PACK, "{totals:#}");
+    assert!(fixture.disk_usage() < live + PACK + live / 50, "{} for {live}", fixture.disk_usage());
+    for (tag, kept) in [("kept-less", kept_less), ("kept-more", kept_more)] {
+        assert!(read_all(&fixture.store(), &digest_of(&fixture, tag), 0).unwrap() == kept, "{tag}");
+    }
+    fixture.run(&["verify"]).ok();
+}

@@ -118,6 +118,46 @@ fn commands_get_values_of_their_own() {
     world.stencil(&["stop", "--all"]).ok();
 }
 
+/// Where few ports are to be had: a port that was given and is not bound yet would be given again at once.
+#[test]
+fn commands_that_bind_late_never_share_a_port() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    world.import_bytes(&vec![1; 1 << 20], "web");
+    let bind = "use Socket; socket(S, PF_INET, SOCK_STREAM, 0) or die; select(undef, undef, undef, 1); \
+                bind(S, sockaddr_in({port:80}, INADDR_ANY)) or die \"bind {port:80}: $!\"; listen(S, 1) or die; \
+                open(N, '>&=', $ENV{STENCIL_NOTIFY}) or die; syswrite(N, 'x') or die; sleep 1000";
+    let launch = "echo 40000 40063 >/proc/sys/net/ipv4/ip_local_port_range || exit; stencil=$1; shift; \
+                  \"$stencil\" \"$@\" & one=$!; \"$stencil\" \"$@\" && wait $one";
+    let mut command = world.command_in("unshare");
+    command.args([
+        "--net",
+        "sh",
+        "-c",
+        launch,
+        "sh",
+        STENCIL,
+        "clone",
+        "web",
+        "-n",
+        "20",
+        "--parallel",
+        "20",
+    ]);
+    let done = command.args(["--ready", "notify", "--", "perl", "-e", bind]).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let listed = world.json(&["ps"]);
+    let clones = listed["clones"].as_array().unwrap();
+    let ports: BTreeSet<u64> = clones.iter().map(|c| c["ports"]["80"].as_u64().unwrap()).collect();
+    assert_eq!((clones.len(), ports.len()), (40, 40), "{ports:?}");
+    assert!(ports.iter().all(|port| (40_000..40_064).contains(port)), "{ports:?}");
+    let noted = || fs::read_dir(world.runtime_dir().join("ports")).unwrap().count();
+    assert_eq!(noted(), 40);
+    world.stencil(&["stop", "--all"]).ok();
+    assert_eq!(noted(), 0, "ports are given back");
+    nothing_is_left(&world);
+}
+
 /// Lets clones of the guest be started by this script, which gets QEMU's arguments.
 fn start_by_script(world: &TestMount, script: &str) {
     let wrapper = world.dir().join("wrapper");

@@ -146,11 +146,12 @@ impl Entry {
         write().map_err(|e| Error::io("cannot write the record of a clone", &path, e))
     }
 
-    /// Removes its folder. One that is gone already is fine.
+    /// Removes its folder and gives its ports back. One that is gone already is fine.
     ///
     /// # Errors
     /// When something in it cannot be removed.
     pub fn remove(&self) -> Result<()> {
+        super::ports::give_back(self);
         remove_folder(&self.dir)
     }
 

@@ -236,9 +236,11 @@ impl Herd<'_> {
             return Err(Error::failed("interrupted: all clones of this launch were removed"));
         }
         launched.clones.sort_by_key(|e| e.index);
-        launched.failures.sort_by_key(|f| f.index);
         let (count, bad) = (self.order.count, launched.failures.len());
-        match launched.failures.first() {
+        // The first in time is why others were given up.
+        let first = launched.failures.first().cloned();
+        launched.failures.sort_by_key(|f| f.index);
+        match first {
             Some(first) if !self.order.keep_going || launched.clones.is_empty() => {
                 let others = if bad > 1 { format!(" ({bad} failed)") } else { String::new() };
                 Err(Error::failed(format!(

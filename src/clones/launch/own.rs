@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
 
 use super::Target;
+use crate::clones::ports;
 use crate::clones::recipe::{Disk, Identity, Needs, Values};
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
@@ -42,9 +43,10 @@ pub fn make(
         values = values.with(&format!("mac:{card}"), identity.mac(card));
     }
     let mut reserved = Reserved::default();
+    ports::give_back(entry);
     entry.ports.clear();
     for name in &needs.ports {
-        let (port, held) = free_port()?;
+        let (port, held) = free_port(|port| ports::claim(port, &entry.id))?;
         reserved.0.push(held);
         values = values.with(&format!("port:{name}"), port.to_string());
         entry.ports.insert(name.clone(), port);
@@ -61,9 +63,11 @@ pub fn make(
     Ok((values, reserved))
 }
 
-/// A port that is free for TCP and for UDP at every address of the host.
-fn free_port() -> Result<(u16, OwnedFd)> {
+/// A port that is free for TCP and for UDP at every address of the host, and that this lets us have.
+fn free_port(may_have: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
     let failed = |e: rustix::io::Errno| Error::failed("cannot reserve a port of the host").because(e.into());
+    // Held until another one is found, or the kernel would offer them again.
+    let mut refused = vec![];
     for _ in 0..TRIES {
         let held = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(failed)?;
@@ -72,9 +76,10 @@ fn free_port() -> Result<(u16, OwnedFd)> {
         bind(&held, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)).map_err(failed)?;
         let address = getsockname(&held).map_err(failed)?;
         let port = SocketAddrV4::try_from(address).map_err(failed)?.port();
-        if UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() {
+        if UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() && may_have(port)? {
             return Ok((port, held));
         }
+        refused.push(held);
     }
     Err(Error::try_again("no port of the host is free for TCP and UDP")
         .remedy("see which are in use with `ss -tul`, or widen net.ipv4.ip_local_port_range"))
@@ -115,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_reserved_port_is_given_to_nobody_but_may_be_listened_on() {
-        let held: Vec<(u16, OwnedFd)> = (0..50).map(|_| free_port().unwrap()).collect();
+        let held: Vec<(u16, OwnedFd)> = (0..50).map(|_| free_port(|_| Ok(true)).unwrap()).collect();
         let ports: BTreeSet<u16> = held.iter().map(|(port, _)| *port).collect();
         assert_eq!(ports.len(), 50);
         for _ in 0..200 {

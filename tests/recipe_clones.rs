@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::support::guest::{
-    Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, patiently,
+    CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, patiently,
 };
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
@@ -135,6 +135,21 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
             });
         }
     });
+
+    // A guest goes on with the address in its device state, until it takes the one that its card was given.
+    for clone in clones {
+        let folder = Path::new(clone["dir"].as_str().unwrap());
+        let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
+        let card = json!({"path": "/machine/peripheral/eth", "property": "mac"});
+        let given = qmp.run("qom-get", card).unwrap().as_str().unwrap().to_owned();
+        let mut used = || qmp.run("query-rx-filter", json!({})).unwrap()[0]["main-mac"].clone();
+        assert_eq!(used(), CAPTURED_MAC);
+        let socket = UnixStream::connect(folder.join("serial-1.sock")).unwrap();
+        (&socket).write_all(format!("mac {given}\n").as_bytes()).unwrap();
+        patiently("another address", Duration::from_secs(60), || (used() == given).then_some(()));
+        let port = clone["ports"]["80"].as_u64().unwrap() as u16;
+        patiently("an answer from it", Duration::from_secs(60), || beats_on_disk(port));
+    }
 
     // What a host can have only once is another one's nowhere.
     let mut seen: Vec<BTreeSet<String>> = vec![BTreeSet::new(); 8];

@@ -142,11 +142,14 @@ pub fn make_disk(dir: &Path, noise: usize) -> PathBuf {
     disk
 }
 
+/// The address of the network card that [`devices`] gives.
+pub const CAPTURED_MAC: &str = "52:54:00:12:34:57";
+
 /// Words that give a guest this disk, a network card with a forward from a port of the host, and a second serial port.
 pub fn devices(dir: &Path, disk: &Path, port: u16) -> String {
     format!(
         "-drive file={},if=virtio,format=qcow2,id=root -netdev user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:80 \
-         -device virtio-net-pci,netdev=n0,id=eth,mac=52:54:00:12:34:57 \
+         -device virtio-net-pci,netdev=n0,id=eth,mac={CAPTURED_MAC} \
          -serial unix:{}/second.sock,server=on,wait=off",
         disk.display(),
         dir.display()

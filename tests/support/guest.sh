@@ -6,7 +6,8 @@
 #
 # and with each reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
 # With a disk (an ext4 on virtio-blk) it appends each heartbeat to its file `beats`, synced; with a network card it
-# serves the disk by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat.
+# serves the disk by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat, and
+# a line "mac ADDRESS" gives its network card that address first.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -47,14 +48,17 @@ done
 if [ -e /proc/sys/net/ipv4/conf/eth0 ]; then
     /bin/busybox ip address add 10.0.2.15/24 dev eth0
     /bin/busybox ip link set eth0 up
+    # A new MAC is told to the network.
+    echo 1 >/proc/sys/net/ipv4/conf/eth0/arp_notify
     /bin/busybox httpd -h /disk -p 80
 fi
-# Whoever connects to the second serial port is told the last heartbeat for each line.
+# Whoever connects to the second serial port is told the last heartbeat for each line, and may change the MAC.
 (
     exec 3<>/dev/ttyS1 || exit
     /bin/busybox stty -F /dev/ttyS1 raw -echo
     while read -r line <&3; do
         read -r beat </ram/beat
+        case $line in mac\ *) /bin/busybox ip link set dev eth0 address "${line#mac }" ;; esac
         echo "$line: $beat" >&3
     done
 ) 2>/dev/null &

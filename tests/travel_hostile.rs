@@ -113,7 +113,12 @@ fn mutated_streams_give_the_right_template_or_nothing() {
                     assert_eq!(policy.mode & !0o444, 0);
                     let digest = template.digest;
                     store
-                        .remove(What::Named(&TemplateRef::Digest(digest)), Some(&digest), || Ok(true))
+                        .remove(
+                            What::Named(&TemplateRef::Digest(digest)),
+                            Some(&digest),
+                            || Ok(true),
+                            || Ok(()),
+                        )
                         .unwrap();
                 }
             }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::control::Mount;
 use crate::error::{Error, Result};
-use crate::store::{Digest, Serving, Store, inode_number};
+use crate::store::{Digest, Serving, Store, Template, inode_number};
 use crate::sys::users::{self, PATIENCE};
 use crate::sys::{probe, procfs};
 use crate::units::{Bytes, FileOffset};
@@ -52,7 +52,6 @@ impl Inodes {
                 stores.insert(served_by.store.clone(), Store::open(&served_by.store)?);
             }
             let store = &stores[&served_by.store];
-            let secret = store.secret();
             for digest in store.digests()? {
                 let template = match store.template(&digest) {
                     Ok(template) => template,
@@ -62,23 +61,31 @@ impl Inodes {
                         continue;
                     }
                 };
-                for (index, file) in template.files().iter().enumerate() {
-                    for serving in [Serving::Passthrough, Serving::Decode] {
-                        let ino = inode_number(&secret, &digest, &file.name, serving);
-                        let served = ServedFile {
-                            digest,
-                            index,
-                            name: file.name.clone(),
-                            size: file.size,
-                            serving,
-                            mount,
-                        };
-                        inodes.files.insert((served_by.device, ino), Arc::new(served));
-                    }
-                }
+                inodes.add(store, &template, mount, served_by);
             }
         }
         Ok(inodes)
+    }
+
+    /// The inodes of one template in these mounts of its store.
+    pub fn of_template(store: &Store, template: &Template, mounts: &[Mount]) -> Inodes {
+        let mut inodes = Inodes { files: HashMap::new(), devices: mounts.iter().map(|m| m.device).collect() };
+        for (mount, served_by) in mounts.iter().enumerate() {
+            inodes.add(store, template, mount, served_by);
+        }
+        inodes
+    }
+
+    fn add(&mut self, store: &Store, template: &Template, mount: usize, served_by: &Mount) {
+        let (secret, digest) = (store.secret(), *template.digest());
+        for (index, file) in template.files().iter().enumerate() {
+            for serving in Serving::ALL {
+                let ino = inode_number(&secret, &digest, &file.name, serving);
+                let (name, size) = (file.name.clone(), file.size);
+                let served = ServedFile { digest, index, name, size, serving, mount };
+                self.files.insert((served_by.device, ino), Arc::new(served));
+            }
+        }
     }
 
     /// What a device and inode number mean; `None` for anything that is no file of a template.

@@ -1,24 +1,31 @@
 //! Removal of a template that nobody uses, in two steps: first nobody can find it any more, then it is sought who has it.
 //!
 //! ```text
-//!   mark ─▶ no lease? ─▶ every mount: nobody finds or opens it ─▶ no process maps it or has it open?
-//!     ─▶ names locked: still so? ─▶ tags and folder go ─▶ mounts close what they have of it
+//!   mark ─▶ no lease? nobody uses it? ─▶ every mount: nobody finds or opens it ─▶ no process maps it or has it open?
+//!     ─▶ names locked: still so? ─▶ tags and folder go ─▶ the same two questions ─▶ mounts close what they have of it
 //! ```
-//! Whatever fails on the way, or kills this process, lets the mounts find it again.
+//! Whatever fails on the way, or kills this process, lets the mounts find it again. The last questions see also who came
+//! by a mount that began in between, and do not rely on a time.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use crate::clones::find;
+use crate::clones::find::{self, Inodes, Search};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
-use crate::store::{Digest, Removal, Removed, Serving, Store, TemplateRef, What, inode_number};
+use crate::store::{Digest, Removal, Removed, Store, Template, TemplateRef, What};
 use crate::sys::users::{self, PATIENCE};
 
-/// A template that nobody has, and nobody can get.
+/// Mounts that come and go for longer are not waited for.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// A template that nobody can get.
 struct Cleared {
     store: Store,
     mark: RemovalMark,
     condemned: Condemnation,
+    /// Its files; nothing for one that is not there.
+    template: Option<Template>,
 }
 
 /// Removes what `reference` names. A tag of a template that has others goes alone.
@@ -40,10 +47,13 @@ pub fn remove_untagged(store: &Store, digest: &Digest) -> Result<Removed> {
 
 fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
     let mut cleared: Option<Cleared> = None;
+    let until = Instant::now() + LONGEST;
     loop {
         let digest = cleared.as_ref().map(|c| *c.condemned.digest());
-        let last_look = || cleared.as_ref().map_or(Ok(false), Cleared::still_holds);
-        let done = store.remove(what, digest.as_ref(), last_look);
+        let is_hidden = || cleared.as_ref().map_or(Ok(false), Cleared::is_hidden);
+        let done = store.remove(what, digest.as_ref(), is_hidden, || {
+            cleared.as_ref().map_or(Ok(()), |c| c.expect_unused(&c.condemned.mounts()))
+        });
         let removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
         if let Some(Cleared { condemned, .. }) = cleared.take()
             && let Err(error) = condemned.release(removed)
@@ -53,6 +63,13 @@ fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
         }
         match done? {
             Removal::Done(removed) => return Ok(removed),
+            Removal::Template(digest) if Instant::now() > until => {
+                return Err(Error::try_again(format!(
+                    "mounts of the store have come and gone for {} s while template {digest} was to be removed",
+                    LONGEST.as_secs()
+                ))
+                .remedy("see `stencil status`, and run it again when they stay"));
+            }
             Removal::Template(digest) => cleared = Some(Cleared::get(store, digest)?),
         }
     }
@@ -62,77 +79,69 @@ impl Cleared {
     fn get(store: &Store, digest: Digest) -> Result<Cleared> {
         let mark = RemovalMark::announce(store, &digest)?;
         mark.expect_no_lease()?;
-        // What is in use is not hidden from anybody, not even for a moment.
-        expect_unused(store, &digest, &control::every_mount_of(store)?)?;
-        let mut condemned = Condemnation::new(digest);
-        loop {
-            let new: Vec<Mount> =
-                control::every_mount_of(store)?.into_iter().filter(|m| !condemned.has(m)).collect();
-            if new.is_empty() {
-                return Ok(Cleared { store: store.clone(), mark, condemned });
+        let template = match store.template(&digest) {
+            Ok(template) => Some(template),
+            Err(error) if error.code() == Code::NotFound => None,
+            Err(error) => {
+                let why = format!(
+                    "template {digest} is damaged, so its users cannot be found ({})",
+                    error.message()
+                );
+                return Err(Error::in_use(why)
+                    .remedy("import the same memory again to repair it, or unmount the store first"));
             }
-            condemned.extend(new)?;
-            if let Err(error) = expect_unused(store, &digest, &condemned.mounts()) {
+        };
+        let condemned = Condemnation::new(digest);
+        let mut ours = Cleared { store: store.clone(), mark, condemned, template };
+        // What is in use is not hidden from anybody, not even for a moment.
+        ours.expect_unused(&control::every_mount_of(store)?)?;
+        loop {
+            let mut new = control::every_mount_of(store)?;
+            new.retain(|m| !ours.condemned.has(m));
+            if new.is_empty() {
+                return Ok(ours);
+            }
+            ours.condemned.extend(new)?;
+            if let Err(error) = ours.expect_unused(&ours.condemned.mounts()) {
                 // Who asks for it right after this finds it.
-                condemned.release(false).unwrap_or_else(|e| log::warn!("{e}"));
+                ours.condemned.release(false).unwrap_or_else(|e| log::warn!("{e}"));
                 return Err(error);
             }
         }
     }
 
     /// Asked while no name can change: false where it is to be cleared anew.
-    fn still_holds(&self) -> Result<bool> {
+    fn is_hidden(&self) -> Result<bool> {
         self.mark.expect_no_lease()?;
         if control::every_mount_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
             return Ok(false);
         }
         Ok(self.condemned.still_holds())
     }
-}
 
-/// Fails while a process maps a file of the template, or has one open, in one of these mounts.
-fn expect_unused(store: &Store, digest: &Digest, mounts: &[Mount]) -> Result<()> {
-    let template = match store.template(digest) {
-        Ok(template) => template,
-        Err(error) if error.code() == Code::NotFound => return Ok(()),
-        Err(error) => {
-            let why =
-                format!("template {digest} is damaged, so its users cannot be found ({})", error.message());
-            return Err(Error::in_use(why)
-                .remedy("import the same memory again to repair it, or unmount the store first"));
-        }
-    };
-    let secret = store.secret();
-    let inodes: Vec<u64> = template
-        .files()
-        .iter()
-        .flat_map(|file| Serving::ALL.map(|serving| inode_number(&secret, digest, &file.name, serving)))
-        .collect();
-    let mut using: BTreeMap<u32, &str> = BTreeMap::new();
-    for mount in mounts {
-        let users = users::users_of(mount.device, PATIENCE)?;
-        if !users.unseen.is_empty() {
-            return Err(Error::try_again(format!(
-                "processes that may be clones could not be looked into within {} s: {}",
-                PATIENCE.as_secs(),
-                users::list_pids(&users.unseen)
-            ))
-            .remedy(
-                "they wait for a file system that does not answer: `stencil doctor` names what is stuck",
-            ));
-        }
-        for user in users.found {
-            if inodes.iter().any(|ino| user.open.contains(ino)) {
-                using.insert(user.pid, "open");
+    /// Fails while a process maps a file of the template, or has one open, in one of these mounts.
+    fn expect_unused(&self, mounts: &[Mount]) -> Result<()> {
+        let (digest, Some(template)) = (self.condemned.digest(), &self.template) else { return Ok(()) };
+        let inodes = Inodes::of_template(&self.store, template, mounts);
+        let mut using: BTreeMap<u32, &str> = BTreeMap::new();
+        for mount in mounts {
+            let users = users::users_of(mount.device, PATIENCE)?;
+            Search { clones: Vec::new(), unseen: users.unseen }.complete()?;
+            for user in users.found {
+                if user.open.iter().any(|ino| inodes.lookup(mount.device, *ino).is_some()) {
+                    using.insert(user.pid, "open");
+                }
             }
         }
-    }
-    // This one also knows whether it may look into all of them.
-    for clone in find::template_mappings(mounts)?.complete()? {
-        if clone.maps.iter().any(|m| m.digest == *digest) {
+        // This one also knows whether it may look into all of them.
+        for clone in find::search(&inodes)?.complete()? {
             using.insert(clone.pid, "map");
         }
+        in_use(digest, &using)
     }
+}
+
+fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<()> {
     if using.is_empty() {
         return Ok(());
     }

@@ -38,16 +38,17 @@ pub enum Removal {
 
 impl Store {
     /// Removes tags, and with them the template `unused`, of which the caller knows that nobody uses it. Any other
-    /// template is only named. `last_look` is asked before the template goes, while no name can change: whether that
-    /// is still so.
+    /// template is only named. While no name can change, `is_hidden` says whether it is still so that nobody can get it,
+    /// and, when the store has it no more, `expect_unused` whether nobody has. Where that fails, all is put back.
     ///
     /// # Errors
-    /// [`Code::NotFound`], what `last_look` says, or when a file cannot be removed.
+    /// [`Code::NotFound`], what these two say, or when a file cannot be removed.
     pub fn remove(
         &self,
         what: What<'_>,
         unused: Option<&Digest>,
-        last_look: impl FnOnce() -> Result<bool>,
+        is_hidden: impl Fn() -> Result<bool>,
+        expect_unused: impl FnOnce() -> Result<()>,
     ) -> Result<Removal> {
         let _names = self.lock_names()?;
         let tags_of = |digest: &Digest| -> Result<Vec<TagName>> {
@@ -85,7 +86,7 @@ impl Store {
                 (digest, tags_of(&digest)?)
             }
         };
-        if unused != Some(&digest) || !last_look()? {
+        if unused != Some(&digest) || !is_hidden()? {
             return Ok(Removal::Template(digest));
         }
         let session = Session::begin(&self.tmp_dir())?;
@@ -98,11 +99,74 @@ impl Store {
         let folder = self.image_dir(&digest);
         fs::rename(&folder, &grave).map_err(|e| Error::io("cannot remove the template", &folder, e))?;
         sync_folder(&self.images_dir())?;
-        Ok(Removal::Done(Removed { tags, template: Some(digest) }))
+        // In this order: nobody can have got it while it was sought.
+        match expect_unused().and_then(|()| is_hidden()) {
+            Ok(true) => Ok(Removal::Done(Removed { tags, template: Some(digest) })),
+            otherwise => {
+                // Whoever finds the folder finds all of it: it was never taken apart.
+                fs::rename(&grave, &folder)
+                    .map_err(|e| Error::io("cannot put back the template, which is in use", &folder, e))?;
+                sync_folder(&self.images_dir())?;
+                tags.iter().try_for_each(|tag| self.set_tag_locked(tag, &digest))?;
+                otherwise.map(|_| Removal::Template(digest))
+            }
+        }
     }
 
     fn remove_tag_only(&self, tag: &TagName) -> Result<Removal> {
         self.remove_tag_locked(tag)?;
         Ok(Removal::Done(Removed { tags: vec![tag.clone()], template: None }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::progress::Silent;
+    use crate::store::{FileKind, ImportFile, ImportRequest, Source};
+
+    #[test]
+    fn what_turns_out_to_be_in_use_is_put_back_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open_or_create(&dir.path().join("store")).unwrap();
+        let source = dir.path().join("source");
+        fs::write(&source, vec![7; 200_000]).unwrap();
+        let tags: [TagName; 2] = ["web:1".parse().unwrap(), "web:2".parse().unwrap()];
+        let source = Source::Path(source);
+        let file = ImportFile { name: "memory".into(), kind: FileKind::Ram, source };
+        let request = ImportRequest::new(Some(tags[0].clone()), vec![file]);
+        let digest = store.import(request, &Silent).unwrap().digest;
+        store.set_tag(&tags[1], &digest).unwrap();
+        let reference = TemplateRef::Digest(digest);
+        let what = What::Named(&reference);
+        let is_back = || {
+            assert_eq!(store.template(&digest).unwrap().files().len(), 1);
+            tags.iter().for_each(|tag| assert_eq!(store.tag(tag).unwrap(), Some(digest)));
+        };
+        let used = store.remove(
+            what,
+            Some(&digest),
+            || Ok(true),
+            || {
+                assert!(!store.has(&digest) && store.tags().unwrap().is_empty());
+                Err(Error::in_use("somebody has it"))
+            },
+        );
+        assert_eq!(used.unwrap_err().code(), Code::InUse);
+        is_back();
+        // A mount that began in between: it is asked too, from the beginning.
+        let looks = Cell::new(0);
+        let first = || Ok(looks.replace(looks.get() + 1) == 0);
+        assert_eq!(store.remove(what, Some(&digest), first, || Ok(())).unwrap(), Removal::Template(digest));
+        assert_eq!(looks.get(), 2);
+        is_back();
+        let Removal::Done(removed) = store.remove(what, Some(&digest), || Ok(true), || Ok(())).unwrap()
+        else {
+            panic!("it stays");
+        };
+        assert_eq!((removed.tags, removed.template), (tags.to_vec(), Some(digest)));
+        assert!(!store.has(&digest) && store.tags().unwrap().is_empty());
     }
 }

@@ -76,7 +76,10 @@ impl Store {
             false => Some(self.lock_content_alone(interrupt)?),
         };
         let (sessions, swept) = sweep(&self.tmp_dir(), dry_run);
+        // A removal that is not sure yet may put a template back: meanwhile it is in no list.
+        let names = if dry_run { None } else { Some(self.lock_names()?) };
         let census = Census::take(self, interrupt)?;
+        drop(names);
         if let Some((digest, error)) = census.unreadable.first() {
             return Err(Error::new(
                 Code::Damage,

@@ -189,6 +189,8 @@ impl Watcher {
         if let Err(error) = self.link.tell(&Ask::Condemned { ring, grace_ms }) {
             log::error!("{error}");
         }
+        // After the answer: a removal that was killed waits for nobody.
+        self.passthrough.give_up_vanished(&self.store);
     }
 }
 

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use stencilfs::control::{PARKED_SLOTS, ServeMode};
 use stencilfs::error::{Code, Error};
-use stencilfs::store::{Serving, Template};
+use stencilfs::store::{Serving, Store, Template};
 
 pub use crate::backing::Opening;
 use crate::errno::Refusal;
 use crate::hydrate::Hydrator;
-use crate::link::{Ask, Cache, FileKey};
+use crate::link::{Ask, Cache, FileKey, MOST_KEYS};
 use crate::node::Lasting;
 use crate::stats::{Counter, Stats};
 use crate::tree::Offer;
@@ -345,6 +345,20 @@ impl Passthrough {
                 return;
             }
             thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Gives up the backings of templates that the store has no more, where nobody uses them: a removal that was killed
+    /// has not told of them.
+    pub fn give_up_vanished(&self, store: &Store) {
+        let ready = |(key, state): (&FileKey, &State)| matches!(state, State::Ready(_)).then(|| key.clone());
+        let mut keys: Vec<FileKey> = self.states().iter().filter_map(ready).collect();
+        let condemned = self.hydrator.condemned();
+        keys.retain(|key| !condemned.holds(&key.digest) && matches!(store.find(&key.digest), Ok(false)));
+        for keys in keys.chunks(MOST_KEYS) {
+            if let Err(error) = self.evict(keys.to_vec()) {
+                log::warn!("the backings of templates that are gone stay for now: {error}");
+            }
         }
     }
 

@@ -13,8 +13,9 @@ use stencilfs::store::Digest;
 use crate::condemned::GRACE;
 use crate::supervisor::Supervisor;
 
-/// A removal whose supervisor died finds that out at its next question; until then its template stays condemned.
-const ORPHANED: Duration = Duration::from_secs(30);
+/// A removal that is not heard of for so long stands still: its template is found again, and it begins anew when it asks.
+/// One whose supervisor died finds that out at its next question; until then its template stays condemned.
+const LONGEST_SILENCE: Duration = Duration::from_secs(15);
 
 #[derive(Debug)]
 struct Row {
@@ -22,7 +23,7 @@ struct Row {
     removed: bool,
     /// The caller; of an earlier supervisor it is not known.
     holder: Option<u64>,
-    until: Option<Instant>,
+    until: Instant,
 }
 
 #[derive(Debug)]
@@ -45,7 +46,7 @@ pub struct Condemned {
 impl Condemned {
     /// Those of the supervisor before.
     pub fn restore(rows: Vec<CondemnedRow>) -> Condemned {
-        let until = Some(Instant::now() + ORPHANED);
+        let until = Instant::now() + LONGEST_SILENCE;
         let row = |row: CondemnedRow| Row { digest: row.digest, removed: row.removed, holder: None, until };
         Condemned { rows: rows.into_iter().map(row).collect(), ..Condemned::default() }
     }
@@ -63,10 +64,11 @@ impl Condemned {
 impl Supervisor {
     /// Answers once nobody can find or open the template.
     pub(crate) fn condemn(&mut self, caller: u64, digest: Digest) {
-        if self.condemned.position(caller, &digest).is_none() {
-            let row = Row { digest, removed: false, holder: Some(caller), until: None };
-            self.condemned.rows.push(row);
-        }
+        // That of a removal before, which has lost its supervisor, is over now.
+        let rows = &mut self.condemned.rows;
+        rows.retain(|row| row.digest != digest || row.removed || row.holder.is_some_and(|h| h != caller));
+        let until = Instant::now() + LONGEST_SILENCE;
+        rows.push(Row { digest, removed: false, holder: Some(caller), until });
         self.callers.keep(caller, true);
         self.ring(caller, None);
     }
@@ -75,9 +77,12 @@ impl Supervisor {
     ///
     /// # Errors
     /// When not.
-    pub(crate) fn confirm(&self, caller: u64, digest: &Digest) -> Result<()> {
+    pub(crate) fn confirm(&mut self, caller: u64, digest: &Digest) -> Result<()> {
         match self.condemned.position(caller, digest) {
-            Some(_) => Ok(()),
+            Some(at) => {
+                self.condemned.rows[at].until = Instant::now() + LONGEST_SILENCE;
+                Ok(())
+            }
             None => Err(Error::try_again("the template is not condemned any more")),
         }
     }
@@ -131,10 +136,8 @@ impl Supervisor {
     /// Lets go what belongs to callers that have gone, and answers those whose wish is fulfilled.
     pub(crate) fn see_to_condemned(&mut self) {
         let (now, callers) = (Instant::now(), &self.callers);
-        let holds = |row: &mut Row| match row.holder {
-            Some(caller) => callers.channel(caller).is_some(),
-            None => row.until.is_some_and(|until| now < until),
-        };
+        let connected = |caller| callers.channel(caller).is_some();
+        let holds = |row: &mut Row| now < row.until && row.holder.is_none_or(connected);
         let gone: Vec<Row> = self.condemned.rows.extract_if(.., |row| !holds(row)).collect();
         self.condemned.waiting.retain(|waiting| callers.channel(waiting.caller).is_some());
         for row in gone.iter().filter(|row| row.removed) {

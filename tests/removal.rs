@@ -9,8 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::Signal;
 use serde_json::Value;
 use stencilfs::control::{Channel, Request, Response, socket_path};
+use stencilfs::sys::process::ProcessId;
 
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, wait_for};
@@ -203,6 +205,22 @@ fn a_mount_that_is_not_known_whole_keeps_its_templates() {
     elsewhere(&["rm", "web"]).ok();
 }
 
+/// A store that is away is known by its identity.
+#[test]
+fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+    let file = File::open(world.file(&digest, "memory")).unwrap();
+    let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
+    let moved = world.dir().join("moved");
+    fs::rename(world.store_dir(), &moved).unwrap();
+    world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]).exits(5).says("have it open");
+    fs::rename(&moved, world.store_dir()).unwrap();
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
 #[test]
 fn templates_without_a_tag_go_only_when_nobody_uses_them() {
     let _host = host::shared();
@@ -258,6 +276,53 @@ fn a_removal_that_is_killed_hides_nothing() {
     world.stencil(&["rm", "web"]).ok();
     world.stencil(&["verify"]).ok();
     assert!(killed > 0, "{killed} of {rounds} were killed in time, {gone} had removed it");
+}
+
+/// A removal that stands still lets go after a while, and begins anew when it goes on.
+#[test]
+fn a_removal_that_stands_still_hides_nothing_for_long() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+    let mut rm = world.command().args(["rm", "web"]).stdout(Stdio::null()).spawn().unwrap();
+    let process = ProcessId::of(rm.id()).unwrap().unwrap();
+    wait_for("the removal to hide it", || {
+        open(&world, &digest).map(|_| process.signal(Signal::STOP).unwrap())
+    });
+    let begun = Instant::now();
+    assert!(world.store_dir().join("images").join(&digest).exists(), "stopped too late");
+    let second = world.stencil(&["rm", "web"]).exits(75).says("has been removing template");
+    assert!(second.err.contains(&process.pid.to_string()), "{second:?}");
+    assert!(begun.elapsed() < Duration::from_secs(60));
+    assert_eq!(open(&world, &digest), None, "it is found again");
+    let holder = File::open(world.file(&digest, "memory")).unwrap();
+    process.signal(Signal::CONT).unwrap();
+    drop(holder);
+    assert!(rm.wait().unwrap().success());
+    assert_eq!(open(&world, &digest), Some(libc::ENOENT));
+}
+
+/// What a removal that was killed behind its last step has left in the cache is given back.
+#[test]
+fn the_cache_of_a_template_that_vanished_is_given_back() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+    let kept = world.import_bytes(&guest_like(2, SIZE), "kept");
+    for digest in [&digest, &kept] {
+        assert_eq!(open(&world, digest), None);
+    }
+    let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
+    let both = cache();
+    let caller = Caller::of(&world);
+    caller.done(&Request::Condemn { digest: digest.parse().unwrap() });
+    fs::remove_dir_all(world.store_dir().join("images").join(&digest)).unwrap();
+    fs::remove_file(world.store_dir().join("tags/web/latest")).unwrap();
+    assert_eq!(cache(), both);
+    drop(caller);
+    wait_for("its room", || (cache() == both / 2).then_some(()));
+    assert_eq!(open(&world, &digest), Some(libc::ENOENT));
+    assert!(fs::read(world.file(&kept, "memory")).unwrap() == guest_like(2, SIZE));
 }
 
 /// Unmounts the second path of a store with its scenario.

@@ -25,6 +25,9 @@ use crate::store::{ContentHold, Digest, Store, TemplateRef};
 const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_millis(10);
 
+/// Another removal that has its turn for longer stands still.
+const STANDSTILL: Duration = Duration::from_secs(20);
+
 const SUFFIX: &str = "lease";
 const NEW: &str = "new";
 /// More than any honest one has.
@@ -125,7 +128,7 @@ impl RemovalMark {
     /// marks would have to give up both.
     ///
     /// # Errors
-    /// When the runtime directory cannot be written.
+    /// [`Code::TryAgain`] that names a removal which stands still; or when the runtime directory cannot be written.
     pub fn announce(store: &Store, digest: &Digest) -> Result<RemovalMark> {
         let folder = match make_folder(store) {
             // Who may not make a runtime directory removes from a store that nobody serves or leases.
@@ -135,12 +138,23 @@ impl RemovalMark {
             made => made?,
         };
         let path = folder.join("removal.lock");
-        let lock = || {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path)?;
-            rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))?;
-            Ok(file)
-        };
-        let turn = lock().map_err(|e| closed(&path, e))?;
+        let options = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).clone();
+        let turn = options.open(&path).map_err(|e| closed(&path, e))?;
+        let mut first = (None, Instant::now());
+        loop {
+            match flock(&turn, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+                Err(e) => return Err(closed(&path, e.into())),
+            }
+            let now = removals(store)?.into_iter().next();
+            if now != first.0 {
+                first = (now, Instant::now());
+            } else if first.1.elapsed() > STANDSTILL {
+                return Err(stands_still(&path, now));
+            }
+            std::thread::sleep(AGAIN);
+        }
         let mark = LeaseFile::create(store, &holder(digest, "rm", true))?;
         Ok(RemovalMark { digest: *digest, store: store.clone(), _held: Some((mark, turn)) })
     }
@@ -205,6 +219,17 @@ fn make_folder(store: &Store) -> Result<PathBuf> {
 fn closed(path: &Path, error: io::Error) -> Error {
     Error::io("cannot take a lease", path, error)
         .remedy("run it as root: mounts and removals look for leases in this directory and in no other")
+}
+
+fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
+    let seconds = STANDSTILL.as_secs();
+    let what = match &removal {
+        Some(LeaseHolder { pid, digest, .. }) => {
+            format!("process {pid} has been removing template {digest} for more than {seconds} s")
+        }
+        None => format!("another removal has had its turn for more than {seconds} s"),
+    };
+    Error::try_again(what).at(path).remedy("see whether that process was stopped: let it go on, or end it")
 }
 
 fn all(store: &Store) -> Result<Vec<LeaseHolder>> {

@@ -64,12 +64,20 @@ unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service
 completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
     $(share)/fish/vendor_completions.d/stencil.fish
 
+helper := $(DESTDIR)$(SBINDIR)/mount.fuse.stencil
+# A host has one helper of mount(8): another installation's is left alone.
+helper_is_ours = [ "$$(readlink -m '$(helper)')" = "$$(readlink -m '$(DESTDIR)$(PREFIX)/bin/stencil')" ]
+helper_is_packed = dpkg-query --admindir='$(DESTDIR)/var/lib/dpkg' -S '$(SBINDIR)/mount.fuse.stencil' >/dev/null 2>&1
+
 # Without building: what is in $(bin).
 install-files:
+	@! $(helper_is_packed) || { echo '$(helper) is of a Debian package: remove it first (apt remove stencil)' >&2; exit 1; }
+	@[ ! -L '$(helper)' -a ! -e '$(helper)' ] || $(helper_is_ours) || { \
+	    echo "$(helper) is of another installation, $$(readlink -m '$(helper)'): make uninstall there first" >&2; exit 1; }
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(share)/man/man1' '$(share)/man/man8' \
 	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/docs' '$(doc)/examples'
 	install -m 0755 '$(bin)/stencil' '$(bin)/stencil-mountd' '$(DESTDIR)$(PREFIX)/bin/'
-	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(SBINDIR)/mount.fuse.stencil'
+	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(helper)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
 	$(bin)/stencil generate man '$(share)/man/man1'
 	mv '$(share)/man/man1/'*stencil*.8 '$(share)/man/man8/'
@@ -83,8 +91,11 @@ install-files:
 	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
 
 uninstall:
+	@! $(helper_is_packed) || ! $(helper_is_ours) || { \
+	    echo '$(helper) is of a Debian package: apt remove stencil' >&2; exit 1; }
+	! $(helper_is_ours) || rm -f '$(helper)'
 	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \
-	    '$(DESTDIR)$(SBINDIR)/mount.fuse.stencil' '$(unit)' $(foreach file,$(completions),'$(file)') \
+	    '$(unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil.1' '$(share)/man/man1/stencil-'*.1 \
 	    '$(share)/man/man8/stencil-mountd.8' '$(share)/man/man8/mount.fuse.stencil.8'
 	rm -rf '$(doc)'

@@ -164,6 +164,35 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
 }
 
 #[test]
+fn what_another_installation_has_stays_its_own() {
+    let _host = host::shared();
+    let debian = Debian::new();
+    installed(&debian).ok();
+    let dest = format!("DESTDIR={}", debian.path("/").display());
+    let call = |verb: &str, prefix: &str| make(&[verb, &bin(), &dest, &format!("PREFIX={prefix}")]);
+    let before = debian.files();
+    for prefix in ["/usr", "/usr/local"] {
+        let refused = call("install-files", prefix).exits(2);
+        assert!(refused.err.contains("is of a Debian package: remove it first"), "{}", refused.err);
+    }
+    call("uninstall", "/usr").exits(2).says("apt remove stencil");
+    // One that was made before this was looked at.
+    call("uninstall", "/usr/local").ok();
+    assert_eq!(debian.files(), before);
+    assert_eq!(debian.out("dpkg --verify stencil"), "");
+
+    debian.out("dpkg --purge stencil");
+    call("install-files", "/usr/local").ok();
+    let refused = call("install-files", "/opt/x").exits(2);
+    assert!(refused.err.contains("/usr/local/bin/stencil: make uninstall there first"), "{}", refused.err);
+    call("uninstall", "/opt/x").ok();
+    call("install-files", "/usr/local").ok();
+    assert!(debian.out("mount.fuse.stencil --help").contains("mount.fuse.stencil"));
+    call("uninstall", "/usr/local").ok();
+    assert!(fs::symlink_metadata(debian.path("/usr/sbin/mount.fuse.stencil")).is_err());
+}
+
+#[test]
 fn pages_and_completions_are_there_and_are_understood() {
     let _host = host::shared();
     let debian = Debian::new();

@@ -1,7 +1,7 @@
 //! What removed templates took is given back, and nobody who reads is hurt; `du` adds up to what du(1) sees.
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -248,21 +248,4 @@ fn a_collector_is_not_starved_by_importers() {
         stop.store(true, Ordering::Relaxed);
     });
     fixture.run(&["verify"]).ok();
-}
-
-/// A collector that waits for an importer hears an interrupt, and holds nobody up afterwards.
-#[test]
-fn a_collector_that_waits_can_be_interrupted() {
-    let fixture = Fixture::new();
-    fixture.import("a", &random(1, BLOCK));
-    let hold = fixture.store().hold_content().unwrap();
-    let mut gc = stencil(fixture.dir.path(), &["gc"]).stderr(Stdio::null()).spawn().unwrap();
-    thread::sleep(Duration::from_millis(200));
-    assert!(gc.try_wait().unwrap().is_none(), "it waits");
-    let done = Command::new("kill").args(["-INT", &gc.id().to_string()]).status().unwrap();
-    assert!(done.success());
-    assert_eq!(gc.wait().unwrap().code(), Some(1));
-    fixture.import("b", &random(2, BLOCK));
-    drop(hold);
-    fixture.run(&["gc"]).ok();
 }

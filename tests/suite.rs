@@ -16,6 +16,7 @@ mod dirty_exact;
 mod documents;
 mod firecracker;
 mod gc_room;
+mod gc_waits;
 mod hostile_server;
 mod in_flight;
 mod jail;

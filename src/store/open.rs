@@ -1,13 +1,13 @@
 //! A store on disk.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::format::PackId;
 use super::format::superblock::Superblock;
@@ -15,6 +15,7 @@ use super::pack::{PackFile, Packs};
 use super::publish::{Lock, inherit_owner, random, sync_folder, write_new};
 use super::{Digest, Policy, Template};
 use crate::error::{Error, Result};
+use crate::sys::{locks, users};
 
 /// A template store. Cheap to clone; clones share open packs.
 #[derive(Clone)]
@@ -35,6 +36,25 @@ struct Inner {
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Store({})", self.0.dir.display())
+    }
+}
+
+/// Who waits longer says for whom.
+const TELL: Duration = Duration::from_secs(1);
+
+/// A collector that has waited for so long lets writers in again.
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+
+/// Those who hold a lock of the store's content.
+struct Users<'a>(&'a File);
+
+impl fmt::Display for Users<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("another command that writes to the store")?;
+        match &locks::flock_holders(self.0)[..] {
+            [] => Ok(()),
+            pids => write!(f, " (process {})", users::list_pids(pids)),
+        }
     }
 }
 
@@ -122,7 +142,7 @@ impl Store {
     /// # Errors
     /// When the store cannot be written.
     pub fn hold_content(&self) -> Result<ContentHold> {
-        self.lock_content().map(|lock| ContentHold { _lock: lock })
+        self.lock_content(|| Ok(())).map(|lock| ContentHold { _lock: lock })
     }
 
     /// Digests of all templates, sorted.
@@ -268,19 +288,47 @@ impl Store {
         Lock::wait(&self.0.dir.join("locks/names"), false)
     }
 
-    /// Held shared by importers for as long as they rely on packs; a collector takes it alone.
-    pub(super) fn lock_content(&self) -> Result<Lock> {
+    /// Held shared by importers for as long as they rely on packs; a collector takes it alone. Waits for as long as
+    /// `go_on` says so.
+    pub(super) fn lock_content(&self, go_on: impl Fn() -> Result<()>) -> Result<Lock> {
         self.check_writable()?;
+        let begun = Instant::now();
+        let mut told = false;
+        let mut wait = |file: &File| {
+            if !told && begun.elapsed() > TELL {
+                told = true;
+                log::warn!("waiting for {}", Users(file));
+            }
+            go_on()
+        };
         // A collector that waits keeps the gate: those who come after it do not keep it waiting.
-        let _gate = Lock::wait(&self.0.dir.join("locks/gate"), true)?;
-        Lock::wait(&self.0.dir.join("locks/content"), true)
+        let _gate = Lock::wait_while(&self.0.dir.join("locks/gate"), true, &mut wait)?;
+        Lock::wait_while(&self.0.dir.join("locks/content"), true, &mut wait)
     }
 
-    /// Held by a collector: nobody relies on packs but readers, who look again when one is gone.
+    /// Held by a collector: nobody relies on packs but readers, who look again when one is gone. Everybody who wants to
+    /// write waits for who waits here, so that it does so for a short time only.
     pub(super) fn lock_content_alone(&self, interrupt: &AtomicBool) -> Result<Lock> {
         self.check_writable()?;
-        let _gate = Lock::alone(&self.0.dir.join("locks/gate"), interrupt)?;
-        Lock::alone(&self.0.dir.join("locks/content"), interrupt)
+        let begun = Instant::now();
+        let mut told = false;
+        let mut wait = |file: &File| {
+            if interrupt.load(Ordering::Relaxed) {
+                let why = format!("interrupted while waiting for {}: nothing was changed", Users(file));
+                return Err(Error::failed(why).at(self.dir()));
+            }
+            if begun.elapsed() > LONGEST_WAIT {
+                let why = format!("{} did not end within {} s", Users(file), LONGEST_WAIT.as_secs());
+                return Err(Error::try_again(why).at(self.dir()).remedy("run it again when that has ended"));
+            }
+            if !told && begun.elapsed() > TELL {
+                told = true;
+                log::warn!("waiting for {}; others that write wait meanwhile", Users(file));
+            }
+            Ok(())
+        };
+        let _gate = Lock::wait_while(&self.0.dir.join("locks/gate"), false, &mut wait)?;
+        Lock::wait_while(&self.0.dir.join("locks/content"), false, &mut wait)
     }
 
     fn check_writable(&self) -> Result<()> {

@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -97,20 +96,24 @@ impl Lock {
         Ok(file)
     }
 
-    /// Waits for the lock alone, until `interrupt` becomes true: others may hold it for hours.
-    pub fn alone(path: &Path, interrupt: &AtomicBool) -> Result<Lock> {
+    /// Waits for the lock, alone or shared, for as long as `go_on` says so: others may hold it for hours.
+    pub fn wait_while(path: &Path, shared: bool, mut go_on: impl FnMut(&File) -> Result<()>) -> Result<Lock> {
         let file = Lock::open(path)?;
-        while !interrupt.load(Ordering::Relaxed) {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        let operation = match shared {
+            true => FlockOperation::NonBlockingLockShared,
+            false => FlockOperation::NonBlockingLockExclusive,
+        };
+        loop {
+            match flock(&file, operation) {
                 Ok(()) => return Ok(Lock(file)),
-                Err(Errno::INTR | Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(10)),
+                Err(Errno::INTR | Errno::WOULDBLOCK) => go_on(&file)?,
                 Err(e) => return Err(Error::io("cannot lock", path, e.into())),
             }
+            std::thread::sleep(Duration::from_millis(10));
         }
-        Err(Error::failed("interrupted before others were done: nothing was changed").at(path))
     }
 
-    /// Waits for the lock file at `path`, alone or shared.
+    /// Waits for a lock that is held for moments only, alone or shared; not to be interrupted.
     pub fn wait(path: &Path, shared: bool) -> Result<Lock> {
         let file = Lock::open(path)?;
         let operation = if shared { FlockOperation::LockShared } else { FlockOperation::LockExclusive };

@@ -10,6 +10,7 @@ pub mod fuse_dev;
 pub mod fusectl;
 pub mod handle;
 pub mod kpage;
+pub mod locks;
 pub mod map_file;
 pub mod mapping;
 pub mod memfd;

@@ -63,7 +63,7 @@ impl Store {
     /// new ones waiting. Readers go on.
     ///
     /// # Errors
-    /// [`Code::Damage`] when it cannot be known what a template needs: then no pack is touched. What the filesystem
+    /// [`Code::TryAgain`] when an import does not end within 15 s. [`Code::Damage`] when it cannot be known what a template needs: then no pack is touched. What the filesystem
     /// says, or that `interrupt` became true; whatever was given back until then stays so.
     pub fn collect(
         &self,

@@ -75,14 +75,14 @@ impl Store {
     /// after an interrupt, [`Code::TryAgain`](crate::error::Code) when a pipe falls silent.
     pub fn import(&self, request: ImportRequest, progress: &dyn Progress) -> Result<Imported> {
         let inputs = request.inputs()?;
-        let _content = self.lock_content()?;
-        let session = Session::begin(&self.tmp_dir())?;
-        let known = Known::load(self)?;
         let stop = Stop {
             failed: AtomicBool::new(false),
             wanted: request.interrupt.as_deref(),
             stall: request.stall,
         };
+        let _content = self.lock_content(|| stop.check())?;
+        let session = Session::begin(&self.tmp_dir())?;
+        let known = Known::load(self)?;
         let total: Option<u64> = inputs.iter().map(Input::size).sum();
         progress.start("import", total.map(Bytes::new));
         let written = self.pipeline(&request, inputs, &session, &known, &stop, progress);

@@ -125,7 +125,7 @@ impl Store {
             .at(self.dir())
             .remedy("load that template first, or save again without --without"));
         }
-        let _content = self.lock_content()?;
+        let _content = self.lock_content(|| source.check())?;
         let session = Session::begin(&self.tmp_dir())?;
         let known = Known::load(self)?;
         progress.start("load", Some(Bytes::new(front.blocks.saturating_mul(BLOCK_SIZE))));

@@ -15,7 +15,7 @@ use stencilfs::control::{Channel, Request, Response, socket_path};
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::host;
-use crate::support::mount::{Run, STENCIL, TestMount, wait_for};
+use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
 use crate::support::store::guest_like;
 
 const SIZE: usize = 4 << 20;
@@ -284,7 +284,7 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
-    let mut rm = world.command().args(["rm", "web"]).stdout(Stdio::null()).spawn().unwrap();
+    let mut rm = world.command().args(["rm", "web"]).stderr(Stdio::null()).spawn().unwrap();
     let process = ProcessId::of(rm.id()).unwrap().unwrap();
     wait_for("the removal to hide it", || {
         open(&world, &digest).map(|_| process.signal(Signal::STOP).unwrap())
@@ -297,8 +297,10 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
     assert_eq!(open(&world, &digest), None, "it is found again");
     let holder = File::open(world.file(&digest, "memory")).unwrap();
     process.signal(Signal::CONT).unwrap();
+    assert_eq!(rm.wait().unwrap().code(), Some(5), "who came meanwhile is found");
+    assert_eq!(open(&world, &digest), None);
     drop(holder);
-    assert!(rm.wait().unwrap().success());
+    world.stencil(&["rm", "web"]).ok();
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
 }
 
@@ -323,6 +325,30 @@ fn the_cache_of_a_template_that_vanished_is_given_back() {
     wait_for("its room", || (cache() == both / 2).then_some(()));
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
     assert!(fs::read(world.file(&kept, "memory")).unwrap() == guest_like(2, SIZE));
+}
+
+/// Takes a loop device away with its scenario.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_loop_device_counts_as_a_user() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&guest_like(1, SIZE), "web");
+        let file = world.file(&digest, "memory");
+        let device = Loop(run("losetup", &["-r", "-f", "--show", file.to_str().unwrap()]).trim().to_owned());
+        world.stencil(&["rm", "web"]).exits(5).says(device.0.trim_start_matches("/dev/"));
+        assert!(fs::read(&device.0).unwrap() == guest_like(1, SIZE));
+        drop(device);
+        wait_for("its end", || (world.stencil(&["rm", "web"]).code == 0).then_some(()));
+    }
 }
 
 /// Unmounts the second path of a store with its scenario.

@@ -8,12 +8,14 @@
 //! by a mount that began in between, and do not rely on a time.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::clones::find::{self, Inodes, Search};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Removal, Removed, Store, Template, TemplateRef, What};
+use crate::sys::loops;
 use crate::sys::users::{self, PATIENCE};
 
 /// Mounts that come and go for longer are not waited for.
@@ -136,6 +138,15 @@ impl Cleared {
         // This one also knows whether it may look into all of them.
         for clone in find::search(&inodes)?.complete()? {
             using.insert(clone.pid, "map");
+        }
+        let name = digest.to_string();
+        let holds = |path: &str| Path::new(path).components().any(|c| c.as_os_str() == name.as_str());
+        if let Some((device, path)) = loops::files().into_iter().find(|(_, path)| holds(path)) {
+            return Err(Error::in_use(format!(
+                "template {digest} is in use: loop device {device} has it open"
+            ))
+            .at(path)
+            .remedy(format!("take the device away: losetup -d /dev/{device}")));
         }
         in_use(digest, &using)
     }

@@ -11,6 +11,7 @@ pub mod fusectl;
 pub mod handle;
 pub mod kpage;
 pub mod locks;
+pub mod loops;
 pub mod map_file;
 pub mod mapping;
 pub mod memfd;

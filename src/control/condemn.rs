@@ -144,9 +144,18 @@ fn is_late(error: &io::Error) -> bool {
 }
 
 fn lost(mount: &Mount, error: io::Error) -> Error {
-    let what = match is_late(&error) {
-        true => "the mount does not say within 30 s that nobody can open the template",
-        false => "the mount's supervisor cannot be asked",
+    let restart = format!("stencil restart {}", mount.mountpoint.display());
+    let (what, remedy) = match is_late(&error) {
+        true => (
+            "the mount does not say within 30 s that nobody can open the template",
+            format!("run it again; if its server is stuck, or of an older build, replace it: {restart}"),
+        ),
+        // It answers what every build knows.
+        false if mount.snapshot().is_ok() => (
+            "the mount's supervisor does not answer this question",
+            format!("it is of an older build: {restart}"),
+        ),
+        false => ("the mount's supervisor cannot be asked", SUPERVISOR_LOST.to_owned()),
     };
-    Error::try_again(what).at(mount.dir.join(CONTROL_SOCKET)).because(error).remedy(SUPERVISOR_LOST)
+    Error::try_again(what).at(mount.dir.join(CONTROL_SOCKET)).because(error).remedy(remedy)
 }

@@ -52,7 +52,7 @@ impl Report for Collection {
             writeln!(out, "template {digest} {}", if self.dry_run { "would be removed" } else { "removed" })?;
         }
         for digest in &self.kept_templates {
-            writeln!(out, "template {digest} has no tag and is in use")?;
+            writeln!(out, "template {digest} has no tag and stays: it is in use, or that cannot be known")?;
         }
         let would = if self.dry_run { "would be " } else { "" };
         writeln!(out, "{freed_bytes} {would}given back ({} bytes)", freed_bytes.get())?;
@@ -99,7 +99,9 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
             match removal::remove_untagged(&store, &digest) {
                 Ok(removed) => collection.removed_templates.extend(removed.template),
                 Err(error) if matches!(error.code(), Code::InUse | Code::TryAgain) => {
-                    log::info!("{error}");
+                    if error.code() == Code::TryAgain {
+                        log::warn!("{error}");
+                    }
                     collection.kept_templates.push(digest);
                 }
                 Err(error) => return Err(error),

@@ -3,7 +3,7 @@
 use std::process::{Child, Stdio};
 
 use crate::support::host;
-use crate::support::mount::{TestMount, wait_for};
+use crate::support::mount::{Run, STENCIL, TestMount, wait_for};
 use crate::support::store::guest_like;
 
 /// A launcher that waits for a clone which never gets ready.
@@ -29,6 +29,10 @@ fn a_leased_template_is_not_removed_until_its_holder_ends() {
 
     let refused = world.stencil(&["rm", "web:1"]).exits(5).says("is leased");
     assert!(refused.err.contains(&format!("{} (clone)", launcher.id())), "{refused:?}");
+    let mut elsewhere = world.command_in("unshare");
+    elsewhere.args(["--pid", "--fork", "--mount-proc", "--kill-child", STENCIL, "inspect", "web:1"]);
+    let shown = Run::of("inspect".into(), &elsewhere.output().unwrap()).ok().out;
+    assert!(shown.contains("(clone) in another PID namespace"), "{shown}");
     world.stencil(&["rm", "other"]).ok();
     // However its holder ends, it is nobody's then.
     launcher.kill().unwrap();

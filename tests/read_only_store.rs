@@ -1,7 +1,9 @@
 //! A store on a filesystem that is mounted read-only is served; who would change it hears why not.
 
+use std::os::unix::process::CommandExt;
+
 use crate::support::host;
-use crate::support::mount::{TestMount, run};
+use crate::support::mount::{Run, TestMount, run};
 use crate::support::store::guest_like;
 
 /// A folder that is mounted read-only upon itself; unmounted when dropped.
@@ -28,6 +30,7 @@ fn a_store_on_a_read_only_filesystem_is_served() {
     let world = TestMount::unmounted();
     let bytes = guest_like(1, 4 << 20);
     let digest = world.import_bytes(&bytes, "web");
+    run("chown", &["-R", "65534:65534", world.store_dir().to_str().unwrap()]);
     let read_only = ReadOnly::new(&world.store_dir());
     assert_eq!(world.json(&["ls"])["templates"][0]["digest"], digest);
     world.stencil(&["verify"]).ok();
@@ -41,6 +44,14 @@ fn a_store_on_a_read_only_filesystem_is_served() {
     assert!(std::fs::read(out).unwrap() == bytes);
     assert_eq!(world.json(&["du"])["templates"][0]["digest"], digest);
     world.stencil(&["gc", "--dry-run"]).ok();
+    // Its owner, who can write neither the store nor the runtime directory, reads it too.
+    world.open_to_others();
+    let out = world.dir().join("theirs");
+    run("install", &["-d", "-o", "65534", out.to_str().unwrap()]);
+    let mut theirs = world.command();
+    theirs.args(["export", "web", out.join("memory").to_str().unwrap()]).uid(65534).gid(65534);
+    Run::of("export".into(), &theirs.output().unwrap()).ok();
+    assert!(std::fs::read(out.join("memory")).unwrap() == bytes);
 
     let source = world.dir().join("source");
     std::fs::write(&source, guest_like(2, 1 << 20)).unwrap();

@@ -76,7 +76,7 @@ impl Report for Usage {
         )?;
         writeln!(out, "cache  {}", cache(self.totals.cache_bytes))?;
         for lease in &self.leases {
-            writeln!(out, "lease  {} process {} ({})", lease.digest.short(), lease.pid, lease.command)?;
+            writeln!(out, "lease  {} process {}", lease.digest.short(), lease.name())?;
         }
         Ok(())
     }

@@ -86,7 +86,7 @@ impl Report for Inspection {
             writeln!(out, "file     {} {kind} {} ({} data)", file.name, file.size, file.data_bytes)?;
         }
         for lease in &self.leases {
-            writeln!(out, "lease    process {} ({})", lease.pid, lease.command)?;
+            writeln!(out, "lease    process {}", lease.name())?;
         }
         if let Some(recipe) = &self.recipe {
             let text = |key| recipe.get(key).and_then(Value::as_str).unwrap_or("?");

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::runtime_dir;
 use crate::error::{Code, Error, Result};
 use crate::store::{ContentHold, Digest, Store, TemplateRef};
+use crate::sys::probe;
 
 /// A removal that lasts longer than this holds nobody up: who wants the template is told to try again.
 const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
@@ -38,6 +39,9 @@ const MAX_LENGTH: u64 = 4096;
 pub struct LeaseHolder {
     /// The process that took it.
     pub pid: u32,
+    /// The PID namespace of that number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid_namespace: Option<u64>,
     /// Its command.
     pub command: String,
     /// Since when, in seconds since 1970.
@@ -47,6 +51,15 @@ pub struct LeaseHolder {
     /// True for a removal that looks whether somebody uses it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub removes: bool,
+}
+
+impl LeaseHolder {
+    /// For a line: `12 (clone)`.
+    pub fn name(&self) -> String {
+        let foreign = self.pid_namespace.is_some_and(|its| Some(its) != probe::pid_namespace());
+        let place = if foreign { " in another PID namespace" } else { "" };
+        format!("{} ({}){place}", self.pid, self.command)
+    }
 }
 
 /// The template is not removed while this lives.
@@ -64,6 +77,9 @@ enum Held {
     Content {
         _hold: ContentHold,
     },
+    /// And the store lies on a read-only filesystem: nothing is removed by this way. Who removes it by another one ends
+    /// a command that reads it with an error; a process that has or maps a file of it is found as ever.
+    Nothing,
 }
 
 impl Lease {
@@ -92,8 +108,10 @@ impl Lease {
         let held = match LeaseFile::create(store, &holder(digest, command, false)) {
             Ok(file) => Held::File { _file: file },
             Err(e) if matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
-                let _hold = store.hold_content().map_err(|_| e)?;
-                Held::Content { _hold }
+                match store.is_on_read_only_filesystem() {
+                    true => Held::Nothing,
+                    false => Held::Content { _hold: store.hold_content().map_err(|_| e)? },
+                }
             }
             Err(e) => return Err(e),
         };
@@ -169,7 +187,7 @@ impl RemovalMark {
         if ours.is_empty() {
             return Ok(());
         }
-        let names: Vec<String> = ours.iter().map(|l| format!("{} ({})", l.pid, l.command)).collect();
+        let names: Vec<String> = ours.iter().map(|l| l.name()).collect();
         Err(Error::in_use(format!(
             "template {} is leased: {} processes rely on it: {}",
             self.digest,
@@ -199,6 +217,7 @@ pub fn removals(store: &Store) -> Result<Vec<LeaseHolder>> {
 fn holder(digest: &Digest, command: &str, removes: bool) -> LeaseHolder {
     LeaseHolder {
         pid: std::process::id(),
+        pid_namespace: probe::pid_namespace(),
         command: command.to_owned(),
         since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         digest: *digest,
@@ -338,6 +357,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let holder = LeaseHolder {
             pid: 1,
+            pid_namespace: None,
             command: "clone".into(),
             since: 7,
             digest: Digest::of(b"x"),

@@ -331,10 +331,14 @@ impl Store {
         Lock::wait_while(&self.0.dir.join("locks/content"), false, &mut wait)
     }
 
+    /// True where nothing of it can be changed by this path.
+    pub fn is_on_read_only_filesystem(&self) -> bool {
+        rustix::fs::statvfs(&self.0.dir)
+            .is_ok_and(|s| s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
+    }
+
     fn check_writable(&self) -> Result<()> {
-        let read_only = rustix::fs::statvfs(&self.0.dir)
-            .is_ok_and(|s| s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY));
-        if read_only {
+        if self.is_on_read_only_filesystem() {
             return Err(Error::failed("the store lies on a filesystem that is mounted read-only")
                 .at(&self.0.dir)
                 .remedy("reading and mounting work; to change it, mount that filesystem read-write"));

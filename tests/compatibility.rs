@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use stencilfs::error::Code;
 
 use crate::support::host;
@@ -67,6 +67,13 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["umount"], &[mnt]);
     ask(&["rm", "web:2"], &[]);
     ask(&["explain"], &[&object]);
+    let recipe = world.dir().join("recipe.json");
+    let argv = "-object mem-path={memory} -chardev path={dir}/qmp.sock -incoming defer".split(' ');
+    let text = json!({"version": 1, "vmm": "qemu", "program": "qemu", "argv": argv.collect::<Vec<_>>()});
+    fs::write(&recipe, text.to_string()).unwrap();
+    let edited = world.json(&["recipe", "edit", "web:1", "--from", recipe.to_str().unwrap()]);
+    answers.insert("recipe edit", edited);
+    answers.insert("inspect --recipe", world.json(&["inspect", "--recipe", "web:1"]));
     answers
 }
 

@@ -55,7 +55,7 @@ impl Report for Pasted {
 /// When there is no such template, its store is not mounted, or the VMM cannot take it.
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let (target, _lease) = Target::find(&store, &args.template)?;
+    let (target, _lease) = Target::find(&store, &args.template, "args")?;
     let template = store.template(&target.digest)?;
     let path = |name: &str| target.dir.join(name).display().to_string();
     let served = Served {

@@ -95,7 +95,7 @@ impl Report for CloneReport {
 /// When there is no such template or mount, or a clone does not get ready.
 pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let (target, lease) = Target::find(&store, &args.template)?;
+    let (target, lease) = Target::find(&store, &args.template, "clone")?;
     let how = match (&args.simulate, args.command.is_empty()) {
         (Some(simulate), _) => How::Simulated(simulate.clone()),
         (None, true) => How::Qemu(target.recipe()?),

@@ -24,12 +24,13 @@ pub struct Target {
 }
 
 impl Target {
-    /// Finds the template and a mount that serves its store. The lease is to be held until its clones map it.
+    /// Finds the template and a mount that serves its store, for this command. The lease is to be held until its clones
+    /// map it.
     ///
     /// # Errors
     /// When there is no such template, or no mount of that store.
-    pub fn find(store: &Store, reference: &TemplateRef) -> Result<(Target, Lease)> {
-        let (digest, lease) = Lease::of(store, reference, "clone")?;
+    pub fn find(store: &Store, reference: &TemplateRef, command: &str) -> Result<(Target, Lease)> {
+        let (digest, lease) = Lease::of(store, reference, command)?;
         let template = store.template(&digest)?;
         let mount = control::mounts_of(store)?.into_iter().find(|m| !m.detached).ok_or_else(|| {
             Error::failed("no mount serves this store, so clones cannot map its templates")

@@ -150,6 +150,15 @@ impl Error {
         self
     }
 
+    /// Tells another failure as well, after this one; the kind stays this one's.
+    #[must_use]
+    pub fn and(self, other: Error) -> Self {
+        let mut both = Error::new(self.code(), format!("{self}; moreover: {other}"));
+        let remedies: Vec<&str> = [self.remedy_text(), other.remedy_text()].into_iter().flatten().collect();
+        both.0.remedy = (!remedies.is_empty()).then(|| remedies.join("; "));
+        both
+    }
+
     /// What kind of failure it is.
     pub fn code(&self) -> Code {
         self.0.code
@@ -215,6 +224,14 @@ mod tests {
         assert_eq!(error.to_string(), "cannot open pack: /s/p: No such file or directory");
         assert_eq!(error.code(), Code::NotFound);
         assert_eq!(error.errno(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn of_two_failures_both_are_told() {
+        let first = Error::try_again("first").at("/a").remedy("do this");
+        let both = first.and(Error::failed("second").remedy("do that"));
+        assert_eq!((both.code(), both.to_string().as_str()), (Code::TryAgain, "first: /a; moreover: second"));
+        assert_eq!(both.remedy_text(), Some("do this; do that"));
     }
 
     #[test]

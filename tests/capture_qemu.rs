@@ -8,15 +8,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{Qemu, patiently, qemu_words};
+use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{TestMount, run, temporary};
-
-fn ignores_shared(qemu: &Qemu) -> bool {
-    let all = qemu.run("query-migrate-capabilities");
-    let one = all.as_array().unwrap().iter().find(|c| c["capability"] == "x-ignore-shared").unwrap();
-    one["state"].as_bool().unwrap()
-}
 
 #[test]
 fn a_running_guest_is_captured_and_is_then_as_before() {
@@ -31,7 +25,7 @@ fn a_running_guest_is_captured_and_is_then_as_before() {
     let captured = world.json(&["capture", socket, "guest:run"]);
     assert_eq!(captured["vm"], "running");
     assert_eq!(guest.status(), "running");
-    assert!(!ignores_shared(&guest), "the capability is as it was");
+    assert!(!ignores_shared(&mut guest.qmp()), "the capability is as it was");
     guest.wait_heartbeats(beats + 3);
     let pause = captured["pause_seconds"].as_f64().unwrap();
     println!("the guest stood still for {:.0} ms", pause * 1000.0);
@@ -104,7 +98,7 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
         whole += usize::from(capture.wait().unwrap().success());
         patiently("running guest", Duration::from_secs(15), || (guest.status() == "running").then_some(()));
         patiently("capability as before", Duration::from_secs(15), || {
-            (!ignores_shared(&guest)).then_some(())
+            (!ignores_shared(&mut guest.qmp())).then_some(())
         });
     }
     println!("{rounds} captures, {whole} were faster than the signal");
@@ -167,7 +161,7 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
         assert_eq!(run.status.code(), Some(2), "{to}: {err}");
         assert!(err.contains(words) && err.contains(remedy), "{to}: {err}");
         assert_eq!(qemu.status(), "running");
-        assert!(!ignores_shared(&qemu));
+        assert!(!ignores_shared(&mut qemu.qmp()));
     }
     // A disk of the host is named together with everything else.
     let image = dir.path().join("image");

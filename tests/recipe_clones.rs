@@ -14,32 +14,11 @@ use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::support::guest::{
-    CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, patiently,
+    CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, media,
+    overlays, patiently,
 };
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-
-/// Which image each block device of the VM has, without figures that move.
-fn media(qmp: &mut Qmp) -> Value {
-    let all = qmp.run("query-block", json!({})).unwrap();
-    let one = |b: &Value| {
-        let inserted = &b["inserted"];
-        json!([
-            b["device"],
-            b["qdev"],
-            inserted["node-name"],
-            inserted["file"],
-            inserted["ro"],
-            inserted["drv"]
-        ])
-    };
-    all.as_array().unwrap().iter().map(one).collect()
-}
-
-fn overlays(dir: &Path) -> Vec<PathBuf> {
-    let all = fs::read_dir(dir).unwrap().flatten().map(|e| e.path());
-    all.filter(|path| path.to_string_lossy().contains(".stencil-")).collect()
-}
 
 fn count_of(line: &str) -> u64 {
     line.split(' ').next().unwrap().parse().unwrap()

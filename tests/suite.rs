@@ -3,6 +3,7 @@ mod accounting;
 mod backend_explain;
 mod backend_memory;
 mod cache_trouble;
+mod capture_failures;
 mod capture_qemu;
 mod clone_command;
 mod clone_qemu;

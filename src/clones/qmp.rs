@@ -19,6 +19,9 @@ const LONGEST_MESSAGE: usize = 16 << 20;
 /// How long a command may take that only asks.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// The capability by which device state comes without the RAM.
+const IGNORE_SHARED: &str = "x-ignore-shared";
+
 /// A session with one QEMU.
 #[derive(Debug)]
 pub struct Qmp {
@@ -35,24 +38,39 @@ impl Qmp {
     /// # Errors
     /// When nothing listens there, it is no QMP, or it does not greet within 20 seconds (another client has it).
     pub fn connect(path: &Path) -> Result<Qmp> {
+        let mut qmp = Qmp::open(path)?;
+        qmp.greet()?;
+        Ok(qmp)
+    }
+
+    /// Connects without a word: QEMU may be busy with another session.
+    ///
+    /// # Errors
+    /// When nothing listens there.
+    pub fn open(path: &Path) -> Result<Qmp> {
         let stream = UnixStream::connect(path).map_err(|e| {
             Error::io("cannot connect to the QMP socket", path, e)
                 .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here")
         })?;
-        let mut qmp =
-            Qmp { stream, path: path.to_owned(), unread: vec![], events: VecDeque::new(), next_id: 1 };
-        let greeting = qmp.receive(Instant::now() + PATIENCE).map_err(|e| {
+        Ok(Qmp { stream, path: path.to_owned(), unread: vec![], events: VecDeque::new(), next_id: 1 })
+    }
+
+    /// Negotiates, once.
+    ///
+    /// # Errors
+    /// When it is no QMP, or it does not greet within 20 seconds (another client has it).
+    pub fn greet(&mut self) -> Result<()> {
+        let greeting = self.receive(Instant::now() + PATIENCE).map_err(|e| {
             e.remedy(
                 "a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp",
             )
         })?;
         if greeting.get("QMP").is_none() {
             return Err(Error::failed("this socket does not greet as QMP")
-                .at(path)
+                .at(&self.path)
                 .remedy("give the socket of -qmp, not the one of -monitor or a guest's serial port"));
         }
-        qmp.run("qmp_capabilities", json!({}))?;
-        Ok(qmp)
+        self.run("qmp_capabilities", json!({})).map(drop)
     }
 
     /// Runs one command and gives what it returns.
@@ -107,10 +125,22 @@ impl Qmp {
                     .receive(deadline)
                     .map_err(|e| e.context(format!("waiting for QEMU's event {name}")))?,
             };
-            if message.get("event").and_then(Value::as_str) == Some(name) {
+            if is_event(&message, name) {
                 return Ok(message.get("data").cloned().unwrap_or(Value::Null));
             }
         }
+    }
+
+    /// Forgets the events that came before the last one of that name, and this one.
+    pub fn forget_until(&mut self, name: &str) {
+        if let Some(at) = self.events.iter().rposition(|event| is_event(event, name)) {
+            self.events.drain(..=at);
+        }
+    }
+
+    /// True when an event of that name has come and was not forgotten.
+    pub fn has_seen(&self, name: &str) -> bool {
+        self.events.iter().any(|event| is_event(event, name))
     }
 
     /// The state of the VM: `running`, `paused`, `postmigrate`…
@@ -126,20 +156,27 @@ impl Qmp {
     /// # Errors
     /// As [`run`](Self::run).
     pub fn ignore_shared(&mut self, on: bool) -> Result<bool> {
-        const NAME: &str = "x-ignore-shared";
-        let known = self.run("query-migrate-capabilities", json!({}))?;
-        let is_it = |c: &&Value| c.get("capability").and_then(Value::as_str) == Some(NAME);
-        let before = known.as_array().and_then(|all| all.iter().find(is_it));
-        let Some(before) = before.and_then(|c| c.get("state")).and_then(Value::as_bool) else {
-            return Err(Error::failed(format!("this QEMU does not know the migration capability {NAME}"))
-                .at(&self.path)
-                .remedy("use QEMU 8.2 or newer"));
-        };
+        let before = self.ignores_shared()?;
         if before != on {
-            let wanted = json!({"capabilities": [{"capability": NAME, "state": on}]});
+            let wanted = json!({"capabilities": [{"capability": IGNORE_SHARED, "state": on}]});
             self.run("migrate-set-capabilities", wanted)?;
         }
         Ok(before)
+    }
+
+    /// Whether a migration leaves out RAM that lies in a shared file.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), or when this QEMU knows no such thing.
+    pub fn ignores_shared(&mut self) -> Result<bool> {
+        let known = self.run("query-migrate-capabilities", json!({}))?;
+        let is_it = |c: &&Value| c.get("capability").and_then(Value::as_str) == Some(IGNORE_SHARED);
+        let state = known.as_array().and_then(|all| all.iter().find(is_it));
+        state.and_then(|c| c.get("state")).and_then(Value::as_bool).ok_or_else(|| {
+            Error::failed(format!("this QEMU does not know the migration capability {IGNORE_SHARED}"))
+                .at(&self.path)
+                .remedy("use QEMU 8.2 or newer")
+        })
     }
 
     /// Waits until the migration that was started has come to its end.
@@ -257,6 +294,10 @@ impl Qmp {
             }
         }
     }
+}
+
+fn is_event(message: &Value, name: &str) -> bool {
+    message.get("event").and_then(Value::as_str) == Some(name)
 }
 
 #[cfg(test)]

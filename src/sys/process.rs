@@ -228,6 +228,22 @@ pub fn own_session(command: &mut Command) -> &mut Command {
     }
 }
 
+/// The command is killed when the thread that starts it ends.
+pub fn die_with_starter(command: &mut Command) -> &mut Command {
+    let starter = rustix::process::getpid();
+    // SAFETY: prctl and getppid are async-signal-safe and allocate nothing.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            match rustix::process::getppid() == Some(starter) {
+                true => Ok(()),
+                // It ended before it could be asked for the signal.
+                false => Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        })
+    }
+}
+
 /// The command inherits this descriptor under its number. Others that are started meanwhile do not.
 pub fn inherit(command: &mut Command, fd: OwnedFd) -> &mut Command {
     // SAFETY: one fcntl, async-signal-safe; the closure owns the descriptor, so it is open in the child.

@@ -182,6 +182,36 @@ pub fn beats_in_image(image: &Path, dir: &Path) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
+/// Which image each block device of a VM has, without figures that move.
+pub fn media(qmp: &mut Qmp) -> Value {
+    let all = qmp.run("query-block", json!({})).unwrap();
+    let one = |b: &Value| {
+        let inserted = &b["inserted"];
+        json!([
+            b["device"],
+            b["qdev"],
+            inserted["node-name"],
+            inserted["file"],
+            inserted["ro"],
+            inserted["drv"]
+        ])
+    };
+    all.as_array().unwrap().iter().map(one).collect()
+}
+
+/// Overlays of captures in that folder.
+pub fn overlays(dir: &Path) -> Vec<PathBuf> {
+    let all = fs::read_dir(dir).unwrap().flatten().map(|e| e.path());
+    all.filter(|path| path.to_string_lossy().contains(".stencil-")).collect()
+}
+
+/// Whether a VM's migrations leave shared RAM out.
+pub fn ignores_shared(qmp: &mut Qmp) -> bool {
+    let all = qmp.run("query-migrate-capabilities", json!({})).unwrap();
+    let one = all.as_array().unwrap().iter().find(|c| c["capability"] == "x-ignore-shared").unwrap();
+    one["state"].as_bool().unwrap()
+}
+
 /// A port that nobody listens on.
 pub fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()

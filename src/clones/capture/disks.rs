@@ -2,30 +2,46 @@
 //!
 //! In the pause of the capture each writable image gets an external snapshot: from then on the VM writes to an overlay
 //! beside it, and the image stays as it was. When it has been read, the overlay is committed into it and removed.
-//! Until then the overlay holds what the guest has written since: nothing removes it that has not seen it committed.
+//! Until then the overlay holds what the guest has written since: nothing removes it that has not seen it committed, or
+//! seen that nothing was written to it.
 //!
 //! If the VM ends on the way, its overlay is committed without it, but never one that QEMU has committed already: the
 //! image may be newer. So the overlay gets another name while both are the same and QEMU holds the guest's I/O back:
-//! between the job's `pending` and its `job-finalize`.
+//! between the job's `pending` and its `job-finalize`. A job that cannot come to its end is cancelled, so that it does
+//! not hold the guest's I/O back for ever.
 
-use std::fs::{self, File};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::images;
 use crate::clones::qmp::Qmp;
-use crate::clones::recipe::{LiveDisk, PlannedDisk};
+use crate::clones::recipe::LiveDisk;
 use crate::error::{Error, Result};
-use crate::sys::process::{inherit, own_session};
 
 /// How long the commit of one overlay may make no progress.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a job may take to end once it is cancelled.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the names of overlays have after the image's.
+const MARK: &str = ".stencil-";
+
+/// The image beneath an overlay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Where this host sees it.
+    pub place: PathBuf,
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// Size that the guest sees.
+    pub size: u64,
+}
 
 /// A disk that writes to an overlay while its image is read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,8 +54,8 @@ pub struct Frozen {
     pub overlay: PathBuf,
     /// The overlay, in the eyes of this host.
     pub place: PathBuf,
-    /// The image: where QEMU sees it, where this host does, its format and its size.
-    image: (PathBuf, PathBuf, String, u64),
+    /// The image.
+    pub image: Image,
 }
 
 impl Frozen {
@@ -49,46 +65,67 @@ impl Frozen {
         name.push("-committed");
         name.into()
     }
-}
 
-impl Frozen {
+    /// The job that commits the overlay.
+    fn job(&self) -> String {
+        format!("commit-{}", self.overlay_node)
+    }
+
     /// What a snapshot of that disk will be.
     pub fn plan(disk: &LiveDisk, number: usize, unique: &str, place: &dyn Fn(&Path) -> PathBuf) -> Frozen {
         let mut name = disk.image.path.clone().into_os_string();
-        name.push(format!(".stencil-{unique}-{number}"));
+        name.push(format!("{MARK}{unique}-{number}"));
         let overlay = PathBuf::from(name);
         Frozen {
             node: disk.node.clone(),
             overlay_node: format!("stencil-{unique}-{number}"),
             place: place(&overlay),
             overlay,
-            image: (
-                disk.image.path.clone(),
-                place(&disk.image.path),
-                disk.image.format.clone(),
-                disk.image.size,
-            ),
+            image: Image {
+                place: place(&disk.image.path),
+                format: disk.image.format.clone(),
+                size: disk.image.size,
+            },
         }
     }
+}
 
-    /// Makes the empty overlay, for whoever may write to the image. `hold` goes with qemu-img: whoever clears up after
-    /// this process waits until that is gone and makes no more file.
-    ///
-    /// # Errors
-    /// When there can be no file beside the image.
-    pub fn make(&self, hold: Option<OwnedFd>) -> Result<()> {
-        let (path, place, format, size) = &self.image;
-        let mut command = qemu_img();
-        command.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(path).arg(&self.place);
-        if let Some(hold) = hold {
-            inherit(&mut command, hold);
+/// Disks of the VM that an earlier capture has frozen, and nobody has brought back.
+///
+/// # Errors
+/// QEMU's words.
+pub fn left_over(qmp: &mut Qmp, place: &dyn Fn(&Path) -> PathBuf) -> Result<Vec<Frozen>> {
+    let disks = LiveDisk::all(&qmp.run("query-block", json!({}))?);
+    let mut found = vec![];
+    for disk in disks.iter().filter(|disk| disk.node.starts_with("stencil-")) {
+        let (overlay, Some(image)) = (file_of(&disk.image.path), &disk.image.backing) else { continue };
+        if !overlay.to_string_lossy().contains(MARK) {
+            continue;
         }
-        run(command.arg(size.to_string()), None)?;
-        let failed = |e| Error::io("cannot give the overlay to the image's owner", &self.place, e);
-        let owner = fs::metadata(place).map_err(failed)?;
-        std::os::unix::fs::chown(&self.place, Some(owner.uid()), Some(owner.gid())).map_err(failed)?;
-        fs::set_permissions(&self.place, owner.permissions()).map_err(failed)
+        let nodes = nodes(qmp)?;
+        let is_it = |node: &&Value| {
+            let text = |key| node.get(key).and_then(Value::as_str);
+            text("drv") == Some(&image.format) && text("file").map(Path::new) == Some(&image.path)
+        };
+        let node = nodes.iter().find(is_it).and_then(|n| n.get("node-name")).and_then(Value::as_str);
+        let Some(node) = node else { continue };
+        found.push(Frozen {
+            node: node.to_owned(),
+            overlay_node: disk.node.clone(),
+            place: place(&overlay),
+            overlay,
+            image: Image { place: place(&image.path), format: image.format.clone(), size: image.size },
+        });
     }
+    Ok(found)
+}
+
+/// The file of an overlay. QEMU names the image beneath it along with it, where that is not as the overlay says.
+fn file_of(name: &Path) -> PathBuf {
+    let whole = name.to_str().and_then(|name| name.strip_prefix("json:"));
+    let whole: Option<Value> = whole.and_then(|text| serde_json::from_str(text).ok());
+    let file = whole.as_ref().and_then(|whole| whole.pointer("/file/filename")).and_then(Value::as_str);
+    file.map_or_else(|| name.to_owned(), PathBuf::from)
 }
 
 /// Lets all of them write to overlays, or none. The VM stands still.
@@ -110,70 +147,114 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     })
 }
 
-/// Brings every disk back to its own image, and removes the overlays. What was never frozen is left alone.
+/// Brings every disk back to its own image, and removes the overlays. What was never frozen is left alone. `interrupt`
+/// ends the wait: the jobs go on.
 ///
 /// # Errors
 /// When an overlay cannot be committed: it is kept, and the message says what to do with it.
-pub fn settle(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
-    let mut failed = None;
+pub fn settle(qmp: &mut Qmp, disks: &[Frozen], interrupt: Option<&AtomicBool>) -> Result<()> {
+    let mut failed: Option<Error> = None;
     for disk in disks {
-        if let Err(error) = settle_one(qmp, disk) {
-            failed.get_or_insert(error.context(format!(
-                "the VM still writes to the overlay {} of node {}",
-                disk.overlay.display(),
-                disk.node
-            )));
+        if let Err(error) = settle_one(qmp, disk, interrupt) {
+            failed = Some(match failed {
+                Some(first) => first.and(error),
+                None => error,
+            });
         }
     }
-    failed.map_or(Ok(()), |error| {
-        Err(error.remedy(
-            "do not remove that file: it holds what the guest has written. QMP block-commit of the overlay's node \
-             brings it back while the VM runs, `qemu-img commit` of the file afterwards",
-        ))
-    })
+    failed.map_or(Ok(()), Err)
+}
+
+fn settle_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<()> {
+    let file = disk.place.display();
+    match bring_back(qmp, disk, interrupt) {
+        Ok(true) => Ok(()),
+        Ok(false) => settle_alone(qmp, disk).map_err(|error| {
+            error.context(format!("the VM has no more disk that writes to the overlay {file}")).remedy(format!(
+                "do not remove that file: it holds what the guest has written. Its image has that after \
+                 `qemu-img commit {file}`, when no QEMU has the image open"
+            ))
+        }),
+        Err(error) => Err(error
+            .context(format!("the VM still writes to the overlay {file} of node {}", disk.node))
+            .remedy(format!(
+                "do not remove that file: it holds what the guest has written. A helper tries again for half a minute; \
+                 then the next `stencil capture` of this VM brings it back before it begins, or, when QEMU has ended, \
+                 `qemu-img commit {file}`"
+            ))),
+    }
+}
+
+/// QEMU commits the overlay; false when it has none.
+fn bring_back(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<bool> {
+    let job = disk.job();
+    let mut known = job_of(qmp, &job)?;
+    if known.as_ref().is_some_and(|job| job.get("error").is_some()) {
+        // An attempt of before, that failed.
+        qmp.run("job-dismiss", json!({"id": job}))?;
+        known = None;
+    }
+    if known.is_none() {
+        if !has_node(qmp, &disk.overlay_node)? {
+            return Ok(false);
+        }
+        qmp.run(
+            "block-commit",
+            json!({"job-id": job, "device": disk.overlay_node, "base-node": disk.node,
+                   "auto-finalize": false, "auto-dismiss": false}),
+        )?;
+    }
+    let committed = wait_committed(qmp, disk, interrupt);
+    if committed.is_err() && !interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
+        cancel(qmp, disk);
+    }
+    committed?;
+    if has_node(qmp, &disk.overlay_node)? {
+        return Err(Error::failed("QEMU has committed the overlay and still uses it"));
+    }
+    remove(&disk.place)?;
+    remove(&disk.committed())?;
+    Ok(true)
+}
+
+/// For an overlay that QEMU does not have: it was never frozen, or its device was taken out.
+fn settle_alone(qmp: &mut Qmp, disk: &Frozen) -> Result<()> {
+    // An image that QEMU has open is not ours to write to.
+    if disk.place.exists() && has_node(qmp, &disk.node)? && images::is_written(&disk.place)? {
+        return Err(Error::failed(format!("QEMU has its image open as node {}", disk.node)));
+    }
+    commit_alone(disk)
+}
+
+/// Commits what was written to an overlay that nobody has open, and removes it.
+fn commit_alone(disk: &Frozen) -> Result<()> {
+    remove(&disk.committed())?;
+    if !disk.place.exists() {
+        return Ok(());
+    }
+    if images::is_written(&disk.place)? {
+        images::commit(&disk.place)?;
+    }
+    remove(&disk.place)
+}
+
+fn remove(overlay: &Path) -> Result<()> {
+    match fs::remove_file(overlay) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io("cannot remove the overlay, which is committed", overlay, e))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn nodes(qmp: &mut Qmp) -> Result<Vec<Value>> {
+    let nodes = qmp.run("query-named-block-nodes", json!({"flat": true}))?;
+    Ok(nodes.as_array().cloned().unwrap_or_default())
 }
 
 fn has_node(qmp: &mut Qmp, name: &str) -> Result<bool> {
-    let nodes = qmp.run("query-named-block-nodes", json!({"flat": true}))?;
     let is_it = |node: &Value| node.get("node-name").and_then(Value::as_str) == Some(name);
-    Ok(nodes.as_array().is_some_and(|all| all.iter().any(is_it)))
-}
-
-fn settle_one(qmp: &mut Qmp, disk: &Frozen) -> Result<()> {
-    let job = format!("commit-{}", disk.overlay_node);
-    if has_node(qmp, &disk.overlay_node)? {
-        if job_of(qmp, &job)?.is_none() {
-            qmp.run(
-                "block-commit",
-                json!({"job-id": job, "device": disk.overlay_node, "base-node": disk.node,
-                       "auto-finalize": false, "auto-dismiss": false}),
-            )?;
-        }
-        if let Err(error) = wait_committed(qmp, &job, disk) {
-            // Only what QEMU says it still writes to is an overlay again: of a VM that has died the image may be newer.
-            if matches!(has_node(qmp, &disk.overlay_node), Ok(true)) {
-                let _ = fs::rename(disk.committed(), &disk.place);
-            }
-            return Err(error);
-        }
-        if has_node(qmp, &disk.overlay_node)? {
-            return Err(Error::failed("QEMU has committed the overlay and still uses it"));
-        }
-    }
-    if let Some(over) = job_of(qmp, &job)? {
-        // One that came to its end and was told nobody.
-        log::debug!("{over}");
-        qmp.run("job-dismiss", json!({"id": job}))?;
-    }
-    for path in [&disk.place, &disk.committed()] {
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("cannot remove the overlay, which is committed", path, e));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
+    Ok(nodes(qmp)?.iter().any(is_it))
 }
 
 fn job_of(qmp: &mut Qmp, id: &str) -> Result<Option<Value>> {
@@ -182,18 +263,53 @@ fn job_of(qmp: &mut Qmp, id: &str) -> Result<Option<Value>> {
     Ok(jobs.as_array().and_then(|all| all.iter().find(is_it)).cloned())
 }
 
+fn status_of(job: &Value) -> &str {
+    job.get("status").and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Ends a job that does not come to its end: the VM writes to the overlay as before.
+fn cancel(qmp: &mut Qmp, disk: &Frozen) {
+    let id = disk.job();
+    let mut end = || -> Result<()> {
+        // Before the guest writes again.
+        if job_of(qmp, &id)?.is_some_and(|job| status_of(&job) == "pending") {
+            let _ = fs::rename(disk.committed(), &disk.place);
+        }
+        let until = Instant::now() + CANCEL_PATIENCE;
+        while let Some(job) = job_of(qmp, &id)?.filter(|_| Instant::now() < until) {
+            if status_of(&job) == "concluded" {
+                qmp.run("job-dismiss", json!({"id": id}))?;
+            } else {
+                // Refused where it ends already.
+                let _ = qmp.run("job-cancel", json!({"id": id}));
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        // Only what QEMU says it still writes to is an overlay again: of a VM that has died the image may be newer.
+        if has_node(qmp, &disk.overlay_node)? {
+            let _ = fs::rename(disk.committed(), &disk.place);
+        }
+        Ok(())
+    };
+    if let Err(error) = end() {
+        log::debug!("{error}");
+    }
+}
+
 /// Follows the job to its end: when it has caught up with the guest, the VM writes to its own image again.
-fn wait_committed(qmp: &mut Qmp, id: &str, disk: &Frozen) -> Result<()> {
+fn wait_committed(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<()> {
+    let id = disk.job();
     let (mut seen, mut since) = (None, Instant::now());
     let (mut completed, mut finalized) = (false, false);
     loop {
-        let Some(job) = job_of(qmp, id)? else {
+        let Some(job) = job_of(qmp, &id)? else {
             return Err(Error::failed("the job that commits it has gone without a word"));
         };
-        match job.get("status").and_then(Value::as_str).unwrap_or_default() {
+        match status_of(&job) {
             "concluded" => {
+                let outcome = job.get("error").and_then(Value::as_str).map(str::to_owned);
                 qmp.run("job-dismiss", json!({"id": id}))?;
-                return match job.get("error").and_then(Value::as_str) {
+                return match outcome {
                     Some(why) => Err(Error::failed(format!("it cannot be committed: {why}"))),
                     None => Ok(()),
                 };
@@ -204,7 +320,8 @@ fn wait_committed(qmp: &mut Qmp, id: &str, disk: &Frozen) -> Result<()> {
             }
             "pending" if !finalized => {
                 match fs::rename(&disk.place, disk.committed()) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    // A helper may find it done.
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound || !disk.committed().exists() => {
                         return Err(Error::io("cannot rename the overlay", &disk.place, e));
                     }
                     _ => {}
@@ -213,6 +330,9 @@ fn wait_committed(qmp: &mut Qmp, id: &str, disk: &Frozen) -> Result<()> {
                 finalized = true;
             }
             _ => {}
+        }
+        if !finalized && interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
+            return Err(Error::failed("interrupted while it is committed: a helper goes on with that"));
         }
         let progress = job.get("current-progress").and_then(Value::as_u64);
         if progress != seen {
@@ -230,98 +350,24 @@ fn wait_committed(qmp: &mut Qmp, id: &str, disk: &Frozen) -> Result<()> {
 /// # Errors
 /// When qemu-img cannot do it: the overlay is kept, and the message names it.
 pub fn settle_without_vm(disks: &[Frozen]) -> Result<()> {
-    let mut failed = None;
+    let mut failed: Option<Error> = None;
     for disk in disks {
         // With the process its view of the host is gone, where that was not ours.
-        if !disk.place.parent().is_some_and(Path::is_dir) {
-            let why = format!(
-                "the VM ended while its disk was read, and its overlay {} is out of reach",
-                disk.overlay.display()
-            );
-            failed.get_or_insert(Error::failed(why).remedy(
-                "where that file is: `qemu-img commit` of it brings in what the guest wrote last, before the VM is started again",
-            ));
-            continue;
-        }
-        let _ = fs::remove_file(disk.committed());
-    }
-    for disk in disks.iter().filter(|disk| disk.place.exists()) {
-        let mut command = qemu_img();
-        let outcome =
-            run(command.args(["commit", "-q", "-f", "qcow2"]).arg(&disk.place), None).and_then(|()| {
-                fs::remove_file(&disk.place)
-                    .map_err(|e| Error::io("cannot remove the overlay", &disk.place, e))
-            });
+        let outcome = match disk.place.parent().is_some_and(Path::is_dir) {
+            true => commit_alone(disk),
+            false => Err(Error::failed(format!("its overlay {} is out of reach", disk.overlay.display()))),
+        };
         if let Err(error) = outcome {
-            failed.get_or_insert(error.context("the VM ended while its disk was read").at(&disk.place).remedy(
-                "do not start the VM from its image yet: `qemu-img commit` of that file brings in what the guest wrote last",
+            let error = error.context("the VM ended while its disk was read").remedy(format!(
+                "do not start the VM from its image yet: `qemu-img commit {}`, where that file is, brings in what the \
+                 guest wrote last",
+                disk.overlay.display()
             ));
+            failed = Some(match failed {
+                Some(first) => first.and(error),
+                None => error,
+            });
         }
     }
     failed.map_or(Ok(()), Err)
-}
-
-/// The bytes of a disk as the guest saw them, without its chain; or the image as it is. The image stands still.
-///
-/// # Errors
-/// When it cannot be read, or the folder has no room for a copy.
-pub fn contents(
-    disk: &PlannedDisk,
-    place: &dyn Fn(&Path) -> PathBuf,
-    folder: &Path,
-    interrupt: &AtomicBool,
-) -> Result<File> {
-    if disk.as_it_is() {
-        let path = place(&disk.live.image.path);
-        return File::open(&path).map_err(|e| Error::io("cannot open the VM's disk", &path, e));
-    }
-    let copy =
-        tempfile::tempfile_in(folder).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
-    copy.set_len(disk.live.image.size).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
-    let mut command = qemu_img();
-    let source = format!("json:{}", disk.live.image.to_json(place));
-    // It reads and writes through descriptors of this process: nothing has a name that could be left behind.
-    let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&copy));
-    command.args(["convert", "-q", "-U", "-n", "--target-is-zero", "-O", "raw", &source, &target]);
-    run(&mut command, Some(interrupt))
-        .map_err(|e| e.context(format!("the disk {} cannot be read", disk.name)))?;
-    Ok(copy)
-}
-
-/// Reached by no key of a terminal, with no descriptor but those that it is to inherit.
-fn qemu_img() -> Command {
-    let mut command = Command::new("qemu-img");
-    own_session(&mut command);
-    command
-}
-
-/// Runs qemu-img to its end.
-fn run(command: &mut Command, interrupt: Option<&AtomicBool>) -> Result<()> {
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(|e| {
-        Error::io("cannot start", "qemu-img", e)
-            .remedy("install it (Debian: qemu-utils) and put it into PATH")
-    })?;
-    let failed = |e| Error::failed("cannot wait for qemu-img").because(e);
-    loop {
-        if let Some(status) = child.try_wait().map_err(failed)? {
-            if status.success() {
-                return Ok(());
-            }
-            let mut words = String::new();
-            if let Some(mut stderr) = child.stderr.take() {
-                let _ = std::io::Read::read_to_string(&mut stderr, &mut words);
-            }
-            let words: Vec<&str> = words.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
-            return Err(Error::failed(format!("qemu-img fails ({status}): {}", words.join("; "))).remedy(
-                "the words are qemu-img's: room on the filesystem and rights on the image are what it needs",
-            ));
-        }
-        if interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(Error::failed("interrupted: nothing was imported"));
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }

@@ -4,7 +4,10 @@
 //! comes through a pipe as a migration that leaves that RAM out. Where the file system can clone a file,
 //! the VM stands still for the clone only, not for the import.
 
+mod back;
 mod disks;
+mod images;
+mod lock;
 mod stand;
 mod vm;
 mod watchdog;
@@ -13,7 +16,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
@@ -26,8 +29,9 @@ use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
 use crate::units::Bytes;
 use disks::Frozen;
+use lock::VmLock;
 use stand::Stand;
-use vm::Vm;
+use vm::{RamFile, Vm};
 pub use watchdog::{RESUME_ARGUMENT, resume_main};
 
 /// What becomes of the VM.
@@ -63,8 +67,9 @@ pub struct Captured {
 /// Captures the VM behind a QMP socket.
 ///
 /// # Errors
-/// When the VM is not one that clones can be made of (the message names everything that stands against it), or
-/// something fails on the way: then the VM is as it was before, and the store as well.
+/// When the VM is not one that clones can be made of (the message names everything that stands against it), another
+/// capture has it, or something fails on the way: then the VM is as it was before, and the store as well. Where a part
+/// of either is not, the message says so.
 pub fn capture(
     store: &Store,
     socket: &Path,
@@ -73,63 +78,120 @@ pub fn capture(
     interrupt: Arc<AtomicBool>,
     progress: &dyn Progress,
 ) -> Result<Captured> {
-    let mut qmp = Qmp::connect(socket)?;
+    let mut qmp = Qmp::open(socket)?;
+    let lock = VmLock::take(qmp.peer_pid()?)?;
+    qmp.greet()?;
+    settle_left_over(&mut qmp)?;
     let vm = Arc::new(Vm::look(&mut qmp)?);
-    let ram = vm.ram_files()?;
     let run_on = afterwards == Afterwards::AsBefore && vm.was_running;
-    let mut request = ImportRequest::new(Some(tag.clone()), vm.blob_files());
-    request.interrupt = Some(interrupt.clone());
-    request.recipe = Some(vm.recipe());
-
+    let ram = vm.ram_files()?;
     let frozen = if run_on { frozen(&vm)? } else { vec![] };
-    let mut stand = Stand::prepare(qmp, socket, vm.process, vm.was_running, frozen)?;
-    stand.still()?;
-    let state = stand.device_state()?;
-    let state_bytes = Bytes::new(state.metadata().map_or(0, |m| m.len()));
-    request.files.push(ImportFile {
-        name: "state".into(),
-        kind: FileKind::Blob,
-        source: Source::Path(by_descriptor(&state)),
-    });
-    let clones: Option<Vec<File>> =
-        if run_on { ram.iter().map(|(_, _, file, dir)| clone_file(file, dir)).collect() } else { None };
-    let sources = ram.iter().zip(0..).map(|((name, _, file, _), at)| {
-        let file = clones.as_ref().and_then(|all| all.get(at)).unwrap_or(file);
-        ImportFile { name: name.clone(), kind: FileKind::Ram, source: Source::Path(by_descriptor(file)) }
-    });
-    request.files.extend(sources);
+    let stand = Stand::prepare(qmp, socket, &vm, frozen, lock, interrupt.clone())?;
     let stand = Arc::new(Mutex::new(stand));
-    let disks = vm.plan.disks.iter().map(|disk| {
-        let later = Disk { vm: vm.clone(), disk: disk.clone(), folder: store.dir().join("tmp") };
-        later.source(&stand, run_on, &interrupt)
-    });
-    request.files.extend(disks.collect::<Result<Vec<_>>>()?);
+    let work = Work { store, vm: &vm, ram: &ram, stand: &stand, run_on, interrupt: &interrupt };
+    let taken = work.take(tag, progress);
 
-    let imported = if clones.is_some() {
-        held(&stand).over(false)?;
-        store.import(request, progress)
-    } else if run_on {
-        store.import(request, &UntilRead { inner: progress, stand: &stand })
-    } else {
-        store.import(request, progress)
-    };
     let mut stand = held(&stand);
-    let pause = stand.over(!run_on && imported.is_ok());
-    let settled = stand.settle();
-    let (imported, pause) = (imported?, pause?);
-    settled?;
+    let finished = stand.finish(!run_on && taken.is_ok());
+    let (taken, pause) = match (taken, finished) {
+        (Ok(taken), Ok(pause)) => (taken, pause),
+        (Ok(taken), Err(error)) => {
+            let digest = taken.imported.digest;
+            return Err(
+                error.context(format!("template {tag} was made ({digest}), but its VM is not as it was"))
+            );
+        }
+        (Err(error), Err(other)) => return Err(error.and(other)),
+        (Err(error), Ok(_)) => return Err(error),
+    };
     let vm_now = match afterwards {
-        Afterwards::Quit => stand.quit()?,
-        _ => stand.status()?,
+        Afterwards::Quit => stand.quit(),
+        _ => stand.status(),
     };
     Ok(Captured {
-        imported,
+        imported: taken.imported,
         pause_seconds: run_on.then_some(pause.as_secs_f64()),
-        cloned: clones.is_some(),
-        state_bytes,
-        vm: vm_now,
+        cloned: taken.cloned,
+        state_bytes: taken.state_bytes,
+        vm: vm_now.map_err(|e| e.context(format!("template {tag} was made; afterwards")))?,
         warnings: vm.plan.warnings.clone(),
     })
+}
+
+/// What was read of a VM.
+struct Taken {
+    imported: Imported,
+    cloned: bool,
+    state_bytes: Bytes,
+}
+
+/// What it takes to read a VM.
+struct Work<'a> {
+    store: &'a Store,
+    vm: &'a Arc<Vm>,
+    ram: &'a [RamFile],
+    stand: &'a Arc<Mutex<Stand>>,
+    run_on: bool,
+    interrupt: &'a Arc<AtomicBool>,
+}
+
+impl Work<'_> {
+    /// The pause and the import.
+    fn take(&self, tag: &TagName, progress: &dyn Progress) -> Result<Taken> {
+        let Work { store, vm, ram, stand, run_on, interrupt } = *self;
+        let mut request = ImportRequest::new(Some(tag.clone()), vm.blob_files());
+        request.interrupt = Some(interrupt.clone());
+        request.recipe = Some(vm.recipe());
+        held(stand).still()?;
+        let state = held(stand).device_state()?;
+        let state_bytes = Bytes::new(state.metadata().map_or(0, |m| m.len()));
+        request.files.push(ImportFile {
+            name: "state".into(),
+            kind: FileKind::Blob,
+            source: Source::Path(by_descriptor(&state)),
+        });
+        let clones: Option<Vec<File>> =
+            if run_on { ram.iter().map(|(_, _, file, dir)| clone_file(file, dir)).collect() } else { None };
+        let sources = ram.iter().zip(0..).map(|((name, _, file, _), at)| {
+            let file = clones.as_ref().and_then(|all| all.get(at)).unwrap_or(file);
+            ImportFile { name: name.clone(), kind: FileKind::Ram, source: Source::Path(by_descriptor(file)) }
+        });
+        request.files.extend(sources);
+        let disks = vm.plan.disks.iter().map(|disk| {
+            let later = Disk { vm: vm.clone(), disk: disk.clone(), folder: store.dir().join("tmp") };
+            later.source(stand, run_on, interrupt)
+        });
+        request.files.extend(disks.collect::<Result<Vec<_>>>()?);
+        if clones.is_some() {
+            all_is_read(stand)?;
+        }
+        let until_read = UntilRead { inner: progress, stand, run_on, interrupt };
+        let imported = store.import(request, &until_read);
+        // The import says no more than that it was stopped.
+        held(stand).undisturbed()?;
+        Ok(Taken { imported: imported?, cloned: clones.is_some(), state_bytes })
+    }
+}
+
+/// What must be of one moment has been read: the VM runs again.
+///
+/// # Errors
+/// When it was not one moment.
+fn all_is_read(stand: &Mutex<Stand>) -> Result<()> {
+    let mut stand = held(stand);
+    let undisturbed = stand.undisturbed();
+    stand.over(false)?;
+    undisturbed
+}
+
+/// Brings disks back that a capture has left frozen, with its helper.
+fn settle_left_over(qmp: &mut Qmp) -> Result<()> {
+    let pid = qmp.peer_pid()?;
+    let disks = disks::left_over(qmp, &|path| vm::path_of(pid, path))?;
+    for disk in &disks {
+        log::warn!("{}: left by an earlier capture, is brought back first", disk.place.display());
+    }
+    disks::settle(qmp, &disks, None)
 }
 
 fn held<'a>(stand: &'a Mutex<Stand>) -> MutexGuard<'a, Stand> {
@@ -171,9 +233,9 @@ impl Disk {
         let (stand, interrupt) = (stand.clone(), interrupt.clone());
         let open = move || {
             if run_on {
-                held(&stand).over(false)?;
+                all_is_read(&stand)?;
             }
-            disks::contents(&self.disk, &|path| self.vm.path_of(path), &self.folder, &interrupt)
+            images::contents(&self.disk, &|path| self.vm.path_of(path), &self.folder, &interrupt)
         };
         let source = Source::Later(Later { size, open: Arc::new(open) });
         Ok(ImportFile { name, kind: FileKind::Blob, source })
@@ -194,10 +256,12 @@ fn clone_file(file: &File, dir: &Path) -> Option<File> {
 }
 
 /// Lets the VM run again as soon as an import has read all of its sources: what comes then, flushing to the disk and
-/// the commit, need not make a guest wait.
+/// the commit, need not make a guest wait. What was not one moment is not committed.
 struct UntilRead<'a> {
     inner: &'a dyn Progress,
     stand: &'a Mutex<Stand>,
+    run_on: bool,
+    interrupt: &'a AtomicBool,
 }
 
 impl Progress for UntilRead<'_> {
@@ -214,8 +278,14 @@ impl Progress for UntilRead<'_> {
     }
 
     fn finish(&self) {
-        // An error here is met again, and told, at the end.
-        if let Err(error) = held(self.stand).over(false) {
+        // What fails here is met again, and told, at the end.
+        let mut stand = held(self.stand);
+        if stand.undisturbed().is_err() {
+            self.interrupt.store(true, Ordering::Relaxed);
+        }
+        if self.run_on
+            && let Err(error) = stand.over(false)
+        {
             log::debug!("{error}");
         }
         self.inner.finish();

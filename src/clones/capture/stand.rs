@@ -4,12 +4,18 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
+use super::back::Before;
 use super::disks::{self, Frozen};
+use super::images;
+use super::lock::VmLock;
+use super::vm::Vm;
 use super::watchdog::ResumeOnDeath;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
@@ -22,48 +28,60 @@ const STATE_PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Stand {
     qmp: Qmp,
     vm: ProcessId,
-    since: Instant,
-    was_running: bool,
-    ignored_shared: Option<bool>,
-    /// How long the VM has stood still, once it runs again.
+    before: Before,
+    /// Since when it stands still; nothing of it was changed before that.
+    since: Option<Instant>,
+    /// How long it has stood still, once it runs again.
     over: Option<Duration>,
-    frozen: Vec<Frozen>,
+    /// Somebody else let it run, or reset it, while it was to stand still.
+    disturbed: bool,
+    /// None once the end was tried.
     helper: Option<ResumeOnDeath>,
+    interrupt: Arc<AtomicBool>,
+    _lock: VmLock,
 }
 
 impl Stand {
     /// Before the pause. These disks will be frozen in it; what that needs is made now.
     pub fn prepare(
-        qmp: Qmp,
+        mut qmp: Qmp,
         socket: &Path,
-        vm: ProcessId,
-        was_running: bool,
+        vm: &Vm,
         disks: Vec<Frozen>,
+        lock: VmLock,
+        interrupt: Arc<AtomicBool>,
     ) -> Result<Stand> {
-        let helper = if was_running { Some(ResumeOnDeath::start(socket, vm)?) } else { None };
-        let since = Instant::now();
-        let mut stand =
-            Stand { qmp, vm, since, was_running, ignored_shared: None, over: None, frozen: disks, helper };
-        if let (Some(helper), false) = (&mut stand.helper, stand.frozen.is_empty()) {
-            helper.tell_frozen(&stand.frozen)?;
-        }
-        for disk in &stand.frozen {
-            disk.make(stand.helper.as_ref().map_or(Ok(None), ResumeOnDeath::hold)?)?;
-        }
-        Ok(stand)
+        let before = Before { ran: vm.was_running, ignored_shared: qmp.ignores_shared()?, disks };
+        let helper = ResumeOnDeath::start(socket, vm.process, lock.share()?, &before)?;
+        let made = before.disks.iter().try_for_each(|d| images::make(&d.place, &d.image, helper.hold()?));
+        // Where one could not be made, dropping it takes the others away.
+        let stand = Stand {
+            qmp,
+            vm: vm.process,
+            before,
+            since: None,
+            over: None,
+            disturbed: false,
+            helper: Some(helper),
+            interrupt,
+            _lock: lock,
+        };
+        made.map(|()| stand)
     }
 
     /// The pause begins, and the disks are frozen.
     pub fn still(&mut self) -> Result<()> {
-        self.ignored_shared = Some(self.qmp.ignore_shared(true)?);
-        self.since = Instant::now();
-        if self.was_running {
+        self.since = Some(Instant::now());
+        self.qmp.ignore_shared(true)?;
+        if self.before.ran {
+            self.since = Some(Instant::now());
             self.qmp.run("stop", json!({}))?;
+            self.qmp.forget_until("STOP");
         }
-        if self.frozen.is_empty() {
+        if self.before.disks.is_empty() {
             return Ok(());
         }
-        disks::freeze(&mut self.qmp, &self.frozen)
+        disks::freeze(&mut self.qmp, &self.before.disks)
     }
 
     /// Device state, without the RAM that lies in shared files.
@@ -78,52 +96,77 @@ impl Stand {
             return Err(error);
         }
         let deadline = Instant::now() + STATE_PATIENCE;
-        let file = tempfile::tempfile().map_err(|e| {
-            Error::io("cannot make a temporary file for device state", std::env::temp_dir(), e)
-        })?;
-        let received = receive(&heard, &file, deadline);
+        let received = tempfile::tempfile()
+            .map_err(|e| Error::io("cannot make a temporary file for device state", std::env::temp_dir(), e))
+            .and_then(|file| receive(&heard, &file, deadline).map(|()| file));
+        // QEMU must not wait for a reader that does not read.
+        drop(heard);
         if received.is_err() {
             let _ = self.qmp.run("migrate_cancel", json!({}));
         }
-        received?;
+        let file = received?;
         self.qmp.wait_migrated(deadline)?;
         Ok(file)
     }
 
-    /// The end of the pause; gives its length.
-    pub fn over(&mut self, stay: bool) -> Result<Duration> {
-        if let Some(length) = self.over {
-            return Ok(length);
-        }
-        if let Some(before) = self.ignored_shared.take() {
-            self.qmp.ignore_shared(before)?;
-        }
-        if self.was_running && !stay {
-            self.qmp.run("cont", json!({}))?;
-        }
-        let length = self.since.elapsed();
-        self.over = Some(length);
+    /// The end of the pause, if it is not over yet: the guest runs, unless it is to stay.
+    pub fn over(&mut self, stay: bool) -> Result<()> {
+        let (Some(since), None) = (self.since, self.over) else { return Ok(()) };
+        self.look();
+        let runs = self.before.guest(&mut self.qmp, self.vm, stay)?;
+        self.over = Some(runs.saturating_duration_since(since));
         if let Some(helper) = &mut self.helper {
             helper.tell_over();
         }
-        Ok(length)
+        Ok(())
     }
 
-    /// The VM has its own disks again, and needs nobody any more.
-    pub fn settle(&mut self) -> Result<()> {
-        let frozen = std::mem::take(&mut self.frozen);
-        let settled = match disks::settle(&mut self.qmp, &frozen) {
-            // It was ended meanwhile, by its guest or by somebody else.
-            Err(_) if !self.vm.is_alive() => disks::settle_without_vm(&frozen),
-            other => other,
-        };
-        match (self.helper.take(), &settled) {
-            (Some(helper), Ok(())) => helper.dismiss(),
-            // It tries once more, as soon as this session with QEMU is over.
-            (Some(helper), Err(_)) => drop(helper),
-            (None, _) => {}
+    /// Makes sure that the VM stood still until now, or until its pause was over: what was read is one moment.
+    pub fn undisturbed(&mut self) -> Result<()> {
+        self.look();
+        match self.disturbed {
+            false => Ok(()),
+            true => Err(Error::try_again(
+                "somebody let the VM run, or reset it, while it was captured: no template was made",
+            )
+            .remedy("capture it again when nobody else sends it commands")),
         }
-        settled
+    }
+
+    fn look(&mut self) {
+        if self.over.is_none() {
+            let runs = self.qmp.status().is_ok_and(|status| status == "running");
+            self.disturbed |= runs || ["RESUME", "RESET"].iter().any(|event| self.qmp.has_seen(event));
+        }
+    }
+
+    /// The end: the VM is as it was, or stands still if it is to, and needs nobody any more. Gives the length of the
+    /// pause.
+    ///
+    /// # Errors
+    /// When something of the VM is not as it was: the helper goes on with it as soon as this session with QEMU is over.
+    pub fn finish(&mut self, stay: bool) -> Result<Duration> {
+        // One that was interrupted before brings its VM back all the same.
+        let interrupt = Some(self.interrupt.clone()).filter(|i| !i.load(Ordering::Relaxed));
+        let over = match (self.since, self.over) {
+            (Some(_), None) => self.over(stay).map_err(|e| e.context("the VM could not be let run again")),
+            _ => Ok(()),
+        };
+        let settled = match over.is_ok() || !self.vm.is_alive() {
+            true => self.before.settle(&mut self.qmp, self.vm, interrupt.as_deref()),
+            false => Ok(()),
+        };
+        let helper = self.helper.take();
+        match (over, settled) {
+            (Ok(()), Ok(())) => {
+                if let Some(helper) = helper {
+                    helper.dismiss();
+                }
+                Ok(self.over.unwrap_or_default())
+            }
+            (Err(error), Err(other)) => Err(error.and(other)),
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        }
     }
 
     pub fn status(&mut self) -> Result<String> {
@@ -138,13 +181,8 @@ impl Stand {
 
 impl Drop for Stand {
     fn drop(&mut self) {
-        if self.over.is_none()
-            && let Err(error) = self.over(false)
-        {
-            log::error!("the VM could not be let run again: {error}");
-        }
-        if (self.helper.is_some() || !self.frozen.is_empty())
-            && let Err(error) = self.settle()
+        if self.helper.is_some()
+            && let Err(error) = self.finish(false)
         {
             log::error!("{error}");
             log::error!("{}", error.remedy_text().unwrap_or_default());
@@ -159,7 +197,8 @@ fn receive(pipe: &OwnedFd, file: &File, deadline: Instant) -> Result<()> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(Error::try_again("QEMU does not bring its device state to an end"));
+            return Err(Error::try_again("QEMU does not bring its device state to an end")
+                .remedy("see query-migrate on its QMP socket; a host that is less busy takes less long"));
         }
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         match poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&timeout)) {

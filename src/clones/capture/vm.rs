@@ -46,10 +46,7 @@ impl Vm {
             }
         };
         let pid = qmp.peer_pid()?;
-        let gone = || {
-            Error::failed(format!("process {pid}, which opened the QMP socket, is no QEMU of this host"))
-                .remedy("run stencil on the host and in the pid namespace of the QEMU")
-        };
+        let gone = || no_vm_here(pid);
         let words = procfs::cmdline(pid)?.ok_or_else(gone)?;
         let (first, argv) = words.split_first().ok_or_else(gone)?;
         let exe = std::fs::read_link(format!("/proc/{pid}/exe")).map_err(|e| gone().because(e))?;
@@ -126,9 +123,14 @@ impl Vm {
     }
 }
 
+pub(super) fn no_vm_here(pid: u32) -> Error {
+    Error::failed(format!("process {pid}, which opened the QMP socket, is no QEMU of this host"))
+        .remedy("run stencil on the host and in the pid namespace of the QEMU")
+}
+
 /// A path as that process sees it, whatever its root and working directory are. Where its root is ours, the path is
 /// good for longer than the process lives.
-fn path_of(pid: u32, path: &Path) -> PathBuf {
+pub(super) fn path_of(pid: u32, path: &Path) -> PathBuf {
     let of_process = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let identity = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
     let same = |name: &str| {

@@ -8,16 +8,14 @@ use std::io::{BufRead, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ExitCode, Stdio};
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
-use super::disks::{self, Frozen};
+use super::back::{Before, insist};
 use crate::clones::launch::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
-use crate::sys::process::{ProcessId, own_session};
+use crate::sys::process::{ProcessId, inherit, own_session};
 
 /// The argument that makes this program the watchdog of a capture.
 pub const RESUME_ARGUMENT: &str = "capture-watchdog";
@@ -25,8 +23,8 @@ pub const RESUME_ARGUMENT: &str = "capture-watchdog";
 /// What a capture tells its helper.
 #[derive(Debug, Serialize, Deserialize)]
 enum Told {
-    /// These disks are going to be frozen.
-    Frozen(Vec<Frozen>),
+    /// What the VM is, before anything of it is changed.
+    Before(Before),
     /// The VM runs again.
     Over,
     /// The VM is as it should be.
@@ -38,28 +36,23 @@ enum Told {
 pub struct ResumeOnDeath(Child);
 
 impl ResumeOnDeath {
-    /// Begins to watch over the VM behind that QMP socket.
+    /// Begins to watch over the VM behind that QMP socket, which is so now. The helper keeps `lock` for as long as it
+    /// lives.
     ///
     /// # Errors
     /// When this program cannot be started.
-    pub fn start(socket: &Path, vm: ProcessId) -> Result<ResumeOnDeath> {
+    pub fn start(socket: &Path, vm: ProcessId, lock: OwnedFd, before: &Before) -> Result<ResumeOnDeath> {
         let failed = |e| Error::failed("cannot start the VM's watchdog").because(e);
         // The helper does not stay in this folder.
         let socket = std::path::absolute(socket).map_err(failed)?;
         let mut command = this_program();
         own_session(&mut command).arg(RESUME_ARGUMENT).arg(socket);
         command.arg(vm.pid.to_string()).arg(vm.start_time.to_string());
+        inherit(&mut command, lock);
         let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().map_err(failed)?;
-        Ok(ResumeOnDeath(child))
-    }
-
-    /// These disks are going to be frozen.
-    ///
-    /// # Errors
-    /// When the helper does not live: then they must not be.
-    pub fn tell_frozen(&mut self, disks: &[Frozen]) -> Result<()> {
-        self.tell(&Told::Frozen(disks.to_vec()))
-            .map_err(|e| Error::failed("the VM's watchdog does not listen").because(e))
+        let mut helper = ResumeOnDeath(child);
+        helper.tell(&Told::Before(before.clone())).map_err(failed)?;
+        Ok(helper)
     }
 
     /// What keeps the helper waiting: while a process has it, this capture does not count as dead.
@@ -98,17 +91,18 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         return ExitCode::from(2);
     };
     let vm = ProcessId { pid: pid as u32, start_time };
-    let (mut frozen, mut is_over) = (vec![], false);
+    let (mut before, mut is_over) = (None, false);
     // A line that was cut off was not acted upon.
     for line in std::io::stdin().lock().lines().map_while(std::result::Result::ok) {
         match serde_json::from_str(&line) {
-            Ok(Told::Frozen(disks)) => frozen = disks,
+            Ok(Told::Before(told)) => before = Some(told),
             Ok(Told::Over) => is_over = true,
             Ok(Told::Done) => return ExitCode::SUCCESS,
             Err(_) => break,
         }
     }
-    match bring_back(Path::new(&socket), vm, &frozen, is_over) {
+    let Some(before) = before else { return ExitCode::SUCCESS };
+    match bring_back(Path::new(&socket), vm, &before, is_over) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("stencil: the VM could not be brought back: {error}");
@@ -118,42 +112,42 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn bring_back(socket: &Path, vm: ProcessId, frozen: &[Frozen], is_over: bool) -> Result<()> {
-    let brought = insist(vm, || Qmp::connect(socket)).and_then(|mut qmp| {
-        if !is_over {
-            // A device state that was cut off ends as a failed migration, one that was whole as a finished one; either
-            // may still stop the guest, and until then QEMU refuses to change a capability.
-            insist(vm, || runs_again(&mut qmp))?;
-            insist(vm, || qmp.ignore_shared(false))?;
-        }
-        disks::settle(&mut qmp, frozen)
-    });
+/// Brings the guest back for as long as the VM lives, and its disks for half a minute: what was written to them is safe
+/// where it is. Each attempt has a session of its own with QEMU, which has one at a time.
+fn bring_back(socket: &Path, vm: ProcessId, before: &Before, is_over: bool) -> Result<()> {
+    let brought = match is_over {
+        true => Ok(()),
+        false => while_alive(vm, || before.guest(&mut session(socket, vm)?, vm, false).map(drop)),
+    };
+    let brought = brought.and_then(|()| insist(vm, || before.settle(&mut session(socket, vm)?, vm, None)));
     match brought {
         // What the guest wrote last must still come into its image.
-        Err(_) if !vm.is_alive() => disks::settle_without_vm(frozen),
+        Err(_) if !vm.is_alive() => before.settle_without_vm(),
         other => other,
     }
 }
 
-/// Lets the guest run, and makes sure that no migration is left that would stop it.
-fn runs_again(qmp: &mut Qmp) -> Result<()> {
-    qmp.run("cont", json!({}))?;
-    let migration = qmp.run("query-migrate", json!({}))?;
-    let phase = migration.get("status").and_then(Value::as_str).unwrap_or("none");
-    let status = qmp.status()?;
-    match (phase, status.as_str()) {
-        ("none" | "completed" | "failed" | "cancelled", "running") => Ok(()),
-        _ => Err(Error::try_again(format!("its migration is '{phase}' and the guest '{status}'"))),
+/// A session with that QEMU and no other.
+fn session(socket: &Path, vm: ProcessId) -> Result<Qmp> {
+    let mut qmp = Qmp::open(socket)?;
+    let found = qmp.peer_pid()?;
+    if found != vm.pid || !vm.is_alive() {
+        return Err(Error::failed(format!("process {found} has this socket now, not {}", vm.pid))
+            .at(socket)
+            .remedy("QMP cont lets the VM run again, on whichever socket it has now"));
     }
+    qmp.greet()?;
+    Ok(qmp)
 }
 
-/// Tries until it goes well, for half a minute and while the VM lives.
-fn insist<T>(vm: ProcessId, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    let until = Instant::now() + Duration::from_secs(30);
+fn while_alive(vm: ProcessId, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
+    let mut told = false;
     loop {
-        match attempt() {
-            Err(_) if Instant::now() < until && vm.is_alive() => {
-                std::thread::sleep(Duration::from_millis(50))
+        match insist(vm, &mut attempt) {
+            Err(error) if vm.is_alive() => {
+                if !std::mem::replace(&mut told, true) {
+                    eprintln!("stencil: the VM does not run yet, and is tried again while it lives: {error}");
+                }
             }
             outcome => return outcome,
         }

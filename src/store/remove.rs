@@ -132,7 +132,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open_or_create(&dir.path().join("store")).unwrap();
         let source = dir.path().join("source");
-        fs::write(&source, vec![7; 200_000]).unwrap();
+        fs::write(&source, vec![7; 204_800]).unwrap();
         let tags: [TagName; 2] = ["web:1".parse().unwrap(), "web:2".parse().unwrap()];
         let source = Source::Path(source);
         let file = ImportFile { name: "memory".into(), kind: FileKind::Ram, source };

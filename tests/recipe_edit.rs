@@ -78,15 +78,30 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
     assert!(edit("true").1.contains("\"changed\":false"));
     assert!(edit("sed -i s/10.0.2/10.0.3/").1.contains("\"changed\":true"));
     assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"]["vmm_version"], "10.0.3");
-    assert_eq!(edit("sed -i s/{memory}/{nothing}/").0, 2);
     assert_eq!(edit("exit 7; true").0, 1);
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "nothing was typed");
+    // What was typed is not lost, and can be given again.
+    let kept = |said: &str| {
+        let mut all: Vec<_> = fs::read_dir(&temporary).unwrap().map(|e| e.unwrap().path()).collect();
+        assert!(all.len() == 1 && said.contains(all[0].to_str().unwrap()), "{all:?} {said}");
+        let text = fs::read_to_string(&all[0]).unwrap();
+        fs::remove_file(all.remove(0)).unwrap();
+        text
+    };
+    let (code, said) = edit("sed -i s/{memory}/{nothing}/");
+    assert_eq!(code, 2);
+    assert!(kept(&said).contains("{nothing}"));
+    let (code, said) = edit("sed -i s/10.0.3/10.0.9/ \"$1\"; exit 7 #");
+    assert_eq!(code, 1);
+    assert!(kept(&said).contains("10.0.9"));
     // Somebody else is faster.
     fs::write(&file, good().to_string()).unwrap();
     let race = format!("sed -i s/10.0.3/10.0.4/ \"$1\"; {STENCIL} -q recipe edit web --from {path} #");
     let (code, said) = edit(&race);
     assert!(code == 75 && said.contains("changed by somebody else"), "{code} {said}");
+    assert!(kept(&said).contains("10.0.4"));
     assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
-    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "no text is left");
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "what was taken is not left");
 }
 
 #[test]

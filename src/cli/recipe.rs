@@ -69,29 +69,29 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
     let template = store.template(&digest)?;
     let files: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
     let before = template.policy().recipe.clone();
-    let recipe = match &args.from {
-        Some(path) => Recipe::edited(&read(path)?, &files)?,
-        None => match edit(before.as_ref(), &files)? {
-            Some(recipe) => recipe,
-            None => return Ok(Done::report(Edited { digest, changed: false })),
-        },
-    };
-    let value = recipe.to_value();
-    if before.as_ref() == Some(&value) {
-        return Ok(Done::report(Edited { digest, changed: false }));
-    }
-    let mut is_as_before = true;
-    store.set_policy(&digest, |policy| {
-        is_as_before = args.from.is_some() || policy.recipe == before;
-        if is_as_before {
-            policy.recipe = Some(value);
+    let take = |recipe: Recipe| {
+        let value = recipe.to_value();
+        if before.as_ref() == Some(&value) {
+            return Ok(false);
         }
-    })?;
-    match is_as_before {
-        true => Ok(Done::report(Edited { digest, changed: true })),
-        false => Err(Error::try_again("the recipe was changed by somebody else while it was edited")
-            .remedy("look at it with `stencil inspect --recipe`, then edit it again")),
-    }
+        let mut is_as_before = true;
+        store.set_policy(&digest, |policy| {
+            is_as_before = args.from.is_some() || policy.recipe == before;
+            if is_as_before {
+                policy.recipe = Some(value);
+            }
+        })?;
+        match is_as_before {
+            true => Ok(true),
+            false => Err(Error::try_again("the recipe was changed by somebody else while it was edited")
+                .remedy("look at it with `stencil inspect --recipe`, then edit it again")),
+        }
+    };
+    let changed = match &args.from {
+        Some(path) => take(Recipe::edited(&read(path)?, &files)?)?,
+        None => in_editor(before.as_ref(), &files, take)?,
+    };
+    Ok(Done::report(Edited { digest, changed }))
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -110,8 +110,12 @@ fn read(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Lets a person edit until it is right; nothing when it was left as it is.
-fn edit(before: Option<&Value>, files: &[&str]) -> Result<Option<Recipe>> {
+/// Lets a person edit, and takes what was typed. When that fails for good, the text is kept and named.
+fn in_editor(
+    before: Option<&Value>,
+    files: &[&str],
+    take: impl FnOnce(Recipe) -> Result<bool>,
+) -> Result<bool> {
     let Some(before) = before else {
         return Err(Error::usage("this template has no recipe to edit: it was not captured from a VM")
             .remedy("write one and give it with --from FILE; `stencil inspect --recipe` of another shows the form"));
@@ -127,9 +131,27 @@ fn edit(before: Option<&Value>, files: &[&str]) -> Result<Option<Recipe>> {
         .tempfile()
         .map_err(|e| Error::io("cannot make a temporary file", std::env::temp_dir(), e))?;
     std::fs::write(file.path(), &text).map_err(|e| Error::io("cannot write", file.path(), e))?;
+    let outcome = edit(file.path(), &text, files).and_then(|recipe| recipe.map_or(Ok(false), take));
+    outcome.map_err(|error| {
+        if std::fs::read(file.path()).is_ok_and(|now| now == text.as_bytes()) {
+            return error;
+        }
+        let remedy = error.remedy_text().map_or(String::new(), |remedy| format!("{remedy}; "));
+        match file.keep() {
+            Ok((_, kept)) => error.remedy(format!(
+                "{remedy}what you have typed is in {}: --from takes it, remove it then",
+                kept.display()
+            )),
+            Err(_) => error,
+        }
+    })
+}
+
+/// Lets a person edit until it is right; nothing when it was left as it is.
+fn edit(path: &Path, text: &str, files: &[&str]) -> Result<Option<Recipe>> {
     loop {
-        open_editor(file.path())?;
-        let now = read(file.path())?;
+        open_editor(path)?;
+        let now = read(path)?;
         if now == text {
             return Ok(None);
         }

@@ -86,6 +86,7 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     debian.out("stencil umount -l /srv/templates");
     let refused = debian.sh("dpkg --remove stencil").exits(1);
     assert!(refused.err.contains("  served:  /srv/templates serves /var/lib/stencil"), "{}", refused.err);
+    a_status_that_cannot_tell_keeps_the_package(&debian);
     debian.out("stencil stop --all");
     wait_unmounted(&debian);
 
@@ -98,6 +99,8 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     assert!(kept.err.contains("/var/lib/stencil is kept: it holds templates"), "{}", kept.err);
     assert!(fs::symlink_metadata(&unit).is_err(), "a service without its unit");
     debian.out("dpkg -i /tmp/stencil.deb && stencil verify && stencil rm web:1");
+    // A program that is gone is no reason to keep the rest.
+    debian.out("rm /usr/bin/stencil");
     let purged = debian.sh("dpkg --purge stencil").ok();
     assert!(!purged.err.contains("kept") && !purged.err.contains("not empty"), "{}", purged.err);
 
@@ -107,6 +110,30 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     let left: Vec<_> = after.iter().filter(|(path, what)| before.get(*path) != Some(what)).collect();
     let lost: Vec<_> = before.keys().filter(|path| !after.contains_key(*path)).collect();
     assert!(left.is_empty() && lost.is_empty(), "left behind: {left:?}; lost: {lost:?}");
+}
+
+/// With a mount that is served out of the tree.
+fn a_status_that_cannot_tell_keeps_the_package(debian: &Debian) {
+    let records = "/run/stencil/mounts";
+    let refused = |change: &str, back: &str, words: &str| {
+        debian.out(change);
+        let refused = debian.sh("dpkg --remove stencil").exits(1);
+        debian.out(back);
+        assert!(refused.err.contains(words), "{}", refused.err);
+    };
+    let away = format!("mv {records} /run/records && touch {records}");
+    let back = format!("rm {records} && mv /run/records {records}");
+    refused(&away, &back, "it cannot be told whether one is served");
+    refused(&away, &back, "cannot read the runtime directory");
+    let away = format!("cd {records}/* && mv mount.json kept && echo '{{' >mount.json");
+    let back = format!("cd {records}/* && mv kept mount.json");
+    refused(&away, &back, "  served:  the record of a mount cannot be read");
+    // What is seen by who may not read it.
+    let user = debian.out("setpriv --reuid=123 --regid=123 --clear-groups stencil status");
+    assert!(user.contains("cannot be read") && user.contains("Permission denied"), "{user}");
+    assert!(debian.out("stencil status").contains("/srv/templates serves /var/lib/stencil"));
+    let elsewhere = debian.sh("STENCIL_RUNTIME_DIR=/tmp/none dpkg --remove stencil").exits(1);
+    assert!(elsewhere.err.contains("  served:  /srv/templates"), "{}", elsewhere.err);
 }
 
 /// What the programs are linked with is there, and each library's package is among the declared ones.

@@ -23,6 +23,9 @@ struct Status {
     /// Mounts whose supervisor does not answer, and what is wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<Silent>,
+    /// Records of mounts that could not be read: each may be one more mount.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unread: Vec<String>,
     /// Processes that could not be looked into in time: each may be one more clone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
@@ -37,7 +40,7 @@ struct Silent {
 
 impl Report for Status {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        if self.mounts.is_empty() && self.silent.is_empty() {
+        if self.mounts.is_empty() && self.silent.is_empty() && self.unread.is_empty() {
             return writeln!(out, "no mounts");
         }
         for (i, mount) in self.mounts.iter().enumerate() {
@@ -48,6 +51,9 @@ impl Report for Status {
         }
         for silent in &self.silent {
             writeln!(out, "{}: {}", silent.mountpoint.display(), silent.error)?;
+        }
+        for error in &self.unread {
+            writeln!(out, "{error}")?;
         }
         Ok(())
     }
@@ -110,8 +116,9 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// When the runtime directory cannot be read.
 pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
-    let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unseen: Vec::new() };
-    let mounts = control::mounts()?;
+    let (mounts, unread) = control::mounts_and_unread()?;
+    let unread = unread.iter().map(ToString::to_string).collect();
+    let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unread, unseen: Vec::new() };
     let search = find::template_mappings(&mounts)?;
     if let Some(holes) = search.holes() {
         log::warn!("{holes}");

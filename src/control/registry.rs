@@ -244,6 +244,14 @@ pub fn mounts() -> Result<Vec<Mount>> {
     Ok(found)
 }
 
+/// As [`mounts`], and why records of more mounts could not be read.
+///
+/// # Errors
+/// As [`mounts`].
+pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
+    scan()
+}
+
 /// All mounts, or why a record cannot be read.
 fn scan_all() -> Result<Vec<Mount>> {
     let (all, unread) = scan()?;

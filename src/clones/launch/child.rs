@@ -158,7 +158,8 @@ fn wait_mapped(patience: &Patience<'_>, child: &mut Child, entry: &mut Entry) ->
                 }
             }
             if let (Some(status), true) = (ended, family.is_empty()) {
-                return Err(Error::failed(format!("it ended before it mapped the template ({status})")));
+                return Err(Error::failed(format!("it ended before it mapped the template ({status})"))
+                    .remedy("its log says why; the command must map {memory} while it runs"));
             }
         }
         patience.pause(moment)?;

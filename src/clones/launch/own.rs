@@ -65,7 +65,11 @@ pub fn make(
 
 /// A port that is free for TCP and for UDP at every address of the host, and that this lets us have.
 fn free_port(may_have: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
-    let failed = |e: rustix::io::Errno| Error::failed("cannot reserve a port of the host").because(e.into());
+    let failed = |e: rustix::io::Errno| {
+        Error::failed("cannot reserve a port of the host")
+            .because(e.into())
+            .remedy("see the limit on open files: ulimit -n, fs.file-max")
+    };
     // Held until another one is found, or the kernel would offer them again.
     let mut refused = vec![];
     for _ in 0..TRIES {
@@ -107,7 +111,8 @@ fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
             done.status,
             String::from_utf8_lossy(&done.stderr).trim().replace('\n', "; ")
         ))
-        .at(path)),
+        .at(path)
+        .remedy("the words are qemu-img's: it writes in the clone's folder, STENCIL_RUNTIME_DIR says where that is")),
     }
 }
 

@@ -41,9 +41,10 @@ pub fn option(id: &str, kind: Kind, props: &Props) -> String {
     }
 }
 
-/// A socket's name in the clone's folder; the monitor has its own there.
+/// A socket's name in the clone's folder; the monitor and `-serial` have theirs there.
 fn socket_name(id: &str) -> String {
-    if id == "qmp" { "chardev-qmp.sock".into() } else { format!("{id}.sock") }
+    let is_taken = id == "qmp" || ["serial", "chardev-"].iter().any(|stem| id.starts_with(stem));
+    if is_taken { format!("chardev-{id}.sock") } else { format!("{id}.sock") }
 }
 
 /// The `-serial` of clones for that of the VM; `number` counts those that go somewhere.
@@ -78,7 +79,9 @@ mod tests {
             option("agent", Kind::Socket, &props),
             "socket,id=agent,path={dir}/agent.sock,server=on,wait=off,mux=on"
         );
-        assert!(option("qmp", Kind::Socket, &props).contains("chardev-qmp.sock"));
+        for id in ["qmp", "serial", "serial-1", "chardev-qmp"] {
+            assert!(option(id, Kind::Socket, &props).contains(&format!("/chardev-{id}.sock")));
+        }
         assert_eq!(kind("serial"), None);
         assert_eq!(kind("spicevmc"), None);
     }

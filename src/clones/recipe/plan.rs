@@ -213,6 +213,16 @@ impl<'a> Work<'a> {
         if let Some(name) = placeholders(value).next() {
             self.refuse(format!("-{option} {value}, in which {{{name}}} would be filled in"));
         }
+        // Files of the host: one that QEMU writes, and one that only firmware shows.
+        let of_host: &[&str] = match option {
+            "icount" => &["rr", "rrfile"],
+            "boot" => &["splash"],
+            _ => &[],
+        };
+        let props = Props::parse(value, "");
+        if let Some(key) = of_host.iter().find(|key| props.as_ref().is_some_and(|p| p.get(key).is_some())) {
+            self.refuse(format!("-{option} {value}: {key}= names a file of the host"));
+        }
         if option == "m" {
             let size = Props::parse(value, "size");
             size.as_ref().and_then(|p| p.get("size")).unwrap_or(value).clone_into(&mut self.size);
@@ -320,10 +330,12 @@ impl<'a> Work<'a> {
         else {
             return;
         };
-        if let Some(path) = props.get("file").map(PathBuf::from) {
-            let file = format!("{}-{}", option.replace('_', "-"), self.blobs.len());
-            props.set("file", &format!("{{file:{file}}}"));
-            self.blobs.push(Blob { file, path });
+        for key in ["file", "path"] {
+            for value in props.all_mut(key) {
+                let file = format!("{}-{}", option.replace('_', "-"), self.blobs.len());
+                let path = std::mem::replace(value, format!("{{file:{file}}}")).into();
+                self.blobs.push(Blob { file, path });
+            }
         }
         if props.get("uuid").is_some() {
             props.set("uuid", "{uuid}");
@@ -446,6 +458,12 @@ impl<'a> Work<'a> {
                  -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0"
                     .to_owned(),
             );
+        }
+        for pair in self.argv.windows(2).filter(|pair| pair[0] == "-L") {
+            warnings.push(format!(
+                "clones look for firmware in {} too, on whichever host they run (-L)",
+                pair[1]
+            ));
         }
         if self.prealloc {
             warnings

@@ -52,6 +52,8 @@ fn what_clones_cannot_have_is_refused_by_name() {
         ("-device {\"driver\":\"vfio-pci\",\"host\":\"0:1\"}", "device vfio-pci"),
         ("-object tls-creds-psk,id=t", "object tls-creds-psk (t)"),
         ("-machine pflash0=f", "-machine pflash0=f"),
+        ("-icount shift=1,rr=record,rrfile=/r", "-icount shift=1,rr=record,rrfile=/r: rr= names a file"),
+        ("-boot order=c,splash=/s.jpg", "-boot order=c,splash=/s.jpg: splash= names a file"),
         ("-frobnicate", "-frobnicate"),
     ] {
         let error = planned(extra).unwrap_err();
@@ -145,6 +147,18 @@ fn monitors_go_and_serial_chardevs_become_files() {
     assert!(line.contains("-device isa-serial,chardev=con"));
     assert!(line.contains("-chardev file,id=con,path={dir}/chardev-con.log"));
     assert!(!line.contains("stdio") && !line.contains("/x"), "{line}");
+}
+
+#[test]
+fn paths_of_the_host_become_files_or_are_told() {
+    let plan =
+        planned("-smbios type=11,value=a,path=/s1,path=/s2 -icount shift=1 -boot menu=on -L /firmware")
+            .unwrap();
+    let line = plan.argv.join(" ");
+    assert!(line.contains("-smbios type=11,value=a,path={file:smbios-2},path={file:smbios-3} "), "{line}");
+    let paths: Vec<_> = plan.blobs.iter().skip(2).map(|blob| blob.path.to_str().unwrap()).collect();
+    assert_eq!(paths, ["/s1", "/s2"]);
+    assert!(plan.warnings[0].contains("/firmware"), "{:?}", plan.warnings);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `stencil gc`: gives back what nobody needs.
 
 use std::io::{self, Write};
+use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 use serde_json::Value;
@@ -10,6 +11,7 @@ use super::{Global, interrupt};
 use crate::clones::removal;
 use crate::control;
 use crate::error::{Code, Result};
+use crate::progress::Progress;
 use crate::store::{Collected, Digest, Store};
 
 /// Give back what no template needs
@@ -87,28 +89,11 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
         kept_templates: Vec::new(),
         collected: Collected::default(),
     };
-    if args.untagged {
-        store.expect_tags_readable()?;
-        let tags = store.tags()?;
-        let untagged = store.digests()?.into_iter().filter(|d| tags.iter().all(|t| t.digest != *d));
-        for digest in untagged {
-            if args.dry_run {
-                collection.removed_templates.push(digest);
-                continue;
-            }
-            match removal::remove_untagged(&store, &digest) {
-                Ok(removed) => collection.removed_templates.extend(removed.template),
-                Err(error) if matches!(error.code(), Code::InUse | Code::TryAgain) => {
-                    if error.code() == Code::TryAgain {
-                        log::warn!("{error}");
-                    }
-                    collection.kept_templates.push(digest);
-                }
-                Err(error) => return Err(error),
-            }
-        }
+    match collect(args, &store, (&stop, &*global.progress()), &mut collection) {
+        Ok(()) => {}
+        Err(error) if args.dry_run || collection.removed_templates.is_empty() => return Err(error),
+        Err(error) => return Ok(Done::report(collection).but_failed(error)),
     }
-    collection.collected = store.collect(args.dry_run, &stop, &*global.progress())?;
     if !args.dry_run {
         // What a server has open keeps its room.
         let mounts = control::mounts_of(&store).unwrap_or_else(|error| {
@@ -120,4 +105,35 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
         }
     }
     Ok(Done::report(collection))
+}
+
+fn collect(
+    args: &GcArgs,
+    store: &Store,
+    (stop, progress): (&AtomicBool, &dyn Progress),
+    collection: &mut Collection,
+) -> Result<()> {
+    if args.untagged {
+        store.expect_tags_readable()?;
+        let tags = store.tags()?;
+        let untagged = store.digests()?.into_iter().filter(|d| tags.iter().all(|t| t.digest != *d));
+        for digest in untagged {
+            if args.dry_run {
+                collection.removed_templates.push(digest);
+                continue;
+            }
+            match removal::remove_untagged(store, &digest) {
+                Ok(removed) => collection.removed_templates.extend(removed.template),
+                Err(error) if matches!(error.code(), Code::InUse | Code::TryAgain) => {
+                    if error.code() == Code::TryAgain {
+                        log::warn!("{error}");
+                    }
+                    collection.kept_templates.push(digest);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    collection.collected = store.collect(args.dry_run, stop, progress)?;
+    Ok(())
 }

@@ -23,23 +23,32 @@ pub trait Report {
 pub struct Done {
     report: Option<Box<dyn Report>>,
     exit: u8,
+    error: Option<Error>,
 }
 
 impl Done {
     /// Ran, and prints this.
     pub fn report(report: impl Report + 'static) -> Done {
-        Done { report: Some(Box::new(report)), exit: 0 }
+        Done { report: Some(Box::new(report)), exit: 0, error: None }
     }
 
     /// Ran, and has nothing to print (`{"schema":1}` with `--json`).
     pub fn silent() -> Done {
-        Done { report: None, exit: 0 }
+        Done { report: None, exit: 0, error: None }
     }
 
     /// Prints its report, and exits as that kind of failure does (`verify` that found damage).
     #[must_use]
     pub fn exit_as(mut self, code: Code) -> Done {
         self.exit = code.exit_code();
+        self
+    }
+
+    /// Prints its report, which tells what was done, and fails with what kept it from the rest.
+    #[must_use]
+    pub fn but_failed(mut self, error: Error) -> Done {
+        self.exit = error.code().exit_code();
+        self.error = Some(error);
         self
     }
 
@@ -68,7 +77,9 @@ fn with_schema(value: Value) -> Value {
 /// Prints the result and gives the exit code.
 pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
     match result {
-        Ok(done) => match print(&done, json) {
+        Ok(done) => match print(&done, json).inspect(|()| {
+            done.error.iter().filter(|_| !json).for_each(|error| tell("stencil", error));
+        }) {
             Ok(()) => ExitCode::from(done.exit),
             // The reader of a pipe has gone: it wanted no more.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(done.exit),
@@ -84,8 +95,11 @@ pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
 fn print(done: &Done, json: bool) -> io::Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     if json {
-        let value = done.report.as_ref().map_or(Value::Null, |r| r.json());
-        writeln!(out, "{}", with_schema(value))?;
+        let mut value = with_schema(done.report.as_ref().map_or(Value::Null, |r| r.json()));
+        if let Some(error) = &done.error {
+            value["error"] = error_json(error);
+        }
+        writeln!(out, "{value}")?;
     } else if let Some(report) = &done.report {
         report.text(&mut out)?;
     }
@@ -106,19 +120,22 @@ fn remedy(error: &Error) -> &str {
     })
 }
 
+fn error_json(error: &Error) -> Value {
+    let mut message = error.message().to_owned();
+    if let Some(source) = std::error::Error::source(error) {
+        message = format!("{message}: {source}");
+    }
+    json!({
+        "code": error.code().name(),
+        "message": message,
+        "path": error.path().map(|p| p.display().to_string()),
+        "remedy": remedy(error),
+    })
+}
+
 fn fail(error: &Error, json: bool) -> ExitCode {
     if json {
-        let mut message = error.message().to_owned();
-        if let Some(source) = std::error::Error::source(error) {
-            message = format!("{message}: {source}");
-        }
-        let value = json!({"schema": 1, "error": {
-            "code": error.code().name(),
-            "message": message,
-            "path": error.path().map(|p| p.display().to_string()),
-            "remedy": remedy(error),
-        }});
-        println!("{value}");
+        println!("{}", with_schema(json!({"error": error_json(error)})));
     } else {
         tell("stencil", error);
     }

@@ -43,9 +43,18 @@ impl Report for Gone {
 /// Runs it.
 ///
 /// # Errors
-/// When there is no such template, or somebody uses it.
+/// When there is no such template, or somebody uses it; what was removed before is told.
 pub fn run(args: &RmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let removed = args.templates.iter().map(|template| removal::remove(&store, template));
-    Ok(Done::report(Gone(removed.collect::<Result<_>>()?)))
+    // A name that is mistyped is found before anything goes.
+    args.templates.iter().try_for_each(|template| store.expect_removable(template))?;
+    let mut gone = Gone(Vec::new());
+    for template in &args.templates {
+        match removal::remove(&store, template) {
+            Ok(removed) => gone.0.push(removed),
+            Err(error) if gone.0.is_empty() => return Err(error),
+            Err(error) => return Ok(Done::report(gone).but_failed(error)),
+        }
+    }
+    Ok(Done::report(gone))
 }

@@ -63,27 +63,17 @@ impl Store {
                 }
                 (*digest, Vec::new())
             }
-            What::Named(TemplateRef::Tag(tag)) => {
-                let digest = match self.tag(tag) {
-                    Ok(Some(digest)) if self.has(&digest) => digest,
-                    Ok(None) => {
-                        // It says that there is none.
-                        self.resolve(&TemplateRef::Tag(tag.clone()))?
-                    }
-                    // It points nowhere, or is damaged: there is nothing but itself to remove.
-                    Ok(Some(_)) => return self.remove_tag_only(tag),
-                    Err(e) if e.code() == Code::Damage => return self.remove_tag_only(tag),
-                    Err(e) => return Err(e),
+            What::Named(reference) => {
+                let Some(digest) = self.removable(reference)? else {
+                    return self.remove_tag_only(reference);
                 };
                 let tags = tags_of(&digest)?;
-                if tags.iter().any(|t| t != tag) {
-                    return self.remove_tag_only(tag);
+                if let TemplateRef::Tag(tag) = reference
+                    && tags.iter().any(|t| t != tag)
+                {
+                    return self.remove_tag_only(reference);
                 }
                 (digest, tags)
-            }
-            What::Named(other) => {
-                let digest = self.resolve(other)?;
-                (digest, tags_of(&digest)?)
             }
         };
         if unused != Some(&digest) || !is_hidden()? {
@@ -113,7 +103,28 @@ impl Store {
         }
     }
 
-    fn remove_tag_only(&self, tag: &TagName) -> Result<Removal> {
+    /// Fails where there is nothing that these words mean.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`]; a tag that points nowhere, or is damaged, can be removed.
+    pub fn expect_removable(&self, reference: &TemplateRef) -> Result<()> {
+        self.removable(reference).map(drop)
+    }
+
+    /// The template that these words mean; nothing for a tag beside which there is nothing to remove.
+    fn removable(&self, reference: &TemplateRef) -> Result<Option<Digest>> {
+        let TemplateRef::Tag(tag) = reference else { return self.resolve(reference).map(Some) };
+        match self.tag(tag) {
+            Ok(Some(digest)) => Ok(Some(digest).filter(|digest| self.has(digest))),
+            // It says that there is none.
+            Ok(None) => self.resolve(reference).map(Some),
+            Err(e) if e.code() == Code::Damage => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn remove_tag_only(&self, reference: &TemplateRef) -> Result<Removal> {
+        let TemplateRef::Tag(tag) = reference else { return Ok(Removal::Done(Removed::default())) };
         self.remove_tag_locked(tag)?;
         Ok(Removal::Done(Removed { tags: vec![tag.clone()], template: None }))
     }

@@ -208,6 +208,7 @@ impl Run<'_> {
         };
         let pack = match self.store.packs().get(id) {
             Ok(pack) => pack,
+            Err(_) if !path.exists() => return Ok(None),
             Err(e) => return self.note(e, (&path, None), None).map(|()| None),
         };
         let mut entries = Vec::with_capacity(index.len());
@@ -252,7 +253,7 @@ impl Run<'_> {
                 // A collector may have moved its blocks meanwhile: then the reads below find them.
                 let moved = !path.exists()
                     && self.store.template(digest).is_ok_and(|now| !now.pack_ids().contains(id));
-                if !moved {
+                if !moved && self.store.has(digest) {
                     self.note(e, (&path, None), whole())?;
                 }
             }
@@ -309,6 +310,8 @@ impl Run<'_> {
         self.progress.advance(Bytes::new(stored.length.into()));
         match result {
             Ok(_) => Ok(()),
+            // Its blocks go once it is removed.
+            Err(_) if !self.store.has(template.digest()) => Ok(()),
             Err(e) => self.note(e, (&path, Some(stored.offset.into())), Some(affected())),
         }
     }

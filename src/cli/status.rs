@@ -10,8 +10,9 @@ use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
 use crate::clones::find::{self, CloneProcess};
-use crate::control::{self, MountStatus};
-use crate::error::Result;
+use crate::control::{self, Mount, MountStatus};
+use crate::error::{Error, Result};
+use crate::store::Store;
 
 /// Show the mounts: who serves them, what is served how, and why
 #[derive(Debug, Args)]
@@ -19,7 +20,7 @@ pub struct StatusArgs {}
 
 #[derive(Serialize)]
 struct Status {
-    mounts: Vec<MountStatus>,
+    mounts: Vec<Answered>,
     /// Mounts whose supervisor does not answer, and what is wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<Silent>,
@@ -29,6 +30,15 @@ struct Status {
     /// Processes that could not be looked into in time: each may be one more clone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
+}
+
+#[derive(Serialize)]
+struct Answered {
+    #[serde(flatten)]
+    mount: MountStatus,
+    /// Why its store cannot be read; who maps its templates is not known then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    store_error: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -63,7 +73,7 @@ impl Report for Status {
     }
 }
 
-fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
+fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::Result<()> {
     let detached = if mount.detached { ", detached: served until its last user ends" } else { "" };
     writeln!(
         out,
@@ -72,6 +82,9 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
         mount.store.display(),
         mount.serve
     )?;
+    if let Some(error) = store_error {
+        writeln!(out, "  {error}: what needs it waits, and who maps its templates is not known")?;
+    }
     let server = mount.server_pid.map_or_else(|| "being started".to_owned(), |pid| pid.to_string());
     writeln!(
         out,
@@ -103,12 +116,26 @@ fn one(mount: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
                 file.size.to_string(),
                 file.serving.name().to_owned(),
                 if file.hydrated { "yes".into() } else { file.hydrated_bytes.to_string() },
-                template.clones.to_string(),
+                template.clones.map_or_else(|| "?".into(), |clones| clones.to_string()),
                 file.why.clone().unwrap_or_default(),
             ]);
         }
     }
     table.print(out)
+}
+
+/// Why the store of a mount cannot be read now.
+fn store_error(mount: &Mount) -> Option<String> {
+    let opened = Store::open(&mount.store).and_then(|store| {
+        store.check_reachable()?;
+        match &mount.store_id {
+            Some(id) if *id != store.id() => {
+                Err(Error::try_again("another store lies where the store was").at(&mount.store))
+            }
+            _ => Ok(()),
+        }
+    });
+    opened.err().map(|error| error.to_string())
 }
 
 /// Asks every supervisor of this runtime directory.
@@ -119,21 +146,28 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
     let (mounts, unread) = control::mounts_and_unread()?;
     let unread = unread.iter().map(ToString::to_string).collect();
     let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unread, unseen: Vec::new() };
-    let search = find::template_mappings(&mounts)?;
+    let store_errors: Vec<Option<String>> = mounts.iter().map(store_error).collect();
+    let present: Vec<Mount> =
+        mounts.iter().zip(&store_errors).filter(|(_, e)| e.is_none()).map(|(m, _)| m.clone()).collect();
+    let search = find::template_mappings(&present)?;
     if let Some(holes) = search.holes() {
         log::warn!("{holes}");
     }
     status.unseen = search.unseen;
-    for (index, mount) in mounts.into_iter().enumerate() {
+    let mut indexes = 0..;
+    for (mount, store_error) in mounts.into_iter().zip(store_errors) {
+        let index = if store_error.is_none() { indexes.next() } else { None };
         match mount.status() {
             Ok(mut answer) => {
                 for template in &mut answer.templates {
-                    let maps = |c: &&CloneProcess| {
-                        c.maps.iter().any(|m| m.mount == index && m.digest == template.digest)
-                    };
-                    template.clones = search.clones.iter().filter(maps).count() as u64;
+                    template.clones = index.map(|index| {
+                        let maps = |c: &&CloneProcess| {
+                            c.maps.iter().any(|m| m.mount == index && m.digest == template.digest)
+                        };
+                        search.clones.iter().filter(maps).count() as u64
+                    });
                 }
-                status.mounts.push(answer);
+                status.mounts.push(Answered { mount: answer, store_error });
             }
             Err(error) => status.silent.push(Silent {
                 mountpoint: mount.mountpoint,

@@ -62,8 +62,8 @@ pub struct TemplateStatus {
     pub serving: Serving,
     /// Why not passthrough, in words; none where it is, or will be at the first open.
     pub why: Option<String>,
-    /// Processes that map it. The supervisor leaves it 0; the command line counts.
-    pub clones: u64,
+    /// Processes that map it, where that is known. The supervisor leaves it 0; the command line counts.
+    pub clones: Option<u64>,
     /// Bytes of its files that are in backings, those being filled included.
     pub hydrated_bytes: Bytes,
     /// Its files.
@@ -178,7 +178,7 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
         digest: *digest,
         serving: largest.map_or(Serving::Decode, |f| f.serving),
         why: largest.and_then(|f| f.why.clone()),
-        clones: 0,
+        clones: Some(0),
         hydrated_bytes: files.iter().map(|f| f.hydrated_bytes).sum(),
         files,
     })

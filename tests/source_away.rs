@@ -191,6 +191,57 @@ fn a_server_that_is_killed_while_the_store_is_away_costs_nobody_a_page() {
     goes_away(moved, "No such file or directory", true);
 }
 
+/// A mount whose store is away is told like others, and beside others.
+#[test]
+fn a_mount_is_told_while_its_store_is_away() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digest = world.import_bytes(&image(1), "web:1");
+    let mut clone = Actor::start();
+    clone.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), PAGES * PAGE));
+    let other = world.dir().join("other");
+    let second = world.dir().join("second");
+    fs::create_dir(&second).unwrap();
+    let (place, mountpoint) = (other.to_str().unwrap(), second.to_str().unwrap());
+    stencilfs::store::Store::open_or_create(&other).unwrap();
+    world.stencil(&["--store", place, "mount", mountpoint, "--serve", "decode"]).ok();
+    let told = |away: bool| {
+        let answer = world.json(&["status"]);
+        let of = |at: &Path| {
+            let mounts = answer["mounts"].as_array().unwrap();
+            mounts.iter().find(|m| m["mountpoint"] == at.to_str().unwrap()).unwrap().clone()
+        };
+        let (ours, others) = (of(world.mountpoint()), of(&second));
+        assert_eq!(ours["store_error"].is_string(), away, "{answer:#}");
+        assert!(others.get("store_error").is_none(), "{answer:#}");
+        assert!(ours["server_pid"].is_u64() && ours["counters"].is_object(), "{answer:#}");
+        for template in ours["templates"].as_array().unwrap() {
+            let clones = if away { serde_json::Value::Null } else { 1.into() };
+            assert_eq!(template["clones"], clones, "{answer:#}");
+        }
+        ours["store_error"].as_str().unwrap_or_default().to_owned()
+    };
+    told(false);
+    let store = world.store_dir();
+    let why = "no template store here";
+    for take_away in [moved as fn(&Path) -> Away<'_>, covered] {
+        let away = take_away(&store);
+        assert!(told(true).contains(why));
+        let text = world.stencil(&["status"]).ok().out;
+        assert!(text.contains(why) && text.contains("is not known"), "{text}");
+        drop(away);
+        told(false);
+    }
+    // Another store in its place is not its store.
+    let aside = moved(&store);
+    stencilfs::store::Store::open_or_create(&store).unwrap();
+    assert!(told(true).contains("another store"));
+    fs::remove_dir_all(&store).unwrap();
+    drop(aside);
+    told(false);
+    world.stencil(&["umount", mountpoint]).ok();
+}
+
 /// The wait has an end: half a minute, then it is an error, for those who wait and for those who come; and then the store
 /// is back.
 #[test]

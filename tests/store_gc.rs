@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use stencilfs::progress::Silent;
-use stencilfs::store::{BLOCK_SIZE, Scratch, Store, Template};
+use stencilfs::store::{BLOCK_SIZE, Scratch, Store, Template, What};
 
 use crate::support::host;
 use crate::support::mount::run;
@@ -248,4 +248,69 @@ fn a_collector_is_not_starved_by_importers() {
         stop.store(true, Ordering::Relaxed);
     });
     fixture.run(&["verify"]).ok();
+}
+
+/// A tag that cannot be read may be the name of any template.
+#[test]
+fn no_template_is_taken_for_untagged_while_a_tag_is_damaged() {
+    let fixture = Fixture::new();
+    let (named, tag) = (fixture.import("web:1", &random(1, BLOCK)).digest, fixture.path("store/tags/web/1"));
+    let unnamed = fixture.import("other:1", &random(2, BLOCK)).digest;
+    fs::remove_file(fixture.path("store/tags/other/1")).unwrap();
+    let (sound, files) = (fs::read(&tag).unwrap(), fixture.files(""));
+    for damage in [&b""[..], b"blake3:", b"x\n", &sound[..40], &[0xff; 72]] {
+        fs::write(&tag, damage).unwrap();
+        for words in [&["gc", "--untagged"][..], &["gc", "--untagged", "--dry-run"]] {
+            let refused = fixture.run(words);
+            assert_eq!(refused.code, 3, "{refused:?}");
+            for part in ["store/tags/web/1", "stencil tag DIGEST web:1"] {
+                assert!(refused.stderr.contains(part), "{part}: {refused:?}");
+            }
+        }
+        assert_eq!(fixture.files(""), files, "nothing has gone");
+    }
+    fixture.run(&["tag", &named.to_string(), "web:1"]).ok();
+    let done = fixture.run(&["--json", "gc", "--untagged"]).ok().json();
+    assert_eq!(done["removed_templates"], serde_json::json!([unnamed]));
+    assert!(read_all(&fixture.store(), &named, 0).unwrap() == random(1, BLOCK));
+}
+
+/// Packs and templates that go while they are verified are nobody's damage.
+#[test]
+fn what_goes_meanwhile_is_no_damage() {
+    let fixture = Fixture::new();
+    let common = random(99, 2 * BLOCK);
+    fixture.import("kept", &common);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let store = fixture.store();
+            for seed in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                for part in 0..4 {
+                    let bytes = [&random(seed * 4 + part, 3 * BLOCK)[..], &common].concat();
+                    fixture.import(&format!("part-{part}"), &bytes);
+                }
+                for part in 0..4 {
+                    let what = format!("part-{part}").parse().unwrap();
+                    let digest = store.resolve(&what).unwrap();
+                    store.remove(What::Named(&what), Some(&digest), || Ok(true), || Ok(())).unwrap();
+                }
+                store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
+            }
+        });
+        let (none, mut most) = (AtomicBool::new(false), 0);
+        for round in 0..host::rounds(150, 3000) {
+            let verified = fixture.store().verify(None, &none, &Silent).unwrap();
+            if !verified.damages.is_empty() {
+                stop.store(true, Ordering::Relaxed);
+                panic!("round {round}: {:#?}", verified.damages);
+            }
+            most = most.max(verified.templates);
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(most > 1, "nothing was there to go");
+    });
 }

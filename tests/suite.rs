@@ -47,6 +47,7 @@ mod recipe_clones;
 mod recipe_edit;
 mod removal;
 mod removal_soak;
+mod removal_words;
 mod restart;
 mod rom_guest;
 mod sandbox;

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use stencilfs::progress::Silent;
-use stencilfs::store::{BLOCK_SIZE, Scratch, Store, Template, What};
+use stencilfs::progress::{Progress, Silent};
+use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef, What};
+use stencilfs::units::Bytes;
 
 use crate::support::host;
 use crate::support::mount::run;
@@ -275,42 +276,73 @@ fn no_template_is_taken_for_untagged_while_a_tag_is_damaged() {
     assert!(read_all(&fixture.store(), &named, 0).unwrap() == random(1, BLOCK));
 }
 
-/// Packs and templates that go while they are verified are nobody's damage.
+/// A pack that nobody needs may go at any moment of a verification.
 #[test]
-fn what_goes_meanwhile_is_no_damage() {
+fn a_pack_that_goes_meanwhile_is_no_damage() {
     let fixture = Fixture::new();
-    let common = random(99, 2 * BLOCK);
-    fixture.import("kept", &common);
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let store = fixture.store();
-            for seed in 0.. {
-                if stop.load(Ordering::Relaxed) {
-                    break;
+    fixture.import("kept", &random(1, BLOCK));
+    let kept = fixture.files("packs");
+    fixture.import("gone", &random(2, BLOCK));
+    fixture.run(&["rm", "gone"]).ok();
+    let pack = fixture.files("packs").into_iter().find(|pack| !kept.contains(pack)).unwrap();
+    let aside = fixture.path("aside");
+    fs::hard_link(&pack, &aside).unwrap();
+    let (mut seen, mut missed) = (0, 0);
+    for round in 0..host::rounds(2000, 20_000) {
+        let store = fixture.store();
+        let begun = Instant::now();
+        let delay = Duration::from_micros(round % 300);
+        let verified = thread::scope(|scope| {
+            scope.spawn(|| {
+                while begun.elapsed() < delay {
+                    std::hint::spin_loop();
                 }
-                for part in 0..4 {
-                    let bytes = [&random(seed * 4 + part, 3 * BLOCK)[..], &common].concat();
-                    fixture.import(&format!("part-{part}"), &bytes);
-                }
-                for part in 0..4 {
-                    let what = format!("part-{part}").parse().unwrap();
-                    let digest = store.resolve(&what).unwrap();
-                    store.remove(What::Named(&what), Some(&digest), || Ok(true), || Ok(())).unwrap();
-                }
-                store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
-            }
+                fs::remove_file(&pack).unwrap();
+            });
+            store.verify(None, &AtomicBool::new(false), &Silent).unwrap()
         });
-        let (none, mut most) = (AtomicBool::new(false), 0);
-        for round in 0..host::rounds(150, 3000) {
-            let verified = fixture.store().verify(None, &none, &Silent).unwrap();
-            if !verified.damages.is_empty() {
-                stop.store(true, Ordering::Relaxed);
-                panic!("round {round}: {:#?}", verified.damages);
-            }
-            most = most.max(verified.templates);
+        assert!(verified.damages.is_empty(), "round {round}: {:#?}", verified.damages);
+        (seen, missed) = match verified.blocks {
+            2 => (seen + 1, missed),
+            _ => (seen, missed + 1),
+        };
+        fs::hard_link(&aside, &pack).unwrap();
+    }
+    assert!(seen > 0 && missed > 0, "it went in time in {missed} rounds, too late in {seen}");
+}
+
+/// Takes everything away when the first block of a template is verified.
+struct Remover<'a> {
+    store: &'a Store,
+    digest: Digest,
+    done: AtomicBool,
+}
+
+impl Progress for Remover<'_> {
+    fn start(&self, _: &str, _: Option<Bytes>) {}
+    fn start_count(&self, _: &str, _: u64) {}
+    fn advance(&self, _: Bytes) {
+        if !self.done.swap(true, Ordering::Relaxed) {
+            let what = TemplateRef::Digest(self.digest);
+            self.store.remove(What::Named(&what), Some(&self.digest), || Ok(true), || Ok(())).unwrap();
+            self.store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
-        assert!(most > 1, "nothing was there to go");
-    });
+    }
+    fn finish(&self) {}
+}
+
+#[test]
+fn a_template_that_goes_meanwhile_is_no_damage() {
+    let fixture = Fixture::new();
+    let bytes = random(1, 2 * BLOCK);
+    let half = fixture.import("half", &bytes[..BLOCK]).digest;
+    let digest = fixture.import("whole", &bytes).digest;
+    fixture.run(&["rm", &half.to_string()]).ok();
+    assert_eq!(fixture.files("packs").len(), 2, "the second pack is not open yet when all goes");
+    // As a verification by another process.
+    let (store, other) = (fixture.store(), fixture.store());
+    let remover = Remover { store: &other, digest, done: AtomicBool::new(false) };
+    let verified = store.verify(Some(&digest), &AtomicBool::new(false), &remover).unwrap();
+    assert!(verified.damages.is_empty(), "{:#?}", verified.damages);
+    assert!(remover.done.into_inner() && fixture.files("packs").is_empty());
 }

@@ -261,9 +261,14 @@ fn scan_all() -> Result<Vec<Mount>> {
 /// All mounts, and why some records could not be read.
 fn scan() -> Result<(Vec<Mount>, Vec<Error>)> {
     let all = runtime_dir().join("mounts");
-    let fail = |e| {
-        Error::io("cannot read the runtime directory", &all, e)
-            .remedy("run it as root: mounts have their records in this directory and in no other")
+    let fail = |e: io::Error| {
+        let remedy = match e.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "run it as root: mounts have their records in this directory and in no other"
+            }
+            _ => "STENCIL_RUNTIME_DIR names the directory with the records of mounts: set it to that one",
+        };
+        Error::io("cannot read the runtime directory", &all, e).remedy(remedy)
     };
     let entries = match fs::read_dir(&all) {
         Ok(entries) => entries,

@@ -23,6 +23,7 @@ help:
 	@echo 'make check    format, lints, documentation: warnings are errors'
 	@echo 'make bench    import and cold-read throughput, with ratios to the raw file'
 	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the helper of mount(8) into $$DESTDIR$$SBINDIR ($(SBINDIR))'
+	@echo 'make install-files  the same without building: what $$(bin) has ($(bin)), for a root that has no cargo of its own'
 	@echo 'make uninstall  takes away what make install has installed with the same variables'
 	@echo 'make deb      the Debian package: $(target)/debian/stencil_*.deb (does its own set-up)'
 	@echo 'make clean    remove the build directory'
@@ -83,10 +84,11 @@ install-files:
 	mv '$(share)/man/man1/'*stencil*.8 '$(share)/man/man8/'
 	$(foreach file,$(completions),$(bin)/stencil generate completions \
 	    $(if $(findstring /bash,$(file)),bash,$(if $(findstring /zsh,$(file)),zsh,fish)) >'$(file)' &&) :
-	install -m 0644 README.md CHANGELOG.md mountd/debian/copyright '$(doc)/'
+	install -m 0644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT mountd/debian/copyright '$(doc)/'
 	install -m 0644 docs/*.md '$(doc)/docs/'
 	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
-	mountd/debian/crates.sh | gzip -9n >'$(doc)/crates.gz'
+	CARGO='$(CARGO)' mountd/debian/crates.sh >'$(doc)/crates'
+	gzip -9nf '$(doc)/crates'
 	chmod 0644 '$(unit)' $(foreach file,$(completions),'$(file)') '$(doc)/crates.gz' \
 	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
 

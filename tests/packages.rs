@@ -306,14 +306,26 @@ fn make_install_brings_what_the_package_has_and_takes_it_away_again() {
     let (bin, dest) = (bin(), format!("DESTDIR={}", staged.display()));
     let words =
         |verb: &'static str| [verb, &bin, &dest, "PREFIX=/usr", "SBINDIR=/usr/sbin"].map(str::to_owned);
-    let make = |words: [String; 5]| make(&words.each_ref().map(String::as_str)).ok();
+    // Cargo need not be where the shell looks.
+    let path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+    let make = |words: [String; 5]| {
+        let mut all: Vec<&str> = words.iter().map(String::as_str).collect();
+        all.push(path);
+        make(&all).ok()
+    };
 
     make(words("install-files"));
     let doc = |name: &str| format!("usr/share/doc/stencil/{name}");
     let mut packed = files_below(&unpacked);
     assert!(packed.remove(&doc("changelog.Debian")) && packed.remove(&doc("changelog")));
-    packed.insert(doc("CHANGELOG.md"));
+    packed.extend(["CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"].map(doc));
     assert_eq!(files_below(&staged), packed);
+    for tree in [&unpacked, &staged] {
+        let crates = tree.join(doc("crates.gz"));
+        let crates = run("gzip", &["-dc", crates.to_str().unwrap()]);
+        assert!(crates.contains("\nblake3 v") && crates.contains("\n\n=== blake3-"), "{crates:.500}");
+        assert!(crates.contains("Permission is hereby granted") && crates.contains("TERMS AND CONDITIONS"));
+    }
     make(words("uninstall"));
     assert_eq!(files_below(&staged), BTreeSet::new());
 

@@ -31,6 +31,8 @@ rm -rf "$stage"
 mkdir -p "$stage"
 make --no-print-directory -C "$top" install-files bin="$bin" DESTDIR="$stage" PREFIX=/usr SBINDIR=/usr/sbin >/dev/null
 doc=$stage/usr/share/doc/stencil
+# Debian has its own copy of the one; the other stands in copyright.
+rm "$doc/LICENSE-APACHE" "$doc/LICENSE-MIT"
 version=$("$bin/stencil" --version | cut -d' ' -f2)
 maintainer=$(sed -n 's/^maintainer = "\(.*\)"$/\1/p' "$top/Cargo.toml")
 printf 'stencil (%s-1) unstable; urgency=medium\n\n  * What changed is in changelog.gz.\n\n -- %s  %s\n' \

@@ -3,11 +3,17 @@
 # each text once. Written to standard output.
 set -eu
 cargo=${CARGO:-cargo}
+# It looks for rustc where the shell looks.
+[ "$cargo" = "${cargo#*/}" ] || PATH=${cargo%/*}:$PATH
 sources=${CARGO_HOME:-$HOME/.cargo}/registry/src
 list=$("$cargo" tree --workspace --locked --offline -e normal --prefix none --format '{p} | {l}' |
     sed 's/ (\*)$//; /(\//d; /^$/d' | sort -u)
 [ "$(printf '%s\n' "$list" | wc -l)" -gt 20 ] || {
     echo "crates.sh: cargo tree names only: $list" >&2
+    exit 1
+}
+ls -d "$sources"/*/ >/dev/null || {
+    echo "crates.sh: no sources of crates, so no licence texts: run cargo fetch, or set CARGO_HOME" >&2
     exit 1
 }
 echo 'Crates in stencil and stencil-mountd:'

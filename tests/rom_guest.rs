@@ -228,6 +228,17 @@ fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
     // What `args` prints of it has the nodes and the NVDIMM; the template's ROM is the file that was there.
     let line = world.stencil(&["args", "numa:v1", "--vmm", "qemu"]).ok().out;
     assert!(line.contains("nodeid=1,cpus=1,memdev=ram1") && line.contains("nvdimm,id=nvdimm0"), "{line}");
+    let qemu = Command::new("sh").args(["-c", &format!("exec {line}")]).stdin(Stdio::null()).spawn().unwrap();
+    let mut qemu = Running(qemu);
+    patiently("a QEMU as printed", Duration::from_secs(60), || {
+        assert!(qemu.0.try_wait().unwrap().is_none(), "QEMU ended: {line}");
+        let maps = fs::read_to_string(format!("/proc/{}/maps", qemu.0.id())).unwrap();
+        let mapped = |file: &str, how: &str| {
+            maps.lines().any(|l| l.ends_with(&format!("/{file}")) && l.contains(&format!(" {how} ")))
+        };
+        (mapped("memory", "rw-p") && mapped("memory-ram1", "rw-p") && mapped("rom-nv", "r--s")).then_some(())
+    });
+    drop(qemu);
     let copy = dir.join("copy");
     world.stencil(&["export", "numa:v1/rom-nv", copy.to_str().unwrap()]).ok();
     assert_eq!(digest(&fs::read(copy).unwrap()), sum);

@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{FlockOperation, flock, minor};
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::vm::no_vm_here;
 use crate::error::{Error, Result};
-use crate::sys::procfs;
+use crate::sys::locks;
 
 /// No other capture touches the VM while this lives, here or in a process that has inherited it. The lock is on the
 /// process's folder in `/proc`: it goes with the VM, and no file is left.
@@ -26,8 +25,9 @@ impl VmLock {
         match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(VmLock(folder.into())),
             Err(Errno::WOULDBLOCK) => {
-                let who =
-                    holder(&folder).map_or_else(|| "another process".into(), |p| format!("process {p}"));
+                let who = locks::flock_holders(&folder)
+                    .first()
+                    .map_or_else(|| "another process".into(), |p| format!("process {p}"));
                 Err(Error::in_use(format!("{who} captures this VM (process {pid}), or brings it back"))
                     .remedy("run it again when that capture has ended, and its helper with it"))
             }
@@ -43,17 +43,4 @@ impl VmLock {
         let shared = self.0.as_fd().try_clone_to_owned();
         shared.map_err(|e| Error::failed("cannot copy a descriptor").because(e))
     }
-}
-
-/// Who took the lock of that file, as the kernel lists it.
-fn holder(file: &File) -> Option<u32> {
-    let meta = file.metadata().ok()?;
-    let inode = format!("{:02x}:{}", minor(meta.dev()), meta.ino());
-    let text = procfs::read_text("/proc/locks".as_ref()).ok()?;
-    text.lines().find_map(|line| {
-        let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let (kind, pid, place) = (words.get(1)?, words.get(4)?, words.get(5)?);
-        let is_it = *kind == "FLOCK" && place.split_once(':').is_some_and(|(_, rest)| rest == inode);
-        is_it.then(|| pid.parse().ok()).flatten()
-    })
 }

@@ -69,7 +69,7 @@ fn it_shows_the_main_job_and_leaves_nothing() {
         "audit",
         "and in the store",
         "on its disk: ",
-        "the base image of their disks, before and after",
+        "the base image of their disks: before, while all wrote, and after",
         "206 stopped",
         "Done",
     ] {

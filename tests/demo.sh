@@ -77,13 +77,13 @@ beats() {
         print $body;' "$1"
 }
 
-# ask DIR: what a clone answers over QMP, and on its second serial port: name, uuid, generation, MAC; a heartbeat.
+# ask QMP SERIAL: what a VM answers over QMP (name, uuid, generation, MAC), and on its second serial port (its root).
 ask() {
     perl -MIO::Socket::UNIX -e '
-        my ($dir) = @ARGV;
-        $SIG{ALRM} = sub { die "no answer in $dir\n" };
+        my ($qmp_path, $serial_path) = @ARGV;
+        $SIG{ALRM} = sub { die "$qmp_path: no answer\n" };
         alarm 60;
-        my $qmp = IO::Socket::UNIX->new(Peer => "$dir/qmp.sock") or die "$dir/qmp.sock: $!\n";
+        my $qmp = IO::Socket::UNIX->new(Peer => $qmp_path) or die "$qmp_path: $!\n";
         sub run {
             my ($words, $field) = @_;
             print $qmp "$words\n";
@@ -92,30 +92,34 @@ ask() {
                 next unless $line =~ /^\{"return"/;
                 return $line =~ /"$field": "([^"]*)"/ ? $1 : "?";
             }
-            die "$dir/qmp.sock: closed\n";
+            die "$qmp_path: closed\n";
         }
         run(q({"execute": "qmp_capabilities"}), "return");
         my @all = (run(q({"execute": "query-name"}), "name"), run(q({"execute": "query-uuid"}), "UUID"),
             run(q({"execute": "query-vm-generation-id"}), "guid"),
             run(q({"execute": "qom-get", "arguments": {"path": "/machine/peripheral/eth", "property": "mac"}}), "return"));
-        my $serial = IO::Socket::UNIX->new(Peer => "$dir/serial-1.sock") or die "$dir/serial-1.sock: $!\n";
-        print $serial "who\n";
+        my $serial = IO::Socket::UNIX->new(Peer => $serial_path) or die "$serial_path: $!\n";
+        print $serial "root\n";
         $serial->flush;
         my $line = <$serial> // "";
-        $line =~ /^who: (\d+) / or die "$dir/serial-1.sock says $line\n";
-        print join(" ", @all, $1), "\n";' "$1"
+        $line =~ /^root: (.*)/ or die "$serial_path says $line\n";
+        print join(" ", @all, $1), "\n";' "$1" "$2"
 }
 
-say "A disk is made: a small ext4 in a qcow2"
-mkdir "$dir/root"
-mkfs.ext4 -q -d "$dir/root" "$dir/disk.raw" 32M 2>/dev/null
+# is_on_disk WHO ROOT
+is_on_disk() {
+    [ "$2" = "/dev/vda ext4" ] || { echo "demo: the root of $1 is '$2'" >&2; exit 1; }
+}
+
+say "A disk is made: a small ext4 with the guest's system, in a qcow2"
+"$top/tests/support/guest.sh" --disk "$dir/disk.raw" 32M
 qemu-img convert -f raw -O qcow2 "$dir/disk.raw" "$dir/disk.qcow2"
 rm "$dir/disk.raw"
 
-say "A Linux guest boots in QEMU $(qemu_version) (TCG, 256 MiB in a shared file, a disk, a network card, two serial ports)"
+say "A Linux guest boots in QEMU $(qemu_version) (TCG, 256 MiB in a shared file, its root on the disk, a network card, two serial ports)"
 qemu-system-x86_64 -M q35,memory-backend=ram0 -accel tcg -cpu max -m 256M -nodefaults -no-user-config -display none \
     -object "memory-backend-file,id=ram0,size=256M,mem-path=$dir/ram,share=on" \
-    -device vmgenid,guid=auto -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0 \
+    -name source -uuid "$(</proc/sys/kernel/random/uuid)" -device vmgenid,guid=auto -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0 \
     -kernel "${guest[0]}" -initrd "${guest[1]}" -append "console=ttyS0 quiet panic=-1" \
     -drive "file=$dir/disk.qcow2,if=virtio,format=qcow2,id=root" \
     -netdev user,id=n0,hostfwd=tcp:127.0.0.1:0-:80 -device virtio-net-pci,netdev=n0,id=eth \
@@ -123,6 +127,9 @@ qemu-system-x86_64 -M q35,memory-backend=ram0 -accel tcg -cpu max -m 256M -nodef
 source_pid=$!
 wait_for 90 "$dir/serial" "heartbeat 3 "
 tail -1 "$dir/serial"
+read -r name uuid generation mac root < <(ask "$dir/qmp" "$dir/second.sock")
+printf '%s\n' "$name" "$uuid" "$generation" "$mac" >"$dir/told"
+is_on_disk source "$root"
 
 say "It becomes a template, and runs on"
 stencil capture "$dir/qmp" demo:v1
@@ -136,11 +143,13 @@ kill "$source_pid"
 wait "$source_pid" 2>/dev/null || true
 source_pid=
 qemu-img check -q "$dir/disk.qcow2" || { echo "demo: the captured guest's disk is damaged" >&2; exit 1; }
-base=$(stencil export demo:v1/disk-root - | sha256sum)
 
 say "The store is mounted"
 stencil mount "$dir/mnt"
 memory=$dir/mnt/$(readlink "$dir/mnt/templates/demo/v1" | sed 's|^\(\.\./\)*||')/memory
+disk=${memory%/*}/disk-root
+base=$(sha256sum <"$disk")
+[ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the mount has another disk than the store" >&2; exit 1; }
 
 say "$qemus QEMU clones resume from it"
 mapfile -t ids < <(stencil clone demo:v1 -n "$qemus")
@@ -156,21 +165,23 @@ for id in "${ids[@]}"; do
 done
 
 say "Each answers on a port of its own with what it has written to its own disk, all at the same time"
-declare -A port
+declare -A port wrote
 while read -r id _ _ _ _ ports _; do port[$id]=${ports%%->*}; done < <(stencil ps | grep ' qemu ')
 mkdir "$dir/answers"
 asking=()
 for id in "${ids[@]}"; do
-    { beats "${port[$id]}" | tail -1 && ask "$STENCIL_RUNTIME_DIR/clones/$id"; } >"$dir/answers/$id" &
+    { beats "${port[$id]}" | tail -1 && ask "$STENCIL_RUNTIME_DIR/clones/$id/qmp.sock" "$STENCIL_RUNTIME_DIR/clones/$id/serial-1.sock"; } >"$dir/answers/$id" &
     asking+=($!)
 done
 for one in "${asking[@]}"; do wait "$one" || { echo "demo: a clone does not answer" >&2; exit 1; }; done
 for id in "${ids[@]}"; do
-    { read -r beat && read -r name uuid generation mac _; } <"$dir/answers/$id"
+    { read -r beat && read -r name uuid generation mac root; } <"$dir/answers/$id"
+    is_on_disk "$id" "$root"
+    wrote[$id]=${beat%% *}
     printf '%s  port %s  MAC %s  on its disk: %s\n' "$id" "${port[$id]}" "$mac" "$beat"
     printf '%s\n' "${port[$id]}" "$name" "$uuid" "$generation" "$mac" "$beat" >>"$dir/told"
 done
-[ "$(sort -u "$dir/told" | wc -l)" = $((qemus * 6)) ] || { echo "demo: two clones have the same identity" >&2; cat "$dir/told" >&2; exit 1; }
+[ "$(sort -u "$dir/told" | wc -l)" = $((qemus * 6 + 4)) ] || { echo "demo: two of the clones and the VM they come from have the same identity" >&2; cat "$dir/told" >&2; exit 1; }
 
 say "What they cost"
 stencil density --audit | awk '
@@ -182,11 +193,16 @@ say "The template has not changed"
 served=$(sha256sum <"$memory")
 [ "$served" = "$(stencil export demo:v1 - | sha256sum)" ] || { echo "demo: the template has changed" >&2; exit 1; }
 echo "sha256 ${served%% *} through the mount, and in the store"
-[ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the base image has changed" >&2; exit 1; }
-echo "sha256 ${base%% *} the base image of their disks, before and after"
+while_writing=$(sha256sum <"$disk")
+for id in "${ids[@]}"; do
+    beat=$(beats "${port[$id]}" | tail -1)
+    [ "${beat%% *}" -gt "${wrote[$id]}" ] || { echo "demo: $id has not written meanwhile" >&2; exit 1; }
+done
 
 say "All stop, the mount goes"
 stencil stop --all
+[ "$base" = "$while_writing" ] && [ "$base" = "$(sha256sum <"$disk")" ] || { echo "demo: the base image has changed" >&2; exit 1; }
+echo "sha256 ${base%% *} the base image of their disks: before, while all wrote, and after"
 stencil umount "$dir/mnt"
 [ -z "$(stencil ps --ids)" ] || { echo "demo: clones are left" >&2; exit 1; }
 if grep -q "$dir" /proc/self/mountinfo; then

@@ -3,8 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,10 +13,20 @@ use stencilfs::clones::qmp::Qmp;
 
 use crate::support::guest::{
     CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, media,
-    overlays, patiently,
+    overlays, patiently, root_is_on_disk, told,
 };
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
+
+/// What a host can have only once, as QEMU says it: name, UUID, VM generation, address of the network card.
+fn identity(qmp: &mut Qmp) -> [String; 4] {
+    let mut ask = |command: &str, field: &str| qmp.run(command, json!({})).unwrap()[field].to_string();
+    let asked = [("query-name", "name"), ("query-uuid", "UUID"), ("query-vm-generation-id", "guid")]
+        .map(|(c, f)| ask(c, f));
+    let card = json!({"path": "/machine/peripheral/eth", "property": "mac"});
+    let [name, uuid, generation] = asked;
+    [name, uuid, generation, qmp.run("qom-get", card).unwrap().to_string()]
+}
 
 fn count_of(line: &str) -> u64 {
     line.split(' ').next().unwrap().parse().unwrap()
@@ -44,7 +52,7 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     fs::write(&cd, vec![6; 1 << 20]).unwrap();
     let port = free_port();
     let more = format!(
-        "{} -blockdev driver=file,node-name=f,filename={} -blockdev driver=raw,node-name=second,file=f \
+        "{} -name source -uuid 0f8ffa3c-6d0f-4d5c-b4e4-3f0a8b1f5a51 -blockdev driver=file,node-name=f,filename={} -blockdev driver=raw,node-name=second,file=f \
          -device virtio-blk-pci,drive=second -drive file={},media=cdrom,if=none,id=cd -device virtio-scsi-pci,id=s \
          -device scsi-cd,drive=cd,bus=s.0",
         devices(dir, &disk, port),
@@ -52,6 +60,8 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
         cd.display()
     );
     let mut guest = Qemu::boot_with(dir, &more);
+    root_is_on_disk(&dir.join("second.sock"));
+    let own_identity = identity(&mut guest.qmp());
     let before = media(&mut guest.qmp());
     let captured = world.json(&["capture", guest.socket().to_str().unwrap(), "vm:1"]);
     println!("the VM stood still for {} s", captured["pause_seconds"]);
@@ -69,8 +79,6 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     let own = beats_on_disk(port).unwrap();
     are_whole(&own, now as u64);
 
-    let base = |name: &str| world.stencil(&["export", &format!("vm:1/disk-{name}"), "-"]).ok().out.len();
-    assert!(base("second") > 0);
     let digest_of = |name: &str| {
         let out = dir.join(format!("exported-{name}"));
         world.stencil(&["export", &format!("vm:1/disk-{name}"), out.to_str().unwrap()]).ok();
@@ -82,6 +90,10 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     assert_eq!(digest_of("second"), blake3::hash(&fs::read(&raw).unwrap()).to_hex().to_string());
 
     world.mount(&["--serve", "auto"]).ok();
+    // What the clones have open.
+    let base = world.file(captured["digest"].as_str().unwrap(), "disk-root");
+    let served = || blake3::hash(&fs::read(&base).unwrap()).to_hex().to_string();
+    assert_eq!(served(), root_before);
     let launched = world.json(&["clone", "vm:1", "-n", "6"]);
     println!("6 guests were running after {} s", launched["ready_seconds"]);
     let listed = world.json(&["ps"]);
@@ -100,16 +112,13 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
                 });
                 are_whole(&later, first.len() as u64 + 2);
                 // It is this clone that answers: its serial port says the same.
-                let told = heartbeats(&folder.join("serial.log"));
+                let beats = heartbeats(&folder.join("serial.log"));
                 let last = later.last().unwrap();
-                assert!(told.iter().any(|b| last == &format!("{} {}", b.count, b.random)), "{last}");
+                assert!(beats.iter().any(|b| last == &format!("{} {}", b.count, b.random)), "{last}");
                 // The second serial port is a socket on which it talks.
-                let socket = UnixStream::connect(folder.join("serial-1.sock")).unwrap();
-                socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-                (&socket).write_all(b"who\n").unwrap();
-                let mut line = String::new();
-                BufReader::new(&socket).read_line(&mut line).unwrap();
-                let beat = line.trim().strip_prefix("who: ").unwrap_or_else(|| panic!("{line}"));
+                let talks = folder.join("serial-1.sock");
+                root_is_on_disk(&talks);
+                let beat = &told(&talks, "who");
                 assert!(count_of(beat) >= count_of(last), "{beat} after {last}");
             });
         }
@@ -123,8 +132,7 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
         let given = qmp.run("qom-get", card).unwrap().as_str().unwrap().to_owned();
         let mut used = || qmp.run("query-rx-filter", json!({})).unwrap()[0]["main-mac"].clone();
         assert_eq!(used(), CAPTURED_MAC);
-        let socket = UnixStream::connect(folder.join("serial-1.sock")).unwrap();
-        (&socket).write_all(format!("mac {given}\n").as_bytes()).unwrap();
+        told(&folder.join("serial-1.sock"), &format!("mac {given}"));
         patiently("another address", Duration::from_secs(60), || (used() == given).then_some(()));
         let port = clone["ports"]["80"].as_u64().unwrap() as u16;
         patiently("an answer from it", Duration::from_secs(60), || beats_on_disk(port));
@@ -135,14 +143,14 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     for clone in clones {
         let folder = Path::new(clone["dir"].as_str().unwrap());
         let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
-        let mut ask = |command: &str, field: &str| qmp.run(command, json!({})).unwrap()[field].to_string();
+        let [name, uuid, generation, mac] = identity(&mut qmp);
+        let local = u8::from_str_radix(&mac[1..3], 16).unwrap();
+        assert_eq!(local & 3, 2, "a MAC that is locally administered");
         let told = [
-            ask("query-name", "name"),
-            ask("query-uuid", "UUID"),
-            ask("query-vm-generation-id", "guid"),
-            qmp.run("qom-get", json!({"path": "/machine/peripheral/eth", "property": "mac"}))
-                .unwrap()
-                .to_string(),
+            name,
+            uuid,
+            generation,
+            mac,
             clone["id"].to_string(),
             clone["ports"]["80"].to_string(),
             media(&mut qmp).to_string(),
@@ -151,8 +159,6 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
         for (all, one) in seen.iter_mut().zip(told) {
             all.insert(one);
         }
-        let local = u8::from_str_radix(&seen[3].last().unwrap()[1..3], 16).unwrap();
-        assert_eq!(local & 3, 2, "a MAC that is locally administered");
         for name in ["disk-root.qcow2", "disk-second.qcow2"] {
             let info = run("qemu-img", &["info", "-U", "--output=json", folder.join(name).to_str().unwrap()]);
             let info: Value = serde_json::from_str(&info).unwrap();
@@ -162,12 +168,25 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
         }
     }
     assert!(seen.iter().all(|all| all.len() == 6), "{seen:#?}");
+    assert!(
+        seen.iter().zip(&own_identity).all(|(all, own)| !all.contains(own)),
+        "{own_identity:?} in {seen:#?}"
+    );
+
+    // While all of them write.
+    let written =
+        || clones.iter().map(|c| beats_on_disk(c["ports"]["80"].as_u64().unwrap() as u16).unwrap().len());
+    let first: Vec<usize> = written().collect();
+    patiently("more on all disks", Duration::from_secs(60), || {
+        assert_eq!(served(), root_before, "no clone has written to the base image");
+        written().zip(&first).all(|(now, first)| now > *first).then_some(())
+    });
 
     let images: Vec<PathBuf> =
         clones.iter().map(|c| Path::new(c["dir"].as_str().unwrap()).join("disk-root.qcow2")).collect();
     images.iter().for_each(|image| drop(run("qemu-img", &["check", "-q", "-U", image.to_str().unwrap()])));
-    assert_eq!(digest_of("root"), root_before, "no clone has written to the base image");
     world.stencil(&["stop", "--all"]).ok();
+    assert_eq!(served(), root_before, "no clone has written to the base image");
     assert!(images.iter().all(|image| !image.exists()), "a clone's disk goes with it");
     world.stencil(&["verify", "vm:1"]).ok();
 

@@ -1,8 +1,9 @@
 //! A real Linux guest in QEMU (TCG): booted, captured once per build, given to scenarios.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -129,14 +130,15 @@ impl Drop for Qemu {
     }
 }
 
-/// A disk for a guest: an ext4 of 64 MiB with a file of `noise` bytes that do not compress, as a raw base image and
-/// a qcow2 over it. Gives the qcow2.
+/// A root disk for a guest: an ext4 of 64 MiB and more, with its system and a file of `noise` bytes that do not compress,
+/// as a raw base image and a qcow2 over it. Gives the qcow2.
 pub fn make_disk(dir: &Path, noise: usize) -> PathBuf {
-    let (root, base, disk) = (dir.join("root"), dir.join("base.raw"), dir.join("disk.qcow2"));
-    fs::create_dir(&root).unwrap();
-    fs::write(root.join("noise"), random(7, noise)).unwrap();
+    let (more, base, disk) = (dir.join("more"), dir.join("base.raw"), dir.join("disk.qcow2"));
+    fs::create_dir(&more).unwrap();
+    fs::write(more.join("noise"), random(7, noise)).unwrap();
     let size = format!("{}M", 64 + (noise >> 20));
-    run("mkfs.ext4", &["-q", "-d", root.to_str().unwrap(), base.to_str().unwrap(), &size]);
+    let words = ["--disk", base.to_str().unwrap(), &size, more.to_str().unwrap()];
+    run(script().to_str().unwrap(), &words);
     let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
     run("qemu-img", &[&words[..], &[base.to_str().unwrap(), disk.to_str().unwrap()]].concat());
     disk
@@ -168,6 +170,24 @@ pub fn beats_on_disk(port: u16) -> Option<Vec<String>> {
     Some(body.lines().map(str::to_owned).collect())
 }
 
+/// What a guest answers to a line on its second serial port.
+pub fn told(port: &Path, line: &str) -> String {
+    let socket = UnixStream::connect(port).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    (&socket).write_all(format!("{line}\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    BufReader::new(&socket).read_line(&mut answer).unwrap();
+    let told = answer.trim().strip_prefix(line).and_then(|rest| rest.strip_prefix(": "));
+    told.unwrap_or_else(|| panic!("{answer}")).to_owned()
+}
+
+/// A guest's root is on the disk that [`make_disk`] made, and not the initramfs.
+#[track_caller]
+pub fn root_is_on_disk(port: &Path) {
+    let root = told(port, "root");
+    assert!(root.starts_with("/dev/vd") && root.ends_with(" ext4"), "{root}");
+}
+
 /// The heartbeats in a guest's disk image that nobody uses; its file system must be sound.
 pub fn beats_in_image(image: &Path, dir: &Path) -> Vec<String> {
     run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
@@ -177,7 +197,7 @@ pub fn beats_in_image(image: &Path, dir: &Path) -> Vec<String> {
     let replayed = Command::new("e2fsck").args(["-p"]).arg(&copy).output().unwrap();
     assert!(matches!(replayed.status.code(), Some(0 | 1)), "{replayed:?}");
     run("e2fsck", &["-f", "-n", copy.to_str().unwrap()]);
-    let text = run("debugfs", &["-R", "cat /beats", copy.to_str().unwrap()]);
+    let text = run("debugfs", &["-R", "cat /srv/beats", copy.to_str().unwrap()]);
     fs::remove_file(copy).unwrap();
     text.lines().map(str::to_owned).collect()
 }
@@ -297,10 +317,13 @@ fn captured() -> PathBuf {
     place
 }
 
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/guest.sh")
+}
+
 /// Paths of the guest's kernel and initramfs.
 pub fn kernel_and_initramfs() -> (String, String) {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/guest.sh");
-    let done = Command::new(&script).output().unwrap();
+    let done = Command::new(script()).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let text = String::from_utf8(done.stdout).unwrap();
     let mut lines = text.lines().map(str::to_owned);

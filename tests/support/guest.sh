@@ -5,9 +5,10 @@
 #     heartbeat COUNT UPTIME RANDOM
 #
 # and with each reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
-# With a disk (an ext4 on virtio-blk) it appends each heartbeat to its file `beats`, synced; with a network card it
-# serves the disk by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat, and
-# a line "mac ADDRESS" gives its network card that address first.
+# Its root is the disk that `guest.sh --disk FILE SIZE [FOLDER]` makes, where it has one on virtio-blk: an ext4 of that
+# size with its system, and what is in the folder. It appends each heartbeat to /srv/beats there, synced. With a network
+# card it serves /srv by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat; the
+# line "root" with device and type of its root, and a line "mac ADDRESS" gives its network card that address first.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -24,42 +25,54 @@ if ! [ "$initramfs" -nt "$0" ] || ! [ "$initramfs" -nt "$kernel" ]; then
     busybox=$(command -v busybox) || { echo "guest: no busybox: run make setup" >&2; exit 1; }
     work=$(mktemp -d "$cache/initramfs.XXXXXX")
     trap 'rm -rf "$work"' EXIT
-    mkdir -p "$work"/root/{bin,dev,proc,sys,ram}
+    mkdir -p "$work"/root/{bin,dev,proc,sys,ram,srv,modules,disk}
     cp "$busybox" "$work/root/bin/busybox"
-    mkdir -p "$work/root/modules" "$work/root/disk"
     [ ! -d "$cache/modules" ] || cp "$cache"/modules/*.ko "$work/root/modules/"
     [ ! -e "$cache/virtio-rng.ko" ] || cp "$cache/virtio-rng.ko" "$work/root/modules/virtio-rng.ko"
     cat >"$work/root/init" <<'INIT'
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t tmpfs -o size=80% ram /ram
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
 for module in virtio-rng virtio_blk failover net_failover virtio_net; do
     [ ! -e /modules/$module.ko ] || /bin/busybox insmod /modules/$module.ko
 done
-exec </dev/ttyS0 >/dev/ttyS0 2>&1
-disk=
 for device in /dev/vd?; do
-    if [ -b "$device" ] && /bin/busybox mount -t ext4 "$device" /disk; then
-        disk=yes
-        break
+    if [ -b "$device" ] && /bin/busybox mount -t ext4 "$device" /disk 2>/dev/null; then
+        /bin/busybox mount --move /dev /disk/dev
+        exec /bin/busybox switch_root /disk /bin/guest
     fi
 done
+exec /bin/guest
+INIT
+    cat >"$work/root/bin/guest" <<'GUEST'
+#!/bin/busybox sh
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t tmpfs -o size=80% ram /ram
+root() {
+    while read -r device place type rest; do
+        [ "$place" != / ] || echo "$device $type"
+    done </proc/mounts
+}
+case $(root) in *\ ext4) disk=yes ;; *) disk= ;; esac
 if [ -e /proc/sys/net/ipv4/conf/eth0 ]; then
     /bin/busybox ip address add 10.0.2.15/24 dev eth0
     /bin/busybox ip link set eth0 up
     # A new MAC is told to the network.
     echo 1 >/proc/sys/net/ipv4/conf/eth0/arp_notify
-    /bin/busybox httpd -h /disk -p 80
+    /bin/busybox httpd -h /srv -p 80
 fi
 # Whoever connects to the second serial port is told the last heartbeat for each line, and may change the MAC.
 (
     exec 3<>/dev/ttyS1 || exit
     /bin/busybox stty -F /dev/ttyS1 raw -echo
     while read -r line <&3; do
-        read -r beat </ram/beat
-        case $line in mac\ *) /bin/busybox ip link set dev eth0 address "${line#mac }" ;; esac
-        echo "$line: $beat" >&3
+        read -r answer </ram/beat
+        case $line in
+        mac\ *) /bin/busybox ip link set dev eth0 address "${line#mac }" ;;
+        root) answer=$(root) ;;
+        esac
+        echo "$line: $answer" >&3
     done
 ) 2>/dev/null &
 # Text with some structure, as the memory of a real guest is: not all random, not all one byte.
@@ -74,15 +87,23 @@ while :; do
     echo "heartbeat $count $uptime $random"
     echo "$count $random" >/ram/beat
     if [ -n "$disk" ]; then
-        echo "$count $random" >>/disk/beats
+        echo "$count $random" >>/srv/beats
         /bin/busybox sync
     fi
     /bin/busybox dd if=/ram/noise of=/dev/null bs=64k count=1 skip=$((count % 128)) 2>/dev/null
     /bin/busybox usleep 150000
 done
-INIT
-    chmod +x "$work/root/init"
+GUEST
+    chmod +x "$work/root/init" "$work/root/bin/guest"
     (cd "$work/root" && find . | cpio --quiet -o -H newc --owner 0:0) | gzip -1 >"$work/initramfs.gz"
     mv "$work/initramfs.gz" "$initramfs"
+fi
+if [ "${1-}" = --disk ]; then
+    tree=$(mktemp -d)
+    trap 'rm -rf "$tree" ${work:+"$work"}' EXIT
+    gzip -dc "$initramfs" | cpio --quiet -id -D "$tree"
+    [ -z "${4-}" ] || cp -r "$4/." "$tree"
+    mkfs.ext4 -q -d "$tree" "$2" "$3" >/dev/null 2>&1
+    exit
 fi
 printf '%s\n%s\n' "$kernel" "$initramfs"

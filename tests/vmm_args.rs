@@ -147,6 +147,40 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     let mut qemu = Running::shell(&world, &line);
     assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
     drop(qemu);
+
+    // The same in other forms that QEMU reads; and what would let QEMU go on with memory of its own.
+    let recipe = world.stencil(&["inspect", "--recipe", "guest:v1"]).ok().out;
+    let edited = world.dir().join("edited");
+    let edit = |change: &dyn Fn(&str) -> String| {
+        let mut recipe: Value = serde_json::from_str(&recipe).unwrap();
+        for word in recipe["argv"].as_array_mut().unwrap() {
+            *word = change(word.as_str().unwrap()).into();
+        }
+        fs::write(&edited, recipe.to_string()).unwrap();
+        world.stencil(&["recipe", "edit", "guest:v1", "--from", edited.to_str().unwrap()]).ok();
+    };
+    edit(&|word| match word {
+        "-machine" => "-M".to_owned(),
+        word if word.starts_with("memory-backend-file,") => {
+            let pairs = word.split(',').skip(1).map(|pair| pair.split_once('=').unwrap());
+            let mut object: serde_json::Map<_, _> = pairs.map(|(k, v)| (k.to_owned(), json!(v))).collect();
+            object.extend([
+                ("qom-type".to_owned(), json!("memory-backend-file")),
+                ("size".to_owned(), json!(256 * MIB)),
+                ("share".to_owned(), json!(false)),
+                ("readonly".to_owned(), json!(true)),
+            ]);
+            json!(object).to_string()
+        }
+        word => word.to_owned(),
+    });
+    let mut qemu = Running::shell(&world, &text(&world, "guest:v1", "qemu"));
+    assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
+    drop(qemu);
+    edit(&|word| word.replace(",memory-backend=ram0", ""));
+    let refused = world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(2);
+    refused.says("gives RAM file 'memory' to nobody");
+
     let domain = text(&world, "guest:v1", "libvirt");
     let file = world.dir().join("domain.xml");
     fs::write(&file, &domain).unwrap();

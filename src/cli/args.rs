@@ -10,7 +10,6 @@ use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use crate::clones::launch::Target;
-use crate::clones::recipe::Recipe;
 use crate::clones::vmm::{Paste, Served, Vmm, paste};
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
@@ -56,13 +55,12 @@ impl Report for Pasted {
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = Target::find(&store, &args.template, "args")?;
-    let template = store.template(&target.digest)?;
-    let path = |name: &str| target.dir.join(name).display().to_string();
     let served = Served {
         name: target.name.clone(),
-        files: target.files.iter().map(|file| (file.clone(), path(&file.name))).collect(),
-        recipe: template.policy().recipe.as_ref().map(Recipe::from_value).transpose()?,
-        state_head: state_head(&template)?,
+        files: target.files.clone(),
+        values: target.values(),
+        recipe: target.recipe_if_any()?,
+        state_head: state_head(&store.template(&target.digest)?)?,
     };
     let Paste { text, argv, body, notes } = paste(args.vmm, &served)?;
     if !global.quiet && !global.json {

@@ -65,14 +65,21 @@ impl Target {
     /// # Errors
     /// When it has none, or one that this build does not know.
     pub fn recipe(&self) -> Result<Recipe> {
-        match &self.recipe {
-            Some(value) => Recipe::from_value(value),
-            None => Err(Error::usage(format!(
+        self.recipe_if_any()?.ok_or_else(|| {
+            Error::usage(format!(
                 "template {} has no launch recipe: it was not captured from a VM",
                 self.name
             ))
-            .remedy("say what a clone is: --simulate read=P%,write=P%, or -- CMD with {memory} and {state}")),
-        }
+            .remedy("say what a clone is: --simulate read=P%,write=P%, or -- CMD with {memory} and {state}")
+        })
+    }
+
+    /// The template's own recipe, if it has one.
+    ///
+    /// # Errors
+    /// When this build does not know it.
+    pub fn recipe_if_any(&self) -> Result<Option<Recipe>> {
+        self.recipe.as_ref().map(Recipe::from_value).transpose()
     }
 
     /// Its files' paths as values of placeholders.

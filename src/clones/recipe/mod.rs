@@ -25,7 +25,8 @@ pub use disks::PlannedDisk;
 pub use host::{Image, LiveDisk};
 pub use identity::Identity;
 pub use plan::{Blob, Facts, Plan, Ram, Rom, plan};
-pub use rules::is_device_for_clones;
+pub use props::Props;
+pub use rules::{is_device_for_clones, options};
 pub use values::{Escape, Needs, Values};
 
 /// The version of the recipe's own format.

@@ -74,6 +74,24 @@ pub fn rule(option: &str) -> Rule {
     }
 }
 
+/// The options of a command line, without their dashes, each with its value. Of an option that is not known the next
+/// word is the value, unless it is an option.
+pub fn options(argv: &[String]) -> Vec<(&str, Option<&str>)> {
+    let mut words = argv.iter().map(String::as_str).peekable();
+    let mut options = vec![];
+    while let Some(word) = words.next() {
+        // A word alone is a disk.
+        let Some(option) = word.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else { continue };
+        let value = match rule(option) {
+            Rule::Keep(false) | Rule::Drop(false) => None,
+            Rule::Unknown => words.next_if(|next| !next.starts_with('-')),
+            _ => words.next(),
+        };
+        options.push((option, value));
+    }
+    options
+}
+
 /// Devices that need nothing of the host, so that every clone may have its own.
 const DEVICES: [&str; 58] = [
     "vmgenid",

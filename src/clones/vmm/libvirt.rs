@@ -50,12 +50,13 @@ fn escape(text: &str) -> String {
 mod tests {
     use super::super::tests::served;
     use super::*;
+    use crate::clones::recipe::Values;
     use crate::store::FileKind::Ram;
 
     #[test]
     fn a_path_cannot_end_the_attribute() {
         let mut template = served(&[("memory", Ram, 64)]);
-        template.files[0].1 = "/m'/><x a='&".into();
+        template.values = Values::new("web:1", &[("memory".to_owned(), "/m'/><x a='&".to_owned())]);
         let text = paste(&template).unwrap().text;
         assert!(text.contains("mem-path=/m&apos;/&gt;&lt;x a=&apos;&amp;,align=2M"), "{text}");
         assert!(text.contains("<memory unit='KiB'>65536</memory>"), "{text}");

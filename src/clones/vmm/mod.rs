@@ -7,7 +7,7 @@ mod qemu;
 
 use std::str::FromStr;
 
-use super::recipe::Recipe;
+use super::recipe::{Recipe, Values};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
 use crate::units::Bytes;
@@ -26,6 +26,9 @@ pub enum Vmm {
 }
 
 impl Vmm {
+    /// All of them.
+    pub const ALL: [Vmm; 4] = [Vmm::Qemu, Vmm::Firecracker, Vmm::Libvirt, Vmm::Kata];
+
     /// The word on the command line.
     pub fn name(self) -> &'static str {
         match self {
@@ -41,13 +44,10 @@ impl FromStr for Vmm {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Vmm> {
-        [Vmm::Qemu, Vmm::Firecracker, Vmm::Libvirt, Vmm::Kata]
-            .into_iter()
-            .find(|vmm| vmm.name() == text)
-            .ok_or_else(|| {
-                Error::usage(format!("'{text}' is no VMM that is known here"))
-                    .remedy("use qemu, firecracker, libvirt or kata")
-            })
+        Vmm::ALL.into_iter().find(|vmm| vmm.name() == text).ok_or_else(|| {
+            Error::usage(format!("'{text}' is no VMM that is known here"))
+                .remedy(format!("use one of {}", Vmm::ALL.map(Vmm::name).join(", ")))
+        })
     }
 }
 
@@ -56,8 +56,10 @@ impl FromStr for Vmm {
 pub struct Served {
     /// As it was asked for.
     pub name: String,
-    /// Its files, each with its path below the mount.
-    pub files: Vec<(TemplateFile, String)>,
+    /// Its files.
+    pub files: Vec<TemplateFile>,
+    /// Their paths below the mount.
+    pub values: Values,
     /// How its clones are launched, where it was captured.
     pub recipe: Option<Recipe>,
     /// First bytes of its device state.
@@ -93,20 +95,32 @@ pub fn paste(vmm: Vmm, template: &Served) -> Result<Paste> {
 /// A file with its path.
 #[derive(Debug, Clone, Copy)]
 struct Memory<'a> {
+    name: &'a str,
     size: Bytes,
     path: &'a str,
 }
 
 impl Served {
-    /// RAM files; `memory` is the first.
+    /// RAM files: `memory`, then the others by their names, in which `2` is before `10`.
     fn ram(&self) -> Result<Vec<Memory<'_>>> {
         let mut ram = self.of_kind(FileKind::Ram);
-        ram.sort_by_key(|(name, _)| *name != "memory");
+        ram.sort_by_key(|memory| (memory.name != "memory", in_order(memory.name), memory.name));
         if ram.is_empty() {
             return Err(Error::usage(format!("template {} has no RAM, only {}", self.name, self.names()))
                 .remedy("name a template that was captured, or imported with a memory file"));
         }
-        Ok(ram.into_iter().map(|(_, memory)| memory).collect())
+        if let Some(odd) = ram.iter().find(|memory| !memory.size.get().is_multiple_of(RAM_STEP)) {
+            return Err(Error::usage(format!(
+                "RAM file '{}' of template {} has {} bytes, and the RAM of a VM is a multiple of {RAM_STEP}",
+                odd.name,
+                self.name,
+                odd.size.get()
+            ))
+            .remedy(format!(
+                "fill the source up with zeros and import it again: truncate -s %{RAM_STEP} FILE"
+            )));
+        }
+        Ok(ram)
     }
 
     /// Its only RAM file.
@@ -123,21 +137,45 @@ impl Served {
     }
 
     fn roms(&self) -> Vec<Memory<'_>> {
-        self.of_kind(FileKind::Rom).into_iter().map(|(_, memory)| memory).collect()
+        self.of_kind(FileKind::Rom)
     }
 
-    fn of_kind(&self, kind: FileKind) -> Vec<(&str, Memory<'_>)> {
-        let files = self.files.iter().filter(|(file, _)| file.kind == kind);
-        files.map(|(file, path)| (file.name.as_str(), Memory { size: file.size, path })).collect()
+    fn of_kind(&self, kind: FileKind) -> Vec<Memory<'_>> {
+        let files = self.files.iter().filter(|file| file.kind == kind);
+        files.map(|file| Memory { name: &file.name, size: file.size, path: self.path(&file.name) }).collect()
     }
 
+    fn path(&self, file: &str) -> &str {
+        self.values.get(&format!("file:{file}")).unwrap_or_default()
+    }
+
+    /// The path of its device state.
     fn state(&self) -> Option<&str> {
-        self.files.iter().find(|(file, _)| file.name == "state").map(|(_, path)| path.as_str())
+        self.files.iter().any(|file| file.name == "state").then(|| self.path("state"))
     }
 
     fn names(&self) -> String {
-        self.files.iter().map(|(file, _)| file.name.as_str()).collect::<Vec<_>>().join(", ")
+        self.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// QEMU rounds the size of a machine up to this, and refuses memory of another size.
+const RAM_STEP: u64 = 8192;
+
+/// A name as people order it: its runs of digits are numbers.
+fn in_order(name: &str) -> Vec<(usize, &str)> {
+    let mut parts = vec![];
+    let mut rest = name;
+    while let Some(first) = rest.chars().next() {
+        let is_number = first.is_ascii_digit();
+        let end = rest.find(|c: char| c.is_ascii_digit() != is_number).unwrap_or(rest.len());
+        let (part, after) = rest.split_at(end);
+        // Without its zeros the longer number is the greater one. What is no number comes as text does.
+        let part = if is_number { part.trim_start_matches('0') } else { part };
+        parts.push((if is_number { part.len() } else { usize::MAX }, part));
+        rest = after;
+    }
+    parts
 }
 
 /// A word as a shell reads it back.
@@ -158,11 +196,33 @@ mod tests {
     pub(super) fn served(files: &[(&str, FileKind, u64)]) -> Served {
         let file = |&(name, kind, mib): &(&str, FileKind, u64)| {
             let size = Bytes::new(mib << 20);
-            let file = TemplateFile { name: name.into(), kind, size, data_bytes: size };
-            (file, format!("/mnt/by-id/abc/{name}"))
+            TemplateFile { name: name.into(), kind, size, data_bytes: size }
         };
-        let files = files.iter().map(file).collect();
-        Served { name: "web:1".into(), files, recipe: None, state_head: None }
+        let files: Vec<_> = files.iter().map(file).collect();
+        let path = |file: &TemplateFile| (file.name.clone(), format!("/mnt/by-id/abc/{}", file.name));
+        let values = Values::new("web:1", &files.iter().map(path).collect::<Vec<_>>());
+        Served { name: "web:1".into(), files, values, recipe: None, state_head: None }
+    }
+
+    #[test]
+    fn numbers_in_names_are_numbers() {
+        let mut names = ["memory-10", "memory-n", "memory-2", "memory-002b", "memory-1", "memory"];
+        names.sort_by_key(|name| in_order(name));
+        assert_eq!(names, ["memory", "memory-1", "memory-2", "memory-002b", "memory-10", "memory-n"]);
+        let files: Vec<_> = (1..=12).rev().map(|n| format!("memory-{n}")).chain(["memory".into()]).collect();
+        let files: Vec<_> = files.iter().map(|name| (name.as_str(), FileKind::Ram, 2)).collect();
+        let served = served(&files);
+        let order: Vec<_> = served.ram().unwrap().iter().map(|memory| memory.name.to_owned()).collect();
+        assert_eq!(order[..3], ["memory", "memory-1", "memory-2"]);
+        assert_eq!(order[10..], ["memory-10", "memory-11", "memory-12"]);
+    }
+
+    #[test]
+    fn ram_of_a_size_that_no_machine_has_is_refused() {
+        let mut template = served(&[("memory", FileKind::Ram, 2), ("memory-1", FileKind::Ram, 2)]);
+        template.files[1].size = Bytes::new((2 << 20) + 4096);
+        let error = paste(Vmm::Qemu, &template).unwrap_err().to_string();
+        assert!(error.contains("'memory-1'") && error.contains("2101248 bytes"), "{error}");
     }
 
     #[test]
@@ -176,7 +236,7 @@ mod tests {
     #[test]
     fn a_template_without_ram_is_refused_everywhere() {
         let none = served(&[("rom", FileKind::Rom, 4)]);
-        for vmm in [Vmm::Qemu, Vmm::Firecracker, Vmm::Libvirt, Vmm::Kata] {
+        for vmm in Vmm::ALL {
             let error = paste(vmm, &none).unwrap_err();
             assert!(error.to_string().contains("has no RAM"), "{error}");
         }

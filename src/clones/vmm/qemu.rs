@@ -1,8 +1,8 @@
 //! QEMU's command line.
 
 use super::{Memory, Paste, Served, shell_word};
-use crate::clones::recipe::{Recipe, Values};
-use crate::error::Result;
+use crate::clones::recipe::{Escape, Props, Recipe, options};
+use crate::error::{Error, Result};
 use crate::units::Bytes;
 
 /// Where the memory lies in the process: a multiple of this lets 2 MiB folios be mapped as one.
@@ -31,7 +31,7 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
     if template.state().is_some() {
         notes.push(
             "this is the memory; device state is resumed by `stencil clone`, or by the whole command line of \
-             `stencil inspect` with -incoming defer and the capability x-ignore-shared"
+             `stencil inspect --recipe` with -incoming defer and the capability x-ignore-shared"
                 .to_owned(),
         );
     }
@@ -63,7 +63,7 @@ pub(super) fn of_files(template: &Served, machine: Option<&str>) -> Result<Line>
     }
     line.add("m", size);
     for (number, memory) in ram.iter().enumerate() {
-        let object = object(*memory, &format!("ram{number}"), HUGE);
+        let object = object(*memory, &format!("ram{number}"), Some(HUGE));
         line.add("object", format!("{object},share=off,readonly=on,rom=off"));
     }
     if ram.len() > 1 {
@@ -73,43 +73,80 @@ pub(super) fn of_files(template: &Served, machine: Option<&str>) -> Result<Line>
     }
     for (number, rom) in roms.iter().enumerate() {
         // An NVDIMM shows only whole multiples of its alignment.
-        let align = if rom.size.get().is_multiple_of(HUGE) { HUGE } else { 0 };
+        let align = rom.size.get().is_multiple_of(HUGE).then_some(HUGE);
         line.add("object", format!("{},share=on,readonly=on", object(*rom, &format!("rom{number}"), align)));
         line.add("device", format!("nvdimm,id=nvdimm{number},memdev=rom{number},unarmed=on"));
     }
     Ok(line)
 }
 
-fn object(memory: Memory<'_>, id: &str, align: u64) -> String {
-    let align = if align == 0 { String::new() } else { format!(",align={}M", align >> 20) };
+fn object(memory: Memory<'_>, id: &str, align: Option<u64>) -> String {
+    let align = align.map(|align| format!(",align={}M", align >> 20)).unwrap_or_default();
     let path = memory.path.replace(',', ",,");
     format!("memory-backend-file,id={id},size={},mem-path={path}{align}", memory.size.get())
 }
 
 /// Machine and memory as the captured VM had them: device state fits no other.
 fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
-    let mut chosen = vec![];
-    let mut words = recipe.argv.iter().peekable();
-    while let Some(option) = words.next() {
-        let Some(value) = words.next_if(|next| !next.starts_with('-')) else { continue };
-        let backend = value.starts_with("memory-backend-");
-        let value = match option.trim_start_matches('-') {
-            "object" if backend && value.contains(",rom=off") && !value.contains(",align=") => {
-                format!("{value},align=2M")
+    let mut line = Line::default();
+    // Objects of memory, each with the path of its file; and what the machine, its nodes and its slots are made of.
+    let (mut objects, mut machine, mut used) = (vec![], None, vec![]);
+    let fill = |text: &str| template.values.fill(text, Escape::DoubleCommas);
+    for (option, value) in options(&recipe.argv) {
+        let (Some(value), Some(implied)) = (value, implied(option)) else { continue };
+        let mut props = Props::parse(value, implied).ok_or_else(|| {
+            Error::usage(format!(
+                "the recipe of template {} has -{option} {value}, which cannot be taken apart",
+                template.name
+            ))
+            .remedy("write it as key=value,key=value with `stencil recipe edit`")
+        })?;
+        let of = |key: &str| props.get(key).map(str::to_owned);
+        let kind = of(implied).unwrap_or_default();
+        match option {
+            "M" | "machine" => machine = of("memory-backend").or(machine),
+            "numa" => used.extend(of("memdev")),
+            "device" if matches!(kind.as_str(), "nvdimm" | "pc-dimm") => used.extend(of("memdev")),
+            "object" if kind.starts_with("memory-backend-") => {
+                if let (Some(id), Some(path)) = (of("id"), of("mem-path")) {
+                    objects.push((id, template.values.fill(&path, Escape::None)?));
+                }
+                if props.get("rom") == Some("off") && props.get("align").is_none() {
+                    props.set("align", "2M");
+                }
+                props.lead_with(implied);
+                line.add(option, fill(&props.render(implied))?);
+                continue;
             }
-            "object" if backend => value.clone(),
-            "device" if value.starts_with("nvdimm,") => value.clone(),
-            "machine" | "m" | "smp" | "numa" => value.clone(),
-            _ => continue,
-        };
-        chosen.extend([option.clone(), value]);
+            "device" | "object" => continue,
+            _ => {}
+        }
+        line.add(option, fill(value)?);
     }
-    let files: Vec<_> = template.files.iter().map(|(file, path)| (file.name.clone(), path.clone())).collect();
-    // Only what is chosen is filled in: the rest is of one clone.
-    let chosen = Recipe { argv: chosen, ..recipe.clone() };
-    let words = chosen.arguments(&Values::new(&template.name, &files))?;
-    let pair = |pair: &[String]| pair.first().cloned().zip(pair.get(1).cloned());
-    Ok(Line(words.chunks(2).filter_map(pair).collect()))
+    used.extend(machine);
+    for memory in template.ram()? {
+        if !objects.iter().any(|(id, path)| path == memory.path && used.contains(id)) {
+            return Err(Error::usage(format!(
+                "the recipe of template {} gives RAM file '{}' to nobody: no -machine memory-backend= and no -numa \
+                 node,memdev= names an -object that has it",
+                template.name, memory.name
+            ))
+            .remedy("see `stencil inspect --recipe`, mend it with `stencil recipe edit`"));
+        }
+    }
+    Ok(line)
+}
+
+/// For an option that is of the machine or its memory: the key of its first word without one.
+fn implied(option: &str) -> Option<&'static str> {
+    match option {
+        "M" | "machine" | "numa" => Some("type"),
+        "object" => Some("qom-type"),
+        "device" => Some("driver"),
+        "m" => Some("size"),
+        "smp" => Some("cpus"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -157,5 +194,50 @@ mod tests {
             "/usr/bin/qemu -machine pc-q35-10.0,memory-backend=main -m 64M -smp 2 -object memory-backend-file,id=main,\
              size=64M,mem-path=/mnt/by-id/abc/memory,share=off,readonly=on,rom=off,align=2M"
         );
+    }
+
+    /// What is printed for a template with `memory` and `memory-b`, and a recipe with these words.
+    fn by(words: &str) -> Result<String> {
+        let mut template = served(&[("memory", Ram, 64), ("memory-b", Ram, 32)]);
+        let argv = words.split_ascii_whitespace().map(str::to_owned).collect();
+        template.recipe = Some(Recipe::qemu("qemu".into(), "10".into(), argv));
+        Ok(paste(&template)?.argv.unwrap().join(" "))
+    }
+
+    const NODES: &str = "-M q35 -nodefaults --m 96M -numa node,memdev=a --numa node,memdev=b,cpus=1 \
+                         -object memory-backend-file,id=a,size=64M,mem-path={memory},readonly=on,rom=off \
+                         -object {\"id\":\"b\",\"size\":33554432,\"readonly\":true,\"rom\":\"off\",\"mem-path\":\"{file:memory-b}\",\"qom-type\":\"memory-backend-file\"}";
+
+    #[test]
+    fn words_of_every_form_are_read() {
+        assert_eq!(
+            by(NODES).unwrap(),
+            "qemu -M q35 -m 96M -numa node,memdev=a -numa node,memdev=b,cpus=1 -object memory-backend-file,id=a,size=64M,\
+             mem-path=/mnt/by-id/abc/memory,readonly=on,rom=off,align=2M -object memory-backend-file,id=b,\
+             size=33554432,readonly=on,rom=off,mem-path=/mnt/by-id/abc/memory-b,align=2M"
+        );
+        let slot = NODES.replace("--numa node,memdev=b,cpus=1", "-device pc-dimm,memdev=b,id=d");
+        assert!(by(&slot).unwrap().contains(" -device pc-dimm,memdev=b,id=d "));
+    }
+
+    #[test]
+    fn ram_that_nobody_has_is_refused_by_name() {
+        for (from, to, words) in [
+            ("node,memdev=a", "node,mem=64M", "'memory' to nobody"),
+            ("memdev=b", "memdev=c", "'memory-b' to nobody"),
+            ("{file:memory-b}", "/elsewhere", "'memory-b' to nobody"),
+            ("--numa node,memdev=b", "-unknown --numa -device e1000,memdev=b", "'memory-b' to nobody"),
+            ("-M q35", "-M q35,memory-backend=b -M memory-backend=a", "'memory-b' to nobody"),
+            ("\"qom-type\"", "\"a\":[1],\"qom-type\"", "cannot be taken apart"),
+            ("{memory}", "{file:none}", "no file 'none'"),
+        ] {
+            let words_of = NODES.replacen(from, to, 1);
+            let words_of = match from {
+                "-M q35" => words_of.replace("--numa node,memdev=b", "-name x"),
+                _ => words_of,
+            };
+            let error = by(&words_of).unwrap_err().to_string();
+            assert!(error.contains(words), "{from} → {to}: {error}");
+        }
     }
 }

@@ -200,6 +200,11 @@ fn a_mount_that_is_not_known_whole_keeps_its_templates() {
     let text = fs::read(&record).unwrap();
     fs::write(&record, &text[..text.len() / 2]).unwrap();
     world.stencil(&["rm", "web"]).exits(75).says("the record of a mount cannot be read");
+    let again = world.mount(&[]).exits(75);
+    assert!(
+        again.err.contains("the record of a mount cannot be read"),
+        "nothing is taken for dead: {again:?}"
+    );
     fs::write(&record, &text).unwrap();
     // Another runtime directory knows nothing of the mount; the mount table does.
     let elsewhere = |words: &[&str]| {

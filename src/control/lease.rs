@@ -26,6 +26,8 @@ use crate::sys::probe;
 const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_millis(10);
 
+const STOPPED: &str = "see whether that process was stopped: let it go on, or end it";
+
 /// Another removal that has its turn for longer stands still.
 const STANDSTILL: Duration = Duration::from_secs(20);
 
@@ -121,7 +123,8 @@ impl Lease {
                 return Err(Error::try_again(format!(
                     "process {} has been removing template {digest} for a minute",
                     removal.pid
-                )));
+                ))
+                .remedy(STOPPED));
             }
             std::thread::sleep(AGAIN);
         }
@@ -248,7 +251,7 @@ fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
         }
         None => format!("another removal has had its turn for more than {seconds} s"),
     };
-    Error::try_again(what).at(path).remedy("see whether that process was stopped: let it go on, or end it")
+    Error::try_again(what).at(path).remedy(STOPPED)
 }
 
 fn all(store: &Store) -> Result<Vec<LeaseHolder>> {

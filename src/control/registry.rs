@@ -189,7 +189,7 @@ pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
 pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
     let until = Instant::now() + BEGINNING;
     loop {
-        let all = scan_all()?;
+        let all = every_mount()?;
         let known = |dev| all.iter().any(|m| m.device == dev);
         let ours = identity(store.dir());
         let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
@@ -216,7 +216,7 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
 /// # Errors
 /// As [`every_mount_of`]: a record that cannot be read is no sign of an end.
 pub(super) fn lives(mount: &Mount) -> Result<bool> {
-    Ok(scan_all()?.iter().any(|living| living.dir == mount.dir))
+    Ok(every_mount()?.iter().any(|living| living.dir == mount.dir))
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {
@@ -252,8 +252,11 @@ pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
     scan()
 }
 
-/// All mounts, or why a record cannot be read.
-fn scan_all() -> Result<Vec<Mount>> {
+/// As [`mounts`], for who must know of every one.
+///
+/// # Errors
+/// As there, or [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read.
+pub fn every_mount() -> Result<Vec<Mount>> {
     let (all, unread) = scan()?;
     unread.into_iter().next().map_or(Ok(all), Err)
 }

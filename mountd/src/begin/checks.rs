@@ -16,7 +16,7 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     while let Some(there) = mount::at(&canonical)? {
         let ours = there.fs_type == mount::FS_TYPE;
         // The kernel may know its attributes for a while yet; that it has a path does not mean that it lives.
-        if ours && !control::mounts()?.iter().any(|m| m.device == there.dev) {
+        if ours && !control::every_mount()?.iter().any(|m| m.device == there.dev) {
             log::warn!("{}: a dead mount of Stencil is taken away", canonical.display());
             mount::unmount(&canonical, true)
                 .map_err(|e| Error::io("cannot take away the dead mount that is there", &canonical, e))?;

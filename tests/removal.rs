@@ -215,7 +215,9 @@ fn a_mount_that_is_not_known_whole_keeps_its_templates() {
     let refused = elsewhere(&["rm", "web"]).exits(75).says("no record in this runtime directory");
     assert!(refused.err.contains(world.mountpoint().to_str().unwrap()), "{refused:?}");
     assert_eq!(open(&world, &digest), None);
-    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    // A mount namespace of another scenario may hold it for a moment longer; in this mount table it is gone.
+    let gone = world.stencil(&["umount", world.mountpoint().to_str().unwrap()]);
+    assert!(gone.code == 0 || gone.err.contains("unmounted here"), "{gone:?}");
     elsewhere(&["rm", "web"]).ok();
 }
 

@@ -322,6 +322,38 @@ fn an_overlay_that_cannot_be_renamed() {
 }
 
 #[test]
+fn a_commit_that_is_interrupted_is_the_helpers() {
+    let _host = host::shared();
+    let mut vm = Vm::start(Plug::Drive);
+    // A job that somebody holds back does not come to its end; a commit that was faster is made again.
+    let held = (0..20).find_map(|_| {
+        let mut capture = vm.caught(&[], Vm::disk_is_read);
+        vm.write();
+        kill_process(capture.pid(), Signal::CONT).unwrap();
+        while capture.child.try_wait().unwrap().is_none() {
+            let jobs = vm.qmp.run("query-jobs", json!({})).unwrap();
+            let Some(id) = jobs[0]["id"].as_str() else { continue };
+            if vm.qmp.run("job-pause", json!({"id": id})).is_ok() {
+                return Some((capture, id.to_owned()));
+            }
+        }
+        None
+    });
+    let (capture, id) = held.expect("a commit that can be held back");
+    std::thread::sleep(Duration::from_millis(100));
+    vm.write();
+    let begin = Instant::now();
+    kill_process(capture.pid(), Signal::INT).unwrap();
+    let run = capture.goes_on().exits(1);
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(run.err.contains("interrupted while it is committed"), "{}", run.err);
+    vm.world.stencil(&["verify", "vm:x"]).ok();
+    let _ = vm.qmp.run("job-resume", json!({"id": id}));
+    vm.is_as_before();
+    vm.end();
+}
+
+#[test]
 fn a_device_that_is_taken_out_while_its_disk_is_read() {
     let _host = host::shared();
     for (plug, killed) in [(Plug::Drive, false), (Plug::Drive, true), (Plug::Blockdev, false)] {

@@ -241,12 +241,12 @@ fn immutable(folder: &Path, on: bool) {
     run("chattr", &[if on { "+i" } else { "-i" }, folder.to_str().unwrap()]);
 }
 
-/// Lets a folder be changed again, however the scenario ends.
-struct Immutable(PathBuf);
+/// Runs a command at the end of the scenario, however that comes.
+struct Finally(&'static [&'static str], PathBuf);
 
-impl Drop for Immutable {
+impl Drop for Finally {
     fn drop(&mut self) {
-        let _ = Command::new("chattr").arg("-i").arg(&self.0).status();
+        let _ = Command::new(self.0[0]).args(&self.0[1..]).arg(&self.1).status();
     }
 }
 
@@ -258,6 +258,7 @@ fn device_state_that_finds_no_room() {
     fs::create_dir(&small).unwrap();
     let place = small.to_str().unwrap();
     run("mount", &["-t", "tmpfs", "-o", "size=16k", "tmpfs", place]);
+    let _finally = Finally(&["umount", "-l"], small.clone());
     for more in [&[][..], &["--pause"], &["--quit"]] {
         let output = vm.capture(more).env("TMPDIR", &small).output().unwrap();
         // It is back when the capture has ended, without the helper.
@@ -266,7 +267,6 @@ fn device_state_that_finds_no_room() {
         let run = Run::of("capture".into(), &output).exits(1).says("cannot keep device state");
         assert!(!run.err.contains("moreover"), "{}", run.err);
     }
-    run("umount", &["-l", place]);
     vm.is_as_before();
     vm.world.stencil(&["inspect", "vm:x"]).exits(4);
     // It can be captured all the same.
@@ -280,7 +280,7 @@ fn an_overlay_that_cannot_be_renamed() {
     let _host = host::shared();
     let mut vm = Vm::start(Plug::Drive);
     let folder = vm.folder();
-    let _guard = Immutable(folder.clone());
+    let _finally = Finally(&["chattr", "-i"], folder.clone());
     let fails = |vm: &mut Vm| {
         let capture = vm.caught(&[], Vm::disk_is_read);
         vm.write();

@@ -69,7 +69,7 @@ impl World {
 
 /// Questions without an end, each cheap by itself, whose answers are taken.
 #[test]
-fn a_flood_of_questions_holds_up_nobody_and_is_bounded() {
+fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
     let _host = host::alone();
     let mut hostile = world();
     let before = hostile.resident_kib();

@@ -167,7 +167,7 @@ fn fio_reads_every_way_and_finds_every_checksum() {
 
 /// stress-ng's forks take all free memory, so that pages of templates are given up and asked for again.
 #[test]
-fn forks_that_take_all_memory_leave_every_byte_right() {
+fn soak_forks_that_take_all_memory_leave_every_byte_right() {
     let _host = host::alone();
     let worlds = ["passthrough", "decode"].map(TestMount::new);
     let files = worlds.each_ref().map(import_from_fio);

@@ -145,3 +145,87 @@ fn the_supervisor_stays_small() {
     let lines: usize = files.iter().map(|f| fs::read_to_string(f).unwrap().lines().count()).sum();
     assert!(lines <= 500, "the supervisor has {lines} lines: what may fail does not belong there");
 }
+
+/// Functions of a source text with what follows them up to the next one, and whether they are tests.
+fn functions(text: &str) -> Vec<(&str, &str, bool)> {
+    let starts: Vec<usize> = text
+        .match_indices("fn ")
+        .map(|(at, _)| at)
+        .filter(|at| {
+            let line = &text[text[..*at].rfind('\n').map_or(0, |i| i + 1)..*at];
+            line.trim_start().split(' ').all(|word| word.is_empty() || word.starts_with("pub"))
+        })
+        .collect();
+    let ends = starts.iter().skip(1).copied().chain([text.len()]);
+    let one = |(at, end): (&usize, usize)| {
+        let name = text[at + 3..].split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+        let (before, body) = (text[..*at].trim_end(), &text[at + 3 + name.len()..end]);
+        (name, body, before.ends_with("#[test]"))
+    };
+    starts.iter().zip(ends).map(one).collect()
+}
+
+/// True when the text calls one of these functions.
+fn calls(text: &str, names: &[String]) -> bool {
+    let after = |at: usize| text[..at].chars().next_back().is_some_and(|c| c.is_alphanumeric() || c == '_');
+    names.iter().any(|name| text.match_indices(&format!("{name}(")).any(|(at, _)| !after(at)))
+}
+
+/// The functions of a text that call one of these, also through one another.
+fn callers(text: &str, names: &[String]) -> Vec<String> {
+    let mut all = names.to_vec();
+    loop {
+        let found = functions(text)
+            .into_iter()
+            .filter(|(name, body, _)| !all.contains(&(*name).to_owned()) && calls(body, &all));
+        let found: Vec<String> = found.map(|(name, ..)| name.to_owned()).collect();
+        if found.is_empty() {
+            return all.split_off(names.len());
+        }
+        all.extend(found);
+    }
+}
+
+/// The tests of a scenario that have longer counts, and whose name `make soak` does not take.
+fn never_long(scenario: &str, text: &str, long: &[String], taken: &[&str]) -> Vec<String> {
+    let callers = callers(text, long);
+    let tests =
+        functions(text).into_iter().filter(|(name, _, test)| *test && callers.iter().any(|c| c == name));
+    tests
+        .map(|(name, ..)| format!("{scenario}::{name}"))
+        .filter(|path| !taken.iter().any(|word| path.contains(word)))
+        .collect()
+}
+
+#[test]
+fn whoever_has_longer_counts_is_run_with_them() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let makefile = fs::read_to_string(root.join("Makefile")).unwrap();
+    let soak = makefile.lines().find(|line| line.contains("_SOAK=1 ")).unwrap();
+    let taken: Vec<&str> = soak.split_once(" -- ").unwrap().1.split(' ').collect();
+    assert!(taken.contains(&"soak"), "{soak}");
+    let mut long = ["rounds", "soaking"].map(str::to_owned).to_vec();
+    let mut files = Vec::new();
+    sources(&root.join("tests/support"), &mut files);
+    for file in files.drain(..) {
+        long.extend(callers(&fs::read_to_string(file).unwrap(), &long));
+    }
+    let mut wrong = Vec::new();
+    for entry in fs::read_dir(root.join("tests")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "rs") {
+            let scenario = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let text = fs::read_to_string(&path).unwrap();
+            let own = concat!("STENCIL", "_SOAK");
+            assert!(!text.contains(own), "{scenario} asks for {own} itself instead of host.rs");
+            wrong.extend(never_long(&scenario, &text, &long, &taken));
+        }
+    }
+    assert!(wrong.is_empty(), "no word of {taken:?} is in the name of {wrong:#?}");
+
+    let text = "fn long() { more(1) }\n#[test]\nfn a() { long(); }\n#[test]\nfn b() { belong(); }\n\
+                #[test]\npub fn soak_c() {\n    long()\n}\n";
+    let more = ["more".to_owned()];
+    assert_eq!(never_long("x", text, &more, &["soak", "kill"]), ["x::a"]);
+    assert_eq!(never_long("kill_x", text, &more, &["soak", "kill"]), Vec::<String>::new());
+}

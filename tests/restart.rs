@@ -328,7 +328,7 @@ fn a_mount_whose_processes_were_both_killed_is_recovered() {
 
 /// What the server asks meanwhile is asked again of the next supervisor, and must be done once.
 #[test]
-fn a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
+fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
     let _host = host::shared();
     for serve in ["passthrough", "auto"] {
         let world = TestMount::new(serve);

@@ -218,7 +218,7 @@ fn a_killed_collector_loses_nothing() {
 
 /// Importers, one after the other on four threads, do not keep a collector waiting; nobody loses a block.
 #[test]
-fn a_collector_is_not_starved_by_importers() {
+fn soak_a_collector_is_not_starved_by_importers() {
     let fixture = Fixture::new();
     let store = fixture.store();
     fixture.import("kept", &guest_like(1, 4 << 20));
@@ -278,7 +278,7 @@ fn no_template_is_taken_for_untagged_while_a_tag_is_damaged() {
 
 /// A pack that nobody needs may go at any moment of a verification.
 #[test]
-fn a_pack_that_goes_meanwhile_is_no_damage() {
+fn soak_a_pack_that_goes_meanwhile_is_no_damage() {
     let fixture = Fixture::new();
     fixture.import("kept", &random(1, BLOCK));
     let kept = fixture.files("packs");

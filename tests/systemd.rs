@@ -325,7 +325,7 @@ fn the_unit_says_what_the_promise_needs() {
 fn systemd_understands_the_unit() {
     let installed = Command::new("systemd-analyze").arg("--version").output().is_ok();
     if !installed {
-        let must = host::soaking() || std::env::var_os("CI").is_some();
+        let must = std::env::var_os("CI").is_some();
         assert!(!must, "systemd-analyze is not here: install Debian's package systemd (`make setup` does)");
         eprintln!("SKIPPED: systemd-analyze is not here; the package systemd has it");
         return;

@@ -74,7 +74,7 @@ fn mutate(stream: &[u8], dice: &mut Dice) -> Vec<u8> {
 }
 
 #[test]
-fn mutated_streams_give_the_right_template_or_nothing() {
+fn soak_mutated_streams_give_the_right_template_or_nothing() {
     let from = Fixture::new();
     let bytes = [&random(1, 3 << 12)[..], &[0; 1 << 16], &guest_like(3, 70 << 10)[..68 << 10]].concat();
     from.import("web:1", &bytes);
@@ -83,7 +83,10 @@ fn mutated_streams_give_the_right_template_or_nothing() {
     let to = Fixture::new();
     let store = to.store();
     let path = to.path("incoming");
-    let mut dice = Dice(host::rounds(1, u64::from(std::process::id())));
+    let seed = host::rounds(1, u64::from(std::process::id()));
+    // Shown when it fails.
+    println!("seed {seed}");
+    let mut dice = Dice(seed);
     let (mut accepted, mut refused) = (0, 0);
     let rounds = host::rounds(3000, 30_000);
     for round in 0..rounds {

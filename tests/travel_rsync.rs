@@ -110,7 +110,7 @@ impl World {
 }
 
 #[test]
-fn a_store_in_use_is_copied_by_the_documented_commands() {
+fn soak_a_store_in_use_is_copied_by_the_documented_commands() {
     let _host = host::shared();
     let world = World::new();
     let (stop, next) = (AtomicBool::new(false), AtomicU64::new(1));
@@ -156,7 +156,7 @@ impl Drop for Ends<'_> {
 }
 
 #[test]
-fn a_copy_that_is_cut_off_has_no_tag_that_is_not_whole() {
+fn soak_a_copy_that_is_cut_off_has_no_tag_that_is_not_whole() {
     let _host = host::shared();
     let world = World::new();
     let mut number = 1;

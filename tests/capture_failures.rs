@@ -258,7 +258,7 @@ fn device_state_that_finds_no_room() {
     fs::create_dir(&small).unwrap();
     let place = small.to_str().unwrap();
     run("mount", &["-t", "tmpfs", "-o", "size=16k", "tmpfs", place]);
-    let _finally = Finally(&["umount", "-l"], small.clone());
+    let mounted = Finally(&["umount", "-l"], small.clone());
     for more in [&[][..], &["--pause"], &["--quit"]] {
         let output = vm.capture(more).env("TMPDIR", &small).output().unwrap();
         // It is back when the capture has ended, without the helper.
@@ -267,6 +267,7 @@ fn device_state_that_finds_no_room() {
         let run = Run::of("capture".into(), &output).exits(1).says("cannot keep device state");
         assert!(!run.err.contains("moreover"), "{}", run.err);
     }
+    drop(mounted);
     vm.is_as_before();
     vm.world.stencil(&["inspect", "vm:x"]).exits(4);
     // It can be captured all the same.

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::shown::shown;
+
 /// Result with Stencil's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -188,12 +190,12 @@ impl Error {
 /// `message: path: cause`, on one line; the remedy is printed by the command line beneath it.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.message)?;
+        f.write_str(&shown(&self.0.message))?;
         if let Some(path) = &self.0.path {
-            write!(f, ": {}", path.display())?;
+            write!(f, ": {}", shown(&path.to_string_lossy()))?;
         }
         if let Some(source) = &self.0.source {
-            write!(f, ": {}", errno_text(source))?;
+            write!(f, ": {}", shown(&errno_text(source)))?;
         }
         Ok(())
     }
@@ -232,6 +234,12 @@ mod tests {
         let both = first.and(Error::failed("second").remedy("do that"));
         assert_eq!((both.code(), both.to_string().as_str()), (Code::TryAgain, "first: /a; moreover: second"));
         assert_eq!(both.remedy_text(), Some("do this; do that"));
+    }
+
+    #[test]
+    fn one_line_stays_one_line() {
+        let error = Error::failed("label 'a\n\u{1b}[2K\u{202e}'").at("/s\r");
+        assert_eq!(error.to_string(), r"label 'a\n\u001b[2K\u202e': /s\u000d");
     }
 
     #[test]

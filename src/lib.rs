@@ -5,7 +5,7 @@
 //!
 //! | floor | modules |
 //! |---|---|
-//! | 0 | [`units`], [`error`], [`progress`] |
+//! | 0 | [`units`], [`error`], [`progress`], [`shown`] |
 //! | 1 | [`sys`]: the only unsafe code, one kernel interface a file |
 //! | 2 | [`store`] (knows no memory), [`memory`] (knows no store) |
 //! | 3 | [`control`]: the words between `stencil` and `stencil-mountd` |
@@ -18,6 +18,7 @@ pub mod control;
 pub mod error;
 pub mod memory;
 pub mod progress;
+pub mod shown;
 pub mod store;
 pub mod sys;
 pub mod units;

@@ -6,6 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 use stencilfs::error::Code;
 
+use crate::support::guest::{Qemu, qemu_words};
 use crate::support::host;
 use crate::support::mount::{Run, TestMount};
 use crate::support::store::{Fixture, random};
@@ -73,6 +74,8 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     fs::write(&recipe, text.to_string()).unwrap();
     let edited = world.json(&["recipe", "edit", "web:1", "--from", recipe.to_str().unwrap()]);
     answers.insert("recipe edit", edited);
+    let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
+    answers.insert("capture", world.json(&["capture", guest.socket().to_str().unwrap(), "guest:1"]));
     answers.insert("inspect --recipe", world.json(&["inspect", "--recipe", "web:1"]));
     answers
 }

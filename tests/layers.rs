@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Floor of each module of the library; the same number may not import each other, but for its own folder.
-const FLOORS: [(&str, u32); 9] = [
+const FLOORS: [(&str, u32); 10] = [
     ("units", 0),
     ("error", 0),
     ("progress", 0),
+    ("shown", 0),
     ("sys", 1),
     ("store", 2),
     ("memory", 2),

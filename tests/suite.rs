@@ -67,6 +67,7 @@ mod systemd;
 mod take_over;
 mod travel_hostile;
 mod travel_hosts;
+mod travel_promises;
 mod travel_rsync;
 mod travel_stream;
 mod travel_trust;

@@ -169,7 +169,7 @@ fn what_is_no_stream_is_refused_in_one_line_and_makes_no_store() {
         assert!(!to.path("store").exists());
     }
     let folder = to.run(&["load", "-i", "/"]);
-    assert_eq!((folder.code, folder.stderr.lines().count()), (1, 2), "{folder:?}");
+    assert_eq!((folder.code, folder.stderr.lines().count()), (2, 2), "{folder:?}");
     assert_eq!(to.run(&["load", "-i", "/no/such/file"]).code, 4);
     assert_eq!(from.run(&["save", "no-such"]).code, 4);
     assert_eq!(from.run(&["save", "web:1", "--json"]).code, 2);

@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use crate::shown::shown;
+
 /// A table that is built row by row.
 pub struct Columns {
     rows: Vec<Vec<String>>,
@@ -13,9 +15,9 @@ impl Columns {
         Columns { rows: vec![head.iter().map(|h| h.to_string()).collect()] }
     }
 
-    /// The next row.
+    /// The next row. Foreign text in it is made fit for a terminal.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().collect());
+        self.rows.push(cells.into_iter().map(|cell| shown(&cell).into_owned()).collect());
     }
 
     /// Writes it, two spaces between columns and none at the end of a line.

@@ -13,6 +13,7 @@ use super::words::word;
 use crate::clones::recipe::Recipe;
 use crate::control::{LeaseHolder, leases};
 use crate::error::{Error, Result};
+use crate::shown::{shown, shown_lines};
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
 
@@ -37,8 +38,8 @@ struct RecipeAlone {
 impl Report for RecipeAlone {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         match Recipe::from_value(&self.recipe) {
-            Ok(recipe) => out.write_all(recipe.to_text().as_bytes()),
-            Err(_) => writeln!(out, "{:#}", self.recipe),
+            Ok(recipe) => out.write_all(shown_lines(&recipe.to_text()).as_bytes()),
+            Err(_) => writeln!(out, "{}", shown_lines(&format!("{:#}", self.recipe))),
         }
     }
 
@@ -79,17 +80,17 @@ impl Report for Inspection {
         writeln!(out, "owner    {}:{}", self.uid, self.gid)?;
         writeln!(out, "created  {} (seconds since 1970)", self.created)?;
         for (key, value) in &self.labels {
-            writeln!(out, "label    {key}={value}")?;
+            writeln!(out, "label    {}={}", shown(key), shown(value))?;
         }
         for file in &self.files {
             let kind = file.kind.name();
-            writeln!(out, "file     {} {kind} {} ({} data)", file.name, file.size, file.data_bytes)?;
+            writeln!(out, "file     {} {kind} {} ({} data)", shown(&file.name), file.size, file.data_bytes)?;
         }
         for lease in &self.leases {
             writeln!(out, "lease    process {}", lease.name())?;
         }
         if let Some(recipe) = &self.recipe {
-            let text = |key| recipe.get(key).and_then(Value::as_str).unwrap_or("?");
+            let text = |key| shown(recipe.get(key).and_then(Value::as_str).unwrap_or("?"));
             writeln!(out, "recipe   {} {} (--recipe shows it)", text("vmm"), text("vmm_version"))?;
         }
         Ok(())

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::words::{STALL, mode, seconds, word};
 use super::{Global, interrupt};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::store::{Incoming, LoadRequest, Loaded, Owner, Store, TagName};
 use crate::units::Bytes;
 
@@ -85,7 +85,7 @@ impl Report for LoadReport {
 /// As [`Incoming::open`] and [`Store::load`].
 pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
     let (file, name) = match args.input.as_deref().filter(|path| path.as_os_str() != "-") {
-        Some(path) => (File::open(path).map_err(|e| Error::io("cannot open", path, e))?, path),
+        Some(path) => (open(path)?, path),
         None if io::stdin().is_terminal() => {
             return Err(Error::usage("a stream of templates does not come from a terminal")
                 .remedy("name a file with -i, or pipe it: ssh HOST stencil save T | stencil load"));
@@ -99,7 +99,12 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
     let start = Instant::now();
     // A stream that is none makes no store.
     let incoming = Incoming::open(file, name, Some(interrupt::flag()?), Some(args.stall_timeout))?;
-    let store = Store::open_or_create(&global.store)?;
+    let store = match incoming.builds_on() {
+        // A store that is made now has nothing to build on.
+        Some(base) => Store::open(&global.store)
+            .map_err(|e| e.context(format!("the stream was saved without the blocks of template {base}")))?,
+        None => Store::open_or_create(&global.store)?,
+    };
     let request = LoadRequest {
         mode: args.mode,
         owner: args.owner.unwrap_or_default(),
@@ -108,4 +113,17 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
     };
     let loaded = store.load(incoming, &request, &*global.progress())?;
     Ok(Done::report(LoadReport { loaded, seconds: start.elapsed().as_secs_f64() }))
+}
+
+fn open(path: &Path) -> Result<File> {
+    const REMEDY: &str = "name a file that stencil save -o has written, or - for standard input";
+    let fail = |e| {
+        let error = Error::io("cannot open the stream", path, e);
+        if error.code() == Code::NotFound { error.remedy(REMEDY) } else { error }
+    };
+    let file = File::open(path).map_err(fail)?;
+    match file.metadata().map_err(fail)?.is_dir() {
+        true => Err(Error::usage("a folder is no stream of stencil save").at(path).remedy(REMEDY)),
+        false => Ok(file),
+    }
 }

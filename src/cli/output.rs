@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
+use crate::shown::shown;
 
 /// One result, shown to people as text and to machines as one JSON object, both from the same struct.
 pub trait Report {
@@ -145,7 +146,7 @@ fn fail(error: &Error, json: bool) -> ExitCode {
 /// Says on standard error what failed, and what to do next.
 pub fn tell(program: &str, error: &Error) {
     eprintln!("{program}: {error}");
-    eprintln!("{program}: {}", remedy(error));
+    eprintln!("{program}: {}", shown(remedy(error)));
 }
 
 /// Talk of this process goes to standard error, from this level on; `STENCIL_LOG` says another.

@@ -13,6 +13,7 @@ use super::output::{Done, Report, to_json};
 use super::words::word;
 use crate::clones::recipe::{MAX_TEXT, Recipe};
 use crate::error::{Error, Result};
+use crate::shown::shown_lines;
 use crate::store::{Digest, Store, TemplateRef};
 
 /// Change how clones of a template are launched
@@ -122,8 +123,8 @@ fn in_editor(
     };
     // One of a newer build is edited as the JSON that it is.
     let text = match Recipe::from_value(before) {
-        Ok(recipe) => recipe.to_text(),
-        Err(_) => format!("{before:#}\n"),
+        Ok(recipe) => shown_lines(&recipe.to_text()),
+        Err(_) => shown_lines(&format!("{before:#}\n")),
     };
     let file = tempfile::Builder::new()
         .prefix("stencil-recipe-")

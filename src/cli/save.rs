@@ -2,10 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
+use rustix::fs::{FileType, OFlags, fcntl_getfl, major, minor};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -74,6 +77,10 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
             return Err(Error::usage("standard output cannot hold the stream and a JSON object")
                 .remedy("leave --json out, or name a file with -o"));
         }
+        if is_closed(io::stdout())? {
+            return Err(Error::usage("standard output is closed: the stream would be lost")
+                .remedy("name a file with -o, or pipe it: stencil save T | ssh HOST stencil load"));
+        }
         if io::stdout().is_terminal() {
             return Err(Error::usage("a stream of templates is nothing for a terminal")
                 .remedy("name a file with -o, or pipe it: stencil save T | ssh HOST stencil load"));
@@ -137,4 +144,14 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
 fn tags_of(store: &Store, digest: &Digest) -> Result<Vec<TagName>> {
     let tags = store.tags()?.into_iter().filter(|t| t.digest == *digest);
     tags.map(|t| TagName::new(&t.name, &t.tag)).collect()
+}
+
+/// True for standard output that was closed: Rust's runtime has opened `/dev/null` in its place, to read and write. What
+/// `>/dev/null` opens is written only.
+fn is_closed(stdout: impl AsFd) -> Result<bool> {
+    let fail = |e: Errno| Error::failed("cannot look at standard output").because(e.into());
+    let stat = rustix::fs::fstat(&stdout).map_err(fail)?;
+    let null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+        && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3);
+    Ok(null && fcntl_getfl(stdout).map_err(fail)? & OFlags::ACCMODE == OFlags::RDWR)
 }

@@ -161,5 +161,6 @@ pub(super) fn fresh_policy() -> Policy {
         labels: Default::default(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         recipe: None,
+        unknown: Default::default(),
     }
 }

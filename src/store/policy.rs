@@ -35,6 +35,9 @@ pub struct Policy {
     /// How to launch clones of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<serde_json::Value>,
+    /// What a later version has written beside these: a change of these keeps it.
+    #[serde(flatten)]
+    pub unknown: BTreeMap<String, serde_json::Value>,
 }
 
 impl Policy {
@@ -93,6 +96,7 @@ mod tests {
             labels: BTreeMap::from([("a".into(), "b".into())]),
             created: 7,
             recipe: Some(serde_json::json!({"argv": ["qemu"]})),
+            unknown: BTreeMap::from([("later".into(), serde_json::json!({"x": [1, null]}))]),
         };
         let bytes = policy.encode().unwrap();
         assert_eq!(Policy::decode(&bytes).unwrap(), policy);

@@ -8,12 +8,13 @@ use std::sync::OnceLock;
 
 use super::mount::{Run, STENCIL, run, temporary};
 
-/// A call of `make` without what an outer `make` has put into the environment.
+/// A call of `make` without what an outer `make` or `cargo` has put into the environment.
 pub fn make(words: &[&str]) -> Run {
     let output = Command::new("make")
         .arg("--no-print-directory")
         .args(words)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env_remove("CARGO")
         .env_remove("MAKEFLAGS")
         .env_remove("MAKELEVEL")
         .env_remove("MFLAGS")

@@ -23,6 +23,11 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    /// A template whose blocks were left out: its reader must have it.
+    pub fn builds_on(&self) -> Option<&Digest> {
+        self.front.without.first()
+    }
+
     /// Reads the front of a stream. `name` is what errors call it. From now on no wait for its next byte is longer than
     /// `stall`, where that is given and not zero.
     ///

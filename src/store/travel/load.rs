@@ -14,6 +14,7 @@ use super::{BATCH, Incoming};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::commit::{Finished, commit, fresh_policy};
+use crate::store::format::Invalid;
 use crate::store::format::image::{HASH_LEN, ImageHeader};
 use crate::store::format::pack::IndexEntry;
 use crate::store::format::stream::{StreamFront, StreamTemplate, decode_entry};
@@ -337,6 +338,10 @@ fn receive_template(template: &StreamTemplate, source: &mut StreamSource, path: 
     let mut bytes = vec![0; template.policy_length as usize];
     source.exact(&mut bytes, &what)?;
     let policy = Policy::decode(&bytes).map_err(|e| source.invalid(e, &what))?;
+    if let Some(field) = policy.unknown.keys().next() {
+        // It may be what --no-recipes is to keep out.
+        return Err(source.invalid(Invalid::Newer(format!("its field '{field}'")), &what));
+    }
     if policy.mode & !READ_BITS != 0 || policy.uid == u32::MAX || policy.gid == u32::MAX {
         let Policy { mode, uid, gid, .. } = policy;
         return Err(source.damaged(format!("{what} gives mode {mode:o} to user {uid}, group {gid}")));

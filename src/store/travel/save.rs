@@ -1,7 +1,7 @@
 //! Writing a stream. Every block is verified before it leaves, and leaves as it is stored.
 
 use std::collections::{HashMap, HashSet};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,13 +210,11 @@ impl Outgoing<'_> {
     }
 
     fn error(&self, error: std::io::Error) -> Error {
-        let error = Error::io("cannot write the stream", self.name, error);
-        match error.remedy_text() {
-            Some(_) => error,
-            None => {
-                error.remedy("what was written is no whole stream: stencil load refuses it; save it again")
-            }
-        }
+        let full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+        let first = if full { "free space on that filesystem; " } else { "" };
+        Error::io("cannot write the stream", self.name, error).remedy(format!(
+            "{first}what was written is no whole stream, stencil load refuses it: save it again"
+        ))
     }
 
     /// Ends the stream with the hash of all before, and gives its length.

@@ -165,7 +165,7 @@ fn fio_reads_every_way_and_finds_every_checksum() {
     }
 }
 
-/// stress-ng's forks take all free memory, so that pages of templates are given up and asked for again.
+/// stress-ng's forks take all free memory, and fio gives up the pages of templates and asks for them again.
 #[test]
 fn soak_forks_that_take_all_memory_leave_every_byte_right() {
     let _host = host::alone();
@@ -187,12 +187,13 @@ fn soak_forks_that_take_all_memory_leave_every_byte_right() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("stress-ng runs: make setup");
-    let mut read = 0;
+    let (mut read, before) = (0, worlds[1].counter("reads"));
     let status = patiently("the end of stress-ng", Duration::from_secs(120), || {
         for (_, file) in &files {
-            fio(file, &["--ioengine=psync", "--direct=1"]);
-            read += 1;
+            // Through the page cache, which is empty of the file when it begins.
+            fio(file, &["--ioengine=psync", "--invalidate=1"]);
         }
+        read += 1;
         stress.try_wait().unwrap()
     });
     let stress = stress.wait_with_output().unwrap();
@@ -202,6 +203,9 @@ fn soak_forks_that_take_all_memory_leave_every_byte_right() {
         "{said}"
     );
     println!("32 MiB were read {read} times meanwhile");
+    // A READ brings a MiB at most: whatever stayed in the cache was not asked for.
+    let asked = worlds[1].counter("reads") - before;
+    assert!(asked >= read * 32, "{asked} READs for {read} times 32 MiB: pages were not given up");
     for ((clone, (bytes, file)), world) in clones.iter_mut().zip(&files).zip(&worlds) {
         for page in 0..bytes.len() / PAGE {
             let expected = match page % 5 {

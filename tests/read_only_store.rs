@@ -1,26 +1,40 @@
 //! A store on a filesystem that is mounted read-only is served; who would change it hears why not.
 
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
 
 use crate::support::host;
 use crate::support::mount::{Run, TestMount, run};
 use crate::support::store::guest_like;
 
-/// A folder that is mounted read-only upon itself; unmounted when dropped.
-struct ReadOnly(String);
+/// A small ext4 of its own over the store's folder, with what is there; unmounted when dropped.
+struct Disk(String);
 
-impl ReadOnly {
-    fn new(folder: &std::path::Path) -> ReadOnly {
-        let folder = folder.to_str().unwrap().to_owned();
-        run("mount", &["--bind", &folder, &folder]);
-        run("mount", &["-o", "remount,bind,ro", &folder]);
-        ReadOnly(folder)
+impl Disk {
+    fn under(store: &Path) -> Disk {
+        let image = store.with_file_name("store.ext4");
+        File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        let store = store.to_str().unwrap().to_owned();
+        run("mkfs.ext4", &["-q", "-d", &store, image.to_str().unwrap()]);
+        run("mount", &["-o", "loop", image.to_str().unwrap(), &store]);
+        Disk(store)
+    }
+
+    /// The file system itself, and not one mount of it alone.
+    fn remount(&self, how: &str) {
+        run("mount", &["-o", &format!("remount,{how}"), &self.0]);
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mounts.lines().find(|line| line.contains(&self.0)).unwrap();
+        let options = line.split(' ').next_back().unwrap();
+        assert!(options.split(',').any(|option| option == how), "{line}");
     }
 }
 
-impl Drop for ReadOnly {
+impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").args(["-l", &self.0]).status();
+        let _ = Command::new("umount").args(["-l", &self.0]).status();
     }
 }
 
@@ -28,20 +42,21 @@ impl Drop for ReadOnly {
 fn a_store_on_a_read_only_filesystem_is_served() {
     let _host = host::shared();
     let world = TestMount::unmounted();
+    let disk = Disk::under(&world.store_dir());
     let bytes = guest_like(1, 4 << 20);
     let digest = world.import_bytes(&bytes, "web");
     run("chown", &["-R", "65534:65534", world.store_dir().to_str().unwrap()]);
-    let read_only = ReadOnly::new(&world.store_dir());
+    disk.remount("ro");
     assert_eq!(world.json(&["ls"])["templates"][0]["digest"], digest);
     world.stencil(&["verify"]).ok();
     world.mount(&[]).ok();
-    assert!(std::fs::read(world.file(&digest, "memory")).unwrap() == bytes);
+    assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
     assert_eq!(world.status()["templates"][0]["serving"], "passthrough", "its backing is in memory");
     world.stencil(&["clone", "web", "-n", "3", "--simulate", "read=50%,write=5%"]).ok();
     assert_eq!(world.json(&["density"])["totals"]["clones"], 3);
     let out = world.dir().join("out");
     world.stencil(&["export", "web", out.to_str().unwrap()]).ok();
-    assert!(std::fs::read(out).unwrap() == bytes);
+    assert!(fs::read(out).unwrap() == bytes);
     assert_eq!(world.json(&["du"])["templates"][0]["digest"], digest);
     world.stencil(&["gc", "--dry-run"]).ok();
     // Its owner, who can write neither the store nor the runtime directory, reads it too.
@@ -51,10 +66,10 @@ fn a_store_on_a_read_only_filesystem_is_served() {
     let mut theirs = world.command();
     theirs.args(["export", "web", out.join("memory").to_str().unwrap()]).uid(65534).gid(65534);
     Run::of("export".into(), &theirs.output().unwrap()).ok();
-    assert!(std::fs::read(out.join("memory")).unwrap() == bytes);
+    assert!(fs::read(out.join("memory")).unwrap() == bytes);
 
     let source = world.dir().join("source");
-    std::fs::write(&source, guest_like(2, 1 << 20)).unwrap();
+    fs::write(&source, guest_like(2, 1 << 20)).unwrap();
     for words in [
         &["import", source.to_str().unwrap(), "other"][..],
         &["tag", "web", "web:2"],
@@ -65,8 +80,8 @@ fn a_store_on_a_read_only_filesystem_is_served() {
     }
     world.stencil(&["stop", "--all"]).ok();
     world.stencil(&["rm", "web"]).exits(1).says("read-only");
-    assert!(std::fs::read(world.file(&digest, "memory")).unwrap() == bytes);
+    assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
-    drop(read_only);
+    disk.remount("rw");
     world.stencil(&["rm", "web"]).ok();
 }

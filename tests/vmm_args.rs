@@ -60,9 +60,14 @@ impl Drop for Elsewhere<'_> {
 /// What `ps` and `/proc` say of the mappings of that process: file, protection, length.
 fn mappings(world: &TestMount, qemu: &mut Running) -> Vec<(String, String, u64)> {
     let pid = qemu.0.id();
+    mappings_of(world, qemu, pid)
+}
+
+/// The same for a process that the other one has started.
+fn mappings_of(world: &TestMount, parent: &mut Running, pid: u32) -> Vec<(String, String, u64)> {
     let look = || {
         let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap_or_default();
-        assert!(qemu.0.try_wait().unwrap().is_none(), "QEMU ended: {log}");
+        assert!(parent.0.try_wait().unwrap().is_none(), "QEMU ended: {log}");
         let density = world.json(&["density"]);
         let clones = density["clones"].as_array().unwrap();
         let clone = clones.iter().find(|c| c["pid"] == pid)?.clone();
@@ -189,8 +194,64 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(1).says("no mount serves this store");
 }
 
+/// A domain of libvirt's own, without its daemon; it ends when dropped.
+struct Domain {
+    libvirt: Running,
+    qemu: u32,
+}
+
+impl Domain {
+    fn start(world: &TestMount, domain: &str) -> Domain {
+        let name = domain.split("<name>").nth(1).unwrap().split("</name>").next().unwrap();
+        let path = |name: &str| world.dir().join(name).display().to_string();
+        // libvirt looks its users up, which the daemon's package would make.
+        for (file, line) in
+            [("passwd", "libvirt-qemu:x:0:0::/:/usr/sbin/nologin\n"), ("group", "libvirt-qemu:x:0:\n")]
+        {
+            let text = fs::read_to_string(format!("/etc/{file}")).unwrap();
+            let others = text.lines().filter(|l| !l.starts_with("libvirt-qemu:")).map(|l| format!("{l}\n"));
+            fs::write(path(file), others.collect::<String>() + line).unwrap();
+        }
+        fs::create_dir_all(path("libvirt/etc")).unwrap();
+        let settings = "stdio_handler = \"file\"\nnamespaces = []\nsecurity_driver = \"none\"\nuser = \"+0\"\ngroup = \"+0\"\n";
+        fs::write(path("libvirt/etc/qemu.conf"), settings).unwrap();
+        // TCG, as not every host has KVM.
+        fs::write(path("run.xml"), domain.replace("<domain type='kvm'", "<domain type='qemu'")).unwrap();
+        let script = "mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group && \
+                      exec virt-qemu-run -v -r \"$1/libvirt\" \"$1/run.xml\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, "sh"]).arg(world.dir());
+        let mut domain =
+            Domain { libvirt: Running::start(&mut command, &world.dir().join("qemu.log")), qemu: 0 };
+        domain.qemu = patiently("a QEMU of libvirt's", Duration::from_secs(120), || {
+            let log = fs::read_to_string(path("qemu.log")).unwrap();
+            assert!(domain.libvirt.0.try_wait().unwrap().is_none(), "make setup: {log}");
+            let said = fs::read_to_string(path(&format!("libvirt/log/qemu/{name}.log"))).unwrap_or_default();
+            assert!(!said.contains("shutting down"), "{said}");
+            fs::read_to_string(path(&format!("libvirt/run/qemu/{name}.pid"))).ok()?.trim().parse().ok()
+        });
+        domain
+    }
+
+    fn mappings(&mut self, world: &TestMount) -> Vec<(String, String, u64)> {
+        mappings_of(world, &mut self.libvirt, self.qemu)
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // Asked to end it ends its QEMU too; killed, it would leave it.
+        let pid = self.libvirt.0.id().to_string();
+        let _ = Command::new("kill").args(["-TERM", &pid]).status();
+        let end = Instant::now() + Duration::from_secs(30);
+        while matches!(self.libvirt.0.try_wait(), Ok(None)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
 #[test]
-fn a_libvirt_domain_is_valid_and_its_words_count_beside_libvirts_own() {
+fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     import(&world, "rom", &[("memory", 64, "ram"), ("img", 6, "rom")]);
@@ -202,18 +263,12 @@ fn a_libvirt_domain_is_valid_and_its_words_count_beside_libvirts_own() {
     let broken = Command::new("virt-xml-validate").arg(&file).arg("domain").output().unwrap();
     assert!(!broken.status.success(), "the schema looks at these elements");
 
-    // What libvirt puts before them for a domain of this size.
-    let libvirts = r#"qemu-system-x86_64 -name guest=rom,debug-threads=on -S -machine pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram
-        -accel tcg -m size=65536k -object {"qom-type":"memory-backend-ram","id":"pc.ram","size":67108864} -overcommit mem-lock=off
-        -smp 1,sockets=1,cores=1,threads=1 -uuid 4dea22b3-1d52-d8f3-2516-782e98ab3fa0 -display none -no-user-config -nodefaults
-        -rtc base=utc -no-shutdown -boot strict=on"#;
-    let words = run("xmllint", &["--xpath", "//@value", file.to_str().unwrap()]);
-    let ours = words.lines().filter_map(|l| l.trim().strip_prefix("value=\"")?.strip_suffix('"'));
-    let all: Vec<&str> = libvirts.split_ascii_whitespace().filter(|w| *w != "-S").chain(ours).collect();
-    let mut command = Command::new(all[0]);
-    let mut qemu = Running::start(command.args(&all[1..]), &world.dir().join("qemu.log"));
+    let mut running = Domain::start(&world, &domain);
     let expected = [("img".to_owned(), "r--s".to_owned(), 6), ("memory".to_owned(), "rw-p".to_owned(), 64)];
-    assert_eq!(mappings(&world, &mut qemu), expected);
+    assert_eq!(running.mappings(&world), expected);
+    let words = fs::read_to_string(format!("/proc/{}/cmdline", running.qemu)).unwrap();
+    assert!(words.contains("memory-backend=pc.ram") && !words.contains("balloon"), "{words:?}");
+    drop(running);
 
     import(&world, "nodes", &[("memory", 64, "ram"), ("memory-n1", 32, "ram")]);
     world

@@ -13,15 +13,16 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
     let mut text = format!(
         "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\n  <name>{name}</name>\n  \
          <memory unit='KiB'>{size}</memory>\n  <os>\n    <type arch='x86_64' machine='q35'>hvm</type>\n  </os>\n  \
-         <qemu:commandline>\n"
+         <features>\n    <acpi/>\n  </features>\n  <devices>\n    \
+         <memballoon model='none'/>\n  </devices>\n  <qemu:commandline>\n"
     );
     for word in line.words() {
         text.push_str(&format!("    <qemu:arg value='{}'/>\n", escape(word)));
     }
     text.push_str("  </qemu:commandline>\n</domain>");
     let mut notes = vec![
-        "take over xmlns:qemu, the size of <memory>, and <qemu:commandline>; leave out <memoryBacking>, and all that \
-         needs shared or discardable memory (vhost-user, virtiofs, the balloon)"
+        "take over xmlns:qemu, the size of <memory>, <acpi/>, <memballoon model='none'/> and <qemu:commandline>; leave \
+         out <memoryBacking>, and all that needs shared or discardable memory (vhost-user, virtiofs)"
             .to_owned(),
         "the user that libvirt runs QEMU as must be able to open the files: stencil chown, stencil chmod".to_owned(),
     ];

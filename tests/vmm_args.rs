@@ -278,7 +278,7 @@ fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
 }
 
 /// `SnapshotLoadParams` and `MemoryBackend` of Firecracker's API description: properties, and which must be there.
-const LOAD: [(&str, &str, bool); 8] = [
+const LOAD: [(&str, &str, bool); 9] = [
     ("snapshot_path", "string", true),
     ("mem_backend", "MemoryBackend", false),
     ("mem_file_path", "string", false),
@@ -286,6 +286,7 @@ const LOAD: [(&str, &str, bool); 8] = [
     ("track_dirty_pages", "boolean", false),
     ("resume_vm", "boolean", false),
     ("network_overrides", "array", false),
+    ("vsock_override", "object", false),
     ("clock_realtime", "boolean", false),
 ];
 const BACKEND: [(&str, &str, bool); 2] = [("backend_type", "string", true), ("backend_path", "string", true)];

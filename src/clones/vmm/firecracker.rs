@@ -32,9 +32,10 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
              SOCKET -X PUT http://localhost/snapshot/load -H 'Content-Type: application/json' -d @BODY",
             header.version, header.machine
         ),
-        "disks and network devices are opened at the paths that the snapshot has; network_overrides names other \
-         network devices"
+        "disks, network devices and the vsock socket are opened at the paths that the snapshot has; network_overrides and \
+         vsock_override name others, which guests of one snapshot need"
             .to_owned(),
+        "a snapshot of a guest with huge_pages \"2M\" cannot be loaded from a file".to_owned(),
     ];
     Ok(Paste { text, argv: None, body: Some(body), notes })
 }

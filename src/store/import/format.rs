@@ -53,7 +53,8 @@ fn firecracker_state(input: &Input) -> Result<()> {
     }
 }
 
-/// Firecracker writes every byte of a full snapshot, so holes mean that pages are missing.
+/// Firecracker writes every byte of a full snapshot, but for hotpluggable memory that is not plugged; so holes mean that
+/// pages are missing, or look the same.
 fn firecracker_memory(input: &Input) -> Result<()> {
     let Some(size) = input.size() else { return Err(from_a_pipe(input)) };
     if !size.is_multiple_of(1 << 20) {
@@ -68,7 +69,8 @@ fn firecracker_memory(input: &Input) -> Result<()> {
         return Ok(());
     }
     Err(Error::usage(format!(
-        "the memory file has holes, {holes} of {size} bytes: it is a diff snapshot, or a full one that was copied with holes"
+        "the memory file has holes, {holes} of {size} bytes: it is a diff snapshot, or a full one with memory \
+         that is not plugged or that was copied with holes"
     ))
     .at(input.origin())
     .remedy(

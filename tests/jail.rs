@@ -145,7 +145,15 @@ const ENGINES: [&[&str]; 4] = [
 fn import_from_fio(world: &TestMount) -> (Vec<u8>, std::path::PathBuf) {
     let source = world.dir().join("fio.source");
     let written = format!("--filename={}", source.display());
-    let how = ["--name=write", "--rw=write", "--bs=4k", "--size=32m", "--verify=crc32c", "--do_verify=0"];
+    let how = [
+        "--name=write",
+        "--rw=write",
+        "--bs=4k",
+        "--size=32m",
+        "--verify=crc32c",
+        "--do_verify=0",
+        "--verify_state_save=0",
+    ];
     run("fio", &[&how[..], &["--ioengine=psync", "--output=/dev/null", &written]].concat());
     let digest = world.import(&source, "fio");
     (fs::read(&source).unwrap(), world.file(&digest, "memory"))

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::firecracker::state;
-use crate::support::guest::{self, heartbeats, patiently};
+use crate::support::guest::{self, Qemu, heartbeats, kernel_and_initramfs, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
 use crate::support::store::guest_like;
@@ -349,7 +349,17 @@ fn kata(world: &TestMount, template: &str) -> (PathBuf, PathBuf) {
 fn katas_script_resumes_a_real_guest_from_the_template() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    guest::give(&world);
+    // Its RAM as Kata names it.
+    let (kernel, initramfs) = kernel_and_initramfs();
+    let theirs = |word: String| word.replace(",memory-backend=ram0", "").replace("id=ram0", "id=dimm1");
+    let mut words: Vec<String> = qemu_words(world.dir(), "256M").into_iter().map(theirs).collect();
+    let more = ["-numa", "node,memdev=dimm1", "-kernel", &kernel, "-initrd", &initramfs, "-append"];
+    words.extend(more.map(str::to_owned));
+    words.push("console=ttyS0 quiet panic=-1".to_owned());
+    let vm = Qemu::start(world.dir(), &words);
+    vm.wait_heartbeats(3);
+    world.stencil(&["capture", vm.socket().to_str().unwrap(), "guest:v1"]).ok();
+    drop(vm);
     world.mount(&[]).ok();
     let (script, folder) = kata(&world, "guest:v1");
     let recipe = world.json(&["inspect", "guest:v1"])["recipe"].clone();
@@ -358,7 +368,7 @@ fn katas_script_resumes_a_real_guest_from_the_template() {
 
     // The VM as Kata resumes one: its RAM by a path that it would open read-write, device state by `exec:cat`.
     let theirs =
-        format!("memory-backend-file,id=ram0,size=256M,mem-path={}/memory,prealloc=on", folder.display());
+        format!("memory-backend-file,id=dimm1,size=256M,mem-path={}/memory,prealloc=on", folder.display());
     let words: Vec<String> = recipe["argv"]
         .as_array()
         .unwrap()

@@ -1,11 +1,14 @@
 //! What removed templates took is given back, and nobody who reads is hurt; `du` adds up to what du(1) sees.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use stencilfs::error::Error;
 use stencilfs::progress::{Progress, Silent};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef, What};
 use stencilfs::units::Bytes;
@@ -345,4 +348,53 @@ fn a_template_that_goes_meanwhile_is_no_damage() {
     let verified = store.verify(Some(&digest), &AtomicBool::new(false), &remover).unwrap();
     assert!(verified.damages.is_empty(), "{:#?}", verified.damages);
     assert!(remover.done.into_inner() && fixture.files("packs").is_empty());
+}
+
+/// A removal that finds a user late: it begins when the collector has counted, and ends when that has gone past it.
+struct PutBack<'a> {
+    store: &'a Store,
+    digest: Digest,
+    packs: Vec<PathBuf>,
+    done: AtomicBool,
+}
+
+impl Progress for PutBack<'_> {
+    fn start(&self, _: &str, _: Option<Bytes>) {
+        let (store, digest, packs) = (self.store.clone(), self.digest, self.packs.clone());
+        let (taken, has_gone) = mpsc::channel();
+        thread::spawn(move || {
+            let late = || {
+                taken.send(()).unwrap();
+                let begun = Instant::now();
+                while packs.iter().all(|pack| pack.exists()) && begun.elapsed() < Duration::from_secs(1) {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(Error::in_use("somebody has it"))
+            };
+            let what = TemplateRef::Digest(digest);
+            store.remove(What::Named(&what), Some(&digest), || Ok(true), late).unwrap_err();
+        });
+        has_gone.recv().unwrap();
+        self.done.store(true, Ordering::Relaxed);
+    }
+    fn start_count(&self, _: &str, _: u64) {}
+    fn advance(&self, _: Bytes) {}
+    fn finish(&self) {}
+}
+
+#[test]
+fn a_template_that_is_put_back_has_all_its_packs() {
+    let fixture = Fixture::new();
+    let bytes = random(2, 8 * BLOCK);
+    fixture.import("first", &[&random(1, 16 * BLOCK)[..], &bytes].concat());
+    let digest = fixture.import("kept", &bytes).digest;
+    fixture.run(&["rm", "first"]).ok();
+    let (store, other) = (fixture.store(), fixture.store());
+    let packs = fixture.files("packs");
+    let removal = PutBack { store: &other, digest, packs, done: AtomicBool::new(false) };
+    let done = store.collect(false, &AtomicBool::new(false), &removal).unwrap();
+    assert!(removal.done.into_inner());
+    assert_eq!((done.repacked_packs, done.placements), (1, 1));
+    assert!(read_all(&fixture.store(), &digest, 0).unwrap() == bytes);
+    fixture.run(&["verify"]).ok();
 }

@@ -197,8 +197,15 @@ impl Run<'_> {
             // As it is after the rounds before.
             let template = match self.store.template(digest) {
                 Ok(template) => template,
-                Err(_) if !self.store.find(digest)? => continue,
-                Err(error) => return Err(error),
+                Err(_) => {
+                    // A removal that is not sure yet puts it back, with the placement of before.
+                    let _names = self.store.lock_names()?;
+                    match self.store.template(digest) {
+                        Ok(template) => template,
+                        Err(_) if !self.store.find(digest)? => continue,
+                        Err(error) => return Err(error),
+                    }
+                }
             };
             rewrite(&template, &moved, &whole, &folder)?;
             let names = self.store.lock_names()?;

@@ -88,7 +88,7 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
     println!("seed {seed}");
     let mut dice = Dice(seed);
     let (mut accepted, mut refused) = (0, 0);
-    let rounds = host::rounds(3000, 30_000);
+    let rounds = host::rounds(3000, 20_000);
     for round in 0..rounds {
         // The small one mostly: it is the header that has something to lie about.
         let stream = &streams[usize::from(round % 16 == 0)];

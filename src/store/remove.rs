@@ -1,10 +1,12 @@
 //! Removal of tags and templates. Packs stay: blocks may be shared.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::publish::{Session, sync_folder};
+use super::publish::{random_hex, sync_folder};
+use super::tags::read_tag;
 use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
 
@@ -36,6 +38,17 @@ pub enum Removal {
     Template(Digest),
 }
 
+/// Where a template's folder, or a tag, is while it is not sure yet that it goes: no list shows what begins with a dot.
+fn grave_of(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}"))
+}
+
+/// The name of what lies in that grave.
+fn buried(grave: &Path) -> Option<&str> {
+    grave.file_name()?.to_str()?.strip_prefix('.')
+}
+
 impl Store {
     /// Removes tags, and with them the template `unused`, of which the caller knows that nobody uses it. Any other
     /// template is only named. While no name can change, `is_hidden` says whether it is still so that nobody can get it,
@@ -51,6 +64,7 @@ impl Store {
         expect_unused: impl FnOnce() -> Result<()>,
     ) -> Result<Removal> {
         let _names = self.lock_names()?;
+        self.settle_graves()?;
         let tags_of = |digest: &Digest| -> Result<Vec<TagName>> {
             let ours = self.tags()?.into_iter().filter(|t| t.digest == *digest);
             ours.map(|entry| TagName::new(&entry.name, &entry.tag)).collect()
@@ -79,28 +93,98 @@ impl Store {
         if unused != Some(&digest) || !is_hidden()? {
             return Ok(Removal::Template(digest));
         }
-        let session = Session::begin(&self.tmp_dir())?;
-        // Tags first: what is left after a crash in between is a template without a name, not a name
-        // without a template.
-        for tag in &tags {
-            self.remove_tag_locked(tag)?;
-        }
-        let grave = session.path().join("image");
-        let folder = self.image_dir(&digest);
-        fs::rename(&folder, &grave).map_err(|e| Error::io("cannot remove the template", &folder, e))?;
-        sync_folder(&self.images_dir())?;
         // In this order: nobody can have got it while it was sought.
-        match expect_unused().and_then(|()| is_hidden()) {
-            Ok(true) => Ok(Removal::Done(Removed { tags, template: Some(digest) })),
-            otherwise => {
-                // Whoever finds the folder finds all of it: it was never taken apart.
-                fs::rename(&grave, &folder)
-                    .map_err(|e| Error::io("cannot put back the template, which is in use", &folder, e))?;
-                sync_folder(&self.images_dir())?;
-                tags.iter().try_for_each(|tag| self.set_tag_locked(tag, &digest))?;
-                otherwise.map(|_| Removal::Template(digest))
+        let removed = self
+            .bury(&digest, &tags)
+            .and_then(|()| expect_unused())
+            .and_then(|()| is_hidden())
+            .and_then(|hidden| if hidden { self.forget(&digest).map(|()| true) } else { Ok(false) });
+        let settled = self.settle_graves();
+        if let Ok(true) = removed {
+            settled.unwrap_or_else(|e| log::warn!("{e}"));
+            return Ok(Removal::Done(Removed { tags, template: Some(digest) }));
+        }
+        match (removed, settled) {
+            (removed, Ok(())) => removed.map(|_| Removal::Template(digest)),
+            (Ok(_), Err(error)) => Err(error),
+            (Err(why), Err(error)) => Err(why.and(error)),
+        }
+    }
+
+    /// Moves a template and its tags to where no list has them. That takes no room, and neither does the way back.
+    fn bury(&self, digest: &Digest, tags: &[TagName]) -> Result<()> {
+        // Tags first: there is never a name without a template.
+        for tag in tags {
+            let path = self.tag_path(tag);
+            fs::rename(&path, grave_of(&path)).map_err(|e| Error::io("cannot remove tag", &path, e))?;
+            sync_folder(&self.tags_dir().join(tag.name()))?;
+        }
+        let folder = self.image_dir(digest);
+        fs::rename(&folder, grave_of(&folder))
+            .map_err(|e| Error::io("cannot remove the template", &folder, e))?;
+        sync_folder(&self.images_dir())
+    }
+
+    /// A buried template is gone: in one step, for it is never put back in parts.
+    fn forget(&self, digest: &Digest) -> Result<()> {
+        let (grave, gone) = (grave_of(&self.image_dir(digest)), self.tmp_dir().join(random_hex()?));
+        fs::rename(&grave, &gone).map_err(|e| Error::io("cannot remove the template", &grave, e))?;
+        // What is left of it here, the next writer sweeps.
+        sync_folder(&self.images_dir()).unwrap_or_else(|e| log::warn!("{e}"));
+        let _ = fs::remove_dir_all(&gone);
+        Ok(())
+    }
+
+    fn graves_in(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let fail = |e| self.blame(Error::io("cannot list", folder, e));
+        let mut graves = Vec::new();
+        for entry in fs::read_dir(folder).map_err(fail)? {
+            graves.push(entry.map_err(fail)?.path());
+        }
+        graves.retain(|path| buried(path).is_some());
+        Ok(graves)
+    }
+
+    /// Puts back what a removal that has not ended has buried: it may be in use. The caller holds the lock of names.
+    ///
+    /// # Errors
+    /// When something cannot be put back: it stays where it is, for the next time.
+    pub(super) fn settle_graves(&self) -> Result<()> {
+        let fail = |path: &Path, e| {
+            Error::io("cannot put back what may be in use", path, e)
+                .remedy("it is still there, hidden: once that path can be written, `stencil gc` puts it back")
+        };
+        for grave in self.graves_in(&self.images_dir())? {
+            let Some(digest) = buried(&grave).and_then(|name| name.parse::<Digest>().ok()) else { continue };
+            let folder = self.image_dir(&digest);
+            match self.has(&digest) {
+                // It was imported again.
+                true => self.forget(&digest)?,
+                false => fs::rename(&grave, &folder).map_err(|e| fail(&folder, e))?,
+            }
+            sync_folder(&self.images_dir())?;
+        }
+        let mut settled = Ok(());
+        for name in self.names(&self.tags_dir())? {
+            let folder = self.tags_dir().join(&name);
+            let graves = self.graves_in(&folder)?;
+            for grave in &graves {
+                let Some(tag) = buried(grave).and_then(|tag| TagName::new(&name, tag).ok()) else { continue };
+                let path = self.tag_path(&tag);
+                let done = match read_tag(grave) {
+                    Err(e) => Err(e),
+                    Ok(Some(digest)) if self.has(&digest) && !path.is_file() => fs::rename(grave, &path),
+                    Ok(_) => fs::remove_file(grave),
+                };
+                settled = settled.and(done.map_err(|e| fail(&path, e)));
+            }
+            if !graves.is_empty() {
+                settled = settled.and(sync_folder(&folder));
+                // Fails while other tags of the name are there, and that is right.
+                let _ = fs::remove_dir(&folder);
             }
         }
+        settled
     }
 
     /// Fails where there is nothing that these words mean.
@@ -108,6 +192,9 @@ impl Store {
     /// # Errors
     /// As [`Store::resolve`]; a tag that points nowhere, or is damaged, can be removed.
     pub fn expect_removable(&self, reference: &TemplateRef) -> Result<()> {
+        // What another removal has buried may come back.
+        let _names = self.lock_names()?;
+        self.settle_graves()?;
         self.removable(reference).map(drop)
     }
 
@@ -133,16 +220,16 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::os::unix::fs::MetadataExt;
+    use std::sync::atomic::AtomicBool;
 
     use super::*;
     use crate::progress::Silent;
-    use crate::store::{FileKind, ImportFile, ImportRequest, Source};
+    use crate::store::{FileKind, ImportFile, ImportRequest, Scratch, Source};
 
-    #[test]
-    fn what_turns_out_to_be_in_use_is_put_back_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open_or_create(&dir.path().join("store")).unwrap();
-        let source = dir.path().join("source");
+    fn filled(dir: &Path) -> (Store, Digest, [TagName; 2]) {
+        let store = Store::open_or_create(&dir.join("store")).unwrap();
+        let source = dir.join("source");
         fs::write(&source, vec![7; 204_800]).unwrap();
         let tags: [TagName; 2] = ["web:1".parse().unwrap(), "web:2".parse().unwrap()];
         let source = Source::Path(source);
@@ -150,6 +237,13 @@ mod tests {
         let request = ImportRequest::new(Some(tags[0].clone()), vec![file]);
         let digest = store.import(request, &Silent).unwrap().digest;
         store.set_tag(&tags[1], &digest).unwrap();
+        (store, digest, tags)
+    }
+
+    #[test]
+    fn what_turns_out_to_be_in_use_is_put_back_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, digest, tags) = filled(dir.path());
         let reference = TemplateRef::Digest(digest);
         let what = What::Named(&reference);
         let is_back = || {
@@ -179,5 +273,56 @@ mod tests {
         };
         assert_eq!((removed.tags, removed.template), (tags.to_vec(), Some(digest)));
         assert!(!store.has(&digest) && store.tags().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, digest, tags) = filled(dir.path());
+        let reference = TemplateRef::Digest(digest);
+        let (folder, tag) = (store.image_dir(&digest), store.tag_path(&tags[1]));
+        let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+        let tag_file = inode(&tag);
+        // Somebody has it, and something lies where it was: the folder's place, then that of a tag.
+        for obstacle in [&folder, &tag] {
+            let late = || {
+                match obstacle == &folder {
+                    true => fs::write(obstacle, "").unwrap(),
+                    false => fs::create_dir(obstacle).unwrap(),
+                }
+                Err(Error::in_use("somebody has it"))
+            };
+            let error = store.remove(What::Named(&reference), Some(&digest), || Ok(true), late).unwrap_err();
+            assert_eq!(error.code(), Code::InUse, "{error}");
+            let said = format!("{error} {:?}", error.remedy_text());
+            assert!(said.contains(obstacle.to_str().unwrap()) && said.contains("stencil gc"), "{said}");
+            let _ = fs::remove_file(obstacle);
+            let _ = fs::remove_dir(obstacle);
+            store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
+            let mut block = vec![0; 64 << 10];
+            store.template(&digest).unwrap().read_block(0, 3, &mut Scratch::default(), &mut block).unwrap();
+            assert!(block[..8192].iter().all(|byte| *byte == 7));
+            tags.iter().for_each(|tag| assert_eq!(store.tag(tag).unwrap(), Some(digest)));
+            assert_eq!(inode(&tag), tag_file, "it took no room to put it back");
+        }
+        // A removal that was killed: what came meanwhile stays.
+        let lost = || Err(Error::failed("killed"));
+        let late = || {
+            fs::write(&folder, "").unwrap();
+            lost()
+        };
+        store.remove(What::Named(&reference), Some(&digest), || Ok(true), late).unwrap_err();
+        fs::remove_file(&folder).unwrap();
+        assert_eq!(filled(dir.path()).1, digest);
+        store.expect_removable(&TemplateRef::Tag(tags[1].clone())).unwrap();
+        assert!(!grave_of(&folder).exists() && !grave_of(&tag).exists());
+        assert!(store.template(&digest).is_ok());
+        let Removal::Done(_) =
+            store.remove(What::Named(&reference), Some(&digest), || Ok(true), || Ok(())).unwrap()
+        else {
+            panic!("it stays");
+        };
+        let left = |folder: PathBuf| fs::read_dir(folder).unwrap().count();
+        assert_eq!(left(store.images_dir()) + left(store.tags_dir()) + left(store.tmp_dir()), 0);
     }
 }

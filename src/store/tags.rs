@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -28,7 +28,7 @@ pub struct TagEntry {
 }
 
 impl Store {
-    fn tag_path(&self, tag: &TagName) -> PathBuf {
+    pub(super) fn tag_path(&self, tag: &TagName) -> PathBuf {
         self.tags_dir().join(tag.name()).join(tag.tag())
     }
 
@@ -105,7 +105,7 @@ impl Store {
     }
 
     /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.
-    pub(super) fn names(&self, folder: &std::path::Path) -> Result<Vec<String>> {
+    pub(super) fn names(&self, folder: &Path) -> Result<Vec<String>> {
         let fail = |e| self.blame(Error::io("cannot list", folder, e));
         let entries = match fs::read_dir(folder) {
             Ok(entries) => entries,
@@ -195,6 +195,11 @@ impl Store {
             }
         }
     }
+}
+
+/// Where the tag in that file points; nothing where it is damaged.
+pub(super) fn read_tag(path: &Path) -> io::Result<Option<Digest>> {
+    fs::read(path).map(|bytes| decode(&bytes).ok())
 }
 
 fn decode(bytes: &[u8]) -> std::result::Result<Digest, Invalid> {

@@ -78,6 +78,7 @@ impl Store {
         let (sessions, swept) = sweep(&self.tmp_dir(), dry_run);
         // A removal that is not sure yet may put a template back: meanwhile it is in no list.
         let names = if dry_run { None } else { Some(self.lock_names()?) };
+        names.as_ref().map_or(Ok(()), |_| self.settle_graves())?;
         let census = Census::take(self, interrupt)?;
         drop(names);
         if let Some((digest, error)) = census.unreadable.first() {

@@ -167,7 +167,7 @@ impl Work<'_> {
         }
         let until_read = UntilRead { inner: progress, stand, run_on, interrupt };
         let imported = store.import(request, &until_read);
-        // The import says no more than that it was stopped.
+        // An import that was stopped for that says no more than that it was.
         held(stand).undisturbed()?;
         Ok(Taken { imported: imported?, cloned: clones.is_some(), state_bytes })
     }
@@ -179,9 +179,9 @@ impl Work<'_> {
 /// When it was not one moment.
 fn all_is_read(stand: &Mutex<Stand>) -> Result<()> {
     let mut stand = held(stand);
-    let undisturbed = stand.undisturbed();
+    let one_moment = stand.is_read();
     stand.over(false)?;
-    undisturbed
+    one_moment
 }
 
 /// Brings disks back that a capture has left frozen, with its helper.
@@ -280,7 +280,7 @@ impl Progress for UntilRead<'_> {
     fn finish(&self) {
         // What fails here is met again, and told, at the end.
         let mut stand = held(self.stand);
-        if stand.undisturbed().is_err() {
+        if stand.is_read().is_err() {
             self.interrupt.store(true, Ordering::Relaxed);
         }
         if self.run_on

@@ -33,8 +33,9 @@ pub(super) struct Stand {
     since: Option<Instant>,
     /// How long it has stood still, once it runs again.
     over: Option<Duration>,
-    /// Somebody else let it run, or reset it, while it was to stand still.
-    disturbed: bool,
+    /// Once all was read that must be of one moment: whether somebody else let it run, or reset it, before that. What
+    /// comes later is no concern of the template.
+    disturbed: Option<bool>,
     /// None once the end was tried.
     helper: Option<ResumeOnDeath>,
     interrupt: Arc<AtomicBool>,
@@ -61,7 +62,7 @@ impl Stand {
             before,
             since: None,
             over: None,
-            disturbed: false,
+            disturbed: None,
             helper: Some(helper),
             interrupt,
             _lock: lock,
@@ -112,7 +113,6 @@ impl Stand {
     /// The end of the pause, if it is not over yet: the guest runs, unless it is to stay.
     pub fn over(&mut self, stay: bool) -> Result<()> {
         let (Some(since), None) = (self.since, self.over) else { return Ok(()) };
-        self.look();
         let runs = self.before.guest(&mut self.qmp, self.vm, stay)?;
         self.over = Some(runs.saturating_duration_since(since));
         if let Some(helper) = &mut self.helper {
@@ -121,22 +121,29 @@ impl Stand {
         Ok(())
     }
 
-    /// Makes sure that the VM stood still until now, or until its pause was over: what was read is one moment.
-    pub fn undisturbed(&mut self) -> Result<()> {
-        self.look();
+    /// All is read that must be of one moment.
+    ///
+    /// # Errors
+    /// As [`undisturbed`](Self::undisturbed).
+    pub fn is_read(&mut self) -> Result<()> {
+        if self.disturbed.is_none() {
+            let runs = self.qmp.status().is_ok_and(|status| status == "running");
+            self.disturbed = Some(runs || ["RESUME", "RESET"].iter().any(|event| self.qmp.has_seen(event)));
+        }
+        self.undisturbed()
+    }
+
+    /// What was found when all was read.
+    ///
+    /// # Errors
+    /// When that was not one moment: nothing of it is committed.
+    pub fn undisturbed(&self) -> Result<()> {
         match self.disturbed {
-            false => Ok(()),
-            true => Err(Error::try_again(
+            Some(true) => Err(Error::try_again(
                 "somebody let the VM run, or reset it, while it was captured: no template was made",
             )
             .remedy("capture it again when nobody else sends it commands")),
-        }
-    }
-
-    fn look(&mut self) {
-        if self.over.is_none() {
-            let runs = self.qmp.status().is_ok_and(|status| status == "running");
-            self.disturbed |= runs || ["RESUME", "RESET"].iter().any(|event| self.qmp.has_seen(event));
+            _ => Ok(()),
         }
     }
 

@@ -4,6 +4,7 @@ mod backend_explain;
 mod backend_memory;
 mod cache_trouble;
 mod capture_failures;
+mod capture_meddled;
 mod capture_qemu;
 mod clone_command;
 mod clone_qemu;

@@ -27,11 +27,14 @@ use super::recipe::PlannedDisk;
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
+use crate::sys::process::ProcessId;
 use crate::units::Bytes;
+use back::Before;
 use disks::Frozen;
 use lock::VmLock;
 use stand::Stand;
 use vm::{RamFile, Vm};
+use watchdog::ResumeOnDeath;
 pub use watchdog::{RESUME_ARGUMENT, resume_main};
 
 /// What becomes of the VM.
@@ -81,7 +84,7 @@ pub fn capture(
     let mut qmp = Qmp::open(socket)?;
     let lock = VmLock::take(qmp.peer_pid()?)?;
     qmp.greet()?;
-    settle_left_over(&mut qmp)?;
+    settle_left_over(&mut qmp, socket, &lock, &interrupt)?;
     let vm = Arc::new(Vm::look(&mut qmp)?);
     let run_on = afterwards == Afterwards::AsBefore && vm.was_running;
     let ram = vm.ram_files()?;
@@ -184,14 +187,24 @@ fn all_is_read(stand: &Mutex<Stand>) -> Result<()> {
     one_moment
 }
 
-/// Brings disks back that a capture has left frozen, with its helper.
-fn settle_left_over(qmp: &mut Qmp) -> Result<()> {
+/// Brings disks back that a capture has left frozen, with its helper. This one has a helper for that as well: QEMU must
+/// not be left within the end of a commit.
+fn settle_left_over(qmp: &mut Qmp, socket: &Path, lock: &VmLock, interrupt: &AtomicBool) -> Result<()> {
     let pid = qmp.peer_pid()?;
     let disks = disks::left_over(qmp, &|path| vm::path_of(pid, path))?;
+    if disks.is_empty() {
+        return Ok(());
+    }
     for disk in &disks {
         log::warn!("{}: left by an earlier capture, is brought back first", disk.place.display());
     }
-    disks::settle(qmp, &disks, None)
+    let process = ProcessId::of(pid)?.ok_or_else(|| vm::no_vm_here(pid))?;
+    // Whether the guest runs is not changed.
+    let before = Before { ran: false, ignored_shared: qmp.ignores_shared()?, disks };
+    let helper = ResumeOnDeath::start(socket, process, lock.share()?, &before)?;
+    before.settle(qmp, process, Some(interrupt))?;
+    helper.dismiss();
+    Ok(())
 }
 
 fn held<'a>(stand: &'a Mutex<Stand>) -> MutexGuard<'a, Stand> {

@@ -1,0 +1,111 @@
+//! Captures that others meddle with towards their end: a helper has the VM, or the template stands.
+
+use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::capture_failures::{Plug, Vm};
+use crate::support::guest::{ignores_shared, media, patiently};
+use crate::support::host;
+
+#[test]
+fn a_left_over_disk_has_a_helper_too() {
+    let _host = host::shared();
+    let mut vm = Vm::start(Plug::Drive);
+    for signal in [Signal::INT, Signal::KILL] {
+        let capture = vm.caught(&[], |vm| vm.disk_is_read() && !ignores_shared(&mut vm.qmp));
+        for _ in 0..8 {
+            vm.write();
+        }
+        vm.kill_helper();
+        capture.killed();
+        // As if that had been killed in its commit, which goes on slowly.
+        let nodes = media(&mut vm.qmp).to_string();
+        let node = nodes.split('"').find(|word| word.starts_with("stencil-")).unwrap();
+        let id = format!("commit-{node}");
+        let job =
+            json!({"job-id": id, "device": node, "auto-finalize": false, "auto-dismiss": false, "speed": 1});
+        vm.qmp.run("block-commit", job).unwrap();
+
+        let log = fs::File::create(vm.log()).unwrap();
+        let mut child = vm.capture(&[]).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        patiently("the capture's words", Duration::from_secs(10), || {
+            fs::read_to_string(vm.log()).unwrap().contains("is brought back first").then_some(())
+        });
+        patiently("a helper", Duration::from_secs(10), || (!vm.helpers().is_empty()).then_some(()));
+        // It has been told what it is to do.
+        std::thread::sleep(Duration::from_millis(200));
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let begin = Instant::now();
+        let status = child.wait().unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(10));
+        let said = fs::read_to_string(vm.log()).unwrap();
+        assert!(
+            signal == Signal::KILL || status.code() == Some(1) && said.contains("interrupted while"),
+            "{said}"
+        );
+        vm.qmp.run("block-job-set-speed", json!({"device": id, "speed": 0})).unwrap();
+        vm.is_as_before();
+    }
+    vm.end();
+}
+
+#[test]
+fn a_commit_that_is_interrupted_is_the_helpers() {
+    let _host = host::shared();
+    let mut vm = Vm::start(Plug::Drive);
+    // A job that somebody holds back does not come to its end; a commit that was faster is made again.
+    let held = (0..20).find_map(|_| {
+        let mut capture = vm.caught(&[], Vm::disk_is_read);
+        vm.write();
+        kill_process(capture.pid(), Signal::CONT).unwrap();
+        while capture.child.try_wait().unwrap().is_none() {
+            let jobs = vm.qmp.run("query-jobs", json!({})).unwrap();
+            let Some(id) = jobs[0]["id"].as_str() else { continue };
+            if vm.qmp.run("job-pause", json!({"id": id})).is_ok() {
+                return Some((capture, id.to_owned()));
+            }
+        }
+        None
+    });
+    let (capture, id) = held.expect("a commit that can be held back");
+    std::thread::sleep(Duration::from_millis(100));
+    vm.write();
+    let begin = Instant::now();
+    kill_process(capture.pid(), Signal::INT).unwrap();
+    let run = capture.goes_on().exits(1);
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(run.err.contains("interrupted while it is committed"), "{}", run.err);
+    vm.world.stencil(&["verify", "vm:x"]).ok();
+    let _ = vm.qmp.run("job-resume", json!({"id": id}));
+    vm.is_as_before();
+    vm.end();
+}
+
+#[test]
+fn who_lets_a_vm_run_that_was_read_does_not_undo_its_template() {
+    let _host = host::shared();
+    let mut vm = Vm::start(Plug::Drive);
+    let capture = vm.caught(&["--pause"], Vm::is_read);
+    // It has read all that it reads when it comes to this lock.
+    let place = vm.world.store_dir().join("locks/names");
+    vm.world.stencil(&["rm", "vm:x"]);
+    let lock = fs::File::options().create(true).append(true).open(&place).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let pid = capture.child.id();
+    kill_process(capture.pid(), Signal::CONT).unwrap();
+    patiently("commit", Duration::from_secs(30), || {
+        let mut open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        open.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file == place)).then_some(())
+    });
+    vm.qmp.run("cont", json!({})).unwrap();
+    flock(&lock, FlockOperation::Unlock).unwrap();
+    capture.goes_on().exits(0);
+    vm.world.stencil(&["verify", "vm:x"]).ok();
+    vm.is_as_before();
+    vm.end();
+}

@@ -91,12 +91,17 @@ fn runs_again(qmp: &mut Qmp) -> Result<()> {
 }
 
 /// Tries until it goes well, for half a minute and while the VM lives.
-pub fn insist<T>(vm: ProcessId, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn insist<T>(vm: ProcessId, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    insist_while(|| vm.is_alive(), attempt)
+}
+
+/// Tries until it goes well, for half a minute and while that holds.
+pub fn insist_while<T>(holds: impl Fn() -> bool, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let until = Instant::now() + PATIENCE;
     let mut pause = Duration::from_millis(20);
     loop {
         match attempt() {
-            Err(_) if Instant::now() < until && vm.is_alive() => std::thread::sleep(pause),
+            Err(_) if Instant::now() < until && holds() => std::thread::sleep(pause),
             outcome => return outcome,
         }
         pause = (pause * 2).min(Duration::from_secs(1));

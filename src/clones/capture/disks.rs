@@ -153,16 +153,12 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
 /// # Errors
 /// When an overlay cannot be committed: it is kept, and the message says what to do with it.
 pub fn settle(qmp: &mut Qmp, disks: &[Frozen], interrupt: Option<&AtomicBool>) -> Result<()> {
-    let mut failed: Option<Error> = None;
-    for disk in disks {
-        if let Err(error) = settle_one(qmp, disk, interrupt) {
-            failed = Some(match failed {
-                Some(first) => first.and(error),
-                None => error,
-            });
-        }
-    }
-    failed.map_or(Ok(()), Err)
+    all_of(disks.iter().map(|disk| settle_one(qmp, disk, interrupt)))
+}
+
+/// Tries every one, and tells all that failed.
+fn all_of(outcomes: impl Iterator<Item = Result<()>>) -> Result<()> {
+    outcomes.filter_map(Result::err).reduce(Error::and).map_or(Ok(()), Err)
 }
 
 fn settle_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<()> {
@@ -350,24 +346,18 @@ fn wait_committed(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) 
 /// # Errors
 /// When qemu-img cannot do it: the overlay is kept, and the message names it.
 pub fn settle_without_vm(disks: &[Frozen]) -> Result<()> {
-    let mut failed: Option<Error> = None;
-    for disk in disks {
+    all_of(disks.iter().map(|disk| {
         // With the process its view of the host is gone, where that was not ours.
         let outcome = match disk.place.parent().is_some_and(Path::is_dir) {
             true => commit_alone(disk),
             false => Err(Error::failed(format!("its overlay {} is out of reach", disk.overlay.display()))),
         };
-        if let Err(error) = outcome {
-            let error = error.context("the VM ended while its disk was read").remedy(format!(
+        outcome.map_err(|error| {
+            error.context("the VM ended while its disk was read").remedy(format!(
                 "do not start the VM from its image yet: `qemu-img commit {}`, where that file is, brings in what the \
                  guest wrote last",
                 disk.overlay.display()
-            ));
-            failed = Some(match failed {
-                Some(first) => first.and(error),
-                None => error,
-            });
-        }
-    }
-    failed.map_or(Ok(()), Err)
+            ))
+        })
+    }))
 }

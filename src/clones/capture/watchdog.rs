@@ -11,7 +11,7 @@ use std::process::{Child, ExitCode, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::back::{Before, insist};
+use super::back::{Before, insist, insist_while};
 use crate::clones::launch::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
@@ -121,8 +121,8 @@ fn bring_back(socket: &Path, vm: ProcessId, before: &Before, is_over: bool) -> R
     };
     let brought = brought.and_then(|()| insist(vm, || before.settle(&mut session(socket, vm)?, vm, None)));
     match brought {
-        // What the guest wrote last must still come into its image.
-        Err(_) if !vm.is_alive() => before.settle_without_vm(),
+        // What the guest wrote last must still come into its image, which the capture's qemu-img may have for a moment.
+        Err(_) if !vm.is_alive() => insist_while(|| true, || before.settle_without_vm()),
         other => other,
     }
 }

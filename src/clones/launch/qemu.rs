@@ -90,9 +90,18 @@ fn resume_once(
         Ok(()) => Ok(child),
         Err(error) => {
             // The recipe's program may have started another one.
-            family::kill(std::slice::from_ref(entry))?;
-            let _ = child.wait();
-            Err(error)
+            match family::kill(std::slice::from_ref(entry)) {
+                Ok(()) => {
+                    let _ = child.wait();
+                    Err(error)
+                }
+                // One that does not die is not waited for.
+                Err(other) => {
+                    let _ = child.kill();
+                    let _ = child.try_wait();
+                    Err(error.and(other))
+                }
+            }
         }
     }
 }

@@ -68,11 +68,11 @@ impl Vm {
         Vm { world, qemu, qmp, before, written: 0 }
     }
 
-    fn folder(&self) -> PathBuf {
+    pub fn folder(&self) -> PathBuf {
         self.world.dir().join("vm")
     }
 
-    fn image(&self) -> PathBuf {
+    pub fn image(&self) -> PathBuf {
         self.folder().join("disk.qcow2")
     }
 
@@ -99,7 +99,7 @@ impl Vm {
 
     /// Everything that was written is in that image, which is sound.
     #[track_caller]
-    fn is_all_in_image(&self) {
+    pub fn is_all_in_image(&self) {
         let image = self.image();
         run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
         for step in 0..self.written {

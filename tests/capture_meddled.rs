@@ -1,7 +1,7 @@
 //! Captures that others meddle with towards their end: a helper has the VM, or the template stands.
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::capture_failures::{Plug, Vm};
-use crate::support::guest::{ignores_shared, media, patiently};
+use crate::support::guest::{ignores_shared, media, overlays, patiently};
 use crate::support::host;
 
 #[test]
@@ -108,4 +108,30 @@ fn who_lets_a_vm_run_that_was_read_does_not_undo_its_template() {
     vm.world.stencil(&["verify", "vm:x"]).ok();
     vm.is_as_before();
     vm.end();
+}
+
+/// As the qemu-img of a killed capture, which may take a moment to go.
+#[test]
+fn an_image_that_somebody_has_for_a_moment_gets_what_its_dead_vm_wrote() {
+    let _host = host::shared();
+    let mut vm = Vm::start(Plug::Drive);
+    let capture = vm.caught(&[], Vm::disk_is_read);
+    vm.write();
+    vm.write();
+    vm.qmp.run("quit", json!({})).unwrap();
+    patiently("end of QEMU", Duration::from_secs(10), || vm.qemu.has_ended().then_some(()));
+    let mut holder = Command::new("qemu-io");
+    holder.args(["-f", "qcow2"]).arg(vm.image()).stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut holder = holder.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    capture.killed();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(holder.try_wait().unwrap().is_none());
+    assert_eq!(overlays(&vm.folder()).len(), 1);
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    patiently("the overlay's end", Duration::from_secs(20), || {
+        overlays(&vm.folder()).is_empty().then_some(())
+    });
+    vm.is_all_in_image();
 }

@@ -69,7 +69,9 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["rm", "web:2"], &[]);
     ask(&["explain"], &[&object]);
     let recipe = world.dir().join("recipe.json");
-    let argv = "-object mem-path={memory} -chardev path={dir}/qmp.sock -incoming defer".split(' ');
+    let argv = "-M q35,memory-backend=m -object memory-backend-file,id=m,mem-path={memory} -chardev path={dir}/qmp.sock \
+                -incoming defer"
+        .split(' ');
     let text = json!({"version": 1, "vmm": "qemu", "program": "qemu", "argv": argv.collect::<Vec<_>>()});
     fs::write(&recipe, text.to_string()).unwrap();
     let edited = world.json(&["recipe", "edit", "web:1", "--from", recipe.to_str().unwrap()]);

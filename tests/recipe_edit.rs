@@ -16,7 +16,7 @@ use crate::support::mount::{STENCIL, TestMount};
 fn good() -> Value {
     json!({
         "version": 1, "vmm": "qemu", "program": "/usr/bin/qemu-system-x86_64", "vmm_version": "10.0.2",
-        "argv": ["-object", "memory-backend-file,id=m,size=1M,mem-path={memory},share=off,readonly=on,rom=off",
+        "argv": ["-machine", "q35,memory-backend=m", "-object", "memory-backend-file,id=m,size=1M,mem-path={memory},share=off,readonly=on,rom=off",
                  "-chardev", "socket,id=q,path={dir}/qmp.sock,server=on,wait=off", "-incoming", "defer"],
     })
 }
@@ -50,6 +50,7 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
         ("qmp.sock", "other.sock", "clones are resumed through that QMP socket"),
         ("\"defer\"", "\"tcp:0:1\"", "-incoming defer"),
         ("\"defer\"", "\"defer\",\"-daemonize\"", "-daemonize: a clone's process is the one that"),
+        ("memory-backend=m", "usb=off", "it gives RAM file 'memory' to nobody"),
         ("id=q", "id={uid}", "{uid}: there is no such placeholder"),
         ("\"qemu\"", "\"xen\"", "for 'xen', expected version 1 for 'qemu'"),
         ("\"vmm\"", "\"monitor\"", "this is no recipe: unknown field `monitor`"),

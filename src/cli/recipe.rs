@@ -14,7 +14,7 @@ use super::words::word;
 use crate::clones::recipe::{MAX_TEXT, Recipe};
 use crate::error::{Error, Result};
 use crate::shown::shown_lines;
-use crate::store::{Digest, Store, TemplateRef};
+use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 
 /// Change how clones of a template are launched
 #[derive(Debug, Args)]
@@ -68,7 +68,7 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;
     let template = store.template(&digest)?;
-    let files: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
+    let files = template.files();
     let before = template.policy().recipe.clone();
     let take = |recipe: Recipe| {
         let value = recipe.to_value();
@@ -89,8 +89,8 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
         }
     };
     let changed = match &args.from {
-        Some(path) => take(Recipe::edited(&read(path)?, &files)?)?,
-        None => in_editor(before.as_ref(), &files, take)?,
+        Some(path) => take(Recipe::edited(&read(path)?, files)?)?,
+        None => in_editor(before.as_ref(), files, take)?,
     };
     Ok(Done::report(Edited { digest, changed }))
 }
@@ -114,7 +114,7 @@ fn read(path: &Path) -> Result<String> {
 /// Lets a person edit, and takes what was typed. When that fails for good, the text is kept and named.
 fn in_editor(
     before: Option<&Value>,
-    files: &[&str],
+    files: &[TemplateFile],
     take: impl FnOnce(Recipe) -> Result<bool>,
 ) -> Result<bool> {
     let Some(before) = before else {
@@ -149,7 +149,7 @@ fn in_editor(
 }
 
 /// Lets a person edit until it is right; nothing when it was left as it is.
-fn edit(path: &Path, text: &str, files: &[&str]) -> Result<Option<Recipe>> {
+fn edit(path: &Path, text: &str, files: &[TemplateFile]) -> Result<Option<Recipe>> {
     loop {
         open_editor(path)?;
         let now = read(path)?;

@@ -1,23 +1,58 @@
 //! A recipe that a person has written: everything that would not work is said at once.
 
 use super::values::{misspelt, placeholders};
-use super::{Identity, Recipe, VERSION};
+use super::{Identity, Props, Recipe, VERSION, implied, options};
 use crate::error::{Error, Result};
-use crate::store::check_name;
+use crate::store::{FileKind, TemplateFile, check_name};
 
 /// The longest text of a recipe; a policy holds no more.
 pub const MAX_TEXT: u64 = 1 << 20;
 
 impl Recipe {
+    /// Says which of these RAM files QEMU would not give to its guest, and go on with memory of its own: no object has
+    /// it that the machine, a node or a memory device is made of.
+    pub fn ram_of_nobody<'a>(&self, ram: impl IntoIterator<Item = &'a str>) -> Option<String> {
+        let (mut objects, mut machine, mut used) = (vec![], None, vec![]);
+        for (option, value) in options(&self.argv) {
+            let (Some(value), Some(implied)) = (value, implied(option)) else { continue };
+            let Some(props) = Props::parse(value, implied) else { continue };
+            let of = |key: &str| props.get(key).map(str::to_owned);
+            let kind = of(implied).unwrap_or_default();
+            match option {
+                "M" | "machine" => machine = of("memory-backend").or(machine),
+                "numa" => used.extend(of("memdev")),
+                "device" if matches!(kind.as_str(), "nvdimm" | "pc-dimm") => used.extend(of("memdev")),
+                "object" if kind.starts_with("memory-backend-") => {
+                    objects.extend(of("id").zip(of("mem-path")));
+                }
+                _ => {}
+            }
+        }
+        used.extend(machine);
+        let is_given = |name: &str| {
+            let file = format!("{{file:{name}}}");
+            let is_it = |path: &str| path == file || (name == "memory" && path == "{memory}");
+            objects.iter().any(|(id, path)| is_it(path) && used.contains(id))
+        };
+        let name = ram.into_iter().find(|name| !is_given(name))?;
+        Some(format!(
+            "gives RAM file '{name}' to nobody: no -machine memory-backend= and no -numa node,memdev= names an -object \
+             that has it"
+        ))
+    }
+
     /// Reads a recipe that was edited, for a template with these files.
     ///
     /// # Errors
     /// A usage error that names everything that is wrong with it.
-    pub fn edited(text: &str, files: &[&str]) -> Result<Recipe> {
+    pub fn edited(text: &str, files: &[TemplateFile]) -> Result<Recipe> {
         let recipe: Recipe = serde_json::from_str(text).map_err(|e| {
             Error::usage(format!("this is no recipe: {e}"))
                 .remedy("keep the JSON of `stencil inspect --recipe`; each argument is one string of argv")
         })?;
+        let ram = files.iter().filter(|file| file.kind == FileKind::Ram).map(|file| file.name.as_str());
+        let ram_of_nobody = recipe.ram_of_nobody(ram);
+        let files: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
         let mut wrong = vec![];
         if recipe.version != VERSION || recipe.vmm != "qemu" {
             wrong.push(format!(
@@ -83,6 +118,7 @@ impl Recipe {
                 wrong.push(format!("no argument has {need}: {why}"));
             }
         }
+        wrong.extend(ram_of_nobody.map(|why| format!("it {why}")));
         let is_deferred = |pair: &[String]| matches!(pair, [option, value] if option.trim_start_matches('-') == "incoming" && value == "defer");
         if !recipe.argv.windows(2).any(is_deferred) {
             wrong.push("no -incoming defer: that is how QEMU waits for its device state".into());
@@ -103,21 +139,33 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Bytes;
 
     const GOOD: &str = r#"{"version":1,"vmm":"qemu","program":"qemu","disks":[{"name":"root","base":"disk-root",
-        "format":"raw"}],"argv":["-object","mem-path={memory}","-drive","file={disk:root}","-chardev",
+        "format":"raw"}],"argv":["-machine","q35,memory-backend=m","-object","memory-backend-file,id=m,mem-path={memory}","-drive","file={disk:root}","-chardev",
         "socket,path={dir}/qmp.sock","-incoming","defer","{port:80}{mac:1}","-append","{unknown}","{\"a\":1}"]}"#;
+
+    fn files() -> Vec<TemplateFile> {
+        let file = |(name, kind): (&str, _)| TemplateFile {
+            name: name.into(),
+            kind,
+            size: Bytes::new(4096),
+            data_bytes: Bytes::new(0),
+        };
+        let all = [("memory", FileKind::Ram), ("state", FileKind::Blob), ("disk-root", FileKind::Blob)];
+        all.map(file).into()
+    }
 
     #[test]
     fn a_good_one_reads_as_it_is_written() {
-        let files = ["memory", "state", "disk-root"];
+        let files = files();
         let recipe = Recipe::edited(GOOD, &files).unwrap();
         assert_eq!(Recipe::edited(&recipe.to_text(), &files).unwrap(), recipe);
     }
 
     #[test]
     fn all_that_is_wrong_is_said_at_once() {
-        let files = ["memory", "state", "disk-root"];
+        let files = files();
         for (from, to, words) in [
             ("disk-root", "disk-boot", "no file 'disk-boot'"),
             ("{disk:root}", "{disk:boot}", "{disk:boot}"),
@@ -138,6 +186,7 @@ mod tests {
             ),
             ("\"-append\"", "\"-daemonize\",\"-append\"", "-daemonize: "),
             ("\"root\"", "\"../x\"", "a name of letters"),
+            (",memory-backend=m", "", "it gives RAM file 'memory' to nobody"),
         ] {
             let error = Recipe::edited(&GOOD.replacen(from, to, 1), &files).unwrap_err();
             assert!(error.to_string().contains(words), "{from} → {to}: {error}");

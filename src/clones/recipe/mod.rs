@@ -26,7 +26,7 @@ pub use host::{Image, LiveDisk};
 pub use identity::Identity;
 pub use plan::{Blob, Facts, Plan, Ram, Rom, plan};
 pub use props::Props;
-pub use rules::{is_device_for_clones, options};
+pub use rules::{implied, is_device_for_clones, options};
 pub use values::{Escape, Needs, Values};
 
 /// The version of the recipe's own format.

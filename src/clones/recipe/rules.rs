@@ -182,3 +182,15 @@ pub fn is_of_host(key: &str, value: &str) -> bool {
 pub fn is_device_for_clones(driver: &str) -> bool {
     DEVICES.contains(&driver) || super::network::is_nic(driver)
 }
+
+/// For an option that is of the machine or its memory: the key of its first word without one.
+pub fn implied(option: &str) -> Option<&'static str> {
+    match option {
+        "M" | "machine" | "numa" => Some("type"),
+        "object" => Some("qom-type"),
+        "device" => Some("driver"),
+        "m" => Some("size"),
+        "smp" => Some("cpus"),
+        _ => None,
+    }
+}

@@ -1,7 +1,7 @@
 //! QEMU's command line.
 
 use super::{Memory, Paste, Served, shell_word};
-use crate::clones::recipe::{Escape, Props, Recipe, options};
+use crate::clones::recipe::{Escape, Props, Recipe, implied, options};
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
@@ -89,8 +89,6 @@ fn object(memory: Memory<'_>, id: &str, align: Option<u64>) -> String {
 /// Machine and memory as the captured VM had them: device state fits no other.
 fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
     let mut line = Line::default();
-    // Objects of memory, each with the path of its file; and what the machine, its nodes and its slots are made of.
-    let (mut objects, mut machine, mut used) = (vec![], None, vec![]);
     let fill = |text: &str| template.values.fill(text, Escape::DoubleCommas);
     for (option, value) in options(&recipe.argv) {
         let (Some(value), Some(implied)) = (value, implied(option)) else { continue };
@@ -101,52 +99,25 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
             ))
             .remedy("write it as key=value,key=value with `stencil recipe edit`")
         })?;
-        let of = |key: &str| props.get(key).map(str::to_owned);
-        let kind = of(implied).unwrap_or_default();
         match option {
-            "M" | "machine" => machine = of("memory-backend").or(machine),
-            "numa" => used.extend(of("memdev")),
-            "device" if matches!(kind.as_str(), "nvdimm" | "pc-dimm") => used.extend(of("memdev")),
-            "object" if kind.starts_with("memory-backend-") => {
-                if let (Some(id), Some(path)) = (of("id"), of("mem-path")) {
-                    objects.push((id, template.values.fill(&path, Escape::None)?));
-                }
+            "object" if props.get(implied).is_some_and(|kind| kind.starts_with("memory-backend-")) => {
                 if props.get("rom") == Some("off") && props.get("align").is_none() {
                     props.set("align", "2M");
                 }
                 props.lead_with(implied);
                 line.add(option, fill(&props.render(implied))?);
-                continue;
             }
-            "device" | "object" => continue,
-            _ => {}
+            "object" => {}
+            "device" if !matches!(props.get(implied), Some("nvdimm" | "pc-dimm")) => {}
+            _ => line.add(option, fill(value)?),
         }
-        line.add(option, fill(value)?);
     }
-    used.extend(machine);
-    for memory in template.ram()? {
-        if !objects.iter().any(|(id, path)| path == memory.path && used.contains(id)) {
-            return Err(Error::usage(format!(
-                "the recipe of template {} gives RAM file '{}' to nobody: no -machine memory-backend= and no -numa \
-                 node,memdev= names an -object that has it",
-                template.name, memory.name
-            ))
+    let ram = template.ram()?;
+    if let Some(why) = recipe.ram_of_nobody(ram.iter().map(|memory| memory.name)) {
+        return Err(Error::usage(format!("the recipe of template {} {why}", template.name))
             .remedy("see `stencil inspect --recipe`, mend it with `stencil recipe edit`"));
-        }
     }
     Ok(line)
-}
-
-/// For an option that is of the machine or its memory: the key of its first word without one.
-fn implied(option: &str) -> Option<&'static str> {
-    match option {
-        "M" | "machine" | "numa" => Some("type"),
-        "object" => Some("qom-type"),
-        "device" => Some("driver"),
-        "m" => Some("size"),
-        "smp" => Some("cpus"),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

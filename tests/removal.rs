@@ -231,7 +231,23 @@ fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
     let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
     let moved = world.dir().join("moved");
     fs::rename(world.store_dir(), &moved).unwrap();
-    world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]).exits(5).says("have it open");
+    let rm = || world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]);
+    rm().exits(5).says("have it open");
+    // Another folder, then another store at the path that the mount knows.
+    fs::create_dir(world.store_dir()).unwrap();
+    rm().exits(5).says("have it open");
+    world.import_bytes(&guest_like(2, SIZE), "other");
+    rm().exits(5).says("have it open");
+    // A mount that does not say which store it serves.
+    let mut records = fs::read_dir(world.runtime_dir().join("mounts")).unwrap();
+    let record = records.next().unwrap().unwrap().path().join("mount.json");
+    let sound = fs::read(&record).unwrap();
+    let mut of_before: Value = serde_json::from_slice(&sound).unwrap();
+    of_before.as_object_mut().unwrap().remove("store_id").unwrap();
+    fs::write(&record, of_before.to_string()).unwrap();
+    rm().exits(75).says("stencil restart");
+    fs::write(&record, sound).unwrap();
+    fs::remove_dir_all(world.store_dir()).unwrap();
     fs::rename(&moved, world.store_dir()).unwrap();
     holder.kill().unwrap();
     holder.wait().unwrap();

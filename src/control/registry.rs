@@ -195,7 +195,11 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
         let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
         let mut mounted = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
         let Some(stranger) = mounted.find(|m| !known(m.dev) && serves(Path::new(&m.source))) else {
-            return Ok(only(all, store));
+            let of_before = |m: &&Mount| m.store_id.is_none() && !serves(&m.store);
+            return match all.iter().find(of_before) {
+                Some(mount) => Err(of_unknown_store(mount)),
+                None => Ok(only(all, store)),
+            };
         };
         if Instant::now() > until {
             return Err(Error::try_again("a mount of the store has no record in this runtime directory")
@@ -211,6 +215,13 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
     }
 }
 
+/// Another store may lie at the path of one that was moved.
+fn of_unknown_store(mount: &Mount) -> Error {
+    Error::try_again("a mount of an older build does not say which store it serves")
+        .at(&mount.mountpoint)
+        .remedy(format!("run `stencil restart {}` first", mount.mountpoint.display()))
+}
+
 /// Whether a mount has not ended.
 ///
 /// # Errors
@@ -224,11 +235,14 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
-    let (ours, id) = (identity(store.dir()), store.id());
+    let ours = identity(store.dir());
     mounts.retain(|m| {
-        // A copy of a store has its id too: that decides only where the folder is away.
-        m.store == store.dir()
-            || identity(&m.store).map_or(m.store_id.as_ref() == Some(&id), |its| Some(its) == ours)
+        if m.store_id.as_ref() != Some(&store.id()) {
+            return m.store == store.dir() || (ours.is_some() && identity(&m.store) == ours);
+        }
+        // A copy of a store has its id too. Only one that lies at the mount's path, beside ours, says that the mount is not
+        // ours: anything else may have come there when ours was moved, or in another mount namespace.
+        identity(&m.store) == ours || Store::open(&m.store).map_or(true, |its| its.id() != store.id())
     });
     mounts
 }

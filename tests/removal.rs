@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -372,6 +373,32 @@ fn the_cache_of_a_template_that_vanished_is_given_back() {
     wait_for("its room", || (cache() == both / 2).then_some(()));
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
     assert!(fs::read(world.file(&kept, "memory")).unwrap() == guest_like(2, SIZE));
+}
+
+/// Somebody whom the first search did not see gets his page when the second has seen him.
+#[test]
+fn who_reads_while_a_template_is_put_back_waits() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let bytes = guest_like(1, SIZE);
+    let digest = world.import_bytes(&bytes, "web");
+    let file = File::open(world.file(&digest, "memory")).unwrap();
+    let caller = Caller::of(&world);
+    let id = digest.parse().unwrap();
+    caller.done(&Request::Condemn { digest: id });
+    let images = world.store_dir().join("images");
+    let (folder, grave) = (images.join(&digest), images.join(format!(".{digest}")));
+    fs::rename(&folder, &grave).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut read = vec![0; SIZE];
+            file.read_exact_at(&mut read, 0).map(|()| read)
+        });
+        wait_for("a READ that waits", || (world.counter("source_waits") > 0).then_some(()));
+        fs::rename(&grave, &folder).unwrap();
+        caller.done(&Request::Release { digest: id, removed: false });
+        assert!(reader.join().unwrap().unwrap() == bytes);
+    });
 }
 
 /// Takes a loop device away with its scenario.

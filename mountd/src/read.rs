@@ -61,7 +61,7 @@ impl Reader {
         size: u32,
         send: &mut impl FnMut(&[u8]),
     ) -> Result<(), Refusal> {
-        let template = self.tree.template(digest)?;
+        let template = self.tree.template_in_use(digest)?;
         match self.decoder.read(&template, file, offset, size as usize, &mut *send) {
             Err(Refusal::Away) => Err(Refusal::Away),
             Err(refusal) if !self.tree.removed(digest)? => {

@@ -160,6 +160,17 @@ impl Tree {
         self.templates.get(&self.store, digest).map_err(|e| refuse(&e))
     }
 
+    /// The same for who has it open already: while a removal looks whether anybody does, it may be put back.
+    ///
+    /// # Errors
+    /// As [`template`](Self::template); [`Refusal::Away`] in that time.
+    pub fn template_in_use(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
+        self.template(digest).map_err(|refusal| {
+            let undecided = self.condemned.holds(digest) && !self.condemned.is_removed(digest);
+            if refusal == Refusal::NoEntry && undecided { Refusal::Away } else { refusal }
+        })
+    }
+
     /// Opens a template anew: where its blocks are may have changed since.
     ///
     /// # Errors

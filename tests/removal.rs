@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,23 @@ impl Caller {
     fn done(&self, request: &Request) {
         let answer = self.ask(request);
         assert!(matches!(answer, Response::Done | Response::Settled { .. }), "{answer:?}");
+    }
+}
+
+/// A process that has a file open, until it is dropped.
+struct Holder(Child);
+
+impl Holder {
+    fn of(file: File) -> Holder {
+        let mut sleep = Command::new("sleep");
+        Holder(sleep.arg("600").stdin(file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -125,14 +142,13 @@ fn who_has_it_open_is_found_and_the_cache_is_given_back() {
         let digest = world.import_bytes(&guest_like(1, SIZE), "web");
         let file = File::open(world.file(&digest, "memory")).unwrap();
         // It has the file open and maps nothing of it.
-        let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
+        let holder = Holder::of(file);
         let refused = world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
-        assert!(refused.err.contains(&holder.id().to_string()), "{refused:?}");
+        assert!(refused.err.contains(&holder.0.id().to_string()), "{refused:?}");
         assert_eq!(open(&world, &digest), None, "it is found again at once");
         let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
         assert_eq!(cache() > 0, serve == "passthrough");
-        holder.kill().unwrap();
-        holder.wait().unwrap();
+        drop(holder);
         world.stencil(&["rm", "web"]).ok();
         assert_eq!(open(&world, &digest), Some(libc::ENOENT));
         assert_eq!(cache(), 0);
@@ -174,7 +190,7 @@ fn another_pid_namespace_removes_neither_records_nor_templates() {
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let file = File::open(world.file(&digest, "memory")).unwrap();
-    let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
+    let holder = Holder::of(file);
     let elsewhere = |words: &[&str]| {
         let mut command = world.command_in("unshare");
         command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(STENCIL).args(words);
@@ -185,8 +201,7 @@ fn another_pid_namespace_removes_neither_records_nor_templates() {
     elsewhere(&["rm", "web"]).exits(75).says("another PID namespace");
     world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
     assert_eq!(open(&world, &digest), None);
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    drop(holder);
     world.stencil(&["rm", "web"]).ok();
 }
 
@@ -229,7 +244,7 @@ fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
     let world = TestMount::new("passthrough");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let file = File::open(world.file(&digest, "memory")).unwrap();
-    let mut holder = Command::new("sleep").arg("600").stdin(file).spawn().unwrap();
+    let holder = Holder::of(file);
     let moved = world.dir().join("moved");
     fs::rename(world.store_dir(), &moved).unwrap();
     let rm = || world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]);
@@ -250,8 +265,7 @@ fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
     fs::write(&record, sound).unwrap();
     fs::remove_dir_all(world.store_dir()).unwrap();
     fs::rename(&moved, world.store_dir()).unwrap();
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    drop(holder);
 }
 
 #[test]
@@ -265,14 +279,13 @@ fn templates_without_a_tag_go_only_when_nobody_uses_them() {
         fs::remove_file(world.store_dir().join("tags/web").join(tag)).unwrap();
     }
     let file = File::open(world.file(&used, "memory")).unwrap();
-    let mut holder = Command::new("sleep").arg("600").stdin(file).stdout(Stdio::null()).spawn().unwrap();
+    let holder = Holder::of(file);
     let dry = world.json(&["gc", "--untagged", "--dry-run"]);
     assert_eq!(dry["removed_templates"].as_array().unwrap().len(), 2);
     let done = world.json(&["gc", "--untagged"]);
     assert_eq!(done["removed_templates"], serde_json::json!([unused]));
     assert_eq!(done["kept_templates"], serde_json::json!([used]));
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    drop(holder);
     let done = world.json(&["gc", "--untagged"]);
     assert_eq!(done["removed_templates"], serde_json::json!([used]));
     assert_eq!(world.json(&["ls"])["templates"][0]["digest"], tagged);

@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-/// The text with every character that moves, hides or reverses what stands around it as `\uXXXX`. One line stays one line.
-/// What was JSON is the same JSON.
+/// The text with every character that moves, hides or reverses what stands around it written as JSON does: `\u001b`, four
+/// hexadecimal digits for each unit of UTF-16. One line stays one line, and what was JSON is the same JSON.
 pub fn shown(text: &str) -> Cow<'_, str> {
     if !text.contains(is_unprintable) {
         return text.into();

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::{TestMount, run, wait_for};
+use crate::support::passing::Mounted;
 
 const PAGE: usize = 4096;
 
@@ -51,13 +52,7 @@ fn soak_a_disk_that_fills_up_while_hydrating_costs_nobody_a_page() {
     run("mkfs.ext4", &["-q", "-m", "0", disk.to_str().unwrap()]);
     run("mount", &["-o", "loop", disk.to_str().unwrap(), cache.to_str().unwrap()]);
     // Taken away again whatever happens; the mount above it has ended by then.
-    struct Disk(std::path::PathBuf);
-    impl Drop for Disk {
-        fn drop(&mut self) {
-            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-        }
-    }
-    let _disk = Disk(cache.clone());
+    let _disk = Mounted(cache.clone());
     world.mount(&["--cache-dir", cache.to_str().unwrap(), "--cache-size", "1G"]).ok();
     let bytes = random(3, 64 << 20);
     let digest = world.import_bytes(&bytes, "web:1");
@@ -142,13 +137,7 @@ fn soak_a_cache_folder_that_is_read_only_for_a_while_costs_nobody_a_page() {
     fs::create_dir(&cache).unwrap();
     let folder = cache.to_str().unwrap();
     run("mount", &["--bind", folder, folder]);
-    struct Bound(std::path::PathBuf);
-    impl Drop for Bound {
-        fn drop(&mut self) {
-            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-        }
-    }
-    let _bound = Bound(cache.clone());
+    let _bound = Mounted(cache.clone());
     world.mount(&["--cache-dir", folder]).ok();
     run("mount", &["-o", "remount,bind,ro", folder]);
     let bytes = random(6, 8 << 20);

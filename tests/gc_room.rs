@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, mount};
 use stencilfs::store::BLOCK_SIZE;
 
+use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, random, read_all};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -79,18 +80,18 @@ fn damage_does_not_make_a_store_larger() {
 }
 
 /// A small filesystem, for as long as this lives.
-struct Disk(PathBuf);
+struct Disk(Mounted);
 
 impl Disk {
     fn new(path: PathBuf, bytes: u64) -> Disk {
         fs::create_dir(&path).unwrap();
         let options = std::ffi::CString::new(format!("size={bytes},mode=0700")).unwrap();
         mount("none", &path, "tmpfs", MountFlags::empty(), options.as_c_str()).unwrap();
-        Disk(path)
+        Disk(Mounted(path))
     }
 
     fn free(&self) -> u64 {
-        let stat = rustix::fs::statvfs(&self.0).unwrap();
+        let stat = rustix::fs::statvfs(&self.0.0).unwrap();
         stat.f_bavail * stat.f_frsize
     }
 
@@ -99,12 +100,6 @@ impl Disk {
         let _ = fs::remove_file(filler);
         fs::write(filler, vec![1; (self.free() - bytes) as usize]).unwrap();
         assert!(self.free().abs_diff(bytes) < 16 << 10, "{}", self.free());
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        unmount(&self.0, UnmountFlags::DETACH).unwrap();
     }
 }
 
@@ -123,7 +118,7 @@ fn a_store_that_is_nearly_full_is_collected() {
     for number in 0..PACKS {
         fixture.run(&["rm", &format!("part-{number}")]).ok();
     }
-    let filler = disk.0.join("filler");
+    let filler = disk.0.0.join("filler");
     disk.leave(&filler, 256 << 10);
     let refused = fixture.run(&["gc"]);
     assert_eq!(refused.code, 1, "{refused:?}");

@@ -13,7 +13,7 @@ use crate::support::actor::{self, Actor, compile};
 use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::store::guest_like;
+use crate::support::store::{guest_like, word_sum};
 use crate::support::tables::{code, rows};
 
 const MIB: usize = 1 << 20;
@@ -30,8 +30,7 @@ fn import_for_123(world: &TestMount, bytes: &[u8]) -> String {
 
 /// The actor's hash of a page.
 fn hash(page: &[u8]) -> u64 {
-    let words = page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
-    words.fold(0xcbf2_9ce4_8422_2325, |sum: u64, word| (sum ^ word).wrapping_mul(0x100_0000_01b3)) >> 1
+    word_sum(page) >> 1
 }
 
 #[test]

@@ -4,8 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
+use crate::support::passing::{Mounted, Running};
 use crate::support::store::guest_like;
 
 const SIZE: usize = 4 << 20;
@@ -48,20 +48,9 @@ impl Caller {
 }
 
 /// A process that has a file open, until it is dropped.
-struct Holder(Child);
-
-impl Holder {
-    fn of(file: File) -> Holder {
-        let mut sleep = Command::new("sleep");
-        Holder(sleep.arg("600").stdin(file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn holder(file: File) -> Running {
+    let mut sleep = Command::new("sleep");
+    Running(sleep.arg("600").stdin(file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
 }
 
 fn open(world: &TestMount, digest: &str) -> Option<i32> {
@@ -142,7 +131,7 @@ fn who_has_it_open_is_found_and_the_cache_is_given_back() {
         let digest = world.import_bytes(&guest_like(1, SIZE), "web");
         let file = File::open(world.file(&digest, "memory")).unwrap();
         // It has the file open and maps nothing of it.
-        let holder = Holder::of(file);
+        let holder = holder(file);
         let refused = world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
         assert!(refused.err.contains(&holder.0.id().to_string()), "{refused:?}");
         assert_eq!(open(&world, &digest), None, "it is found again at once");
@@ -190,7 +179,7 @@ fn another_pid_namespace_removes_neither_records_nor_templates() {
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let file = File::open(world.file(&digest, "memory")).unwrap();
-    let holder = Holder::of(file);
+    let holder = holder(file);
     let elsewhere = |words: &[&str]| {
         let mut command = world.command_in("unshare");
         command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(STENCIL).args(words);
@@ -244,7 +233,7 @@ fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
     let world = TestMount::new("passthrough");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let file = File::open(world.file(&digest, "memory")).unwrap();
-    let holder = Holder::of(file);
+    let holder = holder(file);
     let moved = world.dir().join("moved");
     fs::rename(world.store_dir(), &moved).unwrap();
     let rm = || world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]);
@@ -279,7 +268,7 @@ fn templates_without_a_tag_go_only_when_nobody_uses_them() {
         fs::remove_file(world.store_dir().join("tags/web").join(tag)).unwrap();
     }
     let file = File::open(world.file(&used, "memory")).unwrap();
-    let holder = Holder::of(file);
+    let holder = holder(file);
     let dry = world.json(&["gc", "--untagged", "--dry-run"]);
     assert_eq!(dry["removed_templates"].as_array().unwrap().len(), 2);
     let done = world.json(&["gc", "--untagged"]);
@@ -438,21 +427,12 @@ fn a_loop_device_counts_as_a_user() {
     }
 }
 
-/// Unmounts the second path of a store with its scenario.
-struct Alias(PathBuf);
-
-impl Drop for Alias {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_store_has_its_mounts_by_every_path() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     world.import_bytes(&guest_like(3, 4 << 20), "web:1");
-    let alias = Alias(world.dir().join("alias"));
+    let alias = Mounted(world.dir().join("alias"));
     fs::create_dir(&alias.0).unwrap();
     let bound = Command::new("mount").arg("--bind").arg(world.store_dir()).arg(&alias.0).status().unwrap();
     assert!(bound.success());

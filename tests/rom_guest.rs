@@ -3,21 +3,21 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::support::actor::compile;
 use crate::support::guest::{Qemu, kernel_and_initramfs, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::passing::Running;
+use crate::support::store::word_sum;
 
 const MIB: u64 = 1 << 20;
 
 /// The guest's own sum of a memory: FNV-1a over words.
 fn digest(bytes: &[u8]) -> String {
-    let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
-    let sum = words.fold(0xcbf2_9ce4_8422_2325, |sum: u64, word| (sum ^ word).wrapping_mul(0x100_0000_01b3));
-    format!("{sum:#x}")
+    format!("{:#x}", word_sum(bytes))
 }
 
 /// A ROM of so many MiB in which no two pages are alike, and its sum.
@@ -79,15 +79,6 @@ fn copied(world: &TestMount, pid: u32, rom: &str) -> (u64, u64, u64) {
     let private = part.lines().find_map(|l| l.strip_prefix("Private_Dirty:")).unwrap();
     let private = private.trim().trim_end_matches(" kB").parse().unwrap();
     (pages(true), pages(false), private)
-}
-
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
+use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, guest_like, random, stencil};
 
 /// Highest resident memory of the command in bytes. The kernel's own high-water mark goes with the address
@@ -120,7 +121,7 @@ fn a_full_disk_loses_nothing() {
     let mount_text = mount.to_str().unwrap();
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "tmpfs", mount_text]).status();
     assert!(mounted.unwrap().success(), "this test mounts a tmpfs: it needs root");
-    let _unmount = Unmount(mount_text.to_owned());
+    let _unmount = Mounted(mount.clone());
     let small = fixture.file("a", &random(1, 8 << 20));
     let large = fixture.file("b", &random(2, 40 << 20));
     let store = mount.join("store");
@@ -149,12 +150,4 @@ fn a_full_disk_loses_nothing() {
     assert_eq!(export.code, 1, "{export:?}");
     assert!(export.stderr.contains("No space left") && !out.exists(), "{export:?}");
     assert_eq!(fs::read_dir(&mount).unwrap().count(), 2);
-}
-
-struct Unmount(String);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }

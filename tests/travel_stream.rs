@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Instant;
@@ -15,6 +14,7 @@ use stencilfs::store::{Incoming, LoadRequest};
 
 use crate::support::host;
 use crate::support::mount::wait_for;
+use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, guest_like, random, stencil};
 use crate::support::stream::{assert_nothing, assert_same, import, load, load_command, save};
 
@@ -391,7 +391,10 @@ fn a_full_disk_leaves_nothing() {
     let (from, to) = (Fixture::new(), Fixture::new());
     from.import("web:1", &random(1, 12 << 20));
     let stream = save(&from, &["web:1"]);
-    let _small = SmallDisk::mount(to.dir.path());
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "-o", "size=8m", "none"]).arg(to.dir.path()).status();
+    assert!(mounted.unwrap().success());
+    let _small = Mounted(to.dir.path().to_owned());
     let ran = load(&to, &stream);
     assert_eq!(ran.code, 1, "{ran:?}");
     assert!(ran.stdout.contains("No space left") && ran.stdout.contains("free space"), "{ran:?}");
@@ -401,22 +404,4 @@ fn a_full_disk_leaves_nothing() {
     assert_eq!(ran.status.code(), Some(1));
     assert!(!target.exists());
     assert_eq!(fs::read_dir(to.dir.path()).unwrap().count(), 1, "the store alone");
-}
-
-/// A tmpfs of 8 MiB, unmounted when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path) -> SmallDisk {
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=8m", "none"]).arg(at).status();
-        assert!(mounted.unwrap().success());
-        SmallDisk(at.to_owned())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let done = Command::new("umount").arg(&self.0).status();
-        assert!(done.is_ok_and(|s| s.success()) || thread::panicking());
-    }
 }

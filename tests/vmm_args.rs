@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -13,12 +13,10 @@ use crate::firecracker::state;
 use crate::support::guest::{self, Qemu, heartbeats, kernel_and_initramfs, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
+use crate::support::passing::Running;
 use crate::support::store::guest_like;
 
 const MIB: usize = 1 << 20;
-
-/// A process that is killed when dropped.
-struct Running(Child);
 
 impl Running {
     fn start(command: &mut Command, log: &Path) -> Running {
@@ -30,13 +28,6 @@ impl Running {
         let mut command = Command::new("sh");
         command.args(["-c", &format!("exec {text}")]).current_dir(world.dir());
         Running::start(&mut command, &world.dir().join("qemu.log"))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

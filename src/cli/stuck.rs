@@ -40,7 +40,7 @@ impl Stuck {
         let device = procfs::makedev(0, connection.number);
         let ours = mounts.iter().find(|m| m.device == device);
         let there = mounted.iter().rfind(|m| m.dev == device);
-        let own = ours.map_or([None, None], |m| [(!m.foreign).then_some(m.supervisor_pid), m.server_pid]);
+        let own = ours.map_or([None, None], Mount::processes);
         let users = Users::of(device, &own)?;
         Ok(Stuck {
             connection: connection.number,

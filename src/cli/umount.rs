@@ -92,8 +92,7 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     let Some(found) = here().find(|m| !m.detached).or_else(|| here().next()) else {
         return without_supervisor(&path, args, global);
     };
-    let users =
-        Users::of(found.device, &[(!found.foreign).then_some(found.supervisor_pid), found.server_pid])?;
+    let users = Users::of(found.device, &found.processes())?;
     match mode {
         UnmountMode::Plain if users.found.iter().any(|u| u.maps) => return Err(in_use(&path, &users)),
         UnmountMode::Force if !global.quiet => users.announce(),

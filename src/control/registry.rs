@@ -94,6 +94,14 @@ pub struct RecordDir {
     folder: OwnedFd,
 }
 
+impl Mount {
+    /// Its supervisor and its server, as far as they live and their numbers mean something in this PID namespace.
+    pub fn processes(&self) -> [Option<u32>; 2] {
+        let supervisor = (!self.orphaned && !self.foreign).then_some(self.supervisor_pid);
+        [supervisor, self.server_pid]
+    }
+}
+
 impl RecordDir {
     /// Makes the folder of a new mount.
     ///
@@ -253,17 +261,9 @@ fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
 /// # Errors
 /// When the runtime directory exists and cannot be read. A directory that does not exist holds no mount.
 pub fn mounts() -> Result<Vec<Mount>> {
-    let (found, unread) = scan()?;
+    let (found, unread) = mounts_and_unread()?;
     unread.iter().for_each(|error| log::warn!("{error}"));
     Ok(found)
-}
-
-/// As [`mounts`], and why records of more mounts could not be read.
-///
-/// # Errors
-/// As [`mounts`].
-pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
-    scan()
 }
 
 /// As [`mounts`], for who must know of every one.
@@ -271,12 +271,15 @@ pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
 /// # Errors
 /// As there, or [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read.
 pub fn every_mount() -> Result<Vec<Mount>> {
-    let (all, unread) = scan()?;
+    let (all, unread) = mounts_and_unread()?;
     unread.into_iter().next().map_or(Ok(all), Err)
 }
 
-/// All mounts, and why some records could not be read.
-fn scan() -> Result<(Vec<Mount>, Vec<Error>)> {
+/// As [`mounts`], and why records of more mounts could not be read.
+///
+/// # Errors
+/// As [`mounts`].
+pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
     let all = runtime_dir().join("mounts");
     let fail = |e: io::Error| {
         let remedy = match e.kind() {

@@ -12,6 +12,7 @@ pub mod link;
 pub mod mount;
 pub mod notify;
 pub mod object_files;
+pub mod passing;
 pub mod qemu_object;
 pub mod readers;
 pub mod store;

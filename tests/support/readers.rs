@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::actor;
 use super::guest::patiently;
+use super::store::word_sum;
 
 pub const PAGE: u64 = 4096;
 
@@ -48,9 +49,7 @@ impl Image {
 
     /// What `actor.c` answers to `hash` for it.
     pub fn hash(&self, page: u64) -> u64 {
-        let words = self.page(page);
-        let words = words.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
-        words.fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x100_0000_01b3)) >> 1
+        word_sum(&self.page(page)) >> 1
     }
 
     /// All of it.

@@ -10,6 +10,12 @@ use stencilfs::store::{
     BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Imported, Scratch, Source, Store,
 };
 
+/// FNV-1a over words, as programs of the scenarios reckon it for a memory.
+pub fn word_sum(bytes: &[u8]) -> u64 {
+    let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+    words.fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x100_0000_01b3))
+}
+
 /// Bytes that do not compress, the same for the same seed.
 pub fn random(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];

@@ -119,8 +119,7 @@ pub fn cached_file(path: &Path) -> Result<Bytes> {
 pub fn daemons(mounts: &[Mount]) -> Result<Bytes> {
     let mut sum = Bytes::ZERO;
     for mount in mounts {
-        let supervisor = (!mount.orphaned && !mount.foreign).then_some(mount.supervisor_pid);
-        for pid in supervisor.into_iter().chain(mount.server_pid) {
+        for pid in mount.processes().into_iter().flatten() {
             if let Some(status) = procfs::status(pid)? {
                 sum += status.rss_anon;
                 sum += status.page_tables;

@@ -1,12 +1,11 @@
 //! The sums of the accounting and both of its audits, on real clones.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 
 use rustix::process::Signal;
 use serde_json::Value;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::{procfs, users};
 
 use crate::support::actor::Actor;
 use crate::support::mount::TestMount;
@@ -157,36 +156,37 @@ fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
     // Warm: what the template itself takes is page cache before the first baseline.
     world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
-    for herd in 0..3 {
-        let mut again = true;
-        loop {
-            host::settle();
-            let compiled = compilers();
+    for _ in 0..3 {
+        available_memory_falls_within(3.0, || {
             world.stencil(&["clone", "web:1", "-n", "200", "--simulate", "read=8M,write=4M"]).ok();
             let density = world.json(&["density", "--audit"]);
             assert_sums(&density);
             assert_eq!(number(&density["totals"], "private_bytes"), 200 * 4 * MIB);
-            let memory = &density["audit"]["memory"];
-            let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("{density:#}"));
-            println!("herd {herd}: {memory}");
             world.stencil(&["stop", "--all"]).ok();
-            if error <= 3.0 {
-                break;
-            }
-            // What is measured is the free memory of the whole host. A compiler that takes or gives back hundreds of MiB
-            // meanwhile is measured with it: then, and only then, the herd is measured once more.
-            let others: Vec<_> = compiled.union(&compilers()).cloned().collect();
-            assert!(!others.is_empty() && std::mem::take(&mut again), "herd {herd}: {others:?}: {memory:#}");
-            println!("herd {herd}: measured again, for these ran beside it: {others:?}");
-        }
+            density["audit"]["memory"].clone()
+        });
     }
 }
 
-/// Compilers and linkers that run on this host.
-fn compilers() -> BTreeSet<String> {
-    const NAMES: [&str; 6] = ["rustc", "cargo", "cc1", "ld", "lld", "collect2"];
-    let all = procfs::pids().unwrap().into_iter().map(users::name_of);
-    all.filter(|name| NAMES.contains(&name.as_str())).collect()
+/// Launches, audits and stops clones, and holds the audit's figure for available memory to that many percent.
+///
+/// Available memory is the whole host's: whoever takes or gives back some meanwhile is measured with the clones, also
+/// somebody whom this process cannot see (in another container). That differs from one time to the next; what the
+/// accounting leaves out does not. So a figure that is off is measured again, three times at most.
+#[track_caller]
+fn available_memory_falls_within(percent: f64, mut measure: impl FnMut() -> Value) {
+    let mut off = vec![];
+    while off.len() < 4 {
+        host::settle();
+        let memory = measure();
+        let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("no figure in {memory:#}"));
+        println!("available memory: {memory}");
+        if error <= percent {
+            return;
+        }
+        off.push(memory);
+    }
+    panic!("off by more than {percent} % each time: {off:#?}");
 }
 
 /// Clones that are stopped by SIGSTOP, until this is dropped.
@@ -222,26 +222,26 @@ fn available_memory_falls_by_what_eight_qemu_guests_take() {
     world.mount(&["--serve", "passthrough"]).ok();
     world.stencil(&["clone", "guest:v1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
-    host::settle();
-    world.stencil(&["clone", "guest:v1", "-n", "8"]).ok();
-    // An emulated guest translates new code all the time: what is measured twice must stand still.
-    let still = StandStill::of(&world.json(&["ps"]));
-    let density = world.json(&["density", "--audit"]);
-    drop(still);
-    assert_sums(&density);
-    let clones = density["clones"].as_array().unwrap();
-    assert_eq!(clones.len(), 8);
-    for clone in clones {
-        assert_eq!(clone["kind"], "qemu");
-        // Private copies are a small part of what is mapped: sharing is what this is about.
-        assert!(number(clone, "private_bytes") > 0, "{clone:#}");
-        assert!(number(clone, "private_bytes") * 10 < number(clone, "mapped_bytes"), "{clone:#}");
-    }
-    let audit = &density["audit"];
-    println!("eight guests: {audit}");
-    assert!(audit["frames"]["error_percent"].as_f64().unwrap() <= 0.5, "{audit:#}");
-    assert!(audit["memory"]["error_percent"].as_f64().unwrap() <= 5.0, "{audit:#}");
-    world.stencil(&["stop", "--all"]).ok();
+    available_memory_falls_within(5.0, || {
+        world.stencil(&["clone", "guest:v1", "-n", "8"]).ok();
+        // An emulated guest translates new code all the time: what is measured twice must stand still.
+        let still = StandStill::of(&world.json(&["ps"]));
+        let density = world.json(&["density", "--audit"]);
+        drop(still);
+        assert_sums(&density);
+        let clones = density["clones"].as_array().unwrap();
+        assert_eq!(clones.len(), 8);
+        for clone in clones {
+            assert_eq!(clone["kind"], "qemu");
+            // Private copies are a small part of what is mapped: sharing is what this is about.
+            assert!(number(clone, "private_bytes") > 0, "{clone:#}");
+            assert!(number(clone, "private_bytes") * 10 < number(clone, "mapped_bytes"), "{clone:#}");
+        }
+        let frames = &density["audit"]["frames"];
+        assert!(frames["error_percent"].as_f64().unwrap() <= 0.5, "{frames:#}");
+        world.stencil(&["stop", "--all"]).ok();
+        density["audit"]["memory"].clone()
+    });
 }
 
 #[test]

@@ -160,6 +160,14 @@ impl Vm {
         patiently("the helper's end", Duration::from_secs(5), || self.helpers().is_empty().then_some(()));
     }
 
+    /// The qemu-img that reads for a capture.
+    fn readers(&self) -> Vec<Pid> {
+        let own = self.folder();
+        processes(|words| {
+            words[0].ends_with("qemu-img") && words.iter().any(|w| w.contains(own.to_str().unwrap()))
+        })
+    }
+
     pub fn log(&self) -> PathBuf {
         self.world.dir().join("capture.log")
     }
@@ -170,7 +178,7 @@ impl Vm {
         command
     }
 
-    /// A capture that stands still at this moment; one that is faster is made again.
+    /// A capture that stands still at this moment, and its qemu-img with it; one that is faster is made again.
     #[track_caller]
     pub fn caught(&mut self, more: &[&str], moment: impl Fn(&mut Vm) -> bool) -> Capture {
         for _ in 0..20 {
@@ -180,13 +188,15 @@ impl Vm {
             while child.try_wait().unwrap().is_none() {
                 if moment(self) {
                     kill_process(pid, Signal::STOP).unwrap();
+                    let all = [vec![pid], self.readers()].concat();
+                    signal(&all, Signal::STOP);
                     // Not in the middle of the end of a commit, when QEMU holds the disk.
                     std::thread::sleep(Duration::from_millis(50));
                     let jobs = self.qmp.run("query-jobs", json!({})).unwrap();
                     if jobs == json!([]) && moment(self) {
-                        return Capture { child, log: self.log() };
+                        return Capture { child, all, log: self.log() };
                     }
-                    kill_process(pid, Signal::CONT).unwrap();
+                    signal(&all, Signal::CONT);
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -226,9 +236,18 @@ fn processes(is_it: impl Fn(&[String]) -> bool) -> Vec<Pid> {
     found
 }
 
+/// Those that have ended meanwhile are no matter.
+fn signal(processes: &[Pid], signal: Signal) {
+    for &process in processes {
+        let _ = kill_process(process, signal);
+    }
+}
+
 /// A capture that stands still.
 pub struct Capture {
     pub child: Child,
+    /// Itself and its qemu-img.
+    all: Vec<Pid>,
     log: PathBuf,
 }
 
@@ -237,14 +256,19 @@ impl Capture {
         Pid::from_raw(self.child.id() as i32).unwrap()
     }
 
+    pub fn go_on(&self) {
+        signal(&self.all, Signal::CONT);
+    }
+
     /// Lets it go on to its end.
     pub fn goes_on(mut self) -> Run {
-        kill_process(self.pid(), Signal::CONT).unwrap();
+        self.go_on();
         let code = self.child.wait().unwrap().code().unwrap();
         let err = fs::read_to_string(&self.log).unwrap();
         Run { code, out: String::new(), err, words: "capture".into() }
     }
 
+    /// Kills it, not its qemu-img.
     pub fn killed(mut self) {
         kill_process(self.pid(), Signal::KILL).unwrap();
         self.child.wait().unwrap();
@@ -410,20 +434,9 @@ fn a_killed_capture_leaves_settings_and_processes_as_they_were() {
     let _host = host::shared();
     let mut vm = Vm::start(Plug::Drive);
     // qemu-img ends with it.
-    let dir = vm.world.dir().to_str().unwrap().to_owned();
-    let readers = move || {
-        let own = dir.clone();
-        processes(move |words| words[0].ends_with("qemu-img") && words.iter().any(|w| w.contains(&own)))
-    };
-    let reads = readers.clone();
-    let capture = vm.caught(&[], move |vm| vm.disk_is_read() && !reads().is_empty());
-    for reader in readers() {
-        let _ = kill_process(reader, Signal::STOP);
-    }
-    let caught = readers().len();
+    let capture = vm.caught(&[], |vm| vm.disk_is_read() && !vm.readers().is_empty());
     capture.killed();
-    patiently("the end of qemu-img", Duration::from_secs(5), || readers().is_empty().then_some(()));
-    assert!(caught > 0);
+    patiently("the end of qemu-img", Duration::from_secs(5), || vm.readers().is_empty().then_some(()));
     vm.is_as_before();
 
     // What was set before the capture is set after it, of a VM that ran and of one that did not.

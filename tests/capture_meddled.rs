@@ -62,7 +62,7 @@ fn a_commit_that_is_interrupted_is_the_helpers() {
     let held = (0..20).find_map(|_| {
         let mut capture = vm.caught(&[], Vm::disk_is_read);
         vm.write();
-        kill_process(capture.pid(), Signal::CONT).unwrap();
+        capture.go_on();
         while capture.child.try_wait().unwrap().is_none() {
             let jobs = vm.qmp.run("query-jobs", json!({})).unwrap();
             let Some(id) = jobs[0]["id"].as_str() else { continue };
@@ -97,7 +97,7 @@ fn who_lets_a_vm_run_that_was_read_does_not_undo_its_template() {
     let lock = fs::File::options().create(true).append(true).open(&place).unwrap();
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     let pid = capture.child.id();
-    kill_process(capture.pid(), Signal::CONT).unwrap();
+    capture.go_on();
     patiently("commit", Duration::from_secs(30), || {
         let mut open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
         open.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file == place)).then_some(())

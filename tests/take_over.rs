@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use stencilfs::control::{self, Request, Snapshot};
@@ -247,4 +248,49 @@ fn the_end_of_every_server_is_noticed_however_late() {
         assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
     }
     drop(File::open(world.file(&digest, "memory")).unwrap());
+}
+
+/// What cannot be taken over is served on, and known as it was: whoever mends what was wrong takes it over then.
+#[test]
+fn a_mount_that_cannot_be_taken_over_is_left_as_it_was() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "decode"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut clone = map(&world.file(&digest, "memory"));
+    assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
+    kill_supervisor(&world);
+    let record = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap().path();
+    let genuine = fs::read(record.join("mount.json")).unwrap();
+    let mut other: Value = serde_json::from_slice(&genuine).unwrap();
+    other["ledger"] = json!([1, 2]);
+    fs::write(record.join("mount.json"), other.to_string()).unwrap();
+    world.mount(&["--serve", "decode"]).says("cannot take over the mount").says("it is served on");
+    assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
+    let known = ["restart", world.mountpoint().to_str().unwrap()];
+    world.stencil(&known).exits(1).says("the mount has lost its supervisor");
+    fs::write(record.join("mount.json"), genuine).unwrap();
+    world.mount(&["--serve", "decode"]).ok();
+    assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
+}
+
+/// Nobody removes the record of a mount that somebody takes over just now.
+#[test]
+fn the_record_of_dead_processes_goes_unless_somebody_has_it() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let record = world.runtime_dir().join("mounts/1-1");
+    fs::create_dir_all(&record).unwrap();
+    let dead = json!({
+        "mountpoint": world.mountpoint(), "store": world.store_dir(), "device": 1, "supervisor_pid": 1,
+        "supervisor_start": 7, "server_pid": 1, "server_start": 7, "version": "0", "ledger": [1, 1],
+        "program": [1, 1],
+    });
+    fs::write(record.join("mount.json"), dead.to_string()).unwrap();
+    let folder = File::open(&record).unwrap();
+    flock(&folder, FlockOperation::LockExclusive).unwrap();
+    world.stencil(&["ps"]).ok();
+    assert!(record.exists());
+    flock(&folder, FlockOperation::Unlock).unwrap();
+    world.stencil(&["ps"]).ok();
+    assert!(!record.exists());
 }

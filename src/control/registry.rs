@@ -1,5 +1,6 @@
 //! The records of living mounts: one folder each in `runtime_dir()/mounts`.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,7 +14,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::runtime_dir;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::store::Store;
 use crate::sys::process::ProcessId;
 use crate::sys::{mount, probe, procfs};
@@ -86,12 +87,14 @@ pub struct Mount {
     pub dir: PathBuf,
 }
 
-/// The folder of a mount's record, locked by its supervisor for as long as that lives; removed when dropped.
+/// The folder of a mount's record, locked by its supervisor for as long as that lives. Removed when dropped; one that
+/// another supervisor left only when this one has written its own record into it, since the mount may live on without.
 #[derive(Debug)]
 pub struct RecordDir {
     path: PathBuf,
     /// The folder itself: the lock is on it, and the control socket is reached through it.
     folder: OwnedFd,
+    ours: Cell<bool>,
 }
 
 impl Mount {
@@ -118,18 +121,20 @@ impl RecordDir {
             .mode(0o700)
             .create(&path)
             .map_err(|e| Error::io("cannot make the mount's record", &path, e))?;
-        Self::take_over(&path)
+        let made = Self::take_over(&path)?;
+        made.ours.set(true);
+        Ok(made)
     }
 
     /// Takes over the folder of a mount whose supervisor has died.
     ///
     /// # Errors
-    /// [`Code::InUse`](crate::error::Code::InUse) where a supervisor lives.
+    /// [`Code::InUse`] where a supervisor lives.
     pub fn take_over(path: &Path) -> Result<RecordDir> {
         let fail = |e| Error::io("cannot use the mount's record", path, e);
         let folder = OwnedFd::from(fs::File::open(path).map_err(fail)?);
         match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(RecordDir { path: path.to_owned(), folder }),
+            Ok(()) => Ok(RecordDir::inherited(path.to_owned(), folder)),
             Err(Errno::WOULDBLOCK) => {
                 Err(Error::in_use("the mount has a supervisor, or another one takes it over just now")
                     .at(path)
@@ -141,7 +146,7 @@ impl RecordDir {
 
     /// The folder that a supervisor hands to the program that it becomes.
     pub fn inherited(path: PathBuf, folder: OwnedFd) -> RecordDir {
-        RecordDir { path, folder }
+        RecordDir { path, folder, ours: Cell::new(false) }
     }
 
     /// Where it is.
@@ -168,12 +173,16 @@ impl RecordDir {
             file.write_all(&text)?;
             fs::rename(&tmp, self.path.join(RECORD_FILE))
         })();
+        self.ours.set(self.ours.get() || written.is_ok());
         written.map_err(|e| Error::io("cannot write the mount's record", &self.path, e))
     }
 }
 
 impl Drop for RecordDir {
     fn drop(&mut self) {
+        if !self.ours.get() {
+            return;
+        }
         if let Err(error) = fs::remove_dir_all(&self.path) {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
@@ -192,7 +201,7 @@ pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
 /// As [`mounts_of`], for who must know of every one.
 ///
 /// # Errors
-/// [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read, or a mount of the store has none in
+/// [`Code::TryAgain`] where a record cannot be read, or a mount of the store has none in
 /// this runtime directory.
 pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
     let until = Instant::now() + BEGINNING;
@@ -269,7 +278,7 @@ pub fn mounts() -> Result<Vec<Mount>> {
 /// As [`mounts`], for who must know of every one.
 ///
 /// # Errors
-/// As there, or [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read.
+/// As there, or [`Code::TryAgain`] where a record cannot be read.
 pub fn every_mount() -> Result<Vec<Mount>> {
     let (all, unread) = mounts_and_unread()?;
     unread.into_iter().next().map_or(Ok(all), Err)
@@ -316,11 +325,12 @@ pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
             false => alive(record.supervisor_pid, record.supervisor_start),
         };
         let server = record.server_pid.filter(|&pid| alive(pid, record.server_start));
-        if !supervisor && server.is_none() && !foreign {
-            log::debug!("removing the record of a dead mount: {}", dir.display());
-            let _ = fs::remove_dir_all(&dir);
+        let dead = !supervisor && server.is_none() && !foreign;
+        if dead && removed(&dir) {
             continue;
         }
+        // Where it was not, somebody takes it over just now.
+        let supervisor = supervisor || dead;
         let detached = !mounted.iter().any(|m| m.dev == record.device);
         found.push(Mount {
             mountpoint: record.mountpoint,
@@ -341,6 +351,18 @@ pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
     Ok((found, unread))
 }
 
+/// Removes the record of a mount whose processes are dead; false while somebody has it.
+fn removed(dir: &Path) -> bool {
+    match RecordDir::take_over(dir) {
+        Ok(dead) => {
+            log::debug!("removing the record of a dead mount: {}", dir.display());
+            dead.ours.set(true);
+            true
+        }
+        Err(error) => error.code() != Code::InUse,
+    }
+}
+
 /// True while a supervisor has the folder of its record.
 fn is_locked(dir: &Path) -> bool {
     // Shared: two that look at the same time do not take each other for a supervisor.
@@ -351,7 +373,7 @@ fn is_locked(dir: &Path) -> bool {
 /// A folder without a record belongs to a supervisor that is just starting, which has no server yet, or to nobody.
 ///
 /// # Errors
-/// [`Code::TryAgain`](crate::error::Code::TryAgain) that says why it cannot be read.
+/// [`Code::TryAgain`] that says why it cannot be read.
 fn read_record(dir: &Path) -> Result<Option<Record>> {
     let path = dir.join(RECORD_FILE);
     let unread = |e: io::Error| {

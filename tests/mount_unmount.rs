@@ -2,11 +2,12 @@
 
 use std::fs::{self, File};
 
+use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::host;
 use crate::support::mount::{TestMount, wait_for};
+use crate::support::{drill, host};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 2048;
@@ -21,6 +22,17 @@ fn map(world: &TestMount, digest: &str) -> Actor {
     let mut actor = Actor::start();
     actor.tell(&format!("map 0 {} 0 {} rw", world.file(digest, "memory").display(), PAGES * PAGE));
     actor
+}
+
+/// What the log says once the first signal is acted upon.
+const DRAINS: &str = "served until its last user ends";
+
+/// Every page has its bytes.
+fn assert_reads(clone: &mut Actor) {
+    let bytes = image();
+    for number in 0..PAGES {
+        assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
+    }
 }
 
 /// No mount, no process, no record.
@@ -141,7 +153,7 @@ fn a_mount_that_is_taken_away_by_others_ends_too() {
     world.mount(&[]).ok();
     let processes = world.processes();
     // As a service manager ends it.
-    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    processes[0].signal(Signal::TERM).unwrap();
     assert_nothing_is_left(&world, &processes);
 }
 
@@ -153,11 +165,9 @@ fn sigterm_with_clones_serves_on_until_they_end() {
     let digest = world.import_bytes(&bytes, "web:1");
     let mut clone = map(&world, &digest);
     let processes = world.processes();
-    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    processes[0].signal(Signal::TERM).unwrap();
     wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
-    for number in 0..PAGES {
-        assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
-    }
+    assert_reads(&mut clone);
     drop(clone);
     assert_nothing_is_left(&world, &processes);
 }
@@ -177,16 +187,55 @@ fn a_second_sigterm_names_who_will_die_and_ends() {
     let mut clone = map(&world, &digest);
     clone.tell("read 0 3");
     let processes = world.processes();
-    processes[0].signal(rustix::process::Signal::TERM).unwrap();
-    wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
+    processes[0].signal(Signal::TERM).unwrap();
+    let said = || fs::read_to_string(world.dir().join("terminal")).unwrap();
+    wait_for("the detaching", || said().contains(DRAINS).then_some(()));
     assert_eq!(clone.tell("read 0 4") as u8, image()[4 * PAGE as usize], "one SIGTERM hurts nobody");
-    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    processes[0].signal(Signal::TERM).unwrap();
     wait_for("the end", || (!processes[0].is_alive()).then_some(()));
     child.wait().unwrap();
     assert_eq!(clone.dies_of(&format!("read 0 {}", PAGES - 1)), Some(libc::SIGBUS));
-    let said = fs::read_to_string(world.dir().join("terminal")).unwrap();
-    assert!(said.contains(&format!("{}", clone.pid())), "{said}");
+    assert!(said().contains(&format!("{}", clone.pid())), "{}", said());
     assert_nothing_is_left(&world, &processes);
+}
+
+/// What comes before the supervisor has acted upon the first one is no second one.
+#[test]
+fn signals_that_come_together_are_one() {
+    let _host = host::shared();
+    for all in [[Signal::TERM, Signal::HUP], [Signal::INT, Signal::TERM]] {
+        let world = TestMount::new("decode");
+        let digest = world.import_bytes(&image(), "web:1");
+        let mut clone = map(&world, &digest);
+        let processes = world.processes();
+        drill::stop(processes[0]);
+        for signal in all.into_iter().chain([Signal::CONT]) {
+            processes[0].signal(signal).unwrap();
+        }
+        wait_for("the detaching", || world.log().contains(DRAINS).then_some(()));
+        assert_reads(&mut clone);
+        drop(clone);
+        assert_nothing_is_left(&world, &processes);
+    }
+}
+
+/// A shell sends SIGHUP to its jobs, then the kernel to the terminal's group; a session's end is SIGTERM and SIGHUP.
+#[test]
+fn a_terminal_that_ends_cuts_nobody_off() {
+    let _host = host::shared();
+    for first in [Signal::HUP, Signal::TERM] {
+        let world = TestMount::new("decode");
+        let digest = world.import_bytes(&image(), "web:1");
+        let mut clone = map(&world, &digest);
+        let processes = world.processes();
+        processes[0].signal(first).unwrap();
+        wait_for("the detaching", || world.log().contains(DRAINS).then_some(()));
+        processes[0].signal(Signal::HUP).unwrap();
+        wait_for("the second", || world.log().contains("changes nothing").then_some(()));
+        assert_reads(&mut clone);
+        drop(clone);
+        assert_nothing_is_left(&world, &processes);
+    }
 }
 
 /// The supervisor becomes another program in between, and still knows that it was asked once.
@@ -198,13 +247,13 @@ fn a_second_sigterm_after_a_restart_is_the_second() {
     let mut clone = map(&world, &digest);
     clone.tell("read 0 3");
     let processes = world.processes();
-    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    processes[0].signal(Signal::TERM).unwrap();
     wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
     world.stencil(&["restart", "--all"]).ok();
     assert_eq!(world.processes()[0], processes[0], "exec keeps the process");
     assert_eq!(clone.tell("read 0 4") as u8, image()[4 * PAGE as usize], "nobody is hurt yet");
     let processes = world.processes();
-    processes[0].signal(rustix::process::Signal::TERM).unwrap();
+    processes[0].signal(Signal::TERM).unwrap();
     wait_for("the end", || (!processes[0].is_alive()).then_some(()));
     assert_eq!(clone.dies_of(&format!("read 0 {}", PAGES - 1)), Some(libc::SIGBUS));
     assert_nothing_is_left(&world, &processes);
@@ -224,7 +273,7 @@ fn a_mount_in_the_foreground_talks_to_its_terminal_and_ends_with_it() {
     wait_for("the mount", || fs::metadata(world.file(&digest, "memory")).ok());
     let processes = world.processes();
     assert_eq!(processes[0].pid, child.id());
-    processes[0].signal(rustix::process::Signal::INT).unwrap();
+    processes[0].signal(Signal::INT).unwrap();
     assert!(child.wait().unwrap().success());
     assert_nothing_is_left(&world, &processes);
     let said = fs::read_to_string(world.dir().join("terminal")).unwrap();

@@ -232,6 +232,37 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
     assert!(service.manager.end(Signal::TERM).success());
 }
 
+/// As `systemctl restart` with a clone: SIGTERM, another one after `TimeoutStopSec`, and a new process with what is kept.
+#[test]
+fn a_stop_cuts_no_clone_off_and_the_next_start_mounts_anew() {
+    let _host = host::shared();
+    let mut service = Service::start("decode");
+    let mut clone = service.map();
+    service.reads(&mut clone, 0, 3);
+    let before = service.world.processes();
+    let log = service.world.dir().join("service.log");
+    let says = |words: &str| {
+        wait_for(words, || fs::read_to_string(&log).unwrap().contains(words).then_some(()));
+    };
+    service.manager.signal(Signal::TERM);
+    says("served until its last user ends");
+    service.manager.signal(Signal::TERM);
+    says("a further signal changes nothing");
+    service.reads(&mut clone, 1, 3);
+    service.manager.listen(Duration::from_millis(100));
+    let mut drains = service.manager.give_up();
+    service.again();
+    let mut second = service.map();
+    service.reads(&mut second, 0, 1);
+    service.reads(&mut clone, 2, 3);
+    assert!(before.iter().all(ProcessId::is_alive), "the same two serve the first clone");
+    drop(clone);
+    assert!(drains.wait().unwrap().success(), "it ends with its last user");
+    service.reads(&mut second, 0, 7);
+    drop(second);
+    assert!(service.manager.end(Signal::TERM).success());
+}
+
 #[test]
 fn a_reload_keeps_the_process_that_the_manager_knows() {
     let _host = host::shared();

@@ -152,7 +152,7 @@ pub struct Kept {
     pub chosen: Chosen,
     /// Servers that were started in place of others.
     pub restarts: u64,
-    /// Signals that have asked for the end; they go on counting when the supervisor becomes another program.
+    /// More than 0 once a signal has asked for the end; also after the supervisor has become another program.
     pub terminations: u32,
     /// The connection.
     pub fuse: OwnedFd,

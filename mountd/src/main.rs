@@ -31,6 +31,7 @@ mod replies;
 mod requests;
 mod sandbox;
 mod server;
+mod signals;
 mod source;
 mod stats;
 mod supervisor;

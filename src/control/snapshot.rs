@@ -134,7 +134,7 @@ pub struct Snapshot {
     /// `st_dev` and `st_ino` of the counters page.
     #[serde(default)]
     pub page: Option<(u64, u64)>,
-    /// Signals that have asked the supervisor for the end.
+    /// More than 0 once a signal has asked the supervisor for the end.
     #[serde(default)]
     pub terminations: u32,
     /// Servers that were started in place of one that died or was replaced.

@@ -145,8 +145,18 @@ impl Manager {
 
     /// Ends the process with this signal, and waits until it is gone.
     pub fn end(&mut self, signal: Signal) -> ExitStatus {
-        kill_process(Pid::from_raw(self.pid() as i32).unwrap(), signal).unwrap();
+        self.signal(signal);
         self.wait_end()
+    }
+
+    /// Sends the process a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.pid() as i32).unwrap(), signal).unwrap();
+    }
+
+    /// Gives up waiting for the process's end, which it leaves to the caller.
+    pub fn give_up(&mut self) -> Child {
+        self.child.take().expect("it was started")
     }
 
     /// Waits until the process has ended by itself.

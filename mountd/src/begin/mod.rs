@@ -17,10 +17,8 @@ mod resume;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use stencilfs::control::{self, BackingRow, CondemnedRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
@@ -32,6 +30,7 @@ use crate::control::{Callers, Starter};
 use crate::handed::Fds;
 use crate::kept::{self, Kept, Ledger, Program};
 use crate::notify::Notify;
+use crate::signals::Signals;
 use crate::stats::Stats;
 use crate::supervisor::{Server, Supervisor};
 
@@ -65,7 +64,7 @@ pub fn supervise(options: MountOptions) -> ExitCode {
         ExitCode::from(error.code().exit_code())
     };
     let mut notify = Notify::new();
-    let begun = signals().and_then(|signals| Ok((take(options, &mut notify)?, signals)));
+    let begun = Signals::new().and_then(|signals| Ok((take(options, &mut notify)?, signals)));
     let (taken, signals) = match begun {
         Ok(begun) => begun,
         Err(error) => return fail(&mut callers, error),
@@ -88,7 +87,7 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
         let taken = resume::from_fds(&mut fds)?;
         let mut callers = Callers::new(None);
         let caller = caller.map(|fd| callers.resume(control::Channel::new(fd)));
-        let signals = signals()?;
+        let signals = Signals::new()?;
         process::hold_signals(false).map_err(|e| Error::failed("cannot hear signals").because(e))?;
         Ok((Supervisor::new(taken, callers, signals, Notify::new()), caller))
     };
@@ -196,19 +195,6 @@ struct Found {
     program: Program,
     listener: Option<OwnedFd>,
     files: Vec<OwnedFd>,
-}
-
-/// A descriptor that is readable once a signal asks for the end.
-fn signals() -> Result<OwnedFd> {
-    let begin = || -> std::io::Result<OwnedFd> {
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
-            signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
-        }
-        Ok(ours.into())
-    };
-    begin().map_err(|e| Error::failed("cannot wait for signals").because(e))
 }
 
 fn log_to(record: &RecordDir) -> Result<()> {

@@ -46,19 +46,23 @@ impl Supervisor {
         }
     }
 
-    /// SIGTERM and the like end the mount as soon as nobody is hurt: at once, or with its last mapping. A second one
-    /// ends it now, and names who dies.
+    /// The first signal ends the mount as soon as nobody is hurt: at once, or with its last mapping. One that comes
+    /// once it drains may end it now, and names who dies; what comes before is one with the first.
     pub(crate) fn signalled(&mut self) {
-        let mut bytes = [0; 64];
-        let Ok(n) = rustix::io::read(&self.signals, &mut bytes) else { return };
-        self.kept.terminations = self.kept.terminations.saturating_add(n as u32);
-        self.notify.stopping();
-        let mode = if self.kept.terminations == 1 { UnmountMode::Plain } else { UnmountMode::Force };
-        log::info!(
-            "a signal asks for the end: {}",
-            if self.kept.terminations == 1 { "unmounting" } else { "aborting" }
-        );
-        self.unmount(None, mode);
+        let Some(cuts_off) = self.signals.take() else { return };
+        let first = self.kept.terminations == 0;
+        let unmounting = self.jobs.iter().any(|(_, purpose)| matches!(purpose, Purpose::Unmount(None, _)));
+        self.kept.terminations = 1;
+        if first {
+            log::info!("a signal asks for the end: unmounting");
+            self.notify.stopping();
+            self.unmount(None, UnmountMode::Plain);
+        } else if cuts_off && !unmounting {
+            log::info!("a second signal asks for the end: aborting");
+            self.unmount(None, UnmountMode::Force);
+        } else {
+            log::info!("a further signal changes nothing: `stencil umount --force` ends the mount now");
+        }
     }
 
     pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {

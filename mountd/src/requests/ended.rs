@@ -38,12 +38,17 @@ impl Supervisor {
         match purpose {
             Purpose::Ask(server, pending) => self.answered(server, pending, outcome, fd),
             Purpose::Unmount(None, UnmountMode::Plain) if failed.is_some() => {
-                log::warn!("it is in use: detached, and served until its last user ends");
+                // The next process of the service mounts anew; handed this one, it would be a second supervisor of it.
+                self.notify.forget("fuse");
                 self.unmount(None, UnmountMode::Lazy);
             }
-            Purpose::Unmount(caller, _) => {
-                if let (None, Some(error)) = (caller, &failed) {
-                    log::error!("{error}");
+            Purpose::Unmount(caller, mode) => {
+                match (caller, &failed) {
+                    (None, Some(error)) => log::error!("{error}"),
+                    (None, None) if mode == UnmountMode::Lazy => {
+                        log::warn!("it is in use: detached, and served until its last user ends");
+                    }
+                    _ => {}
                 }
                 self.callers.answer(caller, failed.map_or(Ok(()), Err));
             }

@@ -22,6 +22,7 @@ use crate::jobs::Job;
 use crate::kept::{Kept, Program};
 use crate::notify::Notify;
 use crate::requests::{Condemned, Pending};
+use crate::signals::Signals;
 use crate::stats::Counter;
 use crate::watchdog::Watchdog;
 pub use servers::Server;
@@ -84,7 +85,7 @@ pub struct Supervisor {
     pub(crate) leaving: Vec<(u32, OwnedFd)>,
     pub(crate) jobs: Vec<(Job, Purpose)>,
     pub(crate) callers: Callers,
-    pub(crate) signals: OwnedFd,
+    pub(crate) signals: Signals,
     pub(crate) condemned: Condemned,
     pub(crate) watchdog: Watchdog,
     pub(crate) notify: Notify,
@@ -97,7 +98,7 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// Takes up a mount, with its present server if there is one, and that one's table of requests.
-    pub fn new(taken: Taken, callers: Callers, signals: OwnedFd, notify: Notify) -> Supervisor {
+    pub fn new(taken: Taken, callers: Callers, signals: Signals, notify: Notify) -> Supervisor {
         let Taken { kept, backings, server, leaving, condemned } = taken;
         let mut watchdog = Watchdog::new(kept.options.watchdog, kept.device);
         let server = server.map(|(server, table)| {

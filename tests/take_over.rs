@@ -190,7 +190,7 @@ impl Frozen {
                 (top.clone(), Some(top))
             }
         };
-        let group = top.join(format!("stencil-test-{}", std::process::id()));
+        let group = top.join(format!("stencil-{}", dir.file_name().unwrap().display()));
         fs::create_dir(&group).unwrap();
         fs::write(group.join("freezer.state"), "FROZEN").unwrap();
         Frozen(group, own)
@@ -248,6 +248,40 @@ fn the_end_of_every_server_is_noticed_however_late() {
         assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
     }
     drop(File::open(world.file(&digest, "memory")).unwrap());
+}
+
+/// A child of the supervisor that cannot end, for the disk that it waits for does not answer: it has nothing that the next
+/// supervisor needs.
+#[test]
+fn a_job_that_outlives_its_supervisor_is_in_nobodys_way() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut clone = map(&world.file(&digest, "memory"));
+    assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
+    let [supervisor, server] = world.processes()[..] else { panic!("two processes") };
+    let frozen = Frozen::new(world.dir());
+    let link = link::link_of(server.pid);
+    let children = format!("/proc/{0}/task/{0}/children", supervisor.pid);
+    // It is sought for 200 ms at the least who uses that one.
+    let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
+    link.send(&link::question(1_000_000, &evict), None).unwrap();
+    let job = wait_for("a job", || {
+        let text = fs::read_to_string(&children).unwrap();
+        let pid = text.split_whitespace().map(|word| word.parse().unwrap()).find(|pid| *pid != server.pid)?;
+        frozen.add(pid);
+        ProcessId::of(pid).unwrap()
+    });
+    kill_supervisor(&world);
+    assert!(job.is_alive(), "it stands still");
+    world.mount(&[]).ok();
+    assert_eq!(world.recorded_server(), Some(server), "the same server");
+    assert!(job.is_alive());
+    assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
+    drop(frozen);
+    wait_for("the end of the job", || (!job.is_alive()).then_some(()));
+    world.kill_server();
+    assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 
 /// What cannot be taken over is served on, and known as it was: whoever mends what was wrong takes it over then.

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
@@ -18,6 +18,7 @@ use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::{memfd, probe};
 use stencilfs::units::Bytes;
 
+use crate::control::Callers;
 use crate::stats::Stats;
 
 /// The ledger has two halves, written in turn: a supervisor that is killed while it writes leaves the other one whole.
@@ -205,6 +206,12 @@ impl Kept {
 }
 
 impl Kept {
+    /// What no child may have while the supervisor is dead: the connection, the record and its lock, and who calls.
+    pub fn alone<'a>(&'a self, callers: &'a Callers) -> Vec<BorrowedFd<'a>> {
+        let own = [self.fuse.as_fd(), self.record.folder(), self.listener.as_fd()];
+        own.into_iter().chain(callers.channels().map(|(_, channel)| channel)).collect()
+    }
+
     /// Lets other programs find the mount.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ mod users;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -50,16 +50,16 @@ pub struct Job {
 }
 
 impl Job {
-    /// Runs `work` in a child. The connection to the kernel is closed there: a child that cannot end must not keep it.
+    /// Runs `work` in a child. What is the supervisor's alone is closed there: a child that cannot end must not keep it.
     ///
     /// # Errors
     /// When there can be no child.
     pub fn start(
         limit: Duration,
-        fuse: &OwnedFd,
+        supervisors: &[BorrowedFd<'_>],
         work: impl FnOnce() -> Result<Option<OwnedFd>>,
     ) -> Result<Job> {
-        Self::start_saying(limit, fuse, || Ok((Outcome::Done, work()?)))
+        Self::start_saying(limit, supervisors, || Ok((Outcome::Done, work()?)))
     }
 
     /// The same for work that says more than that it is done.
@@ -68,7 +68,7 @@ impl Job {
     /// When there can be no child.
     pub fn start_saying(
         limit: Duration,
-        fuse: &OwnedFd,
+        supervisors: &[BorrowedFd<'_>],
         work: impl FnOnce() -> Result<(Outcome, Option<OwnedFd>)>,
     ) -> Result<Job> {
         let (ours, theirs) = Channel::pair().map_err(no_child)?;
@@ -81,7 +81,8 @@ impl Job {
                         process::leave(0);
                     }
                     let null = File::open("/dev/null").map_err(no_child)?;
-                    fuse_dev::replace_descriptor(fuse.as_fd(), &null).map_err(no_child)
+                    let close = |fd: &BorrowedFd<'_>| fuse_dev::replace_descriptor(*fd, &null);
+                    supervisors.iter().try_for_each(close).map_err(no_child)
                 };
                 let (outcome, fd) = alone()
                     .and_then(|()| work())

@@ -28,7 +28,7 @@ impl Supervisor {
             return;
         }
         let begun = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| no_word(e.into())).and_then(|closed| {
-            let job = Job::start(UNMOUNT, &self.kept.fuse, || {
+            let job = Job::start(UNMOUNT, &self.kept.alone(&self.callers), || {
                 // It ends, and closes them, only when the supervisor has closed its own.
                 rustix::io::read(&closed, &mut [0; 8]).map(|_| None).map_err(|e| no_word(e.into()))
             });
@@ -67,7 +67,7 @@ impl Supervisor {
 
     pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {
         let (options, device) = (self.kept.options.clone(), self.kept.device);
-        let job = Job::start(UNMOUNT, &self.kept.fuse, || {
+        let job = Job::start(UNMOUNT, &self.kept.alone(&self.callers), || {
             if mode == UnmountMode::Force
                 && let Ok(users) = jobs::find_users(device, SEARCH)
             {

@@ -139,7 +139,7 @@ impl Supervisor {
         match self.backings.reserve(&self.kept.chosen, &key, bytes) {
             Ok(Answer::Room) => {
                 let cache = self.kept.chosen.cache.clone();
-                let job = Job::start(FILES, &self.kept.fuse, || {
+                let job = Job::start(FILES, &self.kept.alone(&self.callers), || {
                     jobs::make_backing(&cache, size, Bytes::new(bytes)).map(Some)
                 });
                 self.find_answer(job, Pending { number, what: Sought::Made(key) })
@@ -162,7 +162,7 @@ impl Supervisor {
         }
         let job = filled.and_then(|filled| {
             let cache = &self.kept.chosen.cache;
-            Job::start(FILES, &self.kept.fuse, || {
+            Job::start(FILES, &self.kept.alone(&self.callers), || {
                 filled.map_or(Ok(()), |(file, room)| jobs::freeze_backing(cache, file, room)).map(|()| None)
             })
         });
@@ -176,7 +176,7 @@ impl Supervisor {
         }
         keys.truncate(MOST_KEYS);
         let (store, device) = (self.kept.options.store.clone(), self.kept.device);
-        let job = Job::start_saying(SEARCH * 2, &self.kept.fuse, || {
+        let job = Job::start_saying(SEARCH * 2, &self.kept.alone(&self.callers), || {
             Ok((Outcome::Unused(jobs::unused(&store, device, &keys, SEARCH)?), None))
         });
         self.find_answer(job, Pending { number, what: Sought::Unused(keys) })

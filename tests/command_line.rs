@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::mount::{STENCIL, temporary};
+use crate::support::mount::{Run, STENCIL, TestMount, daemon, temporary};
 
 /// Exit code, standard output, standard error.
 fn stencil(args: &[&str]) -> (i32, String, String) {
@@ -90,6 +90,33 @@ fn every_command_has_a_man_page_and_completions_know_it() {
         assert!(page.unwrap_or_else(|e| panic!("{command}: {e}")).contains(".SH SYNOPSIS"));
         assert!(completions.iter().all(|text| text.contains(command)), "{command}");
     }
+}
+
+#[test]
+fn the_variable_names_the_daemon_before_any_other_place() {
+    let world = TestMount::unmounted();
+    let mount = |named: &str| {
+        let mut command = world.command();
+        command.args(["mount", world.mountpoint().to_str().unwrap()]).env("STENCIL_MOUNTD", named);
+        Run::of(format!("mount, by {named}"), &command.output().unwrap())
+    };
+    let none = world.dir().join("none");
+    mount(none.to_str().unwrap()).exits(4).says(&format!("STENCIL_MOUNTD names no file: {}", none.display()));
+    mount(world.dir().to_str().unwrap()).exits(4).says("STENCIL_MOUNTD names no file");
+    fs::copy(daemon(), world.dir().join("another")).unwrap();
+    // Of the current folder, not of the PATH.
+    mount("another").ok();
+    let program = format!("/proc/{}/exe", world.status()["supervisor_pid"]);
+    assert_eq!(fs::read_link(program).unwrap(), world.dir().join("another"));
+    let restarted =
+        world.command().args(["restart", "--all"]).env("STENCIL_MOUNTD", "none").output().unwrap();
+    Run::of("restart".into(), &restarted).exits(4).says("STENCIL_MOUNTD names no file");
+    world.stencil(&["restart", "--all"]).ok();
+    let program = format!("/proc/{}/exe", world.status()["supervisor_pid"]);
+    assert_eq!(fs::read_link(program).unwrap(), daemon());
+    let text = world.stencil(&["status"]).ok().out;
+    let log = world.status()["log"].as_str().unwrap().to_owned();
+    assert!(text.contains(&format!("\n  log {log}\n")) && fs::metadata(&log).unwrap().is_file(), "{text}");
 }
 
 #[test]

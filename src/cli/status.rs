@@ -1,6 +1,7 @@
 //! `stencil status`: which mounts there are, and how they do.
 
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
@@ -43,8 +44,10 @@ struct Answered {
 
 #[derive(Serialize)]
 struct Silent {
-    mountpoint: std::path::PathBuf,
+    mountpoint: PathBuf,
     server_pid: Option<u32>,
+    /// None where it never had one.
+    log: Option<PathBuf>,
     error: String,
 }
 
@@ -61,6 +64,7 @@ impl Report for Status {
         }
         for silent in &self.silent {
             writeln!(out, "{}: {}", silent.mountpoint.display(), silent.error)?;
+            log_line(silent.log.as_deref(), out)?;
         }
         for error in &self.unread {
             writeln!(out, "{error}")?;
@@ -71,6 +75,10 @@ impl Report for Status {
     fn json(&self) -> Value {
         to_json(self)
     }
+}
+
+fn log_line(log: Option<&Path>, out: &mut dyn Write) -> io::Result<()> {
+    log.map_or(Ok(()), |log| writeln!(out, "  log {}", log.display()))
 }
 
 fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::Result<()> {
@@ -94,6 +102,7 @@ fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::R
         mount.server_version.as_deref().unwrap_or("not known"),
         mount.restarts
     )?;
+    log_line(mount.log.as_deref(), out)?;
     for lack in &mount.server_lacks {
         writeln!(out, "  the server is less isolated than it could be: {lack}")?;
     }
@@ -170,6 +179,7 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
                 status.mounts.push(Answered { mount: answer, store_error });
             }
             Err(error) => status.silent.push(Silent {
+                log: Some(mount.dir.join(control::LOG_FILE)).filter(|log| log.is_file()),
                 mountpoint: mount.mountpoint,
                 server_pid: mount.server_pid,
                 error: error.to_string(),

@@ -11,16 +11,29 @@ use crate::error::{Error, Result};
 
 const NAME: &str = "stencil-mountd";
 
-/// The daemon's binary: beside this one, or what `STENCIL_MOUNTD` names, or on the PATH.
+/// Names another one.
+const VARIABLE: &str = "STENCIL_MOUNTD";
+
+/// The daemon's binary: what `STENCIL_MOUNTD` names, else the one beside this, else the first on the PATH.
 ///
 /// # Errors
-/// [`Code::NotFound`](crate::error::Code::NotFound) where it is in none of these places.
+/// [`Code::NotFound`](crate::error::Code::NotFound) where the variable names no file, or there is none.
 pub fn find_daemon() -> Result<PathBuf> {
+    if let Some(named) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) {
+        // A name without a slash would be sought on the PATH when it is run.
+        let named = std::path::absolute(&named).unwrap_or_else(|_| named.into());
+        return if named.is_file() {
+            Ok(named)
+        } else {
+            Err(Error::not_found(format!("{VARIABLE} names no file"))
+                .at(named)
+                .remedy("set it to a stencil-mountd, or unset it: the one beside stencil is taken then"))
+        };
+    }
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
-    let named = std::env::var_os("STENCIL_MOUNTD").filter(|n| !n.is_empty()).map(PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path).map(|dir| dir.join(NAME));
-    beside.into_iter().chain(named).chain(on_path).find(|p| p.is_file()).ok_or_else(|| {
+    beside.into_iter().chain(on_path).find(|p| p.is_file()).ok_or_else(|| {
         Error::not_found("stencil-mountd is not installed")
             .remedy("install it beside stencil or on the PATH, or name it in STENCIL_MOUNTD")
     })

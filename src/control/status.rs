@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::options::ServeMode;
-use super::registry::Mount;
+use super::registry::{LOG_FILE, Mount};
 use super::snapshot::{Cache, FileKey, Snapshot};
 use crate::error::Result;
 use crate::store::{Digest, Serving, Store};
@@ -37,6 +37,8 @@ pub struct MountStatus {
     pub restarts: u64,
     /// True after a lazy unmount: no path leads to it, mappings of it still live.
     pub detached: bool,
+    /// The log of both; none where the supervisor runs in the foreground, and its standard error has it.
+    pub log: Option<PathBuf>,
     /// `auto`, `passthrough` or `decode`, as asked for.
     pub serve: String,
     /// Where passthrough backings live: a directory, or `memory`, or nothing with the reason in `cache_why`.
@@ -119,6 +121,7 @@ impl MountStatus {
             server_program: server.map(|s| s.program),
             restarts: snapshot.restarts,
             detached: mount.detached,
+            log: (!options.foreground).then(|| mount.dir.join(LOG_FILE)),
             serve: options.serve.name().to_owned(),
             cache: match &chosen.cache {
                 Cache::Directory(dir) => Some(dir.display().to_string()),

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 use stencilfs::error::Code;
 
 use crate::support::guest::{Qemu, qemu_words};
 use crate::support::host;
-use crate::support::mount::{Run, TestMount};
+use crate::support::mount::{Run, TestMount, wait_for};
 use crate::support::store::{Fixture, random};
 use crate::support::tables::{code, rows};
 
@@ -45,13 +46,28 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     };
     ask(&["import"], &[source, "web:1"]);
     ask(&["tag", "web:1", "web:2"], &[]);
+    let disk = world.dir().join("root.qcow2");
+    fs::write(&disk, random(8, 1 << 16)).unwrap();
+    let file = format!("disk-root={},kind=blob", disk.display());
+    world.json(&["import", source, "disk:1", "--file", &file]);
+    world.json(&["tag", "disk:1", "disk:2"]);
     ask(&["ls"], &[]);
     ask(&["inspect", "web:1"], &[]);
     ask(&["verify"], &[]);
     let stream = world.dir().join("stream");
     ask(&["save", "web:1", "-o"], &[stream.to_str().unwrap()]);
     ask(&["load", "-i"], &[stream.to_str().unwrap()]);
+    // Its lease lasts as long as nobody reads the pipe.
+    let mut export = world.command();
+    let mut export =
+        export.args(["export", "web:1/memory", "-"]).stdout(Stdio::piped()).spawn().expect("stencil export");
+    wait_for("a lease", || {
+        let du = world.json(&["du"]);
+        (!du["leases"].as_array().unwrap().is_empty()).then_some(())
+    });
     ask(&["du"], &[]);
+    export.kill().unwrap();
+    export.wait().unwrap();
     ask(&["gc"], &[]);
     ask(&["mount"], &[mnt]);
     ask(&["path", "web:1"], &[]);
@@ -66,19 +82,21 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["doctor"], &[]);
     ask(&["stop", "--all"], &[]);
     ask(&["umount"], &[mnt]);
-    ask(&["rm", "web:2"], &[]);
     ask(&["explain"], &[&object]);
     let recipe = world.dir().join("recipe.json");
     let argv = "-M q35,memory-backend=m -object memory-backend-file,id=m,mem-path={memory} -chardev path={dir}/qmp.sock \
-                -incoming defer"
+                -drive file={disk:root} -incoming defer"
         .split(' ');
-    let text = json!({"version": 1, "vmm": "qemu", "program": "qemu", "argv": argv.collect::<Vec<_>>()});
+    let disks = json!([{"name": "root", "base": "disk-root", "format": "raw"}]);
+    let text = json!({"version": 1, "vmm": "qemu", "program": "qemu", "disks": disks, "argv": argv.collect::<Vec<_>>()});
     fs::write(&recipe, text.to_string()).unwrap();
-    let edited = world.json(&["recipe", "edit", "web:1", "--from", recipe.to_str().unwrap()]);
+    let edited = world.json(&["recipe", "edit", "disk:1", "--from", recipe.to_str().unwrap()]);
     answers.insert("recipe edit", edited);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     answers.insert("capture", world.json(&["capture", guest.socket().to_str().unwrap(), "guest:1"]));
-    answers.insert("inspect --recipe", world.json(&["inspect", "--recipe", "web:1"]));
+    answers.insert("inspect --recipe", world.json(&["inspect", "--recipe", "disk:1"]));
+    // The first of two tags, and the last.
+    answers.insert("rm", world.json(&["rm", "disk:2", "disk:1"]));
     answers
 }
 
@@ -104,6 +122,18 @@ fn json_has_every_promised_field() {
         seen.insert(command);
     }
     assert!(missing.is_empty(), "{missing:#?}\n{answers:#?}");
+    let removed = &answers["rm"]["removed"];
+    assert_eq!((&removed[0]["template"], &removed[0]["kept_tags"]), (&Value::Null, &json!(["disk:1"])));
+    assert!(removed[1]["template"].is_string() && removed[1]["kept_tags"] == json!([]), "{removed:#}");
+    assert!(
+        std::path::Path::new(answers["status"]["mounts"][0]["log"].as_str().unwrap())
+            .starts_with(world.runtime_dir())
+    );
+    let checks = answers["doctor"]["checks"].as_array().unwrap();
+    for name in ["qemu", "qemu-img"] {
+        let check = checks.iter().find(|check| check["name"] == name);
+        assert!(check.is_some_and(|check| check["verdict"] == "ok"), "{name}: {check:?}");
+    }
     assert!(seen.len() >= 22, "{seen:?}");
 }
 

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -91,6 +92,8 @@ pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
         closed_processes(),
         isolation(),
         kvm(),
+        qemu(version("qemu-system-x86_64")),
+        qemu_img(version("qemu-img")),
         huge_pages(),
         ksm(),
         swap(),
@@ -233,6 +236,52 @@ fn kvm() -> Check {
     match device("kvm", "/dev/kvm", "") {
         check if check.verdict == Verdict::Ok => check,
         check => Check::note("kvm", check.found, "guests run under emulation; load kvm_intel or kvm_amd"),
+    }
+}
+
+/// The first line of what a program of the PATH says of its version; none where there is no such program.
+fn version(program: &str) -> io::Result<Option<String>> {
+    let asked = Command::new(program).arg("--version").stdin(Stdio::null()).output();
+    match asked {
+        Ok(answer) => {
+            let text = String::from_utf8_lossy(&answer.stdout);
+            Ok(Some(text.lines().next().unwrap_or_default().to_owned()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The first QEMU that has `rom=off`.
+const QEMU_NEEDED: (u32, u32) = (8, 2);
+
+/// A note at most: other VMMs, and QEMUs out of the PATH, do without it.
+fn qemu(version: io::Result<Option<String>>) -> Check {
+    let remedy = "guests of QEMU want 8.2 or later (Debian 12: qemu-system-x86 from bookworm-backports); other VMMs do not";
+    let said = match version {
+        Ok(Some(said)) => said,
+        Ok(None) => return Check::note("qemu", "no qemu-system-x86_64 in PATH", remedy),
+        Err(error) => return Check::note("qemu", format!("cannot run qemu-system-x86_64: {error}"), remedy),
+    };
+    let release = said.split_once("version ").and_then(|(_, rest)| {
+        let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+    });
+    match release {
+        Some(release) if release >= QEMU_NEEDED => Check::ok("qemu", said),
+        Some(_) => {
+            Check::note("qemu", format!("{said}: it has no rom=off, so templates are ROM only"), remedy)
+        }
+        None => Check::note("qemu", format!("its version is not understood: '{said}'"), remedy),
+    }
+}
+
+fn qemu_img(version: io::Result<Option<String>>) -> Check {
+    let remedy = "capture and clones of VMs with disks run it (Debian: qemu-utils)";
+    match version {
+        Ok(Some(said)) => Check::ok("qemu-img", said),
+        Ok(None) => Check::note("qemu-img", "not in PATH", remedy),
+        Err(error) => Check::note("qemu-img", format!("cannot run it: {error}"), remedy),
     }
 }
 
@@ -383,5 +432,28 @@ impl Report for DoctorReport {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qemu_without_rom_off_is_a_note() {
+        let verdict = |text: &str| qemu(Ok(Some(text.to_owned()))).verdict;
+        let of_debian =
+            |version: &str| format!("QEMU emulator version {version} (Debian 1:{version}+dfsg-1)");
+        for (version, expected) in [
+            ("7.2.19", Verdict::Note),
+            ("8.1.5", Verdict::Note),
+            ("8.2.0", Verdict::Ok),
+            ("10.0.2", Verdict::Ok),
+        ] {
+            assert_eq!(verdict(&of_debian(version)), expected, "{version}");
+        }
+        assert_eq!(verdict("QEMU emulator version 9.0.50"), Verdict::Ok);
+        assert_eq!(verdict(""), Verdict::Note);
+        assert_eq!(qemu(Ok(None)).verdict, Verdict::Note);
     }
 }

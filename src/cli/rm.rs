@@ -28,6 +28,10 @@ impl Report for Gone {
             for tag in &removed.tags {
                 writeln!(out, "removed {tag}")?;
             }
+            if !removed.kept_tags.is_empty() {
+                let names: Vec<String> = removed.kept_tags.iter().map(ToString::to_string).collect();
+                writeln!(out, "the template stays as {}", names.join(", "))?;
+            }
             if let Some(digest) = &removed.template {
                 writeln!(out, "removed template {digest}")?;
             }

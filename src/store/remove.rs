@@ -17,6 +17,8 @@ pub struct Removed {
     pub tags: Vec<TagName>,
     /// The template, when it is gone too.
     pub template: Option<Digest>,
+    /// Tags that it stays under, when it is not.
+    pub kept_tags: Vec<TagName>,
 }
 
 /// What is to be removed.
@@ -79,13 +81,14 @@ impl Store {
             }
             What::Named(reference) => {
                 let Some(digest) = self.removable(reference)? else {
-                    return self.remove_tag_only(reference);
+                    return self.remove_tag_only(reference, Vec::new());
                 };
                 let tags = tags_of(&digest)?;
-                if let TemplateRef::Tag(tag) = reference
-                    && tags.iter().any(|t| t != tag)
-                {
-                    return self.remove_tag_only(reference);
+                if let TemplateRef::Tag(tag) = reference {
+                    let others: Vec<TagName> = tags.iter().filter(|t| *t != tag).cloned().collect();
+                    if !others.is_empty() {
+                        return self.remove_tag_only(reference, others);
+                    }
                 }
                 (digest, tags)
             }
@@ -102,7 +105,7 @@ impl Store {
         let settled = self.settle_graves();
         if let Ok(true) = removed {
             settled.unwrap_or_else(|e| log::warn!("{e}"));
-            return Ok(Removal::Done(Removed { tags, template: Some(digest) }));
+            return Ok(Removal::Done(Removed { tags, template: Some(digest), kept_tags: Vec::new() }));
         }
         match (removed, settled) {
             (removed, Ok(())) => removed.map(|_| Removal::Template(digest)),
@@ -210,10 +213,10 @@ impl Store {
         }
     }
 
-    fn remove_tag_only(&self, reference: &TemplateRef) -> Result<Removal> {
+    fn remove_tag_only(&self, reference: &TemplateRef, kept_tags: Vec<TagName>) -> Result<Removal> {
         let TemplateRef::Tag(tag) = reference else { return Ok(Removal::Done(Removed::default())) };
         self.remove_tag_locked(tag)?;
-        Ok(Removal::Done(Removed { tags: vec![tag.clone()], template: None }))
+        Ok(Removal::Done(Removed { tags: vec![tag.clone()], template: None, kept_tags }))
     }
 }
 

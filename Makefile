@@ -23,7 +23,7 @@ help:
 	@echo 'make check    format, lints, documentation: warnings are errors'
 	@echo 'make bench    import and cold-read throughput, with ratios to the raw file'
 	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the helper of mount(8) into $$DESTDIR$$SBINDIR ($(SBINDIR))'
-	@echo 'make install-files  the same without building: what $$(bin) has ($(bin)), for a root that has no cargo of its own'
+	@echo 'make install-files  the same without building, after make build: what $$(bin) has ($(bin)), for a root without cargo'
 	@echo 'make uninstall  takes away what make install has installed with the same variables'
 	@echo 'make deb      the Debian package: $(target)/debian/stencil_*.deb (does its own set-up)'
 	@echo 'make clean    remove the build directory'
@@ -33,6 +33,7 @@ setup:
 
 build:
 	$(CARGO) build --release --workspace
+	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(target)/release'
 
 demo: setup build
 	@$(guard) tests/demo.sh
@@ -55,6 +56,7 @@ deb: setup build deb-files
 
 # Without building: what is in $(bin).
 deb-files:
+	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(bin)'
 	@CARGO='$(CARGO)' mountd/debian/build.sh '$(bin)'
 
 install: build install-files
@@ -70,8 +72,13 @@ helper := $(DESTDIR)$(SBINDIR)/mount.fuse.stencil
 helper_is_ours = [ "$$(readlink -m '$(helper)')" = "$$(readlink -m '$(DESTDIR)$(PREFIX)/bin/stencil')" ]
 helper_is_packed = dpkg-query --admindir='$(DESTDIR)/var/lib/dpkg' -S '$(SBINDIR)/mount.fuse.stencil' >/dev/null 2>&1
 
-# Without building: what is in $(bin).
+# Where systemd looks for units without being told.
+unit_is_seen = [ -n '$(DESTDIR)' ] || case '$(PREFIX)' in /usr | /usr/local) ;; *) false ;; esac
+
+# Without building and without cargo: what is in $(bin). What is missing there is said before anything is written.
 install-files:
+	@for file in stencil stencil-mountd crates.gz; do [ -f '$(bin)'/$$file ] || { \
+	    echo "$(bin)/$$file is missing: run make build first, or name the folder of the build with bin=" >&2; exit 1; }; done
 	@! $(helper_is_packed) || { echo '$(helper) is of a Debian package: remove it first (apt remove stencil)' >&2; exit 1; }
 	@[ ! -L '$(helper)' -a ! -e '$(helper)' ] || $(helper_is_ours) || { \
 	    echo "$(helper) is of another installation, $$(readlink -m '$(helper)'): make uninstall there first" >&2; exit 1; }
@@ -87,10 +94,12 @@ install-files:
 	install -m 0644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT mountd/debian/copyright '$(doc)/'
 	install -m 0644 docs/*.md '$(doc)/docs/'
 	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
-	CARGO='$(CARGO)' mountd/debian/crates.sh >'$(doc)/crates'
-	gzip -9nf '$(doc)/crates'
-	chmod 0644 '$(unit)' $(foreach file,$(completions),'$(file)') '$(doc)/crates.gz' \
+	install -m 0644 '$(bin)/crates.gz' '$(doc)/'
+	chmod 0644 '$(unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
+	@$(unit_is_seen) || printf '%s\n' 'Not where systemd, man and the shells look. What is left to do:' \
+	    '    systemctl link $(unit)' \
+	    '    PATH $(PREFIX)/bin, MANPATH $(PREFIX)/share/man; completions: $(completions)'
 
 uninstall:
 	@! $(helper_is_packed) || ! $(helper_is_ours) || { \

@@ -47,6 +47,11 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     let doctor = debian.json("doctor");
     let checks = doctor["checks"].as_array().unwrap();
     assert!(checks.len() > 10 && checks.iter().all(|c| c["verdict"] != "missing"), "{doctor:#}");
+    // No QEMU here, and none is needed for the rest.
+    for name in ["qemu", "qemu-img"] {
+        let check = checks.iter().find(|c| c["name"] == name).unwrap_or_else(|| panic!("{doctor:#}"));
+        assert!(check["verdict"] == "note" && check["remedy"].is_string(), "{check:#}");
+    }
     debian.out("stencil import /root/guest.ram web:1");
     assert!(debian.out("stencil ls").contains("web"));
     debian.out("stencil verify && stencil export web:1/memory /tmp/out && cmp /tmp/out /root/guest.ram && rm /tmp/out");
@@ -75,13 +80,24 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     assert_eq!(debian.out("dpkg-query -W -f '${db:Status-Status}' stencil"), "installed");
     assert!(debian.sh("umount /srv/templates").code != 0, "clones map it");
 
-    // The same package as an upgrade: mounts go on, and can be moved to the new build.
-    let upgraded = debian.sh("dpkg -i /tmp/stencil.deb").ok();
+    // Mounts go on with the programs that they have, and can be moved to the new ones.
+    let served_by = |program: &str| {
+        let mount = debian.json("status")["mounts"][0].clone();
+        let pids = [&mount["supervisor_pid"], &mount["server_pid"]].map(|pid| pid.as_u64().unwrap());
+        pids.map(|pid| debian.sh(&format!("cmp -s /proc/{pid}/exe {program}")).code == 0)
+    };
+    debian.out("cp /usr/bin/stencil-mountd /tmp/old");
+    assert_eq!(served_by("/tmp/old"), [true; 2]);
+    let upgraded = upgrade(&debian).ok();
     assert!(upgraded.out.contains("stencil restart --all"), "{}", upgraded.out);
+    assert_eq!(debian.out("dpkg-query -W -f '${Version}' stencil"), "99");
     debian.out(SAME);
+    assert_eq!((served_by("/tmp/old"), served_by("/usr/bin/stencil-mountd")), ([true; 2], [false; 2]));
     debian.out("stencil restart --all");
     debian.out(SAME);
+    assert_eq!((served_by("/tmp/old"), served_by("/usr/bin/stencil-mountd")), ([false; 2], [true; 2]));
     assert_eq!(clones(), Some(3));
+    debian.out("rm /tmp/old");
     // Out of the tree, and still somebody's memory.
     debian.out("stencil umount -l /srv/templates");
     let refused = debian.sh("dpkg --remove stencil").exits(1);
@@ -110,6 +126,19 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     let left: Vec<_> = after.iter().filter(|(path, what)| before.get(*path) != Some(what)).collect();
     let lost: Vec<_> = before.keys().filter(|path| !after.contains_key(*path)).collect();
     assert!(left.is_empty() && lost.is_empty(), "left behind: {left:?}; lost: {lost:?}");
+}
+
+/// Installs a package of a later version, whose daemon is another file with other bytes.
+fn upgrade(debian: &Debian) -> Run {
+    debian.out(
+        "cd /tmp && dpkg-deb -R stencil.deb later && printf x >>later/usr/bin/stencil-mountd && \
+         sed -i 's/^Version: .*/Version: 99/' later/DEBIAN/control && \
+         (cd later && md5sum $(find usr -type f) >DEBIAN/md5sums) && \
+         dpkg-deb -Znone --root-owner-group -b later later.deb",
+    );
+    let upgraded = debian.sh("dpkg -i /tmp/later.deb");
+    debian.out("rm -r /tmp/later /tmp/later.deb");
+    upgraded
 }
 
 /// With a mount that is served out of the tree.
@@ -249,21 +278,47 @@ fn pages_and_completions_are_there_and_are_understood() {
         .filter(|word| !word.is_empty() && *word != "help")
         .collect();
     assert!(commands.len() >= 20, "{commands:?}");
-    let mut pages: Vec<String> =
-        commands.iter().map(|command| format!("man1/stencil-{command}.1.gz")).collect();
-    pages.extend(
-        ["man1/stencil.1.gz", "man8/mount.fuse.stencil.8.gz", "man8/stencil-mountd.8.gz"].map(Into::into),
-    );
+    let made = files_below(&debian.path("/usr/share/man"));
+    let expected = commands.iter().map(|command| format!("man1/stencil-{command}.1"));
+    let others = [
+        "man1/stencil.1",
+        "man1/stencil-recipe-edit.1",
+        "man8/mount.fuse.stencil.8",
+        "man8/stencil-mountd.8",
+    ];
+    let expected: BTreeSet<String> = expected.chain(others.map(Into::into)).collect();
+    let pages: BTreeSet<String> = made.into_iter().filter(|page| page.contains("stencil")).collect();
+    assert_eq!(pages, expected);
     for page in pages {
-        let path = debian.path(&format!("/usr/share/man/{page}"));
+        let path = debian.path(&format!("/usr/share/man/{page}.gz"));
         let read = Command::new("sh")
-            .args(["-c", "gzip -dc \"$0\" | groff -k -man -Tutf8 -ww"])
+            .args(["-c", "gzip -dc \"$0\" | groff -k -man -Tutf8 -P-cbou -ww"])
             .arg(&path)
             .output()
             .unwrap();
         let (text, faults) = (String::from_utf8_lossy(&read.stdout), String::from_utf8_lossy(&read.stderr));
-        assert!(text.contains("SYNOPSIS") || text.contains("S\u{8}SY"), "{page}: {text}{faults}");
+        assert!(text.contains("SYNOPSIS"), "{page}: {text}{faults}");
         assert_eq!(faults, "", "{page}");
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        let expected: &[&str] = match page.as_str() {
+            "man1/stencil.1" => {
+                &["EXIT STATUS", "ENVIRONMENT", "FILES", "SEE ALSO", "75     the same call may succeed later"]
+            }
+            "man8/stencil-mountd.8" => &["ENVIRONMENT", "FILES", "SEE ALSO"],
+            "man8/mount.fuse.stencil.8" => &[
+                "EXIT STATUS",
+                "/var/lib/stencil /srv/templates fuse.stencil cache-size=20G,nofail 0 0",
+                "SEE ALSO",
+            ],
+            _ => &["EXIT STATUS", "SEE ALSO"],
+        };
+        for line in expected {
+            assert!(lines.contains(line), "{page} has no line '{line}': {text}");
+        }
+        assert!(!lines.contains(&"EXTRA"), "{page}: {text}");
+        if ["man1/stencil-rm.1", "man1/stencil-save.1"].contains(&page.as_str()) {
+            assert!(text.contains("<T>..."), "{page}: {text}");
+        }
     }
 
     let completed = debian.out(
@@ -306,15 +361,24 @@ fn make_install_brings_what_the_package_has_and_takes_it_away_again() {
     let (bin, dest) = (bin(), format!("DESTDIR={}", staged.display()));
     let words =
         |verb: &'static str| [verb, &bin, &dest, "PREFIX=/usr", "SBINDIR=/usr/sbin"].map(str::to_owned);
-    // Cargo need not be where the shell looks.
-    let path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
-    let make = |words: [String; 5]| {
+    // As a root without cargo and without what the builder has downloaded.
+    let nothing = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/nonexistent", "CARGO_HOME=/nonexistent"];
+    let call = |words: [String; 5]| {
         let mut all: Vec<&str> = words.iter().map(String::as_str).collect();
-        all.push(path);
-        make(&all).ok()
+        all.extend(nothing);
+        make(&all)
     };
+    let make = |words: [String; 5]| call(words).ok();
 
-    make(words("install-files"));
+    let empty = format!("bin={}", dir.path().display());
+    let refused = call(words("install-files").map(|word| if word == bin { empty.clone() } else { word }));
+    assert!(refused.exits(2).err.contains("stencil is missing: run make build first"));
+    assert!(!staged.exists(), "nothing is half-made");
+    let installed = make(words("install-files"));
+    assert!(!installed.out.contains("systemctl link"), "{}", installed.out);
+    let modes =
+        run("find", &[staged.to_str().unwrap(), "-type", "f", "!", "-perm", "0644", "!", "-perm", "0755"]);
+    assert_eq!(modes, "");
     let doc = |name: &str| format!("usr/share/doc/stencil/{name}");
     let mut packed = files_below(&unpacked);
     assert!(packed.remove(&doc("changelog.Debian")) && packed.remove(&doc("changelog")));
@@ -331,6 +395,18 @@ fn make_install_brings_what_the_package_has_and_takes_it_away_again() {
 
     let elsewhere = words("install-files").map(|word| word.replace("PREFIX=/usr", "PREFIX=/opt/x"));
     make(elsewhere);
+    // A folder of its own, and no DESTDIR: systemd and the shells have to be told.
+    let own = dir.path().join("own");
+    let words = |verb: &str| {
+        let place = |name: &str, at: &str| format!("{name}={}", own.join(at).display());
+        [verb.to_owned(), bin.clone(), "DESTDIR=".into(), place("PREFIX", "x"), place("SBINDIR", "sbin")]
+    };
+    let unit = own.join("x/lib/systemd/system/stencil@.service");
+    let said = make(words("install-files")).out;
+    assert!(said.contains(&format!("systemctl link {}\n", unit.display())) && unit.is_file(), "{said}");
+    make(words("uninstall"));
+    assert_eq!(files_below(&own), BTreeSet::new());
+
     let helper = fs::canonicalize(staged.join("usr/sbin/mount.fuse.stencil")).unwrap();
     assert_eq!(helper, fs::canonicalize(staged.join("opt/x/bin/stencil")).unwrap());
     let unit = fs::read_to_string(staged.join("opt/x/lib/systemd/system/stencil@.service")).unwrap();

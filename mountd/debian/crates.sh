@@ -1,6 +1,8 @@
 #!/bin/sh
 # The crates that the programs are linked with: name, version, licence, and every licence text that they come with,
-# each text once. Written to standard output.
+# each text once.
+#
+#     mountd/debian/crates.sh BIN     writes BIN/crates.gz, whole or not at all; BIN is the folder of the programs
 set -eu
 cargo=${CARGO:-cargo}
 # It looks for rustc where the shell looks.
@@ -16,6 +18,9 @@ ls -d "$sources"/*/ >/dev/null || {
     echo "crates.sh: no sources of crates, so no licence texts: run cargo fetch, or set CARGO_HOME" >&2
     exit 1
 }
+new=$1/crates.new
+trap 'rm -f "$new" "$new.gz"' EXIT
+exec >"$new"
 echo 'Crates in stencil and stencil-mountd:'
 echo
 printf '%s\n' "$list"
@@ -28,3 +33,5 @@ done | sort | xargs -d '\n' sha256sum | awk '
     END { for (i = 1; i <= count; i++) {
         print "\n\n=== " substr(of[order[i]], 2) "\n"
         while ((getline line < first[order[i]]) > 0) print line } }'
+gzip -9nf "$new"
+mv "$new.gz" "$1/crates.gz"

@@ -92,6 +92,11 @@ fn abort_unless_told(device: u64) -> mpsc::Sender<()> {
     told
 }
 
+/// What a manager keeps, once more.
+fn copy(store: &[(String, OwnedFd)]) -> Vec<(String, OwnedFd)> {
+    store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap())).collect()
+}
+
 fn kill(pid: u32) -> ProcessId {
     let process = ProcessId::of(pid).unwrap().unwrap();
     process.signal(Signal::KILL).unwrap();
@@ -197,9 +202,6 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
     service.manager.drop_hung_up();
     let kept = service.manager.stored().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     assert!(kept.iter().any(|name| name == "ledger") && !kept.iter().any(|name| name == "fuse"), "{kept:?}");
-    let copy = |store: &[(String, OwnedFd)]| -> Vec<(String, OwnedFd)> {
-        store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap())).collect()
-    };
     let stale = copy(&service.manager.store);
 
     service.again();
@@ -260,6 +262,66 @@ fn a_stop_cuts_no_clone_off_and_the_next_start_mounts_anew() {
     assert!(drains.wait().unwrap().success(), "it ends with its last user");
     service.reads(&mut second, 0, 7);
     drop(second);
+    assert!(service.manager.end(Signal::TERM).success());
+}
+
+/// The service is started again while its old supervisor still drains, by a manager that did not hear that its mount is to
+/// be forgotten: the old one keeps its mount and its server, and the new one has a mount of its own.
+#[test]
+fn a_mount_that_drains_is_left_to_its_supervisor() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        let mut service = Service::start(serve);
+        let mut clone = service.map();
+        service.reads(&mut clone, 0, 3);
+        service.manager.listen(Duration::from_millis(100));
+        let draining = service.world.processes();
+        let kept = copy(&service.manager.store);
+        service.manager.signal(Signal::TERM);
+        let mountpoint = service.world.mountpoint().to_owned();
+        let detached = || mount::at(&mountpoint).unwrap().is_none().then_some(());
+        wait_for("the detaching", detached);
+        service.manager.listen(Duration::from_millis(100));
+        let mut old = service.manager.give_up();
+        service.manager.store = kept;
+        service.again();
+        assert!(draining.iter().all(ProcessId::is_alive), "{serve}: both of them");
+        service.reads(&mut clone, 1, 3);
+        let all = service.world.json(&["status"]);
+        let mounts = all["mounts"].as_array().unwrap();
+        assert_eq!(mounts.iter().filter(|mount| mount["detached"] == true).count(), 1, "{all:#}");
+        assert_eq!(mounts.len(), 2, "{all:#}");
+        let mut second = service.map();
+        service.reads(&mut second, 0, 3);
+        drop(clone);
+        assert!(old.wait().unwrap().success());
+        service.reads(&mut second, 1, 3);
+        drop(second);
+        assert!(service.manager.end(Signal::TERM).success());
+    }
+}
+
+/// The store of the service was changed while it ran: nobody gets another store's bytes under the names of the new one.
+#[test]
+fn what_the_manager_kept_of_another_store_is_not_gone_on_with() {
+    let _host = host::shared();
+    let mut service = Service::start("decode");
+    let mut clone = service.map();
+    service.reads(&mut clone, 0, 3);
+    service.manager.listen(Duration::from_millis(100));
+    let server = service.world.server();
+    service.manager.end(Signal::KILL);
+    let server = kill(server);
+    wait_for("the server's end", || (!server.is_alive()).then_some(()));
+    let other = service.world.dir().join("other");
+    stencilfs::store::Store::open_or_create(&other).unwrap();
+    let mut edited = service.world.command();
+    edited.args(service.command.get_args()).env("STENCIL_STORE", &other);
+    service.manager.start(&edited);
+    assert_eq!(service.manager.wait_end().code(), Some(5));
+    service.again();
+    service.reads(&mut clone, 1, 3);
+    drop(clone);
     assert!(service.manager.end(Signal::TERM).success());
 }
 

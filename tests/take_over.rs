@@ -14,7 +14,7 @@ use stencilfs::control::{self, Request, Snapshot};
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::mount::{TestMount, daemon, wait_for};
+use crate::support::mount::{TestMount, daemon, run, wait_for};
 use crate::support::readers::{Image, PAGE};
 use crate::support::{host, link};
 
@@ -304,6 +304,41 @@ fn a_mount_that_cannot_be_taken_over_is_left_as_it_was() {
     world.stencil(&known).exits(1).says("the mount has lost its supervisor");
     fs::write(record.join("mount.json"), genuine).unwrap();
     world.mount(&["--serve", "decode"]).ok();
+    assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
+}
+
+/// A mount of another store is left as it was; the same store by another path is the same. Options of the call that
+/// are not the mount's are named.
+#[test]
+fn only_a_mount_of_the_same_store_is_taken_over() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "decode"]);
+    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut clone = map(&world.file(&digest, "memory"));
+    assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
+    let server = world.recorded_server();
+    kill_supervisor(&world);
+    let [other, copy, bound] = ["other", "copy", "bound"].map(|name| world.dir().join(name));
+    stencilfs::store::Store::open_or_create(&other).unwrap();
+    run("cp", &[Path::new("-a"), &world.store_dir(), &copy]);
+    fs::create_dir(&bound).unwrap();
+    let mnt = world.mountpoint().to_str().unwrap();
+    let mount = |store: &Path, words: &[&str]| {
+        world.stencil(&[&["--store", store.to_str().unwrap(), "mount", mnt], words].concat())
+    };
+    for store in [&other, &copy] {
+        let refused = mount(store, &[]).exits(5).says("a mount of the store");
+        assert!(refused.err.contains(world.store_dir().to_str().unwrap()), "{}", refused.err);
+    }
+    assert_eq!(world.recorded_server(), server);
+    assert!(world.processes().iter().all(|process| Some(*process) == server), "nobody has come");
+    assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
+    run("mount", &[Path::new("--bind"), &world.store_dir(), &bound]);
+    let taken = mount(&bound, &["--serve", "decode", "--cache-size", "64M", "--watchdog", "7"]);
+    run("umount", &[&bound]);
+    let taken = taken.ok();
+    assert!(taken.err.contains("not as asked for are: cache-size, watchdog\n"), "{}", taken.err);
+    assert_eq!(world.server(), server.unwrap().pid);
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 

@@ -26,7 +26,7 @@ pub use lease::{Lease, LeaseHolder, RemovalMark, leases, removals};
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{
-    CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, every_mount, every_mount_of, mounts,
+    CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, every_mount, every_mount_of, is_of_store, mounts,
     mounts_and_unread, mounts_of,
 };
 pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerRow, Snapshot, Stage};

@@ -252,16 +252,19 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
-    let ours = identity(store.dir());
-    mounts.retain(|m| {
-        if m.store_id.as_ref() != Some(&store.id()) {
-            return m.store == store.dir() || (ours.is_some() && identity(&m.store) == ours);
-        }
-        // A copy of a store has its id too. Only one that lies at the mount's path, beside ours, says that the mount is not
-        // ours: anything else may have come there when ours was moved, or in another mount namespace.
-        identity(&m.store) == ours || Store::open(&m.store).map_or(true, |its| its.id() != store.id())
-    });
+    mounts.retain(|m| is_of_store(&m.store, m.store_id.as_deref(), store));
     mounts
+}
+
+/// Whether a mount is of that store, which has this path and identity by its own word.
+pub fn is_of_store(path: &Path, id: Option<&str>, store: &Store) -> bool {
+    let ours = identity(store.dir());
+    if id != Some(store.id().as_str()) {
+        return path == store.dir() || (ours.is_some() && identity(path) == ours);
+    }
+    // A copy of a store has its id too. Only one that lies at the mount's path, beside ours, says that the mount is not
+    // ours: anything else may have come there when ours was moved, or in another mount namespace.
+    identity(path) == ours || Store::open(path).map_or(true, |its| its.id() != store.id())
 }
 
 /// Every mount of this runtime directory whose supervisor or server lives, lazily unmounted ones too, by mountpoint.

@@ -10,6 +10,7 @@
 //! ```
 
 mod adopt;
+mod asked;
 pub mod cache;
 mod checks;
 mod prepare;
@@ -131,22 +132,36 @@ fn take(options: MountOptions, notify: &mut Notify) -> Result<Taken> {
         .into_iter()
         .find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned && m.server_pid.is_some());
     let mut stored = Fds::from_service_manager()?;
+    let names: Vec<String> = stored.names().map(str::to_owned).collect();
     let living = stored.of("fuse").iter().any(|fuse| !fuse_dev::is_over(fuse));
-    let mut taken = match (left, living) {
-        (Some(left), _) => adopt::adopt(&left)?,
-        (None, true) => resume::from_fds(&mut stored)?,
-        (None, false) => {
+    let found = match left {
+        Some(left) => {
+            asked::same_store(&options, &left.store, left.store_id.as_deref())?;
+            Some(adopt::adopt(&left)?)
+        }
+        None if living => resume::from_manager(&mut stored, &options)?,
+        None => None,
+    };
+    let is_new = found.is_none();
+    let mut taken = match found {
+        Some(taken) => {
+            asked::warn_of_others(&options, &taken.kept.options);
+            taken
+        }
+        None => {
             let taken = prepare::prepare(options.clone())?;
             // What is left of an earlier mount is not to be taken for this one's.
-            stored.names().for_each(|name| notify.forget(name));
+            names.iter().for_each(|name| notify.forget(name));
             taken
         }
     };
     taken.kept.options.foreground = options.foreground;
     if !options.foreground {
-        log_to(&taken.kept.record)?;
-        // Every path is canonical by now; the caller's directory must not be held.
-        std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))?;
+        leave_terminal(&taken.kept.record).inspect_err(|_| {
+            if is_new {
+                prepare::unmount(&taken.kept.options.mountpoint, taken.kept.device);
+            }
+        })?;
     }
     lower_oom_score();
     raise_descriptor_limit();
@@ -197,13 +212,15 @@ struct Found {
     files: Vec<OwnedFd>,
 }
 
-fn log_to(record: &RecordDir) -> Result<()> {
+/// Logs to the record's folder, and holds the caller's directory no longer: every path is canonical by now.
+fn leave_terminal(record: &RecordDir) -> Result<()> {
     let path = record.path().join(LOG_FILE);
     let open = || -> std::io::Result<()> {
         let file = std::fs::File::options().create(true).append(true).open(&path)?;
         Ok(rustix::stdio::dup2_stderr(&file)?)
     };
-    open().map_err(|e| Error::io("cannot write the log", &path, e))
+    open().map_err(|e| Error::io("cannot write the log", &path, e))?;
+    std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))
 }
 
 /// Many guests hang on this process and its servers: others are to be killed for memory first.

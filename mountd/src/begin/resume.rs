@@ -4,32 +4,61 @@
 use std::os::fd::OwnedFd;
 
 use rustix::process::Signal;
-use stencilfs::control::{Channel, RecordDir, Snapshot};
-use stencilfs::error::{Error, Result};
+use stencilfs::control::{Channel, MountOptions, RecordDir, Snapshot};
+use stencilfs::error::{Code, Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::sys::process::ProcessId;
 
-use super::{Found, Taken, adopt, restore};
+use super::{Found, Taken, adopt, asked, restore};
 use crate::handed::Fds;
 use crate::kept::{self, Ledger, Program};
 use crate::supervisor::Server;
 
-/// Goes on with these.
+/// A connection, and what its supervisor wrote down.
+type Connection = (Ledger, Snapshot, OwnedFd);
+
+/// Goes on with what the program before had.
 ///
 /// # Errors
 /// Names what is missing.
 pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
-    let (ledger, snapshot, fuse) = connection(fds)?;
+    let connection = connection(fds)?;
+    let record = RecordDir::inherited(connection.1.record.clone(), fds.need("record")?);
+    go_on(fds, connection, record)
+}
+
+/// Goes on with what a service manager kept of a mount that nobody lives for; none where its supervisor lives, which
+/// serves it until its last clone ends.
+///
+/// # Errors
+/// Names what is missing; [`Code::InUse`] where it is a mount of another store than the one that is asked for, or another
+/// supervisor takes it over just now.
+pub fn from_manager(fds: &mut Fds, asked: &MountOptions) -> Result<Option<Taken>> {
+    let connection = connection(fds)?;
+    let snapshot = &connection.1;
+    if snapshot.supervisor.is_alive() {
+        log::info!(
+            "an earlier mount is left to its supervisor, process {}: it serves until the last clone ends",
+            snapshot.supervisor.pid
+        );
+        return Ok(None);
+    }
+    asked::same_store(asked, &snapshot.options.store, snapshot.store_id.as_deref())?;
+    let record = match RecordDir::take_over(&snapshot.record) {
+        // Of a mount that nobody lives for any more it may have been removed.
+        Err(error) if error.code() == Code::NotFound => RecordDir::create(ProcessId::me()?)?,
+        other => other?,
+    };
+    go_on(fds, connection, record).map(Some)
+}
+
+fn go_on(fds: &mut Fds, connection: Connection, record: RecordDir) -> Result<Taken> {
+    let (ledger, snapshot, fuse) = connection;
     let counters =
         fds.all("counters").into_iter().rfind(|page| snapshot.page.is_none_or(|its| kept::is(page, its)));
     let missing =
         |what| Error::failed(format!("no descriptor '{what}' of this mount was handed to this program"));
     let counters = counters.ok_or_else(|| missing("counters"))?;
-    let record = match fds.take("record") {
-        Some(folder) => RecordDir::inherited(snapshot.record.clone(), folder),
-        // Of a mount that nobody lives for any more the record may have been removed.
-        None => RecordDir::take_over(&snapshot.record).or_else(|_| RecordDir::create(ProcessId::me()?))?,
-    };
     // Servers go on from the program before, until a new one has proved itself.
     let (previous, program) = (fds.take("previous"), fds.take("program"));
     let program = Program::new(previous.or(program).ok_or_else(|| missing("program"))?);
@@ -62,7 +91,7 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
 
 /// The connection that lives, and its ledger. A manager may have kept descriptors of an earlier mount as well, whose
 /// device number another one can have by now: of several ledgers it is the one that was written by the last supervisor.
-fn connection(fds: &mut Fds) -> Result<(Ledger, Snapshot, OwnedFd)> {
+fn connection(fds: &mut Fds) -> Result<Connection> {
     let mut living: Vec<OwnedFd> = fds.all("fuse");
     if living.len() > 1 {
         living.retain(|fuse| !fuse_dev::is_over(fuse));

@@ -33,6 +33,8 @@ const FREE_DEATHS: u32 = 3;
 const LIVED: Duration = Duration::from_secs(1);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A record that could not be written is written again after this time.
+const RECORD_PAUSE: Duration = Duration::from_secs(1);
 /// A new program must answer the kernel within this time.
 pub const PROBATION: Duration = Duration::from_secs(5);
 
@@ -92,6 +94,7 @@ pub struct Supervisor {
     pub(crate) to_close: Vec<OwnedFd>,
     pub(crate) idle_deaths: u32,
     pub(crate) start_at: Option<Instant>,
+    record_at: Option<Instant>,
     pub(crate) failure: Option<Failure>,
     pub(crate) successor_program: Option<(Program, u64)>,
 }
@@ -122,6 +125,7 @@ impl Supervisor {
             to_close: Vec::new(),
             idle_deaths: 0,
             start_at: None,
+            record_at: None,
             failure: None,
             successor_program: None,
         };
@@ -217,6 +221,9 @@ impl Supervisor {
         if self.server.as_ref().is_some_and(|s| s.row.serving && s.answers != answers) {
             self.kept.previous = None;
         }
+        if self.record_at.is_some_and(|at| Instant::now() >= at) {
+            self.record();
+        }
         self.see_to_condemned();
         self.close_elsewhere();
         self.notify.ping();
@@ -244,7 +251,8 @@ impl Supervisor {
         let events = |who| if who == Who::Connection { PollFlags::empty() } else { PollFlags::IN };
         let mut polled: Vec<PollFd<'_>> =
             all.iter().map(|(who, fd)| PollFd::from_borrowed_fd(*fd, events(*who))).collect();
-        let pause = self.start_at.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+        let next = self.start_at.into_iter().chain(self.record_at).min();
+        let pause = next.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
         let pause = pause.min(self.watchdog.interval());
         if poll_for(&mut polled, Some(pause)).is_err() {
             return Vec::new();
@@ -353,13 +361,18 @@ impl Supervisor {
         }
     }
 
-    /// Writes down who is to serve, for successors and other programs.
+    /// Writes down who is to serve, for successors and other programs: whoever finds only dead ones in the record takes
+    /// the mount for dead. So it is tried until it is done.
     fn record(&mut self) {
         self.save();
         let server = self.server.as_ref().map(|s| s.row.process);
-        if let Err(error) = self.kept.write_record(server) {
-            log::error!("{error}");
+        let written = self.kept.write_record(server);
+        match (&written, self.record_at) {
+            (Err(error), None) => log::error!("{error}; this is tried again"),
+            (Ok(()), Some(_)) => log::info!("the mount's record is written"),
+            _ => {}
         }
+        self.record_at = written.err().map(|_| Instant::now() + RECORD_PAUSE);
     }
 
     /// Lets everybody know who serves: also the service manager, and who started the mount.

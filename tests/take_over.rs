@@ -3,6 +3,8 @@
 
 use std::fs::{self, File};
 use std::io::Seek;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -15,6 +17,7 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::mount::{TestMount, daemon, run, wait_for};
+use crate::support::passing::Running;
 use crate::support::readers::{Image, PAGE};
 use crate::support::{host, link};
 
@@ -282,6 +285,61 @@ fn a_job_that_outlives_its_supervisor_is_in_nobodys_way() {
     wait_for("the end of the job", || (!job.is_alive()).then_some(()));
     world.kill_server();
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
+}
+
+/// Changes what a dead supervisor wrote into the ledger; `mountd/src/kept.rs` says how it is laid out.
+fn amend_ledger(server: u32, change: impl FnOnce(&mut Value)) {
+    const HALF: u64 = 16 << 20;
+    let ledger = link::descriptor_of(server, "ledger");
+    let path = format!("/proc/self/fd/{}", ledger.as_raw_fd());
+    let ledger = File::options().read(true).write(true).open(path).unwrap();
+    let number = |at: u64| {
+        let mut bytes = [0; 8];
+        ledger.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    let turn = number(0).max(number(HALF));
+    let mut text = vec![0; number(turn % 2 * HALF + 8) as usize];
+    ledger.read_exact_at(&mut text, turn % 2 * HALF + 48).unwrap();
+    let mut snapshot = serde_json::from_slice(&text).unwrap();
+    change(&mut snapshot);
+    let text = snapshot.to_string().into_bytes();
+    let (turn, length) = ((turn + 1).to_le_bytes(), (text.len() as u64).to_le_bytes());
+    let record = [&turn[..], &length, blake3::hash(&text).as_bytes(), &text].concat();
+    ledger.write_all_at(&record, u64::from_le_bytes(turn) % 2 * HALF).unwrap();
+}
+
+/// A removal waits for servers that were ended and have not gone; not for a process that has the number of one.
+#[test]
+fn who_has_the_number_of_a_server_that_was_ended_is_not_waited_for() {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", "decode"]);
+    world.import_bytes(&IMAGE.bytes(), "web:1");
+    let mut stranger = Running(std::process::Command::new("sleep").arg("1000").spawn().unwrap());
+    let pid = stranger.0.id();
+    let start_time = ProcessId::of(pid).unwrap().unwrap().start_time;
+    kill_supervisor(&world);
+    amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
+        assert!(snapshot["leaving_processes"].is_array(), "{snapshot:#}");
+        snapshot["leaving"] = json!([pid]);
+        snapshot["leaving_processes"] = json!([{ "pid": pid, "start_time": start_time - 1 }]);
+    });
+    world.mount(&[]).ok();
+    let begun = Instant::now();
+    world.stencil(&["rm", "web:1"]).ok();
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+
+    // Of an earlier build the number is all that there is.
+    kill_supervisor(&world);
+    amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
+        snapshot["leaving"] = json!([pid]);
+        snapshot.as_object_mut().unwrap().remove("leaving_processes");
+    });
+    world.mount(&[]).ok();
+    stranger.0.kill().unwrap();
+    stranger.0.wait().unwrap();
+    let ended = format!("server {pid} has ended");
+    wait_for("the log", || world.log().contains(&ended).then_some(()));
 }
 
 /// What cannot be taken over is served on, and known as it was: whoever mends what was wrong takes it over then.

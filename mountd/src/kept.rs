@@ -179,7 +179,7 @@ impl Kept {
     pub fn snapshot(
         &self,
         server: Option<ServerRow>,
-        leaving: Vec<u32>,
+        leaving: Vec<ProcessId>,
         backings: Vec<BackingRow>,
     ) -> Result<Snapshot> {
         Ok(Snapshot {
@@ -193,6 +193,7 @@ impl Kept {
             reply: self.reply.clone(),
             chosen: self.chosen.clone(),
             server,
+            leaving_numbers: leaving.iter().map(|process| process.pid).collect(),
             leaving,
             page: Some(identity(self.stats.page().fd())?),
             terminations: self.terminations,
@@ -267,7 +268,13 @@ pub fn copy(file: impl AsFd) -> Result<OwnedFd> {
 pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
     let (ledger, text) =
         Ledger::open(file).map_err(|e| Error::failed("the ledger cannot be read").because(e))?;
-    Ok((ledger, parse(&text)?))
+    let mut snapshot = parse(&text)?;
+    if snapshot.leaving.is_empty() {
+        // A build before wrote it. A server executes nothing: it can be looked at without a thread.
+        let now = |pid: &u32| ProcessId::of_child(*pid).ok().flatten();
+        snapshot.leaving = snapshot.leaving_numbers.iter().filter_map(now).collect();
+    }
+    Ok((ledger, snapshot))
 }
 
 /// What is in the ledger now. Makes no system call but reads: a server in its sandbox can do it.

@@ -43,8 +43,8 @@ pub struct Taken {
     pub backings: Backings,
     /// Its server, and that one's table of requests.
     pub server: Option<(Server, Option<OwnedFd>)>,
-    /// Servers that were ended before and may live yet, by number.
-    pub leaving: Vec<u32>,
+    /// Servers that were ended before and may live yet.
+    pub leaving: Vec<ProcessId>,
     /// Templates that nobody may find or open.
     pub condemned: Vec<CondemnedRow>,
 }

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use stencilfs::control::{Failure, ServerRow, Snapshot, UnmountMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
-use stencilfs::sys::process::{self, Ended};
+use stencilfs::sys::process::{self, Ended, ProcessId};
 use stencilfs::sys::wait::poll_for;
 
 use crate::backings::Backings;
@@ -48,7 +48,7 @@ enum Who {
     Server,
     Candidate,
     ServerEnd,
-    Leaving(u32),
+    Leaving(ProcessId),
     Job(usize),
 }
 
@@ -82,9 +82,9 @@ pub struct Supervisor {
     pub(crate) backings: Backings,
     pub(crate) server: Option<Server>,
     pub(crate) candidate: Option<Candidate>,
-    /// Servers that were killed and are not gone yet, by number. Each is a process that the kernel holds: there are
+    /// Servers that were killed and are not gone yet. Each is a process that the kernel holds: there are
     /// never more entries than those.
-    pub(crate) leaving: Vec<(u32, OwnedFd)>,
+    pub(crate) leaving: Vec<(ProcessId, OwnedFd)>,
     pub(crate) jobs: Vec<(Job, Purpose)>,
     pub(crate) callers: Callers,
     pub(crate) signals: Signals,
@@ -109,7 +109,9 @@ impl Supervisor {
             server
         });
         let owed = !leaving.is_empty();
-        let living = |pid| process::pidfd(pid).ok().flatten().map(|pidfd| (pid, pidfd));
+        // Whether that very one lives may not be seen: then it counts as one that does.
+        let open = |its: ProcessId| its.open().or_else(|_| process::pidfd(its.pid)).ok().flatten();
+        let living = |its| open(its).map(|pidfd| (its, pidfd));
         let supervisor = Supervisor {
             kept,
             backings,
@@ -191,9 +193,9 @@ impl Supervisor {
                 Who::Server => self.hear(false),
                 Who::Candidate => self.hear(true),
                 Who::ServerEnd => self.server_died(),
-                Who::Leaving(pid) => {
-                    log::info!("server {pid} has ended");
-                    self.leaving.retain(|(other, _)| *other != pid);
+                Who::Leaving(its) => {
+                    log::info!("server {} has ended", its.pid);
+                    self.leaving.retain(|(other, _)| *other != its);
                     // What it had read since its successor began comes again.
                     self.resend();
                 }
@@ -246,7 +248,7 @@ impl Supervisor {
             all.extend([(Who::Server, server.link.as_fd()), (Who::ServerEnd, server.pidfd.as_fd())]);
         }
         all.extend(self.candidate.iter().map(|c| (Who::Candidate, c.server.link.as_fd())));
-        all.extend(self.leaving.iter().map(|(pid, pidfd)| (Who::Leaving(*pid), pidfd.as_fd())));
+        all.extend(self.leaving.iter().map(|(its, pidfd)| (Who::Leaving(*its), pidfd.as_fd())));
         all.extend(self.jobs.iter().enumerate().map(|(at, (job, _))| (Who::Job(at), job.channel.as_fd())));
         let events = |who| if who == Who::Connection { PollFlags::empty() } else { PollFlags::IN };
         let mut polled: Vec<PollFd<'_>> =
@@ -329,7 +331,7 @@ impl Supervisor {
     /// Ends a server; its end is noticed later.
     pub(crate) fn dismiss(&mut self, server: Server) {
         server.kill();
-        self.leaving.push((server.row.process.pid, server.pidfd));
+        self.leaving.push((server.row.process, server.pidfd));
     }
 
     pub(crate) fn resend(&self) {
@@ -342,7 +344,7 @@ impl Supervisor {
 
     /// Everything that is no descriptor, with that server.
     pub(crate) fn snapshot(&self, server: Option<ServerRow>) -> Result<Snapshot> {
-        let leaving = self.leaving.iter().map(|(pid, _)| *pid).collect();
+        let leaving = self.leaving.iter().map(|(its, _)| *its).collect();
         let snapshot = self.kept.snapshot(server, leaving, self.backings.rows())?;
         Ok(Snapshot { condemned: self.condemned.rows(), ..snapshot })
     }

@@ -54,10 +54,7 @@ impl Notify {
     /// of the present servers.
     pub fn ready(&mut self, kept: &Kept) {
         if !std::mem::replace(&mut self.ready, true) {
-            // A mount that drains has no place to which another process could bring it back.
-            if kept.terminations == 0 {
-                self.store("fuse", kept.fuse.as_fd());
-            }
+            self.store("fuse", kept.fuse.as_fd());
             self.store("ledger", kept.ledger.as_fd());
             self.store("counters", kept.stats.page().fd().as_fd());
         }

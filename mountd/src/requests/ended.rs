@@ -38,8 +38,6 @@ impl Supervisor {
         match purpose {
             Purpose::Ask(server, pending) => self.answered(server, pending, outcome, fd),
             Purpose::Unmount(None, UnmountMode::Plain) if failed.is_some() => {
-                // The next process of the service mounts anew; handed this one, it would be a second supervisor of it.
-                self.notify.forget("fuse");
                 self.unmount(None, UnmountMode::Lazy);
             }
             Purpose::Unmount(caller, mode) => {

@@ -31,6 +31,7 @@ mod kill_stops;
 mod kvm_guest;
 mod layers;
 mod leases;
+mod libvirt_guest;
 mod mount_bad_input;
 mod mount_damage;
 mod mount_kill;

@@ -186,13 +186,13 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
 }
 
 /// A domain of libvirt's own, without its daemon; it ends when dropped.
-struct Domain {
+pub struct Domain {
     libvirt: Running,
     qemu: u32,
 }
 
 impl Domain {
-    fn start(world: &TestMount, domain: &str) -> Domain {
+    pub fn start(world: &TestMount, domain: &str) -> Domain {
         let name = domain.split("<name>").nth(1).unwrap().split("</name>").next().unwrap();
         let path = |name: &str| world.dir().join(name).display().to_string();
         // libvirt looks its users up, which the daemon's package would make.
@@ -204,7 +204,8 @@ impl Domain {
             fs::write(path(file), others.collect::<String>() + line).unwrap();
         }
         fs::create_dir_all(path("libvirt/etc")).unwrap();
-        let settings = "stdio_handler = \"file\"\nnamespaces = []\nsecurity_driver = \"none\"\nuser = \"+0\"\ngroup = \"+0\"\n";
+        let settings =
+            "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nuser = \"+0\"\ngroup = \"+0\"\n";
         fs::write(path("libvirt/etc/qemu.conf"), settings).unwrap();
         // TCG, as not every host has KVM.
         fs::write(path("run.xml"), domain.replace("<domain type='kvm'", "<domain type='qemu'")).unwrap();

@@ -9,6 +9,7 @@ mod check;
 mod disks;
 mod host;
 mod identity;
+mod libvirt;
 mod memory;
 mod network;
 mod plan;
@@ -26,7 +27,7 @@ pub use host::{Image, LiveDisk};
 pub use identity::Identity;
 pub use plan::{Blob, Facts, Plan, Ram, Rom, plan};
 pub use props::Props;
-pub use rules::{implied, is_device_for_clones, options};
+pub use rules::{device_type, implied, is_device_for_clones, options};
 pub use values::{Escape, Needs, Values};
 
 /// The version of the recipe's own format.

@@ -8,10 +8,11 @@ use std::path::PathBuf;
 use super::chars;
 use super::disks::{Disks, PlannedDisk};
 use super::host::LiveDisk;
+use super::libvirt::Secrets;
 use super::memory::{self, Memory, Problem};
 use super::network::{Networks, is_nic};
 use super::props::Props;
-use super::rules::{Rule, is_device_for_clones, is_of_host, rule, why_not};
+use super::rules::{Rule, device_type, is_device_for_clones, is_of_host, rule, why_not};
 use super::values::placeholders;
 use crate::error::{Error, Result};
 
@@ -122,6 +123,7 @@ pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
                 let changed = work.networks.option(option, value()?);
                 work.keep_some(option, changed);
             }
+            Rule::Audio => work.audio(value()?),
             Rule::Drive => {
                 let value = value()?;
                 let changed = work.disks.drive(value, &format!("-drive {value}"));
@@ -157,6 +159,7 @@ struct Work<'a> {
     serials: usize,
     serial_given: bool,
     devices: Vec<String>,
+    secrets: Secrets,
     refused: Vec<String>,
     ram_problems: Vec<String>,
     nodefaults: bool,
@@ -183,6 +186,7 @@ impl<'a> Work<'a> {
             serials: 0,
             serial_given: false,
             devices: vec![],
+            secrets: Secrets::default(),
             refused: vec![],
             ram_problems: vec![],
             nodefaults: false,
@@ -246,7 +250,7 @@ impl<'a> Work<'a> {
         if let Some(kind) = props.get("type") {
             kind.clone_into(&mut self.machine);
         }
-        for key in ["pflash0", "pflash1", "memory-encryption", "confidential-guest-support"] {
+        for key in ["memory-encryption", "confidential-guest-support"] {
             if let Some(value) = props.get(key) {
                 self.refuse(format!("-machine {key}={value}"));
             }
@@ -263,6 +267,8 @@ impl<'a> Work<'a> {
         let id = props.get("id").unwrap_or_default().to_owned();
         match kind.as_str() {
             "rng-random" | "rng-builtin" | "iothread" => self.keep("object", Some(&props.render("qom-type"))),
+            // Left out, if nothing that stays needs it.
+            "secret" => self.secrets.add(id),
             _ if memory::is_memory(&kind) => {
                 let prealloc = memory::is_on(props.get("prealloc"));
                 match memory::object(&mut props, self.ram.len(), &self.size) {
@@ -282,7 +288,12 @@ impl<'a> Work<'a> {
     fn device(&mut self, text: &str) {
         let Some(mut props) = self.props("device", text, "driver") else { return };
         props.lead_with("driver");
-        let driver = props.get("driver").unwrap_or_default().to_owned();
+        let driver = device_type(props.get("driver").unwrap_or_default()).to_owned();
+        props.set("driver", &driver);
+        if driver.starts_with("vhost-vsock") {
+            // Each clone's QEMU opens the device itself.
+            props.remove("vhostfd");
+        }
         let id = props.get("id").map(|id| format!(" ({id})")).unwrap_or_default();
         if !is_device_for_clones(&driver) {
             return self.refuse(format!("device {driver}{id}{}", why_not(&driver)));
@@ -343,6 +354,15 @@ impl<'a> Work<'a> {
         self.keep(option, Some(&props.render(if option == "fw_cfg" { "name" } else { "" })));
     }
 
+    fn audio(&mut self, text: &str) {
+        let Some(mut props) = self.props("audiodev", text, "driver") else { return };
+        props.lead_with("driver");
+        match props.get("driver") {
+            Some("none") => self.keep("audiodev", Some(&props.render("driver"))),
+            _ => self.refuse(format!("-audiodev {text}: a thing of the host")),
+        }
+    }
+
     fn mon(&mut self, text: &str) {
         let Some(props) = self.props("mon", text, "chardev") else { return };
         self.monitors.extend(props.get("chardev").map(str::to_owned));
@@ -381,7 +401,7 @@ impl<'a> Work<'a> {
         }
         if !self.ram_problems.is_empty() {
             return Err(Error::usage("the RAM of this VM is not in a file that QEMU shares")
-                .remedy(format!("start it anew: {}", self.ram_problems.join("; "))));
+                .remedy(self.secrets.share_ram(&self.ram_problems)));
         }
         let (disks, nodes) = self.disks.finish();
         for node in nodes {
@@ -399,11 +419,12 @@ impl<'a> Work<'a> {
                 None => self.refuse(format!("-chardev {backend},id={id}: a thing of the host")),
             }
         }
+        self.refused.extend(self.secrets.needed(&self.argv));
         self.refused.append(&mut self.disks.refused);
         self.refused.append(&mut self.networks.refused);
         if !self.refused.is_empty() {
             return Err(Error::usage(format!("clones cannot have: {}", self.refused.join("; ")))
-                .remedy("start the VM without it, then capture again"));
+                .remedy(self.secrets.start_without(&self.refused)));
         }
         if !self.nodefaults && !self.networks.given {
             let mac = self.networks.mac();

@@ -24,6 +24,8 @@ pub enum Rule {
     FileIfPath,
     /// A network.
     Network,
+    /// Kept where it is nothing of the host's.
+    Audio,
     /// A disk in full.
     Drive,
     /// A disk by its file alone.
@@ -46,10 +48,12 @@ pub fn rule(option: &str) -> Rule {
         "enable-kvm" | "nodefaults" | "no-user-config" | "nographic" | "no-reboot" | "no-shutdown"
         | "no-acpi" | "no-hpet" | "no-fd-bootchk" | "usb" => Rule::Keep(false),
         "accel" | "cpu" | "smp" | "m" | "overcommit" | "numa" | "boot" | "vga" | "k" | "rtc" | "icount"
-        | "global" | "L" | "append" | "action" | "msg" | "compat" | "sandbox" => Rule::Keep(true),
+        | "global" | "L" | "append" | "action" | "watchdog-action" | "msg" | "compat" | "sandbox" => {
+            Rule::Keep(true)
+        }
         "daemonize" | "S" | "s" => Rule::Drop(false),
         "pidfile" | "name" | "uuid" | "D" | "d" | "trace" | "monitor" | "qmp" | "qmp-pretty" | "incoming"
-        | "display" | "vnc" | "gdb" => Rule::Drop(true),
+        | "display" | "vnc" | "gdb" | "add-fd" => Rule::Drop(true),
         "M" | "machine" => Rule::Machine,
         "object" => Rule::Object,
         "device" => Rule::Device,
@@ -67,7 +71,8 @@ pub fn rule(option: &str) -> Rule {
         "net" | "nic" | "netdev" => Rule::Network,
         "fsdev" | "virtfs" => Rule::Refuse("a shared folder"),
         "loadvm" | "readconfig" | "set" => Rule::Refuse("settings from elsewhere"),
-        "tpmdev" | "usbdevice" | "audiodev" | "audio" | "spice" | "chroot" | "runas" | "run-with" => {
+        "audiodev" => Rule::Audio,
+        "tpmdev" | "usbdevice" | "audio" | "spice" | "chroot" | "runas" | "run-with" => {
             Rule::Refuse("a thing of the host")
         }
         _ => Rule::Unknown,
@@ -93,7 +98,7 @@ pub fn options(argv: &[String]) -> Vec<(&str, Option<&str>)> {
 }
 
 /// Devices that need nothing of the host, so that every clone may have its own.
-const DEVICES: [&str; 58] = [
+const DEVICES: [&str; 57] = [
     "vmgenid",
     // Only where its memory is a ROM, see memory.rs.
     "nvdimm",
@@ -130,7 +135,6 @@ const DEVICES: [&str; 58] = [
     "scsi-cd",
     "ide-hd",
     "ide-cd",
-    "ahci",
     "ich9-ahci",
     "piix3-ide",
     "piix4-ide",
@@ -178,7 +182,33 @@ pub fn is_of_host(key: &str, value: &str) -> bool {
         || (key == "romfile" && !value.is_empty())
 }
 
-/// True for a device that clones may have.
+/// The type of a device that QEMU also knows by a shorter name.
+pub fn device_type(driver: &str) -> &str {
+    match driver {
+        "ac97" => "AC97",
+        "ahci" => "ich9-ahci",
+        "e1000-82540em" => "e1000",
+        "es1370" => "ES1370",
+        "lsi" => "lsi53c895a",
+        "virtio-9p" => "virtio-9p-pci",
+        "virtio-balloon" => "virtio-balloon-pci",
+        "virtio-blk" => "virtio-blk-pci",
+        "virtio-gpu" => "virtio-gpu-pci",
+        "virtio-input-host" => "virtio-input-host-pci",
+        "virtio-iommu" => "virtio-iommu-pci",
+        "virtio-keyboard" => "virtio-keyboard-pci",
+        "virtio-mouse" => "virtio-mouse-pci",
+        "virtio-net" => "virtio-net-pci",
+        "virtio-rng" => "virtio-rng-pci",
+        "virtio-scsi" => "virtio-scsi-pci",
+        "virtio-serial" => "virtio-serial-pci",
+        "virtio-sound" => "virtio-sound-pci",
+        "virtio-tablet" => "virtio-tablet-pci",
+        driver => driver,
+    }
+}
+
+/// True for a device that clones may have, by its type.
 pub fn is_device_for_clones(driver: &str) -> bool {
     DEVICES.contains(&driver) || super::network::is_nic(driver)
 }

@@ -1,5 +1,7 @@
 use super::*;
 
+mod libvirt;
+
 const GUEST: &str = "-M q35,memory-backend=ram0 -accel tcg -m 256M -nodefaults -display none -serial file:/tmp/s \
     -object memory-backend-file,id=ram0,size=256M,mem-path=/tmp/ram,share=on,prealloc=on \
     -qmp unix:/tmp/q,server=on,wait=off -device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87 \
@@ -51,7 +53,7 @@ fn what_clones_cannot_have_is_refused_by_name() {
         ("-tpmdev emulator,id=t,chardev=c", "-tpmdev"),
         ("-device {\"driver\":\"vfio-pci\",\"host\":\"0:1\"}", "device vfio-pci"),
         ("-object tls-creds-psk,id=t", "object tls-creds-psk (t)"),
-        ("-machine pflash0=f", "-machine pflash0=f"),
+        ("-machine memory-encryption=sev0", "-machine memory-encryption=sev0"),
         ("-icount shift=1,rr=record,rrfile=/r", "-icount shift=1,rr=record,rrfile=/r: rr= names a file"),
         ("-boot order=c,splash=/s.jpg", "-boot order=c,splash=/s.jpg: splash= names a file"),
         ("-frobnicate", "-frobnicate"),
@@ -159,6 +161,35 @@ fn paths_of_the_host_become_files_or_are_told() {
     let paths: Vec<_> = plan.blobs.iter().skip(2).map(|blob| blob.path.to_str().unwrap()).collect();
     assert_eq!(paths, ["/s1", "/s2"]);
     assert!(plan.warnings[0].contains("/firmware"), "{:?}", plan.warnings);
+}
+
+#[test]
+fn a_device_by_its_short_name_is_the_same_device() {
+    let text = "-device ahci,id=a -device virtio-net,netdev=n0 -netdev user,id=n0 -device virtio-serial";
+    let plan = planned(&format!("{text} -device virtio-rng,rng=rng0"));
+    let line = plan.unwrap().argv.join(" ");
+    for words in
+        ["ich9-ahci,id=a ", "virtio-net-pci,netdev=n0,mac={mac} ", "virtio-serial-pci ", "virtio-rng-pci,"]
+    {
+        assert!(line.contains(&format!("-device {words}")), "no {words} in {line}");
+    }
+    let error = planned("-device virtio-balloon").unwrap_err().to_string();
+    assert!(error.contains("device virtio-balloon-pci: it gives pages"), "{error}");
+}
+
+#[test]
+fn networks_that_guests_share_are_told() {
+    for (text, kept) in [
+        ("-netdev bridge,id=n0,br=br7 -device e1000,netdev=n0", "-netdev bridge,id=n0,br=br7 "),
+        (
+            "-nic tap,ifname=t0,script=/etc/up,downscript=no,mac=52:54:00:00:00:01",
+            "-nic tap,script=/etc/up,downscript=no,mac={mac} ",
+        ),
+    ] {
+        let plan = planned(text).unwrap();
+        assert!(plan.argv.join(" ").contains(kept), "{:?}", plan.argv);
+        assert!(plan.warnings.iter().any(|w| w.contains("MAC and IP")), "{text}: {:?}", plan.warnings);
+    }
 }
 
 #[test]

@@ -1,0 +1,179 @@
+//! A VM that libvirt started, with what libvirt gives to each, becomes a template; its clones run beside it.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use stencilfs::clones::qmp::Qmp;
+
+use crate::support::guest::{
+    CAPTURED_MAC, beats_in_image, heartbeats, kernel_and_initramfs, make_disk, media, overlays, patiently,
+};
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::vmm_args::Domain;
+
+/// The XML that the documentation tells to write.
+fn documented() -> impl Iterator<Item = &'static str> {
+    let text = include_str!("../docs/recipes.md");
+    let block = text.split("```xml\n").nth(1).unwrap().split("```").next().unwrap();
+    block.lines().map(str::trim)
+}
+
+fn domain(dir: &Path, disk: &Path) -> String {
+    let (kernel, initramfs) = kernel_and_initramfs();
+    // libvirt changes the owner of what it gives to QEMU.
+    for (from, to) in [(kernel.as_str(), "vmlinuz"), (&initramfs, "initramfs")] {
+        fs::copy(from, dir.join(to)).unwrap();
+    }
+    let firmware = ["seabios", "qemu"].map(|place| format!("/usr/share/{place}/bios-256k.bin"));
+    fs::copy(firmware.iter().find(|path| Path::new(path).exists()).unwrap(), dir.join("code.fd")).unwrap();
+    fs::write(dir.join("vars.fd"), vec![0; 128 << 10]).unwrap();
+    fs::write(dir.join("cd.iso"), vec![6; 1 << 20]).unwrap();
+    let (disk, dir) = (disk.display(), dir.display());
+    format!(
+        "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>web</name>
+  <uuid>0f8ffa3c-6d0f-4d5c-b4e4-3f0a8b1f5a51</uuid>
+  <genid/>
+  <memory unit='MiB'>256</memory>
+  <memoryBacking>
+    <source type='file'/>
+    <access mode='shared'/>
+  </memoryBacking>
+  <vcpu>1</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <loader readonly='yes' type='pflash'>{dir}/code.fd</loader>
+    <nvram>{dir}/vars.fd</nvram>
+    <kernel>{dir}/vmlinuz</kernel>
+    <initrd>{dir}/initramfs</initrd>
+    <cmdline>console=ttyS0 quiet panic=-1</cmdline>
+  </os>
+  <features>
+    <acpi/>
+    <apic/>
+  </features>
+  <cpu mode='maximum'/>
+  <clock offset='utc'>
+    <timer name='rtc' tickpolicy='catchup'/>
+    <timer name='pit' tickpolicy='delay'/>
+    <timer name='hpet' present='no'/>
+  </clock>
+  <pm>
+    <suspend-to-mem enabled='no'/>
+    <suspend-to-disk enabled='no'/>
+  </pm>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='none' discard='unmap'/>
+      <source file='{disk}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <source file='{dir}/cd.iso'/>
+      <target dev='sda' bus='sata'/>
+      <readonly/>
+    </disk>
+    <controller type='usb' model='qemu-xhci' ports='15'/>
+    <interface type='user'>
+      <mac address='{CAPTURED_MAC}'/>
+      <model type='virtio'/>
+    </interface>
+    <serial type='file'>
+      <source path='{dir}/serial'/>
+    </serial>
+    <channel type='unix'>
+      <source mode='bind' path='{dir}/agent'/>
+      <target type='virtio' name='org.qemu.guest_agent.0'/>
+    </channel>
+    <input type='tablet' bus='usb'/>
+    <graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1'/>
+    <video>
+      <model type='virtio'/>
+    </video>
+    <watchdog model='i6300esb' action='reset'/>
+    <rng model='virtio'>
+      <backend model='random'>/dev/urandom</backend>
+    </rng>
+    <memballoon model='none'/>
+  </devices>
+  <qemu:commandline>
+    <qemu:arg value='-qmp'/>
+    <qemu:arg value='unix:{dir}/qmp,server=on,wait=off'/>
+  </qemu:commandline>
+</domain>
+"
+    )
+}
+
+#[test]
+fn a_domain_is_captured_and_its_clones_run() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let dir = world.dir();
+    let disk = make_disk(dir, 1 << 20);
+    let xml = domain(dir, &disk);
+    let words = xml.replace(dir.to_str().unwrap(), "/run");
+    for line in documented() {
+        assert!(line == "…" || words.lines().any(|l| l.trim() == line), "not as documented: {line}");
+    }
+    fs::write(dir.join("domain.xml"), &xml).unwrap();
+    run("virt-xml-validate", &[dir.join("domain.xml").to_str().unwrap(), "domain"]);
+
+    let running = Domain::start(&world, &xml);
+    let own = || heartbeats(&dir.join("serial"));
+    patiently("heartbeats", Duration::from_secs(120), || (own().len() >= 3).then_some(()));
+    let socket = dir.join("qmp");
+    let mut qmp = Qmp::connect(&socket).unwrap();
+    let before = media(&mut qmp);
+    let generation = |qmp: &mut Qmp| qmp.run("query-vm-generation-id", json!({})).unwrap()["guid"].clone();
+    let own_generation = generation(&mut qmp);
+    drop(qmp);
+    let captured = world.json(&["capture", socket.to_str().unwrap(), "web:1"]);
+    assert_eq!((&captured["vm"], &captured["warnings"]), (&json!("running"), &json!([])));
+    let count = own().len();
+    patiently("more heartbeats", Duration::from_secs(60), || (own().len() >= count + 3).then_some(()));
+    assert_eq!(media(&mut Qmp::connect(&socket).unwrap()), before, "the VM has its own images again");
+    assert!(overlays(dir).is_empty());
+
+    world.mount(&[]).ok();
+    world.json(&["clone", "web:1", "-n", "2"]);
+    let listed = world.json(&["ps"]);
+    let clones = listed["clones"].as_array().unwrap();
+    assert_eq!(clones.len(), 2);
+    let mut generations = vec![own_generation];
+    for clone in clones {
+        let folder = Path::new(clone["dir"].as_str().unwrap());
+        let beats = || heartbeats(&folder.join("chardev-charserial0.log"));
+        patiently("heartbeats of a clone", Duration::from_secs(60), || (beats().len() >= 3).then_some(()));
+        assert!(beats()[0].count > 1 && beats()[0].count as usize <= count + 1, "it goes on: {:?}", beats());
+        assert!(folder.join("charchannel0.sock").exists(), "the channel of the guest's agent");
+        let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
+        generations.push(generation(&mut qmp));
+        let disks = media(&mut qmp);
+        for name in ["disk-libvirt-2-format.qcow2", "disk-libvirt-pflash1-format.qcow2"] {
+            assert!(disks.to_string().contains(folder.join(name).to_str().unwrap()), "{disks}");
+        }
+        assert!(!disks.to_string().contains(disk.to_str().unwrap()), "{disks}");
+    }
+    generations.sort_by_key(Value::to_string);
+    generations.dedup();
+    assert_eq!(generations.len(), 3, "each has a generation of its own");
+    let density = world.json(&["density"]);
+    for clone in density["clones"].as_array().unwrap() {
+        let maps = clone["maps"].as_array().unwrap();
+        assert!(maps.iter().any(|map| map["file"] == "memory"), "it maps the template: {clone}");
+    }
+    world.stencil(&["stop", "--all"]).ok();
+
+    // libvirt ends its VM as it does any, and the image is whole.
+    let told = own().last().unwrap().count;
+    drop(running);
+    let beats = beats_in_image(&disk, dir);
+    for (line, number) in beats.iter().zip(1_u64..) {
+        assert_eq!(line.split(' ').next(), Some(number.to_string().as_str()));
+    }
+    assert!(beats.len() as u64 >= told - 1, "{} heartbeats, {told} were told", beats.len());
+}

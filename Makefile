@@ -33,7 +33,8 @@ setup:
 
 build:
 	$(CARGO) build --release --workspace
-	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(target)/release'
+	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(target)/release' || \
+	    echo 'The programs are built; without the list of their crates they cannot be installed or packed.' >&2
 
 demo: setup build
 	@$(guard) tests/demo.sh

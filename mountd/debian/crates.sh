@@ -4,10 +4,12 @@
 #
 #     mountd/debian/crates.sh BIN     writes BIN/crates.gz, whole or not at all; BIN is the folder of the programs
 set -eu
+# None rather than that of another build.
+rm -f "$1/crates.gz"
 cargo=${CARGO:-cargo}
 # It looks for rustc where the shell looks.
 [ "$cargo" = "${cargo#*/}" ] || PATH=${cargo%/*}:$PATH
-sources=${CARGO_HOME:-$HOME/.cargo}/registry/src
+sources=${CARGO_HOME:-${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}/.cargo}/registry/src
 list=$("$cargo" tree --workspace --locked --offline -e normal --prefix none --format '{p} | {l}' |
     sed 's/ (\*)$//; /(\//d; /^$/d' | sort -u)
 [ "$(printf '%s\n' "$list" | wc -l)" -gt 20 ] || {

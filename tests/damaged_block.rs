@@ -12,6 +12,7 @@ use crate::kvm_guest::{Machine, set_program, write_template};
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::passing::Ends;
 
 const PAGE: u64 = 4096;
 const IN_BLOCK: u64 = BLOCK_SIZE / PAGE;
@@ -73,6 +74,7 @@ fn one_damaged_block_fails_only_those_who_touch_it() {
     let good = segments((1..LOW).filter(|p| !lost.contains(p)));
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let ends = Ends(&over);
         // Guests and clones that need nothing of it go on all the while, again and again.
         let guest = scope.spawn(|| {
             let mut runs = 0;
@@ -111,7 +113,7 @@ fn one_damaged_block_fails_only_those_who_touch_it() {
             clone.tell(&format!("map 0 {} 0 {} rw", file.display(), bytes.len()));
             assert_eq!(clone.dies_of(&format!("read 0 {page}")), Some(libc::SIGBUS), "page {page}");
         }
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         clone.join().expect("a clone that needs nothing of it");
         println!(
             "{refused} guests failed, {} went on",

@@ -11,6 +11,7 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::mount::{TestMount, wait_for};
+use crate::support::passing::Ends;
 use crate::support::readers::{Image, PAGE};
 use crate::support::{host, link};
 
@@ -101,6 +102,7 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
                 answered.fetch_add(u64::from(hostile.link.receive::<Value>().is_ok()), Ordering::Relaxed);
             }
         });
+        let _ends = Ends(&over);
         let until = Instant::now() + Duration::from_secs(host::rounds(6, 60));
         let (mut longest, mut statuses) = (Duration::ZERO, 0);
         while Instant::now() < until {
@@ -109,7 +111,6 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
             longest = longest.max(begun.elapsed());
             statuses += 1;
         }
-        over.store(true, Ordering::Relaxed);
         (longest, statuses)
     });
     let grown = hostile.resident_kib().saturating_sub(before);

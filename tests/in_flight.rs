@@ -12,6 +12,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
+use crate::support::passing::Ends;
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 8 << 10;
@@ -54,6 +55,7 @@ fn a_stopped_server_shows_what_it_was_asked() {
                 }
             });
         }
+        let ends = Ends(&over);
         let mut decoding = 0;
         for _ in 0..400 {
             server.signal(Signal::STOP).unwrap();
@@ -80,7 +82,7 @@ fn a_stopped_server_shows_what_it_was_asked() {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         assert!(decoding >= 5, "{decoding} READs were met while they were decoded");
     });
     wait_for("an empty table", || table.oldest().is_none().then_some(()));

@@ -10,6 +10,7 @@ use crate::support::drill::Drill;
 use crate::support::guest::{self, heartbeats, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::passing::Ends;
 
 /// When each heartbeat of a guest came, for as long as `over` is false.
 fn watch(serial: &Path, over: &AtomicBool) -> Vec<Instant> {
@@ -46,6 +47,7 @@ fn kills_under_guests(serve: &str) {
     let over = AtomicBool::new(false);
     let came: Vec<Vec<Instant>> = std::thread::scope(|scope| {
         let watchers: Vec<_> = serials.iter().map(|serial| scope.spawn(|| watch(serial, &over))).collect();
+        let ends = Ends(&over);
         let beats = |count: usize| {
             for serial in &serials {
                 patiently("heartbeats", Duration::from_secs(30), || {
@@ -58,7 +60,7 @@ fn kills_under_guests(serve: &str) {
             drill.kill();
             beats(8 + 4 * kill);
         }
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         watchers.into_iter().map(|watcher| watcher.join().unwrap()).collect()
     });
     for dir in &dirs {

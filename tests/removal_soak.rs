@@ -14,6 +14,7 @@ use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
+use crate::support::passing::Ends;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
@@ -48,6 +49,7 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
+                let _ends = Ends(&done);
                 // It reads both through the names that it was given, one after the other.
                 let check = "a=$(head -c 16 {memory}); sleep 0.02; b=$(head -c 16 {state}); \
                              test -n \"$a\" && test \"$a\" = \"$b\" || { echo \"$a and $b\" >&2; exit 9; }; \
@@ -62,17 +64,18 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
                 }
             });
         }
+        let _ends = Ends(&done);
         let tag = "web:1".parse().unwrap();
-        while moved.load(Ordering::Relaxed) < moves || launches.load(Ordering::Relaxed) < 10 {
+        let enough = || moved.load(Ordering::Relaxed) >= moves && launches.load(Ordering::Relaxed) >= 10;
+        while !enough() && !done.load(Ordering::Relaxed) {
             let at = moved.fetch_add(1, Ordering::Relaxed);
             store.set_tag(&tag, &digests[at as usize % digests.len()]).unwrap();
             // Several moves fall into each launch.
             thread::sleep(std::time::Duration::from_millis(15));
         }
-        done.store(true, Ordering::Relaxed);
     });
     let (moved, launches) = (moved.into_inner(), launches.into_inner());
-    host::soaking().then(|| println!("{moved} moves, {launches} launches"));
+    true.then(|| println!("{moved} moves, {launches} launches"));
 }
 
 type Contents = Mutex<HashMap<String, Arc<Vec<u8>>>>;
@@ -116,6 +119,9 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
         let common = random(77, 4 * BLOCK);
         let (done, serial) = (AtomicBool::new(false), AtomicU64::new(0));
         let (mapped, launched, imported) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        // By digest, for launched clones to compare with.
+        let known_files = world.dir().join("contents");
+        fs::create_dir(&known_files).unwrap();
         let import = |name: &str| {
             let number = serial.fetch_add(1, Ordering::Relaxed);
             // Contents come again, so that blocks that were given back are needed once more.
@@ -131,12 +137,17 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
                 |tag: &str| ImportRequest::new(Some(tag.parse().unwrap()), vec![file(source.clone())]);
             let known = before.import(request("x"), &Silent).unwrap().digest.to_string();
             contents.lock().unwrap().insert(known.clone(), Arc::new(bytes));
-            let answer = world.json(&["import", source.to_str().unwrap(), name]);
+            let kept = known_files.join(&known);
+            fs::rename(&source, &kept).unwrap();
+            let answer = world.json(&["import", kept.to_str().unwrap(), name]);
             assert_eq!(digest_of(&answer), known);
-            fs::remove_file(&source).unwrap();
             imported.fetch_add(1, Ordering::Relaxed);
         };
         import("kept");
+        let compare = format!(
+            "cat {{memory}} >/dev/null && sleep 0.05 && cmp {{memory}} {}/$STENCIL_TEMPLATE && echo x >&$STENCIL_NOTIFY",
+            known_files.display()
+        );
         let rounds: u64 = host::rounds(30, 1000);
         let (mut gone, mut used, mut missing) = (0, 0, 0);
         thread::scope(|scope| {
@@ -151,8 +162,8 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
                 });
             }
             for launcher in 0..8u64 {
-                let (world, contents, done, mapped, launched) =
-                    (&world, &contents, &done, &mapped, &launched);
+                let (world, compare, contents, done, mapped, launched) =
+                    (&world, &compare, &contents, &done, &mapped, &launched);
                 scope.spawn(move || {
                     let mut turn = launcher;
                     while !done.load(Ordering::Relaxed) {
@@ -163,14 +174,15 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
                             mapped.fetch_add(u64::from(found), Ordering::Relaxed);
                             continue;
                         }
-                        let run = world
-                            .stencil(&["clone", &name, "--wait", "--ready", "notify", "--", "bash", "-c",
-                                "cat {memory} >/dev/null && sleep 0.05 && cmp {memory} {memory} && echo x >&$STENCIL_NOTIFY"]);
+                        let run = world.stencil(&[
+                            "clone", &name, "--wait", "--ready", "notify", "--", "bash", "-c", compare,
+                        ]);
                         assert!([0, 4].contains(&run.code), "{run:?}");
                         launched.fetch_add(u64::from(run.code == 0), Ordering::Relaxed);
                     }
                 });
             }
+            let _ends = Ends(&done);
             for round in 0..rounds {
                 let run = world.stencil(&["rm", &format!("t{}", round % NAMES)]);
                 match run.code {
@@ -183,10 +195,12 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
                     world.stencil(&["gc"]).ok();
                 }
             }
-            done.store(true, Ordering::Relaxed);
         });
-        assert!(gone > 0 && imported.load(Ordering::Relaxed) > 1 && mapped.load(Ordering::Relaxed) > 0);
-        host::soaking().then(|| {
+        for count in [&imported, &mapped, &launched] {
+            assert!(count.load(Ordering::Relaxed) > rounds / 10, "{imported:?} {mapped:?} {launched:?}");
+        }
+        assert!(gone > rounds / 10 && used > 0, "{gone} removed, {used} in use, {missing} not there");
+        true.then(|| {
             println!(
                 "{serve}: {rounds} rounds: {gone} removed, {used} in use, {missing} not there; \
                  {imported:?} imports, {mapped:?} mappings, {launched:?} launches"

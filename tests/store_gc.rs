@@ -15,6 +15,7 @@ use stencilfs::units::Bytes;
 
 use crate::support::host;
 use crate::support::mount::run;
+use crate::support::passing::Ends;
 use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -242,6 +243,7 @@ fn soak_a_collector_is_not_starved_by_importers() {
                 }
             });
         }
+        let _ends = Ends(&stop);
         for _ in 0..host::rounds(5, 60) {
             let none = AtomicBool::new(false);
             let begun = Instant::now();
@@ -249,7 +251,6 @@ fn soak_a_collector_is_not_starved_by_importers() {
             assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
             read_all(&store, &digest, 0).unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     fixture.run(&["verify"]).ok();
 }

@@ -14,6 +14,7 @@ use crate::support::actor::Actor;
 use crate::support::drill;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, wait_for};
+use crate::support::passing::Ends;
 use crate::support::store::random;
 
 const SIZE: u64 = 8 << 20;
@@ -203,8 +204,9 @@ fn a_busy_connection_is_not_stuck() {
                 }
             });
         }
+        let ends = Ends(&over);
         let found: Vec<Value> = (0..3).filter_map(|_| stuck(&world, &number)).collect();
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         assert!(found.is_empty(), "{found:?}");
     });
 }

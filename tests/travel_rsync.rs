@@ -13,6 +13,7 @@ use stencilfs::sys::procfs;
 use crate::support::host;
 use crate::support::hosts::Hosts;
 use crate::support::mount::{STENCIL, wait_for};
+use crate::support::passing::Ends;
 use crate::support::store::{guest_like, random, read_all};
 
 /// The commands, word for word as the page has them.
@@ -116,7 +117,6 @@ fn soak_a_store_in_use_is_copied_by_the_documented_commands() {
     let (stop, next) = (AtomicBool::new(false), AtomicU64::new(1));
     let go_on = || !stop.load(Ordering::Relaxed);
     thread::scope(|scope| {
-        // Ends the others also when this one panics.
         let _end = Ends(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
@@ -145,14 +145,6 @@ fn soak_a_store_in_use_is_copied_by_the_documented_commands() {
     });
     assert!(next.load(Ordering::Relaxed) > 4, "the store was not in use");
     world.hosts.here.stencil(&["verify"]).ok();
-}
-
-struct Ends<'a>(&'a AtomicBool);
-
-impl Drop for Ends<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

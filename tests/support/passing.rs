@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mount::{UnmountFlags, unmount};
 
@@ -21,5 +22,14 @@ pub struct Mounted(pub PathBuf);
 impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = unmount(&self.0, UnmountFlags::DETACH);
+    }
+}
+
+/// Ends the threads that go on until this is true, also when the one that has it panics: they would go on for ever.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }

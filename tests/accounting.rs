@@ -168,25 +168,17 @@ fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
     }
 }
 
-/// Launches, audits and stops clones, and holds the audit's figure for available memory to that many percent.
-///
-/// Available memory is the whole host's: whoever takes or gives back some meanwhile is measured with the clones, also
-/// somebody whom this process cannot see (in another container). That differs from one time to the next; what the
-/// accounting leaves out does not. So a figure that is off is measured again, three times at most.
+/// Launches, audits and stops clones, and holds the audit's figure for available memory, which is the whole host's, to
+/// that many percent.
 #[track_caller]
-fn available_memory_falls_within(percent: f64, mut measure: impl FnMut() -> Value) {
-    let mut off = vec![];
-    while off.len() < 4 {
+fn available_memory_falls_within(percent: f64, measure: impl Fn() -> Value) {
+    host::measured(|| {
         host::settle();
         let memory = measure();
-        let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("no figure in {memory:#}"));
         println!("available memory: {memory}");
-        if error <= percent {
-            return;
-        }
-        off.push(memory);
-    }
-    panic!("off by more than {percent} % each time: {off:#?}");
+        let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("no figure in {memory:#}"));
+        if error <= percent { Ok(()) } else { Err(format!("by more than {percent} %: {memory}")) }
+    });
 }
 
 /// Clones that are stopped by SIGSTOP, until this is dropped.

@@ -123,7 +123,10 @@ fn an_image_that_somebody_has_for_a_moment_gets_what_its_dead_vm_wrote() {
     let mut holder = Command::new("qemu-io");
     holder.args(["-f", "qcow2"]).arg(vm.image()).stdin(Stdio::piped()).stdout(Stdio::null());
     let mut holder = holder.spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    patiently("its lock", Duration::from_secs(30), || {
+        let looked = Command::new("qemu-img").arg("info").arg(vm.image()).output().unwrap();
+        String::from_utf8_lossy(&looked.stderr).contains("lock").then_some(())
+    });
     capture.killed();
     std::thread::sleep(Duration::from_secs(1));
     assert!(holder.try_wait().unwrap().is_none());

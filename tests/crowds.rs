@@ -13,6 +13,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
+use crate::support::passing::StandsStill;
 use crate::support::readers::{Image, PAGE};
 
 /// As many as there are slots, and some.
@@ -51,16 +52,8 @@ fn opens_beyond_the_slots_are_served_by_decode() {
     let supervisor = ProcessId::of(supervisor).unwrap().unwrap();
     let table = table_of(world.server());
     let (decoded, waited) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    supervisor.signal(Signal::STOP).unwrap();
     std::thread::scope(|scope| {
-        // Whatever happens, nobody waits for a supervisor that stands still.
-        struct Continue(ProcessId);
-        impl Drop for Continue {
-            fn drop(&mut self) {
-                let _ = self.0.signal(Signal::CONT);
-            }
-        }
-        let go_on = Continue(supervisor);
+        let go_on = StandsStill::stop(supervisor);
         let (path, decoded, waited) = (&path, &decoded, &waited);
         crowd(scope, move |number| {
             let file = File::open(path).expect("every open is answered");

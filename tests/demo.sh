@@ -39,7 +39,7 @@ clean() {
     trap - EXIT INT TERM HUP
     set +e
     stencil -q stop --all >/dev/null 2>&1
-    [ -z "$source_pid" ] || kill "$source_pid" 2>/dev/null
+    [ -z "$source_pid" ] || { kill "$source_pid" && wait "$source_pid"; } 2>/dev/null
     if grep -q " $dir/mnt " /proc/self/mountinfo; then
         stencil -q umount "$dir/mnt" 2>/dev/null || stencil -q umount --force "$dir/mnt"
     fi

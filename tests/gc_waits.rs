@@ -1,12 +1,15 @@
 //! A collection and commands that write wait for one another: not for ever, and not without a word.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::Signal;
+use stencilfs::sys::locks::flock_holders;
 
+use crate::support::mount::wait_for;
 use crate::support::store::{Fixture, Ran, random, stencil};
 
 const BLOCK: usize = 64 << 10;
@@ -30,6 +33,15 @@ fn end(mut child: Child) -> Ran {
     child.wait_with_output().unwrap().into()
 }
 
+/// Waits until it has a handler for SIGINT.
+fn hears_interrupts(child: &Child) {
+    wait_for("its handler", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
+        (u64::from_str_radix(caught.trim(), 16).unwrap() & 1 << (Signal::INT.as_raw() - 1) != 0).then_some(())
+    });
+}
+
 /// A collector that waits for an importer hears an interrupt, and holds nobody up afterwards.
 #[test]
 fn a_collector_that_waits_can_be_interrupted() {
@@ -37,6 +49,7 @@ fn a_collector_that_waits_can_be_interrupted() {
     fixture.import("a", &random(1, BLOCK));
     let hold = fixture.store().hold_content().unwrap();
     let mut gc = start(&fixture, &["gc"]);
+    hears_interrupts(&gc);
     thread::sleep(Duration::from_millis(200));
     assert!(gc.try_wait().unwrap().is_none(), "it waits");
     interrupt(&gc);
@@ -54,7 +67,10 @@ fn a_collector_gives_up_and_writers_go_on() {
     let hold = fixture.store().hold_content().unwrap();
     let source = fixture.file("source", &random(2, BLOCK));
     let gc = start(&fixture, &["gc"]);
-    thread::sleep(Duration::from_millis(500));
+    let gate = fixture.path("store/locks/gate");
+    wait_for("gc before the others", || {
+        flock_holders(&File::open(&gate).ok()?).contains(&gc.id()).then_some(())
+    });
     let mut import = start(&fixture, &["import", source.to_str().unwrap(), "b"]);
     thread::sleep(Duration::from_millis(500));
     assert!(import.try_wait().unwrap().is_none(), "it waits for who waits");
@@ -83,6 +99,7 @@ fn a_writer_that_waits_for_a_collector_can_be_interrupted() {
     let collector = File::open(fixture.path("store/locks/content")).unwrap();
     flock(&collector, FlockOperation::LockExclusive).unwrap();
     let mut import = start(&fixture, &["import", source.to_str().unwrap(), "b"]);
+    hears_interrupts(&import);
     thread::sleep(Duration::from_millis(500));
     assert!(import.try_wait().unwrap().is_none(), "it waits");
     interrupt(&import);

@@ -12,7 +12,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::Ends;
+use crate::support::passing::{Ends, StandsStill};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 8 << 10;
@@ -92,7 +92,7 @@ fn a_stopped_server_shows_what_it_was_asked() {
 #[test]
 fn an_open_that_waits_for_its_backing_is_parked() {
     let _host = host::shared();
-    let world = TestMount::new("passthrough");
+    let world = TestMount::with(&["--serve", "passthrough", "--watchdog", "0"]);
     let mut bytes = vec![0; 96 << 20];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     let digest = world.import_bytes(&bytes, "web:1");
@@ -100,10 +100,13 @@ fn an_open_that_waits_for_its_backing_is_parked() {
     let ino = std::fs::metadata(&path).unwrap().ino();
     let table = table_of(world.server());
     std::thread::scope(|scope| {
+        // Who makes backings makes none meanwhile.
+        let supervisor = StandsStill::stop(world.processes()[0]);
         let openers: Vec<_> = (0..3).map(|_| scope.spawn(|| File::open(&path).map(drop))).collect();
         let parked = wait_for("a parked open", || table.requests().find(|r| r.phase == Phase::Parked));
         assert_eq!((parked.opcode, parked.ino), (Op::Open as u32, ino), "{parked}");
         assert!(table.oldest().is_none_or(|r| r.unique != parked.unique), "it holds up no thread");
+        drop(supervisor);
         for opener in openers {
             opener.join().unwrap().unwrap();
         }

@@ -12,7 +12,7 @@ use stencilfs::sys::cachestat;
 use crate::support::actor::{self, Actor, compile};
 use crate::support::guest::patiently;
 use crate::support::host;
-use crate::support::mount::{TestMount, run};
+use crate::support::mount::{TestMount, copy_program, run};
 use crate::support::store::{guest_like, word_sum};
 use crate::support::tables::{code, rows};
 
@@ -42,7 +42,7 @@ fn a_clone_in_a_chroot_with_one_folder_counts() {
         let digest = import_for_123(&world, &bytes);
         let jail = world.dir().join("jail");
         fs::create_dir_all(jail.join("template")).unwrap();
-        fs::copy(actor::program(), jail.join("actor")).unwrap();
+        copy_program(actor::program(), jail.join("actor"));
         let folder = world.mountpoint().join("by-id").join(&digest);
         let metadata = fs::metadata(&folder).unwrap();
         assert_eq!((metadata.mode() & 0o7777, metadata.uid(), metadata.gid()), (0o550, 123, 123));

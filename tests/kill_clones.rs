@@ -36,6 +36,10 @@ fn a_detached_mount_serves_eight_decode_clones_until_the_last_is_killed() {
     let processes = world.processes();
     assert_eq!(processes.len(), 2);
 
+    // What the command takes to look for the mount and its users is not the mount's.
+    let begun = Instant::now();
+    world.status();
+    let usual = begun.elapsed();
     let begun = Instant::now();
     let mut umount = world.command().args(["umount", "-l"]).arg(world.mountpoint()).spawn().unwrap();
     while fs::symlink_metadata(&path).is_ok() {
@@ -67,7 +71,7 @@ fn a_detached_mount_serves_eight_decode_clones_until_the_last_is_killed() {
         "lazy umount: path gone after {gone:.1?}; {} pages right within {long:?}; ended {ended:.1?} after",
         IMAGE.pages
     );
-    assert!(gone <= Duration::from_millis(200), "{gone:?}");
+    assert!(gone <= Duration::from_millis(200) + 3 * usual, "{gone:?}, status took {usual:?}");
     assert!(ended <= Duration::from_secs(5), "{ended:?}");
 }
 

@@ -27,8 +27,9 @@ fn kills_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOn
         let work = scope.spawn(work);
         let until = Instant::now() + Duration::from_secs(300);
         for round in 0u64.. {
-            // Short and long: in a long one a backing can be finished.
-            std::thread::sleep(pause.mul_f64(0.2 + (round * 7919 % 100) as f64 / 25.0));
+            // Short and long: in a long one a backing can be finished; on a slow host in a later one.
+            let share = (0.2 + (round * 7919 % 100) as f64 / 25.0) * (1 + round / 30) as f64;
+            std::thread::sleep(pause.mul_f64(share));
             if work.is_finished() {
                 break;
             }

@@ -183,7 +183,11 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
                 });
             }
             let _ends = Ends(&done);
-            for round in 0..rounds {
+            for round in 0..rounds * 10 {
+                // On a busy host it may take longer until somebody uses what is to be removed.
+                if round >= rounds && used > 0 && launched.load(Ordering::Relaxed) > rounds / 10 {
+                    break;
+                }
                 let run = world.stencil(&["rm", &format!("t{}", round % NAMES)]);
                 match run.code {
                     0 => gone += 1,

@@ -101,10 +101,9 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
             })
             .collect();
         wait_for("all clones to wait", || (waiting(&table) >= WAITING).then_some(()));
-        assert!(
-            table.stillest().unwrap().still < Duration::from_secs(1),
-            "a server that waits is no stuck one"
-        );
+        wait_for("a sign of life: a server that waits is no stuck one", || {
+            (table.stillest().unwrap().still < Duration::from_secs(1)).then_some(())
+        });
         if !kill {
             // As many wait as there are threads, and more: they hold up nobody whose pack is open.
             for number in 1..20 {
@@ -112,7 +111,7 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
                 files[0].read_exact_at(&mut page, number * 50 * PAGE).unwrap();
                 assert!(page == images[0][(number * 50 * PAGE) as usize..][..PAGE as usize], "page {number}");
                 assert!(
-                    asked.elapsed() < Duration::from_secs(1),
+                    asked.elapsed() < Duration::from_secs(5),
                     "{:?} for what needs no store",
                     asked.elapsed()
                 );

@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::time::Duration;
 
+use crate::support::mount::copy_program;
 use crate::support::store::{Fixture, Ran, guest_like, random, stencil};
 
 /// Exit code, one line with all of these words, and a remedy; in text and as JSON.
@@ -137,6 +138,8 @@ fn a_source_that_changes_is_refused() {
         for piece in 0..24 {
             file.write_all_at(&random(piece, 8 << 20), piece * (8 << 20)).unwrap();
         }
+        // A change in the same tick of the clock of file times could not be seen.
+        std::thread::sleep(Duration::from_millis(20));
         let child = stencil(
             fixture.dir.path(),
             &["import", source.to_str().unwrap(), "a", "--compression", "zstd:12"],
@@ -242,7 +245,7 @@ fn without_rights_nothing_is_read_or_changed() {
     assert_eq!(fs::metadata(fixture.path("store")).unwrap().permissions().mode() & 0o777, 0o700);
     // The binary may lie where another user cannot reach it: run a copy.
     let binary = fixture.path("stencil");
-    fs::copy(env!("CARGO_BIN_EXE_stencil"), &binary).unwrap();
+    copy_program(env!("CARGO_BIN_EXE_stencil"), &binary);
     let before = fixture.files("");
     for args in [&["ls"][..], &["import", source, "b"], &["rm", "a"], &["export", "a", "-"]] {
         let ran: Ran = std::process::Command::new(&binary)

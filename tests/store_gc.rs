@@ -291,11 +291,15 @@ fn soak_a_pack_that_goes_meanwhile_is_no_damage() {
     let pack = fixture.files("packs").into_iter().find(|pack| !kept.contains(pack)).unwrap();
     let aside = fixture.path("aside");
     fs::hard_link(&pack, &aside).unwrap();
+    let begun = Instant::now();
+    fixture.store().verify(None, &AtomicBool::new(false), &Silent).unwrap();
+    let usual = begun.elapsed();
     let (mut seen, mut missed) = (0, 0);
     for round in 0..host::rounds(2000, 20_000) {
         let store = fixture.store();
         let begun = Instant::now();
-        let delay = Duration::from_micros(round % 300);
+        // From too early to too late.
+        let delay = usual.mul_f64((round % 100) as f64 / 50.0);
         let verified = thread::scope(|scope| {
             scope.spawn(|| {
                 while begun.elapsed() < delay {

@@ -350,7 +350,7 @@ fn a_killed_load_leaves_nothing_that_matters() {
     let words = ["load", "-i", stream.to_str().unwrap()];
     let start = Instant::now();
     to.run(&words).ok();
-    let whole = start.elapsed();
+    let mut whole = start.elapsed();
     let attempts: u32 = host::rounds(25, 150);
     let (mut killed, mut found) = (0, 0);
     for attempt in 0..attempts {
@@ -370,8 +370,14 @@ fn a_killed_load_leaves_nothing_that_matters() {
         thread::sleep(whole.mul_f64(share.sqrt()));
         signal(&child, Signal::KILL);
         killed += u32::from(child.wait().unwrap().code().is_none());
-        for tag in to.store().tags().unwrap().iter().filter(|t| t.name != "base") {
-            found += 1;
+        let tags = to.store().tags().unwrap();
+        let there: Vec<_> = tags.iter().filter(|t| t.name != "base").collect();
+        found += there.len();
+        if there.is_empty() && share > 0.5 {
+            // The host has become slower since.
+            whole = whole.mul_f64(1.2);
+        }
+        for tag in there {
             assert_same(&from, &to, &tag.digest.to_string());
         }
         for digest in to.store().digests().unwrap() {

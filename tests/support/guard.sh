@@ -88,6 +88,11 @@ name_it() {
 # shellcheck disable=SC2317
 clear_all() {
     local line pid device path round
+    # Who was just killed may take a moment.
+    for round in {1..30}; do
+        [ -z "$(ours)" ] && break
+        sleep 0.1
+    done
     while read -r line; do
         [ -n "$line" ] && name_it "process $line"
     done < <(ours)
@@ -133,6 +138,11 @@ clear_all() {
         rm -rf --one-file-system "${scratch:?}/$path"
     done < <(ls -A "$scratch")
 
+    # Another run on this kernel, in another container, may have switched something for a while.
+    for round in {1..60}; do
+        [ "$(switch_values)" = "$before" ] && break
+        sleep 1
+    done
     while read -r line; do
         # shellcheck disable=SC2086
         set -- $line

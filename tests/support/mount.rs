@@ -320,6 +320,13 @@ pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
     }
 }
 
+/// Copies a program by another process: a child that another scenario has just forked would hold a file open that this one
+/// writes, and nobody could start it then.
+#[track_caller]
+pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
+    run("cp", &[from.as_ref(), to.as_ref()]);
+}
+
 /// Runs another program, which must exit with 0, and gives its output.
 #[track_caller]
 pub fn run(program: &str, args: &[impl AsRef<OsStr>]) -> String {

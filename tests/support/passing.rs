@@ -5,6 +5,8 @@ use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::Signal;
+use stencilfs::sys::process::ProcessId;
 
 /// A process that is killed when dropped.
 pub struct Running(pub Child);
@@ -13,6 +15,23 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// A process that stands still, and goes on when dropped: nobody waits for it for ever.
+pub struct StandsStill(ProcessId);
+
+impl StandsStill {
+    /// Stops it.
+    pub fn stop(process: ProcessId) -> StandsStill {
+        assert!(process.signal(Signal::STOP).unwrap());
+        StandsStill(process)
+    }
+}
+
+impl Drop for StandsStill {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::CONT);
     }
 }
 

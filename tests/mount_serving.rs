@@ -14,7 +14,6 @@ use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset};
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::{TestMount, run, wait_for};
-use crate::support::passing::StandsStill;
 
 const PAGE: u64 = 4096;
 
@@ -38,12 +37,9 @@ fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
     let bytes = random(1, 96 << 20);
     let digest = world.import_bytes(&bytes, "web:1");
     let path = world.file(&digest, "memory");
-    // Until it has opened the file, nobody makes a backing.
     let mut clone = Actor::start();
-    let supervisor = StandsStill::stop(world.processes()[0]);
     let early = File::open(&path).unwrap();
     clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
-    drop(supervisor);
     // The reason is in `status` for as long as it holds, and in the log.
     let reason = "is served by decode: its backing is still being filled; the first open waited 0 s for it";
     assert!(world.log().contains(reason), "{}", world.log());

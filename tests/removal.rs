@@ -337,7 +337,7 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
     let folder = world.store_dir().join("images").join(&digest);
     // It is hidden for a few milliseconds: a removal that was faster is made again.
     let met = (0..50).find_map(|_| {
-        let mut rm = world.command().args(["rm", "web"]).stderr(Stdio::null()).spawn().unwrap();
+        let mut rm = world.command().args(["rm", "web"]).stderr(Stdio::piped()).spawn().unwrap();
         let process = ProcessId::of(rm.id()).unwrap().unwrap();
         while open(&world, &digest).is_none() && rm.try_wait().unwrap().is_none() {}
         if process.signal(Signal::STOP).unwrap() && open(&world, &digest).is_some() && folder.exists() {
@@ -349,7 +349,7 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
         }
         None
     });
-    let (mut rm, process) = met.expect("a removal that is met while it hides its template");
+    let (rm, process) = met.expect("a removal that is met while it hides its template");
     let begun = Instant::now();
     let second = world.stencil(&["rm", "web"]).exits(75).says("has been removing template");
     assert!(second.err.contains(&process.pid.to_string()), "{second:?}");
@@ -357,7 +357,8 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
     assert_eq!(open(&world, &digest), None, "it is found again");
     let holder = File::open(world.file(&digest, "memory")).unwrap();
     process.signal(Signal::CONT).unwrap();
-    assert_eq!(rm.wait().unwrap().code(), Some(5), "who came meanwhile is found");
+    let ended = rm.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(5), "who came meanwhile is found: {ended:?}");
     assert_eq!(open(&world, &digest), None);
     drop(holder);
     world.stencil(&["rm", "web"]).ok();

@@ -30,15 +30,21 @@ fn number(value: &Value, field: &str) -> u64 {
     value[field].as_u64().unwrap_or_else(|| panic!("no number {field} in {value:#}"))
 }
 
-fn assert_sums(density: &Value) {
+pub fn assert_sums(density: &Value) {
     let totals = &density["totals"];
-    let parts =
-        ["template_bytes", "store_cache_bytes", "private_bytes", "page_table_bytes", "overhead_bytes"];
+    let parts = [
+        "template_bytes",
+        "store_cache_bytes",
+        "private_bytes",
+        "page_table_bytes",
+        "overhead_bytes",
+        "disk_bytes",
+    ];
     let sum: u64 = parts.iter().map(|part| number(totals, part)).sum();
     assert_eq!(number(totals, "host_bytes"), sum, "{totals:#}");
     let clones = density["clones"].as_array().unwrap();
     assert_eq!(number(totals, "clones"), clones.len() as u64);
-    for field in ["mapped_bytes", "swap_bytes", "page_table_bytes"] {
+    for field in ["mapped_bytes", "swap_bytes", "page_table_bytes", "disk_bytes"] {
         let sum: u64 = clones.iter().map(|clone| number(clone, field)).sum();
         assert_eq!(number(totals, field), sum, "{field}");
     }
@@ -182,10 +188,10 @@ fn available_memory_falls_within(percent: f64, measure: impl Fn() -> Value) {
 }
 
 /// Clones that are stopped by SIGSTOP, until this is dropped.
-struct StandStill(Vec<ProcessId>);
+pub struct StandStill(Vec<ProcessId>);
 
 impl StandStill {
-    fn of(ps: &Value) -> StandStill {
+    pub fn of(ps: &Value) -> StandStill {
         let clones = ps["clones"].as_array().unwrap();
         let processes: Vec<ProcessId> = clones
             .iter()
@@ -251,13 +257,13 @@ fn density_has_the_fields_that_programs_rely_on() {
     assert_eq!(
         keys(&density["clones"][0]),
         "id pid name cgroup uid template kind mapped_bytes mapped_clean_bytes private_bytes swap_bytes dirty_pages \
-         page_table_bytes overhead_bytes pmd_mapped_bytes maps"
+         page_table_bytes overhead_bytes disk_bytes pmd_mapped_bytes maps"
     );
     assert_eq!(keys(&density["clones"][0]["maps"][0]), "digest file dev ino start offset length serving");
     assert_eq!(
         keys(&density["totals"]),
         "clones mapped_bytes copied_bytes template_bytes store_cache_bytes private_bytes page_table_bytes \
-         overhead_bytes swap_bytes host_bytes bytes_per_further_clone clones_per_gib sharing_ratio lazy_ratio \
+         overhead_bytes disk_bytes swap_bytes host_bytes bytes_per_further_clone clones_per_gib sharing_ratio lazy_ratio \
          overcommit_ratio"
     );
     // People and programs read the same figures.

@@ -23,7 +23,7 @@ fn world() -> TestMount {
 }
 
 /// Processes whose environment names this runtime directory, but for the mount's own.
-fn processes_of(world: &TestMount) -> Vec<String> {
+pub fn processes_of(world: &TestMount) -> Vec<String> {
     let own: Vec<u32> = world.processes().iter().map(|p| p.pid).collect();
     let wanted = format!("STENCIL_RUNTIME_DIR={}", world.runtime_dir().display());
     let entries = fs::read_dir("/proc").unwrap().flatten();

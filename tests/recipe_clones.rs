@@ -11,6 +11,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
+use crate::accounting::{StandStill, assert_sums};
+use crate::clone_disks::{Tmpfs, du};
 use crate::support::guest::{
     CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, media,
     overlays, patiently, root_is_on_disk, told,
@@ -39,6 +41,44 @@ fn are_whole(beats: &[String], at_least: u64) {
         assert_eq!(count_of(line), number, "after {:?}", beats.get(number as usize - 2));
     }
     assert!(beats.len() as u64 >= at_least, "{} heartbeats, {at_least} were told", beats.len());
+}
+
+/// Clones whose folders lie in RAM; they are stopped before these go.
+struct InMemory<'a>(&'a TestMount, Option<Tmpfs>);
+
+impl Drop for InMemory<'_> {
+    fn drop(&mut self) {
+        self.0.stencil(&["stop", "--all"]);
+        drop(self.1.take());
+    }
+}
+
+/// What the guests have written is RAM that the figures have, to the byte.
+fn disks_are_in_the_figures(world: &TestMount, clones: &[Value]) {
+    // Two looks at a disk that is written to would differ.
+    let still = StandStill::of(&world.json(&["ps"]));
+    let density = world.json(&["density", "--audit"]);
+    assert_sums(&density);
+    let of = |clone: &Value| {
+        let folder = Path::new(clone["dir"].as_str().unwrap());
+        du(&["disk-root.qcow2", "disk-second.qcow2"].map(|name| folder.join(name)))
+    };
+    for clone in clones {
+        let rows = density["clones"].as_array().unwrap();
+        let row = rows.iter().find(|row| row["id"] == clone["id"]).unwrap();
+        assert!(of(clone) > 256 << 10, "{}", of(clone));
+        assert_eq!(row["disk_bytes"], of(clone), "{row:#}");
+    }
+    let totals = &density["totals"];
+    assert_eq!(totals["disk_bytes"], clones.iter().map(of).sum::<u64>());
+    drop(still);
+    let parts = ["private_bytes", "page_table_bytes", "overhead_bytes", "disk_bytes"];
+    let of_the_clones: u64 = parts.iter().map(|part| totals[part].as_u64().unwrap()).sum();
+    assert_eq!(totals["bytes_per_further_clone"], of_the_clones / 6);
+    // There is no baseline where a process of another scenario let nobody look into it.
+    if density["audit"]["memory"].is_object() {
+        assert_eq!(density["audit"]["memory"]["accounted_bytes"], of_the_clones);
+    }
 }
 
 #[test]
@@ -90,6 +130,9 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     assert_eq!(digest_of("second"), blake3::hash(&fs::read(&raw).unwrap()).to_hex().to_string());
 
     world.mount(&["--serve", "auto"]).ok();
+    // As on most hosts: records and overlays lie in RAM.
+    let in_memory = world.runtime_dir().join("clones");
+    let _tmpfs = InMemory(&world, Some(Tmpfs::on(&in_memory)));
     // What the clones have open.
     let base = world.file(captured["digest"].as_str().unwrap(), "disk-root");
     let served = || blake3::hash(&fs::read(&base).unwrap()).to_hex().to_string();
@@ -185,6 +228,7 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     let images: Vec<PathBuf> =
         clones.iter().map(|c| Path::new(c["dir"].as_str().unwrap()).join("disk-root.qcow2")).collect();
     images.iter().for_each(|image| drop(run("qemu-img", &["check", "-q", "-U", image.to_str().unwrap()])));
+    disks_are_in_the_figures(&world, clones);
     world.stencil(&["stop", "--all"]).ok();
     assert_eq!(served(), root_before, "no clone has written to the base image");
     assert!(images.iter().all(|image| !image.exists()), "a clone's disk goes with it");

@@ -7,6 +7,7 @@ mod capture_failures;
 mod capture_meddled;
 mod capture_qemu;
 mod clone_command;
+mod clone_disks;
 mod clone_qemu;
 mod clone_simulated;
 mod command_line;

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -44,14 +45,18 @@ pub struct CloneArgs {
     /// an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
+    /// Folder for the clones' disks; each goes with its clone [default: the clone's own folder, which is in RAM where
+    /// /run is]
+    #[arg(long, value_name = "DIR", conflicts_with = "simulate")]
+    disk_dir: Option<PathBuf>,
     /// How many are launched at a time [default: twice the processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     parallel: Option<u32>,
     /// Seconds that one clone may take to get ready
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     timeout: u32,
-    /// A command to run; {memory} {state} {file:NAME} {id} {index} {dir} are filled in, and are in STENCIL_MEMORY,
-    /// STENCIL_STATE… as well
+    /// A command to run; {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid} {uuid} {port:N} {disk:NAME}
+    /// are filled in, and are in STENCIL_MEMORY, STENCIL_STATE… as well: a port and a disk where the command names it
     #[arg(last = true, value_name = "CMD")]
     command: Vec<String>,
 }
@@ -113,6 +118,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         parallel: args.parallel.unwrap_or(cores * 2),
         keep_going: args.keep_going,
         patience: Duration::from_secs(args.timeout.into()),
+        disk_dir: args.disk_dir.as_deref().map(folder).transpose()?,
         cancel: &cancel,
     };
     if global.draws() {
@@ -144,6 +150,15 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         (true, _) => done.exit_as(Code::Failed),
         (false, code) => done.exit_code(code),
     })
+}
+
+/// The path of a folder from the root: clones do not stay in this process's.
+fn folder(path: &Path) -> Result<PathBuf> {
+    let path = path.canonicalize().map_err(|e| Error::io("cannot use the folder for disks", path, e))?;
+    let usable = path.is_dir() && path.to_str().is_some();
+    let wrong = || Error::usage("--disk-dir wants a folder whose name is UTF-8").at(&path);
+    usable.then_some(()).ok_or_else(wrong)?;
+    Ok(path)
 }
 
 fn nobody_is_left(clones: &[Entry]) -> bool {

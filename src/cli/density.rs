@@ -96,6 +96,7 @@ impl DensityReport {
             "SWAP",
             "TABLES",
             "OVERHEAD",
+            "DISK",
             "NAME",
         ]);
         for c in &self.density.clones {
@@ -111,6 +112,7 @@ impl DensityReport {
                 m.swap_bytes.to_string(),
                 m.page_table_bytes.to_string(),
                 m.overhead_bytes.to_string(),
+                m.disk_bytes.to_string(),
                 c.name.clone(),
             ]);
         }
@@ -127,6 +129,7 @@ impl DensityReport {
         part(out, "private pages", t.private_bytes)?;
         part(out, "page tables", t.page_table_bytes)?;
         part(out, "overhead", t.overhead_bytes)?;
+        part(out, "disks in RAM", t.disk_bytes)?;
         part(out, "= host memory", t.host_bytes)?;
         if let (Some(bytes), Some(count)) = (t.bytes_per_further_clone, t.clones_per_gib) {
             writeln!(out, "one more clone takes {bytes}; {count:.1} more fit into a GiB")?;

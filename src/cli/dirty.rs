@@ -73,6 +73,7 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
 /// The process of a clone: an id that `stencil clone` gave, else a process id.
 pub fn pid_of(clone: &str) -> Result<u32> {
     if let Some(entry) = registry::list()?.into_iter().find(|entry| entry.id == clone) {
+        entry.expect_ours()?;
         return Ok(entry.pid);
     }
     clone.parse().map_err(|_| {

@@ -43,6 +43,7 @@ struct Row {
 impl Row {
     fn of(entry: &Entry, families: &Families) -> Row {
         let state = match (entry.is_launching(), families.of(entry).is_empty()) {
+            _ if entry.is_foreign() => "foreign",
             (true, _) => "launching",
             (false, false) => "running",
             (false, true) => "ended",
@@ -135,7 +136,7 @@ fn age(seconds: u64) -> String {
 /// # Errors
 /// When the runtime directory cannot be read.
 pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
-    registry::sweep()?;
+    registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let entries = registry::list()?;
     let families = Families::look(&entries);
     let mut rows: Vec<Row> = entries.iter().map(|entry| Row::of(entry, &families)).collect();

@@ -10,7 +10,7 @@ use super::Global;
 use super::output::{Done, Report, to_json};
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::{How, stop};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Stop clones that were launched here and remove what they had
 #[derive(Debug, Args)]
@@ -55,13 +55,36 @@ impl Report for StopReport {
 /// # Errors
 /// When there is no clone of an id, or one cannot be ended.
 pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
-    registry::sweep()?;
+    let swept = registry::sweep();
     let entries = if args.all {
-        // Those that a launcher still holds are its own.
-        registry::list()?.into_iter().filter(|e| !e.is_launching()).collect()
+        let mut entries = registry::list()?;
+        entries.retain(|entry| {
+            let ours = entry.expect_ours().inspect_err(|error| log::warn!("{error}"));
+            // Those that a launcher still holds are its own.
+            ours.is_ok() && !entry.is_launching()
+        });
+        entries
     } else {
-        args.ids.iter().map(|id| registry::find(id)).collect::<Result<Vec<_>>>()?
+        args.ids.iter().map(|id| registry::find(id).and_then(may_be_stopped)).collect::<Result<Vec<_>>>()?
     };
     let how = stop(&entries, Duration::from_secs(args.grace.into()))?;
+    match swept {
+        // Some of all are left.
+        Err(error) if args.all => return Err(error),
+        Err(error) => log::warn!("{error}"),
+        Ok(()) => {}
+    }
     Ok(Done::report(StopReport { stopped: entries.into_iter().zip(how).collect(), quiet: global.quiet }))
+}
+
+fn may_be_stopped(entry: Entry) -> Result<Entry> {
+    entry.expect_ours()?;
+    if entry.is_launching() {
+        // It may start a process at any moment.
+        let what = format!("clone {} is not ready: its launcher still holds it", entry.id);
+        return Err(Error::try_again(what)
+            .at(&entry.dir)
+            .remedy("stop it when `stencil ps` calls it running, or interrupt its launcher"));
+    }
+    Ok(entry)
 }

@@ -60,8 +60,8 @@ pub struct MemoryAudit {
     pub available_now: Bytes,
     /// How much less it is.
     pub fall_bytes: i64,
-    /// What the accounting says of the clones: private + page tables + overhead. Template pages are page
-    /// cache, which the kernel counts as available.
+    /// What the accounting says of the clones: private + page tables + overhead + disks in RAM. Template pages are
+    /// page cache, which the kernel counts as available; what a tmpfs holds it does not.
     pub accounted_bytes: Bytes,
     /// Difference in percent of the accounting's figure.
     pub error_percent: f64,
@@ -189,7 +189,7 @@ fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
 
 impl MemoryAudit {
     fn new(before: Baseline, now: Baseline, totals: &Totals) -> Result<MemoryAudit> {
-        let accounted = totals.private_bytes + totals.page_table_bytes + totals.overhead_bytes;
+        let accounted = totals.of_the_clones();
         let fall = before.available().get() as i64 - now.available().get() as i64;
         Ok(MemoryAudit {
             available_before: before.available(),
@@ -257,4 +257,30 @@ impl Baseline {
 
 fn baseline_path() -> PathBuf {
     control::runtime_dir().join("memory-baseline.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_lowers_available_memory_is_accounted_for() {
+        let [private_bytes, page_table_bytes, overhead_bytes, disk_bytes] =
+            [1, 10, 100, 1000].map(Bytes::new);
+        let shared = Bytes::new(7777);
+        let (template_bytes, store_cache_bytes) = (shared, shared);
+        let totals = Totals {
+            private_bytes,
+            page_table_bytes,
+            overhead_bytes,
+            disk_bytes,
+            template_bytes,
+            store_cache_bytes,
+            ..Totals::default()
+        };
+        let free = |bytes| Baseline { mem_available: Bytes::new(bytes), per_cpu_free: Bytes::ZERO };
+        let audit = MemoryAudit::new(free(5000), free(3889), &totals).unwrap();
+        assert_eq!((audit.accounted_bytes.get(), audit.fall_bytes), (1111, 1111));
+        assert_eq!(audit.error_percent, 0.0);
+    }
 }

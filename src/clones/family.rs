@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
@@ -98,7 +98,7 @@ pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
 /// Kills all processes of these clones and waits until they are gone.
 ///
 /// # Errors
-/// When one may not be killed, or does not die.
+/// When one may not be killed, or does not die. The others are killed all the same.
 pub fn kill(entries: &[Entry]) -> Result<()> {
     // One that was forked during a look is found by the next one.
     for _ in 0..5 {
@@ -108,16 +108,26 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
             return Ok(());
         }
         // All are told before any is waited for.
+        let told: Vec<Option<Error>> =
+            doomed.iter().map(|process| process.signal(Signal::KILL).err()).collect();
+        let mut problem = told.into_iter().flatten().next();
+        let until = Instant::now() + LAST_PATIENCE;
         for process in &doomed {
-            process.signal(Signal::KILL)?;
+            let gone = process.wait_gone(until.saturating_duration_since(Instant::now()));
+            problem = problem.or(match gone {
+                Ok(true) => None,
+                Ok(false) => Some(does_not_die(process)),
+                Err(error) => Some(error),
+            });
         }
-        for process in &doomed {
-            if !process.wait_gone(LAST_PATIENCE)? {
-                return Err(Error::failed(format!("process {} does not die", process.pid)).remedy(
-                    "it waits for an answer of a mount: see `stencil status`, or abort its fuse connection",
-                ));
-            }
+        if let Some(problem) = problem {
+            return Err(problem);
         }
     }
     Err(Error::failed("a clone starts processes faster than they can be killed"))
+}
+
+fn does_not_die(process: &ProcessId) -> Error {
+    Error::failed(format!("process {} does not die", process.pid))
+        .remedy("it waits for an answer of a mount: see `stencil status`, or abort its fuse connection")
 }

@@ -55,12 +55,11 @@ pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
         }
     }
     // The folders of those that do end are removed, whatever the others do.
-    let killed = family::kill(entries);
-    let mut problem = killed.err();
-    for entry in entries.iter().filter(|e| !e.is_alive()) {
-        if let Err(error) = entry.remove() {
-            problem = problem.or(Some(error));
-        }
+    let mut problem = family::kill(entries).err();
+    let left = problem.is_some().then(|| Families::look(entries));
+    let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
+    for entry in entries.iter().filter(gone) {
+        problem = problem.or(entry.remove().err());
     }
     match problem {
         Some(error) => Err(error),

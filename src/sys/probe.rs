@@ -93,6 +93,13 @@ pub struct FileSystem {
     pub read_only: bool,
 }
 
+impl FileSystem {
+    /// True where files have no other place than RAM and swap.
+    pub fn is_memory(&self) -> bool {
+        matches!(self.name.as_str(), "tmpfs" | "ramfs")
+    }
+}
+
 /// The file system that holds `path`.
 ///
 /// # Errors
@@ -107,6 +114,7 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
         0x5846_5342 => "xfs".to_owned(),
         0x9123_683E => "btrfs".to_owned(),
         0x0102_1994 => "tmpfs".to_owned(),
+        0x8584_58F6 => "ramfs".to_owned(),
         0x794C_7630 => "overlay".to_owned(),
         0x6573_5546 => "fuse".to_owned(),
         0xE0F5_E1E2 => "erofs".to_owned(),

@@ -1,8 +1,10 @@
 //! Memory accounting: what each clone has dirtied, what all of them really cost.
 //!
 //! `host_bytes` is to the byte the sum of its named parts: template pages in RAM (once), what the store
-//! itself holds in RAM, distinct private pages, page tables, and the clones' memory outside templates.
+//! itself holds in RAM, distinct private pages, page tables, the clones' memory outside templates, and their disks
+//! where these lie in RAM.
 
+mod disks;
 mod frames;
 mod process;
 pub mod residency;
@@ -106,12 +108,14 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
             clones.push((clone, measured));
         }
     }
+    let entries = registry::list()?;
+    disks::add(&mut clones, &entries)?;
     let mut templates = Templates::of(mounts, only)?;
     let processes: Vec<CloneProcess> = clones.iter().map(|(clone, _)| clone.clone()).collect();
     templates.add_residency(&residency::resident(mounts, &inodes, &processes)?);
     templates.add_clones(&processes);
     let store_cache = templates.store_cache()? + residency::daemons(mounts)?;
-    let known = known_clones()?;
+    let known = known(entries);
     let copied = totals::Copied::of(&clones, &templates.opened, &known)?;
     let totals = Totals::new(&clones, &templates.rows(), store_cache, frames::distinct(&clones)?, copied)?;
     let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &known)).collect();
@@ -120,8 +124,9 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
 
 type Known = BTreeMap<(u32, u64), registry::Entry>;
 
-fn known_clones() -> Result<Known> {
-    Ok(registry::list()?.into_iter().map(|entry| ((entry.pid, entry.start_time), entry)).collect())
+fn known(entries: Vec<registry::Entry>) -> Known {
+    let named = entries.into_iter().filter_map(|entry| Some((entry.process()?, entry)));
+    named.map(|(process, entry)| ((process.pid, process.start_time), entry)).collect()
 }
 
 fn row(clone: &CloneProcess, measured: &Measured, known: &Known) -> CloneRow {

@@ -30,6 +30,8 @@ pub struct CloneMemory {
     pub page_table_bytes: Bytes,
     /// Its private memory outside template mappings, in RAM.
     pub overhead_bytes: Bytes,
+    /// Its disks, where they lie in RAM and nowhere else; 0 where a disk of the host has them.
+    pub disk_bytes: Bytes,
     /// Part of `mapped_clean_bytes` that is mapped by 2 MiB entries.
     pub pmd_mapped_bytes: Bytes,
 }

@@ -32,9 +32,11 @@ pub struct Totals {
     pub page_table_bytes: Bytes,
     /// Memory of the clones outside template mappings, distinct frames.
     pub overhead_bytes: Bytes,
+    /// Disks of the clones that lie in RAM and nowhere else.
+    pub disk_bytes: Bytes,
     /// Copies in swap: no RAM.
     pub swap_bytes: Bytes,
-    /// RAM that all this takes: template + store cache + private + page tables + overhead.
+    /// RAM that all this takes: template + store cache + private + page tables + overhead + disks.
     pub host_bytes: Bytes,
     /// RAM that one more clone like these takes; null without clones.
     pub bytes_per_further_clone: Option<Bytes>,
@@ -182,6 +184,7 @@ impl Totals {
             private_bytes: distinct.private,
             page_table_bytes: sum(|m| m.memory.page_table_bytes) + kvm,
             overhead_bytes: distinct.overhead,
+            disk_bytes: sum(|m| m.memory.disk_bytes),
             swap_bytes: sum(|m| m.memory.swap_bytes),
             ..Totals::default()
         };
@@ -190,19 +193,24 @@ impl Totals {
     }
 
     fn conclude(&mut self, copied: Copied) {
-        let of_the_clones = self.page_table_bytes + self.overhead_bytes;
-        self.copied_bytes = copied.restored + of_the_clones;
-        self.host_bytes = self.template_bytes + self.store_cache_bytes + self.private_bytes + of_the_clones;
+        let besides = self.page_table_bytes + self.overhead_bytes + self.disk_bytes;
+        self.copied_bytes = copied.restored + besides;
+        self.host_bytes = self.template_bytes + self.store_cache_bytes + self.of_the_clones();
         if self.clones == 0 {
             return;
         }
         let ratio = |part: Bytes| Some(part.get() as f64 / self.host_bytes.get() as f64);
         self.sharing_ratio = ratio(self.copied_bytes);
-        self.lazy_ratio = copied.touched.and_then(|touched| ratio(touched + of_the_clones));
+        self.lazy_ratio = copied.touched.and_then(|touched| ratio(touched + besides));
         self.overcommit_ratio = ratio(self.mapped_bytes);
-        let further = (self.private_bytes + of_the_clones).get() / self.clones;
+        let further = self.of_the_clones().get() / self.clones;
         self.bytes_per_further_clone = Some(Bytes::new(further));
         self.clones_per_gib = (further > 0).then(|| (1u64 << 30) as f64 / further as f64);
+    }
+
+    /// What the clones take, without what they share.
+    pub fn of_the_clones(&self) -> Bytes {
+        self.private_bytes + self.page_table_bytes + self.overhead_bytes + self.disk_bytes
     }
 }
 
@@ -230,14 +238,15 @@ mod tests {
             private_bytes: Bytes::new(40),
             page_table_bytes: Bytes::new(8),
             overhead_bytes: Bytes::new(32),
+            disk_bytes: Bytes::new(10),
             ..Totals::default()
         };
-        totals.conclude(Copied { restored: Bytes::new(340), touched: None });
-        assert_eq!(totals.host_bytes.get(), 190);
-        assert_eq!(totals.copied_bytes.get(), 380);
+        totals.conclude(Copied { restored: Bytes::new(350), touched: None });
+        assert_eq!(totals.host_bytes.get(), 200);
+        assert_eq!(totals.copied_bytes.get(), 400);
         assert_eq!(totals.sharing_ratio, Some(2.0));
         assert_eq!(totals.lazy_ratio, None);
-        assert_eq!(totals.bytes_per_further_clone, Some(Bytes::new(20)));
+        assert_eq!(totals.bytes_per_further_clone, Some(Bytes::new(22)));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod watchdog;
 mod worker;
 mod zygote;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -66,6 +67,8 @@ pub struct Order<'a> {
     pub keep_going: bool,
     /// How long one clone may take to get ready.
     pub patience: Duration,
+    /// Where the clones' disks are to be, unless in their own folders: an absolute path.
+    pub disk_dir: Option<PathBuf>,
     /// Set from outside when the launch is to be given up.
     pub cancel: &'a AtomicBool,
 }
@@ -96,7 +99,8 @@ pub struct Launched {
 /// When one does not get ready (unless `keep_going` and another does), or the launch is cancelled: then
 /// nothing of it is left.
 pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
-    registry::sweep()?;
+    // What another launch has left is in nobody's way: ids and ports are never given twice.
+    registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let launch = Launch::prepare()?;
     // The watchdog comes first: whatever happens to this process from here on, it or the next sweep clears up.
     let _watchdog = watchdog::start(&launch)?;
@@ -172,6 +176,7 @@ impl Herd<'_> {
             kind,
             index,
             touched,
+            disk_dir: self.order.disk_dir.as_deref(),
         })
     }
 

@@ -1,7 +1,9 @@
 //! What a clone has of its own, made before its command starts: addresses, ports of the host, disks.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
@@ -51,15 +53,18 @@ pub fn make(
         values = values.with(&format!("port:{name}"), port.to_string());
         entry.ports.insert(name.clone(), port);
     }
-    for disk in disks.iter().filter(|disk| needs.disks.contains(&disk.name)) {
-        let path = entry.dir.join(format!("disk-{}.qcow2", disk.name));
-        if !path.exists() {
+    let disks = || disks.iter().filter(|disk| needs.disks.contains(&disk.name));
+    entry.disks = disks().map(|disk| disk.name.clone()).collect();
+    entry.uuid = Some(uuid);
+    entry.save()?;
+    for disk in disks() {
+        let path = entry.disk_path(&disk.name);
+        // An attempt before has made it.
+        if attempt == 0 {
             overlay(target, disk, &path)?;
         }
         values = values.with(&format!("disk:{}", disk.name), path.display().to_string());
     }
-    entry.uuid = Some(uuid);
-    entry.save()?;
     Ok((values, reserved))
 }
 
@@ -92,6 +97,10 @@ fn free_port(may_have: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
 /// An empty image over a file of the template.
 fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
     let base = target.dir.join(&disk.base);
+    // In a folder that others use, nobody else's file is written over, and nobody else reads a guest's disk.
+    File::options().write(true).create_new(true).mode(0o600).open(path).map_err(|e| {
+        Error::io("cannot make a clone's disk", path, e).remedy("--disk-dir says where disks are made")
+    })?;
     let done = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-F", &disk.format, "-b"])
         .arg(&base)
@@ -112,7 +121,7 @@ fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
             String::from_utf8_lossy(&done.stderr).trim().replace('\n', "; ")
         ))
         .at(path)
-        .remedy("the words are qemu-img's: it writes in the clone's folder, STENCIL_RUNTIME_DIR says where that is")),
+        .remedy("the words are qemu-img's; --disk-dir says where disks are made")),
     }
 }
 

@@ -202,6 +202,22 @@ mod tests {
     }
 
     #[test]
+    fn the_help_of_clone_lists_every_placeholder() {
+        use clap::CommandFactory;
+        let cli = crate::cli::Cli::command();
+        let clone = cli.find_subcommand("clone").unwrap();
+        let help = clone.get_arguments().find(|a| a.get_id() == "command").unwrap().get_help().unwrap();
+        let help = help.to_string();
+        let listed: BTreeSet<&str> = placeholders(&help).collect();
+        let of = |kind: &&str| match *kind {
+            "file" | "disk" => format!("{kind}:NAME"),
+            kind => format!("{kind}:N"),
+        };
+        let all: Vec<String> = PLAIN.iter().map(ToString::to_string).chain(NAMED.iter().map(of)).collect();
+        assert_eq!(listed, all.iter().map(String::as_str).collect());
+    }
+
+    #[test]
     fn variables_have_names_of_the_shell() {
         let values = values();
         let all: Vec<_> = values.variables().collect();

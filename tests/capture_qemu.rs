@@ -7,6 +7,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
+use stencilfs::clones::recipe::device_type;
 
 use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};
 use crate::support::host;
@@ -202,6 +203,21 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
         .unwrap();
     let err = String::from_utf8_lossy(&run.stderr);
     assert!(err.contains("plugged in or out (3 on the command line, 4 in the VM)"), "{err}");
+}
+
+#[test]
+fn short_names_of_devices_are_qemus() {
+    let help = run("qemu-system-x86_64", &["-device", "help"]);
+    let word = |line: &str, before: &str| {
+        Some(line.split_once(before)?.1.split('"').next().unwrap_or_default().to_owned())
+    };
+    let aliases: Vec<_> =
+        help.lines().filter_map(|line| Some((word(line, "alias \"")?, word(line, "name \"")?))).collect();
+    assert!(aliases.len() > 10, "{help}");
+    for (alias, name) in &aliases {
+        assert_eq!(device_type(alias), name, "{alias}");
+        assert_eq!(device_type(name), name, "a type is itself");
+    }
 }
 
 #[test]

@@ -89,7 +89,7 @@ fn domain(dir: &Path, disk: &Path) -> String {
       <target type='virtio' name='org.qemu.guest_agent.0'/>
     </channel>
     <input type='tablet' bus='usb'/>
-    <graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1'/>
+    <graphics type='vnc' socket='{dir}/vnc'/>
     <video>
       <model type='virtio'/>
     </video>
@@ -124,7 +124,10 @@ fn a_domain_is_captured_and_its_clones_run() {
 
     let running = Domain::start(&world, &xml);
     let own = || heartbeats(&dir.join("serial"));
-    patiently("heartbeats", Duration::from_secs(120), || (own().len() >= 3).then_some(()));
+    patiently("heartbeats", Duration::from_secs(120), || {
+        assert!(running.is_alive(), "{}", running.said(&world));
+        (own().len() >= 3).then_some(())
+    });
     let socket = dir.join("qmp");
     let mut qmp = Qmp::connect(&socket).unwrap();
     let before = media(&mut qmp);
@@ -176,4 +179,67 @@ fn a_domain_is_captured_and_its_clones_run() {
         assert_eq!(line.split(' ').next(), Some(number.to_string().as_str()));
     }
     assert!(beats.len() as u64 >= told - 1, "{} heartbeats, {told} were told", beats.len());
+}
+
+#[test]
+fn what_libvirt_adds_to_a_domain_of_few_words_has_clones() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let socket = world.dir().join("qmp");
+    let usb = [
+        "<controller type='usb' index='0' model='ich9-ehci1'/>",
+        "<controller type='usb' index='0' model='ich9-uhci1'><master startport='0'/></controller>",
+        "<controller type='usb' index='0' model='ich9-uhci2'><master startport='2'/></controller>",
+        "<controller type='usb' index='0' model='ich9-uhci3'><master startport='4'/></controller>",
+        "<video><model type='bochs'/></video>",
+    ];
+    for (machine, more, device) in
+        [("pc", String::new(), "cirrus-vga"), ("q35", usb.concat(), "bochs-display")]
+    {
+        let xml = format!(
+            "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>few-{machine}</name>
+  <memory unit='MiB'>64</memory>
+  <memoryBacking>
+    <source type='file'/>
+    <access mode='shared'/>
+  </memoryBacking>
+  <os>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
+  </os>
+  <features>
+    <acpi/>
+  </features>
+  <devices>
+    {more}
+    <interface type='user'/>
+    <serial type='pty'/>
+    <graphics type='vnc' socket='{}'/>
+    <input type='tablet' bus='usb'/>
+    <memballoon model='none'/>
+  </devices>
+  <qemu:commandline>
+    <qemu:arg value='-qmp'/>
+    <qemu:arg value='unix:{},server=on,wait=off'/>
+  </qemu:commandline>
+</domain>
+",
+            world.dir().join("vnc").display(),
+            socket.display()
+        );
+        let running = Domain::start(&world, &xml);
+        let tag = format!("few:{machine}");
+        patiently("a VM that runs", Duration::from_secs(60), || {
+            assert!(running.is_alive(), "{}", running.said(&world));
+            (Qmp::connect(&socket).ok()?.status().ok()? == "running").then_some(())
+        });
+        world.json(&["capture", socket.to_str().unwrap(), &tag]);
+        drop(running);
+        let recipe = world.stencil(&["inspect", "--recipe", &tag]).ok().out;
+        assert!(recipe.contains(&format!("\"{device},")), "{recipe}");
+    }
+    world.mount(&[]).ok();
+    for tag in ["few:pc", "few:q35"] {
+        assert_eq!(world.json(&["clone", tag])["clones"].as_array().unwrap().len(), 1);
+    }
 }

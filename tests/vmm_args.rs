@@ -187,6 +187,7 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
 
 /// A domain of libvirt's own, without its daemon; it ends when dropped.
 pub struct Domain {
+    name: String,
     libvirt: Running,
     qemu: u32,
 }
@@ -213,16 +214,27 @@ impl Domain {
                       exec virt-qemu-run -v -r \"$1/libvirt\" \"$1/run.xml\"";
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", script, "sh"]).arg(world.dir());
-        let mut domain =
-            Domain { libvirt: Running::start(&mut command, &world.dir().join("qemu.log")), qemu: 0 };
+        let libvirt = Running::start(&mut command, &world.dir().join("qemu.log"));
+        let mut domain = Domain { name: name.to_owned(), libvirt, qemu: 0 };
         domain.qemu = patiently("a QEMU of libvirt's", Duration::from_secs(120), || {
             let log = fs::read_to_string(path("qemu.log")).unwrap();
             assert!(domain.libvirt.0.try_wait().unwrap().is_none(), "make setup: {log}");
-            let said = fs::read_to_string(path(&format!("libvirt/log/qemu/{name}.log"))).unwrap_or_default();
+            let said = domain.said(world);
             assert!(!said.contains("shutting down"), "{said}");
             fs::read_to_string(path(&format!("libvirt/run/qemu/{name}.pid"))).ok()?.trim().parse().ok()
         });
         domain
+    }
+
+    /// What QEMU has said.
+    pub fn said(&self, world: &TestMount) -> String {
+        let log = format!("libvirt/log/qemu/{}.log", self.name);
+        fs::read_to_string(world.dir().join(log)).unwrap_or_default()
+    }
+
+    /// True until its QEMU ends.
+    pub fn is_alive(&self) -> bool {
+        Path::new(&format!("/proc/{}", self.qemu)).exists()
     }
 
     fn mappings(&mut self, world: &TestMount) -> Vec<(String, String, u64)> {

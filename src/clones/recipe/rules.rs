@@ -98,7 +98,7 @@ pub fn options(argv: &[String]) -> Vec<(&str, Option<&str>)> {
 }
 
 /// Devices that need nothing of the host, so that every clone may have its own.
-const DEVICES: [&str; 57] = [
+const DEVICES: [&str; 62] = [
     "vmgenid",
     // Only where its memory is a ROM, see memory.rs.
     "nvdimm",
@@ -117,6 +117,8 @@ const DEVICES: [&str; 57] = [
     "ioh3420",
     "i6300esb",
     "VGA",
+    "cirrus-vga",
+    "bochs-display",
     "qemu-xhci",
     "usb-tablet",
     "usb-kbd",
@@ -142,6 +144,9 @@ const DEVICES: [&str; 57] = [
     "usb-storage",
     "usb-ehci",
     "ich9-usb-ehci1",
+    "ich9-usb-uhci1",
+    "ich9-usb-uhci2",
+    "ich9-usb-uhci3",
     "piix3-usb-uhci",
     "nec-usb-xhci",
     "usb-hub",

@@ -51,6 +51,7 @@ mod recipe_edit;
 mod removal;
 mod removal_soak;
 mod removal_words;
+mod residency;
 mod restart;
 mod rom_guest;
 mod sandbox;

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use rustix::fs::{Mode, OFlags, SealFlags, fchmod, fcntl_add_seals, fcntl_get_seals};
+use stencilfs::control::ledger::{HALF, HEAD, newest};
 use stencilfs::control::{
     BackingRow, CONTROL_VERSION, Chosen, MountOptions, Record, RecordDir, ServerRow, Snapshot,
 };
@@ -20,11 +21,6 @@ use stencilfs::units::Bytes;
 
 use crate::control::Callers;
 use crate::stats::Stats;
-
-/// The ledger has two halves, written in turn: a supervisor that is killed while it writes leaves the other one whole.
-const HALF: u64 = 16 << 20;
-/// Number of the version, length and hash of the text.
-const HEAD: usize = 8 + 8 + 32;
 
 /// A memory file with the newest snapshot.
 #[derive(Debug)]
@@ -58,9 +54,7 @@ impl Ledger {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::from(rustix::fs::open(path, flags, Mode::empty()).unwrap_or(file));
-        let newest =
-            [0, 1].into_iter().filter_map(|half| read_half(&file, half)).max_by_key(|(turn, _)| *turn);
-        let (turn, text) = newest.ok_or(io::ErrorKind::InvalidData)?;
+        let (turn, text) = newest(&file).ok_or(io::ErrorKind::InvalidData)?;
         Ok((Ledger { file, turn }, text))
     }
 
@@ -95,19 +89,6 @@ impl AsFd for Ledger {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.file.as_fd()
     }
-}
-
-fn read_half(file: &File, half: u64) -> Option<(u64, Vec<u8>)> {
-    let mut head = [0; HEAD];
-    file.read_exact_at(&mut head, half * HALF).ok()?;
-    let turn = u64::from_le_bytes(head[..8].try_into().ok()?);
-    let length = u64::from_le_bytes(head[8..16].try_into().ok()?);
-    if turn % 2 != half || length > HALF - HEAD as u64 {
-        return None;
-    }
-    let mut text = vec![0; length as usize];
-    file.read_exact_at(&mut text, half * HALF + HEAD as u64).ok()?;
-    (blake3::hash(&text).as_bytes() == &head[16..]).then_some((turn, text))
 }
 
 /// A program that servers are started from: what is replaced on disk later changes nothing.
@@ -286,9 +267,7 @@ pub fn look(file: &OwnedFd) -> Result<Snapshot> {
     let file = File::from(copy(file)?);
     // Who writes the one half leaves the other: both are torn only if two were written while this one was read.
     for _ in 0..1000 {
-        let newest =
-            [0, 1].into_iter().filter_map(|half| read_half(&file, half)).max_by_key(|(turn, _)| *turn);
-        if let Some((_, text)) = newest {
+        if let Some((_, text)) = newest(&file) {
             return parse(&text);
         }
     }

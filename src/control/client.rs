@@ -11,10 +11,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::protocol::{Request, Response, UnmountMode};
 use super::registry::{CONTROL_SOCKET, Mount};
 use super::snapshot::Snapshot;
-use super::status::{MountStatus, Residency};
+use super::status::MountStatus;
 use super::wire::Channel;
 use crate::error::{Error, Result};
-use crate::sys::cachestat;
 
 /// A supervisor that does not answer for so long is stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -52,32 +51,6 @@ impl Mount {
             }
             (other, _) => Err(unexpected(&other)),
         }
-    }
-
-    /// How much of each passthrough backing is in the page cache. Only the supervisor has them open.
-    ///
-    /// # Errors
-    /// When the supervisor does not answer, or the kernel cannot say.
-    pub fn residency(&self) -> Result<Vec<Residency>> {
-        let mut files = Vec::new();
-        for (index, row) in self.snapshot()?.backings.into_iter().enumerate() {
-            if row.id.is_none() {
-                continue;
-            }
-            match ask(&self.dir, &Request::Backing { index }) {
-                Ok((Response::Descriptor, Some(backing))) => files.push(Residency {
-                    digest: row.key.digest,
-                    file: row.key.file,
-                    resident_bytes: cachestat::cached(&backing)?.bytes(),
-                }),
-                Ok((other, _)) => return Err(unexpected(&other)),
-                // It was evicted since.
-                Err(error) if error.code() == crate::error::Code::NotFound => {}
-                Err(error) => return Err(error),
-            }
-        }
-        files.sort_by(|a, b| (a.digest, &a.file).cmp(&(b.digest, &b.file)));
-        Ok(files)
     }
 }
 
@@ -121,7 +94,7 @@ pub(super) const SUPERVISOR_LOST: &str =
 
 const OTHER_VERSION: &str = "stencil and stencil-mountd are of different versions: install both from one build, then run stencil restart";
 
-fn unexpected(response: &Response) -> Error {
+pub(super) fn unexpected(response: &Response) -> Error {
     Error::failed(format!("the supervisor gave an answer to another question: {response:?}"))
         .remedy(OTHER_VERSION)
 }

@@ -37,13 +37,13 @@ pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> R
     Ok(resident)
 }
 
-/// The passthrough backings of all mounts, as their supervisors see them.
+/// The passthrough backings of all mounts, as those see them who have them open.
 ///
 /// # Errors
-/// When a supervisor does not answer.
+/// When a supervisor does not answer, or it is dead and its server does not have what it kept.
 pub fn backings(mounts: &[Mount]) -> Result<Vec<Residency>> {
     let mut all = Vec::new();
-    for mount in mounts.iter().filter(|mount| !mount.orphaned) {
+    for mount in mounts {
         all.extend(mount.residency()?);
     }
     Ok(all)

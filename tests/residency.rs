@@ -1,0 +1,112 @@
+//! What a template has in RAM is said of that template and of no other, while others come and go and when nobody but the
+//! server is left to say it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use stencilfs::control::{Mount, Record};
+
+use crate::accounting::assert_sums;
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::TestMount;
+use crate::support::store::random;
+
+const BLOCK: usize = 64 << 10;
+
+/// The mount of a scenario, as `stencil density` finds it.
+fn mount_of(world: &TestMount) -> Mount {
+    let dir = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap().path();
+    let record: Record = serde_json::from_slice(&fs::read(dir.join("mount.json")).unwrap()).unwrap();
+    Mount {
+        mountpoint: record.mountpoint,
+        store: record.store,
+        store_id: record.store_id,
+        device: record.device,
+        supervisor_pid: record.supervisor_pid,
+        server_pid: record.server_pid,
+        detached: false,
+        orphaned: false,
+        foreign: false,
+        version: record.version,
+        identities: [record.ledger, record.program],
+        dir,
+    }
+}
+
+#[test]
+fn removals_beside_it_mix_up_no_figures() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    // Backings of different sizes; those that go lie before the last one in the supervisor's list.
+    let sizes: Vec<usize> = (1..=24).map(|blocks| blocks * BLOCK).chain([64 * BLOCK]).collect();
+    let mut known = BTreeMap::new();
+    for (number, size) in sizes.iter().enumerate() {
+        let digest = world.import_bytes(&random(number as u64, *size), &format!("t{number}"));
+        assert_eq!(fs::read(world.file(&digest, "memory")).unwrap().len(), *size);
+        known.insert(digest, *size as u64);
+    }
+    let mount = mount_of(&world);
+    assert_eq!(mount.residency().unwrap().len(), sizes.len());
+    let gone = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..sizes.len() - 1 {
+                world.stencil(&["rm", &format!("t{number}")]).ok();
+            }
+            gone.store(true, Ordering::Relaxed);
+        });
+        let mut looks = 0;
+        while !gone.load(Ordering::Relaxed) {
+            let rows = mount.residency().unwrap();
+            let seen: BTreeMap<String, u64> =
+                rows.iter().map(|row| (row.digest.to_string(), row.resident_bytes.get())).collect();
+            assert!(seen.iter().all(|(digest, bytes)| known[digest] == *bytes), "{seen:#?} of {known:#?}");
+            assert!(seen.values().any(|bytes| *bytes == (64 * BLOCK) as u64), "it stays: {seen:#?}");
+            looks += 1;
+        }
+        println!("looked {looks} times");
+        assert!(looks > 24);
+    });
+    assert_eq!(mount.residency().unwrap().len(), 1);
+    let density = world.json(&["density"]);
+    assert_eq!(density["totals"]["template_bytes"], 64 * BLOCK);
+}
+
+#[test]
+fn a_mount_without_its_supervisor_is_counted_on() {
+    let _host = host::shared();
+    for serve in ["passthrough", "decode"] {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&random(1, 64 * BLOCK), "web");
+        let mut clone = Actor::start();
+        clone.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), 64 * BLOCK));
+        clone.read_pages(0, 0..(64 * BLOCK as u64 / 4096));
+        clone.write_pages(0, 0..10);
+        let figures = || {
+            let density = world.json(&["density"]);
+            assert_sums(&density);
+            let template = |field: &str| density["templates"][0][field].clone();
+            let totals = |field: &str| density["totals"][field].clone();
+            let all: [Value; 4] = [
+                template("resident_bytes"),
+                template("serving"),
+                totals("template_bytes"),
+                totals("private_bytes"),
+            ];
+            all
+        };
+        let before = figures();
+        assert_eq!(before[0], 64 * BLOCK, "{before:?}");
+        let supervisor = world.processes()[0];
+        supervisor.signal(Signal::KILL).unwrap();
+        assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
+        assert_eq!(figures(), before, "{serve}");
+        world.mount(&["--serve", serve]).ok();
+        assert_eq!(figures(), before, "{serve}");
+    }
+}

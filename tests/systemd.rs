@@ -108,7 +108,7 @@ fn a_service_says_that_it_is_ready_lives_and_stops_and_its_server_says_nothing()
     let _host = host::shared();
     let mut service = Service::start("passthrough");
     assert!(fs::read(service.world.file(&service.digest, "memory")).unwrap() == service.bytes, "it serves");
-    service.manager.listen(Duration::from_millis(100));
+    service.manager.listen(Duration::from_millis(400));
     let stored = service.manager.stored();
     for name in ["fuse", "ledger", "counters", "program"] {
         assert!(stored.contains(&name), "no {name} in {stored:?}");
@@ -162,7 +162,7 @@ fn with_supervisor_and_server_dead_the_manager_has_everything() {
         let mut service = Service::start(serve);
         let mut clone = service.map();
         service.reads(&mut clone, 0, 3);
-        service.manager.listen(Duration::from_millis(100));
+        service.manager.listen(Duration::from_millis(400));
         let world = &service.world;
         service.manager.during(|| world.kill_server());
         let restarts = service.world.status()["restarts"].as_u64();
@@ -197,7 +197,7 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
     let _host = host::shared();
     let mut service = Service::start("passthrough");
     drop(service.map());
-    service.manager.listen(Duration::from_millis(100));
+    service.manager.listen(Duration::from_millis(400));
     assert!(service.manager.end(Signal::TERM).success());
     service.manager.drop_hung_up();
     let kept = service.manager.stored().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
@@ -205,7 +205,7 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
     let stale = copy(&service.manager.store);
 
     service.again();
-    service.manager.listen(Duration::from_millis(100));
+    service.manager.listen(Duration::from_millis(400));
     let stored = service.manager.stored();
     for name in ["fuse", "ledger", "counters", "program"] {
         assert_eq!(stored.iter().filter(|other| **other == name).count(), 1, "{name} in {stored:?}");
@@ -217,7 +217,7 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
         service.reads(&mut clone, 0, 5);
         let (server, inode) = (service.world.server(), service.inode());
         let opens = service.world.counter("opens_passthrough");
-        service.manager.listen(Duration::from_millis(100));
+        service.manager.listen(Duration::from_millis(400));
         service.manager.end(Signal::KILL);
         let server = kill(server);
         wait_for("the server's end", || (!server.is_alive()).then_some(()));
@@ -229,7 +229,7 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
         service.reads(&mut clone, 1, 5);
         assert_eq!(service.inode(), inode);
         assert!(service.world.counter("opens_passthrough") >= opens, "the counters are those of this mount");
-        service.manager.listen(Duration::from_millis(100));
+        service.manager.listen(Duration::from_millis(400));
     }
     assert!(service.manager.end(Signal::TERM).success());
 }
@@ -262,13 +262,13 @@ fn a_mount_that_drains_is_left_to_its_supervisor() {
         let mut service = Service::start(serve);
         let mut clone = service.map();
         service.reads(&mut clone, 0, 3);
-        service.manager.listen(Duration::from_millis(100));
+        service.manager.listen(Duration::from_millis(400));
         let draining = service.world.processes();
         service.manager.signal(Signal::TERM);
         let mountpoint = service.world.mountpoint().to_owned();
         let detached = || mount::at(&mountpoint).unwrap().is_none().then_some(());
         wait_for("the detaching", detached);
-        service.manager.listen(Duration::from_millis(100));
+        service.manager.listen(Duration::from_millis(400));
         let mut old = service.manager.give_up();
         service.again();
         assert!(draining.iter().all(ProcessId::is_alive), "{serve}: both of them");
@@ -294,7 +294,7 @@ fn what_the_manager_kept_of_another_store_is_not_gone_on_with() {
     let mut service = Service::start("decode");
     let mut clone = service.map();
     service.reads(&mut clone, 0, 3);
-    service.manager.listen(Duration::from_millis(100));
+    service.manager.listen(Duration::from_millis(400));
     let server = service.world.server();
     service.manager.end(Signal::KILL);
     let server = kill(server);

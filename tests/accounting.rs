@@ -9,7 +9,7 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::mount::TestMount;
-use crate::support::{guest, host};
+use crate::support::{drill, guest, host};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -163,27 +163,30 @@ fn available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
     world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
     for _ in 0..3 {
-        available_memory_falls_within(3.0, || {
+        audits_agree_within(3.0, || {
             world.stencil(&["clone", "web:1", "-n", "200", "--simulate", "read=8M,write=4M"]).ok();
             let density = world.json(&["density", "--audit"]);
             assert_sums(&density);
             assert_eq!(number(&density["totals"], "private_bytes"), 200 * 4 * MIB);
             world.stencil(&["stop", "--all"]).ok();
-            density["audit"]["memory"].clone()
+            density["audit"].clone()
         });
     }
 }
 
-/// Launches, audits and stops clones, and holds the audit's figure for available memory, which is the whole host's, to
-/// that many percent.
+/// Launches, audits and stops clones. Holds the figure for page frames to half a percent, and the one for available memory,
+/// which is the whole host's, to that many.
 #[track_caller]
-fn available_memory_falls_within(percent: f64, measure: impl Fn() -> Value) {
+fn audits_agree_within(percent: f64, measure: impl Fn() -> Value) {
     host::measured(|| {
         host::settle();
-        let memory = measure();
-        println!("available memory: {memory}");
-        let error = memory["error_percent"].as_f64().unwrap_or_else(|| panic!("no figure in {memory:#}"));
-        if error <= percent { Ok(()) } else { Err(format!("by more than {percent} %: {memory}")) }
+        let audit = measure();
+        println!("{audit}");
+        let error = |which: &str| {
+            audit[which]["error_percent"].as_f64().unwrap_or_else(|| panic!("no {which} in {audit:#}"))
+        };
+        let agree = error("frames") <= 0.5 && error("memory") <= percent;
+        if agree { Ok(()) } else { Err(format!("by more than 0.5 or {percent} %: {audit}")) }
     });
 }
 
@@ -197,10 +200,10 @@ impl StandStill {
             .iter()
             .map(|clone| ProcessId::of(number(clone, "pid") as u32).unwrap().expect("the clone lives"))
             .collect();
-        for process in &processes {
-            process.signal(Signal::STOP).unwrap();
-        }
-        StandStill(processes)
+        let all = StandStill(processes);
+        // A thread that is in the kernel first ends what it does there, be it a fault of 2 MiB.
+        all.0.iter().for_each(|process| drill::stop(*process));
+        all
     }
 }
 
@@ -220,7 +223,7 @@ fn available_memory_falls_by_what_eight_qemu_guests_take() {
     world.mount(&["--serve", "passthrough"]).ok();
     world.stencil(&["clone", "guest:v1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
-    available_memory_falls_within(5.0, || {
+    audits_agree_within(5.0, || {
         world.stencil(&["clone", "guest:v1", "-n", "8"]).ok();
         // An emulated guest translates new code all the time: what is measured twice must stand still.
         let still = StandStill::of(&world.json(&["ps"]));
@@ -235,10 +238,8 @@ fn available_memory_falls_by_what_eight_qemu_guests_take() {
             assert!(number(clone, "private_bytes") > 0, "{clone:#}");
             assert!(number(clone, "private_bytes") * 10 < number(clone, "mapped_bytes"), "{clone:#}");
         }
-        let frames = &density["audit"]["frames"];
-        assert!(frames["error_percent"].as_f64().unwrap() <= 0.5, "{frames:#}");
         world.stencil(&["stop", "--all"]).ok();
-        density["audit"]["memory"].clone()
+        density["audit"].clone()
     });
 }
 

@@ -178,9 +178,9 @@ impl<'a> Drill<'a> {
 #[track_caller]
 pub fn stop(process: ProcessId) {
     assert!(process.signal(Signal::STOP).unwrap());
-    let until = Instant::now() + Duration::from_secs(1);
+    let until = Instant::now() + Duration::from_secs(10);
     while !is_stopped(process.pid) {
-        assert!(Instant::now() < until, "server {} does not stop", process.pid);
+        assert!(Instant::now() < until, "process {} does not stop", process.pid);
         std::thread::sleep(Duration::from_micros(100));
     }
 }

@@ -37,6 +37,7 @@ mod mount_bad_input;
 mod mount_damage;
 mod mount_kill;
 mod mount_leaks;
+mod mount_places;
 mod mount_reads;
 mod mount_refusals;
 mod mount_serving;

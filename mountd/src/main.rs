@@ -78,6 +78,7 @@ fn main() -> ExitCode {
             begin::resume(args)
         }
         Some("check") => begin::check(),
+        Some("unrecorded") => begin::unrecorded::main(args),
         Some("serve") => {
             log.init();
             server::main(args)

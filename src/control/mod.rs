@@ -3,6 +3,7 @@
 //! A supervisor owns one folder in `runtime_dir()/mounts`: its record (`mount.json`), its control socket
 //! (`control.sock`) and its log. [`mounts`] reads the records; [`Mount`] asks the supervisor behind one.
 
+mod beginning;
 mod client;
 mod condemn;
 mod daemon;
@@ -20,6 +21,7 @@ mod wire;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
+pub use beginning::Beginning;
 pub use client::{ask, request_refresh, request_restart, request_unmount};
 pub use condemn::Condemnation;
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};

@@ -111,12 +111,7 @@ impl RecordDir {
     /// # Errors
     /// When the runtime directory cannot be made or written.
     pub fn create(supervisor: ProcessId) -> Result<RecordDir> {
-        let all = runtime_dir().join("mounts");
-        fs::create_dir_all(&all).map_err(|e| {
-            Error::io("cannot make the runtime directory", &all, e)
-                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write")
-        })?;
-        let path = all.join(format!("{}-{}", supervisor.pid, supervisor.start_time));
+        let path = folder_of_records()?.join(format!("{}-{}", supervisor.pid, supervisor.start_time));
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
@@ -187,6 +182,16 @@ impl Drop for RecordDir {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
+}
+
+/// The folder that has one for each mount; made where it is not there.
+pub(super) fn folder_of_records() -> Result<PathBuf> {
+    let all = runtime_dir().join("mounts");
+    fs::create_dir_all(&all).map_err(|e| {
+        Error::io("cannot make the runtime directory", &all, e)
+            .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a directory that you can write")
+    })?;
+    Ok(all)
 }
 
 /// The mounts of a store that can be known, by whatever path it was mounted: one folder may have several, below a bind

@@ -64,6 +64,20 @@ pub fn connection_of(fuse: impl AsFd) -> io::Result<Option<u64>> {
     parse_connection(&about)
 }
 
+/// True when a process has a descriptor of the connection of that device, where the kernel says whose one is.
+pub fn is_held_by(pid: u32, device: u64) -> bool {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| {
+        // The device may have any path; it has its name.
+        let is_fuse = std::fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("fuse"));
+        let about = || {
+            std::fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(entry.file_name())).ok()
+        };
+        is_fuse
+            && about().is_some_and(|about| matches!(parse_connection(&about), Ok(Some(its)) if its == device))
+    })
+}
+
 /// Reads the text of a `fdinfo` file. The kernel prints its own form of the device number; anonymous ones have major 0.
 fn parse_connection(about: &str) -> io::Result<Option<u64>> {
     let Some(number) = about.lines().find_map(|line| line.strip_prefix("fuse_connection:")) else {
@@ -193,9 +207,12 @@ mod tests {
         let fuse = open().unwrap();
         crate::sys::mount::mount_fuse(&fuse, dir.path(), dir.path(), false).unwrap();
         let mounts = crate::sys::procfs::mounts().unwrap();
-        crate::sys::mount::unmount(dir.path(), true).unwrap();
         let device = mounts.into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
+        let held = device.map(|device| is_held_by(std::process::id(), device));
+        let other = device.map(|device| is_held_by(std::process::id(), device + 1));
+        crate::sys::mount::unmount(dir.path(), true).unwrap();
         assert_eq!(connection_of(&fuse).unwrap(), device);
+        assert_eq!((held, other), (Some(true), Some(false)));
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub fn is_of(fuse: &OwnedFd, device: u64) -> bool {
 }
 
 /// Another process whose descriptors are copied.
-struct Holder {
+pub struct Holder {
     pidfd: OwnedFd,
     pid: u32,
     /// What its arguments call them.
@@ -101,7 +101,11 @@ struct Holder {
 }
 
 impl Holder {
-    fn open(pid: u32) -> Result<Holder> {
+    /// That process.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn open(pid: u32) -> Result<Holder> {
         let gone = || Error::failed(format!("process {pid} is gone"));
         let pidfd = pidfd(pid)?.ok_or_else(gone)?;
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| gone())?;
@@ -111,7 +115,11 @@ impl Holder {
         Ok(Holder { pidfd, pid, names })
     }
 
-    fn get(&self, name: &str) -> Result<OwnedFd> {
+    /// A copy of what its arguments call so.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn get(&self, name: &str) -> Result<OwnedFd> {
         let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
         let number = *self.names.get(name).ok_or_else(missing)?;
         self.copy(number).map_err(|e| missing().because(e))

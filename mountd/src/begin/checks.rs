@@ -1,11 +1,19 @@
 //! Where a mount may go.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use stencilfs::control;
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::mount;
+use stencilfs::sys::{fuse_dev, mount, procfs};
+
+use super::unrecorded;
+
+/// A mount without a server has one, or has ended, within this time.
+const BEGINNING: Duration = Duration::from_secs(2);
 
 /// The canonical path of a directory that can take a mount: there, empty, and nothing mounted on it.
 ///
@@ -13,10 +21,17 @@ use stencilfs::sys::mount;
 /// Says what is in the way, and how to get it out of it.
 pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     let canonical = canonical(path)?;
+    let until = Instant::now() + BEGINNING;
     while let Some(there) = mount::at(&canonical)? {
         let ours = there.fs_type == mount::FS_TYPE;
-        // The kernel may know its attributes for a while yet; that it has a path does not mean that it lives.
-        if ours && !control::every_mount()?.iter().any(|m| m.device == there.dev) {
+        let known = control::every_mount()?.into_iter().find(|m| m.device == there.dev);
+        if known.as_ref().is_some_and(|m| m.server_pid.is_none()) && Instant::now() < until {
+            // Its supervisor starts a server; or has died, and what it forked has its record for a moment longer.
+            thread::sleep(Duration::from_millis(10));
+            continue;
+        }
+        if ours && known.is_none() {
+            unrecorded::is_dead(&canonical, there.dev)?;
             log::warn!("{}: a dead mount of Stencil is taken away", canonical.display());
             mount::unmount(&canonical, true)
                 .map_err(|e| Error::io("cannot take away the dead mount that is there", &canonical, e))?;
@@ -68,9 +83,43 @@ fn unusable(path: &Path, e: std::io::Error) -> Error {
 /// # Errors
 /// When nothing is mounted there.
 pub fn device_at(mountpoint: &Path) -> Result<u64> {
-    mount::at(mountpoint)?
-        .map(|m| m.dev)
-        .ok_or_else(|| Error::failed("the mount does not appear in /proc/self/mountinfo").at(mountpoint))
+    mount::at(mountpoint)?.map(|m| m.dev).ok_or_else(|| not_there(mountpoint))
+}
+
+/// Device number of the mount of that connection, without asking it. Where the kernel does not say which one it is, that
+/// of what is seen there.
+///
+/// # Errors
+/// When it is not there.
+pub fn device_of(fuse: &OwnedFd, mountpoint: &Path) -> Result<u64> {
+    let ours = fuse_dev::connection_of(fuse).ok().flatten();
+    match ours {
+        Some(ours) if devices_at(mountpoint)?.contains(&ours) => Ok(ours),
+        Some(_) => Err(not_there(mountpoint)),
+        None => device_at(mountpoint),
+    }
+}
+
+/// Refuses a mount that lies on another one: that one came between the look at the place and the mount.
+///
+/// # Errors
+/// [`Code::InUse`](stencilfs::error::Code::InUse) then.
+pub fn is_lowest(mountpoint: &Path, device: u64) -> Result<()> {
+    if devices_at(mountpoint)?.first() == Some(&device) {
+        return Ok(());
+    }
+    Err(Error::in_use("another mount has come there at the same time")
+        .at(mountpoint)
+        .remedy("`stencil status` and /proc/mounts name it; or name another directory"))
+}
+
+fn devices_at(mountpoint: &Path) -> Result<Vec<u64>> {
+    let all = procfs::mounts()?.into_iter();
+    Ok(all.filter(|mount| mount.mountpoint == mountpoint).map(|mount| mount.dev).collect())
+}
+
+fn not_there(mountpoint: &Path) -> Error {
+    Error::failed("the mount does not appear in /proc/self/mountinfo").at(mountpoint)
 }
 
 #[cfg(test)]

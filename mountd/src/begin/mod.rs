@@ -15,6 +15,7 @@ pub mod cache;
 mod checks;
 mod prepare;
 mod resume;
+pub mod unrecorded;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;

@@ -1,8 +1,10 @@
 //! A new mount.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use stencilfs::control::{MountOptions, RecordDir};
+use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
+use stencilfs::control::{Beginning, MountOptions, RecordDir};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 use stencilfs::sys::memfd::SharedCounters;
@@ -19,24 +21,28 @@ use crate::stats::Stats;
 /// # Errors
 /// What is in the way, with its remedy.
 pub fn prepare(mut options: MountOptions) -> Result<Taken> {
-    options.mountpoint = checks::mountpoint(&options.mountpoint)?;
     let store = Store::open(&options.store)?;
     options.store = store.dir().to_owned();
     let fail = |what: &'static str| move |e| Error::failed(what).because(e);
     let fuse = fuse_dev::open()?;
+    let _turn = Beginning::wait()?;
+    options.mountpoint = checks::mountpoint(&options.mountpoint)?;
     let record = RecordDir::create(ProcessId::me()?)?;
     let counters = SharedCounters::create().map_err(fail("cannot make the counters page"))?;
     let ledger = Ledger::create().map_err(fail("cannot make the ledger"))?;
     let program = Program::own().map_err(fail("cannot open this program"))?;
     mount::mount_fuse(&fuse, &options.store, &options.mountpoint, options.noexec)?;
-    let device = checks::device_at(&options.mountpoint).inspect_err(|_| {
-        // Nothing is known of what is there but that this process has just put it there.
-        if let Err(error) = mount::unmount(&options.mountpoint, true) {
+    let device = checks::device_of(&fuse, &options.mountpoint).inspect_err(|_| {
+        if is_there(&fuse, &options.mountpoint)
+            && let Err(error) = mount::unmount(&options.mountpoint, true)
+        {
             log::error!("cannot unmount {}: {error}", options.mountpoint.display());
         }
     })?;
     let mountpoint = options.mountpoint.clone();
     let begin = || -> Result<Taken> {
+        // One of another runtime directory does not wait for this one's turn.
+        checks::is_lowest(&mountpoint, device)?;
         let init = fuse_dev::read_init(&fuse).map_err(fail("the kernel does not begin to speak"))?;
         let chosen = cache::choose(&options, &init)?;
         let listener = crate::control::open(&record)?;
@@ -48,6 +54,8 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
             options, store_id, device, init, reply, chosen, restarts, terminations, fuse, stats, record, listener,
             program, previous, ledger,
         };
+        // Whoever has the next turn sees it.
+        kept.write_record(None)?;
         Ok(Taken {
             kept,
             backings: Backings::default(),
@@ -57,6 +65,14 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
         })
     };
     begin().inspect_err(|_| unmount(&mountpoint, device))
+}
+
+/// Whether the connection's mount is what is seen there, where it cannot be found in the list of mounts. The kernel is
+/// asked, not the mount. Where it does not say, all that is known is that this process has just put it there.
+fn is_there(fuse: &OwnedFd, mountpoint: &Path) -> bool {
+    let Ok(Some(ours)) = fuse_dev::connection_of(fuse) else { return true };
+    let there = statx(CWD, mountpoint, AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
+    there.is_ok_and(|there| makedev(there.stx_dev_major, there.stx_dev_minor) == ours)
 }
 
 /// Takes the mount away: nobody would answer it any more.

@@ -8,6 +8,7 @@ mod capture_meddled;
 mod capture_qemu;
 mod clone_command;
 mod clone_disks;
+mod clone_others;
 mod clone_qemu;
 mod clone_simulated;
 mod command_line;

@@ -16,6 +16,9 @@ use crate::sys::users::{self, PATIENCE};
 /// What every process of a clone but a worker has in its environment, followed by the clone's folder.
 const MARK: &[u8] = b"STENCIL_DIR=";
 
+/// How long loading a program may take, on a busy host too.
+const EXECUTING: Duration = Duration::from_secs(1);
+
 /// How long a killed process may take to go.
 const LAST_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -75,8 +78,32 @@ impl Families {
 
 /// The folder of the clone that a process belongs to. One that may not be looked into, or has gone, is none of ours.
 fn mark_of(pid: u32) -> Option<Vec<u8>> {
-    let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
-    environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec)
+    let until = Instant::now() + EXECUTING;
+    loop {
+        let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let mark = environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec);
+        if mark.is_some() || is_whole(pid, &environ) || Instant::now() > until {
+            return mark;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// False while the kernel loads a program for the process: of its memory the old one vanishes in the middle of a read, and
+/// the new one has no environment yet.
+fn is_whole(pid: u32, environ: &[u8]) -> bool {
+    // A thread of the kernel has no program, and who is about to be gone has none any more.
+    if fs::read_link(format!("/proc/{pid}/exe")).is_err() {
+        return true;
+    }
+    let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = String::from_utf8_lossy(&stat);
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    // proc(5): fields 50 and 51 are where the environment begins and ends; the third one follows the name.
+    let mut places =
+        after_name.split(' ').skip(1 + 50 - 3).map(|word| word.trim_end().parse().unwrap_or(0u64));
+    let (start, end) = (places.next().unwrap_or(0), places.next().unwrap_or(0));
+    end != 0 && end.saturating_sub(start) == environ.len() as u64
 }
 
 /// A worker is its zygote's child and dies with it. What a recipe names may be a script that starts QEMU.
@@ -130,4 +157,28 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
 fn does_not_die(process: &ProcessId) -> Error {
     Error::failed(format!("process {} does not die", process.pid))
         .remedy("it waits for an answer of a mount: see `stencil status`, or abort its fuse connection")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_executes_a_program_shows_whose_it_is() {
+        // It does nothing else.
+        let mut child = Command::new("sh")
+            .args(["-c", "exec sh -c \"$AGAIN\""])
+            .env("AGAIN", "exec sh -c \"$AGAIN\"")
+            .env("STENCIL_DIR", "/its/own")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let marks: HashSet<_> = (0..20_000).map(|_| mark_of(child.id())).collect();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(marks, HashSet::from([Some(b"/its/own".to_vec())]));
+        assert_eq!(mark_of(2), None, "a thread of the kernel, or nobody");
+    }
 }

@@ -1,0 +1,159 @@
+//! Clones that are somebody else's to end: of a launch that cannot be cleared up, of another PID namespace, of a launcher
+//! that still holds them. Everybody else goes on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::clone_command::{nothing_is_left, processes_of};
+use crate::support::guest::patiently;
+use crate::support::host;
+use crate::support::mount::{Run, STENCIL, TestMount, run};
+
+const READY: &str = "echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 2000";
+
+fn world() -> TestMount {
+    let world = TestMount::new("auto");
+    world.import_bytes(&vec![7; 1 << 20], "web");
+    world
+}
+
+fn clone_with(script: &str) -> [&str; 8] {
+    ["clone", "web", "--ready", "notify", "--", "sh", "-c", script]
+}
+
+/// A launcher whose clones never get ready.
+fn launcher(world: &TestMount, count: usize) -> Child {
+    let before = launching(world).len();
+    let mut command = world.command();
+    command.args(["clone", "web", "-n", &count.to_string(), "--ready", "notify", "--", "sleep", "1000"]);
+    let launcher = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    patiently("clones", Duration::from_secs(20), || (launching(world).len() >= before + count).then_some(()));
+    launcher
+}
+
+/// The clones that a launcher holds and that have a process.
+fn launching(world: &TestMount) -> Vec<Value> {
+    let ps = world.json(&["ps"]);
+    let mut clones = ps["clones"].as_array().unwrap().clone();
+    clones.retain(|clone| clone["state"] == "launching" && clone["pid"] != 0);
+    clones
+}
+
+fn is_alive(clone: &Value) -> bool {
+    let command = fs::read(format!("/proc/{}/cmdline", clone["pid"])).unwrap_or_default();
+    command.starts_with(b"sleep\0")
+}
+
+/// A folder in which nothing can be removed, until this is dropped.
+struct Immutable(PathBuf);
+
+impl Immutable {
+    fn make(folder: &Path) -> Immutable {
+        run("chattr", &["+i", folder.to_str().unwrap()]);
+        Immutable(folder.to_owned())
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        let _ = Command::new("chattr").arg("-i").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_launch_that_cannot_be_cleared_up_holds_nobody_up() {
+    let _host = host::shared();
+    let world = world();
+    let mut launchers = [launcher(&world, 3), launcher(&world, 2)];
+    let left = launching(&world).swap_remove(1);
+    let folder = Immutable::make(Path::new(left["dir"].as_str().unwrap()));
+    for process in processes_of(&world).iter().filter(|p| p.contains("launch-watchdog")) {
+        let pid = process.split_once(' ').unwrap().0.parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    }
+    for launcher in &mut launchers {
+        launcher.kill().unwrap();
+        launcher.wait().unwrap();
+    }
+
+    let launched = world.json(&clone_with(READY));
+    let ps = world.json(&["ps"]);
+    let listed: Vec<&Value> = ps["clones"].as_array().unwrap().iter().map(|clone| &clone["id"]).collect();
+    let id = &launched["clones"][0]["id"];
+    assert_eq!(listed.len(), 2, "what can be cleared up is: {ps:#}");
+    assert!(listed.contains(&id) && listed.contains(&&left["id"]), "{ps:#}");
+    assert!(!processes_of(&world).iter().any(|process| process.contains("sleep 1000")));
+    world.stencil(&["stop", id.as_str().unwrap()]).ok();
+    let refused = world.stencil(&["stop", "--all"]).exits(1);
+    assert!(refused.err.contains(left["dir"].as_str().unwrap()), "{refused:?}");
+    drop(folder);
+    world.stencil(&["stop", "--all"]).ok();
+    nothing_is_left(&world);
+}
+
+#[test]
+fn another_pid_namespace_leaves_clones_and_launches_alone() {
+    let _host = host::shared();
+    let world = world();
+    let elsewhere = |words: &[&str]| {
+        let mut command = world.command_in("unshare");
+        command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(STENCIL).args(words);
+        Run::of(words.join(" "), &command.output().unwrap())
+    };
+    let script = format!("echo {{port:web}} > {{dir}}/port; {READY}");
+    let launched = world.json(&clone_with(&script));
+    let clone = &launched["clones"][0];
+    let id = clone["id"].as_str().unwrap();
+    let held = launcher(&world, 2);
+    let held_ones = launching(&world);
+
+    let listed = elsewhere(&["--json", "ps"]).ok();
+    let listed: Value = serde_json::from_str(&listed.out).unwrap();
+    let states: Vec<&Value> = listed["clones"].as_array().unwrap().iter().map(|c| &c["state"]).collect();
+    assert_eq!(states, ["foreign"; 3]);
+    elsewhere(&["stop", id]).exits(75).says("another PID namespace");
+    let stopped = elsewhere(&["--json", "stop", "--all"]).ok();
+    assert!(stopped.err.contains(id), "they are named: {stopped:?}");
+    assert_eq!(serde_json::from_str::<Value>(&stopped.out).unwrap()["stopped"], Value::Array(vec![]));
+    elsewhere(&["dirty", id]).exits(75);
+    // Its own clones it does launch and stop.
+    let own = "exec sleep 3000 >/dev/null";
+    let own = format!("echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; {own}");
+    elsewhere(&clone_with(&own)).ok();
+
+    assert!(is_alive(clone) && held_ones.iter().all(is_alive));
+    let dir = Path::new(clone["dir"].as_str().unwrap());
+    let port = fs::read_to_string(dir.join("port")).unwrap();
+    let owner = fs::read_link(world.runtime_dir().join("ports").join(port.trim())).unwrap();
+    assert_eq!(owner, Path::new(id), "its ports are its own");
+    assert_eq!(launching(&world), held_ones);
+    kill_process(Pid::from_child(&held), Signal::INT).unwrap();
+    held.wait_with_output().unwrap();
+    world.stencil(&["stop", id]).ok();
+    // Whose namespace has ended with all that was in it.
+    let ps = world.json(&["ps"]);
+    let ghost = &ps["clones"][0];
+    assert_eq!((ps["clones"].as_array().unwrap().len(), &ghost["state"]), (1, &Value::from("foreign")));
+    let refused = world.stencil(&["stop", ghost["id"].as_str().unwrap()]).exits(75);
+    assert!(refused.says("remove this folder").err.contains(ghost["dir"].as_str().unwrap()));
+    fs::remove_dir_all(ghost["dir"].as_str().unwrap()).unwrap();
+    nothing_is_left(&world);
+}
+
+#[test]
+fn a_clone_that_its_launcher_holds_is_not_stopped() {
+    let _host = host::shared();
+    let world = world();
+    let launcher = launcher(&world, 1);
+    let clone = launching(&world).remove(0);
+    world.stencil(&["stop", clone["id"].as_str().unwrap()]).exits(75).says("its launcher still holds it");
+    assert!(is_alive(&clone));
+    kill_process(Pid::from_child(&launcher), Signal::INT).unwrap();
+    launcher.wait_with_output().unwrap();
+    nothing_is_left(&world);
+}

@@ -57,6 +57,7 @@ mod residency;
 mod restart;
 mod rom_guest;
 mod sandbox;
+mod shared_network;
 mod source_away;
 mod store_bad_input;
 mod store_crash;

@@ -18,6 +18,12 @@ use crate::units::Bytes;
 ///
 /// Its RAM must be in memory-backend-file objects with share=on. The VM stands still while it is captured and is
 /// afterwards as it was before.
+///
+/// Disks are files, qcow2 or raw. The VM runs again before they are read: until then it writes to an overlay beside each
+/// image (IMAGE.stencil-…), which is committed into the image and removed at the end, also if the capture is killed.
+/// QEMU must be able to open a file there; what an error calls left over must not be removed. qemu-img must be in PATH,
+/// and the store needs room for a copy of each qcow2. With --pause or --quit the VM stands still until its disks are
+/// read, and there is no overlay.
 #[derive(Debug, Args)]
 pub struct CaptureArgs {
     /// The QMP socket of the QEMU

@@ -66,6 +66,7 @@ struct CloneReport {
     digest: String,
     clones: Vec<Entry>,
     failures: Vec<Failure>,
+    warnings: Vec<String>,
     seconds: f64,
     ended: bool,
 }
@@ -89,6 +90,7 @@ impl Report for CloneReport {
             "template": self.digest,
             "clones": to_json(&self.clones),
             "failures": to_json(&self.failures),
+            "warnings": self.warnings,
             "ready_seconds": self.seconds,
         })
     }
@@ -108,6 +110,10 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
             args.command.clone(),
             if args.ready == "notify" { Ready::Notify } else { Ready::Mapped },
         ),
+    };
+    let warnings = match &how {
+        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(no_link).collect(),
+        _ => vec![],
     };
     let cancel = interrupt::flag()?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
@@ -129,6 +135,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     // From here on they are found by what they map.
     drop(lease);
     let seconds = start.elapsed().as_secs_f64();
+    warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
     let failed = !launched.failures.is_empty();
     let mut code = 0;
     let report = |clones, failures, ended| CloneReport {
@@ -136,6 +143,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         digest: target.digest.to_string(),
         clones,
         failures,
+        warnings,
         seconds,
         ended,
     };
@@ -159,6 +167,13 @@ fn folder(path: &Path) -> Result<PathBuf> {
     let wrong = || Error::usage("--disk-dir wants a folder whose name is UTF-8").at(&path);
     usable.then_some(()).ok_or_else(wrong)?;
     Ok(path)
+}
+
+fn no_link(network: String) -> String {
+    format!(
+        "cards on {network} are without a link, as their guests have the MAC and IP address of the captured one: change \
+         those in the guest, then QMP set_link with name={network} and up=true at qmp.sock of the clone (docs/recipes.md)"
+    )
 }
 
 fn nobody_is_left(clones: &[Entry]) -> bool {

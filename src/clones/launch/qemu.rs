@@ -86,7 +86,7 @@ fn resume_once(
     // A QEMU before this one may have left it.
     let _ = std::fs::remove_file(entry.qmp_path());
     let mut child = spawn(&mut command, entry)?;
-    match bring_up(patience, &mut child, entry, &state) {
+    match bring_up(patience, &mut child, entry, &state, &recipe.shared_networks()) {
         Ok(()) => Ok(child),
         Err(error) => {
             // The recipe's program may have started another one.
@@ -106,7 +106,13 @@ fn resume_once(
     }
 }
 
-fn bring_up(patience: &Patience<'_>, child: &mut Child, entry: &mut Entry, state: &str) -> Result<()> {
+fn bring_up(
+    patience: &Patience<'_>,
+    child: &mut Child,
+    entry: &mut Entry,
+    state: &str,
+    shared: &[String],
+) -> Result<()> {
     let mut qmp = connect(patience, child, entry)?;
     // The recipe's program may be a script that started QEMU: the clone is the QEMU.
     if let Some(process) = ProcessId::of(qmp.peer_pid()?)?.filter(|p| Some(*p) != entry.process()) {
@@ -115,6 +121,10 @@ fn bring_up(patience: &Patience<'_>, child: &mut Child, entry: &mut Entry, state
     qmp.ignore_shared(true)?;
     qmp.run("migrate-incoming", json!({"uri": format!("file:{state}")}))?;
     qmp.wait_migrated(patience.deadline)?;
+    // Its guest still has the addresses of the captured one, which may run.
+    for network in shared {
+        qmp.run("set_link", json!({"name": network, "up": false}))?;
+    }
     qmp.run("cont", json!({}))?;
     match qmp.status()?.as_str() {
         "running" => Ok(()),

@@ -104,6 +104,11 @@ impl Recipe {
         serde_json::to_value(self).unwrap_or(Value::Null)
     }
 
+    /// Names of networks on which clones would meet the guest that they were.
+    pub fn shared_networks(&self) -> Vec<String> {
+        network::shared(&self.argv)
+    }
+
     /// The arguments of one clone.
     ///
     /// # Errors

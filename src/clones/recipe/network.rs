@@ -1,6 +1,7 @@
 //! Networks of a captured VM: each clone has its own, with its own addresses and ports of the host.
 
 use super::props::Props;
+use super::rules::options;
 
 /// NICs that QEMU can migrate.
 const NICS: [&str; 14] = [
@@ -57,6 +58,7 @@ const USER: [&str; 24] = [
 #[derive(Debug, Default)]
 pub struct Networks {
     cards: usize,
+    unnamed: usize,
     ports: Vec<(String, String)>,
     /// True when the command line says what network there is.
     pub given: bool,
@@ -100,6 +102,11 @@ impl Networks {
                 self.refused.push(format!("{said}: a network of kind {other}"));
                 return None;
             }
+        }
+        // Its link is set by that name.
+        if is_shared(&kind) && props.get("id").is_none() {
+            self.unnamed += 1;
+            props.set("id", &format!("stencil-net-{}", self.unnamed));
         }
         let address = if option == "net" { "macaddr" } else { "mac" };
         if option == "nic" || kind == "nic" {
@@ -201,10 +208,25 @@ impl Networks {
 
     fn shared(&mut self, said: &str) {
         self.warnings.push(format!(
-            "{said}: guests of clones go on with the MAC and IP address that the captured guest had, until they take \
-             their own"
+            "{said}: guests of clones have the MAC and IP address of the captured one, so their cards are without a link \
+             until somebody sets it"
         ));
     }
+}
+
+/// True for a network on which a guest meets others.
+fn is_shared(kind: &str) -> bool {
+    matches!(kind, "tap" | "bridge")
+}
+
+/// The names of networks of a command line on which clones would meet the guest that they were.
+pub fn shared(argv: &[String]) -> Vec<String> {
+    let name = |(option, value): (&str, Option<&str>)| {
+        let props =
+            matches!(option, "netdev" | "nic" | "net").then(|| Props::parse(value?, "type")).flatten()?;
+        props.get("id").filter(|_| props.get("type").is_some_and(is_shared)).map(str::to_owned)
+    };
+    options(argv).into_iter().filter_map(name).collect()
 }
 
 /// Options that are not among the known ones, and those that name a descriptor.

@@ -183,12 +183,14 @@ fn networks_that_guests_share_are_told() {
         ("-netdev bridge,id=n0,br=br7 -device e1000,netdev=n0", "-netdev bridge,id=n0,br=br7 "),
         (
             "-nic tap,ifname=t0,script=/etc/up,downscript=no,mac=52:54:00:00:00:01",
-            "-nic tap,script=/etc/up,downscript=no,mac={mac} ",
+            "-nic tap,script=/etc/up,downscript=no,mac={mac},id=stencil-net-1 ",
         ),
     ] {
         let plan = planned(text).unwrap();
         assert!(plan.argv.join(" ").contains(kept), "{:?}", plan.argv);
         assert!(plan.warnings.iter().any(|w| w.contains("MAC and IP")), "{text}: {:?}", plan.warnings);
+        let recipe = crate::clones::recipe::Recipe::qemu("qemu".into(), String::new(), plan.argv);
+        assert_eq!(recipe.shared_networks(), [if text.contains("bridge") { "n0" } else { "stencil-net-1" }]);
     }
 }
 

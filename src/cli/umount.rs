@@ -124,11 +124,13 @@ fn end(found: &Mount, mode: UnmountMode) -> Result<()> {
         Some(libc::EBUSY) => Error::in_use("the mount is in use").at(&found.mountpoint),
         _ => Error::io("cannot unmount", &found.mountpoint, e),
     };
+    let is_there = || Ok(mount::at(&found.mountpoint)?.is_some_and(|there| there.dev == found.device));
+    // First: as long as it is attached, nobody else has its number.
+    if mode == UnmountMode::Force && (found.detached || is_there()?) {
+        abort(found.device).map_err(fail)?;
+    }
     if !found.detached {
         mount::unmount(&found.mountpoint, mode != UnmountMode::Plain).map_err(fail)?;
-    }
-    if mode == UnmountMode::Force {
-        abort(found.device).map_err(fail)?;
     }
     Ok(())
 }

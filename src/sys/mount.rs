@@ -87,17 +87,40 @@ pub fn place(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
+/// The abort of one FUSE connection. It stays that one's: its number may be given to another as soon as it is over, and
+/// an abort that was opened before does nothing to that.
+#[derive(Debug)]
+pub struct Abort(File);
+
+impl Abort {
+    /// That of the connection which has that device number (`st_dev`) now. Uses a private instance of fusectl that is
+    /// attached nowhere.
+    ///
+    /// # Errors
+    /// `ENOENT` where no such connection exists; else the kernel's.
+    pub fn of(device: u64) -> io::Result<Abort> {
+        let root = super::fusectl::open()?;
+        // Connections are named after the kernel's own form of the device number; anonymous ones have major 0.
+        let name = format!("{}/abort", rustix::fs::minor(device));
+        let abort = rustix::fs::openat(&root, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Abort(abort.into()))
+    }
+
+    /// Every waiting and every later request fails.
+    ///
+    /// # Errors
+    /// The kernel's. A connection that is over is none.
+    pub fn now(mut self) -> io::Result<()> {
+        self.0.write_all(b"1")
+    }
+}
+
 /// Aborts the FUSE connection of that device number (`st_dev`): every waiting and every later request fails.
-/// Uses a private instance of fusectl that is attached nowhere.
 ///
 /// # Errors
 /// `ENOENT` where no such connection exists; else the kernel's.
 pub fn abort_fuse_connection(device: u64) -> io::Result<()> {
-    let root = super::fusectl::open()?;
-    // Connections are named after the kernel's own form of the device number; anonymous ones have major 0.
-    let name = format!("{}/abort", rustix::fs::minor(device));
-    let abort = rustix::fs::openat(&root, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-    File::from(abort).write_all(b"1")
+    Abort::of(device)?.now()
 }
 
 #[cfg(test)]
@@ -127,6 +150,38 @@ mod tests {
         assert_eq!(place(&real.join("again/missing")).unwrap(), real.join("missing"));
         assert!(place(Path::new("/no/such/place")).is_err());
         assert_eq!(place(Path::new("/")).unwrap(), Path::new("/"));
+    }
+
+    #[test]
+    fn an_abort_is_of_its_connection_and_of_no_later_one() {
+        use crate::sys::fuse_dev;
+        let dir = tempfile::tempdir().unwrap();
+        let begin = || {
+            let fuse = fuse_dev::open().unwrap();
+            mount_fuse(&fuse, dir.path(), dir.path(), false).unwrap();
+            let device = at(dir.path()).unwrap().unwrap().dev;
+            (fuse, device)
+        };
+        let mut same = 0;
+        for _ in 0..50 {
+            let (fuse, device) = begin();
+            let (early, late) = (Abort::of(device).unwrap(), Abort::of(device).unwrap());
+            assert!(!fuse_dev::is_over(&fuse));
+            early.now().unwrap();
+            let aborted = fuse_dev::is_over(&fuse);
+            unmount(dir.path(), true).unwrap();
+            drop(fuse);
+            let (next, its) = begin();
+            let done = late.now();
+            let spared = !fuse_dev::is_over(&next);
+            unmount(dir.path(), true).unwrap();
+            assert!(aborted && done.is_ok() && spared, "{aborted} {done:?} {spared}, {device} and {its}");
+            same += u32::from(its == device);
+            if same > 3 {
+                return;
+            }
+        }
+        assert!(same > 0, "no number was given again");
     }
 
     #[test]

@@ -24,7 +24,7 @@ use stencilfs::units::Bytes;
 use crate::begin::cache;
 use crate::kept::Program;
 
-pub use unmount::end as unmount;
+pub use unmount::{abort_of, end as unmount};
 pub use users::{find as find_users, unused};
 
 /// What a job says at its end.

@@ -1,14 +1,23 @@
 //! Takes a mount away. The kernel waits in there for pages that are being read: nobody who must answer may do it.
 
+use std::io;
+use std::os::fd::OwnedFd;
+
 use stencilfs::control::{MountOptions, UnmountMode};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::mount;
+use stencilfs::sys::fuse_dev;
+use stencilfs::sys::mount::{self, Abort};
 
-/// Ends the mount.
+/// Ends the mount, where it is forced with the abort that was opened before.
 ///
 /// # Errors
 /// [`Code::InUse`](stencilfs::error::Code::InUse) where it is in use and not forced.
-pub fn end(options: &MountOptions, device: u64, mode: UnmountMode) -> Result<()> {
+pub fn end(
+    options: &MountOptions,
+    device: u64,
+    mode: UnmountMode,
+    abort: io::Result<Option<Abort>>,
+) -> Result<()> {
     let path = &options.mountpoint;
     let attached = match mount::at(path) {
         // The connection can be aborted all the same.
@@ -28,17 +37,17 @@ pub fn end(options: &MountOptions, device: u64, mode: UnmountMode) -> Result<()>
             _ => Error::io("cannot unmount", path, e),
         })?;
     }
-    if mode == UnmountMode::Force { abort(options, device) } else { Ok(()) }
+    let aborted = abort.and_then(|abort| abort.map_or(Ok(()), Abort::now));
+    aborted.map_err(|e| Error::io("cannot abort the connection", path, e))
 }
 
-/// Aborts the connection: every waiting and every later request fails.
+/// The abort of the mount's connection, for who holds that: once the mount is gone, its number may be another's. None
+/// where it is over.
 ///
 /// # Errors
-/// The kernel's. A connection that is gone is none.
-pub fn abort(options: &MountOptions, device: u64) -> Result<()> {
-    match mount::abort_fuse_connection(device) {
-        // The last user had gone already.
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        other => other.map_err(|e| Error::io("cannot abort the connection", &options.mountpoint, e)),
-    }
+/// The kernel's.
+pub fn abort_of(fuse: &OwnedFd, device: u64) -> io::Result<Option<Abort>> {
+    let abort = Abort::of(device);
+    // Where it is not over yet, its number was its own.
+    if fuse_dev::is_over(fuse) { Ok(None) } else { abort.map(Some) }
 }

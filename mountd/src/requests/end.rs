@@ -67,13 +67,17 @@ impl Supervisor {
 
     pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {
         let (options, device) = (self.kept.options.clone(), self.kept.device);
+        let abort = match mode {
+            UnmountMode::Force => jobs::abort_of(&self.kept.fuse, device),
+            _ => Ok(None),
+        };
         let job = Job::start(UNMOUNT, &self.kept.alone(&self.callers), || {
             if mode == UnmountMode::Force
                 && let Ok(users) = jobs::find_users(device, SEARCH)
             {
                 log::warn!("the connection is aborted; these lose what they have not read: {users}");
             }
-            jobs::unmount(&options, device, mode).map(|()| None)
+            jobs::unmount(&options, device, mode, abort).map(|()| None)
         });
         self.begin(job, Purpose::Unmount(caller, mode));
     }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::mount::{Run, STENCIL, TestMount, daemon, temporary};
+use crate::support::mount::{Run, STENCIL, TestMount, copy_program, daemon, temporary};
 
 /// Exit code, standard output, standard error.
 fn stencil(args: &[&str]) -> (i32, String, String) {
@@ -103,7 +103,7 @@ fn the_variable_names_the_daemon_before_any_other_place() {
     let none = world.dir().join("none");
     mount(none.to_str().unwrap()).exits(4).says(&format!("STENCIL_MOUNTD names no file: {}", none.display()));
     mount(world.dir().to_str().unwrap()).exits(4).says("STENCIL_MOUNTD names no file");
-    fs::copy(daemon(), world.dir().join("another")).unwrap();
+    copy_program(daemon(), world.dir().join("another"));
     // Of the current folder, not of the PATH.
     mount("another").ok();
     let program = format!("/proc/{}/exe", world.status()["supervisor_pid"]);

@@ -7,10 +7,15 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What stands in backquotes and names a scenario and a test of it; a type of the library has a capital letter.
+/// What stands in backquotes and names a scenario and a test of it; a type of the library has a capital letter, and
+/// other things with `::` have other signs.
 fn named(text: &str) -> Vec<(&str, &str)> {
+    let is_name = |word: &str| word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     let words = text.split('`').skip(1).step_by(2).filter_map(|word| word.split_once("::"));
-    words.filter(|(scenario, _)| scenario.starts_with(|c: char| c.is_ascii_lowercase())).collect()
+    words
+        .filter(|(scenario, test)| is_name(scenario) && is_name(test))
+        .filter(|(scenario, _)| scenario.starts_with(|c: char| c.is_ascii_lowercase()))
+        .collect()
 }
 
 fn missing(text: &str) -> Vec<String> {

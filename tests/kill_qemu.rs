@@ -73,6 +73,7 @@ fn beats_go_on(serve: &str) -> Result<(), String> {
     drill.report(&format!("QEMU guests, {serve}"), &[]);
     let gaps: Vec<Duration> = came.iter().map(|came| longest_gap(came)).collect();
     println!("{serve}: {} and {} heartbeats, longest gaps {gaps:.0?}", came[0].len(), came[1].len());
+    assert!(gaps.iter().all(|gap| *gap <= Duration::from_secs(3)), "a heart stood still: {gaps:?}");
     let all = gaps.iter().all(|gap| *gap <= Duration::from_millis(300));
     if all { Ok(()) } else { Err(format!("gaps of {gaps:?}")) }
 }

@@ -45,12 +45,7 @@ fn readers_outlast_a_server_that_is_stopped_and_not_killed() {
 
 #[test]
 fn a_server_that_is_stopped_for_good_is_replaced_and_killed() {
-    replaced_after(
-        Duration::from_secs(2),
-        Duration::from_secs(10),
-        &["--watchdog", "2"],
-        host::rounds(2, 20),
-    );
+    replaced_after(Duration::from_secs(2), Duration::from_secs(4), &["--watchdog", "2"], host::rounds(2, 20));
 }
 
 /// One round with the limit that a mount has which names none.

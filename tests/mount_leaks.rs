@@ -97,11 +97,10 @@ fn nothing_grows(world: &TestMount, paths: &[PathBuf]) -> Result<(), String> {
         after = of_both(world);
     }
     println!("before {before:?}, after {after:?}");
-    let all_near = before.iter().zip(&after).all(|(before, after)| {
-        near(before.fds, after.fds)
-            && near(before.resident, after.resident)
-            && near(before.locked, after.locked)
-    });
+    assert!(given_back(&after), "descriptors: before {before:?}, after {after:?}");
+    let mut both = before.iter().zip(&after);
+    let all_near = both
+        .all(|(before, after)| near(before.resident, after.resident) && near(before.locked, after.locked));
     if all_near { Ok(()) } else { Err(format!("before {before:?}, after {after:?}")) }
 }
 

@@ -243,6 +243,10 @@ fn kvm() -> Check {
 fn version(program: &str) -> io::Result<Option<String>> {
     let asked = Command::new(program).arg("--version").stdin(Stdio::null()).output();
     match asked {
+        Ok(answer) if !answer.status.success() => {
+            let said = String::from_utf8_lossy(&answer.stderr);
+            Err(io::Error::other(format!("{}: {}", answer.status, said.trim())))
+        }
         Ok(answer) => {
             let text = String::from_utf8_lossy(&answer.stdout);
             Ok(Some(text.lines().next().unwrap_or_default().to_owned()))

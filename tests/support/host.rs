@@ -39,7 +39,7 @@ pub fn rounds<N>(test: N, soak: N) -> N {
 }
 
 /// Takes a figure that others on this host, also ones that cannot be seen from here, may spoil: one that is off is taken
-/// again, twice at most. What the product does wrong it does each time.
+/// again, twice at most. What is off so far that no neighbour explains it is for the caller to panic at.
 #[track_caller]
 pub fn measured(mut figure: impl FnMut() -> Result<(), String>) {
     for left in (0..3).rev() {

@@ -101,7 +101,7 @@ fn domain(dir: &Path, disk: &Path) -> String {
   </devices>
   <qemu:commandline>
     <qemu:arg value='-qmp'/>
-    <qemu:arg value='unix:{dir}/qmp,server=on,wait=off'/>
+    <qemu:arg value='unix:{dir}/web.qmp,server=on,wait=off'/>
   </qemu:commandline>
 </domain>
 "
@@ -115,7 +115,7 @@ fn a_domain_is_captured_and_its_clones_run() {
     let dir = world.dir();
     let disk = make_disk(dir, 1 << 20);
     let xml = domain(dir, &disk);
-    let words = xml.replace(dir.to_str().unwrap(), "/run");
+    let words = xml.replace(dir.to_str().unwrap(), "/var/lib/libvirt/qemu");
     for line in documented() {
         assert!(line == "…" || words.lines().any(|l| l.trim() == line), "not as documented: {line}");
     }
@@ -128,7 +128,7 @@ fn a_domain_is_captured_and_its_clones_run() {
         assert!(running.is_alive(), "{}", running.said(&world));
         (own().len() >= 3).then_some(())
     });
-    let socket = dir.join("qmp");
+    let socket = dir.join("web.qmp");
     let mut qmp = Qmp::connect(&socket).unwrap();
     let before = media(&mut qmp);
     let generation = |qmp: &mut Qmp| qmp.run("query-vm-generation-id", json!({})).unwrap()["guid"].clone();

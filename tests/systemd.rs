@@ -287,28 +287,40 @@ fn a_mount_that_drains_is_left_to_its_supervisor() {
     }
 }
 
-/// The store of the service was changed while it ran: nobody gets another store's bytes under the names of the new one.
+/// The store of the service was changed while it ran, and both of its processes died: its clones are served to their end,
+/// and nobody gets the bytes of the old store under the names of the new one.
 #[test]
-fn what_the_manager_kept_of_another_store_is_not_gone_on_with() {
+fn what_the_manager_kept_of_another_store_is_served_and_leaves_the_tree() {
     let _host = host::shared();
-    let mut service = Service::start("decode");
-    let mut clone = service.map();
-    service.reads(&mut clone, 0, 3);
-    service.manager.listen(Duration::from_millis(400));
-    let server = service.world.server();
-    service.manager.end(Signal::KILL);
-    let server = kill(server);
-    wait_for("the server's end", || (!server.is_alive()).then_some(()));
-    let other = service.world.dir().join("other");
-    stencilfs::store::Store::open_or_create(&other).unwrap();
-    let mut edited = service.world.command();
-    edited.args(service.command.get_args()).env("STENCIL_STORE", &other);
-    service.manager.start(&edited);
-    assert_eq!(service.manager.wait_end().code(), Some(5));
-    service.again();
-    service.reads(&mut clone, 1, 3);
-    drop(clone);
-    assert!(service.manager.end(Signal::TERM).success());
+    for used in [true, false] {
+        let mut service = Service::start("decode");
+        let clone = used.then(|| {
+            let mut clone = service.map();
+            service.reads(&mut clone, 0, 3);
+            clone
+        });
+        service.manager.listen(Duration::from_millis(400));
+        let server = service.world.server();
+        service.manager.end(Signal::KILL);
+        let server = kill(server);
+        wait_for("the server's end", || (!server.is_alive()).then_some(()));
+        let other = service.world.dir().join("other");
+        let store = stencilfs::store::Store::open_or_create(&other).unwrap();
+        let mut edited = service.world.command();
+        edited.args(service.command.get_args()).env("STENCIL_STORE", &other);
+        service.manager.start(&edited);
+        if let Some(mut clone) = clone {
+            let mountpoint = service.world.mountpoint();
+            wait_for("the detaching", || mount::at(mountpoint).unwrap().is_none().then_some(()));
+            service.reads(&mut clone, 1, 3);
+        }
+        assert_eq!(service.manager.wait_end().code(), Some(1), "it is to be started again");
+        service.command = edited;
+        service.again();
+        assert_eq!(service.world.status()["store"], store.dir().to_str().unwrap());
+        assert!(!service.world.file(&service.digest, "memory").exists());
+        assert!(service.manager.end(Signal::TERM).success());
+    }
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     greet(&link);
     let server = Server::new(row, link, &kept)?;
     log::info!("took over {} with server {pid}", kept.options.mountpoint.display());
-    Ok(Taken { kept, backings, server: Some((server, table)), leaving, condemned })
+    Ok(Taken { kept, backings, server: Some((server, table)), leaving, condemned, drains: false })
 }
 
 /// Tells the server that it has another supervisor: if it waits for an answer of the one before, it asks again.

@@ -1,5 +1,6 @@
 //! What was asked for, beside a mount that is there already.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use stencilfs::control::{self, MountOptions};
@@ -30,19 +31,27 @@ pub fn same_store(asked: &MountOptions, store: &Path, id: Option<&str>) -> Resul
     )))
 }
 
-/// True when the path is that of the store, be the store there or not.
+/// True when the path is that of the store, be the store there or not, and the disks on the way to it.
 fn leads_to(path: &Path, store: &Path) -> bool {
-    let mut next = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
-    for _ in 0..MOST_LINKS {
-        if next == store {
-            return true;
+    let path = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
+    let mut left: Vec<OsString> = path.iter().rev().map(OsStr::to_owned).collect();
+    let (mut reached, mut links) = (PathBuf::new(), 0);
+    while let Some(name) = left.pop() {
+        if name == ".." {
+            reached.pop();
+            continue;
         }
+        let next = reached.join(&name);
         match std::fs::read_link(&next) {
-            Ok(to) => next = next.parent().unwrap_or(Path::new("/")).join(to),
-            Err(_) => break,
+            // An absolute one begins with the root, which takes the place of what was reached.
+            Ok(to) if links < MOST_LINKS => {
+                left.extend(to.iter().rev().filter(|name| *name != ".").map(OsStr::to_owned));
+                links += 1;
+            }
+            _ => reached = next,
         }
     }
-    std::fs::canonicalize(path).is_ok_and(|path| path == store)
+    reached == store
 }
 
 /// Says which options have no effect: a mount that is taken over keeps those that it was made with.
@@ -83,7 +92,9 @@ mod tests {
         let away = real.join("away");
         assert!(leads_to(&away, &away) && leads_to(&real.join("first"), &away));
         assert!(!leads_to(&real.join("loop"), &away) && !leads_to(&real.join("other"), &away));
-        assert!(!leads_to(&real.join("here/away"), &away), "its folder is known by another path");
+        assert!(leads_to(&real.join("here/away"), &away) && leads_to(&real.join("here/first"), &away));
+        symlink("gone/../away", real.join("third")).unwrap();
+        assert!(leads_to(&real.join("third"), &away));
         std::fs::create_dir(&away).unwrap();
         assert!(leads_to(&real.join("here/away"), &away));
     }

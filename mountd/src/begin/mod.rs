@@ -48,6 +48,8 @@ pub struct Taken {
     pub leaving: Vec<ProcessId>,
     /// Templates that nobody may find or open.
     pub condemned: Vec<CondemnedRow>,
+    /// It is to leave the tree at once, and to end with its last mapping.
+    pub drains: bool,
 }
 
 /// `stencil-mountd supervise`.
@@ -72,7 +74,14 @@ pub fn supervise(options: MountOptions) -> ExitCode {
         Err(error) => return fail(&mut callers, error),
     };
     let (mountpoint, device) = (taken.kept.options.mountpoint.clone(), taken.kept.device);
-    match Supervisor::new(taken, callers, signals, notify).run() {
+    let drains = taken.drains;
+    let mut supervisor = Supervisor::new(taken, callers, signals, notify);
+    if drains {
+        supervisor.drain();
+    }
+    match supervisor.run() {
+        // What was asked for is still to be mounted.
+        Ok(()) if drains => ExitCode::FAILURE,
         Ok(()) => ExitCode::SUCCESS,
         Err((error, mut callers)) => {
             prepare::unmount(&mountpoint, device);

@@ -62,6 +62,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
             server: None,
             leaving: Vec::new(),
             condemned: Vec::new(),
+            drains: false,
         })
     };
     begin().inspect_err(|_| unmount(&mountpoint, device))

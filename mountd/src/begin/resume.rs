@@ -31,8 +31,7 @@ pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
 /// serves it until its last clone ends.
 ///
 /// # Errors
-/// Names what is missing; [`Code::InUse`] where it is a mount of another store than the one that is asked for, or another
-/// supervisor takes it over just now.
+/// Names what is missing; [`Code::InUse`] where another supervisor takes it over just now.
 pub fn from_manager(fds: &mut Fds, asked: &MountOptions) -> Result<Option<Taken>> {
     let connection = connection(fds)?;
     let snapshot = &connection.1;
@@ -43,13 +42,19 @@ pub fn from_manager(fds: &mut Fds, asked: &MountOptions) -> Result<Option<Taken>
         );
         return Ok(None);
     }
-    asked::same_store(asked, &snapshot.options.store, snapshot.store_id.as_deref())?;
+    // Nobody serves its clones: they are not left alone for another store's sake. But nobody finds its templates any more.
+    let other = asked::same_store(asked, &snapshot.options.store, snapshot.store_id.as_deref()).err();
+    if let Some(other) = &other {
+        log::error!(
+            "{other}: it is served, at no path, until its last clone ends; then this one ends, to be started again"
+        );
+    }
     let record = match RecordDir::take_over(&snapshot.record) {
         // Of a mount that nobody lives for any more it may have been removed.
         Err(error) if error.code() == Code::NotFound => RecordDir::create(ProcessId::me()?)?,
         other => other?,
     };
-    go_on(fds, connection, record).map(Some)
+    go_on(fds, connection, record).map(|taken| Some(Taken { drains: other.is_some(), ..taken }))
 }
 
 fn go_on(fds: &mut Fds, connection: Connection, record: RecordDir) -> Result<Taken> {
@@ -86,7 +91,7 @@ fn go_on(fds: &mut Fds, connection: Connection, record: RecordDir) -> Result<Tak
     if server.is_none() {
         drop(backings.forget_unfinished());
     }
-    Ok(Taken { kept, backings, server, leaving, condemned })
+    Ok(Taken { kept, backings, server, leaving, condemned, drains: false })
 }
 
 /// The connection that lives, and its ledger. A manager may have kept descriptors of an earlier mount as well, whose

@@ -52,17 +52,22 @@ impl Supervisor {
         let Some(cuts_off) = self.signals.take() else { return };
         let first = self.kept.terminations == 0;
         let unmounting = self.jobs.iter().any(|(_, purpose)| matches!(purpose, Purpose::Unmount(None, _)));
-        self.kept.terminations = 1;
         if first {
             log::info!("a signal asks for the end: unmounting");
             self.notify.stopping();
-            self.unmount(None, UnmountMode::Plain);
+            self.drain();
         } else if cuts_off && !unmounting {
             log::info!("a second signal asks for the end: aborting");
             self.unmount(None, UnmountMode::Force);
         } else {
             log::info!("a further signal changes nothing: `stencil umount --force` ends the mount now");
         }
+    }
+
+    /// Takes the mount away; where it is in use, it ends with its last mapping.
+    pub(crate) fn drain(&mut self) {
+        self.kept.terminations = 1;
+        self.unmount(None, UnmountMode::Plain);
     }
 
     pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {

@@ -42,7 +42,11 @@ impl Supervisor {
             }
             Purpose::Unmount(caller, mode) => {
                 match (caller, &failed) {
-                    (None, Some(error)) => log::error!("{error}"),
+                    (None, Some(error)) => {
+                        log::error!("{error}");
+                        // The next signal tries it anew.
+                        self.kept.terminations = 0;
+                    }
                     (None, None) if mode == UnmountMode::Lazy => {
                         log::warn!("it is in use: detached, and served until its last user ends");
                     }

@@ -102,7 +102,7 @@ pub struct Supervisor {
 impl Supervisor {
     /// Takes up a mount, with its present server if there is one, and that one's table of requests.
     pub fn new(taken: Taken, callers: Callers, signals: Signals, notify: Notify) -> Supervisor {
-        let Taken { kept, backings, server, leaving, condemned } = taken;
+        let Taken { kept, backings, server, leaving, condemned, drains: _ } = taken;
         let mut watchdog = Watchdog::new(kept.options.watchdog, kept.device);
         let server = server.map(|(server, table)| {
             watchdog.watch(table);

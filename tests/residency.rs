@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use stencilfs::control::{Mount, Record};
 
 use crate::accounting::assert_sums;
@@ -109,4 +109,25 @@ fn a_mount_without_its_supervisor_is_counted_on() {
         world.mount(&["--serve", serve]).ok();
         assert_eq!(figures(), before, "{serve}");
     }
+}
+
+/// A container that was started anew may leave the record of the one before: its mount is over, and hides no figure.
+#[test]
+fn a_record_of_a_namespace_that_has_ended_hides_no_figure() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let record = world.runtime_dir().join("mounts/1-1");
+    fs::create_dir(&record).unwrap();
+    let mut gone = json!({
+        "mountpoint": "/gone", "store": world.store_dir(), "device": 0xf_ffff, "supervisor_pid": 1, "supervisor_start": 7,
+        "server_pid": 1, "server_start": 7, "version": "0", "ledger": [1, 1], "program": [1, 1], "pid_namespace": 1,
+    });
+    fs::write(record.join("mount.json"), gone.to_string()).unwrap();
+    world.stencil(&["density"]).ok();
+    assert!(record.exists());
+    // The connection of that number is somebody's: it may be that mount's.
+    gone["device"] = world.status()["device"].clone();
+    fs::write(record.join("mount.json"), gone.to_string()).unwrap();
+    let refused = world.stencil(&["density"]).exits(75);
+    assert!(refused.err.contains(&format!("remove {}", record.display())), "{refused:?}");
 }

@@ -16,6 +16,7 @@ use super::snapshot::{BackingRow, Snapshot};
 use super::status::Residency;
 use crate::error::{Code, Error, Result};
 use crate::sys::cachestat;
+use crate::sys::fusectl::Waiting;
 
 /// How often a list of backings that changes is begun anew, and after which time.
 const TRIES: u32 = 20;
@@ -28,9 +29,19 @@ impl Mount {
     /// When the supervisor does not answer, or the kernel cannot say; [`Code::TryAgain`] where it is not known which
     /// backings there are.
     pub fn residency(&self) -> Result<Vec<Residency>> {
-        let mut files = if self.orphaned { self.as_the_server_has_them()? } else { self.as_supervised()? };
+        let mut files = match self.orphaned {
+            // The record of a PID namespace that has ended is left for those who know of it.
+            true if self.foreign && self.is_over() => Vec::new(),
+            true => self.as_the_server_has_them()?,
+            false => self.as_supervised()?,
+        };
         files.sort_by(|a, b| (a.digest, &a.file).cmp(&(b.digest, &b.file)));
         Ok(files)
+    }
+
+    /// True when the kernel has no such connection any more.
+    fn is_over(&self) -> bool {
+        Waiting::of(self.device).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
     }
 
     fn as_supervised(&self) -> Result<Vec<Residency>> {
@@ -73,7 +84,15 @@ impl Mount {
         let unknown = || {
             Error::try_again("the mount has lost its supervisor: what it has in RAM cannot be known")
                 .at(&self.mountpoint)
-                .remedy(format!("give it another one: stencil mount {}", self.mountpoint.display()))
+                .remedy(match self.foreign {
+                    true => {
+                        format!(
+                            "it is of another PID namespace; if nobody lives there, remove {}",
+                            self.dir.display()
+                        )
+                    }
+                    false => format!("give it another one: stencil mount {}", self.mountpoint.display()),
+                })
         };
         let held = self.server_pid.map(held_by).unwrap_or_default();
         // The number may lead elsewhere by now.

@@ -1,5 +1,6 @@
 //! A recipe that a person has written: everything that would not work is said at once.
 
+use super::rules::locks_memory;
 use super::values::{misspelt, placeholders};
 use super::{Identity, Props, Recipe, VERSION, implied, options};
 use crate::error::{Error, Result};
@@ -118,6 +119,10 @@ impl Recipe {
                 wrong.push(format!("no argument has {need}: {why}"));
             }
         }
+        wrong.extend(options(&recipe.argv).into_iter().filter_map(|(option, value)| {
+            let (value, why) = (value?, locks_memory(option, value?)?);
+            Some(format!("-{option} {value}: {why}"))
+        }));
         wrong.extend(ram_of_nobody.map(|why| format!("it {why}")));
         let is_deferred = |pair: &[String]| matches!(pair, [option, value] if option.trim_start_matches('-') == "incoming" && value == "defer");
         if !recipe.argv.windows(2).any(is_deferred) {
@@ -186,6 +191,7 @@ mod tests {
             ),
             ("\"-append\"", "\"-daemonize\",\"-append\"", "-daemonize: "),
             ("\"root\"", "\"../x\"", "a name of letters"),
+            ("\"-append\"", "\"-overcommit\",\"mem-lock=on\",\"-append\"", "would copy all RAM"),
             (",memory-backend=m", "", "it gives RAM file 'memory' to nobody"),
         ] {
             let error = Recipe::edited(&GOOD.replacen(from, to, 1), &files).unwrap_err();

@@ -5,8 +5,9 @@
 pub(super) struct Secrets(Vec<String>);
 
 /// What a domain should have, or be without, so that its QEMU is without something. The first words are QEMU's.
-const INSTEAD: [(&[&str], &str); 10] = [
+const INSTEAD: [(&[&str], &str); 11] = [
     (&["balloon"], "<memballoon model='none'/>"),
+    (&["mem-lock"], "no <locked/> in <memoryBacking>"),
     (&["-netdev"], "<interface type='user'/> for other interfaces"),
     (&["spice"], "<graphics type='vnc'/>, no channel and no audio of SPICE"),
     (&["qxl"], "<model type='virtio'/> in <video>"),

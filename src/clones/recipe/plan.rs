@@ -12,7 +12,7 @@ use super::libvirt::Secrets;
 use super::memory::{self, Memory, Problem};
 use super::network::{Networks, is_nic};
 use super::props::Props;
-use super::rules::{Rule, device_type, is_device_for_clones, is_of_host, rule, why_not};
+use super::rules::{Rule, device_type, is_device_for_clones, is_of_host, rule, unfit, why_not};
 use super::values::placeholders;
 use crate::error::{Error, Result};
 
@@ -217,15 +217,8 @@ impl<'a> Work<'a> {
         if let Some(name) = placeholders(value).next() {
             self.refuse(format!("-{option} {value}, in which {{{name}}} would be filled in"));
         }
-        // Files of the host: one that QEMU writes, and one that only firmware shows.
-        let of_host: &[&str] = match option {
-            "icount" => &["rr", "rrfile"],
-            "boot" => &["splash"],
-            _ => &[],
-        };
-        let props = Props::parse(value, "");
-        if let Some(key) = of_host.iter().find(|key| props.as_ref().is_some_and(|p| p.get(key).is_some())) {
-            self.refuse(format!("-{option} {value}: {key}= names a file of the host"));
+        if let Some(why) = unfit(option, value) {
+            self.refuse(format!("-{option} {value}: {why}"));
         }
         if option == "m" {
             let size = Props::parse(value, "size");

@@ -1,5 +1,7 @@
 //! What becomes of each option and device of a QEMU when its command line becomes one of clones.
 
+use super::props::Props;
+
 /// What happens to an option of QEMU's.
 pub enum Rule {
     /// Kept; true: with a value.
@@ -40,6 +42,27 @@ pub enum Rule {
     Refuse(&'static str),
     /// Refused by name.
     Unknown,
+}
+
+/// Why clones cannot have this value of an option that is kept otherwise.
+pub fn unfit(option: &str, value: &str) -> Option<String> {
+    let props = Props::parse(value, "")?;
+    // Files of the host: one that QEMU writes, and one that only firmware shows.
+    let of_host: &[&str] = match option {
+        "icount" => &["rr", "rrfile"],
+        "boot" => &["splash"],
+        _ => &[],
+    };
+    let key = of_host.iter().find(|key| props.get(key).is_some());
+    key.map(|key| format!("{key}= names a file of the host")).or_else(|| locks_memory(option, value))
+}
+
+/// `mlockall(2)` populates a private mapping by write faults, so that nothing of the template is shared. With `on-fault`
+/// only what the guest touches is locked, and a page that is read stays the template's.
+pub fn locks_memory(option: &str, value: &str) -> Option<String> {
+    let props = Props::parse(value, "").filter(|_| option == "overcommit")?;
+    let locks = !matches!(props.get("mem-lock")?, "off" | "no" | "false" | "n" | "on-fault");
+    locks.then(|| "each clone would copy all RAM of its template to lock it".to_owned())
 }
 
 /// The rule of an option, without its dashes.

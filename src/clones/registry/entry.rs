@@ -110,8 +110,11 @@ impl Entry {
             return Ok(());
         }
         let what = format!("clone {} is of another PID namespace: whether it lives cannot be seen", self.id);
+        let elsewhere = self.disks.iter().filter(|_| self.disk_dir.is_some());
+        let disks: String =
+            elsewhere.map(|name| format!(" and {}", self.disk_path(name).display())).collect();
         Err(Error::try_again(what).at(&self.dir).remedy(format!(
-            "run `stencil stop {}` where it was launched; if nobody lives there any more, remove this folder",
+            "run `stencil stop {}` where it was launched; if nobody lives there any more, remove this folder{disks}",
             self.id
         )))
     }

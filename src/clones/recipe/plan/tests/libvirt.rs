@@ -127,6 +127,7 @@ fn what_is_refused_is_told_in_libvirts_words() {
     let memory = r#""qom-type":"memory-backend-file","id":"pc.ram","mem-path":"/lib/qemu/ram/1-web/pc.ram""#;
     for (from, to, words, remedy) in [
         (user, tap, "no script that makes one for each clone,fd=35,vhostfd=37", "<interface type='user'/>"),
+        ("mem-lock=off", "mem-lock=on", "would copy all RAM of its template", "no <locked/>"),
         (
             r#"-device {"driver":"vmgenid","#,
             balloon,

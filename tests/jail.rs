@@ -12,7 +12,7 @@ use stencilfs::sys::cachestat;
 use crate::support::actor::{self, Actor, compile};
 use crate::support::guest::patiently;
 use crate::support::host;
-use crate::support::mount::{TestMount, copy_program, run};
+use crate::support::mount::{TestMount, copy_program, run, without_others};
 use crate::support::store::{guest_like, word_sum};
 use crate::support::tables::{code, rows};
 
@@ -48,10 +48,13 @@ fn a_clone_in_a_chroot_with_one_folder_counts() {
         assert_eq!((metadata.mode() & 0o7777, metadata.uid(), metadata.gid()), (0o550, 123, 123));
 
         // The bind mount is in a mount namespace of its own, as a jailer makes one, and goes with it.
-        let script = "mount --bind \"$1\" \"$2/template\" && mount -o remount,bind,ro \"$2/template\" && \
-                      exec chroot --userspec=123:123 --groups= \"$2\" /actor";
+        let script = format!(
+            "{} && mount --bind \"$1\" \"$2/template\" && mount -o remount,bind,ro \"$2/template\" && \
+             exec chroot --userspec=123:123 --groups= \"$2\" /actor",
+            without_others(world.dir())
+        );
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script, "sh"]).arg(&folder).arg(&jail);
+        command.args(["--mount", "sh", "-c", &script, "sh"]).arg(&folder).arg(&jail);
         let mut clone = Actor::through(command);
         clone.tell(&format!("map 0 /template/memory 0 {} rw", bytes.len()));
         clone.write_pages(0, (0..50).map(|page| page * 31));

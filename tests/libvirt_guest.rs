@@ -11,8 +11,8 @@ use crate::support::guest::{
     CAPTURED_MAC, beats_in_image, heartbeats, kernel_and_initramfs, make_disk, media, overlays, patiently,
 };
 use crate::support::host;
+use crate::support::libvirt::Domain;
 use crate::support::mount::{TestMount, run};
-use crate::vmm_args::Domain;
 
 /// The XML that the documentation tells to write.
 fn documented() -> impl Iterator<Item = &'static str> {

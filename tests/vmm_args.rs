@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -12,6 +12,7 @@ use stencilfs::clones::qmp::Qmp;
 use crate::firecracker::state;
 use crate::support::guest::{self, Qemu, heartbeats, kernel_and_initramfs, patiently, qemu_words};
 use crate::support::host;
+use crate::support::libvirt::Domain;
 use crate::support::mount::{TestMount, run};
 use crate::support::passing::Running;
 use crate::support::store::guest_like;
@@ -19,11 +20,6 @@ use crate::support::store::guest_like;
 const MIB: usize = 1 << 20;
 
 impl Running {
-    fn start(command: &mut Command, log: &Path) -> Running {
-        let log = fs::File::create(log).unwrap();
-        Running(command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap())
-    }
-
     fn shell(world: &TestMount, text: &str) -> Running {
         let mut command = Command::new("sh");
         command.args(["-c", &format!("exec {text}")]).current_dir(world.dir());
@@ -185,75 +181,6 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(1).says("no mount serves this store");
 }
 
-/// A domain of libvirt's own, without its daemon; it ends when dropped.
-pub struct Domain {
-    name: String,
-    libvirt: Running,
-    qemu: u32,
-}
-
-impl Domain {
-    pub fn start(world: &TestMount, domain: &str) -> Domain {
-        let name = domain.split("<name>").nth(1).unwrap().split("</name>").next().unwrap();
-        let path = |name: &str| world.dir().join(name).display().to_string();
-        // libvirt looks its users up, which the daemon's package would make.
-        for (file, line) in
-            [("passwd", "libvirt-qemu:x:0:0::/:/usr/sbin/nologin\n"), ("group", "libvirt-qemu:x:0:\n")]
-        {
-            let text = fs::read_to_string(format!("/etc/{file}")).unwrap();
-            let others = text.lines().filter(|l| !l.starts_with("libvirt-qemu:")).map(|l| format!("{l}\n"));
-            fs::write(path(file), others.collect::<String>() + line).unwrap();
-        }
-        fs::create_dir_all(path("libvirt/etc")).unwrap();
-        let settings =
-            "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nuser = \"+0\"\ngroup = \"+0\"\n";
-        fs::write(path("libvirt/etc/qemu.conf"), settings).unwrap();
-        // TCG, as not every host has KVM.
-        fs::write(path("run.xml"), domain.replace("<domain type='kvm'", "<domain type='qemu'")).unwrap();
-        let script = "mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group && \
-                      exec virt-qemu-run -v -r \"$1/libvirt\" \"$1/run.xml\"";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script, "sh"]).arg(world.dir());
-        let libvirt = Running::start(&mut command, &world.dir().join("qemu.log"));
-        let mut domain = Domain { name: name.to_owned(), libvirt, qemu: 0 };
-        domain.qemu = patiently("a QEMU of libvirt's", Duration::from_secs(120), || {
-            let log = fs::read_to_string(path("qemu.log")).unwrap();
-            assert!(domain.libvirt.0.try_wait().unwrap().is_none(), "make setup: {log}");
-            let said = domain.said(world);
-            assert!(!said.contains("shutting down"), "{said}");
-            fs::read_to_string(path(&format!("libvirt/run/qemu/{name}.pid"))).ok()?.trim().parse().ok()
-        });
-        domain
-    }
-
-    /// What QEMU has said.
-    pub fn said(&self, world: &TestMount) -> String {
-        let log = format!("libvirt/log/qemu/{}.log", self.name);
-        fs::read_to_string(world.dir().join(log)).unwrap_or_default()
-    }
-
-    /// True until its QEMU ends.
-    pub fn is_alive(&self) -> bool {
-        Path::new(&format!("/proc/{}", self.qemu)).exists()
-    }
-
-    fn mappings(&mut self, world: &TestMount) -> Vec<(String, String, u64)> {
-        mappings_of(world, &mut self.libvirt, self.qemu)
-    }
-}
-
-impl Drop for Domain {
-    fn drop(&mut self) {
-        // Asked to end it ends its QEMU too; killed, it would leave it.
-        let pid = self.libvirt.0.id().to_string();
-        let _ = Command::new("kill").args(["-TERM", &pid]).status();
-        let end = Instant::now() + Duration::from_secs(30);
-        while matches!(self.libvirt.0.try_wait(), Ok(None)) && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
-
 #[test]
 fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
     let _host = host::shared();
@@ -269,7 +196,8 @@ fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
 
     let mut running = Domain::start(&world, &domain);
     let expected = [("img".to_owned(), "r--s".to_owned(), 6), ("memory".to_owned(), "rw-p".to_owned(), 64)];
-    assert_eq!(running.mappings(&world), expected);
+    let pid = running.qemu;
+    assert_eq!(mappings_of(&world, &mut running.libvirt, pid), expected);
     let words = fs::read_to_string(format!("/proc/{}/cmdline", running.qemu)).unwrap();
     assert!(words.contains("memory-backend=pc.ram") && !words.contains("balloon"), "{words:?}");
     drop(running);

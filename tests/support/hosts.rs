@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
-use super::mount::{Run, STENCIL, daemon, run, temporary, wait_for};
+use super::mount::{Run, STENCIL, daemon, run, temporary, wait_for, without_others};
 
 /// One of the two.
 pub struct Host {
@@ -23,8 +23,7 @@ pub struct Host {
 impl Host {
     fn new(dir: PathBuf) -> Host {
         fs::create_dir_all(dir.join("mnt")).unwrap();
-        // Other scenarios' mounts, copied with everything else, would not end while this host lives.
-        let others = "awk '$3 == \"fuse.stencil\" { print $2 }' /proc/self/mounts | xargs -r -n 1 umount -l";
+        let others = without_others(&dir);
         let mut holder = Command::new("unshare")
             .args(["--net", "--mount", "--propagation", "private", "sh", "-c"])
             .arg(format!("{others}; ip link set lo up && echo ready && exec cat"))

@@ -8,6 +8,7 @@ pub mod host;
 pub mod hosts;
 pub mod inflight;
 pub mod kvm;
+pub mod libvirt;
 pub mod link;
 pub mod mount;
 pub mod notify;

@@ -320,6 +320,15 @@ pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
     }
 }
 
+/// For a shell that begins in a mount namespace of its own: other scenarios' mounts, copied with everything else, would not
+/// end while that lives. Those below the given folder stay.
+pub fn without_others(own: &Path) -> String {
+    format!(
+        "awk '$3 == \"fuse.stencil\" && index($2, \"{}/\") != 1 {{ print $2 }}' /proc/self/mounts | xargs -r -n 1 umount -l",
+        own.display()
+    )
+}
+
 /// Copies a program by another process: a child that another scenario has just forked would hold a file open that this one
 /// writes, and nobody could start it then.
 #[track_caller]

@@ -1,7 +1,8 @@
 //! What a scenario has for as long as it lasts, and gives back also when it fails.
 
-use std::path::PathBuf;
-use std::process::Child;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mount::{UnmountFlags, unmount};
@@ -10,6 +11,14 @@ use stencilfs::sys::process::ProcessId;
 
 /// A process that is killed when dropped.
 pub struct Running(pub Child);
+
+impl Running {
+    /// Starts it; what it says goes into the file.
+    pub fn start(command: &mut Command, log: &Path) -> Running {
+        let log = File::create(log).unwrap();
+        Running(command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap())
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {

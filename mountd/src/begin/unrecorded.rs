@@ -157,6 +157,7 @@ impl Holding {
             dir: snapshot.record.parent().and_then(Path::parent).map(Path::to_owned),
         }
     }
+
     /// It is the server of a mount of this runtime directory, where nobody knows of it any more.
     fn is_left(&self) -> bool {
         let ours = runtime_dir();

@@ -99,11 +99,12 @@ fn is_whole(pid: u32, environ: &[u8]) -> bool {
     let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
     let stat = String::from_utf8_lossy(&stat);
     let after_name = stat.rsplit(')').next().unwrap_or_default();
-    // proc(5): fields 50 and 51 are where the environment begins and ends; the third one follows the name.
-    let mut places =
-        after_name.split(' ').skip(1 + 50 - 3).map(|word| word.trim_end().parse().unwrap_or(0u64));
-    let (start, end) = (places.next().unwrap_or(0), places.next().unwrap_or(0));
-    end != 0 && end.saturating_sub(start) == environ.len() as u64
+    // proc(5) counts from 1, and the third field follows the name.
+    let places: Vec<u64> = after_name.split(' ').map(|word| word.trim_end().parse().unwrap_or(0)).collect();
+    let field = |number: usize| places.get(number - 2).copied().unwrap_or(0);
+    let (code, start, end) = (field(26), field(50), field(51));
+    // The code's place is written down when the environment's is known; until then that may look like an empty one.
+    code != 0 && end != 0 && end.saturating_sub(start) == environ.len() as u64
 }
 
 /// A worker is its zygote's child and dies with it. What a recipe names may be a script that starts QEMU.

@@ -209,7 +209,8 @@ mod tests {
         let mounts = crate::sys::procfs::mounts().unwrap();
         let device = mounts.into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
         let held = device.map(|device| is_held_by(std::process::id(), device));
-        let other = device.map(|device| is_held_by(std::process::id(), device + 1));
+        // A number that no mount of this process has.
+        let other = device.map(|_| is_held_by(std::process::id(), rustix::fs::makedev(0, 0xf_ffff)));
         crate::sys::mount::unmount(dir.path(), true).unwrap();
         assert_eq!(connection_of(&fuse).unwrap(), device);
         assert_eq!((held, other), (Some(true), Some(false)));

@@ -14,7 +14,8 @@ use stencilfs::sys::pagemap::Pagemap;
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
 
 use crate::support::host;
-use crate::support::mount::TestMount;
+use crate::support::mount::{TestMount, run};
+use crate::support::passing::Mounted;
 
 fn template(folder: &Path, bytes: u64) -> PathBuf {
     let path = folder.join("template");
@@ -224,29 +225,12 @@ fn discarding_punches_the_shared_file_when_the_last_handle_goes() {
     assert!(left[..512 << 10].iter().all(|b| *b == 0) && left[512 << 10..].iter().all(|b| *b != 0));
 }
 
-/// A filesystem of 2 MiB pages for as long as the value lives.
-struct HugeTmpfs(PathBuf);
-
-impl HugeTmpfs {
-    fn mount(place: &Path) -> HugeTmpfs {
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "huge=always,size=64M", "none"]).arg(place);
-        assert!(mount.status().unwrap().success());
-        HugeTmpfs(place.to_owned())
-    }
-}
-
-impl Drop for HugeTmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn pages_mapped_by_2_mib_are_copied_by_4_kib() {
     let _host = host::shared();
     let folder = tempfile::tempdir().unwrap();
-    let _mounted = HugeTmpfs::mount(folder.path());
+    run("mount", &["-t", "tmpfs", "-o", "huge=always,size=64M", "none", folder.path().to_str().unwrap()]);
+    let _mounted = Mounted(folder.path().to_owned());
     let size = 16 << 20;
     let path = template(folder.path(), size);
     let mut memory = None;

@@ -13,6 +13,7 @@ use stencilfs::clones::qmp::Qmp;
 use crate::support::guest::{Qemu, ignores_shared, media, overlays, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{Run, TestMount, run};
+use crate::support::passing::{Immutable, Mounted};
 use crate::support::store::random;
 
 /// How a VM has its disk.
@@ -275,19 +276,6 @@ impl Capture {
     }
 }
 
-fn immutable(folder: &Path, on: bool) {
-    run("chattr", &[if on { "+i" } else { "-i" }, folder.to_str().unwrap()]);
-}
-
-/// Runs a command at the end of the scenario, however that comes.
-struct Finally(&'static [&'static str], PathBuf);
-
-impl Drop for Finally {
-    fn drop(&mut self) {
-        let _ = Command::new(self.0[0]).args(&self.0[1..]).arg(&self.1).status();
-    }
-}
-
 #[test]
 fn device_state_that_finds_no_room() {
     let _host = host::shared();
@@ -296,7 +284,7 @@ fn device_state_that_finds_no_room() {
     fs::create_dir(&small).unwrap();
     let place = small.to_str().unwrap();
     run("mount", &["-t", "tmpfs", "-o", "size=16k", "tmpfs", place]);
-    let mounted = Finally(&["umount", "-l"], small.clone());
+    let mounted = Mounted(small.clone());
     for more in [&[][..], &["--pause"], &["--quit"]] {
         let output = vm.capture(more).env("TMPDIR", &small).output().unwrap();
         // It is back when the capture has ended, without the helper.
@@ -319,11 +307,10 @@ fn an_overlay_that_cannot_be_renamed() {
     let _host = host::shared();
     let mut vm = Vm::start(Plug::Drive);
     let folder = vm.folder();
-    let _finally = Finally(&["chattr", "-i"], folder.clone());
     let fails = |vm: &mut Vm| {
         let capture = vm.caught(&[], Vm::disk_is_read);
         vm.write();
-        immutable(&folder, true);
+        let immutable = Immutable::make(&folder);
         let run = capture.goes_on().exits(1);
         assert!(run.err.contains("template vm:x was made"), "{}", run.err);
         assert!(run.err.contains("cannot rename the overlay"), "{}", run.err);
@@ -332,25 +319,24 @@ fn an_overlay_that_cannot_be_renamed() {
         vm.write();
         let [overlay] = &overlays(&folder)[..] else { panic!("one overlay") };
         assert!(run.err.contains(&format!("`qemu-img commit {}`", overlay.display())), "{}", run.err);
-        overlay.clone()
+        (overlay.clone(), immutable)
     };
     // The helper tries again.
-    fails(&mut vm);
-    immutable(&folder, false);
+    drop(fails(&mut vm));
     vm.is_as_before();
 
     // Without a helper the next capture does it.
-    fails(&mut vm);
+    let (_, immutable) = fails(&mut vm);
     vm.kill_helper();
-    immutable(&folder, false);
+    drop(immutable);
     vm.write();
     vm.world.json(&["capture", vm.qemu.socket().to_str().unwrap(), "vm:y"]);
     vm.is_as_before();
 
     // And without a VM the command of the message.
-    let overlay = fails(&mut vm);
+    let (overlay, immutable) = fails(&mut vm);
     vm.kill_helper();
-    immutable(&folder, false);
+    drop(immutable);
     vm.write();
     vm.qmp.run("quit", json!({})).unwrap();
     patiently("end of QEMU", Duration::from_secs(10), || vm.qemu.has_ended().then_some(()));

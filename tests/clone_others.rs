@@ -2,8 +2,8 @@
 //! that still holds them. Everybody else goes on.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,7 +12,8 @@ use serde_json::Value;
 use crate::clone_command::{nothing_is_left, processes_of};
 use crate::support::guest::patiently;
 use crate::support::host;
-use crate::support::mount::{Run, STENCIL, TestMount, run};
+use crate::support::mount::{Run, STENCIL, TestMount};
+use crate::support::passing::Immutable;
 
 const READY: &str = "echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 2000";
 
@@ -47,22 +48,6 @@ fn launching(world: &TestMount) -> Vec<Value> {
 fn is_alive(clone: &Value) -> bool {
     let command = fs::read(format!("/proc/{}/cmdline", clone["pid"])).unwrap_or_default();
     command.starts_with(b"sleep\0")
-}
-
-/// A folder in which nothing can be removed, until this is dropped.
-struct Immutable(PathBuf);
-
-impl Immutable {
-    fn make(folder: &Path) -> Immutable {
-        run("chattr", &["+i", folder.to_str().unwrap()]);
-        Immutable(folder.to_owned())
-    }
-}
-
-impl Drop for Immutable {
-    fn drop(&mut self) {
-        let _ = Command::new("chattr").arg("-i").arg(&self.0).status();
-    }
 }
 
 #[test]

@@ -48,6 +48,14 @@ impl Service {
         Service { manager, world, command, bytes, digest }
     }
 
+    /// With a process that has read every third page.
+    fn used(serve: &str) -> (Service, Actor) {
+        let service = Service::start(serve);
+        let mut clone = service.map();
+        service.reads(&mut clone, 0, 3);
+        (service, clone)
+    }
+
     fn map(&self) -> Actor {
         let mut actor = Actor::start();
         actor.tell(&format!(
@@ -71,6 +79,13 @@ impl Service {
 
     fn inode(&self) -> u64 {
         fs::metadata(self.world.file(&self.digest, "memory")).unwrap().ino()
+    }
+
+    /// Kills the supervisor, which would start another server, and then that.
+    fn both_die(&mut self, server: u32) {
+        self.manager.end(Signal::KILL);
+        let server = kill(server);
+        wait_for("the server's end", || (!server.is_alive()).then_some(()));
     }
 
     /// Starts the service again after it has died.
@@ -139,9 +154,7 @@ fn a_service_says_that_it_is_ready_lives_and_stops_and_its_server_says_nothing()
 fn a_supervisor_that_its_manager_starts_again_finds_its_server() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
-        let mut service = Service::start(serve);
-        let mut clone = service.map();
-        service.reads(&mut clone, 0, 3);
+        let (mut service, mut clone) = Service::used(serve);
         let (server, inode) = (service.world.server(), service.inode());
         service.manager.end(Signal::KILL);
         service.reads(&mut clone, 1, 3);
@@ -159,9 +172,7 @@ fn a_supervisor_that_its_manager_starts_again_finds_its_server() {
 fn with_supervisor_and_server_dead_the_manager_has_everything() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
-        let mut service = Service::start(serve);
-        let mut clone = service.map();
-        service.reads(&mut clone, 0, 3);
+        let (mut service, mut clone) = Service::used(serve);
         service.manager.listen(Duration::from_millis(400));
         let world = &service.world;
         service.manager.during(|| world.kill_server());
@@ -169,10 +180,7 @@ fn with_supervisor_and_server_dead_the_manager_has_everything() {
         assert!(restarts >= Some(1));
         let (server, inode) = (service.world.server(), service.inode());
         let device = service.world.status()["device"].as_u64().unwrap();
-        // The supervisor first: it would start another server.
-        service.manager.end(Signal::KILL);
-        let server = kill(server);
-        wait_for("the server's end", || (!server.is_alive()).then_some(()));
+        service.both_die(server);
         // A page that nobody has, asked for while nobody lives to answer: it comes late, and is no SIGBUS.
         clone.begin("read 0 1");
         let late = abort_unless_told(device);
@@ -218,9 +226,7 @@ fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
         let (server, inode) = (service.world.server(), service.inode());
         let opens = service.world.counter("opens_passthrough");
         service.manager.listen(Duration::from_millis(400));
-        service.manager.end(Signal::KILL);
-        let server = kill(server);
-        wait_for("the server's end", || (!server.is_alive()).then_some(()));
+        service.both_die(server);
         // As if it had never been told.
         let present = std::mem::take(&mut service.manager.store);
         let (first, last) = if stale_last { (present, copy(&stale)) } else { (copy(&stale), present) };
@@ -259,9 +265,7 @@ fn a_stop_cuts_no_clone_off_however_often_it_is_asked_for() {
 fn a_mount_that_drains_is_left_to_its_supervisor() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
-        let mut service = Service::start(serve);
-        let mut clone = service.map();
-        service.reads(&mut clone, 0, 3);
+        let (mut service, mut clone) = Service::used(serve);
         service.manager.listen(Duration::from_millis(400));
         let draining = service.world.processes();
         service.manager.signal(Signal::TERM);
@@ -301,9 +305,7 @@ fn what_the_manager_kept_of_another_store_is_served_and_leaves_the_tree() {
         });
         service.manager.listen(Duration::from_millis(400));
         let server = service.world.server();
-        service.manager.end(Signal::KILL);
-        let server = kill(server);
-        wait_for("the server's end", || (!server.is_alive()).then_some(()));
+        service.both_die(server);
         let other = service.world.dir().join("other");
         let store = stencilfs::store::Store::open_or_create(&other).unwrap();
         let mut edited = service.world.command();
@@ -326,9 +328,7 @@ fn what_the_manager_kept_of_another_store_is_served_and_leaves_the_tree() {
 #[test]
 fn a_reload_keeps_the_process_that_the_manager_knows() {
     let _host = host::shared();
-    let mut service = Service::start("decode");
-    let mut clone = service.map();
-    service.reads(&mut clone, 0, 3);
+    let (mut service, mut clone) = Service::used("decode");
     let (pid, inode) = (service.manager.pid(), service.inode());
     let mnt = service.world.mountpoint().to_str().unwrap().to_owned();
     let world = &service.world;

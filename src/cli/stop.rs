@@ -56,6 +56,9 @@ impl Report for StopReport {
 /// When there is no clone of an id, or one cannot be ended.
 pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     let swept = registry::sweep();
+    if let (Err(error), false) = (&swept, args.all) {
+        log::warn!("{error}");
+    }
     let entries = if args.all {
         let mut entries = registry::list()?;
         entries.retain(|entry| {
@@ -68,11 +71,9 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
         args.ids.iter().map(|id| registry::find(id).and_then(may_be_stopped)).collect::<Result<Vec<_>>>()?
     };
     let how = stop(&entries, Duration::from_secs(args.grace.into()))?;
-    match swept {
+    if args.all {
         // Some of all are left.
-        Err(error) if args.all => return Err(error),
-        Err(error) => log::warn!("{error}"),
-        Ok(()) => {}
+        swept?;
     }
     Ok(Done::report(StopReport { stopped: entries.into_iter().zip(how).collect(), quiet: global.quiet }))
 }

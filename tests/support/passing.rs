@@ -9,6 +9,8 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
+use super::mount::run;
+
 /// A process that is killed when dropped.
 pub struct Running(pub Child);
 
@@ -41,6 +43,23 @@ impl StandsStill {
 impl Drop for StandsStill {
     fn drop(&mut self) {
         let _ = self.0.signal(Signal::CONT);
+    }
+}
+
+/// A folder in which nothing can be made, renamed or removed, until this is dropped.
+pub struct Immutable(PathBuf);
+
+impl Immutable {
+    /// Makes it so.
+    pub fn make(folder: &Path) -> Immutable {
+        run("chattr", &["+i", folder.to_str().unwrap()]);
+        Immutable(folder.to_owned())
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        let _ = Command::new("chattr").arg("-i").arg(&self.0).status();
     }
 }
 

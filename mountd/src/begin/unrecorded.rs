@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::statfs;
@@ -79,9 +80,14 @@ fn ask(mountpoint: &Path, device: u64) -> std::io::Result<Option<Seen>> {
         .process_group(0)
         .spawn()?;
     let seen = ours.receive().ok().flatten().map(|(seen, _)| seen);
-    // Where the mount does not answer, it stays until the connection is over.
     let _ = child.kill();
-    let _ = child.try_wait();
+    // Where the mount does not answer, it stays until the connection is over.
+    for _ in 0..20 {
+        if !matches!(child.try_wait(), Ok(None)) {
+            break;
+        }
+        thread::sleep(BETWEEN_LOOKS / 10);
+    }
     Ok(seen)
 }
 
@@ -98,10 +104,10 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 fn look(mountpoint: PathBuf, device: u64) -> Seen {
     let (tell, hear) = mpsc::channel();
     // Attributes can be known to the kernel for a while yet; this is asked of the server every time.
-    std::thread::spawn(move || {
+    thread::spawn(move || {
         let _ = tell.send(statfs(&mountpoint).err());
         // The channel's end would be one more answer.
-        std::thread::park();
+        thread::park();
     });
     let until = Instant::now() + ANSWER;
     let mut answered = false;

@@ -45,7 +45,10 @@ fn readers_outlast_a_server_that_is_stopped_and_not_killed() {
 
 #[test]
 fn a_server_that_is_stopped_for_good_is_replaced_and_killed() {
-    replaced_after(Duration::from_secs(2), Duration::from_secs(4), &["--watchdog", "2"], host::rounds(2, 20));
+    let rounds = host::rounds(2, 20);
+    host::measured(|| {
+        replaced_after(Duration::from_secs(2), Duration::from_secs(1), &["--watchdog", "2"], rounds)
+    });
 }
 
 /// One round with the limit that a mount has which names none.
@@ -54,10 +57,10 @@ fn soak_a_server_that_is_stopped_for_good_is_replaced_after_the_default_limit() 
     if !host::soaking() {
         return println!("the default limit is waited for in `make soak` only");
     }
-    replaced_after(Duration::from_secs(10), Duration::from_secs(10), &[], 1);
+    host::measured(|| replaced_after(Duration::from_secs(10), Duration::from_secs(10), &[], 1));
 }
 
-fn replaced_after(limit: Duration, slack: Duration, options: &[&str], rounds: u64) {
+fn replaced_after(limit: Duration, slack: Duration, options: &[&str], rounds: u64) -> Result<(), String> {
     let _host = host::alone();
     let world = TestMount::with(&[&["--serve", "decode"], options].concat());
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -89,8 +92,8 @@ fn replaced_after(limit: Duration, slack: Duration, options: &[&str], rounds: u6
     println!(
         "stopped for good {rounds} times: all read on after {shortest:.2?} to {worst:.2?}, the limit is {limit:?}"
     );
-    assert!(worst <= limit + slack, "{worst:?}");
     assert!(shortest >= limit / 2, "{shortest:?}: somebody else replaced it");
     assert_eq!(world.counter("watchdog_replaced"), rounds);
     assert!(world.log().contains("watchdog: "), "{}", world.log());
+    if worst <= limit + slack { Ok(()) } else { Err(format!("{worst:?} with a limit of {limit:?}")) }
 }

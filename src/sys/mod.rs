@@ -6,6 +6,7 @@ pub mod alloc;
 pub mod attempt;
 pub mod cachestat;
 pub mod descriptor;
+pub mod folder;
 pub mod fuse_dev;
 pub mod fusectl;
 pub mod handle;

@@ -1,0 +1,402 @@
+//! Access to files below one folder that somebody else may own (`openat2(2)`).
+//!
+//! Every name is resolved from the folder's descriptor with `RESOLVE_BENEATH`, `RESOLVE_NO_SYMLINKS` and
+//! `RESOLVE_NO_MAGICLINKS`, so an owner who replaces a file or folder by a link cannot lead a privileged process
+//! elsewhere. Files are opened with `O_NONBLOCK` and must be regular: a FIFO, a device or a leased file cannot block
+//! the caller.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
+    fsync, mkdirat, openat2, renameat, statat, unlinkat,
+};
+use rustix::io::Errno;
+
+use crate::units::Bytes;
+
+/// Depth to which [`Folder::remove_tree`] descends; no tree of Stencil is deeper than four folders.
+const MAX_DEPTH: usize = 32;
+
+/// How often a walk is begun: the kernel gives one up with `EAGAIN` when a rename happens meanwhile (openat2(2)). A file
+/// on which another process holds a lease answers `EAGAIN` every time.
+const MAX_WALKS: usize = 64;
+
+/// An open folder. Names are relative to it; `..` and symbolic links in them are errors.
+#[derive(Debug)]
+pub struct Folder {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl Folder {
+    /// Opens the folder at a path that the user chose; symbolic links in that path are followed.
+    ///
+    /// # Errors
+    /// The system's; `ENOTDIR` for anything but a folder.
+    pub fn open(path: &Path) -> io::Result<Folder> {
+        Ok(Folder {
+            fd: resolve(CWD, path, FOLDER, Mode::empty(), ResolveFlags::empty())?,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Opens the folder at an absolute path that has no symbolic links, as [`std::fs::canonicalize`] returns it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); `ELOOP` when a component has become a link since.
+    pub fn open_canonical(path: &Path) -> io::Result<Folder> {
+        let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        Ok(Folder { fd: resolve(CWD, path, FOLDER, Mode::empty(), links)?, path: path.to_owned() })
+    }
+
+    /// The path it was opened by, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The path of `name`, for messages only.
+    pub fn path_of(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Opens a folder below this one.
+    ///
+    /// # Errors
+    /// The system's; `ELOOP` for a link, `ENOTDIR` for a file.
+    pub fn folder(&self, name: impl AsRef<Path>) -> io::Result<Folder> {
+        let name = name.as_ref();
+        Ok(Folder { fd: self.resolve(name, FOLDER, Mode::empty())?, path: self.path_of(name) })
+    }
+
+    /// Opens a regular file for reading.
+    ///
+    /// # Errors
+    /// The system's; `InvalidData` for anything but a regular file, `ELOOP` for a link.
+    pub fn file(&self, name: impl AsRef<Path>) -> io::Result<File> {
+        self.file_with(name, OFlags::RDONLY)
+    }
+
+    /// Opens a regular file that exists with these access flags.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub fn file_with(&self, name: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
+        regular(self.resolve(name.as_ref(), flags, Mode::empty())?)
+    }
+
+    /// The contents of a regular file of at most `limit` bytes.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file); `InvalidData` for a longer file.
+    pub fn read(&self, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.file(name)?.take(limit.get() + 1).read_to_end(&mut bytes)?;
+        match bytes.len() as u64 > limit.get() {
+            true => Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is larger than {limit}"))),
+            false => Ok(bytes),
+        }
+    }
+
+    /// Creates a file that must not exist yet, for reading and writing, with exactly this mode whatever the umask.
+    ///
+    /// # Errors
+    /// The system's; `EEXIST` also for a link.
+    pub fn create(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+        let file = regular(self.resolve(name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?)?;
+        fchmod(&file, Mode::from_raw_mode(mode))?;
+        Ok(file)
+    }
+
+    /// Opens a regular file for reading and writing; creates it with this mode where it does not exist. True when it
+    /// was created by this call.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub fn open_or_create(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<(File, bool)> {
+        let name = name.as_ref();
+        loop {
+            match self.file_with(name, OFlags::RDWR) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                opened => return opened.map(|file| (file, false)),
+            }
+            match self.create(name, mode) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                created => return created.map(|file| (file, true)),
+            }
+        }
+    }
+
+    /// Creates a folder that must not exist yet, with exactly this mode whatever the umask, and opens it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn create_folder(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<Folder> {
+        let (parent, last) = self.parent_of(name.as_ref())?;
+        mkdirat(parent.as_fd(), last, Mode::RWXU)?;
+        let made = self.folder(name.as_ref())?;
+        fchmod(&made.fd, Mode::from_raw_mode(mode))?;
+        Ok(made)
+    }
+
+    /// Type, owner, mode, size and inode of what has this name; a link is not followed.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn metadata(&self, name: impl AsRef<Path>) -> io::Result<Stat> {
+        let (parent, last) = self.parent_of(name.as_ref())?;
+        Ok(statat(parent.as_fd(), last, AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// Type, owner, mode and inode of the folder itself.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn own_metadata(&self) -> io::Result<Stat> {
+        Ok(fstat(&self.fd)?)
+    }
+
+    /// True when something has this name: a link counts, wherever it leads.
+    pub fn has(&self, name: impl AsRef<Path>) -> bool {
+        self.metadata(name).is_ok()
+    }
+
+    /// Names in the folder, in no order, without `.` and `..`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn names(&self) -> io::Result<Vec<OsString>> {
+        // A descriptor of its own: the position of a directory stream is shared otherwise.
+        let fd = self.resolve(Path::new("."), FOLDER, Mode::empty())?;
+        let mut buffer = Vec::with_capacity(32 << 10);
+        let mut entries = RawDir::new(fd, buffer.spare_capacity_mut());
+        let mut names = Vec::new();
+        while let Some(entry) = entries.next() {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                names.push(OsString::from_vec(name));
+            }
+        }
+        Ok(names)
+    }
+
+    /// Removes a file, link or anything else that is no folder.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn remove_file(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        let (parent, last) = self.parent_of(name.as_ref())?;
+        Ok(unlinkat(parent.as_fd(), last, AtFlags::empty())?)
+    }
+
+    /// Removes an empty folder.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn remove_folder(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        let (parent, last) = self.parent_of(name.as_ref())?;
+        Ok(unlinkat(parent.as_fd(), last, AtFlags::REMOVEDIR)?)
+    }
+
+    /// Removes whatever has this name; of a folder also everything below. Links are removed, not followed.
+    ///
+    /// # Errors
+    /// The system's; a tree that is too deep is an error.
+    pub fn remove_tree(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        self.remove_tree_within(name.as_ref(), MAX_DEPTH)
+    }
+
+    fn remove_tree_within(&self, name: &Path, depth: usize) -> io::Result<()> {
+        match self.remove_file(name) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EISDIR | libc::EPERM)) && depth > 0 => {}
+            done => return done,
+        }
+        let folder = self.folder(name)?;
+        for below in folder.names()? {
+            match folder.remove_tree_within(Path::new(&below), depth - 1) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        self.remove_folder(name)
+    }
+
+    /// Moves `name` to `new_name` below another folder, over what is there.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn rename(&self, name: impl AsRef<Path>, to: &Folder, new_name: impl AsRef<Path>) -> io::Result<()> {
+        let (from_parent, from) = self.parent_of(name.as_ref())?;
+        let (to_parent, to) = to.parent_of(new_name.as_ref())?;
+        Ok(renameat(from_parent.as_fd(), from, to_parent.as_fd(), to)?)
+    }
+
+    /// Changes the owner of what has this name; a link's own.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_owner(&self, name: impl AsRef<Path>, uid: u32, gid: u32) -> io::Result<()> {
+        let (parent, last) = self.parent_of(name.as_ref())?;
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        Ok(chownat(parent.as_fd(), last, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// Makes creations, renames and removals in the folder durable.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn sync(&self) -> io::Result<()> {
+        Ok(fsync(&self.fd)?)
+    }
+
+    fn resolve(&self, name: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+        resolve(&self.fd, name, flags, mode, BENEATH)
+    }
+
+    /// The open folder that holds the last component of `name`, and that component.
+    fn parent_of<'a>(&'a self, name: &'a Path) -> io::Result<(Parent<'a>, &'a OsStr)> {
+        let last = name.file_name().filter(|last| !last.is_empty()).ok_or(Errno::INVAL)?;
+        match name.parent() {
+            None => Err(Errno::INVAL.into()),
+            Some(parent) if parent.as_os_str().is_empty() => Ok((Parent::This(&self.fd), last)),
+            Some(parent) => Ok((Parent::Below(self.folder(parent)?), last)),
+        }
+    }
+}
+
+impl AsFd for Folder {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+enum Parent<'a> {
+    This(&'a OwnedFd),
+    Below(Folder),
+}
+
+impl AsFd for Parent<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Parent::This(fd) => fd.as_fd(),
+            Parent::Below(folder) => folder.as_fd(),
+        }
+    }
+}
+
+const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
+
+const BENEATH: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+
+fn resolve(
+    from: impl AsFd,
+    name: &Path,
+    flags: OFlags,
+    mode: Mode,
+    how: ResolveFlags,
+) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mut opened = openat2(from.as_fd(), name, flags, mode, how);
+    for _ in 1..MAX_WALKS {
+        match opened {
+            Err(Errno::AGAIN) => opened = openat2(from.as_fd(), name, flags, mode, how),
+            _ => break,
+        }
+    }
+    match opened {
+        // An open for writing of a FIFO without a reader, and any open of a socket.
+        Err(Errno::NXIO) => Err(not_regular("a FIFO, socket or device")),
+        opened => Ok(opened?),
+    }
+}
+
+fn regular(fd: OwnedFd) -> io::Result<File> {
+    match FileType::from_raw_mode(fstat(&fd)?.st_mode) {
+        FileType::RegularFile => Ok(fd.into()),
+        FileType::Directory => Err(not_regular("a folder")),
+        FileType::Fifo => Err(not_regular("a FIFO")),
+        _ => Err(not_regular("a device or socket")),
+    }
+}
+
+fn not_regular(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("it is {what}, not a regular file"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn outside_and_inside() -> (tempfile::TempDir, Folder) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("inside/sub")).unwrap();
+        std::fs::write(dir.path().join("outside"), "kept").unwrap();
+        let inside = Folder::open(&dir.path().join("inside")).unwrap();
+        (dir, inside)
+    }
+
+    #[test]
+    fn links_and_dots_lead_nowhere() {
+        let (dir, inside) = outside_and_inside();
+        symlink(dir.path(), dir.path().join("inside/link")).unwrap();
+        symlink(dir.path().join("outside"), dir.path().join("inside/file")).unwrap();
+        let errno = |result: io::Result<File>| result.unwrap_err().raw_os_error().unwrap();
+        assert_eq!(errno(inside.file("link/outside")), libc::ELOOP);
+        assert_eq!(errno(inside.file("file")), libc::ELOOP);
+        assert_eq!(errno(inside.file("../outside")), libc::EXDEV);
+        assert_eq!(errno(inside.file("/etc/passwd")), libc::EXDEV);
+        assert_eq!(errno(inside.create("file", 0o600)), libc::EEXIST);
+        assert_eq!(errno(inside.open_or_create("file", 0o600).map(|(file, _)| file)), libc::ELOOP);
+        assert!(inside.rename("sub", &inside, "link/sub").is_err());
+        assert!(inside.remove_file("link/outside").is_err());
+        inside.remove_tree("link").unwrap();
+        inside.set_owner("file", 7, 7).unwrap();
+        assert_eq!(std::fs::read(dir.path().join("outside")).unwrap(), b"kept");
+        let owner =
+            std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(dir.path().join("outside")).unwrap());
+        assert_eq!(owner, rustix::process::geteuid().as_raw());
+    }
+
+    #[test]
+    fn only_regular_files_of_bounded_size_are_read() {
+        let (dir, inside) = outside_and_inside();
+        let fifo = dir.path().join("inside/fifo");
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("inside/socket")).unwrap();
+        for name in ["fifo", "socket", "sub"] {
+            let read = inside.read(name, Bytes::new(10)).unwrap_err();
+            assert_eq!(read.kind(), io::ErrorKind::InvalidData, "{name}: {read}");
+            assert!(inside.open_or_create(name, 0o600).is_err(), "{name}");
+        }
+        inside.create("ten", 0o640).unwrap().write_all(b"0123456789").unwrap();
+        assert_eq!(inside.read("ten", Bytes::new(10)).unwrap(), b"0123456789");
+        assert!(inside.read("ten", Bytes::new(9)).unwrap_err().to_string().contains("larger than 9"));
+        let mode = std::fs::metadata(dir.path().join("inside/ten")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o640);
+    }
+
+    #[test]
+    fn trees_are_made_listed_moved_and_removed() {
+        let (dir, inside) = outside_and_inside();
+        symlink(dir.path(), dir.path().join("inside/sub/link")).unwrap();
+        inside.create_folder("sub/deep", 0o750).unwrap().create("file", 0o600).unwrap();
+        let mut names = inside.folder("sub").unwrap().names().unwrap();
+        names.sort();
+        assert_eq!(names, ["deep", "link"]);
+        inside.rename("sub/deep/file", &inside, "moved").unwrap();
+        assert!(inside.has("moved") && !inside.has("sub/deep/file"));
+        inside.remove_tree("sub").unwrap();
+        assert_eq!(inside.names().unwrap(), ["moved"]);
+        assert!(dir.path().join("outside").exists());
+        assert_eq!(inside.remove_tree("sub").unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}

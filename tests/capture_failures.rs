@@ -163,10 +163,13 @@ impl Vm {
 
     /// The qemu-img that reads for a capture.
     fn readers(&self) -> Vec<Pid> {
-        let own = self.folder();
-        processes(|words| {
-            words[0].ends_with("qemu-img") && words.iter().any(|w| w.contains(own.to_str().unwrap()))
-        })
+        let socket = self.qemu.socket().display().to_string();
+        let captures = processes(|words| words.contains(&"capture".into()) && words.contains(&socket));
+        // It reads through descriptors of the capture.
+        let place = |capture: &Pid| format!("/proc/{}/fd/", capture.as_raw_nonzero());
+        let places: Vec<String> = captures.iter().map(place).collect();
+        let reads = |word: &String| places.iter().any(|place| word.contains(place));
+        processes(|words| words[0].ends_with("qemu-img") && words.iter().any(reads))
     }
 
     pub fn log(&self) -> PathBuf {

@@ -6,6 +6,7 @@ mod cache_trouble;
 mod capture_failures;
 mod capture_meddled;
 mod capture_qemu;
+mod capture_replaced;
 mod clone_command;
 mod clone_disks;
 mod clone_others;

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::units::Bytes;
@@ -192,6 +193,17 @@ pub fn parse_stat(text: &str) -> Option<Stat> {
 /// When the file cannot be read.
 pub fn stat(pid: u32) -> Result<Option<Stat>> {
     Ok(read_of(pid, "stat")?.and_then(|text| parse_stat(&text)))
+}
+
+/// When a process started, from its start time in clock ticks since boot, by the clock of today: the end of that tick.
+pub fn started_at(start_time: u64) -> SystemTime {
+    let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let since_boot =
+        Duration::new(since_boot.tv_sec.unsigned_abs(), since_boot.tv_nsec.unsigned_abs() as u32);
+    let ticks = rustix::param::clock_ticks_per_second().max(1);
+    let at = Duration::from_millis((start_time.saturating_add(1)).saturating_mul(1000) / ticks);
+    let now = SystemTime::now();
+    now.checked_sub(since_boot.saturating_sub(at)).unwrap_or(now)
 }
 
 /// True while that very process lives; a zombie does not. Waits as long as that one lets nobody look into it: only for

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::images;
+use super::open_files::{FileId, OpenFiles};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::LiveDisk;
 use crate::error::{Error, Result};
@@ -41,6 +42,8 @@ pub struct Image {
     pub format: String,
     /// Size that the guest sees.
     pub size: u64,
+    /// The file itself: QEMU opens images again by their paths, when it may write to them no more or again.
+    pub id: FileId,
 }
 
 /// A disk that writes to an overlay while its image is read.
@@ -72,7 +75,13 @@ impl Frozen {
     }
 
     /// What a snapshot of that disk will be.
-    pub fn plan(disk: &LiveDisk, number: usize, unique: &str, place: &dyn Fn(&Path) -> PathBuf) -> Frozen {
+    pub fn plan(
+        disk: &LiveDisk,
+        id: FileId,
+        number: usize,
+        unique: &str,
+        place: &dyn Fn(&Path) -> PathBuf,
+    ) -> Frozen {
         let mut name = disk.image.path.clone().into_os_string();
         name.push(format!("{MARK}{unique}-{number}"));
         let overlay = PathBuf::from(name);
@@ -85,6 +94,7 @@ impl Frozen {
                 place: place(&disk.image.path),
                 format: disk.image.format.clone(),
                 size: disk.image.size,
+                id,
             },
         }
     }
@@ -102,19 +112,21 @@ pub fn left_over(qmp: &mut Qmp, place: &dyn Fn(&Path) -> PathBuf) -> Result<Vec<
         if !overlay.to_string_lossy().contains(MARK) {
             continue;
         }
-        let nodes = nodes(qmp)?;
+        let nodes = block_nodes(qmp)?;
         let is_it = |node: &&Value| {
             let text = |key| node.get(key).and_then(Value::as_str);
             text("drv") == Some(&image.format) && text("file").map(Path::new) == Some(&image.path)
         };
         let node = nodes.iter().find(is_it).and_then(|n| n.get("node-name")).and_then(Value::as_str);
         let Some(node) = node else { continue };
+        let id = FileId::at(&place(&image.path))?;
+        OpenFiles::of(qmp.peer_pid()?)?.must_have(&image.path, id)?;
         found.push(Frozen {
             node: node.to_owned(),
             overlay_node: disk.node.clone(),
             place: place(&overlay),
             overlay,
-            image: Image { place: place(&image.path), format: image.format.clone(), size: image.size },
+            image: Image { place: place(&image.path), format: image.format.clone(), size: image.size, id },
         });
     }
     Ok(found)
@@ -140,11 +152,18 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
         }})
     };
     let actions: Vec<Value> = disks.iter().map(action).collect();
-    qmp.run("transaction", json!({"actions": actions})).map(drop).map_err(|error| {
+    qmp.run("transaction", json!({"actions": actions})).map_err(|error| {
         error.context("the VM's disks cannot be frozen").remedy(
             "QEMU writes to an overlay beside each image for as long as that is read: it must be able to open it",
         )
-    })
+    })?;
+    // QEMU has opened the overlays, and its images again, by their paths.
+    let open = OpenFiles::of(qmp.peer_pid()?)?;
+    for disk in disks {
+        open.must_have(&disk.image.place, disk.image.id)?;
+        open.must_have(&disk.place, FileId::at(&disk.place)?)?;
+    }
+    Ok(())
 }
 
 /// Brings every disk back to its own image, and removes the overlays. What was never frozen is left alone. `interrupt`
@@ -194,6 +213,8 @@ fn bring_back(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> R
         if !has_node(qmp, &disk.overlay_node)? {
             return Ok(false);
         }
+        // QEMU opens the image by its path to write to it.
+        disk.image.id.must_be_at(&disk.image.place)?;
         qmp.run(
             "block-commit",
             json!({"job-id": job, "device": disk.overlay_node, "base-node": disk.node,
@@ -229,6 +250,7 @@ fn commit_alone(disk: &Frozen) -> Result<()> {
         return Ok(());
     }
     if images::is_written(&disk.place)? {
+        disk.image.id.must_be_at(&disk.image.place)?;
         images::commit(&disk.place)?;
     }
     remove(&disk.place)
@@ -243,14 +265,18 @@ fn remove(overlay: &Path) -> Result<()> {
     }
 }
 
-fn nodes(qmp: &mut Qmp) -> Result<Vec<Value>> {
+/// The VM's block nodes.
+///
+/// # Errors
+/// QEMU's words.
+pub fn block_nodes(qmp: &mut Qmp) -> Result<Vec<Value>> {
     let nodes = qmp.run("query-named-block-nodes", json!({"flat": true}))?;
     Ok(nodes.as_array().cloned().unwrap_or_default())
 }
 
 fn has_node(qmp: &mut Qmp, name: &str) -> Result<bool> {
     let is_it = |node: &Value| node.get("node-name").and_then(Value::as_str) == Some(name);
-    Ok(nodes(qmp)?.iter().any(is_it))
+    Ok(block_nodes(qmp)?.iter().any(is_it))
 }
 
 fn job_of(qmp: &mut Qmp, id: &str) -> Result<Option<Value>> {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::disks::Image;
+use super::open_files::HeldFiles;
 use crate::clones::recipe::PlannedDisk;
 use crate::error::{Error, Result};
 use crate::sys::process::{die_with_starter, inherit, own_session};
@@ -73,25 +74,27 @@ pub fn is_written(overlay: &Path) -> Result<bool> {
     Ok(map.iter().any(|part| part.get("present").and_then(Value::as_bool) != Some(false)))
 }
 
-/// The bytes of a disk as the guest saw them, without its chain; or the image as it is. The image stands still.
+/// The bytes of a disk as the guest saw them, without its chain; or the image as it is. The image stands still, and is
+/// read through descriptors of this process, so that its names do not matter.
 ///
 /// # Errors
 /// When it cannot be read, or the folder has no room for a copy.
 pub fn contents(
     disk: &PlannedDisk,
-    place: &dyn Fn(&Path) -> PathBuf,
+    images: &HeldFiles,
     folder: &Path,
     interrupt: &AtomicBool,
 ) -> Result<File> {
     if disk.as_it_is() {
-        let path = place(&disk.live.image.path);
+        let path = images.place(&disk.live.image.path)?;
         return File::open(&path).map_err(|e| Error::io("cannot open the VM's disk", &path, e));
     }
     let copy =
         tempfile::tempfile_in(folder).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
     copy.set_len(disk.live.image.size).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
     let mut command = qemu_img();
-    let source = format!("json:{}", disk.live.image.to_json(place));
+    let chain = disk.live.image.to_json(&|path| images.place(path))?;
+    let source = format!("json:{chain}");
     // It reads and writes through descriptors of this process: nothing has a name that could be left behind.
     let target = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&copy));
     command.args(["convert", "-q", "-U", "-n", "--target-is-zero", "-O", "raw", &source, &target]);

@@ -8,13 +8,13 @@ mod back;
 mod disks;
 mod images;
 mod lock;
+mod open_files;
 mod stand;
 mod vm;
 mod watchdog;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -88,10 +88,11 @@ pub fn capture(
     let vm = Arc::new(Vm::look(&mut qmp)?);
     let run_on = afterwards == Afterwards::AsBefore && vm.was_running;
     let ram = vm.ram_files()?;
+    let roms = vm.rom_files()?;
     let frozen = if run_on { frozen(&vm)? } else { vec![] };
     let stand = Stand::prepare(qmp, socket, &vm, frozen, lock, interrupt.clone())?;
     let stand = Arc::new(Mutex::new(stand));
-    let work = Work { store, vm: &vm, ram: &ram, stand: &stand, run_on, interrupt: &interrupt };
+    let work = Work { store, vm: &vm, ram: &ram, roms: &roms, stand: &stand, run_on, interrupt: &interrupt };
     let taken = work.take(tag, progress);
 
     let mut stand = held(&stand);
@@ -133,6 +134,7 @@ struct Work<'a> {
     store: &'a Store,
     vm: &'a Arc<Vm>,
     ram: &'a [RamFile],
+    roms: &'a [(String, File)],
     stand: &'a Arc<Mutex<Stand>>,
     run_on: bool,
     interrupt: &'a Arc<AtomicBool>,
@@ -141,11 +143,11 @@ struct Work<'a> {
 impl Work<'_> {
     /// The pause and the import.
     fn take(&self, tag: &TagName, progress: &dyn Progress) -> Result<Taken> {
-        let Work { store, vm, ram, stand, run_on, interrupt } = *self;
+        let Work { store, vm, ram, roms, stand, run_on, interrupt } = *self;
         let mut request = ImportRequest::new(Some(tag.clone()), vm.blob_files());
         request.interrupt = Some(interrupt.clone());
         request.recipe = Some(vm.recipe());
-        held(stand).still()?;
+        held(stand).still(vm)?;
         let state = held(stand).device_state()?;
         let state_bytes = Bytes::new(state.metadata().map_or(0, |m| m.len()));
         request.files.push(ImportFile {
@@ -160,6 +162,12 @@ impl Work<'_> {
             ImportFile { name: name.clone(), kind: FileKind::Ram, source: Source::Path(by_descriptor(file)) }
         });
         request.files.extend(sources);
+        let rom = |(name, file): &(String, File)| ImportFile {
+            name: name.clone(),
+            kind: FileKind::Rom,
+            source: Source::Path(by_descriptor(file)),
+        };
+        request.files.extend(roms.iter().map(rom));
         let disks = vm.plan.disks.iter().map(|disk| {
             let later = Disk { vm: vm.clone(), disk: disk.clone(), folder: store.dir().join("tmp") };
             later.source(stand, run_on, interrupt)
@@ -216,7 +224,11 @@ fn frozen(vm: &Vm) -> Result<Vec<Frozen>> {
     let unique = format!("{}-{}", vm.pid, crate::clones::registry::random_id()?);
     let place = |path: &Path| vm.path_of(path);
     let writable = vm.plan.disks.iter().filter(|disk| !disk.live.read_only);
-    Ok(writable.zip(0..).map(|(disk, number)| Frozen::plan(&disk.live, number, &unique, &place)).collect())
+    let plan = |(disk, number): (&PlannedDisk, usize)| {
+        let id = vm.images.id(&disk.live.image.path)?;
+        Ok(Frozen::plan(&disk.live, id, number, &unique, &place))
+    };
+    writable.zip(0..).map(plan).collect()
 }
 
 /// A disk that is read when RAM has been: the VM does not stand still for it.
@@ -236,10 +248,9 @@ impl Disk {
         let name = self.disk.file();
         let size = match self.disk.as_it_is() {
             true => {
-                let path = self.vm.path_of(&self.disk.live.image.path);
-                std::fs::metadata(&path)
-                    .map_err(|e| crate::error::Error::io("cannot read the VM's disk", &path, e))?
-                    .size()
+                let path = &self.disk.live.image.path;
+                let meta = self.vm.images.file(path)?.metadata();
+                meta.map_err(|e| crate::error::Error::io("cannot read the VM's disk", path, e))?.len()
             }
             false => self.disk.live.image.size,
         };
@@ -248,7 +259,7 @@ impl Disk {
             if run_on {
                 all_is_read(&stand)?;
             }
-            images::contents(&self.disk, &|path| self.vm.path_of(path), &self.folder, &interrupt)
+            images::contents(&self.disk, &self.vm.images, &self.folder, &interrupt)
         };
         let source = Source::Later(Later { size, open: Arc::new(open) });
         Ok(ImportFile { name, kind: FileKind::Blob, source })

@@ -71,7 +71,10 @@ impl Stand {
     }
 
     /// The pause begins, and the disks are frozen.
-    pub fn still(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// QEMU's words, or when the VM has other images open than this process.
+    pub fn still(&mut self, vm: &Vm) -> Result<()> {
         self.since = Some(Instant::now());
         self.qmp.ignore_shared(true)?;
         if self.before.ran {
@@ -79,6 +82,7 @@ impl Stand {
             self.qmp.run("stop", json!({}))?;
             self.qmp.forget_until("STOP");
         }
+        vm.images.are_open_in_vm()?;
         if self.before.disks.is_empty() {
             return Ok(());
         }

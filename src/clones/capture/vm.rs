@@ -3,9 +3,12 @@
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
+use super::disks::block_nodes;
+use super::open_files::HeldFiles;
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Blob, Facts, LiveDisk, Plan, Ram, Recipe, Rom, is_device_for_clones, plan};
 use crate::error::{Error, Result};
@@ -19,6 +22,8 @@ pub(super) struct Vm {
     pub process: ProcessId,
     pub was_running: bool,
     pub plan: Plan,
+    /// The images of its disks, and those beneath them.
+    pub images: HeldFiles,
     program: String,
     version: String,
 }
@@ -61,9 +66,13 @@ impl Vm {
         for disk in disks.iter_mut().filter(|disk| disk.problem.is_none()) {
             disk.problem = disk.image.chain().find_map(|image| host_problem(pid, &image.path));
         }
-        let plan = plan(argv, &Facts { machine_type, disks })?;
+        let mut plan = plan(argv, &Facts { machine_type, disks })?;
         check_live(qmp, &plan)?;
-        Ok(Vm { pid, process, was_running, plan, program, version })
+        let chains = plan.disks.iter().flat_map(|disk| disk.live.image.chain());
+        let images = HeldFiles::open(pid, chains.map(|image| image.path.as_path()))?;
+        images.are_not_exchanged(&block_nodes(qmp)?)?;
+        plan.warnings.extend(changed_files(&process, &plan.blobs));
+        Ok(Vm { pid, process, was_running, plan, images, program, version })
     }
 
     /// Opens the files that hold RAM, and makes sure that the VM really has them mapped.
@@ -73,9 +82,15 @@ impl Vm {
             let (file, dir) = self.memory_file(&maps, &ram.id, &ram.mem_path)?;
             Ok((ram.file.clone(), ram.id.clone(), file, dir))
         };
-        let roms = self.plan.roms.iter().map(|rom| self.memory_file(&maps, &rom.id, &rom.mem_path));
-        roms.collect::<Result<Vec<_>>>()?;
         self.plan.ram.iter().map(open).collect()
+    }
+
+    /// Opens the files that hold its ROMs, as [`ram_files`](Self::ram_files) does. Each comes with its name in the
+    /// template.
+    pub fn rom_files(&self) -> Result<Vec<(String, File)>> {
+        let maps = procfs::maps(self.pid, |_, _| true)?.unwrap_or_default();
+        let open = |rom: &Rom| Ok((rom.file.clone(), self.memory_file(&maps, &rom.id, &rom.mem_path)?.0));
+        self.plan.roms.iter().map(open).collect()
     }
 
     /// The file of a memory object, and the folder that it lies in.
@@ -103,18 +118,14 @@ impl Vm {
         Recipe::qemu(self.program.clone(), self.version.clone(), argv.clone()).with_disks(disks).to_value()
     }
 
+    /// Files that QEMU read when it started and has not open any more.
     pub fn blob_files(&self) -> Vec<ImportFile> {
         let file = |blob: &Blob| ImportFile {
             name: blob.file.clone(),
             kind: FileKind::Blob,
             source: Source::Path(self.path_of(&blob.path)),
         };
-        let rom = |rom: &Rom| ImportFile {
-            name: rom.file.clone(),
-            kind: FileKind::Rom,
-            source: Source::Path(self.path_of(Path::new(&rom.mem_path))),
-        };
-        self.plan.blobs.iter().map(file).chain(self.plan.roms.iter().map(rom)).collect()
+        self.plan.blobs.iter().map(file).collect()
     }
 
     /// A path as that process sees it, whatever its root and working directory are.
@@ -160,6 +171,25 @@ fn host_problem(pid: u32, path: &Path) -> Option<String> {
         Ok(_) => Some(format!("{shown} is no regular file")),
         Err(e) => Some(format!("{shown} cannot be read ({})", crate::error::errno_text(&e))),
     }
+}
+
+/// Says which of these files are not those that QEMU has read: it does not keep them open, so nothing else tells.
+fn changed_files(vm: &ProcessId, blobs: &[Blob]) -> Vec<String> {
+    let started = procfs::started_at(vm.start_time);
+    let changed = |blob: &&Blob| {
+        let meta = std::fs::metadata(path_of(vm.pid, &blob.path)).ok()?;
+        let changed =
+            UNIX_EPOCH + Duration::new(meta.ctime().try_into().ok()?, meta.ctime_nsec().try_into().ok()?);
+        (changed > started).then_some(())
+    };
+    let note = |blob: &Blob| {
+        format!(
+            "{} was changed after QEMU had read it ({}): a clone that reboots uses the new one",
+            blob.path.display(),
+            blob.file
+        )
+    };
+    blobs.iter().filter(|blob| changed(blob).is_some()).map(note).collect()
 }
 
 /// What was plugged in while the VM ran does not stand in its command line.

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::error::Result;
+
 /// A medium that the VM has now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveDisk {
@@ -101,15 +103,19 @@ impl Image {
 
     /// The chain in the words of qemu-img, with each path as `place` gives it. Nothing is guessed: neither format
     /// nor backing file is taken from what stands in an image that a guest can write.
-    pub fn to_json(&self, place: &dyn Fn(&Path) -> PathBuf) -> Value {
+    ///
+    /// # Errors
+    /// Those of `place`.
+    pub fn to_json(&self, place: &dyn Fn(&Path) -> Result<PathBuf>) -> Result<Value> {
         let mut all = json!({
             "driver": self.format,
-            "file": {"driver": "file", "filename": place(&self.path)},
+            "file": {"driver": "file", "filename": place(&self.path)?},
         });
         if self.format == "qcow2" {
-            all["backing"] = self.backing.as_ref().map_or(Value::Null, |backing| backing.to_json(place));
+            let backing = self.backing.as_ref().map(|backing| backing.to_json(place)).transpose()?;
+            all["backing"] = backing.unwrap_or(Value::Null);
         }
-        all
+        Ok(all)
     }
 }
 
@@ -130,7 +136,10 @@ mod tests {
         let disks = LiveDisk::all(&block(top));
         assert_eq!(disks[0].problem, None);
         assert_eq!((disks.len(), disks[0].image.chain().count()), (1, 2));
-        let words = disks[0].image.to_json(&|path| Path::new("/root").join(path.strip_prefix("/").unwrap()));
+        let words = disks[0]
+            .image
+            .to_json(&|path| Ok(Path::new("/root").join(path.strip_prefix("/").unwrap())))
+            .unwrap();
         assert_eq!(words["backing"]["file"]["filename"], "/root/b.raw");
         assert_eq!(words["driver"], "qcow2");
         assert!(words["backing"].get("backing").is_none(), "a raw image has none");

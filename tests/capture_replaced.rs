@@ -1,0 +1,189 @@
+//! A file that QEMU has open and whose path leads elsewhere meanwhile: no template is made of the memory of one guest
+//! and the disk of another, and what the guest has written comes into no other file.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::capture_failures::{Plug, Vm};
+use crate::support::guest::{Qemu, media, overlays, patiently, qemu_words};
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::support::store::random;
+
+fn inode(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().ino()
+}
+
+/// Another file at that path, until this is dropped. The first one keeps a name, or has none.
+struct Replaced {
+    path: PathBuf,
+    own: PathBuf,
+}
+
+impl Replaced {
+    fn by(path: &Path, bytes: &[u8]) -> Replaced {
+        let own = path.with_extension("own");
+        fs::rename(path, &own).unwrap();
+        fs::write(path, bytes).unwrap();
+        Replaced { path: path.to_owned(), own }
+    }
+
+    fn by_copy(path: &Path) -> Replaced {
+        Replaced::by(path, &fs::read(path).unwrap())
+    }
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        fs::rename(&self.own, &self.path).unwrap();
+    }
+}
+
+#[test]
+fn a_replaced_file_of_a_vm_is_no_template() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let dir = world.dir();
+    let file = |name: &str, seed: u64, bytes: usize| {
+        let path = dir.join(name);
+        fs::write(&path, random(seed, bytes)).unwrap();
+        path
+    };
+    let (base, raw, twin, cd) =
+        (file("base", 1, 1 << 20), file("raw", 2, 1 << 20), file("twin", 3, 1 << 20), file("cd", 4, 1 << 20));
+    // Of the same length, and with other parts allocated.
+    fs::OpenOptions::new().write(true).open(&twin).unwrap().set_len(1 << 16).unwrap();
+    fs::OpenOptions::new().write(true).open(&twin).unwrap().set_len(1 << 20).unwrap();
+    let (top, rom, flash) = (dir.join("top.qcow2"), file("rom", 5, 4 << 20), dir.join("flash"));
+    fs::copy("/usr/share/seabios/bios-256k.bin", &flash).unwrap();
+    let words =
+        ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.to_str().unwrap(), top.to_str().unwrap()];
+    run("qemu-img", &words);
+    let more = format!(
+        "-machine q35,nvdimm=on,memory-backend=ram0 -m 64M,slots=1,maxmem=1G -drive if=none,id=top,format=qcow2,file={} -device virtio-blk-pci,drive=top \
+         -drive if=none,id=raw,format=raw,file={} -device virtio-blk-pci,drive=raw \
+         -blockdev driver=file,node-name=f,filename={} -blockdev driver=raw,node-name=twin,file=f -device virtio-blk-pci,drive=twin \
+         -drive if=none,id=cd,media=cdrom,format=raw,file={} -device ide-cd,drive=cd \
+         -drive if=pflash,format=raw,readonly=on,file={} \
+         -object memory-backend-file,id=rom0,size=4M,mem-path={},share=on,readonly=on -device nvdimm,memdev=rom0,unarmed=on",
+        top.display(),
+        raw.display(),
+        twin.display(),
+        cd.display(),
+        flash.display(),
+        rom.display(),
+    );
+    let mut words = qemu_words(dir, "64M");
+    words.extend(more.split_ascii_whitespace().map(str::to_owned));
+    let qemu = Qemu::start(dir, &words);
+    let socket = qemu.socket();
+    let socket = socket.to_str().unwrap();
+
+    for path in [&top, &base, &raw, &twin, &cd, &flash, &rom, &dir.join("ram")] {
+        let own = inode(path);
+        let replaced = Replaced::by_copy(path);
+        for more in [&[][..], &["--pause"]] {
+            let run = world.stencil(&[&["capture", socket, "vm:x"], more].concat()).exits(2);
+            assert!(run.err.contains(path.to_str().unwrap()), "{}", run.err);
+            if path != &rom && !path.ends_with("ram") {
+                let both = [own, inode(path)].map(|ino| format!("inode {ino} of device"));
+                assert!(both.iter().all(|words| run.err.contains(words)), "{}", run.err);
+            }
+            assert!(run.err.lines().count() >= 2, "a remedy: {}", run.err);
+            assert_eq!(qemu.status(), "running");
+        }
+        drop(replaced);
+    }
+    // QEMU has both files open, under each other's names.
+    let third = dir.join("third");
+    let exchange = || {
+        fs::rename(&raw, &third).unwrap();
+        fs::rename(&twin, &raw).unwrap();
+        fs::rename(&third, &twin).unwrap();
+    };
+    exchange();
+    world.stencil(&["capture", socket, "vm:x"]).exits(2).says("were exchanged");
+    exchange();
+    world.stencil(&["inspect", "vm:x"]).exits(4);
+    assert_eq!(qemu.status(), "running");
+
+    // Every file is at its place again.
+    let captured = world.json(&["capture", socket, "vm:x", "--pause"]);
+    assert_eq!(captured["warnings"], json!([]), "{captured}");
+    for (name, path) in [("disk-raw", &raw), ("disk-twin", &twin), ("disk-cd", &cd), ("rom-rom0", &rom)] {
+        let copy = dir.join("copy");
+        world.stencil(&["export", &format!("vm:x/{name}"), copy.to_str().unwrap()]).ok();
+        assert!(fs::read(&copy).unwrap() == fs::read(path).unwrap(), "{name}");
+        fs::remove_file(copy).unwrap();
+    }
+}
+
+#[test]
+fn an_image_that_is_replaced_while_it_is_read() {
+    let _host = host::shared();
+    let mut vm = Vm::start(Plug::Drive);
+    let (image, folder) = (vm.image(), vm.folder());
+    // What the guest sees before it writes again.
+    let before = folder.join("before.raw");
+    run("qemu-img", &["convert", "-U", "-O", "raw", image.to_str().unwrap(), before.to_str().unwrap()]);
+    let before = fs::read(&before).unwrap();
+    let capture = vm.caught(&[], Vm::disk_is_read);
+    vm.write();
+    let replaced = Replaced::by_copy(&image);
+    let other = fs::read(&image).unwrap();
+    let run = capture.goes_on().exits(1);
+    assert!(run.err.contains("leads to another file"), "{}", run.err);
+    assert!(run.err.contains("template vm:x was made"), "{}", run.err);
+    let copy = folder.join("copy");
+    vm.world.stencil(&["export", "vm:x/disk-root", copy.to_str().unwrap()]).ok();
+    assert!(fs::read(&copy).unwrap() == before, "what QEMU has is in the template");
+    fs::remove_file(&copy).unwrap();
+    // The guest goes on, and its writes come into no other file.
+    vm.write();
+    assert_eq!(vm.qmp.status().unwrap(), "running");
+    assert!(media(&mut vm.qmp).to_string().contains(".stencil-"));
+    assert!(fs::read(&image).unwrap() == other);
+    drop(replaced);
+    vm.is_as_before();
+
+    // The same when the VM ends meanwhile.
+    let capture = vm.caught(&[], Vm::disk_is_read);
+    vm.write();
+    vm.qmp.run("quit", json!({})).unwrap();
+    patiently("end of QEMU", Duration::from_secs(10), || vm.qemu.has_ended().then_some(()));
+    let replaced = Replaced::by_copy(&image);
+    let other = fs::read(&image).unwrap();
+    let run = capture.goes_on().exits(1);
+    assert!(run.err.contains("leads to another file"), "{}", run.err);
+    assert!(fs::read(&image).unwrap() == other);
+    assert_eq!(overlays(&folder).len(), 1);
+    drop(replaced);
+    // The helper tries again.
+    patiently("the overlay's end", Duration::from_secs(30), || overlays(&folder).is_empty().then_some(()));
+    vm.is_all_in_image();
+}
+
+#[test]
+fn a_kernel_that_was_changed_after_the_start_is_told() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let (kernel, _) = crate::support::guest::kernel_and_initramfs();
+    let own = world.dir().join("vmlinuz");
+    fs::copy(kernel, &own).unwrap();
+    let mut words = qemu_words(world.dir(), "64M");
+    words.extend(["-kernel".to_owned(), own.display().to_string()]);
+    let qemu = Qemu::start(world.dir(), &words);
+    let socket = qemu.socket();
+    let captured = world.json(&["capture", socket.to_str().unwrap(), "vm:1"]);
+    assert_eq!(captured["warnings"], json!([]));
+    let bytes = fs::read(&own).unwrap();
+    fs::remove_file(&own).unwrap();
+    fs::write(&own, bytes).unwrap();
+    let captured = world.json(&["capture", socket.to_str().unwrap(), "vm:2"]);
+    let warnings = captured["warnings"].to_string();
+    assert!(warnings.contains("was changed after QEMU had read it"), "{warnings}");
+}

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
+use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::procfs;
 
 use crate::support::host;
@@ -45,7 +46,8 @@ fn they_touch_exactly_what_they_were_told() {
             assert_eq!(dirty_pages(&world, id), 333, "{serve} {clone}");
             let pid = clone["pid"].as_u64().unwrap() as u32;
             let stat = procfs::stat(pid).unwrap().unwrap();
-            assert_eq!(stat.start_time, clone["start_time"].as_u64().unwrap());
+            let process = ProcessId::of(pid).unwrap().unwrap();
+            assert_eq!(clone["identity"].as_u64(), Some(process.identity));
             let parent = procfs::cmdline(stat.ppid).unwrap().unwrap_or_default();
             assert!(!parent.iter().any(|word| word == "launch-zygote"), "its zygote has gone: {parent:?}");
             let session = rustix::process::getsid(rustix::process::Pid::from_raw(pid as i32)).unwrap();

@@ -28,7 +28,19 @@ fn stands_still(pid: u32) -> bool {
 #[test]
 fn a_stopped_server_shows_what_it_was_asked() {
     let _host = host::shared();
-    let world = TestMount::new("decode");
+    stopped_server_shows_what_it_was_asked(&TestMount::new("decode"));
+}
+
+/// The times in the table are those of the host, in whatever time namespace its server runs.
+#[test]
+fn a_stopped_server_of_another_time_namespace_shows_what_it_was_asked() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    world.in_another_time(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
+    stopped_server_shows_what_it_was_asked(&world);
+}
+
+fn stopped_server_shows_what_it_was_asked(world: &TestMount) {
     let mut bytes = vec![0; (PAGES * PAGE) as usize];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     let digest = world.import_bytes(&bytes, "web:1");

@@ -119,8 +119,8 @@ fn a_record_of_a_namespace_that_has_ended_hides_no_figure() {
     let record = world.runtime_dir().join("mounts/1-1");
     fs::create_dir(&record).unwrap();
     let mut gone = json!({
-        "mountpoint": "/gone", "store": world.store_dir(), "device": 0xf_ffff, "supervisor_pid": 1, "supervisor_start": 7,
-        "server_pid": 1, "server_start": 7, "version": "0", "ledger": [1, 1], "program": [1, 1], "pid_namespace": 1,
+        "mountpoint": "/gone", "store": world.store_dir(), "device": 0xf_ffff, "supervisor_pid": 1, "supervisor_identity": 7,
+        "server_pid": 1, "server_identity": 7, "version": "0", "ledger": [1, 1], "program": [1, 1], "pid_namespace": 1,
     });
     fs::write(record.join("mount.json"), gone.to_string()).unwrap();
     world.stencil(&["density"]).ok();

@@ -73,6 +73,7 @@ mod stuck_process;
 mod support;
 mod systemd;
 mod take_over;
+mod time_namespace;
 mod travel_hostile;
 mod travel_hosts;
 mod travel_promises;

@@ -329,23 +329,21 @@ fn who_has_the_number_of_a_server_that_was_ended_is_not_waited_for() {
     world.import_bytes(&IMAGE.bytes(), "web:1");
     let mut stranger = Running(std::process::Command::new("sleep").arg("1000").spawn().unwrap());
     let pid = stranger.0.id();
-    let start_time = ProcessId::of(pid).unwrap().unwrap().start_time;
+    let identity = ProcessId::of(pid).unwrap().unwrap().identity;
     kill_supervisor(&world);
     amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
-        assert!(snapshot["leaving_processes"].is_array(), "{snapshot:#}");
-        snapshot["leaving"] = json!([pid]);
-        snapshot["leaving_processes"] = json!([{ "pid": pid, "start_time": start_time - 1 }]);
+        assert!(snapshot["leaving"].is_array(), "{snapshot:#}");
+        snapshot["leaving"] = json!([{ "pid": pid, "identity": identity - 1 }]);
     });
     world.mount(&[]).ok();
     let begun = Instant::now();
     world.stencil(&["rm", "web:1"]).ok();
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 
-    // Of an earlier build the number is all that there is.
+    // With its identity the process is the one that is meant.
     kill_supervisor(&world);
     amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
-        snapshot["leaving"] = json!([pid]);
-        snapshot.as_object_mut().unwrap().remove("leaving_processes");
+        snapshot["leaving"] = json!([{ "pid": pid, "identity": identity }]);
     });
     world.mount(&[]).ok();
     stranger.0.kill().unwrap();
@@ -421,7 +419,7 @@ fn the_record_of_dead_processes_goes_unless_somebody_has_it() {
     fs::create_dir_all(&record).unwrap();
     let dead = json!({
         "mountpoint": world.mountpoint(), "store": world.store_dir(), "device": 1, "supervisor_pid": 1,
-        "supervisor_start": 7, "server_pid": 1, "server_start": 7, "version": "0", "ledger": [1, 1],
+        "supervisor_identity": 7, "server_pid": 1, "server_identity": 7, "version": "0", "ledger": [1, 1],
         "program": [1, 1],
     });
     fs::write(record.join("mount.json"), dead.to_string()).unwrap();

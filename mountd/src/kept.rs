@@ -174,7 +174,6 @@ impl Kept {
             reply: self.reply.clone(),
             chosen: self.chosen.clone(),
             server,
-            leaving_numbers: leaving.iter().map(|process| process.pid).collect(),
             leaving,
             page: Some(identity(self.stats.page().fd())?),
             terminations: self.terminations,
@@ -206,9 +205,9 @@ impl Kept {
             store_id: self.store_id.clone(),
             device: self.device,
             supervisor_pid: me.pid,
-            supervisor_start: me.start_time,
+            supervisor_identity: me.identity,
             server_pid: server.map(|s| s.pid),
-            server_start: server.map_or(0, |s| s.start_time),
+            server_identity: server.map_or(0, |s| s.identity),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ledger: identity(&self.ledger)?,
             program: identity(&self.program.file)?,
@@ -249,13 +248,7 @@ pub fn copy(file: impl AsFd) -> Result<OwnedFd> {
 pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
     let (ledger, text) =
         Ledger::open(file).map_err(|e| Error::failed("the ledger cannot be read").because(e))?;
-    let mut snapshot = parse(&text)?;
-    if snapshot.leaving.is_empty() {
-        // A build before wrote it. A server executes nothing: it can be looked at without a thread.
-        let now = |pid: &u32| ProcessId::of_child(*pid).ok().flatten();
-        snapshot.leaving = snapshot.leaving_numbers.iter().filter_map(now).collect();
-    }
-    Ok((ledger, snapshot))
+    Ok((ledger, parse(&text)?))
 }
 
 /// What is in the ledger now. Makes no system call but reads: a server in its sandbox can do it.

@@ -149,8 +149,7 @@ pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
             }
             unseen = others.unseen;
             rows.extend(others.clones.iter().filter_map(|clone| {
-                let process = ProcessId { pid: clone.pid, start_time: clone.start_time };
-                if ours.contains(&process) { None } else { Row::of_other(clone) }
+                if ours.contains(&clone.process()) { None } else { Row::of_other(clone) }
             }));
         }
         // Who may not look into others' processes still sees the own clones.

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 
 use super::registry::{Entry, Kind};
 use crate::error::{Error, Result};
-use crate::sys::process::ProcessId;
+use crate::sys::process::{self, ProcessId};
 use crate::sys::procfs;
 use crate::sys::users::{self, PATIENCE};
 
@@ -36,30 +36,12 @@ impl Families {
     pub fn look(entries: &[Entry]) -> Families {
         let recorded: Vec<ProcessId> = entries.iter().filter_map(Entry::process).collect();
         let search = entries.iter().any(may_have_others);
-        let pids = if search {
-            procfs::pids().unwrap_or_default()
-        } else {
-            recorded.iter().map(|process| process.pid).collect()
-        };
-        let looks = users::look_at_each(pids, PATIENCE, move |pid| {
-            let stat = procfs::stat(pid).ok()??;
-            let process = ProcessId { pid, start_time: stat.start_time };
-            stat.is_alive().then(|| (process, search.then(|| mark_of(pid)).flatten()))
-        });
-        // Who lets nobody look does live, and one that a record names is that one.
-        let unseen: HashSet<u32> = looks.unseen.into_iter().collect();
-        let living: HashSet<ProcessId> = looks.seen.iter().map(|(_, (process, _))| *process).collect();
-        let mut families = Families {
-            marked: HashMap::new(),
-            recorded: recorded
-                .into_iter()
-                .filter(|process| living.contains(process) || unseen.contains(&process.pid))
-                .collect(),
-        };
-        for (_, (process, mark)) in looks.seen {
-            if let Some(dir) = mark {
-                families.marked.entry(dir).or_default().push(process);
-            }
+        let pids = if search { procfs::pids().unwrap_or_default() } else { vec![] };
+        let looks = users::look_at_each(pids, PATIENCE, marked);
+        let recorded = recorded.into_iter().filter(ProcessId::is_alive).collect();
+        let mut families = Families { marked: HashMap::new(), recorded };
+        for (_, (process, dir)) in looks.seen {
+            families.marked.entry(dir).or_default().push(process);
         }
         families
     }
@@ -74,6 +56,14 @@ impl Families {
         }
         all
     }
+}
+
+/// A living process that belongs to a clone, and the folder of that clone.
+fn marked(pid: u32) -> Option<(ProcessId, Vec<u8>)> {
+    let (process, pidfd) = ProcessId::living(pid).ok()??;
+    let dir = mark_of(pid)?;
+    // While it lives, nobody else has its number: the mark is its own.
+    (!process::has_ended(&pidfd)).then_some((process, dir))
 }
 
 /// The folder of the clone that a process belongs to. One that may not be looked into, or has gone, is none of ours.
@@ -115,12 +105,8 @@ fn may_have_others(entry: &Entry) -> bool {
 /// The living processes of the clone with this folder that its record does not name.
 pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
     let wanted = dir.as_os_str().as_encoded_bytes().to_vec();
-    let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, move |pid| {
-        let stat =
-            mark_of(pid).is_some_and(|dir| dir == wanted).then(|| procfs::stat(pid).ok()?).flatten()?;
-        stat.is_alive().then_some(ProcessId { pid, start_time: stat.start_time })
-    });
-    looks.seen.into_iter().map(|(_, process)| process).collect()
+    let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, marked);
+    looks.seen.into_iter().filter(|(_, (_, dir))| *dir == wanted).map(|(_, (process, _))| process).collect()
 }
 
 /// Kills all processes of these clones and waits until they are gone.

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::control::Mount;
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, Template, inode_number};
+use crate::sys::process::ProcessId;
 use crate::sys::users::{self, PATIENCE};
 use crate::sys::{probe, procfs};
 use crate::units::{Bytes, FileOffset};
@@ -138,10 +139,17 @@ impl TemplateMapping {
 pub struct CloneProcess {
     /// Its process id, in this PID namespace.
     pub pid: u32,
-    /// Its start, in clock ticks since boot: with the pid it names a process for good.
-    pub start_time: u64,
+    /// Its identity.
+    pub identity: u64,
     /// Its mappings of templates, by address.
     pub maps: Vec<TemplateMapping>,
+}
+
+impl CloneProcess {
+    /// Which process it is.
+    pub fn process(&self) -> ProcessId {
+        ProcessId { pid: self.pid, identity: self.identity }
+    }
 }
 
 /// What a search for clones brought.
@@ -212,22 +220,23 @@ fn look_at_each(pids: Vec<u32>, inodes: &Inodes) -> Result<Search> {
     let looks = users::look_at_each(pids, PATIENCE, move |pid| lines_of(pid, &devices).transpose());
     let mut clones = Vec::new();
     for (pid, seen) in looks.seen {
-        let (start_time, lines) = seen?;
+        let (process, lines) = seen?;
         let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
         if !maps.is_empty() {
-            clones.push(CloneProcess { pid, start_time, maps });
+            clones.push(CloneProcess { pid, identity: process.identity, maps });
         }
     }
     Ok(Search { clones, unseen: looks.unseen })
 }
 
-/// When a process has started, and what it maps of these devices, if anything.
-fn lines_of(pid: u32, devices: &[u64]) -> Result<Option<(u64, Vec<procfs::MapLine>)>> {
+/// Which process has that number, and what it maps of these devices, if anything.
+fn lines_of(pid: u32, devices: &[u64]) -> Result<Option<(ProcessId, Vec<procfs::MapLine>)>> {
     let lines = maps_of(pid, |dev, _| devices.contains(&dev))?.unwrap_or_default();
     if lines.is_empty() {
         return Ok(None);
     }
-    Ok(procfs::stat(pid)?.map(|stat| (stat.start_time, lines)))
+    // The process of that number now may be another one than the maps were of: then the measurement finds it so.
+    Ok(ProcessId::of(pid)?.map(|process| (process, lines)))
 }
 
 /// The mappings of a process that `wanted` picks; `None` when it is gone, or out of reach even of root.

@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
 
+use crate::sys::clock::monotonic as now;
 use crate::sys::memfd::SharedWords;
 
 /// Name of the memory file, as `/proc/PID/fd` shows it.
@@ -261,12 +262,6 @@ impl InFlightTable {
 
 fn word(time: u64, state: u64) -> u64 {
     time << STATE_BITS | state
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share; it is never 0.
-fn now() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64).max(1)
 }
 
 fn write(slot: &[AtomicU64; WORDS], asked: &Asked, begun: u64, publish: u64) {

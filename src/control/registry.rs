@@ -41,12 +41,12 @@ pub struct Record {
     pub device: u64,
     /// Process that holds the mount.
     pub supervisor_pid: u32,
-    /// Its start, in clock ticks since boot.
-    pub supervisor_start: u64,
+    /// Its identity.
+    pub supervisor_identity: u64,
     /// Process that answers the kernel, when one runs.
     pub server_pid: Option<u32>,
-    /// Its start, in clock ticks since boot.
-    pub server_start: u64,
+    /// Its identity; 0 without a process.
+    pub server_identity: u64,
     /// Version of both.
     pub version: String,
     /// `st_dev` and `st_ino` of the ledger: a server that was taken over cannot pass off another one.
@@ -111,7 +111,7 @@ impl RecordDir {
     /// # Errors
     /// When the runtime directory cannot be made or written.
     pub fn create(supervisor: ProcessId) -> Result<RecordDir> {
-        let path = folder_of_records()?.join(format!("{}-{}", supervisor.pid, supervisor.start_time));
+        let path = folder_of_records()?.join(format!("{}-{}", supervisor.pid, supervisor.identity));
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
@@ -327,12 +327,12 @@ pub fn mounts_and_unread() -> Result<(Vec<Mount>, Vec<Error>)> {
         };
         // A number says nothing here when it is of another PID namespace; a lock is the same everywhere.
         let foreign = record.pid_namespace.is_some_and(|its| Some(its) != namespace);
-        let alive = |pid, start_time| !foreign && ProcessId { pid, start_time }.is_alive();
+        let alive = |pid, identity| !foreign && ProcessId { pid, identity }.is_alive();
         let supervisor = match foreign {
             true => is_locked(&dir),
-            false => alive(record.supervisor_pid, record.supervisor_start),
+            false => alive(record.supervisor_pid, record.supervisor_identity),
         };
-        let server = record.server_pid.filter(|&pid| alive(pid, record.server_start));
+        let server = record.server_pid.filter(|&pid| alive(pid, record.server_identity));
         let dead = !supervisor && server.is_none() && !foreign;
         if dead && removed(&dir) {
             continue;

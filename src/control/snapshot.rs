@@ -129,11 +129,8 @@ pub struct Snapshot {
     /// Who serves.
     pub server: Option<ServerRow>,
     /// Servers that were ended and have not gone yet: what they had read comes again once they have.
-    #[serde(default, rename = "leaving_processes")]
+    #[serde(default)]
     pub leaving: Vec<ProcessId>,
-    /// The same by number, which may be another process's by now: all that builds before know, and wrote.
-    #[serde(default, rename = "leaving")]
-    pub leaving_numbers: Vec<u32>,
     /// `st_dev` and `st_ino` of the counters page.
     #[serde(default)]
     pub page: Option<(u64, u64)>,

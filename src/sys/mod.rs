@@ -5,6 +5,7 @@
 pub mod alloc;
 pub mod attempt;
 pub mod cachestat;
+pub mod clock;
 pub mod descriptor;
 pub mod folder;
 pub mod fuse_dev;
@@ -20,6 +21,7 @@ pub mod mount;
 pub mod pagemap;
 pub mod probe;
 pub mod process;
+mod process_id;
 pub mod procfs;
 pub mod users;
 pub mod wait;

@@ -1,4 +1,4 @@
-//! Processes: named for good by pid and start time, signalled without mistaking one for another, forked.
+//! Processes: started, forked, signalled, reaped. Which process is meant: [`ProcessId`].
 
 use std::fs;
 use std::io;
@@ -8,165 +8,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
-use serde::{Deserialize, Serialize};
+use rustix::process::{Pid, Signal, WaitOptions};
 
-use super::wait::poll_for;
-use super::{procfs, users};
+pub use super::process_id::{ProcessId, has_ended, pidfd};
 use crate::error::{Error, Result};
-
-/// A descriptor of the process that has this number now; `None` when there is none. Whoever must not mistake another
-/// one for it compares what the descriptor leads to: the number may have been given away before it was opened.
-///
-/// # Errors
-/// The system's, when it is out of descriptors.
-pub fn pidfd(pid: u32) -> Result<Option<OwnedFd>> {
-    let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
-    match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
-        Ok(fd) => Ok(Some(fd)),
-        Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Ok(None),
-        Err(e) => Err(Error::failed(format!("cannot open process {pid}")).because(e.into())),
-    }
-}
-
-/// True once the process of that descriptor has ended, a zombie's too, with all of its threads.
-pub fn has_ended(pidfd: impl AsFd) -> bool {
-    poll_for(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(Duration::ZERO)).is_ok_and(|n| n > 0)
-}
-
-/// One process, for good: a pid may be given again, a pid with its start time may not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct ProcessId {
-    /// The number.
-    pub pid: u32,
-    /// When it started, in clock ticks since boot.
-    pub start_time: u64,
-}
-
-impl ProcessId {
-    /// The process that has this number now; `None` when there is none.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read; [`Code::TryAgain`](crate::error::Code::TryAgain) for a process that lets nobody look
-    /// into it in time.
-    pub fn of(pid: u32) -> Result<Option<ProcessId>> {
-        match look(pid) {
-            Look::Seen(stat) => Ok(stat?.map(|stat| ProcessId { pid, start_time: stat.start_time })),
-            Look::Unseen => Err(unseen(pid)),
-        }
-    }
-
-    /// A child of this process that does not execute a program any more, or none whose files anybody must answer for.
-    /// Reads it without a thread: a process that forks must have one only.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
-    pub fn of_child(pid: u32) -> Result<Option<ProcessId>> {
-        Ok(procfs::stat(pid)?.map(|stat| ProcessId { pid, start_time: stat.start_time }))
-    }
-
-    /// This process.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
-    pub fn me() -> Result<ProcessId> {
-        let pid = std::process::id();
-        Self::of_child(pid)?.ok_or_else(|| {
-            Error::failed(format!("process {pid} does not find itself in /proc"))
-                .remedy("mount the proc of this pid namespace on /proc")
-        })
-    }
-
-    /// True while that very process lives; a zombie does not. One that lives and lets nobody look into it in time
-    /// counts as that one.
-    pub fn is_alive(&self) -> bool {
-        match pidfd(self.pid) {
-            Ok(None) => false,
-            Ok(Some(fd)) => !has_ended(&fd) && self.is_it().unwrap_or(true),
-            // Out of descriptors: nothing can be read either.
-            Err(_) => procfs::is_alive(self.pid, self.start_time),
-        }
-    }
-
-    /// Sends a signal. False when the process is gone.
-    ///
-    /// # Errors
-    /// When this user may not signal it; [`Code::TryAgain`](crate::error::Code::TryAgain) where it cannot be told in time
-    /// whether it is that one.
-    pub fn signal(&self, signal: Signal) -> Result<bool> {
-        let Some(fd) = self.open()? else { return Ok(false) };
-        match rustix::process::pidfd_send_signal(&fd, signal) {
-            Ok(()) => Ok(true),
-            Err(Errno::SRCH) => Ok(false),
-            Err(e) => Err(Error::failed(format!("cannot signal process {}", self.pid)).because(e.into())),
-        }
-    }
-
-    /// Waits until the process is gone. False when it still lives after `patience`.
-    ///
-    /// # Errors
-    /// When it cannot be watched.
-    pub fn wait_gone(&self, patience: Duration) -> Result<bool> {
-        let deadline = Instant::now() + patience;
-        let Some(fd) = self.open()? else { return Ok(true) };
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Some(left)) {
-                Ok(n) => return Ok(n > 0),
-                Err(Errno::INTR) => {}
-                Err(e) => {
-                    return Err(Error::failed(format!("cannot watch process {}", self.pid)).because(e.into()));
-                }
-            }
-        }
-    }
-
-    /// A descriptor of exactly this process; `None` when it is gone.
-    ///
-    /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) where it cannot be told in time whether it is that one.
-    pub fn open(&self) -> Result<Option<OwnedFd>> {
-        let Some(fd) = pidfd(self.pid)? else { return Ok(None) };
-        if has_ended(&fd) {
-            return Ok(None);
-        }
-        // The descriptor is fixed now: if the start time fits after it was opened, it is ours.
-        match self.is_it() {
-            Some(it) => Ok(it.then_some(fd)),
-            None => Err(unseen(self.pid)),
-        }
-    }
-
-    /// Whether the process that has this number now is this one; `None` where it lets nobody look in time.
-    fn is_it(&self) -> Option<bool> {
-        match look(self.pid) {
-            Look::Seen(stat) => Some(matches!(stat, Ok(Some(stat)) if stat.start_time == self.start_time)),
-            Look::Unseen => None,
-        }
-    }
-}
-
-/// What a look at a process brought.
-enum Look {
-    Seen(Result<Option<procfs::Stat>>),
-    /// It lets nobody look into it: it waits for somebody's answer in the middle of an `execve`.
-    Unseen,
-}
-
-fn look(pid: u32) -> Look {
-    let looks = users::look_at_each(vec![pid], users::PATIENCE, |pid| Some(procfs::stat(pid)));
-    match looks.seen.into_iter().next() {
-        Some((_, stat)) => Look::Seen(stat),
-        None => Look::Unseen,
-    }
-}
-
-fn unseen(pid: u32) -> Error {
-    Error::try_again(format!("process {} lets nobody look into it", users::list_pids(&[pid])))
-        .remedy("it waits for an answer in the middle of an execve: `stencil doctor` says whose")
-}
 
 /// Which side of a fork this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -446,28 +292,6 @@ pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd, words: &'static [u8]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_is_known_by_pid_and_start_time() {
-        let me = ProcessId::me().unwrap();
-        assert!(me.is_alive());
-        let other = ProcessId { start_time: me.start_time + 1, ..me };
-        assert!(!other.is_alive());
-        // A signal for a process that is no more must not reach its successor: this one would end the test.
-        assert!(!other.signal(Signal::KILL).unwrap());
-        assert!(other.wait_gone(Duration::ZERO).unwrap());
-        assert!(!me.wait_gone(Duration::from_millis(1)).unwrap());
-    }
-
-    #[test]
-    fn a_killed_child_is_seen_to_go() {
-        let mut child = own_session(&mut Command::new("sleep")).arg("100").spawn().unwrap();
-        let id = ProcessId::of(child.id()).unwrap().unwrap();
-        assert!(id.signal(Signal::KILL).unwrap());
-        assert!(id.wait_gone(Duration::from_secs(5)).unwrap());
-        child.wait().unwrap();
-        assert!(!id.signal(Signal::TERM).unwrap());
-    }
 
     #[test]
     fn forking_with_threads_is_refused() {

@@ -162,8 +162,9 @@ pub struct Stat {
     pub ppid: u32,
     /// Threads that have not ended.
     pub threads: u64,
-    /// When the process started, in clock ticks since boot: with the pid it names a process for good.
-    pub start_time: u64,
+    /// When the process started, in clock ticks since boot as the reader's time namespace counts them: a time to
+    /// compare with other times, not an identity.
+    start_ticks: u64,
 }
 
 impl Stat {
@@ -183,7 +184,7 @@ pub fn parse_stat(text: &str) -> Option<Stat> {
         state: fields.first()?.chars().next()?,
         ppid: fields.get(1)?.parse().ok()?,
         threads: fields.get(17)?.parse().ok()?,
-        start_time: fields.get(19)?.parse().ok()?,
+        start_ticks: fields.get(19)?.parse().ok()?,
     })
 }
 
@@ -195,21 +196,19 @@ pub fn stat(pid: u32) -> Result<Option<Stat>> {
     Ok(read_of(pid, "stat")?.and_then(|text| parse_stat(&text)))
 }
 
-/// When a process started, from its start time in clock ticks since boot, by the clock of today: the end of that tick.
-pub fn started_at(start_time: u64) -> SystemTime {
+/// When a process started, by the clock of today: the end of that clock tick. `None` when the process is gone.
+///
+/// # Errors
+/// When `/proc/PID/stat` cannot be read.
+pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
+    let Some(stat) = stat(pid)? else { return Ok(None) };
     let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let since_boot =
         Duration::new(since_boot.tv_sec.unsigned_abs(), since_boot.tv_nsec.unsigned_abs() as u32);
     let ticks = rustix::param::clock_ticks_per_second().max(1);
-    let at = Duration::from_millis((start_time.saturating_add(1)).saturating_mul(1000) / ticks);
+    let at = Duration::from_millis((stat.start_ticks.saturating_add(1)).saturating_mul(1000) / ticks);
     let now = SystemTime::now();
-    now.checked_sub(since_boot.saturating_sub(at)).unwrap_or(now)
-}
-
-/// True while that very process lives; a zombie does not. Waits as long as that one lets nobody look into it: only for
-/// who can be left waiting.
-pub fn is_alive(pid: u32, start_time: u64) -> bool {
-    matches!(stat(pid), Ok(Some(stat)) if stat.start_time == start_time && stat.is_alive())
+    Ok(Some(now.checked_sub(since_boot.saturating_sub(at)).unwrap_or(now)))
 }
 
 /// The control group of a process, the memory controller's where there are several (cgroup v1);
@@ -410,7 +409,7 @@ garbage
         assert_eq!((status.page_tables.get(), status.rss_anon.get()), (44 << 10, 8 << 10));
         let stat =
             parse_stat("12 (a) b) S 1 12 12 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 77812 1 2 3").unwrap();
-        assert_eq!((stat.state, stat.ppid, stat.start_time), ('S', 1, 77812));
+        assert_eq!((stat.state, stat.ppid, stat.threads, stat.start_ticks), ('S', 1, 1, 77812));
         assert_eq!(parse_stat("12 (a"), None);
         assert_eq!(parse_cgroup("5:memory:/vm/7\n0::/u\n"), "/vm/7");
         assert_eq!(parse_cgroup("0::/u\n"), "/u");
@@ -440,8 +439,7 @@ garbage
     #[test]
     fn this_process_and_one_that_is_gone() {
         let me = std::process::id();
-        let stat = stat(me).unwrap().unwrap();
-        assert!(is_alive(me, stat.start_time) && !is_alive(me, stat.start_time + 1));
+        assert!(stat(me).unwrap().unwrap().is_alive());
         assert!(maps(me, |_, _| true).unwrap().unwrap().len() > 3);
         assert!(cmdline(me).unwrap().unwrap()[0].contains("stencil"));
         assert_eq!(status(u32::MAX >> 1).unwrap(), None);

@@ -178,6 +178,13 @@ impl TestMount {
         command
     }
 
+    /// `stencil` in another time namespace, in which the host has run for much longer.
+    pub fn in_another_time(&self, words: &[&str]) -> Run {
+        let mut command = self.command_in("unshare");
+        command.args(["--time", "--boottime", "1000", "--monotonic", "1000000"]).arg(STENCIL).args(words);
+        Run::of(words.join(" "), &command.output().unwrap())
+    }
+
     /// Runs `stencil`; again, as it asks for, while a process of another scenario lets nobody look into it.
     pub fn stencil(&self, words: &[&str]) -> Run {
         let until = Instant::now() + Duration::from_secs(30);
@@ -277,7 +284,7 @@ impl TestMount {
             let text = std::fs::read(mount.path().join("mount.json")).ok()?;
             let record: Value = serde_json::from_slice(&text).ok()?;
             let number = |field: &str| record[format!("{role}_{field}")].as_u64();
-            Some(ProcessId { pid: number("pid")? as u32, start_time: number("start")? })
+            Some(ProcessId { pid: number("pid")? as u32, identity: number("identity")? })
         };
         mounts.filter_map(process).collect()
     }

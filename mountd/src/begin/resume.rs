@@ -119,7 +119,7 @@ fn connection(fds: &mut Fds) -> Result<Connection> {
             continue;
         };
         let newer =
-            |(_, other, _): &(_, Snapshot, _)| other.supervisor.start_time <= snapshot.supervisor.start_time;
+            |(_, other, _): &(_, Snapshot, _)| other.supervisor.identity <= snapshot.supervisor.identity;
         if found.as_ref().is_none_or(newer) {
             found = Some((ledger, snapshot, at));
         }

@@ -16,6 +16,7 @@ mod privileges;
 use std::path::Path;
 
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::clock;
 
 pub use calls::{CALLS, Refused};
 
@@ -31,8 +32,8 @@ pub const VARIABLE: &str = "STENCIL_SECCOMP";
 pub fn enter(store: &Path) -> Result<Vec<String>> {
     privileges::expect_one_thread()?;
     let refused = refused(std::env::var_os(VARIABLE).as_deref())?;
-    // Both ask the kernel once where its fast paths are, by calls that are not on the list, and remember.
-    let _ = (rustix::param::page_size(), rustix::time::clock_gettime(rustix::time::ClockId::Monotonic));
+    // Both make calls that are not on the list, once, and remember: the kernel's fast paths, and the time namespace.
+    let _ = (rustix::param::page_size(), clock::monotonic());
     // Found before the uid changes: the way to the store may be closed to its owner.
     let rules = files::rules(store)?;
     let mut lacks = Vec::new();

@@ -109,9 +109,7 @@ impl Supervisor {
             server
         });
         let owed = !leaving.is_empty();
-        // Whether that very one lives may not be seen: then it counts as one that does.
-        let open = |its: ProcessId| its.open().or_else(|_| process::pidfd(its.pid)).ok().flatten();
-        let living = |its| open(its).map(|pidfd| (its, pidfd));
+        let living = |its: ProcessId| its.open().ok().flatten().map(|pidfd| (its, pidfd));
         let supervisor = Supervisor {
             kept,
             backings,

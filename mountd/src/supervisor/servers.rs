@@ -78,7 +78,7 @@ impl Server {
             .spawn()
             .map_err(|e| Error::io("cannot start a server", &program.name, e))?;
         let process =
-            ProcessId::of_child(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
+            ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
         let (version, lacks, program) = (String::new(), Vec::new(), program.name.clone());
         let server = Server::new(ServerRow { process, version, program, lacks, serving: false }, ours, kept)?;
         // Whatever was rung for stands in the ledger that it has yet to read.

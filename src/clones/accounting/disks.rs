@@ -9,6 +9,7 @@ use crate::clones::find::CloneProcess;
 use crate::clones::registry::Entry;
 use crate::error::{Code, Result};
 use crate::sys::probe;
+use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 
 /// Adds the disks of these records to whoever of the clones' processes has them: the recorded one, else another one that
@@ -17,11 +18,11 @@ use crate::units::Bytes;
 /// # Errors
 /// When a disk cannot be looked at.
 pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result<()> {
-    let mut places: HashMap<(u32, u64), usize> =
-        clones.iter().enumerate().map(|(at, (clone, _))| ((clone.pid, clone.start_time), at)).collect();
+    let mut places: HashMap<ProcessId, usize> =
+        clones.iter().enumerate().map(|(at, (clone, _))| (clone.process(), at)).collect();
     let mut others = vec![];
     for entry in entries.iter().filter(|entry| !entry.disks.is_empty()) {
-        match entry.process().and_then(|its| places.remove(&(its.pid, its.start_time))) {
+        match entry.process().and_then(|its| places.remove(&its)) {
             Some(at) => clones[at].1.memory.disk_bytes += in_memory(entry)?,
             None => others.push(entry.clone()),
         }
@@ -32,7 +33,7 @@ pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result
     let families = Families::look(&others);
     for entry in &others {
         let family = families.of(entry);
-        let at = family.iter().find_map(|its| places.get(&(its.pid, its.start_time)));
+        let at = family.iter().find_map(|its| places.get(its));
         if let Some(&at) = at {
             clones[at].1.memory.disk_bytes += in_memory(entry)?;
         }

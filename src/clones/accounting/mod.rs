@@ -10,7 +10,7 @@ mod process;
 pub mod residency;
 mod totals;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -23,6 +23,7 @@ use super::registry;
 use crate::control::Mount;
 use crate::error::Result;
 use crate::store::{Digest, Serving, Store, Template};
+use crate::sys::process::ProcessId;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// One template and the RAM that it holds once for all its clones.
@@ -122,15 +123,15 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     Ok(Survey { density: Density { templates: templates.rows(), clones: rows, totals }, clones, inodes })
 }
 
-type Known = BTreeMap<(u32, u64), registry::Entry>;
+type Known = HashMap<ProcessId, registry::Entry>;
 
 fn known(entries: Vec<registry::Entry>) -> Known {
     let named = entries.into_iter().filter_map(|entry| Some((entry.process()?, entry)));
-    named.map(|(process, entry)| ((process.pid, process.start_time), entry)).collect()
+    named.collect()
 }
 
 fn row(clone: &CloneProcess, measured: &Measured, known: &Known) -> CloneRow {
-    let entry = known.get(&(clone.pid, clone.start_time));
+    let entry = known.get(&clone.process());
     CloneRow {
         id: entry.map_or_else(|| clone.pid.to_string(), |e| e.id.clone()),
         pid: clone.pid,

@@ -67,7 +67,7 @@ pub fn measure(clone: &CloneProcess) -> Result<Option<Measured>> {
 fn look_into(clone: &CloneProcess) -> Result<Option<Measured>> {
     let pagemap = Pagemap::open(clone.pid)?;
     // The pid may have been given away since; with the pagemap open it cannot happen any more unseen.
-    if !procfs::is_alive(clone.pid, clone.start_time) {
+    if !clone.process().is_alive() {
         return Ok(None);
     }
     let mut memory = CloneMemory::default();

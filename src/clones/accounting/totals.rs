@@ -80,7 +80,7 @@ impl Copied {
                 }
             }
             copied.restored += new_pages(clone, measured, templates)?.bytes();
-            let touched = known.get(&(clone.pid, clone.start_time)).and_then(|entry| entry.touched);
+            let touched = known.get(&clone.process()).and_then(|entry| entry.touched);
             copied.touched = copied.touched.zip(touched).map(|(sum, touched)| {
                 sum + PageCount::new(touched.read_pages + touched.written_pages).bytes()
             });

@@ -71,7 +71,7 @@ impl Vm {
         let chains = plan.disks.iter().flat_map(|disk| disk.live.image.chain());
         let images = HeldFiles::open(pid, chains.map(|image| image.path.as_path()))?;
         images.are_not_exchanged(&block_nodes(qmp)?)?;
-        plan.warnings.extend(changed_files(&process, &plan.blobs));
+        plan.warnings.extend(changed_files(pid, &plan.blobs)?);
         Ok(Vm { pid, process, was_running, plan, images, program, version })
     }
 
@@ -174,10 +174,10 @@ fn host_problem(pid: u32, path: &Path) -> Option<String> {
 }
 
 /// Says which of these files are not those that QEMU has read: it does not keep them open, so nothing else tells.
-fn changed_files(vm: &ProcessId, blobs: &[Blob]) -> Vec<String> {
-    let started = procfs::started_at(vm.start_time);
+fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
+    let Some(started) = procfs::started_at(pid)? else { return Err(no_vm_here(pid)) };
     let changed = |blob: &&Blob| {
-        let meta = std::fs::metadata(path_of(vm.pid, &blob.path)).ok()?;
+        let meta = std::fs::metadata(path_of(pid, &blob.path)).ok()?;
         let changed =
             UNIX_EPOCH + Duration::new(meta.ctime().try_into().ok()?, meta.ctime_nsec().try_into().ok()?);
         (changed > started).then_some(())
@@ -189,7 +189,7 @@ fn changed_files(vm: &ProcessId, blobs: &[Blob]) -> Vec<String> {
             blob.file
         )
     };
-    blobs.iter().filter(|blob| changed(blob).is_some()).map(note).collect()
+    Ok(blobs.iter().filter(|blob| changed(blob).is_some()).map(note).collect())
 }
 
 /// What was plugged in while the VM ran does not stand in its command line.

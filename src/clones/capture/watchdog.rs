@@ -47,7 +47,7 @@ impl ResumeOnDeath {
         let socket = std::path::absolute(socket).map_err(failed)?;
         let mut command = this_program();
         own_session(&mut command).arg(RESUME_ARGUMENT).arg(socket);
-        command.arg(vm.pid.to_string()).arg(vm.start_time.to_string());
+        command.arg(vm.pid.to_string()).arg(vm.identity.to_string());
         inherit(&mut command, lock);
         let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().map_err(failed)?;
         let mut helper = ResumeOnDeath(child);
@@ -87,10 +87,10 @@ impl ResumeOnDeath {
 pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let socket = arguments.next();
     let mut number = || arguments.next()?.into_string().ok()?.parse::<u64>().ok();
-    let (Some(socket), Some(pid), Some(start_time)) = (socket, number(), number()) else {
+    let (Some(socket), Some(pid), Some(identity)) = (socket, number(), number()) else {
         return ExitCode::from(2);
     };
-    let vm = ProcessId { pid: pid as u32, start_time };
+    let vm = ProcessId { pid: pid as u32, identity };
     let (mut before, mut is_over) = (None, false);
     // A line that was cut off was not acted upon.
     for line in std::io::stdin().lock().lines().map_while(std::result::Result::ok) {

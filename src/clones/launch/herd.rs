@@ -128,8 +128,8 @@ fn hear(
     let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
     match verb {
         Some("started") => {
-            let process = rest.split_once(' ').and_then(|(pid, start)| {
-                Some(ProcessId { pid: pid.parse().ok()?, start_time: start.parse().ok()? })
+            let process = rest.split_once(' ').and_then(|(pid, identity)| {
+                Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
             });
             if let (Some(process), Some(entry)) = (process, entries.get_mut(&index)) {
                 entry.set_process(process)?;

@@ -244,8 +244,8 @@ impl Zygote {
             Ok(Fork::Child) => return Ok(Next::Work { index, dir, zygote }),
             Ok(Fork::Parent(pid)) => {
                 self.workers.insert(pid, Worker { index, last_words: None, ready: false });
-                let start = ProcessId::of_child(pid)?.map_or(0, |id| id.start_time);
-                tell(&format!("started {index} {pid} {start}"))?;
+                let identity = ProcessId::of(pid)?.map_or(0, |id| id.identity);
+                tell(&format!("started {index} {pid} {identity}"))?;
             }
             Err(error) => tell(&format!("failed {index} {error}"))?,
         }

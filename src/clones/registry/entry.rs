@@ -53,8 +53,8 @@ pub struct Entry {
     pub id: String,
     /// Its process; 0 while there is none.
     pub pid: u32,
-    /// When that process started, in clock ticks since boot.
-    pub start_time: u64,
+    /// That process's identity.
+    pub identity: u64,
     /// The template as it was asked for.
     pub name: String,
     /// The template's digest.
@@ -93,7 +93,7 @@ impl Entry {
     /// Its process, once it has one whose number means something in this PID namespace.
     pub fn process(&self) -> Option<ProcessId> {
         let known = self.pid != 0 && !self.is_foreign();
-        known.then_some(ProcessId { pid: self.pid, start_time: self.start_time })
+        known.then_some(ProcessId { pid: self.pid, identity: self.identity })
     }
 
     /// True for a clone of another PID namespace: whether it lives cannot be known here.
@@ -156,7 +156,7 @@ impl Entry {
     /// # Errors
     /// When the record cannot be written.
     pub fn set_process(&mut self, process: ProcessId) -> Result<()> {
-        (self.pid, self.start_time) = (process.pid, process.start_time);
+        (self.pid, self.identity) = (process.pid, process.identity);
         self.save()
     }
 

@@ -58,7 +58,7 @@ impl Launch {
     pub fn prepare() -> Result<Launch> {
         // The name says whose it is, so that the marker is whole as soon as it exists.
         let me = ProcessId::me()?;
-        let mut id = format!("{}.{}.{}", random_id()?, me.pid, me.start_time);
+        let mut id = format!("{}.{}.{}", random_id()?, me.pid, me.identity);
         if let Some(namespace) = probe::pid_namespace() {
             id.push_str(&format!(".{namespace}"));
         }
@@ -104,7 +104,7 @@ impl Launch {
         let mut entry = Entry {
             id: String::new(),
             pid: 0,
-            start_time: 0,
+            identity: 0,
             name: new.name.to_owned(),
             template: new.template.to_owned(),
             kind: new.kind,
@@ -206,11 +206,11 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
 /// The launcher, as the launch's name says; `None` for one that cannot be known here: of another PID namespace.
 fn launcher(launch: &str) -> Option<ProcessId> {
     let mut words = launch.split('.').skip(1);
-    let (pid, start_time) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let (pid, identity) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     // Versions before did not name it.
     let namespace: Option<u64> = words.next().map(str::parse).transpose().ok()?;
     let ours = namespace.is_none_or(|its| Some(its) == probe::pid_namespace());
-    ours.then_some(ProcessId { pid, start_time })
+    ours.then_some(ProcessId { pid, identity })
 }
 
 /// Ends what launchers left behind that died before all of their clones were ready.

@@ -123,7 +123,7 @@ mod tests {
         let entry = Entry {
             id: "c0123456".into(),
             pid: 12,
-            start_time: 34,
+            identity: 34,
             name: "web:v1".into(),
             template: "ab".repeat(32),
             kind: Kind::Simulated,

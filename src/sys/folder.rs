@@ -4,17 +4,21 @@
 //! `RESOLVE_NO_MAGICLINKS`, so an owner who replaces a file or folder by a link cannot lead a privileged process
 //! elsewhere. Files are opened with `O_NONBLOCK` and must be regular: a FIFO, a device or a leased file cannot block
 //! the caller.
+//!
+//! Where a filter of system calls answers `ENOSYS` to `openat2`, names are resolved one component at a time with
+//! `O_NOFOLLOW`. The rules are the same; `openat` has its flags in a register, where a filter can see them.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
-    fsync, mkdirat, openat2, renameat, statat, unlinkat,
+    fsync, mkdirat, openat, openat2, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -112,6 +116,15 @@ impl Folder {
         let file = regular(self.resolve(name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?)?;
         fchmod(&file, Mode::from_raw_mode(mode))?;
         Ok(file)
+    }
+
+    /// Creates a file without a name, for reading and writing.
+    ///
+    /// # Errors
+    /// The system's; `EOPNOTSUPP` where the filesystem has no such files.
+    pub fn create_unnamed(&self, mode: u32) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE;
+        regular(self.resolve(Path::new("."), flags, Mode::from_raw_mode(mode))?)
     }
 
     /// Opens a regular file for reading and writing; creates it with this mode where it does not exist. True when it
@@ -295,6 +308,9 @@ const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
 const BENEATH: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
+/// True once `openat2` was answered with `ENOSYS`.
+static NO_OPENAT2: AtomicBool = AtomicBool::new(false);
+
 fn resolve(
     from: impl AsFd,
     name: &Path,
@@ -303,10 +319,20 @@ fn resolve(
     how: ResolveFlags,
 ) -> io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let mut opened = openat2(from.as_fd(), name, flags, mode, how);
+    let open = || match NO_OPENAT2.load(Ordering::Relaxed) {
+        true => walk(from.as_fd(), name, flags, mode, how),
+        false => match openat2(from.as_fd(), name, flags, mode, how) {
+            Err(Errno::NOSYS) => {
+                NO_OPENAT2.store(true, Ordering::Relaxed);
+                walk(from.as_fd(), name, flags, mode, how)
+            }
+            opened => opened,
+        },
+    };
+    let mut opened = open();
     for _ in 1..MAX_WALKS {
         match opened {
-            Err(Errno::AGAIN) => opened = openat2(from.as_fd(), name, flags, mode, how),
+            Err(Errno::AGAIN) => opened = open(),
             _ => break,
         }
     }
@@ -315,6 +341,35 @@ fn resolve(
         Err(Errno::NXIO) => Err(not_regular("a FIFO, socket or device")),
         opened => Ok(opened?),
     }
+}
+
+/// As `openat2`, one component at a time.
+fn walk(
+    from: BorrowedFd<'_>,
+    name: &Path,
+    flags: OFlags,
+    mode: Mode,
+    how: ResolveFlags,
+) -> rustix::io::Result<OwnedFd> {
+    if !how.contains(ResolveFlags::NO_SYMLINKS) {
+        return openat(from, name, flags, mode);
+    }
+    let mut at: Option<OwnedFd> = None;
+    let mut components = name.components().peekable();
+    while let Some(component) = components.next() {
+        let (step, flags, mode) = match components.peek() {
+            Some(_) => (OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, OFlags::empty(), Mode::empty()),
+            None => (OFlags::empty(), flags, mode),
+        };
+        match component {
+            Component::RootDir if !how.contains(ResolveFlags::BENEATH) => {}
+            Component::Normal(_) | Component::CurDir => {}
+            _ => return Err(Errno::XDEV),
+        }
+        let from = at.as_ref().map_or(from, OwnedFd::as_fd);
+        at = Some(openat(from, component.as_os_str(), step | flags | OFlags::NOFOLLOW, mode)?);
+    }
+    at.ok_or(Errno::NOENT)
 }
 
 fn regular(fd: OwnedFd) -> io::Result<File> {
@@ -364,6 +419,36 @@ mod tests {
         let owner =
             std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(dir.path().join("outside")).unwrap());
         assert_eq!(owner, rustix::process::geteuid().as_raw());
+    }
+
+    #[test]
+    fn without_openat2_the_rules_are_the_same() {
+        let (dir, inside) = outside_and_inside();
+        symlink(dir.path(), dir.path().join("inside/link")).unwrap();
+        symlink(dir.path().join("outside"), dir.path().join("inside/file")).unwrap();
+        std::fs::write(dir.path().join("inside/sub/file"), "found").unwrap();
+        let canonical = std::fs::canonicalize(dir.path()).unwrap();
+        let absolute = |name: &str| canonical.join(name).to_str().unwrap().to_owned();
+        let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let cases = [
+            (BENEATH, "sub/file".to_owned(), true),
+            (BENEATH, ".".to_owned(), true),
+            (BENEATH, "./sub".to_owned(), true),
+            (BENEATH, "file".to_owned(), false),
+            (BENEATH, "link/outside".to_owned(), false),
+            (BENEATH, "sub/../../outside".to_owned(), false),
+            (BENEATH, absolute("inside/sub"), false),
+            (BENEATH, "none".to_owned(), false),
+            (links, absolute("inside/sub/file"), true),
+            (links, absolute("inside/link/outside"), false),
+        ];
+        for (how, name, opens) in cases {
+            let name = Path::new(&name);
+            let walked = walk(inside.as_fd(), name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), how);
+            assert_eq!(walked.is_ok(), opens, "{name:?}: {walked:?}");
+            let opened = openat2(inside.as_fd(), name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), how);
+            assert_eq!(opened.is_ok(), opens, "{name:?}: {opened:?}");
+        }
     }
 
     #[test]

@@ -132,6 +132,74 @@ fn unsafe_code_stays_behind_the_fence() {
     }
 }
 
+/// Lines of the store's code that open a path as the system resolves it: the files that a user names, the store's own
+/// folder as the user names it, and files of the host.
+const PATHS_OF_USERS: [(&str, &str); 7] = [
+    ("export.rs", ""),
+    ("import/reader.rs", "File::open(path)"),
+    ("import/request.rs", "std::fs::metadata(path)"),
+    ("open.rs", "std::fs::canonicalize(dir)"),
+    ("path.rs", "std::fs::canonicalize(existing)"),
+    ("owner.rs", "fs::read_to_string(path)"),
+    ("publish.rs", "File::open(\"/dev/urandom\")"),
+];
+
+/// The first call in a line of code that resolves a path as the system does, following links.
+fn resolves_a_path(line: &str) -> Option<&str> {
+    let code = line.split("//").next().unwrap();
+    let calls = [
+        "fs::",
+        "File::open(",
+        "File::create",
+        "File::options(",
+        "OpenOptions::",
+        "DirBuilder::",
+        "tempfile",
+    ];
+    let found = |call: &str| {
+        code.match_indices(call).find(|(at, _)| {
+            let before = code[..*at].strip_suffix("std::").unwrap_or(&code[..*at]);
+            let rest = &code[at + call.len()..];
+            // Part of another name, as `PackFile::open(`; a type or function that is imported.
+            !before.ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
+                && (call != "fs::"
+                    || rest.split('(').next().unwrap().chars().all(|c| c.is_lowercase() || c == '_'))
+                && (call != "fs::" || rest.contains('('))
+        })
+    };
+    calls.iter().find_map(|call| found(call).map(|(at, _)| &code[at..]))
+}
+
+#[test]
+fn the_store_opens_nothing_by_path() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
+    let mut files = Vec::new();
+    sources(&root, &mut files);
+    let (mut wrong, mut used) = (Vec::new(), std::collections::BTreeSet::new());
+    for file in files {
+        let name = file.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+        let text = fs::read_to_string(&file).unwrap();
+        for (number, line) in text.split("#[cfg(test)]").next().unwrap().lines().enumerate() {
+            if resolves_a_path(line).is_none() {
+                continue;
+            }
+            let exception = PATHS_OF_USERS.iter().find(|(file, part)| *file == name && line.contains(part));
+            match exception {
+                Some(exception) => drop(used.insert(exception)),
+                None => wrong.push(format!("{name}:{}: {line}", number + 1)),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "use StorePath: {wrong:#?}");
+    assert_eq!(used.len(), PATHS_OF_USERS.len(), "an exception is not needed any more: {used:?}");
+
+    let found =
+        ["fs::read(&path)", "let x = std::fs::rename(a, b);", "File::open(path)", "tempfile::tempfile_in(x)"];
+    found.iter().for_each(|line| assert!(resolves_a_path(line).is_some(), "{line}"));
+    let passed = ["use std::fs::File;", "PackFile::open(own)", "// fs::read(x)", "rustix::fs::statvfs(dir)"];
+    passed.iter().for_each(|line| assert!(resolves_a_path(line).is_none(), "{line}"));
+}
+
 #[test]
 fn the_reader_of_imports_sees_groups_and_passes_over_comments() {
     let text = "use crate::{error::Error, store::{a, b}};\n// crate::clones\nlet x = crate::memory::y();\n#[cfg(test)]\ncrate::cli";

@@ -50,12 +50,13 @@ fn a_killed_import_leaves_nothing_that_matters() {
     let mut whole = start.elapsed();
     fixture.run(&["rm", "whole"]).ok();
     // Its packs stay: away with them, so that each attempt has everything to write.
-    let keep: BTreeSet<_> = fixture
+    let keep: BTreeSet<std::path::PathBuf> = fixture
         .store()
         .template(&fixture.store().tags().unwrap()[0].digest)
         .unwrap()
         .packs()
-        .into_iter()
+        .iter()
+        .map(|pack| pack.as_ref().to_owned())
         .collect();
     let mut killed = 0;
     let attempts: u32 = host::rounds(40, 200);

@@ -1,14 +1,16 @@
 //! Publishes what a session has written: packs, then images, then tags.
 
-use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
+use super::lock::Lock;
 use super::pack::pack_path;
 use super::pack_writer::Packed;
+use super::path::StorePath;
 use super::policy::DEFAULT_MODE;
-use super::publish::{Lock, Session, publish, sync_folder, write_new};
+use super::publish::{publish, sync_folder, write_new};
+use super::session::Session;
 use super::{Digest, Policy, Store, TagName};
 use crate::error::{Code, Error, Result};
 
@@ -16,7 +18,7 @@ use crate::error::{Code, Error, Result};
 pub(super) struct Finished<'a> {
     pub digest: Digest,
     /// Holds `image` and `placement`.
-    pub folder: PathBuf,
+    pub folder: StorePath,
     /// What the store gets when it has no sound policy of this template; before `change`.
     pub policy: Policy,
     /// What is asked for, whatever the store has.
@@ -43,6 +45,7 @@ pub(super) fn commit(
     packed: &Packed,
     templates: &[Finished<'_>],
     repaired: u64,
+    go_on: &dyn Fn() -> Result<()>,
 ) -> Result<(Vec<Committed>, bool)> {
     for template in templates {
         let mut policy = template.policy.clone();
@@ -50,7 +53,7 @@ pub(super) fn commit(
         write_new(&template.folder.join("policy"), &policy.encode()?)?;
         sync_folder(&template.folder)?;
     }
-    let names = store.lock_names()?;
+    let names = store.lock_names_while(go_on)?;
     let existed: Vec<bool> = templates.iter().map(|t| store.has(&t.digest)).collect();
     let needed: Vec<bool> = templates
         .iter()

@@ -11,7 +11,7 @@ use std::thread;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
 
 use super::codec::is_zero;
-use super::publish::{random_hex, sync_folder};
+use super::publish::random_hex;
 use super::{BLOCK_SIZE, Scratch, Template};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -211,7 +211,11 @@ impl Target {
         if renamed.is_err() {
             let _ = fs::remove_file(&temporary);
         }
-        renamed.and_then(|()| sync_folder(folder_of(out)))
+        let folder = folder_of(out);
+        renamed.and_then(|()| {
+            let synced = File::open(folder).and_then(|folder| folder.sync_all());
+            synced.map_err(|e| Error::io("cannot sync the folder", folder, e))
+        })
     }
 }
 

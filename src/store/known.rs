@@ -1,13 +1,13 @@
 //! Which blocks the store has already: the indexes of its packs, and what this import has written.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::Result;
 use crate::store::format::{PackId, Stored};
 use crate::store::pack::PackIndex;
+use crate::store::path::StorePath;
 use crate::store::{Digest, Scratch, Store};
 
 /// Where a block is.
@@ -124,7 +124,7 @@ impl Known {
     }
 
     /// The pack that was being written is complete, at `path`.
-    pub fn finish_pack(&self, path: &Path, id: PackId) -> Result<()> {
+    pub fn finish_pack(&self, path: &StorePath, id: PackId) -> Result<()> {
         let index = PackIndex::open(path, id)?;
         let mut own = self.own.write().unwrap_or_else(PoisonError::into_inner);
         own.finished.push(index);

@@ -1,21 +1,23 @@
 //! A store on disk.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::format::PackId;
 use super::format::superblock::Superblock;
+use super::lock::{Holders, Lock};
 use super::pack::{PackFile, Packs};
-use super::publish::{Lock, inherit_owner, random, sync_folder, write_new};
+use super::path::{StorePath, create_root, is_misplaced};
+use super::publish::{publish, random, sync_folder, write_new};
+use super::session::temporary_file;
 use super::{Digest, Policy, Template};
-use crate::error::{Error, Result};
-use crate::sys::{locks, users};
+use crate::error::{Code, Error, Result};
+use crate::units::Bytes;
 
 /// A template store. Cheap to clone; clones share open packs.
 #[derive(Clone)]
@@ -28,14 +30,14 @@ pub struct ContentHold {
 }
 
 struct Inner {
-    dir: PathBuf,
+    root: StorePath,
     superblock: Superblock,
     packs: Packs,
 }
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Store({})", self.0.dir.display())
+        write!(f, "Store({})", self.dir().display())
     }
 }
 
@@ -45,18 +47,11 @@ const TELL: Duration = Duration::from_secs(1);
 /// A collector that has waited for so long lets writers in again.
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 
-/// Those who hold a lock of the store's content.
-struct Users<'a>(&'a File);
+/// The file that makes a folder a store.
+const HEADER: &str = "format";
 
-impl fmt::Display for Users<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("another command that writes to the store")?;
-        match &locks::flock_holders(self.0)[..] {
-            [] => Ok(()),
-            pids => write!(f, " (process {})", users::list_pids(pids)),
-        }
-    }
-}
+/// Longest header that is read; a later version's may be longer than ours.
+const MAX_HEADER: Bytes = Bytes::new(64 << 10);
 
 const FOLDERS: [&str; 5] = ["images", "packs", "tags", "tmp", "locks"];
 
@@ -67,22 +62,25 @@ impl Store {
     /// [`Code::NotFound`](crate::error::Code) when there is no store; an error that says so when the
     /// folder is something else or comes from a newer Stencil.
     pub fn open(dir: &Path) -> Result<Store> {
-        let path = dir.join("format");
-        let bytes = match fs::read(&path) {
+        // Relative paths would change their meaning with the working directory of a daemon.
+        let canonical = std::fs::canonicalize(dir);
+        let header = StorePath::root(canonical.as_deref().unwrap_or(dir)).join(HEADER);
+        let bytes = match canonical.and_then(|_| header.read(MAX_HEADER)) {
             Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound && is_foreign(dir) => return Err(foreign(dir)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && is_foreign(&header.parent()) => {
+                return Err(foreign(dir));
+            }
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Err(Error::not_found("no template store here")
                     .at(dir)
                     .remedy("stencil import makes one; for another place use --store DIR or STENCIL_STORE"));
             }
-            Err(e) => return Err(Error::io("cannot open the store", &path, e)),
+            Err(e) => return Err(header.error("cannot open the store", e)),
         };
-        let superblock = Superblock::decode(&bytes).map_err(|e| e.in_file("store header", &path))?;
-        // Relative paths would change their meaning with the working directory of a daemon.
-        let dir = fs::canonicalize(dir).map_err(|e| Error::io("cannot open the store", dir, e))?;
-        let packs = Packs::new(dir.join("packs"));
-        Ok(Store(Arc::new(Inner { dir, superblock, packs })))
+        let superblock = Superblock::decode(&bytes).map_err(|e| e.in_file("store header", &header))?;
+        let root = header.parent();
+        let packs = Packs::new(root.join("packs"));
+        Ok(Store(Arc::new(Inner { root, superblock, packs })))
     }
 
     /// Opens a store, and makes an empty one where there is nothing or an empty folder.
@@ -90,36 +88,40 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], or when it cannot be made.
     pub fn open_or_create(dir: &Path) -> Result<Store> {
-        if dir.join("format").exists() {
-            return Store::open(dir);
+        match Store::open(dir) {
+            Err(e) if e.code() == Code::NotFound => {}
+            opened => return opened,
         }
-        let fail = |e| Error::io("cannot create the store", dir, e);
-        let folder = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-        if is_foreign(dir) {
+        let root = create_root(dir)?;
+        if is_foreign(&root) {
             return Err(foreign(dir));
         }
-        folder(dir).map_err(fail)?;
         for name in FOLDERS {
-            folder(&dir.join(name)).map_err(fail)?;
-            inherit_owner(&dir.join(name))?;
+            let folder = root.join(name);
+            match folder.create_folder() {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(folder.error("cannot create the store", e));
+                }
+                _ => {}
+            }
         }
         // Two commands may create it at once: the header decides, and exactly one of them links it.
-        let _lock = Lock::wait(&dir.join("locks/create"), false)?;
-        let header = dir.join("format");
+        let _lock = Lock::wait(&root.join("locks/create"), || Ok(()))?;
+        let header = root.join(HEADER);
         if !header.exists() {
             let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-            let temporary = dir.join("tmp/format");
-            let _ = fs::remove_file(&temporary);
+            let temporary = root.join("tmp/format");
+            let _ = temporary.remove_file();
             write_new(&temporary, &Superblock::new(random()?, random()?, created).encode())?;
-            fs::rename(&temporary, &header).map_err(fail)?;
-            sync_folder(dir)?;
+            publish(&temporary, &header)?;
+            sync_folder(&root)?;
         }
         Store::open(dir)
     }
 
     /// Its folder, absolute.
     pub fn dir(&self) -> &Path {
-        &self.0.dir
+        self.0.root.as_ref()
     }
 
     /// Key of the inode numbers; never leaves the host.
@@ -158,23 +160,22 @@ impl Store {
     /// # Errors
     /// [`Code::TryAgain`](crate::error::Code) when its folders cannot be reached, or another store lies there.
     pub fn check_reachable(&self) -> Result<()> {
-        let away = |path: &Path, e| {
-            Error::try_again("the store cannot be reached")
-                .at(path)
-                .because(e)
-                .remedy("bring it back to that path, readable for the server: what waits for it then goes on")
+        let away = |path: &StorePath, e: io::Error| match is_misplaced(&e) && self.0.root.is_dir() {
+            true => path.error("cannot open", e),
+            false => Error::try_again("the store cannot be reached").at(path).because(e).remedy(
+                "bring it back to that path, readable for the server: what waits for it then goes on",
+            ),
         };
-        let path = self.0.dir.join("format");
-        let bytes = fs::read(&path).map_err(|e| away(&path, e))?;
+        let header = self.0.root.join(HEADER);
+        let bytes = header.read(MAX_HEADER).map_err(|e| away(&header, e))?;
         if Superblock::decode(&bytes).is_ok_and(|s| s.secret != self.0.superblock.secret) {
             return Err(Error::try_again("another store lies where the store was")
                 .at(self.dir())
                 .remedy("bring the store back to that path"));
         }
-        for folder in ["images", "packs", "tags"] {
+        for folder in [self.images_dir(), self.packs_dir(), self.tags_dir()] {
             // To see its dot takes the right to search the folder.
-            let path = self.0.dir.join(folder);
-            fs::metadata(path.join(".")).map_err(|e| away(&path, e))?;
+            folder.folder().and_then(|open| open.folder(".")).map_err(|e| away(&folder, e))?;
         }
         Ok(())
     }
@@ -233,7 +234,7 @@ impl Store {
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn pack_files(&self) -> Result<Vec<PathBuf>> {
+    pub fn pack_files(&self) -> Result<Vec<StorePath>> {
         Ok(self.packs().ids()?.into_iter().map(|id| self.packs().path(id)).collect())
     }
 
@@ -258,34 +259,47 @@ impl Store {
         &self.0.packs
     }
 
-    pub(super) fn images_dir(&self) -> PathBuf {
-        self.0.dir.join("images")
+    pub(super) fn images_dir(&self) -> StorePath {
+        self.0.root.join("images")
     }
 
-    pub(super) fn image_dir(&self, digest: &Digest) -> PathBuf {
+    pub(super) fn image_dir(&self, digest: &Digest) -> StorePath {
         self.images_dir().join(digest.to_string())
     }
 
-    pub(super) fn policy_path(&self, digest: &Digest) -> PathBuf {
+    pub(super) fn policy_path(&self, digest: &Digest) -> StorePath {
         self.image_dir(digest).join("policy")
     }
 
-    pub(super) fn tags_dir(&self) -> PathBuf {
-        self.0.dir.join("tags")
+    pub(super) fn tags_dir(&self) -> StorePath {
+        self.0.root.join("tags")
     }
 
-    pub(super) fn packs_dir(&self) -> PathBuf {
-        self.0.dir.join("packs")
+    pub(super) fn packs_dir(&self) -> StorePath {
+        self.0.root.join("packs")
     }
 
-    pub(super) fn tmp_dir(&self) -> PathBuf {
-        self.0.dir.join("tmp")
+    pub(super) fn tmp_dir(&self) -> StorePath {
+        self.0.root.join("tmp")
     }
 
     /// Held alone while names, policies or the list of templates change; for a short time only.
     pub(super) fn lock_names(&self) -> Result<Lock> {
+        self.lock_names_while(|| Ok(()))
+    }
+
+    /// As [`Store::lock_names`], for as long as `go_on` says so.
+    pub(super) fn lock_names_while(&self, go_on: impl Fn() -> Result<()>) -> Result<Lock> {
         self.check_writable()?;
-        Lock::wait(&self.0.dir.join("locks/names"), false)
+        Lock::wait(&self.0.root.join("locks/names"), go_on)
+    }
+
+    /// A file without a name on the store's filesystem.
+    ///
+    /// # Errors
+    /// When it cannot be created.
+    pub fn temporary_file(&self) -> Result<File> {
+        temporary_file(&self.tmp_dir())
     }
 
     /// Held shared by importers for as long as they rely on packs; a collector takes it alone. Waits for as long as
@@ -297,13 +311,13 @@ impl Store {
         let mut wait = |file: &File| {
             if !told && begun.elapsed() > TELL {
                 told = true;
-                log::warn!("waiting for {}", Users(file));
+                log::warn!("waiting for {}", Holders(file));
             }
             go_on()
         };
         // A collector that waits keeps the gate: those who come after it do not keep it waiting.
-        let _gate = Lock::wait_while(&self.0.dir.join("locks/gate"), true, &mut wait)?;
-        Lock::wait_while(&self.0.dir.join("locks/content"), true, &mut wait)
+        let _gate = Lock::wait_while(&self.0.root.join("locks/gate"), true, &mut wait)?;
+        Lock::wait_while(&self.0.root.join("locks/content"), true, &mut wait)
     }
 
     /// Held by a collector: nobody relies on packs but readers, who look again when one is gone. Everybody who wants to
@@ -314,33 +328,33 @@ impl Store {
         let mut told = false;
         let mut wait = |file: &File| {
             if interrupt.load(Ordering::Relaxed) {
-                let why = format!("interrupted while waiting for {}: nothing was changed", Users(file));
+                let why = format!("interrupted while waiting for {}: nothing was changed", Holders(file));
                 return Err(Error::failed(why).at(self.dir()));
             }
             if begun.elapsed() > LONGEST_WAIT {
-                let why = format!("{} did not end within {} s", Users(file), LONGEST_WAIT.as_secs());
+                let why = format!("{} did not end within {} s", Holders(file), LONGEST_WAIT.as_secs());
                 return Err(Error::try_again(why).at(self.dir()).remedy("run it again when that has ended"));
             }
             if !told && begun.elapsed() > TELL {
                 told = true;
-                log::warn!("waiting for {}; others that write wait meanwhile", Users(file));
+                log::warn!("waiting for {}; others that write wait meanwhile", Holders(file));
             }
             Ok(())
         };
-        let _gate = Lock::wait_while(&self.0.dir.join("locks/gate"), false, &mut wait)?;
-        Lock::wait_while(&self.0.dir.join("locks/content"), false, &mut wait)
+        let _gate = Lock::wait_while(&self.0.root.join("locks/gate"), false, &mut wait)?;
+        Lock::wait_while(&self.0.root.join("locks/content"), false, &mut wait)
     }
 
     /// True where nothing of it can be changed by this path.
     pub fn is_on_read_only_filesystem(&self) -> bool {
-        rustix::fs::statvfs(&self.0.dir)
+        rustix::fs::statvfs(self.dir())
             .is_ok_and(|s| s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
     }
 
     fn check_writable(&self) -> Result<()> {
         if self.is_on_read_only_filesystem() {
             return Err(Error::failed("the store lies on a filesystem that is mounted read-only")
-                .at(&self.0.dir)
+                .at(self.dir())
                 .remedy("reading and mounting work; to change it, mount that filesystem read-write"));
         }
         match self.0.superblock.preamble.read_only_compatible {
@@ -348,19 +362,16 @@ impl Store {
             features => Err(Error::failed(format!(
                 "the store needs a newer Stencil to be changed (features {features:#x})"
             ))
-            .at(&self.0.dir)
+            .at(self.dir())
             .remedy("update Stencil on this host; reading works")),
         }
     }
 }
 
 /// True for a folder that holds something, but nothing of a store that is being made.
-fn is_foreign(dir: &Path) -> bool {
-    fs::read_dir(dir).is_ok_and(|entries| {
-        entries.flatten().any(|e| {
-            let name = e.file_name();
-            !FOLDERS.iter().any(|f| name == **f) && name != "format" && name != "lost+found"
-        })
+fn is_foreign(dir: &StorePath) -> bool {
+    dir.names().is_ok_and(|names| {
+        names.iter().any(|name| !FOLDERS.iter().any(|f| name == *f) && name != HEADER && name != "lost+found")
     })
 }
 

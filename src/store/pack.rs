@@ -1,10 +1,9 @@
 //! Reading packs: records by O_DIRECT, indexes by mapping.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,6 +12,7 @@ use rustix::fs::{Advice, OFlags, fadvise, fcntl_setfl};
 use super::Digest;
 use super::format::pack::{IndexEntry, PackHeader};
 use super::format::{Invalid, PackId, Stored};
+use super::path::StorePath;
 use crate::error::{Error, Result, errno_text};
 use crate::sys::map_file::MappedFile;
 
@@ -40,20 +40,18 @@ impl AlignedBuffer {
 /// An open pack whose header was checked.
 #[derive(Debug)]
 pub(super) struct PackFile {
-    path: PathBuf,
+    path: StorePath,
     file: File,
     direct: AtomicBool,
     header: PackHeader,
 }
 
 impl PackFile {
-    pub fn open(path: PathBuf, id: PackId) -> Result<PackFile> {
-        let open =
-            |flags: OFlags| OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(&path);
-        let (file, direct) = match open(OFlags::DIRECT) {
+    pub fn open(path: StorePath, id: PackId) -> Result<PackFile> {
+        let (file, direct) = match path.file_with(OFlags::RDONLY | OFlags::DIRECT) {
             Ok(file) => (file, true),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                (open(OFlags::empty()).map_err(|e| open_error(&path, e))?, false)
+                (path.file().map_err(|e| open_error(&path, e))?, false)
             }
             Err(e) => return Err(open_error(&path, e)),
         };
@@ -133,10 +131,10 @@ impl PackFile {
     }
 }
 
-fn open_error(path: &Path, error: io::Error) -> Error {
+fn open_error(path: &StorePath, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file("pack", path),
-        _ => Error::io("cannot open pack", path, error),
+        _ => path.error("cannot open pack", error),
     }
 }
 
@@ -158,16 +156,16 @@ fn check_header(header: &PackHeader, id: PackId, length: u64) -> std::result::Re
 /// The packs of a store, opened when they are needed.
 #[derive(Debug)]
 pub(super) struct Packs {
-    folder: PathBuf,
+    folder: StorePath,
     open: Mutex<HashMap<PackId, Arc<PackFile>>>,
 }
 
 impl Packs {
-    pub fn new(folder: PathBuf) -> Packs {
+    pub fn new(folder: StorePath) -> Packs {
         Packs { folder, open: Mutex::default() }
     }
 
-    pub fn path(&self, id: PackId) -> PathBuf {
+    pub fn path(&self, id: PackId) -> StorePath {
         pack_path(&self.folder, id)
     }
 
@@ -194,25 +192,22 @@ impl Packs {
 
     /// Closes those that are not in the folder any more.
     pub fn close_vanished(&self) {
-        let folder = &self.folder;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|id, _| pack_path(folder, *id).exists());
+        open.retain(|id, _| self.path(*id).exists());
     }
 
     /// Identities of all packs in the folder, by file name.
     pub fn ids(&self) -> Result<Vec<PackId>> {
-        let read = |e| Error::io("cannot list packs", &self.folder, e);
-        let mut ids = Vec::new();
-        for entry in std::fs::read_dir(&self.folder).map_err(read)? {
-            ids.extend(parse_name(&entry.map_err(read)?.file_name().to_string_lossy()));
-        }
+        let names = self.folder.names().map_err(|e| self.folder.error("cannot list packs", e))?;
+        let mut ids: Vec<PackId> =
+            names.iter().filter_map(|name| parse_name(&name.to_string_lossy())).collect();
         ids.sort_unstable();
         Ok(ids)
     }
 }
 
 /// File of a pack in `folder`.
-pub(super) fn pack_path(folder: &Path, id: PackId) -> PathBuf {
+pub(super) fn pack_path(folder: &StorePath, id: PackId) -> StorePath {
     folder.join(format!("{id}.pack"))
 }
 
@@ -236,9 +231,9 @@ pub(super) struct PackIndex {
 
 impl PackIndex {
     /// Maps the index of the pack at `path` and compares its hash.
-    pub fn open(path: &Path, id: PackId) -> Result<PackIndex> {
+    pub fn open(path: &StorePath, id: PackId) -> Result<PackIndex> {
         let invalid = |e: Invalid| e.in_file("pack", path);
-        let file = File::open(path).map_err(|e| open_error(path, e))?;
+        let file = path.file().map_err(|e| open_error(path, e))?;
         let length = file.metadata().map_err(|e| Error::io("cannot stat pack", path, e))?.len();
         let mut head = [0; PackHeader::LEN];
         if length < PackHeader::LEN as u64 {

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use rustix::fs::{Advice, fadvise};
@@ -12,7 +11,8 @@ use super::format::pack::{IndexEntry, PackHeader};
 use super::format::{PackId, Stored};
 use super::known::{Known, Place};
 use super::pack::pack_path;
-use super::publish::{inherit_owner, random};
+use super::path::StorePath;
+use super::publish::{create, random};
 use super::{BLOCK_SIZE, Digest};
 use crate::error::{Error, Result};
 
@@ -23,21 +23,9 @@ const PACK_BLOCKS: usize = 32 << 10;
 /// Packs that may be on their way to the disk while the next one is filled.
 const SYNCING: usize = 2;
 
-/// Makes a new file of a session, for reading and writing.
-pub(super) fn create(path: &Path) -> Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(|e| Error::io("cannot create", path, e))?;
-    inherit_owner(path)?;
-    Ok(file)
-}
-
 /// Appends records to packs in a folder; what it has written is found in `known` at once.
 pub(super) struct PackWriter<'a> {
-    folder: &'a Path,
+    folder: &'a StorePath,
     known: &'a Known,
     pack: Option<OpenPack>,
     syncing: Vec<JoinHandle<Result<()>>>,
@@ -56,14 +44,14 @@ pub(super) struct Packed {
 
 struct OpenPack {
     id: PackId,
-    path: PathBuf,
+    path: StorePath,
     file: BufWriter<File>,
     length: u64,
     entries: Vec<IndexEntry>,
 }
 
 impl<'a> PackWriter<'a> {
-    pub fn new(folder: &'a Path, known: &'a Known) -> PackWriter<'a> {
+    pub fn new(folder: &'a StorePath, known: &'a Known) -> PackWriter<'a> {
         PackWriter { folder, known, pack: None, syncing: Vec::new(), written: Packed::default() }
     }
 
@@ -122,7 +110,7 @@ fn join(sync: JoinHandle<Result<()>>) -> Result<()> {
 }
 
 impl OpenPack {
-    fn create(folder: &Path) -> Result<OpenPack> {
+    fn create(folder: &StorePath) -> Result<OpenPack> {
         let id = PackId(random()?);
         let path = pack_path(folder, id);
         let mut file = BufWriter::with_capacity(1 << 20, create(&path)?);

@@ -1,15 +1,15 @@
 //! What may change about a template: mode, owner, labels, its recipe.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::Digest;
 use super::format::Invalid;
+use super::path::StorePath;
 use super::publish::replace_file;
 use crate::error::{Error, Result};
+use crate::units::Bytes;
 
 /// Mode of a template's files when none is given: everybody reads, nobody writes.
 pub const DEFAULT_MODE: u32 = 0o444;
@@ -69,16 +69,13 @@ impl Policy {
         serde_json::from_slice(body).map_err(|e| Invalid::Newer(format!("its JSON: {e}")))
     }
 
-    pub(super) fn read(path: &Path) -> Result<Policy> {
-        let length = fs::metadata(path).map_err(|e| Error::io("cannot read the policy", path, e))?.len();
-        if length > MAX_LENGTH {
-            return Err(Invalid::damage(format!("{length} bytes")).in_file("policy", path));
-        }
-        let bytes = fs::read(path).map_err(|e| Error::io("cannot read the policy", path, e))?;
+    pub(super) fn read(path: &StorePath) -> Result<Policy> {
+        let bytes = path.read(Bytes::new(MAX_LENGTH));
+        let bytes = bytes.map_err(|e| path.error("cannot read the policy", e))?;
         Policy::decode(&bytes).map_err(|e| e.in_file("policy", path))
     }
 
-    pub(super) fn write(&self, tmp: &Path, path: &Path) -> Result<()> {
+    pub(super) fn write(&self, tmp: &StorePath, path: &StorePath) -> Result<()> {
         replace_file(tmp, path, &self.encode()?)
     }
 }

@@ -1,10 +1,8 @@
 //! Removal of tags and templates. Packs stay: blocks may be shared.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
 use serde::Serialize;
 
+use super::path::StorePath;
 use super::publish::{random_hex, sync_folder};
 use super::tags::read_tag;
 use super::{Digest, Store, TagName, TemplateRef};
@@ -41,13 +39,13 @@ pub enum Removal {
 }
 
 /// Where a template's folder, or a tag, is while it is not sure yet that it goes: no list shows what begins with a dot.
-fn grave_of(path: &Path) -> PathBuf {
+fn grave_of(path: &StorePath) -> StorePath {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}"))
 }
 
 /// The name of what lies in that grave.
-fn buried(grave: &Path) -> Option<&str> {
+fn buried(grave: &StorePath) -> Option<&str> {
     grave.file_name()?.to_str()?.strip_prefix('.')
 }
 
@@ -119,31 +117,27 @@ impl Store {
         // Tags first: there is never a name without a template.
         for tag in tags {
             let path = self.tag_path(tag);
-            fs::rename(&path, grave_of(&path)).map_err(|e| Error::io("cannot remove tag", &path, e))?;
+            path.rename(&grave_of(&path)).map_err(|e| path.error("cannot remove tag", e))?;
             sync_folder(&self.tags_dir().join(tag.name()))?;
         }
         let folder = self.image_dir(digest);
-        fs::rename(&folder, grave_of(&folder))
-            .map_err(|e| Error::io("cannot remove the template", &folder, e))?;
+        folder.rename(&grave_of(&folder)).map_err(|e| folder.error("cannot remove the template", e))?;
         sync_folder(&self.images_dir())
     }
 
     /// A buried template is gone: in one step, for it is never put back in parts.
     fn forget(&self, digest: &Digest) -> Result<()> {
         let (grave, gone) = (grave_of(&self.image_dir(digest)), self.tmp_dir().join(random_hex()?));
-        fs::rename(&grave, &gone).map_err(|e| Error::io("cannot remove the template", &grave, e))?;
+        grave.rename(&gone).map_err(|e| grave.error("cannot remove the template", e))?;
         // What is left of it here, the next writer sweeps.
         sync_folder(&self.images_dir()).unwrap_or_else(|e| log::warn!("{e}"));
-        let _ = fs::remove_dir_all(&gone);
+        let _ = gone.remove_tree();
         Ok(())
     }
 
-    fn graves_in(&self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let fail = |e| self.blame(Error::io("cannot list", folder, e));
-        let mut graves = Vec::new();
-        for entry in fs::read_dir(folder).map_err(fail)? {
-            graves.push(entry.map_err(fail)?.path());
-        }
+    fn graves_in(&self, folder: &StorePath) -> Result<Vec<StorePath>> {
+        let names = folder.names().map_err(|e| self.blame(folder.error("cannot list", e)))?;
+        let mut graves: Vec<StorePath> = names.iter().map(|name| folder.join(name)).collect();
         graves.retain(|path| buried(path).is_some());
         Ok(graves)
     }
@@ -153,7 +147,7 @@ impl Store {
     /// # Errors
     /// When something cannot be put back: it stays where it is, for the next time.
     pub(super) fn settle_graves(&self) -> Result<()> {
-        let fail = |path: &Path, e| {
+        let fail = |path: &StorePath, e| {
             Error::io("cannot put back what may be in use", path, e)
                 .remedy("it is still there, hidden: once that path can be written, `stencil gc` puts it back")
         };
@@ -163,7 +157,7 @@ impl Store {
             match self.has(&digest) {
                 // It was imported again.
                 true => self.forget(&digest)?,
-                false => fs::rename(&grave, &folder).map_err(|e| fail(&folder, e))?,
+                false => grave.rename(&folder).map_err(|e| fail(&folder, e))?,
             }
             sync_folder(&self.images_dir())?;
         }
@@ -176,15 +170,15 @@ impl Store {
                 let path = self.tag_path(&tag);
                 let done = match read_tag(grave) {
                     Err(e) => Err(e),
-                    Ok(Some(digest)) if self.has(&digest) && !path.is_file() => fs::rename(grave, &path),
-                    Ok(_) => fs::remove_file(grave),
+                    Ok(Some(digest)) if self.has(&digest) && !path.is_file() => grave.rename(&path),
+                    Ok(_) => grave.remove_file(),
                 };
                 settled = settled.and(done.map_err(|e| fail(&path, e)));
             }
             if !graves.is_empty() {
                 settled = settled.and(sync_folder(&folder));
                 // Fails while other tags of the name are there, and that is right.
-                let _ = fs::remove_dir(&folder);
+                let _ = folder.remove_folder();
             }
         }
         settled
@@ -223,7 +217,9 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::fs;
     use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
     use std::sync::atomic::AtomicBool;
 
     use super::*;
@@ -284,7 +280,7 @@ mod tests {
         let (store, digest, tags) = filled(dir.path());
         let reference = TemplateRef::Digest(digest);
         let (folder, tag) = (store.image_dir(&digest), store.tag_path(&tags[1]));
-        let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+        let inode = |path: &StorePath| fs::metadata(path).unwrap().ino();
         let tag_file = inode(&tag);
         // Somebody has it, and something lies where it was: the folder's place, then that of a tag.
         for obstacle in [&folder, &tag] {
@@ -298,7 +294,10 @@ mod tests {
             let error = store.remove(What::Named(&reference), Some(&digest), || Ok(true), late).unwrap_err();
             assert_eq!(error.code(), Code::InUse, "{error}");
             let said = format!("{error} {:?}", error.remedy_text());
-            assert!(said.contains(obstacle.to_str().unwrap()) && said.contains("stencil gc"), "{said}");
+            assert!(
+                said.contains(obstacle.as_ref().to_str().unwrap()) && said.contains("stencil gc"),
+                "{said}"
+            );
             let _ = fs::remove_file(obstacle);
             let _ = fs::remove_dir(obstacle);
             store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
@@ -325,7 +324,7 @@ mod tests {
         else {
             panic!("it stays");
         };
-        let left = |folder: PathBuf| fs::read_dir(folder).unwrap().count();
+        let left = |folder: StorePath| fs::read_dir(folder).unwrap().count();
         assert_eq!(left(store.images_dir()) + left(store.tags_dir()) + left(store.tmp_dir()), 0);
     }
 }

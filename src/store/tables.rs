@@ -4,14 +4,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 
 use super::format::PackId;
 use super::format::image::ImageHeader;
 use super::format::placement::{FileStats, Front, Row};
 use super::known::Place;
-use super::pack_writer::create;
-use super::publish::make_folder;
+use super::path::StorePath;
+use super::publish::{create, make_folder};
 use super::tree::TreeWriter;
 use super::{Digest, FileKind, TemplateFile};
 use crate::error::{Error, Result};
@@ -22,7 +21,7 @@ const HASH_LENGTH: u64 = 32;
 
 /// Takes the blocks of all files, file after file.
 pub(super) struct TableWriter {
-    folder: PathBuf,
+    folder: StorePath,
     files: Vec<(String, FileKind, Option<u64>, FileStats)>,
     /// In this order files come; in the image they are sorted by name.
     order: Vec<usize>,
@@ -43,13 +42,16 @@ pub(super) struct Tables {
 
 impl TableWriter {
     /// For these files, sorted by name, in the new folder `folder`. Beside it two files are made, and removed at the end.
-    pub fn new(folder: &Path, files: impl IntoIterator<Item = (String, FileKind)>) -> Result<TableWriter> {
+    pub fn new(
+        folder: &StorePath,
+        files: impl IntoIterator<Item = (String, FileKind)>,
+    ) -> Result<TableWriter> {
         make_folder(folder)?;
         let none = FileStats { data_bytes: 0, stored_bytes: 0 };
         let files: Vec<_> = files.into_iter().map(|(name, kind)| (name, kind, None, none)).collect();
-        let part = |name| Ok(BufWriter::with_capacity(256 << 10, create(&folder.with_extension(name))?));
+        let part = |name| Ok(BufWriter::with_capacity(256 << 10, create(&beside(folder, name))?));
         Ok(TableWriter {
-            folder: folder.to_owned(),
+            folder: folder.clone(),
             order: (0..files.len()).collect(),
             done: 0,
             spans: vec![(0, 0); files.len()],
@@ -163,7 +165,7 @@ impl TableWriter {
         }
         placement.into_inner().map_err(|e| fail(e.into_error()))?.sync_all().map_err(fail)?;
         for name in ["hashes", "rows"] {
-            std::fs::remove_file(folder.with_extension(name)).map_err(fail)?;
+            beside(folder, name).remove_file().map_err(fail)?;
         }
 
         let files = header.files().iter().zip(&front.files).map(|(file, stats)| TemplateFile {
@@ -174,6 +176,12 @@ impl TableWriter {
         });
         Ok(Tables { digest, files: files.collect() })
     }
+}
+
+/// A file beside the folder, with its name and this extension.
+fn beside(folder: &StorePath, extension: &str) -> StorePath {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    folder.with_file_name(format!("{name}.{extension}"))
 }
 
 /// Those ranges of a table whose entries have `size` bytes, one after the other.

@@ -1,17 +1,20 @@
 //! Tags: `tags/<name>/<tag>`, a small file with a digest, replaced as a whole.
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
 use super::format::Invalid;
 use super::open::no_template;
+use super::path::StorePath;
 use super::publish::{make_folder, replace_file, sync_folder};
 use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
+use crate::units::Bytes;
+
+/// Longest file that is read as a tag.
+const MAX_TAG: Bytes = Bytes::new(4096);
 
 /// One `NAME:TAG` and where it points.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -28,7 +31,7 @@ pub struct TagEntry {
 }
 
 impl Store {
-    pub(super) fn tag_path(&self, tag: &TagName) -> PathBuf {
+    pub(super) fn tag_path(&self, tag: &TagName) -> StorePath {
         self.tags_dir().join(tag.name()).join(tag.tag())
     }
 
@@ -38,14 +41,14 @@ impl Store {
     /// When it cannot be read or is no tag.
     pub fn tag(&self, tag: &TagName) -> Result<Option<Digest>> {
         let path = self.tag_path(tag);
-        match fs::read(&path) {
+        match path.read(MAX_TAG) {
             Ok(bytes) => decode(&bytes).map(Some).map_err(|e| {
                 e.in_file("tag", &path).remedy(format!("point it anew: stencil tag DIGEST {tag}"))
             }),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 self.check_reachable().map(|()| None)
             }
-            Err(e) => Err(self.blame(Error::io("cannot read tag", &path, e))),
+            Err(e) => Err(self.blame(path.error("cannot read tag", e))),
         }
     }
 
@@ -58,8 +61,10 @@ impl Store {
         for (pointer, path) in self.tag_files()? {
             match self.tag(&pointer) {
                 Ok(Some(digest)) => {
-                    let modified = fs::metadata(&path).and_then(|m| m.modified());
-                    let modified = modified.unwrap_or(SystemTime::UNIX_EPOCH);
+                    let since = path.metadata().map_or(Duration::ZERO, |found| {
+                        Duration::new(found.st_mtime.max(0) as u64, found.st_mtime_nsec as u32)
+                    });
+                    let modified = SystemTime::UNIX_EPOCH + since;
                     let (name, tag) = (pointer.name().to_owned(), pointer.tag().to_owned());
                     entries.push(TagEntry { name, tag, digest, modified });
                 }
@@ -80,7 +85,7 @@ impl Store {
     }
 
     /// All tags with their files, sorted, whatever the files hold.
-    pub(super) fn tag_files(&self) -> Result<Vec<(TagName, PathBuf)>> {
+    pub(super) fn tag_files(&self) -> Result<Vec<(TagName, StorePath)>> {
         let mut found = Vec::new();
         for name in self.names(&self.tags_dir())? {
             for tag in self.names(&self.tags_dir().join(&name))? {
@@ -105,18 +110,17 @@ impl Store {
     }
 
     /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.
-    pub(super) fn names(&self, folder: &Path) -> Result<Vec<String>> {
-        let fail = |e| self.blame(Error::io("cannot list", folder, e));
-        let entries = match fs::read_dir(folder) {
+    pub(super) fn names(&self, folder: &StorePath) -> Result<Vec<String>> {
+        let entries = match folder.names() {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return self.check_reachable().map(|()| Vec::new());
             }
-            Err(e) => return Err(fail(e)),
+            Err(e) => return Err(self.blame(folder.error("cannot list", e))),
         };
         let mut names = Vec::new();
         for entry in entries {
-            let name = entry.map_err(fail)?.file_name().to_string_lossy().into_owned();
+            let name = entry.to_string_lossy().into_owned();
             if !name.starts_with('.') {
                 names.push(name);
             }
@@ -152,10 +156,10 @@ impl Store {
     pub(super) fn remove_tag_locked(&self, tag: &TagName) -> Result<()> {
         let path = self.tag_path(tag);
         let folder = self.tags_dir().join(tag.name());
-        fs::remove_file(&path).map_err(|e| Error::io("cannot remove tag", &path, e))?;
+        path.remove_file().map_err(|e| path.error("cannot remove tag", e))?;
         sync_folder(&folder)?;
         // Fails while other tags of the name are there, and that is right.
-        let _ = fs::remove_dir(&folder);
+        let _ = folder.remove_folder();
         sync_folder(&self.tags_dir())
     }
 
@@ -198,8 +202,8 @@ impl Store {
 }
 
 /// Where the tag in that file points; nothing where it is damaged.
-pub(super) fn read_tag(path: &Path) -> io::Result<Option<Digest>> {
-    fs::read(path).map(|bytes| decode(&bytes).ok())
+pub(super) fn read_tag(path: &StorePath) -> io::Result<Option<Digest>> {
+    path.read(MAX_TAG).map(|bytes| decode(&bytes).ok())
 }
 
 fn decode(bytes: &[u8]) -> std::result::Result<Digest, Invalid> {

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use serde_json::json;
@@ -13,6 +12,7 @@ use super::format::placement::{Front, Row};
 use super::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
 use super::open::no_template;
 use super::pack::PackIndex;
+use super::path::StorePath;
 use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
 use super::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
 use crate::error::{Error, Result};
@@ -43,9 +43,10 @@ impl Template {
         if !dir.is_dir() {
             return Err(no_template(store.dir(), digest));
         }
+        let dir = dir.opened().map_err(|e| dir.error("cannot open the template", e))?;
         let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
         let (header, image) = open_image(&dir.join("image"), digest, &front, image_values)?;
-        let policy = Policy::read(&store.policy_path(digest))?;
+        let policy = Policy::read(&dir.join("policy"))?;
         let files = header
             .files()
             .iter()
@@ -97,7 +98,7 @@ impl Template {
     }
 
     /// Packs that hold its blocks.
-    pub fn packs(&self) -> Vec<PathBuf> {
+    pub fn packs(&self) -> Vec<StorePath> {
         self.pack_ids().into_iter().map(|id| self.store.packs().path(id)).collect()
     }
 
@@ -309,7 +310,7 @@ impl Template {
     }
 
     /// Its folder in the store.
-    pub(super) fn folder(&self) -> PathBuf {
+    pub(super) fn folder(&self) -> StorePath {
         self.store.image_dir(&self.digest)
     }
 
@@ -342,7 +343,7 @@ impl Template {
 
     /// Files of the store that hold this template: its tables and the packs with its blocks, which it
     /// may share with other templates.
-    pub fn store_files(&self) -> Vec<PathBuf> {
+    pub fn store_files(&self) -> Vec<StorePath> {
         let dir = self.folder();
         [dir.join("image"), dir.join("placement")].into_iter().chain(self.packs()).collect()
     }
@@ -378,24 +379,24 @@ impl Template {
         Row::decode(&bytes).map_err(|e| e.in_file("placement", self.placement_path()))
     }
 
-    fn placement_path(&self) -> PathBuf {
+    fn placement_path(&self) -> StorePath {
         self.folder().join("placement")
     }
 }
 
-fn open_file(what: &str, path: &Path) -> Result<(File, u64)> {
+fn open_file(what: &str, path: &StorePath) -> Result<(File, u64)> {
     let open = || {
-        let file = File::open(path)?;
+        let file = path.file()?;
         let length = file.metadata()?.len();
         Ok((file, length))
     };
     open().map_err(|e: std::io::Error| match e.kind() {
         std::io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file(what, path),
-        _ => Error::io(format!("cannot open {what}"), path, e),
+        _ => path.error(format!("cannot open {what}"), e),
     })
 }
 
-fn open_placement(path: &Path, digest: &Digest) -> Result<(Front, Vec<ChainingValue>, CheckedTable)> {
+fn open_placement(path: &StorePath, digest: &Digest) -> Result<(Front, Vec<ChainingValue>, CheckedTable)> {
     let what = "placement";
     let damage = |why: String| Invalid::Damage(why).in_file(what, path);
     let (file, length) = open_file(what, path)?;
@@ -427,12 +428,12 @@ fn open_placement(path: &Path, digest: &Digest) -> Result<(Front, Vec<ChainingVa
         return Err(damage("its checksums of the image do not belong to the template's digest".into()));
     }
     let range = (sections.rows, sections.rows_length);
-    let rows = CheckedTable::new(what, path, file, range, rows_values, &front.rows_root)?;
+    let rows = CheckedTable::new(what, path.as_ref(), file, range, rows_values, &front.rows_root)?;
     Ok((front, image_values, rows))
 }
 
 fn open_image(
-    path: &Path,
+    path: &StorePath,
     digest: &Digest,
     front: &Front,
     values: Vec<ChainingValue>,
@@ -449,7 +450,7 @@ fn open_image(
     if values.first() != Some(&segment_value(&head, 0, segments(length))) {
         return Err(damage("its header is not what was written".into()));
     }
-    let table = CheckedTable::new(what, path, file, (0, length), values, digest)?;
+    let table = CheckedTable::new(what, path.as_ref(), file, (0, length), values, digest)?;
     let header = ImageHeader::decode(&head).map_err(|e| e.in_file(what, path))?;
     let fits = header.image_length() == length
         && header.block_count() == front.block_count

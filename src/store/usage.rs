@@ -1,16 +1,20 @@
 //! Where the bytes of a store are.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::ffi::OsStr;
 use std::sync::atomic::AtomicBool;
 
+use rustix::fs::FileType;
 use serde::Serialize;
 
 use super::census::{Census, Owner};
+use super::path::StorePath;
 use super::{Digest, Store};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::sys::folder::Folder;
 use crate::units::Bytes;
+
+/// Depth to which a store is searched.
+const MAX_DEPTH: usize = 32;
 
 /// One template's part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -91,7 +95,7 @@ impl Store {
             let digest = *template.digest();
             let names = tags.iter().filter(|t| t.digest == digest).map(|t| format!("{}:{}", t.name, t.tag));
             let mut folder = Parts::default();
-            walk(&template.folder(), &mut |_, bytes| folder.total += bytes)?;
+            walk(&template.folder(), |_, bytes| folder.total += bytes)?;
             usage.templates.push(TemplateUsage {
                 digest,
                 tags: names.collect(),
@@ -119,16 +123,13 @@ impl Store {
 
     fn parts(&self) -> Result<Parts> {
         let mut parts = Parts::default();
-        let (images, packs, tmp) = (self.images_dir(), self.packs_dir(), self.tmp_dir());
-        walk(self.dir(), &mut |path, bytes| {
+        walk(&self.tmp_dir().parent(), |top, bytes| {
             parts.total += bytes;
-            let below = |folder: &Path| path != folder && path.starts_with(folder);
-            if below(&packs) {
-                parts.packs += bytes;
-            } else if below(&images) {
-                parts.tables += bytes;
-            } else if below(&tmp) {
-                parts.sessions += bytes;
+            match top.map(OsStr::as_encoded_bytes) {
+                Some(b"packs") => parts.packs += bytes,
+                Some(b"images") => parts.tables += bytes,
+                Some(b"tmp") => parts.sessions += bytes,
+                _ => {}
             }
         })?;
         Ok(parts)
@@ -144,22 +145,45 @@ struct Parts {
     total: u64,
 }
 
-/// Shows `each` the folder and all below it, with what it takes on the disk. What vanishes meanwhile is passed over.
-fn walk(path: &Path, each: &mut dyn FnMut(&Path, u64)) -> Result<()> {
+/// Calls `each` for the folder and everything below it, with what that takes on the disk. What lies in a subfolder comes
+/// with the name of the subfolder. What vanishes meanwhile is passed over.
+fn walk(path: &StorePath, mut each: impl FnMut(Option<&OsStr>, u64)) -> Result<()> {
+    let fail = |e| path.error("cannot see what it takes", e);
     let gone = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
-    let fail = |e| Error::io("cannot see what it takes", path, e);
-    let meta = match fs::symlink_metadata(path) {
-        Ok(meta) => meta,
+    let folder = match path.folder() {
+        Ok(folder) => folder,
         Err(e) if gone(&e) => return Ok(()),
         Err(e) => return Err(fail(e)),
     };
-    each(path, meta.blocks() * 512);
-    if !meta.is_dir() {
+    each(None, folder.own_metadata().map_err(fail)?.st_blocks as u64 * 512);
+    for name in folder.names().map_err(fail)? {
+        walk_below(&folder, &name, MAX_DEPTH, &mut |depth, bytes| {
+            each((depth < MAX_DEPTH).then_some(&*name), bytes);
+        })
+        .or_else(|e| {
+            if gone(&e) { Ok(()) } else { Err(path.join(&name).error("cannot see what it takes", e)) }
+        })?;
+    }
+    Ok(())
+}
+
+fn walk_below(
+    folder: &Folder,
+    name: &OsStr,
+    depth: usize,
+    each: &mut dyn FnMut(usize, u64),
+) -> std::io::Result<()> {
+    let found = folder.metadata(name)?;
+    each(depth, found.st_blocks as u64 * 512);
+    if FileType::from_raw_mode(found.st_mode) != FileType::Directory || depth == 0 {
         return Ok(());
     }
-    match fs::read_dir(path) {
-        Ok(entries) => entries.flatten().try_for_each(|entry| walk(&entry.path(), each)),
-        Err(e) if gone(&e) => Ok(()),
-        Err(e) => Err(fail(e)),
+    let below = folder.folder(name)?;
+    for name in below.names()? {
+        match walk_below(&below, &name, depth - 1, each) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
     }
+    Ok(())
 }

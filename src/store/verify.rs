@@ -1,7 +1,7 @@
 //! Verification: reads everything that is stored and names what is damaged and whom it affects.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::format::PackId;
 use super::pack::PackIndex;
+use super::path::StorePath;
 use super::{BLOCK_SIZE, Digest, Scratch, Store, Template};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
@@ -107,7 +108,7 @@ impl Store {
             None => self.digests()?,
         };
         let ids = if only.is_some() { Vec::new() } else { self.packs().ids()? };
-        let length = |id: &PackId| std::fs::metadata(self.packs().path(*id)).map_or(0, |m| m.len());
+        let length = |id: &PackId| self.packs().path(*id).metadata().map_or(0, |found| found.st_size as u64);
         let total = match only {
             Some(digest) => self.template(digest).map_or(Bytes::ZERO, |t| t.stored_bytes()),
             None => Bytes::new(ids.iter().map(length).sum()),
@@ -184,11 +185,11 @@ impl Run<'_> {
     }
 
     /// Notes damage; any other error ends the run.
-    fn note(&self, error: Error, at: (&Path, Option<u64>), affected: Option<Affected>) -> Result<()> {
+    fn note(&self, error: Error, at: (&StorePath, Option<u64>), affected: Option<Affected>) -> Result<()> {
         if error.code() != Code::Damage {
             return Err(error);
         }
-        let path = error.path().unwrap_or(at.0).to_owned();
+        let path = error.path().unwrap_or(at.0.as_ref()).to_owned();
         let mut findings = self.findings();
         let entry = findings.damages.entry((path, at.1));
         let (_, affects) = entry.or_insert_with(|| (error.message().to_owned(), BTreeSet::new()));
@@ -296,7 +297,7 @@ impl Run<'_> {
         {
             if pack.bad.contains(&stored.offset)
                 && let Some((_, affects)) =
-                    self.findings().damages.get_mut(&(path, Some(stored.offset.into())))
+                    self.findings().damages.get_mut(&(path.as_ref().to_owned(), Some(stored.offset.into())))
             {
                 affects.insert(affected());
             }

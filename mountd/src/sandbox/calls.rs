@@ -90,6 +90,12 @@ pub const CALLS: &[Call] = &[
             &[bits(2, WRITING, 0)],
         ),
     ),
+    only(
+        call("openat2", libc::SYS_openat2, "files of the store"),
+        Allowed::Unknown(
+            "never; the answer is ENOSYS, so that the server takes `openat` for each component, whose flags can be seen",
+        ),
+    ),
     call("close", libc::SYS_close, "descriptors"),
     call("fstat", libc::SYS_fstat, "lengths of files"),
     call("newfstatat", libc::SYS_newfstatat, "names of the store"),

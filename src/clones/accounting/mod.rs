@@ -11,7 +11,6 @@ pub mod residency;
 mod totals;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -22,7 +21,7 @@ use super::find::{self, CloneProcess, Inodes, TemplateMapping};
 use super::registry;
 use crate::control::Mount;
 use crate::error::Result;
-use crate::store::{Digest, Serving, Store, Template};
+use crate::store::{Digest, Serving, Store, StorePath, Template};
 use crate::sys::process::ProcessId;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
@@ -151,7 +150,7 @@ struct Templates {
     rows: BTreeMap<Digest, TemplateMemory>,
     servings: BTreeMap<Digest, Vec<Serving>>,
     /// Files of the stores that hold them.
-    files: BTreeSet<PathBuf>,
+    files: BTreeSet<StorePath>,
 }
 
 impl Templates {
@@ -197,7 +196,7 @@ impl Templates {
                 store_cache_bytes: template
                     .store_files()
                     .iter()
-                    .map(|path| residency::cached_file(path))
+                    .map(|path| residency::cached_store_file(path))
                     .sum::<Result<Bytes>>()?,
                 clones: 0,
             };
@@ -248,7 +247,7 @@ impl Templates {
     }
 
     fn store_cache(&self) -> Result<Bytes> {
-        self.files.iter().map(|path| residency::cached_file(path)).sum()
+        self.files.iter().map(|path| residency::cached_store_file(path)).sum()
     }
 
     fn rows(&self) -> Vec<TemplateMemory> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::clones::find::{CloneProcess, Inodes, ServedFile};
 use crate::control::{Mount, Residency};
 use crate::error::Result;
-use crate::store::{Digest, Serving};
+use crate::store::{Digest, Serving, StorePath};
 use crate::sys::{cachestat, handle, procfs};
 use crate::units::Bytes;
 
@@ -105,7 +105,19 @@ fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
 /// # Errors
 /// When it exists and cannot be opened.
 pub fn cached_file(path: &Path) -> Result<Bytes> {
-    match File::open(path) {
+    cached(path, File::open(path))
+}
+
+/// As [`cached_file`], of a file of a store.
+///
+/// # Errors
+/// When it exists and cannot be opened.
+pub fn cached_store_file(path: &StorePath) -> Result<Bytes> {
+    cached(path.as_ref(), path.file())
+}
+
+fn cached(path: &Path, opened: std::io::Result<File>) -> Result<Bytes> {
+    match opened {
         Ok(file) => Ok(cachestat::cached(&file)?.bytes()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Bytes::ZERO),
         Err(error) => Err(crate::error::Error::io("cannot open a file of the store", path, error)),

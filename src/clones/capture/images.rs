@@ -14,6 +14,7 @@ use super::disks::Image;
 use super::open_files::HeldFiles;
 use crate::clones::recipe::PlannedDisk;
 use crate::error::{Error, Result};
+use crate::store::Store;
 use crate::sys::process::{die_with_starter, inherit, own_session};
 
 /// Makes an empty overlay over an image, for whoever may write to that. `hold` goes with qemu-img: whoever clears up
@@ -82,16 +83,16 @@ pub fn is_written(overlay: &Path) -> Result<bool> {
 pub fn contents(
     disk: &PlannedDisk,
     images: &HeldFiles,
-    folder: &Path,
+    store: &Store,
     interrupt: &AtomicBool,
 ) -> Result<File> {
     if disk.as_it_is() {
         let path = images.place(&disk.live.image.path)?;
         return File::open(&path).map_err(|e| Error::io("cannot open the VM's disk", &path, e));
     }
-    let copy =
-        tempfile::tempfile_in(folder).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
-    copy.set_len(disk.live.image.size).map_err(|e| Error::io("cannot make a temporary file", folder, e))?;
+    let copy = store.temporary_file()?;
+    copy.set_len(disk.live.image.size)
+        .map_err(|e| Error::io("cannot make a temporary file", store.dir(), e))?;
     let mut command = qemu_img();
     let chain = disk.live.image.to_json(&|path| images.place(path))?;
     let source = format!("json:{chain}");

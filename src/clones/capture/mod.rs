@@ -169,7 +169,7 @@ impl Work<'_> {
         };
         request.files.extend(roms.iter().map(rom));
         let disks = vm.plan.disks.iter().map(|disk| {
-            let later = Disk { vm: vm.clone(), disk: disk.clone(), folder: store.dir().join("tmp") };
+            let later = Disk { vm: vm.clone(), disk: disk.clone(), store: store.clone() };
             later.source(stand, run_on, interrupt)
         });
         request.files.extend(disks.collect::<Result<Vec<_>>>()?);
@@ -235,7 +235,7 @@ fn frozen(vm: &Vm) -> Result<Vec<Frozen>> {
 struct Disk {
     vm: Arc<Vm>,
     disk: PlannedDisk,
-    folder: PathBuf,
+    store: Store,
 }
 
 impl Disk {
@@ -259,7 +259,7 @@ impl Disk {
             if run_on {
                 all_is_read(&stand)?;
             }
-            images::contents(&self.disk, &self.vm.images, &self.folder, &interrupt)
+            images::contents(&self.disk, &self.vm.images, &self.store, &interrupt)
         };
         let source = Source::Later(Later { size, open: Arc::new(open) });
         Ok(ImportFile { name, kind: FileKind::Blob, source })

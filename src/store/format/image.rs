@@ -23,6 +23,12 @@ pub const MAX_BYTES: u64 = 1 << 46;
 /// Bytes per block in the table.
 pub const HASH_LEN: u64 = 32;
 
+/// Most blocks of all files together; the last block of each may be short.
+pub const MAX_BLOCKS: u64 = MAX_BYTES / BLOCK_SIZE + MAX_FILES as u64;
+
+/// Longest image.
+pub const MAX_LENGTH: u64 = (FIXED + MAX_FILES * FILE) as u64 + MAX_BLOCKS * HASH_LEN;
+
 /// One file as the image names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFile {

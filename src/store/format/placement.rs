@@ -4,7 +4,7 @@
 //! read and checked at open; rows are checked by segment when they are first touched.
 
 use super::fields::{Fields, Invalid, Preamble, seal, unseal};
-use super::{PackId, Stored};
+use super::{PackId, Stored, image};
 use crate::store::Digest;
 
 const MAGIC: &[u8; 8] = b"STNCLPLC";
@@ -120,7 +120,10 @@ impl Front {
         let (files, packs) = (fields.u32()? as usize, fields.u32()? as usize);
         let rows_root = Digest::new(fields.array()?);
         fields.reserved(FIXED - Preamble::LEN - 88)?;
-        if files > super::image::MAX_FILES || Self::length(files, packs) != bytes.len() as u64 {
+        if block_count > image::MAX_BLOCKS || image_length > image::MAX_LENGTH {
+            return Err(Invalid::damage(format!("{block_count} blocks in an image of {image_length} bytes")));
+        }
+        if files > image::MAX_FILES || Self::length(files, packs) != bytes.len() as u64 {
             return Err(Invalid::damage(format!("{files} files and {packs} packs in {} bytes", bytes.len())));
         }
         let mut front =
@@ -202,6 +205,22 @@ mod tests {
         for length in 0..bytes.len() {
             assert!(Front::decode(&bytes[..length]).is_err(), "length {length}");
         }
+    }
+
+    #[test]
+    fn lengths_beyond_what_an_image_can_have_are_damage() {
+        let front = |image_length, block_count| Front {
+            digest: Digest::of(b"d"),
+            image_length,
+            block_count,
+            rows_root: Digest::of(b"r"),
+            files: vec![FileStats { data_bytes: 0, stored_bytes: 0 }],
+            packs: Vec::new(),
+        };
+        assert!(Front::decode(&front(image::MAX_LENGTH, image::MAX_BLOCKS).encode()).is_ok());
+        assert!(Front::decode(&front(image::MAX_LENGTH + 1, 1).encode()).is_err());
+        assert!(Front::decode(&front(1 << 60, 1).encode()).is_err());
+        assert!(Front::decode(&front(1000, u64::MAX / 4).encode()).is_err());
     }
 
     #[test]

@@ -10,8 +10,6 @@
 mod plan;
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
@@ -23,7 +21,9 @@ use super::format::pack::IndexEntry;
 use super::known::{Known, Place};
 use super::pack::pack_path;
 use super::pack_writer::{PACK_BYTES, PackWriter};
-use super::publish::{Session, allocated, publish, sweep, sync_folder};
+use super::path::StorePath;
+use super::publish::{publish, sync_folder};
+use super::session::{Session, allocated, sweep};
 use super::tables::TableWriter;
 use super::{Digest, Scratch, Store, Template};
 use crate::error::{Code, Error, Result};
@@ -77,7 +77,7 @@ impl Store {
         };
         let (sessions, swept) = sweep(&self.tmp_dir(), dry_run);
         // A removal that is not sure yet may put a template back: meanwhile it is in no list.
-        let names = if dry_run { None } else { Some(self.lock_names()?) };
+        let names = if dry_run { None } else { Some(self.lock_names_while(|| check(interrupt))?) };
         names.as_ref().map_or(Ok(()), |_| self.settle_graves())?;
         let census = Census::take(self, interrupt)?;
         drop(names);
@@ -110,16 +110,20 @@ fn affected<'c>(census: &'c Census, packs: &BTreeSet<PackId>) -> impl Iterator<I
     affected.map(Template::digest)
 }
 
+fn check(interrupt: &AtomicBool) -> Result<()> {
+    match interrupt.load(Ordering::Relaxed) {
+        true => Err(Error::failed("interrupted: what was given back until then stays so")),
+        false => Ok(()),
+    }
+}
+
 impl Run<'_> {
     fn allocated(&self, id: PackId) -> u64 {
         allocated(&self.store.packs().path(id))
     }
 
     fn check(&self) -> Result<()> {
-        match self.interrupt.load(Ordering::Relaxed) {
-            true => Err(Error::failed("interrupted: what was given back until then stays so")),
-            false => Ok(()),
-        }
+        check(self.interrupt)
     }
 
     /// What is free where the store lies, for those who are not root.
@@ -200,7 +204,7 @@ impl Run<'_> {
                 Ok(template) => template,
                 Err(_) => {
                     // A removal that is not sure yet puts it back, with the placement of before.
-                    let _names = self.store.lock_names()?;
+                    let _names = self.store.lock_names_while(|| self.check())?;
                     match self.store.template(digest) {
                         Ok(template) => template,
                         Err(_) if !self.store.find(digest)? => continue,
@@ -209,14 +213,14 @@ impl Run<'_> {
                 }
             };
             rewrite(&template, &moved, &whole, &folder)?;
-            let names = self.store.lock_names()?;
+            let names = self.store.lock_names_while(|| self.check())?;
             if self.store.has(digest) {
                 publish(&folder.join("placement"), &template.folder().join("placement"))?;
                 sync_folder(&template.folder())?;
                 replaced.insert(*digest);
             }
             drop(names);
-            fs::remove_dir_all(&folder).map_err(|e| Error::io("cannot remove", &folder, e))?;
+            folder.remove_tree().map_err(|e| folder.error("cannot remove", e))?;
         }
         let freed = self.remove(census, &whole)?;
         done.removed_packs += whole.len() as u64;
@@ -231,7 +235,7 @@ impl Run<'_> {
             self.check()?;
             let path = self.store.packs().path(*id);
             freed += allocated(&path);
-            fs::remove_file(&path).map_err(|e| Error::io("cannot remove the pack", &path, e))?;
+            path.remove_file().map_err(|e| path.error("cannot remove the pack", e))?;
             // What is open or mapped keeps its room.
             self.store.packs().forget(*id);
             census.packs.remove(id);
@@ -247,7 +251,7 @@ impl Run<'_> {
         census: &Census,
         round: &[Share],
         known: &Known,
-        folder: &Path,
+        folder: &StorePath,
     ) -> Result<(Moved, BTreeSet<PackId>, Vec<PackId>)> {
         let mut writer = PackWriter::new(folder, known);
         let (mut moved, mut whole) = (Moved::new(), BTreeSet::new());
@@ -289,7 +293,7 @@ impl Run<'_> {
 }
 
 /// Writes tables of a template with the new places of its blocks.
-fn rewrite(template: &Template, moved: &Moved, gone: &BTreeSet<PackId>, folder: &Path) -> Result<()> {
+fn rewrite(template: &Template, moved: &Moved, gone: &BTreeSet<PackId>, folder: &StorePath) -> Result<()> {
     let files = template.files().iter().map(|f| (f.name.clone(), f.kind));
     let mut tables = TableWriter::new(folder, files)?;
     for (number, file) in template.files().iter().enumerate() {

@@ -20,7 +20,7 @@ pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Sour
 use super::commit::{Finished, commit, fresh_policy};
 use super::known::Known;
 use super::pack_writer::Packed;
-use super::publish::Session;
+use super::session::Session;
 use super::{BLOCK_SIZE, Store};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -98,7 +98,7 @@ impl Store {
             tags: request.tag.iter().cloned().collect(),
         };
         let repaired = known.damaged();
-        let (committed, needed) = commit(self, &session, &packed, &[template], repaired)?;
+        let (committed, needed) = commit(self, &session, &packed, &[template], repaired, &|| stop.check())?;
         let packed = if needed { packed } else { Packed::default() };
         Ok(Imported {
             digest: tables.digest,

@@ -1,7 +1,6 @@
 //! Takes batches in order, writes packs and tables into the session.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender};
 
 use super::Work;
@@ -13,6 +12,7 @@ use crate::store::BLOCK_SIZE;
 use crate::store::format::Stored;
 use crate::store::known::Known;
 use crate::store::pack_writer::{PackWriter, Packed};
+use crate::store::path::StorePath;
 use crate::store::tables::{TableWriter, Tables};
 use crate::units::Bytes;
 
@@ -30,7 +30,7 @@ pub(super) struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     pub fn new(
-        session: &'a Path,
+        session: &'a StorePath,
         inputs: &[Input],
         order: Vec<usize>,
         known: &'a Known,

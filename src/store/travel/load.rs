@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -23,9 +22,11 @@ use crate::store::known::{Known, Place};
 use crate::store::ordered::ordered;
 use crate::store::owner::READ_BITS;
 use crate::store::pack::{PackFile, pack_path};
-use crate::store::pack_writer::{PackWriter, Packed, create};
+use crate::store::pack_writer::{PackWriter, Packed};
+use crate::store::path::StorePath;
 use crate::store::policy::MAX_LENGTH;
-use crate::store::publish::Session;
+use crate::store::publish::create;
+use crate::store::session::Session;
 use crate::store::tables::{TableWriter, Tables};
 use crate::store::tree::{SEGMENT, TreeWriter};
 use crate::store::{BLOCK_SIZE, Digest, Owner, Policy, Scratch, Store, TagName, TemplateFile};
@@ -102,7 +103,7 @@ struct Batch {
 
 /// A template of which everything but the blocks has come.
 struct Received {
-    image: PathBuf,
+    image: StorePath,
     header: ImageHeader,
     policy: Policy,
 }
@@ -150,7 +151,7 @@ impl Store {
         }
         source.check()?;
         let repaired = known.damaged();
-        let (committed, needed) = commit(self, &session, &packed, &finished, repaired)?;
+        let (committed, needed) = commit(self, &session, &packed, &finished, repaired, &|| source.check())?;
         let packed = if needed { packed } else { Packed::default() };
         let templates = finished.iter().zip(tables).zip(committed).map(|((template, tables), done)| {
             let moved = done.moved.into_iter().map(|(tag, from)| Moved { tag, from }).collect();
@@ -225,7 +226,7 @@ impl Store {
     /// Writes the tables of a template: its image again, and where each of its blocks lies in this store.
     fn tables(
         &self,
-        folder: &Path,
+        folder: &StorePath,
         (template, received): (&StreamTemplate, &Received),
         front: &StreamFront,
         source: &StreamSource,
@@ -329,7 +330,11 @@ fn arrived(policy: &Policy, request: &LoadRequest) -> Policy {
 }
 
 /// Takes policy and image of a template; the image goes to `path`.
-fn receive_template(template: &StreamTemplate, source: &mut StreamSource, path: PathBuf) -> Result<Received> {
+fn receive_template(
+    template: &StreamTemplate,
+    source: &mut StreamSource,
+    path: StorePath,
+) -> Result<Received> {
     let digest = template.digest;
     let what = format!("the policy of template {digest}");
     if u64::from(template.policy_length) > MAX_LENGTH {
@@ -445,18 +450,18 @@ fn refuse_unnamed(received: &[Received], mut came: HashSet<Digest>, source: &mut
 /// The hashes of an image that was received.
 struct ImageReader {
     file: BufReader<File>,
-    path: PathBuf,
+    path: StorePath,
 }
 
 impl ImageReader {
-    fn open(path: &Path, files: usize) -> Result<ImageReader> {
+    fn open(path: &StorePath, files: usize) -> Result<ImageReader> {
         let open = || {
-            let mut file = File::open(path)?;
+            let mut file = path.file()?;
             file.seek(SeekFrom::Start(ImageHeader::table_offset(files)))?;
             Ok(file)
         };
         let file = open().map_err(|e| Error::io("cannot read", path, e))?;
-        Ok(ImageReader { file: BufReader::new(file), path: path.to_owned() })
+        Ok(ImageReader { file: BufReader::new(file), path: path.clone() })
     }
 
     /// Some more of the `left` hashes of a file.

@@ -65,6 +65,7 @@ mod store_crash;
 mod store_damage;
 mod store_format;
 mod store_gc;
+mod store_hostile;
 mod store_in_use;
 mod store_limits;
 mod store_roundtrip;

@@ -196,7 +196,7 @@ impl Templates {
                 store_cache_bytes: template
                     .store_files()
                     .iter()
-                    .map(|path| residency::cached_store_file(path))
+                    .map(residency::cached_store_file)
                     .sum::<Result<Bytes>>()?,
                 clones: 0,
             };
@@ -247,7 +247,7 @@ impl Templates {
     }
 
     fn store_cache(&self) -> Result<Bytes> {
-        self.files.iter().map(|path| residency::cached_store_file(path)).sum()
+        self.files.iter().map(residency::cached_store_file).sum()
     }
 
     fn rows(&self) -> Vec<TemplateMemory> {

@@ -418,6 +418,11 @@ fn two_captures_of_one_vm() {
     vm.end();
 }
 
+fn ignore_shared(qmp: &mut Qmp, on: bool) {
+    let wanted = json!({"capabilities": [{"capability": "x-ignore-shared", "state": on}]});
+    qmp.run("migrate-set-capabilities", wanted).unwrap();
+}
+
 #[test]
 fn a_killed_capture_leaves_settings_and_processes_as_they_were() {
     let _host = host::shared();
@@ -429,7 +434,7 @@ fn a_killed_capture_leaves_settings_and_processes_as_they_were() {
     vm.is_as_before();
 
     // What was set before the capture is set after it, of a VM that ran and of one that did not.
-    vm.qmp.ignore_shared(true).unwrap();
+    ignore_shared(&mut vm.qmp, true);
     for ran in [true, false] {
         vm.qmp.run(if ran { "cont" } else { "stop" }, json!({})).unwrap();
         vm.caught(&[], Vm::is_read).killed();
@@ -437,7 +442,7 @@ fn a_killed_capture_leaves_settings_and_processes_as_they_were() {
         assert!(ignores_shared(&mut vm.qmp));
         assert_eq!(vm.qmp.status().unwrap() == "running", ran);
     }
-    vm.qmp.ignore_shared(false).unwrap();
+    ignore_shared(&mut vm.qmp, false);
     vm.qmp.run("cont", json!({})).unwrap();
     // One that stood still before, whose setting was off.
     vm.qmp.run("stop", json!({})).unwrap();

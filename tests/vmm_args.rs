@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use stencilfs::clones::migration::{Settings, wait_end};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::firecracker::state;
@@ -323,10 +324,10 @@ fn katas_script_resumes_a_real_guest_from_the_template() {
         assert!(qemu.0.try_wait().unwrap().is_none(), "{log}");
         Qmp::connect(&world.dir().join("qmp.sock")).ok()
     });
-    qmp.ignore_shared(true).unwrap();
+    Settings::of(&mut qmp).unwrap().for_device_state().apply(&mut qmp).unwrap();
     qmp.run("migrate-incoming", json!({"uri": format!("exec:cat {}", folder.join("state").display())}))
         .unwrap();
-    qmp.wait_migrated(Instant::now() + Duration::from_secs(60)).unwrap();
+    wait_end(&mut qmp, Instant::now() + Duration::from_secs(60)).unwrap();
     qmp.run("cont", json!({})).unwrap();
     let serial = world.dir().join("serial.log");
     patiently("heartbeats", Duration::from_secs(60), || (heartbeats(&serial).len() >= 3).then_some(()));

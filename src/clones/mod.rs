@@ -6,6 +6,7 @@ pub mod capture;
 pub mod family;
 pub mod find;
 pub mod launch;
+pub mod migration;
 mod ports;
 pub mod qmp;
 pub mod recipe;

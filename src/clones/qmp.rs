@@ -1,6 +1,6 @@
 //! Talks QMP to a QEMU: one JSON object a line over a unix socket. Every wait has an end.
 
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,16 +11,17 @@ use std::time::{Duration, Instant};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
+use crate::sys::pause::{self, Pause};
 
-/// No message of QEMU's is longer; more means that the other end is no QEMU.
-const LONGEST_MESSAGE: usize = 16 << 20;
+/// The longest message that is read: a list of some thousand block nodes.
+const MAX_MESSAGE: usize = 4 << 20;
+
+/// Events that are remembered, each once; all others are dropped as they come.
+pub const WATCHED: [&str; 2] = ["RESUME", "RESET"];
 
 /// How long a command may take that only asks.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The capability by which device state comes without the RAM.
-const IGNORE_SHARED: &str = "x-ignore-shared";
 
 /// A session with one QEMU.
 #[derive(Debug)]
@@ -28,7 +29,8 @@ pub struct Qmp {
     stream: UnixStream,
     path: PathBuf,
     unread: Vec<u8>,
-    events: VecDeque<Value>,
+    seen: BTreeSet<&'static str>,
+    lost: bool,
     next_id: u64,
 }
 
@@ -52,7 +54,8 @@ impl Qmp {
             Error::io("cannot connect to the QMP socket", path, e)
                 .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here")
         })?;
-        Ok(Qmp { stream, path: path.to_owned(), unread: vec![], events: VecDeque::new(), next_id: 1 })
+        let path = path.to_owned();
+        Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, next_id: 1 })
     }
 
     /// Negotiates, once.
@@ -60,11 +63,9 @@ impl Qmp {
     /// # Errors
     /// When it is no QMP, or it does not greet within 20 seconds (another client has it).
     pub fn greet(&mut self) -> Result<()> {
-        let greeting = self.receive(Instant::now() + PATIENCE).map_err(|e| {
-            e.remedy(
-                "a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp",
-            )
-        })?;
+        // One that stands still takes connections all the same.
+        self.standstill().map_or(Ok(()), Err)?;
+        let greeting = self.receive(Instant::now() + PATIENCE)?;
         if greeting.get("QMP").is_none() {
             return Err(Error::failed("this socket does not greet as QMP")
                 .at(&self.path)
@@ -95,12 +96,12 @@ impl Qmp {
         self.next_id += 1;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string().into_bytes();
         line.push(b'\n');
-        self.send(&line, fd)?;
+        self.send(&line, fd).inspect_err(|_| self.lost = true)?;
         let deadline = Instant::now() + PATIENCE;
         loop {
             let message = self.receive(deadline).map_err(|e| e.context(format!("QMP command {command}")))?;
-            if message.get("event").is_some() {
-                self.events.push_back(message);
+            if let Some(event) = message.get("event") {
+                self.seen.extend(WATCHED.iter().find(|name| event.as_str() == Some(**name)));
             } else if message.get("id").and_then(Value::as_u64) == Some(id) {
                 if let Some(error) = message.get("error") {
                     let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
@@ -113,34 +114,19 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event of that name; those of other names are dropped.
-    ///
-    /// # Errors
-    /// When it does not come by the deadline, or QEMU has gone.
-    pub fn wait_event(&mut self, name: &str, deadline: Instant) -> Result<Value> {
-        loop {
-            let message = match self.events.pop_front() {
-                Some(event) => event,
-                None => self
-                    .receive(deadline)
-                    .map_err(|e| e.context(format!("waiting for QEMU's event {name}")))?,
-            };
-            if is_event(&message, name) {
-                return Ok(message.get("data").cloned().unwrap_or(Value::Null));
-            }
-        }
+    /// Forgets the events that have come so far.
+    pub fn forget_events(&mut self) {
+        self.seen.clear();
     }
 
-    /// Forgets the events that came before the last one of that name, and this one.
-    pub fn forget_until(&mut self, name: &str) {
-        if let Some(at) = self.events.iter().rposition(|event| is_event(event, name)) {
-            self.events.drain(..=at);
-        }
-    }
-
-    /// True when an event of that name has come and was not forgotten.
+    /// True when an event of that name, one of [`WATCHED`], has come and was not forgotten.
     pub fn has_seen(&self, name: &str) -> bool {
-        self.events.iter().any(|event| is_event(event, name))
+        self.seen.contains(name)
+    }
+
+    /// True when this session cannot be used any more: QEMU has closed it, or what came was no QMP.
+    pub fn is_lost(&self) -> bool {
+        self.lost
     }
 
     /// The state of the VM: `running`, `paused`, `postmigrate`…
@@ -151,63 +137,9 @@ impl Qmp {
         self.text_of("query-status", "status")
     }
 
-    /// Whether a migration leaves out RAM that lies in a shared file. Gives what was set before.
-    ///
-    /// # Errors
-    /// As [`run`](Self::run).
-    pub fn ignore_shared(&mut self, on: bool) -> Result<bool> {
-        let before = self.ignores_shared()?;
-        if before != on {
-            let wanted = json!({"capabilities": [{"capability": IGNORE_SHARED, "state": on}]});
-            self.run("migrate-set-capabilities", wanted)?;
-        }
-        Ok(before)
-    }
-
-    /// Whether a migration leaves out RAM that lies in a shared file.
-    ///
-    /// # Errors
-    /// As [`run`](Self::run), or when this QEMU knows no such thing.
-    pub fn ignores_shared(&mut self) -> Result<bool> {
-        let known = self.run("query-migrate-capabilities", json!({}))?;
-        let is_it = |c: &&Value| c.get("capability").and_then(Value::as_str) == Some(IGNORE_SHARED);
-        let state = known.as_array().and_then(|all| all.iter().find(is_it));
-        state.and_then(|c| c.get("state")).and_then(Value::as_bool).ok_or_else(|| {
-            Error::failed(format!("this QEMU does not know the migration capability {IGNORE_SHARED}"))
-                .at(&self.path)
-                .remedy("use QEMU 8.2 or newer")
-        })
-    }
-
-    /// Waits until the migration that was started has come to its end.
-    ///
-    /// # Errors
-    /// When it fails, in QEMU's words, or does not end by the deadline.
-    pub fn wait_migrated(&mut self, deadline: Instant) -> Result<()> {
-        let mut pause = Duration::from_millis(1);
-        loop {
-            let info = self.run("query-migrate", json!({}))?;
-            match info.get("status").and_then(Value::as_str).unwrap_or("none") {
-                "completed" => return Ok(()),
-                status @ ("failed" | "cancelled") => {
-                    let reason = info.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
-                    return Err(Error::failed(format!(
-                        "the migration of device state has {status}: {reason}"
-                    ))
-                    .at(&self.path)
-                    .remedy("QEMU's log says which device; that one has to go, or be one that can migrate"));
-                }
-                _ if Instant::now() >= deadline => {
-                    return Err(Error::try_again("the migration of device state does not come to an end")
-                        .at(&self.path)
-                        .remedy(
-                            "see query-migrate on the same socket; a host that is less busy takes less long",
-                        ));
-                }
-                _ => std::thread::sleep(pause),
-            }
-            pause = (pause * 2).min(Duration::from_millis(20));
-        }
+    /// The socket.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The process at the other end, as the kernel knows it.
@@ -230,7 +162,7 @@ impl Qmp {
     }
 
     fn send(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<()> {
-        let lost = |e: io::Error| Error::io("cannot talk to QEMU", &self.path, e);
+        let lost = |e: io::Error| lost(&self.path, e);
         self.stream.set_write_timeout(Some(PATIENCE)).map_err(lost)?;
         let mut rest = line;
         if let Some(fd) = fd {
@@ -252,39 +184,45 @@ impl Qmp {
 
     /// The next message, whatever it is.
     fn receive(&mut self, deadline: Instant) -> Result<Value> {
-        let lost = |path: &Path, e: io::Error| Error::io("cannot talk to QEMU", path, e);
+        self.next_message(deadline).inspect_err(|error| self.lost |= error.code() != Code::TryAgain)
+    }
+
+    fn next_message(&mut self, deadline: Instant) -> Result<Value> {
+        let mut buffer = vec![0; 64 << 10];
+        // What was looked through for the end of a line.
+        let mut seen = 0;
         loop {
-            if let Some(end) = self.unread.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.unread.drain(..=end).collect();
+            if let Some(end) = self.unread.iter().skip(seen).position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=seen + end).collect();
+                seen = 0;
                 if line.iter().all(u8::is_ascii_whitespace) {
                     continue;
                 }
+                // The parser refuses more than 128 levels, long before its stack ends.
                 return serde_json::from_slice(&line).map_err(|e| {
                     Error::failed(format!("this socket does not speak QMP: {e}"))
                         .at(&self.path)
                         .remedy("give the socket of -qmp")
                 });
             }
-            if self.unread.len() > LONGEST_MESSAGE {
-                return Err(Error::failed("QEMU sends a message without an end")
+            seen = self.unread.len();
+            if seen > MAX_MESSAGE {
+                return Err(Error::failed(format!("a message of QEMU is longer than {MAX_MESSAGE} bytes"))
                     .at(&self.path)
                     .remedy("give the socket of -qmp"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::try_again("QEMU does not answer")
-                    .at(&self.path)
-                    .remedy("another program may hold its QMP session: QEMU speaks with one at a time"));
+                return Err(self.no_answer());
             }
             self.stream.set_read_timeout(Some(left)).map_err(|e| lost(&self.path, e))?;
-            let mut buffer = [0; 4096];
             match self.stream.read(&mut buffer) {
                 Ok(0) => {
                     return Err(Error::failed("QEMU has closed the QMP session")
                         .at(&self.path)
                         .remedy("see whether that QEMU still runs, and its log"));
                 }
-                Ok(got) => self.unread.extend_from_slice(&buffer[..got]),
+                Ok(got) => self.unread.extend_from_slice(buffer.get(..got).unwrap_or_default()),
                 Err(e)
                     if matches!(
                         e.kind(),
@@ -294,16 +232,44 @@ impl Qmp {
             }
         }
     }
+
+    /// Why no answer comes.
+    fn no_answer(&self) -> Error {
+        self.standstill().unwrap_or_else(|| {
+            Error::try_again("QEMU does not answer").at(&self.path).remedy(
+                "a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp",
+            )
+        })
+    }
+
+    /// What keeps the process at the other end from running.
+    fn standstill(&self) -> Option<Error> {
+        let pid = self.peer_pid().ok()?;
+        let (why, remedy) = match pause::of(pid)? {
+            Pause::Stopped => {
+                ("is stopped (SIGSTOP)".to_owned(), format!("let it go on: `kill -CONT {pid}`"))
+            }
+            Pause::Traced => {
+                ("is stopped by a debugger".to_owned(), "let it go on, or end the debugger".to_owned())
+            }
+            Pause::Frozen { file, thaw } => (
+                "is frozen by its control group".to_owned(),
+                format!("thaw it: `echo {thaw} >{}`, or as its manager does it", file.display()),
+            ),
+        };
+        Some(Error::try_again(format!("QEMU (process {pid}) {why}")).at(&self.path).remedy(remedy))
+    }
 }
 
-fn is_event(message: &Value, name: &str) -> bool {
-    message.get("event").and_then(Value::as_str) == Some(name)
+fn lost(path: &Path, e: io::Error) -> Error {
+    Error::io("cannot talk to QEMU", path, e)
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
     use std::os::unix::net::UnixListener;
+    use std::sync::LazyLock;
 
     use super::*;
     use crate::error::Code;
@@ -329,24 +295,29 @@ mod tests {
     #[test]
     fn answers_events_and_refusals_are_told_apart() {
         let (_dir, path) = played(&[
-            "{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": 2}\n",
+            "{\"event\": \"RESUME\"}\n{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": 2}\n",
             "{\"id\": 3, \"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}}\n",
         ]);
         let mut qmp = Qmp::connect(&path).unwrap();
         assert_eq!(qmp.status().unwrap(), "paused");
         let refusal = qmp.run("frob", json!({})).unwrap_err();
         assert!(refusal.to_string().contains("QEMU refuses frob: no such thing"), "{refusal}");
-        qmp.wait_event("STOP", Instant::now() + Duration::from_secs(1)).unwrap();
+        assert!(qmp.has_seen("RESUME") && !qmp.has_seen("RESET") && !qmp.is_lost());
+        qmp.forget_events();
+        assert!(!qmp.has_seen("RESUME"));
         // The player has gone: an error, no hang.
         assert!(qmp.status().is_err());
     }
 
     #[test]
-    fn waiting_has_an_end() {
-        let (_dir, path) = played(&["", ""]);
+    fn what_is_too_deep_is_no_qmp() {
+        static DEEP: LazyLock<String> = LazyLock::new(|| "[".repeat(1 << 20) + "\n");
+        static LINES: LazyLock<[&str; 1]> = LazyLock::new(|| [DEEP.as_str()]);
+        let (_dir, path) = played(LINES.as_slice());
         let mut qmp = Qmp::connect(&path).unwrap();
-        let error = qmp.wait_event("STOP", Instant::now() + Duration::from_millis(20)).unwrap_err();
-        assert_eq!(error.code(), Code::TryAgain, "{error}");
+        let error = qmp.status().unwrap_err();
+        assert!(error.to_string().contains("does not speak QMP"), "{error}");
+        assert!(qmp.is_lost());
     }
 
     #[test]

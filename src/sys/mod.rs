@@ -19,6 +19,7 @@ pub mod mapping;
 pub mod memfd;
 pub mod mount;
 pub mod pagemap;
+pub mod pause;
 pub mod probe;
 pub mod process;
 mod process_id;

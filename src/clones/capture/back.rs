@@ -1,13 +1,15 @@
 //! How a captured VM is brought back: the guest runs again, then QEMU's settings are as they were, then the disks.
 //! The capture does it, and the helper of one that was killed does the same.
 
+use std::cell::RefCell;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::disks::{self, Frozen};
+use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
@@ -23,8 +25,8 @@ const LAST_BREATH: Duration = Duration::from_secs(5);
 pub struct Before {
     /// The guest ran.
     pub ran: bool,
-    /// A migration left shared RAM out.
-    pub ignored_shared: bool,
+    /// Settings of its migrations.
+    pub settings: Settings,
     /// Disks that are frozen, or are going to be.
     pub disks: Vec<Frozen>,
 }
@@ -39,10 +41,10 @@ impl Before {
         // A device state that was cut off ends as a failed migration, one that was whole as a finished one; either may
         // still stop the guest, and until then QEMU refuses to change a capability.
         if self.ran && !stay {
-            insist(vm, || runs_again(qmp))?;
+            insist_on(qmp, vm, runs_again)?;
         }
         let runs = Instant::now();
-        insist(vm, || qmp.ignore_shared(self.ignored_shared))?;
+        insist_on(qmp, vm, |qmp| self.settings.apply(qmp))?;
         Ok(runs)
     }
 
@@ -76,10 +78,8 @@ fn has_ended(qmp: &mut Qmp, vm: ProcessId) -> bool {
 /// Lets the guest run, and makes sure that no migration is left that would stop it.
 fn runs_again(qmp: &mut Qmp) -> Result<()> {
     let refused = qmp.run("cont", json!({})).err();
-    let migration = qmp.run("query-migrate", json!({}))?;
-    let phase = migration.get("status").and_then(Value::as_str).unwrap_or("none");
+    let (phase, rests) = migration::phase(qmp)?;
     let status = qmp.status()?;
-    let rests = matches!(phase, "none" | "completed" | "failed" | "cancelled");
     // Another state (`shutdown`, `io-error`…) is not the capture's, and QEMU may refuse to let the guest run in it.
     match rests && !matches!(status.as_str(), "paused" | "prelaunch" | "postmigrate" | "finish-migrate") {
         true => Ok(()),
@@ -88,6 +88,13 @@ fn runs_again(qmp: &mut Qmp) -> Result<()> {
                 .remedy("QMP cont lets it run")
         })),
     }
+}
+
+/// Tries until it goes well, for half a minute and while the VM lives; on a session that is lost only once.
+fn insist_on<T>(qmp: &mut Qmp, vm: ProcessId, mut attempt: impl FnMut(&mut Qmp) -> Result<T>) -> Result<T> {
+    let qmp = RefCell::new(qmp);
+    let holds = || vm.is_alive() && !qmp.borrow().is_lost();
+    insist_while(holds, || attempt(&mut qmp.borrow_mut()))
 }
 
 /// Tries until it goes well, for half a minute and while the VM lives.

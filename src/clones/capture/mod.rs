@@ -5,6 +5,7 @@
 //! the VM stands still for the clone only, not for the import.
 
 mod back;
+mod busy;
 mod disks;
 mod images;
 mod lock;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
+use super::migration::Settings;
 use super::qmp::Qmp;
 use super::recipe::PlannedDisk;
 use crate::error::Result;
@@ -208,7 +210,7 @@ fn settle_left_over(qmp: &mut Qmp, socket: &Path, lock: &VmLock, interrupt: &Ato
     }
     let process = ProcessId::of(pid)?.ok_or_else(|| vm::no_vm_here(pid))?;
     // Whether the guest runs is not changed.
-    let before = Before { ran: false, ignored_shared: qmp.ignores_shared()?, disks };
+    let before = Before { ran: false, settings: Settings::of(qmp)?, disks };
     let helper = ResumeOnDeath::start(socket, process, lock.share()?, &before)?;
     before.settle(qmp, process, Some(interrupt))?;
     helper.dismiss();

@@ -12,12 +12,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
 use super::back::Before;
+use super::busy;
 use super::disks::{self, Frozen};
 use super::images;
 use super::lock::VmLock;
 use super::vm::Vm;
 use super::watchdog::ResumeOnDeath;
-use crate::clones::qmp::Qmp;
+use crate::clones::migration::{self, Settings};
+use crate::clones::qmp::{Qmp, WATCHED};
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
 
@@ -52,7 +54,7 @@ impl Stand {
         lock: VmLock,
         interrupt: Arc<AtomicBool>,
     ) -> Result<Stand> {
-        let before = Before { ran: vm.was_running, ignored_shared: qmp.ignores_shared()?, disks };
+        let before = Before { ran: vm.was_running, settings: Settings::of(&mut qmp)?, disks };
         let helper = ResumeOnDeath::start(socket, vm.process, lock.share()?, &before)?;
         let made = before.disks.iter().try_for_each(|d| images::make(&d.place, &d.image, helper.hold()?));
         // Where one could not be made, dropping it takes the others away.
@@ -76,11 +78,13 @@ impl Stand {
     /// QEMU's words, or when the VM has other images open than this process.
     pub fn still(&mut self, vm: &Vm) -> Result<()> {
         self.since = Some(Instant::now());
-        self.qmp.ignore_shared(true)?;
+        self.before.settings.for_device_state().apply(&mut self.qmp)?;
+        // What stands against it is told only under these settings.
+        busy::refuse(&mut self.qmp)?;
         if self.before.ran {
             self.since = Some(Instant::now());
             self.qmp.run("stop", json!({}))?;
-            self.qmp.forget_until("STOP");
+            self.qmp.forget_events();
         }
         vm.images.are_open_in_vm()?;
         if self.before.disks.is_empty() {
@@ -110,7 +114,7 @@ impl Stand {
             let _ = self.qmp.run("migrate_cancel", json!({}));
         }
         let file = received?;
-        self.qmp.wait_migrated(deadline)?;
+        migration::wait_end(&mut self.qmp, deadline)?;
         Ok(file)
     }
 
@@ -132,7 +136,7 @@ impl Stand {
     pub fn is_read(&mut self) -> Result<()> {
         if self.disturbed.is_none() {
             let runs = self.qmp.status().is_ok_and(|status| status == "running");
-            self.disturbed = Some(runs || ["RESUME", "RESET"].iter().any(|event| self.qmp.has_seen(event)));
+            self.disturbed = Some(runs || WATCHED.iter().any(|event| self.qmp.has_seen(event)));
         }
         self.undisturbed()
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
+use super::busy;
 use super::disks::block_nodes;
 use super::open_files::HeldFiles;
 use crate::clones::qmp::Qmp;
@@ -34,6 +35,8 @@ pub(super) type RamFile = (String, String, File, PathBuf);
 impl Vm {
     /// Finds out all about it, and changes nothing.
     pub fn look(qmp: &mut Qmp) -> Result<Vm> {
+        // A migration that is under way shows in the state as well, and says more.
+        busy::refuse(qmp)?;
         let was_running = match qmp.status()?.as_str() {
             "running" => true,
             "paused" | "prelaunch" => false,

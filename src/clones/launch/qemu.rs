@@ -9,6 +9,7 @@ use super::Herd;
 use super::child::{Patience, spawn};
 use super::own;
 use crate::clones::family;
+use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
 use crate::clones::registry::Entry;
@@ -118,9 +119,12 @@ fn bring_up(
     if let Some(process) = ProcessId::of(qmp.peer_pid()?)?.filter(|p| Some(*p) != entry.process()) {
         entry.set_process(process)?;
     }
-    qmp.ignore_shared(true)?;
+    // The recipe may have others (-global migration.…), which the clone has afterwards.
+    let settings = Settings::of(&mut qmp)?;
+    settings.for_device_state().apply(&mut qmp)?;
     qmp.run("migrate-incoming", json!({"uri": format!("file:{state}")}))?;
-    qmp.wait_migrated(patience.deadline)?;
+    migration::wait_end(&mut qmp, patience.deadline)?;
+    settings.apply(&mut qmp)?;
     // Its guest still has the addresses of the captured one, which may run.
     for network in shared {
         qmp.run("set_link", json!({"name": network, "up": false}))?;

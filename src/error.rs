@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::shown::shown;
+use crate::shown::{path_text, shown};
 
 /// Result with Stencil's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -120,8 +120,7 @@ impl Error {
         };
         let mut error = Self::new(code, what).at(path);
         error.0.remedy = remedy.map(str::to_owned);
-        error.0.source = Some(source);
-        error
+        error.because(source)
     }
 
     /// Names the path that the error is about.
@@ -138,9 +137,12 @@ impl Error {
         self
     }
 
-    /// Keeps the system's own error beneath this one.
+    /// Keeps the system's own error beneath this one. One that names a limit brings its remedy along, unless there is one.
     #[must_use]
     pub fn because(mut self, source: io::Error) -> Self {
+        if self.0.remedy.is_none() {
+            self.0.remedy = limit_remedy(&source).map(str::to_owned);
+        }
         self.0.source = Some(source);
         self
     }
@@ -192,7 +194,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&shown(&self.0.message))?;
         if let Some(path) = &self.0.path {
-            write!(f, ": {}", shown(&path.to_string_lossy()))?;
+            write!(f, ": {}", shown(&path_text(path)))?;
         }
         if let Some(source) = &self.0.source {
             write!(f, ": {}", shown(&errno_text(source)))?;
@@ -213,6 +215,21 @@ pub fn errno_text(error: &io::Error) -> String {
     match text.find(" (os error") {
         Some(end) => text[..end].to_owned(),
         None => text,
+    }
+}
+
+/// What to do about a limit of the process, the control group or the host.
+fn limit_remedy(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error()? {
+        libc::EFBIG => Some(
+            "raise the limit on the size of files (ulimit -f), or use a filesystem that takes larger ones",
+        ),
+        libc::EMFILE => Some("raise the limit on open files of this process: ulimit -n"),
+        libc::ENFILE => Some("raise the limit on open files of the host: sysctl fs.file-max"),
+        libc::ENOMEM => Some(
+            "raise the limits on memory: ulimit -v, memory.max of the control group; or free memory on the host",
+        ),
+        _ => None,
     }
 }
 
@@ -240,6 +257,19 @@ mod tests {
     fn one_line_stays_one_line() {
         let error = Error::failed("label 'a\n\u{1b}[2K\u{202e}'").at("/s\r");
         assert_eq!(error.to_string(), r"label 'a\n\u001b[2K\u202e': /s\u000d");
+    }
+
+    #[test]
+    fn a_limit_is_named() {
+        let cause = |errno| Error::failed("cannot start").because(io::Error::from_raw_os_error(errno));
+        for (errno, word) in
+            [(libc::EFBIG, "ulimit -f"), (libc::EMFILE, "ulimit -n"), (libc::ENOMEM, "ulimit -v")]
+        {
+            assert!(cause(errno).remedy_text().is_some_and(|remedy| remedy.contains(word)), "{word}");
+        }
+        assert_eq!(cause(libc::EIO).remedy_text(), None);
+        let own = Error::failed("no").remedy("own").because(io::Error::from_raw_os_error(libc::ENOMEM));
+        assert_eq!(own.remedy_text(), Some("own"));
     }
 
     #[test]

@@ -12,6 +12,8 @@
 //! | 4 | [`clones`]: sees paths and inodes, as a VMM does |
 //! | 5 | [`cli`] |
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod cli;
 pub mod clones;
 pub mod control;

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: stencilfs::sys::alloc::OrEnd = stencilfs::sys::alloc::OrEnd;
+
 fn main() -> ExitCode {
+    stencilfs::sys::inherited::reset(false);
     stencilfs::cli::main()
 }

@@ -1,6 +1,19 @@
 //! Text that somebody else wrote, as it may stand on a terminal.
 
 use std::borrow::Cow;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serializer;
+
+/// Writes a line to standard error. A standard error that takes no bytes is no reason to fail.
+#[macro_export]
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
 
 /// The text with every character that moves, hides or reverses what stands around it written as JSON does: `\u001b`, four
 /// hexadecimal digits for each unit of UTF-16. One line stays one line, and what was JSON is the same JSON.
@@ -27,6 +40,39 @@ pub fn shown_lines(text: &str) -> String {
     text.split('\n').map(shown).collect::<Vec<_>>().join("\n")
 }
 
+/// A path as text: bytes that are not UTF-8 become `\xHH`. The result names the path to a person; it does not open it.
+pub fn path_text(path: &Path) -> Cow<'_, str> {
+    let bytes = path.as_os_str().as_bytes();
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return text.into();
+    }
+    let mut out = String::with_capacity(bytes.len() + 16);
+    for chunk in bytes.utf8_chunks() {
+        out.push_str(chunk.valid());
+        chunk.invalid().iter().for_each(|byte| out.push_str(&format!("\\x{byte:02x}")));
+    }
+    out.into()
+}
+
+/// For `#[serde(serialize_with = "…")]` of a [`PathBuf`] in a report: serde fails for a path that is not UTF-8.
+///
+/// # Errors
+/// The serializer's.
+pub fn path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path_text(path))
+}
+
+/// As [`path`], for an optional one.
+///
+/// # Errors
+/// The serializer's.
+pub fn optional_path<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    match path {
+        Some(path) => serializer.serialize_some(&*path_text(path)),
+        None => serializer.serialize_none(),
+    }
+}
+
 /// Control characters, and those that are not seen: marks of direction, joiners, separators, tags.
 fn is_unprintable(c: char) -> bool {
     c.is_control()
@@ -44,6 +90,13 @@ mod tests {
         assert_eq!(shown("\u{202e}cod\u{2066}\u{e0041}"), r"\u202ecod\u2066\udb40\udc41");
         assert!(matches!(shown("größe 你好 \\ \"x\" e\u{301}"), Cow::Borrowed(_)));
         assert_eq!(shown_lines("{\n  \u{202e}}\n"), "{\n  \\u202e}\n");
+    }
+
+    #[test]
+    fn a_path_of_any_bytes_is_text() {
+        use std::ffi::OsStr;
+        assert!(matches!(path_text(Path::new("/größe/a")), Cow::Borrowed("/größe/a")));
+        assert_eq!(path_text(Path::new(OsStr::from_bytes(b"/a\xff\xc3/\xe4b"))), r"/a\xff\xc3/\xe4b");
     }
 
     #[test]

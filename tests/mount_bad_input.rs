@@ -26,7 +26,13 @@ fn mountpoints_that_cannot_be() {
     let file = world.dir().join("file");
     fs::write(&file, "x").unwrap();
     world.stencil(&["mount", file.to_str().unwrap()]).exits(2).says("the mountpoint is no directory");
-    world.stencil(&["mount", world.dir().to_str().unwrap()]).exits(2).says("the mountpoint is not empty");
+    let full = world.dir().join("full");
+    fs::create_dir_all(full.join("folder")).unwrap();
+    world.stencil(&["mount", full.to_str().unwrap()]).exits(2).says("the mountpoint is not empty");
+    world
+        .stencil(&["mount", world.dir().to_str().unwrap()])
+        .exits(2)
+        .says("the store lies in the mountpoint");
     world.stencil(&["mount", "/proc"]).exits(5).says("taken by a mount of type proc");
     assert_untouched(&world);
 

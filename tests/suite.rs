@@ -1,5 +1,6 @@
 //! One scenario a file; `support` holds what they share.
 mod accounting;
+mod arguments;
 mod backend_explain;
 mod backend_memory;
 mod cache_trouble;
@@ -26,6 +27,7 @@ mod gc_room;
 mod gc_waits;
 mod hostile_server;
 mod in_flight;
+mod inherited;
 mod jail;
 mod kill_clones;
 mod kill_kvm;
@@ -41,6 +43,7 @@ mod mount_bad_input;
 mod mount_damage;
 mod mount_kill;
 mod mount_leaks;
+mod mount_own_paths;
 mod mount_places;
 mod mount_reads;
 mod mount_refusals;

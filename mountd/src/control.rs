@@ -88,9 +88,9 @@ impl Starter {
     pub fn tell(self, error: Option<&Error>) {
         if self.foreground {
             if let Some(error) = error {
-                eprintln!("stencil-mountd: {error}");
+                stencilfs::say!("stencil-mountd: {error}");
                 if let Some(remedy) = error.remedy_text() {
-                    eprintln!("stencil-mountd: {remedy}");
+                    stencilfs::say!("stencil-mountd: {remedy}");
                 }
             }
             return;

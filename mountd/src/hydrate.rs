@@ -6,11 +6,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 
 use rustix::fs::SeekFrom;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
+use stencilfs::sys::threads;
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
 use crate::condemned::Condemned;
@@ -236,12 +236,7 @@ impl Hydrator {
             Ok(())
         };
         let threads = self.threads.min(pieces.len().max(1));
-        thread::scope(|scope| {
-            let all: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
-            all.into_iter().try_for_each(|thread| {
-                thread.join().unwrap_or_else(|_| Err(Error::failed("a hydrating thread has panicked")))
-            })
-        })
+        threads::share(threads, one)
     }
 }
 

@@ -7,6 +7,8 @@
 //!                             server: speaks FUSE; knows nothing that a successor could not find again
 //! ```
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod attr;
 mod backing;
 mod backings;
@@ -38,9 +40,15 @@ mod supervisor;
 mod tree;
 mod watchdog;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
+
+/// Prints a line; whoever reads standard output may have gone.
+fn answer(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
 
 /// Requests of the kernel arrive in buffers that are there.
 #[global_allocator]
@@ -55,10 +63,12 @@ usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [-
        stencil-mountd --version";
 
 fn main() -> ExitCode {
+    let command = std::env::args_os().nth(1).unwrap_or_default();
+    // A supervisor that became this program holds signals back until it can hear them.
+    stencilfs::sys::inherited::reset(command == "resume");
     // Started from a descriptor, it would have the descriptor's number as its name.
     let _ = rustix::thread::set_name(c"stencil-mountd");
-    let mut args = std::env::args_os().skip(1);
-    let command = args.next().unwrap_or_default();
+    let args = std::env::args_os().skip(2);
     let level = env_logger::Env::new().filter_or("STENCIL_LOG", "info");
     let mut log = env_logger::Builder::from_env(level);
     log.format_timestamp_millis().filter_module("fuser", log::LevelFilter::Warn);
@@ -68,7 +78,7 @@ fn main() -> ExitCode {
             match MountOptions::from_args(args) {
                 Ok(options) => begin::supervise(options),
                 Err(error) => {
-                    eprintln!("stencil-mountd: {error}\n{USAGE}");
+                    stencilfs::say!("stencil-mountd: {error}\n{USAGE}");
                     ExitCode::from(error.code().exit_code())
                 }
             }
@@ -88,15 +98,15 @@ fn main() -> ExitCode {
             sandbox::attempt::main(args)
         }
         Some("--version") => {
-            println!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION"));
+            answer(&format!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION")));
             ExitCode::SUCCESS
         }
         Some("--help" | "-h") => {
-            println!("{USAGE}");
+            answer(USAGE);
             ExitCode::SUCCESS
         }
         _ => {
-            eprintln!("{USAGE}");
+            stencilfs::say!("{USAGE}");
             ExitCode::from(2)
         }
     }

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::{flag, low_level::pipe};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::inherited;
 
-/// SIGTERM, SIGINT and SIGHUP, as they come.
+/// SIGTERM, SIGINT and, unless the caller has it ignored, SIGHUP, as they come.
 #[derive(Debug)]
 pub struct Signals {
     woken: OwnedFd,
@@ -36,7 +37,10 @@ impl Signals {
             for signal in cutting {
                 flag::register(*signal, Arc::clone(&cuts_off))?;
             }
-            for signal in [SIGTERM, SIGINT, SIGHUP] {
+            // An ignored SIGHUP stays so: the caller used nohup.
+            let heard =
+                [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|&signal| !inherited::is_ignored(signal));
+            for signal in heard {
                 pipe::register(signal, theirs.try_clone()?)?;
             }
             Ok(ours.into())

@@ -64,7 +64,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     };
     let Paste { text, argv, body, notes } = paste(args.vmm, &served)?;
     if !global.quiet && !global.json {
-        notes.iter().for_each(|note| eprintln!("note: {note}"));
+        notes.iter().for_each(|note| crate::say!("note: {note}"));
     }
     let report = Pasted {
         vmm: args.vmm.name(),

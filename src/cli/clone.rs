@@ -135,7 +135,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     // From here on they are found by what they map.
     drop(lease);
     let seconds = start.elapsed().as_secs_f64();
-    warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
+    warnings.iter().for_each(|warning| crate::say!("note: {warning}"));
     let failed = !launched.failures.is_empty();
     let mut code = 0;
     let report = |clones, failures, ended| CloneReport {

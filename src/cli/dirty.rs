@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -13,7 +15,11 @@ use crate::clones::accounting::{self, DirtyRange};
 use crate::clones::registry;
 use crate::control;
 use crate::error::{Error, Result};
+use crate::sys::stream::Sink;
 use crate::units::PageCount;
+
+/// How long a named pipe for the bitmap may be without a reader.
+const SILENCE: Duration = Duration::from_secs(300);
 
 /// Arguments of `stencil dirty`.
 #[derive(Debug, clap::Args)]
@@ -58,7 +64,7 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
                 .remedy("name one of its files with --file"));
         };
         let bitmap = bitmap(&ranges, &args.file, end / crate::units::PAGE_SIZE);
-        fs::write(path, bitmap).map_err(|e| Error::io("cannot write the bitmap", path, e))?;
+        write(path, &bitmap)?;
     }
     let pages =
         |swapped: bool| ranges.iter().filter(|r| r.swapped == swapped).map(|r| r.pages).sum::<PageCount>();
@@ -68,6 +74,17 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
         swapped_pages: pages(true),
         ranges: args.ranges.then_some(ranges),
     }))
+}
+
+/// A named pipe is waited for like that of `stencil export`.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let fail = |e| Error::io("cannot write the bitmap", path, e);
+    match fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_fifo() => {
+            Sink::open(path, Some(SILENCE), None)?.write_all(bytes).map_err(fail)
+        }
+        _ => fs::write(path, bytes).map_err(fail),
+    }
 }
 
 /// The process of a clone: an id that `stencil clone` gave, else a process id.

@@ -1,16 +1,17 @@
 //! `stencil export`: the plain bytes again.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 
 use super::output::Done;
+use super::words::{STALL, seconds};
 use super::{Global, interrupt};
 use crate::control::Lease;
 use crate::error::{Error, Result};
 use crate::store::{Store, Template, TemplateRef};
+use crate::sys::stream::Sink;
 
 /// Write a template's files as they were imported
 #[derive(Debug, Args)]
@@ -20,6 +21,9 @@ pub struct ExportArgs {
     what: String,
     /// New file, existing folder, or '-' for standard output
     out: PathBuf,
+    /// Give up when nobody opens a named pipe for reading for so long; 0 waits without end
+    #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
+    stall_timeout: Duration,
 }
 
 /// Runs it.
@@ -43,16 +47,8 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
                 .remedy("leave --json out, or name a file"));
         }
         let file = choose(&template, file)?;
-        // Not the line-buffered handle of the standard library: blocks go out whole.
-        let stdout =
-            rustix::io::dup(io::stdout()).map_err(|e| Error::failed("cannot write").because(e.into()))?;
-        template.export_stream(
-            file,
-            Path::new("standard output"),
-            &mut fs::File::from(stdout),
-            &stop,
-            &*progress,
-        )?;
+        let mut stdout = Sink::stdout(Some(&stop))?;
+        template.export_stream(file, Path::new("standard output"), &mut stdout, &stop, &*progress)?;
         return Ok(Done::silent());
     }
     if args.out.is_dir() {
@@ -62,10 +58,10 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
         };
         for file in files {
             let out = args.out.join(&template.files()[file].name);
-            template.export_file(file, &out, &stop, &*progress)?;
+            template.export_file(file, &out, (&stop, args.stall_timeout), &*progress)?;
         }
     } else {
-        template.export_file(choose(&template, file)?, &args.out, &stop, &*progress)?;
+        template.export_file(choose(&template, file)?, &args.out, (&stop, args.stall_timeout), &*progress)?;
     }
     Ok(Done::silent())
 }

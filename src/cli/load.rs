@@ -14,6 +14,7 @@ use super::words::{STALL, mode, seconds, word};
 use super::{Global, interrupt};
 use crate::error::{Code, Error, Result};
 use crate::store::{Incoming, LoadRequest, Loaded, Owner, Store, TagName};
+use crate::sys::stream::open_source;
 use crate::units::Bytes;
 
 /// Load templates from a stream of stencil save
@@ -121,7 +122,7 @@ fn open(path: &Path) -> Result<File> {
         let error = Error::io("cannot open the stream", path, e);
         if error.code() == Code::NotFound { error.remedy(REMEDY) } else { error }
     };
-    let file = File::open(path).map_err(fail)?;
+    let file = open_source(path).map_err(fail)?;
     match file.metadata().map_err(fail)?.is_dir() {
         true => Err(Error::usage("a folder is no stream of stencil save").at(path).remedy(REMEDY)),
         false => Ok(file),

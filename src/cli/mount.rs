@@ -11,6 +11,7 @@ use super::output::{Done, Report};
 use super::{Global, words};
 use crate::control::{self, MountOptions, ServeMode};
 use crate::error::{Error, Result};
+use crate::shown::path_text;
 use crate::units::Bytes;
 
 /// Mount the store: every template as read-only files
@@ -53,7 +54,7 @@ impl Report for Mounted {
     }
 
     fn json(&self) -> Value {
-        json!({"mountpoint": self.mountpoint, "store": self.store})
+        json!({"mountpoint": path_text(&self.mountpoint), "store": path_text(&self.store)})
     }
 }
 

@@ -1,16 +1,17 @@
 //! `mount.fuse.stencil`: what mount(8) runs for `mount -t fuse.stencil STORE MNT` and for lines of fstab.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use super::output;
-use crate::control::{self, MountOptions};
+use crate::control::{self, MountOptions, places};
 use crate::error::{Code, Error, Result};
 use crate::store::Store;
-use crate::sys::mount::FS_TYPE;
+use crate::sys::mount::{self, FS_TYPE};
 
 /// The name by which mount(8) calls this program.
 pub const NAME: &str = "mount.fuse.stencil";
@@ -97,9 +98,9 @@ fn exit_code(error: &Error) -> u8 {
 
 impl Helper {
     fn run(&self) -> Result<()> {
-        let options = self.to_options()?;
+        let mut options = self.to_options()?;
         if self.fake {
-            Store::open(&options.store)?;
+            options.store = Store::open(&options.store)?.dir().to_owned();
             let there = std::fs::metadata(&options.mountpoint)
                 .map_err(|e| Error::io("cannot use the mountpoint", &options.mountpoint, e))?;
             if !there.is_dir() {
@@ -107,12 +108,16 @@ impl Helper {
                     .at(&options.mountpoint)
                     .remedy("name an empty directory"));
             }
+            options.mountpoint = mount::place(&options.mountpoint)
+                .map_err(|e| Error::io("cannot use the mountpoint", &options.mountpoint, e))?;
+            places::check(&mut options)?;
         } else {
             control::start_supervisor(&options)?;
         }
         if self.verbose {
             let word = if self.fake { "could be mounted" } else { "is mounted" };
-            println!("{NAME}: {} {word} on {}", options.store.display(), options.mountpoint.display());
+            let (store, mountpoint) = (options.store.display(), options.mountpoint.display());
+            let _ = writeln!(std::io::stdout(), "{NAME}: {store} {word} on {mountpoint}");
         }
         Ok(())
     }

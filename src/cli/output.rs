@@ -7,7 +7,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
-use crate::shown::shown;
+use crate::say;
+use crate::shown::{path_text, shown};
+use crate::sys::wait::Patient;
 
 /// One result, shown to people as text and to machines as one JSON object, both from the same struct.
 pub trait Report {
@@ -85,7 +87,7 @@ pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
             // The reader of a pipe has gone: it wanted no more.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(done.exit),
             Err(error) => {
-                eprintln!("stencil: cannot write the result: {error}");
+                say!("stencil: cannot write the result: {error}");
                 ExitCode::from(1)
             }
         },
@@ -94,7 +96,7 @@ pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
 }
 
 fn print(done: &Done, json: bool) -> io::Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
+    let mut out = io::BufWriter::new(Patient(io::stdout()));
     if json {
         let mut value = with_schema(done.report.as_ref().map_or(Value::Null, |r| r.json()));
         if let Some(error) = &done.error {
@@ -129,14 +131,15 @@ fn error_json(error: &Error) -> Value {
     json!({
         "code": error.code().name(),
         "message": message,
-        "path": error.path().map(|p| p.display().to_string()),
+        "path": error.path().map(path_text),
         "remedy": remedy(error),
     })
 }
 
 fn fail(error: &Error, json: bool) -> ExitCode {
     if json {
-        println!("{}", with_schema(json!({"error": error_json(error)})));
+        // The exit code says it as well.
+        let _ = writeln!(Patient(io::stdout()), "{}", with_schema(json!({"error": error_json(error)})));
     } else {
         tell("stencil", error);
     }
@@ -145,8 +148,8 @@ fn fail(error: &Error, json: bool) -> ExitCode {
 
 /// Says on standard error what failed, and what to do next.
 pub fn tell(program: &str, error: &Error) {
-    eprintln!("{program}: {error}");
-    eprintln!("{program}: {}", shown(remedy(error)));
+    say!("{program}: {error}");
+    say!("{program}: {}", shown(remedy(error)));
 }
 
 /// Talk of this process goes to standard error, from this level on; `STENCIL_LOG` says another.
@@ -160,7 +163,7 @@ pub fn start_log(level: &str) {
 pub fn clap_error(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
     let help = matches!(error.kind(), DisplayHelp | DisplayVersion);
-    if !help && std::env::args().any(|a| a == "--json") {
+    if !help && std::env::args_os().any(|a| a == "--json") {
         let text = error.render().to_string();
         let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
         return fail(&Error::usage(first).remedy("see stencil --help"), true);

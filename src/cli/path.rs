@@ -23,8 +23,10 @@ pub struct PathArgs {
 
 #[derive(Serialize)]
 struct Place {
+    #[serde(serialize_with = "crate::shown::path")]
     path: PathBuf,
     digest: Digest,
+    #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
 }
 

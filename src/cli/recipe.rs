@@ -1,8 +1,10 @@
 //! `stencil recipe edit`: changes how clones of a template are launched.
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -15,6 +17,10 @@ use crate::clones::recipe::{MAX_TEXT, Recipe};
 use crate::error::{Error, Result};
 use crate::shown::shown_lines;
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
+use crate::sys::stream;
+
+/// How long the program that writes a recipe may be silent.
+const SILENCE: Duration = Duration::from_secs(300);
 
 /// Change how clones of a template are launched
 #[derive(Debug, Args)]
@@ -97,18 +103,33 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
 
 fn read(path: &Path) -> Result<String> {
     let fail = |e| Error::io("cannot read the recipe", path, e);
-    let mut text = String::new();
-    let got = if path.as_os_str() == "-" {
-        io::stdin().take(MAX_TEXT + 1).read_to_string(&mut text)
+    // A person at a terminal may think.
+    let (mut file, limit) = if path.as_os_str() == "-" {
+        (File::from(rustix::io::dup(io::stdin()).map_err(|e| fail(e.into()))?), None)
     } else {
-        std::fs::File::open(path).map_err(fail)?.take(MAX_TEXT + 1).read_to_string(&mut text)
+        (stream::open_source(path).map_err(fail)?, Some(SILENCE))
     };
-    if got.map_err(fail)? as u64 > MAX_TEXT {
-        return Err(Error::usage(format!("a recipe has at most {MAX_TEXT} bytes"))
-            .at(path)
-            .remedy("give a recipe"));
+    let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+    loop {
+        if !stream::wait_readable(&file, limit, || Ok(()), fail)? {
+            return Err(Error::try_again(format!("nothing came for {} s", SILENCE.as_secs()))
+                .at(path)
+                .remedy("start the program that writes the recipe, then run this again"));
+        }
+        match file.read(&mut part) {
+            Ok(0) => break,
+            Ok(got) => bytes.extend(part.iter().take(got)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+            Err(e) => return Err(fail(e)),
+        }
+        if bytes.len() as u64 > MAX_TEXT {
+            return Err(Error::usage(format!("a recipe has at most {MAX_TEXT} bytes"))
+                .at(path)
+                .remedy("give a recipe"));
+        }
     }
-    Ok(text)
+    String::from_utf8(bytes)
+        .map_err(|_| Error::usage("a recipe is UTF-8").at(path).remedy("give a recipe: it is JSON"))
 }
 
 /// Lets a person edit, and takes what was typed. When that fails for good, the text is kept and named.
@@ -187,7 +208,7 @@ fn open_editor(path: &Path) -> Result<()> {
 }
 
 fn again(error: &Error) -> bool {
-    eprint!("{error}\nEdit it again? [Y/n] ");
+    let _ = write!(io::stderr(), "{error}\nEdit it again? [Y/n] ");
     let mut answer = String::new();
     let _ = io::stderr().flush();
     io::stdin().read_line(&mut answer).is_ok_and(|got| got > 0) && !answer.trim().eq_ignore_ascii_case("n")

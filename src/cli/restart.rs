@@ -1,6 +1,5 @@
 //! `stencil restart`: go on with another build, without unmounting.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -13,6 +12,7 @@ use super::Global;
 use super::output::{Done, Report, to_json};
 use crate::control::{self, Mount};
 use crate::error::{Error, Result};
+use crate::sys::stream::open_source;
 
 /// Go on with another build of stencil-mountd; clones notice nothing
 ///
@@ -38,6 +38,7 @@ struct Restarted {
 
 #[derive(Debug, Serialize)]
 struct One {
+    #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
     supervisor_pid: u32,
     version: String,
@@ -75,7 +76,7 @@ pub fn run(args: &RestartArgs, _global: &Global) -> Result<Done> {
         Some(path) => path.clone(),
         None => control::find_daemon()?,
     };
-    let program = File::open(&path).map_err(|e| Error::io("cannot open the program", &path, e))?;
+    let program = open_source(&path).map_err(|e| Error::io("cannot open the program", &path, e))?;
     let mut restarted = Restarted { mounts: Vec::new() };
     for mount in chosen(args)? {
         control::request_restart(&mount, program.as_fd(), args.server.is_none())

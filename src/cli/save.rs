@@ -1,10 +1,10 @@
 //! `stencil save`: whole templates as one stream.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use rustix::fs::{FileType, OFlags, fcntl_getfl, major, minor};
@@ -13,11 +13,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::output::{Done, Report, to_json};
-use super::words::word;
+use super::words::{STALL, seconds, word};
 use super::{Global, interrupt};
 use crate::control::Lease;
 use crate::error::{Error, Result};
 use crate::store::{Digest, SaveRequest, Saved, Store, TagName, Target, TemplateRef};
+use crate::sys::stream::Sink;
 
 /// Write templates as one stream, for stencil load on another host
 #[derive(Debug, Args)]
@@ -31,10 +32,14 @@ pub struct SaveArgs {
     /// Leave out the blocks of a template that the other store has; may be repeated
     #[arg(long, value_name = "T", value_parser = word::<TemplateRef>)]
     without: Vec<TemplateRef>,
+    /// Give up when nobody opens a named pipe for reading for so long; 0 waits without end
+    #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
+    stall_timeout: Duration,
 }
 
 #[derive(Serialize)]
 struct SaveReport {
+    #[serde(serialize_with = "crate::shown::path")]
     output: PathBuf,
     #[serde(flatten)]
     saved: Saved,
@@ -108,11 +113,8 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     }
     let progress = global.progress();
     let Some(path) = output else {
-        // Not the line-buffered handle of the standard library: blocks go out whole. An interrupt ends the process in the
-        // middle of a write that its reader does not take; nothing of it would have to be cleared up.
-        let stdout =
-            rustix::io::dup(io::stdout()).map_err(|e| Error::failed("cannot write").because(e.into()))?;
-        store.save(&request, (&mut File::from(stdout), Path::new("standard output")), &*progress)?;
+        // A signal ends the process in the middle of a write that its reader does not take; nothing has to be cleared up.
+        store.save(&request, (&mut Sink::stdout(None)?, Path::new("standard output")), &*progress)?;
         return Ok(Done::silent());
     };
     // The file behind a link is replaced, not the link.
@@ -124,9 +126,8 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
                 .remedy("name a file in it"));
         }
         Ok(meta) if !meta.is_file() => {
-            let mut file =
-                File::options().write(true).open(&path).map_err(|e| Error::io("cannot write", &path, e))?;
-            store.save(&request, (&mut file, &path), &*progress)?
+            let mut sink = Sink::open(&path, Some(args.stall_timeout), None)?;
+            store.save(&request, (&mut sink, &path), &*progress)?
         }
         _ => {
             request.interrupt = Some(interrupt::flag()?);

@@ -44,9 +44,11 @@ struct Answered {
 
 #[derive(Serialize)]
 struct Silent {
+    #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
     server_pid: Option<u32>,
     /// None where it never had one.
+    #[serde(serialize_with = "crate::shown::optional_path")]
     log: Option<PathBuf>,
     error: String,
 }

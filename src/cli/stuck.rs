@@ -26,6 +26,7 @@ pub struct Stuck {
     /// Requests that wait.
     waiting: u64,
     /// Where it is mounted; none where no path leads to it any more.
+    #[serde(serialize_with = "crate::shown::optional_path")]
     mountpoint: Option<PathBuf>,
     /// Type of its file system, where it is mounted.
     fs_type: Option<String>,
@@ -109,6 +110,7 @@ pub fn find() -> Result<Vec<Stuck>> {
 #[derive(Debug, Serialize)]
 pub struct Aborted {
     connection: u32,
+    #[serde(serialize_with = "crate::shown::optional_path")]
     mountpoint: Option<PathBuf>,
     /// Will die when they next need a page that they have not.
     cut_off: Vec<User>,
@@ -148,7 +150,7 @@ pub fn fix(number: Option<u32>, yes: bool) -> Result<Aborted> {
     let stuck = choose(find()?, number)?;
     let name = stuck.name();
     let users = Users { found: stuck.users, unseen: stuck.unseen };
-    eprintln!("stencil: {name} is to be aborted: all requests on it fail from then on");
+    crate::say!("stencil: {name} is to be aborted: all requests on it fail from then on");
     users.announce();
     if !yes {
         ask()?;
@@ -202,7 +204,7 @@ fn ask() -> Result<()> {
         return Err(Error::usage("nobody can be asked: standard input is no terminal")
             .remedy("add --yes where the abort is meant"));
     }
-    eprint!("abort it? [y/N] ");
+    let _ = write!(io::stderr(), "abort it? [y/N] ");
     let mut answer = String::new();
     stdin.lock().read_line(&mut answer).map_err(|e| Error::failed("cannot read the answer").because(e))?;
     match answer.trim() {

@@ -37,6 +37,7 @@ pub struct UmountArgs {
 
 #[derive(Debug, Serialize)]
 struct Unmounted {
+    #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
     /// Still served, for these.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -47,14 +47,14 @@ impl Users {
     /// Says on standard error who will die when the mount's connection is aborted.
     pub fn announce(&self) {
         if !self.found.is_empty() {
-            eprintln!(
+            crate::say!(
                 "stencil: {} users will die at the next page that they do not have: {}",
                 self.found.len(),
                 list(&self.found)
             );
         }
         if !self.unseen.is_empty() {
-            eprintln!("stencil: {}", unseen(&self.unseen));
+            crate::say!("stencil: {}", unseen(&self.unseen));
         }
     }
 }

@@ -11,6 +11,7 @@ mod inflight;
 mod lease;
 pub mod ledger;
 mod options;
+pub mod places;
 mod protocol;
 mod registry;
 mod residency;

@@ -93,6 +93,7 @@ pub enum Response {
 pub struct Failure {
     code: String,
     message: String,
+    #[serde(serialize_with = "crate::shown::optional_path")]
     path: Option<PathBuf>,
     remedy: Option<String>,
     /// The system's error number: what may pass is tried again on the other side too.

@@ -9,6 +9,7 @@ use super::options::ServeMode;
 use super::registry::{LOG_FILE, Mount};
 use super::snapshot::{Cache, FileKey, Snapshot};
 use crate::error::Result;
+use crate::shown;
 use crate::store::{Digest, Serving, Store};
 use crate::units::Bytes;
 
@@ -16,8 +17,10 @@ use crate::units::Bytes;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MountStatus {
     /// Where it is mounted, or was before a lazy unmount.
+    #[serde(serialize_with = "shown::path")]
     pub mountpoint: PathBuf,
     /// The store that it serves.
+    #[serde(serialize_with = "shown::path")]
     pub store: PathBuf,
     /// `st_dev` of everything in it.
     pub device: u64,
@@ -30,6 +33,7 @@ pub struct MountStatus {
     /// Version of the server; none until it has said so.
     pub server_version: Option<String>,
     /// Program of the server, as it was named when it was started.
+    #[serde(serialize_with = "shown::optional_path")]
     pub server_program: Option<PathBuf>,
     /// The parts of the server's sandbox that this kernel could not do, in words; none where it is whole.
     pub server_lacks: Vec<String>,
@@ -38,6 +42,7 @@ pub struct MountStatus {
     /// True after a lazy unmount: no path leads to it, mappings of it still live.
     pub detached: bool,
     /// The log of both; none where the supervisor runs in the foreground, and its standard error has it.
+    #[serde(serialize_with = "shown::optional_path")]
     pub log: Option<PathBuf>,
     /// `auto`, `passthrough` or `decode`, as asked for.
     pub serve: String,

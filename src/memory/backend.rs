@@ -339,8 +339,11 @@ fn prealloc(mapping: &Mapping, most: u32) -> Result<()> {
         let workers: Vec<_> = (0..threads)
             .map(|n| ((n * share).min(length), ((n + 1) * share).min(length)))
             .filter(|(from, to)| from < to)
-            .map(|(from, to)| scope.spawn(move || mapping.advise(from..to, Advice::PopulateWrite)))
-            .collect();
+            .map(|(from, to)| {
+                let work = move || mapping.advise(from..to, Advice::PopulateWrite);
+                std::thread::Builder::new().spawn_scoped(scope, work)
+            })
+            .collect::<io::Result<_>>()?;
         workers.into_iter().try_for_each(|worker| match worker.join() {
             Ok(done) => done,
             Err(_) => Err(io::Error::other("a preallocating thread died")),

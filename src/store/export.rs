@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
 
@@ -15,6 +16,8 @@ use super::publish::random_hex;
 use super::{BLOCK_SIZE, Scratch, Template};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::sys::stream::Sink;
+use crate::sys::threads;
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// Blocks that one thread takes at a time.
@@ -22,7 +25,8 @@ const SHARE: u64 = 64;
 
 impl Template {
     /// Writes one file of the template to the file `out`, which appears (or is replaced) complete or
-    /// not at all. Zero pages become holes. All cores decode.
+    /// not at all. Zero pages become holes. All cores decode. A named pipe is waited for until it has a reader, no longer
+    /// than `stall` unless that is zero.
     ///
     /// # Errors
     /// [`Code::Damage`](crate::error::Code) when a block is damaged, or what the system says about
@@ -31,7 +35,7 @@ impl Template {
         &self,
         file: usize,
         out: &Path,
-        interrupt: &AtomicBool,
+        (interrupt, stall): (&AtomicBool, Duration),
         progress: &dyn Progress,
     ) -> Result<()> {
         // The file behind a link is replaced, not the link.
@@ -41,10 +45,7 @@ impl Template {
         {
             let kind = meta.file_type();
             if kind.is_fifo() || kind.is_char_device() {
-                let mut stream = OpenOptions::new()
-                    .write(true)
-                    .open(out)
-                    .map_err(|e| Error::io("cannot write", out, e))?;
+                let mut stream = Sink::open(out, Some(stall), Some(interrupt))?;
                 return self.export_stream(file, out, &mut stream, interrupt, progress);
             }
             return Err(Error::usage("the export cannot replace what is there")
@@ -117,16 +118,7 @@ impl Template {
             Ok(())
         };
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads)
-                .map(|_| scope.spawn(|| work().inspect_err(|_| failed.store(true, Ordering::Relaxed))))
-                .collect();
-            let panicked = |_| Err(Error::failed("a thread of the export has panicked"));
-            let results: Vec<Result<()>> =
-                threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect();
-            // All were waited for, the first error counts.
-            results.into_iter().collect()
-        })
+        threads::share(threads, || work().inspect_err(|_| failed.store(true, Ordering::Relaxed)))
     }
 }
 

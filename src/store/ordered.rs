@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use crate::error::{Error, Result};
+use crate::sys::threads;
 
 /// Takes what `make` gives (until it gives nothing) through `work`, on all cores, to `take`, in the order in which it was
 /// made. `state` makes what each worker keeps between two pieces of work.
@@ -30,9 +31,9 @@ pub(super) fn ordered<S, I: Send, O: Send>(
     let pieces = Mutex::new(pieces);
     let (to_taker, done) = mpsc::channel::<(u64, Result<O>)>();
     thread::scope(|scope| {
-        for _ in 0..workers {
+        for number in 0..workers {
             let (pieces, to_taker, state, work) = (&pieces, to_taker.clone(), &state, &work);
-            scope.spawn(move || {
+            let started = threads::start_scoped(scope, move || {
                 let mut state = state();
                 loop {
                     let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -45,8 +46,14 @@ pub(super) fn ordered<S, I: Send, O: Send>(
                     }
                 }
             });
+            match started {
+                Err(error) if number == 0 => return Err(error),
+                // Fewer do.
+                Err(_) => break,
+                Ok(_) => {}
+            }
         }
-        scope.spawn(move || {
+        threads::start_scoped(scope, move || {
             for number in 0.. {
                 if permits.recv().is_err() {
                     return;
@@ -63,7 +70,7 @@ pub(super) fn ordered<S, I: Send, O: Send>(
                     return;
                 }
             }
-        });
+        })?;
         let mut waiting = BTreeMap::new();
         let mut next = 0;
         let mut run = || {

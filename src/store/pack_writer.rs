@@ -15,6 +15,7 @@ use super::path::StorePath;
 use super::publish::{create, random};
 use super::{BLOCK_SIZE, Digest};
 use crate::error::{Error, Result};
+use crate::sys::threads;
 
 /// A pack is closed when it has this many bytes or blocks; both bound memory and what damage can hit.
 pub(super) const PACK_BYTES: u64 = 64 << 20;
@@ -85,11 +86,11 @@ impl<'a> PackWriter<'a> {
         if self.syncing.len() == SYNCING {
             join(self.syncing.remove(0))?;
         }
-        self.syncing.push(std::thread::spawn(move || {
+        self.syncing.push(threads::start(move || {
             file.sync_all().map_err(|e| Error::io("cannot write", &path, e))?;
             let _ = fadvise(&file, 0, None, Advice::DontNeed);
             Ok(())
-        }));
+        })?);
         Ok(())
     }
 

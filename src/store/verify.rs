@@ -14,6 +14,7 @@ use super::path::StorePath;
 use super::{BLOCK_SIZE, Digest, Scratch, Store, Template};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
+use crate::sys::threads;
 use crate::units::Bytes;
 
 /// Blocks of a template that one thread checks at a time.
@@ -33,6 +34,7 @@ pub struct Affected {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Damage {
     /// The file of the store: a pack, an image, a placement, a policy or a tag.
+    #[serde(serialize_with = "crate::shown::path")]
     pub path: PathBuf,
     /// Where in a pack the damaged record begins; nothing when the file as a whole is meant.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -170,14 +172,7 @@ impl Run<'_> {
             act(number).inspect_err(|_| next.store(count, Ordering::Relaxed))?;
         };
         let threads = thread::available_parallelism().map_or(1, usize::from).min(count.max(1));
-        thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            let panicked = |_| Err(Error::failed("a thread of the verification has panicked"));
-            let results: Vec<Result<()>> =
-                threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect();
-            // All were waited for, the first error counts.
-            results.into_iter().collect()
-        })
+        threads::share(threads, work)
     }
 
     fn findings(&self) -> std::sync::MutexGuard<'_, Findings> {

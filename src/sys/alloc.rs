@@ -1,4 +1,5 @@
-//! An allocator whose large zeroed blocks begin with pages that are present.
+//! Allocators: one that names the cause when there is no memory, and one whose large zeroed blocks begin with pages that
+//! are present.
 //!
 //! The kernel copies each request of a FUSE connection into a buffer of the server. A server that is killed while the
 //! first page of a fresh buffer is being made ends that request with EIO, and no successor sees it. The requests that a
@@ -16,16 +17,16 @@ const LARGE: usize = 128 << 10;
 /// `WRITE` needs a file that is open for writing, and none is.
 const BEGIN: usize = 64 << 10;
 
-/// The system's allocator, but the begin of large zeroed blocks is touched before they are handed out.
+/// The system's allocator. Where it has no memory the process ends with an error message and exit code 1: the standard
+/// library would abort, which looks like a fault of the program.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct PresentZeros;
+pub struct OrEnd;
 
-// SAFETY: every call is the system allocator's with the same arguments; what it gives is only written within its
-// length, with the zeros that are in it already.
-unsafe impl GlobalAlloc for PresentZeros {
+// SAFETY: every call is the system allocator's with the same arguments; a null pointer is never handed on.
+unsafe impl GlobalAlloc for OrEnd {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
+        or_end(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
@@ -35,8 +36,64 @@ unsafe impl GlobalAlloc for PresentZeros {
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promise is passed on.
-        let block = unsafe { System.alloc_zeroed(layout) };
-        if !block.is_null() && layout.size() >= LARGE {
+        or_end(unsafe { System.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise is passed on.
+        or_end(unsafe { System.realloc(block, layout, size) }, size)
+    }
+}
+
+fn or_end(block: *mut u8, size: usize) -> *mut u8 {
+    if block.is_null() { out_of_memory(size) } else { block }
+}
+
+/// Nothing here allocates.
+#[cold]
+fn out_of_memory(size: usize) -> ! {
+    let mut digits = [0u8; 20];
+    let mut at = digits.len();
+    let mut left = size;
+    while let Some(digit) = at.checked_sub(1).and_then(|before| digits.get_mut(before)) {
+        *digit = b'0' + (left % 10) as u8;
+        (at, left) = (at - 1, left / 10);
+        if left == 0 {
+            break;
+        }
+    }
+    for part in [
+        b"stencil: out of memory: cannot allocate ".as_slice(),
+        digits.get(at..).unwrap_or_default(),
+        b" bytes\nstencil: raise the limits on memory: ulimit -v, memory.max of the control group; or free memory \
+          on the host\n",
+    ] {
+        let _ = rustix::io::write(rustix::stdio::stderr(), part);
+    }
+    super::process::leave(1)
+}
+
+/// As [`OrEnd`], and the begin of large zeroed blocks is touched before they are handed out.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PresentZeros;
+
+// SAFETY: every call is the allocator's above with the same arguments; what it gives is only written within its
+// length, with the zeros that are in it already.
+unsafe impl GlobalAlloc for PresentZeros {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { OrEnd.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { OrEnd.dealloc(block, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise is passed on.
+        let block = unsafe { OrEnd.alloc_zeroed(layout) };
+        if layout.size() >= LARGE {
             for at in (0..BEGIN).step_by(PAGE_SIZE as usize) {
                 // SAFETY: `at` lies within the block (BEGIN is less than LARGE), which is ours to write and holds zeros.
                 unsafe { block.add(at).write_volatile(0) };
@@ -47,7 +104,7 @@ unsafe impl GlobalAlloc for PresentZeros {
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         // SAFETY: the caller's promise is passed on.
-        unsafe { System.realloc(block, layout, size) }
+        unsafe { OrEnd.realloc(block, layout, size) }
     }
 }
 

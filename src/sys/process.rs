@@ -58,9 +58,10 @@ pub fn leave(code: i32) -> ! {
 }
 
 /// The command gets a session of its own, so that neither a terminal's end nor its keys reach it, and no
-/// descriptors but the standard ones: a process that lives on must not hold its caller's pipes open.
-/// What it is to [`inherit`] is named afterwards.
+/// descriptors but the standard ones: a process that lives on must not hold its caller's pipes open. Signals have their
+/// default dispositions in it. What it is to [`inherit`] is named afterwards.
 pub fn own_session(command: &mut Command) -> &mut Command {
+    super::inherited::default_signals(command);
     // SAFETY: setsid and close_range are async-signal-safe and allocate nothing; descriptors are marked to
     // be closed at exec, none is closed here.
     unsafe {
@@ -128,7 +129,7 @@ pub fn hold_signals(hold: bool) -> io::Result<()> {
     let result = unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        for signal in super::inherited::HELD {
             libc::sigaddset(&raw mut set, signal);
         }
         let how = if hold { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };

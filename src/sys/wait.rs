@@ -1,8 +1,11 @@
-//! poll(2) with a limit that is a [`Duration`].
+//! poll(2) with a limit that is a [`Duration`], and a writer that waits.
 
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use rustix::event::{PollFd, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 /// Waits until one of them has something to say; no longer than `limit`, where there is one. A limit that no clock can
 /// hold is none.
@@ -14,10 +17,29 @@ pub fn poll_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> rustix::io::
     poll(fds, limit.as_ref())
 }
 
+/// Writes to a descriptor without a buffer, and waits where the descriptor is non-blocking and takes nothing: a pipe or
+/// terminal that was inherited can be made so by another process that has it open.
+#[derive(Debug)]
+pub struct Patient<F>(pub F);
+
+impl<F: AsFd> Write for Patient<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::write(&self.0, bytes) {
+                Err(Errno::AGAIN) => poll_for(&mut [PollFd::new(&self.0, PollFlags::OUT)], None).map(drop)?,
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::event::PollFlags;
     use std::time::Instant;
 
     #[test]

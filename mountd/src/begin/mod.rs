@@ -23,9 +23,9 @@ use std::process::ExitCode;
 
 use stencilfs::control::{self, BackingRow, CondemnedRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::fuse_dev;
 use stencilfs::sys::memfd::SharedCounters;
 use stencilfs::sys::process::{self, ProcessId};
+use stencilfs::sys::{fuse_dev, inherited};
 
 use crate::backings::Backings;
 use crate::control::{Callers, Starter};
@@ -174,7 +174,7 @@ fn take(options: MountOptions, notify: &mut Notify) -> Result<Taken> {
         })?;
     }
     lower_oom_score();
-    raise_descriptor_limit();
+    raise_limits();
     Ok(taken)
 }
 
@@ -244,11 +244,9 @@ fn lower_oom_score() {
     }
 }
 
-/// Each backing is a descriptor here and in the server.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let now = getrlimit(Resource::Nofile);
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: now.maximum, ..now }) {
-        log::warn!("cannot raise the limit of open files: {e}");
+/// Each backing is a descriptor here and in the server, and a large file; both outlive the session that started them.
+fn raise_limits() {
+    for error in inherited::raise_limits() {
+        log::warn!("cannot raise a limit (setrlimit): {error}");
     }
 }

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
-use stencilfs::control::{Beginning, MountOptions, RecordDir};
+use stencilfs::control::{Beginning, MountOptions, RecordDir, places};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 use stencilfs::sys::memfd::SharedCounters;
@@ -25,8 +25,12 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     options.store = store.dir().to_owned();
     let fail = |what: &'static str| move |e| Error::failed(what).because(e);
     let fuse = fuse_dev::open()?;
+    options.mountpoint = checks::canonical(&options.mountpoint)?;
+    // First: the turn makes the runtime directory.
+    places::check(&mut options)?;
     let _turn = Beginning::wait()?;
     options.mountpoint = checks::mountpoint(&options.mountpoint)?;
+    places::check(&mut options)?;
     let record = RecordDir::create(ProcessId::me()?)?;
     let counters = SharedCounters::create().map_err(fail("cannot make the counters page"))?;
     let ledger = Ledger::create().map_err(fail("cannot make the ledger"))?;

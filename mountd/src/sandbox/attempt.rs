@@ -23,7 +23,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("stencil-mountd: {error}");
+            stencilfs::say!("stencil-mountd: {error}");
             ExitCode::from(error.code().exit_code())
         }
     }
@@ -37,7 +37,7 @@ fn run(args: &[OsString]) -> Result<ExitCode> {
     };
     let (what, target) = match words {
         [what] if *what == "calls" => {
-            super::CALLS.iter().for_each(|call| println!("{}", call.row()));
+            super::CALLS.iter().for_each(|call| crate::answer(&call.row().to_string()));
             return Ok(ExitCode::SUCCESS);
         }
         [what, feature, program, args @ ..] if *what == "without" => {
@@ -53,11 +53,11 @@ fn run(args: &[OsString]) -> Result<ExitCode> {
     let tried = attempt(what, Path::new(target)).ok_or_else(usage)?;
     Ok(match tried {
         Ok(()) => {
-            println!("{what}: done");
+            crate::answer(&format!("{what}: done"));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            println!("{what}: {}", name(&error));
+            crate::answer(&format!("{what}: {}", name(&error)));
             ExitCode::FAILURE
         }
     })

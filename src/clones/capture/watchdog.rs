@@ -105,8 +105,8 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     match bring_back(Path::new(&socket), vm, &before, is_over) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stencil: the VM could not be brought back: {error}");
-            eprintln!("stencil: {}", error.remedy_text().unwrap_or_default());
+            crate::say!("stencil: the VM could not be brought back: {error}");
+            crate::say!("stencil: {}", error.remedy_text().unwrap_or_default());
             ExitCode::FAILURE
         }
     }
@@ -146,7 +146,9 @@ fn while_alive(vm: ProcessId, mut attempt: impl FnMut() -> Result<()>) -> Result
         match insist(vm, &mut attempt) {
             Err(error) if vm.is_alive() => {
                 if !std::mem::replace(&mut told, true) {
-                    eprintln!("stencil: the VM does not run yet, and is tried again while it lives: {error}");
+                    crate::say!(
+                        "stencil: the VM does not run yet, and is tried again while it lives: {error}"
+                    );
                 }
             }
             outcome => return outcome,

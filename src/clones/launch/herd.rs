@@ -13,6 +13,7 @@ use crate::clones::registry::{self, Entry, Touched};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
 use crate::sys::process::{ProcessId, own_session};
+use crate::sys::threads;
 use crate::units::Bytes;
 
 /// Ready clones that their zygote still holds: they die with it until they are released.
@@ -192,14 +193,14 @@ fn start(order: &zygote::Order) -> Result<Held> {
         return Err(Error::failed("the zygote has no standard streams"));
     };
     let (tell, heard) = channel();
-    std::thread::spawn(move || {
+    threads::start(move || {
         for line in BufReader::new(output).lines() {
             let Ok(line) = line else { break };
             if tell.send(line).is_err() {
                 break;
             }
         }
-    });
+    })?;
     let job = serde_json::to_string(order)
         .map_err(|e| Error::failed(format!("cannot write the job of the simulated clones: {e}")))?;
     writeln!(input, "{job}").map_err(failed)?;

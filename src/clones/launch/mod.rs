@@ -25,6 +25,7 @@ use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry, Touched};
 use crate::control;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::sys::threads;
 use crate::units::Bytes;
 pub use child::Ready;
 pub use simulate::{Amount, Scatter, Simulate};
@@ -189,20 +190,17 @@ impl Herd<'_> {
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child> + Sync,
     {
-        let threads = self.order.parallel.clamp(1, self.order.count.max(1));
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    while !self.is_over() {
-                        let index = self.next.fetch_add(1, Ordering::Relaxed);
-                        if index >= self.order.count {
-                            break;
-                        }
-                        self.one(index, &one);
-                    }
-                });
+        let parallel = self.order.parallel.clamp(1, self.order.count.max(1));
+        threads::share(parallel as usize, || {
+            while !self.is_over() {
+                let index = self.next.fetch_add(1, Ordering::Relaxed);
+                if index >= self.order.count {
+                    break;
+                }
+                self.one(index, &one);
             }
-        });
+            Ok(())
+        })?;
         let gathered = self.gathered(std::mem::take);
         let Gathered { ready, failures, children } = gathered;
         Ok((Launched { clones: ready, failures, children }, None))

@@ -58,7 +58,7 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
     match registry::abort(&launch) {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stencil: {error}");
+            crate::say!("stencil: {error}");
             ExitCode::FAILURE
         }
     }

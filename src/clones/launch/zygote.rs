@@ -109,7 +109,7 @@ pub fn main() -> ExitCode {
     match Zygote::start().and_then(Zygote::serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stencil: {error}");
+            crate::say!("stencil: {error}");
             ExitCode::FAILURE
         }
     }

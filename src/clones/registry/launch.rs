@@ -13,6 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use super::entry::{Entry, Kind, Touched, remove_folder};
 use super::{clones_dir, launches_dir, list, random_id};
 use crate::clones::family::{self, Families};
+use crate::control::places;
 use crate::error::{Error, Result};
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
@@ -71,6 +72,7 @@ impl Launch {
     /// When the runtime directory cannot be written.
     pub fn begin(&self) -> Result<()> {
         let all = launches_dir();
+        places::expect_utf8("runtime directory", &all)?;
         let make = || {
             fs::create_dir_all(&all)?;
             let marker = fs::File::create_new(all.join(&self.id))?;

@@ -24,6 +24,7 @@ use super::session::Session;
 use super::{BLOCK_SIZE, Store};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::sys::threads;
 use crate::units::Bytes;
 use reader::Input;
 use worker::Batch;
@@ -133,11 +134,16 @@ impl Store {
         let order = reader::order(&inputs);
         let mut writer = Writer::new(session.path(), &inputs, order.clone(), known)?;
         thread::scope(|scope| {
-            for _ in 0..workers {
+            for number in 0..workers {
                 let (work, to_writer) = (&work, to_writer.clone());
-                scope.spawn(move || worker::run(request, known, work, &to_writer));
+                match threads::start_scoped(scope, move || worker::run(request, known, work, &to_writer)) {
+                    Err(error) if number == 0 => return Err(error),
+                    // Fewer do.
+                    Err(_) => break,
+                    Ok(_) => {}
+                }
             }
-            scope.spawn({
+            threads::start_scoped(scope, {
                 let to_writer = to_writer.clone();
                 move || {
                     let mut sequence = 0;
@@ -154,7 +160,7 @@ impl Store {
                         let _ = to_writer.send((sequence, Err(error)));
                     }
                 }
-            });
+            })?;
             drop(to_writer);
             let result = writer.run(&done, &give_back, progress);
             if result.is_err() {

@@ -14,6 +14,7 @@ use super::{BATCH_BYTES, ImportFile, Later, Source, Stop, Work};
 use crate::error::{Error, Result};
 use crate::store::format::image::MAX_BYTES;
 use crate::store::{BLOCK_SIZE, FileKind, silence};
+use crate::sys::stream;
 use crate::units::PAGE_SIZE;
 
 /// An open source.
@@ -46,7 +47,7 @@ impl Input {
                 ("-".to_owned(), File::from(stdin))
             }
             Source::Path(path) => {
-                let file = File::open(path).map_err(|e| Error::io("cannot open", path, e))?;
+                let file = stream::open_source(path).map_err(|e| Error::io("cannot open", path, e))?;
                 (path.display().to_string(), file)
             }
             Source::Later(later) => {
@@ -334,7 +335,8 @@ fn read_stream(
             match file.read(&mut batch.plain[have..]) {
                 Ok(0) => break,
                 Ok(count) => have += count,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // It was opened so, or another process that has it open has made it so.
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(e) => return Err(input.fail(e)),
             }
         }
@@ -353,7 +355,7 @@ fn read_stream(
 
 fn wait_readable(input: &Input, stop: &Stop<'_>, have: u64) -> Result<()> {
     let file = input.file().map_err(|e| input.fail(e))?;
-    if silence::wait_readable(file, stop.stall, || stop.check(), |e| input.fail(e))? {
+    if stream::wait_readable(file, stop.stall, || stop.check(), |e| input.fail(e))? {
         return Ok(());
     }
     Err(Error::try_again(format!(

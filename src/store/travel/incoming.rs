@@ -12,6 +12,7 @@ use crate::store::Digest;
 use crate::store::format::stream::{MAGIC, StreamFront};
 use crate::store::format::{Invalid, Preamble};
 use crate::store::silence;
+use crate::sys::stream;
 
 const BUFFER: usize = 256 << 10;
 
@@ -176,7 +177,7 @@ impl StreamSource {
             self.wait()?;
             match self.file.read(&mut self.buffer) {
                 Ok(count) => break Ok(count),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(e) => break Err(Error::io("cannot read the stream", &self.name, e)),
             }
         };
@@ -186,7 +187,7 @@ impl StreamSource {
 
     fn wait(&self) -> Result<()> {
         let fail = |e| Error::io("cannot read the stream", &self.name, e);
-        if silence::wait_readable(&self.file, self.stall, || self.check(), fail)? {
+        if stream::wait_readable(&self.file, self.stall, || self.check(), fail)? {
             return Ok(());
         }
         Err(Error::try_again(format!(

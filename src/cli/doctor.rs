@@ -185,27 +185,27 @@ fn privileges() -> Check {
     }
 }
 
-/// Processes that even root may not look into here: were one a clone, nobody could count it.
+/// Processes that may not be looked into here: any of them may be a clone.
 fn closed_processes() -> Check {
-    let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, |pid| {
-        procfs::maps(pid, |_, _| false).is_err().then_some(())
-    });
-    let closed: Vec<String> = looks.seen.iter().map(|(pid, ())| pid.to_string()).collect();
-    if !looks.unseen.is_empty() {
-        return Check::note(
-            "processes",
-            format!("these let nobody look: {}", users::list_pids(&looks.unseen)),
-            "they wait for a file system that does not answer, and may be clones: see the connections below",
-        );
+    const NAME: &str = "processes";
+    let look = |pid| procfs::maps(pid, |_, _| false).map(|_| None::<()>).map_err(io::Error::other);
+    match users::look_at_all(PATIENCE, look) {
+        Err(error) => return Check::missing(NAME, error.to_string(), "mount /proc"),
+        Ok(all) => {
+            if let Some(holes) = all.unseen.describe("be clones") {
+                return Check::note(NAME, holes, all.unseen.remedy());
+            }
+        }
     }
-    if closed.is_empty() {
-        return Check::ok("processes", "all can be looked into");
+    let looks = users::look_at_each(vec![1], PATIENCE, move |pid| look(pid).is_err().then_some(()));
+    match looks.seen.is_empty() {
+        true => Check::ok(NAME, "all can be looked into"),
+        false => Check::note(
+            NAME,
+            format!("no right to look into {}", users::list_pids(&[1])),
+            "process 1 counts as none of the clones; all other processes can be looked into",
+        ),
     }
-    Check::note(
-        "processes",
-        format!("no right to look into {}", closed.join(" ")),
-        "were one of them a clone, it would be left out; run it with all capabilities of the host",
-    )
 }
 
 /// What the sandbox of a server is made of.

@@ -79,7 +79,7 @@ impl Row {
 
 struct PsReport {
     rows: Vec<Row>,
-    /// Processes that could not be looked into in time: each may be one more clone.
+    /// Processes that could not be looked into: each may be one more clone.
     unseen: Vec<u32>,
     ids: bool,
 }
@@ -147,7 +147,7 @@ pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
             if let Some(holes) = others.holes() {
                 log::warn!("{holes}");
             }
-            unseen = others.unseen;
+            unseen = others.unseen.pids();
             rows.extend(others.clones.iter().filter_map(|clone| {
                 if ours.contains(&clone.process()) { None } else { Row::of_other(clone) }
             }));

@@ -28,7 +28,7 @@ struct Status {
     /// Records of mounts that could not be read: each may be one more mount.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unread: Vec<String>,
-    /// Processes that could not be looked into in time: each may be one more clone.
+    /// Processes that could not be looked into: each may be one more clone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
 }
@@ -164,7 +164,7 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
     if let Some(holes) = search.holes() {
         log::warn!("{holes}");
     }
-    status.unseen = search.unseen;
+    status.unseen = search.unseen.pids();
     let mut indexes = 0..;
     for (mount, store_error) in mounts.into_iter().zip(store_errors) {
         let index = if store_error.is_none() { indexes.next() } else { None };

@@ -45,7 +45,7 @@ struct Unmounted {
     /// Will die when they next need a page that they have not.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cut_off: Vec<User>,
-    /// Processes that could not be looked into in time: each may be one more user.
+    /// Processes that could not be looked into: each may be one more user.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
 }

@@ -19,7 +19,7 @@ pub struct User {
 pub struct Users {
     /// Those that were seen to.
     pub found: Vec<User>,
-    /// Processes that could not be looked into in time: each may be one more.
+    /// Processes that could not be looked into: each may be one more.
     pub unseen: Vec<u32>,
 }
 
@@ -35,7 +35,7 @@ impl Users {
         let user = |u: users::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
         Ok(Users {
             found: users.found.into_iter().filter(|u| stranger(u.pid)).map(user).collect(),
-            unseen: users.unseen.into_iter().filter(|&pid| stranger(pid)).collect(),
+            unseen: users.unseen.pids().into_iter().filter(|&pid| stranger(pid)).collect(),
         })
     }
 

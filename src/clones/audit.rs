@@ -3,20 +3,23 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::accounting::{Survey, Totals, residency};
-use super::find::{self, Inodes, ServedFile};
+use super::find::{self, Inodes, Search, ServedFile};
 use crate::control::{self, Mount};
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
+use crate::sys::cachestat;
 use crate::sys::kpage::{FrameKind, Frames};
 use crate::sys::mapping::{Advice, Mapping, Request};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::{cachestat, procfs};
+use crate::sys::procfs::{self, MapLine};
+use crate::sys::users::{self, PATIENCE};
 use crate::units::{Bytes, PageCount};
 
 /// The answer of `density --audit`.
@@ -89,8 +92,8 @@ struct Walk {
 fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     let frames = Frames::open()?;
     let mut walk = Walk::default();
-    for pid in procfs::pids()? {
-        match walk_process(pid, mounts, &frames, &mut walk) {
+    for (pid, lines) in mappings_of_all(&survey.inodes)? {
+        match walk_process(pid, &lines, &survey.inodes, &frames, &mut walk) {
             Err(error) if error.code() == Code::NotFound => {}
             other => other?,
         }
@@ -121,17 +124,29 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     Ok(audit)
 }
 
-/// Looks at every page of one process that maps a file of our mounts, entry by entry.
-fn walk_process(pid: u32, mounts: &[Mount], frames: &Frames, walk: &mut Walk) -> Result<()> {
-    let ours = |dev: u64| mounts.iter().any(|mount| mount.device == dev);
-    let Some(lines) = find::maps_of(pid, |_, _| true)? else { return Ok(()) };
-    if !lines.iter().any(|line| ours(line.dev)) {
-        return Ok(());
-    }
+/// All mappings of every process that maps one of these files.
+fn mappings_of_all(inodes: &Inodes) -> Result<Vec<(u32, Vec<MapLine>)>> {
+    let wanted = inodes.wanted()?;
+    let sight = users::look_at_all(PATIENCE, move |pid| {
+        let lines = procfs::maps(pid, |_, _| true).map_err(io::Error::other)?.unwrap_or_default();
+        Ok(lines.iter().any(|line| wanted.has(line.dev, line.ino)).then_some(lines))
+    })?;
+    Search { clones: Vec::new(), unseen: sight.unseen }.complete()?;
+    Ok(sight.seen)
+}
+
+/// Looks at every page of one process, entry by entry.
+fn walk_process(
+    pid: u32,
+    lines: &[MapLine],
+    inodes: &Inodes,
+    frames: &Frames,
+    walk: &mut Walk,
+) -> Result<()> {
     walk.processes.insert(pid);
     let pagemap = Pagemap::open(pid)?;
     for line in lines.iter().filter(|line| !line.path.starts_with("[v")) {
-        let template = ours(line.dev);
+        let template = inodes.lookup(line.dev, line.ino).is_some();
         let mut anonymous = Vec::new();
         pagemap.each_entry(line.start..line.end, |_, entry| anonymous.extend(entry.frame()))?;
         for frame in anonymous {

@@ -10,8 +10,8 @@ use rustix::process::Signal;
 use super::registry::{Entry, Kind};
 use crate::error::{Error, Result};
 use crate::sys::process::{self, ProcessId};
-use crate::sys::procfs;
 use crate::sys::users::{self, PATIENCE};
+use crate::sys::{procfs, tasks};
 
 /// What every process of a clone but a worker has in its environment, followed by the clone's folder.
 const MARK: &[u8] = b"STENCIL_DIR=";
@@ -70,9 +70,13 @@ fn marked(pid: u32) -> Option<(ProcessId, Vec<u8>)> {
 fn mark_of(pid: u32) -> Option<Vec<u8>> {
     let until = Instant::now() + EXECUTING;
     loop {
-        let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let thread = tasks::with_memory(pid).ok()??;
+        let environ = match fs::read(thread.join("environ")) {
+            Err(error) if tasks::is_gone(&error) => continue,
+            environ => environ.ok()?,
+        };
         let mark = environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec);
-        if mark.is_some() || is_whole(pid, &environ) || Instant::now() > until {
+        if mark.is_some() || is_whole(&thread, &environ) || Instant::now() > until {
             return mark;
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -80,13 +84,12 @@ fn mark_of(pid: u32) -> Option<Vec<u8>> {
 }
 
 /// False while the kernel loads a program for the process: of its memory the old one vanishes in the middle of a read, and
-/// the new one has no environment yet.
-fn is_whole(pid: u32, environ: &[u8]) -> bool {
-    // A thread of the kernel has no program, and who is about to be gone has none any more.
-    if fs::read_link(format!("/proc/{pid}/exe")).is_err() {
-        return true;
+/// the new one has no environment yet. False also for a thread that has just ended.
+fn is_whole(thread: &Path, environ: &[u8]) -> bool {
+    if fs::read_link(thread.join("exe")).is_err() {
+        return false;
     }
-    let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = fs::read(thread.join("stat")).unwrap_or_default();
     let stat = String::from_utf8_lossy(&stat);
     let after_name = stat.rsplit(')').next().unwrap_or_default();
     // proc(5) counts from 1, and the third field follows the name.

@@ -1,9 +1,11 @@
 //! Finds clones: every process that maps a template, whoever launched it.
 //!
 //! A mapping is known by the device and inode number of its file, which are the same in every mount and
-//! PID namespace, below every bind mount, and after a lazy unmount; paths and open counts are not.
+//! PID namespace, below every bind mount, and after a lazy unmount; paths and open counts are not. A stacking file system
+//! (overlayfs) shows its own device, and the inode number of the file below: 63 bits that no other file has by chance.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -12,8 +14,8 @@ use crate::control::Mount;
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, Template, inode_number};
 use crate::sys::process::ProcessId;
-use crate::sys::users::{self, PATIENCE};
-use crate::sys::{probe, procfs};
+use crate::sys::users::{self, PATIENCE, Sight, Unseen};
+use crate::sys::{mount, procfs};
 use crate::units::{Bytes, FileOffset};
 
 /// A file of a template as it is served by one mount in one way: what an inode number means.
@@ -37,7 +39,25 @@ pub struct ServedFile {
 #[derive(Debug, Default)]
 pub struct Inodes {
     files: HashMap<(u64, u64), Arc<ServedFile>>,
+    /// The same files by inode number alone, in the first mount that has them.
+    numbers: HashMap<u64, Arc<ServedFile>>,
     devices: Vec<u64>,
+}
+
+/// Which mappings are looked at.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    devices: Vec<u64>,
+    numbers: Arc<HashSet<u64>>,
+    /// Other mounts of Stencil: one of the same store has the same inode numbers.
+    others: Vec<u64>,
+}
+
+impl Wanted {
+    /// True for a file on one of the devices, or for one of the inode numbers on a stacking file system.
+    pub fn has(&self, dev: u64, ino: u64) -> bool {
+        self.devices.contains(&dev) || (self.numbers.contains(&ino) && !self.others.contains(&dev))
+    }
 }
 
 impl Inodes {
@@ -46,7 +66,7 @@ impl Inodes {
     /// # Errors
     /// When the store of a mount cannot be read.
     pub fn of(mounts: &[Mount]) -> Result<Inodes> {
-        let mut inodes = Inodes { files: HashMap::new(), devices: mounts.iter().map(|m| m.device).collect() };
+        let mut inodes = Inodes::on(mounts);
         let mut stores: BTreeMap<_, Store> = BTreeMap::new();
         for (mount, served_by) in mounts.iter().enumerate() {
             if !stores.contains_key(&served_by.store) {
@@ -70,11 +90,25 @@ impl Inodes {
 
     /// The inodes of one template in these mounts of its store.
     pub fn of_template(store: &Store, template: &Template, mounts: &[Mount]) -> Inodes {
-        let mut inodes = Inodes { files: HashMap::new(), devices: mounts.iter().map(|m| m.device).collect() };
+        let mut inodes = Inodes::on(mounts);
         for (mount, served_by) in mounts.iter().enumerate() {
             inodes.add(store, template, mount, served_by);
         }
         inodes
+    }
+
+    fn on(mounts: &[Mount]) -> Inodes {
+        Inodes { devices: mounts.iter().map(|mount| mount.device).collect(), ..Inodes::default() }
+    }
+
+    /// Which mappings may be of these files.
+    ///
+    /// # Errors
+    /// When the mounts of this process cannot be listed.
+    pub fn wanted(&self) -> Result<Wanted> {
+        let others = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
+        let numbers = Arc::new(self.numbers.keys().copied().collect());
+        Ok(Wanted { devices: self.devices.clone(), numbers, others: others.map(|line| line.dev).collect() })
     }
 
     fn add(&mut self, store: &Store, template: &Template, mount: usize, served_by: &Mount) {
@@ -84,14 +118,20 @@ impl Inodes {
                 let ino = inode_number(&secret, &digest, &file.name, serving);
                 let (name, size) = (file.name.clone(), file.size);
                 let served = ServedFile { digest, index, name, size, serving, mount };
-                self.files.insert((served_by.device, ino), Arc::new(served));
+                let served = Arc::new(served);
+                self.numbers.entry(ino).or_insert_with(|| Arc::clone(&served));
+                self.files.insert((served_by.device, ino), served);
             }
         }
     }
 
-    /// What a device and inode number mean; `None` for anything that is no file of a template.
+    /// What a device and inode number mean; `None` for anything that is no file of a template. On another device the
+    /// number decides: only what is [wanted](Self::wanted) is to be asked for.
     pub fn lookup(&self, dev: u64, ino: u64) -> Option<&Arc<ServedFile>> {
-        self.files.get(&(dev, ino))
+        match self.devices.contains(&dev) {
+            true => self.files.get(&(dev, ino)),
+            false => self.numbers.get(&ino),
+        }
     }
 
     /// Every served file with its inode number, in no order.
@@ -157,8 +197,8 @@ impl CloneProcess {
 pub struct Search {
     /// The processes that map a template, by pid.
     pub clones: Vec<CloneProcess>,
-    /// Processes that could not be looked into in time: each may be one more.
-    pub unseen: Vec<u32>,
+    /// Processes that could not be looked into: each may be one more.
+    pub unseen: Unseen,
 }
 
 impl Search {
@@ -170,28 +210,20 @@ impl Search {
     pub fn complete(self) -> Result<Vec<CloneProcess>> {
         match self.holes() {
             None => Ok(self.clones),
-            Some(holes) => Err(Error::try_again(holes).remedy(
-                "they wait for a file system that does not answer: `stencil doctor` names what is stuck",
-            )),
+            Some(holes) => Err(Error::try_again(holes).remedy(self.unseen.remedy())),
         }
     }
 
     /// Names the processes that were not seen, if there are any.
     pub fn holes(&self) -> Option<String> {
-        (!self.unseen.is_empty()).then(|| {
-            format!(
-                "processes that may be clones could not be looked into within {} s: {}",
-                PATIENCE.as_secs(),
-                users::list_pids(&self.unseen)
-            )
-        })
+        self.unseen.describe("be clones")
     }
 }
 
 /// Every process that maps a template of these mounts.
 ///
 /// # Errors
-/// When a store cannot be read, or a process may not be looked into.
+/// When a store cannot be read, or `/proc` cannot be listed.
 pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
     search(&Inodes::of(mounts)?)
 }
@@ -199,12 +231,14 @@ pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
 /// Every process that maps one of these inodes.
 ///
 /// # Errors
-/// When a process may not be looked into.
+/// When `/proc` cannot be listed.
 pub fn search(inodes: &Inodes) -> Result<Search> {
     if inodes.devices.is_empty() {
         return Ok(Search::default());
     }
-    look_at_each(procfs::pids()?, inodes)
+    let wanted = inodes.wanted()?;
+    let sight = users::look_at_all(PATIENCE, move |pid| lines_of(pid, &wanted))?;
+    Ok(found(sight, inodes))
 }
 
 /// The template mappings of one process; `None` when it has none or is gone.
@@ -212,47 +246,29 @@ pub fn search(inodes: &Inodes) -> Result<Search> {
 /// # Errors
 /// When the process may not be looked into, or lets nobody look in time.
 pub fn look_at(pid: u32, inodes: &Inodes) -> Result<Option<CloneProcess>> {
-    Ok(look_at_each(vec![pid], inodes)?.complete()?.pop())
+    let wanted = inodes.wanted()?;
+    let look = Arc::new(move |pid| lines_of(pid, &wanted));
+    Ok(found(users::look_at_these(vec![pid], PATIENCE, look), inodes).complete()?.pop())
 }
 
-fn look_at_each(pids: Vec<u32>, inodes: &Inodes) -> Result<Search> {
-    let devices = inodes.devices.clone();
-    let looks = users::look_at_each(pids, PATIENCE, move |pid| lines_of(pid, &devices).transpose());
-    let mut clones = Vec::new();
-    for (pid, seen) in looks.seen {
-        let (process, lines) = seen?;
+/// Which process has that number, and mappings of it.
+type Lines = (ProcessId, Vec<procfs::MapLine>);
+
+fn found(sight: Sight<Lines>, inodes: &Inodes) -> Search {
+    let clone = |(pid, (process, lines)): (u32, Lines)| {
         let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
-        if !maps.is_empty() {
-            clones.push(CloneProcess { pid, identity: process.identity, maps });
-        }
-    }
-    Ok(Search { clones, unseen: looks.unseen })
+        (!maps.is_empty()).then_some(CloneProcess { pid, identity: process.identity, maps })
+    };
+    Search { clones: sight.seen.into_iter().filter_map(clone).collect(), unseen: sight.unseen }
 }
 
-/// Which process has that number, and what it maps of these devices, if anything.
-fn lines_of(pid: u32, devices: &[u64]) -> Result<Option<(ProcessId, Vec<procfs::MapLine>)>> {
-    let lines = maps_of(pid, |dev, _| devices.contains(&dev))?.unwrap_or_default();
-    if lines.is_empty() {
-        return Ok(None);
-    }
+/// Which process has that number, and what it maps of what is wanted, if anything.
+fn lines_of(pid: u32, wanted: &Wanted) -> io::Result<Option<Lines>> {
+    let lines = procfs::maps(pid, |dev, ino| wanted.has(dev, ino)).map_err(io::Error::other)?;
+    let Some(lines) = lines.filter(|lines| !lines.is_empty()) else { return Ok(None) };
     // The process of that number now may be another one than the maps were of: then the measurement finds it so.
-    Ok(ProcessId::of(pid)?.map(|process| (process, lines)))
-}
-
-/// The mappings of a process that `wanted` picks; `None` when it is gone, or out of reach even of root.
-///
-/// # Errors
-/// Without the right to look into processes of others.
-pub(super) fn maps_of(pid: u32, wanted: impl Fn(u64, u64) -> bool) -> Result<Option<Vec<procfs::MapLine>>> {
-    match procfs::maps(pid, wanted) {
-        Err(error) if !matches!(error.errno(), Some(libc::EACCES | libc::EPERM)) => Err(error),
-        // With all that a tracer can have, what stays closed has more rights than root has here: the
-        // manager of a container around us. `doctor` names it.
-        Err(_) if probe::may_trace() => Ok(None),
-        Err(_) => Err(Error::failed(format!("may not look into process {pid}, which may be a clone"))
-            .remedy("run it as root: clones of all users count")),
-        lines => lines,
-    }
+    let process = ProcessId::of(pid).map_err(io::Error::other)?;
+    Ok(process.map(|process| (process, lines)))
 }
 
 fn mapping(line: &procfs::MapLine, inodes: &Inodes) -> Option<TemplateMapping> {

@@ -15,8 +15,8 @@ use super::registry::Mount;
 use super::snapshot::{BackingRow, Snapshot};
 use super::status::Residency;
 use crate::error::{Code, Error, Result};
-use crate::sys::cachestat;
 use crate::sys::fusectl::Waiting;
+use crate::sys::{cachestat, tasks};
 
 /// How often a list of backings that changes is begun anew, and after which time.
 const TRIES: u32 = 20;
@@ -111,8 +111,9 @@ impl Mount {
 
 /// The files that a process has open, by `st_dev` and `st_ino`, with a path that opens them.
 fn held_by(pid: u32) -> HashMap<(u64, u64), PathBuf> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    let paths = entries.map(|entry| entry.path());
+    let tables = tasks::file_tables(pid).unwrap_or_default();
+    let entries = tables.iter().flat_map(|thread| fs::read_dir(thread.join("fd")));
+    let paths = entries.flatten().flatten().map(|entry| entry.path());
     paths.filter_map(|path| fs::metadata(&path).ok().map(|its| ((its.dev(), its.ino()), path))).collect()
 }
 

@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
+use super::tasks;
 use super::wait::poll_for;
 use crate::error::{Error, Result};
 
 /// The kernel reads and writes no request of less than this, in bytes.
 const MIN_READ_BUFFER: usize = 8192 * 2;
 const FUSE_INIT: u32 = 26;
+const NOTIFY_INVAL_INODE: i32 = 2;
+const NOTIFY_INVAL_ENTRY: i32 = 3;
 const NOTIFY_RESEND: i32 = 7;
 
 /// `_IOW(229, 1, struct fuse_backing_map)`, 16 bytes.
@@ -66,13 +69,15 @@ pub fn connection_of(fuse: impl AsFd) -> io::Result<Option<u64>> {
 
 /// True when a process has a descriptor of the connection of that device, where the kernel says whose one is.
 pub fn is_held_by(pid: u32, device: u64) -> bool {
-    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| {
+    let tables = tasks::file_tables(pid).unwrap_or_default();
+    let entries = tables.iter().flat_map(|thread| {
+        let files = std::fs::read_dir(thread.join("fd")).into_iter().flatten().flatten();
+        files.map(|file| (thread.join("fdinfo").join(file.file_name()), file.path()))
+    });
+    entries.into_iter().any(|(about, path)| {
         // The device may have any path; it has its name.
-        let is_fuse = std::fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("fuse"));
-        let about = || {
-            std::fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(entry.file_name())).ok()
-        };
+        let is_fuse = std::fs::read_link(path).is_ok_and(|to| to.ends_with("fuse"));
+        let about = || std::fs::read_to_string(about).ok();
         is_fuse
             && about().is_some_and(|about| matches!(parse_connection(&about), Ok(Some(its)) if its == device))
     })
@@ -124,10 +129,51 @@ pub fn write_reply(fuse: impl AsFd, reply: &[u8]) -> io::Result<()> {
 /// # Errors
 /// The device's.
 pub fn resend(fuse: impl AsFd) -> io::Result<()> {
+    notify(fuse, NOTIFY_RESEND, &[])
+}
+
+/// Has the kernel forget a name in the folder with that inode number. It asks for the name again at the next lookup; an
+/// inode that nobody uses goes with its last name, and its page cache with it. Waits for lookups in that folder.
+///
+/// # Errors
+/// The device's. A name that the kernel does not know is forgotten already.
+pub fn forget_name(fuse: impl AsFd, folder: u64, name: &str) -> io::Result<()> {
+    // struct fuse_notify_inval_entry_out: u64 parent, u32 namelen, u32 flags; then the name and a zero.
+    let mut body = folder.to_ne_bytes().to_vec();
+    body.extend((name.len() as u32).to_ne_bytes());
+    body.extend(0u32.to_ne_bytes());
+    body.extend(name.as_bytes());
+    body.push(0);
+    known(notify(fuse, NOTIFY_INVAL_ENTRY, &body)).map(drop)
+}
+
+/// True while the kernel has that inode: somebody has it open or mapped, in whatever way, or a name of it is cached.
+///
+/// # Errors
+/// The device's.
+pub fn is_inode_known(fuse: impl AsFd, inode: u64) -> io::Result<bool> {
+    // struct fuse_notify_inval_inode_out: u64 ino, i64 off, i64 len. A negative offset leaves the page cache alone.
+    let mut body = inode.to_ne_bytes().to_vec();
+    body.extend((-1i64).to_ne_bytes());
+    body.extend(0i64.to_ne_bytes());
+    known(notify(fuse, NOTIFY_INVAL_INODE, &body))
+}
+
+/// What the kernel answers to a notice about something that it may not know.
+fn known(notified: io::Result<()>) -> io::Result<bool> {
+    match notified {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn notify(fuse: impl AsFd, code: i32, body: &[u8]) -> io::Result<()> {
     // struct fuse_out_header: u32 len, i32 error (the notification's code), u64 unique = 0.
-    let mut notice = [0; 16];
-    notice[..4].copy_from_slice(&16u32.to_le_bytes());
-    notice[4..8].copy_from_slice(&NOTIFY_RESEND.to_le_bytes());
+    let mut notice = ((16 + body.len()) as u32).to_ne_bytes().to_vec();
+    notice.extend(code.to_ne_bytes());
+    notice.extend([0; 8]);
+    notice.extend(body);
     write_reply(fuse, &notice)
 }
 

@@ -26,6 +26,7 @@ pub mod process;
 mod process_id;
 pub mod procfs;
 pub mod stream;
+pub mod tasks;
 pub mod threads;
 pub mod users;
 pub mod wait;

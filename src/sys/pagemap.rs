@@ -11,6 +11,7 @@ use std::ops::{BitOr, Range};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use super::tasks;
 use crate::error::{Error, Result};
 use crate::units::PAGE_SIZE;
 
@@ -157,12 +158,13 @@ impl Pagemap {
     /// # Errors
     /// Not found when the process is gone; failed without the right to look into it.
     pub fn open(pid: u32) -> Result<Pagemap> {
-        let path = format!("/proc/{pid}/pagemap");
-        let file = File::open(&path).map_err(|e| match e.raw_os_error() {
-            Some(libc::ESRCH) => gone(Some(pid)),
-            _ => Error::io("cannot open the pagemap", &path, e),
-        })?;
-        Ok(Pagemap { file, pid: Some(pid) })
+        let opened = tasks::through_memory(pid, |folder| {
+            let file = File::open(folder.join("pagemap"))?;
+            Ok(tasks::has_memory(folder)?.then_some(file))
+        });
+        let path = || format!("/proc/{pid}/pagemap");
+        let file = opened.map_err(|e| Error::io("cannot open the pagemap", path(), e))?;
+        Ok(Pagemap { file: file.ok_or_else(|| gone(Some(pid)))?, pid: Some(pid) })
     }
 
     fn path(&self) -> String {

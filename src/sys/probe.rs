@@ -67,13 +67,32 @@ pub fn has_sys_admin() -> bool {
 
 /// The PID namespace of this process; `None` without `/proc`.
 pub fn pid_namespace() -> Option<u64> {
-    std::fs::metadata("/proc/self/ns/pid").ok().map(|file| std::os::unix::fs::MetadataExt::ino(&file))
+    namespace("pid")
 }
 
-/// True when this process has the capability `CAP_SYS_PTRACE` (bit 19) in effect: it may look into every
-/// process that has no capability beyond its own.
+/// Inode numbers of the initial namespaces, which the kernel fixes (`PROC_*_INIT_INO` of its `proc_ns.h`).
+const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// True where this process sees the processes of the whole host.
+pub fn in_initial_pid_namespace() -> bool {
+    pid_namespace() == Some(INITIAL_PID_NAMESPACE)
+}
+
+/// True where the capabilities of this process count on the whole host: those of another user namespace say nothing
+/// about processes outside of it.
+pub fn in_initial_user_namespace() -> bool {
+    namespace("user") == Some(INITIAL_USER_NAMESPACE)
+}
+
+fn namespace(kind: &str) -> Option<u64> {
+    fs::metadata(format!("/proc/self/ns/{kind}")).ok().map(|file| std::os::unix::fs::MetadataExt::ino(&file))
+}
+
+/// True when this process has the capability `CAP_SYS_PTRACE` (bit 19) in effect, on the whole host: it may look into
+/// every process.
 pub fn may_trace() -> bool {
-    capability(19)
+    in_initial_user_namespace() && capability(19)
 }
 
 fn capability(bit: u32) -> bool {

@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use super::tasks;
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
@@ -89,7 +90,7 @@ pub fn makedev(major: u32, minor: u32) -> u64 {
 /// # Errors
 /// When `/proc/PID/maps` cannot be read (another user's process, without `CAP_SYS_PTRACE`).
 pub fn maps(pid: u32, wanted: impl Fn(u64, u64) -> bool) -> Result<Option<Vec<MapLine>>> {
-    Ok(read_of(pid, "maps")?.map(|text| parse_maps(&text, wanted)))
+    Ok(read_memory_of(pid, "maps", |text| !text.is_empty())?.map(|text| parse_maps(&text, wanted)))
 }
 
 /// Every process that is visible in this PID namespace, in ascending order.
@@ -150,7 +151,10 @@ pub fn parse_status(text: &str) -> Status {
 /// # Errors
 /// When the file cannot be read.
 pub fn status(pid: u32) -> Result<Option<Status>> {
-    Ok(read_of(pid, "status")?.map(|text| parse_status(&text)))
+    match read_memory_of(pid, "status", |text| text.contains("\nVmPTE:"))? {
+        None => Ok(read_of(pid, "status")?.map(|text| parse_status(&text))),
+        text => Ok(text.map(|text| parse_status(&text))),
+    }
 }
 
 /// Part of `/proc/PID/stat`.
@@ -241,7 +245,11 @@ pub fn parse_cgroup(text: &str) -> String {
 /// # Errors
 /// When the file cannot be read.
 pub fn cmdline(pid: u32) -> Result<Option<Vec<String>>> {
-    Ok(read_of(pid, "cmdline")?.map(|text| {
+    let text = match read_memory_of(pid, "cmdline", |text| !text.is_empty())? {
+        None => read_of(pid, "cmdline")?,
+        text => text,
+    };
+    Ok(text.map(|text| {
         text.split('\0')
             .map(str::to_owned)
             .collect::<Vec<_>>()
@@ -357,6 +365,12 @@ fn read_of(pid: u32, name: &str) -> Result<Option<String>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
         Err(e) => Err(Error::io("cannot read about a process", path, e)),
     }
+}
+
+/// A file about the memory of a process, through a thread for which `has_memory` accepts its text.
+fn read_memory_of(pid: u32, name: &str, has_memory: impl Fn(&str) -> bool) -> Result<Option<String>> {
+    tasks::through_memory(pid, |folder| read_lossy(&folder.join(name)).map(|t| has_memory(&t).then_some(t)))
+        .map_err(|e| Error::io("cannot read about a process", format!("/proc/{pid}/{name}"), e))
 }
 
 /// The text of a small file of the kernel.

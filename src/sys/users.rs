@@ -2,18 +2,23 @@
 //!
 //! A process that waits for an answer in the middle of an `execve` (it closes a file of a file system that does not
 //! answer) holds a lock that readers of its `maps`, `stat`, `environ` and `fd` wait for, as long as it waits itself. So
-//! each look happens on a thread that nobody has to wait for; who lets nobody in is named, and counts as a possible user.
+//! each look happens on a thread that nobody has to wait for.
+//!
+//! A process that does not answer in time, or that this process has no right to look into, is [`Unseen`]: it counts as a
+//! possible user. Exempt are threads of the kernel, and process 1 of the initial PID namespace, which may refuse even root.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
+use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags, statx};
+use rustix::io::Errno;
 
-use super::procfs;
+use super::{probe, procfs, tasks};
 use crate::error::Result;
 
 /// A process that has not let itself be looked into for so long is left aside. Even a busy host is faster.
@@ -121,6 +126,125 @@ where
     Looks { seen, unseen }
 }
 
+/// Processes that a search could not look into: each of them may be what was searched for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unseen {
+    /// Those that did not answer in time.
+    pub silent: Vec<u32>,
+    /// Those that this process has no right to look into.
+    pub closed: Vec<u32>,
+}
+
+impl Unseen {
+    /// True when every process was seen.
+    pub fn is_empty(&self) -> bool {
+        self.silent.is_empty() && self.closed.is_empty()
+    }
+
+    /// All of them, in ascending order.
+    pub fn pids(&self) -> Vec<u32> {
+        let mut all = [&self.silent[..], &self.closed[..]].concat();
+        all.sort_unstable();
+        all
+    }
+
+    /// Names them, if there are any; `what` is what each of them may be.
+    pub fn describe(&self, what: &str) -> Option<String> {
+        let mut parts = Vec::new();
+        if !self.silent.is_empty() {
+            let (limit, list) = (PATIENCE.as_secs(), list_pids(&self.silent));
+            parts
+                .push(format!("processes that may {what} could not be looked into within {limit} s: {list}"));
+        }
+        if !self.closed.is_empty() {
+            let list = list_pids(&self.closed);
+            parts.push(format!("no right to look into processes that may {what}: {list}"));
+        }
+        (!parts.is_empty()).then(|| parts.join("; "))
+    }
+
+    /// What to do about them.
+    pub fn remedy(&self) -> &'static str {
+        match self.closed.is_empty() {
+            true => "they wait for a file system that does not answer: `stencil doctor` names what is stuck",
+            false => "run it as root of the host, outside of containers, with all capabilities",
+        }
+    }
+}
+
+/// Why a look into a process has failed.
+#[derive(Debug)]
+struct Closed;
+
+/// What a search through all processes brought.
+#[derive(Debug)]
+pub struct Sight<T> {
+    /// What was seen, by pid.
+    pub seen: Vec<(u32, T)>,
+    /// Processes that could not be looked into.
+    pub unseen: Unseen,
+}
+
+/// So often all processes are listed again, for those that were started meanwhile.
+const LISTINGS: usize = 4;
+
+/// Looks into every process but those that are exempt, also into those that are started meanwhile: a parent that has not
+/// been looked into yet may end and leave a child behind.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn look_at_all<T, F>(patience: Duration, look: F) -> Result<Sight<T>>
+where
+    T: Send + 'static,
+    F: Fn(u32) -> io::Result<Option<T>> + Send + Sync + 'static,
+{
+    let (mut seen, mut unseen) = (Vec::new(), Unseen::default());
+    let (look, mut known) = (Arc::new(look), HashSet::new());
+    for _ in 0..LISTINGS {
+        let new: Vec<u32> = procfs::pids()?.into_iter().filter(|pid| known.insert(*pid)).collect();
+        if new.is_empty() {
+            break;
+        }
+        let part = look_at_these(new, patience, Arc::clone(&look));
+        seen.extend(part.seen);
+        unseen.silent.extend(part.unseen.silent);
+        unseen.closed.extend(part.unseen.closed);
+    }
+    seen.sort_by_key(|(pid, _)| *pid);
+    Ok(Sight { seen, unseen })
+}
+
+/// As [`look_at_all`], into these processes.
+pub fn look_at_these<T, F>(pids: Vec<u32>, patience: Duration, look: Arc<F>) -> Sight<T>
+where
+    T: Send + 'static,
+    F: Fn(u32) -> io::Result<Option<T>> + Send + Sync + 'static,
+{
+    let looks = look_at_each(pids, patience, move |pid| match look(pid) {
+        Ok(seen) => seen.map(Ok),
+        Err(_) if is_exempt(pid) => None,
+        Err(error) => {
+            log::debug!("process {pid}: {error}");
+            Some(Err(Closed))
+        }
+    });
+    let mut sight = Sight { seen: Vec::new(), unseen: Unseen { silent: looks.unseen, closed: Vec::new() } };
+    for (pid, look) in looks.seen {
+        match look {
+            Ok(seen) => sight.seen.push((pid, seen)),
+            Err(Closed) => sight.unseen.closed.push(pid),
+        }
+    }
+    sight
+}
+
+/// True for a process that cannot be looked into and is known to use no template: a thread of the kernel; and process 1
+/// of the initial PID namespace, which has more rights than root where it is the manager of a container or of a virtual
+/// machine. `doctor` names it.
+fn is_exempt(pid: u32) -> bool {
+    tasks::is_kernel_thread(pid) || (pid == 1 && probe::in_initial_pid_namespace())
+}
+
 /// A process that uses a file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
@@ -130,7 +254,7 @@ pub struct User {
     pub name: String,
     /// Inodes that it has mapped.
     pub mapped: BTreeSet<u64>,
-    /// Inodes that it has open, or as its working directory, root or program.
+    /// Inodes that a thread of it has open, or as its working directory or root; or that are its program.
     pub open: BTreeSet<u64>,
 }
 
@@ -139,57 +263,80 @@ pub struct User {
 pub struct Users {
     /// Those that were seen to, by pid.
     pub found: Vec<User>,
-    /// Those that could not be looked into in time: each may be one more.
-    pub unseen: Vec<u32>,
+    /// Those that could not be looked into: each may be one more.
+    pub unseen: Unseen,
 }
 
 /// Every process but this one that uses files on `device` (as `st_dev`). The file system itself is never asked: its
-/// server may be dead. A process that even root may not look into is passed over.
+/// server may be dead.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
 pub fn users_of(device: u64, patience: Duration) -> Result<Users> {
     let me = std::process::id();
-    let pids = procfs::pids()?.into_iter().filter(|&pid| pid != me).collect();
-    let looks = look_at_each(pids, patience, move |pid| {
-        let mapped: BTreeSet<u64> = procfs::maps(pid, |dev, _| dev == device)
-            .inspect_err(|e| log::debug!("{e}"))
-            .ok()
-            .flatten()
-            .into_iter()
-            .flatten()
-            .map(|line| line.ino)
-            .collect();
-        let open = open_inodes(pid, device);
+    let sight = look_at_all(patience, move |pid| {
+        if pid == me {
+            return Ok(None);
+        }
+        let lines = procfs::maps(pid, |dev, _| dev == device).map_err(io::Error::other)?;
+        let mapped: BTreeSet<u64> = lines.into_iter().flatten().map(|line| line.ino).collect();
+        let open = open_inodes(pid, device)?;
         let uses = !mapped.is_empty() || !open.is_empty();
-        uses.then(|| User { pid, name: name_of(pid), mapped, open })
-    });
-    Ok(Users { found: looks.seen.into_iter().map(|(_, user)| user).collect(), unseen: looks.unseen })
+        Ok(uses.then(|| User { pid, name: name_of(pid), mapped, open }))
+    })?;
+    Ok(Users { found: sight.seen.into_iter().map(|(_, user)| user).collect(), unseen: sight.unseen })
 }
 
-/// Inodes on `device` that a process has open.
-fn open_inodes(pid: u32, device: u64) -> BTreeSet<u64> {
-    let base = format!("/proc/{pid}");
+/// Inodes on `device` that a process has open, by any of its threads: each may have its own table of files.
+fn open_inodes(pid: u32, device: u64) -> io::Result<BTreeSet<u64>> {
     let mut found = BTreeSet::new();
-    let mut note = |dir: &dyn AsFd, name: &Path| {
-        if let Ok(stat) = statx(dir, name, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)
-            && rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor) == device
-        {
-            found.insert(stat.stx_ino);
-        }
-    };
-    for name in ["cwd", "root", "exe"] {
-        note(&CWD, &Path::new(&base).join(name));
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let Ok(dir) = rustix::fs::open(format!("{base}/fd"), flags, Mode::empty()) else { return found };
-    let Ok(entries) = Dir::read_from(&dir) else { return found };
-    for entry in entries.flatten() {
-        if let Ok(name) = entry.file_name().to_str() {
-            note(&dir, Path::new(name));
+    for tid in tasks::threads(pid)? {
+        for name in ["cwd", "root", "exe"] {
+            found.extend(inode_on(device, &CWD, &tasks::folder(pid, tid).join(name))?);
         }
     }
-    found
+    for thread in tasks::file_tables(pid)? {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(thread.join("fd"), flags, Mode::empty());
+        let Some(dir) = unless_gone(opened)? else { continue };
+        for entry in Dir::read_from(&dir)? {
+            // The thread has ended, and with it the table, unless others have that too.
+            let Some(entry) = unless_gone(entry)? else { break };
+            match entry.file_name().to_str() {
+                Ok("." | "..") | Err(_) => {}
+                Ok(name) => found.extend(inode_on(device, &dir, Path::new(name))?),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The inode that a link of `/proc` leads to, if it is on that device.
+///
+/// # Errors
+/// Without the right to follow it. A file that fails in another way is of another file system: a template's is not asked
+/// for anything.
+fn inode_on(device: u64, dir: &dyn AsFd, name: &Path) -> io::Result<Option<u64>> {
+    let ask = |wanted| statx(dir, name, AtFlags::STATX_DONT_SYNC, wanted);
+    // Another user's FUSE mount refuses everything but the number of its device.
+    let denied = |error: &Errno| matches!(*error, Errno::ACCESS | Errno::PERM);
+    match ask(StatxFlags::INO).or_else(|e| if denied(&e) { ask(StatxFlags::empty()) } else { Err(e) }) {
+        Ok(stat) => {
+            let is_on = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor) == device;
+            Ok(is_on.then_some(stat.stx_ino))
+        }
+        Err(error) if denied(&error) => Err(error.into()),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Nothing for a process, thread or descriptor that is gone.
+fn unless_gone<T>(result: rustix::io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(Errno::NOENT | Errno::SRCH) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The command's name of a process, also of one that nobody can look into; empty when it is gone.

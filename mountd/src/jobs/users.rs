@@ -23,7 +23,7 @@ pub fn unused(store: &Path, device: u64, keys: &[FileKey], patience: Duration) -
     if !all.unseen.is_empty() {
         log::warn!(
             "these could not be looked into, no backing is evicted: {}",
-            users::list_pids(&all.unseen)
+            users::list_pids(&all.unseen.pids())
         );
         return Ok(Vec::new());
     }
@@ -41,7 +41,7 @@ pub fn find(device: u64, patience: Duration) -> Result<String> {
     let mut text =
         users::list(found.iter().map(|u| (u.pid, u.name.as_str())).collect::<Vec<_>>().into_iter());
     if !unseen.is_empty() {
-        text += &format!("; not seen into: {}", users::list_pids(&unseen));
+        text += &format!("; not seen into: {}", users::list_pids(&unseen.pids()));
     }
     Ok(text)
 }

@@ -8,7 +8,7 @@ use super::process::Measured;
 use crate::clones::find::CloneProcess;
 use crate::error::{Code, Error, Result};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::procfs;
+use crate::sys::{procfs, tasks};
 use crate::units::{Bytes, PageCount};
 
 /// What all clones together hold in RAM, every frame once.
@@ -101,7 +101,8 @@ fn suspects(clones: &[(CloneProcess, Measured)]) -> HashSet<u32> {
 
 fn merged_by_ksm(pid: u32) -> bool {
     // A kernel without that file has no per-process figure: look at every frame then.
-    let Ok(text) = procfs::read_text(Path::new(&format!("/proc/{pid}/ksm_stat"))) else {
+    let thread = tasks::with_memory(pid).ok().flatten();
+    let Some(text) = thread.and_then(|thread| procfs::read_text(&thread.join("ksm_stat")).ok()) else {
         return Path::new("/sys/kernel/mm/ksm/pages_shared").exists();
     };
     let field = |line: &str| line.strip_prefix("ksm_merging_pages")?.trim().parse::<u64>().ok();

@@ -8,7 +8,7 @@ use crate::clones::find::{CloneProcess, Inodes, ServedFile};
 use crate::control::{Mount, Residency};
 use crate::error::Result;
 use crate::store::{Digest, Serving, StorePath};
-use crate::sys::{cachestat, handle, procfs};
+use crate::sys::{cachestat, handle, procfs, tasks};
 use crate::units::Bytes;
 
 /// Bytes in the page cache by template and serving. Each mount has its own page cache: they add up.
@@ -92,9 +92,11 @@ fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
     for clone in clones {
         for map in &clone.maps {
             let end = map.range().end;
-            paths
-                .entry((map.dev, map.ino))
-                .or_insert_with(|| format!("/proc/{}/map_files/{:x}-{end:x}", clone.pid, map.start));
+            paths.entry((map.dev, map.ino)).or_insert_with(|| {
+                // Only /proc/NUMBER has this folder, for the number of any thread.
+                let tid = tasks::thread_with_memory(clone.pid).ok().flatten().unwrap_or(clone.pid);
+                format!("/proc/{tid}/map_files/{:x}-{end:x}", map.start)
+            });
         }
     }
     paths

@@ -10,7 +10,7 @@ use super::{Known, TemplateMemory};
 use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
-use crate::sys::procfs;
+use crate::sys::{procfs, tasks};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// Sums over all clones, in bytes; every frame once.
@@ -217,8 +217,10 @@ impl Totals {
 /// True when the process holds a KVM machine; its second-level page tables are the kernel's
 /// `SecPageTables`, which has no figure for each process.
 fn runs_kvm(pid: u32) -> bool {
-    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let tables = tasks::file_tables(pid).unwrap_or_default();
+    let entries = tables.iter().flat_map(|thread| std::fs::read_dir(thread.join("fd")));
     entries
+        .flatten()
         .flatten()
         .filter_map(|entry| std::fs::read_link(entry.path()).ok())
         .any(|target| target.as_os_str() == "anon_inode:kvm-vm")

@@ -129,7 +129,7 @@ fn a_runtime_directory_that_is_full_leaves_no_mount() {
     fs::create_dir_all(&runtime).unwrap();
     let mut refused = 0;
     for files in 2..12 {
-        let words = format!("size=1M,nr_inodes={files}");
+        let words = format!("size=1M,mode=755,nr_inodes={files}");
         run("mount", &["-t", "tmpfs", "none", "-o", &words, runtime.to_str().unwrap()]);
         let mounted = world.mount(&[]);
         let lines = there(&world);

@@ -62,6 +62,7 @@ mod removal_words;
 mod residency;
 mod restart;
 mod rom_guest;
+mod runtime_hostile;
 mod sandbox;
 mod shared_network;
 mod source_away;

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{AtFlags, Mode, chmodat};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
 };
@@ -28,10 +29,12 @@ const REST: Duration = Duration::from_millis(20);
 pub fn open(record: &RecordDir) -> Result<OwnedFd> {
     let path = record.path().join(CONTROL_SOCKET);
     let open = || -> std::io::Result<OwnedFd> {
-        let _ = std::fs::remove_file(&path);
+        record.remove_socket()?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         bind(&socket, &SocketAddrUnix::new(socket_path(record.folder()))?)?;
+        // Its mode is left to the umask.
+        chmodat(record.folder(), CONTROL_SOCKET, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
         listen(&socket, MOST as i32)?;
         Ok(socket)
     };

@@ -1,15 +1,13 @@
 //! `stencil logs`: what a clone has said.
 
-use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::Global;
 use super::output::{Done, Report};
-use crate::clones::registry;
+use crate::clones::registry::{self, LOG, SERIAL_LOG};
 use crate::error::{Error, Result};
 
 /// Print what a clone has written, and what its guest has on the serial port
@@ -43,17 +41,15 @@ impl Report for LogsReport {
 /// When there is no such clone, or its log cannot be read.
 pub fn run(args: &LogsArgs, _global: &Global) -> Result<Done> {
     let entry = registry::find(&args.id)?;
-    Ok(Done::report(LogsReport {
-        log: text(&entry.log_path())?.unwrap_or_default(),
-        serial: text(&entry.serial_path())?,
-        id: entry.id,
-    }))
-}
-
-fn text(path: &Path) -> Result<Option<String>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io("cannot read the log of a clone", path, e)),
-    }
+    let text = |name: &str| {
+        let path = entry.dir.join(name);
+        let failed = |e| {
+            let remedy = format!("look at it there: tail {}", path.display());
+            Error::io("cannot read the log of a clone", &path, e).remedy(remedy)
+        };
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok::<_, Error>(entry.read_file(name).map_err(failed)?.map(text))
+    };
+    let (log, serial) = (text(LOG)?.unwrap_or_default(), text(SERIAL_LOG)?);
+    Ok(Done::report(LogsReport { log, serial, id: entry.id }))
 }

@@ -81,6 +81,8 @@ struct PsReport {
     rows: Vec<Row>,
     /// Processes that could not be looked into: each may be one more clone.
     unseen: Vec<u32>,
+    /// Records that cannot be used: each may be one more clone.
+    unread: Vec<String>,
     ids: bool,
 }
 
@@ -111,6 +113,9 @@ impl Report for PsReport {
         if !self.unseen.is_empty() {
             all["unseen"] = json!(self.unseen);
         }
+        if !self.unread.is_empty() {
+            all["unread"] = json!(self.unread);
+        }
         all
     }
 }
@@ -137,7 +142,9 @@ fn age(seconds: u64) -> String {
 /// When the runtime directory cannot be read.
 pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
-    let entries = registry::list()?;
+    let (entries, unread) = registry::list_and_unread()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    let unread = unread.iter().map(ToString::to_string).collect();
     let families = Families::look(&entries);
     let mut rows: Vec<Row> = entries.iter().map(|entry| Row::of(entry, &families)).collect();
     let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| families.of(entry)).collect();
@@ -155,5 +162,5 @@ pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
         // Who may not look into others' processes still sees the own clones.
         Err(error) => log::warn!("other processes are not listed: {error}"),
     }
-    Ok(Done::report(PsReport { rows, unseen, ids: args.ids }))
+    Ok(Done::report(PsReport { rows, unseen, unread, ids: args.ids }))
 }

@@ -154,7 +154,7 @@ fn store_error(mount: &Mount) -> Option<String> {
 /// # Errors
 /// When the runtime directory cannot be read.
 pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
-    let (mounts, unread) = control::mounts_and_unread()?;
+    let control::Listing { mounts, unread, .. } = control::list()?;
     let unread = unread.iter().map(ToString::to_string).collect();
     let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unread, unseen: Vec::new() };
     let store_errors: Vec<Option<String>> = mounts.iter().map(store_error).collect();

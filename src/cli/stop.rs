@@ -59,8 +59,10 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     if let (Err(error), false) = (&swept, args.all) {
         log::warn!("{error}");
     }
+    let mut left = None;
     let entries = if args.all {
-        let mut entries = registry::list()?;
+        let (mut entries, unread) = registry::list_and_unread()?;
+        left = unread.into_iter().reduce(Error::and);
         entries.retain(|entry| {
             let ours = entry.expect_ours().inspect_err(|error| log::warn!("{error}"));
             // Those that a launcher still holds are its own.
@@ -74,8 +76,15 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     if args.all {
         // Some of all are left.
         swept?;
+        if let Some(error) = left {
+            return Ok(Done::report(stopped(entries, how, global)).but_failed(error));
+        }
     }
-    Ok(Done::report(StopReport { stopped: entries.into_iter().zip(how).collect(), quiet: global.quiet }))
+    Ok(Done::report(stopped(entries, how, global)))
+}
+
+fn stopped(entries: Vec<Entry>, how: Vec<How>, global: &Global) -> StopReport {
+    StopReport { stopped: entries.into_iter().zip(how).collect(), quiet: global.quiet }
 }
 
 fn may_be_stopped(entry: Entry) -> Result<Entry> {

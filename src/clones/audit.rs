@@ -2,16 +2,16 @@
 //! (not from the list of clones), and the fall of the host's available memory since before the first clone.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::accounting::{Survey, Totals, residency};
 use super::find::{self, Inodes, Search, ServedFile};
-use crate::control::{self, Mount};
+use crate::control::Mount;
+use crate::control::runtime::{self, MAX_RECORD};
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
 use crate::sys::cachestat;
@@ -21,6 +21,9 @@ use crate::sys::pagemap::Pagemap;
 use crate::sys::procfs::{self, MapLine};
 use crate::sys::users::{self, PATIENCE};
 use crate::units::{Bytes, PageCount};
+
+/// File of the runtime directory that keeps the host's free memory before its first clone.
+const BASELINE: &str = "memory-baseline.json";
 
 /// The answer of `density --audit`.
 #[derive(Debug, Clone, Serialize)]
@@ -255,23 +258,24 @@ impl Baseline {
         if !find::search(inodes)?.complete()?.is_empty() {
             return Ok(());
         }
-        let path = baseline_path();
+        let folder = runtime::create("")?;
         let text = serde_json::to_vec(&Baseline::now()?).unwrap_or_default();
-        fs::write(&path, text).map_err(|e| Error::io("cannot keep the baseline of the audit", path, e))
+        runtime::replace(&folder, BASELINE, &text).map_err(|e| {
+            runtime::failed("cannot keep the baseline of the audit", &folder.path_of(BASELINE), e)
+        })
     }
 
     fn load() -> Result<Option<Baseline>> {
-        let path = baseline_path();
-        match fs::read(&path) {
+        let Some(folder) = runtime::open("")? else { return Ok(None) };
+        match runtime::read(&folder, BASELINE, MAX_RECORD) {
             Ok(text) => Ok(serde_json::from_slice(&text).ok()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("cannot read the baseline of the audit", path, error)),
+            Err(error) => {
+                let path = folder.path_of(BASELINE);
+                Err(runtime::failed("cannot read the baseline of the audit", &path, error))
+            }
         }
     }
-}
-
-fn baseline_path() -> PathBuf {
-    control::runtime_dir().join("memory-baseline.json")
 }
 
 #[cfg(test)]

@@ -1,14 +1,11 @@
 //! One mount begins at a time: from the look at its place until its record is there for the next one to see.
 
-use std::fs::File;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
-
-use super::registry::folder_of_records;
+use super::registry::MOUNTS;
+use super::runtime;
 use crate::error::{Error, Result};
+use crate::sys::folder::Folder;
 use crate::sys::{locks, users};
 
 /// A mount has begun within this time, or hangs.
@@ -17,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The turn of a mount that begins; it ends when this is dropped. No process that is started meanwhile may inherit it.
 #[derive(Debug)]
 pub struct Beginning {
-    _folder: File,
+    _folder: Folder,
 }
 
 impl Beginning {
@@ -27,25 +24,20 @@ impl Beginning {
     /// [`Code::TryAgain`](crate::error::Code::TryAgain) where another one does not come to an end; when the runtime
     /// directory cannot be made.
     pub fn wait() -> Result<Beginning> {
-        let path = folder_of_records()?;
-        let fail = |e| Error::io("cannot lock the records of mounts", &path, e);
-        let folder = File::open(&path).map_err(fail)?;
-        let until = Instant::now() + PATIENCE;
-        loop {
-            match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(Beginning { _folder: folder }),
-                Err(Errno::WOULDBLOCK) if Instant::now() < until => thread::sleep(Duration::from_millis(5)),
-                Err(Errno::WOULDBLOCK) => {
-                    let who = users::list_pids(&locks::flock_holders(&folder));
-                    return Err(Error::try_again(format!(
-                        "another mount has been about to begin for {} s: it has locked the records: {who}",
-                        PATIENCE.as_secs()
-                    ))
-                    .at(&path)
-                    .remedy("run it again when that one is mounted, or has given up"));
-                }
-                Err(e) => return Err(fail(e.into())),
+        // Only its owner can open it, and lock it.
+        let folder = runtime::create(MOUNTS)?;
+        match locks::wait(&folder, true, PATIENCE, || false) {
+            Ok(true) => Ok(Beginning { _folder: folder }),
+            Ok(false) => {
+                let holders = users::list_pids(&locks::flock_holders(&folder));
+                Err(Error::try_again(format!(
+                    "another mount has been about to begin for {} s: it has locked the records: {holders}",
+                    PATIENCE.as_secs()
+                ))
+                .at(folder.path())
+                .remedy("run it again when that one is mounted, or has given up"))
             }
+            Err(e) => Err(Error::io("cannot lock the records of mounts", folder.path(), e)),
         }
     }
 }

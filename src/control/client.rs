@@ -1,25 +1,34 @@
 //! Asks supervisors.
 
 use std::fs::File;
-use std::io::{self, Read, Seek};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::protocol::{Request, Response, UnmountMode};
-use super::registry::{CONTROL_SOCKET, Mount};
+use super::registry::{CONTROL_SOCKET, Mount, Record, open_record};
 use super::snapshot::Snapshot;
 use super::status::MountStatus;
 use super::wire::Channel;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
+use crate::sys::peer::Peer;
+use crate::sys::probe;
 
 /// A supervisor that does not answer for so long is stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A supervisor that replaces itself loses its callers for a moment: questions are asked again for so long.
 const AGAIN: Duration = Duration::from_secs(2);
+
+/// A supervisor that takes no connection for so long is stuck, or has as many as it can wait for.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// No snapshot is longer, in bytes: the ledger has no room for it.
+const MAX_SNAPSHOT: u64 = 2 * super::ledger::HALF;
 
 impl Mount {
     /// How the mount does.
@@ -36,22 +45,24 @@ impl Mount {
     /// When it does not answer.
     pub fn snapshot(&self) -> Result<Snapshot> {
         match ask(&self.dir, &Request::Snapshot)? {
-            (Response::Snapshot, Some(file)) => {
-                let mut text = Vec::new();
-                let mut file = File::from(file);
-                let parsed: io::Result<Snapshot> = file
-                    .rewind()
-                    .and_then(|()| file.read_to_end(&mut text))
-                    .and_then(|_| serde_json::from_slice(&text).map_err(io::Error::from));
-                parsed.map_err(|e| {
-                    Error::failed("the supervisor gave an answer that is not understood")
-                        .because(e)
-                        .remedy(OTHER_VERSION)
-                })
-            }
+            (Response::Snapshot, Some(file)) => read_snapshot(&File::from(file)).map_err(|e| {
+                Error::failed("the supervisor gave an answer that is not understood")
+                    .because(e)
+                    .remedy(OTHER_VERSION)
+            }),
             (other, _) => Err(unexpected(&other)),
         }
     }
+}
+
+fn read_snapshot(file: &File) -> io::Result<Snapshot> {
+    let about = file.metadata()?;
+    if !about.is_file() || about.len() > MAX_SNAPSHOT {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a memory file of bounded size"));
+    }
+    let mut text = vec![0; about.len() as usize];
+    file.read_exact_at(&mut text, 0)?;
+    Ok(serde_json::from_slice(&text)?)
 }
 
 /// Asks the supervisor to end its mount.
@@ -132,10 +143,27 @@ fn ask_with(
     }
 }
 
-/// Socket addresses hold 107 bytes; a longer path is reached through its folder's descriptor.
+/// Connects to the supervisor whose record is in `dir`: no other process may have made the socket that is there.
+///
+/// # Errors
+/// The socket's; `ConnectionReset` where another process listens, as while another supervisor takes the mount over.
 pub(super) fn reach(dir: &Path) -> io::Result<Channel> {
+    let folder = open_record(dir).map_err(|e| match e.code() {
+        Code::NotFound => io::ErrorKind::NotFound.into(),
+        _ => io::Error::other(e.to_string()),
+    })?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    let folder = File::open(dir)?;
-    connect(&socket, &SocketAddrUnix::new(super::socket_path(folder.as_fd()))?)?;
-    Ok(Channel::new(socket))
+    let channel = Channel::new(socket);
+    channel.set_patience(CONNECT_TIMEOUT)?;
+    // Socket addresses hold 107 bytes; a longer path is reached through its folder's descriptor.
+    connect(&channel, &SocketAddrUnix::new(super::socket_path(&folder))?)?;
+    let peer = Peer::of(&channel)?;
+    let record = Record::read(&folder)?.ok_or(io::ErrorKind::ConnectionReset)?;
+    // A number of another PID namespace is another one here.
+    let foreign = record.pid_namespace.is_some_and(|its| Some(its) != probe::pid_namespace());
+    let is_supervisor = foreign || peer.pid == Some(record.supervisor_pid);
+    match is_supervisor && peer.uid == folder.own_metadata()?.st_uid {
+        true => Ok(channel),
+        false => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
+    }
 }

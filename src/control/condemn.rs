@@ -4,8 +4,9 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::client::{SUPERVISOR_LOST, reach};
+use super::listing::lives;
 use super::protocol::{Request, Response};
-use super::registry::{CONTROL_SOCKET, Mount, lives};
+use super::registry::{CONTROL_SOCKET, Mount};
 use super::wire::Channel;
 use crate::error::{Error, Result};
 use crate::store::Digest;

@@ -7,24 +7,27 @@
 //! Taker and remover each write first and read then, so that one of them sees the other: a taker waits while a removal of
 //! its template is under way, a removal refuses while somebody else has a lease.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::runtime_dir;
+use super::runtime::{self, runtime_dir, trusted_file};
 use crate::error::{Code, Error, Result};
 use crate::store::{ContentHold, Digest, Store, TemplateRef};
-use crate::sys::probe;
+use crate::sys::folder::Folder;
+use crate::sys::{locks, probe};
 
 /// A removal that lasts longer than this holds nobody up: who wants the template is told to try again.
 const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_millis(10);
+
+/// Who looks whether a lease that is being made is a dead one's has its lock for a moment.
+const LOOK: Duration = Duration::from_secs(2);
 
 const STOPPED: &str = "see whether that process was stopped: let it go on, or end it";
 
@@ -33,6 +36,8 @@ const STANDSTILL: Duration = Duration::from_secs(20);
 
 const SUFFIX: &str = "lease";
 const NEW: &str = "new";
+/// One removal of a store at a time has this file locked.
+const LOCK: &str = "removal.lock";
 /// More than any honest one has.
 const MAX_LENGTH: u64 = 4096;
 
@@ -118,7 +123,9 @@ impl Lease {
             Err(e) => return Err(e),
         };
         let until = Instant::now() + LONGEST_REMOVAL;
-        while let Some(removal) = removals(store)?.into_iter().find(|l| l.digest == *digest) {
+        // Without a lease of ours no removal looks at us, and we may not look at it.
+        let removals = || if let Held::File { .. } = held { removals(store) } else { Ok(Vec::new()) };
+        while let Some(removal) = removals()?.into_iter().find(|l| l.digest == *digest) {
             if Instant::now() > until {
                 return Err(Error::try_again(format!(
                     "process {} has been removing template {digest} for a minute",
@@ -158,9 +165,8 @@ impl RemovalMark {
             }
             made => made?,
         };
-        let path = folder.join("removal.lock");
-        let options = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).clone();
-        let turn = options.open(&path).map_err(|e| closed(&path, e))?;
+        let path = folder.path_of(LOCK);
+        let (turn, _) = folder.open_or_create(LOCK, 0o600).map_err(|e| closed(&path, e))?;
         let mut first = (None, Instant::now());
         loop {
             match flock(&turn, FlockOperation::NonBlockingLockExclusive) {
@@ -228,19 +234,16 @@ fn holder(digest: &Digest, command: &str, removes: bool) -> LeaseHolder {
     }
 }
 
-fn folder(store: &Store) -> PathBuf {
-    runtime_dir().join("leases").join(store.id())
+fn name_of(store: &Store) -> String {
+    format!("leases/{}", store.id())
 }
 
-fn make_folder(store: &Store) -> Result<PathBuf> {
-    let folder = folder(store);
-    fs::create_dir_all(&folder).map_err(|e| closed(&folder, e))?;
-    Ok(folder)
+fn make_folder(store: &Store) -> Result<Folder> {
+    runtime::create(&name_of(store))
 }
 
 fn closed(path: &Path, error: io::Error) -> Error {
-    Error::io("cannot take a lease", path, error)
-        .remedy("run it as root: mounts and removals look for leases in this directory and in no other")
+    runtime::failed("cannot take a lease", path, error)
 }
 
 fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
@@ -255,23 +258,16 @@ fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
 }
 
 fn all(store: &Store) -> Result<Vec<LeaseHolder>> {
-    let folder = folder(store);
-    let entries = match fs::read_dir(&folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => {
-            return Err(Error::io("cannot read the leases", &folder, e)
-                .remedy("run it as root: leases are in this directory and in no other"));
-        }
-    };
+    let Some(folder) = runtime::open(&name_of(store))? else { return Ok(Vec::new()) };
+    let names = folder.names().map_err(|e| Error::io("cannot read the leases", folder.path(), e))?;
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(|e| Error::io("cannot read the leases", &folder, e))?.path();
-        if path.extension().is_some_and(|e| e == NEW) {
+    for name in names {
+        let name = Path::new(&name);
+        if name.extension().is_some_and(|e| e == NEW) {
             // Of one that was killed before it had a lease.
-            let _ = read(&path);
-        } else if path.extension().is_some_and(|e| e == SUFFIX)
-            && let Some(holder) = read(&path)?
+            let _ = read(&folder, name);
+        } else if name.extension().is_some_and(|e| e == SUFFIX)
+            && let Some(holder) = read(&folder, name)?
         {
             found.push(holder);
         }
@@ -281,64 +277,73 @@ fn all(store: &Store) -> Result<Vec<LeaseHolder>> {
 }
 
 /// Who holds that lease; nothing where nobody does.
-fn read(path: &Path) -> Result<Option<LeaseHolder>> {
-    let fail = |e| Error::io("cannot read a lease", path, e);
-    let file = match File::open(path) {
+fn read(folder: &Folder, name: &Path) -> Result<Option<LeaseHolder>> {
+    let fail = |e| Error::io("cannot read a lease", folder.path_of(name), e);
+    let file = match trusted_file(folder, name) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(fail(e)),
+        Err(e) => {
+            return Err(fail(e).remedy("see whose file that is; when no command of Stencil runs, remove it"));
+        }
     };
     // Shared: two that look at the same time do not take each other for a holder.
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) => {
-            let _ = fs::remove_file(path);
+            let _ = folder.remove_file(name);
             return Ok(None);
         }
         Err(Errno::WOULDBLOCK) => {}
         Err(e) => return Err(fail(e.into())),
     }
-    let mut text = String::new();
-    io::Read::read_to_string(&mut io::Read::take(file, MAX_LENGTH), &mut text).map_err(fail)?;
-    let holder = serde_json::from_str(&text).map_err(|e| {
-        Error::failed(format!("a lease is not understood: {e}"))
-            .at(path)
-            .remedy("it is of another version of Stencil: run this again when that command is done")
-    })?;
-    Ok(Some(holder))
+    let mut text = Vec::new();
+    file.take(MAX_LENGTH).read_to_end(&mut text).map_err(fail)?;
+    let holder: LeaseHolder =
+        serde_json::from_slice(&text).map_err(|e| not_understood(folder, name, &e.to_string()))?;
+    match runtime::is_pid(holder.pid) {
+        true => Ok(Some(holder)),
+        false => Err(not_understood(folder, name, "no process has such a number")),
+    }
+}
+
+fn not_understood(folder: &Folder, name: &Path, why: &str) -> Error {
+    Error::failed(format!("a lease is not understood: {why}"))
+        .at(folder.path_of(name))
+        .remedy("it is of another version of Stencil: run this again when that command is done")
 }
 
 /// A locked file, removed when dropped.
 #[derive(Debug)]
 struct LeaseFile {
-    path: PathBuf,
+    folder: Folder,
+    name: String,
     _file: File,
 }
 
 impl LeaseFile {
     /// It has its lock and its text before it has a name that counts.
     fn create(store: &Store, holder: &LeaseHolder) -> Result<LeaseFile> {
-        let folder = make_folder(store)?;
         let text =
             serde_json::to_vec(holder).map_err(|e| Error::failed(format!("cannot write a lease: {e}")))?;
         loop {
-            let name = crate::store::random_name()?;
-            let temporary = folder.join(format!("{name}.{NEW}"));
-            let path = folder.join(format!("{name}.{SUFFIX}"));
+            let folder = make_folder(store)?;
+            let random = crate::store::random_name()?;
+            let (temporary, name) = (format!("{random}.{NEW}"), format!("{random}.{SUFFIX}"));
             let write = || -> io::Result<File> {
-                let mut file =
-                    OpenOptions::new().write(true).create_new(true).mode(0o644).open(&temporary)?;
-                rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))?;
+                let mut file = folder.create(&temporary, 0o600)?;
+                if !locks::wait(&file, true, LOOK, || false)? {
+                    return Err(io::Error::other("another process has it locked"));
+                }
                 file.write_all(&text)?;
-                fs::rename(&temporary, &path)?;
+                folder.rename(&temporary, &folder, &name)?;
                 Ok(file)
             };
             match write() {
-                Ok(file) => return Ok(LeaseFile { path, _file: file }),
+                Ok(file) => return Ok(LeaseFile { folder, name, _file: file }),
                 // Somebody who looked for leases of the dead came before the lock.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && folder.is_dir() => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound && folder.path().is_dir() => {}
                 Err(e) => {
-                    let _ = fs::remove_file(&temporary);
-                    return Err(closed(&folder, e));
+                    let _ = folder.remove_file(&temporary);
+                    return Err(closed(folder.path(), e));
                 }
             }
         }
@@ -347,7 +352,7 @@ impl LeaseFile {
 
 impl Drop for LeaseFile {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        let _ = self.folder.remove_file(&self.name);
     }
 }
 
@@ -367,14 +372,16 @@ mod tests {
             removes: false,
         };
         let path = dir.path().join("a.lease");
-        fs::write(&path, serde_json::to_vec(&holder).unwrap()).unwrap();
+        let folder = Folder::open(dir.path()).unwrap();
+        let read = || read(&folder, Path::new("a.lease"));
+        folder.create("a.lease", 0o600).unwrap().write_all(&serde_json::to_vec(&holder).unwrap()).unwrap();
         let file = File::open(&path).unwrap();
         flock(&file, FlockOperation::LockExclusive).unwrap();
-        assert_eq!(read(&path).unwrap(), Some(holder));
+        assert_eq!(read().unwrap(), Some(holder));
         assert!(path.exists());
         drop(file);
-        assert_eq!(read(&path).unwrap(), None);
+        assert_eq!(read().unwrap(), None);
         assert!(!path.exists(), "what the dead have left is removed");
-        assert_eq!(read(&path).unwrap(), None);
+        assert_eq!(read().unwrap(), None);
     }
 }

@@ -10,16 +10,18 @@ mod daemon;
 mod inflight;
 mod lease;
 pub mod ledger;
+mod listing;
 mod options;
 pub mod places;
 mod protocol;
 mod registry;
 mod residency;
+pub mod runtime;
 mod snapshot;
 mod status;
 mod wire;
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
 pub use beginning::Beginning;
@@ -28,27 +30,17 @@ pub use condemn::Condemnation;
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
 pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
 pub use lease::{Lease, LeaseHolder, RemovalMark, leases, removals};
+pub use listing::{DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, mounts, mounts_of};
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
-pub use registry::{
-    CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, every_mount, every_mount_of, is_of_store, mounts,
-    mounts_and_unread, mounts_of,
-};
+pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir};
+pub use runtime::runtime_dir;
 pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerRow, Snapshot, Stage};
 pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
 pub use wire::{Channel, MAX_MESSAGE, Received};
 
 /// A path to the control socket in the open folder of a record that fits into a socket's address, however deep the
 /// folder lies.
-pub fn socket_path(folder: BorrowedFd<'_>) -> PathBuf {
-    format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_raw_fd()).into()
-}
-
-/// Where running things of Stencil leave their records: `$STENCIL_RUNTIME_DIR`, else `/run/stencil`.
-pub fn runtime_dir() -> PathBuf {
-    match std::env::var_os("STENCIL_RUNTIME_DIR") {
-        // Absolute: daemons leave their working directory.
-        Some(dir) if !dir.is_empty() => std::path::absolute(&dir).unwrap_or(PathBuf::from(dir)),
-        _ => PathBuf::from("/run/stencil"),
-    }
+pub fn socket_path(folder: impl AsFd) -> PathBuf {
+    format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_fd().as_raw_fd()).into()
 }

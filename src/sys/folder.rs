@@ -17,8 +17,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
-    fsync, mkdirat, openat, openat2, renameat, statat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fcntl_setfl,
+    fstat, fsync, mkdirat, openat, openat2, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -57,6 +57,18 @@ impl Folder {
     pub fn open_canonical(path: &Path) -> io::Result<Folder> {
         let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         Ok(Folder { fd: resolve(CWD, path, FOLDER, Mode::empty(), links)?, path: path.to_owned() })
+    }
+
+    /// A folder that is open already, and the path to name in messages.
+    pub fn from_fd(fd: OwnedFd, path: &Path) -> Folder {
+        Folder { fd, path: path.to_owned() }
+    }
+
+    /// The same folder under another name in messages.
+    #[must_use]
+    pub fn named(mut self, path: &Path) -> Folder {
+        self.path = path.to_owned();
+        self
     }
 
     /// The path it was opened by, for messages.
@@ -99,12 +111,16 @@ impl Folder {
     /// # Errors
     /// As [`file`](Self::file); `InvalidData` for a longer file.
     pub fn read(&self, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.file(name)?.take(limit.get() + 1).read_to_end(&mut bytes)?;
-        match bytes.len() as u64 > limit.get() {
-            true => Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is larger than {limit}"))),
-            false => Ok(bytes),
+        let too_large =
+            || Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is larger than {limit}")));
+        let file = self.file(name)?;
+        if file.metadata()?.len() > limit.get() {
+            return too_large();
         }
+        // It may grow meanwhile.
+        let mut bytes = Vec::new();
+        file.take(limit.get() + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > limit.get() { too_large() } else { Ok(bytes) }
     }
 
     /// Creates a file that must not exist yet, for reading and writing, with exactly this mode whatever the umask.
@@ -144,6 +160,16 @@ impl Folder {
                 created => return created.map(|file| (file, true)),
             }
         }
+    }
+
+    /// Opens a regular file to write at its end; creates it with this mode where it does not exist.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub fn append(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<File> {
+        let (file, _) = self.open_or_create(name, mode)?;
+        fcntl_setfl(&file, OFlags::APPEND)?;
+        Ok(file)
     }
 
     /// Creates a folder that must not exist yet, with exactly this mode whatever the umask, and opens it.

@@ -1,19 +1,52 @@
-//! Who holds a lock of a file, as `/proc/locks` lists it.
+//! Locks of files (flock(2)): waits that end, and who holds one, as `/proc/locks` lists it.
 
-use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use rustix::fs::{major, minor};
+use rustix::fs::{FlockOperation, flock, fstat, major, minor};
+use rustix::io::Errno;
 
 use super::procfs::read_text;
 
+/// How often a lock is tried again: a blocking flock(2) has no time limit, and goes on after a signal handler.
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Takes a lock, shared or exclusive; false where it is still held after `limit`, or when `is_over` says that nobody wants it
+/// any more.
+///
+/// # Errors
+/// The system's.
+pub fn wait(
+    file: impl AsFd,
+    exclusive: bool,
+    limit: Duration,
+    is_over: impl Fn() -> bool,
+) -> io::Result<bool> {
+    let operation = match exclusive {
+        true => FlockOperation::NonBlockingLockExclusive,
+        false => FlockOperation::NonBlockingLockShared,
+    };
+    let until = Instant::now() + limit;
+    loop {
+        match flock(file.as_fd(), operation) {
+            Ok(()) => return Ok(true),
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < until && !is_over() => {
+                std::thread::sleep(RETRY_INTERVAL);
+            }
+            Err(Errno::WOULDBLOCK | Errno::INTR) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 /// Processes that have locked the file with flock(2), as far as they can be seen: none of another PID namespace, and on
 /// filesystems that show another device than they have (btrfs) nobody.
-pub fn flock_holders(file: &File) -> Vec<u32> {
-    let Ok(meta) = file.metadata() else { return Vec::new() };
+pub fn flock_holders(file: impl AsFd) -> Vec<u32> {
+    let Ok(stat) = fstat(file) else { return Vec::new() };
     let Ok(text) = read_text(Path::new("/proc/locks")) else { return Vec::new() };
-    let place = format!("{:02x}:{:02x}:{}", major(meta.dev()), minor(meta.dev()), meta.ino());
+    let place = format!("{:02x}:{:02x}:{}", major(stat.st_dev), minor(stat.st_dev), stat.st_ino);
     holders(&text, &place)
 }
 
@@ -34,7 +67,6 @@ fn holders(text: &str, place: &str) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{FlockOperation, flock};
 
     #[test]
     fn holders_are_told_from_those_who_wait() {
@@ -54,5 +86,18 @@ mod tests {
         assert!(flock_holders(&file).is_empty());
         flock(&file, FlockOperation::LockShared).unwrap();
         assert_eq!(flock_holders(&file), [std::process::id()]);
+    }
+
+    #[test]
+    fn a_wait_for_a_lock_ends() {
+        let held = tempfile::NamedTempFile::new().unwrap();
+        flock(held.as_file(), FlockOperation::LockShared).unwrap();
+        let other = held.reopen().unwrap();
+        let moment = Duration::from_millis(20);
+        assert!(wait(&other, false, Duration::ZERO, || false).unwrap());
+        assert!(!wait(&other, true, moment, || false).unwrap());
+        assert!(!wait(&other, true, Duration::from_secs(3600), || true).unwrap());
+        drop(held);
+        assert!(wait(&other, true, moment, || false).unwrap());
     }
 }

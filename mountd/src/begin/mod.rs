@@ -225,10 +225,7 @@ struct Found {
 /// Logs to the record's folder, and holds the caller's directory no longer: every path is canonical by now.
 fn leave_terminal(record: &RecordDir) -> Result<()> {
     let path = record.path().join(LOG_FILE);
-    let open = || -> std::io::Result<()> {
-        let file = std::fs::File::options().create(true).append(true).open(&path)?;
-        Ok(rustix::stdio::dup2_stderr(&file)?)
-    };
+    let open = || -> std::io::Result<()> { Ok(rustix::stdio::dup2_stderr(&record.open_log()?)?) };
     open().map_err(|e| Error::io("cannot write the log", &path, e))?;
     std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))
 }

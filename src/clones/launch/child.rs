@@ -1,6 +1,5 @@
 //! A clone that is any command of the user's.
 
-use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -35,7 +34,7 @@ pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) ->
     let target = herd.order.target;
     let needs = Needs::of(argv);
     let disks = if needs.disks.is_empty() { vec![] } else { target.recipe()?.disks };
-    let (values, reserved) = own::make(target, &disks, &needs, entry, 0)?;
+    let (values, reserved) = own::make(target, &disks, &needs, entry, 0, || herd.is_over())?;
     let filled = argv.iter().map(|arg| values.fill(arg, Escape::None)).collect::<Result<Vec<_>>>()?;
     let Some((program, args)) = filled.split_first() else {
         return Err(Error::usage("no command is given").remedy("write it after --, like -- CMD {memory}"));
@@ -80,10 +79,7 @@ pub fn run(herd: &Herd<'_>, argv: &[String], ready: Ready, entry: &mut Entry) ->
 /// # Errors
 /// When it cannot be started.
 pub fn spawn(command: &mut Command, entry: &mut Entry) -> Result<Child> {
-    let path = entry.log_path();
-    let log = || File::options().create(true).append(true).open(&path);
-    let failed = |e| Error::io("cannot write the log of a clone", &path, e);
-    let (out, err) = (log().map_err(failed)?, log().map_err(failed)?);
+    let (out, err) = (entry.open_log()?, entry.open_log()?);
     command
         .env("STENCIL_DIR", &entry.dir)
         .stdin(Stdio::null())

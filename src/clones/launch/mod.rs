@@ -21,7 +21,7 @@ use crate::clones::audit::Baseline;
 use crate::clones::capture;
 use crate::clones::find::Inodes;
 use crate::clones::recipe::Recipe;
-use crate::clones::registry::{self, Entry, Kind, Launch, NewEntry, Touched};
+use crate::clones::registry::{self, Entry, Kind, LOG, Launch, NewEntry, Touched};
 use crate::control;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -223,7 +223,7 @@ impl Herd<'_> {
                 });
             }
             Err(error) => {
-                let said = tail(&entry.log_path());
+                let said = tail(&entry);
                 // What cannot be removed now is removed with the whole launch, or by the next sweep.
                 if let Err(left) = entry.destroy() {
                     log::warn!("{left}");
@@ -258,8 +258,8 @@ impl Herd<'_> {
 }
 
 /// The last lines of a log, for an error message.
-fn tail(path: &std::path::Path) -> String {
-    let Ok(bytes) = std::fs::read(path) else { return String::new() };
+fn tail(entry: &Entry) -> String {
+    let Ok(Some(bytes)) = entry.read_file(LOG) else { return String::new() };
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let last = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join(" | ");

@@ -32,6 +32,7 @@ pub fn make(
     needs: &Needs,
     entry: &mut Entry,
     attempt: u32,
+    is_over: impl Fn() -> bool,
 ) -> Result<(Values, Reserved)> {
     let identity = Identity::of(&entry.id, attempt);
     let uuid = match &entry.uuid {
@@ -48,7 +49,7 @@ pub fn make(
     ports::give_back(entry);
     entry.ports.clear();
     for name in &needs.ports {
-        let (port, held) = free_port(|port| ports::claim(port, &entry.id))?;
+        let (port, held) = free_port(|port| ports::claim(port, &entry.id, &is_over))?;
         reserved.0.push(held);
         values = values.with(&format!("port:{name}"), port.to_string());
         entry.ports.insert(name.clone(), port);

@@ -12,7 +12,7 @@ use crate::clones::family;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
-use crate::clones::registry::Entry;
+use crate::clones::registry::{Entry, LOG};
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
 
@@ -49,7 +49,7 @@ pub fn resume(herd: &Herd<'_>, recipe: &Recipe, entry: &mut Entry) -> Result<Chi
 
 /// True when QEMU has said since then that a port or an address is taken.
 fn somebody_has_it(entry: &Entry, begin: u64) -> bool {
-    let log = std::fs::read(entry.log_path()).unwrap_or_default();
+    let log = entry.read_file(LOG).ok().flatten().unwrap_or_default();
     let since = String::from_utf8_lossy(log.get(begin as usize..).unwrap_or_default()).into_owned();
     TAKEN.iter().any(|words| since.contains(words))
 }
@@ -63,7 +63,8 @@ fn resume_once(
     attempt: u32,
 ) -> Result<Child> {
     // The ports stay reserved until QEMU listens on them.
-    let (values, _reserved) = own::make(herd.order.target, &recipe.disks, needs, entry, attempt)?;
+    let (values, _reserved) =
+        own::make(herd.order.target, &recipe.disks, needs, entry, attempt, || herd.is_over())?;
     let state = values.get("state").map(str::to_owned).ok_or_else(|| {
         Error::usage(format!(
             "template {} has no file 'state', so no device state to resume",

@@ -1,12 +1,12 @@
 //! A simulated clone: maps the template as a VMM would, touches its pages, and stays.
 
-use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use super::simulate::Simulate;
 use super::zygote::{Job, Mapped};
+use crate::clones::registry::open_log;
 use crate::error::{Error, Result};
 use crate::memory::Backend;
 use crate::sys::process;
@@ -105,7 +105,7 @@ fn watch_rom(file: &Mapped, backend: &Backend, index: u32, pipes: &Pipes) -> Res
 fn log(dir: &Path, job: &Job, index: u32) -> Result<()> {
     let path = dir.join("log");
     let failed = |e| Error::io("cannot write the log of a clone", &path, e);
-    let mut file = File::create(&path).map_err(failed)?;
+    let mut file = open_log(dir)?;
     for mapped in &job.files {
         writeln!(file, "mapped {} as {}", mapped.path.display(), if mapped.rom { "rom" } else { "ram" })
             .map_err(failed)?;

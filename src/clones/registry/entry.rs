@@ -2,17 +2,29 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{RECORD, is_held};
+use super::{CLONES, RECORD, is_held};
 use crate::clones::{family, ports};
+use crate::control::runtime::{self, is_pid, is_plain_name, is_whole_path, trusted_folder};
 use crate::error::{Error, Result};
+use crate::store::Digest;
+use crate::sys::folder::Folder;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
+use crate::units::Bytes;
+
+/// File in a clone's folder: what its process has written.
+pub const LOG: &str = "log";
+/// File in a clone's folder: what its guest has written to the first serial port.
+pub const SERIAL_LOG: &str = "serial.log";
+
+/// No more of a log is read into memory.
+const MAX_LOG: Bytes = Bytes::new(256 << 20);
 
 /// What kind of process a clone is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,12 +143,7 @@ impl Entry {
 
     /// Where it writes what it has to say.
     pub fn log_path(&self) -> PathBuf {
-        self.dir.join("log")
-    }
-
-    /// Where the first serial port of its guest goes.
-    pub fn serial_path(&self) -> PathBuf {
-        self.dir.join("serial.log")
+        self.dir.join(LOG)
     }
 
     /// The QMP socket of a QEMU clone.
@@ -163,16 +170,63 @@ impl Entry {
     /// Writes the record: readers see the old one or the new one.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When it cannot be written, or nobody could read it again.
     pub fn save(&self) -> Result<()> {
-        let path = self.dir.join(RECORD);
-        let fresh = self.dir.join("clone.json.new");
-        let write = || -> std::io::Result<()> {
-            let mut file = fs::File::create(&fresh)?;
-            file.write_all(&serde_json::to_vec(self)?)?;
-            fs::rename(&fresh, &path)
+        if let Some(field) = self.problem_of_fields() {
+            return Err(Error::usage(format!("the {field} of a clone is invalid")).at(&self.dir).remedy(
+                "names have letters, digits, '.', '_' and '-' only: see `stencil inspect --recipe`",
+            ));
+        }
+        let write = |folder: &Folder| runtime::replace(folder, RECORD, &serde_json::to_vec(self)?);
+        let name = self.dir.file_name().unwrap_or_default();
+        let written = match runtime::open(CLONES)? {
+            Some(all) => trusted_folder(&all, name).and_then(|folder| write(&folder)),
+            None => Err(ErrorKind::NotFound.into()),
         };
-        write().map_err(|e| Error::io("cannot write the record of a clone", &path, e))
+        written.map_err(|e| runtime::failed("cannot write the record of a clone", &self.dir.join(RECORD), e))
+    }
+
+    /// The first field that no launch writes so: numbers and names in a record decide what is signalled and removed.
+    pub(super) fn problem(&self) -> Option<&'static str> {
+        let is_named_so = self.dir.file_name().is_some_and(|name| name == self.id.as_str());
+        if is_named_so { self.problem_of_fields() } else { Some("id") }
+    }
+
+    fn problem_of_fields(&self) -> Option<&'static str> {
+        let is_uuid = |text: &String| text.len() == 36 && is_plain_name(text);
+        let fields = [
+            ("id", is_plain_name(&self.id)),
+            ("pid", self.pid == 0 || is_pid(self.pid)),
+            ("name", self.name.len() <= 1024),
+            ("template", self.template.parse::<Digest>().is_ok()),
+            ("launch", is_plain_name(&self.launch)),
+            ("ports", self.ports.iter().all(|(name, port)| name.len() <= 255 && *port != 0)),
+            ("uuid", self.uuid.as_ref().is_none_or(is_uuid)),
+            ("disks", self.disks.iter().all(|name| is_plain_name(name))),
+            ("disk_dir", self.disk_dir.as_deref().is_none_or(is_whole_path)),
+        ];
+        fields.into_iter().find(|(_, is_valid)| !is_valid).map(|(field, _)| field)
+    }
+
+    /// Opens its log to write at its end.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or something else is there.
+    pub fn open_log(&self) -> Result<fs::File> {
+        open_log(&self.dir)
+    }
+
+    /// The contents of its log, or of another file that it writes; none where there is no such file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no regular file.
+    pub fn read_file(&self, name: &str) -> std::io::Result<Option<Vec<u8>>> {
+        let read = Folder::open(&self.dir).and_then(|folder| folder.read(name, MAX_LOG));
+        match read {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// Removes its disks and its folder, and gives its ports back. What is gone already is fine.
@@ -202,6 +256,15 @@ impl Entry {
         family::kill(std::slice::from_ref(self))?;
         self.remove()
     }
+}
+
+/// Opens the log in a clone's folder to write at its end.
+///
+/// # Errors
+/// When it cannot be opened, or something else is there.
+pub fn open_log(dir: &Path) -> Result<fs::File> {
+    let opened = Folder::open(dir).and_then(|folder| folder.append(LOG, 0o600));
+    opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(LOG), e))
 }
 
 pub(super) fn remove_folder(path: &Path) -> Result<()> {

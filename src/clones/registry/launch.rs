@@ -3,20 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
 use super::entry::{Entry, Kind, Touched, remove_folder};
-use super::{clones_dir, launches_dir, list, random_id};
+use super::{CLONES, LAUNCHES, clones_dir, list, random_id};
 use crate::clones::family::{self, Families};
 use crate::control::places;
+use crate::control::runtime::{self, is_plain_name, trusted_file};
 use crate::error::{Error, Result};
-use crate::sys::probe;
 use crate::sys::process::ProcessId;
+use crate::sys::{locks, probe, users};
 
 /// How long another one may take to clear up a launch, or a child to execute its program.
 const CLEARING: Duration = Duration::from_secs(30);
@@ -71,18 +71,15 @@ impl Launch {
     /// # Errors
     /// When the runtime directory cannot be written.
     pub fn begin(&self) -> Result<()> {
-        let all = launches_dir();
-        places::expect_utf8("runtime directory", &all)?;
+        let all = runtime::create(LAUNCHES)?;
+        places::expect_utf8("runtime directory", all.path())?;
         let make = || {
-            fs::create_dir_all(&all)?;
-            let marker = fs::File::create_new(all.join(&self.id))?;
+            let marker = all.create(&self.id, 0o600)?;
             flock(&marker, FlockOperation::LockShared)?;
             Ok(marker)
         };
-        let marker = make().map_err(|e| {
-            Error::io("cannot write to the runtime directory", &all, e)
-                .remedy("run it as root, or set STENCIL_RUNTIME_DIR to a folder of yours")
-        })?;
+        let marker =
+            make().map_err(|e| runtime::failed("cannot begin a launch", &all.path_of(&self.id), e))?;
         self.marker.get_or_init(|| marker);
         Ok(())
     }
@@ -97,12 +94,12 @@ impl Launch {
     /// # Errors
     /// When the runtime directory cannot be written.
     pub fn create(&self, new: &NewEntry<'_>) -> Result<Entry> {
-        let all = clones_dir();
-        let failed = |path: &Path, e| Error::io("cannot make the folder of a clone", path, e);
-        fs::create_dir_all(&all).map_err(|e| failed(&all, e))?;
+        let all = runtime::create(CLONES)?;
+        let failed = |path: &Path, e| runtime::failed("cannot make the folder of a clone", path, e);
         // The folder appears with its record in it; what is cut off before bears the launch's name.
-        let staging = all.join(format!("{}{}", staging_prefix(&self.id), new.index));
-        fs::DirBuilder::new().mode(0o700).create(&staging).map_err(|e| failed(&staging, e))?;
+        let staged = format!("{}{}", staging_prefix(&self.id), new.index);
+        let staging = all.path_of(&staged);
+        all.create_folder(&staged, 0o700).map_err(|e| failed(&staging, e))?;
         let mut entry = Entry {
             id: String::new(),
             pid: 0,
@@ -125,8 +122,8 @@ impl Launch {
             entry.id = random_id()?;
             entry.dir.clone_from(&staging);
             entry.save()?;
-            entry.dir = all.join(&entry.id);
-            match fs::rename(&staging, &entry.dir) {
+            entry.dir = all.path_of(&entry.id);
+            match all.rename(&staged, &all, &entry.id) {
                 Ok(()) => return Ok(entry),
                 // A folder that is not empty is another clone's.
                 Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
@@ -140,8 +137,9 @@ impl Launch {
     /// # Errors
     /// When the marker cannot be removed: then the clones still belong to the launch.
     pub fn commit(self) -> Result<()> {
-        let marker = launches_dir().join(&self.id);
-        fs::remove_file(&marker).map_err(|e| Error::io("cannot let the clones go", &marker, e))
+        let failed = |e| runtime::failed("cannot let the clones go", Path::new(&self.id), e);
+        let all = runtime::open(LAUNCHES)?.ok_or_else(|| failed(ErrorKind::NotFound.into()))?;
+        all.remove_file(&self.id).map_err(failed)
     }
 
     /// Ends all clones of this launch and removes what they had.
@@ -156,7 +154,7 @@ impl Launch {
 
 /// True until the clones of that launch are let go or removed.
 pub fn is_held(launch: &str) -> bool {
-    launches_dir().join(launch).exists()
+    is_plain_name(launch) && runtime::runtime_dir().join(LAUNCHES).join(launch).symlink_metadata().is_ok()
 }
 
 /// Ends everything of one launch that was not let go; nothing, when it was. Gives what it removed.
@@ -165,21 +163,33 @@ pub fn is_held(launch: &str) -> bool {
 /// When a process does not die or a folder cannot be removed. What can be ended and removed is all the same, and the
 /// launch is held on for the next one who tries.
 pub fn abort(launch: &str) -> Result<Vec<Entry>> {
-    let marker = launches_dir().join(launch);
-    let Ok(lock) = fs::File::open(&marker) else { return Ok(vec![]) };
+    let Some(launches) = runtime::open(LAUNCHES)?.filter(|_| is_plain_name(launch)) else {
+        return Ok(vec![]);
+    };
+    let marker = launches.path_of(launch);
+    let lock = match trusted_file(&launches, launch) {
+        Ok(lock) => lock,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
+        Err(e) => {
+            return Err(Error::failed("the marker of a launch cannot be used")
+                .at(&marker)
+                .because(e)
+                .remedy("see what is there; if no `stencil clone` runs, remove it"));
+        }
+    };
     // The watchdog and another command may do it at one time, and a child may not have executed its program yet.
-    let until = Instant::now() + CLEARING;
-    while let Err(e) = flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        if e != rustix::io::Errno::WOULDBLOCK {
-            return Err(Error::io("cannot lock", &marker, e.into()));
-        }
-        if Instant::now() >= until {
+    match locks::wait(&lock, true, CLEARING, || false) {
+        Ok(true) => {}
+        Ok(false) => {
             let what = format!("a broken launch could not be cleared up within {} s", CLEARING.as_secs());
-            return Err(Error::try_again(what).at(&marker));
+            let holders = users::list_pids(&locks::flock_holders(&lock));
+            return Err(Error::try_again(what)
+                .at(&marker)
+                .remedy(format!("it is locked by {holders}: let that go on, or end it")));
         }
-        std::thread::sleep(Duration::from_millis(5));
+        Err(e) => return Err(Error::io("cannot lock", &marker, e)),
     }
-    if !marker.exists() {
+    if !launches.has(launch) {
         return Ok(vec![]);
     }
     let all: Vec<Entry> = list()?.into_iter().filter(|e| e.launch == launch).collect();
@@ -199,7 +209,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     if let Some(problem) = problem {
         return Err(problem);
     }
-    match fs::remove_file(&marker) {
+    match launches.remove_file(launch) {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", &marker, e)),
         _ => Ok(all),
     }
@@ -221,13 +231,13 @@ fn launcher(launch: &str) -> Option<ProcessId> {
 /// When the records cannot be read or something cannot be ended: the first of them. All others are cleared up all the same.
 pub fn sweep() -> Result<()> {
     let mut problem = None;
-    let Ok(markers) = fs::read_dir(launches_dir()) else { return Ok(()) };
-    for marker in markers.flatten() {
-        let Some(launch) = marker.file_name().to_str().map(str::to_owned) else { continue };
-        if launcher(&launch).is_none_or(|launcher| launcher.is_alive()) {
+    let Some(all) = runtime::open(LAUNCHES)? else { return Ok(()) };
+    let names = all.names().map_err(|e| Error::io("cannot read the markers of launches", all.path(), e))?;
+    for launch in names.iter().filter_map(|name| name.to_str()) {
+        if launcher(launch).is_none_or(|launcher| launcher.is_alive()) {
             continue;
         }
-        match abort(&launch) {
+        match abort(launch) {
             Ok(gone) => log::info!("launch {launch} had lost its launcher: {} clones removed", gone.len()),
             Err(error) => {
                 problem.get_or_insert(error);

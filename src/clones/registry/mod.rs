@@ -9,31 +9,31 @@
 mod entry;
 mod launch;
 
-use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use crate::control::runtime_dir;
+use crate::control::runtime::{self, MAX_RECORD, is_plain_name, runtime_dir, trusted_folder};
 use crate::error::{Error, Result};
+use crate::sys::folder::Folder;
 use crate::sys::procfs;
 
-pub use entry::{Entry, Kind, Touched};
+pub use entry::{Entry, Kind, LOG, SERIAL_LOG, Touched, open_log};
 pub use launch::{Launch, NewEntry, abort, is_held, sweep};
 
 const RECORD: &str = "clone.json";
 
+/// Folders of the runtime directory.
+const CLONES: &str = "clones";
+const LAUNCHES: &str = "launches";
+
 /// The runtime directory from the root: clones and helpers do not stay in this process's folder.
 pub fn runtime_root() -> PathBuf {
-    std::path::absolute(runtime_dir()).unwrap_or_else(|_| runtime_dir())
+    runtime_dir()
 }
 
 /// The folder that holds all records.
 pub fn clones_dir() -> PathBuf {
-    runtime_root().join("clones")
-}
-
-fn launches_dir() -> PathBuf {
-    runtime_root().join("launches")
+    runtime_root().join(CLONES)
 }
 
 /// All records, oldest first, clones that have ended among them.
@@ -41,26 +41,28 @@ fn launches_dir() -> PathBuf {
 /// # Errors
 /// When the folder of clones cannot be read. A record that cannot be read is logged and left out.
 pub fn list() -> Result<Vec<Entry>> {
-    let all = clones_dir();
-    let folders = match fs::read_dir(&all) {
-        Ok(folders) => folders,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
-        Err(e) => return Err(Error::io("cannot read the folder of clones", &all, e)),
-    };
-    let mut entries = vec![];
-    for folder in folders {
-        let path = folder.map_err(|e| Error::io("cannot read the folder of clones", &all, e))?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
-            continue;
-        }
-        match load(&path) {
+    let (entries, unread) = list_and_unread()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    Ok(entries)
+}
+
+/// The same, and why records of more clones cannot be used: each may be one that lives.
+///
+/// # Errors
+/// When the folder of clones cannot be read.
+pub fn list_and_unread() -> Result<(Vec<Entry>, Vec<Error>)> {
+    let (mut entries, mut unread) = (vec![], vec![]);
+    let Some(all) = runtime::open(CLONES)? else { return Ok((entries, unread)) };
+    let names = all.names().map_err(|e| Error::io("cannot read the folder of clones", all.path(), e))?;
+    for name in names.iter().filter(|name| !name.as_encoded_bytes().starts_with(b".")) {
+        match load(&all, Path::new(name)) {
             Ok(Some(entry)) => entries.push(entry),
             Ok(None) => {}
-            Err(error) => log::warn!("{error}"),
+            Err(error) => unread.push(error),
         }
     }
     entries.sort_by(|a, b| (a.created, a.index, &a.id).cmp(&(b.created, b.index, &b.id)));
-    Ok(entries)
+    Ok((entries, unread))
 }
 
 /// The clone with that id.
@@ -68,33 +70,40 @@ pub fn list() -> Result<Vec<Entry>> {
 /// # Errors
 /// [`Code::NotFound`](crate::error::Code::NotFound) when there is none.
 pub fn find(id: &str) -> Result<Entry> {
-    // An id is one folder's name, never a path.
-    let entry = if id.chars().all(|c| c.is_ascii_alphanumeric()) && !id.is_empty() {
-        load(&clones_dir().join(id))?
-    } else {
-        None
-    };
+    let all = if is_plain_name(id) { runtime::open(CLONES)? } else { None };
+    let entry = all.map(|all| load(&all, Path::new(id))).transpose()?.flatten();
     entry.ok_or_else(|| {
         Error::not_found(format!("no clone has the id '{id}'"))
             .remedy("see `stencil ps` for the clones that are")
     })
 }
 
-fn load(dir: &Path) -> Result<Option<Entry>> {
-    let path = dir.join(RECORD);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
-        Err(e) => return Err(Error::io("cannot read the record of a clone", &path, e)),
+fn load(all: &Folder, name: &Path) -> Result<Option<Entry>> {
+    let dir = all.path_of(name);
+    let read = || -> io::Result<Option<Entry>> {
+        let folder = trusted_folder(all, name)?;
+        let text = match runtime::read(&folder, RECORD, MAX_RECORD) {
+            // Its clone is being removed.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            text => text?,
+        };
+        let mut entry: Entry = serde_json::from_slice(&text)?;
+        // What is removed later is where the record was found, not where it says.
+        entry.dir.clone_from(&dir);
+        match entry.problem() {
+            None => Ok(Some(entry)),
+            Some(field) => Err(io::Error::new(ErrorKind::InvalidData, format!("its {field} is invalid"))),
+        }
     };
-    let mut entry: Entry = serde_json::from_slice(&bytes).map_err(|e| {
-        Error::failed(format!("the record of a clone cannot be understood: {e}"))
-            .at(&path)
-            .remedy("if no process of that clone runs, remove its folder")
-    })?;
-    // What is removed later is where the record was found, not where it says.
-    entry.dir = dir.to_owned();
-    Ok(Some(entry))
+    match read() {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        read => read.map_err(|e| {
+            Error::failed("the record of a clone cannot be used").at(&dir).because(e).remedy(format!(
+                "see what is there; if no process of that clone runs, remove {}",
+                dir.display()
+            ))
+        }),
+    }
 }
 
 /// A short name that nobody else has: `c` and seven hex digits.
@@ -114,12 +123,15 @@ pub fn random_id() -> Result<String> {
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
+    use std::io::Write;
 
     use super::*;
 
     #[test]
     fn a_record_reads_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
+        let all = Folder::open(dir.path()).unwrap();
+        let folder = all.create_folder("c0123456", 0o700).unwrap();
         let entry = Entry {
             id: "c0123456".into(),
             pid: 12,
@@ -127,7 +139,7 @@ mod tests {
             name: "web:v1".into(),
             template: "ab".repeat(32),
             kind: Kind::Simulated,
-            dir: dir.path().to_owned(),
+            dir: folder.path().to_owned(),
             created: 56,
             index: 7,
             launch: "c7654321".into(),
@@ -139,10 +151,31 @@ mod tests {
             pid_namespace: Some(10),
         };
         assert!(entry.is_foreign() && entry.process().is_none() && entry.remove().is_err());
-        entry.save().unwrap();
-        assert_eq!(load(dir.path()).unwrap(), Some(entry));
-        fs::write(dir.path().join(RECORD), "{").unwrap();
-        assert!(load(dir.path()).is_err());
+        let write = |text: &[u8]| runtime::replace(&folder, RECORD, text).unwrap();
+        let load = || load(&all, Path::new("c0123456"));
+        write(&serde_json::to_vec(&entry).unwrap());
+        assert_eq!(load().unwrap().as_ref(), Some(&entry));
+        let others: [fn(&mut Entry); 8] = [
+            |e| e.id = "c7654321".into(),
+            |e| e.pid = 1 << 23,
+            |e| e.launch = "../mounts".into(),
+            |e| e.disks = BTreeSet::from(["../../etc/x".into()]),
+            |e| e.disk_dir = Some("tmp".into()),
+            |e| e.disk_dir = Some("/var/../etc".into()),
+            |e| e.template = "../x".into(),
+            |e| e.uuid = Some("/etc".into()),
+        ];
+        for change in others {
+            let mut bad = entry.clone();
+            change(&mut bad);
+            write(&serde_json::to_vec(&bad).unwrap());
+            assert!(load().unwrap_err().to_string().contains("is invalid"), "{bad:?}");
+        }
+        write(b"{");
+        assert!(load().is_err());
+        folder.remove_file(RECORD).unwrap();
+        folder.create(RECORD, 0o666).unwrap().write_all(&serde_json::to_vec(&entry).unwrap()).unwrap();
+        assert!(load().unwrap_err().to_string().contains("other users can write it"));
     }
 
     #[test]

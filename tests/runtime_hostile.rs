@@ -1,0 +1,418 @@
+//! The runtime directory as somebody else may have left it: other users change nothing of what root's commands do, and what
+//! stands in the place of a record, socket or log holds no command up and leads none elsewhere.
+
+use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
+use serde_json::{Value, json};
+use stencilfs::sys::process::ProcessId;
+
+use crate::support::host;
+use crate::support::mount::{Run, STENCIL, TestMount, run};
+use crate::support::store::guest_like;
+
+const STRANGER: u32 = 12345;
+
+/// Exit codes of docs/operating.md.
+const CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
+
+/// No command takes longer, whatever lies in the runtime directory.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Runs `stencil` under this umask.
+fn under(world: &TestMount, umask: &str, words: &[&str]) -> Run {
+    let mut command = world.command_in("sh");
+    command.args(["-c", "umask $0; exec \"$@\"", umask, STENCIL]).args(words);
+    Run::of(format!("{words:?} under {umask}"), &command.output().unwrap())
+}
+
+fn mapped_clone(world: &TestMount, umask: &str) {
+    let words = ["clone", "web:1", "--ready", "notify", "--", "sh", "-c"];
+    let script = "echo {port:80}; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 3000";
+    under(world, umask, &[&words[..], &[script]].concat()).ok();
+    under(world, umask, &["clone", "web:1", "--simulate", "read=10%"]).ok();
+}
+
+/// What root's commands say of mounts and clones, without what changes by itself.
+fn seen(world: &TestMount) -> Value {
+    let ps = world.json(&["ps"]);
+    let ids: Vec<&Value> = ps["clones"].as_array().unwrap().iter().map(|c| &c["id"]).collect();
+    let states: Vec<&Value> = ps["clones"].as_array().unwrap().iter().map(|c| &c["state"]).collect();
+    let status = world.status();
+    let density = world.json(&["density"]);
+    json!({
+        "ids": ids, "states": states, "supervisor": status["supervisor_pid"], "clones": density["totals"]["clones"],
+        "leases": world.json(&["inspect", "web:1"])["leases"],
+    })
+}
+
+fn all_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = vec![];
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        found.push(path.clone());
+        if path.symlink_metadata().unwrap().is_dir() {
+            found.extend(all_below(&path));
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn a_stranger_changes_nothing_whatever_the_umask_is() {
+    let _host = host::shared();
+    for umask in ["0", "077", "0777"] {
+        let world = TestMount::unmounted();
+        world.open_to_others();
+        world.import_bytes(&guest_like(1, 1 << 20), "web:1");
+        world.import_bytes(&guest_like(2, 1 << 20), "other");
+        under(&world, umask, &["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
+        mapped_clone(&world, umask);
+        // Leases leave their folder.
+        under(&world, umask, &["export", "web:1", world.dir().join("out").to_str().unwrap()]).ok();
+        let runtime = world.runtime_dir();
+        let about = |path: &Path| path.symlink_metadata().unwrap();
+        assert_eq!(about(&runtime).mode() & 0o7777, 0o755, "{umask}");
+        for path in all_below(&runtime) {
+            let found = about(&path);
+            let depth = path.strip_prefix(&runtime).unwrap().components().count();
+            let expected = if found.is_dir() { 0o700 } else { 0o600 };
+            if !found.is_symlink() && (depth == 1 || path.file_name().unwrap() != "qmp.sock") {
+                assert_eq!(found.mode() & 0o7777, expected, "{umask}: {}", path.display());
+            }
+        }
+
+        let before = seen(&world);
+        let folders = ["mounts", "clones", "launches", "ports", "leases"];
+        for folder in folders {
+            let path = runtime.join(folder);
+            let place = path.to_str().unwrap();
+            let inside = all_below(&path).into_iter().next().unwrap_or(path.join("x"));
+            for attempt in [
+                "echo '{}' >$0/c0000001",
+                "mkdir $0/c0000001",
+                "mkfifo $0/c0000001",
+                "ln -s /etc $0/c0000001",
+                "mv $0 $0.old",
+                "mv $1 $1.old",
+                "rm -rf $1 && ! test -e $1",
+                "ln $1 $0/../x",
+                "chmod 777 $0",
+                "ls $0",
+                "flock -n -x $0 true",
+                "flock -n -s $0 true",
+                "flock -n -x $1 true",
+                "python3 -c 'import socket,sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1]+\"/s\")' $0",
+            ] {
+                let tried = Command::new("setpriv")
+                    .args(["--reuid=12345", "--regid=12345", "--clear-groups", "sh", "-c", attempt, place])
+                    .arg(&inside)
+                    .stderr(Stdio::null())
+                    .stdout(Stdio::null())
+                    .status()
+                    .unwrap();
+                assert!(!tried.success(), "umask {umask}: a stranger did: {attempt} in {place}");
+            }
+        }
+        assert_eq!(seen(&world), before, "{umask}");
+        world.stencil(&["rm", "other"]).ok();
+        mapped_clone(&world, umask);
+        let mnt = world.mountpoint().to_str().unwrap();
+        world.stencil(&["mount", mnt]).exits(5);
+        world.stencil(&["umount", mnt]).exits(5);
+        assert!(world.stencil(&["stop", "--all"]).ok().out.contains("4 stopped"));
+        world.stencil(&["umount", mnt]).ok();
+        assert_eq!(all_below(&runtime.join("mounts")), Vec::<PathBuf>::new());
+    }
+}
+
+/// A process that nobody of Stencil has started.
+struct Victim(Child);
+
+impl Victim {
+    fn start() -> Victim {
+        Victim(Command::new("sleep").arg("3000").spawn().unwrap())
+    }
+
+    fn lives(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The record of a clone that is that process.
+fn record_of(victim: &Victim, dir: &Path) -> Value {
+    let process = ProcessId::of(victim.0.id()).unwrap().unwrap();
+    json!({
+        "pid": process.pid, "identity": process.identity,
+        "id": dir.file_name().unwrap().to_str().unwrap(), "name": "web:1", "template": "ab".repeat(32),
+        "kind": "command", "dir": dir, "created": 1, "index": 0, "launch": "c1234567.1.1",
+    })
+}
+
+fn plant(dir: &Path, record: &Value) {
+    fs::create_dir_all(dir).unwrap();
+    fs::set_permissions(dir, Permissions::from_mode(0o700)).unwrap();
+    fs::write(dir.join("clone.json"), record.to_string()).unwrap();
+}
+
+#[test]
+fn a_runtime_directory_of_somebody_else_is_refused() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    world.import_bytes(&guest_like(1, 1 << 20), "web:1");
+    let mnt = world.mountpoint().to_str().unwrap();
+    let mut victim = Victim::start();
+    // Theirs; root's in a folder of theirs; root's that everybody can write; a link of theirs to root's.
+    let theirs = world.dir().join("theirs");
+    for folder in ["theirs", "theirs/below", "open", "roots"] {
+        let runtime = world.dir().join(folder);
+        let clone = runtime.join("clones/c0000001");
+        plant(&clone, &record_of(&victim, &clone));
+    }
+    chown(&theirs, Some(STRANGER), None).unwrap();
+    fs::set_permissions(world.dir().join("open"), Permissions::from_mode(0o777)).unwrap();
+    symlink(world.dir().join("roots"), world.dir().join("link")).unwrap();
+    std::os::unix::fs::lchown(world.dir().join("link"), Some(STRANGER), None).unwrap();
+    for (folder, why) in [
+        ("theirs", "belongs to user 12345"),
+        ("theirs/below", "belongs to user 12345"),
+        ("link", "belongs to user 12345"),
+        ("open", "other users can write it"),
+    ] {
+        let runtime = world.dir().join(folder);
+        let commands: [&[&str]; 9] = [
+            &["ps"],
+            &["status"],
+            &["stop", "--all"],
+            &["stop", "c0000001"],
+            &["density"],
+            &["mount", mnt],
+            &["rm", "web:1"],
+            &["clone", "web:1", "--simulate", "read=1%"],
+            &["umount", mnt],
+        ];
+        for words in commands {
+            let output = world.command().args(words).env("STENCIL_RUNTIME_DIR", &runtime).output().unwrap();
+            let refused = Run::of(format!("{words:?} in {folder}"), &output).exits(1);
+            assert!(refused.err.contains(why), "{refused:?}");
+            assert!(refused.err.contains("STENCIL_RUNTIME_DIR"), "{refused:?}");
+        }
+        assert!(victim.lives(), "{folder}");
+        assert_eq!(all_below(&runtime).len(), if folder == "theirs" { 6 } else { 3 }, "{folder}");
+    }
+    world.stencil(&["inspect", "web:1"]).ok();
+}
+
+/// A record that somebody else owns or can write, or whose fields no launch writes, is named and is nobody's.
+#[test]
+fn a_planted_record_ends_no_process_and_removes_no_file() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    world.import_bytes(&guest_like(1, 1 << 20), "web:1");
+    let mut victim = Victim::start();
+    let dir = world.runtime_dir().join("clones/c0000001");
+    // What a name with `../` would lead to.
+    let outside = world.dir().join("outside");
+    fs::create_dir_all(outside.join("disk-")).unwrap();
+    let disk = outside.join("guest.qcow2");
+    fs::write(&disk, "a guest's").unwrap();
+    let good = record_of(&victim, &dir);
+    let with = |field: &str, value: Value| {
+        let mut record = good.clone();
+        record[field] = value;
+        record
+    };
+    let up = format!("/../..{}", outside.join("guest").display());
+    let disks = json!([format!("x{up}"), "../guest", "guest"]);
+    let cases = [
+        ("id", with("id", json!("../mounts"))),
+        ("id", with("id", json!("c0000002"))),
+        ("pid", with("pid", json!(1 << 30))),
+        ("launch", with("launch", json!("../../x"))),
+        ("disks", with("disks", disks)),
+        ("disk_dir", with("disk_dir", json!("../outside"))),
+        ("template", with("template", json!("../x"))),
+    ];
+    for (field, record) in &cases {
+        plant(&dir, record);
+        let stopped = world.stencil(&["stop", "--all"]).exits(1);
+        assert!(stopped.err.contains(&format!("its {field} is invalid")), "{stopped:?}");
+        world.stencil(&["stop", "c0000001"]).exits(1);
+        assert!(world.stencil(&["ps"]).ok().err.contains("c0000001"));
+        assert!(victim.lives() && disk.exists() && dir.join("clone.json").exists(), "{field}");
+    }
+    for (what, change) in [
+        ("belongs to user 12345", (|dir| chown(dir, Some(STRANGER), None).unwrap()) as fn(&Path)),
+        ("belongs to user 12345", |dir| chown(dir.join("clone.json"), Some(STRANGER), None).unwrap()),
+        ("other users can write it", |dir| fs::set_permissions(dir, Permissions::from_mode(0o777)).unwrap()),
+        ("other users can write it", |dir| {
+            fs::set_permissions(dir.join("clone.json"), Permissions::from_mode(0o666)).unwrap();
+        }),
+    ] {
+        fs::remove_dir_all(&dir).unwrap();
+        plant(&dir, &good);
+        change(&dir);
+        let stopped = world.stencil(&["stop", "--all"]).exits(1);
+        assert!(stopped.err.contains(what), "{stopped:?}");
+        assert!(victim.lives(), "{what}");
+    }
+    fs::remove_dir_all(&dir).unwrap();
+    // A number that was given again is another process.
+    plant(&dir, &with("identity", json!(good["identity"].as_u64().unwrap() + 1)));
+    world.stencil(&["stop", "--all"]).ok();
+    assert!(victim.lives());
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Link,
+    Fifo,
+    Socket,
+    Device,
+    Folder,
+    Endless,
+    Garbage,
+}
+
+const KINDS: [Kind; 7] =
+    [Kind::Link, Kind::Fifo, Kind::Socket, Kind::Device, Kind::Folder, Kind::Endless, Kind::Garbage];
+
+/// Puts something else where `path` is; what was there lies at `aside`.
+fn replace(path: &Path, aside: &Path, kind: Kind) -> Option<rustix::fd::OwnedFd> {
+    fs::rename(path, aside).unwrap();
+    let mode = Mode::RUSR | Mode::WUSR;
+    match kind {
+        Kind::Link => symlink(aside, path).unwrap(),
+        Kind::Fifo => mknodat(CWD, path, FileType::Fifo, mode, 0).unwrap(),
+        Kind::Device => mknodat(CWD, path, FileType::CharacterDevice, mode, makedev(1, 5)).unwrap(),
+        Kind::Folder => fs::create_dir(path).unwrap(),
+        Kind::Endless => fs::File::create(path).unwrap().set_len(1 << 40).unwrap(),
+        Kind::Garbage => fs::write(path, b"{\"id\":\"../..\",\"pid\":1}\xff").unwrap(),
+        Kind::Socket => {
+            // It takes connections and says nothing.
+            let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+            let folder = fs::File::open(path.parent().unwrap()).unwrap();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let short = format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&folder));
+            bind(&listener, &SocketAddrUnix::new(short).unwrap()).unwrap();
+            listen(&listener, 8).unwrap();
+            return Some(listener);
+        }
+    }
+    None
+}
+
+/// Every file below a folder, with its contents; of others what they are.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let read = |path: &Path| match fs::symlink_metadata(path).unwrap() {
+        found if found.is_file() && found.len() < 1 << 20 => fs::read(path).unwrap(),
+        found if found.is_symlink() => fs::read_link(path).unwrap().as_os_str().as_bytes().to_vec(),
+        found => format!("{:o}", found.mode()).into_bytes(),
+    };
+    all_below(folder).into_iter().map(|path| (path.clone(), read(&path))).collect()
+}
+
+/// Runs a command; a slow host gets a second chance.
+fn in_time(world: &TestMount, words: &[&str], what: &str) -> Run {
+    let run = |words: &[&str]| {
+        let start = Instant::now();
+        let output =
+            world.command_in("timeout").args(["-s", "KILL", "30", STENCIL]).args(words).output().unwrap();
+        (Run::of(format!("{words:?} with {what}"), &output), start.elapsed())
+    };
+    let (mut ran, mut took) = run(words);
+    if took > LIMIT {
+        (ran, took) = run(words);
+    }
+    assert!(took <= LIMIT, "{words:?} with {what} took {took:?}: {ran:?}");
+    assert!(CODES.contains(&ran.code), "{ran:?}");
+    ran
+}
+
+#[test]
+fn what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewhere() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    world.import_bytes(&guest_like(1, 1 << 20), "web:1");
+    mapped_clone(&world, "022");
+    let runtime = world.runtime_dir();
+    let mnt = world.mountpoint().to_str().unwrap().to_owned();
+    let ids: Vec<String> = world.stencil(&["ps", "--ids"]).ok().out.lines().map(str::to_owned).collect();
+    let paths = all_below(&runtime);
+    assert!(paths.len() > 12, "{paths:?}");
+    let outside = world.dir().join("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("guest.qcow2"), "a guest's").unwrap();
+    let aside = outside.join("aside");
+
+    let others: [&[&str]; 7] = [
+        &["logs", &ids[0]],
+        &["density"],
+        &["dirty", &ids[1]],
+        &["umount", &mnt],
+        &["rm", "web:1"],
+        &["mount", &mnt],
+        &["inspect", "web:1"],
+    ];
+    let mut turn = 0;
+    for path in &paths {
+        for kind in KINDS {
+            let what = format!("{kind:?} at {}", path.strip_prefix(&runtime).unwrap().display());
+            let _listener = replace(path, &aside, kind);
+            let before = contents(&outside);
+            let rotated = [others[turn % others.len()], others[(turn + 3) % others.len()]];
+            turn += 1;
+            let commands: [&[&str]; 4] = [&["status"], &["ps"], rotated[0], rotated[1]];
+            let all = if host::rounds("", "all") == "all" { &others[..] } else { &commands[..] };
+            for words in all {
+                in_time(&world, words, &what);
+            }
+            // The supervisor may write to its log.
+            let mut after = contents(&outside);
+            let mut before = before;
+            for noted in [&mut before, &mut after] {
+                noted.retain(|path, _| !path.ends_with("log") && path != &aside || kind == Kind::Link);
+            }
+            assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>(), "{what}");
+            match path.symlink_metadata() {
+                Ok(found) if found.is_dir() => fs::remove_dir_all(path).unwrap(),
+                Ok(_) => fs::remove_file(path).unwrap(),
+                Err(_) => {}
+            }
+            fs::rename(&aside, path).unwrap();
+        }
+    }
+    assert_eq!(fs::read(outside.join("guest.qcow2")).unwrap(), b"a guest's");
+
+    // With each kind in turn in a record's place the rest is stopped, and the record's clone lives.
+    let [first, second] = [&ids[0], &ids[1]].map(|id| runtime.join("clones").join(id));
+    let record: Value = serde_json::from_slice(&fs::read(first.join("clone.json")).unwrap()).unwrap();
+    for kind in KINDS {
+        let what = format!("{kind:?} in place of a record");
+        let _listener = replace(&first.join("clone.json"), &aside, kind);
+        in_time(&world, &["stop", "--all"], &what).exits(1);
+        assert!(!second.exists() && first.exists(), "{what}");
+        let path = first.join("clone.json");
+        if path.is_dir() { fs::remove_dir(&path) } else { fs::remove_file(&path) }.unwrap();
+        fs::rename(&aside, &path).unwrap();
+        assert!(Path::new(&format!("/proc/{}", record["pid"])).exists(), "{what}");
+    }
+    in_time(&world, &["stop", "--all"], "nothing").ok();
+    in_time(&world, &["umount", &mnt], "nothing").ok();
+    run("test", &["!", "-e", first.to_str().unwrap()]);
+}

@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::output::{Done, Report, to_json};
+use super::store_filter::StoreFilter;
 use super::{Global, columns::Columns};
 use crate::clones::accounting::{self, Density};
 use crate::clones::audit::{self, Audit};
@@ -20,7 +21,7 @@ pub struct DensityArgs {
     /// Only this template
     #[arg(value_name = "T")]
     template: Option<TemplateRef>,
-    /// Hold the figures against page frames and the host's available memory
+    /// Hold the figures against page frames and the host's available memory; counts the mounts of every store
     #[arg(long)]
     audit: bool,
 }
@@ -41,7 +42,11 @@ pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
     if args.audit && args.template.is_some() {
         return Err(Error::usage("--audit looks at the whole host").remedy("leave the template out"));
     }
-    let mounts = control::mounts()?;
+    let filter = StoreFilter::of(global)?;
+    let mut mounts = control::mounts()?;
+    if !args.audit {
+        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+    }
     let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
     let survey = accounting::survey(&mounts, only.as_ref())?;
     let audit = args.audit.then(|| audit::audit(&mounts, &survey)).transpose()?;

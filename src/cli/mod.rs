@@ -33,6 +33,7 @@ mod rm;
 mod save;
 mod status;
 mod stop;
+mod store_filter;
 mod stuck;
 mod tag;
 mod umount;
@@ -43,7 +44,8 @@ mod words;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Result;
 pub use output::{Done, Report};
@@ -70,6 +72,9 @@ pub struct Global {
         value_name = "DIR"
     )]
     pub store: PathBuf,
+    /// True where the call or the environment names a store.
+    #[arg(skip)]
+    pub names_store: bool,
     /// Print one JSON object instead of text
     #[arg(long, global = true)]
     pub json: bool,
@@ -176,10 +181,12 @@ pub fn main() -> ExitCode {
     if mount_helper::is_called(std::env::args_os().next().as_deref()) {
         return mount_helper::main();
     }
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return output::clap_error(&error),
+    let parsed = Cli::command().try_get_matches().and_then(|words| Ok((Cli::from_arg_matches(&words)?, words)));
+    let (mut cli, words) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => return output::clap_error(&error.format(&mut Cli::command())),
     };
+    cli.global.names_store = words.value_source("store") != Some(ValueSource::DefaultValue);
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => "error",
         (_, 0) => "warn",

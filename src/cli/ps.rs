@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
+use super::store_filter::StoreFilter;
 use crate::clones::family::Families;
 use crate::clones::find::{self, CloneProcess};
 use crate::clones::registry::{self, Entry};
@@ -140,16 +141,22 @@ fn age(seconds: u64) -> String {
 ///
 /// # Errors
 /// When the runtime directory cannot be read.
-pub fn run(args: &PsArgs, _global: &Global) -> Result<Done> {
+pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
+    let filter = StoreFilter::of(global)?;
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let (entries, unread) = registry::list_and_unread()?;
     unread.iter().for_each(|error| log::warn!("{error}"));
     let unread = unread.iter().map(ToString::to_string).collect();
     let families = Families::look(&entries);
-    let mut rows: Vec<Row> = entries.iter().map(|entry| Row::of(entry, &families)).collect();
+    let shown = entries.iter().filter(|entry| filter.has_clone(entry));
+    let mut rows: Vec<Row> = shown.map(|entry| Row::of(entry, &families)).collect();
     let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| families.of(entry)).collect();
     let mut unseen = vec![];
-    match control::mounts().and_then(|mounts| find::template_mappings(&mounts)) {
+    let mounts = control::mounts().map(|mut mounts| {
+        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+        mounts
+    });
+    match mounts.and_then(|mounts| find::template_mappings(&mounts)) {
         Ok(others) => {
             if let Some(holes) = others.holes() {
                 log::warn!("{holes}");

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::Global;
 use super::output::{Done, Report, to_json};
+use super::store_filter::StoreFilter;
 use crate::control::{self, Mount};
 use crate::error::{Error, Result};
 use crate::sys::stream::open_source;
@@ -71,14 +72,14 @@ impl Report for Restarted {
 ///
 /// # Errors
 /// Why the new program does not serve; the old one then goes on. Not found where nothing is mounted.
-pub fn run(args: &RestartArgs, _global: &Global) -> Result<Done> {
+pub fn run(args: &RestartArgs, global: &Global) -> Result<Done> {
     let path = match &args.server {
         Some(path) => path.clone(),
         None => control::find_daemon()?,
     };
     let program = open_source(&path).map_err(|e| Error::io("cannot open the program", &path, e))?;
     let mut restarted = Restarted { mounts: Vec::new() };
-    for mount in chosen(args)? {
+    for mount in chosen(args, global)? {
         control::request_restart(&mount, program.as_fd(), args.server.is_none())
             .map_err(|e| e.context(mount.mountpoint.display()))?;
         let status = mount.status()?;
@@ -93,9 +94,13 @@ pub fn run(args: &RestartArgs, _global: &Global) -> Result<Done> {
     Ok(Done::report(restarted))
 }
 
-fn chosen(args: &RestartArgs) -> Result<Vec<Mount>> {
-    let mounts = control::mounts()?;
-    let Some(path) = &args.mountpoint else { return Ok(mounts) };
+fn chosen(args: &RestartArgs, global: &Global) -> Result<Vec<Mount>> {
+    let mut mounts = control::mounts()?;
+    let Some(path) = &args.mountpoint else {
+        let filter = StoreFilter::of(global)?;
+        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+        return Ok(mounts);
+    };
     let path = super::umount::absolute(path)?;
     let found: Vec<Mount> = mounts.into_iter().filter(|m| m.mountpoint == path && !m.detached).collect();
     match found.first() {

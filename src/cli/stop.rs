@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Global;
 use super::output::{Done, Report, to_json};
+use super::store_filter::StoreFilter;
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::{How, stop};
 use crate::error::{Error, Result};
@@ -55,6 +56,7 @@ impl Report for StopReport {
 /// # Errors
 /// When there is no clone of an id, or one cannot be ended.
 pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
+    let filter = StoreFilter::of(global)?;
     let swept = registry::sweep();
     if let (Err(error), false) = (&swept, args.all) {
         log::warn!("{error}");
@@ -63,6 +65,7 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     let entries = if args.all {
         let (mut entries, unread) = registry::list_and_unread()?;
         left = unread.into_iter().reduce(Error::and);
+        entries.retain(|entry| filter.has_clone(entry));
         entries.retain(|entry| {
             let ours = entry.expect_ours().inspect_err(|error| log::warn!("{error}"));
             // Those that a launcher still holds are its own.
@@ -70,7 +73,7 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
         });
         entries
     } else {
-        args.ids.iter().map(|id| registry::find(id).and_then(may_be_stopped)).collect::<Result<Vec<_>>>()?
+        args.ids.iter().map(|id| may_be_stopped(id, &filter)).collect::<Result<Vec<_>>>()?
     };
     let how = stop(&entries, Duration::from_secs(args.grace.into()))?;
     if args.all {
@@ -87,7 +90,9 @@ fn stopped(entries: Vec<Entry>, how: Vec<How>, global: &Global) -> StopReport {
     StopReport { stopped: entries.into_iter().zip(how).collect(), quiet: global.quiet }
 }
 
-fn may_be_stopped(entry: Entry) -> Result<Entry> {
+fn may_be_stopped(id: &str, filter: &StoreFilter) -> Result<Entry> {
+    let entry = registry::find(id)?;
+    filter.expect(&entry)?;
     entry.expect_ours()?;
     if entry.is_launching() {
         // It may start a process at any moment.

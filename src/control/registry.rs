@@ -206,7 +206,7 @@ impl RecordDir {
     /// # Errors
     /// The system's.
     pub fn open_log(&self) -> io::Result<fs::File> {
-        self.folder.append(LOG_FILE, 0o600)
+        runtime::append(&self.folder, LOG_FILE)
     }
 
     /// Removes what another supervisor has left at the control socket's name.

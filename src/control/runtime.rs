@@ -7,12 +7,12 @@
 //! Records say whom a command signals and what it removes. What another user owns, or can write, is refused with its
 //! name ([`trust`]); a FIFO, device or endless file in a record's place is refused by [`Folder`].
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, fchmod, fstat, mkdirat};
+use rustix::fs::{CWD, Mode, OFlags, fchmod, fcntl_setfl, fstat, mkdirat};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -144,7 +144,7 @@ pub fn trusted_folder(parent: &Folder, name: impl AsRef<Path>) -> io::Result<Fol
 ///
 /// # Errors
 /// As [`Folder::file`]; `PermissionDenied` where another user owns it or can write it.
-pub fn trusted_file(folder: &Folder, name: impl AsRef<Path>) -> io::Result<std::fs::File> {
+pub fn trusted_file(folder: &Folder, name: impl AsRef<Path>) -> io::Result<File> {
     let file = folder.file(name)?;
     trust::expect(&fstat(&file)?)?;
     Ok(file)
@@ -180,6 +180,16 @@ pub fn replace(folder: &Folder, name: &str, contents: &[u8]) -> io::Result<()> {
             _ => Err(e),
         })
         .inspect_err(|_| drop(folder.remove_file(&fresh)))
+}
+
+/// Opens a regular file to write at its end; creates it, for its owner alone, where it does not exist.
+///
+/// # Errors
+/// As [`Folder::file`].
+pub fn append(folder: &Folder, name: &str) -> io::Result<File> {
+    let (file, _) = folder.open_or_create(name, 0o600)?;
+    fcntl_setfl(&file, OFlags::APPEND)?;
+    Ok(file)
 }
 
 /// True for a number that a process can have.

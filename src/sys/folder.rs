@@ -17,8 +17,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fcntl_setfl,
-    fstat, fsync, mkdirat, openat, openat2, renameat, statat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
+    fsync, mkdirat, openat, openat2, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -66,9 +66,8 @@ impl Folder {
 
     /// The same folder under another name in messages.
     #[must_use]
-    pub fn named(mut self, path: &Path) -> Folder {
-        self.path = path.to_owned();
-        self
+    pub fn named(self, path: &Path) -> Folder {
+        Folder { path: path.to_owned(), ..self }
     }
 
     /// The path it was opened by, for messages.
@@ -111,16 +110,14 @@ impl Folder {
     /// # Errors
     /// As [`file`](Self::file); `InvalidData` for a longer file.
     pub fn read(&self, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
-        let too_large =
-            || Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is larger than {limit}")));
         let file = self.file(name)?;
-        if file.metadata()?.len() > limit.get() {
-            return too_large();
-        }
-        // It may grow meanwhile.
         let mut bytes = Vec::new();
-        file.take(limit.get() + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > limit.get() { too_large() } else { Ok(bytes) }
+        // It may grow meanwhile.
+        let fits = |length: u64| length <= limit.get();
+        if fits(file.metadata()?.len()) && fits(file.take(limit.get() + 1).read_to_end(&mut bytes)? as u64) {
+            return Ok(bytes);
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is larger than {limit}")))
     }
 
     /// Creates a file that must not exist yet, for reading and writing, with exactly this mode whatever the umask.
@@ -160,16 +157,6 @@ impl Folder {
                 created => return created.map(|file| (file, true)),
             }
         }
-    }
-
-    /// Opens a regular file to write at its end; creates it with this mode where it does not exist.
-    ///
-    /// # Errors
-    /// As [`file`](Self::file).
-    pub fn append(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<File> {
-        let (file, _) = self.open_or_create(name, mode)?;
-        fcntl_setfl(&file, OFlags::APPEND)?;
-        Ok(file)
     }
 
     /// Creates a folder that must not exist yet, with exactly this mode whatever the umask, and opens it.

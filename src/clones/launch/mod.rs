@@ -174,6 +174,7 @@ impl Herd<'_> {
         self.launch.create(&NewEntry {
             name: &self.order.target.name,
             template: &digest,
+            store: &self.order.target.store,
             kind,
             index,
             touched,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::clones::recipe::{Recipe, Values};
+use crate::clones::registry::StoreOfClone;
 use crate::control::{self, Lease};
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, TemplateFile, TemplateRef, inode_number};
@@ -14,6 +15,8 @@ pub struct Target {
     pub name: String,
     /// What that is.
     pub digest: Digest,
+    /// Its store.
+    pub store: StoreOfClone,
     /// Its folder, `MNT/by-id/<digest>`.
     pub dir: PathBuf,
     /// Its files.
@@ -52,6 +55,7 @@ impl Target {
         let target = Target {
             name: reference.to_string(),
             digest,
+            store: StoreOfClone { path: store.dir().to_owned(), id: store.id() },
             dir,
             files: template.files().to_vec(),
             inodes: (mount.device, inodes),

@@ -58,6 +58,15 @@ pub struct Touched {
     pub written_pages: u64,
 }
 
+/// The store of a clone's template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreOfClone {
+    /// Where it was when the clone was launched (canonical).
+    pub path: PathBuf,
+    /// Its [`id`](crate::store::Store::id).
+    pub id: String,
+}
+
 /// One clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -71,6 +80,9 @@ pub struct Entry {
     pub name: String,
     /// The template's digest.
     pub template: String,
+    /// The template's store; unknown to versions before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreOfClone>,
     /// What kind of process it is.
     pub kind: Kind,
     /// Its own folder.
@@ -263,7 +275,7 @@ impl Entry {
 /// # Errors
 /// When it cannot be opened, or something else is there.
 pub fn open_log(dir: &Path) -> Result<fs::File> {
-    let opened = Folder::open(dir).and_then(|folder| folder.append(LOG, 0o600));
+    let opened = Folder::open(dir).and_then(|folder| runtime::append(&folder, LOG));
     opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(LOG), e))
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::entry::{Entry, Kind, Touched, remove_folder};
+use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_folder};
 use super::{CLONES, LAUNCHES, clones_dir, list, random_id};
 use crate::clones::family::{self, Families};
 use crate::control::places;
@@ -28,6 +28,8 @@ pub struct NewEntry<'a> {
     pub name: &'a str,
     /// The template's digest.
     pub template: &'a str,
+    /// The template's store.
+    pub store: &'a StoreOfClone,
     /// What kind of process it will be.
     pub kind: Kind,
     /// Its number within its launch, from 0.
@@ -106,6 +108,7 @@ impl Launch {
             identity: 0,
             name: new.name.to_owned(),
             template: new.template.to_owned(),
+            store: Some(new.store.clone()),
             kind: new.kind,
             dir: staging.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::sys::folder::Folder;
 use crate::sys::procfs;
 
-pub use entry::{Entry, Kind, LOG, SERIAL_LOG, Touched, open_log};
+pub use entry::{Entry, Kind, LOG, SERIAL_LOG, StoreOfClone, Touched, open_log};
 pub use launch::{Launch, NewEntry, abort, is_held, sweep};
 
 const RECORD: &str = "clone.json";
@@ -138,6 +138,7 @@ mod tests {
             identity: 34,
             name: "web:v1".into(),
             template: "ab".repeat(32),
+            store: Some(StoreOfClone { path: "/s".into(), id: "12ab".into() }),
             kind: Kind::Simulated,
             dir: folder.path().to_owned(),
             created: 56,

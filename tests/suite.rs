@@ -87,4 +87,5 @@ mod travel_promises;
 mod travel_rsync;
 mod travel_stream;
 mod travel_trust;
+mod unseen_clones;
 mod vmm_args;

@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 
 use stencilfs::control::CondemnedRow;
 use stencilfs::store::{Digest, Store};
+use stencilfs::sys::fuse_dev;
 
 use crate::kept;
 use crate::link::{Ask, Link};
+use crate::node::Node;
 use crate::passthrough::Passthrough;
 use crate::stats::Stats;
 use crate::tree::Tree;
@@ -137,6 +139,8 @@ pub struct Watcher {
     pub passthrough: Arc<Passthrough>,
     /// The store.
     pub store: Store,
+    /// The connection to the kernel.
+    pub fuse: std::os::fd::OwnedFd,
     /// Where the list is written.
     pub ledger: std::os::fd::OwnedFd,
     /// The bell.
@@ -180,6 +184,7 @@ impl Watcher {
                 return;
             }
         }
+        rows.iter().filter(|row| !row.removed).for_each(|row| self.forget_names(&row.digest));
         let grace = self.condemned.grace();
         self.passthrough.end_condemned();
         // What it has open of the store keeps room on the disk that was given back.
@@ -191,6 +196,18 @@ impl Watcher {
         }
         // After the answer: a removal that was killed waits for nobody.
         self.passthrough.give_up_vanished(&self.store);
+    }
+
+    /// Has the kernel forget the files of a template that nobody uses. Lookups are answered by other threads, and a file
+    /// whose pages are being read is in use: nothing here waits for this thread.
+    fn forget_names(&self, digest: &Digest) {
+        // What cannot be forgotten counts as used.
+        let Ok(template) = self.tree.template_in_use(digest) else { return };
+        let folder = self.tree.ino(&Node::Template(*digest));
+        for file in template.files() {
+            fuse_dev::forget_name(&self.fuse, folder, &file.name)
+                .unwrap_or_else(|e| log::warn!("cannot have the kernel forget {digest}/{}: {e}", file.name));
+        }
     }
 }
 

@@ -136,6 +136,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
         tree: Arc::clone(&tree),
         passthrough: Arc::clone(&passthrough),
         store: store.clone(),
+        fuse: kept::copy(fuse)?,
         ledger: kept::copy(ledger)?,
         stats: stats.clone(),
         link: Arc::clone(link),

@@ -204,6 +204,12 @@ impl Tree {
 
     fn child(&self, parent: &Node, name: &str, offer: &impl Offer) -> Result<Node, Refusal> {
         match (name, parent) {
+            // Asked for by who opens a file by its number.
+            (".", Node::Template(digest) | Node::Manifest(digest) | Node::File(digest, ..))
+                if self.gone(digest)? =>
+            {
+                return Err(Refusal::NoEntry);
+            }
             (".", _) => return Ok(parent.clone()),
             ("..", _) => return Ok(parent.parent()),
             _ => {}

@@ -2,24 +2,34 @@
 //!
 //! ```text
 //!   mark ─▶ no lease? nobody uses it? ─▶ every mount: nobody finds or opens it ─▶ no process maps it or has it open?
-//!     ─▶ names locked: still so? ─▶ tags and folder go ─▶ the same two questions ─▶ mounts close what they have of it
+//!     ─▶ the kernel has no inode of it? ─▶ names locked: still so? ─▶ tags and folder go ─▶ the same questions
+//!     ─▶ mounts close what they have of it
 //! ```
 //! Whatever fails on the way, or kills this process, lets the mounts find it again. The last questions see also who came
 //! by a mount that began in between, and do not rely on a time.
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clones::find::{self, Inodes, Search};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
-use crate::store::{Digest, Removal, Removed, Store, Template, TemplateRef, What};
-use crate::sys::loops;
+use crate::store::{
+    Digest, Removal, Removed, Serving, Store, Template, TemplateFile, TemplateRef, What, inode_number,
+};
 use crate::sys::users::{self, PATIENCE};
+use crate::sys::{loops, probe};
 
 /// Mounts that come and go for longer are not waited for.
 const LONGEST: Duration = Duration::from_secs(60);
+
+/// A file that was just closed is in use until the server has heard of it; so long.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often the kernel is asked whether a file is still in use.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A template that nobody can get.
 struct Cleared {
@@ -54,7 +64,7 @@ fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
         let digest = cleared.as_ref().map(|c| *c.condemned.digest());
         let is_hidden = || cleared.as_ref().map_or(Ok(false), Cleared::is_hidden);
         let done = store.remove(what, digest.as_ref(), is_hidden, || {
-            cleared.as_ref().map_or(Ok(()), |c| c.expect_unused(&c.condemned.mounts()))
+            cleared.as_ref().map_or(Ok(()), Cleared::expect_released)
         });
         let removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
         if let Some(Cleared { condemned, .. }) = cleared.take()
@@ -95,8 +105,10 @@ impl Cleared {
         };
         let condemned = Condemnation::new(digest);
         let mut ours = Cleared { store: store.clone(), mark, condemned, template };
+        let mounts = control::every_mount_of(store)?;
+        expect_to_see_all(&digest, &mounts)?;
         // What is in use is not hidden from anybody, not even for a moment.
-        ours.expect_unused(&control::every_mount_of(store)?)?;
+        ours.expect_unused(&mounts)?;
         loop {
             let mut new = control::every_mount_of(store)?;
             new.retain(|m| !ours.condemned.has(m));
@@ -104,7 +116,7 @@ impl Cleared {
                 return Ok(ours);
             }
             ours.condemned.extend(new)?;
-            if let Err(error) = ours.expect_unused(&ours.condemned.mounts()) {
+            if let Err(error) = ours.expect_released() {
                 // Who asks for it right after this finds it.
                 ours.condemned.release(false).unwrap_or_else(|e| log::warn!("{e}"));
                 return Err(error);
@@ -119,6 +131,29 @@ impl Cleared {
             return Ok(false);
         }
         Ok(self.condemned.still_holds())
+    }
+
+    /// Fails while anybody uses the template in the mounts that have condemned it. Processes are searched to name them;
+    /// that there is nobody else, the kernel says: it has no inode of the template any more.
+    fn expect_released(&self) -> Result<()> {
+        self.expect_unused(&self.condemned.mounts())?;
+        let (digest, Some(template)) = (self.condemned.digest(), &self.template) else { return Ok(()) };
+        let secret = self.store.secret();
+        let numbers = |file: &TemplateFile| {
+            Serving::ALL.map(|serving| inode_number(&secret, digest, &file.name, serving))
+        };
+        let inodes: Vec<u64> = template.files().iter().flat_map(numbers).collect();
+        let until = Instant::now() + RELEASE_TIMEOUT;
+        loop {
+            let Some((mount, inode)) = self.condemned.used(&inodes)? else { return Ok(()) };
+            if Instant::now() > until {
+                let file = template.files().iter().find(|file| numbers(file).contains(&inode));
+                let name = file.map_or("", |file| file.name.as_str());
+                return Err(used_by_nobody_seen(digest, mount, name));
+            }
+            thread::sleep(RETRY_INTERVAL);
+            self.condemned.repeat()?;
+        }
     }
 
     /// Fails while a process maps a file of the template, or has one open, in one of these mounts.
@@ -150,6 +185,33 @@ impl Cleared {
         }
         in_use(digest, &using)
     }
+}
+
+/// Fails where a mount has served the store and processes of the host may be out of sight.
+fn expect_to_see_all(digest: &Digest, mounts: &[Mount]) -> Result<()> {
+    let Some(mount) = mounts.first() else { return Ok(()) };
+    let namespace = match (probe::in_initial_pid_namespace(), probe::in_initial_user_namespace()) {
+        (true, true) => return Ok(()),
+        (false, _) => "PID",
+        (true, false) => "user",
+    };
+    Err(Error::try_again(format!(
+        "this command runs in another {namespace} namespace than the host's, so clones of template {digest} may be \
+         out of sight"
+    ))
+    .at(&mount.mountpoint)
+    .remedy("run it as root of the host, outside of containers; or unmount the store first"))
+}
+
+fn used_by_nobody_seen(digest: &Digest, mount: &Mount, file: &str) -> Error {
+    Error::in_use(format!(
+        "template {digest} is in use: the kernel holds its file '{file}' for a user that no process shows"
+    ))
+    .at(&mount.mountpoint)
+    .remedy(
+        "look for an overlay mount of it, a bind mount of the file, a loop device, or a descriptor that is in a \
+         socket or an io_uring; docs/operating.md lists all ways",
+    )
 }
 
 fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<()> {

@@ -85,6 +85,33 @@ impl Condemnation {
         Ok(())
     }
 
+    /// Has the mounts' servers make the kernel forget once more what nobody uses of it.
+    ///
+    /// # Errors
+    /// When one of them does not answer.
+    pub fn repeat(&self) -> Result<()> {
+        let request = Request::Condemn { digest: self.digest };
+        self.mounts
+            .iter()
+            .try_for_each(|(mount, channel)| ask(channel, &request).map(drop).map_err(|e| lost(mount, e)))
+    }
+
+    /// The mount whose kernel connection has an inode with one of these numbers, and the number: while the template is
+    /// condemned somebody uses it, whether or not a process shows that.
+    ///
+    /// # Errors
+    /// When a mount does not answer.
+    pub fn used(&self, inodes: &[u64]) -> Result<Option<(&Mount, u64)>> {
+        for (mount, channel) in &self.mounts {
+            for &number in inodes {
+                if has_inode(channel, number).map_err(|e| lost(mount, e))? {
+                    return Ok(Some((mount, number)));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// True when it has been condemned in all of these mounts ever since. A supervisor that was replaced meanwhile does
     /// not know, and a mount that has ended cannot say so.
     pub fn still_holds(&self) -> bool {
@@ -135,6 +162,15 @@ fn ask(channel: &Channel, request: &Request) -> io::Result<Duration> {
     match channel.receive::<Response>()? {
         Some((Response::Done, _)) => Ok(Duration::ZERO),
         Some((Response::Settled { milliseconds }, _)) => Ok(Duration::from_millis(milliseconds.min(1000))),
+        Some((other, _)) => Err(io::Error::other(format!("it answers {other:?}"))),
+        None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
+    }
+}
+
+fn has_inode(channel: &Channel, number: u64) -> io::Result<bool> {
+    channel.send(&Request::Inode { number }, None)?;
+    match channel.receive::<Response>()? {
+        Some((Response::Inode { known }, _)) => Ok(known),
         Some((other, _)) => Err(io::Error::other(format!("it answers {other:?}"))),
         None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
     }

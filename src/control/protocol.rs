@@ -46,6 +46,12 @@ pub enum Request {
         /// True once it is removed.
         removed: bool,
     },
+    /// Whether the kernel has an inode of the mount. Names of a template that is condemned are forgotten, so of its files
+    /// it has those that somebody uses, in whatever way. Answered by [`Response::Inode`].
+    Inode {
+        /// Its number.
+        number: u64,
+    },
     /// Something in the store was given back: what the server has open of it is closed. Answered by
     /// [`Response::Settled`].
     Refresh,
@@ -83,6 +89,11 @@ pub enum Response {
     Settled {
         /// At most a second.
         milliseconds: u64,
+    },
+    /// To [`Request::Inode`].
+    Inode {
+        /// True when the kernel has it.
+        known: bool,
     },
     /// It was not done.
     Failed(Failure),

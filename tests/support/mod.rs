@@ -4,6 +4,7 @@ pub mod actor;
 pub mod debian;
 pub mod drill;
 pub mod guest;
+pub mod holder;
 pub mod host;
 pub mod hosts;
 pub mod inflight;

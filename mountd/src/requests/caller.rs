@@ -6,7 +6,7 @@ use std::process::Command;
 
 use stencilfs::control::{Received, Request, Response};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::{descriptor, process};
+use stencilfs::sys::{descriptor, fuse_dev, process};
 
 use crate::control::answer_with;
 use crate::handed;
@@ -38,6 +38,11 @@ impl Supervisor {
                 self.callers.answer(Some(id), still);
             }
             Request::Release { digest, removed } => self.release(id, digest, removed),
+            Request::Inode { number } => {
+                let known = fuse_dev::is_inode_known(&self.kept.fuse, number)
+                    .map_err(|e| Error::failed("cannot ask the kernel for an inode").because(e));
+                self.callers.say(id, known.map(|known| (Response::Inode { known }, None)));
+            }
             Request::Refresh => self.ring(id, None),
             Request::Unmount { mode } => self.unmount(Some(id), mode),
             Request::Restart { supervisor } => {

@@ -79,7 +79,7 @@ const NOT_CODE: Allowed = Allowed::If("without `PROT_EXEC`", &[bits(2, libc::PRO
 /// All of them. One more is a decision: it needs a row in docs/security.md and a new count in the scenario `sandbox`.
 pub const CALLS: &[Call] = &[
     call("read", libc::SYS_read, "requests of the kernel, files of the store, answers of the supervisor"),
-    call("write", libc::SYS_write, "the log, the notice that asks for requests again"),
+    call("write", libc::SYS_write, "the log, notices that ask for requests again and take names back"),
     call("writev", libc::SYS_writev, "replies to the kernel"),
     call("pread64", libc::SYS_pread64, "packs; backings that are verified"),
     call("pwrite64", libc::SYS_pwrite64, "backings that are filled"),

@@ -1,0 +1,262 @@
+//! Every way to hold a template: `rm` finds it, or refuses, or the documentation says why nobody is hurt.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::holder::{Holder, hash_of};
+use crate::support::host;
+use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
+use crate::support::passing::Mounted;
+use crate::support::store::guest_like;
+
+const SIZE: usize = 1 << 20;
+
+/// The name of the template's file.
+const FILE: &str = "memory";
+
+/// Rows of the documentation that other scenarios have, or that cannot be had here.
+const ELSEWHERE: &[&str] = &["process that does not let itself be looked into", "handle of an NFS client"];
+
+/// By passthrough, those ways in which something else than the process keeps the file.
+const BY_PASSTHROUGH: &[&str] = &[
+    "mapping",
+    "first thread ended, mapping",
+    "descriptor",
+    "descriptor in flight",
+    "mount of the file",
+    "loop device below a bind mount",
+    "mapping through overlayfs",
+    "pages in a pipe, by splice",
+    "copy in a memory file",
+];
+
+/// What `rm` says of a user that only the kernel knows.
+const NO_PROCESS: &str = "for a user that no process shows";
+
+/// What `rm` does while a template is held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Rm {
+    /// Exit 5: the search finds it, and says who.
+    Named,
+    /// Exit 5: only the kernel knows.
+    Unnamed,
+    /// It removes the template, and the holder reads the right bytes all the same.
+    Removes,
+}
+
+use Rm::{Named, Removes, Unnamed};
+
+/// Each way, and what `rm` does.
+const WAYS: &[(&str, Rm)] = &[
+    ("mapping", Named),
+    ("shared mapping", Named),
+    ("mapping that was moved", Named),
+    ("mapping that a child does not inherit", Named),
+    ("mapping with a KVM machine", Named),
+    ("mapping of a stopped process", Named),
+    ("mapping of a traced process", Named),
+    ("mapping of another user", Named),
+    ("mapping of a process that cannot be dumped", Named),
+    ("mapping below another root", Named),
+    ("mapping in other namespaces", Named),
+    ("first thread ended, mapping", Named),
+    ("first thread ended, descriptor", Named),
+    ("thread with its own descriptors", Named),
+    ("child in the parent's memory", Named),
+    ("descriptor", Named),
+    ("descriptor without access", Named),
+    ("descriptor in flight", Unnamed),
+    ("descriptor in an io_uring", Unnamed),
+    ("mount of the file", Unnamed),
+    ("watch by inotify", Unnamed),
+    ("loop device", Named),
+    ("loop device below a bind mount", Unnamed),
+    ("mapping through overlayfs", Named),
+    ("mapping through a detached overlayfs", Named),
+    ("file of an overlayfs that nobody uses", Unnamed),
+    ("pages in a pipe, by splice", Removes),
+    ("pages in a pipe, by vmsplice", Removes),
+    ("pages pinned by an io_uring", Removes),
+    ("copy in a memory file", Removes),
+];
+
+/// Who holds the template; dropped in order, the process first.
+struct Held {
+    holder: Option<Holder>,
+    device: Option<Loop>,
+    /// To be opened by this process.
+    file: Option<PathBuf>,
+    mounts: Vec<Mounted>,
+}
+
+/// Takes a loop device away with its row.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+impl Loop {
+    fn of(file: &Path) -> Loop {
+        Loop(run("losetup", &["-r", "-f", "--show", file.to_str().unwrap()]).trim().to_owned())
+    }
+}
+
+impl Held {
+    fn by(way: &str, file: &Path, folder: &Path) -> Held {
+        let place = |name: &str| {
+            let place = folder.join(name);
+            fs::create_dir_all(&place).unwrap();
+            place
+        };
+        let overlay = |lower: &Path, at: &str| {
+            let (at, empty) = (place(at), place("empty"));
+            let options = format!("lowerdir={}:{}", lower.display(), empty.display());
+            run("mount", &["-t", "overlay", "overlay", "-o", &options, at.to_str().unwrap()]);
+            Mounted(at)
+        };
+        let mut held = Held { holder: None, device: None, file: None, mounts: Vec::new() };
+        let template = file.parent().unwrap();
+        match way {
+            "loop device" => held.device = Some(Loop::of(file)),
+            "loop device below a bind mount" => {
+                let at = place("bound");
+                run("mount", &["--bind", template.to_str().unwrap(), at.to_str().unwrap()]);
+                let bound = Mounted(at);
+                held.device = Some(Loop::of(&bound.0.join(FILE)));
+            }
+            _ if way.contains("overlayfs") => {
+                held.mounts.push(overlay(template, "one"));
+                held.holder = Some(Holder::start("mapping", &held.mounts[0].0.join(FILE), folder));
+                if way.contains("detached") {
+                    held.mounts.clear();
+                }
+                if way.contains("nobody uses") {
+                    // Its end closes the file: what is left is what overlayfs remembers.
+                    held.holder = None;
+                    held.file = Some(held.mounts[0].0.join(FILE));
+                }
+            }
+            _ => held.holder = Some(Holder::start(way, file, folder)),
+        }
+        held
+    }
+
+    /// What the holder reads, after which it holds nothing.
+    fn hash(self) -> Option<u64> {
+        match (self.holder, &self.device) {
+            (Some(holder), _) => holder.hash(),
+            (None, Some(device)) => fs::read(&device.0).ok().map(|bytes| hash_of(&bytes)),
+            (None, None) => fs::read(self.file?).ok().map(|bytes| hash_of(&bytes)),
+        }
+    }
+}
+
+fn every_holder_keeps_its_bytes(serve: &str) {
+    let world = TestMount::new(serve);
+    let bytes = guest_like(1, SIZE);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let folder = world.dir().join("holder");
+    fs::create_dir_all(&folder).unwrap();
+    let mut wrong = Vec::new();
+    let all = serve == "decode";
+    for (way, expected) in WAYS.iter().filter(|(way, _)| all || BY_PASSTHROUGH.contains(way)) {
+        let held = Held::by(way, &world.file(&digest, FILE), &folder);
+        let rm = world.stencil(&["rm", "web:1"]);
+        let said = match expected {
+            Named => rm.code == 5 && !rm.err.contains(NO_PROCESS),
+            Unnamed => rm.code == 5 && rm.err.contains(NO_PROCESS),
+            Removes => rm.code == 0,
+        };
+        if !said {
+            wrong.push(format!("{way}: rm exits with {}: {}", rm.code, rm.err));
+        }
+        if held.hash() != Some(hash_of(&bytes)) {
+            wrong.push(format!("{way}: the holder does not read what was imported"));
+        }
+        if rm.code != 0 && *expected == Unnamed {
+            // Nothing holds it any more; the kernel may close the last file a moment later.
+            wait_for(way, || (world.stencil(&["rm", "web:1"]).code == 0).then_some(()));
+        }
+        if rm.code == 0 || *expected == Unnamed {
+            assert_eq!(world.import_bytes(&bytes, "web:1"), digest);
+        }
+    }
+    assert!(wrong.is_empty(), "{serve}:\n{}", wrong.join("\n"));
+}
+
+/// Runs `stencil` behind another program, and gives its exit code and standard error.
+fn behind(world: &TestMount, program: &str, words: &[&str], ours: &[&str]) -> Run {
+    let mut command = world.command_in(program);
+    command.args(words).arg(STENCIL).args(ours);
+    Run::of(format!("{program} {} {}", words.join(" "), ours.join(" ")), &command.output().unwrap())
+}
+
+/// Root of a user namespace has all capabilities, and none that counts for processes outside of it.
+#[test]
+fn who_may_not_look_into_all_removes_nothing() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let bytes = guest_like(1, SIZE);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let holder = Holder::start("mapping of another user", &world.file(&digest, FILE), world.dir());
+    let user_namespace = ["--user", "--map-root-user"];
+    behind(&world, "unshare", &user_namespace, &["rm", "web:1"]).exits(75).says("another user namespace");
+    let pid_namespace = ["--pid", "--fork", "--mount-proc", "--kill-child"];
+    behind(&world, "unshare", &pid_namespace, &["rm", "web:1"]).exits(75).says("another PID namespace");
+    // Names of templates without a tag are no better protected.
+    fs::remove_file(world.store_dir().join("tags/web/1")).unwrap();
+    let gc = behind(&world, "unshare", &user_namespace, &["gc", "--untagged"]);
+    assert!(gc.code != 0 || gc.out.contains("kept") || gc.err.contains("namespace"), "{gc:?}");
+    assert!(world.store_dir().join("images").join(&digest).exists());
+    world.stencil(&["tag", &digest, "web:1"]).ok();
+    // Root without the right to look: every process that has more rights is named.
+    let less = "=-sys_ptrace,-perfmon,-sys_admin";
+    let no_trace = [&*format!("--bounding-set{less}"), &*format!("--inh-caps{less}")];
+    for ours in [&["rm", "web:1"][..], &["density"]] {
+        let run = behind(&world, "setpriv", &no_trace, ours).exits(75);
+        assert!(run.err.contains("no right to look into processes that may be clones: "), "{run:?}");
+    }
+    let ps = behind(&world, "setpriv", &no_trace, &["--json", "ps"]).ok();
+    let listed: serde_json::Value = serde_json::from_str(&ps.out).unwrap();
+    let unseen = listed["unseen"].as_array().unwrap();
+    assert!(unseen.contains(&std::process::id().into()), "{listed}");
+    assert_eq!(holder.hash(), Some(hash_of(&bytes)));
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    // Where nothing is mounted nobody can have it.
+    behind(&world, "unshare", &user_namespace, &["rm", "web:1"]).ok();
+}
+
+#[test]
+fn every_holder_keeps_its_bytes_by_decode() {
+    let _host = host::shared();
+    every_holder_keeps_its_bytes("decode");
+}
+
+#[test]
+fn every_holder_keeps_its_bytes_by_passthrough() {
+    let _host = host::shared();
+    every_holder_keeps_its_bytes("passthrough");
+}
+
+#[test]
+fn the_documented_ways_are_those_that_are_tried() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md")).unwrap();
+    let table = text.split_once("| held by | `rm` |").expect("the table of ways").1;
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    let cells = rows.map(|row| row.split('|').map(str::trim).skip(1).collect::<Vec<_>>());
+    let documented: BTreeSet<(&str, &str, bool)> = cells
+        .filter(|cells| !ELSEWHERE.contains(&cells[0]))
+        .map(|cells| (cells[0], cells[1], cells[2].starts_with("kernel: ")))
+        .collect();
+    let answer = |rm: Rm| if rm == Removes { "removed" } else { "exit 5" };
+    let tried: BTreeSet<(&str, &str, bool)> =
+        WAYS.iter().map(|(way, rm)| (*way, answer(*rm), *rm == Unnamed)).collect();
+    assert_eq!(documented, tried);
+    assert!(ELSEWHERE.iter().all(|way| table.contains(&format!("| {way} |"))));
+    assert!(BY_PASSTHROUGH.iter().all(|way| WAYS.iter().any(|(other, _)| other == way)));
+}

@@ -260,3 +260,34 @@ fn the_documented_ways_are_those_that_are_tried() {
     assert!(ELSEWHERE.iter().all(|way| table.contains(&format!("| {way} |"))));
     assert!(BY_PASSTHROUGH.iter().all(|way| WAYS.iter().any(|(other, _)| other == way)));
 }
+
+/// What is counted, listed and kept from being unmounted does not depend on which thread shows it.
+#[test]
+fn a_clone_without_its_first_thread_is_a_clone_to_every_command() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let bytes = guest_like(1, SIZE);
+    let digest = world.import_bytes(&bytes, "web:1");
+    let holder = Holder::start("first thread ended, mapping", &world.file(&digest, FILE), world.dir());
+    let pid = holder.pid();
+    let density = world.json(&["density"]);
+    let clone = &density["clones"][0];
+    assert_eq!(clone["pid"], pid, "{density:#}");
+    assert_eq!((&clone["mapped_bytes"], &clone["dirty_pages"]), (&(SIZE as u64).into(), &1.into()));
+    assert!(clone["page_table_bytes"].as_u64() > Some(0) && clone["overhead_bytes"].as_u64() > Some(0));
+    assert_eq!(world.json(&["ps"])["clones"][0]["pid"], pid);
+    let status = world.status();
+    assert_eq!(status["templates"][0]["clones"], 1, "{status:#}");
+    let dirty = world.json(&["dirty", &pid.to_string()]);
+    assert_eq!(dirty["dirty_pages"], 1, "{dirty:#}");
+    let refused = world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).exits(5);
+    assert!(refused.err.contains(&format!("{pid} (")), "{refused:?}");
+    assert_eq!(holder.hash(), Some(hash_of(&bytes)));
+    // A clone of which the maps show another file system.
+    let held = Held::by("mapping through overlayfs", &world.file(&digest, FILE), world.dir());
+    let density = world.json(&["density", "--audit"]);
+    assert_eq!(density["totals"]["clones"], 1, "{density:#}");
+    assert_eq!(density["clones"][0]["mapped_bytes"], SIZE as u64);
+    assert_eq!(density["audit"]["frames"]["unknown_processes"], 0, "{density:#}");
+    assert_eq!(held.hash(), Some(hash_of(&bytes)));
+}

@@ -33,6 +33,11 @@ impl Holder {
         holder
     }
 
+    /// The number of the process that was started.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Has it read the whole file, and waits for its end. Nothing: it could not.
     pub fn hash(mut self) -> Option<u64> {
         // One that has stopped goes on.

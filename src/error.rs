@@ -173,6 +173,14 @@ impl Error {
         &self.0.message
     }
 
+    /// Message and cause, without the path.
+    pub fn reason(&self) -> String {
+        match &self.0.source {
+            Some(source) => format!("{}: {}", self.0.message, errno_text(source)),
+            None => self.0.message.clone(),
+        }
+    }
+
     /// The path it is about.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()

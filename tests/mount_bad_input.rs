@@ -85,7 +85,9 @@ fn stores_that_cannot_be_mounted() {
     with(&foreign).exits(2).says("no template store");
     let damaged = world.dir().join("damaged");
     stencilfs::store::Store::open_or_create(&damaged).unwrap();
-    fs::write(damaged.join("format"), "rubbish").unwrap();
+    for header in ["format", "format.copy"] {
+        fs::write(damaged.join(header), "rubbish").unwrap();
+    }
     let run = with(&damaged);
     assert!(run.code == 3 || run.code == 1, "{run:?}");
     assert_untouched(&world);

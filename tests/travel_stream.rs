@@ -156,6 +156,9 @@ fn what_is_no_stream_is_refused_in_one_line_and_makes_no_store() {
     let stream = save(&from, &["web:1"]);
     let mut newer = stream.clone();
     newer[8] = 2;
+    let front = u32::from_le_bytes(newer[12..16].try_into().unwrap()) as usize;
+    let sum = blake3::hash(&newer[..front - 32]);
+    newer[front - 32..front].copy_from_slice(sum.as_bytes());
     let cases: [(&[u8], i32, &str); 4] = [
         (b"", 3, "it ends after 0 bytes"),
         (b"STNC", 3, "it ends after 4 bytes"),

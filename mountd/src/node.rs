@@ -1,13 +1,8 @@
 //! What there is in a mount: nodes, and what is shown of them. Knows neither store nor FUSE.
 
 use stencilfs::store::{Digest, Serving, TagName};
+pub use stencilfs::store::{MANIFEST, TOP_NUMBER as ROOT};
 use stencilfs::units::Bytes;
-
-/// Inode number of the top; FUSE fixes it.
-pub const ROOT: u64 = 1;
-
-/// Name of the description in every template's directory.
-pub const MANIFEST: &str = "manifest.json";
 
 /// What an inode number stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dashmap::{DashMap, Entry};
-use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number};
+use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number, path_number};
 use stencilfs::units::Bytes;
 
 use crate::condemned::Condemned;
@@ -144,12 +144,7 @@ impl Tree {
 
     /// 63 bits of a keyed hash of a path, never 0 or 1.
     fn keyed(&self, path: &str) -> u64 {
-        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
-        hasher.update(b"name\0");
-        hasher.update(path.as_bytes());
-        let mut number = [0; 8];
-        number.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
-        (u64::from_le_bytes(number) >> 1).max(2)
+        path_number(&self.secret, path)
     }
 
     /// An open template; opened once.

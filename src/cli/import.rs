@@ -108,9 +108,9 @@ impl Report for ImportReport {
             write!(out, "{tag} ")?;
         }
         writeln!(out, "{digest}")?;
-        let stored = match existed {
-            true => "all there already".to_owned(),
-            false => format!("{} added to the store", self.imported.stored_bytes),
+        let stored = match (existed, self.imported.stored_bytes) {
+            (true, Bytes::ZERO) => "all there already".to_owned(),
+            (_, bytes) => format!("{bytes} added to the store"),
         };
         writeln!(out, "{size}, of which {data} data; {stored}; {:.1} s, {rate}/s", self.seconds)?;
         if *repaired_blocks > 0 {

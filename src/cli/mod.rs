@@ -181,7 +181,8 @@ pub fn main() -> ExitCode {
     if mount_helper::is_called(std::env::args_os().next().as_deref()) {
         return mount_helper::main();
     }
-    let parsed = Cli::command().try_get_matches().and_then(|words| Ok((Cli::from_arg_matches(&words)?, words)));
+    let parsed =
+        Cli::command().try_get_matches().and_then(|words| Ok((Cli::from_arg_matches(&words)?, words)));
     let (mut cli, words) = match parsed {
         Ok(parsed) => parsed,
         Err(error) => return output::clap_error(&error.format(&mut Cli::command())),

@@ -74,7 +74,10 @@ impl StoreFilter {
             ),
             None => ("an unknown store".to_owned(), "name no store".to_owned()),
         };
-        Err(Error::new(Code::NotFound, format!("clone {} is of {of}, not of the store that was named", entry.id))
-            .remedy(remedy))
+        Err(Error::new(
+            Code::NotFound,
+            format!("clone {} is of {of}, not of the store that was named", entry.id),
+        )
+        .remedy(remedy))
     }
 }

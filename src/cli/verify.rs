@@ -111,7 +111,8 @@ pub fn run(args: &VerifyArgs, global: &Global) -> Result<Done> {
     let verified = store.verify(only.as_ref(), &stop, &*global.progress())?;
     let mut tags: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
     if !verified.damages.is_empty() {
-        for tag in store.tags()? {
+        let names = store.tags().inspect_err(|error| log::warn!("{error}")).unwrap_or_default();
+        for tag in names {
             let hit = verified.damages.iter().flat_map(|d| &d.affects).any(|a| a.digest == tag.digest);
             if hit {
                 tags.entry(tag.digest).or_default().push(format!("{}:{}", tag.name, tag.tag));

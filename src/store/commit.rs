@@ -4,6 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
+use super::format::placement::Front;
+use super::known::Known;
 use super::lock::Lock;
 use super::pack::pack_path;
 use super::pack_writer::Packed;
@@ -44,7 +46,7 @@ pub(super) fn commit(
     session: &Session,
     packed: &Packed,
     templates: &[Finished<'_>],
-    repaired: u64,
+    known: &Known,
     go_on: &dyn Fn() -> Result<()>,
 ) -> Result<(Vec<Committed>, bool)> {
     for template in templates {
@@ -53,13 +55,9 @@ pub(super) fn commit(
         write_new(&template.folder.join("policy"), &policy.encode()?)?;
         sync_folder(&template.folder)?;
     }
-    let names = store.lock_names_while(go_on)?;
-    let existed: Vec<bool> = templates.iter().map(|t| store.has(&t.digest)).collect();
-    let needed: Vec<bool> = templates
-        .iter()
-        .zip(&existed)
-        .map(|(t, existed)| !existed || repaired > 0 || !is_sound(store, &t.digest))
-        .collect();
+    let (names, found) = look(store, templates, known, go_on)?;
+    let existed: Vec<bool> = found.iter().map(|found| found.there != There::Nothing).collect();
+    let needed: Vec<bool> = found.iter().map(|found| !found.is_sound).collect();
     let any = needed.contains(&true);
     let mut seen = Seen::default();
     let mut publish_all = || {
@@ -149,10 +147,86 @@ fn point(
     Ok(moved)
 }
 
-/// True when the tables of a template and the headers and indexes of its packs are undamaged. Its
-/// blocks were read when they were met.
-fn is_sound(store: &Store, digest: &Digest) -> bool {
-    store.template(digest).and_then(|t| t.check()).inspect_err(|e| log::warn!("{e}; repairing")).is_ok()
+/// What a store has of a template.
+#[derive(Debug, Clone, PartialEq)]
+enum There {
+    Nothing,
+    Unreadable,
+    Template(Front),
+}
+
+impl There {
+    fn now(store: &Store, digest: &Digest) -> There {
+        match store.template(digest) {
+            Ok(template) => There::Template(template.front()),
+            Err(_) if store.has(digest) => There::Unreadable,
+            Err(_) => There::Nothing,
+        }
+    }
+}
+
+/// What was found of a template, and whether all of it can be read.
+#[derive(Debug)]
+struct Found {
+    there: There,
+    is_sound: bool,
+}
+
+impl Found {
+    /// Reads all that the store's template relies on and the new one does not: this import has read or written the rest.
+    fn look(store: &Store, new: &Finished<'_>, known: &Known) -> Found {
+        let there = There::now(store, &new.digest);
+        let read = || {
+            let template = store.template(&new.digest)?;
+            template.check()?;
+            template.unreadable_beside(&new.folder.join("placement"))
+        };
+        let is_sound = match &there {
+            There::Nothing => false,
+            There::Unreadable | There::Template(_) => match read() {
+                Ok(unreadable) => {
+                    let is_sound = unreadable.is_empty();
+                    known.add_repaired(unreadable);
+                    is_sound
+                }
+                Err(e) => {
+                    log::warn!("{e}; repairing");
+                    false
+                }
+            },
+        };
+        Found { there, is_sound }
+    }
+}
+
+/// A template that other imports go on replacing is replaced by this one too.
+const MAX_LOOKS: usize = 5;
+
+/// Looks at what the store has of these templates, and takes the lock of names while it still has just that: the lock is
+/// held for moments, so no block is read under it.
+fn look(
+    store: &Store,
+    templates: &[Finished<'_>],
+    known: &Known,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<(Lock, Vec<Found>)> {
+    let mut looks = 0;
+    loop {
+        looks += 1;
+        let mut found: Vec<Found> = templates.iter().map(|new| Found::look(store, new, known)).collect();
+        let names = store.lock_names_while(go_on)?;
+        let mut changed = false;
+        for (found, new) in found.iter_mut().zip(templates) {
+            let there = There::now(store, &new.digest);
+            if there != found.there {
+                *found = Found { there, is_sound: false };
+                changed = true;
+            }
+        }
+        if !changed || looks == MAX_LOOKS {
+            return Ok((names, found));
+        }
+    }
 }
 
 /// The policy of a template that comes into a store now, by this user.

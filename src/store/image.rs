@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// The mount shows a file of this name of its own.
-pub(super) const MANIFEST: &str = "manifest.json";
+pub const MANIFEST: &str = "manifest.json";
 
 /// What a file of a template is. The numbers are on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

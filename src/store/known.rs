@@ -1,6 +1,6 @@
 //! Which blocks the store has already: the indexes of its packs, and what this import has written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -28,6 +28,8 @@ pub(super) struct Known {
     store: Store,
     /// Blocks of the store that were read: whether they are what they should be.
     verdicts: Mutex<HashMap<(PackId, u32), bool>>,
+    /// Blocks that somebody may have relied on, and that could not be read.
+    repaired: Mutex<HashSet<Digest>>,
 }
 
 #[derive(Debug, Default)]
@@ -57,20 +59,41 @@ impl Known {
             own: RwLock::default(),
             store: store.clone(),
             verdicts: Mutex::default(),
+            repaired: Mutex::default(),
         }
     }
 
-    /// Where a block with this hash is. A block of the store is read and verified before it is relied
-    /// on: what is damaged there is stored anew, so that a finished import can be read, and importing
-    /// the same memory again repairs a store.
+    /// Where a block with this hash is. A record of the store is read and verified before it is relied on. A block of
+    /// which no record is sound is stored again, so that a finished import can be read, and importing the same memory
+    /// again repairs a store.
     pub fn find(&self, hash: &Digest, scratch: &mut Scratch) -> Option<Place> {
-        let stored = self.find_stored(hash).filter(|place| self.is_good(hash, place, scratch));
-        stored.or_else(|| self.find_own(hash))
+        let mut damaged = false;
+        let last_hit = self.last_hit.load(Ordering::Relaxed);
+        for number in [last_hit].into_iter().chain((0..self.packs.len()).filter(|n| *n != last_hit)) {
+            let Some(pack) = self.packs.get(number) else { continue };
+            let Some(stored) = pack.find(hash) else { continue };
+            let place = Place { pack: pack.id(), stored };
+            if self.is_good(hash, &place, scratch) {
+                self.last_hit.store(number, Ordering::Relaxed);
+                return Some(place);
+            }
+            damaged = true;
+        }
+        let own = self.find_own(hash);
+        if damaged && own.is_none() {
+            self.add_repaired([*hash]);
+        }
+        own
     }
 
-    /// How many blocks of the store were found damaged.
-    pub fn damaged(&self) -> u64 {
-        self.verdicts().values().filter(|good| !**good).count() as u64
+    /// These blocks were stored, and damaged; this import stores them again, or relies on another record.
+    pub fn add_repaired(&self, hashes: impl IntoIterator<Item = Digest>) {
+        self.repaired.lock().unwrap_or_else(PoisonError::into_inner).extend(hashes);
+    }
+
+    /// How many blocks were repaired.
+    pub fn repaired(&self) -> u64 {
+        self.repaired.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
     fn verdicts(&self) -> MutexGuard<'_, HashMap<(PackId, u32), bool>> {
@@ -88,23 +111,10 @@ impl Known {
             .get(place.pack)
             .and_then(|pack| scratch.verify(&pack, place.stored, hash).map(drop));
         if let Err(e) = &result {
-            log::warn!("{e}; the block is stored anew");
+            log::warn!("{e}; that record is not used");
         }
         self.verdicts().insert(key, result.is_ok());
         result.is_ok()
-    }
-
-    fn find_stored(&self, hash: &Digest) -> Option<Place> {
-        let first = self.last_hit.load(Ordering::Relaxed);
-        let ask = |number: usize| {
-            let pack = self.packs.get(number)?;
-            pack.find(hash).map(|stored| Place { pack: pack.id(), stored })
-        };
-        ask(first).or_else(|| {
-            (0..self.packs.len())
-                .filter(|n| *n != first)
-                .find_map(|n| ask(n).inspect(|_| self.last_hit.store(n, Ordering::Relaxed)))
-        })
     }
 
     /// Where this import has put a block with this hash.

@@ -1,5 +1,6 @@
 //! A store on disk.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::format::PackId;
 use super::format::superblock::Superblock;
+use super::header::{self, COPY, HEADER, Header};
 use super::lock::{Holders, Lock};
 use super::pack::{PackFile, Packs};
 use super::path::{StorePath, create_root, is_misplaced};
@@ -17,7 +19,6 @@ use super::publish::{publish, random, sync_folder, write_new};
 use super::session::temporary_file;
 use super::{Digest, Policy, Template};
 use crate::error::{Code, Error, Result};
-use crate::units::Bytes;
 
 /// A template store. Cheap to clone; clones share open packs.
 #[derive(Clone)]
@@ -47,12 +48,6 @@ const TELL: Duration = Duration::from_secs(1);
 /// A collector that has waited for so long lets writers in again.
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 
-/// The file that makes a folder a store.
-const HEADER: &str = "format";
-
-/// Longest header that is read; a later version's may be longer than ours.
-const MAX_HEADER: Bytes = Bytes::new(64 << 10);
-
 const FOLDERS: [&str; 5] = ["images", "packs", "tags", "tmp", "locks"];
 
 impl Store {
@@ -64,23 +59,26 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Store> {
         // Relative paths would change their meaning with the working directory of a daemon.
         let canonical = std::fs::canonicalize(dir);
-        let header = StorePath::root(canonical.as_deref().unwrap_or(dir)).join(HEADER);
-        let bytes = match canonical.and_then(|_| header.read(MAX_HEADER)) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound && is_foreign(&header.parent()) => {
-                return Err(foreign(dir));
-            }
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+        let root = StorePath::root(canonical.as_deref().unwrap_or(dir));
+        let header = match canonical.map_err(|e| Error::io("cannot open the store", dir, e)) {
+            Ok(_) => Header::read(&root),
+            Err(e) => Err(e),
+        };
+        let header = match header {
+            Ok(header) => header,
+            Err(e) if e.code() == Code::NotFound && is_foreign(&root) => return Err(foreign(dir)),
+            Err(e) if e.code() == Code::NotFound || e.errno() == Some(libc::ENOTDIR) && !root.is_dir() => {
                 return Err(Error::not_found("no template store here")
                     .at(dir)
                     .remedy("stencil import makes one; for another place use --store DIR or STENCIL_STORE"));
             }
-            Err(e) => return Err(header.error("cannot open the store", e)),
+            Err(e) => return Err(e),
         };
-        let superblock = Superblock::decode(&bytes).map_err(|e| e.in_file("store header", &header))?;
-        let root = header.parent();
+        if let Some((_, why)) = &header.damaged {
+            log::warn!("{why}; the next import writes it again");
+        }
         let packs = Packs::new(root.join("packs"));
-        Ok(Store(Arc::new(Inner { root, superblock, packs })))
+        Ok(Store(Arc::new(Inner { root, superblock: header.superblock, packs })))
     }
 
     /// Opens a store, and makes an empty one where there is nothing or an empty folder.
@@ -96,24 +94,20 @@ impl Store {
         if is_foreign(&root) {
             return Err(foreign(dir));
         }
-        for name in FOLDERS {
-            let folder = root.join(name);
-            match folder.create_folder() {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(folder.error("cannot create the store", e));
-                }
-                _ => {}
-            }
-        }
+        make_folders(&root)?;
         // Two commands may create it at once: the header decides, and exactly one of them links it.
         let _lock = Lock::wait(&root.join("locks/create"), || Ok(()))?;
-        let header = root.join(HEADER);
-        if !header.exists() {
+        let (header, copy) = (root.join(HEADER), root.join(COPY));
+        // A store that has lost its header has a copy of it.
+        if !header.exists() && !copy.exists() {
             let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let temporary = root.join("tmp/format");
             let _ = temporary.remove_file();
-            write_new(&temporary, &Superblock::new(random()?, random()?, created).encode())?;
-            publish(&temporary, &header)?;
+            let bytes = Superblock::new(random()?, random()?, created).encode();
+            for path in [&header, &copy] {
+                write_new(&temporary, &bytes)?;
+                publish(&temporary, path)?;
+            }
             sync_folder(&root)?;
         }
         Store::open(dir)
@@ -160,22 +154,50 @@ impl Store {
     /// # Errors
     /// [`Code::TryAgain`](crate::error::Code) when its folders cannot be reached, or another store lies there.
     pub fn check_reachable(&self) -> Result<()> {
-        let away = |path: &StorePath, e: io::Error| match is_misplaced(&e) && self.0.root.is_dir() {
-            true => path.error("cannot open", e),
-            false => Error::try_again("the store cannot be reached").at(path).because(e).remedy(
+        self.expect_same_store()?;
+        for folder in [self.images_dir(), self.packs_dir(), self.tags_dir()] {
+            // To see its dot takes the right to search the folder.
+            folder.folder().and_then(|open| open.folder(".")).map_err(|e| self.away(&folder, e))?;
+        }
+        Ok(())
+    }
+
+    /// The error for a part of the store that cannot be opened: it is out of reach, or something else lies there.
+    fn away(&self, path: &StorePath, error: io::Error) -> Error {
+        match is_misplaced(&error) && self.0.root.is_dir() {
+            true => path.error("cannot open", error),
+            false => Error::try_again("the store cannot be reached").at(path).because(error).remedy(
                 "bring it back to that path, readable for the server: what waits for it then goes on",
             ),
-        };
-        let header = self.0.root.join(HEADER);
-        let bytes = header.read(MAX_HEADER).map_err(|e| away(&header, e))?;
-        if Superblock::decode(&bytes).is_ok_and(|s| s.secret != self.0.superblock.secret) {
+        }
+    }
+
+    /// Whether a header of the store is where it was opened.
+    ///
+    /// # Errors
+    /// As [`Store::check_reachable`].
+    pub(super) fn expect_same_store(&self) -> Result<()> {
+        let there = header::identify(&self.0.root).map_err(|e| self.away(&self.0.root.join(HEADER), e))?;
+        if there.is_some_and(|there| there.secret != self.0.superblock.secret) {
             return Err(Error::try_again("another store lies where the store was")
                 .at(self.dir())
                 .remedy("bring the store back to that path"));
         }
-        for folder in [self.images_dir(), self.packs_dir(), self.tags_dir()] {
-            // To see its dot takes the right to search the folder.
-            folder.folder().and_then(|open| open.folder(".")).map_err(|e| away(&folder, e))?;
+        Ok(())
+    }
+
+    /// Its header as it is on the disk now.
+    pub(super) fn header(&self) -> Result<Header> {
+        Header::read(&self.0.root)
+    }
+
+    /// Makes folders that are missing and writes a damaged header again, for who is about to write.
+    pub(super) fn mend(&self) -> Result<()> {
+        self.check_writable()?;
+        make_folders(&self.0.root)?;
+        if self.header()?.damaged.is_some() {
+            let _names = self.lock_names()?;
+            self.header()?.mend(&self.tmp_dir())?;
         }
         Ok(())
     }
@@ -194,6 +216,11 @@ impl Store {
             return Ok(true);
         }
         self.check_reachable().map(|()| false)
+    }
+
+    /// True where something has the name of that template, folder or not: it is not removed, it may be damaged.
+    pub(super) fn is_listed(&self, digest: &Digest) -> bool {
+        self.image_dir(digest).exists()
     }
 
     /// True when the store has that template.
@@ -371,8 +398,24 @@ impl Store {
 /// True for a folder that holds something, but nothing of a store that is being made.
 fn is_foreign(dir: &StorePath) -> bool {
     dir.names().is_ok_and(|names| {
-        names.iter().any(|name| !FOLDERS.iter().any(|f| name == *f) && name != HEADER && name != "lost+found")
+        let ours =
+            |name: &OsString| FOLDERS.iter().chain(&[HEADER, COPY, "lost+found"]).any(|ours| name == *ours);
+        names.iter().any(|name| !ours(name))
     })
+}
+
+/// Makes those of its folders that are not there.
+fn make_folders(root: &StorePath) -> Result<()> {
+    for name in FOLDERS {
+        let folder = root.join(name);
+        match folder.create_folder() {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(folder.error("cannot create", e));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// There is no template of that digest in the store.

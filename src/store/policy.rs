@@ -70,8 +70,10 @@ impl Policy {
     }
 
     pub(super) fn read(path: &StorePath) -> Result<Policy> {
-        let bytes = path.read(Bytes::new(MAX_LENGTH));
-        let bytes = bytes.map_err(|e| path.error("cannot read the policy", e))?;
+        let bytes = path.read(Bytes::new(MAX_LENGTH)).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file("policy", path),
+            _ => path.error("cannot read the policy", e),
+        })?;
         Policy::decode(&bytes).map_err(|e| e.in_file("policy", path))
     }
 

@@ -55,7 +55,8 @@ impl Store {
     /// and, when the store has it no more, `expect_unused` whether nobody has. Where that fails, all is put back.
     ///
     /// # Errors
-    /// [`Code::NotFound`], what these two say, or when a file cannot be removed.
+    /// [`Code::NotFound`], what these two say, or when a file cannot be removed. [`Code::Damage`] where a damaged tag may
+    /// be another one of a template that would go with its last tag.
     pub fn remove(
         &self,
         what: What<'_>,
@@ -87,6 +88,8 @@ impl Store {
                     if !others.is_empty() {
                         return self.remove_tag_only(reference, others);
                     }
+                    // The last one takes the template along: it must be the last one for certain.
+                    self.expect_tags_readable()?;
                 }
                 (digest, tags)
             }

@@ -47,6 +47,19 @@ pub fn inode_number(secret: &[u8; 32], digest: &Digest, file: &str, serving: Ser
     2
 }
 
+/// The inode number of a directory or a link in mounts of the store with this secret, by its path below the mount.
+pub fn path_number(secret: &[u8; 32], path: &str) -> u64 {
+    let mut hasher = blake3::Hasher::new_keyed(secret);
+    hasher.update(b"name\0");
+    hasher.update(path.as_bytes());
+    let mut number = [0; 8];
+    number.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    (u64::from_le_bytes(number) >> 1).max(2)
+}
+
+/// The inode number of the top of a mount; FUSE fixes it.
+pub const TOP_NUMBER: u64 = 1;
+
 #[cfg(test)]
 mod tests {
     use super::*;

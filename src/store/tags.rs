@@ -55,10 +55,17 @@ impl Store {
     /// All tags, sorted by name and tag. A damaged one is left out with a warning in the log.
     ///
     /// # Errors
-    /// When a folder cannot be read.
+    /// When the folder of tags cannot be read.
     pub fn tags(&self) -> Result<Vec<TagEntry>> {
+        let (files, unlisted) = self.tag_files()?;
+        for error in unlisted {
+            match error.code() {
+                Code::TryAgain => return Err(error),
+                _ => log::warn!("{error}"),
+            }
+        }
         let mut entries = Vec::new();
-        for (pointer, path) in self.tag_files()? {
+        for (pointer, path) in files {
             match self.tag(&pointer) {
                 Ok(Some(digest)) => {
                     let since = path.metadata().map_or(Duration::ZERO, |found| {
@@ -76,26 +83,43 @@ impl Store {
         Ok(entries)
     }
 
-    /// Fails where it cannot be known what a tag points to: a template without a tag cannot be told then.
+    /// Fails where it cannot be known what a tag points to, or where it points to nothing: which template has no other tag
+    /// cannot be told then.
     ///
     /// # Errors
     /// [`Code::Damage`] that names the tag and its repair.
     pub fn expect_tags_readable(&self) -> Result<()> {
-        self.tag_files()?.iter().try_for_each(|(tag, _)| self.tag(tag).map(drop))
+        let (files, unlisted) = self.tag_files()?;
+        unlisted.into_iter().next().map_or(Ok(()), Err)?;
+        files.iter().try_for_each(|(tag, _)| match self.tag(tag)? {
+            // One flipped bit makes it name another digest.
+            Some(digest) if !self.has(&digest) => Err(self.dangling(tag, &digest)),
+            _ => Ok(()),
+        })
     }
 
-    /// All tags with their files, sorted, whatever the files hold.
-    pub(super) fn tag_files(&self) -> Result<Vec<(TagName, StorePath)>> {
-        let mut found = Vec::new();
+    fn dangling(&self, tag: &TagName, digest: &Digest) -> Error {
+        Error::damage(format!("tag {tag} points to template {digest}, which is not there"))
+            .at(self.tag_path(tag))
+            .remedy(format!("import it again, or remove the tag: stencil rm {tag}"))
+    }
+
+    /// All tags with their files, sorted, whatever the files hold; and why the tags of a name cannot be listed.
+    pub(super) fn tag_files(&self) -> Result<TagFiles> {
+        let (mut found, mut unlisted) = (Vec::new(), Vec::new());
         for name in self.names(&self.tags_dir())? {
-            for tag in self.names(&self.tags_dir().join(&name))? {
+            let tags = self.names(&self.tags_dir().join(&name)).unwrap_or_else(|e| {
+                unlisted.push(e);
+                Vec::new()
+            });
+            for tag in tags {
                 if let Ok(pointer) = TagName::new(&name, &tag) {
                     let path = self.tag_path(&pointer);
                     found.push((pointer, path));
                 }
             }
         }
-        Ok(found)
+        Ok((found, unlisted))
     }
 
     /// True when some tag has that name.
@@ -179,12 +203,7 @@ impl Store {
             TemplateRef::Digest(_) => Err(missing()),
             TemplateRef::Tag(tag) => match self.tag(tag)? {
                 Some(digest) if self.has(&digest) => Ok(digest),
-                Some(digest) => Err(Error::new(
-                    Code::Damage,
-                    format!("tag {tag} points to template {digest}, which is not there"),
-                )
-                .at(self.dir())
-                .remedy(format!("import it again, or remove the tag: stencil rm {tag}"))),
+                Some(digest) => Err(self.dangling(tag, &digest)),
                 None => Err(missing()),
             },
             TemplateRef::Prefix(prefix) => {
@@ -200,6 +219,9 @@ impl Store {
         }
     }
 }
+
+/// Tags with their files, and why those of a name cannot be listed.
+pub(super) type TagFiles = (Vec<(TagName, StorePath)>, Vec<Error>);
 
 /// Where the tag in that file points; nothing where it is damaged.
 pub(super) fn read_tag(path: &StorePath) -> io::Result<Option<Digest>> {

@@ -1,5 +1,6 @@
 //! Reading a template. Every block is compared with its hash before a byte of it leaves.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -41,7 +42,10 @@ impl Template {
     pub(super) fn open(store: Store, digest: &Digest) -> Result<Template> {
         let dir = store.image_dir(digest);
         if !dir.is_dir() {
-            return Err(no_template(store.dir(), digest));
+            return Err(match store.is_listed(digest) {
+                true => Invalid::damage("it is not a folder").in_file("template", &dir),
+                false => no_template(store.dir(), digest),
+            });
         }
         let dir = dir.opened().map_err(|e| dir.error("cannot open the template", e))?;
         let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
@@ -307,6 +311,34 @@ impl Template {
             let mut packs = placement.front.packs.iter();
             packs.try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
         })
+    }
+
+    /// Where its blocks are, as far as two placements can be told apart by it.
+    pub(super) fn front(&self) -> Front {
+        self.placement().front.clone()
+    }
+
+    /// Hashes of the blocks that the placement in the file `other` has elsewhere, and that cannot be read here.
+    pub(super) fn unreadable_beside(&self, other: &StorePath) -> Result<BTreeSet<Digest>> {
+        let (front, _, rows) = open_placement(other, &self.digest)?;
+        let (other, mut scratch) = (Placement { front, rows }, Scratch::default());
+        let mut unreadable = BTreeSet::new();
+        for file in 0..self.files.len() {
+            for block in 0..self.block_count(file) {
+                let Some((hash, id, stored)) = self.place(file, block)? else { continue };
+                let (number, _) = self.locate(file, block)?;
+                if self.stored(&other, number, &hash)? == (id, stored) || unreadable.contains(&hash) {
+                    continue;
+                }
+                let read =
+                    self.store.pack(id).and_then(|pack| scratch.verify(&pack, stored, &hash).map(drop));
+                if let Err(e) = read {
+                    log::warn!("{e}; repairing");
+                    unreadable.insert(hash);
+                }
+            }
+        }
+        Ok(unreadable)
     }
 
     /// Its folder in the store.

@@ -8,7 +8,7 @@ use std::thread;
 
 use serde::Serialize;
 
-use super::format::PackId;
+use super::format::{Invalid, PackId};
 use super::pack::PackIndex;
 use super::path::StorePath;
 use super::{BLOCK_SIZE, Digest, Scratch, Store, Template};
@@ -107,9 +107,15 @@ impl Store {
         let run = Run { store: self, progress, interrupt, findings: Mutex::default() };
         let digests = match only {
             Some(digest) => vec![*digest],
-            None => self.digests()?,
+            None => {
+                run.layout()?;
+                run.or_note(self.digests(), &self.images_dir())?
+            }
         };
-        let ids = if only.is_some() { Vec::new() } else { self.packs().ids()? };
+        let ids = match only {
+            Some(_) => Vec::new(),
+            None => run.or_note(self.packs().ids(), &self.packs_dir())?,
+        };
         let length = |id: &PackId| self.packs().path(*id).metadata().map_or(0, |found| found.st_size as u64);
         let total = match only {
             Some(digest) => self.template(digest).map_or(Bytes::ZERO, |t| t.stored_bytes()),
@@ -179,16 +185,44 @@ impl Run<'_> {
         self.findings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes damage; any other error ends the run.
+    /// Notes what cannot be read, for whatever reason: the run goes on, so that one file does not hide the others.
+    ///
+    /// # Errors
+    /// The same error where it says nothing about the store: the host lacks descriptors or memory, or the whole store is
+    /// out of reach.
     fn note(&self, error: Error, at: (&StorePath, Option<u64>), affected: Option<Affected>) -> Result<()> {
-        if error.code() != Code::Damage {
+        self.check_interrupt()?;
+        if error.errno().is_some_and(|e| matches!(e, libc::EMFILE | libc::ENFILE | libc::ENOMEM)) {
             return Err(error);
+        }
+        if error.code() == Code::TryAgain {
+            self.store.expect_same_store()?;
         }
         let path = error.path().unwrap_or(at.0.as_ref()).to_owned();
         let mut findings = self.findings();
-        let entry = findings.damages.entry((path, at.1));
-        let (_, affects) = entry.or_insert_with(|| (error.message().to_owned(), BTreeSet::new()));
+        let (_, affects) =
+            findings.damages.entry((path, at.1)).or_insert_with(|| (error.reason(), BTreeSet::new()));
         affects.extend(affected);
+        Ok(())
+    }
+
+    /// What was read, or nothing of it, and the reason noted.
+    fn or_note<T: Default>(&self, read: Result<T>, path: &StorePath) -> Result<T> {
+        read.or_else(|e| self.note(e, (path, None), None).map(|()| T::default()))
+    }
+
+    /// Notes what is wrong with the header and the folders of the store.
+    fn layout(&self) -> Result<()> {
+        if let Some((path, why)) = self.store.header()?.damaged {
+            self.note(why, (&path, None), None)?;
+        }
+        for folder in [self.store.images_dir(), self.store.packs_dir(), self.store.tags_dir()] {
+            if !folder.is_dir() {
+                let why =
+                    Invalid::damage("it is missing, or not a folder").in_file("folder of the store", &folder);
+                self.note(why, (&folder, None), None)?;
+            }
+        }
         Ok(())
     }
 
@@ -240,7 +274,7 @@ impl Run<'_> {
         let whole = || Some(Affected { digest: *digest, file: None });
         let template = match self.store.template(digest) {
             Ok(template) => template,
-            Err(_) if !self.store.has(digest) => return Ok(()),
+            Err(_) if !self.store.is_listed(digest) => return Ok(()),
             Err(e) => return self.note(e, (&folder, None), whole()),
         };
         for id in template.pack_ids().iter().filter(|id| !checked.contains_key(id)) {
@@ -249,7 +283,7 @@ impl Run<'_> {
                 // A collector may have moved its blocks meanwhile: then the reads below find them.
                 let moved = !path.exists()
                     && self.store.template(digest).is_ok_and(|now| !now.pack_ids().contains(id));
-                if !moved && self.store.has(digest) {
+                if !moved && self.store.is_listed(digest) {
                     self.note(e, (&path, None), whole())?;
                 }
             }
@@ -307,13 +341,17 @@ impl Run<'_> {
         match result {
             Ok(_) => Ok(()),
             // Its blocks go once it is removed.
-            Err(_) if !self.store.has(template.digest()) => Ok(()),
+            Err(_) if !self.store.is_listed(template.digest()) => Ok(()),
             Err(e) => self.note(e, (&path, Some(stored.offset.into())), Some(affected())),
         }
     }
 
     fn tags(&self) -> Result<()> {
-        for (tag, path) in self.store.tag_files()? {
+        let (files, unlisted) = self.or_note(self.store.tag_files(), &self.store.tags_dir())?;
+        for error in unlisted {
+            self.note(error, (&self.store.tags_dir(), None), None)?;
+        }
+        for (tag, path) in files {
             match self.store.tag(&tag) {
                 Ok(Some(digest)) if !self.store.has(&digest) => {
                     let why = format!("tag {tag} points to template {digest}, which is not there");

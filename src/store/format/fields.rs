@@ -105,7 +105,19 @@ impl Preamble {
         out.extend_from_slice(&self.incompatible.to_le_bytes());
     }
 
+    /// Decodes a preamble of this version. Callers compare the checksum of the header first: a damaged version must not
+    /// pass for that of a newer Stencil.
     pub(super) fn decode(magic: &[u8; 8], fields: &mut Fields<'_>) -> Result<Preamble, Invalid> {
+        let (version, preamble) = Preamble::parse(magic, fields)?;
+        preamble.accept(version)
+    }
+
+    /// The length of a header of any version: its checksum is its last 32 bytes.
+    pub(super) fn header_length(magic: &[u8; 8], bytes: &[u8]) -> Result<u32, Invalid> {
+        Preamble::parse(magic, &mut Fields(bytes)).map(|(_, preamble)| preamble.header_length)
+    }
+
+    fn parse(magic: &[u8; 8], fields: &mut Fields<'_>) -> Result<(u32, Preamble), Invalid> {
         let found = fields.array::<8>()?;
         if found != *magic {
             return Err(Invalid::damage(format!(
@@ -121,11 +133,10 @@ impl Preamble {
             read_only_compatible: fields.u64()?,
             incompatible: fields.u64()?,
         };
-        Ok(preamble).and_then(|p| p.accept(version))
+        Ok((version, preamble))
     }
 
-    /// Versions and features this build does not know. Called on bytes whose checksum may not have
-    /// been compared yet: callers compare it first where they can.
+    /// Versions and features this build does not know.
     fn accept(self, version: u32) -> Result<Preamble, Invalid> {
         if version != VERSION {
             return Err(Invalid::Newer(format!("format version {version}, known is {VERSION}")));

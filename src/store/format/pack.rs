@@ -63,9 +63,10 @@ impl PackHeader {
         let bytes = bytes.get(..Self::LEN).ok_or_else(|| {
             Invalid::damage(format!("{} bytes, its header alone has {}", bytes.len(), Self::LEN))
         })?;
-        let mut fields = Fields(bytes);
+        // For the word about another magic.
+        Preamble::header_length(MAGIC, bytes)?;
+        let mut fields = Fields(unseal(bytes)?);
         let preamble = Preamble::decode(MAGIC, &mut fields)?;
-        unseal(bytes)?;
         let header = PackHeader {
             preamble,
             id: PackId(fields.array()?),

@@ -97,10 +97,9 @@ impl Front {
     /// Length of the front that begins with these bytes (at least [`Preamble::LEN`] of them).
     ///
     /// # Errors
-    /// [`Invalid`] when they begin no placement of this version.
+    /// [`Invalid`] when they begin no placement.
     pub fn peek(bytes: &[u8]) -> Result<u32, Invalid> {
-        let preamble = Preamble::decode(MAGIC, &mut Fields(bytes))?;
-        match preamble.header_length {
+        match Preamble::header_length(MAGIC, bytes)? {
             length if (length as usize) < FIXED + 32 || length > MAX_FRONT => {
                 Err(Invalid::damage(format!("a header of {length} bytes")))
             }

@@ -100,9 +100,9 @@ impl StreamFront {
     /// Length of the front that begins with these bytes (at least [`Preamble::LEN`] of them).
     ///
     /// # Errors
-    /// [`Invalid`] when they begin no stream of this version.
+    /// [`Invalid`] when they begin no stream.
     pub fn peek(bytes: &[u8]) -> Result<u32, Invalid> {
-        match Preamble::decode(MAGIC, &mut Fields(bytes))?.header_length {
+        match Preamble::header_length(MAGIC, bytes)? {
             length if (length as usize) < FIXED + TEMPLATE + 32 || length > MAX_FRONT => {
                 Err(Invalid::damage(format!("a header of {length} bytes")))
             }

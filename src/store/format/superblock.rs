@@ -43,14 +43,21 @@ impl Superblock {
     /// # Errors
     /// [`Invalid`] when they are no superblock of this version.
     pub fn decode(bytes: &[u8]) -> Result<Superblock, Invalid> {
-        if bytes.len() != Self::LEN {
-            // A later version may be longer: its preamble says so before its length is held against it.
-            Preamble::decode(MAGIC, &mut Fields(bytes))?;
+        // That of a later version may be longer.
+        let header = Preamble::header_length(MAGIC, bytes)? as usize;
+        let header =
+            bytes.get(..header).filter(|header| header.len() >= Preamble::LEN + 32).ok_or_else(|| {
+                Invalid::damage(format!(
+                    "{} bytes with a header of {header}, expected {}",
+                    bytes.len(),
+                    Self::LEN
+                ))
+            })?;
+        let mut fields = Fields(unseal(header)?);
+        let preamble = Preamble::decode(MAGIC, &mut fields)?;
+        if bytes.len() != Self::LEN || header.len() != Self::LEN {
             return Err(Invalid::damage(format!("{} bytes, expected {}", bytes.len(), Self::LEN)));
         }
-        let mut fields = Fields(bytes);
-        let preamble = Preamble::decode(MAGIC, &mut fields)?;
-        unseal(bytes)?;
         Ok(Superblock { preamble, id: fields.array()?, secret: fields.array()?, created: fields.u64()? })
     }
 }

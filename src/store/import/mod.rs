@@ -81,6 +81,7 @@ impl Store {
             wanted: request.interrupt.as_deref(),
             stall: request.stall,
         };
+        self.mend()?;
         let _content = self.lock_content(|| stop.check())?;
         let session = Session::begin(&self.tmp_dir())?;
         let known = Known::load(self)?;
@@ -98,8 +99,7 @@ impl Store {
             change: &|policy| request.apply(policy),
             tags: request.tag.iter().cloned().collect(),
         };
-        let repaired = known.damaged();
-        let (committed, needed) = commit(self, &session, &packed, &[template], repaired, &|| stop.check())?;
+        let (committed, needed) = commit(self, &session, &packed, &[template], &known, &|| stop.check())?;
         let packed = if needed { packed } else { Packed::default() };
         Ok(Imported {
             digest: tables.digest,
@@ -108,7 +108,7 @@ impl Store {
             existed: committed.iter().all(|c| c.existed),
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
-            repaired_blocks: repaired,
+            repaired_blocks: known.repaired(),
         })
     }
 

@@ -127,6 +127,7 @@ impl Store {
             .at(self.dir())
             .remedy("load that template first, or save again without --without"));
         }
+        self.mend()?;
         let _content = self.lock_content(|| source.check())?;
         let session = Session::begin(&self.tmp_dir())?;
         let known = Known::load(self)?;
@@ -150,8 +151,7 @@ impl Store {
             });
         }
         source.check()?;
-        let repaired = known.damaged();
-        let (committed, needed) = commit(self, &session, &packed, &finished, repaired, &|| source.check())?;
+        let (committed, needed) = commit(self, &session, &packed, &finished, &known, &|| source.check())?;
         let packed = if needed { packed } else { Packed::default() };
         let templates = finished.iter().zip(tables).zip(committed).map(|((template, tables), done)| {
             let moved = done.moved.into_iter().map(|(tag, from)| Moved { tag, from }).collect();
@@ -170,7 +170,7 @@ impl Store {
             skipped_blocks: skipped,
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
-            repaired_blocks: repaired,
+            repaired_blocks: known.repaired(),
             stream_bytes: Bytes::new(source.offset()),
         })
     }

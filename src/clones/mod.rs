@@ -13,4 +13,5 @@ pub mod recipe;
 pub mod registry;
 pub mod removal;
 pub mod stop;
+mod unexplained;
 pub mod vmm;

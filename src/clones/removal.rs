@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clones::find::{self, Inodes, Search};
+use crate::clones::unexplained::Explained;
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{
@@ -36,8 +37,16 @@ struct Cleared {
     store: Store,
     mark: RemovalMark,
     condemned: Condemnation,
-    /// Its files; nothing for one that is not there.
-    template: Option<Template>,
+    files: Files,
+}
+
+/// What is known of the files of a template, and so of their inode numbers.
+enum Files {
+    /// It is not there.
+    None,
+    Of(Box<Template>),
+    /// It does not open, for this reason.
+    Unknown(String, Explained),
 }
 
 /// Removes what `reference` names. A tag of a template that has others goes alone.
@@ -91,20 +100,16 @@ impl Cleared {
     fn get(store: &Store, digest: Digest) -> Result<Cleared> {
         let mark = RemovalMark::announce(store, &digest)?;
         mark.expect_no_lease()?;
-        let template = match store.template(&digest) {
-            Ok(template) => Some(template),
-            Err(error) if error.code() == Code::NotFound => None,
-            Err(error) => {
-                let why = format!(
-                    "template {digest} is damaged, so its users cannot be found ({})",
-                    error.message()
-                );
-                return Err(Error::in_use(why)
-                    .remedy("import the same memory again to repair it, or unmount the store first"));
-            }
+        let files = match store.template(&digest) {
+            Ok(template) => Files::Of(Box::new(template)),
+            Err(error) if error.code() == Code::TryAgain => return Err(error),
+            Err(error) => match store.find(&digest)? {
+                true => Files::Unknown(error.to_string(), Explained::by(store)?),
+                false => Files::None,
+            },
         };
         let condemned = Condemnation::new(digest);
-        let mut ours = Cleared { store: store.clone(), mark, condemned, template };
+        let mut ours = Cleared { store: store.clone(), mark, condemned, files };
         let mounts = control::every_mount_of(store)?;
         expect_to_see_all(&digest, &mounts)?;
         // What is in use is not hidden from anybody, not even for a moment.
@@ -137,7 +142,7 @@ impl Cleared {
     /// that there is nobody else, the kernel says: it has no inode of the template any more.
     fn expect_released(&self) -> Result<()> {
         self.expect_unused(&self.condemned.mounts())?;
-        let (digest, Some(template)) = (self.condemned.digest(), &self.template) else { return Ok(()) };
+        let (digest, Files::Of(template)) = (self.condemned.digest(), &self.files) else { return Ok(()) };
         let secret = self.store.secret();
         let numbers = |file: &TemplateFile| {
             Serving::ALL.map(|serving| inode_number(&secret, digest, &file.name, serving))
@@ -158,22 +163,12 @@ impl Cleared {
 
     /// Fails while a process maps a file of the template, or has one open, in one of these mounts.
     fn expect_unused(&self, mounts: &[Mount]) -> Result<()> {
-        let (digest, Some(template)) = (self.condemned.digest(), &self.template) else { return Ok(()) };
-        let inodes = Inodes::of_template(&self.store, template, mounts);
-        let mut using: BTreeMap<u32, &str> = BTreeMap::new();
-        for mount in mounts {
-            let users = users::users_of(mount.device, PATIENCE)?;
-            Search { clones: Vec::new(), unseen: users.unseen }.complete()?;
-            for user in users.found {
-                if user.open.iter().any(|ino| inodes.lookup(mount.device, *ino).is_some()) {
-                    using.insert(user.pid, "open");
-                }
-            }
-        }
-        // This one also knows whether it may look into all of them.
-        for clone in find::search(&inodes)?.complete()? {
-            using.insert(clone.pid, "map");
-        }
+        let digest = self.condemned.digest();
+        let using = match &self.files {
+            Files::None => return Ok(()),
+            Files::Of(template) => users_of(&self.store, template, mounts)?,
+            Files::Unknown(_, explained) => explained.users_of_others(&self.store, mounts)?,
+        };
         let name = digest.to_string();
         let holds = |path: &str| Path::new(path).components().any(|c| c.as_os_str() == name.as_str());
         if let Some((device, path)) = loops::files().into_iter().find(|(_, path)| holds(path)) {
@@ -183,7 +178,10 @@ impl Cleared {
             .at(path)
             .remedy(format!("take the device away: losetup -d /dev/{device}")));
         }
-        in_use(digest, &using)
+        match &self.files {
+            Files::Unknown(why, _) if !using.is_empty() => Err(may_be_in_use(digest, why, &using)),
+            _ => in_use(digest, &using),
+        }
     }
 }
 
@@ -212,6 +210,37 @@ fn used_by_nobody_seen(digest: &Digest, mount: &Mount, file: &str) -> Error {
         "look for an overlay mount of it, a bind mount of the file, a loop device, or a descriptor that is in a \
          socket or an io_uring; docs/operating.md lists all ways",
     )
+}
+
+/// Processes that have a file of the template open or map it, in one of these mounts.
+fn users_of(store: &Store, template: &Template, mounts: &[Mount]) -> Result<BTreeMap<u32, &'static str>> {
+    let inodes = Inodes::of_template(store, template, mounts);
+    let mut using = BTreeMap::new();
+    for mount in mounts {
+        let users = users::users_of(mount.device, PATIENCE)?;
+        Search { clones: Vec::new(), unseen: users.unseen }.complete()?;
+        for user in users.found {
+            if user.open.iter().any(|ino| inodes.lookup(mount.device, *ino).is_some()) {
+                using.insert(user.pid, "open");
+            }
+        }
+    }
+    // This one also knows whether it may look into all of them.
+    for clone in find::search(&inodes)?.complete()? {
+        using.insert(clone.pid, "map");
+    }
+    Ok(using)
+}
+
+/// The template does not open, and somebody uses files of its mounts that are of no other template.
+fn may_be_in_use(digest: &Digest, why: &str, using: &BTreeMap<u32, &str>) -> Error {
+    let pids: Vec<u32> = using.keys().copied().collect();
+    Error::in_use(format!(
+        "template {digest} may be in use: it cannot be opened ({why}), and these processes use files that belong to no \
+         other template: {}",
+        users::list_pids(&pids)
+    ))
+    .remedy("stop them first; or import the same memory again, which repairs the template")
 }
 
 fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<()> {

@@ -108,7 +108,7 @@ pub(super) struct Census {
 }
 
 impl Census {
-    /// Counts. Memory: sixteen bytes for each block that is stored.
+    /// Counts. Memory: sixteen bytes for each block that is stored, and four for each block of one template.
     ///
     /// # Errors
     /// When the store cannot be listed, or `interrupt` became true.
@@ -124,25 +124,30 @@ impl Census {
                 Ok(template) => census.templates.push(template),
                 Err(error) if interrupt.load(Ordering::Relaxed) => return Err(error),
                 // Removed meanwhile.
-                Err(_) if !store.find(&digest)? => {}
+                Err(_) if !store.is_listed(&digest) && !store.find(&digest)? => {}
                 Err(error) => census.unreadable.push((digest, error)),
             }
         }
         Ok(census)
     }
 
+    /// Marks what the template needs, all of it or, where its tables turn out damaged, nothing.
     fn count(&mut self, template: &Template, interrupt: &AtomicBool) -> Result<()> {
-        let number = self.templates.len() as u32;
+        let mut needed: BTreeMap<PackId, Vec<u32>> = BTreeMap::new();
         for file in 0..template.files().len() {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::failed("interrupted: nothing was changed"));
             }
             for block in 0..template.block_count(file) {
-                if let Some((_, id, stored)) = template.place(file, block)?
-                    && let Some(pack) = self.packs.get_mut(&id)
-                {
-                    pack.mark(stored.offset, number);
+                if let Some((_, id, stored)) = template.place(file, block)? {
+                    needed.entry(id).or_default().push(stored.offset);
                 }
+            }
+        }
+        let number = self.templates.len() as u32;
+        for (id, offsets) in needed {
+            if let Some(pack) = self.packs.get_mut(&id) {
+                offsets.into_iter().for_each(|offset| pack.mark(offset, number));
             }
         }
         Ok(())

@@ -1,0 +1,206 @@
+//! A template or file that cannot be read hides nothing else, and can be removed; nobody who may use it is hurt.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::support::actor::Actor;
+use crate::support::host;
+use crate::support::mount::TestMount;
+use crate::support::store::{Fixture, random};
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+/// Its table is damaged behind the part that is read when it is opened: that shows only while it is counted.
+#[test]
+fn du_counts_nothing_of_a_template_whose_tables_turn_out_damaged() {
+    let fixture = Fixture::new();
+    fixture.import("a", &random(1, 3 << 16));
+    let alone = fixture.run(&["--json", "du"]).ok().json();
+    let source = fixture.path("sparse");
+    let file = File::create(&source).unwrap();
+    file.set_len(256 << 20).unwrap();
+    file.write_all_at(&random(1, 1 << 16), 0).unwrap();
+    file.write_all_at(&random(2, 1 << 16), 1 << 20).unwrap();
+    for name in ["b", "c", "d"] {
+        // One of them comes last by its digest.
+        file.write_all_at(name.as_bytes(), 2 << 20).unwrap();
+        fixture.run(&["import", source.to_str().unwrap(), name]).ok();
+    }
+    let folders: Vec<_> = ["b", "c", "d"]
+        .map(|name| fixture.store().resolve(&name.parse().unwrap()).unwrap().to_string())
+        .map(|digest| fixture.path("store/images").join(digest))
+        .into();
+    folders.iter().for_each(|folder| flip(&folder.join("image"), 70_000));
+    let du = fixture.run(&["--json", "du"]).ok();
+    assert_eq!(du.stderr.matches("is left out").count(), 3, "{du:?}");
+    let du = du.json();
+    assert_eq!(du["templates"], alone["templates"], "{du:#}");
+    assert_eq!(du["totals"]["shared_bytes"], 0, "{du:#}");
+}
+
+#[test]
+fn a_template_that_does_not_open_is_removed() {
+    for (file, at) in
+        [("image", Some(300)), ("placement", Some(300)), ("policy", Some(100)), ("policy", None)]
+    {
+        let fixture = Fixture::new();
+        let kept = fixture.import("kept", &random(1, 3 << 16)).digest;
+        let digest = fixture.import("web:1", &random(2, 3 << 16)).digest;
+        let path = fixture.path("store/images").join(digest.to_string()).join(file);
+        match at {
+            Some(at) => flip(&path, at),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let refused = fixture.run(&["gc"]);
+        assert!(refused.code == 3 && refused.stderr.contains("stencil rm"), "{file}: {refused:?}");
+        fixture.run(&["rm", "web:1"]).ok();
+        fixture.run(&["verify"]).ok();
+        fixture.run(&["gc"]).ok();
+        assert_eq!(fixture.store().digests().unwrap(), [kept]);
+        assert_eq!(fixture.files("packs").len(), 1);
+    }
+}
+
+/// With a mount it is removed when nobody can use it: everybody who uses the mount uses something else.
+#[test]
+fn a_template_that_does_not_open_is_removed_from_a_mounted_store_when_nobody_can_use_it() {
+    let _host = host::shared();
+    for serve in ["decode", "passthrough"] {
+        for file in ["image", "placement", "policy"] {
+            let world = TestMount::new(serve);
+            let used = world.import_bytes(&random(1, 1 << 20), "used");
+            let digest = world.import_bytes(&random(2, 1 << 20), "web:1");
+            let folder = world.store_dir().join("images").join(&digest);
+            let map = |digest: &str| {
+                let mut clone = Actor::start();
+                clone.tell(&format!("map 0 {} 0 {} rw", world.file(digest, "memory").display(), 1 << 20));
+                clone.tell("read 0 3");
+                clone
+            };
+            // Neither a clone of another template nor somebody who looks around is in the way.
+            let mut other = map(&used);
+            let _around = ["by-id", "templates", "templates/web", &format!("by-id/{digest}")]
+                .map(|path| File::open(world.mountpoint().join(path)).unwrap());
+            let _manifest = File::open(world.file(&digest, "manifest.json")).unwrap();
+            let mut clone = map(&digest);
+            flip(&folder.join(file), 100);
+            let refused = world.stencil(&["rm", "web:1"]).exits(5).says("may be in use");
+            assert!(refused.err.contains(&format!("{} (", clone.pid())), "{refused:?}");
+            assert!(!refused.err.contains(&format!("{} (", other.pid())), "{refused:?}");
+            assert_eq!(
+                clone.ask("read 0 200").unwrap() as u8,
+                random(2, 1 << 20)[200 << 12],
+                "{serve} {file}"
+            );
+            clone.kill();
+            let open = File::open(world.file(&digest, "memory"));
+            if let Ok(open) = open {
+                world.stencil(&["rm", "web:1"]).exits(5).says(&format!("{} (", std::process::id()));
+                drop(open);
+            }
+            world.stencil(&["rm", "web:1"]).ok();
+            assert!(!folder.exists());
+            assert_eq!(other.ask("read 0 200").unwrap() as u8, random(1, 1 << 20)[200 << 12]);
+            world.stencil(&["verify"]).ok();
+        }
+    }
+}
+
+/// Each of them alone ended a verification, and hid everything behind it.
+#[test]
+fn verify_names_everything_and_goes_on() {
+    let fixture = Fixture::new();
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5)] {
+        fixture.import(name, &random(seed, 3 << 16));
+    }
+    let store = fixture.store();
+    let image = |name: &str| {
+        let digest = store.resolve(&name.parse().unwrap()).unwrap();
+        fixture.path("store/images").join(digest.to_string())
+    };
+    let (image, packs) = (["a", "b", "c", "d", "e"].map(image), fixture.files("packs"));
+    let folder_for = |path: &Path| {
+        fs::remove_file(path).unwrap();
+        fs::create_dir(path).unwrap();
+    };
+    let mut bad = Vec::new();
+    let mut damaged = |path: &Path| bad.push(path.to_owned());
+    flip(&image[0].join("placement"), 8);
+    damaged(&image[0].join("placement"));
+    folder_for(&image[1].join("image"));
+    damaged(&image[1].join("image"));
+    folder_for(&image[2].join("policy"));
+    damaged(&image[2].join("policy"));
+    fs::remove_dir_all(&image[3]).unwrap();
+    fs::write(&image[3], "a file").unwrap();
+    damaged(&image[3]);
+    flip(&packs[0], 8);
+    damaged(&packs[0]);
+    folder_for(&packs[1]);
+    damaged(&packs[1]);
+    flip(&packs[2], 5000);
+    damaged(&packs[2]);
+    folder_for(&fixture.path("store/tags/a/latest"));
+    damaged(&fixture.path("store/tags/a/latest"));
+    fs::remove_dir_all(fixture.path("store/tags/b")).unwrap();
+    fs::write(fixture.path("store/tags/b"), "a file").unwrap();
+    damaged(&fixture.path("store/tags/b"));
+    fs::write(fixture.path("store/tags/c/latest"), "rubbish").unwrap();
+    damaged(&fixture.path("store/tags/c/latest"));
+    let verified = fixture.run(&["verify"]);
+    assert_eq!(verified.code, 3, "{verified:?}");
+    for path in &bad {
+        assert!(verified.stdout.contains(path.to_str().unwrap()), "{}: {verified:?}", path.display());
+    }
+    let json = fixture.run(&["--json", "verify"]);
+    assert_eq!(json.code, 3, "{json:?}");
+    assert!(json.json()["templates"] == 5 && json.json()["packs"] == 5, "{json:?}");
+    // What can be read is listed and read as before.
+    let listed = fixture.run(&["ls"]).ok();
+    assert!(listed.stdout.contains("\ne ") && listed.stdout.lines().count() == 6, "{listed:?}");
+    fixture.run(&["du"]).ok();
+}
+
+#[test]
+fn verify_goes_on_without_a_folder_of_the_store() {
+    for folder in ["packs", "tags", "images"] {
+        let fixture = Fixture::new();
+        fixture.import("a", &random(1, 3 << 16));
+        fixture.import("b", &random(2, 3 << 16));
+        let path = fixture.path("store").join(folder);
+        fs::rename(&path, fixture.path("away")).unwrap();
+        let verified = fixture.run(&["verify"]);
+        assert_eq!(verified.code, 3, "{folder}: {verified:?}");
+        assert!(verified.stdout.contains(&format!("damaged: {}", path.display())), "{folder}: {verified:?}");
+        fs::rename(fixture.path("away"), &path).unwrap();
+        fixture.run(&["verify"]).ok();
+    }
+}
+
+/// A tag of which one bit was flipped names another template or none: the template that it named is not removed for want
+/// of tags.
+#[test]
+fn a_damaged_tag_costs_no_template() {
+    let fixture = Fixture::new();
+    let digest = fixture.import("web:1", &random(1, 3 << 16)).digest;
+    fixture.run(&["tag", "web:1", "web:2"]).ok();
+    let tag = fixture.path("store/tags/web/2");
+    let sound = fs::read(&tag).unwrap();
+    let another = |byte: u8| if byte == b'0' { b'1' } else { b'0' };
+    for damaged in [[&sound[..10], &[another(sound[10])], &sound[11..]].concat(), b"rubbish".to_vec()] {
+        fs::write(&tag, &damaged).unwrap();
+        for words in [&["rm", "web:1"][..], &["gc", "--untagged"]] {
+            let refused = fixture.run(words);
+            assert!(refused.code == 3 && refused.stderr.contains("web:2"), "{refused:?}");
+            assert_eq!(fixture.store().digests().unwrap(), [digest]);
+        }
+    }
+    fixture.run(&["rm", "web:2"]).ok();
+    fixture.run(&["rm", "web:1"]).ok();
+    assert_eq!(fixture.store().digests().unwrap(), []);
+}

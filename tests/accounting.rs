@@ -253,11 +253,11 @@ fn density_has_the_fields_that_programs_rely_on() {
     assert_eq!(keys(&density), "schema templates clones totals audit");
     assert_eq!(
         keys(&density["templates"][0]),
-        "name digest serving size_bytes data_bytes resident_bytes store_cache_bytes clones"
+        "digest tags serving size_bytes data_bytes resident_bytes store_cache_bytes clones"
     );
     assert_eq!(
         keys(&density["clones"][0]),
-        "id pid name cgroup uid template kind mapped_bytes mapped_clean_bytes private_bytes swap_bytes dirty_pages \
+        "id pid pids name cgroup uid template kind mapped_bytes mapped_clean_bytes private_bytes swap_bytes dirty_pages \
          page_table_bytes overhead_bytes disk_bytes pmd_mapped_bytes maps"
     );
     assert_eq!(keys(&density["clones"][0]["maps"][0]), "digest file dev ino start offset length serving");

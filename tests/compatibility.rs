@@ -76,6 +76,7 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
     ask(&["ps"], &[]);
     ask(&["density"], &[]);
+    answers.insert("density --audit", world.json(&["density", "--audit"]));
     ask(&["dirty", "--ranges"], &[&id]);
     ask(&["status"], &[]);
     ask(&["restart"], &[mnt]);

@@ -17,6 +17,7 @@ mod clone_qemu;
 mod clone_simulated;
 mod command_line;
 mod compatibility;
+mod counted_once;
 mod crowds;
 mod damaged_block;
 mod demo;

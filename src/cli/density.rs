@@ -9,7 +9,7 @@ use super::output::{Done, Report, to_json};
 use super::store_filter::StoreFilter;
 use super::{Global, columns::Columns};
 use crate::clones::accounting::{self, Density};
-use crate::clones::audit::{self, Audit};
+use crate::clones::audit::{self, Audit, Verdict};
 use crate::control;
 use crate::error::{Error, Result};
 use crate::store::{Store, TemplateRef};
@@ -72,17 +72,20 @@ fn ratio(value: Option<f64>) -> String {
 
 impl DensityReport {
     fn templates(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut table =
-            Columns::new(&["TEMPLATE", "DIGEST", "SERVING", "SIZE", "DATA", "RESIDENT", "CLONES"]);
+        let mut table = Columns::new(&["TEMPLATE", "SERVING", "SIZE", "DATA", "RESIDENT", "CLONES", "TAGS"]);
         for t in &self.density.templates {
             table.row([
-                t.name.clone().unwrap_or_else(|| "-".to_owned()),
-                t.digest.to_string()[..12].to_owned(),
+                t.digest.short(),
                 t.serving.clone(),
                 t.size_bytes.to_string(),
                 t.data_bytes.to_string(),
                 t.resident_bytes.to_string(),
                 t.clones.to_string(),
+                if t.tags.is_empty() {
+                    "-".to_owned()
+                } else {
+                    t.tags.iter().cloned().collect::<Vec<_>>().join(", ")
+                },
             ]);
         }
         table.print(out)?;
@@ -158,25 +161,30 @@ impl DensityReport {
             ("private pages", f.private_bytes, f.private_accounted),
             ("overhead", f.overhead_bytes, f.overhead_accounted),
             ("template pages", f.template_bytes, f.template_accounted),
+            ("page tables", f.page_table_bytes, f.page_table_accounted),
         ] {
             writeln!(out, "  {name:<22}{counted:>10}  {accounted:>10}")?;
         }
+        writeln!(out, "  {:<22}{:>10}  {:>10}", "clones", f.address_spaces, f.address_spaces_accounted)?;
         writeln!(
             out,
-            "  off by {:.3} %; {} processes unknown, {} mappings unexplained",
-            f.error_percent, f.unknown_processes, f.unexplained_mappings
+            "  {} processes unknown, {} mappings unexplained",
+            f.unknown_processes, f.unexplained_mappings
         )?;
+        let verdict = |of: Verdict, error: f64, tolerance: f64| {
+            format!("{}: off by {error:.3} %, tolerance {tolerance} %", of.name())
+        };
+        writeln!(out, "  {}", verdict(f.verdict, f.error_percent, f.tolerance_percent))?;
         match &audit.memory {
-            Some(m) => writeln!(
-                out,
-                "audit by available memory: fell by {} bytes, accounted {} bytes, off by {:.2} %",
-                m.fall_bytes,
-                m.accounted_bytes.get(),
-                m.error_percent
-            ),
+            Some(m) => {
+                writeln!(out, "audit by available memory")?;
+                let (fall, accounted) = (m.fall_bytes, m.accounted_bytes.get());
+                writeln!(out, "  fell by {fall} bytes, accounted {accounted} bytes")?;
+                writeln!(out, "  {}", verdict(m.verdict, m.error_percent, m.tolerance_percent))
+            }
             None => writeln!(
                 out,
-                "audit by available memory: no baseline (`stencil clone` takes it before the first clone)"
+                "audit by available memory: no baseline; `stencil clone` takes one where no clone lives yet"
             ),
         }
     }

@@ -163,7 +163,7 @@ pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
             }
             unseen = others.unseen.pids();
             rows.extend(others.clones.iter().filter_map(|clone| {
-                if ours.contains(&clone.process()) { None } else { Row::of_other(clone) }
+                if clone.processes().any(|its| ours.contains(&its)) { None } else { Row::of_other(clone) }
             }));
         }
         // Who may not look into others' processes still sees the own clones.

@@ -1,17 +1,17 @@
 //! Holds the accounting against what the kernel says by other ways: page frames found from every process
-//! (not from the list of clones), and the fall of the host's available memory since before the first clone.
+//! (not from the list of clones), and the fall of the host's available memory since before the launch.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::accounting::{Survey, Totals, residency};
-use super::find::{self, Inodes, Search, ServedFile};
+use super::baseline::Baseline;
+use super::find::{Inodes, Search, ServedFile};
 use crate::control::Mount;
-use crate::control::runtime::{self, MAX_RECORD};
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
 use crate::sys::cachestat;
@@ -22,15 +22,43 @@ use crate::sys::procfs::{self, MapLine};
 use crate::sys::users::{self, PATIENCE};
 use crate::units::{Bytes, PageCount};
 
-/// File of the runtime directory that keeps the host's free memory before its first clone.
-const BASELINE: &str = "memory-baseline.json";
+/// Most that page frames and the accounting may differ, in percent: processes go on while they are measured.
+const FRAMES_TOLERANCE: f64 = 0.5;
+
+/// The same for available memory, which everything else on the host changes too.
+const MEMORY_TOLERANCE: f64 = 5.0;
+
+/// What an audit says of the accounting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Both ways agree within the tolerance.
+    Ok,
+    /// They differ in what something other than clones may explain.
+    Doubtful,
+    /// The accounting has missed something, or has counted it twice.
+    Wrong,
+}
+
+impl Verdict {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Ok => "ok",
+            Verdict::Doubtful => "doubtful",
+            Verdict::Wrong => "wrong",
+        }
+    }
+}
 
 /// The answer of `density --audit`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Audit {
+    /// The worse of both.
+    pub verdict: Verdict,
     /// Page frames against the accounting.
     pub frames: FrameAudit,
-    /// The fall of available memory against the accounting; null when no baseline was taken.
+    /// The fall of available memory against the accounting; null when no launch of the measured clones has a baseline.
     pub memory: Option<MemoryAudit>,
 }
 
@@ -49,18 +77,30 @@ pub struct FrameAudit {
     pub template_bytes: Bytes,
     /// What the accounting says.
     pub template_accounted: Bytes,
+    /// Page tables of the processes that map a template, once for each address space.
+    pub page_table_bytes: Bytes,
+    /// What the accounting says of the processes' own.
+    pub page_table_accounted: Bytes,
+    /// Address spaces that map a template: processes in which a frame that is mapped once appears have the same one.
+    pub address_spaces: u64,
+    /// What the accounting says: its number of clones.
+    pub address_spaces_accounted: u64,
     /// Processes found that the accounting does not have.
     pub unknown_processes: u64,
     /// Page table entries (kpagecount) on private frames that no process explains.
     pub unexplained_mappings: u64,
     /// Difference of the sums, in percent of the accounting's.
     pub error_percent: f64,
+    /// Most that the sums, or the page tables, may differ.
+    pub tolerance_percent: f64,
+    /// `wrong` beyond the tolerance, or where processes or address spaces differ; `doubtful` with unexplained mappings.
+    pub verdict: Verdict,
 }
 
 /// Available memory then and now, in bytes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct MemoryAudit {
-    /// MemAvailable and per-CPU free pages before the first clone.
+    /// MemAvailable and per-CPU free pages before the launch.
     pub available_before: Bytes,
     /// The same now.
     pub available_now: Bytes,
@@ -71,6 +111,10 @@ pub struct MemoryAudit {
     pub accounted_bytes: Bytes,
     /// Difference in percent of the accounting's figure.
     pub error_percent: f64,
+    /// Most that it may be.
+    pub tolerance_percent: f64,
+    /// `doubtful` beyond the tolerance: what else starts or ends on the host is in the fall too.
+    pub verdict: Verdict,
 }
 
 /// Audits a survey that was just made of these mounts.
@@ -80,16 +124,41 @@ pub struct MemoryAudit {
 pub fn audit(mounts: &[Mount], survey: &Survey) -> Result<Audit> {
     let totals = &survey.density.totals;
     // Read before the walk, which itself takes memory.
-    let memory =
-        Baseline::load()?.map(|before| MemoryAudit::new(before, Baseline::now()?, totals)).transpose()?;
-    Ok(Audit { frames: frame_audit(mounts, survey)?, memory })
+    let now = Baseline::now()?;
+    let memory = survey.baseline.map(|before| MemoryAudit::new(before, now, totals));
+    let frames = frame_audit(mounts, survey)?;
+    let verdict = memory.map_or(Verdict::Ok, |memory| memory.verdict).max(frames.verdict);
+    Ok(Audit { verdict, frames, memory })
 }
 
 #[derive(Default)]
 struct Walk {
+    /// Frames, and how many page table entries of the processes lead to each.
     private: HashMap<u64, u64>,
-    overhead: HashSet<u64>,
-    processes: HashSet<u32>,
+    overhead: HashMap<u64, u64>,
+    processes: Vec<Walked>,
+}
+
+struct Walked {
+    pid: u32,
+    page_tables: Bytes,
+    /// A frame that one page table entry of the host leads to: who shows it has this address space. Every process that
+    /// has run has one.
+    exclusive: Option<u64>,
+}
+
+impl Walk {
+    /// The address spaces of the processes, and their page tables.
+    fn address_spaces(&self) -> (u64, Bytes) {
+        let (mut count, mut page_tables) = (0.0, 0.0);
+        for walked in &self.processes {
+            let seen = |frame| self.private.get(&frame).or_else(|| self.overhead.get(&frame)).copied();
+            let processes = walked.exclusive.and_then(seen).unwrap_or(1).max(1) as f64;
+            count += 1.0 / processes;
+            page_tables += walked.page_tables.get() as f64 / processes;
+        }
+        (count.round() as u64, Bytes::new(page_tables.round() as u64))
+    }
 }
 
 fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
@@ -106,25 +175,57 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     for (&frame, &seen) in &walk.private {
         unexplained += frames.mappings(frame)?.saturating_sub(seen);
     }
-    let private: HashSet<u64> = walk.private.keys().copied().collect();
     let bytes = |count: usize| PageCount::new(count as u64).bytes();
-    let known: HashSet<u32> = survey.clones.iter().map(|(clone, _)| clone.pid).collect();
+    let overhead = walk.overhead.keys().filter(|frame| !walk.private.contains_key(frame)).count();
+    let known: HashSet<u32> =
+        survey.clones.iter().flat_map(|(clone, _)| clone.processes()).map(|process| process.pid).collect();
+    let unknown = walk.processes.iter().filter(|walked| !known.contains(&walked.pid)).count();
+    let (address_spaces, page_table_bytes) = walk.address_spaces();
     let totals = &survey.density.totals;
     let mut audit = FrameAudit {
-        private_bytes: bytes(private.len()),
+        private_bytes: bytes(walk.private.len()),
         private_accounted: totals.private_bytes,
-        overhead_bytes: bytes(walk.overhead.difference(&private).count()),
+        overhead_bytes: bytes(overhead),
         overhead_accounted: totals.overhead_bytes,
         template_bytes: bytes(template),
         template_accounted: totals.template_bytes,
-        unknown_processes: walk.processes.difference(&known).count() as u64,
+        page_table_bytes,
+        page_table_accounted: survey.clones.iter().map(|(_, clone)| clone.memory.page_table_bytes).sum(),
+        address_spaces,
+        address_spaces_accounted: totals.clones,
+        unknown_processes: unknown as u64,
         unexplained_mappings: unexplained,
         error_percent: 0.0,
+        tolerance_percent: FRAMES_TOLERANCE,
+        verdict: Verdict::Ok,
     };
-    let counted = audit.private_bytes + audit.overhead_bytes + audit.template_bytes;
-    let accounted = audit.private_accounted + audit.overhead_accounted + audit.template_accounted;
-    audit.error_percent = percent(counted.get() as i64 - accounted.get() as i64, accounted);
+    audit.conclude();
     Ok(audit)
+}
+
+impl FrameAudit {
+    fn conclude(&mut self) {
+        let counted = self.private_bytes + self.overhead_bytes + self.template_bytes + self.page_table_bytes;
+        let accounted = self.private_accounted
+            + self.overhead_accounted
+            + self.template_accounted
+            + self.page_table_accounted;
+        self.error_percent = difference(counted, accounted);
+        let tables = difference(self.page_table_bytes, self.page_table_accounted);
+        let wrong = self.error_percent > self.tolerance_percent
+            || tables > self.tolerance_percent
+            || self.address_spaces != self.address_spaces_accounted
+            || self.unknown_processes > 0;
+        self.verdict = match (wrong, self.unexplained_mappings) {
+            (true, _) => Verdict::Wrong,
+            (false, 0) => Verdict::Ok,
+            (false, _) => Verdict::Doubtful,
+        };
+    }
+}
+
+fn difference(counted: Bytes, accounted: Bytes) -> f64 {
+    percent(counted.get() as i64 - accounted.get() as i64, accounted)
 }
 
 /// All mappings of every process that maps one of these files.
@@ -146,8 +247,8 @@ fn walk_process(
     frames: &Frames,
     walk: &mut Walk,
 ) -> Result<()> {
-    walk.processes.insert(pid);
     let pagemap = Pagemap::open(pid)?;
+    let mut exclusive = None;
     for line in lines.iter().filter(|line| !line.path.starts_with("[v")) {
         let template = inodes.lookup(line.dev, line.ino).is_some();
         let mut anonymous = Vec::new();
@@ -156,13 +257,15 @@ fn walk_process(
             if frames.kind(frame)? != FrameKind::Anonymous {
                 continue;
             }
-            if template {
-                *walk.private.entry(frame).or_default() += 1;
-            } else {
-                walk.overhead.insert(frame);
+            if exclusive.is_none() && frames.mappings(frame)? == 1 {
+                exclusive = Some(frame);
             }
+            let frames = if template { &mut walk.private } else { &mut walk.overhead };
+            *frames.entry(frame).or_default() += 1;
         }
     }
+    let page_tables = procfs::status(pid)?.map_or(Bytes::ZERO, |status| status.page_tables);
+    walk.processes.push(Walked { pid, page_tables, exclusive });
     Ok(())
 }
 
@@ -174,7 +277,9 @@ fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
     let backings = residency::backings(mounts)?;
     let wanted = |file: &ServedFile| {
         file.serving == Serving::Decode
-            || backings.iter().any(|backing| backing.digest == file.digest && backing.file == file.name)
+            || backings.iter().any(|(mount, backing)| {
+                (*mount, backing.digest, &backing.file) == (file.mount, file.digest, &file.name)
+            })
     };
     residency::each_inode(mounts, &survey.inodes, &clones, wanted, |_, file| {
         collect_resident(&file, &mut frames)
@@ -206,16 +311,20 @@ fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
 }
 
 impl MemoryAudit {
-    fn new(before: Baseline, now: Baseline, totals: &Totals) -> Result<MemoryAudit> {
+    fn new(before: Baseline, now: Baseline, totals: &Totals) -> MemoryAudit {
         let accounted = totals.of_the_clones();
         let fall = before.available().get() as i64 - now.available().get() as i64;
-        Ok(MemoryAudit {
+        let error_percent = percent(fall - accounted.get() as i64, accounted);
+        let tolerance_percent = MEMORY_TOLERANCE;
+        MemoryAudit {
             available_before: before.available(),
             available_now: now.available(),
             fall_bytes: fall,
             accounted_bytes: accounted,
-            error_percent: percent(fall - accounted.get() as i64, accounted),
-        })
+            error_percent,
+            tolerance_percent,
+            verdict: if error_percent <= tolerance_percent { Verdict::Ok } else { Verdict::Doubtful },
+        }
     }
 }
 
@@ -224,57 +333,6 @@ fn percent(difference: i64, of: Bytes) -> f64 {
         0 if difference == 0 => 0.0,
         0 => 100.0,
         of => 100.0 * difference.unsigned_abs() as f64 / of as f64,
-    }
-}
-
-/// The host's free memory at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Baseline {
-    mem_available: Bytes,
-    per_cpu_free: Bytes,
-}
-
-impl Baseline {
-    /// Now.
-    ///
-    /// # Errors
-    /// When the host's figures cannot be read.
-    pub fn now() -> Result<Baseline> {
-        let mem_available = procfs::meminfo("MemAvailable")?
-            .ok_or_else(|| Error::failed("this kernel does not say how much memory is available"))?;
-        Ok(Baseline { mem_available, per_cpu_free: procfs::per_cpu_free()? })
-    }
-
-    /// What a new process could get: `MemAvailable`, and the pages in per-CPU lists that it leaves out.
-    pub fn available(&self) -> Bytes {
-        self.mem_available + self.per_cpu_free
-    }
-
-    /// Keeps the present state as the baseline of later audits, if no clone of these mounts lives.
-    ///
-    /// # Errors
-    /// When the host cannot be asked or the runtime directory cannot be written.
-    pub fn keep_if_idle(inodes: &Inodes) -> Result<()> {
-        if !find::search(inodes)?.complete()?.is_empty() {
-            return Ok(());
-        }
-        let folder = runtime::create("")?;
-        let text = serde_json::to_vec(&Baseline::now()?).unwrap_or_default();
-        runtime::replace(&folder, BASELINE, &text).map_err(|e| {
-            runtime::failed("cannot keep the baseline of the audit", &folder.path_of(BASELINE), e)
-        })
-    }
-
-    fn load() -> Result<Option<Baseline>> {
-        let Some(folder) = runtime::open("")? else { return Ok(None) };
-        match runtime::read(&folder, BASELINE, MAX_RECORD) {
-            Ok(text) => Ok(serde_json::from_slice(&text).ok()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => {
-                let path = folder.path_of(BASELINE);
-                Err(runtime::failed("cannot read the baseline of the audit", &path, error))
-            }
-        }
     }
 }
 
@@ -298,8 +356,9 @@ mod tests {
             ..Totals::default()
         };
         let free = |bytes| Baseline { mem_available: Bytes::new(bytes), per_cpu_free: Bytes::ZERO };
-        let audit = MemoryAudit::new(free(5000), free(3889), &totals).unwrap();
+        let audit = MemoryAudit::new(free(5000), free(3889), &totals);
         assert_eq!((audit.accounted_bytes.get(), audit.fall_bytes), (1111, 1111));
-        assert_eq!(audit.error_percent, 0.0);
+        assert_eq!((audit.error_percent, audit.verdict), (0.0, Verdict::Ok));
+        assert_eq!(MemoryAudit::new(free(5000), free(3000), &totals).verdict, Verdict::Doubtful);
     }
 }

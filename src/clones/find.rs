@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, Template, inode_number};
 use crate::sys::process::ProcessId;
 use crate::sys::users::{self, PATIENCE, Sight, Unseen};
-use crate::sys::{mount, procfs};
+use crate::sys::{address_space, mount, procfs};
 use crate::units::{Bytes, FileOffset};
 
 /// A file of a template as it is served by one mount in one way: what an inode number means.
@@ -175,7 +175,7 @@ impl TemplateMapping {
     }
 }
 
-/// A process that maps at least one template.
+/// A process that maps at least one template, and the others that have its address space.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CloneProcess {
     /// Its process id, in this PID namespace.
@@ -184,12 +184,19 @@ pub struct CloneProcess {
     pub identity: u64,
     /// Its mappings of templates, by address.
     pub maps: Vec<TemplateMapping>,
+    /// Younger processes that have the same address space: their memory is this one's.
+    pub others: Vec<ProcessId>,
 }
 
 impl CloneProcess {
     /// Which process it is.
     pub fn process(&self) -> ProcessId {
         ProcessId { pid: self.pid, identity: self.identity }
+    }
+
+    /// All processes of its address space, the oldest one first.
+    pub fn processes(&self) -> impl Iterator<Item = ProcessId> {
+        std::iter::once(self.process()).chain(self.others.iter().copied())
     }
 }
 
@@ -213,6 +220,24 @@ impl Search {
             None => Ok(self.clones),
             Some(holes) => Err(Error::try_again(holes).remedy(self.unseen.remedy())),
         }
+    }
+
+    /// One clone for each address space: its oldest process, with the others.
+    fn by_address_space(mut self) -> Result<Search> {
+        let maps = |clone: &CloneProcess| -> Vec<_> {
+            clone.maps.iter().map(|m| (m.start, m.length.get(), m.dev, m.ino, m.offset.get())).collect()
+        };
+        let found = address_space::distinct(self.clones.iter().map(|clone| (clone.process(), maps(clone))))?;
+        self.unseen.silent.extend(found.unseen);
+        let mut spaces: HashMap<u32, Vec<ProcessId>> = found.seen.into_iter().collect();
+        self.clones.retain_mut(|clone| match spaces.remove(&clone.pid) {
+            Some(processes) => {
+                clone.others = processes[1..].to_vec();
+                true
+            }
+            None => false,
+        });
+        Ok(self)
     }
 
     /// Names the processes that were not seen, if there are any.
@@ -239,7 +264,7 @@ pub fn search(inodes: &Inodes) -> Result<Search> {
     }
     let wanted = inodes.wanted()?;
     let sight = users::look_at_all(PATIENCE, move |pid| lines_of(pid, &wanted))?;
-    Ok(found(sight, inodes))
+    found(sight, inodes).by_address_space()
 }
 
 /// The template mappings of one process; `None` when it has none or is gone.
@@ -258,7 +283,12 @@ type Lines = (ProcessId, Vec<procfs::MapLine>);
 fn found(sight: Sight<Lines>, inodes: &Inodes) -> Search {
     let clone = |(pid, (process, lines)): (u32, Lines)| {
         let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
-        (!maps.is_empty()).then_some(CloneProcess { pid, identity: process.identity, maps })
+        (!maps.is_empty()).then_some(CloneProcess {
+            pid,
+            identity: process.identity,
+            maps,
+            others: Vec::new(),
+        })
     };
     Search { clones: sight.seen.into_iter().filter_map(clone).collect(), unseen: sight.unseen }
 }

@@ -2,6 +2,7 @@
 
 pub mod accounting;
 pub mod audit;
+pub mod baseline;
 pub mod capture;
 pub mod family;
 pub mod find;

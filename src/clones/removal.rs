@@ -227,7 +227,7 @@ fn users_of(store: &Store, template: &Template, mounts: &[Mount]) -> Result<BTre
     }
     // This one also knows whether it may look into all of them.
     for clone in find::search(&inodes)?.complete()? {
-        using.insert(clone.pid, "map");
+        using.extend(clone.processes().map(|process| (process.pid, "map")));
     }
     Ok(using)
 }

@@ -2,6 +2,7 @@
 //! Every error number becomes an [`Error`](crate::error::Error) before it leaves.
 #![allow(unsafe_code)]
 
+pub mod address_space;
 pub mod alloc;
 pub mod attempt;
 pub mod cachestat;

@@ -15,11 +15,14 @@
  *   open ID PATH                        a descriptor that is closed by exec, and no mapping
  *   exec ID                             starts this program anew; there is no answer
  *   fork ID PAGE...                     a child that writes these pages and stays; answers its pid
+ *   share ID                            a child with this address space (CLONE_VM) that stays; answers its pid
+ *   vfork ID                            a vfork whose child answers its pid and stays; no further command is read
  *   quit
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,6 +59,34 @@ static long map_file(int id, const char *path, unsigned long offset, unsigned lo
         return -1;
     maps[id] = at;
     return 0;
+}
+
+static int stay(void *parent) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != *(pid_t *)parent)
+        _exit(1);
+    for (;;)
+        pause();
+}
+
+static long share(void) {
+    static pid_t parent;
+    static char stack[64 << 10] __attribute__((aligned(16)));
+    parent = getpid();
+    return clone(stay, stack + sizeof stack, CLONE_VM | SIGCHLD, &parent);
+}
+
+static long suspend_in_vfork(void) {
+    pid_t parent = getpid();
+    pid_t child = vfork();
+    if (child == 0) {
+        char line[32];
+        int length = snprintf(line, sizeof line, "ok %d\n", (int)getpid());
+        if (write(1, line, (size_t)length) != length)
+            _exit(1);
+        stay(&parent);
+    }
+    return child;
 }
 
 static long fork_writer(int id, char *pages) {
@@ -133,6 +164,10 @@ int main(void) {
         } else if (strcmp(word, "exec") == 0) {
             execl("/proc/self/exe", "actor", (char *)NULL);
             answer(-1);
+        } else if (strcmp(word, "share") == 0) {
+            answer(share());
+        } else if (strcmp(word, "vfork") == 0) {
+            answer(suspend_in_vfork());
         } else if (strcmp(word, "fork") == 0) {
             answer(fork_writer(id, line + used));
         } else {

@@ -127,7 +127,7 @@ impl Drop for Ksm {
 
 /// Waits until the host's free memory has stopped moving: what earlier scenarios held is given back late.
 pub fn settle() {
-    let available = || stencilfs::clones::audit::Baseline::now().unwrap().available().get();
+    let available = || stencilfs::clones::baseline::Baseline::now().unwrap().available().get();
     let (mut last, mut still) = (available(), 0);
     for _ in 0..100 {
         std::thread::sleep(std::time::Duration::from_millis(100));

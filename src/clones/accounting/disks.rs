@@ -18,8 +18,9 @@ use crate::units::Bytes;
 /// # Errors
 /// When a disk cannot be looked at.
 pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result<()> {
+    let places = clones.iter().enumerate();
     let mut places: HashMap<ProcessId, usize> =
-        clones.iter().enumerate().map(|(at, (clone, _))| (clone.process(), at)).collect();
+        places.flat_map(|(at, (clone, _))| clone.processes().map(move |its| (its, at))).collect();
     let mut others = vec![];
     for entry in entries.iter().filter(|entry| !entry.disks.is_empty()) {
         match entry.process().and_then(|its| places.remove(&its)) {

@@ -11,16 +11,18 @@ pub mod residency;
 mod totals;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
 
 pub use process::{CloneMemory, Measured, measure};
 pub use totals::Totals;
 
+use super::baseline::Baseline;
 use super::find::{self, CloneProcess, Inodes, TemplateMapping};
 use super::registry;
 use crate::control::Mount;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, StorePath, Template};
 use crate::sys::process::ProcessId;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
@@ -28,10 +30,10 @@ use crate::units::{Bytes, PAGE_SIZE, PageCount};
 /// One template and the RAM that it holds once for all its clones.
 #[derive(Debug, Clone, Serialize)]
 pub struct TemplateMemory {
-    /// `NAME:TAG` of one of its tags, if it has any.
-    pub name: Option<String>,
     /// Its digest.
     pub digest: Digest,
+    /// `NAME:TAG` of all its tags.
+    pub tags: BTreeSet<String>,
     /// `passthrough`, `decode`, or `both` after a promotion while old mappings live.
     pub serving: String,
     /// Length of all its files.
@@ -42,7 +44,7 @@ pub struct TemplateMemory {
     pub resident_bytes: Bytes,
     /// Page cache of the store's files that hold it. Files that several templates share are shown at each.
     pub store_cache_bytes: Bytes,
-    /// Processes that map it.
+    /// Clones that map it.
     pub clones: u64,
 }
 
@@ -53,6 +55,8 @@ pub struct CloneRow {
     pub id: String,
     /// Process id.
     pub pid: u32,
+    /// All processes that have its address space, itself first.
+    pub pids: Vec<u32>,
     /// Name given at launch, or the command's name.
     pub name: String,
     /// Control group.
@@ -90,6 +94,8 @@ pub struct Survey {
     pub clones: Vec<(CloneProcess, Measured)>,
     /// What the inode numbers mean.
     pub inodes: Inodes,
+    /// The host's free memory before the first of them was launched, where that is known.
+    pub baseline: Option<Baseline>,
 }
 
 /// Measures all clones of these mounts, or those of one template.
@@ -119,7 +125,17 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let copied = totals::Copied::of(&clones, &templates.opened, &known)?;
     let totals = Totals::new(&clones, &templates.rows(), store_cache, frames::distinct(&clones)?, copied)?;
     let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &known)).collect();
-    Ok(Survey { density: Density { templates: templates.rows(), clones: rows, totals }, clones, inodes })
+    let baseline = baseline(&clones, &known);
+    let density = Density { templates: templates.rows(), clones: rows, totals };
+    Ok(Survey { density, clones, inodes, baseline })
+}
+
+/// The baseline of the launch that the first of these clones are of. Two launches that began at one time may both have
+/// one: then neither was alone.
+fn baseline(clones: &[(CloneProcess, Measured)], known: &Known) -> Option<Baseline> {
+    let mut of_clones = clones.iter().filter_map(|(clone, _)| record_of(clone, known)?.baseline);
+    let first = of_clones.next()?;
+    of_clones.all(|other| other == first).then_some(first)
 }
 
 type Known = HashMap<ProcessId, registry::Entry>;
@@ -129,11 +145,17 @@ fn known(entries: Vec<registry::Entry>) -> Known {
     named.collect()
 }
 
+/// The record of a clone, whichever process of its address space that names.
+fn record_of<'a>(clone: &CloneProcess, known: &'a Known) -> Option<&'a registry::Entry> {
+    clone.processes().find_map(|process| known.get(&process))
+}
+
 fn row(clone: &CloneProcess, measured: &Measured, known: &Known) -> CloneRow {
-    let entry = known.get(&clone.process());
+    let entry = record_of(clone, known);
     CloneRow {
         id: entry.map_or_else(|| clone.pid.to_string(), |e| e.id.clone()),
         pid: clone.pid,
+        pids: clone.processes().map(|process| process.pid).collect(),
         name: entry.map_or_else(|| measured.command.clone(), |e| e.name.clone()),
         cgroup: measured.cgroup.clone(),
         uid: measured.uid,
@@ -161,12 +183,15 @@ impl Templates {
             servings: BTreeMap::new(),
             files: BTreeSet::new(),
         };
-        let mut paths: Vec<_> = mounts.iter().map(|mount| mount.store.clone()).collect();
-        paths.sort();
-        paths.dedup();
-        for path in paths {
-            let store = Store::open(&path)?;
-            all.add_store(&store, only)?;
+        let mut stores = BTreeSet::new();
+        for mount in mounts {
+            let store = Store::open(&mount.store)?;
+            // One store may be mounted by several paths: below a bind mount its files are the same ones.
+            let dir = std::fs::metadata(store.dir());
+            let dir = dir.map_err(|e| Error::io("cannot read the store", store.dir(), e))?;
+            if stores.insert((dir.dev(), dir.ino())) {
+                all.add_store(&store, only)?;
+            }
         }
         Ok(all)
     }
@@ -177,7 +202,7 @@ impl Templates {
             self.files.extend(store.pack_files()?);
         }
         for digest in store.digests()? {
-            if only.is_some_and(|only| *only != digest) || self.opened.contains_key(&digest) {
+            if only.is_some_and(|only| *only != digest) {
                 continue;
             }
             let template = match store.template(&digest) {
@@ -185,24 +210,24 @@ impl Templates {
                 // Inodes::of has named it in the log.
                 Err(_) => continue,
             };
-            let tag = tags.iter().find(|tag| tag.digest == digest);
-            let row = TemplateMemory {
-                name: tag.map(|tag| format!("{}:{}", tag.name, tag.tag)),
+            let row = self.rows.entry(digest).or_insert_with(|| TemplateMemory {
                 digest,
+                tags: BTreeSet::new(),
                 serving: String::new(),
                 size_bytes: template.files().iter().map(|file| file.size).sum(),
                 data_bytes: template.files().iter().map(|file| file.data_bytes).sum(),
                 resident_bytes: Bytes::ZERO,
-                store_cache_bytes: template
-                    .store_files()
-                    .iter()
-                    .map(residency::cached_store_file)
-                    .sum::<Result<Bytes>>()?,
+                store_cache_bytes: Bytes::ZERO,
                 clones: 0,
-            };
-            self.rows.insert(digest, row);
-            self.files.extend(template.store_files());
-            self.opened.insert(digest, template);
+            });
+            // Another store may have the same template: its tags and its files are other ones.
+            let ours = tags.iter().filter(|tag| tag.digest == digest);
+            row.tags.extend(ours.map(|tag| format!("{}:{}", tag.name, tag.tag)));
+            for path in template.store_files() {
+                row.store_cache_bytes += residency::cached_store_file(&path)?;
+                self.files.insert(path);
+            }
+            self.opened.entry(digest).or_insert(template);
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ pub type Resident = BTreeMap<(Digest, Serving), Bytes>;
 /// When a supervisor does not answer, or an inode may not be opened.
 pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> Result<Resident> {
     let mut resident = Resident::new();
-    for backing in backings(mounts)? {
+    for (_, backing) in backings(mounts)? {
         *resident.entry((backing.digest, Serving::Passthrough)).or_default() += backing.resident_bytes;
     }
     each_inode(
@@ -37,14 +37,14 @@ pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> R
     Ok(resident)
 }
 
-/// The passthrough backings of all mounts, as those see them who have them open.
+/// The passthrough backings of all mounts, each with the index of its mount, as those see them who have them open.
 ///
 /// # Errors
 /// When a supervisor does not answer, or it is dead and its server does not have what it kept.
-pub fn backings(mounts: &[Mount]) -> Result<Vec<Residency>> {
+pub fn backings(mounts: &[Mount]) -> Result<Vec<(usize, Residency)>> {
     let mut all = Vec::new();
-    for mount in mounts {
-        all.extend(mount.residency()?);
+    for (index, mount) in mounts.iter().enumerate() {
+        all.extend(mount.residency()?.into_iter().map(|backing| (index, backing)));
     }
     Ok(all)
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::frames::Distinct;
 use super::process::Measured;
-use super::{Known, TemplateMemory};
+use super::{Known, TemplateMemory, record_of};
 use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
@@ -80,7 +80,7 @@ impl Copied {
                 }
             }
             copied.restored += new_pages(clone, measured, templates)?.bytes();
-            let touched = known.get(&clone.process()).and_then(|entry| entry.touched);
+            let touched = record_of(clone, known).and_then(|entry| entry.touched);
             copied.touched = copied.touched.zip(touched).map(|(sum, touched)| {
                 sum + PageCount::new(touched.read_pages + touched.written_pages).bytes()
             });

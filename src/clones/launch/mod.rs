@@ -17,9 +17,9 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use crate::clones::audit::Baseline;
+use crate::clones::baseline::Baseline;
 use crate::clones::capture;
-use crate::clones::find::Inodes;
+use crate::clones::find;
 use crate::clones::recipe::Recipe;
 use crate::clones::registry::{self, Entry, Kind, LOG, Launch, NewEntry, Touched};
 use crate::control;
@@ -102,13 +102,14 @@ pub struct Launched {
 pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
     // What another launch has left is in nobody's way: ids and ports are never given twice.
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
-    let launch = Launch::prepare()?;
+    let mut launch = Launch::prepare()?;
     // The watchdog comes first: whatever happens to this process from here on, it or the next sweep clears up.
     let _watchdog = watchdog::start(&launch)?;
     launch.begin()?;
-    // What the host had free before its first clone, for `density --audit`.
-    let kept = control::mounts().and_then(|mounts| Baseline::keep_if_idle(&Inodes::of(&mounts)?));
-    kept.unwrap_or_else(|error| log::warn!("{error}"));
+    launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
+        log::warn!("`density --audit` will not compare the host's available memory: {error}");
+        None
+    }));
     progress.start_count("launch", order.count.into());
     let gathered = gather(order, &launch, progress);
     progress.finish();
@@ -127,6 +128,12 @@ pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
             Err(error)
         }
     }
+}
+
+/// The host's free memory, if no clone lives that has taken of it already.
+fn baseline_if_idle() -> Result<Option<Baseline>> {
+    let clones = find::template_mappings(&control::mounts()?)?.complete()?;
+    if clones.is_empty() { Baseline::now().map(Some) } else { Ok(None) }
 }
 
 fn gather(order: &Order<'_>, launch: &Launch, progress: &dyn Progress) -> Result<Outcome> {

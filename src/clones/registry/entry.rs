@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{CLONES, RECORD, is_held};
+use crate::clones::baseline::Baseline;
 use crate::clones::{family, ports};
 use crate::control::runtime::{self, is_pid, is_plain_name, is_whole_path, trusted_folder};
 use crate::error::{Error, Result};
@@ -93,6 +94,9 @@ pub struct Entry {
     pub index: u32,
     /// The launch that it belongs to.
     pub launch: String,
+    /// The host's free memory before its launch, if no clone lived then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Baseline>,
     /// What a simulated clone was told to touch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub touched: Option<Touched>,

@@ -11,6 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_folder};
 use super::{CLONES, LAUNCHES, clones_dir, list, random_id};
+use crate::clones::baseline::Baseline;
 use crate::clones::family::{self, Families};
 use crate::control::places;
 use crate::control::runtime::{self, is_plain_name, trusted_file};
@@ -51,6 +52,7 @@ pub struct Launch {
     /// Locked shared, and inherited by every child until it executes its program: who takes the lock alone meets no
     /// process of this launch that cannot be told yet by what it was given.
     marker: OnceLock<fs::File>,
+    baseline: Option<Baseline>,
 }
 
 impl Launch {
@@ -65,7 +67,7 @@ impl Launch {
         if let Some(namespace) = probe::pid_namespace() {
             id.push_str(&format!(".{namespace}"));
         }
-        Ok(Launch { id, marker: OnceLock::new() })
+        Ok(Launch { id, marker: OnceLock::new(), baseline: None })
     }
 
     /// Begins: from now on the clones of this launch live and die with this process.
@@ -84,6 +86,11 @@ impl Launch {
             make().map_err(|e| runtime::failed("cannot begin a launch", &all.path_of(&self.id), e))?;
         self.marker.get_or_init(|| marker);
         Ok(())
+    }
+
+    /// Notes the host's free memory before its first clone.
+    pub fn set_baseline(&mut self, baseline: Option<Baseline>) {
+        self.baseline = baseline;
     }
 
     /// Its id.
@@ -114,6 +121,7 @@ impl Launch {
             created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             index: new.index,
             launch: self.id.clone(),
+            baseline: self.baseline,
             touched: new.touched,
             ports: BTreeMap::new(),
             uuid: None,

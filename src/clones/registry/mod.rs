@@ -144,6 +144,7 @@ mod tests {
             created: 56,
             index: 7,
             launch: "c7654321".into(),
+            baseline: None,
             touched: Some(Touched { read_pages: 8, written_pages: 9 }),
             ports: BTreeMap::from([("80".into(), 40_000)]),
             uuid: None,

@@ -76,7 +76,7 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
     ask(&["ps"], &[]);
     ask(&["density"], &[]);
-    answers.insert("density --audit", world.json(&["density", "--audit"]));
+    let audited = world.json(&["density", "--audit"]);
     ask(&["dirty", "--ranges"], &[&id]);
     ask(&["status"], &[]);
     ask(&["restart"], &[mnt]);
@@ -93,6 +93,7 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     fs::write(&recipe, text.to_string()).unwrap();
     let edited = world.json(&["recipe", "edit", "disk:1", "--from", recipe.to_str().unwrap()]);
     answers.insert("recipe edit", edited);
+    answers.insert("density --audit", audited);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     answers.insert("capture", world.json(&["capture", guest.socket().to_str().unwrap(), "guest:1"]));
     answers.insert("inspect --recipe", world.json(&["inspect", "--recipe", "disk:1"]));

@@ -22,6 +22,8 @@ pub enum Code {
     NotFound,
     /// The named thing is in use by somebody else.
     InUse,
+    /// What was asked for was looked at, and is not so.
+    CheckFailed,
     /// The same call may succeed later.
     TryAgain,
 }
@@ -35,6 +37,7 @@ impl Code {
             Code::Damage => 3,
             Code::NotFound => 4,
             Code::InUse => 5,
+            Code::CheckFailed => 6,
             Code::TryAgain => 75,
         }
     }
@@ -47,6 +50,7 @@ impl Code {
             Code::Damage => "damage",
             Code::NotFound => "not-found",
             Code::InUse => "in-use",
+            Code::CheckFailed => "check-failed",
             Code::TryAgain => "try-again",
         }
     }

@@ -37,7 +37,7 @@ fn a_peer_that_floods_a_capture_does_not_hold_the_guest() {
         patiently("the first socket", Duration::from_secs(30), || own.exists().then_some(()));
         // Far less than is sent; what a capture needs is much less again.
         let mut capture = world.command_in("prlimit");
-        capture.args(["--data=268435456", "--", STENCIL, "capture"]).arg(&through).arg("vm:x");
+        capture.args(["--data=134217728", "--", STENCIL, "capture"]).arg(&through).arg("vm:x");
         let run = Run::of(mode.into(), &capture.output().unwrap()).exits(code);
         assert!(run.err.contains(words), "{mode}: {}", run.err);
         patiently("the guest, as before", Duration::from_secs(15), || {

@@ -123,6 +123,33 @@ fn a_replaced_file_of_a_vm_is_no_template() {
 }
 
 #[test]
+fn memory_files_of_two_nodes_that_were_exchanged() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let (ram, other, third) = (world.dir().join("ram"), world.dir().join("ram1"), world.dir().join("third"));
+    let more = format!(
+        "-m 32M -object memory-backend-file,id=ram1,size=16M,mem-path={},share=on -numa node,memdev=ram0 -numa node,memdev=ram1",
+        other.display()
+    );
+    let words = qemu_words(world.dir(), "16M").join(" ").replace("q35,memory-backend=ram0", "q35");
+    let words: Vec<String> = format!("{words} {more}").split_ascii_whitespace().map(str::to_owned).collect();
+    let qemu = Qemu::start(world.dir(), &words);
+    let socket = qemu.socket();
+    let exchange = || {
+        fs::rename(&ram, &third).unwrap();
+        fs::rename(&other, &ram).unwrap();
+        fs::rename(&third, &other).unwrap();
+    };
+    exchange();
+    world
+        .stencil(&["capture", socket.to_str().unwrap(), "vm:x"])
+        .exits(2)
+        .says("does not share the memory of");
+    exchange();
+    world.json(&["capture", socket.to_str().unwrap(), "vm:x"]);
+}
+
+#[test]
 fn an_image_that_is_replaced_while_it_is_read() {
     let _host = host::shared();
     let mut vm = Vm::start(Plug::Drive);

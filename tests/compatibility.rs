@@ -95,6 +95,10 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     answers.insert("recipe edit", edited);
     answers.insert("density --audit", audited);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
+    let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});
+    guest.qmp().run("migrate-set-capabilities", multifd).unwrap();
+    let socket = guest.socket().display().to_string();
+    answers.insert("capture --check", world.json(&["capture", "--check", &socket]));
     answers.insert("capture", world.json(&["capture", guest.socket().to_str().unwrap(), "guest:1"]));
     answers.insert("inspect --recipe", world.json(&["inspect", "--recipe", "disk:1"]));
     // The first of two tags, and the last.
@@ -145,7 +149,15 @@ fn exit_codes_are_the_promised_ones() {
     let table = text.split("Exit codes:").nth(1).unwrap().split("\n\n").nth(1).unwrap();
     let promised: BTreeSet<u8> =
         table.lines().skip(2).map(|line| line.split('|').nth(1).unwrap().trim().parse().unwrap()).collect();
-    let codes = [Code::Failed, Code::Usage, Code::Damage, Code::NotFound, Code::InUse, Code::TryAgain];
+    let codes = [
+        Code::Failed,
+        Code::Usage,
+        Code::Damage,
+        Code::NotFound,
+        Code::InUse,
+        Code::CheckFailed,
+        Code::TryAgain,
+    ];
     let mut ours: BTreeSet<u8> = codes.map(Code::exit_code).into();
     ours.insert(0);
     assert_eq!(ours, promised);

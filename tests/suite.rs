@@ -4,6 +4,7 @@ mod arguments;
 mod backend_explain;
 mod backend_memory;
 mod cache_trouble;
+mod capture_check;
 mod capture_failures;
 mod capture_meddled;
 mod capture_peer;

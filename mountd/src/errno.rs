@@ -64,7 +64,7 @@ impl From<&Error> for Refusal {
             Code::Failed if error.errno() == Some(libc::ENOSPC) => Refusal::NoSpace,
             // Of the store's errors only this one says that the same call may succeed later.
             Code::TryAgain => Refusal::Away,
-            Code::Failed | Code::Usage | Code::InUse => Refusal::Failed,
+            Code::Failed | Code::Usage | Code::InUse | Code::CheckFailed => Refusal::Failed,
         }
     }
 }

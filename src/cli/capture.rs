@@ -9,8 +9,10 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use super::{Global, interrupt};
-use crate::clones::capture::{Afterwards, Captured, capture};
-use crate::error::Result;
+use crate::clones::capture::{Afterwards, Captured, Check, Finding, capture, check};
+use crate::clones::vmm::shell_word;
+use crate::error::{Code, Result};
+use crate::shown::shown;
 use crate::store::{Store, TagName};
 use crate::units::Bytes;
 
@@ -30,8 +32,13 @@ pub struct CaptureArgs {
     #[arg(value_name = "SOCK")]
     socket: PathBuf,
     /// Name of the template; the tag is 'latest' unless given
-    #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>)]
-    tag: TagName,
+    #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>, required_unless_present = "check")]
+    tag: Option<TagName>,
+    /// Capture nothing: name everything that stands against it, and print the command line of a VM without that
+    ///
+    /// Exits with 0 when the VM can be captured, and with 6 when it cannot. Nothing of the VM is changed.
+    #[arg(long, conflicts_with_all = ["tag", "pause", "quit"])]
+    check: bool,
     /// Leave the VM paused
     #[arg(long, conflicts_with = "quit")]
     pause: bool,
@@ -70,6 +77,39 @@ impl Report for CaptureReport {
     }
 }
 
+impl Report for Check {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Check { pid, can_be_captured, findings, directory, command } = self;
+        let verdict = if *can_be_captured { "can be captured" } else { "cannot be captured as it is" };
+        writeln!(out, "the VM of process {pid} {verdict}")?;
+        for Finding { about, blocks, what, remedy } in findings {
+            let word = if *blocks { "obstacle" } else { "note" };
+            writeln!(out, "{word}: {about}: {}", shown(what))?;
+            writeln!(out, "    {}", shown(remedy))?;
+        }
+        if command.is_empty() {
+            return Ok(());
+        }
+        writeln!(
+            out,
+            "the command line with all of this, to be run in {} when this VM has ended:",
+            directory.display()
+        )?;
+        let mut words = command.iter();
+        write!(out, "{}", words.next().map_or_else(String::new, |word| shell_word(word)))?;
+        for word in words {
+            // One option a line.
+            let between = if word.starts_with('-') { " \\\n    " } else { " " };
+            write!(out, "{between}{}", shell_word(word))?;
+        }
+        writeln!(out)
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
 /// Runs it.
 ///
 /// # Errors
@@ -80,8 +120,13 @@ pub fn run(args: &CaptureArgs, global: &Global) -> Result<Done> {
         (_, true) => Afterwards::Quit,
         _ => Afterwards::AsBefore,
     };
+    let Some(tag) = args.tag.clone().filter(|_| !args.check) else {
+        let check = check(&args.socket)?;
+        let code = if check.can_be_captured { 0 } else { Code::CheckFailed.exit_code() };
+        return Ok(Done::report(check).exit_code(code));
+    };
     let store = Store::open_or_create(&global.store)?;
     let interrupt = interrupt::flag()?;
-    let captured = capture(&store, &args.socket, &args.tag, afterwards, interrupt, &*global.progress())?;
-    Ok(Done::report(CaptureReport { captured, tag: args.tag.clone() }))
+    let captured = capture(&store, &args.socket, &tag, afterwards, interrupt, &*global.progress())?;
+    Ok(Done::report(CaptureReport { captured, tag }))
 }

@@ -118,6 +118,7 @@ fn remedy(error: &Error) -> &str {
             "`stencil verify` names all that is affected; importing the same memory again repairs it"
         }
         Code::InUse => "`stencil ps` lists who uses templates",
+        Code::CheckFailed => "the report says what was found, and what to do",
         Code::TryAgain => "run the same command again later",
         Code::Failed => "run it again with -v to see more; `stencil doctor` looks at the host",
     })

@@ -105,6 +105,18 @@ impl Settings {
     }
 }
 
+/// Capabilities and parameters that are set, and would change what a migration of device state does.
+pub fn set_aside(settings: &Settings) -> Vec<String> {
+    let on = settings.capabilities.iter().filter(|(name, on)| **on && *name != IGNORE_SHARED);
+    let usual = |name: &str, value: &Value| match name {
+        "mode" => value == "normal",
+        "direct-io" => value == false,
+        name => !name.starts_with("tls-") || value == "",
+    };
+    let unusual = settings.parameters.iter().filter(|(name, value)| !usual(name, value));
+    on.map(|(name, _)| name.clone()).chain(unusual.map(|(name, value)| format!("{name}={value}"))).collect()
+}
+
 /// Why QEMU would refuse to migrate the VM in its normal mode, in its own words. While another mode is set QEMU tells
 /// only what stands against that: then nothing.
 ///

@@ -13,12 +13,16 @@ use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
 use crate::sys::pause::{self, Pause};
+use crate::sys::unix_socket;
 
 /// The longest message that is read: a list of some thousand block nodes.
 const MAX_MESSAGE: usize = 4 << 20;
 
 /// Events that are remembered, each once; all others are dropped as they come.
 pub const WATCHED: [&str; 2] = ["RESUME", "RESET"];
+
+/// How long the queue of a QMP socket may be full.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a command may take that only asks.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -50,9 +54,13 @@ impl Qmp {
     /// # Errors
     /// When nothing listens there.
     pub fn open(path: &Path) -> Result<Qmp> {
-        let stream = UnixStream::connect(path).map_err(|e| {
-            Error::io("cannot connect to the QMP socket", path, e)
-                .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here")
+        let stream = unix_socket::connect_within(path, CONNECT_TIMEOUT).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => {
+                let pids = unix_socket::listeners(&std::path::absolute(path).unwrap_or_else(|_| path.into()));
+                pids.into_iter().find_map(|pid| standstill(pid, path)).unwrap_or_else(|| no_answer(path))
+            }
+            _ => Error::io("cannot connect to the QMP socket", path, e)
+                .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here"),
         })?;
         let path = path.to_owned();
         Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, next_id: 1 })
@@ -213,7 +221,7 @@ impl Qmp {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(self.no_answer());
+                return Err(self.standstill().unwrap_or_else(|| no_answer(&self.path)));
             }
             self.stream.set_read_timeout(Some(left)).map_err(|e| lost(&self.path, e))?;
             match self.stream.read(&mut buffer) {
@@ -233,32 +241,31 @@ impl Qmp {
         }
     }
 
-    /// Why no answer comes.
-    fn no_answer(&self) -> Error {
-        self.standstill().unwrap_or_else(|| {
-            Error::try_again("QEMU does not answer").at(&self.path).remedy(
-                "a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp",
-            )
-        })
-    }
-
     /// What keeps the process at the other end from running.
     fn standstill(&self) -> Option<Error> {
-        let pid = self.peer_pid().ok()?;
-        let (why, remedy) = match pause::of(pid)? {
-            Pause::Stopped => {
-                ("is stopped (SIGSTOP)".to_owned(), format!("let it go on: `kill -CONT {pid}`"))
-            }
-            Pause::Traced => {
-                ("is stopped by a debugger".to_owned(), "let it go on, or end the debugger".to_owned())
-            }
-            Pause::Frozen { file, thaw } => (
-                "is frozen by its control group".to_owned(),
-                format!("thaw it: `echo {thaw} >{}`, or as its manager does it", file.display()),
-            ),
-        };
-        Some(Error::try_again(format!("QEMU (process {pid}) {why}")).at(&self.path).remedy(remedy))
+        standstill(self.peer_pid().ok()?, &self.path)
     }
+}
+
+fn no_answer(path: &Path) -> Error {
+    Error::try_again("QEMU does not answer")
+        .at(path)
+        .remedy("a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp")
+}
+
+/// What keeps this QEMU from running.
+fn standstill(pid: u32, path: &Path) -> Option<Error> {
+    let (why, remedy) = match pause::of(pid)? {
+        Pause::Stopped => ("is stopped (SIGSTOP)".to_owned(), format!("let it go on: `kill -CONT {pid}`")),
+        Pause::Traced => {
+            ("is stopped by a debugger".to_owned(), "let it go on, or end the debugger".to_owned())
+        }
+        Pause::Frozen { file, thaw } => (
+            "is frozen by its control group".to_owned(),
+            format!("thaw it: `echo {thaw} >{}`, or as its manager does it", file.display()),
+        ),
+    };
+    Some(Error::try_again(format!("QEMU (process {pid}) {why}")).at(path).remedy(remedy))
 }
 
 fn lost(path: &Path, e: io::Error) -> Error {

@@ -31,5 +31,6 @@ pub mod stream;
 pub mod tasks;
 pub mod threads;
 pub mod trust;
+pub mod unix_socket;
 pub mod users;
 pub mod wait;

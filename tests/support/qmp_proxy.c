@@ -4,7 +4,7 @@
  * the kernel says that it is that QEMU. A child passes messages and descriptors on. In the first session that sends
  * "stop" it adds something before the answer:
  *
- *     flood    600 MiB of events
+ *     flood    24 MiB of events, each a long list of lists, which take ten times the room in memory
  *     endless  64 MiB without a line's end
  *     deep     an event of a million levels
  */
@@ -66,10 +66,12 @@ static int add(const char *mode, int client) {
     static char much[2 << 20];
     int ok = 1;
     if (!strcmp(mode, "flood")) {
-        memset(much, 'x', sizeof much);
-        for (int n = 0; ok && n < 300; n++)
-            ok = all(client, "{\"event\":\"FLOOD\",\"data\":\"", 24) && all(client, much, sizeof much) &&
-                 all(client, "\"}\n", 3);
+        size_t length = sizeof much / 3 * 3;
+        for (size_t at = 0; at < length; at++)
+            much[at] = "[],"[at % 3];
+        for (int n = 0; ok && n < 12; n++)
+            ok = all(client, "{\"event\":\"FLOOD\",\"data\":[", 25) && all(client, much, length - 1) &&
+                 all(client, "]}\n", 3);
     } else if (!strcmp(mode, "endless")) {
         memset(much, ' ', sizeof much);
         for (int n = 0; ok && n < 32; n++)

@@ -104,6 +104,14 @@ pub fn contents(
     Ok(copy)
 }
 
+/// Checks that it can be run.
+///
+/// # Errors
+/// When it is not installed.
+pub fn is_there() -> Result<()> {
+    run(qemu_img().arg("--version"), None)
+}
+
 /// Reached by no key of a terminal, with no descriptor but those that it is to inherit; ends with this process.
 fn qemu_img() -> Command {
     let mut command = Command::new("qemu-img");

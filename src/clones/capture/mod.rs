@@ -6,6 +6,7 @@
 
 mod back;
 mod busy;
+mod check;
 mod disks;
 mod images;
 mod lock;
@@ -32,6 +33,7 @@ use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source,
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 use back::Before;
+pub use check::{Check, Finding, check};
 use disks::Frozen;
 use lock::VmLock;
 use stand::Stand;

@@ -1,5 +1,6 @@
 //! What there is to know of a VM before it is captured; nothing of it is changed.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ pub(super) struct Vm {
     pub plan: Plan,
     /// The images of its disks, and those beneath them.
     pub images: HeldFiles,
+    /// Where its memory objects are mapped, by id, as far as QEMU tells.
+    addresses: BTreeMap<String, u64>,
     program: String,
     version: String,
 }
@@ -32,27 +35,23 @@ pub(super) struct Vm {
 /// A RAM file: its name in the template, its backend, the file, the folder that it lies in.
 pub(super) type RamFile = (String, String, File, PathBuf);
 
-impl Vm {
-    /// Finds out all about it, and changes nothing.
-    pub fn look(qmp: &mut Qmp) -> Result<Vm> {
-        // A migration that is under way shows in the state as well, and says more.
-        busy::refuse(qmp)?;
-        let was_running = match qmp.status()?.as_str() {
-            "running" => true,
-            "paused" | "prelaunch" => false,
-            "postmigrate" => {
-                return Err(Error::usage(
-                    "this VM stands still after a migration, and QEMU does not migrate it twice",
-                )
-                .remedy("let it run with QMP cont, then capture again"));
-            }
-            other => {
-                return Err(Error::usage(format!(
-                    "this VM is in state '{other}'; it must be running or paused"
-                ))
-                .remedy("wait until its state passes, or let it run with QMP cont, then capture again"));
-            }
-        };
+/// A VM as it is found.
+#[derive(Debug, Clone)]
+pub(super) struct Live {
+    pub pid: u32,
+    pub process: ProcessId,
+    /// Its program.
+    pub program: String,
+    version: String,
+    /// Its command line, without the program.
+    pub argv: Vec<String>,
+    /// What that does not say.
+    pub facts: Facts,
+}
+
+impl Live {
+    /// Finds out all about the VM, and changes nothing.
+    pub fn look(qmp: &mut Qmp) -> Result<Live> {
         let pid = qmp.peer_pid()?;
         let gone = || no_vm_here(pid);
         let words = procfs::cmdline(pid)?.ok_or_else(gone)?;
@@ -69,13 +68,56 @@ impl Vm {
         for disk in disks.iter_mut().filter(|disk| disk.problem.is_none()) {
             disk.problem = disk.image.chain().find_map(|image| host_problem(pid, &image.path));
         }
-        let mut plan = plan(argv, &Facts { machine_type, disks })?;
-        check_live(qmp, &plan)?;
+        let facts = Facts { machine_type, disks };
+        Ok(Live { pid, process, program, version, argv: argv.to_vec(), facts })
+    }
+}
+
+/// Whether the guest runs.
+///
+/// # Errors
+/// When it is in a state in which it cannot be captured.
+pub(super) fn is_running(qmp: &mut Qmp) -> Result<bool> {
+    match qmp.status()?.as_str() {
+        "running" => Ok(true),
+        "paused" | "prelaunch" => Ok(false),
+        "postmigrate" => {
+            Err(Error::usage("this VM stands still after a migration, and QEMU does not migrate it twice")
+                .remedy("let it run with QMP cont, then capture again"))
+        }
+        other => Err(Error::usage(format!("this VM is in state '{other}'; it must be running or paused"))
+            .remedy("wait until its state passes, or let it run with QMP cont, then capture again")),
+    }
+}
+
+impl Vm {
+    /// Finds out all about it, and changes nothing.
+    pub fn look(qmp: &mut Qmp) -> Result<Vm> {
+        // A migration that is under way shows in the state as well, and says more.
+        busy::refuse(qmp)?;
+        let was_running = is_running(qmp)?;
+        let live = Live::look(qmp)?;
+        let plan = plan(&live.argv, &live.facts)?;
+        Vm::of(qmp, live, was_running, plan)
+    }
+
+    /// The VM of that plan.
+    ///
+    /// # Errors
+    /// When it has something that its command line does not say, or other files than those at its paths.
+    pub fn of(qmp: &mut Qmp, live: Live, was_running: bool, mut plan: Plan) -> Result<Vm> {
+        let against = plugged(qmp, &plan)?;
+        if !against.is_empty() {
+            return Err(Error::usage(format!("clones cannot have: {}", against.join("; ")))
+                .remedy("start the VM without it, then capture again"));
+        }
+        let Live { pid, process, program, version, .. } = live;
         let chains = plan.disks.iter().flat_map(|disk| disk.live.image.chain());
         let images = HeldFiles::open(pid, chains.map(|image| image.path.as_path()))?;
         images.are_not_exchanged(&block_nodes(qmp)?)?;
         plan.warnings.extend(changed_files(pid, &plan.blobs)?);
-        Ok(Vm { pid, process, was_running, plan, images, program, version })
+        let addresses = addresses(qmp)?;
+        Ok(Vm { pid, process, was_running, plan, images, addresses, program, version })
     }
 
     /// Opens the files that hold RAM, and makes sure that the VM really has them mapped.
@@ -104,7 +146,10 @@ impl Vm {
         // Some file systems (btrfs) show another device number in maps than in stat.
         let named = |m: &&procfs::MapLine| m.path.ends_with(mem_path.trim_start_matches('/'));
         let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
-        if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private()) {
+        // Files of two objects that were exchanged are both mapped.
+        let is_there =
+            |m: &procfs::MapLine| self.addresses.get(id).is_none_or(|at| (m.start..m.end).contains(at));
+        if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private() && is_there(m)) {
             return Err(Error::usage(format!(
                 "the VM does not share the memory of '{id}' through this file"
             ))
@@ -165,6 +210,19 @@ pub(super) fn path_of(pid: u32, path: &Path) -> PathBuf {
     }
 }
 
+/// Where memory objects are mapped in QEMU's process, by id; none where this QEMU tells it in other words.
+fn addresses(qmp: &mut Qmp) -> Result<BTreeMap<String, u64>> {
+    let table = qmp.run("human-monitor-command", json!({"command-line": "info ramblock"}))?;
+    let row = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let id = words.next()?.rsplit('/').next()?.to_owned();
+        // Page size and its unit, offset, used and total length.
+        let address = words.nth(5)?.strip_prefix("0x")?;
+        Some((id, u64::from_str_radix(address, 16).ok()?))
+    };
+    Ok(table.as_str().unwrap_or_default().lines().filter_map(row).collect())
+}
+
 /// Why an image is no plain file.
 fn host_problem(pid: u32, path: &Path) -> Option<String> {
     let shown = path.display();
@@ -195,8 +253,8 @@ fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
     Ok(blobs.iter().filter(|blob| changed(blob).is_some()).map(note).collect())
 }
 
-/// What was plugged in while the VM ran does not stand in its command line.
-fn check_live(qmp: &mut Qmp, plan: &Plan) -> Result<()> {
+/// What was plugged in while the VM ran, which does not stand in its command line.
+fn plugged(qmp: &mut Qmp, plan: &Plan) -> Result<Vec<String>> {
     let mut against = vec![];
     let mut devices = 0;
     for place in ["/machine/peripheral", "/machine/peripheral-anon"] {
@@ -225,9 +283,5 @@ fn check_live(qmp: &mut Qmp, plan: &Plan) -> Result<()> {
             against.push(format!("memory '{id}'"));
         }
     }
-    if against.is_empty() {
-        return Ok(());
-    }
-    Err(Error::usage(format!("clones cannot have: {}", against.join("; ")))
-        .remedy("start the VM without it, then capture again"))
+    Ok(against)
 }

@@ -40,6 +40,8 @@ pub struct Disks {
     planned: Vec<PlannedDisk>,
     /// What clones cannot have.
     pub refused: Vec<String>,
+    /// Media that no option names.
+    pub absent: Vec<LiveDisk>,
     /// Devices that options of disks make besides `-device`.
     pub devices: usize,
 }
@@ -218,8 +220,9 @@ impl Disks {
         for live in std::mem::take(&mut self.live) {
             let name = [&live.device, &live.qdev, &live.node].into_iter().find(|n| !n.is_empty()).cloned();
             let name = name.unwrap_or_default();
-            let problem = live.problem.map(|p| format!(" ({p})")).unwrap_or_default();
+            let problem = live.problem.as_ref().map(|p| format!(" ({p})")).unwrap_or_default();
             self.refused.push(format!("disk {name}, which is not on the command line{problem}"));
+            self.absent.push(live);
         }
         (std::mem::take(&mut self.planned), options)
     }

@@ -35,7 +35,7 @@ impl Secrets {
     }
 
     /// libvirt gives one to each of its VMs.
-    fn is_libvirt(&self) -> bool {
+    pub fn is_libvirt(&self) -> bool {
         self.0.iter().any(|id| id == "masterKey0")
     }
 
@@ -45,14 +45,18 @@ impl Secrets {
             true => "libvirt started it: put <memoryBacking><source type='file'/><access mode='shared'/>\
                      </memoryBacking> into its <domain>, and start it anew"
                 .to_owned(),
-            false => format!("start it anew: {}", problems.join("; ")),
+            false => format!(
+                "start it anew: {}; `stencil capture --check SOCK` prints the whole command line",
+                problems.join("; ")
+            ),
         }
     }
 
     /// What to do so that the VM is without these.
     pub fn start_without(&self, refused: &[String]) -> String {
         if !self.is_libvirt() {
-            return "start the VM without it, then capture again".to_owned();
+            return "start the VM without it, then capture again; `stencil capture --check SOCK` prints such a command line"
+                .to_owned();
         }
         let has = |words: &[&str]| words.iter().any(|word| refused.iter().any(|one| one.contains(word)));
         let changes = INSTEAD.iter().filter(|(words, _)| has(words)).map(|(_, change)| *change);

@@ -64,6 +64,11 @@ pub(super) fn object(props: &mut Props, ram_files: usize, size: &str) -> Result<
     for (key, value) in [("mem-path", place.as_str()), ("share", "off"), ("readonly", "on"), ("rom", "off")] {
         props.set(key, value);
     }
+    // So that 2 MiB of the template can be mapped as one: QEMU aligns a file to 4 KiB by default. The guest does not see
+    // it, as no memory device has this object.
+    if props.get("align").is_none() {
+        props.set("align", "2M");
+    }
     Ok(Memory::Ram(Ram { id, file, mem_path }))
 }
 
@@ -128,7 +133,7 @@ mod tests {
         let (memory, line) = made("memory-backend-file,id=n1,size=4M,mem-path=/n1,share=on", 1);
         let ram = Ram { id: "n1".into(), file: "memory-n1".into(), mem_path: "/n1".into() };
         assert_eq!(memory, Ok(Memory::Ram(ram)));
-        assert!(line.ends_with("mem-path={file:memory-n1},share=off,readonly=on,rom=off"), "{line}");
+        assert!(line.ends_with("mem-path={file:memory-n1},share=off,readonly=on,rom=off,align=2M"), "{line}");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod chars;
 mod check;
+mod correct;
 mod disks;
 mod host;
 mod identity;
@@ -22,10 +23,11 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 pub use check::MAX_TEXT;
+pub use correct::corrected;
 pub use disks::PlannedDisk;
 pub use host::{Image, LiveDisk};
 pub use identity::Identity;
-pub use plan::{Blob, Facts, Plan, Ram, Rom, plan};
+pub use plan::{Blob, Examined, Facts, Plan, Ram, Refusal, Rom, examine, plan};
 pub use props::Props;
 pub use rules::{device_type, implied, is_device_for_clones, options};
 pub use values::{Escape, Needs, Values};

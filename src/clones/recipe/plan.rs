@@ -3,11 +3,12 @@
 //! What is not known to be safe once per clone is refused by name: two clones must never write to one
 //! disk, answer to one network address or share one socket.
 
+mod parts;
+
 use std::path::PathBuf;
 
 use super::chars;
-use super::disks::{Disks, PlannedDisk};
-use super::host::LiveDisk;
+use super::disks::Disks;
 use super::libvirt::Secrets;
 use super::memory::{self, Memory, Problem};
 use super::network::{Networks, is_nic};
@@ -15,74 +16,27 @@ use super::props::Props;
 use super::rules::{Rule, device_type, is_device_for_clones, is_of_host, rule, unfit, why_not};
 use super::values::placeholders;
 use crate::error::{Error, Result};
-
-/// What the command line does not say.
-#[derive(Debug, Clone, Default)]
-pub struct Facts {
-    /// The machine type without alias (`pc-q35-10.0`), so that a newer QEMU resumes it too.
-    pub machine_type: Option<String>,
-    /// The media that it has.
-    pub disks: Vec<LiveDisk>,
-}
-
-/// A RAM backend of the VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ram {
-    /// Its object id.
-    pub id: String,
-    /// Its file in the template: `memory`, further ones `memory-ID`.
-    pub file: String,
-    /// Where QEMU keeps it.
-    pub mem_path: String,
-}
-
-/// Memory of the VM that nobody writes: the file of a read-only NVDIMM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rom {
-    /// Its object id.
-    pub id: String,
-    /// Its file in the template: `rom-ID`.
-    pub file: String,
-    /// Where QEMU keeps it.
-    pub mem_path: String,
-}
-
-/// A file that clones need besides RAM and device state, kept in the template.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Blob {
-    /// Its name in the template.
-    pub file: String,
-    /// Where it is, as the command line says.
-    pub path: PathBuf,
-}
-
-/// The command line of clones, and what the template needs for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// Arguments with placeholders.
-    pub argv: Vec<String>,
-    /// RAM backends, at least one.
-    pub ram: Vec<Ram>,
-    /// Memory that is only read.
-    pub roms: Vec<Rom>,
-    /// Further files.
-    pub blobs: Vec<Blob>,
-    /// Disks.
-    pub disks: Vec<PlannedDisk>,
-    /// Devices named on the command line.
-    pub devices: usize,
-    /// What the user should know.
-    pub warnings: Vec<String>,
-}
+pub use parts::{Blob, Examined, Facts, Plan, Ram, Refusal, Rom};
 
 /// Works out the command line of clones from the one of a running VM, without its program.
 ///
 /// # Errors
 /// A usage error that names everything that clones cannot have, or the text to add for RAM in a shared file.
 pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
+    let examined = examine(argv, facts)?;
+    examined.error().map_or(Ok(examined.plan), Err)
+}
+
+/// The same, with everything that stands against it.
+///
+/// # Errors
+/// When the command line ends in the middle of an option.
+pub fn examine(argv: &[String], facts: &Facts) -> Result<Examined> {
     let mut work = Work::new(facts);
-    let mut words = argv.iter();
-    while let Some(word) = words.next() {
+    let mut words = argv.iter().enumerate();
+    while let Some((at, word)) = words.next() {
+        work.collect();
+        work.at = Some(at);
         let Some(option) = word.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else {
             let option = work.disks.short("hda", word);
             work.keep_some("drive", option);
@@ -91,7 +45,7 @@ pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
         let mut value = || {
             words
                 .next()
-                .map(String::as_str)
+                .map(|(_, value)| value.as_str())
                 .ok_or_else(|| Error::failed(format!("QEMU's own command line ends after {word}")))
         };
         match rule(option) {
@@ -133,7 +87,11 @@ pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
                 let changed = work.disks.short(option, value()?);
                 work.keep_some("drive", changed);
             }
-            Rule::Blockdev => work.disks.blockdev(value()?),
+            Rule::Blockdev => {
+                let value = value()?;
+                work.name(value, "driver", "node-name");
+                work.disks.blockdev(value);
+            }
             Rule::Refuse(what) => {
                 let value = value()?;
                 work.refuse(format!("-{option} {value}: {what}"));
@@ -141,7 +99,9 @@ pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
             Rule::Unknown => work.refuse(format!("-{option}, which is not known to be safe for clones")),
         }
     }
-    work.finish()
+    work.collect();
+    work.at = None;
+    Ok(work.finish())
 }
 
 struct Work<'a> {
@@ -160,8 +120,12 @@ struct Work<'a> {
     serial_given: bool,
     devices: Vec<String>,
     secrets: Secrets,
-    refused: Vec<String>,
-    ram_problems: Vec<String>,
+    refused: Vec<Refusal>,
+    ram_problems: Vec<Refusal>,
+    /// Where the option is that is looked at.
+    at: Option<usize>,
+    /// Where options are that are looked at later, by id.
+    named: Vec<(String, usize)>,
     nodefaults: bool,
     machine_given: bool,
     machine: String,
@@ -189,6 +153,8 @@ impl<'a> Work<'a> {
             secrets: Secrets::default(),
             refused: vec![],
             ram_problems: vec![],
+            at: None,
+            named: vec![],
             nodefaults: false,
             machine_given: false,
             machine: String::new(),
@@ -210,7 +176,25 @@ impl<'a> Work<'a> {
     }
 
     fn refuse(&mut self, what: String) {
-        self.refused.push(what);
+        self.refused.push(Refusal { at: self.at, what });
+    }
+
+    /// Takes over what was refused of disks and networks in the option that is looked at.
+    fn collect(&mut self) {
+        let all = [&mut self.disks.refused, &mut self.networks.refused];
+        let all: Vec<String> = all.into_iter().flat_map(std::mem::take).collect();
+        all.into_iter().for_each(|what| self.refuse(what));
+    }
+
+    fn name(&mut self, text: &str, implied: &str, key: &str) {
+        let id = Props::parse(text, implied).and_then(|props| props.get(key).map(str::to_owned));
+        self.named.extend(id.zip(self.at));
+    }
+
+    /// Refuses what the option with that id has.
+    fn refuse_named(&mut self, id: &str, what: String) {
+        let at = self.named.iter().find(|(name, _)| name == id).map(|(_, at)| *at);
+        self.refused.push(Refusal { at, what });
     }
 
     fn note_kept(&mut self, option: &str, value: &str) {
@@ -223,6 +207,10 @@ impl<'a> Work<'a> {
         if option == "m" {
             let size = Props::parse(value, "size");
             size.as_ref().and_then(|p| p.get("size")).unwrap_or(value).clone_into(&mut self.size);
+            // Of -m a number alone means MiB, of an object bytes.
+            if self.size.bytes().all(|b| b.is_ascii_digit()) {
+                self.size.push('M');
+            }
         }
     }
 
@@ -270,7 +258,7 @@ impl<'a> Work<'a> {
                         self.ram.push(ram);
                     }
                     Ok(Memory::Rom(rom)) => self.roms.push(rom),
-                    Err(Problem(text)) => return self.ram_problems.push(text),
+                    Err(Problem(what)) => return self.ram_problems.push(Refusal { at: self.at, what }),
                 }
                 self.keep("object", Some(&props.render("qom-type")));
             }
@@ -325,6 +313,7 @@ impl<'a> Work<'a> {
     fn chardev(&mut self, text: &str) {
         let Some(mut props) = self.props("chardev", text, "backend") else { return };
         props.lead_with("backend");
+        self.name(text, "backend", "id");
         self.chardevs.push((props.get("id").unwrap_or_default().to_owned(), Some(props)));
     }
 
@@ -384,19 +373,21 @@ impl<'a> Work<'a> {
         self.keep(option, Some(&format!("{{file:{option}}}")));
     }
 
-    fn finish(mut self) -> Result<Plan> {
+    fn finish(mut self) -> Examined {
         if self.ram.is_empty() && self.ram_problems.is_empty() {
             let machine = if self.machine.is_empty() { "q35" } else { self.machine.as_str() };
-            self.ram_problems.push(format!(
+            let what = format!(
                 "add -machine {machine},memory-backend=ram0 -object memory-backend-file,id=ram0,size={},mem-path=FILE,share=on",
                 self.size
-            ));
-        }
-        if !self.ram_problems.is_empty() {
-            return Err(Error::usage("the RAM of this VM is not in a file that QEMU shares")
-                .remedy(self.secrets.share_ram(&self.ram_problems)));
+            );
+            self.ram_problems.push(Refusal { at: None, what });
         }
         let (disks, nodes) = self.disks.finish();
+        for what in std::mem::take(&mut self.disks.refused) {
+            let node =
+                what.strip_prefix("-blockdev ").and_then(|rest| rest.split(':').next()).map(str::to_owned);
+            self.refuse_named(&node.unwrap_or_default(), what);
+        }
         for node in nodes {
             self.keep("blockdev", Some(&node));
         }
@@ -409,16 +400,10 @@ impl<'a> Work<'a> {
             let backend = props.get("backend").unwrap_or_default();
             match chars::kind(backend) {
                 Some(kind) => self.keep("chardev", Some(&chars::option(&id, kind, &props))),
-                None => self.refuse(format!("-chardev {backend},id={id}: a thing of the host")),
+                None => self.refuse_named(&id, format!("-chardev {backend},id={id}: a thing of the host")),
             }
         }
-        self.refused.extend(self.secrets.needed(&self.argv));
-        self.refused.append(&mut self.disks.refused);
-        self.refused.append(&mut self.networks.refused);
-        if !self.refused.is_empty() {
-            return Err(Error::usage(format!("clones cannot have: {}", self.refused.join("; ")))
-                .remedy(self.secrets.start_without(&self.refused)));
-        }
+        self.secrets.needed(&self.argv).into_iter().for_each(|what| self.refuse(what));
         if !self.nodefaults && !self.networks.given {
             let mac = self.networks.mac();
             self.keep("nic", Some(&format!("user,mac={mac}")));
@@ -447,15 +432,16 @@ impl<'a> Work<'a> {
         }
         let mut warnings = self.warnings();
         warnings.append(&mut self.networks.warnings);
-        Ok(Plan {
-            argv: self.argv,
-            ram: self.ram,
-            roms: self.roms,
-            blobs: self.blobs,
-            disks,
-            devices: self.devices.len() + self.disks.devices,
-            warnings,
-        })
+        let devices = self.devices.len() + self.disks.devices;
+        let Work { argv, ram, roms, blobs, .. } = self;
+        Examined {
+            plan: Plan { argv, ram, roms, blobs, disks, devices, warnings },
+            ram_problems: self.ram_problems,
+            refused: self.refused,
+            absent: self.disks.absent,
+            ram_size: self.size,
+            secrets: self.secrets,
+        }
     }
 
     fn warnings(&self) -> Vec<String> {

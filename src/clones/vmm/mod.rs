@@ -179,7 +179,7 @@ fn in_order(name: &str) -> Vec<(usize, &str)> {
 }
 
 /// A word as a shell reads it back.
-fn shell_word(word: &str) -> String {
+pub fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "%+,-./:=@_".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();

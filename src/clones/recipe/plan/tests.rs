@@ -1,4 +1,5 @@
 use super::*;
+use crate::clones::recipe::LiveDisk;
 
 mod libvirt;
 
@@ -23,7 +24,7 @@ fn a_plain_guest_gets_a_recipe() {
     let line = plan.argv.join(" ");
     assert!(line.starts_with("-machine pc-q35-10.0,memory-backend=ram0 -accel tcg -m 256M"), "{line}");
     assert!(line.contains(
-        "-object memory-backend-file,id=ram0,size=256M,mem-path={memory},share=off,readonly=on,rom=off "
+        "-object memory-backend-file,id=ram0,size=256M,mem-path={memory},share=off,readonly=on,rom=off,align=2M "
     ));
     assert!(line.contains("-device vmgenid,guid=auto"));
     assert!(line.contains("-serial file:{dir}/serial.log"));

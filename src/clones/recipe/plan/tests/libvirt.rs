@@ -97,7 +97,7 @@ fn a_domain_of_libvirts_has_clones() {
         "-machine pc-q35-10.0,usb=off,dump-guest-core=off,memory-backend=pc.ram,pflash0=libvirt-pflash0-format,\
          pflash1=libvirt-pflash1-format,hpet=off ",
         "-object memory-backend-file,id=pc.ram,mem-path={memory},share=off,x-use-canonical-path-for-ramblock-id=off,\
-         size=268435456,readonly=on,rom=off ",
+         size=268435456,readonly=on,rom=off,align=2M ",
         "-device vmgenid,guid=auto,id=vmgenid0 ",
         "-netdev user,id=hostnet0 -device virtio-net-pci,netdev=hostnet0,id=net0,mac={mac},",
         "-audiodev none,id=audio1 ",

@@ -1,0 +1,243 @@
+//! The command line of a VM that cannot be captured → the one of a VM that can: RAM in files that QEMU shares, without
+//! what clones cannot have, with what lets a guest see that it was cloned.
+
+use super::plan::{Examined, Facts, examine};
+use super::props::Props;
+use super::rules::{Rule, device_type, is_of_host, rule};
+
+/// How often what stands against a capture is looked for again: what was changed may show something else.
+const ROUNDS: usize = 8;
+
+/// One option of a command line.
+struct Given {
+    /// Where its first word is.
+    at: usize,
+    /// Its name without dashes; empty for an image that is given alone.
+    name: String,
+    /// Its words.
+    words: Vec<String>,
+}
+
+impl Given {
+    fn value(&self) -> &str {
+        self.words.get(1).map_or("", String::as_str)
+    }
+
+    fn props(&self) -> Option<Props> {
+        let first = match self.name.as_str() {
+            "object" => "qom-type",
+            "device" => "driver",
+            "machine" | "M" | "netdev" | "nic" | "net" => "type",
+            "drive" => "file",
+            "chardev" => "backend",
+            _ => "driver",
+        };
+        let mut props = Props::parse(self.value(), first)?;
+        props.lead_with(first);
+        Some(props)
+    }
+
+    fn set(&mut self, value: String) {
+        self.words.truncate(1);
+        self.words.push(value);
+    }
+}
+
+/// The options of a command line, as [`examine`] reads them.
+fn split(argv: &[String]) -> Vec<Given> {
+    let mut all = vec![];
+    let mut words = argv.iter().enumerate();
+    while let Some((at, word)) = words.next() {
+        let name = word.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)).unwrap_or_default();
+        let takes_value = match rule(name) {
+            _ if name.is_empty() => false,
+            Rule::Keep(takes) | Rule::Drop(takes) => takes,
+            Rule::Unknown => false,
+            _ => true,
+        };
+        let value = if takes_value { words.next().map(|(_, value)| value.clone()) } else { None };
+        all.push(Given {
+            at,
+            name: name.to_owned(),
+            words: [Some(word.clone()), value].into_iter().flatten().collect(),
+        });
+    }
+    all
+}
+
+/// Works it out; `ram_file` says where the memory of an object with that id is to be.
+pub fn corrected(argv: &[String], facts: &Facts, ram_file: &dyn Fn(&str) -> String) -> Vec<String> {
+    // The new VM has no disks yet but those of its command line.
+    let mut facts = facts.clone();
+    let mut argv = argv.to_vec();
+    for _ in 0..ROUNDS {
+        let Ok(examined) = examine(&argv, &facts) else { break };
+        let given = split(&argv);
+        let fixed: Vec<String> = fix(given, &examined, ram_file).into_iter().flat_map(|g| g.words).collect();
+        facts.disks.retain(|disk| !examined.absent.contains(disk));
+        if fixed == argv {
+            break;
+        }
+        argv = fixed;
+    }
+    add_devices(&mut argv, facts.machine_type.as_deref().unwrap_or_default());
+    argv
+}
+
+fn fix(given: Vec<Given>, examined: &Examined, ram_file: &dyn Fn(&str) -> String) -> Vec<Given> {
+    let is_refused = |at: usize| examined.refused.iter().any(|r| r.at == Some(at));
+    let mut dropped = vec![];
+    let mut left = vec![];
+    for mut one in given {
+        if one.name == "incoming" {
+            continue;
+        }
+        if examined.ram_problems.iter().any(|problem| problem.at == Some(one.at)) {
+            share(&mut one, ram_file);
+        } else if is_refused(one.at) && !mend(&mut one) {
+            let id = one.props().and_then(|p| p.get("id").or(p.get("node-name")).map(str::to_owned));
+            dropped.extend(id);
+            continue;
+        }
+        left.push(one);
+    }
+    // What uses something that is left out is left out as well.
+    left.retain(|one| {
+        let uses = |props: &Props| {
+            let keys = ["netdev", "drive", "chardev", "memdev", "fsdev", "tpmdev", "file"];
+            keys.iter().any(|key| props.get(key).is_some_and(|id| dropped.iter().any(|d| d == id)))
+        };
+        !matches!(one.name.as_str(), "device" | "blockdev" | "mon") || !one.props().as_ref().is_some_and(uses)
+    });
+    if examined.ram_problems.iter().any(|problem| problem.at.is_none()) {
+        add_ram(&mut left, &examined.ram_size, ram_file);
+    }
+    left
+}
+
+/// Makes an object of memory one that is a file which QEMU shares.
+fn share(object: &mut Given, ram_file: &dyn Fn(&str) -> String) {
+    let Some(mut props) = object.props() else { return };
+    if props.get("qom-type") != Some("memory-backend-file") {
+        for key in ["hugetlb", "hugetlbsize", "seal", "reserve"] {
+            props.remove(key);
+        }
+        props.set("qom-type", "memory-backend-file");
+        let id = props.get("id").unwrap_or_default().to_owned();
+        props.set("mem-path", &ram_file(&id));
+    }
+    for key in ["readonly", "rom", "offset"] {
+        props.remove(key);
+    }
+    props.set("share", "on");
+    object.set(props.render("qom-type"));
+}
+
+/// Changes an option so that clones can have it, if that needs nobody's decision. False where it has to go.
+fn mend(one: &mut Given) -> bool {
+    let Some(mut props) = one.props() else { return false };
+    let before = props.clone();
+    match one.name.as_str() {
+        "netdev" | "nic" | "net" => {
+            let kept = ["type", "id", "model", "mac", "macaddr", "netdev", "name", "addr", "vectors"];
+            let keys: Vec<String> = props.iter().map(|(key, _)| key.to_owned()).collect();
+            keys.iter().filter(|key| !kept.contains(&key.as_str())).for_each(|key| props.remove(key));
+            if props.get("type") != Some("nic") {
+                props.set("type", "user");
+            }
+            one.set(props.render("type"));
+        }
+        "drive" => {
+            props.remove("snapshot");
+            one.set(props.render(""));
+        }
+        "machine" | "M" => {
+            props.remove("memory-encryption");
+            props.remove("confidential-guest-support");
+            one.set(props.render("type"));
+        }
+        "device" => {
+            let of_host: Vec<String> =
+                props.iter().filter(|(k, v)| is_of_host(k, v)).map(|(k, _)| k.to_owned()).collect();
+            of_host.iter().for_each(|key| props.remove(key));
+            one.set(props.render("driver"));
+        }
+        _ => return false,
+    }
+    props != before
+}
+
+/// RAM of the machine that no object has.
+fn add_ram(all: &mut Vec<Given>, size: &str, ram_file: &dyn Fn(&str) -> String) {
+    let id = "ram0";
+    match all.iter_mut().rev().find(|one| matches!(one.name.as_str(), "machine" | "M")) {
+        Some(machine) => {
+            if let Some(mut props) = machine.props() {
+                props.set("memory-backend", id);
+                machine.set(props.render("type"));
+            }
+        }
+        None => all.push(made("machine", format!("memory-backend={id}"))),
+    }
+    let path = ram_file(id).replace(',', ",,");
+    let object = format!("memory-backend-file,id={id},size={size},mem-path={path},share=on");
+    all.push(made("object", object));
+}
+
+fn made(name: &str, value: String) -> Given {
+    Given { at: usize::MAX, name: name.into(), words: vec![format!("-{name}"), value] }
+}
+
+/// What lets a guest see that it is a clone, and draw random numbers of its own.
+fn add_devices(argv: &mut Vec<String>, machine: &str) {
+    let has = |prefix: &str| {
+        let is_it = |one: &Given| {
+            let props = one.props().filter(|_| one.name == "device");
+            props.is_some_and(|p| device_type(p.get("driver").unwrap_or_default()).starts_with(prefix))
+        };
+        split(argv).iter().any(is_it)
+    };
+    let (has_vmgenid, has_rng) = (has("vmgenid"), has("virtio-rng"));
+    let has_pci = ["pc", "q35", "virt"].iter().any(|kind| machine.starts_with(kind));
+    let mut add = |words: [&str; 2]| argv.extend(words.map(str::to_owned));
+    if !has_vmgenid && has_pci {
+        add(["-device", "vmgenid,guid=auto"]);
+    }
+    if !has_rng && has_pci {
+        add(["-object", "rng-random,id=stencil-rng,filename=/dev/urandom"]);
+        add(["-device", "virtio-rng-pci,rng=stencil-rng"]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_round_makes_it_a_line_that_can_be_captured() {
+        let facts = Facts { machine_type: Some("pc-q35-10.0".into()), disks: vec![] };
+        let path = |id: &str| format!("/dev/shm/vm-{id}");
+        for (line, wanted) in [
+            (
+                "-m 512 -nodefaults",
+                "-m 512 -nodefaults -machine memory-backend=ram0 -object \
+                 memory-backend-file,id=ram0,size=512M,mem-path=/dev/shm/vm-ram0,share=on",
+            ),
+            (
+                "-M q35,memory-backend=r -object memory-backend-memfd,id=r,size=1G,seal=on -netdev tap,id=n,fd=3 \
+                 -device virtio-net-pci,netdev=n -device virtio-balloon-pci -fsdev local,id=f,path=/x -incoming defer \
+                 -mem-path /dev/hugepages",
+                "-M q35,memory-backend=r -object memory-backend-file,id=r,size=1G,mem-path=/dev/shm/vm-r,share=on \
+                 -netdev user,id=n -device virtio-net-pci,netdev=n",
+            ),
+        ] {
+            let words: Vec<String> = line.split_ascii_whitespace().map(str::to_owned).collect();
+            let made = corrected(&words, &facts, &path);
+            let text = made.join(" ");
+            let more = " -device vmgenid,guid=auto -object rng-random,id=stencil-rng,filename=/dev/urandom \
+                        -device virtio-rng-pci,rng=stencil-rng";
+            assert_eq!(text, format!("{wanted}{more}"));
+            assert!(examine(&made, &facts).unwrap().error().is_none());
+        }
+    }
+}

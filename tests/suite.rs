@@ -11,6 +11,7 @@ mod capture_peer;
 mod capture_qemu;
 mod capture_replaced;
 mod capture_settings;
+mod clone_clock;
 mod clone_command;
 mod clone_disks;
 mod clone_others;

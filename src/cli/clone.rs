@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use super::{Global, hydrate, interrupt};
+use crate::clones::agent::Clock;
 use crate::clones::family::Families;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
 use crate::clones::registry::Entry;
@@ -67,6 +68,7 @@ struct CloneReport {
     clones: Vec<Entry>,
     failures: Vec<Failure>,
     warnings: Vec<String>,
+    age: Duration,
     seconds: f64,
     ended: bool,
 }
@@ -91,6 +93,7 @@ impl Report for CloneReport {
             "clones": to_json(&self.clones),
             "failures": to_json(&self.failures),
             "warnings": self.warnings,
+            "template_age_seconds": self.age.as_secs(),
             "ready_seconds": self.seconds,
         })
     }
@@ -111,10 +114,11 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
             if args.ready == "notify" { Ready::Notify } else { Ready::Mapped },
         ),
     };
-    let warnings = match &how {
+    let mut warnings: Vec<String> = match &how {
         How::Qemu(recipe) => recipe.shared_networks().into_iter().map(no_link).collect(),
         _ => vec![],
     };
+    let is_resumed = matches!(how, How::Qemu(_));
     let cancel = interrupt::flag()?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let order = Order {
@@ -135,6 +139,10 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     // From here on they are found by what they map.
     drop(lease);
     let seconds = start.elapsed().as_secs_f64();
+    let age = SystemTime::now().duration_since(target.created).unwrap_or_default();
+    if is_resumed {
+        warnings.push(clock_note(age, &launched.clocks));
+    }
     warnings.iter().for_each(|warning| crate::say!("note: {warning}"));
     let failed = !launched.failures.is_empty();
     let mut code = 0;
@@ -144,11 +152,12 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         clones,
         failures,
         warnings,
+        age,
         seconds,
         ended,
     };
     let done = if args.wait {
-        let Launched { clones, failures, children } = launched;
+        let Launched { clones, failures, children, .. } = launched;
         code = wait(&clones, children, &cancel)?;
         Done::report(report(clones, failures, true))
     } else {
@@ -174,6 +183,43 @@ fn no_link(network: String) -> String {
         "cards on {network} are without a link, as their guests have the MAC and IP address of the captured one: change \
          those in the guest, then QMP set_link with name={network} and up=true at qmp.sock of the clone (docs/recipes.md)"
     )
+}
+
+/// What is known of the clocks of guests that were resumed from a template of that age.
+fn clock_note(age: Duration, clocks: &[Clock]) -> String {
+    let count = |is_it: fn(&Clock) -> bool| clocks.iter().filter(|clock| is_it(clock)).count();
+    let (set, no_channel) = (count(|c| *c == Clock::Set), count(|c| *c == Clock::NoChannel));
+    let age = span(age);
+    if set == clocks.len() {
+        return format!(
+            "the template is {age} old: the guest agents have set the clocks; what else a clone must renew is in \
+             docs/clone-renewal.md"
+        );
+    }
+    let why = match clocks.iter().find_map(|clock| match clock {
+        Clock::Refused(why) => Some(why.as_str()),
+        _ => None,
+    }) {
+        Some(why) => format!("the guest agent of {} of {} has set its clock ({why})", set, clocks.len()),
+        None if no_channel > 0 => "the VM has no channel for a guest agent".to_owned(),
+        None => format!("no guest agent runs in {} of {}", clocks.len() - set, clocks.len()),
+    };
+    format!(
+        "the template is {age} old, and the system clocks of its clones are as far behind: {why}; set them from the RTC, \
+         which shows today's time (hwclock --hctosys), and renew what docs/clone-renewal.md lists"
+    )
+}
+
+/// A span of time in its largest unit.
+fn span(age: Duration) -> String {
+    let seconds = age.as_secs();
+    let (number, unit) = match seconds {
+        0..120 => (seconds, "second"),
+        120..7200 => (seconds / 60, "minute"),
+        7200..172_800 => (seconds / 3600, "hour"),
+        _ => (seconds / 86400, "day"),
+    };
+    format!("{number} {unit}{}", if number == 1 { "" } else { "s" })
 }
 
 fn nobody_is_left(clones: &[Entry]) -> bool {

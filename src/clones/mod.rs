@@ -1,6 +1,7 @@
 //! Clones: processes that map a template. This floor sees paths and inodes, as a VMM does.
 
 pub mod accounting;
+pub mod agent;
 pub mod audit;
 pub mod baseline;
 pub mod capture;

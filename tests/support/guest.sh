@@ -8,7 +8,9 @@
 # Its root is the disk that `guest.sh --disk FILE SIZE [FOLDER]` makes, where it has one on virtio-blk: an ext4 of that
 # size with its system, and what is in the folder. It appends each heartbeat to /srv/beats there, synced. With a network
 # card it serves /srv by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat; the
-# line "root" with device and type of its root, and a line "mac ADDRESS" gives its network card that address first.
+# line "root" with device and type of its root, "clock" with the seconds since 1970 of its RTC and of its system clock, and a
+# line "mac ADDRESS" gives its network card that address first. On a virtio-serial port it plays the guest agent: it
+# answers guest-sync-delimited, and sets both clocks on guest-set-time.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -48,6 +50,7 @@ INIT
 #!/bin/busybox sh
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 /bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t tmpfs -o size=80% ram /ram
 root() {
     while read -r device place type rest; do
@@ -71,10 +74,39 @@ fi
         case $line in
         mac\ *) /bin/busybox ip link set dev eth0 address "${line#mac }" ;;
         root) answer=$(root) ;;
+        clock)
+            read -r rtc </sys/class/rtc/rtc0/since_epoch
+            answer="$rtc $(/bin/busybox date +%s) $(/bin/busybox hwclock -u -r)"
+            ;;
         esac
         echo "$line: $answer" >&3
     done
 ) 2>/dev/null &
+# While nobody is connected a read ends at once.
+for port in /dev/vport*; do
+    [ -c "$port" ] || continue
+    (
+        exec 3<>"$port" || exit
+        while :; do
+            while read -r line <&3; do
+                case $line in
+                *guest-sync-delimited*)
+                    number=${line#*\"id\":}
+                    printf '\377{"return": %s}\n' "${number%%[!0-9]*}" >&3
+                    ;;
+                *guest-set-time*)
+                    number=${line#*\"time\":}
+                    number=${number%%[!0-9]*}
+                    /bin/busybox date -u -s "@${number%?????????}" >/dev/null
+                    /bin/busybox hwclock -u -w
+                    echo '{"return": {}}' >&3
+                    ;;
+                esac
+            done
+            /bin/busybox usleep 200000
+        done
+    ) 2>/dev/null &
+done
 # Text with some structure, as the memory of a real guest is: not all random, not all one byte.
 /bin/busybox seq 1 1000000 >/ram/numbers
 /bin/busybox dd if=/dev/urandom of=/ram/noise bs=1M count=8 2>/dev/null

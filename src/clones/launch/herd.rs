@@ -114,7 +114,7 @@ pub fn launch(herd: &Herd<'_>, simulate: &Simulate) -> Result<Outcome> {
         }
     }
     let failures = herd.gathered(|g| std::mem::take(&mut g.failures));
-    Ok((Launched { clones: ready, failures, children: vec![] }, Some(held)))
+    Ok((Launched { clones: ready, failures, clocks: vec![], children: vec![] }, Some(held)))
 }
 
 fn hear(

@@ -17,6 +17,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::clones::agent::Clock;
 use crate::clones::baseline::Baseline;
 use crate::clones::capture;
 use crate::clones::find;
@@ -90,6 +91,8 @@ pub struct Launched {
     pub clones: Vec<Entry>,
     /// Those that failed; empty without `keep_going`.
     pub failures: Vec<Failure>,
+    /// What became of the clocks of those that are QEMUs, in no order.
+    pub clocks: Vec<Clock>,
     /// Processes that are children of this one, for who wants to wait for them.
     pub children: Vec<std::process::Child>,
 }
@@ -161,6 +164,7 @@ struct Herd<'a> {
 struct Gathered {
     ready: Vec<Entry>,
     failures: Vec<Failure>,
+    clocks: Vec<Clock>,
     children: Vec<std::process::Child>,
 }
 
@@ -210,8 +214,8 @@ impl Herd<'_> {
             Ok(())
         })?;
         let gathered = self.gathered(std::mem::take);
-        let Gathered { ready, failures, children } = gathered;
-        Ok((Launched { clones: ready, failures, children }, None))
+        let Gathered { ready, failures, clocks, children } = gathered;
+        Ok((Launched { clones: ready, failures, clocks, children }, None))
     }
 
     fn one<F>(&self, index: u32, one: &F)

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::Herd;
 use super::child::{Patience, spawn};
 use super::own;
+use crate::clones::agent::{Channel, Clock};
 use crate::clones::family;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
@@ -72,6 +73,7 @@ fn resume_once(
         ))
     })?;
     let arguments = recipe.arguments(&values)?;
+    let channel = Channel::of(&arguments);
     let sockets =
         arguments.iter().flat_map(|arg| arg.split([',', '=', ':'])).filter(|word| word.ends_with(".sock"));
     if let Some(long) = sockets.into_iter().find(|path| path.len() > LONGEST_SOCKET) {
@@ -89,7 +91,11 @@ fn resume_once(
     let _ = std::fs::remove_file(entry.qmp_path());
     let mut child = spawn(&mut command, entry)?;
     match bring_up(patience, &mut child, entry, &state, &recipe.shared_networks()) {
-        Ok(()) => Ok(child),
+        Ok(mut qmp) => {
+            let clock = renew_clock(&mut qmp, channel.as_ref());
+            herd.gathered(|g| g.clocks.push(clock));
+            Ok(child)
+        }
         Err(error) => {
             // The recipe's program may have started another one.
             match family::kill(std::slice::from_ref(entry)) {
@@ -114,7 +120,7 @@ fn bring_up(
     entry: &mut Entry,
     state: &str,
     shared: &[String],
-) -> Result<()> {
+) -> Result<Qmp> {
     let mut qmp = connect(patience, child, entry)?;
     // The recipe's program may be a script that started QEMU: the clone is the QEMU.
     if let Some(process) = ProcessId::of(qmp.peer_pid()?)?.filter(|p| Some(*p) != entry.process()) {
@@ -132,10 +138,20 @@ fn bring_up(
     }
     qmp.run("cont", json!({}))?;
     match qmp.status()?.as_str() {
-        "running" => Ok(()),
+        "running" => Ok(qmp),
         other => Err(Error::failed(format!("the guest does not run after it was resumed: it is '{other}'"))
             .remedy("capture it again from a guest that runs, with this version of QEMU")),
     }
+}
+
+/// What can be done from outside for the clock of a guest that was resumed. Its RTC follows the host's clock.
+fn renew_clock(qmp: &mut Qmp, channel: Option<&Channel>) -> Clock {
+    let clock = channel.map_or(Clock::NoChannel, |channel| channel.set_clock(qmp));
+    // Ticks that the RTC has missed are not made up for. Machines without such an RTC do not know this command.
+    if let Err(error) = qmp.run("rtc-reset-reinjection", json!({})) {
+        log::debug!("{error}");
+    }
+    clock
 }
 
 fn connect(patience: &Patience<'_>, child: &mut Child, entry: &Entry) -> Result<Qmp> {

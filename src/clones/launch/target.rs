@@ -1,6 +1,7 @@
 //! A template as its clones will see it: a folder below a mount, resolved once.
 
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::clones::registry::StoreOfClone;
@@ -23,6 +24,8 @@ pub struct Target {
     pub files: Vec<TemplateFile>,
     /// Device of the mount, and the inodes of memory files for each way of serving.
     pub inodes: (u64, Vec<u64>),
+    /// When it was made.
+    pub created: SystemTime,
     recipe: Option<serde_json::Value>,
 }
 
@@ -59,6 +62,7 @@ impl Target {
             dir,
             files: template.files().to_vec(),
             inodes: (mount.device, inodes),
+            created: UNIX_EPOCH + Duration::from_secs(template.policy().created),
             recipe: template.policy().recipe.clone(),
         };
         Ok((target, lease))

@@ -192,7 +192,7 @@ fn a_runtime_directory_of_somebody_else_is_refused() {
         ("theirs", "belongs to user 12345"),
         ("theirs/below", "belongs to user 12345"),
         ("link", "belongs to user 12345"),
-        ("open", "other users can write it"),
+        ("open", "mode 0777"),
     ] {
         let runtime = world.dir().join(folder);
         let before = all_below(&runtime);
@@ -346,7 +346,7 @@ fn in_time(world: &TestMount, words: &[&str], what: &str) -> Run {
 }
 
 #[test]
-fn what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewhere() {
+fn soak_what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewhere() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&guest_like(1, 1 << 20), "web:1");
@@ -416,4 +416,53 @@ fn what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewhere() {
     in_time(&world, &["stop", "--all"], "nothing").ok();
     in_time(&world, &["umount", &mnt], "nothing").ok();
     run("test", &["!", "-e", first.to_str().unwrap()]);
+}
+
+/// A process that was stopped while it had the ports' lock: a launch does not wait for ever, and a signal ends it.
+#[test]
+fn a_lock_that_nobody_gives_back_ends_with_a_signal() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    world.import_bytes(&guest_like(1, 1 << 20), "web:1");
+    let ports = world.runtime_dir().join("ports");
+    fs::create_dir(&ports).unwrap();
+    let holder = fs::File::open(&ports).unwrap();
+    rustix::fs::flock(&holder, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let words = ["clone", "web:1", "--ready", "notify", "--", "sh", "-c", "sleep 3000 {port:80}"];
+    let launcher = world.command().args(words).stderr(Stdio::piped()).spawn().unwrap();
+    let waits = || fs::read_dir(world.runtime_dir().join("clones")).ok()?.next();
+    crate::support::mount::wait_for("the record of the clone", waits).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&launcher), rustix::process::Signal::TERM)
+        .unwrap();
+    let started = Instant::now();
+    let ended = launcher.wait_with_output().unwrap();
+    assert!(started.elapsed() < LIMIT, "{:?}", started.elapsed());
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert_eq!(fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
+}
+
+/// A clone in a frozen control group cannot be killed where the freezer is of version 1: it is said how it is thawed.
+#[test]
+fn a_frozen_clone_is_named_with_the_way_to_thaw_it() {
+    let _host = host::shared();
+    let Some(group) = Some(Path::new("/sys/fs/cgroup/freezer")).filter(|path| path.is_dir()) else {
+        println!("skipped: no freezer of version 1 is mounted");
+        return;
+    };
+    let group = group.join(format!("stencil-test-{}", std::process::id()));
+    let world = TestMount::new("decode");
+    world.import_bytes(&guest_like(1, 1 << 20), "web:1");
+    let launched = world.json(&["clone", "web:1", "--simulate", "read=10%"]);
+    fs::create_dir(&group).unwrap();
+    let write = |file: &str, text: &str| fs::write(group.join(file), text).unwrap();
+    write("tasks", &launched["clones"][0]["pid"].to_string());
+    write("freezer.state", "FROZEN");
+    let stopped = world.stencil(&["stop", "--all", "--grace", "0"]);
+    write("freezer.state", "THAWED");
+    let said = stopped.exits(75);
+    let state = group.join("freezer.state");
+    assert!(said.err.contains("control group is frozen"), "{said:?}");
+    assert!(said.err.contains(&format!("echo THAWED > {}", state.display())), "{said:?}");
+    world.stencil(&["stop", "--all"]).ok();
+    crate::support::mount::wait_for("the end of the group", || fs::remove_dir(&group).ok());
 }

@@ -72,6 +72,7 @@ mod source_away;
 mod store_bad_input;
 mod store_crash;
 mod store_damage;
+mod store_filter;
 mod store_flips;
 mod store_format;
 mod store_gc;

@@ -399,13 +399,18 @@ fn connections(stuck: std::result::Result<&[Stuck], &Error>) -> Vec<Check> {
 /// Mounts without a living supervisor or server.
 fn mounts() -> Vec<Check> {
     let mut checks = Vec::new();
-    for living in control::mounts().unwrap_or_default() {
+    let listing = control::list().unwrap_or_default();
+    for dead in listing.dead {
+        let remedy = dead.error().remedy_text().unwrap_or_default().to_owned();
+        checks.push(Check::note("mount", dead.error().to_string(), &remedy));
+    }
+    for living in listing.mounts {
         let place = living.mountpoint.display();
         checks.push(match (living.orphaned, living.server_pid) {
             (true, _) => Check::note(
                 "mount",
                 format!("{place} has lost its supervisor"),
-                "umount it and mount it again",
+                &format!("give it another one: stencil mount {place}"),
             ),
             (_, None) => Check::note(
                 "mount",

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
@@ -80,6 +80,9 @@ pub fn run(args: &RestartArgs, global: &Global) -> Result<Done> {
     let program = open_source(&path).map_err(|e| Error::io("cannot open the program", &path, e))?;
     let mut restarted = Restarted { mounts: Vec::new() };
     for mount in chosen(args, global)? {
+        if mount.orphaned {
+            return Err(mount.lost_supervisor());
+        }
         control::request_restart(&mount, program.as_fd(), args.server.is_none())
             .map_err(|e| e.context(mount.mountpoint.display()))?;
         let status = mount.status()?;
@@ -102,18 +105,14 @@ fn chosen(args: &RestartArgs, global: &Global) -> Result<Vec<Mount>> {
         return Ok(mounts);
     };
     let path = super::umount::absolute(path)?;
-    let found: Vec<Mount> = mounts.into_iter().filter(|m| m.mountpoint == path && !m.detached).collect();
-    match found.first() {
-        Some(mount) if mount.orphaned => Err(lost(&mount.mountpoint)),
-        Some(_) => Ok(found),
-        None => Err(Error::not_found("no mount of Stencil is there")
+    // A detached one may share its path with a newer one: that is meant.
+    mounts.retain(|mount| mount.mountpoint == path);
+    mounts.sort_by_key(|mount| mount.detached);
+    mounts.truncate(1);
+    match mounts.is_empty() {
+        false => Ok(mounts),
+        true => Err(Error::not_found("no mount of Stencil is there")
             .at(path)
             .remedy("stencil status lists the mounts of Stencil")),
     }
-}
-
-fn lost(mountpoint: &Path) -> Error {
-    Error::failed("the mount has lost its supervisor")
-        .at(mountpoint)
-        .remedy(format!("give it another one: stencil mount {}", mountpoint.display()))
 }

@@ -10,10 +10,12 @@ use serde_json::Value;
 use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
+use super::store_filter::StoreFilter;
 use crate::clones::find::{self, CloneProcess};
-use crate::control::{self, Mount, MountStatus};
-use crate::error::{Error, Result};
+use crate::control::{self, DeadMount, Mount, MountStatus};
+use crate::error::{Code, Error, Result};
 use crate::store::Store;
+use crate::sys::halt;
 
 /// Show the mounts: who serves them, what is served how, and why
 #[derive(Debug, Args)]
@@ -22,7 +24,7 @@ pub struct StatusArgs {}
 #[derive(Serialize)]
 struct Status {
     mounts: Vec<Answered>,
-    /// Mounts whose supervisor does not answer, and what is wrong.
+    /// Mounts without a supervisor that answers, and what to do.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<Silent>,
     /// Records of mounts that could not be read: each may be one more mount.
@@ -46,11 +48,66 @@ struct Answered {
 struct Silent {
     #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
+    store: PathBuf,
+    state: State,
     server_pid: Option<u32>,
     /// None where it never had one.
     #[serde(serialize_with = "crate::shown::optional_path")]
     log: Option<PathBuf>,
     error: String,
+    remedy: String,
+}
+
+/// Why a mount has no supervisor that answers.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    /// Its supervisor lives and does not answer.
+    NoAnswer,
+    /// Its supervisor is dead, its server serves on.
+    NoSupervisor,
+    /// Both are dead.
+    Dead,
+}
+
+impl Silent {
+    fn new(mount: &Mount, error: &Error) -> Silent {
+        let halted = halt::of(mount.supervisor_pid).filter(|_| !mount.foreign && !mount.orphaned);
+        let (error, remedy) = match halted {
+            Some(halt) => {
+                let pid = mount.supervisor_pid;
+                (format!("the supervisor, process {pid}, does not answer: {halt}"), halt.remedy(pid))
+            }
+            None => (error.to_string(), error.remedy_text().unwrap_or("its log says more").to_owned()),
+        };
+        Silent {
+            state: State::NoAnswer,
+            server_pid: mount.server_pid,
+            log: Some(mount.dir.join(control::LOG_FILE)).filter(|log| log.is_file()),
+            error,
+            remedy,
+            mountpoint: mount.mountpoint.clone(),
+            store: mount.store.clone(),
+        }
+    }
+
+    fn without_supervisor(mount: &Mount) -> Silent {
+        let error = mount.lost_supervisor();
+        Silent { state: State::NoSupervisor, error: error.message().to_owned(), ..Silent::new(mount, &error) }
+    }
+
+    fn dead(mount: DeadMount) -> Silent {
+        let error = mount.error();
+        Silent {
+            state: State::Dead,
+            server_pid: None,
+            error: error.message().to_owned(),
+            remedy: error.remedy_text().unwrap_or_default().to_owned(),
+            mountpoint: mount.mountpoint,
+            store: mount.store,
+            log: mount.log,
+        }
+    }
 }
 
 impl Report for Status {
@@ -66,6 +123,7 @@ impl Report for Status {
         }
         for silent in &self.silent {
             writeln!(out, "{}: {}", silent.mountpoint.display(), silent.error)?;
+            writeln!(out, "  hint: {}", silent.remedy)?;
             log_line(silent.log.as_deref(), out)?;
         }
         for error in &self.unread {
@@ -149,14 +207,19 @@ fn store_error(mount: &Mount) -> Option<String> {
     opened.err().map(|error| error.to_string())
 }
 
-/// Asks every supervisor of this runtime directory.
+/// Asks every supervisor of this runtime directory. Exits as a failed check when a mount has none that answers, or may have
+/// none.
 ///
 /// # Errors
 /// When the runtime directory cannot be read.
-pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
-    let control::Listing { mounts, unread, .. } = control::list()?;
+pub fn run(_args: &StatusArgs, global: &Global) -> Result<Done> {
+    let filter = StoreFilter::of(global)?;
+    let control::Listing { mut mounts, mut dead, unread } = control::list()?;
+    mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+    dead.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
     let unread = unread.iter().map(ToString::to_string).collect();
-    let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unread, unseen: Vec::new() };
+    let silent = dead.into_iter().map(Silent::dead).collect();
+    let mut status = Status { mounts: Vec::new(), silent, unread, unseen: Vec::new() };
     let store_errors: Vec<Option<String>> = mounts.iter().map(store_error).collect();
     let present: Vec<Mount> =
         mounts.iter().zip(&store_errors).filter(|(_, e)| e.is_none()).map(|(m, _)| m.clone()).collect();
@@ -168,6 +231,10 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
     let mut indexes = 0..;
     for (mount, store_error) in mounts.into_iter().zip(store_errors) {
         let index = if store_error.is_none() { indexes.next() } else { None };
+        if mount.orphaned {
+            status.silent.push(Silent::without_supervisor(&mount));
+            continue;
+        }
         match mount.status() {
             Ok(mut answer) => {
                 for template in &mut answer.templates {
@@ -180,13 +247,14 @@ pub fn run(_args: &StatusArgs, _global: &Global) -> Result<Done> {
                 }
                 status.mounts.push(Answered { mount: answer, store_error });
             }
-            Err(error) => status.silent.push(Silent {
-                log: Some(mount.dir.join(control::LOG_FILE)).filter(|log| log.is_file()),
-                mountpoint: mount.mountpoint,
-                server_pid: mount.server_pid,
-                error: error.to_string(),
-            }),
+            // It may have ended meanwhile.
+            Err(error) if control::lives(&mount).unwrap_or(true) => {
+                status.silent.push(Silent::new(&mount, &error));
+            }
+            Err(_) => {}
         }
     }
-    Ok(Done::report(status))
+    let is_healthy = status.silent.is_empty() && status.unread.is_empty();
+    let done = Done::report(status);
+    Ok(if is_healthy { done } else { done.exit_as(Code::CheckFailed) })
 }

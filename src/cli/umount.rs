@@ -95,12 +95,12 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     };
     let users = Users::of(found.device, &found.processes())?;
     match mode {
-        UnmountMode::Plain if users.found.iter().any(|u| u.maps) => return Err(in_use(&path, &users)),
+        UnmountMode::Plain if users.found.iter().any(|u| u.maps) => return Err(in_use(found, &users)),
         UnmountMode::Force if !global.quiet => users.announce(),
         _ => {}
     }
     end(found, mode).map_err(|e| match e.code() {
-        crate::error::Code::InUse if mode == UnmountMode::Plain => in_use(&path, &users),
+        crate::error::Code::InUse if mode == UnmountMode::Plain => in_use(found, &users),
         _ => e,
     })?;
     let mut report = Unmounted::new(path);
@@ -163,6 +163,8 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
                     .remedy(format!("detach it: stencil umount -l {}", path.display())),
                 _ => Error::io("cannot unmount", path, e),
             })?;
+            // Its record goes with it.
+            control::mounts()?;
             Ok(Done::report(report))
         }
         Some(there) => {
@@ -204,7 +206,7 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     })
 }
 
-fn in_use(path: &Path, users: &Users) -> Error {
+fn in_use(mount: &Mount, users: &Users) -> Error {
     let clones = users.found.iter().filter(|u| u.maps).count();
     let mut what = match (clones, users.found.len()) {
         (0, 0) => "the mount is in use".to_owned(),
@@ -214,7 +216,8 @@ fn in_use(path: &Path, users: &Users) -> Error {
     if !users.unseen.is_empty() {
         what = format!("{what}; {}", unseen(&users.unseen));
     }
-    Error::in_use(what)
-        .at(path)
-        .remedy("stop them, or detach it with -l: they are then served until they end")
+    Error::in_use(what).at(&mount.mountpoint).remedy(match mount.detached {
+        false => "stop them, or detach it with -l: they are then served until they end",
+        true => "it is detached already, and ends when they do: stop them, or cut them off with --force",
+    })
 }

@@ -11,7 +11,7 @@ use super::registry::{Entry, Kind};
 use crate::error::{Error, Result};
 use crate::sys::process::{self, ProcessId};
 use crate::sys::users::{self, PATIENCE};
-use crate::sys::{procfs, tasks};
+use crate::sys::{halt, procfs, tasks};
 
 /// What every process of a clone but a worker has in its environment, followed by the clone's folder.
 const MARK: &[u8] = b"STENCIL_DIR=";
@@ -145,8 +145,13 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
 }
 
 fn does_not_die(process: &ProcessId) -> Error {
-    Error::failed(format!("process {} does not die", process.pid))
-        .remedy("it waits for an answer of a mount: see `stencil status`, or abort its fuse connection")
+    let pid = process.pid;
+    match halt::of(pid) {
+        Some(halt) => Error::try_again(format!("process {pid} does not die: {halt}"))
+            .remedy(format!("{}, and run this again", halt.remedy(pid))),
+        None => Error::failed(format!("process {pid} does not die"))
+            .remedy("it waits for an answer of a mount: see `stencil status`, or abort its fuse connection"),
+    }
 }
 
 #[cfg(test)]

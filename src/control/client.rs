@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
+use super::listing::is_locked;
 use super::protocol::{Request, Response, UnmountMode};
 use super::registry::{CONTROL_SOCKET, Mount, Record, open_record};
 use super::snapshot::Snapshot;
@@ -101,7 +102,7 @@ fn done(answer: (Response, Option<OwnedFd>)) -> Result<()> {
 }
 
 pub(super) const SUPERVISOR_LOST: &str =
-    "see whether it runs with `stencil status`; its log is beside that socket";
+    "its log is beside that socket; where it is stuck or dead, `stencil status` says so, and what to do";
 
 const OTHER_VERSION: &str = "stencil and stencil-mountd are of different versions: install both from one build, then run stencil restart";
 
@@ -161,7 +162,9 @@ pub(super) fn reach(dir: &Path) -> io::Result<Channel> {
     let record = Record::read(&folder)?.ok_or(io::ErrorKind::ConnectionReset)?;
     // A number of another PID namespace is another one here.
     let foreign = record.pid_namespace.is_some_and(|its| Some(its) != probe::pid_namespace());
-    let is_supervisor = foreign || peer.pid == Some(record.supervisor_pid);
+    // Another supervisor, whose record has found no room yet, has the lock of the folder.
+    let unrecorded = || !record.supervisor().is_alive() && is_locked(&folder);
+    let is_supervisor = foreign || peer.pid == Some(record.supervisor_pid) || unrecorded();
     match is_supervisor && peer.uid == folder.own_metadata()?.st_uid {
         true => Ok(channel),
         false => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),

@@ -108,6 +108,24 @@ impl DeadMount {
     }
 }
 
+impl Mount {
+    /// That its supervisor is dead, and what to do.
+    pub fn lost_supervisor(&self) -> Error {
+        let place = self.mountpoint.display();
+        let (supervisor, server) = (self.supervisor_pid, self.server_pid);
+        let serves = server.map_or_else(String::new, |pid| format!("; its server, process {pid}, serves on"));
+        let elsewhere = if self.foreign { " in another PID namespace, or hidden there" } else { "" };
+        let remedy = match (self.foreign, self.detached) {
+            (true, _) => format!("run `stencil mount {place}` where that mount was made"),
+            (_, true) => "it is detached, and ends with its last clone: see `stencil ps`".to_owned(),
+            _ => format!("give it another supervisor: stencil mount {place}"),
+        };
+        let what =
+            format!("the mount has lost its supervisor: process {supervisor} is dead{elsewhere}{serves}");
+        Error::failed(what).at(&self.mountpoint).remedy(remedy)
+    }
+}
+
 /// Another store may lie at the path of one that was moved.
 fn of_unknown_store(mount: &Mount) -> Error {
     Error::try_again("a mount of an older build does not say which store it serves")
@@ -119,7 +137,7 @@ fn of_unknown_store(mount: &Mount) -> Error {
 ///
 /// # Errors
 /// As [`every_mount_of`]: a record that cannot be read is no sign of an end.
-pub(super) fn lives(mount: &Mount) -> Result<bool> {
+pub fn lives(mount: &Mount) -> Result<bool> {
     Ok(every_mount()?.iter().any(|living| living.dir == mount.dir))
 }
 
@@ -193,16 +211,20 @@ pub fn list() -> Result<Listing> {
             false => alive(record.supervisor_pid, record.supervisor_identity),
         };
         let server = record.server_pid.filter(|&pid| alive(pid, record.server_identity));
-        let over = !supervisor && server.is_none() && !foreign;
+        let lost = !supervisor && !foreign;
+        // One that takes it over has the lock before its record is there, for long where the file system is full.
+        let taken_over = lost && is_locked(&folder);
         let place = table.iter().rfind(|line| line.dev == record.device);
-        if over && !is_locked(&folder) {
+        if lost && !taken_over && server.is_none() {
             match place {
                 Some(line) if line.fs_type == mount::FS_TYPE && line.mountpoint == record.mountpoint => {
                     dead.push((folder, record));
                     continue;
                 }
-                _ if RecordDir::remove_dead(folder) => continue,
-                _ => {}
+                _ => {
+                    RecordDir::remove_dead(folder);
+                    continue;
+                }
             }
         }
         listing.mounts.push(Mount {
@@ -214,16 +236,21 @@ pub fn list() -> Result<Listing> {
             supervisor_pid: record.supervisor_pid,
             server_pid: server,
             detached: place.is_none(),
-            // Where its record was not free, somebody takes it over just now.
-            orphaned: !supervisor && !over,
+            orphaned: !supervisor && !taken_over,
             foreign,
             version: record.version,
             identities: [record.ledger, record.program],
         });
     }
+    // The kernel gives the number of a device again: of several records the newest is that of the mount.
+    dead.sort_by_key(|(folder, _)| {
+        std::cmp::Reverse(folder.own_metadata().map_or((0, 0), |stat| (stat.st_ctime, stat.st_ctime_nsec)))
+    });
     for (folder, record) in dead {
-        // The kernel gives the number of a device again.
-        if listing.mounts.iter().any(|living| living.device == record.device) {
+        let known = |device| device == record.device;
+        if listing.mounts.iter().any(|living| known(living.device))
+            || listing.dead.iter().any(|newer| known(newer.device))
+        {
             RecordDir::remove_dead(folder);
             continue;
         }
@@ -255,7 +282,7 @@ fn unread(dir: &Path, e: io::Error) -> Error {
 }
 
 /// True while a supervisor has the folder of its record.
-fn is_locked(folder: &Folder) -> bool {
+pub(super) fn is_locked(folder: &Folder) -> bool {
     // Shared: two that look at the same time do not take each other for a supervisor.
     let locked = flock(folder, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK);
     if !locked {

@@ -30,7 +30,9 @@ pub use condemn::Condemnation;
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
 pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
 pub use lease::{Lease, LeaseHolder, RemovalMark, leases, removals};
-pub use listing::{DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, mounts, mounts_of};
+pub use listing::{
+    DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mounts, mounts_of,
+};
 pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir};

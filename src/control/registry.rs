@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::runtime::{self, MAX_RECORD};
 use crate::error::{Error, Result};
 use crate::sys::folder::Folder;
-use crate::sys::locks;
 use crate::sys::process::ProcessId;
+use crate::sys::{locks, trust};
 
 /// The folder of the runtime directory that has one for each mount.
 pub(super) const MOUNTS: &str = "mounts";
@@ -122,6 +122,11 @@ impl Record {
         }
     }
 
+    /// The process that holds the mount.
+    pub(super) fn supervisor(&self) -> ProcessId {
+        ProcessId { pid: self.supervisor_pid, identity: self.supervisor_identity }
+    }
+
     /// The first field that no supervisor writes so.
     fn problem(&self) -> Option<&'static str> {
         let plain = |text: &str| runtime::is_plain_name(text);
@@ -160,15 +165,11 @@ impl RecordDir {
         Self::locked(open_record(path)?, LOOK)
     }
 
-    /// Removes the folder of a mount whose processes are dead; false while somebody has it.
-    pub(super) fn remove_dead(folder: Folder) -> bool {
-        match Self::locked(folder, Duration::ZERO) {
-            Ok(dead) => {
-                log::debug!("removing the record of a dead mount: {}", dead.path.display());
-                dead.ours.set(true);
-                true
-            }
-            Err(error) => error.code() != crate::error::Code::InUse,
+    /// Removes the folder of a mount whose processes are dead, unless somebody has it.
+    pub(super) fn remove_dead(folder: Folder) {
+        if let Ok(dead) = Self::locked(folder, Duration::ZERO) {
+            log::debug!("removing the record of a dead mount: {}", dead.path.display());
+            dead.ours.set(true);
         }
     }
 
@@ -233,12 +234,9 @@ impl RecordDir {
     }
 }
 
-/// The folder of a record whose path a listing has given, which only its owner can enter.
+/// The folder of a record whose path a listing or a ledger has given.
 pub(super) fn open_record(path: &Path) -> Result<Folder> {
-    let fail = |e| Error::io("cannot use the mount's record", path, e);
-    let name = path.file_name().ok_or_else(|| fail(io::ErrorKind::InvalidInput.into()))?;
-    let gone = || fail(io::ErrorKind::NotFound.into());
-    runtime::trusted_folder(&runtime::open(MOUNTS)?.ok_or_else(gone)?, name).map_err(fail)
+    trust::open(path).map_err(|e| Error::io("cannot use the mount's record", path, e))
 }
 
 impl Drop for RecordDir {

@@ -118,7 +118,7 @@ pub fn failed(what: &str, path: &Path, e: io::Error) -> Error {
                 .to_owned()
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => format!(
-            "make room on the file system of the runtime directory, {}, or name another one in STENCIL_RUNTIME_DIR",
+            "make room on the file system of the runtime directory, {}, then run this again",
             runtime_dir().display()
         ),
         io::ErrorKind::ReadOnlyFilesystem => {

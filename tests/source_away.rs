@@ -220,7 +220,7 @@ fn a_mount_is_told_while_its_store_is_away() {
     world.stencil(&["--store", place, "mount", mountpoint, "--serve", "decode"]).ok();
     let _second = Second(&world, &second);
     let told = |away: bool| {
-        let answer = world.json(&["status"]);
+        let answer = world.status_of_all();
         let of = |at: &Path| {
             let mounts = answer["mounts"].as_array().unwrap();
             mounts.iter().find(|m| m["mountpoint"] == at.to_str().unwrap()).unwrap().clone()

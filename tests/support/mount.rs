@@ -232,16 +232,19 @@ impl TestMount {
         self.import(&source, tag)
     }
 
+    /// What `stencil status` says of the mounts of every store; one of them may have lost its supervisor.
+    #[track_caller]
+    pub fn status_of_all(&self) -> Value {
+        let output = self.command().env_remove("STENCIL_STORE").args(["--json", "status"]).output().unwrap();
+        let run = Run::of("status".into(), &output);
+        assert!([0, 6].contains(&run.code), "{run:?}");
+        serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{e}: {run:?}"))
+    }
+
     /// The mount's object in `stencil status`.
     #[track_caller]
     pub fn status(&self) -> Value {
-        // Of whatever store; another mount of the scenario may have lost its supervisor.
-        let output = self.command().env_remove("STENCIL_STORE").args(["--json", "status"]).output().unwrap();
-        let run = Run::of("status".into(), &output);
-        let all: Value = match run.code {
-            6 => serde_json::from_str(&run.out).unwrap(),
-            _ => serde_json::from_str(&run.ok().out).unwrap(),
-        };
+        let all = self.status_of_all();
         let mounts = all["mounts"].as_array().unwrap();
         assert_eq!(mounts.len(), 1, "{all:#}");
         mounts[0].clone()

@@ -20,10 +20,11 @@ use crate::support::passing::{Running, StandsStill};
 fn a_peer_that_floods_a_capture_does_not_hold_the_guest() {
     let _host = host::shared();
     let proxy = compile("qmp_proxy");
-    for (mode, code, words) in [
-        ("flood", 0, ""),
-        ("endless", 1, "a message of QEMU is longer than"),
-        ("deep", 1, "does not speak QMP"),
+    // A host that is busy may take longer for the flood than an answer of QEMU may.
+    for (mode, codes, words) in [
+        ("flood", &[0, 75][..], ""),
+        ("endless", &[1], "a message of QEMU is longer than"),
+        ("deep", &[1], "does not speak QMP"),
     ] {
         let world = TestMount::unmounted();
         let (own, through) = (world.dir().join("qmp"), world.dir().join("proxy"));
@@ -37,13 +38,14 @@ fn a_peer_that_floods_a_capture_does_not_hold_the_guest() {
         patiently("the first socket", Duration::from_secs(30), || own.exists().then_some(()));
         // Far less than is sent; what a capture needs is much less again.
         let mut capture = world.command_in("prlimit");
-        capture.args(["--data=134217728", "--", STENCIL, "capture"]).arg(&through).arg("vm:x");
-        let run = Run::of(mode.into(), &capture.output().unwrap()).exits(code);
+        capture.args(["--data=100663296", "--", STENCIL, "capture"]).arg(&through).arg("vm:x");
+        let run = Run::of(mode.into(), &capture.output().unwrap());
+        assert!(codes.contains(&run.code), "{mode}: {run:?}");
         assert!(run.err.contains(words), "{mode}: {}", run.err);
         patiently("the guest, as before", Duration::from_secs(15), || {
             (qmp.status().unwrap() == "running" && !ignores_shared(&mut qmp)).then_some(())
         });
-        world.stencil(&["inspect", "vm:x"]).exits(if code == 0 { 0 } else { 4 });
+        world.stencil(&["inspect", "vm:x"]).exits(if run.code == 0 { 0 } else { 4 });
     }
 }
 

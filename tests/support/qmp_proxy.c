@@ -4,7 +4,7 @@
  * the kernel says that it is that QEMU. A child passes messages and descriptors on. In the first session that sends
  * "stop" it adds something before the answer:
  *
- *     flood    24 MiB of events, each a long list of lists, which take ten times the room in memory
+ *     flood    12 MiB of events, each a long list of lists, which take ten times the room in memory
  *     endless  64 MiB without a line's end
  *     deep     an event of a million levels
  */
@@ -69,7 +69,7 @@ static int add(const char *mode, int client) {
         size_t length = sizeof much / 3 * 3;
         for (size_t at = 0; at < length; at++)
             much[at] = "[],"[at % 3];
-        for (int n = 0; ok && n < 12; n++)
+        for (int n = 0; ok && n < 6; n++)
             ok = all(client, "{\"event\":\"FLOOD\",\"data\":[", 25) && all(client, much, length - 1) &&
                  all(client, "]}\n", 3);
     } else if (!strcmp(mode, "endless")) {

@@ -145,6 +145,15 @@ fn verify_names_everything_and_goes_on() {
     damaged(&packs[1]);
     flip(&packs[2], 5000);
     damaged(&packs[2]);
+    let fifo = |path: &Path| {
+        fs::remove_file(path).unwrap();
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    };
+    fifo(&packs[3]);
+    damaged(&packs[3]);
+    fifo(&fixture.path("store/tags/d/latest"));
+    damaged(&fixture.path("store/tags/d/latest"));
     folder_for(&fixture.path("store/tags/a/latest"));
     damaged(&fixture.path("store/tags/a/latest"));
     fs::remove_dir_all(fixture.path("store/tags/b")).unwrap();

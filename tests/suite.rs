@@ -46,6 +46,7 @@ mod mount_bad_input;
 mod mount_damage;
 mod mount_kill;
 mod mount_leaks;
+mod mount_many_tags;
 mod mount_own_paths;
 mod mount_places;
 mod mount_reads;

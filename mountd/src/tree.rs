@@ -24,6 +24,9 @@ use crate::open_templates::OpenTemplates;
 /// So many numbers may be entered before those of removed templates are forgotten.
 const MOST_ENTERED: usize = 1 << 16;
 
+/// Entries that are listed at a time: more than one answer to the kernel holds.
+const MAX_LISTED: usize = 1024;
+
 /// Decides how the next open of a file is served.
 pub trait Offer {
     /// How, for file number `file` of `template`.
@@ -71,11 +74,11 @@ impl Tree {
     fn walk(&self) -> Result<(), Refusal> {
         self.enter(Node::ById);
         self.enter(Node::Templates);
-        for entry in self.store.tags().map_err(|e| refuse(&e))? {
-            self.enter(Node::Name(entry.name.clone()));
-            if let Ok(tag) = TagName::new(&entry.name, &entry.tag) {
+        for name in self.store.tag_names().map_err(|e| refuse(&e))? {
+            for tag in self.store.tags_named(&name).map_err(|e| refuse(&e))? {
                 self.enter(Node::Tag(tag));
             }
+            self.enter(Node::Name(name));
         }
         for digest in self.store.digests().map_err(|e| refuse(&e))? {
             self.enter(Node::Template(digest));
@@ -345,7 +348,7 @@ impl Tree {
         }
     }
 
-    /// Everything in a directory whose cookie is above `after`, by cookie.
+    /// The next entries of a directory, at most [`MAX_LISTED`], whose cookies are above `after`, by cookie.
     ///
     /// # Errors
     /// [`Refusal::NotDirectory`], or the store's trouble.
@@ -367,33 +370,34 @@ impl Tree {
                 files.chain([(MANIFEST.to_owned(), Node::Manifest(*digest))]).collect()
             }
             Node::Templates => {
-                let mut names: Vec<String> =
-                    self.store.tags().map_err(|e| refuse(&e))?.into_iter().map(|t| t.name).collect();
-                names.dedup();
+                let names = self.store.tag_names().map_err(|e| refuse(&e))?;
                 names.into_iter().map(|n| (n.clone(), Node::Name(n))).collect()
             }
             Node::Name(name) => {
-                let tags = self.store.tags().map_err(|e| refuse(&e))?;
-                let ours = tags.into_iter().filter(|t| &t.name == name);
-                ours.filter_map(|t| Some((t.tag.clone(), Node::Tag(TagName::new(&t.name, &t.tag).ok()?))))
-                    .collect()
+                let tags = self.store.tags_named(name).map_err(|e| refuse(&e))?;
+                tags.into_iter().map(|tag| (tag.tag().to_owned(), Node::Tag(tag))).collect()
             }
             Node::Manifest(_) | Node::File(..) | Node::Tag(_) => return Err(Refusal::NotDirectory),
         };
         children.push((".".into(), node.clone()));
         children.push(("..".into(), node.parent()));
-        let mut entries: Vec<DirectoryEntry> = children
+        let mut children: Vec<(u64, String, Node)> = children
             .into_iter()
-            .map(|(name, child)| DirectoryEntry {
-                cookie: self.cookie(&name),
-                ino: self.ino(&child),
-                kind: child.kind(),
-                name,
-            })
-            .filter(|e| e.cookie > after)
+            .map(|(name, child)| (self.cookie(&name), name, child))
+            .filter(|(cookie, ..)| *cookie > after)
             .collect();
-        entries.sort_unstable_by_key(|e| e.cookie);
-        Ok(entries)
+        if children.len() > MAX_LISTED {
+            children.select_nth_unstable_by_key(MAX_LISTED, |(cookie, ..)| *cookie);
+            children.truncate(MAX_LISTED);
+        }
+        children.sort_unstable_by_key(|(cookie, ..)| *cookie);
+        let entry = |(cookie, name, child): (u64, String, Node)| DirectoryEntry {
+            cookie,
+            ino: self.ino(&child),
+            kind: child.kind(),
+            name,
+        };
+        Ok(children.into_iter().map(entry).collect())
     }
 
     fn cookie(&self, name: &str) -> u64 {

@@ -160,6 +160,11 @@ impl StorePath {
         self.is(FileType::RegularFile)
     }
 
+    /// True when `wanted` holds for some name in this folder; names behind the first one are not read.
+    pub(super) fn has_name(&self, wanted: impl Fn(&OsStr) -> bool) -> io::Result<bool> {
+        self.folder()?.has_name(wanted)
+    }
+
     /// Names in this folder, in no order.
     pub(super) fn names(&self) -> io::Result<Vec<OsString>> {
         self.folder()?.names()

@@ -122,6 +122,33 @@ impl Store {
         Ok((found, unlisted))
     }
 
+    /// Names that some tag has, sorted. No tag is read.
+    ///
+    /// # Errors
+    /// When the folder of tags cannot be read.
+    pub fn tag_names(&self) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for name in self.names(&self.tags_dir())? {
+            match self.has_name(&name) {
+                Ok(true) => found.push(name),
+                Ok(false) => {}
+                Err(e) if e.code() == Code::TryAgain => return Err(e),
+                Err(e) => log::warn!("{e}"),
+            }
+        }
+        Ok(found)
+    }
+
+    /// The tags of one name, sorted. None of them is read.
+    ///
+    /// # Errors
+    /// When the folder of its tags cannot be read.
+    pub fn tags_named(&self, name: &str) -> Result<Vec<TagName>> {
+        super::check_name("name", name)?;
+        let tags = self.names(&self.tags_dir().join(name))?;
+        Ok(tags.iter().filter_map(|tag| TagName::new(name, tag).ok()).collect())
+    }
+
     /// True when some tag has that name.
     ///
     /// # Errors
@@ -130,7 +157,12 @@ impl Store {
         if super::check_name("name", name).is_err() {
             return Ok(false);
         }
-        Ok(!self.names(&self.tags_dir().join(name))?.is_empty())
+        let folder = self.tags_dir().join(name);
+        match folder.has_name(|tag| !tag.as_encoded_bytes().starts_with(b".")) {
+            Ok(found) => Ok(found),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => self.check_reachable().map(|()| false),
+            Err(e) => Err(self.blame(folder.error("cannot list", e))),
+        }
     }
 
     /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.

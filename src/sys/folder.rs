@@ -12,7 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -198,18 +198,31 @@ impl Folder {
     /// # Errors
     /// The system's.
     pub fn names(&self) -> io::Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        self.has_name(|name| {
+            names.push(name.to_owned());
+            false
+        })?;
+        Ok(names)
+    }
+
+    /// True when `wanted` holds for a name of what lies directly in this folder; the first one ends the search.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn has_name(&self, mut wanted: impl FnMut(&OsStr) -> bool) -> io::Result<bool> {
         // A descriptor of its own: the position of a directory stream is shared otherwise.
         let fd = self.resolve(Path::new("."), FOLDER, Mode::empty())?;
         let mut buffer = Vec::with_capacity(32 << 10);
         let mut entries = RawDir::new(fd, buffer.spare_capacity_mut());
-        let mut names = Vec::new();
         while let Some(entry) = entries.next() {
-            let name = entry?.file_name().to_bytes().to_vec();
-            if name != b"." && name != b".." {
-                names.push(OsString::from_vec(name));
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name != b"." && name != b".." && wanted(OsStr::from_bytes(name)) {
+                return Ok(true);
             }
         }
-        Ok(names)
+        Ok(false)
     }
 
     /// Removes a file, link or anything else that is no folder.

@@ -134,9 +134,8 @@ fn unsafe_code_stays_behind_the_fence() {
 
 /// Lines of the store's code that open a path as the system resolves it: the files that a user names, the store's own
 /// folder as the user names it, and files of the host.
-const PATHS_OF_USERS: [(&str, &str); 7] = [
+const PATHS_OF_USERS: [(&str, &str); 6] = [
     ("export.rs", ""),
-    ("import/reader.rs", "File::open(path)"),
     ("import/request.rs", "std::fs::metadata(path)"),
     ("open.rs", "std::fs::canonicalize(dir)"),
     ("path.rs", "std::fs::canonicalize(existing)"),

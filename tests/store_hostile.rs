@@ -306,7 +306,7 @@ fn soak_no_command_of_root_leaves_the_store_or_waits() {
         }
     }
     // By a step that has no factor in common with the lists, each command meets each entry and each kind.
-    let step = host::rounds(11, 1);
+    let step = host::rounds(5, 1);
     let harmful = |entry: &Path, kind| {
         matches!(entry.to_str(), Some("tmp" | "tags/web" | "locks/names" | "tags/web/1"))
             && matches!(kind, Kind::Link | Kind::DanglingLink)

@@ -101,7 +101,7 @@ impl StorePath {
 
     fn base(&self) -> io::Result<OpenBase<'_>> {
         Ok(match &self.base {
-            Base::Root(dir) => OpenBase::Root(Folder::open_canonical(dir)?),
+            Base::Root(dir) => OpenBase::Root(Folder::reach_canonical(dir)?),
             Base::Open(folder) => OpenBase::Open(folder),
         })
     }

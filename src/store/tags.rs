@@ -40,10 +40,13 @@ impl Store {
     /// # Errors
     /// When it cannot be read or is no tag.
     pub fn tag(&self, tag: &TagName) -> Result<Option<Digest>> {
-        let path = self.tag_path(tag);
+        self.tag_at(tag, &self.tag_path(tag))
+    }
+
+    fn tag_at(&self, tag: &TagName, path: &StorePath) -> Result<Option<Digest>> {
         match path.read(MAX_TAG) {
             Ok(bytes) => decode(&bytes).map(Some).map_err(|e| {
-                e.in_file("tag", &path).remedy(format!("point it anew: stencil tag DIGEST {tag}"))
+                e.in_file("tag", path).remedy(format!("point it anew: stencil tag DIGEST {tag}"))
             }),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 self.check_reachable().map(|()| None)
@@ -66,7 +69,7 @@ impl Store {
         }
         let mut entries = Vec::new();
         for (pointer, path) in files {
-            match self.tag(&pointer) {
+            match self.tag_at(&pointer, &path) {
                 Ok(Some(digest)) => {
                     let since = path.metadata().map_or(Duration::ZERO, |found| {
                         Duration::new(found.st_mtime.max(0) as u64, found.st_mtime_nsec as u32)
@@ -107,14 +110,18 @@ impl Store {
     /// All tags with their files, sorted, whatever the files hold; and why the tags of a name cannot be listed.
     pub(super) fn tag_files(&self) -> Result<TagFiles> {
         let (mut found, mut unlisted) = (Vec::new(), Vec::new());
-        for name in self.names(&self.tags_dir())? {
-            let tags = self.names(&self.tags_dir().join(&name)).unwrap_or_else(|e| {
+        let root = self.tags_dir();
+        // Opened once; where that fails, the listing says why.
+        let root = root.opened().unwrap_or(root);
+        for name in self.names(&root)? {
+            let folder = root.join(&name);
+            let tags = self.names(&folder).unwrap_or_else(|e| {
                 unlisted.push(e);
                 Vec::new()
             });
             for tag in tags {
                 if let Ok(pointer) = TagName::new(&name, &tag) {
-                    let path = self.tag_path(&pointer);
+                    let path = folder.join(&tag);
                     found.push((pointer, path));
                 }
             }

@@ -13,7 +13,7 @@ use super::format::placement::{Front, Row};
 use super::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
 use super::open::no_template;
 use super::pack::PackIndex;
-use super::path::StorePath;
+use super::path::{StorePath, is_misplaced};
 use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
 use super::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
 use crate::error::{Error, Result};
@@ -41,13 +41,11 @@ struct Placement {
 impl Template {
     pub(super) fn open(store: Store, digest: &Digest) -> Result<Template> {
         let dir = store.image_dir(digest);
-        if !dir.is_dir() {
-            return Err(match store.is_listed(digest) {
-                true => Invalid::damage("it is not a folder").in_file("template", &dir),
-                false => no_template(store.dir(), digest),
-            });
-        }
-        let dir = dir.opened().map_err(|e| dir.error("cannot open the template", e))?;
+        let dir = dir.opened().map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => no_template(store.dir(), digest),
+            _ if is_misplaced(&e) => Invalid::damage("it is not a folder").in_file("template", &dir),
+            _ => dir.error("cannot open the template", e),
+        })?;
         let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
         let (header, image) = open_image(&dir.join("image"), digest, &front, image_values)?;
         let policy = Policy::read(&dir.join("policy"))?;

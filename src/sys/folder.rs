@@ -8,28 +8,26 @@
 //! Where a filter of system calls answers `ENOSYS` to `openat2`, names are resolved one component at a time with
 //! `O_NOFOLLOW`. The rules are the same; `openat` has its flags in a register, where a filter can see them.
 
+mod resolve;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
-    fsync, mkdirat, openat, openat2, renameat, statat, unlinkat,
+    fsync, mkdirat, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
+use self::resolve::{BENEATH, FOLDER, resolve};
 use crate::units::Bytes;
 
 /// Depth to which [`Folder::remove_tree`] descends; no tree of Stencil is deeper than four folders.
 const MAX_DEPTH: usize = 32;
-
-/// How often a walk is begun: the kernel gives one up with `EAGAIN` when a rename happens meanwhile (openat2(2)). A file
-/// on which another process holds a lease answers `EAGAIN` every time.
-const MAX_WALKS: usize = 64;
 
 /// An open folder. Names are relative to it; `..` and symbolic links in them are errors.
 #[derive(Debug)]
@@ -68,6 +66,17 @@ impl Folder {
     #[must_use]
     pub fn named(self, path: &Path) -> Folder {
         Folder { path: path.to_owned(), ..self }
+    }
+
+    /// As [`open_canonical`](Self::open_canonical), only to reach what is below: it takes the right to search the folder,
+    /// not to read it. The folder itself cannot be listed, synced or locked.
+    ///
+    /// # Errors
+    /// As [`open_canonical`](Self::open_canonical).
+    pub fn reach_canonical(path: &Path) -> io::Result<Folder> {
+        let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        Ok(Folder { fd: resolve(CWD, path, flags, Mode::empty(), links)?, path: path.to_owned() })
     }
 
     /// The path it was opened by, for messages.
@@ -329,75 +338,6 @@ impl AsFd for Parent<'_> {
     }
 }
 
-const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
-
-const BENEATH: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
-
-/// True once `openat2` was answered with `ENOSYS`.
-static NO_OPENAT2: AtomicBool = AtomicBool::new(false);
-
-fn resolve(
-    from: impl AsFd,
-    name: &Path,
-    flags: OFlags,
-    mode: Mode,
-    how: ResolveFlags,
-) -> io::Result<OwnedFd> {
-    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let open = || match NO_OPENAT2.load(Ordering::Relaxed) {
-        true => walk(from.as_fd(), name, flags, mode, how),
-        false => match openat2(from.as_fd(), name, flags, mode, how) {
-            Err(Errno::NOSYS) => {
-                NO_OPENAT2.store(true, Ordering::Relaxed);
-                walk(from.as_fd(), name, flags, mode, how)
-            }
-            opened => opened,
-        },
-    };
-    let mut opened = open();
-    for _ in 1..MAX_WALKS {
-        match opened {
-            Err(Errno::AGAIN) => opened = open(),
-            _ => break,
-        }
-    }
-    match opened {
-        // An open for writing of a FIFO without a reader, and any open of a socket.
-        Err(Errno::NXIO) => Err(not_regular("a FIFO, socket or device")),
-        opened => Ok(opened?),
-    }
-}
-
-/// As `openat2`, one component at a time.
-fn walk(
-    from: BorrowedFd<'_>,
-    name: &Path,
-    flags: OFlags,
-    mode: Mode,
-    how: ResolveFlags,
-) -> rustix::io::Result<OwnedFd> {
-    if !how.contains(ResolveFlags::NO_SYMLINKS) {
-        return openat(from, name, flags, mode);
-    }
-    let mut at: Option<OwnedFd> = None;
-    let mut components = name.components().peekable();
-    while let Some(component) = components.next() {
-        let (step, flags, mode) = match components.peek() {
-            Some(_) => (OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, OFlags::empty(), Mode::empty()),
-            None => (OFlags::empty(), flags, mode),
-        };
-        match component {
-            Component::RootDir if !how.contains(ResolveFlags::BENEATH) => {}
-            Component::Normal(_) | Component::CurDir => {}
-            _ => return Err(Errno::XDEV),
-        }
-        let from = at.as_ref().map_or(from, OwnedFd::as_fd);
-        at = Some(openat(from, component.as_os_str(), step | flags | OFlags::NOFOLLOW, mode)?);
-    }
-    at.ok_or(Errno::NOENT)
-}
-
 fn regular(fd: OwnedFd) -> io::Result<File> {
     match FileType::from_raw_mode(fstat(&fd)?.st_mode) {
         FileType::RegularFile => Ok(fd.into()),
@@ -445,36 +385,6 @@ mod tests {
         let owner =
             std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(dir.path().join("outside")).unwrap());
         assert_eq!(owner, rustix::process::geteuid().as_raw());
-    }
-
-    #[test]
-    fn without_openat2_the_rules_are_the_same() {
-        let (dir, inside) = outside_and_inside();
-        symlink(dir.path(), dir.path().join("inside/link")).unwrap();
-        symlink(dir.path().join("outside"), dir.path().join("inside/file")).unwrap();
-        std::fs::write(dir.path().join("inside/sub/file"), "found").unwrap();
-        let canonical = std::fs::canonicalize(dir.path()).unwrap();
-        let absolute = |name: &str| canonical.join(name).to_str().unwrap().to_owned();
-        let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let cases = [
-            (BENEATH, "sub/file".to_owned(), true),
-            (BENEATH, ".".to_owned(), true),
-            (BENEATH, "./sub".to_owned(), true),
-            (BENEATH, "file".to_owned(), false),
-            (BENEATH, "link/outside".to_owned(), false),
-            (BENEATH, "sub/../../outside".to_owned(), false),
-            (BENEATH, absolute("inside/sub"), false),
-            (BENEATH, "none".to_owned(), false),
-            (links, absolute("inside/sub/file"), true),
-            (links, absolute("inside/link/outside"), false),
-        ];
-        for (how, name, opens) in cases {
-            let name = Path::new(&name);
-            let walked = walk(inside.as_fd(), name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), how);
-            assert_eq!(walked.is_ok(), opens, "{name:?}: {walked:?}");
-            let opened = openat2(inside.as_fd(), name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), how);
-            assert_eq!(opened.is_ok(), opens, "{name:?}: {opened:?}");
-        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use landlock::{
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::folder::Folder;
 
 /// The newest interface whose rights are taken away; an older kernel takes away what it knows.
 const KNOWN: ABI = ABI::V7;
@@ -64,7 +65,7 @@ pub fn restrict(rules: RulesetCreated, lacks: &mut Vec<String>) -> Result<()> {
 /// When not.
 pub fn expect_readable(store: &Path) -> Result<()> {
     let header = store.join("format");
-    match std::fs::File::open(&header) {
+    match Folder::open(store).and_then(|folder| folder.file("format")) {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             let uid = rustix::process::getuid().as_raw();
             Err(Error::io(format!("the store's owner (uid {uid}) cannot read the store"), &header, e).remedy(

@@ -54,6 +54,22 @@ pub fn path_text(path: &Path) -> Cow<'_, str> {
     out.into()
 }
 
+/// A time as RFC 3339 in UTC, from seconds since 1970.
+pub fn utc(seconds: u64) -> String {
+    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
+    // Days since 1 March of year 0, in eras of 400 years: the leap day is the last of its year.
+    let day = days + 719_468;
+    let (era, of_era) = (day / 146_097, day % 146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
 /// For `#[serde(serialize_with = "…")]` of a [`PathBuf`] in a report: serde fails for a path that is not UTF-8.
 ///
 /// # Errors
@@ -90,6 +106,19 @@ mod tests {
         assert_eq!(shown("\u{202e}cod\u{2066}\u{e0041}"), r"\u202ecod\u2066\udb40\udc41");
         assert!(matches!(shown("größe 你好 \\ \"x\" e\u{301}"), Cow::Borrowed(_)));
         assert_eq!(shown_lines("{\n  \u{202e}}\n"), "{\n  \\u202e}\n");
+    }
+
+    #[test]
+    fn times_are_rfc_3339() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_735_689_599, "2024-12-31T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(utc(seconds), text);
+        }
     }
 
     #[test]

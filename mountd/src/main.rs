@@ -15,6 +15,7 @@ mod backings;
 mod begin;
 mod condemned;
 mod control;
+mod deaths;
 mod decode;
 mod errno;
 mod fuse;

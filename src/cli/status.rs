@@ -14,6 +14,7 @@ use super::store_filter::StoreFilter;
 use crate::clones::find::{self, CloneProcess};
 use crate::control::{self, DeadMount, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
+use crate::shown::utc;
 use crate::store::Store;
 use crate::sys::halt;
 
@@ -162,6 +163,29 @@ fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::R
         mount.server_version.as_deref().unwrap_or("not known"),
         mount.restarts
     )?;
+    if let Some(end) = &mount.last_end {
+        let memory = if end.out_of_memory {
+            ", likely out of memory: raise the limit of its control group"
+        } else {
+            ""
+        };
+        writeln!(
+            out,
+            "  the server before, {}, ended {} after {:.1} s: {}{memory}",
+            end.pid,
+            utc(end.at),
+            end.lived_seconds,
+            end.how
+        )?;
+    }
+    if let Some(at) = mount.next_start {
+        let early = mount.early_ends;
+        writeln!(
+            out,
+            "  {early} servers in a row ended soon after their start: the next one starts {}",
+            utc(at as u64)
+        )?;
+    }
     log_line(mount.log.as_deref(), out)?;
     for lack in &mount.server_lacks {
         writeln!(out, "  the server is less isolated than it could be: {lack}")?;

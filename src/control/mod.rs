@@ -37,7 +37,7 @@ pub use options::{MountOptions, ServeMode, parse_seconds};
 pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir};
 pub use runtime::runtime_dir;
-pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerRow, Snapshot, Stage};
+pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage};
 pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
 pub use wire::{Channel, MAX_MESSAGE, Received};
 

@@ -70,7 +70,9 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
             options.cache_dir = Some(dir);
         }
     }
-    if above(&options.store, &mountpoint, identity(&options.store)) {
+    // Its folder: what is mounted on it may not answer.
+    let folder = mountpoint.parent().unwrap_or(&mountpoint);
+    if above(&options.store, folder, identity(&options.store)) {
         return Err(Error::usage(format!("the mountpoint lies in the store, {}", options.store.display()))
             .at(&mountpoint)
             .remedy("name an empty directory outside of the store"));

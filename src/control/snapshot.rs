@@ -96,6 +96,21 @@ fn yes() -> bool {
     true
 }
 
+/// How a server ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServerEnd {
+    /// Its process.
+    pub pid: u32,
+    /// When, in seconds since 1970.
+    pub at: u64,
+    /// In words: the exit code or the signal; `replaced` for one that was given up before it ended.
+    pub how: String,
+    /// True when the OOM killer has struck in its control group (or, where that cannot be read, on the host) meanwhile.
+    pub out_of_memory: bool,
+    /// How long it lived.
+    pub lived_seconds: f64,
+}
+
 /// A template that is about to be removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CondemnedRow {
@@ -139,6 +154,15 @@ pub struct Snapshot {
     pub terminations: u32,
     /// Servers that were started in place of one that died or was replaced.
     pub restarts: u64,
+    /// How the last of them ended.
+    #[serde(default)]
+    pub last_end: Option<ServerEnd>,
+    /// Servers in a row that have ended soon after their start.
+    #[serde(default)]
+    pub early_ends: u32,
+    /// When the next one is started, in seconds since 1970, where it waits.
+    #[serde(default)]
+    pub next_start: Option<f64>,
     /// Backings, and the reasons of files that have none.
     pub backings: Vec<BackingRow>,
     /// Identity of the store; unknown to ledgers of versions before.

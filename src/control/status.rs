@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::ServeMode;
 use super::registry::{LOG_FILE, Mount};
-use super::snapshot::{Cache, FileKey, Snapshot};
+use super::snapshot::{Cache, FileKey, ServerEnd, Snapshot};
 use crate::error::Result;
 use crate::shown;
 use crate::store::{Digest, Serving, Store};
@@ -39,6 +39,12 @@ pub struct MountStatus {
     pub server_lacks: Vec<String>,
     /// How many servers were started in place of one that died or was replaced.
     pub restarts: u64,
+    /// How the last of those ended; none where none has.
+    pub last_end: Option<ServerEnd>,
+    /// Servers in a row that have ended soon after their start: each next one waits longer.
+    pub early_ends: u32,
+    /// When the next server is started, in seconds since 1970, while none is for such a pause.
+    pub next_start: Option<f64>,
     /// True after a lazy unmount: no path leads to it, mappings of it still live.
     pub detached: bool,
     /// The log of both; none where the supervisor runs in the foreground, and its standard error has it.
@@ -125,6 +131,9 @@ impl MountStatus {
             server_lacks: server.as_ref().map(|s| s.lacks.clone()).unwrap_or_default(),
             server_program: server.map(|s| s.program),
             restarts: snapshot.restarts,
+            last_end: snapshot.last_end,
+            early_ends: snapshot.early_ends,
+            next_start: snapshot.next_start,
             detached: mount.detached,
             log: (!options.foreground).then(|| mount.dir.join(LOG_FILE)),
             serve: options.serve.name().to_owned(),

@@ -6,6 +6,7 @@ pub mod address_space;
 pub mod alloc;
 pub mod attempt;
 pub mod cachestat;
+pub mod cgroup;
 pub mod clock;
 pub mod descriptor;
 pub mod folder;

@@ -8,10 +8,12 @@ use std::process::Command;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
 pub use super::process_id::{ProcessId, has_ended, pidfd};
+use super::wait::poll_for;
 use crate::error::{Error, Result};
 
 /// Which side of a fork this is.
@@ -236,6 +238,15 @@ pub fn reap_one() -> Result<Option<(u32, Ended)>> {
             Err(e) => return Err(Error::failed("cannot wait for children").because(e.into())),
         }
     }
+}
+
+/// How the child of that descriptor has ended, within `patience`; it is reaped then. `None` for one that lives longer, and
+/// for a process that is no child.
+pub fn reap(pidfd: impl AsFd, patience: Duration) -> Option<Ended> {
+    poll_for(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(patience)).ok().filter(|ready| *ready > 0)?;
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let status = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), options).ok().flatten()?;
+    status.exit_status().map(Ended::Code).or_else(|| status.terminating_signal().map(Ended::Signal))
 }
 
 /// Sleeps until a signal ends this process.

@@ -12,12 +12,13 @@ use rustix::event::{PollFd, PollFlags};
 use stencilfs::control::{Failure, ServerRow, Snapshot, UnmountMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
-use stencilfs::sys::process::{self, Ended, ProcessId};
+use stencilfs::sys::process::{self, ProcessId};
 use stencilfs::sys::wait::poll_for;
 
 use crate::backings::Backings;
 use crate::begin::Taken;
 use crate::control::Callers;
+use crate::deaths::{self, Death, Deaths, FREE_DEATHS};
 use crate::jobs::Job;
 use crate::kept::{Kept, Program};
 use crate::notify::Notify;
@@ -27,12 +28,6 @@ use crate::stats::Counter;
 use crate::watchdog::Watchdog;
 pub use servers::Server;
 
-/// So many servers in a row may die before they answered anything; then each next one waits longer.
-const FREE_DEATHS: u32 = 3;
-/// A server that lived so long counts as one that answered.
-const LIVED: Duration = Duration::from_secs(1);
-const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A record that could not be written is written again after this time.
 const RECORD_PAUSE: Duration = Duration::from_secs(1);
 /// A new program must answer the kernel within this time.
@@ -92,7 +87,7 @@ pub struct Supervisor {
     pub(crate) watchdog: Watchdog,
     pub(crate) notify: Notify,
     pub(crate) to_close: Vec<OwnedFd>,
-    pub(crate) idle_deaths: u32,
+    pub(crate) deaths: Deaths,
     pub(crate) start_at: Option<Instant>,
     record_at: Option<Instant>,
     pub(crate) failure: Option<Failure>,
@@ -123,7 +118,7 @@ impl Supervisor {
             watchdog,
             notify,
             to_close: Vec::new(),
-            idle_deaths: 0,
+            deaths: Deaths::default(),
             start_at: None,
             record_at: None,
             failure: None,
@@ -228,10 +223,7 @@ impl Supervisor {
         self.close_elsewhere();
         self.notify.ping();
         while let Ok(Some((pid, end))) = process::reap_one() {
-            log::debug!("process {pid} has ended: {end}");
-            if let Ended::Signal(number @ (libc::SIGSYS | libc::SIGSEGV | libc::SIGABRT)) = end {
-                log::error!("process {pid} has ended by {}: a fault of ours", process::signal_name(number));
-            }
+            deaths::tell(pid, end);
         }
     }
 
@@ -265,7 +257,7 @@ impl Supervisor {
         if self.server.is_some() || self.start_at.is_some_and(|at| Instant::now() < at) {
             return Ok(());
         }
-        if self.callers.nobody_served_yet() && (self.failure.is_some() || self.idle_deaths >= FREE_DEATHS) {
+        if self.callers.nobody_served_yet() && (self.failure.is_some() || self.deaths.early >= FREE_DEATHS) {
             return Err(self.failure.take().map_or_else(
                 || {
                     Error::failed("the server dies before it answers")
@@ -279,13 +271,13 @@ impl Supervisor {
             Ok(server) => {
                 self.server = Some(server);
                 self.start_at = None;
+                self.deaths.started();
                 // From here on another supervisor could find it.
                 self.record();
             }
             Err(error) => {
                 log::error!("{error}");
-                self.idle_deaths += 1;
-                self.start_at = Some(Instant::now() + SHORTEST_PAUSE);
+                self.start_at = Some(Instant::now() + self.deaths.note_failed_start());
             }
         }
         Ok(())
@@ -294,27 +286,15 @@ impl Supervisor {
     /// The server is gone, or is to go: the next one is started without waiting for its end.
     pub(crate) fn server_died(&mut self) {
         let Some(server) = self.server.take() else { return };
-        let answered = self.kept.stats.get(Counter::Answers) != server.answers;
-        // One that lived for a while is no crash at the start: opens that wait for a backing may be all that it had.
-        let answered = answered || server.row.serving && server.since.elapsed() > LIVED;
-        self.idle_deaths = if answered { 0 } else { self.idle_deaths + 1 };
+        let pause = self.deaths.note(Death::of(&server, self.kept.stats.get(Counter::Answers)));
         self.kept.restarts += 1;
-        log::warn!(
-            "server {} has died after {:.1} s",
-            server.row.process.pid,
-            server.since.elapsed().as_secs_f64()
-        );
         self.dismiss(server);
         self.to_close.extend(self.backings.forget_unfinished());
         self.watchdog.watch(None);
-        if self.idle_deaths >= FREE_DEATHS {
+        if self.deaths.early >= FREE_DEATHS {
             self.go_back();
         }
-        self.start_at = self.idle_deaths.checked_sub(FREE_DEATHS + 1).map(|beyond| {
-            let pause = SHORTEST_PAUSE.saturating_mul(2 << beyond.min(10)).min(LONGEST_PAUSE);
-            log::error!("{} servers in a row died before they answered: waiting {pause:?}", self.idle_deaths);
-            Instant::now() + pause
-        });
+        self.start_at = pause.map(|pause| Instant::now() + pause);
     }
 
     /// A new program that has not answered anything yet is of no use: back to the one before, if there is one.
@@ -344,7 +324,13 @@ impl Supervisor {
     pub(crate) fn snapshot(&self, server: Option<ServerRow>) -> Result<Snapshot> {
         let leaving = self.leaving.iter().map(|(its, _)| *its).collect();
         let snapshot = self.kept.snapshot(server, leaving, self.backings.rows())?;
-        Ok(Snapshot { condemned: self.condemned.rows(), ..snapshot })
+        Ok(Snapshot {
+            condemned: self.condemned.rows(),
+            last_end: self.deaths.last.clone(),
+            early_ends: self.deaths.early,
+            next_start: self.deaths.next_start(),
+            ..snapshot
+        })
     }
 
     /// Writes down what a successor must know.

@@ -8,6 +8,7 @@ use std::time::Instant;
 use rustix::process::Signal;
 use stencilfs::control::{Channel, ServerRow};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::cgroup::OomKills;
 use stencilfs::sys::process::{self, ProcessId};
 
 use crate::backings::Backings;
@@ -32,6 +33,8 @@ pub struct Server {
     pub heard: u64,
     /// True while a job finds its answer.
     pub asking: bool,
+    /// What the OOM killer had done in its control group before.
+    pub oom_kills: Option<OomKills>,
     /// How often the bell had been rung when it was started, where that is known.
     pub born: Option<u32>,
 }
@@ -93,7 +96,9 @@ impl Server {
         let gone = || Error::failed(format!("the server, process {}, is gone", row.process.pid));
         let pidfd = process::pidfd(row.process.pid)?.ok_or_else(gone)?;
         let answers = kept.stats.get(crate::stats::Counter::Answers);
-        Ok(Server { row, pidfd, link, since: Instant::now(), answers, heard: 0, asking: false, born: None })
+        let oom_kills = OomKills::of(row.process.pid);
+        let since = Instant::now();
+        Ok(Server { row, pidfd, link, since, answers, heard: 0, asking: false, oom_kills, born: None })
     }
 
     /// Ends it.

@@ -1,0 +1,79 @@
+//! The memory controller of control groups, of either version: how often the OOM killer has struck.
+
+use std::fs;
+use std::path::PathBuf;
+
+/// Where control groups are mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// How many processes the OOM killer has ended in a control group, or on the whole host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OomKills {
+    /// The file that counts.
+    file: PathBuf,
+    count: u64,
+}
+
+impl OomKills {
+    /// The counter for a process that lives: that of its control group, else that of the host. (Zombies belong to the root
+    /// of a hierarchy of version 1.)
+    pub fn of(pid: u32) -> Option<OomKills> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let files = candidates(&text).into_iter().chain([PathBuf::from("/proc/vmstat")]);
+        files.into_iter().find_map(|file| {
+            let count = parse(&fs::read_to_string(&file).ok()?)?;
+            Some(OomKills { file, count })
+        })
+    }
+
+    /// True when it has struck since.
+    pub fn have_risen(&self) -> bool {
+        fs::read_to_string(&self.file).ok().and_then(|text| parse(&text)).is_some_and(|now| now > self.count)
+    }
+}
+
+/// Files that count for the control groups of a `/proc/PID/cgroup`: version 1 where it has the memory controller.
+fn candidates(text: &str) -> Vec<PathBuf> {
+    let lines = || text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
+    let file = |folder: &str, path: &str, name: &str| {
+        PathBuf::from(format!("{ROOT}{folder}{}/{name}", path.trim_end_matches('/')))
+    };
+    let first = lines()
+        .filter(|(controllers, _)| controllers.split(',').any(|c| c == "memory"))
+        .map(|(_, path)| file("/memory", path, "memory.oom_control"));
+    let second = lines()
+        .filter(|(controllers, _)| controllers.is_empty())
+        .flat_map(|(_, path)| ["", "/unified"].map(|folder| file(folder, path, "memory.events")));
+    first.chain(second).collect()
+}
+
+/// The line `oom_kill N`.
+fn parse(text: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counter_is_found_in_both_versions() {
+        let paths = |text| candidates(text).iter().map(|p| p.display().to_string()).collect::<Vec<_>>();
+        assert_eq!(
+            paths("4:cpu:/x\n3:memory:/vm/7\n0::/u\n")[0],
+            "/sys/fs/cgroup/memory/vm/7/memory.oom_control"
+        );
+        assert_eq!(paths("0::/u.slice/a\n")[0], "/sys/fs/cgroup/u.slice/a/memory.events");
+        assert_eq!(paths("0::/\n")[0], "/sys/fs/cgroup/memory.events");
+        assert_eq!(parse("low 0\noom 3\noom_kill 2\noom_group_kill 0\n"), Some(2));
+        assert_eq!(parse("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"), Some(5));
+        assert!(OomKills::of(std::process::id()).is_some());
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory.events");
+        let kills = OomKills { file: file.clone(), count: 2 };
+        for (text, risen) in [("oom_kill 2\n", false), ("oom_kill 3\n", true), ("", false)] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(kills.have_risen(), risen, "{text}");
+        }
+    }
+}

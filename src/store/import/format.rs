@@ -1,21 +1,11 @@
-//! What a source is, from its first bytes.
+//! Compares what the user says a source is with what it looks like.
 
 use super::ImportFormat;
+use super::magic::known;
 use super::reader::Input;
 use crate::error::{Error, Result};
 use crate::store::FileKind;
 use crate::store::firecracker::{FirecrackerState, LONGEST_STATE};
-
-/// Containers that hold guest memory but are not guest memory.
-const CONTAINERS: [(&[u8], &str, &str); 7] = [
-    (b"QFI\xfb", "a qcow2 image", "import the guest's RAM, not its disk"),
-    (b"\x7fELF", "an ELF file (a core dump?)", "write the RAM as a plain file: stencil capture does"),
-    (b"QEVM", "a QEMU migration stream", "stencil capture takes RAM and state apart"),
-    (b"KDUMP   ", "a kdump file", "write the RAM as a plain file"),
-    (b"\x1f\x8b", "compressed by gzip", "pipe it: zcat FILE | stencil import - NAME"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "pipe it: zstdcat FILE | stencil import - NAME"),
-    (b"\xfd7zXZ\0", "compressed by xz", "pipe it: xzcat FILE | stencil import - NAME"),
-];
 
 /// Compares what the user says the sources are with what they look like.
 pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()> {
@@ -86,10 +76,20 @@ fn from_a_pipe(input: &Input) -> Error {
 }
 
 fn no_container(input: &Input) -> Result<()> {
-    let Some(head) = input.head() else { return Ok(()) };
-    match CONTAINERS.iter().find(|(magic, _, _)| head.starts_with(magic)) {
+    match input.ends()? {
+        Some((head, tail)) => plain(input, &head, &tail),
         None => Ok(()),
-        Some((_, what, remedy)) => Err(Error::usage(format!("the source is {what}, not guest memory"))
+    }
+}
+
+/// Refuses what is known not to be plain RAM.
+///
+/// # Errors
+/// A usage error with what it is, and what to do with it.
+pub(super) fn plain(input: &Input, head: &[u8], tail: &[u8]) -> Result<()> {
+    match known(head, tail) {
+        None => Ok(()),
+        Some((what, remedy)) => Err(Error::usage(format!("the source is {what}, not plain guest memory"))
             .at(input.origin())
             .remedy(format!("{remedy}; or use --format raw to import it as it is"))),
     }

@@ -5,6 +5,7 @@
 //! session and writes the tables. Nothing is visible before the commit.
 
 mod format;
+mod magic;
 mod reader;
 mod request;
 mod worker;

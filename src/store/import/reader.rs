@@ -9,6 +9,8 @@ use std::sync::mpsc::Receiver;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 
+use super::format::plain;
+use super::magic::{HEAD, TAIL};
 use super::worker::Batch;
 use super::{BATCH_BYTES, ImportFile, Later, Source, Stop, Work};
 use crate::error::{Error, Result};
@@ -22,6 +24,8 @@ use crate::units::PAGE_SIZE;
 pub(super) struct Input {
     pub name: String,
     pub kind: FileKind,
+    /// A known format that is not plain RAM is refused, also where it comes from a pipe.
+    pub must_be_plain: bool,
     /// For errors.
     origin: String,
     file: From,
@@ -54,6 +58,7 @@ impl Input {
                 return Ok(Input {
                     name: request.name.clone(),
                     kind: request.kind,
+                    must_be_plain: false,
                     origin: request.name.clone(),
                     size: Some(later.size),
                     file: From::Later(later.clone()),
@@ -82,6 +87,7 @@ impl Input {
         let input = Input {
             name: request.name.clone(),
             kind: request.kind,
+            must_be_plain: false,
             origin: origin.clone(),
             file: From::Open(file),
             size,
@@ -133,12 +139,14 @@ impl Input {
         &self.origin
     }
 
-    /// First bytes of a file or device; nothing of a pipe, whose bytes come once.
-    pub fn head(&self) -> Option<[u8; 8]> {
-        let mut head = [0; 8];
-        self.size?;
-        let _ = self.file().ok()?.read_at(&mut head, 0);
-        Some(head)
+    /// First and last bytes of a file or device; nothing of a pipe, whose bytes come once.
+    pub fn ends(&self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
+        let (Some(size), From::Open(file)) = (self.size, &self.file) else { return Ok(None) };
+        let part = |from: u64, most: usize| {
+            let mut bytes = vec![0; most.min((size - from) as usize)];
+            file.read_exact_at(&mut bytes, from).map_err(|e| self.fail(e)).map(|()| bytes)
+        };
+        Ok(Some((part(0, HEAD)?, part(size.saturating_sub(TAIL as u64), TAIL)?)))
     }
 
     /// All bytes of a file or device that has at most so many; nothing of a pipe.
@@ -342,6 +350,9 @@ fn read_stream(
         }
         total += have as u64;
         input.check_total(total)?;
+        if total == have as u64 && input.must_be_plain {
+            plain(input, batch.plain.get(..have.min(HEAD)).unwrap_or_default(), &[])?;
+        }
         if have > 0 {
             batch.length = have;
             send(Work::Data(batch))?;

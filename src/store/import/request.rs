@@ -143,7 +143,10 @@ impl ImportRequest {
         self.check()?;
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
-        let inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
+        let mut inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
+        for input in &mut inputs {
+            input.must_be_plain = input.kind == FileKind::Ram && self.format != ImportFormat::Raw;
+        }
         check_format(self.format, &inputs)?;
         inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
         let mut total: u64 = 0;

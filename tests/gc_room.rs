@@ -165,6 +165,11 @@ fn full_packs_are_written_anew_as_several() {
     assert!(done["new_packs"].as_u64().unwrap() >= 2, "{done:#}");
     assert!(done["dead_bytes"].as_u64().unwrap() > PACK / 2, "what is mostly needed stays: {done:#}");
     assert!(fixture.files("packs").iter().any(|pack| packs.contains(pack)), "{done:#}");
+    let told = fixture.run(&["gc"]).ok().stdout;
+    assert!(
+        told.contains(" unreferenced in packs that are still in use; stencil gc --all rewrites them"),
+        "{told}"
+    );
     let live = (kept_less.len() + kept_more.len()) as u64;
     let totals = fixture.run(&["--json", "du"]).ok().json()["totals"].clone();
     assert!(totals["dead_bytes"].as_u64().unwrap() <= PACK, "{totals:#}");
@@ -172,5 +177,10 @@ fn full_packs_are_written_anew_as_several() {
     for (tag, kept) in [("kept-less", kept_less), ("kept-more", kept_more)] {
         assert!(read_all(&fixture.store(), &digest_of(&fixture, tag), 0).unwrap() == kept, "{tag}");
     }
+    fixture.run(&["verify"]).ok();
+    let dead = totals["dead_bytes"].as_u64().unwrap();
+    let all = fixture.run(&["--json", "gc", "--all"]).ok().json();
+    assert!(all["dead_bytes"] == 0 && all["freed_bytes"].as_u64().unwrap() > dead / 2, "{all:#}");
+    assert_eq!(fixture.run(&["--json", "du"]).ok().json()["totals"]["dead_bytes"], 0);
     fixture.run(&["verify"]).ok();
 }

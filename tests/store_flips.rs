@@ -12,8 +12,8 @@ use serde_json::json;
 use stencilfs::error::{Error, Result};
 use stencilfs::progress::Silent;
 use stencilfs::store::{
-    BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Policy, Scratch, Source, Store, TagName,
-    TemplateRef, Verified,
+    BLOCK_SIZE, Collect, Digest, FileKind, ImportFile, ImportRequest, Policy, Scratch, Source, Store,
+    TagName, TemplateRef, Verified,
 };
 use stencilfs::units::FileOffset;
 use tempfile::TempDir;
@@ -241,7 +241,7 @@ fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
     }
     let stop = AtomicBool::new(false);
     let _ = store.usage(&stop).inspect_err(assert_no_panic);
-    let _ = store.collect(true, &stop, &Silent).inspect_err(assert_no_panic);
+    let _ = store.collect(Collect { dry_run: true, all: false }, &stop, &Silent).inspect_err(assert_no_panic);
     if !repair {
         change(place.mask);
         return is_named;

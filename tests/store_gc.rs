@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use stencilfs::error::Error;
 use stencilfs::progress::{Progress, Silent};
-use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef, What};
+use stencilfs::store::{BLOCK_SIZE, Collect, Digest, Scratch, Store, Template, TemplateRef, What};
 use stencilfs::units::Bytes;
 
 use crate::support::host;
@@ -247,7 +247,7 @@ fn soak_a_collector_is_not_starved_by_importers() {
         for _ in 0..host::rounds(5, 60) {
             let none = AtomicBool::new(false);
             let begun = Instant::now();
-            store.collect(false, &none, &Silent).unwrap();
+            store.collect(Collect::default(), &none, &Silent).unwrap();
             assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
             read_all(&store, &digest, 0).unwrap();
         }
@@ -333,7 +333,7 @@ impl Progress for Remover<'_> {
         if !self.done.swap(true, Ordering::Relaxed) {
             let what = TemplateRef::Digest(self.digest);
             self.store.remove(What::Named(&what), Some(&self.digest), || Ok(true), || Ok(())).unwrap();
-            self.store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
+            self.store.collect(Collect::default(), &AtomicBool::new(false), &Silent).unwrap();
         }
     }
     fn finish(&self) {}
@@ -397,7 +397,7 @@ fn a_template_that_is_put_back_has_all_its_packs() {
     let (store, other) = (fixture.store(), fixture.store());
     let packs = fixture.files("packs");
     let removal = PutBack { store: &other, digest, packs, done: AtomicBool::new(false) };
-    let done = store.collect(false, &AtomicBool::new(false), &removal).unwrap();
+    let done = store.collect(Collect::default(), &AtomicBool::new(false), &removal).unwrap();
     assert!(removal.done.into_inner());
     assert_eq!((done.repacked_packs, done.placements), (1, 1));
     assert!(read_all(&fixture.store(), &digest, 0).unwrap() == bytes);

@@ -12,12 +12,12 @@ use crate::clones::removal;
 use crate::control;
 use crate::error::{Code, Result};
 use crate::progress::Progress;
-use crate::store::{Collected, Digest, Store};
+use crate::store::{Collect, Collected, Digest, Store};
 
 /// Give back what no template needs
 ///
 /// Removed templates leave their blocks behind, since others may need them. This removes packs that nobody needs, and
-/// writes packs of which little is needed anew. Imports wait meanwhile; mounts and clones go on.
+/// rewrites packs of which little is needed; with --all every pack with an unreferenced record. Imports wait meanwhile; mounts and clones go on.
 #[derive(Debug, Args)]
 pub struct GcArgs {
     /// Change nothing, say what would be given back
@@ -26,6 +26,9 @@ pub struct GcArgs {
     /// Also remove templates without a tag that nobody uses
     #[arg(long)]
     untagged: bool,
+    /// Rewrite every pack with an unreferenced record, however much of it is needed
+    #[arg(long)]
+    all: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -66,7 +69,10 @@ impl Report for Collection {
             writeln!(out, "{sessions} folders of killed commands {would}removed")?;
         }
         if dead_bytes.get() > 0 {
-            writeln!(out, "{dead_bytes} that nobody needs stay in packs that are mostly needed")?;
+            writeln!(
+                out,
+                "{dead_bytes} unreferenced in packs that are still in use; stencil gc --all rewrites them"
+            )?;
         }
         Ok(())
     }
@@ -134,6 +140,6 @@ fn collect(
             }
         }
     }
-    collection.collected = store.collect(args.dry_run, stop, progress)?;
+    collection.collected = store.collect(Collect { dry_run: args.dry_run, all: args.all }, stop, progress)?;
     Ok(())
 }

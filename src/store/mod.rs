@@ -43,7 +43,7 @@ pub use codec::{ChunkSize, Compression};
 pub use digest::Digest;
 pub use export::Target;
 pub use firecracker::FirecrackerState;
-pub use gc::Collected;
+pub use gc::{Collect, Collected};
 pub use image::{FileKind, MANIFEST, TemplateFile};
 pub use import::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 pub use open::{ContentHold, Store};

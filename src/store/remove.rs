@@ -227,6 +227,7 @@ mod tests {
 
     use super::*;
     use crate::progress::Silent;
+    use crate::store::Collect;
     use crate::store::{FileKind, ImportFile, ImportRequest, Scratch, Source};
 
     fn filled(dir: &Path) -> (Store, Digest, [TagName; 2]) {
@@ -303,7 +304,7 @@ mod tests {
             );
             let _ = fs::remove_file(obstacle);
             let _ = fs::remove_dir(obstacle);
-            store.collect(false, &AtomicBool::new(false), &Silent).unwrap();
+            store.collect(Collect::default(), &AtomicBool::new(false), &Silent).unwrap();
             let mut block = vec![0; 64 << 10];
             store.template(&digest).unwrap().read_block(0, 3, &mut Scratch::default(), &mut block).unwrap();
             assert!(block[..8192].iter().all(|byte| *byte == 7));

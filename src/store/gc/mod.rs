@@ -49,6 +49,15 @@ pub struct Collected {
     pub dead_bytes: Bytes,
 }
 
+/// How a collection is done.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Collect {
+    /// Nothing is changed.
+    pub dry_run: bool,
+    /// Packs with any unreferenced record are rewritten, whatever that costs.
+    pub all: bool,
+}
+
 /// Where records are now.
 type Moved = HashMap<(PackId, u32), Place>;
 
@@ -67,7 +76,7 @@ impl Store {
     /// says, or that `interrupt` became true; whatever was given back until then stays so.
     pub fn collect(
         &self,
-        dry_run: bool,
+        Collect { dry_run, all }: Collect,
         interrupt: &AtomicBool,
         progress: &dyn Progress,
     ) -> Result<Collected> {
@@ -90,10 +99,11 @@ impl Store {
             .remedy("import the same memory again to repair it, or remove it: stencil rm DIGEST"));
         }
         let packs = census.packs.iter().filter(|(_, pack)| !pack.strange);
-        let plan = Plan::of(packs.map(|(id, pack)| {
+        let packs = packs.map(|(id, pack)| {
             let (all, live) = pack.bytes();
             Share { id: *id, all, live }
-        }));
+        });
+        let plan = Plan::of(packs, all);
         let run = Run { store: self, interrupt, progress };
         let mut done = Collected { sessions, dead_bytes: Bytes::new(plan.stays), ..Collected::default() };
         let freed = match dry_run {

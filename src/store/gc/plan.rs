@@ -30,14 +30,16 @@ pub struct Plan {
 impl Plan {
     /// A pack that is at least half dead is written anew. The rest may keep as many dead bytes as one pack holds, or a
     /// tenth of all: beyond that the worst ones are written anew too.
-    pub fn of(packs: impl IntoIterator<Item = Share>) -> Plan {
+    ///
+    /// With `all` every pack with a dead record is.
+    pub fn of(packs: impl IntoIterator<Item = Share>, all: bool) -> Plan {
         let mut plan = Plan::default();
         let mut rest: Vec<Share> = Vec::new();
         let dead = |pack: &Share| pack.all - pack.live;
         for pack in packs {
             if pack.live == 0 {
                 plan.remove.insert(pack.id);
-            } else if dead(&pack) >= pack.live {
+            } else if dead(&pack) >= pack.live || all && dead(&pack) > 0 {
                 plan.repack.push(pack);
             } else {
                 rest.push(pack);
@@ -45,14 +47,14 @@ impl Plan {
         }
         let worse = |a: &Share, b: &Share| u128::from(dead(a)) * u128::from(b.all);
         rest.sort_by(|a, b| worse(a, b).cmp(&worse(b, a)));
-        let mut all: u64 = rest.iter().map(|pack| pack.all).sum();
+        let mut total: u64 = rest.iter().map(|pack| pack.all).sum();
         plan.stays = rest.iter().map(dead).sum();
-        while plan.stays > PACK_BYTES.max(all / 10)
+        while plan.stays > PACK_BYTES.max(total / 10)
             && let Some(pack) = rest.pop()
         {
             plan.repack.push(pack);
             plan.stays -= dead(&pack);
-            all -= pack.all;
+            total -= pack.all;
         }
         plan.repack.sort_by_key(|pack| std::cmp::Reverse((pack.live, pack.id)));
         plan
@@ -97,36 +99,44 @@ mod tests {
     fn dead_packs_go_and_half_dead_ones_are_written_anew() {
         let packs =
             [share(1, 100, 0), share(2, 100, 50), share(3, 100, 51), share(4, 100, 100), share(5, 0, 0)];
-        let mut plan = Plan::of(packs);
+        let mut plan = Plan::of(packs, false);
         assert_eq!(plan.remove, [1, 5].map(|n| PackId([n; 16])).into());
         assert_eq!(plan.live(), 50);
         assert_eq!(plan.stays, 49);
         assert_eq!(repacked(&mut plan), [2]);
-        assert!(Plan::of([]).next_round(u64::MAX).is_empty());
+        assert!(Plan::of([], false).next_round(u64::MAX).is_empty());
+    }
+
+    #[test]
+    fn all_of_the_dead_is_given_back_where_that_is_asked_for() {
+        let mut plan = Plan::of([share(1, 100, 99), share(2, 100, 100), share(3, 100, 0)], true);
+        assert_eq!((plan.stays, plan.remove.len()), (0, 1));
+        assert_eq!(repacked(&mut plan), [1]);
     }
 
     #[test]
     fn what_stays_is_no_more_than_a_pack_or_a_tenth() {
         // Each has a third of dead bytes; the last one has most of all, by its share.
         let third = |number| share(number, PACK_BYTES, PACK_BYTES / 3 * 2);
-        let mut plan = Plan::of([third(1), third(2)]);
+        let mut plan = Plan::of([third(1), third(2)], false);
         assert!(repacked(&mut plan).is_empty(), "two thirds of a pack stay");
-        let mut plan = Plan::of([third(1), share(9, 1000, 501), third(2), third(3), third(4)]);
+        let mut plan = Plan::of([third(1), share(9, 1000, 501), third(2), third(3), third(4)], false);
         assert!(plan.stays <= PACK_BYTES && plan.stays > PACK_BYTES / 2, "{}", plan.stays);
         let worst = repacked(&mut plan);
         assert!(worst.len() == 3 && worst.contains(&9), "the worst ones first, and no more: {worst:?}");
         // A large store keeps a tenth of what it has.
         let packs =
             |live: u64| (0..200).map(move |number| share(number, PACK_BYTES, PACK_BYTES / 100 * live));
-        assert!(repacked(&mut Plan::of(packs(91))).is_empty());
-        let mut plan = Plan::of(packs(89));
+        assert!(repacked(&mut Plan::of(packs(91), false)).is_empty());
+        let mut plan = Plan::of(packs(89), false);
         let left = 200 - repacked(&mut plan).len() as u64;
         assert!(plan.stays <= PACK_BYTES.max(left * PACK_BYTES / 10), "{} of {left} packs", plan.stays);
     }
 
     #[test]
     fn a_round_takes_no_more_than_there_is_room_for() {
-        let halves = |count| Plan::of((0..count).map(|number| share(number, PACK_BYTES, PACK_BYTES / 2)));
+        let halves =
+            |count| Plan::of((0..count).map(|number| share(number, PACK_BYTES, PACK_BYTES / 2)), false);
         let mut plan = halves(20);
         let rounds: Vec<_> =
             std::iter::from_fn(|| Some(plan.next_round(u64::MAX)).filter(|r| !r.is_empty())).collect();
@@ -138,7 +148,7 @@ mod tests {
         let mut plan = halves(3);
         assert_eq!([PACK_BYTES, 0, PACK_BYTES * 2].map(|room| plan.next_round(room).len()), [1, 1, 1]);
         // What costs least comes first.
-        let mut plan = Plan::of([share(1, 100, 40), share(2, 100, 1), share(3, 100, 20)]);
+        let mut plan = Plan::of([share(1, 100, 40), share(2, 100, 1), share(3, 100, 20)], false);
         assert_eq!(numbers(&plan.next_round(50)), [2, 3]);
         assert_eq!(numbers(&plan.next_round(50)), [1]);
     }

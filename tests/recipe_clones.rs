@@ -167,6 +167,10 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
         }
     });
 
+    let logs = world.stencil(&["logs", clones[0]["id"].as_str().unwrap()]).ok().out;
+    let socket = Path::new(clones[0]["dir"].as_str().unwrap()).join("serial-1.sock");
+    assert!(logs.contains(&format!("UNIX-CONNECT:{}", socket.display())), "{logs}");
+
     // A guest goes on with the address in its device state, until it takes the one that its card was given.
     for clone in clones {
         let folder = Path::new(clone["dir"].as_str().unwrap());

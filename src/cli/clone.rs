@@ -77,7 +77,10 @@ impl Report for CloneReport {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         if !self.ended {
             for clone in &self.clones {
-                writeln!(out, "{}", clone.id)?;
+                match clone.ports.is_empty() {
+                    true => writeln!(out, "{}", clone.id)?,
+                    false => writeln!(out, "{}\t{}", clone.id, super::ps::ports(&clone.ports))?,
+                }
             }
         }
         for failure in &self.failures {

@@ -1,6 +1,9 @@
 //! `stencil logs`: what a clone has said.
 
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -22,16 +25,27 @@ struct LogsReport {
     id: String,
     log: String,
     serial: Option<String>,
+    /// Sockets in its folder on which it talks, and does not write down.
+    sockets: Vec<PathBuf>,
 }
 
 impl Report for LogsReport {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(self.log.as_bytes())?;
-        out.write_all(self.serial.as_deref().unwrap_or_default().as_bytes())
+        out.write_all(self.serial.as_deref().unwrap_or_default().as_bytes())?;
+        for socket in &self.sockets {
+            let name = socket.file_name().unwrap_or_default().display();
+            writeln!(
+                out,
+                "{name} is a socket, not a log; to connect: socat -,rawer UNIX-CONNECT:{}",
+                socket.display()
+            )?;
+        }
+        Ok(())
     }
 
     fn json(&self) -> Value {
-        json!({"id": self.id, "log": self.log, "serial": self.serial})
+        json!({"id": self.id, "log": self.log, "serial": self.serial, "sockets": self.sockets})
     }
 }
 
@@ -51,5 +65,19 @@ pub fn run(args: &LogsArgs, _global: &Global) -> Result<Done> {
         Ok::<_, Error>(entry.read_file(name).map_err(failed)?.map(text))
     };
     let (log, serial) = (text(LOG)?.unwrap_or_default(), text(SERIAL_LOG)?);
-    Ok(Done::report(LogsReport { log, serial, id: entry.id }))
+    Ok(Done::report(LogsReport { log, serial, sockets: sockets(&entry.dir)?, id: entry.id }))
+}
+
+/// Sockets of serial ports and other character devices; the monitor's has a protocol of its own.
+fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {
+    let fail = |e| Error::io("cannot read the folder of a clone", dir, e);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        if entry.file_type().map_err(fail)?.is_socket() && entry.file_name() != "qmp.sock" {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
 }

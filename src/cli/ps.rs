@@ -122,7 +122,7 @@ impl Report for PsReport {
 }
 
 /// `HOST->NAME`, as container tools write it.
-fn ports(all: &BTreeMap<String, u16>) -> String {
+pub(super) fn ports(all: &BTreeMap<String, u16>) -> String {
     let one = |(name, port): (&String, &u16)| format!("{port}->{name}");
     if all.is_empty() { "-".into() } else { all.iter().map(one).collect::<Vec<_>>().join(",") }
 }

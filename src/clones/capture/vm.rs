@@ -234,14 +234,21 @@ fn host_problem(pid: u32, path: &Path) -> Option<String> {
     }
 }
 
+/// libvirt starts QEMU's process first and gives it the files (chown) then: their inodes change within this time.
+const RELABEL_TIME: Duration = Duration::from_secs(60);
+
 /// Says which of these files are not those that QEMU has read: it does not keep them open, so nothing else tells.
 fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
     let Some(started) = procfs::started_at(pid)? else { return Err(no_vm_here(pid)) };
     let changed = |blob: &&Blob| {
         let meta = std::fs::metadata(path_of(pid, &blob.path)).ok()?;
-        let changed =
-            UNIX_EPOCH + Duration::new(meta.ctime().try_into().ok()?, meta.ctime_nsec().try_into().ok()?);
-        (changed > started).then_some(())
+        let at = |seconds: i64, nanoseconds: i64| {
+            Some(UNIX_EPOCH + Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?))
+        };
+        let written = at(meta.mtime(), meta.mtime_nsec())?;
+        // A file with an old time that was moved there.
+        let moved = at(meta.ctime(), meta.ctime_nsec())?;
+        (written > started || moved > started + RELABEL_TIME).then_some(())
     };
     let note = |blob: &Blob| {
         format!(

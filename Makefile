@@ -65,6 +65,7 @@ install: build install-files
 share := $(DESTDIR)$(PREFIX)/share
 doc := $(share)/doc/stencil
 unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service
+clones_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-clones@.service
 completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
     $(share)/fish/vendor_completions.d/stencil.fish
 
@@ -88,6 +89,7 @@ install-files:
 	install -m 0755 '$(bin)/stencil' '$(bin)/stencil-mountd' '$(DESTDIR)$(PREFIX)/bin/'
 	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(helper)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil-clones@.service' >'$(clones_unit)'
 	$(bin)/stencil generate man '$(share)/man/man1'
 	mv '$(share)/man/man1/'*stencil*.8 '$(share)/man/man8/'
 	$(foreach file,$(completions),$(bin)/stencil generate completions \
@@ -96,10 +98,10 @@ install-files:
 	install -m 0644 docs/*.md '$(doc)/docs/'
 	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
 	install -m 0644 '$(bin)/crates.gz' '$(doc)/'
-	chmod 0644 '$(unit)' $(foreach file,$(completions),'$(file)') \
+	chmod 0644 '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
 	@$(unit_is_seen) || printf '%s\n' 'Not where systemd, man and the shells look. What is left to do:' \
-	    '    systemctl link $(unit)' \
+	    '    systemctl link $(unit)' '    systemctl link $(clones_unit)' \
 	    '    PATH $(PREFIX)/bin, MANPATH $(PREFIX)/share/man; completions: $(completions)'
 
 uninstall:
@@ -107,7 +109,7 @@ uninstall:
 	    echo '$(helper) is of a Debian package: apt remove stencil' >&2; exit 1; }
 	! $(helper_is_ours) || rm -f '$(helper)'
 	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \
-	    '$(unit)' $(foreach file,$(completions),'$(file)') \
+	    '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil.1' '$(share)/man/man1/stencil-'*.1 \
 	    '$(share)/man/man8/stencil-mountd.8' '$(share)/man/man8/mount.fuse.stencil.8'
 	rm -rf '$(doc)'

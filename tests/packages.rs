@@ -153,7 +153,7 @@ fn a_status_that_cannot_tell_keeps_the_package(debian: &Debian) {
     let away = format!("mv {records} /run/records && touch {records}");
     let back = format!("rm {records} && mv /run/records {records}");
     refused(&away, &back, "it cannot be told whether one is served");
-    refused(&away, &back, "cannot read the runtime directory");
+    refused(&away, &back, "cannot use the runtime directory");
     let away = format!("cd {records}/* && mv mount.json kept && echo '{{' >mount.json");
     let back = format!("cd {records}/* && mv kept mount.json");
     refused(&away, &back, "  served:  the record of a mount cannot be read");

@@ -16,11 +16,12 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::host;
-use crate::support::mount::{STENCIL, TestMount, run, wait_for};
+use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
 use crate::support::notify::Manager;
 use crate::support::store::random;
 
 const UNIT: &str = "mountd/systemd/stencil@.service";
+const CLONES_UNIT: &str = "mountd/systemd/stencil-clones@.service";
 const PAGE: u64 = 4096;
 const PAGES: u64 = 2048;
 const WATCHDOG: Duration = Duration::from_millis(1500);
@@ -368,8 +369,8 @@ fn a_supervisor_that_stands_still_gives_no_sign_of_life() {
     service.reads(&mut clone, 1, 2);
 }
 
-fn unit() -> BTreeMap<String, Vec<String>> {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap();
+fn unit(name: &str) -> BTreeMap<String, Vec<String>> {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
     let (mut section, mut found) = (String::new(), BTreeMap::<String, Vec<String>>::new());
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
         if let Some(name) = line.strip_prefix('[') {
@@ -384,7 +385,7 @@ fn unit() -> BTreeMap<String, Vec<String>> {
 
 #[test]
 fn the_unit_says_what_the_promise_needs() {
-    let unit = unit();
+    let unit = unit(UNIT);
     for (key, value) in [
         ("Service.Type", "notify"),
         ("Service.NotifyAccess", "main"),
@@ -412,30 +413,90 @@ fn the_unit_says_what_the_promise_needs() {
     }
 }
 
-#[test]
-fn systemd_understands_the_unit() {
-    let installed = Command::new("systemd-analyze").arg("--version").output().is_ok();
-    if !installed {
+/// What `systemd-analyze verify` says about a unit with this text; nothing where it is not installed.
+fn verified(name: &str, text: &str) -> Option<(bool, Vec<String>)> {
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
         let must = std::env::var_os("CI").is_some();
         assert!(!must, "systemd-analyze is not here: install Debian's package systemd (`make setup` does)");
         eprintln!("SKIPPED: systemd-analyze is not here; the package systemd has it");
-        return;
+        return None;
     }
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("stencil@srv-templates.service");
+    let mount = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap();
+    let file = dir.path().join(name);
+    for (path, text) in
+        [(dir.path().join("stencil@srv-templates.service"), mount.as_str()), (file.clone(), text)]
+    {
+        fs::write(path, text.replace("/usr/local/bin/stencil", STENCIL)).unwrap();
+    }
+    let output = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&file).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let said = said.lines().filter(|line| line.contains("stencil")).map(str::to_owned).collect();
+    Some((output.status.success(), said))
+}
+
+#[test]
+fn systemd_understands_the_unit() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap();
-    let verify = |text: &str| {
-        fs::write(&file, text.replace("/usr/local/bin/stencil", STENCIL)).unwrap();
-        let output =
-            Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&file).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        (
-            output.status.success(),
-            said.lines().filter(|l| l.contains("stencil@")).map(str::to_owned).collect(),
-        )
-    };
-    let (good, said): (bool, Vec<String>) = verify(&text);
+    let name = "stencil@srv-templates.service";
+    let Some((good, said)) = verified(name, &text) else { return };
     assert!(good && said.is_empty(), "{said:?}");
-    let (_, said) = verify(&text.replace("Type=notify", "Type=notiffy"));
+    let said = verified(name, &text.replace("Type=notify", "Type=notiffy")).unwrap().1;
     assert!(!said.is_empty(), "a mistake would be seen");
+}
+
+#[test]
+fn systemd_understands_the_unit_of_clones() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(CLONES_UNIT)).unwrap();
+    let Some((good, said)) = verified("stencil-clones@srv-templates.service", &text) else { return };
+    assert!(good && said.is_empty(), "{said:?}");
+}
+
+/// The lines of the unit, as systemd would run them: what it puts in for `%i`, and the environment that it makes.
+#[test]
+fn the_clones_of_a_unit_start_and_stop() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    world.import_bytes(&[3; 65536], "web:1");
+    let (etc, runtime) = (world.dir().join("etc"), world.dir().join("ids"));
+    for dir in [&etc, &runtime] {
+        fs::create_dir(dir).unwrap();
+    }
+    let unit = unit(CLONES_UNIT);
+    for (key, value) in [("Unit.Requires", "stencil@%i.service"), ("Service.RemainAfterExit", "yes")] {
+        assert_eq!(unit[key], [value], "{key}");
+    }
+    let path = Path::new(STENCIL).parent().unwrap().display();
+    let run = |key: &str| {
+        let line = unit[&format!("Service.{key}")][0].trim_start_matches('-').replace("%i", "srv");
+        let line = line.replace("/etc/stencil", etc.to_str().unwrap());
+        // The shell takes the words apart as systemd does; it puts nothing into what is in single quotes.
+        let mut command = world.command_in("sh");
+        command.args(["-c", &line]).env("RUNTIME_DIRECTORY", &runtime);
+        command.env("PATH", unit["Service.Environment"][0].replace("PATH=/usr/local/bin", &path.to_string()));
+        Run::of(line, &command.output().unwrap())
+    };
+    let other = world.json(&["clone", "web:1", "--simulate", "read=1%"])["clones"][0]["id"].clone();
+    let living = || {
+        let all = world.json(&["ps"]);
+        let clones = all["clones"].as_array().unwrap();
+        clones.iter().filter(|clone| clone["state"] == "running").count()
+    };
+    fs::write(
+        etc.join("srv.clones"),
+        "stencil clone web:1 -n 2 --simulate read=1%\nstencil clone web:1 --simulate read=1%\n",
+    )
+    .unwrap();
+    run("ExecStart").ok();
+    assert_eq!(living(), 4);
+    run("ExecStop").ok();
+    assert_eq!(living(), 1, "those of the unit, and no other");
+    // A set that fails: what the others have started is stopped.
+    let script = "stencil clone web:1 --simulate read=1%\nstencil clone no-such:1\n";
+    fs::write(etc.join("srv.clones"), script).unwrap();
+    assert_ne!(run("ExecStart").code, 0);
+    run("ExecStopPost");
+    let left = world.json(&["ps"]);
+    assert_eq!(left["clones"].as_array().unwrap().len(), 1, "{left}");
+    assert_eq!(left["clones"][0]["id"], other);
 }

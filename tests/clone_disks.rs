@@ -25,7 +25,7 @@ pub struct Tmpfs(PathBuf);
 impl Tmpfs {
     pub fn on(folder: &Path) -> Tmpfs {
         fs::create_dir_all(folder).unwrap();
-        run("mount", &["-t", "tmpfs", "none", folder.to_str().unwrap()]);
+        run("mount", &["-t", "tmpfs", "-o", "mode=0700", "none", folder.to_str().unwrap()]);
         Tmpfs(folder.to_owned())
     }
 }

@@ -10,7 +10,7 @@ use stencilfs::control::Phase;
 use crate::support::actor::Actor;
 use crate::support::drill::Drill;
 use crate::support::host;
-use crate::support::mount::TestMount;
+use crate::support::mount::{TestMount, wait_for};
 use crate::support::readers::{Image, PAGE, Readers};
 
 const PAGES: u64 = 4 << 10;
@@ -37,6 +37,8 @@ fn kills_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOn
                 world.stencil(&["umount", "--force", world.mountpoint().to_str().unwrap()]);
                 panic!("somebody waits for ever");
             }
+            // One that dies before it serves is started again after a pause, and then never comes to answer anybody.
+            wait_for("a server that serves", || world.status()["server_version"].as_str().map(drop));
             drill.kill();
         }
         work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

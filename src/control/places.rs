@@ -2,8 +2,9 @@
 //! answer when they open one.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
 
 use super::options::MountOptions;
 use super::runtime_dir;
@@ -100,6 +101,8 @@ fn existing(path: &Path) -> PathBuf {
     path.ancestors().find_map(|part| fs::canonicalize(part).ok()).unwrap_or_else(|| path.to_owned())
 }
 
+/// What the kernel knows of it. A mount that has come there meanwhile is not asked.
 fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok()
+    let known = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+    Some((makedev(known.stx_dev_major, known.stx_dev_minor), known.stx_ino))
 }

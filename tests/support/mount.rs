@@ -340,7 +340,7 @@ pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
 /// end while that lives. Those below the given folder stay.
 pub fn without_others(own: &Path) -> String {
     format!(
-        "awk '$3 == \"fuse.stencil\" && index($2, \"{}/\") != 1 {{ print $2 }}' /proc/self/mounts | xargs -r -n 1 umount -l",
+        "awk '$3 == \"fuse.stencil\" && index($2, \"{}/\") != 1 {{ print $2 }}' /proc/self/mounts | xargs -r -d '\\n' -n 1 umount -l",
         own.display()
     )
 }

@@ -69,7 +69,7 @@ fn read_snapshot(file: &File) -> io::Result<Snapshot> {
 /// Asks the supervisor to end its mount.
 ///
 /// # Errors
-/// [`Code::InUse`](crate::error::Code::InUse) where it is in use; or the supervisor does not answer.
+/// [`Code::InUse`] where it is in use; or the supervisor does not answer.
 pub fn request_unmount(mount: &Mount, mode: UnmountMode) -> Result<()> {
     done(ask(&mount.dir, &Request::Unmount { mode })?)
 }

@@ -152,7 +152,7 @@ base=$(sha256sum <"$disk")
 [ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the mount has another disk than the store" >&2; exit 1; }
 
 say "$qemus QEMU clones resume from it"
-mapfile -t ids < <(stencil clone demo:v1 -n "$qemus")
+mapfile -t ids < <(stencil clone demo:v1 -n "$qemus" | cut -f1)
 [ "${#ids[@]}" = "$qemus" ] || exit 1
 
 say "$simulated simulated clones map it, read 2 % and write 1 % of its pages"

@@ -122,7 +122,7 @@ fn a_qemu_that_stands_still_is_told_as_such() {
         let Some(frozen) = Frozen::freeze(pid, is_v2) else { continue };
         hierarchies += 1;
         let [file, word] = frozen.thaw;
-        let remedy = format!("echo {word} >{}", frozen.group.join(file).display());
+        let remedy = format!("echo {word} > {}", frozen.group.join(file).display());
         told("is frozen by its control group", &remedy);
     }
     assert!(hierarchies > 0, "control groups with a freezer");

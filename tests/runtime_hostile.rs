@@ -461,7 +461,7 @@ fn a_frozen_clone_is_named_with_the_way_to_thaw_it() {
     write("freezer.state", "THAWED");
     let said = stopped.exits(75);
     let state = group.join("freezer.state");
-    assert!(said.err.contains("control group is frozen"), "{said:?}");
+    assert!(said.err.contains("is frozen by its control group"), "{said:?}");
     assert!(said.err.contains(&format!("echo THAWED > {}", state.display())), "{said:?}");
     world.stencil(&["stop", "--all"]).ok();
     crate::support::mount::wait_for("the end of the group", || fs::remove_dir(&group).ok());

@@ -16,7 +16,7 @@ use crate::control::{self, DeadMount, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
 use crate::shown::utc;
 use crate::store::Store;
-use crate::sys::halt;
+use crate::sys::pause;
 
 /// Show the mounts: who serves them, what is served how, and why
 #[derive(Debug, Args)]
@@ -73,11 +73,11 @@ enum State {
 
 impl Silent {
     fn new(mount: &Mount, error: &Error) -> Silent {
-        let halted = halt::of(mount.supervisor_pid).filter(|_| !mount.foreign && !mount.orphaned);
-        let (error, remedy) = match halted {
-            Some(halt) => {
+        let paused = pause::of(mount.supervisor_pid).filter(|_| !mount.foreign && !mount.orphaned);
+        let (error, remedy) = match paused {
+            Some(pause) => {
                 let pid = mount.supervisor_pid;
-                (format!("the supervisor, process {pid}, does not answer: {halt}"), halt.remedy(pid))
+                (format!("the supervisor, process {pid}, does not answer: it {pause}"), pause.remedy(pid))
             }
             None => (error.to_string(), error.remedy_text().unwrap_or("its log says more").to_owned()),
         };

@@ -11,7 +11,7 @@ use super::registry::{Entry, Kind};
 use crate::error::{Error, Result};
 use crate::sys::process::{self, ProcessId};
 use crate::sys::users::{self, PATIENCE};
-use crate::sys::{halt, procfs, tasks};
+use crate::sys::{pause, procfs, tasks};
 
 /// What every process of a clone but a worker has in its environment, followed by the clone's folder.
 const MARK: &[u8] = b"STENCIL_DIR=";
@@ -146,10 +146,10 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
 
 fn does_not_die(process: &ProcessId) -> Error {
     let pid = process.pid;
-    match halt::of(pid) {
-        Some(halt) => Error::try_again(format!("process {pid} does not die: {halt}"))
-            .remedy(format!("{}, and run this again", halt.remedy(pid))),
-        None => Error::failed(format!("process {pid} does not die"))
+    match pause::of(pid) {
+        Some(pause) => Error::try_again(format!("process {pid} does not end: it {pause}"))
+            .remedy(format!("{}; then run this again", pause.remedy(pid))),
+        None => Error::failed(format!("process {pid} does not end"))
             .remedy("it waits for an answer of a mount: see `stencil status`, or abort its fuse connection"),
     }
 }
@@ -163,7 +163,8 @@ mod tests {
     #[test]
     fn a_process_that_executes_a_program_shows_whose_it_is() {
         // It does nothing else.
-        let mut child = Command::new("sh")
+        let mut command = Command::new("sh");
+        let mut child = process::die_with_starter(&mut command)
             .args(["-c", "exec sh -c \"$AGAIN\""])
             .env("AGAIN", "exec sh -c \"$AGAIN\"")
             .env("STENCIL_DIR", "/its/own")

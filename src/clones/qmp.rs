@@ -12,7 +12,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
-use crate::sys::pause::{self, Pause};
+use crate::sys::pause;
 use crate::sys::unix_socket;
 
 /// The longest message that is read: a list of some thousand block nodes.
@@ -255,17 +255,8 @@ fn no_answer(path: &Path) -> Error {
 
 /// What keeps this QEMU from running.
 fn standstill(pid: u32, path: &Path) -> Option<Error> {
-    let (why, remedy) = match pause::of(pid)? {
-        Pause::Stopped => ("is stopped (SIGSTOP)".to_owned(), format!("let it go on: `kill -CONT {pid}`")),
-        Pause::Traced => {
-            ("is stopped by a debugger".to_owned(), "let it go on, or end the debugger".to_owned())
-        }
-        Pause::Frozen { file, thaw } => (
-            "is frozen by its control group".to_owned(),
-            format!("thaw it: `echo {thaw} >{}`, or as its manager does it", file.display()),
-        ),
-    };
-    Some(Error::try_again(format!("QEMU (process {pid}) {why}")).at(path).remedy(remedy))
+    let pause = pause::of(pid)?;
+    Some(Error::try_again(format!("QEMU (process {pid}) {pause}")).at(path).remedy(pause.remedy(pid)))
 }
 
 fn lost(path: &Path, e: io::Error) -> Error {

@@ -12,7 +12,6 @@ pub mod descriptor;
 pub mod folder;
 pub mod fuse_dev;
 pub mod fusectl;
-pub mod halt;
 pub mod handle;
 pub mod inherited;
 pub mod kpage;

@@ -1,5 +1,6 @@
 //! What keeps a process from running until somebody lets it: a signal, a debugger, the freezer of its control group.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::procfs;
@@ -20,12 +21,37 @@ pub enum Pause {
     },
 }
 
-/// Why that process does not run; `None` for one that runs, is gone, or lets nobody look.
+/// Why a process does not run; `None` for a process that runs, has ended or cannot be looked into. A frozen control group
+/// comes first: a signal does not reach a frozen process.
 pub fn of(pid: u32) -> Option<Pause> {
-    match procfs::stat(pid).ok()??.state {
+    frozen(pid).or_else(|| match procfs::stat(pid).ok()??.state {
         'T' => Some(Pause::Stopped),
         't' => Some(Pause::Traced),
-        _ => frozen(pid),
+        _ => None,
+    })
+}
+
+impl Pause {
+    /// The command or action that lets the process run again.
+    pub fn remedy(&self, pid: u32) -> String {
+        match self {
+            Pause::Stopped => format!("let it go on: `kill -CONT {pid}`"),
+            Pause::Traced => "let it go on, or end the debugger".to_owned(),
+            Pause::Frozen { file, thaw } => {
+                format!("thaw it: `echo {thaw} > {}`, or as its manager does it", file.display())
+            }
+        }
+    }
+}
+
+/// A predicate: `is stopped (SIGSTOP)`.
+impl fmt::Display for Pause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Pause::Stopped => "is stopped (SIGSTOP)",
+            Pause::Traced => "is stopped by a debugger",
+            Pause::Frozen { .. } => "is frozen by its control group",
+        })
     }
 }
 
@@ -83,4 +109,24 @@ fn frozen(pid: u32) -> Option<Pause> {
         let (file, thaw) = freezer.thaw;
         Some(Pause::Frozen { file: told.last().unwrap_or(&own).join(file), thaw })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_stopped_process_is_told_from_one_that_runs() {
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        let pid = child.id();
+        assert_eq!(of(pid), None);
+        let stopped = Command::new("kill").args(["-STOP", &pid.to_string()]).status().unwrap();
+        assert!(stopped.success());
+        while of(pid) != Some(Pause::Stopped) {}
+        assert!(Pause::Stopped.remedy(pid).contains(&format!("kill -CONT {pid}")));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(of(pid), None);
+    }
 }

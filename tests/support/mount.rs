@@ -339,8 +339,10 @@ pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
 /// For a shell that begins in a mount namespace of its own: other scenarios' mounts, copied with everything else, would not
 /// end while that lives. Those below the given folder stay.
 pub fn without_others(own: &Path) -> String {
+    // The kernel writes blanks in paths as \040, which printf(1) undoes in a format.
     format!(
-        "awk '$3 == \"fuse.stencil\" && index($2, \"{}/\") != 1 {{ print $2 }}' /proc/self/mounts | xargs -r -d '\\n' -n 1 umount -l",
+        "awk '$3 == \"fuse.stencil\" && index($2, \"{}/\") != 1 {{ print $2 }}' /proc/self/mounts | \
+         while read -r place; do umount -l \"$(printf \"$place\")\" || exit; done",
         own.display()
     )
 }

@@ -162,7 +162,7 @@ fn list(dir: &Path, name: &Path, files: &mut Vec<PathBuf>, folders: &mut Vec<Pat
 }
 
 impl Imported {
-    /// Reads all of it, whole and in parts: what is read is right, or an error.
+    /// Reads the template's files, whole and in parts: each read gives the right bytes or an error.
     fn read(&self, store: &Store) -> Result<()> {
         let template = store.template(&self.digest)?;
         let files: Vec<_> = template.files().iter().map(|f| (f.name.clone(), f.kind, f.size.get())).collect();

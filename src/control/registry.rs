@@ -33,7 +33,7 @@ pub struct Record {
     pub mountpoint: PathBuf,
     /// The store that it serves (canonical).
     pub store: PathBuf,
-    /// Its identity of that store ([`id`](crate::store::Store::id)).
+    /// [Identity](crate::store::Store::id) of that store.
     #[serde(default)]
     pub store_id: Option<String>,
     /// `st_dev` of everything in it.

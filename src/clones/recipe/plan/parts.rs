@@ -43,7 +43,7 @@ pub struct Rom {
 pub struct Blob {
     /// Its name in the template.
     pub file: String,
-    /// Where it is, as the command line says.
+    /// Path of the file, as the command line has it.
     pub path: PathBuf,
 }
 

@@ -1,5 +1,6 @@
 //! Two-phase removal: what is about to be removed is found by nobody, whoever has it is found, and nobody is hurt.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -279,6 +280,45 @@ fn templates_without_a_tag_go_only_when_nobody_uses_them() {
     assert_eq!(done["removed_templates"], serde_json::json!([used]));
     assert_eq!(world.json(&["ls"])["templates"][0]["digest"], tagged);
     world.stencil(&["verify"]).ok();
+}
+
+/// However many they are: all processes are searched once, and each template that is in use stays.
+#[test]
+fn a_collection_searches_all_processes_once() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let digests: Vec<String> =
+        (0..40).map(|n| world.import_bytes(&guest_like(n, 128 << 10), &format!("web:{n}"))).collect();
+    // What was read lately, and what is in use, and what has got a tag again.
+    digests.iter().for_each(|digest| assert!(fs::read(world.file(digest, "memory")).is_ok()));
+    let held = [&digests[7], &digests[31]];
+    let holders: Vec<_> =
+        held.iter().map(|digest| holder(File::open(world.file(digest, "memory")).unwrap())).collect();
+    fs::remove_dir_all(world.store_dir().join("tags/web")).unwrap();
+    world.stencil(&["tag", &digests[3], "web:3"]).ok();
+    let run =
+        world.command().env("STENCIL_LOG", "debug").args(["--json", "gc", "--untagged"]).output().unwrap();
+    let log = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{log}");
+    assert_eq!(log.matches("all processes are searched").count(), 1, "{log}");
+    let done: Value = serde_json::from_slice(&run.stdout).unwrap();
+    let sorted = |list: &Value| -> BTreeSet<String> {
+        list.as_array().unwrap().iter().map(|digest| digest.as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(sorted(&done["kept_templates"]), held.map(String::clone).into());
+    assert_eq!(sorted(&done["removed_templates"]).len(), 40 - 3);
+    let mut left = vec![&digests[3], &digests[7], &digests[31]];
+    left.sort();
+    let listed = world.json(&["ls"]);
+    let mut listed: Vec<&str> =
+        listed["templates"].as_array().unwrap().iter().map(|t| t["digest"].as_str().unwrap()).collect();
+    listed.sort_unstable();
+    assert_eq!(listed, left);
+    drop(holders);
+    world.json(&["gc", "--untagged"]);
+    world.stencil(&["verify"]).ok();
+    assert!(fs::read(world.file(&digests[3], "memory")).is_ok());
+    assert!(!world.file(&digests[7], "memory").exists());
 }
 
 /// A removal that is killed at any moment removes the template or leaves it, and never leaves it hidden.

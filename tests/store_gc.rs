@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use stencilfs::error::Error;
 use stencilfs::progress::{Progress, Silent};
-use stencilfs::store::{BLOCK_SIZE, Collect, Digest, Scratch, Store, Template, TemplateRef, What};
+use stencilfs::store::{BLOCK_SIZE, Collect, Digest, Scratch, Store, Template, TemplateRef};
 use stencilfs::units::Bytes;
 
 use crate::support::host;
@@ -332,7 +332,7 @@ impl Progress for Remover<'_> {
     fn advance(&self, _: Bytes) {
         if !self.done.swap(true, Ordering::Relaxed) {
             let what = TemplateRef::Digest(self.digest);
-            self.store.remove(What::Named(&what), Some(&self.digest), || Ok(true), || Ok(())).unwrap();
+            self.store.remove(&what, Some(&self.digest), || Ok(true), || Ok(())).unwrap();
             self.store.collect(Collect::default(), &AtomicBool::new(false), &Silent).unwrap();
         }
     }
@@ -377,7 +377,7 @@ impl Progress for PutBack<'_> {
                 Err(Error::in_use("somebody has it"))
             };
             let what = TemplateRef::Digest(digest);
-            store.remove(What::Named(&what), Some(&digest), || Ok(true), late).unwrap_err();
+            store.remove(&what, Some(&digest), || Ok(true), late).unwrap_err();
         });
         has_gone.recv().unwrap();
         self.done.store(true, Ordering::Relaxed);

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 
 use stencilfs::error::Code;
 use stencilfs::progress::Silent;
-use stencilfs::store::{Incoming, LoadRequest, TemplateRef, What};
+use stencilfs::store::{Incoming, LoadRequest, TemplateRef};
 
 use crate::support::host;
 use crate::support::store::{Fixture, guest_like, random};
@@ -116,12 +116,7 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
                     assert_eq!(policy.mode & !0o444, 0);
                     let digest = template.digest;
                     store
-                        .remove(
-                            What::Named(&TemplateRef::Digest(digest)),
-                            Some(&digest),
-                            || Ok(true),
-                            || Ok(()),
-                        )
+                        .remove(&TemplateRef::Digest(digest), Some(&digest), || Ok(true), || Ok(()))
                         .unwrap();
                 }
             }

@@ -123,23 +123,44 @@ fn collect(
         store.expect_tags_readable()?;
         let tags = store.tags()?;
         let untagged = store.digests()?.into_iter().filter(|d| tags.iter().all(|t| t.digest != *d));
-        for digest in untagged {
-            if args.dry_run {
-                collection.removed_templates.push(digest);
-                continue;
-            }
-            match removal::remove_untagged(store, &digest) {
-                Ok(removed) => collection.removed_templates.extend(removed.template),
-                Err(error) if matches!(error.code(), Code::InUse | Code::TryAgain) => {
-                    if error.code() == Code::TryAgain {
-                        log::warn!("{error}");
-                    }
-                    collection.kept_templates.push(digest);
-                }
-                Err(error) => return Err(error),
-            }
+        let untagged: Vec<Digest> = untagged.collect();
+        if args.dry_run {
+            collection.removed_templates = untagged;
+        } else {
+            remove_untagged(store, &untagged, collection)?;
         }
     }
     collection.collected = store.collect(Collect { dry_run: args.dry_run, all: args.all }, stop, progress)?;
+    Ok(())
+}
+
+/// Keeps templates of which it cannot be known whether they are in use, with a warning.
+fn remove_untagged(store: &Store, untagged: &[Digest], collection: &mut Collection) -> Result<()> {
+    for batch in untagged.chunks(removal::BATCH) {
+        let done = match removal::remove_untagged(store, batch) {
+            Ok(done) => done,
+            Err(error) if error.code() == Code::TryAgain => {
+                log::warn!("{error}");
+                collection.kept_templates.extend(batch);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let mut failed = Ok(());
+        for (digest, removed) in done {
+            match removed {
+                Ok(true) => collection.removed_templates.push(digest),
+                // It has got a tag, or is gone.
+                Ok(false) => {}
+                Err(error) if error.code() == Code::InUse => collection.kept_templates.push(digest),
+                Err(error) if error.code() == Code::TryAgain => {
+                    log::warn!("{error}");
+                    collection.kept_templates.push(digest);
+                }
+                Err(error) => failed = failed.and(Err(error)),
+            }
+        }
+        failed?;
+    }
     Ok(())
 }

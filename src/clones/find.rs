@@ -88,11 +88,17 @@ impl Inodes {
         Ok(inodes)
     }
 
-    /// The inodes of one template in these mounts of its store.
-    pub fn of_template(store: &Store, template: &Template, mounts: &[Mount]) -> Inodes {
+    /// The inodes of templates in these mounts of their store.
+    pub fn of_templates<'a>(
+        store: &Store,
+        templates: impl IntoIterator<Item = &'a Template>,
+        mounts: &[Mount],
+    ) -> Inodes {
         let mut inodes = Inodes::on(mounts);
-        for (mount, served_by) in mounts.iter().enumerate() {
-            inodes.add(store, template, mount, served_by);
+        for template in templates {
+            for (mount, served_by) in mounts.iter().enumerate() {
+                inodes.add(store, template, mount, served_by);
+            }
         }
         inodes
     }
@@ -265,6 +271,31 @@ pub fn search(inodes: &Inodes) -> Result<Search> {
     let wanted = inodes.wanted()?;
     let sight = users::look_at_all(PATIENCE, move |pid| lines_of(pid, &wanted))?;
     found(sight, inodes).by_address_space()
+}
+
+/// Every process that maps (`map`) or has open (`open`) one of these inodes, by template. All processes are searched
+/// once.
+///
+/// # Errors
+/// [`Code::TryAgain`](crate::error::Code::TryAgain) where a process was not seen; when `/proc` cannot be listed.
+pub fn users(inodes: &Inodes) -> Result<BTreeMap<Digest, BTreeMap<u32, &'static str>>> {
+    let mut using: BTreeMap<Digest, BTreeMap<u32, &'static str>> = BTreeMap::new();
+    if inodes.devices.is_empty() {
+        return Ok(using);
+    }
+    let wanted = inodes.wanted()?;
+    let sight = users::users_where(inodes.devices.clone(), PATIENCE, move |dev, ino| wanted.has(dev, ino))?;
+    Search { clones: Vec::new(), unseen: sight.unseen }.complete()?;
+    for (pid, used) in sight.seen {
+        let open = used.open.iter().map(|file| (file, "open"));
+        // Last: what a process maps and has open counts as mapped.
+        for ((dev, ino), how) in open.chain(used.mapped.iter().map(|file| (file, "map"))) {
+            if let Some(file) = inodes.lookup(*dev, *ino) {
+                using.entry(file.digest).or_default().insert(pid, how);
+            }
+        }
+    }
+    Ok(using)
 }
 
 /// The template mappings of one process; `None` when it has none or is gone.

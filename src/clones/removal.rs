@@ -1,26 +1,27 @@
-//! Removal of a template that nobody uses, in two steps: first nobody can find it any more, then it is sought who has it.
+//! Removal of templates that nobody uses. A template is hidden first; then it is asked who uses it.
 //!
 //! ```text
-//!   mark ─▶ no lease? nobody uses it? ─▶ every mount: nobody finds or opens it ─▶ no process maps it or has it open?
-//!     ─▶ the kernel has no inode of it? ─▶ names locked: still so? ─▶ tags and folder go ─▶ the same questions
+//!   mark ─▶ no lease? no process maps it or has it open? ─▶ every mount: nobody finds or opens it ─▶ the kernel has no
+//!     inode of it? ─▶ names locked: still so? ─▶ tags and folder go ─▶ the kernel has no inode of it?
 //!     ─▶ mounts close what they have of it
 //! ```
-//! Whatever fails on the way, or kills this process, lets the mounts find it again. The last questions see also who came
-//! by a mount that began in between, and do not rely on a time.
+//! If a step fails, or this process is killed, the mounts find the template again. Every use of a file, by a process or
+//! not, holds its inode, so the kernel's answer decides; processes are searched before a template is hidden, and to name
+//! its users. The last question also sees a user who came by a mount that began in between, and does not rely on a time.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::clones::find::{self, Inodes, Search};
+use crate::clones::find::{self, Inodes};
 use crate::clones::unexplained::Explained;
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{
-    Digest, Removal, Removed, Serving, Store, Template, TemplateFile, TemplateRef, What, inode_number,
+    Digest, Removal, Removed, Serving, Store, Template, TemplateFile, TemplateRef, inode_number,
 };
-use crate::sys::users::{self, PATIENCE};
+use crate::sys::users;
 use crate::sys::{loops, probe};
 
 /// Mounts that come and go for longer are not waited for.
@@ -32,22 +33,29 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often the kernel is asked whether a file is still in use.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// A template that nobody can get.
-struct Cleared {
+/// Templates that [`remove_untagged`] takes at most. The tags of the store are read, and all processes searched, once for
+/// so many; no name of the store can change while they are removed.
+pub const BATCH: usize = 64;
+
+/// Templates that nobody can find or open.
+struct Hidden {
     store: Store,
     mark: RemovalMark,
     condemned: Condemnation,
-    files: Files,
+    files: BTreeMap<Digest, Files>,
 }
 
 /// What is known of the files of a template, and so of their inode numbers.
 enum Files {
-    /// It is not there.
+    /// The template is not in the store.
     None,
     Of(Box<Template>),
-    /// It does not open, for this reason.
+    /// The template does not open, for this reason.
     Unknown(String, Explained),
 }
+
+/// Templates that were not hidden, and why.
+type Refused = Vec<(Digest, Error)>;
 
 /// Removes what `reference` names. A tag of a template that has others goes alone.
 ///
@@ -55,32 +63,17 @@ enum Files {
 /// [`Code::InUse`] that names processes and holders of leases, [`Code::TryAgain`] where it cannot be known; then nothing is
 /// removed.
 pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
-    remove_what(store, What::Named(reference))
-}
-
-/// Removes a template that has no tag; one that has got a tag stays.
-///
-/// # Errors
-/// As [`remove`].
-pub fn remove_untagged(store: &Store, digest: &Digest) -> Result<Removed> {
-    remove_what(store, What::Untagged(digest))
-}
-
-fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
-    let mut cleared: Option<Cleared> = None;
+    let mut hidden: Option<(Digest, Hidden)> = None;
     let until = Instant::now() + LONGEST;
     loop {
-        let digest = cleared.as_ref().map(|c| *c.condemned.digest());
-        let is_hidden = || cleared.as_ref().map_or(Ok(false), Cleared::is_hidden);
-        let done = store.remove(what, digest.as_ref(), is_hidden, || {
-            cleared.as_ref().map_or(Ok(()), Cleared::expect_released)
-        });
-        let removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
-        if let Some(Cleared { condemned, .. }) = cleared.take()
-            && let Err(error) = condemned.release(removed)
-        {
-            // It lets go by itself when it finds that we are gone.
-            log::warn!("{error}");
+        let unused = hidden.as_ref().map(|(digest, _)| *digest);
+        let is_hidden = || hidden.as_ref().map_or(Ok(false), |(digest, hidden)| hidden.is_hidden(digest));
+        let expect_released =
+            || hidden.as_ref().map_or(Ok(()), |(digest, hidden)| hidden.expect_released(digest));
+        let done = store.remove(reference, unused.as_ref(), is_hidden, expect_released);
+        if let Some((digest, mut hidden)) = hidden.take() {
+            let is_removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
+            hidden.release(&digest, is_removed);
         }
         match done? {
             Removal::Done(removed) => return Ok(removed),
@@ -91,58 +84,90 @@ fn remove_what(store: &Store, what: What<'_>) -> Result<Removed> {
                 ))
                 .remedy("see `stencil status`, and run it again when they stay"));
             }
-            Removal::Template(digest) => cleared = Some(Cleared::get(store, digest)?),
+            Removal::Template(digest) => {
+                let (ours, refused) = Hidden::hide(store, &[digest])?;
+                if let Some((_, error)) = refused.into_iter().next() {
+                    return Err(error);
+                }
+                hidden = Some((digest, ours));
+            }
         }
     }
 }
 
-impl Cleared {
-    fn get(store: &Store, digest: Digest) -> Result<Cleared> {
-        let mark = RemovalMark::announce(store, &digest)?;
-        mark.expect_no_lease()?;
-        let files = match store.template(&digest) {
-            Ok(template) => Files::Of(Box::new(template)),
-            Err(error) if error.code() == Code::TryAgain => return Err(error),
-            Err(error) => match store.find(&digest)? {
-                true => Files::Unknown(error.to_string(), Explained::by(store)?),
-                false => Files::None,
-            },
-        };
-        let condemned = Condemnation::new(digest);
-        let mut ours = Cleared { store: store.clone(), mark, condemned, files };
+/// Removes those of at most [`BATCH`] templates that have no tag and that nobody uses. Gives for each whether it is gone;
+/// it is not, without an error, if it has got a tag or was removed meanwhile.
+///
+/// # Errors
+/// When the store cannot be read or written, or its mounts cannot be asked; for one template as [`remove`].
+pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest, Result<bool>)>> {
+    let (mut hidden, refused) = Hidden::hide(store, digests)?;
+    let unused = hidden.condemned.digests().to_vec();
+    let mut done = store.remove_untagged(
+        &unused,
+        |digest| hidden.is_hidden(digest),
+        |digest| hidden.expect_released(digest),
+    )?;
+    done.iter().for_each(|(digest, removed)| hidden.release(digest, matches!(removed, Ok(true))));
+    done.extend(refused.into_iter().map(|(digest, error)| (digest, Err(error))));
+    Ok(done)
+}
+
+impl Hidden {
+    /// Hides those of the templates that nobody uses.
+    fn hide(store: &Store, digests: &[Digest]) -> Result<(Hidden, Refused)> {
+        let mark = RemovalMark::announce(store, digests)?;
+        let (mut files, mut refused) = (BTreeMap::new(), Refused::new());
+        for digest in digests {
+            match mark.expect_no_lease(digest).and_then(|()| Files::of(store, digest)) {
+                Ok(of_it) => drop(files.insert(*digest, of_it)),
+                Err(error) => refused.push((*digest, error)),
+            }
+        }
         let mounts = control::every_mount_of(store)?;
-        expect_to_see_all(&digest, &mounts)?;
+        expect_to_see_all(digests, &mounts)?;
         // What is in use is not hidden from anybody, not even for a moment.
-        ours.expect_unused(&mounts)?;
+        for (digest, error) in users_of(store, &files, &mounts)? {
+            files.remove(&digest);
+            refused.push((digest, error));
+        }
+        let condemned = Condemnation::new(files.keys().copied().collect());
+        let mut ours = Hidden { store: store.clone(), mark, condemned, files };
         loop {
             let mut new = control::every_mount_of(store)?;
             new.retain(|m| !ours.condemned.has(m));
-            if new.is_empty() {
-                return Ok(ours);
+            if new.is_empty() || ours.condemned.digests().is_empty() {
+                return Ok((ours, refused));
             }
             ours.condemned.extend(new)?;
-            if let Err(error) = ours.expect_released() {
-                // Who asks for it right after this finds it.
-                ours.condemned.release(false).unwrap_or_else(|e| log::warn!("{e}"));
-                return Err(error);
+            for digest in ours.condemned.digests().to_vec() {
+                if let Err(error) = ours.expect_released(&digest) {
+                    // The next lookup finds it.
+                    ours.release(&digest, false);
+                    refused.push((digest, error));
+                }
             }
         }
     }
 
-    /// Asked while no name can change: false where it is to be cleared anew.
-    fn is_hidden(&self) -> Result<bool> {
-        self.mark.expect_no_lease()?;
+    /// True while nobody can find or open the template; false where it is to be hidden again. Asked while no name can
+    /// change.
+    fn is_hidden(&self, digest: &Digest) -> Result<bool> {
+        self.mark.expect_no_lease(digest)?;
         if control::every_mount_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
             return Ok(false);
         }
-        Ok(self.condemned.still_holds())
+        Ok(self.condemned.still_holds(digest))
     }
 
-    /// Fails while anybody uses the template in the mounts that have condemned it. Processes are searched to name them;
-    /// that there is nobody else, the kernel says: it has no inode of the template any more.
-    fn expect_released(&self) -> Result<()> {
-        self.expect_unused(&self.condemned.mounts())?;
-        let (digest, Files::Of(template)) = (self.condemned.digest(), &self.files) else { return Ok(()) };
+    /// Fails while the template is used in the mounts that have condemned it: while the kernel has an inode of it.
+    fn expect_released(&self, digest: &Digest) -> Result<()> {
+        let template = match self.files.get(digest) {
+            Some(Files::Of(template)) => template,
+            // Its inode numbers are not known.
+            Some(Files::Unknown(..)) => return self.expect_unused(digest),
+            Some(Files::None) | None => return Ok(()),
+        };
         let secret = self.store.secret();
         let numbers = |file: &TemplateFile| {
             Serving::ALL.map(|serving| inode_number(&secret, digest, &file.name, serving))
@@ -151,42 +176,88 @@ impl Cleared {
         let until = Instant::now() + RELEASE_TIMEOUT;
         loop {
             let Some((mount, inode)) = self.condemned.used(&inodes)? else { return Ok(()) };
+            self.expect_unused(digest)?;
             if Instant::now() > until {
                 let file = template.files().iter().find(|file| numbers(file).contains(&inode));
                 let name = file.map_or("", |file| file.name.as_str());
                 return Err(used_by_nobody_seen(digest, mount, name));
             }
             thread::sleep(RETRY_INTERVAL);
-            self.condemned.repeat()?;
+            self.condemned.repeat(digest)?;
         }
     }
 
-    /// Fails while a process maps a file of the template, or has one open, in one of these mounts.
-    fn expect_unused(&self, mounts: &[Mount]) -> Result<()> {
-        let digest = self.condemned.digest();
-        let using = match &self.files {
-            Files::None => return Ok(()),
-            Files::Of(template) => users_of(&self.store, template, mounts)?,
-            Files::Unknown(_, explained) => explained.users_of_others(&self.store, mounts)?,
-        };
-        let name = digest.to_string();
-        let holds = |path: &str| Path::new(path).components().any(|c| c.as_os_str() == name.as_str());
-        if let Some((device, path)) = loops::files().into_iter().find(|(_, path)| holds(path)) {
-            return Err(Error::in_use(format!(
-                "template {digest} is in use: loop device {device} has it open"
-            ))
-            .at(path)
-            .remedy(format!("take the device away: losetup -d /dev/{device}")));
-        }
-        match &self.files {
-            Files::Unknown(why, _) if !using.is_empty() => Err(may_be_in_use(digest, why, &using)),
-            _ => in_use(digest, &using),
+    /// Fails with the names of the processes that use the template in the mounts that have condemned it.
+    fn expect_unused(&self, digest: &Digest) -> Result<()> {
+        let of_it = self.files.iter().filter(|(one, _)| *one == digest);
+        let users = users_of(&self.store, of_it, &self.condemned.mounts())?;
+        users.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// The mounts find the template again, or, where it is removed, give back what they have of it.
+    fn release(&mut self, digest: &Digest, is_removed: bool) {
+        // A mount that does not answer lets go by itself when it finds that this process is gone.
+        self.condemned.release(digest, is_removed).unwrap_or_else(|error| log::warn!("{error}"));
+    }
+}
+
+impl Files {
+    fn of(store: &Store, digest: &Digest) -> Result<Files> {
+        match store.template(digest) {
+            Ok(template) => Ok(Files::Of(Box::new(template))),
+            Err(error) if error.code() == Code::TryAgain => Err(error),
+            Err(error) => match store.find(digest)? {
+                true => Ok(Files::Unknown(error.to_string(), Explained::by(store)?)),
+                false => Ok(Files::None),
+            },
         }
     }
 }
 
+/// The templates that processes or loop devices use in these mounts, with an error that names them. All processes are
+/// searched once, and once more for each template that does not open.
+fn users_of<'a>(
+    store: &Store,
+    templates: impl IntoIterator<Item = (&'a Digest, &'a Files)>,
+    mounts: &[Mount],
+) -> Result<Vec<(Digest, Error)>> {
+    let mut used = Vec::new();
+    let mut known = BTreeMap::new();
+    for (digest, files) in templates {
+        match files {
+            Files::None => {}
+            Files::Of(template) => drop(known.insert(*digest, &**template)),
+            Files::Unknown(why, explained) => {
+                let using = explained.users_of_others(store, mounts)?;
+                if !using.is_empty() {
+                    used.push((*digest, may_be_in_use(digest, why, &using)));
+                }
+            }
+        }
+    }
+    let using = match known.is_empty() {
+        true => BTreeMap::new(),
+        false => find::users(&Inodes::of_templates(store, known.values().copied(), mounts))?,
+    };
+    used.extend(using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))));
+    for (device, path) in loops::files() {
+        let holds = |digest: &Digest| {
+            let name = digest.to_string();
+            Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())
+        };
+        if let Some(digest) = known.keys().find(|digest| holds(digest)) {
+            let error =
+                Error::in_use(format!("template {digest} is in use: loop device {device} has it open"))
+                    .at(&path)
+                    .remedy(format!("take the device away: losetup -d /dev/{device}"));
+            used.push((*digest, error));
+        }
+    }
+    Ok(used)
+}
+
 /// Fails where a mount has served the store and processes of the host may be out of sight.
-fn expect_to_see_all(digest: &Digest, mounts: &[Mount]) -> Result<()> {
+fn expect_to_see_all(digests: &[Digest], mounts: &[Mount]) -> Result<()> {
     let Some(mount) = mounts.first() else { return Ok(()) };
     let namespace = match (probe::in_initial_pid_namespace(), probe::in_initial_user_namespace()) {
         (true, true) => return Ok(()),
@@ -194,8 +265,8 @@ fn expect_to_see_all(digest: &Digest, mounts: &[Mount]) -> Result<()> {
         (true, false) => "user",
     };
     Err(Error::try_again(format!(
-        "this command runs in another {namespace} namespace than the host's, so clones of template {digest} may be \
-         out of sight"
+        "this command runs in another {namespace} namespace than the host's, so clones of {} may be out of sight",
+        Digest::describe_all(digests)
     ))
     .at(&mount.mountpoint)
     .remedy("run it as root of the host, outside of containers; or unmount the store first"))
@@ -212,26 +283,6 @@ fn used_by_nobody_seen(digest: &Digest, mount: &Mount, file: &str) -> Error {
     )
 }
 
-/// Processes that have a file of the template open or map it, in one of these mounts.
-fn users_of(store: &Store, template: &Template, mounts: &[Mount]) -> Result<BTreeMap<u32, &'static str>> {
-    let inodes = Inodes::of_template(store, template, mounts);
-    let mut using = BTreeMap::new();
-    for mount in mounts {
-        let users = users::users_of(mount.device, PATIENCE)?;
-        Search { clones: Vec::new(), unseen: users.unseen }.complete()?;
-        for user in users.found {
-            if user.open.iter().any(|ino| inodes.lookup(mount.device, *ino).is_some()) {
-                using.insert(user.pid, "open");
-            }
-        }
-    }
-    // This one also knows whether it may look into all of them.
-    for clone in find::search(&inodes)?.complete()? {
-        using.extend(clone.processes().map(|process| (process.pid, "map")));
-    }
-    Ok(using)
-}
-
 /// The template does not open, and somebody uses files of its mounts that are of no other template.
 fn may_be_in_use(digest: &Digest, why: &str, using: &BTreeMap<u32, &str>) -> Error {
     let pids: Vec<u32> = using.keys().copied().collect();
@@ -243,10 +294,7 @@ fn may_be_in_use(digest: &Digest, why: &str, using: &BTreeMap<u32, &str>) -> Err
     .remedy("stop them first; or import the same memory again, which repairs the template")
 }
 
-fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<()> {
-    if using.is_empty() {
-        return Ok(());
-    }
+fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {
     let maps = using.values().filter(|how| **how == "map").count();
     let what = match (maps, using.len() - maps) {
         (maps, 0) => format!("{maps} processes map it"),
@@ -254,6 +302,6 @@ fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<()> {
         (maps, open) => format!("{maps} processes map it, {open} more have it open"),
     };
     let pids: Vec<String> = using.keys().map(u32::to_string).collect();
-    Err(Error::in_use(format!("template {digest} is in use: {what}: {}", pids.join(", ")))
-        .remedy("stop them first: stencil stop ends the clones that Stencil launched"))
+    Error::in_use(format!("template {digest} is in use: {what}: {}", pids.join(", ")))
+        .remedy("stop them first: stencil stop ends the clones that Stencil launched")
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::find::{self, Inodes, Search};
+use super::find::Search;
 use crate::control::Mount;
 use crate::error::Result;
 use crate::store::{MANIFEST, Serving, Store, TOP_NUMBER, inode_number, path_number};
@@ -60,8 +60,6 @@ impl Explained {
                 }
             }
         }
-        // This one also knows whether it may look into all of them.
-        find::search(&Inodes::on(mounts))?.complete()?;
         Ok(using)
     }
 }

@@ -17,35 +17,35 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A supervisor that is replaced, or whose mount ends, is asked again for so long.
 const AGAIN: Duration = Duration::from_secs(10);
 
-/// A template that some mounts have condemned. When this is dropped, or its process ends, they find it again.
+/// Templates that some mounts have condemned. When this is dropped, or its process ends, they find them again.
 #[derive(Debug)]
 pub struct Condemnation {
-    digest: Digest,
+    digests: Vec<Digest>,
     mounts: Vec<(Mount, Channel)>,
 }
 
 impl Condemnation {
     /// By no mount yet.
-    pub fn new(digest: Digest) -> Condemnation {
-        Condemnation { digest, mounts: Vec::new() }
+    pub fn new(digests: Vec<Digest>) -> Condemnation {
+        Condemnation { digests, mounts: Vec::new() }
     }
 
-    /// The template.
-    pub fn digest(&self) -> &Digest {
-        &self.digest
+    /// The templates.
+    pub fn digests(&self) -> &[Digest] {
+        &self.digests
     }
 
-    /// The mounts that have condemned it.
+    /// The mounts that have condemned them.
     pub fn mounts(&self) -> Vec<Mount> {
         self.mounts.iter().map(|(mount, _)| mount.clone()).collect()
     }
 
-    /// True when that mount has condemned it.
+    /// True when that mount has condemned them.
     pub fn has(&self, mount: &Mount) -> bool {
         self.mounts.iter().any(|(ours, _)| ours.device == mount.device)
     }
 
-    /// Has these mounts condemn it too; comes back when nobody can find or open it in any of them.
+    /// Has these mounts condemn them too; comes back when nobody can find or open them in any of these mounts.
     ///
     /// # Errors
     /// [`Code::TryAgain`](crate::error::Code::TryAgain) that names the mount which cannot be asked.
@@ -54,9 +54,10 @@ impl Condemnation {
         for mount in mounts {
             if mount.foreign {
                 return Err(Error::try_again(format!(
-                    "the mount's supervisor (there process {}) is in another PID namespace, so clones of template {} \
+                    "the mount's supervisor (there process {}) is in another PID namespace, so clones of {} \
                      may be out of sight",
-                    mount.supervisor_pid, self.digest
+                    mount.supervisor_pid,
+                    Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
                 .remedy(format!(
@@ -66,8 +67,9 @@ impl Condemnation {
             }
             if mount.orphaned {
                 return Err(Error::try_again(format!(
-                    "the mount's supervisor (process {}) is dead, so it cannot be asked to let go of template {}",
-                    mount.supervisor_pid, self.digest
+                    "the mount's supervisor (process {}) is dead, so it cannot be asked to let go of {}",
+                    mount.supervisor_pid,
+                    Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
                 .remedy(format!(
@@ -75,7 +77,7 @@ impl Condemnation {
                     mount.mountpoint.display()
                 )));
             }
-            if let Some((channel, moment)) = condemned_by(&mount, self.digest)? {
+            if let Some((channel, moment)) = condemned_by(&mount, &self.digests)? {
                 self.mounts.push((mount, channel));
                 grace = grace.max(moment);
             }
@@ -85,15 +87,12 @@ impl Condemnation {
         Ok(())
     }
 
-    /// Has the mounts' servers make the kernel forget once more what nobody uses of it.
+    /// Has the mounts' servers make the kernel forget once more what nobody uses of a template.
     ///
     /// # Errors
     /// When one of them does not answer.
-    pub fn repeat(&self) -> Result<()> {
-        let request = Request::Condemn { digest: self.digest };
-        self.mounts
-            .iter()
-            .try_for_each(|(mount, channel)| ask(channel, &request).map(drop).map_err(|e| lost(mount, e)))
+    pub fn repeat(&self, digest: &Digest) -> Result<()> {
+        self.ask_all(&Request::Condemn { digest: *digest })
     }
 
     /// The mount whose kernel connection has an inode with one of these numbers, and the number: while the template is
@@ -112,35 +111,40 @@ impl Condemnation {
         Ok(None)
     }
 
-    /// True when it has been condemned in all of these mounts ever since. A supervisor that was replaced meanwhile does
-    /// not know, and a mount that has ended cannot say so.
-    pub fn still_holds(&self) -> bool {
-        let ask = |channel: &Channel| ask(channel, &Request::Confirm { digest: self.digest });
-        self.mounts.iter().all(|(_, channel)| ask(channel).is_ok())
+    /// True when a template has been condemned in all of these mounts ever since. A supervisor that was replaced
+    /// meanwhile does not know, and a mount that has ended cannot say so.
+    pub fn still_holds(&self, digest: &Digest) -> bool {
+        self.ask_all(&Request::Confirm { digest: *digest }).is_ok()
     }
 
-    /// They find it again; or, where it is removed, they give back what they have of it. Without this they would do so
-    /// a moment later.
+    /// The mounts find a template again; or, where it is removed, they give back what they have of it. Without this they
+    /// would do so a moment later.
     ///
     /// # Errors
     /// When one of them does not answer.
-    pub fn release(self, removed: bool) -> Result<()> {
-        let request = Request::Release { digest: self.digest, removed };
-        self.mounts
-            .iter()
-            .try_for_each(|(mount, channel)| ask(channel, &request).map(drop).map_err(|e| lost(mount, e)))
+    pub fn release(&mut self, digest: &Digest, removed: bool) -> Result<()> {
+        self.digests.retain(|ours| ours != digest);
+        self.ask_all(&Request::Release { digest: *digest, removed })
+    }
+
+    fn ask_all(&self, request: &Request) -> Result<()> {
+        let ask = |(mount, channel): &(Mount, Channel)| ask(channel, request).map_err(|e| lost(mount, e));
+        self.mounts.iter().try_for_each(|mount| ask(mount).map(drop))
     }
 }
 
-/// Has one mount condemn the template, and gives the connection for as long as which it does; nothing when the mount ends
+/// Has one mount condemn templates, and gives the connection for as long as which it does; nothing when the mount ends
 /// instead.
-fn condemned_by(mount: &Mount, digest: Digest) -> Result<Option<(Channel, Duration)>> {
+fn condemned_by(mount: &Mount, digests: &[Digest]) -> Result<Option<(Channel, Duration)>> {
     let until = Instant::now() + AGAIN;
     loop {
         let attempt = || -> io::Result<(Channel, Duration)> {
             let channel = reach(&mount.dir)?;
             channel.set_patience(PATIENCE)?;
-            let grace = ask(&channel, &Request::Condemn { digest })?;
+            let mut grace = Duration::ZERO;
+            for &digest in digests {
+                grace = grace.max(ask(&channel, &Request::Condemn { digest })?);
+            }
             Ok((channel, grace))
         };
         let error = match attempt() {

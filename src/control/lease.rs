@@ -142,26 +142,25 @@ impl Lease {
     }
 }
 
-/// A removal under way: while this lives nobody takes a new lease of the template.
+/// A removal in progress: while this lives, nobody takes a new lease of its templates.
 #[derive(Debug)]
 pub struct RemovalMark {
-    digest: Digest,
     store: Store,
-    /// In this order: the mark is gone when the next one comes.
-    _held: Option<(LeaseFile, File)>,
+    /// In this order: the marks are gone when the next removal has its turn.
+    _held: Option<(Vec<LeaseFile>, File)>,
 }
 
 impl RemovalMark {
-    /// Announces the removal of a template. Waits for another removal from the same store: two that see each other's
+    /// Announces the removal of templates. Waits for another removal from the same store: two that see each other's
     /// marks would have to give up both.
     ///
     /// # Errors
     /// [`Code::TryAgain`] that names a removal which stands still; or when the runtime directory cannot be written.
-    pub fn announce(store: &Store, digest: &Digest) -> Result<RemovalMark> {
+    pub fn announce(store: &Store, digests: &[Digest]) -> Result<RemovalMark> {
         let folder = match make_folder(store) {
             // Who may not make a runtime directory removes from a store that nobody serves or leases.
             Err(_) if !runtime_dir().exists() => {
-                return Ok(RemovalMark { digest: *digest, store: store.clone(), _held: None });
+                return Ok(RemovalMark { store: store.clone(), _held: None });
             }
             made => made?,
         };
@@ -182,24 +181,24 @@ impl RemovalMark {
             }
             std::thread::sleep(AGAIN);
         }
-        let mark = LeaseFile::create(store, &holder(digest, "rm", true))?;
-        Ok(RemovalMark { digest: *digest, store: store.clone(), _held: Some((mark, turn)) })
+        let mark = |digest| LeaseFile::create(store, &holder(digest, "rm", true));
+        let marks = digests.iter().map(mark).collect::<Result<Vec<_>>>()?;
+        Ok(RemovalMark { store: store.clone(), _held: Some((marks, turn)) })
     }
 
     /// Fails while somebody has a lease of the template.
     ///
     /// # Errors
     /// [`Code::InUse`] that names the holders.
-    pub fn expect_no_lease(&self) -> Result<()> {
+    pub fn expect_no_lease(&self, digest: &Digest) -> Result<()> {
         let all = leases(&self.store)?;
-        let ours: Vec<_> = all.iter().filter(|l| l.digest == self.digest).collect();
+        let ours: Vec<_> = all.iter().filter(|l| l.digest == *digest).collect();
         if ours.is_empty() {
             return Ok(());
         }
         let names: Vec<String> = ours.iter().map(|l| l.name()).collect();
         Err(Error::in_use(format!(
-            "template {} is leased: {} processes rely on it: {}",
-            self.digest,
+            "template {digest} is leased: {} processes rely on it: {}",
             names.len(),
             names.join(", ")
         ))

@@ -30,6 +30,14 @@ impl Digest {
         &self.0
     }
 
+    /// `template HEX`, or how many templates these are: for a message.
+    pub fn describe_all(digests: &[Digest]) -> String {
+        match digests {
+            [digest] => format!("template {digest}"),
+            _ => format!("{} templates", digests.len()),
+        }
+    }
+
     /// The first twelve hex digits, for tables.
     pub fn short(&self) -> String {
         self.to_string()[..12].to_owned()

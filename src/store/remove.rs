@@ -1,5 +1,7 @@
 //! Removal of tags and templates. Packs stay: blocks may be shared.
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 
 use super::path::StorePath;
@@ -17,16 +19,6 @@ pub struct Removed {
     pub template: Option<Digest>,
     /// Tags that it stays under, when it is not.
     pub kept_tags: Vec<TagName>,
-}
-
-/// What is to be removed.
-#[derive(Debug, Clone, Copy)]
-pub enum What<'a> {
-    /// What these words mean: a tag of a template that has others goes alone, the last tag takes the template along,
-    /// a digest takes all its tags along.
-    Named(&'a TemplateRef),
-    /// A template, unless it has a tag.
-    Untagged(&'a Digest),
 }
 
 /// How far a removal has come.
@@ -50,59 +42,43 @@ fn buried(grave: &StorePath) -> Option<&str> {
 }
 
 impl Store {
-    /// Removes tags, and with them the template `unused`, of which the caller knows that nobody uses it. Any other
-    /// template is only named. While no name can change, `is_hidden` says whether it is still so that nobody can get it,
-    /// and, when the store has it no more, `expect_unused` whether nobody has. Where that fails, all is put back.
+    /// Removes what `reference` names: a tag of a template that has others goes alone, the last tag takes the template
+    /// along, a digest takes all its tags along. A template goes only if it is `unused`, of which the caller knows that
+    /// nobody uses it; any other template is only named.
+    ///
+    /// No name can change while this runs. `is_hidden` says whether the template is still hidden from everybody, and,
+    /// when it has left the store, `expect_unused` whether anybody uses it. If either fails, everything is put back.
     ///
     /// # Errors
-    /// [`Code::NotFound`], what these two say, or when a file cannot be removed. [`Code::Damage`] where a damaged tag may
-    /// be another one of a template that would go with its last tag.
+    /// [`Code::NotFound`], the errors of both closures, or when a file cannot be removed. [`Code::Damage`] if a damaged
+    /// tag may be another tag of a template that would go with its last tag.
     pub fn remove(
         &self,
-        what: What<'_>,
+        reference: &TemplateRef,
         unused: Option<&Digest>,
         is_hidden: impl Fn() -> Result<bool>,
         expect_unused: impl FnOnce() -> Result<()>,
     ) -> Result<Removal> {
         let _names = self.lock_names()?;
         self.settle_graves()?;
-        let tags_of = |digest: &Digest| -> Result<Vec<TagName>> {
-            let ours = self.tags()?.into_iter().filter(|t| t.digest == *digest);
-            ours.map(|entry| TagName::new(&entry.name, &entry.tag)).collect()
+        let Some(digest) = self.removable(reference)? else {
+            return self.remove_tag_only(reference, Vec::new());
         };
-        let (digest, tags) = match what {
-            What::Untagged(digest) => {
-                self.expect_tags_readable()?;
-                if !self.find(digest)? || !tags_of(digest)?.is_empty() {
-                    return Ok(Removal::Done(Removed::default()));
-                }
-                (*digest, Vec::new())
+        let ours = self.tags()?.into_iter().filter(|t| t.digest == digest);
+        let tags: Vec<TagName> =
+            ours.map(|entry| TagName::new(&entry.name, &entry.tag)).collect::<Result<_>>()?;
+        if let TemplateRef::Tag(tag) = reference {
+            let others: Vec<TagName> = tags.iter().filter(|t| *t != tag).cloned().collect();
+            if !others.is_empty() {
+                return self.remove_tag_only(reference, others);
             }
-            What::Named(reference) => {
-                let Some(digest) = self.removable(reference)? else {
-                    return self.remove_tag_only(reference, Vec::new());
-                };
-                let tags = tags_of(&digest)?;
-                if let TemplateRef::Tag(tag) = reference {
-                    let others: Vec<TagName> = tags.iter().filter(|t| *t != tag).cloned().collect();
-                    if !others.is_empty() {
-                        return self.remove_tag_only(reference, others);
-                    }
-                    // The last one takes the template along: it must be the last one for certain.
-                    self.expect_tags_readable()?;
-                }
-                (digest, tags)
-            }
-        };
-        if unused != Some(&digest) || !is_hidden()? {
+            // The last one takes the template along: it must be the last one for certain.
+            self.expect_tags_readable()?;
+        }
+        if unused != Some(&digest) {
             return Ok(Removal::Template(digest));
         }
-        // In this order: nobody can have got it while it was sought.
-        let removed = self
-            .bury(&digest, &tags)
-            .and_then(|()| expect_unused())
-            .and_then(|()| is_hidden())
-            .and_then(|hidden| if hidden { self.forget(&digest).map(|()| true) } else { Ok(false) });
+        let removed = self.remove_hidden(&digest, &tags, is_hidden, expect_unused);
         let settled = self.settle_graves();
         if let Ok(true) = removed {
             settled.unwrap_or_else(|e| log::warn!("{e}"));
@@ -113,6 +89,52 @@ impl Store {
             (Ok(_), Err(error)) => Err(error),
             (Err(why), Err(error)) => Err(why.and(error)),
         }
+    }
+
+    /// Removes those of the templates that have no tag, as [`remove`](Self::remove) does, and gives for each whether it
+    /// is gone. The tags of the store are read once, however many templates these are.
+    ///
+    /// # Errors
+    /// [`Code::Damage`] if a damaged tag may be a tag of one of them, or when what was not removed cannot be put back.
+    pub fn remove_untagged(
+        &self,
+        unused: &[Digest],
+        is_hidden: impl Fn(&Digest) -> Result<bool>,
+        expect_unused: impl Fn(&Digest) -> Result<()>,
+    ) -> Result<Vec<(Digest, Result<bool>)>> {
+        let _names = self.lock_names()?;
+        self.settle_graves()?;
+        self.expect_tags_readable()?;
+        let tagged: HashSet<Digest> = self.tags()?.into_iter().map(|entry| entry.digest).collect();
+        let remove = |digest: &Digest| match !tagged.contains(digest) && self.find(digest)? {
+            true => self.remove_hidden(digest, &[], || is_hidden(digest), || expect_unused(digest)),
+            false => Ok(false),
+        };
+        let done = unused.iter().map(|digest| (*digest, remove(digest))).collect();
+        self.settle_graves()?;
+        Ok(done)
+    }
+
+    /// Removes a template with all its tags; false if it is not hidden any more. Unless it is gone, the caller puts it
+    /// back.
+    fn remove_hidden(
+        &self,
+        digest: &Digest,
+        tags: &[TagName],
+        is_hidden: impl Fn() -> Result<bool>,
+        expect_unused: impl FnOnce() -> Result<()>,
+    ) -> Result<bool> {
+        if !is_hidden()? {
+            return Ok(false);
+        }
+        self.bury(digest, tags)?;
+        // After that: nobody can have got it while it was looked for.
+        expect_unused()?;
+        if !is_hidden()? {
+            return Ok(false);
+        }
+        self.forget(digest)?;
+        Ok(true)
     }
 
     /// Moves a template and its tags to where no list has them. That takes no room, and neither does the way back.
@@ -248,13 +270,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (store, digest, tags) = filled(dir.path());
         let reference = TemplateRef::Digest(digest);
-        let what = What::Named(&reference);
         let is_back = || {
             assert_eq!(store.template(&digest).unwrap().files().len(), 1);
             tags.iter().for_each(|tag| assert_eq!(store.tag(tag).unwrap(), Some(digest)));
         };
         let used = store.remove(
-            what,
+            &reference,
             Some(&digest),
             || Ok(true),
             || {
@@ -267,10 +288,13 @@ mod tests {
         // A mount that began in between: it is asked too, from the beginning.
         let looks = Cell::new(0);
         let first = || Ok(looks.replace(looks.get() + 1) == 0);
-        assert_eq!(store.remove(what, Some(&digest), first, || Ok(())).unwrap(), Removal::Template(digest));
+        assert_eq!(
+            store.remove(&reference, Some(&digest), first, || Ok(())).unwrap(),
+            Removal::Template(digest)
+        );
         assert_eq!(looks.get(), 2);
         is_back();
-        let Removal::Done(removed) = store.remove(what, Some(&digest), || Ok(true), || Ok(())).unwrap()
+        let Removal::Done(removed) = store.remove(&reference, Some(&digest), || Ok(true), || Ok(())).unwrap()
         else {
             panic!("it stays");
         };
@@ -295,7 +319,7 @@ mod tests {
                 }
                 Err(Error::in_use("somebody has it"))
             };
-            let error = store.remove(What::Named(&reference), Some(&digest), || Ok(true), late).unwrap_err();
+            let error = store.remove(&reference, Some(&digest), || Ok(true), late).unwrap_err();
             assert_eq!(error.code(), Code::InUse, "{error}");
             let said = format!("{error} {:?}", error.remedy_text());
             assert!(
@@ -317,14 +341,13 @@ mod tests {
             fs::write(&folder, "").unwrap();
             lost()
         };
-        store.remove(What::Named(&reference), Some(&digest), || Ok(true), late).unwrap_err();
+        store.remove(&reference, Some(&digest), || Ok(true), late).unwrap_err();
         fs::remove_file(&folder).unwrap();
         assert_eq!(filled(dir.path()).1, digest);
         store.expect_removable(&TemplateRef::Tag(tags[1].clone())).unwrap();
         assert!(!grave_of(&folder).exists() && !grave_of(&tag).exists());
         assert!(store.template(&digest).is_ok());
-        let Removal::Done(_) =
-            store.remove(What::Named(&reference), Some(&digest), || Ok(true), || Ok(())).unwrap()
+        let Removal::Done(_) = store.remove(&reference, Some(&digest), || Ok(true), || Ok(())).unwrap()
         else {
             panic!("it stays");
         };

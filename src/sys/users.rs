@@ -267,32 +267,60 @@ pub struct Users {
     pub unseen: Unseen,
 }
 
-/// Every process but this one that uses files on `device` (as `st_dev`). The file system itself is never asked: its
-/// server may be dead.
+/// What a process uses of some file systems: device (as `st_dev`) and inode numbers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UsedFiles {
+    /// Files that it maps.
+    pub mapped: BTreeSet<(u64, u64)>,
+    /// Files that a thread of it has open, or as its working directory or root; or that are its program.
+    pub open: BTreeSet<(u64, u64)>,
+}
+
+/// Every process but this one that has a file on one of `devices` open, or maps a file that `is_wanted` (by device and
+/// inode number). The file systems themselves are never asked: their servers may be dead.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn users_where(
+    devices: Vec<u64>,
+    patience: Duration,
+    is_wanted: impl Fn(u64, u64) -> bool + Send + Sync + 'static,
+) -> Result<Sight<UsedFiles>> {
+    log::debug!("all processes are searched");
+    let me = std::process::id();
+    look_at_all(patience, move |pid| {
+        if pid == me {
+            return Ok(None);
+        }
+        let lines = procfs::maps(pid, &is_wanted).map_err(io::Error::other)?;
+        let mapped: BTreeSet<_> = lines.into_iter().flatten().map(|line| (line.dev, line.ino)).collect();
+        let open = open_inodes(pid, &devices)?;
+        Ok((!mapped.is_empty() || !open.is_empty()).then_some(UsedFiles { mapped, open }))
+    })
+}
+
+/// Every process but this one that uses files on `device` (as `st_dev`), as [`users_where`].
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
 pub fn users_of(device: u64, patience: Duration) -> Result<Users> {
-    let me = std::process::id();
-    let sight = look_at_all(patience, move |pid| {
-        if pid == me {
-            return Ok(None);
-        }
-        let lines = procfs::maps(pid, |dev, _| dev == device).map_err(io::Error::other)?;
-        let mapped: BTreeSet<u64> = lines.into_iter().flatten().map(|line| line.ino).collect();
-        let open = open_inodes(pid, device)?;
-        let uses = !mapped.is_empty() || !open.is_empty();
-        Ok(uses.then(|| User { pid, name: name_of(pid), mapped, open }))
-    })?;
-    Ok(Users { found: sight.seen.into_iter().map(|(_, user)| user).collect(), unseen: sight.unseen })
+    let sight = users_where(vec![device], patience, move |dev, _| dev == device)?;
+    let inodes = |files: BTreeSet<(u64, u64)>| files.into_iter().map(|(_, ino)| ino).collect();
+    let user = |(pid, used): (u32, UsedFiles)| User {
+        pid,
+        name: name_of(pid),
+        mapped: inodes(used.mapped),
+        open: inodes(used.open),
+    };
+    Ok(Users { found: sight.seen.into_iter().map(user).collect(), unseen: sight.unseen })
 }
 
-/// Inodes on `device` that a process has open, by any of its threads: each may have its own table of files.
-fn open_inodes(pid: u32, device: u64) -> io::Result<BTreeSet<u64>> {
+/// Inodes on these devices that a process has open, by any of its threads: each may have its own table of files.
+fn open_inodes(pid: u32, devices: &[u64]) -> io::Result<BTreeSet<(u64, u64)>> {
     let mut found = BTreeSet::new();
     for tid in tasks::threads(pid)? {
         for name in ["cwd", "root", "exe"] {
-            found.extend(inode_on(device, &CWD, &tasks::folder(pid, tid).join(name))?);
+            found.extend(inode_on(devices, &CWD, &tasks::folder(pid, tid).join(name))?);
         }
     }
     for thread in tasks::file_tables(pid)? {
@@ -304,26 +332,26 @@ fn open_inodes(pid: u32, device: u64) -> io::Result<BTreeSet<u64>> {
             let Some(entry) = unless_gone(entry)? else { break };
             match entry.file_name().to_str() {
                 Ok("." | "..") | Err(_) => {}
-                Ok(name) => found.extend(inode_on(device, &dir, Path::new(name))?),
+                Ok(name) => found.extend(inode_on(devices, &dir, Path::new(name))?),
             }
         }
     }
     Ok(found)
 }
 
-/// The inode that a link of `/proc` leads to, if it is on that device.
+/// The inode that a link of `/proc` leads to, if it is on one of these devices.
 ///
 /// # Errors
 /// Without the right to follow it. A file that fails in another way is of another file system: a template's is not asked
 /// for anything.
-fn inode_on(device: u64, dir: &dyn AsFd, name: &Path) -> io::Result<Option<u64>> {
+fn inode_on(devices: &[u64], dir: &dyn AsFd, name: &Path) -> io::Result<Option<(u64, u64)>> {
     let ask = |wanted| statx(dir, name, AtFlags::STATX_DONT_SYNC, wanted);
     // Another user's FUSE mount refuses everything but the number of its device.
     let denied = |error: &Errno| matches!(*error, Errno::ACCESS | Errno::PERM);
     match ask(StatxFlags::INO).or_else(|e| if denied(&e) { ask(StatxFlags::empty()) } else { Err(e) }) {
         Ok(stat) => {
-            let is_on = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor) == device;
-            Ok(is_on.then_some(stat.stx_ino))
+            let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+            Ok(devices.contains(&device).then_some((device, stat.stx_ino)))
         }
         Err(error) if denied(&error) => Err(error.into()),
         Err(_) => Ok(None),

@@ -56,6 +56,11 @@ impl Condemned {
         self.rows.iter().map(|row| CondemnedRow { digest: row.digest, removed: row.removed }).collect()
     }
 
+    /// True while that caller has condemned a template.
+    fn holds_any(&self, caller: u64) -> bool {
+        self.rows.iter().any(|row| row.holder == Some(caller))
+    }
+
     fn position(&self, caller: u64, digest: &Digest) -> Option<usize> {
         self.rows.iter().position(|row| row.holder == Some(caller) && row.digest == *digest)
     }
@@ -96,7 +101,7 @@ impl Supervisor {
             }
             self.condemned.rows.remove(at);
         }
-        self.callers.keep(caller, false);
+        self.callers.keep(caller, self.condemned.holds_any(caller));
         self.ring(caller, None);
     }
 
@@ -157,7 +162,7 @@ impl Supervisor {
                 Some(digest) => {
                     self.close_backings_of(&digest);
                     self.condemned.rows.retain(|row| row.holder != Some(caller) || row.digest != digest);
-                    self.callers.keep(caller, false);
+                    self.callers.keep(caller, self.condemned.holds_any(caller));
                     self.ring(caller, None);
                 }
                 None => self.callers.say(caller, Ok((Response::Settled { milliseconds }, None))),

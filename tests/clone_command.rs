@@ -103,6 +103,95 @@ fn a_command_is_ready_when_it_maps_the_template() {
     nothing_is_left(&world);
 }
 
+/// The process of a clone is no child of the command that asks.
+#[test]
+fn ps_tells_how_and_when_each_clone_ended() {
+    let _host = host::shared();
+    let world = world();
+    let gate = world.dir().join("end");
+    let script = format!(
+        "until [ -e {} ]; do sleep 0.05; done; case {{index}} in 0) exit 7 ;; 1) kill -SEGV $$ ;; esac; \
+         exec sleep 1000",
+        gate.display()
+    );
+    let script = format!("ulimit -c 0; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; {script}");
+    world.json(&["clone", "web", "-n", "3", "--ready", "notify", "--", "sh", "-c", &script]);
+    world.json(&["clone", "web", "--simulate", "read=1%,write=1%"]);
+    // The simulated clone last, whatever the second in which it was launched.
+    let rows = || {
+        let mut rows = world.json(&["ps"])["clones"].as_array().unwrap().clone();
+        rows.sort_by_key(|row| row["kind"] == "simulated");
+        rows
+    };
+    assert!(rows().iter().all(|row| row["state"] == "running" && row.get("ended").is_none()));
+    let before = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+    let pids: Vec<u64> = rows().iter().map(|row| row["pid"].as_u64().unwrap()).collect();
+    fs::write(gate, "").unwrap();
+    kill_process(Pid::from_raw(pids[3] as i32).unwrap(), Signal::KILL).unwrap();
+    let rows = patiently("all noted", Duration::from_secs(10), || {
+        let rows = rows();
+        [0, 1, 3].iter().all(|&at: &usize| rows[at].get("ended").is_some()).then_some(rows)
+    });
+    let ended = |at: usize| (rows[at]["ended"]["exit_code"].clone(), rows[at]["ended"]["signal"].clone());
+    assert_eq!(ended(0), (7.into(), Value::Null));
+    assert_eq!(ended(1), (Value::Null, "SIGSEGV".into()));
+    assert_eq!(ended(3), (Value::Null, "SIGKILL".into()));
+    assert_eq!(rows[2]["state"], "running");
+    assert!(rows[2].get("ended").is_none());
+    let at = rows[0]["ended"]["at"].as_str().unwrap();
+    let date = std::process::Command::new("date").args(["-u", "-d", at, "+%s"]).output().unwrap();
+    let at: i64 = String::from_utf8_lossy(&date.stdout).trim().parse().unwrap();
+    assert!((before..before + 60).contains(&at), "{at} after {before}");
+    let table = world.stencil(&["ps"]).ok().out;
+    assert!(table.contains("exit 7 at 20") && table.contains("SIGSEGV at 20"), "{table}");
+    // A launch keeps one process while a clone of it lives, and nothing after that.
+    world.stencil(&["stop", "--all"]).ok();
+    nothing_is_left(&world);
+}
+
+/// A line each: the id, and after a tab the ports of the host, as `ps` shows them.
+#[test]
+fn clone_prints_the_ports_of_each_clone() {
+    let _host = host::shared();
+    let world = world();
+    let script = format!("# {{port:web}} {{port:ssh}}\n{READY_THEN_SLEEP}");
+    let launched =
+        world.stencil(&["clone", "web", "-n", "2", "--ready", "notify", "--", "sh", "-c", &script]).ok().out;
+    let rows = world.json(&["ps"])["clones"].as_array().unwrap().clone();
+    let expected: Vec<String> = rows
+        .iter()
+        .map(|row| {
+            let ports = &row["ports"];
+            format!("{}\t{}->ssh,{}->web", row["id"].as_str().unwrap(), ports["ssh"], ports["web"])
+        })
+        .collect();
+    assert_eq!(launched.lines().collect::<Vec<_>>(), expected);
+    let table = world.stencil(&["ps"]).ok().out;
+    assert!(expected.iter().all(|line| table.contains(line.split_once('\t').unwrap().1)), "{table}");
+    let plain =
+        world.stencil(&["clone", "web", "--ready", "notify", "--", "sh", "-c", READY_THEN_SLEEP]).ok();
+    assert!(!plain.out.contains('\t') && plain.out.lines().count() == 1, "{plain:?}");
+    world.stencil(&["stop", "--all"]).ok();
+    nothing_is_left(&world);
+}
+
+/// The caller's pipes are closed when the command ends, not when the clones do.
+#[test]
+fn a_launch_holds_no_output_of_its_caller() {
+    let _host = host::shared();
+    let world = world();
+    let mut command = world.command();
+    command
+        .args(["clone", "web", "--simulate", "read=1%,write=1%"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let out = command.spawn().unwrap().wait_with_output().unwrap();
+    assert!(out.status.success());
+    assert_eq!(world.json(&["ps"])["clones"][0]["state"], "running");
+    world.stencil(&["stop", "--all"]).ok();
+    nothing_is_left(&world);
+}
+
 #[test]
 fn one_that_fails_takes_all_along_unless_told_otherwise() {
     let _host = host::shared();

@@ -15,7 +15,7 @@ use super::{Global, hydrate, interrupt};
 use crate::clones::agent::Clock;
 use crate::clones::family::Families;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
-use crate::clones::registry::Entry;
+use crate::clones::registry::{self, Entry};
 use crate::clones::stop::stop;
 use crate::error::{Code, Error, Result};
 use crate::store::{Store, TemplateRef};
@@ -259,5 +259,6 @@ fn wait(
         std::thread::sleep(Duration::from_millis(50));
     }
     clones.iter().try_for_each(Entry::remove)?;
+    registry::wait_for_watchdogs(clones);
     Ok(code)
 }

@@ -14,10 +14,11 @@ use super::output::{Done, Report, to_json};
 use super::store_filter::StoreFilter;
 use crate::clones::family::Families;
 use crate::clones::find::{self, CloneProcess};
-use crate::clones::registry::{self, Entry};
+use crate::clones::registry::{self, Ending, Entry};
 use crate::control;
 use crate::error::Result;
-use crate::sys::process::ProcessId;
+use crate::shown::utc;
+use crate::sys::process::{ProcessId, signal_name};
 
 /// List the clones that were launched here, and other processes that map a template
 #[derive(Debug, Args)]
@@ -39,6 +40,36 @@ struct Row {
     dir: Option<String>,
     /// Ports of the host that lead into it: the recipe's name, and the number.
     ports: BTreeMap<String, u16>,
+    /// How its process ended, if it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<Ended>,
+}
+
+/// How the process of a clone ended.
+#[derive(Debug, Serialize)]
+struct Ended {
+    /// RFC 3339.
+    at: String,
+    exit_code: Option<u8>,
+    /// `SIGKILL`
+    signal: Option<String>,
+}
+
+impl Ended {
+    fn of(entry: &Entry) -> Option<Ended> {
+        let Ending { at, exit_code, signal } = Ending::of(entry)?;
+        Some(Ended { at: utc(at), exit_code, signal: signal.map(|number| signal_name(number.into())) })
+    }
+
+    /// `exit 1 at 2026-01-02T03:04:05Z`
+    fn text(&self) -> String {
+        let how = match (self.exit_code, &self.signal) {
+            (Some(code), _) => format!("exit {code}"),
+            (None, Some(signal)) => signal.clone(),
+            (None, None) => "unknown".to_owned(),
+        };
+        format!("{how} at {}", self.at)
+    }
 }
 
 impl Row {
@@ -59,6 +90,7 @@ impl Row {
             created: Some(entry.created),
             dir: Some(entry.dir.display().to_string()),
             ports: entry.ports.clone(),
+            ended: if state == "ended" { Ended::of(entry) } else { None },
         }
     }
 
@@ -74,6 +106,7 @@ impl Row {
             created: None,
             dir: None,
             ports: BTreeMap::new(),
+            ended: None,
         })
     }
 }
@@ -93,7 +126,7 @@ impl Report for PsReport {
             return self.rows.iter().filter_map(|r| r.id.as_ref()).try_for_each(|id| writeln!(out, "{id}"));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "PORTS", "TEMPLATE"]);
+        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "PORTS", "TEMPLATE", "END"]);
         for row in &self.rows {
             let short: String = row.template.chars().take(12).collect();
             columns.row([
@@ -104,6 +137,7 @@ impl Report for PsReport {
                 row.created.map_or_else(|| "-".into(), |at| age(now.saturating_sub(at))),
                 ports(&row.ports),
                 row.name.clone().unwrap_or(short),
+                row.ended.as_ref().map_or_else(|| "-".into(), Ended::text),
             ]);
         }
         columns.print(out)

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::family::{self, Families};
 use super::qmp::Qmp;
-use super::registry::{Entry, Kind};
+use super::registry::{self, Entry, Kind};
 use crate::error::Result;
 use crate::sys::process::ProcessId;
 
@@ -61,6 +61,7 @@ pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
     for entry in entries.iter().filter(gone) {
         problem = problem.or(entry.remove().err());
     }
+    registry::wait_for_watchdogs(entries);
     match problem {
         Some(error) => Err(error),
         None => Ok(outcome),

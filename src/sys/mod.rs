@@ -9,6 +9,7 @@ pub mod cachestat;
 pub mod cgroup;
 pub mod clock;
 pub mod descriptor;
+pub mod exit_status;
 pub mod folder;
 pub mod fuse_dev;
 pub mod fusectl;

@@ -124,6 +124,15 @@ impl ProcessId {
         let living = Self::living(self.pid)?;
         Ok(living.filter(|(now, _)| now == self).map(|(_, fd)| fd))
     }
+
+    /// A descriptor of exactly this process, also of a zombie; `None` when it is gone.
+    ///
+    /// # Errors
+    /// As [`ProcessId::of`].
+    pub fn open_ended(&self) -> Result<Option<OwnedFd>> {
+        let Some(fd) = pidfd(self.pid)? else { return Ok(None) };
+        Ok((identity_of(&fd)? == self.identity).then_some(fd))
+    }
 }
 
 fn identity_of(pidfd: &OwnedFd) -> Result<u64> {

@@ -108,7 +108,12 @@ for port in /dev/vport*; do
     ) 2>/dev/null &
 done
 # Text with some structure, as the memory of a real guest is: not all random, not all one byte.
-/bin/busybox seq 1 1000000 >/ram/numbers
+numbers=$(/bin/busybox seq 100000 110000)
+for ten in 0 1 2 3 4 5 6 7 8 9; do
+    for one in 0 1 2 3 4 5 6 7 8 9; do
+        echo "$ten$one $numbers"
+    done
+done >/ram/numbers
 /bin/busybox dd if=/dev/urandom of=/ram/noise bs=1M count=8 2>/dev/null
 echo "guest ready"
 count=0

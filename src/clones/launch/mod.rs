@@ -107,7 +107,8 @@ pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let mut launch = Launch::prepare()?;
     // The watchdog comes first: whatever happens to this process from here on, it or the next sweep clears up.
-    let _watchdog = watchdog::start(&launch)?;
+    let watchdog = watchdog::start(&launch)?;
+    launch.set_watchdog(watchdog.process()?);
     launch.begin()?;
     launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
         log::warn!("`density --audit` will not compare the host's available memory: {error}");

@@ -1,27 +1,56 @@
-//! Outlives a command that is killed, and clears up after it.
+//! Outlives the command that launches clones. If the command is killed, it clears up; if the launch is complete, it
+//! notes how each clone ends.
 //!
-//! The command holds the other end of the watchdog's standard input. When that ends, for whatever reason,
-//! the watchdog ends every clone that was not let go.
+//! The command holds the other end of the watchdog's standard input. When that ends, for whatever reason, the watchdog ends
+//! every clone that was not let go. When all were, it opens a pidfd of each, says so by closing its standard output, and
+//! stays until the last of them has ended. Only a pidfd that was opened before a process is reaped tells its exit status
+//! to a process that is not its parent.
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use crate::clones::registry::{self, Launch};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::worker;
+use crate::clones::registry::{self, Ending, Entry, Launch};
 use crate::error::{Error, Result};
-use crate::sys::process::own_session;
+use crate::sys::exit_status::ExitStatus;
+use crate::sys::inherited;
+use crate::sys::process::{ProcessId, own_session};
 
 /// The argument that makes this program a watchdog.
 pub const ARGUMENT: &str = "launch-watchdog";
 
-/// Tells the watchdog, when dropped, that the launch is over, and waits for its end.
+/// What the watchdog says before it closes its standard output, if it stays.
+const STAYS: &[u8] = b"stays\n";
+
+/// Tells the watchdog, when dropped, that the launch is over, and waits until it has cleared up or watches the clones.
 pub struct Watchdog(Child);
+
+impl Watchdog {
+    /// Its process.
+    ///
+    /// # Errors
+    /// When the kernel does not identify it.
+    pub fn process(&self) -> Result<ProcessId> {
+        let process = ProcessId::of(self.0.id())?;
+        process.ok_or_else(|| Error::failed("the launch's watchdog has ended"))
+    }
+}
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
-        let _ = self.0.wait();
+        let mut said = Vec::new();
+        if let Some(mut its) = self.0.stdout.take() {
+            let _ = its.read_to_end(&mut said);
+        }
+        if said.is_empty() {
+            let _ = self.0.wait();
+        }
     }
 }
 
@@ -31,7 +60,7 @@ impl Drop for Watchdog {
 /// When this program cannot be started.
 pub fn start(launch: &Launch) -> Result<Watchdog> {
     let mut command = this_program();
-    own_session(&mut command).args([ARGUMENT, launch.id()]).stdin(Stdio::piped()).stdout(Stdio::null());
+    own_session(&mut command).args([ARGUMENT, launch.id()]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let child =
         command.spawn().map_err(|e| Error::failed("cannot start the launch's watchdog").because(e))?;
     Ok(Watchdog(child))
@@ -51,6 +80,7 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
     let mut byte = [0];
     while matches!(std::io::stdin().read(&mut byte), Ok(1..)) {}
     if !registry::is_held(&launch) {
+        watch(&launch);
         return ExitCode::SUCCESS;
     }
     // A child between fork and exec does not show whose it is: it gets the time to come through.
@@ -62,4 +92,47 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Notes how each clone of a launch ends, until all have.
+fn watch(launch: &str) {
+    // More clones than the soft limit are more pidfds, too.
+    drop(inherited::raise_limits());
+    let entries = registry::list().unwrap_or_default();
+    let mut clones: Vec<_> =
+        entries.into_iter().filter(|entry| entry.launch == launch).filter_map(open).collect();
+    if clones.is_empty() {
+        return;
+    }
+    let _ = std::io::stdout().write_all(STAYS);
+    // The caller's output is not held open for as long as a clone lives.
+    if worker::leave_standard_streams().is_err() {
+        return;
+    }
+    while !clones.is_empty() {
+        let mut all: Vec<PollFd<'_>> =
+            clones.iter().map(|(_, _, pidfd)| PollFd::new(pidfd, PollFlags::IN)).collect();
+        match poll(&mut all, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+        let ended: Vec<bool> = all.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(all);
+        let mut ended = ended.into_iter();
+        clones.retain(|(entry, process, pidfd)| {
+            let has_ended = ended.next().unwrap_or(false);
+            if has_ended {
+                // Without its folder, nobody asks how it ended.
+                let _ = Ending::now(ExitStatus::read(*process, pidfd)).save(entry);
+            }
+            !has_ended
+        });
+    }
+}
+
+fn open(entry: Entry) -> Option<(Entry, ProcessId, std::os::fd::OwnedFd)> {
+    let process = entry.process()?;
+    // Also of a clone that has ended just now: its parent has not reaped it yet.
+    let pidfd = process.open_ended().ok()??;
+    Some((entry, process, pidfd))
 }

@@ -69,7 +69,7 @@ fn live(job: &Job, index: u32, dir: &Path, pipes: &Pipes) -> Result<Vec<Backend>
 }
 
 /// The pipes of the zygote's standard streams must not be held open for a clone's life.
-fn leave_standard_streams() -> Result<()> {
+pub(super) fn leave_standard_streams() -> Result<()> {
     let failed = |e: rustix::io::Errno| Error::failed("cannot leave the standard streams").because(e.into());
     let null =
         rustix::fs::open("/dev/null", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).map_err(failed)?;

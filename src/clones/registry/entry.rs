@@ -115,6 +115,9 @@ pub struct Entry {
     /// The PID namespace that its process's number is of; unknown to versions before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid_namespace: Option<u64>,
+    /// The process that notes how this clone ends, and ends after the last clone of the launch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<ProcessId>,
 }
 
 impl Entry {

@@ -53,6 +53,7 @@ pub struct Launch {
     /// process of this launch that cannot be told yet by what it was given.
     marker: OnceLock<fs::File>,
     baseline: Option<Baseline>,
+    watchdog: Option<ProcessId>,
 }
 
 impl Launch {
@@ -67,7 +68,7 @@ impl Launch {
         if let Some(namespace) = probe::pid_namespace() {
             id.push_str(&format!(".{namespace}"));
         }
-        Ok(Launch { id, marker: OnceLock::new(), baseline: None })
+        Ok(Launch { id, marker: OnceLock::new(), baseline: None, watchdog: None })
     }
 
     /// Begins: from now on the clones of this launch live and die with this process.
@@ -91,6 +92,11 @@ impl Launch {
     /// Notes the host's free memory before its first clone.
     pub fn set_baseline(&mut self, baseline: Option<Baseline>) {
         self.baseline = baseline;
+    }
+
+    /// Notes the process that will note how its clones end.
+    pub fn set_watchdog(&mut self, watchdog: ProcessId) {
+        self.watchdog = Some(watchdog);
     }
 
     /// Its id.
@@ -128,6 +134,7 @@ impl Launch {
             disks: BTreeSet::new(),
             disk_dir: new.disk_dir.map(Path::to_owned),
             pid_namespace: probe::pid_namespace(),
+            watchdog: self.watchdog,
         };
         loop {
             entry.id = random_id()?;

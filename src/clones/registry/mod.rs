@@ -6,17 +6,21 @@
 //! Clones of one call belong to one [`Launch`], which holds them by one marker file: taking it away lets all
 //! of them go at once. If the launcher dies before, whoever comes next ends what is left ([`sweep`]).
 
+mod ending;
 mod entry;
 mod launch;
 
+use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::control::runtime::{self, MAX_RECORD, is_plain_name, runtime_dir, trusted_folder};
 use crate::error::{Error, Result};
 use crate::sys::folder::Folder;
 use crate::sys::procfs;
 
+pub use ending::Ending;
 pub use entry::{Entry, Kind, LOG, SERIAL_LOG, StoreOfClone, Touched, open_log};
 pub use launch::{Launch, NewEntry, abort, is_held, sweep};
 
@@ -106,6 +110,23 @@ fn load(all: &Folder, name: &Path) -> Result<Option<Entry>> {
     }
 }
 
+/// Waits a moment for the watchdogs of these clones, which have ended, unless other clones of their launches live: what
+/// belonged to a launch is gone then.
+pub fn wait_for_watchdogs(ended: &[Entry]) {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let others = list().unwrap_or_default();
+    let mut seen = HashSet::new();
+    for entry in ended {
+        let is_over = others.iter().all(|other| other.launch != entry.launch || !other.is_alive());
+        if let Some(watchdog) = entry.watchdog.filter(|_| is_over)
+            && seen.insert(watchdog)
+        {
+            // One that cannot be waited for holds nothing that a user would miss.
+            let _ = watchdog.wait_gone(LIMIT);
+        }
+    }
+}
+
 /// A short name that nobody else has: `c` and seven hex digits.
 ///
 /// # Errors
@@ -126,6 +147,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::sys::process::ProcessId;
 
     #[test]
     fn a_record_reads_as_it_was_written() {
@@ -151,6 +173,7 @@ mod tests {
             disks: BTreeSet::from(["root".into()]),
             disk_dir: Some("/var/tmp".into()),
             pid_namespace: Some(10),
+            watchdog: Some(ProcessId { pid: 7, identity: 8 }),
         };
         assert!(entry.is_foreign() && entry.process().is_none() && entry.remove().is_err());
         let write = |text: &[u8]| runtime::replace(&folder, RECORD, text).unwrap();

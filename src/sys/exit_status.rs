@@ -1,0 +1,103 @@
+//! How a process has ended, also if it was not a child of this one.
+//!
+//! Since Linux 6.15 a pidfd that was opened before its process was reaped keeps the exit status (`PIDFD_INFO_EXIT` of
+//! `PIDFD_GET_INFO`, see ioctl_pidfd(2)). Until then the process is a zombie, whose status is in `/proc/PID/stat`.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use super::process::ProcessId;
+use super::procfs;
+
+/// `PIDFD_INFO_EXIT` of `linux/pidfd.h`.
+const INFO_EXIT: u64 = 1 << 3;
+
+/// `_IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)` of `linux/pidfd.h`, for the structure's first version.
+const GET_INFO: libc::c_ulong =
+    (3 << 30) | ((size_of::<PidfdInfo>() as libc::c_ulong) << 16) | (0xff << 8) | 11;
+
+/// The first version of `struct pidfd_info`: 64 bytes, which every later kernel fills too.
+#[repr(C)]
+#[derive(Default)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup_id: u64,
+    ids: [u32; 11],
+    exit_code: i32,
+}
+
+const _: () = assert!(size_of::<PidfdInfo>() == 64);
+
+/// How a process has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// With this exit code.
+    Code(u8),
+    /// By this signal.
+    Signal(u8),
+}
+
+impl ExitStatus {
+    /// From a status as wait(2) gives it.
+    fn of(status: i32) -> ExitStatus {
+        match status & 0x7f {
+            0 => ExitStatus::Code((status >> 8) as u8),
+            signal => ExitStatus::Signal(signal as u8),
+        }
+    }
+
+    /// How the process of `pidfd` has ended; `None` while it lives, or where the kernel does not say: before Linux 6.15
+    /// once it was reaped.
+    pub fn read(process: ProcessId, pidfd: impl AsFd) -> Option<ExitStatus> {
+        // A zombie that is reaped in between has left its status by then.
+        of_reaped(&pidfd).or_else(|| of_zombie(process)).or_else(|| of_reaped(&pidfd))
+    }
+}
+
+fn of_reaped(pidfd: impl AsFd) -> Option<ExitStatus> {
+    let mut info = PidfdInfo { mask: INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: the request writes a structure of the size that its number has, into one that lives until the call ends.
+    let result = unsafe { libc::ioctl(pidfd.as_fd().as_raw_fd(), GET_INFO, &raw mut info) };
+    (result == 0 && info.mask & INFO_EXIT != 0).then(|| ExitStatus::of(info.exit_code))
+}
+
+fn of_zombie(process: ProcessId) -> Option<ExitStatus> {
+    let status = procfs::exit_status_of_zombie(process.pid)?;
+    // Asked afterwards: the number was not given to another process meanwhile.
+    (ProcessId::of(process.pid).ok()?? == process).then(|| ExitStatus::of(status))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::super::process::pidfd;
+    use super::*;
+
+    #[test]
+    fn the_status_of_a_zombie_and_of_a_reaped_process_is_known() {
+        for (script, status) in [
+            ("exit 0", ExitStatus::Code(0)),
+            ("exit 37", ExitStatus::Code(37)),
+            ("kill -KILL $$", ExitStatus::Signal(9)),
+            ("ulimit -c 0; kill -ABRT $$", ExitStatus::Signal(6)),
+        ] {
+            let mut child = Command::new("sh")
+                .args(["-c", &format!("read x; {script}")])
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let process = ProcessId::of(child.id()).unwrap().unwrap();
+            let fd = pidfd(child.id()).unwrap().unwrap();
+            assert_eq!(ExitStatus::read(process, &fd), None, "it lives");
+            drop(child.stdin.take());
+            rustix::process::waitid(
+                rustix::process::WaitId::PidFd(fd.as_fd()),
+                rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+            )
+            .unwrap();
+            assert_eq!(ExitStatus::read(process, &fd), Some(status), "a zombie: {script}");
+            child.wait().unwrap();
+            assert_eq!(ExitStatus::read(process, &fd), Some(status), "reaped: {script}");
+        }
+    }
+}

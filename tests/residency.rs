@@ -53,6 +53,7 @@ fn removals_beside_it_mix_up_no_figures() {
     }
     let mount = mount_of(&world);
     assert_eq!(mount.residency().unwrap().len(), sizes.len());
+    let last = known.iter().max_by_key(|(_, size)| **size).unwrap().0.clone();
     let gone = AtomicBool::new(false);
     let looks = AtomicUsize::new(0);
     let is_over = || gone.load(Ordering::Relaxed);
@@ -72,12 +73,20 @@ fn removals_beside_it_mix_up_no_figures() {
             let rows = mount.residency().unwrap();
             let seen: BTreeMap<String, u64> =
                 rows.iter().map(|row| (row.digest.to_string(), row.resident_bytes.get())).collect();
-            assert!(seen.iter().all(|(digest, bytes)| known[digest] == *bytes), "{seen:#?} of {known:#?}");
-            assert!(seen.values().any(|bytes| *bytes == (64 * BLOCK) as u64), "it stays: {seen:#?}");
+            // The kernel may reclaim pages of a file meanwhile (DAMON does so on an idle host), and no more than that:
+            // a figure that is another template's is mixed up.
+            let is_wrong = |digest: &String, bytes: u64| {
+                let whole = known[digest];
+                bytes > whole || (bytes != whole && known.values().any(|size| *size == bytes))
+            };
+            let wrong: Vec<_> = seen.iter().filter(|(digest, bytes)| is_wrong(digest, **bytes)).collect();
+            assert!(wrong.is_empty(), "{wrong:?} of {known:#?}");
+            assert!(seen.contains_key(&last), "it stays: {seen:#?}");
             looks.fetch_add(1, Ordering::Relaxed);
         }
     });
     assert_eq!(mount.residency().unwrap().len(), 1);
+    fs::read(world.file(&last, "memory")).unwrap();
     let density = world.json(&["density"]);
     assert_eq!(density["totals"]["template_bytes"], 64 * BLOCK);
 }

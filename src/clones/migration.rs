@@ -117,8 +117,8 @@ pub fn set_aside(settings: &Settings) -> Vec<String> {
     on.map(|(name, _)| name.clone()).chain(unusual.map(|(name, value)| format!("{name}={value}"))).collect()
 }
 
-/// Why QEMU would refuse to migrate the VM in its normal mode, in its own words. While another mode is set QEMU tells
-/// only what stands against that: then nothing.
+/// Why QEMU would refuse to migrate the VM in its normal mode, in its own words. Empty while another mode is set, since
+/// QEMU then lists the obstacles of that mode only.
 ///
 /// # Errors
 /// As [`Qmp::run`].

@@ -58,8 +58,8 @@ fn owner(links: &Folder, name: &str) -> io::Result<Option<String>> {
     }
 }
 
-/// Whoever changes links does it alone: between the look at a link and its removal it must not become another clone's. The
-/// lock is on the folder, which only its owner can open.
+/// Locks the folder of links, so that one process at a time changes them: a link must not become another clone's between
+/// the check and the removal. Only the owner can open the folder.
 fn take_turn(is_over: impl Fn() -> bool) -> Result<Folder> {
     let links = runtime::create(PORTS)?;
     match locks::wait(&links, true, LIMIT, is_over) {

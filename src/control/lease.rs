@@ -34,7 +34,9 @@ const STOPPED: &str = "see whether that process was stopped: let it go on, or en
 /// Another removal that has its turn for longer stands still.
 const STANDSTILL: Duration = Duration::from_secs(20);
 
-const SUFFIX: &str = "lease";
+/// Names of leases, and of marks of removals: who looks for one kind opens no file of the other.
+const LEASE: &str = "lease";
+const REMOVAL: &str = "removal";
 const NEW: &str = "new";
 /// One removal of a store at a time has this file locked.
 const LOCK: &str = "removal.lock";
@@ -211,7 +213,7 @@ impl RemovalMark {
 /// # Errors
 /// When the runtime directory exists and cannot be read.
 pub fn leases(store: &Store) -> Result<Vec<LeaseHolder>> {
-    Ok(all(store)?.into_iter().filter(|l| !l.removes).collect())
+    all(store, LEASE)
 }
 
 /// Every removal of a template of this store that is under way.
@@ -219,7 +221,7 @@ pub fn leases(store: &Store) -> Result<Vec<LeaseHolder>> {
 /// # Errors
 /// As [`leases`].
 pub fn removals(store: &Store) -> Result<Vec<LeaseHolder>> {
-    Ok(all(store)?.into_iter().filter(|l| l.removes).collect())
+    all(store, REMOVAL)
 }
 
 fn holder(digest: &Digest, command: &str, removes: bool) -> LeaseHolder {
@@ -256,7 +258,7 @@ fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
     Error::try_again(what).at(path).remedy(STOPPED)
 }
 
-fn all(store: &Store) -> Result<Vec<LeaseHolder>> {
+fn all(store: &Store, kind: &str) -> Result<Vec<LeaseHolder>> {
     let Some(folder) = runtime::open(&name_of(store))? else { return Ok(Vec::new()) };
     let names = folder.names().map_err(|e| Error::io("cannot read the leases", folder.path(), e))?;
     let mut found = Vec::new();
@@ -265,7 +267,7 @@ fn all(store: &Store) -> Result<Vec<LeaseHolder>> {
         if name.extension().is_some_and(|e| e == NEW) {
             // Of one that was killed before it had a lease.
             let _ = read(&folder, name);
-        } else if name.extension().is_some_and(|e| e == SUFFIX)
+        } else if name.extension().is_some_and(|e| e == kind)
             && let Some(holder) = read(&folder, name)?
         {
             found.push(holder);
@@ -323,10 +325,11 @@ impl LeaseFile {
     fn create(store: &Store, holder: &LeaseHolder) -> Result<LeaseFile> {
         let text =
             serde_json::to_vec(holder).map_err(|e| Error::failed(format!("cannot write a lease: {e}")))?;
+        let kind = if holder.removes { REMOVAL } else { LEASE };
         loop {
             let folder = make_folder(store)?;
             let random = crate::store::random_name()?;
-            let (temporary, name) = (format!("{random}.{NEW}"), format!("{random}.{SUFFIX}"));
+            let (temporary, name) = (format!("{random}.{NEW}"), format!("{random}.{kind}"));
             let write = || -> io::Result<File> {
                 let mut file = folder.create(&temporary, 0o600)?;
                 if !locks::wait(&file, true, LOOK, || false)? {

@@ -3,16 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use serde_json::Value;
-use stencilfs::control::{Channel, Request, Response, socket_path};
+use stencilfs::control::{Channel, Request, Response};
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::host;
@@ -27,14 +25,7 @@ struct Caller(Channel);
 
 impl Caller {
     fn of(world: &TestMount) -> Caller {
-        let mut records = fs::read_dir(world.runtime_dir().join("mounts")).unwrap();
-        let folder = File::open(records.next().unwrap().unwrap().path()).unwrap();
-        let socket =
-            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        connect(&socket, &SocketAddrUnix::new(socket_path(folder.as_fd())).unwrap()).unwrap();
-        let channel = Channel::new(socket);
-        channel.set_patience(Duration::from_secs(30)).unwrap();
-        Caller(channel)
+        Caller(world.control())
     }
 
     fn ask(&self, request: &Request) -> Response {

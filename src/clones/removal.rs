@@ -1,13 +1,14 @@
-//! Removal of templates that nobody uses. A template is hidden first; then it is asked who uses it.
+//! Removal of unused templates. All mounts hide a template first; then the kernel is asked for users.
 //!
 //! ```text
 //!   mark ─▶ no lease? no process maps it or has it open? ─▶ every mount: nobody finds or opens it ─▶ the kernel has no
 //!     inode of it? ─▶ names locked: still so? ─▶ tags and folder go ─▶ the kernel has no inode of it?
 //!     ─▶ mounts close what they have of it
 //! ```
-//! If a step fails, or this process is killed, the mounts find the template again. Every use of a file, by a process or
-//! not, holds its inode, so the kernel's answer decides; processes are searched before a template is hidden, and to name
-//! its users. The last question also sees a user who came by a mount that began in between, and does not rely on a time.
+//! If a step fails, or this process is killed, the mounts find the template again. Every use of a file holds the file's
+//! inode, with or without a process, so the kernel's answer decides. All processes are scanned before a template is hidden,
+//! and again if the kernel knows an inode, to name the users. The last question to the kernel also finds users of a mount
+//! that started during the removal; it depends on no time limit.
 
 use std::collections::BTreeMap;
 use std::path::Path;

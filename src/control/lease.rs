@@ -34,7 +34,7 @@ const STOPPED: &str = "see whether that process was stopped: let it go on, or en
 /// Another removal that has its turn for longer stands still.
 const STANDSTILL: Duration = Duration::from_secs(20);
 
-/// Names of leases, and of marks of removals: who looks for one kind opens no file of the other.
+/// File name extensions of leases and of removal marks: a scan for one kind opens no file of the other.
 const LEASE: &str = "lease";
 const REMOVAL: &str = "removal";
 const NEW: &str = "new";

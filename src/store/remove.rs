@@ -46,12 +46,13 @@ impl Store {
     /// along, a digest takes all its tags along. A template goes only if it is `unused`, of which the caller knows that
     /// nobody uses it; any other template is only named.
     ///
-    /// No name can change while this runs. `is_hidden` says whether the template is still hidden from everybody, and,
-    /// when it has left the store, `expect_unused` whether anybody uses it. If either fails, everything is put back.
+    /// The lock of names is held throughout. `is_hidden` tells whether all mounts still hide the template. `expect_unused`
+    /// runs after the template has left the store, and fails if a process uses it. After either failure, the template and
+    /// its tags are restored.
     ///
     /// # Errors
-    /// [`Code::NotFound`], the errors of both closures, or when a file cannot be removed. [`Code::Damage`] if a damaged
-    /// tag may be another tag of a template that would go with its last tag.
+    /// [`Code::NotFound`], the errors of both closures, or when a file cannot be removed. [`Code::Damage`] if a tag
+    /// of the store is damaged and the template would go with its last tag: the damaged tag may point to it.
     pub fn remove(
         &self,
         reference: &TemplateRef,
@@ -115,8 +116,8 @@ impl Store {
         Ok(done)
     }
 
-    /// Removes a template with all its tags; false if it is not hidden any more. Unless it is gone, the caller puts it
-    /// back.
+    /// Removes a template and all its tags. Returns false if a mount can find the template again. After a failure and
+    /// after false, the caller restores what was buried (`settle_graves`).
     fn remove_hidden(
         &self,
         digest: &Digest,

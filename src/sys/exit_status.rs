@@ -55,7 +55,7 @@ impl ExitStatus {
 
 fn of_reaped(pidfd: impl AsFd) -> Option<ExitStatus> {
     let mut info = PidfdInfo { mask: INFO_EXIT, ..PidfdInfo::default() };
-    // SAFETY: the request writes a structure of the size that its number has, into one that lives until the call ends.
+    // SAFETY: the kernel writes at most the number of bytes that is part of GET_INFO, which is the size of `info`.
     let result = unsafe { libc::ioctl(pidfd.as_fd().as_raw_fd(), GET_INFO, &raw mut info) };
     (result == 0 && info.mask & INFO_EXIT != 0).then(|| ExitStatus::of(info.exit_code))
 }

@@ -125,11 +125,11 @@ impl ProcessId {
         Ok(living.filter(|(now, _)| now == self).map(|(_, fd)| fd))
     }
 
-    /// A descriptor of exactly this process, also of a zombie; `None` when it is gone.
+    /// A descriptor of exactly this process, which may be a zombie; `None` after the process was reaped.
     ///
     /// # Errors
     /// As [`ProcessId::of`].
-    pub fn open_ended(&self) -> Result<Option<OwnedFd>> {
+    pub fn open_unreaped(&self) -> Result<Option<OwnedFd>> {
         let Some(fd) = pidfd(self.pid)? else { return Ok(None) };
         Ok((identity_of(&fd)? == self.identity).then_some(fd))
     }

@@ -200,13 +200,15 @@ pub fn stat(pid: u32) -> Result<Option<Stat>> {
     Ok(read_of(pid, "stat")?.and_then(|text| parse_stat(&text)))
 }
 
-/// The exit status of a zombie, as wait(2) gives it: field 52 of `/proc/PID/stat`. `None` for a process that lives or is
-/// gone, and where this process has no right to see it.
+/// The exit status of a zombie, as wait(2) gives it: field 52 of `/proc/PID/stat`. `None` for a living
+/// process, for one that was reaped, and if the caller may not read the status: the kernel then shows 0, and refuses
+/// `/proc/PID/io` by the same check (`ptrace_may_access`).
 pub fn exit_status_of_zombie(pid: u32) -> Option<i32> {
     let text = read_of(pid, "stat").ok()??;
     let is_zombie = matches!(parse_stat(&text)?.state, 'Z' | 'X');
     let (_, rest) = text.rsplit_once(") ")?;
-    rest.split_ascii_whitespace().nth(49).filter(|_| is_zombie)?.parse().ok()
+    let is_permitted = || fs::read(format!("/proc/{pid}/io")).is_ok();
+    rest.split_ascii_whitespace().nth(49).filter(|_| is_zombie && is_permitted())?.parse().ok()
 }
 
 /// When a process started, by the clock of today: the end of that clock tick. `None` when the process is gone.

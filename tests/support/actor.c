@@ -157,6 +157,8 @@ int main(void) {
             answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_GUARD_INSTALL));
         } else if (strcmp(word, "pageout") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
             answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_PAGEOUT));
+        } else if (strcmp(word, "lock") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            answer(mlock((void *)maps[id], a));
         } else if (strcmp(word, "mergeable") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             answer(madvise((void *)maps[id], a, MADV_MERGEABLE));
         } else if (strcmp(word, "open") == 0 && sscanf(line + used, "%4095s", path) == 1) {

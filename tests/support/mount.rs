@@ -1,11 +1,14 @@
 //! A store, a runtime directory and a mount of one scenario's own, with the real binaries.
 
 use std::ffi::OsStr;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::Value;
+use stencilfs::control::{Channel, socket_path};
 use stencilfs::sys::mount;
 use stencilfs::sys::process::ProcessId;
 
@@ -92,6 +95,18 @@ pub const SIGSYS: &str = "SIGSYS";
 const UNSEEN: &str = "could not be looked into";
 
 impl TestMount {
+    /// A connection to the control socket of this mount's supervisor.
+    pub fn control(&self) -> Channel {
+        let mut records = std::fs::read_dir(self.runtime_dir().join("mounts")).unwrap();
+        let folder = std::fs::File::open(records.next().unwrap().unwrap().path()).unwrap();
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        connect(&socket, &SocketAddrUnix::new(socket_path(folder.as_fd())).unwrap()).unwrap();
+        let channel = Channel::new(socket);
+        channel.set_patience(Duration::from_secs(30)).unwrap();
+        channel
+    }
+
     /// A mount of an empty store, served so (`auto`, `passthrough`, `decode`).
     pub fn new(serve: &str) -> TestMount {
         Self::with(&["--serve", serve])

@@ -56,7 +56,7 @@ impl Condemned {
         self.rows.iter().map(|row| CondemnedRow { digest: row.digest, removed: row.removed }).collect()
     }
 
-    /// True while that caller has condemned a template.
+    /// True while the caller with this number has condemned at least one template.
     fn holds_any(&self, caller: u64) -> bool {
         self.rows.iter().any(|row| row.holder == Some(caller))
     }

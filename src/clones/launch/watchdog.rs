@@ -132,7 +132,7 @@ fn watch(launch: &str) {
 
 fn open(entry: Entry) -> Option<(Entry, ProcessId, std::os::fd::OwnedFd)> {
     let process = entry.process()?;
-    // Also of a clone that has ended just now: its parent has not reaped it yet.
-    let pidfd = process.open_ended().ok()??;
+    // The launcher has not reaped a clone that ended a moment ago.
+    let pidfd = process.open_unreaped().ok()??;
     Some((entry, process, pidfd))
 }

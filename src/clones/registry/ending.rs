@@ -1,4 +1,4 @@
-//! How a clone's process has ended: a file in the clone's folder, which the launch's watchdog writes.
+//! The exit record of a clone: exit code or signal, and time. The launch's watchdog writes it into the clone's folder.
 
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -59,7 +59,7 @@ fn a_condemned_template_is_found_by_nobody_and_again_afterwards() {
         assert_eq!(open(&world, &digest), None, "the kernel has the name now");
         let caller = Caller::of(&world);
         let id = digest.parse().unwrap();
-        caller.done(&Request::Condemn { digest: id });
+        caller.done(&Request::Condemn { digests: vec![id] });
         assert_eq!(open(&world, &digest), Some(libc::ENOENT), "{serve}");
         let folder = world.mountpoint().join("templates/web/latest/memory");
         assert_eq!(File::open(folder).unwrap_err().kind(), io::ErrorKind::NotFound);
@@ -69,12 +69,12 @@ fn a_condemned_template_is_found_by_nobody_and_again_afterwards() {
         assert!(Command::new("kill").args(["-KILL", &server.to_string()]).status().unwrap().success());
         wait_for("another server", || (world.server() != server).then_some(()));
         assert_eq!(open(&world, &digest), Some(libc::ENOENT), "{serve}, the next server");
-        caller.done(&Request::Confirm { digest: id });
-        caller.done(&Request::Release { digest: id, removed: false });
+        caller.done(&Request::Confirm { digests: vec![id] });
+        caller.done(&Request::Release { digests: vec![id], removed: false });
         assert_eq!(open(&world, &digest), None, "{serve}, released");
-        assert!(matches!(caller.ask(&Request::Confirm { digest: id }), Response::Failed(_)));
+        assert!(matches!(caller.ask(&Request::Confirm { digests: vec![id] }), Response::Failed(_)));
         // A caller that ends lets go.
-        caller.done(&Request::Condemn { digest: id });
+        caller.done(&Request::Condemn { digests: vec![id] });
         assert_eq!(open(&world, &digest), Some(libc::ENOENT));
         drop(caller);
         wait_for("the template", || open(&world, &digest).is_none().then_some(()));
@@ -100,7 +100,7 @@ fn condemned_while_an_open_waits() -> bool {
     let caller = Caller::of(&world);
     let opener = thread::spawn(move || File::open(path).map(drop).map_err(|e| e.raw_os_error()));
     wait_for("the hydration", || (world.counter("hydrations_started") > 0).then_some(()));
-    caller.done(&Request::Condemn { digest: id });
+    caller.done(&Request::Condemn { digests: vec![id] });
     let begun = Instant::now();
     let opened = opener.join().unwrap();
     assert!(begun.elapsed() < Duration::from_secs(5), "it has ended before the answer");
@@ -110,7 +110,7 @@ fn condemned_while_an_open_waits() -> bool {
         let reserved = world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
         assert_eq!(reserved, 0, "its room is given back");
     }
-    caller.done(&Request::Release { digest: id, removed: false });
+    caller.done(&Request::Release { digests: vec![id], removed: false });
     assert_eq!(open(&world, &digest), None, "the next open has its backing made");
     met
 }
@@ -361,8 +361,7 @@ fn a_removal_that_is_killed_hides_nothing() {
 /// A removal that stands still lets go after a while, and begins anew when it goes on.
 #[test]
 fn a_removal_that_stands_still_hides_nothing_for_long() {
-    // Its removal is asked once: a process of another scenario that lets nobody look would be exit 75.
-    let _host = host::alone();
+    let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let folder = world.store_dir().join("images").join(&digest);
@@ -409,7 +408,7 @@ fn the_cache_of_a_template_that_vanished_is_given_back() {
     let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
     let both = cache();
     let caller = Caller::of(&world);
-    caller.done(&Request::Condemn { digest: digest.parse().unwrap() });
+    caller.done(&Request::Condemn { digests: vec![digest.parse().unwrap()] });
     fs::remove_dir_all(world.store_dir().join("images").join(&digest)).unwrap();
     fs::remove_file(world.store_dir().join("tags/web/latest")).unwrap();
     assert_eq!(cache(), both);
@@ -429,7 +428,7 @@ fn who_reads_while_a_template_is_put_back_waits() {
     let file = File::open(world.file(&digest, "memory")).unwrap();
     let caller = Caller::of(&world);
     let id = digest.parse().unwrap();
-    caller.done(&Request::Condemn { digest: id });
+    caller.done(&Request::Condemn { digests: vec![id] });
     let images = world.store_dir().join("images");
     let (folder, grave) = (images.join(&digest), images.join(format!(".{digest}")));
     fs::rename(&folder, &grave).unwrap();
@@ -440,7 +439,7 @@ fn who_reads_while_a_template_is_put_back_waits() {
         });
         wait_for("a READ that waits", || (world.counter("source_waits") > 0).then_some(()));
         fs::rename(&grave, &folder).unwrap();
-        caller.done(&Request::Release { digest: id, removed: false });
+        caller.done(&Request::Release { digests: vec![id], removed: false });
         assert!(reader.join().unwrap().unwrap() == bytes);
     });
 }

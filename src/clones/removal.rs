@@ -10,7 +10,7 @@
 //! and again if the kernel knows an inode, to name the users. The last question to the kernel also finds users of a mount
 //! that started during the removal; it depends on no time limit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,9 +19,7 @@ use crate::clones::find::{self, Inodes};
 use crate::clones::unexplained::Explained;
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
-use crate::store::{
-    Digest, Removal, Removed, Serving, Store, Template, TemplateFile, TemplateRef, inode_number,
-};
+use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
 use crate::sys::users;
 use crate::sys::{loops, probe};
 
@@ -34,8 +32,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often the kernel is asked whether a file is still in use.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Templates that [`remove_untagged`] takes at most. The tags of the store are read, and all processes searched, once for
-/// so many; no name of the store can change while they are removed.
+/// Most templates of one [`remove_untagged`]. The tags of the store are read, all processes searched, and each mount asked
+/// once for so many. No name of the store can change while they are removed.
 pub const BATCH: usize = 64;
 
 /// Templates that nobody can find or open.
@@ -55,9 +53,6 @@ enum Files {
     Unknown(String, Explained),
 }
 
-/// Templates that were not hidden, and why.
-type Refused = Vec<(Digest, Error)>;
-
 /// Removes what `reference` names. A tag of a template that has others goes alone.
 ///
 /// # Errors
@@ -68,13 +63,22 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     let until = Instant::now() + LONGEST;
     loop {
         let unused = hidden.as_ref().map(|(digest, _)| *digest);
-        let is_hidden = || hidden.as_ref().map_or(Ok(false), |(digest, hidden)| hidden.is_hidden(digest));
-        let expect_released =
-            || hidden.as_ref().map_or(Ok(()), |(digest, hidden)| hidden.expect_released(digest));
-        let done = store.remove(reference, unused.as_ref(), is_hidden, expect_released);
+        let first = |refused: Refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error));
+        let is_hidden = || match &hidden {
+            Some((digest, hidden)) => match hidden.leased(&[*digest])? {
+                Some(leased) => first(leased).map(|()| true),
+                None => Ok(false),
+            },
+            None => Ok(false),
+        };
+        let expect_unused = || match &hidden {
+            Some((digest, hidden)) => first(hidden.used(&[*digest])?),
+            None => Ok(()),
+        };
+        let done = store.remove(reference, unused.as_ref(), is_hidden, expect_unused);
         if let Some((digest, mut hidden)) = hidden.take() {
             let is_removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
-            hidden.release(&digest, is_removed);
+            hidden.release(&[digest], is_removed);
         }
         match done? {
             Removal::Done(removed) => return Ok(removed),
@@ -87,9 +91,7 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
             }
             Removal::Template(digest) => {
                 let (ours, refused) = Hidden::hide(store, &[digest])?;
-                if let Some((_, error)) = refused.into_iter().next() {
-                    return Err(error);
-                }
+                first(refused)?;
                 hidden = Some((digest, ours));
             }
         }
@@ -104,12 +106,12 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
 pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest, Result<bool>)>> {
     let (mut hidden, refused) = Hidden::hide(store, digests)?;
     let unused = hidden.condemned.digests().to_vec();
-    let mut done = store.remove_untagged(
-        &unused,
-        |digest| hidden.is_hidden(digest),
-        |digest| hidden.expect_released(digest),
-    )?;
-    done.iter().for_each(|(digest, removed)| hidden.release(digest, matches!(removed, Ok(true))));
+    let mut done =
+        store.remove_untagged(&unused, |digests| hidden.leased(digests), |digests| hidden.used(digests))?;
+    for is_removed in [true, false] {
+        let these = done.iter().filter(|(_, removed)| matches!(removed, Ok(true)) == is_removed);
+        hidden.release(&these.map(|(digest, _)| *digest).collect::<Vec<_>>(), is_removed);
+    }
     done.extend(refused.into_iter().map(|(digest, error)| (digest, Err(error))));
     Ok(done)
 }
@@ -118,9 +120,10 @@ impl Hidden {
     /// Hides those of the templates that nobody uses.
     fn hide(store: &Store, digests: &[Digest]) -> Result<(Hidden, Refused)> {
         let mark = RemovalMark::announce(store, digests)?;
-        let (mut files, mut refused) = (BTreeMap::new(), Refused::new());
-        for digest in digests {
-            match mark.expect_no_lease(digest).and_then(|()| Files::of(store, digest)) {
+        let (mut files, mut refused) = (BTreeMap::new(), mark.leased(digests)?);
+        let leased: BTreeSet<Digest> = refused.iter().map(|(digest, _)| *digest).collect();
+        for digest in digests.iter().filter(|digest| !leased.contains(digest)) {
+            match Files::of(store, digest) {
                 Ok(of_it) => drop(files.insert(*digest, of_it)),
                 Err(error) => refused.push((*digest, error)),
             }
@@ -141,64 +144,82 @@ impl Hidden {
                 return Ok((ours, refused));
             }
             ours.condemned.extend(new)?;
-            for digest in ours.condemned.digests().to_vec() {
-                if let Err(error) = ours.expect_released(&digest) {
-                    // The next lookup finds it.
-                    ours.release(&digest, false);
-                    refused.push((digest, error));
-                }
-            }
+            let used = ours.used(ours.condemned.digests())?;
+            // The next lookup finds them.
+            ours.release(&used.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), false);
+            refused.extend(used);
         }
     }
 
-    /// True while nobody can find or open the template; false where it is to be hidden again. Asked while no name can
-    /// change.
-    fn is_hidden(&self, digest: &Digest) -> Result<bool> {
-        self.mark.expect_no_lease(digest)?;
-        if control::every_mount_of(&self.store)?.iter().any(|mount| !self.condemned.has(mount)) {
-            return Ok(false);
-        }
-        Ok(self.condemned.still_holds(digest))
+    /// Those of the templates that somebody has a lease of; `None` if a mount may show one of them. Asked while no name of
+    /// the store can change.
+    fn leased(&self, digests: &[Digest]) -> Result<Option<Refused>> {
+        let refused = self.mark.leased(digests)?;
+        let asked = |mount: &Mount| self.condemned.has(mount);
+        let is_hidden =
+            control::every_mount_of(&self.store)?.iter().all(asked) && self.condemned.still_holds();
+        Ok(is_hidden.then_some(refused))
     }
 
-    /// Fails while the template is used in the mounts that have condemned it: while the kernel has an inode of it.
-    fn expect_released(&self, digest: &Digest) -> Result<()> {
-        let template = match self.files.get(digest) {
-            Some(Files::Of(template)) => template,
-            // Its inode numbers are not known.
-            Some(Files::Unknown(..)) => return self.expect_unused(digest),
-            Some(Files::None) | None => return Ok(()),
-        };
-        let secret = self.store.secret();
-        let numbers = |file: &TemplateFile| {
-            Serving::ALL.map(|serving| inode_number(&secret, digest, &file.name, serving))
-        };
-        let inodes: Vec<u64> = template.files().iter().flat_map(numbers).collect();
+    /// Those of the templates that are used in the mounts which hide them: the kernel has an inode of them.
+    fn used(&self, digests: &[Digest]) -> Result<Refused> {
+        let is_unknown = |digest: &&Digest| matches!(self.files.get(digest), Some(Files::Unknown(..)));
+        let (unknown, known): (Vec<&Digest>, Vec<&Digest>) = digests.iter().partition(is_unknown);
+        // Without inode numbers, a search of all processes decides.
+        let mut refused = self.users_of(unknown.into_iter())?;
+        let mut inodes = self.inodes_of(known.into_iter());
         let until = Instant::now() + RELEASE_TIMEOUT;
         loop {
-            let Some((mount, inode)) = self.condemned.used(&inodes)? else { return Ok(()) };
-            self.expect_unused(digest)?;
-            if Instant::now() > until {
-                let file = template.files().iter().find(|file| numbers(file).contains(&inode));
-                let name = file.map_or("", |file| file.name.as_str());
-                return Err(used_by_nobody_seen(digest, mount, name));
+            let numbers: Vec<u64> = inodes.keys().copied().collect();
+            let in_kernel = self.condemned.known_inodes(&numbers)?;
+            if in_kernel.is_empty() {
+                return Ok(refused);
             }
-            thread::sleep(RETRY_INTERVAL);
-            self.condemned.repeat(digest)?;
+            let (mut digests, is_late) = (BTreeSet::new(), Instant::now() > until);
+            digests.extend(in_kernel.iter().map(|(_, inode)| inodes[inode].0));
+            let mut found = self.users_of(digests.iter())?;
+            digests.retain(|digest| found.iter().all(|(other, _)| other != digest));
+            for (mount, inode) in in_kernel {
+                let (digest, file) = &inodes[&inode];
+                if is_late && digests.remove(digest) {
+                    found.push((*digest, used_by_nobody_seen(digest, mount, file)));
+                }
+            }
+            inodes.retain(|_, (digest, _)| found.iter().all(|(other, _)| other != digest));
+            refused.extend(found);
+            if !digests.is_empty() {
+                thread::sleep(RETRY_INTERVAL);
+                self.condemned.repeat(&digests.into_iter().collect::<Vec<_>>())?;
+            }
         }
     }
 
-    /// Fails with the names of the processes that use the template in the mounts that have condemned it.
-    fn expect_unused(&self, digest: &Digest) -> Result<()> {
-        let of_it = self.files.iter().filter(|(one, _)| *one == digest);
-        let users = users_of(&self.store, of_it, &self.condemned.mounts())?;
-        users.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    /// The inode numbers that the files of these templates have in every mount, with template and file name.
+    fn inodes_of<'a>(&self, digests: impl Iterator<Item = &'a Digest>) -> BTreeMap<u64, (Digest, String)> {
+        let secret = self.store.secret();
+        let mut inodes = BTreeMap::new();
+        for digest in digests {
+            let Some(Files::Of(template)) = self.files.get(digest) else { continue };
+            for (file, serving) in
+                template.files().iter().flat_map(|f| Serving::ALL.map(|serving| (f, serving)))
+            {
+                let number = inode_number(&secret, digest, &file.name, serving);
+                inodes.insert(number, (*digest, file.name.clone()));
+            }
+        }
+        inodes
     }
 
-    /// The mounts find the template again, or, where it is removed, give back what they have of it.
-    fn release(&mut self, digest: &Digest, is_removed: bool) {
+    /// Those of the templates that processes use in the mounts which hide them.
+    fn users_of<'a>(&self, digests: impl Iterator<Item = &'a Digest>) -> Result<Refused> {
+        let files = digests.filter_map(|digest| self.files.get_key_value(digest));
+        users_of(&self.store, files, &self.condemned.mounts())
+    }
+
+    /// The mounts show the templates again, or, if the templates are removed, close what they have of them.
+    fn release(&mut self, digests: &[Digest], is_removed: bool) {
         // A mount that does not answer lets go by itself when it finds that this process is gone.
-        self.condemned.release(digest, is_removed).unwrap_or_else(|error| log::warn!("{error}"));
+        self.condemned.release(digests, is_removed).unwrap_or_else(|error| log::warn!("{error}"));
     }
 }
 
@@ -221,10 +242,10 @@ fn users_of<'a>(
     store: &Store,
     templates: impl IntoIterator<Item = (&'a Digest, &'a Files)>,
     mounts: &[Mount],
-) -> Result<Vec<(Digest, Error)>> {
-    let mut used = Vec::new();
-    let mut known = BTreeMap::new();
+) -> Result<Refused> {
+    let (mut used, mut known, mut any) = (Refused::new(), BTreeMap::new(), false);
     for (digest, files) in templates {
+        any = true;
         match files {
             Files::None => {}
             Files::Of(template) => drop(known.insert(*digest, &**template)),
@@ -241,6 +262,9 @@ fn users_of<'a>(
         false => find::users(&Inodes::of_templates(store, known.values().copied(), mounts))?,
     };
     used.extend(using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))));
+    if !any {
+        return Ok(used);
+    }
     for (device, path) in loops::files() {
         let holds = |digest: &Digest| {
             let name = digest.to_string();

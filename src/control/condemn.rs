@@ -1,11 +1,11 @@
-//! Has mounts find and open a template no more, for as long as this process wants it.
+//! Hides templates in mounts: nobody finds or opens them, as long as this process lives and wants it.
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use super::client::{SUPERVISOR_LOST, reach};
 use super::listing::lives;
-use super::protocol::{Request, Response};
+use super::protocol::{MAX_INODES, Request, Response};
 use super::registry::{CONTROL_SOCKET, Mount};
 use super::wire::Channel;
 use crate::error::{Error, Result};
@@ -87,44 +87,47 @@ impl Condemnation {
         Ok(())
     }
 
-    /// Has the mounts' servers make the kernel forget once more what nobody uses of a template.
-    ///
-    /// # Errors
-    /// When one of them does not answer.
-    pub fn repeat(&self, digest: &Digest) -> Result<()> {
-        self.ask_all(&Request::Condemn { digest: *digest })
-    }
-
-    /// The mount whose kernel connection has an inode with one of these numbers, and the number: while the template is
-    /// condemned somebody uses it, whether or not a process shows that.
+    /// Takes the names of these templates from the kernel once more.
     ///
     /// # Errors
     /// When a mount does not answer.
-    pub fn used(&self, inodes: &[u64]) -> Result<Option<(&Mount, u64)>> {
-        for (mount, channel) in &self.mounts {
-            for &number in inodes {
-                if has_inode(channel, number).map_err(|e| lost(mount, e))? {
-                    return Ok(Some((mount, number)));
-                }
-            }
-        }
-        Ok(None)
+    pub fn repeat(&self, digests: &[Digest]) -> Result<()> {
+        self.ask_all(&Request::Condemn { digests: digests.to_vec() })
     }
 
-    /// True when a template has been condemned in all of these mounts ever since. A supervisor that was replaced
-    /// meanwhile does not know, and a mount that has ended cannot say so.
-    pub fn still_holds(&self, digest: &Digest) -> bool {
-        self.ask_all(&Request::Confirm { digest: *digest }).is_ok()
-    }
-
-    /// The mounts find a template again; or, where it is removed, they give back what they have of it. Without this they
-    /// would do so a moment later.
+    /// Those of these inodes that the kernel has, each with its mount. While a template is hidden, an inode of its files
+    /// that the kernel has is in use, whether or not a process shows that.
     ///
     /// # Errors
-    /// When one of them does not answer.
-    pub fn release(&mut self, digest: &Digest, removed: bool) -> Result<()> {
-        self.digests.retain(|ours| ours != digest);
-        self.ask_all(&Request::Release { digest: *digest, removed })
+    /// When a mount does not answer.
+    pub fn known_inodes(&self, inodes: &[u64]) -> Result<Vec<(&Mount, u64)>> {
+        let mut known = Vec::new();
+        for (mount, channel) in &self.mounts {
+            for numbers in inodes.chunks(MAX_INODES) {
+                let of_these = known_of(channel, numbers).map_err(|e| lost(mount, e))?;
+                known.extend(of_these.into_iter().map(|number| (mount, number)));
+            }
+        }
+        Ok(known)
+    }
+
+    /// True if all these mounts have hidden the templates since [`extend`](Self::extend). False if a supervisor was
+    /// replaced meanwhile, or a mount has ended: they cannot tell.
+    pub fn still_holds(&self) -> bool {
+        self.ask_all(&Request::Confirm { digests: self.digests.clone() }).is_ok()
+    }
+
+    /// The mounts show these templates again; or, if the templates are removed, they close what they have of them.
+    /// Without this they do so some seconds later.
+    ///
+    /// # Errors
+    /// When a mount does not answer.
+    pub fn release(&mut self, digests: &[Digest], removed: bool) -> Result<()> {
+        if digests.is_empty() {
+            return Ok(());
+        }
+        self.digests.retain(|ours| !digests.contains(ours));
+        self.ask_all(&Request::Release { digests: digests.to_vec(), removed })
     }
 
     fn ask_all(&self, request: &Request) -> Result<()> {
@@ -141,10 +144,7 @@ fn condemned_by(mount: &Mount, digests: &[Digest]) -> Result<Option<(Channel, Du
         let attempt = || -> io::Result<(Channel, Duration)> {
             let channel = reach(&mount.dir)?;
             channel.set_patience(PATIENCE)?;
-            let mut grace = Duration::ZERO;
-            for &digest in digests {
-                grace = grace.max(ask(&channel, &Request::Condemn { digest })?);
-            }
+            let grace = ask(&channel, &Request::Condemn { digests: digests.to_vec() })?;
             Ok((channel, grace))
         };
         let error = match attempt() {
@@ -171,10 +171,10 @@ fn ask(channel: &Channel, request: &Request) -> io::Result<Duration> {
     }
 }
 
-fn has_inode(channel: &Channel, number: u64) -> io::Result<bool> {
-    channel.send(&Request::Inode { number }, None)?;
+fn known_of(channel: &Channel, numbers: &[u64]) -> io::Result<Vec<u64>> {
+    channel.send(&Request::Inodes { numbers: numbers.to_vec() }, None)?;
     match channel.receive::<Response>()? {
-        Some((Response::Inode { known }, _)) => Ok(known),
+        Some((Response::Inodes { known }, _)) => Ok(known),
         Some((other, _)) => Err(io::Error::other(format!("it answers {other:?}"))),
         None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
     }

@@ -7,6 +7,7 @@
 //! Taker and remover each write first and read then, so that one of them sees the other: a taker waits while a removal of
 //! its template is under way, a removal refuses while somebody else has a lease.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -188,23 +189,23 @@ impl RemovalMark {
         Ok(RemovalMark { store: store.clone(), _held: Some((marks, turn)) })
     }
 
-    /// Fails while somebody has a lease of the template.
+    /// Those of the templates that somebody has a lease of, each with a [`Code::InUse`] that names the holders.
     ///
     /// # Errors
-    /// [`Code::InUse`] that names the holders.
-    pub fn expect_no_lease(&self, digest: &Digest) -> Result<()> {
-        let all = leases(&self.store)?;
-        let ours: Vec<_> = all.iter().filter(|l| l.digest == *digest).collect();
-        if ours.is_empty() {
-            return Ok(());
+    /// As [`leases`].
+    pub fn leased(&self, digests: &[Digest]) -> Result<Vec<(Digest, Error)>> {
+        let mut holders: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+        for lease in leases(&self.store)?.iter().filter(|lease| digests.contains(&lease.digest)) {
+            holders.entry(lease.digest).or_default().push(lease.name());
         }
-        let names: Vec<String> = ours.iter().map(|l| l.name()).collect();
-        Err(Error::in_use(format!(
-            "template {digest} is leased: {} processes rely on it: {}",
-            names.len(),
-            names.join(", ")
-        ))
-        .remedy("run it again when they are done"))
+        let error = |(digest, names): (Digest, Vec<String>)| {
+            let count = names.len();
+            let names = names.join(", ");
+            let error =
+                Error::in_use(format!("template {digest} is leased: {count} processes rely on it: {names}"));
+            (digest, error.remedy("run it again when they are done"))
+        };
+        Ok(holders.into_iter().map(error).collect())
     }
 }
 

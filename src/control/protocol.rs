@@ -12,8 +12,11 @@ use crate::store::Digest;
 /// does not know a request closes the connection, and who asked it says that `stencil restart` helps.
 pub const CONTROL_VERSION: u32 = 3;
 
+/// Most inode numbers of one request. Each has at most 20 digits and a comma: all of them fit into one message.
+pub const MAX_INODES: usize = 2048;
+
 /// What a supervisor can be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "ask")]
 pub enum Request {
     /// What it knows. Answered by [`Response::Snapshot`].
@@ -28,29 +31,29 @@ pub enum Request {
         /// True where the supervisor itself is to be replaced too.
         supervisor: bool,
     },
-    /// Nobody is to find or open a template any more, as long as this connection lives. Answered by
-    /// [`Response::Settled`] once it is so.
+    /// Hide templates: nobody finds or opens them, as long as this connection lives. Answered by [`Response::Settled`]
+    /// when that is true of all of them.
     Condemn {
-        /// Which.
-        digest: Digest,
+        /// The templates.
+        digests: Vec<Digest>,
     },
-    /// Whether it has been so ever since. Answered by [`Response::Done`].
+    /// Whether all these templates have been hidden since [`Request::Condemn`]. Answered by [`Response::Done`].
     Confirm {
-        /// Which.
-        digest: Digest,
+        /// The templates.
+        digests: Vec<Digest>,
     },
-    /// It may be found again; or it is removed, and its backings are closed. Answered by [`Response::Settled`].
+    /// Show templates again; or, if they are removed, close their backings. Answered by [`Response::Settled`].
     Release {
-        /// Which.
-        digest: Digest,
-        /// True once it is removed.
+        /// The templates.
+        digests: Vec<Digest>,
+        /// True if they are removed.
         removed: bool,
     },
-    /// Whether the kernel has an inode of the mount. Names of a template that is condemned are forgotten, so of its files
-    /// it has those that somebody uses, in whatever way. Answered by [`Response::Inode`].
-    Inode {
-        /// Its number.
-        number: u64,
+    /// Which of these inodes of the mount the kernel has. The names of a hidden template are taken from the kernel, so it
+    /// has the inodes of only those of its files that somebody uses, in whatever way. Answered by [`Response::Inodes`].
+    Inodes {
+        /// At most [`MAX_INODES`] numbers.
+        numbers: Vec<u64>,
     },
     /// Something in the store was given back: what the server has open of it is closed. Answered by
     /// [`Response::Settled`].
@@ -90,10 +93,10 @@ pub enum Response {
         /// At most a second.
         milliseconds: u64,
     },
-    /// To [`Request::Inode`].
-    Inode {
-        /// True when the kernel has it.
-        known: bool,
+    /// To [`Request::Inodes`].
+    Inodes {
+        /// Those that the kernel has.
+        known: Vec<u64>,
     },
     /// It was not done.
     Failed(Failure),

@@ -51,7 +51,7 @@ pub use owner::{Owner, parse_mode};
 pub use path::StorePath;
 pub use policy::{DEFAULT_MODE, Policy};
 pub use reference::{DEFAULT_TAG, TagName, TemplateRef, check_name};
-pub use remove::{Removal, Removed};
+pub use remove::{Refused, Removal, Removed};
 pub use scratch::Scratch;
 pub use serving::{Serving, TOP_NUMBER, inode_number, path_number};
 pub use tags::TagEntry;

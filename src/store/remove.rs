@@ -30,6 +30,9 @@ pub enum Removal {
     Template(Digest),
 }
 
+/// Templates that are not removed, and why.
+pub type Refused = Vec<(Digest, Error)>;
+
 /// Where a template's folder, or a tag, is while it is not sure yet that it goes: no list shows what begins with a dot.
 fn grave_of(path: &StorePath) -> StorePath {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -58,7 +61,7 @@ impl Store {
         reference: &TemplateRef,
         unused: Option<&Digest>,
         is_hidden: impl Fn() -> Result<bool>,
-        expect_unused: impl FnOnce() -> Result<()>,
+        expect_unused: impl Fn() -> Result<()>,
     ) -> Result<Removal> {
         let _names = self.lock_names()?;
         self.settle_graves()?;
@@ -79,7 +82,12 @@ impl Store {
         if unused != Some(&digest) {
             return Ok(Removal::Template(digest));
         }
-        let removed = self.remove_hidden(&digest, &tags, is_hidden, expect_unused);
+        let hidden = |_: &[Digest]| Ok(is_hidden()?.then(Refused::new));
+        let used =
+            |_: &[Digest]| Ok(expect_unused().err().map(|error| (digest, error)).into_iter().collect());
+        let removed = self.remove_hidden(&[(digest, tags.clone())], hidden, used);
+        let removed =
+            removed.and_then(|done| done.into_iter().next().map_or(Ok(false), |(_, removed)| removed));
         let settled = self.settle_graves();
         if let Ok(true) = removed {
             settled.unwrap_or_else(|e| log::warn!("{e}"));
@@ -92,54 +100,89 @@ impl Store {
         }
     }
 
-    /// Removes those of the templates that have no tag, as [`remove`](Self::remove) does, and gives for each whether it
-    /// is gone. The tags of the store are read once, however many templates these are.
+    /// Removes those of the templates that have no tag, and gives for each whether it is gone. The tags of the store are
+    /// read once, and its folder of templates is synced as often as for one template.
+    ///
+    /// The lock of names is held throughout. `hidden` gives the templates that must stay although all mounts hide them, or
+    /// `None` if a mount may show one of them. `used` runs after the templates have left the store, and gives those that a
+    /// process uses. What is not removed is restored.
     ///
     /// # Errors
-    /// [`Code::Damage`] if a damaged tag may be a tag of one of them, or when what was not removed cannot be put back.
+    /// [`Code::Damage`] if a damaged tag may be a tag of one of them; the errors of both closures; or when what was not
+    /// removed cannot be restored.
     pub fn remove_untagged(
         &self,
         unused: &[Digest],
-        is_hidden: impl Fn(&Digest) -> Result<bool>,
-        expect_unused: impl Fn(&Digest) -> Result<()>,
+        hidden: impl Fn(&[Digest]) -> Result<Option<Refused>>,
+        used: impl Fn(&[Digest]) -> Result<Refused>,
     ) -> Result<Vec<(Digest, Result<bool>)>> {
         let _names = self.lock_names()?;
         self.settle_graves()?;
         self.expect_tags_readable()?;
         let tagged: HashSet<Digest> = self.tags()?.into_iter().map(|entry| entry.digest).collect();
-        let remove = |digest: &Digest| match !tagged.contains(digest) && self.find(digest)? {
-            true => self.remove_hidden(digest, &[], || is_hidden(digest), || expect_unused(digest)),
-            false => Ok(false),
-        };
-        let done = unused.iter().map(|digest| (*digest, remove(digest))).collect();
-        self.settle_graves()?;
+        let (mut done, mut templates) = (Vec::new(), Vec::new());
+        for &digest in unused {
+            match self.find(&digest) {
+                Ok(true) if !tagged.contains(&digest) => templates.push((digest, Vec::new())),
+                Ok(_) => done.push((digest, Ok(false))),
+                Err(error) => done.push((digest, Err(error))),
+            }
+        }
+        let removed = self.remove_hidden(&templates, hidden, used);
+        let settled = self.settle_graves();
+        match (removed, settled) {
+            (Ok(removed), Ok(())) => done.extend(removed),
+            (Ok(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
+            (Err(why), Err(error)) => return Err(why.and(error)),
+        }
         Ok(done)
     }
 
-    /// Removes a template and all its tags. Returns false if a mount can find the template again. After a failure and
-    /// after false, the caller restores what was buried (`settle_graves`).
+    /// Removes templates and all their tags; gives for each whether it is gone. The caller restores afterwards what was
+    /// buried and is not gone (`settle_graves`).
     fn remove_hidden(
         &self,
-        digest: &Digest,
-        tags: &[TagName],
-        is_hidden: impl Fn() -> Result<bool>,
-        expect_unused: impl FnOnce() -> Result<()>,
-    ) -> Result<bool> {
-        if !is_hidden()? {
-            return Ok(false);
-        }
-        self.bury(digest, tags)?;
-        // After that: nobody can have got it while it was looked for.
-        expect_unused()?;
-        if !is_hidden()? {
-            return Ok(false);
-        }
-        self.forget(digest)?;
-        Ok(true)
+        templates: &[(Digest, Vec<TagName>)],
+        hidden: impl Fn(&[Digest]) -> Result<Option<Refused>>,
+        used: impl Fn(&[Digest]) -> Result<Refused>,
+    ) -> Result<Vec<(Digest, Result<bool>)>> {
+        let mut left: Vec<Digest> = templates.iter().map(|(digest, _)| *digest).collect();
+        let mut done: Vec<(Digest, Result<bool>)> = Vec::new();
+        let mut refuse = |left: &mut Vec<Digest>, refused: Option<Refused>| match refused {
+            Some(refused) => {
+                left.retain(|digest| refused.iter().all(|(other, _)| other != digest));
+                done.extend(refused.into_iter().map(|(digest, error)| (digest, Err(error))));
+            }
+            None => done.extend(left.drain(..).map(|digest| (digest, Ok(false)))),
+        };
+        let refused = hidden(&left)?;
+        refuse(&mut left, refused);
+        let unused = templates.iter().filter(|(digest, _)| left.contains(digest));
+        let refused = self.bury(unused)?;
+        refuse(&mut left, Some(refused));
+        // After the burial: nobody can have opened a template during the search.
+        let refused = used(&left)?;
+        refuse(&mut left, Some(refused));
+        let refused = hidden(&left)?;
+        refuse(&mut left, refused);
+        done.extend(self.forget(&left));
+        Ok(done)
     }
 
-    /// Moves a template and its tags to where no list has them. That takes no room, and neither does the way back.
-    fn bury(&self, digest: &Digest, tags: &[TagName]) -> Result<()> {
+    /// Moves templates and their tags to where no list has them, and gives those that cannot be moved. That takes no room,
+    /// and neither does the way back.
+    fn bury<'a>(&self, templates: impl Iterator<Item = &'a (Digest, Vec<TagName>)>) -> Result<Refused> {
+        let mut refused = Refused::new();
+        for (digest, tags) in templates {
+            if let Err(error) = self.bury_one(digest, tags) {
+                refused.push((*digest, error));
+            }
+        }
+        sync_folder(&self.images_dir())?;
+        Ok(refused)
+    }
+
+    fn bury_one(&self, digest: &Digest, tags: &[TagName]) -> Result<()> {
         // Tags first: there is never a name without a template.
         for tag in tags {
             let path = self.tag_path(tag);
@@ -147,18 +190,23 @@ impl Store {
             sync_folder(&self.tags_dir().join(tag.name()))?;
         }
         let folder = self.image_dir(digest);
-        folder.rename(&grave_of(&folder)).map_err(|e| folder.error("cannot remove the template", e))?;
-        sync_folder(&self.images_dir())
+        folder.rename(&grave_of(&folder)).map_err(|e| folder.error("cannot remove the template", e))
     }
 
-    /// A buried template is gone: in one step, for it is never put back in parts.
-    fn forget(&self, digest: &Digest) -> Result<()> {
-        let (grave, gone) = (grave_of(&self.image_dir(digest)), self.tmp_dir().join(random_hex()?));
-        grave.rename(&gone).map_err(|e| grave.error("cannot remove the template", e))?;
-        // What is left of it here, the next writer sweeps.
+    /// Removes buried templates; gives for each whether it is gone. Each goes in one step: none is restored in parts.
+    fn forget(&self, digests: &[Digest]) -> Vec<(Digest, Result<bool>)> {
+        let mut trees = Vec::new();
+        let mut forget = |digest: &Digest| {
+            let (grave, tree) = (grave_of(&self.image_dir(digest)), self.tmp_dir().join(random_hex()?));
+            grave.rename(&tree).map_err(|e| grave.error("cannot remove the template", e))?;
+            trees.push(tree);
+            Ok(true)
+        };
+        let done = digests.iter().map(|digest| (*digest, forget(digest))).collect();
+        // The next writer sweeps what is left of the trees.
         sync_folder(&self.images_dir()).unwrap_or_else(|e| log::warn!("{e}"));
-        let _ = gone.remove_tree();
-        Ok(())
+        trees.iter().for_each(|tree| drop(tree.remove_tree()));
+        done
     }
 
     fn graves_in(&self, folder: &StorePath) -> Result<Vec<StorePath>> {
@@ -182,7 +230,7 @@ impl Store {
             let folder = self.image_dir(&digest);
             match self.has(&digest) {
                 // It was imported again.
-                true => self.forget(&digest)?,
+                true => self.forget(&[digest]).into_iter().try_for_each(|(_, done)| done.map(drop))?,
                 false => grave.rename(&folder).map_err(|e| fail(&folder, e))?,
             }
             sync_folder(&self.images_dir())?;

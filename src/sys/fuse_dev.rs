@@ -147,11 +147,21 @@ pub fn forget_name(fuse: impl AsFd, folder: u64, name: &str) -> io::Result<()> {
     known(notify(fuse, NOTIFY_INVAL_ENTRY, &body)).map(drop)
 }
 
-/// True while the kernel has that inode: somebody has it open or mapped, in whatever way, or a name of it is cached.
+/// Those of the inodes that the kernel has: somebody has the file open or mapped, in whatever way, or its name is cached.
 ///
 /// # Errors
 /// The device's.
-pub fn is_inode_known(fuse: impl AsFd, inode: u64) -> io::Result<bool> {
+pub fn known_inodes(fuse: impl AsFd, inodes: &[u64]) -> io::Result<Vec<u64>> {
+    let mut known = Vec::new();
+    for &inode in inodes {
+        if is_inode_known(&fuse, inode)? {
+            known.push(inode);
+        }
+    }
+    Ok(known)
+}
+
+fn is_inode_known(fuse: impl AsFd, inode: u64) -> io::Result<bool> {
     // struct fuse_notify_inval_inode_out: u64 ino, i64 off, i64 len. A negative offset leaves the page cache alone.
     let mut body = inode.to_ne_bytes().to_vec();
     body.extend((-1i64).to_ne_bytes());

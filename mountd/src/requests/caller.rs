@@ -32,18 +32,18 @@ impl Supervisor {
                 let file = self.backings.file(index).and_then(kept::copy);
                 self.callers.say(id, file.map(|file| (Response::Descriptor, Some(file))));
             }
-            Request::Condemn { digest } => self.condemn(id, digest),
-            Request::Confirm { digest } => {
-                let still = self.confirm(id, &digest);
+            Request::Condemn { digests } => self.condemn(id, &digests),
+            Request::Confirm { digests } => {
+                let still = self.confirm(id, &digests);
                 self.callers.answer(Some(id), still);
             }
-            Request::Release { digest, removed } => self.release(id, digest, removed),
-            Request::Inode { number } => {
-                let known = fuse_dev::is_inode_known(&self.kept.fuse, number)
+            Request::Release { digests, removed } => self.release(id, &digests, removed),
+            Request::Inodes { numbers } => {
+                let known = fuse_dev::known_inodes(&self.kept.fuse, &numbers)
                     .map_err(|e| Error::failed("cannot ask the kernel for an inode").because(e));
-                self.callers.say(id, known.map(|known| (Response::Inode { known }, None)));
+                self.callers.say(id, known.map(|known| (Response::Inodes { known }, None)));
             }
-            Request::Refresh => self.ring(id, None),
+            Request::Refresh => self.ring(id, Vec::new()),
             Request::Unmount { mode } => self.unmount(Some(id), mode),
             Request::Restart { supervisor } => {
                 if let Err(error) = self.restart(id, supervisor, fd) {

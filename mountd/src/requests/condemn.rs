@@ -30,8 +30,8 @@ struct Row {
 struct Waiting {
     caller: u64,
     ring: u32,
-    /// The backings of that template are then closed.
-    removed: Option<Digest>,
+    /// The backings of these templates are then closed.
+    removed: Vec<Digest>,
 }
 
 /// What is condemned, and who waits to hear that it is.
@@ -67,46 +67,51 @@ impl Condemned {
 }
 
 impl Supervisor {
-    /// Answers once nobody can find or open the template.
-    pub(crate) fn condemn(&mut self, caller: u64, digest: Digest) {
-        // That of a removal before, which has lost its supervisor, is over now.
-        let rows = &mut self.condemned.rows;
-        rows.retain(|row| row.digest != digest || row.removed || row.holder.is_some_and(|h| h != caller));
+    /// Answers when nobody can find or open the templates.
+    pub(crate) fn condemn(&mut self, caller: u64, digests: &[Digest]) {
         let until = Instant::now() + LONGEST_SILENCE;
-        rows.push(Row { digest, removed: false, holder: Some(caller), until });
-        self.callers.keep(caller, true);
-        self.ring(caller, None);
-    }
-
-    /// Fails unless the caller has condemned the template, and nobody could open it since.
-    ///
-    /// # Errors
-    /// When not.
-    pub(crate) fn confirm(&mut self, caller: u64, digest: &Digest) -> Result<()> {
-        match self.condemned.position(caller, digest) {
-            Some(at) => {
-                self.condemned.rows[at].until = Instant::now() + LONGEST_SILENCE;
-                Ok(())
-            }
-            None => Err(Error::try_again("the template is not condemned any more")),
-        }
-    }
-
-    /// Answers once the template can be found again, or, if it is removed, nothing of it is left here.
-    pub(crate) fn release(&mut self, caller: u64, digest: Digest, removed: bool) {
-        if let Some(at) = self.condemned.position(caller, &digest) {
-            if removed {
-                self.condemned.rows[at].removed = true;
-                return self.ring(caller, Some(digest));
-            }
-            self.condemned.rows.remove(at);
+        let rows = &mut self.condemned.rows;
+        for &digest in digests {
+            // That of a removal before, which has lost its supervisor, is over now.
+            rows.retain(|row| row.digest != digest || row.removed || row.holder.is_some_and(|h| h != caller));
+            rows.push(Row { digest, removed: false, holder: Some(caller), until });
         }
         self.callers.keep(caller, self.condemned.holds_any(caller));
-        self.ring(caller, None);
+        self.ring(caller, Vec::new());
+    }
+
+    /// Fails unless the caller has condemned all these templates, and nobody could open one of them since.
+    ///
+    /// # Errors
+    /// [`Code::TryAgain`](stencilfs::error::Code::TryAgain) that names the first template which is not condemned.
+    pub(crate) fn confirm(&mut self, caller: u64, digests: &[Digest]) -> Result<()> {
+        for digest in digests {
+            let Some(at) = self.condemned.position(caller, digest) else {
+                return Err(Error::try_again(format!("template {digest} is not condemned any more")));
+            };
+            self.condemned.rows[at].until = Instant::now() + LONGEST_SILENCE;
+        }
+        Ok(())
+    }
+
+    /// Answers when the templates can be found again, or, if they are removed, nothing of them is left here.
+    pub(crate) fn release(&mut self, caller: u64, digests: &[Digest], removed: bool) {
+        let is_meant = |row: &Row| row.holder == Some(caller) && digests.contains(&row.digest);
+        if removed {
+            let mut ours = Vec::new();
+            for row in self.condemned.rows.iter_mut().filter(|row| is_meant(row)) {
+                row.removed = true;
+                ours.push(row.digest);
+            }
+            return self.ring(caller, ours);
+        }
+        self.condemned.rows.retain(|row| !is_meant(row));
+        self.callers.keep(caller, self.condemned.holds_any(caller));
+        self.ring(caller, Vec::new());
     }
 
     /// Has the server look at the list, and at the store.
-    pub(crate) fn ring(&mut self, caller: u64, removed: Option<Digest>) {
+    pub(crate) fn ring(&mut self, caller: u64, removed: Vec<Digest>) {
         let ring = self.ring_bell();
         self.condemned.waiting.push(Waiting { caller, ring, removed });
     }
@@ -145,9 +150,8 @@ impl Supervisor {
         let holds = |row: &mut Row| now < row.until && row.holder.is_none_or(connected);
         let gone: Vec<Row> = self.condemned.rows.extract_if(.., |row| !holds(row)).collect();
         self.condemned.waiting.retain(|waiting| callers.channel(waiting.caller).is_some());
-        for row in gone.iter().filter(|row| row.removed) {
-            self.close_backings_of(&row.digest);
-        }
+        let removed: Vec<Digest> = gone.iter().filter(|row| row.removed).map(|row| row.digest).collect();
+        self.close_backings_of(&removed);
         if !gone.is_empty() {
             self.ring_bell();
         }
@@ -157,21 +161,24 @@ impl Supervisor {
                 continue;
             };
             let Waiting { caller, removed, .. } = waiting;
-            match removed {
-                // The server has forgotten its backings: they can be closed, and the name be free for another import.
-                Some(digest) => {
-                    self.close_backings_of(&digest);
-                    self.condemned.rows.retain(|row| row.holder != Some(caller) || row.digest != digest);
-                    self.callers.keep(caller, self.condemned.holds_any(caller));
-                    self.ring(caller, None);
-                }
-                None => self.callers.say(caller, Ok((Response::Settled { milliseconds }, None))),
+            if removed.is_empty() {
+                self.callers.say(caller, Ok((Response::Settled { milliseconds }, None)));
+                continue;
             }
+            // The server has forgotten their backings: they can be closed, and the names be free for another import.
+            self.close_backings_of(&removed);
+            let is_meant = |row: &Row| row.holder == Some(caller) && removed.contains(&row.digest);
+            self.condemned.rows.retain(|row| !is_meant(row));
+            self.callers.keep(caller, self.condemned.holds_any(caller));
+            self.ring(caller, Vec::new());
         }
     }
 
-    fn close_backings_of(&mut self, digest: &Digest) {
-        let keys = self.backings.keys_of(digest);
+    fn close_backings_of(&mut self, digests: &[Digest]) {
+        let keys: Vec<_> = digests.iter().flat_map(|digest| self.backings.keys_of(digest)).collect();
+        if keys.is_empty() {
+            return;
+        }
         self.notify.forget_backings(&self.backings, &keys);
         // To give back their room may take the filesystem a while.
         self.to_close.extend(self.backings.close_with_files(&self.kept.fuse, &keys));

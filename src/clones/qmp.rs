@@ -12,6 +12,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
+use crate::store::random_name;
 use crate::sys::pause;
 use crate::sys::unix_socket;
 
@@ -35,6 +36,8 @@ pub struct Qmp {
     unread: Vec<u8>,
     seen: BTreeSet<&'static str>,
     lost: bool,
+    /// Begins the id of each command: QEMU may answer a command of the session before in this one.
+    session: String,
     next_id: u64,
 }
 
@@ -62,22 +65,37 @@ impl Qmp {
             _ => Error::io("cannot connect to the QMP socket", path, e)
                 .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here"),
         })?;
-        let path = path.to_owned();
-        Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, next_id: 1 })
+        let (path, session) = (path.to_owned(), random_name()?);
+        Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, session, next_id: 1 })
     }
 
     /// Negotiates, once.
+    ///
+    /// QEMU sends what the session before has not received to the next one, ahead of the greeting: messages, and at the
+    /// beginning the rest of one that was cut. All that is skipped.
     ///
     /// # Errors
     /// When it is no QMP, or it does not greet within 20 seconds (another client has it).
     pub fn greet(&mut self) -> Result<()> {
         // One that stands still takes connections all the same.
         self.standstill().map_or(Ok(()), Err)?;
-        let greeting = self.receive(Instant::now() + PATIENCE)?;
-        if greeting.get("QMP").is_none() {
-            return Err(Error::failed("this socket does not greet as QMP")
-                .at(&self.path)
-                .remedy("give the socket of -qmp, not the one of -monitor or a guest's serial port"));
+        let deadline = Instant::now() + PATIENCE;
+        let mut is_first = true;
+        loop {
+            let line = self.next_line(deadline)?;
+            match serde_json::from_slice::<Value>(&line) {
+                Ok(message) if message.get("QMP").is_some() => break,
+                Ok(message)
+                    if ["event", "return", "error"].iter().any(|word| message.get(word).is_some()) => {}
+                Err(_) if is_first && line.trim_ascii_end().ends_with(b"}") => {}
+                Ok(_) | Err(_) => {
+                    self.lost = true;
+                    return Err(Error::failed("this socket does not greet as QMP").at(&self.path).remedy(
+                        "give the socket of -qmp, not the one of -monitor or a guest's serial port",
+                    ));
+                }
+            }
+            is_first = false;
         }
         self.run("qmp_capabilities", json!({})).map(drop)
     }
@@ -100,7 +118,7 @@ impl Qmp {
         arguments: Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value> {
-        let id = self.next_id;
+        let id = format!("{}-{}", self.session, self.next_id);
         self.next_id += 1;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string().into_bytes();
         line.push(b'\n');
@@ -110,7 +128,7 @@ impl Qmp {
             let message = self.receive(deadline).map_err(|e| e.context(format!("QMP command {command}")))?;
             if let Some(event) = message.get("event") {
                 self.seen.extend(WATCHED.iter().find(|name| event.as_str() == Some(**name)));
-            } else if message.get("id").and_then(Value::as_u64) == Some(id) {
+            } else if message.get("id").and_then(Value::as_str) == Some(&id) {
                 if let Some(error) = message.get("error") {
                     let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
                     return Err(Error::failed(format!("QEMU refuses {command}: {text}"))
@@ -192,10 +210,21 @@ impl Qmp {
 
     /// The next message, whatever it is.
     fn receive(&mut self, deadline: Instant) -> Result<Value> {
-        self.next_message(deadline).inspect_err(|error| self.lost |= error.code() != Code::TryAgain)
+        let line = self.next_line(deadline)?;
+        // The parser refuses more than 128 levels, long before its stack ends.
+        serde_json::from_slice(&line).map_err(|e| {
+            self.lost = true;
+            Error::failed(format!("this socket does not speak QMP: {e}"))
+                .at(&self.path)
+                .remedy("give the socket of -qmp")
+        })
     }
 
-    fn next_message(&mut self, deadline: Instant) -> Result<Value> {
+    fn next_line(&mut self, deadline: Instant) -> Result<Vec<u8>> {
+        self.read_line(deadline).inspect_err(|error| self.lost |= error.code() != Code::TryAgain)
+    }
+
+    fn read_line(&mut self, deadline: Instant) -> Result<Vec<u8>> {
         let mut buffer = vec![0; 64 << 10];
         // What was looked through for the end of a line.
         let mut seen = 0;
@@ -206,12 +235,7 @@ impl Qmp {
                 if line.iter().all(u8::is_ascii_whitespace) {
                     continue;
                 }
-                // The parser refuses more than 128 levels, long before its stack ends.
-                return serde_json::from_slice(&line).map_err(|e| {
-                    Error::failed(format!("this socket does not speak QMP: {e}"))
-                        .at(&self.path)
-                        .remedy("give the socket of -qmp")
-                });
+                return Ok(line);
             }
             seen = self.unread.len();
             if seen > MAX_MESSAGE {
@@ -272,19 +296,26 @@ mod tests {
     use super::*;
     use crate::error::Code;
 
-    /// A QEMU that greets and then plays these lines, each after it has got one.
+    const GREETING: &str = "{\"QMP\": {\"version\": {}}}\r\n";
+
+    /// A QEMU that greets and then plays these lines, each after it has got one. `ID` becomes the id of what it has got.
     fn played(lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf) {
+        played_after(GREETING, lines)
+    }
+
+    fn played_after(greeting: &'static str, lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
         std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.write_all(b"{\"QMP\": {\"version\": {}}}\r\n").unwrap();
+            stream.write_all(greeting.as_bytes()).unwrap();
             let mut reader = BufReader::new(stream.try_clone().unwrap());
-            for line in ["{\"return\": {}, \"id\": 1}\r\n"].iter().chain(lines) {
+            for line in ["{\"return\": {}, \"id\": ID}\r\n"].iter().chain(lines) {
                 let mut got = String::new();
                 reader.read_line(&mut got).unwrap();
-                stream.write_all(line.as_bytes()).unwrap();
+                let got: Value = serde_json::from_str(&got).unwrap_or_default();
+                stream.write_all(line.replace("ID", &got["id"].to_string()).as_bytes()).unwrap();
             }
         });
         (dir, path)
@@ -293,8 +324,8 @@ mod tests {
     #[test]
     fn answers_events_and_refusals_are_told_apart() {
         let (_dir, path) = played(&[
-            "{\"event\": \"RESUME\"}\n{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": 2}\n",
-            "{\"id\": 3, \"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}}\n",
+            "{\"event\": \"RESUME\"}\n{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": ID}\n",
+            "{\"id\": ID, \"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}}\n",
         ]);
         let mut qmp = Qmp::connect(&path).unwrap();
         assert_eq!(qmp.status().unwrap(), "paused");
@@ -305,6 +336,26 @@ mod tests {
         assert!(!qmp.has_seen("RESUME"));
         // The player has gone: an error, no hang.
         assert!(qmp.status().is_err());
+    }
+
+    #[test]
+    fn what_the_session_before_has_left_is_skipped() {
+        static LEFT: LazyLock<String> = LazyLock::new(|| {
+            let left = "\"id\": \"a-7\"}\r\n{\"event\": \"STOP\"}\r\n{\"return\": {}, \"id\": \"a-8\"}\r\n";
+            format!("{left}{GREETING}")
+        });
+        let (_dir, path) = played_after(
+            LEFT.as_str(),
+            &[
+                "{\"return\": {\"status\": \"paused\"}, \"id\": \"a-9\"}\n{\"return\": {\"status\": \"running\"}, \"id\": ID}\n",
+            ],
+        );
+        assert_eq!(Qmp::connect(&path).unwrap().status().unwrap(), "running");
+        for no_qmp in ["heartbeat 7\nheartbeat 8\n", "(qemu) \n", "{}\n", "}\n}\n"] {
+            let (_dir, path) = played_after(no_qmp, &[]);
+            let error = Qmp::connect(&path).unwrap_err();
+            assert!(error.to_string().contains("does not greet as QMP"), "{error}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use stencilfs::error::Code;
@@ -74,10 +74,14 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["args", "web:1", "--vmm", "qemu"], &[]);
     let launched = ask(&["clone", "web:1", "--simulate", "read=50%,write=10%"], &[]);
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
-    ask(&["ps"], &[]);
     ask(&["density"], &[]);
     let audited = world.json(&["density", "--audit"]);
     ask(&["dirty", "--ranges"], &[&id]);
+    // Only a clone that has ended has the fields that tell how.
+    let pid = launched["clones"][0]["pid"].to_string();
+    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    wait_for("the record of its end", || world.json(&["ps"])["clones"][0]["ended"].is_object().then_some(()));
+    ask(&["ps"], &[]);
     ask(&["status"], &[]);
     ask(&["restart"], &[mnt]);
     ask(&["doctor"], &[]);

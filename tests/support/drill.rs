@@ -155,7 +155,9 @@ impl<'a> Drill<'a> {
         );
         let at: Vec<u64> = self.kills.iter().map(|k| k.at).collect();
         let moments = [&at[..], &self.marks, &self.cuts].concat();
-        let felt = Felt::of(&at, &moments, readers, true);
+        let mut felt = Felt::of(&at, &moments, readers, true);
+        let quiet = Felt::of(&self.marks, &moments, readers, false);
+        felt.without_kill = quiet.each;
         if !readers.is_empty() {
             let pages: u64 = readers.iter().map(|r| r.pages).sum();
             println!(
@@ -164,9 +166,8 @@ impl<'a> Drill<'a> {
                 Times(&felt.each)
             );
             println!("{what}: of the slowest reader of each kill: {}", Times(&felt.worst));
-            let quiet = Felt::of(&self.marks, &moments, readers, false);
             if !self.marks.is_empty() {
-                println!("{what}: at moments without a kill: {}", Times(&quiet.each));
+                println!("{what}: at moments without a kill: {}", Times(&felt.without_kill));
             }
         }
         assert_eq!(self.world.status()["restarts"], self.kills.len());
@@ -198,12 +199,14 @@ pub struct Felt {
     pub each: Vec<Duration>,
     /// Of each kill the longest read of all; sorted.
     pub worst: Vec<Duration>,
+    /// Of each reader at each marked moment without a kill its longest read; sorted.
+    without_kill: Vec<Duration>,
 }
 
 impl Felt {
     /// At each of the moments `at`, until the next of `all`; reads that go on beyond that count for a kill only.
     fn of(at: &[u64], all: &[u64], readers: &[Finished], beyond: bool) -> Felt {
-        let mut felt = Felt { each: Vec::new(), worst: Vec::new() };
+        let mut felt = Felt { each: Vec::new(), worst: Vec::new(), without_kill: Vec::new() };
         for &moment in at {
             let next = all.iter().copied().filter(|&m| m > moment).min().unwrap_or(u64::MAX);
             let longest = |reader: &Finished| {
@@ -220,13 +223,20 @@ impl Felt {
         felt
     }
 
-    /// An error where a stall is longer than a reader has to bear. Panics at one that no busy host explains.
+    /// An error if a kill delays reads too long: p99 of the delays above 50 ms, or one above 500 ms. On a busy host reads
+    /// take long without a kill too; there, p99 may be three times theirs. Panics at a delay that no busy host explains.
     #[track_caller]
     pub fn is_bearable(&self) -> Result<(), String> {
         let (p99, max) = (quantile(&self.each, 0.99), quantile(&self.each, 1.0));
-        assert!(max <= Duration::from_secs(3), "somebody was not answered for {max:?}");
-        let bearable = p99 <= Duration::from_millis(50) && max <= Duration::from_millis(500);
-        if bearable { Ok(()) } else { Err(format!("p99 of the stalls is {p99:?}, the longest {max:?}")) }
+        let without_kill = quantile(&self.without_kill, 0.99);
+        assert!(max <= Duration::from_secs(3), "a read was not answered for {max:?}");
+        let limit = Duration::from_millis(50).max(without_kill * 3);
+        match p99 <= limit && max <= limit * 10 {
+            true => Ok(()),
+            false => Err(format!(
+                "reads took {p99:?} (p99), at most {max:?}, beside a kill, and {without_kill:?} (p99) without one"
+            )),
+        }
     }
 }
 

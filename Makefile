@@ -9,6 +9,8 @@ target := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 # The folder of the programs that are installed or packed.
 bin ?= $(target)/release
 guard := tests/support/guard.sh
+# Most of a scenario's time is waiting.
+export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
 # One after the other: they share the host.
 .NOTPARALLEL:

@@ -8,16 +8,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use stencilfs::error::Code;
-use stencilfs::memory::{Backend, PageRange, Protection, Role, Sharing, observe, page_ranges};
-use stencilfs::sys::mapping::{Advice, Mapping, Request};
-use stencilfs::sys::pagemap::Pagemap;
+use stencilfs::memory::{Backend, PageRange, Protection, Role, Sharing, observe};
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
 use crate::support::passing::Mounted;
 
-fn template(folder: &Path, bytes: u64) -> PathBuf {
+pub fn template(folder: &Path, bytes: u64) -> PathBuf {
     let path = folder.join("template");
     let mut file = File::create(&path).unwrap();
     for page in 0..bytes / PAGE_SIZE {
@@ -30,7 +28,7 @@ fn object(path: &Path, size: u64, more: &str) -> String {
     format!("memory-backend-file,id=m,size={size},mem-path={},readonly=on{more}", path.display())
 }
 
-fn pages_of(ranges: &[PageRange]) -> BTreeSet<u64> {
+pub fn pages_of(ranges: &[PageRange]) -> BTreeSet<u64> {
     ranges.iter().flat_map(PageRange::pages).collect()
 }
 
@@ -290,74 +288,4 @@ fn store_to_rom(path: &Path) -> ! {
     assert!(rom.dirty().unwrap().is_empty());
     rom.poke(MemoryOffset::new(5 * PAGE_SIZE), 1).unwrap();
     panic!("the store went through");
-}
-
-/// Swap of our own for as long as the value lives.
-struct Swap(PathBuf);
-
-impl Swap {
-    fn on(folder: &Path) -> Swap {
-        let path = folder.join("swap");
-        fs::write(&path, vec![0; 64 << 20]).unwrap();
-        File::open(&path).unwrap().sync_all().unwrap();
-        for (program, arguments) in [("chmod", &["600"][..]), ("mkswap", &["-q"]), ("swapon", &[])] {
-            let status = Command::new(program).args(arguments).arg(&path).status().unwrap();
-            assert!(status.success(), "{program}: {status}");
-        }
-        Swap(path)
-    }
-}
-
-impl Drop for Swap {
-    fn drop(&mut self) {
-        let status = Command::new("swapoff").arg(&self.0).status();
-        assert!(status.is_ok_and(|s| s.success()), "swap stays on: {}", self.0.display());
-    }
-}
-
-#[test]
-fn copies_in_swap_are_dirty_and_hold_no_ram() {
-    let _host = host::alone();
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let _swap = Swap::on(folder.path());
-    let size = 8 << 20;
-    let file = File::open(template(folder.path(), size)).unwrap();
-    let map = Mapping::new(&Request {
-        length: Bytes::new(size),
-        align: Bytes::new(HUGE_PAGE_SIZE),
-        file: Some((std::os::fd::AsFd::as_fd(&file), FileOffset::new(0))),
-        protection: Protection::ReadWrite,
-        sharing: Sharing::Private,
-        reserve: false,
-        sync: false,
-    })
-    .unwrap();
-    let written: BTreeSet<u64> = (0..300).map(|n| n * 5 + 2).collect();
-    for page in &written {
-        map.store(MemoryOffset::new(page * PAGE_SIZE), 0xaa).unwrap();
-    }
-    let pagemap = Pagemap::this_process().unwrap();
-    // Pages on a CPU's own lists are passed over; a second call finds them.
-    let mut swapped = BTreeSet::new();
-    for _ in 0..50 {
-        map.advise(0..size / 2, Advice::PageOut).unwrap();
-        let ranges = page_ranges(&pagemap, map.range()).unwrap();
-        assert_eq!(pages_of(&ranges), written, "swapped or not, each page once");
-        swapped = pages_of(&ranges.into_iter().filter(|r| r.swapped).collect::<Vec<_>>());
-        if swapped.len() >= 100 {
-            break;
-        }
-    }
-    assert!(swapped.len() >= 100, "only {} pages went to swap", swapped.len());
-    assert!(swapped.iter().all(|page| *page < size / 2 / PAGE_SIZE));
-    let entries = pagemap.entries(map.range()).unwrap();
-    for page in &swapped {
-        assert!(entries[*page as usize].swap_slot().is_some() && !entries[*page as usize].is_present());
-    }
-    // A read brings a page back: it is dirty still, and in RAM.
-    let back = *swapped.first().unwrap();
-    assert_eq!(map.load(MemoryOffset::new(back * PAGE_SIZE)).unwrap(), 0xaa);
-    let ranges = page_ranges(&pagemap, map.range()).unwrap();
-    assert_eq!(pages_of(&ranges), written);
-    assert!(!pages_of(&ranges.into_iter().filter(|r| r.swapped).collect::<Vec<_>>()).contains(&back));
 }

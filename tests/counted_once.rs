@@ -12,21 +12,21 @@ use crate::support::store::guest_like;
 const PAGE: u64 = 4096;
 const SIZE: u64 = 4 << 20;
 
-fn world() -> (TestMount, String) {
+pub fn world() -> (TestMount, String) {
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE as usize), "web:1");
     (world, digest)
 }
 
 /// A process that has written these pages of the template.
-fn writer(world: &TestMount, digest: &str, pages: u64) -> Actor {
+pub fn writer(world: &TestMount, digest: &str, pages: u64) -> Actor {
     let mut actor = Actor::start();
     actor.tell(&format!("map 0 {} 0 {SIZE} rw", world.file(digest, "memory").display()));
     actor.write_pages(0, 0..pages);
     actor
 }
 
-fn audited(world: &TestMount) -> Value {
+pub fn audited(world: &TestMount) -> Value {
     let density = world.json(&["density", "--audit"]);
     let frames = &density["audit"]["frames"];
     assert_eq!(frames["verdict"], "ok", "{frames:#}");
@@ -150,32 +150,6 @@ fn pids_of(status: &Value) -> Vec<u64> {
 fn rss_of(pid: u64) -> u64 {
     let status = stencilfs::sys::procfs::status(pid as u32).unwrap().unwrap();
     (status.rss_anon + status.page_tables).get()
-}
-
-/// The memory that was free before a launch says something of that launch's clones, and of no other ones.
-#[test]
-fn a_baseline_goes_with_its_launch() {
-    let _host = host::alone();
-    let (world, digest) = world();
-    let memory = |world: &TestMount| audited(world)["audit"]["memory"].clone();
-    world.stencil(&["clone", "web:1", "-n", "3", "--simulate", "write=100p"]).ok();
-    let launched = world.json(&["density", "--audit"])["audit"].clone();
-    assert_eq!(launched["memory"]["tolerance_percent"], 5.0, "{launched:#}");
-    let verdicts = [&launched["frames"]["verdict"], &launched["memory"]["verdict"]];
-    let doubtful = verdicts.contains(&&json!("doubtful"));
-    assert_eq!(launched["verdict"], if doubtful { "doubtful" } else { "ok" }, "{launched:#}");
-    // What is launched beside them was not there before either.
-    world.stencil(&["clone", "web:1", "--simulate", "write=100p"]).ok();
-    assert!(memory(&world).is_object());
-    world.stencil(&["stop", "--all"]).ok();
-    let actor = writer(&world, &digest, 10);
-    assert_eq!(memory(&world), Value::Null, "nobody noted what was free before it");
-    world.stencil(&["clone", "web:1", "--simulate", "write=100p"]).ok();
-    assert_eq!(memory(&world), Value::Null, "another clone had taken memory before");
-    let text = world.stencil(&["density", "--audit"]).ok().out;
-    assert!(text.contains("no baseline") && text.contains("ok: off by"), "{text}");
-    assert!(text.contains("tolerance 0.5 %"), "{text}");
-    drop(actor);
 }
 
 #[test]

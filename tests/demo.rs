@@ -15,11 +15,19 @@ fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }
 
+/// Clones of the demo: of QEMU, and simulated ones. In `make soak` as many as in `make demo`.
+fn clones() -> (u32, u32) {
+    host::rounds((2, 40), (6, 200))
+}
+
 /// The demo with the binaries of this build, in a folder of its own.
 fn demo(dir: &Path) -> Command {
     daemon();
+    let (qemus, simulated) = clones();
     let mut command = Command::new(script("demo.sh"));
     command
+        .env("STENCIL_DEMO_QEMUS", qemus.to_string())
+        .env("STENCIL_DEMO_SIMULATED", simulated.to_string())
         .env("STENCIL_BIN_DIR", Path::new(STENCIL).parent().unwrap())
         .env("TMPDIR", dir)
         .env_remove("STENCIL_STORE")
@@ -55,22 +63,23 @@ fn nothing_is_left(dir: &Path) {
 }
 
 #[test]
-fn it_shows_the_main_job_and_leaves_nothing() {
+fn soak_it_shows_the_main_job_and_leaves_nothing() {
     let _host = host::shared();
     let dir = temporary("demo-");
     let began = Instant::now();
     let output = demo(dir.path()).output().unwrap();
     let said = text(&output);
     assert!(output.status.success(), "{said}");
+    let (qemus, simulated) = clones();
     for words in [
-        "206 clones take",
+        &format!("{} clones take", qemus + simulated),
         "= host memory",
         "sharing ratio",
         "audit",
         "and in the store",
         "on its disk: ",
         "the base image of their disks: before, while all wrote, and after",
-        "206 stopped",
+        &format!("{} stopped", qemus + simulated),
         "Done",
     ] {
         assert!(said.contains(words), "no '{words}' in {said}");

@@ -13,12 +13,12 @@ use crate::support::actor::{Actor, program};
 use crate::support::host;
 use crate::support::mount::{TestMount, copy_program};
 
-const PAGE: u64 = 4096;
-const SIZE: u64 = 64 << 20;
+pub const PAGE: u64 = 4096;
+pub const SIZE: u64 = 64 << 20;
 const SERVINGS: [&str; 2] = ["decode", "passthrough"];
 
 /// A mount with one template of 64 MiB, its first half data, its second half zero.
-fn world(serve: &str) -> (TestMount, String) {
+pub fn world(serve: &str) -> (TestMount, String) {
     let world = TestMount::new(serve);
     // Other users come through here.
     fs::set_permissions(world.dir(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -34,7 +34,7 @@ fn world(serve: &str) -> (TestMount, String) {
 }
 
 /// What `stencil dirty --ranges` says of a process: pages of the file, present and swapped.
-fn dirty(world: &TestMount, pid: u32) -> (BTreeSet<u64>, BTreeSet<u64>) {
+pub fn dirty(world: &TestMount, pid: u32) -> (BTreeSet<u64>, BTreeSet<u64>) {
     let answer = world.json(&["dirty", &pid.to_string(), "--ranges"]);
     let mut sets = (BTreeSet::new(), BTreeSet::new());
     for range in answer["ranges"].as_array().unwrap() {
@@ -48,17 +48,17 @@ fn dirty(world: &TestMount, pid: u32) -> (BTreeSet<u64>, BTreeSet<u64>) {
 }
 
 /// The row of a process in `stencil density`.
-fn row(world: &TestMount, pid: u32) -> Value {
+pub fn row(world: &TestMount, pid: u32) -> Value {
     let density = world.json(&["density"]);
     let clones = density["clones"].as_array().unwrap();
     clones.iter().find(|c| c["pid"] == pid).unwrap_or_else(|| panic!("no {pid} in {density:#}")).clone()
 }
 
-fn private_pages(row: &Value) -> u64 {
+pub fn private_pages(row: &Value) -> u64 {
     row["private_bytes"].as_u64().unwrap() / PAGE
 }
 
-fn total(world: &TestMount, field: &str) -> u64 {
+pub fn total(world: &TestMount, field: &str) -> u64 {
     world.json(&["density"])["totals"][field].as_u64().unwrap()
 }
 
@@ -68,7 +68,7 @@ fn scattered(count: u64, seed: u64) -> BTreeSet<u64> {
     (0..count).map(|i| (i * 2_654_435_761 + seed * 97) % pages).collect()
 }
 
-fn for_both(scenario: impl Fn(&TestMount, &str, &Path)) {
+pub fn for_both(scenario: impl Fn(&TestMount, &str, &Path)) {
     for serve in SERVINGS {
         let (world, digest) = world(serve);
         let memory = world.file(&digest, "memory");
@@ -76,7 +76,7 @@ fn for_both(scenario: impl Fn(&TestMount, &str, &Path)) {
     }
 }
 
-fn map(actor: &mut Actor, memory: &Path) {
+pub fn map(actor: &mut Actor, memory: &Path) {
     actor.tell(&format!("map 0 {} 0 {SIZE} rw", memory.display()));
 }
 
@@ -173,65 +173,6 @@ fn a_forked_family_shares_what_it_has_not_written_since() {
         assert_eq!(total(world, "private_bytes"), (1000 + 50 + 20 + 30) * PAGE);
         assert_eq!(total(world, "clones"), 2);
     });
-}
-
-#[test]
-fn copies_in_swap_are_dirty_and_take_no_ram() {
-    let _host = host::alone();
-    let swap = host::SwapFile::on(256 << 20);
-    for_both(|world, _, memory| {
-        let mut actor = Actor::start();
-        map(&mut actor, memory);
-        actor.write_pages(0, 10..110);
-        // Pages that wait in a processor's list (31 in each) stay until that is full; what is read brings its neighbours (8).
-        for _ in 0..50 {
-            actor.tell("pageout 0 10 80");
-            if dirty(world, actor.pid()).1.len() >= 60 {
-                break;
-            }
-        }
-        actor.tell("read 0 11");
-        let (present, swapped) = dirty(world, actor.pid());
-        assert_eq!(present.union(&swapped).copied().collect::<BTreeSet<u64>>(), (10..110).collect());
-        assert!(present.contains(&11) && (90..110).all(|p| present.contains(&p)));
-        assert!(swapped.len() >= 30 && swapped.iter().all(|p| (10..90).contains(p)), "{swapped:?}");
-        let row = row(world, actor.pid());
-        assert_eq!(row["swap_bytes"].as_u64().unwrap(), swapped.len() as u64 * PAGE);
-        assert_eq!(private_pages(&row), present.len() as u64);
-        assert_eq!(row["dirty_pages"], 100);
-    });
-    drop(swap);
-}
-
-#[test]
-fn pages_that_ksm_merged_are_counted_once_in_the_total() {
-    let _host = host::alone();
-    let ksm = host::Ksm::on();
-    for_both(|world, _, memory| {
-        let mut actors: Vec<Actor> = (0..4).map(|_| Actor::start()).collect();
-        for actor in &mut actors {
-            map(actor, memory);
-            actor.tell(&format!("mergeable 0 {SIZE}"));
-            for page in 0..400 {
-                // Sixteen contents, each in all four clones.
-                actor.tell(&format!("fill 0 {page} {}", 1 + page % 16));
-            }
-        }
-        let merged = || total(world, "private_bytes") / PAGE;
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        // A merged page has at most 256 sharers (max_page_sharing): 1600 pages of 16 contents are 16 frames.
-        while merged() != 16 {
-            assert!(std::time::Instant::now() < deadline, "KSM left {} frames", merged());
-            std::thread::sleep(std::time::Duration::from_millis(200));
-        }
-        for actor in &actors {
-            assert_eq!(private_pages(&row(world, actor.pid())), 400, "each clone has its own count");
-        }
-        // A write takes one page out of the merge.
-        actors[0].tell("write 0 3 99");
-        assert_eq!(merged(), 17);
-    });
-    drop(ksm);
 }
 
 #[test]

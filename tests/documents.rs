@@ -7,11 +7,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What stands in backquotes and names a scenario and a test of it; a type of the library has a capital letter, and
-/// other things with `::` have other signs.
+/// What stands in backquotes and names a scenario (`kill_qemu`, `alone::restart`) and a test of it. A type of the library
+/// has a capital letter, and other things with `::` have other signs.
 fn named(text: &str) -> Vec<(&str, &str)> {
-    let is_name = |word: &str| word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-    let words = text.split('`').skip(1).step_by(2).filter_map(|word| word.split_once("::"));
+    let is_name = |word: &str| word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b':');
+    let words = text.split('`').skip(1).step_by(2).filter_map(|word| word.rsplit_once("::"));
     words
         .filter(|(scenario, test)| is_name(scenario) && is_name(test))
         .filter(|(scenario, _)| scenario.starts_with(|c: char| c.is_ascii_lowercase()))
@@ -20,7 +20,7 @@ fn named(text: &str) -> Vec<(&str, &str)> {
 
 fn missing(text: &str) -> Vec<String> {
     let exists = |(scenario, test): &(&str, &str)| {
-        fs::read_to_string(root().join(format!("tests/{scenario}.rs")))
+        fs::read_to_string(root().join(format!("tests/{}.rs", scenario.replace("::", "/"))))
             .is_ok_and(|source| source.contains(&format!("fn {test}()")))
     };
     named(text).iter().filter(|pair| !exists(pair)).map(|(s, t)| format!("{s}::{t}")).collect()

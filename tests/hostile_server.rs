@@ -2,33 +2,32 @@
 //! grows no more than its bounds.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use stencilfs::control::Channel;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::Ends;
 use crate::support::readers::{Image, PAGE};
 use crate::support::{host, link};
 
-const IMAGE: Image = Image { salt: 13, pages: 2 << 10 };
+pub const IMAGE: Image = Image { salt: 13, pages: 2 << 10 };
 
 /// Whoever asks the supervisor something is answered within this time, also on a loaded machine.
-const ANSWER: Duration = Duration::from_secs(5);
+pub const ANSWER: Duration = Duration::from_secs(5);
 
-struct World {
-    world: TestMount,
-    clone: Actor,
+/// A mount with a clone, and the server's end of its link to the supervisor.
+pub struct World {
+    pub world: TestMount,
+    pub clone: Actor,
     supervisor: ProcessId,
-    server: ProcessId,
-    link: Channel,
+    pub server: ProcessId,
+    pub link: Channel,
 }
 
-fn world() -> World {
+pub fn world() -> World {
     let world = TestMount::with(&["--serve", "auto", "--cache-size", "64M"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let mut clone = Actor::start();
@@ -43,14 +42,15 @@ fn world() -> World {
 }
 
 impl World {
-    fn resident_kib(&self) -> u64 {
+    /// Resident memory of the supervisor.
+    pub fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.supervisor.pid)).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     /// The server is replaced, and nobody else has noticed anything.
-    fn gives_way(mut self, words: &str) {
+    pub fn gives_way(mut self, words: &str) {
         let log = || self.world.log();
         wait_for("another server", || (self.world.server() != self.server.pid).then_some(()));
         assert!(log().contains(words), "'{words}' is not in: {}", log());
@@ -66,69 +66,6 @@ impl World {
             "new opens are served"
         );
     }
-}
-
-/// Questions without an end, each cheap by itself, whose answers are taken.
-#[test]
-fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
-    let _host = host::alone();
-    let mut hostile = world();
-    let before = hostile.resident_kib();
-    let log = hostile.world.log().len();
-    let (over, asked, answered) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let (longest, statuses) = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // Of three keys there are names, and of many only one question each.
-            for number in 1_000_000u64.. {
-                let many = link::nobodys(number as u32);
-                let ask = match number % 4 {
-                    0 => json!({ "decode": { "key": many, "why": "x".repeat(10_000) } }),
-                    1 => json!({ "give_back": { "key": many } }),
-                    2 => json!({ "progress": { "key": many, "bytes": number } }),
-                    _ => json!({ "register": { "key": many, "identity": [1, 2] } }),
-                };
-                if over.load(Ordering::Relaxed) {
-                    break;
-                }
-                match hostile.link.send(&link::question(number, &ask), None) {
-                    Ok(()) => asked.fetch_add(1, Ordering::Relaxed),
-                    Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => continue,
-                    Err(e) => panic!("the supervisor hangs up: {e}"),
-                };
-            }
-        });
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                answered.fetch_add(u64::from(hostile.link.receive::<Value>().is_ok()), Ordering::Relaxed);
-            }
-        });
-        let _ends = Ends(&over);
-        let until = Instant::now() + Duration::from_secs(host::rounds(6, 60));
-        let (mut longest, mut statuses) = (Duration::ZERO, 0);
-        while Instant::now() < until {
-            let begun = Instant::now();
-            hostile.world.status();
-            longest = longest.max(begun.elapsed());
-            statuses += 1;
-        }
-        (longest, statuses)
-    });
-    let grown = hostile.resident_kib().saturating_sub(before);
-    println!(
-        "{} questions, {} answers; {statuses} calls of `status` meanwhile, the longest {longest:.1?}; it grew by {grown} KiB",
-        asked.load(Ordering::Relaxed),
-        answered.load(Ordering::Relaxed)
-    );
-    assert!(asked.load(Ordering::Relaxed) > 500, "that is no flood");
-    assert!(longest <= ANSWER && statuses > 0, "{longest:?}");
-    assert!(grown <= 64 << 10, "{grown} KiB");
-    let written = hostile.world.log().len() - log;
-    assert!(written <= 64 << 10, "{written} bytes of log");
-    assert_eq!(hostile.world.server(), hostile.server.pid, "who takes its answers is served");
-    assert_eq!(hostile.clone.tell("hash 0 77"), IMAGE.hash(77));
-    // Nonsense ends it.
-    hostile.link.send(&"no question", None).unwrap();
-    hostile.gives_way("has died");
 }
 
 #[test]

@@ -265,6 +265,37 @@ fn never_long(scenario: &str, text: &str, long: &[String], taken: &[&str]) -> Ve
         .collect()
 }
 
+/// Name and text of every scenario.
+fn scenarios(root: &Path) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for (folder, module) in [("tests", ""), ("tests/alone", "alone::")] {
+        for entry in fs::read_dir(root.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "rs") {
+                let name = path.file_stem().unwrap().to_str().unwrap();
+                found.push((format!("{module}{name}"), fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found
+}
+
+/// Anywhere else, such a scenario makes all threads of the test harness wait until the others have ended.
+#[test]
+fn scenarios_that_need_the_host_for_themselves_are_in_alone() {
+    let call = concat!("host::al", "one()");
+    let mut seen = 0;
+    for (scenario, text) in scenarios(Path::new(env!("CARGO_MANIFEST_DIR"))) {
+        let is_inside = scenario.starts_with("alone::");
+        if scenario != "alone::mod" {
+            assert_eq!(text.contains(call), is_inside, "{scenario}: {call}");
+            assert!(!is_inside || !text.contains("host::shared()"), "{scenario} shares the host");
+            seen += usize::from(is_inside);
+        }
+    }
+    assert!(seen > 10, "{seen}");
+}
+
 #[test]
 fn whoever_has_longer_counts_is_run_with_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -279,15 +310,10 @@ fn whoever_has_longer_counts_is_run_with_them() {
         long.extend(callers(&fs::read_to_string(file).unwrap(), &long));
     }
     let mut wrong = Vec::new();
-    for entry in fs::read_dir(root.join("tests")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|e| e == "rs") {
-            let scenario = path.file_stem().unwrap().to_str().unwrap().to_owned();
-            let text = fs::read_to_string(&path).unwrap();
-            let own = concat!("STENCIL", "_SOAK");
-            assert!(!text.contains(own), "{scenario} asks for {own} itself instead of host.rs");
-            wrong.extend(never_long(&scenario, &text, &long, &taken));
-        }
+    for (scenario, text) in scenarios(root) {
+        let own = concat!("STENCIL", "_SOAK");
+        assert!(!text.contains(own), "{scenario} asks for {own} itself instead of host.rs");
+        wrong.extend(never_long(&scenario, &text, &long, &taken));
     }
     assert!(wrong.is_empty(), "no word of {taken:?} is in the name of {wrong:#?}");
 

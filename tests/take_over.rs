@@ -6,7 +6,6 @@ use std::io::Seek;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -21,7 +20,7 @@ use crate::support::passing::Running;
 use crate::support::readers::{Image, PAGE};
 use crate::support::{host, link};
 
-const IMAGE: Image = Image { salt: 12, pages: 2 << 10 };
+pub const IMAGE: Image = Image { salt: 12, pages: 2 << 10 };
 
 fn map(path: &Path) -> Actor {
     let mut clone = Actor::start();
@@ -132,59 +131,6 @@ fn a_reservation_that_comes_twice_is_made_once() {
     wait_for("a successor", || (world.server() != server.pid).then_some(()));
     assert_eq!(world.status()["cache_used"], 0, "nobody makes it any more");
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == IMAGE.bytes());
-}
-
-/// At every moment of the first second of a mount its supervisor dies; mounting again always helps.
-#[test]
-fn soak_supervisors_that_die_while_their_mount_begins() {
-    let _host = host::alone();
-    let world = TestMount::unmounted();
-    let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
-    let path = world.file(&digest, "memory");
-    let mnt = world.mountpoint().to_str().unwrap();
-    let mut adopted = 0;
-    let rounds = host::rounds(12, 150);
-    for round in 0..rounds {
-        let mut mount = world.command();
-        mount.args(["mount", mnt]).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut mount = mount.spawn().unwrap();
-        let children = format!("/proc/{0}/task/{0}/children", mount.id());
-        let child = || {
-            let text = fs::read_to_string(&children).ok()?;
-            let process = ProcessId::of(text.split_whitespace().next()?.parse().ok()?).ok()??;
-            let program = fs::read_link(format!("/proc/{}/exe", process.pid)).ok()?;
-            (program == daemon()).then_some(process)
-        };
-        // On a busy host it may have no parent any more when it is looked for.
-        let at_once = || {
-            let until = Instant::now() + Duration::from_millis(20);
-            std::iter::repeat_with(child).take_while(|_| Instant::now() < until).find_map(|found| found)
-        };
-        let supervisor =
-            wait_for("a supervisor", || at_once().or_else(|| world.processes().first().copied()));
-        match round % 4 {
-            // However slow the host is, some have a server.
-            3 => drop(wait_for("a server", || world.recorded_server().filter(ProcessId::is_alive))),
-            _ => std::thread::sleep(Duration::from_micros(round * 7919 % 24_000)),
-        }
-        supervisor.signal(Signal::KILL).unwrap();
-        assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
-        let before = world.recorded_server().filter(ProcessId::is_alive);
-        world.mount(&[]).ok();
-        // It may have waited for the next supervisor too.
-        mount.wait().unwrap();
-        assert!(fs::read(&path).unwrap() == IMAGE.bytes(), "round {round}");
-        adopted += u64::from(before.is_some() && world.recorded_server() == before);
-        let processes = world.processes();
-        world.stencil(&["umount", mnt]).ok();
-        wait_for("the end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
-        let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounted.contains(mnt), "round {round}: a mount is left: {mounted}");
-    }
-    println!(
-        "{rounds} supervisors killed while their mount began; {adopted} times the server was taken over"
-    );
-    assert!(adopted > 0, "no server was met");
 }
 
 /// A control group whose processes stand still, not even SIGKILL ends them; they go on when it is dropped.

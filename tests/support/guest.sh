@@ -4,7 +4,8 @@
 #
 #     heartbeat COUNT UPTIME RANDOM
 #
-# and with each reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
+# and with each fourth reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
+# Under TCG each program that it starts takes some 10 ms of a processor, so it starts few.
 # Its root is the disk that `guest.sh --disk FILE SIZE [FOLDER]` makes, where it has one on virtio-blk: an ext4 of that
 # size with its system, and what is in the folder. It appends each heartbeat to /srv/beats there, synced. With a network
 # card it serves /srv by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat; the
@@ -115,6 +116,8 @@ for ten in 0 1 2 3 4 5 6 7 8 9; do
     done
 done >/ram/numbers
 /bin/busybox dd if=/dev/urandom of=/ram/noise bs=1M count=8 2>/dev/null
+/bin/busybox mkfifo /ram/silence
+exec 4<>/ram/silence
 echo "guest ready"
 count=0
 while :; do
@@ -127,8 +130,11 @@ while :; do
         echo "$count $random" >>/srv/beats
         /bin/busybox sync
     fi
-    /bin/busybox dd if=/ram/noise of=/dev/null bs=64k count=1 skip=$((count % 128)) 2>/dev/null
-    /bin/busybox usleep 150000
+    if [ $((count % 4)) = 0 ]; then
+        /bin/busybox dd if=/ram/noise of=/dev/null bs=256k count=1 skip=$((count / 4 % 32)) 2>/dev/null
+    fi
+    # The pause: nobody ever writes there.
+    read -r -t 0.15 silence <&4
 done
 GUEST
     chmod +x "$work/root/init" "$work/root/bin/guest"

@@ -75,7 +75,7 @@ fn run(world: &TestMount, words: &[&str]) -> (i32, String, String) {
 
 #[test]
 fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
-    let _host = host::shared();
+    let _host = host::alone();
     // No watchdog: the server is to stay stopped.
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&[7; 1 << 20], "web:1");

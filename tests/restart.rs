@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -101,7 +102,7 @@ impl<'a> Load<'a> {
 
 /// The old server goes on, is the same one, and nobody notices the trial.
 #[track_caller]
-pub fn is_refused(program: &Path, words: &str, took: std::ops::Range<u64>) {
+fn is_refused(program: &Path, words: &str, took: std::ops::Range<u64>) {
     let world = TestMount::new("decode");
     let mut load = Load::on(&world);
     let before = world.server();
@@ -159,5 +160,111 @@ fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
             });
         }
         assert_eq!(world.counter("hydrations_failed"), 0);
+    }
+}
+
+/// Builds stencil-mountd of another tree in `dir`. What does not differ is kept for the next build and the next run.
+fn build(dir: &Path, tree: &Path) -> PathBuf {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants");
+    let done = Command::new(env!("CARGO"))
+        .args(["build", "-q", "--offline", "-p", "stencil-mountd"])
+        .current_dir(tree)
+        .env("CARGO_TARGET_DIR", &target)
+        // Quick to build; what it depends on is optimized all the same.
+        .envs([("CARGO_PROFILE_DEV_OPT_LEVEL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "0")])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let program = dir.join("stencil-mountd");
+    copy_program(target.join("debug/stencil-mountd"), &program);
+    program
+}
+
+/// A copy of this tree, or of the commit before it where the history is there.
+fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
+    let tree = into.join("tree");
+    fs::create_dir(&tree).unwrap();
+    let top = env!("CARGO_MANIFEST_DIR");
+    let pack = match commit {
+        Some(commit) => format!("git -C {top} archive {commit} | tar -x -C {}", tree.display()),
+        None => {
+            format!("tar -C {top} --exclude=./target --exclude=./.git -c . | tar -x -C {}", tree.display())
+        }
+    };
+    // Newer than what was built last, or cargo takes another tree's build for this one's.
+    let pack = format!("{pack} && find {} -type f -exec touch {{}} +", tree.display());
+    let done = Command::new("bash").args(["-o", "pipefail", "-c", &pack]).output().unwrap();
+    assert!(done.status.success(), "{pack}: {}", String::from_utf8_lossy(&done.stderr));
+    tree
+}
+
+/// In a build of its own, one line of the source is another.
+fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: &str) {
+    if !host::soaking() {
+        return println!("a build with {to} is made in `make soak` only");
+    }
+    let _host = host::shared();
+    let dir = crate::support::mount::temporary(name);
+    let tree = copy_of_tree(dir.path(), None);
+    let file = tree.join(file);
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.contains(from), "{} has no {from}", file.display());
+    fs::write(&file, text.replace(from, to)).unwrap();
+    is_refused(&build(dir.path(), &tree), words, 0..5_000);
+}
+
+#[test]
+fn a_soak_build_of_other_sizes_leaves_the_old_server() {
+    let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
+    a_soak_build_is_refused("sizes", "mountd/src/decode.rs", from, to, "other things than the first one");
+}
+
+#[test]
+fn a_soak_build_of_another_control_version_leaves_the_old_server() {
+    let from = format!("CONTROL_VERSION: u32 = {}", stencilfs::control::CONTROL_VERSION);
+    let words = "the mount speaks version";
+    a_soak_build_is_refused("control", "src/control/protocol.rs", &from, "CONTROL_VERSION: u32 = 200", words);
+}
+
+/// The version of the words between processes, as a program prints it: `… (control 3)`.
+fn words_of(program: &Path) -> String {
+    let printed = crate::support::mount::run(program.to_str().unwrap(), &["--version"]);
+    let words =
+        printed.split_once("(control ").unwrap_or_else(|| panic!("no control version in {printed}")).1;
+    words.trim().to_owned()
+}
+
+#[test]
+fn a_soak_build_of_the_previous_commit_takes_over() {
+    if !host::soaking() {
+        return println!("the previous commit is built in `make soak` only");
+    }
+    let _host = host::shared();
+    let dir = crate::support::mount::temporary("previous-");
+    let mut git = Command::new("git");
+    let history = git.args(["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "-q", "--verify", "HEAD~1"]);
+    let has_history = history.output().is_ok_and(|o| o.status.success());
+    if !has_history {
+        // An exported tree or a shallow checkout: another build all the same.
+        println!("NO HISTORY HERE: the tree itself is built a second time instead of the previous commit");
+    }
+    let tree = copy_of_tree(dir.path(), has_history.then_some("HEAD~1"));
+    let program = build(dir.path(), &tree);
+    if words_of(&program) != words_of(&daemon()) {
+        println!("the previous commit speaks other words between processes: it must be refused");
+        return is_refused(&program, "the mount speaks version", 0..5_000);
+    }
+    for serve in ["decode", "passthrough"] {
+        let world = TestMount::new(serve);
+        let mut load = Load::on(&world);
+        for _ in 0..10 {
+            load.restart(&program, false).ok();
+            load.goes_on();
+            load.restart(&daemon(), false).ok();
+            load.goes_on();
+        }
+        load.end(&format!("{serve}: the previous commit and back"));
     }
 }

@@ -21,9 +21,8 @@ fn clones() -> (u32, u32) {
 }
 
 /// The demo with the binaries of this build, in a folder of its own.
-fn demo(dir: &Path) -> Command {
+fn demo(dir: &Path, (qemus, simulated): (u32, u32)) -> Command {
     daemon();
-    let (qemus, simulated) = clones();
     let mut command = Command::new(script("demo.sh"));
     command
         .env("STENCIL_DEMO_QEMUS", qemus.to_string())
@@ -67,10 +66,10 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
     let _host = host::shared();
     let dir = temporary("demo-");
     let began = Instant::now();
-    let output = demo(dir.path()).output().unwrap();
+    let (qemus, simulated) = clones();
+    let output = demo(dir.path(), clones()).output().unwrap();
     let said = text(&output);
     assert!(output.status.success(), "{said}");
-    let (qemus, simulated) = clones();
     for words in [
         &format!("{} clones take", qemus + simulated),
         "= host memory",
@@ -98,8 +97,11 @@ fn soak_it_leaves_nothing_when_it_is_interrupted() {
     for moment in moments {
         let dir = temporary("demo-");
         let log = dir.path().with_extension("log");
-        let mut child =
-            demo(dir.path()).stdout(fs::File::create(&log).unwrap()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = demo(dir.path(), clones())
+            .stdout(fs::File::create(&log).unwrap())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         patiently("that moment", Duration::from_secs(120), || {
             fs::read_to_string(&log).unwrap().contains(moment).then_some(())
         });
@@ -115,7 +117,7 @@ fn soak_it_leaves_nothing_when_it_is_interrupted() {
 fn an_older_kernel_is_named_at_once() {
     let dir = temporary("demo-");
     for (mut command, who) in
-        [(demo(dir.path()), "demo"), (Command::new(script("support/setup.sh")), "setup")]
+        [(demo(dir.path(), (1, 1)), "demo"), (Command::new(script("support/setup.sh")), "setup")]
     {
         let began = Instant::now();
         let output = command.env("STENCIL_TEST_KERNEL_RELEASE", "6.1.0-37-amd64").output().unwrap();

@@ -1,5 +1,6 @@
 //! `stencil gc`: gives back what nobody needs.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
 
@@ -57,7 +58,7 @@ impl Report for Collection {
             writeln!(out, "template {digest} {}", if self.dry_run { "would be removed" } else { "removed" })?;
         }
         for digest in &self.kept_templates {
-            writeln!(out, "template {digest} has no tag and stays: it is in use, or that cannot be known")?;
+            writeln!(out, "template {digest} has no tag and stays: it is in use, or Stencil cannot tell")?;
         }
         let would = if self.dry_run { "would be " } else { "" };
         writeln!(out, "{freed_bytes} {would}given back ({} bytes)", freed_bytes.get())?;
@@ -121,16 +122,18 @@ fn collect(
 ) -> Result<()> {
     if args.untagged {
         store.expect_tags_readable()?;
-        let tags = store.tags()?;
-        let untagged = store.digests()?.into_iter().filter(|d| tags.iter().all(|t| t.digest != *d));
-        let untagged: Vec<Digest> = untagged.collect();
+        let untagged = store.untagged(&store.digests()?)?;
         if args.dry_run {
-            collection.removed_templates = untagged;
+            let used: HashSet<Digest> =
+                removal::used(store, &untagged)?.into_iter().map(|(digest, _)| digest).collect();
+            (collection.kept_templates, collection.removed_templates) =
+                untagged.into_iter().partition(|digest| used.contains(digest));
         } else {
             remove_untagged(store, &untagged, collection)?;
         }
     }
-    collection.collected = store.collect(Collect { dry_run: args.dry_run, all: args.all }, stop, progress)?;
+    let dry_run = args.dry_run.then_some(&*collection.removed_templates);
+    collection.collected = store.collect(Collect { dry_run, all: args.all }, stop, progress)?;
     Ok(())
 }
 
@@ -150,7 +153,7 @@ fn remove_untagged(store: &Store, untagged: &[Digest], collection: &mut Collecti
         for (digest, removed) in done {
             match removed {
                 Ok(true) => collection.removed_templates.push(digest),
-                // It has got a tag, or is gone.
+                // It has a tag now, or another command has removed it.
                 Ok(false) => {}
                 Err(error) if error.code() == Code::InUse => collection.kept_templates.push(digest),
                 Err(error) if error.code() == Code::TryAgain => {

@@ -15,5 +15,4 @@ pub mod recipe;
 pub mod registry;
 pub mod removal;
 pub mod stop;
-mod unexplained;
 pub mod vmm;

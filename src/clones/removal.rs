@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!   mark ─▶ no lease? no process maps it or has it open? ─▶ every mount: nobody finds or opens it ─▶ the kernel has no
-//!     inode of it? ─▶ names locked: still so? ─▶ tags and folder go ─▶ the kernel has no inode of it?
-//!     ─▶ mounts close what they have of it
+//!     inode of it? ─▶ names locked: still so? ─▶ tags and folder are moved aside ─▶ the kernel has no inode of it? every
+//!     mount still hides it? ─▶ tags and folder go ─▶ mounts close what they have of it
 //! ```
-//! If a step fails, or this process is killed, the mounts find the template again. Every use of a file holds the file's
-//! inode, with or without a process, so the kernel's answer decides. All processes are scanned before a template is hidden,
-//! and again if the kernel knows an inode, to name the users. The last question to the kernel also finds users of a mount
-//! that started during the removal; it depends on no time limit.
+//! If a step fails, or this process is killed, the template is restored and the mounts find it again. Every use of a file
+//! holds the file's inode, with or without a process, so the kernel's answer decides. All processes are searched before a
+//! template is hidden, and again if the kernel knows an inode, to name the users. A mount that starts during the removal is
+//! found by the last look at all mounts. The files of a template that cannot be opened are not known, and so are not their
+//! inodes: such a template is removed only while its store is not mounted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -16,11 +17,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clones::find::{self, Inodes};
-use crate::clones::unexplained::Explained;
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
-use crate::sys::users;
 use crate::sys::{loops, probe};
 
 /// Mounts that come and go for longer are not waited for.
@@ -39,19 +38,14 @@ pub const BATCH: usize = 64;
 /// Templates that nobody can find or open.
 struct Hidden {
     store: Store,
-    mark: RemovalMark,
+    /// Nobody takes a lease while this lives.
+    _mark: RemovalMark,
     condemned: Condemnation,
-    files: BTreeMap<Digest, Files>,
+    templates: Templates,
 }
 
-/// What is known of the files of a template, and so of their inode numbers.
-enum Files {
-    /// The template is not in the store.
-    None,
-    Of(Box<Template>),
-    /// The template does not open, for this reason.
-    Unknown(String, Explained),
-}
+/// The templates of a removal; why it cannot be opened, for one that cannot.
+type Templates = BTreeMap<Digest, std::result::Result<Template, String>>;
 
 /// Removes what `reference` names. A tag of a template that has others goes alone.
 ///
@@ -62,7 +56,9 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     let mut hidden: Option<(Digest, Hidden)> = None;
     let until = Instant::now() + LONGEST;
     loop {
-        let unused = hidden.as_ref().map(|(digest, _)| *digest);
+        // One that was not in the store then was not hidden: another removal may have restored it since.
+        let is_hidden = |(digest, hidden): &(Digest, Hidden)| hidden.condemned.digests().contains(digest);
+        let unused = hidden.as_ref().filter(|of_it| is_hidden(of_it)).map(|(digest, _)| *digest);
         let first = |refused: Refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error));
         let is_hidden = || match &hidden {
             Some((digest, hidden)) => match hidden.leased(&[*digest])? {
@@ -98,13 +94,14 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     }
 }
 
-/// Removes those of at most [`BATCH`] templates that have no tag and that nobody uses. Gives for each whether it is gone;
-/// it is not, without an error, if it has got a tag or was removed meanwhile.
+/// Removes those of at most [`BATCH`] templates that have no tag and that nobody uses. Gives for each whether this has
+/// removed it: false if it has a tag, or if another command has removed it.
 ///
 /// # Errors
 /// When the store cannot be read or written, or its mounts cannot be asked; for one template as [`remove`].
 pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest, Result<bool>)>> {
-    let (mut hidden, refused) = Hidden::hide(store, digests)?;
+    // A template that has got a tag since is found by that name at this moment: it must not be hidden.
+    let (mut hidden, refused) = Hidden::hide(store, &store.untagged(digests)?)?;
     let unused = hidden.condemned.digests().to_vec();
     let mut done =
         store.remove_untagged(&unused, |digests| hidden.leased(digests), |digests| hidden.used(digests))?;
@@ -119,24 +116,12 @@ pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest,
 impl Hidden {
     /// Hides those of the templates that nobody uses.
     fn hide(store: &Store, digests: &[Digest]) -> Result<(Hidden, Refused)> {
-        let mark = RemovalMark::announce(store, digests)?;
-        let (mut files, mut refused) = (BTreeMap::new(), mark.leased(digests)?);
-        let leased: BTreeSet<Digest> = refused.iter().map(|(digest, _)| *digest).collect();
-        for digest in digests.iter().filter(|digest| !leased.contains(digest)) {
-            match Files::of(store, digest) {
-                Ok(of_it) => drop(files.insert(*digest, of_it)),
-                Err(error) => refused.push((*digest, error)),
-            }
-        }
-        let mounts = control::every_mount_of(store)?;
-        expect_to_see_all(digests, &mounts)?;
+        let mut mark = RemovalMark::announce(store, digests)?;
         // What is in use is not hidden from anybody, not even for a moment.
-        for (digest, error) in users_of(store, &files, &mounts)? {
-            files.remove(&digest);
-            refused.push((digest, error));
-        }
-        let condemned = Condemnation::new(files.keys().copied().collect());
-        let mut ours = Hidden { store: store.clone(), mark, condemned, files };
+        let (templates, mut refused) = unused_of(store, digests)?;
+        refused.iter().for_each(|(digest, _)| mark.end_for(digest));
+        let condemned = Condemnation::new(templates.keys().copied().collect());
+        let mut ours = Hidden { store: store.clone(), _mark: mark, condemned, templates };
         loop {
             let mut new = control::every_mount_of(store)?;
             new.retain(|m| !ours.condemned.has(m));
@@ -154,7 +139,7 @@ impl Hidden {
     /// Those of the templates that somebody has a lease of; `None` if a mount may show one of them. Asked while no name of
     /// the store can change.
     fn leased(&self, digests: &[Digest]) -> Result<Option<Refused>> {
-        let refused = self.mark.leased(digests)?;
+        let refused = control::leased(&self.store, digests)?;
         let asked = |mount: &Mount| self.condemned.has(mount);
         let is_hidden =
             control::every_mount_of(&self.store)?.iter().all(asked) && self.condemned.still_holds();
@@ -163,11 +148,9 @@ impl Hidden {
 
     /// Those of the templates that are used in the mounts which hide them: the kernel has an inode of them.
     fn used(&self, digests: &[Digest]) -> Result<Refused> {
-        let is_unknown = |digest: &&Digest| matches!(self.files.get(digest), Some(Files::Unknown(..)));
-        let (unknown, known): (Vec<&Digest>, Vec<&Digest>) = digests.iter().partition(is_unknown);
-        // Without inode numbers, a search of all processes decides.
-        let mut refused = self.users_of(unknown.into_iter())?;
-        let mut inodes = self.inodes_of(known.into_iter());
+        let mut refused = unreadable(&self.templates, &self.condemned.mounts());
+        refused.retain(|(digest, _)| digests.contains(digest));
+        let mut inodes = self.inodes_of(digests);
         let until = Instant::now() + RELEASE_TIMEOUT;
         loop {
             let numbers: Vec<u64> = inodes.keys().copied().collect();
@@ -175,12 +158,14 @@ impl Hidden {
             if in_kernel.is_empty() {
                 return Ok(refused);
             }
-            let (mut digests, is_late) = (BTreeSet::new(), Instant::now() > until);
-            digests.extend(in_kernel.iter().map(|(_, inode)| inodes[inode].0));
-            let mut found = self.users_of(digests.iter())?;
+            let is_late = Instant::now() > until;
+            let of = |inode: &u64| inodes.get(inode).ok_or_else(|| not_asked_for(*inode));
+            let of_these = in_kernel.iter().map(|(_, inode)| Ok(of(inode)?.0));
+            let mut digests = of_these.collect::<Result<BTreeSet<Digest>>>()?;
+            let mut found = self.users_of(&digests)?;
             digests.retain(|digest| found.iter().all(|(other, _)| other != digest));
-            for (mount, inode) in in_kernel {
-                let (digest, file) = &inodes[&inode];
+            for (mount, inode) in &in_kernel {
+                let (digest, file) = of(inode)?;
                 if is_late && digests.remove(digest) {
                     found.push((*digest, used_by_nobody_seen(digest, mount, file)));
                 }
@@ -195,11 +180,11 @@ impl Hidden {
     }
 
     /// The inode numbers that the files of these templates have in every mount, with template and file name.
-    fn inodes_of<'a>(&self, digests: impl Iterator<Item = &'a Digest>) -> BTreeMap<u64, (Digest, String)> {
+    fn inodes_of(&self, digests: &[Digest]) -> BTreeMap<u64, (Digest, String)> {
         let secret = self.store.secret();
         let mut inodes = BTreeMap::new();
         for digest in digests {
-            let Some(Files::Of(template)) = self.files.get(digest) else { continue };
+            let Some(Ok(template)) = self.templates.get(digest) else { continue };
             for (file, serving) in
                 template.files().iter().flat_map(|f| Serving::ALL.map(|serving| (f, serving)))
             {
@@ -211,9 +196,13 @@ impl Hidden {
     }
 
     /// Those of the templates that processes use in the mounts which hide them.
-    fn users_of<'a>(&self, digests: impl Iterator<Item = &'a Digest>) -> Result<Refused> {
-        let files = digests.filter_map(|digest| self.files.get_key_value(digest));
-        users_of(&self.store, files, &self.condemned.mounts())
+    fn users_of(&self, digests: &BTreeSet<Digest>) -> Result<Refused> {
+        let of_these = self.templates.iter().filter(|(digest, _)| digests.contains(digest));
+        users_of(
+            &self.store,
+            of_these.filter_map(|(_, template)| template.as_ref().ok()),
+            &self.condemned.mounts(),
+        )
     }
 
     /// The mounts show the templates again, or, if the templates are removed, close what they have of them.
@@ -223,62 +212,77 @@ impl Hidden {
     }
 }
 
-impl Files {
-    fn of(store: &Store, digest: &Digest) -> Result<Files> {
-        match store.template(digest) {
-            Ok(template) => Ok(Files::Of(Box::new(template))),
-            Err(error) if error.code() == Code::TryAgain => Err(error),
-            Err(error) => match store.find(digest)? {
-                true => Ok(Files::Unknown(error.to_string(), Explained::by(store)?)),
-                false => Ok(Files::None),
-            },
-        }
-    }
+/// Those of the templates that a process uses or has leased, with an error that names it, and those of which that cannot be
+/// known. Users that no process shows are found by a removal alone.
+///
+/// # Errors
+/// As [`remove`].
+pub fn used(store: &Store, digests: &[Digest]) -> Result<Refused> {
+    unused_of(store, digests).map(|(_, refused)| refused)
 }
 
-/// The templates that processes or loop devices use in these mounts, with an error that names them. All processes are
-/// searched once, and once more for each template that does not open.
-fn users_of<'a>(
-    store: &Store,
-    templates: impl IntoIterator<Item = (&'a Digest, &'a Files)>,
-    mounts: &[Mount],
-) -> Result<Refused> {
-    let (mut used, mut known, mut any) = (Refused::new(), BTreeMap::new(), false);
-    for (digest, files) in templates {
-        any = true;
-        match files {
-            Files::None => {}
-            Files::Of(template) => drop(known.insert(*digest, &**template)),
-            Files::Unknown(why, explained) => {
-                let using = explained.users_of_others(store, mounts)?;
-                if !using.is_empty() {
-                    used.push((*digest, may_be_in_use(digest, why, &using)));
-                }
-            }
+/// The templates that no process uses or has leased, and those that one does. One that the store does not have is neither.
+fn unused_of(store: &Store, digests: &[Digest]) -> Result<(Templates, Refused)> {
+    let mut refused = control::leased(store, digests)?;
+    let mut templates = Templates::new();
+    let leased: BTreeSet<Digest> = refused.iter().map(|(digest, _)| *digest).collect();
+    for digest in digests.iter().filter(|digest| !leased.contains(digest)) {
+        match store.template(digest) {
+            Ok(template) => drop(templates.insert(*digest, Ok(template))),
+            Err(error) if error.code() == Code::TryAgain => refused.push((*digest, error)),
+            Err(error) if store.find(digest)? => drop(templates.insert(*digest, Err(error.to_string()))),
+            // It is not in the store.
+            Err(_) => {}
         }
     }
-    let using = match known.is_empty() {
-        true => BTreeMap::new(),
-        false => find::users(&Inodes::of_templates(store, known.values().copied(), mounts))?,
+    let mounts = control::every_mount_of(store)?;
+    expect_to_see_all(digests, &mounts)?;
+    let mut used = unreadable(&templates, &mounts);
+    used.extend(users_of(store, templates.values().filter_map(|template| template.as_ref().ok()), &mounts)?);
+    used.iter().for_each(|(digest, _)| drop(templates.remove(digest)));
+    refused.extend(used);
+    Ok((templates, refused))
+}
+
+/// Those that cannot be opened, where a mount may serve them.
+fn unreadable(templates: &Templates, mounts: &[Mount]) -> Refused {
+    let Some(mount) = mounts.first() else { return Refused::new() };
+    let error = |(digest, template): (&Digest, &std::result::Result<Template, String>)| {
+        let why = template.as_ref().err()?;
+        Some((*digest, may_be_in_use(digest, why, mount)))
     };
-    used.extend(using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))));
-    if !any {
-        return Ok(used);
+    templates.iter().filter_map(error).collect()
+}
+
+/// The templates that processes or loop devices use in these mounts, each with an error that names them. All processes are
+/// searched once.
+fn users_of<'a>(
+    store: &Store,
+    templates: impl Iterator<Item = &'a Template>,
+    mounts: &[Mount],
+) -> Result<Refused> {
+    let templates: Vec<&Template> = templates.collect();
+    if templates.is_empty() {
+        return Ok(Refused::new());
     }
+    let using = find::users(&Inodes::of_templates(store, templates.iter().copied(), mounts))?;
+    let mut used: BTreeMap<Digest, Error> =
+        using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
     for (device, path) in loops::files() {
         let holds = |digest: &Digest| {
             let name = digest.to_string();
             Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())
         };
-        if let Some(digest) = known.keys().find(|digest| holds(digest)) {
-            let error =
+        if let Some(digest) = templates.iter().map(|template| template.digest()).find(|digest| holds(digest))
+        {
+            used.entry(*digest).or_insert_with(|| {
                 Error::in_use(format!("template {digest} is in use: loop device {device} has it open"))
                     .at(&path)
-                    .remedy(format!("take the device away: losetup -d /dev/{device}"));
-            used.push((*digest, error));
+                    .remedy(format!("take the device away: losetup -d /dev/{device}"))
+            });
         }
     }
-    Ok(used)
+    Ok(used.into_iter().collect())
 }
 
 /// Fails where a mount has served the store and processes of the host may be out of sight.
@@ -308,15 +312,20 @@ fn used_by_nobody_seen(digest: &Digest, mount: &Mount, file: &str) -> Error {
     )
 }
 
-/// The template does not open, and somebody uses files of its mounts that are of no other template.
-fn may_be_in_use(digest: &Digest, why: &str, using: &BTreeMap<u32, &str>) -> Error {
-    let pids: Vec<u32> = using.keys().copied().collect();
-    Error::in_use(format!(
-        "template {digest} may be in use: it cannot be opened ({why}), and these processes use files that belong to no \
-         other template: {}",
-        users::list_pids(&pids)
+fn may_be_in_use(digest: &Digest, why: &str, mount: &Mount) -> Error {
+    Error::try_again(format!(
+        "template {digest} may be in use: it cannot be opened ({why}), so the inodes of its files are not known"
     ))
-    .remedy("stop them first; or import the same memory again, which repairs the template")
+    .at(&mount.mountpoint)
+    .remedy(
+        "import the same memory again, which repairs the template; or remove it when the store is not mounted: \
+         stencil umount",
+    )
+}
+
+fn not_asked_for(inode: u64) -> Error {
+    Error::failed(format!("a mount of the store names inode {inode}, which it was not asked for"))
+        .remedy("replace its supervisor: stencil restart")
 }
 
 fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {

@@ -82,7 +82,7 @@ impl Condemnation {
                 grace = grace.max(moment);
             }
         }
-        // Who was answered just before can be seen then.
+        // An open that was answered just before is visible in its process after this time.
         std::thread::sleep(grace);
         Ok(())
     }
@@ -188,13 +188,13 @@ fn lost(mount: &Mount, error: io::Error) -> Error {
     let restart = format!("stencil restart {}", mount.mountpoint.display());
     let (what, remedy) = match is_late(&error) {
         true => (
-            "the mount does not say within 30 s that nobody can open the template",
+            "the mount does not say within 30 s that nobody can open the templates",
             format!("run it again; if its server is stuck, or of an older build, replace it: {restart}"),
         ),
         // It answers what every build knows.
         false if mount.snapshot().is_ok() => (
             "the mount's supervisor does not answer this question",
-            format!("it is of an older build: {restart}"),
+            format!("it is of another build: {restart}"),
         ),
         false => ("the mount's supervisor cannot be asked", SUPERVISOR_LOST.to_owned()),
     };

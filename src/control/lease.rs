@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::runtime::{self, runtime_dir, trusted_file};
 use crate::error::{Code, Error, Result};
-use crate::store::{ContentHold, Digest, Store, TemplateRef};
+use crate::store::{ContentHold, Digest, Refused, Store, TemplateRef};
 use crate::sys::folder::Folder;
 use crate::sys::{locks, probe};
 
@@ -148,9 +148,8 @@ impl Lease {
 /// A removal in progress: while this lives, nobody takes a new lease of its templates.
 #[derive(Debug)]
 pub struct RemovalMark {
-    store: Store,
     /// In this order: the marks are gone when the next removal has its turn.
-    _held: Option<(Vec<LeaseFile>, File)>,
+    held: Option<(Vec<(Digest, LeaseFile)>, File)>,
 }
 
 impl RemovalMark {
@@ -163,7 +162,7 @@ impl RemovalMark {
         let folder = match make_folder(store) {
             // Who may not make a runtime directory removes from a store that nobody serves or leases.
             Err(_) if !runtime_dir().exists() => {
-                return Ok(RemovalMark { store: store.clone(), _held: None });
+                return Ok(RemovalMark { held: None });
             }
             made => made?,
         };
@@ -184,29 +183,37 @@ impl RemovalMark {
             }
             std::thread::sleep(AGAIN);
         }
-        let mark = |digest| LeaseFile::create(store, &holder(digest, "rm", true));
+        let mark = |digest: &Digest| {
+            LeaseFile::create(store, &holder(digest, "rm", true)).map(|file| (*digest, file))
+        };
         let marks = digests.iter().map(mark).collect::<Result<Vec<_>>>()?;
-        Ok(RemovalMark { store: store.clone(), _held: Some((marks, turn)) })
+        Ok(RemovalMark { held: Some((marks, turn)) })
     }
 
-    /// Those of the templates that somebody has a lease of, each with a [`Code::InUse`] that names the holders.
-    ///
-    /// # Errors
-    /// As [`leases`].
-    pub fn leased(&self, digests: &[Digest]) -> Result<Vec<(Digest, Error)>> {
-        let mut holders: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
-        for lease in leases(&self.store)?.iter().filter(|lease| digests.contains(&lease.digest)) {
-            holders.entry(lease.digest).or_default().push(lease.name());
+    /// Ends it for one of the templates: who wants a lease of it waits no longer.
+    pub fn end_for(&mut self, digest: &Digest) {
+        if let Some((marks, _)) = &mut self.held {
+            marks.retain(|(marked, _)| marked != digest);
         }
-        let error = |(digest, names): (Digest, Vec<String>)| {
-            let count = names.len();
-            let names = names.join(", ");
-            let error =
-                Error::in_use(format!("template {digest} is leased: {count} processes rely on it: {names}"));
-            (digest, error.remedy("run it again when they are done"))
-        };
-        Ok(holders.into_iter().map(error).collect())
     }
+}
+
+/// Those of the templates that somebody has a lease of, each with a [`Code::InUse`] that names the holders.
+///
+/// # Errors
+/// As [`leases`].
+pub fn leased(store: &Store, digests: &[Digest]) -> Result<Refused> {
+    let mut holders: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+    for lease in leases(store)?.iter().filter(|lease| digests.contains(&lease.digest)) {
+        holders.entry(lease.digest).or_default().push(lease.name());
+    }
+    let error = |(digest, names): (Digest, Vec<String>)| {
+        let (count, names) = (names.len(), names.join(", "));
+        let error =
+            Error::in_use(format!("template {digest} is leased: {count} processes rely on it: {names}"));
+        (digest, error.remedy("run it again when they are done"))
+    };
+    Ok(holders.into_iter().map(error).collect())
 }
 
 /// Every lease of templates of this store. What the dead have left is removed on the way.
@@ -252,7 +259,9 @@ fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
     let seconds = STANDSTILL.as_secs();
     let what = match &removal {
         Some(LeaseHolder { pid, digest, .. }) => {
-            format!("process {pid} has been removing template {digest} for more than {seconds} s")
+            format!(
+                "process {pid} has been removing template {digest}, or others with it, for more than {seconds} s"
+            )
         }
         None => format!("another removal has had its turn for more than {seconds} s"),
     };

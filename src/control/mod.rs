@@ -29,12 +29,12 @@ pub use client::{ask, request_refresh, request_restart, request_unmount};
 pub use condemn::Condemnation;
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
 pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
-pub use lease::{Lease, LeaseHolder, RemovalMark, leases, removals};
+pub use lease::{Lease, LeaseHolder, RemovalMark, leased, leases, removals};
 pub use listing::{
     DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mounts, mounts_of,
 };
 pub use options::{MountOptions, ServeMode, parse_seconds};
-pub use protocol::{CONTROL_VERSION, Failure, Request, Response, UnmountMode};
+pub use protocol::{CONTROL_VERSION, Failure, MAX_INODES, Request, Response, UnmountMode};
 pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir};
 pub use runtime::runtime_dir;
 pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage};

@@ -1,6 +1,6 @@
 //! Which records of the packs are needed, and by whom.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::format::pack::IndexEntry;
@@ -113,9 +113,18 @@ impl Census {
     /// # Errors
     /// When the store cannot be listed, or `interrupt` became true.
     pub fn take(store: &Store, interrupt: &AtomicBool) -> Result<Census> {
+        Census::take_without(store, &[], interrupt)
+    }
+
+    /// The same, as if the store did not have these templates.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub fn take_without(store: &Store, without: &[Digest], interrupt: &AtomicBool) -> Result<Census> {
+        let without: HashSet<&Digest> = without.iter().collect();
         let packs = store.packs().ids()?.into_iter().map(|id| (id, PackUse::new(store, id))).collect();
         let mut census = Census { packs, templates: Vec::new(), unreadable: Vec::new() };
-        for digest in store.digests()? {
+        for digest in store.digests()?.into_iter().filter(|digest| !without.contains(digest)) {
             let counted = store.template(&digest).and_then(|template| {
                 census.count(&template, interrupt)?;
                 Ok(template)

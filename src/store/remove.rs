@@ -33,10 +33,18 @@ pub enum Removal {
 /// Templates that are not removed, and why.
 pub type Refused = Vec<(Digest, Error)>;
 
-/// Where a template's folder, or a tag, is while it is not sure yet that it goes: no list shows what begins with a dot.
+/// Where a template's folder, or a tag, is until its removal is certain: no list shows what begins with a dot.
 fn grave_of(path: &StorePath) -> StorePath {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}"))
+}
+
+/// A mount has begun, has got another supervisor, or has waited too long, while the template was hidden.
+fn shown_again(digest: &Digest) -> Error {
+    Error::try_again(format!(
+        "template {digest} stays: a mount of the store may have shown it during the removal"
+    ))
+    .remedy("run it again when no mount begins or restarts")
 }
 
 /// The name of what lies in that grave.
@@ -119,26 +127,42 @@ impl Store {
         let _names = self.lock_names()?;
         self.settle_graves()?;
         self.expect_tags_readable()?;
-        let tagged: HashSet<Digest> = self.tags()?.into_iter().map(|entry| entry.digest).collect();
+        let untagged: HashSet<Digest> = self.untagged(unused)?.into_iter().collect();
         let (mut done, mut templates) = (Vec::new(), Vec::new());
         for &digest in unused {
             match self.find(&digest) {
-                Ok(true) if !tagged.contains(&digest) => templates.push((digest, Vec::new())),
+                Ok(true) if untagged.contains(&digest) => templates.push((digest, Vec::new())),
                 Ok(_) => done.push((digest, Ok(false))),
                 Err(error) => done.push((digest, Err(error))),
             }
         }
         let removed = self.remove_hidden(&templates, hidden, used);
-        let settled = self.settle_graves();
-        match (removed, settled) {
-            (Ok(removed), Ok(())) => done.extend(removed),
-            (Ok(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
-            (Err(why), Err(error)) => return Err(why.and(error)),
+        match (removed, self.settle_graves()) {
+            (Ok(removed), settled) => {
+                // What is removed is told even if another template cannot be restored: the next writer restores it.
+                settled.unwrap_or_else(|e| log::warn!("{e}"));
+                let shown = |(digest, is_removed): (Digest, Result<bool>)| match is_removed {
+                    Ok(false) => (digest, Err(shown_again(&digest))),
+                    removed => (digest, removed),
+                };
+                done.extend(removed.into_iter().map(shown));
+                Ok(done)
+            }
+            (Err(error), Ok(())) => Err(error),
+            (Err(why), Err(error)) => Err(why.and(error)),
         }
-        Ok(done)
     }
 
-    /// Removes templates and all their tags; gives for each whether it is gone. The caller restores afterwards what was
+    /// Those of the templates that no tag points to.
+    ///
+    /// # Errors
+    /// When the tags cannot be listed.
+    pub fn untagged(&self, digests: &[Digest]) -> Result<Vec<Digest>> {
+        let tagged: HashSet<Digest> = self.tags()?.into_iter().map(|entry| entry.digest).collect();
+        Ok(digests.iter().filter(|digest| !tagged.contains(digest)).copied().collect())
+    }
+
+    /// Removes templates and all their tags; gives for each whether it is gone: false if a mount may show it. The caller restores afterwards what was
     /// buried and is not gone (`settle_graves`).
     fn remove_hidden(
         &self,
@@ -149,7 +173,8 @@ impl Store {
         let mut left: Vec<Digest> = templates.iter().map(|(digest, _)| *digest).collect();
         let mut done: Vec<(Digest, Result<bool>)> = Vec::new();
         let mut refuse = |left: &mut Vec<Digest>, refused: Option<Refused>| match refused {
-            Some(refused) => {
+            Some(mut refused) => {
+                refused.retain(|(digest, _)| left.contains(digest));
                 left.retain(|digest| refused.iter().all(|(other, _)| other != digest));
                 done.extend(refused.into_iter().map(|(digest, error)| (digest, Err(error))));
             }
@@ -225,17 +250,21 @@ impl Store {
             Error::io("cannot put back what may be in use", path, e)
                 .remedy("it is still there, hidden: once that path can be written, `stencil gc` puts it back")
         };
+        // One that cannot be restored is in no other's way, and keeps its tags.
+        let (mut settled, mut stuck) = (Ok(()), HashSet::new());
         for grave in self.graves_in(&self.images_dir())? {
             let Some(digest) = buried(&grave).and_then(|name| name.parse::<Digest>().ok()) else { continue };
             let folder = self.image_dir(&digest);
-            match self.has(&digest) {
+            let done = match self.has(&digest) {
                 // It was imported again.
-                true => self.forget(&[digest]).into_iter().try_for_each(|(_, done)| done.map(drop))?,
-                false => grave.rename(&folder).map_err(|e| fail(&folder, e))?,
+                true => self.forget(&[digest]).into_iter().try_for_each(|(_, done)| done.map(drop)),
+                false => grave.rename(&folder).map_err(|e| fail(&folder, e)),
+            };
+            if done.is_err() {
+                stuck.insert(digest);
             }
-            sync_folder(&self.images_dir())?;
+            settled = settled.and(done).and(sync_folder(&self.images_dir()));
         }
-        let mut settled = Ok(());
         for name in self.names(&self.tags_dir())? {
             let folder = self.tags_dir().join(&name);
             let graves = self.graves_in(&folder)?;
@@ -244,6 +273,7 @@ impl Store {
                 let path = self.tag_path(&tag);
                 let done = match read_tag(grave) {
                     Err(e) => Err(e),
+                    Ok(Some(digest)) if stuck.contains(&digest) => Ok(()),
                     Ok(Some(digest)) if self.has(&digest) && !path.is_file() => grave.rename(&path),
                     Ok(_) => grave.remove_file(),
                 };
@@ -349,6 +379,82 @@ mod tests {
         };
         assert_eq!((removed.tags, removed.template), (tags.to_vec(), Some(digest)));
         assert!(!store.has(&digest) && store.tags().unwrap().is_empty());
+    }
+
+    /// Three templates without tags.
+    fn three(dir: &Path) -> (Store, [Digest; 3]) {
+        let store = Store::open_or_create(&dir.join("store")).unwrap();
+        let digests = [1, 2, 3].map(|byte| {
+            let source = dir.join(format!("source-{byte}"));
+            fs::write(&source, vec![byte; 204_800]).unwrap();
+            let file =
+                ImportFile { name: "memory".into(), kind: FileKind::Ram, source: Source::Path(source) };
+            store.import(ImportRequest::new(None, vec![file]), &Silent).unwrap().digest
+        });
+        (store, digests)
+    }
+
+    fn codes(done: Vec<(Digest, Result<bool>)>) -> Vec<(Digest, std::result::Result<bool, Code>)> {
+        let mut codes: Vec<_> =
+            done.into_iter().map(|(digest, done)| (digest, done.map_err(|e| e.code()))).collect();
+        codes.sort_by_key(|(digest, _)| *digest);
+        codes
+    }
+
+    fn in_order<T>(mut expected: Vec<(Digest, T)>) -> Vec<(Digest, T)> {
+        expected.sort_by_key(|(digest, _)| *digest);
+        expected
+    }
+
+    #[test]
+    fn one_that_is_in_use_stays_and_the_others_of_its_batch_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, [a, b, c]) = three(dir.path());
+        store.set_tag(&"web:1".parse().unwrap(), &c).unwrap();
+        let used = |digests: &[Digest]| {
+            assert!(digests.iter().all(|digest| !store.has(digest)), "they are aside by now");
+            Ok(vec![(b, Error::in_use("somebody has it"))])
+        };
+        let done = store.remove_untagged(&[a, b, c], |_| Ok(Some(Refused::new())), used).unwrap();
+        assert_eq!(codes(done), in_order(vec![(a, Ok(true)), (b, Err(Code::InUse)), (c, Ok(false))]));
+        assert_eq!([a, b, c].map(|digest| store.has(&digest)), [false, true, true]);
+        // A lease is found before anything is moved.
+        let leased = |_: &[Digest]| Ok(Some(vec![(b, Error::in_use("leased"))]));
+        let used = |digests: &[Digest]| {
+            assert!(digests.is_empty() && store.has(&b));
+            Ok(Refused::new())
+        };
+        assert_eq!(codes(store.remove_untagged(&[b], leased, used).unwrap()), [(b, Err(Code::InUse))]);
+    }
+
+    #[test]
+    fn a_batch_that_a_mount_may_show_again_stays_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, [a, b, _]) = three(dir.path());
+        let looks = Cell::new(0);
+        let first = |_: &[Digest]| Ok((looks.replace(looks.get() + 1) == 0).then(Refused::new));
+        let done = store.remove_untagged(&[a, b], first, |_| Ok(Refused::new())).unwrap();
+        assert_eq!(codes(done), in_order(vec![(a, Err(Code::TryAgain)), (b, Err(Code::TryAgain))]));
+        assert!(store.has(&a) && store.has(&b) && looks.get() == 2);
+    }
+
+    #[test]
+    fn one_that_cannot_be_restored_is_in_no_others_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, digests) = three(dir.path());
+        for blocked in digests {
+            let obstacle = store.image_dir(&blocked);
+            let used = |these: &[Digest]| {
+                fs::write(&obstacle, "").unwrap();
+                Ok(these.iter().map(|digest| (*digest, Error::in_use("somebody has it"))).collect())
+            };
+            let done = store.remove_untagged(&digests, |_| Ok(Some(Refused::new())), used).unwrap();
+            assert!(done.iter().all(|(_, done)| done.as_ref().is_err_and(|e| e.code() == Code::InUse)));
+            assert_eq!(digests.map(|digest| store.has(&digest)), digests.map(|digest| digest != blocked));
+            fs::remove_file(&obstacle).unwrap();
+            store.settle_graves().unwrap();
+            assert!(store.has(&blocked));
+        }
     }
 
     #[test]

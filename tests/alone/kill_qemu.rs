@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::drill::Drill;
+use crate::support::drill::{Drill, is_read};
 use crate::support::guest::{self, heartbeats, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
@@ -61,7 +61,14 @@ fn beats_go_on(serve: &str) -> Result<(), String> {
         };
         beats(4);
         for kill in 0..5 {
-            drill.kill();
+            match serve {
+                // At a moment at which a guest waits for a page that it has not touched.
+                "decode" => {
+                    let met = drill.kill_when(Duration::from_secs(10), is_read).is_some();
+                    assert!(met, "no guest asks for a page in 10 s");
+                }
+                _ => drop(drill.kill()),
+            }
             beats(8 + 4 * kill);
         }
         drop(ends);

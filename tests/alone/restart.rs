@@ -1,14 +1,12 @@
 //! Another program takes the place of the server or of the supervisor, under readers.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
-use crate::restart::{IMAGE, Load, is_refused};
+use crate::restart::{IMAGE, Load};
 use crate::support::actor::Actor;
 use crate::support::drill::Drill;
 use crate::support::host;

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use stencilfs::control::{Received, Request, Response};
+use stencilfs::control::{MAX_INODES, Received, Request, Response};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::{descriptor, fuse_dev, process};
 
@@ -39,8 +39,11 @@ impl Supervisor {
             }
             Request::Release { digests, removed } => self.release(id, &digests, removed),
             Request::Inodes { numbers } => {
-                let known = fuse_dev::known_inodes(&self.kept.fuse, &numbers)
-                    .map_err(|e| Error::failed("cannot ask the kernel for an inode").because(e));
+                let known = match numbers.len() > MAX_INODES {
+                    true => Err(Error::usage(format!("more than {MAX_INODES} inode numbers"))),
+                    false => fuse_dev::known_inodes(&self.kept.fuse, &numbers)
+                        .map_err(|e| Error::failed("cannot ask the kernel for an inode").because(e)),
+                };
                 self.callers.say(id, known.map(|known| (Response::Inodes { known }, None)));
             }
             Request::Refresh => self.ring(id, Vec::new()),

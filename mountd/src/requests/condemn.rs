@@ -145,9 +145,10 @@ impl Supervisor {
 
     /// Lets go what belongs to callers that have gone, and answers those whose wish is fulfilled.
     pub(crate) fn see_to_condemned(&mut self) {
-        let (now, callers) = (Instant::now(), &self.callers);
+        let (now, callers, waiting) = (Instant::now(), &self.callers, &self.condemned.waiting);
         let connected = |caller| callers.channel(caller).is_some();
-        let holds = |row: &mut Row| now < row.until && row.holder.is_none_or(connected);
+        let waits = |row: &Row| waiting.iter().any(|one| Some(one.caller) == row.holder);
+        let holds = |row: &mut Row| (now < row.until || waits(row)) && row.holder.is_none_or(connected);
         let gone: Vec<Row> = self.condemned.rows.extract_if(.., |row| !holds(row)).collect();
         self.condemned.waiting.retain(|waiting| callers.channel(waiting.caller).is_some());
         let removed: Vec<Digest> = gone.iter().filter(|row| row.removed).map(|row| row.digest).collect();
@@ -162,6 +163,10 @@ impl Supervisor {
             };
             let Waiting { caller, removed, .. } = waiting;
             if removed.is_empty() {
+                // The silence begins with the answer.
+                let until = Instant::now() + LONGEST_SILENCE;
+                let rows = self.condemned.rows.iter_mut();
+                rows.filter(|row| row.holder == Some(caller)).for_each(|row| row.until = until);
                 self.callers.say(caller, Ok((Response::Settled { milliseconds }, None)));
                 continue;
             }

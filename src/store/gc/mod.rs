@@ -51,9 +51,9 @@ pub struct Collected {
 
 /// How a collection is done.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Collect {
-    /// Nothing is changed.
-    pub dry_run: bool,
+pub struct Collect<'a> {
+    /// Nothing is changed, and these templates count as removed.
+    pub dry_run: Option<&'a [Digest]>,
     /// Packs with any unreferenced record are rewritten, whatever that costs.
     pub all: bool,
 }
@@ -68,7 +68,7 @@ struct Run<'a> {
 }
 
 impl Store {
-    /// Gives back what nobody needs, or says with `dry_run` what that is. Waits until no import is under way, and keeps
+    /// Gives back what nobody needs, or says with `dry_run` what that would be. Waits until no import is under way, and keeps
     /// new ones waiting. Readers go on.
     ///
     /// # Errors
@@ -76,19 +76,22 @@ impl Store {
     /// says, or that `interrupt` became true; whatever was given back until then stays so.
     pub fn collect(
         &self,
-        Collect { dry_run, all }: Collect,
+        Collect { dry_run, all }: Collect<'_>,
         interrupt: &AtomicBool,
         progress: &dyn Progress,
     ) -> Result<Collected> {
         let _content = match dry_run {
-            true => None,
-            false => Some(self.lock_content_alone(interrupt)?),
+            Some(_) => None,
+            None => Some(self.lock_content_alone(interrupt)?),
         };
-        let (sessions, swept) = sweep(&self.tmp_dir(), dry_run);
+        let (sessions, swept) = sweep(&self.tmp_dir(), dry_run.is_some());
         // A removal that is not sure yet may put a template back: meanwhile it is in no list.
-        let names = if dry_run { None } else { Some(self.lock_names_while(|| check(interrupt))?) };
+        let names = match dry_run {
+            Some(_) => None,
+            None => Some(self.lock_names_while(|| check(interrupt))?),
+        };
         names.as_ref().map_or(Ok(()), |_| self.settle_graves())?;
-        let census = Census::take(self, interrupt)?;
+        let census = Census::take_without(self, dry_run.unwrap_or_default(), interrupt)?;
         drop(names);
         if let Some((digest, error)) = census.unreadable.first() {
             return Err(Error::new(
@@ -107,8 +110,8 @@ impl Store {
         let run = Run { store: self, interrupt, progress };
         let mut done = Collected { sessions, dead_bytes: Bytes::new(plan.stays), ..Collected::default() };
         let freed = match dry_run {
-            true => run.estimate(&census, plan, &mut done),
-            false => run.collect(census, plan, &mut done)?,
+            Some(_) => run.estimate(&census, plan, &mut done),
+            None => run.collect(census, plan, &mut done)?,
         };
         done.freed_bytes = Bytes::new(swept + freed);
         Ok(done)

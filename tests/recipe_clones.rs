@@ -74,7 +74,7 @@ fn disks_are_in_the_figures(world: &TestMount, clones: &[Value]) {
     drop(still);
     let parts = ["private_bytes", "page_table_bytes", "overhead_bytes", "disk_bytes"];
     let of_the_clones: u64 = parts.iter().map(|part| totals[part].as_u64().unwrap()).sum();
-    assert_eq!(totals["bytes_per_further_clone"], of_the_clones / 6);
+    assert_eq!(totals["bytes_per_further_clone"], of_the_clones / clones.len() as u64);
     // There is no baseline where a process of another scenario let nobody look into it.
     if density["audit"]["memory"].is_object() {
         assert_eq!(density["audit"]["memory"]["accounted_bytes"], of_the_clones);
@@ -82,7 +82,7 @@ fn disks_are_in_the_figures(world: &TestMount, clones: &[Value]) {
 }
 
 #[test]
-fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
+fn soak_clones_write_to_their_disks_and_answer_at_the_same_time() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let dir = world.dir();
@@ -137,11 +137,12 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
     let base = world.file(captured["digest"].as_str().unwrap(), "disk-root");
     let served = || blake3::hash(&fs::read(&base).unwrap()).to_hex().to_string();
     assert_eq!(served(), root_before);
-    let launched = world.json(&["clone", "vm:1", "-n", "6"]);
-    println!("6 guests were running after {} s", launched["ready_seconds"]);
+    let number: usize = host::rounds(3, 6);
+    let launched = world.json(&["clone", "vm:1", "-n", &number.to_string()]);
+    println!("{number} guests were running after {} s", launched["ready_seconds"]);
     let listed = world.json(&["ps"]);
     let clones = listed["clones"].as_array().unwrap();
-    assert_eq!(clones.len(), 6);
+    assert_eq!(clones.len(), number);
 
     // All at the same time: on its own port each answers with what it has written to its own disk.
     std::thread::scope(|scope| {
@@ -214,7 +215,7 @@ fn six_clones_write_to_their_disks_and_answer_at_the_same_time() {
             assert!(backing.starts_with(world.mountpoint().to_str().unwrap()), "{backing}");
         }
     }
-    assert!(seen.iter().all(|all| all.len() == 6), "{seen:#?}");
+    assert!(seen.iter().all(|all| all.len() == number), "{seen:#?}");
     assert!(
         seen.iter().zip(&own_identity).all(|(all, own)| !all.contains(own)),
         "{own_identity:?} in {seen:#?}"
@@ -305,25 +306,34 @@ fn a_vm_that_dies_while_its_disk_is_read_loses_nothing() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let disk = make_disk(world.dir(), 24 << 20);
-    let grown = || {
-        let overlay = overlays(world.dir()).pop()?;
-        (fs::metadata(overlay).ok()?.len() > 256 << 10).then_some(())
-    };
+    let frozen = || overlays(world.dir()).pop();
+    let grown = || fs::metadata(frozen()?).is_ok_and(|about| about.len() > 256 << 10).then_some(());
     for with_capture in [false, true] {
         let mut guest = Qemu::boot_with(world.dir(), &devices(world.dir(), &disk, free_port()));
-        // The capture stands still as soon as the guest has written to the overlay; one that is faster is made again.
+        // The capture stands still while it reads the disk, until the guest has written to the overlay. In its first moments
+        // the guest stands still too: then the capture goes on a little.
         let mut capture = (0..20)
             .find_map(|_| {
                 let mut command = world.command();
                 command.arg("capture").arg(guest.socket()).arg("vm:x");
                 let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+                let pid = Pid::from_raw(capture.id() as i32).unwrap();
                 while capture.try_wait().unwrap().is_none() {
-                    if grown().is_some() {
-                        let pid = Pid::from_raw(capture.id() as i32).unwrap();
+                    if frozen().is_some() {
                         kill_process(pid, Signal::STOP).unwrap();
-                        std::thread::sleep(Duration::from_millis(50));
-                        if grown().is_some() {
-                            return Some(capture);
+                        let beats = guest.heartbeats().len();
+                        for _ in 0..100 {
+                            std::thread::sleep(Duration::from_millis(50));
+                            match grown() {
+                                Some(()) => return Some(capture),
+                                // It goes on: soon it has written enough.
+                                None if guest.heartbeats().len() > beats => {}
+                                None => {
+                                    kill_process(pid, Signal::CONT).unwrap();
+                                    std::thread::sleep(Duration::from_millis(2));
+                                    kill_process(pid, Signal::STOP).unwrap();
+                                }
+                            }
                         }
                         kill_process(pid, Signal::CONT).unwrap();
                     }

@@ -313,6 +313,38 @@ fn a_collection_searches_all_processes_once() {
     assert!(!world.file(&digests[7], "memory").exists());
 }
 
+/// Root's mounts are in a runtime directory that the owner of a store cannot write.
+#[test]
+fn an_owner_without_privileges_removes_what_no_mount_serves() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    world.open_to_others();
+    let (source, own) = (world.dir().join("source"), world.dir().join("own"));
+    fs::write(&source, guest_like(1, SIZE)).unwrap();
+    fs::create_dir(&own).unwrap();
+    run("chown", &["-R", "12345:12345", world.store_dir().to_str().unwrap(), own.to_str().unwrap()]);
+    let owner = |runtime_dir: &std::path::Path, words: &[&str]| {
+        let mut command = world.command_in("setpriv");
+        let user = ["--reuid=12345", "--regid=12345", "--clear-groups", STENCIL];
+        let output = command.args(user).args(words).env("STENCIL_RUNTIME_DIR", runtime_dir).output().unwrap();
+        Run::of(words.join(" "), &output)
+    };
+    owner(&own, &["import", source.to_str().unwrap(), "web"]).ok();
+    world.mount(&["--serve", "decode"]).ok();
+    let digest = world.json(&["ls"])["templates"][0]["digest"].as_str().unwrap().to_owned();
+    let file = File::open(world.file(&digest, "memory")).unwrap();
+    owner(&world.runtime_dir(), &["rm", "web"]).exits(1).says("or set STENCIL_RUNTIME_DIR");
+    // The mount is seen, and it is not known who asks it for what.
+    owner(&own, &["rm", "web"]).exits(75).says("has no record");
+    let mut read = vec![0; SIZE];
+    file.read_exact_at(&mut read, 0).unwrap();
+    assert!(read == guest_like(1, SIZE));
+    drop(file);
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    owner(&own, &["rm", "web"]).ok();
+    assert!(world.json(&["ls"])["templates"].as_array().unwrap().is_empty());
+}
+
 /// A batch may have every kind of user at once: each template with one stays, is told once, and the others go.
 #[test]
 fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {

@@ -23,7 +23,7 @@ fn soak_forks_that_take_all_memory_leave_every_byte_right() {
             clone.tell(&format!("fill 0 {page} {}", page % 251));
         }
     }
-    let seconds = host::rounds("4", "30");
+    let seconds = host::rounds("2", "30");
     let stress =
         ["--mmapfork", "1", "--timeout", seconds, "--verify", "--temp-path", "/tmp", "--metrics-brief"];
     let mut stress = Command::new("stress-ng")

@@ -94,13 +94,26 @@ impl Store {
     pub fn expect_tags_readable(&self) -> Result<()> {
         let (files, unlisted) = self.tag_files()?;
         unlisted.into_iter().next().map_or(Ok(()), Err)?;
-        files.iter().try_for_each(|(tag, _)| match self.tag(tag)? {
-            // One flipped bit makes it name another digest.
-            Some(digest) if !self.has(&digest) => Err(self.dangling(tag, &digest)),
-            _ => Ok(()),
-        })
+        // One flipped bit makes a tag name another digest.
+        files.iter().try_for_each(|(tag, _)| self.target(tag).map(drop))
     }
 
+    /// The template that a tag points to; `None` where there is no such tag.
+    ///
+    /// # Errors
+    /// [`Code::Damage`] where it cannot be known, or where the tag points to a template that the store does not have.
+    pub(super) fn target(&self, tag: &TagName) -> Result<Option<Digest>> {
+        let Some(mut digest) = self.tag(tag)? else { return Ok(None) };
+        while !self.has(&digest) {
+            // A removal takes the tags first, and restores them last: a tag that is still there is not one of its.
+            match self.tag(tag)? {
+                Some(now) if now == digest && !self.has(&digest) => return Err(self.dangling(tag, &digest)),
+                Some(now) => digest = now,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(digest))
+    }
     fn dangling(&self, tag: &TagName, digest: &Digest) -> Error {
         Error::damage(format!("tag {tag} points to template {digest}, which is not there"))
             .at(self.tag_path(tag))
@@ -240,11 +253,7 @@ impl Store {
         match reference {
             TemplateRef::Digest(digest) if self.has(digest) => Ok(*digest),
             TemplateRef::Digest(_) => Err(missing()),
-            TemplateRef::Tag(tag) => match self.tag(tag)? {
-                Some(digest) if self.has(&digest) => Ok(digest),
-                Some(digest) => Err(self.dangling(tag, &digest)),
-                None => Err(missing()),
-            },
+            TemplateRef::Tag(tag) => self.target(tag)?.ok_or_else(missing),
             TemplateRef::Prefix(prefix) => {
                 let mut fits: Vec<Digest> = self.digests()?;
                 fits.retain(|d| d.to_string().starts_with(prefix));

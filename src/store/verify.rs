@@ -352,13 +352,8 @@ impl Run<'_> {
             self.note(error, (&self.store.tags_dir(), None), None)?;
         }
         for (tag, path) in files {
-            match self.store.tag(&tag) {
-                Ok(Some(digest)) if !self.store.has(&digest) => {
-                    let why = format!("tag {tag} points to template {digest}, which is not there");
-                    self.note(Error::damage(why).at(&path), (&path, None), None)?;
-                }
-                Ok(_) => {}
-                Err(e) => self.note(e, (&path, None), None)?,
+            if let Err(error) = self.store.target(&tag) {
+                self.note(error, (&path, None), None)?;
             }
         }
         Ok(())

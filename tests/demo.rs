@@ -83,6 +83,8 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
     ] {
         assert!(said.contains(words), "no '{words}' in {said}");
     }
+    // The clones run on while they are measured: a figure that moved meanwhile is none that is wrong.
+    assert!(!said.contains("wrong: off by"), "{said}");
     assert!(began.elapsed() < Duration::from_secs(240), "{:?}", began.elapsed());
     nothing_is_left(dir.path());
 }

@@ -171,6 +171,9 @@ impl DensityReport {
             "  {} processes unknown, {} mappings unexplained",
             f.unknown_processes, f.unexplained_mappings
         )?;
+        if f.changed_percent >= 0.001 {
+            writeln!(out, "  the clones changed by {:.3} % meanwhile", f.changed_percent)?;
+        }
         let verdict = |of: Verdict, error: f64, tolerance: f64| {
             format!("{}: off by {error:.3} %, tolerance {tolerance} %", of.name())
         };

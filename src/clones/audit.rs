@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 use serde::Serialize;
 
-use super::accounting::{Survey, Totals, residency};
+use super::accounting::{self, Survey, Totals, residency};
 use super::baseline::Baseline;
 use super::find::{Inodes, Search, ServedFile};
 use crate::control::Mount;
@@ -22,8 +22,11 @@ use crate::sys::procfs::{self, MapLine};
 use crate::sys::users::{self, PATIENCE};
 use crate::units::{Bytes, PageCount};
 
-/// Most that page frames and the accounting may differ, in percent: processes go on while they are measured.
+/// Most that page frames and the accounting may differ, in percent.
 const FRAMES_TOLERANCE: f64 = 0.5;
+
+/// Most that the accounting itself may change while frames are counted, in percent. Beyond that, agreement proves little.
+const CHANGE_TOLERANCE: f64 = 5.0;
 
 /// The same for available memory, which everything else on the host changes too.
 const MEMORY_TOLERANCE: f64 = 5.0;
@@ -89,12 +92,33 @@ pub struct FrameAudit {
     pub unknown_processes: u64,
     /// Page table entries (kpagecount) on private frames that no process explains.
     pub unexplained_mappings: u64,
-    /// Difference of the sums, in percent of the accounting's.
+    /// Clones run on while frames are counted, so the accounting is done before and after: how much its sum has changed, in
+    /// percent.
+    pub changed_percent: f64,
+    /// How far the sum of the frames is from what the accounting says, before or after or in between, in percent.
     pub error_percent: f64,
-    /// Most that the sums, or the page tables, may differ.
+    /// Most that this may be, also of the page tables alone.
     pub tolerance_percent: f64,
-    /// `wrong` beyond the tolerance, or where processes or address spaces differ; `doubtful` with unexplained mappings.
+    /// `wrong` beyond the tolerance, or where processes or address spaces differ; `doubtful` with unexplained mappings, or
+    /// where the sum has changed by more than 5 %.
     pub verdict: Verdict,
+}
+
+/// What the accounting says at one moment.
+#[derive(Debug, Clone, Copy)]
+struct Accounted {
+    sum: Bytes,
+    page_tables: Bytes,
+    clones: u64,
+}
+
+impl Accounted {
+    fn of(survey: &Survey) -> Accounted {
+        let totals = &survey.density.totals;
+        let page_tables = survey.clones.iter().map(|(_, clone)| clone.memory.page_table_bytes).sum();
+        let sum = totals.private_bytes + totals.overhead_bytes + totals.template_bytes + page_tables;
+        Accounted { sum, page_tables, clones: totals.clones }
+    }
 }
 
 /// Available memory then and now, in bytes.
@@ -177,8 +201,10 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     }
     let bytes = |count: usize| PageCount::new(count as u64).bytes();
     let overhead = walk.overhead.keys().filter(|frame| !walk.private.contains_key(frame)).count();
+    let (before, later) = (Accounted::of(survey), accounting::survey(mounts, None)?);
+    let clones = survey.clones.iter().chain(&later.clones);
     let known: HashSet<u32> =
-        survey.clones.iter().flat_map(|(clone, _)| clone.processes()).map(|process| process.pid).collect();
+        clones.flat_map(|(clone, _)| clone.processes()).map(|process| process.pid).collect();
     let unknown = walk.processes.iter().filter(|walked| !known.contains(&walked.pid)).count();
     let (address_spaces, page_table_bytes) = walk.address_spaces();
     let totals = &survey.density.totals;
@@ -190,42 +216,44 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
         template_bytes: bytes(template),
         template_accounted: totals.template_bytes,
         page_table_bytes,
-        page_table_accounted: survey.clones.iter().map(|(_, clone)| clone.memory.page_table_bytes).sum(),
+        page_table_accounted: before.page_tables,
         address_spaces,
         address_spaces_accounted: totals.clones,
         unknown_processes: unknown as u64,
         unexplained_mappings: unexplained,
+        changed_percent: 0.0,
         error_percent: 0.0,
         tolerance_percent: FRAMES_TOLERANCE,
         verdict: Verdict::Ok,
     };
-    audit.conclude();
+    audit.conclude(before, Accounted::of(&later));
     Ok(audit)
 }
 
 impl FrameAudit {
-    fn conclude(&mut self) {
+    fn conclude(&mut self, before: Accounted, after: Accounted) {
         let counted = self.private_bytes + self.overhead_bytes + self.template_bytes + self.page_table_bytes;
-        let accounted = self.private_accounted
-            + self.overhead_accounted
-            + self.template_accounted
-            + self.page_table_accounted;
-        self.error_percent = difference(counted, accounted);
-        let tables = difference(self.page_table_bytes, self.page_table_accounted);
+        self.error_percent = distance(counted, before.sum, after.sum);
+        self.changed_percent = percent(after.sum.get() as i64 - before.sum.get() as i64, before.sum);
+        let tables = distance(self.page_table_bytes, before.page_tables, after.page_tables);
+        let clones = before.clones.min(after.clones)..=before.clones.max(after.clones);
         let wrong = self.error_percent > self.tolerance_percent
             || tables > self.tolerance_percent
-            || self.address_spaces != self.address_spaces_accounted
+            || !clones.contains(&self.address_spaces)
             || self.unknown_processes > 0;
-        self.verdict = match (wrong, self.unexplained_mappings) {
+        let doubtful = self.unexplained_mappings > 0 || self.changed_percent > CHANGE_TOLERANCE;
+        self.verdict = match (wrong, doubtful) {
             (true, _) => Verdict::Wrong,
-            (false, 0) => Verdict::Ok,
-            (false, _) => Verdict::Doubtful,
+            (false, true) => Verdict::Doubtful,
+            (false, false) => Verdict::Ok,
         };
     }
 }
 
-fn difference(counted: Bytes, accounted: Bytes) -> f64 {
-    percent(counted.get() as i64 - accounted.get() as i64, accounted)
+/// How far a figure is from the range of two others, in percent of the first of them.
+fn distance(counted: Bytes, before: Bytes, after: Bytes) -> f64 {
+    let nearest = counted.clamp(before.min(after), before.max(after));
+    percent(counted.get() as i64 - nearest.get() as i64, before)
 }
 
 /// All mappings of every process that maps one of these files.
@@ -339,6 +367,52 @@ fn percent(difference: i64, of: Bytes) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_are_held_against_the_accounting_before_and_after() {
+        let at = |sum, page_tables, clones| Accounted {
+            sum: Bytes::new(sum),
+            page_tables: Bytes::new(page_tables),
+            clones,
+        };
+        let frames = |private, page_tables, address_spaces| FrameAudit {
+            private_bytes: Bytes::new(private),
+            private_accounted: Bytes::ZERO,
+            overhead_bytes: Bytes::ZERO,
+            overhead_accounted: Bytes::ZERO,
+            template_bytes: Bytes::ZERO,
+            template_accounted: Bytes::ZERO,
+            page_table_bytes: Bytes::new(page_tables),
+            page_table_accounted: Bytes::ZERO,
+            address_spaces,
+            address_spaces_accounted: 0,
+            unknown_processes: 0,
+            unexplained_mappings: 0,
+            changed_percent: 0.0,
+            error_percent: 0.0,
+            tolerance_percent: FRAMES_TOLERANCE,
+            verdict: Verdict::Ok,
+        };
+        let quiet = at(10_000, 1000, 8);
+        for (counted, after, verdict) in [
+            (frames(9000, 1000, 8), quiet, Verdict::Ok),
+            (frames(9040, 1000, 8), quiet, Verdict::Ok),
+            (frames(9060, 1000, 8), quiet, Verdict::Wrong),
+            (frames(8940, 1000, 8), quiet, Verdict::Wrong),
+            (frames(9000, 1006, 8), quiet, Verdict::Wrong),
+            (frames(9000, 1000, 9), quiet, Verdict::Wrong),
+            // The clones have written meanwhile, or one has ended.
+            (frames(9200, 1010, 8), at(10_300, 1020, 8), Verdict::Ok),
+            (frames(9500, 1010, 8), at(10_300, 1020, 8), Verdict::Wrong),
+            (frames(8800, 990, 7), at(9700, 980, 7), Verdict::Ok),
+            // So much that any figure would agree.
+            (frames(9500, 1010, 8), at(12_000, 1020, 8), Verdict::Doubtful),
+        ] {
+            let mut audit = counted;
+            audit.conclude(quiet, after);
+            assert_eq!(audit.verdict, verdict, "{audit:?} {after:?}");
+        }
+    }
 
     #[test]
     fn all_that_lowers_available_memory_is_accounted_for() {

@@ -17,14 +17,14 @@ const MNT: &str = "/srv/templates";
 const SAME: &str = "cmp /root/guest.ram /srv/templates/templates/web/1/memory";
 
 /// The package installed in a clean root that holds a guest's memory in `/root/guest.ram`.
-pub fn installed(debian: &Debian) -> Run {
+fn installed(debian: &Debian) -> Run {
     fs::copy(package(), debian.path("/tmp/stencil.deb")).unwrap();
     fs::write(debian.path("/root/guest.ram"), random(3, MEMORY)).unwrap();
     fs::create_dir_all(debian.path(MNT)).unwrap();
     debian.sh("dpkg -i /tmp/stencil.deb")
 }
 
-pub fn wait_unmounted(debian: &Debian) {
+fn wait_unmounted(debian: &Debian) {
     wait_for("both processes of the mount to end", || {
         (debian.out("stencil status") == "no mounts\n").then_some(())
     });
@@ -216,6 +216,20 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
     let twice = call("");
     assert!(twice.code == 32, "{} {}", twice.code, twice.err);
     debian.out(&format!("umount {MNT}"));
+    wait_unmounted(&debian);
+}
+
+#[test]
+fn the_ten_lines_of_the_readme_run_as_they_stand() {
+    let _host = host::shared();
+    let debian = Debian::new();
+    installed(&debian).ok();
+    fs::write(debian.path("/root/guest.state"), random(4, 1 << 16)).unwrap();
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let lines = readme.split("## Ten lines\n\n```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    assert!(lines.lines().count() >= 6, "{lines}");
+    let done = debian.sh(&format!("cd /root && set -ex\n{lines}")).ok();
+    assert!(done.out.contains("100 clones take") && done.out.contains("100 stopped"), "{}", done.out);
     wait_unmounted(&debian);
 }
 

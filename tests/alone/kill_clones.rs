@@ -50,7 +50,7 @@ fn a_detached_mount_serves_eight_decode_clones_until_the_last_is_killed() {
     assert!(umount.wait().unwrap().success());
 
     // Each clone has an eighth of the pages to itself: none was touched by anybody.
-    let long = Duration::from_secs(host::rounds(5, 60));
+    let long = Duration::from_secs(host::rounds(2, 60));
     let part = IMAGE.pages / clones.len() as u64;
     for turn in 0..part {
         for (i, clone) in clones.iter_mut().enumerate() {

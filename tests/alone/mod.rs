@@ -15,7 +15,6 @@ mod kill_passthrough;
 mod kill_qemu;
 mod kill_reads;
 mod kill_stops;
-mod packages;
 mod restart;
 mod server_memory;
 mod stuck_process;

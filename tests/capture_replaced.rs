@@ -198,7 +198,7 @@ fn an_image_that_is_replaced_while_it_is_read() {
 fn a_kernel_that_was_changed_after_the_start_is_told() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    let (kernel, _) = crate::support::guest::kernel_and_initramfs();
+    let [kernel, ..] = crate::support::guest::linux();
     let own = world.dir().join("vmlinuz");
     fs::copy(kernel, &own).unwrap();
     let mut words = qemu_words(world.dir(), "64M");

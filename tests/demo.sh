@@ -21,7 +21,7 @@ for need in "$bin/stencil" "$bin/stencil-mountd"; do
 done
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || { echo "demo: QEMU >= $STENCIL_QEMU_MIN is missing: run make setup" >&2; exit 1; }
 mapfile -t guest < <("$top/tests/support/guest.sh")
-[ "${#guest[@]}" = 2 ] || exit 1
+[ "${#guest[@]}" = 3 ] || exit 1
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/stencil-demo.XXXXXX")
 export STENCIL_STORE=$dir/store STENCIL_RUNTIME_DIR=$dir/run
@@ -120,7 +120,7 @@ say "A Linux guest boots in QEMU $(qemu_version) (TCG, 256 MiB in a shared file,
 qemu-system-x86_64 -M q35,memory-backend=ram0 -accel tcg -cpu max -m 256M -nodefaults -no-user-config -display none \
     -object "memory-backend-file,id=ram0,size=256M,mem-path=$dir/ram,share=on" \
     -name source -uuid "$(</proc/sys/kernel/random/uuid)" -device vmgenid,guid=auto -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0 \
-    -kernel "${guest[0]}" -initrd "${guest[1]}" -append "console=ttyS0 quiet panic=-1" \
+    -kernel "${guest[0]}" -initrd "${guest[1]}" -append "${guest[2]}" \
     -drive "file=$dir/disk.qcow2,if=virtio,format=qcow2,id=root" \
     -netdev user,id=n0,hostfwd=tcp:127.0.0.1:0-:80 -device virtio-net-pci,netdev=n0,id=eth \
     -serial "file:$dir/serial" -serial "unix:$dir/second.sock,server=on,wait=off" -qmp "unix:$dir/qmp,server=on,wait=off" </dev/null 2>"$dir/qemu.log" &

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::support::guest::{
-    CAPTURED_MAC, beats_in_image, heartbeats, kernel_and_initramfs, make_disk, media, overlays, patiently,
+    CAPTURED_MAC, beats_in_image, heartbeats, linux, make_disk, media, overlays, patiently,
 };
 use crate::support::host;
 use crate::support::libvirt::Domain;
@@ -22,9 +22,9 @@ fn documented() -> impl Iterator<Item = &'static str> {
 }
 
 fn domain(dir: &Path, disk: &Path) -> String {
-    let (kernel, initramfs) = kernel_and_initramfs();
+    let [kernel, initramfs, append] = linux();
     // libvirt changes the owner of what it gives to QEMU.
-    for (from, to) in [(kernel.as_str(), "vmlinuz"), (&initramfs, "initramfs")] {
+    for (from, to) in [(kernel, "vmlinuz"), (initramfs, "initramfs")] {
         fs::copy(from, dir.join(to)).unwrap();
     }
     let firmware = ["seabios", "qemu"].map(|place| format!("/usr/share/{place}/bios-256k.bin"));
@@ -49,7 +49,7 @@ fn domain(dir: &Path, disk: &Path) -> String {
     <nvram>{dir}/vars.fd</nvram>
     <kernel>{dir}/vmlinuz</kernel>
     <initrd>{dir}/initramfs</initrd>
-    <cmdline>console=ttyS0 quiet panic=-1</cmdline>
+    <cmdline>{append}</cmdline>
   </os>
   <features>
     <acpi/>

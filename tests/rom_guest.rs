@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::support::actor::compile;
-use crate::support::guest::{Qemu, kernel_and_initramfs, patiently};
+use crate::support::guest::{Qemu, linux, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
 use crate::support::passing::Running;
@@ -28,9 +28,10 @@ fn write_rom(path: &Path, mib: u64) -> String {
     digest(&bytes)
 }
 
-/// Kernel, and an initramfs whose only program is `rom.c`, after the number of NUMA nodes.
-fn guest(dir: &Path) -> (String, PathBuf) {
-    let (kernel, initramfs) = kernel_and_initramfs();
+/// Kernel, an initramfs whose only program is `rom.c`, after the number of NUMA nodes, and a command line that lets it write
+/// to any memory.
+fn guest(dir: &Path) -> (String, PathBuf, String) {
+    let [kernel, initramfs, append] = linux();
     let root = dir.join("root");
     fs::create_dir_all(&root).unwrap();
     fs::copy(compile("rom"), root.join("rom")).unwrap();
@@ -55,7 +56,7 @@ fn guest(dir: &Path) -> (String, PathBuf) {
     file.write_all(&first).unwrap();
     file.write_all(&vec![0; first.len().next_multiple_of(4) - first.len()]).unwrap();
     file.write_all(&more.stdout).unwrap();
-    (kernel, both)
+    (kernel, both, format!("{append} iomem=relaxed"))
 }
 
 /// The first line of the serial log that begins so.
@@ -103,14 +104,14 @@ fn stores_copy_nothing(serve: &str) {
     File::create(&ram).unwrap().set_len(192 * MIB).unwrap();
     let file = format!("rom={},kind=rom", rom.display());
     world.stencil(&["import", ram.to_str().unwrap(), "guest", "--file", &file]).ok();
-    let (kernel, initramfs) = guest(world.dir());
+    let (kernel, initramfs, append) = guest(world.dir());
     let serial = world.dir().join("serial");
     let line_of = world.stencil(&["args", "guest", "--vmm", "qemu"]).ok().out;
     let rest = format!(
         "-accel tcg -cpu max -nodefaults -display none -serial file:{} -kernel {kernel} -initrd {} -append '{}'",
         serial.display(),
         initramfs.display(),
-        "console=ttyS0 quiet panic=-1 iomem=relaxed"
+        append
     );
     let script = format!("exec {} {rest}", line_of.trim_end());
     let qemu = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).spawn().unwrap();
@@ -150,7 +151,7 @@ fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
     let dir = world.dir();
     let rom = dir.join("rom.source");
     let sum = write_rom(&rom, 16);
-    let (kernel, initramfs) = guest(dir);
+    let (kernel, initramfs, append) = guest(dir);
     let text = format!(
         "-M q35,nvdimm=on -accel tcg -cpu max -m 256M,slots=2,maxmem=4G -smp 2 -nodefaults -no-user-config -display none \
          -object memory-backend-file,id=ram0,size=128M,mem-path={d}/ram0,share=on \
@@ -164,7 +165,7 @@ fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
         i = initramfs.display()
     );
     let mut words: Vec<String> = text.split_ascii_whitespace().map(str::to_owned).collect();
-    words.extend(["-append".to_owned(), "console=ttyS0 quiet panic=-1 iomem=relaxed".to_owned()]);
+    words.extend(["-append".to_owned(), append]);
     let vm = Qemu::start(dir, &words);
     let serial = dir.join("serial");
     let nodes = line(&serial, "nodes ");

@@ -139,7 +139,7 @@ fn soak_a_store_in_use_is_copied_by_the_documented_commands() {
                 thread::sleep(Duration::from_millis(50));
             }
         });
-        for _ in 0..host::rounds(4, 10) {
+        for _ in 0..host::rounds(2, 10) {
             world.copy_all();
         }
     });
@@ -162,7 +162,7 @@ fn soak_a_copy_that_is_cut_off_has_no_tag_that_is_not_whole() {
     let start = Instant::now();
     world.copy_all();
     let whole = start.elapsed();
-    let (cuts, mut cut_off) = (host::rounds(3, 8), 0);
+    let (cuts, mut cut_off) = (host::rounds(2, 8), 0);
     for cut in 0..cuts {
         import_some();
         let (mut command, stage) = world.copy();

@@ -11,7 +11,7 @@ use stencilfs::clones::migration::{Settings, wait_end};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::firecracker::state;
-use crate::support::guest::{self, Qemu, heartbeats, kernel_and_initramfs, patiently, qemu_words};
+use crate::support::guest::{self, Qemu, heartbeats, linux, patiently, qemu_words};
 use crate::support::host;
 use crate::support::libvirt::Domain;
 use crate::support::mount::{TestMount, run};
@@ -283,12 +283,12 @@ fn katas_script_resumes_a_real_guest_from_the_template() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     // Its RAM as Kata names it.
-    let (kernel, initramfs) = kernel_and_initramfs();
+    let [kernel, initramfs, append] = linux();
     let theirs = |word: String| word.replace(",memory-backend=ram0", "").replace("id=ram0", "id=dimm1");
     let mut words: Vec<String> = qemu_words(world.dir(), "256M").into_iter().map(theirs).collect();
     let more = ["-numa", "node,memdev=dimm1", "-kernel", &kernel, "-initrd", &initramfs, "-append"];
     words.extend(more.map(str::to_owned));
-    words.push("console=ttyS0 quiet panic=-1".to_owned());
+    words.push(append);
     let vm = Qemu::start(world.dir(), &words);
     vm.wait_heartbeats(3);
     world.stencil(&["capture", vm.socket().to_str().unwrap(), "guest:v1"]).ok();

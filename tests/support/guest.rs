@@ -60,14 +60,10 @@ impl Qemu {
 
     /// The same with more words on its command line.
     pub fn boot_with(dir: &Path, more: &str) -> Qemu {
-        let (kernel, initramfs) = kernel_and_initramfs();
+        let [kernel, initramfs, append] = linux();
         let mut words = qemu_words(dir, "256M");
-        for (option, value) in [
-            ("-kernel", kernel.as_str()),
-            ("-initrd", &initramfs),
-            ("-append", "console=ttyS0 quiet panic=-1"),
-        ] {
-            words.extend([option.to_owned(), value.to_owned()]);
+        for (option, value) in [("-kernel", kernel), ("-initrd", initramfs), ("-append", append)] {
+            words.extend([option.to_owned(), value]);
         }
         words.extend(more.split_ascii_whitespace().map(str::to_owned));
         let qemu = Qemu::start(dir, &words);
@@ -283,7 +279,7 @@ pub fn give(world: &TestMount) {
 /// A store with the captured guest, kept below the build directory for this very build.
 fn captured() -> PathBuf {
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("guest");
-    let (kernel, initramfs) = kernel_and_initramfs();
+    let [kernel, initramfs, _] = linux();
     let lock = File::create(cache.join("captured.lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let mut hasher = blake3::Hasher::new();
@@ -321,11 +317,11 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/guest.sh")
 }
 
-/// Paths of the guest's kernel and initramfs.
-pub fn kernel_and_initramfs() -> (String, String) {
+/// Paths of the guest's kernel and initramfs, and the kernel's command line.
+pub fn linux() -> [String; 3] {
     let done = Command::new(script()).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let text = String::from_utf8(done.stdout).unwrap();
-    let mut lines = text.lines().map(str::to_owned);
-    (lines.next().unwrap(), lines.next().unwrap())
+    let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.try_into().expect("three lines")
 }

@@ -36,7 +36,7 @@ fn soak_available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
     // Warm: what the template itself takes is page cache before the first baseline.
     world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
-    let clones: u64 = host::rounds(80, 200);
+    let clones: u64 = host::rounds(40, 200);
     for _ in 0..3 {
         audits_agree_within(3.0, || {
             let count = clones.to_string();

@@ -57,10 +57,10 @@ bench: setup build
 
 deb: setup build deb-files
 
-# Without building: what is in $(bin).
+# Without building: what is in $(bin). deb_options are options of cargo-deb.
 deb-files:
 	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(bin)'
-	@CARGO='$(CARGO)' mountd/debian/build.sh '$(bin)'
+	@CARGO='$(CARGO)' mountd/debian/build.sh '$(bin)' $(deb_options)
 
 install: build install-files
 

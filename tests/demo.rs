@@ -85,7 +85,7 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
     }
     // The clones run on while they are measured: a figure that moved meanwhile is none that is wrong.
     assert!(!said.contains("wrong: off by"), "{said}");
-    assert!(began.elapsed() < Duration::from_secs(240), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(600), "{:?}", began.elapsed());
     nothing_is_left(dir.path());
 }
 
@@ -93,8 +93,8 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
 fn soak_it_leaves_nothing_when_it_is_interrupted() {
     let _host = host::shared();
     let moments: &[&str] = host::rounds(
-        &["simulated clones map it"],
-        &["A Linux guest boots", "becomes a template", "QEMU clones resume", "What they cost"],
+        &["A Linux guest boots"],
+        &["becomes a template", "QEMU clones resume", "simulated clones map it", "What they cost"],
     );
     for moment in moments {
         let dir = temporary("demo-");
@@ -104,7 +104,7 @@ fn soak_it_leaves_nothing_when_it_is_interrupted() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        patiently("that moment", Duration::from_secs(120), || {
+        patiently("that moment", Duration::from_secs(600), || {
             fs::read_to_string(&log).unwrap().contains(moment).then_some(())
         });
         std::thread::sleep(Duration::from_millis(300));

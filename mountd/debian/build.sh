@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the Debian package of the programs in a folder.
 #
-#     mountd/debian/build.sh BIN     BIN is target/release or target/debug; the package goes to BIN/../debian/
+#     mountd/debian/build.sh BIN [OPTION…]   BIN is target/release or target/debug; the package goes to BIN/../debian/.
+#                                            Options are cargo-deb's, such as --fast for a quick and larger package
 #
 # What `make install` installs is what the package holds: it is installed into BIN/package, and cargo-deb packs that.
 set -euo pipefail
@@ -44,4 +45,4 @@ profile=release
 [ "${bin##*/}" != debug ] || profile=dev
 cd "$top"
 CARGO_TARGET_DIR=${bin%/*} CARGO=$cargo "$tool" --no-build --offline --locked --strip --quiet --compress-system \
-    --profile "$profile" --output "${bin%/*}/debian/"
+    --profile "$profile" --output "${bin%/*}/debian/" "${@:2}"

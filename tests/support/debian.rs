@@ -33,7 +33,7 @@ pub fn package() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
         super::mount::daemon();
-        let made = make(&["-s", "deb-files", &bin()]).ok();
+        let made = make(&["-s", "deb-files", &bin(), "deb_options=--fast"]).ok();
         let path = PathBuf::from(made.out.lines().last().expect("cargo-deb names the package"));
         assert!(path.is_file(), "{}", made.out);
         path

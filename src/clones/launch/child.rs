@@ -171,6 +171,8 @@ fn wait_notified(
 ) -> Result<()> {
     let moment = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
     loop {
+        // Asked first: a command may end as soon as it has said that it is ready.
+        let ended = child.try_wait().ok().flatten().filter(|_| family::of_folder(&entry.dir).is_empty());
         let ready = poll(&mut [PollFd::new(heard, PollFlags::IN)], Some(&moment)).is_ok_and(|n| n > 0);
         if ready {
             let mut byte = [0];
@@ -187,9 +189,7 @@ fn wait_notified(
                 Err(e) => Err(Error::failed("cannot hear the command").because(e.into())),
             };
         }
-        if let Ok(Some(status)) = child.try_wait()
-            && family::of_folder(&entry.dir).is_empty()
-        {
+        if let Some(status) = ended {
             return Err(Error::failed(format!("it ended before it was ready ({status})")));
         }
         patience.pause(Duration::ZERO)?;

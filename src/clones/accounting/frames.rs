@@ -3,13 +3,15 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use super::process::Measured;
 use crate::clones::find::CloneProcess;
 use crate::error::{Code, Error, Result};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::{procfs, tasks};
-use crate::units::{Bytes, PageCount};
+use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// What all clones together hold in RAM, every frame once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -50,6 +52,10 @@ pub fn distinct(clones: &[(CloneProcess, Measured)]) -> Result<Distinct> {
     Ok(total)
 }
 
+/// How often, and how far apart, a page that the kernel moves to another frame is read again.
+const MOVE_RETRIES: u32 = 100;
+const MOVE_INTERVAL: Duration = Duration::from_millis(1);
+
 /// The frames of present anonymous pages in these ranges; false when the process has ended.
 fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut HashSet<u64>) -> Result<bool> {
     let pagemap = match Pagemap::open(pid) {
@@ -57,10 +63,12 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
         Err(error) if error.code() == Code::NotFound => return Ok(false),
         Err(error) => return Err(error),
     };
-    let mut hidden = false;
-    for range in ranges {
-        let read = pagemap.each_entry(range, |_, entry| {
-            if entry.is_present() && !entry.is_file() {
+    let (mut hidden, mut moving) = (false, Vec::new());
+    let mut read = |range: Range<u64>, moving: &mut Vec<u64>| {
+        let read = pagemap.each_entry(range, |address, entry| {
+            if entry.is_moving() {
+                moving.push(address);
+            } else if entry.is_present() && !entry.is_file() {
                 match entry.frame() {
                     Some(frame) => drop(frames.insert(frame)),
                     None => hidden = true,
@@ -68,8 +76,25 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
             }
         });
         match read {
-            Err(error) if error.code() == Code::NotFound => return Ok(false),
-            other => other?,
+            Err(error) if error.code() == Code::NotFound => Ok(false),
+            other => other.map(|()| true),
+        }
+    };
+    for range in ranges {
+        if !read(range, &mut moving)? {
+            return Ok(false);
+        }
+    }
+    // A page is in no frame while the kernel moves it. Without a second look it would be counted nowhere.
+    for _ in 0..MOVE_RETRIES {
+        if moving.is_empty() {
+            break;
+        }
+        thread::sleep(MOVE_INTERVAL);
+        for address in std::mem::take(&mut moving) {
+            if !read(address..address + PAGE_SIZE, &mut moving)? {
+                return Ok(false);
+            }
         }
     }
     if hidden {

@@ -64,6 +64,12 @@ impl Entry {
         self.swap().is_some_and(|(kind, _)| kind == SWAP_TYPE_MARKER)
     }
 
+    /// Neither present nor in a swap slot nor a marker: the kernel moves the page to another frame (compaction), or the page
+    /// is of a device or poisoned. A move ends within microseconds.
+    pub fn is_moving(self) -> bool {
+        self.swap().is_some_and(|(kind, _)| kind >= SWAP_AREAS && kind != SWAP_TYPE_MARKER)
+    }
+
     /// Area and offset of the swap slot that holds the page, where one does. Without `CAP_SYS_ADMIN` the
     /// kernel hides both, and everything with the swap bit looks like slot (0, 0).
     pub fn swap_slot(self) -> Option<(u64, u64)> {
@@ -90,6 +96,7 @@ mod tests {
         ] {
             let entry = Entry(bits);
             assert_eq!((entry.swap_slot(), entry.is_marker()), (slot, marker), "{bits:#x}");
+            assert_eq!(entry.is_moving(), entry.is_swap() && slot.is_none() && !marker, "{bits:#x}");
         }
     }
 

@@ -332,7 +332,9 @@ impl Progress for Remover<'_> {
     fn advance(&self, _: Bytes) {
         if !self.done.swap(true, Ordering::Relaxed) {
             let what = TemplateRef::Digest(self.digest);
-            self.store.remove(&what, Some(&self.digest), || Ok(true), || Ok(())).unwrap();
+            self.store
+                .remove(&what, Some(&self.digest), |_| Ok(Some(Vec::new())), |_| Ok(Vec::new()))
+                .unwrap();
             self.store.collect(Collect::default(), &AtomicBool::new(false), &Silent).unwrap();
         }
     }
@@ -368,7 +370,7 @@ impl Progress for PutBack<'_> {
         let (store, digest, packs) = (self.store.clone(), self.digest, self.packs.clone());
         let (taken, has_gone) = mpsc::channel();
         thread::spawn(move || {
-            let late = || {
+            let late = |_: &[Digest]| {
                 taken.send(()).unwrap();
                 let begun = Instant::now();
                 while packs.iter().all(|pack| pack.exists()) && begun.elapsed() < Duration::from_secs(1) {
@@ -377,7 +379,7 @@ impl Progress for PutBack<'_> {
                 Err(Error::in_use("somebody has it"))
             };
             let what = TemplateRef::Digest(digest);
-            store.remove(&what, Some(&digest), || Ok(true), late).unwrap_err();
+            store.remove(&what, Some(&digest), |_| Ok(Some(Vec::new())), late).unwrap_err();
         });
         has_gone.recv().unwrap();
         self.done.store(true, Ordering::Relaxed);

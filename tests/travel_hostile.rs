@@ -116,7 +116,12 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
                     assert_eq!(policy.mode & !0o444, 0);
                     let digest = template.digest;
                     store
-                        .remove(&TemplateRef::Digest(digest), Some(&digest), || Ok(true), || Ok(()))
+                        .remove(
+                            &TemplateRef::Digest(digest),
+                            Some(&digest),
+                            |_| Ok(Some(Vec::new())),
+                            |_| Ok(Vec::new()),
+                        )
                         .unwrap();
                 }
             }

@@ -56,22 +56,15 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     let mut hidden: Option<(Digest, Hidden)> = None;
     let until = Instant::now() + LONGEST;
     loop {
-        // One that was not in the store then was not hidden: another removal may have restored it since.
+        // A template that was missing when `hide` ran is not hidden: another removal may have restored it since.
         let is_hidden = |(digest, hidden): &(Digest, Hidden)| hidden.condemned.digests().contains(digest);
         let unused = hidden.as_ref().filter(|of_it| is_hidden(of_it)).map(|(digest, _)| *digest);
-        let first = |refused: Refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error));
-        let is_hidden = || match &hidden {
-            Some((digest, hidden)) => match hidden.leased(&[*digest])? {
-                Some(leased) => first(leased).map(|()| true),
-                None => Ok(false),
-            },
-            None => Ok(false),
-        };
-        let expect_unused = || match &hidden {
-            Some((digest, hidden)) => first(hidden.used(&[*digest])?),
-            None => Ok(()),
-        };
-        let done = store.remove(reference, unused.as_ref(), is_hidden, expect_unused);
+        let done = store.remove(
+            reference,
+            unused.as_ref(),
+            |digests| hidden.as_ref().map_or(Ok(None), |(_, hidden)| hidden.leased(digests)),
+            |digests| hidden.as_ref().map_or(Ok(Refused::new()), |(_, hidden)| hidden.used(digests)),
+        );
         if let Some((digest, mut hidden)) = hidden.take() {
             let is_removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
             hidden.release(&[digest], is_removed);
@@ -87,7 +80,9 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
             }
             Removal::Template(digest) => {
                 let (ours, refused) = Hidden::hide(store, &[digest])?;
-                first(refused)?;
+                if let Some((_, error)) = refused.into_iter().next() {
+                    return Err(error);
+                }
                 hidden = Some((digest, ours));
             }
         }
@@ -100,7 +95,7 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
 /// # Errors
 /// When the store cannot be read or written, or its mounts cannot be asked; for one template as [`remove`].
 pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest, Result<bool>)>> {
-    // A template that has got a tag since is found by that name at this moment: it must not be hidden.
+    // A template that got a tag after the caller listed it must not be hidden: clones may be starting from the tag.
     let (mut hidden, refused) = Hidden::hide(store, &store.untagged(digests)?)?;
     let unused = hidden.condemned.digests().to_vec();
     let mut done =
@@ -221,7 +216,8 @@ pub fn used(store: &Store, digests: &[Digest]) -> Result<Refused> {
     unused_of(store, digests).map(|(_, refused)| refused)
 }
 
-/// The templates that no process uses or has leased, and those that one does. One that the store does not have is neither.
+/// The templates that no process uses or has leased, and the templates that a process does. A template that the store does
+/// not have is in neither list.
 fn unused_of(store: &Store, digests: &[Digest]) -> Result<(Templates, Refused)> {
     let mut refused = control::leased(store, digests)?;
     let mut templates = Templates::new();
@@ -244,7 +240,7 @@ fn unused_of(store: &Store, digests: &[Digest]) -> Result<(Templates, Refused)> 
     Ok((templates, refused))
 }
 
-/// Those that cannot be opened, where a mount may serve them.
+/// The templates that cannot be opened, if the store has a mount that may serve them.
 fn unreadable(templates: &Templates, mounts: &[Mount]) -> Refused {
     let Some(mount) = mounts.first() else { return Refused::new() };
     let error = |(digest, template): (&Digest, &std::result::Result<Template, String>)| {

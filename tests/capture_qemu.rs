@@ -103,8 +103,8 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
         });
     }
     println!("{rounds} captures, {whole} were faster than the signal");
-    // What was cut off is none of the templates, and the next capture works, once the helper of the last one has given
-    // everything back and let go of the VM.
+    // A killed capture leaves no template. The next capture works when the helper of the killed one has restored the VM's
+    // settings and closed its QMP session.
     let socket = guest.socket();
     patiently("the helper's end", Duration::from_secs(15), || {
         let run = world.stencil(&["capture", socket.to_str().unwrap(), "guest:whole"]);

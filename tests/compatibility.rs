@@ -77,7 +77,7 @@ fn answers(world: &TestMount) -> BTreeMap<&'static str, Value> {
     ask(&["density"], &[]);
     let audited = world.json(&["density", "--audit"]);
     ask(&["dirty", "--ranges"], &[&id]);
-    // Only a clone that has ended has the fields that tell how.
+    // The fields below `ended` exist for a clone that has ended.
     let pid = launched["clones"][0]["pid"].to_string();
     assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
     wait_for("the record of its end", || world.json(&["ps"])["clones"][0]["ended"].is_object().then_some(()));

@@ -85,7 +85,8 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
     }
     // The clones run on while they are measured: a figure that moved meanwhile is none that is wrong.
     assert!(!said.contains("wrong: off by"), "{said}");
-    assert!(began.elapsed() < Duration::from_secs(600), "{:?}", began.elapsed());
+    let limit = Duration::from_secs(host::rounds(240, 600));
+    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
     nothing_is_left(dir.path());
 }
 

@@ -89,11 +89,9 @@ fn places(fixture: &Fixture) -> Vec<(PathBuf, u64)> {
 fn soak_a_flipped_bit_anywhere_is_found_and_named_and_never_served() {
     let (fixture, templates) = fixture();
     let mut silent = Vec::new();
-    let mut places = places(&fixture);
+    let places = places(&fixture);
     assert!(places.len() > 400, "{}", places.len());
-    let step = host::rounds(3, 1);
-    places = places.into_iter().step_by(step).collect();
-    for (path, at) in &places {
+    for (path, at) in places.iter().step_by(host::rounds(3, 1)) {
         flip(path, *at);
         let errors = assert_no_wrong_byte(&fixture, &templates);
         let verified = stencilfs::store::Store::open(&fixture.path("store"))
@@ -117,7 +115,7 @@ fn soak_a_flipped_bit_anywhere_is_found_and_named_and_never_served() {
         assert!(path.extension().is_some_and(|e| e == "pack"), "{} at {at} was not found", path.display());
     }
     assert!(
-        silent.len() <= 2 + places.len() / 50,
+        silent.len() < places.len() / 50,
         "{} of {} flips not found: {silent:?}",
         silent.len(),
         places.len()

@@ -58,7 +58,7 @@ fn pages_that_ksm_merged_are_counted_once_in_the_total() {
         for actor in &actors {
             assert_eq!(private_pages(&row(world, actor.pid())), 400, "each clone has its own count");
         }
-        // A write takes one page out of the merge.
+        // A write ends the merge of one page.
         actors[0].tell("write 0 3 99");
         assert_eq!(merged(), 17);
     });

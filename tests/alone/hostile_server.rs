@@ -19,7 +19,7 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
     let (over, asked, answered) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let (longest, statuses) = std::thread::scope(|scope| {
         scope.spawn(|| {
-            // Of three keys there are names, and of many only one question each.
+            // Each question names another key, so that all of them could be noted.
             for number in 1_000_000u64.. {
                 let many = link::nobodys(number as u32);
                 let ask = match number % 4 {

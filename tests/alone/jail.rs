@@ -13,9 +13,6 @@ use crate::support::mount::TestMount;
 /// stress-ng's forks take all free memory, and fio gives up the pages of templates and asks for them again.
 #[test]
 fn soak_forks_that_take_all_memory_leave_every_byte_right() {
-    if !host::soaking() {
-        return println!("all memory of the host is taken in `make soak` only");
-    }
     let _host = host::alone();
     let worlds = ["passthrough", "decode"].map(TestMount::new);
     let files = worlds.each_ref().map(import_from_fio);
@@ -26,7 +23,9 @@ fn soak_forks_that_take_all_memory_leave_every_byte_right() {
             clone.tell(&format!("fill 0 {page} {}", page % 251));
         }
     }
-    let stress = ["--mmapfork", "1", "--timeout", "30", "--verify", "--temp-path", "/tmp", "--metrics-brief"];
+    let seconds = host::rounds("4", "30");
+    let stress =
+        ["--mmapfork", "1", "--timeout", seconds, "--verify", "--temp-path", "/tmp", "--metrics-brief"];
     let mut stress = Command::new("stress-ng")
         .args(stress)
         .stdout(Stdio::piped())

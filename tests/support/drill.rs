@@ -223,16 +223,16 @@ impl Felt {
         felt
     }
 
-    /// An error if a kill delays reads too long: p99 of the delays above 50 ms, or one above 500 ms. On a busy host reads
-    /// take long without a kill too; there, p99 may be three times theirs, and 200 ms at most. Panics at a delay that no busy
-    /// host explains.
+    /// An error if a kill delays a read by more than 500 ms, or if p99 of the delays is above 50 ms. On a busy host reads take
+    /// long without a kill too; there, p99 may be three times theirs, and 200 ms at most. Panics at a delay that no busy host
+    /// explains.
     #[track_caller]
     pub fn is_bearable(&self) -> Result<(), String> {
         let (p99, max) = (quantile(&self.each, 0.99), quantile(&self.each, 1.0));
         let without_kill = quantile(&self.without_kill, 0.99);
         assert!(max <= Duration::from_secs(3), "a read was not answered for {max:?}");
         let limit = (without_kill * 3).clamp(Duration::from_millis(50), Duration::from_millis(200));
-        match p99 <= limit && max <= Duration::from_millis(500).max(limit * 5) {
+        match p99 <= limit && max <= Duration::from_millis(500) {
             true => Ok(()),
             false => Err(format!(
                 "reads took {p99:?} (p99), at most {max:?}, beside a kill, and {without_kill:?} (p99) without one"

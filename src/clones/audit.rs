@@ -22,10 +22,10 @@ use crate::sys::procfs::{self, MapLine};
 use crate::sys::users::{self, PATIENCE};
 use crate::units::{Bytes, PageCount};
 
-/// Most that page frames and the accounting may differ, in percent.
+/// Largest accepted difference between page frames and the accounting, in percent.
 const FRAMES_TOLERANCE: f64 = 0.5;
 
-/// Most that the accounting itself may change while frames are counted, in percent. Beyond that, agreement proves little.
+/// Largest change of the accounting during the count of frames, in percent. Beyond it, agreement proves little.
 const CHANGE_TOLERANCE: f64 = 5.0;
 
 /// The same for available memory, which everything else on the host changes too.
@@ -92,12 +92,11 @@ pub struct FrameAudit {
     pub unknown_processes: u64,
     /// Page table entries (kpagecount) on private frames that no process explains.
     pub unexplained_mappings: u64,
-    /// Clones run on while frames are counted, so the accounting is done before and after: how much its sum has changed, in
-    /// percent.
+    /// Change of the accounting's sum from before to after the count of frames, in percent. Clones run on during the count.
     pub changed_percent: f64,
-    /// How far the sum of the frames is from what the accounting says, before or after or in between, in percent.
+    /// Distance of the sum of frames from the range between the accounting's sums before and after, in percent.
     pub error_percent: f64,
-    /// Most that this may be, also of the page tables alone.
+    /// Largest accepted `error_percent`; page tables alone are held to the same limit.
     pub tolerance_percent: f64,
     /// `wrong` beyond the tolerance, or where processes or address spaces differ; `doubtful` with unexplained mappings, or
     /// where the sum has changed by more than 5 %.

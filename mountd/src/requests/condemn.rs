@@ -72,7 +72,7 @@ impl Supervisor {
         let until = Instant::now() + LONGEST_SILENCE;
         let rows = &mut self.condemned.rows;
         for &digest in digests {
-            // That of a removal before, which has lost its supervisor, is over now.
+            // An earlier removal of the same template, which lost its supervisor, is over.
             rows.retain(|row| row.digest != digest || row.removed || row.holder.is_some_and(|h| h != caller));
             rows.push(Row { digest, removed: false, holder: Some(caller), until });
         }
@@ -170,7 +170,7 @@ impl Supervisor {
                 self.callers.say(caller, Ok((Response::Settled { milliseconds }, None)));
                 continue;
             }
-            // The server has forgotten their backings: they can be closed, and the names be free for another import.
+            // The server no longer uses the backings, so they can be closed. Another import may use the names.
             self.close_backings_of(&removed);
             let is_meant = |row: &Row| row.holder == Some(caller) && removed.contains(&row.digest);
             self.condemned.rows.retain(|row| !is_meant(row));

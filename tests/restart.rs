@@ -175,6 +175,10 @@ fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
 fn build(dir: &Path, tree: &Path) -> PathBuf {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    // Newer than the build before, or cargo takes that one for this tree's.
+    let touched =
+        Command::new("find").arg(tree).args(["-type", "f", "-exec", "touch", "{}", "+"]).status().unwrap();
+    assert!(touched.success(), "{}: the files cannot be touched", tree.display());
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants");
     let done = Command::new(env!("CARGO"))
         .args(["build", "-q", "--offline", "-p", "stencil-mountd"])
@@ -201,8 +205,6 @@ fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
             format!("tar -C {top} --exclude=./target --exclude=./.git -c . | tar -x -C {}", tree.display())
         }
     };
-    // Newer than what was built last, or cargo takes another tree's build for this one's.
-    let pack = format!("{pack} && find {} -type f -exec touch {{}} +", tree.display());
     let done = Command::new("bash").args(["-o", "pipefail", "-c", &pack]).output().unwrap();
     assert!(done.status.success(), "{pack}: {}", String::from_utf8_lossy(&done.stderr));
     tree

@@ -9,37 +9,10 @@
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
-mod attr;
-mod backing;
-mod backings;
-mod begin;
-mod condemned;
-mod control;
-mod deaths;
-mod decode;
-mod errno;
-mod fuse;
-mod handed;
-mod hydrate;
-mod inflight;
-mod jobs;
-mod kept;
-mod link;
-mod node;
-mod notify;
-mod open_templates;
-mod passthrough;
-mod read;
-mod replies;
-mod requests;
-mod sandbox;
+mod protocol;
 mod server;
-mod signals;
-mod source;
-mod stats;
+mod startup;
 mod supervisor;
-mod tree;
-mod watchdog;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -77,7 +50,7 @@ fn main() -> ExitCode {
         Some("supervise") => {
             log.init();
             match MountOptions::from_args(args) {
-                Ok(options) => begin::supervise(options),
+                Ok(options) => startup::supervise(options),
                 Err(error) => {
                     stencilfs::say!("stencil-mountd: {error}\n{USAGE}");
                     ExitCode::from(error.code().exit_code())
@@ -86,17 +59,17 @@ fn main() -> ExitCode {
         }
         Some("resume") => {
             log.init();
-            begin::resume(args)
+            startup::resume(args)
         }
-        Some("check") => begin::check(),
-        Some("unrecorded") => begin::unrecorded::main(args),
+        Some("check") => startup::check(),
+        Some("unrecorded") => startup::orphan_probe::main(args),
         Some("serve") => {
             log.init();
             server::main(args)
         }
         Some("attempt") => {
             log.init();
-            sandbox::attempt::main(args)
+            server::sandbox::attempt::main(args)
         }
         Some("--version") => {
             answer(&format!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION")));

@@ -1,0 +1,161 @@
+//! The ledger: a memory file with the mount state, which the supervisor writes after each change that a successor must
+//! know.
+//!
+//! Servers inherit the ledger read-only, with each other descriptor of the mount, so that a new supervisor finds all of it
+//! in a living server when the old supervisor is dead.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{Mode, OFlags, SealFlags, fchmod, fcntl_add_seals, fcntl_get_seals};
+use stencilfs::control::ledger::{HALF, HEAD, newest};
+use stencilfs::control::{CONTROL_VERSION, Snapshot};
+use stencilfs::error::{Error, Result};
+use stencilfs::sys::memfd;
+use stencilfs::units::Bytes;
+
+use super::fds;
+
+/// Reads of a ledger that is written meanwhile. The writer leaves one half alone, so a read fails only if two writes
+/// happen during it.
+const READ_ATTEMPTS: usize = 1000;
+
+/// A memory file with the newest mount state.
+#[derive(Debug)]
+pub struct Ledger {
+    file: File,
+    turn: u64,
+}
+
+impl Ledger {
+    /// Creates an empty ledger.
+    ///
+    /// # Errors
+    /// Returns an error if the memory file cannot be created.
+    pub fn create() -> io::Result<Ledger> {
+        let file = memfd::create("stencil-ledger", Bytes::new(2 * HALF))?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        // A server has no capabilities: it cannot open its read-only copy for writing.
+        fchmod(&file, Mode::RUSR)?;
+        Ok(Ledger { file: file.into(), turn: 0 })
+    }
+
+    /// Opens a ledger that another supervisor wrote, and returns its newest text.
+    ///
+    /// # Errors
+    /// Returns `InvalidData` if the file is not a ledger or has no complete text.
+    fn open(file: OwnedFd) -> io::Result<(Ledger, Vec<u8>)> {
+        if !fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        // A descriptor that a server inherited is open for reading only.
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty()).unwrap_or(file));
+        let (turn, text) = newest(&file).ok_or(io::ErrorKind::InvalidData)?;
+        Ok((Ledger { file, turn }, text))
+    }
+
+    /// Writes a text over the older half.
+    ///
+    /// # Errors
+    /// Returns `FileTooLarge` for a text that does not fit into half of the file.
+    pub fn write(&mut self, text: &[u8]) -> io::Result<()> {
+        if (HEAD + text.len()) as u64 > HALF {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.turn += 1;
+        let mut record = Vec::with_capacity(HEAD + text.len());
+        record.extend(self.turn.to_le_bytes());
+        record.extend((text.len() as u64).to_le_bytes());
+        record.extend(blake3::hash(text).as_bytes());
+        record.extend(text);
+        self.file.write_all_at(&record, self.turn % 2 * HALF)
+    }
+
+    /// A read-only descriptor of the ledger.
+    ///
+    /// # Errors
+    /// Returns an error if it cannot be opened.
+    pub fn read_only(&self) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+    }
+}
+
+impl AsFd for Ledger {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Opens a ledger that another supervisor wrote, and returns the mount state in it.
+///
+/// # Errors
+/// Returns an error if the file is not a ledger, or of another protocol version.
+pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
+    let (ledger, text) =
+        Ledger::open(file).map_err(|e| Error::failed("cannot read the ledger").because(e))?;
+    Ok((ledger, parse(&text)?))
+}
+
+/// Reads the mount state that is in a ledger now. Makes no other system call than reads, so a sandboxed server can.
+///
+/// # Errors
+/// Same as [`read`].
+pub fn look(file: &OwnedFd) -> Result<Snapshot> {
+    let file = File::from(fds::copy(file)?);
+    let text = (0..READ_ATTEMPTS).find_map(|_| newest(&file));
+    match text {
+        Some((_, text)) => parse(&text),
+        None => Err(Error::failed("cannot read the ledger").because(io::ErrorKind::InvalidData.into())),
+    }
+}
+
+fn parse(text: &[u8]) -> Result<Snapshot> {
+    #[derive(serde::Deserialize)]
+    struct Version {
+        control_version: u32,
+    }
+    let hint = "keep the old program, or unmount and mount again with the new one";
+    let fail = |e| Error::failed(format!("cannot parse the previous supervisor's state: {e}")).remedy(hint);
+    let Version { control_version } = serde_json::from_slice(text).map_err(fail)?;
+    if control_version != CONTROL_VERSION {
+        let error =
+            format!("the mount uses protocol version {control_version}, this program uses {CONTROL_VERSION}");
+        return Err(Error::failed(error).remedy(hint));
+    }
+    serde_json::from_slice(text).map_err(fail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_torn_write_leaves_the_text_before() {
+        let mut ledger = Ledger::create().unwrap();
+        for text in ["one", "two", "three"] {
+            ledger.write(text.as_bytes()).unwrap();
+            let (_, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
+            assert_eq!(read, text.as_bytes());
+        }
+        // "three" is in half 1: a supervisor that dies while it writes there leaves "two".
+        ledger.file.write_all_at(b"x", HALF + HEAD as u64).unwrap();
+        let (mut again, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
+        assert_eq!(read, b"two");
+        again.write(b"four").unwrap();
+        assert_eq!(Ledger::open(again.read_only().unwrap()).unwrap().1, b"four");
+        assert!(Ledger::open(Ledger::create().unwrap().read_only().unwrap()).is_err(), "empty");
+        assert!(ledger.write(&vec![0; HALF as usize]).is_err());
+    }
+
+    #[test]
+    fn rejects_another_protocol_version() {
+        let error = parse(br#"{"control_version":1}"#).unwrap_err();
+        assert!(error.to_string().contains("version 1"), "{error}");
+        assert!(parse(b"{}").is_err());
+    }
+}

@@ -1,0 +1,39 @@
+//! The tree's words in those of fuser.
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use fuser::{FileAttr, FileType, INodeNo};
+use stencilfs::units::PAGE_SIZE;
+
+use crate::server::node::{Attributes, Kind};
+
+/// What stat(2) shows.
+pub fn attr(attributes: &Attributes) -> FileAttr {
+    let time = UNIX_EPOCH + Duration::from_secs(attributes.created);
+    FileAttr {
+        ino: INodeNo(attributes.ino),
+        size: attributes.size.get(),
+        blocks: attributes.data.get().div_ceil(512),
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: kind(attributes.kind),
+        perm: attributes.mode as u16,
+        nlink: if attributes.kind == Kind::Directory { 2 } else { 1 },
+        uid: attributes.uid,
+        gid: attributes.gid,
+        rdev: 0,
+        blksize: PAGE_SIZE as u32,
+        flags: 0,
+    }
+}
+
+/// The kind of a name.
+pub fn kind(kind: Kind) -> FileType {
+    match kind {
+        Kind::Directory => FileType::Directory,
+        Kind::File => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+    }
+}

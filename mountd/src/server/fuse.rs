@@ -1,0 +1,475 @@
+//! The thin adapter: requests of the kernel to the tree and the two ways to serve. Decides nothing itself.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use stencilfs::control::{Asked, Op};
+use stencilfs::store::Serving;
+use stencilfs::units::PAGE_SIZE;
+
+use crate::protocol::stats::{Counter, Stats};
+use crate::server::attr::{attr, kind};
+use crate::server::condemned::Condemned;
+use crate::server::decode::MAX_READ;
+use crate::server::in_flight::{Flight, Flights};
+use crate::server::node::{Lasting, Node};
+use crate::server::passthrough::{Opening, Passthrough};
+use crate::server::read::Reader;
+use crate::server::refusal::Refusal;
+use crate::server::store_outage::Source;
+use crate::server::tree::Tree;
+
+/// Names of content are true for ever; an hour bounds what a removed template leaves in the kernel.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Mode and owner are policy and may change: they are asked for again after a second.
+const ATTRIBUTES: Duration = Duration::from_secs(1);
+
+/// Requests that the kernel may have in flight in the background: readahead of many clones at once.
+const MAX_BACKGROUND: u16 = 128;
+
+/// The filesystem, as fuser calls it.
+#[derive(Debug)]
+pub struct Templates {
+    /// Names, attributes, inode numbers.
+    pub tree: Arc<Tree>,
+    /// Answers READs.
+    pub reader: Arc<Reader>,
+    /// READs that wait for the store.
+    pub source: Arc<Source>,
+    /// Files with a backing, and opens that wait for one.
+    pub passthrough: Arc<Passthrough>,
+    /// What nobody may find or open.
+    pub condemned: Arc<Condemned>,
+    /// The counters.
+    pub stats: Stats,
+    /// Requests in flight.
+    pub flights: &'static Flights,
+}
+
+impl Templates {
+    fn refuse(&self, refusal: Refusal) -> Errno {
+        match refusal {
+            Refusal::Damaged => self.stats.count(Counter::Damaged),
+            Refusal::Failed | Refusal::NoSpace => self.stats.count(Counter::Failed),
+            Refusal::Away => {
+                self.source.note();
+                self.stats.count(Counter::Failed);
+            }
+            Refusal::Writes | Refusal::Policy => self.stats.count(Counter::WritesRefused),
+            Refusal::NoEntry
+            | Refusal::Stale
+            | Refusal::NotDirectory
+            | Refusal::IsDirectory
+            | Refusal::Invalid
+            | Refusal::NoPosition
+            | Refusal::Crowded
+            | Refusal::Unsupported => {}
+        }
+        refusal.errno()
+    }
+
+    /// What a file that may be opened is.
+    fn openable(&self, ino: INodeNo) -> Result<Node, Refusal> {
+        let node = self.tree.node(ino.0)?;
+        match node {
+            Node::File(digest, ..) | Node::Manifest(digest) if self.tree.gone(&digest)? => {
+                Err(Refusal::Stale)
+            }
+            Node::File(..) | Node::Manifest(_) => Ok(node),
+            Node::Tag(_) => Err(Refusal::Invalid),
+            _ => Err(Refusal::IsDirectory),
+        }
+    }
+
+    fn take(&self, req: &Request, op: Op, ino: INodeNo) -> Flight {
+        self.take_range(req, op, ino, 0, 0)
+    }
+
+    fn take_range(&self, req: &Request, op: Op, ino: INodeNo, offset: u64, size: u32) -> Flight {
+        self.flights.take(Asked { unique: req.unique().0, op, ino: ino.0, offset, size })
+    }
+}
+
+/// Answers a request that would change something, whatever it is.
+macro_rules! refuse_writes {
+    ($self:ident, $req:ident, $op:ident, $ino:ident, $reply:ident, $why:expr) => {{
+        let flight = $self.take($req, Op::$op, $ino);
+        flight.replying();
+        $reply.error($self.refuse($why));
+    }};
+}
+
+impl Filesystem for Templates {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Each is optional for us; what an old kernel lacks is simply not asked for. The reply must be the same from
+        // every server of a mount: it depends on nothing but the kernel's request.
+        for flag in [
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            InitFlags::FUSE_EXPORT_SUPPORT,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PASSTHROUGH,
+        ] {
+            let _ = config.add_capabilities(flag);
+        }
+        // One level: a backing on a filesystem that is itself stacked (overlayfs) is refused by the kernel.
+        let _ = config.set_max_stack_depth(1);
+        let _ = config.set_max_write(MAX_READ as u32);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let flight = self.take(req, Op::Lookup, parent);
+        self.stats.count(Counter::Lookups);
+        let _looking = self.condemned.look();
+        let found = self.tree.lookup(parent.0, name, &*self.passthrough);
+        flight.replying();
+        match found {
+            Ok((attributes, lasting)) => {
+                let names = match lasting {
+                    Lasting::Not => Duration::ZERO,
+                    Lasting::Long => LONG,
+                };
+                reply.entry_with_ttls(&ATTRIBUTES, &names, &attr(&attributes), Generation(0));
+            }
+            Err(refusal) => reply.error(self.refuse(refusal)),
+        }
+    }
+
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let flight = self.take(req, Op::GetAttr, ino);
+        let found = self.tree.attributes(ino.0);
+        flight.replying();
+        match found {
+            Ok(attributes) => reply.attr(&ATTRIBUTES, &attr(&attributes)),
+            Err(refusal) => reply.error(self.refuse(refusal)),
+        }
+    }
+
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
+        let flight = self.take(req, Op::ReadLink, ino);
+        let found = self.tree.read_link(ino.0);
+        flight.replying();
+        match found {
+            Ok(target) => reply.data(target.as_bytes()),
+            Err(refusal) => reply.error(self.refuse(refusal)),
+        }
+    }
+
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let flight = self.take(req, Op::Open, ino);
+        if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
+            self.stats.count(Counter::OpensRefused);
+            flight.replying();
+            reply.error(Refusal::Writes.errno());
+            return;
+        }
+        let _looking = self.condemned.look();
+        let openable = self.openable(ino);
+        if let Ok(Node::File(digest, ..)) = &openable {
+            self.condemned.opened(digest);
+        }
+        let refusal = match openable {
+            Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
+                // It answers later, when the backing has to be made first.
+                Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),
+                Err(refusal) => refusal,
+            },
+            Ok(node) => {
+                if matches!(node, Node::File(..)) {
+                    self.stats.count(Counter::OpensDecode);
+                }
+                flight.replying();
+                return reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+            }
+            Err(refusal) => refusal,
+        };
+        flight.replying();
+        reply.error(self.refuse(refusal));
+    }
+
+    fn read(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let flight = self.take_range(req, Op::Read, ino, offset, size);
+        let mut unsent = Some(reply);
+        let done = self.reader.read(&flight, |bytes| {
+            if let Some(reply) = unsent.take() {
+                reply.data(bytes);
+            }
+        });
+        let (Err(refusal), Some(reply)) = (done, unsent) else { return };
+        if refusal == Refusal::Away {
+            // It answers later, when the store is back.
+            return self.source.wait(flight, reply);
+        }
+        flight.replying();
+        reply.error(self.refuse(refusal));
+    }
+
+    fn lseek(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let flight = self.take(req, Op::LSeek, ino);
+        let found = match self.tree.node(ino.0) {
+            Ok(Node::File(digest, file, _)) => self
+                .tree
+                .template(&digest)
+                .and_then(|t| crate::server::decode::seek(&t, file, offset, whence)),
+            Ok(_) => Err(Refusal::Unsupported),
+            Err(refusal) => Err(refusal),
+        };
+        flight.replying();
+        match found {
+            Ok(position) => reply.offset(position),
+            Err(refusal) => reply.error(self.refuse(refusal)),
+        }
+    }
+
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let flight = self.take(req, Op::ReadDir, ino);
+        let found = self.tree.list(ino.0, offset, &*self.passthrough);
+        flight.replying();
+        match found {
+            Ok(entries) => {
+                for entry in entries {
+                    if reply.add(INodeNo(entry.ino), entry.cookie, kind(entry.kind), &entry.name) {
+                        break;
+                    }
+                }
+                reply.ok();
+            }
+            Err(refusal) => reply.error(self.refuse(refusal)),
+        }
+    }
+
+    fn statfs(&self, req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let flight = self.take(req, Op::StatFs, ino);
+        let found = self.tree.totals();
+        flight.replying();
+        match found {
+            Ok((templates, data)) => {
+                let page = PAGE_SIZE as u32;
+                reply.statfs(data.pages().get(), 0, 0, templates, 0, page, 255, page);
+            }
+            Err(refusal) => reply.error(self.refuse(refusal)),
+        }
+    }
+
+    // Closing and syncing change nothing: the kernel asks once, hears that there is nothing to do, and stops asking.
+    fn flush(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        refuse_writes!(self, req, Flush, ino, reply, Refusal::Unsupported);
+    }
+
+    fn fsync(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        refuse_writes!(self, req, FSync, ino, reply, Refusal::Unsupported);
+    }
+
+    fn fsyncdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        refuse_writes!(self, req, FSyncDir, ino, reply, Refusal::Unsupported);
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        refuse_writes!(
+            self,
+            req,
+            SetAttr,
+            ino,
+            reply,
+            if size.is_some() { Refusal::Writes } else { Refusal::Policy }
+        );
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        refuse_writes!(self, req, MkNod, parent, reply, Refusal::Writes);
+    }
+
+    fn mkdir(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        refuse_writes!(self, req, MkDir, parent, reply, Refusal::Writes);
+    }
+
+    fn unlink(&self, req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        refuse_writes!(self, req, Unlink, parent, reply, Refusal::Writes);
+    }
+
+    fn rmdir(&self, req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        refuse_writes!(self, req, RmDir, parent, reply, Refusal::Writes);
+    }
+
+    fn symlink(&self, req: &Request, parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        refuse_writes!(self, req, Symlink, parent, reply, Refusal::Writes);
+    }
+
+    fn rename(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        refuse_writes!(self, req, Rename, parent, reply, Refusal::Writes);
+    }
+
+    fn link(&self, req: &Request, ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
+        refuse_writes!(self, req, Link, ino, reply, Refusal::Writes);
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        refuse_writes!(self, req, Create, parent, reply, Refusal::Writes);
+    }
+
+    fn write(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        refuse_writes!(self, req, Write, ino, reply, Refusal::Writes);
+    }
+
+    fn fallocate(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        refuse_writes!(self, req, FAllocate, ino, reply, Refusal::Writes);
+    }
+
+    fn copy_file_range(
+        &self,
+        req: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        refuse_writes!(self, req, CopyFileRange, ino_in, reply, Refusal::Unsupported);
+    }
+
+    // No extended attributes and no ioctls: ENOSYS makes the kernel answer EOPNOTSUPP and ENOTTY itself from then on.
+    fn setxattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        refuse_writes!(self, req, SetXAttr, ino, reply, Refusal::Unsupported);
+    }
+
+    fn getxattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        refuse_writes!(self, req, GetXAttr, ino, reply, Refusal::Unsupported);
+    }
+
+    fn listxattr(&self, req: &Request, ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        refuse_writes!(self, req, ListXAttr, ino, reply, Refusal::Unsupported);
+    }
+
+    fn removexattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        refuse_writes!(self, req, RemoveXAttr, ino, reply, Refusal::Unsupported);
+    }
+
+    fn ioctl(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        refuse_writes!(self, req, IoCtl, ino, reply, Refusal::Unsupported);
+    }
+}

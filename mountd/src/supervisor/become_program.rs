@@ -1,0 +1,65 @@
+//! Becomes another program by execve(2), with each descriptor of the mount.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use stencilfs::control::Channel;
+use stencilfs::error::Error;
+use stencilfs::sys::{descriptor, process};
+
+use super::machine::Backings;
+use super::program::Program;
+use super::resources::Resources;
+use crate::protocol::named_fds;
+
+/// Becomes the program, which takes up the mount by `stencil-mountd resume`. Returns only on failure.
+pub fn exec(
+    program: &Program,
+    previous: &Program,
+    resources: &Resources,
+    link: Option<&Channel>,
+    caller: Option<BorrowedFd<'_>>,
+    backings: &Backings,
+    mountpoint: &Path,
+) -> Error {
+    let mut named: Vec<(&str, BorrowedFd<'_>)> = vec![
+        ("fuse", resources.fuse.as_fd()),
+        ("ledger", resources.ledger.as_fd()),
+        ("counters", resources.stats.page().fd().as_fd()),
+        ("record", resources.record.folder()),
+        ("listener", resources.listener.as_fd()),
+        ("previous", previous.file.as_fd()),
+        ("program", program.file.as_fd()),
+    ];
+    named.extend(link.map(|link| ("peer", link.as_fd())));
+    named.extend(caller.map(|channel| ("caller", channel)));
+    named.extend(backings.files().map(|file| ("backing", file.as_fd())));
+    let error = exec_with(program, &named, mountpoint).unwrap_or_else(|e| e);
+    let error = Error::io("cannot become the program", &program.path, error);
+    log::error!("{error}");
+    error
+}
+
+fn exec_with(
+    program: &Program,
+    named: &[(&str, BorrowedFd<'_>)],
+    mountpoint: &Path,
+) -> io::Result<io::Error> {
+    let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
+    command.arg0("stencil-mountd").arg("resume").arg(named_fds::argument(named)).arg("--").arg(mountpoint);
+    // A signal that arrives meanwhile waits for the new program.
+    process::hold_signals(true)?;
+    let error = match named.iter().try_for_each(|(_, fd)| descriptor::keep_at_exec(fd).map(drop)) {
+        Ok(()) => command.exec(),
+        Err(error) => error,
+    };
+    // No server may inherit these by accident.
+    for (_, fd) in named {
+        descriptor::close_at_exec(fd)?;
+    }
+    process::hold_signals(false)?;
+    Ok(error)
+}

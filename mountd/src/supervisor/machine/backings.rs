@@ -1,0 +1,430 @@
+//! Backings of a mount. They belong to the FUSE connection, so the supervisor keeps them while servers come and go.
+//!
+//! ```text
+//!   reserve ──▶ created ──▶ (the server fills it) ──▶ frozen ──▶ (the server verifies it) ──▶ registered ──▶ closed
+//! ```
+//! A server gets the id of a backing, by which it answers opens, only after the last step but one: the file that the
+//! server compared with the hashes is the file that was frozen.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use stencilfs::control::{BackingRow, Chosen, FileKey, Stage};
+use stencilfs::error::{Error, Result};
+use stencilfs::store::Digest;
+use stencilfs::units::Bytes;
+
+use crate::protocol::MAX_KEYS;
+use crate::protocol::fds;
+
+/// Most files for which a mount keeps a backing, or a reason for none.
+const MAX_FILES: usize = 4096;
+/// Longest file name in bytes (`NAME_MAX`).
+const MAX_NAME: usize = 255;
+/// Longest reason in characters.
+const MAX_REASON: usize = 400;
+
+/// One backing, or the reason why a file has none.
+#[derive(Debug)]
+struct Backing {
+    row: BackingRow,
+    file: Option<OwnedFd>,
+}
+
+/// The answer to a reservation.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Reservation {
+    /// Room is reserved: create the file.
+    Create,
+    /// The backing is ready under this id: an earlier server made it.
+    Ready(u32),
+    /// There would be room without these backings.
+    Evict(Vec<FileKey>),
+}
+
+/// What is left to do for a registration.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Registration {
+    /// Register the file with the kernel.
+    Open,
+    /// The backing has this id already.
+    Known(u32),
+}
+
+/// All backings of a mount.
+#[derive(Debug, Default)]
+pub struct Backings(Vec<Backing>);
+
+impl Backings {
+    /// Backings of an earlier supervisor; `file` finds the descriptor of a row.
+    pub fn restore(rows: Vec<BackingRow>, mut file: impl FnMut(&BackingRow) -> Option<OwnedFd>) -> Backings {
+        Backings(rows.into_iter().map(|row| Backing { file: file(&row), row }).collect())
+    }
+
+    /// All rows, with the numbers of their descriptors in this process.
+    pub fn rows(&self) -> Vec<BackingRow> {
+        let number = |b: &Backing| b.file.as_ref().map(AsRawFd::as_raw_fd);
+        self.0.iter().map(|b| BackingRow { descriptor: number(b), ..b.row.clone() }).collect()
+    }
+
+    /// Descriptors of all backings, unfinished ones included.
+    pub fn files(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.0.iter().filter_map(|b| b.file.as_ref())
+    }
+
+    /// Ids and descriptors of registered backings.
+    pub fn registered(&self) -> impl Iterator<Item = (u32, &OwnedFd)> {
+        self.0.iter().filter_map(|b| Some((b.row.id?, b.file.as_ref()?)))
+    }
+
+    /// A copy of the descriptor of the registered backing at that index of [`rows`](Self::rows).
+    ///
+    /// # Errors
+    /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if there is none, or an error if the process is out
+    /// of descriptors.
+    pub fn copy_at(&self, index: usize) -> Result<OwnedFd> {
+        let backing = self.0.get(index).filter(|b| b.row.id.is_some());
+        copy_of(backing)
+    }
+
+    /// A copy of the descriptor of the registered backing of a file.
+    ///
+    /// # Errors
+    /// Same as [`copy_at`](Self::copy_at).
+    pub fn copy(&self, key: &FileKey) -> Result<OwnedFd> {
+        copy_of(self.0.iter().find(|b| b.row.key == *key && b.row.id.is_some()))
+    }
+
+    /// The file of a backing, registered or not.
+    pub fn file(&self, key: &FileKey) -> Option<&OwnedFd> {
+        self.0.iter().find(|b| b.row.key == *key)?.file.as_ref()
+    }
+
+    fn find(&mut self, key: &FileKey) -> Option<&mut Backing> {
+        self.0.iter_mut().find(|b| b.row.key == *key)
+    }
+
+    fn unfinished(&mut self, key: &FileKey) -> Result<&mut Backing> {
+        self.find(key)
+            .filter(|b| b.row.id.is_none() && b.row.stage != Stage::None)
+            .ok_or_else(|| Error::failed(format!("no room is reserved for the backing of {}", key.file)))
+    }
+
+    fn entry(&mut self, key: FileKey) -> Result<&mut Backing> {
+        let at = match self.0.iter().position(|b| b.row.key == key) {
+            Some(at) => at,
+            None if key.file.len() > MAX_NAME => {
+                return Err(Error::usage(format!("file name of {} bytes, limit {MAX_NAME}", key.file.len())));
+            }
+            None if self.0.len() >= MAX_FILES => {
+                return Err(Error::try_again(format!(
+                    "the mount has backings for {MAX_FILES} files, its limit"
+                )));
+            }
+            None => {
+                let (id, descriptor, why) = (None, None, None);
+                let stage = Stage::None;
+                let row =
+                    BackingRow { key, stage, id, descriptor, identity: (0, 0), reserved: 0, filled: 0, why };
+                self.0.push(Backing { row, file: None });
+                self.0.len() - 1
+            }
+        };
+        Ok(&mut self.0[at])
+    }
+
+    /// Drops unfinished backings: the server that made them is dead, and its successor makes them again. Reasons stay,
+    /// because an open that was refused for one looks the name up again, and the successor must answer it alike.
+    /// Returns files to be closed.
+    pub fn drop_unfinished(&mut self) -> Vec<OwnedFd> {
+        let mut files = Vec::new();
+        self.0.retain_mut(|b| {
+            if b.row.id.is_none() {
+                (b.row.stage, b.row.reserved, b.row.filled) = (Stage::None, 0, 0);
+                files.extend(b.file.take());
+            }
+            b.row.id.is_some() || b.row.why.is_some()
+        });
+        files
+    }
+
+    /// Reserves room for a backing with that many bytes of data.
+    ///
+    /// # Errors
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if there is no room even after an eviction.
+    pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, data: Bytes) -> Result<Reservation> {
+        if let Some(id) = self.find(key).and_then(|b| b.row.id) {
+            return Ok(Reservation::Ready(id));
+        }
+        if data > chosen.most {
+            let error = format!("its backing needs {data}, the cache may hold {}", chosen.most);
+            return Err(Error::try_again(error).remedy("mount with a larger --cache-size"));
+        }
+        let others: u64 = self.0.iter().filter(|b| b.row.key != *key).map(|b| b.row.reserved).sum();
+        let mut excess = (others + data.get()).saturating_sub(chosen.most.get());
+        if excess == 0 {
+            let backing = self.entry(key.clone())?;
+            backing.row.reserved = data.get();
+            backing.row.stage = Stage::Room;
+            return Ok(Reservation::Create);
+        }
+        let mut candidates: Vec<_> =
+            self.0.iter().filter(|b| b.row.key != *key && b.row.id.is_some()).collect();
+        candidates.sort_by_key(|b| b.row.reserved);
+        let mut evict = Vec::new();
+        for backing in candidates.into_iter().take(MAX_KEYS) {
+            evict.push(backing.row.key.clone());
+            excess = excess.saturating_sub(backing.row.reserved);
+        }
+        if excess > 0 || evict.is_empty() {
+            let (taken, limit) = (Bytes::new(others), chosen.most);
+            return Err(Error::try_again(format!(
+                "its backing needs {data}, and {taken} of the cache's {limit} are in use"
+            )));
+        }
+        Ok(Reservation::Evict(evict))
+    }
+
+    /// Takes the empty file that was created for a backing.
+    ///
+    /// # Errors
+    /// Returns an error if no room is reserved for it.
+    pub fn created(&mut self, key: &FileKey, file: OwnedFd) -> Result<&OwnedFd> {
+        let identity = fds::identity(&file)?;
+        let backing = self.unfinished(key)?;
+        backing.row.identity = identity;
+        backing.row.stage = Stage::Room;
+        Ok(backing.file.insert(file))
+    }
+
+    /// The room that is reserved for a backing which is to be frozen; `None` if it is frozen already.
+    ///
+    /// # Errors
+    /// Returns an error if no file was created for it.
+    pub fn to_freeze(&mut self, key: &FileKey) -> Result<Option<Bytes>> {
+        let backing = self.unfinished(key)?;
+        match (backing.row.stage, &backing.file) {
+            (Stage::Frozen, _) => Ok(None),
+            (_, Some(_)) => Ok(Some(Bytes::new(backing.row.reserved))),
+            (_, None) => Err(Error::failed(format!("no file was created for the backing of {}", key.file))),
+        }
+    }
+
+    /// Notes that the file of a backing is immutable.
+    pub fn frozen(&mut self, key: &FileKey) {
+        if let Ok(backing) = self.unfinished(key) {
+            backing.row.stage = Stage::Frozen;
+        }
+    }
+
+    /// Checks that a backing may be registered: the server compared the file that is frozen.
+    ///
+    /// # Errors
+    /// Returns an error if another file was compared, or if the file is not frozen.
+    pub fn registration(&mut self, key: &FileKey, compared: (u64, u64)) -> Result<Registration> {
+        // A second id for an inode in use would be an error for processes that open it.
+        if let Some(id) = self.find(key).and_then(|b| b.row.id) {
+            return Ok(Registration::Known(id));
+        }
+        let backing = self.unfinished(key)?;
+        if backing.row.identity != compared || backing.file.is_none() {
+            return Err(Error::failed("the file that was compared is not the file of the backing"));
+        }
+        match backing.row.stage {
+            Stage::Frozen => Ok(Registration::Open),
+            Stage::None | Stage::Room => Err(Error::failed("the backing is not frozen")),
+        }
+    }
+
+    /// Notes the id under which the kernel has a backing.
+    pub fn note_registered(&mut self, key: &FileKey, id: u32) {
+        if let Ok(backing) = self.unfinished(key) {
+            backing.row.id = Some(id);
+            backing.row.filled = backing.row.reserved;
+            backing.row.why = None;
+        }
+    }
+
+    /// Files of a template that have a registered backing.
+    pub fn keys_of(&self, digest: &Digest) -> Vec<FileKey> {
+        let ready = self.0.iter().filter(|b| b.row.key.digest == *digest && b.row.id.is_some());
+        ready.map(|b| b.row.key.clone()).collect()
+    }
+
+    /// Takes out registered backings that no process uses and no server hands out; returns their ids and files.
+    pub fn close(&mut self, keys: &[FileKey]) -> (Vec<u32>, Vec<OwnedFd>) {
+        let closed = self.0.extract_if(.., |b| b.row.id.is_some() && keys.contains(&b.row.key));
+        let (mut ids, mut files) = (Vec::new(), Vec::new());
+        for backing in closed {
+            ids.extend(backing.row.id);
+            files.extend(backing.file);
+        }
+        (ids, files)
+    }
+
+    /// Notes why a file has no backing. A backing that is late continues to be filled.
+    ///
+    /// # Errors
+    /// Returns an error if too many files have a backing or a reason.
+    pub fn note_reason(&mut self, key: FileKey, reason: Option<String>) -> Result<()> {
+        let backing = self.entry(key)?;
+        if backing.row.id.is_none() {
+            // The reason stays in locked memory, and in the ledger.
+            let plain = |c: char| if c.is_control() { ' ' } else { c };
+            backing.row.why = reason.map(|text| text.chars().take(MAX_REASON).map(plain).collect());
+        }
+        Ok(())
+    }
+
+    /// Frees the room of a backing that the server abandons; returns its file, to be closed.
+    pub fn abandon(&mut self, key: &FileKey) -> Option<OwnedFd> {
+        let backing = self.unfinished(key).ok()?;
+        (backing.row.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
+        backing.file.take()
+    }
+
+    /// Notes the bytes of data in a backing.
+    pub fn note_progress(&mut self, key: &FileKey, bytes: u64) {
+        if let Ok(backing) = self.unfinished(key) {
+            backing.row.filled = backing.row.filled.max(bytes);
+        }
+    }
+}
+
+fn copy_of(backing: Option<&Backing>) -> Result<OwnedFd> {
+    let file = backing.and_then(|b| b.file.as_ref());
+    fds::copy(file.ok_or_else(|| Error::not_found("the file has no registered backing"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stencilfs::control::Cache;
+    use stencilfs::error::Code;
+
+    fn key(name: &str) -> FileKey {
+        FileKey { digest: Digest::of(name.as_bytes()), file: "memory".into() }
+    }
+
+    fn cache(most: u64) -> Chosen {
+        Chosen { cache: Cache::Memory, why: None, most: Bytes::new(most) }
+    }
+
+    fn file() -> (OwnedFd, (u64, u64)) {
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let identity = fds::identity(&file).unwrap();
+        (file, identity)
+    }
+
+    fn ready(backings: &mut Backings, name: &str, bytes: u64, id: u32) {
+        let key = key(name);
+        assert_eq!(backings.reserve(&cache(u64::MAX), &key, Bytes::new(bytes)).unwrap(), Reservation::Create);
+        let (file, identity) = file();
+        backings.created(&key, file).unwrap();
+        assert_eq!(backings.to_freeze(&key).unwrap(), Some(Bytes::new(bytes)));
+        backings.frozen(&key);
+        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Open);
+        backings.note_registered(&key, id);
+    }
+
+    #[test]
+    fn only_the_frozen_file_that_was_compared_is_registered() {
+        let mut backings = Backings::default();
+        let key = key("a");
+        assert!(backings.registration(&key, (0, 0)).is_err(), "nothing is reserved");
+        backings.reserve(&cache(100), &key, Bytes::new(10)).unwrap();
+        assert!(backings.registration(&key, (0, 0)).is_err(), "no file");
+        assert!(backings.to_freeze(&key).is_err(), "no file");
+        let ((first, identity), (_second, other)) = (file(), file());
+        backings.created(&key, first).unwrap();
+        assert!(backings.registration(&key, identity).unwrap_err().to_string().contains("not frozen"));
+        backings.frozen(&key);
+        assert_eq!(backings.to_freeze(&key).unwrap(), None, "frozen already");
+        assert!(backings.registration(&key, other).unwrap_err().to_string().contains("compared"));
+        assert!(backings.copy(&key).is_err(), "not registered");
+        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Open);
+        backings.note_registered(&key, 3);
+        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Known(3));
+        assert_eq!(backings.reserve(&cache(100), &key, Bytes::new(10)).unwrap(), Reservation::Ready(3));
+        assert!(backings.copy(&key).is_ok() && backings.copy_at(0).is_ok() && backings.copy_at(1).is_err());
+    }
+
+    #[test]
+    fn a_reservation_evicts_the_fewest_bytes_that_make_room() {
+        let mut backings = Backings::default();
+        ready(&mut backings, "a", 40, 1);
+        ready(&mut backings, "b", 30, 2);
+        let reserve =
+            |backings: &mut Backings, bytes| backings.reserve(&cache(100), &key("c"), Bytes::new(bytes));
+        assert_eq!(reserve(&mut backings, 30).unwrap(), Reservation::Create);
+        backings.abandon(&key("c"));
+        let evict = reserve(&mut backings, 60).unwrap();
+        assert_eq!(evict, Reservation::Evict(vec![key("b"), key("a")]), "smallest first");
+        assert_eq!(reserve(&mut backings, 101).unwrap_err().code(), Code::TryAgain);
+        let unfinished = backings.reserve(&cache(100), &key("d"), Bytes::new(30)).unwrap();
+        assert_eq!(unfinished, Reservation::Create);
+        assert_eq!(reserve(&mut backings, 90).unwrap_err().code(), Code::TryAgain, "unfinished room stays");
+    }
+
+    #[test]
+    fn a_dead_server_leaves_registered_backings_and_reasons() {
+        let mut backings = Backings::default();
+        ready(&mut backings, "a", 1, 1);
+        backings.reserve(&cache(100), &key("b"), Bytes::new(5)).unwrap();
+        backings.created(&key("b"), file().0).unwrap();
+        backings.note_reason(key("c"), Some("too\nlate".into())).unwrap();
+        backings.reserve(&cache(100), &key("c"), Bytes::new(5)).unwrap();
+        backings.created(&key("c"), file().0).unwrap();
+        assert_eq!(backings.drop_unfinished().len(), 2);
+        let rows = backings.rows();
+        assert_eq!(rows.iter().map(|row| row.key.clone()).collect::<Vec<_>>(), [key("a"), key("c")]);
+        assert_eq!(
+            (rows[1].stage, rows[1].reserved, rows[1].why.as_deref()),
+            (Stage::None, 0, Some("too late"))
+        );
+        assert_eq!(backings.files().count(), 1);
+    }
+
+    #[test]
+    fn closing_takes_out_registered_backings_only() {
+        let mut backings = Backings::default();
+        ready(&mut backings, "a", 1, 7);
+        backings.reserve(&cache(100), &key("b"), Bytes::new(5)).unwrap();
+        assert_eq!(backings.keys_of(&key("a").digest), [key("a")]);
+        assert!(backings.keys_of(&key("b").digest).is_empty());
+        let (ids, files) = backings.close(&[key("a"), key("b"), key("c")]);
+        assert_eq!((ids, files.len(), backings.rows().len()), (vec![7], 1, 1));
+    }
+
+    #[test]
+    fn names_reasons_and_files_are_bounded() {
+        let mut backings = Backings::default();
+        let long = FileKey { file: "x".repeat(MAX_NAME + 1), ..key("a") };
+        assert_eq!(backings.note_reason(long, None).unwrap_err().code(), Code::Usage);
+        backings.note_reason(key("a"), Some("x".repeat(MAX_REASON * 2))).unwrap();
+        assert_eq!(backings.rows()[0].why.as_ref().map(String::len), Some(MAX_REASON));
+        for number in 1..MAX_FILES {
+            backings.note_reason(key(&number.to_string()), None).unwrap();
+        }
+        assert_eq!(backings.note_reason(key("one more"), None).unwrap_err().code(), Code::TryAgain);
+    }
+
+    #[test]
+    fn progress_never_falls_and_is_complete_once_registered() {
+        let mut backings = Backings::default();
+        backings.reserve(&cache(100), &key("a"), Bytes::new(50)).unwrap();
+        for (report, expected) in [(20, 20), (10, 20), (30, 30)] {
+            backings.note_progress(&key("a"), report);
+            assert_eq!(backings.rows()[0].filled, expected);
+        }
+        ready(&mut backings, "b", 50, 1);
+        assert_eq!(backings.rows()[1].filled, 50);
+    }
+
+    #[test]
+    fn backings_of_an_earlier_supervisor_find_their_files() {
+        let mut backings = Backings::default();
+        ready(&mut backings, "a", 1, 7);
+        let restored = Backings::restore(backings.rows(), |row| backings.copy(&row.key).ok());
+        assert_eq!(restored.registered().map(|(id, _)| id).collect::<Vec<_>>(), [7]);
+    }
+}

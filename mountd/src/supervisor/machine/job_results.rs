@@ -1,0 +1,92 @@
+//! Results of jobs.
+
+use stencilfs::control::FileKey;
+use stencilfs::error::Error;
+
+use super::{Machine, Purpose};
+use crate::protocol::ServerReply;
+use crate::protocol::fds;
+use crate::supervisor::event::{Action, JobId, JobResult, ServerId};
+
+impl Machine {
+    pub(super) fn job_ended(&mut self, job: JobId, result: JobResult) {
+        let Some(purpose) = self.jobs.remove(&job) else { return };
+        let failed = |result| match result {
+            JobResult::Failed(error) => error,
+            other => Error::failed(format!("a job returned an unexpected result: {other:?}")),
+        };
+        match (purpose, result) {
+            (Purpose::Create(id, number, key), result) => {
+                if !self.end_job(id, number) {
+                    return;
+                }
+                let created = match result {
+                    JobResult::Done(Some(file)) => self.backings.created(&key, file).and_then(fds::copy),
+                    other => Err(failed(other)),
+                };
+                let (reply, file) = match created {
+                    Ok(file) => (Ok(ServerReply::Created), Some(file)),
+                    Err(error) => (Err(error), None),
+                };
+                self.actions.extend([Action::Save, Action::reply(id, number, reply, file)]);
+            }
+            (Purpose::Freeze(id, number, key), result) => {
+                if !self.end_job(id, number) {
+                    return;
+                }
+                let reply = match result {
+                    JobResult::Done(_) => {
+                        self.backings.frozen(&key);
+                        Ok(ServerReply::Done)
+                    }
+                    other => Err(failed(other)),
+                };
+                self.actions.extend([Action::Save, Action::reply(id, number, reply, None)]);
+            }
+            (Purpose::FindUnused(id, number, keys), result) => {
+                if !self.end_job(id, number) {
+                    return;
+                }
+                let reply = match result {
+                    // A candidate that was started meanwhile read the mount state with these backings.
+                    JobResult::Unused(_) if self.handover.has_candidate() => Ok(Vec::new()),
+                    JobResult::Unused(indices) => {
+                        let unused =
+                            indices.into_iter().filter_map(|index| keys.get(index as usize).cloned());
+                        let unused: Vec<FileKey> = unused.collect();
+                        self.close_backings(&unused);
+                        Ok(unused)
+                    }
+                    other => Err(failed(other)),
+                };
+                let reply = reply.map(ServerReply::Evicted);
+                self.actions.extend([Action::Save, Action::reply(id, number, reply, None)]);
+            }
+            (Purpose::Unmount(caller, mode), result) => {
+                let error = match result {
+                    JobResult::Done(_) => None,
+                    other => Some(failed(other)),
+                };
+                self.unmounted(caller, mode, error);
+            }
+            (Purpose::CloseFiles, result) => {
+                self.shutdown.closed();
+                if let JobResult::Failed(error) = result {
+                    log::warn!("files of backings were closed by the supervisor itself: {error}");
+                }
+            }
+            (Purpose::Check(program, caller), JobResult::Done(_)) => {
+                self.handover.check_passed(program, caller)
+            }
+            (Purpose::Check(_, caller), result) => {
+                self.handover.check_failed();
+                self.respond(Some(caller), Err(failed(result)));
+            }
+        }
+    }
+
+    /// True if the server that asked is still current and waits for this reply.
+    fn end_job(&mut self, id: ServerId, number: u64) -> bool {
+        self.lifecycle.get_mut(id).is_some_and(|server| server.end_job(number))
+    }
+}

@@ -1,0 +1,76 @@
+//! The descriptors of a mount that outlive a server, and a supervisor.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use stencilfs::control::{Record, RecordDir, Snapshot};
+use stencilfs::error::{Error, Result};
+use stencilfs::sys::probe;
+use stencilfs::sys::process::ProcessId;
+
+use super::callers::Callers;
+use super::machine::MountFacts;
+use super::program::Program;
+use crate::protocol::fds;
+use crate::protocol::ledger::Ledger;
+use crate::protocol::stats::Stats;
+
+/// Descriptors of a mount.
+#[derive(Debug)]
+pub struct Resources {
+    /// The FUSE connection.
+    pub fuse: OwnedFd,
+    /// The page of counters.
+    pub stats: Stats,
+    /// The record and its lock.
+    pub record: RecordDir,
+    /// The control socket.
+    pub listener: OwnedFd,
+    /// The ledger.
+    pub ledger: Ledger,
+}
+
+impl Resources {
+    /// Descriptors that no child may hold while the supervisor is dead: the connection, the record and its lock, the
+    /// control socket and its callers.
+    pub fn supervisor_only<'a>(&'a self, callers: &'a Callers) -> Vec<BorrowedFd<'a>> {
+        let own = [self.fuse.as_fd(), self.record.folder(), self.listener.as_fd()];
+        own.into_iter().chain(callers.channels().map(|(_, channel)| channel)).collect()
+    }
+
+    /// Writes the mount state to the ledger.
+    ///
+    /// # Errors
+    /// Returns an error if the state does not fit into the ledger.
+    pub fn save(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let text = serde_json::to_vec(snapshot)
+            .map_err(|e| Error::failed(format!("cannot write the ledger: {e}")))?;
+        self.ledger.write(&text).map_err(|e| Error::failed("cannot write the ledger").because(e))
+    }
+
+    /// Writes the record, by which other programs find the mount, with the process of its server.
+    ///
+    /// # Errors
+    /// Returns an error if the record cannot be written.
+    pub fn write_record(
+        &self,
+        mount: &MountFacts,
+        server: Option<ProcessId>,
+        program: &Program,
+    ) -> Result<()> {
+        let me = ProcessId::me()?;
+        self.record.write(&Record {
+            mountpoint: mount.options.mountpoint.clone(),
+            store: mount.options.store.clone(),
+            store_id: mount.store_id.clone(),
+            device: mount.device,
+            supervisor_pid: me.pid,
+            supervisor_identity: me.identity,
+            server_pid: server.map(|s| s.pid),
+            server_identity: server.map_or(0, |s| s.identity),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ledger: fds::identity(&self.ledger)?,
+            program: fds::identity(&program.file)?,
+            pid_namespace: probe::pid_namespace(),
+        })
+    }
+}

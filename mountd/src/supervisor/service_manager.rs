@@ -1,0 +1,154 @@
+//! Notifications for a service manager: sd_notify(3). A manager that does not read delays nothing: messages that its
+//! socket does not take are queued and sent again.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
+
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType, sendmsg_addr, socket_with,
+};
+
+use super::program::Program;
+use super::resources::Resources;
+
+/// Most queued messages; a manager that leaves more unread does not listen at all.
+const MAX_QUEUED: usize = 8192;
+
+/// The socket to the service manager.
+#[derive(Debug)]
+pub struct ServiceManager {
+    socket: Option<(OwnedFd, SocketAddrUnix)>,
+    queue: VecDeque<(String, Option<OwnedFd>)>,
+    /// How often the manager wants a sign of life.
+    interval: Option<Duration>,
+    last: Instant,
+    /// Ids of backings in the manager's descriptor store.
+    stored: Vec<u32>,
+    is_ready: bool,
+}
+
+impl ServiceManager {
+    /// The manager that the environment names; without one, all notifications are dropped.
+    pub fn from_environment() -> ServiceManager {
+        let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
+        let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+        let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let period = number("WATCHDOG_USEC").filter(|&usec| ours && usec > 0);
+        ServiceManager::new(name.as_deref(), period.map(|usec| Duration::from_micros(usec) / 3))
+    }
+
+    fn new(name: Option<&OsStr>, interval: Option<Duration>) -> ServiceManager {
+        let socket = name.and_then(|name| {
+            let reached = reach(name);
+            reached
+                .inspect_err(|e| log::warn!("cannot notify the service manager at {}: {e}", name.display()))
+                .ok()
+        });
+        let (queue, stored, last) = (VecDeque::new(), Vec::new(), Instant::now());
+        ServiceManager { socket, queue, interval, last, stored, is_ready: false }
+    }
+
+    /// The mount serves: the manager stores its descriptors, and the program of the current server.
+    pub fn ready(&mut self, resources: &Resources, program: &Program) {
+        if !std::mem::replace(&mut self.is_ready, true) {
+            self.store("fuse", resources.fuse.as_fd());
+            self.store("ledger", resources.ledger.as_fd());
+            self.store("counters", resources.stats.page().fd().as_fd());
+        }
+        self.forget("program");
+        self.store("program", program.file.as_fd());
+        self.send_text("READY=1\nSTATUS=serving");
+    }
+
+    /// Stores backings that are new.
+    pub fn store_backings<'a>(&mut self, backings: impl Iterator<Item = (u32, &'a OwnedFd)>) {
+        for (id, file) in backings {
+            if !self.stored.contains(&id) {
+                self.store(&format!("backing-{id}"), file.as_fd());
+                self.stored.push(id);
+            }
+        }
+    }
+
+    /// Takes backings out of the store that are about to be closed.
+    pub fn forget_backings(&mut self, ids: &[u32]) {
+        for id in ids {
+            self.forget(&format!("backing-{id}"));
+            self.stored.retain(|other| other != id);
+        }
+    }
+
+    /// The mount is about to end.
+    pub fn stopping(&mut self) {
+        self.send_text("STOPPING=1");
+    }
+
+    /// Sends a sign of life when it is due, and queued messages.
+    pub fn ping(&mut self) {
+        if self.queue.is_empty() && self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
+            self.last = Instant::now();
+            self.send_text("WATCHDOG=1");
+        }
+        self.send();
+    }
+
+    fn store(&mut self, name: &str, fd: BorrowedFd<'_>) {
+        if self.socket.is_none() {
+            return;
+        }
+        match fd.try_clone_to_owned() {
+            Ok(fd) => self.add(format!("FDSTORE=1\nFDNAME={name}"), Some(fd)),
+            Err(e) => log::warn!("cannot store {name} with the service manager: {e}"),
+        }
+    }
+
+    /// Takes descriptors of that name out of the store.
+    pub fn forget(&mut self, name: &str) {
+        self.send_text(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    }
+
+    fn send_text(&mut self, text: &str) {
+        self.add(text.to_owned(), None);
+    }
+
+    fn add(&mut self, text: String, fd: Option<OwnedFd>) {
+        if self.socket.is_some() && self.queue.len() < MAX_QUEUED {
+            self.queue.push_back((text, fd));
+            self.send();
+        }
+    }
+
+    fn send(&mut self) {
+        let Some((socket, address)) = &self.socket else { return };
+        while let Some((text, fd)) = self.queue.front() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let fds = fd.as_ref().map(|fd| [fd.as_fd()]);
+            if let Some(fds) = &fds {
+                ancillary.push(SendAncillaryMessage::ScmRights(fds));
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg_addr(socket, address, &[IoSlice::new(text.as_bytes())], &mut ancillary, flags) {
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
+                Err(e) => log::warn!("cannot notify the service manager of {text:?}: {e}"),
+                Ok(_) => {}
+            }
+            self.queue.pop_front();
+        }
+    }
+}
+
+/// The address is a path, or with `@` the name of an abstract socket.
+fn reach(name: &OsStr) -> rustix::io::Result<(OwnedFd, SocketAddrUnix)> {
+    let address = match name.as_bytes() {
+        [b'@', rest @ ..] => SocketAddrUnix::new_abstract_name(rest)?,
+        path => SocketAddrUnix::new(path)?,
+    };
+    Ok((socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?, address))
+}

@@ -75,7 +75,7 @@ fn a_server_that_takes_no_answer_is_replaced() {
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
     for number in 1_000_000u64..1_100_000 {
         let ask = json!({ "progress": { "key": link::nobodys(1), "bytes": number } });
-        match hostile.link.send(&link::question(number, &ask), None) {
+        match hostile.link.send(&link::request(number, &ask), None) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
             // The other end is closed.
@@ -93,7 +93,7 @@ fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
     // The search for users takes its time; nobody may ask meanwhile.
     let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
     for number in 1_000_000u64..1_000_002 {
-        hostile.link.send(&link::question(number, &evict), None).unwrap();
+        hostile.link.send(&link::request(number, &evict), None).unwrap();
     }
     hostile.gives_way("the server does not wait for its answers");
 }

@@ -127,7 +127,7 @@ fn unsafe_code_stays_behind_the_fence() {
     sources(&root.join("mountd/src"), &mut files);
     for file in files {
         let relative = file.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-        if relative.starts_with("src/sys/") || relative == "mountd/src/backing.rs" {
+        if relative.starts_with("src/sys/") || relative == "mountd/src/server/opening.rs" {
             continue;
         }
         for (number, line) in fs::read_to_string(&file).unwrap().lines().enumerate() {

@@ -229,7 +229,7 @@ fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: 
 #[test]
 fn a_soak_build_of_other_sizes_leaves_the_old_server() {
     let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
-    a_soak_build_is_refused("sizes", "mountd/src/decode.rs", from, to, "other things than the first one");
+    a_soak_build_is_refused("sizes", "mountd/src/server/decode.rs", from, to, "other things than the first one");
 }
 
 #[test]

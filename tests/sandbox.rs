@@ -366,25 +366,25 @@ fn the_supervisor_checks_what_a_server_asks() {
     let mut number = 1_000_000u64;
     let mut ask = |question: Value| -> String {
         number += 1;
-        link.send(&link::question(number, &question), None).unwrap();
+        link.send(&link::request(number, &question), None).unwrap();
         loop {
             // What the stopped server had asked itself is answered first.
             let (reply, fd) = link.receive::<Value>().unwrap().expect("the supervisor lives");
             if reply["number"] == number {
                 assert!(fd.is_none(), "{question} got a descriptor");
-                return reply["answer"].to_string();
+                return reply["body"].to_string();
             }
         }
     };
     let ours = json!({ "digest": digest, "file": "memory" });
     for question in [
-        json!({ "reserve": { "key": link::nobodys(1), "size": 4096, "bytes": u64::MAX } }),
-        json!({ "reserve": { "key": link::nobodys(1), "size": u64::MAX, "bytes": 4096 } }),
+        json!({ "reserve": { "key": link::nobodys(1), "size": 4096, "data_bytes": u64::MAX } }),
+        json!({ "reserve": { "key": link::nobodys(1), "size": u64::MAX, "data_bytes": 4096 } }),
         json!({ "freeze": { "key": link::nobodys(2) } }),
         json!({ "register": { "key": link::nobodys(2), "identity": [0, 0] } }),
-        json!({ "decode": { "key": { "digest": digest, "file": "x".repeat(256) }, "why": null } }),
-        json!({ "handshake": { "control_version": 0, "version": "", "lacks": [], "reply": [] } }),
-        json!({ "handshake": { "control_version": CONTROL_VERSION, "version": "", "lacks": [], "reply": [1, 2] } }),
+        json!({ "no_backing": { "key": { "digest": digest, "file": "x".repeat(256) }, "reason": null } }),
+        json!({ "handshake": { "control_version": 0, "version": "", "lacks": [], "init_reply": [] } }),
+        json!({ "handshake": { "control_version": CONTROL_VERSION, "version": "", "lacks": [], "init_reply": [1, 2] } }),
     ] {
         let answer = ask(question.clone());
         assert!(answer.contains("refused"), "{question}: {answer}");
@@ -396,7 +396,7 @@ fn the_supervisor_checks_what_a_server_asks() {
     for n in 0..5000 {
         // All that is noted is written down each time: of 25 MB at most some bytes of each reason may stay.
         let reason = "x".repeat(if n < 500 { 50_000 } else { 1 });
-        let answer = ask(json!({ "decode": { "key": link::nobodys(1000 + n), "why": reason } }));
+        let answer = ask(json!({ "no_backing": { "key": link::nobodys(1000 + n), "reason": reason } }));
         refused += u32::from(answer.contains("refused"));
     }
     assert!((900..5000).contains(&refused), "{refused} of 5000 were refused");

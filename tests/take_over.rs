@@ -103,9 +103,9 @@ fn a_reservation_that_comes_twice_is_made_once() {
     std::thread::sleep(Duration::from_millis(100));
     assert!(server.is_alive(), "it is all that the mount has left");
     let bytes = 8u64 << 20;
-    let reserve = json!({ "reserve": { "key": link::nobodys(1), "size": bytes, "bytes": bytes } });
+    let reserve = json!({ "reserve": { "key": link::nobodys(1), "size": bytes, "data_bytes": bytes } });
     for _ in 0..2 {
-        link.send(&link::question(1_000_000, &reserve), None).unwrap();
+        link.send(&link::request(1_000_000, &reserve), None).unwrap();
     }
     world.mount(&[]).ok();
     let mut files = 0;
@@ -117,7 +117,7 @@ fn a_reservation_that_comes_twice_is_made_once() {
     }
     // Whatever came of the second one would come before the answer to the next question.
     let next = json!({ "progress": { "key": link::nobodys(1), "bytes": 4096 } });
-    link.send(&link::question(1_000_001, &next), None).unwrap();
+    link.send(&link::request(1_000_001, &next), None).unwrap();
     while heard.last().unwrap()["number"] != 1_000_001 {
         let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor lives");
         files += u32::from(file.is_some());
@@ -125,7 +125,7 @@ fn a_reservation_that_comes_twice_is_made_once() {
     }
     let answers = |number: u64| heard.iter().filter(|reply| reply["number"] == number).count();
     assert_eq!((answers(0), answers(1_000_000), files), (1, 1, 1), "{heard:#?}");
-    assert_eq!(heard[0]["answer"], "again");
+    assert_eq!(heard[0]["body"], "ask_again");
     assert_eq!(world.status()["cache_used"], bytes, "room for one");
     server.signal(Signal::KILL).unwrap();
     wait_for("a successor", || (world.server() != server.pid).then_some(()));
@@ -226,7 +226,7 @@ fn a_job_that_outlives_its_supervisor_is_in_nobodys_way() {
     let children = format!("/proc/{0}/task/{0}/children", supervisor.pid);
     // It is sought for 200 ms at the least who uses that one.
     let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
-    link.send(&link::question(1_000_000, &evict), None).unwrap();
+    link.send(&link::request(1_000_000, &evict), None).unwrap();
     let job = wait_for("a job", || {
         let text = fs::read_to_string(&children).unwrap();
         let pid = text.split_whitespace().map(|word| word.parse().unwrap()).find(|pid| *pid != server.pid)?;
@@ -245,7 +245,7 @@ fn a_job_that_outlives_its_supervisor_is_in_nobodys_way() {
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 
-/// Changes what a dead supervisor wrote into the ledger; `mountd/src/kept.rs` says how it is laid out.
+/// Changes what a dead supervisor wrote into the ledger; `mountd/src/protocol/ledger.rs` says how it is laid out.
 fn amend_ledger(server: u32, change: impl FnOnce(&mut Value)) {
     const HALF: u64 = 16 << 20;
     let ledger = link::descriptor_of(server, "ledger");

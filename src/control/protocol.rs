@@ -10,7 +10,7 @@ use crate::store::Digest;
 /// Version of the words between the processes of a mount. Servers and supervisors of different versions do not mix, and
 /// one cannot take over from the other: it would end what is mapped. So a request that is added or changed does not raise it. Who
 /// does not know a request closes the connection, and who asked it says that `stencil restart` helps.
-pub const CONTROL_VERSION: u32 = 3;
+pub const CONTROL_VERSION: u32 = 4;
 
 /// Most inode numbers of one request. Each has at most 20 digits and a comma: all of them fit into one message.
 pub const MAX_INODES: usize = 2048;

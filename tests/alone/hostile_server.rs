@@ -23,15 +23,15 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
             for number in 1_000_000u64.. {
                 let many = link::nobodys(number as u32);
                 let ask = match number % 4 {
-                    0 => json!({ "decode": { "key": many, "why": "x".repeat(10_000) } }),
-                    1 => json!({ "give_back": { "key": many } }),
+                    0 => json!({ "no_backing": { "key": many, "reason": "x".repeat(10_000) } }),
+                    1 => json!({ "abandon": { "key": many } }),
                     2 => json!({ "progress": { "key": many, "bytes": number } }),
                     _ => json!({ "register": { "key": many, "identity": [1, 2] } }),
                 };
                 if over.load(Ordering::Relaxed) {
                     break;
                 }
-                match hostile.link.send(&link::question(number, &ask), None) {
+                match hostile.link.send(&link::request(number, &ask), None) {
                     Ok(()) => asked.fetch_add(1, Ordering::Relaxed),
                     Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => continue,
                     Err(e) => panic!("the supervisor hangs up: {e}"),

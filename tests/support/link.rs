@@ -21,9 +21,9 @@ pub fn descriptor_of(server: u32, name: &str) -> OwnedFd {
     pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap()
 }
 
-/// A numbered question.
-pub fn question(number: u64, ask: &Value) -> Value {
-    json!({ "number": number, "ask": ask })
+/// A numbered request.
+pub fn request(number: u64, body: &Value) -> Value {
+    json!({ "number": number, "body": body })
 }
 
 /// The file `memory` of a template that nobody has.

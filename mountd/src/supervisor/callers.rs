@@ -213,3 +213,99 @@ impl Callers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A listening socket at an abstract address, and a way to connect to it.
+    fn listener(name: &str) -> (OwnedFd, impl Fn() -> Channel) {
+        let address =
+            SocketAddrUnix::new_abstract_name(format!("{name}-{}", std::process::id()).as_bytes()).unwrap();
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        bind(&socket, &address).unwrap();
+        listen(&socket, 64).unwrap();
+        let connect = move || {
+            let caller =
+                socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            rustix::net::connect(&caller, &address).unwrap();
+            Channel::new(caller)
+        };
+        (socket, connect)
+    }
+
+    fn only(callers: &Callers) -> CallerId {
+        callers.channels().last().expect("a caller").0
+    }
+
+    #[test]
+    fn a_request_gets_its_response() {
+        let (listener, connect) = listener("stencil-callers-a");
+        let mut callers = Callers::new(None);
+        let caller = connect();
+        assert_eq!(callers.accept(&listener), None);
+        let id = only(&callers);
+        assert!(matches!(callers.receive(id), Some(Received::Nothing)));
+        caller.send(&Request::Refresh, None).unwrap();
+        assert!(matches!(callers.receive(id), Some(Received::Message(Request::Refresh, None))));
+        assert!(callers.respond(id, Ok(Response::Done), None));
+        assert!(matches!(caller.receive::<Response>().unwrap(), Some((Response::Done, None))));
+        caller.send(&"no request", None).unwrap();
+        assert!(callers.receive(id).is_none());
+        drop(caller);
+        assert!(matches!(callers.receive(id), Some(Received::Closed)));
+        assert!(!callers.respond(id, Ok(Response::Done), None), "the caller is gone");
+        assert!(callers.channel(id).is_none());
+        assert!(callers.receive(id).is_none());
+    }
+
+    #[test]
+    fn the_oldest_caller_that_waits_for_nothing_makes_room() {
+        let (listener, connect) = listener("stencil-callers-b");
+        let mut callers = Callers::new(None);
+        let all: Vec<Channel> = (0..MAX_CALLERS).map(|_| connect()).collect();
+        all.iter().for_each(|_| assert_eq!(callers.accept(&listener), None));
+        let ids: Vec<CallerId> = callers.channels().map(|(id, _)| id).collect();
+        callers.keep(ids[0], true);
+        all[1].send(&Request::Refresh, None).unwrap();
+        callers.receive(ids[1]);
+        let _newer = connect();
+        assert!(callers.has_room());
+        assert_eq!(callers.accept(&listener), Some(ids[2]), "the first is kept, the second waits");
+        callers
+            .channels()
+            .map(|(id, _)| id)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .for_each(|id| callers.keep(id, true));
+        assert!(!callers.has_room());
+        let _one_more = connect();
+        assert_eq!(callers.accept(&listener), None);
+        assert_eq!(callers.channels().count(), MAX_CALLERS);
+    }
+
+    #[test]
+    fn a_failed_accept_rests_for_a_moment() {
+        let (listener, _connect) = listener("stencil-callers-c");
+        let mut callers = Callers::new(None);
+        assert_eq!(callers.accept(&listener), None);
+        assert!(!callers.has_room(), "nobody has called");
+        while !callers.has_room() {
+            std::thread::sleep(ACCEPT_RETRY_INTERVAL / 4);
+        }
+    }
+
+    #[test]
+    fn who_waits_is_told_of_the_end() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let mut callers = Callers::new(Some(Starter { foreground: true }));
+        callers.resume(theirs);
+        callers.end();
+        let (response, _) = ours.receive::<Response>().unwrap().unwrap();
+        let Response::Failed(failure) = response else { panic!("{response:?}") };
+        assert_eq!(failure.into_error().to_string(), "the mount is over");
+        assert!(callers.take_starter().is_some() && callers.take_starter().is_none());
+        callers.served();
+    }
+}

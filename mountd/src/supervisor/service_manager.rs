@@ -152,3 +152,77 @@ fn reach(name: &OsStr) -> rustix::io::Result<(OwnedFd, SocketAddrUnix)> {
     };
     Ok((socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?, address))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+
+    fn receive(socket: &UnixDatagram) -> Option<String> {
+        let mut buffer = [0; 512];
+        socket.set_nonblocking(true).unwrap();
+        let length = socket.recv(&mut buffer).ok()?;
+        Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    }
+
+    #[test]
+    fn backings_are_stored_once_and_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let mut manager = ServiceManager::new(Some(path.as_os_str()), None);
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        manager.store_backings([(3, &file)].into_iter());
+        manager.store_backings([(3, &file)].into_iter());
+        manager.forget_backings(&[3]);
+        manager.store_backings([(3, &file)].into_iter());
+        manager.stopping();
+        let store = "FDSTORE=1\nFDNAME=backing-3";
+        let expected = [store, "FDSTOREREMOVE=1\nFDNAME=backing-3", store, "STOPPING=1"];
+        let received: Vec<String> = std::iter::from_fn(|| receive(&socket)).collect();
+        assert_eq!(received, expected);
+    }
+
+    #[test]
+    fn messages_that_the_manager_does_not_read_are_sent_later_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let mut manager = ServiceManager::new(Some(path.as_os_str()), None);
+        for id in 0..2 * MAX_QUEUED as u32 {
+            manager.forget_backings(&[id]);
+        }
+        assert_eq!(manager.queue.len(), MAX_QUEUED);
+        let mut count = 0;
+        while !manager.queue.is_empty() {
+            count += std::iter::from_fn(|| receive(&socket)).count();
+            manager.ping();
+        }
+        count += std::iter::from_fn(|| receive(&socket)).count();
+        assert!(count > MAX_QUEUED, "{count}: what the socket took, and the queue");
+    }
+
+    #[test]
+    fn a_sign_of_life_is_sent_when_it_is_due() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let mut manager = ServiceManager::new(Some(path.as_os_str()), Some(Duration::ZERO));
+        manager.ping();
+        assert_eq!(receive(&socket).as_deref(), Some("WATCHDOG=1"));
+        let mut silent = ServiceManager::new(Some(path.as_os_str()), None);
+        silent.ping();
+        assert_eq!(receive(&socket), None);
+    }
+
+    #[test]
+    fn without_a_manager_nothing_is_queued() {
+        for name in [None, Some(OsStr::new("/nonexistent/socket")), Some(OsStr::new("@stencil-test-nobody"))]
+        {
+            let mut manager = ServiceManager::new(name, None);
+            manager.stopping();
+            manager.ping();
+            assert!(manager.queue.is_empty(), "{name:?}");
+        }
+    }
+}

@@ -1,92 +1,196 @@
-//! Sees that requests of the kernel are answered in time.
+//! Watches that the kernel's requests are answered in time.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use stencilfs::control::{InFlightTable, Phase};
+use stencilfs::control::{InFlight, InFlightTable, Phase};
 use stencilfs::sys::fusectl::Waiting;
 
 use crate::protocol::stats::{Counter, Stats};
 
-/// It never looks less often.
-const SELDOM: Duration = Duration::from_millis(500);
+/// Longest interval between two looks.
+const MAX_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What it watches.
+/// What one look reads.
+#[derive(Debug, Default)]
+struct Reading {
+    /// The request that has been in its phase for the longest time.
+    stillest: Option<InFlight>,
+    /// The request that was read first.
+    oldest: Option<InFlight>,
+    /// Requests without a reply by the kernel's count, those included that no server has read.
+    waiting: u64,
+    /// Requests that wait in the server without a thread.
+    parked: u64,
+    /// Requests that were answered since the mount was made.
+    answers: u64,
+}
+
+/// What a look leads to.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Fine,
+    /// The store is slow, which is reported once; another server could not help.
+    SlowStore(String),
+    /// The server is to be replaced.
+    Replace(String),
+}
+
+/// The decision, apart from what it is based on.
+#[derive(Debug)]
+struct Judge {
+    /// A server that leaves a request alone for this long is replaced; zero for never.
+    limit: Duration,
+    /// Since when no request is answered though requests wait, and the answers until then.
+    idle: Option<(Instant, u64)>,
+    /// The slow store was reported.
+    reported: bool,
+}
+
+impl Judge {
+    fn judge(&mut self, reading: &Reading, now: Instant) -> Verdict {
+        if self.limit.is_zero() {
+            return Verdict::Fine;
+        }
+        if let Some(stuck) = reading.stillest.as_ref().filter(|r| r.still >= self.limit) {
+            return Verdict::Replace(stuck.to_string());
+        }
+        let slow = |r: &&InFlight| r.phase == Phase::WaitingForSource && r.age >= self.limit;
+        let slow = reading.oldest.as_ref().filter(slow);
+        let is_new = slow.is_some() && !std::mem::replace(&mut self.reported, slow.is_some());
+        self.reported = slow.is_some();
+        // Requests that the server has read are timed by its own table.
+        let unread = reading.waiting > reading.parked && reading.oldest.is_none();
+        if !unread || self.idle.is_some_and(|(_, before)| before != reading.answers) {
+            self.idle = None;
+        }
+        if unread {
+            let (since, _) = *self.idle.get_or_insert((now, reading.answers));
+            let idle = now.saturating_duration_since(since);
+            if idle >= self.limit {
+                let count = reading.waiting - reading.parked;
+                return Verdict::Replace(format!("{count} requests unread for {:.1} s", idle.as_secs_f64()));
+            }
+        }
+        match slow {
+            Some(slow) if is_new => Verdict::SlowStore(slow.to_string()),
+            _ => Verdict::Fine,
+        }
+    }
+}
+
+/// Watches the servers of one mount.
 #[derive(Debug)]
 pub struct Watchdog {
-    /// A server that leaves a request alone for so long is replaced; zero for never.
-    limit: Duration,
-    /// The kernel's count of requests without an answer, those that no server has read included.
+    judge: Judge,
     waiting: Option<Waiting>,
-    /// Requests that the present server has read.
+    /// Requests that the current server has read.
     table: Option<InFlightTable>,
-    /// Since when nothing is answered though something waits, and how much was answered by then.
-    idle: Option<(Instant, u64)>,
-    /// The slow source was told of.
-    told: bool,
 }
 
 impl Watchdog {
     /// Watches the connection of that device.
     pub fn new(limit: Duration, device: u64) -> Watchdog {
         let waiting = Waiting::of(device)
-            .inspect_err(|e| log::warn!("requests that no server reads go unwatched: fusectl: {e}"));
-        Watchdog { limit, waiting: waiting.ok(), table: None, idle: None, told: false }
+            .inspect_err(|e| log::warn!("requests that no server reads are not watched: fusectl: {e}"));
+        let judge = Judge { limit, idle: None, reported: false };
+        Watchdog { judge, waiting: waiting.ok(), table: None }
     }
 
-    /// How often it wants to look.
+    /// The interval between two looks.
     pub fn interval(&self) -> Duration {
-        let often = if self.limit.is_zero() { SELDOM } else { self.limit / 10 };
-        often.clamp(Duration::from_millis(20), SELDOM)
+        let interval = if self.judge.limit.is_zero() { MAX_INTERVAL } else { self.judge.limit / 10 };
+        interval.clamp(Duration::from_millis(20), MAX_INTERVAL)
     }
 
-    /// From now on this server is watched.
+    /// Watches the server with this in-flight table from now on.
     pub fn watch(&mut self, table: Option<OwnedFd>) {
         let table = table.map(InFlightTable::map).transpose();
-        self.table = table.inspect_err(|e| log::error!("the server's table of requests: {e}")).ok().flatten();
-        self.idle = None;
-        self.told = false;
+        self.table = table.inspect_err(|e| log::error!("cannot map the in-flight table: {e}")).ok().flatten();
+        (self.judge.idle, self.judge.reported) = (None, false);
     }
 
-    /// Why a server that was started then, and does not serve yet, is to be replaced, if it is.
+    /// Why a server that was started at that time, and does not serve yet, is to be replaced.
     pub fn look_at_start(&self, since: Instant) -> Option<String> {
         let waits = since.elapsed();
-        let late = !self.limit.is_zero() && waits >= self.limit;
+        let late = !self.judge.limit.is_zero() && waits >= self.judge.limit;
         late.then(|| format!("it does not serve {:.1} s after its start", waits.as_secs_f64()))
     }
 
-    /// Why the server is to be replaced, if it is.
+    /// Why the server is to be replaced.
     pub fn look(&mut self, stats: &Stats) -> Option<String> {
-        if self.limit.is_zero() {
-            return None;
-        }
         let table = self.table.as_ref();
-        if let Some(stuck) = table.and_then(InFlightTable::stillest).filter(|r| r.still >= self.limit) {
-            return Some(format!("{stuck}"));
-        }
-        let oldest = table.and_then(InFlightTable::oldest);
-        match oldest.filter(|r| r.phase == Phase::WaitingForSource && r.age >= self.limit) {
-            Some(slow) if !self.told => {
-                log::warn!("the store is slow: {slow}; another server could not help");
+        let reading = Reading {
+            stillest: table.and_then(InFlightTable::stillest),
+            oldest: table.and_then(InFlightTable::oldest),
+            waiting: self.waiting.as_ref().and_then(|w| w.read().ok()).unwrap_or(0),
+            parked: table.map_or(0, InFlightTable::parked) as u64,
+            answers: stats.get(Counter::Answers),
+        };
+        match self.judge.judge(&reading, Instant::now()) {
+            Verdict::Fine => None,
+            Verdict::SlowStore(request) => {
+                log::warn!("the store is slow: {request}; another server could not help");
                 stats.count(Counter::SlowSource);
-                self.told = true;
+                None
             }
-            Some(_) => {}
-            None => self.told = false,
+            Verdict::Replace(reason) => Some(reason),
         }
-        let answers = stats.get(Counter::Answers);
-        let waiting = self.waiting.as_ref().and_then(|w| w.read().ok()).unwrap_or(0);
-        let parked = table.map_or(0, InFlightTable::parked) as u64;
-        // What a server has read is timed by its own table.
-        if waiting <= parked || oldest.is_some() || self.idle.is_some_and(|(_, before)| before != answers) {
-            self.idle = None;
-        }
-        if waiting <= parked || oldest.is_some() {
-            return None;
-        }
-        let (since, _) = *self.idle.get_or_insert((Instant::now(), answers));
-        let idle = since.elapsed();
-        (idle >= self.limit)
-            .then(|| format!("{} requests unread for {:.1} s", waiting - parked, idle.as_secs_f64()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn judge() -> Judge {
+        Judge { limit: LIMIT, idle: None, reported: false }
+    }
+
+    fn request(phase: Phase, age: Duration, still: Duration) -> Option<InFlight> {
+        Some(InFlight { unique: 1, opcode: 15, ino: 2, offset: 0, size: 4096, phase, age, still })
+    }
+
+    #[test]
+    fn a_request_that_stands_still_replaces_the_server() {
+        let now = Instant::now();
+        let stuck = request(Phase::Decoding, LIMIT, LIMIT);
+        let reading = Reading { stillest: stuck, waiting: 1, ..Reading::default() };
+        assert!(matches!(judge().judge(&reading, now), Verdict::Replace(_)));
+        let never = Judge { limit: Duration::ZERO, ..judge() };
+        assert_eq!({ never }.judge(&reading, now), Verdict::Fine);
+        let young = request(Phase::Decoding, LIMIT, LIMIT / 2);
+        let reading = Reading { stillest: young, waiting: 1, ..Reading::default() };
+        assert_eq!(judge().judge(&reading, now), Verdict::Fine);
+    }
+
+    #[test]
+    fn requests_that_no_server_reads_replace_it_unless_some_are_answered() {
+        let now = Instant::now();
+        let unread = |answers| Reading { waiting: 3, parked: 1, answers, ..Reading::default() };
+        let mut judge = judge();
+        assert_eq!(judge.judge(&unread(5), now), Verdict::Fine);
+        assert_eq!(judge.judge(&unread(6), now + LIMIT), Verdict::Fine, "one was answered meanwhile");
+        let verdict = judge.judge(&unread(6), now + LIMIT * 2);
+        assert_eq!(verdict, Verdict::Replace("2 requests unread for 10.0 s".into()));
+        let parked = Reading { waiting: 1, parked: 1, ..Reading::default() };
+        assert_eq!(judge.judge(&parked, now + LIMIT * 3), Verdict::Fine, "it waits for a backing");
+    }
+
+    #[test]
+    fn a_slow_store_is_reported_once_and_replaces_nobody() {
+        let now = Instant::now();
+        let slow = || Reading {
+            oldest: request(Phase::WaitingForSource, LIMIT, Duration::ZERO),
+            waiting: 1,
+            ..Reading::default()
+        };
+        let mut judge = judge();
+        assert!(matches!(judge.judge(&slow(), now), Verdict::SlowStore(_)));
+        assert_eq!(judge.judge(&slow(), now), Verdict::Fine);
+        assert_eq!(judge.judge(&Reading::default(), now), Verdict::Fine);
+        assert!(matches!(judge.judge(&slow(), now), Verdict::SlowStore(_)), "a second time");
     }
 }

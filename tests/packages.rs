@@ -112,7 +112,7 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     debian.out("dpkg --remove stencil");
     assert!(debian.path("/var/lib/stencil/format").is_file() && !debian.path("/run/stencil").exists());
     let kept = debian.sh("dpkg --purge stencil").ok();
-    assert!(kept.err.contains("/var/lib/stencil is kept: it holds templates"), "{}", kept.err);
+    assert!(kept.err.contains("/var/lib/stencil is kept because it holds templates"), "{}", kept.err);
     assert!(fs::symlink_metadata(&unit).is_err(), "a service without its unit");
     debian.out("dpkg -i /tmp/stencil.deb && stencil verify && stencil rm web:1");
     // A program that is gone is no reason to keep the rest.
@@ -152,11 +152,11 @@ fn a_status_that_cannot_tell_keeps_the_package(debian: &Debian) {
     };
     let away = format!("mv {records} /run/records && touch {records}");
     let back = format!("rm {records} && mv /run/records {records}");
-    refused(&away, &back, "it cannot be told whether one is served");
+    refused(&away, &back, "cannot determine whether a template store is mounted");
     refused(&away, &back, "cannot use the runtime directory");
     let away = format!("cd {records}/* && mv mount.json kept && echo '{{' >mount.json");
     let back = format!("cd {records}/* && mv kept mount.json");
-    refused(&away, &back, "  served:  the record of a mount cannot be read");
+    refused(&away, &back, "  served:  cannot read the record of a mount");
     // A user who may not read the records learns nothing of them, and is told so.
     let user = debian.sh("setpriv --reuid=123 --regid=123 --clear-groups stencil status").exits(1);
     assert!(user.err.contains("Permission denied") && user.err.contains("run it as root"), "{}", user.err);
@@ -194,7 +194,7 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
 
     for (options, code, words) in [
         ("-o frobnicate", 1, "unknown mount option 'frobnicate'"),
-        ("-o serve=fast", 1, "'fast' is no way to serve"),
+        ("-o serve=fast", 1, "invalid serve mode 'fast'"),
         ("-f -o frobnicate", 1, "unknown mount option 'frobnicate'"),
     ] {
         let refused = call(options).exits(code);

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the Debian package of the programs in a folder.
+# Builds the Debian package from compiled programs.
 #
 #     mountd/debian/build.sh BIN [OPTION…]   BIN is target/release or target/debug; the package goes to BIN/../debian/.
-#                                            Options are cargo-deb's, such as --fast for a quick and larger package
+#                                            Options are passed to cargo-deb, for example --fast for a quick build of a
+#                                            larger package
 #
-# What `make install` installs is what the package holds: it is installed into BIN/package, and cargo-deb packs that.
+# The package has the files of `make install`: they are installed into BIN/package, which cargo-deb packs.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -21,7 +22,7 @@ fail() {
 [ "$("$tool" --version 2>/dev/null)" = "cargo-deb $STENCIL_CARGO_DEB" ] ||
     fail "cargo-deb $STENCIL_CARGO_DEB is not at $tool: run make setup"
 
-# A program that was linked against a newer C library starts on no Debian 12.
+# A program that needs a newer C library does not start on Debian 12.
 needs=$(objdump -T "$bin/stencil" "$bin/stencil-mountd" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1)
 [ -n "$needs" ] || fail "no version of the C library found in $bin/stencil"
 [ "$(printf 'GLIBC_%s\n%s\n' "$STENCIL_GLIBC_MAX" "$needs" | sort -V | tail -1)" = "GLIBC_$STENCIL_GLIBC_MAX" ] ||
@@ -32,7 +33,7 @@ rm -rf "$stage"
 mkdir -p "$stage"
 make --no-print-directory -C "$top" install-files bin="$bin" DESTDIR="$stage" PREFIX=/usr SBINDIR=/usr/sbin >/dev/null
 doc=$stage/usr/share/doc/stencil
-# Debian has its own copy of the one; the other stands in copyright.
+# Debian ships the text of Apache-2.0; the copyright file holds the other licence.
 rm "$doc/LICENSE-APACHE" "$doc/LICENSE-MIT"
 version=$("$bin/stencil" --version | cut -d' ' -f2)
 maintainer=$(sed -n 's/^maintainer = "\(.*\)"$/\1/p' "$top/Cargo.toml")

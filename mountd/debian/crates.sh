@@ -1,13 +1,12 @@
 #!/bin/sh
-# The crates that the programs are linked with: name, version, licence, and every licence text that they come with,
-# each text once.
+# Lists the crates that the programs are linked with: name, version, licence, and their licence texts, each text once.
 #
-#     mountd/debian/crates.sh BIN     writes BIN/crates.gz, whole or not at all; BIN is the folder of the programs
+#     mountd/debian/crates.sh BIN     writes BIN/crates.gz atomically; BIN is the directory of the programs
 set -eu
-# None rather than that of another build.
+# A missing list is better than that of another build.
 rm -f "$1/crates.gz"
 cargo=${CARGO:-cargo}
-# It looks for rustc where the shell looks.
+# cargo looks up rustc in PATH.
 [ "$cargo" = "${cargo#*/}" ] || PATH=${cargo%/*}:$PATH
 sources=${CARGO_HOME:-${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}/.cargo}/registry/src
 list=$("$cargo" tree --workspace --locked --offline -e normal --prefix none --format '{p} | {l}' |
@@ -17,7 +16,7 @@ list=$("$cargo" tree --workspace --locked --offline -e normal --prefix none --fo
     exit 1
 }
 ls -d "$sources"/*/ >/dev/null || {
-    echo "crates.sh: no sources of crates, so no licence texts: run cargo fetch, or set CARGO_HOME" >&2
+    echo "crates.sh: missing sources of crates, which hold the licence texts: run 'cargo fetch' or set CARGO_HOME" >&2
     exit 1
 }
 new=$1/crates.new

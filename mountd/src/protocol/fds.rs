@@ -15,7 +15,7 @@ pub fn identity(file: impl AsFd) -> Result<(u64, u64)> {
 }
 
 /// True if the open file has that identity.
-pub fn is(file: impl AsFd, known: (u64, u64)) -> bool {
+pub fn has_identity(file: impl AsFd, known: (u64, u64)) -> bool {
     identity(file).is_ok_and(|found| found == known)
 }
 

@@ -57,7 +57,7 @@ impl Link {
     ///
     /// # Errors
     /// Returns the supervisor's refusal, or an error if the mount is over.
-    pub fn call(
+    pub fn request(
         &self,
         request: &ServerRequest,
         fd: Option<BorrowedFd<'_>>,
@@ -87,9 +87,9 @@ impl Link {
     /// Makes a request whose only reply is [`ServerReply::Done`].
     ///
     /// # Errors
-    /// Same as [`call`](Self::call).
-    pub fn call_done(&self, request: &ServerRequest) -> Result<()> {
-        match self.call(request, None)?.0 {
+    /// Same as [`request`](Self::request).
+    pub fn request_done(&self, request: &ServerRequest) -> Result<()> {
+        match self.request(request, None)?.0 {
             ServerReply::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
@@ -111,8 +111,8 @@ mod tests {
         let (ours, theirs) = Channel::pair().unwrap();
         let link = Link::new(theirs.into(), None, None);
         let server = thread::spawn(move || {
-            link.call_done(&ServerRequest::Serving).unwrap();
-            link.call_done(&ServerRequest::Serving).unwrap();
+            link.request_done(&ServerRequest::Serving).unwrap();
+            link.request_done(&ServerRequest::Serving).unwrap();
         });
         let hear = || ours.receive::<Numbered<ServerRequest>>().unwrap().unwrap().0.number;
         let reply = |number, body| ours.send(&Numbered { number, body }, None).unwrap();
@@ -130,7 +130,7 @@ mod tests {
     fn a_server_that_no_supervisor_finds_does_not_wait_for_ever() {
         let (_ours, theirs) = Channel::pair().unwrap();
         let link = Link::new(theirs.into(), None, Some(Duration::from_millis(5)));
-        let error = link.call_done(&ServerRequest::Serving).unwrap_err();
+        let error = link.request_done(&ServerRequest::Serving).unwrap_err();
         assert!(error.to_string().contains("supervisor is gone"), "{error}");
     }
 
@@ -142,9 +142,9 @@ mod tests {
         for (number, body) in [(1, refusal), (2, ServerReply::Created)] {
             ours.send(&Numbered { number, body }, None).unwrap();
         }
-        assert_eq!(link.call_done(&ServerRequest::Serving).unwrap_err().to_string(), "no room");
-        assert!(link.call_done(&ServerRequest::Serving).unwrap_err().to_string().contains("Created"));
+        assert_eq!(link.request_done(&ServerRequest::Serving).unwrap_err().to_string(), "no room");
+        assert!(link.request_done(&ServerRequest::Serving).unwrap_err().to_string().contains("Created"));
         drop(ours);
-        assert!(link.call_done(&ServerRequest::Serving).unwrap_err().to_string().contains("gone"));
+        assert!(link.request_done(&ServerRequest::Serving).unwrap_err().to_string().contains("gone"));
     }
 }

@@ -28,7 +28,7 @@ use stencilfs::sys::{fuse_dev, inherited};
 
 use crate::protocol::fds;
 use crate::protocol::ledger::{self, Ledger};
-use crate::protocol::named_fds::Fds;
+use crate::protocol::named_fds::NamedFds;
 use crate::protocol::stats::{Counter, Stats};
 use crate::supervisor::callers::{self, Callers, Starter};
 use crate::supervisor::machine::{Backings, InitialState, MountFacts, Removal};
@@ -82,7 +82,7 @@ pub fn supervise(options: MountOptions) -> ExitCode {
 /// `stencil-mountd resume`: what a supervisor is after it has become another program.
 pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
     let resumed = || -> Result<(Supervisor, Option<_>)> {
-        let mut fds = Fds::from_args(args)?;
+        let mut fds = NamedFds::from_args(args)?;
         let caller = fds.take("caller");
         let taken = resume::from_fds(&mut fds)?;
         let mut callers = Callers::new(None);
@@ -126,7 +126,7 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
     let left = control::mounts()?
         .into_iter()
         .find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned && m.server_pid.is_some());
-    let mut stored = Fds::from_service_manager()?;
+    let mut stored = NamedFds::from_service_manager()?;
     let names: Vec<String> = stored.names().map(str::to_owned).collect();
     let living = stored.of("fuse").iter().any(|fuse| !fuse_dev::is_over(fuse));
     let found = match left {
@@ -140,7 +140,7 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
     let is_new = found.is_none();
     let mut taken = match found {
         Some(taken) => {
-            option_conflicts::warn(&options, &taken.begin.mount.options);
+            option_conflicts::warn_about_differences(&options, &taken.begin.mount.options);
             taken
         }
         None => {
@@ -184,7 +184,7 @@ fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(Initi
     };
     let mut files = found.files;
     let backings = Backings::restore(snapshot.backings, |row: &BackingRow| {
-        let at = files.iter().position(|fd| fds::is(fd, row.identity))?;
+        let at = files.iter().position(|fd| fds::has_identity(fd, row.identity))?;
         Some(files.swap_remove(at))
     });
     let stats = Stats::new(counters);

@@ -1,10 +1,10 @@
-//! A new mount.
+//! Makes a new mount.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
-use stencilfs::control::{Beginning, MountOptions, RecordDir, places};
+use stencilfs::control::{MountLock, MountOptions, RecordDir, places};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 use stencilfs::sys::memfd::SharedCounters;
@@ -20,24 +20,24 @@ use crate::supervisor::program::Program;
 use crate::supervisor::resources::Resources;
 use crate::supervisor::{Taken, cache, callers};
 
-/// Mounts, and takes the kernel's first word. A mount that cannot go on is taken away again.
+/// Mounts, and reads the kernel's INIT request. Unmounts again on failure.
 ///
 /// # Errors
-/// What is in the way, with its remedy.
+/// Returns an error that names the obstacle and the remedy.
 pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     let store = Store::open(&options.store)?;
     options.store = store.dir().to_owned();
     let fail = |what: &'static str| move |e| Error::failed(what).because(e);
     let fuse = fuse_dev::open()?;
     options.mountpoint = place::canonical(&options.mountpoint)?;
-    // First: the turn makes the runtime directory.
+    // Before the lock, which creates the runtime directory.
     places::check(&mut options)?;
-    let _turn = Beginning::wait()?;
+    let _lock = MountLock::acquire()?;
     options.mountpoint = place::mountpoint(&options.mountpoint)?;
     places::check(&mut options)?;
     let record = RecordDir::create(ProcessId::me()?)?;
-    let counters = SharedCounters::create().map_err(fail("cannot make the counters page"))?;
-    let ledger = Ledger::create().map_err(fail("cannot make the ledger"))?;
+    let counters = SharedCounters::create().map_err(fail("cannot create the counters page"))?;
+    let ledger = Ledger::create().map_err(fail("cannot create the ledger"))?;
     let program = Program::own().map_err(fail("cannot open this program"))?;
     mount::mount_fuse(&fuse, &options.store, &options.mountpoint, options.noexec)?;
     let device = place::device_of(&fuse, &options.mountpoint).inspect_err(|_| {
@@ -48,10 +48,10 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
         }
     })?;
     let mountpoint = options.mountpoint.clone();
-    let begin = || -> Result<Taken> {
-        // One of another runtime directory does not wait for this one's turn.
+    let start = || -> Result<Taken> {
+        // A mount of another runtime directory does not take the same lock.
         place::is_lowest(&mountpoint, device)?;
-        let init = fuse_dev::read_init(&fuse).map_err(fail("the kernel does not begin to speak"))?;
+        let init = fuse_dev::read_init(&fuse).map_err(fail("cannot read the kernel's INIT request"))?;
         let chosen = cache::choose(&options, &init)?;
         let listener = callers::listen_at(&record)?;
         let stats = Stats::new(counters);
@@ -77,22 +77,23 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
             rings: stats.page().rings(),
         };
         let resources = Resources { fuse, stats, record, listener, ledger };
-        // The next supervisor that may begin a mount sees this one.
+        // Written before the lock is released: the next startup sees the record.
         resources.write_record(&begin.mount, None, &begin.program)?;
         Ok(Taken { begin, resources, link: None, drains: false })
     };
-    begin().inspect_err(|_| unmount(&mountpoint, device))
+    start().inspect_err(|_| unmount(&mountpoint, device))
 }
 
-/// Whether the connection's mount is what is seen there, where it cannot be found in the list of mounts. The kernel is
-/// asked, not the mount. Where it does not say, all that is known is that this process has just put it there.
+/// Returns true if the connection's mount is the topmost mount at the mountpoint, for use when the mount table does not
+/// show it. Uses the kernel's cached attributes, without a request to the mount. On kernels that do not report the
+/// device of a connection, assumes that the mount is there, since this process has just made it.
 fn is_there(fuse: &OwnedFd, mountpoint: &Path) -> bool {
     let Ok(Some(ours)) = fuse_dev::connection_of(fuse) else { return true };
     let there = statx(CWD, mountpoint, AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
     there.is_ok_and(|there| makedev(there.stx_dev_major, there.stx_dev_minor) == ours)
 }
 
-/// Takes the mount away: nobody would answer it any more.
+/// Unmounts a mount that no server will serve.
 pub fn unmount(mountpoint: &Path, device: u64) {
     if place::device_at(mountpoint).is_ok_and(|there| there == device)
         && let Err(error) = mount::unmount(mountpoint, true)

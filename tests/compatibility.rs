@@ -202,16 +202,16 @@ fn a_store_with_new_features_is_read_or_refused_by_name() {
     assert!(stencil(&["ls"]).ok().out.contains("web"));
     stencil(&["verify", "web:1"]).ok();
     for words in [&import[..], &["rm", "web:1"], &["tag", "web:1", "web:3"]] {
-        stencil(words).exits(1).says("needs a newer Stencil to be changed (features 0x2)");
+        stencil(words).exits(1).says("changing the store needs a newer Stencil: unsupported features 0x2");
     }
 
     with(INCOMPATIBLE, 4);
-    stencil(&["ls"]).exits(1).says("needs a newer Stencil: features 0x4");
-    stencil(&import).exits(1).says("needs a newer Stencil: features 0x4");
+    stencil(&["ls"]).exits(1).says("needs a newer Stencil: unsupported features 0x4");
+    stencil(&import).exits(1).says("needs a newer Stencil: unsupported features 0x4");
 
     // A version that is not known.
     with(8, 2);
-    stencil(&["ls"]).exits(1).says("format version 2, known is 1");
+    stencil(&["ls"]).exits(1).says("unsupported format version 2, expected 1");
 
     fs::write(&header, &plain).unwrap();
     stencil(&["verify"]).ok();

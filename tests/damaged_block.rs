@@ -146,6 +146,6 @@ fn a_missing_pack_of_a_present_store_is_not_waited_for() {
     let error = file.read_exact_at(&mut [0; PAGE as usize], 0).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     assert!(asked.elapsed() < std::time::Duration::from_secs(2), "{:?}", asked.elapsed());
-    assert!(world.log().contains("it is missing"), "{}", world.log());
+    assert!(world.log().contains("pack is damaged: the file is missing"), "{}", world.log());
     assert_eq!((world.counter("source_waits"), world.counter("source_outages")), (0, 0));
 }

@@ -80,10 +80,12 @@ fn a_collector_gives_up_and_writers_go_on() {
     let holder = format!("(process {} (", std::process::id());
     let said: Vec<&str> = refused.stderr.lines().filter(|line| line.contains(&holder)).collect();
     assert!(
-        said.len() == 2 && said[0].contains("waiting for") && said[1].contains("within 15 s"),
+        said.len() == 2
+            && said[0].contains("waiting for")
+            && said[1].contains("timed out after 15 s waiting for"),
         "{refused:?}"
     );
-    assert!(refused.stderr.contains("run it again when that has ended"), "{refused:?}");
+    assert!(refused.stderr.contains("run the command again after that process has ended"), "{refused:?}");
     let imported = end(import).ok();
     assert!(imported.stderr.contains(&format!("(process {collector} (")), "{imported:?}");
     drop(hold);

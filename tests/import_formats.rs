@@ -55,7 +55,7 @@ fn what_is_not_plain_memory_is_named() {
         ("vhdx", "a VHDX image"),
         ("vpc", "a VHD image"),
         ("qed", "a QED image"),
-        ("parallels", "an image of Parallels"),
+        ("parallels", "a Parallels disk image"),
     ] {
         let path = dir.join(format);
         run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), "4M"]);
@@ -64,11 +64,11 @@ fn what_is_not_plain_memory_is_named() {
     fs::write(dir.join("ram"), random(8, 64 << 10)).unwrap();
     for (script, what) in [
         ("qemu-img create -q -f vpc -o subformat=fixed fixed.vhd 1M; echo fixed.vhd", "a VHD image"),
-        ("gzip -k ram; echo ram.gz", "compressed by gzip"),
-        ("zstd -q ram; echo ram.zst", "compressed by zstd"),
-        ("xz -k ram; echo ram.xz", "compressed by xz"),
-        ("lz4 -q ram ram.lz4; echo ram.lz4", "compressed by lz4"),
-        ("bzip2 -k ram; echo ram.bz2", "compressed by bzip2"),
+        ("gzip -k ram; echo ram.gz", "a gzip file"),
+        ("zstd -q ram; echo ram.zst", "a zstd file"),
+        ("xz -k ram; echo ram.xz", "an xz file"),
+        ("lz4 -q ram ram.lz4; echo ram.lz4", "an lz4 file"),
+        ("bzip2 -k ram; echo ram.bz2", "a bzip2 file"),
         ("zip -q ram.zip ram; echo ram.zip", "a zip archive"),
         ("tar -cf ram.tar ram; echo ram.tar", "a tar archive"),
         ("truncate -s 1M swap && /sbin/mkswap -q swap; echo swap", "a swap area"),
@@ -79,7 +79,7 @@ fn what_is_not_plain_memory_is_named() {
     world.import_bytes(&random(9, 8192), "web:1");
     let saved = dir.join("saved");
     world.stencil(&["save", "web:1", "-o", saved.to_str().unwrap()]).ok();
-    all.push((saved, "a stream of stencil save"));
+    all.push((saved, "a stream from 'stencil save'"));
     for (path, what) in &all {
         let words = ["import", path.to_str().unwrap(), "odd:1"];
         world.stencil(&words).exits(2).says(what).says("--format raw");

@@ -225,7 +225,7 @@ fn a_pipe_without_another_end_is_given_up() {
         &["load", "-i", fifo],
     ] {
         let limited = [words, &["--stall-timeout", "0.2"]].concat();
-        world.stencil(&limited).exits(75).says("nothing came for 0.2 s");
+        world.stencil(&limited).exits(75).says("no bytes for 0.2 s");
         assert!(is_empty(&world), "{words:?}");
         for signal in [Signal::TERM, Signal::INT] {
             let mut child = world.command().args(words).stderr(Stdio::piped()).spawn().unwrap();

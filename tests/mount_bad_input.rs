@@ -78,11 +78,11 @@ fn stores_that_cannot_be_mounted() {
     let world = TestMount::unmounted();
     let mnt = world.mountpoint().to_str().unwrap();
     let with = |store: &Path| world.stencil(&["--store", store.to_str().unwrap(), "mount", mnt]);
-    with(&world.dir().join("nothing")).exits(4).says("no template store here");
+    with(&world.dir().join("nothing")).exits(4).says("no template store found");
     let foreign = world.dir().join("foreign");
     fs::create_dir(&foreign).unwrap();
     fs::write(foreign.join("letter"), "dear").unwrap();
-    with(&foreign).exits(2).says("no template store");
+    with(&foreign).exits(2).says("not a template store");
     let damaged = world.dir().join("damaged");
     stencilfs::store::Store::open_or_create(&damaged).unwrap();
     for header in ["format", "format.copy"] {

@@ -72,7 +72,7 @@ fn a_flipped_byte_is_eio_for_its_block_alone() {
         }
         let why = &status["templates"][0]["why"];
         assert!(why.as_str().unwrap().contains(if serve == "auto" {
-            "not what was stored"
+            "cannot be verified: "
         } else {
             "decode"
         }));
@@ -100,7 +100,7 @@ fn passthrough_serves_no_damaged_template() {
     assert_eq!(error.raw_os_error(), Some(5), "{error}");
     assert_eq!(world.counter("hydrations_failed"), 1);
     let why = world.status()["templates"][0]["why"].to_string();
-    assert!(why.contains("not what was stored"), "{why}");
+    assert!(why.contains("cannot be verified: "), "{why}");
 }
 
 #[test]

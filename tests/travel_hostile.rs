@@ -165,7 +165,7 @@ fn a_second_spelling_of_a_content_is_refused() {
     let to = Fixture::new();
     let ran = load(&to, &spelled(1));
     assert_eq!(ran.code, 3, "{ran:?}");
-    assert!(ran.stdout.contains("bytes behind its end"), "{ran:?}");
+    assert!(ran.stdout.contains("has nonzero bytes beyond its end"), "{ran:?}");
     assert_nothing(&to);
     load(&to, &spelled(0)).ok();
 }
@@ -195,16 +195,16 @@ fn lies_with_right_checksums_are_named() {
     let image = front + policy;
     let record = image + 96 + 160 + 32;
     let cases: [(Vec<u8>, &str); 10] = [
-        (at(40, &[0; 4]), "0 templates"),
-        (at(40, &[0xff; 4]), "templates"),
-        (at(48, &[0xff; 8]), "its images have 1"),
-        (at(48, &[0; 8]), "its content has hash"),
-        (at(96, &[0xff; 8]), "it ends after"),
-        (at(96, &[0x21]), "has 289 bytes, expected 288"),
-        (at(104, &[0xff; 4]), "has 4294967295 bytes"),
-        (writable, "gives mode 755"),
+        (at(40, &[0; 4]), "number of templates (0)"),
+        (at(40, &[0xff; 4]), "number of templates (4294967295)"),
+        (at(48, &[0xff; 8]), "expected at most 1"),
+        (at(48, &[0; 8]), "is damaged: content has hash"),
+        (at(96, &[0xff; 8]), "truncated at offset"),
+        (at(96, &[0x21]), "is 289, expected 288 bytes"),
+        (at(104, &[0xff; 4]), "is too large: 4294967295 bytes"),
+        (writable, "invalid permissions: mode 755"),
         (at(image + 96 + 8, &[0xff]), "has hash"),
-        (at(record + 40, &[1]), "is not what was saved"),
+        (at(record + 40, &[1]), "cannot be verified: "),
     ];
     for (number, (bytes, words)) in cases.into_iter().enumerate() {
         let ran = load(&to, &bytes);

@@ -160,9 +160,9 @@ fn what_is_no_stream_is_refused_in_one_line_and_makes_no_store() {
     let sum = blake3::hash(&newer[..front - 32]);
     newer[front - 32..front].copy_from_slice(sum.as_bytes());
     let cases: [(&[u8], i32, &str); 4] = [
-        (b"", 3, "it ends after 0 bytes"),
-        (b"STNC", 3, "it ends after 4 bytes"),
-        (b"QFI\xfb and more", 2, "no stream of stencil save"),
+        (b"", 3, "truncated at offset 0, within the header"),
+        (b"STNC", 3, "truncated at offset 4, within the header"),
+        (b"QFI\xfb and more", 2, "not a stream from 'stencil save'"),
         (&newer, 1, "needs a newer Stencil"),
     ];
     for (bytes, code, words) in cases {

@@ -262,7 +262,7 @@ fn firecrackers_body_is_what_its_api_takes() {
     import(&world, "plain", &[("memory", 4, "ram")]);
     world.stencil(&["args", "plain", "--vmm", "firecracker"]).exits(2).says("no file 'state'");
     world.stencil(&["import", memory_path, "other", "--state", memory_path]).ok();
-    world.stencil(&["args", "other", "--vmm", "firecracker"]).exits(2).says("is not from Firecracker");
+    world.stencil(&["args", "other", "--vmm", "firecracker"]).exits(2).says("was not written by Firecracker");
     world.stencil(&["args", "none", "--vmm", "firecracker"]).exits(4);
     world.stencil(&["args", "plain", "--vmm", "xen"]).exits(2);
 }

@@ -1,4 +1,4 @@
-//! Which records of the packs are needed, and by whom.
+//! Liveness analysis of pack records: which records are referenced, and by which templates.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,152 +9,154 @@ use super::pack::PackIndex;
 use super::{Digest, Store, Template};
 use crate::error::{Error, Result};
 
-const NOBODY: u32 = u32::MAX;
-const SEVERAL: u32 = u32::MAX - 1;
+const UNREFERENCED: u32 = u32::MAX;
+const SHARED: u32 = u32::MAX - 1;
 
-/// Who needs a record.
+/// The templates that reference a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Owner {
-    Nobody,
-    /// The template of that number alone.
+    Unreferenced,
+    /// Only the template with this index in [`Liveness::templates`].
     One(usize),
-    Several,
+    Shared,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Record {
     offset: u32,
     length: u32,
-    /// Its number in the index.
+    /// Position of the record's entry in the pack index.
     entry: u32,
     owner: u32,
 }
 
-/// What is known of one pack.
+/// Records of one pack and the templates that reference them.
 #[derive(Debug)]
 pub(super) struct PackUse {
     index: Option<PackIndex>,
-    /// In the order of offsets.
+    /// Sorted by offset.
     records: Vec<Record>,
-    /// A template needs something of it that its index does not know: nothing of it may be given back.
-    pub strange: bool,
+    /// Set if the index has an unreadable entry, or if a template references a record that the index does not list.
+    /// Then no record of this pack may be removed.
+    pub has_unindexed: bool,
 }
 
 impl PackUse {
     fn new(store: &Store, id: PackId) -> PackUse {
         let index = PackIndex::open(&store.packs().path(id), id)
-            .inspect_err(|e| log::warn!("{e}; what it holds is not known"))
+            .inspect_err(|e| log::warn!("{e}; cannot tell which of its records are referenced"))
             .ok();
         let mut records = Vec::new();
-        let mut strange = false;
+        let mut has_unindexed = false;
         for entry in 0..index.as_ref().map_or(0, PackIndex::len) {
             match index.as_ref().map(|i| i.entry(entry)) {
                 Some(Ok(IndexEntry { stored, .. })) => records.push(Record {
                     offset: stored.offset,
                     length: stored.length,
                     entry: entry as u32,
-                    owner: NOBODY,
+                    owner: UNREFERENCED,
                 }),
-                _ => strange = true,
+                _ => has_unindexed = true,
             }
         }
         records.sort_unstable_by_key(|r| r.offset);
-        PackUse { index, records, strange }
+        PackUse { index, records, has_unindexed }
     }
 
     fn mark(&mut self, offset: u32, template: u32) {
         match self.records.binary_search_by_key(&offset, |r| r.offset) {
             Ok(at) => {
                 let owner = &mut self.records[at].owner;
-                *owner = if *owner == NOBODY || *owner == template { template } else { SEVERAL };
+                *owner = if *owner == UNREFERENCED || *owner == template { template } else { SHARED };
             }
-            Err(_) => self.strange = true,
+            Err(_) => self.has_unindexed = true,
         }
     }
 
-    /// Length and owner of each record.
+    /// Returns the length and the owner of each record.
     pub fn records(&self) -> impl Iterator<Item = (u64, Owner)> {
         self.records.iter().map(|r| {
             let owner = match r.owner {
-                NOBODY => Owner::Nobody,
-                SEVERAL => Owner::Several,
+                UNREFERENCED => Owner::Unreferenced,
+                SHARED => Owner::Shared,
                 one => Owner::One(one as usize),
             };
             (r.length.into(), owner)
         })
     }
 
-    /// Bytes of all records, and of those that somebody needs.
+    /// Returns the bytes of all records, and the bytes of the referenced records.
     pub fn bytes(&self) -> (u64, u64) {
         let all = self.records().map(|(length, _)| length).sum();
-        let live = self.records().filter(|(_, o)| *o != Owner::Nobody).map(|(length, _)| length).sum();
+        let live = self.records().filter(|(_, o)| *o != Owner::Unreferenced).map(|(length, _)| length).sum();
         (all, live)
     }
 
-    /// The records that somebody needs, in the order of offsets.
+    /// Returns the index entries of the referenced records, sorted by offset.
     pub fn live(&self) -> impl Iterator<Item = Result<IndexEntry, Invalid>> {
-        let needed = self.records.iter().filter(|r| r.owner != NOBODY);
-        needed.filter_map(|r| Some(self.index.as_ref()?.entry(r.entry as usize)))
+        let referenced = self.records.iter().filter(|r| r.owner != UNREFERENCED);
+        referenced.filter_map(|r| Some(self.index.as_ref()?.entry(r.entry as usize)))
     }
 }
 
-/// All packs, and who needs what of them.
+/// All packs of a store, with the references to their records.
 #[derive(Debug)]
-pub(super) struct Census {
+pub(super) struct Liveness {
     pub packs: BTreeMap<PackId, PackUse>,
     pub templates: Vec<Template>,
-    /// What these need is not known.
+    /// Templates that could not be read, so that their references are unknown.
     pub unreadable: Vec<(Digest, Error)>,
 }
 
-impl Census {
-    /// Counts. Memory: sixteen bytes for each block that is stored, and four for each block of one template.
+impl Liveness {
+    /// Analyzes the whole store. Uses 16 bytes of memory for each stored block, and 4 bytes for each block of the
+    /// template being counted.
     ///
     /// # Errors
-    /// When the store cannot be listed, or `interrupt` became true.
-    pub fn take(store: &Store, interrupt: &AtomicBool) -> Result<Census> {
-        Census::take_without(store, &[], interrupt)
+    /// Returns an error if the store cannot be listed, or if `interrupt` becomes true.
+    pub fn analyze(store: &Store, interrupt: &AtomicBool) -> Result<Liveness> {
+        Liveness::analyze_without(store, &[], interrupt)
     }
 
-    /// The same, as if the store did not have these templates.
+    /// Same as [`analyze`](Self::analyze), but ignores the templates `without`.
     ///
     /// # Errors
-    /// As [`take`](Self::take).
-    pub fn take_without(store: &Store, without: &[Digest], interrupt: &AtomicBool) -> Result<Census> {
+    /// Same as [`analyze`](Self::analyze).
+    pub fn analyze_without(store: &Store, without: &[Digest], interrupt: &AtomicBool) -> Result<Liveness> {
         let without: HashSet<&Digest> = without.iter().collect();
         let packs = store.packs().ids()?.into_iter().map(|id| (id, PackUse::new(store, id))).collect();
-        let mut census = Census { packs, templates: Vec::new(), unreadable: Vec::new() };
+        let mut liveness = Liveness { packs, templates: Vec::new(), unreadable: Vec::new() };
         for digest in store.digests()?.into_iter().filter(|digest| !without.contains(digest)) {
             let counted = store.template(&digest).and_then(|template| {
-                census.count(&template, interrupt)?;
+                liveness.count(&template, interrupt)?;
                 Ok(template)
             });
             match counted {
-                Ok(template) => census.templates.push(template),
+                Ok(template) => liveness.templates.push(template),
                 Err(error) if interrupt.load(Ordering::Relaxed) => return Err(error),
-                // Removed meanwhile.
+                // The template was removed after the store was listed.
                 Err(_) if !store.is_listed(&digest) && !store.find(&digest)? => {}
-                Err(error) => census.unreadable.push((digest, error)),
+                Err(error) => liveness.unreadable.push((digest, error)),
             }
         }
-        Ok(census)
+        Ok(liveness)
     }
 
-    /// Marks what the template needs, all of it or, where its tables turn out damaged, nothing.
+    /// Marks the records that `template` references. Marks none of them if a table of the template is damaged.
     fn count(&mut self, template: &Template, interrupt: &AtomicBool) -> Result<()> {
-        let mut needed: BTreeMap<PackId, Vec<u32>> = BTreeMap::new();
+        let mut references: BTreeMap<PackId, Vec<u32>> = BTreeMap::new();
         for file in 0..template.files().len() {
             if interrupt.load(Ordering::Relaxed) {
-                return Err(Error::failed("interrupted: nothing was changed"));
+                return Err(Error::failed("interrupted; the store was not changed"));
             }
             for block in 0..template.block_count(file) {
                 if let Some((_, id, stored)) = template.place(file, block)? {
-                    needed.entry(id).or_default().push(stored.offset);
+                    references.entry(id).or_default().push(stored.offset);
                 }
             }
         }
         let number = self.templates.len() as u32;
-        for (id, offsets) in needed {
+        for (id, offsets) in references {
             if let Some(pack) = self.packs.get_mut(&id) {
                 offsets.into_iter().for_each(|offset| pack.mark(offset, number));
             }
@@ -162,8 +164,9 @@ impl Census {
         Ok(())
     }
 
-    /// Tells of each template the records that others need too, each once.
-    pub fn shared_by(&self, mut tell: impl FnMut(usize, u64)) -> Result<()> {
+    /// Calls `report` with the template's index and the record's length for each record that a template shares with
+    /// other templates; once for each pair of template and record.
+    pub fn shared_by(&self, mut report: impl FnMut(usize, u64)) -> Result<()> {
         for (number, template) in self.templates.iter().enumerate() {
             let mut seen: BTreeMap<PackId, Vec<u64>> = BTreeMap::new();
             for file in 0..template.files().len() {
@@ -174,10 +177,10 @@ impl Census {
                         continue;
                     };
                     let bits = seen.entry(id).or_insert_with(|| vec![0; pack.records.len().div_ceil(64)]);
-                    let fresh = bits[at / 64] & (1 << (at % 64)) == 0;
+                    let is_first = bits[at / 64] & (1 << (at % 64)) == 0;
                     bits[at / 64] |= 1 << (at % 64);
-                    if fresh && pack.records[at].owner == SEVERAL {
-                        tell(number, stored.length.into());
+                    if is_first && pack.records[at].owner == SHARED {
+                        report(number, stored.length.into());
                     }
                 }
             }

@@ -1,9 +1,9 @@
-//! A plain block to a record and back.
+//! Encodes plain blocks as records and decodes records.
 //!
-//! A record in one piece is the raw or compressed block. A record in sub-chunks is a table (a 16-bit
-//! stored length for each sub-chunk, then a BLAKE3 chaining value for each) and the sub-chunks one
-//! after another; each can be decoded and checked alone, because the chaining values merge to the hash
-//! of the block. In it, length 0 is a zero sub-chunk and full length a raw one.
+//! A record in one piece is the raw or compressed block. A record in sub-chunks is a table (the 16-bit stored length of
+//! each sub-chunk, then the BLAKE3 chaining value of each) followed by the sub-chunks. Each sub-chunk can be decoded
+//! and verified alone, because the chaining values merge to the hash of the block. A stored length of 0 stands for a
+//! zero sub-chunk, and the full length for a raw one.
 
 use std::fmt;
 use std::str::FromStr;
@@ -19,27 +19,27 @@ use crate::units::{Bytes, PAGE_SIZE};
 const BLOCK: usize = BLOCK_SIZE as usize;
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
-/// True when all of `bytes` (at most a block) are zero.
+/// Returns true if all of `bytes` are zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
-    // A comparison with a static block is memcmp: as fast as memory in every build profile.
+    // A comparison with a static zero block compiles to memcmp, which is fast in every build profile.
     bytes.chunks(BLOCK).all(|part| part == &ZEROS[..part.len()])
 }
 
-/// Which 4 KiB pages of a block are not zero, lowest bit first.
+/// Returns a bit mask of the 4 KiB pages of a block that are not zero, lowest bit first.
 pub fn page_mask(block: &[u8]) -> u16 {
     let pages = (0..).zip(block.chunks_exact(PAGE_SIZE as usize));
     pages.fold(0, |mask, (page, bytes)| mask | u16::from(!is_zero(bytes)) << page)
 }
 
-/// How new blocks are compressed. A block that does not shrink is stored raw.
+/// Compression of new blocks. A block that does not shrink is stored raw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
-    /// LZ4: the fastest to read.
+    /// LZ4: fastest to decompress.
     #[default]
     Lz4,
-    /// Zstandard of a level from 1 to 22: smaller.
+    /// Zstandard with a level from 1 to 22: smaller, slower.
     Zstd(i32),
-    /// None.
+    /// No compression: every block is stored raw.
     None,
 }
 
@@ -57,13 +57,13 @@ impl FromStr for Compression {
             ("none", None) => Ok(Compression::None),
             ("zstd", None) => Ok(Compression::Zstd(3)),
             ("zstd", Some(Some(level))) => Ok(Compression::Zstd(level)),
-            _ => Err(Error::usage(format!("'{text}' is no compression"))
+            _ => Err(Error::usage(format!("invalid compression '{text}'"))
                 .remedy("use lz4, none, zstd or zstd:LEVEL with a level from 1 to 22")),
         }
     }
 }
 
-/// Size of the separately decodable parts of a stored block: a power of two from 4 to 64 KiB.
+/// Size of the separately decodable parts of a stored block: a power of two from 4 KiB to 64 KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkSize(u8);
 
@@ -81,46 +81,46 @@ impl FromStr for ChunkSize {
         let shift = bytes.trailing_zeros() as u8;
         if !bytes.is_power_of_two() || !(MIN_CHUNK_SHIFT..=BLOCK_SHIFT as u8).contains(&shift) {
             return Err(
-                Error::usage(format!("'{text}' is no chunk size")).remedy("use 4k, 8k, 16k, 32k or 64k")
+                Error::usage(format!("invalid chunk size '{text}'")).remedy("use 4k, 8k, 16k, 32k or 64k")
             );
         }
         Ok(ChunkSize(shift))
     }
 }
 
-/// Turns plain blocks into records; keeps its tables between blocks.
+/// Encodes plain blocks as records. Reuses its compression tables between blocks.
 pub struct Encoder {
     compression: Compression,
     shift: u8,
     lz4: CompressTable,
     zstd: Option<zstd::bulk::Compressor<'static>>,
-    room: Vec<u8>,
+    compressed: Vec<u8>,
 }
 
 impl Encoder {
-    /// An encoder of that compression and chunk size.
+    /// Creates an encoder for this compression and chunk size.
     ///
     /// # Errors
-    /// When libzstd has no memory for its tables.
+    /// Returns an error if libzstd cannot allocate its tables.
     pub fn new(compression: Compression, chunk: ChunkSize) -> Result<Encoder> {
         let zstd = match compression {
             Compression::Zstd(level) => Some(
                 zstd::bulk::Compressor::new(level)
-                    .map_err(|e| Error::failed("cannot start zstd").because(e))?,
+                    .map_err(|e| Error::failed("cannot initialize the Zstandard compressor").because(e))?,
             ),
             _ => None,
         };
-        let room = vec![0; get_maximum_output_size(BLOCK).max(zstd::zstd_safe::compress_bound(BLOCK))];
-        Ok(Encoder { compression, shift: chunk.0, lz4: CompressTable::large(), zstd, room })
+        let compressed = vec![0; get_maximum_output_size(BLOCK).max(zstd::zstd_safe::compress_bound(BLOCK))];
+        Ok(Encoder { compression, shift: chunk.0, lz4: CompressTable::large(), zstd, compressed })
     }
 
-    /// Appends the record of `block` (64 KiB) to `out` and gives its kind and chunk shift.
+    /// Appends the record of `block` (64 KiB) to `out` and returns the record's kind and chunk shift.
     pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> (BlockKind, u8) {
         let whole = BLOCK_SHIFT as u8;
         if self.shift == whole {
             return match self.compress(block) {
                 Some(length) => {
-                    out.extend_from_slice(&self.room[..length]);
+                    out.extend_from_slice(&self.compressed[..length]);
                     (self.kind(), whole)
                 }
                 None => {
@@ -138,7 +138,7 @@ impl Encoder {
                 true => 0,
                 false => match self.compress(chunk) {
                     Some(length) => {
-                        out.extend_from_slice(&self.room[..length]);
+                        out.extend_from_slice(&self.compressed[..length]);
                         length
                     }
                     None => {
@@ -162,12 +162,14 @@ impl Encoder {
         }
     }
 
-    /// Length of the compressed bytes in `room`, when they are fewer.
+    /// Compresses `plain` into `self.compressed`. Returns the compressed length, or `None` if the data does not shrink.
     fn compress(&mut self, plain: &[u8]) -> Option<usize> {
         let length = match self.compression {
             Compression::None => return None,
-            Compression::Lz4 => compress_into_with_table(plain, &mut self.room, &mut self.lz4).ok()?,
-            Compression::Zstd(_) => self.zstd.as_mut()?.compress_to_buffer(plain, &mut self.room[..]).ok()?,
+            Compression::Lz4 => compress_into_with_table(plain, &mut self.compressed, &mut self.lz4).ok()?,
+            Compression::Zstd(_) => {
+                self.zstd.as_mut()?.compress_to_buffer(plain, &mut self.compressed[..]).ok()?
+            }
         };
         (length < plain.len()).then_some(length)
     }
@@ -178,7 +180,7 @@ fn chunk_value(chunk: &[u8], index: usize) -> [u8; 32] {
     hasher.set_input_offset((index * chunk.len()) as u64).update(chunk).finalize_non_root()
 }
 
-/// The hash of the block whose sub-chunks have these chaining values; their number is 2, 4, 8 or 16.
+/// Returns the hash of the block from the chaining values of its 2, 4, 8 or 16 sub-chunks.
 fn merge(mut values: Vec<[u8; 32]>) -> Digest {
     while values.len() > 2 {
         values = values
@@ -192,10 +194,11 @@ fn merge(mut values: Vec<[u8; 32]>) -> Digest {
     }
 }
 
-/// Why a record gives no block: what was got and what expected.
+/// Why a record cannot be decoded, with the value found and the value expected. The text is a clause about the record
+/// ("its content has hash …").
 pub type Mismatch = String;
 
-/// Turns records into plain, verified blocks; keeps its tables between blocks.
+/// Decodes and verifies records. Reuses its decompression tables between blocks.
 #[derive(Default)]
 pub struct Decoder {
     zstd: Option<zstd::bulk::Decompressor<'static>>,
@@ -208,10 +211,10 @@ impl fmt::Debug for Decoder {
 }
 
 impl Decoder {
-    /// Decodes the whole block and compares its hash.
+    /// Decodes a whole block and compares its hash.
     ///
     /// # Errors
-    /// Says what was got and what expected; `out` (64 KiB) then holds zeros.
+    /// Returns the mismatch; `out` (64 KiB) then holds zeros.
     pub fn block(
         &mut self,
         (kind, shift): (BlockKind, u8),
@@ -234,10 +237,10 @@ impl Decoder {
         result
     }
 
-    /// Decodes and checks sub-chunks `first..` of a record, as many as fill `out`.
+    /// Decodes and verifies the sub-chunks from `first` on, as many as fill `out`.
     ///
     /// # Errors
-    /// As [`Decoder::block`].
+    /// Same as [`Decoder::block`].
     pub fn chunks(
         &mut self,
         (kind, shift): (BlockKind, u8),
@@ -248,8 +251,10 @@ impl Decoder {
     ) -> std::result::Result<(), Mismatch> {
         let size = 1usize << shift;
         let count = BLOCK / size;
-        let (lengths, rest) = record.split_at_checked(count * 2).ok_or("it is shorter than its table")?;
-        let (values, mut data) = rest.split_at_checked(count * 32).ok_or("it is shorter than its table")?;
+        let (lengths, rest) =
+            record.split_at_checked(count * 2).ok_or("the record is shorter than its sub-chunk table")?;
+        let (values, mut data) =
+            rest.split_at_checked(count * 32).ok_or("the record is shorter than its sub-chunk table")?;
         let values: Vec<[u8; 32]> = values.as_chunks::<32>().0.to_vec();
         let got = merge(values.clone());
         if got != *expected {
@@ -258,7 +263,7 @@ impl Decoder {
         let wanted = first..first + out.len() / size;
         for (index, length) in lengths.as_chunks::<2>().0.iter().enumerate() {
             let length = usize::from(u16::from_le_bytes(*length));
-            let (stored, tail) = data.split_at_checked(length).ok_or("its sub-chunks are cut short")?;
+            let (stored, tail) = data.split_at_checked(length).ok_or("its sub-chunks are truncated")?;
             data = tail;
             if !wanted.contains(&index) {
                 continue;
@@ -270,36 +275,35 @@ impl Decoder {
                 _ => self.plain(kind, stored, plain)?,
             }
             if chunk_value(plain, index) != values[index] {
-                return Err(format!("the content of sub-chunk {index} has another hash than its table says"));
+                return Err(format!("the content of sub-chunk {index} does not match the hash in its table"));
             }
         }
         match data.is_empty() {
             true => Ok(()),
-            false => Err(format!("{} bytes follow its sub-chunks", data.len())),
+            false => Err(format!("unexpected bytes after its sub-chunks: {}", data.len())),
         }
     }
 
     fn plain(&mut self, kind: BlockKind, stored: &[u8], out: &mut [u8]) -> std::result::Result<(), Mismatch> {
         let length = match kind {
-            BlockKind::Zero => return Err("a zero block is stored".into()),
+            BlockKind::Zero => return Err("its kind is 'zero block', which has no record".into()),
             BlockKind::Raw if stored.len() == out.len() => {
                 out.copy_from_slice(stored);
                 out.len()
             }
             BlockKind::Raw => stored.len(),
-            BlockKind::Lz4 => decompress_into(stored, out).map_err(|e| format!("it is no LZ4 data ({e})"))?,
+            BlockKind::Lz4 => decompress_into(stored, out).map_err(|e| format!("invalid LZ4 data: {e}"))?,
             BlockKind::Zstd => {
                 if self.zstd.is_none() {
                     self.zstd = zstd::bulk::Decompressor::new().ok();
                 }
-                let zstd = self.zstd.as_mut().ok_or("no memory for zstd")?;
-                zstd.decompress_to_buffer(stored, out)
-                    .map_err(|e| format!("it is no Zstandard data ({e})"))?
+                let zstd = self.zstd.as_mut().ok_or("cannot initialize the Zstandard decompressor")?;
+                zstd.decompress_to_buffer(stored, out).map_err(|e| format!("invalid Zstandard data: {e}"))?
             }
         };
         match length == out.len() {
             true => Ok(()),
-            false => Err(format!("it holds {length} bytes, expected {}", out.len())),
+            false => Err(format!("its decoded length is {length}, expected {} bytes", out.len())),
         }
     }
 }
@@ -327,7 +331,7 @@ mod tests {
     const ALL: [&str; 4] = ["lz4", "zstd", "zstd:19", "none"];
 
     #[test]
-    fn every_codec_and_chunk_size_round_trips_and_finds_every_flip() {
+    fn round_trips_every_codec_and_chunk_size_and_detects_flips() {
         for (codec, chunk) in ALL.iter().flat_map(|c| ["4k", "16k", "32k", "64k"].map(|s| (*c, s))) {
             let mut encoder = Encoder::new(codec.parse().unwrap(), chunk.parse().unwrap()).unwrap();
             let mut decoder = Decoder::default();
@@ -345,7 +349,7 @@ mod tests {
                 for flip in (0..record.len()).step_by(record.len() / 40 + 1) {
                     let mut bad = record.clone();
                     bad[flip] ^= 0x10;
-                    // Some codecs have bits without a meaning: then the block is right all the same.
+                    // Some codecs have bits without meaning; flipping one must not change the decoded block.
                     match decoder.block(how, &bad, &hash, &mut plain) {
                         Ok(()) => assert!(plain == block, "{codec} {chunk} {flip}"),
                         Err(_) => assert!(is_zero(&plain), "{codec} {chunk} {flip}"),
@@ -359,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn words() {
+    fn rejects_invalid_compressions_and_chunk_sizes() {
         for bad in ["", "gzip", "zstd:0", "zstd:23", "zstd:x", "lz4:1", "none:2"] {
             assert!(bad.parse::<Compression>().is_err(), "{bad}");
         }

@@ -1,137 +1,138 @@
-//! Publishes what a session has written: packs, then images, then tags.
+//! Publishes the files that a session has written: packs, then images, then tags.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
 use super::format::placement::Front;
-use super::known::Known;
+use super::known::BlockIndex;
 use super::lock::Lock;
 use super::pack::pack_path;
 use super::pack_writer::Packed;
 use super::path::StorePath;
 use super::policy::DEFAULT_MODE;
-use super::publish::{publish, sync_folder, write_new};
+use super::publish::{publish, sync_directory, write_new};
 use super::session::Session;
 use super::{Digest, Policy, Store, TagName};
 use crate::error::{Code, Error, Result};
 
-/// A template whose tables are complete in a folder of the session.
+/// A template whose tables are complete in a directory of the session.
 pub(super) struct Finished<'a> {
     pub digest: Digest,
-    /// Holds `image` and `placement`.
-    pub folder: StorePath,
-    /// What the store gets when it has no sound policy of this template; before `change`.
+    /// Directory that holds `image` and `placement`.
+    pub directory: StorePath,
+    /// Policy to store, after `change` is applied, if the store has no intact policy of this template.
     pub policy: Policy,
-    /// What is asked for, whatever the store has.
+    /// Change to apply to the policy, whether the store's or this one.
     pub change: &'a dyn Fn(&mut Policy),
     pub tags: Vec<TagName>,
 }
 
-/// What became of one of them.
+/// Result of publishing one template.
 #[derive(Debug)]
 pub(super) struct Committed {
-    /// The store had this content already.
+    /// True if the store already had this content.
     pub existed: bool,
-    /// Where tags pointed before, of those that pointed elsewhere.
+    /// Tags that pointed at another digest before, with that digest.
     pub moved: Vec<(TagName, Digest)>,
 }
 
-/// Publishes all of `templates`, or what of them the store lacks. Gives what became of each, and whether the new packs
-/// were needed: when sound templates with this content are there, they go away with the session.
+/// Publishes `templates`. A template that the store already has intact only gets its policy and tags changed. Returns
+/// the result for each template, and whether the new packs were published: if the store has every template intact, the
+/// new packs are deleted with the session.
 ///
-/// An error after the first step that can be seen says how far it came: every step leaves only what is whole.
+/// An error after the first visible step lists what was published. Every step leaves only complete files.
 pub(super) fn commit(
     store: &Store,
     session: &Session,
     packed: &Packed,
     templates: &[Finished<'_>],
-    known: &Known,
-    go_on: &dyn Fn() -> Result<()>,
+    index: &BlockIndex,
+    check_interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<(Vec<Committed>, bool)> {
     for template in templates {
         let mut policy = template.policy.clone();
         (template.change)(&mut policy);
-        write_new(&template.folder.join("policy"), &policy.encode()?)?;
-        sync_folder(&template.folder)?;
+        write_new(&template.directory.join("policy"), &policy.encode()?)?;
+        sync_directory(&template.directory)?;
     }
-    let (names, found) = look(store, templates, known, go_on)?;
-    let existed: Vec<bool> = found.iter().map(|found| found.there != There::Nothing).collect();
-    let needed: Vec<bool> = found.iter().map(|found| !found.is_sound).collect();
-    let any = needed.contains(&true);
-    let mut seen = Seen::default();
+    let (names, found) = inspect_and_lock(store, templates, index, check_interrupt)?;
+    let existed: Vec<bool> = found.iter().map(|found| found.state != StoreState::Missing).collect();
+    let needs_tables: Vec<bool> = found.iter().map(|found| !found.is_intact).collect();
+    let needs_packs = needs_tables.contains(&true);
+    let mut visible = Published::default();
     let mut publish_all = || {
-        if any {
+        if needs_packs {
             for id in &packed.packs {
                 publish(&pack_path(session.path(), *id), &store.packs().path(*id))?;
-                seen.packs += 1;
+                visible.packs += 1;
             }
-            sync_folder(&store.packs_dir())?;
+            sync_directory(&store.packs_dir())?;
         }
-        for ((template, existed), needed) in templates.iter().zip(&existed).zip(&needed) {
+        for ((template, existed), needs_tables) in templates.iter().zip(&existed).zip(&needs_tables) {
             match existed {
-                true => replace(store, template, *needed)?,
-                false => publish(&template.folder, &store.image_dir(&template.digest))?,
+                true => update(store, template, *needs_tables)?,
+                false => publish(&template.directory, &store.image_dir(&template.digest))?,
             }
-            seen.templates += 1;
+            visible.templates += 1;
         }
-        sync_folder(&store.images_dir())?;
+        sync_directory(&store.images_dir())?;
         let mut done = Vec::with_capacity(templates.len());
         for (template, existed) in templates.iter().zip(&existed) {
-            let moved = point(store, template, &names, &mut seen.tags)?;
+            let moved = set_tags(store, template, &names, &mut visible.tags)?;
             done.push(Committed { existed: *existed, moved });
         }
         Ok(done)
     };
     let done = publish_all();
-    done.map(|done| (done, any)).map_err(|e| seen.told(e))
+    done.map(|done| (done, needs_packs)).map_err(|e| visible.describe(e))
 }
 
-/// What others can see of an unfinished commit.
+/// Counts of the files that an unfinished commit has already published.
 #[derive(Default)]
-struct Seen {
+struct Published {
     packs: usize,
     templates: usize,
     tags: usize,
 }
 
-impl Seen {
-    fn told(&self, error: Error) -> Error {
-        let Seen { packs, templates, tags } = self;
+impl Published {
+    fn describe(&self, error: Error) -> Error {
+        let Published { packs, templates, tags } = self;
         if packs + templates + tags == 0 {
             return error;
         }
         let full = [Errno::NOSPC, Errno::DQUOT].iter().any(|full| error.errno() == Some(full.raw_os_error()));
-        let first = if full { "free space on that filesystem" } else { "mend the cause" };
+        let first = if full { "free space on that file system" } else { "fix the cause" };
         error
-            .context(format!("packs published: {packs}, templates: {templates}, tags: {tags}, all of them whole; then"))
+            .context(format!("stopped (packs published: {packs}, templates: {templates}, tags: {tags})"))
             .remedy(format!(
-                "{first}, then run it again: it uses what is there; or give that back: stencil rm takes templates by digest, \
-                 stencil gc what no template needs"
+                "{first}, then run the command again, which reuses the published data; or remove that data: run \
+                 'stencil rm DIGEST' for each template, then 'stencil gc'"
             ))
     }
 }
 
-/// The store has a template of that digest: its policy is changed, and its tables are replaced where they are needed.
-fn replace(store: &Store, template: &Finished<'_>, needed: bool) -> Result<()> {
+/// Updates a template that the store already has: changes its policy, and replaces its tables if `needs_tables` is set.
+fn update(store: &Store, template: &Finished<'_>, needs_tables: bool) -> Result<()> {
     let target = store.image_dir(&template.digest);
-    if needed {
-        // The image is the same by its digest, so that either placement fits either file.
+    if needs_tables {
+        // Both images have the same digest, so either placement fits either image file.
         for name in ["image", "placement"] {
-            publish(&template.folder.join(name), &target.join(name))?;
+            publish(&template.directory.join(name), &target.join(name))?;
         }
     }
     match store.set_policy_locked(&template.digest, template.change) {
         Err(e) if e.code() == Code::Damage || e.code() == Code::NotFound => {
-            log::warn!("{e}; it is written anew");
-            publish(&template.folder.join("policy"), &target.join("policy"))?;
+            log::warn!("{e}; replacing the policy");
+            publish(&template.directory.join("policy"), &target.join("policy"))?;
         }
         other => other?,
     }
-    sync_folder(&target)
+    sync_directory(&target)
 }
 
-fn point(
+fn set_tags(
     store: &Store,
     template: &Finished<'_>,
     _names: &Lock,
@@ -147,89 +148,92 @@ fn point(
     Ok(moved)
 }
 
-/// What a store has of a template.
+/// State of one template in the store.
 #[derive(Debug, Clone, PartialEq)]
-enum There {
-    Nothing,
+enum StoreState {
+    Missing,
     Unreadable,
     Template(Front),
 }
 
-impl There {
-    fn now(store: &Store, digest: &Digest) -> There {
+impl StoreState {
+    fn read(store: &Store, digest: &Digest) -> StoreState {
         match store.template(digest) {
-            Ok(template) => There::Template(template.front()),
-            Err(_) if store.has(digest) => There::Unreadable,
-            Err(_) => There::Nothing,
+            Ok(template) => StoreState::Template(template.front()),
+            Err(_) if store.has(digest) => StoreState::Unreadable,
+            Err(_) => StoreState::Missing,
         }
     }
 }
 
-/// What was found of a template, and whether all of it can be read.
+/// State of a template in the store, and whether all of its data can be read.
 #[derive(Debug)]
-struct Found {
-    there: There,
-    is_sound: bool,
+struct Inspected {
+    state: StoreState,
+    is_intact: bool,
 }
 
-impl Found {
-    /// Reads all that the store's template relies on and the new one does not: this import has read or written the rest.
-    fn look(store: &Store, new: &Finished<'_>, known: &Known) -> Found {
-        let there = There::now(store, &new.digest);
+impl Inspected {
+    /// Reads all data that the store's template references and the new one does not. The data that both reference was
+    /// read or written by this import.
+    fn inspect(store: &Store, new: &Finished<'_>, index: &BlockIndex) -> Inspected {
+        let state = StoreState::read(store, &new.digest);
         let read = || {
             let template = store.template(&new.digest)?;
             template.check()?;
-            template.unreadable_beside(&new.folder.join("placement"))
+            template.unreadable_unlike(&new.directory.join("placement"))
         };
-        let is_sound = match &there {
-            There::Nothing => false,
-            There::Unreadable | There::Template(_) => match read() {
+        let is_intact = match &state {
+            StoreState::Missing => false,
+            StoreState::Unreadable | StoreState::Template(_) => match read() {
                 Ok(unreadable) => {
-                    let is_sound = unreadable.is_empty();
-                    known.add_repaired(unreadable);
-                    is_sound
+                    let is_intact = unreadable.is_empty();
+                    index.add_repaired(unreadable);
+                    is_intact
                 }
                 Err(e) => {
-                    log::warn!("{e}; repairing");
+                    log::warn!("{e}; repairing the template");
                     false
                 }
             },
         };
-        Found { there, is_sound }
+        Inspected { state, is_intact }
     }
 }
 
-/// A template that other imports go on replacing is replaced by this one too.
-const MAX_LOOKS: usize = 5;
+/// Limit on attempts to inspect a template that other imports keep replacing; after the last one this import replaces
+/// the template too.
+const MAX_INSPECTIONS: usize = 5;
 
-/// Looks at what the store has of these templates, and takes the lock of names while it still has just that: the lock is
-/// held for moments, so no block is read under it.
-fn look(
+/// Inspects the store's copies of these templates, then takes the names lock and checks that the store still has the
+/// inspected state. The names lock is held only for short times, so no block is read under it.
+fn inspect_and_lock(
     store: &Store,
     templates: &[Finished<'_>],
-    known: &Known,
-    go_on: &dyn Fn() -> Result<()>,
-) -> Result<(Lock, Vec<Found>)> {
-    let mut looks = 0;
+    index: &BlockIndex,
+    check_interrupt: &dyn Fn() -> Result<()>,
+) -> Result<(Lock, Vec<Inspected>)> {
+    let mut inspections = 0;
     loop {
-        looks += 1;
-        let mut found: Vec<Found> = templates.iter().map(|new| Found::look(store, new, known)).collect();
-        let names = store.lock_names_while(go_on)?;
+        inspections += 1;
+        let mut found: Vec<Inspected> =
+            templates.iter().map(|new| Inspected::inspect(store, new, index)).collect();
+        let names = store.lock_names_while(check_interrupt)?;
         let mut changed = false;
         for (found, new) in found.iter_mut().zip(templates) {
-            let there = There::now(store, &new.digest);
-            if there != found.there {
-                *found = Found { there, is_sound: false };
+            let state = StoreState::read(store, &new.digest);
+            if state != found.state {
+                *found = Inspected { state, is_intact: false };
                 changed = true;
             }
         }
-        if !changed || looks == MAX_LOOKS {
+        if !changed || inspections == MAX_INSPECTIONS {
             return Ok((names, found));
         }
     }
 }
 
-/// The policy of a template that comes into a store now, by this user.
+/// Returns the default policy of a template that this user adds to a store now.
 pub(super) fn fresh_policy() -> Policy {
     Policy {
         mode: DEFAULT_MODE,

@@ -1,4 +1,4 @@
-//! The name that content gives itself.
+//! BLAKE3 digests, which name content.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 
-/// A BLAKE3 hash: of a template's image (then it is the template's identity) or of one plain block.
+/// A BLAKE3 hash of a template's image (the identity of the template) or of one plain block.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; 32]);
 
@@ -15,22 +15,22 @@ impl Digest {
     /// Length in bytes.
     pub const LEN: usize = 32;
 
-    /// The digest with these bytes.
+    /// Creates a digest from its bytes.
     pub const fn new(bytes: [u8; 32]) -> Digest {
         Digest(bytes)
     }
 
-    /// The digest of `bytes`.
+    /// Computes the digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Digest {
         Digest(*blake3::hash(bytes).as_bytes())
     }
 
-    /// Its bytes.
+    /// Returns the bytes of the digest.
     pub const fn bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// `template HEX`, or how many templates these are: for a message.
+    /// Returns `template HEX` for one digest and `N templates` for several, for use in a message.
     pub fn describe_all(digests: &[Digest]) -> String {
         match digests {
             [digest] => format!("template {digest}"),
@@ -38,7 +38,7 @@ impl Digest {
         }
     }
 
-    /// The first twelve hex digits, for tables.
+    /// Returns the first 12 hex digits, for tables.
     pub fn short(&self) -> String {
         self.to_string()[..12].to_owned()
     }
@@ -50,7 +50,7 @@ impl From<blake3::Hash> for Digest {
     }
 }
 
-/// 64 hex digits, lower case.
+/// 64 lowercase hex digits.
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&blake3::Hash::from_bytes(self.0).to_hex())
@@ -67,11 +67,12 @@ impl FromStr for Digest {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Digest> {
-        // One spelling only: a digest is also a file name, and a flipped bit must not be another spelling.
+        // There is only one spelling: a digest is also a file name, and a flipped bit must not yield another spelling
+        // of the same digest.
         let spelled = blake3::Hash::from_hex(text).map(Digest::from).ok().filter(|d| d.to_string() == text);
         spelled.ok_or_else(|| {
-            Error::usage(format!("'{}' is no digest", text.escape_debug()))
-                .remedy("write 64 hex digits in lower case")
+            Error::usage(format!("invalid digest '{}'", text.escape_debug()))
+                .remedy("give the 64 lowercase hexadecimal digits of a digest")
         })
     }
 }
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_and_back() {
+    fn round_trips_text_and_rejects_other_spellings() {
         let digest = Digest::of(b"x");
         assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
         assert_eq!(serde_json::to_string(&digest).unwrap(), format!("\"{digest}\""));

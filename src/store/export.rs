@@ -1,4 +1,4 @@
-//! Export: the plain bytes again, sparse, whole or not at all.
+//! Export of a template's file: the plain bytes, sparse, complete or not at all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -20,17 +20,17 @@ use crate::sys::stream::Sink;
 use crate::sys::threads;
 use crate::units::{Bytes, PAGE_SIZE};
 
-/// Blocks that one thread takes at a time.
-const SHARE: u64 = 64;
+/// Blocks that a thread exports between two accesses to the shared counter.
+const BLOCKS_PER_TURN: u64 = 64;
 
 impl Template {
-    /// Writes one file of the template to the file `out`, which appears (or is replaced) complete or
-    /// not at all. Zero pages become holes. All cores decode. A named pipe is waited for until it has a reader, no longer
-    /// than `stall` unless that is zero.
+    /// Writes one file of the template to the file `out`, which is created or replaced atomically. Zero pages become
+    /// holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero `stall` means no
+    /// limit.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) when a block is damaged, or what the system says about
-    /// `out`; a failed export after `interrupt` became true.
+    /// Returns [`Code::Damage`](crate::error::Code) if a block is damaged. Returns an error if `out` cannot be written,
+    /// or if `interrupt` becomes true.
     pub fn export_file(
         &self,
         file: usize,
@@ -38,7 +38,7 @@ impl Template {
         (interrupt, stall): (&AtomicBool, Duration),
         progress: &dyn Progress,
     ) -> Result<()> {
-        // The file behind a link is replaced, not the link.
+        // The target of a symbolic link is replaced, not the link.
         let out = &fs::canonicalize(out).unwrap_or_else(|_| out.to_owned());
         if let Ok(meta) = fs::metadata(out)
             && !meta.is_file()
@@ -48,9 +48,11 @@ impl Template {
                 let mut stream = Sink::open(out, Some(stall), Some(interrupt))?;
                 return self.export_stream(file, out, &mut stream, interrupt, progress);
             }
-            return Err(Error::usage("the export cannot replace what is there")
-                .at(out)
-                .remedy("name a file that does not exist yet, or - for standard output"));
+            return Err(Error::usage(
+                "cannot export: the path exists and is not a regular file, named pipe or character device",
+            )
+            .at(out)
+            .remedy("give the path of a new file, or '-' for standard output"));
         }
         let target = Target::create(out, self.policy().mode | 0o200)?;
         let size = self.files().get(file).map_or(0, |f| f.size.get());
@@ -62,11 +64,11 @@ impl Template {
         target.publish(out)
     }
 
-    /// Writes one file of the template to a stream, in order, zeros included. Every byte that was
-    /// written was verified; after an error the stream ends early. Errors call the stream `name`.
+    /// Writes one file of the template to a stream, in order, zeros included. Every byte is verified before it is
+    /// written; after an error the stream ends early. Error messages call the stream `name`.
     ///
     /// # Errors
-    /// As [`Template::export_file`].
+    /// Same as [`Template::export_file`].
     pub fn export_stream(
         &self,
         file: usize,
@@ -101,12 +103,12 @@ impl Template {
         let work = || -> Result<()> {
             let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
             while !failed.load(Ordering::Relaxed) {
-                let start = next.fetch_add(SHARE, Ordering::Relaxed);
+                let start = next.fetch_add(BLOCKS_PER_TURN, Ordering::Relaxed);
                 if start >= blocks {
                     break;
                 }
                 check(interrupt)?;
-                for number in start..(start + SHARE).min(blocks) {
+                for number in start..(start + BLOCKS_PER_TURN).min(blocks) {
                     if self.block_id(file, number)?.is_some() {
                         let length = self.read_block(file, number, &mut scratch, &mut block)?;
                         write_pages(target, number * BLOCK_SIZE, &block[..length])
@@ -124,12 +126,12 @@ impl Template {
 
 fn check(interrupt: &AtomicBool) -> Result<()> {
     match interrupt.load(Ordering::Relaxed) {
-        true => Err(Error::failed("interrupted: nothing was exported")),
+        true => Err(Error::failed("interrupted; nothing was exported")),
         false => Ok(()),
     }
 }
 
-/// Writes the pages that are not zero; neighbours together.
+/// Writes the pages that are not zero; adjacent pages in one write.
 fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
     let mut run: Option<usize> = None;
     for (start, page) in (0..).step_by(PAGE_SIZE as usize).zip(block.chunks(PAGE_SIZE as usize)) {
@@ -145,28 +147,28 @@ fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
     run.map_or(Ok(()), |from| file.write_all_at(&block[from..], offset + from as u64))
 }
 
-/// A new file that appears (or replaces another) complete or not at all. It has no name until then, so that nothing is left
-/// however the process ends.
+/// A new file that appears at its path complete or not at all. The file has no name (`O_TMPFILE`) until it is
+/// published, so that nothing is left behind if the process is killed.
 #[derive(Debug)]
 pub struct Target {
     file: File,
-    /// Where the filesystem has no nameless files.
+    /// Name of the unfinished file, on a file system without `O_TMPFILE`.
     temporary: Option<PathBuf>,
 }
 
 impl Target {
-    /// A file that is to be `out`, with these permission bits.
+    /// Creates a file with these permission bits, to be published as `out`.
     ///
     /// # Errors
-    /// When its folder cannot be written.
+    /// Returns an error if the directory of `out` cannot be written.
     pub fn create(out: &Path, mode: u32) -> Result<Target> {
-        let folder = folder_of(out);
-        let nameless = rustix::fs::open(
-            folder,
+        let directory = directory_of(out);
+        let unnamed = rustix::fs::open(
+            directory,
             OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
             Mode::from_raw_mode(mode),
         );
-        match nameless {
+        match unnamed {
             Ok(file) => Ok(Target { file: file.into(), temporary: None }),
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
                 let path = temporary_name(out)?;
@@ -174,19 +176,19 @@ impl Target {
                 let file = file.map_err(|e| Error::io("cannot write", &path, e))?;
                 Ok(Target { file, temporary: Some(path) })
             }
-            Err(e) => Err(Error::io("cannot write into", folder, e.into())),
+            Err(e) => Err(Error::io("cannot create a file in", directory, e.into())),
         }
     }
 
-    /// Where to write.
+    /// Returns the file to write to.
     pub fn file(&mut self) -> &mut File {
         &mut self.file
     }
 
-    /// Gives it its name; it is on the disk then.
+    /// Syncs the file and gives it the name `out`, replacing an existing file.
     ///
     /// # Errors
-    /// What the system says about `out`.
+    /// Returns an error if a system call on `out` fails.
     pub fn publish(mut self, out: &Path) -> Result<()> {
         let fail = |e: io::Error| Error::io("cannot write", out, e);
         self.file.sync_all().map_err(fail)?;
@@ -194,8 +196,8 @@ impl Target {
             Some(path) => path,
             None => {
                 let path = temporary_name(out)?;
-                let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-                linkat(CWD, own, CWD, &path, AtFlags::SYMLINK_FOLLOW).map_err(|e| fail(e.into()))?;
+                let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                linkat(CWD, unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW).map_err(|e| fail(e.into()))?;
                 path
             }
         };
@@ -203,10 +205,10 @@ impl Target {
         if renamed.is_err() {
             let _ = fs::remove_file(&temporary);
         }
-        let folder = folder_of(out);
+        let directory = directory_of(out);
         renamed.and_then(|()| {
-            let synced = File::open(folder).and_then(|folder| folder.sync_all());
-            synced.map_err(|e| Error::io("cannot sync the folder", folder, e))
+            let synced = File::open(directory).and_then(|opened| opened.sync_all());
+            synced.map_err(|e| Error::io("cannot sync the directory", directory, e))
         })
     }
 }
@@ -219,14 +221,15 @@ impl Drop for Target {
     }
 }
 
-fn folder_of(out: &Path) -> &Path {
+fn directory_of(out: &Path) -> &Path {
     match out.parent() {
-        Some(folder) if folder != Path::new("") => folder,
+        Some(directory) if directory != Path::new("") => directory,
         _ => Path::new("."),
     }
 }
 
 fn temporary_name(out: &Path) -> Result<PathBuf> {
-    let name = out.file_name().ok_or_else(|| Error::usage("the export needs a file name").at(out))?;
+    let name =
+        out.file_name().ok_or_else(|| Error::usage("the path of the export has no file name").at(out))?;
     Ok(out.with_file_name(format!(".{}.stencil-{}", name.to_string_lossy(), &random_hex()?[..8])))
 }

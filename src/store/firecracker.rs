@@ -1,7 +1,7 @@
-//! The header of a Firecracker state file, as far as all its releases agree on it.
+//! Header and checksum of a Firecracker state file.
 //!
-//! Every release writes a magic number (which names the processor), the version of its format, the state, and a CRC64
-//! of all that. How version and state are encoded has changed twice:
+//! Every release writes a magic number (which names the processor architecture), the version of the snapshot format,
+//! the state, and a CRC64 of all bytes before the CRC. The encoding of version and state has changed twice:
 //!
 //! | snapshot version | bytes from the start |
 //! |---|---|
@@ -11,60 +11,60 @@
 
 use crc::{CRC_64_REDIS, Crc};
 
-/// The upper half of the magic number.
+/// Upper 32 bits of the magic number.
 const MAGIC: u64 = 0x0710_1984;
 
-/// Processors by the third quarter of the magic number.
+/// Architectures by bits 16 to 31 of the magic number.
 const MACHINES: [(u64, &str); 2] = [(0x8664, "x86_64"), (0xAAAA, "aarch64")];
 
-/// The highest version whose header is known to be as above.
+/// Highest snapshot version that is known to have one of these headers.
 const NEWEST: u64 = 11;
 
-/// Firecracker itself takes no state above 10 MB; more than this is none.
-pub(super) const LONGEST_STATE: u64 = 64 << 20;
+/// Longest file that is read as a state file, in bytes; Firecracker itself rejects a state above 10 MB.
+pub(super) const MAX_STATE_BYTES: u64 = 64 << 20;
 
-/// What the header of a state file says.
+/// Header of a Firecracker state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FirecrackerState {
-    /// Version of the snapshot format; not the release of Firecracker.
+    /// Version of the snapshot format (not the Firecracker release).
     pub version: String,
-    /// The processor: `x86_64` or `aarch64`.
+    /// Processor architecture: `x86_64` or `aarch64`.
     pub machine: &'static str,
 }
 
 impl FirecrackerState {
-    /// Reads the header at the start of `bytes`.
+    /// Decodes the header at the start of `bytes`.
     ///
     /// # Errors
-    /// What the bytes are instead, as part of a sentence about the state file.
+    /// Returns a clause about the state file (`is truncated`), to be put after a noun.
     pub fn header(bytes: &[u8]) -> Result<FirecrackerState, String> {
         let (magic, at) =
-            [0, 1].into_iter().find_map(|at| magic(bytes, at)).ok_or("is not from Firecracker")?;
-        let machine = MACHINES.iter().find(|(number, _)| *number == (magic >> 16) & 0xFFFF);
+            [0, 1].into_iter().find_map(|at| magic(bytes, at)).ok_or("was not written by Firecracker")?;
+        let found = MACHINES.iter().find(|(number, _)| *number == (magic >> 16) & 0xFFFF);
         let (_, machine) =
-            machine.ok_or_else(|| format!("is of an unknown processor (magic {magic:#018x})"))?;
+            found.ok_or_else(|| format!("is for an unknown processor architecture (magic {magic:#018x})"))?;
         let version = match (magic & 0xFFFF, at) {
             (0, 0) => {
-                let length: [u8; 8] = field(bytes, 8).ok_or("is cut short")?;
+                let length: [u8; 8] = field(bytes, 8).ok_or("is truncated")?;
                 version(bytes, 16, u64::from_le_bytes(length))?
             }
-            (0, _) => version(bytes, 10, u64::from(*bytes.get(9).ok_or("is cut short")?))?,
+            (0, _) => version(bytes, 10, u64::from(*bytes.get(9).ok_or("is truncated")?))?,
             (old, _) => format!("0.{old}"),
         };
         Ok(FirecrackerState { version, machine })
     }
 
-    /// Reads a whole state file: the header, and the checksum at its end.
+    /// Decodes the header of a complete state file and verifies the checksum at its end.
     ///
     /// # Errors
-    /// As [`FirecrackerState::header`].
+    /// Same as [`FirecrackerState::header`].
     pub fn whole(bytes: &[u8]) -> Result<FirecrackerState, String> {
         let state = Self::header(bytes)?;
-        let Some((all, sum)) = bytes.split_last_chunk::<8>() else { return Err("is cut short".into()) };
+        let Some((all, sum)) = bytes.split_last_chunk::<8>() else { return Err("is truncated".into()) };
         let (got, expected) = (Crc::<u64>::new(&CRC_64_REDIS).checksum(all), u64::from_le_bytes(*sum));
         if got != expected {
             return Err(format!(
-                "is damaged or not whole: its checksum is {got:#018x}, its end says {expected:#018x}"
+                "is damaged or incomplete: it has checksum {got:#018x}, expected {expected:#018x}"
             ));
         }
         Ok(state)
@@ -83,17 +83,17 @@ fn magic(bytes: &[u8], at: usize) -> Option<(u64, usize)> {
     (magic >> 32 == MAGIC).then_some((magic, at))
 }
 
-/// `MAJOR.MINOR.PATCH`, of at most so many bytes that no bound is needed elsewhere.
+/// Decodes a version `MAJOR.MINOR.PATCH` of at most 32 bytes.
 fn version(bytes: &[u8], at: usize, length: u64) -> Result<String, String> {
     let text = usize::try_from(length).ok().filter(|l| *l <= 32).and_then(|l| bytes.get(at..at + l));
-    let text = text.and_then(|t| std::str::from_utf8(t).ok()).ok_or("has no version that can be read")?;
+    let text = text.and_then(|t| std::str::from_utf8(t).ok()).ok_or("has no readable version")?;
     let numbers: Option<Vec<u64>> = text.split('.').map(|n| n.parse().ok()).collect();
     match numbers.as_deref() {
         Some([major, _, _]) if *major > NEWEST => {
-            Err(format!("has snapshot version {text}; this build knows versions up to {NEWEST}"))
+            Err(format!("has the unsupported snapshot version {text}: versions up to {NEWEST} are supported"))
         }
         Some([_, _, _]) => Ok(text.to_owned()),
-        _ => Err("has no version that can be read".into()),
+        _ => Err("has no readable version".into()),
     }
 }
 
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn every_encoding_of_the_header_is_read() {
+    fn decodes_every_header_encoding() {
         let (intel, arm) = (number(0x8664_0000), number(0xAAAA_0000));
         for (header, version, machine) in [
             (sealed(&[&number(0x8664_0017)]), "0.23", "x86_64"),
@@ -129,21 +129,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_is_named() {
+    fn rejects_other_files_with_the_reason() {
         let intel = number(0x8664_0000);
         let good = sealed(&[&[0], &intel, &[6], b"10.0.0"]);
         let mut flipped = good.clone();
         flipped[20] ^= 1;
         for (bytes, words) in [
-            (vec![], "not from Firecracker"),
-            (b"QEVM\0\0\0\x03".to_vec(), "not from Firecracker"),
-            (number(0x1234_0000).to_vec(), "unknown processor"),
-            (intel.to_vec(), "cut short"),
-            (sealed(&[&intel, &u64::MAX.to_le_bytes(), b"4.0.0"]), "no version"),
-            (sealed(&[&intel, &3u64.to_le_bytes(), b"4.x"]), "no version"),
-            (sealed(&[&[0], &intel, &[6], b"12.0.0"]), "snapshot version 12.0.0"),
-            (flipped, "damaged or not whole"),
-            (good[..good.len() - 1].to_vec(), "damaged or not whole"),
+            (vec![], "not written by Firecracker"),
+            (b"QEVM\0\0\0\x03".to_vec(), "not written by Firecracker"),
+            (number(0x1234_0000).to_vec(), "unknown processor architecture"),
+            (intel.to_vec(), "is truncated"),
+            (sealed(&[&intel, &u64::MAX.to_le_bytes(), b"4.0.0"]), "no readable version"),
+            (sealed(&[&intel, &3u64.to_le_bytes(), b"4.x"]), "no readable version"),
+            (sealed(&[&[0], &intel, &[6], b"12.0.0"]), "unsupported snapshot version 12.0.0"),
+            (flipped, "damaged or incomplete"),
+            (good[..good.len() - 1].to_vec(), "damaged or incomplete"),
         ] {
             let why = FirecrackerState::whole(&bytes).unwrap_err();
             assert!(why.contains(words), "{words}: {why}");
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn no_bytes_make_it_panic() {
+    fn never_panics_on_changed_bytes() {
         let good = sealed(&[&[0], &number(0x8664_0000), &[6], b"10.0.0"]);
         for at in 0..good.len() {
             for value in [0, 1, 5, 0x7F, 0x80, 0xFF] {

@@ -1,4 +1,5 @@
-//! The store's header and its copy: without the secret in it no inode number would mean what it did, so it is kept twice.
+//! The store's header and its copy. The header is stored twice because it holds the secret, without which the inode
+//! numbers of all templates would change.
 
 use std::io;
 
@@ -9,29 +10,30 @@ use super::publish::replace_file;
 use crate::error::{Code, Error, Result};
 use crate::units::Bytes;
 
-/// Name of the header in the folder of a store.
+/// Name of the header file in the store directory.
 pub(super) const HEADER: &str = "format";
-/// Name of its copy.
+/// Name of the copy of the header file.
 pub(super) const COPY: &str = "format.copy";
 
-/// Longest header that is read; that of a later version may be longer than ours.
+/// Maximum length in bytes of a header that is read; the header of a later version may be longer than this version's.
 const MAX_LENGTH: Bytes = Bytes::new(64 << 10);
 
-/// What a store is, and what is wrong with the two files that say so.
+/// The store's superblock, and the damage of its two files.
 #[derive(Debug)]
 pub(super) struct Header {
     pub superblock: Superblock,
-    /// The bytes of the sound file.
+    /// Encoded header, from the intact file.
     bytes: Vec<u8>,
-    /// Each damaged file with its damage; one of them at most.
+    /// The damaged file and its error; at most one of the two files is damaged.
     pub damaged: Option<(StorePath, Error)>,
 }
 
 impl Header {
-    /// Reads the header of the store in the folder `root`, or its copy where the header is missing or damaged.
+    /// Reads the header of the store in the directory `root`, or its copy if the header is missing or damaged.
     ///
     /// # Errors
-    /// That of the header where neither of them is sound, or where it is of a newer Stencil or closed to this user.
+    /// Returns the header's error if neither file is intact, if the header needs a newer Stencil, or if the user may
+    /// not read the header.
     pub fn read(root: &StorePath) -> Result<Header> {
         let (path, copy_path) = (root.join(HEADER), root.join(COPY));
         match (read(&path), read(&copy_path)) {
@@ -41,19 +43,20 @@ impl Header {
                 let damage = match copy {
                     Ok((copy, _)) if is_same(&copy) => None,
                     Ok(_) => Some(
-                        Invalid::damage("it is of another store")
+                        Invalid::damage("it belongs to another store")
                             .in_file("copy of the store header", &copy_path),
                     ),
-                    Err(e) if e.code() == Code::NotFound => {
-                        Some(Invalid::damage("it is missing").in_file("copy of the store header", &copy_path))
-                    }
+                    Err(e) if e.code() == Code::NotFound => Some(
+                        Invalid::damage("the file is missing")
+                            .in_file("copy of the store header", &copy_path),
+                    ),
                     Err(e) => Some(e),
                 };
                 Ok(Header { superblock, bytes, damaged: damage.map(|e| (copy_path, e)) })
             }
             (Err(e), Ok((superblock, bytes))) if is_lost(&e) => {
                 let e = match e.code() {
-                    Code::NotFound => Invalid::damage("it is missing").in_file("store header", &path),
+                    Code::NotFound => Invalid::damage("the file is missing").in_file("store header", &path),
                     _ => e,
                 };
                 Ok(Header { superblock, bytes, damaged: Some((path, e)) })
@@ -62,19 +65,19 @@ impl Header {
         }
     }
 
-    /// Writes the damaged file again. The caller holds the lock of names.
-    pub fn mend(&self, tmp: &StorePath) -> Result<()> {
+    /// Rewrites the damaged file. The caller holds the names lock.
+    pub fn repair(&self, tmp: &StorePath) -> Result<()> {
         let Some((path, why)) = &self.damaged else { return Ok(()) };
         replace_file(tmp, path, &self.bytes)?;
-        log::warn!("{why}; written again");
+        log::warn!("{why}; rewrote the file");
         Ok(())
     }
 }
 
-/// What lies where a store was: its superblock, or nothing where that cannot be decoded.
+/// Returns the superblock in the directory of a store, or `None` if the superblock cannot be decoded.
 ///
 /// # Errors
-/// When neither the header nor its copy can be read.
+/// Returns an error if neither the header nor its copy can be read.
 pub(super) fn identify(root: &StorePath) -> io::Result<Option<Superblock>> {
     let read = |name| root.join(name).read(MAX_LENGTH).map(|bytes| Superblock::decode(&bytes).ok());
     let first = read(HEADER);
@@ -84,7 +87,8 @@ pub(super) fn identify(root: &StorePath) -> io::Result<Option<Superblock>> {
     }
 }
 
-/// True for a header in whose place the copy counts: not for one of a newer Stencil, or one that this user may not read.
+/// Returns true if the copy may replace the header: not if the header needs a newer Stencil or the user may not read
+/// the header.
 fn is_lost(error: &Error) -> bool {
     let is_closed = error.errno().is_some_and(|e| matches!(e, libc::EACCES | libc::EPERM));
     let is_newer = error.code() == Code::Failed && std::error::Error::source(error).is_none();
@@ -92,7 +96,7 @@ fn is_lost(error: &Error) -> bool {
 }
 
 fn read(path: &StorePath) -> Result<(Superblock, Vec<u8>)> {
-    let bytes = path.read(MAX_LENGTH).map_err(|e| path.error("cannot open the store", e))?;
+    let bytes = path.read(MAX_LENGTH).map_err(|e| path.error("cannot open store", e))?;
     let superblock = Superblock::decode(&bytes).map_err(|e| e.in_file("store header", path))?;
     Ok((superblock, bytes))
 }

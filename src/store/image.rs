@@ -7,24 +7,24 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE};
 
-/// The mount shows a file of this name of its own.
+/// Name of the file that the mount generates in each template directory.
 pub const MANIFEST: &str = "manifest.json";
 
-/// What a file of a template is. The numbers are on disk.
+/// Kind of a file of a template. The numbers are on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u32)]
 pub enum FileKind {
     /// Guest memory: whole 4 KiB pages.
     Ram = 0,
-    /// Guest memory that nobody writes: whole 4 KiB pages.
+    /// Guest memory that the guest cannot write: whole 4 KiB pages.
     Rom = 1,
-    /// Anything else, of any length: device state, a description.
+    /// Any other content, of any length: device state, a description.
     Blob = 2,
 }
 
 impl FileKind {
-    /// The word used in JSON and on the command line.
+    /// Returns the name used in JSON and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             FileKind::Ram => "ram",
@@ -33,12 +33,12 @@ impl FileKind {
         }
     }
 
-    /// True when a file of this kind may have so many bytes: memory is whole pages, and at least one.
+    /// Returns true if a file of this kind may have this size in bytes: memory consists of whole pages, at least one.
     pub(super) fn can_have(self, size: u64) -> bool {
         !self.is_memory() || (size != 0 && size.is_multiple_of(PAGE_SIZE))
     }
 
-    /// True for what a guest sees as memory.
+    /// Returns true if the guest sees the file as memory.
     pub fn is_memory(self) -> bool {
         self != FileKind::Blob
     }
@@ -52,21 +52,21 @@ impl FromStr for FileKind {
             "ram" => Ok(FileKind::Ram),
             "rom" => Ok(FileKind::Rom),
             "blob" => Ok(FileKind::Blob),
-            _ => Err(Error::usage(format!("'{text}' is no kind of file")).remedy("use ram, rom or blob")),
+            _ => Err(Error::usage(format!("invalid file kind '{text}'")).remedy("use ram, rom or blob")),
         }
     }
 }
 
-/// One named file of a template.
+/// One file of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TemplateFile {
-    /// Its name in the template.
+    /// Name of the file.
     pub name: String,
-    /// What it is.
+    /// Kind of the file.
     pub kind: FileKind,
-    /// Its length.
+    /// Size in bytes.
     #[serde(rename = "size_bytes")]
     pub size: Bytes,
-    /// How much of it lies in 4 KiB pages that are not zero.
+    /// Bytes in 4 KiB pages that are not zero.
     pub data_bytes: Bytes,
 }

@@ -1,4 +1,4 @@
-//! Which blocks the store has already: the indexes of its packs, and what this import has written.
+//! The block index: which blocks the packs of the store and the packs written by this import contain.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,62 +10,63 @@ use crate::store::pack::PackIndex;
 use crate::store::path::StorePath;
 use crate::store::{Digest, Scratch, Store};
 
-/// Where a block is.
+/// Location of a block's record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     pub pack: PackId,
     pub stored: Stored,
 }
 
-/// Lookup of blocks by hash. Packs that other imports publish meanwhile are not seen: a block is then
-/// stored twice, which costs space and nothing else.
+/// Finds the record of a block by hash. Packs that other imports publish after `load` are not seen; their blocks may
+/// then be stored twice, which only costs space.
 #[derive(Debug)]
-pub(super) struct Known {
+pub(super) struct BlockIndex {
     packs: Vec<PackIndex>,
-    /// Equal images lie in the same packs: the pack of the last hit is asked first.
+    /// Similar images share packs, so the pack of the last hit is searched first.
     last_hit: AtomicUsize,
-    own: RwLock<Own>,
+    written: RwLock<WrittenBlocks>,
     store: Store,
-    /// Blocks of the store that were read: whether they are what they should be.
+    /// Records of the store that were verified, and whether each is intact.
     verdicts: Mutex<HashMap<(PackId, u32), bool>>,
-    /// Blocks that somebody may have relied on, and that could not be read.
+    /// Damaged blocks that a template may reference.
     repaired: Mutex<HashSet<Digest>>,
 }
 
 #[derive(Debug, Default)]
-struct Own {
+/// Blocks in packs written by this import.
+struct WrittenBlocks {
     finished: Vec<PackIndex>,
     current: HashMap<Digest, Place>,
 }
 
-impl Known {
-    /// Maps the index of every pack. A damaged pack is left out, so that its blocks are stored anew.
-    pub fn load(store: &Store) -> Result<Known> {
-        let mut known = Known::nothing(store);
+impl BlockIndex {
+    /// Maps the index of every pack. A damaged pack is skipped, so that its blocks are stored again.
+    pub fn load(store: &Store) -> Result<BlockIndex> {
+        let mut blocks = BlockIndex::empty(store);
         for id in store.packs().ids()? {
             match PackIndex::open(&store.packs().path(id), id) {
-                Ok(index) => known.packs.push(index),
+                Ok(index) => blocks.packs.push(index),
                 Err(e) => log::warn!("{e}; its blocks are not reused"),
             }
         }
-        Ok(known)
+        Ok(blocks)
     }
 
-    /// Knows nothing but what is added.
-    pub fn nothing(store: &Store) -> Known {
-        Known {
+    /// Creates an index without the packs of the store: only added blocks are found.
+    pub fn empty(store: &Store) -> BlockIndex {
+        BlockIndex {
             packs: Vec::new(),
             last_hit: AtomicUsize::new(0),
-            own: RwLock::default(),
+            written: RwLock::default(),
             store: store.clone(),
             verdicts: Mutex::default(),
             repaired: Mutex::default(),
         }
     }
 
-    /// Where a block with this hash is. A record of the store is read and verified before it is relied on. A block of
-    /// which no record is sound is stored again, so that a finished import can be read, and importing the same memory
-    /// again repairs a store.
+    /// Finds the place of a block with this hash. A record of the store is read and verified before its place is
+    /// returned. If every record of the block is damaged, the block is not found and is stored again. A finished import
+    /// can therefore be read, and importing the same memory again repairs a store.
     pub fn find(&self, hash: &Digest, scratch: &mut Scratch) -> Option<Place> {
         let mut damaged = false;
         let last_hit = self.last_hit.load(Ordering::Relaxed);
@@ -79,19 +80,19 @@ impl Known {
             }
             damaged = true;
         }
-        let own = self.find_own(hash);
-        if damaged && own.is_none() {
+        let written = self.find_written(hash);
+        if damaged && written.is_none() {
             self.add_repaired([*hash]);
         }
-        own
+        written
     }
 
-    /// These blocks were stored, and damaged; this import stores them again, or relies on another record.
+    /// Records damaged blocks that this import stores again, or for which it references another record.
     pub fn add_repaired(&self, hashes: impl IntoIterator<Item = Digest>) {
         self.repaired.lock().unwrap_or_else(PoisonError::into_inner).extend(hashes);
     }
 
-    /// How many blocks were repaired.
+    /// Returns the number of repaired blocks.
     pub fn repaired(&self) -> u64 {
         self.repaired.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
@@ -111,34 +112,35 @@ impl Known {
             .get(place.pack)
             .and_then(|pack| scratch.verify(&pack, place.stored, hash).map(drop));
         if let Err(e) = &result {
-            log::warn!("{e}; that record is not used");
+            log::warn!("{e}; this record is not reused");
         }
         self.verdicts().insert(key, result.is_ok());
         result.is_ok()
     }
 
-    /// Where this import has put a block with this hash.
-    pub fn find_own(&self, hash: &Digest) -> Option<Place> {
-        let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
-        own.current.get(hash).copied().or_else(|| {
-            own.finished
+    /// Finds the place where this import has written a block with this hash.
+    pub fn find_written(&self, hash: &Digest) -> Option<Place> {
+        let written = self.written.read().unwrap_or_else(PoisonError::into_inner);
+        written.current.get(hash).copied().or_else(|| {
+            written
+                .finished
                 .iter()
                 .rev()
                 .find_map(|pack| pack.find(hash).map(|stored| Place { pack: pack.id(), stored }))
         })
     }
 
-    /// A block was appended to the pack that is being written.
+    /// Adds a block that was appended to the current pack.
     pub fn add(&self, hash: Digest, place: Place) {
-        self.own.write().unwrap_or_else(PoisonError::into_inner).current.insert(hash, place);
+        self.written.write().unwrap_or_else(PoisonError::into_inner).current.insert(hash, place);
     }
 
-    /// The pack that was being written is complete, at `path`.
+    /// Adds the index of the finished pack at `path`, and starts a new current pack.
     pub fn finish_pack(&self, path: &StorePath, id: PackId) -> Result<()> {
         let index = PackIndex::open(path, id)?;
-        let mut own = self.own.write().unwrap_or_else(PoisonError::into_inner);
-        own.finished.push(index);
-        own.current.clear();
+        let mut written = self.written.write().unwrap_or_else(PoisonError::into_inner);
+        written.finished.push(index);
+        written.current.clear();
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
-//! The template store: verified, deduplicated, zeros never stored.
+//! The template store: verified, deduplicated, without stored zeros.
 //!
-//! Three things are kept apart. The *image* is what a template is; its hash is the template's digest.
-//! The *placement* says where its blocks are, and may be rewritten. The *policy* (mode, owner, labels,
-//! tags) may change. `docs/store-format.md` describes the bytes.
+//! The store separates three parts of a template. The *image* is the content: names, sizes and block hashes; its hash
+//! is the template's digest. The *placement* locates the blocks in packs, and may be rewritten. The *policy* (mode,
+//! owner, labels, recipe) and the tags may be changed. `docs/store-format.md` describes the bytes on disk.
 
 mod census;
 mod codec;
@@ -60,13 +60,13 @@ pub use travel::{Incoming, LoadRequest, Loaded, LoadedTemplate, Moved, SaveReque
 pub use usage::{StoreUsage, TemplateUsage};
 pub use verify::{Affected, Damage, Verified};
 
-/// A name that nobody else has: 32 random hex digits.
+/// Returns a unique name: 32 random hex digits.
 ///
 /// # Errors
-/// When the kernel gives no random bytes.
+/// Returns an error if the kernel's random source cannot be read.
 pub fn random_name() -> crate::error::Result<String> {
     publish::random_hex()
 }
 
-/// Size of an identity block in bytes: what is hashed, verified and read at once.
+/// Block size in bytes: the unit of hashing, verification and reading.
 pub const BLOCK_SIZE: u64 = 1 << format::BLOCK_SHIFT;

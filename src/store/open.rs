@@ -1,4 +1,4 @@
-//! A store on disk.
+//! The store's directory: opening, locks and access to its parts.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -15,16 +15,16 @@ use super::header::{self, COPY, HEADER, Header};
 use super::lock::{Holders, Lock};
 use super::pack::{PackFile, Packs};
 use super::path::{StorePath, create_root, is_misplaced};
-use super::publish::{publish, random, sync_folder, write_new};
+use super::publish::{publish, random, sync_directory, write_new};
 use super::session::temporary_file;
 use super::{Digest, Policy, Template};
 use crate::error::{Code, Error, Result};
 
-/// A template store. Cheap to clone; clones share open packs.
+/// A template store. Cloning is cheap; clones share open packs.
 #[derive(Clone)]
 pub struct Store(Arc<Inner>);
 
-/// Keeps what is in the packs of a store there.
+/// Prevents garbage collection of a store's packs while it is alive.
 #[derive(Debug)]
 pub struct ContentHold {
     _lock: Lock,
@@ -42,25 +42,25 @@ impl fmt::Debug for Store {
     }
 }
 
-/// Who waits longer says for whom.
-const TELL: Duration = Duration::from_secs(1);
+/// Longer waits for a lock are logged.
+const LOG_AFTER: Duration = Duration::from_secs(1);
 
-/// A collector that has waited for so long lets writers in again.
-const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// Timeout of a collector that waits for writers; while the collector waits, new writers wait too.
+const COLLECTOR_TIMEOUT: Duration = Duration::from_secs(15);
 
-const FOLDERS: [&str; 5] = ["images", "packs", "tags", "tmp", "locks"];
+const DIRECTORIES: [&str; 5] = ["images", "packs", "tags", "tmp", "locks"];
 
 impl Store {
-    /// Opens a store for reading and writing; nothing is written by this.
+    /// Opens a store for reading and writing, without changing the store.
     ///
     /// # Errors
-    /// [`Code::NotFound`](crate::error::Code) when there is no store; an error that says so when the
-    /// folder is something else or comes from a newer Stencil.
+    /// Returns [`Code::NotFound`](crate::error::Code) if there is no store. Returns an error if the directory is not a
+    /// store, or if the store needs a newer Stencil.
     pub fn open(dir: &Path) -> Result<Store> {
-        // Relative paths would change their meaning with the working directory of a daemon.
+        // A daemon changes its working directory, which would change the meaning of a relative path.
         let canonical = std::fs::canonicalize(dir);
         let root = StorePath::root(canonical.as_deref().unwrap_or(dir));
-        let header = match canonical.map_err(|e| Error::io("cannot open the store", dir, e)) {
+        let header = match canonical.map_err(|e| Error::io("cannot open store", dir, e)) {
             Ok(_) => Header::read(&root),
             Err(e) => Err(e),
         };
@@ -68,23 +68,23 @@ impl Store {
             Ok(header) => header,
             Err(e) if e.code() == Code::NotFound && is_foreign(&root) => return Err(foreign(dir)),
             Err(e) if e.code() == Code::NotFound || e.errno() == Some(libc::ENOTDIR) && !root.is_dir() => {
-                return Err(Error::not_found("no template store here")
+                return Err(Error::not_found("no template store found")
                     .at(dir)
-                    .remedy("stencil import makes one; for another place use --store DIR or STENCIL_STORE"));
+                    .remedy("create a store with 'stencil import', or select another directory with --store DIR or STENCIL_STORE"));
             }
             Err(e) => return Err(e),
         };
         if let Some((_, why)) = &header.damaged {
-            log::warn!("{why}; the next import writes it again");
+            log::warn!("{why}; the next import rewrites the file");
         }
         let packs = Packs::new(root.join("packs"));
         Ok(Store(Arc::new(Inner { root, superblock: header.superblock, packs })))
     }
 
-    /// Opens a store, and makes an empty one where there is nothing or an empty folder.
+    /// Opens a store, or creates an empty one if the directory is missing or empty.
     ///
     /// # Errors
-    /// As [`Store::open`], or when it cannot be made.
+    /// Same as [`Store::open`]. Also returns an error if the store cannot be created.
     pub fn open_or_create(dir: &Path) -> Result<Store> {
         match Store::open(dir) {
             Err(e) if e.code() == Code::NotFound => {}
@@ -94,11 +94,11 @@ impl Store {
         if is_foreign(&root) {
             return Err(foreign(dir));
         }
-        make_folders(&root)?;
-        // Two commands may create it at once: the header decides, and exactly one of them links it.
+        create_directories(&root)?;
+        // Two commands may create the store at once. Under the lock, exactly one of them publishes the header.
         let _lock = Lock::wait(&root.join("locks/create"), || Ok(()))?;
         let (header, copy) = (root.join(HEADER), root.join(COPY));
-        // A store that has lost its header has a copy of it.
+        // A store that has lost its header still has the copy.
         if !header.exists() && !copy.exists() {
             let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let temporary = root.join("tmp/format");
@@ -108,109 +108,116 @@ impl Store {
                 write_new(&temporary, &bytes)?;
                 publish(&temporary, path)?;
             }
-            sync_folder(&root)?;
+            sync_directory(&root)?;
         }
         Store::open(dir)
     }
 
-    /// Its folder, absolute.
+    /// Returns the absolute path of the store's directory.
     pub fn dir(&self) -> &Path {
         self.0.root.as_ref()
     }
 
-    /// Key of the inode numbers; never leaves the host.
+    /// Returns the key of the inode number hash. The key never leaves the host.
     pub fn secret(&self) -> [u8; 32] {
         self.0.superblock.secret
     }
 
-    /// Its identity: 32 hex digits, the same wherever it is mounted or moved to.
+    /// Returns the identifier of the store, 32 hex digits. The identifier does not change when the store is moved.
     pub fn id(&self) -> String {
         PackId(self.0.superblock.id).to_string()
     }
 
-    /// The error that says that the store has no such template.
+    /// Returns the error for a template that the store does not have.
     pub fn no_template(&self, digest: &Digest) -> Error {
         no_template(self.dir(), digest)
     }
 
-    /// Nothing that the store holds is given back while this lives: a collector waits for it.
+    /// Prevents garbage collection of the store's packs while the returned value is alive.
     ///
     /// # Errors
-    /// When the store cannot be written.
+    /// Returns an error if the store is not writable.
     pub fn hold_content(&self) -> Result<ContentHold> {
         self.lock_content(|| Ok(())).map(|lock| ContentHold { _lock: lock })
     }
 
-    /// Digests of all templates, sorted.
+    /// Returns the digests of all templates, sorted.
     ///
     /// # Errors
-    /// When the folder cannot be read.
+    /// Returns an error if the directory `images` cannot be read.
     pub fn digests(&self) -> Result<Vec<Digest>> {
         Ok(self.names(&self.images_dir())?.iter().filter_map(|n| n.parse().ok()).collect())
     }
 
-    /// Whether the store is still where it was opened.
+    /// Checks that the store is still at the path at which it was opened.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code) when its folders cannot be reached, or another store lies there.
+    /// Returns [`Code::TryAgain`](crate::error::Code) if a directory of the store cannot be opened, or if another store
+    /// is at the path.
     pub fn check_reachable(&self) -> Result<()> {
         self.expect_same_store()?;
-        for folder in [self.images_dir(), self.packs_dir(), self.tags_dir()] {
-            // To see its dot takes the right to search the folder.
-            folder.folder().and_then(|open| open.folder(".")).map_err(|e| self.away(&folder, e))?;
+        for directory in [self.images_dir(), self.packs_dir(), self.tags_dir()] {
+            // Opening `.` needs search permission on the directory.
+            directory
+                .folder()
+                .and_then(|open| open.folder("."))
+                .map_err(|e| self.open_error(&directory, e))?;
         }
         Ok(())
     }
 
-    /// The error for a part of the store that cannot be opened: it is out of reach, or something else lies there.
-    fn away(&self, path: &StorePath, error: io::Error) -> Error {
+    /// Returns the error for a part of the store that cannot be opened: damage if a file of another type is in its
+    /// place, otherwise a store outage.
+    fn open_error(&self, path: &StorePath, error: io::Error) -> Error {
         match is_misplaced(&error) && self.0.root.is_dir() {
             true => path.error("cannot open", error),
-            false => Error::try_again("the store cannot be reached").at(path).because(error).remedy(
-                "bring it back to that path, readable for the server: what waits for it then goes on",
+            false => Error::try_again("cannot reach the store").at(path).because(error).remedy(
+                "make the store available at that path again, readable for the server; pending requests then continue",
             ),
         }
     }
 
-    /// Whether a header of the store is where it was opened.
+    /// Checks that a header of this store is at the path at which the store was opened.
     ///
     /// # Errors
-    /// As [`Store::check_reachable`].
+    /// Same as [`Store::check_reachable`].
     pub(super) fn expect_same_store(&self) -> Result<()> {
-        let there = header::identify(&self.0.root).map_err(|e| self.away(&self.0.root.join(HEADER), e))?;
-        if there.is_some_and(|there| there.secret != self.0.superblock.secret) {
-            return Err(Error::try_again("another store lies where the store was")
+        let found =
+            header::identify(&self.0.root).map_err(|e| self.open_error(&self.0.root.join(HEADER), e))?;
+        if found.is_some_and(|found| found.secret != self.0.superblock.secret) {
+            return Err(Error::try_again("found another store in place of the store")
                 .at(self.dir())
-                .remedy("bring the store back to that path"));
+                .remedy("make the original store available at that path again"));
         }
         Ok(())
     }
 
-    /// Its header as it is on the disk now.
+    /// Reads the header from the disk.
     pub(super) fn header(&self) -> Result<Header> {
         Header::read(&self.0.root)
     }
 
-    /// Makes folders that are missing and writes a damaged header again, for who is about to write.
-    pub(super) fn mend(&self) -> Result<()> {
+    /// Creates missing directories and rewrites a damaged header, before a write to the store.
+    pub(super) fn repair(&self) -> Result<()> {
         self.check_writable()?;
-        make_folders(&self.0.root)?;
+        create_directories(&self.0.root)?;
         if self.header()?.damaged.is_some() {
             let _names = self.lock_names()?;
-            self.header()?.mend(&self.tmp_dir())?;
+            self.header()?.repair(&self.tmp_dir())?;
         }
         Ok(())
     }
 
-    /// `error`, or that the whole store cannot be reached where that is its cause: nothing is missing or damaged then.
-    pub(super) fn blame(&self, error: Error) -> Error {
+    /// Returns the store outage if the store cannot be reached, otherwise `error`. During an outage nothing is reported
+    /// as missing or damaged.
+    pub(super) fn outage_or(&self, error: Error) -> Error {
         self.check_reachable().err().unwrap_or(error)
     }
 
-    /// True when the store has that template, which is not the same as that it cannot be seen.
+    /// Returns true if the store has this template, and false if the reachable store does not have it.
     ///
     /// # Errors
-    /// As [`Store::check_reachable`].
+    /// Same as [`Store::check_reachable`].
     pub fn find(&self, digest: &Digest) -> Result<bool> {
         if self.has(digest) {
             return Ok(true);
@@ -218,35 +225,36 @@ impl Store {
         self.check_reachable().map(|()| false)
     }
 
-    /// True where something has the name of that template, folder or not: it is not removed, it may be damaged.
+    /// Returns true if a file of any type has the template's name: the template is not removed, but may be damaged.
     pub(super) fn is_listed(&self, digest: &Digest) -> bool {
         self.image_dir(digest).exists()
     }
 
-    /// True when the store has that template.
+    /// Returns true if the store has this template. Returns false during a store outage too.
     pub fn has(&self, digest: &Digest) -> bool {
         self.image_dir(digest).is_dir()
     }
 
-    /// Opens a template: its header and the roots of its tables; blocks are read when asked for.
+    /// Opens a template: reads its header and the roots of its tables. Blocks are read on demand.
     ///
     /// # Errors
-    /// [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or as
+    /// Returns [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or the errors of
     /// [`Store::check_reachable`].
     pub fn template(&self, digest: &Digest) -> Result<Template> {
-        Template::open(self.clone(), digest).map_err(|e| self.blame(e))
+        Template::open(self.clone(), digest).map_err(|e| self.outage_or(e))
     }
 
-    /// Changes the policy of a template; two changes at once do not lose one another.
+    /// Changes the policy of a template. Concurrent changes are serialized by the names lock.
     ///
     /// # Errors
-    /// [`Code::NotFound`](crate::error::Code), or when it cannot be written.
+    /// Returns [`Code::NotFound`](crate::error::Code) if the template does not exist, or an error if its policy cannot
+    /// be written.
     pub fn set_policy(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
         let _names = self.lock_names()?;
         self.set_policy_locked(digest, change)
     }
 
-    /// As [`Store::set_policy`]; the caller holds the lock of names.
+    /// Same as [`Store::set_policy`]; the caller holds the names lock.
     pub(super) fn set_policy_locked(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
         if !self.has(digest) {
             return Err(no_template(self.dir(), digest));
@@ -257,27 +265,27 @@ impl Store {
         policy.write(&self.tmp_dir(), &path)
     }
 
-    /// Paths of all packs.
+    /// Returns the paths of all packs.
     ///
     /// # Errors
-    /// When the folder cannot be read.
+    /// Returns an error if the directory `packs` cannot be read.
     pub fn pack_files(&self) -> Result<Vec<StorePath>> {
         Ok(self.packs().ids()?.into_iter().map(|id| self.packs().path(id)).collect())
     }
 
-    /// An open pack.
+    /// Returns an open pack.
     pub(super) fn pack(&self, id: PackId) -> Result<Arc<PackFile>> {
-        self.0.packs.get(id).map_err(|e| self.blame(e))
+        self.0.packs.get(id).map_err(|e| self.outage_or(e))
     }
 
-    /// The error for a pack that cannot be read. It is opened anew at its next use: behind a network filesystem the old
-    /// descriptor may be stale for good.
+    /// Returns the error for a pack that cannot be read, and closes the pack. The next use reopens the pack: on a
+    /// network file system, the old descriptor may stay stale (`ESTALE`).
     pub(super) fn unreadable(&self, id: PackId, error: Error) -> Error {
         self.0.packs.forget(id);
-        self.blame(error)
+        self.outage_or(error)
     }
 
-    /// Closes packs that are gone: while they are open they keep their room on the disk. Who reads them goes on.
+    /// Closes removed packs, because an open file keeps its disk space. Reads in progress are not affected.
     pub fn close_vanished(&self) {
         self.packs().close_vanished();
     }
@@ -310,61 +318,72 @@ impl Store {
         self.0.root.join("tmp")
     }
 
-    /// Held alone while names, policies or the list of templates change; for a short time only.
+    /// Takes the names lock, exclusively. The lock is held while names, policies or the list of templates change, for a
+    /// short time only.
     pub(super) fn lock_names(&self) -> Result<Lock> {
         self.lock_names_while(|| Ok(()))
     }
 
-    /// As [`Store::lock_names`], for as long as `go_on` says so.
-    pub(super) fn lock_names_while(&self, go_on: impl Fn() -> Result<()>) -> Result<Lock> {
+    /// Same as [`Store::lock_names`]; stops waiting when `check` returns an error.
+    pub(super) fn lock_names_while(&self, check: impl Fn() -> Result<()>) -> Result<Lock> {
         self.check_writable()?;
-        Lock::wait(&self.0.root.join("locks/names"), go_on)
+        Lock::wait(&self.0.root.join("locks/names"), check)
     }
 
-    /// A file without a name on the store's filesystem.
+    /// Creates an unnamed file on the store's file system.
     ///
     /// # Errors
-    /// When it cannot be created.
+    /// Returns an error if the file cannot be created.
     pub fn temporary_file(&self) -> Result<File> {
         temporary_file(&self.tmp_dir())
     }
 
-    /// Held shared by importers for as long as they rely on packs; a collector takes it alone. Waits for as long as
-    /// `go_on` says so.
-    pub(super) fn lock_content(&self, go_on: impl Fn() -> Result<()>) -> Result<Lock> {
+    /// Takes the content lock, shared. Importers hold the lock while they rely on packs; a collector takes the lock
+    /// exclusively. Stops waiting when `check` returns an error.
+    pub(super) fn lock_content(&self, check: impl Fn() -> Result<()>) -> Result<Lock> {
         self.check_writable()?;
-        let begun = Instant::now();
-        let mut told = false;
+        let started = Instant::now();
+        let mut logged = false;
         let mut wait = |file: &File| {
-            if !told && begun.elapsed() > TELL {
-                told = true;
+            if !logged && started.elapsed() > LOG_AFTER {
+                logged = true;
                 log::warn!("waiting for {}", Holders(file));
             }
-            go_on()
+            check()
         };
-        // A collector that waits keeps the gate: those who come after it do not keep it waiting.
+        // A waiting collector holds the gate, so that later writers do not prolong its wait.
         let _gate = Lock::wait_while(&self.0.root.join("locks/gate"), true, &mut wait)?;
         Lock::wait_while(&self.0.root.join("locks/content"), true, &mut wait)
     }
 
-    /// Held by a collector: nobody relies on packs but readers, who look again when one is gone. Everybody who wants to
-    /// write waits for who waits here, so that it does so for a short time only.
+    /// Takes the content lock, exclusively, for a collector. Then only readers rely on packs, and a reader reopens its
+    /// placement when a pack is missing. New writers wait while the collector waits, so the wait has a timeout.
     pub(super) fn lock_content_alone(&self, interrupt: &AtomicBool) -> Result<Lock> {
         self.check_writable()?;
-        let begun = Instant::now();
-        let mut told = false;
+        let started = Instant::now();
+        let mut logged = false;
         let mut wait = |file: &File| {
             if interrupt.load(Ordering::Relaxed) {
-                let why = format!("interrupted while waiting for {}: nothing was changed", Holders(file));
+                let why =
+                    format!("interrupted while waiting for {}; the store was not changed", Holders(file));
                 return Err(Error::failed(why).at(self.dir()));
             }
-            if begun.elapsed() > LONGEST_WAIT {
-                let why = format!("{} did not end within {} s", Holders(file), LONGEST_WAIT.as_secs());
-                return Err(Error::try_again(why).at(self.dir()).remedy("run it again when that has ended"));
+            if started.elapsed() > COLLECTOR_TIMEOUT {
+                let why = format!(
+                    "timed out after {} s waiting for {}",
+                    COLLECTOR_TIMEOUT.as_secs(),
+                    Holders(file)
+                );
+                return Err(Error::try_again(why)
+                    .at(self.dir())
+                    .remedy("run the command again after that process has ended"));
             }
-            if !told && begun.elapsed() > TELL {
-                told = true;
-                log::warn!("waiting for {}; others that write wait meanwhile", Holders(file));
+            if !logged && started.elapsed() > LOG_AFTER {
+                logged = true;
+                log::warn!(
+                    "waiting for {}; other writers wait until this command has finished",
+                    Holders(file)
+                );
             }
             Ok(())
         };
@@ -372,7 +391,7 @@ impl Store {
         Lock::wait_while(&self.0.root.join("locks/content"), false, &mut wait)
     }
 
-    /// True where nothing of it can be changed by this path.
+    /// Returns true if the file system of the store is mounted read-only at this path.
     pub fn is_on_read_only_filesystem(&self) -> bool {
         rustix::fs::statvfs(self.dir())
             .is_ok_and(|s| s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
@@ -380,37 +399,38 @@ impl Store {
 
     fn check_writable(&self) -> Result<()> {
         if self.is_on_read_only_filesystem() {
-            return Err(Error::failed("the store lies on a filesystem that is mounted read-only")
+            return Err(Error::failed("the file system of the store is mounted read-only")
                 .at(self.dir())
-                .remedy("reading and mounting work; to change it, mount that filesystem read-write"));
+                .remedy("remount the file system read-write to change the store; reading and mounting work without"));
         }
         match self.0.superblock.preamble.read_only_compatible {
             0 => Ok(()),
             features => Err(Error::failed(format!(
-                "the store needs a newer Stencil to be changed (features {features:#x})"
+                "changing the store needs a newer Stencil: unsupported features {features:#x}"
             ))
             .at(self.dir())
-            .remedy("update Stencil on this host; reading works")),
+            .remedy("update Stencil on this host; reading the store works")),
         }
     }
 }
 
-/// True for a folder that holds something, but nothing of a store that is being made.
+/// Returns true for a directory with entries that are not part of a store.
 fn is_foreign(dir: &StorePath) -> bool {
     dir.names().is_ok_and(|names| {
-        let ours =
-            |name: &OsString| FOLDERS.iter().chain(&[HEADER, COPY, "lost+found"]).any(|ours| name == *ours);
+        let ours = |name: &OsString| {
+            DIRECTORIES.iter().chain(&[HEADER, COPY, "lost+found"]).any(|ours| name == *ours)
+        };
         names.iter().any(|name| !ours(name))
     })
 }
 
-/// Makes those of its folders that are not there.
-fn make_folders(root: &StorePath) -> Result<()> {
-    for name in FOLDERS {
-        let folder = root.join(name);
-        match folder.create_folder() {
+/// Creates the missing directories of a store.
+fn create_directories(root: &StorePath) -> Result<()> {
+    for name in DIRECTORIES {
+        let directory = root.join(name);
+        match directory.create_folder() {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(folder.error("cannot create", e));
+                return Err(directory.error("cannot create", e));
             }
             _ => {}
         }
@@ -418,13 +438,13 @@ fn make_folders(root: &StorePath) -> Result<()> {
     Ok(())
 }
 
-/// There is no template of that digest in the store.
+/// Returns the error for a template that the store does not have.
 pub(super) fn no_template(dir: &Path, digest: &Digest) -> Error {
-    Error::not_found(format!("no template {digest}")).at(dir).remedy("see stencil ls for what the store has")
+    Error::not_found(format!("no template {digest}")).at(dir).remedy("run 'stencil ls' to list the templates")
 }
 
 fn foreign(dir: &Path) -> Error {
-    Error::usage("this folder is not empty and no template store")
+    Error::usage("the directory is not empty and not a template store")
         .at(dir)
-        .remedy("name another folder with --store DIR or STENCIL_STORE")
+        .remedy("select another directory with --store DIR or STENCIL_STORE")
 }

@@ -1,4 +1,4 @@
-//! Work on all cores whose results are taken in order.
+//! Parallel work on all cores with results in order.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,11 +9,11 @@ use std::thread;
 use crate::error::{Error, Result};
 use crate::sys::threads;
 
-/// Takes what `make` gives (until it gives nothing) through `work`, on all cores, to `take`, in the order in which it was
-/// made. `state` makes what each worker keeps between two pieces of work.
+/// Passes each item of `make`, until `make` returns `None`, through `work` on all cores to `take`, in the order of
+/// `make`. `state` creates the state that a worker reuses between items.
 ///
-/// A bounded number of pieces is under way at a time. The first error in that order ends everything; `stop` becomes
-/// true then, so that a `make` that waits for something outside can end too.
+/// The number of items in flight is bounded. The first error in that order stops the work and sets `stop`, so that a
+/// `make` that waits for an external event can return.
 pub(super) fn ordered<S, I: Send, O: Send>(
     stop: &AtomicBool,
     mut make: impl FnMut() -> Result<Option<I>> + Send,
@@ -24,7 +24,7 @@ pub(super) fn ordered<S, I: Send, O: Send>(
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let (permit, permits) = mpsc::channel::<()>();
     for _ in 0..workers * 3 + 2 {
-        // The receiver is alive: it is two lines above.
+        // Cannot fail: the receiver `permits` is alive.
         let _ = permit.send(());
     }
     let (to_workers, pieces) = mpsc::channel::<(u64, I)>();
@@ -38,9 +38,9 @@ pub(super) fn ordered<S, I: Send, O: Send>(
                 loop {
                     let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((number, piece)) = next else { return };
-                    // A panic that was not told would leave everybody waiting for this number.
+                    // An unreported panic would make the caller wait for this item forever.
                     let result = catch_unwind(AssertUnwindSafe(|| work(&mut state, piece)))
-                        .unwrap_or_else(|_| Err(Error::failed("a thread of this work has panicked")));
+                        .unwrap_or_else(|_| Err(Error::failed("a worker thread panicked")));
                     if to_taker.send((number, result)).is_err() {
                         return;
                     }
@@ -48,7 +48,7 @@ pub(super) fn ordered<S, I: Send, O: Send>(
             });
             match started {
                 Err(error) if number == 0 => return Err(error),
-                // Fewer do.
+                // Continue with the workers that were started.
                 Err(_) => break,
                 Ok(_) => {}
             }
@@ -79,7 +79,7 @@ pub(super) fn ordered<S, I: Send, O: Send>(
                 while let Some(result) = waiting.remove(&next) {
                     next += 1;
                     take(result?)?;
-                    // The maker may have ended.
+                    // Fails if the thread that runs `make` has finished.
                     let _ = permit.send(());
                 }
             }
@@ -89,7 +89,7 @@ pub(super) fn ordered<S, I: Send, O: Send>(
         if result.is_err() {
             stop.store(true, Ordering::Relaxed);
         }
-        // Wakes a maker that waits for its turn, and workers that wait for work.
+        // Wakes a `make` thread that waits for a permit, and workers that wait for items.
         drop(permit);
         drop(done);
         result
@@ -101,12 +101,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_come_in_order_and_only_so_many_are_under_way() {
+    fn keeps_the_order_and_limits_items_in_flight() {
         let (mut made, mut taken) = (0u64, Vec::new());
-        let under_way = std::sync::atomic::AtomicUsize::new(0);
+        let in_flight = std::sync::atomic::AtomicUsize::new(0);
         let make = || {
             made += 1;
-            assert!(under_way.fetch_add(1, Ordering::SeqCst) < 400);
+            assert!(in_flight.fetch_add(1, Ordering::SeqCst) < 400);
             Ok((made <= 2000).then_some(made))
         };
         let work = |_: &mut (), n: u64| {
@@ -116,7 +116,7 @@ mod tests {
             Ok(n)
         };
         let take = |n| {
-            under_way.fetch_sub(1, Ordering::SeqCst);
+            in_flight.fetch_sub(1, Ordering::SeqCst);
             taken.push(n);
             Ok(())
         };
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_in_order_counts_and_ends_a_maker_that_waits() {
+    fn returns_the_first_error_in_order_and_stops_a_waiting_make() {
         let stop = AtomicBool::new(false);
         let mut made = 0;
         let make = || {

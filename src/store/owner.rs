@@ -1,4 +1,4 @@
-//! Words for permissions: octal modes, users and groups.
+//! Parsers for permissions: octal modes, users and groups.
 
 use std::fs;
 use std::str::FromStr;
@@ -6,33 +6,32 @@ use std::str::FromStr;
 use super::Policy;
 use crate::error::{Error, Result};
 
-/// The permission bits that a template's files can have.
+/// Permission bits that files of a template may have.
 pub(super) const READ_BITS: u32 = 0o444;
 
-/// Reads an octal mode. A template is read-only, so only read bits may be set.
+/// Parses an octal mode. Only read bits are allowed, because templates are read-only.
 ///
 /// # Errors
-/// A usage error that says what is allowed.
+/// Returns a usage error if the text is not an octal mode or if other bits are set.
 pub fn parse_mode(text: &str) -> Result<u32> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode & !READ_BITS == 0 && text.len() <= 5 => Ok(mode),
-        _ => Err(Error::usage(format!("'{text}' is no mode of a read-only file")).remedy(
-            "use read bits in octal: 0444 for everybody, 0440 for owner and group, 0400 for the owner",
-        )),
+        _ => Err(Error::usage(format!("invalid mode '{text}': only read bits are allowed"))
+            .remedy("use an octal mode: 0444 for all users, 0440 for owner and group, 0400 for the owner")),
     }
 }
 
-/// A change of owner; what is `None` stays.
+/// A change of owner and group. `None` means no change.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Owner {
-    /// The new user.
+    /// New user.
     pub uid: Option<u32>,
-    /// The new group.
+    /// New group.
     pub gid: Option<u32>,
 }
 
 impl Owner {
-    /// Changes a policy.
+    /// Applies the change to a policy.
     pub fn apply(self, policy: &mut Policy) {
         policy.uid = self.uid.unwrap_or(policy.uid);
         policy.gid = self.gid.unwrap_or(policy.gid);
@@ -42,7 +41,7 @@ impl Owner {
 impl FromStr for Owner {
     type Err = Error;
 
-    /// `USER`, `USER:GROUP` or `:GROUP`, by name or number.
+    /// Parses `USER`, `USER:GROUP` or `:GROUP`, by name or number.
     fn from_str(text: &str) -> Result<Owner> {
         let (user, group) = match text.split_once(':') {
             Some((user, group)) => (user, Some(group)),
@@ -50,7 +49,7 @@ impl FromStr for Owner {
         };
         if text.is_empty() || group == Some("") {
             return Err(
-                Error::usage(format!("'{text}' names no owner")).remedy("write USER, USER:GROUP or :GROUP")
+                Error::usage(format!("invalid owner '{text}'")).remedy("use USER, USER:GROUP or :GROUP")
             );
         }
         let uid = (!user.is_empty()).then(|| number("user", user, "/etc/passwd")).transpose()?;
@@ -59,22 +58,23 @@ impl FromStr for Owner {
     }
 }
 
-/// `u32::MAX` is no identity: to chown(2) it means "leave it".
+/// Parses a user or group number, or looks up its name. `u32::MAX` is rejected: chown(2) takes it as "no change".
 fn number(what: &str, text: &str, path: &str) -> Result<u32> {
     if text.bytes().all(|b| b.is_ascii_digit()) {
         let number = text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
         return number.ok_or_else(|| {
-            Error::usage(format!("{what} number {text} is out of range"))
-                .remedy(format!("write a number below {}, or a name of {path}", u32::MAX))
+            Error::usage(format!("invalid {what} number {text}: out of range"))
+                .remedy(format!("use a number below {}, or a name from {path}", u32::MAX))
         });
     }
-    let table = fs::read_to_string(path).map_err(|e| Error::io("cannot look up names", path, e))?;
+    let table = fs::read_to_string(path).map_err(|e| Error::io("cannot look up name", path, e))?;
     find(&table, text).ok_or_else(|| {
-        Error::usage(format!("no {what} '{text}' in {path}")).remedy(format!("write the {what}'s number"))
+        Error::usage(format!("unknown {what} '{text}' in {path}"))
+            .remedy(format!("use the number of the {what}"))
     })
 }
 
-/// The third field of the line that begins with `name`.
+/// Returns the third field of the line whose first field is `name`.
 fn find(table: &str, name: &str) -> Option<u32> {
     table.lines().find_map(|line| {
         let mut fields = line.split(':');
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modes() {
+    fn parses_only_modes_with_read_bits() {
         for (text, mode) in [("444", 0o444), ("0400", 0o400), ("0", 0), ("0440", 0o440)] {
             assert_eq!(parse_mode(text).unwrap(), mode);
         }
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn owners() {
+    fn parses_owners_by_name_and_number() {
         let owner = |uid, gid| Owner { uid, gid };
         assert_eq!("7".parse::<Owner>().unwrap(), owner(Some(7), None));
         assert_eq!("7:8".parse::<Owner>().unwrap(), owner(Some(7), Some(8)));

@@ -1,4 +1,4 @@
-//! Reading packs: records by O_DIRECT, indexes by mapping.
+//! Reads packs: records with O_DIRECT, indexes by mapping.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,13 +16,13 @@ use super::path::StorePath;
 use crate::error::{Error, Result, errno_text};
 use crate::sys::map_file::MappedFile;
 
-/// Alignment of direct reads: the largest logical block of the devices in use.
+/// Alignment of direct reads in bytes: the largest logical block size in use.
 const ALIGN: u64 = 4096;
 
-/// Packs kept open by one store; beyond that, others are closed.
+/// Maximum number of open packs of a store. Beyond the limit another pack is closed.
 const MAX_OPEN: usize = 512;
 
-/// Memory for direct reads, reused from read to read.
+/// Aligned memory for direct reads, reused between reads.
 #[derive(Debug, Default)]
 pub(super) struct AlignedBuffer(Vec<u8>);
 
@@ -37,7 +37,7 @@ impl AlignedBuffer {
     }
 }
 
-/// An open pack whose header was checked.
+/// An open pack with a verified header.
 #[derive(Debug)]
 pub(super) struct PackFile {
     path: StorePath,
@@ -64,27 +64,27 @@ impl PackFile {
         let mut buffer = AlignedBuffer::default();
         let head = pack.read_range(0, PackHeader::LEN, &mut buffer)?;
         let header = PackHeader::decode(head).map_err(|e| e.in_file("pack", &pack.path))?;
-        // Its length is not held against it here: of a pack that was cut short the front is still good,
-        // and each block is verified anyway.
+        // The file length is not checked here: the records before the cut of a truncated pack are still readable, and
+        // every block is verified anyway.
         check_id(&header, id).map_err(|e| e.in_file("pack", &pack.path))?;
         pack.header = header;
         Ok(pack)
     }
 
-    /// The error for a record that gives another block than was stored.
+    /// Returns the error for a record that does not decode to the stored block.
     pub fn mismatch(&self, stored: Stored, why: &str) -> Error {
-        let why = format!("the block at offset {} is not what was stored: {why}", stored.offset);
+        let why = format!("block at offset {} cannot be verified: {why}", stored.offset);
         Invalid::Damage(why)
             .in_file("pack", &self.path)
-            .remedy("stencil verify names what it affects; to repair it import the same memory again")
+            .remedy("run 'stencil verify' to list the affected templates; import the same memory again to repair them")
     }
 
-    /// The record `stored`, in `buffer`.
+    /// Reads the record `stored` into `buffer`.
     pub fn record<'a>(&self, stored: Stored, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
         let (offset, length) = (u64::from(stored.offset), u64::from(stored.length));
         if offset < PackHeader::LEN as u64 || offset + length > self.header.index_offset {
             let why = format!(
-                "a block of {length} bytes is expected at offset {offset}, its records end at {}",
+                "record at offset {offset} (length {length}) is outside the records, which end at offset {}",
                 self.header.index_offset
             );
             return Err(Invalid::Damage(why).in_file("pack", &self.path));
@@ -99,11 +99,11 @@ impl PackFile {
         let target = buffer.take((end - start) as usize);
         let mut have = 0;
         while have < skip + length {
-            // A direct read ends short at the end of the file only.
+            // A direct read is short only at the end of the file.
             match self.file.read_at(&mut target[have..], start + have as u64) {
                 Ok(0) => {
                     let why = format!(
-                        "it ends at offset {}, in a block at {offset} of {length} bytes",
+                        "truncated at offset {}, within the record at offset {offset} (length {length})",
                         start + have as u64
                     );
                     return Err(Invalid::Damage(why).in_file("pack", &self.path));
@@ -118,13 +118,14 @@ impl PackFile {
                         .map_err(|e| Error::io("cannot read pack", &self.path, e.into()))?;
                 }
                 Err(e) => {
-                    let why = format!("offset {offset} cannot be read: {}", errno_text(&e));
+                    let why = format!("cannot read at offset {offset}: {}", errno_text(&e));
                     return Err(Invalid::Damage(why).in_file("pack", &self.path));
                 }
             }
         }
         if !self.direct.load(Ordering::Relaxed) {
-            // Without direct reads the same bytes would be cached here and in the mount's inode.
+            // Buffered reads would keep the bytes in the page cache twice: for the pack, and for the inode of the
+            // mount.
             let _ = fadvise(&self.file, start, std::num::NonZeroU64::new(end - start), Advice::DontNeed);
         }
         Ok(&target[skip..skip + length])
@@ -133,7 +134,7 @@ impl PackFile {
 
 fn open_error(path: &StorePath, error: io::Error) -> Error {
     match error.kind() {
-        io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file("pack", path),
+        io::ErrorKind::NotFound => Invalid::damage("the file is missing").in_file("pack", path),
         _ => path.error("cannot open pack", error),
     }
 }
@@ -141,32 +142,32 @@ fn open_error(path: &StorePath, error: io::Error) -> Error {
 fn check_id(header: &PackHeader, id: PackId) -> std::result::Result<(), Invalid> {
     match header.id == id {
         true => Ok(()),
-        false => Err(Invalid::damage(format!("it is pack {}, expected {id}", header.id))),
+        false => Err(Invalid::damage(format!("header names pack {}, expected {id}", header.id))),
     }
 }
 
 fn check_header(header: &PackHeader, id: PackId, length: u64) -> std::result::Result<(), Invalid> {
     check_id(header, id)?;
     if header.file_length() != length {
-        return Err(Invalid::damage(format!("it has {length} bytes, expected {}", header.file_length())));
+        return Err(Invalid::damage(format!("length is {length}, expected {} bytes", header.file_length())));
     }
     Ok(())
 }
 
-/// The packs of a store, opened when they are needed.
+/// The packs of a store, opened on demand.
 #[derive(Debug)]
 pub(super) struct Packs {
-    folder: StorePath,
+    directory: StorePath,
     open: Mutex<HashMap<PackId, Arc<PackFile>>>,
 }
 
 impl Packs {
-    pub fn new(folder: StorePath) -> Packs {
-        Packs { folder, open: Mutex::default() }
+    pub fn new(directory: StorePath) -> Packs {
+        Packs { directory, open: Mutex::default() }
     }
 
     pub fn path(&self, id: PackId) -> StorePath {
-        pack_path(&self.folder, id)
+        pack_path(&self.directory, id)
     }
 
     pub fn get(&self, id: PackId) -> Result<Arc<PackFile>> {
@@ -177,7 +178,7 @@ impl Packs {
         let pack = Arc::new(PackFile::open(self.path(id), id)?);
         let mut open = lock();
         if open.len() >= MAX_OPEN {
-            // Any other will do: it is opened again at its next use.
+            // Any pack may be closed: a pack is reopened at its next use.
             let victim = open.keys().next().copied();
             victim.map(|v| open.remove(&v));
         }
@@ -185,20 +186,20 @@ impl Packs {
         Ok(pack)
     }
 
-    /// Closes a pack; who reads it goes on.
+    /// Closes a pack. Reads in progress are not affected.
     pub fn forget(&self, id: PackId) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
-    /// Closes those that are not in the folder any more.
+    /// Closes packs whose files were removed.
     pub fn close_vanished(&self) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|id, _| self.path(*id).exists());
     }
 
-    /// Identities of all packs in the folder, by file name.
+    /// Returns the identifiers of all packs in the directory, from their file names.
     pub fn ids(&self) -> Result<Vec<PackId>> {
-        let names = self.folder.names().map_err(|e| self.folder.error("cannot list packs", e))?;
+        let names = self.directory.names().map_err(|e| self.directory.error("cannot list packs", e))?;
         let mut ids: Vec<PackId> =
             names.iter().filter_map(|name| parse_name(&name.to_string_lossy())).collect();
         ids.sort_unstable();
@@ -206,9 +207,9 @@ impl Packs {
     }
 }
 
-/// File of a pack in `folder`.
-pub(super) fn pack_path(folder: &StorePath, id: PackId) -> StorePath {
-    folder.join(format!("{id}.pack"))
+/// Returns the path of a pack in `directory`.
+pub(super) fn pack_path(directory: &StorePath, id: PackId) -> StorePath {
+    directory.join(format!("{id}.pack"))
 }
 
 fn parse_name(name: &str) -> Option<PackId> {
@@ -220,7 +221,7 @@ fn parse_name(name: &str) -> Option<PackId> {
     Some(PackId(id)).filter(|id| id.to_string() == hex)
 }
 
-/// The sorted index of one pack, mapped and checked: which blocks are there already.
+/// The index of one pack, sorted by hash, mapped and verified.
 #[derive(Debug)]
 pub(super) struct PackIndex {
     id: PackId,
@@ -230,24 +231,27 @@ pub(super) struct PackIndex {
 }
 
 impl PackIndex {
-    /// Maps the index of the pack at `path` and compares its hash.
+    /// Maps the index of the pack at `path` and verifies its hash.
     pub fn open(path: &StorePath, id: PackId) -> Result<PackIndex> {
         let invalid = |e: Invalid| e.in_file("pack", path);
         let file = path.file().map_err(|e| open_error(path, e))?;
         let length = file.metadata().map_err(|e| Error::io("cannot stat pack", path, e))?.len();
         let mut head = [0; PackHeader::LEN];
         if length < PackHeader::LEN as u64 {
-            return Err(invalid(Invalid::damage(format!("{length} bytes"))));
+            return Err(invalid(Invalid::damage(format!(
+                "truncated: length is {length}, expected at least {} bytes",
+                PackHeader::LEN
+            ))));
         }
         file.read_exact_at(&mut head, 0).map_err(|e| Error::io("cannot read pack", path, e))?;
         let header = PackHeader::decode(&head).map_err(invalid)?;
         check_header(&header, id, length).map_err(invalid)?;
         let mut index = vec![0; (length - header.index_offset) as usize];
         file.read_exact_at(&mut index, header.index_offset)
-            .map_err(|e| invalid(Invalid::damage(format!("its index cannot be read: {}", errno_text(&e)))))?;
+            .map_err(|e| invalid(Invalid::damage(format!("cannot read the index: {}", errno_text(&e)))))?;
         let got = Digest::of(&index);
         if got != header.index_hash {
-            let why = format!("its index has hash {got}, expected {}", header.index_hash);
+            let why = format!("index has hash {got}, expected {}", header.index_hash);
             return Err(invalid(Invalid::Damage(why)));
         }
         let map = MappedFile::map(&file, length).map_err(|e| Error::io("cannot map pack", path, e))?;
@@ -270,16 +274,16 @@ impl PackIndex {
         prefix(self.bytes(index))
     }
 
-    /// Entry `index`, counted in the order of hashes.
+    /// Returns the entry at position `index`, in the order of hashes.
     pub fn entry(&self, index: usize) -> std::result::Result<IndexEntry, Invalid> {
         IndexEntry::decode(self.bytes(index))
     }
 
-    /// Where this pack has the block with that hash.
+    /// Finds the record of the block with this hash.
     pub fn find(&self, hash: &Digest) -> Option<Stored> {
         let key = prefix(hash.bytes());
         let (mut low, mut high) = (0, self.count);
-        // Hashes are evenly spread: the first steps guess the place and mostly hit it.
+        // Interpolation search: hashes are evenly distributed, so the first guesses mostly hit.
         let mut guesses = 3;
         while low < high {
             let middle = match guesses {
@@ -290,8 +294,8 @@ impl PackIndex {
                     if key < first || key > last {
                         return None;
                     }
-                    let share = u128::from(key - first) * (high - 1 - low) as u128;
-                    low + (share / u128::from((last - first).max(1))) as usize
+                    let offset = u128::from(key - first) * (high - 1 - low) as u128;
+                    low + (offset / u128::from((last - first).max(1))) as usize
                 }
             };
             match self.bytes(middle)[..32].cmp(hash.bytes()) {

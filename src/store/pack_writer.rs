@@ -1,4 +1,4 @@
-//! Writing packs into a session: records are appended, the index and the header come last.
+//! Writes packs into a session: records are appended, then the index and the header are written.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -9,7 +9,7 @@ use rustix::fs::{Advice, fadvise};
 
 use super::format::pack::{IndexEntry, PackHeader};
 use super::format::{PackId, Stored};
-use super::known::{Known, Place};
+use super::known::{BlockIndex, Place};
 use super::pack::pack_path;
 use super::path::StorePath;
 use super::publish::{create, random};
@@ -17,29 +17,30 @@ use super::{BLOCK_SIZE, Digest};
 use crate::error::{Error, Result};
 use crate::sys::threads;
 
-/// A pack is closed when it has this many bytes or blocks; both bound memory and what damage can hit.
+/// A pack is closed at this size in bytes or this number of blocks. The limits bound memory use and the effect of
+/// damage.
 pub(super) const PACK_BYTES: u64 = 64 << 20;
 const PACK_BLOCKS: usize = 32 << 10;
 
-/// Packs that may be on their way to the disk while the next one is filled.
-const SYNCING: usize = 2;
+/// Maximum number of closed packs that are being synced while the next pack is filled.
+const MAX_SYNCING: usize = 2;
 
-/// Appends records to packs in a folder; what it has written is found in `known` at once.
+/// Appends records to packs in a directory, and adds each record to the block index.
 pub(super) struct PackWriter<'a> {
-    folder: &'a StorePath,
-    known: &'a Known,
+    directory: &'a StorePath,
+    index: &'a BlockIndex,
     pack: Option<OpenPack>,
     syncing: Vec<JoinHandle<Result<()>>>,
     written: Packed,
 }
 
-/// Complete packs, on the disk under names of the session.
+/// Complete and synced packs, in the session's directory.
 #[derive(Debug, Default)]
 pub(super) struct Packed {
     pub packs: Vec<PackId>,
-    /// Bytes of the blocks in them before compression.
+    /// Bytes of the blocks before compression.
     pub new_bytes: u64,
-    /// Bytes of their records.
+    /// Bytes of the records.
     pub stored_bytes: u64,
 }
 
@@ -52,22 +53,22 @@ struct OpenPack {
 }
 
 impl<'a> PackWriter<'a> {
-    pub fn new(folder: &'a StorePath, known: &'a Known) -> PackWriter<'a> {
-        PackWriter { folder, known, pack: None, syncing: Vec::new(), written: Packed::default() }
+    pub fn new(directory: &'a StorePath, index: &'a BlockIndex) -> PackWriter<'a> {
+        PackWriter { directory, index, pack: None, syncing: Vec::new(), written: Packed::default() }
     }
 
-    /// Appends the record of a block. The offset in `stored` is not looked at.
+    /// Appends the record of a block. Ignores the offset in `stored`.
     pub fn append(&mut self, hash: Digest, record: &[u8], stored: Stored) -> Result<Place> {
         let mut pack = match self.pack.take() {
             Some(pack) => pack,
-            None => OpenPack::create(self.folder)?,
+            None => OpenPack::create(self.directory)?,
         };
         let stored = Stored { offset: pack.length as u32, length: record.len() as u32, ..stored };
         let place = Place { pack: pack.id, stored };
         pack.file.write_all(record).map_err(|e| Error::io("cannot write", &pack.path, e))?;
         pack.length += record.len() as u64;
         pack.entries.push(IndexEntry { hash, stored });
-        self.known.add(hash, place);
+        self.index.add(hash, place);
         self.written.new_bytes += BLOCK_SIZE;
         self.written.stored_bytes += record.len() as u64;
         if pack.length >= PACK_BYTES || pack.entries.len() >= PACK_BLOCKS {
@@ -81,9 +82,9 @@ impl<'a> PackWriter<'a> {
     fn close(&mut self, pack: OpenPack) -> Result<()> {
         let (id, path) = (pack.id, pack.path.clone());
         let file = pack.finish()?;
-        self.known.finish_pack(&path, id)?;
+        self.index.finish_pack(&path, id)?;
         self.written.packs.push(id);
-        if self.syncing.len() == SYNCING {
+        if self.syncing.len() == MAX_SYNCING {
             join(self.syncing.remove(0))?;
         }
         self.syncing.push(threads::start(move || {
@@ -94,7 +95,7 @@ impl<'a> PackWriter<'a> {
         Ok(())
     }
 
-    /// Completes the last pack and waits until all are on the disk.
+    /// Completes the last pack and waits until all packs are synced.
     pub fn finish(mut self) -> Result<Packed> {
         if let Some(pack) = self.pack.take() {
             self.close(pack)?;
@@ -107,15 +108,15 @@ impl<'a> PackWriter<'a> {
 }
 
 fn join(sync: JoinHandle<Result<()>>) -> Result<()> {
-    sync.join().unwrap_or_else(|_| Err(Error::failed("the thread that writes packs has panicked")))
+    sync.join().unwrap_or_else(|_| Err(Error::failed("a thread that syncs packs panicked")))
 }
 
 impl OpenPack {
-    fn create(folder: &StorePath) -> Result<OpenPack> {
+    fn create(directory: &StorePath) -> Result<OpenPack> {
         let id = PackId(random()?);
-        let path = pack_path(folder, id);
+        let path = pack_path(directory, id);
         let mut file = BufWriter::with_capacity(1 << 20, create(&path)?);
-        // The header is written last: until then the file is no pack.
+        // Until the header is written at the end, the file is not a valid pack.
         file.write_all(&[0; PackHeader::LEN]).map_err(|e| Error::io("cannot write", &path, e))?;
         Ok(OpenPack { id, path, file, length: PackHeader::LEN as u64, entries: Vec::new() })
     }

@@ -1,9 +1,9 @@
 //! Access to the files of a store.
 //!
-//! A store may belong to a user who is not trusted by whoever reads or changes it. No file below the store is opened,
-//! created, renamed, removed or given away by its path: every access resolves the name beneath a descriptor of the
-//! store's folder (`sys::folder`). The root is opened for each access, or once by [`StorePath::opened`] for a longer
-//! operation: a store that was moved away, unmounted or replaced is noticed by the next one.
+//! A store may belong to a user whom its readers and writers do not trust. Therefore no file below the store is opened,
+//! created, renamed, removed or chowned by its path: every access resolves the name beneath a descriptor of the store's
+//! directory (`sys::folder`). The root is opened for each access, or once by [`StorePath::opened`] for a longer
+//! operation. The next access therefore notices that a store was moved, unmounted or replaced.
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
@@ -20,24 +20,25 @@ use crate::error::{Error, Result};
 use crate::sys::folder::Folder;
 use crate::units::Bytes;
 
-/// Mode of a store's files: packs hold guest memory.
+/// Mode of a store's files; packs hold guest memory.
 const FILE_MODE: u32 = 0o600;
-/// Mode of a store's folders.
-const FOLDER_MODE: u32 = 0o700;
+/// Mode of a store's directories.
+const DIRECTORY_MODE: u32 = 0o700;
 
-/// A file or folder of a store. Its path is for messages; access goes through the methods.
+/// A file or directory of a store. Its path is used in messages only; the methods access the file.
 #[derive(Debug, Clone)]
 pub struct StorePath {
     base: Base,
-    /// Relative to the base; empty for the base itself.
+    /// Name relative to the base; empty for the base itself.
     name: PathBuf,
     path: PathBuf,
 }
 
 #[derive(Debug, Clone)]
 enum Base {
-    /// The store's folder: absolute, without symbolic links, opened for each access.
+    /// The store's directory, opened for each access. The path is absolute and has no symbolic links.
     Root(Arc<Path>),
+    /// An open directory.
     Open(Arc<Folder>),
 }
 
@@ -58,12 +59,12 @@ impl Deref for OpenBase<'_> {
 }
 
 impl StorePath {
-    /// The folder of a store, by its canonical path.
+    /// Creates the path of a store's directory from the canonical path.
     pub(super) fn root(dir: &Path) -> StorePath {
         StorePath { base: Base::Root(dir.into()), name: PathBuf::new(), path: dir.to_owned() }
     }
 
-    /// A folder that is open.
+    /// Creates the path of an open directory.
     pub(super) fn of(folder: Arc<Folder>) -> StorePath {
         StorePath { path: folder.path().to_owned(), base: Base::Open(folder), name: PathBuf::new() }
     }
@@ -73,7 +74,7 @@ impl StorePath {
         StorePath { base: self.base.clone(), name: self.name.join(name), path: self.path.join(name) }
     }
 
-    /// Another name in the same folder.
+    /// Returns the path with another file name in the same directory.
     pub(super) fn with_file_name(&self, name: impl AsRef<OsStr>) -> StorePath {
         let name = name.as_ref();
         StorePath {
@@ -83,18 +84,18 @@ impl StorePath {
         }
     }
 
-    /// Its folder.
+    /// Returns the directory of the file.
     pub(super) fn parent(&self) -> StorePath {
         let parent = |path: &Path| path.parent().unwrap_or(Path::new("")).to_owned();
         StorePath { base: self.base.clone(), name: parent(&self.name), path: parent(&self.path) }
     }
 
-    /// The name in its folder.
+    /// Returns the file name.
     pub(super) fn file_name(&self) -> Option<&OsStr> {
         self.name.file_name()
     }
 
-    /// This folder, opened once for everything that is joined to it.
+    /// Opens this directory once for all accesses below it.
     pub(super) fn opened(&self) -> io::Result<StorePath> {
         Ok(StorePath::of(Arc::new(self.folder()?)))
     }
@@ -106,7 +107,7 @@ impl StorePath {
         })
     }
 
-    /// The name as the base resolves it.
+    /// Returns the name for resolution below the base.
     fn name(&self) -> &Path {
         if self.name.as_os_str().is_empty() { Path::new(".") } else { &self.name }
     }
@@ -121,7 +122,8 @@ impl StorePath {
     /// Opens a regular file for reading.
     ///
     /// # Errors
-    /// The system's; `InvalidData` for anything but a regular file, `ELOOP` for a link.
+    /// Returns `InvalidData` for anything but a regular file, `ELOOP` for a symbolic link, or an error if the system
+    /// call fails.
     pub fn file(&self) -> io::Result<File> {
         self.file_with(OFlags::RDONLY)
     }
@@ -130,12 +132,12 @@ impl StorePath {
         self.base()?.file_with(self.name(), flags)
     }
 
-    /// The contents of a regular file of at most `limit` bytes.
+    /// Reads a regular file of at most `limit` bytes.
     pub(super) fn read(&self, limit: Bytes) -> io::Result<Vec<u8>> {
         self.base()?.read(self.name(), limit)
     }
 
-    /// What has this name; a link is not followed.
+    /// Returns the metadata of the file. A symbolic link is not followed.
     pub(super) fn metadata(&self) -> io::Result<Stat> {
         match self.name.as_os_str().is_empty() {
             true => self.base()?.own_metadata(),
@@ -147,7 +149,7 @@ impl StorePath {
         self.metadata().is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == kind)
     }
 
-    /// True when something has this name.
+    /// Returns true if a file of any type has this name.
     pub(super) fn exists(&self) -> bool {
         self.metadata().is_ok()
     }
@@ -160,17 +162,17 @@ impl StorePath {
         self.is(FileType::RegularFile)
     }
 
-    /// True when `wanted` holds for some name in this folder; names behind the first one are not read.
+    /// Returns true if `wanted` accepts a name in this directory. Stops reading at the first such name.
     pub(super) fn has_name(&self, wanted: impl Fn(&OsStr) -> bool) -> io::Result<bool> {
         self.folder()?.has_name(wanted)
     }
 
-    /// Names in this folder, in no order.
+    /// Returns the names in this directory, unsorted.
     pub(super) fn names(&self) -> io::Result<Vec<OsString>> {
         self.folder()?.names()
     }
 
-    /// Creates a file that must not exist yet, for reading and writing.
+    /// Creates a file for reading and writing. Fails if the file exists.
     pub(super) fn create(&self) -> io::Result<File> {
         let (folder, name) = self.in_folder()?;
         let file = folder.create(name, FILE_MODE)?;
@@ -178,23 +180,23 @@ impl StorePath {
         Ok(file)
     }
 
-    /// Opens a file for reading and writing; creates it where it does not exist.
+    /// Opens a file for reading and writing, and creates the file if it does not exist.
     pub(super) fn open_or_create(&self) -> io::Result<File> {
         let (folder, name) = self.in_folder()?;
         let (file, created) = folder.open_or_create(name, FILE_MODE)?;
-        // A file that exists may be a hard link to one that lies elsewhere: it stays with its owner.
+        // An existing file keeps its owner: it may be a hard link to a file outside the store.
         if created {
             give_to_owner_of(&folder, &file)?;
         }
         Ok(file)
     }
 
-    /// Creates a folder that must not exist yet, and opens it.
+    /// Creates and opens a directory. Fails if the directory exists.
     pub(super) fn create_folder(&self) -> io::Result<Folder> {
         let (folder, name) = self.in_folder()?;
-        let made = folder.create_folder(name, FOLDER_MODE)?;
-        give_to_owner_of(&folder, &made)?;
-        Ok(made)
+        let created = folder.create_folder(name, DIRECTORY_MODE)?;
+        give_to_owner_of(&folder, &created)?;
+        Ok(created)
     }
 
     fn in_folder(&self) -> io::Result<(Folder, &OsStr)> {
@@ -204,63 +206,63 @@ impl StorePath {
         Ok((self.base()?.folder(parent)?, name))
     }
 
-    /// Moves it to `to`, over what is there.
+    /// Renames the file to `to`, replacing an existing file.
     pub(super) fn rename(&self, to: &StorePath) -> io::Result<()> {
         self.base()?.rename(self.name(), &*to.base()?, to.name())
     }
 
-    /// Removes a file, link or anything else that is no folder.
+    /// Removes a file of any type except a directory.
     pub(super) fn remove_file(&self) -> io::Result<()> {
         self.base()?.remove_file(self.name())
     }
 
-    /// Removes an empty folder.
+    /// Removes an empty directory.
     pub(super) fn remove_folder(&self) -> io::Result<()> {
         self.base()?.remove_folder(self.name())
     }
 
-    /// Removes a folder with everything below it; links are not followed.
+    /// Removes a directory and everything below it. Symbolic links are not followed.
     pub(super) fn remove_tree(&self) -> io::Result<()> {
         self.base()?.remove_tree(self.name())
     }
 
-    /// Makes creations, renames and removals in this folder durable.
+    /// Makes creations, renames and removals in this directory durable.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.folder()?.sync()
     }
 
-    /// The error for an access that failed. It is damage where something else than a file or folder of the store has this name.
+    /// Returns the error for a failed access: damage if a file of an unexpected type has this name.
     pub(super) fn error(&self, what: impl Into<String>, error: io::Error) -> Error {
         match is_misplaced(&error) {
             true => Error::damage(what).at(&self.path).because(error).remedy(
-                "the files of a store are regular files and folders: links, FIFOs, sockets and devices are not followed or \
-                 opened. Put back what was there, or remove it and import the same memory again",
+                "remove or replace the file: a store consists of regular files and directories, and links, FIFOs, sockets \
+                 and devices are not opened; then import the same memory again if a template was damaged",
             ),
             false => Error::io(what, &self.path, error),
         }
     }
 }
 
-/// True when what was met is of another type than was expected: a link, a folder, a FIFO, a file without end.
+/// Returns true if a file of an unexpected type was found: a link, a directory, a FIFO, or a file without an end.
 pub(super) fn is_misplaced(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::InvalidData
         || matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR | libc::EISDIR))
 }
 
-/// Gives what root has just created to the owner of the folder it lies in: a store belongs to one user, with whose
-/// rights it is served, and who must be able to go on with it. Nobody else can give files away.
-fn give_to_owner_of(folder: &Folder, made: impl AsFd) -> io::Result<()> {
+/// Chowns a file that root has just created to the owner of its directory. A store belongs to one user, with whose
+/// rights the store is served, and who must keep access to it. Other users cannot chown files.
+fn give_to_owner_of(folder: &Folder, created: impl AsFd) -> io::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    let (folder, made_by) = (folder.own_metadata()?, fstat(&made)?);
-    if (made_by.st_uid, made_by.st_gid) == (folder.st_uid, folder.st_gid) {
+    let (folder, created_as) = (folder.own_metadata()?, fstat(&created)?);
+    if (created_as.st_uid, created_as.st_gid) == (folder.st_uid, folder.st_gid) {
         return Ok(());
     }
-    Ok(fchown(made, Some(Uid::from_raw(folder.st_uid)), Some(Gid::from_raw(folder.st_gid)))?)
+    Ok(fchown(created, Some(Uid::from_raw(folder.st_uid)), Some(Gid::from_raw(folder.st_gid)))?)
 }
 
-/// The path, for messages.
+/// Returns the path, for use in messages.
 impl AsRef<Path> for StorePath {
     fn as_ref(&self) -> &Path {
         &self.path
@@ -287,13 +289,13 @@ impl Ord for StorePath {
     }
 }
 
-/// Opens the folder of a store that may not exist yet, and creates what is missing of it. Every component that is
-/// created is entered through its descriptor.
+/// Opens the directory of a store, and creates missing components. Each new component is entered through its
+/// descriptor.
 ///
 /// # Errors
-/// When it cannot be created.
+/// Returns an error if the directory cannot be created.
 pub(super) fn create_root(dir: &Path) -> Result<StorePath> {
-    let fail = |e| Error::io("cannot create the store", dir, e);
+    let fail = |e| Error::io("cannot create store", dir, e);
     let absolute = std::path::absolute(dir).map_err(fail)?;
     let mut existing = absolute.as_path();
     let mut missing = Vec::new();
@@ -312,10 +314,10 @@ pub(super) fn create_root(dir: &Path) -> Result<StorePath> {
     };
     let mut folder = Folder::open_canonical(&found).map_err(fail)?;
     for name in missing.into_iter().rev() {
-        folder = match folder.create_folder(name, FOLDER_MODE) {
-            // Another command creates it at the same time.
+        folder = match folder.create_folder(name, DIRECTORY_MODE) {
+            // Another command has created the directory at the same time.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => folder.folder(name).map_err(fail)?,
-            made => made.map_err(fail)?,
+            created => created.map_err(fail)?,
         };
     }
     Ok(StorePath::of(Arc::new(folder)))

@@ -1,4 +1,4 @@
-//! Atomic publication: temporary → fsync → rename → fsync of the folder.
+//! Atomic publication: write a temporary file, fsync, rename, fsync the directory.
 
 use std::fs::File;
 use std::io::Write;
@@ -7,27 +7,27 @@ use super::path::StorePath;
 use super::session::Session;
 use crate::error::{Error, Result};
 
-/// Makes renames and removals in a folder last.
-pub(super) fn sync_folder(path: &StorePath) -> Result<()> {
-    path.sync().map_err(|e| path.error("cannot sync the folder", e))
+/// Makes renames and removals in a directory durable.
+pub(super) fn sync_directory(path: &StorePath) -> Result<()> {
+    path.sync().map_err(|e| path.error("cannot sync directory", e))
 }
 
-/// Makes a folder of the store, for its owner.
-pub(super) fn make_folder(path: &StorePath) -> Result<()> {
+/// Creates a directory of the store, with mode 0700.
+pub(super) fn make_directory(path: &StorePath) -> Result<()> {
     path.create_folder().map(drop).map_err(|e| path.error("cannot create", e))
 }
 
-/// Moves what is complete and durable to the place where it counts.
+/// Renames a complete and durable file or directory to its public name.
 pub(super) fn publish(from: &StorePath, to: &StorePath) -> Result<()> {
     from.rename(to).map_err(|e| to.error("cannot publish", e))
 }
 
-/// Makes a new file of a session, for reading and writing.
+/// Creates a file in a session, for reading and writing.
 pub(super) fn create(path: &StorePath) -> Result<File> {
     path.create().map_err(|e| path.error("cannot create", e))
 }
 
-/// Writes a new file, durable, without publishing it.
+/// Writes and syncs a new file, without publishing it.
 pub(super) fn write_new(path: &StorePath, bytes: &[u8]) -> Result<()> {
     let write = || {
         let mut file = path.create()?;
@@ -37,17 +37,17 @@ pub(super) fn write_new(path: &StorePath, bytes: &[u8]) -> Result<()> {
     write().map_err(|e| path.error("cannot write", e))
 }
 
-/// Replaces a small file as a whole: a reader sees the old or the new bytes, never a mixture. `tmp` is
-/// the store's folder for what is not published yet.
+/// Replaces a small file atomically: a reader sees either the old or the new bytes. `tmp` is the store's directory for
+/// unpublished files.
 pub(super) fn replace_file(tmp: &StorePath, path: &StorePath, bytes: &[u8]) -> Result<()> {
-    let session = Session::begin(tmp)?;
+    let session = Session::create(tmp)?;
     let temporary = session.path().join("new");
     write_new(&temporary, bytes)?;
     temporary.rename(path).map_err(|e| path.error("cannot replace", e))?;
-    sync_folder(&path.parent())
+    sync_directory(&path.parent())
 }
 
-/// Random bytes of the kernel.
+/// Returns random bytes from the kernel.
 pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     File::open("/dev/urandom")
@@ -56,7 +56,7 @@ pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// Sixteen random bytes as a file name.
+/// Returns 16 random bytes as 32 hex digits, for a file name.
 pub(super) fn random_hex() -> Result<String> {
     random::<16>().map(|bytes| super::format::PackId(bytes).to_string())
 }

@@ -1,4 +1,4 @@
-//! Names: of templates, tags and files, and the ways to point at a template.
+//! Names of templates, tags and files, and references to templates.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,48 +8,48 @@ use serde::Serialize;
 use super::Digest;
 use crate::error::{Error, Result};
 
-/// The tag that is meant when none is said.
+/// Tag of a reference without a tag.
 pub const DEFAULT_TAG: &str = "latest";
 
-/// Longest name or tag in bytes.
+/// Maximum length of a name or tag in bytes.
 pub const MAX_NAME: usize = 128;
 
-/// Fewest hex digits that are read as the beginning of a digest.
+/// Minimum number of hex digits in a digest prefix.
 pub const MIN_PREFIX: usize = 8;
 
-/// Checks one component that becomes a file name: letters, digits, `.`, `_` and `-`, starting with a
-/// letter, a digit or `_`, without `..`, at most `MAX_NAME` bytes.
+/// Checks a name that is used as a file name: letters, digits, `.`, `_` and `-`, starting with a letter, a digit or
+/// `_`, without `..`, at most `MAX_NAME` bytes.
 ///
 /// # Errors
-/// A usage error that says which rule `text` breaks; `what` is the word for the component.
+/// Returns a usage error with the rule that `text` violates; `what` names the kind of name in the message.
 pub fn check_name(what: &str, text: &str) -> Result<()> {
-    let refuse = |why: &str| {
-        Err(Error::usage(format!("{what} '{}' {why}", text.escape_debug())).remedy(format!(
-            "use letters, digits, '.', '_' and '-', at most {MAX_NAME} of them, beginning with a letter or digit"
+    let invalid = |why: &str| {
+        Err(Error::usage(format!("invalid {what} '{}': {why}", text.escape_debug())).remedy(format!(
+            "use at most {MAX_NAME} letters, digits, '.', '_' and '-', starting with a letter, a digit or '_'"
         )))
     };
     if text.is_empty() {
-        return refuse("is empty");
+        return invalid("empty");
     }
     if text.len() > MAX_NAME {
-        return refuse("is too long");
+        return invalid("too long");
     }
     if text.contains('/') {
-        return refuse("contains '/'");
+        return invalid("contains '/'");
     }
     if text.contains("..") {
-        return refuse("contains '..'");
+        return invalid("contains '..'");
     }
     if let Some(bad) = text.chars().find(|c| !c.is_ascii_alphanumeric() && !"._-".contains(*c)) {
-        return refuse(&format!("contains '{}'", bad.escape_debug()));
+        return invalid(&format!("contains '{}'", bad.escape_debug()));
     }
     if text.starts_with(['.', '-']) {
-        return refuse("begins with a sign");
+        return invalid("starts with '.' or '-'");
     }
     Ok(())
 }
 
-/// `NAME:TAG`, a pointer to a template.
+/// A tag `NAME:TAG`, which points at a template.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TagName {
     name: String,
@@ -57,26 +57,28 @@ pub struct TagName {
 }
 
 impl TagName {
-    /// The pointer with these two parts.
+    /// Creates a tag from its two parts.
     ///
     /// # Errors
-    /// A usage error when a part is no name, or when the name reads as the beginning of a digest.
+    /// Returns a usage error if a part is invalid, or if the name could be mistaken for a digest prefix.
     pub fn new(name: &str, tag: &str) -> Result<TagName> {
         check_name("name", name)?;
         check_name("tag", tag)?;
         if is_prefix(name) {
-            return Err(Error::usage(format!("name '{name}' reads as the beginning of a digest"))
-                .remedy("add a letter beyond f or a '-' to the name"));
+            return Err(Error::usage(format!(
+                "invalid name '{name}': could be mistaken for a digest prefix"
+            ))
+            .remedy("add a '-' or a letter other than a to f to the name"));
         }
         Ok(TagName { name: name.to_owned(), tag: tag.to_owned() })
     }
 
-    /// The name without the tag.
+    /// Returns the part before the colon.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The tag without the name.
+    /// Returns the part after the colon.
     pub fn tag(&self) -> &str {
         &self.tag
     }
@@ -97,7 +99,7 @@ impl Serialize for TagName {
 impl FromStr for TagName {
     type Err = Error;
 
-    /// `NAME` or `NAME:TAG`.
+    /// Parses `NAME` or `NAME:TAG`.
     fn from_str(text: &str) -> Result<TagName> {
         match text.split_once(':') {
             Some((name, tag)) => TagName::new(name, tag),
@@ -106,14 +108,14 @@ impl FromStr for TagName {
     }
 }
 
-/// What a user writes where a template is meant.
+/// A user's reference to a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TemplateRef {
     /// `NAME` or `NAME:TAG`.
     Tag(TagName),
-    /// `NAME@blake3:HEX` (the name is for the reader only) or all 64 digits.
+    /// `NAME@blake3:HEX` (the name is ignored), or all 64 hex digits of a digest.
     Digest(Digest),
-    /// Eight or more leading hex digits of a digest, lower case.
+    /// The first eight or more hex digits of a digest, in lower case.
     Prefix(String),
 }
 
@@ -124,8 +126,8 @@ impl FromStr for TemplateRef {
         if let Some((name, digest)) = text.split_once('@') {
             check_name("name", name)?;
             let Some(hex) = digest.strip_prefix("blake3:") else {
-                return Err(Error::usage(format!("'{text}' names no digest that Stencil knows"))
-                    .remedy("write NAME@blake3:HEX"));
+                return Err(Error::usage(format!("invalid reference '{text}': unsupported hash"))
+                    .remedy("use NAME@blake3:HEX"));
             };
             return hex.to_ascii_lowercase().parse().map(TemplateRef::Digest);
         }
@@ -160,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names() {
+    fn checks_names() {
         for good in ["a", "debian-12", "x_y.z", "7zip", "memory", "_x", &"n".repeat(128)] {
             assert!(check_name("name", good).is_ok(), "{good}");
         }
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn references() {
+    fn parses_references() {
         let hex = Digest::of(b"x").to_string();
         let tag = |n: &str, t: &str| TemplateRef::Tag(TagName::new(n, t).unwrap());
         assert_eq!("a".parse::<TemplateRef>().unwrap(), tag("a", "latest"));

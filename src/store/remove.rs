@@ -1,68 +1,71 @@
-//! Removal of tags and templates. Packs stay: blocks may be shared.
+//! Removal of tags and templates. Packs stay, because other templates may share their blocks.
 
 use std::collections::HashSet;
 
 use serde::Serialize;
 
 use super::path::StorePath;
-use super::publish::{random_hex, sync_folder};
+use super::publish::{random_hex, sync_directory};
 use super::tags::read_tag;
 use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
 
-/// What a removal has taken away.
+/// Result of a removal.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Removed {
-    /// Tags that are gone.
+    /// Removed tags.
     pub tags: Vec<TagName>,
-    /// The template, when it is gone too.
+    /// The removed template, if any.
     pub template: Option<Digest>,
-    /// Tags that it stays under, when it is not.
+    /// Remaining tags of the template, if the template was not removed.
     pub kept_tags: Vec<TagName>,
 }
 
-/// How far a removal has come.
+/// Outcome of [`Store::remove`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Removal {
-    /// That is gone.
+    /// The tag or template was removed.
     Done(Removed),
-    /// This template would go: see first that nobody uses it.
+    /// This template would be removed: the caller must first check that the template is unused.
     Template(Digest),
 }
 
-/// Templates that are not removed, and why.
+/// Templates that were not removed, with the reason.
 pub type Refused = Vec<(Digest, Error)>;
 
-/// Where a template's folder, or a tag, is until its removal is certain: no list shows what begins with a dot.
-fn grave_of(path: &StorePath) -> StorePath {
+/// Returns the path to which a template's directory or a tag is renamed until its removal is confirmed. Listings skip
+/// names that start with a dot.
+fn aside_path(path: &StorePath) -> StorePath {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}"))
 }
 
-/// While the template was hidden, a mount of the store began, got another supervisor, or ended its hiding after 15 s.
-fn shown_again(digest: &Digest) -> Error {
+/// Returns the error for a template that a mount may have shown again during the removal: a mount was started, its
+/// supervisor was replaced, or the mount stopped hiding the template after 15 s.
+fn hiding_interrupted(digest: &Digest) -> Error {
     Error::try_again(format!(
-        "template {digest} stays: a mount of the store may have shown it during the removal"
+        "template {digest} was not removed: a mount of the store may have shown the template during the removal"
     ))
-    .remedy("run it again when no mount begins or restarts")
+    .remedy("run the command again when no mount of the store is starting or restarting")
 }
 
-/// The name of what lies in that grave.
-fn buried(grave: &StorePath) -> Option<&str> {
-    grave.file_name()?.to_str()?.strip_prefix('.')
+/// Returns the original name of a path from [`aside_path`].
+fn original_name(aside: &StorePath) -> Option<&str> {
+    aside.file_name()?.to_str()?.strip_prefix('.')
 }
 
 impl Store {
-    /// Removes what `reference` names: a tag of a template that has others goes alone, the last tag takes the template
-    /// along, a digest takes all its tags along. A template goes only if it is `unused`, of which the caller knows that
-    /// nobody uses it; any other template is only named.
+    /// Removes the tag or template of `reference`. A tag of a template with several tags is removed alone. The last tag
+    /// is removed with its template, and a digest with all tags of its template. A template is removed only if it is
+    /// `unused`, that is, if the caller has checked that the template is unused; any other template is only returned.
     ///
-    /// Both closures, and what happens to a template that they refuse, are those of
+    /// The closures, and the handling of a template that a closure rejects, are those of
     /// [`remove_untagged`](Self::remove_untagged).
     ///
     /// # Errors
-    /// [`Code::NotFound`], the errors of both closures, or when a file cannot be removed. [`Code::Damage`] if a tag
-    /// of the store is damaged and the template would go with its last tag: the damaged tag may point to it.
+    /// Returns [`Code::NotFound`] if `reference` does not exist, the errors of both closures, or an error if a file
+    /// cannot be removed. Returns [`Code::Damage`] if the template would be removed with its last tag and a tag of the
+    /// store is damaged, because the damaged tag may point at the template.
     pub fn remove(
         &self,
         reference: &TemplateRef,
@@ -71,7 +74,7 @@ impl Store {
         used: impl Fn(&[Digest]) -> Result<Refused>,
     ) -> Result<Removal> {
         let _names = self.lock_names()?;
-        self.settle_graves()?;
+        self.restore_set_aside()?;
         let Some(digest) = self.removable(reference)? else {
             return self.remove_tag_only(reference, Vec::new());
         };
@@ -83,7 +86,7 @@ impl Store {
             if !others.is_empty() {
                 return self.remove_tag_only(reference, others);
             }
-            // The last one takes the template along: it must be the last one for certain.
+            // The template is removed with its last tag, so every other tag must be readable.
             self.expect_tags_readable()?;
         }
         if unused != Some(&digest) {
@@ -92,28 +95,28 @@ impl Store {
         let removed = self.remove_hidden(&[(digest, tags.clone())], hidden, used);
         let removed =
             removed.and_then(|done| done.into_iter().next().map_or(Ok(false), |(_, removed)| removed));
-        let settled = self.settle_graves();
+        let restored = self.restore_set_aside();
         if let Ok(true) = removed {
-            settled.unwrap_or_else(|e| log::warn!("{e}"));
+            restored.unwrap_or_else(|e| log::warn!("{e}"));
             return Ok(Removal::Done(Removed { tags, template: Some(digest), kept_tags: Vec::new() }));
         }
-        match (removed, settled) {
+        match (removed, restored) {
             (removed, Ok(())) => removed.map(|_| Removal::Template(digest)),
             (Ok(_), Err(error)) => Err(error),
             (Err(why), Err(error)) => Err(why.and(error)),
         }
     }
 
-    /// Removes those of the templates that have no tag, and gives for each whether it is gone. The tags of the store are
-    /// read once, and its folder of templates is synced as often as for one template.
+    /// Removes those of the templates that have no tag, and returns for each whether it was removed. The tags of the
+    /// store are read once, and the directory of templates is synced as often as for one template.
     ///
-    /// The lock of names is held throughout. `hidden` gives the templates that must stay although all mounts hide them, or
-    /// `None` if a mount may show one of them. `used` runs after the templates have left the store, and gives those that a
-    /// process uses. What is not removed is restored.
+    /// The names lock is held throughout. `hidden` returns the templates that must stay although all mounts hide them,
+    /// or `None` if a mount may show one of them. `used` is called after the templates have been set aside, and returns
+    /// the templates that a process uses. Templates that are not removed are restored.
     ///
     /// # Errors
-    /// [`Code::Damage`] if a damaged tag may be a tag of one of them; the errors of both closures; or when what was not
-    /// removed cannot be restored.
+    /// Returns [`Code::Damage`] if a damaged tag may point at one of the templates. Also returns the errors of both
+    /// closures, or an error if a template that was not removed cannot be restored.
     pub fn remove_untagged(
         &self,
         unused: &[Digest],
@@ -121,7 +124,7 @@ impl Store {
         used: impl Fn(&[Digest]) -> Result<Refused>,
     ) -> Result<Vec<(Digest, Result<bool>)>> {
         let _names = self.lock_names()?;
-        self.settle_graves()?;
+        self.restore_set_aside()?;
         self.expect_tags_readable()?;
         let untagged: HashSet<Digest> = self.untagged(unused)?.into_iter().collect();
         let (mut done, mut templates) = (Vec::new(), Vec::new());
@@ -133,15 +136,16 @@ impl Store {
             }
         }
         let removed = self.remove_hidden(&templates, hidden, used);
-        match (removed, self.settle_graves()) {
-            (Ok(removed), settled) => {
-                // What is removed is told even if another template cannot be restored: the next writer restores it.
-                settled.unwrap_or_else(|e| log::warn!("{e}"));
-                let shown = |(digest, is_removed): (Digest, Result<bool>)| match is_removed {
-                    Ok(false) => (digest, Err(shown_again(&digest))),
+        match (removed, self.restore_set_aside()) {
+            (Ok(removed), restored) => {
+                // A completed removal is reported even if another template cannot be restored; the next writer restores
+                // it.
+                restored.unwrap_or_else(|e| log::warn!("{e}"));
+                let report = |(digest, is_removed): (Digest, Result<bool>)| match is_removed {
+                    Ok(false) => (digest, Err(hiding_interrupted(&digest))),
                     removed => (digest, removed),
                 };
-                done.extend(removed.into_iter().map(shown));
+                done.extend(removed.into_iter().map(report));
                 Ok(done)
             }
             (Err(error), Ok(())) => Err(error),
@@ -149,158 +153,164 @@ impl Store {
         }
     }
 
-    /// Those of the templates that no tag points to.
+    /// Returns those of the templates that have no tag.
     ///
     /// # Errors
-    /// When the tags cannot be listed.
+    /// Returns an error if the tags cannot be listed.
     pub fn untagged(&self, digests: &[Digest]) -> Result<Vec<Digest>> {
         let tagged: HashSet<Digest> = self.tags()?.into_iter().map(|entry| entry.digest).collect();
         Ok(digests.iter().filter(|digest| !tagged.contains(digest)).copied().collect())
     }
 
-    /// Removes templates and all their tags; gives for each whether it is gone: false if a mount may show it. Templates that
-    /// are buried and not gone are restored by the caller (`settle_graves`).
+    /// Removes templates and all their tags. Returns for each template whether it was removed: false if a mount may
+    /// show it. The caller restores templates that were set aside and not removed (`restore_set_aside`).
     fn remove_hidden(
         &self,
         templates: &[(Digest, Vec<TagName>)],
         hidden: impl Fn(&[Digest]) -> Result<Option<Refused>>,
         used: impl Fn(&[Digest]) -> Result<Refused>,
     ) -> Result<Vec<(Digest, Result<bool>)>> {
-        let mut left: Vec<Digest> = templates.iter().map(|(digest, _)| *digest).collect();
+        let mut remaining: Vec<Digest> = templates.iter().map(|(digest, _)| *digest).collect();
         let mut done: Vec<(Digest, Result<bool>)> = Vec::new();
-        let mut refuse = |left: &mut Vec<Digest>, refused: Option<Refused>| match refused {
+        let mut refuse = |remaining: &mut Vec<Digest>, refused: Option<Refused>| match refused {
             Some(mut refused) => {
-                refused.retain(|(digest, _)| left.contains(digest));
-                left.retain(|digest| refused.iter().all(|(other, _)| other != digest));
+                refused.retain(|(digest, _)| remaining.contains(digest));
+                remaining.retain(|digest| refused.iter().all(|(other, _)| other != digest));
                 done.extend(refused.into_iter().map(|(digest, error)| (digest, Err(error))));
             }
-            None => done.extend(left.drain(..).map(|digest| (digest, Ok(false)))),
+            None => done.extend(remaining.drain(..).map(|digest| (digest, Ok(false)))),
         };
-        let refused = hidden(&left)?;
-        refuse(&mut left, refused);
-        let unused = templates.iter().filter(|(digest, _)| left.contains(digest));
-        let refused = self.bury(unused)?;
-        refuse(&mut left, Some(refused));
-        // After the burial: nobody can have opened a template during the search.
-        let refused = used(&left)?;
-        refuse(&mut left, Some(refused));
-        let refused = hidden(&left)?;
-        refuse(&mut left, refused);
-        done.extend(self.forget(&left));
+        let refused = hidden(&remaining)?;
+        refuse(&mut remaining, refused);
+        let unused = templates.iter().filter(|(digest, _)| remaining.contains(digest));
+        let refused = self.set_aside(unused)?;
+        refuse(&mut remaining, Some(refused));
+        // After the templates were set aside, no process can open one during the search.
+        let refused = used(&remaining)?;
+        refuse(&mut remaining, Some(refused));
+        let refused = hidden(&remaining)?;
+        refuse(&mut remaining, refused);
+        done.extend(self.delete_set_aside(&remaining));
         Ok(done)
     }
 
-    /// Moves templates and their tags to where no list has them, and gives those that cannot be moved. That takes no room,
-    /// and neither does the way back.
-    fn bury<'a>(&self, templates: impl Iterator<Item = &'a (Digest, Vec<TagName>)>) -> Result<Refused> {
+    /// Renames templates and their tags to names that listings skip, and returns the templates that cannot be renamed.
+    /// Neither this nor the restoration needs disk space.
+    fn set_aside<'a>(&self, templates: impl Iterator<Item = &'a (Digest, Vec<TagName>)>) -> Result<Refused> {
         let mut refused = Refused::new();
         for (digest, tags) in templates {
-            if let Err(error) = self.bury_one(digest, tags) {
+            if let Err(error) = self.set_one_aside(digest, tags) {
                 refused.push((*digest, error));
             }
         }
-        sync_folder(&self.images_dir())?;
+        sync_directory(&self.images_dir())?;
         Ok(refused)
     }
 
-    fn bury_one(&self, digest: &Digest, tags: &[TagName]) -> Result<()> {
-        // Tags first: there is never a name without a template.
+    fn set_one_aside(&self, digest: &Digest, tags: &[TagName]) -> Result<()> {
+        // Tags first, so that no tag ever points at a missing template.
         for tag in tags {
             let path = self.tag_path(tag);
-            path.rename(&grave_of(&path)).map_err(|e| path.error("cannot remove tag", e))?;
-            sync_folder(&self.tags_dir().join(tag.name()))?;
+            path.rename(&aside_path(&path)).map_err(|e| path.error("cannot remove tag", e))?;
+            sync_directory(&self.tags_dir().join(tag.name()))?;
         }
-        let folder = self.image_dir(digest);
-        folder.rename(&grave_of(&folder)).map_err(|e| folder.error("cannot remove the template", e))
+        let directory = self.image_dir(digest);
+        directory.rename(&aside_path(&directory)).map_err(|e| directory.error("cannot remove template", e))
     }
 
-    /// Removes buried templates; gives for each whether it is gone. Each goes in one step: none is restored in parts.
-    fn forget(&self, digests: &[Digest]) -> Vec<(Digest, Result<bool>)> {
+    /// Removes templates that were set aside, and returns for each whether it was removed. A template is first renamed
+    /// to `tmp/`, so that no partly removed template can be restored.
+    fn delete_set_aside(&self, digests: &[Digest]) -> Vec<(Digest, Result<bool>)> {
         let mut trees = Vec::new();
-        let mut forget = |digest: &Digest| {
-            let (grave, tree) = (grave_of(&self.image_dir(digest)), self.tmp_dir().join(random_hex()?));
-            grave.rename(&tree).map_err(|e| grave.error("cannot remove the template", e))?;
+        let mut delete = |digest: &Digest| {
+            let (aside, tree) = (aside_path(&self.image_dir(digest)), self.tmp_dir().join(random_hex()?));
+            aside.rename(&tree).map_err(|e| aside.error("cannot remove template", e))?;
             trees.push(tree);
             Ok(true)
         };
-        let done = digests.iter().map(|digest| (*digest, forget(digest))).collect();
-        // The next writer sweeps what is left of the trees.
-        sync_folder(&self.images_dir()).unwrap_or_else(|e| log::warn!("{e}"));
+        let done = digests.iter().map(|digest| (*digest, delete(digest))).collect();
+        // The next writer removes what remains of the trees.
+        sync_directory(&self.images_dir()).unwrap_or_else(|e| log::warn!("{e}"));
         trees.iter().for_each(|tree| drop(tree.remove_tree()));
         done
     }
 
-    fn graves_in(&self, folder: &StorePath) -> Result<Vec<StorePath>> {
-        let names = folder.names().map_err(|e| self.blame(folder.error("cannot list", e)))?;
-        let mut graves: Vec<StorePath> = names.iter().map(|name| folder.join(name)).collect();
-        graves.retain(|path| buried(path).is_some());
-        Ok(graves)
+    fn aside_paths_in(&self, directory: &StorePath) -> Result<Vec<StorePath>> {
+        let names = directory.names().map_err(|e| self.outage_or(directory.error("cannot list", e)))?;
+        let mut aside: Vec<StorePath> = names.iter().map(|name| directory.join(name)).collect();
+        aside.retain(|path| original_name(path).is_some());
+        Ok(aside)
     }
 
-    /// Puts back what a removal that has not ended has buried: it may be in use. The caller holds the lock of names.
+    /// Restores templates and tags that an unfinished removal has set aside, because they may be in use. The caller
+    /// holds the names lock.
     ///
     /// # Errors
-    /// When something cannot be put back: it stays where it is, for the next time.
-    pub(super) fn settle_graves(&self) -> Result<()> {
+    /// Returns an error if a file cannot be restored. The file stays set aside, and the next call tries again.
+    pub(super) fn restore_set_aside(&self) -> Result<()> {
         let fail = |path: &StorePath, e| {
-            Error::io("cannot put back what may be in use", path, e)
-                .remedy("it is still there, hidden: once that path can be written, `stencil gc` puts it back")
+            Error::io("cannot undo the unfinished removal", path, e)
+                .remedy("make the path writable, then run 'stencil gc' to restore the hidden file")
         };
-        // One that cannot be restored is in no other's way, and keeps its tags.
-        let (mut settled, mut stuck) = (Ok(()), HashSet::new());
-        for grave in self.graves_in(&self.images_dir())? {
-            let Some(digest) = buried(&grave).and_then(|name| name.parse::<Digest>().ok()) else { continue };
-            let folder = self.image_dir(&digest);
+        // A template that cannot be restored does not block the others, and its tags stay set aside.
+        let (mut restored, mut stuck) = (Ok(()), HashSet::new());
+        for aside in self.aside_paths_in(&self.images_dir())? {
+            let Some(digest) = original_name(&aside).and_then(|name| name.parse::<Digest>().ok()) else {
+                continue;
+            };
+            let directory = self.image_dir(&digest);
             let done = match self.has(&digest) {
-                // It was imported again.
-                true => self.forget(&[digest]).into_iter().try_for_each(|(_, done)| done.map(drop)),
-                false => grave.rename(&folder).map_err(|e| fail(&folder, e)),
+                // The template was imported again.
+                true => self.delete_set_aside(&[digest]).into_iter().try_for_each(|(_, done)| done.map(drop)),
+                false => aside.rename(&directory).map_err(|e| fail(&directory, e)),
             };
             if done.is_err() {
                 stuck.insert(digest);
             }
-            settled = settled.and(done).and(sync_folder(&self.images_dir()));
+            restored = restored.and(done).and(sync_directory(&self.images_dir()));
         }
         for name in self.names(&self.tags_dir())? {
-            let folder = self.tags_dir().join(&name);
-            let graves = self.graves_in(&folder)?;
-            for grave in &graves {
-                let Some(tag) = buried(grave).and_then(|tag| TagName::new(&name, tag).ok()) else { continue };
+            let directory = self.tags_dir().join(&name);
+            let set_aside = self.aside_paths_in(&directory)?;
+            for aside in &set_aside {
+                let Some(tag) = original_name(aside).and_then(|tag| TagName::new(&name, tag).ok()) else {
+                    continue;
+                };
                 let path = self.tag_path(&tag);
-                let done = match read_tag(grave) {
+                let done = match read_tag(aside) {
                     Err(e) => Err(e),
                     Ok(Some(digest)) if stuck.contains(&digest) => Ok(()),
-                    Ok(Some(digest)) if self.has(&digest) && !path.is_file() => grave.rename(&path),
-                    Ok(_) => grave.remove_file(),
+                    Ok(Some(digest)) if self.has(&digest) && !path.is_file() => aside.rename(&path),
+                    Ok(_) => aside.remove_file(),
                 };
-                settled = settled.and(done.map_err(|e| fail(&path, e)));
+                restored = restored.and(done.map_err(|e| fail(&path, e)));
             }
-            if !graves.is_empty() {
-                settled = settled.and(sync_folder(&folder));
-                // Fails while other tags of the name are there, and that is right.
-                let _ = folder.remove_folder();
+            if !set_aside.is_empty() {
+                restored = restored.and(sync_directory(&directory));
+                // Fails, as intended, if the name has other tags.
+                let _ = directory.remove_folder();
             }
         }
-        settled
+        restored
     }
 
-    /// Fails where there is nothing that these words mean.
+    /// Checks that a tag or template can be removed by this reference.
     ///
     /// # Errors
-    /// As [`Store::resolve`]; a tag that points nowhere, or is damaged, can be removed.
+    /// Same as [`Store::resolve`], except that a dangling or damaged tag can be removed.
     pub fn expect_removable(&self, reference: &TemplateRef) -> Result<()> {
-        // What another removal has buried may come back.
+        // Another removal may have set the template aside.
         let _names = self.lock_names()?;
-        self.settle_graves()?;
+        self.restore_set_aside()?;
         self.removable(reference).map(drop)
     }
 
-    /// The template that these words mean; nothing for a tag beside which there is nothing to remove.
+    /// Returns the template of the reference; `None` if only the tag can be removed, because it is dangling or damaged.
     fn removable(&self, reference: &TemplateRef) -> Result<Option<Digest>> {
         let TemplateRef::Tag(tag) = reference else { return self.resolve(reference).map(Some) };
         match self.tag(tag) {
             Ok(Some(digest)) => Ok(Some(digest).filter(|digest| self.has(digest))),
-            // It says that there is none.
+            // Returns the error for an unknown tag.
             Ok(None) => self.resolve(reference).map(Some),
             Err(e) if e.code() == Code::Damage => Ok(None),
             Err(e) => Err(e),

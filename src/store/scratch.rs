@@ -1,4 +1,4 @@
-//! What one thread needs to read and compare blocks.
+//! Buffers of one thread for reading and verifying blocks.
 
 use super::codec::{Decoder, Mismatch, page_mask};
 use super::format::Stored;
@@ -6,7 +6,7 @@ use super::pack::{AlignedBuffer, PackFile};
 use super::{BLOCK_SIZE, Digest};
 use crate::error::Result;
 
-/// Memory that reads reuse; one for each thread.
+/// Reusable buffers for reads, one instance for each thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
     pub(super) buffer: AlignedBuffer,
@@ -15,7 +15,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Reads a record of a pack and compares the block in it with its hash; gives the record.
+    /// Reads a record from a pack and verifies its block against the hash. Returns the record.
     pub(super) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<&[u8]> {
         let Scratch { buffer, decoder, plain } = self;
         let record = pack.record(stored, buffer)?;
@@ -23,7 +23,7 @@ impl Scratch {
         Ok(record)
     }
 
-    /// Compares the block in `record`, which no pack has yet, with its hash; gives the plain block.
+    /// Verifies the block in `record`, which is not yet in a pack, against its hash. Returns the plain block.
     pub(super) fn check(
         &mut self,
         record: &[u8],
@@ -34,7 +34,7 @@ impl Scratch {
         Ok(&self.plain)
     }
 
-    /// The plain block that was compared last.
+    /// Returns the plain block of the last verification.
     pub(super) fn plain(&self) -> &[u8] {
         &self.plain
     }
@@ -51,6 +51,6 @@ fn check(
     decoder.block((stored.kind, stored.chunk_shift), record, hash, plain)?;
     match page_mask(plain) {
         mask if mask == stored.data_pages => Ok(()),
-        mask => Err(format!("its pages are {mask:#x}, expected {:#x}", stored.data_pages)),
+        mask => Err(format!("its page mask is {mask:#x}, expected {:#x}", stored.data_pages)),
     }
 }

@@ -1,24 +1,24 @@
-//! The inode number of a template's file: the one thing by which its users are found.
+//! Inode numbers of a template's files. Processes that use a template are found by these numbers.
 
 use serde::{Deserialize, Serialize};
 
 use super::Digest;
 
-/// How a file is served through the mount. It is part of the inode number.
+/// How a file is served through the mount. The value is part of the inode number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Serving {
-    /// By FUSE passthrough to a hydrated backing file.
+    /// FUSE passthrough to a hydrated backing file.
     Passthrough,
-    /// By decoding stored blocks.
+    /// Decoding of stored blocks in the server.
     Decode,
 }
 
 impl Serving {
-    /// Both, in the order in which they are tried.
+    /// All values, in order of preference.
     pub const ALL: [Serving; 2] = [Serving::Passthrough, Serving::Decode];
 
-    /// The word used in JSON and on the command line.
+    /// Returns the name used in JSON and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Serving::Passthrough => "passthrough",
@@ -27,10 +27,10 @@ impl Serving {
     }
 }
 
-/// The inode number of `file` of the template `digest`, served so, in mounts of the store with this
-/// secret: 63 bits of a keyed BLAKE3 hash, never 0 or 1.
+/// Returns the inode number of a template's file: 63 bits of a keyed BLAKE3 hash, never 0 or 1. The number is the same
+/// in all mounts of the store with this secret.
 ///
-/// The secret keeps the numbers from being guessed by somebody who knows the content.
+/// The secret prevents a user who knows the content from guessing the number.
 pub fn inode_number(secret: &[u8; 32], digest: &Digest, file: &str, serving: Serving) -> u64 {
     for attempt in 0u8.. {
         let mut hasher = blake3::Hasher::new_keyed(secret);
@@ -47,7 +47,8 @@ pub fn inode_number(secret: &[u8; 32], digest: &Digest, file: &str, serving: Ser
     2
 }
 
-/// The inode number of a directory or a link in mounts of the store with this secret, by its path below the mount.
+/// Returns the inode number of a directory or symbolic link in mounts of the store with this secret, from its path
+/// below the mount.
 pub fn path_number(secret: &[u8; 32], path: &str) -> u64 {
     let mut hasher = blake3::Hasher::new_keyed(secret);
     hasher.update(b"name\0");
@@ -57,7 +58,7 @@ pub fn path_number(secret: &[u8; 32], path: &str) -> u64 {
     (u64::from_le_bytes(number) >> 1).max(2)
 }
 
-/// The inode number of the top of a mount; FUSE fixes it.
+/// Inode number of the root of a mount; fixed by FUSE (`FUSE_ROOT_ID`).
 pub const TOP_NUMBER: u64 = 1;
 
 #[cfg(test)]
@@ -65,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_depend_on_all_four_and_nothing_else() {
+    fn inode_numbers_depend_on_all_four_inputs() {
         let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
         let base = inode_number(&[7; 32], &a, "memory", Serving::Decode);
         assert_eq!(base, inode_number(&[7; 32], &a, "memory", Serving::Decode));

@@ -1,4 +1,4 @@
-//! Sessions: folders in `STORE/tmp` for what is not published yet.
+//! Sessions: directories in `STORE/tmp` for unpublished files.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -11,14 +11,15 @@ use super::publish::random_hex;
 use crate::error::{Error, Result};
 use crate::sys::folder::Folder;
 
-/// How often a folder is created that another writer's sweep takes before it is locked.
+/// Maximum number of attempts to create a session directory. Another writer's sweep may remove a directory before it is
+/// locked.
 const MAX_ATTEMPTS: usize = 100;
 
-/// Depth to which [`allocated_below`] descends.
+/// Maximum depth to which [`allocated_below`] descends.
 const MAX_DEPTH: usize = 32;
 
-/// A folder of one writer below `STORE/tmp`, locked while the writer lives, removed when it ends. What
-/// a killed writer left is removed by the next one.
+/// A directory of one writer below `STORE/tmp`, locked while the writer runs and removed when the writer finishes. The
+/// next writer removes the directory of a killed one.
 #[derive(Debug)]
 pub(super) struct Session {
     tmp: StorePath,
@@ -27,27 +28,28 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// A new one; sweeps the dead first.
-    pub fn begin(tmp: &StorePath) -> Result<Session> {
+    /// Creates a session, after removing the sessions of killed writers.
+    pub fn create(tmp: &StorePath) -> Result<Session> {
         let tmp = tmp.opened().map_err(|e| tmp.error("cannot open", e))?;
         sweep(&tmp, false);
         for _ in 0..MAX_ATTEMPTS {
             let name = random_hex()?;
             let path = tmp.join(&name);
-            let folder = match path.create_folder() {
-                Ok(folder) => Arc::new(folder),
-                // Another writer's sweep may take the folder before it is locked: then begin again.
+            let directory = match path.create_folder() {
+                Ok(directory) => Arc::new(directory),
+                // Another writer's sweep removed the directory before it was opened: try again.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(path.error("cannot create", e)),
             };
-            if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() && path.exists() {
-                return Ok(Session { tmp, name, path: StorePath::of(folder) });
+            if flock(&directory, FlockOperation::NonBlockingLockExclusive).is_ok() && path.exists() {
+                return Ok(Session { tmp, name, path: StorePath::of(directory) });
             }
         }
-        Err(Error::try_again("folders in it vanish while they are created").at(&tmp))
+        Err(Error::try_again("cannot create a session: new directories are removed by another process")
+            .at(&tmp))
     }
 
-    /// Its folder.
+    /// Returns the session's directory.
     pub fn path(&self) -> &StorePath {
         &self.path
     }
@@ -56,64 +58,68 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if let Err(e) = self.tmp.join(&self.name).remove_tree() {
-            log::warn!("cannot remove {}: {e}; the next import will", self.path.as_ref().display());
+            log::warn!(
+                "cannot remove session directory {}: {e}; the next writer removes it",
+                self.path.as_ref().display()
+            );
         }
     }
 }
 
-/// A file without a name in `STORE/tmp`, for its owner alone.
+/// Creates an unnamed file in `STORE/tmp`, with mode 0600.
 pub(super) fn temporary_file(tmp: &StorePath) -> Result<File> {
     let create = || {
-        let folder = tmp.folder()?;
-        match folder.create_unnamed(0o600) {
+        let directory = tmp.folder()?;
+        match directory.create_unnamed(0o600) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
             created => return created,
         }
         let name = random_hex().map_err(std::io::Error::other)?;
-        let file = folder.create(&name, 0o600)?;
-        folder.remove_file(&name)?;
+        let file = directory.create(&name, 0o600)?;
+        directory.remove_file(&name)?;
         Ok(file)
     };
     create().map_err(|e| tmp.error("cannot create a temporary file", e))
 }
 
-/// Removes the folders whose writer is gone, or only looks at them. Gives their number, and what they take on the disk.
-pub(super) fn sweep(tmp: &StorePath, only_look: bool) -> (u64, u64) {
+/// Removes the directories of killed writers, or with `only_look` only counts them. Returns their number and the bytes
+/// allocated for them.
+pub(super) fn sweep(tmp: &StorePath, dry_run: bool) -> (u64, u64) {
     let Ok(tmp) = tmp.folder() else { return (0, 0) };
     let (mut count, mut bytes) = (0, 0);
     for name in tmp.names().unwrap_or_default() {
-        // Anything but a folder is no session.
-        let Ok(folder) = tmp.folder(&name) else { continue };
-        if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_err() {
+        // Only directories are sessions.
+        let Ok(directory) = tmp.folder(&name) else { continue };
+        if flock(&directory, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
-        let takes = allocated_below(&tmp, &name, MAX_DEPTH);
+        let allocated = allocated_below(&tmp, &name, MAX_DEPTH);
         let path = tmp.path_of(&name);
-        match if only_look { Ok(()) } else { tmp.remove_tree(&name) } {
+        match if dry_run { Ok(()) } else { tmp.remove_tree(&name) } {
             Ok(()) => {
-                (count, bytes) = (count + 1, bytes + takes);
-                if !only_look {
-                    log::info!("removed {}, left by a killed writer", path.display());
+                (count, bytes) = (count + 1, bytes + allocated);
+                if !dry_run {
+                    log::info!("removed {}, the session directory of a killed writer", path.display());
                 }
             }
-            Err(e) => log::debug!("cannot remove {}: {e}", path.display()),
+            Err(e) => log::debug!("cannot remove session directory {}: {e}", path.display()),
         }
     }
     (count, bytes)
 }
 
-/// What a file takes on the disk, as far as it can be seen.
+/// Returns the bytes allocated for a file; 0 if its metadata cannot be read.
 pub(super) fn allocated(path: &StorePath) -> u64 {
     path.metadata().map_or(0, |found| found.st_blocks as u64 * 512)
 }
 
-/// As [`allocated`]; of a folder also everything below.
-fn allocated_below(folder: &Folder, name: &OsStr, depth: usize) -> u64 {
-    let Ok(found) = folder.metadata(name) else { return 0 };
+/// Same as [`allocated`], but includes everything below a directory.
+fn allocated_below(directory: &Folder, name: &OsStr, depth: usize) -> u64 {
+    let Ok(found) = directory.metadata(name) else { return 0 };
     let mut bytes = found.st_blocks as u64 * 512;
     if FileType::from_raw_mode(found.st_mode) == FileType::Directory
         && depth > 0
-        && let Ok(below) = folder.folder(name)
+        && let Ok(below) = directory.folder(name)
     {
         let names = below.names().unwrap_or_default();
         bytes += names.iter().map(|name| allocated_below(&below, name, depth - 1)).sum::<u64>();
@@ -127,18 +133,18 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn sessions_of_the_dead_are_swept_and_living_ones_are_not() {
+    fn removes_only_sessions_of_killed_writers() {
         let dir = tempfile::tempdir().unwrap();
         let tmp = StorePath::root(&fs::canonicalize(dir.path()).unwrap());
-        let living = Session::begin(&tmp).unwrap();
+        let running = Session::create(&tmp).unwrap();
         let dead = dir.path().join("dead");
         fs::create_dir(&dead).unwrap();
         fs::write(dead.join("file"), "x").unwrap();
-        let next = Session::begin(&tmp).unwrap();
+        let next = Session::create(&tmp).unwrap();
         let path = |session: &Session| session.path().as_ref().to_owned();
-        assert!(path(&living).exists() && path(&next).exists() && !dead.exists());
-        let living_path = path(&living);
-        drop(living);
-        assert!(!living_path.exists());
+        assert!(path(&running).exists() && path(&next).exists() && !dead.exists());
+        let running_path = path(&running);
+        drop(running);
+        assert!(!running_path.exists());
     }
 }

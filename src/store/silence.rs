@@ -1,5 +1,5 @@
-//! A sender that is silent.
+//! Advice for a stalled sender, which sends no bytes for the stall timeout.
 
-/// What to do about it.
-pub(super) const REMEDY: &str = "see whether the sender still runs and its link is up, then run it again from the start; \
-                                 --stall-timeout SECONDS waits longer, 0 without end";
+/// Hint of a stall error.
+pub(super) const REMEDY: &str = "check that the sender is running and its link is up, then run the command again from the \
+                                 start; --stall-timeout SECONDS sets a longer timeout, 0 disables it";

@@ -1,4 +1,4 @@
-//! Writing the tables of a template into a folder: the image and its placement, block by block.
+//! Writes the tables of a template, the image and its placement, block by block.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,23 +10,24 @@ use super::format::image::ImageHeader;
 use super::format::placement::{FileStats, Front, Row};
 use super::known::Place;
 use super::path::StorePath;
-use super::publish::{create, make_folder};
+use super::publish::{create, make_directory};
 use super::tree::TreeWriter;
 use super::{Digest, FileKind, TemplateFile};
 use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE};
 
-/// A block's hash in the image.
+/// Length of a block's hash in the image, in bytes.
 const HASH_LENGTH: u64 = 32;
 
-/// Takes the blocks of all files, file after file.
+/// Writes the tables from the blocks of all files, one file after another.
 pub(super) struct TableWriter {
-    folder: StorePath,
+    directory: StorePath,
     files: Vec<(String, FileKind, Option<u64>, FileStats)>,
-    /// In this order files come; in the image they are sorted by name.
+    /// Order in which the files are written; in the image the files are sorted by name.
     order: Vec<usize>,
+    /// Number of finished files.
     done: usize,
-    /// First block and number of blocks of each file, as they came.
+    /// First block and number of blocks of each file, in the order in which the blocks were written.
     spans: Vec<(u64, u64)>,
     hashes: BufWriter<File>,
     rows: BufWriter<File>,
@@ -34,24 +35,25 @@ pub(super) struct TableWriter {
     numbers: HashMap<PackId, u32>,
 }
 
-/// Complete tables, on the disk in the writer's folder.
+/// Complete and synced tables, in the writer's directory.
 pub(super) struct Tables {
     pub digest: Digest,
     pub files: Vec<TemplateFile>,
 }
 
 impl TableWriter {
-    /// For these files, sorted by name, in the new folder `folder`. Beside it two files are made, and removed at the end.
+    /// Creates a writer for these files, which must be sorted by name, in the new directory `directory`. Two temporary
+    /// files beside the directory exist until `finish`.
     pub fn new(
-        folder: &StorePath,
+        directory: &StorePath,
         files: impl IntoIterator<Item = (String, FileKind)>,
     ) -> Result<TableWriter> {
-        make_folder(folder)?;
-        let none = FileStats { data_bytes: 0, stored_bytes: 0 };
-        let files: Vec<_> = files.into_iter().map(|(name, kind)| (name, kind, None, none)).collect();
-        let part = |name| Ok(BufWriter::with_capacity(256 << 10, create(&beside(folder, name))?));
+        make_directory(directory)?;
+        let empty = FileStats { data_bytes: 0, stored_bytes: 0 };
+        let files: Vec<_> = files.into_iter().map(|(name, kind)| (name, kind, None, empty)).collect();
+        let part = |name| Ok(BufWriter::with_capacity(256 << 10, create(&beside(directory, name))?));
         Ok(TableWriter {
-            folder: folder.clone(),
+            directory: directory.clone(),
             order: (0..files.len()).collect(),
             done: 0,
             spans: vec![(0, 0); files.len()],
@@ -63,21 +65,21 @@ impl TableWriter {
         })
     }
 
-    /// The files come in this order; without it, as they are sorted.
-    pub fn coming_in(self, order: Vec<usize>) -> TableWriter {
+    /// Sets the order in which files are written; by default they are written in sorted order.
+    pub fn in_order(self, order: Vec<usize>) -> TableWriter {
         TableWriter { order, ..self }
     }
 
-    /// The file whose blocks come now.
+    /// Returns the index of the file whose blocks are being written.
     fn current(&self) -> usize {
         self.order[self.done]
     }
 
     fn error(&self, error: std::io::Error) -> Error {
-        Error::io("cannot write", &self.folder, error)
+        Error::io("cannot write", &self.directory, error)
     }
 
-    /// So many zero blocks.
+    /// Appends zero blocks.
     pub fn zeros(&mut self, blocks: u64) -> Result<()> {
         const ZEROS: [u8; 8192] = [0; 8192];
         let mut left = blocks;
@@ -91,7 +93,7 @@ impl TableWriter {
         Ok(())
     }
 
-    /// The block with that hash, which lies there.
+    /// Appends the block with this hash and place.
     pub fn block(&mut self, hash: &Digest, place: Place) -> Result<()> {
         let at = self.current();
         let stats = &mut self.files[at].3;
@@ -107,27 +109,30 @@ impl TableWriter {
         Ok(())
     }
 
-    /// The file has ended, at this size; the next block is of the next file.
+    /// Ends the current file with its size in bytes. The next block belongs to the next file.
     pub fn end_file(&mut self, size: u64) {
         let at = self.current();
         self.files[at].2 = Some(size);
-        let begin = self.spans.iter().map(|(_, count)| count).sum();
-        self.spans[at] = (begin, self.block_count - begin);
+        let start = self.spans.iter().map(|(_, count)| count).sum();
+        self.spans[at] = (start, self.block_count - start);
         self.done += 1;
     }
 
-    /// Completes both tables; they are on the disk afterwards.
+    /// Completes and syncs both tables.
     pub fn finish(self) -> Result<Tables> {
-        let folder = &self.folder;
-        let fail = |e| Error::io("cannot write", folder, e);
+        let directory = &self.directory;
+        let fail = |e| Error::io("cannot write", directory, e);
         let sizes = self.files.iter().map(|(name, kind, size, _)| (name.clone(), *kind, size.unwrap_or(0)));
-        let header = ImageHeader::new(sizes).map_err(|e| e.in_file("image", folder))?;
+        let header = ImageHeader::new(sizes).map_err(|e| e.in_file("image", directory))?;
         if header.block_count() != self.block_count {
             let got = self.block_count;
-            return Err(Error::failed(format!("{got} blocks came, expected {}", header.block_count())));
+            return Err(Error::failed(format!(
+                "cannot write image: number of blocks is {got}, expected {}",
+                header.block_count()
+            )));
         }
         let hashes = self.hashes.into_inner().map_err(|e| fail(e.into_error()))?;
-        let mut image = BufWriter::with_capacity(256 << 10, create(&folder.join("image"))?);
+        let mut image = BufWriter::with_capacity(256 << 10, create(&directory.join("image"))?);
         let mut image_tree = TreeWriter::default();
         let mut put = |part: &[u8]| {
             image_tree.update(part);
@@ -157,7 +162,7 @@ impl TableWriter {
             files: self.files.iter().map(|f| f.3).collect(),
             packs: packs.into_iter().map(|(_, id)| id).collect(),
         };
-        let mut placement = BufWriter::with_capacity(256 << 10, create(&folder.join("placement"))?);
+        let mut placement = BufWriter::with_capacity(256 << 10, create(&directory.join("placement"))?);
         placement.write_all(&front.encode()).map_err(fail)?;
         copy_spans(&rows, &self.spans, Row::LEN as u64, |part| placement.write_all(part)).map_err(fail)?;
         for value in image_values.iter().chain(&rows_values) {
@@ -165,7 +170,7 @@ impl TableWriter {
         }
         placement.into_inner().map_err(|e| fail(e.into_error()))?.sync_all().map_err(fail)?;
         for name in ["hashes", "rows"] {
-            beside(folder, name).remove_file().map_err(fail)?;
+            beside(directory, name).remove_file().map_err(fail)?;
         }
 
         let files = header.files().iter().zip(&front.files).map(|(file, stats)| TemplateFile {
@@ -178,13 +183,13 @@ impl TableWriter {
     }
 }
 
-/// A file beside the folder, with its name and this extension.
-fn beside(folder: &StorePath, extension: &str) -> StorePath {
-    let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    folder.with_file_name(format!("{name}.{extension}"))
+/// Returns the path of a file beside the directory, with the directory's name and this extension.
+fn beside(directory: &StorePath, extension: &str) -> StorePath {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy();
+    directory.with_file_name(format!("{name}.{extension}"))
 }
 
-/// Those ranges of a table whose entries have `size` bytes, one after the other.
+/// Copies these spans of a table with entries of `size` bytes, one after another.
 fn copy_spans(
     table: &File,
     spans: &[(u64, u64)],
@@ -192,8 +197,8 @@ fn copy_spans(
     mut each: impl FnMut(&[u8]) -> std::io::Result<()>,
 ) -> std::io::Result<()> {
     let mut part = vec![0; 256 << 10];
-    for (begin, count) in spans {
-        let (mut at, end) = (begin * size, (begin + count) * size);
+    for (start, count) in spans {
+        let (mut at, end) = (start * size, (start + count) * size);
         while at < end {
             let now = (end - at).min(part.len() as u64) as usize;
             table.read_exact_at(&mut part[..now], at)?;

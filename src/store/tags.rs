@@ -1,4 +1,4 @@
-//! Tags: `tags/<name>/<tag>`, a small file with a digest, replaced as a whole.
+//! Tags: files `tags/<name>/<tag>` that hold a digest and are replaced atomically.
 
 use std::io;
 use std::time::{Duration, SystemTime};
@@ -8,24 +8,24 @@ use serde::Serialize;
 use super::format::Invalid;
 use super::open::no_template;
 use super::path::StorePath;
-use super::publish::{make_folder, replace_file, sync_folder};
+use super::publish::{make_directory, replace_file, sync_directory};
 use super::{Digest, Store, TagName, TemplateRef};
 use crate::error::{Code, Error, Result};
 use crate::units::Bytes;
 
-/// Longest file that is read as a tag.
+/// Maximum length of a tag file that is read.
 const MAX_TAG: Bytes = Bytes::new(4096);
 
-/// One `NAME:TAG` and where it points.
+/// A tag `NAME:TAG` and its template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TagEntry {
-    /// The name.
+    /// Part before the colon.
     pub name: String,
-    /// The tag.
+    /// Part after the colon.
     pub tag: String,
-    /// The template.
+    /// Template that the tag points at.
     pub digest: Digest,
-    /// When it was last pointed there.
+    /// Time of the last change.
     #[serde(skip)]
     pub modified: SystemTime,
 }
@@ -35,10 +35,10 @@ impl Store {
         self.tags_dir().join(tag.name()).join(tag.tag())
     }
 
-    /// Where a tag points, or nothing.
+    /// Returns the digest that a tag points at, or `None` if the tag does not exist.
     ///
     /// # Errors
-    /// When it cannot be read or is no tag.
+    /// Returns an error if the tag cannot be read or is damaged.
     pub fn tag(&self, tag: &TagName) -> Result<Option<Digest>> {
         self.tag_at(tag, &self.tag_path(tag))
     }
@@ -46,19 +46,19 @@ impl Store {
     fn tag_at(&self, tag: &TagName, path: &StorePath) -> Result<Option<Digest>> {
         match path.read(MAX_TAG) {
             Ok(bytes) => decode(&bytes).map(Some).map_err(|e| {
-                e.in_file("tag", path).remedy(format!("point it anew: stencil tag DIGEST {tag}"))
+                e.in_file("tag", path).remedy(format!("run 'stencil tag DIGEST {tag}' to set the tag again"))
             }),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 self.check_reachable().map(|()| None)
             }
-            Err(e) => Err(self.blame(path.error("cannot read tag", e))),
+            Err(e) => Err(self.outage_or(path.error("cannot read tag", e))),
         }
     }
 
-    /// All tags, sorted by name and tag. A damaged one is left out with a warning in the log.
+    /// Returns all tags, sorted by name and tag. A damaged tag is skipped with a warning in the log.
     ///
     /// # Errors
-    /// When the folder of tags cannot be read.
+    /// Returns an error if the directory `tags` cannot be read.
     pub fn tags(&self) -> Result<Vec<TagEntry>> {
         let (files, unlisted) = self.tag_files()?;
         for error in unlisted {
@@ -86,55 +86,59 @@ impl Store {
         Ok(entries)
     }
 
-    /// Fails where it cannot be known what a tag points to, or where it points to nothing: which template has no other tag
-    /// cannot be told then.
+    /// Fails if a tag is unreadable or dangling. The set of templates without another tag cannot be determined then.
     ///
     /// # Errors
-    /// [`Code::Damage`] that names the tag and its repair.
+    /// Returns [`Code::Damage`] with the tag and its repair.
     pub fn expect_tags_readable(&self) -> Result<()> {
         let (files, unlisted) = self.tag_files()?;
         unlisted.into_iter().next().map_or(Ok(()), Err)?;
-        // One flipped bit makes a tag name another digest.
+        // A single flipped bit makes a tag point at another digest.
         files.iter().try_for_each(|(tag, _)| self.target(tag).map(drop))
     }
 
-    /// The template that a tag points to; `None` where there is no such tag.
+    /// Returns the template that a tag points at, or `None` if the tag does not exist.
     ///
     /// # Errors
-    /// [`Code::Damage`] where it cannot be known, or where the tag points to a template that the store does not have.
+    /// Returns [`Code::Damage`] if the tag cannot be read, or if the store does not have its template.
     pub(super) fn target(&self, tag: &TagName) -> Result<Option<Digest>> {
         let Some(mut digest) = self.tag(tag)? else { return Ok(None) };
         while !self.has(&digest) {
-            // A removal takes the tags first, and restores them last: a tag that is still there is not one of its.
+            // A removal sets the tags aside first and restores them last, so a tag that is present while its template
+            // is missing is not part of a removal.
             match self.tag(tag)? {
-                Some(now) if now == digest && !self.has(&digest) => return Err(self.dangling(tag, &digest)),
+                Some(now) if now == digest && !self.has(&digest) => {
+                    return Err(self.dangling_error(tag, &digest));
+                }
                 Some(now) => digest = now,
                 None => return Ok(None),
             }
         }
         Ok(Some(digest))
     }
-    fn dangling(&self, tag: &TagName, digest: &Digest) -> Error {
-        Error::damage(format!("tag {tag} points to template {digest}, which is not there"))
+
+    fn dangling_error(&self, tag: &TagName, digest: &Digest) -> Error {
+        Error::damage(format!("tag {tag} points at template {digest}, which does not exist"))
             .at(self.tag_path(tag))
-            .remedy(format!("import it again, or remove the tag: stencil rm {tag}"))
+            .remedy(format!("import the same memory again, or run 'stencil rm {tag}' to remove the tag"))
     }
 
-    /// All tags with their files, sorted, whatever the files hold; and why the tags of a name cannot be listed.
+    /// Returns all tags with their files, sorted, without reading the files; and the errors of names whose tags cannot
+    /// be listed.
     pub(super) fn tag_files(&self) -> Result<TagFiles> {
         let (mut found, mut unlisted) = (Vec::new(), Vec::new());
         let root = self.tags_dir();
-        // Opened once; where that fails, the listing says why.
+        // Opened once for all tags. If that fails, the listing below returns the error.
         let root = root.opened().unwrap_or(root);
         for name in self.names(&root)? {
-            let folder = root.join(&name);
-            let tags = self.names(&folder).unwrap_or_else(|e| {
+            let directory = root.join(&name);
+            let tags = self.names(&directory).unwrap_or_else(|e| {
                 unlisted.push(e);
                 Vec::new()
             });
             for tag in tags {
                 if let Ok(pointer) = TagName::new(&name, &tag) {
-                    let path = folder.join(&tag);
+                    let path = directory.join(&tag);
                     found.push((pointer, path));
                 }
             }
@@ -142,10 +146,10 @@ impl Store {
         Ok((found, unlisted))
     }
 
-    /// Names that some tag has, sorted. No tag is read.
+    /// Returns the names that have a tag, sorted. No tag is read.
     ///
     /// # Errors
-    /// When the folder of tags cannot be read.
+    /// Returns an error if the directory `tags` cannot be read.
     pub fn tag_names(&self) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for name in self.names(&self.tags_dir())? {
@@ -159,40 +163,41 @@ impl Store {
         Ok(found)
     }
 
-    /// The tags of one name, sorted. None of them is read.
+    /// Returns the tags of one name, sorted. No tag is read.
     ///
     /// # Errors
-    /// When the folder of its tags cannot be read.
+    /// Returns an error if the directory of the tags cannot be read.
     pub fn tags_named(&self, name: &str) -> Result<Vec<TagName>> {
         super::check_name("name", name)?;
         let tags = self.names(&self.tags_dir().join(name))?;
         Ok(tags.iter().filter_map(|tag| TagName::new(name, tag).ok()).collect())
     }
 
-    /// True when some tag has that name.
+    /// Returns true if a tag has this name.
     ///
     /// # Errors
-    /// When the folder of its tags cannot be read.
+    /// Returns an error if the directory of the tags cannot be read.
     pub fn has_name(&self, name: &str) -> Result<bool> {
         if super::check_name("name", name).is_err() {
             return Ok(false);
         }
-        let folder = self.tags_dir().join(name);
-        match folder.has_name(|tag| !tag.as_encoded_bytes().starts_with(b".")) {
+        let directory = self.tags_dir().join(name);
+        match directory.has_name(|tag| !tag.as_encoded_bytes().starts_with(b".")) {
             Ok(found) => Ok(found),
             Err(e) if e.kind() == io::ErrorKind::NotFound => self.check_reachable().map(|()| false),
-            Err(e) => Err(self.blame(folder.error("cannot list", e))),
+            Err(e) => Err(self.outage_or(directory.error("cannot list", e))),
         }
     }
 
-    /// Names in a folder, sorted, without those that begin with a dot; a folder that just vanished has none.
-    pub(super) fn names(&self, folder: &StorePath) -> Result<Vec<String>> {
-        let entries = match folder.names() {
+    /// Returns the names in a directory, sorted, without names that start with a dot. A directory that was just removed
+    /// has none.
+    pub(super) fn names(&self, directory: &StorePath) -> Result<Vec<String>> {
+        let entries = match directory.names() {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return self.check_reachable().map(|()| Vec::new());
             }
-            Err(e) => return Err(self.blame(folder.error("cannot list", e))),
+            Err(e) => return Err(self.outage_or(directory.error("cannot list", e))),
         };
         let mut names = Vec::new();
         for entry in entries {
@@ -208,70 +213,72 @@ impl Store {
     /// Points `tag` at a template of this store.
     ///
     /// # Errors
-    /// [`Code::NotFound`] when there is no such template.
+    /// Returns [`Code::NotFound`] if the template does not exist.
     pub fn set_tag(&self, tag: &TagName, digest: &Digest) -> Result<()> {
         let _names = self.lock_names()?;
         self.set_tag_locked(tag, digest)
     }
 
-    /// As [`Store::set_tag`]; the caller holds the lock of names.
+    /// Same as [`Store::set_tag`]; the caller holds the names lock.
     pub(super) fn set_tag_locked(&self, tag: &TagName, digest: &Digest) -> Result<()> {
         if !self.has(digest) {
             return Err(no_template(self.dir(), digest));
         }
         let path = self.tag_path(tag);
-        let folder = self.tags_dir().join(tag.name());
-        if !folder.is_dir() {
-            make_folder(&folder)?;
+        let directory = self.tags_dir().join(tag.name());
+        if !directory.is_dir() {
+            make_directory(&directory)?;
         }
         replace_file(&self.tmp_dir(), &path, format!("blake3:{digest}\n").as_bytes())?;
-        sync_folder(&self.tags_dir())
+        sync_directory(&self.tags_dir())
     }
 
-    /// Takes a tag away; the template stays. The caller holds the lock of names.
+    /// Removes a tag, but not its template. The caller holds the names lock.
     pub(super) fn remove_tag_locked(&self, tag: &TagName) -> Result<()> {
         let path = self.tag_path(tag);
-        let folder = self.tags_dir().join(tag.name());
+        let directory = self.tags_dir().join(tag.name());
         path.remove_file().map_err(|e| path.error("cannot remove tag", e))?;
-        sync_folder(&folder)?;
-        // Fails while other tags of the name are there, and that is right.
-        let _ = folder.remove_folder();
-        sync_folder(&self.tags_dir())
+        sync_directory(&directory)?;
+        // Fails, as intended, if the name has other tags.
+        let _ = directory.remove_folder();
+        sync_directory(&self.tags_dir())
     }
 
-    /// The digest that a user's words mean.
+    /// Returns the digest of a reference.
     ///
     /// # Errors
-    /// [`Code::NotFound`], a usage error when a prefix fits several templates, or [`Code::Damage`]
-    /// when a tag points nowhere.
+    /// Returns [`Code::NotFound`] if the template does not exist, a usage error if a prefix matches several templates,
+    /// or [`Code::Damage`] if a tag is dangling or damaged.
     pub fn resolve(&self, reference: &TemplateRef) -> Result<Digest> {
         let missing = || {
             Error::not_found(format!("no template '{reference}'"))
                 .at(self.dir())
-                .remedy("see stencil ls for what the store has")
+                .remedy("run 'stencil ls' to list the templates")
         };
         match reference {
             TemplateRef::Digest(digest) if self.has(digest) => Ok(*digest),
             TemplateRef::Digest(_) => Err(missing()),
             TemplateRef::Tag(tag) => self.target(tag)?.ok_or_else(missing),
             TemplateRef::Prefix(prefix) => {
-                let mut fits: Vec<Digest> = self.digests()?;
-                fits.retain(|d| d.to_string().starts_with(prefix));
-                match fits[..] {
+                let mut matching: Vec<Digest> = self.digests()?;
+                matching.retain(|d| d.to_string().starts_with(prefix));
+                match matching[..] {
                     [] => Err(missing()),
                     [one] => Ok(one),
-                    [a, b, ..] => Err(Error::usage(format!("'{prefix}' is ambiguous: {a}, {b}"))
-                        .remedy("write more digits of the digest")),
+                    [a, b, ..] => {
+                        Err(Error::usage(format!("ambiguous digest prefix '{prefix}': matches {a} and {b}"))
+                            .remedy("give more digits of the digest"))
+                    }
                 }
             }
         }
     }
 }
 
-/// Tags with their files, and why those of a name cannot be listed.
+/// Tags with their files, and the errors of names whose tags cannot be listed.
 pub(super) type TagFiles = (Vec<(TagName, StorePath)>, Vec<Error>);
 
-/// Where the tag in that file points; nothing where it is damaged.
+/// Returns the digest in a tag file, or `None` if the file is damaged.
 pub(super) fn read_tag(path: &StorePath) -> io::Result<Option<Digest>> {
     path.read(MAX_TAG).map(|bytes| decode(&bytes).ok())
 }
@@ -280,5 +287,5 @@ fn decode(bytes: &[u8]) -> std::result::Result<Digest, Invalid> {
     std::str::from_utf8(bytes)
         .ok()
         .and_then(|text| text.strip_prefix("blake3:")?.strip_suffix('\n')?.parse().ok())
-        .ok_or_else(|| Invalid::damage("it holds no digest"))
+        .ok_or_else(|| Invalid::damage("the content is not a digest"))
 }

@@ -1,4 +1,4 @@
-//! Reading a template. Every block is compared with its hash before a byte of it leaves.
+//! Reads templates. Every block is verified against its hash before a byte of the block is returned.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,7 +19,7 @@ use super::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
 use crate::error::{Error, Result};
 use crate::units::{Bytes, FileOffset};
 
-/// An open template. Reads go on when it is removed from the store, as long as its packs are there.
+/// An open template. Reads continue to work after the template was removed from the store, while its packs exist.
 #[derive(Debug)]
 pub struct Template {
     store: Store,
@@ -31,7 +31,7 @@ pub struct Template {
     placement: RwLock<Arc<Placement>>,
 }
 
-/// Where its blocks are. A collector may write another one at any time.
+/// Where the blocks of a template are stored. A collector may replace the placement at any time.
 #[derive(Debug)]
 struct Placement {
     front: Front,
@@ -43,8 +43,8 @@ impl Template {
         let dir = store.image_dir(digest);
         let dir = dir.opened().map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => no_template(store.dir(), digest),
-            _ if is_misplaced(&e) => Invalid::damage("it is not a folder").in_file("template", &dir),
-            _ => dir.error("cannot open the template", e),
+            _ if is_misplaced(&e) => Invalid::damage("not a directory").in_file("template", &dir),
+            _ => dir.error("cannot open template", e),
         })?;
         let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
         let (header, image) = open_image(&dir.join("image"), digest, &front, image_values)?;
@@ -64,42 +64,42 @@ impl Template {
         Ok(Template { store, digest: *digest, files, header, policy, image, placement })
     }
 
-    /// Its identity.
+    /// Returns the digest of the template.
     pub fn digest(&self) -> &Digest {
         &self.digest
     }
 
-    /// Its files, sorted by name; their place in this list is their number.
+    /// Returns the files, sorted by name. Methods name a file by its index in this list.
     pub fn files(&self) -> &[TemplateFile] {
         &self.files
     }
 
-    /// The number of a file.
+    /// Returns the index of a file.
     pub fn file(&self, name: &str) -> Option<usize> {
         self.files.iter().position(|f| f.name == name)
     }
 
-    /// Its policy when it was opened.
+    /// Returns the policy at the time of opening.
     pub fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// Length of all files.
+    /// Returns the size of all files.
     pub fn size(&self) -> Bytes {
         self.files.iter().map(|f| f.size).sum()
     }
 
-    /// Bytes of all files in 4 KiB pages that are not zero.
+    /// Returns the bytes of all files in 4 KiB pages that are not zero.
     pub fn data_bytes(&self) -> Bytes {
         self.files.iter().map(|f| f.data_bytes).sum()
     }
 
-    /// Bytes of its records in packs; those that other templates share are counted too.
+    /// Returns the bytes of the template's records in packs, including records shared with other templates.
     pub fn stored_bytes(&self) -> Bytes {
         Bytes::new(self.placement().front.files.iter().map(|f| f.stored_bytes).sum())
     }
 
-    /// Packs that hold its blocks.
+    /// Returns the paths of the packs that hold the template's blocks.
     pub fn packs(&self) -> Vec<StorePath> {
         self.pack_ids().into_iter().map(|id| self.store.packs().path(id)).collect()
     }
@@ -112,9 +112,9 @@ impl Template {
         Arc::clone(&self.placement.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Does what depends on where blocks are. They may have been moved since the placement was opened, and the packs
-    /// where they were be gone: what fails is done again for as long as there is a newer placement.
-    fn where_it_is<T>(&self, mut work: impl FnMut(&Placement) -> Result<T>) -> Result<T> {
+    /// Runs `work` with the placement. A collector may have moved blocks and removed packs since the placement was
+    /// opened, so failed work is repeated while there is a newer placement.
+    fn with_placement<T>(&self, mut work: impl FnMut(&Placement) -> Result<T>) -> Result<T> {
         let mut placement = self.placement();
         loop {
             match work(&placement) {
@@ -127,7 +127,7 @@ impl Template {
         }
     }
 
-    /// The present placement, where it is another one than that.
+    /// Returns the current placement if it differs from `old`.
     fn newer(&self, old: &Arc<Placement>) -> Option<Arc<Placement>> {
         let mut current = self.placement.write().unwrap_or_else(PoisonError::into_inner);
         if Arc::ptr_eq(&current, old) {
@@ -140,7 +140,7 @@ impl Template {
         Some(Arc::clone(&current))
     }
 
-    /// What it is, as JSON. Depends on the content alone, so that it may be cached for ever.
+    /// Returns a description of the template as JSON. The text depends only on the content and may be cached forever.
     pub fn manifest_json(&self) -> String {
         let value = json!({
             "schema": 1,
@@ -151,29 +151,28 @@ impl Template {
         format!("{value:#}\n")
     }
 
-    /// Blocks of a file; the last one may be shorter than [`BLOCK_SIZE`].
+    /// Returns the number of blocks of a file; the last block may be shorter than [`BLOCK_SIZE`].
     pub fn block_count(&self, file: usize) -> u64 {
         self.header.files().get(file).map_or(0, ImageFile::blocks)
     }
 
-    /// The hash of a plain block (zero-padded to [`BLOCK_SIZE`]), or nothing for a zero block. Equal
-    /// blocks of all templates have equal hashes: it may serve as a key of a cache.
+    /// Returns the hash of a plain block (zero-padded to [`BLOCK_SIZE`]), or `None` for a zero block. Equal blocks of
+    /// all templates have equal hashes, so the hash may serve as a cache key.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) when this part of the table is damaged; a usage error when
-    /// the file has no such block.
+    /// Returns [`Code::Damage`](crate::error::Code) if this part of the table is damaged, or a usage error if the file
+    /// has no such block.
     pub fn block_id(&self, file: usize, block: u64) -> Result<Option<Digest>> {
         let (number, _) = self.locate(file, block)?;
         self.block_hash(number)
     }
 
-    /// Reads and verifies one whole block. `out` is filled from its front, as far as the block reaches
-    /// in its file ([`BLOCK_SIZE`], or less for the last one); its length is given back. After an error
-    /// `out` holds nothing of the block.
+    /// Reads and verifies one whole block. Fills the front of `out` and returns the length of the block in its file:
+    /// [`BLOCK_SIZE`], or less for the last block. After an error `out` holds no byte of the block.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) that names pack, offset, what was got and what expected; a
-    /// usage error when there is no such block or `out` is too short.
+    /// Returns [`Code::Damage`](crate::error::Code) with the pack, the offset, and the values found and expected.
+    /// Returns a usage error if there is no such block or `out` is too short.
     pub fn read_block(
         &self,
         file: usize,
@@ -183,15 +182,15 @@ impl Template {
     ) -> Result<usize> {
         let (number, length) = self.locate(file, block)?;
         let have = out.len();
-        let out = out
-            .get_mut(..length)
-            .ok_or_else(|| Error::usage(format!("{have} bytes of room for a block of {length}")))?;
+        let out = out.get_mut(..length).ok_or_else(|| {
+            Error::usage(format!("buffer too short: length is {have}, expected at least {length} bytes"))
+        })?;
         let Some(hash) = self.block_hash(number)? else {
             out.fill(0);
             return Ok(length);
         };
         let Scratch { buffer, decoder, plain } = scratch;
-        self.where_it_is(|placement| {
+        self.with_placement(|placement| {
             let (id, stored) = self.stored(placement, number, &hash)?;
             let pack = self.store.pack(id)?;
             let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
@@ -206,11 +205,11 @@ impl Template {
         })
     }
 
-    /// Fills `out` with the bytes at `offset` of a file. Of blocks stored in sub-chunks only those are
-    /// decoded that are asked for; everything that leaves was verified.
+    /// Fills `out` with the bytes at `offset` of a file. For a block in sub-chunks, decodes only the requested
+    /// sub-chunks. All returned bytes are verified.
     ///
     /// # Errors
-    /// As [`Template::read_block`]; a usage error when the range reaches beyond the file.
+    /// Same as [`Template::read_block`]. Also returns a usage error if the range exceeds the file.
     pub fn read_range(
         &self,
         file: usize,
@@ -224,7 +223,7 @@ impl Template {
             let (block, within) = (position / BLOCK_SIZE, (position % BLOCK_SIZE) as usize);
             let (number, length) = self.locate(file, block)?;
             if within >= length {
-                return Err(Error::usage(format!("byte {position} lies behind the end of file {file}")));
+                return Err(Error::usage(format!("offset {position} is beyond the end of file {file}")));
             }
             let (now, rest) = out.split_at_mut(out.len().min(length - within));
             match now.len() == length {
@@ -244,10 +243,10 @@ impl Template {
         };
         let Scratch { buffer, decoder, plain } = scratch;
         plain.resize(BLOCK_SIZE as usize, 0);
-        self.where_it_is(|placement| {
+        self.with_placement(|placement| {
             let (id, stored) = self.stored(placement, number, &hash)?;
             let pack = self.store.pack(id)?;
-            // The whole record: of 40 KiB a second access to the device would cost more than the bytes.
+            // Reads the whole record: at 40 KiB, a second device access would cost more than the extra bytes.
             let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
             let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
             let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
@@ -261,7 +260,8 @@ impl Template {
         Ok(())
     }
 
-    /// Reads one block as it is stored and verifies it; its record is appended to `out`. A zero block has none.
+    /// Reads and verifies one block, and appends its record, as it is stored, to `out`. Returns `None` for a zero
+    /// block.
     pub(super) fn read_record(
         &self,
         file: usize,
@@ -271,7 +271,7 @@ impl Template {
     ) -> Result<Option<(Digest, Stored)>> {
         let (number, _) = self.locate(file, block)?;
         let Some(hash) = self.block_hash(number)? else { return Ok(None) };
-        self.where_it_is(|placement| {
+        self.with_placement(|placement| {
             let (id, stored) = self.stored(placement, number, &hash)?;
             let pack = self.store.pack(id)?;
             let record = scratch.verify(&pack, stored, &hash).map_err(|e| self.store.unreadable(id, e))?;
@@ -280,44 +280,44 @@ impl Template {
         })
     }
 
-    /// The bytes of its image, in parts that were verified.
+    /// Passes the bytes of the image to `each`, in verified parts.
     pub(super) fn read_image(&self, each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         self.image.read_all(each)
     }
 
-    /// Length of its image in bytes.
+    /// Returns the length of the image in bytes.
     pub(super) fn image_length(&self) -> u64 {
         self.header.image_length()
     }
 
-    /// Hash and place of a block, or nothing for a zero block.
+    /// Returns the hash and place of a block, or `None` for a zero block.
     pub(super) fn place(&self, file: usize, block: u64) -> Result<Option<(Digest, PackId, Stored)>> {
         let (number, _) = self.locate(file, block)?;
         let Some(hash) = self.block_hash(number)? else { return Ok(None) };
-        self.where_it_is(|p| self.stored(p, number, &hash)).map(|(id, stored)| Some((hash, id, stored)))
+        self.with_placement(|p| self.stored(p, number, &hash)).map(|(id, stored)| Some((hash, id, stored)))
     }
 
-    /// Checks both tables as a whole: one result for the image, one for the placement.
+    /// Verifies both tables as a whole. Returns one result for the image and one for the placement.
     pub(super) fn check_tables(&self) -> [Result<()>; 2] {
-        [self.image.check_all(), self.where_it_is(|p| p.rows.check_all())]
+        [self.image.check_all(), self.with_placement(|p| p.rows.check_all())]
     }
 
-    /// Checks the tables, and headers and indexes of the packs; reads no block.
+    /// Verifies the tables, and the headers and indexes of the packs. Reads no block.
     pub(super) fn check(&self) -> Result<()> {
         self.check_tables().into_iter().collect::<Result<()>>()?;
-        self.where_it_is(|placement| {
+        self.with_placement(|placement| {
             let mut packs = placement.front.packs.iter();
             packs.try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
         })
     }
 
-    /// Where its blocks are, as far as two placements can be told apart by it.
+    /// Returns the front of the placement. Two different placements have different fronts.
     pub(super) fn front(&self) -> Front {
         self.placement().front.clone()
     }
 
-    /// Hashes of the blocks that the placement in the file `other` has elsewhere, and that cannot be read here.
-    pub(super) fn unreadable_beside(&self, other: &StorePath) -> Result<BTreeSet<Digest>> {
+    /// Returns the hashes of unreadable blocks that have another place in the placement file `other`.
+    pub(super) fn unreadable_unlike(&self, other: &StorePath) -> Result<BTreeSet<Digest>> {
         let (front, _, rows) = open_placement(other, &self.digest)?;
         let (other, mut scratch) = (Placement { front, rows }, Scratch::default());
         let mut unreadable = BTreeSet::new();
@@ -331,7 +331,7 @@ impl Template {
                 let read =
                     self.store.pack(id).and_then(|pack| scratch.verify(&pack, stored, &hash).map(drop));
                 if let Err(e) = read {
-                    log::warn!("{e}; repairing");
+                    log::warn!("{e}; repairing the template");
                     unreadable.insert(hash);
                 }
             }
@@ -339,15 +339,15 @@ impl Template {
         Ok(unreadable)
     }
 
-    /// Its folder in the store.
-    pub(super) fn folder(&self) -> StorePath {
+    /// Returns the template's directory in the store.
+    pub(super) fn directory(&self) -> StorePath {
         self.store.image_dir(&self.digest)
     }
 
-    /// The blocks of a file that are not zero, as ranges of block numbers in ascending order.
+    /// Returns the blocks of a file that are not zero, as ranges of block indexes in ascending order.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) when the table is damaged.
+    /// Returns [`Code::Damage`](crate::error::Code) if the table is damaged.
     pub fn data_ranges(&self, file: usize) -> Result<Vec<Range<u64>>> {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for block in 0..self.block_count(file) {
@@ -361,24 +361,24 @@ impl Template {
         Ok(ranges)
     }
 
-    /// Which of the sixteen 4 KiB pages of a block are not zero, lowest bit first; 0 for a zero block.
-    /// Asks the tables alone: no block is read.
+    /// Returns a bit mask of the sixteen 4 KiB pages of a block that are not zero, lowest bit first; 0 for a zero
+    /// block. Reads only the tables, no block.
     ///
     /// # Errors
-    /// As [`Template::block_id`].
+    /// Same as [`Template::block_id`].
     pub fn data_pages(&self, file: usize, block: u64) -> Result<u16> {
         let (number, _) = self.locate(file, block)?;
-        Ok(self.where_it_is(|p| self.row(p, number))?.map_or(0, |row| row.stored.data_pages))
+        Ok(self.with_placement(|p| self.row(p, number))?.map_or(0, |row| row.stored.data_pages))
     }
 
-    /// Files of the store that hold this template: its tables and the packs with its blocks, which it
-    /// may share with other templates.
+    /// Returns the files of the store that hold this template: its tables, and the packs with its blocks, which may
+    /// hold blocks of other templates too.
     pub fn store_files(&self) -> Vec<StorePath> {
-        let dir = self.folder();
+        let dir = self.directory();
         [dir.join("image"), dir.join("placement")].into_iter().chain(self.packs()).collect()
     }
 
-    /// Number of the block in the tables and its length in bytes.
+    /// Returns the index of the block in the tables, and its length in bytes.
     fn locate(&self, file: usize, block: u64) -> Result<(u64, usize)> {
         let found = self.header.files().get(file).filter(|f| block < f.blocks());
         let found = found.ok_or_else(|| {
@@ -397,9 +397,13 @@ impl Template {
     fn stored(&self, placement: &Placement, number: u64, hash: &Digest) -> Result<(PackId, Stored)> {
         let damage = |why: String| Invalid::Damage(why).in_file("placement", self.placement_path());
         let row = self.row(placement, number)?;
-        let row = row.ok_or_else(|| damage(format!("block {number} with hash {hash} has no place")))?;
+        let row = row.ok_or_else(|| damage(format!("no place for block {number} with hash {hash}")))?;
         let id = placement.front.packs.get(row.pack as usize).ok_or_else(|| {
-            damage(format!("block {number} lies in pack {} of {}", row.pack, placement.front.packs.len()))
+            damage(format!(
+                "block {number} has pack index {}, but the number of packs is {}",
+                row.pack,
+                placement.front.packs.len()
+            ))
         })?;
         Ok((*id, row.stored))
     }
@@ -410,7 +414,7 @@ impl Template {
     }
 
     fn placement_path(&self) -> StorePath {
-        self.folder().join("placement")
+        self.directory().join("placement")
     }
 }
 
@@ -421,7 +425,7 @@ fn open_file(what: &str, path: &StorePath) -> Result<(File, u64)> {
         Ok((file, length))
     };
     open().map_err(|e: std::io::Error| match e.kind() {
-        std::io::ErrorKind::NotFound => Invalid::damage("it is missing").in_file(what, path),
+        std::io::ErrorKind::NotFound => Invalid::damage("the file is missing").in_file(what, path),
         _ => path.error(format!("cannot open {what}"), e),
     })
 }
@@ -433,29 +437,32 @@ fn open_placement(path: &StorePath, digest: &Digest) -> Result<(Front, Vec<Chain
     let read = |offset: u64, length: u64| {
         let mut bytes = vec![0; length as usize];
         file.read_exact_at(&mut bytes, offset)
-            .map_err(|e| damage(format!("cannot be read: {}", crate::error::errno_text(&e))))?;
+            .map_err(|e| damage(format!("cannot read the file: {}", crate::error::errno_text(&e))))?;
         Ok(bytes)
     };
     if length < Preamble::LEN as u64 {
-        return Err(damage(format!("it has {length} bytes")));
+        return Err(damage(format!(
+            "truncated: length is {length}, expected at least {} bytes",
+            Preamble::LEN
+        )));
     }
     let front_length = Front::peek(&read(0, Preamble::LEN as u64)?).map_err(|e| e.in_file(what, path))?;
     if u64::from(front_length) > length {
-        return Err(damage(format!("it has {length} bytes, its header alone {front_length}")));
+        return Err(damage(format!("truncated: length is {length}, expected at least {front_length} bytes")));
     }
     let front = Front::decode(&read(0, front_length.into())?).map_err(|e| e.in_file(what, path))?;
     if front.digest != *digest {
-        return Err(damage(format!("it belongs to template {}, expected {digest}", front.digest)));
+        return Err(damage(format!("header names template {}, expected {digest}", front.digest)));
     }
     let sections = front.sections(segments);
     if sections.end != length {
-        return Err(damage(format!("it has {length} bytes, expected {}", sections.end)));
+        return Err(damage(format!("length is {length}, expected {} bytes", sections.end)));
     }
     let values = |from, to| Ok(read(from, to - from)?.as_chunks::<32>().0.to_vec());
     let image_values = values(sections.image_tree, sections.rows_tree)?;
     let rows_values = values(sections.rows_tree, sections.end)?;
     if root(&image_values, front.image_length) != Some(*digest) {
-        return Err(damage("its checksums of the image do not belong to the template's digest".into()));
+        return Err(damage("checksums of the image do not match the template's digest".into()));
     }
     let range = (sections.rows, sections.rows_length);
     let rows = CheckedTable::new(what, path.as_ref(), file, range, rows_values, &front.rows_root)?;
@@ -472,13 +479,13 @@ fn open_image(
     let damage = |why: String| Invalid::Damage(why).in_file(what, path);
     let (file, length) = open_file(what, path)?;
     if length != front.image_length {
-        return Err(damage(format!("it has {length} bytes, expected {}", front.image_length)));
+        return Err(damage(format!("length is {length}, expected {} bytes", front.image_length)));
     }
     let mut head = vec![0; length.min(SEGMENT) as usize];
     file.read_exact_at(&mut head, 0)
-        .map_err(|e| damage(format!("cannot be read: {}", crate::error::errno_text(&e))))?;
+        .map_err(|e| damage(format!("cannot read the file: {}", crate::error::errno_text(&e))))?;
     if values.first() != Some(&segment_value(&head, 0, segments(length))) {
-        return Err(damage("its header is not what was written".into()));
+        return Err(damage("header does not match its checksum".into()));
     }
     let table = CheckedTable::new(what, path.as_ref(), file, (0, length), values, digest)?;
     let header = ImageHeader::decode(&head).map_err(|e| e.in_file(what, path))?;
@@ -487,6 +494,6 @@ fn open_image(
         && header.files().len() == front.files.len();
     match fits {
         true => Ok((header, table)),
-        false => Err(damage("its header and its placement disagree".into())),
+        false => Err(damage("header does not match the placement".into())),
     }
 }

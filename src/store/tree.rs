@@ -1,8 +1,7 @@
-//! Hash trees over tables that are mapped and never read as a whole.
+//! Hash trees over tables that are mapped and not read as a whole.
 //!
-//! BLAKE3 is a tree itself: the chaining values of its 64 KiB subtrees merge to the ordinary hash of
-//! the whole input. So the digest of an image vouches for each segment of its block table, and a
-//! segment is hashed only when it is first touched.
+//! BLAKE3 is a tree: the chaining values of its 64 KiB subtrees merge to the hash of the whole input. Therefore the
+//! digest of an image authenticates each segment of its block table, and a segment is hashed only at its first access.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,18 +15,18 @@ use super::format::Invalid;
 use crate::error::{Error, Result};
 use crate::sys::map_file::MappedFile;
 
-/// Size of a segment in bytes: a whole subtree of BLAKE3.
+/// Size of a segment in bytes: a whole BLAKE3 subtree.
 pub const SEGMENT: u64 = 64 << 10;
 
-/// A chaining value, or the root hash where there is one segment only.
+/// A chaining value, or the root hash of an input with only one segment.
 pub type ChainingValue = [u8; 32];
 
-/// How many segments `length` bytes have; an empty input has one.
+/// Returns the number of segments of `length` bytes; an empty input has one segment.
 pub fn segments(length: u64) -> u64 {
     length.div_ceil(SEGMENT).max(1)
 }
 
-/// The chaining value of segment `index` of an input of `segments` segments.
+/// Returns the chaining value of segment `index` of an input with `segments` segments.
 pub fn segment_value(bytes: &[u8], index: u64, segments: u64) -> ChainingValue {
     let mut hasher = blake3::Hasher::new();
     if segments == 1 {
@@ -36,7 +35,7 @@ pub fn segment_value(bytes: &[u8], index: u64, segments: u64) -> ChainingValue {
     hasher.set_input_offset(index * SEGMENT).update(bytes).finalize_non_root()
 }
 
-/// The hash of an input of `length` bytes with these chaining values; `None` when their number is wrong.
+/// Returns the hash of an input of `length` bytes with these chaining values, or `None` if their number is wrong.
 pub fn root(values: &[ChainingValue], length: u64) -> Option<Digest> {
     if values.len() as u64 != segments(length) {
         return None;
@@ -71,28 +70,28 @@ pub struct TreeWriter {
 }
 
 impl TreeWriter {
-    /// The next bytes of the table.
+    /// Appends the next bytes of the table.
     pub fn update(&mut self, mut bytes: &[u8]) {
         self.length += bytes.len() as u64;
         while !bytes.is_empty() {
-            // A full segment is hashed when more follows: a single one is hashed as a root.
+            // A full segment is hashed only when more bytes follow, because a single segment is hashed as the root.
             if self.pending.len() == SEGMENT as usize {
                 self.flush();
             }
-            let room = SEGMENT as usize - self.pending.len();
-            let (head, tail) = bytes.split_at(room.min(bytes.len()));
+            let free = SEGMENT as usize - self.pending.len();
+            let (head, tail) = bytes.split_at(free.min(bytes.len()));
             self.pending.extend_from_slice(head);
             bytes = tail;
         }
     }
 
     fn flush(&mut self) {
-        // 2 stands for "more than one".
+        // A segment count of 2 stands for "more than one".
         self.values.push(segment_value(&self.pending, self.values.len() as u64, 2));
         self.pending.clear();
     }
 
-    /// The chaining values and the hash of everything.
+    /// Returns the chaining values and the hash of all bytes.
     pub fn finish(mut self) -> (Vec<ChainingValue>, Digest) {
         if self.values.is_empty() {
             let only = segment_value(&self.pending, 0, 1);
@@ -104,8 +103,8 @@ impl TreeWriter {
     }
 }
 
-/// A part of a write-once file, mapped; each segment is compared with its chaining value before the
-/// first byte of it is given out.
+/// A mapped part of a write-once file. Each segment is verified against its chaining value before its first byte is
+/// returned.
 #[derive(Debug)]
 pub struct CheckedTable {
     path: PathBuf,
@@ -119,11 +118,10 @@ pub struct CheckedTable {
 }
 
 impl CheckedTable {
-    /// The table of `length` bytes at `base` of `file`. `what` is the word for the file in errors.
+    /// Maps the table of `length` bytes at offset `base` of `file`. `what` names the file in error messages.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) when `values` do not merge to `expected` or the file is
-    /// too short.
+    /// Returns [`Code::Damage`](crate::error::Code) if `values` do not merge to `expected` or the file is too short.
     pub fn new(
         what: &'static str,
         path: &Path,
@@ -136,13 +134,18 @@ impl CheckedTable {
         match root(&values, length) {
             Some(got) if got == *expected => {}
             Some(got) => {
-                return Err(damage(format!("its checksums have the root {got}, expected {expected}")));
+                return Err(damage(format!("checksums have root {got}, expected {expected}")));
             }
-            None => return Err(damage(format!("{} checksums for {length} bytes", values.len()))),
+            None => {
+                return Err(damage(format!(
+                    "wrong number of checksums for {length} bytes: {}",
+                    values.len()
+                )));
+            }
         }
         let end = base.checked_add(length).ok_or_else(|| damage("impossible length".into()))?;
         let map = MappedFile::map(&file, end).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => damage(format!("it is shorter than {end} bytes")),
+            std::io::ErrorKind::UnexpectedEof => damage(format!("truncated: expected at least {end} bytes")),
             _ => Error::io(format!("cannot map {what}"), path, e),
         })?;
         let words = segments(length).div_ceil(64) as usize;
@@ -150,16 +153,16 @@ impl CheckedTable {
         Ok(CheckedTable { path: path.to_owned(), what, file, map, base, length, values, checked })
     }
 
-    /// `N` bytes at `offset`; they must not cross a segment.
+    /// Returns `N` bytes at `offset`, which must not cross a segment boundary.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) when the segment is not what was written, or when `offset`
-    /// lies outside the table.
+    /// Returns [`Code::Damage`](crate::error::Code) if the segment does not match its chaining value, or if `offset` is
+    /// outside the table.
     pub fn entry<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
         let inside = offset.checked_add(N as u64).is_some_and(|end| end <= self.length)
             && offset / SEGMENT == (offset + N as u64 - 1) / SEGMENT;
         if !inside {
-            let why = format!("no entry at byte {offset} of {}", self.length);
+            let why = format!("offset {offset} is outside the table of {} bytes", self.length);
             return Err(Invalid::Damage(why).in_file(self.what, &self.path));
         }
         self.check(offset / SEGMENT)?;
@@ -169,18 +172,18 @@ impl CheckedTable {
         Ok(entry)
     }
 
-    /// Checks every segment, touched or not.
+    /// Verifies every segment, accessed or not.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) for the first bad one.
+    /// Returns [`Code::Damage`](crate::error::Code) for the first damaged segment.
     pub fn check_all(&self) -> Result<()> {
         (0..segments(self.length)).try_for_each(|segment| self.read_and_check(segment))
     }
 
-    /// All bytes of the table in order, each part compared with its chaining value before it is given.
+    /// Passes all bytes of the table to `each` in order, each segment after its verification.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) for the first bad part, or what `each` gives.
+    /// Returns [`Code::Damage`](crate::error::Code) for the first damaged segment, or the error of `each`.
     pub fn read_all(&self, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         (0..segments(self.length)).try_for_each(|segment| each(&self.read_checked(segment)?))
     }
@@ -194,7 +197,7 @@ impl CheckedTable {
         Ok(())
     }
 
-    /// By read(2), not through the mapping: a bad sector or a file cut short after open is an error
+    /// Reads with read(2), not through the mapping: a bad sector, or a file that was truncated after open, is an error
     /// here and would be a SIGBUS there.
     fn read_and_check(&self, segment: u64) -> Result<()> {
         self.read_checked(segment).map(drop)
@@ -209,14 +212,16 @@ impl CheckedTable {
         };
         self.file
             .read_exact_at(&mut bytes, self.base + start)
-            .map_err(|e| damage(format!("cannot be read: {}", crate::error::errno_text(&e))))?;
+            .map_err(|e| damage(format!("cannot read the file: {}", crate::error::errno_text(&e))))?;
         let got = segment_value(&bytes, segment, segments(self.length));
         let expected = self.values[segment as usize];
         match got == expected {
             true => Ok(bytes),
-            false => {
-                Err(damage(format!("checksum is {}, expected {}", Digest::new(got), Digest::new(expected))))
-            }
+            false => Err(damage(format!(
+                "found checksum {}, expected {}",
+                Digest::new(got),
+                Digest::new(expected)
+            ))),
         }
     }
 }
@@ -231,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_is_the_plain_hash() {
+    fn root_equals_the_plain_hash() {
         for length in [0, 1, 65535, 65536, 65537, 131072, 200_000, 5 * 65536, 1_000_003] {
             let bytes = bytes(length);
             let mut writer = TreeWriter::default();
@@ -246,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flipped_byte_is_found_in_its_segment_only() {
+    fn detects_a_flipped_byte_in_its_segment_only() {
         let mut data = bytes(200_000);
         let mut writer = TreeWriter::default();
         writer.update(&data);

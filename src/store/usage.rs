@@ -1,4 +1,4 @@
-//! Where the bytes of a store are.
+//! Disk usage of a store, by template and by kind of data.
 
 use std::ffi::OsStr;
 use std::sync::atomic::AtomicBool;
@@ -6,96 +6,97 @@ use std::sync::atomic::AtomicBool;
 use rustix::fs::FileType;
 use serde::Serialize;
 
-use super::census::{Census, Owner};
+use super::census::{Liveness, Owner};
 use super::path::StorePath;
 use super::{Digest, Store};
 use crate::error::Result;
 use crate::sys::folder::Folder;
 use crate::units::Bytes;
 
-/// Depth to which a store is searched.
+/// Maximum depth of the search below a store.
 const MAX_DEPTH: usize = 32;
 
-/// One template's part.
+/// Disk usage of one template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TemplateUsage {
-    /// Which.
+    /// Digest of the template.
     pub digest: Digest,
-    /// Its names.
+    /// Tags of the template.
     pub tags: Vec<String>,
-    /// Length of its files.
+    /// Size of the files in bytes.
     pub logical_bytes: Bytes,
-    /// How much of it lies in 4 KiB pages that are not zero.
+    /// Bytes in 4 KiB pages that are not zero.
     pub data_bytes: Bytes,
-    /// Records that it alone needs: a collection gives these back once it is removed.
+    /// Bytes of records that only this template references. A collection frees them after the template is removed.
     pub unique_bytes: Bytes,
-    /// Records that others need too.
+    /// Bytes of records that other templates reference too.
     pub shared_bytes: Bytes,
-    /// Both.
+    /// Sum of unique and shared bytes.
     pub stored_bytes: Bytes,
-    /// What its tables take on the disk.
+    /// Bytes allocated for the tables.
     pub table_bytes: Bytes,
 }
 
-/// What a store takes, in parts that add up.
+/// Disk usage of a store, in parts that add up to the whole.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct StoreUsage {
-    /// Its templates, by digest.
+    /// Usage of the templates, sorted by digest.
     #[serde(skip)]
     pub templates: Vec<TemplateUsage>,
-    /// Length of all files of all templates.
+    /// Size of all files of all templates in bytes.
     pub logical_bytes: Bytes,
-    /// How much of these lies in 4 KiB pages that are not zero.
+    /// Bytes of these in 4 KiB pages that are not zero.
     pub data_bytes: Bytes,
-    /// Records that one template needs, all templates together.
+    /// Bytes of records that exactly one template references.
     pub unique_bytes: Bytes,
-    /// Records that several need, each counted once.
+    /// Bytes of records that several templates reference, each record counted once.
     pub shared_bytes: Bytes,
-    /// Records that nobody needs: `gc` gives most of them back.
+    /// Bytes of unreferenced records; `gc` frees most of them.
     pub dead_bytes: Bytes,
-    /// What packs take beside their records: headers, indexes, rounding to blocks. Below zero where the filesystem
-    /// compresses.
+    /// Bytes allocated for packs minus the bytes of all records: headers, indexes, rounding to file-system blocks.
+    /// Negative if the file system compresses.
     pub overhead_bytes: i64,
-    /// Tables of all templates.
+    /// Bytes allocated for the tables of all templates.
     pub table_bytes: Bytes,
-    /// Of commands under way, and what killed ones left.
+    /// Bytes allocated for sessions of running and killed commands.
     pub session_bytes: Bytes,
-    /// Tags, locks, folders.
+    /// Bytes allocated for tags, locks and directories.
     pub other_bytes: Bytes,
-    /// The sum of the seven before: what du(1) says of the folder.
+    /// Sum of the seven values from `unique_bytes` on: the usage that du(1) reports for the directory.
     pub store_bytes: Bytes,
 }
 
 impl Store {
-    /// Counts. A template that is damaged is left out, with a warning in the log; what it alone needs counts as dead.
+    /// Computes the disk usage. A damaged template is skipped with a warning in the log, and records that only it
+    /// references count as dead.
     ///
     /// # Errors
-    /// When the store cannot be read, or `interrupt` became true.
+    /// Returns an error if the store cannot be read, or if `interrupt` becomes true.
     pub fn usage(&self, interrupt: &AtomicBool) -> Result<StoreUsage> {
-        let census = Census::take(self, interrupt)?;
-        for (digest, error) in &census.unreadable {
-            log::warn!("template {digest} is left out: {error}");
+        let liveness = Liveness::analyze(self, interrupt)?;
+        for (digest, error) in &liveness.unreadable {
+            log::warn!("template {digest} is not counted: {error}");
         }
         let mut usage = StoreUsage::default();
-        let mut parts = vec![(0, 0); census.templates.len()];
+        let mut parts = vec![(0, 0); liveness.templates.len()];
         let (mut unique, mut shared, mut dead) = (0, 0, 0);
-        for (length, owner) in census.packs.values().flat_map(|p| p.records()) {
+        for (length, owner) in liveness.packs.values().flat_map(|p| p.records()) {
             match owner {
-                Owner::Nobody => dead += length,
+                Owner::Unreferenced => dead += length,
                 Owner::One(template) => {
                     unique += length;
                     parts[template].0 += length;
                 }
-                Owner::Several => shared += length,
+                Owner::Shared => shared += length,
             }
         }
-        census.shared_by(|template, length| parts[template].1 += length)?;
+        liveness.shared_by(|template, length| parts[template].1 += length)?;
         let tags = self.tags()?;
-        for (template, (unique, shared)) in census.templates.iter().zip(parts) {
+        for (template, (unique, shared)) in liveness.templates.iter().zip(parts) {
             let digest = *template.digest();
             let names = tags.iter().filter(|t| t.digest == digest).map(|t| format!("{}:{}", t.name, t.tag));
-            let mut folder = Parts::default();
-            walk(&template.folder(), |_, bytes| folder.total += bytes)?;
+            let mut directory = Parts::default();
+            walk(&template.directory(), |_, bytes| directory.total += bytes)?;
             usage.templates.push(TemplateUsage {
                 digest,
                 tags: names.collect(),
@@ -104,7 +105,7 @@ impl Store {
                 unique_bytes: Bytes::new(unique),
                 shared_bytes: Bytes::new(shared),
                 stored_bytes: Bytes::new(unique + shared),
-                table_bytes: Bytes::new(folder.total),
+                table_bytes: Bytes::new(directory.total),
             });
         }
         usage.logical_bytes = usage.templates.iter().map(|t| t.logical_bytes).sum();
@@ -136,7 +137,7 @@ impl Store {
     }
 }
 
-/// Bytes of blocks on the disk.
+/// Allocated bytes, by directory of the store.
 #[derive(Debug, Default)]
 struct Parts {
     packs: u64,
@@ -145,40 +146,40 @@ struct Parts {
     total: u64,
 }
 
-/// Calls `each` for the folder and everything below it, with what that takes on the disk. What lies in a subfolder comes
-/// with the name of the subfolder. What vanishes meanwhile is passed over.
+/// Calls `each` with the allocated bytes of the directory and of every file below. A file in a subdirectory is reported
+/// with the name of the top-level subdirectory. Files that are removed during the walk are skipped.
 fn walk(path: &StorePath, mut each: impl FnMut(Option<&OsStr>, u64)) -> Result<()> {
-    let fail = |e| path.error("cannot see what it takes", e);
-    let gone = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
-    let folder = match path.folder() {
-        Ok(folder) => folder,
-        Err(e) if gone(&e) => return Ok(()),
+    let fail = |e| path.error("cannot read disk usage", e);
+    let is_removed = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    let directory = match path.folder() {
+        Ok(directory) => directory,
+        Err(e) if is_removed(&e) => return Ok(()),
         Err(e) => return Err(fail(e)),
     };
-    each(None, folder.own_metadata().map_err(fail)?.st_blocks as u64 * 512);
-    for name in folder.names().map_err(fail)? {
-        walk_below(&folder, &name, MAX_DEPTH, &mut |depth, bytes| {
+    each(None, directory.own_metadata().map_err(fail)?.st_blocks as u64 * 512);
+    for name in directory.names().map_err(fail)? {
+        walk_below(&directory, &name, MAX_DEPTH, &mut |depth, bytes| {
             each((depth < MAX_DEPTH).then_some(&*name), bytes);
         })
         .or_else(|e| {
-            if gone(&e) { Ok(()) } else { Err(path.join(&name).error("cannot see what it takes", e)) }
+            if is_removed(&e) { Ok(()) } else { Err(path.join(&name).error("cannot read disk usage", e)) }
         })?;
     }
     Ok(())
 }
 
 fn walk_below(
-    folder: &Folder,
+    directory: &Folder,
     name: &OsStr,
     depth: usize,
     each: &mut dyn FnMut(usize, u64),
 ) -> std::io::Result<()> {
-    let found = folder.metadata(name)?;
+    let found = directory.metadata(name)?;
     each(depth, found.st_blocks as u64 * 512);
     if FileType::from_raw_mode(found.st_mode) != FileType::Directory || depth == 0 {
         return Ok(());
     }
-    let below = folder.folder(name)?;
+    let below = directory.folder(name)?;
     for name in below.names()? {
         match walk_below(&below, &name, depth - 1, each) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),

@@ -1,4 +1,4 @@
-//! Verification: reads everything that is stored and names what is damaged and whom it affects.
+//! Verification: reads all stored data, and reports damage and the affected templates.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -17,54 +17,54 @@ use crate::progress::Progress;
 use crate::sys::threads;
 use crate::units::Bytes;
 
-/// Blocks of a template that one thread checks at a time.
-const SHARE: u64 = 256;
+/// Blocks of a template that a thread verifies at a time.
+const BLOCKS_PER_TURN: u64 = 256;
 
-/// A file of a template that cannot be read as a whole.
+/// A file of a template that cannot be read completely.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Affected {
-    /// The template.
+    /// Digest of the template.
     pub digest: Digest,
-    /// Its file; nothing when the whole template is affected.
+    /// Name of the file; `None` if the whole template is affected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
 }
 
-/// One damaged place.
+/// Damage at one place of the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Damage {
-    /// The file of the store: a pack, an image, a placement, a policy or a tag.
+    /// Damaged file of the store: a pack, an image, a placement, a policy or a tag.
     #[serde(serialize_with = "crate::shown::path")]
     pub path: PathBuf,
-    /// Where in a pack the damaged record begins; nothing when the file as a whole is meant.
+    /// Offset of the damaged record in a pack; `None` if the file as a whole is damaged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
-    /// What was got and what expected.
+    /// Values found and expected.
     pub message: String,
-    /// Who needs it. Nobody, when only a template that was removed used it.
+    /// Affected files of templates. Empty if no template references the damaged record.
     pub affects: Vec<Affected>,
 }
 
 impl Damage {
-    /// True for a place in a pack that no template needs (any more): it takes space and nothing else,
-    /// because an import reads what it reuses.
+    /// Returns true for damage in a pack that no template references. Such damage only takes space, because an import
+    /// verifies records before it reuses them.
     pub fn is_unused(&self) -> bool {
         self.affects.is_empty() && self.path.extension().is_some_and(|e| e == "pack")
     }
 }
 
-/// What a verification has found.
+/// Result of a verification.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Verified {
-    /// Templates that were checked.
+    /// Number of verified templates.
     pub templates: u64,
-    /// Packs that were read.
+    /// Number of packs that were read.
     pub packs: u64,
-    /// Records that were read, decoded and compared with their hash.
+    /// Number of records that were read, decoded and compared with their hash.
     pub blocks: u64,
-    /// Their size as stored.
+    /// Bytes of these records as stored.
     pub stored_bytes: Bytes,
-    /// What is not as it was written.
+    /// Damage that was found.
     pub damages: Vec<Damage>,
 }
 
@@ -78,9 +78,10 @@ struct Findings {
     stored_bytes: u64,
 }
 
-/// What is known of a pack after its records were read.
+/// A pack after its records were read.
 struct CheckedPack {
     index: PackIndex,
+    /// Offsets of damaged records.
     bad: BTreeSet<u32>,
 }
 
@@ -92,12 +93,12 @@ struct Run<'a> {
 }
 
 impl Store {
-    /// Verifies one template, or the whole store with everything in it.
+    /// Verifies one template, or the whole store.
     ///
-    /// Damage is a result, not an error.
+    /// Damage is reported in the result, not as an error.
     ///
     /// # Errors
-    /// When the store cannot be read at all, or `interrupt` became true.
+    /// Returns an error if the store cannot be read at all, or if `interrupt` becomes true.
     pub fn verify(
         &self,
         only: Option<&Digest>,
@@ -109,12 +110,12 @@ impl Store {
             Some(digest) => vec![*digest],
             None => {
                 run.layout()?;
-                run.or_note(self.digests(), &self.images_dir())?
+                run.or_record(self.digests(), &self.images_dir())?
             }
         };
         let ids = match only {
             Some(_) => Vec::new(),
-            None => run.or_note(self.packs().ids(), &self.packs_dir())?,
+            None => run.or_record(self.packs().ids(), &self.packs_dir())?,
         };
         let length = |id: &PackId| self.packs().path(*id).metadata().map_or(0, |found| found.st_size as u64);
         let total = match only {
@@ -160,12 +161,12 @@ impl Run<'_> {
 
     fn check_interrupt(&self) -> Result<()> {
         match self.interrupt.load(Ordering::Relaxed) {
-            true => Err(Error::failed("interrupted before everything was verified")),
+            true => Err(Error::failed("interrupted; the verification is incomplete")),
             false => Ok(()),
         }
     }
 
-    /// Calls `act` for every number below `count`, on all cores, until one fails.
+    /// Calls `act` with every number below `count`, on all cores, until a call fails.
     fn on_all_cores(&self, count: usize, act: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
         let next = AtomicUsize::new(0);
         let work = || loop {
@@ -174,7 +175,7 @@ impl Run<'_> {
                 return Ok(());
             }
             self.check_interrupt()?;
-            // The others stop at once.
+            // Makes the other threads stop.
             act(number).inspect_err(|_| next.store(count, Ordering::Relaxed))?;
         };
         let threads = thread::available_parallelism().map_or(1, usize::from).min(count.max(1));
@@ -185,12 +186,13 @@ impl Run<'_> {
         self.findings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes what cannot be read, for whatever reason: the run goes on, so that one file does not hide the others.
+    /// Records a read failure as damage, for whatever reason. The verification continues, so that one file does not
+    /// hide the others.
     ///
     /// # Errors
-    /// The same error where it says nothing about the store: the host lacks descriptors or memory, or the whole store is
-    /// out of reach.
-    fn note(&self, error: Error, at: (&StorePath, Option<u64>), affected: Option<Affected>) -> Result<()> {
+    /// Returns `error` if it is not a fault of the store: the host has no free descriptors or memory, or the whole
+    /// store cannot be reached.
+    fn record(&self, error: Error, at: (&StorePath, Option<u64>), affected: Option<Affected>) -> Result<()> {
         self.check_interrupt()?;
         if error.errno().is_some_and(|e| matches!(e, libc::EMFILE | libc::ENFILE | libc::ENOMEM)) {
             return Err(error);
@@ -206,46 +208,46 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// What was read, or nothing of it, and the reason noted.
-    fn or_note<T: Default>(&self, read: Result<T>, path: &StorePath) -> Result<T> {
-        read.or_else(|e| self.note(e, (path, None), None).map(|()| T::default()))
+    /// Returns the result, or a default value after recording the failure as damage.
+    fn or_record<T: Default>(&self, read: Result<T>, path: &StorePath) -> Result<T> {
+        read.or_else(|e| self.record(e, (path, None), None).map(|()| T::default()))
     }
 
-    /// Notes what is wrong with the header and the folders of the store.
+    /// Checks the header and the directories of the store.
     fn layout(&self) -> Result<()> {
         if let Some((path, why)) = self.store.header()?.damaged {
-            self.note(why, (&path, None), None)?;
+            self.record(why, (&path, None), None)?;
         }
-        for folder in [self.store.images_dir(), self.store.packs_dir(), self.store.tags_dir()] {
-            if !folder.is_dir() {
-                let why =
-                    Invalid::damage("it is missing, or not a folder").in_file("folder of the store", &folder);
-                self.note(why, (&folder, None), None)?;
+        for directory in [self.store.images_dir(), self.store.packs_dir(), self.store.tags_dir()] {
+            if !directory.is_dir() {
+                let why = Invalid::damage("missing, or not a directory")
+                    .in_file("directory of the store", &directory);
+                self.record(why, (&directory, None), None)?;
             }
         }
         Ok(())
     }
 
-    /// Reads every record of a pack. Nothing when its index is of no use.
+    /// Verifies every record of a pack. Returns `None` if the index is unusable.
     fn pack(&self, id: PackId) -> Result<Option<CheckedPack>> {
         self.findings().packs += 1;
         let path = self.store.packs().path(id);
         let index = match PackIndex::open(&path, id) {
             Ok(index) => index,
-            // Removed meanwhile: nobody's damage.
+            // The pack was removed since it was listed, which is not damage.
             Err(_) if !path.exists() => return Ok(None),
-            Err(e) => return self.note(e, (&path, None), None).map(|()| None),
+            Err(e) => return self.record(e, (&path, None), None).map(|()| None),
         };
         let pack = match self.store.packs().get(id) {
             Ok(pack) => pack,
             Err(_) if !path.exists() => return Ok(None),
-            Err(e) => return self.note(e, (&path, None), None).map(|()| None),
+            Err(e) => return self.record(e, (&path, None), None).map(|()| None),
         };
         let mut entries = Vec::with_capacity(index.len());
         for number in 0..index.len() {
             match index.entry(number) {
                 Ok(entry) => entries.push(entry),
-                Err(e) => self.note(e.in_file("pack", &path), (&path, None), None)?,
+                Err(e) => self.record(e.in_file("pack", &path), (&path, None), None)?,
             }
         }
         entries.sort_unstable_by_key(|e| e.stored.offset);
@@ -255,7 +257,7 @@ impl Run<'_> {
             let stored = entry.stored;
             let result = scratch.verify(&pack, stored, &entry.hash).map(drop);
             if let Err(error) = result {
-                self.note(error, (&path, Some(stored.offset.into())), None)?;
+                self.record(error, (&path, Some(stored.offset.into())), None)?;
                 bad.insert(stored.offset);
             }
             bytes += u64::from(stored.length);
@@ -267,37 +269,38 @@ impl Run<'_> {
         Ok(Some(CheckedPack { index, bad }))
     }
 
-    /// Checks the tables of a template as a whole, and that each of its blocks is where they say. A
-    /// block whose pack was not read before is read now.
+    /// Verifies the tables of a template as a whole, and that each of its blocks is at its place. A block whose pack
+    /// was not read before is read here.
     fn template(&self, digest: &Digest, checked: &BTreeMap<PackId, CheckedPack>) -> Result<()> {
-        let folder = self.store.image_dir(digest);
+        let directory = self.store.image_dir(digest);
         let whole = || Some(Affected { digest: *digest, file: None });
         let template = match self.store.template(digest) {
             Ok(template) => template,
             Err(_) if !self.store.is_listed(digest) => return Ok(()),
-            Err(e) => return self.note(e, (&folder, None), whole()),
+            Err(e) => return self.record(e, (&directory, None), whole()),
         };
         for id in template.pack_ids().iter().filter(|id| !checked.contains_key(id)) {
             let path = self.store.packs().path(*id);
             if let Err(e) = PackIndex::open(&path, *id) {
-                // A collector may have moved its blocks meanwhile: then the reads below find them.
+                // A collector may have moved the blocks since the template was opened; the reads below then use the new
+                // placement.
                 let moved = !path.exists()
                     && self.store.template(digest).is_ok_and(|now| !now.pack_ids().contains(id));
                 if !moved && self.store.is_listed(digest) {
-                    self.note(e, (&path, None), whole())?;
+                    self.record(e, (&path, None), whole())?;
                 }
             }
         }
         for result in template.check_tables() {
-            result.or_else(|e| self.note(e, (&folder, None), whole()))?;
+            result.or_else(|e| self.record(e, (&directory, None), whole()))?;
         }
         for (number, file) in template.files().iter().enumerate() {
             let blocks = template.block_count(number);
             let affected = || Affected { digest: *digest, file: Some(file.name.clone()) };
-            self.on_all_cores(blocks.div_ceil(SHARE) as usize, |share| {
+            self.on_all_cores(blocks.div_ceil(BLOCKS_PER_TURN) as usize, |turn| {
                 let (mut scratch, mut plain) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
-                let start = share as u64 * SHARE;
-                for block in start..(start + SHARE).min(blocks) {
+                let start = turn as u64 * BLOCKS_PER_TURN;
+                for block in start..(start + BLOCKS_PER_TURN).min(blocks) {
                     self.block(&template, (number, block), checked, (&mut scratch, &mut plain), &affected)?;
                 }
                 Ok(())
@@ -317,7 +320,7 @@ impl Run<'_> {
         let place = match template.place(file, block) {
             Ok(None) => return Ok(()),
             Ok(Some(place)) => place,
-            Err(e) => return self.note(e, (&template.folder(), None), Some(affected())),
+            Err(e) => return self.record(e, (&template.directory(), None), Some(affected())),
         };
         let (hash, id, stored) = place;
         let path = self.store.packs().path(id);
@@ -340,20 +343,20 @@ impl Run<'_> {
         self.progress.advance(Bytes::new(stored.length.into()));
         match result {
             Ok(_) => Ok(()),
-            // Its blocks go once it is removed.
+            // A collector removes the blocks of a removed template.
             Err(_) if !self.store.is_listed(template.digest()) => Ok(()),
-            Err(e) => self.note(e, (&path, Some(stored.offset.into())), Some(affected())),
+            Err(e) => self.record(e, (&path, Some(stored.offset.into())), Some(affected())),
         }
     }
 
     fn tags(&self) -> Result<()> {
-        let (files, unlisted) = self.or_note(self.store.tag_files(), &self.store.tags_dir())?;
+        let (files, unlisted) = self.or_record(self.store.tag_files(), &self.store.tags_dir())?;
         for error in unlisted {
-            self.note(error, (&self.store.tags_dir(), None), None)?;
+            self.record(error, (&self.store.tags_dir(), None), None)?;
         }
         for (tag, path) in files {
             if let Err(error) = self.store.target(&tag) {
-                self.note(error, (&path, None), None)?;
+                self.record(error, (&path, None), None)?;
             }
         }
         Ok(())

@@ -50,13 +50,13 @@ mod tests {
     fn only_its_own_state_is_loaded() {
         let mut template = served(&[("memory", Ram, 64), ("state", Blob, 1)]);
         template.state_head = Some(b"\0\0\0\x64\x86\x84\x19\x10\x07\x068.0.0".to_vec());
-        assert!(paste(&template).unwrap_err().to_string().contains("no version"));
+        assert!(paste(&template).unwrap_err().to_string().contains("no readable version"));
         template.state_head = Some(b"\0\0\0\x64\x86\x84\x19\x10\x07\x058.0.0".to_vec());
         let text = paste(&template).unwrap().text;
         let body: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(body["mem_backend"]["backend_path"], "/mnt/by-id/abc/memory");
         template.state_head = Some(b"QEVM\0\0\0\x03".to_vec());
-        assert!(paste(&template).unwrap_err().to_string().contains("not from Firecracker"));
+        assert!(paste(&template).unwrap_err().to_string().contains("not written by Firecracker"));
         let several = served(&[("memory", Ram, 64), ("memory-b", Ram, 64), ("state", Blob, 1)]);
         assert!(paste(&several).unwrap_err().to_string().contains("2 RAM files"));
         assert!(paste(&served(&[("memory", Ram, 64)])).unwrap_err().to_string().contains("no file 'state'"));

@@ -1,26 +1,27 @@
-//! Reading and writing of fields, and the words that every header begins with.
+//! Encoding and decoding of fields, and the preamble of every header.
 
 use std::path::Path;
 
 use super::VERSION;
 use crate::error::Error;
 
-/// Why bytes are no valid structure.
+/// Why bytes cannot be decoded as a structure of the store format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invalid {
-    /// They are not what was written.
+    /// The bytes differ from the written ones.
     Damage(String),
-    /// They were written by a newer Stencil, which uses something this one does not know.
+    /// The bytes were written by a newer Stencil, with a version or feature that this build does not support.
     Newer(String),
 }
 
 impl Invalid {
-    /// [`Invalid::Damage`].
+    /// Creates an [`Invalid::Damage`].
     pub fn damage(what: impl Into<String>) -> Invalid {
         Invalid::Damage(what.into())
     }
 
-    /// The error for the file that holds these bytes; `what` is its word (`pack`, `placement`).
+    /// Converts this into the error for the file that holds the bytes; `what` names the file's kind (`pack`,
+    /// `placement`).
     pub fn in_file(self, what: &str, path: impl AsRef<Path>) -> Error {
         match self {
             Invalid::Damage(why) => Error::damage(format!("{what} is damaged: {why}")).at(path),
@@ -31,13 +32,16 @@ impl Invalid {
     }
 }
 
-/// Takes fields from the front of a slice.
+/// Decodes fields from the front of a slice.
 pub(super) struct Fields<'a>(pub &'a [u8]);
 
 impl<'a> Fields<'a> {
     pub fn bytes(&mut self, length: usize) -> Result<&'a [u8], Invalid> {
         let (head, tail) = self.0.split_at_checked(length).ok_or_else(|| {
-            Invalid::damage(format!("{} bytes left where {length} are needed", self.0.len()))
+            Invalid::damage(format!(
+                "truncated: length is {}, expected at least {length} bytes",
+                self.0.len()
+            ))
         })?;
         self.0 = tail;
         Ok(head)
@@ -57,15 +61,15 @@ impl<'a> Fields<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// Nothing may follow.
+    /// Fails if bytes follow the last field.
     pub fn end(&self) -> Result<(), Invalid> {
         match self.0.len() {
             0 => Ok(()),
-            length => Err(Invalid::damage(format!("{length} bytes follow its last field"))),
+            length => Err(Invalid::damage(format!("unexpected bytes after the last field: {length}"))),
         }
     }
 
-    /// Room for later: must be zero.
+    /// Skips reserved bytes, which must be zero.
     pub fn reserved(&mut self, length: usize) -> Result<(), Invalid> {
         match self.bytes(length)?.iter().all(|&b| b == 0) {
             true => Ok(()),
@@ -74,24 +78,24 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// First 40 bytes of every binary file: magic, version, header length, three feature words.
+/// First 40 bytes of every binary file: magic, version, header length and three feature words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Preamble {
-    /// Length of the header that this preamble begins, in bytes.
+    /// Length in bytes of the header that starts with this preamble.
     pub header_length: u32,
-    /// Features that a reader and a writer may ignore.
+    /// Features that readers and writers may ignore.
     pub compatible: u64,
-    /// Features that a reader may ignore and a writer may not.
+    /// Features that readers may ignore and writers must support.
     pub read_only_compatible: u64,
-    /// Features that nobody may ignore.
+    /// Features that readers and writers must support.
     pub incompatible: u64,
 }
 
 impl Preamble {
-    /// Encoded length.
+    /// Encoded length in bytes.
     pub const LEN: usize = 40;
 
-    /// A header of this length without features.
+    /// Creates the preamble of a header of this length without features.
     pub fn plain(header_length: u32) -> Preamble {
         Preamble { header_length, compatible: 0, read_only_compatible: 0, incompatible: 0 }
     }
@@ -105,14 +109,15 @@ impl Preamble {
         out.extend_from_slice(&self.incompatible.to_le_bytes());
     }
 
-    /// Decodes a preamble of this version. Callers compare the checksum of the header first: a damaged version must not
-    /// pass for that of a newer Stencil.
+    /// Decodes a preamble of this version. The caller must verify the checksum of the header first; otherwise a damaged
+    /// version field would be reported as a newer Stencil.
     pub(super) fn decode(magic: &[u8; 8], fields: &mut Fields<'_>) -> Result<Preamble, Invalid> {
         let (version, preamble) = Preamble::parse(magic, fields)?;
         preamble.accept(version)
     }
 
-    /// The length of a header of any version: its checksum is its last 32 bytes.
+    /// Returns the length of a header of any version. In every version the last 32 bytes of the header are its
+    /// checksum.
     pub(super) fn header_length(magic: &[u8; 8], bytes: &[u8]) -> Result<u32, Invalid> {
         Preamble::parse(magic, &mut Fields(bytes)).map(|(_, preamble)| preamble.header_length)
     }
@@ -121,7 +126,7 @@ impl Preamble {
         let found = fields.array::<8>()?;
         if found != *magic {
             return Err(Invalid::damage(format!(
-                "it begins with \"{}\", not \"{}\"",
+                "magic is \"{}\", expected \"{}\"",
                 found.escape_ascii(),
                 magic.escape_ascii()
             )));
@@ -136,33 +141,33 @@ impl Preamble {
         Ok((version, preamble))
     }
 
-    /// Versions and features this build does not know.
+    /// Rejects versions and features that this build does not support.
     fn accept(self, version: u32) -> Result<Preamble, Invalid> {
         if version != VERSION {
-            return Err(Invalid::Newer(format!("format version {version}, known is {VERSION}")));
+            return Err(Invalid::Newer(format!("unsupported format version {version}, expected {VERSION}")));
         }
         if self.incompatible != 0 {
-            return Err(Invalid::Newer(format!("features {:#x}", self.incompatible)));
+            return Err(Invalid::Newer(format!("unsupported features {:#x}", self.incompatible)));
         }
         Ok(self)
     }
 }
 
-/// Appends the checksum over all that `out` holds.
+/// Appends the checksum of the bytes in `out`.
 pub(super) fn seal(out: &mut Vec<u8>) {
     let hash = blake3::hash(out);
     out.extend_from_slice(hash.as_bytes());
 }
 
-/// Splits off and compares the checksum at the end of `bytes`.
+/// Verifies the checksum at the end of `bytes` and returns the bytes before it.
 pub(super) fn unseal(bytes: &[u8]) -> Result<&[u8], Invalid> {
-    let (body, sum) = bytes
-        .split_last_chunk::<32>()
-        .ok_or_else(|| Invalid::damage(format!("{} bytes are too few", bytes.len())))?;
+    let (body, sum) = bytes.split_last_chunk::<32>().ok_or_else(|| {
+        Invalid::damage(format!("truncated: length is {}, expected at least 32 bytes", bytes.len()))
+    })?;
     let got = blake3::hash(body);
     if got != *sum {
         let expected = blake3::Hash::from_bytes(*sum);
-        return Err(Invalid::damage(format!("its header has checksum {got}, expected {expected}")));
+        return Err(Invalid::damage(format!("header has checksum {got}, expected {expected}")));
     }
     Ok(body)
 }

@@ -1,7 +1,8 @@
-//! An image: what a template is. The digest of the template is the BLAKE3 hash of exactly these bytes.
+//! The image: names, kinds, sizes and block hashes of a template's files. The digest of the template is the BLAKE3 hash
+//! of the image's bytes.
 //!
-//! `header | file × n | block × m`; the files are sorted by name, their blocks follow one another in
-//! the same order, 32 bytes each: the BLAKE3 hash of the plain block, or 32 zero bytes for a zero block.
+//! Layout: `header | file × n | block × m`. The files are sorted by name, and their blocks follow in the same order, 32
+//! bytes each: the BLAKE3 hash of the plain block, or 32 zero bytes for a zero block.
 
 use super::BLOCK_SHIFT;
 use super::fields::{Fields, Invalid, Preamble};
@@ -13,53 +14,53 @@ const FIXED: usize = 96;
 const FILE: usize = 32 + MAX_NAME;
 const HASH_BLAKE3: u32 = 1;
 
-/// Most files of a template: the header with all of them fits one segment of the hash tree.
+/// Maximum number of files of a template. The header with all of them fits in one 64 KiB segment of the hash tree.
 pub const MAX_FILES: usize = 256;
 
-/// Most bytes of all files together: what the 46 bits of a guest's physical address reach. Its table has 32 GiB, so that
-/// also one of zeros only, which costs its sender nothing, is bounded.
+/// Maximum size in bytes of all files together: the reach of a 46-bit guest physical address. The block table of such
+/// an image has 32 GiB. The limit also bounds an image of zero blocks only, which is cheap to send.
 pub const MAX_BYTES: u64 = 1 << 46;
 
-/// Bytes per block in the table.
+/// Bytes of one block in the table.
 pub const HASH_LEN: u64 = 32;
 
-/// Most blocks of all files together; the last block of each may be short.
+/// Maximum number of blocks of all files together; the last block of each file may be short.
 pub const MAX_BLOCKS: u64 = MAX_BYTES / BLOCK_SIZE + MAX_FILES as u64;
 
-/// Longest image.
+/// Maximum length of an image in bytes.
 pub const MAX_LENGTH: u64 = (FIXED + MAX_FILES * FILE) as u64 + MAX_BLOCKS * HASH_LEN;
 
-/// One file as the image names it.
+/// One file in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFile {
-    /// Its name in the template.
+    /// Name of the file.
     pub name: String,
-    /// What it is.
+    /// Kind of the file.
     pub kind: FileKind,
-    /// Its length in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Number of its first block in the table.
+    /// Index of the file's first block in the table.
     pub first_block: u64,
 }
 
 impl ImageFile {
-    /// How many blocks it has.
+    /// Returns the number of blocks.
     pub fn blocks(&self) -> u64 {
         self.size.div_ceil(BLOCK_SIZE)
     }
 }
 
-/// What stands in front of the block table.
+/// The part of an image before the block table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageHeader {
     files: Vec<ImageFile>,
 }
 
 impl ImageHeader {
-    /// The header for these files, already sorted by name, none twice.
+    /// Creates the header for these files, which must be sorted by name without duplicates.
     ///
     /// # Errors
-    /// [`Invalid`] when a name, a size or the number of files is impossible.
+    /// Returns [`Invalid`] if a name, a size or the number of files is not allowed.
     pub fn new(list: impl IntoIterator<Item = (String, FileKind, u64)>) -> Result<ImageHeader, Invalid> {
         let mut files: Vec<ImageFile> = Vec::new();
         let mut first_block = 0;
@@ -72,7 +73,7 @@ impl ImageHeader {
             total = total.saturating_add(size);
             if total > MAX_BYTES || files.len() == MAX_FILES {
                 return Err(Invalid::damage(format!(
-                    "file '{name}' is beyond what an image can hold: {MAX_FILES} files, {MAX_BYTES} bytes"
+                    "file '{name}' exceeds the limits of an image: {MAX_FILES} files, {MAX_BYTES} bytes"
                 )));
             }
             let file = ImageFile { name, kind, size, first_block };
@@ -80,32 +81,32 @@ impl ImageHeader {
             files.push(file);
         }
         if files.is_empty() {
-            return Err(Invalid::damage("no file"));
+            return Err(Invalid::damage("no files"));
         }
         Ok(ImageHeader { files })
     }
 
-    /// The files, sorted by name.
+    /// Returns the files, sorted by name.
     pub fn files(&self) -> &[ImageFile] {
         &self.files
     }
 
-    /// Blocks of all files.
+    /// Returns the number of blocks of all files.
     pub fn block_count(&self) -> u64 {
         self.files.last().map_or(0, |last| last.first_block + last.blocks())
     }
 
-    /// Where the block table of an image with so many files begins.
+    /// Returns the offset in bytes of the block table in an image with this number of files.
     pub fn table_offset(files: usize) -> u64 {
         (FIXED + files * FILE) as u64
     }
 
-    /// Length of the whole image.
+    /// Returns the length of the whole image in bytes.
     pub fn image_length(&self) -> u64 {
         Self::table_offset(self.files.len()) + self.block_count() * HASH_LEN
     }
 
-    /// Its bytes.
+    /// Encodes the header.
     pub fn encode(&self) -> Vec<u8> {
         let length = Self::table_offset(self.files.len());
         let mut out = Vec::with_capacity(length as usize);
@@ -129,16 +130,19 @@ impl ImageHeader {
         out
     }
 
-    /// From the beginning of an image. Compare the digest first: there is no other checksum.
+    /// Decodes the header at the start of an image. The caller must verify the digest first: the image has no other
+    /// checksum.
     ///
     /// # Errors
-    /// [`Invalid`] when the bytes are no image of this version.
+    /// Returns [`Invalid`] if the bytes are not an image of this version.
     pub fn decode(bytes: &[u8]) -> Result<ImageHeader, Invalid> {
         let mut fields = Fields(bytes);
         let preamble = Preamble::decode(MAGIC, &mut fields)?;
         let (shift, hash, domain) = (fields.u32()?, fields.u32()?, fields.array::<16>()?);
         if shift != BLOCK_SHIFT || hash != HASH_BLAKE3 || domain != [0; 16] {
-            return Err(Invalid::Newer(format!("blocks of 2^{shift} bytes, hash {hash}, or a dedup domain")));
+            return Err(Invalid::Newer(format!(
+                "unsupported block size 2^{shift}, block hash {hash} or dedup domain"
+            )));
         }
         let count = fields.u32()? as usize;
         fields.reserved(4)?;
@@ -146,7 +150,7 @@ impl ImageHeader {
         fields.reserved(FIXED - Preamble::LEN - 40)?;
         if count > MAX_FILES || u64::from(preamble.header_length) != Self::table_offset(count) {
             return Err(Invalid::damage(format!(
-                "{count} files in a header of {} bytes",
+                "impossible sizes: files: {count}, header length: {}",
                 preamble.header_length
             )));
         }
@@ -157,14 +161,18 @@ impl ImageHeader {
             let name = fields.bytes(MAX_NAME)?;
             let (name, padding) = name
                 .split_at_checked(name_length)
-                .ok_or_else(|| Invalid::damage(format!("a file name of {name_length} bytes")))?;
+                .ok_or_else(|| Invalid::damage(format!("file name of {name_length} bytes is too long")))?;
             Fields(padding).reserved(padding.len())?;
-            let name = std::str::from_utf8(name).map_err(|_| Invalid::damage("a file name is no UTF-8"))?;
+            let name =
+                std::str::from_utf8(name).map_err(|_| Invalid::damage("a file name is not valid UTF-8"))?;
             list.push((name.to_owned(), FileKind::decode(kind)?, size));
         }
         let header = ImageHeader::new(list)?;
         if header.block_count() != blocks {
-            return Err(Invalid::damage(format!("{blocks} blocks, its files have {}", header.block_count())));
+            return Err(Invalid::damage(format!(
+                "number of blocks is {blocks}, expected {} for the files",
+                header.block_count()
+            )));
         }
         Ok(header)
     }
@@ -176,7 +184,7 @@ impl FileKind {
             0 => Ok(FileKind::Ram),
             1 => Ok(FileKind::Rom),
             2 => Ok(FileKind::Blob),
-            _ => Err(Invalid::Newer(format!("file kind {number}"))),
+            _ => Err(Invalid::Newer(format!("unsupported file kind {number}"))),
         }
     }
 }
@@ -195,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn round_trip() {
+    fn round_trips_a_header() {
         let header = header();
         assert_eq!(header.block_count(), 5);
         assert_eq!(header.files()[1].first_block, 4);
@@ -207,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_refused_or_changes_the_value_but_never_panics() {
+    fn never_panics_on_damage() {
         let bytes = header().encode();
         for at in 0..bytes.len() {
             for value in [0, 1, 0x7f, 0xff] {
@@ -222,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn order_and_names_are_checked() {
+    fn checks_order_and_names() {
         let new = |names: &[&str]| ImageHeader::new(names.iter().map(|n| (n.to_string(), FileKind::Blob, 1)));
         assert!(new(&["a", "b"]).is_ok());
         assert!(new(&["b", "a"]).is_err());
@@ -232,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn all_files_together_are_bounded() {
+    fn limits_the_total_size() {
         let new = |sizes: [u64; 2]| {
             let names = ["a", "b"].map(str::to_owned);
             ImageHeader::new(names.into_iter().zip(sizes).map(|(n, s)| (n, FileKind::Blob, s)))

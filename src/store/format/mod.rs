@@ -1,8 +1,8 @@
-//! The bytes on disk, format version 1: the only module that knows them.
+//! The on-disk format, version 1. No other module encodes or decodes these bytes.
 //!
-//! `docs/store-format.md` has the tables. All numbers are little endian. Every length is bounded
-//! before it is used, and every header carries its own checksum, so that a decoder either gives a
-//! value that may be trusted or an [`Invalid`] that says what it met.
+//! `docs/store-format.md` has the byte tables. All numbers are little endian. Every length is bounded before it is
+//! used, and every header has its own checksum, so that a decoder returns either a trustworthy value or an [`Invalid`]
+//! with the reason.
 
 mod fields;
 pub mod image;
@@ -13,13 +13,13 @@ pub mod superblock;
 
 pub use fields::{Invalid, Preamble};
 
-/// Binary logarithm of the size of an identity block.
+/// Binary logarithm of the block size in bytes.
 pub const BLOCK_SHIFT: u32 = 16;
 
-/// Version of every structure written by this build.
+/// Version of every structure that this build writes.
 pub const VERSION: u32 = 1;
 
-/// Identifies a pack: random, and part of the pack's file name and header.
+/// Identifier of a pack: random, and part of the pack's file name and header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PackId(pub [u8; 16]);
 
@@ -32,11 +32,11 @@ impl std::fmt::Display for PackId {
     }
 }
 
-/// How a stored block is to be read. The numbers are on disk.
+/// Encoding of a stored block. The numbers are on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum BlockKind {
-    /// All zero: nothing is stored.
+    /// All zero: the block has no record.
     Zero = 0,
     /// The plain bytes.
     Raw = 1,
@@ -58,35 +58,37 @@ impl BlockKind {
             1 => BlockKind::Raw,
             2 => BlockKind::Lz4,
             3 => BlockKind::Zstd,
-            KIND_PAGE_DELTA | KIND_IMAGE_BLOCK => return Err(Invalid::Newer(format!("block kind {number}"))),
-            _ => return Err(Invalid::damage(format!("block kind {number} is none of 0 to 5"))),
+            KIND_PAGE_DELTA | KIND_IMAGE_BLOCK => {
+                return Err(Invalid::Newer(format!("unsupported block kind {number}")));
+            }
+            _ => return Err(Invalid::damage(format!("unknown block kind {number}, expected 0 to 5"))),
         })
     }
 }
 
-/// Where and how one block is stored, apart from the pack.
+/// Location and encoding of one record within a pack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// First byte of the record in its pack.
+    /// Offset of the record in its pack, in bytes.
     pub offset: u32,
     /// Length of the record in bytes.
     pub length: u32,
-    /// How it is to be read.
+    /// Encoding of the record.
     pub kind: BlockKind,
-    /// Binary logarithm of the sub-chunk; [`BLOCK_SHIFT`] for a block stored in one piece.
+    /// Binary logarithm of the sub-chunk size; [`BLOCK_SHIFT`] for a record in one piece.
     pub chunk_shift: u8,
-    /// Which of its sixteen 4 KiB pages are not zero, lowest bit first: accounting asks for it without
+    /// Bit mask of the sixteen 4 KiB pages that are not zero, lowest bit first. Accounting uses the mask without
     /// decoding the block.
     pub data_pages: u16,
 }
 
-/// Longest record: a block stored raw, in sub-chunks of 4 KiB with their table.
+/// Maximum length of a record in bytes: a raw block in sub-chunks of 4 KiB, with their table.
 pub const MAX_RECORD: u32 = (1 << BLOCK_SHIFT) + 16 * CHUNK_ENTRY as u32;
 
-/// Bytes a sub-chunk takes in the table before its record: stored length and chaining value.
+/// Bytes of one sub-chunk in the record's table: stored length and chaining value.
 pub const CHUNK_ENTRY: usize = 2 + 32;
 
-/// Smallest sub-chunk, as a binary logarithm.
+/// Binary logarithm of the smallest sub-chunk size.
 pub const MIN_CHUNK_SHIFT: u8 = 12;
 
 impl Stored {
@@ -103,18 +105,18 @@ impl Stored {
         let kind = BlockKind::decode(kind)?;
         let data_pages = u16::from_le_bytes(pages);
         if data_pages == 0 {
-            return Err(Invalid::damage("a stored block claims to hold zeros only"));
+            return Err(Invalid::damage("a stored block has no page with data"));
         }
         if kind == BlockKind::Zero {
-            return Err(Invalid::damage("a zero block claims to be stored"));
+            return Err(Invalid::damage("a zero block has a record"));
         }
         if length == 0 || length > MAX_RECORD {
             return Err(Invalid::damage(format!(
-                "a record of {length} bytes (1 to {MAX_RECORD} are possible)"
+                "invalid record length {length}: expected 1 to {MAX_RECORD} bytes"
             )));
         }
         if !(MIN_CHUNK_SHIFT..=BLOCK_SHIFT as u8).contains(&chunk_shift) {
-            return Err(Invalid::damage(format!("sub-chunks of 2^{chunk_shift} bytes")));
+            return Err(Invalid::damage(format!("invalid sub-chunk size 2^{chunk_shift}")));
         }
         Ok(Stored { offset, length, kind, chunk_shift, data_pages })
     }

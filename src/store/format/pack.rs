@@ -1,4 +1,4 @@
-//! A pack: `header | records | index`. Its name is `packs/<id>.pack`.
+//! A pack: `header | records | index`, in the file `packs/<id>.pack`.
 
 use super::fields::{Fields, Invalid, Preamble, seal, unseal};
 use super::{PackId, Stored};
@@ -6,42 +6,42 @@ use crate::store::Digest;
 
 const MAGIC: &[u8; 8] = b"STNCLPAK";
 
-/// The first bytes of a pack; written last.
+/// Header of a pack; written after the records and the index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackHeader {
     /// Feature words.
     pub preamble: Preamble,
-    /// Which pack it is; two packs under each other's names are found by it.
+    /// Identifier of the pack. A pack under the file name of another pack is detected by this field.
     pub id: PackId,
     /// Dedup domain: zero = blocks are named by plain BLAKE3 and shared by all templates.
     pub domain: [u8; 16],
-    /// Where the index begins: the end of the records.
+    /// Offset of the index in bytes: the end of the records.
     pub index_offset: u64,
-    /// Entries of the index.
+    /// Number of entries of the index.
     pub index_count: u64,
     /// BLAKE3 of the index.
     pub index_hash: Digest,
 }
 
-/// Longest pack: record offsets have 32 bits.
+/// Maximum length of a pack in bytes: record offsets have 32 bits.
 pub const MAX_PACK: u64 = u32::MAX as u64;
 
 impl PackHeader {
-    /// Encoded length: the place of the first record.
+    /// Encoded length in bytes: the offset of the first record.
     pub const LEN: usize = 256;
 
-    /// Header of a pack without features in the shared domain.
+    /// Creates the header of a pack without features in the shared dedup domain.
     pub fn new(id: PackId, index_offset: u64, index_count: u64, index_hash: Digest) -> PackHeader {
         let preamble = Preamble::plain(Self::LEN as u32);
         PackHeader { preamble, id, domain: [0; 16], index_offset, index_count, index_hash }
     }
 
-    /// Length of the whole file.
+    /// Returns the length of the whole file in bytes.
     pub fn file_length(&self) -> u64 {
         self.index_offset + self.index_count * IndexEntry::LEN as u64
     }
 
-    /// Its bytes.
+    /// Encodes the header.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::LEN);
         self.preamble.encode(MAGIC, &mut out);
@@ -55,15 +55,19 @@ impl PackHeader {
         out
     }
 
-    /// From its bytes.
+    /// Decodes a header.
     ///
     /// # Errors
-    /// [`Invalid`] when they are no header of this version, or one whose lengths are impossible.
+    /// Returns [`Invalid`] if the bytes are not a header of this version, or if a length in the header is impossible.
     pub fn decode(bytes: &[u8]) -> Result<PackHeader, Invalid> {
         let bytes = bytes.get(..Self::LEN).ok_or_else(|| {
-            Invalid::damage(format!("{} bytes, its header alone has {}", bytes.len(), Self::LEN))
+            Invalid::damage(format!(
+                "truncated: length is {}, expected at least {} bytes",
+                bytes.len(),
+                Self::LEN
+            ))
         })?;
-        // For the word about another magic.
+        // Reports a wrong magic before a wrong checksum.
         Preamble::header_length(MAGIC, bytes)?;
         let mut fields = Fields(unseal(bytes)?);
         let preamble = Preamble::decode(MAGIC, &mut fields)?;
@@ -79,39 +83,39 @@ impl PackHeader {
         if !records_end.contains(&header.index_offset)
             || header.index_count > MAX_PACK / IndexEntry::LEN as u64
         {
-            return Err(Invalid::damage("its header gives impossible lengths"));
+            return Err(Invalid::damage("impossible lengths in the header"));
         }
         if header.domain != [0; 16] {
-            return Err(Invalid::Newer("a dedup domain".into()));
+            return Err(Invalid::Newer("unsupported dedup domain".into()));
         }
         Ok(header)
     }
 }
 
-/// One block of a pack. The index is sorted by hash, each hash stands in it once.
+/// One block of a pack. The index is sorted by hash and lists each hash once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IndexEntry {
     /// BLAKE3 of the plain block.
     pub hash: Digest,
-    /// Where it is.
+    /// Location of the block's record.
     pub stored: Stored,
 }
 
 impl IndexEntry {
-    /// Encoded length.
+    /// Encoded length in bytes.
     pub const LEN: usize = 48;
 
-    /// Appends its bytes.
+    /// Appends the encoded entry to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(self.hash.bytes());
         self.stored.encode(out);
         out.extend_from_slice(&[0; 4]);
     }
 
-    /// From the first [`IndexEntry::LEN`] bytes.
+    /// Decodes an entry from the first [`IndexEntry::LEN`] bytes.
     ///
     /// # Errors
-    /// [`Invalid`] when a field is impossible.
+    /// Returns [`Invalid`] if a field has an impossible value.
     pub fn decode(bytes: &[u8]) -> Result<IndexEntry, Invalid> {
         let mut fields = Fields(bytes);
         let entry = IndexEntry { hash: Digest::new(fields.array()?), stored: Stored::decode(&mut fields)? };
@@ -126,7 +130,7 @@ mod tests {
     use crate::store::format::BlockKind;
 
     #[test]
-    fn header_round_trip_and_every_flipped_bit() {
+    fn round_trips_a_header_and_detects_every_flipped_bit() {
         let header = PackHeader::new(PackId([9; 16]), 5000, 2, Digest::of(b"i"));
         let bytes = header.encode();
         assert_eq!(bytes.len(), PackHeader::LEN);
@@ -139,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn index_entry_round_trip() {
+    fn round_trips_an_index_entry() {
         let stored =
             Stored { offset: 256, length: 17, kind: BlockKind::Lz4, chunk_shift: 16, data_pages: 0x8001 };
         let entry = IndexEntry { hash: Digest::of(b"b"), stored };

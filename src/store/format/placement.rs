@@ -1,7 +1,7 @@
-//! The placement of an image: where its blocks are. It may be rewritten at any time.
+//! The placement of an image: where its blocks are stored. A placement may be rewritten at any time.
 //!
-//! `front | row × blocks | chaining values of the image | chaining values of the rows`. The front is
-//! read and checked at open; rows are checked by segment when they are first touched.
+//! Layout: `front | row × blocks | chaining values of the image | chaining values of the rows`. The front is read and
+//! checked at open; a segment of rows is checked at its first access.
 
 use super::fields::{Fields, Invalid, Preamble, seal, unseal};
 use super::{PackId, Stored, image};
@@ -11,57 +11,57 @@ const MAGIC: &[u8; 8] = b"STNCLPLC";
 const FIXED: usize = Preamble::LEN + 120;
 const FILE: usize = 32;
 
-/// Longest front that is read: 256 files and a million packs.
+/// Longest front that is read, in bytes: room for 256 files and a million packs.
 pub const MAX_FRONT: u32 = 32 << 20;
 
-/// What the front says about one file.
+/// Sizes of one file, as recorded in the front.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileStats {
-    /// Bytes of its 4 KiB pages that are not zero.
+    /// Bytes in 4 KiB pages that are not zero.
     pub data_bytes: u64,
-    /// Bytes of its records in packs, shared ones included.
+    /// Bytes of the file's records in packs, including shared records.
     pub stored_bytes: u64,
 }
 
-/// The part of a placement that is read at open.
+/// The front of a placement: the part that is read at open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Front {
-    /// The image it belongs to.
+    /// Digest of the image.
     pub digest: Digest,
-    /// Length of that image in bytes.
+    /// Length of the image in bytes.
     pub image_length: u64,
-    /// Blocks of that image.
+    /// Number of blocks of the image.
     pub block_count: u64,
     /// Root of the hash tree over the rows.
     pub rows_root: Digest,
-    /// One for each file of the image.
+    /// One entry for each file of the image.
     pub files: Vec<FileStats>,
-    /// Packs that rows name by their number in this list.
+    /// Packs of the rows; a row names a pack by its index in this list.
     pub packs: Vec<PackId>,
 }
 
-/// Where the parts of a placement begin.
+/// Offsets and lengths of the parts of a placement, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sections {
-    /// Rows; also the length of the front.
+    /// Offset of the rows, which is the length of the front.
     pub rows: u64,
     /// Length of the rows.
     pub rows_length: u64,
-    /// Chaining values of the image.
+    /// Offset of the chaining values of the image.
     pub image_tree: u64,
-    /// Chaining values of the rows.
+    /// Offset of the chaining values of the rows.
     pub rows_tree: u64,
-    /// End of the file.
+    /// Length of the file.
     pub end: u64,
 }
 
 impl Front {
-    /// Length of the front of a placement with so many files and packs.
+    /// Returns the length in bytes of a front with these numbers of files and packs.
     pub fn length(files: usize, packs: usize) -> u64 {
         (FIXED + files * FILE + packs * 16 + 32) as u64
     }
 
-    /// Where everything is; `segments` gives the number of chaining values for a length.
+    /// Returns the sections of the file; `segments` returns the number of chaining values for a length in bytes.
     pub fn sections(&self, segments: impl Fn(u64) -> u64) -> Sections {
         let rows = Self::length(self.files.len(), self.packs.len());
         let rows_length = self.block_count * Row::LEN as u64;
@@ -70,7 +70,7 @@ impl Front {
         Sections { rows, rows_length, image_tree, rows_tree, end: rows_tree + segments(rows_length) * 32 }
     }
 
-    /// Its bytes.
+    /// Encodes the front.
     pub fn encode(&self) -> Vec<u8> {
         let length = Self::length(self.files.len(), self.packs.len());
         let mut out = Vec::with_capacity(length as usize);
@@ -94,23 +94,23 @@ impl Front {
         out
     }
 
-    /// Length of the front that begins with these bytes (at least [`Preamble::LEN`] of them).
+    /// Returns the length of a front from its first bytes (at least [`Preamble::LEN`]).
     ///
     /// # Errors
-    /// [`Invalid`] when they begin no placement.
+    /// Returns [`Invalid`] if the bytes are not the start of a placement.
     pub fn peek(bytes: &[u8]) -> Result<u32, Invalid> {
         match Preamble::header_length(MAGIC, bytes)? {
             length if (length as usize) < FIXED + 32 || length > MAX_FRONT => {
-                Err(Invalid::damage(format!("a header of {length} bytes")))
+                Err(Invalid::damage(format!("impossible header length {length}")))
             }
             length => Ok(length),
         }
     }
 
-    /// From its bytes, as many as [`Front::peek`] said.
+    /// Decodes a front from its bytes, whose number is the value of [`Front::peek`].
     ///
     /// # Errors
-    /// [`Invalid`] when they are no front of this version.
+    /// Returns [`Invalid`] if the bytes are not a front of this version.
     pub fn decode(bytes: &[u8]) -> Result<Front, Invalid> {
         let mut fields = Fields(unseal(bytes)?);
         Preamble::decode(MAGIC, &mut fields)?;
@@ -120,10 +120,15 @@ impl Front {
         let rows_root = Digest::new(fields.array()?);
         fields.reserved(FIXED - Preamble::LEN - 88)?;
         if block_count > image::MAX_BLOCKS || image_length > image::MAX_LENGTH {
-            return Err(Invalid::damage(format!("{block_count} blocks in an image of {image_length} bytes")));
+            return Err(Invalid::damage(format!(
+                "impossible sizes: blocks: {block_count}, image length: {image_length}"
+            )));
         }
         if files > image::MAX_FILES || Self::length(files, packs) != bytes.len() as u64 {
-            return Err(Invalid::damage(format!("{files} files and {packs} packs in {} bytes", bytes.len())));
+            return Err(Invalid::damage(format!(
+                "impossible sizes: files: {files}, packs: {packs}, front length: {}",
+                bytes.len()
+            )));
         }
         let mut front =
             Front { digest, image_length, block_count, rows_root, files: Vec::new(), packs: Vec::new() };
@@ -139,20 +144,20 @@ impl Front {
     }
 }
 
-/// Where one block is. `None` is a zero block.
+/// Location of one block. A row of `None` is a zero block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// Number of the pack in the front's list.
+    /// Index of the pack in the front's list.
     pub pack: u32,
-    /// Where in that pack.
+    /// Location of the record in that pack.
     pub stored: Stored,
 }
 
 impl Row {
-    /// Encoded length.
+    /// Encoded length in bytes.
     pub const LEN: usize = 16;
 
-    /// Appends the bytes of a row.
+    /// Appends the encoded row to `out`.
     pub fn encode(row: Option<Row>, out: &mut Vec<u8>) {
         match row {
             None => out.extend_from_slice(&[0; Self::LEN]),
@@ -163,10 +168,10 @@ impl Row {
         }
     }
 
-    /// From the first [`Row::LEN`] bytes.
+    /// Decodes a row from the first [`Row::LEN`] bytes.
     ///
     /// # Errors
-    /// [`Invalid`] when a field is impossible.
+    /// Returns [`Invalid`] if a field has an impossible value.
     pub fn decode(bytes: &[u8]) -> Result<Option<Row>, Invalid> {
         let mut fields = Fields(bytes);
         let whole = fields.array::<{ Self::LEN }>()?;
@@ -184,7 +189,7 @@ mod tests {
     use crate::store::format::BlockKind;
 
     #[test]
-    fn front_round_trip_and_every_flipped_bit() {
+    fn round_trips_a_front_and_detects_every_flipped_bit() {
         let front = Front {
             digest: Digest::of(b"d"),
             image_length: 1000,
@@ -207,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_beyond_what_an_image_can_have_are_damage() {
+    fn rejects_lengths_above_the_limits_of_an_image() {
         let front = |image_length, block_count| Front {
             digest: Digest::of(b"d"),
             image_length,
@@ -223,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn row_round_trip() {
+    fn round_trips_a_row() {
         let stored =
             Stored { offset: 300, length: 65536, kind: BlockKind::Raw, chunk_shift: 12, data_pages: 1 };
         for row in [None, Some(Row { pack: 3, stored })] {

@@ -1,6 +1,6 @@
 //! A stream of templates: `front | (policy | image) × templates | (entry | record) × blocks | hash`.
 //!
-//! The front says what comes; the hash at the end is that of all bytes before it.
+//! The front lists the content; the hash at the end covers all bytes before it.
 
 use std::collections::HashSet;
 
@@ -8,51 +8,51 @@ use super::fields::{Fields, Invalid, Preamble, seal, unseal};
 use super::pack::IndexEntry;
 use crate::store::{Digest, TagName};
 
-/// The first bytes of every stream.
+/// The first 8 bytes of every stream.
 pub const MAGIC: &[u8; 8] = b"STNCLSAV";
 
 const FIXED: usize = Preamble::LEN + 24;
 const TEMPLATE: usize = 48;
 const TAG: usize = 4;
 
-/// Longest front that is read; it has room for all of the below.
+/// Maximum length of a front in bytes; a front at all limits below fits.
 pub const MAX_FRONT: u32 = 8 << 20;
 
-/// Most templates of a stream, and most templates that it builds on.
+/// Maximum number of templates in a stream, and of base templates whose blocks are left out.
 pub const MAX_TEMPLATES: usize = 4096;
 
-/// Most tags of all templates of a stream: a loader sets them while others wait.
+/// Maximum number of tags of all templates in a stream. A loader sets the tags under the names lock.
 pub const MAX_TAGS: usize = 16 << 10;
 
-/// One template as the front names it.
+/// One template in the front.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamTemplate {
-    /// Its identity: the hash of its image.
+    /// Digest of the template: the hash of its image.
     pub digest: Digest,
-    /// Length of its image in bytes.
+    /// Length of the image in bytes.
     pub image_length: u64,
-    /// Length of its policy in bytes.
+    /// Length of the policy in bytes.
     pub policy_length: u32,
-    /// Names that point at it.
+    /// Tags that point at the template.
     pub tags: Vec<TagName>,
 }
 
-/// What a stream holds.
+/// The front of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamFront {
-    /// Its templates, each once.
+    /// The templates, each once.
     pub templates: Vec<StreamTemplate>,
-    /// Templates whose blocks were left out.
+    /// Base templates, whose blocks are left out of the stream.
     pub without: Vec<Digest>,
-    /// How many blocks follow the images.
+    /// Number of blocks after the images.
     pub blocks: u64,
 }
 
 impl StreamFront {
-    /// Its bytes.
+    /// Encodes the front.
     ///
     /// # Errors
-    /// [`Invalid`] when it is too long for a reader.
+    /// Returns [`Invalid`] if the front exceeds the limits of a reader.
     pub fn encode(&self) -> Result<Vec<u8>, Invalid> {
         let tags = |t: &StreamTemplate| -> usize {
             t.tags.iter().map(|tag| TAG + tag.name().len() + tag.tag().len()).sum()
@@ -67,7 +67,7 @@ impl StreamFront {
             || self.templates.iter().map(|t| t.tags.len()).sum::<usize>() > MAX_TAGS
         {
             return Err(Invalid::damage(format!(
-                "{} templates with their tags and {} to build on are beyond what one stream can name",
+                "the stream exceeds its limits: templates: {}, base templates: {}",
                 self.templates.len(),
                 self.without.len()
             )));
@@ -97,23 +97,23 @@ impl StreamFront {
         Ok(out)
     }
 
-    /// Length of the front that begins with these bytes (at least [`Preamble::LEN`] of them).
+    /// Returns the length of a front from its first bytes (at least [`Preamble::LEN`]).
     ///
     /// # Errors
-    /// [`Invalid`] when they begin no stream.
+    /// Returns [`Invalid`] if the bytes are not the start of a stream.
     pub fn peek(bytes: &[u8]) -> Result<u32, Invalid> {
         match Preamble::header_length(MAGIC, bytes)? {
             length if (length as usize) < FIXED + TEMPLATE + 32 || length > MAX_FRONT => {
-                Err(Invalid::damage(format!("a header of {length} bytes")))
+                Err(Invalid::damage(format!("impossible header length {length}")))
             }
             length => Ok(length),
         }
     }
 
-    /// From its bytes, as many as [`StreamFront::peek`] said.
+    /// Decodes a front from its bytes, whose number is the value of [`StreamFront::peek`].
     ///
     /// # Errors
-    /// [`Invalid`] when they are no front of this version.
+    /// Returns [`Invalid`] if the bytes are not a front of this version.
     pub fn decode(bytes: &[u8]) -> Result<StreamFront, Invalid> {
         let mut fields = Fields(unseal(bytes)?);
         Preamble::decode(MAGIC, &mut fields)?;
@@ -121,14 +121,16 @@ impl StreamFront {
         let mut front = StreamFront { templates: Vec::new(), without: Vec::new(), blocks: fields.u64()? };
         fields.reserved(8)?;
         if templates == 0 || templates > MAX_TEMPLATES || without > MAX_TEMPLATES {
-            return Err(Invalid::damage(format!("{templates} templates, {without} to build on")));
+            return Err(Invalid::damage(format!(
+                "invalid number of templates ({templates}) or base templates ({without})"
+            )));
         }
         let (mut digests, mut names) = (HashSet::new(), HashSet::new());
         for _ in 0..templates {
             let digest = Digest::new(fields.array()?);
             let (image_length, policy_length) = (fields.u64()?, fields.u32()?);
             if !digests.insert(digest) {
-                return Err(Invalid::damage(format!("template {digest} comes twice")));
+                return Err(Invalid::damage(format!("template {digest} is listed twice")));
             }
             let mut tags = Vec::new();
             for _ in 0..fields.u32()? {
@@ -136,7 +138,7 @@ impl StreamFront {
                 let tag = TagName::new(name, tag).map_err(|e| Invalid::damage(e.message()))?;
                 if names.len() == MAX_TAGS || !names.insert(tag.clone()) {
                     return Err(Invalid::damage(format!(
-                        "tag {tag} comes twice, or after {MAX_TAGS} others"
+                        "tag {tag} is listed twice, or exceeds the limit of {MAX_TAGS} tags"
                     )));
                 }
                 tags.push(tag);
@@ -153,18 +155,18 @@ impl StreamFront {
 
 fn text<'a>(fields: &mut Fields<'a>) -> Result<&'a str, Invalid> {
     let length = u16::from_le_bytes(fields.array()?);
-    std::str::from_utf8(fields.bytes(length.into())?).map_err(|_| Invalid::damage("a tag is no UTF-8"))
+    std::str::from_utf8(fields.bytes(length.into())?).map_err(|_| Invalid::damage("a tag is not valid UTF-8"))
 }
 
-/// What stands before each record: as in the index of a pack, with the offset 0.
+/// Decodes the entry before a record: an entry of a pack's index with the offset 0.
 ///
 /// # Errors
-/// [`Invalid`] when a field is impossible.
+/// Returns [`Invalid`] if a field has an impossible value.
 pub fn decode_entry(bytes: &[u8]) -> Result<IndexEntry, Invalid> {
     let entry = IndexEntry::decode(bytes)?;
     match entry.stored.offset {
         0 => Ok(entry),
-        offset => Err(Invalid::damage(format!("a block at offset {offset} of no pack"))),
+        offset => Err(Invalid::damage(format!("invalid record offset {offset} in a stream, expected 0"))),
     }
 }
 
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn round_trip_every_flipped_bit_and_every_length() {
+    fn round_trips_a_front_and_detects_flipped_bits_and_truncation() {
         let bytes = front().encode().unwrap();
         assert_eq!(StreamFront::peek(&bytes).unwrap() as usize, bytes.len());
         assert_eq!(StreamFront::decode(&bytes).unwrap(), front());
@@ -201,9 +203,9 @@ mod tests {
         }
     }
 
-    /// With the checksum made right again.
+    /// The changed fronts have a valid checksum.
     #[test]
-    fn fields_that_lie_are_refused_or_mean_something_but_never_panic() {
+    fn rejects_changed_fields_or_decodes_them_uniquely() {
         let bytes = front().encode().unwrap();
         let body = bytes.len() - 32;
         let mut accepted = 0;
@@ -214,7 +216,7 @@ mod tests {
                 seal(&mut bad);
                 if let Ok(front) = StreamFront::decode(&bad) {
                     accepted += 1;
-                    assert_eq!(front.encode().unwrap(), bad, "byte {at} = {value}: two spellings");
+                    assert_eq!(front.encode().unwrap(), bad, "byte {at} = {value}: two encodings");
                 }
             }
         }
@@ -222,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_front_fits() {
+    fn accepts_a_front_at_all_limits() {
         let name = "n".repeat(128);
         let template = |number: usize| StreamTemplate {
             digest: Digest::of(&number.to_le_bytes()),
@@ -243,16 +245,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_comes_twice() {
-        let refused = |change: &dyn Fn(&mut StreamFront)| {
+    fn rejects_duplicates() {
+        let is_rejected = |change: &dyn Fn(&mut StreamFront)| {
             let mut front = front();
             change(&mut front);
             StreamFront::decode(&front.encode().unwrap()).is_err()
         };
-        assert!(!refused(&|_| {}));
-        assert!(refused(&|f| f.templates[1].digest = f.templates[0].digest));
-        assert!(refused(&|f| f.templates[1].tags = vec!["web:2".parse().unwrap()]));
-        assert!(refused(&|f| f.templates[0].tags.push("web:2".parse().unwrap())));
-        assert!(refused(&|f| f.templates.clear()));
+        assert!(!is_rejected(&|_| {}));
+        assert!(is_rejected(&|f| f.templates[1].digest = f.templates[0].digest));
+        assert!(is_rejected(&|f| f.templates[1].tags = vec!["web:2".parse().unwrap()]));
+        assert!(is_rejected(&|f| f.templates[0].tags.push("web:2".parse().unwrap())));
+        assert!(is_rejected(&|f| f.templates.clear()));
     }
 }

@@ -1,32 +1,32 @@
-//! `STORE/format`: says that a folder is a store, and holds its secret.
+//! The superblock `STORE/format`: marks a directory as a store, and holds the store's secret.
 
 use super::fields::{Fields, Invalid, Preamble, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"STNCLSTR";
 
-/// What a store is, apart from its content.
+/// Identity of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Superblock {
     /// Feature words.
     pub preamble: Preamble,
-    /// Names the store.
+    /// Random identifier of the store.
     pub id: [u8; 16],
-    /// Key of the inode numbers.
+    /// Key of the inode number hash.
     pub secret: [u8; 32],
-    /// Seconds since 1970.
+    /// Time of creation in seconds since 1970.
     pub created: u64,
 }
 
 impl Superblock {
-    /// Encoded length.
+    /// Encoded length in bytes.
     pub const LEN: usize = Preamble::LEN + 16 + 32 + 8 + 32 + 32;
 
-    /// A new store.
+    /// Creates the superblock of a new store.
     pub fn new(id: [u8; 16], secret: [u8; 32], created: u64) -> Superblock {
         Superblock { preamble: Preamble::plain(Self::LEN as u32), id, secret, created }
     }
 
-    /// Its bytes.
+    /// Encodes the superblock.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::LEN);
         self.preamble.encode(MAGIC, &mut out);
@@ -38,17 +38,17 @@ impl Superblock {
         out
     }
 
-    /// From its bytes.
+    /// Decodes a superblock.
     ///
     /// # Errors
-    /// [`Invalid`] when they are no superblock of this version.
+    /// Returns [`Invalid`] if the bytes are not a superblock of this version.
     pub fn decode(bytes: &[u8]) -> Result<Superblock, Invalid> {
-        // That of a later version may be longer.
+        // The superblock of a later version may be longer.
         let header = Preamble::header_length(MAGIC, bytes)? as usize;
         let header =
             bytes.get(..header).filter(|header| header.len() >= Preamble::LEN + 32).ok_or_else(|| {
                 Invalid::damage(format!(
-                    "{} bytes with a header of {header}, expected {}",
+                    "length is {}, header length is {header}, expected {} bytes",
                     bytes.len(),
                     Self::LEN
                 ))
@@ -56,7 +56,7 @@ impl Superblock {
         let mut fields = Fields(unseal(header)?);
         let preamble = Preamble::decode(MAGIC, &mut fields)?;
         if bytes.len() != Self::LEN || header.len() != Self::LEN {
-            return Err(Invalid::damage(format!("{} bytes, expected {}", bytes.len(), Self::LEN)));
+            return Err(Invalid::damage(format!("length is {}, expected {} bytes", bytes.len(), Self::LEN)));
         }
         Ok(Superblock { preamble, id: fields.array()?, secret: fields.array()?, created: fields.u64()? })
     }
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn round_trip_and_every_flipped_bit() {
+    fn round_trips_a_superblock_and_detects_every_flipped_bit() {
         let block = Superblock::new([1; 16], [2; 32], 3);
         let bytes = block.encode();
         assert_eq!(bytes.len(), Superblock::LEN);

@@ -1,11 +1,11 @@
-//! Gives back what nobody needs: sessions of the dead, packs without a needed block, and, by writing them anew, packs of
-//! which little is needed.
+//! Garbage collection: removes session directories of killed writers and packs without a referenced record, and
+//! rewrites packs with few referenced records.
 //!
 //! ```text
-//!   a few packs: new packs ─▶ placements, one by one, each in one step ─▶ old packs go ─▶ the next few
+//!   a few packs: new packs ─▶ placements, one by one, each atomically ─▶ old packs removed ─▶ the next few
 //! ```
-//! A crash in between leaves packs that no placement names: the next run takes them. A reader with an older placement
-//! meets a missing pack, opens the placement anew and goes on.
+//! A crash in between leaves packs that no placement references; the next run removes them. A reader with an older
+//! placement finds a pack missing, reopens the placement and continues.
 
 mod plan;
 
@@ -15,14 +15,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Serialize;
 
 use self::plan::{Plan, Share};
-use super::census::{Census, PackUse};
+use super::census::{Liveness, PackUse};
 use super::format::PackId;
 use super::format::pack::IndexEntry;
-use super::known::{Known, Place};
+use super::known::{BlockIndex, Place};
 use super::pack::pack_path;
 use super::pack_writer::{PACK_BYTES, PackWriter};
 use super::path::StorePath;
-use super::publish::{publish, sync_folder};
+use super::publish::{publish, sync_directory};
 use super::session::{Session, allocated, sweep};
 use super::tables::TableWriter;
 use super::{Digest, Scratch, Store, Template};
@@ -30,35 +30,35 @@ use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::units::Bytes;
 
-/// What a collection has given back, or would.
+/// Result of a collection, or of its dry run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Collected {
-    /// Folders of writers that were killed.
+    /// Removed session directories of killed writers.
     pub sessions: u64,
-    /// Packs that are gone.
+    /// Removed packs.
     pub removed_packs: u64,
-    /// How many of these were written anew, for something in them is needed.
+    /// Removed packs whose referenced records were copied to new packs.
     pub repacked_packs: u64,
-    /// Packs that took their place.
+    /// New packs with the copied records.
     pub new_packs: u64,
     /// Templates whose placement was replaced.
     pub placements: u64,
-    /// What the filesystem has got back, in whole blocks.
+    /// Bytes returned to the file system, in whole file-system blocks.
     pub freed_bytes: Bytes,
-    /// Records that nobody needs, in packs that are mostly needed.
+    /// Bytes of unreferenced records that remain in packs with mostly referenced records.
     pub dead_bytes: Bytes,
 }
 
-/// How a collection is done.
+/// Options of a collection.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Collect<'a> {
-    /// Nothing is changed, and these templates count as removed.
+    /// If set, nothing is changed, and the collection is planned as if these templates were removed.
     pub dry_run: Option<&'a [Digest]>,
-    /// Packs with any unreferenced record are rewritten, whatever that costs.
+    /// Rewrite every pack with an unreferenced record, at any cost.
     pub all: bool,
 }
 
-/// Where records are now.
+/// New places of copied records.
 type Moved = HashMap<(PackId, u32), Place>;
 
 struct Run<'a> {
@@ -68,12 +68,13 @@ struct Run<'a> {
 }
 
 impl Store {
-    /// Gives back what nobody needs, or says with `dry_run` what that would be. Waits until no import is under way, and keeps
-    /// new ones waiting. Readers go on.
+    /// Removes unreferenced data, or with `dry_run` computes what would be removed. Waits for running imports to
+    /// finish, and makes new imports wait. Readers are not affected.
     ///
     /// # Errors
-    /// [`Code::TryAgain`] when an import does not end within 15 s. [`Code::Damage`] when it cannot be known what a template needs: then no pack is touched. What the filesystem
-    /// says, or that `interrupt` became true; whatever was given back until then stays so.
+    /// Returns [`Code::TryAgain`] if an import is still running after 15 s. Returns [`Code::Damage`] if the references
+    /// of a template cannot be read; no pack is removed then. Returns an error if a system call fails, or if
+    /// `interrupt` becomes true; data removed before the error stays removed.
     pub fn collect(
         &self,
         Collect { dry_run, all }: Collect<'_>,
@@ -85,47 +86,48 @@ impl Store {
             None => Some(self.lock_content_alone(interrupt)?),
         };
         let (sessions, swept) = sweep(&self.tmp_dir(), dry_run.is_some());
-        // A removal that is not sure yet may put a template back: meanwhile it is in no list.
+        // An unconfirmed removal may be rolled back, and its template is not listed meanwhile.
         let names = match dry_run {
             Some(_) => None,
             None => Some(self.lock_names_while(|| check(interrupt))?),
         };
-        names.as_ref().map_or(Ok(()), |_| self.settle_graves())?;
-        let census = Census::take_without(self, dry_run.unwrap_or_default(), interrupt)?;
+        names.as_ref().map_or(Ok(()), |_| self.restore_set_aside())?;
+        let liveness = Liveness::analyze_without(self, dry_run.unwrap_or_default(), interrupt)?;
         drop(names);
-        if let Some((digest, error)) = census.unreadable.first() {
+        if let Some((digest, error)) = liveness.unreadable.first() {
             return Err(Error::new(
                 Code::Damage,
-                format!("what template {digest} needs is not known, so no pack is given back: {error}"),
+                format!("cannot read the block references of template {digest}, so no pack was removed: {error}"),
             )
             .at(self.dir())
-            .remedy("import the same memory again to repair it, or remove it: stencil rm DIGEST"));
+            .remedy("import the same memory again to repair the template, or run 'stencil rm DIGEST' to remove it"));
         }
-        let packs = census.packs.iter().filter(|(_, pack)| !pack.strange);
+        let packs = liveness.packs.iter().filter(|(_, pack)| !pack.has_unindexed);
         let packs = packs.map(|(id, pack)| {
             let (all, live) = pack.bytes();
             Share { id: *id, all, live }
         });
         let plan = Plan::of(packs, all);
         let run = Run { store: self, interrupt, progress };
-        let mut done = Collected { sessions, dead_bytes: Bytes::new(plan.stays), ..Collected::default() };
+        let mut done =
+            Collected { sessions, dead_bytes: Bytes::new(plan.remaining_dead), ..Collected::default() };
         let freed = match dry_run {
-            Some(_) => run.estimate(&census, plan, &mut done),
-            None => run.collect(census, plan, &mut done)?,
+            Some(_) => run.estimate(&liveness, plan, &mut done),
+            None => run.collect(liveness, plan, &mut done)?,
         };
         done.freed_bytes = Bytes::new(swept + freed);
         Ok(done)
     }
 }
 
-fn affected<'c>(census: &'c Census, packs: &BTreeSet<PackId>) -> impl Iterator<Item = &'c Digest> {
-    let affected = census.templates.iter().filter(|t| t.pack_ids().iter().any(|id| packs.contains(id)));
+fn affected<'c>(liveness: &'c Liveness, packs: &BTreeSet<PackId>) -> impl Iterator<Item = &'c Digest> {
+    let affected = liveness.templates.iter().filter(|t| t.pack_ids().iter().any(|id| packs.contains(id)));
     affected.map(Template::digest)
 }
 
 fn check(interrupt: &AtomicBool) -> Result<()> {
     match interrupt.load(Ordering::Relaxed) {
-        true => Err(Error::failed("interrupted: what was given back until then stays so")),
+        true => Err(Error::failed("interrupted; data removed so far stays removed")),
         false => Ok(()),
     }
 }
@@ -139,12 +141,12 @@ impl Run<'_> {
         check(self.interrupt)
     }
 
-    /// What is free where the store lies, for those who are not root.
-    fn room(&self) -> u64 {
+    /// Returns the bytes that an unprivileged user can allocate on the store's file system.
+    fn available_bytes(&self) -> u64 {
         rustix::fs::statvfs(self.store.dir()).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
     }
 
-    fn estimate(&self, census: &Census, mut plan: Plan, done: &mut Collected) -> u64 {
+    fn estimate(&self, liveness: &Liveness, mut plan: Plan, done: &mut Collected) -> u64 {
         let live = plan.live();
         let mut old: u64 = plan.remove.iter().map(|id| self.allocated(*id)).sum();
         let mut repacked = BTreeSet::new();
@@ -159,64 +161,67 @@ impl Run<'_> {
         }
         done.removed_packs = (plan.remove.len() + repacked.len()) as u64;
         done.repacked_packs = repacked.len() as u64;
-        done.placements = affected(census, &repacked).count() as u64;
+        done.placements = affected(liveness, &repacked).count() as u64;
         old.saturating_sub(live.next_multiple_of(4096))
     }
 
-    fn collect(&self, mut census: Census, mut plan: Plan, done: &mut Collected) -> Result<u64> {
-        // What needs no work comes first: it makes room for what does.
-        let mut freed = self.remove(&mut census, &plan.remove)?;
+    fn collect(&self, mut liveness: Liveness, mut plan: Plan, done: &mut Collected) -> Result<u64> {
+        // Packs without referenced records go first: they need no space and make room for the copies.
+        let mut freed = self.remove(&mut liveness, &plan.remove)?;
         done.removed_packs = plan.remove.len() as u64;
-        let known = Known::nothing(self.store);
-        let (mut taken, mut replaced) = (0, BTreeSet::new());
+        let index = BlockIndex::empty(self.store);
+        let (mut added, mut replaced) = (0, BTreeSet::new());
         self.progress.start("repack", Some(Bytes::new(plan.live())));
         let rounds = loop {
-            let round = plan.next_round(self.room());
+            let round = plan.next_round(self.available_bytes());
             if round.is_empty() {
                 break Ok(());
             }
-            match self.round(&mut census, &round, &known, &mut replaced, done) {
-                Ok((given, new)) => (freed, taken) = (freed + given, taken + new),
+            match self.round(&mut liveness, &round, &index, &mut replaced, done) {
+                Ok((removed, new)) => (freed, added) = (freed + removed, added + new),
                 Err(error) => break Err(error),
             }
         };
         self.progress.finish();
         rounds.map_err(|error| match error.errno() {
-            Some(libc::ENOSPC | libc::EDQUOT) => error
-                .context(format!("packs given back: {}; then", done.removed_packs))
-                .remedy(format!("free {} on that filesystem, then run it again", Bytes::new(PACK_BYTES))),
+            Some(libc::ENOSPC | libc::EDQUOT) => {
+                error.context(format!("stopped (packs removed: {})", done.removed_packs)).remedy(format!(
+                    "free {} on that file system, then run the command again",
+                    Bytes::new(PACK_BYTES)
+                ))
+            }
             _ => error,
         })?;
         done.placements = replaced.len() as u64;
-        Ok(freed.saturating_sub(taken))
+        Ok(freed.saturating_sub(added))
     }
 
-    /// Writes these packs anew, as a whole. Gives what has become free, and what the new ones take.
+    /// Rewrites the packs of one round. Returns the bytes freed and the bytes allocated for new packs.
     fn round(
         &self,
-        census: &mut Census,
+        liveness: &mut Liveness,
         round: &[Share],
-        known: &Known,
+        index: &BlockIndex,
         replaced: &mut BTreeSet<Digest>,
         done: &mut Collected,
     ) -> Result<(u64, u64)> {
-        let session = Session::begin(&self.store.tmp_dir())?;
-        let (moved, whole, packs) = self.copy(census, round, known, session.path())?;
-        let mut taken = 0;
+        let session = Session::create(&self.store.tmp_dir())?;
+        let (moved, copied, packs) = self.copy(liveness, round, index, session.path())?;
+        let mut added = 0;
         for id in &packs {
             let path = pack_path(session.path(), *id);
-            taken += allocated(&path);
+            added += allocated(&path);
             publish(&path, &self.store.packs().path(*id))?;
         }
-        sync_folder(&self.store.packs_dir())?;
-        let folder = session.path().join("image");
-        for digest in affected(census, &whole) {
+        sync_directory(&self.store.packs_dir())?;
+        let directory = session.path().join("image");
+        for digest in affected(liveness, &copied) {
             self.check()?;
-            // As it is after the rounds before.
+            // An earlier round may have replaced the placement since the analysis.
             let template = match self.store.template(digest) {
                 Ok(template) => template,
                 Err(_) => {
-                    // A removal that is not sure yet puts it back, with the placement of before.
+                    // An unconfirmed removal may be rolled back, with the old placement.
                     let _names = self.store.lock_names_while(|| self.check())?;
                     match self.store.template(digest) {
                         Ok(template) => template,
@@ -225,71 +230,72 @@ impl Run<'_> {
                     }
                 }
             };
-            rewrite(&template, &moved, &whole, &folder)?;
+            rewrite(&template, &moved, &copied, &directory)?;
             let names = self.store.lock_names_while(|| self.check())?;
             if self.store.has(digest) {
-                publish(&folder.join("placement"), &template.folder().join("placement"))?;
-                sync_folder(&template.folder())?;
+                publish(&directory.join("placement"), &template.directory().join("placement"))?;
+                sync_directory(&template.directory())?;
                 replaced.insert(*digest);
             }
             drop(names);
-            folder.remove_tree().map_err(|e| folder.error("cannot remove", e))?;
+            directory.remove_tree().map_err(|e| directory.error("cannot remove", e))?;
         }
-        let freed = self.remove(census, &whole)?;
-        done.removed_packs += whole.len() as u64;
-        done.repacked_packs += whole.len() as u64;
+        let freed = self.remove(liveness, &copied)?;
+        done.removed_packs += copied.len() as u64;
+        done.repacked_packs += copied.len() as u64;
         done.new_packs += packs.len() as u64;
-        Ok((freed, taken))
+        Ok((freed, added))
     }
 
-    fn remove(&self, census: &mut Census, packs: &BTreeSet<PackId>) -> Result<u64> {
+    fn remove(&self, liveness: &mut Liveness, packs: &BTreeSet<PackId>) -> Result<u64> {
         let mut freed = 0;
         for id in packs {
             self.check()?;
             let path = self.store.packs().path(*id);
             freed += allocated(&path);
-            path.remove_file().map_err(|e| path.error("cannot remove the pack", e))?;
-            // What is open or mapped keeps its room.
+            path.remove_file().map_err(|e| path.error("cannot remove pack", e))?;
+            // A removed file keeps its disk space while it is open or mapped.
             self.store.packs().forget(*id);
-            census.packs.remove(id);
+            liveness.packs.remove(id);
         }
-        sync_folder(&self.store.packs_dir())?;
+        sync_directory(&self.store.packs_dir())?;
         Ok(freed)
     }
 
-    /// Copies what is needed of these packs into new ones. Gives where each record is now, the packs of which everything
-    /// was copied, and the new ones.
+    /// Copies the referenced records of these packs into new packs. Returns the new place of each record, the packs
+    /// that were copied completely, and the new packs.
     fn copy(
         &self,
-        census: &Census,
+        liveness: &Liveness,
         round: &[Share],
-        known: &Known,
-        folder: &StorePath,
+        index: &BlockIndex,
+        directory: &StorePath,
     ) -> Result<(Moved, BTreeSet<PackId>, Vec<PackId>)> {
-        let mut writer = PackWriter::new(folder, known);
-        let (mut moved, mut whole) = (Moved::new(), BTreeSet::new());
+        let mut writer = PackWriter::new(directory, index);
+        let (mut moved, mut copied) = (Moved::new(), BTreeSet::new());
         for Share { id, .. } in round {
-            match self.read(*id, &census.packs[id]) {
+            match self.read(*id, &liveness.packs[id]) {
                 Ok(records) => {
                     for (entry, record) in &records {
-                        let place = match known.find_own(&entry.hash) {
+                        let place = match index.find_written(&entry.hash) {
                             Some(place) => place,
                             None => writer.append(entry.hash, record, entry.stored)?,
                         };
                         moved.insert((*id, entry.stored.offset), place);
                     }
-                    whole.insert(*id);
+                    copied.insert(*id);
                 }
-                // It stays as it is: what is whole in it can still be read, and `verify` names the rest.
-                Err(e) if e.code() == Code::Damage => log::warn!("{e}; that pack is left as it is"),
+                // The pack is left as it is: intact records in it remain readable, and `verify` reports the damaged
+                // ones.
+                Err(e) if e.code() == Code::Damage => log::warn!("{e}; the pack is left unchanged"),
                 Err(e) => return Err(e),
             }
         }
-        Ok((moved, whole, writer.finish()?.packs))
+        Ok((moved, copied, writer.finish()?.packs))
     }
 
-    /// What is needed of a pack, as it is stored: all of it is what it should be, or nothing of it is copied. A copy that
-    /// nobody names would take room beside the pack that stays.
+    /// Reads and verifies the referenced records of a pack, as they are stored. If one of them is damaged, no record is
+    /// copied: a copy would only take space beside the pack, which has to stay.
     fn read(&self, id: PackId, pack_use: &PackUse) -> Result<Vec<(IndexEntry, Box<[u8]>)>> {
         let pack = self.store.packs().get(id)?;
         let mut scratch = Scratch::default();
@@ -305,10 +311,10 @@ impl Run<'_> {
     }
 }
 
-/// Writes tables of a template with the new places of its blocks.
-fn rewrite(template: &Template, moved: &Moved, gone: &BTreeSet<PackId>, folder: &StorePath) -> Result<()> {
+/// Writes the tables of a template with the new places of its blocks.
+fn rewrite(template: &Template, moved: &Moved, gone: &BTreeSet<PackId>, directory: &StorePath) -> Result<()> {
     let files = template.files().iter().map(|f| (f.name.clone(), f.kind));
-    let mut tables = TableWriter::new(folder, files)?;
+    let mut tables = TableWriter::new(directory, files)?;
     for (number, file) in template.files().iter().enumerate() {
         for block in 0..template.block_count(number) {
             let Some((hash, pack, stored)) = template.place(number, block)? else {
@@ -318,7 +324,7 @@ fn rewrite(template: &Template, moved: &Moved, gone: &BTreeSet<PackId>, folder: 
             let place = match moved.get(&(pack, stored.offset)) {
                 Some(place) if gone.contains(&pack) => *place,
                 None if gone.contains(&pack) => {
-                    return Err(Error::failed(format!("block {hash} was not copied out of pack {pack}")));
+                    return Err(Error::failed(format!("block {hash} of pack {pack} was not copied")));
                 }
                 _ => Place { pack, stored },
             };
@@ -329,9 +335,9 @@ fn rewrite(template: &Template, moved: &Moved, gone: &BTreeSet<PackId>, folder: 
     let written = tables.finish()?.digest;
     if written != *template.digest() {
         return Err(Error::failed(format!(
-            "the tables of template {} came out as those of {written}",
+            "rewritten tables of template {} have digest {written}",
             template.digest()
         )));
     }
-    sync_folder(folder)
+    sync_directory(directory)
 }

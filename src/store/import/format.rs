@@ -1,13 +1,13 @@
-//! Compares what the user says a source is with what it looks like.
+//! Checks that the sources have the requested import format.
 
 use super::ImportFormat;
-use super::magic::known;
+use super::magic::identify;
 use super::reader::Input;
 use crate::error::{Error, Result};
 use crate::store::FileKind;
-use crate::store::firecracker::{FirecrackerState, LONGEST_STATE};
+use crate::store::firecracker::{FirecrackerState, MAX_STATE_BYTES};
 
-/// Compares what the user says the sources are with what they look like.
+/// Checks that the sources have the requested format.
 pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()> {
     match format {
         ImportFormat::Raw => Ok(()),
@@ -15,8 +15,8 @@ pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()>
         ImportFormat::Firecracker => {
             let [memory, state] = ["memory", "state"].map(|name| inputs.iter().find(|i| i.name == name));
             let (Some(memory), Some(state)) = (memory, state) else {
-                return Err(Error::usage("a Firecracker snapshot is a memory file and a state file")
-                    .remedy("stencil import MEMORY NAME --state STATE --format firecracker"));
+                return Err(Error::usage("a Firecracker snapshot needs a memory file and a state file")
+                    .remedy("run 'stencil import MEMORY NAME --state STATE --format firecracker'"));
             };
             no_container(memory)?;
             firecracker_state(state)?;
@@ -26,53 +26,51 @@ pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()>
 }
 
 fn firecracker_state(input: &Input) -> Result<()> {
-    let Some(bytes) = input.whole(LONGEST_STATE)? else { return Err(from_a_pipe(input)) };
+    let Some(bytes) = input.whole(MAX_STATE_BYTES)? else { return Err(from_a_pipe(input)) };
     let wrong = |why: String| {
         Error::usage(format!("the state file {why}"))
             .at(input.origin())
-            .remedy("make the snapshot again, or use --format raw to import it as it is")
+            .remedy("take the snapshot again, or import the file unchecked with --format raw")
     };
     let state = FirecrackerState::whole(&bytes).map_err(wrong)?;
     match state.machine == std::env::consts::ARCH {
         true => Ok(()),
         false => Err(wrong(format!(
-            "is of a guest on {}, and this host is {}",
+            "is for a guest on {}, but this host is {}",
             state.machine,
             std::env::consts::ARCH
         ))),
     }
 }
 
-/// Firecracker writes every byte of a full snapshot, but for hotpluggable memory that is not plugged; so holes mean that
-/// pages are missing, or look the same.
+/// Firecracker writes every byte of a full snapshot, except unplugged hotpluggable memory. Holes therefore mean that
+/// pages are missing, or the file cannot be told from one with missing pages.
 fn firecracker_memory(input: &Input) -> Result<()> {
     let Some(size) = input.size() else { return Err(from_a_pipe(input)) };
     if !size.is_multiple_of(1 << 20) {
-        return Err(Error::usage(format!(
-            "the memory file has {size} bytes; Firecracker's is a multiple of 1 MiB"
-        ))
-        .at(input.origin())
-        .remedy("check that it is whole, or use --format raw to import it as it is"));
+        return Err(Error::usage(format!("invalid size {size} of the memory file: not a multiple of 1 MiB"))
+            .at(input.origin())
+            .remedy("check that the file is complete, or import the file unchecked with --format raw"));
     }
     let holes = input.hole_bytes()?;
     if holes == 0 {
         return Ok(());
     }
     Err(Error::usage(format!(
-        "the memory file has holes, {holes} of {size} bytes: it is a diff snapshot, or a full one with memory \
-         that is not plugged or that was copied with holes"
+        "{holes} of {size} bytes of the memory file are holes: the file is a diff snapshot, or a full one that has \
+         unplugged memory or was copied sparsely"
     ))
     .at(input.origin())
     .remedy(
-        "merge a diff snapshot into its base: snapshot-editor edit-memory rebase --memory-path BASE --diff-path FILE; \
-         a full one can be copied again by cp --sparse=never, or imported by --format raw",
+        "merge a diff snapshot into its base with 'snapshot-editor edit-memory rebase --memory-path BASE --diff-path \
+         FILE'; copy a full snapshot with 'cp --sparse=never', or import the file unchecked with --format raw",
     ))
 }
 
 fn from_a_pipe(input: &Input) -> Error {
-    Error::usage("a pipe cannot be checked for a Firecracker snapshot")
+    Error::usage("cannot check a pipe for a Firecracker snapshot")
         .at(input.origin())
-        .remedy("name files, or use --format raw")
+        .remedy("give regular files, or import the pipe unchecked with --format raw")
 }
 
 fn no_container(input: &Input) -> Result<()> {
@@ -82,15 +80,15 @@ fn no_container(input: &Input) -> Result<()> {
     }
 }
 
-/// Refuses what is known not to be plain RAM.
+/// Rejects a source with the magic bytes of a format that is not plain RAM.
 ///
 /// # Errors
-/// A usage error with what it is, and what to do with it.
+/// Returns a usage error that names the format and how to convert it.
 pub(super) fn plain(input: &Input, head: &[u8], tail: &[u8]) -> Result<()> {
-    match known(head, tail) {
+    match identify(head, tail) {
         None => Ok(()),
-        Some((what, remedy)) => Err(Error::usage(format!("the source is {what}, not plain guest memory"))
+        Some((what, remedy)) => Err(Error::usage(format!("the source is not plain guest memory but {what}"))
             .at(input.origin())
-            .remedy(format!("{remedy}; or use --format raw to import it as it is"))),
+            .remedy(format!("{remedy}; or import the source unchecked with --format raw"))),
     }
 }

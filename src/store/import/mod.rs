@@ -1,8 +1,8 @@
-//! Import: reader → workers → ordered writer, in bounded memory; then one atomic commit.
+//! Import: reader → workers → ordered writer, in bounded memory, then one atomic commit.
 //!
-//! The reader cuts files into batches and skips holes. Workers hash, look the block up and compress it.
-//! The writer takes the batches in the order of the files, appends new blocks to packs of its own
-//! session and writes the tables. Nothing is visible before the commit.
+//! The reader splits files into batches and skips holes. Workers hash the blocks, look them up and compress the new
+//! ones. The writer takes the batches in file order, appends new blocks to packs of the session and writes the tables.
+//! Nothing is visible before the commit.
 
 mod format;
 mod magic;
@@ -19,7 +19,7 @@ use std::time::Duration;
 pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
 use super::commit::{Finished, commit, fresh_policy};
-use super::known::Known;
+use super::known::BlockIndex;
 use super::pack_writer::Packed;
 use super::session::Session;
 use super::{BLOCK_SIZE, Store};
@@ -31,35 +31,35 @@ use reader::Input;
 use worker::Batch;
 use writer::Writer;
 
-/// Blocks in a batch: one MiB is read, hashed and compressed at a time.
+/// Blocks in a batch; a batch of 1 MiB is read, hashed and compressed at a time.
 const BATCH_BLOCKS: usize = 16;
 const BATCH_BYTES: usize = BATCH_BLOCKS * BLOCK_SIZE as usize;
 
-/// What the reader hands on.
+/// A message of the reader to the workers and the writer.
 enum Work {
     /// Blocks to hash and compress.
     Data(Batch),
-    /// Zero blocks that were never read.
+    /// Number of zero blocks, from a hole.
     Zeros(u64),
-    /// The file has ended, at this size.
+    /// End of a file, with its size in bytes.
     End(u64),
 }
 
-/// Why the pipeline stops: somebody wants it, or a part has failed.
+/// Reasons to stop the pipeline: an interrupt, or a failure in another thread.
 pub(super) struct Stop<'a> {
     failed: AtomicBool,
-    wanted: Option<&'a AtomicBool>,
-    /// How long a pipe may be silent.
+    interrupt: Option<&'a AtomicBool>,
+    /// Longest time without bytes from a pipe.
     stall: Option<Duration>,
 }
 
 impl Stop<'_> {
     fn check(&self) -> Result<()> {
-        if self.wanted.is_some_and(|w| w.load(Ordering::Relaxed)) {
-            return Err(Error::failed("interrupted: nothing was imported"));
+        if self.interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
+            return Err(Error::failed("interrupted; nothing was imported"));
         }
         match self.failed.load(Ordering::Relaxed) {
-            true => Err(Error::failed("stopped")),
+            true => Err(Error::failed("import stopped")),
             false => Ok(()),
         }
     }
@@ -68,40 +68,41 @@ impl Stop<'_> {
 impl Store {
     /// Imports files as one template and points a tag at it.
     ///
-    /// Memory is bounded whatever the size; all cores are used. Another import, of the same name or
-    /// content too, may run at the same time. When it fails or is interrupted nothing is left, unless publishing itself
-    /// fails: then the error says how far it came, and what is there is whole.
+    /// Memory use does not depend on the size of the files. Uses all cores. Other imports, even of the same name or
+    /// content, may run at the same time. Nothing remains of a failed or interrupted import, unless publishing itself
+    /// fails: then the error lists what was published, and everything published is complete.
     ///
     /// # Errors
-    /// What is wrong with a source, the request or the store; [`Code::Failed`](crate::error::Code)
-    /// after an interrupt, [`Code::TryAgain`](crate::error::Code) when a pipe falls silent.
+    /// Returns an error if a source, the request or the store is invalid. Returns [`Code::Failed`](crate::error::Code)
+    /// after an interrupt, and [`Code::TryAgain`](crate::error::Code) if a pipe stalls for longer than `request.stall`.
     pub fn import(&self, request: ImportRequest, progress: &dyn Progress) -> Result<Imported> {
         let inputs = request.inputs()?;
         let stop = Stop {
             failed: AtomicBool::new(false),
-            wanted: request.interrupt.as_deref(),
+            interrupt: request.interrupt.as_deref(),
             stall: request.stall,
         };
-        self.mend()?;
+        self.repair()?;
         let _content = self.lock_content(|| stop.check())?;
-        let session = Session::begin(&self.tmp_dir())?;
-        let known = Known::load(self)?;
+        let session = Session::create(&self.tmp_dir())?;
+        let index = BlockIndex::load(self)?;
         let total: Option<u64> = inputs.iter().map(Input::size).sum();
         progress.start("import", total.map(Bytes::new));
-        let written = self.pipeline(&request, inputs, &session, &known, &stop, progress);
+        let written = self.pipeline(&request, inputs, &session, &index, &stop, progress);
         progress.finish();
         let written = written?;
         stop.check()?;
         let writer::Written { tables, packed } = written;
         let template = Finished {
             digest: tables.digest,
-            folder: session.path().join("image"),
+            directory: session.path().join("image"),
             policy: fresh_policy(),
             change: &|policy| request.apply(policy),
             tags: request.tag.iter().cloned().collect(),
         };
-        let (committed, needed) = commit(self, &session, &packed, &[template], &known, &|| stop.check())?;
-        let packed = if needed { packed } else { Packed::default() };
+        let (committed, is_published) =
+            commit(self, &session, &packed, &[template], &index, &|| stop.check())?;
+        let packed = if is_published { packed } else { Packed::default() };
         Ok(Imported {
             digest: tables.digest,
             tag: request.tag,
@@ -109,7 +110,7 @@ impl Store {
             existed: committed.iter().all(|c| c.existed),
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
-            repaired_blocks: known.repaired(),
+            repaired_blocks: index.repaired(),
         })
     }
 
@@ -118,7 +119,7 @@ impl Store {
         request: &ImportRequest,
         inputs: Vec<Input>,
         session: &Session,
-        known: &Known,
+        index: &BlockIndex,
         stop: &Stop<'_>,
         progress: &dyn Progress,
     ) -> Result<writer::Written> {
@@ -128,18 +129,18 @@ impl Store {
         let (to_writer, done) = mpsc::channel::<(u64, Result<Work>)>();
         let (give_back, empty) = mpsc::channel::<Batch>();
         for _ in 0..in_flight {
-            // The receiver is alive: it is two lines above.
+            // Cannot fail: the receiver `empty` is alive.
             let _ = give_back.send(Batch::default());
         }
         let work = Mutex::new(work);
         let order = reader::order(&inputs);
-        let mut writer = Writer::new(session.path(), &inputs, order.clone(), known)?;
+        let mut writer = Writer::new(session.path(), &inputs, order.clone(), index)?;
         thread::scope(|scope| {
             for number in 0..workers {
                 let (work, to_writer) = (&work, to_writer.clone());
-                match threads::start_scoped(scope, move || worker::run(request, known, work, &to_writer)) {
+                match threads::start_scoped(scope, move || worker::run(request, index, work, &to_writer)) {
                     Err(error) if number == 0 => return Err(error),
-                    // Fewer do.
+                    // Continue with the workers that were started.
                     Err(_) => break,
                     Ok(_) => {}
                 }
@@ -149,13 +150,13 @@ impl Store {
                 move || {
                     let mut sequence = 0;
                     let result = reader::run(inputs, &order, stop, &empty, |work| {
-                        // A send fails when the other side is gone; then the writer has the reason.
+                        // A send fails if the receiver has stopped; the writer then reports the reason.
                         let sent = match work {
                             Work::Data(batch) => to_workers.send((sequence, batch)).is_ok(),
                             other => to_writer.send((sequence, Ok(other))).is_ok(),
                         };
                         sequence += 1;
-                        if sent { Ok(()) } else { Err(Error::failed("stopped")) }
+                        if sent { Ok(()) } else { Err(Error::failed("import stopped")) }
                     });
                     if let Err(error) = result {
                         let _ = to_writer.send((sequence, Err(error)));
@@ -166,7 +167,7 @@ impl Store {
             let result = writer.run(&done, &give_back, progress);
             if result.is_err() {
                 stop.failed.store(true, Ordering::Relaxed);
-                // Wakes a reader that waits for an empty batch, and workers that wait for work.
+                // Wakes a reader that waits for an empty batch, and workers that wait for a batch.
                 drop(give_back);
                 drop(done);
             }

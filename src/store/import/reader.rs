@@ -1,4 +1,4 @@
-//! Reads the sources: holes are skipped, everything else comes in batches.
+//! Reads the sources in batches and skips holes.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -24,18 +24,18 @@ use crate::units::PAGE_SIZE;
 pub(super) struct Input {
     pub name: String,
     pub kind: FileKind,
-    /// A known format that is not plain RAM is refused, also where it comes from a pipe.
+    /// Reject a source in a known format that is not plain RAM, even from a pipe.
     pub must_be_plain: bool,
-    /// For errors.
+    /// Path or file name for error messages.
     origin: String,
     file: From,
-    /// Of files and devices; a pipe has none.
+    /// Size in bytes of a file or device; `None` for a pipe.
     size: Option<u64>,
-    /// Size and time of change of a regular file when it was opened.
+    /// Size and modification time of a regular file when it was opened.
     version: Option<(u64, i64, i64)>,
 }
 
-/// Where an input's bytes are.
+/// Source of an input's bytes.
 #[derive(Debug)]
 enum From {
     Open(File),
@@ -70,9 +70,9 @@ impl Input {
         let meta = file.metadata().map_err(fail)?;
         let kind = meta.file_type();
         if kind.is_dir() {
-            return Err(Error::usage("a folder cannot be imported")
+            return Err(Error::usage("cannot import a directory")
                 .at(&origin)
-                .remedy("name the files in it"));
+                .remedy("give the paths of the files in the directory"));
         }
         let size = if kind.is_file() {
             Some(meta.len())
@@ -81,7 +81,7 @@ impl Input {
         } else {
             None
         };
-        // A file on standard input is read from where it stands, like any stream.
+        // A file on standard input is read from its current offset, like a stream.
         let size = if request.source == Source::Stdin { None } else { size };
         let version = (kind.is_file() && size.is_some()).then(|| version(&meta));
         let input = Input {
@@ -99,31 +99,31 @@ impl Input {
         Ok(input)
     }
 
-    /// True for one that is opened after all others have been read.
+    /// Returns true if the input is opened after all others have been read.
     fn is_late(&self) -> bool {
         matches!(self.file, From::Later(_))
     }
 
-    /// Opens a late one.
-    fn now(mut self) -> Result<Input> {
+    /// Opens the file of a late input.
+    fn open_late(mut self) -> Result<Input> {
         let From::Later(later) = &self.file else { return Ok(self) };
         let file = (later.open)()?;
         let meta = file.metadata().map_err(|e| self.fail(e))?;
         if !meta.is_file() || meta.len() != later.size {
             return Err(Error::failed(format!(
-                "the source has {} bytes, expected {}",
+                "size of the source is {}, expected {} bytes",
                 meta.len(),
                 later.size
             ))
             .at(&self.origin)
-            .remedy("run the command again: nothing was changed"));
+            .remedy("run the command again; the store was not changed"));
         }
         self.version = Some(version(&meta));
         self.file = From::Open(file);
         Ok(self)
     }
 
-    /// The open file. A late one is opened before anything is read of it.
+    /// Returns the open file. A late input is opened before it is read.
     fn file(&self) -> io::Result<&File> {
         match &self.file {
             From::Open(file) => Ok(file),
@@ -139,30 +139,30 @@ impl Input {
         &self.origin
     }
 
-    /// First and last bytes of a file or device; nothing of a pipe, whose bytes come once.
+    /// Returns the first and the last bytes of a file or device; `None` for a pipe, which can be read only once.
     pub fn ends(&self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
         let (Some(size), From::Open(file)) = (self.size, &self.file) else { return Ok(None) };
-        let part = |from: u64, most: usize| {
-            let mut bytes = vec![0; most.min((size - from) as usize)];
+        let part = |from: u64, limit: usize| {
+            let mut bytes = vec![0; limit.min((size - from) as usize)];
             file.read_exact_at(&mut bytes, from).map_err(|e| self.fail(e)).map(|()| bytes)
         };
         Ok(Some((part(0, HEAD)?, part(size.saturating_sub(TAIL as u64), TAIL)?)))
     }
 
-    /// All bytes of a file or device that has at most so many; nothing of a pipe.
-    pub fn whole(&self, most: u64) -> Result<Option<Vec<u8>>> {
+    /// Returns all bytes of a file or device of at most `limit` bytes; `None` for a pipe.
+    pub fn whole(&self, limit: u64) -> Result<Option<Vec<u8>>> {
         let Some(size) = self.size else { return Ok(None) };
-        if size > most {
-            return Err(Error::usage(format!("{size} bytes are too many for file '{}'", self.name))
+        if size > limit {
+            return Err(Error::usage(format!("file '{}' is too large: {size} bytes", self.name))
                 .at(&self.origin)
-                .remedy(format!("it has at most {most} bytes: check that the right file is named")));
+                .remedy(format!("check the path: the file may have at most {limit} bytes")));
         }
         let mut bytes = vec![0; size as usize];
         self.file().and_then(|f| f.read_exact_at(&mut bytes, 0)).map_err(|e| self.fail(e))?;
         Ok(Some(bytes))
     }
 
-    /// Bytes of a file or device that are in a hole, to the byte, as its file system tells.
+    /// Returns the bytes in holes of a file or device, as reported by `SEEK_HOLE`.
     pub fn hole_bytes(&self) -> Result<u64> {
         let size = self.size.unwrap_or_default();
         let file = self.file().map_err(|e| self.fail(e))?;
@@ -170,7 +170,7 @@ impl Input {
         while at < size {
             let hole = match seek(file, SeekFrom::Hole(at)) {
                 Ok(hole) => hole.min(size),
-                // Not every file can tell its holes.
+                // The file system does not support `SEEK_HOLE`.
                 Err(Errno::INVAL | Errno::OPNOTSUPP) => break,
                 Err(e) => return Err(self.fail(e.into())),
             };
@@ -184,41 +184,41 @@ impl Input {
         Ok(holes)
     }
 
-    /// Refuses memory that is not whole pages.
+    /// Returns a usage error if the size of guest memory is zero or not a multiple of the page size.
     pub fn check_size(&self, size: u64) -> Result<()> {
         if self.kind.can_have(size) {
             return Ok(());
         }
         let name = format!("file '{}' of kind {}", self.name, self.kind.name());
         Err(match size {
-            0 => Error::usage(format!("{name} is empty")).remedy("check the source; guest memory has a size"),
-            _ => Error::usage(format!("{name} has {size} bytes, which is no multiple of {PAGE_SIZE}"))
+            0 => Error::usage(format!("{name} is empty")).remedy("check the source: guest memory cannot be empty"),
+            _ => Error::usage(format!("invalid size of {name}: {size} is not a multiple of {PAGE_SIZE} bytes"))
                 .remedy(format!(
-                    "check that the source is complete; 'truncate -s {} FILE' pads it with zeros; what is \
-                     not guest memory can be a file of kind blob",
+                    "check that the source is complete; 'truncate -s {} FILE' pads the file with zeros; data other than \
+                     guest memory can be imported with the kind 'blob'",
                     size.next_multiple_of(PAGE_SIZE)
                 )),
         }
         .at(&self.origin))
     }
 
-    /// Refuses more than a template can hold; `total` is the size of all files up to and with this one.
+    /// Returns a usage error if a template with `total` bytes up to and including this file would be too large.
     pub fn check_total(&self, total: u64) -> Result<()> {
         if total <= MAX_BYTES {
             return Ok(());
         }
         Err(Error::usage(format!(
-            "with file '{}' the template would have {total} bytes or more; a template holds at most {MAX_BYTES}",
+            "template too large: at least {total} bytes up to file '{}', the limit is {MAX_BYTES}",
             self.name
         ))
         .at(&self.origin)
-        .remedy("check the source's size; make several templates of what is larger"))
+        .remedy("check the size of the source, or split the files into several templates"))
     }
 
     fn changed(&self, how: &str) -> Error {
-        Error::failed(format!("the source {how} while it was read"))
-            .at(Path::new(&self.origin))
-            .remedy("stop whatever writes it (pause the guest), then import it again: nothing was changed")
+        Error::failed(format!("the source {how} while being read")).at(Path::new(&self.origin)).remedy(
+            "stop writing to the source (pause the guest), then import it again; the store was not changed",
+        )
     }
 
     fn fail(&self, error: io::Error) -> Error {
@@ -230,14 +230,14 @@ fn version(meta: &std::fs::Metadata) -> (u64, i64, i64) {
     (meta.len(), meta.mtime(), meta.mtime_nsec())
 }
 
-/// The order in which inputs are read: late ones come last.
+/// Returns the order in which inputs are read: late inputs come last.
 pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..inputs.len()).collect();
     order.sort_by_key(|&at| inputs.get(at).is_some_and(Input::is_late));
     order
 }
 
-/// Reads all inputs in that order. `empty` gives batches to fill, `send` takes what was read.
+/// Reads all inputs in this order. `empty` supplies batches to fill; `send` takes the batches.
 pub(super) fn run(
     inputs: Vec<Input>,
     order: &[usize],
@@ -249,7 +249,7 @@ pub(super) fn run(
     for &at in order {
         let Some(input) = inputs.get_mut(at).and_then(Option::take) else { continue };
         stop.check()?;
-        let input = input.now()?;
+        let input = input.open_late()?;
         let size = match input.size {
             Some(size) => read_file(&input, size, stop, empty, &mut send).map(|()| size)?,
             None => read_stream(&input, stop, empty, &mut send)?,
@@ -261,7 +261,7 @@ pub(super) fn run(
 
 fn next_batch(stop: &Stop<'_>, empty: &Receiver<Batch>) -> Result<Batch> {
     stop.check()?;
-    let mut batch = empty.recv().map_err(|_| Error::failed("stopped"))?;
+    let mut batch = empty.recv().map_err(|_| Error::failed("import stopped"))?;
     batch.plain.resize(BATCH_BYTES, 0);
     Ok(batch)
 }
@@ -286,7 +286,7 @@ fn read_file(
             batch.length = length;
             let read = input.file().and_then(|f| f.read_exact_at(&mut batch.plain[..length], offset));
             read.map_err(|e| match e.kind() {
-                io::ErrorKind::UnexpectedEof => input.changed("was cut short"),
+                io::ErrorKind::UnexpectedEof => input.changed("was truncated"),
                 _ => input.fail(e),
             })?;
             offset += length as u64;
@@ -296,23 +296,19 @@ fn read_file(
     if let Some(before) = input.version {
         let meta = input.file().and_then(File::metadata).map_err(|e| input.fail(e))?;
         if version(&meta) != before {
-            return Err(input.changed(if meta.len() == before.0 {
-                "was written"
-            } else {
-                "changed its size"
-            }));
+            return Err(input.changed(if meta.len() == before.0 { "was modified" } else { "changed size" }));
         }
     }
     Ok(())
 }
 
-/// The next range that is no hole, widened to whole blocks; `(size, size)` when only a hole is left.
+/// Returns the next range outside holes, widened to whole blocks; `(size, size)` if only a hole is left.
 fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
     let file = input.file().map_err(|e| input.fail(e))?;
     let data = match seek(file, SeekFrom::Data(offset)) {
         Ok(data) => data.min(size),
         Err(Errno::NXIO) => size,
-        // Not every file can tell its holes.
+        // The file system does not support `SEEK_DATA`.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, size)),
         Err(e) => return Err(input.fail(e.into())),
     };
@@ -343,7 +339,8 @@ fn read_stream(
             match file.read(&mut batch.plain[have..]) {
                 Ok(0) => break,
                 Ok(count) => have += count,
-                // It was opened so, or another process that has it open has made it so.
+                // The pipe is nonblocking: opened so, or set so by another process that shares the open file
+                // description.
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(e) => return Err(input.fail(e)),
             }
@@ -370,7 +367,7 @@ fn wait_readable(input: &Input, stop: &Stop<'_>, have: u64) -> Result<()> {
         return Ok(());
     }
     Err(Error::try_again(format!(
-        "the source of file '{}' stands still: nothing came for {} s after {have} bytes, and nothing was imported",
+        "the source of file '{}' stalled at offset {have}: no bytes for {} s; nothing was imported",
         input.name,
         stop.stall.unwrap_or_default().as_secs_f64()
     ))

@@ -1,4 +1,4 @@
-//! What is to be imported, and what came of it.
+//! An import request and its result.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,24 +20,24 @@ use crate::store::{
 };
 use crate::units::Bytes;
 
-/// Where the bytes of a file come from.
+/// Source of a file's bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A file, a block device or a pipe.
+    /// A file, block device or pipe.
     Path(PathBuf),
     /// Standard input.
     Stdin,
-    /// A regular file that is there only when everything else has been read.
+    /// A regular file that exists only after all other sources have been read.
     Later(Later),
 }
 
-/// A file of known size that is opened after all other sources have been read: what has to stand still for those
-/// may go on then.
+/// A file of known size that is opened after all other sources have been read, so that the caller may resume a paused
+/// guest before the file is read.
 #[derive(Clone)]
 pub struct Later {
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Gives it, from its start.
+    /// Opens the file, positioned at its start.
     pub open: Arc<dyn Fn() -> Result<File> + Send + Sync>,
 }
 
@@ -58,21 +58,21 @@ impl Eq for Later {}
 /// One file of the new template.
 #[derive(Debug, Clone)]
 pub struct ImportFile {
-    /// Its name in the template.
+    /// Name of the file in the template.
     pub name: String,
-    /// What it is.
+    /// Kind of the file.
     pub kind: FileKind,
-    /// Its bytes.
+    /// Source of the file's bytes.
     pub source: Source,
 }
 
-/// What the sources are.
+/// Format of the sources.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ImportFormat {
-    /// Looks at the sources.
+    /// Detect the format from the sources.
     #[default]
     Auto,
-    /// The bytes as they are.
+    /// Plain bytes, unchecked.
     Raw,
     /// A Firecracker snapshot: a memory file and a state file.
     Firecracker,
@@ -86,42 +86,42 @@ impl FromStr for ImportFormat {
             "auto" => Ok(ImportFormat::Auto),
             "raw" => Ok(ImportFormat::Raw),
             "firecracker" => Ok(ImportFormat::Firecracker),
-            _ => Err(Error::usage(format!("'{text}' is no format")).remedy("use auto, raw or firecracker")),
+            _ => Err(Error::usage(format!("invalid format '{text}'")).remedy("use auto, raw or firecracker")),
         }
     }
 }
 
-/// A template that is to be made. What is `None` keeps the value of a template with the same content,
-/// if there is one, or its default.
+/// Request for a new template. A field that is `None` keeps the value of the store's template with the same content, if
+/// any, or gets its default.
 #[derive(Debug, Clone)]
 pub struct ImportRequest {
-    /// The tag to point at it; without one it can be found by its digest only.
+    /// Tag to point at the template. Without a tag, only its digest names the template.
     pub tag: Option<TagName>,
-    /// Its files, in any order.
+    /// Files, in any order.
     pub files: Vec<ImportFile>,
     /// Labels to set.
     pub labels: BTreeMap<String, String>,
-    /// Permission bits of its files.
+    /// Permission bits of the files.
     pub mode: Option<u32>,
-    /// User and group of its files.
+    /// User and group of the files.
     pub owner: Owner,
-    /// What the sources are.
+    /// Format of the sources.
     pub format: ImportFormat,
-    /// How to launch clones of it.
+    /// Recipe for launching clones.
     pub recipe: Option<serde_json::Value>,
-    /// How new blocks are compressed.
+    /// Compression of new blocks.
     pub compression: Compression,
-    /// The separately decodable part of a block.
+    /// Size of the separately decodable parts of a block.
     pub chunk_size: ChunkSize,
-    /// Becomes true when the import is to stop.
+    /// Set to true to interrupt the import.
     pub interrupt: Option<Arc<AtomicBool>>,
-    /// How long a pipe may be silent before the import fails; for ever without it, or where it is zero. Who imports
-    /// holds a collector up, and that one other writers.
+    /// Longest time that a pipe may send no bytes before the import fails; `None` or zero means no limit. A stalled
+    /// import blocks a garbage collection, and a waiting collection blocks other writers.
     pub stall: Option<Duration>,
 }
 
 impl ImportRequest {
-    /// A request for these files with every default.
+    /// Creates a request for these files with default values.
     pub fn new(tag: Option<TagName>, files: Vec<ImportFile>) -> ImportRequest {
         ImportRequest {
             tag,
@@ -138,7 +138,7 @@ impl ImportRequest {
         }
     }
 
-    /// Opens the sources, sorted by name.
+    /// Opens the sources and returns them sorted by name.
     pub(super) fn inputs(&self) -> Result<Vec<Input>> {
         self.check()?;
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
@@ -157,7 +157,7 @@ impl ImportRequest {
         Ok(inputs)
     }
 
-    /// What it says about the policy.
+    /// Applies the requested mode, owner, labels and recipe to `policy`.
     pub(super) fn apply(&self, policy: &mut Policy) {
         if let Some(mode) = self.mode {
             policy.mode = mode;
@@ -169,22 +169,23 @@ impl ImportRequest {
         }
     }
 
-    /// Refuses what can be refused without reading a source.
+    /// Checks the request as far as possible without reading a source.
     ///
     /// # Errors
-    /// A usage error, or [`Code::NotFound`](crate::error::Code) when a source does not exist.
+    /// Returns a usage error if the request is invalid, or [`Code::NotFound`](crate::error::Code) if a source does not
+    /// exist.
     pub fn check(&self) -> Result<()> {
         if self.files.is_empty() {
             return Err(Error::usage("nothing to import")
-                .remedy("name a memory image, or files with --file NAME=PATH"));
+                .remedy("give the path of a memory image, or files with '--file NAME=PATH'"));
         }
         if self.files.len() > crate::store::format::image::MAX_FILES {
             return Err(Error::usage(format!(
-                "{} files; a template holds at most {}",
+                "too many files: {}, the limit of a template is {}",
                 self.files.len(),
                 crate::store::format::image::MAX_FILES
             ))
-            .remedy("leave some out, or make two templates"));
+            .remedy("leave out some files, or import two templates"));
         }
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -192,19 +193,18 @@ impl ImportRequest {
             check_name("file name", &file.name)?;
             if file.name == MANIFEST {
                 return Err(Error::usage(
-                    "a file cannot be named manifest.json: the mount shows one of its own",
+                    "invalid file name 'manifest.json': the mount generates a file of this name",
                 )
-                .remedy("give it another name: --file NAME=PATH"));
+                .remedy("choose another name with '--file NAME=PATH'"));
             }
         }
         if let Some(pair) = files.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(Error::usage(format!("file '{}' is given twice", pair[0].name))
-                .remedy("give each file a name of its own: --file NAME=PATH"));
+            return Err(Error::usage(format!("file name '{}' is given twice", pair[0].name))
+                .remedy("give each file a different name with '--file NAME=PATH'"));
         }
         if files.iter().filter(|f| f.source == Source::Stdin).count() > 1 {
-            return Err(
-                Error::usage("standard input can be one file only").remedy("give the others as paths")
-            );
+            return Err(Error::usage("standard input is given for more than one file")
+                .remedy("give the paths of the other files"));
         }
         for file in files {
             if let Source::Path(path) = &file.source {
@@ -215,21 +215,21 @@ impl ImportRequest {
     }
 }
 
-/// A template that was imported.
+/// Result of an import.
 #[derive(Debug, Clone, Serialize)]
 pub struct Imported {
-    /// Its identity.
+    /// Digest of the template.
     pub digest: Digest,
-    /// The tag that points at it now.
+    /// Tag that points at the template now.
     pub tag: Option<TagName>,
-    /// Its files.
+    /// Files of the template.
     pub files: Vec<TemplateFile>,
-    /// True when the store had this content already.
+    /// True if the store already had this content.
     pub existed: bool,
-    /// Bytes of blocks that are new in the store, before compression.
+    /// Bytes of blocks that were new in the store, before compression.
     pub new_bytes: Bytes,
     /// Bytes that were added to packs.
     pub stored_bytes: Bytes,
-    /// Blocks that the store had, but damaged; they were stored anew.
+    /// Number of damaged blocks that were stored again.
     pub repaired_blocks: u64,
 }

@@ -1,4 +1,4 @@
-//! Hashes, looks up and compresses batches, on every core.
+//! Import workers: hash, look up and compress batches, on every core.
 
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender};
@@ -8,26 +8,26 @@ use super::{ImportRequest, Work};
 use crate::error::Result;
 use crate::store::codec::{Encoder, page_mask};
 use crate::store::format::BlockKind;
-use crate::store::known::{Known, Place};
+use crate::store::known::{BlockIndex, Place};
 use crate::store::{BLOCK_SIZE, Digest, Scratch};
 
-/// A run of blocks on its way through the pipeline, with its memory; used again and again.
+/// Consecutive blocks on their way through the pipeline. A batch and its buffers are reused.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     /// Bytes of the source.
     pub plain: Vec<u8>,
-    /// How many of them; the last block may be short, then the worker pads it with zeros.
+    /// Number of bytes in `plain`. A worker pads a short last block with zeros.
     pub length: usize,
     /// Records of new blocks, one after another.
     pub records: Vec<u8>,
-    /// What became of each block.
+    /// Result for each block.
     pub blocks: Vec<Block>,
 }
 
-/// What a worker found out about one block.
+/// A worker's result for one block.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// Which 4 KiB pages are not zero, lowest bit first.
+    /// Bit mask of the 4 KiB pages that are not zero, lowest bit first.
     pub data_pages: u16,
     pub outcome: Outcome,
 }
@@ -35,9 +35,9 @@ pub(super) struct Block {
 #[derive(Debug)]
 pub(super) enum Outcome {
     Zero,
-    /// The store has it.
-    Known(Digest, Place),
-    /// Its record lies there in `records`.
+    /// The store has the block.
+    Stored(Digest, Place),
+    /// The block is new, and its record is at `record` in [`Batch::records`].
     New {
         hash: Digest,
         kind: BlockKind,
@@ -46,10 +46,10 @@ pub(super) enum Outcome {
     },
 }
 
-/// Works until the reader has gone.
+/// Processes batches until the reader stops.
 pub(super) fn run(
     request: &ImportRequest,
-    known: &Known,
+    index: &BlockIndex,
     work: &Mutex<Receiver<(u64, Batch)>>,
     done: &Sender<(u64, Result<Work>)>,
 ) {
@@ -64,14 +64,14 @@ pub(super) fn run(
     loop {
         let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((sequence, mut batch)) = next else { return };
-        process(&mut batch, &mut encoder, known, &mut scratch);
+        process(&mut batch, &mut encoder, index, &mut scratch);
         if done.send((sequence, Ok(Work::Data(batch)))).is_err() {
             return;
         }
     }
 }
 
-fn process(batch: &mut Batch, encoder: &mut Encoder, known: &Known, scratch: &mut Scratch) {
+fn process(batch: &mut Batch, encoder: &mut Encoder, index: &BlockIndex, scratch: &mut Scratch) {
     let Batch { plain, length, records, blocks } = batch;
     records.clear();
     blocks.clear();
@@ -83,8 +83,8 @@ fn process(batch: &mut Batch, encoder: &mut Encoder, known: &Known, scratch: &mu
             Outcome::Zero
         } else {
             let hash = Digest::of(block);
-            match known.find(&hash, scratch) {
-                Some(place) => Outcome::Known(hash, place),
+            match index.find(&hash, scratch) {
+                Some(place) => Outcome::Stored(hash, place),
                 None => {
                     let start = records.len();
                     let (kind, chunk_shift) = encoder.encode(block, records);

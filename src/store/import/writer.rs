@@ -1,4 +1,4 @@
-//! Takes batches in order, writes packs and tables into the session.
+//! Import writer: takes batches in order and writes packs and tables into the session.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender};
@@ -10,20 +10,20 @@ use crate::error::Result;
 use crate::progress::Progress;
 use crate::store::BLOCK_SIZE;
 use crate::store::format::Stored;
-use crate::store::known::Known;
+use crate::store::known::BlockIndex;
 use crate::store::pack_writer::{PackWriter, Packed};
 use crate::store::path::StorePath;
 use crate::store::tables::{TableWriter, Tables};
 use crate::units::Bytes;
 
-/// A complete template in the session's folder `image`, and its new packs beside it.
+/// Complete tables in the session's directory `image`, and the new packs beside that directory.
 pub(super) struct Written {
     pub tables: Tables,
     pub packed: Packed,
 }
 
 pub(super) struct Writer<'a> {
-    known: &'a Known,
+    index: &'a BlockIndex,
     tables: TableWriter,
     packs: PackWriter<'a>,
 }
@@ -33,14 +33,14 @@ impl<'a> Writer<'a> {
         session: &'a StorePath,
         inputs: &[Input],
         order: Vec<usize>,
-        known: &'a Known,
+        index: &'a BlockIndex,
     ) -> Result<Writer<'a>> {
         let files = inputs.iter().map(|i| (i.name.clone(), i.kind));
-        let tables = TableWriter::new(&session.join("image"), files)?.coming_in(order);
-        Ok(Writer { known, tables, packs: PackWriter::new(session, known) })
+        let tables = TableWriter::new(&session.join("image"), files)?.in_order(order);
+        Ok(Writer { index, tables, packs: PackWriter::new(session, index) })
     }
 
-    /// Until the reader and all workers have gone, or something failed.
+    /// Writes batches until the reader and all workers have stopped, or until an error.
     pub fn run(
         &mut self,
         done: &Receiver<(u64, Result<Work>)>,
@@ -64,7 +64,7 @@ impl<'a> Writer<'a> {
                             self.block(block, &batch.records)?;
                         }
                         progress.advance(Bytes::new(batch.length as u64));
-                        // The reader may have gone already: then nobody needs it.
+                        // Fails if the reader has finished; the batch is then dropped.
                         let _ = give_back.send(batch);
                     }
                 }
@@ -76,10 +76,10 @@ impl<'a> Writer<'a> {
     fn block(&mut self, block: &Block, records: &[u8]) -> Result<()> {
         let (hash, place) = match &block.outcome {
             Outcome::Zero => return self.tables.zeros(1),
-            Outcome::Known(hash, place) => (hash, *place),
+            Outcome::Stored(hash, place) => (hash, *place),
             Outcome::New { hash, kind, chunk_shift, record } => {
-                // The same block may have come in a batch that was worked on at the same time.
-                let place = match self.known.find_own(hash) {
+                // Two workers may have processed the same new block in different batches.
+                let place = match self.index.find_written(hash) {
                     Some(place) => place,
                     None => {
                         let record = &records[record.clone()];
@@ -95,7 +95,7 @@ impl<'a> Writer<'a> {
         self.tables.block(hash, place)
     }
 
-    /// Completes packs and tables; everything is on the disk afterwards, under names of the session.
+    /// Completes the packs and tables. All files are then synced, under names in the session.
     pub fn finish(self) -> Result<Written> {
         let packed = self.packs.finish()?;
         Ok(Written { tables: self.tables.finish()?, packed })

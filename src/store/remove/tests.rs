@@ -31,7 +31,7 @@ fn filled(dir: &Path) -> (Store, Digest, [TagName; 2]) {
 }
 
 #[test]
-fn what_turns_out_to_be_in_use_is_put_back_whole() {
+fn restores_a_template_that_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let (store, digest, tags) = filled(dir.path());
     let reference = TemplateRef::Digest(digest);
@@ -45,20 +45,23 @@ fn what_turns_out_to_be_in_use_is_put_back_whole() {
     });
     assert_eq!(used.unwrap_err().code(), Code::InUse);
     is_back();
-    // A mount that began in between: it is asked too, from the beginning.
-    let looks = Cell::new(0);
-    let first = |_: &[Digest]| Ok((looks.replace(looks.get() + 1) == 0).then(Refused::new));
-    assert_eq!(store.remove(&reference, Some(&digest), first, unused).unwrap(), Removal::Template(digest));
-    assert_eq!(looks.get(), 2);
+    // A mount that was started in between may show the template, so the second call of `hidden` returns `None`.
+    let calls = Cell::new(0);
+    let only_first = |_: &[Digest]| Ok((calls.replace(calls.get() + 1) == 0).then(Refused::new));
+    assert_eq!(
+        store.remove(&reference, Some(&digest), only_first, unused).unwrap(),
+        Removal::Template(digest)
+    );
+    assert_eq!(calls.get(), 2);
     is_back();
     let Removal::Done(removed) = store.remove(&reference, Some(&digest), hidden, unused).unwrap() else {
-        panic!("it stays");
+        panic!("the template was not removed");
     };
     assert_eq!((removed.tags, removed.template), (tags.to_vec(), Some(digest)));
     assert!(!store.has(&digest) && store.tags().unwrap().is_empty());
 }
 
-/// Three templates without tags.
+/// Creates a store with three templates without tags.
 fn three(dir: &Path) -> (Store, [Digest; 3]) {
     let store = Store::open_or_create(&dir.join("store")).unwrap();
     let digests = [1, 2, 3].map(|byte| {
@@ -83,18 +86,21 @@ fn in_order<T>(mut expected: Vec<(Digest, T)>) -> Vec<(Digest, T)> {
 }
 
 #[test]
-fn one_that_is_in_use_stays_and_the_others_of_its_batch_go() {
+fn removes_a_batch_except_the_template_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let (store, [a, b, c]) = three(dir.path());
     store.set_tag(&"web:1".parse().unwrap(), &c).unwrap();
     let used = |digests: &[Digest]| {
-        assert!(digests.iter().all(|digest| !store.has(digest)), "they are aside by now");
+        assert!(
+            digests.iter().all(|digest| !store.has(digest)),
+            "the templates are set aside before the search"
+        );
         Ok(vec![(b, Error::in_use("process 7 maps it"))])
     };
     let done = store.remove_untagged(&[a, b, c], hidden, used).unwrap();
     assert_eq!(codes(done), in_order(vec![(a, Ok(true)), (b, Err(Code::InUse)), (c, Ok(false))]));
     assert_eq!([a, b, c].map(|digest| store.has(&digest)), [false, true, true]);
-    // A lease is found before anything is moved.
+    // A lease is found before a template is set aside.
     let leased = |_: &[Digest]| Ok(Some(vec![(b, Error::in_use("leased"))]));
     let used = |digests: &[Digest]| {
         assert!(digests.is_empty() && store.has(&b));
@@ -104,18 +110,18 @@ fn one_that_is_in_use_stays_and_the_others_of_its_batch_go() {
 }
 
 #[test]
-fn a_batch_that_a_mount_may_show_again_stays_whole() {
+fn restores_a_batch_that_a_mount_may_show() {
     let dir = tempfile::tempdir().unwrap();
     let (store, [a, b, _]) = three(dir.path());
-    let looks = Cell::new(0);
-    let first = |_: &[Digest]| Ok((looks.replace(looks.get() + 1) == 0).then(Refused::new));
-    let done = store.remove_untagged(&[a, b], first, unused).unwrap();
+    let calls = Cell::new(0);
+    let only_first = |_: &[Digest]| Ok((calls.replace(calls.get() + 1) == 0).then(Refused::new));
+    let done = store.remove_untagged(&[a, b], only_first, unused).unwrap();
     assert_eq!(codes(done), in_order(vec![(a, Err(Code::TryAgain)), (b, Err(Code::TryAgain))]));
-    assert!(store.has(&a) && store.has(&b) && looks.get() == 2);
+    assert!(store.has(&a) && store.has(&b) && calls.get() == 2);
 }
 
 #[test]
-fn one_that_cannot_be_restored_is_in_no_others_way() {
+fn restores_the_others_if_one_template_cannot_be_restored() {
     let dir = tempfile::tempdir().unwrap();
     let (store, digests) = three(dir.path());
     for blocked in digests {
@@ -128,23 +134,23 @@ fn one_that_cannot_be_restored_is_in_no_others_way() {
         assert!(done.iter().all(|(_, done)| done.as_ref().is_err_and(|e| e.code() == Code::InUse)));
         assert_eq!(digests.map(|digest| store.has(&digest)), digests.map(|digest| digest != blocked));
         fs::remove_file(&obstacle).unwrap();
-        store.settle_graves().unwrap();
+        store.restore_set_aside().unwrap();
         assert!(store.has(&blocked));
     }
 }
 
 #[test]
-fn what_cannot_be_put_back_is_not_lost() {
+fn keeps_files_that_cannot_be_restored() {
     let dir = tempfile::tempdir().unwrap();
     let (store, digest, tags) = filled(dir.path());
     let reference = TemplateRef::Digest(digest);
-    let (folder, tag) = (store.image_dir(&digest), store.tag_path(&tags[1]));
+    let (directory, tag) = (store.image_dir(&digest), store.tag_path(&tags[1]));
     let inode = |path: &StorePath| fs::metadata(path).unwrap().ino();
     let tag_file = inode(&tag);
-    // Somebody has it, and something lies where it was: the folder's place, then that of a tag.
-    for obstacle in [&folder, &tag] {
+    // The template is in use, and an obstacle lies at the path of its directory, then at the path of a tag.
+    for obstacle in [&directory, &tag] {
         let late = |_: &[Digest]| {
-            match obstacle == &folder {
+            match obstacle == &directory {
                 true => fs::write(obstacle, "").unwrap(),
                 false => fs::create_dir(obstacle).unwrap(),
             }
@@ -152,8 +158,11 @@ fn what_cannot_be_put_back_is_not_lost() {
         };
         let error = store.remove(&reference, Some(&digest), hidden, late).unwrap_err();
         assert_eq!(error.code(), Code::InUse, "{error}");
-        let said = format!("{error} {:?}", error.remedy_text());
-        assert!(said.contains(obstacle.as_ref().to_str().unwrap()) && said.contains("stencil gc"), "{said}");
+        let message = format!("{error} {:?}", error.remedy_text());
+        assert!(
+            message.contains(obstacle.as_ref().to_str().unwrap()) && message.contains("run 'stencil gc'"),
+            "{message}"
+        );
         let _ = fs::remove_file(obstacle);
         let _ = fs::remove_dir(obstacle);
         store.collect(Collect::default(), &AtomicBool::new(false), &Silent).unwrap();
@@ -161,23 +170,23 @@ fn what_cannot_be_put_back_is_not_lost() {
         store.template(&digest).unwrap().read_block(0, 3, &mut Scratch::default(), &mut block).unwrap();
         assert!(block[..8192].iter().all(|byte| *byte == 7));
         tags.iter().for_each(|tag| assert_eq!(store.tag(tag).unwrap(), Some(digest)));
-        assert_eq!(inode(&tag), tag_file, "it took no room to put it back");
+        assert_eq!(inode(&tag), tag_file, "the tag was restored by a rename");
     }
-    // A removal that was killed: what came meanwhile stays.
-    let lost = || Err(Error::failed("killed"));
+    // The removal is killed and the template is imported again: the new template stays.
+    let killed = || Err(Error::failed("killed"));
     let late = |_: &[Digest]| {
-        fs::write(&folder, "").unwrap();
-        lost()
+        fs::write(&directory, "").unwrap();
+        killed()
     };
     store.remove(&reference, Some(&digest), hidden, late).unwrap_err();
-    fs::remove_file(&folder).unwrap();
+    fs::remove_file(&directory).unwrap();
     assert_eq!(filled(dir.path()).1, digest);
     store.expect_removable(&TemplateRef::Tag(tags[1].clone())).unwrap();
-    assert!(!grave_of(&folder).exists() && !grave_of(&tag).exists());
+    assert!(!aside_path(&directory).exists() && !aside_path(&tag).exists());
     assert!(store.template(&digest).is_ok());
     let Removal::Done(_) = store.remove(&reference, Some(&digest), hidden, unused).unwrap() else {
-        panic!("it stays");
+        panic!("the template was not removed");
     };
-    let left = |folder: StorePath| fs::read_dir(folder).unwrap().count();
+    let left = |directory: StorePath| fs::read_dir(directory).unwrap().count();
     assert_eq!(left(store.images_dir()) + left(store.tags_dir()) + left(store.tmp_dir()), 0);
 }

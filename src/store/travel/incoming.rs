@@ -1,4 +1,4 @@
-//! Reading a stream: bytes in order, counted, hashed, and never more than were announced.
+//! Reads a stream: bytes in order, counted and hashed, never more than the front announces.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,7 +16,7 @@ use crate::sys::stream;
 
 const BUFFER: usize = 256 << 10;
 
-/// A stream whose front was read and is sound.
+/// A stream whose front was read and verified.
 #[derive(Debug)]
 pub struct Incoming {
     pub(super) front: StreamFront,
@@ -24,17 +24,18 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// A template whose blocks were left out: its reader must have it.
+    /// Returns a base template of the stream, whose blocks were left out. The loading store must have this template.
     pub fn builds_on(&self) -> Option<&Digest> {
         self.front.without.first()
     }
 
-    /// Reads the front of a stream. `name` is what errors call it. From now on no wait for its next byte is longer than
-    /// `stall`, where that is given and not zero.
+    /// Reads the front of a stream. Error messages call the stream `name`. A wait for the next byte is limited to
+    /// `stall`, unless `stall` is `None` or zero.
     ///
     /// # Errors
-    /// A usage error when it is none, [`Code::Damage`](crate::error::Code) when it is cut short or changed,
-    /// [`Code::TryAgain`](crate::error::Code) when it falls silent, or what the system says.
+    /// Returns a usage error if the file is not a stream, [`Code::Damage`](crate::error::Code) if the stream is
+    /// truncated or changed, [`Code::TryAgain`](crate::error::Code) if the stream stalls, or an error if a system call
+    /// fails.
     pub fn open(
         file: File,
         name: &Path,
@@ -47,33 +48,33 @@ impl Incoming {
         if bytes[..have] != MAGIC[..have] {
             let found = bytes[..have].escape_ascii();
             return Err(Error::usage(format!(
-                "this is no stream of stencil save: it begins with \"{found}\", not \"{}\"",
+                "not a stream from 'stencil save': magic is \"{found}\", expected \"{}\"",
                 MAGIC.escape_ascii()
             ))
             .at(name)
             .remedy(
-                "write one with: stencil save T -o FILE; guest memory is made a template by stencil import",
+                "create a stream with 'stencil save TEMPLATE -o FILE'; import guest memory with 'stencil import'",
             ));
         }
         if have < MAGIC.len() {
-            return Err(source.cut("its header"));
+            return Err(source.truncated("the header"));
         }
         bytes.resize(Preamble::LEN, 0);
-        source.exact(&mut bytes[MAGIC.len()..], "its header")?;
+        source.exact(&mut bytes[MAGIC.len()..], "the header")?;
         let invalid = |e: Invalid| in_stream(name, e);
         let length = StreamFront::peek(&bytes).map_err(invalid)? as usize;
-        // By steps: memory is taken for what has come, not for what was announced.
+        // In steps, so that memory use is bounded by the received bytes, not by the announced length.
         while bytes.len() < length {
             let (have, more) = (bytes.len(), (length - bytes.len()).min(BUFFER));
             bytes.resize(have + more, 0);
-            source.exact(&mut bytes[have..], "its header")?;
+            source.exact(&mut bytes[have..], "the header")?;
         }
         let front = StreamFront::decode(&bytes).map_err(invalid)?;
         Ok(Incoming { front, source })
     }
 }
 
-/// The bytes of a stream.
+/// Source of a stream's bytes.
 #[derive(Debug)]
 pub(super) struct StreamSource {
     file: File,
@@ -84,7 +85,7 @@ pub(super) struct StreamSource {
     used: usize,
     hasher: blake3::Hasher,
     offset: u64,
-    /// Becomes true when another part of the work has failed.
+    /// Set to true when another part of the load has failed.
     pub stop: Arc<AtomicBool>,
 }
 
@@ -107,52 +108,51 @@ impl StreamSource {
         }
     }
 
-    /// What errors call it.
+    /// Returns the name of the stream in error messages.
     pub fn name(&self) -> &Path {
         &self.name
     }
 
-    /// The error for a stream that is not what was written.
+    /// Returns the error for a damaged stream.
     pub fn damaged(&self, why: impl Into<String>) -> Error {
         damaged(&self.name, why)
     }
 
-    /// The error for a part of the stream that is no valid structure.
+    /// Returns the error for a part of the stream that cannot be decoded.
     pub fn invalid(&self, invalid: Invalid, what: &str) -> Error {
         in_stream(&self.name, invalid).context(what)
     }
 
-    fn cut(&self, what: &str) -> Error {
-        self.damaged(format!("it ends after {} bytes, in {what}", self.offset))
+    fn truncated(&self, what: &str) -> Error {
+        self.damaged(format!("truncated at offset {}, within {what}", self.offset))
     }
 
-    /// How many bytes have been read.
+    /// Returns the number of bytes read.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Fails when the work is to stop.
+    /// Fails if the load was interrupted or another part of it has failed.
     pub fn check(&self) -> Result<()> {
         if self.interrupt.as_ref().is_some_and(|i| i.load(Ordering::Relaxed)) {
-            return Err(
-                Error::failed("interrupted: nothing was loaded").remedy("run it again for the whole stream")
-            );
+            return Err(Error::failed("interrupted; nothing was loaded")
+                .remedy("run the command again with the whole stream"));
         }
         match self.stop.load(Ordering::Relaxed) {
-            true => Err(Error::failed("stopped")),
+            true => Err(Error::failed("load stopped")),
             false => Ok(()),
         }
     }
 
-    /// Fills `out` from the stream; `what` is the word for what is being read.
+    /// Fills `out` from the stream. `what` names the part of the stream in error messages.
     pub fn exact(&mut self, out: &mut [u8], what: &str) -> Result<()> {
         match self.fill(out)? {
             have if have == out.len() => Ok(()),
-            _ => Err(self.cut(what)),
+            _ => Err(self.truncated(what)),
         }
     }
 
-    /// Fills `out` as far as the stream reaches.
+    /// Fills `out` until the end of the stream. Returns the number of bytes read.
     fn fill(&mut self, out: &mut [u8]) -> Result<usize> {
         let mut have = 0;
         while have < out.len() {
@@ -169,7 +169,7 @@ impl StreamSource {
         Ok(have)
     }
 
-    /// False at the end.
+    /// Reads more bytes into the buffer. Returns false at the end of the stream.
     fn refill(&mut self) -> Result<bool> {
         self.buffer.resize(BUFFER, 0);
         self.used = 0;
@@ -178,7 +178,7 @@ impl StreamSource {
             match self.file.read(&mut self.buffer) {
                 Ok(count) => break Ok(count),
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-                Err(e) => break Err(Error::io("cannot read the stream", &self.name, e)),
+                Err(e) => break Err(Error::io("cannot read stream", &self.name, e)),
             }
         };
         self.buffer.truncate(*got.as_ref().unwrap_or(&0));
@@ -186,39 +186,39 @@ impl StreamSource {
     }
 
     fn wait(&self) -> Result<()> {
-        let fail = |e| Error::io("cannot read the stream", &self.name, e);
+        let fail = |e| Error::io("cannot read stream", &self.name, e);
         if stream::wait_readable(&self.file, self.stall, || self.check(), fail)? {
             return Ok(());
         }
         Err(Error::try_again(format!(
-            "the stream stands still: nothing came for {} s after {} bytes, and nothing was loaded",
-            self.stall.unwrap_or_default().as_secs_f64(),
-            self.offset
+            "the stream stalled at offset {}: no bytes for {} s; nothing was loaded",
+            self.offset,
+            self.stall.unwrap_or_default().as_secs_f64()
         ))
         .at(&self.name)
         .remedy(silence::REMEDY))
     }
 
-    /// Compares the hash at the end, and that nothing follows.
+    /// Verifies the hash at the end of the stream, and that no bytes follow.
     pub fn finish(&mut self) -> Result<()> {
         let got = Digest::from(self.hasher.finalize());
         let mut hash = [0; Digest::LEN];
-        self.exact(&mut hash, "its hash")?;
+        self.exact(&mut hash, "the hash")?;
         let expected = Digest::new(hash);
         if got != expected {
-            return Err(self.damaged(format!("its content has hash {got}, expected {expected}")));
+            return Err(self.damaged(format!("content has hash {got}, expected {expected}")));
         }
         let end = self.offset;
         match self.fill(&mut [0])? {
             0 => Ok(()),
-            _ => Err(self.damaged(format!("more follows its end at byte {end}"))),
+            _ => Err(self.damaged(format!("unexpected bytes after its end at offset {end}"))),
         }
     }
 }
 
-const REMEDY: &str = "nothing was loaded; save it again, and load the whole stream";
+const REMEDY: &str = "save the templates again and load the whole stream; nothing was loaded";
 
-/// The error for a stream that is not what was written.
+/// Returns the error for a damaged stream.
 pub(super) fn damaged(name: &Path, why: impl Into<String>) -> Error {
     in_stream(name, Invalid::damage(why))
 }

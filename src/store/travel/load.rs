@@ -1,4 +1,4 @@
-//! Loading a stream: every block is verified before it is written, nothing is visible before the commit.
+//! Loads a stream: every block is verified before it is written, and nothing is visible before the commit.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::incoming::{StreamSource, damaged};
-use super::{BATCH, Incoming};
+use super::{BATCH_BLOCKS, Incoming};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::commit::{Finished, commit, fresh_policy};
@@ -18,7 +18,7 @@ use crate::store::format::image::{HASH_LEN, ImageHeader};
 use crate::store::format::pack::IndexEntry;
 use crate::store::format::stream::{StreamFront, StreamTemplate, decode_entry};
 use crate::store::image::MANIFEST;
-use crate::store::known::{Known, Place};
+use crate::store::known::{BlockIndex, Place};
 use crate::store::ordered::ordered;
 use crate::store::owner::READ_BITS;
 use crate::store::pack::{PackFile, pack_path};
@@ -32,76 +32,76 @@ use crate::store::tree::{SEGMENT, TreeWriter};
 use crate::store::{BLOCK_SIZE, Digest, Owner, Policy, Scratch, Store, TagName, TemplateFile};
 use crate::units::Bytes;
 
-/// Hashes of an image that are looked up together.
-const HASHES: usize = 256;
+/// Maximum number of image hashes that are looked up in one batch.
+const HASH_BATCH: usize = 256;
 
-/// What is to be done with a stream.
+/// Options of a load.
 #[derive(Debug, Clone, Default)]
 pub struct LoadRequest {
-    /// Permission bits of the files, in place of what the stream or the store says.
+    /// Permission bits of the files, instead of those in the stream or the store.
     pub mode: Option<u32>,
-    /// User and group of the files, in place of what the stream or the store says.
+    /// User and group of the files, instead of those in the stream or the store.
     pub owner: Owner,
-    /// Leaves out the launch recipes: they are command lines that `clone` runs.
+    /// Drop the launch recipes, which are command lines that `clone` runs.
     pub without_recipes: bool,
-    /// Leaves out the tags: they may point elsewhere in this store.
+    /// Drop the tags, which may point at other templates in this store.
     pub without_tags: bool,
 }
 
-/// A tag that pointed elsewhere.
+/// A tag that was moved to another template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Moved {
     /// The tag.
     pub tag: TagName,
-    /// Where it pointed before.
+    /// Template that the tag pointed at before.
     pub from: Digest,
 }
 
-/// A template that was loaded.
+/// Result of loading one template.
 #[derive(Debug, Clone, Serialize)]
 pub struct LoadedTemplate {
-    /// Its identity, the same as where it was saved.
+    /// Digest of the template, the same as in the store that saved it.
     pub digest: Digest,
-    /// Tags that point at it now.
+    /// Tags that point at the template now.
     pub tags: Vec<TagName>,
-    /// Its files.
+    /// Files of the template.
     pub files: Vec<TemplateFile>,
-    /// True when the store had this content already; then its mode, owner, labels and recipe stayed as they were.
+    /// True if the store already had this content; the template then keeps its mode, owner, labels and recipe.
     pub existed: bool,
     /// Tags that pointed at other templates before.
     pub moved: Vec<Moved>,
-    /// True when a launch recipe came with it into the store.
+    /// True if a launch recipe was added to the store with the template.
     pub recipe: bool,
 }
 
-/// A stream that was loaded.
+/// Result of a load.
 #[derive(Debug, Clone, Serialize)]
 pub struct Loaded {
-    /// What was in it.
+    /// Templates in the stream.
     pub templates: Vec<LoadedTemplate>,
-    /// Blocks that came.
+    /// Blocks in the stream.
     pub blocks: u64,
-    /// Those of them that the store had already.
+    /// Blocks in the stream that the store already had.
     pub skipped_blocks: u64,
-    /// Bytes of blocks that are new in the store, before compression.
+    /// Bytes of blocks that were new in the store, before compression.
     pub new_bytes: Bytes,
     /// Bytes that were added to packs.
     pub stored_bytes: Bytes,
-    /// Blocks that the store had, but damaged; they were stored anew.
+    /// Number of damaged blocks that were stored again.
     pub repaired_blocks: u64,
-    /// Length of the stream.
+    /// Length of the stream in bytes.
     pub stream_bytes: Bytes,
 }
 
-/// Blocks as they came.
+/// Consecutive blocks of the stream.
 struct Batch {
     bytes: Vec<u8>,
     blocks: Vec<(IndexEntry, Range<usize>)>,
-    /// Where in the stream it begins.
+    /// Offset of the first block in the stream.
     offset: u64,
 }
 
-/// A template of which everything but the blocks has come.
+/// A template whose policy and image were received.
 struct Received {
     image: StorePath,
     header: ImageHeader,
@@ -109,15 +109,18 @@ struct Received {
 }
 
 impl Store {
-    /// Loads the templates of a stream, with their tags; a tag that points elsewhere is moved, as an import does.
+    /// Loads the templates of a stream with their tags. A tag that points at another template is moved, as by an
+    /// import.
     ///
-    /// Everything is verified while it comes, and nothing is visible before all has come. When it fails or is interrupted
-    /// nothing is left, unless publishing itself fails: then the error says how far it came, and what is there is whole.
+    /// The stream is verified while it is read, and nothing is visible before the whole stream was read. Nothing
+    /// remains of a failed or interrupted load, unless publishing itself fails: then the error lists what was
+    /// published, and everything published is complete.
     ///
     /// # Errors
-    /// [`Code::Damage`](crate::error::Code) when the stream is cut short or was changed, [`Code::NotFound`](crate::error::Code) when it was saved without blocks
-    /// that the store lacks, [`Code::TryAgain`](crate::error::Code) when it falls silent, what the system says, or that it
-    /// was interrupted.
+    /// Returns [`Code::Damage`](crate::error::Code) if the stream is truncated or changed,
+    /// [`Code::NotFound`](crate::error::Code) if the stream was saved without blocks that the store does not have,
+    /// [`Code::TryAgain`](crate::error::Code) if the stream stalls, or an error if a system call fails or the load is
+    /// interrupted.
     pub fn load(&self, incoming: Incoming, request: &LoadRequest, progress: &dyn Progress) -> Result<Loaded> {
         let Incoming { front, mut source } = incoming;
         if let Some(base) = front.without.iter().find(|base| !self.has(base)) {
@@ -125,14 +128,14 @@ impl Store {
                 "the stream was saved without the blocks of template {base}, which this store does not have"
             ))
             .at(self.dir())
-            .remedy("load that template first, or save again without --without"));
+            .remedy("load that template first, or save again without '--without'"));
         }
-        self.mend()?;
+        self.repair()?;
         let _content = self.lock_content(|| source.check())?;
-        let session = Session::begin(&self.tmp_dir())?;
-        let known = Known::load(self)?;
+        let session = Session::create(&self.tmp_dir())?;
+        let index = BlockIndex::load(self)?;
         progress.start("load", Some(Bytes::new(front.blocks.saturating_mul(BLOCK_SIZE))));
-        let done = self.receive(&front, &mut source, &session, &known, progress);
+        let done = self.receive(&front, &mut source, &session, &index, progress);
         progress.finish();
         let (received, packed, skipped) = done?;
 
@@ -140,19 +143,20 @@ impl Store {
         let mut finished = Vec::new();
         let mut tables = Vec::new();
         for (number, (template, received)) in front.templates.iter().zip(&received).enumerate() {
-            let folder = session.path().join(format!("image-{number}"));
-            tables.push(self.tables(&folder, (template, received), &front, &source, &session, &known)?);
+            let directory = session.path().join(format!("image-{number}"));
+            tables.push(self.tables(&directory, (template, received), &front, &source, &session, &index)?);
             finished.push(Finished {
                 digest: template.digest,
-                folder,
-                policy: arrived(&received.policy, request),
+                directory,
+                policy: new_policy(&received.policy, request),
                 change: &change,
                 tags: request.tags(template),
             });
         }
         source.check()?;
-        let (committed, needed) = commit(self, &session, &packed, &finished, &known, &|| source.check())?;
-        let packed = if needed { packed } else { Packed::default() };
+        let (committed, is_published) =
+            commit(self, &session, &packed, &finished, &index, &|| source.check())?;
+        let packed = if is_published { packed } else { Packed::default() };
         let templates = finished.iter().zip(tables).zip(committed).map(|((template, tables), done)| {
             let moved = done.moved.into_iter().map(|(tag, from)| Moved { tag, from }).collect();
             LoadedTemplate {
@@ -170,18 +174,19 @@ impl Store {
             skipped_blocks: skipped,
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
-            repaired_blocks: known.repaired(),
+            repaired_blocks: index.repaired(),
             stream_bytes: Bytes::new(source.offset()),
         })
     }
 
-    /// Takes the whole stream into the session. Gives the templates, the new packs, and how many blocks were there.
+    /// Receives the whole stream into the session. Returns the templates, the new packs, and the number of blocks that
+    /// the store already had.
     fn receive(
         &self,
         front: &StreamFront,
         source: &mut StreamSource,
         session: &Session,
-        known: &Known,
+        index: &BlockIndex,
         progress: &dyn Progress,
     ) -> Result<(Vec<Received>, Packed, u64)> {
         let mut received = Vec::with_capacity(front.templates.len());
@@ -189,13 +194,14 @@ impl Store {
             let path = session.path().join(format!("image-{number}.received"));
             received.push(receive_template(template, source, path)?);
         }
-        let most = received.iter().fold(0, |sum: u64, r| sum.saturating_add(r.header.block_count()));
-        if front.blocks > most {
+        let limit = received.iter().fold(0, |sum: u64, r| sum.saturating_add(r.header.block_count()));
+        if front.blocks > limit {
             let announced = front.blocks;
-            return Err(source.damaged(format!("it announces {announced} blocks, its images have {most}")));
+            return Err(source
+                .damaged(format!("number of blocks in the front is {announced}, expected at most {limit}")));
         }
-        let mut came = HashSet::new();
-        let mut packs = PackWriter::new(session.path(), known);
+        let mut hashes = HashSet::new();
+        let mut packs = PackWriter::new(session.path(), index);
         let (mut left, mut skipped) = (front.blocks, 0);
         let stop = source.stop.clone();
         let name = source.name().to_owned();
@@ -203,12 +209,12 @@ impl Store {
             &stop,
             || read_batch(source, &mut left),
             Scratch::default,
-            |scratch, batch| check_batch(batch, known, scratch).map_err(|why| damaged(&name, why)),
-            |(batch, there)| {
-                for ((entry, range), there) in batch.blocks.into_iter().zip(there) {
-                    came.insert(entry.hash);
-                    // The same block may have come in a batch that was worked on at the same time.
-                    if there || known.find_own(&entry.hash).is_some() {
+            |scratch, batch| check_batch(batch, index, scratch).map_err(|why| damaged(&name, why)),
+            |(batch, existing)| {
+                for ((entry, range), exists) in batch.blocks.into_iter().zip(existing) {
+                    hashes.insert(entry.hash);
+                    // Two workers may have checked the same new block in different batches.
+                    if exists || index.find_written(&entry.hash).is_some() {
                         skipped += 1;
                     } else {
                         packs.append(entry.hash, &batch.bytes[range], entry.stored)?;
@@ -219,32 +225,32 @@ impl Store {
             },
         )?;
         source.finish()?;
-        refuse_unnamed(&received, came, source)?;
+        reject_unreferenced(&received, hashes, source)?;
         Ok((received, packs.finish()?, skipped))
     }
 
-    /// Writes the tables of a template: its image again, and where each of its blocks lies in this store.
+    /// Writes the tables of a template: its image, and the place of each block in this store.
     fn tables(
         &self,
-        folder: &StorePath,
+        directory: &StorePath,
         (template, received): (&StreamTemplate, &Received),
         front: &StreamFront,
         source: &StreamSource,
         session: &Session,
-        known: &Known,
+        index: &BlockIndex,
     ) -> Result<Tables> {
-        let lacks = |hash: &Digest, file: &str| {
+        let missing = |hash: &Digest, file: &str| {
             match front.without.is_empty() {
-            true => source.damaged(format!("it lacks block {hash} of file '{file}'")),
+            true => source.damaged(format!("missing block {hash} of file '{file}'")),
             false => Error::not_found(format!(
-                "block {hash} of file '{file}' is neither in the stream nor whole in the templates that it was saved without"
+                "block {hash} of file '{file}' is neither in the stream nor intact in the base templates of the stream"
             ))
             .at(self.dir())
-            .remedy("stencil verify names what is damaged here; or save again without --without"),
+            .remedy("run 'stencil verify' to find damage in this store, or save again without '--without'"),
         }
         };
         let files = received.header.files();
-        let mut tables = TableWriter::new(folder, files.iter().map(|f| (f.name.clone(), f.kind)))?;
+        let mut tables = TableWriter::new(directory, files.iter().map(|f| (f.name.clone(), f.kind)))?;
         let mut image = ImageReader::open(&received.image, files.len())?;
         for file in files {
             let mut left = file.blocks();
@@ -256,9 +262,9 @@ impl Store {
                 |scratch, hashes: Vec<Digest>| {
                     let place = |hash: Digest| match hash == ZERO {
                         true => Ok((hash, None)),
-                        false => match known.find(&hash, scratch) {
+                        false => match index.find(&hash, scratch) {
                             Some(place) => Ok((hash, Some(place))),
-                            None => Err(lacks(&hash, &file.name)),
+                            None => Err(missing(&hash, &file.name)),
                         },
                     };
                     hashes.into_iter().map(place).collect::<Result<Vec<_>>>()
@@ -277,7 +283,9 @@ impl Store {
             if let Some((hash, place)) = last {
                 let length = (file.size - (file.blocks() - 1) * BLOCK_SIZE) as usize;
                 if !self.ends_in_zeros(&hash, place, length, session)? {
-                    return Err(source.damaged(format!("file '{}' has bytes behind its end", file.name)));
+                    return Err(
+                        source.damaged(format!("file '{}' has nonzero bytes beyond its end", file.name))
+                    );
                 }
             }
             tables.end_file(file.size);
@@ -286,22 +294,22 @@ impl Store {
         match tables.digest == template.digest {
             true => Ok(tables),
             false => Err(source.damaged(format!(
-                "the image of template {} is not written as an image is: it would be {}",
+                "image of template {} is not in canonical form: its digest would be {}",
                 template.digest, tables.digest
             ))),
         }
     }
 
-    /// True when a block, stored here or in the session, holds nothing behind its first `length` bytes: there is one
-    /// spelling for one content.
+    /// Returns true if a block, stored here or in the session, has only zeros after its first `length` bytes. Other
+    /// bytes would give one content two digests.
     fn ends_in_zeros(&self, hash: &Digest, place: Place, length: usize, session: &Session) -> Result<bool> {
         if length as u64 == BLOCK_SIZE {
             return Ok(true);
         }
         let mut scratch = Scratch::default();
-        let own = pack_path(session.path(), place.pack);
-        let pack = match own.exists() {
-            true => Arc::new(PackFile::open(own, place.pack)?),
+        let new_pack = pack_path(session.path(), place.pack);
+        let pack = match new_pack.exists() {
+            true => Arc::new(PackFile::open(new_pack, place.pack)?),
             false => self.pack(place.pack)?,
         };
         scratch.verify(&pack, place.stored, hash)?;
@@ -312,7 +320,7 @@ impl Store {
 const ZERO: Digest = Digest::new([0; 32]);
 
 impl LoadRequest {
-    /// What is to point at a template.
+    /// Returns the tags to point at a template.
     fn tags(&self, template: &StreamTemplate) -> Vec<TagName> {
         if self.without_tags { Vec::new() } else { template.tags.clone() }
     }
@@ -323,13 +331,14 @@ impl LoadRequest {
     }
 }
 
-/// The policy of a template that is new here: what travels of it, and when it came.
-fn arrived(policy: &Policy, request: &LoadRequest) -> Policy {
+/// Returns the policy of a template that is new in this store: the one from the stream, with the current time of
+/// creation.
+fn new_policy(policy: &Policy, request: &LoadRequest) -> Policy {
     let recipe = policy.recipe.clone().filter(|_| !request.without_recipes);
     Policy { created: fresh_policy().created, recipe, ..policy.clone() }
 }
 
-/// Takes policy and image of a template; the image goes to `path`.
+/// Receives the policy and the image of a template; writes the image to `path`.
 fn receive_template(
     template: &StreamTemplate,
     source: &mut StreamSource,
@@ -338,18 +347,20 @@ fn receive_template(
     let digest = template.digest;
     let what = format!("the policy of template {digest}");
     if u64::from(template.policy_length) > MAX_LENGTH {
-        return Err(source.damaged(format!("{what} has {} bytes", template.policy_length)));
+        return Err(source.damaged(format!("{what} is too large: {} bytes", template.policy_length)));
     }
     let mut bytes = vec![0; template.policy_length as usize];
     source.exact(&mut bytes, &what)?;
     let policy = Policy::decode(&bytes).map_err(|e| source.invalid(e, &what))?;
     if let Some(field) = policy.unknown.keys().next() {
-        // It may be what --no-recipes is to keep out.
-        return Err(source.invalid(Invalid::Newer(format!("its field '{field}'")), &what));
+        // The field may hold data that `--no-recipes` should drop.
+        return Err(source.invalid(Invalid::Newer(format!("unsupported field '{field}'")), &what));
     }
     if policy.mode & !READ_BITS != 0 || policy.uid == u32::MAX || policy.gid == u32::MAX {
         let Policy { mode, uid, gid, .. } = policy;
-        return Err(source.damaged(format!("{what} gives mode {mode:o} to user {uid}, group {gid}")));
+        return Err(
+            source.damaged(format!("{what} has invalid permissions: mode {mode:o}, user {uid}, group {gid}"))
+        );
     }
 
     let what = format!("the image of template {digest}");
@@ -362,12 +373,12 @@ fn receive_template(
         let now = left.min(SEGMENT) as usize;
         source.exact(&mut part[..now], &what)?;
         if head.is_empty() {
-            // Nothing of it is believed before its hash is known; but what no image can be need not be written.
+            // The header is not trusted before the image's hash is verified, but an impossible image is not written.
             head = part[..now].to_vec();
             let header = ImageHeader::decode(&head).map_err(|e| source.invalid(e, &what))?;
             if header.image_length() != template.image_length {
                 let (got, length) = (template.image_length, header.image_length());
-                return Err(source.damaged(format!("{what} has {got} bytes, expected {length}")));
+                return Err(source.damaged(format!("length of {what} is {got}, expected {length} bytes")));
             }
         }
         tree.update(&part[..now]);
@@ -377,27 +388,27 @@ fn receive_template(
     file.flush().map_err(fail)?;
     let (_, got) = tree.finish();
     if got != digest {
-        return Err(source.damaged(format!("{what} has hash {got}")));
+        return Err(source.damaged(format!("{what} has hash {got}, expected {digest}")));
     }
     let header = ImageHeader::decode(&head).map_err(|e| source.invalid(e, &what))?;
     for file in header.files() {
         if file.name == MANIFEST || !file.kind.can_have(file.size) {
             let (name, kind, size) = (&file.name, file.kind.name(), file.size);
             return Err(
-                source.damaged(format!("{what} has a file '{name}' of kind {kind} with {size} bytes"))
+                source.damaged(format!("{what} has an invalid file '{name}' of kind {kind} and size {size}"))
             );
         }
     }
     Ok(Received { image: path, header, policy })
 }
 
-/// The next blocks of the stream, as they came.
+/// Reads the next blocks of the stream.
 fn read_batch(source: &mut StreamSource, left: &mut u64) -> Result<Option<Batch>> {
     if *left == 0 {
         return Ok(None);
     }
     let mut batch = Batch { bytes: Vec::new(), blocks: Vec::new(), offset: source.offset() };
-    for _ in 0..BATCH.min(usize::try_from(*left).unwrap_or(BATCH)) {
+    for _ in 0..BATCH_BLOCKS.min(usize::try_from(*left).unwrap_or(BATCH_BLOCKS)) {
         let mut bytes = [0; IndexEntry::LEN];
         source.exact(&mut bytes, "a block")?;
         let entry = decode_entry(&bytes).map_err(|e| source.invalid(e, "a block"))?;
@@ -410,44 +421,49 @@ fn read_batch(source: &mut StreamSource, left: &mut u64) -> Result<Option<Batch>
     Ok(Some(batch))
 }
 
-/// Verifies each block; says of each whether the store has it.
+/// Verifies each block. Returns for each block whether the store already has it.
 fn check_batch(
     batch: Batch,
-    known: &Known,
+    index: &BlockIndex,
     scratch: &mut Scratch,
 ) -> std::result::Result<(Batch, Vec<bool>), String> {
-    let mut there = Vec::with_capacity(batch.blocks.len());
+    let mut existing = Vec::with_capacity(batch.blocks.len());
     for (entry, range) in &batch.blocks {
         scratch.check(&batch.bytes[range.clone()], entry.stored, &entry.hash).map_err(|why| {
-            format!("block {} behind byte {} is not what was saved: {why}", entry.hash, batch.offset)
+            format!("block {} after offset {} cannot be verified: {why}", entry.hash, batch.offset)
         })?;
-        there.push(known.find(&entry.hash, scratch).is_some());
+        existing.push(index.find(&entry.hash, scratch).is_some());
     }
-    Ok((batch, there))
+    Ok((batch, existing))
 }
 
-/// Refuses blocks that no image names: nobody would ever read them, and the sender would hear whether they are here.
-fn refuse_unnamed(received: &[Received], mut came: HashSet<Digest>, source: &mut StreamSource) -> Result<()> {
+/// Rejects blocks that no image references: they would never be read, and the sender could learn whether the store has
+/// them.
+fn reject_unreferenced(
+    received: &[Received],
+    mut unreferenced: HashSet<Digest>,
+    source: &mut StreamSource,
+) -> Result<()> {
     for template in received {
         let mut image = ImageReader::open(&template.image, template.header.files().len())?;
         let mut left = template.header.block_count();
         while let Some(hashes) = image.next(&mut left)? {
             source.check()?;
             for hash in hashes {
-                came.remove(&hash);
+                unreferenced.remove(&hash);
             }
         }
     }
-    match came.iter().next() {
+    match unreferenced.iter().next() {
         None => Ok(()),
         Some(hash) => {
-            let count = came.len();
-            Err(source.damaged(format!("it has {count} blocks that no image names, {hash} among them")))
+            let count = unreferenced.len();
+            Err(source.damaged(format!("blocks without a reference in an image: {count}, among them {hash}")))
         }
     }
 }
 
-/// The hashes of an image that was received.
+/// Reads the block hashes of a received image.
 struct ImageReader {
     file: BufReader<File>,
     path: StorePath,
@@ -464,9 +480,9 @@ impl ImageReader {
         Ok(ImageReader { file: BufReader::new(file), path: path.clone() })
     }
 
-    /// Some more of the `left` hashes of a file.
+    /// Returns the next hashes of a file with `left` remaining hashes, or `None` at its end.
     fn next(&mut self, left: &mut u64) -> Result<Option<Vec<Digest>>> {
-        let now = (*left).min(HASHES as u64);
+        let now = (*left).min(HASH_BATCH as u64);
         *left -= now;
         let mut bytes = vec![0; (now * HASH_LEN) as usize];
         self.file.read_exact(&mut bytes).map_err(|e| Error::io("cannot read", &self.path, e))?;

@@ -1,4 +1,4 @@
-//! Whole templates as one stream, from one store to another: same digests, blocks as they are stored.
+//! Transfer of whole templates between stores as one stream: same digests, records as they are stored.
 
 mod incoming;
 mod load;
@@ -8,5 +8,5 @@ pub use incoming::Incoming;
 pub use load::{LoadRequest, Loaded, LoadedTemplate, Moved};
 pub use save::{SaveRequest, Saved, SavedTemplate};
 
-/// Blocks that are handed on together.
-const BATCH: usize = 16;
+/// Blocks in a batch.
+const BATCH_BLOCKS: usize = 16;

@@ -1,4 +1,4 @@
-//! Writing a stream. Every block is verified before it leaves, and leaves as it is stored.
+//! Writes a stream. Every block is verified before it is written, and is written as it is stored.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{ErrorKind, Write};
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
-use super::BATCH;
+use super::BATCH_BLOCKS;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::format::PackId;
@@ -18,56 +18,57 @@ use crate::store::ordered::ordered;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, TagName, Template};
 use crate::units::Bytes;
 
-/// What is to be saved. The caller sees to it that nothing of it is removed meanwhile.
+/// Options of a save. The caller must prevent the removal of the templates.
 #[derive(Debug, Clone, Default)]
 pub struct SaveRequest {
-    /// Templates, each with the tags that travel along.
+    /// Templates, each with the tags to save.
     pub templates: Vec<(Digest, Vec<TagName>)>,
-    /// Templates that the reader has: their blocks are left out.
+    /// Base templates, which the receiving store has; their blocks are left out.
     pub without: Vec<Digest>,
-    /// Becomes true when the work is to stop.
+    /// Set to true to interrupt the save.
     pub interrupt: Option<Arc<AtomicBool>>,
 }
 
-/// A template that was saved.
+/// Result of saving one template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SavedTemplate {
-    /// Its identity.
+    /// Digest of the template.
     pub digest: Digest,
-    /// Tags that travel along.
+    /// Saved tags.
     pub tags: Vec<TagName>,
 }
 
-/// A stream that was written.
+/// Result of a save.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Saved {
-    /// What is in it.
+    /// Templates in the stream.
     pub templates: Vec<SavedTemplate>,
-    /// What its reader must have.
+    /// Base templates that the receiving store must have.
     pub without: Vec<Digest>,
-    /// Blocks in it, each once.
+    /// Blocks in the stream, each once.
     pub blocks: u64,
-    /// Their size before compression.
+    /// Bytes of the blocks before compression.
     pub block_bytes: Bytes,
-    /// Length of the stream.
+    /// Length of the stream in bytes.
     pub stream_bytes: Bytes,
 }
 
-/// A block of the templates that are saved.
+/// A block of the templates to save.
 #[derive(Clone, Copy)]
-struct Which {
+struct BlockRef {
     template: u32,
     file: u32,
     block: u64,
 }
 
 impl Store {
-    /// Writes templates to `out`, which is called `name` in errors. What was written before an error is no whole
-    /// stream, and a reader refuses it.
+    /// Writes templates to `out`. Error messages call the stream `name`. After an error the stream is incomplete, and
+    /// `load` rejects it.
     ///
     /// # Errors
-    /// [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), what the system says about `out`,
-    /// or that it was interrupted.
+    /// Returns [`Code::NotFound`](crate::error::Code) if a template does not exist,
+    /// [`Code::Damage`](crate::error::Code) if a template is damaged, or an error if `out` cannot be written or the
+    /// save is interrupted.
     pub fn save(
         &self,
         request: &SaveRequest,
@@ -95,15 +96,15 @@ impl Store {
             without: request.without.clone(),
             blocks: blocks.len() as u64,
         };
-        let front = front.encode().map_err(|e| {
-            e.in_file("stream", name).remedy("save fewer templates at a time, each with its own stream")
-        })?;
+        let front = front
+            .encode()
+            .map_err(|e| e.in_file("stream", name).remedy("save fewer templates in one stream"))?;
         let stop = AtomicBool::new(false);
-        let stopped = || match &request.interrupt {
-            Some(wanted) if wanted.load(Ordering::Relaxed) => {
-                Err(Error::failed("interrupted: nothing whole was saved"))
+        let check = || match &request.interrupt {
+            Some(interrupt) if interrupt.load(Ordering::Relaxed) => {
+                Err(Error::failed("interrupted; the stream is incomplete"))
             }
-            _ if stop.load(Ordering::Relaxed) => Err(Error::failed("stopped")),
+            _ if stop.load(Ordering::Relaxed) => Err(Error::failed("save stopped")),
             _ => Ok(()),
         };
         let mut out = Outgoing { out, name, hasher: blake3::Hasher::new(), length: 0 };
@@ -112,12 +113,12 @@ impl Store {
         out.write(&front)?;
         for (template, policy) in templates.iter().zip(&policies) {
             out.write(policy)?;
-            template.read_image(|part| stopped().and_then(|()| out.write(part)))?;
+            template.read_image(|part| check().and_then(|()| out.write(part)))?;
         }
-        let mut batches = blocks.chunks(BATCH);
+        let mut batches = blocks.chunks(BATCH_BLOCKS);
         let sent = ordered(
             &stop,
-            || stopped().map(|()| batches.next()),
+            || check().map(|()| batches.next()),
             Scratch::default,
             |scratch, batch| records(&templates, batch, scratch),
             |(bytes, count)| {
@@ -139,22 +140,24 @@ impl Store {
     }
 }
 
-/// Each template once, with all its tags; a tag that was asked for twice stays where it was first.
+/// Merges the requests for each template into one with all its tags. A tag that is requested twice keeps its first
+/// position.
 fn merge(templates: &[(Digest, Vec<TagName>)]) -> Vec<SavedTemplate> {
     let mut merged: Vec<SavedTemplate> = Vec::new();
     let mut seen = HashSet::new();
     for (digest, tags) in templates {
-        let fresh: Vec<TagName> = tags.iter().filter(|t| seen.insert((*t).clone())).cloned().collect();
+        let new_tags: Vec<TagName> = tags.iter().filter(|t| seen.insert((*t).clone())).cloned().collect();
         match merged.iter_mut().find(|t| t.digest == *digest) {
-            Some(template) => template.tags.extend(fresh),
-            None => merged.push(SavedTemplate { digest: *digest, tags: fresh }),
+            Some(template) => template.tags.extend(new_tags),
+            None => merged.push(SavedTemplate { digest: *digest, tags: new_tags }),
         }
     }
     merged
 }
 
-/// The blocks to send. Equal blocks are known by their place: one that is stored twice may be sent twice.
-fn distinct(templates: &[Template], without: &[Template]) -> Result<Vec<Which>> {
+/// Returns the blocks to save. Equal blocks are recognized by their place, so a block that is stored twice may be saved
+/// twice.
+fn distinct(templates: &[Template], without: &[Template]) -> Result<Vec<BlockRef>> {
     let mut numbers: HashMap<PackId, u32> = HashMap::new();
     let mut seen: HashSet<u64> = HashSet::new();
     let mut blocks = Vec::new();
@@ -167,7 +170,7 @@ fn distinct(templates: &[Template], without: &[Template]) -> Result<Vec<Which>> 
                 if seen.insert(u64::from(pack) << 32 | u64::from(stored.offset))
                     && let Some(template) = index
                 {
-                    blocks.push(Which { template, file: file as u32, block });
+                    blocks.push(BlockRef { template, file: file as u32, block });
                 }
             }
         }
@@ -175,16 +178,16 @@ fn distinct(templates: &[Template], without: &[Template]) -> Result<Vec<Which>> 
     Ok(blocks)
 }
 
-/// The bytes of these blocks in the stream, and how many blocks they are.
-fn records(templates: &[Template], batch: &[Which], scratch: &mut Scratch) -> Result<(Vec<u8>, usize)> {
-    let mut bytes = Vec::with_capacity(BATCH * BLOCK_SIZE as usize / 2);
-    for which in batch {
+/// Returns the bytes of these blocks in the stream, and the number of blocks.
+fn records(templates: &[Template], batch: &[BlockRef], scratch: &mut Scratch) -> Result<(Vec<u8>, usize)> {
+    let mut bytes = Vec::with_capacity(BATCH_BLOCKS * BLOCK_SIZE as usize / 2);
+    for at in batch {
         let start = bytes.len();
         bytes.resize(start + IndexEntry::LEN, 0);
-        let template = &templates[which.template as usize];
-        let record = template.read_record(which.file as usize, which.block, scratch, &mut bytes)?;
+        let template = &templates[at.template as usize];
+        let record = template.read_record(at.file as usize, at.block, scratch, &mut bytes)?;
         let (hash, mut stored) = record.ok_or_else(|| {
-            Error::failed("a template has changed while it was saved").remedy("run it again")
+            Error::failed("a template changed while being saved").remedy("run the command again")
         })?;
         stored.offset = 0;
         let mut entry = Vec::with_capacity(IndexEntry::LEN);
@@ -194,7 +197,7 @@ fn records(templates: &[Template], batch: &[Which], scratch: &mut Scratch) -> Re
     Ok((bytes, batch.len()))
 }
 
-/// The stream on its way out.
+/// A stream being written.
 struct Outgoing<'a> {
     out: &'a mut (dyn Write + Send),
     name: &'a Path,
@@ -211,13 +214,13 @@ impl Outgoing<'_> {
 
     fn error(&self, error: std::io::Error) -> Error {
         let full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-        let first = if full { "free space on that filesystem; " } else { "" };
-        Error::io("cannot write the stream", self.name, error).remedy(format!(
-            "{first}what was written is no whole stream, stencil load refuses it: save it again"
+        let first = if full { "free space on that file system; then  " } else { "" };
+        Error::io("cannot write stream", self.name, error).remedy(format!(
+            "{first}save the templates again: the written stream is incomplete, and 'stencil load' rejects it"
         ))
     }
 
-    /// Ends the stream with the hash of all before, and gives its length.
+    /// Ends the stream with the hash of all bytes before, and returns its length.
     fn finish(mut self) -> Result<Bytes> {
         let hash = *self.hasher.finalize().as_bytes();
         self.write(&hash)?;

@@ -101,7 +101,7 @@ fn options_that_are_none() {
         ("frobnicate", "unknown mount option 'frobnicate'"),
         ("cache-dir", "unknown mount option 'cache-dir'"),
         ("serve=fast", "'fast' is no way to serve"),
-        ("cache-size=much", "'much' is not a size"),
+        ("cache-size=much", "invalid size 'much'"),
         ("hydrate-timeout=soon", "'soon' is no time"),
         ("suid", "'suid' is refused"),
         ("ro,dev", "'dev' is refused"),

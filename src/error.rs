@@ -1,4 +1,4 @@
-//! The one error type: what failed, where, what was got and expected, and what to do next.
+//! The error type of the library: the failed operation, the object, the cause and a remedy.
 
 use std::fmt;
 use std::io;
@@ -6,30 +6,30 @@ use std::path::{Path, PathBuf};
 
 use crate::shown::{path_text, shown};
 
-/// Result with Stencil's [`Error`].
+/// A result with [`Error`] as its default error type.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What kind of failure it is; each has one exit code of the command line.
+/// Kind of a failure. Each kind has its own exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
-    /// Anything that has no kind of its own.
+    /// Any failure without a more specific kind.
     Failed,
-    /// The words of the call are wrong: nothing was tried.
+    /// Invalid arguments. The command has changed nothing.
     Usage,
-    /// Stored bytes are not what was stored.
+    /// Stored data is corrupt.
     Damage,
-    /// The named thing does not exist.
+    /// The named object does not exist.
     NotFound,
-    /// The named thing is in use by somebody else.
+    /// The named object is in use by another process.
     InUse,
-    /// What was asked for was looked at, and is not so.
+    /// A check has run to completion and its condition does not hold.
     CheckFailed,
-    /// The same call may succeed later.
+    /// A temporary failure: the same command may succeed later.
     TryAgain,
 }
 
 impl Code {
-    /// Exit code of a command that fails so.
+    /// Returns the exit code of a command that fails with this kind. 75 is `EX_TEMPFAIL` of sysexits.h.
     pub fn exit_code(self) -> u8 {
         match self {
             Code::Failed => 1,
@@ -42,7 +42,7 @@ impl Code {
         }
     }
 
-    /// The word that stands in `error.code` of `--json`.
+    /// Returns the value of `error.code` in `--json` output.
     pub fn name(self) -> &'static str {
         match self {
             Code::Failed => "failed",
@@ -56,7 +56,7 @@ impl Code {
     }
 }
 
-/// A failure that its reader can act upon.
+/// A failure with an optional path, cause and remedy.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
 
@@ -70,43 +70,43 @@ struct Inner {
 }
 
 impl Error {
-    /// An error of the given kind; the message says what was tried, got and expected.
+    /// Creates an error. The message names the failed operation or the invalid value.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Error(Box::new(Inner { code, message: message.into(), path: None, remedy: None, source: None }))
     }
 
-    /// [`Code::Failed`].
+    /// Creates an error with [`Code::Failed`].
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(Code::Failed, message)
     }
 
-    /// [`Code::Usage`].
+    /// Creates an error with [`Code::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Code::Usage, message)
     }
 
-    /// [`Code::Damage`].
+    /// Creates an error with [`Code::Damage`].
     pub fn damage(message: impl Into<String>) -> Self {
         Self::new(Code::Damage, message)
     }
 
-    /// [`Code::NotFound`].
+    /// Creates an error with [`Code::NotFound`].
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(Code::NotFound, message)
     }
 
-    /// [`Code::InUse`].
+    /// Creates an error with [`Code::InUse`].
     pub fn in_use(message: impl Into<String>) -> Self {
         Self::new(Code::InUse, message)
     }
 
-    /// [`Code::TryAgain`].
+    /// Creates an error with [`Code::TryAgain`].
     pub fn try_again(message: impl Into<String>) -> Self {
         Self::new(Code::TryAgain, message)
     }
 
-    /// A failed system call on a path. `ENOENT` becomes [`Code::NotFound`], everything else
-    /// [`Code::Failed`]; full disks and missing rights bring their remedy along.
+    /// Creates an error for a failed system call on a path: [`Code::NotFound`] for `ENOENT`, otherwise
+    /// [`Code::Failed`]. Adds a remedy for full disks, exceeded quotas, denied permissions and read-only file systems.
     pub fn io(what: impl Into<String>, path: impl AsRef<Path>, source: io::Error) -> Self {
         let code = match source.kind() {
             io::ErrorKind::NotFound => Code::NotFound,
@@ -114,11 +114,13 @@ impl Error {
         };
         let remedy = match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Some("free space on that filesystem, then run the command again: nothing was changed")
+                Some("free space on that file system and run the command again; nothing was changed")
             }
-            io::ErrorKind::PermissionDenied => Some("run it as a user with access to that path, or as root"),
+            io::ErrorKind::PermissionDenied => {
+                Some("run the command as root or as a user with access to the path")
+            }
             io::ErrorKind::ReadOnlyFilesystem => {
-                Some("that filesystem is mounted read-only; use another place or remount it")
+                Some("choose a path on a writable file system, or remount this one read-write")
             }
             _ => None,
         };
@@ -127,21 +129,21 @@ impl Error {
         error.because(source)
     }
 
-    /// Names the path that the error is about.
+    /// Sets the path that the error is about.
     #[must_use]
     pub fn at(mut self, path: impl AsRef<Path>) -> Self {
         self.0.path = Some(path.as_ref().to_owned());
         self
     }
 
-    /// Says what to do next.
+    /// Sets the remedy: an imperative that tells the user what to do next.
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
         self.0.remedy = Some(remedy.into());
         self
     }
 
-    /// Keeps the system's own error beneath this one. One that names a limit brings its remedy along, unless there is one.
+    /// Sets the underlying error. A cause that is a resource limit adds its own remedy unless a remedy is already set.
     #[must_use]
     pub fn because(mut self, source: io::Error) -> Self {
         if self.0.remedy.is_none() {
@@ -151,33 +153,33 @@ impl Error {
         self
     }
 
-    /// Puts words in front of the message, for the caller's view of what was tried.
+    /// Prefixes the message with the operation of the caller.
     #[must_use]
     pub fn context(mut self, what: impl fmt::Display) -> Self {
         self.0.message = format!("{what}: {}", self.0.message);
         self
     }
 
-    /// Tells another failure as well, after this one; the kind stays this one's.
+    /// Appends a second failure to the message. The kind stays that of the first failure; the remedies are joined.
     #[must_use]
     pub fn and(self, other: Error) -> Self {
-        let mut both = Error::new(self.code(), format!("{self}; moreover: {other}"));
+        let mut both = Error::new(self.code(), format!("{self}; also: {other}"));
         let remedies: Vec<&str> = [self.remedy_text(), other.remedy_text()].into_iter().flatten().collect();
         both.0.remedy = (!remedies.is_empty()).then(|| remedies.join("; "));
         both
     }
 
-    /// What kind of failure it is.
+    /// Returns the kind of the failure.
     pub fn code(&self) -> Code {
         self.0.code
     }
 
-    /// What was tried, got and expected, without path and cause.
+    /// Returns the message without path and cause.
     pub fn message(&self) -> &str {
         &self.0.message
     }
 
-    /// Message and cause, without the path.
+    /// Returns the message and the cause without the path.
     pub fn reason(&self) -> String {
         match &self.0.source {
             Some(source) => format!("{}: {}", self.0.message, errno_text(source)),
@@ -185,23 +187,23 @@ impl Error {
         }
     }
 
-    /// The path it is about.
+    /// Returns the path that the error is about.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
     }
 
-    /// What to do next.
+    /// Returns the remedy.
     pub fn remedy_text(&self) -> Option<&str> {
         self.0.remedy.as_deref()
     }
 
-    /// The system's error number, where a system call failed.
+    /// Returns the errno of the underlying system call.
     pub fn errno(&self) -> Option<i32> {
         self.0.source.as_ref().and_then(io::Error::raw_os_error)
     }
 }
 
-/// `message: path: cause`, on one line; the remedy is printed by the command line beneath it.
+/// `message: path: cause` on one line, sanitized for a terminal, without a prefix and without the remedy.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&shown(&self.0.message))?;
@@ -221,7 +223,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// The system's words alone (`No such file or directory`), as C programs print them.
+/// Returns the text of the error as strerror(3) prints it (`No such file or directory`), without the errno.
 pub fn errno_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error") {
@@ -230,17 +232,17 @@ pub fn errno_text(error: &io::Error) -> String {
     }
 }
 
-/// What to do about a limit of the process, the control group or the host.
+/// Returns the remedy for a limit of the process, the cgroup or the host.
 fn limit_remedy(error: &io::Error) -> Option<&'static str> {
     match error.raw_os_error()? {
-        libc::EFBIG => Some(
-            "raise the limit on the size of files (ulimit -f), or use a filesystem that takes larger ones",
-        ),
-        libc::EMFILE => Some("raise the limit on open files of this process: ulimit -n"),
-        libc::ENFILE => Some("raise the limit on open files of the host: sysctl fs.file-max"),
-        libc::ENOMEM => Some(
-            "raise the limits on memory: ulimit -v, memory.max of the control group; or free memory on the host",
-        ),
+        libc::EFBIG => {
+            Some("raise the file size limit (ulimit -f), or use a file system that supports larger files")
+        }
+        libc::EMFILE => Some("raise the open file limit of this process: ulimit -n"),
+        libc::ENFILE => Some("raise the open file limit of the host: sysctl fs.file-max"),
+        libc::ENOMEM => {
+            Some("raise the memory limits (ulimit -v, memory.max of the cgroup) or free memory on the host")
+        }
         _ => None,
     }
 }
@@ -250,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn display_names_what_where_and_why() {
+    fn display_joins_message_path_and_cause() {
         let error = Error::io("cannot open pack", "/s/p", io::Error::from_raw_os_error(libc::ENOENT));
         assert_eq!(error.to_string(), "cannot open pack: /s/p: No such file or directory");
         assert_eq!(error.code(), Code::NotFound);
@@ -258,21 +260,21 @@ mod tests {
     }
 
     #[test]
-    fn of_two_failures_both_are_told() {
+    fn and_joins_messages_and_remedies() {
         let first = Error::try_again("first").at("/a").remedy("do this");
         let both = first.and(Error::failed("second").remedy("do that"));
-        assert_eq!((both.code(), both.to_string().as_str()), (Code::TryAgain, "first: /a; moreover: second"));
+        assert_eq!((both.code(), both.to_string().as_str()), (Code::TryAgain, "first: /a; also: second"));
         assert_eq!(both.remedy_text(), Some("do this; do that"));
     }
 
     #[test]
-    fn one_line_stays_one_line() {
+    fn display_is_one_sanitized_line() {
         let error = Error::failed("label 'a\n\u{1b}[2K\u{202e}'").at("/s\r");
         assert_eq!(error.to_string(), r"label 'a\n\u001b[2K\u202e': /s\u000d");
     }
 
     #[test]
-    fn a_limit_is_named() {
+    fn resource_limits_add_a_remedy() {
         let cause = |errno| Error::failed("cannot start").because(io::Error::from_raw_os_error(errno));
         for (errno, word) in
             [(libc::EFBIG, "ulimit -f"), (libc::EMFILE, "ulimit -n"), (libc::ENOMEM, "ulimit -v")]
@@ -285,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_brings_its_remedy() {
+    fn full_disk_adds_a_remedy() {
         let error = Error::io("cannot write", "/s", io::Error::from_raw_os_error(libc::ENOSPC));
         assert!(error.remedy_text().unwrap().contains("free space"));
         assert_eq!(error.code().exit_code(), 1);

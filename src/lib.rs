@@ -1,15 +1,15 @@
 //! Stencil: template memory for microVMs and sandboxes.
 //!
-//! The library is built in floors; a file imports only from lower floors or from its own folder
-//! (`tests/layers.rs` checks it):
+//! The library is built in layers. A file imports only from lower layers or from its own directory (`tests/layers.rs`
+//! checks this rule):
 //!
-//! | floor | modules |
+//! | layer | modules |
 //! |---|---|
 //! | 0 | [`units`], [`error`], [`progress`], [`shown`] |
-//! | 1 | [`sys`]: the only unsafe code, one kernel interface a file |
-//! | 2 | [`store`] (knows no memory), [`memory`] (knows no store) |
-//! | 3 | [`control`]: the words between `stencil` and `stencil-mountd` |
-//! | 4 | [`clones`]: sees paths and inodes, as a VMM does |
+//! | 1 | [`sys`]: the only unsafe code; one kernel interface per file |
+//! | 2 | [`store`] (independent of guest memory layout), [`memory`] (independent of the store) |
+//! | 3 | [`control`]: the protocol between `stencil` and `stencil-mountd` |
+//! | 4 | [`clones`]: identifies memory by path and inode, as a VMM does |
 //! | 5 | [`cli`] |
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]

@@ -1,20 +1,20 @@
-//! Progress of long work, seen from the inside: the work reports, the command line draws.
+//! Progress of long operations: the operation reports, the command line draws.
 
 use crate::units::Bytes;
 
-/// Something that watches long work. Called from several threads.
+/// A receiver of progress reports. Methods are called from several threads.
 pub trait Progress: Sync {
-    /// A phase begins; `total` is its size in bytes where that is known.
+    /// Starts a phase. `total` is the size of the phase in bytes, if known.
     fn start(&self, phase: &str, total: Option<Bytes>);
-    /// A phase begins that counts things instead of bytes; each is then one byte of [`advance`](Self::advance).
+    /// Starts a phase that counts items instead of bytes. One item is one byte of [`advance`](Self::advance).
     fn start_count(&self, phase: &str, total: u64);
-    /// So many more bytes of the phase are done.
+    /// Adds `done` bytes to the current phase.
     fn advance(&self, done: Bytes);
-    /// The phase has ended.
+    /// Ends the current phase.
     fn finish(&self);
 }
 
-/// Watches nothing.
+/// Discards all reports.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 

@@ -1,4 +1,4 @@
-//! Text that somebody else wrote, as it may stand on a terminal.
+//! Sanitizes foreign text for a terminal, and formats paths and times.
 
 use std::borrow::Cow;
 use std::os::unix::ffi::OsStrExt;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serializer;
 
-/// Writes a line to standard error. A standard error that takes no bytes is no reason to fail.
+/// Writes a line to standard error. Write errors are ignored: a closed standard error must not fail the command.
 #[macro_export]
 macro_rules! say {
     ($($text:tt)*) => {{
@@ -15,8 +15,8 @@ macro_rules! say {
     }};
 }
 
-/// The text with every character that moves, hides or reverses what stands around it written as JSON does: `\u001b`, four
-/// hexadecimal digits for each unit of UTF-16. One line stays one line, and what was JSON is the same JSON.
+/// Replaces every character that moves the cursor, is invisible or reverses the text direction by its JSON escape:
+/// `\u001b`, four hexadecimal digits per UTF-16 unit. The result is one line. Valid JSON keeps its value.
 pub fn shown(text: &str) -> Cow<'_, str> {
     if !text.contains(is_unprintable) {
         return text.into();
@@ -35,12 +35,12 @@ pub fn shown(text: &str) -> Cow<'_, str> {
     out.into()
 }
 
-/// As [`shown`], but lines stay lines.
+/// Same as [`shown`], but keeps line breaks.
 pub fn shown_lines(text: &str) -> String {
     text.split('\n').map(shown).collect::<Vec<_>>().join("\n")
 }
 
-/// A path as text: bytes that are not UTF-8 become `\xHH`. The result names the path to a person; it does not open it.
+/// Returns a path as text; bytes that are not UTF-8 become `\xHH`. The result is for display and cannot be opened.
 pub fn path_text(path: &Path) -> Cow<'_, str> {
     let bytes = path.as_os_str().as_bytes();
     if let Ok(text) = std::str::from_utf8(bytes) {
@@ -54,10 +54,10 @@ pub fn path_text(path: &Path) -> Cow<'_, str> {
     out.into()
 }
 
-/// A time as RFC 3339 in UTC, from seconds since 1970.
+/// Formats seconds since 1970-01-01 UTC as RFC 3339.
 pub fn utc(seconds: u64) -> String {
     let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    // Days since 1 March of year 0, in eras of 400 years: the leap day is the last of its year.
+    // Years start on 1 March in this computation, so the leap day is the last day of its year. An era has 400 years.
     let day = days + 719_468;
     let (era, of_era) = (day / 146_097, day % 146_097);
     let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
@@ -70,18 +70,18 @@ pub fn utc(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// For `#[serde(serialize_with = "…")]` of a [`PathBuf`] in a report: serde fails for a path that is not UTF-8.
+/// Serializes a path as text, for `#[serde(serialize_with = "…")]`: serde itself rejects a path that is not UTF-8.
 ///
 /// # Errors
-/// The serializer's.
+/// Returns the error of the serializer.
 pub fn path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path_text(path))
 }
 
-/// As [`path`], for an optional one.
+/// Same as [`path()`] for an optional path.
 ///
 /// # Errors
-/// The serializer's.
+/// Returns the error of the serializer.
 pub fn optional_path<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
     match path {
         Some(path) => serializer.serialize_some(&*path_text(path)),
@@ -89,7 +89,7 @@ pub fn optional_path<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Re
     }
 }
 
-/// Control characters, and those that are not seen: marks of direction, joiners, separators, tags.
+/// Returns true for control characters and invisible characters: direction marks, joiners, separators and tags.
 fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_moves_the_cursor_or_turns_the_text_round() {
+    fn escapes_controls_and_direction_marks() {
         assert_eq!(shown("a\u{1b}[31m\r\n\u{9b}\u{7f}b"), r"a\u001b[31m\u000d\n\u009b\u007fb");
         assert_eq!(shown("\u{202e}cod\u{2066}\u{e0041}"), r"\u202ecod\u2066\udb40\udc41");
         assert!(matches!(shown("größe 你好 \\ \"x\" e\u{301}"), Cow::Borrowed(_)));
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_rfc_3339() {
+    fn formats_times_as_rfc_3339() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),
@@ -122,14 +122,14 @@ mod tests {
     }
 
     #[test]
-    fn a_path_of_any_bytes_is_text() {
+    fn path_text_escapes_invalid_utf8() {
         use std::ffi::OsStr;
         assert!(matches!(path_text(Path::new("/größe/a")), Cow::Borrowed("/größe/a")));
         assert_eq!(path_text(Path::new(OsStr::from_bytes(b"/a\xff\xc3/\xe4b"))), r"/a\xff\xc3/\xe4b");
     }
 
     #[test]
-    fn json_stays_the_same_json() {
+    fn escaping_keeps_json_values() {
         let value = serde_json::json!({"a": "x\u{202e}\u{9b}\u{e0041}\u{1b}\n\\", "b": ["\u{200f}"]});
         let text = shown_lines(&format!("{value:#}"));
         assert!(!text.replace('\n', "").contains(is_unprintable), "{text}");

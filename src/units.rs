@@ -1,4 +1,4 @@
-//! Units are types: bytes, pages and offsets do not mix by accident.
+//! Types for units, so that bytes, pages and offsets cannot be mixed by accident.
 
 use std::fmt;
 use std::iter::Sum;
@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Size of a base page in bytes. Stencil runs on x86-64, where the kernel has no other.
+/// Size of a base page in bytes. x86-64 has no other base page size.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Size of a PMD-mapped page in bytes.
+/// Size in bytes of a huge page that a PMD entry maps (x86-64).
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// A size in bytes.
@@ -24,17 +24,17 @@ pub struct Bytes(u64);
 #[serde(transparent)]
 pub struct PageCount(u64);
 
-/// The number of a page within one file or one mapping, counted from 0.
+/// Zero-based index of a page within one file or one mapping.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PageIndex(u64);
 
-/// A position in a file, in bytes from its start.
+/// An offset in a file, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FileOffset(u64);
 
-/// A position in a mapping (in guest memory), in bytes from its start.
+/// An offset in a mapping (guest memory), in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MemoryOffset(u64);
@@ -42,17 +42,17 @@ pub struct MemoryOffset(u64);
 macro_rules! unit {
     ($name:ident) => {
         impl $name {
-            /// The value with its unit.
+            /// Wraps a bare number.
             pub const fn new(value: u64) -> Self {
                 Self(value)
             }
 
-            /// The bare number.
+            /// Returns the bare number.
             pub const fn get(self) -> u64 {
                 self.0
             }
 
-            /// The bare number as a length in memory (64-bit hosts only).
+            /// Returns the bare number as `usize`. Lossless on the supported 64-bit hosts.
             pub const fn as_usize(self) -> usize {
                 self.0 as usize
             }
@@ -66,38 +66,38 @@ unit!(FileOffset);
 unit!(MemoryOffset);
 
 impl Bytes {
-    /// Nothing.
+    /// Zero bytes.
     pub const ZERO: Bytes = Bytes(0);
 
-    /// `self + other`, or nothing past 2^64.
+    /// Returns `self + other`, or `None` on overflow.
     pub fn checked_add(self, other: Bytes) -> Option<Bytes> {
         self.0.checked_add(other.0).map(Bytes)
     }
 
-    /// `self - other`, not below zero.
+    /// Returns `self - other`, or zero if `other` is larger.
     pub fn saturating_sub(self, other: Bytes) -> Bytes {
         Bytes(self.0.saturating_sub(other.0))
     }
 
-    /// Pages needed to hold so many bytes.
+    /// Returns the number of pages that hold this many bytes, rounded up.
     pub fn pages(self) -> PageCount {
         PageCount(self.0.div_ceil(PAGE_SIZE))
     }
 
-    /// True for whole pages.
+    /// Returns true if the size is a multiple of the base page size.
     pub fn is_page_aligned(self) -> bool {
         self.0.is_multiple_of(PAGE_SIZE)
     }
 
-    /// Reads a size as people and QEMU write it: digits with an optional `k M G T` (powers of 1024;
-    /// `K`, `KiB`, `MB`… and lower case are accepted), `0x…`, or a fraction with a unit (`1.5G`).
+    /// Parses a size: decimal digits with an optional unit (`k`, `M`, `G`, `T`, `KiB`, `MB`, … in any case; all are
+    /// powers of 1024), a hexadecimal number (`0x…`), or a decimal fraction with a unit (`1.5G`).
     ///
     /// # Errors
-    /// A usage error that names the text, when it is no size or exceeds 2^64 − 1 bytes.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if the text is not a size or exceeds 2^64 − 1 bytes.
     pub fn parse(text: &str) -> Result<Bytes> {
         let bad = || {
-            Error::usage(format!("'{text}' is not a size"))
-                .remedy("write bytes or a number with k, M, G or T, like 512M")
+            Error::usage(format!("invalid size '{text}'"))
+                .remedy("use a number of bytes, or a number with the unit k, M, G or T, such as 512M")
         };
         if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
             return u64::from_str_radix(hex, 16).map(Bytes).map_err(|_| bad());
@@ -125,36 +125,36 @@ impl Bytes {
 }
 
 impl PageCount {
-    /// No page.
+    /// Zero pages.
     pub const ZERO: PageCount = PageCount(0);
 
-    /// So many pages in bytes.
+    /// Returns the size of the pages in bytes.
     pub fn bytes(self) -> Bytes {
         Bytes(self.0 * PAGE_SIZE)
     }
 }
 
 impl PageIndex {
-    /// Where that page begins in its file.
+    /// Returns the offset of the first byte of the page.
     pub fn file_offset(self) -> FileOffset {
         FileOffset(self.0 * PAGE_SIZE)
     }
 }
 
 impl FileOffset {
-    /// The page that holds this position.
+    /// Returns the page that contains this offset.
     pub fn page(self) -> PageIndex {
         PageIndex(self.0 / PAGE_SIZE)
     }
 
-    /// `self + length`, or nothing past 2^64.
+    /// Returns `self + length`, or `None` on overflow.
     pub fn checked_add(self, length: Bytes) -> Option<FileOffset> {
         self.0.checked_add(length.0).map(FileOffset)
     }
 }
 
 impl MemoryOffset {
-    /// The page that holds this position.
+    /// Returns the page that contains this offset.
     pub fn page(self) -> PageIndex {
         PageIndex(self.0 / PAGE_SIZE)
     }
@@ -183,7 +183,7 @@ macro_rules! sums {
 sums!(Bytes);
 sums!(PageCount);
 
-/// For people: three digits and a unit (`1.50 GiB`); bytes below 1 KiB are exact.
+/// Three significant digits and a binary unit (`1.50 GiB`). Sizes below 1 KiB are exact.
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_as_people_write_them() {
+    fn parses_sizes() {
         for (text, bytes) in [
             ("4096", 4096),
             ("0x1000", 4096),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_for_people() {
+    fn displays_sizes() {
         assert_eq!(Bytes::new(12).to_string(), "12 B");
         assert_eq!(Bytes::new(1536).to_string(), "1.50 KiB");
         assert_eq!(Bytes::new(512 << 20).to_string(), "512 MiB");

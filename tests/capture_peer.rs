@@ -123,7 +123,7 @@ fn a_qemu_that_stands_still_is_told_as_such() {
         hierarchies += 1;
         let [file, word] = frozen.thaw;
         let remedy = format!("echo {word} > {}", frozen.group.join(file).display());
-        told("is frozen by its control group", &remedy);
+        told("is frozen by its cgroup", &remedy);
     }
     assert!(hierarchies > 0, "control groups with a freezer");
 

@@ -240,7 +240,7 @@ fn a_pipe_without_another_end_is_given_up() {
     world.stencil(&["import", source, "web:1"]).ok();
     for words in [&["export", "web:1", fifo][..], &["save", "web:1", "-o", fifo]] {
         let limited = [words, &["--stall-timeout", "0.2"]].concat();
-        world.stencil(&limited).exits(75).says("nobody has opened it for reading for 0.2 s");
+        world.stencil(&limited).exits(75).says("timed out after 0.2 s waiting for a reader");
         let mut child = world.command().args(words).stderr(Stdio::null()).spawn().unwrap();
         wait_for("a wait", || asleep(&child).then_some(()));
         send(&child, Signal::TERM);

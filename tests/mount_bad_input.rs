@@ -101,7 +101,7 @@ fn options_that_are_none() {
         ("frobnicate", "unknown mount option 'frobnicate'"),
         ("cache-dir", "unknown mount option 'cache-dir'"),
         ("serve=fast", "invalid serve mode 'fast'"),
-        ("cache-size=much", "'much' is not a size"),
+        ("cache-size=much", "invalid size 'much'"),
         ("hydrate-timeout=soon", "invalid time 'soon'"),
         ("suid", "'suid' is refused"),
         ("ro,dev", "'dev' is refused"),

@@ -189,9 +189,9 @@ fn a_runtime_directory_of_somebody_else_is_refused() {
     symlink(world.dir().join("roots"), world.dir().join("link")).unwrap();
     std::os::unix::fs::lchown(world.dir().join("link"), Some(STRANGER), None).unwrap();
     for (folder, why) in [
-        ("theirs", "belongs to user 12345"),
-        ("theirs/below", "belongs to user 12345"),
-        ("link", "belongs to user 12345"),
+        ("theirs", "owned by user 12345"),
+        ("theirs/below", "owned by user 12345"),
+        ("link", "owned by user 12345"),
         ("open", "mode 0777"),
     ] {
         let runtime = world.dir().join(folder);
@@ -258,10 +258,10 @@ fn a_planted_record_ends_no_process_and_removes_no_file() {
         assert!(victim.lives() && disk.exists() && dir.join("clone.json").exists(), "{field}");
     }
     for (what, change) in [
-        ("belongs to user 12345", (|dir| chown(dir, Some(STRANGER), None).unwrap()) as fn(&Path)),
-        ("belongs to user 12345", |dir| chown(dir.join("clone.json"), Some(STRANGER), None).unwrap()),
-        ("other users can write it", |dir| fs::set_permissions(dir, Permissions::from_mode(0o777)).unwrap()),
-        ("other users can write it", |dir| {
+        ("owned by user 12345", (|dir| chown(dir, Some(STRANGER), None).unwrap()) as fn(&Path)),
+        ("owned by user 12345", |dir| chown(dir.join("clone.json"), Some(STRANGER), None).unwrap()),
+        ("writable by other users", |dir| fs::set_permissions(dir, Permissions::from_mode(0o777)).unwrap()),
+        ("writable by other users", |dir| {
             fs::set_permissions(dir.join("clone.json"), Permissions::from_mode(0o666)).unwrap();
         }),
     ] {
@@ -461,7 +461,7 @@ fn a_frozen_clone_is_named_with_the_way_to_thaw_it() {
     write("freezer.state", "THAWED");
     let said = stopped.exits(75);
     let state = group.join("freezer.state");
-    assert!(said.err.contains("is frozen by its control group"), "{said:?}");
+    assert!(said.err.contains("is frozen by its cgroup"), "{said:?}");
     assert!(said.err.contains(&format!("echo THAWED > {}", state.display())), "{said:?}");
     world.stencil(&["stop", "--all"]).ok();
     crate::support::mount::wait_for("the end of the group", || fs::remove_dir(&group).ok());

@@ -219,7 +219,7 @@ fn who_may_not_look_into_all_removes_nothing() {
     let no_trace = [&*format!("--bounding-set{less}"), &*format!("--inh-caps{less}")];
     for ours in [&["rm", "web:1"][..], &["density"]] {
         let run = behind(&world, "setpriv", &no_trace, ours).exits(75);
-        assert!(run.err.contains("no right to look into processes that may be clones: "), "{run:?}");
+        assert!(run.err.contains("no permission to inspect processes that may be clones: "), "{run:?}");
     }
     let ps = behind(&world, "setpriv", &no_trace, &["--json", "ps"]).ok();
     let listed: serde_json::Value = serde_json::from_str(&ps.out).unwrap();

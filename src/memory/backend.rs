@@ -1,4 +1,4 @@
-//! A plan carried out: the file is open, the memory mapped. After that nothing about it can change.
+//! A memory backend: executes a plan by opening the file and mapping the memory. A backend is immutable.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +17,8 @@ use super::options::Options;
 use super::plan::{FileFacts, Layout, Plan, Source, map_failed};
 use super::row::Role;
 
-/// A mapped memory object. Cloning the value gives another handle to the same memory, which is
-/// unmapped when the last handle is dropped: a VMM keeps one in every region it makes of it.
+/// A mapped memory object. Cloning the value creates another handle to the same memory. The last handle unmaps the
+/// memory when it is dropped, so a VMM keeps a handle in each memory region that it creates from the backend.
 #[derive(Debug, Clone)]
 pub struct Backend(Arc<Inner>);
 
@@ -28,42 +28,41 @@ struct Inner {
     file: Option<File>,
     plan: Plan,
     notes: Vec<Note>,
-    /// Of a trial: unlinks a file that it made. Dropped after the mapping.
+    /// Unlinks a file that a trial created. Dropped after the mapping.
     _undo: Undo,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         if self.plan.discard {
-            // QEMU, too, does not look whether the file could do it; the plan's notes say where it cannot.
+            // Like QEMU, errors are ignored; the notes of the plan report when the option has no effect.
             let _ = self.mapping.advise_all(Advice::Remove);
         }
     }
 }
 
 impl Backend {
-    /// Opens and maps what an object's text asks for.
+    /// Opens and maps the object that an option string or JSON text describes.
     ///
     /// # Errors
-    /// QEMU's words for everything that it would refuse, and our own refusals.
+    /// Returns an error with QEMU's text for everything that QEMU rejects, and Stencil's own errors.
     pub fn from_text(text: &str) -> Result<Backend> {
         Backend::create(&Options::parse(text)?.plan()?)
     }
 
-    /// Carries out a plan.
+    /// Executes a plan. On failure nothing stays mapped, and a created file is removed.
     ///
     /// # Errors
-    /// QEMU's words for everything that it would refuse, and our own refusals. Nothing stays mapped,
-    /// and a file that was made for it is gone again.
+    /// Returns an error with QEMU's text for everything that QEMU rejects, and Stencil's own errors.
     pub fn create(plan: &Plan) -> Result<Backend> {
         Backend::make(plan.clone(), false)
     }
 
-    /// Carries out a plan to see what comes of it: when the last handle is dropped the file is as it
-    /// was before, unless somebody wrote to it through a shared mapping.
+    /// Executes a plan to inspect the result. When the last handle is dropped, the file is in its previous state,
+    /// unless the caller wrote to it through a shared mapping.
     ///
     /// # Errors
-    /// As [`Backend::create`].
+    /// Same as [`Backend::create`].
     pub fn trial(plan: &Plan) -> Result<Backend> {
         Backend::make(plan.for_trial(), true)
     }
@@ -76,11 +75,11 @@ impl Backend {
         let facts = opened.as_ref().map_or(FileFacts::NONE, |o| o.facts);
         let layout = plan.layout(&facts)?;
         let refused = plan.check_mapped(&facts).err();
-        let made = opened.as_ref().is_some_and(|o| o.undo.is_armed());
+        let created = opened.as_ref().is_some_and(|o| o.undo.is_armed());
         let extend_to = layout.extend_to.filter(|_| refused.is_none());
         let not_extended = match (extend_to, &opened) {
-            // An empty file that somebody else may use stays empty in a trial: it is mapped, not touched.
-            (Some(_), Some(_)) if trial && !made => {
+            // A trial maps an existing empty file but touches no page, because other processes may use the file.
+            (Some(_), Some(_)) if trial && !created => {
                 plan.leave_untouched();
                 None
             }
@@ -96,7 +95,7 @@ impl Backend {
             (None, _) => (None, Undo::default()),
         };
         let mapping = map(&plan, &layout, file.as_ref(), offset)?;
-        // In QEMU's order: what cannot be mapped is named before anything else.
+        // QEMU's order: a mapping error takes precedence over all other errors.
         if let Some(error) = not_extended.or(refused) {
             return Err(error);
         }
@@ -112,32 +111,32 @@ impl Backend {
         Ok(Backend(Arc::new(Inner { mapping, file, plan, notes, _undo: undo })))
     }
 
-    /// Bytes of memory.
+    /// Returns the size of the memory.
     pub fn len(&self) -> Bytes {
         self.0.mapping.len()
     }
 
-    /// Never: a backend has at least one page.
+    /// Returns false: a backend has at least one page.
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// First byte of the memory; valid while any handle lives. Dereferencing it is unsafe.
+    /// Returns a pointer to the first byte, valid while any handle lives. Dereferencing it is unsafe.
     pub fn as_ptr(&self) -> *mut u8 {
         self.0.mapping.as_ptr()
     }
 
-    /// Addresses of the memory in this process.
+    /// Returns the address range of the memory in this process.
     pub fn address_range(&self) -> std::ops::Range<u64> {
         self.0.mapping.range()
     }
 
-    /// The open file behind the memory, where there is one.
+    /// Returns the open file of the memory, or `None` for anonymous memory.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.file.as_ref().map(AsFd::as_fd)
     }
 
-    /// Where in the file the memory begins.
+    /// Returns the offset in the file where the memory starts.
     pub fn file_offset(&self) -> FileOffset {
         match self.0.plan.source {
             Source::File { offset, .. } => offset,
@@ -145,17 +144,17 @@ impl Backend {
         }
     }
 
-    /// What the memory may be used for.
+    /// Returns the access permissions of the mapping.
     pub fn protection(&self) -> Protection {
         self.0.mapping.protection()
     }
 
-    /// Who sees a write.
+    /// Returns the visibility of writes.
     pub fn sharing(&self) -> Sharing {
         self.0.mapping.sharing()
     }
 
-    /// The `mmap` flags that it was mapped with, without `MAP_FIXED`: what a VMM tells others of the mapping.
+    /// Returns the mmap(2) flags of the mapping without `MAP_FIXED`, as a VMM passes them to other components.
     pub fn flags(&self) -> i32 {
         let mut flags = match self.sharing() {
             Sharing::Private => libc::MAP_PRIVATE,
@@ -171,91 +170,95 @@ impl Backend {
         flags
     }
 
-    /// What the guest gets.
+    /// Returns the role of the memory for the guest.
     pub fn role(&self) -> Role {
         self.0.plan.role
     }
 
-    /// The plan that was carried out.
+    /// Returns the executed plan.
     pub fn plan(&self) -> &Plan {
         &self.0.plan
     }
 
-    /// What the user should know about it.
+    /// Returns notes for the user.
     pub fn notes(&self) -> &[Note] {
         &self.0.notes
     }
 
-    /// Copies memory out. Where a guest would get SIGBUS (a damaged page, a file that shrank) this is
-    /// an error.
+    /// Copies memory into a buffer. A page that would raise SIGBUS in a guest (a damaged page, a file that was
+    /// truncated) is an error instead.
     ///
     /// # Errors
-    /// Usage outside of the memory; failed where a page cannot be had.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) for a range outside of the memory, and
+    /// [`Code::Failed`](crate::error::Code::Failed) if a page is not available.
     pub fn read_at(&self, at: MemoryOffset, out: &mut [u8]) -> Result<()> {
         self.0.mapping.read(at, out).map_err(|e| self.refused("read", at, out.len(), &e))
     }
 
-    /// Copies bytes into memory, as a guest's writes would.
+    /// Copies bytes into memory, as writes of a guest would.
     ///
     /// # Errors
-    /// Usage outside of the memory; failed on ROM and where a page cannot be had.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) for a range outside of the memory, and
+    /// [`Code::Failed`](crate::error::Code::Failed) for ROM or if a page is not available.
     pub fn write_at(&self, at: MemoryOffset, bytes: &[u8]) -> Result<()> {
         self.0.mapping.write(at, bytes).map_err(|e| self.refused("write", at, bytes.len(), &e))
     }
 
-    /// Loads one byte of a page, as a guest would: if the page cannot be had the process gets SIGBUS.
+    /// Loads one byte of a page, as a guest would. If the page is not available, the process receives SIGBUS.
     ///
     /// # Errors
-    /// Usage outside of the memory.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) for a page outside of the memory.
     pub fn touch(&self, page: PageIndex) -> Result<u8> {
         let at = MemoryOffset::new(page.get().saturating_mul(PAGE_SIZE));
         self.0.mapping.load(at).map_err(|e| self.refused("read", at, 1, &e))
     }
 
-    /// Stores one byte, as a guest would: on ROM the process gets SIGSEGV.
+    /// Stores one byte, as a guest would. On ROM the process receives SIGSEGV.
     ///
     /// # Errors
-    /// Usage outside of the memory.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) for an offset outside of the memory.
     pub fn poke(&self, at: MemoryOffset, value: u8) -> Result<()> {
         self.0.mapping.store(at, value).map_err(|e| self.refused("write", at, 1, &e))
     }
 
-    /// The pages that this process has copied since it mapped them, exact, as ranges from the start of
-    /// the memory. On shared memory and ROM there are none; on memory without a file: all that exist.
+    /// Returns the pages that this process has copied since the mapping was created, as page ranges from the start of
+    /// the memory. The result is exact. Shared memory and ROM have no copied pages; in anonymous memory every existing
+    /// page counts as copied.
     ///
     /// # Errors
-    /// Whatever looking at `/proc/self/pagemap` gives.
+    /// Returns an error if `/proc/self/pagemap` cannot be read.
     pub fn dirty(&self) -> Result<Vec<PageRange>> {
         page_ranges(&Pagemap::this_process()?, self.address_range())
     }
 
     fn refused(&self, what: &str, at: MemoryOffset, length: usize, cause: &io::Error) -> Error {
-        let place = format!("cannot {what} {length} bytes at {:#x} of '{}'", at.get(), self.0.plan.id);
+        let place =
+            format!("cannot {what} memory of '{}' at {:#x}, length {length}", self.0.plan.id, at.get());
         if cause.kind() == io::ErrorKind::InvalidInput {
-            return Error::usage(format!("{place}: it has {} bytes", self.len().get()));
+            return Error::usage(format!("{place}: size is {} bytes", self.len().get()));
         }
         if what == "write" && self.protection() == Protection::Read {
-            return Error::failed(format!("{place}: it is ROM"));
+            return Error::failed(format!("{place}: memory is ROM"));
         }
         Error::failed(format!("{place}: {}", errno_text(cause)))
-            .remedy("a page of the backing store cannot be had: look for damage with stencil verify")
+            .remedy("run 'stencil verify' to check the template for damage")
     }
 }
 
 fn cannot_extend(plan: &Plan, length: u64, cause: io::Error) -> Error {
     match &plan.source {
         Source::File { path, .. } => {
-            Error::io(format!("cannot extend the backing store to {length} bytes"), path, cause)
+            Error::io(format!("cannot extend backing store to {length} bytes"), path, cause)
         }
         Source::Anonymous | Source::Memfd => map_failed(cause),
     }
 }
 
-/// QEMU's words for memory without a file that cannot be had.
+/// Returns QEMU's error for anonymous memory that cannot be allocated.
 fn cannot_set_up(region: &str, cause: &io::Error) -> Error {
     let words = match cause.raw_os_error() {
         Some(_) => errno_text(cause),
-        // More than a file can be long.
+        // No errno: the size exceeds the maximum length of a file or mapping.
         None => errno_text(&io::Error::from_raw_os_error(libc::ENOMEM)),
     };
     Error::failed(format!("cannot set up guest memory '{region}': {words}"))
@@ -263,7 +266,7 @@ fn cannot_set_up(region: &str, cause: &io::Error) -> Error {
 
 fn new_memfd(region: &str, length: Bytes) -> Result<File> {
     use rustix::fs::{MemfdFlags, memfd_create};
-    // The kernel takes at most 249 bytes for a name.
+    // The kernel limits the name to 249 bytes.
     let name: String = region.chars().filter(char::is_ascii).take(200).collect();
     let fd = memfd_create(name, MemfdFlags::CLOEXEC).map_err(|e| cannot_set_up(region, &e.into()))?;
     let file = File::from(fd);
@@ -288,7 +291,7 @@ fn map(plan: &Plan, layout: &Layout, file: Option<&File>, offset: FileOffset) ->
 }
 
 fn advise(plan: &Plan, mapping: &Mapping, fuse: bool, notes: &mut Vec<Note>) -> Result<()> {
-    // As QEMU: whether the kernel takes these two is not looked at.
+    // Like QEMU, errors of these two calls are ignored.
     if fuse {
         notes.push(Note::no_huge_advice());
     } else {
@@ -314,26 +317,26 @@ fn advise(plan: &Plan, mapping: &Mapping, fuse: bool, notes: &mut Vec<Note>) -> 
     Ok(())
 }
 
-/// Bytes that one preallocating thread gets at least.
+/// Minimum number of bytes per preallocating thread.
 const BYTES_PER_THREAD: u64 = 64 << 20;
 
 fn fill(plan: &Plan, mapping: &Mapping) -> Result<()> {
-    if let Some(most) = plan.prealloc {
-        prealloc(mapping, most)?;
+    if let Some(max_threads) = plan.prealloc {
+        prealloc(mapping, max_threads)?;
     }
     if plan.prefault {
         mapping.advise_all(Advice::PopulateRead).map_err(|e| {
             Error::failed(format!("cannot read every page of the backing store: {}", errno_text(&e)))
-                .remedy("look for damage with stencil verify")
+                .remedy("run 'stencil verify' to check the template for damage")
         })?;
     }
     Ok(())
 }
 
-fn prealloc(mapping: &Mapping, most: u32) -> Result<()> {
+fn prealloc(mapping: &Mapping, max_threads: u32) -> Result<()> {
     let length = mapping.len().get();
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    let threads = cpus.min(u64::from(most)).min(length / BYTES_PER_THREAD).max(1);
+    let threads = cpus.min(u64::from(max_threads)).min(length / BYTES_PER_THREAD).max(1);
     let share = (length / threads).next_multiple_of(HUGE_PAGE_SIZE);
     let done: io::Result<()> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
@@ -346,7 +349,7 @@ fn prealloc(mapping: &Mapping, most: u32) -> Result<()> {
             .collect::<io::Result<_>>()?;
         workers.into_iter().try_for_each(|worker| match worker.join() {
             Ok(done) => done,
-            Err(_) => Err(io::Error::other("a preallocating thread died")),
+            Err(_) => Err(io::Error::other("a preallocating thread panicked")),
         })
     });
     done.map_err(|e| {

@@ -1,4 +1,4 @@
-//! What was copied, in pages of a mapping.
+//! Copied pages as page ranges of a mapping.
 
 use std::ops::Range;
 
@@ -8,28 +8,28 @@ use crate::error::Result;
 use crate::sys::pagemap::Pagemap;
 use crate::units::{PAGE_SIZE, PageCount, PageIndex};
 
-/// Neighbouring copied pages.
+/// Consecutive copied pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct PageRange {
-    /// First page, counted from the start of the mapping.
+    /// First page, as an index from the start of the mapping.
     pub first: PageIndex,
-    /// How many.
+    /// Number of pages.
     pub count: PageCount,
-    /// True when the copies lie in swap and hold no RAM.
+    /// True if the copies are in swap and not in memory.
     pub swapped: bool,
 }
 
 impl PageRange {
-    /// The page numbers.
+    /// Returns the page indices.
     pub fn pages(&self) -> Range<u64> {
         self.first.get()..self.first.get() + self.count.get()
     }
 }
 
-/// The copied pages of a mapping that lies at `range`, counted from its start.
+/// Returns the copied pages of the mapping with address range `range`, as page ranges from its start.
 ///
 /// # Errors
-/// As [`Pagemap::dirty`].
+/// Same as [`Pagemap::dirty`].
 pub fn page_ranges(pagemap: &Pagemap, range: Range<u64>) -> Result<Vec<PageRange>> {
     let start = range.start;
     let dirty = pagemap.dirty(range)?;

@@ -1,4 +1,4 @@
-//! Opening the backing store as QEMU does: use it, make it, or make an unnamed one in a folder.
+//! Opens the backing store as QEMU does: an existing file, a new file, or an unnamed file in a directory.
 
 use std::fs::File;
 use std::io;
@@ -22,24 +22,24 @@ const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 pub struct Opened {
     /// The open file.
     pub file: File,
-    /// Unlinks the file if it was made here, unless it is told that all went well.
+    /// Unlinks the file on drop if this module created it.
     pub undo: Undo,
     pub facts: FileFacts,
-    /// Lies on a FUSE filesystem.
+    /// True if the file is on a FUSE file system.
     pub fuse: bool,
 }
 
-/// A file that was made on the way to a mapping. Dropped before [`Undo::disarm`], it is unlinked.
+/// A created file that is unlinked on drop, unless [`Undo::disarm`] was called.
 #[derive(Debug, Default)]
 pub struct Undo(Option<PathBuf>);
 
 impl Undo {
-    /// All went well: the file stays.
+    /// Keeps the file.
     pub fn disarm(&mut self) {
         self.0 = None;
     }
 
-    /// True when there is a file to unlink.
+    /// Returns true if a file would be unlinked.
     pub fn is_armed(&self) -> bool {
         self.0.is_some()
     }
@@ -53,19 +53,19 @@ impl Drop for Undo {
     }
 }
 
-/// QEMU's hint below `Permission denied`.
+/// QEMU's hint after `Permission denied`.
 const TEMPLATING_HINT: &str = "Consider opening the backing store read-only but still creating writable RAM \
     using '-object memory-backend-file,readonly=on,rom=off...' (see \"VM templating\" documentation)";
 
-/// Opens the store of a plan.
+/// Opens the backing store of a plan.
 ///
 /// # Errors
-/// QEMU's words and its hint.
+/// Returns an error with QEMU's text and hint.
 pub fn open(plan: &Plan, path: &Path, mode: OpenMode) -> Result<Opened> {
-    match open_or_make(path, mode, &plan.region) {
-        Ok((file, made)) => describe(file, made).map_err(|e| refuse(path, &e)),
+    match open_or_create(path, mode, &plan.region) {
+        Ok((file, created)) => describe(file, created).map_err(|e| open_error(path, &e)),
         Err(cause) => {
-            let mut error = refuse(path, &cause);
+            let mut error = open_error(path, &cause);
             let private = plan.sharing == Sharing::Private;
             let denied = cause.raw_os_error() == Some(libc::EACCES);
             if denied
@@ -80,7 +80,7 @@ pub fn open(plan: &Plan, path: &Path, mode: OpenMode) -> Result<Opened> {
     }
 }
 
-fn refuse(path: &Path, cause: &io::Error) -> Error {
+fn open_error(path: &Path, cause: &io::Error) -> Error {
     let code = match cause.kind() {
         io::ErrorKind::NotFound => Code::NotFound,
         _ => Code::Failed,
@@ -89,7 +89,7 @@ fn refuse(path: &Path, cause: &io::Error) -> Error {
     Error::new(code, format!("can't open backing store {} for guest RAM: {words}", path.display()))
 }
 
-/// O_NONBLOCK: a FIFO must not hang us; it cannot be mapped, and that is what its user hears.
+/// Opens with O_NONBLOCK, so that a FIFO cannot block the caller: the later mmap reports that it cannot be mapped.
 fn open_plain(path: &Path, mode: OpenMode) -> io::Result<File> {
     let file = File::options()
         .read(true)
@@ -102,35 +102,39 @@ fn open_plain(path: &Path, mode: OpenMode) -> io::Result<File> {
     Ok(file)
 }
 
-fn open_or_make(path: &Path, mode: OpenMode, region: &str) -> io::Result<(File, Option<PathBuf>)> {
+fn open_or_create(path: &Path, mode: OpenMode, region: &str) -> io::Result<(File, Option<PathBuf>)> {
     loop {
         let cause = match open_plain(path, mode) {
             Ok(file) => return Ok((file, None)),
             Err(cause) => cause,
         };
-        let made = match (cause.raw_os_error(), mode) {
-            (Some(libc::ENOENT), OpenMode::ReadWrite) => make(path).map(|file| (file, Some(path.to_owned()))),
-            (Some(libc::EISDIR), OpenMode::ReadWrite) => make_unnamed(path, region).map(|file| (file, None)),
+        let created = match (cause.raw_os_error(), mode) {
+            (Some(libc::ENOENT), OpenMode::ReadWrite) => {
+                create(path).map(|file| (file, Some(path.to_owned())))
+            }
+            (Some(libc::EISDIR), OpenMode::ReadWrite) => {
+                create_unnamed(path, region).map(|file| (file, None))
+            }
             _ => Err(cause),
         };
-        match made {
-            // Somebody made the file between our two calls: use theirs.
+        match created {
+            // Another process created the file between the two calls: open that file.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::EINTR)) => {}
             other => return other,
         }
     }
 }
 
-fn make(path: &Path) -> io::Result<File> {
+fn create(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(0o644).open(path)
 }
 
-fn make_unnamed(folder: &Path, region: &str) -> io::Result<File> {
+fn create_unnamed(directory: &Path, region: &str) -> io::Result<File> {
     let prefix = format!("qemu_back_mem.{}.", region.replace('/', "_"));
-    tempfile::Builder::new().prefix(&prefix).rand_bytes(6).tempfile_in(folder)?.into_file_unlinked()
+    tempfile::Builder::new().prefix(&prefix).rand_bytes(6).tempfile_in(directory)?.into_file_unlinked()
 }
 
-/// A temporary file without its name.
+/// Converts a named temporary file into an unlinked one.
 trait Unlinked {
     fn into_file_unlinked(self) -> io::Result<File>;
 }
@@ -143,8 +147,8 @@ impl Unlinked for tempfile::NamedTempFile {
     }
 }
 
-fn describe(file: File, made: Option<PathBuf>) -> io::Result<Opened> {
-    let undo = Undo(made);
+fn describe(file: File, created: Option<PathBuf>) -> io::Result<Opened> {
+    let undo = Undo(created);
     let metadata = file.metadata()?;
     let filesystem = fstatfs(&file)?;
     let kind = metadata.file_type();

@@ -1,19 +1,19 @@
-//! The letters of QEMU's option strings: `key=value,key=value`, sizes, numbers, names.
+//! Syntax of QEMU option strings: `key=value,key=value`, sizes, numbers, identifiers.
 
 use crate::error::{Error, Result};
 
 /// One `key=value` of an option string.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
-    /// Left of the `=`.
+    /// Text before the `=`.
     pub key: String,
-    /// Right of it, with `,,` read as one comma.
+    /// Text after the `=`, with `,,` decoded as one comma.
     pub value: String,
-    /// The name as written, when it stood alone (`share`, `noshare`).
+    /// The name as written, if the option has no value (`share`, `noshare`).
     pub short: Option<String>,
 }
 
-/// Splits an option string. A first word without `=` is the value of `first`; any later one is a
+/// Splits an option string. A first word without `=` is the value of the key `first`. Any later word without `=` is a
 /// flag: `share` means `share=on`, `noshare` means `share=off`.
 pub fn pairs(text: &str, first: &str) -> Vec<Pair> {
     let mut pairs = Vec::new();
@@ -43,7 +43,7 @@ pub fn pairs(text: &str, first: &str) -> Vec<Pair> {
     pairs
 }
 
-/// The value at the start of `text`, up to a single comma, and how many bytes it takes.
+/// Returns the value at the start of `text`, up to a single comma, and its length in bytes.
 fn value(text: &str) -> (String, usize) {
     let mut value = String::new();
     let mut at = 0;
@@ -58,20 +58,20 @@ fn value(text: &str) -> (String, usize) {
     }
 }
 
-/// Letters, digits, `-`, `.`, `_`, the first one a letter.
+/// Returns true if the text has only letters, digits, `-`, `.` and `_`, and starts with a letter.
 pub fn is_identifier(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
 }
 
-/// QEMU's words for a value that is not what its parameter wants.
+/// Returns QEMU's error for a value of the wrong kind.
 pub fn expects(name: &str, what: &str) -> Error {
     Error::usage(format!("Parameter '{name}' expects {what}"))
 }
 
-/// The number at the start of `text`, and what follows it, as C's `strtoull` reads it: blanks and a
-/// `+` before it, and with `base` 0 also `0x…` and octal `0…`. Nothing when there is none, when it is
-/// negative, and past 2^64.
+/// Parses the number at the start of `text` like `strtoull` of C, and returns the number and the rest. Spaces and a `+`
+/// may precede the number; with `base` 0 also `0x…` and octal `0…` are accepted. Returns `None` without a number, for a
+/// negative number and on overflow.
 fn leading_number(text: &str, base: u32) -> Option<(u64, &str)> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     let text = text.strip_prefix('+').unwrap_or(text);
@@ -87,10 +87,10 @@ fn leading_number(text: &str, base: u32) -> Option<(u64, &str)> {
     Some((number, &digits[end..]))
 }
 
-/// A whole number.
+/// Parses an unsigned integer.
 ///
 /// # Errors
-/// `Parameter 'NAME' expects a uint64 value`.
+/// Returns `Parameter 'NAME' expects a uint64 value`.
 pub fn number(name: &str, text: &str) -> Result<u64> {
     match leading_number(text, 0) {
         Some((number, "")) => Ok(number),
@@ -98,13 +98,13 @@ pub fn number(name: &str, text: &str) -> Result<u64> {
     }
 }
 
-/// Members that one `a-b` may have.
+/// Maximum number of members of a range `a-b`.
 const RANGE_MAX: u64 = 65536;
 
-/// A whole number or a range `a-b` of them, both ends included.
+/// Parses an unsigned integer or an inclusive range `a-b`.
 ///
 /// # Errors
-/// `Parameter 'NAME' expects a uint64 value or range`.
+/// Returns `Parameter 'NAME' expects a uint64 value or range`.
 pub fn number_or_range(name: &str, text: &str) -> Result<std::ops::RangeInclusive<u64>> {
     let bad = || expects(name, "a uint64 value or range");
     let (first, rest) = leading_number(text, 0).ok_or_else(bad)?;
@@ -118,11 +118,11 @@ pub fn number_or_range(name: &str, text: &str) -> Result<std::ops::RangeInclusiv
     }
 }
 
-/// A size: bytes, or a number (also a fraction) with one of the letters `B K M G T P E`; or `0x…`
-/// without a letter.
+/// Parses a size in bytes: an integer or decimal fraction with an optional unit `B K M G T P E`, or `0x…` without a
+/// unit.
 ///
 /// # Errors
-/// `Parameter 'NAME' expects a size value`.
+/// Returns `Parameter 'NAME' expects a size value`.
 pub fn size(name: &str, text: &str) -> Result<u64> {
     parse_size(text).ok_or_else(|| expects(name, "a size value"))
 }
@@ -152,7 +152,7 @@ fn parse_size(text: &str) -> Option<u64> {
         "E" | "e" => 60,
         _ => return None,
     };
-    // The fraction in units of 2^-64; exact to the bits of a double, as QEMU has it.
+    // The fraction in units of 2^-64, with the precision of a double, as in QEMU.
     let part = format!("0.{fraction}0").parse::<f64>().ok()? * 2f64.powi(64);
     if part > 0.0 && shift == 0 {
         return None;
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn option_strings_are_split_as_qemu_splits_them() {
+    fn splits_option_strings_like_qemu() {
         let table: &[(&str, &[(&str, &str)])] = &[
             ("", &[]),
             ("t", &[("qom-type", "t")]),
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_keeps_the_name_it_was_written_with() {
+    fn flag_keeps_its_written_name() {
         let pairs = pairs("t,noshare", "qom-type");
         assert_eq!(
             pairs[1],
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read_as_qemu_reads_them() {
+    fn parses_sizes_like_qemu() {
         for (text, bytes) in [
             ("4096", 4096),
             (" +4096", 4096),
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_ranges() {
+    fn parses_numbers_and_ranges() {
         for (text, value) in [("3", 3), ("0x10", 16), ("010", 8), (" +3", 3), ("0", 0)] {
             assert_eq!(number("n", text).unwrap(), value, "{text}");
         }
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn identifiers() {
+    fn checks_identifiers() {
         for text in ["m", "M1", "a-b.c_d"] {
             assert!(is_identifier(text), "{text}");
         }

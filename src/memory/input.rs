@@ -1,5 +1,5 @@
-//! Typed values out of either form of an object: option string or JSON. Each form has its own words
-//! for a wrong type, and they are QEMU's.
+//! Typed values from either form of an object: option string or JSON. Each form has its own error texts for values of
+//! the wrong type, which are QEMU's.
 
 use std::collections::BTreeMap;
 
@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 
 use super::grammar::{self, Pair};
 
-/// The parameters of one object; each is taken out once, what remains is unknown.
+/// The parameters of one object. Each accessor removes its parameter; the remaining parameters are unknown.
 #[derive(Debug)]
 pub enum Input {
-    /// `type,key=value,…`: every value of a key, in order; the last one counts.
+    /// `type,key=value,…`: all values of a key in order; the last value takes effect.
     Words(Vec<Pair>),
     /// `{"qom-type":…}`
     Json(BTreeMap<String, Value>),
@@ -23,18 +23,18 @@ fn wrong_type(name: &str, expected: &str) -> Error {
 }
 
 impl Input {
-    /// The values of a key in an option string, first to last.
+    /// Removes all values of a key from an option string and returns them in order.
     fn take_words(words: &mut Vec<Pair>, name: &str) -> Vec<String> {
-        let (taken, kept) = words.drain(..).partition(|pair| pair.key == name);
-        *words = kept;
+        let (taken, remaining) = words.drain(..).partition(|pair| pair.key == name);
+        *words = remaining;
         let taken: Vec<Pair> = taken;
         taken.into_iter().map(|pair| pair.value).collect()
     }
 
-    /// A text.
+    /// Removes a string parameter.
     ///
     /// # Errors
-    /// QEMU's words for a value of another type.
+    /// Returns QEMU's error for a value of another type.
     pub fn text(&mut self, name: &str) -> Result<Option<String>> {
         match self {
             Input::Words(words) => Ok(Self::take_words(words, name).pop()),
@@ -46,10 +46,10 @@ impl Input {
         }
     }
 
-    /// On or off.
+    /// Removes a boolean parameter.
     ///
     /// # Errors
-    /// QEMU's words for a value of another type.
+    /// Returns QEMU's error for a value of another type.
     pub fn switch(&mut self, name: &str) -> Result<Option<bool>> {
         match self {
             Input::Words(words) => match Self::take_words(words, name).pop().as_deref() {
@@ -66,10 +66,10 @@ impl Input {
         }
     }
 
-    /// A size in bytes.
+    /// Removes a size parameter, in bytes.
     ///
     /// # Errors
-    /// QEMU's words for a value of another type.
+    /// Returns QEMU's error for a value of another type.
     pub fn size(&mut self, name: &str) -> Result<Option<u64>> {
         match self {
             Input::Words(words) => {
@@ -79,10 +79,10 @@ impl Input {
         }
     }
 
-    /// A number of 32 bits.
+    /// Removes a 32-bit unsigned parameter.
     ///
     /// # Errors
-    /// QEMU's words for a value of another type or size.
+    /// Returns QEMU's error for a value of another type or out of range.
     pub fn number(&mut self, name: &str) -> Result<Option<u32>> {
         let wide = match self {
             Input::Words(words) => {
@@ -93,12 +93,12 @@ impl Input {
         wide.map(|wide| u32::try_from(wide).map_err(|_| grammar::expects(name, "uint32_t"))).transpose()
     }
 
-    /// A list of numbers of 16 bits: a repeated key with numbers and ranges, or an array.
+    /// Removes a list of 16-bit unsigned numbers: a repeated key with numbers and ranges, or a JSON array.
     ///
     /// # Errors
-    /// QEMU's words for a value of another type or size.
+    /// Returns QEMU's error for a value of another type or out of range.
     pub fn numbers(&mut self, name: &str) -> Result<Vec<u16>> {
-        // QEMU has no name for a list's member here, and says so.
+        // QEMU has no name for a list member here and prints "null".
         let narrow = |wide: u64| u16::try_from(wide).map_err(|_| grammar::expects("null", "uint16_t"));
         let mut numbers = Vec::new();
         match self {
@@ -122,10 +122,10 @@ impl Input {
         Ok(numbers)
     }
 
-    /// One of the words of a list.
+    /// Removes a parameter with a fixed set of values.
     ///
     /// # Errors
-    /// QEMU's words for any other.
+    /// Returns QEMU's error for any other value.
     pub fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)]) -> Result<Option<T>> {
         let Some(text) = self.text(name)? else { return Ok(None) };
         match choices.iter().find(|(word, _)| *word == text) {
@@ -134,10 +134,10 @@ impl Input {
         }
     }
 
-    /// Refuses what nobody has taken out.
+    /// Checks that no parameters remain.
     ///
     /// # Errors
-    /// QEMU's words for an unknown parameter.
+    /// Returns QEMU's error for an unknown parameter.
     pub fn end(&self) -> Result<()> {
         match self {
             Input::Words(words) => words
@@ -151,7 +151,7 @@ impl Input {
     }
 }
 
-/// A JSON integer; a negative one counts from 2^64 downwards, as QEMU has it.
+/// Converts a JSON integer. Negative numbers wrap around at 2^64, as in QEMU.
 fn json_number(name: &str, value: &Value) -> Result<u64> {
     value
         .as_u64()
@@ -159,7 +159,7 @@ fn json_number(name: &str, value: &Value) -> Result<u64> {
         .ok_or_else(|| grammar::expects(name, "uint64"))
 }
 
-/// QEMU's words for a parameter that must be there and is not.
+/// Returns QEMU's error for a missing parameter.
 pub fn missing(name: &str) -> Error {
     Error::usage(format!("Parameter '{name}' is missing"))
 }

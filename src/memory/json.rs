@@ -1,5 +1,5 @@
-//! JSON as QEMU's command line reads it: strings in either kind of quotes, no key twice, and its words
-//! for what is wrong.
+//! JSON as QEMU's command line parses it: strings in single or double quotes, no duplicate keys, and QEMU's error
+//! texts.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Objects and lists within each other, at most.
+/// Maximum nesting depth of objects and arrays.
 const MAX_DEPTH: usize = 1024;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -22,10 +22,10 @@ fn bad(what: impl std::fmt::Display) -> Error {
     Error::usage(format!("JSON parse error, {what}"))
 }
 
-/// Reads one JSON object.
+/// Parses one JSON object.
 ///
 /// # Errors
-/// QEMU's words for what is no JSON, as a usage error.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) with QEMU's text for invalid JSON.
 pub fn object(text: &str) -> Result<BTreeMap<String, Value>> {
     let mut reader = Reader { rest: text, depth: 0 };
     let value = reader.value()?;
@@ -44,7 +44,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The next token, or nothing at the end.
+    /// Returns the next token, or `None` at the end.
     fn next(&mut self) -> Result<Option<Token>> {
         self.rest = self.rest.trim_start_matches([' ', '\t', '\r', '\n']);
         let Some(first) = self.rest.chars().next() else { return Ok(None) };
@@ -142,12 +142,13 @@ impl Reader<'_> {
         }
     }
 
-    /// An integer that fits neither 64 signed nor 64 unsigned bits is a fraction.
+    /// Parses a number. An integer that fits into neither `i64` nor `u64` becomes a floating-point number.
     fn number(&mut self) -> Result<Token> {
         let inside = |c: char| !matches!(c, '0'..='9' | '+' | '-' | '.' | 'e' | 'E');
         let end = self.rest.find(inside).unwrap_or(self.rest.len());
         let (text, rest) = self.rest.split_at(end);
-        // The standard's grammar is stricter than Rust's readers; its own reader knows it.
+        // serde_json parses the number, because the JSON grammar is stricter than the parsers of Rust's standard
+        // library.
         let value: Value = serde_json::from_str(text).map_err(|_| bad(format_args!("stray '{text}'")))?;
         self.rest = rest;
         Ok(Token::Number(value))
@@ -184,7 +185,7 @@ impl Reader<'_> {
     }
 }
 
-/// Four hex digits, or two times four for a character beyond 16 bits.
+/// Decodes four hexadecimal digits, or two escapes (a surrogate pair) for a character beyond 16 bits.
 fn unicode(chars: &mut std::str::CharIndices<'_>) -> Result<char> {
     let wrong = || bad("invalid hex escape sequence in string");
     let mut four = || -> Option<u32> {
@@ -218,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn objects_are_read() {
+    fn parses_objects() {
         let fields =
             object(r#" {"a" : 1, 'b':"x\u00e4\n\ud83d\ude00", "c":[true,null,[]], "d":{}, "e":-1.5e3} "#);
         let fields = fields.unwrap();
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_have_qemus_words() {
+    fn errors_have_qemus_text() {
         for (text, words) in [
             (r#"{"a":1,"a":2}"#, "JSON parse error, duplicate key"),
             ("{bla}", "JSON parse error, invalid keyword 'bla'"),

@@ -1,10 +1,12 @@
-//! Memory backends: QEMU's `memory-backend-file` and `memory-backend-ram`, word for word.
+//! Memory backends with the options, semantics and error texts of QEMU's `memory-backend-file` and
+//! `memory-backend-ram`.
 //!
 //! ```text
 //! text ──options──▶ Options ──plan──▶ Plan ──backend──▶ Backend ──dirty──▶ page ranges
 //!       (grammar)           (12 rows)       (open, map)
 //! ```
-//! Everything left of [`Backend`] is pure. `docs/semantics.md` holds the tables; a test executes them.
+//! Everything left of [`Backend`] is pure. The tables in `docs/semantics.md` are the specification; a test executes
+//! them.
 
 mod backend;
 mod dirty;

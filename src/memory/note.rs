@@ -1,4 +1,4 @@
-//! What the user should know about a backend that works.
+//! Notes for the user about a working backend.
 
 use std::path::Path;
 
@@ -9,17 +9,17 @@ use crate::units::Bytes;
 use super::options::{FileOptions, Options};
 use super::row::Role;
 
-/// Something that the user should know about a backend that works.
+/// A note about a working backend: an option without effect, or an expensive combination of options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Note {
-    /// A stable word for programs.
+    /// A stable identifier for programs.
     pub name: &'static str,
-    /// What is so.
+    /// Text for the user.
     pub message: String,
-    /// How much memory it is about.
+    /// Size of the affected memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<Bytes>,
-    /// What to do about it.
+    /// What to do, as an imperative.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
@@ -58,25 +58,28 @@ impl Note {
     pub(super) fn no_huge_advice() -> Note {
         Note::new(
             "no-huge-advice",
-            "the file lies on FUSE: MADV_HUGEPAGE is not given, there it would fetch 2 MiB for every 4 KiB",
+            "MADV_HUGEPAGE is not set on a FUSE file: the kernel would read 2 MiB for each page fault of 4 KiB",
         )
     }
 }
 
-/// What the options alone give reason to say.
+/// Returns the notes that follow from the options alone.
 pub(super) fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role) -> Vec<Note> {
     let mut notes = Vec::new();
     let size = options.size;
     if role == Role::Template && options.prealloc {
         notes.push(
-            Note::new("prealloc-copies", "prealloc=on copies every page: nothing of the template is shared")
-                .bytes(size)
-                .remedy("use prefault=on, which fills the page tables and copies nothing"),
+            Note::new(
+                "prealloc-copies",
+                "prealloc=on copies every page, so no page of the template is shared",
+            )
+            .bytes(size)
+            .remedy("use prefault=on, which fills the page tables without copying"),
         );
     }
     if role == Role::Template && options.reserve && !options.prealloc {
         notes.push(
-            Note::new("charged-in-full", "every clone is charged its whole size in Committed_AS")
+            Note::new("charged-in-full", "the whole size of each clone is charged to Committed_AS")
                 .bytes(size)
                 .remedy("use reserve=off"),
         );
@@ -84,20 +87,23 @@ pub(super) fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role
     let Some(file) = file else { return notes };
     if file.discard_data && file.readonly {
         notes.push(
-            Note::new("discard-without-effect", "discard-data=on does nothing: the file is opened read-only")
-                .remedy("leave discard-data out"),
+            Note::new(
+                "discard-without-effect",
+                "discard-data=on has no effect: the file is opened read-only",
+            )
+            .remedy("remove discard-data"),
         );
     }
     if file.discard_data && !file.readonly && !options.share {
         notes.push(
-            Note::new("discard-without-effect", "discard-data=on does nothing on a private mapping")
-                .remedy("use share=on, or leave discard-data out"),
+            Note::new("discard-without-effect", "discard-data=on has no effect on a private mapping")
+                .remedy("use share=on, or remove discard-data"),
         );
     }
     if file.pmem && !options.share {
         notes.push(
-            Note::new("pmem-without-effect", "pmem=on asks for MAP_SYNC, which only share=on can have")
-                .remedy("use share=on, or leave pmem out"),
+            Note::new("pmem-without-effect", "pmem=on has no effect: MAP_SYNC requires share=on")
+                .remedy("use share=on, or remove pmem"),
         );
     }
     notes

@@ -1,4 +1,4 @@
-//! What the kernel says of a mapping: its line in `maps`, its flags, what of it is in RAM.
+//! Properties of a mapping in `/proc/PID/smaps`: its `maps` line, VM flags and resident memory.
 
 use std::path::Path;
 
@@ -8,30 +8,30 @@ use crate::error::{Error, Result};
 use crate::sys::procfs;
 use crate::units::Bytes;
 
-/// One mapping, as `/proc/PID/smaps` shows it.
+/// One mapping in `/proc/PID/smaps`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Observed {
-    /// The line as it stands in `/proc/PID/maps`.
+    /// The line of the mapping in `/proc/PID/maps`.
     pub line: String,
-    /// First address.
+    /// Address of the first byte.
     pub start: u64,
-    /// First address behind it.
+    /// Address after the last byte.
     pub end: u64,
-    /// `rw-p` and the like.
+    /// Permissions, such as `rw-p`.
     pub perms: String,
     /// Offset in the file, in bytes.
     pub offset: u64,
-    /// The kernel's two-letter flags.
+    /// Two-letter VM flags of the kernel.
     pub vm_flags: Vec<String>,
-    /// Mapped by the page tables and in RAM.
+    /// Resident memory that the page tables map.
     pub resident_bytes: Bytes,
-    /// Of these, copies that belong to this process.
+    /// Private copies and other anonymous memory, part of `resident_bytes`.
     pub anonymous_bytes: Bytes,
-    /// Of these, mapped by PMDs.
+    /// Memory that is mapped by PMDs, part of `resident_bytes`.
     pub pmd_mapped_bytes: Bytes,
 }
 
-/// The mapping of an `smaps` text that contains an address.
+/// Parses the mapping that contains an address from the text of a `smaps` file.
 pub fn parse_smaps(text: &str, address: u64) -> Option<Observed> {
     let mut lines = text.lines();
     let (line, map) = lines.by_ref().find_map(|line| {
@@ -51,7 +51,7 @@ pub fn parse_smaps(text: &str, address: u64) -> Option<Observed> {
     };
     for line in lines {
         let Some((key, value)) = line.split_once(':') else { break };
-        // The next mapping's line has its colon behind several words.
+        // A key with spaces is the first line of the next mapping.
         if key.contains(' ') {
             break;
         }
@@ -67,10 +67,11 @@ pub fn parse_smaps(text: &str, address: u64) -> Option<Observed> {
     Some(observed)
 }
 
-/// The mapping of this process that contains an address.
+/// Returns the mapping of this process that contains an address.
 ///
 /// # Errors
-/// Not found where nothing is mapped; else what reading `/proc/self/smaps` gives.
+/// Returns [`Code::NotFound`](crate::error::Code::NotFound) if nothing is mapped at the address, and an error if
+/// `/proc/self/smaps` cannot be read.
 pub fn observe(address: u64) -> Result<Observed> {
     let text = procfs::read_text(Path::new("/proc/self/smaps"))?;
     parse_smaps(&text, address).ok_or_else(|| Error::not_found(format!("nothing is mapped at {address:#x}")))
@@ -94,7 +95,7 @@ VmFlags: mr mw me nr
 ";
 
     #[test]
-    fn a_mapping_is_found_by_address() {
+    fn finds_a_mapping_by_address() {
         let found = parse_smaps(SMAPS, 0x7f2d_2000_0000).unwrap();
         assert_eq!((found.perms.as_str(), found.offset), ("rw-p", 4096));
         assert!(found.line.ends_with("/tmp/a: b"));

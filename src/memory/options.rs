@@ -1,4 +1,4 @@
-//! What an object's text asks for, in QEMU's words and with QEMU's defaults.
+//! Options of a memory object with QEMU's names and defaults.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use super::json;
 use super::note::Note;
 use super::plan::Plan;
 
-/// The two object types that back guest memory here.
+/// The object types that Stencil supports for guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ObjectType {
     /// `memory-backend-file`
@@ -21,7 +21,7 @@ pub enum ObjectType {
 }
 
 impl ObjectType {
-    /// QEMU's name of the type.
+    /// Returns QEMU's name of the type.
     pub fn name(self) -> &'static str {
         match self {
             ObjectType::File => "memory-backend-file",
@@ -30,19 +30,19 @@ impl ObjectType {
     }
 }
 
-/// A switch with a third position.
+/// A boolean option with the additional value `auto`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum OnOffAuto {
     /// on
     On,
     /// off
     Off,
-    /// Decided by something else.
+    /// The value depends on another option.
     #[default]
     Auto,
 }
 
-/// NUMA policy of the host's memory.
+/// NUMA policy of the host memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum NumaPolicy {
     /// `default`
@@ -57,7 +57,7 @@ pub enum NumaPolicy {
 }
 
 impl NumaPolicy {
-    /// QEMU's word.
+    /// Returns QEMU's name of the policy.
     pub fn name(self) -> &'static str {
         match self {
             NumaPolicy::Default => "default",
@@ -68,12 +68,12 @@ impl NumaPolicy {
     }
 }
 
-/// Options that only `memory-backend-file` has.
+/// Options of `memory-backend-file` only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileOptions {
     /// `mem-path`
     pub mem_path: PathBuf,
-    /// `align`; 0 where nothing was asked.
+    /// `align`; 0 if not set.
     pub align: Bytes,
     /// `offset`
     pub offset: FileOffset,
@@ -87,7 +87,7 @@ pub struct FileOptions {
     pub rom: OnOffAuto,
 }
 
-/// One memory object, as asked for.
+/// Options of one memory object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// `qom-type`
@@ -96,7 +96,7 @@ pub struct Options {
     pub id: String,
     /// `size`
     pub size: Bytes,
-    /// `dump`: part of core dumps.
+    /// `dump`: include the memory in core dumps.
     pub dump: bool,
     /// `host-nodes`
     pub host_nodes: Vec<u16>,
@@ -104,23 +104,23 @@ pub struct Options {
     pub merge: bool,
     /// `policy`
     pub policy: NumaPolicy,
-    /// `prealloc`: copy or allocate every page at once.
+    /// `prealloc`: copy or allocate every page at startup.
     pub prealloc: bool,
     /// `prealloc-threads`
     pub prealloc_threads: Option<u32>,
-    /// `prealloc-context`: the id of another object, which cannot exist here.
+    /// `prealloc-context`: the id of another object, which cannot exist in Stencil.
     pub prealloc_context: Option<String>,
     /// `share`
     pub share: bool,
     /// `reserve`
     pub reserve: bool,
-    /// `x-use-canonical-path-for-ramblock-id`: messages name the region by its path among the objects.
+    /// `x-use-canonical-path-for-ramblock-id`: use the object path as name of the region in messages.
     pub canonical_name: bool,
-    /// What only `memory-backend-file` has.
+    /// Options of `memory-backend-file`; `None` for other types.
     pub file: Option<FileOptions>,
-    /// `prefault` (Stencil's own): fill the page tables without copying.
+    /// `prefault` (Stencil only): fill the page tables without copying.
     pub prefault: bool,
-    /// What should be said about the text itself.
+    /// Notes about the text itself.
     pub notes: Vec<Note>,
 }
 
@@ -134,26 +134,26 @@ const POLICIES: [(&str, NumaPolicy); 4] = [
     ("interleave", NumaPolicy::Interleave),
 ];
 
-/// QEMU has these as well; they are memory, but none that a template could back.
+/// Other memory objects of QEMU, which a template cannot back.
 const OTHER_MEMORY: [&str; 3] = ["memory-backend-memfd", "memory-backend-shm", "memory-backend-epc"];
 
-/// The hint that QEMU prints below a bad `id`.
+/// QEMU's hint after an invalid `id`.
 const IDENTIFIER_HINT: &str =
     "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";
 
 impl Options {
-    /// Reads what follows `-object`: an option string, or a JSON object.
+    /// Parses the argument of `-object`: an option string or a JSON object.
     ///
     /// # Errors
-    /// QEMU's words for what is wrong, as a usage error.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) with QEMU's text.
     pub fn parse(text: &str) -> Result<Options> {
         if text.starts_with('{') { Self::from_json(text) } else { Self::from_words(text) }
     }
 
     fn from_words(text: &str) -> Result<Options> {
         let mut words = grammar::pairs(text, "qom-type");
-        // Of several ids the first counts, of everything else the last: an id is looked for in the
-        // whole text before anything else is.
+        // The first of several ids takes effect, but the last value of every other key. QEMU checks the id before any
+        // other key.
         let first_id = words.iter().find(|pair| pair.key == "id").cloned();
         let mut notes = Vec::new();
         if let Some(id) = &first_id {
@@ -173,7 +173,7 @@ impl Options {
         Self::read(Input::Json(json::object(text)?), Vec::new())
     }
 
-    /// Takes the parameters in QEMU's order: it decides which of several faults is named.
+    /// Reads the parameters in QEMU's order, which decides which of several errors is reported.
     fn read(mut input: Input, notes: Vec<Note>) -> Result<Options> {
         let object = object_type(&input.text("qom-type")?.ok_or_else(|| missing("qom-type"))?)?;
         let id = input.text("id")?.ok_or_else(|| missing("id"))?;
@@ -223,10 +223,10 @@ impl Options {
         })
     }
 
-    /// Decides what is to be done, without any system call.
+    /// Creates the plan for these options, without any system call.
     ///
     /// # Errors
-    /// QEMU's words for what it refuses before it opens the file.
+    /// Returns QEMU's error for everything that QEMU rejects before it opens the file.
     pub fn plan(&self) -> Result<Plan> {
         Plan::of(self)
     }
@@ -257,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_forms_say_the_same() {
+    fn option_string_and_json_are_equivalent() {
         let words = "memory-backend-file,id=m,size=4M,mem-path=/a,,b,share=on,dump=off,merge=off,readonly=on,rom=off,\
             host-nodes=0,host-nodes=3-5,policy=interleave,prealloc=on,prealloc-threads=3,reserve=off,align=2M,\
             offset=4k,discard-data=on,pmem=on,prefault=on,x-use-canonical-path-for-ramblock-id=on";
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_said_is_as_in_qemu() {
+    fn defaults_are_those_of_qemu() {
         let options = Options::parse("memory-backend-file,id=m,size=4M,mem-path=/f").unwrap();
         assert!(options.dump && options.merge && options.reserve);
         assert!(!options.share && !options.prealloc && !options.prefault && !options.canonical_name);
@@ -285,9 +285,9 @@ mod tests {
         assert!(options.notes.is_empty());
     }
 
-    /// Whatever the text: an answer, never a panic.
+    /// Mutated texts are accepted or rejected, but never cause a panic.
     #[test]
-    fn no_text_is_too_odd() {
+    fn mutated_texts_do_not_panic() {
         let seeds = [
             "memory-backend-file,id=m,size=4M,mem-path=/f,host-nodes=0-3,share,noreadonly",
             r#"{"qom-type":"memory-backend-ram","id":"m","size":4096,"host-nodes":[1,2],"x":"\u00e9"}"#,

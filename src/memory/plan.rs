@@ -1,5 +1,5 @@
-//! Options → what will be opened and mapped. Pure: the same options give the same plan, and what must
-//! be refused is refused here, in QEMU's order and words.
+//! The plan of a backend: how the file is opened and mapped. Planning is pure. Invalid options are rejected in QEMU's
+//! order and with QEMU's texts.
 
 use std::path::PathBuf;
 
@@ -11,25 +11,25 @@ use super::note::{Note, notes_of};
 use super::options::{NumaPolicy, OnOffAuto, Options};
 use super::row::{OpenMode, Role, row};
 
-/// Where the memory comes from.
+/// Source of the memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A file, from an offset.
+    /// A file.
     File {
         /// `mem-path`
         path: PathBuf,
-        /// How it is opened.
+        /// Open mode.
         open: OpenMode,
         /// `offset`
         offset: FileOffset,
     },
     /// Anonymous memory (`memory-backend-ram`, `share=off`).
     Anonymous,
-    /// A memfd of its own (`memory-backend-ram`, `share=on`).
+    /// A new memfd (`memory-backend-ram`, `share=on`).
     Memfd,
 }
 
-/// Where the host's memory is to lie.
+/// NUMA placement of the host memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Numa {
     /// `policy`
@@ -39,7 +39,7 @@ pub struct Numa {
 }
 
 impl Numa {
-    /// What `mbind` is told; nothing where nothing was asked.
+    /// Returns the mode for mbind(2), or `None` for the default policy.
     pub(super) fn mode(&self) -> Option<NumaMode> {
         match self.policy {
             NumaPolicy::Default => None,
@@ -63,85 +63,85 @@ impl Numa {
     }
 }
 
-/// What is to be done to make one backend.
+/// All parameters to create one backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// `id`
     pub id: String,
     /// QEMU's name of the object type.
     pub type_name: &'static str,
-    /// The name that messages give the memory.
+    /// Name of the memory in messages.
     pub region: String,
-    /// Where the memory comes from.
+    /// Source of the memory.
     pub source: Source,
-    /// `size`, as asked.
+    /// `size`, before rounding.
     pub size: Bytes,
-    /// `align`, where asked.
+    /// `align`; `None` if not set.
     pub align: Option<Bytes>,
-    /// What the memory may be used for.
+    /// Access permissions.
     pub protection: Protection,
-    /// Who sees a write.
+    /// Visibility of writes.
     pub sharing: Sharing,
-    /// What the guest gets.
+    /// Kind of memory from the point of view of the guest.
     pub role: Role,
-    /// False: nothing is charged to `Committed_AS`.
+    /// If false, nothing is charged to `Committed_AS`.
     pub reserve: bool,
-    /// `MAP_SYNC`, where the filesystem can.
+    /// Use `MAP_SYNC` if the file system supports it.
     pub sync: bool,
     /// `MADV_MERGEABLE`
     pub merge: bool,
-    /// Without it `MADV_DONTDUMP`.
+    /// If false, `MADV_DONTDUMP`.
     pub dump: bool,
-    /// Where the host's memory is to lie.
+    /// NUMA placement of the host memory.
     pub numa: Numa,
-    /// Populate every page for writing, with at most so many threads.
+    /// Populate every page for writing with at most this many threads.
     pub prealloc: Option<u32>,
-    /// Populate every page for reading (Stencil's own).
+    /// Populate every page for reading (Stencil only).
     pub prefault: bool,
-    /// `MADV_REMOVE` when the backend goes.
+    /// `MADV_REMOVE` when the backend is dropped.
     pub discard: bool,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<Note>,
 }
 
-/// What must be known of an opened file before it is mapped.
+/// Properties of an open file that affect the mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
-    /// Its length in bytes; 0 where it has none (a character device).
+    /// Length in bytes; 0 for files without a length (character devices).
     pub size: u64,
-    /// Bytes of its smallest page: 4096, or the size of a huge page on hugetlbfs.
+    /// Size of the smallest page in bytes: 4096, or the huge page size on hugetlbfs.
     pub page_size: u64,
-    /// A file proper, not a device.
+    /// True for a regular file, false for a device.
     pub regular: bool,
 }
 
 impl FileFacts {
-    /// Of memory without a file.
+    /// The properties of memory without a file.
     pub const NONE: FileFacts = FileFacts { size: 0, page_size: PAGE_SIZE, regular: false };
 }
 
-/// Where and how much is mapped.
+/// Length and alignment of a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
-    /// Bytes mapped, whole pages of the file.
+    /// Length of the mapping, a multiple of the file's page size.
     pub length: Bytes,
     /// Alignment of the first byte.
     pub align: Bytes,
-    /// The file is empty and gets this length first.
+    /// Length in bytes to which an empty file must be extended first.
     pub extend_to: Option<u64>,
 }
 
-/// The highest number of NUMA nodes that QEMU knows.
+/// Maximum number of host NUMA nodes, the limit of QEMU.
 const MAX_NODES: u16 = 128;
 
-/// Threads that preallocate, at most.
+/// Maximum number of preallocating threads.
 const MAX_PREALLOC_THREADS: u32 = 16;
 
 impl Plan {
-    /// The plan of these options.
+    /// Creates the plan for these options.
     ///
     /// # Errors
-    /// QEMU's words for what it refuses before it opens the file.
+    /// Returns QEMU's error for everything that QEMU rejects before it opens the file.
     pub(super) fn of(options: &Options) -> Result<Plan> {
         let type_name = options.object.name();
         check_properties(options, type_name)?;
@@ -187,7 +187,7 @@ impl Plan {
         })
     }
 
-    /// The same plan without what would change the file for good.
+    /// Returns the same plan without the steps that would permanently change the file.
     pub(super) fn for_trial(&self) -> Plan {
         let mut plan = self.clone();
         plan.discard = false;
@@ -197,25 +197,27 @@ impl Plan {
         plan
     }
 
-    /// Touches no page, and says so where pages were to be touched.
+    /// Disables preallocation and prefaulting, and adds a note if either was requested.
     pub(super) fn leave_untouched(&mut self) {
         let wanted = self.prealloc.take().is_some() | std::mem::take(&mut self.prefault);
         if wanted {
             self.notes.push(
-                Note::new("trial", "not filled here: that would allocate the whole file").bytes(self.size),
+                Note::new("trial", "pages are not populated: that would allocate the whole file")
+                    .bytes(self.size),
             );
         }
     }
 
-    /// True when the memory comes from a file that was named.
+    /// Returns true if the memory comes from a named file.
     pub fn has_file(&self) -> bool {
         matches!(self.source, Source::File { .. })
     }
 
-    /// Checks the opened file against the plan and decides what is mapped.
+    /// Checks the opened file against the plan and returns the layout of the mapping.
     ///
     /// # Errors
-    /// QEMU's words for what it refuses between open and mmap; our own for an empty file.
+    /// Returns QEMU's error for everything that QEMU rejects between open and mmap, and Stencil's own error for an
+    /// empty file.
     pub fn layout(&self, facts: &FileFacts) -> Result<Layout> {
         let page = facts.page_size;
         let rounded = self.size.get().checked_next_multiple_of(PAGE_SIZE).unwrap_or(0);
@@ -250,27 +252,27 @@ impl Plan {
             )));
         }
         if let (Some(path), OpenMode::ReadOnly, true, 0) = (path, open, facts.regular, facts.size) {
-            return Err(Error::failed("the backing store is empty: the guest would die of SIGBUS")
+            return Err(Error::failed("backing store is empty: guest accesses would raise SIGBUS")
                 .at(path)
-                .remedy("import or make the template first"));
+                .remedy("import or create the template first"));
         }
         let length = rounded
             .checked_next_multiple_of(page)
             .ok_or_else(|| map_failed(std::io::Error::from_raw_os_error(libc::ENOMEM)))?;
-        // QEMU aligns to a page and so never gets a PMD; ours is 2 MiB unless something is asked.
-        let wish = if self.align.is_some() { align } else { HUGE_PAGE_SIZE };
+        // QEMU aligns to a page, which rules out PMD mappings. Stencil aligns to 2 MiB unless `align` is set.
+        let alignment = if self.align.is_some() { align } else { HUGE_PAGE_SIZE };
         let extend = path.is_some() && open == OpenMode::ReadWrite && facts.size == 0 && facts.regular;
         Ok(Layout {
             length: Bytes::new(length),
-            align: Bytes::new(wish.max(page)),
+            align: Bytes::new(alignment.max(page)),
             extend_to: extend.then_some(offset.wrapping_add(length)),
         })
     }
 
-    /// What QEMU checks only when the memory is mapped, and what we refuse where QEMU crashes.
+    /// Checks conditions that QEMU checks only after the memory is mapped, and conditions under which QEMU crashes.
     ///
     /// # Errors
-    /// QEMU's words; our own for `prealloc=on` on ROM.
+    /// Returns QEMU's error, and Stencil's own error for `prealloc=on` on ROM.
     pub fn check_mapped(&self, facts: &FileFacts) -> Result<()> {
         if self.has_file() && !self.size.get().is_multiple_of(facts.page_size) {
             return Err(Error::usage(format!(
@@ -282,7 +284,7 @@ impl Plan {
         self.numa.check()?;
         if self.prealloc.is_some() && self.protection == Protection::Read {
             return Err(Error::usage(
-                "'prealloc=on' writes every page, and this is ROM: QEMU dies of SIGSEGV",
+                "'prealloc=on' is not supported on ROM: preallocation writes every page (QEMU crashes with SIGSEGV)",
             )
             .remedy("use prefault=on, which only reads"));
         }
@@ -290,7 +292,7 @@ impl Plan {
     }
 }
 
-/// Wrong values, in the order in which QEMU sets properties.
+/// Checks property values in the order in which QEMU sets the properties.
 fn check_properties(options: &Options, type_name: &str) -> Result<()> {
     if let Some(context) = &options.prealloc_context {
         return Err(Error::usage(format!("Device '{context}' not found")));
@@ -311,12 +313,12 @@ fn check_properties(options: &Options, type_name: &str) -> Result<()> {
     Ok(())
 }
 
-/// QEMU's words for a failed `mmap`.
+/// Returns QEMU's error for a failed mmap(2).
 pub(super) fn map_failed(cause: std::io::Error) -> Error {
     Error::failed(format!("unable to map backing store for guest RAM: {}", crate::error::errno_text(&cause)))
 }
 
-/// A page size as QEMU writes it: `4 KiB`, `2 MiB`.
+/// Formats a page size like QEMU: `4 KiB`, `2 MiB`.
 fn qemu_size(bytes: u64) -> String {
     match bytes {
         b if b >= 1 << 30 => format!("{} GiB", b >> 30),
@@ -337,7 +339,7 @@ mod tests {
     const FILE: FileFacts = FileFacts { size: 4 << 20, page_size: 4096, regular: true };
 
     #[test]
-    fn what_is_mapped_follows_file_and_options() {
+    fn layout_depends_on_file_and_options() {
         let mib = 1 << 20;
         for (text, length, align) in [
             ("M,size=4M", 4 * mib, 2 * mib),
@@ -359,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_hugetlbfs_are_the_unit_there() {
+    fn hugetlbfs_pages_are_the_unit_of_checks() {
         let huge = FileFacts { size: 8 << 20, page_size: 2 << 20, regular: true };
         for (text, words) in [
             ("M,size=4M,align=64k", "alignment 0x10000 must be multiples of page size 0x200000"),
@@ -375,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_preallocate() {
+    fn limits_preallocating_threads() {
         for (text, threads) in [
             ("M,size=4M", None),
             ("M,size=4M,prealloc=on", Some(16)),
@@ -387,12 +389,12 @@ mod tests {
     }
 
     #[test]
-    fn a_trial_leaves_out_what_cannot_be_undone() {
+    fn trial_omits_permanent_changes() {
         let shared = plan("M,size=4M,share=on,discard-data=on,prealloc=on").unwrap();
         assert!(shared.discard && shared.prealloc.is_some());
         let trial = shared.for_trial();
         assert!(!trial.discard && trial.prealloc.is_none());
         let private = plan("M,size=4M,prealloc=on").unwrap();
-        assert!(private.for_trial().prealloc.is_some(), "copies of a trial go with it");
+        assert!(private.for_trial().prealloc.is_some(), "private copies end with the trial");
     }
 }

@@ -7,44 +7,44 @@ use crate::sys::mapping::{Protection, Sharing};
 
 use super::options::OnOffAuto;
 
-/// How the file is opened.
+/// Open mode of the backing file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OpenMode {
     /// `O_RDONLY`; the file must exist.
     ReadOnly,
-    /// `O_RDWR`; a missing file is made.
+    /// `O_RDWR`; a missing file is created.
     ReadWrite,
 }
 
-/// What the guest gets.
+/// Kind of memory from the point of view of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Writable; a write goes to the file (`share=on`) or to a copy.
+    /// Writable memory; writes go to the file (`share=on`) or to private copies.
     Ram,
-    /// Not writable.
+    /// Read-only memory.
     Rom,
-    /// Writable memory from a read-only file: every write copies its page, the file is shared by all.
+    /// Writable memory on a read-only file: a write copies its page, and the file is shared by all clones.
     Template,
 }
 
-/// One row of the truth table that QEMU's documentation gives for `share`, `readonly` and `rom`.
+/// One row of the truth table for `share`, `readonly` and `rom` in QEMU's documentation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// Follows `readonly`.
+    /// Depends on `readonly`.
     pub open: OpenMode,
-    /// Follows `rom`.
+    /// Depends on `rom`.
     pub protection: Protection,
-    /// Follows `share`.
+    /// Depends on `share`.
     pub sharing: Sharing,
-    /// What the guest gets.
+    /// Kind of memory from the point of view of the guest.
     pub role: Role,
 }
 
-/// The row of a combination.
+/// Returns the row of a combination.
 ///
 /// # Errors
-/// QEMU's words for the four combinations that it refuses.
+/// Returns QEMU's error for the four combinations that QEMU rejects.
 pub fn row(share: bool, readonly: bool, rom: OnOffAuto) -> Result<Row> {
     let rom = match (rom, readonly) {
         (OnOffAuto::Auto, readonly) => readonly,
@@ -59,7 +59,7 @@ pub fn row(share: bool, readonly: bool, rom: OnOffAuto) -> Result<Row> {
         return Err(Error::usage(
             "property 'rom' = 'off' is incompatible with 'readonly' = 'on' and 'share' = 'on'",
         )
-        .remedy("use share=off: every write is then copied, and the file stays shared by all"));
+        .remedy("use share=off: writes are then copied, and the file stays shared by all clones"));
     }
     Ok(Row {
         open: if readonly { OpenMode::ReadOnly } else { OpenMode::ReadWrite },
@@ -77,9 +77,9 @@ pub fn row(share: bool, readonly: bool, rom: OnOffAuto) -> Result<Row> {
 mod tests {
     use super::*;
 
-    /// Independent of `row`: what the three properties mean, each by itself.
+    /// Checks all combinations against the meaning of each property, independently of `row`.
     #[test]
-    fn every_combination_follows_the_three_rules() {
+    fn all_combinations_follow_the_properties() {
         for share in [false, true] {
             for readonly in [false, true] {
                 for rom in [OnOffAuto::Auto, OnOffAuto::On, OnOffAuto::Off] {

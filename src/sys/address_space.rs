@@ -1,5 +1,6 @@
-//! Which processes have one address space (`CLONE_VM`, or `vfork` until the child executes a program): kcmp(2). Its pages,
-//! page tables and mappings exist once, whatever number of processes shows them in `/proc`.
+//! Groups processes by address space with kcmp(2). Several processes share one address space after clone(2) with
+//! `CLONE_VM`, and after vfork(2) until the child calls execve(2). Pages, page tables and mappings of a shared address
+//! space exist once, although `/proc` shows them for each of the processes.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -12,14 +13,15 @@ use super::tasks;
 use super::users::{self, Looks, PATIENCE};
 use crate::error::{Error, Result};
 
-/// `KCMP_VM` of the kernel's `kcmp.h`.
+/// `KCMP_VM` of `linux/kcmp.h`.
 const VM: libc::c_int = 1;
 
-/// The address spaces of these processes: the processes of each, the oldest one first. Only processes whose `maps` are
-/// equal are compared; a fork makes many of these. A group that could not be compared in time is unseen as a whole.
+/// Returns the distinct address spaces of the given processes, each as its list of processes, the oldest process first.
+/// Only processes with the same key `K` (their `maps`) are compared, which is common after fork(2). If a comparison
+/// exceeds [`PATIENCE`], the whole group of processes with that key is reported in `unseen`.
 ///
 /// # Errors
-/// When two processes cannot be compared: nobody knows then how many address spaces there are.
+/// Returns an error if kcmp(2) fails: the number of address spaces is then unknown.
 pub fn distinct<K: Hash + Eq>(
     processes: impl Iterator<Item = (ProcessId, K)>,
 ) -> Result<Looks<Vec<ProcessId>>> {
@@ -36,7 +38,7 @@ pub fn distinct<K: Hash + Eq>(
             _ => drop(groups.insert(first, group)),
         }
     }
-    // A process that lets nobody look into it holds a comparison up.
+    // kcmp(2) blocks on a process whose memory cannot be accessed at the moment, so each group has a time limit.
     let groups = Arc::new(groups);
     let compared = {
         let groups = Arc::clone(&groups);
@@ -54,13 +56,13 @@ pub fn distinct<K: Hash + Eq>(
 }
 
 fn split(group: &[ProcessId]) -> io::Result<Vec<Vec<ProcessId>>> {
-    // Kept in the kernel's order by hand: while processes end, that is no order that a sort could rely on.
-    // Each with a thread that has it: the first thread of a process may have ended.
+    // Binary insertion instead of a sort: kcmp's order is not total while processes exit, and a sort may panic then.
+    // Each space is stored with a thread that uses it, because the first thread of a process may have exited.
     let mut spaces: Vec<(u32, Vec<ProcessId>)> = Vec::with_capacity(group.len());
     let mut alone = Vec::new();
     for process in group {
         let Some(thread) = tasks::thread_with_memory(process.pid)? else {
-            // It ends just now.
+            // The process is exiting.
             alone.push(vec![*process]);
             continue;
         };
@@ -83,11 +85,11 @@ fn split(group: &[ProcessId]) -> io::Result<Vec<Vec<ProcessId>>> {
     Ok(alone)
 }
 
-/// Compares the address spaces of two threads: equal for one that both have, otherwise an order that stays the same while
-/// both live. A thread that is gone is less.
+/// Compares the address spaces of two threads. The result is `Equal` for a shared address space, otherwise an order
+/// that is stable while both threads live. A thread that has exited compares as less.
 fn compare(one: u32, other: u32) -> io::Result<Ordering> {
     let (one, other) = (one as libc::pid_t, other as libc::pid_t);
-    // SAFETY: kcmp compares two threads and touches no memory of this one.
+    // SAFETY: kcmp compares two threads and accesses no memory of this process.
     match unsafe { libc::syscall(libc::SYS_kcmp, one, other, VM, 0, 0) } {
         0 => Ok(Ordering::Equal),
         1 => Ok(Ordering::Less),
@@ -102,9 +104,9 @@ fn compare(one: u32, other: u32) -> io::Result<Ordering> {
 fn cannot_compare(error: io::Error) -> Error {
     let remedy = match error.raw_os_error() {
         Some(libc::ENOSYS) => "boot a kernel with CONFIG_KCMP",
-        _ => "run it as root: clones of all users count",
+        _ => "run the command as root, so that the clones of all users can be counted",
     };
-    Error::failed("cannot tell whether processes have one address space").because(error).remedy(remedy)
+    Error::failed("cannot compare the address spaces of processes").because(error).remedy(remedy)
 }
 
 #[cfg(test)]
@@ -113,7 +115,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn processes_with_equal_maps_are_told_apart() {
+    fn separates_processes_with_equal_maps() {
         let mut children: Vec<_> =
             (0..5).map(|_| Command::new("sleep").arg("100").spawn().unwrap()).collect();
         let pids = children.iter().map(|child| child.id()).chain([std::process::id()]);

@@ -1,4 +1,5 @@
-//! What a confined process must not be able to do, done in earnest: each with arguments that work where it is allowed.
+//! Operations that a confined process must not be able to do. Each is a real system call with arguments that succeed,
+//! or fail with a distinctive errno, where the operation is allowed.
 
 use std::ffi::CString;
 use std::io;
@@ -7,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-fn outcome(result: libc::c_long) -> io::Result<libc::c_long> {
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -15,253 +16,254 @@ fn path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
 }
 
-/// Takes a descriptor that a system call has just made, and closes it.
-fn made(result: libc::c_long) -> io::Result<()> {
-    let fd = outcome(result)?;
-    // SAFETY: the call has succeeded: this is a new descriptor that nothing else owns.
+/// Closes the descriptor that a system call returned.
+fn created(result: libc::c_long) -> io::Result<()> {
+    let fd = check(result)?;
+    // SAFETY: the call succeeded, so this is a new descriptor without an owner.
     drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
     Ok(())
 }
 
-/// Becomes another program. Returns only where that is refused.
+/// Executes another program. Returns only on failure.
 ///
 /// # Errors
-/// Always: why it could not.
+/// Always returns the error of execve(2).
 pub fn execve(program: &Path) -> io::Result<()> {
     let program = path(program)?;
     let arguments = [program.as_ptr(), std::ptr::null()];
-    let nothing = [std::ptr::null()];
+    let environment = [std::ptr::null()];
     // SAFETY: path, arguments and environment are NUL-terminated and outlive the call.
-    outcome(unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), nothing.as_ptr()) }.into()).map(drop)
+    check(unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) }.into())
+        .map(drop)
 }
 
-/// Forks; the child ends at once.
+/// Forks a child that exits immediately.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn fork() -> io::Result<()> {
-    // SAFETY: the child does nothing but end.
-    let pid = outcome(unsafe { libc::fork() }.into())?;
+    // SAFETY: the child only exits.
+    let pid = check(unsafe { libc::fork() }.into())?;
     if pid == 0 {
         super::process::leave(0);
     }
     super::process::reap_one().map_err(io::Error::other).map(drop)
 }
 
-/// Makes a thread or process by clone3(2), which no filter can look into.
+/// Calls clone3(2), whose flags lie in memory where a seccomp filter cannot read them.
 ///
 /// # Errors
-/// Why it could not; `EINVAL` where it would be allowed, since the argument says nothing.
+/// Returns the error of the system call; `EINVAL` if the call is allowed, because the argument is null.
 pub fn clone3() -> io::Result<()> {
-    // SAFETY: a null argument of length 0 is refused by the kernel before it makes anything.
-    outcome(unsafe { libc::syscall(libc::SYS_clone3, 0, 0) }).map(drop)
+    // SAFETY: the kernel rejects a null argument of length 0 before it creates anything.
+    check(unsafe { libc::syscall(libc::SYS_clone3, 0, 0) }).map(drop)
 }
 
-/// Attaches to a process as a debugger.
+/// Attaches to a process with `PTRACE_SEIZE`.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn ptrace(pid: u32) -> io::Result<()> {
-    // SAFETY: PTRACE_SEIZE takes no memory of ours.
-    outcome(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid as libc::pid_t, 0, 0) }).map(drop)
+    // SAFETY: PTRACE_SEIZE accesses no memory of this process.
+    check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid as libc::pid_t, 0, 0) }).map(drop)
 }
 
-/// Reads memory of another process.
+/// Reads the memory of another process.
 ///
 /// # Errors
-/// Why it could not; `EFAULT` where it is allowed, since nothing lies at that address.
+/// Returns the error of the system call; `EFAULT` if the call is allowed, because nothing is mapped at that address.
 pub fn process_vm_readv(pid: u32) -> io::Result<()> {
     let mut byte = 0u8;
     let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
     let remote = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 };
-    // SAFETY: one local byte is writable for the length of the call; the remote address is only ever looked up in the
-    // other process.
+    // SAFETY: one local byte is writable for the length of the call; the remote address is only resolved in the other
+    // process.
     let got =
         unsafe { libc::process_vm_readv(pid as libc::pid_t, &raw const local, 1, &raw const remote, 1, 0) };
-    outcome(got as libc::c_long).map(drop)
+    check(got as libc::c_long).map(drop)
 }
 
-/// Signals another process.
+/// Sends a signal to another process.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
-    // SAFETY: kill touches no memory.
-    outcome(unsafe { libc::kill(pid as libc::pid_t, signal) }.into()).map(drop)
+    // SAFETY: kill accesses no memory.
+    check(unsafe { libc::kill(pid as libc::pid_t, signal) }.into()).map(drop)
 }
 
-/// Signals a thread of another process.
+/// Sends a signal to a thread of another process.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn tgkill(pid: u32, signal: i32) -> io::Result<()> {
-    // SAFETY: tgkill touches no memory.
-    outcome(unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, signal) }).map(drop)
+    // SAFETY: tgkill accesses no memory.
+    check(unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, signal) }).map(drop)
 }
 
-/// Makes a descriptor of another process.
+/// Opens a pidfd of another process.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn pidfd_open(pid: u32) -> io::Result<()> {
-    // SAFETY: pidfd_open touches no memory.
-    made(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+    // SAFETY: pidfd_open accesses no memory.
+    created(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
 }
 
-/// Makes a socket.
+/// Creates a socket of an address family.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn socket(family: i32) -> io::Result<()> {
     let kind = if family == libc::AF_NETLINK { libc::SOCK_RAW } else { libc::SOCK_STREAM };
-    // SAFETY: socket touches no memory.
-    made(unsafe { libc::socket(family, kind, 0) }.into())
+    // SAFETY: socket accesses no memory.
+    created(unsafe { libc::socket(family, kind, 0) }.into())
 }
 
 /// Mounts an empty tmpfs.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn mount(target: &Path) -> io::Result<()> {
     let target = path(target)?;
-    // SAFETY: all strings are NUL-terminated and outlive the call; tmpfs needs no data.
+    // SAFETY: all strings are NUL-terminated and outlive the call; a tmpfs needs no mount data.
     let result =
         unsafe { libc::mount(c"none".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), 0, std::ptr::null()) };
-    outcome(result.into()).map(drop)
+    check(result.into()).map(drop)
 }
 
-/// Makes a BPF map.
+/// Creates a BPF map.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn bpf() -> io::Result<()> {
-    // union bpf_attr of BPF_MAP_CREATE: type (2 = array), key size, value size, entries.
+    // union bpf_attr for BPF_MAP_CREATE: map type (2 = array), key size, value size, maximum number of entries.
     let attributes: [u32; 4] = [2, 4, 8, 1];
     // SAFETY: the kernel reads exactly the 16 bytes of `attributes`.
-    made(unsafe { libc::syscall(libc::SYS_bpf, 0, attributes.as_ptr(), size_of_val(&attributes)) })
+    created(unsafe { libc::syscall(libc::SYS_bpf, 0, attributes.as_ptr(), size_of_val(&attributes)) })
 }
 
-/// Leaves the mount namespace.
+/// Creates a new mount namespace with unshare(2).
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn unshare() -> io::Result<()> {
-    // SAFETY: unshare of the mount namespace touches no memory.
-    outcome(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into()).map(drop)
+    // SAFETY: unshare of the mount namespace accesses no memory.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into()).map(drop)
 }
 
-/// Makes an io_uring: calls through it pass by every filter.
+/// Calls io_uring_setup(2): operations through an io_uring bypass seccomp filters.
 ///
 /// # Errors
-/// Why it could not; `EFAULT` where it is allowed, since the argument is null.
+/// Returns the error of the system call; `EFAULT` if the call is allowed, because the argument is null.
 pub fn io_uring() -> io::Result<()> {
-    // SAFETY: a null argument is refused with EFAULT before anything is made.
-    made(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, 0) })
+    // SAFETY: the kernel rejects a null argument with EFAULT before it creates anything.
+    created(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, 0) })
 }
 
-/// Makes a descriptor that handles page faults.
+/// Creates a userfaultfd.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn userfaultfd() -> io::Result<()> {
-    // SAFETY: userfaultfd touches no memory.
-    made(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })
+    // SAFETY: userfaultfd accesses no memory.
+    created(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })
 }
 
-/// Maps memory that can hold a program.
+/// Maps executable memory.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn map_code() -> io::Result<()> {
     let (length, flags) = (4096, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory of ours; it is unmapped
-    // again with the same length, and nothing ever refers into it.
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses overlaps no memory of this process; the
+    // mapping is removed with the same length, and nothing refers to its memory.
     unsafe {
         let at = libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_EXEC, flags, -1, 0);
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        outcome(libc::munmap(at, length).into()).map(drop)
+        check(libc::munmap(at, length).into()).map(drop)
     }
 }
 
-/// Becomes root.
+/// Sets all user ids to `uid` with setresuid(2).
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn setuid(uid: u32) -> io::Result<()> {
-    // SAFETY: setresuid touches no memory.
-    outcome(unsafe { libc::setresuid(uid, uid, uid) }.into()).map(drop)
+    // SAFETY: setresuid accesses no memory.
+    check(unsafe { libc::setresuid(uid, uid, uid) }.into()).map(drop)
 }
 
 /// Changes the mode of a file.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn chmod(file: &Path) -> io::Result<()> {
     let file = path(file)?;
     // SAFETY: the path is NUL-terminated and outlives the call.
-    outcome(unsafe { libc::chmod(file.as_ptr(), 0o600) }.into()).map(drop)
+    check(unsafe { libc::chmod(file.as_ptr(), 0o600) }.into()).map(drop)
 }
 
 /// Removes a file.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn unlink(file: &Path) -> io::Result<()> {
     let file = path(file)?;
     // SAFETY: the path is NUL-terminated and outlives the call.
-    outcome(unsafe { libc::unlink(file.as_ptr()) }.into()).map(drop)
+    check(unsafe { libc::unlink(file.as_ptr()) }.into()).map(drop)
 }
 
 /// Opens a file for reading.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn open_read(file: &Path) -> io::Result<()> {
     std::fs::File::open(file).map(drop)
 }
 
-/// Opens a file that exists for writing.
+/// Opens an existing file for writing.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn open_write(file: &Path) -> io::Result<()> {
     std::fs::File::options().write(true).open(file).map(drop)
 }
 
-/// Makes a new file.
+/// Creates a file.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn create(file: &Path) -> io::Result<()> {
     std::fs::File::options().write(true).create_new(true).open(file).map(drop)
 }
 
-/// Makes a file without a name.
+/// Creates an unnamed file with `O_TMPFILE`.
 ///
 /// # Errors
-/// Why it could not.
-pub fn tmpfile(folder: &Path) -> io::Result<()> {
-    std::fs::File::options().write(true).custom_flags(libc::O_TMPFILE).open(folder).map(drop)
+/// Returns the error of the system call.
+pub fn tmpfile(directory: &Path) -> io::Result<()> {
+    std::fs::File::options().write(true).custom_flags(libc::O_TMPFILE).open(directory).map(drop)
 }
 
-/// Makes a file in memory.
+/// Creates a memfd.
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn memfd() -> io::Result<()> {
     // SAFETY: the name is NUL-terminated and outlives the call.
-    made(unsafe { libc::memfd_create(c"attempt".as_ptr(), libc::MFD_CLOEXEC) }.into())
+    created(unsafe { libc::memfd_create(c"attempt".as_ptr(), libc::MFD_CLOEXEC) }.into())
 }
 
-/// Has the kernel send signals for a descriptor to another process.
+/// Makes another process the receiver of the signals of a descriptor (`F_SETOWN`).
 ///
 /// # Errors
-/// Why it could not.
+/// Returns the error of the system call.
 pub fn set_owner(pid: u32) -> io::Result<()> {
     let null = std::fs::File::open("/dev/null").or_else(|_| std::fs::File::open("/"));
     let number = null.as_ref().map_or(0, AsRawFd::as_raw_fd);
-    // SAFETY: the number is an open descriptor, or 0, which fcntl refuses where it is none; no memory is touched.
-    outcome(unsafe { libc::fcntl(number, libc::F_SETOWN, pid as libc::c_int) }.into()).map(drop)
+    // SAFETY: the number is an open descriptor, or 0, which fcntl rejects if it is closed; no memory is accessed.
+    check(unsafe { libc::fcntl(number, libc::F_SETOWN, pid as libc::c_int) }.into()).map(drop)
 }

@@ -1,4 +1,4 @@
-//! How much of a file is in the page cache: `cachestat(2)` (Linux 6.5), and `mincore(2)` through a mapping.
+//! Page cache residency of files: `cachestat(2)` (Linux 6.5), and `mincore(2)` on a mapping.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::sys::mapping::Mapping;
 use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount};
 
-/// Number of the system call on every architecture; the `libc` crate has no name for it.
+/// Number of the system call, the same on every architecture. The `libc` crate does not define it.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `struct cachestat_range` of `linux/mman.h`.
@@ -20,7 +20,7 @@ struct Range {
 /// `struct cachestat` of `linux/mman.h`.
 #[repr(C)]
 #[derive(Default)]
-struct Answer {
+struct Statistics {
     cached: u64,
     dirty: u64,
     writeback: u64,
@@ -28,49 +28,52 @@ struct Answer {
     recently_evicted: u64,
 }
 
-/// Pages of the whole file that are in the page cache.
+/// Returns the number of pages of a whole file in the page cache.
 ///
 /// # Errors
-/// See [`cached_in`].
+/// Same as [`cached_in`].
 pub fn cached(file: impl AsFd) -> Result<PageCount> {
     cached_in(file, FileOffset::new(0), Bytes::ZERO)
 }
 
-/// Pages of a range that are in the page cache; a length of 0 means to the end of the file.
-/// The file of a FUSE passthrough mount says 0: ask its backing file.
+/// Returns the number of pages of a range in the page cache. A length of 0 extends the range to the end of the file.
+/// For a file of a FUSE passthrough mount the kernel reports 0: the pages belong to the backing file.
 ///
 /// # Errors
-/// `ENOSYS` before Linux 6.5, `EOPNOTSUPP` on hugetlbfs, `EPERM` on a file that the caller may neither
-/// write nor owns (Linux 6.13).
+/// Returns an error with `ENOSYS` before Linux 6.5, `EOPNOTSUPP` on hugetlbfs, and `EPERM` for a file that the caller
+/// neither owns nor may write (since Linux 6.13).
 pub fn cached_in(file: impl AsFd, offset: FileOffset, length: Bytes) -> Result<PageCount> {
     let range = Range { offset: offset.get(), length: length.get() };
-    let mut answer = Answer::default();
+    let mut statistics = Statistics::default();
     let fd = file.as_fd().as_raw_fd();
-    // SAFETY: both structs live across the call and have the kernel's layout; the kernel reads the
-    // first and writes the second, nothing else; a bad descriptor is an error number.
+    // SAFETY: both structs outlive the call and have the kernel's layout; the kernel reads the first and writes the
+    // second, and accesses nothing else.
     let result =
-        unsafe { libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut answer, 0 as libc::c_uint) };
+        unsafe { libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut statistics, 0 as libc::c_uint) };
     if result != 0 {
         let error = io::Error::last_os_error();
-        return Err(Error::failed("cachestat failed")
+        return Err(Error::failed("cannot read page cache statistics with cachestat")
             .because(error)
-            .remedy("page cache figures need Linux 6.5 and the right to open the file"));
+            .remedy("use Linux 6.5 or later, and run the command as a user who may write the file"));
     }
-    Ok(PageCount::new(answer.cached))
+    Ok(PageCount::new(statistics.cached))
 }
 
-/// The parts of a mapping whose pages are in RAM, as offsets from its start. Through a FUSE passthrough
-/// mapping this sees the backing file.
+/// Returns the ranges of a mapping that are resident in memory, as byte offsets from its start. A FUSE passthrough
+/// mapping reports the residency of the backing file.
 ///
 /// # Errors
-/// Whatever `mincore` gives; `EPERM` does not exist, a file of another user reads as fully in RAM.
+/// Returns an error if mincore(2) fails. There is no permission error: for a file that the caller neither owns nor may
+/// write, the kernel reports all pages as resident.
 pub fn in_core(mapping: &Mapping) -> Result<Vec<std::ops::Range<u64>>> {
     let mut pages = vec![0u8; mapping.len().pages().as_usize()];
-    // SAFETY: the range is a live mapping, and the answer has one byte for each of its pages.
+    // SAFETY: the range is a live mapping, and the vector has one byte for each of its pages.
     let result =
         unsafe { libc::mincore(mapping.as_ptr().cast(), mapping.len().as_usize(), pages.as_mut_ptr()) };
     if result != 0 {
-        return Err(Error::failed("mincore failed").because(io::Error::last_os_error()));
+        return Err(
+            Error::failed("cannot read page residency with mincore").because(io::Error::last_os_error())
+        );
     }
     let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
     for (index, _) in pages.iter().enumerate().filter(|(_, byte)| **byte & 1 == 1) {

@@ -1,22 +1,22 @@
-//! The memory controller of control groups, of either version: how often the OOM killer has struck.
+//! OOM kill counters of memory cgroups, version 1 and 2.
 
 use std::fs;
 use std::path::PathBuf;
 
-/// Where control groups are mounted.
+/// Where the cgroup file systems are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// How many processes the OOM killer has ended in a control group, or on the whole host.
+/// The OOM kill count of a cgroup or of the host at one point in time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OomKills {
-    /// The file that counts.
+    /// The file with the counter.
     file: PathBuf,
     count: u64,
 }
 
 impl OomKills {
-    /// The counter for a process that lives: that of its control group, else that of the host. (Zombies belong to the root
-    /// of a hierarchy of version 1.)
+    /// Reads the counter for a live process: that of its cgroup, or that of the host if its cgroup has none. A zombie
+    /// is unsuitable, because cgroup v1 moves zombies to the root of the hierarchy.
     pub fn of(pid: u32) -> Option<OomKills> {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         let files = candidates(&text).into_iter().chain([PathBuf::from("/proc/vmstat")]);
@@ -26,28 +26,29 @@ impl OomKills {
         })
     }
 
-    /// True when it has struck since.
+    /// Returns true if the counter has risen since it was read.
     pub fn have_risen(&self) -> bool {
         fs::read_to_string(&self.file).ok().and_then(|text| parse(&text)).is_some_and(|now| now > self.count)
     }
 }
 
-/// Files that count for the control groups of a `/proc/PID/cgroup`: version 1 where it has the memory controller.
+/// Returns the counter files for the cgroups of a `/proc/PID/cgroup`: those of version 1 if version 1 has the memory
+/// controller.
 fn candidates(text: &str) -> Vec<PathBuf> {
     let lines = || text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
-    let file = |folder: &str, path: &str, name: &str| {
-        PathBuf::from(format!("{ROOT}{folder}{}/{name}", path.trim_end_matches('/')))
+    let file = |directory: &str, path: &str, name: &str| {
+        PathBuf::from(format!("{ROOT}{directory}{}/{name}", path.trim_end_matches('/')))
     };
     let first = lines()
         .filter(|(controllers, _)| controllers.split(',').any(|c| c == "memory"))
         .map(|(_, path)| file("/memory", path, "memory.oom_control"));
     let second = lines()
         .filter(|(controllers, _)| controllers.is_empty())
-        .flat_map(|(_, path)| ["", "/unified"].map(|folder| file(folder, path, "memory.events")));
+        .flat_map(|(_, path)| ["", "/unified"].map(|directory| file(directory, path, "memory.events")));
     first.chain(second).collect()
 }
 
-/// The line `oom_kill N`.
+/// Parses the line `oom_kill N`.
 fn parse(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
@@ -57,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_counter_is_found_in_both_versions() {
+    fn reads_counters_of_both_cgroup_versions() {
         let paths = |text| candidates(text).iter().map(|p| p.display().to_string()).collect::<Vec<_>>();
         assert_eq!(
             paths("4:cpu:/x\n3:memory:/vm/7\n0::/u\n")[0],

@@ -1,7 +1,8 @@
-//! How a process has ended, also if it was not a child of this one.
+//! Exit status of any process, not only of children.
 //!
-//! Since Linux 6.15 a pidfd that was opened before its process was reaped keeps the exit status (`PIDFD_INFO_EXIT` of
-//! `PIDFD_GET_INFO`, see ioctl_pidfd(2)). Until then the process is a zombie, whose status is in `/proc/PID/stat`.
+//! Since Linux 6.15 a pidfd that was opened before its process was reaped provides the exit status (`PIDFD_INFO_EXIT`
+//! of `PIDFD_GET_INFO`, see ioctl_pidfd(2)). Before it is reaped, the process is a zombie with its status in
+//! `/proc/PID/stat`.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -11,11 +12,11 @@ use super::procfs;
 /// `PIDFD_INFO_EXIT` of `linux/pidfd.h`.
 const INFO_EXIT: u64 = 1 << 3;
 
-/// `_IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)` of `linux/pidfd.h`, for the structure's first version.
+/// `_IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)` of `linux/pidfd.h`, for the first version of the structure.
 const GET_INFO: libc::c_ulong =
     (3 << 30) | ((size_of::<PidfdInfo>() as libc::c_ulong) << 16) | (0xff << 8) | 11;
 
-/// The first version of `struct pidfd_info`: 64 bytes, which every later kernel fills too.
+/// The first version of `struct pidfd_info`, 64 bytes. Later kernels also fill it.
 #[repr(C)]
 #[derive(Default)]
 struct PidfdInfo {
@@ -27,17 +28,17 @@ struct PidfdInfo {
 
 const _: () = assert!(size_of::<PidfdInfo>() == 64);
 
-/// How a process has ended.
+/// How a process terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitStatus {
-    /// With this exit code.
+    /// The process exited with this code.
     Code(u8),
-    /// By this signal.
+    /// This signal terminated the process.
     Signal(u8),
 }
 
 impl ExitStatus {
-    /// From a status as wait(2) gives it.
+    /// Decodes a wait(2) status.
     fn of(status: i32) -> ExitStatus {
         match status & 0x7f {
             0 => ExitStatus::Code((status >> 8) as u8),
@@ -45,10 +46,10 @@ impl ExitStatus {
         }
     }
 
-    /// How the process of `pidfd` has ended; `None` while it lives, or where the kernel does not say: before Linux 6.15
-    /// once it was reaped.
+    /// Reads the exit status of the process of `pidfd`. Returns `None` while the process lives, and for a reaped
+    /// process before Linux 6.15.
     pub fn read(process: ProcessId, pidfd: impl AsFd) -> Option<ExitStatus> {
-        // A zombie that is reaped in between has left its status by then.
+        // The process may be reaped between the first two calls; the pidfd has its status then.
         of_reaped(&pidfd).or_else(|| of_zombie(process)).or_else(|| of_reaped(&pidfd))
     }
 }
@@ -62,7 +63,7 @@ fn of_reaped(pidfd: impl AsFd) -> Option<ExitStatus> {
 
 fn of_zombie(process: ProcessId) -> Option<ExitStatus> {
     let status = procfs::exit_status_of_zombie(process.pid)?;
-    // Asked afterwards: the number was not given to another process meanwhile.
+    // Checked after the read: the pid has not been reused in the meantime.
     (ProcessId::of(process.pid).ok()?? == process).then(|| ExitStatus::of(status))
 }
 
@@ -74,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_of_a_zombie_and_of_a_reaped_process_is_known() {
+    fn reads_status_of_zombies_and_reaped_processes() {
         for (script, status) in [
             ("exit 0", ExitStatus::Code(0)),
             ("exit 37", ExitStatus::Code(37)),
@@ -88,14 +89,14 @@ mod tests {
                 .unwrap();
             let process = ProcessId::of(child.id()).unwrap().unwrap();
             let fd = pidfd(child.id()).unwrap().unwrap();
-            assert_eq!(ExitStatus::read(process, &fd), None, "it lives");
+            assert_eq!(ExitStatus::read(process, &fd), None, "alive: {script}");
             drop(child.stdin.take());
             rustix::process::waitid(
                 rustix::process::WaitId::PidFd(fd.as_fd()),
                 rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
             )
             .unwrap();
-            assert_eq!(ExitStatus::read(process, &fd), Some(status), "a zombie: {script}");
+            assert_eq!(ExitStatus::read(process, &fd), Some(status), "zombie: {script}");
             child.wait().unwrap();
             assert_eq!(ExitStatus::read(process, &fd), Some(status), "reaped: {script}");
         }

@@ -1,4 +1,4 @@
-//! The FUSE control filesystem: which connections wait for answers, and how many requests each has.
+//! The FUSE control file system: FUSE connections and their numbers of pending requests.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -11,31 +11,31 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 
 use crate::error::{Error, Result};
 
-/// How often a connection is looked at before it counts as stuck, and how long after each other: half a second.
-const LOOKS: u32 = 25;
-const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+/// A connection is stuck if its number of pending requests does not fall in so many checks, half a second in total.
+const CHECKS: u32 = 25;
+const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One FUSE connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connection {
-    /// Its number: the minor device number of its mount.
+    /// Number of the connection: the minor device number of its mount.
     pub number: u32,
-    /// Requests that nobody has answered.
+    /// Number of pending requests.
     pub waiting: u64,
 }
 
-/// An instance of fusectl of our own, attached nowhere.
+/// Creates a private, unattached mount of fusectl.
 ///
 /// # Errors
-/// Without `CAP_SYS_ADMIN`.
+/// Returns an error without `CAP_SYS_ADMIN`.
 pub fn open() -> io::Result<OwnedFd> {
     let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(context.as_fd())?;
     Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
 }
 
-/// The number of requests that nobody has answered on one connection, to be read as often as one likes. It does not keep
-/// the connection.
+/// The number of pending requests of one connection, which can be read repeatedly. The value does not keep the
+/// connection alive.
 #[derive(Debug)]
 pub struct Waiting {
     root: OwnedFd,
@@ -43,22 +43,22 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// That of the connection of that device (`st_dev`).
+    /// Opens the counter of the connection with this device number (`st_dev`).
     ///
     /// # Errors
-    /// `ENOENT` where no such connection exists; else the kernel's.
+    /// Returns `ENOENT` if no such connection exists, and an error if a system call fails.
     pub fn of(device: u64) -> io::Result<Waiting> {
         let path = CString::new(format!("{}/waiting", rustix::fs::minor(device)))?;
         let waiting = Waiting { root: open()?, path };
         waiting.read().map(|_| waiting)
     }
 
-    /// Reads it. Allocates nothing.
+    /// Returns the current number of pending requests. Does not allocate.
     ///
     /// # Errors
-    /// The kernel's, when the connection is over.
+    /// Returns an error if the connection has ended.
     pub fn read(&self) -> io::Result<u64> {
-        // The file is no more than a stream, with a number that is read once: each time it is opened anew.
+        // The file is not seekable and returns the number only once, so it is opened for each read.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.root, self.path.as_c_str(), flags, Mode::empty())?;
         let mut text = [0; 24];
@@ -68,17 +68,19 @@ impl Waiting {
     }
 }
 
-/// All connections of this host.
+/// Returns all FUSE connections of the host.
 ///
 /// # Errors
-/// Without `CAP_SYS_ADMIN`.
+/// Returns an error without `CAP_SYS_ADMIN`.
 pub fn connections() -> Result<Vec<Connection>> {
     let failed = |e: io::Error| {
-        Error::failed("cannot look at the host's FUSE connections").because(e).remedy("run it as root")
+        Error::failed("cannot list the FUSE connections of the host")
+            .because(e)
+            .remedy("run the command as root")
     };
     let root = open().map_err(failed)?;
     let mut found = Vec::new();
-    // The mount's own descriptor is only a path: nothing can be read from it.
+    // The descriptor of the mount is an O_PATH descriptor, which cannot be listed.
     let folder =
         rustix::fs::openat(&root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let folder = folder.and_then(Dir::new).map_err(|e| failed(e.into()))?;
@@ -87,7 +89,7 @@ pub fn connections() -> Result<Vec<Connection>> {
         let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        // A connection may end between the listing and the look.
+        // A connection may end while the directory is listed.
         if let Some(waiting) = waiting(&root, number) {
             found.push(Connection { number, waiting });
         }
@@ -103,19 +105,19 @@ fn waiting(root: &OwnedFd, number: u32) -> Option<u64> {
     text.trim().parse().ok()
 }
 
-/// Connections that had requests waiting and, for half a second, never fewer. A busy connection of many readers can
-/// look like that, too: who knows its server asks that as well.
+/// Returns the connections that had pending requests whose number did not fall for half a second. A busy connection
+/// with many readers can look the same: a caller that can reach the server should also check the server.
 ///
 /// # Errors
-/// Without `CAP_SYS_ADMIN`.
+/// Returns an error without `CAP_SYS_ADMIN`.
 pub fn stuck_connections() -> Result<Vec<Connection>> {
     let mut stuck = connections()?;
     stuck.retain(|c| c.waiting > 0);
-    for _ in 0..LOOKS {
+    for _ in 0..CHECKS {
         if stuck.is_empty() {
             break;
         }
-        std::thread::sleep(BETWEEN_LOOKS);
+        std::thread::sleep(CHECK_INTERVAL);
         let now = connections()?;
         stuck.retain(|old| now.iter().any(|new| new.number == old.number && new.waiting >= old.waiting));
     }
@@ -128,18 +130,18 @@ mod tests {
     use crate::sys::{fuse_dev, mount, procfs};
 
     #[test]
-    fn connections_are_listed() {
+    fn lists_connections_and_pending_requests() {
         let dir = tempfile::tempdir().unwrap();
         let fuse = fuse_dev::open().unwrap();
         mount::mount_fuse(&fuse, "stencil-test".as_ref(), dir.path(), false).unwrap();
         let device =
             procfs::mounts().unwrap().into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
         let listed = connections();
-        // Its INIT has not been read, so that one request waits.
+        // The INIT request has not been read, so one request is pending.
         let number = rustix::fs::minor(device.unwrap());
         let waiting = Waiting::of(device.unwrap()).and_then(|w| Ok((w.read()?, w.read()?)));
         mount::unmount(dir.path(), true).unwrap();
         assert!(listed.unwrap().contains(&Connection { number, waiting: 1 }));
-        assert_eq!(waiting.unwrap(), (1, 1), "as often as one likes");
+        assert_eq!(waiting.unwrap(), (1, 1), "the counter can be read repeatedly");
     }
 }

@@ -1,5 +1,5 @@
-//! What a program inherits from its parent: signal dispositions, the signal mask, limits. (Descriptors 0 to 2 that are
-//! closed are opened on `/dev/null` by the runtime of the standard library, which also ignores SIGPIPE.)
+//! State that a program inherits from its parent: signal dispositions, the signal mask, resource limits. (The runtime
+//! of the standard library opens `/dev/null` on closed standard streams and ignores SIGPIPE.)
 
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -7,24 +7,24 @@ use std::process::Command;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Signals that a supervisor holds back while it becomes another program.
+/// Signals that a supervisor blocks while it executes another program.
 pub(super) const HELD: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
-/// To be called before anything else: gives every signal its default disposition and lets all of them in, whatever the
-/// parent ignored or blocked.
+/// Sets every signal to its default disposition and clears the signal mask, whatever the parent ignored or blocked.
+/// Call this function before anything else.
 ///
-/// * An ignored SIGHUP stays ignored: that is what nohup(1) is for. SIGINT does not, although a shell without job
-///   control ignores it for background commands: `kill -INT` is documented to stop a command in good order.
-/// * SIGPIPE is left as the runtime has set it: ignored, so that writing gives EPIPE.
-/// * SIGXFSZ is ignored: writing beyond `ulimit -f` gives EFBIG, which an error can name.
-/// * `held` leaves those blocked that [`hold_signals`](super::process::hold_signals) has blocked before an exec.
+/// * An ignored SIGHUP stays ignored, for nohup(1). An ignored SIGINT does not, although a shell without job control
+///   ignores SIGINT for background commands: `kill -INT` is documented as a way to stop a command cleanly.
+/// * SIGPIPE stays ignored, as the runtime has set it, so that write(2) fails with EPIPE.
+/// * SIGXFSZ is ignored, so that writing beyond `ulimit -f` fails with EFBIG, which an error can report.
+/// * `held` keeps those signals blocked that [`hold_signals`](super::process::hold_signals) blocked before an exec.
 pub fn reset(held: bool) {
     // SAFETY: sigaction(2) and signal(2) with SIG_DFL or SIG_IGN install no handler; the sets and the action are
-    // initialised before they are read. Signals that cannot be changed are errors of the call.
+    // initialised before they are read. For signals that cannot be changed the call fails, which is harmless.
     unsafe {
         for signal in 1..=libc::SIGRTMAX() {
-            let kept = matches!(signal, libc::SIGPIPE | libc::SIGHUP);
-            if !kept && is_ignored(signal) {
+            let keeps = matches!(signal, libc::SIGPIPE | libc::SIGHUP);
+            if !keeps && is_ignored(signal) {
                 libc::signal(signal, libc::SIG_DFL);
             }
         }
@@ -40,9 +40,9 @@ pub fn reset(held: bool) {
     }
 }
 
-/// True for a signal that is ignored.
+/// Returns true if the signal is ignored.
 pub fn is_ignored(signal: i32) -> bool {
-    // SAFETY: the action is only written by the call, and read when that succeeded.
+    // SAFETY: the call initialises the action on success, and only then is the action read.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0
@@ -50,9 +50,9 @@ pub fn is_ignored(signal: i32) -> bool {
     }
 }
 
-/// The command starts with the default disposition of every signal and none blocked.
+/// Makes the command start with the default disposition of every signal and an empty signal mask.
 pub fn default_signals(command: &mut Command) -> &mut Command {
-    // SAFETY: signal(2), sigemptyset(3) and sigprocmask(2) are async-signal-safe and allocate nothing.
+    // SAFETY: signal(2), sigemptyset(3) and sigprocmask(2) are async-signal-safe and do not allocate.
     unsafe {
         command.pre_exec(|| {
             for signal in 1..=libc::SIGRTMAX() {
@@ -68,8 +68,8 @@ pub fn default_signals(command: &mut Command) -> &mut Command {
     }
 }
 
-/// For a process that serves others: the limits of the shell that happened to start it are raised as far as an
-/// administrator lets them be. Gives what could not be raised.
+/// Raises the soft resource limits of a daemon to the hard limits, so that the limits of the starting shell do not
+/// apply. Returns the errors of the limits that could not be raised.
 pub fn raise_limits() -> Vec<io::Error> {
     let all = [
         Resource::Nofile,

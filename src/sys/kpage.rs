@@ -1,4 +1,4 @@
-//! What the kernel says of page frames: `/proc/kpageflags` and `/proc/kpagecount`.
+//! Attributes of page frames: `/proc/kpageflags` and `/proc/kpagecount`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,21 +10,21 @@ use crate::error::{Error, Result};
 const ANON: u64 = 1 << 12;
 const ZERO_PAGE: u64 = 1 << 24;
 
-/// Both files, opened.
+/// Open descriptors of both files.
 #[derive(Debug)]
 pub struct Frames {
     flags: File,
     counts: File,
 }
 
-/// Whose content a frame holds.
+/// Kind of memory in a page frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameKind {
-    /// Anonymous memory; a copy of a file's page is that too.
+    /// Anonymous memory, including private copies of file pages.
     Anonymous,
-    /// The page of zeros that everybody shares.
+    /// The shared zero page.
     Zero,
-    /// Anything else: page cache, shared memory, the kernel's own.
+    /// Any other memory: page cache, shared memory, kernel memory.
     Other,
 }
 
@@ -32,20 +32,20 @@ impl Frames {
     /// Opens both files.
     ///
     /// # Errors
-    /// Without `CAP_SYS_ADMIN`.
+    /// Returns an error without `CAP_SYS_ADMIN`.
     pub fn open() -> Result<Frames> {
         let open = |path: &str| {
-            File::open(path).map_err(|e| Error::io("cannot open", path, e).remedy("the audit needs root"))
+            File::open(path).map_err(|e| Error::io("cannot open", path, e).remedy("run the command as root"))
         };
         Ok(Frames { flags: open("/proc/kpageflags")?, counts: open("/proc/kpagecount")? })
     }
 
-    /// Whose content a frame holds.
+    /// Returns the kind of memory in a frame.
     ///
     /// # Errors
-    /// When the kernel knows no such frame.
+    /// Returns an error if the frame does not exist.
     pub fn kind(&self, frame: u64) -> Result<FrameKind> {
-        let flags = word(&self.flags, "/proc/kpageflags", frame)?;
+        let flags = entry(&self.flags, "/proc/kpageflags", frame)?;
         Ok(match flags {
             f if f & ZERO_PAGE != 0 => FrameKind::Zero,
             f if f & ANON != 0 => FrameKind::Anonymous,
@@ -53,18 +53,19 @@ impl Frames {
         })
     }
 
-    /// How many page table entries map a frame.
+    /// Returns the number of page table entries that map a frame.
     ///
     /// # Errors
-    /// When the kernel knows no such frame.
+    /// Returns an error if the frame does not exist.
     pub fn mappings(&self, frame: u64) -> Result<u64> {
-        word(&self.counts, "/proc/kpagecount", frame)
+        entry(&self.counts, "/proc/kpagecount", frame)
     }
 }
 
-fn word(file: &File, path: &str, frame: u64) -> Result<u64> {
+fn entry(file: &File, path: &str, frame: u64) -> Result<u64> {
     let mut bytes = [0; 8];
-    file.read_exact_at(&mut bytes, frame.saturating_mul(8))
-        .map_err(|e| Error::io(format!("cannot read of frame {frame:#x}"), Path::new(path), e))?;
+    file.read_exact_at(&mut bytes, frame.saturating_mul(8)).map_err(|e| {
+        Error::io(format!("cannot read the entry of page frame {frame:#x}"), Path::new(path), e)
+    })?;
     Ok(u64::from_ne_bytes(bytes))
 }

@@ -1,4 +1,4 @@
-//! Locks of files (flock(2)): waits that end, and who holds one, as `/proc/locks` lists it.
+//! File locks (flock(2)): waits with a time limit, and lock holders as listed in `/proc/locks`.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,14 +10,14 @@ use rustix::io::Errno;
 
 use super::procfs::read_text;
 
-/// How often a lock is tried again: a blocking flock(2) has no time limit, and goes on after a signal handler.
+/// Interval between attempts to lock. A blocking flock(2) has no time limit and may restart after a signal handler.
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Takes a lock, shared or exclusive; false where it is still held after `limit`, or when `is_over` says that nobody wants it
-/// any more.
+/// Locks a file, shared or exclusive. Returns false if another process still holds a conflicting lock after `limit`, or
+/// if `is_over` reports that the caller has given up.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the system call fails.
 pub fn wait(
     file: impl AsFd,
     exclusive: bool,
@@ -28,11 +28,11 @@ pub fn wait(
         true => FlockOperation::NonBlockingLockExclusive,
         false => FlockOperation::NonBlockingLockShared,
     };
-    let until = Instant::now() + limit;
+    let deadline = Instant::now() + limit;
     loop {
         match flock(file.as_fd(), operation) {
             Ok(()) => return Ok(true),
-            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < until && !is_over() => {
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline && !is_over() => {
                 std::thread::sleep(RETRY_INTERVAL);
             }
             Err(Errno::WOULDBLOCK | Errno::INTR) => return Ok(false),
@@ -41,22 +41,23 @@ pub fn wait(
     }
 }
 
-/// Processes that have locked the file with flock(2), as far as they can be seen: none of another PID namespace, and on
-/// filesystems that show another device than they have (btrfs) nobody.
+/// Returns the processes that hold a flock(2) lock on the file, as far as `/proc/locks` shows them. Processes in other
+/// PID namespaces are missing. On file systems whose lock entries have another device number than stat(2) returns
+/// (btrfs) the result is empty.
 pub fn flock_holders(file: impl AsFd) -> Vec<u32> {
     let Ok(stat) = fstat(file) else { return Vec::new() };
     let Ok(text) = read_text(Path::new("/proc/locks")) else { return Vec::new() };
-    let place = format!("{:02x}:{:02x}:{}", major(stat.st_dev), minor(stat.st_dev), stat.st_ino);
-    holders(&text, &place)
+    let inode = format!("{:02x}:{:02x}:{}", major(stat.st_dev), minor(stat.st_dev), stat.st_ino);
+    holders(&text, &inode)
 }
 
-fn holders(text: &str, place: &str) -> Vec<u32> {
+fn holders(text: &str, inode: &str) -> Vec<u32> {
     let lines = text.lines().filter_map(|line| {
         let mut words = line.split_ascii_whitespace().skip(1);
-        // One that waits has an arrow there.
+        // A waiting lock has an arrow in this column.
         let is_lock = words.next()? == "FLOCK";
         let pid = words.nth(2)?.parse().ok()?;
-        (is_lock && pid != 0 && words.next()? == place).then_some(pid)
+        (is_lock && pid != 0 && words.next()? == inode).then_some(pid)
     });
     let mut pids: Vec<u32> = lines.collect();
     pids.sort_unstable();
@@ -69,19 +70,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn holders_are_told_from_those_who_wait() {
+    fn distinguishes_holders_from_waiters() {
         let text = "1: FLOCK  ADVISORY  READ  30 fe:00:77 0 EOF\n\
                     1: -> FLOCK  ADVISORY  WRITE 31 fe:00:77 0 EOF\n\
                     2: FLOCK  ADVISORY  READ  12 fe:00:77 0 EOF\n\
                     3: FLOCK  ADVISORY  READ  0 fe:00:77 0 EOF\n\
                     4: POSIX  ADVISORY  READ  13 fe:00:77 0 EOF\n\
                     5: FLOCK  ADVISORY  READ  14 fe:00:777 0 EOF\n\
-                    6: FLOCK\n\nnothing of that kind\n";
+                    6: FLOCK\n\nunrelated text\n";
         assert_eq!(holders(text, "fe:00:77"), [12, 30]);
     }
 
     #[test]
-    fn the_kernel_names_us() {
+    fn finds_own_lock_in_proc_locks() {
         let file = tempfile::tempfile().unwrap();
         assert!(flock_holders(&file).is_empty());
         flock(&file, FlockOperation::LockShared).unwrap();
@@ -89,15 +90,15 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_for_a_lock_ends() {
+    fn waiting_for_a_lock_times_out() {
         let held = tempfile::NamedTempFile::new().unwrap();
         flock(held.as_file(), FlockOperation::LockShared).unwrap();
         let other = held.reopen().unwrap();
-        let moment = Duration::from_millis(20);
+        let timeout = Duration::from_millis(20);
         assert!(wait(&other, false, Duration::ZERO, || false).unwrap());
-        assert!(!wait(&other, true, moment, || false).unwrap());
+        assert!(!wait(&other, true, timeout, || false).unwrap());
         assert!(!wait(&other, true, Duration::from_secs(3600), || true).unwrap());
         drop(held);
-        assert!(wait(&other, true, moment, || false).unwrap());
+        assert!(wait(&other, true, timeout, || false).unwrap());
     }
 }

@@ -1,9 +1,9 @@
-//! Loop devices: the kernel has their files open, no process has.
+//! Loop devices. The kernel has their backing files open; no process does.
 
 use std::fs;
 
-/// The name of each loop device that has a file, and the file's path as the kernel prints it. No device and no file is
-/// opened or asked: a file system that does not answer holds nobody up.
+/// Returns the name of each loop device with a backing file, and the path of the file as the kernel prints it. The
+/// function opens neither devices nor backing files, so an unresponsive file system cannot block it.
 pub fn files() -> Vec<(String, String)> {
     let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let file = |device: fs::DirEntry| {

@@ -1,4 +1,4 @@
-//! Read-only mappings of files that are written once and never changed in place.
+//! Read-only mappings of write-once files.
 
 use std::fs::File;
 use std::io;
@@ -6,10 +6,10 @@ use std::ops::Deref;
 
 use memmap2::{Mmap, MmapOptions};
 
-/// A part of a file in memory, read-only.
+/// A read-only mapping of the start of a file.
 ///
-/// The file must be of the write-once kind: published by rename, afterwards only ever unlinked or
-/// replaced as a whole. A reader checks each part by its checksum before it uses it.
+/// The file must be write-once: published by rename, and afterwards only unlinked or replaced as a whole. Readers
+/// verify the checksum of each part before use.
 #[derive(Debug)]
 pub struct MappedFile(Option<Mmap>);
 
@@ -17,8 +17,8 @@ impl MappedFile {
     /// Maps the first `length` bytes of a write-once file.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the file is shorter (its tail could not be read without a SIGBUS), or
-    /// whatever mmap(2) gives.
+    /// Returns `UnexpectedEof` if the file is shorter, because access beyond its end would raise SIGBUS, and an error
+    /// if mmap(2) fails.
     pub fn map(file: &File, length: u64) -> io::Result<MappedFile> {
         if file.metadata()?.len() < length {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -27,10 +27,9 @@ impl MappedFile {
         if length == 0 {
             return Ok(MappedFile(None));
         }
-        // SAFETY: the mapping is private to this value, read-only and unmapped on drop, so no
-        // reference outlives it. The bytes behind it do not change: the store writes such files under
-        // a temporary name and never again after the rename (module documentation). The length was
-        // compared with the file's, so no page of the mapping lies behind its end.
+        // SAFETY: the mapping is private to this value, read-only and unmapped on drop, so no reference outlives it.
+        // The mapped bytes do not change: the store writes such files under a temporary name and never after the rename
+        // (module documentation). The file was checked to be long enough, so no page of the mapping is beyond its end.
         let map = unsafe { MmapOptions::new().len(length).map(file)? };
         Ok(MappedFile(Some(map)))
     }
@@ -50,7 +49,7 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn a_file_that_is_too_short_is_refused() {
+    fn rejects_a_file_that_is_too_short() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"hello").unwrap();
         assert_eq!(&*MappedFile::map(&file, 5).unwrap(), b"hello");

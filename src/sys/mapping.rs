@@ -1,10 +1,10 @@
-//! One owned mapping, placed as QEMU places guest memory: an inaccessible reservation, the memory
-//! inside it at the wished alignment, one inaccessible guard page behind it.
+//! An owned mapping that is laid out as QEMU lays out guest memory: an inaccessible reservation, the memory inside it
+//! at the requested alignment, and one inaccessible guard page after the memory.
 //!
 //! ```text
-//! reserved PROT_NONE:  |......size + align......|
-//! after placing:             |== memory ==|guard|
-//!                            ^ aligned          (the rest is given back)
+//! reservation (PROT_NONE): |......size + align......|
+//! after placement:               |== memory ==|guard|
+//!                                ^ aligned          (the rest is unmapped)
 //! ```
 
 use std::io;
@@ -20,7 +20,7 @@ mod advice;
 
 pub use advice::{Advice, NumaMode};
 
-/// What the memory may be used for.
+/// Access permissions of a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protection {
     /// `PROT_READ`
@@ -29,36 +29,36 @@ pub enum Protection {
     ReadWrite,
 }
 
-/// Who sees a write.
+/// Visibility of writes to a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// `MAP_PRIVATE`: this process; the page is copied.
+    /// `MAP_PRIVATE`: writes are visible to this process only (copy-on-write).
     Private,
-    /// `MAP_SHARED`: everybody who maps the file, and the file.
+    /// `MAP_SHARED`: writes are visible to all processes that map the file, and go to the file.
     Shared,
 }
 
-/// A mapping to be made.
+/// Parameters of a new mapping.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
-    /// Bytes to map, whole pages.
+    /// Length in bytes, a multiple of the page size.
     pub length: Bytes,
-    /// Alignment of the first byte: a power of two, at least a page.
+    /// Alignment of the first byte in bytes: a power of two, at least the page size.
     pub align: Bytes,
-    /// The file and where in it the mapping begins; anonymous memory without.
+    /// The file and the offset where the mapping starts; `None` for anonymous memory.
     pub file: Option<(BorrowedFd<'a>, FileOffset)>,
-    /// What the memory may be used for.
+    /// Access permissions.
     pub protection: Protection,
-    /// Who sees a write.
+    /// Visibility of writes.
     pub sharing: Sharing,
-    /// False: `MAP_NORESERVE`, nothing is charged to `Committed_AS`.
+    /// If false, `MAP_NORESERVE`: nothing is charged to `Committed_AS`.
     pub reserve: bool,
     /// `MAP_SYNC`; only with [`Sharing::Shared`].
     pub sync: bool,
 }
 
 impl<'a> Request<'a> {
-    /// The first `length` bytes of a file, to be read, private.
+    /// Requests a private read-only mapping of the first `length` bytes of a file.
     pub fn view(file: BorrowedFd<'a>, length: Bytes) -> Request<'a> {
         Request {
             length,
@@ -72,10 +72,10 @@ impl<'a> Request<'a> {
     }
 }
 
-/// Owned memory; unmapped, guard page included, when dropped.
+/// An owned mapping. Dropping the value unmaps the memory and the guard page.
 ///
-/// Invariant: `address .. address + length` is mapped by this value, and the `guard` bytes after it
-/// are reserved by it, from construction to drop; nothing else in this crate maps or unmaps there.
+/// Invariant: from construction to drop, this value owns the mapping `address .. address + length` and the reservation
+/// of `guard` bytes after it; no other code of this crate maps or unmaps these addresses.
 #[derive(Debug)]
 pub struct Mapping {
     address: usize,
@@ -83,11 +83,11 @@ pub struct Mapping {
     guard: usize,
     protection: Protection,
     sharing: Sharing,
-    /// True when `MAP_SYNC` was asked for and the filesystem could give it.
+    /// True if `MAP_SYNC` was requested and the file system supports it.
     sync: bool,
 }
 
-/// A part of the address space that is not yet a [`Mapping`]; given back when dropped.
+/// A reserved address range that is not yet a [`Mapping`]. Dropping the value unmaps the range.
 struct Reservation {
     address: usize,
     length: usize,
@@ -96,18 +96,18 @@ struct Reservation {
 impl Reservation {
     fn new(length: usize) -> io::Result<Reservation> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory in use.
+        // SAFETY: a new anonymous mapping at an address that the kernel chooses overlaps no memory in use.
         let address = unsafe { mm::mmap_anonymous(ptr::null_mut(), length, ProtFlags::empty(), flags)? };
         Ok(Reservation { address: address as usize, length })
     }
 
-    /// Gives back everything outside `keep`, which lies inside.
+    /// Unmaps everything outside `keep`, which must lie inside the reservation.
     fn trim(&mut self, keep: Range<usize>) {
         let end = self.address + self.length;
         debug_assert!(self.address <= keep.start && keep.end <= end);
         for (from, to) in [(self.address, keep.start), (keep.end, end)] {
             if to > from {
-                // SAFETY: the range lies in the reservation that this value owns, and nobody points into it.
+                // SAFETY: the range lies in the reservation that this value owns, and no pointer into it exists.
                 let _ = unsafe { mm::munmap(from as *mut _, to - from) };
             }
         }
@@ -119,7 +119,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if self.length > 0 {
-            // SAFETY: the reservation is owned by this value, and nobody points into it.
+            // SAFETY: the reservation is owned by this value, and no pointer into it exists.
             let _ = unsafe { mm::munmap(self.address as *mut _, self.length) };
         }
     }
@@ -130,33 +130,33 @@ fn invalid(what: &str) -> io::Error {
 }
 
 impl Mapping {
-    /// Makes the mapping.
+    /// Creates the mapping. On failure nothing stays mapped.
     ///
     /// # Errors
-    /// The error of `mmap`; `InvalidInput` when the length is no whole number of pages or the
-    /// alignment no power of two ≥ a page. Nothing stays mapped.
+    /// Returns `InvalidInput` if the length is zero or not a multiple of the page size, or if the alignment is not a
+    /// power of two or smaller than a page. Returns an error if mmap(2) fails.
     pub fn new(request: &Request<'_>) -> io::Result<Mapping> {
         let page = PAGE_SIZE as usize;
         let length = request.length.as_usize();
         let align = request.align.as_usize();
         if length == 0 || !length.is_multiple_of(page) {
-            return Err(invalid("the length of a mapping is a whole number of pages"));
+            return Err(invalid("invalid mapping length: not a positive multiple of the page size"));
         }
         if !align.is_power_of_two() || align < page {
-            return Err(invalid("the alignment of a mapping is a power of two, at least a page"));
+            return Err(invalid("invalid mapping alignment: not a power of two, or smaller than a page"));
         }
         let total = length.checked_add(align).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mut reservation = Reservation::new(total)?;
         let address = reservation.address.next_multiple_of(align);
         let (protection, sync) = (request.protection, Self::place(request, address, length)?);
-        // At least one page is left behind the memory: both addresses are whole pages, so aligning
-        // skipped at most `align - page` of the `align` spare bytes.
+        // At least one page is left for the guard: both addresses are page-aligned, so the alignment skipped at most
+        // `align - page` of the `align` spare bytes.
         reservation.trim(address..address + length + page);
         std::mem::forget(reservation);
         Ok(Mapping { address, length, guard: page, protection, sharing: request.sharing, sync })
     }
 
-    /// Maps over the reservation; says whether MAP_SYNC was had.
+    /// Maps the memory over the reservation. Returns true if the mapping has `MAP_SYNC`.
     fn place(request: &Request<'_>, address: usize, length: usize) -> io::Result<bool> {
         let mut protection = ProtFlags::READ;
         if request.protection == Protection::ReadWrite {
@@ -167,17 +167,17 @@ impl Mapping {
             flags |= MapFlags::NORESERVE;
         }
         let shared = request.sharing == Sharing::Shared;
-        let plain = flags | if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
+        let without_sync = flags | if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
         let map = |flags: MapFlags| -> io::Result<()> {
             let at = address as *mut _;
             match request.file {
                 Some((fd, offset)) => {
-                    // SAFETY: MAP_FIXED replaces only pages of the reservation that the caller owns;
-                    // no reference into it exists. The memory is only handed out as a raw pointer.
+                    // SAFETY: MAP_FIXED replaces only pages of the reservation that the caller owns; no reference into
+                    // it exists. The memory is only returned as a raw pointer.
                     unsafe { mm::mmap(at, length, protection, flags, fd, offset.get())? };
                 }
                 None => {
-                    // SAFETY: as above.
+                    // SAFETY: same as above.
                     unsafe { mm::mmap_anonymous(at, length, protection, flags)? };
                 }
             }
@@ -186,152 +186,151 @@ impl Mapping {
         if request.sync && shared {
             match map(flags | MapFlags::SHARED_VALIDATE | MapFlags::SYNC) {
                 Ok(()) => return Ok(true),
-                // As QEMU: whatever the reason, try again without.
-                Err(_) => return map(plain).map(|()| false),
+                // Like QEMU: fall back to a mapping without MAP_SYNC after any error.
+                Err(_) => return map(without_sync).map(|()| false),
             }
         }
-        map(plain).map(|()| false)
+        map(without_sync).map(|()| false)
     }
 
-    /// First byte. Dereferencing it is unsafe and the caller's affair; it is valid while this value lives.
+    /// Returns a pointer to the first byte, valid while this value lives. Dereferencing it is unsafe.
     pub fn as_ptr(&self) -> *mut u8 {
         self.address as *mut u8
     }
 
-    /// Address of the first byte.
+    /// Returns the address of the first byte.
     pub fn address(&self) -> u64 {
         self.address as u64
     }
 
-    /// Addresses of the memory, without the guard page.
+    /// Returns the address range of the memory without the guard page.
     pub fn range(&self) -> Range<u64> {
         self.address as u64..(self.address + self.length) as u64
     }
 
-    /// Bytes of memory, without the guard page.
+    /// Returns the length in bytes without the guard page.
     pub fn len(&self) -> Bytes {
         Bytes::new(self.length as u64)
     }
 
-    /// Never: a mapping has at least one page.
+    /// Returns false: a mapping has at least one page.
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// What the memory may be used for.
+    /// Returns the access permissions.
     pub fn protection(&self) -> Protection {
         self.protection
     }
 
-    /// Who sees a write.
+    /// Returns the visibility of writes.
     pub fn sharing(&self) -> Sharing {
         self.sharing
     }
 
-    /// True when the mapping has `MAP_SYNC`.
+    /// Returns true if the mapping has `MAP_SYNC`.
     pub fn is_sync(&self) -> bool {
         self.sync
     }
 
-    /// The address of `length` bytes from `offset`, when they lie inside.
+    /// Returns the address of `length` bytes at `offset`, or `InvalidInput` if they exceed the mapping.
     fn inside(&self, offset: MemoryOffset, length: usize) -> io::Result<usize> {
         let end = offset.as_usize().checked_add(length);
         match end {
             Some(end) if end <= self.length => Ok(self.address + offset.as_usize()),
-            _ => Err(invalid("outside of the mapping")),
+            _ => Err(invalid("range is outside of the mapping")),
         }
     }
 
-    /// Copies memory out. What a load would answer with SIGBUS or SIGSEGV (a damaged page, a file
-    /// that shrank) is an error here.
+    /// Copies memory into a buffer. A page that would raise SIGBUS or SIGSEGV on a load (a damaged page, a file that
+    /// was truncated) is an error instead.
     ///
     /// # Errors
-    /// `InvalidInput` outside of the mapping; `EFAULT` where the memory cannot be read.
+    /// Returns `InvalidInput` for a range outside of the mapping, and `EFAULT` if the memory cannot be read.
     pub fn read(&self, offset: MemoryOffset, out: &mut [u8]) -> io::Result<()> {
         let from = self.inside(offset, out.len())?;
         for (n, out) in out.chunks_mut(MAX_COPY).enumerate() {
             let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
             let remote = libc::iovec { iov_base: (from + n * MAX_COPY) as *mut _, iov_len: out.len() };
-            // SAFETY: `local` covers exactly `out`, which is borrowed mutably; the kernel checks
-            // `remote`, which is read only.
+            // SAFETY: `local` covers exactly `out`, which is borrowed mutably; the kernel checks `remote` and only
+            // reads it.
             let done = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
-            whole(done, out.len())?;
+            check_copied(done, out.len())?;
         }
         Ok(())
     }
 
-    /// Copies bytes into memory, as a guest's stores would. What a store would answer with a signal
-    /// (read-only memory) is an error here.
+    /// Copies bytes into memory, as stores of a guest would. Read-only memory, which would raise a signal on a store,
+    /// is an error instead.
     ///
     /// # Errors
-    /// `InvalidInput` outside of the mapping; `EFAULT` where the memory cannot be written.
+    /// Returns `InvalidInput` for a range outside of the mapping, and `EFAULT` if the memory cannot be written.
     pub fn write(&self, offset: MemoryOffset, bytes: &[u8]) -> io::Result<()> {
         let to = self.inside(offset, bytes.len())?;
         for (n, bytes) in bytes.chunks(MAX_COPY).enumerate() {
             let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
             let remote = libc::iovec { iov_base: (to + n * MAX_COPY) as *mut _, iov_len: bytes.len() };
-            // SAFETY: `local` covers exactly `bytes`, which is only read; `remote` lies inside this
-            // mapping, into which no reference exists.
+            // SAFETY: `local` covers exactly `bytes`, which is only read; `remote` lies inside this mapping, into which
+            // no reference exists.
             let done = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
-            whole(done, bytes.len())?;
+            check_copied(done, bytes.len())?;
         }
         Ok(())
     }
 
-    /// One load instruction. Where the page cannot be had, the process gets the signal that a VMM
-    /// would get (SIGBUS).
+    /// Executes one load instruction. If the page is not available, the process receives the signal that a VMM would
+    /// receive (SIGBUS).
     ///
     /// # Errors
-    /// `InvalidInput` outside of the mapping.
+    /// Returns `InvalidInput` for an offset outside of the mapping.
     pub fn load(&self, offset: MemoryOffset) -> io::Result<u8> {
         let at = self.inside(offset, 1)?;
-        // SAFETY: the byte lies inside this mapping, which has PROT_READ while it lives.
+        // SAFETY: the byte lies inside this mapping, which has PROT_READ during its whole life.
         Ok(unsafe { ptr::read_volatile(at as *const u8) })
     }
 
-    /// One store instruction. On read-only memory the process gets SIGSEGV, as a VMM would.
+    /// Executes one store instruction. On read-only memory the process receives SIGSEGV, as a VMM would.
     ///
     /// # Errors
-    /// `InvalidInput` outside of the mapping.
+    /// Returns `InvalidInput` for an offset outside of the mapping.
     pub fn store(&self, offset: MemoryOffset, value: u8) -> io::Result<()> {
         let at = self.inside(offset, 1)?;
-        // SAFETY: the byte lies inside this mapping, into which no reference exists; without
-        // PROT_WRITE the store ends in a signal and changes nothing.
+        // SAFETY: the byte lies inside this mapping, into which no reference exists; without PROT_WRITE the store
+        // raises a signal and changes nothing.
         unsafe { ptr::write_volatile(at as *mut u8, value) };
         Ok(())
     }
 
-    /// Gives advice about a part of the mapping.
+    /// Calls madvise(2) for a part of the mapping, given as byte offsets.
     ///
     /// # Errors
-    /// `InvalidInput` outside of the mapping; the error of `madvise`.
+    /// Returns `InvalidInput` for a range outside of the mapping, and an error if madvise(2) fails.
     pub fn advise(&self, part: Range<u64>, advice: Advice) -> io::Result<()> {
         let length =
-            part.end.checked_sub(part.start).ok_or_else(|| invalid("a range that ends before it starts"))?;
+            part.end.checked_sub(part.start).ok_or_else(|| invalid("range ends before its start"))?;
         let at = self.inside(MemoryOffset::new(part.start), length as usize)?;
-        // SAFETY: the range lies inside this mapping, into which no reference exists; none of the
-        // advices unmaps it.
+        // SAFETY: the range lies inside this mapping, into which no reference exists; no advice unmaps it.
         let done = unsafe { libc::madvise(at as *mut _, length as usize, advice.number()) };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Gives advice about the whole mapping.
+    /// Calls madvise(2) for the whole mapping.
     ///
     /// # Errors
-    /// The error of `madvise`.
+    /// Returns an error if madvise(2) fails.
     pub fn advise_all(&self, advice: Advice) -> io::Result<()> {
         self.advise(0..self.length as u64, advice)
     }
 
-    /// Binds the memory to NUMA nodes (`mbind` with `MPOL_MF_STRICT`).
+    /// Binds the memory to NUMA nodes (mbind(2) with `MPOL_MF_STRICT`).
     ///
     /// # Errors
-    /// The error of `mbind`.
+    /// Returns an error if mbind(2) fails.
     pub fn bind(&self, mode: NumaMode, nodes: &[u16]) -> io::Result<()> {
         const BITS: usize = u64::BITS as usize;
         const STRICT: libc::c_long = 1;
         let last = nodes.iter().copied().max();
-        // The kernel looks at `maxnode - 1` bits; no bits at all without nodes.
+        // The kernel reads `maxnode - 1` bits of the mask, so 1 stands for an empty mask.
         let maxnode = last.map_or(1, |n| usize::from(n) + 2);
         let mut mask = vec![0u64; maxnode.div_ceil(BITS) + 1];
         for &node in nodes {
@@ -345,13 +344,13 @@ impl Mapping {
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Takes away all access to a part (`PROT_NONE`); what lay there stays as it is.
+    /// Removes all access to a part of the mapping (`PROT_NONE`). The contents stay unchanged.
     ///
     /// # Errors
-    /// `InvalidInput` outside of the mapping; the error of `mprotect`.
+    /// Returns `InvalidInput` for a range outside of the mapping, and an error if mprotect(2) fails.
     pub fn forbid(&self, part: Range<u64>) -> io::Result<()> {
         let length =
-            part.end.checked_sub(part.start).ok_or_else(|| invalid("a range that ends before it starts"))?;
+            part.end.checked_sub(part.start).ok_or_else(|| invalid("range ends before its start"))?;
         let at = self.inside(MemoryOffset::new(part.start), length as usize)?;
         // SAFETY: the range lies inside this mapping, into which no reference exists.
         unsafe { mm::mprotect(at as *mut _, length as usize, MprotectFlags::empty())? };
@@ -361,18 +360,18 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: memory and guard page belong to this value, and it is gone after this.
+        // SAFETY: memory and guard page belong to this value, which is not used after the call.
         let _ = unsafe { mm::munmap(self.address as *mut _, self.length + self.guard) };
     }
 }
 
-/// Bytes that one system call copies at most; the kernel's own limit is just below 2 GiB.
+/// Maximum number of bytes per system call. The kernel's own limit is just below 2 GiB.
 const MAX_COPY: usize = 1 << 30;
 
-fn whole(done: isize, wanted: usize) -> io::Result<()> {
+fn check_copied(done: isize, wanted: usize) -> io::Result<()> {
     match usize::try_from(done) {
         Ok(done) if done == wanted => Ok(()),
-        // A partial copy stopped at a page that cannot be had.
+        // A partial copy stopped at an inaccessible page.
         Ok(_) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
         Err(_) => Err(io::Error::last_os_error()),
     }

@@ -1,5 +1,5 @@
-//! Anonymous files that several processes share: the counters, the table of requests in flight, and backings that live
-//! in memory.
+//! Memory that is shared between processes through memfds (counters, the table of pending requests, in-memory backing
+//! files), and locked memory.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,26 +12,26 @@ use rustix::thread::futex;
 
 use crate::units::{Bytes, PAGE_SIZE};
 
-/// A new memfd of that length that can be sealed.
+/// Creates a sealable memfd of `length` bytes.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn create(name: &str, length: Bytes) -> io::Result<OwnedFd> {
     let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&fd, length.get())?;
     Ok(fd)
 }
 
-/// Makes a memfd immutable for good, for every descriptor of it.
+/// Seals a memfd against all changes, through any descriptor and permanently.
 ///
 /// # Errors
-/// `EBUSY` while a writable shared mapping of it exists.
+/// Returns `EBUSY` while a writable shared mapping of the memfd exists.
 pub fn freeze(fd: impl AsFd) -> io::Result<()> {
     let all = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     Ok(fcntl_add_seals(fd, all)?)
 }
 
-/// Whole pages of 64-bit numbers that several processes share.
+/// Whole pages of 64-bit words that several processes share.
 #[derive(Debug)]
 pub struct SharedWords {
     base: NonNull<AtomicU64>,
@@ -39,35 +39,36 @@ pub struct SharedWords {
     fd: OwnedFd,
 }
 
-// SAFETY: the pages are only ever reached as atomics, and stay mapped as long as the value lives.
+// SAFETY: the pages are only accessed as atomics, and stay mapped while the value lives.
 unsafe impl Send for SharedWords {}
-// SAFETY: as above.
+// SAFETY: same as above.
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// New pages, all zero, to write in.
+    /// Creates zeroed pages, mapped for reading and writing.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn create(name: &str, pages: usize) -> io::Result<SharedWords> {
         let fd = create(name, Bytes::new(pages as u64 * PAGE_SIZE))?;
-        // Nobody who is handed the descriptor can cut the pages away under the others.
+        // The seals keep a process that receives the descriptor from truncating the file under the other processes.
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Self::map(fd, pages, ProtFlags::READ | ProtFlags::WRITE)
     }
 
-    /// The pages behind a descriptor that [`create`](Self::create) made in another process, to write in too.
+    /// Maps the pages of a descriptor that [`create`](Self::create) made in another process, for reading and writing.
     ///
     /// # Errors
-    /// The system's, or `InvalidInput` for a file that could shrink or has another length.
+    /// Returns `InvalidInput` for a file that is not sealed against shrinking or has another length, and an error if a
+    /// system call fails.
     pub fn share(fd: OwnedFd, pages: usize) -> io::Result<SharedWords> {
         Self::map(fd, pages, ProtFlags::READ | ProtFlags::WRITE)
     }
 
-    /// The same, to look at. A store to one of these words would be the death of the process.
+    /// Same as [`share`](Self::share), but read-only: a store to one of the words raises SIGSEGV.
     ///
     /// # Errors
-    /// As [`share`](Self::share).
+    /// Same as [`share`](Self::share).
     pub fn watch(fd: OwnedFd, pages: usize) -> io::Result<SharedWords> {
         Self::map(fd, pages, ProtFlags::READ)
     }
@@ -78,23 +79,23 @@ impl SharedWords {
         if rustix::fs::fstat(&fd)?.st_size != length as i64 || !seals.contains(SealFlags::SHRINK) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours. The file is that long
-        // and sealed against shrinking, so no access can fault.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory in use. The file has this
+        // length and is sealed against shrinking, so no access can fault.
         let base =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, &fd, 0)? };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(SharedWords { base, length, fd })
     }
 
-    /// All of them.
+    /// Returns all words.
     pub fn all(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping is `length` bytes, page-aligned, zeroed at first and only ever written as atomics by
-        // every process that has it; it lives as long as `self`. Where it is read-only, loads of 64 bits are plain
-        // loads, and nobody stores.
+        // SAFETY: the mapping has `length` bytes, is page-aligned and initially zero, and every process that maps it
+        // only writes it as atomics; it lives as long as `self`. In a read-only mapping, 64-bit atomic loads are plain
+        // loads, and no store is executed.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length / 8) }
     }
 
-    /// To hand to another process.
+    /// Returns the descriptor, which can be passed to another process.
     pub fn fd(&self) -> &OwnedFd {
         &self.fd
     }
@@ -102,90 +103,91 @@ impl SharedWords {
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` with this length, and no reference into it outlives `self`.
+        // SAFETY: `map` created the mapping with this length, and no reference into it outlives `self`.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
 
-/// A page of 64-bit numbers that several processes count in, and a bell that one of them rings for the others.
+/// A page of 64-bit counters that several processes share, with a futex word (the bell) to wake waiting processes.
 #[derive(Debug)]
 pub struct SharedCounters(SharedWords);
 
 impl SharedCounters {
-    /// How many numbers there are. Behind them is the bell.
+    /// Number of counters. The bell is the word after them.
     pub const COUNT: usize = (PAGE_SIZE / 8) as usize - 1;
 
-    /// A new page, all zero.
+    /// Creates a zeroed page.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn create() -> io::Result<SharedCounters> {
         SharedWords::create("stencil-counters", 1).map(SharedCounters)
     }
 
-    /// The page behind a descriptor that [`create`](Self::create) made in another process.
+    /// Maps the page of a descriptor that [`create`](Self::create) made in another process.
     ///
     /// # Errors
-    /// The system's, or `InvalidInput` for a file that could shrink or is no page long.
+    /// Returns `InvalidInput` for a file that is not sealed against shrinking or is not one page long, and an error if
+    /// a system call fails.
     pub fn map(fd: OwnedFd) -> io::Result<SharedCounters> {
         SharedWords::share(fd, 1).map(SharedCounters)
     }
 
-    /// All of them.
+    /// Returns all counters.
     pub fn all(&self) -> &[AtomicU64] {
         &self.0.all()[..Self::COUNT]
     }
 
-    /// To hand to another process.
+    /// Returns the descriptor, which can be passed to another process.
     pub fn fd(&self) -> &OwnedFd {
         self.0.fd()
     }
 
     fn bell(&self) -> &AtomicU32 {
         let word = std::ptr::from_ref(&self.0.all()[Self::COUNT]);
-        // SAFETY: four bytes at the begin of an aligned word that lives as long as `self`; no process reaches it other
-        // than as this smaller atomic.
+        // SAFETY: four bytes at the start of an aligned word that lives as long as `self`; every process accesses them
+        // only as an `AtomicU32`.
         unsafe { &*word.cast::<AtomicU32>() }
     }
 
-    /// How often the bell was rung.
+    /// Returns how often the bell was rung.
     pub fn rings(&self) -> u32 {
         self.bell().load(Ordering::SeqCst)
     }
 
-    /// Rings the bell: whoever waits for it goes on. Gives how often it was rung.
+    /// Rings the bell: wakes all waiting processes. Returns how often the bell was rung, this time included.
     pub fn ring(&self) -> u32 {
         let rings = self.bell().fetch_add(1, Ordering::SeqCst).wrapping_add(1);
         let _ = futex::wake(self.bell(), futex::Flags::empty(), i32::MAX as u32);
         rings
     }
 
-    /// Waits until the bell is rung, if it was not since it had been rung `heard` times; may come back early.
+    /// Waits until the count of rings differs from `heard`. May return early.
     pub fn wait_for_ring(&self, heard: u32) {
         let _ = futex::wait(self.bell(), futex::Flags::empty(), heard, None);
     }
 }
 
-/// Memory of this process that is always present: what leaves from it cannot fault on the way.
+/// Locked memory, which is always resident: a write(2) from this buffer cannot fault.
 #[derive(Debug)]
 pub struct LockedBuffer {
     base: NonNull<u8>,
     length: usize,
 }
 
-// SAFETY: it is plain memory with one owner.
+// SAFETY: the buffer is plain memory with one owner.
 unsafe impl Send for LockedBuffer {}
 // SAFETY: shared access is read-only.
 unsafe impl Sync for LockedBuffer {}
 
 impl LockedBuffer {
-    /// That many zero bytes, in whole pages, locked.
+    /// Allocates zeroed, locked memory of `length` bytes, rounded up to whole pages.
     ///
     /// # Errors
-    /// `ENOMEM` or `EPERM` where the limit of locked memory does not allow it.
+    /// Returns `ENOMEM` or `EPERM` if the limit of locked memory (`RLIMIT_MEMLOCK`) is exceeded.
     pub fn new(length: Bytes) -> io::Result<LockedBuffer> {
         let length = length.pages().bytes().as_usize().max(PAGE_SIZE as usize);
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory of ours.
+        // SAFETY: a new anonymous mapping at an address that the kernel chooses overlaps no memory in use.
         let base = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
@@ -196,7 +198,8 @@ impl LockedBuffer {
         };
         let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let buffer = LockedBuffer { base, length };
-        // SAFETY: the range is exactly the mapping just made. A flag of zero bits is mlock: every page is present now.
+        // SAFETY: the range is exactly the new mapping. Without flags mlock2 is mlock: all pages are resident
+        // afterwards.
         unsafe { rustix::mm::mlock_with(buffer.base.as_ptr().cast(), length, MlockFlags::empty())? };
         Ok(buffer)
     }
@@ -206,21 +209,21 @@ impl std::ops::Deref for LockedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the mapping is `length` readable bytes, and lives as long as `self`.
+        // SAFETY: the mapping has `length` readable bytes and lives as long as `self`.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length) }
     }
 }
 
 impl std::ops::DerefMut for LockedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `self` is borrowed exclusively.
+        // SAFETY: same as above, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
     }
 }
 
 impl Drop for LockedBuffer {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length, and no reference into it outlives `self`.
+        // SAFETY: `new` created the mapping with this length, and no reference into it outlives `self`.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
@@ -230,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_mappings_of_the_counters_are_one() {
+    fn counters_are_shared_between_mappings() {
         let a = SharedCounters::create().unwrap();
         let b = SharedCounters::map(a.fd().try_clone().unwrap()).unwrap();
         a.all()[7].fetch_add(5, Ordering::Relaxed);
@@ -239,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bell_wakes_who_waits_in_another_mapping() {
+    fn bell_wakes_a_waiter_in_another_mapping() {
         let a = SharedCounters::create().unwrap();
         let b = SharedCounters::map(a.fd().try_clone().unwrap()).unwrap();
         assert_eq!(b.rings(), 0);
@@ -256,20 +259,20 @@ mod tests {
     }
 
     #[test]
-    fn who_watches_sees_what_others_write() {
+    fn watch_sees_stores_of_other_mappings() {
         let words = SharedWords::create("x", 3).unwrap();
         let watched = SharedWords::watch(words.fd().try_clone().unwrap(), 3).unwrap();
         assert_eq!(watched.all().len(), 3 * 512);
         words.all()[1535].store(9, Ordering::Relaxed);
         assert_eq!(watched.all()[1535].load(Ordering::Relaxed), 9);
-        assert!(SharedWords::watch(words.fd().try_clone().unwrap(), 2).is_err(), "another length");
+        assert!(SharedWords::watch(words.fd().try_clone().unwrap(), 2).is_err(), "wrong length");
         let file = std::fs::File::from(words.fd().try_clone().unwrap());
-        assert!(file.set_len(4096).is_err(), "the pages cannot be cut away");
+        assert!(file.set_len(4096).is_err(), "the file is sealed against shrinking");
         assert!(SharedWords::watch(create("unsealed", Bytes::new(4096)).unwrap(), 1).is_err());
     }
 
     #[test]
-    fn a_frozen_memfd_takes_no_byte() {
+    fn frozen_memfd_rejects_writes() {
         use std::os::unix::fs::FileExt;
         let file = std::fs::File::from(create("x", Bytes::new(8192)).unwrap());
         file.write_all_at(b"first", 0).unwrap();
@@ -279,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_locked_buffer_is_whole_pages_of_memory() {
+    fn locked_buffer_is_rounded_up_to_pages() {
         let mut buffer = LockedBuffer::new(Bytes::new(5000)).unwrap();
         assert_eq!(buffer.len(), 8192);
         buffer[8191] = 7;

@@ -1,5 +1,5 @@
-//! The fence around the kernel: the only unsafe code of the library, one interface a file.
-//! Every error number becomes an [`Error`](crate::error::Error) before it leaves.
+//! Interfaces to the kernel: the only unsafe code of the library, one kernel interface per file.
+//! Callers receive an errno as [`std::io::Error`] or as an [`Error`](crate::error::Error) with its code and remedy.
 #![allow(unsafe_code)]
 
 pub mod address_space;

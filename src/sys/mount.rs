@@ -1,4 +1,4 @@
-//! mount(2) and its relatives: attach a FUSE connection, take it away, abort it.
+//! mount(2), umount2(2) and the abort of FUSE connections.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,17 +11,17 @@ use rustix::mount::{MountFlags, UnmountFlags, mount};
 use super::procfs::{self, MountLine};
 use crate::error::{Error, Result};
 
-/// Type of a mount of ours in `/proc/mounts`.
+/// File system type of Stencil mounts in `/proc/mounts`.
 pub const FS_TYPE: &str = "fuse.stencil";
 
-/// Mounts the FUSE connection behind `fuse` on a directory, with the permission checks of the kernel and for all users.
-/// The superblock stays writable: on a read-only one a writable open would be `EROFS`, and QEMU tells its user about
-/// `readonly=on,rom=off` only after `EACCES`. Every write-like call is refused by the server.
+/// Mounts the FUSE connection `fuse` on a directory for all users, with permission checks by the kernel
+/// (`default_permissions`). The superblock stays writable: on a read-only superblock an open for writing fails with
+/// `EROFS`, but QEMU prints its advice about `readonly=on,rom=off` only after `EACCES`. The server rejects all writes.
 ///
-/// `source` is what `/proc/mounts` names: mount(8) compares it with fstab before it mounts a second time.
+/// `source` is the first field in `/proc/mounts`; mount(8) compares it with fstab to detect an existing mount.
 ///
 /// # Errors
-/// The kernel's; `EPERM` says what is missing.
+/// Returns an error if mount(2) fails, with a remedy for missing privileges and a missing FUSE module.
 pub fn mount_fuse(fuse: impl AsFd, source: &Path, mountpoint: &Path, noexec: bool) -> Result<()> {
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
     if noexec {
@@ -36,22 +36,22 @@ pub fn mount_fuse(fuse: impl AsFd, source: &Path, mountpoint: &Path, noexec: boo
         let error = Error::io("cannot mount", mountpoint, e.into());
         match e {
             rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => {
-                error.remedy("mounting needs CAP_SYS_ADMIN: run it as root")
+                error.remedy("run the command as root: mounting requires CAP_SYS_ADMIN")
             }
             rustix::io::Errno::NODEV => {
-                error.remedy("the kernel has no FUSE: load the module `fuse` or set CONFIG_FUSE_FS")
+                error.remedy("load the kernel module fuse (modprobe fuse), or set CONFIG_FUSE_FS")
             }
             _ => error,
         }
     })
 }
 
-/// Takes a mount out of the tree, if nobody uses it or, with `lazy`, at once.
+/// Unmounts a mountpoint: only if the mount is unused, or with `lazy` (`MNT_DETACH`) immediately.
 ///
 /// # Errors
-/// `EBUSY` while it is in use; `EINVAL` where nothing is mounted there.
+/// Returns `EBUSY` if the mount is in use, and `EINVAL` if nothing is mounted there.
 pub fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
-    // A symbolic link put in the mountpoint's place must not lead the call elsewhere.
+    // A symbolic link in place of the mountpoint must not redirect the call.
     let mut flags = UnmountFlags::NOFOLLOW;
     if lazy {
         flags |= UnmountFlags::DETACH;
@@ -59,19 +59,19 @@ pub fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     Ok(rustix::mount::unmount(mountpoint, flags)?)
 }
 
-/// What is mounted on a path, of several the one that is seen; nobody is asked but `/proc`.
+/// Returns the mount on a path, the topmost of several. Reads only `/proc`, so an unresponsive mount cannot block it.
 ///
 /// # Errors
-/// When `/proc/self/mountinfo` cannot be read.
+/// Returns an error if `/proc/self/mountinfo` cannot be read.
 pub fn at(mountpoint: &Path) -> Result<Option<MountLine>> {
     Ok(procfs::mounts()?.into_iter().rfind(|mount| mount.mountpoint == mountpoint))
 }
 
-/// A mountpoint's path without symbolic links. What is mounted there is not asked: nobody may answer for it. The last
-/// part need not exist.
+/// Resolves the symbolic links in the path of a mountpoint. A file system that is mounted there is not accessed,
+/// because its server may be unresponsive. The last component need not exist.
 ///
 /// # Errors
-/// When there is no such folder, or mounts cannot be listed.
+/// Returns an error if the parent directory does not exist or mounts cannot be listed.
 pub fn place(path: &Path) -> io::Result<PathBuf> {
     let full = std::path::absolute(path)?;
     let (Some(parent), Some(name)) = (full.parent(), full.file_name()) else {
@@ -87,38 +87,38 @@ pub fn place(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// The abort of one FUSE connection. It stays that one's: its number may be given to another as soon as it is over, and
-/// an abort that was opened before does nothing to that.
+/// An open `abort` file of one FUSE connection. The kernel may reuse the number of a connection as soon as the
+/// connection ends; an abort file that was opened before does not affect the new connection.
 #[derive(Debug)]
 pub struct Abort(File);
 
 impl Abort {
-    /// That of the connection which has that device number (`st_dev`) now. Uses a private instance of fusectl that is
-    /// attached nowhere.
+    /// Opens the abort file of the connection that has this device number (`st_dev`) now, on a private instance of
+    /// fusectl.
     ///
     /// # Errors
-    /// `ENOENT` where no such connection exists; else the kernel's.
+    /// Returns `ENOENT` if no such connection exists, and an error if a system call fails.
     pub fn of(device: u64) -> io::Result<Abort> {
         let root = super::fusectl::open()?;
-        // Connections are named after the kernel's own form of the device number; anonymous ones have major 0.
+        // Connections are named after the kernel's encoding of the device number; anonymous devices have major 0.
         let name = format!("{}/abort", rustix::fs::minor(device));
         let abort = rustix::fs::openat(&root, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Abort(abort.into()))
     }
 
-    /// Every waiting and every later request fails.
+    /// Aborts the connection: all pending and future requests fail.
     ///
     /// # Errors
-    /// The kernel's. A connection that is over is none.
+    /// Returns an error if the write fails. Aborting a connection that has ended succeeds.
     pub fn now(mut self) -> io::Result<()> {
         self.0.write_all(b"1")
     }
 }
 
-/// Aborts the FUSE connection of that device number (`st_dev`): every waiting and every later request fails.
+/// Aborts the FUSE connection with this device number (`st_dev`): all pending and future requests fail.
 ///
 /// # Errors
-/// `ENOENT` where no such connection exists; else the kernel's.
+/// Returns `ENOENT` if no such connection exists, and an error if a system call fails.
 pub fn abort_fuse_connection(device: u64) -> io::Result<()> {
     Abort::of(device)?.now()
 }
@@ -128,23 +128,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_place_of_a_mount_is_found_without_asking_it() {
+    fn resolves_mountpoints_without_accessing_the_mount() {
         let dir = tempfile::tempdir().unwrap();
         let real = std::fs::canonicalize(dir.path()).unwrap();
         let (mnt, link) = (real.join("mnt"), real.join("link"));
         std::fs::create_dir(&mnt).unwrap();
         std::os::unix::fs::symlink(&mnt, &link).unwrap();
         std::os::unix::fs::symlink(&real, real.join("again")).unwrap();
-        // Nobody answers on this connection: whoever asks it waits for ever.
+        // No server replies on this connection, so any access to the mount blocks for ever.
         let fuse = crate::sys::fuse_dev::open().unwrap();
         mount_fuse(&fuse, &real, &mnt, false).unwrap();
         let places = [mnt.clone(), real.join("again/mnt"), real.join("mnt/")].map(|path| place(&path));
-        let there = at(&mnt);
+        let mounted = at(&mnt);
         unmount(&mnt, true).unwrap();
         for place in places {
             assert_eq!(place.unwrap(), mnt);
         }
-        assert_eq!(there.unwrap().unwrap().fs_type, FS_TYPE);
+        assert_eq!(mounted.unwrap().unwrap().fs_type, FS_TYPE);
         assert_eq!(at(&mnt).unwrap(), None);
         assert_eq!(place(&link).unwrap(), mnt, "a link to a mountpoint is followed");
         assert_eq!(place(&real.join("again/missing")).unwrap(), real.join("missing"));
@@ -153,39 +153,42 @@ mod tests {
     }
 
     #[test]
-    fn an_abort_is_of_its_connection_and_of_no_later_one() {
+    fn abort_affects_only_its_own_connection() {
         use crate::sys::fuse_dev;
         let dir = tempfile::tempdir().unwrap();
-        let begin = || {
+        let new_mount = || {
             let fuse = fuse_dev::open().unwrap();
             mount_fuse(&fuse, dir.path(), dir.path(), false).unwrap();
             let device = at(dir.path()).unwrap().unwrap().dev;
             (fuse, device)
         };
-        let mut same = 0;
+        let mut reused = 0;
         for _ in 0..50 {
-            let (fuse, device) = begin();
+            let (fuse, device) = new_mount();
             let (early, late) = (Abort::of(device).unwrap(), Abort::of(device).unwrap());
             assert!(!fuse_dev::is_over(&fuse));
             early.now().unwrap();
             let aborted = fuse_dev::is_over(&fuse);
             unmount(dir.path(), true).unwrap();
             drop(fuse);
-            let (next, its) = begin();
+            let (next, next_device) = new_mount();
             let done = late.now();
             let spared = !fuse_dev::is_over(&next);
             unmount(dir.path(), true).unwrap();
-            assert!(aborted && done.is_ok() && spared, "{aborted} {done:?} {spared}, {device} and {its}");
-            same += u32::from(its == device);
-            if same > 3 {
+            assert!(
+                aborted && done.is_ok() && spared,
+                "{aborted} {done:?} {spared}, devices {device} and {next_device}"
+            );
+            reused += u32::from(next_device == device);
+            if reused > 3 {
                 return;
             }
         }
-        assert!(same > 0, "no number was given again");
+        assert!(reused > 0, "no device number was reused");
     }
 
     #[test]
-    fn aborting_no_connection_says_so() {
+    fn aborting_a_missing_connection_is_enoent() {
         let error = abort_fuse_connection(rustix::fs::makedev(0, 999_999)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
     }

@@ -1,9 +1,9 @@
-//! Which pages of a process are present, copied, swapped: `/proc/PID/pagemap`, by `PAGEMAP_SCAN`
-//! (ranges, fast) and by its 64-bit entries (frames, exact per page).
+//! State of the pages of a process (present, copied, swapped) from `/proc/PID/pagemap`: with the ioctl `PAGEMAP_SCAN`
+//! (page ranges, fast) and from the 64-bit entries (frames, exact per page).
 //!
-//! **Copy-on-write is the dirty bit.** In a private mapping of a file a page that is present and is
-//! no page of the file has been copied by a write; [`Pagemap::dirty`] lists these, from outside, on
-//! any process, without arming anything.
+//! **A copied page is a dirty page.** In a private file mapping, a page that is present and does not belong to the file
+//! was copied by a write (copy-on-write). [`Pagemap::dirty`] lists these pages of any process from outside, without prior
+//! setup such as soft-dirty bits or userfaultfd.
 
 use std::fs::File;
 use std::io;
@@ -19,36 +19,36 @@ mod entry;
 
 pub use entry::Entry;
 
-/// A set of page categories of `PAGEMAP_SCAN`.
+/// A set of `PAGEMAP_SCAN` page categories.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Categories(u64);
 
 impl Categories {
-    /// No category.
+    /// The empty set.
     pub const NONE: Categories = Categories(0);
-    /// The page lies in a mapping that allows asynchronous write protection.
+    /// The page is in a mapping with asynchronous write protection (userfaultfd).
     pub const WP_ALLOWED: Categories = Categories(1);
-    /// Written since it was write-protected.
+    /// The page was written after it was write-protected.
     pub const WRITTEN: Categories = Categories(2);
-    /// A page of a file or of shared memory.
+    /// The page belongs to a file or to shared memory.
     pub const FILE: Categories = Categories(4);
-    /// Present in RAM and in the page table.
+    /// The page is present in memory and in the page table.
     pub const PRESENT: Categories = Categories(8);
-    /// In swap, or a marker that looks so.
+    /// The page is in swap, or its entry is a marker in the format of a swap entry.
     pub const SWAPPED: Categories = Categories(16);
-    /// The shared zero page.
+    /// The page is the shared zero page.
     pub const ZERO: Categories = Categories(32);
-    /// Mapped by a PMD.
+    /// The page is mapped by a PMD (huge page).
     pub const HUGE: Categories = Categories(64);
-    /// A guard region (known to the kernel since 6.15).
+    /// The page is in a guard region (reported since Linux 6.15).
     pub const GUARD: Categories = Categories(256);
 
-    /// True when every category of `other` is in this set.
+    /// Returns true if every category of `other` is in this set.
     pub const fn contains(self, other: Categories) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// This set without the other's categories.
+    /// Returns this set without the categories of `other`.
     #[must_use]
     pub const fn without(self, other: Categories) -> Categories {
         Categories(self.0 & !other.0)
@@ -62,40 +62,40 @@ impl BitOr for Categories {
     }
 }
 
-/// Which pages a scan reports, and what it says about them. A page matches when it has all of `all`,
-/// none of `none`, and one of `any` (unless that is empty).
+/// The page filter of a scan and the categories to report. A page matches if it has all categories of `all`, none of
+/// `none`, and at least one of `any` (unless `any` is empty).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Query {
-    /// Categories that a page must have.
+    /// Categories that a page must all have.
     pub all: Categories,
     /// Categories that a page must not have.
     pub none: Categories,
     /// Categories of which a page must have at least one.
     pub any: Categories,
-    /// Categories that are reported, and that split ranges.
+    /// Categories to report. Neighbouring pages with different reported categories are separate regions.
     pub report: Categories,
 }
 
-/// Neighbouring pages with the same reported categories.
+/// Consecutive pages with the same reported categories.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
-    /// Addresses, whole pages.
+    /// Page-aligned address range.
     pub range: Range<u64>,
-    /// What was reported.
+    /// The reported categories of the pages.
     pub categories: Categories,
 }
 
-/// Neighbouring pages that a process has copied.
+/// Consecutive copied pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirtyRange {
-    /// Addresses, whole pages.
+    /// Page-aligned address range.
     pub range: Range<u64>,
-    /// True when the copies lie in swap and hold no RAM.
+    /// True if the copies are in swap and not in memory.
     pub swapped: bool,
 }
 
 impl DirtyRange {
-    /// Number of 4 KiB pages.
+    /// Returns the number of 4 KiB pages.
     pub fn pages(&self) -> u64 {
         (self.range.end - self.range.start) / PAGE_SIZE
     }
@@ -128,43 +128,44 @@ struct RawRegion {
 /// `_IOWR('f', 16, struct pm_scan_arg)`
 const PAGEMAP_SCAN: libc::Ioctl = 0xC060_6610_u32 as libc::Ioctl;
 
-/// Regions that one call of the kernel may answer.
+/// Maximum number of regions per `PAGEMAP_SCAN` call.
 const REGIONS_PER_CALL: usize = 1024;
 
-/// Entries that one read fetches.
+/// Maximum number of entries per read.
 const ENTRIES_PER_READ: usize = 8192;
 
-/// The pagemap of one process.
+/// An open pagemap of one process.
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
-    /// For messages; nothing for this process.
+    /// For messages; `None` for this process.
     pid: Option<u32>,
 }
 
 impl Pagemap {
-    /// Of this process. A thread of it that forks later keeps looking at the parent.
+    /// Opens the pagemap of this process. After a fork, the child still reads the pagemap of the parent.
     ///
     /// # Errors
-    /// Whatever opening `/proc/self/pagemap` gives.
+    /// Returns an error if `/proc/self/pagemap` cannot be opened.
     pub fn this_process() -> Result<Pagemap> {
         let path = "/proc/self/pagemap";
-        let file = File::open(path).map_err(|e| Error::io("cannot open the pagemap", path, e))?;
+        let file = File::open(path).map_err(|e| Error::io("cannot open pagemap", path, e))?;
         Ok(Pagemap { file, pid: None })
     }
 
-    /// Of any process. The value stays with that process even when its number is given away.
+    /// Opens the pagemap of a process. The value refers to that process even after its pid is reused.
     ///
     /// # Errors
-    /// Not found when the process is gone; failed without the right to look into it.
+    /// Returns [`Code::NotFound`](crate::error::Code::NotFound) if the process has exited, and
+    /// [`Code::Failed`](crate::error::Code::Failed) without permission to inspect the process.
     pub fn open(pid: u32) -> Result<Pagemap> {
-        let opened = tasks::through_memory(pid, |folder| {
-            let file = File::open(folder.join("pagemap"))?;
-            Ok(tasks::has_memory(folder)?.then_some(file))
+        let opened = tasks::through_memory(pid, |directory| {
+            let file = File::open(directory.join("pagemap"))?;
+            Ok(tasks::has_memory(directory)?.then_some(file))
         });
         let path = || format!("/proc/{pid}/pagemap");
-        let file = opened.map_err(|e| Error::io("cannot open the pagemap", path(), e))?;
-        Ok(Pagemap { file: file.ok_or_else(|| gone(Some(pid)))?, pid: Some(pid) })
+        let file = opened.map_err(|e| Error::io("cannot open pagemap", path(), e))?;
+        Ok(Pagemap { file: file.ok_or_else(|| exited(Some(pid)))?, pid: Some(pid) })
     }
 
     fn path(&self) -> String {
@@ -173,16 +174,20 @@ impl Pagemap {
 
     fn failed(&self, what: &str, cause: io::Error) -> Error {
         match cause.raw_os_error() {
-            Some(libc::ESRCH) => gone(self.pid),
-            Some(libc::ENOTTY) => Error::io(what, self.path(), cause).remedy("PAGEMAP_SCAN needs Linux 6.7"),
+            Some(libc::ESRCH) => exited(self.pid),
+            Some(libc::ENOTTY) => {
+                Error::io(what, self.path(), cause).remedy("use Linux 6.7 or later, which has PAGEMAP_SCAN")
+            }
             _ => Error::io(what, self.path(), cause),
         }
     }
 
-    /// The pages of `range` (whole pages) that match, in order; neighbours of equal categories are one region.
+    /// Returns the matching pages of the page-aligned `range` in ascending order. Consecutive pages with equal
+    /// categories form one region.
     ///
     /// # Errors
-    /// A usage error for a range that is not of whole pages; else what the kernel says.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if the range is not page-aligned, and an error if the ioctl
+    /// fails.
     pub fn scan(&self, range: Range<u64>, query: &Query) -> Result<Vec<Region>> {
         let mut found: Vec<Region> = Vec::new();
         self.scan_each(range, query, |region| match found.last_mut() {
@@ -196,47 +201,47 @@ impl Pagemap {
 
     fn scan_each(&self, range: Range<u64>, query: &Query, mut each: impl FnMut(Region)) -> Result<()> {
         check_pages(&range)?;
-        let mut answer = vec![RawRegion::default(); REGIONS_PER_CALL];
+        let mut regions = vec![RawRegion::default(); REGIONS_PER_CALL];
         let mut start = range.start;
         while start < range.end {
-            let count = self.scan_once(start..range.end, query, &mut answer)?;
-            for raw in &answer[..count] {
+            let count = self.scan_once(start..range.end, query, &mut regions)?;
+            for raw in &regions[..count] {
                 each(Region { range: raw.start..raw.end, categories: Categories(raw.categories) });
             }
-            // Fewer regions than there was room for: the walk is done. `walk_end` says nothing then (it
-            // may point into a finished range), and with a full answer the last region's end is as good:
-            // what lies between the two did not match.
-            if count < answer.len() {
+            // Fewer regions than the vector holds: the walk is complete. `walk_end` is not used, because it may point
+            // into a finished range. For a full vector the end of the last region is an equally good start, because the
+            // pages between the two addresses did not match.
+            if count < regions.len() {
                 return Ok(());
             }
-            start = answer[count - 1].end;
+            start = regions[count - 1].end;
         }
         Ok(())
     }
 
-    fn scan_once(&self, range: Range<u64>, query: &Query, answer: &mut [RawRegion]) -> Result<usize> {
-        let known = known_categories();
-        let (all, none) = (query.all.0 & known, query.none.0 & known);
+    fn scan_once(&self, range: Range<u64>, query: &Query, regions: &mut [RawRegion]) -> Result<usize> {
+        let supported = supported_categories();
+        let (all, none) = (query.all.0 & supported, query.none.0 & supported);
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
             flags: 0,
             start: range.start,
             end: range.end,
             walk_end: 0,
-            vec: answer.as_mut_ptr() as u64,
-            vec_len: answer.len() as u64,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
             max_pages: 0,
             category_inverted: none,
             category_mask: all | none,
-            category_anyof_mask: query.any.0 & known,
-            return_mask: query.report.0 & known,
+            category_anyof_mask: query.any.0 & supported,
+            return_mask: query.report.0 & supported,
         };
         loop {
-            // SAFETY: the argument has the layout and the size that it names; `vec` points to `vec_len`
+            // SAFETY: the argument has the kernel's layout and its `size` field is correct; `vec` points to `vec_len`
             // regions that are borrowed mutably for the call.
             let done = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &mut argument) };
             if let Ok(count) = usize::try_from(done) {
-                return Ok(count.min(answer.len()));
+                return Ok(count.min(regions.len()));
             }
             let cause = io::Error::last_os_error();
             if cause.kind() != io::ErrorKind::Interrupted {
@@ -245,12 +250,12 @@ impl Pagemap {
         }
     }
 
-    /// The pages of `range` that the process has copied, present or in swap, in order. Exact, and
-    /// nothing needs to be armed before. Where userfaultfd or guard markers look like swap they are
-    /// told apart by their entries, for which the kernel wants `CAP_SYS_ADMIN`.
+    /// Returns the copied pages of `range`, present or in swap, in ascending order. The result is exact and needs no
+    /// prior setup. Markers of userfaultfd and guard regions look like swap to a scan; they are identified by their
+    /// pagemap entries, whose content the kernel shows only with `CAP_SYS_ADMIN`.
     ///
     /// # Errors
-    /// As [`Pagemap::scan`] and [`Pagemap::entries`].
+    /// Same as [`Pagemap::scan`] and [`Pagemap::entries`].
     pub fn dirty(&self, range: Range<u64>) -> Result<Vec<DirtyRange>> {
         let query = Query {
             none: Categories::FILE | Categories::ZERO | Categories::GUARD,
@@ -265,7 +270,7 @@ impl Pagemap {
                 continue;
             }
             self.each_entry(region.range, |address, entry| {
-                // The page may have come back since the scan.
+                // The page may have been swapped in since the scan.
                 let copied = !entry.is_file() && !entry.is_guard() && !entry.is_marker();
                 if copied && (entry.is_present() || entry.is_swap()) {
                     push(&mut dirty, address..address + PAGE_SIZE, entry.swap_slot().is_some());
@@ -275,20 +280,21 @@ impl Pagemap {
         Ok(dirty)
     }
 
-    /// The entries of all pages of `range`, in order.
+    /// Returns the entries of all pages of `range` in ascending order.
     ///
     /// # Errors
-    /// A usage error for a range that is not of whole pages; not found when the process is gone.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if the range is not page-aligned, and
+    /// [`Code::NotFound`](crate::error::Code::NotFound) if the process has exited.
     pub fn entries(&self, range: Range<u64>) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         self.each_entry(range, |_, entry| entries.push(entry))?;
         Ok(entries)
     }
 
-    /// Calls `each` with the address and the entry of every page of `range`, in order, in bounded memory.
+    /// Calls `each` with the address and the entry of every page of `range` in ascending order, with bounded memory.
     ///
     /// # Errors
-    /// As [`Pagemap::entries`].
+    /// Same as [`Pagemap::entries`].
     pub fn each_entry(&self, range: Range<u64>, mut each: impl FnMut(u64, Entry)) -> Result<()> {
         check_pages(&range)?;
         let pages = (range.end - range.start) / PAGE_SIZE;
@@ -299,10 +305,10 @@ impl Pagemap {
             let got = match self.file.read_at(&mut buffer[..wanted], address / PAGE_SIZE * 8) {
                 Ok(got) => got & !7,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(self.failed("cannot read the pagemap", e)),
+                Err(e) => return Err(self.failed("cannot read pagemap", e)),
             };
             if got == 0 {
-                return Err(gone(self.pid));
+                return Err(exited(self.pid));
             }
             for bytes in buffer[..got].chunks_exact(8) {
                 let mut word = [0; 8];
@@ -323,26 +329,26 @@ fn push(ranges: &mut Vec<DirtyRange>, range: Range<u64>, swapped: bool) {
 }
 
 fn check_pages(range: &Range<u64>) -> Result<()> {
-    let whole = range.start.is_multiple_of(PAGE_SIZE) && range.end.is_multiple_of(PAGE_SIZE);
-    if whole && range.start <= range.end {
+    let is_aligned = range.start.is_multiple_of(PAGE_SIZE) && range.end.is_multiple_of(PAGE_SIZE);
+    if is_aligned && range.start <= range.end {
         return Ok(());
     }
-    Err(Error::usage(format!("{:#x}-{:#x} is no range of whole pages", range.start, range.end)))
+    Err(Error::usage(format!("invalid address range {:#x}-{:#x}: not page-aligned", range.start, range.end)))
 }
 
-fn gone(pid: Option<u32>) -> Error {
+fn exited(pid: Option<u32>) -> Error {
     match pid {
-        Some(pid) => Error::not_found(format!("process {pid} is gone")),
-        None => Error::not_found("the address space of this process is gone"),
+        Some(pid) => Error::not_found(format!("process {pid} has exited")),
+        None => Error::not_found("the process of this pagemap has exited"),
     }
 }
 
-/// All categories that the running kernel knows: unknown ones make it refuse the whole call. Only
-/// GUARD is younger (6.15) than the oldest kernel that Stencil runs on.
-fn known_categories() -> u64 {
+/// Returns all categories that the running kernel supports. The kernel rejects a call with unsupported categories. Only
+/// GUARD (Linux 6.15) is newer than the oldest kernel that Stencil supports.
+fn supported_categories() -> u64 {
     use std::sync::OnceLock;
-    static KNOWN: OnceLock<u64> = OnceLock::new();
-    *KNOWN.get_or_init(|| {
+    static SUPPORTED: OnceLock<u64> = OnceLock::new();
+    *SUPPORTED.get_or_init(|| {
         let all = 0x1ff;
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
@@ -359,7 +365,7 @@ fn known_categories() -> u64 {
             return_mask: all,
         };
         let Ok(file) = File::open("/proc/self/pagemap") else { return all };
-        // SAFETY: the argument has the layout and the size that it names; there is no result vector.
+        // SAFETY: the argument has the kernel's layout and its `size` field is correct; there is no result vector.
         let done = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN, &mut argument) };
         if done < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
             all & !Categories::GUARD.0

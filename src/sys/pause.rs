@@ -1,28 +1,28 @@
-//! What keeps a process from running until somebody lets it: a signal, a debugger, the freezer of its control group.
+//! Why a process does not run until another process resumes it: a signal, a debugger, or a cgroup freezer.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::procfs;
 
-/// Why a process does not run.
+/// The cause of a paused process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pause {
-    /// A signal: SIGSTOP, SIGTSTP, SIGTTIN or SIGTTOU.
+    /// A stop signal: SIGSTOP, SIGTSTP, SIGTTIN or SIGTTOU.
     Stopped,
-    /// A tracer.
+    /// A tracer (debugger).
     Traced,
-    /// The freezer of its control group, or of one above.
+    /// The freezer of the cgroup of the process, or of an ancestor.
     Frozen {
-        /// The file by which it was frozen.
+        /// The cgroup file through which the group was frozen.
         file: PathBuf,
-        /// What thaws it, written to that file.
+        /// The text that thaws the group when it is written to the file.
         thaw: &'static str,
     },
 }
 
-/// Why a process does not run; `None` for a process that runs, has ended or cannot be looked into. A frozen control group
-/// comes first: a signal does not reach a frozen process.
+/// Returns why a process does not run, or `None` if the process runs, has exited or cannot be inspected. A frozen
+/// cgroup takes precedence, because a frozen process does not react to signals.
 pub fn of(pid: u32) -> Option<Pause> {
     frozen(pid).or_else(|| match procfs::stat(pid).ok()??.state {
         'T' => Some(Pause::Stopped),
@@ -32,38 +32,38 @@ pub fn of(pid: u32) -> Option<Pause> {
 }
 
 impl Pause {
-    /// The command or action that lets the process run again.
+    /// Returns the command or action that resumes the process.
     pub fn remedy(&self, pid: u32) -> String {
         match self {
-            Pause::Stopped => format!("let it go on: `kill -CONT {pid}`"),
-            Pause::Traced => "let it go on, or end the debugger".to_owned(),
+            Pause::Stopped => format!("resume the process with 'kill -CONT {pid}'"),
+            Pause::Traced => "resume the process in the debugger, or quit the debugger".to_owned(),
             Pause::Frozen { file, thaw } => {
-                format!("thaw it: `echo {thaw} > {}`, or as its manager does it", file.display())
+                format!("thaw the cgroup with its manager, or with 'echo {thaw} > {}'", file.display())
             }
         }
     }
 }
 
-/// A predicate: `is stopped (SIGSTOP)`.
+/// A predicate without a subject, such as `is stopped (SIGSTOP)`.
 impl fmt::Display for Pause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Pause::Stopped => "is stopped (SIGSTOP)",
             Pause::Traced => "is stopped by a debugger",
-            Pause::Frozen { .. } => "is frozen by its control group",
+            Pause::Frozen { .. } => "is frozen by its cgroup",
         })
     }
 }
 
-/// A hierarchy of control groups with a freezer.
+/// A type of cgroup hierarchy with a freezer.
 struct Freezer {
-    /// Type of its file system, and a word of its options.
+    /// The type of the file system, and a word of its mount options.
     mount: (&'static str, &'static str),
-    /// The file and line of a frozen group.
+    /// The file and line of a frozen cgroup.
     frozen: (&'static str, &'static str),
-    /// The file and line of a group that is the cause.
+    /// The file and line of a cgroup that was itself told to freeze.
     cause: (&'static str, &'static str),
-    /// The file and word that thaw it.
+    /// The file and text that thaw the cgroup.
     thaw: (&'static str, &'static str),
 }
 
@@ -92,11 +92,11 @@ fn frozen(pid: u32) -> Option<Pause> {
             _ => return None,
         };
         let (kind, option) = freezer.mount;
-        let is_it = |mount: &&procfs::MountLine| {
+        let matches = |mount: &&procfs::MountLine| {
             let has = mount.super_options.split(',').any(|one| one == option);
             mount.fs_type == kind && (option.is_empty() || has)
         };
-        let root = &mounts.iter().find(is_it)?.mountpoint;
+        let root = &mounts.iter().find(matches)?.mountpoint;
         let has = |group: &Path, (file, line): (&str, &str)| {
             procfs::read_text(&group.join(file)).is_ok_and(|text| text.lines().any(|found| found == line))
         };
@@ -104,10 +104,10 @@ fn frozen(pid: u32) -> Option<Pause> {
         if !has(&own, freezer.frozen) {
             return None;
         }
-        // The uppermost one that was told to freeze: those beneath it stay frozen as long as it is.
-        let told = own.ancestors().take_while(|group| group != root).filter(|g| has(g, freezer.cause));
+        // The topmost cgroup that was told to freeze: its descendants stay frozen until it is thawed.
+        let causes = own.ancestors().take_while(|group| group != root).filter(|g| has(g, freezer.cause));
         let (file, thaw) = freezer.thaw;
-        Some(Pause::Frozen { file: told.last().unwrap_or(&own).join(file), thaw })
+        Some(Pause::Frozen { file: causes.last().unwrap_or(&own).join(file), thaw })
     })
 }
 
@@ -117,7 +117,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_stopped_process_is_told_from_one_that_runs() {
+    fn detects_a_stopped_process() {
         let mut child = Command::new("sleep").arg("100").spawn().unwrap();
         let pid = child.id();
         assert_eq!(of(pid), None);

@@ -1,27 +1,27 @@
-//! Who is at the other end of a unix socket (`SO_PEERCRED`).
+//! Credentials of the peer of a unix socket (`SO_PEERCRED`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// The process that connected, or that called `listen`.
+/// The process that called connect(2) or listen(2) on the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
-    /// Its number; `None` where it has none in this PID namespace.
+    /// Pid of the process; `None` if the process is not visible in this PID namespace.
     pub pid: Option<u32>,
-    /// Its user at that time.
+    /// Effective user id of the process at that time.
     pub uid: u32,
 }
 
 impl Peer {
-    /// The peer of a connected socket.
+    /// Returns the peer of a connected socket.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the system call fails.
     pub fn of(socket: impl AsFd) -> io::Result<Peer> {
-        // Not by rustix, whose answer has no room for the pid 0 of another namespace.
+        // Without rustix, whose result type cannot represent the pid 0 that stands for another PID namespace.
         let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
         let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes to a `ucred` that lives through the call.
+        // SAFETY: the kernel writes at most `length` bytes to a `ucred` that outlives the call.
         let result = unsafe {
             libc::getsockopt(
                 socket.as_fd().as_raw_fd(),
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_is_its_own_peer() {
+    fn returns_this_process_for_a_socket_pair() {
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
         let uid = rustix::process::geteuid().as_raw();
         assert_eq!(Peer::of(&a).unwrap(), Peer { pid: Some(std::process::id()), uid });

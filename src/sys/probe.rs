@@ -1,4 +1,4 @@
-//! What this host can do: one question a function, answers as values.
+//! Capabilities of the host: kernel release and settings, privileges, file systems, sandbox interfaces.
 
 use std::fs;
 use std::path::Path;
@@ -6,34 +6,34 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
-/// Release of a kernel, as far as features hang on it.
+/// Release of a kernel, major and minor number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KernelRelease {
-    /// First number.
+    /// First number of the release.
     pub major: u32,
-    /// Second number.
+    /// Second number of the release.
     pub minor: u32,
 }
 
 impl KernelRelease {
-    /// The oldest kernel that Stencil runs on: `cachestat` came with 6.5, `PAGEMAP_SCAN` with 6.7, FUSE
-    /// passthrough and `FUSE_NOTIFY_RESEND` with 6.9.
+    /// The oldest supported kernel. `cachestat` requires 6.5, `PAGEMAP_SCAN` 6.7, FUSE passthrough and
+    /// `FUSE_NOTIFY_RESEND` 6.9.
     pub const OLDEST: KernelRelease = KernelRelease { major: 6, minor: 9 };
 
-    /// Reads `6.18.44-cloud`.
+    /// Parses a release name such as `6.18.44-cloud`.
     pub fn parse(text: &str) -> Option<KernelRelease> {
         let mut numbers = text.split(|c: char| !c.is_ascii_digit());
         Some(KernelRelease { major: numbers.next()?.parse().ok()?, minor: numbers.next()?.parse().ok()? })
     }
 
-    /// The running kernel, with its full name.
+    /// Returns the release of the running kernel and its full name.
     ///
     /// # Errors
-    /// When the name holds no release number.
+    /// Returns an error if the name has no release number.
     pub fn running() -> Result<(KernelRelease, String)> {
         let name = rustix::system::uname().release().to_string_lossy().into_owned();
         let release = Self::parse(&name)
-            .ok_or_else(|| Error::failed(format!("cannot read a release number in kernel name '{name}'")))?;
+            .ok_or_else(|| Error::failed(format!("invalid kernel release '{name}': no release number")))?;
         Ok((release, name))
     }
 }
@@ -44,43 +44,43 @@ impl std::fmt::Display for KernelRelease {
     }
 }
 
-/// The chosen word of a kernel file like `always [madvise] never`.
+/// Returns the selected word of a kernel setting such as `always [madvise] never`.
 pub fn chosen(text: &str) -> Option<&str> {
     let (_, rest) = text.split_once('[')?;
     rest.split_once(']').map(|(word, _)| word)
 }
 
-/// The trimmed text of a small kernel file, or `None` where this kernel has no such file.
+/// Returns the trimmed text of a small kernel file, or `None` if the file cannot be read.
 pub fn setting(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-/// A number in a small kernel file.
+/// Returns the number in a small kernel file, or `None` if there is none.
 pub fn number(path: &str) -> Option<u64> {
     setting(path)?.parse().ok()
 }
 
-/// True when this process has the capability `CAP_SYS_ADMIN` (bit 21) in effect.
+/// Returns true if this process has the effective capability `CAP_SYS_ADMIN` (bit 21).
 pub fn has_sys_admin() -> bool {
     capability(21)
 }
 
-/// The PID namespace of this process; `None` without `/proc`.
+/// Returns the inode number of the PID namespace of this process, or `None` without `/proc`.
 pub fn pid_namespace() -> Option<u64> {
     namespace("pid")
 }
 
-/// Inode numbers of the initial namespaces, which the kernel fixes (`PROC_*_INIT_INO` of its `proc_ns.h`).
+/// Inode numbers of the initial namespaces, constants of the kernel (`PROC_*_INIT_INO` of `proc_ns.h`).
 const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
-/// True where this process sees the processes of the whole host.
+/// Returns true if this process sees all processes of the host.
 pub fn in_initial_pid_namespace() -> bool {
     pid_namespace() == Some(INITIAL_PID_NAMESPACE)
 }
 
-/// True where the capabilities of this process count on the whole host: those of another user namespace say nothing
-/// about processes outside of it.
+/// Returns true if the capabilities of this process apply to the whole host. Capabilities in another user namespace do
+/// not apply to processes outside of it.
 pub fn in_initial_user_namespace() -> bool {
     namespace("user") == Some(INITIAL_USER_NAMESPACE)
 }
@@ -89,8 +89,8 @@ fn namespace(kind: &str) -> Option<u64> {
     fs::metadata(format!("/proc/self/ns/{kind}")).ok().map(|file| std::os::unix::fs::MetadataExt::ino(&file))
 }
 
-/// True when this process has the capability `CAP_SYS_PTRACE` (bit 19) in effect, on the whole host: it may look into
-/// every process.
+/// Returns true if this process may inspect every process of the host: effective capability `CAP_SYS_PTRACE` (bit 19)
+/// in the initial user namespace.
 pub fn may_trace() -> bool {
     in_initial_user_namespace() && capability(19)
 }
@@ -101,30 +101,30 @@ fn capability(bit: u32) -> bool {
     mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|mask| mask >> bit & 1 == 1)
 }
 
-/// A file system, as far as Stencil cares.
+/// Properties of a mounted file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileSystem {
-    /// Its type's name, or the magic number in hex.
+    /// Type name, or the magic number in hexadecimal for other types.
     pub name: String,
-    /// Free bytes for users without privileges.
+    /// Free space for unprivileged users.
     pub free: Bytes,
-    /// Mounted read-only.
+    /// True if the file system is mounted read-only.
     pub read_only: bool,
 }
 
 impl FileSystem {
-    /// True where files have no other place than RAM and swap.
+    /// Returns true if files are stored only in memory and swap.
     pub fn is_memory(&self) -> bool {
         matches!(self.name.as_str(), "tmpfs" | "ramfs")
     }
 }
 
-/// The file system that holds `path`.
+/// Returns the file system that contains `path`.
 ///
 /// # Errors
-/// When `path` cannot be reached.
+/// Returns an error if statfs(2) or statvfs(3) fails.
 pub fn file_system(path: &Path) -> Result<FileSystem> {
-    let io = |e: rustix::io::Errno| Error::io("cannot ask for the file system of", path, e.into());
+    let io = |e: rustix::io::Errno| Error::io("cannot read file system properties", path, e.into());
     let kind = rustix::fs::statfs(path).map_err(io)?;
     let space = rustix::fs::statvfs(path).map_err(io)?;
     let magic = kind.f_type as u64 & 0xFFFF_FFFF;
@@ -147,13 +147,13 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
     })
 }
 
-/// The version of Landlock whose rights a server gives up.
+/// Minimum Landlock ABI version for the restrictions of a server.
 pub const LANDLOCK_NEEDED: u32 = 7;
 
-/// Version of the kernel's Landlock; none where it is not built in or not switched on.
+/// Returns the Landlock ABI version of the kernel, or `None` if Landlock is not built in or not enabled.
 pub fn landlock_version() -> Option<u32> {
     const CREATE_RULESET_VERSION: libc::c_uint = 1;
-    // SAFETY: with this flag the call takes no memory and makes nothing: it answers with a number.
+    // SAFETY: with this flag the call accesses no memory, creates nothing and returns a number.
     let version = unsafe {
         libc::syscall(
             libc::SYS_landlock_create_ruleset,
@@ -165,7 +165,7 @@ pub fn landlock_version() -> Option<u32> {
     u32::try_from(version).ok().filter(|&v| v > 0)
 }
 
-/// True when the kernel can filter system calls, and end a process by it.
+/// Returns true if the kernel supports seccomp filters with the action `SECCOMP_RET_KILL_PROCESS`.
 pub fn has_seccomp_filters() -> bool {
     let action = libc::SECCOMP_RET_KILL_PROCESS;
     // SAFETY: the kernel reads the four bytes of `action` and changes nothing.
@@ -180,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_compare_as_numbers() {
+    fn compares_releases_as_numbers() {
         let old = KernelRelease::parse("6.1.0-32-amd64").unwrap();
         let new = KernelRelease::parse("6.18.44-fc").unwrap();
         assert!(old < KernelRelease::OLDEST && new > KernelRelease::OLDEST);
@@ -189,13 +189,13 @@ mod tests {
     }
 
     #[test]
-    fn chosen_words() {
+    fn returns_the_selected_word() {
         assert_eq!(chosen("always [madvise] never"), Some("madvise"));
         assert_eq!(chosen("none"), None);
     }
 
     #[test]
-    fn file_system_of_proc_and_of_nothing() {
+    fn reads_file_system_properties() {
         assert!(file_system(Path::new("/")).unwrap().free.get() > 0);
         assert_eq!(file_system(Path::new("/no/such")).unwrap_err().code(), crate::error::Code::NotFound);
     }

@@ -1,4 +1,4 @@
-//! Processes: started, forked, signalled, reaped. Which process is meant: [`ProcessId`].
+//! Starting, forking, signalling and reaping processes. [`ProcessId`] identifies a process.
 
 use std::fs;
 use std::io;
@@ -16,56 +16,56 @@ pub use super::process_id::{ProcessId, has_ended, pidfd};
 use super::wait::poll_for;
 use crate::error::{Error, Result};
 
-/// Which side of a fork this is.
+/// The side of a fork on which the caller runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fork {
-    /// The new process.
+    /// The child process.
     Child,
-    /// The old one, and the pid of the new one.
+    /// The parent process, with the pid of the child.
     Parent(u32),
 }
 
-/// Forks this process, which must have one thread only: then the child may do whatever the parent might.
+/// Forks this process, which must have a single thread, so that the child may call any function.
 ///
 /// # Errors
-/// When there are other threads, or the system is out of processes.
+/// Returns an error if the process has other threads or fork(2) fails.
 pub fn fork_single_threaded() -> Result<Fork> {
-    /// A thread that was joined is listed for a moment longer.
-    const MOMENT: Duration = Duration::from_millis(50);
+    /// A joined thread may remain in `/proc/self/task` for a moment.
+    const JOIN_DELAY: Duration = Duration::from_millis(50);
     let count = || fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
-    let until = Instant::now() + MOMENT;
+    let deadline = Instant::now() + JOIN_DELAY;
     let mut threads = count();
-    while threads > 1 && Instant::now() < until {
+    while threads > 1 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));
         threads = count();
     }
     if threads != 1 {
-        return Err(Error::failed(format!("cannot fork safely: this process has {threads} threads, not 1")));
+        return Err(Error::failed(format!("cannot fork: expected 1 thread, found {threads}")));
     }
-    // SAFETY: no other thread exists (checked above; only another thread could have made one since), so no
-    // lock is held by a thread that the child would lack.
+    // SAFETY: no other thread exists (checked above, and only another thread could have created one since), so no lock
+    // is held by a thread that does not exist in the child.
     match unsafe { libc::fork() } {
         -1 => Err(Error::failed("cannot fork")
             .because(io::Error::last_os_error())
-            .remedy("see the limits on processes: ulimit -u, kernel.pid_max, pids.max of the control group")),
+            .remedy("raise the process limits: ulimit -u, kernel.pid_max, pids.max of the cgroup")),
         0 => Ok(Fork::Child),
         pid => Ok(Fork::Parent(pid as u32)),
     }
 }
 
-/// Ends this process at once: no destructors, no exit handlers (those belong to the process that forked).
+/// Ends this process immediately, without destructors and exit handlers, which belong to the process that forked.
 pub fn leave(code: i32) -> ! {
     // SAFETY: _exit has no preconditions and does not return.
     unsafe { libc::_exit(code) }
 }
 
-/// The command gets a session of its own, so that neither a terminal's end nor its keys reach it, and no
-/// descriptors but the standard ones: a process that lives on must not hold its caller's pipes open. Signals have their
-/// default dispositions in it. What it is to [`inherit`] is named afterwards.
+/// Starts the command in a new session, so that neither a hangup nor keys of a terminal affect it, with default signal
+/// dispositions and only the standard streams open: a daemon must not keep the pipes of its caller open. Descriptors
+/// for [`inherit`] must be added afterwards.
 pub fn own_session(command: &mut Command) -> &mut Command {
     super::inherited::default_signals(command);
-    // SAFETY: setsid and close_range are async-signal-safe and allocate nothing; descriptors are marked to
-    // be closed at exec, none is closed here.
+    // SAFETY: setsid and close_range are async-signal-safe and do not allocate; close_range only marks the descriptors
+    // close-on-exec.
     unsafe {
         command.pre_exec(|| {
             rustix::process::setsid()?;
@@ -77,25 +77,25 @@ pub fn own_session(command: &mut Command) -> &mut Command {
     }
 }
 
-/// The command is killed when the thread that starts it ends.
+/// Kills the command (SIGKILL) when the thread that starts it ends.
 pub fn die_with_starter(command: &mut Command) -> &mut Command {
     let starter = rustix::process::getpid();
-    // SAFETY: prctl and getppid are async-signal-safe and allocate nothing.
+    // SAFETY: prctl and getppid are async-signal-safe and do not allocate.
     unsafe {
         command.pre_exec(move || {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             match rustix::process::getppid() == Some(starter) {
                 true => Ok(()),
-                // It ended before it could be asked for the signal.
+                // The parent ended before the death signal was set.
                 false => Err(io::ErrorKind::BrokenPipe.into()),
             }
         })
     }
 }
 
-/// The command inherits this descriptor under its number. Others that are started meanwhile do not.
+/// Passes a descriptor to the command under its number. Commands that are started concurrently do not inherit it.
 pub fn inherit(command: &mut Command, fd: OwnedFd) -> &mut Command {
-    // SAFETY: one fcntl, async-signal-safe; the closure owns the descriptor, so it is open in the child.
+    // SAFETY: fcntl is async-signal-safe; the closure owns the descriptor, so it is open in the child.
     unsafe {
         command.pre_exec(move || {
             rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?;
@@ -104,11 +104,11 @@ pub fn inherit(command: &mut Command, fd: OwnedFd) -> &mut Command {
     }
 }
 
-/// The command inherits all these under their numbers. They must stay open until it is started.
+/// Passes descriptors to the command under their numbers. They must stay open until the command is started.
 pub fn inherit_all<'a>(command: &'a mut Command, fds: &[BorrowedFd<'_>]) -> &'a mut Command {
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    // SAFETY: fcntl is async-signal-safe and touches no memory; a number that is not open any more is an error of the
-    // call, which fails the start.
+    // SAFETY: fcntl is async-signal-safe and accesses no memory; for a number that is no longer open the call fails,
+    // and with it the start of the command.
     unsafe {
         command.pre_exec(move || {
             for &number in &numbers {
@@ -121,13 +121,13 @@ pub fn inherit_all<'a>(command: &'a mut Command, fds: &[BorrowedFd<'_>]) -> &'a 
     }
 }
 
-/// Holds back signals that would end this process, or lets them come again: what arrives meanwhile waits. A process
-/// that becomes another program holds them back from before until the new program is ready for them.
+/// Blocks or unblocks the signals SIGTERM, SIGINT and SIGHUP; blocked signals stay pending. A process blocks them
+/// before it executes another program and until that program is ready to handle them.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the system call fails.
 pub fn hold_signals(hold: bool) -> io::Result<()> {
-    // SAFETY: the set is initialised by sigemptyset before it is read; both calls touch nothing else.
+    // SAFETY: sigemptyset initialises the set before it is read; no call accesses other memory.
     let result = unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
@@ -140,44 +140,44 @@ pub fn hold_signals(hold: bool) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result)) }
 }
 
-/// From now on this process dies with its parent. False when the parent has gone already.
+/// Makes the kernel kill this process (SIGKILL) when its parent ends. Returns false if the parent has already ended.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// Returns an error if the system call fails.
 pub fn die_with_parent(parent: u32) -> Result<bool> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(|e| Error::failed("cannot ask for a death signal").because(e.into()))?;
+        .map_err(|e| Error::failed("cannot set parent death signal").because(e.into()))?;
     Ok(rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() as u32 == parent))
 }
 
-/// Undoes [`die_with_parent`].
+/// Reverts [`die_with_parent`].
 ///
 /// # Errors
-/// When the kernel refuses.
+/// Returns an error if the system call fails.
 pub fn outlive_parent() -> Result<()> {
     rustix::process::set_parent_process_death_signal(None)
-        .map_err(|e| Error::failed("cannot give up the death signal").because(e.into()))
+        .map_err(|e| Error::failed("cannot clear parent death signal").because(e.into()))
 }
 
-/// From now on SIGHUP does not end this process. The kernel sends it to processes that stand still when the last one
-/// dies that could have let them go on.
+/// Makes this process ignore SIGHUP. The kernel sends SIGHUP to a stopped process when its process group becomes
+/// orphaned, that is, when the last process ends that could have continued it.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the system call fails.
 pub fn outlive_hangup() -> io::Result<()> {
-    // SAFETY: ignoring a signal installs no handler and touches no memory.
+    // SAFETY: ignoring a signal installs no handler and accesses no memory.
     match unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) } {
         libc::SIG_ERR => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }
 }
 
-/// How a child ended.
+/// How a child process terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// With this exit code.
+    /// The process exited with this code.
     Code(i32),
-    /// By this signal.
+    /// This signal terminated the process.
     Signal(i32),
 }
 
@@ -190,18 +190,17 @@ impl std::fmt::Display for Ended {
     }
 }
 
-/// Signals a child that has not been reaped, so that no other process can have its number. One that has
-/// ended already is no error.
+/// Sends a signal to a child that has not been reaped, so its pid cannot have been reused. Succeeds for a zombie.
 ///
 /// # Errors
-/// When this user may not signal it (it has changed its user).
+/// Returns an error without permission to signal the child, which may run as another user.
 pub fn signal_child(pid: u32, signal: Signal) -> Result<()> {
     let failed = |e: Errno| Error::failed(format!("cannot signal process {pid}")).because(e.into());
     let target = Pid::from_raw(pid as i32).ok_or_else(|| failed(Errno::SRCH))?;
     rustix::process::kill_process(target, signal).map_err(failed)
 }
 
-/// The name of a signal (`SIGSEGV`), or its number.
+/// Returns the name of a signal (`SIGSEGV`), or `signal N` for an uncommon one.
 pub fn signal_name(number: i32) -> String {
     let name = match number {
         libc::SIGSEGV => "SIGSEGV",
@@ -218,10 +217,10 @@ pub fn signal_name(number: i32) -> String {
     name.to_owned()
 }
 
-/// A child that has ended, and how; `None` when none has, or there is no child.
+/// Reaps one child that has terminated. Returns `None` if none has terminated or there is no child.
 ///
 /// # Errors
-/// When the system call fails.
+/// Returns an error if the system call fails.
 pub fn reap_one() -> Result<Option<(u32, Ended)>> {
     loop {
         match rustix::process::wait(WaitOptions::NOHANG) {
@@ -240,54 +239,55 @@ pub fn reap_one() -> Result<Option<(u32, Ended)>> {
     }
 }
 
-/// How the child of that descriptor has ended, within `patience`; it is reaped then. `None` for one that lives longer, and
-/// for a process that is no child.
-pub fn reap(pidfd: impl AsFd, patience: Duration) -> Option<Ended> {
-    poll_for(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(patience)).ok().filter(|ready| *ready > 0)?;
+/// Waits up to `timeout` for the child of a pidfd and reaps it. Returns `None` if the child is still alive or the
+/// process is not a child.
+pub fn reap(pidfd: impl AsFd, timeout: Duration) -> Option<Ended> {
+    poll_for(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(timeout)).ok().filter(|ready| *ready > 0)?;
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     let status = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), options).ok().flatten()?;
     status.exit_status().map(Ended::Code).or_else(|| status.terminating_signal().map(Ended::Signal))
 }
 
-/// Sleeps until a signal ends this process.
+/// Sleeps until a signal kills this process.
 pub fn sleep_until_killed() -> ! {
     loop {
         rustix::event::pause();
     }
 }
 
-static FAULT_TELL: AtomicI32 = AtomicI32::new(-1);
+static FAULT_NOTIFY: AtomicI32 = AtomicI32::new(-1);
 static FAULT_WAIT: AtomicI32 = AtomicI32::new(-1);
-static FAULT_WORDS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+static FAULT_MESSAGE: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static FAULT_LENGTH: AtomicUsize = AtomicUsize::new(0);
 
-/// At its next SIGSEGV this process writes `words` to `tell`, waits for a second SIGSEGV (or the end of
-/// `wait`), and then dies of it as it would have: whoever holds the other ends may look at it before. The
-/// second signal has one process as its receiver, where a byte could be read by any that waits.
-/// Both descriptors must stay open.
+/// Pauses this process at its next SIGSEGV, so that another process can inspect it: the handler writes `message` to
+/// `notify`, waits for a second SIGSEGV or for the end of file on `wait`, and then lets the fault kill the process as
+/// usual. A second signal is used instead of a byte, because a byte could be read by any process that waits on the same
+/// pipe. Both descriptors must stay open.
 ///
 /// # Errors
-/// When the handler cannot be installed.
-pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd, words: &'static [u8]) -> Result<()> {
+/// Returns an error if the handler cannot be installed.
+pub fn pause_at_fault(notify: impl AsFd, wait: impl AsFd, message: &'static [u8]) -> Result<()> {
     extern "C" fn handler(_signal: libc::c_int) {
         let mut byte = 0u8;
-        // SAFETY: write and read are async-signal-safe; pointer and length were stored together, before the
-        // handler was installed, and are of a static slice. A closed descriptor is only an error of the call.
+        // SAFETY: write and read are async-signal-safe; pointer and length were stored before the handler was
+        // installed, and describe a static slice. For a closed descriptor the call only fails.
         unsafe {
-            let (words, length) = (FAULT_WORDS.load(Ordering::Acquire), FAULT_LENGTH.load(Ordering::Acquire));
-            libc::write(FAULT_TELL.load(Ordering::Acquire), words.cast(), length);
+            let (message, length) =
+                (FAULT_MESSAGE.load(Ordering::Acquire), FAULT_LENGTH.load(Ordering::Acquire));
+            libc::write(FAULT_NOTIFY.load(Ordering::Acquire), message.cast(), length);
             while libc::read(FAULT_WAIT.load(Ordering::Acquire), (&raw mut byte).cast(), 1) < 0
                 && *libc::__errno_location() == libc::EINTR
             {}
         }
-        // SA_RESETHAND and SA_NODEFER: a signal that comes while this waits ends the process, and so does the
-        // fault when returning runs the instruction again.
+        // Because of SA_RESETHAND and SA_NODEFER, a SIGSEGV during the wait kills the process, and so does the fault
+        // when the instruction is executed again after the return.
     }
-    FAULT_TELL.store(tell.as_fd().as_raw_fd(), Ordering::Release);
+    FAULT_NOTIFY.store(notify.as_fd().as_raw_fd(), Ordering::Release);
     FAULT_WAIT.store(wait.as_fd().as_raw_fd(), Ordering::Release);
-    FAULT_WORDS.store(words.as_ptr().cast_mut(), Ordering::Release);
-    FAULT_LENGTH.store(words.len(), Ordering::Release);
-    // SAFETY: the action is fully initialised; the handler uses async-signal-safe calls and atomics only.
+    FAULT_MESSAGE.store(message.as_ptr().cast_mut(), Ordering::Release);
+    FAULT_LENGTH.store(message.len(), Ordering::Release);
+    // SAFETY: the action is fully initialised; the handler uses only async-signal-safe calls and atomics.
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as extern "C" fn(libc::c_int) as libc::sighandler_t;
@@ -297,7 +297,7 @@ pub fn pause_at_fault(tell: impl AsFd, wait: impl AsFd, words: &'static [u8]) ->
     if result == 0 {
         Ok(())
     } else {
-        Err(Error::failed("cannot watch for faults").because(io::Error::last_os_error()))
+        Err(Error::failed("cannot install handler for SIGSEGV").because(io::Error::last_os_error()))
     }
 }
 
@@ -306,8 +306,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn forking_with_threads_is_refused() {
-        // The test harness runs this in a thread of its own.
+    fn fork_with_several_threads_is_refused() {
+        // The test harness runs each test in a separate thread.
         assert!(fork_single_threaded().is_err());
     }
 }

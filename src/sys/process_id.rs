@@ -1,9 +1,9 @@
-//! The identity of a process: one number that no other process has, before or after it.
+//! The identity of a process: a number that no process before or after it has.
 //!
-//! A pid is given to another process once its process has ended, and a start time (`/proc/PID/stat`) depends on the time
-//! namespace of the reader. The inode number of a pidfd does neither: since Linux 6.9 it is a count of all processes
-//! since boot, the same in every namespace. Neither `pidfd_open` nor `fstat` waits for the process, also not for one
-//! whose `/proc/PID/maps` or `stat` cannot be read because its `execve` does not come to an end.
+//! A pid is reused after its process has ended, and a start time (`/proc/PID/stat`) depends on the time namespace of
+//! the reader. The inode number of a pidfd has neither problem: since Linux 6.9 it counts the processes since boot and
+//! is the same in every namespace. Neither `pidfd_open` nor `fstat` blocks on the process, even if its `/proc/PID/maps`
+//! or `stat` cannot be read because its `execve` is blocked.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -19,13 +19,13 @@ use super::procfs;
 use super::wait::poll_for;
 use crate::error::{Error, Result};
 
-/// `PID_FS_MAGIC` of `linux/magic.h`. Without pidfs all pidfds have one inode number.
+/// `PID_FS_MAGIC` of `linux/magic.h`. On a kernel without pidfs all pidfds have the same inode number.
 const PIDFS_MAGIC: i64 = 0x5049_4446;
 
-/// A descriptor of the process that has this number now; `None` when there is none.
+/// Opens a pidfd of the process that has this pid now. Returns `None` if there is none.
 ///
 /// # Errors
-/// The system's, when it is out of descriptors.
+/// Returns an error if the limit of open files is reached.
 pub fn pidfd(pid: u32) -> Result<Option<OwnedFd>> {
     let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
     match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
@@ -35,59 +35,60 @@ pub fn pidfd(pid: u32) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// True once the process of that descriptor has ended with all of its threads, also while it is a zombie.
+/// Returns true if the process of the pidfd has ended with all its threads, also while it is a zombie.
 pub fn has_ended(pidfd: impl AsFd) -> bool {
     poll_for(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(Duration::ZERO)).is_ok_and(|n| n > 0)
 }
 
-/// One process: a pid may be given again, its identity may not.
+/// A process, identified by its pid and by a number that is never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessId {
-    /// The number, in this PID namespace.
+    /// Pid in this PID namespace.
     pub pid: u32,
-    /// The inode number of its pidfd, plus a number of the boot: a record from before a reboot names no process of now.
-    /// Within a boot a later process has a greater one. Fits into a number of JSON (below 2^53).
+    /// Inode number of the pidfd plus a random number of the boot, so that a record from before a reboot matches no
+    /// current process. Within one boot, later processes have greater identities. Below 2^53, so exact as a JSON
+    /// number.
     pub identity: u64,
 }
 
 impl ProcessId {
-    /// The process that has this number now, which may be a zombie; `None` when there is none.
+    /// Returns the process that has this pid now, which may be a zombie, or `None` if there is none.
     ///
     /// # Errors
-    /// When the system is out of descriptors or has no pidfs.
+    /// Returns an error if the limit of open files is reached or the kernel has no pidfs.
     pub fn of(pid: u32) -> Result<Option<ProcessId>> {
         let Some(fd) = pidfd(pid)? else { return Ok(None) };
         Ok(Some(ProcessId { pid, identity: identity_of(&fd)? }))
     }
 
-    /// The process that has this number now, with a descriptor of it; `None` when there is none or it has ended.
+    /// Returns the process that has this pid now and a pidfd of it, or `None` if there is none or it has ended.
     ///
     /// # Errors
-    /// As [`ProcessId::of`].
+    /// Same as [`ProcessId::of`].
     pub fn living(pid: u32) -> Result<Option<(ProcessId, OwnedFd)>> {
         let Some(fd) = pidfd(pid)?.filter(|fd| !has_ended(fd)) else { return Ok(None) };
         Ok(Some((ProcessId { pid, identity: identity_of(&fd)? }, fd)))
     }
 
-    /// This process.
+    /// Returns this process.
     ///
     /// # Errors
-    /// As [`ProcessId::of`].
+    /// Same as [`ProcessId::of`].
     pub fn me() -> Result<ProcessId> {
         let pid = std::process::id();
-        Self::of(pid)?.ok_or_else(|| Error::failed(format!("process {pid} cannot find itself")))
+        Self::of(pid)?.ok_or_else(|| Error::failed(format!("cannot open own process {pid}")))
     }
 
-    /// True while this process lives; false for a zombie. Where it cannot be told (out of descriptors), it counts as
-    /// alive: nothing of it is removed.
+    /// Returns true while the process lives; false for a zombie. On failure (limit of open files) returns true, so that
+    /// nothing that belongs to the process is removed.
     pub fn is_alive(&self) -> bool {
         self.open().map_or(true, |fd| fd.is_some())
     }
 
-    /// Sends a signal. False when the process is gone.
+    /// Sends a signal. Returns false if the process has ended.
     ///
     /// # Errors
-    /// When this user may not signal it, or as [`ProcessId::open`].
+    /// Returns an error without permission to signal the process. Otherwise same as [`ProcessId::open`].
     pub fn signal(&self, signal: Signal) -> Result<bool> {
         let Some(fd) = self.open()? else { return Ok(false) };
         match rustix::process::pidfd_send_signal(&fd, signal) {
@@ -97,12 +98,12 @@ impl ProcessId {
         }
     }
 
-    /// Waits until the process is gone. False when it still lives after `patience`.
+    /// Waits up to `timeout` until the process has ended. Returns false if it is still alive.
     ///
     /// # Errors
-    /// When it cannot be watched.
-    pub fn wait_gone(&self, patience: Duration) -> Result<bool> {
-        let deadline = Instant::now() + patience;
+    /// Returns an error if the process cannot be opened or polled.
+    pub fn wait_gone(&self, timeout: Duration) -> Result<bool> {
+        let deadline = Instant::now() + timeout;
         let Some(fd) = self.open()? else { return Ok(true) };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -110,25 +111,26 @@ impl ProcessId {
                 Ok(n) => return Ok(n > 0),
                 Err(Errno::INTR) => {}
                 Err(e) => {
-                    return Err(Error::failed(format!("cannot watch process {}", self.pid)).because(e.into()));
+                    let message = format!("cannot wait for process {}", self.pid);
+                    return Err(Error::failed(message).because(e.into()));
                 }
             }
         }
     }
 
-    /// A descriptor of exactly this process; `None` when it has ended.
+    /// Opens a pidfd of this process. Returns `None` if it has ended.
     ///
     /// # Errors
-    /// As [`ProcessId::of`].
+    /// Same as [`ProcessId::of`].
     pub fn open(&self) -> Result<Option<OwnedFd>> {
         let living = Self::living(self.pid)?;
         Ok(living.filter(|(now, _)| now == self).map(|(_, fd)| fd))
     }
 
-    /// A descriptor of exactly this process, which may be a zombie; `None` after the process was reaped.
+    /// Opens a pidfd of this process, which may be a zombie. Returns `None` if it was reaped.
     ///
     /// # Errors
-    /// As [`ProcessId::of`].
+    /// Same as [`ProcessId::of`].
     pub fn open_unreaped(&self) -> Result<Option<OwnedFd>> {
         let Some(fd) = pidfd(self.pid)? else { return Ok(None) };
         Ok((identity_of(&fd)? == self.identity).then_some(fd))
@@ -136,12 +138,12 @@ impl ProcessId {
 }
 
 fn identity_of(pidfd: &OwnedFd) -> Result<u64> {
-    let failed = |e: Errno| Error::failed("cannot identify a process").because(e.into());
+    let failed = |e: Errno| Error::failed("cannot read inode number of pidfd").because(e.into());
     let boot = boot_number(pidfd)?;
     Ok(boot + rustix::fs::fstat(pidfd).map_err(failed)?.st_ino)
 }
 
-/// A number below 2^52 of this boot.
+/// Returns a random number of this boot, below 2^52.
 fn boot_number(pidfd: &OwnedFd) -> Result<u64> {
     static NUMBER: OnceLock<u64> = OnceLock::new();
     if let Some(number) = NUMBER.get() {
@@ -149,16 +151,16 @@ fn boot_number(pidfd: &OwnedFd) -> Result<u64> {
     }
     let kind = rustix::fs::fstatfs(pidfd).map(|fs| fs.f_type);
     if kind != Ok(PIDFS_MAGIC) {
-        return Err(Error::failed("cannot tell processes apart: this kernel has no pidfs")
+        return Err(Error::failed("cannot identify processes: this kernel has no pidfs")
             .remedy("use Linux 6.9 or later, with CONFIG_FS_PID"));
     }
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = procfs::read_text(path)?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    // The first 12 digits and the last one: version and variant of the UUID are the same everywhere.
+    // 13 of the 32 hexadecimal digits: the first 12 and the last. Version and variant digits of the UUID are constant.
     let random = digits.get(..12).zip(digits.get(31..32)).map(|(first, last)| format!("{first}{last}"));
     let number = random.and_then(|random| u64::from_str_radix(&random, 16).ok());
-    let number = number.ok_or_else(|| Error::failed("the kernel does not name its boot").at(path))?;
+    let number = number.ok_or_else(|| Error::failed("invalid boot id").at(path))?;
     Ok(*NUMBER.get_or_init(|| number))
 }
 
@@ -169,26 +171,26 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_process_is_known_by_pid_and_identity() {
+    fn identity_distinguishes_processes_with_equal_pid() {
         let me = ProcessId::me().unwrap();
         assert!(me.is_alive() && me.identity < 1 << 53);
         let other = ProcessId { identity: me.identity + 1, ..me };
         assert!(!other.is_alive());
-        // A signal for a process that is no more must not reach its successor: this one would end the test.
+        // A signal for an ended process must not reach a later process with its pid, which here is this test.
         assert!(!other.signal(Signal::KILL).unwrap());
         assert!(other.wait_gone(Duration::ZERO).unwrap());
         assert!(!me.wait_gone(Duration::from_millis(1)).unwrap());
     }
 
     #[test]
-    fn a_killed_child_is_seen_to_go() {
+    fn detects_the_end_of_a_killed_child() {
         let mut child = own_session(&mut Command::new("sleep")).arg("100").spawn().unwrap();
         let id = ProcessId::of(child.id()).unwrap().unwrap();
         assert!(id.identity > ProcessId::me().unwrap().identity, "later processes have greater identities");
         assert!(id.signal(Signal::KILL).unwrap());
         assert!(id.wait_gone(Duration::from_secs(5)).unwrap());
-        assert!(!id.is_alive(), "a zombie does not live");
-        assert_eq!(ProcessId::of(child.id()).unwrap(), Some(id), "but it still has its number");
+        assert!(!id.is_alive(), "a zombie is not alive");
+        assert_eq!(ProcessId::of(child.id()).unwrap(), Some(id), "a zombie keeps its identity");
         child.wait().unwrap();
         assert!(!id.signal(Signal::TERM).unwrap());
     }

@@ -1,6 +1,6 @@
-//! Readers of `/proc`. Parsers take text, so that they are tested from strings.
+//! Readers of `/proc`. Parsers take text, so that unit tests can pass strings.
 //!
-//! A process may end at any moment: readers of one process answer `None` when it is gone.
+//! A process may exit at any moment: functions that read about one process return `None` if it has exited.
 
 use std::fs;
 use std::io::{self, Read};
@@ -14,40 +14,40 @@ use crate::units::Bytes;
 /// One line of `/proc/PID/maps`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MapLine {
-    /// First address.
+    /// Address of the first byte.
     pub start: u64,
-    /// First address behind it.
+    /// Address after the last byte.
     pub end: u64,
-    /// `rw-p` and the like.
+    /// Permissions, such as `rw-p`.
     pub perms: String,
     /// Offset in the file, in bytes.
     pub offset: u64,
-    /// Device number of the file, as `st_dev` has it; 0 for anonymous memory.
+    /// Device number of the file in the encoding of `st_dev`; 0 for anonymous memory.
     pub dev: u64,
     /// Inode number of the file; 0 for anonymous memory.
     pub ino: u64,
-    /// What the kernel prints behind it: a path, `[heap]`, or nothing.
+    /// The rest of the line: a path, a name such as `[heap]`, or empty.
     pub path: String,
 }
 
 impl MapLine {
-    /// Size of the mapping.
+    /// Returns the size of the mapping.
     pub fn len(&self) -> Bytes {
         Bytes::new(self.end.saturating_sub(self.start))
     }
 
-    /// True for a mapping of no byte; the kernel prints none.
+    /// Returns true if the mapping has no bytes, which the kernel never prints.
     pub fn is_empty(&self) -> bool {
         self.end <= self.start
     }
 
-    /// True for `MAP_PRIVATE`.
+    /// Returns true for `MAP_PRIVATE`.
     pub fn is_private(&self) -> bool {
         self.perms.ends_with('p')
     }
 }
 
-/// The lines of a `maps` file that `wanted(dev, ino)` picks; lines that are no map lines are passed over.
+/// Parses the lines of a `maps` file for which `wanted(dev, ino)` is true. Invalid lines are ignored.
 pub fn parse_maps(text: &str, wanted: impl Fn(u64, u64) -> bool) -> Vec<MapLine> {
     text.lines().filter_map(|line| parse_map_line(line, &wanted)).collect()
 }
@@ -80,23 +80,23 @@ fn parse_map_line(line: &str, wanted: &impl Fn(u64, u64) -> bool) -> Option<MapL
     })
 }
 
-/// Device number from its halves, in the encoding of `st_dev`.
+/// Builds a device number in the encoding of `st_dev`.
 pub fn makedev(major: u32, minor: u32) -> u64 {
     rustix::fs::makedev(major, minor)
 }
 
-/// The mappings of a process that `wanted(dev, ino)` picks; `None` when the process is gone.
+/// Returns the mappings of a process for which `wanted(dev, ino)` is true, or `None` if the process has exited.
 ///
 /// # Errors
-/// When `/proc/PID/maps` cannot be read (another user's process, without `CAP_SYS_PTRACE`).
+/// Returns an error if `/proc/PID/maps` cannot be read (a process of another user, without `CAP_SYS_PTRACE`).
 pub fn maps(pid: u32, wanted: impl Fn(u64, u64) -> bool) -> Result<Option<Vec<MapLine>>> {
     Ok(read_memory_of(pid, "maps", |text| !text.is_empty())?.map(|text| parse_maps(&text, wanted)))
 }
 
-/// Every process that is visible in this PID namespace, in ascending order.
+/// Returns the pids of all processes that are visible in this PID namespace, in ascending order.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Returns an error if `/proc` cannot be listed.
 pub fn pids() -> Result<Vec<u32>> {
     let entries = fs::read_dir("/proc").map_err(|e| Error::io("cannot list processes", "/proc", e))?;
     let mut pids: Vec<u32> =
@@ -105,26 +105,26 @@ pub fn pids() -> Result<Vec<u32>> {
     Ok(pids)
 }
 
-/// Part of `/proc/PID/status`.
+/// Fields of `/proc/PID/status`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
-    /// The command's name, at most 15 bytes.
+    /// Name of the command, at most 15 bytes.
     pub name: String,
     /// Real user id.
     pub uid: u32,
-    /// Parent.
+    /// Pid of the parent.
     pub ppid: u32,
     /// Number of threads.
     pub threads: u64,
-    /// Page tables (`VmPTE`).
+    /// Size of the page tables (`VmPTE`).
     pub page_tables: Bytes,
-    /// Resident anonymous memory, private copies of file pages among it.
+    /// Resident anonymous memory, including private copies of file pages.
     pub rss_anon: Bytes,
-    /// Memory in swap.
+    /// Swapped-out memory.
     pub swap: Bytes,
 }
 
-/// Reads the text of a `status` file.
+/// Parses the text of a `status` file.
 pub fn parse_status(text: &str) -> Status {
     let mut status = Status::default();
     for line in text.lines() {
@@ -146,10 +146,10 @@ pub fn parse_status(text: &str) -> Status {
     status
 }
 
-/// Part of `/proc/PID/status`; `None` when the process is gone.
+/// Returns fields of `/proc/PID/status`, or `None` if the process has exited.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// Returns an error if the file cannot be read.
 pub fn status(pid: u32) -> Result<Option<Status>> {
     match read_memory_of(pid, "status", |text| text.contains("\nVmPTE:"))? {
         None => Ok(read_of(pid, "status")?.map(|text| parse_status(&text))),
@@ -157,31 +157,31 @@ pub fn status(pid: u32) -> Result<Option<Status>> {
     }
 }
 
-/// Part of `/proc/PID/stat`.
+/// Fields of `/proc/PID/stat`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stat {
-    /// `R`, `S`, `D`, `Z`…
+    /// State: `R`, `S`, `D`, `Z`, …
     pub state: char,
-    /// Parent.
+    /// Pid of the parent.
     pub ppid: u32,
-    /// Threads that have not ended.
+    /// Number of threads that have not exited.
     pub threads: u64,
-    /// When the process started, in clock ticks since boot as the reader's time namespace counts them: a time to
-    /// compare with other times, not an identity.
+    /// Start time in clock ticks since boot, as counted in the time namespace of the reader. Comparable with other
+    /// times, but not an identity of the process.
     start_ticks: u64,
 }
 
 impl Stat {
-    /// False for a zombie. The first thread is one as soon as it has ended; as long as others have not, descriptors and
-    /// mappings of the process are still there.
+    /// Returns false for a zombie. A process whose first thread has exited is also in state `Z`, but keeps its
+    /// descriptors and mappings while other threads live, so it counts as alive.
     pub fn is_alive(&self) -> bool {
         !matches!(self.state, 'Z' | 'X') || self.threads > 1
     }
 }
 
-/// Reads the text of a `stat` file.
+/// Parses the text of a `stat` file.
 pub fn parse_stat(text: &str) -> Option<Stat> {
-    // The name in parentheses may hold anything, parentheses too.
+    // The command name in parentheses may contain any character, including parentheses.
     let (_, rest) = text.rsplit_once(") ")?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     Some(Stat {
@@ -192,17 +192,17 @@ pub fn parse_stat(text: &str) -> Option<Stat> {
     })
 }
 
-/// Part of `/proc/PID/stat`; `None` when the process is gone.
+/// Returns fields of `/proc/PID/stat`, or `None` if the process has exited.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// Returns an error if the file cannot be read.
 pub fn stat(pid: u32) -> Result<Option<Stat>> {
     Ok(read_of(pid, "stat")?.and_then(|text| parse_stat(&text)))
 }
 
-/// The exit status of a zombie, as wait(2) gives it: field 52 of `/proc/PID/stat`. `None` for a living
-/// process, for one that was reaped, and if the caller may not read the status: the kernel then shows 0, and refuses
-/// `/proc/PID/io` by the same check (`ptrace_may_access`).
+/// Returns the wait(2) status of a zombie, field 52 of `/proc/PID/stat`. Returns `None` for a live or reaped process,
+/// and without permission to read the status: the kernel then prints 0, and refuses `/proc/PID/io` by the same check
+/// (`ptrace_may_access`).
 pub fn exit_status_of_zombie(pid: u32) -> Option<i32> {
     let text = read_of(pid, "stat").ok()??;
     let is_zombie = matches!(parse_stat(&text)?.state, 'Z' | 'X');
@@ -211,10 +211,11 @@ pub fn exit_status_of_zombie(pid: u32) -> Option<i32> {
     rest.split_ascii_whitespace().nth(49).filter(|_| is_zombie && is_permitted())?.parse().ok()
 }
 
-/// When a process started, by the clock of today: the end of that clock tick. `None` when the process is gone.
+/// Returns the start time of a process in current wall-clock time, rounded up to a clock tick, or `None` if the process
+/// has exited.
 ///
 /// # Errors
-/// When `/proc/PID/stat` cannot be read.
+/// Returns an error if `/proc/PID/stat` cannot be read.
 pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
     let Some(stat) = stat(pid)? else { return Ok(None) };
     let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
@@ -226,16 +227,15 @@ pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
     Ok(Some(now.checked_sub(since_boot.saturating_sub(at)).unwrap_or(now)))
 }
 
-/// The control group of a process, the memory controller's where there are several (cgroup v1);
-/// `None` when the process is gone.
+/// Returns the cgroup of a process, with cgroup v1 that of the memory controller, or `None` if the process has exited.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// Returns an error if the file cannot be read.
 pub fn cgroup(pid: u32) -> Result<Option<String>> {
     Ok(read_of(pid, "cgroup")?.map(|text| parse_cgroup(&text)))
 }
 
-/// Reads the text of a `cgroup` file.
+/// Parses the text of a `cgroup` file.
 pub fn parse_cgroup(text: &str) -> String {
     let mut unified = "/";
     for line in text.lines() {
@@ -251,10 +251,10 @@ pub fn parse_cgroup(text: &str) -> String {
     unified.to_owned()
 }
 
-/// Words of a process's command line; `None` when the process is gone.
+/// Returns the command line of a process as words, or `None` if the process has exited.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// Returns an error if the file cannot be read.
 pub fn cmdline(pid: u32) -> Result<Option<Vec<String>>> {
     let text = match read_memory_of(pid, "cmdline", |text| !text.is_empty())? {
         None => read_of(pid, "cmdline")?,
@@ -269,29 +269,29 @@ pub fn cmdline(pid: u32) -> Result<Option<Vec<String>>> {
     }))
 }
 
-/// One figure of `/proc/meminfo` (`MemAvailable`), or `None` where this kernel has no such line.
+/// Returns one value of `/proc/meminfo` (such as `MemAvailable`), or `None` if the kernel does not print it.
 ///
 /// # Errors
-/// When `/proc/meminfo` cannot be read.
+/// Returns an error if `/proc/meminfo` cannot be read.
 pub fn meminfo(key: &str) -> Result<Option<Bytes>> {
     Ok(parse_meminfo(&read_text(Path::new("/proc/meminfo"))?, key))
 }
 
-/// One figure from the text of a `meminfo` file.
+/// Parses one value of the text of a `meminfo` file.
 pub fn parse_meminfo(text: &str, key: &str) -> Option<Bytes> {
     let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     value.split_ascii_whitespace().next()?.parse().ok().map(kib)
 }
 
-/// Free pages that wait in per-CPU lists: neither `MemFree` nor `MemAvailable` holds them.
+/// Returns the size of the free pages in per-CPU lists, which neither `MemFree` nor `MemAvailable` includes.
 ///
 /// # Errors
-/// When `/proc/zoneinfo` cannot be read.
+/// Returns an error if `/proc/zoneinfo` cannot be read.
 pub fn per_cpu_free() -> Result<Bytes> {
     Ok(parse_per_cpu_free(&read_text(Path::new("/proc/zoneinfo"))?))
 }
 
-/// The sum of all per-CPU counts in the text of a `zoneinfo` file.
+/// Sums the per-CPU counts in the text of a `zoneinfo` file.
 pub fn parse_per_cpu_free(text: &str) -> Bytes {
     let pages: u64 = text
         .lines()
@@ -303,29 +303,29 @@ pub fn parse_per_cpu_free(text: &str) -> Bytes {
 /// One line of `/proc/PID/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountLine {
-    /// Device number, as `st_dev` has it.
+    /// Device number in the encoding of `st_dev`.
     pub dev: u64,
-    /// Where it is mounted.
+    /// Path of the mountpoint.
     pub mountpoint: PathBuf,
-    /// Options of the mount.
+    /// Per-mount options.
     pub options: String,
     /// File system type (`fuse.stencil`, `ext4`).
     pub fs_type: String,
-    /// What is mounted.
+    /// Mounted device or other source.
     pub source: String,
-    /// Options of the file system.
+    /// Per-superblock options.
     pub super_options: String,
 }
 
-/// All mounts that this process sees.
+/// Returns all mounts in the mount namespace of this process.
 ///
 /// # Errors
-/// When `/proc/self/mountinfo` cannot be read.
+/// Returns an error if `/proc/self/mountinfo` cannot be read.
 pub fn mounts() -> Result<Vec<MountLine>> {
     Ok(parse_mountinfo(&read_text(Path::new("/proc/self/mountinfo"))?))
 }
 
-/// Reads the text of a `mountinfo` file.
+/// Parses the text of a `mountinfo` file.
 pub fn parse_mountinfo(text: &str) -> Vec<MountLine> {
     text.lines()
         .filter_map(|line| {
@@ -345,7 +345,7 @@ pub fn parse_mountinfo(text: &str) -> Vec<MountLine> {
         .collect()
 }
 
-/// Undoes the kernel's `\040` for blanks in paths.
+/// Decodes the octal escapes of the kernel in paths (`\040` for a space).
 fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -374,20 +374,21 @@ fn read_of(pid: u32, name: &str) -> Result<Option<String>> {
     match read_lossy(&path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
-        Err(e) => Err(Error::io("cannot read about a process", path, e)),
+        Err(e) => Err(Error::io("cannot read process information", path, e)),
     }
 }
 
-/// A file about the memory of a process, through a thread for which `has_memory` accepts its text.
+/// Reads a file about the memory of a process through a thread for which `has_memory` accepts the text.
 fn read_memory_of(pid: u32, name: &str, has_memory: impl Fn(&str) -> bool) -> Result<Option<String>> {
-    tasks::through_memory(pid, |folder| read_lossy(&folder.join(name)).map(|t| has_memory(&t).then_some(t)))
-        .map_err(|e| Error::io("cannot read about a process", format!("/proc/{pid}/{name}"), e))
+    let read = |path: &Path| read_lossy(&path.join(name)).map(|text| has_memory(&text).then_some(text));
+    tasks::through_memory(pid, read)
+        .map_err(|e| Error::io("cannot read process information", format!("/proc/{pid}/{name}"), e))
 }
 
-/// The text of a small file of the kernel.
+/// Reads a small kernel file as text; invalid UTF-8 is replaced.
 ///
 /// # Errors
-/// When it cannot be read.
+/// Returns an error if the file cannot be read.
 pub fn read_text(path: &Path) -> Result<String> {
     read_lossy(path).map_err(|e| Error::io("cannot read", path, e))
 }
@@ -406,7 +407,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn map_lines_with_64_bit_inodes_blanks_and_nothing() {
+    fn parses_map_lines() {
         let text = "\
 7f0000000000-7f0000200000 rw-p 00100000 00:2f 9223372036854775806              /mnt/by-id/ab cd/memory (deleted)
 7f0000200000-7f0000201000 ---p 00000000 00:00 0 
@@ -426,7 +427,7 @@ garbage
     }
 
     #[test]
-    fn status_stat_and_cgroup() {
+    fn parses_status_stat_and_cgroup() {
         let status = parse_status(
             "Name:\tqemu (x)\nPPid:\t7\nUid:\t12\t0\t0\t0\nVmPTE:\t      44 kB\nRssAnon:\t 8 kB\nThreads:\t3\nVmSwap:\t0 kB\n",
         );
@@ -441,7 +442,7 @@ garbage
     }
 
     #[test]
-    fn host_figures() {
+    fn parses_meminfo_and_zoneinfo() {
         assert_eq!(
             parse_meminfo("MemFree: 1 kB\nMemAvailable:   5 kB\n", "MemAvailable"),
             Some(Bytes::new(5120))
@@ -453,7 +454,7 @@ garbage
     }
 
     #[test]
-    fn mount_lines_with_blanks_in_paths() {
+    fn parses_mount_lines_with_spaces_in_paths() {
         let text =
             "36 25 0:47 / /mnt/a\\040b rw,nosuid shared:1 master:2 - fuse.stencil /var/lib/s rw,user_id=0\n";
         let mounts = parse_mountinfo(text);
@@ -462,7 +463,7 @@ garbage
     }
 
     #[test]
-    fn this_process_and_one_that_is_gone() {
+    fn reads_live_and_missing_processes() {
         let me = std::process::id();
         assert!(stat(me).unwrap().unwrap().is_alive());
         assert!(maps(me, |_, _| true).unwrap().unwrap().len() > 3);

@@ -1,4 +1,4 @@
-//! Pipes, named or not, and terminals: opened and written without a wait that no signal and no time limit could end.
+//! Pipes, FIFOs and terminals: open and write without a wait that neither a signal nor a time limit can end.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -14,25 +14,25 @@ use rustix::io::Errno;
 use super::wait::poll_for;
 use crate::error::{Error, Result};
 
-/// How often a reader or writer that waits looks whether it is to stop.
+/// Interval at which a waiting reader or writer checks for an interrupt.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// After `POLLOUT` a pipe takes so many bytes at once (`PIPE_BUF`).
-const AT_ONCE: usize = 4096;
+/// Bytes that a pipe accepts without blocking after `POLLOUT` (`PIPE_BUF`).
+const PIPE_BUF: usize = 4096;
 
-/// Opens a file for reading. A named pipe without a writer is opened as well: whoever reads it polls it first.
+/// Opens a file for reading. Also opens a FIFO without a writer; the caller must poll before each read.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the system call fails.
 pub fn open_source(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
-/// Waits until something can be read. `check` says whether to go on; `fail` words what the system says. False when
-/// nothing came for `limit`; a `limit` of `None` or zero is none.
+/// Waits until the file is readable. `check` returns an error to end the wait; `fail` converts the error of poll(2).
+/// Returns false if nothing arrives for `limit`; `None` and zero mean no limit.
 ///
 /// # Errors
-/// Those of `check` and `fail`.
+/// Returns the error of `check` or `fail`.
 pub fn wait_readable(
     file: &File,
     limit: Option<Duration>,
@@ -44,7 +44,7 @@ pub fn wait_readable(
     loop {
         check()?;
         match poll_for(&mut [PollFd::new(file, PollFlags::IN)], Some(INTERVAL)) {
-            // Asked after the poll: what came while this process was stopped counts.
+            // Checked after the poll, so that data counts that arrived while this process was stopped.
             Ok(0) if limit.is_some_and(|limit| start.elapsed() >= limit) => return Ok(false),
             Ok(0) | Err(Errno::INTR) => {}
             Ok(_) => return Ok(true),
@@ -53,27 +53,27 @@ pub fn wait_readable(
     }
 }
 
-/// A pipe, a terminal or a file that is written in order. Waits for its reader, but not beyond an interrupt.
+/// Sequential output to a pipe, a terminal or a file. Waits for a slow reader, but stops on an interrupt.
 #[derive(Debug)]
 pub struct Sink<'a> {
     file: File,
-    /// Whether a write comes back in place of waiting.
+    /// True if write(2) returns EAGAIN instead of blocking.
     non_blocking: bool,
     interrupt: Option<&'a AtomicBool>,
 }
 
 impl<'a> Sink<'a> {
-    /// Opens what is there for writing. A named pipe is waited for until it has a reader: at most for `limit`, where
-    /// there is one that is not zero.
+    /// Opens an existing file for writing. For a FIFO, waits until it has a reader, at most for `limit`; `None` and
+    /// zero mean no limit.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) when nobody reads it; [`Code::Failed`](crate::error::Code) after
-    /// an interrupt; the system's.
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if the FIFO has no reader after `limit`,
+    /// [`Code::Failed`](crate::error::Code) after an interrupt, and an error if a system call fails.
     pub fn open(path: &Path, limit: Option<Duration>, interrupt: Option<&'a AtomicBool>) -> Result<Sink<'a>> {
         let start = Instant::now();
         loop {
             if is_set(interrupt) {
-                return Err(Error::failed("interrupted: nobody read it yet").at(path));
+                return Err(Error::failed("interrupted while waiting for a reader").at(path));
             }
             let mut options = OpenOptions::new();
             match options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path) {
@@ -83,35 +83,38 @@ impl<'a> Sink<'a> {
             }
             if let Some(limit) = limit.filter(|limit| !limit.is_zero() && start.elapsed() >= *limit) {
                 return Err(Error::try_again(format!(
-                    "nobody has opened it for reading for {} s",
+                    "timed out after {} s waiting for a reader",
                     limit.as_secs_f64()
                 ))
                 .at(path)
-                .remedy("start its reader, then run it again; --stall-timeout SECONDS waits longer, 0 without end"));
+                .remedy(
+                    "start the reader and run the command again, or set a longer --stall-timeout SECONDS (0: no limit)",
+                ));
             }
             std::thread::sleep(INTERVAL);
         }
     }
 
-    /// Standard output. The descriptor is shared with others, so it is not made non-blocking: a pipe is opened again.
+    /// Returns standard output. Its open file description is shared with other processes, so it must not be made
+    /// non-blocking; a pipe is opened again instead.
     ///
     /// # Errors
-    /// When the process is out of descriptors.
+    /// Returns an error if the limit of open files is reached.
     pub fn stdout(interrupt: Option<&'a AtomicBool>) -> Result<Sink<'a>> {
         let failed = |e: io::Error| Error::failed("cannot write to standard output").because(e);
         let shared = File::from(rustix::io::dup(io::stdout()).map_err(|e| failed(e.into()))?);
         let is_pipe = shared.metadata().map_err(failed)?.file_type().is_fifo();
-        let again = || {
+        let reopen = || {
             let path = format!("/proc/self/fd/{}", shared.as_raw_fd());
             OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path).ok()
         };
-        Ok(match is_pipe.then(again).flatten() {
+        Ok(match is_pipe.then(reopen).flatten() {
             Some(file) => Sink { file, non_blocking: true, interrupt },
             None => Sink { file: shared, non_blocking: false, interrupt },
         })
     }
 
-    /// Waits until something can be written.
+    /// Waits until the file is writable.
     fn wait(&self) -> io::Result<()> {
         loop {
             if is_set(self.interrupt) {
@@ -134,9 +137,9 @@ impl Write for Sink<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             self.wait()?;
-            let most = if self.non_blocking { bytes.len() } else { bytes.len().min(AT_ONCE) };
-            match rustix::io::write(self.file.as_fd(), bytes.get(..most).unwrap_or_default()) {
-                // Made non-blocking by another process that has it open.
+            let length = if self.non_blocking { bytes.len() } else { bytes.len().min(PIPE_BUF) };
+            match rustix::io::write(self.file.as_fd(), bytes.get(..length).unwrap_or_default()) {
+                // EAGAIN: another process has made the shared open file description non-blocking.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return Ok(other?),
             }

@@ -1,7 +1,8 @@
-//! Whether a file or folder can have been made or changed by another user than root and the caller.
+//! Checks that only root and the caller can have created or changed a file or directory.
 //!
-//! Records of the runtime directory decide which processes root signals and which files it removes. They are used only
-//! when root or the caller owns them and nobody else can write them, and when the same holds for the way to them.
+//! Records in the runtime directory decide which processes root signals and which files root removes. A record is used
+//! only if root or the caller owns it and no other user can write it, and if the same holds for all directories of its
+//! path.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -13,31 +14,32 @@ use rustix::fs::{FileType, Stat};
 
 use super::folder::Folder;
 
-/// Symbolic links that one path may have, as in the kernel (path_resolution(7)).
+/// Maximum number of symbolic links in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
 /// Write permission for group and others.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// Fails for what another user owns, or others than its owner can write.
+/// Checks that root or the caller owns a file and that only its owner can write it.
 ///
 /// # Errors
-/// `PermissionDenied` that says why.
+/// Returns `PermissionDenied` with the reason.
 pub fn expect(stat: &Stat) -> io::Result<()> {
     expect_owner(stat.st_uid)?;
-    // A link's mode means nothing.
+    // The mode of a symbolic link has no effect.
     match stat.st_mode & OTHERS_WRITE {
         0 => Ok(()),
         _ if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink => Ok(()),
-        _ => Err(denied(format!("other users can write it (mode {:04o})", stat.st_mode & 0o7777))),
+        _ => Err(denied(format!("writable by other users (mode {:04o})", stat.st_mode & 0o7777))),
     }
 }
 
-/// The path without symbolic links, of a folder whose way nobody but root and the caller can change: each component
-/// belongs to one of them, and where everybody can write, the sticky bit keeps others from renaming it.
+/// Resolves the symbolic links of a path that only root and the caller can redirect: each component must belong to one
+/// of them, and in a world-writable directory the sticky bit must keep other users from renaming it.
 ///
 /// # Errors
-/// `NotFound`; `PermissionDenied` that names the component and says why; else the system's.
+/// Returns `NotFound` if a component is missing, `PermissionDenied` with the component and the reason, and an error if
+/// a system call fails.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
     let mut resolved = PathBuf::from("/");
     let mut left: VecDeque<OsString> = components(&std::path::absolute(path)?);
@@ -61,21 +63,21 @@ pub fn resolve(path: &Path) -> io::Result<PathBuf> {
             true => resolved = PathBuf::from("/"),
             false => drop(resolved.pop()),
         }
-        let mut ahead = components(&target);
-        ahead.append(&mut left);
-        left = ahead;
+        let mut remaining = components(&target);
+        remaining.append(&mut left);
+        left = remaining;
     }
     Ok(resolved)
 }
 
-/// Opens a folder whose way and owner can be trusted.
+/// Opens a directory whose path and owner can be trusted.
 ///
 /// # Errors
-/// As [`resolve`] and [`expect`].
+/// Same as [`resolve`] and [`expect`].
 pub fn open(path: &Path) -> io::Result<Folder> {
-    let folder = Folder::open_canonical(&resolve(path)?)?;
-    expect(&folder.own_metadata()?)?;
-    Ok(folder.named(path))
+    let directory = Folder::open_canonical(&resolve(path)?)?;
+    expect(&directory.own_metadata()?)?;
+    Ok(directory.named(path))
 }
 
 fn components(path: &Path) -> VecDeque<OsString> {
@@ -87,7 +89,7 @@ fn components(path: &Path) -> VecDeque<OsString> {
     names.collect()
 }
 
-/// Checks one component of a way; true for a symbolic link.
+/// Checks one component of a path. Returns true for a symbolic link.
 fn check(path: &Path) -> io::Result<bool> {
     let found = std::fs::symlink_metadata(path)?;
     let named = |e: io::Error| denied(format!("{}: {e}", path.display()));
@@ -95,7 +97,8 @@ fn check(path: &Path) -> io::Result<bool> {
         expect_owner(found.uid()).map_err(named)?;
     }
     if found.is_dir() && found.mode() & 0o1002 == 0o002 {
-        let why = format!("everybody can rename what is in it (mode {:04o})", found.mode() & 0o7777);
+        let why =
+            format!("writable by all users without the sticky bit (mode {:04o})", found.mode() & 0o7777);
         return Err(named(denied(why)));
     }
     Ok(found.is_symlink())
@@ -104,11 +107,11 @@ fn check(path: &Path) -> io::Result<bool> {
 fn expect_owner(uid: u32) -> io::Result<()> {
     match uid == 0 || uid == rustix::process::geteuid().as_raw() {
         true => Ok(()),
-        false => Err(denied(format!("it belongs to user {uid}"))),
+        false => Err(denied(format!("owned by user {uid}"))),
     }
 }
 
-/// True in a user namespace for a user who has no number there, as the host's root.
+/// Returns true if the user has no mapping in this user namespace, such as the root user of the host.
 fn is_unmapped(uid: u32) -> bool {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     if read("/proc/sys/kernel/overflowuid").trim().parse() != Ok(uid) {
@@ -134,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_way_that_others_can_change_is_refused_by_name() {
+    fn rejects_a_path_that_other_users_can_change() {
         let dir = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(dir.path()).unwrap();
         let deep = root.join("open/deep");
@@ -145,7 +148,10 @@ mod tests {
         mode(&root.join("open"), 0o777);
         let refused = resolve(&root.join("link/deep")).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
-        assert!(refused.to_string().contains("open: everybody can rename"), "{refused}");
+        assert!(
+            refused.to_string().contains("open: writable by all users without the sticky bit"),
+            "{refused}"
+        );
         mode(&root.join("open"), 0o1777);
         assert!(open(&deep).is_ok(), "sticky");
         assert!(open(&root.join("open")).unwrap_err().to_string().contains("mode 1777"));
@@ -154,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_another_user_is_refused() {
+    fn rejects_files_of_other_users() {
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -166,7 +172,7 @@ mod tests {
         std::os::unix::fs::lchown(&link, Some(1000), None).unwrap();
         for path in [&theirs, &link] {
             let refused = open(path).unwrap_err();
-            assert!(refused.to_string().contains("belongs to user 1000"), "{refused}");
+            assert!(refused.to_string().contains("owned by user 1000"), "{refused}");
         }
     }
 }

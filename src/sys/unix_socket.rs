@@ -1,4 +1,4 @@
-//! Unix sockets: connecting without waiting for ever, and who listens at a path.
+//! Unix sockets: connecting with a time limit, and the processes that listen at a path.
 
 use std::fs;
 use std::io;
@@ -11,26 +11,26 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use super::{procfs, users};
 
-/// How often a full queue is tried again.
+/// Interval between attempts to connect while the backlog of the listener is full.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The bit of a socket's flags in `/proc/net/unix` that listens.
-const LISTENS: u32 = 1 << 16;
+/// `__SO_ACCEPTCON`: the flag of a listening socket in `/proc/net/unix`.
+const ACCEPTS_CONNECTIONS: u32 = 1 << 16;
 
-/// Connects. `connect(2)` waits for ever where the queue of a listener is full, which nobody empties while its process
-/// stands still.
+/// Connects to a stream socket. A plain connect(2) blocks without limit while the backlog of the listener is full,
+/// which lasts as long as a stopped process does not accept connections.
 ///
 /// # Errors
-/// The system's; `WouldBlock` when the queue is full for that long.
-pub fn connect_within(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+/// Returns `WouldBlock` if the backlog is full for `timeout`, and an error if the system call fails.
+pub fn connect_within(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
-    let until = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     loop {
         match connect(&socket, &address) {
             Ok(()) => break,
-            Err(Errno::AGAIN) if Instant::now() < until => std::thread::sleep(RETRY_INTERVAL),
+            Err(Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(RETRY_INTERVAL),
             Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -40,14 +40,14 @@ pub fn connect_within(path: &Path, patience: Duration) -> io::Result<UnixStream>
     Ok(stream)
 }
 
-/// Processes that have a socket which listens at this path, in this network namespace.
+/// Returns the processes that have a socket listening at this path, in this network namespace.
 pub fn listeners(path: &Path) -> Vec<u32> {
     let text = procfs::read_text(Path::new("/proc/net/unix")).unwrap_or_default();
     let inode = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let flags = u32::from_str_radix(words.nth(3)?, 16).ok()?;
         let inode = words.nth(2)?;
-        (flags & LISTENS != 0 && line.ends_with(&format!(" {}", path.display())))
+        (flags & ACCEPTS_CONNECTIONS != 0 && line.ends_with(&format!(" {}", path.display())))
             .then(|| format!("socket:[{inode}]"))
     };
     let sockets: Vec<String> = text.lines().filter_map(inode).collect();
@@ -56,8 +56,8 @@ pub fn listeners(path: &Path) -> Vec<u32> {
     }
     let has = move |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-        let is_it = |name: &Path| sockets.iter().any(|socket| name.as_os_str() == socket.as_str());
-        fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|name| is_it(&name))).then_some(())
+        let matches = |name: &Path| sockets.iter().any(|socket| name.as_os_str() == socket.as_str());
+        fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|name| matches(&name))).then_some(())
     };
     let looks = users::look_at_each(procfs::pids().unwrap_or_default(), users::PATIENCE, has);
     looks.seen.into_iter().map(|(pid, ())| pid).collect()
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_queue_ends_the_wait_and_its_owner_is_found() {
+    fn connect_times_out_and_listener_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();

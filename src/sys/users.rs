@@ -1,11 +1,12 @@
-//! Who uses a file system: found by device and inode number in every process, never by path or open count.
+//! Finds the processes that use a file system, by device and inode number in every process, never by path or open
+//! count.
 //!
-//! A process that waits for an answer in the middle of an `execve` (it closes a file of a file system that does not
-//! answer) holds a lock that readers of its `maps`, `stat`, `environ` and `fd` wait for, as long as it waits itself. So
-//! each look happens on a thread that nobody has to wait for.
+//! A process that is blocked in the middle of an `execve` (closing a file of an unresponsive file system) holds a lock
+//! that readers of its `maps`, `stat`, `environ` and `fd` in `/proc` wait for. Each process is therefore inspected on a
+//! thread that the caller can abandon.
 //!
-//! A process that does not answer in time, or that this process has no right to look into, is [`Unseen`]: it counts as a
-//! possible user. Exempt are threads of the kernel, and process 1 of the initial PID namespace, which may refuse even root.
+//! A process that cannot be inspected in time, or that this process may not inspect, is [`Unseen`] and counts as a
+//! possible user. Exempt are kernel threads, and process 1 of the initial PID namespace, which may refuse even root.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
@@ -21,40 +22,40 @@ use rustix::io::Errno;
 use super::{probe, procfs, tasks};
 use crate::error::Result;
 
-/// A process that has not let itself be looked into for so long is left aside. Even a busy host is faster.
+/// Time limit for the inspection of a process. Even a busy host needs less.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A look that takes longer may be stuck: another thread goes on with the others meanwhile.
-const QUICK: Duration = Duration::from_millis(20);
+/// An inspection that takes longer may be blocked; another thread then continues with the remaining processes.
+const SLOW_INSPECTION: Duration = Duration::from_millis(20);
 
-/// Most threads that are not known to be stuck.
-const MOST_AT_A_TIME: usize = 256;
+/// Maximum number of threads that have not exceeded the time limit.
+const MAX_THREADS: usize = 256;
 
-/// Enough for reading and parsing; a stuck thread keeps little.
-const STACK: usize = 256 << 10;
+/// Stack size of a thread in bytes: enough for reading and parsing, and little memory for an abandoned thread.
+const STACK_SIZE: usize = 256 << 10;
 
-/// What a look at many processes brought.
+/// The result of inspecting a list of processes.
 #[derive(Debug)]
 pub struct Looks<T> {
-    /// What was seen, by pid.
+    /// Results by pid.
     pub seen: Vec<(u32, T)>,
-    /// Processes that could not be looked into in time, by pid.
+    /// Pids of the processes that could not be inspected in time.
     pub unseen: Vec<u32>,
 }
 
 struct Shared<T, F> {
     look: F,
     state: Mutex<State<T>>,
-    moved: Condvar,
+    progress: Condvar,
 }
 
 struct State<T> {
-    /// Pids that nobody has begun with, the next one last.
+    /// Pids that no thread has taken yet, the next one last.
     queue: Vec<u32>,
-    /// Which pid is looked at, and since when.
+    /// Pids under inspection, with the start time of the inspection.
     busy: HashMap<u32, Instant>,
     seen: Vec<(u32, T)>,
-    /// Nobody waits for answers any more.
+    /// Set when the caller no longer waits for results.
     over: bool,
 }
 
@@ -65,7 +66,7 @@ impl<T, F> Shared<T, F> {
 }
 
 impl<T, F: Fn(u32) -> Option<T>> Shared<T, F> {
-    /// Looks at one process after the other until none is left.
+    /// Inspects one process after another until the queue is empty.
     fn work(&self) {
         let mut state = self.state();
         while !state.over {
@@ -77,13 +78,14 @@ impl<T, F: Fn(u32) -> Option<T>> Shared<T, F> {
             state.busy.remove(&pid);
             state.seen.extend(seen.map(|seen| (pid, seen)));
         }
-        self.moved.notify_one();
+        self.progress.notify_one();
     }
 }
 
-/// Runs `look` for each of these processes, on threads. One that takes longer than `patience` is left behind with
-/// its thread; it ends with this process at the latest, for the locks that it may wait for can be killed.
-pub fn look_at_each<T, F>(pids: Vec<u32>, patience: Duration, look: F) -> Looks<T>
+/// Runs `look` for each of the processes on several threads. A call that takes longer than `timeout` is abandoned
+/// together with its thread. An abandoned thread ends with this process at the latest, because waits for the locks in
+/// question are killable.
+pub fn look_at_each<T, F>(pids: Vec<u32>, timeout: Duration, look: F) -> Looks<T>
 where
     T: Send + 'static,
     F: Fn(u32) -> Option<T> + Send + Sync + 'static,
@@ -91,11 +93,11 @@ where
     let mut queue = pids;
     queue.reverse();
     let state = State { queue, busy: HashMap::new(), seen: Vec::new(), over: false };
-    let shared = Arc::new(Shared { look, state: Mutex::new(state), moved: Condvar::new() });
+    let shared = Arc::new(Shared { look, state: Mutex::new(state), progress: Condvar::new() });
     let start = |count: usize| {
         (0..count).all(|_| {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new().stack_size(STACK).spawn(move || shared.work()).is_ok()
+            std::thread::Builder::new().stack_size(STACK_SIZE).spawn(move || shared.work()).is_ok()
         })
     };
     let usual = std::thread::available_parallelism().map_or(1, usize::from).min(4);
@@ -104,18 +106,19 @@ where
     loop {
         let left = state.queue.len();
         let slow = |than: Duration| state.busy.values().filter(|since| since.elapsed() > than).count();
-        let (stuck, waiting) = (slow(patience), state.busy.len());
-        // Without threads nobody will come to the rest.
-        if waiting == stuck && (left == 0 || !can_start) {
+        let (stuck, busy) = (slow(timeout), state.busy.len());
+        // If no thread can be started, the rest of the queue stays unseen.
+        if busy == stuck && (left == 0 || !can_start) {
             break;
         }
-        let nobody_moves = waiting > 0 && slow(QUICK) == waiting;
-        if nobody_moves && left > 0 && waiting - stuck < MOST_AT_A_TIME {
+        let all_slow = busy > 0 && slow(SLOW_INSPECTION) == busy;
+        if all_slow && left > 0 && busy - stuck < MAX_THREADS {
             drop(state);
-            can_start = start(waiting.min(MOST_AT_A_TIME));
+            can_start = start(busy.min(MAX_THREADS));
             state = shared.state();
         }
-        state = shared.moved.wait_timeout(state, QUICK).unwrap_or_else(PoisonError::into_inner).0;
+        let waited = shared.progress.wait_timeout(state, SLOW_INSPECTION);
+        state = waited.unwrap_or_else(PoisonError::into_inner).0;
     }
     state.over = true;
     let mut unseen = std::mem::take(&mut state.queue);
@@ -126,86 +129,85 @@ where
     Looks { seen, unseen }
 }
 
-/// Processes that a search could not look into: each of them may be what was searched for.
+/// Processes that a search could not inspect: each of them may be one of the processes that the search looks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Unseen {
-    /// Those that did not answer in time.
+    /// Processes that could not be inspected in time.
     pub silent: Vec<u32>,
-    /// Those that this process has no right to look into.
+    /// Processes that this process has no permission to inspect.
     pub closed: Vec<u32>,
 }
 
 impl Unseen {
-    /// True when every process was seen.
+    /// Returns true if every process was inspected.
     pub fn is_empty(&self) -> bool {
         self.silent.is_empty() && self.closed.is_empty()
     }
 
-    /// All of them, in ascending order.
+    /// Returns all of the pids in ascending order.
     pub fn pids(&self) -> Vec<u32> {
         let mut all = [&self.silent[..], &self.closed[..]].concat();
         all.sort_unstable();
         all
     }
 
-    /// Names them, if there are any; `what` is what each of them may be.
+    /// Returns an error message, or `None` if there are no such processes. `what` completes "processes that may …".
     pub fn describe(&self, what: &str) -> Option<String> {
         let mut parts = Vec::new();
         if !self.silent.is_empty() {
             let (limit, list) = (PATIENCE.as_secs(), list_pids(&self.silent));
-            parts
-                .push(format!("processes that may {what} could not be looked into within {limit} s: {list}"));
+            parts.push(format!("timed out after {limit} s inspecting processes that may {what}: {list}"));
         }
         if !self.closed.is_empty() {
             let list = list_pids(&self.closed);
-            parts.push(format!("no right to look into processes that may {what}: {list}"));
+            parts.push(format!("no permission to inspect processes that may {what}: {list}"));
         }
         (!parts.is_empty()).then(|| parts.join("; "))
     }
 
-    /// What to do about them.
+    /// Returns the remedy for the error message.
     pub fn remedy(&self) -> &'static str {
         match self.closed.is_empty() {
-            true => "they wait for a file system that does not answer: `stencil doctor` names what is stuck",
-            false => "run it as root of the host, outside of containers, with all capabilities",
+            true => "run 'stencil doctor' to find the unresponsive file system that blocks these processes",
+            false => "run the command as root on the host, outside of containers, with all capabilities",
         }
     }
 }
 
-/// Why a look into a process has failed.
+/// This process has no permission to inspect a process.
 #[derive(Debug)]
 struct Closed;
 
-/// What a search through all processes brought.
+/// The result of a search through processes.
 #[derive(Debug)]
 pub struct Sight<T> {
-    /// What was seen, by pid.
+    /// Results by pid.
     pub seen: Vec<(u32, T)>,
-    /// Processes that could not be looked into.
+    /// Processes that could not be inspected.
     pub unseen: Unseen,
 }
 
-/// So often all processes are listed again, for those that were started meanwhile.
-const LISTINGS: usize = 4;
+/// Maximum number of times that all processes are listed, to include processes that start during the search.
+const MAX_LISTINGS: usize = 4;
 
-/// Looks into every process but those that are exempt, also into those that are started meanwhile: a parent that has not
-/// been looked into yet may end and leave a child behind.
+/// Inspects every process except the exempt ones. Also inspects processes that start during the search, because a
+/// parent may exit before its inspection and leave a child behind.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
-pub fn look_at_all<T, F>(patience: Duration, look: F) -> Result<Sight<T>>
+/// Returns an error if `/proc` cannot be listed.
+pub fn look_at_all<T, F>(timeout: Duration, look: F) -> Result<Sight<T>>
 where
     T: Send + 'static,
     F: Fn(u32) -> io::Result<Option<T>> + Send + Sync + 'static,
 {
     let (mut seen, mut unseen) = (Vec::new(), Unseen::default());
     let (look, mut known) = (Arc::new(look), HashSet::new());
-    for _ in 0..LISTINGS {
+    for _ in 0..MAX_LISTINGS {
         let new: Vec<u32> = procfs::pids()?.into_iter().filter(|pid| known.insert(*pid)).collect();
         if new.is_empty() {
             break;
         }
-        let part = look_at_these(new, patience, Arc::clone(&look));
+        let part = look_at_these(new, timeout, Arc::clone(&look));
         seen.extend(part.seen);
         unseen.silent.extend(part.unseen.silent);
         unseen.closed.extend(part.unseen.closed);
@@ -214,13 +216,13 @@ where
     Ok(Sight { seen, unseen })
 }
 
-/// As [`look_at_all`], into these processes.
-pub fn look_at_these<T, F>(pids: Vec<u32>, patience: Duration, look: Arc<F>) -> Sight<T>
+/// Same as [`look_at_all`] for a given list of processes.
+pub fn look_at_these<T, F>(pids: Vec<u32>, timeout: Duration, look: Arc<F>) -> Sight<T>
 where
     T: Send + 'static,
     F: Fn(u32) -> io::Result<Option<T>> + Send + Sync + 'static,
 {
-    let looks = look_at_each(pids, patience, move |pid| match look(pid) {
+    let looks = look_at_each(pids, timeout, move |pid| match look(pid) {
         Ok(seen) => seen.map(Ok),
         Err(_) if is_exempt(pid) => None,
         Err(error) => {
@@ -238,9 +240,9 @@ where
     sight
 }
 
-/// True for a process that cannot be looked into and is known to use no template: a thread of the kernel; and process 1
-/// of the initial PID namespace, which has more rights than root where it is the manager of a container or of a virtual
-/// machine. `doctor` names it.
+/// Returns true for a process that cannot be inspected but certainly uses no template: a kernel thread, and process 1
+/// of the initial PID namespace, which has more privileges than root if it manages a container or virtual machine.
+/// `stencil doctor` reports such a process 1.
 fn is_exempt(pid: u32) -> bool {
     tasks::is_kernel_thread(pid) || (pid == 1 && probe::in_initial_pid_namespace())
 }
@@ -248,47 +250,47 @@ fn is_exempt(pid: u32) -> bool {
 /// A process that uses a file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// Its number.
+    /// Pid of the process.
     pub pid: u32,
-    /// Its command's name, at most 15 bytes.
+    /// Name of the command, at most 15 bytes.
     pub name: String,
-    /// Inodes that it has mapped.
+    /// Inodes that the process maps.
     pub mapped: BTreeSet<u64>,
-    /// Inodes that a thread of it has open, or as its working directory or root; or that are its program.
+    /// Inodes that a thread of the process has open, or uses as working directory or root; and its executable.
     pub open: BTreeSet<u64>,
 }
 
-/// Who uses a file system.
+/// The processes that use a file system.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Users {
-    /// Those that were seen to, by pid.
+    /// The processes that are known to use it, by pid.
     pub found: Vec<User>,
-    /// Those that could not be looked into: each may be one more.
+    /// Processes that could not be inspected and are possible users.
     pub unseen: Unseen,
 }
 
-/// What a process uses of some file systems: device (as `st_dev`) and inode numbers.
+/// The files of some file systems that a process uses, as pairs of device (`st_dev`) and inode number.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UsedFiles {
-    /// Files that it maps.
+    /// Files that the process maps.
     pub mapped: BTreeSet<(u64, u64)>,
-    /// Files that a thread of it has open, or as its working directory or root; or that are its program.
+    /// Files that a thread of the process has open, or uses as working directory or root; and its executable.
     pub open: BTreeSet<(u64, u64)>,
 }
 
-/// Every process but this one that has a file on one of `devices` open, or maps a file that `is_wanted` (by device and
-/// inode number). The file systems themselves are never asked: their servers may be dead.
+/// Finds every other process that has a file on one of `devices` open, or maps a file for which `is_wanted(dev, ino)`
+/// is true. The file systems themselves are not accessed, because their servers may be unresponsive.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Returns an error if `/proc` cannot be listed.
 pub fn users_where(
     devices: Vec<u64>,
-    patience: Duration,
+    timeout: Duration,
     is_wanted: impl Fn(u64, u64) -> bool + Send + Sync + 'static,
 ) -> Result<Sight<UsedFiles>> {
-    log::debug!("all processes are searched");
+    log::debug!("searching all processes for users of mounts");
     let me = std::process::id();
-    look_at_all(patience, move |pid| {
+    look_at_all(timeout, move |pid| {
         if pid == me {
             return Ok(None);
         }
@@ -299,12 +301,12 @@ pub fn users_where(
     })
 }
 
-/// Every process but this one that uses files on `device` (as `st_dev`), as [`users_where`].
+/// Finds every other process that uses files on `device` (`st_dev`). Same as [`users_where`] otherwise.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
-pub fn users_of(device: u64, patience: Duration) -> Result<Users> {
-    let sight = users_where(vec![device], patience, move |dev, _| dev == device)?;
+/// Returns an error if `/proc` cannot be listed.
+pub fn users_of(device: u64, timeout: Duration) -> Result<Users> {
+    let sight = users_where(vec![device], timeout, move |dev, _| dev == device)?;
     let inodes = |files: BTreeSet<(u64, u64)>| files.into_iter().map(|(_, ino)| ino).collect();
     let user = |(pid, used): (u32, UsedFiles)| User {
         pid,
@@ -315,7 +317,7 @@ pub fn users_of(device: u64, patience: Duration) -> Result<Users> {
     Ok(Users { found: sight.seen.into_iter().map(user).collect(), unseen: sight.unseen })
 }
 
-/// Inodes on these devices that a process has open, by any of its threads: each may have its own table of files.
+/// Returns the inodes on these devices that any thread of a process has open. Each thread may have its own file table.
 fn open_inodes(pid: u32, devices: &[u64]) -> io::Result<BTreeSet<(u64, u64)>> {
     let mut found = BTreeSet::new();
     for tid in tasks::threads(pid)? {
@@ -328,7 +330,7 @@ fn open_inodes(pid: u32, devices: &[u64]) -> io::Result<BTreeSet<(u64, u64)>> {
         let opened = rustix::fs::open(thread.join("fd"), flags, Mode::empty());
         let Some(dir) = unless_gone(opened)? else { continue };
         for entry in Dir::read_from(&dir)? {
-            // The thread has ended, and with it the table, unless others have that too.
+            // The thread has exited. Its file table no longer exists, unless other threads share the table.
             let Some(entry) = unless_gone(entry)? else { break };
             match entry.file_name().to_str() {
                 Ok("." | "..") | Err(_) => {}
@@ -339,16 +341,16 @@ fn open_inodes(pid: u32, devices: &[u64]) -> io::Result<BTreeSet<(u64, u64)>> {
     Ok(found)
 }
 
-/// The inode that a link of `/proc` leads to, if it is on one of these devices.
+/// Returns the inode that a `/proc` link leads to, if the inode is on one of these devices.
 ///
 /// # Errors
-/// Without the right to follow it. A file that fails in another way is of another file system: a template's is not asked
-/// for anything.
+/// Returns an error without permission to follow the link. Any other failure comes from another file system: statx with
+/// `AT_STATX_DONT_SYNC` sends no request to a template mount.
 fn inode_on(devices: &[u64], dir: &dyn AsFd, name: &Path) -> io::Result<Option<(u64, u64)>> {
-    let ask = |wanted| statx(dir, name, AtFlags::STATX_DONT_SYNC, wanted);
-    // Another user's FUSE mount refuses everything but the number of its device.
+    let stat = |wanted| statx(dir, name, AtFlags::STATX_DONT_SYNC, wanted);
+    // A FUSE mount of another user refuses everything but its device number.
     let denied = |error: &Errno| matches!(*error, Errno::ACCESS | Errno::PERM);
-    match ask(StatxFlags::INO).or_else(|e| if denied(&e) { ask(StatxFlags::empty()) } else { Err(e) }) {
+    match stat(StatxFlags::INO).or_else(|e| if denied(&e) { stat(StatxFlags::empty()) } else { Err(e) }) {
         Ok(stat) => {
             let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
             Ok(devices.contains(&device).then_some((device, stat.stx_ino)))
@@ -358,7 +360,7 @@ fn inode_on(devices: &[u64], dir: &dyn AsFd, name: &Path) -> io::Result<Option<(
     }
 }
 
-/// Nothing for a process, thread or descriptor that is gone.
+/// Maps the errors of a process, thread or descriptor that no longer exists to `None`.
 fn unless_gone<T>(result: rustix::io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -367,26 +369,27 @@ fn unless_gone<T>(result: rustix::io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// The command's name of a process, also of one that nobody can look into; empty when it is gone.
+/// Returns the command name of a process, which is readable without permissions. Empty if the process has exited.
 pub fn name_of(pid: u32) -> String {
     let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
     String::from_utf8_lossy(&name).trim_end().to_owned()
 }
 
-/// Most processes that are named in one line.
-const NAMED: usize = 20;
+/// Maximum number of processes in a list for one line.
+const MAX_LISTED: usize = 20;
 
-/// `12 (qemu), 13 (sh)`: processes for one line, the first twenty by number and name.
+/// Formats a list of processes for one line, such as `12 (qemu), 13 (sh)`: the first 20 and the number of the others.
 pub fn list<'a>(processes: impl ExactSizeIterator<Item = (u32, &'a str)>) -> String {
-    let beyond = processes.len().saturating_sub(NAMED);
-    let mut words: Vec<String> = processes.take(NAMED).map(|(pid, name)| format!("{pid} ({name})")).collect();
+    let beyond = processes.len().saturating_sub(MAX_LISTED);
+    let mut words: Vec<String> =
+        processes.take(MAX_LISTED).map(|(pid, name)| format!("{pid} ({name})")).collect();
     if beyond > 0 {
         words.push(format!("and {beyond} more"));
     }
     words.join(", ")
 }
 
-/// [`list`] of processes whose names are still to be asked for.
+/// Same as [`list`] for pids whose command names are not known yet.
 pub fn list_pids(pids: &[u32]) -> String {
     let named: Vec<(u32, String)> = pids.iter().map(|&pid| (pid, name_of(pid))).collect();
     list(named.iter().map(|(pid, name)| (*pid, name.as_str())))
@@ -399,11 +402,11 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn many_that_are_stuck_cost_the_patience_once_and_hide_nobody() {
+    fn blocked_processes_cost_the_timeout_once() {
         let gate = Arc::new((Mutex::new(false), Condvar::new()));
         let inside = Arc::clone(&gate);
-        let begun = Instant::now();
-        // Every third one waits for ever, as behind a lock.
+        let start = Instant::now();
+        // Every third call blocks for ever, as on a lock.
         let looks = look_at_each((1..=90).collect(), Duration::from_millis(400), move |pid| {
             if pid % 3 == 0 {
                 let (open, changed) = &*inside;
@@ -414,7 +417,7 @@ mod tests {
             }
             (pid % 2 == 0).then_some(pid * 10)
         });
-        let took = begun.elapsed();
+        let took = start.elapsed();
         *gate.0.lock().unwrap() = true;
         gate.1.notify_all();
         let free: Vec<(u32, u32)> =
@@ -425,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_one_within_the_patience_is_seen() {
+    fn slow_process_within_the_timeout_is_seen() {
         let looks = look_at_each(vec![1, 2], Duration::from_secs(20), |pid| {
             std::thread::sleep(Duration::from_millis(u64::from(pid) * 60));
             Some(pid)
@@ -436,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_is_known_by_what_it_has_open_maps_and_stands_in() {
+    fn finds_users_by_open_files_mappings_and_working_directory() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("open");
         fs::write(&path, "text").unwrap();
@@ -447,14 +450,14 @@ mod tests {
             .spawn()
             .unwrap();
         let file = fs::metadata(&path).unwrap();
-        let folder = fs::metadata(dir.path()).unwrap();
+        let directory = fs::metadata(dir.path()).unwrap();
         let program = fs::metadata(format!("/proc/{}/exe", child.id())).unwrap();
         let user = |device: u64| {
             let users = users_of(device, PATIENCE).unwrap();
             users.found.into_iter().find(|user| user.pid == child.id())
         };
-        let found = user(file.dev()).expect("it has a file open there");
-        assert!(found.open.contains(&file.ino()) && found.open.contains(&folder.ino()), "{found:?}");
+        let found = user(file.dev()).expect("the process has a file open");
+        assert!(found.open.contains(&file.ino()) && found.open.contains(&directory.ino()), "{found:?}");
         assert_eq!(found.name, "cat");
         assert!(user(program.dev()).unwrap().mapped.contains(&program.ino()));
         assert_eq!(user(procfs::makedev(0, 999_999)), None);
@@ -463,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_of_processes_end_somewhere() {
+    fn long_lists_are_truncated() {
         assert_eq!(list([(1, "a"), (2, "b")].into_iter()), "1 (a), 2 (b)");
         let many: Vec<(u32, &str)> = (0..25).map(|pid| (pid, "x")).collect();
         assert!(list(many.into_iter()).ends_with("19 (x), and 5 more"));

@@ -1,4 +1,4 @@
-//! poll(2) with a limit that is a [`Duration`], and a writer that waits.
+//! poll(2) with a [`Duration`] as time limit, and a writer that waits on non-blocking descriptors.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -7,18 +7,17 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// Waits until one of them has something to say; no longer than `limit`, where there is one. A limit that no clock can
-/// hold is none.
+/// Waits until a descriptor is ready, at most for `limit`. A `limit` that does not fit into a timespec means no limit.
 ///
 /// # Errors
-/// The system's, `EINTR` among them.
+/// Returns an error if the system call fails, including `EINTR`.
 pub fn poll_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> rustix::io::Result<usize> {
     let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
     poll(fds, limit.as_ref())
 }
 
-/// Writes to a descriptor without a buffer, and waits where the descriptor is non-blocking and takes nothing: a pipe or
-/// terminal that was inherited can be made so by another process that has it open.
+/// Writes to a descriptor without buffering, and waits if a non-blocking descriptor accepts no data: another process
+/// may have made the shared open file description of an inherited pipe or terminal non-blocking.
 #[derive(Debug)]
 pub struct Patient<F>(pub F);
 
@@ -43,12 +42,12 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn a_limit_ends_the_wait_and_the_longest_is_none() {
+    fn poll_respects_the_limit_and_huge_limits_mean_none() {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let begun = Instant::now();
+        let start = Instant::now();
         let wait = |limit| poll_for(&mut [PollFd::new(&ours, PollFlags::IN)], limit);
         assert_eq!(wait(Some(Duration::from_millis(5))), Ok(0));
-        assert!(begun.elapsed() >= Duration::from_millis(5));
+        assert!(start.elapsed() >= Duration::from_millis(5));
         drop(theirs);
         assert_eq!((wait(Some(Duration::MAX)), wait(None)), (Ok(1), Ok(1)));
     }

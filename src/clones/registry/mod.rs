@@ -200,7 +200,7 @@ mod tests {
         assert!(load().is_err());
         folder.remove_file(RECORD).unwrap();
         folder.create(RECORD, 0o666).unwrap().write_all(&serde_json::to_vec(&entry).unwrap()).unwrap();
-        assert!(load().unwrap_err().to_string().contains("other users can write it"));
+        assert!(load().unwrap_err().to_string().contains("writable by other users"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Resolution of names, by `openat2(2)` or one component at a time.
+//! Name resolution with `openat2(2)`, or one component at a time.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,16 +10,16 @@ use rustix::io::Errno;
 
 use super::not_regular;
 
-/// How often a walk is begun: the kernel gives one up with `EAGAIN` when a rename happens meanwhile (openat2(2)). A file
-/// on which another process holds a lease answers `EAGAIN` every time.
-const MAX_WALKS: usize = 64;
+/// Maximum number of attempts to resolve a name. The kernel fails a resolution with `EAGAIN` if a concurrent rename may
+/// have affected it (openat2(2)), but also every attempt to open a file under a conflicting lease.
+const MAX_ATTEMPTS: usize = 64;
 
-pub const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
+pub const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
 
 pub const BENEATH: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
-/// True once `openat2` was answered with `ENOSYS`.
+/// Set after `openat2` has failed with `ENOSYS`.
 static NO_OPENAT2: AtomicBool = AtomicBool::new(false);
 
 pub fn resolve(
@@ -30,7 +30,7 @@ pub fn resolve(
     how: ResolveFlags,
 ) -> io::Result<OwnedFd> {
     let flags = match flags.contains(OFlags::PATH) {
-        // Nothing is opened that could block, and openat2 takes no such flags.
+        // Opening with O_PATH never blocks, and openat2 rejects O_NONBLOCK and O_NOCTTY with O_PATH.
         true => flags | OFlags::CLOEXEC,
         false => flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
     };
@@ -45,20 +45,20 @@ pub fn resolve(
         },
     };
     let mut opened = open();
-    for _ in 1..MAX_WALKS {
+    for _ in 1..MAX_ATTEMPTS {
         match opened {
             Err(Errno::AGAIN) => opened = open(),
             _ => break,
         }
     }
     match opened {
-        // An open for writing of a FIFO without a reader, and any open of a socket.
+        // The errno for opening a FIFO without a reader for writing, and for opening any socket.
         Err(Errno::NXIO) => Err(not_regular("a FIFO, socket or device")),
         opened => Ok(opened?),
     }
 }
 
-/// As `openat2`, one component at a time.
+/// Resolves a name like `openat2`, one component at a time.
 fn walk(
     from: BorrowedFd<'_>,
     name: &Path,
@@ -93,7 +93,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn without_openat2_the_rules_are_the_same() {
+    fn walk_enforces_the_same_rules_as_openat2() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("inside/sub")).unwrap();
         std::fs::write(dir.path().join("outside"), "kept").unwrap();

@@ -1,27 +1,27 @@
-//! What a mapping's owner tells the kernel about it: advice, and where its memory is to lie.
+//! Arguments of madvise(2) and mbind(2).
 
-/// Advice to the kernel about a whole mapping.
+/// Advice for madvise(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Advice {
     /// `MADV_HUGEPAGE`
     HugePage,
-    /// `MADV_DONTFORK`: a forked child has no such mapping.
+    /// `MADV_DONTFORK`: the range is not mapped in forked children.
     DontFork,
-    /// `MADV_MERGEABLE`: copied pages may be merged by KSM.
+    /// `MADV_MERGEABLE`: KSM may merge copied pages.
     Mergeable,
-    /// `MADV_DONTDUMP`: not in core dumps.
+    /// `MADV_DONTDUMP`: excluded from core dumps.
     DontDump,
     /// `MADV_RANDOM`: no readahead.
     Random,
-    /// `MADV_POPULATE_READ`: fill the page tables without copying.
+    /// `MADV_POPULATE_READ`: prefault page tables readable, without copy-on-write.
     PopulateRead,
-    /// `MADV_POPULATE_WRITE`: as if every page were written.
+    /// `MADV_POPULATE_WRITE`: prefault page tables writable, as a write to every page would.
     PopulateWrite,
-    /// `MADV_REMOVE`: punch the pages out of the file.
+    /// `MADV_REMOVE`: punch a hole into the file.
     Remove,
-    /// `MADV_PAGEOUT`: write to swap, or drop what a file still holds.
+    /// `MADV_PAGEOUT`: reclaim pages, to swap or by dropping clean file pages.
     PageOut,
-    /// `MADV_GUARD_INSTALL` (kernel 6.13): any access is SIGSEGV from now on.
+    /// `MADV_GUARD_INSTALL` (Linux 6.13): any access raises SIGSEGV.
     GuardInstall,
     /// `MADV_GUARD_REMOVE`
     GuardRemove,
@@ -45,7 +45,7 @@ impl Advice {
     }
 }
 
-/// NUMA memory policy of a range, as `mbind` knows it.
+/// NUMA memory policy of a range, the mode of mbind(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NumaMode {
     /// `MPOL_DEFAULT`

@@ -1,4 +1,4 @@
-//! Placement, bounds and the end of mappings.
+//! Tests of placement, bounds and unmapping.
 
 use std::os::fd::AsFd;
 
@@ -16,7 +16,7 @@ fn anonymous(length: u64, align: u64) -> io::Result<Mapping> {
     })
 }
 
-/// The permissions that `/proc/self/maps` shows at an address.
+/// Returns the permissions of an address in `/proc/self/maps`.
 fn permissions(address: u64) -> Option<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().find_map(|line| {
@@ -29,7 +29,7 @@ fn permissions(address: u64) -> Option<String> {
 }
 
 #[test]
-fn aligned_and_guarded() {
+fn mapping_is_aligned_and_guarded() {
     for align in [4096, 65536, 2 << 20, 64 << 20] {
         let map = anonymous(3 * PAGE_SIZE, align).unwrap();
         assert!(map.address().is_multiple_of(align), "{align}");
@@ -39,8 +39,8 @@ fn aligned_and_guarded() {
 }
 
 #[test]
-fn dropping_unmaps_memory_and_guard() {
-    // An odd size at an odd alignment, so that no other test's mapping is likely to take the place.
+fn drop_unmaps_memory_and_guard() {
+    // An unusual size and alignment, so that the mapping of another test is unlikely to reuse the address.
     let map = anonymous(1 << 30, 1 << 30).unwrap();
     let range = map.range();
     drop(map);
@@ -49,7 +49,7 @@ fn dropping_unmaps_memory_and_guard() {
 }
 
 #[test]
-fn bad_requests_are_errors() {
+fn rejects_invalid_requests() {
     for (length, align) in [(0, 4096), (4095, 4096), (4096, 0), (4096, 12288), (4096, 2048)] {
         let kind = anonymous(length, align).unwrap_err().kind();
         assert_eq!(kind, io::ErrorKind::InvalidInput, "{length} {align}");
@@ -59,7 +59,7 @@ fn bad_requests_are_errors() {
 }
 
 #[test]
-fn access_is_bounded() {
+fn access_is_bounds_checked() {
     let map = anonymous(2 * PAGE_SIZE, PAGE_SIZE).unwrap();
     map.write(MemoryOffset::new(8190), &[1, 2]).unwrap();
     let mut out = [0; 2];
@@ -73,7 +73,7 @@ fn access_is_bounded() {
 }
 
 #[test]
-fn a_page_that_cannot_be_had_is_an_error_and_no_signal() {
+fn inaccessible_page_is_an_error_instead_of_a_signal() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(2 * PAGE_SIZE).unwrap();
     let map = Mapping::new(&Request::view(file.as_fd(), Bytes::new(2 * PAGE_SIZE))).unwrap();

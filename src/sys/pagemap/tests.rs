@@ -1,4 +1,4 @@
-//! What a pagemap says of mappings whose every page is known.
+//! Tests with mappings in which the state of every page is known.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -35,7 +35,7 @@ fn pages(map: &Mapping, found: &[DirtyRange]) -> Vec<u64> {
     found.iter().flat_map(|r| page(r.range.start)..page(r.range.end)).collect()
 }
 
-/// Numbers without a pattern, the same in every run.
+/// Returns pseudo-random numbers, the same in every run.
 fn scattered(count: u64, below: u64, seed: u64) -> BTreeSet<u64> {
     let mut state = seed;
     let mut set = BTreeSet::new();
@@ -51,14 +51,14 @@ fn write_page(map: &Mapping, page: u64) {
 }
 
 #[test]
-fn exactly_the_written_pages_are_dirty() {
+fn written_pages_are_dirty() {
     let length = 16 << 20;
     let file = template(length);
     let map = private_map(&file, length, HUGE_PAGE_SIZE);
     let pagemap = Pagemap::this_process().unwrap();
     assert!(pagemap.dirty(map.range()).unwrap().is_empty());
     map.advise_all(Advice::PopulateRead).unwrap();
-    assert!(pagemap.dirty(map.range()).unwrap().is_empty(), "reading copies nothing");
+    assert!(pagemap.dirty(map.range()).unwrap().is_empty(), "reads copy no page");
     let written = scattered(1500, length / PAGE_SIZE, 7);
     written.iter().for_each(|page| write_page(&map, *page));
     let found = pagemap.dirty(map.range()).unwrap();
@@ -66,10 +66,10 @@ fn exactly_the_written_pages_are_dirty() {
     assert!(found.iter().all(|r| !r.swapped));
 }
 
-/// More regions than one call may answer, at counts around the limit: an answer that fills the
-/// vector exactly, and `walk_end` inside a finished region.
+/// Scans more regions than fit into one call, with counts around the limit: a call that fills the vector exactly, and a
+/// `walk_end` inside a finished region.
 #[test]
-fn a_scan_ends_where_it_should() {
+fn scan_continues_after_a_full_vector() {
     let regions = REGIONS_PER_CALL as u64;
     for count in [regions - 1, regions, regions + 1, 2 * regions, 2 * regions + 5] {
         let length = (2 * count + 3) * PAGE_SIZE;
@@ -83,7 +83,7 @@ fn a_scan_ends_where_it_should() {
 }
 
 #[test]
-fn zero_pages_and_huge_pages_of_anonymous_memory() {
+fn classifies_zero_and_huge_pages() {
     let length = 4 * HUGE_PAGE_SIZE;
     let map = Mapping::new(&Request {
         length: Bytes::new(length),
@@ -99,11 +99,11 @@ fn zero_pages_and_huge_pages_of_anonymous_memory() {
     for page in 0..512 {
         map.load(MemoryOffset::new(page * PAGE_SIZE)).unwrap();
     }
-    assert!(pagemap.dirty(map.range()).unwrap().is_empty(), "the zero page is no copy");
+    assert!(pagemap.dirty(map.range()).unwrap().is_empty(), "the zero page is not a copy");
     map.advise(HUGE_PAGE_SIZE..2 * HUGE_PAGE_SIZE, Advice::HugePage).unwrap();
     write_page(&map, 600);
     let found = pagemap.dirty(map.range()).unwrap();
-    assert_eq!(pages(&map, &found), (512..1024).collect::<Vec<_>>(), "one store, one huge page");
+    assert_eq!(pages(&map, &found), (512..1024).collect::<Vec<_>>(), "one store dirties one huge page");
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn guard_regions_are_not_dirty() {
 }
 
 #[test]
-fn a_forbidden_part_keeps_its_copies() {
+fn inaccessible_part_keeps_its_copies() {
     let length = 1 << 20;
     let file = template(length);
     let map = private_map(&file, length, PAGE_SIZE);
@@ -132,13 +132,13 @@ fn a_forbidden_part_keeps_its_copies() {
 }
 
 #[test]
-fn an_unmapped_part_is_no_longer_dirty() {
+fn unmapped_part_is_not_dirty() {
     let length = 1 << 20;
     let file = template(length);
     let map = private_map(&file, length, PAGE_SIZE);
     (10..20).for_each(|page| write_page(&map, page));
     let hole = map.address() + 12 * PAGE_SIZE;
-    // SAFETY: MAP_FIXED puts an inaccessible page where this mapping had memory that nobody points to.
+    // SAFETY: MAP_FIXED replaces memory of this mapping, into which no pointer exists, by an inaccessible page.
     unsafe {
         let (none, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
         let at = libc::mmap(hole as *mut _, 3 * PAGE_SIZE as usize, none, flags, -1, 0);
@@ -149,7 +149,7 @@ fn an_unmapped_part_is_no_longer_dirty() {
 }
 
 #[test]
-fn entries_know_frames_and_owners() {
+fn entries_report_frames_and_exclusivity() {
     let length = 64 * PAGE_SIZE;
     let file = template(length);
     let map = private_map(&file, length, PAGE_SIZE);
@@ -163,7 +163,7 @@ fn entries_know_frames_and_owners() {
 }
 
 #[test]
-fn a_process_that_is_gone_is_not_found() {
+fn exited_process_is_not_found() {
     let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
     let pagemap = Pagemap::open(child.id()).unwrap();
     child.kill().unwrap();
@@ -172,7 +172,7 @@ fn a_process_that_is_gone_is_not_found() {
     assert_eq!(Pagemap::open(child.id()).unwrap_err().code(), crate::error::Code::NotFound);
 }
 
-/// Arms asynchronous write protection by userfaultfd over a mapping; disarmed when the file is closed.
+/// Enables asynchronous write protection by userfaultfd on a mapping. Closing the returned file disables it.
 fn arm_write_protection(map: &Mapping) -> File {
     use std::os::fd::FromRawFd;
     const API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
@@ -184,8 +184,8 @@ fn arm_write_protection(map: &Mapping) -> File {
     let mut api = [0xaa, unpopulated | asynchronous, 0];
     let mut register = [range.start, length, 2, 0];
     let mut protect = [range.start, length, 1];
-    // SAFETY: each argument is an array of as many u64 as the request's number names bytes; the range is
-    // the mapping's own, and protecting it changes no byte of it.
+    // SAFETY: each argument is an array with the size that the ioctl number encodes; the range is that of the mapping,
+    // and write protection changes no byte of it.
     unsafe {
         let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) as i32;
         assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
@@ -212,11 +212,11 @@ fn write_protection_markers_are_not_dirty() {
     let _armed = arm_write_protection(&map);
     let pagemap = Pagemap::this_process().unwrap();
     let swapped = Query { any: Categories::SWAPPED, ..Query::default() };
-    let look_swapped: u64 =
+    let swapped_bytes: u64 =
         pagemap.scan(map.range(), &swapped).unwrap().iter().map(|r| r.range.end - r.range.start).sum();
-    assert!(look_swapped > 100 * PAGE_SIZE, "the markers are there");
+    assert!(swapped_bytes > 100 * PAGE_SIZE, "the markers exist");
     assert_eq!(pages(&map, &pagemap.dirty(map.range()).unwrap()), Vec::from_iter(written.clone()));
-    // A write below the protection: one more page.
+    // A write to a protected page dirties one more page.
     let clean = (0..).find(|page| !written.contains(page)).unwrap();
     write_page(&map, clean);
     let found = pages(&map, &pagemap.dirty(map.range()).unwrap());
@@ -225,10 +225,10 @@ fn write_protection_markers_are_not_dirty() {
 }
 
 #[test]
-fn ranges_are_whole_pages() {
+fn rejects_unaligned_ranges() {
     let pagemap = Pagemap::this_process().unwrap();
     assert!(pagemap.dirty(1..4096).is_err());
     let (start, end) = (8192, 4096);
-    assert!(pagemap.entries(start..end).is_err(), "ends before it starts");
+    assert!(pagemap.entries(start..end).is_err(), "the end is before the start");
     assert!(pagemap.entries(4096..4096).unwrap().is_empty());
 }

@@ -80,12 +80,12 @@ fn every_obstacle_is_named_and_the_printed_line_can_be_captured() {
     after[4] = before[4].clone();
     assert_eq!(after, before);
     for (about, blocks, words) in [
-        ("ram", true, "not in a file that QEMU shares"),
+        ("ram", true, "not in a file mapped with share=on"),
         ("device", true, "virtio-balloon-pci (b)"),
-        ("option", true, "a network of kind socket"),
+        ("option", true, "unsupported network type socket"),
         ("disk", true, "snapshot=on"),
         ("disk", true, "driver=null-co"),
-        ("busy", true, "backup job 'mine'"),
+        ("busy", true, "in use by backup job 'mine'"),
         ("clone", false, "vmgenid"),
         ("clone", false, "virtio-rng"),
         ("settings", false, "multifd"),
@@ -160,6 +160,6 @@ fn a_vm_that_can_be_captured_is_told_so() {
     fs::rename(world.dir().join("ram"), world.dir().join("own")).unwrap();
     fs::write(world.dir().join("ram"), vec![0; 16 << 20]).unwrap();
     let run = world.stencil(&["capture", "--check", &socket]).exits(6);
-    assert!(run.out.contains("obstacle: file: the VM does not share the memory of 'ram0'"), "{}", run.out);
+    assert!(run.out.contains("obstacle: file: the VM does not map memory object 'ram0'"), "{}", run.out);
     assert_eq!(qemu.status(), "running");
 }

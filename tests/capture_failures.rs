@@ -1,5 +1,5 @@
-//! Captures that fail after the pause began: the VM runs again with its own disk and settings, nothing of what it wrote is
-//! lost, and the message says what there is to do.
+//! Captures that fail after the pause began: the VM runs again with its own disk and settings, nothing of what it wrote
+//! is lost, and the message says what there is to do.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -293,7 +293,7 @@ fn device_state_that_finds_no_room() {
         // It is back when the capture has ended, without the helper.
         assert_eq!(vm.qmp.status().unwrap(), "running");
         assert!(!ignores_shared(&mut vm.qmp));
-        let run = Run::of("capture".into(), &output).exits(1).says("cannot keep device state");
+        let run = Run::of("capture".into(), &output).exits(1).says("cannot write device state");
         assert!(!run.err.contains("; also: "), "{}", run.err);
     }
     drop(mounted);
@@ -315,7 +315,7 @@ fn an_overlay_that_cannot_be_renamed() {
         vm.write();
         let immutable = Immutable::make(&folder);
         let run = capture.goes_on().exits(1);
-        assert!(run.err.contains("template vm:x was made"), "{}", run.err);
+        assert!(run.err.contains("created template vm:x"), "{}", run.err);
         assert!(run.err.contains("cannot rename the overlay"), "{}", run.err);
         vm.world.stencil(&["verify", "vm:x"]).ok();
         // Nobody holds its writes back.
@@ -395,7 +395,7 @@ fn a_vm_that_somebody_lets_run_is_no_template() {
         // A reset is done by QEMU's main loop.
         vm.qmp.status().unwrap();
         let run = capture.goes_on().exits(75);
-        assert!(run.err.contains("no template was made"), "{}", run.err);
+        assert!(run.err.contains("no template was created"), "{}", run.err);
         vm.world.stencil(&["inspect", "vm:x"]).exits(4);
         vm.is_as_before();
     }
@@ -412,7 +412,8 @@ fn two_captures_of_one_vm() {
     // It does not wait for the session that the first one has.
     assert!(begin.elapsed() < Duration::from_secs(15));
     let run = Run::of("capture".into(), &second).exits(5);
-    assert!(run.err.contains(&format!("process {} captures this VM", first.child.id())), "{}", run.err);
+    let holder = format!("is in use by another capture (process {})", first.child.id());
+    assert!(run.err.contains(&holder), "{}", run.err);
     first.goes_on().exits(0);
     vm.is_as_before();
     vm.end();

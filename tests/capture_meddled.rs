@@ -35,7 +35,7 @@ fn a_left_over_disk_has_a_helper_too() {
         let log = fs::File::create(vm.log()).unwrap();
         let mut child = vm.capture(&[]).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         patiently("the capture's words", Duration::from_secs(10), || {
-            fs::read_to_string(vm.log()).unwrap().contains("is brought back first").then_some(())
+            fs::read_to_string(vm.log()).unwrap().contains("was left by an earlier capture").then_some(())
         });
         patiently("a helper", Duration::from_secs(10), || (!vm.helpers().is_empty()).then_some(()));
         // It has been told what it is to do.
@@ -46,7 +46,8 @@ fn a_left_over_disk_has_a_helper_too() {
         assert!(begin.elapsed() < Duration::from_secs(10));
         let said = fs::read_to_string(vm.log()).unwrap();
         assert!(
-            signal == Signal::KILL || status.code() == Some(1) && said.contains("interrupted while"),
+            signal == Signal::KILL
+                || status.code() == Some(1) && said.contains("interrupted during the commit"),
             "{said}"
         );
         vm.qmp.run("block-job-set-speed", json!({"device": id, "speed": 0})).unwrap();
@@ -80,7 +81,7 @@ fn a_commit_that_is_interrupted_is_the_helpers() {
     kill_process(capture.pid(), Signal::INT).unwrap();
     let run = capture.goes_on().exits(1);
     assert!(begin.elapsed() < Duration::from_secs(10));
-    assert!(run.err.contains("interrupted while it is committed"), "{}", run.err);
+    assert!(run.err.contains("interrupted during the commit"), "{}", run.err);
     vm.world.stencil(&["verify", "vm:x"]).ok();
     let _ = vm.qmp.run("job-resume", json!({"id": id}));
     vm.is_as_before();

@@ -103,8 +103,8 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
         });
     }
     println!("{rounds} captures, {whole} were faster than the signal");
-    // A killed capture leaves no template. The next capture works when the helper of the killed one has restored the VM's
-    // settings and closed its QMP session.
+    // A killed capture leaves no template. The next capture works when the helper of the killed one has restored the
+    // VM's settings and closed its QMP session.
     let socket = guest.socket();
     patiently("the helper's end", Duration::from_secs(15), || {
         let run = world.stencil(&["capture", socket.to_str().unwrap(), "guest:whole"]);
@@ -125,7 +125,7 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
         (
             "-accel",
             "-netdev socket,id=n0,listen=127.0.0.1:0 -device e1000e,netdev=n0 -accel",
-            "-netdev socket,id=n0,listen=127.0.0.1:0: a network of kind socket",
+            "-netdev socket,id=n0,listen=127.0.0.1:0: unsupported network type socket",
             "capture again",
         ),
         (
@@ -134,7 +134,7 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
             "a disk with driver=null-co,read-zeroes=on; -netdev user,id=n0,tftp=/srv: a network with tftp=/srv",
             "capture again",
         ),
-        ("share=on", "share=off", "RAM of this VM", "the option share=on"),
+        ("share=on", "share=off", "RAM of this VM", "add share=on to -object memory-backend-file,id=ram0,"),
         (
             ram,
             "-object memory-backend-memfd,id=ram0,size=16M",
@@ -192,7 +192,7 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
     run("losetup", &["-d", device]);
     let err = String::from_utf8_lossy(&done.stderr);
     assert_eq!(done.status.code(), Some(2), "{err}");
-    assert!(err.contains(&format!("{device} is a raw disk of the host")), "{err}");
+    assert!(err.contains(&format!("{device} is a raw host disk")), "{err}");
     assert!(err.contains("a disk with snapshot=on"), "{err}");
 
     // What is plugged in later does not stand in the command line.

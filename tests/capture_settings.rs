@@ -157,7 +157,11 @@ fn a_vm_that_is_busy_is_told_with_what() {
     vm.qmp.run("drive-backup", job).unwrap();
     let run = vm.capture(&[]).output().unwrap();
     let run = crate::support::mount::Run::of("capture".into(), &run).exits(5);
-    assert!(run.err.contains("a backup job 'nightly'") && run.err.contains("job-cancel"), "{}", run.err);
+    assert!(
+        run.err.contains("in use by backup job 'nightly'") && run.err.contains("job-cancel"),
+        "{}",
+        run.err
+    );
     vm.qmp.run("block-job-cancel", json!({"device": "nightly", "force": true})).unwrap();
     patiently("the job's end", Duration::from_secs(10), || {
         (vm.qmp.run("query-jobs", json!({})).unwrap() == json!([])).then_some(())

@@ -95,10 +95,10 @@ fn a_command_is_ready_when_it_maps_the_template() {
         nothing_is_left(&world);
     }
     let run = world.stencil(&["clone", "web", "--", "sh", "-c", "echo no such luck; exit 3"]).exits(1);
-    assert!(run.err.contains("ended before it mapped the template (exit status: 3)"), "{}", run.err);
+    assert!(run.err.contains("exited before it mapped the template (exit status: 3)"), "{}", run.err);
     assert!(run.err.contains("no such luck"), "its log: {}", run.err);
     let run = world.stencil(&["clone", "web", "--timeout", "1", "--", "sleep", "1000"]).exits(1);
-    assert!(run.err.contains("not ready after 1 s"), "{}", run.err);
+    assert!(run.err.contains("timed out after 1 s waiting for the clone"), "{}", run.err);
     world.stencil(&["clone", "web", "--", "/nonexistent/vmm"]).exits(1);
     nothing_is_left(&world);
 }
@@ -201,7 +201,7 @@ fn one_that_fails_takes_all_along_unless_told_otherwise() {
     let rest = ["--", "sh", "-c", &script];
 
     let run = world.stencil(&[&words[..], &rest[..]].concat()).exits(1);
-    run.says("clone 5 of 8 did not get ready");
+    run.says("clone 5 of 8 did not become ready");
     nothing_is_left(&world);
 
     let run = world.stencil(&[&["--json"], &words[..], &["--keep-going"], &rest[..]].concat()).exits(1);

@@ -103,7 +103,7 @@ fn a_guest_that_cannot_resume_takes_all_along() {
     world.mount(&[]).ok();
 
     let run = world.stencil(&["clone", "guest:bad", "-n", "3"]).exits(1);
-    assert!(run.err.contains("did not get ready"), "{}", run.err);
+    assert!(run.err.contains("did not become ready"), "{}", run.err);
     assert_eq!(fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
     world.stencil(&["clone", "guest:v1", "-n", "1"]).ok();
     world.stencil(&["stop", "--all"]).ok();

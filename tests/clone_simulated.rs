@@ -105,7 +105,8 @@ fn a_write_to_rom_is_sigsegv_and_no_private_page() {
         let failed =
             world.stencil(&["clone", "vm", "-n", "2", "--simulate", "write=1p,file=firmware"]).exits(1);
         assert!(failed.err.contains("killed by SIGSEGV"), "{}", failed.err);
-        assert!(failed.err.contains("ROM file 'firmware' and had 0 private pages of it"), "{}", failed.err);
+        let words = "ROM file 'firmware', of which it had 0 private pages";
+        assert!(failed.err.contains(words), "{}", failed.err);
         assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 
         // Reading it is fine, and so is writing the RAM beside it.

@@ -46,15 +46,19 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
 
     // Everything that is wrong is named, and nothing changes.
     for (from, to, words) in [
-        ("{memory}", "{file:rom}", "{file:rom}: the template has none; no argument has {memory}"),
-        ("qmp.sock", "other.sock", "clones are resumed through that QMP socket"),
-        ("\"defer\"", "\"tcp:0:1\"", "-incoming defer"),
-        ("\"defer\"", "\"defer\",\"-daemonize\"", "-daemonize: a clone's process is the one that"),
-        ("memory-backend=m", "usb=off", "it gives RAM file 'memory' to nobody"),
-        ("id=q", "id={uid}", "{uid}: there is no such placeholder"),
+        (
+            "{memory}",
+            "{file:rom}",
+            "{file:rom}: the template has no such file; no argument contains {memory}",
+        ),
+        ("qmp.sock", "other.sock", "the launcher resumes clones through this QMP socket"),
+        ("\"defer\"", "\"tcp:0:1\"", "missing -incoming defer"),
+        ("\"defer\"", "\"defer\",\"-daemonize\"", "-daemonize: the process of a clone must be the one that"),
+        ("memory-backend=m", "usb=off", "the recipe does not use RAM file 'memory'"),
+        ("id=q", "id={uid}", "{uid}: unknown placeholder"),
         ("\"qemu\"", "\"xen\"", "for 'xen', expected version 1 for 'qemu'"),
-        ("\"vmm\"", "\"monitor\"", "this is no recipe: unknown field `monitor`"),
-        ("{", "", "this is no recipe"),
+        ("\"vmm\"", "\"monitor\"", "invalid recipe: unknown field `monitor`"),
+        ("{", "", "invalid recipe: "),
     ] {
         fs::write(&file, good().to_string().replacen(from, to, 1)).unwrap();
         world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says(words);
@@ -239,9 +243,9 @@ fn a_script_that_starts_qemu_leaves_nothing_behind() {
     }
     // One that never answers, and one that fails, whatever they have started.
     for (line, words) in [
-        ("setsid sleep 1000 & exit 3", "not ready after 2 s"),
-        ("sleep 1000 & exec sleep 1000", "not ready after 2 s"),
-        ("exit 3", "QEMU ended at once (exit status: 3)"),
+        ("setsid sleep 1000 & exit 3", "timed out after 2 s waiting for the clone"),
+        ("sleep 1000 & exec sleep 1000", "timed out after 2 s waiting for the clone"),
+        ("exit 3", "QEMU exited before it opened its QMP socket (exit status: 3)"),
     ] {
         start_by_script(&world, &format!("#!/bin/sh\n{line}\n"));
         world.stencil(&["clone", "guest:v1", "--timeout", "2"]).exits(1).says(words);

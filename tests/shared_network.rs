@@ -70,7 +70,7 @@ fn clones_on_a_bridge_disturb_nobody_until_they_have_their_own_addresses() {
     let own = place_of(CAPTURED_MAC);
 
     let captured = world.json(&["capture", guest.socket().to_str().unwrap(), "vm:1"]);
-    assert!(captured["warnings"].to_string().contains("without a link"), "{captured}");
+    assert!(captured["warnings"].to_string().contains("their links stay down"), "{captured}");
     let before: Vec<String> = taps().into_iter().map(|(name, _)| name).collect();
     let done = world.stencil(&["--json", "clone", "vm:1", "-n", "2"]).ok();
     assert!(done.err.contains("note: cards on lan are without a link"), "{}", done.err);

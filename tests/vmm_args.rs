@@ -172,7 +172,7 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
     drop(qemu);
     let refused = edit(&|word| word.replace(",memory-backend=ram0", "")).exits(2);
-    refused.says("gives RAM file 'memory' to nobody");
+    refused.says("does not use RAM file 'memory'");
 
     let domain = text(&world, "guest:v1", "libvirt");
     let file = world.dir().join("domain.xml");
@@ -207,7 +207,7 @@ fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
     world
         .stencil(&["args", "nodes", "--vmm", "libvirt"])
         .exits(2)
-        .says("has 2 RAM files, and libvirt makes the memory of NUMA nodes itself");
+        .says("has 2 RAM files: libvirt creates the memory of NUMA nodes itself");
 }
 
 /// `SnapshotLoadParams` and `MemoryBackend` of Firecracker's API description: properties, and which must be there.
@@ -402,15 +402,18 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
     let fine = ram("size=64M");
     for (words, why) in [
         (format!("{} {numa}", ram("size=64M,share=on")), "is shared (share=on)"),
-        (format!("{} {numa}", ram("size=128M")), "134217728 bytes of RAM, the template 67108864"),
+        (format!("{} {numa}", ram("size=128M")), "expected 67108864 bytes of RAM, found 134217728"),
         (format!("{} {numa}", ram("size=lots")), "cannot read the size"),
-        (format!("{fine} {numa} -numa node,memdev=dimm2"), "has 2 RAM objects"),
-        (fine.clone(), "has 0 RAM objects"),
-        ("-numa node,memdev=dimm1".to_owned(), "no -object has the id dimm1"),
-        (format!("-object memory-backend-epc,id=dimm1,size=64M {numa}"), "cannot be replaced"),
+        (format!("{fine} {numa} -numa node,memdev=dimm2"), "expected 1 RAM object, found 2"),
+        (fine.clone(), "expected 1 RAM object, found 0"),
+        ("-numa node,memdev=dimm1".to_owned(), "missing -object with id dimm1"),
+        (
+            format!("-object memory-backend-epc,id=dimm1,size=64M {numa}"),
+            "cannot replace object memory-backend-epc",
+        ),
         (
             format!("{fine} {numa} -device vhost-user-fs-pci,chardev=c,tag=k"),
-            "vhost-user-fs-pci: set shared_fs",
+            "device vhost-user-fs-pci; set shared_fs",
         ),
     ] {
         let run = refused(&format!("{common} -m 64M {words} -incoming defer"));
@@ -421,5 +424,8 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
     fs::write(format!("{folder}/state"), b"this state is another template's").unwrap();
     let run = refused(&format!("{common} -m 64M {fine} {numa} -incoming defer"));
     let err = String::from_utf8_lossy(&run.stderr);
-    assert!(run.status.code() == Some(1) && err.contains("not the device state of the template"), "{err}");
+    assert!(
+        run.status.code() == Some(1) && err.contains("differs from the device state of the template"),
+        "{err}"
+    );
 }

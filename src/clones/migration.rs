@@ -1,4 +1,4 @@
-//! QEMU's migrations, by which device state leaves a VM and enters a clone: the settings for that, and their end.
+//! QEMU migrations, which save the device state of a VM and load it into a clone: settings, progress and outcome.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,30 +9,30 @@ use serde_json::{Map, Value, json};
 use super::qmp::Qmp;
 use crate::error::{Error, Result};
 
-/// The capability by which device state comes without RAM that lies in a shared file.
+/// The capability that leaves RAM in shared files out of the migration stream.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 
-/// States of a migration that is not under way.
+/// States in which no migration is active.
 const IDLE: [&str; 4] = ["none", "completed", "failed", "cancelled"];
 
-/// Parameters that decide how a migration goes over a pipe, with the values for device state.
+/// Parameters that affect a migration through a pipe, with the values for saving device state.
 fn parameters() -> [(&'static str, Value); 9] {
     [
         ("mode", json!("normal")),
         ("tls-creds", json!("")),
         ("tls-hostname", json!("")),
         ("tls-authz", json!("")),
-        // The VM stands still meanwhile: no limit, in bytes per second and in milliseconds.
+        // The VM is paused meanwhile, so no limit is needed. Units: bytes/s, bytes/s, ms.
         ("max-bandwidth", json!(1_u64 << 40)),
         ("avail-switchover-bandwidth", json!(0)),
         ("downtime-limit", json!(300)),
-        // Else video memory full of zeros becomes part of the device state.
+        // Other methods send zero pages of video memory as data, so the device state grows by that size.
         ("zero-page-detection", json!("legacy")),
         ("direct-io", json!(false)),
     ]
 }
 
-/// Settings of a VM's migrations.
+/// Migration capabilities and parameters of a VM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     capabilities: BTreeMap<String, bool>,
@@ -40,21 +40,21 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// All capabilities, and the parameters that [`for_device_state`](Self::for_device_state) changes, as they are now.
+    /// Reads all capabilities, and the parameters that [`for_device_state`](Self::for_device_state) changes.
     ///
     /// # Errors
-    /// As [`Qmp::run`], or when this QEMU cannot leave shared RAM out.
+    /// Same as [`Qmp::run`]; also returns an error if this QEMU does not support `x-ignore-shared`.
     pub fn of(qmp: &mut Qmp) -> Result<Settings> {
         let all = qmp.run("query-migrate-capabilities", json!({}))?;
-        let capability = |one: &Value| {
-            let name = one.get("capability")?.as_str()?.to_owned();
-            Some((name, one.get("state")?.as_bool()?))
+        let capability = |item: &Value| {
+            let name = item.get("capability")?.as_str()?.to_owned();
+            Some((name, item.get("state")?.as_bool()?))
         };
         let capabilities: BTreeMap<_, _> =
             all.as_array().into_iter().flatten().filter_map(capability).collect();
         if !capabilities.contains_key(IGNORE_SHARED) {
             return Err(Error::failed(format!(
-                "this QEMU does not know the migration capability {IGNORE_SHARED}"
+                "unsupported QEMU: missing migration capability {IGNORE_SHARED}"
             ))
             .at(qmp.path())
             .remedy("use QEMU 8.2 or newer"));
@@ -64,22 +64,22 @@ impl Settings {
         Ok(Settings { capabilities, parameters: parameters().into_iter().filter_map(parameter).collect() })
     }
 
-    /// The settings under which device state comes without shared RAM, at once and as one stream.
+    /// Returns the settings for saving device state without shared RAM, at full speed and in one stream.
     #[must_use]
     pub fn for_device_state(&self) -> Settings {
-        let known = |(name, value): (&str, Value)| {
+        let supported = |(name, value): (&str, Value)| {
             self.parameters.contains_key(name).then(|| (name.to_owned(), value))
         };
         Settings {
             capabilities: self.capabilities.keys().map(|n| (n.clone(), n == IGNORE_SHARED)).collect(),
-            parameters: parameters().into_iter().filter_map(known).collect(),
+            parameters: parameters().into_iter().filter_map(supported).collect(),
         }
     }
 
-    /// Makes the VM's settings these.
+    /// Changes the settings of the VM to these.
     ///
     /// # Errors
-    /// As [`Qmp::run`]. QEMU changes no capability while a migration is under way.
+    /// Same as [`Qmp::run`]. QEMU refuses to change capabilities while a migration is active.
     pub fn apply(&self, qmp: &mut Qmp) -> Result<()> {
         let now = Settings::of(qmp)?;
         let changed: Map<String, Value> = self
@@ -91,7 +91,7 @@ impl Settings {
         if !changed.is_empty() {
             qmp.run("migrate-set-parameters", Value::Object(changed))?;
         }
-        // All in one command: QEMU looks at the set that results, and some exclude others.
+        // All in one command: QEMU validates the resulting set, and some capabilities exclude others.
         let changed: Vec<Value> = self
             .capabilities
             .iter()
@@ -105,8 +105,8 @@ impl Settings {
     }
 }
 
-/// Capabilities and parameters that are set, and would change what a migration of device state does.
-pub fn set_aside(settings: &Settings) -> Vec<String> {
+/// Describes the settings that are not at their defaults and that a capture overrides.
+pub fn overridden(settings: &Settings) -> Vec<String> {
     let on = settings.capabilities.iter().filter(|(name, on)| **on && *name != IGNORE_SHARED);
     let usual = |name: &str, value: &Value| match name {
         "mode" => value == "normal",
@@ -117,11 +117,11 @@ pub fn set_aside(settings: &Settings) -> Vec<String> {
     on.map(|(name, _)| name.clone()).chain(unusual.map(|(name, value)| format!("{name}={value}"))).collect()
 }
 
-/// Why QEMU would refuse to migrate the VM in its normal mode, in its own words. Empty while another mode is set, since
-/// QEMU then lists the obstacles of that mode only.
+/// Returns QEMU's reasons for refusing to migrate the VM in mode `normal`. The list is empty while another mode is set,
+/// because QEMU then reports the reasons for that mode only.
 ///
 /// # Errors
-/// As [`Qmp::run`].
+/// Same as [`Qmp::run`].
 pub fn blockers(qmp: &mut Qmp) -> Result<Vec<String>> {
     let parameters = qmp.run("query-migrate-parameters", json!({}))?;
     if parameters.get("mode").and_then(Value::as_str).unwrap_or("normal") != "normal" {
@@ -132,10 +132,10 @@ pub fn blockers(qmp: &mut Qmp) -> Result<Vec<String>> {
     Ok(reasons.filter_map(Value::as_str).map(str::to_owned).collect())
 }
 
-/// The state of the VM's last migration, and whether it is over.
+/// Returns the state of the last migration, and whether no migration is active.
 ///
 /// # Errors
-/// As [`Qmp::run`].
+/// Same as [`Qmp::run`].
 pub fn phase(qmp: &mut Qmp) -> Result<(String, bool)> {
     let info = qmp.run("query-migrate", json!({}))?;
     let status = status(&info);
@@ -146,10 +146,11 @@ fn status(info: &Value) -> &str {
     info.get("status").and_then(Value::as_str).unwrap_or("none")
 }
 
-/// Waits until the migration that was started has come to its end.
+/// Waits until the active migration has completed.
 ///
 /// # Errors
-/// When it fails, in QEMU's words, or does not end by the deadline.
+/// Returns an error with QEMU's text if the migration fails, and [`Code::TryAgain`](crate::error::Code::TryAgain) if it
+/// does not complete by the deadline.
 pub fn wait_end(qmp: &mut Qmp, deadline: Instant) -> Result<()> {
     let mut pause = Duration::from_millis(1);
     loop {
@@ -158,16 +159,14 @@ pub fn wait_end(qmp: &mut Qmp, deadline: Instant) -> Result<()> {
             "completed" => return Ok(()),
             status @ ("failed" | "cancelled") => {
                 let reason = info.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
-                return Err(Error::failed(format!("the migration of device state has {status}: {reason}"))
+                return Err(Error::failed(format!("migration of device state {status}: {reason}"))
                     .at(qmp.path())
-                    .remedy("QEMU's log says which device; that one has to go, or be one that can migrate"));
+                    .remedy("find the device in QEMU's log, then start the VM without it"));
             }
             _ if Instant::now() >= deadline => {
-                return Err(Error::try_again("the migration of device state does not come to an end")
+                return Err(Error::try_again("timed out waiting for the migration of device state")
                     .at(qmp.path())
-                    .remedy(
-                        "see query-migrate on the same socket; a host that is less busy takes less long",
-                    ));
+                    .remedy("see query-migrate on the same socket; try again when the host is less busy"));
             }
             _ => std::thread::sleep(pause),
         }

@@ -1,5 +1,6 @@
-//! Ports of the host that clones were given. A port is free until a clone's command binds it, so the kernel alone would
-//! give it twice: a link in `runtime_dir()/ports`, named after the port, names the clone that has it.
+//! Host ports of clones. The kernel considers a port free until the clone's command binds it, and could assign it
+//! twice. Therefore a symbolic link in `runtime_dir()/ports`, named after the port, records the clone that owns the
+//! port.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
@@ -16,17 +17,17 @@ use crate::sys::{locks, users};
 
 const PORTS: &str = "ports";
 
-/// How long another command may change links.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Timeout for the lock on the directory of links.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Notes that a port is this clone's. False when it is another one's: as long as its folder is there, whether its
-/// process has bound the port or not.
+/// Claims a port for a clone. Returns false if another clone owns the port, which holds while the directory of that
+/// clone exists, whether or not its process has bound the port.
 ///
 /// # Errors
-/// When the runtime directory cannot be written; [`Code::TryAgain`](crate::error::Code::TryAgain) when another command
-/// changes links all the time, or `is_over` says that nobody wants the port any more.
+/// Returns an error if the runtime directory is not writable, and [`Code::TryAgain`](crate::error::Code::TryAgain) if
+/// another command holds the lock on the links for 10 s, or `is_over` returns true meanwhile.
 pub fn claim(port: u16, id: &str, is_over: impl Fn() -> bool) -> Result<bool> {
-    let links = take_turn(is_over)?;
+    let links = lock_links(is_over)?;
     let name = port.to_string();
     let claim = || -> io::Result<bool> {
         match owner(&links, &name) {
@@ -34,23 +35,24 @@ pub fn claim(port: u16, id: &str, is_over: impl Fn() -> bool) -> Result<bool> {
             Ok(Some(_)) => links.remove_file(&name)?,
             Ok(None) => {}
             Err(e) => {
-                // It is left to its owner, whoever that is: there are more ports.
-                log::warn!("{}: it is not the link of a port: {e}", links.path_of(&name).display());
+                // Leaves the unexpected file alone and skips the port.
+                log::warn!("{}: not a link of a port: {e}", links.path_of(&name).display());
                 return Ok(false);
             }
         }
         symlinkat(id, &links, &name)?;
         Ok(true)
     };
-    claim().map_err(|e| runtime::failed("cannot note whose a port of the host is", &links.path_of(&name), e))
+    claim().map_err(|e| runtime::failed("cannot record the owner of a host port", &links.path_of(&name), e))
 }
 
-/// The clone that a link names.
+/// Returns the id of the clone that owns a port; `None` if there is no link.
 fn owner(links: &Folder, name: &str) -> io::Result<Option<String>> {
     match readlinkat(links, name, Vec::new()) {
         Ok(owner) => {
             let owner = std::ffi::OsStr::from_bytes(owner.as_bytes()).to_str().filter(|id| is_plain_name(id));
-            let owner = owner.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "it names no clone"))?;
+            let owner = owner
+                .ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "its target is not a clone id"))?;
             Ok(Some(owner.to_owned()))
         }
         Err(Errno::NOENT) => Ok(None),
@@ -58,31 +60,33 @@ fn owner(links: &Folder, name: &str) -> io::Result<Option<String>> {
     }
 }
 
-/// Locks the folder of links, so that one process at a time changes them: a link must not become another clone's between
-/// the check and the removal. Only the owner can open the folder.
-fn take_turn(is_over: impl Fn() -> bool) -> Result<Folder> {
+/// Locks the directory of links, so that no other process replaces a link between the check and the removal. Only the
+/// user who owns the directory can open it.
+fn lock_links(is_over: impl Fn() -> bool) -> Result<Folder> {
     let links = runtime::create(PORTS)?;
-    match locks::wait(&links, true, LIMIT, is_over) {
+    match locks::wait(&links, true, LOCK_TIMEOUT, is_over) {
         Ok(true) => Ok(links),
         Ok(false) => {
             let holders = users::list_pids(&locks::flock_holders(&links));
-            Err(Error::try_again(format!("another command has locked the ports of clones: {holders}"))
-                .at(links.path())
-                .remedy("see whether that process was stopped: let it go on, or end it"))
+            Err(Error::try_again(format!(
+                "the host ports of clones are locked by another command: {holders}"
+            ))
+            .at(links.path())
+            .remedy("if that process is stopped, continue it with `kill -CONT`, or end it"))
         }
-        Err(e) => Err(runtime::failed("cannot lock the ports of clones", links.path(), e)),
+        Err(e) => Err(runtime::failed("cannot lock the host ports of clones", links.path(), e)),
     }
 }
 
-/// Gives the ports of a clone back.
+/// Releases the ports of a clone.
 pub fn give_back(entry: &Entry) {
     if entry.ports.is_empty() {
         return;
     }
-    let Ok(links) = take_turn(|| false) else { return };
+    let Ok(links) = lock_links(|| false) else { return };
     for port in entry.ports.values() {
         let name = port.to_string();
-        // What cannot be removed is nobody's as soon as the clone's folder has gone.
+        // A link that remains here becomes invalid when the clone's directory is removed.
         if owner(&links, &name).is_ok_and(|owner| owner.as_deref() == Some(entry.id.as_str())) {
             let _ = links.remove_file(&name);
         }

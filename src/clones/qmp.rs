@@ -1,4 +1,4 @@
-//! Talks QMP to a QEMU: one JSON object a line over a unix socket. Every wait has an end.
+//! A QMP client: one JSON object per line over a Unix socket. Every wait has a timeout.
 
 use std::collections::BTreeSet;
 use std::io::{self, IoSlice, Read, Write};
@@ -16,19 +16,19 @@ use crate::store::random_name;
 use crate::sys::pause;
 use crate::sys::unix_socket;
 
-/// The longest message that is read: a list of some thousand block nodes.
+/// Maximum length of a message in bytes; enough for a list of some thousand block nodes.
 const MAX_MESSAGE: usize = 4 << 20;
 
-/// Events that are remembered, each once; all others are dropped as they come.
+/// Events that a session records, each once; all other events are ignored.
 pub const WATCHED: [&str; 2] = ["RESUME", "RESET"];
 
-/// How long the queue of a QMP socket may be full.
+/// Timeout for connecting while the listen queue of the QMP socket is full.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a command may take that only asks.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Timeout of the greeting and of each command; no command waits for a long operation.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A session with one QEMU.
+/// A QMP session.
 #[derive(Debug)]
 pub struct Qmp {
     stream: UnixStream,
@@ -36,50 +36,54 @@ pub struct Qmp {
     unread: Vec<u8>,
     seen: BTreeSet<&'static str>,
     lost: bool,
-    /// Begins the id of each command: QEMU may answer a command of the session before in this one.
+    /// Prefix of command ids: QEMU may send the reply to a command of the previous session in this one.
     session: String,
     next_id: u64,
 }
 
 impl Qmp {
-    /// Connects and negotiates.
+    /// Connects and negotiates capabilities.
     ///
     /// # Errors
-    /// When nothing listens there, it is no QMP, or it does not greet within 20 seconds (another client has it).
+    /// Returns an error if nothing listens on the socket or the listener does not speak QMP, and [`Code::TryAgain`] if
+    /// QEMU does not greet within 20 s, because it does not run or serves another client.
     pub fn connect(path: &Path) -> Result<Qmp> {
         let mut qmp = Qmp::open(path)?;
         qmp.greet()?;
         Ok(qmp)
     }
 
-    /// Connects without a word: QEMU may be busy with another session.
+    /// Connects without negotiation, which would have to wait for the end of another session.
     ///
     /// # Errors
-    /// When nothing listens there.
+    /// Returns an error if nothing listens on the socket, and [`Code::TryAgain`] if its listen queue is full.
     pub fn open(path: &Path) -> Result<Qmp> {
         let stream = unix_socket::connect_within(path, CONNECT_TIMEOUT).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => {
                 let pids = unix_socket::listeners(&std::path::absolute(path).unwrap_or_else(|_| path.into()));
-                pids.into_iter().find_map(|pid| standstill(pid, path)).unwrap_or_else(|| no_answer(path))
+                pids.into_iter()
+                    .find_map(|pid| paused_error(pid, path))
+                    .unwrap_or_else(|| timeout_error(path))
             }
             _ => Error::io("cannot connect to the QMP socket", path, e)
-                .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH here"),
+                .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and pass that PATH"),
         })?;
         let (path, session) = (path.to_owned(), random_name()?);
         Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, session, next_id: 1 })
     }
 
-    /// Negotiates, once.
+    /// Waits for the greeting and negotiates capabilities; to be called once.
     ///
-    /// QEMU sends what the session before has not received to the next one, ahead of the greeting: messages, and at the
-    /// beginning the rest of one that was cut. All that is skipped.
+    /// QEMU sends messages that the previous session did not receive to the next session, ahead of the greeting,
+    /// beginning with the rest of a partly sent message. All of them are skipped.
     ///
     /// # Errors
-    /// When it is no QMP, or it does not greet within 20 seconds (another client has it).
+    /// Returns an error if the listener does not speak QMP, and [`Code::TryAgain`] if QEMU does not greet within 20 s,
+    /// because it does not run or serves another client.
     pub fn greet(&mut self) -> Result<()> {
-        // One that stands still takes connections all the same.
-        self.standstill().map_or(Ok(()), Err)?;
-        let deadline = Instant::now() + PATIENCE;
+        // The kernel accepts connections for a stopped process too.
+        self.paused_error().map_or(Ok(()), Err)?;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         let mut is_first = true;
         loop {
             let line = self.next_line(deadline)?;
@@ -90,8 +94,8 @@ impl Qmp {
                 Err(_) if is_first && line.trim_ascii_end().ends_with(b"}") => {}
                 Ok(_) | Err(_) => {
                     self.lost = true;
-                    return Err(Error::failed("this socket does not greet as QMP").at(&self.path).remedy(
-                        "give the socket of -qmp, not the one of -monitor or a guest's serial port",
+                    return Err(Error::failed("missing QMP greeting on the socket").at(&self.path).remedy(
+                        "pass the socket of -qmp, not that of -monitor or of a guest's serial port",
                     ));
                 }
             }
@@ -100,18 +104,19 @@ impl Qmp {
         self.run("qmp_capabilities", json!({})).map(drop)
     }
 
-    /// Runs one command and gives what it returns.
+    /// Runs a command and returns its result.
     ///
     /// # Errors
-    /// QEMU's own words when it refuses, or no answer within 20 seconds.
+    /// Returns an error with QEMU's text if QEMU refuses the command, and [`Code::TryAgain`] if QEMU does not reply
+    /// within 20 s.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.run_passing(command, arguments, None)
     }
 
-    /// The same, and hands a descriptor over with it (for `getfd`).
+    /// Same as [`run`](Self::run), but passes a file descriptor with the command (for `getfd`).
     ///
     /// # Errors
-    /// As [`run`](Self::run).
+    /// Same as [`run`](Self::run).
     pub fn run_passing(
         &mut self,
         command: &str,
@@ -123,7 +128,7 @@ impl Qmp {
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string().into_bytes();
         line.push(b'\n');
         self.send(&line, fd).inspect_err(|_| self.lost = true)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         loop {
             let message = self.receive(deadline).map_err(|e| e.context(format!("QMP command {command}")))?;
             if let Some(event) = message.get("event") {
@@ -131,57 +136,57 @@ impl Qmp {
             } else if message.get("id").and_then(Value::as_str) == Some(&id) {
                 if let Some(error) = message.get("error") {
                     let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
-                    return Err(Error::failed(format!("QEMU refuses {command}: {text}"))
+                    return Err(Error::failed(format!("QEMU refused {command}: {text}"))
                         .at(&self.path)
-                        .remedy("the words are QEMU's: its manual page on QMP and its log say more"));
+                        .remedy("see QEMU's log, and the QMP reference manual for this error of QEMU"));
                 }
                 return Ok(message.get("return").cloned().unwrap_or(Value::Null));
             }
         }
     }
 
-    /// Forgets the events that have come so far.
+    /// Discards the recorded events.
     pub fn forget_events(&mut self) {
         self.seen.clear();
     }
 
-    /// True when an event of that name, one of [`WATCHED`], has come and was not forgotten.
+    /// Returns true if an event of this name, one of [`WATCHED`], was recorded.
     pub fn has_seen(&self, name: &str) -> bool {
         self.seen.contains(name)
     }
 
-    /// True when this session cannot be used any more: QEMU has closed it, or what came was no QMP.
+    /// Returns true if the session is unusable: QEMU has closed it, or the connection failed or carried invalid QMP.
     pub fn is_lost(&self) -> bool {
         self.lost
     }
 
-    /// The state of the VM: `running`, `paused`, `postmigrate`…
+    /// Returns the state of the VM: `running`, `paused`, `postmigrate`…
     ///
     /// # Errors
-    /// As [`run`](Self::run).
+    /// Same as [`run`](Self::run).
     pub fn status(&mut self) -> Result<String> {
         self.text_of("query-status", "status")
     }
 
-    /// The socket.
+    /// Returns the path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The process at the other end, as the kernel knows it.
+    /// Returns the process that listens on the socket (`SO_PEERCRED`).
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// Returns an error if the system call fails.
     pub fn peer_pid(&self) -> Result<u32> {
         let peer = rustix::net::sockopt::socket_peercred(&self.stream)
-            .map_err(|e| Error::io("cannot ask who owns the QMP socket", &self.path, e.into()))?;
+            .map_err(|e| Error::io("cannot get the process of the QMP socket", &self.path, e.into()))?;
         Ok(peer.pid.as_raw_nonzero().get() as u32)
     }
 
     fn text_of(&mut self, command: &str, field: &str) -> Result<String> {
         let value = self.run(command, json!({}))?;
         value.get(field).and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
-            Error::failed(format!("QEMU's answer to {command} has no '{field}': {value}"))
+            Error::failed(format!("invalid reply to {command}: missing '{field}': {value}"))
                 .at(&self.path)
                 .remedy("use QEMU 8.2 or newer")
         })
@@ -189,7 +194,7 @@ impl Qmp {
 
     fn send(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<()> {
         let lost = |e: io::Error| lost(&self.path, e);
-        self.stream.set_write_timeout(Some(PATIENCE)).map_err(lost)?;
+        self.stream.set_write_timeout(Some(REPLY_TIMEOUT)).map_err(lost)?;
         let mut rest = line;
         if let Some(fd) = fd {
             let fds = [fd];
@@ -208,15 +213,15 @@ impl Qmp {
         (&self.stream).write_all(rest).map_err(lost)
     }
 
-    /// The next message, whatever it is.
+    /// Receives the next message of any kind.
     fn receive(&mut self, deadline: Instant) -> Result<Value> {
         let line = self.next_line(deadline)?;
-        // The parser refuses more than 128 levels, long before its stack ends.
+        // serde_json refuses more than 128 levels of nesting, so a hostile peer cannot overflow the stack.
         serde_json::from_slice(&line).map_err(|e| {
             self.lost = true;
-            Error::failed(format!("this socket does not speak QMP: {e}"))
+            Error::failed(format!("invalid QMP message: {e}"))
                 .at(&self.path)
-                .remedy("give the socket of -qmp")
+                .remedy("pass the socket of -qmp")
         })
     }
 
@@ -226,33 +231,33 @@ impl Qmp {
 
     fn read_line(&mut self, deadline: Instant) -> Result<Vec<u8>> {
         let mut buffer = vec![0; 64 << 10];
-        // What was looked through for the end of a line.
-        let mut seen = 0;
+        // Number of bytes that were already searched for a newline.
+        let mut searched = 0;
         loop {
-            if let Some(end) = self.unread.iter().skip(seen).position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.unread.drain(..=seen + end).collect();
-                seen = 0;
+            if let Some(end) = self.unread.iter().skip(searched).position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=searched + end).collect();
+                searched = 0;
                 if line.iter().all(u8::is_ascii_whitespace) {
                     continue;
                 }
                 return Ok(line);
             }
-            seen = self.unread.len();
-            if seen > MAX_MESSAGE {
-                return Err(Error::failed(format!("a message of QEMU is longer than {MAX_MESSAGE} bytes"))
+            searched = self.unread.len();
+            if searched > MAX_MESSAGE {
+                return Err(Error::failed(format!("invalid QMP message: longer than {MAX_MESSAGE} bytes"))
                     .at(&self.path)
-                    .remedy("give the socket of -qmp"));
+                    .remedy("pass the socket of -qmp"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(self.standstill().unwrap_or_else(|| no_answer(&self.path)));
+                return Err(self.paused_error().unwrap_or_else(|| timeout_error(&self.path)));
             }
             self.stream.set_read_timeout(Some(left)).map_err(|e| lost(&self.path, e))?;
             match self.stream.read(&mut buffer) {
                 Ok(0) => {
-                    return Err(Error::failed("QEMU has closed the QMP session")
+                    return Err(Error::failed("QEMU closed the QMP session")
                         .at(&self.path)
-                        .remedy("see whether that QEMU still runs, and its log"));
+                        .remedy("check whether QEMU still runs, and see its log"));
                 }
                 Ok(got) => self.unread.extend_from_slice(buffer.get(..got).unwrap_or_default()),
                 Err(e)
@@ -265,26 +270,26 @@ impl Qmp {
         }
     }
 
-    /// What keeps the process at the other end from running.
-    fn standstill(&self) -> Option<Error> {
-        standstill(self.peer_pid().ok()?, &self.path)
+    /// Returns an error if QEMU is stopped, traced or frozen.
+    fn paused_error(&self) -> Option<Error> {
+        paused_error(self.peer_pid().ok()?, &self.path)
     }
 }
 
-fn no_answer(path: &Path) -> Error {
-    Error::try_again("QEMU does not answer")
-        .at(path)
-        .remedy("a QMP socket serves one client at a time: end the other session, or give QEMU a second -qmp")
+fn timeout_error(path: &Path) -> Error {
+    Error::try_again("timed out waiting for QEMU on the QMP socket").at(path).remedy(
+        "a QMP socket serves one client at a time: end the other session, or start QEMU with a second -qmp",
+    )
 }
 
-/// What keeps this QEMU from running.
-fn standstill(pid: u32, path: &Path) -> Option<Error> {
+/// Returns an error if this QEMU process is stopped, traced or frozen.
+fn paused_error(pid: u32, path: &Path) -> Option<Error> {
     let pause = pause::of(pid)?;
     Some(Error::try_again(format!("QEMU (process {pid}) {pause}")).at(path).remedy(pause.remedy(pid)))
 }
 
 fn lost(path: &Path, e: io::Error) -> Error {
-    Error::io("cannot talk to QEMU", path, e)
+    Error::io("cannot exchange messages with QEMU", path, e)
 }
 
 #[cfg(test)]
@@ -298,12 +303,16 @@ mod tests {
 
     const GREETING: &str = "{\"QMP\": {\"version\": {}}}\r\n";
 
-    /// A QEMU that greets and then plays these lines, each after it has got one. `ID` becomes the id of what it has got.
-    fn played(lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf) {
-        played_after(GREETING, lines)
+    /// Starts a fake QEMU that greets, then sends one of these lines for each command; `ID` is replaced by the
+    /// command's id.
+    fn fake_qemu(lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf) {
+        fake_qemu_with_greeting(GREETING, lines)
     }
 
-    fn played_after(greeting: &'static str, lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf) {
+    fn fake_qemu_with_greeting(
+        greeting: &'static str,
+        lines: &'static [&'static str],
+    ) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
@@ -322,29 +331,29 @@ mod tests {
     }
 
     #[test]
-    fn answers_events_and_refusals_are_told_apart() {
-        let (_dir, path) = played(&[
+    fn tells_replies_events_and_errors_apart() {
+        let (_dir, path) = fake_qemu(&[
             "{\"event\": \"RESUME\"}\n{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": ID}\n",
             "{\"id\": ID, \"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}}\n",
         ]);
         let mut qmp = Qmp::connect(&path).unwrap();
         assert_eq!(qmp.status().unwrap(), "paused");
         let refusal = qmp.run("frob", json!({})).unwrap_err();
-        assert!(refusal.to_string().contains("QEMU refuses frob: no such thing"), "{refusal}");
+        assert!(refusal.to_string().contains("QEMU refused frob: no such thing"), "{refusal}");
         assert!(qmp.has_seen("RESUME") && !qmp.has_seen("RESET") && !qmp.is_lost());
         qmp.forget_events();
         assert!(!qmp.has_seen("RESUME"));
-        // The player has gone: an error, no hang.
+        // The fake QEMU has exited: the command fails and does not hang.
         assert!(qmp.status().is_err());
     }
 
     #[test]
-    fn what_the_session_before_has_left_is_skipped() {
+    fn skips_messages_of_the_previous_session() {
         static LEFT: LazyLock<String> = LazyLock::new(|| {
             let left = "\"id\": \"a-7\"}\r\n{\"event\": \"STOP\"}\r\n{\"return\": {}, \"id\": \"a-8\"}\r\n";
             format!("{left}{GREETING}")
         });
-        let (_dir, path) = played_after(
+        let (_dir, path) = fake_qemu_with_greeting(
             LEFT.as_str(),
             &[
                 "{\"return\": {\"status\": \"paused\"}, \"id\": \"a-9\"}\n{\"return\": {\"status\": \"running\"}, \"id\": ID}\n",
@@ -352,25 +361,25 @@ mod tests {
         );
         assert_eq!(Qmp::connect(&path).unwrap().status().unwrap(), "running");
         for no_qmp in ["heartbeat 7\nheartbeat 8\n", "(qemu) \n", "{}\n", "}\n}\n"] {
-            let (_dir, path) = played_after(no_qmp, &[]);
+            let (_dir, path) = fake_qemu_with_greeting(no_qmp, &[]);
             let error = Qmp::connect(&path).unwrap_err();
-            assert!(error.to_string().contains("does not greet as QMP"), "{error}");
+            assert!(error.to_string().contains("missing QMP greeting"), "{error}");
         }
     }
 
     #[test]
-    fn what_is_too_deep_is_no_qmp() {
+    fn rejects_deeply_nested_messages() {
         static DEEP: LazyLock<String> = LazyLock::new(|| "[".repeat(1 << 20) + "\n");
         static LINES: LazyLock<[&str; 1]> = LazyLock::new(|| [DEEP.as_str()]);
-        let (_dir, path) = played(LINES.as_slice());
+        let (_dir, path) = fake_qemu(LINES.as_slice());
         let mut qmp = Qmp::connect(&path).unwrap();
         let error = qmp.status().unwrap_err();
-        assert!(error.to_string().contains("does not speak QMP"), "{error}");
+        assert!(error.to_string().contains("invalid QMP message"), "{error}");
         assert!(qmp.is_lost());
     }
 
     #[test]
-    fn a_missing_socket_says_how_to_get_one() {
+    fn missing_socket_has_a_hint() {
         let error = Qmp::connect(Path::new("/nonexistent/qmp")).unwrap_err();
         assert_eq!(error.code(), Code::NotFound);
         assert!(error.remedy_text().unwrap().contains("-qmp unix:"));

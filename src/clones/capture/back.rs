@@ -1,5 +1,5 @@
-//! How a captured VM is brought back: the guest runs again, then QEMU's settings are as they were, then the disks.
-//! The capture does it, and the helper of one that was killed does the same.
+//! Restores a captured VM: resumes the guest, then restores QEMU's migration settings, then the disks. Used by the
+//! capture itself, and by the watchdog of a capture that was killed.
 
 use std::cell::RefCell;
 use std::sync::atomic::AtomicBool;
@@ -14,101 +14,107 @@ use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
 
-/// How long one session with QEMU insists on something.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a step of the restore is retried.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a process may take to end after its QMP session has.
-const LAST_BREATH: Duration = Duration::from_secs(5);
+/// Timeout for the exit of a QEMU process after its QMP session has ended.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the VM was before anything of it was changed.
+/// The state of the VM before the capture changed the VM.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Before {
-    /// The guest ran.
+pub struct SavedState {
+    /// True if the guest was running.
     pub ran: bool,
-    /// Settings of its migrations.
+    /// The migration settings.
     pub settings: Settings,
-    /// Disks that are frozen, or are going to be.
+    /// Disks that are frozen, or will be.
     pub disks: Vec<Frozen>,
 }
 
-impl Before {
-    /// Lets the guest run, unless it is to stay, and gives QEMU its settings back. Gives the moment from which on the
-    /// guest ran.
+impl SavedState {
+    /// Resumes the guest, unless `stay` is set, and restores QEMU's migration settings. Returns the time of the resume.
     ///
     /// # Errors
-    /// When QEMU does not do it within half a minute.
-    pub fn guest(&self, qmp: &mut Qmp, vm: ProcessId, stay: bool) -> Result<Instant> {
-        // A device state that was cut off ends as a failed migration, one that was whole as a finished one; either may
-        // still stop the guest, and until then QEMU refuses to change a capability.
+    /// Returns the last error of QEMU if a step fails for 30 s.
+    pub fn restore_guest(&self, qmp: &mut Qmp, vm: ProcessId, stay: bool) -> Result<Instant> {
+        // The migration of the device state ends as failed or completed. Until its end the migration can stop the guest
+        // again, and QEMU refuses to change capabilities.
         if self.ran && !stay {
-            insist_on(qmp, vm, runs_again)?;
+            retry_in_session(qmp, vm, resume)?;
         }
-        let runs = Instant::now();
-        insist_on(qmp, vm, |qmp| self.settings.apply(qmp))?;
-        Ok(runs)
+        let resumed = Instant::now();
+        retry_in_session(qmp, vm, |qmp| self.settings.apply(qmp))?;
+        Ok(resumed)
     }
 
-    /// Brings the disks back, with QEMU or, where that has ended, without. `interrupt` ends the wait for a commit, which
-    /// QEMU then goes on with.
+    /// Restores the disks, through QEMU or, if QEMU has exited, through qemu-img. `interrupt` ends the wait for a
+    /// commit, which QEMU then continues.
     ///
     /// # Errors
-    /// When what the guest wrote last is not in its image: the message says where it is.
-    pub fn settle(&self, qmp: &mut Qmp, vm: ProcessId, interrupt: Option<&AtomicBool>) -> Result<()> {
-        match disks::settle(qmp, &self.disks, interrupt) {
-            // It was ended meanwhile, by its guest or by somebody else.
-            Err(_) if has_ended(qmp, vm) => self.settle_without_vm(),
+    /// Returns an error if the last writes of the guest are not in its image; the message names the overlay that has
+    /// them.
+    pub fn restore_disks(&self, qmp: &mut Qmp, vm: ProcessId, interrupt: Option<&AtomicBool>) -> Result<()> {
+        match disks::restore(qmp, &self.disks, interrupt) {
+            // QEMU has exited meanwhile, by a shutdown of the guest or a signal.
+            Err(_) if has_exited(qmp, vm) => self.restore_without_vm(),
             other => other,
         }
     }
 
-    /// The same when QEMU is known to be gone.
+    /// Restores the disks of a VM whose QEMU has exited.
     ///
     /// # Errors
-    /// As [`settle`](Self::settle).
-    pub fn settle_without_vm(&self) -> Result<()> {
-        disks::settle_without_vm(&self.disks)
+    /// Same as [`restore_disks`](Self::restore_disks).
+    pub fn restore_without_vm(&self) -> Result<()> {
+        disks::restore_without_vm(&self.disks)
     }
 }
 
-/// True when the VM has ended; one that only closed the session is given the time to.
-fn has_ended(qmp: &mut Qmp, vm: ProcessId) -> bool {
-    !vm.is_alive() || (qmp.status().is_err() && vm.wait_gone(LAST_BREATH).unwrap_or(false))
+/// Returns true if QEMU has exited; waits up to 5 s for a QEMU that has closed its session.
+fn has_exited(qmp: &mut Qmp, vm: ProcessId) -> bool {
+    !vm.is_alive() || (qmp.status().is_err() && vm.wait_gone(EXIT_TIMEOUT).unwrap_or(false))
 }
 
-/// Lets the guest run, and makes sure that no migration is left that would stop it.
-fn runs_again(qmp: &mut Qmp) -> Result<()> {
+/// Resumes the guest, and checks that no active migration can stop it again.
+fn resume(qmp: &mut Qmp) -> Result<()> {
     let refused = qmp.run("cont", json!({})).err();
-    let (phase, rests) = migration::phase(qmp)?;
+    let (phase, is_idle) = migration::phase(qmp)?;
     let status = qmp.status()?;
-    // Another state (`shutdown`, `io-error`…) is not the capture's, and QEMU may refuse to let the guest run in it.
-    match rests && !matches!(status.as_str(), "paused" | "prelaunch" | "postmigrate" | "finish-migrate") {
+    // Other states (`shutdown`, `io-error`…) do not come from the capture, and QEMU may refuse `cont` in them.
+    match is_idle && !matches!(status.as_str(), "paused" | "prelaunch" | "postmigrate" | "finish-migrate") {
         true => Ok(()),
         false => Err(refused.unwrap_or_else(|| {
-            Error::try_again(format!("the VM's migration is '{phase}' and the guest '{status}'"))
-                .remedy("QMP cont lets it run")
+            Error::try_again(format!(
+                "cannot resume the guest: the VM is in state '{status}', its migration in state '{phase}'"
+            ))
+            .remedy("resume the guest with QMP cont")
         })),
     }
 }
 
-/// Tries until it goes well, for half a minute and while the VM lives; on a session that is lost only once.
-fn insist_on<T>(qmp: &mut Qmp, vm: ProcessId, mut attempt: impl FnMut(&mut Qmp) -> Result<T>) -> Result<T> {
+/// Retries `attempt` for up to 30 s, while the VM is alive and the session usable.
+fn retry_in_session<T>(
+    qmp: &mut Qmp,
+    vm: ProcessId,
+    mut attempt: impl FnMut(&mut Qmp) -> Result<T>,
+) -> Result<T> {
     let qmp = RefCell::new(qmp);
-    let holds = || vm.is_alive() && !qmp.borrow().is_lost();
-    insist_while(holds, || attempt(&mut qmp.borrow_mut()))
+    let may_retry = || vm.is_alive() && !qmp.borrow().is_lost();
+    retry_while(may_retry, || attempt(&mut qmp.borrow_mut()))
 }
 
-/// Tries until it goes well, for half a minute and while the VM lives.
-pub fn insist<T>(vm: ProcessId, attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    insist_while(|| vm.is_alive(), attempt)
+/// Retries `attempt` for up to 30 s, while the VM is alive.
+pub fn retry<T>(vm: ProcessId, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    retry_while(|| vm.is_alive(), attempt)
 }
 
-/// Tries until it goes well, for half a minute and while that holds.
-pub fn insist_while<T>(holds: impl Fn() -> bool, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    let until = Instant::now() + PATIENCE;
+/// Retries `attempt` for up to 30 s, while `may_retry` returns true.
+pub fn retry_while<T>(may_retry: impl Fn() -> bool, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + RETRY_TIMEOUT;
     let mut pause = Duration::from_millis(20);
     loop {
         match attempt() {
-            Err(_) if Instant::now() < until && holds() => std::thread::sleep(pause),
+            Err(_) if Instant::now() < until && may_retry() => std::thread::sleep(pause),
             outcome => return outcome,
         }
         pause = (pause * 2).min(Duration::from_secs(1));

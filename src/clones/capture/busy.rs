@@ -1,4 +1,4 @@
-//! What a VM is busy with: a capture waits for none of it, and disturbs none.
+//! Operations of a VM that conflict with a capture. A capture neither waits for them nor interrupts them.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::clones::migration;
 use crate::clones::qmp::Qmp;
 use crate::error::{Code, Error, Result};
 
-/// Something that a capture would collide with.
+/// An operation or condition that conflicts with a capture.
 #[derive(Debug)]
 pub(super) struct Busy {
     pub code: Code,
@@ -14,26 +14,26 @@ pub(super) struct Busy {
     pub remedy: String,
 }
 
-/// Looks for migrations and block jobs of others, and for what keeps QEMU from giving its device state.
+/// Finds migrations and block jobs of other clients, and QEMU's reasons for refusing a migration.
 ///
 /// # Errors
-/// QEMU's words.
-pub(super) fn look(qmp: &mut Qmp) -> Result<Vec<Busy>> {
+/// Same as [`Qmp::run`].
+pub(super) fn find(qmp: &mut Qmp) -> Result<Vec<Busy>> {
     let mut found = vec![];
     let (phase, is_idle) = migration::phase(qmp)?;
     if !is_idle {
         found.push(Busy {
             code: Code::InUse,
-            what: format!("a migration of the VM is under way (its state is '{phase}')"),
-            remedy: "wait for its end (QMP query-migrate), or end it with QMP migrate_cancel".into(),
+            what: format!("a migration of the VM is active (state '{phase}')"),
+            remedy: "wait for its end (QMP query-migrate), or cancel it with QMP migrate_cancel".into(),
         });
     }
     let reasons = migration::blockers(qmp)?;
     if !reasons.is_empty() {
         found.push(Busy {
             code: Code::Usage,
-            what: format!("QEMU cannot give its device state: {}", reasons.join("; ")),
-            remedy: "start the VM without the devices and features that QEMU names".into(),
+            what: format!("QEMU cannot save the device state: {}", reasons.join("; ")),
+            remedy: "restart the VM without the devices and features that QEMU names".into(),
         });
     }
     let jobs = qmp.run("query-jobs", json!({}))?;
@@ -41,20 +41,21 @@ pub(super) fn look(qmp: &mut Qmp) -> Result<Vec<Busy>> {
         let text = |key| job.get(key).and_then(Value::as_str).unwrap_or("?");
         let (id, kind, status) = (text("id"), text("type"), text("status"));
         let remedy = match status {
-            "concluded" => format!("QMP job-dismiss with id={id} removes it"),
-            _ => format!("wait for its end (QMP query-jobs), or end it with QMP job-cancel and id={id}"),
+            "concluded" => format!("remove it with QMP job-dismiss and id={id}"),
+            _ => format!("wait for its end (QMP query-jobs), or cancel it with QMP job-cancel and id={id}"),
         };
-        let what = format!("a {kind} job '{id}' has the VM's disks (its state is '{status}')");
+        let what = format!("the VM's disks are in use by {kind} job '{id}' (state '{status}')");
         found.push(Busy { code: Code::InUse, what, remedy });
     }
     Ok(found)
 }
 
-/// Refuses a VM that is busy.
+/// Refuses a VM with conflicting operations.
 ///
 /// # Errors
-/// One that names everything that was found.
+/// Returns one error with all conflicts: [`Code::InUse`] if the first one is a migration or job, [`Code::Usage`] if
+/// QEMU cannot save the device state.
 pub(super) fn refuse(qmp: &mut Qmp) -> Result<()> {
-    let errors = look(qmp)?.into_iter().map(|busy| Error::new(busy.code, busy.what).remedy(busy.remedy));
+    let errors = find(qmp)?.into_iter().map(|busy| Error::new(busy.code, busy.what).remedy(busy.remedy));
     errors.reduce(Error::and).map_or(Ok(()), Err)
 }

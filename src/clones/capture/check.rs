@@ -1,5 +1,5 @@
-//! What stands against the capture of a VM: all of it at once, and the command line of a VM without it. Nothing of the VM
-//! is changed.
+//! Checks whether a VM can be captured: finds all obstacles at once, and derives a command line without them. Does not
+//! change the VM.
 
 use std::path::{Path, PathBuf};
 
@@ -8,43 +8,44 @@ use serde::Serialize;
 use super::lock::VmLock;
 use super::vm::{self, Live, Vm};
 use super::{busy, images};
-use crate::clones::migration::{Settings, set_aside};
+use crate::clones::migration::{Settings, overridden};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{corrected, examine};
 use crate::error::{Error, Result};
 
-/// Something that was found.
+/// A finding of the check.
 #[derive(Debug, Clone, Serialize)]
 pub struct Finding {
-    /// What it is about: `state`, `busy`, `ram`, `device`, `disk`, `option`, `file`, `tool`, `clone`, `settings`.
+    /// Subject of the finding: `state`, `busy`, `ram`, `device`, `disk`, `option`, `file`, `tool`, `clone`, `settings`.
     pub about: &'static str,
-    /// True when the VM cannot be captured with it.
+    /// True if the finding prevents a capture.
     pub blocks: bool,
-    /// What it is.
+    /// Description of the finding.
     pub what: String,
-    /// What to do.
+    /// Advice to the user.
     pub remedy: String,
 }
 
-/// The answer.
+/// The result of the check.
 #[derive(Debug, Serialize)]
 pub struct Check {
-    /// The QEMU.
+    /// Process id of QEMU.
     pub pid: u32,
-    /// True when nothing stands against it.
+    /// True if no finding prevents a capture.
     pub can_be_captured: bool,
-    /// What was found.
+    /// All findings.
     pub findings: Vec<Finding>,
-    /// The folder that the command line is to be run in.
+    /// The directory to run the corrected command in.
     pub directory: PathBuf,
-    /// The command line with everything corrected, and its program; empty for a VM that libvirt started.
+    /// The corrected command line, beginning with the program; empty for a VM that libvirt started.
     pub command: Vec<String>,
 }
 
-/// Looks at the VM behind a QMP socket.
+/// Checks the VM behind a QMP socket.
 ///
 /// # Errors
-/// When it cannot be asked: nothing listens there, it does not run, or another capture has it.
+/// Returns an error if QEMU cannot be queried, for example because nothing listens on the socket or QEMU does not
+/// reply, and [`Code::InUse`](crate::error::Code::InUse) if another capture has locked the VM.
 pub fn check(socket: &Path) -> Result<Check> {
     let mut qmp = Qmp::open(socket)?;
     let pid = qmp.peer_pid()?;
@@ -54,18 +55,21 @@ pub fn check(socket: &Path) -> Result<Check> {
     let mut add = |about, blocks, what: String, remedy: String| {
         findings.push(Finding { about, blocks, what, remedy });
     };
-    for busy in busy::look(&mut qmp)? {
+    for busy in busy::find(&mut qmp)? {
         add("busy", true, busy.what, busy.remedy);
     }
     if let Err(error) = vm::is_running(&mut qmp) {
         add("state", true, error.to_string(), remedy(&error));
     }
-    let live = Live::look(&mut qmp)?;
+    let live = Live::inspect(&mut qmp)?;
     let examined = examine(&live.argv, &live.facts)?;
-    let below = |what: &str| (!examined.is_libvirt()).then(|| format!("the command line below {what}"));
+    let below = |what: &str| {
+        (!examined.is_libvirt()).then(|| format!("restart the VM with the command line below, which {what}"))
+    };
     for problem in &examined.ram_problems {
-        let what = "the RAM of this VM is not in a file that QEMU shares".to_owned();
-        add("ram", true, what, below("has it in one").unwrap_or_else(|| examined.share_ram(problem)));
+        let what = "the RAM of this VM is not in a file mapped with share=on".to_owned();
+        let remedy = below("puts RAM into such a file");
+        add("ram", true, what, remedy.unwrap_or_else(|| examined.share_ram(problem)));
     }
     for refused in &examined.refused {
         let about = match refused.what.as_str() {
@@ -73,30 +77,30 @@ pub fn check(socket: &Path) -> Result<Check> {
             what if what.contains("disk") => "disk",
             _ => "option",
         };
-        let what = format!("clones cannot have {}", refused.what);
-        let instead = below("is without it, or has what clones can have instead");
-        add(about, true, what, instead.unwrap_or_else(|| examined.start_without(refused)));
+        let what = format!("unsupported for clones: {}", refused.what);
+        let remedy = below("removes or replaces it");
+        add(about, true, what, remedy.unwrap_or_else(|| examined.start_without(refused)));
     }
     if examined.error().is_none() {
-        let looked = Vm::of(&mut qmp, live.clone(), true, examined.plan.clone());
-        let files = looked.and_then(|vm| vm.ram_files().and_then(|_| vm.rom_files()));
+        let vm = Vm::of(&mut qmp, live.clone(), true, examined.plan.clone());
+        let files = vm.and_then(|vm| vm.ram_files().and_then(|_| vm.rom_files()));
         if let Err(error) = files {
             add("file", true, error.to_string(), remedy(&error));
         }
     }
     let Live { facts, argv, program, .. } = live;
     if !facts.disks.is_empty()
-        && let Err(error) = images::is_there()
+        && let Err(error) = images::check_qemu_img()
     {
         add("tool", true, error.to_string(), remedy(&error));
     }
     for warning in &examined.plan.warnings {
-        let (what, remedy) = warning.split_once("; ").unwrap_or((warning, "nothing needs to be done"));
+        let (what, remedy) = warning.split_once("; ").unwrap_or((warning, "no action is needed"));
         add("clone", false, what.to_owned(), remedy.to_owned());
     }
-    for what in set_aside(&Settings::of(&mut qmp)?) {
-        let remedy = "nothing needs to be done: a capture sets it aside and gives it back";
-        add("settings", false, format!("the migration setting {what}"), remedy.into());
+    for what in overridden(&Settings::of(&mut qmp)?) {
+        let remedy = "no action is needed: a capture overrides the setting and restores it";
+        add("settings", false, format!("the VM has the migration setting {what}"), remedy.into());
     }
     let name = format!("vm-{pid}");
     let free = |id: &str| {

@@ -1,14 +1,14 @@
-//! Disks of a VM that is captured: frozen for as long as they are read, given back afterwards.
+//! Disks of a captured VM: frozen while they are read, restored afterwards.
 //!
-//! In the pause of the capture each writable image gets an external snapshot: from then on the VM writes to an overlay
-//! beside it, and the image stays as it was. When it has been read, the overlay is committed into it and removed.
-//! Until then the overlay holds what the guest has written since: nothing removes it that has not seen it committed, or
-//! seen that nothing was written to it.
+//! While the VM is paused, each writable image gets an external snapshot: from then on the VM writes to an overlay
+//! beside the image, and the image does not change. When the image has been read, the overlay is committed into the
+//! image and removed. Until then the overlay holds the guest's writes since the snapshot: an overlay is removed only
+//! after a successful commit, or if it has no data.
 //!
-//! If the VM ends on the way, its overlay is committed without it, but never one that QEMU has committed already: the
-//! image may be newer. So the overlay gets another name while both are the same and QEMU holds the guest's I/O back:
-//! between the job's `pending` and its `job-finalize`. A job that cannot come to its end is cancelled, so that it does
-//! not hold the guest's I/O back for ever.
+//! If QEMU exits before the commit, qemu-img commits the overlay, but never an overlay that QEMU has already committed,
+//! because the image may be newer. Therefore the overlay is renamed while overlay and image are equal and QEMU holds
+//! back the guest's I/O: between the job's state `pending` and the command `job-finalize`. A job that does not complete
+//! is cancelled, so that it does not hold back the guest's I/O forever.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,25 +24,26 @@ use crate::clones::qmp::Qmp;
 use crate::clones::recipe::LiveDisk;
 use crate::error::{Error, Result};
 
-/// How long the commit of one overlay may make no progress.
-const COMMIT_PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for a commit job without progress.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a job may take to end once it is cancelled.
-const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout for the end of a cancelled job.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the names of overlays have after the image's.
+/// Separates the image's name from the unique suffix in the name of an overlay.
 const MARK: &str = ".stencil-";
 
-/// The image beneath an overlay.
+/// The image below an overlay.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Image {
-    /// Where this host sees it.
+    /// Path of the image on the host.
     pub place: PathBuf,
     /// `qcow2` or `raw`.
     pub format: String,
-    /// Size that the guest sees.
+    /// Size that the guest sees, in bytes.
     pub size: u64,
-    /// The file itself: QEMU opens images again by their paths, when it may write to them no more or again.
+    /// Identity of the file: QEMU reopens images by path when they become read-only or writable, and the path may then
+    /// lead to another file.
     pub id: FileId,
 }
 
@@ -53,28 +54,28 @@ pub struct Frozen {
     pub node: String,
     /// The block node of the overlay.
     pub overlay_node: String,
-    /// The overlay, in QEMU's eyes.
+    /// Path of the overlay, as QEMU sees it.
     pub overlay: PathBuf,
-    /// The overlay, in the eyes of this host.
+    /// Path of the overlay on the host.
     pub place: PathBuf,
     /// The image.
     pub image: Image,
 }
 
 impl Frozen {
-    /// The overlay's name once all of it is in the image.
+    /// Returns the name of the overlay after its commit.
     fn committed(&self) -> PathBuf {
         let mut name = self.place.clone().into_os_string();
         name.push("-committed");
         name.into()
     }
 
-    /// The job that commits the overlay.
+    /// Returns the id of the job that commits the overlay.
     fn job(&self) -> String {
         format!("commit-{}", self.overlay_node)
     }
 
-    /// What a snapshot of that disk will be.
+    /// Plans the snapshot of a disk. `id` identifies the image file, `place` maps a path of QEMU to one of the host.
     pub fn plan(
         disk: &LiveDisk,
         id: FileId,
@@ -100,12 +101,12 @@ impl Frozen {
     }
 }
 
-/// Disks of the VM that an earlier capture has frozen, and nobody has brought back.
+/// Finds disks of the VM that an earlier capture has frozen and not restored.
 ///
 /// # Errors
-/// QEMU's words.
+/// Same as [`Qmp::run`]; also returns an error if a path of an image leads to another file than QEMU has open.
 pub fn left_over(qmp: &mut Qmp, place: &dyn Fn(&Path) -> PathBuf) -> Result<Vec<Frozen>> {
-    let disks = LiveDisk::all(&qmp.run("query-block", json!({}))?);
+    let disks = LiveDisk::from_query_block(&qmp.run("query-block", json!({}))?);
     let mut found = vec![];
     for disk in disks.iter().filter(|disk| disk.node.starts_with("stencil-")) {
         let (overlay, Some(image)) = (file_of(&disk.image.path), &disk.image.backing) else { continue };
@@ -132,18 +133,20 @@ pub fn left_over(qmp: &mut Qmp, place: &dyn Fn(&Path) -> PathBuf) -> Result<Vec<
     Ok(found)
 }
 
-/// The file of an overlay. QEMU names the image beneath it along with it, where that is not as the overlay says.
+/// Returns the file in a name of QEMU, which is a `json:` description if the backing image differs from that in the
+/// overlay's header.
 fn file_of(name: &Path) -> PathBuf {
-    let whole = name.to_str().and_then(|name| name.strip_prefix("json:"));
-    let whole: Option<Value> = whole.and_then(|text| serde_json::from_str(text).ok());
-    let file = whole.as_ref().and_then(|whole| whole.pointer("/file/filename")).and_then(Value::as_str);
+    let json = name.to_str().and_then(|name| name.strip_prefix("json:"));
+    let json: Option<Value> = json.and_then(|text| serde_json::from_str(text).ok());
+    let file = json.as_ref().and_then(|json| json.pointer("/file/filename")).and_then(Value::as_str);
     file.map_or_else(|| name.to_owned(), PathBuf::from)
 }
 
-/// Lets all of them write to overlays, or none. The VM stands still.
+/// Switches all disks to their overlays, or none. The VM must be paused.
 ///
 /// # Errors
-/// QEMU's words. [`settle`] clears up: it may have done so and its answer was lost.
+/// Same as [`Qmp::run`]. The caller must then call [`restore`], because QEMU may have switched the disks before the
+/// session failed.
 pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     let action = |disk: &Frozen| {
         json!({"type": "blockdev-snapshot-sync", "data": {
@@ -153,11 +156,11 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     };
     let actions: Vec<Value> = disks.iter().map(action).collect();
     qmp.run("transaction", json!({"actions": actions})).map_err(|error| {
-        error.context("the VM's disks cannot be frozen").remedy(
-            "QEMU writes to an overlay beside each image for as long as that is read: it must be able to open it",
-        )
+        error
+            .context("cannot freeze the VM's disks")
+            .remedy("give QEMU access to the overlays that a capture creates beside the images")
     })?;
-    // QEMU has opened the overlays, and its images again, by their paths.
+    // QEMU has opened the overlays, and reopened the images, by path.
     let open = OpenFiles::of(qmp.peer_pid()?)?;
     for disk in disks {
         open.must_have(&disk.image.place, disk.image.id)?;
@@ -166,54 +169,53 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     Ok(())
 }
 
-/// Brings every disk back to its own image, and removes the overlays. What was never frozen is left alone. `interrupt`
-/// ends the wait: the jobs go on.
+/// Restores all disks: commits the overlays into their images and removes them. Leaves disks that are not frozen alone.
+/// `interrupt` ends the wait, but not the jobs.
 ///
 /// # Errors
-/// When an overlay cannot be committed: it is kept, and the message says what to do with it.
-pub fn settle(qmp: &mut Qmp, disks: &[Frozen], interrupt: Option<&AtomicBool>) -> Result<()> {
-    all_of(disks.iter().map(|disk| settle_one(qmp, disk, interrupt)))
+/// Returns an error if an overlay cannot be committed. The overlay is kept, and the hint tells how to commit it.
+pub fn restore(qmp: &mut Qmp, disks: &[Frozen], interrupt: Option<&AtomicBool>) -> Result<()> {
+    all_of(disks.iter().map(|disk| restore_one(qmp, disk, interrupt)))
 }
 
-/// Tries every one, and tells all that failed.
+/// Runs all steps, and returns their errors as one.
 fn all_of(outcomes: impl Iterator<Item = Result<()>>) -> Result<()> {
     outcomes.filter_map(Result::err).reduce(Error::and).map_or(Ok(()), Err)
 }
 
-fn settle_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<()> {
+fn restore_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<()> {
     let file = disk.place.display();
-    match bring_back(qmp, disk, interrupt) {
+    match commit_in_vm(qmp, disk, interrupt) {
         Ok(true) => Ok(()),
-        Ok(false) => settle_alone(qmp, disk).map_err(|error| {
-            error.context(format!("the VM has no more disk that writes to the overlay {file}")).remedy(format!(
-                "do not remove that file: it holds what the guest has written. Its image has that after \
-                 `qemu-img commit {file}`, when no QEMU has the image open"
+        Ok(false) => restore_detached(qmp, disk).map_err(|error| {
+            error.context(format!("no disk of the VM uses the overlay {file} any more")).remedy(format!(
+                "do not remove the overlay, which holds writes of the guest; run `qemu-img commit {file}` when no QEMU \
+                 has the image open"
             ))
         }),
         Err(error) => Err(error
             .context(format!("the VM still writes to the overlay {file} of node {}", disk.node))
             .remedy(format!(
-                "do not remove that file: it holds what the guest has written. A helper tries again for half a minute; \
-                 then the next `stencil capture` of this VM brings it back before it begins, or, when QEMU has ended, \
-                 `qemu-img commit {file}`"
+                "do not remove the overlay, which holds writes of the guest; a helper retries the commit for 30 s, and \
+                 so does the next `stencil capture` of this VM; if QEMU has exited, run `qemu-img commit {file}`"
             ))),
     }
 }
 
-/// QEMU commits the overlay; false when it has none.
-fn bring_back(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<bool> {
+/// Commits the overlay through QEMU; returns false if QEMU does not have the overlay.
+fn commit_in_vm(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<bool> {
     let job = disk.job();
-    let mut known = job_of(qmp, &job)?;
-    if known.as_ref().is_some_and(|job| job.get("error").is_some()) {
-        // An attempt of before, that failed.
+    let mut existing = job_of(qmp, &job)?;
+    if existing.as_ref().is_some_and(|job| job.get("error").is_some()) {
+        // An earlier attempt failed.
         qmp.run("job-dismiss", json!({"id": job}))?;
-        known = None;
+        existing = None;
     }
-    if known.is_none() {
+    if existing.is_none() {
         if !has_node(qmp, &disk.overlay_node)? {
             return Ok(false);
         }
-        // QEMU opens the image by its path to write to it.
+        // QEMU reopens the image by path for writing.
         disk.image.id.must_be_at(&disk.image.place)?;
         qmp.run(
             "block-commit",
@@ -227,29 +229,29 @@ fn bring_back(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> R
     }
     committed?;
     if has_node(qmp, &disk.overlay_node)? {
-        return Err(Error::failed("QEMU has committed the overlay and still uses it"));
+        return Err(Error::failed("QEMU committed the overlay but still uses it"));
     }
     remove(&disk.place)?;
     remove(&disk.committed())?;
     Ok(true)
 }
 
-/// For an overlay that QEMU does not have: it was never frozen, or its device was taken out.
-fn settle_alone(qmp: &mut Qmp, disk: &Frozen) -> Result<()> {
-    // An image that QEMU has open is not ours to write to.
-    if disk.place.exists() && has_node(qmp, &disk.node)? && images::is_written(&disk.place)? {
-        return Err(Error::failed(format!("QEMU has its image open as node {}", disk.node)));
+/// Restores a disk whose overlay QEMU does not have: the disk was never frozen, or its device was unplugged.
+fn restore_detached(qmp: &mut Qmp, disk: &Frozen) -> Result<()> {
+    // qemu-img must not write to an image that QEMU has open.
+    if disk.place.exists() && has_node(qmp, &disk.node)? && images::has_data(&disk.place)? {
+        return Err(Error::failed(format!("QEMU has the image open as node {}", disk.node)));
     }
-    commit_alone(disk)
+    commit_offline(disk)
 }
 
-/// Commits what was written to an overlay that nobody has open, and removes it.
-fn commit_alone(disk: &Frozen) -> Result<()> {
+/// Commits the data of an overlay that no process has open, and removes the overlay.
+fn commit_offline(disk: &Frozen) -> Result<()> {
     remove(&disk.committed())?;
     if !disk.place.exists() {
         return Ok(());
     }
-    if images::is_written(&disk.place)? {
+    if images::has_data(&disk.place)? {
         disk.image.id.must_be_at(&disk.image.place)?;
         images::commit(&disk.place)?;
     }
@@ -259,16 +261,16 @@ fn commit_alone(disk: &Frozen) -> Result<()> {
 fn remove(overlay: &Path) -> Result<()> {
     match fs::remove_file(overlay) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io("cannot remove the overlay, which is committed", overlay, e))
+            Err(Error::io("cannot remove the committed overlay", overlay, e))
         }
         _ => Ok(()),
     }
 }
 
-/// The VM's block nodes.
+/// Returns the block nodes of the VM.
 ///
 /// # Errors
-/// QEMU's words.
+/// Same as [`Qmp::run`].
 pub fn block_nodes(qmp: &mut Qmp) -> Result<Vec<Value>> {
     let nodes = qmp.run("query-named-block-nodes", json!({"flat": true}))?;
     Ok(nodes.as_array().cloned().unwrap_or_default())
@@ -289,50 +291,52 @@ fn status_of(job: &Value) -> &str {
     job.get("status").and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Ends a job that does not come to its end: the VM writes to the overlay as before.
+/// Cancels a job that does not complete; the VM continues to write to the overlay.
 fn cancel(qmp: &mut Qmp, disk: &Frozen) {
     let id = disk.job();
-    let mut end = || -> Result<()> {
-        // Before the guest writes again.
+    let mut cancel = || -> Result<()> {
+        // Renames the overlay back before the guest can write again.
         if job_of(qmp, &id)?.is_some_and(|job| status_of(&job) == "pending") {
             let _ = fs::rename(disk.committed(), &disk.place);
         }
-        let until = Instant::now() + CANCEL_PATIENCE;
+        let until = Instant::now() + CANCEL_TIMEOUT;
         while let Some(job) = job_of(qmp, &id)?.filter(|_| Instant::now() < until) {
             if status_of(&job) == "concluded" {
                 qmp.run("job-dismiss", json!({"id": id}))?;
             } else {
-                // Refused where it ends already.
+                // QEMU refuses to cancel a job that is already ending.
                 let _ = qmp.run("job-cancel", json!({"id": id}));
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        // Only what QEMU says it still writes to is an overlay again: of a VM that has died the image may be newer.
+        // Renames the overlay back only if QEMU reports that the VM still uses it: if QEMU has died, the image may be
+        // newer.
         if has_node(qmp, &disk.overlay_node)? {
             let _ = fs::rename(disk.committed(), &disk.place);
         }
         Ok(())
     };
-    if let Err(error) = end() {
+    if let Err(error) = cancel() {
         log::debug!("{error}");
     }
 }
 
-/// Follows the job to its end: when it has caught up with the guest, the VM writes to its own image again.
+/// Drives the job to its end: when the commit has caught up with the guest's writes, QEMU switches the disk back to the
+/// image.
 fn wait_committed(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> Result<()> {
     let id = disk.job();
     let (mut seen, mut since) = (None, Instant::now());
     let (mut completed, mut finalized) = (false, false);
     loop {
         let Some(job) = job_of(qmp, &id)? else {
-            return Err(Error::failed("the job that commits it has gone without a word"));
+            return Err(Error::failed("the commit job disappeared"));
         };
         match status_of(&job) {
             "concluded" => {
                 let outcome = job.get("error").and_then(Value::as_str).map(str::to_owned);
                 qmp.run("job-dismiss", json!({"id": id}))?;
                 return match outcome {
-                    Some(why) => Err(Error::failed(format!("it cannot be committed: {why}"))),
+                    Some(reason) => Err(Error::failed(format!("the commit failed: {reason}"))),
                     None => Ok(()),
                 };
             }
@@ -342,7 +346,7 @@ fn wait_committed(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) 
             }
             "pending" if !finalized => {
                 match fs::rename(&disk.place, disk.committed()) {
-                    // A helper may find it done.
+                    // An interrupted capture may have renamed the overlay before its helper takes over.
                     Err(e) if e.kind() != std::io::ErrorKind::NotFound || !disk.committed().exists() => {
                         return Err(Error::io("cannot rename the overlay", &disk.place, e));
                     }
@@ -354,34 +358,37 @@ fn wait_committed(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) 
             _ => {}
         }
         if !finalized && interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
-            return Err(Error::failed("interrupted while it is committed: a helper goes on with that"));
+            return Err(Error::failed("interrupted during the commit, which a helper continues"));
         }
         let progress = job.get("current-progress").and_then(Value::as_u64);
         if progress != seen {
             (seen, since) = (progress, Instant::now());
         }
-        if since.elapsed() > COMMIT_PATIENCE {
-            return Err(Error::try_again("the job that commits it does not go on"));
+        if since.elapsed() > COMMIT_TIMEOUT {
+            return Err(Error::try_again(format!(
+                "timed out after {} s without progress of the commit",
+                COMMIT_TIMEOUT.as_secs()
+            )));
         }
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// The same when QEMU is gone: what the guest has written goes into its image.
+/// Restores the disks of a VM whose QEMU has exited: qemu-img commits the overlays.
 ///
 /// # Errors
-/// When qemu-img cannot do it: the overlay is kept, and the message names it.
-pub fn settle_without_vm(disks: &[Frozen]) -> Result<()> {
+/// Returns an error if qemu-img fails. The overlay is kept, and the message names it.
+pub fn restore_without_vm(disks: &[Frozen]) -> Result<()> {
     all_of(disks.iter().map(|disk| {
-        // With the process its view of the host is gone, where that was not ours.
+        // If QEMU had another root directory, paths below /proc/PID/root end with the process.
         let outcome = match disk.place.parent().is_some_and(Path::is_dir) {
-            true => commit_alone(disk),
-            false => Err(Error::failed(format!("its overlay {} is out of reach", disk.overlay.display()))),
+            true => commit_offline(disk),
+            false => Err(Error::failed(format!("cannot reach the overlay {}", disk.overlay.display()))),
         };
         outcome.map_err(|error| {
-            error.context("the VM ended while its disk was read").remedy(format!(
-                "do not start the VM from its image yet: `qemu-img commit {}`, where that file is, brings in what the \
-                 guest wrote last",
+            error.context("QEMU exited while a disk was captured").remedy(format!(
+                "before you start the VM again, commit the guest's last writes: run `qemu-img commit {}` where that path \
+                 exists",
                 disk.overlay.display()
             ))
         })

@@ -1,4 +1,4 @@
-//! One capture of a VM at a time.
+//! The lock of a VM, which allows one capture at a time.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,37 +10,39 @@ use super::vm::no_vm_here;
 use crate::error::{Error, Result};
 use crate::sys::locks;
 
-/// No other capture touches the VM while this lives, here or in a process that has inherited it. The lock is on the
-/// process's folder in `/proc`: it goes with the VM, and no file is left.
+/// An exclusive lock on a VM, held while this value, or an inherited copy of its descriptor in another process, exists.
+///
+/// The lock is a `flock(2)` on the directory of the QEMU process in `/proc`: it disappears with the process and leaves
+/// no file.
 #[derive(Debug)]
 pub struct VmLock(OwnedFd);
 
 impl VmLock {
-    /// Takes it for the VM of that process.
+    /// Locks the VM of a QEMU process.
     ///
     /// # Errors
-    /// [`Code::InUse`](crate::error::Code::InUse) that names who has it.
+    /// Returns [`Code::InUse`](crate::error::Code::InUse) with the holder of the lock if the VM is locked.
     pub fn take(pid: u32) -> Result<VmLock> {
-        let folder = File::open(format!("/proc/{pid}")).map_err(|e| no_vm_here(pid).because(e))?;
-        match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(VmLock(folder.into())),
+        let directory = File::open(format!("/proc/{pid}")).map_err(|e| no_vm_here(pid).because(e))?;
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(VmLock(directory.into())),
             Err(Errno::WOULDBLOCK) => {
-                let who = locks::flock_holders(&folder)
+                let holder = locks::flock_holders(&directory)
                     .first()
                     .map_or_else(|| "another process".into(), |p| format!("process {p}"));
-                Err(Error::in_use(format!("{who} captures this VM (process {pid}), or brings it back"))
-                    .remedy("run it again when that capture has ended, and its helper with it"))
+                Err(Error::in_use(format!("the VM (process {pid}) is in use by another capture ({holder})"))
+                    .remedy("run the command again when that capture and its helper have exited"))
             }
             Err(e) => Err(Error::failed(format!("cannot lock the VM of process {pid}")).because(e.into())),
         }
     }
 
-    /// For a process that is to inherit it.
+    /// Duplicates the lock's descriptor for a process that inherits the lock.
     ///
     /// # Errors
-    /// When there are no more descriptors.
+    /// Returns an error if the limit on open files is reached.
     pub fn share(&self) -> Result<OwnedFd> {
         let shared = self.0.as_fd().try_clone_to_owned();
-        shared.map_err(|e| Error::failed("cannot copy a descriptor").because(e))
+        shared.map_err(|e| Error::failed("cannot duplicate a file descriptor").because(e))
     }
 }

@@ -1,8 +1,8 @@
-//! A running QEMU becomes a template, and runs on as before.
+//! Captures a running QEMU as a template; the VM continues afterwards.
 //!
-//! RAM is in a file that QEMU shares, so it is read where it lies while the VM stands still; device state
-//! comes through a pipe as a migration that leaves that RAM out. Where the file system can clone a file,
-//! the VM stands still for the clone only, not for the import.
+//! RAM is in files mapped with `share=on`, so the capture reads the files while the VM is paused. Device state is
+//! received through a pipe, from a migration without shared RAM. If the file system can clone files (reflink), the VM
+//! is paused only for the clone, not for the import.
 
 mod back;
 mod busy;
@@ -32,51 +32,52 @@ use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
-use back::Before;
+use back::SavedState;
 pub use check::{Check, Finding, check};
 use disks::Frozen;
 use lock::VmLock;
-use stand::Stand;
+use stand::PausedVm;
 use vm::{RamFile, Vm};
 use watchdog::ResumeOnDeath;
 pub use watchdog::{RESUME_ARGUMENT, resume_main};
 
-/// What becomes of the VM.
+/// The state of the VM after a capture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Afterwards {
-    /// It runs if it ran.
+    /// Running if it was running before.
     #[default]
     AsBefore,
-    /// It stands still.
+    /// Paused.
     Pause,
-    /// It is ended.
+    /// Terminated.
     Quit,
 }
 
-/// What came of a capture.
+/// The result of a capture.
 #[derive(Debug, Serialize)]
 pub struct Captured {
     /// The template.
     #[serde(flatten)]
     pub imported: Imported,
-    /// How long the VM stood still, in seconds; `null` when it did before or does now.
+    /// Length of the pause in seconds; `null` if the VM was paused before or is paused or terminated now.
     pub pause_seconds: Option<f64>,
-    /// True when RAM was cloned within its file system, so that the VM ran on during the import.
+    /// True if RAM was cloned within its file system, so that the VM ran during the import.
     pub cloned: bool,
-    /// Bytes of device state.
+    /// Size of the device state.
     pub state_bytes: Bytes,
-    /// State of the VM afterwards, in QEMU's words; `quit` when it was ended.
+    /// State of the VM afterwards, as QEMU reports it; `quit` if QEMU was terminated.
     pub vm: String,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
 /// Captures the VM behind a QMP socket.
 ///
 /// # Errors
-/// When the VM is not one that clones can be made of (the message names everything that stands against it), another
-/// capture has it, or something fails on the way: then the VM is as it was before, and the store as well. Where a part
-/// of either is not, the message says so.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) with all obstacles if the VM is unsupported,
+/// [`Code::InUse`](crate::error::Code::InUse) if another capture has locked the VM, and the first error of a failed
+/// step otherwise. VM and store are then in their previous state; if a part could not be restored, the message names
+/// it.
 pub fn capture(
     store: &Store,
     socket: &Path,
@@ -88,71 +89,79 @@ pub fn capture(
     let mut qmp = Qmp::open(socket)?;
     let lock = VmLock::take(qmp.peer_pid()?)?;
     qmp.greet()?;
-    settle_left_over(&mut qmp, socket, &lock, &interrupt)?;
-    let vm = Arc::new(Vm::look(&mut qmp)?);
-    let run_on = afterwards == Afterwards::AsBefore && vm.was_running;
+    restore_left_over(&mut qmp, socket, &lock, &interrupt)?;
+    let vm = Arc::new(Vm::inspect(&mut qmp)?);
+    let resumes = afterwards == Afterwards::AsBefore && vm.was_running;
     let ram = vm.ram_files()?;
     let roms = vm.rom_files()?;
-    let frozen = if run_on { frozen(&vm)? } else { vec![] };
-    let stand = Stand::prepare(qmp, socket, &vm, frozen, lock, interrupt.clone())?;
-    let stand = Arc::new(Mutex::new(stand));
-    let work = Work { store, vm: &vm, ram: &ram, roms: &roms, stand: &stand, run_on, interrupt: &interrupt };
-    let taken = work.take(tag, progress);
+    let frozen = if resumes { frozen(&vm)? } else { vec![] };
+    let paused = PausedVm::prepare(qmp, socket, &vm, frozen, lock, interrupt.clone())?;
+    let paused = Arc::new(Mutex::new(paused));
+    let reader = SnapshotReader {
+        store,
+        vm: &vm,
+        ram: &ram,
+        roms: &roms,
+        paused: &paused,
+        resumes,
+        interrupt: &interrupt,
+    };
+    let taken = reader.take(tag, progress);
 
-    let mut stand = held(&stand);
-    let finished = stand.finish(!run_on && taken.is_ok());
+    let mut paused = held(&paused);
+    let finished = paused.finish(!resumes && taken.is_ok());
     let (taken, pause) = match (taken, finished) {
         (Ok(taken), Ok(pause)) => (taken, pause),
         (Ok(taken), Err(error)) => {
             let digest = taken.imported.digest;
             return Err(
-                error.context(format!("template {tag} was made ({digest}), but its VM is not as it was"))
+                error.context(format!("created template {tag} ({digest}), but could not restore its VM"))
             );
         }
         (Err(error), Err(other)) => return Err(error.and(other)),
         (Err(error), Ok(_)) => return Err(error),
     };
     let vm_now = match afterwards {
-        Afterwards::Quit => stand.quit(),
-        _ => stand.status(),
+        Afterwards::Quit => paused.quit(),
+        _ => paused.status(),
     };
     Ok(Captured {
         imported: taken.imported,
-        pause_seconds: run_on.then_some(pause.as_secs_f64()),
+        pause_seconds: resumes.then_some(pause.as_secs_f64()),
         cloned: taken.cloned,
         state_bytes: taken.state_bytes,
-        vm: vm_now.map_err(|e| e.context(format!("template {tag} was made; afterwards")))?,
+        vm: vm_now.map_err(|e| e.context(format!("created template {tag}, then the VM failed")))?,
         warnings: vm.plan.warnings.clone(),
     })
 }
 
-/// What was read of a VM.
+/// The result of reading a VM.
 struct Taken {
     imported: Imported,
     cloned: bool,
     state_bytes: Bytes,
 }
 
-/// What it takes to read a VM.
-struct Work<'a> {
+/// The inputs for reading a VM.
+struct SnapshotReader<'a> {
     store: &'a Store,
     vm: &'a Arc<Vm>,
     ram: &'a [RamFile],
     roms: &'a [(String, File)],
-    stand: &'a Arc<Mutex<Stand>>,
-    run_on: bool,
+    paused: &'a Arc<Mutex<PausedVm>>,
+    resumes: bool,
     interrupt: &'a Arc<AtomicBool>,
 }
 
-impl Work<'_> {
-    /// The pause and the import.
+impl SnapshotReader<'_> {
+    /// Pauses the VM and imports its files.
     fn take(&self, tag: &TagName, progress: &dyn Progress) -> Result<Taken> {
-        let Work { store, vm, ram, roms, stand, run_on, interrupt } = *self;
+        let SnapshotReader { store, vm, ram, roms, paused, resumes, interrupt } = *self;
         let mut request = ImportRequest::new(Some(tag.clone()), vm.blob_files());
         request.interrupt = Some(interrupt.clone());
         request.recipe = Some(vm.recipe());
-        held(stand).still(vm)?;
-        let state = held(stand).device_state()?;
+        held(paused).pause(vm)?;
+        let state = held(paused).device_state()?;
         let state_bytes = Bytes::new(state.metadata().map_or(0, |m| m.len()));
         request.files.push(ImportFile {
             name: "state".into(),
@@ -160,7 +169,7 @@ impl Work<'_> {
             source: Source::Path(by_descriptor(&state)),
         });
         let clones: Option<Vec<File>> =
-            if run_on { ram.iter().map(|(_, _, file, dir)| clone_file(file, dir)).collect() } else { None };
+            if resumes { ram.iter().map(|(_, _, file, dir)| clone_file(file, dir)).collect() } else { None };
         let sources = ram.iter().zip(0..).map(|((name, _, file, _), at)| {
             let file = clones.as_ref().and_then(|all| all.get(at)).unwrap_or(file);
             ImportFile { name: name.clone(), kind: FileKind::Ram, source: Source::Path(by_descriptor(file)) }
@@ -174,56 +183,57 @@ impl Work<'_> {
         request.files.extend(roms.iter().map(rom));
         let disks = vm.plan.disks.iter().map(|disk| {
             let later = Disk { vm: vm.clone(), disk: disk.clone(), store: store.clone() };
-            later.source(stand, run_on, interrupt)
+            later.source(paused, resumes, interrupt)
         });
         request.files.extend(disks.collect::<Result<Vec<_>>>()?);
         if clones.is_some() {
-            all_is_read(stand)?;
+            end_snapshot(paused)?;
         }
-        let until_read = UntilRead { inner: progress, stand, run_on, interrupt };
+        let until_read = UntilRead { inner: progress, paused, resumes, interrupt };
         let imported = store.import(request, &until_read);
-        // An import that was stopped for that says no more than that it was.
-        held(stand).undisturbed()?;
+        // Checked first: the error of an import that was interrupted by a disturbance does not name the reason.
+        held(paused).undisturbed()?;
         Ok(Taken { imported: imported?, cloned: clones.is_some(), state_bytes })
     }
 }
 
-/// What must be of one moment has been read: the VM runs again.
+/// Ends the snapshot and resumes the VM; everything that must be from one point in time has been read.
 ///
 /// # Errors
-/// When it was not one moment.
-fn all_is_read(stand: &Mutex<Stand>) -> Result<()> {
-    let mut stand = held(stand);
-    let one_moment = stand.is_read();
-    stand.over(false)?;
-    one_moment
+/// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if another client resumed or reset the VM during the
+/// snapshot, or an error of QEMU.
+fn end_snapshot(paused: &Mutex<PausedVm>) -> Result<()> {
+    let mut paused = held(paused);
+    let consistent = paused.end_snapshot();
+    paused.resume(false)?;
+    consistent
 }
 
-/// Brings disks back that a capture has left frozen, with its helper. This one has a helper for that as well: QEMU must
-/// not be left within the end of a commit.
-fn settle_left_over(qmp: &mut Qmp, socket: &Path, lock: &VmLock, interrupt: &AtomicBool) -> Result<()> {
+/// Restores disks that an earlier capture and its helper have left frozen. This step has a helper too, because QEMU
+/// must not be left in the middle of finishing a commit.
+fn restore_left_over(qmp: &mut Qmp, socket: &Path, lock: &VmLock, interrupt: &AtomicBool) -> Result<()> {
     let pid = qmp.peer_pid()?;
     let disks = disks::left_over(qmp, &|path| vm::path_of(pid, path))?;
     if disks.is_empty() {
         return Ok(());
     }
     for disk in &disks {
-        log::warn!("{}: left by an earlier capture, is brought back first", disk.place.display());
+        log::warn!("overlay {} was left by an earlier capture; committing it first", disk.place.display());
     }
     let process = ProcessId::of(pid)?.ok_or_else(|| vm::no_vm_here(pid))?;
-    // Whether the guest runs is not changed.
-    let before = Before { ran: false, settings: Settings::of(qmp)?, disks };
+    // `ran: false` leaves the run state of the guest unchanged.
+    let before = SavedState { ran: false, settings: Settings::of(qmp)?, disks };
     let helper = ResumeOnDeath::start(socket, process, lock.share()?, &before)?;
-    before.settle(qmp, process, Some(interrupt))?;
+    before.restore_disks(qmp, process, Some(interrupt))?;
     helper.dismiss();
     Ok(())
 }
 
-fn held<'a>(stand: &'a Mutex<Stand>) -> MutexGuard<'a, Stand> {
-    stand.lock().unwrap_or_else(PoisonError::into_inner)
+fn held<'a>(paused: &'a Mutex<PausedVm>) -> MutexGuard<'a, PausedVm> {
+    paused.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The snapshots of all disks that the guest writes to.
+/// Plans the snapshots of all writable disks.
 fn frozen(vm: &Vm) -> Result<Vec<Frozen>> {
     let unique = format!("{}-{}", vm.pid, crate::clones::registry::random_id()?);
     let place = |path: &Path| vm.path_of(path);
@@ -235,7 +245,7 @@ fn frozen(vm: &Vm) -> Result<Vec<Frozen>> {
     writable.zip(0..).map(plan).collect()
 }
 
-/// A disk that is read when RAM has been: the VM does not stand still for it.
+/// A disk that the import reads after RAM, while the VM runs.
 struct Disk {
     vm: Arc<Vm>,
     disk: PlannedDisk,
@@ -245,12 +255,12 @@ struct Disk {
 impl Disk {
     fn source(
         self,
-        stand: &Arc<Mutex<Stand>>,
-        run_on: bool,
+        paused: &Arc<Mutex<PausedVm>>,
+        resumes: bool,
         interrupt: &Arc<AtomicBool>,
     ) -> Result<ImportFile> {
         let name = self.disk.file();
-        let size = match self.disk.as_it_is() {
+        let size = match self.disk.is_verbatim() {
             true => {
                 let path = &self.disk.live.image.path;
                 let meta = self.vm.images.file(path)?.metadata();
@@ -258,10 +268,10 @@ impl Disk {
             }
             false => self.disk.live.image.size,
         };
-        let (stand, interrupt) = (stand.clone(), interrupt.clone());
+        let (paused, interrupt) = (paused.clone(), interrupt.clone());
         let open = move || {
-            if run_on {
-                all_is_read(&stand)?;
+            if resumes {
+                end_snapshot(&paused)?;
             }
             images::contents(&self.disk, &self.vm.images, &self.store, &interrupt)
         };
@@ -270,12 +280,12 @@ impl Disk {
     }
 }
 
-/// A path by which this process opens the file again, whatever became of its name.
+/// Returns a path that reopens the file in this process, independent of its name.
 fn by_descriptor(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// A copy that shares its blocks, where the file system can make one; else nothing.
+/// Clones a file with shared blocks (`FICLONE`); returns `None` if the file system cannot.
 fn clone_file(file: &File, dir: &Path) -> Option<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let copy = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR).ok()?;
@@ -283,12 +293,12 @@ fn clone_file(file: &File, dir: &Path) -> Option<File> {
     Some(File::from(copy))
 }
 
-/// Lets the VM run again as soon as an import has read all of its sources: what comes then, flushing to the disk and
-/// the commit, need not make a guest wait. What was not one moment is not committed.
+/// Resumes the VM as soon as the import has read all sources, before it flushes and commits. Interrupts the import if
+/// the snapshot is not from one point in time, so that no template is committed.
 struct UntilRead<'a> {
     inner: &'a dyn Progress,
-    stand: &'a Mutex<Stand>,
-    run_on: bool,
+    paused: &'a Mutex<PausedVm>,
+    resumes: bool,
     interrupt: &'a AtomicBool,
 }
 
@@ -306,13 +316,13 @@ impl Progress for UntilRead<'_> {
     }
 
     fn finish(&self) {
-        // What fails here is met again, and told, at the end.
-        let mut stand = held(self.stand);
-        if stand.is_read().is_err() {
+        // Errors that are ignored here are returned by `undisturbed` and `finish` at the end.
+        let mut paused = held(self.paused);
+        if paused.end_snapshot().is_err() {
             self.interrupt.store(true, Ordering::Relaxed);
         }
-        if self.run_on
-            && let Err(error) = stand.over(false)
+        if self.resumes
+            && let Err(error) = paused.resume(false)
         {
             log::debug!("{error}");
         }

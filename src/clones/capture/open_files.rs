@@ -1,5 +1,5 @@
-//! Files that QEMU has open. The capture opens them again by their paths and compares device and inode: a path can lead
-//! to another file meanwhile, and a template must never have the RAM of one guest and the disk of another.
+//! Files that QEMU has open. The capture opens the same paths and compares device and inode numbers: a path may lead to
+//! another file by now, and a template must never combine the RAM of one guest with the disk of another.
 
 use std::fmt;
 use std::fs::{self, File, Metadata};
@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::vm::{no_vm_here, path_of};
 use crate::error::{Error, Result};
 
-/// A file, whatever its name is.
+/// The identity of a file: device and inode number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileId {
     dev: u64,
@@ -22,33 +22,37 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The file of this metadata.
+    /// Returns the identity of the file with this metadata.
     pub fn of(meta: &Metadata) -> FileId {
         FileId { dev: meta.dev(), ino: meta.ino() }
     }
 
-    /// The file at this path.
+    /// Returns the identity of the file at a path.
     ///
     /// # Errors
-    /// When there is none that can be looked at.
+    /// Returns an error if `stat(2)` fails.
     pub fn at(path: &Path) -> Result<FileId> {
-        let meta = fs::metadata(path).map_err(|e| Error::io("cannot look at a file of the VM", path, e))?;
+        let meta = fs::metadata(path)
+            .map_err(|e| Error::io("cannot get the metadata of a file of the VM", path, e))?;
         Ok(FileId::of(&meta))
     }
 
-    /// Checks that this path still leads to this file.
+    /// Checks that a path still leads to this file.
     ///
     /// # Errors
-    /// When another file is there, or none.
+    /// Returns an error if the path leads to another file or to none.
     pub fn must_be_at(self, path: &Path) -> Result<()> {
         let found = match fs::metadata(path) {
             Ok(meta) if FileId::of(&meta) == self => return Ok(()),
             Ok(meta) => FileId::of(&meta).to_string(),
             Err(e) => crate::error::errno_text(&e),
         };
-        Err(Error::failed(format!("the path leads to another file ({found}) than the VM's image ({self})"))
+        Err(Error::failed(format!("the image of the VM was replaced: expected {self}, found {found}"))
             .at(path)
-            .remedy(format!("put the VM's image back to that path: `find DIR -inum {}` finds it", self.ino)))
+            .remedy(format!(
+                "find the VM's image with `find DIR -inum {}` and rename it to this path",
+                self.ino
+            )))
     }
 }
 
@@ -58,17 +62,17 @@ impl fmt::Display for FileId {
     }
 }
 
-/// Regular files that a process has open.
+/// The regular files that a process has open.
 pub struct OpenFiles {
     pid: u32,
     files: Vec<(FileId, PathBuf)>,
 }
 
 impl OpenFiles {
-    /// Reads the descriptors of a process.
+    /// Lists the open files of a process.
     ///
     /// # Errors
-    /// When the process is gone, or is another user's.
+    /// Returns an error if the process does not exist or belongs to another user.
     pub fn of(pid: u32) -> Result<OpenFiles> {
         let place = PathBuf::from(format!("/proc/{pid}/fd"));
         let list = fs::read_dir(&place).map_err(|e| match e.kind() {
@@ -76,71 +80,73 @@ impl OpenFiles {
             _ => Error::io("cannot list the files that QEMU has open", &place, e),
         })?;
         let file = |entry: fs::DirEntry| {
-            // The kernel follows the link to the open file itself, also where its name is gone.
+            // The kernel resolves this link to the open file itself, even if the file has no name any more.
             let meta = fs::metadata(entry.path()).ok().filter(Metadata::is_file)?;
             Some((FileId::of(&meta), fs::read_link(entry.path()).ok()?))
         };
         Ok(OpenFiles { pid, files: list.flatten().filter_map(file).collect() })
     }
 
-    /// Checks that the process has this file open, which was found at this path.
+    /// Checks that the process has the file open that was found at a path.
     ///
     /// # Errors
-    /// A refusal that names the path, both files, and what to do.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) with the path and both files if the process has another file
+    /// open.
     pub fn must_have(&self, path: &Path, found: FileId) -> Result<()> {
         if self.files.iter().any(|(id, _)| *id == found) {
             return Ok(());
         }
         let pid = self.pid;
-        // The kernel adds this to the name of a file that was removed or replaced.
-        let removed = PathBuf::from(format!("{} (deleted)", path.display()));
-        let own = self.files.iter().find(|(_, name)| *name == removed);
-        let has = match own {
+        // The kernel appends this suffix to the name of a file that was removed or replaced.
+        let deleted = PathBuf::from(format!("{} (deleted)", path.display()));
+        let original = self.files.iter().find(|(_, name)| *name == deleted);
+        let open = match original {
             Some((id, _)) => format!("{id}, which has no name any more"),
             None => {
                 let all: Vec<String> =
                     self.files.iter().map(|(id, name)| format!("{} ({id})", name.display())).collect();
-                format!(
-                    "none of that path but {}",
-                    if all.is_empty() { "no file".into() } else { all.join(", ") }
-                )
+                match all.is_empty() {
+                    true => "no regular file".to_owned(),
+                    false => format!("only other files: {}", all.join(", ")),
+                }
             }
         };
-        let remedy = match own {
+        let remedy = match original {
             Some(_) => format!(
-                "a file without a name ends with its process: save from inside the guest what you need, or copy the \
-                 disk with QMP (blockdev-backup) while process {pid} lives; then start the VM anew from one file"
+                "the open file is lost when process {pid} exits: save its data from inside the guest, or copy the disk \
+                 with QMP blockdev-backup, then restart the VM with one file"
             ),
-            None => "rename the VM's own file back to that path, then capture again".to_owned(),
+            None => "rename the VM's file back to that path, then capture again".to_owned(),
         };
         Err(Error::usage(format!(
-            "a file of the VM was replaced: its path leads to {found}, QEMU (process {pid}) has open {has}"
+            "a file of the VM was replaced: its path leads to {found}, but QEMU (process {pid}) has open: {open}"
         ))
         .at(path)
         .remedy(remedy))
     }
 }
 
-/// A file of the VM that this process has open as well.
-struct Held {
+/// An image of the VM that this process has open too.
+struct HeldFile {
     path: PathBuf,
     id: FileId,
     file: File,
 }
 
-/// The images of a VM's disks, open in this process.
+/// The images of a VM's disks, held open in this process.
 pub struct HeldFiles {
     pid: u32,
-    all: Vec<Held>,
+    all: Vec<HeldFile>,
 }
 
 impl HeldFiles {
-    /// Opens the files at these paths of the process's view, which must be those that it has open.
+    /// Opens the files at these paths, as the process sees them.
     ///
     /// # Errors
-    /// When one cannot be opened, or is another file than the process has.
+    /// Returns an error if a file cannot be opened, and [`Code::Usage`](crate::error::Code::Usage) if the process has
+    /// another file open.
     pub fn open<'a>(pid: u32, paths: impl Iterator<Item = &'a Path>) -> Result<HeldFiles> {
-        let mut all: Vec<Held> = vec![];
+        let mut all: Vec<HeldFile> = vec![];
         for path in paths {
             if all.iter().any(|held| held.path == path) {
                 continue;
@@ -149,17 +155,17 @@ impl HeldFiles {
             let failed = |e| Error::io("cannot open the VM's disk", &place, e);
             let file = File::open(&place).map_err(failed)?;
             let id = FileId::of(&file.metadata().map_err(failed)?);
-            all.push(Held { path: path.to_owned(), id, file });
+            all.push(HeldFile { path: path.to_owned(), id, file });
         }
         let held = HeldFiles { pid, all };
         held.are_open_in_vm()?;
         Ok(held)
     }
 
-    /// Checks that the VM has all of them open now.
+    /// Checks that the VM has all these files open now.
     ///
     /// # Errors
-    /// When it has another file in place of one.
+    /// Same as [`OpenFiles::must_have`].
     pub fn are_open_in_vm(&self) -> Result<()> {
         if self.all.is_empty() {
             return Ok(());
@@ -168,16 +174,16 @@ impl HeldFiles {
         self.all.iter().try_for_each(|held| open.must_have(&held.path, held.id))
     }
 
-    /// Checks against the sizes that QEMU knows of its block nodes that two images have not been exchanged for one
-    /// another: QEMU has both open then, and does not tell which is which.
+    /// Checks that the paths of two images were not exchanged, by the sizes that QEMU reports for its block nodes: QEMU
+    /// has both files open and does not report which is which.
     ///
     /// # Errors
-    /// When what QEMU says of one image is true of another one instead.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if the sizes of a block node match another image instead.
     pub fn are_not_exchanged(&self, nodes: &[Value]) -> Result<()> {
-        let is_like = |held: &Held, node: &Value| {
+        let is_like = |held: &HeldFile, node: &Value| {
             let size = |key| node.pointer(&format!("/image/{key}")).and_then(Value::as_u64);
             let meta = held.file.metadata().ok()?;
-            // QEMU counts in sectors.
+            // QEMU rounds sizes up to sectors of 512 bytes.
             let length = meta.len().div_ceil(512) * 512;
             Some(size("virtual-size")? == length && size("actual-size")? == meta.blocks() * 512)
         };
@@ -187,11 +193,11 @@ impl HeldFiles {
             if is_like(own, node) != Some(false) {
                 continue;
             }
-            let other = |held: &&Held| held.id != own.id && is_like(held, node) == Some(true);
+            let other = |held: &&HeldFile| held.id != own.id && is_like(held, node) == Some(true);
             if let Some(other) = self.all.iter().find(other) {
                 return Err(Error::usage(format!(
-                    "files of the VM were exchanged: the path leads to {}, and what QEMU has open there has the sizes of \
-                     {} at {}",
+                    "files of the VM were exchanged: the path leads to {}, but the file that QEMU opened there has the \
+                     sizes of {} at {}",
                     own.id,
                     other.id,
                     other.path.display()
@@ -203,31 +209,31 @@ impl HeldFiles {
         Ok(())
     }
 
-    fn find(&self, path: &Path) -> Result<&Held> {
+    fn find(&self, path: &Path) -> Result<&HeldFile> {
         let held = self.all.iter().find(|held| held.path == path);
-        held.ok_or_else(|| Error::failed("this disk of the VM was not opened").at(path))
+        held.ok_or_else(|| Error::failed("the image of this disk is not open").at(path))
     }
 
-    /// The file of this path.
+    /// Returns the identity of the image at this path.
     ///
     /// # Errors
-    /// When it is none of these.
+    /// Returns an error if the image is not held open.
     pub fn id(&self, path: &Path) -> Result<FileId> {
         Ok(self.find(path)?.id)
     }
 
-    /// The open file of this path.
+    /// Returns the open file of the image at this path.
     ///
     /// # Errors
-    /// When it is none of these.
+    /// Returns an error if the image is not held open.
     pub fn file(&self, path: &Path) -> Result<&File> {
         Ok(&self.find(path)?.file)
     }
 
-    /// A path by which another process opens that very file, for as long as this process holds it.
+    /// Returns a path by which other processes can open exactly this file while this process holds it open.
     ///
     /// # Errors
-    /// When it is none of these.
+    /// Returns an error if the image is not held open.
     pub fn place(&self, path: &Path) -> Result<PathBuf> {
         Ok(format!("/proc/{}/fd/{}", std::process::id(), self.file(path)?.as_raw_fd()).into())
     }
@@ -238,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_replaced_file_is_told_from_the_one_that_is_open() {
+    fn detects_a_replaced_file() {
         let dir = tempfile::tempdir().unwrap();
         let (path, other) = (dir.path().join("disk"), dir.path().join("other"));
         fs::write(&path, "first").unwrap();

@@ -1,4 +1,4 @@
-//! A VM that stands still while it is captured.
+//! The paused VM of a capture.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
-use super::back::Before;
+use super::back::SavedState;
 use super::busy;
 use super::disks::{self, Frozen};
 use super::images;
@@ -23,29 +23,29 @@ use crate::clones::qmp::{Qmp, WATCHED};
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
 
-/// How long the device state may take; it is some hundred KiB.
-const STATE_PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for the device state, which has some hundred KiB.
+const STATE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A VM that stands still. However this ends, it is let run again if it ran, with its own disks.
-pub(super) struct Stand {
+/// A VM during its capture. Dropping this value restores the VM: it runs if it was running, with its own disks.
+pub(super) struct PausedVm {
     qmp: Qmp,
     vm: ProcessId,
-    before: Before,
-    /// Since when it stands still; nothing of it was changed before that.
+    before: SavedState,
+    /// Start of the pause; `None` means that nothing of the VM was changed yet.
     since: Option<Instant>,
-    /// How long it has stood still, once it runs again.
-    over: Option<Duration>,
-    /// Once all was read that must be of one moment: whether somebody else let it run, or reset it, before that. What
-    /// comes later is no concern of the template.
+    /// Length of the pause, once the pause is over.
+    pause: Option<Duration>,
+    /// Set at the end of the snapshot: whether another client resumed or reset the VM before. Later events do not
+    /// affect the template.
     disturbed: Option<bool>,
-    /// None once the end was tried.
+    /// `None` once `finish` was called.
     helper: Option<ResumeOnDeath>,
     interrupt: Arc<AtomicBool>,
     _lock: VmLock,
 }
 
-impl Stand {
-    /// Before the pause. These disks will be frozen in it; what that needs is made now.
+impl PausedVm {
+    /// Prepares the pause: starts the helper and creates the overlays of the disks that the pause will freeze.
     pub fn prepare(
         mut qmp: Qmp,
         socket: &Path,
@@ -53,33 +53,35 @@ impl Stand {
         disks: Vec<Frozen>,
         lock: VmLock,
         interrupt: Arc<AtomicBool>,
-    ) -> Result<Stand> {
-        let before = Before { ran: vm.was_running, settings: Settings::of(&mut qmp)?, disks };
+    ) -> Result<PausedVm> {
+        let before = SavedState { ran: vm.was_running, settings: Settings::of(&mut qmp)?, disks };
         let helper = ResumeOnDeath::start(socket, vm.process, lock.share()?, &before)?;
-        let made = before.disks.iter().try_for_each(|d| images::make(&d.place, &d.image, helper.hold()?));
-        // Where one could not be made, dropping it takes the others away.
-        let stand = Stand {
+        let created =
+            before.disks.iter().try_for_each(|d| images::create(&d.place, &d.image, helper.hold()?));
+        // If an overlay could not be created, dropping this value removes the others.
+        let paused = PausedVm {
             qmp,
             vm: vm.process,
             before,
             since: None,
-            over: None,
+            pause: None,
             disturbed: None,
             helper: Some(helper),
             interrupt,
             _lock: lock,
         };
-        made.map(|()| stand)
+        created.map(|()| paused)
     }
 
-    /// The pause begins, and the disks are frozen.
+    /// Pauses the VM and freezes its disks.
     ///
     /// # Errors
-    /// QEMU's words, or when the VM has other images open than this process.
-    pub fn still(&mut self, vm: &Vm) -> Result<()> {
+    /// Returns an error of QEMU, or [`Code::Usage`](crate::error::Code::Usage) if the VM has other images open than
+    /// this process.
+    pub fn pause(&mut self, vm: &Vm) -> Result<()> {
         self.since = Some(Instant::now());
         self.before.settings.for_device_state().apply(&mut self.qmp)?;
-        // What stands against it is told only under these settings.
+        // QEMU reports blockers only for the current settings, so they are checked again.
         busy::refuse(&mut self.qmp)?;
         if self.before.ran {
             self.since = Some(Instant::now());
@@ -93,23 +95,25 @@ impl Stand {
         disks::freeze(&mut self.qmp, &self.before.disks)
     }
 
-    /// Device state, without the RAM that lies in shared files.
+    /// Receives the device state, without the RAM in shared files.
     pub fn device_state(&mut self) -> Result<File> {
-        let failed = |e: rustix::io::Errno| Error::failed("cannot make a pipe").because(e.into());
-        let (heard, say) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(failed)?;
+        let failed = |e: rustix::io::Errno| Error::failed("cannot create a pipe").because(e.into());
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(failed)?;
         let arguments = json!({"fdname": "stencil-state"});
-        self.qmp.run_passing("getfd", arguments.clone(), Some(say.as_fd()))?;
-        drop(say);
+        self.qmp.run_passing("getfd", arguments.clone(), Some(writer.as_fd()))?;
+        drop(writer);
         if let Err(error) = self.qmp.run("migrate", json!({"uri": "fd:stencil-state"})) {
             let _ = self.qmp.run("closefd", arguments);
             return Err(error);
         }
-        let deadline = Instant::now() + STATE_PATIENCE;
+        let deadline = Instant::now() + STATE_TIMEOUT;
         let received = tempfile::tempfile()
-            .map_err(|e| Error::io("cannot make a temporary file for device state", std::env::temp_dir(), e))
-            .and_then(|file| receive(&heard, &file, deadline).map(|()| file));
-        // QEMU must not wait for a reader that does not read.
-        drop(heard);
+            .map_err(|e| {
+                Error::io("cannot create a temporary file for device state", std::env::temp_dir(), e)
+            })
+            .and_then(|file| receive(&reader, &file, deadline).map(|()| file));
+        // Closed before the next commands, so that QEMU never blocks on a full pipe.
+        drop(reader);
         if received.is_err() {
             let _ = self.qmp.run("migrate_cancel", json!({}));
         }
@@ -118,66 +122,70 @@ impl Stand {
         Ok(file)
     }
 
-    /// The end of the pause, if it is not over yet: the guest runs, unless it is to stay.
-    pub fn over(&mut self, stay: bool) -> Result<()> {
-        let (Some(since), None) = (self.since, self.over) else { return Ok(()) };
-        let runs = self.before.guest(&mut self.qmp, self.vm, stay)?;
-        self.over = Some(runs.saturating_duration_since(since));
+    /// Ends the pause, unless it is over already: resumes the guest if it was running and `stay` is not set, and
+    /// restores the migration settings.
+    ///
+    /// # Errors
+    /// Same as [`SavedState::restore_guest`].
+    pub fn resume(&mut self, stay: bool) -> Result<()> {
+        let (Some(since), None) = (self.since, self.pause) else { return Ok(()) };
+        let resumed = self.before.restore_guest(&mut self.qmp, self.vm, stay)?;
+        self.pause = Some(resumed.saturating_duration_since(since));
         if let Some(helper) = &mut self.helper {
-            helper.tell_over();
+            helper.tell_resumed();
         }
         Ok(())
     }
 
-    /// All is read that must be of one moment.
+    /// Ends the snapshot: everything that must be from one point in time has been read.
     ///
     /// # Errors
-    /// As [`undisturbed`](Self::undisturbed).
-    pub fn is_read(&mut self) -> Result<()> {
+    /// Same as [`undisturbed`](Self::undisturbed).
+    pub fn end_snapshot(&mut self) -> Result<()> {
         if self.disturbed.is_none() {
-            let runs = self.qmp.status().is_ok_and(|status| status == "running");
-            self.disturbed = Some(runs || WATCHED.iter().any(|event| self.qmp.has_seen(event)));
+            let is_running = self.qmp.status().is_ok_and(|status| status == "running");
+            self.disturbed = Some(is_running || WATCHED.iter().any(|event| self.qmp.has_seen(event)));
         }
         self.undisturbed()
     }
 
-    /// What was found when all was read.
+    /// Checks that the VM was not disturbed during the snapshot.
     ///
     /// # Errors
-    /// When that was not one moment: nothing of it is committed.
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if another client resumed or reset the VM; the template
+    /// must then not be committed.
     pub fn undisturbed(&self) -> Result<()> {
         match self.disturbed {
             Some(true) => Err(Error::try_again(
-                "somebody let the VM run, or reset it, while it was captured: no template was made",
+                "another QMP client resumed or reset the VM during the capture: no template was created",
             )
-            .remedy("capture it again when nobody else sends it commands")),
+            .remedy("capture the VM again while no other client controls it")),
             _ => Ok(()),
         }
     }
 
-    /// The end: the VM is as it was, or stands still if it is to, and needs nobody any more. Gives the length of the
-    /// pause.
+    /// Restores the VM (with `stay`, leaves it paused) and dismisses the helper. Returns the length of the pause.
     ///
     /// # Errors
-    /// When something of the VM is not as it was: the helper goes on with it as soon as this session with QEMU is over.
+    /// Returns an error if a part of the VM could not be restored; the helper retries when this QMP session is closed.
     pub fn finish(&mut self, stay: bool) -> Result<Duration> {
-        // One that was interrupted before brings its VM back all the same.
+        // An interrupt that came earlier must not end the restore.
         let interrupt = Some(self.interrupt.clone()).filter(|i| !i.load(Ordering::Relaxed));
-        let over = match (self.since, self.over) {
-            (Some(_), None) => self.over(stay).map_err(|e| e.context("the VM could not be let run again")),
+        let resumed = match (self.since, self.pause) {
+            (Some(_), None) => self.resume(stay).map_err(|e| e.context("cannot resume the VM")),
             _ => Ok(()),
         };
-        let settled = match over.is_ok() || !self.vm.is_alive() {
-            true => self.before.settle(&mut self.qmp, self.vm, interrupt.as_deref()),
+        let disks_restored = match resumed.is_ok() || !self.vm.is_alive() {
+            true => self.before.restore_disks(&mut self.qmp, self.vm, interrupt.as_deref()),
             false => Ok(()),
         };
         let helper = self.helper.take();
-        match (over, settled) {
+        match (resumed, disks_restored) {
             (Ok(()), Ok(())) => {
                 if let Some(helper) = helper {
                     helper.dismiss();
                 }
-                Ok(self.over.unwrap_or_default())
+                Ok(self.pause.unwrap_or_default())
             }
             (Err(error), Err(other)) => Err(error.and(other)),
             (Err(error), _) | (_, Err(error)) => Err(error),
@@ -194,7 +202,7 @@ impl Stand {
     }
 }
 
-impl Drop for Stand {
+impl Drop for PausedVm {
     fn drop(&mut self) {
         if self.helper.is_some()
             && let Err(error) = self.finish(false)
@@ -205,15 +213,15 @@ impl Drop for Stand {
     }
 }
 
-/// Everything that comes through the pipe, until its end.
+/// Copies the pipe to the file until end of file.
 fn receive(pipe: &OwnedFd, file: &File, deadline: Instant) -> Result<()> {
     let mut buffer = vec![0; 1 << 16];
     let mut file = file;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(Error::try_again("QEMU does not bring its device state to an end")
-                .remedy("see query-migrate on its QMP socket; a host that is less busy takes less long"));
+            return Err(Error::try_again("timed out waiting for the device state")
+                .remedy("see query-migrate on the QMP socket; try again when the host is less busy"));
         }
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         match poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&timeout)) {
@@ -225,7 +233,7 @@ fn receive(pipe: &OwnedFd, file: &File, deadline: Instant) -> Result<()> {
             Ok(0) => return Ok(()),
             Ok(got) => file
                 .write_all(buffer.get(..got).unwrap_or_default())
-                .map_err(|e| Error::io("cannot keep device state", std::env::temp_dir(), e))?,
+                .map_err(|e| Error::io("cannot write device state", std::env::temp_dir(), e))?,
             Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(Error::failed("cannot read device state").because(e.into())),
         }

@@ -1,4 +1,4 @@
-//! What there is to know of a VM before it is captured; nothing of it is changed.
+//! Inspects a VM before its capture, without changing the VM.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,40 +18,40 @@ use crate::store::{FileKind, ImportFile, Source};
 use crate::sys::process::ProcessId;
 use crate::sys::procfs;
 
-/// A VM that clones can be made of.
+/// A VM that can be captured.
 pub(super) struct Vm {
     pub pid: u32,
     pub process: ProcessId,
     pub was_running: bool,
     pub plan: Plan,
-    /// The images of its disks, and those beneath them.
+    /// The images of the disks, with their backing chains.
     pub images: HeldFiles,
-    /// Where its memory objects are mapped, by id, as far as QEMU tells.
+    /// Addresses of the memory objects in QEMU's address space, by id, as far as QEMU reports them.
     addresses: BTreeMap<String, u64>,
     program: String,
     version: String,
 }
 
-/// A RAM file: its name in the template, its backend, the file, the folder that it lies in.
+/// A RAM file: its name in the template, the id of its backend, the open file, and the file's directory.
 pub(super) type RamFile = (String, String, File, PathBuf);
 
-/// A VM as it is found.
+/// A VM, as QMP and /proc describe it.
 #[derive(Debug, Clone)]
 pub(super) struct Live {
     pub pid: u32,
     pub process: ProcessId,
-    /// Its program.
+    /// Path of the program.
     pub program: String,
     version: String,
-    /// Its command line, without the program.
+    /// The command line, without the program name.
     pub argv: Vec<String>,
-    /// What that does not say.
+    /// Facts that the command line does not contain.
     pub facts: Facts,
 }
 
 impl Live {
-    /// Finds out all about the VM, and changes nothing.
-    pub fn look(qmp: &mut Qmp) -> Result<Live> {
+    /// Collects the facts about a VM.
+    pub fn inspect(qmp: &mut Qmp) -> Result<Live> {
         let pid = qmp.peer_pid()?;
         let gone = || no_vm_here(pid);
         let words = procfs::cmdline(pid)?.ok_or_else(gone)?;
@@ -64,7 +64,7 @@ impl Live {
         let kind = qmp.run("qom-get", json!({"path": "/machine", "property": "type"}))?;
         let machine_type = kind.as_str().and_then(|t| t.strip_suffix("-machine")).map(str::to_owned);
         let process = ProcessId::of(pid)?.ok_or_else(gone)?;
-        let mut disks = LiveDisk::all(&qmp.run("query-block", json!({}))?);
+        let mut disks = LiveDisk::from_query_block(&qmp.run("query-block", json!({}))?);
         for disk in disks.iter_mut().filter(|disk| disk.problem.is_none()) {
             disk.problem = disk.image.chain().find_map(|image| host_problem(pid, &image.path));
         }
@@ -73,43 +73,47 @@ impl Live {
     }
 }
 
-/// Whether the guest runs.
+/// Returns true if the guest runs, false if it is paused.
 ///
 /// # Errors
-/// When it is in a state in which it cannot be captured.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) if the VM is in another state.
 pub(super) fn is_running(qmp: &mut Qmp) -> Result<bool> {
     match qmp.status()?.as_str() {
         "running" => Ok(true),
         "paused" | "prelaunch" => Ok(false),
         "postmigrate" => {
-            Err(Error::usage("this VM stands still after a migration, and QEMU does not migrate it twice")
-                .remedy("let it run with QMP cont, then capture again"))
+            Err(Error::usage("the VM is in state 'postmigrate', in which QEMU refuses another migration")
+                .remedy("resume the VM with QMP cont, then capture again"))
         }
-        other => Err(Error::usage(format!("this VM is in state '{other}'; it must be running or paused"))
-            .remedy("wait until its state passes, or let it run with QMP cont, then capture again")),
+        other => Err(Error::usage(format!("the VM is in state '{other}', expected running or paused"))
+            .remedy("wait for the end of this state, or resume the VM with QMP cont, then capture again")),
     }
 }
 
 impl Vm {
-    /// Finds out all about it, and changes nothing.
-    pub fn look(qmp: &mut Qmp) -> Result<Vm> {
-        // A migration that is under way shows in the state as well, and says more.
+    /// Inspects a VM.
+    ///
+    /// # Errors
+    /// Returns an error if the VM is busy, in a wrong state, or unsupported.
+    pub fn inspect(qmp: &mut Qmp) -> Result<Vm> {
+        // Checked before the state: an active migration also changes the state, and its error is more specific.
         busy::refuse(qmp)?;
         let was_running = is_running(qmp)?;
-        let live = Live::look(qmp)?;
+        let live = Live::inspect(qmp)?;
         let plan = plan(&live.argv, &live.facts)?;
         Vm::of(qmp, live, was_running, plan)
     }
 
-    /// The VM of that plan.
+    /// Creates a VM from the plan of its command line.
     ///
     /// # Errors
-    /// When it has something that its command line does not say, or other files than those at its paths.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if the VM has hot-plugged devices or memory, or other files
+    /// open than those at its paths.
     pub fn of(qmp: &mut Qmp, live: Live, was_running: bool, mut plan: Plan) -> Result<Vm> {
-        let against = plugged(qmp, &plan)?;
-        if !against.is_empty() {
-            return Err(Error::usage(format!("clones cannot have: {}", against.join("; ")))
-                .remedy("start the VM without it, then capture again"));
+        let unsupported = plugged(qmp, &plan)?;
+        if !unsupported.is_empty() {
+            return Err(Error::usage(format!("unsupported for clones: {}", unsupported.join("; ")))
+                .remedy("restart the VM without them, then capture again"));
         }
         let Live { pid, process, program, version, .. } = live;
         let chains = plan.disks.iter().flat_map(|disk| disk.live.image.chain());
@@ -120,7 +124,7 @@ impl Vm {
         Ok(Vm { pid, process, was_running, plan, images, addresses, program, version })
     }
 
-    /// Opens the files that hold RAM, and makes sure that the VM really has them mapped.
+    /// Opens the RAM files, and checks that the VM maps them as shared memory.
     pub fn ram_files(&self) -> Result<Vec<RamFile>> {
         let maps = procfs::maps(self.pid, |_, _| true)?.unwrap_or_default();
         let open = |ram: &Ram| {
@@ -130,43 +134,44 @@ impl Vm {
         self.plan.ram.iter().map(open).collect()
     }
 
-    /// Opens the files that hold its ROMs, as [`ram_files`](Self::ram_files) does. Each comes with its name in the
-    /// template.
+    /// Opens the ROM files like [`ram_files`](Self::ram_files). Returns each file with its name in the template.
     pub fn rom_files(&self) -> Result<Vec<(String, File)>> {
         let maps = procfs::maps(self.pid, |_, _| true)?.unwrap_or_default();
         let open = |rom: &Rom| Ok((rom.file.clone(), self.memory_file(&maps, &rom.id, &rom.mem_path)?.0));
         self.plan.roms.iter().map(open).collect()
     }
 
-    /// The file of a memory object, and the folder that it lies in.
+    /// Opens the file of a memory object; returns the file and its directory.
     fn memory_file(&self, maps: &[procfs::MapLine], id: &str, mem_path: &str) -> Result<(File, PathBuf)> {
         let path = self.path_of(Path::new(mem_path));
         let file = File::open(&path).map_err(|e| Error::io("cannot open the VM's memory file", &path, e))?;
-        let meta = file.metadata().map_err(|e| Error::io("cannot look at the VM's memory file", &path, e))?;
-        // Some file systems (btrfs) show another device number in maps than in stat.
+        let meta = file
+            .metadata()
+            .map_err(|e| Error::io("cannot get the metadata of the VM's memory file", &path, e))?;
+        // Some file systems (btrfs) have another device number in /proc/PID/maps than in stat(2).
         let named = |m: &&procfs::MapLine| m.path.ends_with(mem_path.trim_start_matches('/'));
         let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
-        // Files of two objects that were exchanged are both mapped.
+        // Detects exchanged files of two objects, which are both mapped, by the address of the object.
         let is_there =
             |m: &procfs::MapLine| self.addresses.get(id).is_none_or(|at| (m.start..m.end).contains(at));
         if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private() && is_there(m)) {
-            return Err(Error::usage(format!(
-                "the VM does not share the memory of '{id}' through this file"
-            ))
-            .at(&path)
-            .remedy("give mem-path= the path of a file, and do not replace it while the VM runs"));
+            return Err(Error::usage(format!("the VM does not map memory object '{id}' from this file"))
+                .at(&path)
+                .remedy(
+                    "set mem-path= to the path of a file, and do not replace the file while the VM runs",
+                ));
         }
         let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
         Ok((file, dir))
     }
 
-    /// The recipe of clones.
+    /// Returns the launch recipe.
     pub fn recipe(&self) -> Value {
         let Plan { argv, disks, .. } = &self.plan;
         Recipe::qemu(self.program.clone(), self.version.clone(), argv.clone()).with_disks(disks).to_value()
     }
 
-    /// Files that QEMU read when it started and has not open any more.
+    /// Returns the files that QEMU read at startup and does not hold open.
     pub fn blob_files(&self) -> Vec<ImportFile> {
         let file = |blob: &Blob| ImportFile {
             name: blob.file.clone(),
@@ -176,32 +181,32 @@ impl Vm {
         self.plan.blobs.iter().map(file).collect()
     }
 
-    /// A path as that process sees it, whatever its root and working directory are.
+    /// Same as [`path_of`], for the process of this VM.
     pub fn path_of(&self, path: &Path) -> PathBuf {
         path_of(self.pid, path)
     }
 }
 
 pub(super) fn no_vm_here(pid: u32) -> Error {
-    Error::failed(format!("process {pid}, which opened the QMP socket, is no QEMU of this host"))
-        .remedy("run stencil on the host and in the pid namespace of the QEMU")
+    Error::failed(format!("process {pid}, which opened the QMP socket, is not a process of this host"))
+        .remedy("run stencil on QEMU's host, in the PID namespace of QEMU")
 }
 
-/// A path as that process sees it, whatever its root and working directory are. Where its root is ours, the path is
-/// good for longer than the process lives.
+/// Returns a path of this process for a path that another process sees in its own root and working directory. If both
+/// have the same root, the result stays valid when the other process exits.
 pub(super) fn path_of(pid: u32, path: &Path) -> PathBuf {
     let of_process = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let identity = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
     let same = |name: &str| {
-        let (own, its) = (Path::new("/proc/self").join(name), of_process(name));
-        identity(&own).is_some_and(|own| Some(own) == identity(&its))
+        let (own, other) = (Path::new("/proc/self").join(name), of_process(name));
+        identity(&own).is_some_and(|own| Some(own) == identity(&other))
     };
     if same("root") && same("ns/mnt") {
         if path.is_absolute() {
             return path.to_owned();
         }
-        if let Ok(folder) = std::fs::read_link(of_process("cwd")) {
-            return folder.join(path);
+        if let Ok(directory) = std::fs::read_link(of_process("cwd")) {
+            return directory.join(path);
         }
     }
     match path.strip_prefix("/") {
@@ -210,34 +215,37 @@ pub(super) fn path_of(pid: u32, path: &Path) -> PathBuf {
     }
 }
 
-/// Where memory objects are mapped in QEMU's process, by id; none where this QEMU tells it in other words.
+/// Returns the addresses of memory objects in QEMU's address space, by id; empty if `info ramblock` of this QEMU has
+/// another format.
 fn addresses(qmp: &mut Qmp) -> Result<BTreeMap<String, u64>> {
     let table = qmp.run("human-monitor-command", json!({"command-line": "info ramblock"}))?;
     let row = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let id = words.next()?.rsplit('/').next()?.to_owned();
-        // Page size and its unit, offset, used and total length.
+        // Skips page size and its unit, offset, used length and total length.
         let address = words.nth(5)?.strip_prefix("0x")?;
         Some((id, u64::from_str_radix(address, 16).ok()?))
     };
     Ok(table.as_str().unwrap_or_default().lines().filter_map(row).collect())
 }
 
-/// Why an image is no plain file.
+/// Returns the reason why an image is not a regular file that this process can read.
 fn host_problem(pid: u32, path: &Path) -> Option<String> {
     let shown = path.display();
     match std::fs::metadata(path_of(pid, path)) {
         Ok(meta) if meta.is_file() => None,
-        Ok(meta) if meta.file_type().is_block_device() => Some(format!("{shown} is a raw disk of the host")),
-        Ok(_) => Some(format!("{shown} is no regular file")),
-        Err(e) => Some(format!("{shown} cannot be read ({})", crate::error::errno_text(&e))),
+        Ok(meta) if meta.file_type().is_block_device() => Some(format!("{shown} is a raw host disk")),
+        Ok(_) => Some(format!("{shown} is not a regular file")),
+        Err(e) => Some(format!("cannot access {shown}: {}", crate::error::errno_text(&e))),
     }
 }
 
-/// libvirt starts QEMU's process first and gives it the files (chown) then: their inodes change within this time.
+/// Time after QEMU's start in which a change of an inode does not count: libvirt starts the process first and then
+/// changes the owner of the files.
 const RELABEL_TIME: Duration = Duration::from_secs(60);
 
-/// Says which of these files are not those that QEMU has read: it does not keep them open, so nothing else tells.
+/// Warns about files that changed after QEMU read them. QEMU does not keep the files open, so only their times show a
+/// change.
 fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
     let Some(started) = procfs::started_at(pid)? else { return Err(no_vm_here(pid)) };
     let changed = |blob: &&Blob| {
@@ -246,13 +254,13 @@ fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
             Some(UNIX_EPOCH + Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?))
         };
         let written = at(meta.mtime(), meta.mtime_nsec())?;
-        // A file with an old time that was moved there.
+        // The inode change time detects an older file that was moved to the path.
         let moved = at(meta.ctime(), meta.ctime_nsec())?;
         (written > started || moved > started + RELABEL_TIME).then_some(())
     };
     let note = |blob: &Blob| {
         format!(
-            "{} was changed after QEMU had read it ({}): a clone that reboots uses the new one",
+            "{} was changed after QEMU read it ({}): a clone that reboots uses the new file",
             blob.path.display(),
             blob.file
         )
@@ -260,9 +268,10 @@ fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
     Ok(blobs.iter().filter(|blob| changed(blob).is_some()).map(note).collect())
 }
 
-/// What was plugged in while the VM ran, which does not stand in its command line.
+/// Describes unsupported devices and memory that were plugged in or out while the VM ran, which the command line does
+/// not show.
 fn plugged(qmp: &mut Qmp, plan: &Plan) -> Result<Vec<String>> {
-    let mut against = vec![];
+    let mut unsupported = vec![];
     let mut devices = 0;
     for place in ["/machine/peripheral", "/machine/peripheral-anon"] {
         let list = qmp.run("qom-list", json!({"path": place}))?;
@@ -274,12 +283,12 @@ fn plugged(qmp: &mut Qmp, plan: &Plan) -> Result<Vec<String>> {
             devices += 1;
             if !is_device_for_clones(driver) {
                 let name = item.get("name").and_then(Value::as_str).unwrap_or_default();
-                against.push(format!("device {driver} ({name})"));
+                unsupported.push(format!("device {driver} ({name})"));
             }
         }
     }
-    if devices != plan.devices && against.is_empty() {
-        against.push(format!(
+    if devices != plan.devices && unsupported.is_empty() {
+        unsupported.push(format!(
             "devices that were plugged in or out ({} on the command line, {devices} in the VM)",
             plan.devices
         ));
@@ -287,8 +296,8 @@ fn plugged(qmp: &mut Qmp, plan: &Plan) -> Result<Vec<String>> {
     for memory in qmp.run("query-memdev", json!({}))?.as_array().into_iter().flatten() {
         let id = memory.get("id").and_then(Value::as_str).unwrap_or("without id");
         if !plan.ram.iter().any(|ram| ram.id == id) && !plan.roms.iter().any(|rom| rom.id == id) {
-            against.push(format!("memory '{id}'"));
+            unsupported.push(format!("memory '{id}'"));
         }
     }
-    Ok(against)
+    Ok(unsupported)
 }

@@ -1,7 +1,7 @@
-//! Outlives a capture that is killed, and brings the VM back to what it was.
+//! The watchdog (helper) of a capture: a process that restores the VM if the capture is killed.
 //!
-//! The capture tells its helper, a line each, what it is about to do; the helper acts when standard input ends before
-//! it was dismissed. What is told comes before it is done: nothing is done that the helper does not know of.
+//! The capture sends one line for each step, before it takes the step, so that the helper knows of every change to the
+//! VM. The helper acts when standard input ends before its dismissal.
 
 use std::ffi::OsString;
 use std::io::{BufRead, Write};
@@ -11,7 +11,7 @@ use std::process::{Child, ExitCode, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::back::{Before, insist, insist_while};
+use super::back::{SavedState, retry, retry_while};
 use crate::clones::launch::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
@@ -20,30 +20,30 @@ use crate::sys::process::{ProcessId, inherit, own_session};
 /// The argument that makes this program the watchdog of a capture.
 pub const RESUME_ARGUMENT: &str = "capture-watchdog";
 
-/// What a capture tells its helper.
+/// A message of the capture to its helper.
 #[derive(Debug, Serialize, Deserialize)]
-enum Told {
-    /// What the VM is, before anything of it is changed.
-    Before(Before),
-    /// The VM runs again.
+enum Message {
+    /// The state of the VM before the first change.
+    Before(SavedState),
+    /// The pause is over.
     Over,
-    /// The VM is as it should be.
+    /// The VM is restored.
     Done,
 }
 
-/// Brings a VM back if this process dies before it has done so itself.
+/// The helper process, which restores the VM if this process dies first.
 #[derive(Debug)]
 pub struct ResumeOnDeath(Child);
 
 impl ResumeOnDeath {
-    /// Begins to watch over the VM behind that QMP socket, which is so now. The helper keeps `lock` for as long as it
-    /// lives.
+    /// Starts a helper for the VM behind a QMP socket; `before` is the state to restore. The helper holds `lock` until
+    /// it exits.
     ///
     /// # Errors
-    /// When this program cannot be started.
-    pub fn start(socket: &Path, vm: ProcessId, lock: OwnedFd, before: &Before) -> Result<ResumeOnDeath> {
-        let failed = |e| Error::failed("cannot start the VM's watchdog").because(e);
-        // The helper does not stay in this folder.
+    /// Returns an error if the process cannot be started.
+    pub fn start(socket: &Path, vm: ProcessId, lock: OwnedFd, before: &SavedState) -> Result<ResumeOnDeath> {
+        let failed = |e| Error::failed("cannot start the watchdog of the VM").because(e);
+        // The helper has another working directory.
         let socket = std::path::absolute(socket).map_err(failed)?;
         let mut command = this_program();
         own_session(&mut command).arg(RESUME_ARGUMENT).arg(socket);
@@ -51,39 +51,39 @@ impl ResumeOnDeath {
         inherit(&mut command, lock);
         let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().map_err(failed)?;
         let mut helper = ResumeOnDeath(child);
-        helper.tell(&Told::Before(before.clone())).map_err(failed)?;
+        helper.tell(&Message::Before(before.clone())).map_err(failed)?;
         Ok(helper)
     }
 
-    /// What keeps the helper waiting: while a process has it, this capture does not count as dead.
+    /// Duplicates the pipe to the helper: while any process holds a copy, the helper does not act.
     ///
     /// # Errors
-    /// When there are no more descriptors.
+    /// Returns an error if the limit on open files is reached.
     pub fn hold(&self) -> Result<Option<OwnedFd>> {
         let held = self.0.stdin.as_ref().map(|stdin| stdin.as_fd().try_clone_to_owned());
-        held.transpose().map_err(|e| Error::failed("cannot copy a descriptor").because(e))
+        held.transpose().map_err(|e| Error::failed("cannot duplicate a file descriptor").because(e))
     }
 
-    /// The VM runs again.
-    pub fn tell_over(&mut self) {
-        let _ = self.tell(&Told::Over);
+    /// Tells the helper that the pause is over.
+    pub fn tell_resumed(&mut self) {
+        let _ = self.tell(&Message::Over);
     }
 
-    /// The VM is as it should be.
+    /// Tells the helper that the VM is restored, and waits for its exit.
     pub fn dismiss(mut self) {
-        let _ = self.tell(&Told::Done);
+        let _ = self.tell(&Message::Done);
         drop(self.0.stdin.take());
         let _ = self.0.wait();
     }
 
-    fn tell(&mut self, what: &Told) -> std::io::Result<()> {
-        let mut line = serde_json::to_vec(what)?;
+    fn tell(&mut self, message: &Message) -> std::io::Result<()> {
+        let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
         self.0.stdin.as_mut().ok_or(std::io::ErrorKind::BrokenPipe)?.write_all(&line)
     }
 }
 
-/// The whole life of a capture's watchdog.
+/// Runs the watchdog of a capture.
 pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let socket = arguments.next();
     let mut number = || arguments.next()?.into_string().ok()?.parse::<u64>().ok();
@@ -91,64 +91,66 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         return ExitCode::from(2);
     };
     let vm = ProcessId { pid: pid as u32, identity };
-    let (mut before, mut is_over) = (None, false);
-    // A line that was cut off was not acted upon.
+    let (mut before, mut is_resumed) = (None, false);
+    // The capture sends a line before its step, so a truncated line means that the step was not taken.
     for line in std::io::stdin().lock().lines().map_while(std::result::Result::ok) {
         match serde_json::from_str(&line) {
-            Ok(Told::Before(told)) => before = Some(told),
-            Ok(Told::Over) => is_over = true,
-            Ok(Told::Done) => return ExitCode::SUCCESS,
+            Ok(Message::Before(state)) => before = Some(state),
+            Ok(Message::Over) => is_resumed = true,
+            Ok(Message::Done) => return ExitCode::SUCCESS,
             Err(_) => break,
         }
     }
     let Some(before) = before else { return ExitCode::SUCCESS };
-    match bring_back(Path::new(&socket), vm, &before, is_over) {
+    match restore(Path::new(&socket), vm, &before, is_resumed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("stencil: the VM could not be brought back: {error}");
+            crate::say!("stencil: cannot restore the VM: {error}");
             crate::say!("stencil: {}", error.remedy_text().unwrap_or_default());
             ExitCode::FAILURE
         }
     }
 }
 
-/// Brings the guest back for as long as the VM lives, and its disks for half a minute: what was written to them is safe
-/// where it is. Each attempt has a session of its own with QEMU, which has one at a time.
-fn bring_back(socket: &Path, vm: ProcessId, before: &Before, is_over: bool) -> Result<()> {
-    let brought = match is_over {
+/// Restores the VM: retries the guest as long as QEMU runs, and the disks for 30 s, because their data is safe in the
+/// overlays. Each attempt uses a new QMP session, since QEMU serves one at a time.
+fn restore(socket: &Path, vm: ProcessId, before: &SavedState, is_resumed: bool) -> Result<()> {
+    let restored = match is_resumed {
         true => Ok(()),
-        false => while_alive(vm, || before.guest(&mut session(socket, vm)?, vm, false).map(drop)),
+        false => while_alive(vm, || before.restore_guest(&mut session(socket, vm)?, vm, false).map(drop)),
     };
-    let brought = brought.and_then(|()| insist(vm, || before.settle(&mut session(socket, vm)?, vm, None)));
-    match brought {
-        // What the guest wrote last must still come into its image, which the capture's qemu-img may have for a moment.
-        Err(_) if !vm.is_alive() => insist_while(|| true, || before.settle_without_vm()),
+    let restored =
+        restored.and_then(|()| retry(vm, || before.restore_disks(&mut session(socket, vm)?, vm, None)));
+    match restored {
+        // Retried because a qemu-img of the capture may still have the image open.
+        Err(_) if !vm.is_alive() => retry_while(|| true, || before.restore_without_vm()),
         other => other,
     }
 }
 
-/// A session with that QEMU and no other.
+/// Opens a QMP session with exactly this QEMU process.
 fn session(socket: &Path, vm: ProcessId) -> Result<Qmp> {
     let mut qmp = Qmp::open(socket)?;
     let found = qmp.peer_pid()?;
     if found != vm.pid || !vm.is_alive() {
-        return Err(Error::failed(format!("process {found} has this socket now, not {}", vm.pid))
-            .at(socket)
-            .remedy("QMP cont lets the VM run again, on whichever socket it has now"));
+        return Err(Error::failed(format!(
+            "expected process {} on this socket, found process {found}",
+            vm.pid
+        ))
+        .at(socket)
+        .remedy("resume the VM with QMP cont on its current socket"));
     }
     qmp.greet()?;
     Ok(qmp)
 }
 
 fn while_alive(vm: ProcessId, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
-    let mut told = false;
+    let mut reported = false;
     loop {
-        match insist(vm, &mut attempt) {
+        match retry(vm, &mut attempt) {
             Err(error) if vm.is_alive() => {
-                if !std::mem::replace(&mut told, true) {
-                    crate::say!(
-                        "stencil: the VM does not run yet, and is tried again while it lives: {error}"
-                    );
+                if !std::mem::replace(&mut reported, true) {
+                    crate::say!("stencil: cannot resume the VM, retrying while QEMU runs: {error}");
                 }
             }
             outcome => return outcome,

@@ -1,4 +1,4 @@
-//! The launcher's side of simulated clones: orders them from a zygote, and hears how they do.
+//! Simulated launches, the launcher's side: sends start requests to a zygote and receives its status messages.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::watchdog::this_program;
 use super::zygote::{self, OrderFile};
-use super::{Herd, Launched, Outcome, Simulate};
+use super::{ActiveLaunch, Launched, Outcome, Simulate};
 use crate::clones::registry::{self, Entry, Touched};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
@@ -16,29 +16,29 @@ use crate::sys::process::{ProcessId, own_session};
 use crate::sys::threads;
 use crate::units::Bytes;
 
-/// Ready clones that their zygote still holds: they die with it until they are released.
+/// Ready clones that are still bound to their zygote: unless released, they die with it.
 pub struct Held {
     zygote: Child,
     input: ChildStdin,
-    heard: Receiver<String>,
+    messages: Receiver<String>,
 }
 
 impl Held {
-    /// Lets all of them go.
+    /// Releases all clones from the zygote.
     ///
     /// # Errors
-    /// When the zygote does not confirm it.
+    /// Returns an error if the zygote does not confirm the release within 60 s.
     pub fn release(mut self) -> Result<()> {
-        let lost = |e| Error::failed("cannot talk to the zygote").because(e);
+        let lost = |e| Error::failed("cannot communicate with the zygote").because(e);
         writeln!(self.input, "release").map_err(lost)?;
         loop {
-            match self.heard.recv_timeout(Duration::from_secs(60)) {
+            match self.messages.recv_timeout(Duration::from_secs(60)) {
                 Ok(line) if line == "released" => break,
                 Ok(_) => {}
                 Err(_) => {
                     return Err(Error::failed(format!(
-                        "the zygote did not let the clones go{}",
-                        self.words()
+                        "the zygote did not release the clones{}",
+                        self.error_output()
                     )));
                 }
             }
@@ -46,8 +46,8 @@ impl Held {
         self.zygote.wait().map(drop).map_err(lost)
     }
 
-    /// What it said of an error, once it has ended.
-    fn words(&mut self) -> String {
+    /// Kills the zygote and returns its error output, as a suffix of a message.
+    fn error_output(&mut self) -> String {
         let _ = self.zygote.kill();
         let mut text = String::new();
         if let Some(stderr) = &mut self.zygote.stderr {
@@ -59,7 +59,7 @@ impl Held {
 }
 
 impl Drop for Held {
-    /// What was not released dies here.
+    /// Kills the zygote, and with it all clones that were not released.
     fn drop(&mut self) {
         if !matches!(self.zygote.try_wait(), Ok(Some(_))) {
             let _ = self.zygote.kill();
@@ -71,57 +71,57 @@ impl Drop for Held {
 /// Launches simulated clones and waits until each is ready or has failed.
 ///
 /// # Errors
-/// When the template has no memory to touch, or the zygote cannot be started or dies.
-pub fn launch(herd: &Herd<'_>, simulate: &Simulate) -> Result<Outcome> {
-    let (order, touched) = order(&herd.order.target.files, herd, simulate)?;
+/// Returns an error if the template has no memory file to touch, or the zygote cannot be started or dies.
+pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<Outcome> {
+    let (order, touched) = order(&active.order.target.files, active, simulate)?;
     let mut held = start(&order)?;
     let mut entries: BTreeMap<u32, Entry> = BTreeMap::new();
-    let mut under_way: BTreeMap<u32, Instant> = BTreeMap::new();
+    let mut starting: BTreeMap<u32, Instant> = BTreeMap::new();
     let mut ready = vec![];
     let mut next = 0;
     loop {
-        while next < herd.order.count
-            && under_way.len() < herd.order.parallel.max(1) as usize
-            && !herd.is_over()
+        while next < active.order.count
+            && starting.len() < active.order.parallel.max(1) as usize
+            && !active.is_over()
         {
-            let entry = herd.create(next, Some(touched))?;
+            let entry = active.create(next, Some(touched))?;
             let line = format!("start {next} {}\n", entry.dir.display());
             held.input
                 .write_all(line.as_bytes())
-                .map_err(|e| Error::failed(format!("the zygote has gone{}", held.words())).because(e))?;
-            under_way.insert(next, Instant::now() + herd.order.patience);
+                .map_err(|e| Error::failed(format!("the zygote died{}", held.error_output())).because(e))?;
+            starting.insert(next, Instant::now() + active.order.patience);
             entries.insert(next, entry);
             next += 1;
         }
-        if under_way.is_empty() || herd.is_over() {
+        if starting.is_empty() || active.is_over() {
             break;
         }
-        match held.heard.recv_timeout(Duration::from_millis(50)) {
-            Ok(line) => hear(herd, &line, &mut entries, &mut under_way, &mut ready)?,
+        match held.messages.recv_timeout(Duration::from_millis(50)) {
+            Ok(line) => handle_message(active, &line, &mut entries, &mut starting, &mut ready)?,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::failed(format!("the zygote has died{}", held.words())));
+                return Err(Error::failed(format!("the zygote died{}", held.error_output())));
             }
         }
-        let late: Vec<u32> =
-            under_way.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
+        let late: Vec<u32> = starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
         for index in late {
-            under_way.remove(&index);
+            starting.remove(&index);
             if let Some(entry) = entries.remove(&index) {
                 entry.destroy()?;
             }
-            herd.failed(index, format!("it was not ready after {} s", herd.order.patience.as_secs_f64()));
+            let seconds = active.order.patience.as_secs_f64();
+            active.failed(index, format!("timed out after {seconds} s waiting for the clone"));
         }
     }
-    let failures = herd.gathered(|g| std::mem::take(&mut g.failures));
+    let failures = active.gathered(|g| std::mem::take(&mut g.failures));
     Ok((Launched { clones: ready, failures, clocks: vec![], children: vec![] }, Some(held)))
 }
 
-fn hear(
-    herd: &Herd<'_>,
+fn handle_message(
+    active: &ActiveLaunch<'_>,
     line: &str,
     entries: &mut BTreeMap<u32, Entry>,
-    under_way: &mut BTreeMap<u32, Instant>,
+    starting: &mut BTreeMap<u32, Instant>,
     ready: &mut Vec<Entry>,
 ) -> Result<()> {
     let mut words = line.splitn(3, ' ');
@@ -137,19 +137,19 @@ fn hear(
             }
         }
         Some("ready") => {
-            under_way.remove(&index);
-            herd.progress.advance(Bytes::new(1));
+            starting.remove(&index);
+            active.progress.advance(Bytes::new(1));
             ready.extend(entries.remove(&index));
         }
         Some("failed") => {
-            under_way.remove(&index);
-            // One that was ready and then ended is none of the ready ones any more.
-            let gone = entries.remove(&index).or_else(|| {
+            starting.remove(&index);
+            // A clone can fail after it was ready.
+            let failed = entries.remove(&index).or_else(|| {
                 ready.iter().position(|e| e.index == index).map(|place| ready.swap_remove(place))
             });
-            if let Some(entry) = gone {
+            if let Some(entry) = failed {
                 entry.remove()?;
-                herd.failed(index, rest.to_owned());
+                active.failed(index, rest.to_owned());
             }
         }
         _ => {}
@@ -157,17 +157,23 @@ fn hear(
     Ok(())
 }
 
-fn order(files: &[TemplateFile], herd: &Herd<'_>, simulate: &Simulate) -> Result<(zygote::Order, Touched)> {
-    let target = herd.order.target;
+fn order(
+    files: &[TemplateFile],
+    active: &ActiveLaunch<'_>,
+    simulate: &Simulate,
+) -> Result<(zygote::Order, Touched)> {
+    let target = active.order.target;
     let memory: Vec<&TemplateFile> = files.iter().filter(|f| f.kind.is_memory()).collect();
     let touch = match &simulate.file {
         Some(name) => memory.iter().find(|f| &f.name == name).ok_or_else(|| {
             Error::usage(format!("template {} has no memory file '{name}'", target.name))
-                .remedy("see its files with `stencil inspect`")
+                .remedy("list the files of the template with `stencil inspect`")
         })?,
-        None => memory.iter().find(|f| f.kind == FileKind::Ram).or(memory.first()).ok_or_else(|| {
-            Error::usage(format!("template {} has no memory, only other files", target.name))
-        })?,
+        None => memory
+            .iter()
+            .find(|f| f.kind == FileKind::Ram)
+            .or(memory.first())
+            .ok_or_else(|| Error::usage(format!("template {} has no memory file", target.name)))?,
     };
     let touched = simulate.touched(touch.size)?;
     let file = |f: &&TemplateFile| OrderFile {
@@ -185,24 +191,24 @@ fn start(order: &zygote::Order) -> Result<Held> {
     let mut command = this_program();
     own_session(&mut command).arg(zygote::ARGUMENT);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // A worker's environment is a page of its own that nothing needs.
+    // Saves memory: an environment would cost every worker a page.
     command.env_clear().env("STENCIL_RUNTIME_DIR", registry::runtime_root());
     command.envs(std::env::var_os("STENCIL_TEST_RUN").map(|run| ("STENCIL_TEST_RUN", run)));
     let mut zygote = command.spawn().map_err(failed)?;
     let (Some(mut input), Some(output)) = (zygote.stdin.take(), zygote.stdout.take()) else {
         return Err(Error::failed("the zygote has no standard streams"));
     };
-    let (tell, heard) = channel();
+    let (sender, messages) = channel();
     threads::start(move || {
         for line in BufReader::new(output).lines() {
             let Ok(line) = line else { break };
-            if tell.send(line).is_err() {
+            if sender.send(line).is_err() {
                 break;
             }
         }
     })?;
     let job = serde_json::to_string(order)
-        .map_err(|e| Error::failed(format!("cannot write the job of the simulated clones: {e}")))?;
+        .map_err(|e| Error::failed(format!("cannot encode the job of the simulated clones: {e}")))?;
     writeln!(input, "{job}").map_err(failed)?;
-    Ok(Held { zygote, input, heard })
+    Ok(Held { zygote, input, messages })
 }

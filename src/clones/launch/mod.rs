@@ -1,4 +1,4 @@
-//! Launches clones of one template: many at a time, all or none, held until every one is ready.
+//! Launches clones of one template: many in parallel, all or none, returning when every clone is ready.
 
 mod child;
 mod herd;
@@ -33,14 +33,14 @@ pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
 pub use watchdog::this_program;
 
-/// What a clone is.
+/// The kind of the clones to launch.
 #[derive(Debug, Clone)]
 pub enum How {
-    /// A worker of ours.
+    /// Simulated clones: processes of this program that touch pages like a guest.
     Simulated(Simulate),
-    /// A QEMU, resumed by this recipe.
+    /// QEMU processes, resumed by this recipe.
     Qemu(Recipe),
-    /// Any command, with placeholders.
+    /// Processes of a command with placeholders.
     Command(Vec<String>, Ready),
 }
 
@@ -54,64 +54,64 @@ impl How {
     }
 }
 
-/// What is to be launched, and how.
+/// The parameters of a launch.
 #[derive(Debug)]
 pub struct Order<'a> {
     /// The template.
     pub target: &'a Target,
-    /// What a clone is.
+    /// The kind of the clones.
     pub how: How,
-    /// How many.
+    /// Number of clones.
     pub count: u32,
-    /// How many at a time.
+    /// Maximum number of clones that start at the same time.
     pub parallel: u32,
-    /// Those that get ready stay, though others fail.
+    /// Keeps the clones that become ready if others fail.
     pub keep_going: bool,
-    /// How long one clone may take to get ready.
+    /// Timeout for one clone to become ready.
     pub patience: Duration,
-    /// Where the clones' disks are to be, unless in their own folders: an absolute path.
+    /// Absolute path of the directory for the clones' disks; `None` for each clone's own directory.
     pub disk_dir: Option<PathBuf>,
-    /// Set from outside when the launch is to be given up.
+    /// Cancels the launch when set.
     pub cancel: &'a AtomicBool,
 }
 
-/// A clone that did not get ready.
+/// A clone that did not become ready.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Failure {
-    /// Its number within the launch.
+    /// Index of the clone within the launch.
     pub index: u32,
-    /// Why.
+    /// The reason.
     pub message: String,
 }
 
-/// Clones that live on.
+/// The result of a launch.
 #[derive(Debug)]
 pub struct Launched {
-    /// Those that are ready, by index.
+    /// The ready clones, sorted by index.
     pub clones: Vec<Entry>,
-    /// Those that failed; empty without `keep_going`.
+    /// The failed clones; empty without `keep_going`.
     pub failures: Vec<Failure>,
-    /// What became of the clocks of those that are QEMUs, in no order.
+    /// Outcomes of setting the clocks of QEMU clones, in no particular order.
     pub clocks: Vec<Clock>,
-    /// Processes that are children of this one, for who wants to wait for them.
+    /// The clones that are children of this process, for a caller that waits for them.
     pub children: Vec<std::process::Child>,
 }
 
-/// Launches clones and returns when all are ready and live on without this process.
+/// Launches clones and returns when all are ready and independent of this process.
 ///
 /// # Errors
-/// When one does not get ready (unless `keep_going` and another does), or the launch is cancelled: then
-/// nothing of it is left.
+/// Returns an error if a clone does not become ready (with `keep_going`: if none does) or the launch is cancelled. All
+/// clones of the launch are then removed.
 pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
-    // What another launch has left is in nobody's way: ids and ports are never given twice.
+    // A failure does not matter here: leftovers of other launches never share an id or a port with this launch.
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let mut launch = Launch::prepare()?;
-    // The watchdog comes first: whatever happens to this process from here on, it or the next sweep clears up.
+    // Started before any clone: if this process dies, the watchdog or the next sweep removes the clones.
     let watchdog = watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
     launch.begin()?;
     launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
-        log::warn!("`density --audit` will not compare the host's available memory: {error}");
+        log::warn!("no baseline of available memory for `stencil density --audit`: {error}");
         None
     }));
     progress.start_count("launch", order.count.into());
@@ -126,34 +126,36 @@ pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
             launch.commit()?;
             Ok(launched)
         }
-        // The first error is what the user must see; what cannot be cleared goes into the log.
+        // Returns the first error, the cause; an error of the cleanup goes to the log.
         Err(error) => {
-            launch.abort().unwrap_or_else(|left| log::error!("{left}"));
+            launch.abort().unwrap_or_else(|error| log::error!("{error}"));
             Err(error)
         }
     }
 }
 
-/// The host's free memory, if no clone lives that has taken of it already.
+/// Returns the host's available memory, unless clones exist that already use some of it.
 fn baseline_if_idle() -> Result<Option<Baseline>> {
     let clones = find::template_mappings(&control::mounts()?)?.complete()?;
     if clones.is_empty() { Baseline::now().map(Some) } else { Ok(None) }
 }
 
 fn gather(order: &Order<'_>, launch: &Launch, progress: &dyn Progress) -> Result<Outcome> {
-    let herd = Herd { order, launch, progress, next: AtomicU32::new(0), state: Mutex::default() };
+    let active = ActiveLaunch { order, launch, progress, next: AtomicU32::new(0), state: Mutex::default() };
     let outcome = match &order.how {
-        How::Simulated(simulate) => herd::launch(&herd, simulate)?,
-        How::Qemu(recipe) => herd.pooled(|herd, entry| qemu::resume(herd, recipe, entry))?,
-        How::Command(argv, ready) => herd.pooled(|herd, entry| child::run(herd, argv, *ready, entry))?,
+        How::Simulated(simulate) => herd::launch(&active, simulate)?,
+        How::Qemu(recipe) => active.launch_children(|active, entry| qemu::resume(active, recipe, entry))?,
+        How::Command(argv, ready) => {
+            active.launch_children(|active, entry| child::run(active, argv, *ready, entry))?
+        }
     };
-    herd.judge(outcome)
+    active.all_or_none(outcome)
 }
 
 type Outcome = (Launched, Option<herd::Held>);
 
-/// A launch under way.
-struct Herd<'a> {
+/// A launch in progress.
+struct ActiveLaunch<'a> {
     order: &'a Order<'a>,
     launch: &'a Launch,
     progress: &'a dyn Progress,
@@ -169,8 +171,8 @@ struct Gathered {
     children: Vec<std::process::Child>,
 }
 
-impl Herd<'_> {
-    /// True when no further clone should be begun and those under way be given up.
+impl ActiveLaunch<'_> {
+    /// Returns true if no further clone is to be started and starting clones are to be abandoned.
     fn is_over(&self) -> bool {
         self.order.cancel.load(Ordering::Relaxed)
             || (!self.order.keep_going && !self.gathered(|g| g.failures.is_empty()))
@@ -199,7 +201,7 @@ impl Herd<'_> {
     }
 
     /// Launches clones that are children of this process, `parallel` at a time.
-    fn pooled<F>(&self, one: F) -> Result<Outcome>
+    fn launch_children<F>(&self, start: F) -> Result<Outcome>
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child> + Sync,
     {
@@ -210,7 +212,7 @@ impl Herd<'_> {
                 if index >= self.order.count {
                     break;
                 }
-                self.one(index, &one);
+                self.launch_child(index, &start);
             }
             Ok(())
         })?;
@@ -219,7 +221,7 @@ impl Herd<'_> {
         Ok((Launched { clones: ready, failures, clocks, children }, None))
     }
 
-    fn one<F>(&self, index: u32, one: &F)
+    fn launch_child<F>(&self, index: u32, start: &F)
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
     {
@@ -227,7 +229,7 @@ impl Herd<'_> {
             Ok(entry) => entry,
             Err(error) => return self.failed(index, error.to_string()),
         };
-        match one(self, &mut entry) {
+        match start(self, &mut entry) {
             Ok(child) => {
                 self.progress.advance(Bytes::new(1));
                 self.gathered(|g| {
@@ -236,51 +238,51 @@ impl Herd<'_> {
                 });
             }
             Err(error) => {
-                let said = tail(&entry);
-                // What cannot be removed now is removed with the whole launch, or by the next sweep.
+                let log_tail = log_tail(&entry);
+                // Leftovers are removed with the whole launch or by the next sweep.
                 if let Err(left) = entry.destroy() {
                     log::warn!("{left}");
                 }
-                self.failed(index, format!("{error}{said}"));
+                self.failed(index, format!("{error}{log_tail}"));
             }
         }
     }
 
-    /// All or none: gives back what may stay.
-    fn judge(&self, (mut launched, held): Outcome) -> Result<Outcome> {
+    /// Applies the all-or-none rule: returns an error unless the clones may stay.
+    fn all_or_none(&self, (mut launched, held): Outcome) -> Result<Outcome> {
         if self.order.cancel.load(Ordering::Relaxed) {
-            return Err(Error::failed("interrupted: all clones of this launch were removed"));
+            return Err(Error::failed("interrupted: removed all clones of this launch"));
         }
         launched.clones.sort_by_key(|e| e.index);
-        let (count, bad) = (self.order.count, launched.failures.len());
-        // The first in time is why others were given up.
+        let (count, failed) = (self.order.count, launched.failures.len());
+        // The first failure in time is the cause; later ones may be abandoned clones.
         let first = launched.failures.first().cloned();
         launched.failures.sort_by_key(|f| f.index);
         match first {
             Some(first) if !self.order.keep_going || launched.clones.is_empty() => {
-                let others = if bad > 1 { format!(" ({bad} failed)") } else { String::new() };
+                let others = if failed > 1 { format!(" ({failed} failed)") } else { String::new() };
                 Err(Error::failed(format!(
-                    "clone {} of {count} did not get ready{others}: {}",
+                    "clone {} of {count} did not become ready{others}: {}",
                     first.index, first.message
                 ))
-                .remedy("nothing of this launch is left; --keep-going keeps the clones that do get ready"))
+                .remedy("all clones of this launch were removed; to keep the ready ones, use --keep-going"))
             }
             _ => Ok((launched, held)),
         }
     }
 }
 
-/// The last lines of a log, for an error message.
-fn tail(entry: &Entry) -> String {
+/// Returns the last lines of a clone's log, as a suffix of an error message.
+fn log_tail(entry: &Entry) -> String {
     let Ok(Some(bytes)) = entry.read_file(LOG) else { return String::new() };
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let last = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join(" | ");
     let last: String = last.chars().take(400).collect();
-    if last.is_empty() { last } else { format!("; its log ends with: {last}") }
+    if last.is_empty() { last } else { format!("; the log of the clone ends with: {last}") }
 }
 
-/// Runs this process as one of the launcher's helpers, if its arguments say that it is one.
+/// Runs this process as a helper of a launch or capture, if its first argument is that of a helper.
 pub fn helper_main() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
     let first = args.next()?;

@@ -1,4 +1,4 @@
-//! What a clone has of its own, made before its command starts: addresses, ports of the host, disks.
+//! Resources of one clone, allocated before its command starts: addresses, host ports, disks.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
@@ -15,18 +15,21 @@ use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
 use crate::sys::procfs;
 
-/// How often another free port is looked for.
-const TRIES: usize = 100;
+/// Maximum number of candidates for a free port.
+const MAX_PORT_ATTEMPTS: usize = 100;
 
-/// Ports that nobody else gets while this lives. Whoever sets `SO_REUSEADDR`, as QEMU does, may listen on them.
+/// Bound sockets that keep the kernel from assigning their ports to others. A process that sets `SO_REUSEADDR`, as QEMU
+/// does, can listen on these ports.
 #[derive(Debug, Default)]
 pub struct Reserved(Vec<OwnedFd>);
 
-/// Makes what the clone's command line names, notes it in its record, and gives the values to fill in.
+/// Allocates the resources that the clone's command line needs, stores them in the clone's record, and returns the
+/// placeholder values.
 ///
 /// # Errors
-/// When there is no free port, or a disk cannot be made.
-pub fn make(
+/// Returns an error if a disk cannot be created or the record cannot be written, and
+/// [`Code::TryAgain`](crate::error::Code::TryAgain) if no port is free.
+pub fn allocate(
     target: &Target,
     disks: &[Disk],
     needs: &Needs,
@@ -60,7 +63,7 @@ pub fn make(
     entry.save()?;
     for disk in disks() {
         let path = entry.disk_path(&disk.name);
-        // An attempt before has made it.
+        // Later attempts use the overlay of the first one.
         if attempt == 0 {
             overlay(target, disk, &path)?;
         }
@@ -69,38 +72,40 @@ pub fn make(
     Ok((values, reserved))
 }
 
-/// A port that is free for TCP and for UDP at every address of the host, and that this lets us have.
-fn free_port(may_have: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
+/// Reserves a port that is free for TCP and UDP on all addresses of the host and that `claim` accepts.
+fn free_port(claim: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
     let failed = |e: rustix::io::Errno| {
-        Error::failed("cannot reserve a port of the host")
+        Error::failed("cannot reserve a host port")
             .because(e.into())
-            .remedy("see the limit on open files: ulimit -n, fs.file-max")
+            .remedy("check the limits on open files: ulimit -n, fs.file-max")
     };
-    // Held until another one is found, or the kernel would offer them again.
-    let mut refused = vec![];
-    for _ in 0..TRIES {
+    // Rejected sockets stay bound during the search, so that the kernel does not offer their ports again.
+    let mut rejected = vec![];
+    for _ in 0..MAX_PORT_ATTEMPTS {
         let held = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(failed)?;
-        // Bound and not listening: nobody is given this port, and who shares the address may still listen.
+        // Bound, not listening: the kernel assigns the port to no other socket, but one with SO_REUSEADDR may listen.
         sockopt::set_socket_reuseaddr(&held, true).map_err(failed)?;
         bind(&held, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)).map_err(failed)?;
         let address = getsockname(&held).map_err(failed)?;
         let port = SocketAddrV4::try_from(address).map_err(failed)?.port();
-        if UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() && may_have(port)? {
+        if UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() && claim(port)? {
             return Ok((port, held));
         }
-        refused.push(held);
+        rejected.push(held);
     }
-    Err(Error::try_again("no port of the host is free for TCP and UDP")
-        .remedy("see which are in use with `ss -tul`, or widen net.ipv4.ip_local_port_range"))
+    Err(Error::try_again("no host port is free for TCP and UDP")
+        .remedy("list the ports in use with `ss -tul`, or widen net.ipv4.ip_local_port_range"))
 }
 
-/// An empty image over a file of the template.
+/// Creates an empty overlay with a template file as backing file.
 fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
     let base = target.dir.join(&disk.base);
-    // In a folder that others use, nobody else's file is written over, and nobody else reads a guest's disk.
+    // The directory may be shared with other users: O_EXCL overwrites no existing file, mode 0600 hides the guest's
+    // disk.
     File::options().write(true).create_new(true).mode(0o600).open(path).map_err(|e| {
-        Error::io("cannot make a clone's disk", path, e).remedy("--disk-dir says where disks are made")
+        Error::io("cannot create the disk of a clone", path, e)
+            .remedy("choose another directory for disks with --disk-dir")
     })?;
     let done = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-F", &disk.format, "-b"])
@@ -111,18 +116,18 @@ fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
         .output()
         .map_err(|e| {
             Error::io("cannot start", "qemu-img", e)
-                .remedy("install it (Debian: qemu-utils) and put it into PATH")
+                .remedy("install qemu-img (Debian: qemu-utils) in a directory of PATH")
         })?;
     match done.status.success() {
         true => Ok(()),
         false => Err(Error::failed(format!(
-            "qemu-img cannot make the clone's disk {} ({}): {}",
+            "qemu-img cannot create disk {} of the clone ({}): {}",
             disk.name,
             done.status,
             String::from_utf8_lossy(&done.stderr).trim().replace('\n', "; ")
         ))
         .at(path)
-        .remedy("the words are qemu-img's; --disk-dir says where disks are made")),
+        .remedy("check the reason that qemu-img reports; --disk-dir sets the directory for disks")),
     }
 }
 
@@ -134,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reserved_port_is_given_to_nobody_but_may_be_listened_on() {
+    fn reserved_port_is_assigned_to_no_other_socket_but_can_be_listened_on() {
         let held: Vec<(u16, OwnedFd)> = (0..50).map(|_| free_port(|_| Ok(true)).unwrap()).collect();
         let ports: BTreeSet<u16> = held.iter().map(|(port, _)| *port).collect();
         assert_eq!(ports.len(), 50);

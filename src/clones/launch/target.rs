@@ -1,4 +1,4 @@
-//! A template as its clones will see it: a folder below a mount, resolved once.
+//! The template of a launch as its clones see it: a directory below a mount, resolved once.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,36 +12,37 @@ use crate::store::{Digest, Serving, Store, TemplateFile, TemplateRef, inode_numb
 /// The template of a launch.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// As it was asked for.
+    /// The tag or digest that the user gave.
     pub name: String,
-    /// What that is.
+    /// Digest of the template.
     pub digest: Digest,
-    /// Its store.
+    /// The store of the template.
     pub store: StoreOfClone,
-    /// Its folder, `MNT/by-id/<digest>`.
+    /// Directory of the template, `MNT/by-id/<digest>`.
     pub dir: PathBuf,
-    /// Its files.
+    /// Files of the template.
     pub files: Vec<TemplateFile>,
-    /// Device of the mount, and the inodes of memory files for each way of serving.
+    /// Device number of the mount, and the inode numbers of the memory files for each way of serving.
     pub inodes: (u64, Vec<u64>),
-    /// When it was made.
+    /// Creation time of the template.
     pub created: SystemTime,
     recipe: Option<serde_json::Value>,
 }
 
 impl Target {
-    /// Finds the template and a mount that serves its store, for this command. The lease is to be held until its clones
-    /// map it.
+    /// Finds a template and a mount that serves its store. `command` is the name of the command in the lease, which the
+    /// caller must hold until the clones map the template.
     ///
     /// # Errors
-    /// When there is no such template, or no mount of that store.
+    /// Returns an error if the template does not exist, no mount serves the store, or the mount does not show the
+    /// template.
     pub fn find(store: &Store, reference: &TemplateRef, command: &str) -> Result<(Target, Lease)> {
         let (digest, lease) = Lease::of(store, reference, command)?;
         let template = store.template(&digest)?;
         let mount = control::mounts_of(store)?.into_iter().find(|m| !m.detached).ok_or_else(|| {
-            Error::failed("no mount serves this store, so clones cannot map its templates")
+            Error::failed("clones cannot map the template: no mount serves this store")
                 .at(store.dir())
-                .remedy(format!("mount it first: stencil --store {} mount MNT", store.dir().display()))
+                .remedy(format!("mount the store: stencil --store {} mount MNT", store.dir().display()))
         })?;
         let secret = store.secret();
         let inodes = template
@@ -51,9 +52,10 @@ impl Target {
             .flat_map(|f| Serving::ALL.map(|serving| inode_number(&secret, &digest, &f.name, serving)))
             .collect();
         let dir = mount.mountpoint.join("by-id").join(digest.to_string());
-        // A mount that does not answer is found here, not in a hundred clones.
+        // Detects a mount that does not reply before any clone is started.
         std::fs::metadata(&dir).map_err(|e| {
-            Error::io("the mount does not show this template", &dir, e).remedy("see `stencil status`")
+            Error::io("cannot access the template in the mount", &dir, e)
+                .remedy("check the mount with `stencil status`")
         })?;
         let target = Target {
             name: reference.to_string(),
@@ -68,35 +70,36 @@ impl Target {
         Ok((target, lease))
     }
 
-    /// The template's own recipe.
+    /// Returns the template's recipe.
     ///
     /// # Errors
-    /// When it has none, or one that this build does not know.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if the template has no recipe, and another error if this
+    /// build does not support the recipe.
     pub fn recipe(&self) -> Result<Recipe> {
         self.recipe_if_any()?.ok_or_else(|| {
             Error::usage(format!(
-                "template {} has no launch recipe: it was not captured from a VM",
+                "template {} has no launch recipe, because it was not captured from a VM",
                 self.name
             ))
-            .remedy("say what a clone is: --simulate read=P%,write=P%, or -- CMD with {memory} and {state}")
+            .remedy("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
         })
     }
 
-    /// The template's own recipe, if it has one.
+    /// Returns the template's recipe; `None` if the template has no recipe.
     ///
     /// # Errors
-    /// When this build does not know it.
+    /// Returns an error if this build does not support the recipe.
     pub fn recipe_if_any(&self) -> Result<Option<Recipe>> {
         self.recipe.as_ref().map(Recipe::from_value).transpose()
     }
 
-    /// Its files' paths as values of placeholders.
+    /// Returns the paths of the files as placeholder values.
     pub fn values(&self) -> Values {
         let path = |f: &TemplateFile| (f.name.clone(), self.dir.join(&f.name).display().to_string());
         Values::new(&self.name, &self.files.iter().map(path).collect::<Vec<_>>())
     }
 
-    /// True for a mapping of the template's memory.
+    /// Returns true if a mapping of this device and inode number is of the template's memory.
     pub fn is_mapped_by(&self, dev: u64, ino: u64) -> bool {
         dev == self.inodes.0 && self.inodes.1.contains(&ino)
     }

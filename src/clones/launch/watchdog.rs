@@ -1,10 +1,11 @@
-//! Outlives the command that launches clones. If the command is killed, it clears up; if the launch is complete, it
-//! notes how each clone ends.
+//! The watchdog of a launch, a process that outlives the launcher: removes the clones of a launcher that was killed, or
+//! records the exit statuses of the clones after a successful launch.
 //!
-//! The command holds the other end of the watchdog's standard input. When that ends, for whatever reason, the watchdog ends
-//! every clone that was not let go. When all were, it opens a pidfd of each, says so by closing its standard output, and
-//! stays until the last of them has ended. Only a pidfd that was opened before a process is reaped tells its exit status
-//! to a process that is not its parent.
+//! The launcher holds the write end of the watchdog's standard input. When that end is closed, for whatever reason, the
+//! watchdog kills all clones of a launch that was not committed. If the launch was committed, the watchdog opens a
+//! pidfd of each clone, reports this by closing its standard output, and runs until the last clone has exited. The
+//! kernel reports the exit status of a process to a process other than its parent only through a pidfd that was opened
+//! before the process was reaped.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -24,31 +25,32 @@ use crate::sys::process::{ProcessId, own_session};
 /// The argument that makes this program a watchdog.
 pub const ARGUMENT: &str = "launch-watchdog";
 
-/// What the watchdog says before it closes its standard output, if it stays.
+/// Message that the watchdog writes before it closes its standard output, if it keeps running.
 const STAYS: &[u8] = b"stays\n";
 
-/// Tells the watchdog, when dropped, that the launch is over, and waits until it has cleared up or watches the clones.
+/// The watchdog of a launch. Dropping this value tells the watchdog that the launch is over, and waits until the
+/// watchdog has removed the clones or watches them.
 pub struct Watchdog(Child);
 
 impl Watchdog {
-    /// Its process.
+    /// Returns the process of the watchdog.
     ///
     /// # Errors
-    /// When the kernel does not identify it.
+    /// Returns an error if the watchdog has exited.
     pub fn process(&self) -> Result<ProcessId> {
         let process = ProcessId::of(self.0.id())?;
-        process.ok_or_else(|| Error::failed("the launch's watchdog has ended"))
+        process.ok_or_else(|| Error::failed("the watchdog of the launch exited"))
     }
 }
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
-        let mut said = Vec::new();
-        if let Some(mut its) = self.0.stdout.take() {
-            let _ = its.read_to_end(&mut said);
+        let mut message = Vec::new();
+        if let Some(mut stdout) = self.0.stdout.take() {
+            let _ = stdout.read_to_end(&mut message);
         }
-        if said.is_empty() {
+        if message.is_empty() {
             let _ = self.0.wait();
         }
     }
@@ -57,24 +59,24 @@ impl Drop for Watchdog {
 /// Starts the watchdog of a launch.
 ///
 /// # Errors
-/// When this program cannot be started.
+/// Returns an error if the process cannot be started.
 pub fn start(launch: &Launch) -> Result<Watchdog> {
     let mut command = this_program();
     own_session(&mut command).args([ARGUMENT, launch.id()]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let child =
-        command.spawn().map_err(|e| Error::failed("cannot start the launch's watchdog").because(e))?;
+        command.spawn().map_err(|e| Error::failed("cannot start the watchdog of the launch").because(e))?;
     Ok(Watchdog(child))
 }
 
-/// This very program, even if its file was replaced meanwhile.
+/// Returns a command that runs this program, even if its file was replaced meanwhile.
 pub fn this_program() -> Command {
     let mut command = Command::new("/proc/self/exe");
-    // Not the caller's folder, which somebody may want to unmount.
+    // The caller's working directory would keep its file system busy.
     command.current_dir("/").env("STENCIL_RUNTIME_DIR", registry::runtime_root());
     command
 }
 
-/// The watchdog's whole life.
+/// Runs the watchdog.
 pub fn main(launch: Option<OsString>) -> ExitCode {
     let Some(launch) = launch.and_then(|l| l.into_string().ok()) else { return ExitCode::from(2) };
     let mut byte = [0];
@@ -83,7 +85,7 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
         watch(&launch);
         return ExitCode::SUCCESS;
     }
-    // A child between fork and exec does not show whose it is: it gets the time to come through.
+    // A child between fork and exec cannot be attributed to a clone yet; this delay lets the exec complete.
     std::thread::sleep(Duration::from_millis(100));
     match registry::abort(&launch) {
         Ok(_) => ExitCode::SUCCESS,
@@ -94,9 +96,9 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
     }
 }
 
-/// Notes how each clone of a launch ends, until all have.
+/// Records the exit status of each clone of a launch; returns when all have exited.
 fn watch(launch: &str) {
-    // More clones than the soft limit are more pidfds, too.
+    // The watchdog needs one descriptor per clone, possibly more than the soft limit.
     drop(inherited::raise_limits());
     let entries = registry::list().unwrap_or_default();
     let mut clones: Vec<_> =
@@ -105,7 +107,7 @@ fn watch(launch: &str) {
         return;
     }
     let _ = std::io::stdout().write_all(STAYS);
-    // The caller's output is not held open for as long as a clone lives.
+    // Otherwise the caller's output would stay open for the lifetime of the clones.
     if worker::leave_standard_streams().is_err() {
         return;
     }
@@ -116,23 +118,23 @@ fn watch(launch: &str) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(_) => return,
         }
-        let ended: Vec<bool> = all.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let exited: Vec<bool> = all.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(all);
-        let mut ended = ended.into_iter();
+        let mut exited = exited.into_iter();
         clones.retain(|(entry, process, pidfd)| {
-            let has_ended = ended.next().unwrap_or(false);
-            if has_ended {
-                // Without its folder, nobody asks how it ended.
+            let has_exited = exited.next().unwrap_or(false);
+            if has_exited {
+                // Fails if the clone's directory was removed; the status is then not needed.
                 let _ = Ending::now(ExitStatus::read(*process, pidfd)).save(entry);
             }
-            !has_ended
+            !has_exited
         });
     }
 }
 
 fn open(entry: Entry) -> Option<(Entry, ProcessId, std::os::fd::OwnedFd)> {
     let process = entry.process()?;
-    // The launcher has not reaped a clone that ended a moment ago.
+    // A clone that has just exited is still a zombie, which the launcher has not reaped yet.
     let pidfd = process.open_unreaped().ok()??;
     Some((entry, process, pidfd))
 }

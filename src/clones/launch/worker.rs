@@ -1,4 +1,4 @@
-//! A simulated clone: maps the template as a VMM would, touches its pages, and stays.
+//! A simulated clone: maps the template as a VMM does, touches pages, and sleeps until it is killed.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -12,20 +12,20 @@ use crate::memory::Backend;
 use crate::sys::process;
 use crate::units::{MemoryOffset, PAGE_SIZE, PageIndex};
 
-/// The ends of the pipes between a worker and its zygote.
+/// The worker's ends of its pipes to the zygote.
 #[derive(Debug)]
 pub struct Pipes {
-    /// What the worker says, one line a write.
-    pub say: OwnedFd,
-    /// One byte lets one ready worker go.
+    /// Messages to the zygote, one line per write.
+    pub messages: OwnedFd,
+    /// Each byte from the zygote releases one ready worker.
     pub release: OwnedFd,
-    /// Its end lets the workers die of their faults that nobody looks at any more.
+    /// Never carries data; its EOF means that the zygote died, so that a worker paused at a fault may die too.
     pub fault: OwnedFd,
 }
 
-/// Runs the worker in a process that was forked for it. Never returns.
+/// Runs the worker in its forked process. Never returns.
 pub fn run(job: &Job, index: u32, dir: &Path, zygote: u32, pipes: Pipes) -> ! {
-    // The name is for `ps`; without it the clone works as well.
+    // The name is for `ps` only, so a failure does not matter.
     let _ = rustix::thread::set_name(c"stencil-clone");
     let outcome = process::die_with_parent(zygote).and_then(|alive| {
         if !alive {
@@ -36,12 +36,12 @@ pub fn run(job: &Job, index: u32, dir: &Path, zygote: u32, pipes: Pipes) -> ! {
     match outcome {
         Ok(backends) => {
             drop(pipes);
-            // The mappings are what this process is for.
+            // Keeps the mappings for the lifetime of the process.
             std::mem::forget(backends);
             process::sleep_until_killed()
         }
         Err(error) => {
-            say(&pipes, &format!("failed {index} {error}"));
+            send(&pipes, &format!("failed {index} {error}"));
             process::leave(1)
         }
     }
@@ -61,16 +61,17 @@ fn live(job: &Job, index: u32, dir: &Path, pipes: &Pipes) -> Result<Vec<Backend>
         touch(&job.simulate, job, index, backend)?;
     }
     log(dir, job, index)?;
-    say(pipes, &format!("ready {index}"));
+    send(pipes, &format!("ready {index}"));
     wait_for_release(pipes)?;
     process::outlive_parent()?;
-    say(pipes, &format!("free {index}"));
+    send(pipes, &format!("free {index}"));
     Ok(backends)
 }
 
-/// The pipes of the zygote's standard streams must not be held open for a clone's life.
+/// Replaces the standard streams with /dev/null, so that the process does not keep inherited pipes open.
 pub(super) fn leave_standard_streams() -> Result<()> {
-    let failed = |e: rustix::io::Errno| Error::failed("cannot leave the standard streams").because(e.into());
+    let failed =
+        |e: rustix::io::Errno| Error::failed("cannot replace the standard streams").because(e.into());
     let null =
         rustix::fs::open("/dev/null", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).map_err(failed)?;
     rustix::stdio::dup2_stdin(&null).map_err(failed)?;
@@ -83,7 +84,7 @@ fn touch(simulate: &Simulate, job: &Job, index: u32, backend: &Backend) -> Resul
     let written = job.touched.written_pages;
     for place in 0..written {
         let page = pages.at(place);
-        // Bytes that no other page of any clone has, so that nothing but a real copy can hold them.
+        // Unique for each page of each clone, so that only a private copy of the page can hold the value.
         let value = (page << 24) ^ (u64::from(index) << 8) ^ 0xa5;
         for (offset, byte) in value.to_le_bytes().into_iter().enumerate() {
             backend.poke(MemoryOffset::new(page * PAGE_SIZE + offset as u64), byte)?;
@@ -95,11 +96,12 @@ fn touch(simulate: &Simulate, job: &Job, index: u32, backend: &Backend) -> Resul
     Ok(())
 }
 
-/// ROM cannot be written: this clone will die of it, and the zygote looks at its pages before.
+/// Makes the worker report its address range and pause at the fault of a ROM write, so that the zygote can inspect its
+/// pages before the worker dies of SIGSEGV.
 fn watch_rom(file: &Mapped, backend: &Backend, index: u32, pipes: &Pipes) -> Result<()> {
     let range = backend.address_range();
-    let words = format!("fault {index} {} {} {}\n", range.start, range.end, file.name);
-    process::pause_at_fault(&pipes.say, &pipes.fault, words.into_bytes().leak())
+    let message = format!("fault {index} {} {} {}\n", range.start, range.end, file.name);
+    process::pause_at_fault(&pipes.messages, &pipes.fault, message.into_bytes().leak())
 }
 
 fn log(dir: &Path, job: &Job, index: u32) -> Result<()> {
@@ -119,11 +121,11 @@ fn log(dir: &Path, job: &Job, index: u32) -> Result<()> {
     .map_err(failed)
 }
 
-/// One line in one write, so that lines of several workers do not mix.
-fn say(pipes: &Pipes, line: &str) {
+/// Sends one line in one write, so that lines of several workers do not interleave.
+fn send(pipes: &Pipes, line: &str) {
     let line: String = line.chars().filter(|c| *c != '\n').take(1000).chain(['\n']).collect();
-    // Without a listener there is nobody to tell: the death signal ends this process.
-    let _ = rustix::io::write(&pipes.say, line.as_bytes());
+    // Fails only if the zygote died; the parent death signal then ends this process.
+    let _ = rustix::io::write(&pipes.messages, line.as_bytes());
 }
 
 fn wait_for_release(pipes: &Pipes) -> Result<()> {
@@ -131,7 +133,7 @@ fn wait_for_release(pipes: &Pipes) -> Result<()> {
     loop {
         match rustix::io::read(&pipes.release, &mut byte) {
             Ok(1) => return Ok(()),
-            Ok(_) => return Err(Error::failed("the launch was given up")),
+            Ok(_) => return Err(Error::failed("the launch was cancelled")),
             Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(Error::failed("cannot wait for the launcher").because(e.into())),
         }

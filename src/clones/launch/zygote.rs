@@ -1,9 +1,10 @@
-//! The parent of simulated clones: a process of its own, small and with one thread, so that it may fork.
+//! The zygote, the parent process of simulated clones: a small process with a single thread, so that forking is safe
+//! and cheap.
 //!
-//! It reads from its standard input: one line of JSON (the job), then `start INDEX DIR` for each clone and
-//! `release` at the end. It says on its standard output: `started INDEX PID START`, `ready INDEX`,
-//! `failed INDEX WHY` and `released`. The end of its input before `release` means that the launcher has
-//! gone: it exits, and its workers die with it.
+//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX DIR` for each clone, and finally
+//! `release`. It writes to standard output: `started INDEX PID START`, `ready INDEX`, `failed INDEX REASON` and
+//! `released`. End of input before `release` means that the launcher died: the zygote exits, and its workers die with
+//! it.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -27,55 +28,55 @@ use crate::sys::process::{self, Fork, ProcessId};
 /// The argument that makes this program a zygote.
 pub const ARGUMENT: &str = "launch-zygote";
 
-/// The job as the launcher gives it.
+/// The job as the launcher sends it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Order {
-    /// The words of `--simulate`.
+    /// The value of `--simulate`.
     pub simulate: String,
     /// Files to map.
     pub files: Vec<OrderFile>,
-    /// The one whose pages are touched.
+    /// Name of the file to touch.
     pub touch: String,
-    /// How many of its pages.
+    /// Numbers of pages to touch.
     pub touched: Touched,
 }
 
-/// One file to map.
+/// A file to map.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OrderFile {
-    /// Its name in the template.
+    /// Name in the template.
     pub name: String,
-    /// Where it is, below the mount.
+    /// Path below the mount.
     pub path: PathBuf,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Mapped read-only.
+    /// True for a read-only mapping.
     pub rom: bool,
 }
 
-/// The job, ready to be carried out by workers.
+/// The parsed job, as the workers use it.
 #[derive(Debug)]
 pub struct Job {
-    /// What is touched.
+    /// The value of `--simulate`.
     pub simulate: Simulate,
     /// Files to map.
     pub files: Vec<Mapped>,
-    /// The one whose pages are touched.
+    /// Name of the file to touch.
     pub touch: String,
-    /// How many of its pages.
+    /// Numbers of pages to touch.
     pub touched: Touched,
 }
 
-/// One file to map, and how.
+/// A file to map, with the plan of its mapping.
 #[derive(Debug)]
 pub struct Mapped {
-    /// Its name in the template.
+    /// Name in the template.
     pub name: String,
-    /// Where it is.
+    /// Path below the mount.
     pub path: PathBuf,
-    /// Mapped read-only.
+    /// True for a read-only mapping.
     pub rom: bool,
-    /// The plan of its backend.
+    /// Plan of the memory backend.
     pub plan: Plan,
 }
 
@@ -104,7 +105,7 @@ impl Job {
     }
 }
 
-/// The zygote's whole life.
+/// Runs the zygote.
 pub fn main() -> ExitCode {
     match Zygote::start().and_then(Zygote::serve) {
         Ok(()) => ExitCode::SUCCESS,
@@ -115,31 +116,29 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A worker that is not free yet.
+/// A worker that still depends on the zygote.
 #[derive(Debug)]
 struct Worker {
     index: u32,
-    /// What it said of its end.
-    last_words: Option<String>,
+    /// The reason that the worker reported for its failure.
+    failure: Option<String>,
     ready: bool,
 }
 
-/// What comes after a line of the launcher's.
+/// The next step after a request of the launcher.
 enum Next {
-    Go,
-    End,
-    /// This process is a worker now.
-    Work {
-        index: u32,
-        dir: PathBuf,
-        zygote: u32,
-    },
+    /// Waits for the next event.
+    Continue,
+    /// Exits.
+    Exit,
+    /// Runs a worker: this process is the forked child.
+    Work { index: u32, dir: PathBuf, zygote: u32 },
 }
 
 struct Zygote {
     job: Job,
     input: BufReader<io::StdinLock<'static>>,
-    heard: OwnedFd,
+    messages: OwnedFd,
     unread: String,
     pipes: Pipes,
     release: OwnedFd,
@@ -153,19 +152,19 @@ impl Zygote {
         let mut input = BufReader::with_capacity(4096, io::stdin().lock());
         let mut line = String::new();
         input.read_line(&mut line).map_err(|e| Error::io("cannot read the job", "standard input", e))?;
-        let order: Order = serde_json::from_str(&line)
-            .map_err(|e| Error::usage(format!("the job cannot be understood: {e}")))?;
+        let order: Order =
+            serde_json::from_str(&line).map_err(|e| Error::usage(format!("cannot parse the job: {e}")))?;
         let pipe = || {
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-                .map_err(|e| Error::failed("cannot make a pipe").because(e.into()))
+                .map_err(|e| Error::failed("cannot create a pipe").because(e.into()))
         };
-        let ((heard, say), (wait_release, release), (wait_fault, fault)) = (pipe()?, pipe()?, pipe()?);
+        let ((messages, send), (wait_release, release), (wait_fault, fault)) = (pipe()?, pipe()?, pipe()?);
         Ok(Zygote {
             job: Job::new(order)?,
             input,
-            heard,
+            messages,
             unread: String::new(),
-            pipes: Pipes { say, release: wait_release, fault: wait_fault },
+            pipes: Pipes { messages: send, release: wait_release, fault: wait_fault },
             release,
             fault,
             workers: BTreeMap::new(),
@@ -177,64 +176,65 @@ impl Zygote {
         loop {
             let (from_launcher, from_workers) = self.wait()?;
             if from_workers {
-                self.listen()?;
+                self.read_messages()?;
             }
             self.reap()?;
             if from_launcher {
-                match self.obey()? {
-                    Next::Go => {}
-                    Next::End => return Ok(()),
+                match self.handle_request()? {
+                    Next::Continue => {}
+                    Next::Exit => return Ok(()),
                     Next::Work { index, dir, zygote } => self.work(index, &dir, zygote),
                 }
             }
         }
     }
 
-    /// The life of a worker, in the process that was forked for it. It keeps none of the zygote's own ends.
+    /// Runs a worker in its forked process, after closing the zygote's ends of the pipes.
     fn work(self, index: u32, dir: &Path, zygote: u32) -> ! {
-        let Zygote { job, pipes, heard, release, fault, workers, .. } = self;
-        drop((heard, release, fault));
-        // Dropping the map would only copy its pages.
+        let Zygote { job, pipes, messages, release, fault, workers, .. } = self;
+        drop((messages, release, fault));
+        // Dropping the map would write to its pages, which would copy them.
         std::mem::forget(workers);
         worker::run(&job, index, dir, zygote, pipes)
     }
 
-    /// Waits for words of the launcher or of workers, or a moment, for the ends of workers.
+    /// Waits for input from the launcher or the workers; at most 10 ms while workers exist, so that exits are noticed.
     fn wait(&self) -> Result<(bool, bool)> {
         if !self.input.buffer().is_empty() {
             return Ok((true, false));
         }
         let stdin = io::stdin();
-        let mut fds = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&self.heard, PollFlags::IN)];
-        let moment = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-        match poll(&mut fds, (!self.workers.is_empty()).then_some(&moment)) {
+        let mut fds = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&self.messages, PollFlags::IN)];
+        let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+        match poll(&mut fds, (!self.workers.is_empty()).then_some(&interval)) {
             Ok(_) | Err(Errno::INTR) => {
                 let [launcher, workers] = &fds;
                 Ok((!launcher.revents().is_empty(), !workers.revents().is_empty()))
             }
-            Err(e) => Err(Error::failed("cannot wait").because(e.into())),
+            Err(e) => Err(Error::failed("cannot wait for the launcher and the workers").because(e.into())),
         }
     }
 
-    /// Carries out one line of the launcher's.
-    fn obey(&mut self) -> Result<Next> {
+    /// Handles one request of the launcher.
+    fn handle_request(&mut self) -> Result<Next> {
         let mut line = String::new();
         let got = self.input.read_line(&mut line);
-        if got.map_err(|e| Error::io("cannot hear the launcher", "standard input", e))? == 0 {
-            return Ok(Next::End);
+        if got.map_err(|e| Error::io("cannot read from the launcher", "standard input", e))? == 0 {
+            return Ok(Next::Exit);
         }
         let mut words = line.trim_end_matches('\n').splitn(3, ' ');
         match (words.next(), words.next(), words.next()) {
             (Some("start"), Some(index), Some(dir)) => {
-                let index = index.parse().map_err(|_| Error::usage(format!("'{index}' is no number")))?;
+                let index =
+                    index.parse().map_err(|_| Error::usage(format!("invalid clone index '{index}'")))?;
                 self.fork(index, PathBuf::from(dir))
             }
             (Some("release"), ..) => {
-                self.let_go()?;
+                self.release_workers()?;
                 tell("released")?;
-                Ok(Next::End)
+                Ok(Next::Exit)
             }
-            _ => Err(Error::usage(format!("the launcher says '{}'", line.trim_end()))),
+            _ => Err(Error::usage(format!("unknown request of the launcher: '{}'", line.trim_end()))),
         }
     }
 
@@ -243,32 +243,32 @@ impl Zygote {
         match process::fork_single_threaded() {
             Ok(Fork::Child) => return Ok(Next::Work { index, dir, zygote }),
             Ok(Fork::Parent(pid)) => {
-                self.workers.insert(pid, Worker { index, last_words: None, ready: false });
+                self.workers.insert(pid, Worker { index, failure: None, ready: false });
                 let identity = ProcessId::of(pid)?.map_or(0, |id| id.identity);
                 tell(&format!("started {index} {pid} {identity}"))?;
             }
             Err(error) => tell(&format!("failed {index} {error}"))?,
         }
-        Ok(Next::Go)
+        Ok(Next::Continue)
     }
 
-    /// Takes in what workers have said.
-    fn listen(&mut self) -> Result<()> {
+    /// Reads and handles messages of the workers.
+    fn read_messages(&mut self) -> Result<()> {
         let mut buffer = [0; 4096];
-        let got = match rustix::io::read(&self.heard, &mut buffer) {
+        let got = match rustix::io::read(&self.messages, &mut buffer) {
             Ok(got) => got,
             Err(Errno::INTR) => 0,
-            Err(e) => return Err(Error::failed("cannot hear the workers").because(e.into())),
+            Err(e) => return Err(Error::failed("cannot read from the workers").because(e.into())),
         };
         self.unread.push_str(&String::from_utf8_lossy(buffer.get(..got).unwrap_or_default()));
         while let Some(end) = self.unread.find('\n') {
             let line: String = self.unread.drain(..=end).collect();
-            self.heard_line(line.trim_end())?;
+            self.handle_message(line.trim_end())?;
         }
         Ok(())
     }
 
-    fn heard_line(&mut self, line: &str) -> Result<()> {
+    fn handle_message(&mut self, line: &str) -> Result<()> {
         let mut words = line.splitn(3, ' ');
         let (verb, index, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
         let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
@@ -285,7 +285,7 @@ impl Zygote {
                 Ok(())
             }
             Some("failed") => {
-                worker.last_words = Some(rest.to_owned());
+                worker.failure = Some(rest.to_owned());
                 Ok(())
             }
             Some("fault") => {
@@ -296,11 +296,11 @@ impl Zygote {
                 let private = Pagemap::open(pid).and_then(|pages| pages.dirty(start..end));
                 let private = match private {
                     Ok(regions) => regions.iter().map(|r| r.pages()).sum::<u64>().to_string(),
-                    // Somebody else ended it meanwhile.
+                    // The worker was killed meanwhile.
                     Err(_) => "an unknown number of".to_owned(),
                 };
-                worker.last_words = Some(format!(
-                    "it wrote to the ROM file '{}' and had {private} private pages of it",
+                worker.failure = Some(format!(
+                    "the clone wrote to the ROM file '{}', of which it had {private} private pages",
                     rest.next().unwrap_or_default()
                 ));
                 process::signal_child(pid, Signal::SEGV)
@@ -309,15 +309,15 @@ impl Zygote {
         }
     }
 
-    /// Reports workers that have ended. None is free before `release`, so each end is a failure.
+    /// Reports workers that have exited. No worker is free before `release`, so each exit is a failure.
     fn reap(&mut self) -> Result<()> {
         while let Some((pid, ended)) = process::reap_one()? {
-            // Its last words may still be in the pipe.
+            // The worker's last message may still be in the pipe.
             self.drain()?;
             let Some(worker) = self.workers.remove(&pid) else { continue };
-            let why = match (worker.last_words, ended) {
-                (Some(words), process::Ended::Signal(_)) => format!("{ended}: {words}"),
-                (Some(words), process::Ended::Code(_)) => words,
+            let why = match (worker.failure, ended) {
+                (Some(failure), process::Ended::Signal(_)) => format!("{ended}: {failure}"),
+                (Some(failure), process::Ended::Code(_)) => failure,
                 (None, _) => ended.to_string(),
             };
             tell(&format!("failed {} {why}", worker.index))?;
@@ -327,37 +327,40 @@ impl Zygote {
 
     fn drain(&mut self) -> Result<()> {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        while poll(&mut [PollFd::new(&self.heard.as_fd(), PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0) {
-            self.listen()?;
+        while poll(&mut [PollFd::new(&self.messages.as_fd(), PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
+        {
+            self.read_messages()?;
         }
         Ok(())
     }
 
-    /// Lets every ready worker go, and waits until each has said that it no longer depends on this process.
-    fn let_go(&mut self) -> Result<()> {
+    /// Releases all ready workers, and waits until each has reported that it no longer depends on this process.
+    fn release_workers(&mut self) -> Result<()> {
         let ready = self.workers.values().filter(|w| w.ready).count();
         let mut sent = 0;
         while self.free < ready {
-            // Never more bytes than a pipe holds: a full pipe would block this thread.
+            // Fewer bytes than the pipe's capacity: a write to a full pipe would block this thread.
             while sent < ready && sent - self.free < 1000 {
                 rustix::io::write(&self.release, b"G")
-                    .map_err(|e| Error::failed("cannot let a worker go").because(e.into()))?;
+                    .map_err(|e| Error::failed("cannot release a worker").because(e.into()))?;
                 sent += 1;
             }
             self.drain_or_wait()?;
             let before = self.workers.values().filter(|w| w.ready).count();
             self.reap()?;
             if self.workers.values().filter(|w| w.ready).count() < before {
-                return Err(Error::failed("a clone ended while the clones were let go"));
+                return Err(Error::failed("a clone exited while the clones were released"));
             }
         }
         Ok(())
     }
 
     fn drain_or_wait(&mut self) -> Result<()> {
-        let moment = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-        if poll(&mut [PollFd::new(&self.heard.as_fd(), PollFlags::IN)], Some(&moment)).is_ok_and(|n| n > 0) {
-            self.listen()?;
+        let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+        if poll(&mut [PollFd::new(&self.messages.as_fd(), PollFlags::IN)], Some(&interval))
+            .is_ok_and(|n| n > 0)
+        {
+            self.read_messages()?;
         }
         Ok(())
     }
@@ -367,5 +370,5 @@ fn tell(line: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")
         .and_then(|()| out.flush())
-        .map_err(|e| Error::io("cannot tell the launcher", "standard output", e))
+        .map_err(|e| Error::io("cannot write to the launcher", "standard output", e))
 }

@@ -1,22 +1,22 @@
-//! Character devices of a captured VM: what was a socket is a socket in the clone's folder, what was written
-//! somewhere is a file there.
+//! Character devices of a captured VM: a socket becomes a socket in the clone's directory, an output becomes a file
+//! there.
 
 use super::props::Props;
 
-/// What a character device of a clone is.
+/// The backend of a clone's character device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Somebody may connect.
+    /// A listening Unix socket.
     Socket,
-    /// It is written down.
+    /// A log file.
     File,
-    /// Nothing.
+    /// No backend: output is discarded.
     Null,
-    /// Kept in QEMU's memory.
+    /// A ring buffer in QEMU's memory.
     Ring,
 }
 
-/// The kind for a backend of `-chardev`; `None` for one that is a thing of the host.
+/// Returns the kind for a backend of `-chardev`; `None` for a backend that is a host resource.
 pub fn kind(backend: &str) -> Option<Kind> {
     match backend {
         "socket" | "pty" | "udp" => Some(Kind::Socket),
@@ -27,7 +27,7 @@ pub fn kind(backend: &str) -> Option<Kind> {
     }
 }
 
-/// The `-chardev` of clones. `mux` and `logfile` stay and go.
+/// Returns the `-chardev` of clones. Keeps `mux=`, drops `logfile=`.
 pub fn option(id: &str, kind: Kind, props: &Props) -> String {
     let mux = if super::memory::is_on(props.get("mux")) { ",mux=on" } else { "" };
     match kind {
@@ -41,13 +41,13 @@ pub fn option(id: &str, kind: Kind, props: &Props) -> String {
     }
 }
 
-/// A socket's name in the clone's folder; the monitor and `-serial` have theirs there.
+/// Returns the name of a socket in the clone's directory, distinct from those of the monitor and of `-serial`.
 fn socket_name(id: &str) -> String {
     let is_taken = id == "qmp" || ["serial", "chardev-"].iter().any(|stem| id.starts_with(stem));
     if is_taken { format!("chardev-{id}.sock") } else { format!("{id}.sock") }
 }
 
-/// The `-serial` of clones for that of the VM; `number` counts those that go somewhere.
+/// Returns the `-serial` of clones for that of the VM; `number` counts the serial lines before this one.
 pub fn serial(value: &str, number: usize) -> Option<String> {
     let stem = if number == 0 { "serial".to_owned() } else { format!("serial-{number}") };
     let backend = value.split([':', ',']).next().unwrap_or_default();
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sockets_stay_sockets_and_host_lines_are_refused() {
+    fn keeps_sockets_and_refuses_host_serial_lines() {
         assert_eq!(
             serial("unix:/tmp/s,server=on,wait=off", 1).unwrap(),
             "unix:{dir}/serial-1.sock,server=on,wait=off"

@@ -1,24 +1,24 @@
-//! The command line of a VM that cannot be captured → the one of a VM that can: RAM in files that QEMU shares, without
-//! what clones cannot have, with what lets a guest see that it was cloned.
+//! Corrects the command line of a VM so that the VM can be captured: moves RAM into files with `share=on`, removes
+//! unsupported options, and adds the devices by which a guest detects that it was cloned.
 
 use super::plan::{Examined, Facts, examine};
 use super::props::Props;
-use super::rules::{Rule, device_type, is_of_host, rule};
+use super::rules::{Rule, device_type, is_host_resource, rule};
 
-/// How often what stands against a capture is looked for again: what was changed may show something else.
-const ROUNDS: usize = 8;
+/// Maximum number of passes: a correction can reveal another obstacle.
+const MAX_PASSES: usize = 8;
 
-/// One option of a command line.
-struct Given {
-    /// Where its first word is.
+/// An option of a command line.
+struct GivenOption {
+    /// Index of the first word.
     at: usize,
-    /// Its name without dashes; empty for an image that is given alone.
+    /// Name without dashes; empty for a disk image without an option.
     name: String,
-    /// Its words.
+    /// The option and its value.
     words: Vec<String>,
 }
 
-impl Given {
+impl GivenOption {
     fn value(&self) -> &str {
         self.words.get(1).map_or("", String::as_str)
     }
@@ -43,8 +43,8 @@ impl Given {
     }
 }
 
-/// The options of a command line, as [`examine`] reads them.
-fn split(argv: &[String]) -> Vec<Given> {
+/// Splits a command line into options by the rules of [`examine`].
+fn split(argv: &[String]) -> Vec<GivenOption> {
     let mut all = vec![];
     let mut words = argv.iter().enumerate();
     while let Some((at, word)) = words.next() {
@@ -56,7 +56,7 @@ fn split(argv: &[String]) -> Vec<Given> {
             _ => true,
         };
         let value = if takes_value { words.next().map(|(_, value)| value.clone()) } else { None };
-        all.push(Given {
+        all.push(GivenOption {
             at,
             name: name.to_owned(),
             words: [Some(word.clone()), value].into_iter().flatten().collect(),
@@ -65,15 +65,16 @@ fn split(argv: &[String]) -> Vec<Given> {
     all
 }
 
-/// Works it out; `ram_file` says where the memory of an object with that id is to be.
+/// Returns the corrected command line; `ram_file` maps the id of a memory object to the path of its file.
 pub fn corrected(argv: &[String], facts: &Facts, ram_file: &dyn Fn(&str) -> String) -> Vec<String> {
-    // The new VM has no disks yet but those of its command line.
+    // Media that no option names (hot-plugged ones) are not part of the new VM and are dropped from the facts.
     let mut facts = facts.clone();
     let mut argv = argv.to_vec();
-    for _ in 0..ROUNDS {
+    for _ in 0..MAX_PASSES {
         let Ok(examined) = examine(&argv, &facts) else { break };
-        let given = split(&argv);
-        let fixed: Vec<String> = fix(given, &examined, ram_file).into_iter().flat_map(|g| g.words).collect();
+        let options = split(&argv);
+        let fixed: Vec<String> =
+            fix(options, &examined, ram_file).into_iter().flat_map(|g| g.words).collect();
         facts.disks.retain(|disk| !examined.absent.contains(disk));
         if fixed == argv {
             break;
@@ -84,39 +85,44 @@ pub fn corrected(argv: &[String], facts: &Facts, ram_file: &dyn Fn(&str) -> Stri
     argv
 }
 
-fn fix(given: Vec<Given>, examined: &Examined, ram_file: &dyn Fn(&str) -> String) -> Vec<Given> {
+fn fix(
+    options: Vec<GivenOption>,
+    examined: &Examined,
+    ram_file: &dyn Fn(&str) -> String,
+) -> Vec<GivenOption> {
     let is_refused = |at: usize| examined.refused.iter().any(|r| r.at == Some(at));
     let mut dropped = vec![];
-    let mut left = vec![];
-    for mut one in given {
-        if one.name == "incoming" {
+    let mut kept = vec![];
+    for mut option in options {
+        if option.name == "incoming" {
             continue;
         }
-        if examined.ram_problems.iter().any(|problem| problem.at == Some(one.at)) {
-            share(&mut one, ram_file);
-        } else if is_refused(one.at) && !mend(&mut one) {
-            let id = one.props().and_then(|p| p.get("id").or(p.get("node-name")).map(str::to_owned));
+        if examined.ram_problems.iter().any(|problem| problem.at == Some(option.at)) {
+            share(&mut option, ram_file);
+        } else if is_refused(option.at) && !make_supported(&mut option) {
+            let id = option.props().and_then(|p| p.get("id").or(p.get("node-name")).map(str::to_owned));
             dropped.extend(id);
             continue;
         }
-        left.push(one);
+        kept.push(option);
     }
-    // What uses something that is left out is left out as well.
-    left.retain(|one| {
+    // Options that refer to a dropped object are dropped too.
+    kept.retain(|option| {
         let uses = |props: &Props| {
             let keys = ["netdev", "drive", "chardev", "memdev", "fsdev", "tpmdev", "file"];
             keys.iter().any(|key| props.get(key).is_some_and(|id| dropped.iter().any(|d| d == id)))
         };
-        !matches!(one.name.as_str(), "device" | "blockdev" | "mon") || !one.props().as_ref().is_some_and(uses)
+        !matches!(option.name.as_str(), "device" | "blockdev" | "mon")
+            || !option.props().as_ref().is_some_and(uses)
     });
     if examined.ram_problems.iter().any(|problem| problem.at.is_none()) {
-        add_ram(&mut left, &examined.ram_size, ram_file);
+        add_ram(&mut kept, &examined.ram_size, ram_file);
     }
-    left
+    kept
 }
 
-/// Makes an object of memory one that is a file which QEMU shares.
-fn share(object: &mut Given, ram_file: &dyn Fn(&str) -> String) {
+/// Turns a memory object into a file with `share=on`.
+fn share(object: &mut GivenOption, ram_file: &dyn Fn(&str) -> String) {
     let Some(mut props) = object.props() else { return };
     if props.get("qom-type") != Some("memory-backend-file") {
         for key in ["hugetlb", "hugetlbsize", "seal", "reserve"] {
@@ -133,11 +139,12 @@ fn share(object: &mut Given, ram_file: &dyn Fn(&str) -> String) {
     object.set(props.render("qom-type"));
 }
 
-/// Changes an option so that clones can have it, if that needs nobody's decision. False where it has to go.
-fn mend(one: &mut Given) -> bool {
-    let Some(mut props) = one.props() else { return false };
+/// Changes a refused option to a supported option. Returns false if there is no such change and the option must be
+/// dropped.
+fn make_supported(option: &mut GivenOption) -> bool {
+    let Some(mut props) = option.props() else { return false };
     let before = props.clone();
-    match one.name.as_str() {
+    match option.name.as_str() {
         "netdev" | "nic" | "net" => {
             let kept = ["type", "id", "model", "mac", "macaddr", "netdev", "name", "addr", "vectors"];
             let keys: Vec<String> = props.iter().map(|(key, _)| key.to_owned()).collect();
@@ -145,54 +152,54 @@ fn mend(one: &mut Given) -> bool {
             if props.get("type") != Some("nic") {
                 props.set("type", "user");
             }
-            one.set(props.render("type"));
+            option.set(props.render("type"));
         }
         "drive" => {
             props.remove("snapshot");
-            one.set(props.render(""));
+            option.set(props.render(""));
         }
         "machine" | "M" => {
             props.remove("memory-encryption");
             props.remove("confidential-guest-support");
-            one.set(props.render("type"));
+            option.set(props.render("type"));
         }
         "device" => {
             let of_host: Vec<String> =
-                props.iter().filter(|(k, v)| is_of_host(k, v)).map(|(k, _)| k.to_owned()).collect();
+                props.iter().filter(|(k, v)| is_host_resource(k, v)).map(|(k, _)| k.to_owned()).collect();
             of_host.iter().for_each(|key| props.remove(key));
-            one.set(props.render("driver"));
+            option.set(props.render("driver"));
         }
         _ => return false,
     }
     props != before
 }
 
-/// RAM of the machine that no object has.
-fn add_ram(all: &mut Vec<Given>, size: &str, ram_file: &dyn Fn(&str) -> String) {
+/// Adds a memory object for RAM that only `-m` describes.
+fn add_ram(all: &mut Vec<GivenOption>, size: &str, ram_file: &dyn Fn(&str) -> String) {
     let id = "ram0";
-    match all.iter_mut().rev().find(|one| matches!(one.name.as_str(), "machine" | "M")) {
+    match all.iter_mut().rev().find(|option| matches!(option.name.as_str(), "machine" | "M")) {
         Some(machine) => {
             if let Some(mut props) = machine.props() {
                 props.set("memory-backend", id);
                 machine.set(props.render("type"));
             }
         }
-        None => all.push(made("machine", format!("memory-backend={id}"))),
+        None => all.push(new_option("machine", format!("memory-backend={id}"))),
     }
     let path = ram_file(id).replace(',', ",,");
     let object = format!("memory-backend-file,id={id},size={size},mem-path={path},share=on");
-    all.push(made("object", object));
+    all.push(new_option("object", object));
 }
 
-fn made(name: &str, value: String) -> Given {
-    Given { at: usize::MAX, name: name.into(), words: vec![format!("-{name}"), value] }
+fn new_option(name: &str, value: String) -> GivenOption {
+    GivenOption { at: usize::MAX, name: name.into(), words: vec![format!("-{name}"), value] }
 }
 
-/// What lets a guest see that it is a clone, and draw random numbers of its own.
+/// Adds vmgenid, by which a guest detects that it was cloned, and virtio-rng, a source of fresh random numbers.
 fn add_devices(argv: &mut Vec<String>, machine: &str) {
     let has = |prefix: &str| {
-        let is_it = |one: &Given| {
-            let props = one.props().filter(|_| one.name == "device");
+        let is_it = |option: &GivenOption| {
+            let props = option.props().filter(|_| option.name == "device");
             props.is_some_and(|p| device_type(p.get("driver").unwrap_or_default()).starts_with(prefix))
         };
         split(argv).iter().any(is_it)
@@ -214,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_round_makes_it_a_line_that_can_be_captured() {
+    fn corrected_command_line_can_be_captured() {
         let facts = Facts { machine_type: Some("pc-q35-10.0".into()), disks: vec![] };
         let path = |id: &str| format!("/dev/shm/vm-{id}");
         for (line, wanted) in [
@@ -232,12 +239,12 @@ mod tests {
             ),
         ] {
             let words: Vec<String> = line.split_ascii_whitespace().map(str::to_owned).collect();
-            let made = corrected(&words, &facts, &path);
-            let text = made.join(" ");
+            let argv = corrected(&words, &facts, &path);
+            let text = argv.join(" ");
             let more = " -device vmgenid,guid=auto -object rng-random,id=stencil-rng,filename=/dev/urandom \
                         -device virtio-rng-pci,rng=stencil-rng";
             assert_eq!(text, format!("{wanted}{more}"));
-            assert!(examine(&made, &facts).unwrap().error().is_none());
+            assert!(examine(&argv, &facts).unwrap().error().is_none());
         }
     }
 }

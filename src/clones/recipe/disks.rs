@@ -1,6 +1,6 @@
-//! Disks of a captured VM: `-drive`, `-blockdev`, `-hda` and their kind.
+//! Disks of a captured VM: `-drive`, `-blockdev`, `-hda` and similar options.
 //!
-//! A clone writes to an overlay of its own, `{disk:NAME}`; what the guest cannot write is a file of the template.
+//! Each clone writes to its own overlay, `{disk:NAME}`; a read-only disk is a file of the template.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,41 +12,41 @@ use super::values::placeholders;
 /// A disk of clones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedDisk {
-    /// Its name; the template's file is `disk-NAME`.
+    /// Name of the disk; the template file is `disk-NAME`.
     pub name: String,
-    /// The VM's medium.
+    /// The medium of the VM.
     pub live: LiveDisk,
-    /// Format of the template's file.
+    /// Format of the template file.
     pub format: String,
 }
 
 impl PlannedDisk {
-    /// The template's file.
+    /// Returns the name of the template file.
     pub fn file(&self) -> String {
         format!("disk-{}", self.name)
     }
 
-    /// True when the template gets the image as it is, not what the guest sees in it.
-    pub fn as_it_is(&self) -> bool {
+    /// Returns true if the template stores the image file itself, false if it stores the guest-visible contents as raw.
+    pub fn is_verbatim(&self) -> bool {
         self.live.image.backing.is_none() && (self.live.read_only || self.live.image.format == "raw")
     }
 }
 
-/// Gathers the disks of a command line.
+/// Collects the disks of a command line.
 #[derive(Debug, Default)]
 pub struct Disks {
     live: Vec<LiveDisk>,
     nodes: BTreeMap<String, Props>,
     planned: Vec<PlannedDisk>,
-    /// What clones cannot have.
+    /// Disks that are unsupported for clones, with the reason.
     pub refused: Vec<String>,
-    /// Media that no option names.
+    /// Media that no option of the command line names.
     pub absent: Vec<LiveDisk>,
-    /// Devices that options of disks make besides `-device`.
+    /// Number of devices that disk options create, beside those of `-device`.
     pub devices: usize,
 }
 
-/// Options of `-drive` that clones keep, because guests can see them or because they limit a guest.
+/// Properties of `-drive` that clones keep, because a guest can see them or because they limit a guest.
 const KEPT: [&str; 14] = [
     "if",
     "index",
@@ -64,8 +64,8 @@ const KEPT: [&str; 14] = [
     "force-share",
 ];
 
-/// Options that are the host's affair: caches and ways to do I/O do not change what a guest sees.
-const HOSTS: [&str; 13] = [
+/// Properties that clones drop: caching and I/O methods of the host, which a guest cannot see.
+const HOST_PROPERTIES: [&str; 13] = [
     "aio",
     "cache.direct",
     "cache.no-flush",
@@ -82,12 +82,12 @@ const HOSTS: [&str; 13] = [
 ];
 
 impl Disks {
-    /// Disks of a VM that has these media.
+    /// Creates a collector for a VM with these media.
     pub fn new(live: &[LiveDisk]) -> Disks {
         Disks { live: live.to_vec(), ..Disks::default() }
     }
 
-    /// `-hda FILE` and its kind: the same as a `-drive`.
+    /// Converts `-hda FILE` and similar options to the `-drive` of clones.
     pub fn short(&mut self, option: &str, path: &str) -> Option<String> {
         let words = match option {
             "hda" => "index=0,media=disk",
@@ -103,10 +103,10 @@ impl Disks {
         self.drive(&format!("{words},file={}", path.replace(',', ",,")), &format!("-{option} {path}"))
     }
 
-    /// A `-drive`; gives the one of clones.
-    pub fn drive(&mut self, text: &str, said: &str) -> Option<String> {
+    /// Converts a `-drive` to that of clones.
+    pub fn drive(&mut self, text: &str, shown: &str) -> Option<String> {
         let Some(mut props) = Props::parse(text, "file").filter(|p| !p.has_braces()) else {
-            self.refused.push(format!("{said}, which cannot be taken apart"));
+            self.refused.push(format!("{shown}: cannot parse its properties"));
             return None;
         };
         if props.get("if") == Some("virtio") {
@@ -115,34 +115,39 @@ impl Disks {
         let path = props.get("file").or(props.get("file.filename")).map(str::to_owned);
         let throttles =
             |key: &str| key.starts_with("throttling.") || key.starts_with("bps") || key.starts_with("iops");
-        let odd: Vec<String> = props
+        let unsupported: Vec<String> = props
             .iter()
             .filter(|(key, value)| match *key {
                 "file" | "file.filename" | "cache" | "readonly" | "read-only" => false,
                 "format" | "driver" => !matches!(*value, "raw" | "qcow2" | "file"),
                 "file.driver" => *value != "file",
                 "snapshot" => *value != "off",
-                key => !KEPT.contains(&key) && !HOSTS.contains(&key) && !throttles(key),
+                key => !KEPT.contains(&key) && !HOST_PROPERTIES.contains(&key) && !throttles(key),
             })
             .map(|(key, value)| format!("{key}={value}"))
             .collect();
-        if !odd.is_empty() {
-            self.refused.push(format!("{said}: a disk with {}", odd.join(",")));
-            // It is not told again as one that is not on the command line.
+        if !unsupported.is_empty() {
+            self.refused.push(format!("{shown}: a disk with {}", unsupported.join(",")));
+            // Keeps `finish` from refusing the medium a second time, as absent from the command line.
             self.live.retain(|live| props.get("id").is_none_or(|id| live.device != id));
             return None;
         }
         let Some(path) = path else { return Some(props.render("")) };
-        let disk = self.take(said, |live| match props.get("id").or(props.get("node-name")) {
+        let disk = self.take(shown, |live| match props.get("id").or(props.get("node-name")) {
             Some(id) => live.device == id || live.node == id,
             None => live.image.path == Path::new(&path),
         })?;
-        // Write-through is seen by guests; all else of a cache is the host's.
+        // The guest sees whether the cache is write-through (no flush needed), but no other cache mode.
         let through = matches!(props.get("cache"), Some("writethrough" | "directsync"))
             || props.get("cache.writeback").is_some_and(|v| !super::memory::is_on(Some(v)));
-        for key in
-            HOSTS.iter().chain(&["cache", "snapshot", "driver", "file.driver", "file.filename", "read-only"])
-        {
+        for key in HOST_PROPERTIES.iter().chain(&[
+            "cache",
+            "snapshot",
+            "driver",
+            "file.driver",
+            "file.filename",
+            "read-only",
+        ]) {
             props.remove(key);
         }
         if through {
@@ -162,26 +167,27 @@ impl Disks {
         Some(props.render(""))
     }
 
-    /// A `-blockdev`; what uses it is seen at the end.
+    /// Records a `-blockdev`; `finish` converts it, when all its users are known.
     pub fn blockdev(&mut self, text: &str) {
         match Props::parse(text, "driver").filter(|p| !p.has_braces()) {
             Some(props) => {
                 let name = props.get("node-name").unwrap_or_default().to_owned();
                 self.nodes.insert(name, props);
             }
-            None => self.refused.push(format!("-blockdev {text}, which cannot be taken apart")),
+            None => self.refused.push(format!("-blockdev {text}: cannot parse its properties")),
         }
     }
 
-    /// The medium of the VM that an option means.
-    fn take(&mut self, said: &str, is_it: impl Fn(&LiveDisk) -> bool) -> Option<PlannedDisk> {
+    /// Plans the medium that an option refers to.
+    fn take(&mut self, shown: &str, is_it: impl Fn(&LiveDisk) -> bool) -> Option<PlannedDisk> {
         let Some(at) = self.live.iter().position(is_it) else {
-            self.refused.push(format!("{said}: a disk whose image the VM has no more (changed or ejected)"));
+            self.refused
+                .push(format!("{shown}: a disk whose image is no longer inserted (changed or ejected)"));
             return None;
         };
         let live = self.live.remove(at);
         if let Some(problem) = &live.problem {
-            self.refused.push(format!("{said}: {problem}"));
+            self.refused.push(format!("{shown}: {problem}"));
             return None;
         }
         let wanted = [&live.device, &live.node].into_iter().find(|n| !n.is_empty() && !n.starts_with('#'));
@@ -205,15 +211,15 @@ impl Disks {
         Some(disk)
     }
 
-    /// All disks, and the `-blockdev` options of clones.
+    /// Returns all planned disks, and the `-blockdev` options of clones.
     pub fn finish(&mut self) -> (Vec<PlannedDisk>, Vec<String>) {
         let nodes = std::mem::take(&mut self.nodes);
-        let beneath: Vec<&str> =
+        let lower_nodes: Vec<&str> =
             nodes.values().flat_map(|p| [p.get("file"), p.get("backing")]).flatten().collect();
         let mut options = vec![];
-        for (name, props) in nodes.iter().filter(|(name, _)| !beneath.contains(&name.as_str())) {
-            let said = format!("-blockdev {name}");
-            if let Some(option) = self.node(&said, name, props, &nodes) {
+        for (name, props) in nodes.iter().filter(|(name, _)| !lower_nodes.contains(&name.as_str())) {
+            let shown = format!("-blockdev {name}");
+            if let Some(option) = self.node(&shown, name, props, &nodes) {
                 options.push(option);
             }
         }
@@ -229,7 +235,7 @@ impl Disks {
 
     fn node(
         &mut self,
-        said: &str,
+        shown: &str,
         name: &str,
         props: &Props,
         nodes: &BTreeMap<String, Props>,
@@ -239,28 +245,30 @@ impl Disks {
         let tuning = |key: &str| {
             key.ends_with("cache-size") || key.contains("refcounts") || key.contains("pass-discard")
         };
-        let fine = |key: &str, value: &str, is_lower: bool| match key {
+        let is_supported = |key: &str, value: &str, is_lower: bool| match key {
             "driver" if is_lower => value == "file",
             "driver" => matches!(value, "qcow2" | "raw" | "file"),
             "file.driver" => value == "file",
             "node-name" | "filename" | "file" | "file.filename" | "read-only" | "backing" => true,
             key => {
                 kept.contains(&key)
-                    || HOSTS.contains(&key)
+                    || HOST_PROPERTIES.contains(&key)
                     || tuning(key)
                     || key == "file.node-name"
                     || key == "file.discard"
             }
         };
-        let mut odd: Vec<String> = vec![];
+        let mut unsupported: Vec<String> = vec![];
         for (props, is_lower) in [Some((props, false)), lower.map(|l| (l, true))].into_iter().flatten() {
-            odd.extend(props.iter().filter(|(k, v)| !fine(k, v, is_lower)).map(|(k, v)| format!("{k}={v}")));
+            unsupported.extend(
+                props.iter().filter(|(k, v)| !is_supported(k, v, is_lower)).map(|(k, v)| format!("{k}={v}")),
+            );
         }
-        if !odd.is_empty() {
-            self.refused.push(format!("{said}: a disk with {}", odd.join(",")));
+        if !unsupported.is_empty() {
+            self.refused.push(format!("{shown}: a disk with {}", unsupported.join(",")));
             return None;
         }
-        let disk = self.take(said, |live| live.node == name)?;
+        let disk = self.take(shown, |live| live.node == name)?;
         let (place, format) = match disk.live.read_only {
             true => (format!("{{file:{}}}", disk.file()), disk.format.as_str()),
             false => (format!("{{disk:{}}}", disk.name), "qcow2"),

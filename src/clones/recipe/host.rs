@@ -1,4 +1,4 @@
-//! What is known of the host files behind a VM's disks, from QMP.
+//! The host files behind a VM's disks, as QMP reports them.
 
 use std::path::{Path, PathBuf};
 
@@ -6,48 +6,48 @@ use serde_json::{Value, json};
 
 use crate::error::Result;
 
-/// A medium that the VM has now.
+/// A medium that is inserted in the VM now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveDisk {
-    /// Name of its block backend: the id of `-drive`; empty with `-blockdev`.
+    /// Name of the block backend: the id of `-drive`; empty with `-blockdev`.
     pub device: String,
-    /// Where its device is in QEMU's tree.
+    /// QOM path or id of the guest device.
     pub qdev: String,
-    /// Name of its uppermost block node.
+    /// Name of the topmost block node.
     pub node: String,
-    /// True when the guest cannot write to it.
+    /// True if the guest cannot write to the medium.
     pub read_only: bool,
-    /// Its image and those beneath it.
+    /// The image with its backing chain.
     pub image: Image,
-    /// Why clones cannot have it.
+    /// Reason why the medium is unsupported for clones.
     pub problem: Option<String>,
 }
 
-/// One image of a chain, as QEMU has opened it.
+/// One image of a backing chain, as QEMU has opened it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    /// Where it is, in QEMU's eyes.
+    /// Path of the image, as QEMU sees it.
     pub path: PathBuf,
     /// `qcow2`, `raw`…
     pub format: String,
     /// Size that the guest sees, in bytes.
     pub size: u64,
-    /// What it takes unwritten blocks from.
+    /// The backing image, which unallocated blocks are read from.
     pub backing: Option<Box<Image>>,
 }
 
 impl LiveDisk {
-    /// Those of an answer to `query-block`.
-    pub fn all(answer: &Value) -> Vec<LiveDisk> {
+    /// Parses the reply to `query-block`.
+    pub fn from_query_block(reply: &Value) -> Vec<LiveDisk> {
         let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let mut disks = vec![];
-        for one in answer.as_array().into_iter().flatten() {
-            let Some(inserted) = one.get("inserted") else { continue };
+        for block in reply.as_array().into_iter().flatten() {
+            let Some(inserted) = block.get("inserted") else { continue };
             let mut problem = None;
             let image = Image::read(inserted.get("image").unwrap_or(&Value::Null), &mut problem);
             disks.push(LiveDisk {
-                device: text(one, "device"),
-                qdev: text(one, "qdev"),
+                device: text(block, "device"),
+                qdev: text(block, "qdev"),
                 node: text(inserted, "node-name"),
                 read_only: inserted.get("ro").and_then(Value::as_bool).unwrap_or(false),
                 image,
@@ -59,7 +59,7 @@ impl LiveDisk {
 }
 
 impl Image {
-    /// Reads one; the first thing against it goes to `problem`.
+    /// Parses an image; stores the first reason against the chain in `problem`.
     fn read(value: &Value, problem: &mut Option<String>) -> Image {
         let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default();
         let (path, format) = (text("filename"), text("format"));
@@ -67,21 +67,21 @@ impl Image {
         let scheme = path.split_once(':').filter(|_| !path.starts_with('/')).map(|(scheme, _)| scheme);
         let backing = value.get("backing-image");
         let found = match (path, scheme) {
-            ("", _) => Some("QEMU does not tell its image".into()),
-            (_, Some("json")) => Some(format!("its image cannot be named by one path ({path})")),
-            (_, Some(scheme)) => Some(format!("{path} is no file of this host but {scheme}")),
-            _ if path.starts_with("/dev/") => Some(format!("{path} is a raw disk of the host")),
+            ("", _) => Some("QEMU does not report its image".into()),
+            (_, Some("json")) => Some(format!("its image has more than one path ({path})")),
+            (_, Some(scheme)) => Some(format!("{path} is not a local file (protocol {scheme})")),
+            _ if path.starts_with("/dev/") => Some(format!("{path} is a raw host disk")),
             _ if !matches!(format, "qcow2" | "raw") => {
-                Some(format!("{path} has format {format}; clones can have qcow2 and raw"))
+                Some(format!("{path} has format {format}, expected qcow2 or raw"))
             }
             _ if value.get("encrypted").and_then(Value::as_bool) == Some(true) => {
                 Some(format!("{path} is encrypted"))
             }
             _ if value.pointer("/format-specific/data/data-file").is_some() => {
-                Some(format!("{path} keeps its data in another file"))
+                Some(format!("{path} has an external data file"))
             }
             _ if backing.is_none() && value.get("backing-filename").is_some() => {
-                Some(format!("{path}: QEMU does not tell the image beneath it"))
+                Some(format!("{path}: QEMU does not report its backing image"))
             }
             _ => None,
         };
@@ -96,16 +96,18 @@ impl Image {
         }
     }
 
-    /// The chain from this image down.
+    /// Returns the backing chain, beginning with this image.
     pub fn chain(&self) -> impl Iterator<Item = &Image> {
         std::iter::successors(Some(self), |image| image.backing.as_deref())
     }
 
-    /// The chain in the words of qemu-img, with each path as `place` gives it. Nothing is guessed: neither format
-    /// nor backing file is taken from what stands in an image that a guest can write.
+    /// Returns the chain as a block node description for qemu-img's `json:` syntax; `place` maps each path.
+    ///
+    /// The description states every format and backing file, so that qemu-img takes neither from image headers, which
+    /// the guest of a raw image can forge.
     ///
     /// # Errors
-    /// Those of `place`.
+    /// Returns the errors of `place`.
     pub fn to_json(&self, place: &dyn Fn(&Path) -> Result<PathBuf>) -> Result<Value> {
         let mut all = json!({
             "driver": self.format,
@@ -129,11 +131,11 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_is_read_and_given_to_qemu_img() {
+    fn parses_a_backing_chain_and_describes_it_for_qemu_img() {
         let base = json!({"filename": "/b.raw", "format": "raw", "virtual-size": 512});
         let top =
             json!({"filename": "/t.qcow2", "format": "qcow2", "virtual-size": 1024, "backing-image": base});
-        let disks = LiveDisk::all(&block(top));
+        let disks = LiveDisk::from_query_block(&block(top));
         assert_eq!(disks[0].problem, None);
         assert_eq!((disks.len(), disks[0].image.chain().count()), (1, 2));
         let words = disks[0]
@@ -146,24 +148,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_file_is_named() {
+    fn names_images_that_are_not_local_plain_files() {
         for (image, words) in [
-            (json!({"filename": "nbd://h/x", "format": "raw", "virtual-size": 1}), "nbd"),
+            (
+                json!({"filename": "nbd://h/x", "format": "raw", "virtual-size": 1}),
+                "is not a local file (protocol nbd)",
+            ),
             (json!({"filename": "/x", "format": "vmdk", "virtual-size": 1}), "vmdk"),
-            (json!({"filename": "json:{}", "format": "raw", "virtual-size": 1}), "one path"),
+            (json!({"filename": "json:{}", "format": "raw", "virtual-size": 1}), "more than one path"),
             (json!({"filename": "/x", "format": "qcow2", "virtual-size": 1, "encrypted": true}), "encrypted"),
             (
                 json!({"filename": "/x", "format": "qcow2", "virtual-size": 1, "backing-filename": "/y"}),
-                "beneath",
+                "does not report its backing image",
             ),
             (
                 json!({"filename": "/x", "format": "qcow2", "virtual-size": 1,
                        "backing-image": {"filename": "/dev/sda", "format": "raw", "virtual-size": 1}}),
-                "/dev/sda is a raw disk of the host",
+                "/dev/sda is a raw host disk",
             ),
-            (json!({}), "does not tell"),
+            (json!({}), "does not report its image"),
         ] {
-            let problem = LiveDisk::all(&block(image)).remove(0).problem.unwrap();
+            let problem = LiveDisk::from_query_block(&block(image)).remove(0).problem.unwrap();
             assert!(problem.contains(words), "{problem}");
         }
     }

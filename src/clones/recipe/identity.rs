@@ -1,13 +1,13 @@
-//! What a host can have only once, derived from a clone's id.
+//! Addresses that must be unique on a host, derived from a clone's id.
 
 use std::path::Path;
 
 use crate::store::Digest;
 
-/// Network cards that a clone can have.
+/// Maximum number of network cards of a clone.
 const CARDS: u64 = 16;
 
-/// What a clone is called by others.
+/// The network identity of a clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     number: u64,
@@ -16,38 +16,41 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The identity of the clone with that id (`c` and seven hex digits, unique in its runtime directory). `attempt`
-    /// counts the times that somebody else had what this gave.
+    /// Derives the identity of the clone with this id (`c` and seven hex digits, unique in its runtime directory).
+    /// `attempt` counts the earlier attempts whose vsock address was in use.
     pub fn of(id: &str, attempt: u32) -> Identity {
         let number = id.get(1..).and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0) & 0x0fff_ffff;
         Identity { number, host: host_number(), attempt }
     }
 
-    /// The address of a network card: locally administered, unicast. 28 bits are the clone's id and four the card, so
-    /// that clones of one runtime directory never have the same; 13 bits tell hosts and runtime directories apart.
-    /// Where those are alike for two hosts, a random id of 28 bits has to be as well.
+    /// Returns the MAC address of a network card: locally administered, unicast.
+    ///
+    /// 28 bits are the clone's id and 4 bits the card, so the addresses of clones in one runtime directory are unique.
+    /// 13 bits identify the host and the runtime directory; two hosts with the same 13 bits collide only if two random
+    /// 28-bit ids are equal too.
     pub fn mac(&self, card: u8) -> String {
         let bits = ((self.host & 0x1fff) << 32) | (self.number << 4) | (u64::from(card) % CARDS);
         let byte = |at: u32| (bits >> (8 * at)) as u8;
-        // Of the first byte two bits are given: not a group, locally administered. 0x52 is not used: QEMU's own begin so.
+        // Bits 0 and 1 of the first byte are fixed: unicast, locally administered. Bit 2 is set so that no address
+        // begins with 0x52, the prefix of QEMU's defaults.
         let first = 0x06 | (byte(5) & 0x1f) << 3;
         let rest: Vec<String> = (0..5).rev().map(|at| format!("{:02x}", byte(at))).collect();
         format!("{first:02x}:{}", rest.join(":"))
     }
 
-    /// The vsock address: never one that is reserved, and one that another clone of this runtime directory cannot have.
+    /// Returns the vsock address (CID): not a reserved one, and unique among the clones of the runtime directory.
     pub fn cid(&self) -> u32 {
         let high = u64::from(self.attempt % 14) + 1;
         (high << 28 | self.number) as u32
     }
 
-    /// Cards whose addresses are made known.
+    /// Returns the numbers of the cards that have an address.
     pub fn cards() -> impl Iterator<Item = u8> {
         0..CARDS as u8
     }
 }
 
-/// Some bits of what this host is, and of the runtime directory.
+/// Returns 64 bits of a hash of the host's machine id and the runtime directory.
 fn host_number() -> u64 {
     let read = |path: &str| std::fs::read(Path::new(path)).unwrap_or_default();
     let mut id = read("/etc/machine-id");
@@ -66,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_local_and_no_two_alike() {
+    fn mac_addresses_are_local_and_unique() {
         let mut seen = BTreeSet::new();
         for id in ["c0000000", "c0000001", "cfffffff", "cabcdef0"] {
             for card in Identity::cards() {

@@ -1,38 +1,39 @@
-//! What becomes of a VM's memory objects: RAM files become private maps of the template, a ROM (the file of a
-//! read-only NVDIMM) stays read-only.
+//! Conversion of memory objects: RAM becomes a private mapping of a template file, ROM (the file of a read-only NVDIMM)
+//! stays read-only.
 //!
-//! Each must be a file that QEMU shares: only then it stays out of the device state.
+//! Each object must be a file mapped with `share=on`: QEMU leaves only shared memory out of the device state
+//! (`x-ignore-shared`).
 
 use super::props::Props;
 use super::{Ram, Rom};
 
-/// What a memory object is for clones.
+/// A memory object of clones.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Memory {
-    /// RAM of the template.
+    /// Guest RAM.
     Ram(Ram),
-    /// ROM of the template.
+    /// Read-only memory.
     Rom(Rom),
 }
 
-/// What clones cannot have, and what to write instead.
+/// The change that makes a memory object usable for clones, as advice.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Problem(pub String);
 
-/// True for an object that is guest memory.
+/// Returns true for an object type that is guest memory.
 pub(super) fn is_memory(kind: &str) -> bool {
     kind.starts_with("memory-backend-")
 }
 
-/// Turns a memory object into the one of clones; `ram_files` is how many RAM files the VM has before it, `size` the
-/// size of `-m`.
+/// Converts a memory object to that of clones; `ram_files` is the number of RAM files before this one, `size` the value
+/// of `-m`.
 pub(super) fn object(props: &mut Props, ram_files: usize, size: &str) -> Result<Memory, Problem> {
     let kind = props.get("qom-type").unwrap_or_default().to_owned();
     let id = props.get("id").unwrap_or_default().to_owned();
     if kind != "memory-backend-file" {
         let size = props.get("size").unwrap_or(size);
         return Err(Problem(format!(
-            "replace -object {kind},id={id},… by -object memory-backend-file,id={id},size={size},mem-path=FILE,share=on"
+            "replace -object {kind},id={id},… with -object memory-backend-file,id={id},size={size},mem-path=FILE,share=on"
         )));
     }
     let rom = is_rom(props);
@@ -46,7 +47,7 @@ pub(super) fn object(props: &mut Props, ram_files: usize, size: &str) -> Result<
         None
     };
     if let Some(option) = missing {
-        return Err(Problem(format!("give -object {kind},id={id},… the option {option}")));
+        return Err(Problem(format!("add {option} to -object {kind},id={id},…")));
     }
     let mem_path = props.get("mem-path").unwrap_or_default().to_owned();
     for key in ["prealloc", "prealloc-threads", "prealloc-context", "discard-data", "pmem"] {
@@ -64,15 +65,15 @@ pub(super) fn object(props: &mut Props, ram_files: usize, size: &str) -> Result<
     for (key, value) in [("mem-path", place.as_str()), ("share", "off"), ("readonly", "on"), ("rom", "off")] {
         props.set(key, value);
     }
-    // So that 2 MiB of the template can be mapped as one: QEMU aligns a file to 4 KiB by default. The guest does not see
-    // it, as no memory device has this object.
+    // Lets the kernel map 2 MiB folios of the template with one entry: QEMU aligns a file mapping to 4 KiB by default.
+    // The guest cannot see the alignment, because no memory device uses this object.
     if props.get("align").is_none() {
         props.set("align", "2M");
     }
     Ok(Memory::Ram(Ram { id, file, mem_path }))
 }
 
-/// True for memory that nobody can write, as QEMU decides it.
+/// Returns true for read-only memory, by QEMU's rule: `rom=auto` follows `readonly=`.
 fn is_rom(props: &Props) -> bool {
     match props.get("rom") {
         None | Some("auto") => is_on(props.get("readonly")),
@@ -80,20 +81,20 @@ fn is_rom(props: &Props) -> bool {
     }
 }
 
-/// Why clones cannot have this NVDIMM; `None` for one whose memory is a ROM.
+/// Returns the reason why an NVDIMM is unsupported for clones; `None` if its memory is a ROM.
 pub(super) fn nvdimm(props: &Props, roms: &[Rom]) -> Option<String> {
     let memdev = props.get("memdev").unwrap_or_default();
     let id = props.get("id").unwrap_or(memdev);
     if !roms.iter().any(|rom| rom.id == memdev) {
         return Some(format!(
-            "device nvdimm ({id}), which can be written (give -object memory-backend-file,id={memdev},… \
-             share=on,readonly=on before it)"
+            "device nvdimm ({id}), which is writable (put -object memory-backend-file,id={memdev},…,share=on,readonly=on \
+             before it)"
         ));
     }
     (!is_on(props.get("unarmed"))).then(|| format!("device nvdimm ({id}) without unarmed=on"))
 }
 
-/// QEMU's words for yes.
+/// Returns true for QEMU's spellings of a true boolean.
 pub(super) fn is_on(value: Option<&str>) -> bool {
     matches!(value, Some("on" | "yes" | "true" | "y"))
 }
@@ -102,46 +103,46 @@ pub(super) fn is_on(value: Option<&str>) -> bool {
 mod tests {
     use super::*;
 
-    fn made(text: &str, before: usize) -> (Result<Memory, Problem>, String) {
+    fn converted(text: &str, before: usize) -> (Result<Memory, Problem>, String) {
         let mut props = Props::parse(text, "qom-type").unwrap();
         let memory = object(&mut props, before, "1G");
         (memory, props.render("qom-type"))
     }
 
     #[test]
-    fn a_rom_stays_a_rom() {
+    fn rom_stays_rom() {
         for text in [
             "memory-backend-file,id=nv,size=4M,mem-path=/img,share=on,readonly=on",
             "memory-backend-file,id=nv,size=4M,mem-path=/img,share=on,readonly=on,rom=auto",
             "memory-backend-file,id=nv,size=4M,mem-path=/img,share=on,readonly=on,rom=on,pmem=on",
         ] {
-            let (memory, line) = made(text, 0);
+            let (memory, line) = converted(text, 0);
             let rom = Rom { id: "nv".into(), file: "rom-nv".into(), mem_path: "/img".into() };
             assert_eq!(memory, Ok(Memory::Rom(rom)), "{text}");
             assert!(line.contains("mem-path={file:rom-nv},share=on,readonly=on"), "{line}");
             assert!(!line.contains("pmem") && !line.contains("rom=off"), "{line}");
         }
-        let private = made("memory-backend-file,id=nv,size=4M,mem-path=/img,readonly=on", 0).0;
+        let private = converted("memory-backend-file,id=nv,size=4M,mem-path=/img,readonly=on", 0).0;
         assert!(
             matches!(private, Err(Problem(text)) if text.contains("share=on")),
-            "its bytes go into the state"
+            "QEMU saves private memory in the device state"
         );
     }
 
     #[test]
-    fn the_second_node_has_a_file_of_its_own() {
-        let (memory, line) = made("memory-backend-file,id=n1,size=4M,mem-path=/n1,share=on", 1);
+    fn second_node_gets_a_separate_file() {
+        let (memory, line) = converted("memory-backend-file,id=n1,size=4M,mem-path=/n1,share=on", 1);
         let ram = Ram { id: "n1".into(), file: "memory-n1".into(), mem_path: "/n1".into() };
         assert_eq!(memory, Ok(Memory::Ram(ram)));
         assert!(line.ends_with("mem-path={file:memory-n1},share=off,readonly=on,rom=off,align=2M"), "{line}");
     }
 
     #[test]
-    fn an_nvdimm_is_read_only_or_refused() {
+    fn refuses_a_writable_nvdimm() {
         let roms = [Rom { id: "mem1".into(), file: "rom-mem1".into(), mem_path: "/img".into() }];
-        let against = |text: &str| nvdimm(&Props::parse(text, "driver").unwrap(), &roms);
-        assert_eq!(against("nvdimm,id=nv,memdev=mem1,unarmed=on"), None);
-        assert!(against("nvdimm,id=nv,memdev=mem1").unwrap().contains("without unarmed=on"));
-        assert!(against("nvdimm,id=nv,memdev=ram7,unarmed=on").unwrap().contains("can be written"));
+        let refusal = |text: &str| nvdimm(&Props::parse(text, "driver").unwrap(), &roms);
+        assert_eq!(refusal("nvdimm,id=nv,memdev=mem1,unarmed=on"), None);
+        assert!(refusal("nvdimm,id=nv,memdev=mem1").unwrap().contains("without unarmed=on"));
+        assert!(refusal("nvdimm,id=nv,memdev=ram7,unarmed=on").unwrap().contains("which is writable"));
     }
 }

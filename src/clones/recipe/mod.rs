@@ -1,8 +1,9 @@
-//! A launch recipe: the command line that a template's clones are resumed with, kept in its policy.
+//! A launch recipe: the QEMU command line that resumes clones of a template, stored in the template's policy.
 //!
-//! Arguments hold placeholders, filled in for each clone: `{memory}`, `{state}` and `{file:NAME}` are paths
-//! of the template's files below the mount, `{dir}` is the clone's own folder, `{id}` and `{index}` name it.
-//! What a host can have only once is made for each: `{mac}` and `{mac:N}`, `{cid}`, `{uuid}`, `{port:N}`, `{disk:NAME}`.
+//! Arguments contain placeholders, which are filled in for each clone: `{memory}`, `{state}` and `{file:NAME}` are
+//! paths of the template's files below the mount, `{dir}` is the clone's directory, `{id}` and `{index}` identify the
+//! clone. Resources that must be unique on a host are allocated for each clone: `{mac}`, `{mac:N}`, `{cid}`, `{uuid}`,
+//! `{port:N}`, `{disk:NAME}`.
 
 mod chars;
 mod check;
@@ -32,91 +33,92 @@ pub use props::Props;
 pub use rules::{device_type, implied, is_device_for_clones, options};
 pub use values::{Escape, Needs, Values};
 
-/// The version of the recipe's own format.
+/// The version of the recipe format.
 const VERSION: u32 = 1;
 
-/// How to resume a clone of a template.
+/// The launch recipe of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Format of this recipe.
+    /// Version of the recipe format.
     pub version: u32,
-    /// Which monitor it is for; `qemu`.
+    /// The VMM that the recipe is for; always `qemu`.
     pub vmm: String,
-    /// The program that the template was captured from.
+    /// The program of the captured VM.
     pub program: String,
-    /// Its version then, for people.
+    /// The version of the program at the time of the capture; informative only.
     #[serde(default)]
     pub vmm_version: String,
-    /// What clones write to: each gets an overlay of its own, `{disk:NAME}`.
+    /// Writable disks: each clone gets its own overlay of each disk, `{disk:NAME}`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
-    /// Arguments with placeholders, without the program.
+    /// Arguments with placeholders, without the program name.
     pub argv: Vec<String>,
 }
 
-/// A disk that clones write to.
+/// A writable disk of clones.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// The name in `{disk:NAME}`.
     pub name: String,
-    /// The template's file that the overlay lies over.
+    /// The template file that backs the overlay.
     pub base: String,
-    /// Format of that file.
+    /// Format of the backing file.
     pub format: String,
 }
 
 impl Recipe {
-    /// A recipe for QEMU.
+    /// Creates a recipe for QEMU.
     pub fn qemu(program: String, vmm_version: String, argv: Vec<String>) -> Recipe {
         Recipe { version: VERSION, vmm: "qemu".into(), program, vmm_version, disks: vec![], argv }
     }
 
-    /// With these disks of the VM: clones get those that its guest could write to.
+    /// Sets the disks of the recipe to the writable ones among `disks`.
     #[must_use]
     pub fn with_disks(mut self, disks: &[PlannedDisk]) -> Recipe {
-        let written = disks.iter().filter(|disk| !disk.live.read_only);
+        let writable = disks.iter().filter(|disk| !disk.live.read_only);
         let disk = |d: &PlannedDisk| Disk { name: d.name.clone(), base: d.file(), format: d.format.clone() };
-        self.disks = written.map(disk).collect();
+        self.disks = writable.map(disk).collect();
         self
     }
 
-    /// Reads the recipe of a policy.
+    /// Parses the recipe in a policy.
     ///
     /// # Errors
-    /// When it is of another format or for another monitor.
+    /// Returns an error if the value is not a recipe, or has another format version or VMM than this build supports.
     pub fn from_value(value: &Value) -> Result<Recipe> {
         let recipe: Recipe = serde_json::from_value(value.clone()).map_err(|e| {
-            Error::failed(format!("the template's launch recipe cannot be understood: {e}"))
-                .remedy("give the command yourself: stencil clone T -- CMD…")
+            Error::failed(format!("cannot parse the launch recipe of the template: {e}"))
+                .remedy("pass the command of the clone: stencil clone T -- CMD…")
         })?;
         if recipe.version != VERSION || recipe.vmm != "qemu" {
             return Err(Error::failed(format!(
-                "the template's launch recipe is version {} for '{}', this build knows version {VERSION} for 'qemu'",
+                "unsupported launch recipe: version {} for '{}', expected version {VERSION} for 'qemu'",
                 recipe.version, recipe.vmm
             ))
-            .remedy("use a newer stencil, or give the command yourself: stencil clone T -- CMD…"));
+            .remedy("use a newer stencil, or pass the command of the clone: stencil clone T -- CMD…"));
         }
         Ok(recipe)
     }
 
-    /// As it is kept in the policy.
+    /// Returns the recipe as the policy stores it.
     pub fn to_value(&self) -> Value {
         serde_json::to_value(self).unwrap_or(Value::Null)
     }
 
-    /// Names of networks on which clones would meet the guest that they were.
+    /// Returns the names of networks that clones share with the captured guest.
     pub fn shared_networks(&self) -> Vec<String> {
         network::shared(&self.argv)
     }
 
-    /// The arguments of one clone.
+    /// Returns the arguments of one clone, with all placeholders filled in.
     ///
     /// # Errors
-    /// When a placeholder names a file that the template does not have.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if a placeholder names a file or disk that the template does
+    /// not have.
     pub fn arguments(&self, values: &Values) -> Result<Vec<String>> {
-        // In `key=value,key=value` a comma of a path is doubled; an argument that is just a path is taken as it is.
+        // QEMU reads `,,` as a comma in `key=value,key=value`, but takes an argument that is only a path literally.
         let escape = |arg: &str| if arg.contains('=') { Escape::DoubleCommas } else { Escape::None };
         self.argv.iter().map(|arg| values.fill(arg, escape(arg))).collect()
     }

@@ -1,4 +1,4 @@
-//! Networks of a captured VM: each clone has its own, with its own addresses and ports of the host.
+//! Networks of a captured VM: each clone gets its own backend, MAC addresses and host ports.
 
 use super::props::Props;
 use super::rules::options;
@@ -21,13 +21,13 @@ const NICS: [&str; 14] = [
     "usb-net",
 ];
 
-/// True for a network card.
+/// Returns true for the driver of a network card.
 pub fn is_nic(driver: &str) -> bool {
     NICS.contains(&driver)
 }
 
-/// Options of a user-mode network that name nothing of the host.
-const USER: [&str; 24] = [
+/// Options of a user-mode network that refer to no host resource.
+const USER_OPTIONS: [&str; 24] = [
     "type",
     "id",
     "netdev",
@@ -54,22 +54,22 @@ const USER: [&str; 24] = [
     "vectors",
 ];
 
-/// Gathers the networks of a command line.
+/// Collects the networks of a command line.
 #[derive(Debug, Default)]
 pub struct Networks {
     cards: usize,
     unnamed: usize,
     ports: Vec<(String, String)>,
-    /// True when the command line says what network there is.
+    /// True if the command line has a network option, so that QEMU adds no default network.
     pub given: bool,
-    /// What clones cannot have.
+    /// Options that are unsupported for clones, with the reason.
     pub refused: Vec<String>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
 impl Networks {
-    /// The address of the next network card.
+    /// Returns the placeholder for the MAC address of the next network card.
     pub fn mac(&mut self) -> String {
         self.cards += 1;
         match self.cards {
@@ -78,12 +78,12 @@ impl Networks {
         }
     }
 
-    /// A `-netdev`, `-nic` or `-net`; gives the one of clones.
+    /// Converts a `-netdev`, `-nic` or `-net` option to that of clones.
     pub fn option(&mut self, option: &str, text: &str) -> Option<String> {
         self.given = true;
-        let said = format!("-{option} {text}");
+        let shown = format!("-{option} {text}");
         let Some(mut props) = Props::parse(text, "type").filter(|p| !p.has_braces()) else {
-            self.refused.push(format!("{said}, which cannot be taken apart"));
+            self.refused.push(format!("{shown}: cannot parse its properties"));
             return None;
         };
         props.lead_with("type");
@@ -91,19 +91,20 @@ impl Networks {
         match kind.as_str() {
             "none" if option != "netdev" => return Some(text.to_owned()),
             "nic" if option == "net" => {}
-            "user" => self.user(&said, &mut props)?,
-            "tap" => self.tap(&said, &mut props)?,
+            "user" => self.user(&shown, &mut props)?,
+            "tap" => self.tap(&shown, &mut props)?,
             "bridge" => {
-                let odd = odd(&props, &["type", "id", "br", "helper", "model", "mac", "name", "netdev"]);
-                self.refuse_odd(&said, &odd)?;
-                self.shared(&said);
+                let unsupported =
+                    unsupported(&props, &["type", "id", "br", "helper", "model", "mac", "name", "netdev"]);
+                self.refuse_unsupported(&shown, &unsupported)?;
+                self.shared(&shown);
             }
             other => {
-                self.refused.push(format!("{said}: a network of kind {other}"));
+                self.refused.push(format!("{shown}: unsupported network type {other}"));
                 return None;
             }
         }
-        // Its link is set by that name.
+        // The launcher takes the link down by this name (QMP set_link).
         if is_shared(&kind) && props.get("id").is_none() {
             self.unnamed += 1;
             props.set("id", &format!("stencil-net-{}", self.unnamed));
@@ -111,9 +112,11 @@ impl Networks {
         let address = if option == "net" { "macaddr" } else { "mac" };
         if option == "nic" || kind == "nic" {
             if option == "net" {
-                let odd =
-                    odd(&props, &["type", "id", "netdev", "macaddr", "model", "name", "addr", "vectors"]);
-                self.refuse_odd(&said, &odd)?;
+                let unsupported = unsupported(
+                    &props,
+                    &["type", "id", "netdev", "macaddr", "model", "name", "addr", "vectors"],
+                );
+                self.refuse_unsupported(&shown, &unsupported)?;
             }
             props.remove("macaddr");
             props.set(address, &self.mac());
@@ -121,38 +124,38 @@ impl Networks {
         Some(props.render("type"))
     }
 
-    fn refuse_odd(&mut self, said: &str, odd: &[String]) -> Option<()> {
-        if odd.is_empty() {
+    fn refuse_unsupported(&mut self, shown: &str, unsupported: &[String]) -> Option<()> {
+        if unsupported.is_empty() {
             return Some(());
         }
-        self.refused.push(format!("{said}: a network with {}", odd.join(",")));
+        self.refused.push(format!("{shown}: a network with {}", unsupported.join(",")));
         None
     }
 
-    fn user(&mut self, said: &str, props: &mut Props) -> Option<()> {
-        let known: Vec<&str> = USER.iter().copied().chain(["hostfwd", "mac", "macaddr"]).collect();
-        self.refuse_odd(said, &odd(props, &known))?;
-        let mut bad = None;
+    fn user(&mut self, shown: &str, props: &mut Props) -> Option<()> {
+        let known: Vec<&str> = USER_OPTIONS.iter().copied().chain(["hostfwd", "mac", "macaddr"]).collect();
+        self.refuse_unsupported(shown, &unsupported(props, &known))?;
+        let mut error = None;
         for rule in props.all_mut("hostfwd") {
             match self.forward(rule) {
                 Some(changed) => *rule = changed,
                 None => {
-                    bad = Some(format!(
-                        "{said}: a host forward '{rule}' that is not PROTOCOL:ADDRESS:PORT-ADDRESS:PORT"
+                    error = Some(format!(
+                        "{shown}: invalid host forward '{rule}': expected PROTOCOL:ADDRESS:PORT-ADDRESS:PORT"
                     ))
                 }
             }
         }
-        match bad {
-            Some(bad) => {
-                self.refused.push(bad);
+        match error {
+            Some(error) => {
+                self.refused.push(error);
                 None
             }
             None => Some(()),
         }
     }
 
-    /// `[tcp|udp]:[HOSTADDRESS]:HOSTPORT-[ADDRESS]:PORT` with a host port of each clone's own.
+    /// Replaces the host port of `[tcp|udp]:[HOSTADDRESS]:HOSTPORT-[ADDRESS]:PORT` by a placeholder.
     fn forward(&mut self, rule: &str) -> Option<String> {
         let (host, guest) = rule.rsplit_once('-')?;
         let (protocol, place) = host.split_once(':')?;
@@ -163,7 +166,7 @@ impl Networks {
             return None;
         }
         let protocol = if protocol.is_empty() { "tcp" } else { protocol };
-        // Each name is one port of the host, for TCP and for UDP.
+        // A name stands for one host port, which may be forwarded once for TCP and once for UDP.
         let free = |name: &str| !self.ports.iter().any(|(n, p)| n == name && p == protocol);
         let number = if free(inner) {
             inner.to_owned()
@@ -174,7 +177,7 @@ impl Networks {
         Some(format!("{protocol}:{address}:{{port:{number}}}-{guest}"))
     }
 
-    fn tap(&mut self, said: &str, props: &mut Props) -> Option<()> {
+    fn tap(&mut self, shown: &str, props: &mut Props) -> Option<()> {
         let known = [
             "type",
             "id",
@@ -194,32 +197,32 @@ impl Networks {
             "name",
             "netdev",
         ];
-        let mut odd = odd(props, &known);
+        let mut unsupported = unsupported(props, &known);
         let script = props.get("script").unwrap_or("no");
         if script == "no" && props.get("helper").is_none() {
-            odd.insert(0, "no script that makes one for each clone".into());
+            unsupported.insert(0, "no script that sets up a device for each clone".into());
         }
-        self.refuse_odd(said, &odd)?;
-        // Each clone gets a device of its own, which the kernel names.
+        self.refuse_unsupported(shown, &unsupported)?;
+        // Each clone gets its own tap device, whose name the kernel chooses.
         props.remove("ifname");
-        self.shared(said);
+        self.shared(shown);
         Some(())
     }
 
-    fn shared(&mut self, said: &str) {
+    fn shared(&mut self, shown: &str) {
         self.warnings.push(format!(
-            "{said}: guests of clones have the MAC and IP address of the captured one, so their cards are without a link \
-             until somebody sets it"
+            "{shown}: clones have the MAC and IP address of the captured guest, so their links stay down until \
+             they are enabled with QMP set_link"
         ));
     }
 }
 
-/// True for a network on which a guest meets others.
+/// Returns true for a network type that connects the guest to other hosts at layer 2.
 fn is_shared(kind: &str) -> bool {
     matches!(kind, "tap" | "bridge")
 }
 
-/// The names of networks of a command line on which clones would meet the guest that they were.
+/// Returns the names of the networks in a command line that clones share with the captured guest.
 pub fn shared(argv: &[String]) -> Vec<String> {
     let name = |(option, value): (&str, Option<&str>)| {
         let props =
@@ -229,8 +232,8 @@ pub fn shared(argv: &[String]) -> Vec<String> {
     options(argv).into_iter().filter_map(name).collect()
 }
 
-/// Options that are not among the known ones, and those that name a descriptor.
-fn odd(props: &Props, known: &[&str]) -> Vec<String> {
+/// Returns the properties that are not in `known`.
+fn unsupported(props: &Props, known: &[&str]) -> Vec<String> {
     props
         .iter()
         .filter(|(key, _)| !known.contains(key))
@@ -243,7 +246,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn forwards_get_ports_of_their_own() {
+    fn forwards_get_separate_host_ports() {
         let mut all = Networks::default();
         let text =
             "user,id=n0,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp::5353-10.0.2.15:22,hostfwd=tcp::1-:22";
@@ -263,16 +266,16 @@ mod tests {
     }
 
     #[test]
-    fn networks_of_the_host_are_refused_by_name() {
+    fn refuses_host_networks_by_name() {
         for (text, words) in [
             ("tap,id=n0,ifname=tap0,script=no", "no script"),
             ("tap,id=n0", "no script"),
             ("tap,id=n0,fd=3,script=/x", "fd=3"),
-            ("vhost-user,id=n0,chardev=c", "kind vhost-user"),
-            ("socket,id=n0,listen=:1", "kind socket"),
+            ("vhost-user,id=n0,chardev=c", "unsupported network type vhost-user"),
+            ("socket,id=n0,listen=:1", "unsupported network type socket"),
             ("user,id=n0,smb=/srv", "smb=/srv"),
             ("user,id=n0,guestfwd=tcp:1-cmd:x", "guestfwd="),
-            ("user,id=n0,hostfwd=unix:/x-:1", "host forward"),
+            ("user,id=n0,hostfwd=unix:/x-:1", "invalid host forward"),
         ] {
             let mut all = Networks::default();
             assert_eq!(all.option("netdev", text), None, "{text}");

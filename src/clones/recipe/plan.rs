@@ -1,7 +1,7 @@
-//! The command line of a running QEMU → the command line of its clones: purely, from its words alone.
+//! Converts the command line of a running QEMU to that of its clones: a pure function of the arguments and [`Facts`].
 //!
-//! What is not known to be safe once per clone is refused by name: two clones must never write to one
-//! disk, answer to one network address or share one socket.
+//! An option that is not known to be safe for several clones at once is refused by name: two clones must never write to
+//! one disk, use one network address or share one socket.
 
 mod parts;
 
@@ -13,98 +13,101 @@ use super::libvirt::Secrets;
 use super::memory::{self, Memory, Problem};
 use super::network::{Networks, is_nic};
 use super::props::Props;
-use super::rules::{Rule, device_type, is_device_for_clones, is_of_host, rule, unfit, why_not};
+use super::rules::{
+    Rule, device_type, is_device_for_clones, is_host_resource, rule, unsupported_reason, unsupported_value,
+};
 use super::values::placeholders;
 use crate::error::{Error, Result};
 pub use parts::{Blob, Examined, Facts, Plan, Ram, Refusal, Rom};
 
-/// Works out the command line of clones from the one of a running VM, without its program.
+/// Converts the command line of a running VM, without its program name, to that of clones.
 ///
 /// # Errors
-/// A usage error that names everything that clones cannot have, or the text to add for RAM in a shared file.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) with all unsupported options, or with the options to add for RAM
+/// in a shared file.
 pub fn plan(argv: &[String], facts: &Facts) -> Result<Plan> {
     let examined = examine(argv, facts)?;
     examined.error().map_or(Ok(examined.plan), Err)
 }
 
-/// The same, with everything that stands against it.
+/// Same as [`plan`], but returns the obstacles beside the result.
 ///
 /// # Errors
-/// When the command line ends in the middle of an option.
+/// Returns an error if the command line ends before the value of an option.
 pub fn examine(argv: &[String], facts: &Facts) -> Result<Examined> {
-    let mut work = Work::new(facts);
+    let mut converter = Converter::new(facts);
     let mut words = argv.iter().enumerate();
     while let Some((at, word)) = words.next() {
-        work.collect();
-        work.at = Some(at);
+        converter.collect();
+        converter.at = Some(at);
         let Some(option) = word.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else {
-            let option = work.disks.short("hda", word);
-            work.keep_some("drive", option);
+            let option = converter.disks.short("hda", word);
+            converter.keep_some("drive", option);
             continue;
         };
         let mut value = || {
             words
                 .next()
                 .map(|(_, value)| value.as_str())
-                .ok_or_else(|| Error::failed(format!("QEMU's own command line ends after {word}")))
+                .ok_or_else(|| Error::failed(format!("QEMU's command line has no value for {word}")))
         };
         match rule(option) {
-            Rule::Keep(false) => work.keep(option, None),
+            Rule::Keep(false) => converter.keep(option, None),
             Rule::Keep(true) => {
                 let value = value()?;
-                work.note_kept(option, value);
-                work.keep(option, Some(value));
+                converter.note_kept(option, value);
+                converter.keep(option, Some(value));
             }
             Rule::Drop(false) => {}
             Rule::Drop(true) => drop(value()?),
-            Rule::Machine => work.machine(value()?),
-            Rule::Object => work.object(value()?),
-            Rule::Device => work.device(value()?),
-            Rule::Chardev => work.chardev(value()?),
-            Rule::Serial => work.serial(value()?),
-            Rule::Mon => work.mon(value()?),
-            Rule::File => work.file(option, value()?),
+            Rule::Machine => converter.machine(value()?),
+            Rule::Object => converter.object(value()?),
+            Rule::Device => converter.device(value()?),
+            Rule::Chardev => converter.chardev(value()?),
+            Rule::Serial => converter.serial(value()?),
+            Rule::Mon => converter.mon(value()?),
+            Rule::File => converter.file(option, value()?),
             Rule::FileIfPath => {
                 let value = value()?;
                 match value.contains('/') {
-                    true => work.file(option, value),
-                    false => work.keep(option, Some(value)),
+                    true => converter.file(option, value),
+                    false => converter.keep(option, Some(value)),
                 }
             }
-            Rule::Firmware => work.firmware(option, value()?),
-            Rule::Parallel => work.parallel = Some(if value()? == "none" { "none" } else { "null" }),
+            Rule::Firmware => converter.firmware(option, value()?),
+            Rule::Parallel => converter.parallel = Some(if value()? == "none" { "none" } else { "null" }),
             Rule::Network => {
-                let changed = work.networks.option(option, value()?);
-                work.keep_some(option, changed);
+                let changed = converter.networks.option(option, value()?);
+                converter.keep_some(option, changed);
             }
-            Rule::Audio => work.audio(value()?),
+            Rule::Audio => converter.audio(value()?),
             Rule::Drive => {
                 let value = value()?;
-                let changed = work.disks.drive(value, &format!("-drive {value}"));
-                work.keep_some("drive", changed);
+                let changed = converter.disks.drive(value, &format!("-drive {value}"));
+                converter.keep_some("drive", changed);
             }
             Rule::Disk => {
-                let changed = work.disks.short(option, value()?);
-                work.keep_some("drive", changed);
+                let changed = converter.disks.short(option, value()?);
+                converter.keep_some("drive", changed);
             }
             Rule::Blockdev => {
                 let value = value()?;
-                work.name(value, "driver", "node-name");
-                work.disks.blockdev(value);
+                converter.name(value, "driver", "node-name");
+                converter.disks.blockdev(value);
             }
-            Rule::Refuse(what) => {
+            Rule::Refuse(reason) => {
                 let value = value()?;
-                work.refuse(format!("-{option} {value}: {what}"));
+                converter.refuse(format!("-{option} {value}: {reason}"));
             }
-            Rule::Unknown => work.refuse(format!("-{option}, which is not known to be safe for clones")),
+            Rule::Unknown => converter.refuse(format!("-{option}: unknown option")),
         }
     }
-    work.collect();
-    work.at = None;
-    Ok(work.finish())
+    converter.collect();
+    converter.at = None;
+    Ok(converter.finish())
 }
 
-struct Work<'a> {
+struct Converter<'a> {
     facts: &'a Facts,
     argv: Vec<String>,
     ram: Vec<Ram>,
@@ -122,9 +125,9 @@ struct Work<'a> {
     secrets: Secrets,
     refused: Vec<Refusal>,
     ram_problems: Vec<Refusal>,
-    /// Where the option is that is looked at.
+    /// Index of the current option.
     at: Option<usize>,
-    /// Where options are that are looked at later, by id.
+    /// Indexes of the options that are converted at the end, by id.
     named: Vec<(String, usize)>,
     nodefaults: bool,
     machine_given: bool,
@@ -133,9 +136,9 @@ struct Work<'a> {
     prealloc: bool,
 }
 
-impl<'a> Work<'a> {
+impl<'a> Converter<'a> {
     fn new(facts: &'a Facts) -> Self {
-        Work {
+        Converter {
             facts,
             argv: vec![],
             ram: vec![],
@@ -179,7 +182,7 @@ impl<'a> Work<'a> {
         self.refused.push(Refusal { at: self.at, what });
     }
 
-    /// Takes over what was refused of disks and networks in the option that is looked at.
+    /// Takes over the refusals of disks and networks for the current option.
     fn collect(&mut self) {
         let all = [&mut self.disks.refused, &mut self.networks.refused];
         let all: Vec<String> = all.into_iter().flat_map(std::mem::take).collect();
@@ -191,7 +194,7 @@ impl<'a> Work<'a> {
         self.named.extend(id.zip(self.at));
     }
 
-    /// Refuses what the option with that id has.
+    /// Records a refusal of the option with this id.
     fn refuse_named(&mut self, id: &str, what: String) {
         let at = self.named.iter().find(|(name, _)| name == id).map(|(_, at)| *at);
         self.refused.push(Refusal { at, what });
@@ -199,15 +202,15 @@ impl<'a> Work<'a> {
 
     fn note_kept(&mut self, option: &str, value: &str) {
         if let Some(name) = placeholders(value).next() {
-            self.refuse(format!("-{option} {value}, in which {{{name}}} would be filled in"));
+            self.refuse(format!("-{option} {value}: {{{name}}} would be taken for a placeholder"));
         }
-        if let Some(why) = unfit(option, value) {
+        if let Some(why) = unsupported_value(option, value) {
             self.refuse(format!("-{option} {value}: {why}"));
         }
         if option == "m" {
             let size = Props::parse(value, "size");
             size.as_ref().and_then(|p| p.get("size")).unwrap_or(value).clone_into(&mut self.size);
-            // Of -m a number alone means MiB, of an object bytes.
+            // A bare number means MiB in -m, but bytes in an object.
             if self.size.bytes().all(|b| b.is_ascii_digit()) {
                 self.size.push('M');
             }
@@ -218,7 +221,7 @@ impl<'a> Work<'a> {
         let props = Props::parse(text, implied);
         match &props {
             Some(props) if !props.has_braces() => {}
-            _ => self.refuse(format!("-{option} {text}, which cannot be taken apart")),
+            _ => self.refuse(format!("-{option} {text}: cannot parse its properties")),
         }
         props
     }
@@ -248,7 +251,7 @@ impl<'a> Work<'a> {
         let id = props.get("id").unwrap_or_default().to_owned();
         match kind.as_str() {
             "rng-random" | "rng-builtin" | "iothread" => self.keep("object", Some(&props.render("qom-type"))),
-            // Left out, if nothing that stays needs it.
+            // Dropped, unless a remaining option refers to the secret (checked at the end).
             "secret" => self.secrets.add(id),
             _ if memory::is_memory(&kind) => {
                 let prealloc = memory::is_on(props.get("prealloc"));
@@ -272,20 +275,20 @@ impl<'a> Work<'a> {
         let driver = device_type(props.get("driver").unwrap_or_default()).to_owned();
         props.set("driver", &driver);
         if driver.starts_with("vhost-vsock") {
-            // Each clone's QEMU opens the device itself.
+            // The QEMU of each clone opens /dev/vhost-vsock itself.
             props.remove("vhostfd");
         }
         let id = props.get("id").map(|id| format!(" ({id})")).unwrap_or_default();
         if !is_device_for_clones(&driver) {
-            return self.refuse(format!("device {driver}{id}{}", why_not(&driver)));
+            return self.refuse(format!("device {driver}{id}{}", unsupported_reason(&driver)));
         }
-        if let Some((key, value)) = props.iter().find(|(key, value)| is_of_host(key, value)) {
+        if let Some((key, value)) = props.iter().find(|(key, value)| is_host_resource(key, value)) {
             return self.refuse(format!("device {driver}{id} with {key}={value}"));
         }
         if driver == "nvdimm"
-            && let Some(against) = memory::nvdimm(&props, &self.roms)
+            && let Some(refusal) = memory::nvdimm(&props, &self.roms)
         {
-            return self.refuse(against);
+            return self.refuse(refusal);
         }
         if driver == "vmgenid" {
             props.set("guid", "auto");
@@ -317,7 +320,7 @@ impl<'a> Work<'a> {
         self.chardevs.push((props.get("id").unwrap_or_default().to_owned(), Some(props)));
     }
 
-    /// Options whose files go into the template, and whose identity is each clone's own.
+    /// Converts a firmware option: its files go into the template, its UUID becomes a placeholder.
     fn firmware(&mut self, option: &str, text: &str) {
         let Some(mut props) = self.props(option, text, if option == "fw_cfg" { "name" } else { "type" })
         else {
@@ -341,7 +344,7 @@ impl<'a> Work<'a> {
         props.lead_with("driver");
         match props.get("driver") {
             Some("none") => self.keep("audiodev", Some(&props.render("driver"))),
-            _ => self.refuse(format!("-audiodev {text}: a thing of the host")),
+            _ => self.refuse(format!("-audiodev {text}: a host resource")),
         }
     }
 
@@ -363,7 +366,7 @@ impl<'a> Work<'a> {
                     self.serials += 1;
                     self.keep("serial", Some(&changed));
                 }
-                None => self.refuse(format!("-serial {value}: a line of the host")),
+                None => self.refuse(format!("-serial {value}: a host resource")),
             },
         }
     }
@@ -400,7 +403,7 @@ impl<'a> Work<'a> {
             let backend = props.get("backend").unwrap_or_default();
             match chars::kind(backend) {
                 Some(kind) => self.keep("chardev", Some(&chars::option(&id, kind, &props))),
-                None => self.refuse_named(&id, format!("-chardev {backend},id={id}: a thing of the host")),
+                None => self.refuse_named(&id, format!("-chardev {backend},id={id}: a host resource")),
             }
         }
         self.secrets.needed(&self.argv).into_iter().for_each(|what| self.refuse(what));
@@ -433,7 +436,7 @@ impl<'a> Work<'a> {
         let mut warnings = self.warnings();
         warnings.append(&mut self.networks.warnings);
         let devices = self.devices.len() + self.disks.devices;
-        let Work { argv, ram, roms, blobs, .. } = self;
+        let Converter { argv, ram, roms, blobs, .. } = self;
         Examined {
             plan: Plan { argv, ram, roms, blobs, disks, devices, warnings },
             ram_problems: self.ram_problems,
@@ -448,26 +451,25 @@ impl<'a> Work<'a> {
         let mut warnings = vec![];
         if !self.devices.iter().any(|d| d == "vmgenid") {
             warnings.push(
-                "the VM has no vmgenid: its clones cannot see that they are copies; start it with -device vmgenid,guid=auto"
+                "the VM has no vmgenid: guests cannot detect that they were cloned; start the VM with -device \
+                 vmgenid,guid=auto"
                     .to_owned(),
             );
         }
         if !self.devices.iter().any(|d| d.starts_with("virtio-rng")) {
             warnings.push(
-                "the VM has no virtio-rng: its clones draw random numbers from one state; start it with \
+                "the VM has no virtio-rng: clones continue from one random number state; start the VM with \
                  -object rng-random,id=rng0,filename=/dev/urandom -device virtio-rng-pci,rng=rng0"
                     .to_owned(),
             );
         }
         for pair in self.argv.windows(2).filter(|pair| pair[0] == "-L") {
-            warnings.push(format!(
-                "clones look for firmware in {} too, on whichever host they run (-L)",
-                pair[1]
-            ));
+            warnings
+                .push(format!("clones search {} for firmware on the host that they run on (-L)", pair[1]));
         }
         if self.prealloc {
             warnings
-                .push("prealloc is left out for clones: it would copy every page of the template".to_owned());
+                .push("prealloc is removed for clones: it would copy every page of the template".to_owned());
         }
         warnings
     }

@@ -1,17 +1,18 @@
-//! QEMU's `first,key=value,…` property strings, and their JSON form.
+//! QEMU property strings, `first,key=value,…`, and their JSON form.
 
 use serde_json::Value;
 
-/// The properties of one `-object`, `-device`, `-machine` or `-chardev`, in their order.
+/// The properties of one `-object`, `-device`, `-machine` or `-chardev`, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Props {
     list: Vec<(String, String)>,
 }
 
 impl Props {
-    /// Reads one argument; `implied` is the key of a first word without one (`qom-type`, `driver`, `type`).
-    /// Objects within JSON become dotted keys, as QEMU reads them. `None` when it is JSON with other lists than
-    /// those of strings.
+    /// Parses one argument; `implied` is the key of a first word without a key (`qom-type`, `driver`, `type`).
+    ///
+    /// Nested JSON objects become dotted keys, as in QEMU. Returns `None` for invalid JSON, or JSON with lists of
+    /// anything but strings.
     pub fn parse(text: &str, implied: &str) -> Option<Props> {
         if text.trim_start().starts_with('{') {
             let Value::Object(object) = serde_json::from_str(text).ok()? else { return None };
@@ -24,7 +25,7 @@ impl Props {
             let pair = match word.split_once('=') {
                 Some((key, value)) => (key.to_owned(), value.to_owned()),
                 None if number == 0 => (implied.to_owned(), word),
-                // `share` alone means `share=on`, `noshare` is not QEMU's any more.
+                // `share` alone means `share=on`; QEMU has removed the negated form `noshare`.
                 None => (word, "on".to_owned()),
             };
             list.push(pair);
@@ -32,12 +33,12 @@ impl Props {
         Some(Props { list })
     }
 
-    /// The value of a key; the last one counts, as in QEMU.
+    /// Returns the value of a key; the last value wins, as in QEMU.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.list.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 
-    /// Sets a key, at its first place or at the end.
+    /// Sets a key at its first position, or appends it. Removes further values of the key.
     pub fn set(&mut self, key: &str, value: &str) {
         let place = self.list.iter().position(|(k, _)| k == key);
         self.list.retain({
@@ -50,29 +51,30 @@ impl Props {
         }
     }
 
-    /// Keys and values in their order; a key may come more than once.
+    /// Returns keys and values in order; a key may occur more than once.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.list.iter().map(|(key, value)| (key.as_str(), value.as_str()))
     }
 
-    /// The values of a key that may come more than once, to be changed.
+    /// Returns the values of a key that may occur more than once, mutably.
     pub fn all_mut<'a>(&'a mut self, key: &'a str) -> impl Iterator<Item = &'a mut String> {
         self.list.iter_mut().filter(move |(k, _)| k == key).map(|(_, value)| value)
     }
 
-    /// True when a value would be taken for a placeholder.
+    /// Returns true if a value has braces, so that it could be taken for a placeholder.
     pub fn has_braces(&self) -> bool {
         self.list.iter().any(|(_, value)| value.contains(['{', '}']))
     }
 
-    /// Leaves a key out.
+    /// Removes a key.
     pub fn remove(&mut self, key: &str) {
         self.list.retain(|(k, _)| k != key);
     }
 
-    /// As text for the command line. Values that are placeholders stay as they are; they are escaped when filled.
+    /// Returns the properties in the plain form. Placeholders stay as they are; their values are escaped when filled
+    /// in.
     pub fn render(&self, implied: &str) -> String {
-        // The plain form takes every property that the JSON form has, so one form is enough.
+        // The plain form can express every property of the JSON form.
         let mut words = vec![];
         for (number, (key, value)) in self.list.iter().enumerate() {
             let value = value.replace(',', ",,");
@@ -85,7 +87,7 @@ impl Props {
         words.join(",")
     }
 
-    /// Brings the implied key to the front, where the plain form wants it.
+    /// Moves the implied key to the front, as the plain form requires.
     pub fn lead_with(&mut self, implied: &str) {
         if let Some(place) = self.list.iter().position(|(k, _)| k == implied) {
             let first = self.list.remove(place);
@@ -94,7 +96,7 @@ impl Props {
     }
 }
 
-/// Splits at single commas; two commas are one within a word.
+/// Splits at single commas; `,,` is a literal comma.
 fn split(text: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut chars = text.chars().peekable();
@@ -117,7 +119,8 @@ fn split(text: &str) -> Vec<String> {
     words
 }
 
-/// The pairs of an object; `None` for lists that are not of QEMU's string objects (`[{"str": …}]`).
+/// Appends the pairs of a JSON object; returns `None` for lists that do not consist of QEMU's string objects (`[{"str":
+/// …}]`).
 fn flatten(
     prefix: &str,
     object: serde_json::Map<String, Value>,
@@ -133,7 +136,7 @@ fn flatten(
                     list.push((key.clone(), text.to_owned()));
                 }
             }
-            // As in a block node without backing file.
+            // `"backing": null` is a block node without a backing file.
             Value::Null => {}
             value => list.push((key, plain(value)?)),
         }
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn json_reads_as_the_plain_form() {
+    fn json_form_equals_the_plain_form() {
         let text = r#"{"id":"ram0","qom-type":"memory-backend-file","size":4096,"share":true}"#;
         let mut props = Props::parse(text, "qom-type").unwrap();
         props.lead_with("qom-type");

@@ -1,71 +1,73 @@
-//! What becomes of each option and device of a QEMU when its command line becomes one of clones.
+//! Rules for the conversion of QEMU options and devices to those of clones.
 
 use super::props::Props;
 
-/// What happens to an option of QEMU's.
+/// The conversion of one QEMU option.
 pub enum Rule {
-    /// Kept; true: with a value.
+    /// Keeps the option; `true` if it takes a value.
     Keep(bool),
-    /// Left out, or replaced at the end; true: with a value.
+    /// Drops the option, or replaces it at the end; `true` if it takes a value.
     Drop(bool),
-    /// Its type is pinned.
+    /// Keeps the machine, with its type pinned to a version.
     Machine,
-    /// RAM backends become templates.
+    /// Converts memory backends to files of the template.
     Object,
-    /// Only devices that need nothing of the host.
+    /// Keeps a device that needs no host resource.
     Device,
-    /// Those of monitors go, others become files.
+    /// Drops the character devices of monitors and redirects all others into the clone's directory.
     Chardev,
-    /// Becomes a file.
+    /// Redirects a serial line into the clone's directory.
     Serial,
-    /// Goes, and its chardev with it.
+    /// Drops a monitor with its character device.
     Mon,
-    /// Its value is a file that goes into the template under the option's name.
+    /// Stores the file that is the value in the template, under the option's name.
     File,
-    /// The same, where it is a path; else kept.
+    /// Same as `File` if the value is a path, same as `Keep` otherwise.
     FileIfPath,
-    /// A network.
+    /// Converts a network.
     Network,
-    /// Kept where it is nothing of the host's.
+    /// Keeps an audio backend without host resources.
     Audio,
-    /// A disk in full.
+    /// Converts a disk with properties.
     Drive,
-    /// A disk by its file alone.
+    /// Converts a disk that is named by its file alone.
     Disk,
-    /// A block node.
+    /// Converts a block node.
     Blockdev,
-    /// Kept; what identifies the machine is each clone's own, a file goes into the template.
+    /// Keeps the option; its files go into the template, its UUID becomes a placeholder.
     Firmware,
-    /// A parallel port, that goes nowhere.
+    /// Connects a parallel port to nothing.
     Parallel,
-    /// Refused as what it names.
+    /// Refuses the option for this reason.
     Refuse(&'static str),
-    /// Refused by name.
+    /// Refuses the option as unknown.
     Unknown,
 }
 
-/// Why clones cannot have this value of an option that is kept otherwise.
-pub fn unfit(option: &str, value: &str) -> Option<String> {
+/// Returns the reason why this value of a kept option is unsupported for clones.
+pub fn unsupported_value(option: &str, value: &str) -> Option<String> {
     let props = Props::parse(value, "")?;
-    // Files of the host: one that QEMU writes, and one that only firmware shows.
+    // Host files that are not stored in the template: a replay log that QEMU writes, a picture that firmware shows.
     let of_host: &[&str] = match option {
         "icount" => &["rr", "rrfile"],
         "boot" => &["splash"],
         _ => &[],
     };
     let key = of_host.iter().find(|key| props.get(key).is_some());
-    key.map(|key| format!("{key}= names a file of the host")).or_else(|| locks_memory(option, value))
+    key.map(|key| format!("{key}= names a host file")).or_else(|| locks_memory(option, value))
 }
 
-/// `mlockall(2)` populates a private mapping by write faults, so that nothing of the template is shared. With `on-fault`
-/// only what the guest touches is locked, and a page that is read stays the template's.
+/// Returns the reason against an `-overcommit` that locks memory.
+///
+/// `mlockall(2)` populates a private mapping with write faults, which copy every page of the template. With
+/// `mem-lock=on-fault` the kernel locks only pages that the guest touches, and a page that is only read stays shared.
 pub fn locks_memory(option: &str, value: &str) -> Option<String> {
     let props = Props::parse(value, "").filter(|_| option == "overcommit")?;
     let locks = !matches!(props.get("mem-lock")?, "off" | "no" | "false" | "n" | "on-fault");
-    locks.then(|| "each clone would copy all RAM of its template to lock it".to_owned())
+    locks.then(|| "locking memory would copy all RAM of the template in each clone".to_owned())
 }
 
-/// The rule of an option, without its dashes.
+/// Returns the rule of an option, given without its dashes.
 pub fn rule(option: &str) -> Rule {
     match option {
         "enable-kvm" | "nodefaults" | "no-user-config" | "nographic" | "no-reboot" | "no-shutdown"
@@ -92,23 +94,23 @@ pub fn rule(option: &str) -> Rule {
         "hda" | "hdb" | "hdc" | "hdd" | "cdrom" | "fda" | "fdb" | "sd" | "pflash" => Rule::Disk,
         "mtdblock" => Rule::Refuse("a disk"),
         "net" | "nic" | "netdev" => Rule::Network,
-        "fsdev" | "virtfs" => Rule::Refuse("a shared folder"),
-        "loadvm" | "readconfig" | "set" => Rule::Refuse("settings from elsewhere"),
+        "fsdev" | "virtfs" => Rule::Refuse("a shared directory"),
+        "loadvm" | "readconfig" | "set" => Rule::Refuse("settings from another source"),
         "audiodev" => Rule::Audio,
         "tpmdev" | "usbdevice" | "audio" | "spice" | "chroot" | "runas" | "run-with" => {
-            Rule::Refuse("a thing of the host")
+            Rule::Refuse("a host resource")
         }
         _ => Rule::Unknown,
     }
 }
 
-/// The options of a command line, without their dashes, each with its value. Of an option that is not known the next
-/// word is the value, unless it is an option.
+/// Splits a command line into options, without their dashes, and their values. The word after an unknown option is its
+/// value, unless that word is an option.
 pub fn options(argv: &[String]) -> Vec<(&str, Option<&str>)> {
     let mut words = argv.iter().map(String::as_str).peekable();
     let mut options = vec![];
     while let Some(word) = words.next() {
-        // A word alone is a disk.
+        // A word without an option is a disk image.
         let Some(option) = word.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else { continue };
         let value = match rule(option) {
             Rule::Keep(false) | Rule::Drop(false) => None,
@@ -120,10 +122,10 @@ pub fn options(argv: &[String]) -> Vec<(&str, Option<&str>)> {
     options
 }
 
-/// Devices that need nothing of the host, so that every clone may have its own.
+/// Devices that need no host resource, so that every clone can have its own.
 const DEVICES: [&str; 62] = [
     "vmgenid",
-    // Only where its memory is a ROM, see memory.rs.
+    // Only if its memory is a ROM, see memory.rs.
     "nvdimm",
     "virtio-rng-pci",
     "virtio-rng-pci-non-transitional",
@@ -187,30 +189,30 @@ const DEVICES: [&str; 62] = [
     "vhost-vsock-pci",
 ];
 
-/// Why clones cannot have a device that is not among these.
-pub fn why_not(driver: &str) -> &'static str {
+/// Returns the reason why a device is unsupported for clones, as a suffix of the refusal; empty if no reason is known.
+pub fn unsupported_reason(driver: &str) -> &'static str {
     if driver.starts_with("vhost-user") {
-        ": its other end is a process of the host that shares the RAM"
+        ": its back end is a host process that needs shared RAM"
     } else if driver.starts_with("vhost-vdpa") || driver.starts_with("vfio") || driver == "usb-host" {
-        ": a device of the host"
+        ": a host device"
     } else if driver.starts_with("tpm-") {
-        ": a TPM, whose state is not the clone's"
+        ": a TPM, whose state cannot be cloned"
     } else if driver.contains("9p") || driver.contains("user-fs") {
-        ": a shared folder"
+        ": a shared directory"
     } else if driver.contains("balloon") || driver.contains("virtio-mem") {
-        ": it gives pages of the template back to the host"
+        ": returns template pages to the host"
     } else {
         ""
     }
 }
 
-/// Properties of a device that name something of the host.
-pub fn is_of_host(key: &str, value: &str) -> bool {
+/// Returns true for a device property that refers to a host resource.
+pub fn is_host_resource(key: &str, value: &str) -> bool {
     matches!(key, "vhostfd" | "vhost-fd" | "fd" | "host" | "hostdev" | "sysfsdev")
         || (key == "romfile" && !value.is_empty())
 }
 
-/// The type of a device that QEMU also knows by a shorter name.
+/// Resolves QEMU's aliases of device types; returns other names unchanged.
 pub fn device_type(driver: &str) -> &str {
     match driver {
         "ac97" => "AC97",
@@ -236,12 +238,12 @@ pub fn device_type(driver: &str) -> &str {
     }
 }
 
-/// True for a device that clones may have, by its type.
+/// Returns true for a device type that is supported for clones.
 pub fn is_device_for_clones(driver: &str) -> bool {
     DEVICES.contains(&driver) || super::network::is_nic(driver)
 }
 
-/// For an option that is of the machine or its memory: the key of its first word without one.
+/// Returns the implied key of the first word of an option that describes the machine or its memory.
 pub fn implied(option: &str) -> Option<&'static str> {
     match option {
         "M" | "machine" | "numa" => Some("type"),

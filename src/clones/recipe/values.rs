@@ -1,4 +1,4 @@
-//! Placeholders of recipes and commands, and the values of one clone.
+//! Placeholders in recipes and commands, and their values for one clone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -8,15 +8,15 @@ use crate::error::{Error, Result};
 /// Placeholders without an argument.
 const PLAIN: [&str; 8] = ["memory", "state", "id", "index", "dir", "mac", "cid", "uuid"];
 
-/// Placeholders with one: `{file:NAME}`…
+/// Placeholders with an argument: `{file:NAME}`…
 const NAMED: [&str; 4] = ["file", "disk", "port", "mac"];
 
-/// The placeholders in a text, without their braces. Other braces are text.
+/// Returns the placeholders in a text, without their braces. All other braces are literal text.
 pub fn placeholders(text: &str) -> impl Iterator<Item = &str> {
     in_braces(text).filter(|name| is_placeholder(name))
 }
 
-/// What stands in braces, looks like a placeholder, and is none: `{prot:80}`, `{uid}`.
+/// Returns the words in braces that look like a placeholder and are unknown: `{prot:80}`, `{uid}`.
 pub fn misspelt(text: &str) -> impl Iterator<Item = &str> {
     in_braces(text).filter(|name| {
         let word = name.split_once(':').map_or(*name, |(kind, _)| kind);
@@ -39,17 +39,17 @@ fn is_placeholder(name: &str) -> bool {
     PLAIN.contains(&name) || name.split_once(':').is_some_and(|(kind, of)| NAMED.contains(&kind) && sane(of))
 }
 
-/// What must be made for a clone before its command line can be filled in.
+/// Resources that a command line needs before its placeholders can be filled in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Names of ports.
+    /// Names of the ports in `{port:NAME}`.
     pub ports: BTreeSet<String>,
-    /// Names of disks.
+    /// Names of the disks in `{disk:NAME}`.
     pub disks: BTreeSet<String>,
 }
 
 impl Needs {
-    /// What these arguments name.
+    /// Collects the ports and disks that these arguments name.
     pub fn of<'a>(argv: impl IntoIterator<Item = &'a String>) -> Needs {
         let mut needs = Needs::default();
         for name in argv.into_iter().flat_map(|arg| placeholders(arg)) {
@@ -63,16 +63,16 @@ impl Needs {
     }
 }
 
-/// What happens to a value when it is filled in.
+/// How a value is escaped when it is filled in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Escape {
-    /// It is taken as it is.
+    /// The value is inserted unchanged.
     None,
-    /// Its commas are doubled, as QEMU's property strings want it.
+    /// Commas are doubled, as QEMU's property strings require.
     DoubleCommas,
 }
 
-/// The values of one clone.
+/// Placeholder values of one clone.
 #[derive(Debug, Clone)]
 pub struct Values {
     by_name: BTreeMap<String, String>,
@@ -80,7 +80,7 @@ pub struct Values {
 }
 
 impl Values {
-    /// Values of a clone of that template; `files` are its files with their paths below the mount.
+    /// Creates the values of a clone of `template`; `files` are pairs of a file name and its path below the mount.
     pub fn new(template: &str, files: &[(String, String)]) -> Values {
         let mut by_name = BTreeMap::new();
         for (name, path) in files {
@@ -92,7 +92,7 @@ impl Values {
         Values { by_name, template: template.to_owned() }
     }
 
-    /// Adds who this clone is.
+    /// Adds the clone's id, index and directory.
     #[must_use]
     pub fn of_clone(mut self, id: &str, index: u32, dir: &Path) -> Values {
         self.by_name.insert("id".into(), id.to_owned());
@@ -101,21 +101,22 @@ impl Values {
         self
     }
 
-    /// Adds one more value.
+    /// Adds a value.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<String>) -> Values {
         self.by_name.insert(name.to_owned(), value.into());
         self
     }
 
-    /// One value.
+    /// Returns the value of a placeholder.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.by_name.get(name).map(String::as_str)
     }
 
-    /// The same as variables of the environment: `STENCIL_MEMORY`, `STENCIL_STATE`, `STENCIL_ID`…;
-    /// a further file is `STENCIL_FILE_` and its name with `_` for everything but letters and digits; so are ports
-    /// (`STENCIL_PORT_80`), disks and further MAC addresses.
+    /// Returns the values as environment variables: `STENCIL_MEMORY`, `STENCIL_STATE`, `STENCIL_ID`…
+    ///
+    /// Placeholders with an argument become `STENCIL_FILE_NAME`, `STENCIL_PORT_80` and so on, with `_` for every
+    /// character that is not an ASCII letter or digit.
     pub fn variables(&self) -> impl Iterator<Item = (String, &str)> {
         let name = |key: &str| {
             let safe = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
@@ -124,10 +125,11 @@ impl Values {
         self.by_name.iter().map(move |(key, value)| (name(key), value.as_str()))
     }
 
-    /// Fills the placeholders of one argument. Braces that are no placeholder stay.
+    /// Fills in the placeholders of one argument. All other braces stay as they are.
     ///
     /// # Errors
-    /// A usage error when a placeholder names a file or a disk that the template does not have.
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) if a placeholder names a file or disk that the template does
+    /// not have.
     pub fn fill(&self, text: &str, escape: Escape) -> Result<String> {
         let mut filled = String::with_capacity(text.len());
         let mut rest = text;
@@ -151,10 +153,10 @@ impl Values {
                     "{{{name}}}: template {} has no file '{file}'",
                     self.template
                 ))
-                .remedy("see its files with `stencil inspect`"));
+                .remedy("list the files of the template with `stencil inspect`"));
             } else if name.starts_with("disk:") && is_placeholder(name) {
                 return Err(Error::usage(format!("{{{name}}}: template {} has no such disk", self.template))
-                    .remedy("see the disks of its recipe with `stencil inspect --recipe`"));
+                    .remedy("list the disks of the recipe with `stencil inspect --recipe`"));
             } else {
                 filled.push('{');
                 rest = &from[1..];
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn known_placeholders_are_filled_others_stay() {
+    fn fills_known_placeholders_and_keeps_other_braces() {
         let values = values();
         assert_eq!(values.fill("x {id}-{index} {dir}", Escape::None).unwrap(), "x c1-3 /run/c1");
         assert_eq!(values.fill("p={memory}", Escape::DoubleCommas).unwrap(), "p=/m,,n/memory");
@@ -189,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn placeholders_are_found_and_nothing_else() {
+    fn finds_only_valid_placeholders() {
         let text = "a={mac},b={port:80} {x} {port:} {{disk:root}} {id {file:a/b} {mac:1}";
         let found: Vec<_> = placeholders(text).collect();
         assert_eq!(found, ["mac", "port:80", "disk:root", "mac:1"]);
@@ -202,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_help_of_clone_lists_every_placeholder() {
+    fn help_of_clone_lists_every_placeholder() {
         use clap::CommandFactory;
         let cli = crate::cli::Cli::command();
         let clone = cli.find_subcommand("clone").unwrap();
@@ -218,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_have_names_of_the_shell() {
+    fn environment_variables_have_valid_shell_names() {
         let values = values();
         let all: Vec<_> = values.variables().collect();
         assert!(all.contains(&("STENCIL_MEMORY".to_owned(), "/m,n/memory")));

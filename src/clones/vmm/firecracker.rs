@@ -1,4 +1,4 @@
-//! The body of Firecracker's `PUT /snapshot/load`.
+//! The request body of Firecracker's `PUT /snapshot/load`.
 
 use serde_json::json;
 
@@ -7,18 +7,20 @@ use crate::error::{Error, Result};
 use crate::store::FirecrackerState;
 
 pub(super) fn paste(template: &Served) -> Result<Paste> {
-    let memory = template.one_ram("Firecracker", "loads one")?;
+    let memory = template.one_ram("Firecracker loads only one memory file")?;
     let (Some(state), Some(head)) = (template.state(), &template.state_head) else {
         return Err(Error::usage(format!(
-            "template {} has no file 'state', which Firecracker loads",
+            "template {} has no file 'state', which Firecracker requires",
             template.name
         ))
-        .remedy("import it with its state: stencil import MEMORY NAME --state STATE --format firecracker"));
+        .remedy(
+            "import the snapshot with its state: stencil import MEMORY NAME --state STATE --format firecracker",
+        ));
     };
     let header = FirecrackerState::header(head).map_err(|why| {
         Error::usage(format!("the state of template {} {why}", template.name))
             .at(state)
-            .remedy("name a template that was imported with --format firecracker")
+            .remedy("choose a template that was imported with --format firecracker")
     })?;
     let body = json!({
         "snapshot_path": state,
@@ -28,14 +30,14 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
     let text = serde_json::to_string_pretty(&body).unwrap_or_default();
     let notes = vec![
         format!(
-            "snapshot version {} on {}; Firecracker loads it before anything else is configured: curl --unix-socket \
-             SOCKET -X PUT http://localhost/snapshot/load -H 'Content-Type: application/json' -d @BODY",
+            "snapshot version {} for {}; load it before any other configuration: curl --unix-socket SOCKET -X PUT \
+             http://localhost/snapshot/load -H 'Content-Type: application/json' -d @BODY",
             header.version, header.machine
         ),
-        "disks, network devices and the vsock socket are opened at the paths that the snapshot has; network_overrides and \
-         vsock_override name others, which guests of one snapshot need"
+        "Firecracker opens disks, network devices and the vsock socket at the paths in the snapshot; to run several \
+         guests of one snapshot, set network_overrides and vsock_override"
             .to_owned(),
-        "a snapshot of a guest with huge_pages \"2M\" cannot be loaded from a file".to_owned(),
+        "Firecracker cannot load the snapshot of a guest with huge_pages \"2M\" from a file".to_owned(),
     ];
     Ok(Paste { text, argv: None, body: Some(body), notes })
 }
@@ -47,7 +49,7 @@ mod tests {
     use crate::store::FileKind::{Blob, Ram};
 
     #[test]
-    fn only_its_own_state_is_loaded() {
+    fn requires_a_firecracker_state() {
         let mut template = served(&[("memory", Ram, 64), ("state", Blob, 1)]);
         template.state_head = Some(b"\0\0\0\x64\x86\x84\x19\x10\x07\x068.0.0".to_vec());
         assert!(paste(&template).unwrap_err().to_string().contains("no readable version"));

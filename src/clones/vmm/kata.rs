@@ -1,13 +1,13 @@
-//! A script for `path` of Kata's `[hypervisor.qemu]`.
+//! A wrapper script for `path` in Kata's `[hypervisor.qemu]`.
 
 use super::{Paste, Served, shell_word};
 use crate::error::Result;
 
-/// The script, with names in `@` for what is the template's.
+/// The script, with `@NAME@` for the values of the template.
 const SCRIPT: &str = include_str!("kata.sh");
 
 pub(super) fn paste(template: &Served) -> Result<Paste> {
-    let memory = template.one_ram("Kata", "has one for its guest")?;
+    let memory = template.one_ram("Kata supports only one RAM file")?;
     let program = template.recipe.as_ref().map_or("/usr/bin/qemu-system-x86_64", |r| &r.program);
     let text = SCRIPT
         .replace("@TEMPLATE@", &template.name)
@@ -16,8 +16,8 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
         .replace("@STATE@", &shell_word(template.state().unwrap_or_default()))
         .replace("@MEMORY@", &shell_word(memory.path));
     let notes = vec![
-        "write it to a file, make it executable, and name it as path of \
-         [hypervisor.qemu]; docs/vmms.md has the whole procedure"
+        "write the script to a file, make the file executable, and set path in [hypervisor.qemu] to that file; \
+         docs/vmms.md has the whole procedure"
             .to_owned(),
     ];
     Ok(Paste { text: text.trim_end().to_owned(), argv: None, body: None, notes })

@@ -1,12 +1,12 @@
-//! A libvirt domain: libvirt has no word for `readonly=on,rom=off`, so the memory is given through
-//! `<qemu:commandline>`, whose `-machine memory-backend=` comes after libvirt's own and counts.
+//! A libvirt domain: libvirt has no element for `readonly=on,rom=off`, so the memory is defined in
+//! `<qemu:commandline>`, whose `-machine memory-backend=` follows libvirt's own and overrides it.
 
 use super::qemu::of_files;
 use super::{Paste, Served};
 use crate::error::Result;
 
 pub(super) fn paste(template: &Served) -> Result<Paste> {
-    let memory = template.one_ram("libvirt", "makes the memory of NUMA nodes itself")?;
+    let memory = template.one_ram("libvirt creates the memory of NUMA nodes itself")?;
     let line = of_files(template, None)?;
     let name = escape(&template.name.replace([':', '/', '@'], "-"));
     let size = memory.size.get() / 1024;
@@ -21,13 +21,15 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
     }
     text.push_str("  </qemu:commandline>\n</domain>");
     let mut notes = vec![
-        "take over xmlns:qemu, the size of <memory>, <acpi/>, <memballoon model='none'/> and <qemu:commandline>; leave \
-         out <memoryBacking>, and all that needs shared or discardable memory (vhost-user, virtiofs)"
+        "copy xmlns:qemu, the size of <memory>, <acpi/>, <memballoon model='none'/> and <qemu:commandline> into the \
+         domain; remove <memoryBacking> and every device that needs shared or discardable memory (vhost-user, virtiofs)"
             .to_owned(),
-        "the user that libvirt runs QEMU as must be able to open the files: stencil chown, stencil chmod".to_owned(),
+        "the user that runs QEMU for libvirt must be able to open the files: see stencil chown and stencil chmod"
+            .to_owned(),
     ];
     if template.state().is_some() {
-        notes.push("libvirt does not resume device state that it did not save: the guest boots".to_owned());
+        notes
+            .push("libvirt resumes only device state that libvirt saved: the guest boots instead".to_owned());
     }
     Ok(Paste { text, argv: None, body: None, notes })
 }
@@ -55,7 +57,7 @@ mod tests {
     use crate::store::FileKind::Ram;
 
     #[test]
-    fn a_path_cannot_end_the_attribute() {
+    fn escapes_paths_in_attributes() {
         let mut template = served(&[("memory", Ram, 64)]);
         template.values = Values::new("web:1", &[("memory".to_owned(), "/m'/><x a='&".to_owned())]);
         let text = paste(&template).unwrap().text;

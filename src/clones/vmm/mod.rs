@@ -1,4 +1,4 @@
-//! What to paste so that a VMM's guest has a template's memory: purely, from the template's files and recipe.
+//! Configuration that makes a VMM map a template's memory: a pure function of the template's files and recipe.
 
 mod firecracker;
 mod kata;
@@ -12,24 +12,24 @@ use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
 use crate::units::Bytes;
 
-/// Programs that take guest memory from a template.
+/// Programs that can map guest memory from a template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Vmm {
-    /// Its command line.
+    /// QEMU, configured by its command line.
     Qemu,
-    /// The body of its snapshot/load call.
+    /// Firecracker, configured by the body of `PUT /snapshot/load`.
     Firecracker,
-    /// A domain with `<qemu:commandline>`.
+    /// libvirt, configured by a domain with `<qemu:commandline>`.
     Libvirt,
-    /// A script for `path` of `[hypervisor.qemu]`.
+    /// Kata Containers, configured by a script for `path` in `[hypervisor.qemu]`.
     Kata,
 }
 
 impl Vmm {
-    /// All of them.
+    /// All VMMs.
     pub const ALL: [Vmm; 4] = [Vmm::Qemu, Vmm::Firecracker, Vmm::Libvirt, Vmm::Kata];
 
-    /// The word on the command line.
+    /// Returns the value of `--vmm`.
     pub fn name(self) -> &'static str {
         match self {
             Vmm::Qemu => "qemu",
@@ -45,44 +45,44 @@ impl FromStr for Vmm {
 
     fn from_str(text: &str) -> Result<Vmm> {
         Vmm::ALL.into_iter().find(|vmm| vmm.name() == text).ok_or_else(|| {
-            Error::usage(format!("'{text}' is no VMM that is known here"))
+            Error::usage(format!("unknown VMM '{text}'"))
                 .remedy(format!("use one of {}", Vmm::ALL.map(Vmm::name).join(", ")))
         })
     }
 }
 
-/// A template as a mount shows it.
+/// A template as a mount serves it.
 #[derive(Debug, Clone)]
 pub struct Served {
-    /// As it was asked for.
+    /// The tag or digest that the user gave.
     pub name: String,
-    /// Its files.
+    /// Files of the template.
     pub files: Vec<TemplateFile>,
-    /// Their paths below the mount.
+    /// Paths of the files below the mount, as placeholder values.
     pub values: Values,
-    /// How its clones are launched, where it was captured.
+    /// The launch recipe; `None` if the template was not captured.
     pub recipe: Option<Recipe>,
-    /// First bytes of its device state.
+    /// First bytes of the device state.
     pub state_head: Option<Vec<u8>>,
 }
 
-/// What to paste.
+/// The configuration of a VMM, for the user to paste.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Paste {
-    /// The text.
+    /// The configuration as text.
     pub text: String,
-    /// For QEMU: the command line in words, the program first.
+    /// For QEMU: the command line as separate words, beginning with the program.
     pub argv: Option<Vec<String>>,
-    /// For Firecracker: the same as a JSON value.
+    /// For Firecracker: the request body as a JSON value.
     pub body: Option<serde_json::Value>,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
-/// What to paste for that VMM.
+/// Returns the configuration of a VMM for a template.
 ///
 /// # Errors
-/// A usage error that names what stands against it.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) if the VMM cannot use the template.
 pub fn paste(vmm: Vmm, template: &Served) -> Result<Paste> {
     match vmm {
         Vmm::Qemu => qemu::paste(template),
@@ -92,7 +92,7 @@ pub fn paste(vmm: Vmm, template: &Served) -> Result<Paste> {
     }
 }
 
-/// A file with its path.
+/// A memory file with its path.
 #[derive(Debug, Clone, Copy)]
 struct Memory<'a> {
     name: &'a str,
@@ -101,38 +101,40 @@ struct Memory<'a> {
 }
 
 impl Served {
-    /// RAM files: `memory`, then the others by their names, in which `2` is before `10`.
+    /// Returns the RAM files: `memory` first, then the others in natural order of their names (`2` before `10`).
     fn ram(&self) -> Result<Vec<Memory<'_>>> {
         let mut ram = self.of_kind(FileKind::Ram);
-        ram.sort_by_key(|memory| (memory.name != "memory", in_order(memory.name), memory.name));
+        ram.sort_by_key(|memory| (memory.name != "memory", natural_order(memory.name), memory.name));
         if ram.is_empty() {
-            return Err(Error::usage(format!("template {} has no RAM, only {}", self.name, self.names()))
-                .remedy("name a template that was captured, or imported with a memory file"));
-        }
-        if let Some(odd) = ram.iter().find(|memory| !memory.size.get().is_multiple_of(RAM_STEP)) {
             return Err(Error::usage(format!(
-                "RAM file '{}' of template {} has {} bytes, and the RAM of a VM is a multiple of {RAM_STEP}",
-                odd.name,
+                "template {} has no RAM file, only {}",
                 self.name,
-                odd.size.get()
+                self.names()
+            ))
+            .remedy("choose a template that was captured, or imported with a memory file"));
+        }
+        if let Some(unaligned) = ram.iter().find(|memory| !memory.size.get().is_multiple_of(RAM_STEP)) {
+            return Err(Error::usage(format!(
+                "RAM file '{}' of template {} has {} bytes, expected a multiple of {RAM_STEP}",
+                unaligned.name,
+                self.name,
+                unaligned.size.get()
             ))
             .remedy(format!(
-                "fill the source up with zeros and import it again: truncate -s %{RAM_STEP} FILE"
+                "pad the source with zeros (truncate -s %{RAM_STEP} FILE) and import it again"
             )));
         }
         Ok(ram)
     }
 
-    /// Its only RAM file.
-    fn one_ram(&self, who: &str, why: &str) -> Result<Memory<'_>> {
+    /// Returns the only RAM file; `reason` says why the VMM cannot use several.
+    fn one_ram(&self, reason: &str) -> Result<Memory<'_>> {
         match self.ram()?.as_slice() {
             [ram] => Ok(*ram),
-            several => Err(Error::usage(format!(
-                "template {} has {} RAM files, and {who} {why}",
-                self.name,
-                several.len()
-            ))
-            .remedy("use --vmm qemu, which gives each file a NUMA node")),
+            several => {
+                Err(Error::usage(format!("template {} has {} RAM files: {reason}", self.name, several.len()))
+                    .remedy("use --vmm qemu, which maps each file as a NUMA node"))
+            }
         }
     }
 
@@ -149,7 +151,7 @@ impl Served {
         self.values.get(&format!("file:{file}")).unwrap_or_default()
     }
 
-    /// The path of its device state.
+    /// Returns the path of the device state.
     fn state(&self) -> Option<&str> {
         self.files.iter().any(|file| file.name == "state").then(|| self.path("state"))
     }
@@ -159,18 +161,19 @@ impl Served {
     }
 }
 
-/// QEMU rounds the size of a machine up to this, and refuses memory of another size.
+/// Granularity of RAM sizes in bytes: QEMU rounds the size of `-m` up to a multiple, and refuses memory of another
+/// size.
 const RAM_STEP: u64 = 8192;
 
-/// A name as people order it: its runs of digits are numbers.
-fn in_order(name: &str) -> Vec<(usize, &str)> {
+/// Returns the sort key of a name in natural order: runs of digits compare as numbers.
+fn natural_order(name: &str) -> Vec<(usize, &str)> {
     let mut parts = vec![];
     let mut rest = name;
     while let Some(first) = rest.chars().next() {
         let is_number = first.is_ascii_digit();
         let end = rest.find(|c: char| c.is_ascii_digit() != is_number).unwrap_or(rest.len());
         let (part, after) = rest.split_at(end);
-        // Without its zeros the longer number is the greater one. What is no number comes as text does.
+        // Without leading zeros the longer number is the greater one. Text sorts after numbers.
         let part = if is_number { part.trim_start_matches('0') } else { part };
         parts.push((if is_number { part.len() } else { usize::MAX }, part));
         rest = after;
@@ -178,7 +181,7 @@ fn in_order(name: &str) -> Vec<(usize, &str)> {
     parts
 }
 
-/// A word as a shell reads it back.
+/// Quotes a word for a POSIX shell.
 pub fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "%+,-./:=@_".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
@@ -192,7 +195,7 @@ mod tests {
     use super::*;
     use crate::units::Bytes;
 
-    /// A template with files of these kinds and sizes in MiB.
+    /// Creates a template with files of these kinds and sizes in MiB.
     pub(super) fn served(files: &[(&str, FileKind, u64)]) -> Served {
         let file = |&(name, kind, mib): &(&str, FileKind, u64)| {
             let size = Bytes::new(mib << 20);
@@ -205,9 +208,9 @@ mod tests {
     }
 
     #[test]
-    fn numbers_in_names_are_numbers() {
+    fn sorts_names_in_natural_order() {
         let mut names = ["memory-10", "memory-n", "memory-2", "memory-002b", "memory-1", "memory"];
-        names.sort_by_key(|name| in_order(name));
+        names.sort_by_key(|name| natural_order(name));
         assert_eq!(names, ["memory", "memory-1", "memory-2", "memory-002b", "memory-10", "memory-n"]);
         let files: Vec<_> = (1..=12).rev().map(|n| format!("memory-{n}")).chain(["memory".into()]).collect();
         let files: Vec<_> = files.iter().map(|name| (name.as_str(), FileKind::Ram, 2)).collect();
@@ -218,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn ram_of_a_size_that_no_machine_has_is_refused() {
+    fn refuses_unaligned_ram_size() {
         let mut template = served(&[("memory", FileKind::Ram, 2), ("memory-1", FileKind::Ram, 2)]);
         template.files[1].size = Bytes::new((2 << 20) + 4096);
         let error = paste(Vmm::Qemu, &template).unwrap_err().to_string();
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn words_survive_a_shell() {
+    fn quotes_words_for_a_shell() {
         assert_eq!(shell_word("-m"), "-m");
         assert_eq!(shell_word("a b"), "'a b'");
         assert_eq!(shell_word("it's"), r"'it'\''s'");
@@ -234,11 +237,11 @@ mod tests {
     }
 
     #[test]
-    fn a_template_without_ram_is_refused_everywhere() {
+    fn every_vmm_refuses_a_template_without_ram() {
         let none = served(&[("rom", FileKind::Rom, 4)]);
         for vmm in Vmm::ALL {
             let error = paste(vmm, &none).unwrap_err();
-            assert!(error.to_string().contains("has no RAM"), "{error}");
+            assert!(error.to_string().contains("has no RAM file"), "{error}");
         }
         assert!("xen".parse::<Vmm>().is_err());
     }

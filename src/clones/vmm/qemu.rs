@@ -1,14 +1,14 @@
-//! QEMU's command line.
+//! QEMU command lines with the memory of a template.
 
 use super::{Memory, Paste, Served, shell_word};
 use crate::clones::recipe::{Escape, Props, Recipe, implied, options};
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
-/// Where the memory lies in the process: a multiple of this lets 2 MiB folios be mapped as one.
-const HUGE: u64 = 2 << 20;
+/// Alignment of a memory mapping in bytes that lets the kernel map 2 MiB folios with one page table entry.
+const HUGE_PAGE: u64 = 2 << 20;
 
-/// Options and their values; all of them have one.
+/// Options with their values; every option has a value.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Line(pub Vec<(String, String)>);
 
@@ -17,7 +17,7 @@ impl Line {
         self.0.push((format!("-{option}"), value.into()));
     }
 
-    /// Every word.
+    /// Returns all words: options and values in turn.
     pub fn words(&self) -> impl Iterator<Item = &str> {
         self.0.iter().flat_map(|(option, value)| [option.as_str(), value.as_str()])
     }
@@ -30,8 +30,8 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
     };
     if template.state().is_some() {
         notes.push(
-            "this is the memory; device state is resumed by `stencil clone`, or by the whole command line of \
-             `stencil inspect --recipe` with -incoming defer and the capability x-ignore-shared"
+            "these options set up memory only; to resume the device state, use `stencil clone`, or the whole command line \
+             of `stencil inspect --recipe` with -incoming defer and the migration capability x-ignore-shared"
                 .to_owned(),
         );
     }
@@ -43,8 +43,8 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
     Ok(Paste { text, argv: Some(argv), body: None, notes })
 }
 
-/// Machine and memory for files that nobody has a recipe for: one NUMA node a RAM file, one NVDIMM a ROM. Without a
-/// machine type the line is one to add to another that has it.
+/// Returns machine and memory options for a template without recipe: one NUMA node per RAM file, one NVDIMM per ROM.
+/// Without a machine type the options complete a command line that has one.
 pub(super) fn of_files(template: &Served, machine: Option<&str>) -> Result<Line> {
     let mut line = Line::default();
     let (ram, roms) = (template.ram()?, template.roms());
@@ -57,13 +57,13 @@ pub(super) fn of_files(template: &Served, machine: Option<&str>) -> Result<Line>
     }
     let mut size = format!("size={}k", total.get() / 1024);
     if !roms.is_empty() {
-        // QEMU gives each memory device a gigabyte of its own to be aligned in.
+        // QEMU reserves up to 1 GiB more address space for each memory device, for its alignment.
         let room: u64 = roms.iter().map(|rom| rom.size.get().next_multiple_of(1 << 30) + (1 << 30)).sum();
         size.push_str(&format!(",slots={},maxmem={}k", roms.len(), (total.get() + room) / 1024));
     }
     line.add("m", size);
     for (number, memory) in ram.iter().enumerate() {
-        let object = object(*memory, &format!("ram{number}"), Some(HUGE));
+        let object = object(*memory, &format!("ram{number}"), Some(HUGE_PAGE));
         line.add("object", format!("{object},share=off,readonly=on,rom=off"));
     }
     if ram.len() > 1 {
@@ -72,8 +72,8 @@ pub(super) fn of_files(template: &Served, machine: Option<&str>) -> Result<Line>
         }
     }
     for (number, rom) in roms.iter().enumerate() {
-        // An NVDIMM shows only whole multiples of its alignment.
-        let align = rom.size.get().is_multiple_of(HUGE).then_some(HUGE);
+        // The guest sees only whole multiples of an NVDIMM's alignment.
+        let align = rom.size.get().is_multiple_of(HUGE_PAGE).then_some(HUGE_PAGE);
         line.add("object", format!("{},share=on,readonly=on", object(*rom, &format!("rom{number}"), align)));
         line.add("device", format!("nvdimm,id=nvdimm{number},memdev=rom{number},unarmed=on"));
     }
@@ -86,7 +86,7 @@ fn object(memory: Memory<'_>, id: &str, align: Option<u64>) -> String {
     format!("memory-backend-file,id={id},size={},mem-path={path}{align}", memory.size.get())
 }
 
-/// Machine and memory as the captured VM had them: device state fits no other.
+/// Returns machine and memory options of the captured VM: QEMU loads device state only into the same machine.
 fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
     let mut line = Line::default();
     let fill = |text: &str| template.values.fill(text, Escape::DoubleCommas);
@@ -94,10 +94,10 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
         let (Some(value), Some(implied)) = (value, implied(option)) else { continue };
         let mut props = Props::parse(value, implied).ok_or_else(|| {
             Error::usage(format!(
-                "the recipe of template {} has -{option} {value}, which cannot be taken apart",
+                "the recipe of template {} has -{option} {value}: cannot parse its properties",
                 template.name
             ))
-            .remedy("write it as key=value,key=value with `stencil recipe edit`")
+            .remedy("rewrite the option as key=value,key=value with `stencil recipe edit`")
         })?;
         match option {
             "object" if props.get(implied).is_some_and(|kind| kind.starts_with("memory-backend-")) => {
@@ -113,9 +113,10 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
         }
     }
     let ram = template.ram()?;
-    if let Some(why) = recipe.ram_of_nobody(ram.iter().map(|memory| memory.name)) {
-        return Err(Error::usage(format!("the recipe of template {} {why}", template.name))
-            .remedy("see `stencil inspect --recipe`, mend it with `stencil recipe edit`"));
+    if let Some(why) = recipe.unused_ram(ram.iter().map(|memory| memory.name)) {
+        return Err(Error::usage(format!("the recipe of template {} {why}", template.name)).remedy(
+            "show the recipe with `stencil inspect --recipe` and correct it with `stencil recipe edit`",
+        ));
     }
     Ok(line)
 }
@@ -127,7 +128,7 @@ mod tests {
     use crate::store::FileKind::{Ram, Rom};
 
     #[test]
-    fn one_file_is_the_memory_of_the_machine() {
+    fn single_file_is_the_memory_of_the_machine() {
         let paste = paste(&served(&[("memory", Ram, 64)])).unwrap();
         assert_eq!(
             paste.argv.unwrap().join(" "),
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn several_files_are_nodes_and_a_rom_is_an_nvdimm() {
+    fn several_files_become_nodes_and_a_rom_becomes_an_nvdimm() {
         let paste = paste(&served(&[("memory-b", Ram, 64), ("memory", Ram, 32), ("img", Rom, 6)])).unwrap();
         let line = paste.argv.unwrap().join(" ");
         assert!(line.contains("-m size=98304k,slots=1,maxmem=2195456k"), "{line}");
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recipe_keeps_its_own_ids() {
+    fn keeps_the_object_ids_of_a_recipe() {
         let mut template = served(&[("memory", Ram, 64)]);
         let argv = "-machine pc-q35-10.0,memory-backend=main -nodefaults -m 64M -smp 2 -kernel {file:memory} -object \
                     memory-backend-file,id=main,size=64M,mem-path={memory},share=off,readonly=on,rom=off \
@@ -167,8 +168,8 @@ mod tests {
         );
     }
 
-    /// What is printed for a template with `memory` and `memory-b`, and a recipe with these words.
-    fn by(words: &str) -> Result<String> {
+    /// Returns the command line for a template with `memory` and `memory-b`, and a recipe with these arguments.
+    fn line_for(words: &str) -> Result<String> {
         let mut template = served(&[("memory", Ram, 64), ("memory-b", Ram, 32)]);
         let argv = words.split_ascii_whitespace().map(str::to_owned).collect();
         template.recipe = Some(Recipe::qemu("qemu".into(), "10".into(), argv));
@@ -180,34 +181,38 @@ mod tests {
                          -object {\"id\":\"b\",\"size\":33554432,\"readonly\":true,\"rom\":\"off\",\"mem-path\":\"{file:memory-b}\",\"qom-type\":\"memory-backend-file\"}";
 
     #[test]
-    fn words_of_every_form_are_read() {
+    fn reads_options_of_every_form() {
         assert_eq!(
-            by(NODES).unwrap(),
+            line_for(NODES).unwrap(),
             "qemu -M q35 -m 96M -numa node,memdev=a -numa node,memdev=b,cpus=1 -object memory-backend-file,id=a,size=64M,\
              mem-path=/mnt/by-id/abc/memory,readonly=on,rom=off,align=2M -object memory-backend-file,id=b,\
              size=33554432,readonly=on,rom=off,mem-path=/mnt/by-id/abc/memory-b,align=2M"
         );
         let slot = NODES.replace("--numa node,memdev=b,cpus=1", "-device pc-dimm,memdev=b,id=d");
-        assert!(by(&slot).unwrap().contains(" -device pc-dimm,memdev=b,id=d "));
+        assert!(line_for(&slot).unwrap().contains(" -device pc-dimm,memdev=b,id=d "));
     }
 
     #[test]
-    fn ram_that_nobody_has_is_refused_by_name() {
+    fn refuses_unused_ram_by_name() {
         for (from, to, words) in [
-            ("node,memdev=a", "node,mem=64M", "'memory' to nobody"),
-            ("memdev=b", "memdev=c", "'memory-b' to nobody"),
-            ("{file:memory-b}", "/elsewhere", "'memory-b' to nobody"),
-            ("--numa node,memdev=b", "-unknown --numa -device e1000,memdev=b", "'memory-b' to nobody"),
-            ("-M q35", "-M q35,memory-backend=b -M memory-backend=a", "'memory-b' to nobody"),
-            ("\"qom-type\"", "\"a\":[1],\"qom-type\"", "cannot be taken apart"),
+            ("node,memdev=a", "node,mem=64M", "does not use RAM file 'memory'"),
+            ("memdev=b", "memdev=c", "does not use RAM file 'memory-b'"),
+            ("{file:memory-b}", "/elsewhere", "does not use RAM file 'memory-b'"),
+            (
+                "--numa node,memdev=b",
+                "-unknown --numa -device e1000,memdev=b",
+                "does not use RAM file 'memory-b'",
+            ),
+            ("-M q35", "-M q35,memory-backend=b -M memory-backend=a", "does not use RAM file 'memory-b'"),
+            ("\"qom-type\"", "\"a\":[1],\"qom-type\"", "cannot parse its properties"),
             ("{memory}", "{file:none}", "no file 'none'"),
         ] {
-            let words_of = NODES.replacen(from, to, 1);
-            let words_of = match from {
-                "-M q35" => words_of.replace("--numa node,memdev=b", "-name x"),
-                _ => words_of,
+            let recipe = NODES.replacen(from, to, 1);
+            let recipe = match from {
+                "-M q35" => recipe.replace("--numa node,memdev=b", "-name x"),
+                _ => recipe,
             };
-            let error = by(&words_of).unwrap_err().to_string();
+            let error = line_for(&recipe).unwrap_err().to_string();
             assert!(error.contains(words), "{from} → {to}: {error}");
         }
     }

@@ -1,4 +1,4 @@
-//! What a command line is made of, and what became of it.
+//! Input and result types of the command line conversion.
 
 use std::path::PathBuf;
 
@@ -7,118 +7,118 @@ use crate::clones::recipe::host::LiveDisk;
 use crate::clones::recipe::libvirt::Secrets;
 use crate::error::Error;
 
-/// What the command line does not say.
+/// Facts about a VM that its command line does not contain.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
-    /// The machine type without alias (`pc-q35-10.0`), so that a newer QEMU resumes it too.
+    /// The versioned machine type (`pc-q35-10.0`, not the alias `q35`), so that a newer QEMU can resume the state.
     pub machine_type: Option<String>,
-    /// The media that it has.
+    /// The media that are inserted now.
     pub disks: Vec<LiveDisk>,
 }
 
 /// A RAM backend of the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ram {
-    /// Its object id.
+    /// Object id.
     pub id: String,
-    /// Its file in the template: `memory`, further ones `memory-ID`.
+    /// Name of the template file: `memory` for the first backend, `memory-ID` for others.
     pub file: String,
-    /// Where QEMU keeps it.
+    /// `mem-path=` of the object, as QEMU sees the path.
     pub mem_path: String,
 }
 
-/// Memory of the VM that nobody writes: the file of a read-only NVDIMM.
+/// Read-only memory of the VM: the file of a read-only NVDIMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rom {
-    /// Its object id.
+    /// Object id.
     pub id: String,
-    /// Its file in the template: `rom-ID`.
+    /// Name of the template file: `rom-ID`.
     pub file: String,
-    /// Where QEMU keeps it.
+    /// `mem-path=` of the object, as QEMU sees the path.
     pub mem_path: String,
 }
 
-/// A file that clones need besides RAM and device state, kept in the template.
+/// A file that clones need besides RAM and device state, stored in the template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blob {
-    /// Its name in the template.
+    /// Name of the template file.
     pub file: String,
-    /// Path of the file, as the command line has it.
+    /// Path of the source file, as in the command line.
     pub path: PathBuf,
 }
 
-/// The command line of clones, and what the template needs for it.
+/// The command line of clones, and the files that the template needs for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// Arguments with placeholders.
     pub argv: Vec<String>,
-    /// RAM backends, at least one.
+    /// RAM backends; at least one.
     pub ram: Vec<Ram>,
-    /// Memory that is only read.
+    /// Read-only memory.
     pub roms: Vec<Rom>,
-    /// Further files.
+    /// Other files (kernel, firmware tables…).
     pub blobs: Vec<Blob>,
     /// Disks.
     pub disks: Vec<PlannedDisk>,
-    /// Devices named on the command line.
+    /// Number of devices that the command line creates.
     pub devices: usize,
-    /// What the user should know.
+    /// Warnings for the user. A text after `; ` is the advice.
     pub warnings: Vec<String>,
 }
 
-/// Something that stands against a capture.
+/// An obstacle to a capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// Where the option is that it is about, where it is about one.
+    /// Index of the option in the command line, if the obstacle is one option.
     pub at: Option<usize>,
-    /// What it is; of RAM, what to do.
+    /// The obstacle; for RAM, the change to make.
     pub what: String,
 }
 
-/// What a command line comes to.
+/// The result of examining a command line.
 #[derive(Debug)]
 pub struct Examined {
-    /// The command line of clones; whole only when nothing stands against it.
+    /// The command line of clones; complete only if there is no obstacle.
     pub plan: Plan,
-    /// RAM that is not in a file which QEMU shares.
+    /// RAM that is not in a file mapped with `share=on`.
     pub ram_problems: Vec<Refusal>,
-    /// What clones cannot have.
+    /// Options, devices and disks that are unsupported for clones.
     pub refused: Vec<Refusal>,
-    /// Media of the VM that no option names.
+    /// Media of the VM that no option of the command line names.
     pub absent: Vec<LiveDisk>,
-    /// Size of the RAM, as an object takes it.
+    /// Size of the RAM, in the syntax of an object's `size=`.
     pub ram_size: String,
     pub(super) secrets: Secrets,
 }
 
 impl Examined {
-    /// What stands against a capture, RAM first.
+    /// Returns the obstacles to a capture as one error; obstacles of RAM come first, alone.
     pub fn error(&self) -> Option<Error> {
         let texts = |all: &[Refusal]| all.iter().map(|one| one.what.clone()).collect::<Vec<_>>();
         if !self.ram_problems.is_empty() {
             return Some(
-                Error::usage("the RAM of this VM is not in a file that QEMU shares")
+                Error::usage("the RAM of this VM is not in a file mapped with share=on")
                     .remedy(self.secrets.share_ram(&texts(&self.ram_problems))),
             );
         }
         let refused = texts(&self.refused);
         (!refused.is_empty()).then(|| {
-            Error::usage(format!("clones cannot have: {}", refused.join("; ")))
+            Error::usage(format!("unsupported for clones: {}", refused.join("; ")))
                 .remedy(self.secrets.start_without(&refused))
         })
     }
 
-    /// What to do about one of [`ram_problems`](Self::ram_problems).
+    /// Returns the advice for one of [`ram_problems`](Self::ram_problems).
     pub fn share_ram(&self, problem: &Refusal) -> String {
         self.secrets.share_ram(std::slice::from_ref(&problem.what))
     }
 
-    /// What to do about one of [`refused`](Self::refused).
+    /// Returns the advice for one of [`refused`](Self::refused).
     pub fn start_without(&self, refused: &Refusal) -> String {
         self.secrets.start_without(std::slice::from_ref(&refused.what))
     }
 
-    /// True for a VM that libvirt started, whose command line is libvirt's.
+    /// Returns true if libvirt started the VM, so that the user edits a domain and not a command line.
     pub fn is_libvirt(&self) -> bool {
         self.secrets.is_libvirt()
     }

@@ -19,7 +19,7 @@ fn planned(extra: &str) -> Result<Plan> {
 }
 
 #[test]
-fn a_plain_guest_gets_a_recipe() {
+fn converts_a_plain_guest() {
     let plan = planned("").unwrap();
     let line = plan.argv.join(" ");
     assert!(line.starts_with("-machine pc-q35-10.0,memory-backend=ram0 -accel tcg -m 256M"), "{line}");
@@ -40,23 +40,26 @@ fn a_plain_guest_gets_a_recipe() {
 }
 
 #[test]
-fn what_clones_cannot_have_is_refused_by_name() {
+fn refuses_unsupported_options_by_name() {
     for (extra, name) in [
-        ("-drive file=/d.img", "-drive file=/d.img: a disk whose image the VM has no more"),
-        ("/d.img", "-hda /d.img: a disk whose image the VM has no more"),
+        ("-drive file=/d.img", "-drive file=/d.img: a disk whose image is no longer inserted"),
+        ("/d.img", "-hda /d.img: a disk whose image is no longer inserted"),
         ("-netdev tap,id=n0,script=no -device virtio-net-pci,netdev=n0", "-netdev tap,id=n0,script=no"),
-        ("-device vhost-user-blk-pci,chardev=c,id=vu", "device vhost-user-blk-pci (vu): its other end"),
+        (
+            "-device vhost-user-blk-pci,chardev=c,id=vu",
+            "device vhost-user-blk-pci (vu): its back end is a host process",
+        ),
         ("-device virtio-net-pci,netdev=n0,romfile=/x,id=eth", "device virtio-net-pci (eth) with romfile=/x"),
         ("-serial /dev/ttyS0", "-serial /dev/ttyS0"),
         ("-chardev serial,id=c,path=/dev/ttyS0 -device isa-serial,chardev=c", "-chardev serial,id=c"),
-        ("-append {id}", "{id} would be filled in"),
-        ("-fsdev local,id=f,path=/srv,security_model=none", "a shared folder"),
+        ("-append {id}", "{id} would be taken for a placeholder"),
+        ("-fsdev local,id=f,path=/srv,security_model=none", "a shared directory"),
         ("-tpmdev emulator,id=t,chardev=c", "-tpmdev"),
         ("-device {\"driver\":\"vfio-pci\",\"host\":\"0:1\"}", "device vfio-pci"),
         ("-object tls-creds-psk,id=t", "object tls-creds-psk (t)"),
         ("-machine memory-encryption=sev0", "-machine memory-encryption=sev0"),
-        ("-icount shift=1,rr=record,rrfile=/r", "-icount shift=1,rr=record,rrfile=/r: rr= names a file"),
-        ("-boot order=c,splash=/s.jpg", "-boot order=c,splash=/s.jpg: splash= names a file"),
+        ("-icount shift=1,rr=record,rrfile=/r", "-icount shift=1,rr=record,rrfile=/r: rr= names a host file"),
+        ("-boot order=c,splash=/s.jpg", "-boot order=c,splash=/s.jpg: splash= names a host file"),
         ("-frobnicate", "-frobnicate"),
     ] {
         let error = planned(extra).unwrap_err();
@@ -67,7 +70,7 @@ fn what_clones_cannot_have_is_refused_by_name() {
 }
 
 #[test]
-fn what_a_host_has_once_is_each_clones_own() {
+fn replaces_unique_host_resources_by_placeholders() {
     let live = |device: &str, node: &str, path: &str, format: &str, read_only| LiveDisk {
         device: device.into(),
         qdev: String::new(),
@@ -107,7 +110,7 @@ fn what_a_host_has_once_is_each_clones_own() {
     }
     assert!(!line.contains("324e6eaf") && !line.contains("/tmp/two") && !line.contains("52:54"), "{line}");
     assert_eq!(plan.disks.len(), 3);
-    // -drive if=virtio makes a device; those of -nic are the board's.
+    // -drive if=virtio creates a device; the cards of -nic belong to the board.
     assert_eq!(plan.devices, 7);
     let unplugged = Facts { disks: vec![live("late", "l", "/l", "raw", false)], ..Facts::default() };
     let error = super::plan(&words(GUEST), &unplugged).unwrap_err().to_string();
@@ -115,14 +118,14 @@ fn what_a_host_has_once_is_each_clones_own() {
 }
 
 #[test]
-fn defaults_that_are_not_given_are_made_ones_own() {
+fn makes_implicit_defaults_explicit() {
     let plan = plan(&words(&GUEST.replace("-nodefaults", "")), &Facts::default()).unwrap();
     let line = plan.argv.join(" ");
     assert!(line.contains("-nic user,mac={mac} ") && line.contains("-parallel null "), "{line}");
 }
 
 #[test]
-fn ram_elsewhere_is_refused_with_the_text_to_add() {
+fn refuses_private_ram_with_the_options_to_add() {
     for (line, text) in [
         (
             "-M q35 -m 512M -nodefaults",
@@ -132,7 +135,10 @@ fn ram_elsewhere_is_refused_with_the_text_to_add() {
             "-object memory-backend-ram,id=r,size=1G",
             "-object memory-backend-file,id=r,size=1G,mem-path=FILE,share=on",
         ),
-        ("-object memory-backend-file,id=r,size=1G,mem-path=/f", "the option share=on"),
+        (
+            "-object memory-backend-file,id=r,size=1G,mem-path=/f",
+            "add share=on to -object memory-backend-file,id=r,",
+        ),
     ] {
         let error = plan(&words(line), &Facts::default()).unwrap_err();
         assert!(error.remedy_text().unwrap().contains(text), "{line}: {error:?}");
@@ -140,7 +146,7 @@ fn ram_elsewhere_is_refused_with_the_text_to_add() {
 }
 
 #[test]
-fn monitors_go_and_serial_chardevs_become_files() {
+fn drops_monitors_and_turns_serial_chardevs_into_files() {
     let plan = planned(
         "-chardev socket,id=m,path=/x,server=on -mon chardev=m,mode=control \
          -chardev stdio,id=con -device isa-serial,chardev=con",
@@ -153,7 +159,7 @@ fn monitors_go_and_serial_chardevs_become_files() {
 }
 
 #[test]
-fn paths_of_the_host_become_files_or_are_told() {
+fn host_paths_become_template_files_or_warnings() {
     let plan =
         planned("-smbios type=11,value=a,path=/s1,path=/s2 -icount shift=1 -boot menu=on -L /firmware")
             .unwrap();
@@ -165,7 +171,7 @@ fn paths_of_the_host_become_files_or_are_told() {
 }
 
 #[test]
-fn a_device_by_its_short_name_is_the_same_device() {
+fn resolves_short_device_names() {
     let text = "-device ahci,id=a -device virtio-net,netdev=n0 -netdev user,id=n0 -device virtio-serial";
     let plan = planned(&format!("{text} -device virtio-rng,rng=rng0"));
     let line = plan.unwrap().argv.join(" ");
@@ -175,11 +181,11 @@ fn a_device_by_its_short_name_is_the_same_device() {
         assert!(line.contains(&format!("-device {words}")), "no {words} in {line}");
     }
     let error = planned("-device virtio-balloon").unwrap_err().to_string();
-    assert!(error.contains("device virtio-balloon-pci: it gives pages"), "{error}");
+    assert!(error.contains("device virtio-balloon-pci: returns template pages"), "{error}");
 }
 
 #[test]
-fn networks_that_guests_share_are_told() {
+fn warns_about_shared_networks() {
     for (text, kept) in [
         ("-netdev bridge,id=n0,br=br7 -device e1000,netdev=n0", "-netdev bridge,id=n0,br=br7 "),
         (
@@ -189,14 +195,18 @@ fn networks_that_guests_share_are_told() {
     ] {
         let plan = planned(text).unwrap();
         assert!(plan.argv.join(" ").contains(kept), "{:?}", plan.argv);
-        assert!(plan.warnings.iter().any(|w| w.contains("MAC and IP")), "{text}: {:?}", plan.warnings);
+        assert!(
+            plan.warnings.iter().any(|w| w.contains("MAC and IP address")),
+            "{text}: {:?}",
+            plan.warnings
+        );
         let recipe = crate::clones::recipe::Recipe::qemu("qemu".into(), String::new(), plan.argv);
         assert_eq!(recipe.shared_networks(), [if text.contains("bridge") { "n0" } else { "stencil-net-1" }]);
     }
 }
 
 #[test]
-fn a_second_ram_backend_is_a_second_file() {
+fn second_ram_backend_becomes_a_second_file() {
     let plan = planned("-object memory-backend-file,id=ram1,size=1M,mem-path=/tmp/b,share=on").unwrap();
     assert_eq!(plan.ram[1].file, "memory-ram1");
     assert!(plan.argv.join(" ").contains("mem-path={file:memory-ram1},"));

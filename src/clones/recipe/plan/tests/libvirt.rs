@@ -1,4 +1,4 @@
-//! The command line that libvirt 9.0 made of a domain, paths shortened.
+//! A command line that libvirt 9.0 generated for a domain, with shortened paths.
 
 use super::super::super::Image;
 use super::*;
@@ -90,7 +90,7 @@ fn planned(line: &str) -> Result<Plan> {
 }
 
 #[test]
-fn a_domain_of_libvirts_has_clones() {
+fn converts_a_libvirt_domain() {
     let plan = planned(LINE).unwrap();
     let line = plan.argv.join(" ");
     for words in [
@@ -119,15 +119,20 @@ fn a_domain_of_libvirts_has_clones() {
 }
 
 #[test]
-fn what_is_refused_is_told_in_libvirts_words() {
+fn advice_names_libvirt_elements() {
     let user = r#"{"type":"user","id":"hostnet0"}"#;
     let tap = r#"{"type":"tap","fd":"35","vhost":true,"vhostfd":"37","id":"hostnet0"}"#;
     let balloon = r#"-device {"driver":"virtio-balloon-pci","id":"balloon0"} -device {"driver":"vmgenid","#;
     let spice = r#"-audiodev {"id":"audio1","driver":"spice"} -device {"driver":"qxl-vga","id":"v"}"#;
     let memory = r#""qom-type":"memory-backend-file","id":"pc.ram","mem-path":"/lib/qemu/ram/1-web/pc.ram""#;
     for (from, to, words, remedy) in [
-        (user, tap, "no script that makes one for each clone,fd=35,vhostfd=37", "<interface type='user'/>"),
-        ("mem-lock=off", "mem-lock=on", "would copy all RAM of its template", "no <locked/>"),
+        (
+            user,
+            tap,
+            "no script that sets up a device for each clone,fd=35,vhostfd=37",
+            "<interface type='user'/>",
+        ),
+        ("mem-lock=off", "mem-lock=on", "would copy all RAM of the template", "no <locked/>"),
         (
             r#"-device {"driver":"vmgenid","#,
             balloon,
@@ -137,27 +142,27 @@ fn what_is_refused_is_told_in_libvirts_words() {
         (
             r#"-audiodev {"id":"audio1","driver":"none"}"#,
             spice,
-            "\"driver\":\"spice\"}: a thing",
+            "\"driver\":\"spice\"}: a host resource",
             "<graphics type='vnc'/>",
         ),
         (
             r#""p2":15"#,
             r#""x":"masterKey0""#,
-            "object secret (masterKey0), which qemu-xhci,x=masterKey0",
-            "without it",
+            "object secret (masterKey0), used by qemu-xhci,x=masterKey0",
+            "without them",
         ),
         (memory, r#""qom-type":"memory-backend-memfd","id":"pc.ram""#, "RAM of this VM", "<memoryBacking>"),
     ] {
         assert!(LINE.contains(from), "{from}");
         let error = planned(&LINE.replacen(from, to, 1)).unwrap_err();
         assert!(error.to_string().contains(words), "{to}: {error}");
-        let said = error.remedy_text().unwrap();
-        assert!(said.contains("libvirt") && said.contains(remedy), "{to}: {said}");
+        let hint = error.remedy_text().unwrap();
+        assert!(hint.contains("libvirt") && hint.contains(remedy), "{to}: {hint}");
     }
 }
 
 #[test]
-fn each_clone_opens_vsock_itself() {
+fn drops_the_vsock_descriptor() {
     let more = r#"-device {"driver":"vhost-vsock-pci","id":"vsock0","guest-cid":3,"vhostfd":"28"}"#;
     let line = planned(&format!("{LINE} {more}")).unwrap().argv.join(" ");
     assert!(line.contains("-device vhost-vsock-pci,id=vsock0,guest-cid={cid} "), "{line}");

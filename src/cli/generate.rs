@@ -130,3 +130,25 @@ fn cannot_write(path: &Path, error: io::Error) -> Error {
 fn write(path: &Path, page: impl AsRef<[u8]>) -> Result<()> {
     fs::write(path, page).map_err(|e| cannot_write(path, e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn man_pages_have_one_examples_section() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Cli::command().disable_help_subcommand(true);
+        command.build();
+        man_pages(&command, "stencil", dir.path()).unwrap();
+        for (page, example) in [
+            ("stencil.1", "\nstencil stop \\-\\-all\n"),
+            ("stencil-import.1", "\nstencil import guest.ram web:1\n"),
+            ("stencil-recipe-edit.1", "\nstencil recipe edit web:1\n"),
+        ] {
+            let text = fs::read_to_string(dir.path().join(page)).unwrap();
+            assert_eq!(text.matches(".SH EXAMPLES\n").count(), 1, "{text}");
+            assert!(text.contains(example) && !text.contains(".SH EXTRA"), "{text}");
+        }
+    }
+}

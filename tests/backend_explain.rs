@@ -62,7 +62,7 @@ fn a_refusal_has_one_line_its_remedy_and_its_exit_code() {
         assert_eq!(output.status.code(), Some(code), "{object}: {said}");
         assert!(output.stdout.is_empty(), "{object}");
         assert_eq!(said.lines().count(), 2, "{object}: {said}");
-        assert!(said.lines().all(|line| line.starts_with("stencil: ")), "{object}: {said}");
+        assert!(said.starts_with("error: ") && said.contains("\nhint: "), "{object}: {said}");
     }
 }
 

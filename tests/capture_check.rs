@@ -113,7 +113,7 @@ fn every_obstacle_is_named_and_the_printed_line_can_be_captured() {
     // The line, as it is printed, in a shell.
     qemu.kill();
     fs::remove_file(&socket).unwrap();
-    let line = said.out.split_once("when this VM has ended:\n").unwrap().1;
+    let line = said.out.split_once("after this VM has exited:\n").unwrap().1;
     let files = line.split(['=', ',', ' ']).filter(|word| word.starts_with("/dev/shm/")).map(PathBuf::from);
     let in_shm = InShm(files.collect());
     assert_eq!(in_shm.0.len(), 1, "{line}");

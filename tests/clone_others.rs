@@ -125,7 +125,7 @@ fn another_pid_namespace_leaves_clones_and_launches_alone() {
     let ghost = &ps["clones"][0];
     assert_eq!((ps["clones"].as_array().unwrap().len(), &ghost["state"]), (1, &Value::from("foreign")));
     let refused = world.stencil(&["stop", ghost["id"].as_str().unwrap()]).exits(75);
-    assert!(refused.says("remove this folder").err.contains(ghost["dir"].as_str().unwrap()));
+    assert!(refused.says("remove this directory").err.contains(ghost["dir"].as_str().unwrap()));
     fs::remove_dir_all(ghost["dir"].as_str().unwrap()).unwrap();
     nothing_is_left(&world);
 }
@@ -136,7 +136,7 @@ fn a_clone_that_its_launcher_holds_is_not_stopped() {
     let world = world();
     let launcher = launcher(&world, 1);
     let clone = launching(&world).remove(0);
-    world.stencil(&["stop", clone["id"].as_str().unwrap()]).exits(75).says("its launcher still holds it");
+    world.stencil(&["stop", clone["id"].as_str().unwrap()]).exits(75).says("is still being launched");
     assert!(is_alive(&clone));
     kill_process(Pid::from_child(&launcher), Signal::INT).unwrap();
     launcher.wait_with_output().unwrap();

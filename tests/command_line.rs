@@ -29,7 +29,9 @@ fn a_missing_store_is_one_line_with_a_remedy_and_exit_4() {
         assert_eq!((code, out.as_str()), (4, ""), "{command:?}: {err}");
         let lines: Vec<&str> = err.lines().collect();
         assert_eq!(lines.len(), 2, "{command:?}: {err}");
-        assert!(lines[0].contains("no template store") && lines[1].contains("stencil import"), "{err}");
+        let [error, hint] = [("error: ", lines[0]), ("hint: ", lines[1])]
+            .map(|(prefix, line)| line.strip_prefix(prefix).unwrap_or_else(|| panic!("{command:?}: {err}")));
+        assert!(error.contains("no template store") && hint.contains("stencil import"), "{err}");
     }
 }
 

@@ -71,14 +71,14 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
     let said = text(&output);
     assert!(output.status.success(), "{said}");
     for words in [
-        &format!("{} clones take", qemus + simulated),
+        &format!("memory of {} clones", qemus + simulated),
         "= host memory",
         "sharing ratio",
         "audit",
         "and in the store",
         "on its disk: ",
         "the base image of their disks: before, while all wrote, and after",
-        &format!("{} stopped", qemus + simulated),
+        &format!("{} clones stopped", qemus + simulated),
         "Done",
     ] {
         assert!(said.contains(words), "no '{words}' in {said}");

@@ -167,7 +167,9 @@ fn full_packs_are_written_anew_as_several() {
     assert!(fixture.files("packs").iter().any(|pack| packs.contains(pack)), "{done:#}");
     let told = fixture.run(&["gc"]).ok().stdout;
     assert!(
-        told.contains(" unreferenced in packs that are still in use; stencil gc --all rewrites them"),
+        told.contains(
+            " unreferenced in packs that are still in use; 'stencil gc --all' rewrites these packs"
+        ),
         "{told}"
     );
     let live = (kept_less.len() + kept_more.len()) as u64;

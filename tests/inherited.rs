@@ -291,7 +291,7 @@ fn a_recipe_comes_from_a_pipe_that_is_opened_later() {
     assert!(matches!(status.code(), Some(1 | 2)), "{said}");
     let child = command();
     write_to(&fifo, b"\xff");
-    assert!(ended(child).1.contains("a recipe is UTF-8"));
+    assert!(ended(child).1.contains("invalid recipe: not UTF-8"));
 }
 
 fn write_to(fifo: &Path, bytes: &[u8]) {

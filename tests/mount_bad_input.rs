@@ -40,8 +40,8 @@ fn mountpoints_that_cannot_be() {
     world.stencil(&["mount", &mnt]).exits(5).says("in use by a Stencil mount");
     assert_eq!(world.status()["restarts"], 0, "the first one is unharmed");
     world.stencil(&["umount", &mnt]).ok();
-    world.stencil(&["umount", &mnt]).exits(4).says("nothing is mounted there");
-    world.stencil(&["umount", "/proc"]).exits(2).says("none of Stencil");
+    world.stencil(&["umount", &mnt]).exits(4).says("nothing is mounted at this path");
+    world.stencil(&["umount", "/proc"]).exits(2).says("not a Stencil mount");
     world.stencil(&["umount", "/no/such/place"]).exits(4).says("No such file");
     assert_untouched(&world);
 }

@@ -198,7 +198,11 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
         ("-f -o frobnicate", 1, "unknown mount option 'frobnicate'"),
     ] {
         let refused = call(options).exits(code);
-        assert!(refused.err.contains(&format!("mount.fuse.stencil: {words}")), "{options}: {}", refused.err);
+        assert!(
+            refused.err.contains(&format!("mount.fuse.stencil: error: {words}")),
+            "{options}: {}",
+            refused.err
+        );
         assert!(!mounted(), "{options}");
     }
     let missing = debian.sh(&format!("mount -t fuse.stencil /var/lib/none {MNT}")).exits(32);
@@ -229,7 +233,11 @@ fn the_ten_lines_of_the_readme_run_as_they_stand() {
     let lines = readme.split("## Ten lines\n\n```sh\n").nth(1).unwrap().split("```").next().unwrap();
     assert!(lines.lines().count() >= 6, "{lines}");
     let done = debian.sh(&format!("cd /root && set -ex\n{lines}")).ok();
-    assert!(done.out.contains("100 clones take") && done.out.contains("100 stopped"), "{}", done.out);
+    assert!(
+        done.out.contains("memory of 100 clones") && done.out.contains("100 clones stopped"),
+        "{}",
+        done.out
+    );
     wait_unmounted(&debian);
 }
 

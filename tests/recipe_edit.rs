@@ -64,7 +64,7 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
         world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says(words);
     }
     fs::write(&file, vec![b' '; (1 << 20) + 1]).unwrap();
-    world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says("at most");
+    world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says("longer than 1048576 bytes");
     world
         .stencil(&["recipe", "edit", "web", "--from", "/nonexistent"])
         .exits(4)

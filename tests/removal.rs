@@ -124,7 +124,7 @@ fn who_has_it_open_is_found_and_the_cache_is_given_back() {
         let file = File::open(world.file(&digest, "memory")).unwrap();
         // It has the file open and maps nothing of it.
         let holder = holder(file);
-        let refused = world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
+        let refused = world.stencil(&["rm", "web"]).exits(5).says("1 process has it open");
         assert!(refused.err.contains(&holder.0.id().to_string()), "{refused:?}");
         assert_eq!(open(&world, &digest), None, "it is found again at once");
         let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
@@ -180,7 +180,7 @@ fn another_pid_namespace_removes_neither_records_nor_templates() {
     let listed = elsewhere(&["status"]).ok();
     assert!(listed.out.contains(world.mountpoint().to_str().unwrap()), "{listed:?}");
     elsewhere(&["rm", "web"]).exits(75).says("another PID namespace");
-    world.stencil(&["rm", "web"]).exits(5).says("1 processes have it open");
+    world.stencil(&["rm", "web"]).exits(5).says("1 process has it open");
     assert_eq!(open(&world, &digest), None);
     drop(holder);
     world.stencil(&["rm", "web"]).ok();
@@ -226,12 +226,12 @@ fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
     let moved = world.dir().join("moved");
     fs::rename(world.store_dir(), &moved).unwrap();
     let rm = || world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]);
-    rm().exits(5).says("have it open");
+    rm().exits(5).says("1 process has it open");
     // Another folder, then another store at the path that the mount knows.
     fs::create_dir(world.store_dir()).unwrap();
-    rm().exits(5).says("have it open");
+    rm().exits(5).says("1 process has it open");
     world.import_bytes(&guest_like(2, SIZE), "other");
-    rm().exits(5).says("have it open");
+    rm().exits(5).says("1 process has it open");
     // A mount that does not say which store it serves.
     let mut records = fs::read_dir(world.runtime_dir().join("mounts")).unwrap();
     let record = records.next().unwrap().unwrap().path().join("mount.json");

@@ -128,7 +128,7 @@ fn a_stranger_changes_nothing_whatever_the_umask_is() {
         let mnt = world.mountpoint().to_str().unwrap();
         world.stencil(&["mount", mnt]).exits(5);
         world.stencil(&["umount", mnt]).exits(5);
-        assert!(world.stencil(&["stop", "--all"]).ok().out.contains("4 stopped"));
+        assert!(world.stencil(&["stop", "--all"]).ok().out.contains("4 clones stopped"));
         world.stencil(&["umount", mnt]).ok();
         assert_eq!(all_below(&runtime.join("mounts")), Vec::<PathBuf>::new());
     }
@@ -252,7 +252,7 @@ fn a_planted_record_ends_no_process_and_removes_no_file() {
     for (field, record) in &cases {
         plant(&dir, record);
         let stopped = world.stencil(&["stop", "--all"]).exits(1);
-        assert!(stopped.err.contains(&format!("its {field} is invalid")), "{stopped:?}");
+        assert!(stopped.err.contains(&format!("invalid {field}")), "{stopped:?}");
         world.stencil(&["stop", "c0000001"]).exits(1);
         assert!(world.stencil(&["ps"]).ok().err.contains("c0000001"));
         assert!(victim.lives() && disk.exists() && dir.join("clone.json").exists(), "{field}");

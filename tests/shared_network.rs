@@ -73,7 +73,7 @@ fn clones_on_a_bridge_disturb_nobody_until_they_have_their_own_addresses() {
     assert!(captured["warnings"].to_string().contains("their links stay down"), "{captured}");
     let before: Vec<String> = taps().into_iter().map(|(name, _)| name).collect();
     let done = world.stencil(&["--json", "clone", "vm:1", "-n", "2"]).ok();
-    assert!(done.err.contains("note: cards on lan are without a link"), "{}", done.err);
+    assert!(done.err.contains("note: the network cards on lan have no link"), "{}", done.err);
     let launched: Value = serde_json::from_str(&done.out).unwrap();
     assert!(launched["warnings"][0].as_str().unwrap().contains("name=lan"), "{launched}");
 

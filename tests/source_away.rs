@@ -245,7 +245,7 @@ fn a_mount_is_told_while_its_store_is_away() {
         let away = take_away(&store);
         assert!(told(true).contains(why));
         let text = world.stencil(&["status"]).ok().out;
-        assert!(text.contains(why) && text.contains("is not known"), "{text}");
+        assert!(text.contains(why) && text.contains("the clones of the mount are unknown"), "{text}");
         drop(away);
         told(false);
     }

@@ -70,7 +70,7 @@ fn commands_about_processes_are_about_the_named_store() {
         assert_eq!(count(&status, "mounts"), 1);
         assert_eq!(status["mounts"][0]["mountpoint"], world.mountpoint().to_str().unwrap());
         let foreign = json(two.of(other, &["--json", "ps"]))["clones"][0]["id"].as_str().unwrap().to_owned();
-        two.of(world, &["stop", &foreign]).exits(4).says("not of the store that was named");
+        two.of(world, &["stop", &foreign]).exits(4).says("not of the given store");
     }
     assert_eq!(count(&json(two.of_all(&["--json", "ps"])), "clones"), 4);
     assert_eq!(count(&json(two.of_all(&["--json", "density"])), "clones"), 4);

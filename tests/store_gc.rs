@@ -87,7 +87,7 @@ fn du_adds_up_to_what_du_of_coreutils_sees() {
     near(&left["totals"]["dead_bytes"], 16);
     assert_eq!(left["totals"]["shared_bytes"], 0);
     let text = fixture.run(&["du"]).ok().stdout;
-    assert!(text.contains("UNIQUE") && text.contains("that nobody needs"), "{text}");
+    assert!(text.contains("UNIQUE") && text.contains(" unreferenced "), "{text}");
 }
 
 #[test]

@@ -169,7 +169,7 @@ fn ends_that_lose_a_stream_are_named() {
     for (input, code) in [("/no/such/file", 4), ("/", 2)] {
         let refused = to.run(&["load", "-i", input]);
         assert_eq!(refused.code, code, "{refused:?}");
-        assert!(refused.stderr.contains("name a file that stencil save -o has written"), "{refused:?}");
+        assert!(refused.stderr.contains("name a file that 'stencil save -o' has written"), "{refused:?}");
     }
     assert!(!to.path("store").exists());
 

@@ -33,7 +33,7 @@ const BY_PASSTHROUGH: &[&str] = &[
 ];
 
 /// What `rm` says of a user that only the kernel knows.
-const NO_PROCESS: &str = "for a user that no process shows";
+const NO_PROCESS: &str = "but no process uses the file";
 
 /// What `rm` does while a template is held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,4 +1,4 @@
-//! `stencil args`: what to paste into another program.
+//! `stencil args`: prints the arguments that another VMM needs to map a template.
 
 use std::io::{self, Write};
 
@@ -14,13 +14,20 @@ use crate::clones::vmm::{Paste, Served, Vmm, paste};
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
 
-/// Print what to paste so that another program's guests have a template's memory
+/// Print the arguments for another VMM to run guests from a template
+///
+/// The store must be mounted. Notes about the output are written to standard error.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil args web:1 --vmm qemu
+  stencil args web:1 --vmm firecracker > snapshot-load.json
+  stencil args web:1 --vmm libvirt > web.xml")]
 pub struct VmmArgs {
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// qemu (a command line), firecracker (the body of snapshot/load), libvirt (a domain) or kata (a script)
+    /// Output format: qemu (command line), firecracker (body of snapshot/load), libvirt (domain) or kata (script)
     #[arg(long, value_name = "VMM", value_parser = word::<Vmm>)]
     vmm: Vmm,
 }
@@ -48,10 +55,11 @@ impl Report for Pasted {
     }
 }
 
-/// Runs it.
+/// Runs `stencil args`.
 ///
 /// # Errors
-/// When there is no such template, its store is not mounted, or the VMM cannot take it.
+/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, and `Code::Usage` if the VMM
+/// does not support the template.
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = Target::find(&store, &args.template, "args")?;
@@ -78,7 +86,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     Ok(Done::report(report))
 }
 
-/// The first block of the device state.
+/// Returns the first block of the device state, `None` if the template has no device state.
 fn state_head(template: &Template) -> Result<Option<Vec<u8>>> {
     let Some(file) = template.file("state") else { return Ok(None) };
     let mut head = vec![0; BLOCK_SIZE as usize];

@@ -1,4 +1,4 @@
-//! `stencil capture`: a running QEMU becomes a template.
+//! `stencil capture`: makes a template from a running QEMU.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -16,33 +16,38 @@ use crate::shown::shown;
 use crate::store::{Store, TagName};
 use crate::units::Bytes;
 
-/// Make a template of a running QEMU
+/// Make a template from a running QEMU VM
 ///
-/// Its RAM must be in memory-backend-file objects with share=on. The VM stands still while it is captured and is
-/// afterwards as it was before.
+/// The RAM of the VM must be in memory-backend-file objects with share=on. The VM is paused during the capture and
+/// afterwards returns to its previous state.
 ///
-/// Disks are files, qcow2 or raw. The VM runs again before they are read: until then it writes to an overlay beside each
-/// image (IMAGE.stencil-…), which is committed into the image and removed at the end, also if the capture is killed.
-/// QEMU must be able to open a file there; what an error calls left over must not be removed. qemu-img must be in PATH,
-/// and the store needs room for a copy of each qcow2. With --pause or --quit the VM stands still until its disks are
-/// read, and there is no overlay.
+/// Disks must be files in qcow2 or raw format. The VM resumes before its disks are read: until then, the VM writes to
+/// an overlay beside each image (IMAGE.stencil-…), which is committed into the image and removed at the end, also if
+/// the capture is killed. QEMU must be able to open a file in that directory; do not remove an overlay that an error
+/// message reports as left over. qemu-img must be in PATH, and the store needs space for a copy of each qcow2 image.
+/// With --pause or --quit, the VM stays paused until its disks are read, and no overlay is made.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil capture /run/vm/qmp.sock --check
+  stencil capture /run/vm/qmp.sock web:1
+  stencil capture /run/vm/qmp.sock web:1 --quit")]
 pub struct CaptureArgs {
-    /// The QMP socket of the QEMU
+    /// QMP socket of the QEMU process
     #[arg(value_name = "SOCK")]
     socket: PathBuf,
-    /// Name of the template; the tag is 'latest' unless given
+    /// Name of the template [default tag: latest]
     #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>, required_unless_present = "check")]
     tag: Option<TagName>,
-    /// Capture nothing: name everything that stands against it, and print the command line of a VM without that
+    /// Report every obstacle to a capture, and print a command line that avoids them, without capturing
     ///
-    /// Exits with 0 when the VM can be captured, and with 6 when it cannot. Nothing of the VM is changed.
+    /// Exits with 0 if the VM can be captured, and with 6 if it cannot. The VM is not changed.
     #[arg(long, conflicts_with_all = ["tag", "pause", "quit"])]
     check: bool,
-    /// Leave the VM paused
+    /// Leave the VM paused after the capture
     #[arg(long, conflicts_with = "quit")]
     pause: bool,
-    /// End the VM
+    /// Quit the VM after the capture
     #[arg(long)]
     quit: bool,
 }
@@ -65,7 +70,7 @@ impl Report for CaptureReport {
         match pause_seconds {
             Some(pause) => {
                 let how = if *cloned { ", its RAM file was cloned" } else { "" };
-                writeln!(out, "the VM stood still for {:.0} ms{how}; it is {vm}", pause * 1000.0)?;
+                writeln!(out, "the VM was paused for {:.0} ms{how}; it is {vm}", pause * 1000.0)?;
             }
             None => writeln!(out, "the VM: {vm}")?,
         }
@@ -80,7 +85,8 @@ impl Report for CaptureReport {
 impl Report for Check {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         let Check { pid, can_be_captured, findings, directory, command } = self;
-        let verdict = if *can_be_captured { "can be captured" } else { "cannot be captured as it is" };
+        let verdict =
+            if *can_be_captured { "can be captured" } else { "cannot be captured in its present form" };
         writeln!(out, "the VM of process {pid} {verdict}")?;
         for Finding { about, blocks, what, remedy } in findings {
             let word = if *blocks { "obstacle" } else { "note" };
@@ -92,13 +98,13 @@ impl Report for Check {
         }
         writeln!(
             out,
-            "the command line with all of this, to be run in {} when this VM has ended:",
+            "command line without these obstacles; run it in {} after this VM has exited:",
             directory.display()
         )?;
         let mut words = command.iter();
         write!(out, "{}", words.next().map_or_else(String::new, |word| shell_word(word)))?;
         for word in words {
-            // One option a line.
+            // One option on each line.
             let between = if word.starts_with('-') { " \\\n    " } else { " " };
             write!(out, "{between}{}", shell_word(word))?;
         }
@@ -110,10 +116,10 @@ impl Report for Check {
     }
 }
 
-/// Runs it.
+/// Runs `stencil capture`.
 ///
 /// # Errors
-/// When the VM is none that clones can be made of, or something fails on the way.
+/// Returns an error if the VM cannot be captured or a step of the capture fails.
 pub fn run(args: &CaptureArgs, global: &Global) -> Result<Done> {
     let afterwards = match (args.pause, args.quit) {
         (true, _) => Afterwards::Pause,

@@ -1,4 +1,4 @@
-//! `stencil chmod` and `stencil chown`: who may read a template's files in a mount.
+//! `stencil chmod` and `stencil chown`: change the permissions of a template's files in a mount.
 
 use clap::Args;
 
@@ -8,24 +8,32 @@ use super::words::{mode, word};
 use crate::error::Result;
 use crate::store::{Owner, Store, TemplateRef};
 
-/// Change who may read a template
+/// Change the permission bits of a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil chmod 0440 web:1
+  stencil chmod 0400 5f3c9a1e")]
 pub struct ChmodArgs {
-    /// Read bits in octal: 0444, 0440, 0400
+    /// Read bits in octal: 0444, 0440 or 0400
     #[arg(value_parser = mode)]
     mode: u32,
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
 }
 
 /// Change the owner of a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil chown root:107 web:1
+  stencil chown :107 web:1")]
 pub struct ChownArgs {
-    /// User and group by name or number: U, U:G or :G
+    /// User and group, by name or number: U, U:G or :G
     #[arg(value_name = "U[:G]", value_parser = word::<Owner>)]
     owner: Owner,
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
 }
@@ -33,7 +41,7 @@ pub struct ChownArgs {
 /// Runs `chmod`.
 ///
 /// # Errors
-/// When there is no such template.
+/// Returns `Code::NotFound` if the template does not exist.
 pub fn run(args: &ChmodArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;
@@ -44,7 +52,7 @@ pub fn run(args: &ChmodArgs, global: &Global) -> Result<Done> {
 /// Runs `chown`.
 ///
 /// # Errors
-/// When there is no such template.
+/// Returns `Code::NotFound` if the template does not exist.
 pub fn run_chown(args: &ChownArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;

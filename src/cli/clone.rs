@@ -1,4 +1,4 @@
-//! `stencil clone`: many processes map one template.
+//! `stencil clone`: launches processes that map one template.
 
 use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -13,7 +13,7 @@ use super::output::{Done, Report, to_json};
 use super::words::word;
 use super::{Global, hydrate, interrupt};
 use crate::clones::agent::Clock;
-use crate::clones::family::Families;
+use crate::clones::family::ProcessTrees;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::stop;
@@ -22,42 +22,49 @@ use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
 ///
-/// Without --simulate and CMD the template's own launch recipe is used. The command returns when all clones are
-/// ready; they live on until they end or are stopped. If one does not get ready, none is left.
+/// Without --simulate and CMD, the launch recipe of the template is used. The command returns when all clones are
+/// ready; the clones run until they exit or are stopped. If one clone fails to become ready, all clones of the call are
+/// removed.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil clone web:1 -n 20
+  stencil clone web:1 -n 100 --simulate read=5%,write=1%
+  stencil clone web:1 --wait -- your-vmm --mem {memory} --state {state}")]
 pub struct CloneArgs {
-    /// The template: NAME[:TAG], NAME@blake3:HEX or the beginning of its digest
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// How many
+    /// Number of clones
     #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     count: u32,
-    /// Wait until all have ended (an interrupt stops them); exit as the command did
+    /// Wait until all clones have exited, and exit with the status of the command; an interrupt stops the clones
     #[arg(long)]
     wait: bool,
-    /// When a command is ready: mapped (it maps the template's memory) or notify (it writes to the descriptor
-    /// whose number is in STENCIL_NOTIFY)
+    /// Condition for a command to be ready: mapped (the command maps the template's memory) or notify (the command
+    /// writes to the file descriptor whose number is in STENCIL_NOTIFY)
     #[arg(long, default_value = "mapped", value_parser = ["mapped", "notify"])]
     ready: String,
-    /// Keep the clones that get ready though others fail
+    /// Keep the clones that become ready when others fail
     #[arg(long)]
     keep_going: bool,
-    /// No VMM but a worker that maps the memory and touches pages: read=AMOUNT,write=AMOUNT[,seed=N][,file=NAME];
-    /// an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
+    /// Launch workers that map the memory and touch pages, instead of a VMM:
+    /// read=AMOUNT,write=AMOUNT[,seed=N][,file=NAME]; an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
-    /// Folder for the clones' disks; each goes with its clone [default: the clone's own folder, which is in RAM where
-    /// /run is]
+    /// Directory for the disks of the clones; each disk is removed with its clone [default: the runtime directory of
+    /// the clone, which is in RAM if /run is]
     #[arg(long, value_name = "DIR", conflicts_with = "simulate")]
     disk_dir: Option<PathBuf>,
-    /// How many are launched at a time [default: twice the processors]
+    /// Number of clones that are launched at the same time [default: twice the number of processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     parallel: Option<u32>,
-    /// Seconds that one clone may take to get ready
+    /// Seconds that a clone may take to become ready
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     timeout: u32,
-    /// A command to run; {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid} {uuid} {port:N} {disk:NAME}
-    /// are filled in, and are in STENCIL_MEMORY, STENCIL_STATE… as well: a port and a disk where the command names it
+    /// Command to run; {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid} {uuid} {port:N} {disk:NAME}
+    /// are replaced, and are also in the environment as STENCIL_MEMORY, STENCIL_STATE…; a port or a disk is made only
+    /// if the command names it
     #[arg(last = true, value_name = "CMD")]
     command: Vec<String>,
 }
@@ -102,10 +109,11 @@ impl Report for CloneReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil clone`.
 ///
 /// # Errors
-/// When there is no such template or mount, or a clone does not get ready.
+/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, and an error if a clone does
+/// not become ready.
 pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, lease) = Target::find(&store, &args.template, "clone")?;
@@ -118,7 +126,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         ),
     };
     let mut warnings: Vec<String> = match &how {
-        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(no_link).collect(),
+        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(link_is_down).collect(),
         _ => vec![],
     };
     let is_resumed = matches!(how, How::Qemu(_));
@@ -131,7 +139,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         parallel: args.parallel.unwrap_or(cores * 2),
         keep_going: args.keep_going,
         patience: Duration::from_secs(args.timeout.into()),
-        disk_dir: args.disk_dir.as_deref().map(folder).transpose()?,
+        disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
         cancel: &cancel,
     };
     if global.draws() {
@@ -139,7 +147,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     }
     let start = Instant::now();
     let launched = launch(&order, &*global.progress())?;
-    // From here on they are found by what they map.
+    // From here on, the mappings of the clones protect the template from removal.
     drop(lease);
     let seconds = start.elapsed().as_secs_f64();
     let age = SystemTime::now().duration_since(target.created).unwrap_or_default();
@@ -172,48 +180,53 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     })
 }
 
-/// The path of a folder from the root: clones do not stay in this process's.
-fn folder(path: &Path) -> Result<PathBuf> {
-    let path = path.canonicalize().map_err(|e| Error::io("cannot use the folder for disks", path, e))?;
+/// Returns the canonical path of the directory: clones run with another working directory.
+fn disk_directory(path: &Path) -> Result<PathBuf> {
+    let path = path.canonicalize().map_err(|e| Error::io("cannot use the directory for disks", path, e))?;
     let usable = path.is_dir() && path.to_str().is_some();
-    let wrong = || Error::usage("--disk-dir wants a folder whose name is UTF-8").at(&path);
+    let wrong = || {
+        Error::usage("the value of --disk-dir is not a directory with a UTF-8 path")
+            .at(&path)
+            .remedy("name a directory with a UTF-8 path")
+    };
     usable.then_some(()).ok_or_else(wrong)?;
     Ok(path)
 }
 
-fn no_link(network: String) -> String {
+fn link_is_down(network: String) -> String {
     format!(
-        "cards on {network} are without a link, as their guests have the MAC and IP address of the captured one: change \
-         those in the guest, then QMP set_link with name={network} and up=true at qmp.sock of the clone (docs/recipes.md)"
+        "the network cards on {network} have no link, because their guests still have the MAC and IP address of the \
+         captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
+         qmp.sock of the clone (docs/recipes.md)"
     )
 }
 
-/// What is known of the clocks of guests that were resumed from a template of that age.
+/// Describes the state of the guest clocks after a resume from a template of the given age.
 fn clock_note(age: Duration, clocks: &[Clock]) -> String {
     let count = |is_it: fn(&Clock) -> bool| clocks.iter().filter(|clock| is_it(clock)).count();
     let (set, no_channel) = (count(|c| *c == Clock::Set), count(|c| *c == Clock::NoChannel));
     let age = span(age);
     if set == clocks.len() {
         return format!(
-            "the template is {age} old: the guest agents have set the clocks; what else a clone must renew is in \
-             docs/clone-renewal.md"
+            "the template is {age} old; the guest agents have set the clocks; see docs/clone-renewal.md for the other \
+             properties that a clone must renew"
         );
     }
     let why = match clocks.iter().find_map(|clock| match clock {
         Clock::Refused(why) => Some(why.as_str()),
         _ => None,
     }) {
-        Some(why) => format!("the guest agent of {} of {} has set its clock ({why})", set, clocks.len()),
+        Some(why) => format!("guest agents set the clock in {} of {} clones ({why})", set, clocks.len()),
         None if no_channel > 0 => "the VM has no channel for a guest agent".to_owned(),
-        None => format!("no guest agent runs in {} of {}", clocks.len() - set, clocks.len()),
+        None => format!("no guest agent runs in {} of {} clones", clocks.len() - set, clocks.len()),
     };
     format!(
-        "the template is {age} old, and the system clocks of its clones are as far behind: {why}; set them from the RTC, \
-         which shows today's time (hwclock --hctosys), and renew what docs/clone-renewal.md lists"
+        "the template is {age} old, and the system clocks of its clones are behind by the same time: {why}; set \
+         the clocks from the RTC, which shows the current time (hwclock --hctosys), and follow docs/clone-renewal.md"
     )
 }
 
-/// A span of time in its largest unit.
+/// Formats a span of time in its largest unit.
 fn span(age: Duration) -> String {
     let seconds = age.as_secs();
     let (number, unit) = match seconds {
@@ -222,15 +235,16 @@ fn span(age: Duration) -> String {
         7200..172_800 => (seconds / 3600, "hour"),
         _ => (seconds / 86400, "day"),
     };
-    format!("{number} {unit}{}", if number == 1 { "" } else { "s" })
+    crate::clones::counted(number, unit, &format!("{unit}s"))
 }
 
-fn nobody_is_left(clones: &[Entry]) -> bool {
-    let families = Families::look(clones);
-    clones.iter().all(|clone| families.of(clone).is_empty())
+fn all_have_exited(clones: &[Entry]) -> bool {
+    let trees = ProcessTrees::scan(clones);
+    clones.iter().all(|clone| trees.of(clone).is_empty())
 }
 
-/// Waits for the end of all clones and removes what they had. Gives the exit code of the first that failed.
+/// Waits until all clones have exited, and removes their records and disks. Returns the exit code of the first command
+/// that failed, 0 if none did.
 fn wait(
     clones: &[Entry],
     mut children: Vec<std::process::Child>,
@@ -251,9 +265,9 @@ fn wait(
         });
         if cancel.load(Ordering::Relaxed) {
             stop(clones, Duration::from_secs(10))?;
-            return Err(Error::failed("interrupted: the clones were stopped"));
+            return Err(Error::failed("interrupted: the clones were stopped").remedy("run the command again"));
         }
-        if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && nobody_is_left(clones) {
+        if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && all_have_exited(clones) {
             break;
         }
         std::thread::sleep(Duration::from_millis(50));

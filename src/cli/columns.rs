@@ -1,4 +1,4 @@
-//! Tables for people: columns as wide as their widest cell, numbers to the right.
+//! Tables for a terminal: each column as wide as its widest cell, numbers aligned to the right.
 
 use std::io::{self, Write};
 
@@ -10,20 +10,20 @@ pub struct Columns {
 }
 
 impl Columns {
-    /// A table with this head.
+    /// Creates a table with these column headings.
     pub fn new(head: &[&str]) -> Columns {
         Columns { rows: vec![head.iter().map(|h| h.to_string()).collect()] }
     }
 
-    /// The next row. Foreign text in it is made fit for a terminal.
+    /// Adds a row. Each cell is sanitized for a terminal.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().map(|cell| shown(&cell).into_owned()).collect());
     }
 
-    /// Writes it, two spaces between columns and none at the end of a line.
+    /// Writes the table with two spaces between columns and no trailing spaces.
     ///
     /// # Errors
-    /// Whatever writing to `out` gives.
+    /// Returns an error if writing to `out` fails.
     pub fn print(&self, out: &mut dyn Write) -> io::Result<()> {
         let count = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {

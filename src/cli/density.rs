@@ -1,4 +1,4 @@
-//! `stencil density`: what each clone has dirtied, what all of them really cost.
+//! `stencil density`: reports the memory that each clone has copied, and the memory of all clones.
 
 use std::io::{self, Write};
 
@@ -8,8 +8,9 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::store_filter::StoreFilter;
 use super::{Global, columns::Columns};
-use crate::clones::accounting::{self, Density};
+use crate::clones::accounting::{self, CloneMemory, Density};
 use crate::clones::audit::{self, Audit, Verdict};
+use crate::clones::counted;
 use crate::control;
 use crate::error::{Error, Result};
 use crate::store::{Store, TemplateRef};
@@ -17,11 +18,16 @@ use crate::units::Bytes;
 
 /// Arguments of `stencil density`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stencil density
+  stencil density web:1
+  stencil density --audit --json")]
 pub struct DensityArgs {
-    /// Only this template
+    /// Report this template only
     #[arg(value_name = "T")]
     template: Option<TemplateRef>,
-    /// Hold the figures against page frames and the host's available memory; counts the mounts of every store
+    /// Compare the figures with page frames and with the available memory of the host, over the mounts of all stores
     #[arg(long)]
     audit: bool,
 }
@@ -34,13 +40,14 @@ struct DensityReport {
     audit: Option<Audit>,
 }
 
-/// Measures and prints.
+/// Measures the memory of the clones, and returns the report.
 ///
 /// # Errors
-/// See [`accounting::survey`].
+/// Same as [`accounting::survey`]; also `Code::Usage` if `--audit` is given with a template.
 pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
     if args.audit && args.template.is_some() {
-        return Err(Error::usage("--audit looks at the whole host").remedy("leave the template out"));
+        return Err(Error::usage("--audit measures the whole host and takes no template")
+            .remedy("run 'stencil density --audit' without the template"));
     }
     let filter = StoreFilter::of(global)?;
     let mut mounts = control::mounts()?;
@@ -93,23 +100,20 @@ impl DensityReport {
     }
 
     fn clones(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut table = Columns::new(&[
-            "CLONE",
-            "PID",
-            "KIND",
-            "MAPPED",
-            "CLEAN",
-            "DIRTY-PAGES",
-            "PRIVATE",
-            "SWAP",
-            "TABLES",
-            "OVERHEAD",
-            "DISK",
-            "NAME",
-        ]);
+        // Swap and disks are rare. Without their columns, the table fits 100 columns.
+        let any = |part: fn(&CloneMemory) -> Bytes| {
+            self.density.clones.iter().any(|clone| part(&clone.memory) > Bytes::ZERO)
+        };
+        let (swap, disk) = (any(|m| m.swap_bytes), any(|m| m.disk_bytes));
+        let mut head = vec!["CLONE", "PID", "KIND", "MAPPED", "CLEAN", "DIRTY", "PRIVATE"];
+        head.extend(swap.then_some("SWAP"));
+        head.extend(["TABLES", "OVERHEAD"]);
+        head.extend(disk.then_some("DISK"));
+        head.push("NAME");
+        let mut table = Columns::new(&head);
         for c in &self.density.clones {
             let m = &c.memory;
-            table.row([
+            let mut row = vec![
                 c.id.clone(),
                 c.pid.to_string(),
                 c.kind.clone(),
@@ -117,12 +121,12 @@ impl DensityReport {
                 m.mapped_clean_bytes.to_string(),
                 m.dirty_pages.get().to_string(),
                 m.private_bytes.to_string(),
-                m.swap_bytes.to_string(),
-                m.page_table_bytes.to_string(),
-                m.overhead_bytes.to_string(),
-                m.disk_bytes.to_string(),
-                c.name.clone(),
-            ]);
+            ];
+            row.extend(swap.then(|| m.swap_bytes.to_string()));
+            row.extend([m.page_table_bytes.to_string(), m.overhead_bytes.to_string()]);
+            row.extend(disk.then(|| m.disk_bytes.to_string()));
+            row.push(c.name.clone());
+            table.row(row);
         }
         table.print(out)?;
         writeln!(out)
@@ -131,7 +135,7 @@ impl DensityReport {
     fn totals(&self, out: &mut dyn Write) -> io::Result<()> {
         let t = &self.density.totals;
         let part = |out: &mut dyn Write, name: &str, bytes: Bytes| writeln!(out, "  {name:<22}{bytes:>10}");
-        writeln!(out, "{} clones take", t.clones)?;
+        writeln!(out, "memory of {}", counted(t.clones, "clone", "clones"))?;
         part(out, "template pages", t.template_bytes)?;
         part(out, "store cache", t.store_cache_bytes)?;
         part(out, "private pages", t.private_bytes)?;
@@ -140,14 +144,18 @@ impl DensityReport {
         part(out, "disks in RAM", t.disk_bytes)?;
         part(out, "= host memory", t.host_bytes)?;
         if let (Some(bytes), Some(count)) = (t.bytes_per_further_clone, t.clones_per_gib) {
-            writeln!(out, "one more clone takes {bytes}; {count:.1} more fit into a GiB")?;
+            writeln!(out, "each further clone takes {bytes}; {count:.1} more fit into 1 GiB")?;
             writeln!(
                 out,
-                "sharing ratio {} (each with its own copy: {})",
+                "sharing ratio {} (if each clone had its own copy of the template: {})",
                 ratio(t.sharing_ratio),
                 t.copied_bytes
             )?;
-            writeln!(out, "lazy ratio {} (each with its own copy of what it touched)", ratio(t.lazy_ratio))?;
+            writeln!(
+                out,
+                "lazy ratio {} (if each clone had its own copy of the pages that it touched)",
+                ratio(t.lazy_ratio)
+            )?;
             writeln!(out, "overcommit ratio {} (mapped: {})", ratio(t.overcommit_ratio), t.mapped_bytes)?;
         }
         Ok(())
@@ -168,11 +176,16 @@ impl DensityReport {
         writeln!(out, "  {:<22}{:>10}  {:>10}", "clones", f.address_spaces, f.address_spaces_accounted)?;
         writeln!(
             out,
-            "  {} processes unknown, {} mappings unexplained",
-            f.unknown_processes, f.unexplained_mappings
+            "  {}, {}",
+            counted(f.unknown_processes, "unknown process", "unknown processes"),
+            counted(f.unexplained_mappings, "unexplained mapping", "unexplained mappings")
         )?;
         if f.changed_percent >= 0.001 {
-            writeln!(out, "  the clones changed by {:.3} % meanwhile", f.changed_percent)?;
+            writeln!(
+                out,
+                "  the memory of the clones changed by {:.3} % during the audit",
+                f.changed_percent
+            )?;
         }
         let verdict = |of: Verdict, error: f64, tolerance: f64| {
             format!("{}: off by {error:.3} %, tolerance {tolerance} %", of.name())
@@ -182,12 +195,15 @@ impl DensityReport {
             Some(m) => {
                 writeln!(out, "audit by available memory")?;
                 let (fall, accounted) = (m.fall_bytes, m.accounted_bytes.get());
-                writeln!(out, "  fell by {fall} bytes, accounted {accounted} bytes")?;
+                writeln!(
+                    out,
+                    "  available memory fell by {fall} bytes, {accounted} bytes are accounted for"
+                )?;
                 writeln!(out, "  {}", verdict(m.verdict, m.error_percent, m.tolerance_percent))
             }
             None => writeln!(
                 out,
-                "audit by available memory: no baseline; `stencil clone` takes one where no clone lives yet"
+                "audit by available memory: no baseline; 'stencil clone' records one if no clone is running"
             ),
         }
     }

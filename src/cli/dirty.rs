@@ -1,4 +1,4 @@
-//! `stencil dirty`: the pages that one clone has copied.
+//! `stencil dirty`: reports the pages that one clone has copied.
 
 use std::fs;
 use std::io::{self, Write};
@@ -12,28 +12,34 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use crate::clones::accounting::{self, DirtyRange};
+use crate::clones::counted;
 use crate::clones::registry;
 use crate::control;
 use crate::error::{Error, Result};
 use crate::sys::stream::Sink;
 use crate::units::PageCount;
 
-/// How long a named pipe for the bitmap may be without a reader.
-const SILENCE: Duration = Duration::from_secs(300);
+/// Time after which a named pipe without a reader is an error.
+const STALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Arguments of `stencil dirty`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stencil dirty c1a2b3c4
+  stencil dirty c1a2b3c4 --ranges
+  stencil dirty 4711 --bitmap dirty.bitmap")]
 pub struct DirtyArgs {
-    /// Id or process id of a clone
+    /// Id or process id of the clone
     #[arg(value_name = "CLONE")]
     clone: String,
-    /// List the ranges, in pages of the template's file
+    /// List the ranges of copied pages, in pages of the template's file
     #[arg(long, conflicts_with = "bitmap")]
     ranges: bool,
-    /// Write a bitmap of the file's pages, one bit a page, lowest bit first
+    /// Write a bitmap of the file: one bit for each page, lowest bit first
     #[arg(long, value_name = "FILE")]
     bitmap: Option<PathBuf>,
-    /// The template's file that --bitmap is about
+    /// File of the template for --bitmap
     #[arg(long, value_name = "NAME", default_value = "memory")]
     file: String,
 }
@@ -47,21 +53,21 @@ struct DirtyReport {
     ranges: Option<Vec<DirtyRange>>,
 }
 
-/// Measures and prints.
+/// Measures the copied pages of the clone, and returns the report.
 ///
 /// # Errors
-/// Not found when there is no such clone.
+/// Returns `Code::NotFound` if the clone does not exist or maps no template.
 pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
     let pid = pid_of(&args.clone)?;
     let (clone, ranges) = accounting::dirty_of(pid, &control::mounts()?)?.ok_or_else(|| {
         Error::not_found(format!("process {pid} maps no template of a mount on this host"))
-            .remedy("list the clones with `stencil ps`")
+            .remedy("run 'stencil ps' to list the clones")
     })?;
     if let Some(path) = &args.bitmap {
         let end = clone.maps.iter().filter(|map| map.file == args.file);
         let Some(end) = end.map(|map| map.offset.get() + map.length.get()).max() else {
             return Err(Error::not_found(format!("process {pid} does not map file '{}'", args.file))
-                .remedy("name one of its files with --file"));
+                .remedy("name a file of the template that the process maps: --file NAME"));
         };
         let bitmap = bitmap(&ranges, &args.file, end / crate::units::PAGE_SIZE);
         write(path, &bitmap)?;
@@ -76,25 +82,26 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
     }))
 }
 
-/// A named pipe is waited for like that of `stencil export`.
+/// Writes the bitmap. Waits for the reader of a named pipe in the same way as `stencil export`.
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let fail = |e| Error::io("cannot write the bitmap", path, e);
     match fs::metadata(path) {
         Ok(meta) if meta.file_type().is_fifo() => {
-            Sink::open(path, Some(SILENCE), None)?.write_all(bytes).map_err(fail)
+            Sink::open(path, Some(STALL_TIMEOUT), None)?.write_all(bytes).map_err(fail)
         }
         _ => fs::write(path, bytes).map_err(fail),
     }
 }
 
-/// The process of a clone: an id that `stencil clone` gave, else a process id.
+/// Returns the process of a clone, given as the id that `stencil clone` assigned or as a process id.
 pub fn pid_of(clone: &str) -> Result<u32> {
     if let Some(entry) = registry::list()?.into_iter().find(|entry| entry.id == clone) {
         entry.expect_ours()?;
         return Ok(entry.pid);
     }
     clone.parse().map_err(|_| {
-        Error::not_found(format!("there is no clone '{clone}'")).remedy("list the clones with `stencil ps`")
+        Error::not_found(format!("no clone has the id '{clone}'"))
+            .remedy("run 'stencil ps' to list the clones")
     })
 }
 
@@ -123,8 +130,8 @@ impl Report for DirtyReport {
         if self.ranges.is_none() {
             writeln!(
                 out,
-                "{} pages dirty ({}), {} of them in swap",
-                self.dirty_pages.get(),
+                "{} dirty ({}), {} of them in swap",
+                counted(self.dirty_pages.get(), "page", "pages"),
                 self.dirty_pages.bytes(),
                 self.swapped_pages.get()
             )?;
@@ -138,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_bit_a_page_lowest_first() {
+    fn sets_one_bit_for_each_page_lowest_bit_first() {
         let range = |first_page, pages| DirtyRange {
             file: "memory".into(),
             first_page,

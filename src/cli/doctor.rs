@@ -1,4 +1,4 @@
-//! `stencil doctor`: can this host do it, and does anything on it cost sharing or speed?
+//! `stencil doctor`: checks what the host supports, and what reduces sharing or speed.
 
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
@@ -21,31 +21,36 @@ use crate::units::Bytes;
 
 /// Arguments of `stencil doctor`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stencil doctor
+  stencil doctor --cache-dir /var/cache/stencil
+  stencil doctor --fix-stuck 57")]
 pub struct DoctorArgs {
-    /// Directory of passthrough backings to look at (as `mount --cache-dir`)
+    /// Directory for passthrough backings to check (as in `mount --cache-dir`)
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<std::path::PathBuf>,
-    /// Abort a FUSE connection that nobody answers, after asking: N as listed, or the only one
+    /// Abort a stuck FUSE connection after a confirmation: connection N, or the only stuck one
     #[arg(long, value_name = "N", num_args = 0..=1)]
-    #[expect(clippy::option_option, reason = "left out, without a number, with one")]
+    #[expect(clippy::option_option, reason = "absent, without a number, with a number")]
     fix_stuck: Option<Option<u32>>,
-    /// Do not ask before the abort
+    /// Abort without a confirmation
     #[arg(long, requires = "fix_stuck")]
     yes: bool,
 }
 
-/// How a check came out.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
     Ok,
-    /// Works, at a cost that the check names.
+    /// The feature works, at a cost that the check names.
     Note,
-    /// Something that Stencil needs is missing.
+    /// A requirement of Stencil is not met.
     Missing,
 }
 
-/// One thing looked at.
+/// One check of the host.
 #[derive(Debug, Clone, Serialize)]
 struct Check {
     name: &'static str,
@@ -74,10 +79,10 @@ struct DoctorReport {
     stuck: Vec<Stuck>,
 }
 
-/// Looks at the host and prints what it found; exit 1 when something is missing.
+/// Checks the host. The command exits with 1 if a requirement is not met.
 ///
 /// # Errors
-/// What [`stuck::fix`] refuses. Without it none: what cannot be asked is a finding.
+/// Same as [`stuck::fix`] with `--fix-stuck`. Otherwise none: a check that cannot be made is a finding.
 pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
     if let Some(number) = args.fix_stuck {
         return Ok(Done::report(stuck::fix(number, args.yes)?));
@@ -116,10 +121,10 @@ fn kernel() -> Check {
         Ok((release, name)) if release >= KernelRelease::OLDEST => Check::ok("kernel", name),
         Ok((_, name)) => Check::missing(
             "kernel",
-            format!("{name}, needed {} or later", KernelRelease::OLDEST),
-            "boot a kernel 6.9 or later: on Debian 12, linux-image-amd64 from bookworm-backports",
+            format!("{name}, {} or later is required", KernelRelease::OLDEST),
+            "boot Linux 6.9 or later: on Debian 12, linux-image-amd64 from bookworm-backports",
         ),
-        Err(error) => Check::missing("kernel", error.to_string(), "run it on Linux"),
+        Err(error) => Check::missing("kernel", error.to_string(), "run this command on Linux"),
     }
 }
 
@@ -130,7 +135,7 @@ fn pagemap_scan() -> Check {
         Err(error) => Check::missing(
             "PAGEMAP_SCAN",
             error.to_string(),
-            "dirty pages are counted with it: Linux 6.7 has it",
+            "boot Linux 6.7 or later: PAGEMAP_SCAN counts dirty pages",
         ),
     }
 }
@@ -144,7 +149,7 @@ fn page_cache_figures() -> Check {
         Err(error) => Check::missing(
             "cachestat",
             error.to_string(),
-            "resident pages are counted with it: Linux 6.5 has it",
+            "boot Linux 6.5 or later: cachestat(2) counts resident pages",
         ),
     }
 }
@@ -152,24 +157,24 @@ fn page_cache_figures() -> Check {
 fn device(name: &'static str, path: &str, remedy: &str) -> Check {
     match std::fs::metadata(path) {
         Ok(meta) if meta.file_type().is_char_device() => Check::ok(name, path),
-        Ok(_) => Check::missing(name, format!("{path} is no device"), remedy),
+        Ok(_) => Check::missing(name, format!("{path} is not a character device"), remedy),
         Err(error) => Check::missing(name, format!("{path}: {}", crate::error::errno_text(&error)), remedy),
     }
 }
 
-/// Whether the kernel was built with FUSE passthrough. Only a mount can ask the running kernel; its
-/// configuration is the next best, and a living mount says what it got in `stencil status`.
+/// Checks whether the kernel was built with FUSE passthrough. Only a mount can test the running kernel, so this check
+/// reads the kernel's configuration; `stencil status` reports the result for each mount.
 fn passthrough() -> Check {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let config = std::fs::read(format!("/boot/config-{release}")).ok();
     match config.map(|text| String::from_utf8_lossy(&text).contains("CONFIG_FUSE_PASSTHROUGH=y")) {
-        Some(true) => Check::ok("passthrough", "the kernel has it"),
+        Some(true) => Check::ok("passthrough", "supported by the kernel"),
         Some(false) => Check::note(
             "passthrough",
-            "this kernel is built without CONFIG_FUSE_PASSTHROUGH",
-            "templates are served by decoding; a kernel with it maps them faster",
+            "the kernel was built without CONFIG_FUSE_PASSTHROUGH",
+            "boot a kernel with FUSE passthrough for faster page faults; until then, blocks are decoded",
         ),
-        None => Check::ok("passthrough", "the kernel's configuration is not at hand; the first mount tells"),
+        None => Check::ok("passthrough", "unknown until the first mount: no kernel configuration in /boot"),
     }
 }
 
@@ -180,12 +185,12 @@ fn privileges() -> Check {
         Check::note(
             "privileges",
             "no CAP_SYS_ADMIN",
-            "the store commands work; run mount, clone and density as root",
+            "run mount, clone and density as root; the store commands work without privileges",
         )
     }
 }
 
-/// Processes that may not be looked into here: any of them may be a clone.
+/// Checks for processes that cannot be inspected: each may be a clone.
 fn closed_processes() -> Check {
     const NAME: &str = "processes";
     let look = |pid| procfs::maps(pid, |_, _| false).map(|_| None::<()>).map_err(io::Error::other);
@@ -199,25 +204,25 @@ fn closed_processes() -> Check {
     }
     let looks = users::look_at_each(vec![1], PATIENCE, move |pid| look(pid).is_err().then_some(()));
     match looks.seen.is_empty() {
-        true => Check::ok(NAME, "all can be looked into"),
+        true => Check::ok(NAME, "all can be inspected"),
         false => Check::note(
             NAME,
-            format!("no right to look into {}", users::list_pids(&[1])),
-            "process 1 counts as none of the clones; all other processes can be looked into",
+            format!("no permission to inspect {}", users::list_pids(&[1])),
+            "none needed: process 1 is assumed not to be a clone, and all others can be inspected",
         ),
     }
 }
 
-/// What the sandbox of a server is made of.
+/// Checks the kernel features that confine a server.
 fn isolation() -> Check {
     let mut lacks = Vec::new();
     match probe::landlock_version() {
         Some(version) if version >= probe::LANDLOCK_NEEDED => {}
         Some(version) => lacks.push(format!(
-            "the kernel's Landlock has version {version}, and knows not all that version {} forbids",
+            "the kernel supports version {version} of Landlock, which lacks restrictions of version {}",
             probe::LANDLOCK_NEEDED
         )),
-        None => lacks.push("the kernel has no Landlock, or it is not switched on".to_owned()),
+        None => lacks.push("the kernel has no Landlock, or Landlock is disabled".to_owned()),
     }
     if !probe::has_seccomp_filters() {
         lacks.push("the kernel has no seccomp filters".to_owned());
@@ -228,27 +233,29 @@ fn isolation() -> Check {
     Check::note(
         "isolation",
         lacks.join("; "),
-        "servers run, with fewer walls around them: docs/security.md; boot a newer kernel, with lsm=landlock,…",
+        "boot a newer kernel with lsm=landlock,…; until then, servers are less confined (docs/security.md)",
     )
 }
 
 fn kvm() -> Check {
     match device("kvm", "/dev/kvm", "") {
         check if check.verdict == Verdict::Ok => check,
-        check => Check::note("kvm", check.found, "guests run under emulation; load kvm_intel or kvm_amd"),
+        check => {
+            Check::note("kvm", check.found, "load kvm_intel or kvm_amd; until then, guests are emulated")
+        }
     }
 }
 
-/// The first line of what a program of the PATH says of its version; none where there is no such program.
+/// Returns the first line that a program in the PATH prints for `--version`, `None` if the program does not exist.
 fn version(program: &str) -> io::Result<Option<String>> {
-    let asked = Command::new(program).arg("--version").stdin(Stdio::null()).output();
-    match asked {
-        Ok(answer) if !answer.status.success() => {
-            let said = String::from_utf8_lossy(&answer.stderr);
-            Err(io::Error::other(format!("{}: {}", answer.status, said.trim())))
+    let output = Command::new(program).arg("--version").stdin(Stdio::null()).output();
+    match output {
+        Ok(output) if !output.status.success() => {
+            let message = String::from_utf8_lossy(&output.stderr);
+            Err(io::Error::other(format!("{}: {}", output.status, message.trim())))
         }
-        Ok(answer) => {
-            let text = String::from_utf8_lossy(&answer.stdout);
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&output.stdout);
             Ok(Some(text.lines().next().unwrap_or_default().to_owned()))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -256,36 +263,36 @@ fn version(program: &str) -> io::Result<Option<String>> {
     }
 }
 
-/// The first QEMU that has `rom=off`.
+/// First release of QEMU with `rom=off` for memory-backend-file.
 const QEMU_NEEDED: (u32, u32) = (8, 2);
 
-/// A note at most: other VMMs, and QEMUs out of the PATH, do without it.
+/// Checks the QEMU in the PATH. The result is a note at most: other VMMs, and a QEMU elsewhere, do not need this one.
 fn qemu(version: io::Result<Option<String>>) -> Check {
-    let remedy = "guests of QEMU want 8.2 or later (Debian 12: qemu-system-x86 from bookworm-backports); other VMMs do not";
-    let said = match version {
-        Ok(Some(said)) => said,
+    let remedy = "install QEMU 8.2 or later for QEMU guests (Debian 12: qemu-system-x86, bookworm-backports)";
+    let text = match version {
+        Ok(Some(text)) => text,
         Ok(None) => return Check::note("qemu", "no qemu-system-x86_64 in PATH", remedy),
         Err(error) => return Check::note("qemu", format!("cannot run qemu-system-x86_64: {error}"), remedy),
     };
-    let release = said.split_once("version ").and_then(|(_, rest)| {
+    let release = text.split_once("version ").and_then(|(_, rest)| {
         let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
         Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
     });
     match release {
-        Some(release) if release >= QEMU_NEEDED => Check::ok("qemu", said),
+        Some(release) if release >= QEMU_NEEDED => Check::ok("qemu", text),
         Some(_) => {
-            Check::note("qemu", format!("{said}: it has no rom=off, so templates are ROM only"), remedy)
+            Check::note("qemu", format!("{text}: no rom=off, so templates can only be mapped as ROM"), remedy)
         }
-        None => Check::note("qemu", format!("its version is not understood: '{said}'"), remedy),
+        None => Check::note("qemu", format!("cannot parse the version '{text}'"), remedy),
     }
 }
 
 fn qemu_img(version: io::Result<Option<String>>) -> Check {
-    let remedy = "capture and clones of VMs with disks run it (Debian: qemu-utils)";
+    let remedy = "install qemu-img for capture and for clones of VMs with disks (Debian: qemu-utils)";
     match version {
-        Ok(Some(said)) => Check::ok("qemu-img", said),
+        Ok(Some(text)) => Check::ok("qemu-img", text),
         Ok(None) => Check::note("qemu-img", "not in PATH", remedy),
-        Err(error) => Check::note("qemu-img", format!("cannot run it: {error}"), remedy),
+        Err(error) => Check::note("qemu-img", format!("cannot run qemu-img: {error}"), remedy),
     }
 }
 
@@ -293,20 +300,20 @@ fn huge_pages() -> Check {
     let Some(text) = probe::setting("/sys/kernel/mm/transparent_hugepage/enabled") else {
         return Check::note(
             "huge pages",
-            "this kernel has no transparent huge pages",
-            "templates are mapped by 4 KiB entries: more page tables and faults",
+            "the kernel has no transparent huge pages",
+            "templates are mapped by 4 KiB entries: more page tables and page faults",
         );
     };
     match probe::chosen(&text).unwrap_or("unknown") {
         "never" => Check::note(
             "huge pages",
             "never",
-            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled lets backings be mapped by 2 MiB entries",
+            "let backings be mapped by 2 MiB entries: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
         ),
         "always" => Check::note(
             "huge pages",
             "always",
-            "a clone that writes one page of zeroed memory outside templates may get 2 MiB: madvise wastes less",
+            "set madvise: a clone that writes one page of zeroed memory outside templates may take 2 MiB",
         ),
         word => Check::ok("huge pages", word),
     }
@@ -317,17 +324,17 @@ fn ksm() -> Check {
         Some(1) => Check::note(
             "ksm",
             "running",
-            "merged copies are counted once, but each clone still shows them; the scanner costs CPU",
+            "merged copies are counted once, but each clone still reports them; the scanner takes CPU time",
         ),
-        Some(_) => Check::ok("ksm", "off; template pages need none"),
-        None => Check::ok("ksm", "not in this kernel; template pages need none"),
+        Some(_) => Check::ok("ksm", "off; template pages are shared without KSM"),
+        None => Check::ok("ksm", "not in this kernel; template pages are shared without KSM"),
     }
 }
 
 fn swap() -> Check {
     match procfs::meminfo("SwapTotal") {
         Ok(Some(total)) if total > Bytes::ZERO => {
-            Check::ok("swap", format!("{total}; copies in swap are shown as swap_bytes"))
+            Check::ok("swap", format!("{total}; copied pages in swap are reported as swap_bytes"))
         }
         Ok(_) => Check::ok("swap", "none"),
         Err(error) => Check::note("swap", error.to_string(), "mount /proc"),
@@ -339,7 +346,7 @@ fn overcommit() -> Check {
         Some(2) => Check::note(
             "overcommit",
             "strict (vm.overcommit_memory=2)",
-            "every clone is charged the whole size of its RAM: use reserve=off, or set vm.overcommit_memory to 0 or 1",
+            "use reserve=off, or set vm.overcommit_memory to 0 or 1: each clone is charged the size of its RAM",
         ),
         Some(mode) => Check::ok("overcommit", format!("vm.overcommit_memory={mode}")),
         None => Check::note("overcommit", "unknown", "mount /proc"),
@@ -351,7 +358,7 @@ fn read_size() -> Check {
         Some(pages) if pages < 256 => Check::note(
             "read size",
             format!("fs.fuse.max_pages_limit={pages}"),
-            "sysctl fs.fuse.max_pages_limit=256 lets one request read 1 MiB",
+            "run sysctl fs.fuse.max_pages_limit=256, so that one request reads 1 MiB",
         ),
         Some(pages) => Check::ok("read size", Bytes::new(pages * crate::units::PAGE_SIZE).to_string()),
         None => Check::ok("read size", "1.00 MiB"),
@@ -367,7 +374,7 @@ fn store(dir: &Path) -> Check {
         ),
         Ok(fs) => Check::ok("store", format!("{} on {}, {} free", dir.display(), fs.name, fs.free)),
         Err(_) => {
-            Check::ok("store", format!("{} does not exist yet; the first import makes it", dir.display()))
+            Check::ok("store", format!("{} does not exist; the first import creates it", dir.display()))
         }
     }
 }
@@ -381,22 +388,22 @@ fn cache(dir: &Path) -> Check {
         Ok(fs) => Check::note(
             "backing",
             format!("{} on {}", existing.display(), fs.name),
-            "passthrough backings are mapped by 2 MiB entries on ext4 or xfs: name one with mount --cache-dir",
+            "name a directory on ext4 or xfs with mount --cache-dir: backings are then mapped by 2 MiB entries",
         ),
         Err(error) => Check::note("backing", error.to_string(), "name a directory with --cache-dir"),
     }
 }
 
-/// FUSE connections whose requests wait without moving.
+/// Checks for FUSE connections whose requests make no progress.
 fn connections(stuck: std::result::Result<&[Stuck], &Error>) -> Vec<Check> {
     match stuck {
         Ok([]) => vec![Check::ok("connections", "none is stuck")],
         Ok(stuck) => stuck.iter().map(|one| Check::note("connections", one.found(), &one.remedy())).collect(),
-        Err(error) => vec![Check::note("connections", error.to_string(), "run it as root")],
+        Err(error) => vec![Check::note("connections", error.to_string(), "run the command as root")],
     }
 }
 
-/// Mounts without a living supervisor or server.
+/// Checks for mounts without a living supervisor or server.
 fn mounts() -> Vec<Check> {
     let mut checks = Vec::new();
     let listing = control::list().unwrap_or_default();
@@ -410,12 +417,12 @@ fn mounts() -> Vec<Check> {
             (true, _) => Check::note(
                 "mount",
                 format!("{place} has lost its supervisor"),
-                &format!("give it another one: stencil mount {place}"),
+                &format!("start a new supervisor: stencil mount {place}"),
             ),
             (_, None) => Check::note(
                 "mount",
-                format!("{place} has no server now"),
-                "look at `stencil status` and its log",
+                format!("{place} has no server"),
+                "see 'stencil status' and the log of the mount",
             ),
             (_, Some(pid)) => Check::ok("mount", format!("{place} is served by process {pid}")),
         });
@@ -449,7 +456,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_qemu_without_rom_off_is_a_note() {
+    fn reports_a_qemu_without_rom_off_as_a_note() {
         let verdict = |text: &str| qemu(Ok(Some(text.to_owned()))).verdict;
         let of_debian =
             |version: &str| format!("QEMU emulator version {version} (Debian 1:{version}+dfsg-1)");

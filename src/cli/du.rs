@@ -1,4 +1,4 @@
-//! `stencil du`: where the bytes of the store are.
+//! `stencil du`: reports the disk space of the store.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -15,11 +15,15 @@ use crate::error::Result;
 use crate::store::{Digest, Store, StoreUsage, TemplateUsage};
 use crate::units::Bytes;
 
-/// Show what templates take, alone and shared
+/// Show the disk space of templates, alone and shared
 ///
-/// LOGICAL is the length of a template's files, UNIQUE what removing it and `stencil gc` would give back, SHARED what
-/// other templates need too, CACHE its passthrough backings in all mounts of the store.
+/// LOGICAL is the length of the template's files, UNIQUE the space that removing the template and `stencil gc` would
+/// free, SHARED the space that other templates also use, and CACHE the passthrough backings in all mounts of the store.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil du
+  stencil --store /srv/store du --json")]
 pub struct DuArgs {}
 
 #[derive(Serialize)]
@@ -64,11 +68,7 @@ impl Report for Usage {
         writeln!(out, "store  {} = {} unique + {} shared", t.store_bytes, t.unique_bytes, t.shared_bytes)?;
         let overhead = Bytes::new(t.overhead_bytes.unsigned_abs());
         let sign = if t.overhead_bytes < 0 { "-" } else { "+" };
-        writeln!(
-            out,
-            "       + {} that nobody needs {sign} {overhead} of packs beside records",
-            t.dead_bytes
-        )?;
+        writeln!(out, "       + {} unreferenced {sign} {overhead} of packs beside records", t.dead_bytes)?;
         writeln!(
             out,
             "       + {} tables + {} sessions + {} other",
@@ -90,27 +90,27 @@ impl Report for Usage {
     }
 }
 
-/// Runs it.
+/// Runs `stencil du`.
 ///
 /// # Errors
-/// When the store cannot be read.
+/// Returns an error if the store cannot be read.
 pub fn run(_args: &DuArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let mut usage = store.usage(&*interrupt::flag()?)?;
-    let caches = caches(&store).map_err(|error| log::warn!("the cache is not counted: {error}")).ok();
+    let caches = caches(&store).map_err(|error| log::warn!("cannot measure the cache: {error}")).ok();
     let of = |digest: &Digest| caches.as_ref().map(|c| c.get(digest).copied().unwrap_or(Bytes::ZERO));
     let templates = std::mem::take(&mut usage.templates);
     let templates =
         templates.into_iter().map(|usage| Line { cache_bytes: of(&usage.digest), usage }).collect();
     let totals = Totals { usage, cache_bytes: caches.as_ref().map(|c| c.values().copied().sum()) };
     let leases = control::leases(&store).unwrap_or_else(|error| {
-        log::warn!("leases are not listed: {error}");
+        log::warn!("cannot list leases: {error}");
         Vec::new()
     });
     Ok(Done::report(Usage { templates, totals, leases }))
 }
 
-/// What backings of each template take, in all mounts of the store; templates that are removed too.
+/// Returns the size of the backings of each template in all mounts of the store, including removed templates.
 fn caches(store: &Store) -> Result<BTreeMap<Digest, Bytes>> {
     let mut caches: BTreeMap<Digest, Bytes> = BTreeMap::new();
     for mount in control::mounts_of(store)? {

@@ -1,4 +1,4 @@
-//! `stencil explain`: maps as QEMU would, and says what it got.
+//! `stencil explain`: maps a memory object in the same way as QEMU, and reports the mapping.
 
 use std::io::{self, Write};
 
@@ -11,10 +11,14 @@ use crate::error::Result;
 use crate::memory::{Backend, Note, Observed, Options, Role, observe};
 use crate::units::Bytes;
 
-/// Maps a memory object as QEMU would and says what it got, or why QEMU would refuse it
+/// Map a memory object as QEMU would and report the mapping, or QEMU's reason to reject the object
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stencil explain memory-backend-file,id=ram,size=1G,share=off,mem-path=/srv/templates/web/1/memory
+  stencil explain \"$(cat object.json)\"")]
 pub struct ExplainArgs {
-    /// What follows QEMU's -object: memory-backend-file,id=…,size=…,mem-path=… or the JSON form
+    /// Argument of QEMU's -object: memory-backend-file,id=…,size=…,mem-path=… or the JSON form
     #[arg(value_name = "OBJECT")]
     object: String,
 }
@@ -31,10 +35,10 @@ struct Explanation {
     notes: Vec<Note>,
 }
 
-/// Maps, looks, unmaps; the file is afterwards as it was before.
+/// Maps the object, inspects the mapping, and unmaps it. The file is not changed.
 ///
 /// # Errors
-/// QEMU's words where QEMU would refuse the object, and our own refusals.
+/// Returns QEMU's own error text if QEMU would reject the object, and `Code::Usage` if Stencil rejects the object.
 pub fn run(args: &ExplainArgs, _global: &Global) -> Result<Done> {
     let backend = Backend::trial(&Options::parse(&args.object)?.plan()?)?;
     let map = observe(backend.address_range().start)?;
@@ -55,16 +59,16 @@ fn meaning(backend: &Backend) -> &'static str {
     let file = backend.plan().has_file();
     match (backend.role(), backend.sharing(), file) {
         (Role::Template, ..) => {
-            "writable RAM from a read-only file: a write copies its page, the rest is shared by all"
+            "writable RAM from a read-only file: a write copies its page, all other pages are shared"
         }
-        (Role::Rom, ..) => "read-only memory, shared by all who map the file",
+        (Role::Rom, ..) => "read-only memory, shared by all processes that map the file",
         (Role::Ram, Shared, true) => {
-            "writable RAM: every write changes the file (this is how a template is made)"
+            "writable RAM: every write changes the file (the form in which a template is made)"
         }
         (Role::Ram, Private, true) => {
-            "writable RAM: a write copies its page, though the file is open for writing"
+            "writable RAM: a write copies its page, although the file is open for writing"
         }
-        (Role::Ram, Shared, false) => "writable RAM without a file, in a memfd: nothing of a template",
+        (Role::Ram, Shared, false) => "writable RAM in a memfd, without a file: independent of any template",
         (Role::Ram, Private, false) => "writable RAM without a file: nothing is shared",
     }
 }
@@ -76,7 +80,7 @@ impl Report for Explanation {
         writeln!(out, "VmFlags  {}", self.map.vm_flags.join(" "))?;
         writeln!(
             out,
-            "in RAM   {} mapped, {} of it copied, {} by 2 MiB pages",
+            "in RAM   {} mapped, {} of them copied, {} by 2 MiB pages",
             self.map.resident_bytes, self.map.anonymous_bytes, self.map.pmd_mapped_bytes
         )?;
         for note in &self.notes {

@@ -1,4 +1,4 @@
-//! `stencil export`: the plain bytes again.
+//! `stencil export`: writes the files of a template as they were imported.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,23 +13,29 @@ use crate::error::{Error, Result};
 use crate::store::{Store, Template, TemplateRef};
 use crate::sys::stream::Sink;
 
-/// Write a template's files as they were imported
+/// Write the files of a template as they were imported
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil export web:1 memory.img
+  stencil export web:1/state state.bin
+  stencil export web:1 - | sha256sum")]
 pub struct ExportArgs {
-    /// The template, or one file of it; without FILE its memory (into a folder: every file)
+    /// Template, or one file of it; without FILE its memory (every file if OUT is a directory)
     #[arg(value_name = "T[/FILE]")]
     what: String,
-    /// New file, existing folder, or '-' for standard output
+    /// New file, existing directory, or '-' for standard output
     out: PathBuf,
-    /// Give up when nobody opens a named pipe for reading for so long; 0 waits without end
+    /// Fail if no process opens a named pipe for reading within this time; 0 waits without limit
     #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
     stall_timeout: Duration,
 }
 
-/// Runs it.
+/// Runs `stencil export`.
 ///
 /// # Errors
-/// When there is no such file, it is damaged, or OUT cannot be written.
+/// Returns `Code::NotFound` if the template or the file does not exist, `Code::Damage` if the file is damaged, and an
+/// error if OUT cannot be written.
 pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     let (reference, file) = match args.what.split_once('/') {
         Some((reference, file)) => (reference, Some(file)),
@@ -43,8 +49,8 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     let stop = interrupt::flag()?;
     if args.out.as_os_str() == "-" {
         if global.json {
-            return Err(Error::usage("standard output cannot hold the file and a JSON object")
-                .remedy("leave --json out, or name a file"));
+            return Err(Error::usage("cannot write both the file and a JSON object to standard output")
+                .remedy("omit --json, or name an output file"));
         }
         let file = choose(&template, file)?;
         let mut stdout = Sink::stdout(Some(&stop))?;
@@ -66,7 +72,7 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     Ok(Done::silent())
 }
 
-/// The file that was named; without a name the only one, or `memory`.
+/// Returns the index of the named file; without a name, of the only file or of `memory`.
 fn choose(template: &Template, name: Option<&str>) -> Result<usize> {
     let files: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
     let found = match name {
@@ -75,7 +81,7 @@ fn choose(template: &Template, name: Option<&str>) -> Result<usize> {
         None => template.file("memory"),
     };
     found.ok_or_else(|| {
-        let what = name.map_or("no file was named".to_owned(), |n| format!("no file '{n}' in the template"));
-        Error::not_found(what).remedy(format!("write T/FILE with one of: {}", files.join(", ")))
+        let what = name.map_or("missing file name".to_owned(), |n| format!("no file '{n}' in the template"));
+        Error::not_found(what).remedy(format!("name one of these files as T/FILE: {}", files.join(", ")))
     })
 }

@@ -1,4 +1,4 @@
-//! `stencil gc`: gives back what nobody needs.
+//! `stencil gc`: frees the space of unreferenced records.
 
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -9,25 +9,31 @@ use serde_json::Value;
 
 use super::output::{Done, Report, to_json};
 use super::{Global, interrupt};
-use crate::clones::removal;
+use crate::clones::{counted, removal};
 use crate::control;
 use crate::error::{Code, Result};
 use crate::progress::Progress;
 use crate::store::{Collect, Collected, Digest, Store};
 
-/// Give back what no template needs
+/// Free the space that no template references
 ///
-/// Removed templates leave their blocks behind, since others may need them. This removes packs that nobody needs, and
-/// rewrites packs of which little is needed; with --all every pack with an unreferenced record. Imports wait meanwhile; mounts and clones go on.
+/// The blocks of a removed template stay in the store, because other templates may reference them. This command removes
+/// packs without referenced records, and rewrites packs with few referenced records (with --all, every pack that has an
+/// unreferenced record). Imports wait during the run; mounts and clones are not affected.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil gc --dry-run
+  stencil gc
+  stencil gc --untagged --all")]
 pub struct GcArgs {
-    /// Change nothing, say what would be given back
+    /// Report the space that would be freed, without changing the store
     #[arg(long)]
     dry_run: bool,
-    /// Also remove templates without a tag that nobody uses
+    /// Also remove templates that have no tag and are not in use
     #[arg(long)]
     untagged: bool,
-    /// Rewrite every pack with an unreferenced record, however much of it is needed
+    /// Rewrite every pack with an unreferenced record, regardless of its share of referenced records
     #[arg(long)]
     all: bool,
 }
@@ -35,9 +41,9 @@ pub struct GcArgs {
 #[derive(serde::Serialize)]
 struct Collection {
     dry_run: bool,
-    /// Templates without a tag that are gone.
+    /// Removed templates, which had no tag.
     removed_templates: Vec<Digest>,
-    /// Those that somebody uses.
+    /// Templates without a tag that are in use, or whose use is unknown.
     kept_templates: Vec<Digest>,
     #[serde(flatten)]
     collected: Collected,
@@ -58,21 +64,25 @@ impl Report for Collection {
             writeln!(out, "template {digest} {}", if self.dry_run { "would be removed" } else { "removed" })?;
         }
         for digest in &self.kept_templates {
-            writeln!(out, "template {digest} has no tag and stays: it is in use, or Stencil cannot tell")?;
+            writeln!(out, "template {digest} has no tag and is kept: it is or may be in use")?;
         }
         let would = if self.dry_run { "would be " } else { "" };
-        writeln!(out, "{freed_bytes} {would}given back ({} bytes)", freed_bytes.get())?;
+        writeln!(out, "{freed_bytes} {would}freed ({} bytes)", freed_bytes.get())?;
         writeln!(
             out,
-            "{removed_packs} packs {would}removed, {repacked_packs} of them written anew as {new_packs}, for {placements} templates"
+            "{} {would}removed, {repacked_packs} of them rewritten as {} for {}",
+            counted(*removed_packs, "pack", "packs"),
+            counted(*new_packs, "new pack", "new packs"),
+            counted(*placements, "template", "templates")
         )?;
         if *sessions > 0 {
-            writeln!(out, "{sessions} folders of killed commands {would}removed")?;
+            let directories = counted(*sessions, "directory", "directories");
+            writeln!(out, "{directories} of killed commands {would}removed")?;
         }
         if dead_bytes.get() > 0 {
             writeln!(
                 out,
-                "{dead_bytes} unreferenced in packs that are still in use; stencil gc --all rewrites them"
+                "{dead_bytes} unreferenced in packs that are still in use; 'stencil gc --all' rewrites these packs"
             )?;
         }
         Ok(())
@@ -83,10 +93,10 @@ impl Report for Collection {
     }
 }
 
-/// Runs it.
+/// Runs `stencil gc`.
 ///
 /// # Errors
-/// When the store cannot be written, or it is not known what a damaged template needs.
+/// Returns an error if the store cannot be written, or if the references of a damaged template are unknown.
 pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let stop = interrupt::flag()?;
@@ -102,9 +112,9 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
         Err(error) => return Ok(Done::report(collection).but_failed(error)),
     }
     if !args.dry_run {
-        // What a server has open keeps its room.
+        // Disk space is freed only when the servers close their descriptors of removed packs.
         let mounts = control::mounts_of(&store).unwrap_or_else(|error| {
-            log::warn!("mounts are not told: {error}");
+            log::warn!("cannot notify the mounts of the store: {error}");
             Vec::new()
         });
         for mount in mounts.into_iter().filter(|m| !m.orphaned) {
@@ -137,7 +147,7 @@ fn collect(
     Ok(())
 }
 
-/// Keeps templates of which it cannot be known whether they are in use, with a warning.
+/// Removes the templates. A template whose use is unknown is kept with a warning.
 fn remove_untagged(store: &Store, untagged: &[Digest], collection: &mut Collection) -> Result<()> {
     for batch in untagged.chunks(removal::BATCH) {
         let done = match removal::remove_untagged(store, batch) {
@@ -153,7 +163,7 @@ fn remove_untagged(store: &Store, untagged: &[Digest], collection: &mut Collecti
         for (digest, removed) in done {
             match removed {
                 Ok(true) => collection.removed_templates.push(digest),
-                // It has a tag now, or another command has removed it.
+                // The template has a tag now, or another command has removed the template.
                 Ok(false) => {}
                 Err(error) if error.code() == Code::InUse => collection.kept_templates.push(digest),
                 Err(error) if error.code() == Code::TryAgain => {

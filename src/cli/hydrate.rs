@@ -1,4 +1,4 @@
-//! The first open of a template waits until its backing is filled: shows how far that is.
+//! Progress of hydration: the first open of a template waits until the template's backing is filled.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +10,14 @@ use crate::control;
 use crate::progress::Progress;
 use crate::units::Bytes;
 
-const GLANCE: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Opens the template's memory as its clones will, and draws the filling of its backings until that open is
-/// answered. What goes wrong is left to the clones, which meet it again.
+/// Opens the template's memory as its clones will, and draws the progress of hydration until the open returns. Errors
+/// are ignored here, because the clones will report the same errors.
 pub fn show(target: &Target, progress: &dyn Progress, cancel: &AtomicBool) {
     let Some(memory) = target.files.iter().find(|file| file.kind.is_memory()) else { return };
     let path = target.dir.join(&memory.name);
-    // Not a scoped thread: an interrupt must not wait for the answer of a mount.
+    // Not a scoped thread, which would be joined: an interrupt must not wait for an open that does not return.
     let opening = thread::spawn(move || drop(File::open(path)));
     let device = target.inodes.0;
     let hydrated = || -> Option<Bytes> {
@@ -27,7 +27,7 @@ pub fn show(target: &Target, progress: &dyn Progress, cancel: &AtomicBool) {
     };
     let mut shown: Option<Bytes> = None;
     while !opening.is_finished() && !cancel.load(Ordering::Relaxed) {
-        thread::sleep(GLANCE);
+        thread::sleep(POLL_INTERVAL);
         let Some(now) = hydrated() else { continue };
         let before = shown.unwrap_or_else(|| {
             progress.start("hydrate", Some(memory.data_bytes));

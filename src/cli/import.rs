@@ -1,4 +1,4 @@
-//! `stencil import`: files become a template.
+//! `stencil import`: imports files as a template.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::words::{STALL, mode, seconds, word};
 use super::{Global, interrupt};
+use crate::clones::counted;
 use crate::error::{Error, Result};
 use crate::store::{
     ChunkSize, Compression, FileKind, ImportFile, ImportFormat, ImportRequest, Imported, Owner, Source,
@@ -19,30 +20,35 @@ use crate::store::{
 };
 use crate::units::Bytes;
 
-/// Make a template of a guest's memory
+/// Import a memory image as a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil import guest.ram web:1
+  stencil import guest.ram web:1 --state guest.state --label os=debian12
+  zstdcat guest.ram.zst | stencil import - web:1")]
 pub struct ImportArgs {
     /// File, block device or pipe with the guest's memory; '-' reads standard input
     source: PathBuf,
-    /// Name of the template; the tag is 'latest' unless given
+    /// Name of the template [default tag: latest]
     #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>)]
     tag: TagName,
-    /// Device state that belongs to the memory; becomes the file 'state'
+    /// Device state of the same VM, imported as the file 'state'
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
-    /// One more file of the template; kind is ram (default), rom or blob
+    /// Further file of the template; kind is ram (default), rom or blob
     #[arg(long = "file", value_name = "NAME=PATH[,kind=ram|rom|blob]", value_parser = word::<FileArg>)]
     files: Vec<FileArg>,
-    /// A label, may be repeated
+    /// Label of the template; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = word::<LabelArg>)]
     labels: Vec<LabelArg>,
-    /// What the source is: auto, raw or firecracker
+    /// Format of the source: auto, raw or firecracker
     #[arg(long, default_value = "auto", value_parser = word::<ImportFormat>)]
     format: ImportFormat,
-    /// How blocks are stored: lz4, zstd[:LEVEL] or none
+    /// Compression of blocks: lz4, zstd[:LEVEL] or none
     #[arg(long, default_value = "lz4", value_name = "CODEC", value_parser = word::<Compression>)]
     compression: Compression,
-    /// Part of a 64 KiB block that can be decoded alone: 4k, 8k, 16k, 32k or 64k
+    /// Part of a 64 KiB block that can be decoded separately: 4k, 8k, 16k, 32k or 64k
     #[arg(long, default_value = "64k", value_name = "SIZE", value_parser = word::<ChunkSize>)]
     chunk_size: ChunkSize,
     /// Permission bits of the template's files in a mount, in octal
@@ -51,7 +57,7 @@ pub struct ImportArgs {
     /// Owner of the template's files in a mount, by name or number
     #[arg(long, value_name = "U[:G]", value_parser = word::<Owner>)]
     owner: Option<Owner>,
-    /// Give up when a pipe is silent for so long; 0 waits without end
+    /// Fail if a pipe delivers no data for this time; 0 waits without limit
     #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
     stall_timeout: Duration,
 }
@@ -64,7 +70,7 @@ impl FromStr for FileArg {
 
     fn from_str(text: &str) -> Result<FileArg> {
         let (name, rest) = text.split_once('=').filter(|(_, path)| !path.is_empty()).ok_or_else(|| {
-            Error::usage(format!("'{text}' names no file"))
+            Error::usage(format!("invalid file '{text}': expected NAME=PATH"))
                 .remedy("write --file NAME=PATH[,kind=ram|rom|blob]")
         })?;
         let (path, kind) = match rest.rsplit_once(",kind=") {
@@ -84,7 +90,8 @@ impl FromStr for LabelArg {
     fn from_str(text: &str) -> Result<LabelArg> {
         match text.split_once('=') {
             Some((key, value)) if !key.is_empty() => Ok(LabelArg(key.to_owned(), value.to_owned())),
-            _ => Err(Error::usage(format!("'{text}' is no label")).remedy("write --label KEY=VALUE")),
+            _ => Err(Error::usage(format!("invalid label '{text}': expected KEY=VALUE"))
+                .remedy("write --label KEY=VALUE")),
         }
     }
 }
@@ -109,12 +116,13 @@ impl Report for ImportReport {
         }
         writeln!(out, "{digest}")?;
         let stored = match (existed, self.imported.stored_bytes) {
-            (true, Bytes::ZERO) => "all there already".to_owned(),
+            (true, Bytes::ZERO) => "already stored".to_owned(),
             (_, bytes) => format!("{bytes} added to the store"),
         };
         writeln!(out, "{size}, of which {data} data; {stored}; {:.1} s, {rate}/s", self.seconds)?;
         if *repaired_blocks > 0 {
-            writeln!(out, "{repaired_blocks} damaged blocks were stored anew")?;
+            let blocks = counted(*repaired_blocks, "damaged block", "damaged blocks");
+            writeln!(out, "{blocks} repaired")?;
         }
         Ok(())
     }
@@ -126,10 +134,10 @@ impl Report for ImportReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil import`.
 ///
 /// # Errors
-/// As [`Store::import`].
+/// Same as [`Store::import`].
 pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
     let mut files =
         vec![ImportFile { name: "memory".into(), kind: FileKind::Ram, source: source(args.source.clone()) }];
@@ -144,7 +152,7 @@ pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
     request.chunk_size = args.chunk_size;
     request.mode = args.mode;
     request.owner = args.owner.unwrap_or_default();
-    // What can be refused is refused before a store is made.
+    // Invalid requests are rejected before a store is created.
     request.check()?;
     request.interrupt = Some(interrupt::flag()?);
     request.stall = Some(args.stall_timeout);

@@ -1,4 +1,4 @@
-//! `stencil inspect`: all about one template.
+//! `stencil inspect`: reports the properties of one template.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -10,25 +10,30 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::words::word;
+use crate::clones::counted;
 use crate::clones::recipe::Recipe;
 use crate::control::{LeaseHolder, leases};
 use crate::error::{Error, Result};
-use crate::shown::{shown, shown_lines};
+use crate::shown::{shown, shown_lines, utc};
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
 
-/// Show one template
+/// Show the properties of a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil inspect web:1
+  stencil inspect web:1 --recipe > recipe.json")]
 pub struct InspectArgs {
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// Show its launch recipe alone, as `recipe edit` takes it
+    /// Show only the launch recipe, in the form that `recipe edit --from` reads
     #[arg(long)]
     recipe: bool,
 }
 
-/// The recipe of one template, in the form that is edited.
+/// The recipe of one template, in the form for editing.
 #[derive(Serialize)]
 struct RecipeAlone {
     digest: Digest,
@@ -57,7 +62,7 @@ struct Inspection {
     data_bytes: Bytes,
     stored_bytes: Bytes,
     packs: usize,
-    /// In octal, as chmod takes it.
+    /// Permission bits in octal, as for chmod(1).
     mode: String,
     uid: u32,
     gid: u32,
@@ -65,7 +70,7 @@ struct Inspection {
     labels: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     recipe: Option<Value>,
-    /// Who relies on it just now.
+    /// Commands that rely on the template at this moment.
     leases: Vec<LeaseHolder>,
 }
 
@@ -75,10 +80,11 @@ impl Report for Inspection {
         writeln!(out, "tags     {}", if self.tags.is_empty() { "-".into() } else { self.tags.join(" ") })?;
         writeln!(out, "size     {} ({} bytes)", self.size_bytes, self.size_bytes.get())?;
         writeln!(out, "data     {} ({} bytes)", self.data_bytes, self.data_bytes.get())?;
-        writeln!(out, "stored   {} in {} packs", self.stored_bytes, self.packs)?;
+        let packs = counted(self.packs as u64, "pack", "packs");
+        writeln!(out, "stored   {} in {packs}", self.stored_bytes)?;
         writeln!(out, "mode     {}", self.mode)?;
         writeln!(out, "owner    {}:{}", self.uid, self.gid)?;
-        writeln!(out, "created  {} (seconds since 1970)", self.created)?;
+        writeln!(out, "created  {}", utc(self.created))?;
         for (key, value) in &self.labels {
             writeln!(out, "label    {}={}", shown(key), shown(value))?;
         }
@@ -91,7 +97,7 @@ impl Report for Inspection {
         }
         if let Some(recipe) = &self.recipe {
             let text = |key| shown(recipe.get(key).and_then(Value::as_str).unwrap_or("?"));
-            writeln!(out, "recipe   {} {} (--recipe shows it)", text("vmm"), text("vmm_version"))?;
+            writeln!(out, "recipe   {} {} (printed by --recipe)", text("vmm"), text("vmm_version"))?;
         }
         Ok(())
     }
@@ -101,10 +107,10 @@ impl Report for Inspection {
     }
 }
 
-/// Runs it.
+/// Runs `stencil inspect`.
 ///
 /// # Errors
-/// When there is no such template or it is damaged.
+/// Returns `Code::NotFound` if the template does not exist, and `Code::Damage` if the template is damaged.
 pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;
@@ -114,7 +120,7 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
     if args.recipe {
         let recipe = policy.recipe.clone().ok_or_else(|| {
             Error::not_found(format!("template {digest} has no launch recipe: it was not captured from a VM"))
-                .remedy("give it one with `stencil recipe edit --from FILE`")
+                .remedy("add a recipe: stencil recipe edit --from FILE")
         })?;
         return Ok(Done::report(RecipeAlone { digest, recipe }));
     }
@@ -136,10 +142,10 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
     }))
 }
 
-/// Who may not read the runtime directory still sees the template.
+/// Returns the leases of the store. A user who cannot read the runtime directory gets a warning instead.
 fn held(store: &Store) -> Vec<LeaseHolder> {
     leases(store).unwrap_or_else(|error| {
-        log::warn!("leases are not listed: {error}");
+        log::warn!("cannot list leases: {error}");
         Vec::new()
     })
 }

@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM as a flag, for work that cleans up behind itself.
+//! SIGINT and SIGTERM as a flag, for commands that must remove their temporary files.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -7,10 +7,10 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
 
-/// A flag that becomes true with the first SIGINT or SIGTERM; the second one ends the process at once.
+/// Returns a flag that the first SIGINT or SIGTERM sets. The second signal terminates the process immediately.
 ///
 /// # Errors
-/// When a handler cannot be installed.
+/// Returns an error if a handler cannot be installed.
 pub fn flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {

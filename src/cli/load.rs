@@ -1,4 +1,4 @@
-//! `stencil load`: templates from a stream of `stencil save`.
+//! `stencil load`: loads templates from a stream of `stencil save`.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -12,30 +12,36 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::words::{STALL, mode, seconds, word};
 use super::{Global, interrupt};
+use crate::clones::counted;
 use crate::error::{Code, Error, Result};
 use crate::store::{Incoming, LoadRequest, Loaded, Owner, Store, TagName};
 use crate::sys::stream::open_source;
 use crate::units::Bytes;
 
-/// Load templates from a stream of stencil save
+/// Load templates from a stream that `stencil save` has written
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil load -i web.stencil
+  ssh host stencil save web:1 | stencil load
+  stencil load -i web.stencil --no-recipes --no-tags")]
 pub struct LoadArgs {
-    /// Where to read; without it standard input
+    /// File to read instead of standard input
     #[arg(short, long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// Permission bits of the files in a mount, in octal, in place of those that were saved
+    /// Permission bits of the files in a mount, in octal, instead of the saved ones
     #[arg(long, value_name = "MODE", value_parser = mode)]
     mode: Option<u32>,
-    /// Owner of the files in a mount, by name or number, in place of the numbers that were saved
+    /// Owner of the files in a mount, by name or number, instead of the saved numbers
     #[arg(long, value_name = "U[:G]", value_parser = word::<Owner>)]
     owner: Option<Owner>,
-    /// Leave out launch recipes: they are command lines that stencil clone runs
+    /// Omit launch recipes, which are command lines that stencil clone runs
     #[arg(long)]
     no_recipes: bool,
-    /// Leave out tags: none is made, none moved; what was loaded is found by its digest
+    /// Create and move no tags; find the loaded templates by their digests
     #[arg(long)]
     no_tags: bool,
-    /// Give up when the stream is silent for so long; 0 waits without end
+    /// Fail if the stream delivers no data for this time; 0 waits without limit
     #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
     stall_timeout: Duration,
 }
@@ -52,25 +58,26 @@ impl Report for LoadReport {
         for template in &self.loaded.templates {
             let tags: Vec<String> = template.tags.iter().map(TagName::to_string).collect();
             let tags = if tags.is_empty() { "-".into() } else { tags.join(" ") };
-            let there = if template.existed { " (all there already)" } else { "" };
-            writeln!(out, "{tags} {}{there}", template.digest)?;
+            let existed = if template.existed { " (already stored)" } else { "" };
+            writeln!(out, "{tags} {}{existed}", template.digest)?;
             for moved in &template.moved {
-                writeln!(out, "  tag {} moved: it pointed to {} before", moved.tag, moved.from.short())?;
+                writeln!(out, "  tag {} moved from {}", moved.tag, moved.from.short())?;
             }
             if template.recipe {
-                writeln!(out, "  with a launch recipe: look at it before stencil clone runs it")?;
+                writeln!(out, "  has a launch recipe; inspect the recipe before stencil clone runs it")?;
             }
         }
         let Loaded { blocks, skipped_blocks, stored_bytes, repaired_blocks, stream_bytes, .. } = &self.loaded;
         let rate = Bytes::new((stream_bytes.get() as f64 / self.seconds.max(1e-6)) as u64);
         writeln!(
             out,
-            "{blocks} blocks, of which {skipped_blocks} were there; {stored_bytes} added to the store; a stream of \
-             {stream_bytes}, {:.1} s, {rate}/s",
+            "{} in a stream of {stream_bytes}, {skipped_blocks} of them already stored; {stored_bytes} added to the \
+             store; {:.1} s, {rate}/s",
+            counted(*blocks, "block", "blocks"),
             self.seconds
         )?;
         if *repaired_blocks > 0 {
-            writeln!(out, "{repaired_blocks} damaged blocks were stored anew")?;
+            writeln!(out, "{} repaired", counted(*repaired_blocks, "damaged block", "damaged blocks"))?;
         }
         Ok(())
     }
@@ -80,16 +87,16 @@ impl Report for LoadReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil load`.
 ///
 /// # Errors
-/// As [`Incoming::open`] and [`Store::load`].
+/// Same as [`Incoming::open`] and [`Store::load`].
 pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
     let (file, name) = match args.input.as_deref().filter(|path| path.as_os_str() != "-") {
         Some(path) => (open(path)?, path),
         None if io::stdin().is_terminal() => {
-            return Err(Error::usage("a stream of templates does not come from a terminal")
-                .remedy("name a file with -i, or pipe it: ssh HOST stencil save T | stencil load"));
+            return Err(Error::usage("refusing to read a stream of templates from a terminal")
+                .remedy("name a file with -i, or use a pipe: ssh HOST stencil save T | stencil load"));
         }
         None => {
             let stdin = rustix::io::dup(io::stdin())
@@ -98,10 +105,10 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
         }
     };
     let start = Instant::now();
-    // A stream that is none makes no store.
+    // The stream is opened first, so that an invalid stream creates no store.
     let incoming = Incoming::open(file, name, Some(interrupt::flag()?), Some(args.stall_timeout))?;
     let store = match incoming.builds_on() {
-        // A store that is made now has nothing to build on.
+        // A new store cannot have the template that the stream builds on.
         Some(base) => Store::open(&global.store)
             .map_err(|e| e.context(format!("the stream was saved without the blocks of template {base}")))?,
         None => Store::open_or_create(&global.store)?,
@@ -117,14 +124,16 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
 }
 
 fn open(path: &Path) -> Result<File> {
-    const REMEDY: &str = "name a file that stencil save -o has written, or - for standard input";
+    const REMEDY: &str = "name a file that 'stencil save -o' has written, or - for standard input";
     let fail = |e| {
         let error = Error::io("cannot open the stream", path, e);
         if error.code() == Code::NotFound { error.remedy(REMEDY) } else { error }
     };
     let file = open_source(path).map_err(fail)?;
     match file.metadata().map_err(fail)?.is_dir() {
-        true => Err(Error::usage("a folder is no stream of stencil save").at(path).remedy(REMEDY)),
+        true => {
+            Err(Error::usage("expected a stream of stencil save, found a directory").at(path).remedy(REMEDY))
+        }
         false => Ok(file),
     }
 }

@@ -1,4 +1,4 @@
-//! `stencil logs`: what a clone has said.
+//! `stencil logs`: prints the output of a clone.
 
 use std::fs;
 use std::io::{self, Write};
@@ -13,10 +13,14 @@ use super::output::{Done, Report};
 use crate::clones::registry::{self, LOG, SERIAL_LOG};
 use crate::error::{Error, Result};
 
-/// Print what a clone has written, and what its guest has on the serial port
+/// Print the output of a clone and of its guest's serial port
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil logs c1a2b3c4
+  stencil logs c1a2b3c4 --json")]
 pub struct LogsArgs {
-    /// Its id
+    /// Id of the clone
     #[arg(value_name = "ID")]
     id: String,
 }
@@ -25,7 +29,7 @@ struct LogsReport {
     id: String,
     log: String,
     serial: Option<String>,
-    /// Sockets in its folder on which it talks, and does not write down.
+    /// Sockets of character devices in the clone's directory, whose output is not recorded.
     sockets: Vec<PathBuf>,
 }
 
@@ -37,7 +41,7 @@ impl Report for LogsReport {
             let name = socket.file_name().unwrap_or_default().display();
             writeln!(
                 out,
-                "{name} is a socket, not a log; to connect: socat -,rawer UNIX-CONNECT:{}",
+                "{name} is a socket without a log; to connect: socat -,rawer UNIX-CONNECT:{}",
                 socket.display()
             )?;
         }
@@ -49,16 +53,16 @@ impl Report for LogsReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil logs`.
 ///
 /// # Errors
-/// When there is no such clone, or its log cannot be read.
+/// Returns `Code::NotFound` if the clone does not exist, and an error if its log cannot be read.
 pub fn run(args: &LogsArgs, _global: &Global) -> Result<Done> {
     let entry = registry::find(&args.id)?;
     let text = |name: &str| {
         let path = entry.dir.join(name);
         let failed = |e| {
-            let remedy = format!("look at it there: tail {}", path.display());
+            let remedy = format!("read the end of the file: tail {}", path.display());
             Error::io("cannot read the log of a clone", &path, e).remedy(remedy)
         };
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
@@ -68,9 +72,9 @@ pub fn run(args: &LogsArgs, _global: &Global) -> Result<Done> {
     Ok(Done::report(LogsReport { log, serial, sockets: sockets(&entry.dir)?, id: entry.id }))
 }
 
-/// Sockets of serial ports and other character devices; the monitor's has a protocol of its own.
+/// Returns the sockets of serial ports and other character devices, without the QMP monitor.
 fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {
-    let fail = |e| Error::io("cannot read the folder of a clone", dir, e);
+    let fail = |e| Error::io("cannot read the directory of a clone", dir, e);
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;

@@ -1,4 +1,4 @@
-//! `stencil ls`: what the store has.
+//! `stencil ls`: lists the templates of the store.
 
 use std::io::{self, Write};
 
@@ -14,8 +14,13 @@ use crate::units::Bytes;
 
 /// List templates
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil ls
+  stencil ls web
+  stencil --store /srv/store ls --json")]
 pub struct LsArgs {
-    /// Show this name only
+    /// List only the tags of this name
     name: Option<String>,
 }
 
@@ -29,7 +34,7 @@ struct Line {
     stored_bytes: Bytes,
     created: u64,
     files: Vec<TemplateFile>,
-    /// Why it cannot be read.
+    /// Reason why the template cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
 }
@@ -90,10 +95,10 @@ fn describe(store: &Store, digest: &Digest, name: Option<(String, String)>) -> L
     line
 }
 
-/// Runs it.
+/// Runs `stencil ls`. A damaged template is listed with its error.
 ///
 /// # Errors
-/// When the store cannot be read. A damaged template is listed with what is wrong.
+/// Returns an error if the store cannot be read.
 pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (tags, digests) = (store.tags()?, store.digests()?);

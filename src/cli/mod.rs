@@ -1,4 +1,4 @@
-//! The command line: parse → run → print → exit. One file a command (or a small family of them).
+//! The command line: parse, run, print, exit. Each file holds one command, or a few related commands.
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments of arguments are help texts: NAME[:TAG]")]
 
 mod args;
@@ -50,15 +50,21 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::error::Result;
 pub use output::{Done, Report};
 
-/// Template memory for microVMs and sandboxes.
+/// Manage template memory for microVMs and sandboxes
 #[derive(Debug, Parser)]
-#[command(name = "stencil", version, arg_required_else_help = true)]
+#[command(name = "stencil", version, arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Cli {
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]
     command: Command,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  stencil import guest.ram web:1 --state guest.state
+  stencil mount /srv/templates
+  stencil clone web:1 -n 100 -- your-vmm --mem {memory} --state {state}";
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
@@ -72,27 +78,27 @@ pub struct Global {
         value_name = "DIR"
     )]
     pub store: PathBuf,
-    /// True where the call or the environment names a store.
+    /// True if `--store` or `STENCIL_STORE` is set.
     #[arg(skip)]
     pub names_store: bool,
     /// Print one JSON object instead of text
     #[arg(long, global = true)]
     pub json: bool,
-    /// Say nothing but results and errors
+    /// Print only results and errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
-    /// Say more; twice: everything
+    /// Log more; repeat for debug messages
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
 
 impl Global {
-    /// True where progress is drawn: on a terminal, unless the call asked for silence or JSON.
+    /// Returns true if progress is drawn: standard error is a terminal, and neither `--quiet` nor `--json` is given.
     pub fn draws(&self) -> bool {
         !self.quiet && !self.json && std::io::IsTerminal::is_terminal(&std::io::stderr())
     }
 
-    /// A bar on standard error where progress is drawn, else nothing.
+    /// Returns a progress bar on standard error if progress is drawn, otherwise a sink that draws nothing.
     pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
         if self.draws() { progress::bar() } else { Box::new(crate::progress::Silent) }
     }
@@ -117,11 +123,11 @@ enum Command {
     Args(args::VmmArgs),
     Recipe(recipe::RecipeArgs),
     Explain(explain::ExplainArgs),
-    /// Show what each clone has copied and what all of them really cost
+    /// Show the memory that each clone has copied and the memory of all clones
     Density(density::DensityArgs),
     /// Show the pages that one clone has copied
     Dirty(dirty::DirtyArgs),
-    /// Look at what this host can do and what costs sharing
+    /// Check what this host supports and what reduces sharing
     Doctor(doctor::DoctorArgs),
     /// Write man pages or shell completions
     #[command(hide = true)]
@@ -173,7 +179,7 @@ fn run(cli: Cli) -> Result<Done> {
     }
 }
 
-/// Runs the command of this process's arguments.
+/// Runs the command that the arguments of this process select.
 pub fn main() -> ExitCode {
     if let Some(code) = crate::clones::launch::helper_main() {
         return code;
@@ -182,12 +188,12 @@ pub fn main() -> ExitCode {
         return mount_helper::main();
     }
     let parsed =
-        Cli::command().try_get_matches().and_then(|words| Ok((Cli::from_arg_matches(&words)?, words)));
-    let (mut cli, words) = match parsed {
+        Cli::command().try_get_matches().and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (mut cli, matches) = match parsed {
         Ok(parsed) => parsed,
         Err(error) => return output::clap_error(&error.format(&mut Cli::command())),
     };
-    cli.global.names_store = words.value_source("store") != Some(ValueSource::DefaultValue);
+    cli.global.names_store = matches.value_source("store") != Some(ValueSource::DefaultValue);
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => "error",
         (_, 0) => "warn",
@@ -197,4 +203,41 @@ pub fn main() -> ExitCode {
     output::start_log(level);
     let json = cli.global.json;
     output::finish(run(cli), json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add_visible(command: &clap::Command, all: &mut Vec<clap::Command>) {
+        for below in command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
+            all.push(below.clone());
+            add_visible(below, all);
+        }
+    }
+
+    #[test]
+    fn every_command_has_examples_that_parse() {
+        let mut all = Vec::new();
+        add_visible(&Cli::command(), &mut all);
+        assert!(all.len() > 25);
+        for command in all {
+            let name = command.get_name();
+            let about = command.get_about().unwrap().to_string();
+            assert!(about.starts_with(char::is_uppercase) && !about.ends_with('.'), "{name}: {about}");
+            assert!(about.len() <= 100, "{name}: {about}");
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples: Vec<&str> = help.lines().skip_while(|line| *line != "Examples:").skip(1).collect();
+            assert!((2..=3).contains(&examples.len()), "{name}: {help}");
+            for example in examples {
+                let call = &example[example.find("stencil ").unwrap()..];
+                let call = call.split(['|', '>']).next().unwrap();
+                // A shell expands such words before the parser gets them.
+                if !call.contains('$') {
+                    let parsed = Cli::command().try_get_matches_from(call.split_whitespace());
+                    parsed.unwrap_or_else(|error| panic!("{example}: {error}"));
+                }
+            }
+        }
+    }
 }

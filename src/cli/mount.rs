@@ -1,4 +1,4 @@
-//! `stencil mount`: serve the store's templates as files.
+//! `stencil mount`: mounts the store as a file system.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -14,31 +14,36 @@ use crate::error::{Error, Result};
 use crate::shown::path_text;
 use crate::units::Bytes;
 
-/// Mount the store: every template as read-only files
+/// Mount the store, with each template as read-only files
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil mount /srv/templates
+  stencil mount /srv/templates --cache-dir /var/cache/stencil --cache-size 20G
+  stencil mount -f -o serve=decode /srv/templates")]
 pub struct MountArgs {
-    /// An empty directory
+    /// Empty directory to mount the store on
     #[arg(value_name = "MNT")]
     mountpoint: PathBuf,
-    /// Stay in the foreground and log to the terminal
+    /// Stay in the foreground and log to standard error
     #[arg(short = 'f', long)]
     foreground: bool,
-    /// Options as mount(8) writes them: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec
+    /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
-    /// How files are served: auto, passthrough or decode
+    /// Way to serve files: auto, passthrough or decode
     #[arg(long, value_name = "HOW", value_parser = words::word::<ServeMode>)]
     serve: Option<ServeMode>,
-    /// Directory for passthrough backings [default: the store's own filesystem]
+    /// Directory for passthrough backings [default: the store's directory]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
-    /// Most bytes of passthrough backings [default: half of what is free there]
+    /// Maximum size of all passthrough backings [default: half of the free space]
     #[arg(long, value_name = "SIZE", value_parser = words::size)]
     cache_size: Option<Bytes>,
     /// Seconds that the first open of a file waits for its backing [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = words::seconds)]
     hydrate_timeout: Option<Duration>,
-    /// Seconds that a request of the kernel may stay unanswered before the server is replaced; 0 for ever [default: 10]
+    /// Seconds that a request of the kernel may be pending before the server is replaced; 0 for no limit [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = words::seconds)]
     watchdog: Option<Duration>,
 }
@@ -74,10 +79,10 @@ impl MountArgs {
     }
 }
 
-/// Mounts, and comes back when the mount answers; with `-f` when it has ended.
+/// Mounts the store. Returns when the mount is being served; with `-f`, when the mount has ended.
 ///
 /// # Errors
-/// What is in the way, with its remedy.
+/// Returns an error with a remedy if the mountpoint, the store, the options or the host do not allow a mount.
 pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
     let options = args.to_options(global)?;
     if options.foreground {
@@ -85,8 +90,8 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
     }
     control::start_supervisor(&options)?;
     std::fs::metadata(&options.mountpoint).map_err(|e| {
-        Error::io("the mount does not answer", &options.mountpoint, e)
-            .remedy("see `stencil status` and the log in the runtime directory")
+        Error::io("the mount does not respond", &options.mountpoint, e)
+            .remedy("see 'stencil status' and the log in the runtime directory")
     })?;
     Ok(Done::report(Mounted { mountpoint: options.mountpoint, store: options.store }))
 }

@@ -1,4 +1,4 @@
-//! `mount.fuse.stencil`: what mount(8) runs for `mount -t fuse.stencil STORE MNT` and for lines of fstab.
+//! `mount.fuse.stencil`: the program that mount(8) runs for `mount -t fuse.stencil STORE MNT` and for fstab entries.
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -13,13 +13,13 @@ use crate::error::{Code, Error, Result};
 use crate::store::Store;
 use crate::sys::mount::{self, FS_TYPE};
 
-/// The name by which mount(8) calls this program.
+/// File name by which mount(8) runs this program.
 pub const NAME: &str = "mount.fuse.stencil";
 
 /// Mount a template store: the helper of mount(8)
 ///
-/// mount(8) runs it for `mount -t fuse.stencil STORE MNT` and for lines of fstab with the type fuse.stencil. It takes
-/// the calling convention of mount(8), and does what `stencil mount` does.
+/// mount(8) runs this program for `mount -t fuse.stencil STORE MNT` and for fstab entries of type fuse.stencil. The
+/// program follows the calling convention of mount(8) and mounts in the same way as `stencil mount`.
 #[derive(Debug, Parser)]
 #[command(name = NAME, version, after_long_help = EXAMPLES, disable_help_flag = true)]
 pub struct Helper {
@@ -29,25 +29,25 @@ pub struct Helper {
     /// An empty directory
     #[arg(value_name = "MNT")]
     mountpoint: PathBuf,
-    /// Options: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec, and the usual words of fstab
+    /// Options: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec, and the usual fstab options
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
-    /// Leave options aside that are not known, and say so
+    /// Ignore unknown options with a warning
     #[arg(short = 's')]
     sloppy: bool,
-    /// Check the call, the store and the directory; do not mount
+    /// Check the arguments, the store and the directory without mounting
     #[arg(short = 'f')]
     fake: bool,
-    /// No effect: there is no mtab to write
+    /// Ignored: there is no mtab to write
     #[arg(short = 'n')]
     no_mtab: bool,
-    /// Say what was done
+    /// Print the mount that was made
     #[arg(short = 'v')]
     verbose: bool,
-    /// The type that mount(8) was given
+    /// File system type that mount(8) was given
     #[arg(short = 't', value_name = "TYPE")]
     fs_type: Option<String>,
-    /// Refused: a mount namespace is entered with nsenter(1)
+    /// Rejected: enter a mount namespace with nsenter(1) instead
     #[arg(short = 'N', value_name = "NAMESPACE")]
     namespace: Option<String>,
     /// Print help
@@ -56,14 +56,14 @@ pub struct Helper {
 }
 
 const EXAMPLES: &str = "\
-A line of fstab:
+An fstab entry:
 
   /var/lib/stencil /srv/templates fuse.stencil cache-size=20G,nofail 0 0
 
-The exit code is one of mount(8): 0 mounted, 1 the call is wrong, 32 the mount failed.
-umount(8) ends the mount, unless somebody uses it; `stencil umount` also names who does.";
+Exit status, as defined by mount(8): 0 mounted, 1 invalid arguments, 32 the mount failed.
+umount(8) unmounts a mount that is not in use; `stencil umount` also lists the processes that use the mount.";
 
-/// True when the program was called by the helper's name.
+/// Returns true if the program was started by the file name of the helper.
 pub fn is_called(program: Option<&OsStr>) -> bool {
     program.and_then(|path| Path::new(path).file_name()).is_some_and(|name| name == NAME)
 }
@@ -82,13 +82,13 @@ pub fn main() -> ExitCode {
     match helper.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::tell(NAME, &error);
+            output::print_error(&format!("{NAME}: "), &error);
             ExitCode::from(exit_code(&error))
         }
     }
 }
 
-/// The word of mount(8) for it.
+/// Returns the exit status of mount(8) for the error.
 fn exit_code(error: &Error) -> u8 {
     match error.code() {
         Code::Usage => 1,
@@ -104,7 +104,7 @@ impl Helper {
             let there = std::fs::metadata(&options.mountpoint)
                 .map_err(|e| Error::io("cannot use the mountpoint", &options.mountpoint, e))?;
             if !there.is_dir() {
-                return Err(Error::usage("the mountpoint is no directory")
+                return Err(Error::usage("the mountpoint is not a directory")
                     .at(&options.mountpoint)
                     .remedy("name an empty directory"));
             }
@@ -129,13 +129,13 @@ impl Helper {
         }
         if let Some(other) = self.fs_type.as_deref().filter(|t| ![FS_TYPE, "stencil"].contains(t)) {
             return Err(Error::usage(format!("the type is {other}, expected {FS_TYPE}"))
-                .remedy(format!("say mount -t {FS_TYPE}")));
+                .remedy(format!("run mount -t {FS_TYPE}")));
         }
         let full = |path: &Path| std::path::absolute(path).map_err(|e| Error::io("cannot use", path, e));
         let mut options = MountOptions::new(full(&self.mountpoint)?, full(&self.store)?);
         for word in self.options.iter().flat_map(|list| list.split(',')) {
             if self.sloppy && !MountOptions::knows(word) {
-                log::warn!("option {word} is left aside: it is not known");
+                log::warn!("unknown option {word} is ignored (-s)");
                 continue;
             }
             options.apply(word)?;
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_calls_of_mount_are_understood() {
+    fn parses_the_arguments_of_mount() {
         let call = ["/s", "/m", "-n", "-v", "-o", "rw,serve=decode,watchdog=3,_netdev,nofail", "-t", FS_TYPE];
         let options = options(&call).unwrap();
         assert_eq!((options.store.to_str(), options.mountpoint.to_str()), (Some("/s"), Some("/m")));
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn sloppy_leaves_unknown_words_aside_but_no_wrong_values() {
+    fn sloppy_ignores_unknown_options_but_rejects_invalid_values() {
         assert_eq!(options(&["/s", "/m", "-o", "frobnicate"]).unwrap_err().code(), Code::Usage);
         assert!(options(&["/s", "/m", "-s", "-o", "frobnicate,noexec"]).unwrap().noexec);
         assert!(options(&["/s", "/m", "-s", "-o", "serve=fast"]).is_err());
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_known_by_its_last_name() {
+    fn recognizes_the_helper_by_its_file_name() {
         assert!(is_called(Some(OsStr::new("/sbin/mount.fuse.stencil"))));
         assert!(!is_called(Some(OsStr::new("/usr/bin/stencil"))) && !is_called(None));
     }

@@ -1,4 +1,4 @@
-//! What a command leaves: data on standard output, talk on standard error, an exit code.
+//! Output of a command: results on standard output, messages on standard error, and an exit code.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -11,18 +11,18 @@ use crate::say;
 use crate::shown::{path_text, shown};
 use crate::sys::wait::Patient;
 
-/// One result, shown to people as text and to machines as one JSON object, both from the same struct.
+/// The result of a command. Text and JSON are both made from the same struct.
 pub trait Report {
-    /// The text for people.
+    /// Writes the result as text.
     ///
     /// # Errors
-    /// Whatever writing to `out` gives.
+    /// Returns an error if writing to `out` fails.
     fn text(&self, out: &mut dyn Write) -> io::Result<()>;
-    /// The JSON object, without its `schema` field.
+    /// Returns the result as a JSON object, without the `schema` field.
     fn json(&self) -> Value;
 }
 
-/// A command that ran: what it prints and how it exits.
+/// The outcome of a command that ran: its report and its exit code.
 pub struct Done {
     report: Option<Box<dyn Report>>,
     exit: u8,
@@ -30,24 +30,24 @@ pub struct Done {
 }
 
 impl Done {
-    /// Ran, and prints this.
+    /// Creates a successful outcome with a report.
     pub fn report(report: impl Report + 'static) -> Done {
         Done { report: Some(Box::new(report)), exit: 0, error: None }
     }
 
-    /// Ran, and has nothing to print (`{"schema":1}` with `--json`).
+    /// Creates a successful outcome without a report (`{"schema":1}` with `--json`).
     pub fn silent() -> Done {
         Done { report: None, exit: 0, error: None }
     }
 
-    /// Prints its report, and exits as that kind of failure does (`verify` that found damage).
+    /// Sets the exit code of this kind of failure; the report is still printed (`verify` that found damage).
     #[must_use]
     pub fn exit_as(mut self, code: Code) -> Done {
         self.exit = code.exit_code();
         self
     }
 
-    /// Prints its report, which tells what was done, and fails with what kept it from the rest.
+    /// Adds an error that stopped the command halfway; the report lists what was done before.
     #[must_use]
     pub fn but_failed(mut self, error: Error) -> Done {
         self.exit = error.code().exit_code();
@@ -55,7 +55,7 @@ impl Done {
         self
     }
 
-    /// Exits with the code of a program that was run in the user's name.
+    /// Sets the exit code of a program that was run for the user.
     #[must_use]
     pub fn exit_code(mut self, code: u8) -> Done {
         self.exit = code;
@@ -63,7 +63,7 @@ impl Done {
     }
 }
 
-/// The JSON value of anything serializable; it cannot fail for the structs of this crate.
+/// Returns the JSON value of a struct. Serialization cannot fail for the structs of this crate.
 pub fn to_json(value: &impl Serialize) -> Value {
     serde_json::to_value(value).unwrap_or(Value::Null)
 }
@@ -77,17 +77,17 @@ fn with_schema(value: Value) -> Value {
     Value::Object(object)
 }
 
-/// Prints the result and gives the exit code.
+/// Prints the result, and returns the exit code.
 pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
     match result {
         Ok(done) => match print(&done, json).inspect(|()| {
-            done.error.iter().filter(|_| !json).for_each(|error| tell("stencil", error));
+            done.error.iter().filter(|_| !json).for_each(|error| print_error("", error));
         }) {
             Ok(()) => ExitCode::from(done.exit),
-            // The reader of a pipe has gone: it wanted no more.
+            // The reader has closed the pipe. This is not a failure of the command.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(done.exit),
             Err(error) => {
-                say!("stencil: cannot write the result: {error}");
+                say!("error: cannot write the result: {error}");
                 ExitCode::from(1)
             }
         },
@@ -109,18 +109,22 @@ fn print(done: &Done, json: bool) -> io::Result<()> {
     out.flush()
 }
 
-/// What to do next: the error's own words, else where to look.
+/// Returns the remedy of the error, or a general one for its code.
 fn remedy(error: &Error) -> &str {
     error.remedy_text().unwrap_or(match error.code() {
-        Code::Usage => "`stencil help COMMAND` shows the words that a command takes",
-        Code::NotFound => "`stencil ls` lists templates, `stencil ps` clones, `stencil status` mounts",
-        Code::Damage => {
-            "`stencil verify` names all that is affected; importing the same memory again repairs it"
+        Code::Usage => "run 'stencil help COMMAND' for the arguments of a command",
+        Code::NotFound => {
+            "run 'stencil ls' to list templates, 'stencil ps' to list clones, 'stencil status' to list mounts"
         }
-        Code::InUse => "`stencil ps` lists who uses templates",
-        Code::CheckFailed => "the report says what was found, and what to do",
+        Code::Damage => {
+            "run 'stencil verify' to list all affected templates; import the same memory again to repair them"
+        }
+        Code::InUse => "run 'stencil ps' to list the processes that use templates",
+        Code::CheckFailed => "see the report for the findings and their remedies",
         Code::TryAgain => "run the same command again later",
-        Code::Failed => "run it again with -v to see more; `stencil doctor` looks at the host",
+        Code::Failed => {
+            "run the command again with -v for more messages; run 'stencil doctor' to check the host"
+        }
     })
 }
 
@@ -139,35 +143,35 @@ fn error_json(error: &Error) -> Value {
 
 fn fail(error: &Error, json: bool) -> ExitCode {
     if json {
-        // The exit code says it as well.
+        // If standard output cannot be written, the exit code still reports the failure.
         let _ = writeln!(Patient(io::stdout()), "{}", with_schema(json!({"error": error_json(error)})));
     } else {
-        tell("stencil", error);
+        print_error("", error);
     }
     ExitCode::from(error.code().exit_code())
 }
 
-/// Says on standard error what failed, and what to do next.
-pub fn tell(program: &str, error: &Error) {
-    say!("{program}: {error}");
-    say!("{program}: {}", shown(remedy(error)));
+/// Prints the error and its remedy on standard error, as `error:` and `hint:` lines after the prefix.
+pub fn print_error(prefix: &str, error: &Error) {
+    say!("{prefix}error: {error}");
+    say!("{prefix}hint: {}", shown(remedy(error)));
 }
 
-/// Talk of this process goes to standard error, from this level on; `STENCIL_LOG` says another.
+/// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level.
 pub fn start_log(level: &str) {
     env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
         .format_timestamp(None)
         .init();
 }
 
-/// Errors of the argument parser, in the form that the call asked for.
+/// Reports an error of the argument parser, as text or JSON as the call requests, and returns the exit code.
 pub fn clap_error(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
     let help = matches!(error.kind(), DisplayHelp | DisplayVersion);
     if !help && std::env::args_os().any(|a| a == "--json") {
         let text = error.render().to_string();
         let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        return fail(&Error::usage(first).remedy("see stencil --help"), true);
+        return fail(&Error::usage(first).remedy("run 'stencil --help'"), true);
     }
     let _ = error.print();
     ExitCode::from(if help { 0 } else { Code::Usage.exit_code() })

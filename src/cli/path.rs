@@ -1,4 +1,4 @@
-//! `stencil path`: where a template is in a mount.
+//! `stencil path`: prints the path of a template in a mount.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -13,10 +13,14 @@ use crate::control;
 use crate::error::{Error, Result};
 use crate::store::{Digest, Store, TemplateRef};
 
-/// Print where a mount has a template
+/// Print the path of a template in a mount
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil path web:1
+  stencil path web:1/memory")]
 pub struct PathArgs {
-    /// The template's folder, or one file in it
+    /// Template, or one file of it
     #[arg(value_name = "T[/FILE]")]
     what: String,
 }
@@ -40,21 +44,23 @@ impl Report for Place {
     }
 }
 
-/// Runs it.
+/// Runs `stencil path`.
 ///
 /// # Errors
-/// When there is no such template or file, or the store is not mounted.
+/// Returns `Code::NotFound` if the template or the file does not exist, or the store is not mounted.
 pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
     let (reference, file) = match args.what.split_once('/') {
         Some((reference, file)) => (reference, Some(file)),
         None => (args.what.as_str(), None),
     };
     let store = Store::open(&global.store)?;
-    // By identity: a tag may be moved while a guest still needs what it named.
+    // The path contains the digest, because the tag may be moved while a guest still uses this template.
     let digest = store.resolve(&reference.parse::<TemplateRef>()?)?;
     let mount = control::mounts_of(&store)?.into_iter().find(|m| !m.detached);
     let mount = mount.ok_or_else(|| {
-        Error::not_found("the store is not mounted").at(store.dir()).remedy("stencil mount MNT mounts it")
+        Error::not_found("the store is not mounted")
+            .at(store.dir())
+            .remedy("mount the store: stencil mount MNT")
     })?;
     let mut path = mount.mountpoint.join("by-id").join(digest.to_string());
     if let Some(file) = file {
@@ -62,7 +68,7 @@ pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
         if template.file(file).is_none() {
             let names: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
             return Err(Error::not_found(format!("no file '{file}' in the template"))
-                .remedy(format!("it has {}", names.join(", "))));
+                .remedy(format!("name one of these files: {}", names.join(", "))));
         }
         path.push(file);
     }

@@ -1,4 +1,4 @@
-//! Draws progress with throughput and time left, on a terminal only.
+//! Progress bars with throughput and remaining time, for a terminal.
 
 use std::sync::Mutex;
 
@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::progress::Progress;
 use crate::units::Bytes;
 
-/// A bar on standard error.
+/// Creates a progress bar on standard error.
 pub fn bar() -> Box<dyn Progress> {
     Box::new(Bar(Mutex::new(None)))
 }

@@ -1,4 +1,4 @@
-//! `stencil ps`: which clones there are.
+//! `stencil ps`: lists clones.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Write};
@@ -12,7 +12,7 @@ use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
 use super::store_filter::StoreFilter;
-use crate::clones::family::Families;
+use crate::clones::family::ProcessTrees;
 use crate::clones::find::{self, CloneProcess};
 use crate::clones::registry::{self, Ending, Entry};
 use crate::control;
@@ -20,10 +20,15 @@ use crate::error::Result;
 use crate::shown::utc;
 use crate::sys::process::{ProcessId, signal_name};
 
-/// List the clones that were launched here, and other processes that map a template
+/// List clones, and other processes that map a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil ps
+  stencil ps --ids
+  stencil --store /srv/store ps --json")]
 pub struct PsArgs {
-    /// Print ids only, of clones that were launched here
+    /// Print only the ids of clones that Stencil launched
     #[arg(long)]
     ids: bool,
 }
@@ -38,20 +43,20 @@ struct Row {
     template: String,
     created: Option<u64>,
     dir: Option<String>,
-    /// Ports of the host that lead into it: the recipe's name, and the number.
+    /// Ports of the host that are forwarded to the guest, by their names in the recipe.
     ports: BTreeMap<String, u16>,
-    /// How its process ended, if it has.
+    /// How the clone's process ended, if it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     ended: Option<Ended>,
 }
 
-/// How the process of a clone ended.
+/// How a clone's process ended.
 #[derive(Debug, Serialize)]
 struct Ended {
-    /// RFC 3339.
+    /// Time of the exit, in RFC 3339.
     at: String,
     exit_code: Option<u8>,
-    /// `SIGKILL`
+    /// Name of the signal, such as `SIGKILL`.
     signal: Option<String>,
 }
 
@@ -61,7 +66,7 @@ impl Ended {
         Some(Ended { at: utc(at), exit_code, signal: signal.map(|number| signal_name(number.into())) })
     }
 
-    /// `exit 1 at 2026-01-02T03:04:05Z`
+    /// Formats the end of the process, such as `exit 1 at 2026-01-02T03:04:05Z`.
     fn text(&self) -> String {
         let how = match (self.exit_code, &self.signal) {
             (Some(code), _) => format!("exit {code}"),
@@ -73,8 +78,8 @@ impl Ended {
 }
 
 impl Row {
-    fn of(entry: &Entry, families: &Families) -> Row {
-        let state = match (entry.is_launching(), families.of(entry).is_empty()) {
+    fn of(entry: &Entry, trees: &ProcessTrees) -> Row {
+        let state = match (entry.is_launching(), trees.of(entry).is_empty()) {
             _ if entry.is_foreign() => "foreign",
             (true, _) => "launching",
             (false, false) => "running",
@@ -94,7 +99,7 @@ impl Row {
         }
     }
 
-    /// A process that somebody else launched.
+    /// Creates the row of a process that Stencil did not launch.
     fn of_other(clone: &CloneProcess) -> Option<Row> {
         Some(Row {
             id: None,
@@ -113,9 +118,9 @@ impl Row {
 
 struct PsReport {
     rows: Vec<Row>,
-    /// Processes that could not be looked into: each may be one more clone.
+    /// Processes that could not be inspected; each may be a clone.
     unseen: Vec<u32>,
-    /// Records that cannot be used: each may be one more clone.
+    /// Errors of records that cannot be used; each may belong to a clone.
     unread: Vec<String>,
     ids: bool,
 }
@@ -155,13 +160,13 @@ impl Report for PsReport {
     }
 }
 
-/// `HOST->NAME`, as container tools write it.
+/// Formats forwarded ports as `HOST->NAME`, in the form of container tools.
 pub(super) fn ports(all: &BTreeMap<String, u16>) -> String {
     let one = |(name, port): (&String, &u16)| format!("{port}->{name}");
     if all.is_empty() { "-".into() } else { all.iter().map(one).collect::<Vec<_>>().join(",") }
 }
 
-/// A span of time in its largest unit.
+/// Formats a span of time in its largest unit.
 fn age(seconds: u64) -> String {
     match seconds {
         0..=119 => format!("{seconds}s"),
@@ -171,20 +176,20 @@ fn age(seconds: u64) -> String {
     }
 }
 
-/// Runs it.
+/// Runs `stencil ps`.
 ///
 /// # Errors
-/// When the runtime directory cannot be read.
+/// Returns an error if the runtime directory cannot be read.
 pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let (entries, unread) = registry::list_and_unread()?;
     unread.iter().for_each(|error| log::warn!("{error}"));
     let unread = unread.iter().map(ToString::to_string).collect();
-    let families = Families::look(&entries);
+    let trees = ProcessTrees::scan(&entries);
     let shown = entries.iter().filter(|entry| filter.has_clone(entry));
-    let mut rows: Vec<Row> = shown.map(|entry| Row::of(entry, &families)).collect();
-    let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| families.of(entry)).collect();
+    let mut rows: Vec<Row> = shown.map(|entry| Row::of(entry, &trees)).collect();
+    let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| trees.of(entry)).collect();
     let mut unseen = vec![];
     let mounts = control::mounts().map(|mut mounts| {
         mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
@@ -200,8 +205,8 @@ pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
                 if clone.processes().any(|its| ours.contains(&its)) { None } else { Row::of_other(clone) }
             }));
         }
-        // Who may not look into others' processes still sees the own clones.
-        Err(error) => log::warn!("other processes are not listed: {error}"),
+        // A user who cannot inspect the processes of others still gets the recorded clones.
+        Err(error) => log::warn!("cannot list other processes: {error}"),
     }
     Ok(Done::report(PsReport { rows, unseen, unread, ids: args.ids }))
 }

@@ -1,4 +1,4 @@
-//! `stencil recipe edit`: changes how clones of a template are launched.
+//! `stencil recipe edit`: changes the launch recipe of a template.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -19,11 +19,15 @@ use crate::shown::shown_lines;
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::sys::stream;
 
-/// How long the program that writes a recipe may be silent.
-const SILENCE: Duration = Duration::from_secs(300);
+/// Time after which a program that writes a recipe to a pipe has stalled.
+const STALL_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Change how clones of a template are launched
+/// Change the launch recipe of a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil recipe edit web:1
+  stencil recipe edit web:1 --from recipe.json")]
 pub struct RecipeArgs {
     #[command(subcommand)]
     command: RecipeCommand,
@@ -36,15 +40,20 @@ enum RecipeCommand {
 
 /// Edit the launch recipe of a template
 ///
-/// Opens it in $VISUAL or $EDITOR. What cannot work is refused, and the template keeps the recipe that it has; clones
-/// that run are not changed. In arguments {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid} {uuid}
-/// {port:N} {disk:NAME} are filled in for each clone.
+/// Opens the recipe in $VISUAL or $EDITOR. If the edited recipe is invalid, the template keeps its present recipe.
+/// Running clones are not changed. In arguments, {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid}
+/// {uuid} {port:N} {disk:NAME} are replaced for each clone.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil recipe edit web:1
+  stencil inspect web:1 --recipe > recipe.json
+  stencil recipe edit web:1 --from recipe.json")]
 pub struct EditArgs {
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// Take the recipe from a file, '-' is standard input; no editor is opened
+    /// Read the recipe from a file, '-' for standard input, instead of opening an editor
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
 }
@@ -65,10 +74,11 @@ impl Report for Edited {
     }
 }
 
-/// Runs it.
+/// Runs `stencil recipe edit`.
 ///
 /// # Errors
-/// When there is no such template, the recipe cannot work, or somebody else changed it meanwhile.
+/// Returns `Code::NotFound` if the template does not exist, `Code::Usage` if the recipe is invalid, and
+/// `Code::TryAgain` if the stored recipe was changed during the edit.
 pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
     let RecipeCommand::Edit(args) = &args.command;
     let store = Store::open(&global.store)?;
@@ -90,8 +100,8 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
         })?;
         match is_as_before {
             true => Ok(true),
-            false => Err(Error::try_again("the recipe was changed by somebody else while it was edited")
-                .remedy("look at it with `stencil inspect --recipe`, then edit it again")),
+            false => Err(Error::try_again("the recipe was changed by another command during the edit")
+                .remedy("see the new recipe with 'stencil inspect --recipe', then edit it again")),
         }
     };
     let changed = match &args.from {
@@ -103,18 +113,18 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
 
 fn read(path: &Path) -> Result<String> {
     let fail = |e| Error::io("cannot read the recipe", path, e);
-    // A person at a terminal may think.
+    // No time limit for standard input: a user may type the recipe at a terminal.
     let (mut file, limit) = if path.as_os_str() == "-" {
         (File::from(rustix::io::dup(io::stdin()).map_err(|e| fail(e.into()))?), None)
     } else {
-        (stream::open_source(path).map_err(fail)?, Some(SILENCE))
+        (stream::open_source(path).map_err(fail)?, Some(STALL_TIMEOUT))
     };
     let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
     loop {
         if !stream::wait_readable(&file, limit, || Ok(()), fail)? {
-            return Err(Error::try_again(format!("nothing came for {} s", SILENCE.as_secs()))
+            return Err(Error::try_again(format!("no data for {} s", STALL_TIMEOUT.as_secs()))
                 .at(path)
-                .remedy("start the program that writes the recipe, then run this again"));
+                .remedy("start the program that writes the recipe, then run this command again"));
         }
         match file.read(&mut part) {
             Ok(0) => break,
@@ -123,26 +133,31 @@ fn read(path: &Path) -> Result<String> {
             Err(e) => return Err(fail(e)),
         }
         if bytes.len() as u64 > MAX_TEXT {
-            return Err(Error::usage(format!("a recipe has at most {MAX_TEXT} bytes"))
+            return Err(Error::usage(format!("the recipe is longer than {MAX_TEXT} bytes"))
                 .at(path)
-                .remedy("give a recipe"));
+                .remedy("name a file that holds a recipe"));
         }
     }
-    String::from_utf8(bytes)
-        .map_err(|_| Error::usage("a recipe is UTF-8").at(path).remedy("give a recipe: it is JSON"))
+    String::from_utf8(bytes).map_err(|_| {
+        Error::usage("invalid recipe: not UTF-8")
+            .at(path)
+            .remedy("name a file that holds a recipe, which is JSON")
+    })
 }
 
-/// Lets a person edit, and takes what was typed. When that fails for good, the text is kept and named.
+/// Opens the recipe in an editor, and passes the result to `take`. On an error, the text is kept in a file for the
+/// user.
 fn in_editor(
     before: Option<&Value>,
     files: &[TemplateFile],
     take: impl FnOnce(Recipe) -> Result<bool>,
 ) -> Result<bool> {
     let Some(before) = before else {
-        return Err(Error::usage("this template has no recipe to edit: it was not captured from a VM")
-            .remedy("write one and give it with --from FILE; `stencil inspect --recipe` of another shows the form"));
+        return Err(Error::usage("the template has no recipe: it was not captured from a VM").remedy(
+            "write a recipe and run again with --from FILE; 'stencil inspect --recipe' prints an example",
+        ));
     };
-    // One of a newer build is edited as the JSON that it is.
+    // A recipe of a newer version cannot be parsed, and is edited as plain JSON.
     let text = match Recipe::from_value(before) {
         Ok(recipe) => shown_lines(&recipe.to_text()),
         Err(_) => shown_lines(&format!("{before:#}\n")),
@@ -151,7 +166,7 @@ fn in_editor(
         .prefix("stencil-recipe-")
         .suffix(".json")
         .tempfile()
-        .map_err(|e| Error::io("cannot make a temporary file", std::env::temp_dir(), e))?;
+        .map_err(|e| Error::io("cannot create a temporary file", std::env::temp_dir(), e))?;
     std::fs::write(file.path(), &text).map_err(|e| Error::io("cannot write", file.path(), e))?;
     let outcome = edit(file.path(), &text, files).and_then(|recipe| recipe.map_or(Ok(false), take));
     outcome.map_err(|error| {
@@ -161,7 +176,7 @@ fn in_editor(
         let remedy = error.remedy_text().map_or(String::new(), |remedy| format!("{remedy}; "));
         match file.keep() {
             Ok((_, kept)) => error.remedy(format!(
-                "{remedy}what you have typed is in {}: --from takes it, remove it then",
+                "{remedy}your text is in {}: run again with --from, then remove the file",
                 kept.display()
             )),
             Err(_) => error,
@@ -169,7 +184,7 @@ fn in_editor(
     })
 }
 
-/// Lets a person edit until it is right; nothing when it was left as it is.
+/// Opens the editor until the recipe is valid. Returns `None` if the text was not changed.
 fn edit(path: &Path, text: &str, files: &[TemplateFile]) -> Result<Option<Recipe>> {
     loop {
         open_editor(path)?;
@@ -188,7 +203,7 @@ fn edit(path: &Path, text: &str, files: &[TemplateFile]) -> Result<Option<Recipe
 fn open_editor(path: &Path) -> Result<()> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let editor = set("VISUAL").or_else(|| set("EDITOR")).unwrap_or_else(|| "vi".into());
-    // Both may hold arguments, as everywhere: a shell takes them apart.
+    // VISUAL and EDITOR may contain arguments, so a shell splits them.
     let mut line = editor.clone();
     line.push(" \"$1\"");
     let status = Command::new("/bin/sh")
@@ -196,7 +211,7 @@ fn open_editor(path: &Path) -> Result<()> {
         .arg(line)
         .arg("stencil")
         .arg(path)
-        // Standard output is for what this command has to say.
+        // Standard output is reserved for the result of this command.
         .stdout(if io::stdout().is_terminal() { Stdio::inherit() } else { Stdio::null() })
         .status()
         .map_err(|e| Error::io("cannot start a shell for the editor", "/bin/sh", e))?;

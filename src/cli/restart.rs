@@ -1,4 +1,4 @@
-//! `stencil restart`: go on with another build, without unmounting.
+//! `stencil restart`: replaces the daemon of a mount without unmounting.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -15,19 +15,25 @@ use crate::control::{self, Mount};
 use crate::error::{Error, Result};
 use crate::sys::stream::open_source;
 
-/// Go on with another build of stencil-mountd; clones notice nothing
+/// Replace the daemon of a mount without interrupting clones
 ///
-/// Without --server the installed stencil-mountd takes the place of supervisor and server; with it, that program takes
-/// the place of the server. A program that does not serve within 5 s is ended, and the old one goes on.
+/// Without --server, the installed stencil-mountd replaces the supervisor and the server. With --server, the given
+/// program replaces the server only. If the new program does not serve within 5 s, it is terminated and the old one
+/// continues.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil restart /srv/templates
+  stencil restart --all
+  stencil restart /srv/templates --server ./stencil-mountd")]
 pub struct RestartArgs {
-    /// Where it is mounted
+    /// Mountpoint
     #[arg(value_name = "MNT", required_unless_present = "all")]
     mountpoint: Option<PathBuf>,
-    /// All mounts
+    /// Restart the daemons of all mounts
     #[arg(long, conflicts_with = "mountpoint")]
     all: bool,
-    /// The program of the new server
+    /// Program of the new server
     #[arg(long, value_name = "PATH")]
     server: Option<PathBuf>,
 }
@@ -57,7 +63,7 @@ impl Report for Restarted {
                 one.supervisor_pid,
                 one.version,
                 one.server_pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string()),
-                one.server_version.as_deref().unwrap_or("not known")
+                one.server_version.as_deref().unwrap_or("unknown version")
             )?;
         }
         Ok(())
@@ -68,10 +74,11 @@ impl Report for Restarted {
     }
 }
 
-/// Restarts one mount or all, one after the other; the first that does not ends it.
+/// Restarts the daemon of one mount or of all mounts in turn, and stops at the first failure.
 ///
 /// # Errors
-/// Why the new program does not serve; the old one then goes on. Not found where nothing is mounted.
+/// Returns the reason why the new program does not serve; the old program then continues. Returns `Code::NotFound` if
+/// nothing is mounted.
 pub fn run(args: &RestartArgs, global: &Global) -> Result<Done> {
     let path = match &args.server {
         Some(path) => path.clone(),
@@ -105,14 +112,14 @@ fn chosen(args: &RestartArgs, global: &Global) -> Result<Vec<Mount>> {
         return Ok(mounts);
     };
     let path = super::umount::absolute(path)?;
-    // A detached one may share its path with a newer one: that is meant.
+    // A detached mount and a newer mount may have the same path. The newer mount is meant.
     mounts.retain(|mount| mount.mountpoint == path);
     mounts.sort_by_key(|mount| mount.detached);
     mounts.truncate(1);
     match mounts.is_empty() {
         false => Ok(mounts),
-        true => Err(Error::not_found("no mount of Stencil is there")
+        true => Err(Error::not_found("no Stencil mount at this path")
             .at(path)
-            .remedy("stencil status lists the mounts of Stencil")),
+            .remedy("run 'stencil status' to list the mounts")),
     }
 }

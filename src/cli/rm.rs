@@ -12,10 +12,15 @@ use crate::clones::removal;
 use crate::error::Result;
 use crate::store::{Removed, Store, TemplateRef};
 
-/// Remove a tag; the last one takes the template along
+/// Remove tags, and templates without further tags
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil rm web:1
+  stencil rm web:1 web:2
+  stencil rm 5f3c9a1e")]
 pub struct RmArgs {
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits; a digest goes with all its tags
+    /// Tag (NAME[:TAG]), or a template with all its tags: NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", required = true, value_parser = word::<TemplateRef>)]
     templates: Vec<TemplateRef>,
 }
@@ -30,7 +35,7 @@ impl Report for Gone {
             }
             if !removed.kept_tags.is_empty() {
                 let names: Vec<String> = removed.kept_tags.iter().map(ToString::to_string).collect();
-                writeln!(out, "the template stays as {}", names.join(", "))?;
+                writeln!(out, "the template is kept as {}", names.join(", "))?;
             }
             if let Some(digest) = &removed.template {
                 writeln!(out, "removed template {digest}")?;
@@ -44,13 +49,13 @@ impl Report for Gone {
     }
 }
 
-/// Runs it.
+/// Runs `stencil rm`. If a removal fails, the report lists the removals before.
 ///
 /// # Errors
-/// When there is no such template, or somebody uses it; what was removed before is told.
+/// Returns `Code::NotFound` if a template does not exist, and `Code::InUse` if a template is in use.
 pub fn run(args: &RmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    // A name that is mistyped is found before anything goes.
+    // All names are checked before the first removal, so that a mistyped name removes nothing.
     args.templates.iter().try_for_each(|template| store.expect_removable(template))?;
     let mut gone = Gone(Vec::new());
     for template in &args.templates {

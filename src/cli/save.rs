@@ -1,4 +1,4 @@
-//! `stencil save`: whole templates as one stream.
+//! `stencil save`: writes templates as one stream.
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -15,24 +15,30 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::words::{STALL, seconds, word};
 use super::{Global, interrupt};
+use crate::clones::counted;
 use crate::control::Lease;
 use crate::error::{Error, Result};
 use crate::store::{Digest, SaveRequest, Saved, Store, TagName, Target, TemplateRef};
 use crate::sys::stream::Sink;
 
-/// Write templates as one stream, for stencil load on another host
+/// Write templates as a stream for `stencil load` on another host
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil save web:1 -o web.stencil
+  stencil save web:1 | ssh host stencil load
+  stencil save web:2 --without web:1 -o update.stencil")]
 pub struct SaveArgs {
-    /// NAME[:TAG] (that tag travels along), or a digest (all its tags do)
+    /// Tag (NAME[:TAG]), saved with its template, or a digest, saved with all its tags
     #[arg(value_name = "T", required = true, value_parser = word::<TemplateRef>)]
     templates: Vec<TemplateRef>,
-    /// Where to write; without it standard output
+    /// File to write instead of standard output
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Leave out the blocks of a template that the other store has; may be repeated
+    /// Omit the blocks of a template that the other store already has; may be repeated
     #[arg(long, value_name = "T", value_parser = word::<TemplateRef>)]
     without: Vec<TemplateRef>,
-    /// Give up when nobody opens a named pipe for reading for so long; 0 waits without end
+    /// Fail if no process opens a named pipe for reading within this time; 0 waits without limit
     #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
     stall_timeout: Duration,
 }
@@ -58,9 +64,10 @@ impl Report for SaveReport {
             )?;
         }
         let Saved { blocks, block_bytes, stream_bytes, .. } = &self.saved;
+        let blocks = counted(*blocks, "block", "blocks");
         writeln!(
             out,
-            "{blocks} blocks ({block_bytes}) in a stream of {stream_bytes}: {}; {:.1} s",
+            "{blocks} ({block_bytes}) in a stream of {stream_bytes}: {}; {:.1} s",
             self.output.display(),
             self.seconds
         )
@@ -71,24 +78,25 @@ impl Report for SaveReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil save`.
 ///
 /// # Errors
-/// When there is no such template, it is damaged, or the stream cannot be written.
+/// Returns `Code::NotFound` if a template does not exist, `Code::Damage` if a template is damaged, and an error if the
+/// stream cannot be written.
 pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     let output = args.output.as_deref().filter(|path| path.as_os_str() != "-");
     if output.is_none() {
         if global.json {
-            return Err(Error::usage("standard output cannot hold the stream and a JSON object")
-                .remedy("leave --json out, or name a file with -o"));
+            return Err(Error::usage("cannot write both the stream and a JSON object to standard output")
+                .remedy("omit --json, or name a file with -o"));
         }
         if is_closed(io::stdout())? {
             return Err(Error::usage("standard output is closed: the stream would be lost")
-                .remedy("name a file with -o, or pipe it: stencil save T | ssh HOST stencil load"));
+                .remedy("name a file with -o, or use a pipe: stencil save T | ssh HOST stencil load"));
         }
         if io::stdout().is_terminal() {
-            return Err(Error::usage("a stream of templates is nothing for a terminal")
-                .remedy("name a file with -o, or pipe it: stencil save T | ssh HOST stencil load"));
+            return Err(Error::usage("refusing to write a stream of templates to a terminal")
+                .remedy("name a file with -o, or use a pipe: stencil save T | ssh HOST stencil load"));
         }
     }
     let start = Instant::now();
@@ -113,17 +121,17 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     }
     let progress = global.progress();
     let Some(path) = output else {
-        // A signal ends the process in the middle of a write that its reader does not take; nothing has to be cleared up.
+        // No signal handler here: a signal must end a write that blocks on the reader, and no file is left to remove.
         store.save(&request, (&mut Sink::stdout(None)?, Path::new("standard output")), &*progress)?;
         return Ok(Done::silent());
     };
-    // The file behind a link is replaced, not the link.
+    // The target of a symbolic link is replaced, not the link.
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let saved = match fs::metadata(&path) {
         Ok(meta) if meta.is_dir() => {
-            return Err(Error::usage("the stream cannot replace a folder")
+            return Err(Error::usage("cannot replace a directory by a stream")
                 .at(&path)
-                .remedy("name a file in it"));
+                .remedy("name a file in the directory"));
         }
         Ok(meta) if !meta.is_file() => {
             let mut sink = Sink::open(&path, Some(args.stall_timeout), None)?;
@@ -131,7 +139,7 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
         }
         _ => {
             request.interrupt = Some(interrupt::flag()?);
-            // Guest memory: for its owner alone.
+            // The stream holds guest memory, so only its owner may read the file.
             let mut target = Target::create(&path, 0o600)?;
             let saved = store.save(&request, (target.file(), &path), &*progress)?;
             target.publish(&path)?;
@@ -141,16 +149,16 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     Ok(Done::report(SaveReport { output: path, saved, seconds: start.elapsed().as_secs_f64() }))
 }
 
-/// All tags that point at a template now.
+/// Returns all tags of a template.
 fn tags_of(store: &Store, digest: &Digest) -> Result<Vec<TagName>> {
     let tags = store.tags()?.into_iter().filter(|t| t.digest == *digest);
     tags.map(|t| TagName::new(&t.name, &t.tag)).collect()
 }
 
-/// True for standard output that was closed: Rust's runtime has opened `/dev/null` in its place, to read and write. What
-/// `>/dev/null` opens is written only.
+/// Returns true if standard output was closed. Rust's runtime then opens `/dev/null` in its place for reading and
+/// writing, while `>/dev/null` opens it for writing only.
 fn is_closed(stdout: impl AsFd) -> Result<bool> {
-    let fail = |e: Errno| Error::failed("cannot look at standard output").because(e.into());
+    let fail = |e: Errno| Error::failed("cannot inspect standard output").because(e.into());
     let stat = rustix::fs::fstat(&stdout).map_err(fail)?;
     let null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
         && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3);

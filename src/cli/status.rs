@@ -1,5 +1,6 @@
-//! `stencil status`: which mounts there are, and how they do.
+//! `stencil status`: reports the state of the mounts.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -11,77 +12,86 @@ use super::Global;
 use super::columns::Columns;
 use super::output::{Done, Report, to_json};
 use super::store_filter::StoreFilter;
+use crate::clones::counted;
 use crate::clones::find::{self, CloneProcess};
 use crate::control::{self, DeadMount, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
-use crate::shown::utc;
+use crate::shown::{shown, utc};
 use crate::store::Store;
 use crate::sys::pause;
 
-/// Show the mounts: who serves them, what is served how, and why
+/// Number of files that a reason for their serving names.
+const MAX_NAMED: usize = 3;
+
+/// Show the mounts: their supervisors and servers, and how each file is served
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil status
+  stencil --store /srv/store status
+  stencil status --json")]
 pub struct StatusArgs {}
 
 #[derive(Serialize)]
 struct Status {
-    mounts: Vec<Answered>,
-    /// Mounts without a supervisor that answers, and what to do.
+    mounts: Vec<Responsive>,
+    /// Mounts whose supervisor does not respond, with the remedy.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    silent: Vec<Silent>,
-    /// Records of mounts that could not be read: each may be one more mount.
+    silent: Vec<Unresponsive>,
+    /// Errors of records that cannot be read; each may belong to a mount.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unread: Vec<String>,
-    /// Processes that could not be looked into: each may be one more clone.
+    /// Processes that could not be inspected; each may be a clone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
 }
 
 #[derive(Serialize)]
-struct Answered {
+struct Responsive {
     #[serde(flatten)]
     mount: MountStatus,
-    /// Why its store cannot be read; who maps its templates is not known then.
+    /// Reason why the store cannot be read. The clones of the mount are then unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     store_error: Option<String>,
 }
 
 #[derive(Serialize)]
-struct Silent {
+struct Unresponsive {
     #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
     store: PathBuf,
     state: State,
     server_pid: Option<u32>,
-    /// None where it never had one.
+    /// `None` if the mount never had a log.
     #[serde(serialize_with = "crate::shown::optional_path")]
     log: Option<PathBuf>,
     error: String,
     remedy: String,
 }
 
-/// Why a mount has no supervisor that answers.
+/// Reason why the supervisor of a mount does not respond.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum State {
-    /// Its supervisor lives and does not answer.
+    /// The supervisor is alive but does not respond.
     NoAnswer,
-    /// Its supervisor is dead, its server serves on.
+    /// The supervisor is dead, and its server continues to serve.
     NoSupervisor,
-    /// Both are dead.
+    /// The supervisor and the server are dead.
     Dead,
 }
 
-impl Silent {
-    fn new(mount: &Mount, error: &Error) -> Silent {
+impl Unresponsive {
+    fn new(mount: &Mount, error: &Error) -> Unresponsive {
         let paused = pause::of(mount.supervisor_pid).filter(|_| !mount.foreign && !mount.orphaned);
         let (error, remedy) = match paused {
             Some(pause) => {
                 let pid = mount.supervisor_pid;
-                (format!("the supervisor, process {pid}, does not answer: it {pause}"), pause.remedy(pid))
+                (format!("supervisor {pid} does not respond: it {pause}"), pause.remedy(pid))
             }
-            None => (error.to_string(), error.remedy_text().unwrap_or("its log says more").to_owned()),
+            None => (error.to_string(), error.remedy_text().unwrap_or("see the log").to_owned()),
         };
-        Silent {
+        Unresponsive {
             state: State::NoAnswer,
             server_pid: mount.server_pid,
             log: Some(mount.dir.join(control::LOG_FILE)).filter(|log| log.is_file()),
@@ -92,14 +102,18 @@ impl Silent {
         }
     }
 
-    fn without_supervisor(mount: &Mount) -> Silent {
+    fn without_supervisor(mount: &Mount) -> Unresponsive {
         let error = mount.lost_supervisor();
-        Silent { state: State::NoSupervisor, error: error.message().to_owned(), ..Silent::new(mount, &error) }
+        Unresponsive {
+            state: State::NoSupervisor,
+            error: error.message().to_owned(),
+            ..Unresponsive::new(mount, &error)
+        }
     }
 
-    fn dead(mount: DeadMount) -> Silent {
+    fn dead(mount: DeadMount) -> Unresponsive {
         let error = mount.error();
-        Silent {
+        Unresponsive {
             state: State::Dead,
             server_pid: None,
             error: error.message().to_owned(),
@@ -142,8 +156,8 @@ fn log_line(log: Option<&Path>, out: &mut dyn Write) -> io::Result<()> {
     log.map_or(Ok(()), |log| writeln!(out, "  log {}", log.display()))
 }
 
-fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::Result<()> {
-    let detached = if mount.detached { ", detached: served until its last user ends" } else { "" };
+fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> io::Result<()> {
+    let detached = if mount.detached { ", detached: served until its last user exits" } else { "" };
     writeln!(
         out,
         "{} serves {} ({}){detached}",
@@ -152,26 +166,29 @@ fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::R
         mount.serve
     )?;
     if let Some(error) = store_error {
-        writeln!(out, "  {error}: what needs it waits, and who maps its templates is not known")?;
+        writeln!(
+            out,
+            "  {error}; requests for data of the store wait, and the clones of the mount are unknown"
+        )?;
     }
     let server = mount.server_pid.map_or_else(|| "being started".to_owned(), |pid| pid.to_string());
     writeln!(
         out,
-        "  supervisor {} ({}), server {server} ({}), {} restarts",
+        "  supervisor {} ({}), server {server} ({}), {}",
         mount.supervisor_pid,
         mount.version,
-        mount.server_version.as_deref().unwrap_or("not known"),
-        mount.restarts
+        mount.server_version.as_deref().unwrap_or("unknown version"),
+        counted(mount.restarts, "restart", "restarts")
     )?;
     if let Some(end) = &mount.last_end {
         let memory = if end.out_of_memory {
-            ", likely out of memory: raise the limit of its control group"
+            ", probably out of memory: raise the memory limit of its control group"
         } else {
             ""
         };
         writeln!(
             out,
-            "  the server before, {}, ended {} after {:.1} s: {}{memory}",
+            "  previous server {} exited at {} after {:.1} s: {}{memory}",
             end.pid,
             utc(end.at),
             end.lived_seconds,
@@ -182,13 +199,14 @@ fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::R
         let early = mount.early_ends;
         writeln!(
             out,
-            "  {early} servers in a row ended soon after their start: the next one starts {}",
+            "  {} in a row soon after startup; the next server starts at {}",
+            counted(early.into(), "server exited", "servers exited"),
             utc(at as u64)
         )?;
     }
     log_line(mount.log.as_deref(), out)?;
     for lack in &mount.server_lacks {
-        writeln!(out, "  the server is less isolated than it could be: {lack}")?;
+        writeln!(out, "  the server is not fully confined: {lack}")?;
     }
     match (&mount.cache, &mount.cache_why) {
         (Some(place), why) => {
@@ -200,7 +218,8 @@ fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::R
         (None, Some(why)) => writeln!(out, "  no backings: {why}")?,
         (None, None) => {}
     }
-    let mut table = Columns::new(&["  TEMPLATE", "FILE", "SIZE", "SERVING", "HYDRATED", "CLONES", "WHY"]);
+    let mut table = Columns::new(&["  TEMPLATE", "FILE", "SIZE", "SERVING", "HYDRATED", "CLONES"]);
+    let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for template in &mount.templates {
         for file in &template.files {
             table.row([
@@ -210,20 +229,30 @@ fn one(Answered { mount, store_error }: &Answered, out: &mut dyn Write) -> io::R
                 file.serving.name().to_owned(),
                 if file.hydrated { "yes".into() } else { file.hydrated_bytes.to_string() },
                 template.clones.map_or_else(|| "?".into(), |clones| clones.to_string()),
-                file.why.clone().unwrap_or_default(),
             ]);
+            if let Some(why) = &file.why {
+                let files = reasons.entry(why).or_default();
+                files.push(format!("{}/{}", template.digest.short(), file.name));
+            }
         }
     }
-    table.print(out)
+    table.print(out)?;
+    reasons.iter().try_for_each(|(why, files)| {
+        let first = files.iter().take(MAX_NAMED).cloned().collect::<Vec<_>>().join(", ");
+        match files.len().saturating_sub(MAX_NAMED) {
+            0 => writeln!(out, "  {first}: {}", shown(why)),
+            more => writeln!(out, "  {first} and {more} more: {}", shown(why)),
+        }
+    })
 }
 
-/// Why the store of a mount cannot be read now.
+/// Returns the reason why the store of a mount cannot be read, `None` if the store can be read.
 fn store_error(mount: &Mount) -> Option<String> {
     let opened = Store::open(&mount.store).and_then(|store| {
         store.check_reachable()?;
         match &mount.store_id {
             Some(id) if *id != store.id() => {
-                Err(Error::try_again("another store lies where the store was").at(&mount.store))
+                Err(Error::try_again("another store is at the path of the store").at(&mount.store))
             }
             _ => Ok(()),
         }
@@ -231,18 +260,18 @@ fn store_error(mount: &Mount) -> Option<String> {
     opened.err().map(|error| error.to_string())
 }
 
-/// Asks every supervisor of this runtime directory. Exits as a failed check when a mount has none that answers, or may have
-/// none.
+/// Requests the status of every supervisor of this runtime directory. The command exits with
+/// [`Code::CheckFailed`] if a mount has, or may have, no supervisor that responds.
 ///
 /// # Errors
-/// When the runtime directory cannot be read.
+/// Returns an error if the runtime directory cannot be read.
 pub fn run(_args: &StatusArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     let control::Listing { mut mounts, mut dead, unread } = control::list()?;
     mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
     dead.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
     let unread = unread.iter().map(ToString::to_string).collect();
-    let silent = dead.into_iter().map(Silent::dead).collect();
+    let silent = dead.into_iter().map(Unresponsive::dead).collect();
     let mut status = Status { mounts: Vec::new(), silent, unread, unseen: Vec::new() };
     let store_errors: Vec<Option<String>> = mounts.iter().map(store_error).collect();
     let present: Vec<Mount> =
@@ -256,7 +285,7 @@ pub fn run(_args: &StatusArgs, global: &Global) -> Result<Done> {
     for (mount, store_error) in mounts.into_iter().zip(store_errors) {
         let index = if store_error.is_none() { indexes.next() } else { None };
         if mount.orphaned {
-            status.silent.push(Silent::without_supervisor(&mount));
+            status.silent.push(Unresponsive::without_supervisor(&mount));
             continue;
         }
         match mount.status() {
@@ -269,11 +298,11 @@ pub fn run(_args: &StatusArgs, global: &Global) -> Result<Done> {
                         search.clones.iter().filter(maps).count() as u64
                     });
                 }
-                status.mounts.push(Answered { mount: answer, store_error });
+                status.mounts.push(Responsive { mount: answer, store_error });
             }
-            // It may have ended meanwhile.
+            // The mount may have ended since it was listed.
             Err(error) if control::lives(&mount).unwrap_or(true) => {
-                status.silent.push(Silent::new(&mount, &error));
+                status.silent.push(Unresponsive::new(&mount, &error));
             }
             Err(_) => {}
         }

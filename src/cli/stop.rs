@@ -1,4 +1,4 @@
-//! `stencil stop`: clones end.
+//! `stencil stop`: stops clones.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -9,20 +9,26 @@ use serde_json::{Value, json};
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::store_filter::StoreFilter;
+use crate::clones::counted;
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::{How, stop};
 use crate::error::{Error, Result};
 
-/// Stop clones that were launched here and remove what they had
+/// Stop clones and remove their disks, records and ports
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil stop c1a2b3c4
+  stencil stop --all
+  stencil stop --all --grace 60")]
 pub struct StopArgs {
-    /// Their ids
+    /// Ids of the clones
     #[arg(value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
     ids: Vec<String>,
-    /// All of them
+    /// Stop all clones
     #[arg(long)]
     all: bool,
-    /// Seconds until a clone that does not end is killed
+    /// Seconds after which a clone that is still running is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     grace: u32,
 }
@@ -38,9 +44,10 @@ impl Report for StopReport {
             return Ok(());
         }
         let killed = self.stopped.iter().filter(|(_, how)| *how == How::Killed).count();
-        match (self.stopped.len(), killed) {
-            (all, 0) => writeln!(out, "{all} stopped"),
-            (all, killed) => writeln!(out, "{all} stopped, {killed} of them killed"),
+        let all = counted(self.stopped.len() as u64, "clone", "clones");
+        match killed {
+            0 => writeln!(out, "{all} stopped"),
+            killed => writeln!(out, "{all} stopped, {killed} of them killed"),
         }
     }
 
@@ -51,24 +58,24 @@ impl Report for StopReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil stop`.
 ///
 /// # Errors
-/// When there is no clone of an id, or one cannot be ended.
+/// Returns `Code::NotFound` if no clone has one of the ids, and an error if a clone cannot be stopped.
 pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     let swept = registry::sweep();
     if let (Err(error), false) = (&swept, args.all) {
         log::warn!("{error}");
     }
-    let mut left = None;
+    let mut unread_error = None;
     let entries = if args.all {
         let (mut entries, unread) = registry::list_and_unread()?;
-        left = unread.into_iter().reduce(Error::and);
+        unread_error = unread.into_iter().reduce(Error::and);
         entries.retain(|entry| filter.has_clone(entry));
         entries.retain(|entry| {
             let ours = entry.expect_ours().inspect_err(|error| log::warn!("{error}"));
-            // Those that a launcher still holds are its own.
+            // A clone that is still being launched belongs to its launcher.
             ours.is_ok() && !entry.is_launching()
         });
         entries
@@ -77,9 +84,9 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     };
     let how = stop(&entries, Duration::from_secs(args.grace.into()))?;
     if args.all {
-        // Some of all are left.
+        // Clones of a failed sweep and of unreadable records may still be running.
         swept?;
-        if let Some(error) = left {
+        if let Some(error) = unread_error {
             return Ok(Done::report(stopped(entries, how, global)).but_failed(error));
         }
     }
@@ -95,11 +102,11 @@ fn may_be_stopped(id: &str, filter: &StoreFilter) -> Result<Entry> {
     filter.expect(&entry)?;
     entry.expect_ours()?;
     if entry.is_launching() {
-        // It may start a process at any moment.
-        let what = format!("clone {} is not ready: its launcher still holds it", entry.id);
+        // The launcher may start a process of the clone at any moment.
+        let what = format!("clone {} is still being launched", entry.id);
         return Err(Error::try_again(what)
             .at(&entry.dir)
-            .remedy("stop it when `stencil ps` calls it running, or interrupt its launcher"));
+            .remedy("stop the clone after 'stencil ps' lists it as running, or interrupt its launcher"));
     }
     Ok(entry)
 }

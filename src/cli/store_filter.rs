@@ -1,4 +1,5 @@
-//! What `--store` means for commands about processes and mounts: only that store's; without it those of every store.
+//! The effect of `--store` on commands about processes and mounts: with the option, only those of that store; without
+//! it, those of every store.
 
 use std::path::{Path, PathBuf};
 
@@ -8,21 +9,21 @@ use crate::control::{self, is_of_store};
 use crate::error::{Code, Error, Result};
 use crate::store::Store;
 
-/// Which mounts and clones a command is about.
+/// The mounts and clones that a command works on.
 pub enum StoreFilter {
-    /// Those of every store.
+    /// Mounts and clones of every store.
     All,
-    /// Those of this store.
+    /// Mounts and clones of this store.
     Store(Box<Store>),
-    /// Those of the store that was at this path; it is away or damaged, and a mount of it lives.
+    /// Mounts and clones of the store that was at this path. The store cannot be opened, but has a mount.
     Path(PathBuf),
 }
 
 impl StoreFilter {
-    /// As the call or the environment says.
+    /// Creates the filter from the options and the environment of the command.
     ///
     /// # Errors
-    /// [`Code::NotFound`] for a store that is not there, unless it is mounted.
+    /// Returns the error of opening the store ([`Code::NotFound`] if it does not exist), unless the store is mounted.
     pub fn of(global: &Global) -> Result<StoreFilter> {
         if !global.names_store {
             return Ok(StoreFilter::All);
@@ -41,7 +42,7 @@ impl StoreFilter {
         }
     }
 
-    /// True for the store with this path and identity.
+    /// Returns true for the store with this path and identity.
     pub fn has(&self, path: &Path, id: Option<&str>) -> bool {
         match self {
             StoreFilter::All => true,
@@ -50,7 +51,7 @@ impl StoreFilter {
         }
     }
 
-    /// True for a clone of the store. One of a build that did not write down its store is of no named store.
+    /// Returns true for a clone of the store. A record without a store, written by an older version, matches no store.
     pub fn has_clone(&self, entry: &Entry) -> bool {
         match (&entry.store, self) {
             (_, StoreFilter::All) => true,
@@ -59,10 +60,10 @@ impl StoreFilter {
         }
     }
 
-    /// Fails for a clone of another store.
+    /// Checks that the clone is of the store.
     ///
     /// # Errors
-    /// [`Code::NotFound`] that names its store.
+    /// Returns [`Code::NotFound`], with the clone's store, if the clone is of another store.
     pub fn expect(&self, entry: &Entry) -> Result<()> {
         if self.has_clone(entry) {
             return Ok(());
@@ -70,14 +71,11 @@ impl StoreFilter {
         let (of, remedy) = match &entry.store {
             Some(store) => (
                 format!("store {}", store.path.display()),
-                format!("name that store: stencil --store {} …; or none", store.path.display()),
+                format!("run stencil --store {} …, or omit --store", store.path.display()),
             ),
-            None => ("an unknown store".to_owned(), "name no store".to_owned()),
+            None => ("an unknown store".to_owned(), "omit --store".to_owned()),
         };
-        Err(Error::new(
-            Code::NotFound,
-            format!("clone {} is of {of}, not of the store that was named", entry.id),
-        )
-        .remedy(remedy))
+        Err(Error::new(Code::NotFound, format!("clone {} is of {of}, not of the given store", entry.id))
+            .remedy(remedy))
     }
 }

@@ -1,4 +1,4 @@
-//! FUSE connections that nobody answers: found, and aborted if the user wants it.
+//! Stuck FUSE connections: `stencil doctor` finds them, and aborts one after a confirmation.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -10,28 +10,29 @@ use serde_json::Value;
 
 use super::output::{Report, to_json};
 use super::users::{User, Users, list, unseen};
+use crate::clones::counted;
 use crate::control::{self, Mount};
 use crate::error::{Error, Result};
 use crate::sys::fusectl::{self, Connection};
 use crate::sys::{mount, procfs};
 
-/// An aborted connection has let its requests go within this time.
-const END: Duration = Duration::from_secs(5);
+/// Time within which an aborted connection must have completed its pending requests.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A FUSE connection whose requests wait without moving.
+/// A FUSE connection whose pending requests make no progress.
 #[derive(Debug, Serialize)]
 pub struct Stuck {
-    /// Its number.
+    /// Number of the connection.
     connection: u32,
-    /// Requests that wait.
+    /// Number of pending requests.
     waiting: u64,
-    /// Where it is mounted; none where no path leads to it any more.
+    /// Mountpoint; `None` if the file system is not reachable by a path any more.
     #[serde(serialize_with = "crate::shown::optional_path")]
     mountpoint: Option<PathBuf>,
-    /// Type of its file system, where it is mounted.
+    /// Type of the file system, if it is mounted.
     fs_type: Option<String>,
     users: Vec<User>,
-    /// Processes that could not be looked into in time: each may be one more user.
+    /// Processes that could not be inspected in time; each may also use the mount.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
 }
@@ -53,39 +54,41 @@ impl Stuck {
         })
     }
 
-    /// The connection by number and place.
+    /// Formats the connection with its number and mountpoint.
     fn name(&self) -> String {
         let place =
-            self.mountpoint.as_ref().map_or_else(|| "nowhere mounted".into(), |p| p.display().to_string());
+            self.mountpoint.as_ref().map_or_else(|| "not mounted".into(), |p| p.display().to_string());
         format!("FUSE connection {} ({place})", self.connection)
     }
 
-    /// What is the matter, in one line.
+    /// Describes the finding in one line.
     pub fn found(&self) -> String {
-        let mut words = format!("{} has {} requests that nobody answers", self.name(), self.waiting);
+        let requests = counted(self.waiting, "pending request", "pending requests");
+        let mut text = format!("{} is stuck with {requests}", self.name());
         match self.users.len() {
-            0 => words.push_str("; no process has its files"),
-            _ => words.push_str(&format!("; its files are used by {}", list(&self.users))),
+            0 => text.push_str("; no process uses its files"),
+            _ => text.push_str(&format!("; its files are used by {}", list(&self.users))),
         }
         if !self.unseen.is_empty() {
-            words.push_str(&format!("; {}", unseen(&self.unseen)));
+            text.push_str(&format!("; {}", unseen(&self.unseen)));
         }
-        words
+        text
     }
 
-    /// What to do about it.
+    /// Returns the remedy for the finding.
     pub fn remedy(&self) -> String {
         format!(
-            "stencil doctor --fix-stuck {} aborts it: its users get errors, and clones die at the next page that they do not have",
+            "abort it with 'stencil doctor --fix-stuck {}': its users get errors, and clones are killed at the next \
+             page that is not in RAM",
             self.connection
         )
     }
 }
 
-/// All of them. A mount of ours whose server still counts answers is busy, not stuck.
+/// Finds all stuck connections. A Stencil mount whose server still counts replies is busy, not stuck.
 ///
 /// # Errors
-/// Without `CAP_SYS_ADMIN`.
+/// Returns an error without `CAP_SYS_ADMIN`.
 pub fn find() -> Result<Vec<Stuck>> {
     let mounts = control::mounts().unwrap_or_default();
     let waits: Vec<u32> =
@@ -106,17 +109,17 @@ pub fn find() -> Result<Vec<Stuck>> {
     stuck.iter().map(|c| Stuck::of(c, &mounts, &mounted)).collect()
 }
 
-/// What became of it.
+/// The result of aborting a connection.
 #[derive(Debug, Serialize)]
 pub struct Aborted {
     connection: u32,
     #[serde(serialize_with = "crate::shown::optional_path")]
     mountpoint: Option<PathBuf>,
-    /// Will die when they next need a page that they have not.
+    /// Processes that will be killed at the next access to a page that is not in RAM.
     cut_off: Vec<User>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
-    /// The mountpoint is still there, and dead.
+    /// True if the dead file system is still mounted.
     still_mounted: bool,
 }
 
@@ -124,14 +127,14 @@ impl Report for Aborted {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "FUSE connection {} is aborted", self.connection)?;
         if !self.cut_off.is_empty() {
-            writeln!(out, "these were cut off: {}", list(&self.cut_off))?;
+            writeln!(out, "processes cut off: {}", list(&self.cut_off))?;
         }
         if !self.unseen.is_empty() {
             writeln!(out, "{}", unseen(&self.unseen))?;
         }
         match &self.mountpoint {
             Some(path) if self.still_mounted => {
-                writeln!(out, "{0} is dead now: umount -l {0} takes it away", path.display())
+                writeln!(out, "{0} is a dead mount; to remove it: umount -l {0}", path.display())
             }
             _ => Ok(()),
         }
@@ -142,30 +145,32 @@ impl Report for Aborted {
     }
 }
 
-/// Aborts one of them: that number, or the only one. Asks before, unless `yes`.
+/// Aborts the connection with this number, or the only stuck one, after a confirmation unless `yes` is set.
 ///
 /// # Errors
-/// When that one is not stuck, several are and none is named, nobody can be asked, or the answer is no.
+/// Returns `Code::NotFound` if the connection does not exist; `Code::Usage` if it is not stuck, if several connections
+/// are stuck and no number is given, or if no terminal can confirm; and an error if the user declines.
 pub fn fix(number: Option<u32>, yes: bool) -> Result<Aborted> {
     let stuck = choose(find()?, number)?;
     let name = stuck.name();
     let users = Users { found: stuck.users, unseen: stuck.unseen };
-    crate::say!("stencil: {name} is to be aborted: all requests on it fail from then on");
+    crate::say!("warning: {name} will be aborted: all requests on it will fail");
     users.announce();
     if !yes {
-        ask()?;
+        confirm()?;
     }
     let device = procfs::makedev(0, stuck.connection);
     match mount::abort_fuse_connection(device) {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-        other => other
-            .map_err(|e| Error::failed(format!("cannot abort {name}")).because(e).remedy("run it as root"))?,
+        other => other.map_err(|e| {
+            Error::failed(format!("cannot abort {name}")).because(e).remedy("run the command as root")
+        })?,
     }
-    let until = Instant::now() + END;
-    let waits = || {
+    let until = Instant::now() + ABORT_TIMEOUT;
+    let is_pending = || {
         fusectl::connections().map(|all| all.iter().any(|c| c.number == stuck.connection && c.waiting > 0))
     };
-    while waits()? && Instant::now() < until {
+    while is_pending()? && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(10));
     }
     Ok(Aborted {
@@ -178,37 +183,37 @@ pub fn fix(number: Option<u32>, yes: bool) -> Result<Aborted> {
 }
 
 fn choose(mut stuck: Vec<Stuck>, number: Option<u32>) -> Result<Stuck> {
-    const LIST: &str = "stencil doctor lists the connections that are stuck";
+    const LIST: &str = "run 'stencil doctor' to list stuck connections";
     match (number, stuck.len()) {
         (Some(number), _) => match stuck.iter().position(|s| s.connection == number) {
             Some(at) => Ok(stuck.swap_remove(at)),
-            None if fusectl::connections()?.iter().any(|c| c.number == number) => {
-                Err(Error::usage(format!("FUSE connection {number} is not stuck: its requests are answered"))
-                    .remedy(LIST))
-            }
+            None if fusectl::connections()?.iter().any(|c| c.number == number) => Err(Error::usage(format!(
+                "FUSE connection {number} is not stuck: its requests are completed"
+            ))
+            .remedy(LIST)),
             None => Err(Error::not_found(format!("there is no FUSE connection {number}")).remedy(LIST)),
         },
         (None, 1) => Ok(stuck.swap_remove(0)),
-        (None, 0) => Err(Error::not_found("no FUSE connection is stuck").remedy("nothing needs to be done")),
+        (None, 0) => Err(Error::not_found("no FUSE connection is stuck").remedy("nothing to do")),
         (None, count) => {
             let names: Vec<String> = stuck.iter().map(Stuck::name).collect();
             Err(Error::usage(format!("{count} connections are stuck: {}", names.join(", ")))
-                .remedy("name one: stencil doctor --fix-stuck N"))
+                .remedy("name one connection: stencil doctor --fix-stuck N"))
         }
     }
 }
 
-fn ask() -> Result<()> {
+fn confirm() -> Result<()> {
     let stdin = io::stdin();
     if !stdin.is_terminal() {
-        return Err(Error::usage("nobody can be asked: standard input is no terminal")
-            .remedy("add --yes where the abort is meant"));
+        return Err(Error::usage("cannot ask for a confirmation: standard input is not a terminal")
+            .remedy("add --yes to abort without a confirmation"));
     }
-    let _ = write!(io::stderr(), "abort it? [y/N] ");
+    let _ = write!(io::stderr(), "abort the connection? [y/N] ");
     let mut answer = String::new();
     stdin.lock().read_line(&mut answer).map_err(|e| Error::failed("cannot read the answer").because(e))?;
     match answer.trim() {
         "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Error::failed("nothing was aborted: the answer was not y").remedy("its users wait on")),
+        _ => Err(Error::failed("not aborted: the answer was not y").remedy("the connection is still stuck")),
     }
 }

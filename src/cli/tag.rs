@@ -1,4 +1,4 @@
-//! `stencil tag`: one more name for a template.
+//! `stencil tag`: adds or moves a tag.
 
 use clap::Args;
 
@@ -8,21 +8,25 @@ use super::words::word;
 use crate::error::Result;
 use crate::store::{Store, TagName, TemplateRef};
 
-/// Point a name at a template
+/// Point a tag at a template
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil tag web:1 web:stable
+  stencil tag 5f3c9a1e web:2")]
 pub struct TagArgs {
-    /// NAME[:TAG], NAME@blake3:HEX, or eight or more hex digits
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// The name that points at it from now on
+    /// Tag to create or move
     #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>)]
     new: TagName,
 }
 
-/// Runs it.
+/// Runs `stencil tag`.
 ///
 /// # Errors
-/// When there is no such template.
+/// Returns `Code::NotFound` if the template does not exist.
 pub fn run(args: &TagArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;

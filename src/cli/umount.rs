@@ -1,4 +1,4 @@
-//! `stencil umount`: end a mount.
+//! `stencil umount`: unmounts a store.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -11,26 +11,32 @@ use serde_json::Value;
 use super::Global;
 use super::output::{Done, Report, to_json};
 use super::users::{User, Users, list, unseen};
+use crate::clones::counted;
 use crate::control::{self, Mount, UnmountMode};
 use crate::error::{Error, Result};
 use crate::sys::mount;
 
-/// A mount that was told to end has ended within this time, or somebody else still holds it.
-const END: Duration = Duration::from_secs(10);
+/// Time within which a mount must end after an unmount request; afterwards, another user still holds the mount.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A supervisor whose record says nothing any more has ended within this time.
-const LAST_STEPS: Duration = Duration::from_secs(1);
+/// Time within which a supervisor must exit after its record does not name a mount any more.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Unmount; refused while clones map it
+/// Unmount a store that no clone maps
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil umount /srv/templates
+  stencil umount -l /srv/templates
+  stencil umount --force /srv/templates")]
 pub struct UmountArgs {
-    /// Where it is mounted
+    /// Mountpoint
     #[arg(value_name = "MNT")]
     mountpoint: PathBuf,
-    /// Take it out of the tree now; it is served until its last clone ends
+    /// Detach the mount now, and serve it until its last clone exits
     #[arg(short, long)]
     lazy: bool,
-    /// End it now: clones that still need pages from it die
+    /// End the mount now; clones that still need pages from it are killed
     #[arg(long, conflicts_with = "lazy")]
     force: bool,
 }
@@ -39,13 +45,13 @@ pub struct UmountArgs {
 struct Unmounted {
     #[serde(serialize_with = "crate::shown::path")]
     mountpoint: PathBuf,
-    /// Still served, for these.
+    /// Processes for which the detached mount is still served.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     served_until_they_end: Vec<User>,
-    /// Will die when they next need a page that they have not.
+    /// Processes that will be killed at the next access to a page that is not in RAM.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cut_off: Vec<User>,
-    /// Processes that could not be looked into: each may be one more user.
+    /// Processes that could not be inspected; each may also use the mount.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,
 }
@@ -60,10 +66,10 @@ impl Report for Unmounted {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "{} is unmounted", self.mountpoint.display())?;
         if !self.served_until_they_end.is_empty() {
-            writeln!(out, "it is served until these end: {}", list(&self.served_until_they_end))?;
+            writeln!(out, "served until these processes exit: {}", list(&self.served_until_they_end))?;
         }
         if !self.cut_off.is_empty() {
-            writeln!(out, "these were cut off: {}", list(&self.cut_off))?;
+            writeln!(out, "processes cut off: {}", list(&self.cut_off))?;
         }
         if !self.unseen.is_empty() {
             writeln!(out, "{}", unseen(&self.unseen))?;
@@ -76,10 +82,11 @@ impl Report for Unmounted {
     }
 }
 
-/// Unmounts.
+/// Unmounts the store.
 ///
 /// # Errors
-/// [`Code::InUse`](crate::error::Code::InUse) with the users' list; not found where nothing is mounted.
+/// Returns [`Code::InUse`](crate::error::Code::InUse) with a list of the users if the mount is in use, and
+/// `Code::NotFound` if nothing is mounted at the path.
 pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     let path = absolute(&args.mountpoint)?;
     let mode = match (args.lazy, args.force) {
@@ -87,7 +94,7 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
         (_, true) => UnmountMode::Force,
         _ => UnmountMode::Plain,
     };
-    // A lazily unmounted one may share its path with a newer one: that is meant.
+    // A detached mount and a newer mount may have the same path. The newer mount is meant.
     let mounts = control::mounts()?;
     let here = || mounts.iter().filter(|m| m.mountpoint == path);
     let Some(found) = here().find(|m| !m.detached).or_else(|| here().next()) else {
@@ -99,7 +106,7 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
         UnmountMode::Force if !global.quiet => users.announce(),
         _ => {}
     }
-    end(found, mode).map_err(|e| match e.code() {
+    end_mount(found, mode).map_err(|e| match e.code() {
         crate::error::Code::InUse if mode == UnmountMode::Plain => in_use(found, &users),
         _ => e,
     })?;
@@ -116,8 +123,8 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     Ok(Done::report(report))
 }
 
-/// Asks the supervisor; where that has died, does it itself.
-fn end(found: &Mount, mode: UnmountMode) -> Result<()> {
+/// Sends the unmount request to the supervisor. If the supervisor is dead, unmounts here.
+fn end_mount(found: &Mount, mode: UnmountMode) -> Result<()> {
     if !found.orphaned {
         return control::request_unmount(found, mode);
     }
@@ -125,9 +132,9 @@ fn end(found: &Mount, mode: UnmountMode) -> Result<()> {
         Some(libc::EBUSY) => Error::in_use("the mount is in use").at(&found.mountpoint),
         _ => Error::io("cannot unmount", &found.mountpoint, e),
     };
-    let is_there = || Ok(mount::at(&found.mountpoint)?.is_some_and(|there| there.dev == found.device));
-    // First: as long as it is attached, nobody else has its number.
-    if mode == UnmountMode::Force && (found.detached || is_there()?) {
+    let is_attached = || Ok(mount::at(&found.mountpoint)?.is_some_and(|there| there.dev == found.device));
+    // Abort before unmounting: while the mount is attached, no other file system can get its device number.
+    if mode == UnmountMode::Force && (found.detached || is_attached()?) {
         abort(found.device).map_err(fail)?;
     }
     if !found.detached {
@@ -136,7 +143,7 @@ fn end(found: &Mount, mode: UnmountMode) -> Result<()> {
     Ok(())
 }
 
-/// Aborts the connection; one that is over already is fine.
+/// Aborts the connection. A connection that does not exist any more is no error.
 fn abort(device: u64) -> io::Result<()> {
     match mount::abort_fuse_connection(device) {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
@@ -144,7 +151,7 @@ fn abort(device: u64) -> io::Result<()> {
     }
 }
 
-/// A mount that no supervisor or server stands behind: dead, or not ours.
+/// Unmounts a mount that has neither supervisor nor server, or reports that the mount is not a Stencil mount.
 fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result<Done> {
     match mount::at(path)? {
         Some(there) if there.fs_type == mount::FS_TYPE => {
@@ -158,66 +165,69 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
                 abort(there.dev).map_err(|e| Error::io("cannot abort the connection", path, e))?;
             }
             mount::unmount(path, args.lazy || args.force).map_err(|e| match e.raw_os_error() {
-                Some(libc::EBUSY) => Error::in_use("the mount is dead, and processes still hold it")
+                Some(libc::EBUSY) => Error::in_use("the mount is dead, but processes still use it")
                     .at(path)
-                    .remedy(format!("detach it: stencil umount -l {}", path.display())),
+                    .remedy(format!("detach the mount: stencil umount -l {}", path.display())),
                 _ => Error::io("cannot unmount", path, e),
             })?;
-            // Its record goes with it.
+            // This removes the record of the dead mount.
             control::mounts()?;
             Ok(Done::report(report))
         }
         Some(there) => {
-            Err(Error::usage(format!("a mount of type {} is there, none of Stencil", there.fs_type))
+            Err(Error::usage(format!("the mount is of type {}, not a Stencil mount", there.fs_type))
                 .at(path)
-                .remedy(format!("take that away with umount {}", path.display())))
+                .remedy(format!("unmount it with umount {}", path.display())))
         }
-        None => Err(Error::not_found("nothing is mounted there")
+        None => Err(Error::not_found("nothing is mounted at this path")
             .at(path)
-            .remedy("stencil status lists the mounts of Stencil")),
+            .remedy("run 'stencil status' to list the mounts")),
     }
 }
 
 fn wait_for_end(found: &Mount) -> Result<()> {
-    let until = Instant::now() + END;
+    let until = Instant::now() + UNMOUNT_TIMEOUT;
     let mut dead = None;
     while found.dir.exists() {
         let living = control::mounts()?.iter().any(|m| m.dir == found.dir);
-        // A supervisor takes its record away file by file: the folder is the last of it.
-        if !living && dead.get_or_insert_with(Instant::now).elapsed() > LAST_STEPS {
+        // A supervisor removes the files of its record one by one, and the directory last.
+        if !living && dead.get_or_insert_with(Instant::now).elapsed() > EXIT_TIMEOUT {
             break;
         }
         if Instant::now() > until {
             return Err(Error::in_use(
-                "it is unmounted here, but served on: another mount namespace or open file holds it",
+                "unmounted here but still served: another mount namespace or an open file uses the mount",
             )
             .at(&found.mountpoint)
-            .remedy("stencil status shows it until its last user ends"));
+            .remedy("run 'stencil status' to see the mount until its last user exits"));
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
 
-/// The path without symbolic links, and without asking what is mounted there: that may be dead.
+/// Resolves symbolic links without accessing the file system that is mounted at the path, which may be dead.
 pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     mount::place(path).map_err(|e| {
-        Error::io("cannot find the mountpoint", path, e).remedy("stencil status lists the mounts of Stencil")
+        Error::io("cannot find the mountpoint", path, e).remedy("run 'stencil status' to list the mounts")
     })
 }
 
 fn in_use(mount: &Mount, users: &Users) -> Error {
     let clones = users.found.iter().filter(|u| u.maps).count();
+    let processes = |n: usize, verb: &str, verbs: &str| {
+        counted(n as u64, &format!("process {verb}"), &format!("processes {verbs}"))
+    };
     let mut what = match (clones, users.found.len()) {
         (0, 0) => "the mount is in use".to_owned(),
-        (0, n) => format!("{n} processes have files of the mount open: {}", list(&users.found)),
-        (n, _) => format!("{n} processes map templates of the mount: {}", list(&users.found)),
+        (0, n) => format!("{} files of the mount open: {}", processes(n, "has", "have"), list(&users.found)),
+        (n, _) => format!("{} templates of the mount: {}", processes(n, "maps", "map"), list(&users.found)),
     };
     if !users.unseen.is_empty() {
         what = format!("{what}; {}", unseen(&users.unseen));
     }
     Error::in_use(what).at(&mount.mountpoint).remedy(match mount.detached {
-        false => "stop them, or detach it with -l: they are then served until they end",
-        true => "it is detached already, and ends when they do: stop them, or cut them off with --force",
+        false => "stop the processes, or detach the mount with -l to serve it until they exit",
+        true => "stop the processes, or cut them off with --force; the mount is detached already",
     })
 }

@@ -1,70 +1,71 @@
-//! Who uses a mount, in the words of the command line.
+//! The processes that use a mount, as the command line lists them.
 
 use serde::Serialize;
 
+use crate::clones::counted;
 use crate::error::Result;
 use crate::sys::users::{self, PATIENCE};
 
-/// A process that maps files of the mount, or has some open.
+/// A process that maps or has open files of the mount.
 #[derive(Debug, Serialize)]
 pub struct User {
     pid: u32,
     name: String,
-    /// False where it has files open only.
+    /// True if the process maps a file; false if the process only has files open.
     pub maps: bool,
 }
 
-/// Who uses the mount, as far as could be seen.
+/// The processes that use a mount.
 #[derive(Debug, Default)]
 pub struct Users {
-    /// Those that were seen to.
+    /// Processes that were found to use the mount.
     pub found: Vec<User>,
-    /// Processes that could not be looked into: each may be one more.
+    /// Processes that could not be inspected; each may also use the mount.
     pub unseen: Vec<u32>,
 }
 
 impl Users {
-    /// The users of the file system with this device number, without its own processes. The mount itself is not
-    /// asked: it may be dead.
+    /// Finds the users of the file system with this device number, except the processes in `own`, which serve the
+    /// mount. Sends no request to the mount, because the mount may be dead.
     ///
     /// # Errors
-    /// When `/proc` cannot be listed.
+    /// Returns an error if `/proc` cannot be listed.
     pub fn of(device: u64, own: &[Option<u32>]) -> Result<Users> {
         let users = users::users_of(device, PATIENCE)?;
-        let stranger = |pid: u32| !own.contains(&Some(pid));
+        let is_foreign = |pid: u32| !own.contains(&Some(pid));
         let user = |u: users::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
         Ok(Users {
-            found: users.found.into_iter().filter(|u| stranger(u.pid)).map(user).collect(),
-            unseen: users.unseen.pids().into_iter().filter(|&pid| stranger(pid)).collect(),
+            found: users.found.into_iter().filter(|u| is_foreign(u.pid)).map(user).collect(),
+            unseen: users.unseen.pids().into_iter().filter(|&pid| is_foreign(pid)).collect(),
         })
     }
 
-    /// True where nobody can be a user.
+    /// Returns true if no process uses the mount and every process could be inspected.
     pub fn is_empty(&self) -> bool {
         self.found.is_empty() && self.unseen.is_empty()
     }
 
-    /// Says on standard error who will die when the mount's connection is aborted.
+    /// Warns on standard error which processes will be killed when the mount's connection is aborted.
     pub fn announce(&self) {
         if !self.found.is_empty() {
+            let processes = counted(self.found.len() as u64, "process", "processes");
             crate::say!(
-                "stencil: {} users will die at the next page that they do not have: {}",
-                self.found.len(),
+                "warning: {processes} will be killed at the next access to a page that is not in RAM: {}",
                 list(&self.found)
             );
         }
         if !self.unseen.is_empty() {
-            crate::say!("stencil: {}", unseen(&self.unseen));
+            crate::say!("warning: {}", unseen(&self.unseen));
         }
     }
 }
 
-/// The users in one line.
+/// Formats the users as one line.
 pub fn list(found: &[User]) -> String {
     users::list(found.iter().map(|u| (u.pid, u.name.as_str())))
 }
 
-/// What is to be said of processes that nobody could look into.
+/// Describes processes that could not be inspected.
 pub fn unseen(pids: &[u32]) -> String {
-    format!("processes that let nobody look may use it too: {}", users::list_pids(pids))
+    format!("processes that could not be inspected may also use the mount: {}", users::list_pids(pids))
 }

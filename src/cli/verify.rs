@@ -1,4 +1,4 @@
-//! `stencil verify`: reads everything and names what is damaged.
+//! `stencil verify`: checks all stored data and lists damage.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -10,16 +10,22 @@ use serde_json::Value;
 use super::output::{Done, Report, to_json};
 use super::words::word;
 use super::{Global, interrupt};
+use crate::clones::counted;
 use crate::error::{Code, Result};
 use crate::store::{Affected, Damage, Digest, Store, TemplateRef, Verified};
 
-/// Damaged records of one pack that are printed; `--json` has all of them.
-const SHOWN: usize = 20;
+/// Number of damaged records of one pack that are printed; `--json` lists all of them.
+const MAX_PRINTED: usize = 20;
 
-/// Compare everything that is stored with its checksums
+/// Verify all stored data against its checksums
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil verify
+  stencil verify web:1
+  stencil verify --json")]
 pub struct VerifyArgs {
-    /// This template only; without it the whole store
+    /// Template to verify instead of the whole store
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: Option<TemplateRef>,
 }
@@ -28,12 +34,12 @@ pub struct VerifyArgs {
 struct VerifyReport {
     #[serde(flatten)]
     verified: Verified,
-    /// Tags by digest, of templates that are affected.
+    /// Tags of the affected templates.
     tags: BTreeMap<Digest, Vec<String>>,
 }
 
 impl VerifyReport {
-    /// Damage that nobody needs is named, but it is no failure.
+    /// Returns the exit code. Damage of unreferenced records is reported, but is not a failure.
     fn exit(&self) -> Option<Code> {
         let harmless = self.verified.damages.iter().all(Damage::is_unused);
         (!harmless).then_some(Code::Damage)
@@ -57,7 +63,7 @@ impl VerifyReport {
         }
         writeln!(out, ": {}", damage.message)?;
         if damage.is_unused() {
-            writeln!(out, "  affects no template: it only takes space")?;
+            writeln!(out, "  affects no template: the record is unreferenced and only takes space")?;
         }
         for affected in &damage.affects {
             writeln!(out, "  affects {}", self.affected(affected))?;
@@ -72,22 +78,28 @@ impl Report for VerifyReport {
         for damage in &self.verified.damages {
             let count = shown.entry(&damage.path).or_default();
             *count += 1;
-            if *count <= SHOWN {
+            if *count <= MAX_PRINTED {
                 self.damage(damage, out)?;
             }
         }
-        for (path, count) in shown.iter().filter(|(_, count)| **count > SHOWN) {
-            writeln!(out, "damaged: {} and {} more records", path.display(), count - SHOWN)?;
+        for (path, count) in shown.iter().filter(|(_, count)| **count > MAX_PRINTED) {
+            let more = counted((count - MAX_PRINTED) as u64, "more record", "more records");
+            writeln!(out, "damaged: {} and {more}", path.display())?;
         }
         let Verified { templates, packs, blocks, stored_bytes, damages } = &self.verified;
-        let checked = format!("{templates} templates, {packs} packs, {blocks} blocks ({stored_bytes})");
-        match damages.len() {
+        let checked = format!(
+            "{}, {}, {} ({stored_bytes})",
+            counted(*templates, "template", "templates"),
+            counted(*packs, "pack", "packs"),
+            counted(*blocks, "block", "blocks")
+        );
+        match damages.len() as u64 {
             0 => writeln!(out, "verified {checked}: no damage"),
             count => {
-                writeln!(out, "verified {checked}: {count} damaged places")?;
+                writeln!(out, "verified {checked}: {}", counted(count, "damaged place", "damaged places"))?;
                 match self.exit() {
                     Some(_) => {
-                        writeln!(out, "to repair a template import the same memory again, under any name")
+                        writeln!(out, "to repair a template, import the same memory again, under any name")
                     }
                     None => Ok(()),
                 }
@@ -100,10 +112,10 @@ impl Report for VerifyReport {
     }
 }
 
-/// Runs it.
+/// Runs `stencil verify`. Damage is a result with exit code 3, not an error.
 ///
 /// # Errors
-/// When there is no such template or the store cannot be read. Damage is a result with exit code 3.
+/// Returns `Code::NotFound` if the template does not exist, and an error if the store cannot be read.
 pub fn run(args: &VerifyArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let only = args.template.as_ref().map(|t| store.resolve(t)).transpose()?;

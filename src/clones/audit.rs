@@ -1,5 +1,5 @@
-//! Holds the accounting against what the kernel says by other ways: page frames found from every process
-//! (not from the list of clones), and the fall of the host's available memory since before the launch.
+//! The audit of the accounting. It compares the figures with page frames, found from all processes (not from the list
+//! of clones), and with the decrease of the host's available memory since the launch.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -22,29 +22,29 @@ use crate::sys::procfs::{self, MapLine};
 use crate::sys::users::{self, PATIENCE};
 use crate::units::{Bytes, PageCount};
 
-/// Largest accepted difference between page frames and the accounting, in percent.
+/// Maximum accepted difference between page frames and the accounting, in percent.
 const FRAMES_TOLERANCE: f64 = 0.5;
 
-/// Largest change of the accounting during the count of frames, in percent. Beyond it, agreement proves little.
+/// Maximum accepted change of the accounting during the count of frames, in percent. Beyond, agreement proves little.
 const CHANGE_TOLERANCE: f64 = 5.0;
 
-/// The same for available memory, which everything else on the host changes too.
+/// Maximum accepted difference of available memory, in percent. All other processes of the host change this figure too.
 const MEMORY_TOLERANCE: f64 = 5.0;
 
-/// What an audit says of the accounting.
+/// The result of an audit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Both ways agree within the tolerance.
+    /// Both figures agree within the tolerance.
     Ok,
-    /// They differ in what something other than clones may explain.
+    /// The figures differ, possibly because of processes other than clones.
     Doubtful,
-    /// The accounting has missed something, or has counted it twice.
+    /// The accounting has missed memory, or has counted memory twice.
     Wrong,
 }
 
 impl Verdict {
-    /// In words.
+    /// Returns the verdict as a word.
     pub fn name(self) -> &'static str {
         match self {
             Verdict::Ok => "ok",
@@ -54,56 +54,56 @@ impl Verdict {
     }
 }
 
-/// The answer of `density --audit`.
+/// The result of `density --audit`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Audit {
-    /// The worse of both.
+    /// The worse of both verdicts.
     pub verdict: Verdict,
-    /// Page frames against the accounting.
+    /// Comparison of page frames with the accounting.
     pub frames: FrameAudit,
-    /// The fall of available memory against the accounting; null when no launch of the measured clones has a baseline.
+    /// Comparison of available memory with the accounting; null if the measured clones have no baseline.
     pub memory: Option<MemoryAudit>,
 }
 
-/// Frames counted one by one, in bytes, beside the accounting's figures.
+/// Frames counted one by one, in bytes, with the figures of the accounting.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct FrameAudit {
     /// Anonymous frames in template mappings of any process.
     pub private_bytes: Bytes,
-    /// What the accounting says.
+    /// Figure of the accounting.
     pub private_accounted: Bytes,
     /// Anonymous frames elsewhere in the processes that map a template.
     pub overhead_bytes: Bytes,
-    /// What the accounting says.
+    /// Figure of the accounting.
     pub overhead_accounted: Bytes,
     /// Page cache frames of the templates.
     pub template_bytes: Bytes,
-    /// What the accounting says.
+    /// Figure of the accounting.
     pub template_accounted: Bytes,
-    /// Page tables of the processes that map a template, once for each address space.
+    /// Page tables of the processes that map a template, counted once for each address space.
     pub page_table_bytes: Bytes,
-    /// What the accounting says of the processes' own.
+    /// Figure of the accounting, without the page tables of KVM.
     pub page_table_accounted: Bytes,
-    /// Address spaces that map a template: processes in which a frame that is mapped once appears have the same one.
+    /// Number of address spaces that map a template. Processes in which one singly mapped frame appears share one.
     pub address_spaces: u64,
-    /// What the accounting says: its number of clones.
+    /// Figure of the accounting: the number of clones.
     pub address_spaces_accounted: u64,
-    /// Processes found that the accounting does not have.
+    /// Number of processes that the accounting does not have.
     pub unknown_processes: u64,
-    /// Page table entries (kpagecount) on private frames that no process explains.
+    /// Page table entries of private frames (/proc/kpagecount) that belong to none of the processes.
     pub unexplained_mappings: u64,
-    /// Change of the accounting's sum from before to after the count of frames, in percent. Clones run on during the count.
+    /// Change of the accounting's sum during the count of frames, in percent. The clones run during the count.
     pub changed_percent: f64,
     /// Distance of the sum of frames from the range between the accounting's sums before and after, in percent.
     pub error_percent: f64,
-    /// Largest accepted `error_percent`; page tables alone are held to the same limit.
+    /// Maximum accepted `error_percent`, which also applies to page tables alone.
     pub tolerance_percent: f64,
-    /// `wrong` beyond the tolerance, or where processes or address spaces differ; `doubtful` with unexplained mappings, or
-    /// where the sum has changed by more than 5 %.
+    /// `wrong` beyond the tolerance, or if processes or address spaces differ; `doubtful` with unexplained mappings, or
+    /// if the sum has changed by more than 5 %.
     pub verdict: Verdict,
 }
 
-/// What the accounting says at one moment.
+/// Figures of the accounting at one moment.
 #[derive(Debug, Clone, Copy)]
 struct Accounted {
     sum: Bytes,
@@ -120,33 +120,33 @@ impl Accounted {
     }
 }
 
-/// Available memory then and now, in bytes.
+/// Available memory before the launch and now, in bytes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct MemoryAudit {
     /// MemAvailable and per-CPU free pages before the launch.
     pub available_before: Bytes,
     /// The same now.
     pub available_now: Bytes,
-    /// How much less it is.
+    /// Decrease of the available memory.
     pub fall_bytes: i64,
-    /// What the accounting says of the clones: private + page tables + overhead + disks in RAM. Template pages are
-    /// page cache, which the kernel counts as available; what a tmpfs holds it does not.
+    /// Figure of the accounting for the clones: private + page tables + overhead + disks in RAM. The kernel counts
+    /// template pages as available, because they are page cache, but not the pages of a tmpfs.
     pub accounted_bytes: Bytes,
     /// Difference in percent of the accounting's figure.
     pub error_percent: f64,
-    /// Most that it may be.
+    /// Maximum accepted `error_percent`.
     pub tolerance_percent: f64,
-    /// `doubtful` beyond the tolerance: what else starts or ends on the host is in the fall too.
+    /// `doubtful` beyond the tolerance: other processes of the host change the available memory too.
     pub verdict: Verdict,
 }
 
 /// Audits a survey that was just made of these mounts.
 ///
 /// # Errors
-/// Without `CAP_SYS_ADMIN`, or when a process or file cannot be looked into.
+/// Returns an error without `CAP_SYS_ADMIN`, or if a process or a file cannot be inspected.
 pub fn audit(mounts: &[Mount], survey: &Survey) -> Result<Audit> {
     let totals = &survey.density.totals;
-    // Read before the walk, which itself takes memory.
+    // Read before the frames are counted, which takes memory.
     let now = Baseline::now()?;
     let memory = survey.baseline.map(|before| MemoryAudit::new(before, now, totals));
     let frames = frame_audit(mounts, survey)?;
@@ -156,7 +156,7 @@ pub fn audit(mounts: &[Mount], survey: &Survey) -> Result<Audit> {
 
 #[derive(Default)]
 struct Walk {
-    /// Frames, and how many page table entries of the processes lead to each.
+    /// Frames, with the number of page table entries in the walked processes that map each.
     private: HashMap<u64, u64>,
     overhead: HashMap<u64, u64>,
     processes: Vec<Walked>,
@@ -165,18 +165,18 @@ struct Walk {
 struct Walked {
     pid: u32,
     page_tables: Bytes,
-    /// A frame that one page table entry of the host leads to: who shows it has this address space. Every process that
-    /// has run has one.
+    /// A frame that one page table entry of the host maps, so that all processes in which it appears share one address
+    /// space. Every process that has run has such a frame.
     exclusive: Option<u64>,
 }
 
 impl Walk {
-    /// The address spaces of the processes, and their page tables.
+    /// Returns the number of address spaces of the processes, and the size of their page tables.
     fn address_spaces(&self) -> (u64, Bytes) {
         let (mut count, mut page_tables) = (0.0, 0.0);
         for walked in &self.processes {
-            let seen = |frame| self.private.get(&frame).or_else(|| self.overhead.get(&frame)).copied();
-            let processes = walked.exclusive.and_then(seen).unwrap_or(1).max(1) as f64;
+            let sharers = |frame| self.private.get(&frame).or_else(|| self.overhead.get(&frame)).copied();
+            let processes = walked.exclusive.and_then(sharers).unwrap_or(1).max(1) as f64;
             count += 1.0 / processes;
             page_tables += walked.page_tables.get() as f64 / processes;
         }
@@ -202,9 +202,9 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     let overhead = walk.overhead.keys().filter(|frame| !walk.private.contains_key(frame)).count();
     let (before, later) = (Accounted::of(survey), accounting::survey(mounts, None)?);
     let clones = survey.clones.iter().chain(&later.clones);
-    let known: HashSet<u32> =
+    let accounted: HashSet<u32> =
         clones.flat_map(|(clone, _)| clone.processes()).map(|process| process.pid).collect();
-    let unknown = walk.processes.iter().filter(|walked| !known.contains(&walked.pid)).count();
+    let unknown = walk.processes.iter().filter(|walked| !accounted.contains(&walked.pid)).count();
     let (address_spaces, page_table_bytes) = walk.address_spaces();
     let totals = &survey.density.totals;
     let mut audit = FrameAudit {
@@ -249,13 +249,13 @@ impl FrameAudit {
     }
 }
 
-/// How far a figure is from the range of two others, in percent of the first of them.
+/// Returns the distance of a figure from the range of two others, in percent of the first of the two.
 fn distance(counted: Bytes, before: Bytes, after: Bytes) -> f64 {
     let nearest = counted.clamp(before.min(after), before.max(after));
     percent(counted.get() as i64 - nearest.get() as i64, before)
 }
 
-/// All mappings of every process that maps one of these files.
+/// Returns all mappings of every process that maps one of these files.
 fn mappings_of_all(inodes: &Inodes) -> Result<Vec<(u32, Vec<MapLine>)>> {
     let wanted = inodes.wanted()?;
     let sight = users::look_at_all(PATIENCE, move |pid| {
@@ -266,7 +266,7 @@ fn mappings_of_all(inodes: &Inodes) -> Result<Vec<(u32, Vec<MapLine>)>> {
     Ok(sight.seen)
 }
 
-/// Looks at every page of one process, entry by entry.
+/// Reads every page table entry of one process.
 fn walk_process(
     pid: u32,
     lines: &[MapLine],
@@ -296,8 +296,8 @@ fn walk_process(
     Ok(())
 }
 
-/// Number of distinct frames that hold pages of templates: maps every file and looks at the frames of the
-/// pages that are in the page cache already.
+/// Counts the distinct frames that hold template pages: maps every file, and reads the frames of the pages that are in
+/// the page cache.
 fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
     let mut frames = HashSet::new();
     let clones: Vec<_> = survey.clones.iter().map(|(clone, _)| clone.clone()).collect();
@@ -315,21 +315,21 @@ fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
 }
 
 fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
-    let size = file.metadata().map_err(|e| Error::failed("cannot ask for a file's size").because(e))?.len();
+    let size = file.metadata().map_err(|e| Error::failed("cannot read the size of a file").because(e))?.len();
     if size == 0 {
         return Ok(());
     }
     let whole_pages = Bytes::new(size).pages().bytes();
     let view = Mapping::new(&Request::view(file.as_fd(), whole_pages))
-        .map_err(|e| Error::failed("cannot map a template to look at its frames").because(e))?;
-    // A fault on a page that readahead has marked would read further pages in.
+        .map_err(|e| Error::failed("cannot map a template to count its frames").because(e))?;
+    // A fault on a page with the readahead mark would read further pages.
     let advised = view.advise_all(Advice::Random);
-    advised.map_err(|e| Error::failed("cannot switch readahead off to look at frames").because(e))?;
+    advised.map_err(|e| Error::failed("cannot disable readahead to count frames").because(e))?;
     let pagemap = Pagemap::this_process()?;
     for range in cachestat::in_core(&view)? {
-        // Only what is in RAM already: the audit must not change what it measures.
+        // Only pages in RAM are populated, because the audit must not change the page cache that it measures.
         view.advise(range.clone(), Advice::PopulateRead)
-            .map_err(|e| Error::failed("cannot fill page tables to look at frames").because(e))?;
+            .map_err(|e| Error::failed("cannot populate page tables to count frames").because(e))?;
         let start = view.address();
         pagemap
             .each_entry(start + range.start..start + range.end, |_, entry| frames.extend(entry.frame()))?;
@@ -368,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_held_against_the_accounting_before_and_after() {
+    fn compares_frames_with_the_accounting_before_and_after() {
         let at = |sum, page_tables, clones| Accounted {
             sum: Bytes::new(sum),
             page_tables: Bytes::new(page_tables),
@@ -400,11 +400,11 @@ mod tests {
             (frames(8940, 1000, 8), quiet, Verdict::Wrong),
             (frames(9000, 1006, 8), quiet, Verdict::Wrong),
             (frames(9000, 1000, 9), quiet, Verdict::Wrong),
-            // The clones have written meanwhile, or one has ended.
+            // The clones have written in the meantime, or one clone has exited.
             (frames(9200, 1010, 8), at(10_300, 1020, 8), Verdict::Ok),
             (frames(9500, 1010, 8), at(10_300, 1020, 8), Verdict::Wrong),
             (frames(8800, 990, 7), at(9700, 980, 7), Verdict::Ok),
-            // So much that any figure would agree.
+            // The change is so large that any figure would be in the range.
             (frames(9500, 1010, 8), at(12_000, 1020, 8), Verdict::Doubtful),
         ] {
             let mut audit = counted;
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_lowers_available_memory_is_accounted_for() {
+    fn accounts_for_all_memory_that_lowers_available_memory() {
         let [private_bytes, page_table_bytes, overhead_bytes, disk_bytes] =
             [1, 10, 100, 1000].map(Bytes::new);
         let shared = Bytes::new(7777);

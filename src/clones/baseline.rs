@@ -1,4 +1,4 @@
-//! The host's free memory before a launch, for the audit of what its clones have taken.
+//! Free memory of the host before a launch, for the audit of the memory that the clones take.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::sys::procfs;
 use crate::units::Bytes;
 
-/// The host's free memory at one moment.
+/// Free memory of the host at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Baseline {
     pub(super) mem_available: Bytes,
@@ -14,17 +14,18 @@ pub struct Baseline {
 }
 
 impl Baseline {
-    /// Now.
+    /// Reads the present figures.
     ///
     /// # Errors
-    /// When the host's figures cannot be read.
+    /// Returns an error if the figures of the host cannot be read.
     pub fn now() -> Result<Baseline> {
         let mem_available = procfs::meminfo("MemAvailable")?
-            .ok_or_else(|| Error::failed("this kernel does not say how much memory is available"))?;
+            .ok_or_else(|| Error::failed("missing MemAvailable in /proc/meminfo"))?;
         Ok(Baseline { mem_available, per_cpu_free: procfs::per_cpu_free()? })
     }
 
-    /// What a new process could get: `MemAvailable`, and the pages in per-CPU lists that it leaves out.
+    /// Returns the memory that a new process could get: `MemAvailable`, and free pages in per-CPU lists, which
+    /// `MemAvailable` does not include.
     pub fn available(&self) -> Bytes {
         self.mem_available + self.per_cpu_free
     }

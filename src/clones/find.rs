@@ -1,8 +1,8 @@
-//! Finds clones: every process that maps a template, whoever launched it.
+//! Finds clones: all processes that map a template, whether or not Stencil launched them.
 //!
-//! A mapping is known by the device and inode number of its file, which are the same in every mount and
-//! PID namespace, below every bind mount, and after a lazy unmount; paths and open counts are not. A stacking file system
-//! (overlayfs) shows its own device, and the inode number of the file below: 63 bits that no other file has by chance.
+//! A mapping is identified by the device and inode number of its file. Both are the same in every mount and PID
+//! namespace, through every bind mount, and after a lazy unmount, unlike paths and open counts. A stacking file system
+//! (overlayfs) shows its own device and the inode number of the lower file: 63 bits that no other file has by chance.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
@@ -18,53 +18,53 @@ use crate::sys::users::{self, PATIENCE, Sight, Unseen};
 use crate::sys::{address_space, mount, procfs};
 use crate::units::{Bytes, FileOffset};
 
-/// A file of a template as it is served by one mount in one way: what an inode number means.
+/// A file of a template as one mount serves it: the target of an inode number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServedFile {
-    /// The template.
+    /// Digest of the template.
     pub digest: Digest,
     /// Index of the file within the template.
     pub index: usize,
     /// Name of the file.
     pub name: String,
-    /// Its length.
+    /// Length of the file.
     pub size: Bytes,
-    /// How this inode is served.
+    /// How the inode is served.
     pub serving: Serving,
-    /// Index of the mount in the list that [`Inodes::of`] was made from.
+    /// Index of the mount in the list that was passed to [`Inodes::of`].
     pub mount: usize,
 }
 
-/// What the inode numbers of all mounts mean.
+/// The template files of mounts, by inode number.
 #[derive(Debug, Default)]
 pub struct Inodes {
     files: HashMap<(u64, u64), Arc<ServedFile>>,
-    /// The same files by inode number alone, in the first mount that has them.
+    /// The files by inode number alone, in the first mount that has them.
     numbers: HashMap<u64, Arc<ServedFile>>,
     devices: Vec<u64>,
 }
 
-/// Which mappings are looked at.
+/// A filter for mappings.
 #[derive(Debug, Clone)]
 pub struct Wanted {
     devices: Vec<u64>,
     numbers: Arc<HashSet<u64>>,
-    /// Other mounts of Stencil: one of the same store has the same inode numbers.
+    /// Other Stencil mounts. A mount of the same store has the same inode numbers.
     others: Vec<u64>,
 }
 
 impl Wanted {
-    /// True for a file on one of the devices, or for one of the inode numbers on a stacking file system.
+    /// Returns true for a file on one of the devices, and for one of the inode numbers on a stacking file system.
     pub fn has(&self, dev: u64, ino: u64) -> bool {
         self.devices.contains(&dev) || (self.numbers.contains(&ino) && !self.others.contains(&dev))
     }
 }
 
 impl Inodes {
-    /// The inodes of everything that these mounts can serve now.
+    /// Collects the inodes of all templates that these mounts can serve now.
     ///
     /// # Errors
-    /// When the store of a mount cannot be read.
+    /// Returns an error if the store of a mount cannot be read.
     pub fn of(mounts: &[Mount]) -> Result<Inodes> {
         let mut inodes = Inodes::on(mounts);
         let mut stores: BTreeMap<_, Store> = BTreeMap::new();
@@ -76,9 +76,9 @@ impl Inodes {
             for digest in store.digests()? {
                 let template = match store.template(&digest) {
                     Ok(template) => template,
-                    // Removed between the two calls, or damaged: `verify` is the one to say so.
+                    // Removed since the digests were read, or damaged; `verify` reports damage.
                     Err(error) => {
-                        log::warn!("template {digest} is left out: {error}");
+                        log::warn!("skipping template {digest}: {error}");
                         continue;
                     }
                 };
@@ -88,7 +88,7 @@ impl Inodes {
         Ok(inodes)
     }
 
-    /// The inodes of templates in these mounts of their store.
+    /// Collects the inodes of templates in these mounts of their store.
     pub fn of_templates<'a>(
         store: &Store,
         templates: impl IntoIterator<Item = &'a Template>,
@@ -103,15 +103,15 @@ impl Inodes {
         inodes
     }
 
-    /// No inode of these mounts yet: a search for them tells whether every process can be looked into.
+    /// Creates an empty list for these mounts. A search for it checks whether every process can be inspected.
     pub fn on(mounts: &[Mount]) -> Inodes {
         Inodes { devices: mounts.iter().map(|mount| mount.device).collect(), ..Inodes::default() }
     }
 
-    /// Which mappings may be of these files.
+    /// Returns the filter for mappings of these files.
     ///
     /// # Errors
-    /// When the mounts of this process cannot be listed.
+    /// Returns an error if the mounts of this process cannot be listed.
     pub fn wanted(&self) -> Result<Wanted> {
         let others = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
         let numbers = Arc::new(self.numbers.keys().copied().collect());
@@ -132,8 +132,8 @@ impl Inodes {
         }
     }
 
-    /// What a device and inode number mean; `None` for anything that is no file of a template. On another device the
-    /// number decides: only what is [wanted](Self::wanted) is to be asked for.
+    /// Returns the template file with this device and inode number, `None` for other files. On another device, the
+    /// inode number alone decides, so call this only for [wanted](Self::wanted) files.
     pub fn lookup(&self, dev: u64, ino: u64) -> Option<&Arc<ServedFile>> {
         match self.devices.contains(&dev) {
             true => self.files.get(&(dev, ino)),
@@ -141,7 +141,7 @@ impl Inodes {
         }
     }
 
-    /// Every served file with its inode number, in no order.
+    /// Iterates over all served files with their inode numbers, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Arc<ServedFile>)> {
         self.files.iter().map(|((_, ino), file)| (*ino, file))
     }
@@ -150,21 +150,21 @@ impl Inodes {
 /// One mapping of a template in one process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TemplateMapping {
-    /// The template.
+    /// Digest of the template.
     pub digest: Digest,
-    /// File of the template.
+    /// Name of the template's file.
     pub file: String,
-    /// Device number of the mount, as `st_dev` has it.
+    /// Device number of the mount, as in `st_dev`.
     pub dev: u64,
     /// Inode number.
     pub ino: u64,
-    /// First address in the process.
+    /// First address of the mapping.
     pub start: u64,
-    /// Where the mapping begins in the file, in bytes.
+    /// Offset of the mapping in the file, in bytes.
     pub offset: FileOffset,
-    /// Its size in bytes.
+    /// Size of the mapping, in bytes.
     pub length: Bytes,
-    /// How its pages are served.
+    /// How the pages are served.
     pub serving: Serving,
     /// Index of the file within the template.
     #[serde(skip)]
@@ -175,52 +175,52 @@ pub struct TemplateMapping {
 }
 
 impl TemplateMapping {
-    /// Its addresses.
+    /// Returns the addresses of the mapping.
     pub fn range(&self) -> std::ops::Range<u64> {
         self.start..self.start + self.length.get()
     }
 }
 
-/// A process that maps at least one template, and the others that have its address space.
+/// A process that maps at least one template, and all processes that share its address space.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CloneProcess {
-    /// Its process id, in this PID namespace.
+    /// Process id, in this PID namespace.
     pub pid: u32,
-    /// Its identity.
+    /// Identity of the process.
     pub identity: u64,
-    /// Its mappings of templates, by address.
+    /// Mappings of templates, by address.
     pub maps: Vec<TemplateMapping>,
-    /// Younger processes that have the same address space: their memory is this one's.
+    /// Younger processes with the same address space. Their memory is counted for this process.
     pub others: Vec<ProcessId>,
 }
 
 impl CloneProcess {
-    /// Which process it is.
+    /// Returns the process.
     pub fn process(&self) -> ProcessId {
         ProcessId { pid: self.pid, identity: self.identity }
     }
 
-    /// All processes of its address space, the oldest one first.
+    /// Returns all processes of the address space, the oldest first.
     pub fn processes(&self) -> impl Iterator<Item = ProcessId> {
         std::iter::once(self.process()).chain(self.others.iter().copied())
     }
 }
 
-/// What a search for clones brought.
+/// The result of a search for clones.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Search {
-    /// The processes that map a template, by pid.
+    /// Processes that map a template, by pid.
     pub clones: Vec<CloneProcess>,
-    /// Processes that could not be looked into: each may be one more.
+    /// Processes that could not be inspected; each may be a clone.
     pub unseen: Unseen,
 }
 
 impl Search {
-    /// The clones, if all of them are known.
+    /// Returns the clones, if every process was inspected.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) where a process was not seen: a list with holes would be a
-    /// wrong number.
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a process could not be inspected: the list, and all
+    /// sums over it, may be incomplete.
     pub fn complete(self) -> Result<Vec<CloneProcess>> {
         match self.holes() {
             None => Ok(self.clones),
@@ -228,7 +228,7 @@ impl Search {
         }
     }
 
-    /// One clone for each address space: its oldest process, with the others.
+    /// Merges processes that share an address space into one clone, named by the oldest process.
     fn by_address_space(mut self) -> Result<Search> {
         let maps = |clone: &CloneProcess| -> Vec<_> {
             clone.maps.iter().map(|m| (m.start, m.length.get(), m.dev, m.ino, m.offset.get())).collect()
@@ -246,24 +246,24 @@ impl Search {
         Ok(self)
     }
 
-    /// Names the processes that were not seen, if there are any.
+    /// Describes the processes that could not be inspected, `None` if there are none.
     pub fn holes(&self) -> Option<String> {
         self.unseen.describe("be clones")
     }
 }
 
-/// Every process that maps a template of these mounts.
+/// Returns every process that maps a template of these mounts.
 ///
 /// # Errors
-/// When a store cannot be read, or `/proc` cannot be listed.
+/// Returns an error if a store cannot be read or `/proc` cannot be listed.
 pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
     search(&Inodes::of(mounts)?)
 }
 
-/// Every process that maps one of these inodes.
+/// Returns every process that maps one of these inodes.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Returns an error if `/proc` cannot be listed.
 pub fn search(inodes: &Inodes) -> Result<Search> {
     if inodes.devices.is_empty() {
         return Ok(Search::default());
@@ -273,11 +273,12 @@ pub fn search(inodes: &Inodes) -> Result<Search> {
     found(sight, inodes).by_address_space()
 }
 
-/// Every process that maps (`map`) or has open (`open`) one of these inodes, by template. All processes are searched
-/// once.
+/// Returns every process that maps (`map`) or has open (`open`) one of these inodes, by template. All processes are
+/// scanned once.
 ///
 /// # Errors
-/// [`Code::TryAgain`](crate::error::Code::TryAgain) where a process was not seen; when `/proc` cannot be listed.
+/// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a process could not be inspected, and an error if
+/// `/proc` cannot be listed.
 pub fn users(inodes: &Inodes) -> Result<BTreeMap<Digest, BTreeMap<u32, &'static str>>> {
     let mut using: BTreeMap<Digest, BTreeMap<u32, &'static str>> = BTreeMap::new();
     if inodes.devices.is_empty() {
@@ -288,7 +289,7 @@ pub fn users(inodes: &Inodes) -> Result<BTreeMap<Digest, BTreeMap<u32, &'static 
     Search { clones: Vec::new(), unseen: sight.unseen }.complete()?;
     for (pid, used) in sight.seen {
         let open = used.open.iter().map(|file| (file, "open"));
-        // Last: what a process maps and has open counts as mapped.
+        // Mappings come last: a file that is both open and mapped counts as mapped.
         for ((dev, ino), how) in open.chain(used.mapped.iter().map(|file| (file, "map"))) {
             if let Some(file) = inodes.lookup(*dev, *ino) {
                 using.entry(file.digest).or_default().insert(pid, how);
@@ -298,17 +299,17 @@ pub fn users(inodes: &Inodes) -> Result<BTreeMap<Digest, BTreeMap<u32, &'static 
     Ok(using)
 }
 
-/// The template mappings of one process; `None` when it has none or is gone.
+/// Returns the template mappings of one process; `None` if it has none or has exited.
 ///
 /// # Errors
-/// When the process may not be looked into, or lets nobody look in time.
+/// Returns an error if the process cannot be inspected within the time limit.
 pub fn look_at(pid: u32, inodes: &Inodes) -> Result<Option<CloneProcess>> {
     let wanted = inodes.wanted()?;
     let look = Arc::new(move |pid| lines_of(pid, &wanted));
     Ok(found(users::look_at_these(vec![pid], PATIENCE, look), inodes).complete()?.pop())
 }
 
-/// Which process has that number, and mappings of it.
+/// A process, and its mappings of the wanted files.
 type Lines = (ProcessId, Vec<procfs::MapLine>);
 
 fn found(sight: Sight<Lines>, inodes: &Inodes) -> Search {
@@ -324,11 +325,11 @@ fn found(sight: Sight<Lines>, inodes: &Inodes) -> Search {
     Search { clones: sight.seen.into_iter().filter_map(clone).collect(), unseen: sight.unseen }
 }
 
-/// Which process has that number, and what it maps of what is wanted, if anything.
+/// Returns the process and its mappings of wanted files, `None` without such mappings.
 fn lines_of(pid: u32, wanted: &Wanted) -> io::Result<Option<Lines>> {
     let lines = procfs::maps(pid, |dev, ino| wanted.has(dev, ino)).map_err(io::Error::other)?;
     let Some(lines) = lines.filter(|lines| !lines.is_empty()) else { return Ok(None) };
-    // The process of that number now may be another one than the maps were of: then the measurement finds it so.
+    // The process id may have been reused since its mappings were read. The measurement detects this by the identity.
     let process = ProcessId::of(pid).map_err(io::Error::other)?;
     Ok(process.map(|process| (process, lines)))
 }

@@ -1,4 +1,4 @@
-//! Clones: processes that map a template. This floor sees paths and inodes, as a VMM does.
+//! Clones: processes that map a template. This layer works with paths and inodes, as a VMM does.
 
 pub mod accounting;
 pub mod agent;
@@ -16,3 +16,8 @@ pub mod registry;
 pub mod removal;
 pub mod stop;
 pub mod vmm;
+
+/// Formats a number with its noun: `1 clone`, `2 clones`.
+pub(crate) fn counted(number: u64, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}

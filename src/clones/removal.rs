@@ -1,62 +1,66 @@
-//! Removal of unused templates. All mounts hide a template first; then the kernel is asked for users.
+//! Removal of unused templates. All mounts hide the template first; then the kernel is asked for users.
 //!
 //! ```text
-//!   mark ─▶ no lease? no process maps it or has it open? ─▶ every mount: nobody finds or opens it ─▶ the kernel has no
-//!     inode of it? ─▶ names locked: still so? ─▶ tags and folder are moved aside ─▶ the kernel has no inode of it? every
-//!     mount still hides it? ─▶ tags and folder go ─▶ mounts close what they have of it
+//!   mark ─▶ no lease? no process maps or has open? ─▶ condemn: every mount hides the template ─▶ the kernel has no
+//!     inode of it? ─▶ lock names: still no lease? ─▶ move tags and directory aside ─▶ confirm: the kernel has no
+//!     inode of it? every mount still hides it? ─▶ remove tags and directory ─▶ release: mounts close their files
 //! ```
-//! If a step fails, or this process is killed, the template is restored and the mounts find it again. Every use of a file
-//! holds the file's inode, with or without a process, so the kernel's answer decides. All processes are searched before a
-//! template is hidden, and again if the kernel knows an inode, to name the users. A mount that starts during the removal is
-//! found by the last look at all mounts. The files of a template that cannot be opened are not known, and so are not their
-//! inodes: such a template is removed only while its store is not mounted.
+//!
+//! If a step fails, or this process is killed, the template is restored and the mounts show it again. Every use of a
+//! file holds the file's inode, with or without a process, so the kernel's inodes decide. All processes are scanned
+//! before a template is hidden, and again if the kernel has an inode, to name the users. The last check of all mounts
+//! finds a mount that starts during the removal. The files and inodes of a template that cannot be opened are unknown,
+//! so such a template is removed only while its store is not mounted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::clones::counted;
 use crate::clones::find::{self, Inodes};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
 use crate::sys::{loops, probe};
 
-/// Mounts that come and go for longer are not waited for.
-const LONGEST: Duration = Duration::from_secs(60);
+/// Time limit for mounts of the store to stop appearing and disappearing.
+const MOUNTS_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A file that was just closed is in use until the server has heard of it; so long.
+/// Time after which a closed file is no longer in use: the kernel sends the release to the server asynchronously.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the kernel is asked whether a file is still in use.
+/// Time between two requests for the kernel's inodes.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Most templates of one [`remove_untagged`]. The tags of the store are read, all processes searched, and each mount asked
-/// once for so many. No name of the store can change while they are removed.
+/// Maximum number of templates for one [`remove_untagged`]. For each batch, the tags are read, all processes scanned,
+/// and each mount asked once. No name of the store can change during the removal of a batch.
 pub const BATCH: usize = 64;
 
-/// Templates that nobody can find or open.
+/// Templates that all mounts hide, so that no process can find or open them.
 struct Hidden {
     store: Store,
-    /// Nobody takes a lease while this lives.
+    /// While the mark exists, no lease can be taken.
     _mark: RemovalMark,
     condemned: Condemnation,
     templates: Templates,
 }
 
-/// The templates of a removal; why it cannot be opened, for one that cannot.
+/// The templates of a removal; the reason for one that cannot be opened.
 type Templates = BTreeMap<Digest, std::result::Result<Template, String>>;
 
-/// Removes what `reference` names. A tag of a template that has others goes alone.
+/// Removes the template that `reference` names. If the reference is a tag and the template has other tags, only the tag
+/// is removed.
 ///
 /// # Errors
-/// [`Code::InUse`] that names processes and holders of leases, [`Code::TryAgain`] where it cannot be known; then nothing is
-/// removed.
+/// Returns [`Code::InUse`], with the processes or lease holders, if the template is in use, and [`Code::TryAgain`] if
+/// its use cannot be determined. In both cases nothing is removed.
 pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     let mut hidden: Option<(Digest, Hidden)> = None;
-    let until = Instant::now() + LONGEST;
+    let until = Instant::now() + MOUNTS_TIMEOUT;
     loop {
-        // A template that was missing when `hide` ran is not hidden: another removal may have restored it since.
+        // A template that was missing when `hide` ran is not hidden: another removal may have restored the template
+        // since.
         let is_hidden = |(digest, hidden): &(Digest, Hidden)| hidden.condemned.digests().contains(digest);
         let unused = hidden.as_ref().filter(|of_it| is_hidden(of_it)).map(|(digest, _)| *digest);
         let done = store.remove(
@@ -73,10 +77,10 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
             Removal::Done(removed) => return Ok(removed),
             Removal::Template(digest) if Instant::now() > until => {
                 return Err(Error::try_again(format!(
-                    "mounts of the store have come and gone for {} s while template {digest} was to be removed",
-                    LONGEST.as_secs()
+                    "mounts of the store came and went for {} s during the removal of template {digest}",
+                    MOUNTS_TIMEOUT.as_secs()
                 ))
-                .remedy("see `stencil status`, and run it again when they stay"));
+                .remedy("run 'stencil status', and run this command again when the mounts do not change"));
             }
             Removal::Template(digest) => {
                 let (ours, refused) = Hidden::hide(store, &[digest])?;
@@ -89,11 +93,12 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     }
 }
 
-/// Removes those of at most [`BATCH`] templates that have no tag and that nobody uses. Gives for each whether this has
-/// removed it: false if it has a tag, or if another command has removed it.
+/// Removes the templates that have no tag and are not in use, at most [`BATCH`]. Returns for each whether this call
+/// removed it: false if the template has a tag or another command removed it.
 ///
 /// # Errors
-/// When the store cannot be read or written, or its mounts cannot be asked; for one template as [`remove`].
+/// Returns an error if the store cannot be read or written, or a mount does not respond; for one template the same
+/// errors as [`remove`].
 pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest, Result<bool>)>> {
     // A template that got a tag after the caller listed it must not be hidden: clones may be starting from the tag.
     let (mut hidden, refused) = Hidden::hide(store, &store.untagged(digests)?)?;
@@ -109,10 +114,10 @@ pub fn remove_untagged(store: &Store, digests: &[Digest]) -> Result<Vec<(Digest,
 }
 
 impl Hidden {
-    /// Hides those of the templates that nobody uses.
+    /// Hides the templates that are not in use.
     fn hide(store: &Store, digests: &[Digest]) -> Result<(Hidden, Refused)> {
         let mut mark = RemovalMark::announce(store, digests)?;
-        // What is in use is not hidden from anybody, not even for a moment.
+        // Templates in use are never hidden, not even briefly.
         let (templates, mut refused) = unused_of(store, digests)?;
         refused.iter().for_each(|(digest, _)| mark.end_for(digest));
         let condemned = Condemnation::new(templates.keys().copied().collect());
@@ -125,23 +130,23 @@ impl Hidden {
             }
             ours.condemned.extend(new)?;
             let used = ours.used(ours.condemned.digests())?;
-            // The next lookup finds them.
+            // Lookups in the mounts find these templates again.
             ours.release(&used.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), false);
             refused.extend(used);
         }
     }
 
-    /// Those of the templates that somebody has a lease of; `None` if a mount may show one of them. Asked while no name of
-    /// the store can change.
+    /// Returns the leased templates; `None` if a mount may show one of the templates. Called while no name of the store
+    /// can change.
     fn leased(&self, digests: &[Digest]) -> Result<Option<Refused>> {
         let refused = control::leased(&self.store, digests)?;
-        let asked = |mount: &Mount| self.condemned.has(mount);
+        let is_condemned = |mount: &Mount| self.condemned.has(mount);
         let is_hidden =
-            control::every_mount_of(&self.store)?.iter().all(asked) && self.condemned.still_holds();
+            control::every_mount_of(&self.store)?.iter().all(is_condemned) && self.condemned.still_holds();
         Ok(is_hidden.then_some(refused))
     }
 
-    /// Those of the templates that are used in the mounts which hide them: the kernel has an inode of them.
+    /// Returns the templates that are used in the mounts that hide them: the kernel has an inode of the template.
     fn used(&self, digests: &[Digest]) -> Result<Refused> {
         let mut refused = unreadable(&self.templates, &self.condemned.mounts());
         refused.retain(|(digest, _)| digests.contains(digest));
@@ -154,7 +159,7 @@ impl Hidden {
                 return Ok(refused);
             }
             let is_late = Instant::now() > until;
-            let of = |inode: &u64| inodes.get(inode).ok_or_else(|| not_asked_for(*inode));
+            let of = |inode: &u64| inodes.get(inode).ok_or_else(|| unexpected_inode(*inode));
             let of_these = in_kernel.iter().map(|(_, inode)| Ok(of(inode)?.0));
             let mut digests = of_these.collect::<Result<BTreeSet<Digest>>>()?;
             let mut found = self.users_of(&digests)?;
@@ -162,7 +167,7 @@ impl Hidden {
             for (mount, inode) in &in_kernel {
                 let (digest, file) = of(inode)?;
                 if is_late && digests.remove(digest) {
-                    found.push((*digest, used_by_nobody_seen(digest, mount, file)));
+                    found.push((*digest, used_without_process(digest, mount, file)));
                 }
             }
             inodes.retain(|_, (digest, _)| found.iter().all(|(other, _)| other != digest));
@@ -174,7 +179,7 @@ impl Hidden {
         }
     }
 
-    /// The inode numbers that the files of these templates have in every mount, with template and file name.
+    /// Returns the inode numbers of the templates' files, which are the same in every mount, with digest and file name.
     fn inodes_of(&self, digests: &[Digest]) -> BTreeMap<u64, (Digest, String)> {
         let secret = self.store.secret();
         let mut inodes = BTreeMap::new();
@@ -190,7 +195,7 @@ impl Hidden {
         inodes
     }
 
-    /// Those of the templates that processes use in the mounts which hide them.
+    /// Returns the templates that processes use in the mounts that hide them.
     fn users_of(&self, digests: &BTreeSet<Digest>) -> Result<Refused> {
         let of_these = self.templates.iter().filter(|(digest, _)| digests.contains(digest));
         users_of(
@@ -200,24 +205,24 @@ impl Hidden {
         )
     }
 
-    /// The mounts show the templates again, or, if the templates are removed, close what they have of them.
+    /// Makes the mounts show the templates again, or close their files of the templates if these were removed.
     fn release(&mut self, digests: &[Digest], is_removed: bool) {
-        // A mount that does not answer lets go by itself when it finds that this process is gone.
+        // A mount that does not respond releases the templates when it detects that this process has exited.
         self.condemned.release(digests, is_removed).unwrap_or_else(|error| log::warn!("{error}"));
     }
 }
 
-/// Those of the templates that a process uses or has leased, with an error that names it, and those of which that cannot be
-/// known. Users that no process shows are found by a removal alone.
+/// Returns the templates that a process uses or has leased, with an error that names the process, and the templates
+/// whose use cannot be determined. Users without a process are found only by a removal.
 ///
 /// # Errors
-/// As [`remove`].
+/// Same as [`remove`].
 pub fn used(store: &Store, digests: &[Digest]) -> Result<Refused> {
     unused_of(store, digests).map(|(_, refused)| refused)
 }
 
-/// The templates that no process uses or has leased, and the templates that a process does. A template that the store does
-/// not have is in neither list.
+/// Returns the unused templates, and the used or leased templates with their errors. A template that is not in the
+/// store is in neither list.
 fn unused_of(store: &Store, digests: &[Digest]) -> Result<(Templates, Refused)> {
     let mut refused = control::leased(store, digests)?;
     let mut templates = Templates::new();
@@ -227,7 +232,7 @@ fn unused_of(store: &Store, digests: &[Digest]) -> Result<(Templates, Refused)> 
             Ok(template) => drop(templates.insert(*digest, Ok(template))),
             Err(error) if error.code() == Code::TryAgain => refused.push((*digest, error)),
             Err(error) if store.find(digest)? => drop(templates.insert(*digest, Err(error.to_string()))),
-            // It is not in the store.
+            // The template is not in the store.
             Err(_) => {}
         }
     }
@@ -240,7 +245,7 @@ fn unused_of(store: &Store, digests: &[Digest]) -> Result<(Templates, Refused)> 
     Ok((templates, refused))
 }
 
-/// The templates that cannot be opened, if the store has a mount that may serve them.
+/// Returns an error for each template that cannot be opened, if the store has a mount that may serve it.
 fn unreadable(templates: &Templates, mounts: &[Mount]) -> Refused {
     let Some(mount) = mounts.first() else { return Refused::new() };
     let error = |(digest, template): (&Digest, &std::result::Result<Template, String>)| {
@@ -250,8 +255,8 @@ fn unreadable(templates: &Templates, mounts: &[Mount]) -> Refused {
     templates.iter().filter_map(error).collect()
 }
 
-/// The templates that processes or loop devices use in these mounts, each with an error that names them. All processes are
-/// searched once.
+/// Returns the templates that processes or loop devices use in these mounts, with errors that name the users. All
+/// processes are scanned once.
 fn users_of<'a>(
     store: &Store,
     templates: impl Iterator<Item = &'a Template>,
@@ -274,14 +279,14 @@ fn users_of<'a>(
             used.entry(*digest).or_insert_with(|| {
                 Error::in_use(format!("template {digest} is in use: loop device {device} has it open"))
                     .at(&path)
-                    .remedy(format!("take the device away: losetup -d /dev/{device}"))
+                    .remedy(format!("detach the device: losetup -d /dev/{device}"))
             });
         }
     }
     Ok(used.into_iter().collect())
 }
 
-/// Fails where a mount has served the store and processes of the host may be out of sight.
+/// Fails if the store is mounted and this command cannot see all processes of the host.
 fn expect_to_see_all(digests: &[Digest], mounts: &[Mount]) -> Result<()> {
     let Some(mount) = mounts.first() else { return Ok(()) };
     let namespace = match (probe::in_initial_pid_namespace(), probe::in_initial_user_namespace()) {
@@ -290,48 +295,51 @@ fn expect_to_see_all(digests: &[Digest], mounts: &[Mount]) -> Result<()> {
         (true, false) => "user",
     };
     Err(Error::try_again(format!(
-        "this command runs in another {namespace} namespace than the host's, so clones of {} may be out of sight",
+        "this command runs in a {namespace} namespace other than the host's, where clones of {} may be invisible",
         Digest::describe_all(digests)
     ))
     .at(&mount.mountpoint)
-    .remedy("run it as root of the host, outside of containers; or unmount the store first"))
+    .remedy("run the command as root of the host, outside of containers, or unmount the store first"))
 }
 
-fn used_by_nobody_seen(digest: &Digest, mount: &Mount, file: &str) -> Error {
+fn used_without_process(digest: &Digest, mount: &Mount, file: &str) -> Error {
     Error::in_use(format!(
-        "template {digest} is in use: the kernel holds its file '{file}' for a user that no process shows"
+        "template {digest} is in use: the kernel holds an inode of its file '{file}', but no process uses the file"
     ))
     .at(&mount.mountpoint)
     .remedy(
-        "look for an overlay mount of it, a bind mount of the file, a loop device, or a descriptor that is in a \
-         socket or an io_uring; docs/operating.md lists all ways",
+        "look for an overlay mount of the template, a bind mount of the file, a loop device, or a file descriptor in a \
+         socket or an io_uring; see docs/operating.md for all kinds of use",
     )
 }
 
 fn may_be_in_use(digest: &Digest, why: &str, mount: &Mount) -> Error {
     Error::try_again(format!(
-        "template {digest} may be in use: it cannot be opened ({why}), so the inodes of its files are not known"
+        "template {digest} may be in use: it cannot be opened ({why}), so the inodes of its files are unknown"
     ))
     .at(&mount.mountpoint)
     .remedy(
-        "import the same memory again, which repairs the template; or remove it when the store is not mounted: \
+        "import the same memory again to repair the template, or remove it while the store is not mounted: \
          stencil umount",
     )
 }
 
-fn not_asked_for(inode: u64) -> Error {
-    Error::failed(format!("a mount of the store names inode {inode}, which it was not asked for"))
-        .remedy("replace its supervisor: stencil restart")
+fn unexpected_inode(inode: u64) -> Error {
+    Error::failed(format!("a mount of the store reports inode {inode}, which was not requested"))
+        .remedy("replace the supervisor of the mount: stencil restart")
 }
 
 fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {
     let maps = using.values().filter(|how| **how == "map").count();
-    let what = match (maps, using.len() - maps) {
-        (maps, 0) => format!("{maps} processes map it"),
-        (0, open) => format!("{open} processes have it open"),
-        (maps, open) => format!("{maps} processes map it, {open} more have it open"),
+    let opens = using.len() - maps;
+    let processes = |n: usize| counted(n as u64, "process", "processes");
+    let (map, open) = (if maps == 1 { "maps" } else { "map" }, if opens == 1 { "has" } else { "have" });
+    let what = match (maps, opens) {
+        (_, 0) => format!("{} {map} it", processes(maps)),
+        (0, _) => format!("{} {open} it open", processes(opens)),
+        _ => format!("{} {map} it, {opens} more {open} it open", processes(maps)),
     };
     let pids: Vec<String> = using.keys().map(u32::to_string).collect();
     Error::in_use(format!("template {digest} is in use: {what}: {}", pids.join(", ")))
-        .remedy("stop them first: stencil stop ends the clones that Stencil launched")
+        .remedy("stop these processes first; 'stencil stop' stops the clones that Stencil launched")
 }

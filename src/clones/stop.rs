@@ -1,62 +1,63 @@
-//! Ends clones: asked first, then made to.
+//! Stops clones: requests their exit first, then kills them.
 
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::family::{self, Families};
+use super::family::{self, ProcessTrees};
 use super::qmp::Qmp;
 use super::registry::{self, Entry, Kind};
 use crate::error::Result;
 use crate::sys::process::ProcessId;
 
-/// How a clone came to its end.
+/// How a clone was stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum How {
-    /// It had ended before.
+    /// The clone had exited before.
     Gone,
-    /// It ended when it was asked to.
+    /// The clone exited on request.
     Stopped,
-    /// It had to be killed.
+    /// The clone was killed.
     Killed,
 }
 
-/// Ends these clones, all at a time, and removes their folders. Each gets SIGTERM, a QEMU that stays is told
-/// to quit, and what still lives after `grace` is killed.
+/// Stops these clones in parallel, and removes their directories. Each process gets SIGTERM, a QEMU that does not exit
+/// gets the QMP command `quit`, and each process that is still alive after `grace` is killed.
 ///
 /// # Errors
-/// When one does not even die, or its folder cannot be removed. The others are ended all the same.
+/// Returns an error if a process does not exit after SIGKILL, or a directory cannot be removed. All other clones are
+/// stopped.
 pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
-    let families = Families::look(entries);
+    let trees = ProcessTrees::scan(entries);
     let mut outcome: Vec<How> = Vec::with_capacity(entries.len());
-    let mut asked = vec![];
+    let mut signalled = vec![];
     for entry in entries {
-        let processes = families.of(entry);
+        let processes = trees.of(entry);
         outcome.push(if processes.is_empty() { How::Gone } else { How::Stopped });
         for process in processes {
-            // Who may not be signalled cannot be killed either: the error comes from there.
+            // A process that cannot be signalled cannot be killed either: `kill` below returns the error.
             let _ = process.signal(Signal::TERM);
-            asked.push(process);
+            signalled.push(process);
         }
     }
-    wait_all(&asked, Instant::now() + grace / 2);
+    wait_all(&signalled, Instant::now() + grace / 2);
     for entry in entries.iter().filter(|e| e.kind == Kind::Qemu && e.is_alive()) {
-        // Whoever holds its QMP session, or a QEMU that hangs: SIGKILL comes next.
+        // If another program holds the QMP session or QEMU hangs, the process is killed below.
         let quit = Qmp::connect(&entry.qmp_path()).and_then(|mut qmp| qmp.run("quit", json!({})));
         quit.map(drop).unwrap_or_else(|error| log::info!("clone {}: {error}", entry.id));
     }
-    wait_all(&asked, Instant::now() + grace / 2);
-    let families = Families::look(entries);
+    wait_all(&signalled, Instant::now() + grace / 2);
+    let trees = ProcessTrees::scan(entries);
     for (entry, how) in entries.iter().zip(&mut outcome) {
-        if !families.of(entry).is_empty() {
+        if !trees.of(entry).is_empty() {
             *how = How::Killed;
         }
     }
-    // The folders of those that do end are removed, whatever the others do.
+    // The directories of the clones that have exited are removed, even if others have not.
     let mut problem = family::kill(entries).err();
-    let left = problem.is_some().then(|| Families::look(entries));
+    let left = problem.is_some().then(|| ProcessTrees::scan(entries));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
     for entry in entries.iter().filter(gone) {
         problem = problem.or(entry.remove().err());
@@ -68,10 +69,10 @@ pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
     }
 }
 
-/// Waits until none of them lives, or the deadline.
+/// Waits until all processes have exited, or until the deadline.
 fn wait_all(processes: &[ProcessId], deadline: Instant) {
     for process in processes {
-        // What cannot be watched is killed later.
+        // A process that cannot be waited for is killed later.
         let _ = process.wait_gone(deadline.saturating_duration_since(Instant::now()));
     }
 }

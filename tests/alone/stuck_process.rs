@@ -117,7 +117,11 @@ fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
         assert!(err.contains(&format!("{pid} (")) && err.contains("stencil doctor"), "{err}");
     }
     assert_eq!(umount.0, 5, "{}", umount.2);
-    assert!(umount.2.contains("let nobody look") && umount.2.contains(&pid.to_string()), "{}", umount.2);
+    assert!(
+        umount.2.contains("processes that could not be inspected") && umount.2.contains(&pid.to_string()),
+        "{}",
+        umount.2
+    );
     assert!(doctor.1.contains(&format!("{pid} (")), "{}", doctor.1);
 
     stuck.server.signal(Signal::CONT).unwrap();

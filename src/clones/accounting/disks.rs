@@ -1,10 +1,10 @@
-//! RAM that the disks of clones take, where they lie in a file system that has no other place.
+//! RAM of the clones' disks that lie in a file system without other storage (tmpfs).
 
 use std::collections::HashMap;
 
 use super::process::Measured;
 use super::residency;
-use crate::clones::family::Families;
+use crate::clones::family::ProcessTrees;
 use crate::clones::find::CloneProcess;
 use crate::clones::registry::Entry;
 use crate::error::{Code, Result};
@@ -12,11 +12,11 @@ use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 
-/// Adds the disks of these records to whoever of the clones' processes has them: the recorded one, else another one that
-/// the clone's command has started. Each disk is counted once.
+/// Adds the disks of these records to the clones: to the recorded process, otherwise to another process of the clone's
+/// command. Each disk is counted once.
 ///
 /// # Errors
-/// When a disk cannot be looked at.
+/// Returns an error if the page cache of a disk cannot be measured.
 pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result<()> {
     let places = clones.iter().enumerate();
     let mut places: HashMap<ProcessId, usize> =
@@ -31,10 +31,10 @@ pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result
     if others.is_empty() {
         return Ok(());
     }
-    let families = Families::look(&others);
+    let trees = ProcessTrees::scan(&others);
     for entry in &others {
-        let family = families.of(entry);
-        let at = family.iter().find_map(|its| places.get(its));
+        let processes = trees.of(entry);
+        let at = processes.iter().find_map(|its| places.get(its));
         if let Some(&at) = at {
             clones[at].1.memory.disk_bytes += in_memory(entry)?;
         }
@@ -42,7 +42,7 @@ pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result
     Ok(())
 }
 
-/// Page cache of the clone's disks that cannot be written back. One that went with its clone takes none.
+/// Returns the page cache of the clone's disks that cannot be written back. A removed disk takes none.
 fn in_memory(entry: &Entry) -> Result<Bytes> {
     let mut sum = Bytes::ZERO;
     for path in entry.disks.iter().map(|name| entry.disk_path(name)) {

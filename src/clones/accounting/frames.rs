@@ -13,7 +13,7 @@ use crate::sys::pagemap::Pagemap;
 use crate::sys::{procfs, tasks};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
-/// What all clones together hold in RAM, every frame once.
+/// The RAM of all clones together, with each frame counted once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Distinct {
     /// Copies of template pages.
@@ -22,11 +22,11 @@ pub struct Distinct {
     pub overhead: Bytes,
 }
 
-/// Counts the frames of all clones. Where neither a fork nor KSM can have made two clones share a frame,
-/// that is the sum of their figures; for the others every frame number is read.
+/// Counts the frames of all clones. If neither a fork nor KSM can have made two clones share a frame, the result is the
+/// sum of their figures. For all other clones, every frame number is read.
 ///
 /// # Errors
-/// Without `CAP_SYS_ADMIN`, which the kernel wants before it gives frame numbers.
+/// Returns an error without `CAP_SYS_ADMIN`: the kernel then reports frame numbers as 0 (pagemap).
 pub fn distinct(clones: &[(CloneProcess, Measured)]) -> Result<Distinct> {
     let suspects = suspects(clones);
     let mut total = Distinct::default();
@@ -42,21 +42,21 @@ pub fn distinct(clones: &[(CloneProcess, Measured)]) -> Result<Distinct> {
         if !collect(clone.pid, copies, &mut private)?
             || !collect(clone.pid, measured.overhead.iter().cloned(), &mut overhead)?
         {
-            log::info!("clone {} has ended while its frames were counted", clone.pid);
+            log::info!("clone {} exited while its frames were counted", clone.pid);
         }
     }
     total.private += PageCount::new(private.len() as u64).bytes();
-    // KSM may merge a copy with a page outside: it is counted as a copy.
+    // KSM may merge a copied page with a page outside the template mappings. The frame counts as a copy.
     let outside = overhead.difference(&private).count();
     total.overhead += PageCount::new(outside as u64).bytes();
     Ok(total)
 }
 
-/// How often, and how far apart, a page that the kernel moves to another frame is read again.
+/// Number of attempts, and time between them, to read a page that the kernel is moving to another frame.
 const MOVE_RETRIES: u32 = 100;
 const MOVE_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The frames of present anonymous pages in these ranges; false when the process has ended.
+/// Collects the frames of present anonymous pages in these ranges. Returns false if the process has exited.
 fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut HashSet<u64>) -> Result<bool> {
     let pagemap = match Pagemap::open(pid) {
         Ok(pagemap) => pagemap,
@@ -85,7 +85,7 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
             return Ok(false);
         }
     }
-    // A page is in no frame while the kernel moves it. Without a second look it would be counted nowhere.
+    // While the kernel moves a page, the page is in no frame. Without a second read it would not be counted.
     for _ in 0..MOVE_RETRIES {
         if moving.is_empty() {
             break;
@@ -99,15 +99,15 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
     }
     if hidden {
         return Err(Error::failed(
-            "the kernel hides page frame numbers, so shared pages cannot be counted once",
+            "the kernel hides page frame numbers, so frames that clones share cannot be counted once",
         )
-        .remedy("run it as root (CAP_SYS_ADMIN)"));
+        .remedy("run the command as root (CAP_SYS_ADMIN)"));
     }
     Ok(true)
 }
 
-/// The clones that may share a frame with another one. A forked child maps the same file at the same
-/// address as its parent; a merged page shows in the figures of KSM.
+/// Returns the clones that may share a frame with another clone. A forked child maps the same file at the same address
+/// as its parent; a clone with merged pages has a KSM figure.
 fn suspects(clones: &[(CloneProcess, Measured)]) -> HashSet<u32> {
     let mut at: HashMap<(u64, u64, u64, u64), Vec<u32>> = HashMap::new();
     for (clone, _) in clones {
@@ -125,7 +125,7 @@ fn suspects(clones: &[(CloneProcess, Measured)]) -> HashSet<u32> {
 }
 
 fn merged_by_ksm(pid: u32) -> bool {
-    // A kernel without that file has no per-process figure: look at every frame then.
+    // Older kernels have no KSM figure for each process. Then every frame is read if KSM has merged any page.
     let thread = tasks::with_memory(pid).ok().flatten();
     let Some(text) = thread.and_then(|thread| procfs::read_text(&thread.join("ksm_stat")).ok()) else {
         return Path::new("/sys/kernel/mm/ksm/pages_shared").exists();

@@ -1,8 +1,7 @@
-//! Memory accounting: what each clone has dirtied, what all of them really cost.
+//! Memory accounting: the pages that each clone has copied, and the RAM that all clones take.
 //!
-//! `host_bytes` is to the byte the sum of its named parts: template pages in RAM (once), what the store
-//! itself holds in RAM, distinct private pages, page tables, the clones' memory outside templates, and their disks
-//! where these lie in RAM.
+//! `host_bytes` is exactly the sum of its parts: template pages in RAM (counted once), the RAM of the store and its
+//! daemons, distinct private pages, page tables, the clones' memory outside templates, and the clones' disks in RAM.
 
 mod disks;
 mod frames;
@@ -27,81 +26,82 @@ use crate::store::{Digest, Serving, Store, StorePath, Template};
 use crate::sys::process::ProcessId;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
-/// One template and the RAM that it holds once for all its clones.
+/// One template and the RAM that all its clones share.
 #[derive(Debug, Clone, Serialize)]
 pub struct TemplateMemory {
-    /// Its digest.
+    /// Digest of the template.
     pub digest: Digest,
-    /// `NAME:TAG` of all its tags.
+    /// All tags of the template, as `NAME:TAG`.
     pub tags: BTreeSet<String>,
-    /// `passthrough`, `decode`, or `both` after a promotion while old mappings live.
+    /// `passthrough`, `decode`, or `both` while mappings from before a promotion live; `idle` without pages or
+    /// mappings.
     pub serving: String,
-    /// Length of all its files.
+    /// Length of all files.
     pub size_bytes: Bytes,
-    /// Pages of its files that are not zero.
+    /// Size of the pages that are not zero.
     pub data_bytes: Bytes,
-    /// Its pages in the page cache: both servings, all mounts.
+    /// Pages in the page cache, of both ways of serving and all mounts.
     pub resident_bytes: Bytes,
-    /// Page cache of the store's files that hold it. Files that several templates share are shown at each.
+    /// Page cache of the store's files that hold the template. A file that several templates share is counted for each.
     pub store_cache_bytes: Bytes,
-    /// Clones that map it.
+    /// Number of clones that map the template.
     pub clones: u64,
 }
 
 /// One clone and its memory.
 #[derive(Debug, Clone, Serialize)]
 pub struct CloneRow {
-    /// Id that `stencil clone` gave it, or its pid.
+    /// Id that `stencil clone` assigned, or the process id.
     pub id: String,
     /// Process id.
     pub pid: u32,
-    /// All processes that have its address space, itself first.
+    /// All processes that share the address space; `pid` is the first.
     pub pids: Vec<u32>,
-    /// Name given at launch, or the command's name.
+    /// Name given at launch, or the name of the command.
     pub name: String,
     /// Control group.
     pub cgroup: String,
     /// Real user id.
     pub uid: u32,
-    /// The template of its first mapping.
+    /// Template of the first mapping.
     pub template: Digest,
-    /// `simulated`, `qemu`, `command`, or `other` for a process that somebody else launched.
+    /// `simulated`, `qemu`, `command`, or `other` for a process that Stencil did not launch.
     pub kind: String,
-    /// Its figures.
+    /// Memory figures.
     #[serde(flatten)]
     pub memory: CloneMemory,
-    /// Its mappings.
+    /// Template mappings.
     pub maps: Vec<TemplateMapping>,
 }
 
-/// The answer of `stencil density`.
+/// The result of `stencil density`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Density {
     /// Templates of all mounts.
     pub templates: Vec<TemplateMemory>,
-    /// All clones, by pid.
+    /// All clones, by process id.
     pub clones: Vec<CloneRow>,
-    /// The host.
+    /// Sums over all clones.
     pub totals: Totals,
 }
 
-/// A measurement together with what it was made from, for the audit.
+/// A measurement and its inputs, for the audit.
 #[derive(Debug)]
 pub struct Survey {
-    /// The answer.
+    /// The result of the measurement.
     pub density: Density,
-    /// Each clone's mappings and where its copies lie.
+    /// The mappings of each clone, and the addresses of its copied pages.
     pub clones: Vec<(CloneProcess, Measured)>,
-    /// What the inode numbers mean.
+    /// The files that the inode numbers belong to.
     pub inodes: Inodes,
-    /// The host's free memory before the first of them was launched, where that is known.
+    /// Free memory of the host before the launch, if all clones belong to one launch with a baseline.
     pub baseline: Option<Baseline>,
 }
 
-/// Measures all clones of these mounts, or those of one template.
+/// Measures all clones of these mounts, or the clones of one template.
 ///
 /// # Errors
-/// When a store, a supervisor or a process cannot be asked: no figure is better than a wrong one.
+/// Returns an error if a store, a supervisor or a process cannot be read: a partial sum would be wrong.
 pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let inodes = Inodes::of(mounts)?;
     let mut found = find::search(&inodes)?.complete()?;
@@ -121,37 +121,37 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     templates.add_residency(&residency::resident(mounts, &inodes, &processes)?);
     templates.add_clones(&processes);
     let store_cache = templates.store_cache()? + residency::daemons(mounts)?;
-    let known = known(entries);
-    let copied = totals::Copied::of(&clones, &templates.opened, &known)?;
+    let records = records_by_process(entries);
+    let copied = totals::Copied::of(&clones, &templates.opened, &records)?;
     let totals = Totals::new(&clones, &templates.rows(), store_cache, frames::distinct(&clones)?, copied)?;
-    let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &known)).collect();
-    let baseline = baseline(&clones, &known);
+    let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
+    let baseline = baseline(&clones, &records);
     let density = Density { templates: templates.rows(), clones: rows, totals };
     Ok(Survey { density, clones, inodes, baseline })
 }
 
-/// The baseline of the launch that the first of these clones are of. Two launches that began at one time may both have
-/// one: then neither was alone.
-fn baseline(clones: &[(CloneProcess, Measured)], known: &Known) -> Option<Baseline> {
-    let mut of_clones = clones.iter().filter_map(|(clone, _)| record_of(clone, known)?.baseline);
+/// Returns the baseline that all of these clones have in common. Two launches that started at the same time may both
+/// have a baseline; then neither baseline excludes the clones of the other launch.
+fn baseline(clones: &[(CloneProcess, Measured)], records: &Records) -> Option<Baseline> {
+    let mut of_clones = clones.iter().filter_map(|(clone, _)| record_of(clone, records)?.baseline);
     let first = of_clones.next()?;
     of_clones.all(|other| other == first).then_some(first)
 }
 
-type Known = HashMap<ProcessId, registry::Entry>;
+/// The records of clones by their process.
+type Records = HashMap<ProcessId, registry::Entry>;
 
-fn known(entries: Vec<registry::Entry>) -> Known {
-    let named = entries.into_iter().filter_map(|entry| Some((entry.process()?, entry)));
-    named.collect()
+fn records_by_process(entries: Vec<registry::Entry>) -> Records {
+    entries.into_iter().filter_map(|entry| Some((entry.process()?, entry))).collect()
 }
 
-/// The record of a clone, whichever process of its address space that names.
-fn record_of<'a>(clone: &CloneProcess, known: &'a Known) -> Option<&'a registry::Entry> {
-    clone.processes().find_map(|process| known.get(&process))
+/// Returns the record of a clone. The record may name any process of the clone's address space.
+fn record_of<'a>(clone: &CloneProcess, records: &'a Records) -> Option<&'a registry::Entry> {
+    clone.processes().find_map(|process| records.get(&process))
 }
 
-fn row(clone: &CloneProcess, measured: &Measured, known: &Known) -> CloneRow {
-    let entry = record_of(clone, known);
+fn row(clone: &CloneProcess, measured: &Measured, records: &Records) -> CloneRow {
+    let entry = record_of(clone, records);
     CloneRow {
         id: entry.map_or_else(|| clone.pid.to_string(), |e| e.id.clone()),
         pid: clone.pid,
@@ -166,12 +166,12 @@ fn row(clone: &CloneProcess, measured: &Measured, known: &Known) -> CloneRow {
     }
 }
 
-/// The templates of all mounted stores while they are measured.
+/// The templates of all mounted stores during a measurement.
 struct Templates {
     opened: BTreeMap<Digest, Template>,
     rows: BTreeMap<Digest, TemplateMemory>,
     servings: BTreeMap<Digest, Vec<Serving>>,
-    /// Files of the stores that hold them.
+    /// Files of the stores that hold the templates.
     files: BTreeSet<StorePath>,
 }
 
@@ -186,7 +186,7 @@ impl Templates {
         let mut stores = BTreeSet::new();
         for mount in mounts {
             let store = Store::open(&mount.store)?;
-            // One store may be mounted by several paths: below a bind mount its files are the same ones.
+            // A store may be mounted by several paths. Through a bind mount, its files are the same.
             let dir = std::fs::metadata(store.dir());
             let dir = dir.map_err(|e| Error::io("cannot read the store", store.dir(), e))?;
             if stores.insert((dir.dev(), dir.ino())) {
@@ -207,7 +207,7 @@ impl Templates {
             }
             let template = match store.template(&digest) {
                 Ok(template) => template,
-                // Inodes::of has named it in the log.
+                // Inodes::of has logged the error.
                 Err(_) => continue,
             };
             let row = self.rows.entry(digest).or_insert_with(|| TemplateMemory {
@@ -220,7 +220,7 @@ impl Templates {
                 store_cache_bytes: Bytes::ZERO,
                 clones: 0,
             });
-            // Another store may have the same template: its tags and its files are other ones.
+            // Several stores may have the same template, with separate tags and files.
             let ours = tags.iter().filter(|tag| tag.digest == digest);
             row.tags.extend(ours.map(|tag| format!("{}:{}", tag.name, tag.tag)));
             for path in template.store_files() {
@@ -280,23 +280,23 @@ impl Templates {
     }
 }
 
-/// The pages of one clone that it has copied, as page numbers of the template's file.
+/// A range of pages that one clone has copied, in pages of the template's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DirtyRange {
     /// File of the template.
     pub file: String,
-    /// First page of the file.
+    /// First page of the range.
     pub first_page: u64,
     /// Number of pages.
     pub pages: PageCount,
-    /// True when the copies lie in swap.
+    /// True if the copied pages are in swap.
     pub swapped: bool,
 }
 
-/// What one process has copied; `None` when it maps no template or has ended.
+/// Returns the pages that one process has copied; `None` if it maps no template or has exited.
 ///
 /// # Errors
-/// When a store cannot be read or the process may not be looked into.
+/// Returns an error if a store cannot be read or the process cannot be inspected.
 pub fn dirty_of(pid: u32, mounts: &[Mount]) -> Result<Option<(CloneProcess, Vec<DirtyRange>)>> {
     let Some(clone) = find::look_at(pid, &Inodes::of(mounts)?)? else { return Ok(None) };
     let Some(measured) = measure(&clone)? else { return Ok(None) };

@@ -1,4 +1,4 @@
-//! What one clone holds: its copies, its page tables, its own memory.
+//! The memory of one clone: copied pages, page tables, and memory outside template mappings.
 
 use std::ops::Range;
 
@@ -10,63 +10,65 @@ use crate::sys::pagemap::{Categories, Pagemap, Query};
 use crate::sys::procfs;
 use crate::units::{Bytes, PageCount};
 
-/// User addresses end here on x86-64 with four levels; programs that ask for more do not exist among clones.
+/// User addresses on x86-64 with four-level page tables. With five levels, addresses above need an explicit hint to
+/// mmap(2) (Documentation/arch/x86/x86_64/5level-paging.rst), which VMMs do not give.
 const ADDRESS_SPACE: Range<u64> = 0..0x7FFF_FFFF_F000;
 
 /// Memory of one clone, in bytes unless the name says pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct CloneMemory {
-    /// Size of its template mappings.
+    /// Size of the template mappings.
     pub mapped_bytes: Bytes,
-    /// Pages of templates that its page tables map unchanged: a mapping, not a use.
+    /// Template pages that the page tables map unchanged. A mapped page need not have been accessed.
     pub mapped_clean_bytes: Bytes,
-    /// Its copies of template pages, in RAM.
+    /// Copied template pages in RAM.
     pub private_bytes: Bytes,
-    /// Its copies of template pages, in swap: no RAM.
+    /// Copied template pages in swap. They take no RAM.
     pub swap_bytes: Bytes,
-    /// Its copies of template pages, in RAM and in swap.
+    /// Copied template pages, in RAM and in swap.
     pub dirty_pages: PageCount,
-    /// Its page tables (`VmPTE`).
+    /// Page tables (`VmPTE`).
     pub page_table_bytes: Bytes,
-    /// Its private memory outside template mappings, in RAM.
+    /// Private memory outside template mappings, in RAM.
     pub overhead_bytes: Bytes,
-    /// Its disks, where they lie in RAM and nowhere else; 0 where a disk of the host has them.
+    /// Disks in a file system without other storage; 0 for disks on storage of the host.
     pub disk_bytes: Bytes,
-    /// Part of `mapped_clean_bytes` that is mapped by 2 MiB entries.
+    /// Part of `mapped_clean_bytes` that 2 MiB entries map.
     pub pmd_mapped_bytes: Bytes,
 }
 
-/// The memory of one clone, and where it lies.
+/// The memory of one clone, and its addresses.
 #[derive(Debug, Clone)]
 pub struct Measured {
-    /// The figures.
+    /// Memory figures.
     pub memory: CloneMemory,
-    /// Its copies, for each of its mappings in order: addresses, and whether they are in swap.
+    /// Copied pages of each mapping, in the order of the mappings.
     pub dirty: Vec<Vec<crate::sys::pagemap::DirtyRange>>,
-    /// Addresses of its private memory outside template mappings.
+    /// Addresses of the private memory outside template mappings.
     pub overhead: Vec<Range<u64>>,
-    /// Name of its command.
+    /// Name of the command.
     pub command: String,
-    /// Its user.
+    /// Real user id.
     pub uid: u32,
-    /// Its control group.
+    /// Control group.
     pub cgroup: String,
 }
 
-/// Measures one clone; `None` when it has ended.
+/// Measures one clone. Returns `None` if the clone has exited.
 ///
 /// # Errors
-/// When the process may not be looked into.
+/// Returns an error if the process cannot be inspected.
 pub fn measure(clone: &CloneProcess) -> Result<Option<Measured>> {
-    match look_into(clone) {
+    match inspect(clone) {
         Err(error) if error.code() == Code::NotFound => Ok(None),
         other => other,
     }
 }
 
-fn look_into(clone: &CloneProcess) -> Result<Option<Measured>> {
+fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
     let pagemap = Pagemap::open(clone.pid)?;
-    // The pid may have been given away since; with the pagemap open it cannot happen any more unseen.
+    // The kernel may have reused the process id. The open pagemap is bound to one address space, so a later reuse does
+    // not change what is read.
     if !clone.process().is_alive() {
         return Ok(None);
     }
@@ -97,12 +99,12 @@ fn look_into(clone: &CloneProcess) -> Result<Option<Measured>> {
     Ok(Some(Measured { memory, dirty, overhead, command: status.name, uid: status.uid, cgroup }))
 }
 
-/// Unchanged pages of the file.
+/// Selects unchanged pages of the file.
 fn clean() -> Query {
     Query { all: Categories::FILE | Categories::PRESENT, report: Categories::HUGE, ..Query::default() }
 }
 
-/// Anonymous memory outside the template mappings, as address ranges in order.
+/// Returns the address ranges of anonymous memory outside the template mappings, in order.
 fn outside(clone: &CloneProcess, pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
     let anonymous = Query {
         all: Categories::PRESENT,
@@ -110,7 +112,7 @@ fn outside(clone: &CloneProcess, pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
         ..Query::default()
     };
     let present = pagemap.scan(ADDRESS_SPACE, &anonymous)?.into_iter().map(|region| region.range).collect();
-    // The kernel's own data pages ([vvar]) look like private memory and are one copy for all.
+    // Data pages of the kernel ([vvar]) look like private memory, but exist only once.
     let kernel = procfs::maps(clone.pid, |dev, ino| dev == 0 && ino == 0)?.unwrap_or_default();
     let mut skip: Vec<Range<u64>> = clone.maps.iter().map(|map| map.range()).collect();
     skip.extend(kernel.iter().filter(|line| line.path.starts_with("[v")).map(|line| line.start..line.end));
@@ -118,7 +120,7 @@ fn outside(clone: &CloneProcess, pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
     Ok(subtract(present, &skip))
 }
 
-/// The parts of sorted `ranges` that lie in none of sorted `skip`.
+/// Returns the parts of the sorted `ranges` that are in none of the sorted `skip`.
 fn subtract(ranges: Vec<Range<u64>>, skip: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut left = Vec::with_capacity(ranges.len());
     for range in ranges {
@@ -142,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn subtracting_ranges() {
+    fn subtracts_ranges() {
         let ranges = vec![0..10, 20..30, 40..50];
         assert_eq!(subtract(ranges.clone(), &[]), ranges);
         assert_eq!(subtract(ranges.clone(), &[5..25, 28..29, 50..60]), [0..5, 25..28, 29..30, 40..50]);

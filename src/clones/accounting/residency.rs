@@ -1,4 +1,4 @@
-//! How much of each template is in RAM once for all: the page cache of its inodes and backings.
+//! The RAM that the clones of a template share: the page cache of the template's inodes and backings.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -11,13 +11,13 @@ use crate::store::{Digest, Serving, StorePath};
 use crate::sys::{cachestat, handle, procfs, tasks};
 use crate::units::Bytes;
 
-/// Bytes in the page cache by template and serving. Each mount has its own page cache: they add up.
+/// Bytes in the page cache, by template and way of serving. Each mount has its own page cache, so the sizes add up.
 pub type Resident = BTreeMap<(Digest, Serving), Bytes>;
 
 /// Measures all templates of all mounts.
 ///
 /// # Errors
-/// When a supervisor does not answer, or an inode may not be opened.
+/// Returns an error if a supervisor does not respond or an inode cannot be opened.
 pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> Result<Resident> {
     let mut resident = Resident::new();
     for (_, backing) in backings(mounts)? {
@@ -37,10 +37,11 @@ pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> R
     Ok(resident)
 }
 
-/// The passthrough backings of all mounts, each with the index of its mount, as those see them who have them open.
+/// Returns the passthrough backings of all mounts, each with the index of its mount. The daemons that have the backings
+/// open report their sizes.
 ///
 /// # Errors
-/// When a supervisor does not answer, or it is dead and its server does not have what it kept.
+/// Returns an error if a supervisor does not respond, or is dead and its server has no mount state.
 pub fn backings(mounts: &[Mount]) -> Result<Vec<(usize, Residency)>> {
     let mut all = Vec::new();
     for (index, mount) in mounts.iter().enumerate() {
@@ -49,10 +50,10 @@ pub fn backings(mounts: &[Mount]) -> Result<Vec<(usize, Residency)>> {
     Ok(all)
 }
 
-/// Calls `each` with every wanted inode of the mounts that the kernel holds now, opened.
+/// Calls `each` with every wanted inode of the mounts that is now in the kernel's inode cache, opened.
 ///
 /// # Errors
-/// When an inode may not be opened, or what `each` says.
+/// Returns an error if an inode cannot be opened, and every error of `each`.
 pub fn each_inode(
     mounts: &[Mount],
     inodes: &Inodes,
@@ -66,7 +67,7 @@ pub fn each_inode(
         let dev = mounts[file.mount].device;
         let opened = match (&roots[file.mount], mapped.get(&(dev, ino))) {
             (Some(root), _) => handle::open_fuse_inode(root, ino)?,
-            // No path leads to a mount that was detached; a clone's own mapping does.
+            // A detached mount has no path, but a clone's mapping leads to its file.
             (None, Some(path)) => File::open(path).ok(),
             (None, None) => None,
         };
@@ -77,7 +78,7 @@ pub fn each_inode(
     Ok(())
 }
 
-/// The root of a mount, if it is still mounted there.
+/// Opens the root of a mount, if the mount is still at its mountpoint.
 fn root_of(mount: &Mount) -> Option<File> {
     use std::os::unix::fs::MetadataExt;
     if mount.detached {
@@ -93,7 +94,7 @@ fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
         for map in &clone.maps {
             let end = map.range().end;
             paths.entry((map.dev, map.ino)).or_insert_with(|| {
-                // Only /proc/NUMBER has this folder, for the number of any thread.
+                // The map_files directory exists only in /proc/NUMBER, where NUMBER may be the id of any thread.
                 let tid = tasks::thread_with_memory(clone.pid).ok().flatten().unwrap_or(clone.pid);
                 format!("/proc/{tid}/map_files/{:x}-{end:x}", map.start)
             });
@@ -102,18 +103,18 @@ fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
     paths
 }
 
-/// Bytes of one file in the page cache; a file that is gone holds none.
+/// Returns the size of one file in the page cache, 0 for a file that does not exist.
 ///
 /// # Errors
-/// When it exists and cannot be opened.
+/// Returns an error if the file exists and cannot be opened.
 pub fn cached_file(path: &Path) -> Result<Bytes> {
     cached(path, File::open(path))
 }
 
-/// As [`cached_file`], of a file of a store.
+/// Same as [`cached_file`], for a file of a store.
 ///
 /// # Errors
-/// When it exists and cannot be opened.
+/// Returns an error if the file exists and cannot be opened.
 pub fn cached_store_file(path: &StorePath) -> Result<Bytes> {
     cached(path.as_ref(), path.file())
 }
@@ -126,10 +127,10 @@ fn cached(path: &Path, opened: std::io::Result<File>) -> Result<Bytes> {
     }
 }
 
-/// Private memory of the processes that serve these mounts: decoded blocks, reply buffers, tables.
+/// Returns the private memory of the daemons of these mounts: decoded blocks, reply buffers, page tables.
 ///
 /// # Errors
-/// When their status cannot be read.
+/// Returns an error if the status of a daemon cannot be read.
 pub fn daemons(mounts: &[Mount]) -> Result<Bytes> {
     let mut sum = Bytes::ZERO;
     for mount in mounts {

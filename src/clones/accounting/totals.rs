@@ -1,4 +1,4 @@
-//! The host's sums and the ratios that follow from them.
+//! Sums over all clones, and the ratios between them.
 
 use std::collections::BTreeMap;
 
@@ -6,68 +6,69 @@ use serde::Serialize;
 
 use super::frames::Distinct;
 use super::process::Measured;
-use super::{Known, TemplateMemory, record_of};
+use super::{Records, TemplateMemory, record_of};
 use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
 use crate::sys::{procfs, tasks};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
-/// Sums over all clones, in bytes; every frame once.
+/// Sums over all clones, in bytes. Each page frame is counted once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Totals {
     /// Number of clones.
     pub clones: u64,
-    /// Size of all template mappings: what the clones believe to have.
+    /// Size of all template mappings: the memory that the clones see.
     pub mapped_bytes: Bytes,
-    /// What the same clones would hold if each had restored its own copy of the template's data.
+    /// Memory of the same clones, if each had restored its own copy of the template's data.
     pub copied_bytes: Bytes,
-    /// Template pages in RAM, once for all.
+    /// Template pages in RAM, shared by all clones.
     pub template_bytes: Bytes,
-    /// Page cache of the store's files, and the memory of supervisors and servers.
+    /// Page cache of the store's files, and memory of the supervisors and servers.
     pub store_cache_bytes: Bytes,
-    /// Copies of template pages in RAM, distinct frames.
+    /// Copied template pages in RAM, as distinct frames.
     pub private_bytes: Bytes,
-    /// Page tables of the clones, those of KVM included.
+    /// Page tables of the clones, including those of KVM.
     pub page_table_bytes: Bytes,
-    /// Memory of the clones outside template mappings, distinct frames.
+    /// Memory of the clones outside template mappings, as distinct frames.
     pub overhead_bytes: Bytes,
-    /// Disks of the clones that lie in RAM and nowhere else.
+    /// Disks of the clones in a file system without other storage.
     pub disk_bytes: Bytes,
-    /// Copies in swap: no RAM.
+    /// Copied template pages in swap. They take no RAM.
     pub swap_bytes: Bytes,
-    /// RAM that all this takes: template + store cache + private + page tables + overhead + disks.
+    /// Sum of template pages, store cache, private pages, page tables, overhead and disks.
     pub host_bytes: Bytes,
-    /// RAM that one more clone like these takes; null without clones.
+    /// RAM that another clone takes, as the mean of the present clones; null without clones.
     pub bytes_per_further_clone: Option<Bytes>,
-    /// How many more clones like these fit into a GiB; null without clones.
+    /// Number of further clones that fit into 1 GiB; null without clones.
     pub clones_per_gib: Option<f64>,
     /// `copied_bytes / host_bytes`; null without clones.
     pub sharing_ratio: Option<f64>,
-    /// The same against clones that copy only what they touch; null where that is not known of all.
+    /// Same ratio, if each clone had copied only the touched pages; null unless the touched pages of all clones are
+    /// known.
     pub lazy_ratio: Option<f64>,
     /// `mapped_bytes / host_bytes`; null without clones.
     pub overcommit_ratio: Option<f64>,
 }
 
-/// What the same clones would cost without sharing.
+/// Memory of the same clones without sharing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Copied {
     /// Template data and new pages, if each clone had copied all data at its start.
     restored: Bytes,
-    /// Pages touched, if each clone had copied these alone; known for simulated clones.
+    /// Touched pages, if each clone had copied only these; known for simulated clones.
     touched: Option<Bytes>,
 }
 
 impl Copied {
-    /// Adds up the counterfactuals of all clones.
+    /// Sums the memory that the clones would take without sharing.
     ///
     /// # Errors
-    /// When a template's tables cannot be read.
+    /// Returns an error if the tables of a template cannot be read.
     pub(super) fn of(
         clones: &[(CloneProcess, Measured)],
         templates: &BTreeMap<Digest, Template>,
-        known: &Known,
+        records: &Records,
     ) -> Result<Copied> {
         let mut copied = Copied { restored: Bytes::ZERO, touched: Some(Bytes::ZERO) };
         let mut data = DataOfRanges::default();
@@ -80,7 +81,7 @@ impl Copied {
                 }
             }
             copied.restored += new_pages(clone, measured, templates)?.bytes();
-            let touched = record_of(clone, known).and_then(|entry| entry.touched);
+            let touched = record_of(clone, records).and_then(|entry| entry.touched);
             copied.touched = copied.touched.zip(touched).map(|(sum, touched)| {
                 sum + PageCount::new(touched.read_pages + touched.written_pages).bytes()
             });
@@ -89,15 +90,15 @@ impl Copied {
     }
 }
 
-/// Data bytes of file ranges, remembered: a thousand clones map the same range.
+/// Cache of the data bytes of file ranges. Many clones map the same ranges.
 #[derive(Default)]
 struct DataOfRanges(BTreeMap<(Digest, usize, u64, u64), Bytes>);
 
 impl DataOfRanges {
     fn bytes(&mut self, template: &Template, index: usize, start: u64, end: u64) -> Result<Bytes> {
         let key = (*template.digest(), index, start, end);
-        if let Some(known) = self.0.get(&key) {
-            return Ok(*known);
+        if let Some(bytes) = self.0.get(&key) {
+            return Ok(*bytes);
         }
         let mut pages = 0;
         for block in start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
@@ -115,7 +116,7 @@ impl DataOfRanges {
 
 type FileRanges = BTreeMap<(Digest, usize), Vec<(u64, u64)>>;
 
-/// The ranges of each file that a clone maps, overlaps merged, cut at the file's mapped end.
+/// Returns the ranges of each file that a clone maps, in order, with overlaps merged.
 fn mapped_file_ranges(clone: &CloneProcess) -> FileRanges {
     let mut ranges = FileRanges::new();
     for map in &clone.maps {
@@ -136,7 +137,7 @@ fn mapped_file_ranges(clone: &CloneProcess) -> FileRanges {
     ranges
 }
 
-/// Copies of pages that are zero in the template: memory that a restored copy would have needed too.
+/// Counts the copied pages that are zero in the template. A restored copy would also need this memory.
 fn new_pages(
     clone: &CloneProcess,
     measured: &Measured,
@@ -158,10 +159,10 @@ fn new_pages(
 }
 
 impl Totals {
-    /// Sums everything up.
+    /// Computes all sums and ratios.
     ///
     /// # Errors
-    /// When the host's figures cannot be read.
+    /// Returns an error if the memory figures of the host cannot be read.
     pub(super) fn new(
         clones: &[(CloneProcess, Measured)],
         templates: &[TemplateMemory],
@@ -208,14 +209,14 @@ impl Totals {
         self.clones_per_gib = (further > 0).then(|| (1u64 << 30) as f64 / further as f64);
     }
 
-    /// What the clones take, without what they share.
+    /// Returns the memory of the clones, without the memory that they share.
     pub fn of_the_clones(&self) -> Bytes {
         self.private_bytes + self.page_table_bytes + self.overhead_bytes + self.disk_bytes
     }
 }
 
-/// True when the process holds a KVM machine; its second-level page tables are the kernel's
-/// `SecPageTables`, which has no figure for each process.
+/// Returns true if the process has a KVM virtual machine. The kernel reports the second-level page tables of all VMs
+/// together, as `SecPageTables`.
 fn runs_kvm(pid: u32) -> bool {
     let tables = tasks::file_tables(pid).unwrap_or_default();
     let entries = tables.iter().flat_map(|thread| std::fs::read_dir(thread.join("fd")));
@@ -231,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_host_is_the_sum_of_its_parts_and_ratios_follow() {
+    fn sums_the_parts_and_computes_the_ratios() {
         let mut totals = Totals {
             clones: 4,
             mapped_bytes: Bytes::new(4 << 30),
@@ -252,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn without_clones_there_is_no_ratio() {
+    fn has_no_ratios_without_clones() {
         let mut totals = Totals { template_bytes: Bytes::new(100), ..Totals::default() };
         totals.conclude(Copied::default());
         assert_eq!((totals.sharing_ratio, totals.bytes_per_further_clone), (None, None));

@@ -1,4 +1,5 @@
-//! The exit record of a clone: exit code or signal, and time. The launch's watchdog writes it into the clone's folder.
+//! The exit record of a clone: exit code or signal, and time. The launch's watchdog writes it into the clone's
+//! directory.
 
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,19 +12,19 @@ use crate::sys::exit_status::ExitStatus;
 
 const ENDING: &str = "ending.json";
 
-/// How the process of a clone has ended.
+/// How the process of a clone ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
-    /// When, in seconds since 1970.
+    /// Time of the exit, in seconds since 1970.
     pub at: u64,
-    /// Its exit code; none if a signal ended it, or if the kernel (before Linux 6.15) does not say.
+    /// Exit code; `None` if a signal ended the process, or if the kernel (before Linux 6.15) does not report the code.
     pub exit_code: Option<u8>,
-    /// The signal that ended it.
+    /// Number of the signal that ended the process.
     pub signal: Option<u8>,
 }
 
 impl Ending {
-    /// Now.
+    /// Creates the exit record of a process that has just ended with this status.
     pub fn now(status: Option<ExitStatus>) -> Ending {
         let (exit_code, signal) = match status {
             Some(ExitStatus::Code(code)) => (Some(code), None),
@@ -34,23 +35,23 @@ impl Ending {
         Ending { at, exit_code, signal }
     }
 
-    /// Notes it for a clone.
+    /// Writes the exit record into the clone's directory.
     ///
     /// # Errors
-    /// When the clone's folder is gone, or cannot be written.
+    /// Returns an error if the directory does not exist or cannot be written.
     pub fn save(&self, entry: &Entry) -> io::Result<()> {
         let all = runtime::open(CLONES).map_err(io::Error::other)?.ok_or(io::ErrorKind::NotFound)?;
-        let folder = trusted_folder(&all, &entry.id)?;
-        runtime::replace(&folder, ENDING, &serde_json::to_vec(self)?)
+        let directory = trusted_folder(&all, &entry.id)?;
+        runtime::replace(&directory, ENDING, &serde_json::to_vec(self)?)
     }
 
-    /// How the process of a clone has ended; `None` while it lives, or where nobody has noted it.
+    /// Reads the exit record of a clone. Returns `None` if the clone is alive or has no exit record.
     pub fn of(entry: &Entry) -> Option<Ending> {
         let all = runtime::open(CLONES).ok()??;
-        let folder = trusted_folder(&all, &entry.id).ok()?;
-        let text = runtime::read(&folder, ENDING, MAX_RECORD).ok()?;
+        let directory = trusted_folder(&all, &entry.id).ok()?;
+        let text = runtime::read(&directory, ENDING, MAX_RECORD).ok()?;
         serde_json::from_slice(&text)
-            .inspect_err(|e| log::warn!("{}: {e}", folder.path_of(ENDING).display()))
+            .inspect_err(|e| log::warn!("{}: {e}", directory.path_of(ENDING).display()))
             .ok()
     }
 }

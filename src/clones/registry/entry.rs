@@ -1,4 +1,4 @@
-//! The record of one clone: who it is, what it has, and how all of that goes.
+//! The record of one clone: its process, its resources, and their removal.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,28 +19,28 @@ use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 
-/// File in a clone's folder: what its process has written.
+/// File in a clone's directory with the output of its process.
 pub const LOG: &str = "log";
-/// File in a clone's folder: what its guest has written to the first serial port.
+/// File in a clone's directory with the output of its guest's first serial port.
 pub const SERIAL_LOG: &str = "serial.log";
 
-/// No more of a log is read into memory.
+/// Maximum size of a log that is read into memory.
 const MAX_LOG: Bytes = Bytes::new(256 << 20);
 
-/// What kind of process a clone is.
+/// The kind of process that a clone is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// One of our own workers that maps the template and touches pages of it.
+    /// A worker of Stencil that maps the template and touches its pages.
     Simulated,
     /// A QEMU that was resumed by the template's recipe.
     Qemu,
-    /// Any command of the user's.
+    /// A command that the user gave.
     Command,
 }
 
 impl Kind {
-    /// The word for it.
+    /// Returns the name of the kind.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Simulated => "simulated",
@@ -50,7 +50,7 @@ impl Kind {
     }
 }
 
-/// Pages that a simulated clone was told to touch.
+/// Number of pages that a simulated clone was to touch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Touched {
     /// Pages read and not written.
@@ -62,150 +62,152 @@ pub struct Touched {
 /// The store of a clone's template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreOfClone {
-    /// Where it was when the clone was launched (canonical).
+    /// Canonical path of the store at the time of the launch.
     pub path: PathBuf,
-    /// Its [`id`](crate::store::Store::id).
+    /// [`id`](crate::store::Store::id) of the store.
     pub id: String,
 }
 
-/// One clone.
+/// The record of one clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Short and unique in this runtime directory; begins with a letter, so it is never taken for a pid.
+    /// Short id, unique in this runtime directory. The first character is a letter, so an id is never taken for a pid.
     pub id: String,
-    /// Its process; 0 while there is none.
+    /// Process id; 0 while the clone has no process.
     pub pid: u32,
-    /// That process's identity.
+    /// Identity of the process, which distinguishes it from other processes with the same id.
     pub identity: u64,
-    /// The template as it was asked for.
+    /// Template reference given at launch.
     pub name: String,
-    /// The template's digest.
+    /// Digest of the template.
     pub template: String,
-    /// The template's store; unknown to versions before.
+    /// Store of the template; absent in records of older versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreOfClone>,
-    /// What kind of process it is.
+    /// Kind of process.
     pub kind: Kind,
-    /// Its own folder.
+    /// Directory of the clone.
     pub dir: PathBuf,
-    /// When it was made, in seconds since 1970.
+    /// Time of creation, in seconds since 1970.
     pub created: u64,
-    /// Its number within its launch, from 0.
+    /// Number of the clone within its launch, from 0.
     pub index: u32,
-    /// The launch that it belongs to.
+    /// Id of the launch.
     pub launch: String,
-    /// The host's free memory before its launch, if no clone lived then.
+    /// Free memory of the host before the launch, if no clone was alive then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Baseline>,
-    /// What a simulated clone was told to touch.
+    /// Pages that a simulated clone was to touch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub touched: Option<Touched>,
-    /// Its ports of the host: the N of `{port:N}`, and which it is.
+    /// Ports of the host, by the N of `{port:N}`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub ports: BTreeMap<String, u16>,
-    /// The machine's UUID.
+    /// UUID of the virtual machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
-    /// Names of its disks. Noted before any of them is made, so that none outlives the record.
+    /// Names of the disks. A name is recorded before its disk is made, so that no disk outlives the record.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub disks: BTreeSet<String>,
-    /// Where they are, unless it is its own folder.
+    /// Directory of the disks, if it is not the clone's directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_dir: Option<PathBuf>,
-    /// The PID namespace that its process's number is of; unknown to versions before.
+    /// PID namespace of the process id; absent in records of older versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid_namespace: Option<u64>,
-    /// The process that notes how this clone ends, and ends after the last clone of the launch.
+    /// Process that writes the exit record of the clone. It exits after the last clone of the launch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<ProcessId>,
 }
 
 impl Entry {
-    /// Its process, once it has one whose number means something in this PID namespace.
+    /// Returns the clone's process, if the clone has one in this PID namespace.
     pub fn process(&self) -> Option<ProcessId> {
-        let known = self.pid != 0 && !self.is_foreign();
-        known.then_some(ProcessId { pid: self.pid, identity: self.identity })
+        let is_valid = self.pid != 0 && !self.is_foreign();
+        is_valid.then_some(ProcessId { pid: self.pid, identity: self.identity })
     }
 
-    /// True for a clone of another PID namespace: whether it lives cannot be known here.
+    /// Returns true for a clone of another PID namespace, whose process cannot be identified here.
     pub fn is_foreign(&self) -> bool {
         self.pid_namespace.is_some_and(|its| Some(its) != probe::pid_namespace())
     }
 
-    /// Fails for a clone of another PID namespace.
+    /// Checks that the clone is of this PID namespace.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) that says where it can be ended.
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) for a clone of another PID namespace.
     pub fn expect_ours(&self) -> Result<()> {
         if !self.is_foreign() {
             return Ok(());
         }
-        let what = format!("clone {} is of another PID namespace: whether it lives cannot be seen", self.id);
+        let what =
+            format!("clone {} is of another PID namespace: its process cannot be checked here", self.id);
         let elsewhere = self.disks.iter().filter(|_| self.disk_dir.is_some());
         let disks: String =
             elsewhere.map(|name| format!(" and {}", self.disk_path(name).display())).collect();
         Err(Error::try_again(what).at(&self.dir).remedy(format!(
-            "run `stencil stop {}` where it was launched; if nobody lives there any more, remove this folder{disks}",
+            "run 'stencil stop {}' in its PID namespace; if that namespace has ended, remove this directory{disks}",
             self.id
         )))
     }
 
-    /// True while its launcher still holds it.
+    /// Returns true while the launcher has not released the clone.
     pub fn is_launching(&self) -> bool {
         is_held(&self.launch)
     }
 
-    /// True while its process lives.
+    /// Returns true while the clone's process is alive.
     pub fn is_alive(&self) -> bool {
         self.process().is_some_and(|process| process.is_alive())
     }
 
-    /// Where it writes what it has to say.
+    /// Returns the path of the log.
     pub fn log_path(&self) -> PathBuf {
         self.dir.join(LOG)
     }
 
-    /// The QMP socket of a QEMU clone.
+    /// Returns the path of the QMP socket of a QEMU clone.
     pub fn qmp_path(&self) -> PathBuf {
         self.dir.join("qmp.sock")
     }
 
-    /// Where its disk of that name is. In a folder that others use, the name is nobody else's: the launch's is random too.
+    /// Returns the path of the disk with this name. In a shared directory, the random launch id keeps the path unique.
     pub fn disk_path(&self, name: &str) -> PathBuf {
         let Some(dir) = &self.disk_dir else { return self.dir.join(format!("disk-{name}.qcow2")) };
         let launch = self.launch.split('.').next().unwrap_or_default();
         dir.join(format!("stencil-{}-{launch}-{name}.qcow2", self.id))
     }
 
-    /// Notes its process.
+    /// Records the clone's process.
     ///
     /// # Errors
-    /// When the record cannot be written.
+    /// Returns an error if the record cannot be written.
     pub fn set_process(&mut self, process: ProcessId) -> Result<()> {
         (self.pid, self.identity) = (process.pid, process.identity);
         self.save()
     }
 
-    /// Writes the record: readers see the old one or the new one.
+    /// Writes the record atomically: a reader gets either the old or the new record.
     ///
     /// # Errors
-    /// When it cannot be written, or nobody could read it again.
+    /// Returns an error if the record cannot be written or has an invalid field, so that it could not be read again.
     pub fn save(&self) -> Result<()> {
         if let Some(field) = self.problem_of_fields() {
-            return Err(Error::usage(format!("the {field} of a clone is invalid")).at(&self.dir).remedy(
-                "names have letters, digits, '.', '_' and '-' only: see `stencil inspect --recipe`",
+            return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).remedy(
+                "use only letters, digits, '.', '_' and '-' in names; see 'stencil inspect --recipe'",
             ));
         }
-        let write = |folder: &Folder| runtime::replace(folder, RECORD, &serde_json::to_vec(self)?);
+        let write = |directory: &Folder| runtime::replace(directory, RECORD, &serde_json::to_vec(self)?);
         let name = self.dir.file_name().unwrap_or_default();
         let written = match runtime::open(CLONES)? {
-            Some(all) => trusted_folder(&all, name).and_then(|folder| write(&folder)),
+            Some(all) => trusted_folder(&all, name).and_then(|directory| write(&directory)),
             None => Err(ErrorKind::NotFound.into()),
         };
         written.map_err(|e| runtime::failed("cannot write the record of a clone", &self.dir.join(RECORD), e))
     }
 
-    /// The first field that no launch writes so: numbers and names in a record decide what is signalled and removed.
+    /// Returns the name of an invalid field. Numbers and names of a record select the processes that are signalled and
+    /// the files that are removed, so every record is checked.
     pub(super) fn problem(&self) -> Option<&'static str> {
         let is_named_so = self.dir.file_name().is_some_and(|name| name == self.id.as_str());
         if is_named_so { self.problem_of_fields() } else { Some("id") }
@@ -227,20 +229,20 @@ impl Entry {
         fields.into_iter().find(|(_, is_valid)| !is_valid).map(|(field, _)| field)
     }
 
-    /// Opens its log to write at its end.
+    /// Opens the log for appending.
     ///
     /// # Errors
-    /// When it cannot be opened, or something else is there.
+    /// Returns an error if the log cannot be opened or is not a regular file.
     pub fn open_log(&self) -> Result<fs::File> {
         open_log(&self.dir)
     }
 
-    /// The contents of its log, or of another file that it writes; none where there is no such file.
+    /// Reads the log or another file in the clone's directory. Returns `None` if the file does not exist.
     ///
     /// # Errors
-    /// When it cannot be read, or is no regular file.
+    /// Returns an error if the file cannot be read or is not a regular file.
     pub fn read_file(&self, name: &str) -> std::io::Result<Option<Vec<u8>>> {
-        let read = Folder::open(&self.dir).and_then(|folder| folder.read(name, MAX_LOG));
+        let read = Folder::open(&self.dir).and_then(|directory| directory.read(name, MAX_LOG));
         match read {
             Ok(bytes) => Ok(Some(bytes)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
@@ -248,13 +250,13 @@ impl Entry {
         }
     }
 
-    /// Removes its disks and its folder, and gives its ports back. What is gone already is fine.
+    /// Removes the clone's disks and directory, and releases its ports. Objects that do not exist are skipped.
     ///
     /// # Errors
-    /// When something cannot be removed, or it may live in another PID namespace.
+    /// Returns an error if an object cannot be removed or the clone is of another PID namespace.
     pub fn remove(&self) -> Result<()> {
         self.expect_ours()?;
-        // The record goes last: it alone knows of the others.
+        // The record is removed last, because it alone names the disks and ports.
         for path in self.disks.iter().map(|name| self.disk_path(name)) {
             match fs::remove_file(&path) {
                 Err(e) if e.kind() != ErrorKind::NotFound => {
@@ -264,40 +266,42 @@ impl Entry {
             }
         }
         ports::give_back(self);
-        remove_folder(&self.dir)
+        remove_directory(&self.dir)
     }
 
-    /// Kills its processes and removes its folder.
+    /// Kills the clone's processes, and removes its directory.
     ///
     /// # Errors
-    /// When a process cannot be killed, or the folder not removed.
+    /// Returns an error if a process cannot be killed or the directory cannot be removed.
     pub fn destroy(&self) -> Result<()> {
         family::kill(std::slice::from_ref(self))?;
         self.remove()
     }
 }
 
-/// Opens the log in a clone's folder to write at its end.
+/// Opens the log in a clone's directory for appending.
 ///
 /// # Errors
-/// When it cannot be opened, or something else is there.
+/// Returns an error if the log cannot be opened or is not a regular file.
 pub fn open_log(dir: &Path) -> Result<fs::File> {
-    let opened = Folder::open(dir).and_then(|folder| runtime::append(&folder, LOG));
+    let opened = Folder::open(dir).and_then(|directory| runtime::append(&directory, LOG));
     opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(LOG), e))
 }
 
-pub(super) fn remove_folder(path: &Path) -> Result<()> {
-    // A worker that dies just now may still have put its log there.
+pub(super) fn remove_directory(path: &Path) -> Result<()> {
+    // A worker that is exiting may still create its log.
     for _ in 0..50 {
         match fs::remove_dir_all(path) {
             Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => {
                 std::thread::sleep(Duration::from_millis(10))
             }
             Err(e) if e.kind() != ErrorKind::NotFound => {
-                return Err(Error::io("cannot remove the folder of a clone", path, e));
+                return Err(Error::io("cannot remove the directory of a clone", path, e));
             }
             _ => return Ok(()),
         }
     }
-    Err(Error::failed("the folder of a clone is still being written to").at(path))
+    Err(Error::failed("cannot remove the directory of a clone: a process still writes files to it")
+        .at(path)
+        .remedy("stop the process that writes to the directory, then run the command again"))
 }

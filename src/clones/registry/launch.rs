@@ -9,35 +9,36 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_folder};
+use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_directory};
 use super::{CLONES, LAUNCHES, clones_dir, list, random_id};
 use crate::clones::baseline::Baseline;
-use crate::clones::family::{self, Families};
+use crate::clones::counted;
+use crate::clones::family::{self, ProcessTrees};
 use crate::control::places;
 use crate::control::runtime::{self, is_plain_name, trusted_file};
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
 use crate::sys::{locks, probe, users};
 
-/// How long another one may take to clear up a launch, or a child to execute its program.
-const CLEARING: Duration = Duration::from_secs(30);
+/// Time limit for another process to clean up a launch, or for a child to execute its program.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What is known of a clone before it exists.
+/// The properties of a clone before it is launched.
 #[derive(Debug, Clone, Copy)]
 pub struct NewEntry<'a> {
-    /// The template as it was asked for.
+    /// Template reference given at launch.
     pub name: &'a str,
-    /// The template's digest.
+    /// Digest of the template.
     pub template: &'a str,
-    /// The template's store.
+    /// Store of the template.
     pub store: &'a StoreOfClone,
-    /// What kind of process it will be.
+    /// Kind of process.
     pub kind: Kind,
-    /// Its number within its launch, from 0.
+    /// Number of the clone within its launch, from 0.
     pub index: u32,
-    /// What a simulated clone is told to touch.
+    /// Pages that a simulated clone is to touch.
     pub touched: Option<Touched>,
-    /// Where its disks are to be, unless in its own folder.
+    /// Directory of the disks, if it is not the clone's directory.
     pub disk_dir: Option<&'a Path>,
 }
 
@@ -49,20 +50,20 @@ fn staging_prefix(launch: &str) -> String {
 #[derive(Debug)]
 pub struct Launch {
     id: String,
-    /// Locked shared, and inherited by every child until it executes its program: who takes the lock alone meets no
-    /// process of this launch that cannot be told yet by what it was given.
+    /// Locked shared, and inherited by every child until it executes its program. A process that gets the exclusive
+    /// lock can identify all processes of this launch by their environment.
     marker: OnceLock<fs::File>,
     baseline: Option<Baseline>,
     watchdog: Option<ProcessId>,
 }
 
 impl Launch {
-    /// A launch of this process that has not begun.
+    /// Prepares a launch of this process, without creating its marker.
     ///
     /// # Errors
-    /// When the kernel does not say who this process is.
+    /// Returns an error if the identity of this process cannot be read.
     pub fn prepare() -> Result<Launch> {
-        // The name says whose it is, so that the marker is whole as soon as it exists.
+        // The id names the launcher, so an empty marker file is complete as soon as it exists.
         let me = ProcessId::me()?;
         let mut id = format!("{}.{}.{}", random_id()?, me.pid, me.identity);
         if let Some(namespace) = probe::pid_namespace() {
@@ -71,10 +72,10 @@ impl Launch {
         Ok(Launch { id, marker: OnceLock::new(), baseline: None, watchdog: None })
     }
 
-    /// Begins: from now on the clones of this launch live and die with this process.
+    /// Creates the marker. From now on, the clones of this launch are stopped if this process dies.
     ///
     /// # Errors
-    /// When the runtime directory cannot be written.
+    /// Returns an error if the runtime directory cannot be written.
     pub fn begin(&self) -> Result<()> {
         let all = runtime::create(LAUNCHES)?;
         places::expect_utf8("runtime directory", all.path())?;
@@ -84,34 +85,34 @@ impl Launch {
             Ok(marker)
         };
         let marker =
-            make().map_err(|e| runtime::failed("cannot begin a launch", &all.path_of(&self.id), e))?;
+            make().map_err(|e| runtime::failed("cannot start a launch", &all.path_of(&self.id), e))?;
         self.marker.get_or_init(|| marker);
         Ok(())
     }
 
-    /// Notes the host's free memory before its first clone.
+    /// Sets the free memory of the host before the first clone.
     pub fn set_baseline(&mut self, baseline: Option<Baseline>) {
         self.baseline = baseline;
     }
 
-    /// Notes the process that will note how its clones end.
+    /// Sets the process that writes the exit records of the clones.
     pub fn set_watchdog(&mut self, watchdog: ProcessId) {
         self.watchdog = Some(watchdog);
     }
 
-    /// Its id.
+    /// Returns the id of the launch.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// Makes folder and record of a clone to be.
+    /// Creates the directory and the record of a clone.
     ///
     /// # Errors
-    /// When the runtime directory cannot be written.
+    /// Returns an error if the runtime directory cannot be written.
     pub fn create(&self, new: &NewEntry<'_>) -> Result<Entry> {
         let all = runtime::create(CLONES)?;
-        let failed = |path: &Path, e| runtime::failed("cannot make the folder of a clone", path, e);
-        // The folder appears with its record in it; what is cut off before bears the launch's name.
+        let failed = |path: &Path, e| runtime::failed("cannot create the directory of a clone", path, e);
+        // The directory is renamed into place with its record. An incomplete directory has the launch's id in its name.
         let staged = format!("{}{}", staging_prefix(&self.id), new.index);
         let staging = all.path_of(&staged);
         all.create_folder(&staged, 0o700).map_err(|e| failed(&staging, e))?;
@@ -143,43 +144,44 @@ impl Launch {
             entry.dir = all.path_of(&entry.id);
             match all.rename(&staged, &all, &entry.id) {
                 Ok(()) => return Ok(entry),
-                // A folder that is not empty is another clone's.
+                // A directory that is not empty belongs to another clone.
                 Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
                 Err(e) => return Err(failed(&entry.dir, e)),
             }
         }
     }
 
-    /// Lets all clones of this launch go, at once.
+    /// Releases all clones of this launch at once.
     ///
     /// # Errors
-    /// When the marker cannot be removed: then the clones still belong to the launch.
+    /// Returns an error if the marker cannot be removed: the clones then still belong to the launch.
     pub fn commit(self) -> Result<()> {
-        let failed = |e| runtime::failed("cannot let the clones go", Path::new(&self.id), e);
+        let failed = |e| runtime::failed("cannot release the clones of a launch", Path::new(&self.id), e);
         let all = runtime::open(LAUNCHES)?.ok_or_else(|| failed(ErrorKind::NotFound.into()))?;
         all.remove_file(&self.id).map_err(failed)
     }
 
-    /// Ends all clones of this launch and removes what they had.
+    /// Stops all clones of this launch, and removes their resources.
     ///
     /// # Errors
-    /// When one of them does not die or its folder cannot be removed.
+    /// Returns an error if a clone cannot be killed or its directory cannot be removed.
     pub fn abort(self) -> Result<()> {
         drop(self.marker);
         abort(&self.id).map(drop)
     }
 }
 
-/// True until the clones of that launch are let go or removed.
+/// Returns true until the clones of the launch are released or removed.
 pub fn is_held(launch: &str) -> bool {
     is_plain_name(launch) && runtime::runtime_dir().join(LAUNCHES).join(launch).symlink_metadata().is_ok()
 }
 
-/// Ends everything of one launch that was not let go; nothing, when it was. Gives what it removed.
+/// Kills all clones of a launch that was not released, and removes their resources. Returns the removed records, none
+/// for a released launch.
 ///
 /// # Errors
-/// When a process does not die or a folder cannot be removed. What can be ended and removed is all the same, and the
-/// launch is held on for the next one who tries.
+/// Returns an error if a process cannot be killed or a directory cannot be removed. All other clones are removed, and
+/// the marker is kept for the next attempt.
 pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     let Some(launches) = runtime::open(LAUNCHES)?.filter(|_| is_plain_name(launch)) else {
         return Ok(vec![]);
@@ -189,21 +191,23 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
         Ok(lock) => lock,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
         Err(e) => {
-            return Err(Error::failed("the marker of a launch cannot be used")
+            return Err(Error::failed("cannot use the marker of a launch")
                 .at(&marker)
                 .because(e)
-                .remedy("see what is there; if no `stencil clone` runs, remove it"));
+                .remedy("if no 'stencil clone' is running, remove this file"));
         }
     };
-    // The watchdog and another command may do it at one time, and a child may not have executed its program yet.
-    match locks::wait(&lock, true, CLEARING, || false) {
+    // The watchdog and another command may clean up at the same time, and a child may not have executed its program
+    // yet.
+    match locks::wait(&lock, true, CLEANUP_TIMEOUT, || false) {
         Ok(true) => {}
         Ok(false) => {
-            let what = format!("a broken launch could not be cleared up within {} s", CLEARING.as_secs());
+            let limit = CLEANUP_TIMEOUT.as_secs();
+            let what = format!("timed out after {limit} s waiting for the cleanup of a broken launch");
             let holders = users::list_pids(&locks::flock_holders(&lock));
             return Err(Error::try_again(what)
                 .at(&marker)
-                .remedy(format!("it is locked by {holders}: let that go on, or end it")));
+                .remedy(format!("resume or end the holder of the lock: {holders}")));
         }
         Err(e) => return Err(Error::io("cannot lock", &marker, e)),
     }
@@ -212,16 +216,16 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     }
     let all: Vec<Entry> = list()?.into_iter().filter(|e| e.launch == launch).collect();
     let mut problem = family::kill(&all).err();
-    // The folder of one that does not die is still its guest's.
-    let left = problem.is_some().then(|| Families::look(&all));
+    // The guest of a clone that cannot be killed still uses the clone's directory.
+    let left = problem.is_some().then(|| ProcessTrees::scan(&all));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
     for entry in all.iter().filter(gone) {
         problem = problem.or(entry.remove().err());
     }
     let prefix = staging_prefix(launch);
-    for folder in fs::read_dir(clones_dir()).into_iter().flatten().flatten() {
-        if folder.file_name().to_string_lossy().starts_with(&prefix) {
-            problem = problem.or(remove_folder(&folder.path()).err());
+    for directory in fs::read_dir(clones_dir()).into_iter().flatten().flatten() {
+        if directory.file_name().to_string_lossy().starts_with(&prefix) {
+            problem = problem.or(remove_directory(&directory.path()).err());
         }
     }
     if let Some(problem) = problem {
@@ -233,20 +237,21 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     }
 }
 
-/// The launcher, as the launch's name says; `None` for one that cannot be known here: of another PID namespace.
+/// Returns the launcher that the launch's id names; `None` for a launcher of another PID namespace.
 fn launcher(launch: &str) -> Option<ProcessId> {
-    let mut words = launch.split('.').skip(1);
-    let (pid, identity) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-    // Versions before did not name it.
-    let namespace: Option<u64> = words.next().map(str::parse).transpose().ok()?;
+    let mut parts = launch.split('.').skip(1);
+    let (pid, identity) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    // Ids of older versions have no namespace.
+    let namespace: Option<u64> = parts.next().map(str::parse).transpose().ok()?;
     let ours = namespace.is_none_or(|its| Some(its) == probe::pid_namespace());
     ours.then_some(ProcessId { pid, identity })
 }
 
-/// Ends what launchers left behind that died before all of their clones were ready.
+/// Stops the remaining clones of launchers that died before all of their clones were ready.
 ///
 /// # Errors
-/// When the records cannot be read or something cannot be ended: the first of them. All others are cleared up all the same.
+/// Returns the first error if the records cannot be read or a clone cannot be stopped. All other launches are cleaned
+/// up.
 pub fn sweep() -> Result<()> {
     let mut problem = None;
     let Some(all) = runtime::open(LAUNCHES)? else { return Ok(()) };
@@ -256,7 +261,10 @@ pub fn sweep() -> Result<()> {
             continue;
         }
         match abort(launch) {
-            Ok(gone) => log::info!("launch {launch} had lost its launcher: {} clones removed", gone.len()),
+            Ok(gone) => log::info!(
+                "launch {launch} lost its launcher; removed {}",
+                counted(gone.len() as u64, "clone", "clones")
+            ),
             Err(error) => {
                 problem.get_or_insert(error);
             }
@@ -270,13 +278,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_launch_says_whose_it_is() {
+    fn reads_the_launcher_from_the_id() {
         let me = ProcessId::me().unwrap();
         let launch = Launch::prepare().unwrap();
         assert_eq!(launcher(launch.id()), Some(me));
-        let (of_before, _) = launch.id().rsplit_once('.').unwrap();
-        assert_eq!(launcher(of_before), Some(me));
-        assert_eq!(launcher(&format!("{of_before}.1")), None);
+        let (without_namespace, _) = launch.id().rsplit_once('.').unwrap();
+        assert_eq!(launcher(without_namespace), Some(me));
+        assert_eq!(launcher(&format!("{without_namespace}.1")), None);
         assert_eq!(launcher("c0000000"), None);
     }
 }

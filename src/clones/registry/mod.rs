@@ -1,10 +1,10 @@
-//! The records of clones that were launched here: one folder each in `runtime_dir()/clones`.
+//! The records of launched clones: one directory for each clone in `runtime_dir()/clones`.
 //!
-//! A folder is made before its process and removed after it, so a process without a folder cannot be
-//! ours, and a folder without a living process names a clone that has ended.
+//! The directory is made before the process and removed after it. So every process of a clone has a directory, and a
+//! directory without a living process belongs to a clone that has exited.
 //!
-//! Clones of one call belong to one [`Launch`], which holds them by one marker file: taking it away lets all
-//! of them go at once. If the launcher dies before, whoever comes next ends what is left ([`sweep`]).
+//! The clones of one call belong to one [`Launch`], which holds them by one marker file. Removing the marker releases
+//! all clones at once. If the launcher dies before, the next command stops the remaining clones ([`sweep`]).
 
 mod ending;
 mod entry;
@@ -26,38 +26,39 @@ pub use launch::{Launch, NewEntry, abort, is_held, sweep};
 
 const RECORD: &str = "clone.json";
 
-/// Folders of the runtime directory.
+/// Directories in the runtime directory.
 const CLONES: &str = "clones";
 const LAUNCHES: &str = "launches";
 
-/// The runtime directory from the root: clones and helpers do not stay in this process's folder.
+/// Returns the absolute path of the runtime directory: clones and helpers change their working directory.
 pub fn runtime_root() -> PathBuf {
     runtime_dir()
 }
 
-/// The folder that holds all records.
+/// Returns the directory of all records.
 pub fn clones_dir() -> PathBuf {
     runtime_root().join(CLONES)
 }
 
-/// All records, oldest first, clones that have ended among them.
+/// Returns all records, oldest first, including those of clones that have exited.
 ///
 /// # Errors
-/// When the folder of clones cannot be read. A record that cannot be read is logged and left out.
+/// Returns an error if the directory of clones cannot be read. A record that cannot be read is logged and skipped.
 pub fn list() -> Result<Vec<Entry>> {
     let (entries, unread) = list_and_unread()?;
     unread.iter().for_each(|error| log::warn!("{error}"));
     Ok(entries)
 }
 
-/// The same, and why records of more clones cannot be used: each may be one that lives.
+/// Same as [`list`], with the errors of records that cannot be used instead of log lines. Each may belong to a living
+/// clone.
 ///
 /// # Errors
-/// When the folder of clones cannot be read.
+/// Returns an error if the directory of clones cannot be read.
 pub fn list_and_unread() -> Result<(Vec<Entry>, Vec<Error>)> {
     let (mut entries, mut unread) = (vec![], vec![]);
     let Some(all) = runtime::open(CLONES)? else { return Ok((entries, unread)) };
-    let names = all.names().map_err(|e| Error::io("cannot read the folder of clones", all.path(), e))?;
+    let names = all.names().map_err(|e| Error::io("cannot read the directory of clones", all.path(), e))?;
     for name in names.iter().filter(|name| !name.as_encoded_bytes().starts_with(b".")) {
         match load(&all, Path::new(name)) {
             Ok(Some(entry)) => entries.push(entry),
@@ -69,49 +70,48 @@ pub fn list_and_unread() -> Result<(Vec<Entry>, Vec<Error>)> {
     Ok((entries, unread))
 }
 
-/// The clone with that id.
+/// Returns the record of the clone with this id.
 ///
 /// # Errors
-/// [`Code::NotFound`](crate::error::Code::NotFound) when there is none.
+/// Returns [`Code::NotFound`](crate::error::Code::NotFound) if no clone has the id.
 pub fn find(id: &str) -> Result<Entry> {
     let all = if is_plain_name(id) { runtime::open(CLONES)? } else { None };
     let entry = all.map(|all| load(&all, Path::new(id))).transpose()?.flatten();
     entry.ok_or_else(|| {
-        Error::not_found(format!("no clone has the id '{id}'"))
-            .remedy("see `stencil ps` for the clones that are")
+        Error::not_found(format!("no clone has the id '{id}'")).remedy("run 'stencil ps' to list the clones")
     })
 }
 
 fn load(all: &Folder, name: &Path) -> Result<Option<Entry>> {
     let dir = all.path_of(name);
     let read = || -> io::Result<Option<Entry>> {
-        let folder = trusted_folder(all, name)?;
-        let text = match runtime::read(&folder, RECORD, MAX_RECORD) {
-            // Its clone is being removed.
+        let directory = trusted_folder(all, name)?;
+        let text = match runtime::read(&directory, RECORD, MAX_RECORD) {
+            // The clone is being removed.
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             text => text?,
         };
         let mut entry: Entry = serde_json::from_slice(&text)?;
-        // What is removed later is where the record was found, not where it says.
+        // The directory where the record was found is removed later, not the one that the record names.
         entry.dir.clone_from(&dir);
         match entry.problem() {
             None => Ok(Some(entry)),
-            Some(field) => Err(io::Error::new(ErrorKind::InvalidData, format!("its {field} is invalid"))),
+            Some(field) => Err(io::Error::new(ErrorKind::InvalidData, format!("invalid {field}"))),
         }
     };
     match read() {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         read => read.map_err(|e| {
-            Error::failed("the record of a clone cannot be used").at(&dir).because(e).remedy(format!(
-                "see what is there; if no process of that clone runs, remove {}",
-                dir.display()
-            ))
+            Error::failed("cannot use the record of a clone")
+                .at(&dir)
+                .because(e)
+                .remedy(format!("if no process of this clone is running, remove {}", dir.display()))
         }),
     }
 }
 
-/// Waits a moment for the watchdogs of these clones, which have ended, unless other clones of their launches live: what
-/// belonged to a launch is gone then.
+/// Waits for the watchdogs of these clones, which have exited, unless other clones of the same launch are alive. The
+/// processes and files of the launch are gone when its watchdog has exited.
 pub fn wait_for_watchdogs(ended: &[Entry]) {
     const LIMIT: Duration = Duration::from_secs(2);
     let others = list().unwrap_or_default();
@@ -121,22 +121,22 @@ pub fn wait_for_watchdogs(ended: &[Entry]) {
         if let Some(watchdog) = entry.watchdog.filter(|_| is_over)
             && seen.insert(watchdog)
         {
-            // One that cannot be waited for holds nothing that a user would miss.
+            // After the limit, a remaining watchdog has no effect on the user.
             let _ = watchdog.wait_gone(LIMIT);
         }
     }
 }
 
-/// A short name that nobody else has: `c` and seven hex digits.
+/// Returns a random id: `c` and seven hex digits.
 ///
 /// # Errors
-/// When the kernel gives no random numbers.
+/// Returns an error if the kernel returns no random UUID.
 pub fn random_id() -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random/uuid");
     let uuid = procfs::read_text(path)?;
     let hex: String = uuid.chars().filter(char::is_ascii_hexdigit).take(7).collect();
     if hex.len() < 7 {
-        return Err(Error::failed("the kernel gives no random number").at(path));
+        return Err(Error::failed("the kernel returned no random UUID").at(path));
     }
     Ok(format!("c{hex}"))
 }
@@ -150,10 +150,10 @@ mod tests {
     use crate::sys::process::ProcessId;
 
     #[test]
-    fn a_record_reads_as_it_was_written() {
+    fn reads_the_record_that_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let all = Folder::open(dir.path()).unwrap();
-        let folder = all.create_folder("c0123456", 0o700).unwrap();
+        let directory = all.create_folder("c0123456", 0o700).unwrap();
         let entry = Entry {
             id: "c0123456".into(),
             pid: 12,
@@ -162,7 +162,7 @@ mod tests {
             template: "ab".repeat(32),
             store: Some(StoreOfClone { path: "/s".into(), id: "12ab".into() }),
             kind: Kind::Simulated,
-            dir: folder.path().to_owned(),
+            dir: directory.path().to_owned(),
             created: 56,
             index: 7,
             launch: "c7654321".into(),
@@ -176,7 +176,7 @@ mod tests {
             watchdog: Some(ProcessId { pid: 7, identity: 8 }),
         };
         assert!(entry.is_foreign() && entry.process().is_none() && entry.remove().is_err());
-        let write = |text: &[u8]| runtime::replace(&folder, RECORD, text).unwrap();
+        let write = |text: &[u8]| runtime::replace(&directory, RECORD, text).unwrap();
         let load = || load(&all, Path::new("c0123456"));
         write(&serde_json::to_vec(&entry).unwrap());
         assert_eq!(load().unwrap().as_ref(), Some(&entry));
@@ -194,17 +194,17 @@ mod tests {
             let mut bad = entry.clone();
             change(&mut bad);
             write(&serde_json::to_vec(&bad).unwrap());
-            assert!(load().unwrap_err().to_string().contains("is invalid"), "{bad:?}");
+            assert!(load().unwrap_err().to_string().contains("invalid "), "{bad:?}");
         }
         write(b"{");
         assert!(load().is_err());
-        folder.remove_file(RECORD).unwrap();
-        folder.create(RECORD, 0o666).unwrap().write_all(&serde_json::to_vec(&entry).unwrap()).unwrap();
+        directory.remove_file(RECORD).unwrap();
+        directory.create(RECORD, 0o666).unwrap().write_all(&serde_json::to_vec(&entry).unwrap()).unwrap();
         assert!(load().unwrap_err().to_string().contains("writable by other users"));
     }
 
     #[test]
-    fn ids_are_no_pids_and_no_paths() {
+    fn ids_are_neither_pids_nor_paths() {
         assert!(random_id().unwrap().parse::<u32>().is_err());
         assert!(find("../mounts").is_err());
         assert!(find("").is_err());

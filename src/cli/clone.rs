@@ -184,7 +184,7 @@ fn folder(path: &Path) -> Result<PathBuf> {
 fn no_link(network: String) -> String {
     format!(
         "cards on {network} are without a link, as their guests have the MAC and IP address of the captured one: change \
-         those in the guest, then QMP set_link with name={network} and up=true at qmp.sock of the clone (docs/recipes.md)"
+         those in the guest, then QMP set_link with name={network} and up=true at qmp.sock of the clone (docs/how-to/renew-clones.md)"
     )
 }
 
@@ -196,7 +196,7 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
     if set == clocks.len() {
         return format!(
             "the template is {age} old: the guest agents have set the clocks; what else a clone must renew is in \
-             docs/clone-renewal.md"
+             docs/how-to/renew-clones.md"
         );
     }
     let why = match clocks.iter().find_map(|clock| match clock {
@@ -209,7 +209,7 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
     };
     format!(
         "the template is {age} old, and the system clocks of its clones are as far behind: {why}; set them from the RTC, \
-         which shows today's time (hwclock --hctosys), and renew what docs/clone-renewal.md lists"
+         which shows today's time (hwclock --hctosys), and renew what docs/how-to/renew-clones.md lists"
     )
 }
 

@@ -228,7 +228,7 @@ fn isolation() -> Check {
     Check::note(
         "isolation",
         lacks.join("; "),
-        "servers run, with fewer walls around them: docs/security.md; boot a newer kernel, with lsm=landlock,…",
+        "servers run, with fewer walls around them: docs/explanation/security.md; boot a newer kernel, with lsm=landlock,…",
     )
 }
 

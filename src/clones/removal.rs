@@ -304,7 +304,7 @@ fn used_by_nobody_seen(digest: &Digest, mount: &Mount, file: &str) -> Error {
     .at(&mount.mountpoint)
     .remedy(
         "look for an overlay mount of it, a bind mount of the file, a loop device, or a descriptor that is in a \
-         socket or an io_uring; docs/operating.md lists all ways",
+         socket or an io_uring; docs/explanation/removal.md lists all ways",
     )
 }
 

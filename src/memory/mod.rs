@@ -4,7 +4,7 @@
 //! text ──options──▶ Options ──plan──▶ Plan ──backend──▶ Backend ──dirty──▶ page ranges
 //!       (grammar)           (12 rows)       (open, map)
 //! ```
-//! Everything left of [`Backend`] is pure. `docs/semantics.md` holds the tables; a test executes them.
+//! Everything left of [`Backend`] is pure. `docs/reference/semantics.md` holds the tables; a test executes them.
 
 mod backend;
 mod dirty;

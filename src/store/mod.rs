@@ -2,7 +2,7 @@
 //!
 //! Three things are kept apart. The *image* is what a template is; its hash is the template's digest.
 //! The *placement* says where its blocks are, and may be rewritten. The *policy* (mode, owner, labels,
-//! tags) may change. `docs/store-format.md` describes the bytes.
+//! tags) may change. `docs/reference/store-format.md` describes the bytes.
 
 mod census;
 mod codec;

@@ -1,4 +1,4 @@
-//! The system calls that a server may make: the list of docs/security.md, and nothing else.
+//! The system calls that a server may make: the list of docs/explanation/security.md, and nothing else.
 
 use std::collections::BTreeMap;
 
@@ -76,7 +76,7 @@ const WRITING: i64 =
 
 const NOT_CODE: Allowed = Allowed::If("without `PROT_EXEC`", &[bits(2, libc::PROT_EXEC as i64, 0)]);
 
-/// All of them. One more is a decision: it needs a row in docs/security.md and a new count in the scenario `sandbox`.
+/// All of them. One more is a decision: it needs a row in docs/explanation/security.md and a new count in the scenario `sandbox`.
 pub const CALLS: &[Call] = &[
     call("read", libc::SYS_read, "requests of the kernel, files of the store, answers of the supervisor"),
     call("write", libc::SYS_write, "the log, notices that ask for requests again and take names back"),
@@ -168,7 +168,7 @@ pub const CALLS: &[Call] = &[
 ];
 
 impl Call {
-    /// The row of docs/security.md.
+    /// The row of docs/explanation/security.md.
     pub fn row(&self) -> String {
         let when = match self.allowed {
             Allowed::Always => "always",

@@ -1,4 +1,4 @@
-//! What a server gives up before it reads a byte that it did not write itself: docs/security.md says what for.
+//! What a server gives up before it reads a byte that it did not write itself: docs/explanation/security.md says what for.
 //!
 //! ```text
 //!   inherited descriptors, memory, sockets ── made before ──┐

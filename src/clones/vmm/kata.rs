@@ -17,7 +17,7 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
         .replace("@MEMORY@", &shell_word(memory.path));
     let notes = vec![
         "write it to a file, make it executable, and name it as path of \
-         [hypervisor.qemu]; docs/vmms.md has the whole procedure"
+         [hypervisor.qemu]; docs/how-to/kata.md has the whole procedure"
             .to_owned(),
     ];
     Ok(Paste { text: text.trim_end().to_owned(), argv: None, body: None, notes })

@@ -1,6 +1,6 @@
 //! The bytes on disk, format version 1: the only module that knows them.
 //!
-//! `docs/store-format.md` has the tables. All numbers are little endian. Every length is bounded
+//! `docs/reference/store-format.md` has the tables. All numbers are little endian. Every length is bounded
 //! before it is used, and every header carries its own checksum, so that a decoder either gives a
 //! value that may be trusted or an [`Invalid`] that says what it met.
 

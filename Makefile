@@ -97,7 +97,7 @@ install-files:
 	$(foreach file,$(completions),$(bin)/stencil generate completions \
 	    $(if $(findstring /bash,$(file)),bash,$(if $(findstring /zsh,$(file)),zsh,fish)) >'$(file)' &&) :
 	install -m 0644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT mountd/debian/copyright '$(doc)/'
-	set -e; for page in $$(find docs -name '*.md'); do install -D -m 0644 "$$page" '$(doc)/'"$$page"; done
+	install -m 0644 docs/*.md '$(doc)/docs/'
 	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
 	install -m 0644 '$(bin)/crates.gz' '$(doc)/'
 	chmod 0644 '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \

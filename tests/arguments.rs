@@ -307,8 +307,9 @@ fn the_documented_commands_are_those_that_exist() {
     }
     // Options of every command stand at the program itself.
     commands.push((vec!["stencil".to_owned()], cli.clone()));
-    let arguments =
-        |command: &clap::Command| command.get_arguments().filter(|arg| !arg.is_hide_set()).map(spelled).collect();
+    let arguments = |command: &clap::Command| {
+        command.get_arguments().filter(|arg| !arg.is_hide_set()).map(spelled).collect()
+    };
     let ours: BTreeMap<String, Arguments> =
         commands.iter().map(|(words, command)| (words.join(" "), arguments(command))).collect();
     assert!(ours.len() >= 29, "{:?}", ours.keys());
@@ -331,6 +332,9 @@ fn the_documented_commands_are_those_that_exist() {
     }
     assert_eq!(documented.keys().collect::<Vec<_>>(), ours.keys().collect::<Vec<_>>());
     for (command, arguments) in &ours {
-        assert_eq!(&documented[command], arguments, "{command}: documented on the left, existing on the right");
+        assert_eq!(
+            &documented[command], arguments,
+            "{command}: documented on the left, existing on the right"
+        );
     }
 }

@@ -140,7 +140,11 @@ fn every_promise_of_evidence_names_a_test() {
     for row in &rows {
         assert_eq!(row.len(), 2, "{row:?}");
         assert!(!citations(row[1]).is_empty(), "no test: {row:?}");
-        assert_eq!(citations(row[1]).len(), quoted(row[1]).count(), "the second cell has tests alone: {row:?}");
+        assert_eq!(
+            citations(row[1]).len(),
+            quoted(row[1]).count(),
+            "the second cell has tests alone: {row:?}"
+        );
     }
     for (heading, least) in [
         ("## Removal and space", 15),
@@ -200,7 +204,8 @@ fn only_evidence_and_the_table_of_failures_cite_tests() {
 /// The anchors of a page's headings, as GitHub makes them.
 fn anchors(text: &str) -> BTreeSet<String> {
     let prose: String = text.split("```").step_by(2).collect();
-    let headings = prose.lines().filter_map(|line| line.strip_prefix('#')?.trim_start_matches('#').strip_prefix(' '));
+    let headings =
+        prose.lines().filter_map(|line| line.strip_prefix('#')?.trim_start_matches('#').strip_prefix(' '));
     headings
         .map(|heading| {
             let kept = heading.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));

@@ -458,7 +458,8 @@ fn the_list_of_system_calls_is_the_documented_one() {
     let output = Command::new(daemon()).args(["attempt", "calls"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let ours: BTreeSet<&str> = text.lines().collect();
-    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/explanation/security.md")).unwrap();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/explanation/security.md"))
+        .unwrap();
     let marker = "<!-- test: the_list_of_system_calls_is_the_documented_one -->";
     let table = page.split(marker).nth(1).expect("the table is marked");
     let documented: BTreeSet<&str> =
@@ -469,5 +470,9 @@ fn the_list_of_system_calls_is_the_documented_one() {
         missing.is_empty() && invented.is_empty(),
         "not documented: {missing:#?}\nnot allowed: {invented:#?}"
     );
-    assert_eq!(ours.len(), CALLS, "the list has grown or shrunk: say why in docs/explanation/security.md, and here");
+    assert_eq!(
+        ours.len(),
+        CALLS,
+        "the list has grown or shrunk: say why in docs/explanation/security.md, and here"
+    );
 }

@@ -290,7 +290,10 @@ fn spelled(arg: &clap::Arg) -> (String, String) {
         (Some(short), Some(_)) => format!("-{short}, "),
         _ => String::new(),
     };
-    let defaults: Vec<_> = arg.get_default_values().iter().map(|value| value.to_str().unwrap()).collect();
+    // A flag's default is that it is absent.
+    let takes_values = arg.get_action().takes_values();
+    let defaults = arg.get_default_values().iter().filter(|_| takes_values);
+    let defaults: Vec<_> = defaults.map(|value| value.to_str().unwrap()).collect();
     (format!("{short}{arg}"), defaults.join(" "))
 }
 
@@ -300,18 +303,22 @@ fn the_documented_commands_are_those_that_exist() {
         !command.is_hide_set() && command.get_subcommands().all(visible)
     }
     type Arguments = BTreeMap<String, String>;
-    let cli = stencilfs::cli::Cli::command();
+    let mut cli = stencilfs::cli::Cli::command().disable_help_subcommand(true);
+    cli.build();
     let mut commands = Vec::new();
     for below in cli.get_subcommands().filter(|command| visible(command)) {
         leaves(below, &["stencil".to_owned(), below.get_name().to_owned()], &mut commands);
     }
-    // Options of every command stand at the program itself.
-    commands.push((vec!["stencil".to_owned()], cli.clone()));
-    let arguments = |command: &clap::Command| {
-        command.get_arguments().filter(|arg| !arg.is_hide_set()).map(spelled).collect()
+    // Options of every command belong to the program itself.
+    let global =
+        |arg: &&clap::Arg| arg.is_global_set() || ["help", "version"].contains(&arg.get_id().as_str());
+    let own = |command: &clap::Command| -> Arguments {
+        command.get_arguments().filter(|arg| !arg.is_hide_set() && !global(arg)).map(spelled).collect()
     };
-    let ours: BTreeMap<String, Arguments> =
-        commands.iter().map(|(words, command)| (words.join(" "), arguments(command))).collect();
+    let of_every_command = cli.get_arguments().filter(|arg| arg.is_global_set()).map(spelled).collect();
+    let mut ours: BTreeMap<String, Arguments> =
+        commands.iter().map(|(words, command)| (words.join(" "), own(command))).collect();
+    ours.insert("stencil".to_owned(), of_every_command);
     assert!(ours.len() >= 29, "{:?}", ours.keys());
 
     let page =

@@ -1,6 +1,7 @@
 //! Every argument of every command, with values that nobody expects: the table is made from the parser's own tree, so that
 //! a new command is in it.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -15,7 +16,7 @@ use serde_json::Value;
 
 use crate::support::mount::{STENCIL, TestMount, temporary};
 
-/// Exit codes that docs/compatibility.md promises.
+/// Exit codes that docs/reference/exit-codes-and-json.md promises.
 const CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
 
 /// Not UTF-8.
@@ -281,4 +282,66 @@ fn paths_of_any_bytes_are_used_as_they_are_or_refused() {
             .lines()
             .all(|line| !line.contains(world.dir().to_str().unwrap()))
     );
+}
+
+/// An argument as help prints it, and its default.
+fn spelled(arg: &clap::Arg) -> (String, String) {
+    let short = match (arg.get_short(), arg.get_long()) {
+        (Some(short), Some(_)) => format!("-{short}, "),
+        _ => String::new(),
+    };
+    // A flag's default is that it is absent.
+    let takes_values = arg.get_action().takes_values();
+    let defaults = arg.get_default_values().iter().filter(|_| takes_values);
+    let defaults: Vec<_> = defaults.map(|value| value.to_str().unwrap()).collect();
+    (format!("{short}{arg}"), defaults.join(" "))
+}
+
+#[test]
+fn the_documented_commands_are_those_that_exist() {
+    fn visible(command: &clap::Command) -> bool {
+        !command.is_hide_set() && command.get_subcommands().all(visible)
+    }
+    type Arguments = BTreeMap<String, String>;
+    let mut cli = stencilfs::cli::Cli::command().disable_help_subcommand(true);
+    cli.build();
+    let mut commands = Vec::new();
+    for below in cli.get_subcommands().filter(|command| visible(command)) {
+        leaves(below, &["stencil".to_owned(), below.get_name().to_owned()], &mut commands);
+    }
+    // Options of every command belong to the program itself.
+    let global =
+        |arg: &&clap::Arg| arg.is_global_set() || ["help", "version"].contains(&arg.get_id().as_str());
+    let own = |command: &clap::Command| -> Arguments {
+        command.get_arguments().filter(|arg| !arg.is_hide_set() && !global(arg)).map(spelled).collect()
+    };
+    let of_every_command = cli.get_arguments().filter(|arg| arg.is_global_set()).map(spelled).collect();
+    let mut ours: BTreeMap<String, Arguments> =
+        commands.iter().map(|(words, command)| (words.join(" "), own(command))).collect();
+    ours.insert("stencil".to_owned(), of_every_command);
+    assert!(ours.len() >= 29, "{:?}", ours.keys());
+
+    let page =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/commands.md")).unwrap();
+    let mut documented: BTreeMap<String, Arguments> = BTreeMap::new();
+    for section in page.split("\n### ").skip(1) {
+        let (command, text) = section.split_once('\n').unwrap();
+        let rows = text.lines().filter(|line| line.starts_with("| `"));
+        let cells = rows.map(|row| {
+            let row = row.replace("\\|", "\0");
+            let cells: Vec<String> =
+                row.split('|').map(|cell| cell.trim().trim_matches('`').replace('\0', "|")).collect();
+            assert!(cells.len() == 5 && !cells[3].is_empty(), "{command}: {row}");
+            (cells[1].clone(), cells[2].clone())
+        });
+        let once = documented.insert(command.to_owned(), cells.collect()).is_none();
+        assert!(once, "{command} is documented twice");
+    }
+    assert_eq!(documented.keys().collect::<Vec<_>>(), ours.keys().collect::<Vec<_>>());
+    for (command, arguments) in &ours {
+        assert_eq!(
+            &documented[command], arguments,
+            "{command}: documented on the left, existing on the right"
+        );
+    }
 }

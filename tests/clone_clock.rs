@@ -62,7 +62,7 @@ fn the_rtc_of_a_clone_shows_the_time_of_today() {
     assert!(rtc.abs() <= 3, "the RTC is {rtc} s behind: {said}");
     assert!(system >= AGE.as_secs() as i64 - 1, "only {system} s behind: {said}");
     assert!(
-        said.contains("no channel for a guest agent") && said.contains("docs/clone-renewal.md"),
+        said.contains("no channel for a guest agent") && said.contains("docs/how-to/renew-clones.md"),
         "{said}"
     );
 }

@@ -1,4 +1,4 @@
-//! What `docs/compatibility.md` promises.
+//! What `docs/reference/compatibility.md` and `docs/reference/exit-codes-and-json.md` promise from the first release on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -117,7 +117,7 @@ fn json_has_every_promised_field() {
     let answers = answers(&world);
     let mut missing = Vec::new();
     let mut seen = BTreeSet::new();
-    for row in rows("compatibility.md", "json_has_every_promised_field") {
+    for row in rows("reference/exit-codes-and-json.md", "json_has_every_promised_field") {
         let (command, fields) = (code(&row[0]).unwrap().to_owned(), code(&row[1]).unwrap());
         let Some(answer) = answers.get(command.as_str()) else {
             missing.push(format!("{command}: it is not called here"));
@@ -149,10 +149,17 @@ fn json_has_every_promised_field() {
 
 #[test]
 fn exit_codes_are_the_promised_ones() {
-    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/compatibility.md")).unwrap();
-    let table = text.split("Exit codes:").nth(1).unwrap().split("\n\n").nth(1).unwrap();
-    let promised: BTreeSet<u8> =
-        table.lines().skip(2).map(|line| line.split('|').nth(1).unwrap().trim().parse().unwrap()).collect();
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/exit-codes-and-json.md");
+    let text = fs::read_to_string(page).unwrap();
+    let table = text.split("## Exit codes\n\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let promised: BTreeSet<(u8, String)> = table
+        .lines()
+        .skip(2)
+        .map(|line| {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            (cells[1].parse().unwrap(), cells[2].trim_matches('`').to_owned())
+        })
+        .collect();
     let codes = [
         Code::Failed,
         Code::Usage,
@@ -162,9 +169,24 @@ fn exit_codes_are_the_promised_ones() {
         Code::CheckFailed,
         Code::TryAgain,
     ];
-    let mut ours: BTreeSet<u8> = codes.map(Code::exit_code).into();
-    ours.insert(0);
-    assert_eq!(ours, promised);
+    let mut ours: BTreeSet<(u8, String)> =
+        codes.iter().map(|code| (code.exit_code(), code.name().to_owned())).collect();
+    ours.insert((0, String::new()));
+    assert_eq!(ours, promised, "existing on the left, documented on the right");
+}
+
+#[test]
+fn promises_begin_with_the_first_release() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/compatibility.md");
+    let text = fs::read_to_string(page).unwrap();
+    let changes = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/CHANGELOG.md")).unwrap();
+    let released = !changes.contains("## 0.1.0 (not released yet)");
+    assert!(text.contains("begins with the first release, 0.1.0"), "the page names the first release");
+    assert_eq!(released, !text.contains("Stencil has not been released yet"));
+    assert!(released || !changes.contains("Incompatible: "), "nothing was promised yet");
+    let table = text.split("| subject | promise |").nth(1).unwrap();
+    let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+    assert!(rows.len() >= 9, "{rows:?}");
 }
 
 /// Where the three words of features lie in `format`, and where its checksum does.

@@ -81,7 +81,7 @@ fn a_clone_in_a_chroot_with_one_folder_counts() {
 fn who_may_not_read_a_template_learns_nothing_of_it() {
     let _host = host::shared();
     let promised: Vec<(String, String)> =
-        rows("security.md", "who_may_not_read_a_template_learns_nothing_of_it")
+        rows("explanation/security.md", "who_may_not_read_a_template_learns_nothing_of_it")
             .into_iter()
             .map(|row| (code(&row[0]).unwrap().to_owned(), code(&row[1]).unwrap().to_owned()))
             .collect();

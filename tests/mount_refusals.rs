@@ -1,4 +1,4 @@
-//! Every write-like call is refused with the errno that `docs/semantics.md` promises, and changes nothing.
+//! Every write-like call is refused with the errno that `docs/reference/semantics.md` promises, and changes nothing.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -173,7 +173,7 @@ fn refused_as_promised(serve: &str) {
     let listing = |p: &Path| run("ls", &["-lRn", "--time-style=full-iso", p.to_str().unwrap()]);
     let before = (listing(world.mountpoint()), listing(&world.store_dir()));
     let mut calls = calls();
-    for row in rows("semantics.md", "every_write_like_call_is_refused_as_the_table_says") {
+    for row in rows("reference/semantics.md", "every_write_like_call_is_refused_as_the_table_says") {
         let call = calls.remove(row[0].as_str()).unwrap_or_else(|| panic!("no test does {}", row[0]));
         let expected = code(&row[1]).unwrap();
         let got = match call(&place) {

@@ -1,5 +1,5 @@
 //! The same object to the installed QEMU and to Stencil, in the same run: same verdict, same words, same
-//! mapping, same outcome of a read and a write. The objects stand in the tables of `docs/semantics.md`.
+//! mapping, same outcome of a read and a write. The objects stand in the tables of `docs/reference/semantics.md`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +15,7 @@ use crate::support::object_files::{Files, explain, user_of};
 use crate::support::qemu_object::{Guest, Verdict, verdict};
 use crate::support::tables::{code, rows};
 
-const DOCUMENT: &str = "semantics.md";
+const DOCUMENT: &str = "reference/semantics.md";
 const MIB: u64 = 1 << 20;
 
 /// How a process maps an object: the mapping whose line picks it.

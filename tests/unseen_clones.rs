@@ -245,7 +245,8 @@ fn every_holder_keeps_its_bytes_by_passthrough() {
 
 #[test]
 fn the_documented_ways_are_those_that_are_tried() {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md")).unwrap();
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/explanation/removal.md"))
+        .unwrap();
     let table = text.split_once("| held by | `rm` |").expect("the table of ways").1;
     let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
     let cells = rows.map(|row| row.split('|').map(str::trim).skip(1).collect::<Vec<_>>());

@@ -197,7 +197,7 @@ fn link_is_down(network: String) -> String {
     format!(
         "the network cards on {network} have no link, because their guests still have the MAC and IP address of the \
          captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
-         qmp.sock of the clone (docs/recipes.md)"
+         qmp.sock of the clone (docs/how-to/renew-clones.md)"
     )
 }
 
@@ -208,7 +208,7 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
     let age = span(age);
     if set == clocks.len() {
         return format!(
-            "the template is {age} old; the guest agents have set the clocks; see docs/clone-renewal.md for the other \
+            "the template is {age} old; the guest agents have set the clocks; see docs/how-to/renew-clones.md for the other \
              properties that a clone must renew"
         );
     }
@@ -222,7 +222,7 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
     };
     format!(
         "the template is {age} old, and the system clocks of its clones are behind by the same time: {why}; set \
-         the clocks from the RTC, which shows the current time (hwclock --hctosys), and follow docs/clone-renewal.md"
+         the clocks from the RTC, which shows the current time (hwclock --hctosys), and follow docs/how-to/renew-clones.md"
     )
 }
 

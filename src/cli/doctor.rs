@@ -233,7 +233,7 @@ fn isolation() -> Check {
     Check::note(
         "isolation",
         lacks.join("; "),
-        "boot a newer kernel with lsm=landlock,…; until then, servers are less confined (docs/security.md)",
+        "boot a newer kernel with lsm=landlock,…; until then, servers are less confined (docs/explanation/security.md)",
     )
 }
 

@@ -309,7 +309,7 @@ fn used_without_process(digest: &Digest, mount: &Mount, file: &str) -> Error {
     .at(&mount.mountpoint)
     .remedy(
         "look for an overlay mount of the template, a bind mount of the file, a loop device, or a file descriptor in a \
-         socket or an io_uring; see docs/operating.md for all kinds of use",
+         socket or an io_uring; see docs/explanation/removal.md for all kinds of use",
     )
 }
 

@@ -2,7 +2,7 @@
 //!
 //! The store separates three parts of a template. The *image* is the content: names, sizes and block hashes; its hash
 //! is the template's digest. The *placement* locates the blocks in packs, and may be rewritten. The *policy* (mode,
-//! owner, labels, recipe) and the tags may be changed. `docs/store-format.md` describes the bytes on disk.
+//! owner, labels, recipe) and the tags may be changed. `docs/reference/store-format.md` describes the bytes on disk.
 
 mod census;
 mod codec;

@@ -88,7 +88,7 @@ pub struct TestMount {
     pub expects_sigsys: bool,
 }
 
-/// How the log names the end of a server that made a system call which is not on the list of docs/security.md.
+/// How the log names the end of a server that made a system call which is not on the list of docs/explanation/security.md.
 pub const SIGSYS: &str = "SIGSYS";
 
 /// How a command names processes that might be clones and cannot be asked.

@@ -17,7 +17,7 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
         .replace("@MEMORY@", &shell_word(memory.path));
     let notes = vec![
         "write the script to a file, make the file executable, and set path in [hypervisor.qemu] to that file; \
-         docs/vmms.md has the whole procedure"
+         docs/how-to/kata.md has the whole procedure"
             .to_owned(),
     ];
     Ok(Paste { text: text.trim_end().to_owned(), argv: None, body: None, notes })

@@ -1,4 +1,4 @@
-//! The system calls that a server may make: exactly the list in docs/security.md.
+//! The system calls that a server may make: exactly the list in docs/explanation/security.md.
 
 use std::collections::BTreeMap;
 
@@ -76,7 +76,7 @@ const WRITING: i64 =
 
 const NOT_CODE: Allowed = Allowed::If("without `PROT_EXEC`", &[bits(2, libc::PROT_EXEC as i64, 0)]);
 
-/// All allowed calls. An addition needs a row in docs/security.md and a new count in the test scenario `sandbox`.
+/// All allowed calls. An addition needs a row in docs/explanation/security.md and a new count in the test scenario `sandbox`.
 pub const CALLS: &[Call] = &[
     call("read", libc::SYS_read, "requests of the kernel, files of the store, replies of the supervisor"),
     call(
@@ -172,7 +172,7 @@ pub const CALLS: &[Call] = &[
 ];
 
 impl Call {
-    /// Returns the row for the table in docs/security.md.
+    /// Returns the row for the table in docs/explanation/security.md.
     pub fn row(&self) -> String {
         let when = match self.allowed {
             Allowed::Always => "always",

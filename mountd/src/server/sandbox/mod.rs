@@ -1,5 +1,5 @@
 //! The sandbox of a server, entered before the server reads data that another user may have written; see
-//! docs/security.md.
+//! docs/explanation/security.md.
 //!
 //! ```text
 //!   inherited descriptors, memory, sockets ── created before ──┐

@@ -57,7 +57,7 @@ bench: setup build
 	$(guard) tests/bench/throughput.sh
 
 docs-record: setup build
-	STENCIL_UPDATE_DOCS=1 $(guard) $(CARGO) test --release --test suite -- documented_commands
+	STENCIL_UPDATE_DOCS=1 $(guard) $(CARGO) test --release --test suite -- documented_commands::
 
 deb: setup build deb-files
 

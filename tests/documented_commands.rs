@@ -73,7 +73,9 @@ fn prepare(environment: &str, session: &mut Session) {
             let [kernel, initramfs, append] = guest::linux();
             fs::copy(kernel, home.join("vmlinuz")).unwrap();
             fs::copy(initramfs, home.join("initramfs")).unwrap();
-            let program = format!("#!/bin/bash\nexec /usr/bin/qemu-system-x86_64 \"${{@/#kvm/tcg}}\" -append '{append}'\n");
+            let program = format!(
+                "#!/bin/bash\nexec /usr/bin/qemu-system-x86_64 \"${{@/#kvm/tcg}}\" -append '{append}'\n"
+            );
             install(&session.bin().join("qemu-system-x86_64"), &program);
         }
         // A store with the template `guest:v1`, captured from a running QEMU.
@@ -91,7 +93,10 @@ fn prepare(environment: &str, session: &mut Session) {
         }
         // What Kata's factory leaves of a template.
         "kata-factory" => {
-            tell(session, "mkdir -p /run/vc/vm/template && seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory");
+            tell(
+                session,
+                "mkdir -p /run/vc/vm/template && seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory",
+            );
             tell(session, "seq 1 9999 >/run/vc/vm/template/state");
         }
         _ => panic!("unknown environment '{environment}'"),
@@ -134,7 +139,8 @@ fn run_page(page: &str) -> (Vec<String>, Vec<String>) {
     let mut replacements: Vec<(std::ops::Range<usize>, Vec<String>)> = Vec::new();
     let (mut not_run, mut ran) = (0, 0);
     let mut session = Session::start();
-    let environments = text.lines().filter_map(|line| line.strip_prefix("<!-- environment: ")?.strip_suffix(" -->"));
+    let environments =
+        text.lines().filter_map(|line| line.strip_prefix("<!-- environment: ")?.strip_suffix(" -->"));
     environments.for_each(|environment| prepare(environment, &mut session));
     let mut failed: Option<(usize, i32)> = None;
     'page: for block in blocks(&text) {
@@ -166,7 +172,11 @@ fn run_page(page: &str) -> (Vec<String>, Vec<String>) {
             failed = (outcome.code != 0).then_some((at, outcome.code));
             let real: Vec<String> = outcome.text.lines().map(|line| line.trim_end().to_owned()).collect();
             if !matches(&step.shown, &real, &varies) {
-                faults.push(format!("line {at}: $ {}\n{}", step.command, difference(&step.shown, &real, &varies)));
+                faults.push(format!(
+                    "line {at}: $ {}\n{}",
+                    step.command,
+                    difference(&step.shown, &real, &varies)
+                ));
                 let first = step.line + step.length;
                 replacements.push((first..first + step.shown.len(), updated(&step.shown, &real, &varies)));
             }
@@ -191,7 +201,8 @@ fn run_page(page: &str) -> (Vec<String>, Vec<String>) {
 /// Shown lines with `-`, real ones with `+`, those that agree with a blank.
 fn difference(shown: &[String], real: &[String], varies: &[&str]) -> String {
     let same = shown.iter().zip(real).take_while(|(s, r)| line_matches(s, r, varies)).count();
-    let with = |sign: &str, lines: &[String]| lines.iter().map(|l| format!("    {sign} {l}\n")).collect::<String>();
+    let with =
+        |sign: &str, lines: &[String]| lines.iter().map(|l| format!("    {sign} {l}\n")).collect::<String>();
     with(" ", &shown[..same]) + &with("-", &shown[same..]) + &with("+", &real[same..])
 }
 
@@ -229,7 +240,10 @@ fn every_page_is_run_and_keeps_the_rules() {
     found.sort();
     listed.sort();
     assert_eq!(found, listed, "each page has a test in this file");
-    assert!(read("README.md").lines().count() <= README_LINES, "README.md has more than {README_LINES} lines");
+    assert!(
+        read("README.md").lines().count() <= README_LINES,
+        "README.md has more than {README_LINES} lines"
+    );
     for page in PAGES {
         let (text, name) = (read(page), page.rsplit('/').next().unwrap());
         assert_eq!(violations(&text), Vec::<String>::new(), "{page}");
@@ -276,10 +290,17 @@ fn a_page_that_is_not_true_is_found() {
     assert!(!same("removed blake3:[..] at last", "removed blake3:12ab at", &[]));
     assert!(same("c0ffee12  4711  running  1s", "c1a2b3c4  17  running  12s", &["id", "number", "time"]));
     assert!(!same("c0ffee12  4711  running  1s", "c1a2b3c4  17  ended  12s", &["id", "number", "time"]));
-    assert!(same("in 1.2 s.", "in 900 ms.", &["time"]) && same("port 127.0.0.1:80", "port 127.0.0.1:9", &["address"]));
+    assert!(same("-name web-c0ffee12", "-name web-c1a2b3c4", &["id"]));
+    assert!(!same("-name web-c0ffee12", "-name db-c1a2b3c4", &["id"]));
+    assert!(
+        same("in 1.2 s.", "in 900 ms.", &["time"])
+            && same("port 127.0.0.1:80", "port 127.0.0.1:9", &["address"])
+    );
     let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
     assert!(matches(&lines("a\n[...]\nd"), &lines("a\nb\nc\nd"), &[]));
-    assert!(!matches(&lines("a\n[...]\nd"), &lines("a\nb\nc"), &[]) && !matches(&lines("a"), &lines("a\nb"), &[]));
+    assert!(
+        !matches(&lines("a\n[...]\nd"), &lines("a\nb\nc"), &[]) && !matches(&lines("a"), &lines("a\nb"), &[])
+    );
     assert_eq!(updated(&lines("x [..]\nold"), &lines("new\nx 1\ny"), &[]), lines("new\nx [..]\ny"));
 }
 
@@ -291,7 +312,10 @@ fn a_session_is_a_readers_and_ends_with_everything_in_it() {
     assert_eq!(says("echo $here; pwd; false"), ("1\n/srv\n".into(), 1));
     assert_eq!(says("echo $?; cd; pwd"), ("1\n/root\n".into(), 0), "the code of the last command; HOME");
     assert_eq!(says("cat <<'EOF'\na\nb\nEOF"), ("a\nb\n".into(), 0));
-    assert_eq!(says("touch /etc/x /var/lib/x /usr/sbin/x /srv/x /mnt/x /run/x; sleep 1000 &"), (String::new(), 0));
+    assert_eq!(
+        says("touch /etc/x /var/lib/x /usr/sbin/x /srv/x /mnt/x /run/x; sleep 1000 &"),
+        (String::new(), 0)
+    );
     assert_eq!(session.leftovers(), ["sleep 1000 "]);
     let home = session.home();
     drop(session);

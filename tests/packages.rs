@@ -225,11 +225,12 @@ fn the_first_mount_of_the_readme_runs_where_the_package_is_installed() {
     let debian = Debian::new();
     installed(&debian).ok();
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let section = readme.split("## First mount in sixty seconds\n").nth(1).unwrap().split("\n## ").next().unwrap();
+    let section =
+        readme.split("## First mount in sixty seconds\n").nth(1).unwrap().split("\n## ").next().unwrap();
     let commands: Vec<&str> = section.lines().filter_map(|line| line.strip_prefix("$ ")).collect();
     assert!(commands.len() >= 6, "{section}");
     let done = debian.sh(&format!("cd /root && set -ex\n{}", commands.join("\n"))).ok();
-    assert!(done.out.contains("4 clones take") && done.out.contains("4 stopped"), "{}", done.out);
+    assert!(done.out.contains("8 clones take") && done.out.contains("8 stopped"), "{}", done.out);
     wait_unmounted(&debian);
 }
 

@@ -18,7 +18,8 @@ use crate::support::store::{guest_like, random, read_all};
 
 /// The commands, word for word as the page has them.
 fn documented() -> String {
-    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/how-to/move-templates.md")).unwrap();
+    let page =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/how-to/move-templates.md")).unwrap();
     let blocks = page.split("```sh,file=copy-store\n").skip(1).map(|rest| rest.split("```").next().unwrap());
     let mut found: Vec<&str> = blocks.filter(|block| block.contains("rsync ")).collect();
     assert_eq!(found.len(), 1, "{found:?}");

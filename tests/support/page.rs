@@ -55,7 +55,8 @@ impl Block {
                 steps.push(Step { line, command: command.to_owned(), length: 1, shown: Vec::new() });
                 continue;
             }
-            let step = steps.last_mut().unwrap_or_else(|| panic!("line {}: output without a command", line + 1));
+            let step =
+                steps.last_mut().unwrap_or_else(|| panic!("line {}: output without a command", line + 1));
             match text.strip_prefix("> ").or_else(|| (text == ">").then_some("")) {
                 Some(more) if step.shown.is_empty() => {
                     step.command += "\n";
@@ -95,13 +96,16 @@ pub fn violations(text: &str) -> Vec<String> {
     for block in blocks(text) {
         let at = block.line + 1;
         let known = |word: &String| {
-            ["varies=", "not-run=", "file="].iter().any(|name| word.starts_with(name) && word.len() > name.len())
+            ["varies=", "not-run=", "file="]
+                .iter()
+                .any(|name| word.starts_with(name) && word.len() > name.len())
                 || word == "record"
         };
         if !block.options.iter().all(known) {
             found.push(format!("line {at}: unknown word in the info string: {:?}", block.options));
         }
-        let unknown: Vec<&str> = block.varies().into_iter().filter(|class| !CLASSES.contains(class)).collect();
+        let unknown: Vec<&str> =
+            block.varies().into_iter().filter(|class| !CLASSES.contains(class)).collect();
         if !unknown.is_empty() {
             found.push(format!("line {at}: unknown classes: {unknown:?}"));
         }
@@ -111,7 +115,9 @@ pub fn violations(text: &str) -> Vec<String> {
             }
             "console" => {}
             "sh" | "bash" | "shell" if block.option("file").is_none() => {
-                found.push(format!("line {at}: commands belong in a block marked 'console', a script has 'file='"));
+                found.push(format!(
+                    "line {at}: commands belong in a block marked 'console', a script has 'file='"
+                ));
             }
             _ if block.lines.iter().any(|line| line.trim_start().starts_with("$ ")) => {
                 found.push(format!("line {at}: a command in a block that is not marked 'console'"));
@@ -141,7 +147,8 @@ fn is_hex(word: &str) -> bool {
 }
 
 fn is_number(word: &str) -> bool {
-    word.starts_with(|c: char| c.is_ascii_digit()) && word.chars().all(|c| c.is_ascii_digit() || c == '.' || c == '-')
+    word.starts_with(|c: char| c.is_ascii_digit())
+        && word.chars().all(|c| c.is_ascii_digit() || c == '.' || c == '-')
 }
 
 /// True if a word, with the word that follows, belongs to the class; and whether the next word belongs to it too.
@@ -156,7 +163,9 @@ fn belongs(class: &str, word: &str, next: &str) -> Option<bool> {
         "size" if is_number(word) && unit(&["B", "KiB", "MiB", "GiB", "TiB"]) => Some(true),
         "time" if is_number(word) && unit(&["ms", "s", "min", "h"]) => Some(true),
         "time" if attached(&["ms", "s", "m", "h", "d"]) => Some(false),
-        "time" => (word.len() >= 19 && word.as_bytes()[10] == b'T' && is_number(&word[..10])).then_some(false),
+        "time" => {
+            (word.len() >= 19 && word.as_bytes()[10] == b'T' && is_number(&word[..10])).then_some(false)
+        }
         "address" if hex('-') && groups('-') == [8, 4, 4, 4, 12] => Some(false),
         "address" if hex(':') && groups(':') == [2; 6] => Some(false),
         "address" => {
@@ -199,14 +208,21 @@ fn normal(line: &str, varies: &[&str]) -> String {
         }
         let next = if words.get(at).is_some_and(|w| w.starts_with(' ')) { words.get(at + 1) } else { None };
         let class = CLASSES.iter().filter(|class| varies.contains(class));
-        let found = class.filter_map(|class| Some((class, belongs(class, word, next.copied().unwrap_or(""))?)));
+        let found =
+            class.filter_map(|class| Some((class, belongs(class, word, next.copied().unwrap_or(""))?)));
         // A size or a time before a number: the longer one.
         match found.max_by_key(|(class, two)| (*two, **class != "number")) {
             Some((class, two)) => {
                 text += &format!("<{class}>");
                 at += if two { 2 } else { 0 };
             }
-            None => text += word,
+            // A name with an id at its end.
+            None => match word.rsplit_once('-') {
+                Some((name, id)) if varies.contains(&"id") && belongs("id", id, "").is_some() => {
+                    text += &format!("{name}-<id>");
+                }
+                _ => text += word,
+            },
         }
     }
     text

@@ -72,7 +72,7 @@ impl Session {
     pub fn start() -> Session {
         daemon();
         let dir = temporary("page-");
-        for name in ["scratch", "store", "mnt", "srv", "home", "commands", "bin"] {
+        for name in ["scratch", "store", "mnt", "srv", "home", "tmp", "commands", "bin"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
         let script = format!("set -e; {}; {NAMESPACE}", without_others(dir.path()));
@@ -128,17 +128,34 @@ impl Session {
         writeln!(self.input, "{}", file.display()).map_err(|e| format!("the session has ended: {e}"))?;
         let code = self.codes.recv_timeout(TIMEOUT);
         let text = fs::read(file.with_extension("out")).unwrap_or_default();
-        let home = self.home().display().to_string();
-        let text = String::from_utf8_lossy(&text).replace(&home, "/root");
+        let text = self.as_the_reader_sees(&String::from_utf8_lossy(&text), &file);
         match code {
             Ok(code) => Ok(Outcome { text, code }),
-            Err(_) => Err(format!("no end within {} s, or 'exit' in the page; output so far:\n{text}", TIMEOUT.as_secs())),
+            Err(_) => Err(format!(
+                "no end within {} s, or 'exit' in the page; output so far:\n{text}",
+                TIMEOUT.as_secs()
+            )),
         }
+    }
+
+    /// Names home and temporary directory as a reader's, and the shell as an interactive one does.
+    fn as_the_reader_sees(&self, text: &str, file: &Path) -> String {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let shell = format!("{}: line ", file.display());
+        let line = |line: &str| match line.strip_prefix(&shell).and_then(|rest| rest.split_once(": ")) {
+            Some((_, message)) => format!("bash: {message}\n"),
+            None => format!("{line}\n"),
+        };
+        text.lines()
+            .map(line)
+            .collect::<String>()
+            .replace(&path("home"), "/root")
+            .replace(&path("tmp"), "/tmp")
     }
 
     /// Clones, mounts and processes that the session has not ended, after a moment for those that are ending.
     pub fn leftovers(&mut self) -> Vec<String> {
-        let script = "stencil -q ps --ids; awk '$3 == \"fuse.stencil\" { print $2 }' /proc/self/mounts";
+        let script = "env -u STENCIL_STORE stencil -q ps --ids; awk '$3 == \"fuse.stencil\" { print $2 }' /proc/self/mounts";
         let end = Instant::now() + Duration::from_secs(5);
         loop {
             let listed = self.run(script).map_or_else(|e| e, |outcome| outcome.text);
@@ -163,13 +180,15 @@ fn inside(dir: &Path, holder: &Child) -> Command {
     let old = std::env::var("PATH").unwrap();
     let programs = Path::new(STENCIL).parent().unwrap();
     let rust = |name: &str, default: &str| {
-        std::env::var(name).unwrap_or_else(|_| format!("{}/{default}", std::env::var("HOME").unwrap_or_default()))
+        std::env::var(name)
+            .unwrap_or_else(|_| format!("{}/{default}", std::env::var("HOME").unwrap_or_default()))
     };
     let mut command = Command::new("nsenter");
     command
         .args(["--target", &holder.id().to_string(), "--mount"])
         .arg(format!("--wdns={}", home.display()))
         .env("HOME", &home)
+        .env("TMPDIR", dir.join("tmp"))
         .env("PATH", format!("{}:{}:{old}", dir.join("bin").display(), programs.display()))
         .env("STENCIL_RUNTIME_DIR", "/run/stencil")
         .env("STENCIL_SECCOMP", "kill")
@@ -197,7 +216,7 @@ fn marked(dir: &Path) -> Vec<u32> {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        let script = "stencil -q stop --all; awk '$3 == \"fuse.stencil\" { print $2 }' /proc/self/mounts | \
+        let script = "env -u STENCIL_STORE stencil -q stop --all; awk '$3 == \"fuse.stencil\" { print $2 }' /proc/self/mounts | \
                       while read -r place; do stencil -q umount --force \"$place\" || umount -l \"$place\"; done";
         let _ = inside(self.dir.path(), &self.holder)
             .args(["bash", "-c", script])
@@ -207,7 +226,8 @@ impl Drop for Session {
             .status();
         let end = Instant::now() + Duration::from_secs(20);
         loop {
-            let left: Vec<u32> = marked(self.dir.path()).into_iter().filter(|pid| *pid != self.holder.id()).collect();
+            let left: Vec<u32> =
+                marked(self.dir.path()).into_iter().filter(|pid| *pid != self.holder.id()).collect();
             if left.is_empty() || Instant::now() > end {
                 break;
             }

@@ -29,13 +29,22 @@ pub fn terminal(title: &str, lines: &[String]) -> String {
     for (row, line) in lines.iter().enumerate() {
         let y = TITLE_BAR + (row + 1) * CHARACTER.1 - 5;
         let start = format!("<text x=\"{MARGIN}\" y=\"{y}\" xml:space=\"preserve\"");
-        let sign = if line.starts_with("$ ") { "$ " } else if continued && line.starts_with("> ") { "> " } else { "" };
+        let sign = if line.starts_with("$ ") {
+            "$ "
+        } else if continued && line.starts_with("> ") {
+            "> "
+        } else {
+            ""
+        };
         let text = escaped(&line[sign.len()..]);
         continued = !sign.is_empty();
         svg += &match (sign.is_empty(), text.is_empty()) {
             (true, true) => String::new(),
             (true, false) => format!("{start}>{text}</text>\n"),
-            _ => format!("{start}><tspan class=\"p\">{}</tspan><tspan class=\"c\">{text}</tspan></text>\n", escaped(sign)),
+            _ => format!(
+                "{start}><tspan class=\"p\">{}</tspan><tspan class=\"c\">{text}</tspan></text>\n",
+                escaped(sign)
+            ),
         };
     }
     svg + "</svg>\n"

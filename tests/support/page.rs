@@ -5,9 +5,20 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | `varies=CLASS+CLASS` | words of these classes may differ: `digest`, `id`, `number`, `size`, `time`, `address` |
+//! | `varies=CLASS+CLASS` | words of these classes may differ |
 //! | `record` | the block is part of the recorded session |
 //! | `not-run=REASON` | the block is not run |
+//!
+//! | class | words |
+//! |---|---|
+//! | `digest` | 12 or 64 hexadecimal digits |
+//! | `id` | 8 hexadecimal digits: a clone |
+//! | `pid` | a number after an id, a comma after a pid, or one of the words in `BEFORE_PID`; numbers joined by `-` |
+//! | `number` | any integer |
+//! | `ratio` | a number with decimals |
+//! | `size` | a number and a unit of bytes |
+//! | `time` | a number and a unit of time, a rate (a size and `/s`), a moment in RFC 3339 |
+//! | `address` | a UUID, a MAC address, an IP address with a port |
 //!
 //! A block of another language with `file=PATH` is saved under that path, as the reader would do. In output, `[..]` stands
 //! for any text in a line, and a line `[...]` for any number of lines. Runs of blanks count as one blank.
@@ -140,7 +151,15 @@ pub fn violations(text: &str) -> Vec<String> {
 }
 
 /// Classes of words that may vary.
-const CLASSES: [&str; 6] = ["digest", "id", "number", "size", "time", "address"];
+const CLASSES: [&str; 8] = ["digest", "id", "pid", "number", "ratio", "size", "time", "address"];
+
+/// Words before the number of a process.
+const BEFORE_PID: [&str; 5] = ["supervisor", "server", "process", "it", "pid"];
+
+const TIMES: [&str; 12] =
+    ["ms", "s", "min", "h", "second", "seconds", "minute", "minutes", "hour", "hours", "day", "days"];
+
+const SIZES: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
 
 fn is_hex(word: &str) -> bool {
     !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
@@ -151,79 +170,89 @@ fn is_number(word: &str) -> bool {
         && word.chars().all(|c| c.is_ascii_digit() || c == '.' || c == '-')
 }
 
-/// True if a word, with the word that follows, belongs to the class; and whether the next word belongs to it too.
-fn belongs(class: &str, word: &str, next: &str) -> Option<bool> {
-    let unit = |units: &[&str]| units.contains(&next);
+/// How many of the first words belong to the class, 0 if the first one does not. `before` is what comes before them.
+fn belongs(class: &str, words: &[&str], before: &str) -> usize {
+    let word = words[0];
+    let next = |at: usize| words.get(at).copied().unwrap_or("");
+    let unit = |units: &[&str]| is_number(word) && next(1).trim().is_empty() && units.contains(&next(2));
     let attached = |units: &[&str]| units.iter().any(|u| word.strip_suffix(u).is_some_and(is_number));
     let groups = |sign: char| word.split(sign).map(str::len).collect::<Vec<_>>();
     let hex = |sign: char| word.split(sign).all(is_hex);
+    let integer = word.bytes().all(|b| b.is_ascii_digit());
+    let one = |yes: bool| usize::from(yes);
     match class {
-        "digest" => (is_hex(word) && matches!(word.len(), 12 | 64)).then_some(false),
-        "id" => (is_hex(word) && word.len() == 8).then_some(false),
-        "size" if is_number(word) && unit(&["B", "KiB", "MiB", "GiB", "TiB"]) => Some(true),
-        "time" if is_number(word) && unit(&["ms", "s", "min", "h"]) => Some(true),
-        "time" if attached(&["ms", "s", "m", "h", "d"]) => Some(false),
-        "time" => {
-            (word.len() >= 19 && word.as_bytes()[10] == b'T' && is_number(&word[..10])).then_some(false)
+        "digest" => one(is_hex(word) && matches!(word.len(), 12 | 64)),
+        "id" => one(is_hex(word) && word.len() == 8),
+        "pid" if integer => {
+            let last = before.trim_end_matches([' ', ':']).rsplit(' ').next().unwrap_or("");
+            one(last == "<id>" || last.ends_with("<pid>,") || BEFORE_PID.contains(&last))
         }
-        "address" if hex('-') && groups('-') == [8, 4, 4, 4, 12] => Some(false),
-        "address" if hex(':') && groups(':') == [2; 6] => Some(false),
-        "address" => {
-            let (host, port) = word.rsplit_once(':')?;
-            (is_number(host) && host.contains('.') && is_number(port)).then_some(false)
-        }
-        "number" => is_number(word).then_some(false),
-        _ => None,
+        "pid" => one(is_number(word) && word.contains('-') && !word.contains('.')),
+        "number" => one(integer),
+        "ratio" => one(is_number(word) && word.contains('.') && !unit(&SIZES)),
+        "size" if unit(&SIZES) => 3,
+        "time" if unit(&SIZES) && (next(3), next(4)) == ("/", "s") => 5,
+        "time" if unit(&TIMES) => 3,
+        "time" if attached(&["ms", "s", "m", "h", "d"]) => 1,
+        "time" => one(word.len() >= 19 && word.as_bytes()[10] == b'T' && is_number(&word[..10])),
+        "address" if hex('-') && groups('-') == [8, 4, 4, 4, 12] => 1,
+        "address" if hex(':') && groups(':') == [2; 6] => 1,
+        "address" => one(word
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| is_number(host) && host.contains('.') && is_number(port))),
+        _ => 0,
     }
 }
 
-/// A line with one blank for each run of blanks, and the name of its class for each word that may vary.
-fn normal(line: &str, varies: &[&str]) -> String {
+/// The words and signs of a line; runs of blanks are one word.
+fn words(line: &str) -> Vec<&str> {
     let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | ':' | '-');
     let mut words: Vec<&str> = Vec::new();
     let mut rest = line.trim();
-    while !rest.is_empty() {
-        let first = rest.chars().next().unwrap();
-        let length = match rest.find(|c: char| !inner(c)) {
-            _ if first == ' ' => rest.find(|c: char| c != ' ').unwrap_or(rest.len()),
-            _ if !inner(first) => first.len_utf8(),
-            Some(end) => end,
-            None => rest.len(),
+    while let Some(first) = rest.chars().next() {
+        let run = |belongs: &dyn Fn(char) -> bool| rest.find(|c| !belongs(c)).unwrap_or(rest.len());
+        let length = match first {
+            ' ' => run(&|c| c == ' '),
+            c if inner(c) => run(&inner),
+            c => c.len_utf8(),
         };
         // A sign at the end belongs to the sentence.
-        let word = &rest[..length];
-        let core = word.trim_end_matches(['.', ':', '-']);
+        let core = rest[..length].trim_end_matches(['.', ':', '-']);
         let length = if core.is_empty() { length } else { core.len() };
         words.push(&rest[..length]);
         rest = &rest[length..];
     }
+    words
+}
+
+/// A line with one blank for each run of blanks, and the name of its class for each word that may vary.
+fn normal(line: &str, varies: &[&str]) -> String {
+    let words = words(line);
     let mut text = String::new();
     let mut at = 0;
     while at < words.len() {
         let word = words[at];
-        at += 1;
         if word.starts_with(' ') {
             text.push(' ');
+            at += 1;
             continue;
         }
-        let next = if words.get(at).is_some_and(|w| w.starts_with(' ')) { words.get(at + 1) } else { None };
-        let class = CLASSES.iter().filter(|class| varies.contains(class));
-        let found =
-            class.filter_map(|class| Some((class, belongs(class, word, next.copied().unwrap_or(""))?)));
-        // A size or a time before a number: the longer one.
-        match found.max_by_key(|(class, two)| (*two, **class != "number")) {
-            Some((class, two)) => {
+        let classes = varies.iter().map(|class| (belongs(class, &words[at..], &text), class));
+        match classes.max().filter(|(length, _)| *length > 0) {
+            Some((length, class)) => {
                 text += &format!("<{class}>");
-                at += if two { 2 } else { 0 };
+                at += length;
+                continue;
             }
             // A name with an id at its end.
             None => match word.rsplit_once('-') {
-                Some((name, id)) if varies.contains(&"id") && belongs("id", id, "").is_some() => {
+                Some((name, id)) if varies.contains(&"id") && belongs("id", &[id], "") > 0 => {
                     text += &format!("{name}-<id>");
                 }
                 _ => text += word,
             },
         }
+        at += 1;
     }
     text
 }
@@ -258,16 +287,18 @@ pub fn matches(shown: &[String], real: &[String], varies: &[&str]) -> bool {
     }
 }
 
-/// The real lines, with those shown lines in their place that stand for one.
-pub fn updated(shown: &[String], real: &[String], varies: &[&str]) -> Vec<String> {
+/// The real lines, with those shown lines in their place that have `[..]` and stand for one.
+pub fn updated(shown: &[String], real: &[String]) -> Vec<String> {
     let mut next = 0;
     real.iter()
-        .map(|line| match shown[next..].iter().position(|s| s != "[...]" && line_matches(s, line, varies)) {
-            Some(at) => {
-                next += at + 1;
-                shown[next - 1].clone()
+        .map(|line| {
+            match shown[next..].iter().position(|s| s.contains("[..]") && line_matches(s, line, &[])) {
+                Some(at) => {
+                    next += at + 1;
+                    shown[next - 1].clone()
+                }
+                None => line.clone(),
             }
-            None => line.clone(),
         })
         .collect()
 }

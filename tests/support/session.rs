@@ -146,7 +146,9 @@ impl Session {
             Some((_, message)) => format!("bash: {message}\n"),
             None => format!("{line}\n"),
         };
+        let ours = marked(self.dir.path());
         text.lines()
+            .filter(|line| !warns_of_a_stranger(line, &ours))
             .map(line)
             .collect::<String>()
             .replace(&path("home"), "/root")
@@ -172,6 +174,15 @@ impl Session {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+/// True for a warning that names, as `4711 (name)`, a process of the host which is not of this session: processes of other
+/// scenarios come and go that cannot be examined.
+fn warns_of_a_stranger(line: &str, ours: &[u32]) -> bool {
+    let words: Vec<&str> = line.split(' ').collect();
+    let mut pairs = words.windows(2).filter(|pair| pair[1].starts_with('('));
+    (line.starts_with("[WARN") || line.starts_with("warning"))
+        && pairs.any(|pair| pair[0].parse().is_ok_and(|pid: u32| !ours.contains(&pid)))
 }
 
 /// A command in the namespace, with the environment of the reader.

@@ -4,13 +4,23 @@
 const CHARACTER: (f64, usize) = (8.4, 19);
 const MARGIN: usize = 20;
 const TITLE_BAR: usize = 36;
+/// Longer lines are wrapped.
+const COLUMNS: usize = 110;
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
+/// The rows of a terminal that a line takes.
+fn wrapped(line: &String) -> Vec<String> {
+    let all: Vec<char> = line.chars().collect();
+    let rows = all.chunks(COLUMNS).map(|row| row.iter().collect::<String>());
+    if all.is_empty() { vec![String::new()] } else { rows.collect() }
+}
+
 /// Draws the lines; those that begin with `$ ` are commands.
 pub fn terminal(title: &str, lines: &[String]) -> String {
+    let lines: Vec<String> = lines.iter().flat_map(wrapped).collect();
     let columns = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0);
     let width = (columns as f64 * CHARACTER.0).ceil() as usize + 2 * MARGIN;
     let height = TITLE_BAR + lines.len() * CHARACTER.1 + MARGIN;

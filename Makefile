@@ -14,7 +14,7 @@ export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
 # One after the other: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test soak check bench install install-files uninstall deb deb-files clean
+.PHONY: help setup build demo test soak check bench docs-record install install-files uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install what building and testing need (Debian 12), print the versions'
@@ -24,6 +24,7 @@ help:
 	@echo 'make soak     the same scenarios with longer counts'
 	@echo 'make check    format, lints, documentation: warnings are errors'
 	@echo 'make bench    import and cold-read throughput, with ratios to the raw file'
+	@echo 'make docs-record  run the commands of the pages, write the real output into them, draw docs/tutorial.svg'
 	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the helper of mount(8) into $$DESTDIR$$SBINDIR ($(SBINDIR))'
 	@echo 'make install-files  the same without building, after make build: what $$(bin) has ($(bin)), for a root without cargo'
 	@echo 'make uninstall  takes away what make install has installed with the same variables'
@@ -55,6 +56,9 @@ check:
 bench: setup build
 	$(guard) tests/bench/throughput.sh
 
+docs-record: setup build
+	STENCIL_UPDATE_DOCS=1 $(guard) $(CARGO) test --release --test suite -- documented_commands::
+
 deb: setup build deb-files
 
 # Without building: what is in $(bin). deb_options are options of cargo-deb.
@@ -66,6 +70,8 @@ install: build install-files
 
 share := $(DESTDIR)$(PREFIX)/share
 doc := $(share)/doc/stencil
+# Directories with pages, each with what lies directly in it.
+page_dirs := $(sort $(patsubst %/,%,$(dir $(shell find docs -name '*.md'))))
 unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service
 clones_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-clones@.service
 completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
@@ -87,7 +93,8 @@ install-files:
 	@[ ! -L '$(helper)' -a ! -e '$(helper)' ] || $(helper_is_ours) || { \
 	    echo "$(helper) is of another installation, $$(readlink -m '$(helper)'): make uninstall there first" >&2; exit 1; }
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(share)/man/man1' '$(share)/man/man8' \
-	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/docs' '$(doc)/examples'
+	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/examples' \
+	    $(foreach dir,$(page_dirs),'$(doc)/$(dir)')
 	install -m 0755 '$(bin)/stencil' '$(bin)/stencil-mountd' '$(DESTDIR)$(PREFIX)/bin/'
 	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(helper)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
@@ -97,7 +104,7 @@ install-files:
 	$(foreach file,$(completions),$(bin)/stencil generate completions \
 	    $(if $(findstring /bash,$(file)),bash,$(if $(findstring /zsh,$(file)),zsh,fish)) >'$(file)' &&) :
 	install -m 0644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT mountd/debian/copyright '$(doc)/'
-	install -m 0644 docs/*.md '$(doc)/docs/'
+	$(foreach dir,$(page_dirs),install -m 0644 $(wildcard $(dir)/*.md $(dir)/*.svg) '$(doc)/$(dir)/' &&) :
 	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
 	install -m 0644 '$(bin)/crates.gz' '$(doc)/'
 	chmod 0644 '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \

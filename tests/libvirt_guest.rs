@@ -16,7 +16,7 @@ use crate::support::mount::{TestMount, run};
 
 /// The XML that the documentation tells to write.
 fn documented() -> impl Iterator<Item = &'static str> {
-    let text = include_str!("../docs/recipes.md");
+    let text = include_str!("../docs/how-to/libvirt.md");
     let block = text.split("```xml\n").nth(1).unwrap().split("```").next().unwrap();
     block.lines().map(str::trim)
 }

@@ -24,6 +24,7 @@ mod counted_once;
 mod damaged_block;
 mod demo;
 mod dirty_exact;
+mod documented_commands;
 mod documents;
 mod firecracker;
 mod gc_room;

@@ -1,4 +1,4 @@
-//! A store in use is copied by rsync, in the order that docs/operating.md gives.
+//! A store in use is copied by rsync, in the order that docs/how-to/move-templates.md gives.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,8 +18,9 @@ use crate::support::store::{guest_like, random, read_all};
 
 /// The commands, word for word as the page has them.
 fn documented() -> String {
-    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operating.md")).unwrap();
-    let blocks = page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let page =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/how-to/move-templates.md")).unwrap();
+    let blocks = page.split("```sh,file=copy-store\n").skip(1).map(|rest| rest.split("```").next().unwrap());
     let mut found: Vec<&str> = blocks.filter(|block| block.contains("rsync ")).collect();
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0).to_owned()

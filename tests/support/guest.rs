@@ -271,8 +271,14 @@ pub fn patiently<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Op
 pub fn give(world: &TestMount) {
     let store = world.store_dir();
     fs::remove_dir_all(&store).unwrap();
-    let copied =
-        Command::new("cp").args(["-a", "--reflink=auto"]).arg(captured()).arg(&store).status().unwrap();
+    fs::create_dir(&store).unwrap();
+    give_to(&store);
+}
+
+/// Copies the store with that template into an empty directory.
+pub fn give_to(store: &Path) {
+    let from = captured().join(".");
+    let copied = Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(store).status().unwrap();
     assert!(copied.success());
 }
 

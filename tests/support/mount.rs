@@ -92,7 +92,7 @@ pub struct TestMount {
 pub const SIGSYS: &str = "SIGSYS";
 
 /// How a command names processes that might be clones and cannot be asked.
-const UNSEEN: &str = "inspecting processes that may be clones";
+pub const UNSEEN: &str = "inspecting processes that may be clones";
 
 impl TestMount {
     /// A connection to the control socket of this mount's supervisor.

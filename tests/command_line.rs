@@ -101,8 +101,10 @@ fn the_variable_names_the_daemon_before_any_other_place() {
         Run::of(format!("mount, by {named}"), &command.output().unwrap())
     };
     let none = world.dir().join("none");
-    mount(none.to_str().unwrap()).exits(4).says(&format!("STENCIL_MOUNTD names no file: {}", none.display()));
-    mount(world.dir().to_str().unwrap()).exits(4).says("STENCIL_MOUNTD names no file");
+    mount(none.to_str().unwrap())
+        .exits(4)
+        .says(&format!("STENCIL_MOUNTD does not name a file: {}", none.display()));
+    mount(world.dir().to_str().unwrap()).exits(4).says("STENCIL_MOUNTD does not name a file");
     copy_program(daemon(), world.dir().join("another"));
     // Of the current folder, not of the PATH.
     mount("another").ok();
@@ -110,7 +112,7 @@ fn the_variable_names_the_daemon_before_any_other_place() {
     assert_eq!(fs::read_link(program).unwrap(), world.dir().join("another"));
     let restarted =
         world.command().args(["restart", "--all"]).env("STENCIL_MOUNTD", "none").output().unwrap();
-    Run::of("restart".into(), &restarted).exits(4).says("STENCIL_MOUNTD names no file");
+    Run::of("restart".into(), &restarted).exits(4).says("STENCIL_MOUNTD does not name a file");
     world.stencil(&["restart", "--all"]).ok();
     let program = format!("/proc/{}/exe", world.status()["supervisor_pid"]);
     assert_eq!(fs::read_link(program).unwrap(), daemon());

@@ -65,7 +65,7 @@ fn a_dead_mount_is_recovered_or_taken_away() {
     world.mount(&["--serve", "decode"]).ok();
     assert_eq!(fs::read_dir(&mnt).unwrap().count(), 2, "mounting again takes the dead one away");
     kill_both();
-    assert!(world.stencil(&["status"]).exits(6).out.contains("nobody serves this mount"));
+    assert!(world.stencil(&["status"]).exits(6).out.contains("the mount is dead"));
     world.stencil(&["umount", &mnt]).ok();
     assert_untouched(&world);
     world.mount(&[]).ok();
@@ -100,9 +100,9 @@ fn options_that_are_none() {
     for (list, words) in [
         ("frobnicate", "unknown mount option 'frobnicate'"),
         ("cache-dir", "unknown mount option 'cache-dir'"),
-        ("serve=fast", "'fast' is no way to serve"),
+        ("serve=fast", "invalid serve mode 'fast'"),
         ("cache-size=much", "'much' is not a size"),
-        ("hydrate-timeout=soon", "'soon' is no time"),
+        ("hydrate-timeout=soon", "invalid time 'soon'"),
         ("suid", "'suid' is refused"),
         ("ro,dev", "'dev' is refused"),
     ] {
@@ -245,7 +245,7 @@ fn without_the_daemon() {
         .output()
         .unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("the supervisor ended without a word"), "{said}");
+    assert!(said.contains("the supervisor exited without a report"), "{said}");
     assert_untouched(&world);
 }
 

@@ -113,7 +113,7 @@ fn a_mount_that_does_not_come_to_an_end_is_named() {
     let folder = fs::File::open(&records).unwrap();
     rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let me = format!("{} (", std::process::id());
-    let refused = world.mount(&[]).exits(75).says("another mount has been about to begin");
+    let refused = world.mount(&[]).exits(75).says("waiting for the startup of another mount");
     assert!(refused.err.contains(&me), "{}", refused.err);
     drop(folder);
     world.mount(&[]).ok();

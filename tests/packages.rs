@@ -156,7 +156,7 @@ fn a_status_that_cannot_tell_keeps_the_package(debian: &Debian) {
     refused(&away, &back, "cannot use the runtime directory");
     let away = format!("cd {records}/* && mv mount.json kept && echo '{{' >mount.json");
     let back = format!("cd {records}/* && mv kept mount.json");
-    refused(&away, &back, "  served:  the record of a mount cannot be read");
+    refused(&away, &back, "  served:  cannot read the record of a mount");
     // A user who may not read the records learns nothing of them, and is told so.
     let user = debian.sh("setpriv --reuid=123 --regid=123 --clear-groups stencil status").exits(1);
     assert!(user.err.contains("Permission denied") && user.err.contains("run it as root"), "{}", user.err);
@@ -194,7 +194,7 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
 
     for (options, code, words) in [
         ("-o frobnicate", 1, "unknown mount option 'frobnicate'"),
-        ("-o serve=fast", 1, "'fast' is no way to serve"),
+        ("-o serve=fast", 1, "invalid serve mode 'fast'"),
         ("-f -o frobnicate", 1, "unknown mount option 'frobnicate'"),
     ] {
         let refused = call(options).exits(code);

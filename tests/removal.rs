@@ -196,12 +196,9 @@ fn a_mount_that_is_not_known_whole_keeps_its_templates() {
     let record = record.path().join("mount.json");
     let text = fs::read(&record).unwrap();
     fs::write(&record, &text[..text.len() / 2]).unwrap();
-    world.stencil(&["rm", "web"]).exits(75).says("the record of a mount cannot be read");
+    world.stencil(&["rm", "web"]).exits(75).says("cannot read the record of a mount");
     let again = world.mount(&[]).exits(75);
-    assert!(
-        again.err.contains("the record of a mount cannot be read"),
-        "nothing is taken for dead: {again:?}"
-    );
+    assert!(again.err.contains("cannot read the record of a mount"), "nothing is taken for dead: {again:?}");
     fs::write(&record, &text).unwrap();
     // Another runtime directory knows nothing of the mount; the mount table does.
     let elsewhere = |words: &[&str]| {
@@ -492,7 +489,7 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
     });
     let (rm, process) = met.expect("a removal that is met while it hides its template");
     let begun = Instant::now();
-    let second = world.stencil(&["rm", "web"]).exits(75).says("has been removing template");
+    let second = world.stencil(&["rm", "web"]).exits(75).says("which is removing template");
     assert!(second.err.contains(&process.pid.to_string()), "{second:?}");
     assert!(begun.elapsed() < Duration::from_secs(60));
     assert_eq!(open(&world, &digest), None, "it is found again");

@@ -116,7 +116,7 @@ fn a_mount_that_has_lost_its_processes_is_named_with_what_to_do() {
     };
     kill(number("supervisor_pid"));
     let lost = world.stencil(&["status"]).exits(6).out;
-    let server = format!("its server, process {}, serves on", number("server_pid"));
+    let server = format!("its server, process {}, still serves", number("server_pid"));
     assert!(lost.contains(&format!("process {} is dead", number("supervisor_pid"))), "{lost}");
     assert!(lost.contains(&server) && lost.contains(&format!("stencil mount {mnt}")), "{lost}");
     let answer: Value = serde_json::from_str(&world.stencil(&["--json", "status"]).exits(6).out).unwrap();
@@ -131,13 +131,13 @@ fn a_mount_that_has_lost_its_processes_is_named_with_what_to_do() {
     kill(server);
     for _ in 0..2 {
         let dead = world.stencil(&["status"]).exits(6).out;
-        assert!(dead.contains("nobody serves this mount") && dead.contains(mnt), "{dead}");
+        assert!(dead.contains("the mount is dead") && dead.contains(mnt), "{dead}");
         assert!(dead.contains(&format!("stencil umount {mnt}")), "{dead}");
     }
     let answer: Value = serde_json::from_str(&world.stencil(&["--json", "status"]).exits(6).out).unwrap();
     assert_eq!(answer["silent"][0]["state"], "dead");
-    world.stencil(&["rm", "web:1"]).exits(75).says("nobody serves this mount");
-    assert!(world.stencil(&["doctor"]).out.contains("nobody serves this mount"));
+    world.stencil(&["rm", "web:1"]).exits(75).says("the mount is dead");
+    assert!(world.stencil(&["doctor"]).out.contains("the mount is dead"));
     world.mount(&["--serve", "decode"]).ok();
     world.stencil(&["status"]).ok();
     assert_eq!(std::fs::read_dir(world.runtime_dir().join("mounts")).unwrap().count(), 1);

@@ -12,7 +12,7 @@ use fuser::{
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use stencilfs::control::{Asked, Op};
+use stencilfs::control::{RequestInfo, Op};
 use stencilfs::store::Serving;
 use stencilfs::units::PAGE_SIZE;
 
@@ -96,7 +96,7 @@ impl Templates {
     }
 
     fn take_range(&self, req: &Request, op: Op, ino: INodeNo, offset: u64, size: u32) -> Flight {
-        self.flights.take(Asked { unique: req.unique().0, op, ino: ino.0, offset, size })
+        self.flights.take(RequestInfo { unique: req.unique().0, op, ino: ino.0, offset, size })
     }
 }
 

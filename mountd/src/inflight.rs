@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use stencilfs::control::{Asked, InFlightTable, Phase, THREAD_SLOTS};
+use stencilfs::control::{RequestInfo, InFlightTable, Phase, THREAD_SLOTS};
 use stencilfs::error::{Error, Result};
 
 use crate::stats::{Counter, Stats};
@@ -41,7 +41,7 @@ impl Flights {
     }
 
     /// This thread has taken that request.
-    pub fn take(&'static self, asked: Asked) -> Flight {
+    pub fn take(&'static self, asked: RequestInfo) -> Flight {
         let thread = SLOT.get().unwrap_or_else(|| {
             let thread = THREADS.fetch_add(1, Ordering::Relaxed);
             debug_assert!(thread < THREAD_SLOTS, "more threads than slots");
@@ -63,7 +63,7 @@ enum Place {
 #[derive(Debug)]
 pub struct Flight {
     flights: &'static Flights,
-    asked: Asked,
+    asked: RequestInfo,
     place: Place,
 }
 
@@ -82,7 +82,7 @@ impl Flight {
     }
 
     /// What is asked.
-    pub fn asked(&self) -> &Asked {
+    pub fn asked(&self) -> &RequestInfo {
         &self.asked
     }
 

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use rustix::fs::{Mode, OFlags, SealFlags, fchmod, fcntl_add_seals, fcntl_get_seals};
-use stencilfs::control::ledger::{HALF, HEAD, newest};
+use stencilfs::control::ledger::{HALF_BYTES, HEAD_BYTES, newest};
 use stencilfs::control::{
     BackingRow, CONTROL_VERSION, Chosen, MountOptions, Record, RecordDir, ServerRow, Snapshot,
 };
@@ -35,7 +35,7 @@ impl Ledger {
     /// # Errors
     /// The system's.
     pub fn create() -> io::Result<Ledger> {
-        let file = memfd::create("stencil-ledger", Bytes::new(2 * HALF))?;
+        let file = memfd::create("stencil-ledger", Bytes::new(2 * HALF_BYTES))?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         // A server has no capabilities: it cannot open its read-only copy for writing.
         fchmod(&file, Mode::RUSR)?;
@@ -63,16 +63,16 @@ impl Ledger {
     /// # Errors
     /// `FileTooLarge` for more than a half holds.
     pub fn write(&mut self, text: &[u8]) -> io::Result<()> {
-        if (HEAD + text.len()) as u64 > HALF {
+        if (HEAD_BYTES + text.len()) as u64 > HALF_BYTES {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         self.turn += 1;
-        let mut record = Vec::with_capacity(HEAD + text.len());
+        let mut record = Vec::with_capacity(HEAD_BYTES + text.len());
         record.extend(self.turn.to_le_bytes());
         record.extend((text.len() as u64).to_le_bytes());
         record.extend(blake3::hash(text).as_bytes());
         record.extend(text);
-        self.file.write_all_at(&record, self.turn % 2 * HALF)
+        self.file.write_all_at(&record, self.turn % 2 * HALF_BYTES)
     }
 
     /// The same for reading only.
@@ -308,13 +308,13 @@ mod tests {
             assert_eq!(read, text.as_bytes());
         }
         // "three" is in half 1: a supervisor that dies while it writes it leaves "two".
-        ledger.file.write_all_at(b"x", HALF + HEAD as u64).unwrap();
+        ledger.file.write_all_at(b"x", HALF_BYTES + HEAD_BYTES as u64).unwrap();
         let (mut again, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
         assert_eq!(read, b"two");
         again.write(b"four").unwrap();
         assert_eq!(Ledger::open(again.read_only().unwrap()).unwrap().1, b"four");
         assert!(Ledger::open(Ledger::create().unwrap().read_only().unwrap()).is_err(), "an empty one");
-        assert!(ledger.write(&vec![0; HALF as usize]).is_err());
+        assert!(ledger.write(&vec![0; HALF_BYTES as usize]).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One mount begins at a time: from the look at its place until its record is there for the next one to see.
+//! Serializes the startup of mounts: from the check of the mountpoint until the record of the new mount is written.
 
 use std::time::Duration;
 
@@ -8,36 +8,38 @@ use crate::error::{Error, Result};
 use crate::sys::folder::Folder;
 use crate::sys::{locks, users};
 
-/// A mount has begun within this time, or hangs.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest time that a startup may hold the lock before other startups give up.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The turn of a mount that begins; it ends when this is dropped. No process that is started meanwhile may inherit it.
+/// The lock on the records of mounts, held during a startup and released on drop. A process that is started meanwhile
+/// must not inherit the descriptor.
 #[derive(Debug)]
-pub struct Beginning {
-    _folder: Folder,
+pub struct MountLock {
+    _records: Folder,
 }
 
-impl Beginning {
-    /// Waits for its turn.
+impl MountLock {
+    /// Waits for the lock.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) where another one does not come to an end; when the runtime
-    /// directory cannot be made.
-    pub fn wait() -> Result<Beginning> {
-        // Only its owner can open it, and lock it.
-        let folder = runtime::create(MOUNTS)?;
-        match locks::wait(&folder, true, PATIENCE, || false) {
-            Ok(true) => Ok(Beginning { _folder: folder }),
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if another startup holds the lock for longer than 10
+    /// seconds, and an error if the runtime directory cannot be created.
+    pub fn acquire() -> Result<MountLock> {
+        // Mode 0700: other users can neither open nor lock the directory.
+        let records = runtime::create(MOUNTS)?;
+        match locks::wait(&records, true, STARTUP_TIMEOUT, || false) {
+            Ok(true) => Ok(MountLock { _records: records }),
             Ok(false) => {
-                let holders = users::list_pids(&locks::flock_holders(&folder));
+                let holders = users::list_pids(&locks::flock_holders(&records));
                 Err(Error::try_again(format!(
-                    "another mount has been about to begin for {} s: it has locked the records: {holders}",
-                    PATIENCE.as_secs()
+                    "timed out after {} s waiting for the startup of another mount: the mount records are locked by \
+                     {holders}",
+                    STARTUP_TIMEOUT.as_secs()
                 ))
-                .at(folder.path())
-                .remedy("run it again when that one is mounted, or has given up"))
+                .at(records.path())
+                .remedy("retry when the other mount has started or failed"))
             }
-            Err(e) => Err(Error::io("cannot lock the records of mounts", folder.path(), e)),
+            Err(e) => Err(Error::io("cannot lock the mount records", records.path(), e)),
         }
     }
 }

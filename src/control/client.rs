@@ -1,4 +1,4 @@
-//! Asks supervisors.
+//! Sends requests to supervisors.
 
 use std::fs::File;
 use std::io;
@@ -19,37 +19,35 @@ use crate::error::{Code, Error, Result};
 use crate::sys::peer::Peer;
 use crate::sys::probe;
 
-/// A supervisor that does not answer for so long is stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest wait for the reply of a supervisor.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A supervisor that replaces itself loses its callers for a moment: questions are asked again for so long.
-const AGAIN: Duration = Duration::from_secs(2);
+/// How long a request is retried on a reset connection: a supervisor that replaces itself drops its connections.
+const RETRY_WINDOW: Duration = Duration::from_secs(2);
 
-/// A supervisor that takes no connection for so long is stuck, or has as many as it can wait for.
+/// Longest wait for a connection: the supervisor is stuck, or its backlog is full.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// No snapshot is longer, in bytes: the ledger has no room for it.
-const MAX_SNAPSHOT: u64 = 2 * super::ledger::HALF;
+/// Largest snapshot, in bytes: the size of the ledger.
+const MAX_SNAPSHOT: u64 = 2 * super::ledger::HALF_BYTES;
 
 impl Mount {
-    /// How the mount does.
+    /// Returns the status of the mount.
     ///
     /// # Errors
-    /// When the supervisor does not answer.
+    /// Returns an error if the supervisor does not reply.
     pub fn status(&self) -> Result<MountStatus> {
         Ok(MountStatus::new(self.snapshot()?, self))
     }
 
-    /// What the supervisor knows.
+    /// Returns the state that the supervisor holds.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// Returns an error if the supervisor does not reply, or the reply cannot be parsed.
     pub fn snapshot(&self) -> Result<Snapshot> {
         match ask(&self.dir, &Request::Snapshot)? {
             (Response::Snapshot, Some(file)) => read_snapshot(&File::from(file)).map_err(|e| {
-                Error::failed("the supervisor gave an answer that is not understood")
-                    .because(e)
-                    .remedy(OTHER_VERSION)
+                Error::failed("cannot parse the supervisor's snapshot").because(e).remedy(OTHER_VERSION)
             }),
             (other, _) => Err(unexpected(&other)),
         }
@@ -57,27 +55,28 @@ impl Mount {
 }
 
 fn read_snapshot(file: &File) -> io::Result<Snapshot> {
-    let about = file.metadata()?;
-    if !about.is_file() || about.len() > MAX_SNAPSHOT {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a memory file of bounded size"));
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.len() > MAX_SNAPSHOT {
+        let reason = format!("expected a memory file of at most {MAX_SNAPSHOT} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
     }
-    let mut text = vec![0; about.len() as usize];
+    let mut text = vec![0; metadata.len() as usize];
     file.read_exact_at(&mut text, 0)?;
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Asks the supervisor to end its mount.
+/// Asks the supervisor to unmount.
 ///
 /// # Errors
-/// [`Code::InUse`] where it is in use; or the supervisor does not answer.
+/// Returns [`Code::InUse`] if the mount is in use, and an error if the supervisor does not reply.
 pub fn request_unmount(mount: &Mount, mode: UnmountMode) -> Result<()> {
     done(ask(&mount.dir, &Request::Unmount { mode })?)
 }
 
-/// Has the server close what was given back in the store; comes back when it has.
+/// Makes the server close the files that were deleted from the store, and waits until they are closed.
 ///
 /// # Errors
-/// When the supervisor does not answer.
+/// Returns an error if the supervisor does not reply.
 pub fn request_refresh(mount: &Mount) -> Result<()> {
     match ask(&mount.dir, &Request::Refresh)? {
         (Response::Settled { .. }, _) => Ok(()),
@@ -85,44 +84,45 @@ pub fn request_refresh(mount: &Mount) -> Result<()> {
     }
 }
 
-/// Has the supervisor go on with that program: a new server, and with `supervisor` a new supervisor too. Comes back
-/// once the new server answers the kernel.
+/// Makes the supervisor start a new server from `program` and, with `supervisor`, execute the new supervisor too.
+/// Returns when the new server serves the kernel.
 ///
 /// # Errors
-/// Why the new one does not; the old one then goes on.
+/// Returns the reason why the new process does not serve; the old one then continues.
 pub fn request_restart(mount: &Mount, program: BorrowedFd<'_>, supervisor: bool) -> Result<()> {
     done(ask_with(&mount.dir, &Request::Restart { supervisor }, Some(program))?)
 }
 
-fn done(answer: (Response, Option<OwnedFd>)) -> Result<()> {
-    match answer {
+fn done(reply: (Response, Option<OwnedFd>)) -> Result<()> {
+    match reply {
         (Response::Done, _) => Ok(()),
         (other, _) => Err(unexpected(&other)),
     }
 }
 
-pub(super) const SUPERVISOR_LOST: &str =
-    "its log is beside that socket; where it is stuck or dead, `stencil status` says so, and what to do";
+pub(super) const SUPERVISOR_LOST: &str = "see the log in the directory of that socket; \
+     'stencil status' reports a stuck or dead supervisor and the remedy";
 
-const OTHER_VERSION: &str = "stencil and stencil-mountd are of different versions: install both from one build, then run stencil restart";
+const OTHER_VERSION: &str = "stencil and stencil-mountd have different versions: \
+     install both from one build, then run 'stencil restart'";
 
 pub(super) fn unexpected(response: &Response) -> Error {
-    Error::failed(format!("the supervisor gave an answer to another question: {response:?}"))
-        .remedy(OTHER_VERSION)
+    Error::failed(format!("unexpected reply from the supervisor: {response:?}")).remedy(OTHER_VERSION)
 }
 
-/// Sends one request to the supervisor whose record is in `dir`. A [`Response::Failed`] comes back as the error it is.
+/// Sends one request to the supervisor whose record is in `dir`. A [`Response::Failed`] becomes the error that it
+/// carries.
 ///
 /// # Errors
-/// When there is no supervisor, it does not answer within half a minute, or it refuses.
+/// Returns an error if there is no supervisor, if the supervisor does not reply within 30 seconds, or if it refuses.
 pub fn ask(dir: &Path, request: &Request) -> Result<(Response, Option<OwnedFd>)> {
-    let until = Instant::now() + AGAIN;
+    let until = Instant::now() + RETRY_WINDOW;
     loop {
         match ask_with(dir, request, None) {
             Err(error) if error.errno() == Some(libc::ECONNRESET) && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            answer => return answer,
+            reply => return reply,
         }
     }
 }
@@ -133,21 +133,22 @@ fn ask_with(
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(Response, Option<OwnedFd>)> {
     let path = dir.join(CONTROL_SOCKET);
-    let lost = |e| Error::io("cannot talk to the supervisor of the mount", &path, e).remedy(SUPERVISOR_LOST);
+    let lost = |e| Error::io("cannot reach the supervisor of the mount", &path, e).remedy(SUPERVISOR_LOST);
     let channel = reach(dir).map_err(lost)?;
-    channel.set_patience(PATIENCE).map_err(lost)?;
+    channel.set_patience(REPLY_TIMEOUT).map_err(lost)?;
     channel.send(request, fd).map_err(lost)?;
     match channel.receive::<Response>().map_err(lost)? {
         Some((Response::Failed(failure), _)) => Err(failure.into_error()),
-        Some(answer) => Ok(answer),
+        Some(reply) => Ok(reply),
         None => Err(lost(io::Error::from_raw_os_error(libc::ECONNRESET))),
     }
 }
 
-/// Connects to the supervisor whose record is in `dir`: no other process may have made the socket that is there.
+/// Connects to the supervisor whose record is in `dir`, and checks that the listening process is that supervisor.
 ///
 /// # Errors
-/// The socket's; `ConnectionReset` where another process listens, as while another supervisor takes the mount over.
+/// Returns the error of the socket, or `ConnectionReset` if another process listens, for example while another
+/// supervisor takes over the mount.
 pub(super) fn reach(dir: &Path) -> io::Result<Channel> {
     let folder = open_record(dir).map_err(|e| match e.code() {
         Code::NotFound => io::ErrorKind::NotFound.into(),
@@ -156,13 +157,13 @@ pub(super) fn reach(dir: &Path) -> io::Result<Channel> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let channel = Channel::new(socket);
     channel.set_patience(CONNECT_TIMEOUT)?;
-    // Socket addresses hold 107 bytes; a longer path is reached through its folder's descriptor.
+    // `sun_path` holds 107 bytes: the path goes through the descriptor of the directory.
     connect(&channel, &SocketAddrUnix::new(super::socket_path(&folder))?)?;
     let peer = Peer::of(&channel)?;
     let record = Record::read(&folder)?.ok_or(io::ErrorKind::ConnectionReset)?;
-    // A number of another PID namespace is another one here.
+    // A PID of another PID namespace means nothing here.
     let foreign = record.pid_namespace.is_some_and(|its| Some(its) != probe::pid_namespace());
-    // Another supervisor, whose record has found no room yet, has the lock of the folder.
+    // A supervisor that takes over holds the lock before its record is written (its file system may be full).
     let unrecorded = || !record.supervisor().is_alive() && is_locked(&folder);
     let is_supervisor = foreign || peer.pid == Some(record.supervisor_pid) || unrecorded();
     match is_supervisor && peer.uid == folder.own_metadata()?.st_uid {

@@ -1,4 +1,4 @@
-//! Hides templates in mounts: nobody finds or opens them, as long as this process lives and wants it.
+//! Hides templates in mounts: lookups and opens of a hidden template fail while the condemnation exists.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,13 +11,13 @@ use super::wire::Channel;
 use crate::error::{Error, Result};
 use crate::store::Digest;
 
-/// A server that makes backings may have to end that first, and one that was killed may have to go.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest wait for a reply: a server may have to finish a backing first, and a killed server may have to exit.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A supervisor that is replaced, or whose mount ends, is asked again for so long.
-const AGAIN: Duration = Duration::from_secs(10);
+/// How long the request is retried while the supervisor is replaced or the mount ends.
+const RETRY_WINDOW: Duration = Duration::from_secs(10);
 
-/// Templates that some mounts have condemned. When this is dropped, or its process ends, they find them again.
+/// Templates that some mounts hide. The mounts show the templates again when this is dropped or its process exits.
 #[derive(Debug)]
 pub struct Condemnation {
     digests: Vec<Digest>,
@@ -25,103 +25,103 @@ pub struct Condemnation {
 }
 
 impl Condemnation {
-    /// By no mount yet.
+    /// Creates a condemnation that no mount enforces yet.
     pub fn new(digests: Vec<Digest>) -> Condemnation {
         Condemnation { digests, mounts: Vec::new() }
     }
 
-    /// The templates.
+    /// Returns the condemned templates.
     pub fn digests(&self) -> &[Digest] {
         &self.digests
     }
 
-    /// The mounts that have condemned them.
+    /// Returns the mounts that hide the templates.
     pub fn mounts(&self) -> Vec<Mount> {
         self.mounts.iter().map(|(mount, _)| mount.clone()).collect()
     }
 
-    /// True when that mount has condemned them.
+    /// Returns true if `mount` hides the templates.
     pub fn has(&self, mount: &Mount) -> bool {
         self.mounts.iter().any(|(ours, _)| ours.device == mount.device)
     }
 
-    /// Has these mounts condemn them too; comes back when nobody can find or open them in any of these mounts.
+    /// Makes `mounts` hide the templates too. Returns when the templates can no longer be looked up or opened there.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) that names the mount which cannot be asked.
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) with the name of a mount that cannot be reached.
     pub fn extend(&mut self, mounts: Vec<Mount>) -> Result<()> {
         let mut grace = Duration::ZERO;
         for mount in mounts {
             if mount.foreign {
                 return Err(Error::try_again(format!(
-                    "the mount's supervisor (there process {}) is in another PID namespace, so clones of {} \
-                     may be out of sight",
+                    "the mount's supervisor (PID {} there) is in another PID namespace; clones of {} may be \
+                     invisible here",
                     mount.supervisor_pid,
                     Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
                 .remedy(format!(
-                    "run it where that mount was made; if nobody lives there any more, remove {}",
+                    "run this in the PID namespace of that mount; if that namespace no longer exists, remove {}",
                     mount.dir.display()
                 )));
             }
             if mount.orphaned {
                 return Err(Error::try_again(format!(
-                    "the mount's supervisor (process {}) is dead, so it cannot be asked to let go of {}",
+                    "the mount's supervisor (process {}) is dead and cannot release {}",
                     mount.supervisor_pid,
                     Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
                 .remedy(format!(
-                    "give it another one: stencil mount {0}; or end it: stencil umount {0}",
+                    "run 'stencil mount {0}' to start another supervisor, or 'stencil umount {0}' to unmount",
                     mount.mountpoint.display()
                 )));
             }
-            if let Some((channel, moment)) = condemned_by(&mount, &self.digests)? {
+            if let Some((channel, settle)) = condemned_by(&mount, &self.digests)? {
                 self.mounts.push((mount, channel));
-                grace = grace.max(moment);
+                grace = grace.max(settle);
             }
         }
-        // An open that was answered just before is visible in its process after this time.
+        // After this time an open that was answered before the condemnation is visible in its process.
         std::thread::sleep(grace);
         Ok(())
     }
 
-    /// Takes the names of these templates from the kernel once more.
+    /// Invalidates the kernel's directory entries of these templates again.
     ///
     /// # Errors
-    /// When a mount does not answer.
+    /// Returns an error if a mount does not reply.
     pub fn repeat(&self, digests: &[Digest]) -> Result<()> {
         self.ask_all(&Request::Condemn { digests: digests.to_vec() })
     }
 
-    /// Those of these inodes that the kernel has, each with its mount. While a template is hidden, an inode of its files
-    /// that the kernel has is in use, whether or not a process shows that.
+    /// Returns those of `inodes` that the kernel holds, each with its mount. An inode of a hidden template that the
+    /// kernel holds is in use, even if no process shows the use.
     ///
     /// # Errors
-    /// When a mount does not answer.
+    /// Returns an error if a mount does not reply.
     pub fn known_inodes(&self, inodes: &[u64]) -> Result<Vec<(&Mount, u64)>> {
-        let mut known = Vec::new();
+        let mut held = Vec::new();
         for (mount, channel) in &self.mounts {
             for numbers in inodes.chunks(MAX_INODES) {
-                let of_these = known_of(channel, numbers).map_err(|e| lost(mount, e))?;
-                known.extend(of_these.into_iter().map(|number| (mount, number)));
+                let of_mount = held_inodes(channel, numbers).map_err(|e| lost(mount, e))?;
+                held.extend(of_mount.into_iter().map(|number| (mount, number)));
             }
         }
-        Ok(known)
+        Ok(held)
     }
 
-    /// True if all these mounts have hidden the templates since [`extend`](Self::extend). False if a supervisor was
-    /// replaced meanwhile, or a mount has ended: they cannot tell.
+    /// Returns true if every mount has hidden the templates without a break since [`extend`](Self::extend). A mount
+    /// cannot confirm that after a replacement of its supervisor, or after its end.
     pub fn still_holds(&self) -> bool {
         self.ask_all(&Request::Confirm { digests: self.digests.clone() }).is_ok()
     }
 
-    /// The mounts show these templates again; or, if the templates are removed, they close what they have of them.
-    /// Without this they do so some seconds later.
+    /// Makes the mounts show these templates again or, with `removed`, close the backings of the removed templates. The
+    /// mounts do the same some seconds after the connection is lost.
     ///
     /// # Errors
-    /// When a mount does not answer.
+    /// Returns an error if a mount does not reply.
     pub fn release(&mut self, digests: &[Digest], removed: bool) -> Result<()> {
         if digests.is_empty() {
             return Ok(());
@@ -136,14 +136,14 @@ impl Condemnation {
     }
 }
 
-/// Has one mount condemn templates, and gives the connection for as long as which it does; nothing when the mount ends
-/// instead.
+/// Makes one mount hide templates. Returns the connection, which keeps the templates hidden, and the settle time;
+/// `None` if the mount ends instead.
 fn condemned_by(mount: &Mount, digests: &[Digest]) -> Result<Option<(Channel, Duration)>> {
-    let until = Instant::now() + AGAIN;
+    let until = Instant::now() + RETRY_WINDOW;
     loop {
         let attempt = || -> io::Result<(Channel, Duration)> {
             let channel = reach(&mount.dir)?;
-            channel.set_patience(PATIENCE)?;
+            channel.set_patience(REPLY_TIMEOUT)?;
             let grace = ask(&channel, &Request::Condemn { digests: digests.to_vec() })?;
             Ok((channel, grace))
         };
@@ -154,7 +154,7 @@ fn condemned_by(mount: &Mount, digests: &[Digest]) -> Result<Option<(Channel, Du
         if !lives(mount)? {
             return Ok(None);
         }
-        if Instant::now() > until || is_late(&error) {
+        if Instant::now() > until || is_timeout(&error) {
             return Err(lost(mount, error));
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -166,37 +166,37 @@ fn ask(channel: &Channel, request: &Request) -> io::Result<Duration> {
     match channel.receive::<Response>()? {
         Some((Response::Done, _)) => Ok(Duration::ZERO),
         Some((Response::Settled { milliseconds }, _)) => Ok(Duration::from_millis(milliseconds.min(1000))),
-        Some((other, _)) => Err(io::Error::other(format!("it answers {other:?}"))),
+        Some((other, _)) => Err(io::Error::other(format!("unexpected reply {other:?}"))),
         None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
     }
 }
 
-fn known_of(channel: &Channel, numbers: &[u64]) -> io::Result<Vec<u64>> {
+fn held_inodes(channel: &Channel, numbers: &[u64]) -> io::Result<Vec<u64>> {
     channel.send(&Request::Inodes { numbers: numbers.to_vec() }, None)?;
     match channel.receive::<Response>()? {
         Some((Response::Inodes { known }, _)) => Ok(known),
-        Some((other, _)) => Err(io::Error::other(format!("it answers {other:?}"))),
+        Some((other, _)) => Err(io::Error::other(format!("unexpected reply {other:?}"))),
         None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
     }
 }
 
-fn is_late(error: &io::Error) -> bool {
+fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 fn lost(mount: &Mount, error: io::Error) -> Error {
     let restart = format!("stencil restart {}", mount.mountpoint.display());
-    let (what, remedy) = match is_late(&error) {
+    let (what, remedy) = match is_timeout(&error) {
         true => (
-            "the mount does not say within 30 s that nobody can open the templates",
-            format!("run it again; if its server is stuck, or of an older build, replace it: {restart}"),
+            "timed out after 30 s waiting for the mount to hide the templates",
+            format!("retry; if the server is stuck or of an older build, run '{restart}'"),
         ),
-        // It answers what every build knows.
+        // Every build supports the snapshot request.
         false if mount.snapshot().is_ok() => (
-            "the mount's supervisor does not answer this question",
-            format!("it is of another build: {restart}"),
+            "the mount's supervisor does not support this request",
+            format!("the supervisor is of another build: run '{restart}'"),
         ),
-        false => ("the mount's supervisor cannot be asked", SUPERVISOR_LOST.to_owned()),
+        false => ("cannot reach the mount's supervisor", SUPERVISOR_LOST.to_owned()),
     };
     Error::try_again(what).at(mount.dir.join(CONTROL_SOCKET)).because(error).remedy(remedy)
 }

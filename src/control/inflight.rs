@@ -1,14 +1,13 @@
-//! Requests that a server has taken and not answered: a table in shared memory which the server stamps and others read.
+//! Pending requests of a server: a table in shared memory that the server writes and other processes read.
 //!
 //! ```text
 //!   word  0            1        2               3        4          5        6
-//!   slot  moved|state  unique   opcode|size     inode    offset     begun    -        64 bytes, a cache line
+//!   slot  stamp|state  unique   opcode|size     inode    offset     start    -        64 bytes, a cache line
 //! ```
-//! One slot for each thread of the server, written by that thread alone, then slots for requests that wait without
-//! one: opens for a backing, READs for the store.
-//! A slot is published by its first word: the time of the last stamp and the state. A reader takes the other words only
-//! when the first one is the same before and after; every change of a slot is a later stamp, so what it has is of one
-//! request.
+//! Each thread of the server has one slot, and is its only writer. The slots after these hold requests that wait
+//! without a thread: opens that wait for a backing, READs that wait for the store. The first word publishes a slot: the
+//! time of the last stamp, and the state. A reader accepts the other words only if the first word is the same before
+//! and after the read; every change of a slot has a later stamp, so all words are of one request.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,49 +17,49 @@ use std::time::Duration;
 use crate::sys::clock::monotonic as now;
 use crate::sys::memfd::SharedWords;
 
-/// Name of the memory file, as `/proc/PID/fd` shows it.
+/// Name of the memory file, as `/proc/PID/fd` shows the link.
 pub const INFLIGHT_NAME: &str = "stencil-inflight";
 
 /// Slots for threads of the server.
 pub const THREAD_SLOTS: usize = 63;
 
-/// Slots for requests that wait without a thread.
+/// Slots for requests that wait without a thread (parked).
 pub const PARKED_SLOTS: usize = 4096;
 
-/// Eight words a slot; the first slot is the head.
+/// Words of a slot; the first slot is the header.
 const WORDS: usize = 8;
 const PAGES: usize = (1 + THREAD_SLOTS + PARKED_SLOTS) * WORDS * 8 / 4096;
 
-/// First word of the table: another layout is another number.
+/// First word of the table; another layout has another number.
 const MAGIC: u64 = u64::from_le_bytes(*b"stencil\x01");
 
-const MOVED: usize = 0;
+const STAMP: usize = 0;
 const UNIQUE: usize = 1;
-const WHAT: usize = 2;
+const OP_SIZE: usize = 2;
 const INO: usize = 3;
 const OFFSET: usize = 4;
-const BEGUN: usize = 5;
+const START: usize = 5;
 
 const STATE_BITS: u32 = 3;
-/// A slot that is being filled by the thread that took it: nobody reads it yet.
+/// State of a slot that its owner is filling: readers skip the slot.
 const CLAIMED: u64 = 7;
 
-/// So often a slot that moves is looked at again. One that still moves is not stuck.
-const LOOKS: usize = 8;
+/// Attempts to read a slot that changes. A request that still changes is not stuck.
+const READ_ATTEMPTS: usize = 8;
 
-/// How far a request is.
+/// Progress of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u64)]
 pub enum Phase {
-    /// A thread has it.
+    /// A thread has read the request.
     Taken = 1,
-    /// Blocks are read, decoded and verified.
+    /// Blocks are read, decompressed and verified.
     Decoding = 2,
-    /// The store cannot be reached; it is tried again.
+    /// The store cannot be reached; the read is retried.
     WaitingForSource = 3,
-    /// The answer is given to the kernel.
+    /// The reply is written to the kernel.
     Replying = 4,
-    /// It waits for a backing, and holds up no thread.
+    /// The request waits for a backing and occupies no thread.
     Parked = 5,
 }
 
@@ -76,12 +75,12 @@ impl Phase {
         })
     }
 
-    /// In words.
+    /// Returns the name for messages.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Taken => "taken",
             Phase::Decoding => "decoding",
-            Phase::WaitingForSource => "waiting for source",
+            Phase::WaitingForSource => "waiting for the store",
             Phase::Replying => "replying",
             Phase::Parked => "parked",
         }
@@ -90,12 +89,12 @@ impl Phase {
 
 macro_rules! ops {
     ($($op:ident $number:literal $name:literal,)*) => {
-        /// What the kernel asks. The numbers are the FUSE protocol's.
+        /// Operation of a request, with the opcode of the FUSE protocol.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         #[repr(u32)]
         pub enum Op { $(#[doc = $name] $op = $number,)* }
 
-        /// The protocol's word for an opcode.
+        /// Returns the FUSE protocol's name of an opcode.
         fn op_name(opcode: u32) -> &'static str {
             match opcode {
                 $($number => $name,)*
@@ -114,43 +113,43 @@ ops! {
     LSeek 46 "LSEEK", CopyFileRange 47 "COPY_FILE_RANGE",
 }
 
-/// What is asked, as it is entered into the table.
+/// A request, as a server enters it into the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Asked {
-    /// The kernel's number of the request.
+pub struct RequestInfo {
+    /// Number of the request on the connection (`unique` of the FUSE header).
     pub unique: u64,
-    /// What is asked.
+    /// Operation.
     pub op: Op,
-    /// Of which inode.
+    /// Inode number.
     pub ino: u64,
-    /// Of a READ: where it begins.
+    /// Start of a READ, in bytes.
     pub offset: u64,
-    /// Of a READ: how many bytes.
+    /// Length of a READ, in bytes.
     pub size: u32,
 }
 
-/// A request that is not answered, as it was found in the table.
+/// A pending request, as read from the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InFlight {
-    /// The kernel's number of the request.
+    /// Number of the request on the connection (`unique` of the FUSE header).
     pub unique: u64,
-    /// What is asked: an opcode of the protocol.
+    /// Opcode of the FUSE protocol.
     pub opcode: u32,
-    /// Of which inode.
+    /// Inode number.
     pub ino: u64,
-    /// Of a READ: where it begins.
+    /// Start of a READ, in bytes.
     pub offset: u64,
-    /// Of a READ: how many bytes.
+    /// Length of a READ, in bytes.
     pub size: u32,
-    /// How far it is.
+    /// Progress.
     pub phase: Phase,
-    /// Since it was taken.
+    /// Time since the server read the request.
     pub age: Duration,
-    /// Since its last stamp: a server that tries again, or goes on to the next block, stamps anew.
+    /// Time since the last stamp. A server stamps a request again at each retry and at each block.
     pub still: Duration,
 }
 
-/// `READ of 131072 bytes at 4096 of inode 77, decoding, for 12.0 s`
+/// Formats as `READ of 131072 bytes at 4096 of inode 77, decoding, for 12.0 s`.
 impl std::fmt::Display for InFlight {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(op_name(self.opcode))?;
@@ -161,25 +160,25 @@ impl std::fmt::Display for InFlight {
     }
 }
 
-/// The table.
+/// The table of pending requests.
 #[derive(Debug)]
 pub struct InFlightTable(SharedWords);
 
 impl InFlightTable {
-    /// A new, empty one: the server's.
+    /// Creates an empty table in a memory file, for the server.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn create() -> io::Result<InFlightTable> {
         let words = SharedWords::create(INFLIGHT_NAME, PAGES)?;
         words.all()[0].store(MAGIC, Ordering::Release);
         Ok(InFlightTable(words))
     }
 
-    /// That of another process, to read.
+    /// Maps the table of another process for reading.
     ///
     /// # Errors
-    /// The system's, or `InvalidInput` for what is no such table.
+    /// Returns `InvalidInput` if the file is not such a table, and an error if a system call fails.
     pub fn map(fd: OwnedFd) -> io::Result<InFlightTable> {
         let words = SharedWords::watch(fd, PAGES)?;
         if words.all()[0].load(Ordering::Acquire) != MAGIC {
@@ -188,64 +187,64 @@ impl InFlightTable {
         Ok(InFlightTable(words))
     }
 
-    /// To hand to another process.
+    /// Returns the descriptor of the memory file, to pass to another process.
     pub fn fd(&self) -> &OwnedFd {
         self.0.fd()
     }
 
-    /// Everything in flight, parked opens too. Allocates nothing.
+    /// Iterates over all pending requests, parked ones included. Does not allocate.
     pub fn requests(&self) -> impl Iterator<Item = InFlight> {
         let now = now();
         (0..THREAD_SLOTS + PARKED_SLOTS).filter_map(move |index| read(self.slot(index), now))
     }
 
-    /// The request that was taken first, parked ones left out: those wait by right.
+    /// Returns the oldest request that is not parked: a parked request may wait.
     pub fn oldest(&self) -> Option<InFlight> {
         self.requests().filter(|r| r.phase != Phase::Parked).max_by_key(|r| r.age)
     }
 
-    /// The one of which nothing was heard for the longest time, parked ones left out. While the store is away a server
-    /// that lives stamps its waiting READs ten times a second: such a one is old, and not still.
+    /// Returns the request with the oldest stamp that is not parked. During a store outage a live server stamps its
+    /// waiting READs ten times a second: such a READ is old, but its stamp is recent.
     pub fn stillest(&self) -> Option<InFlight> {
         self.requests().filter(|r| r.phase != Phase::Parked).max_by_key(|r| r.still)
     }
 
-    /// How many requests wait without a thread: opens for a backing, READs for the store.
+    /// Returns the number of parked requests: opens that wait for a backing, READs that wait for the store.
     pub fn parked(&self) -> usize {
-        let taken = |i: &usize| self.slot(*i)[MOVED].load(Ordering::Relaxed) != 0;
+        let taken = |i: &usize| self.slot(*i)[STAMP].load(Ordering::Relaxed) != 0;
         (THREAD_SLOTS..THREAD_SLOTS + PARKED_SLOTS).filter(taken).count()
     }
 
-    /// Slot `index`: threads first, then parked opens.
+    /// Returns slot `index`: the slots of threads come first, then the parking slots.
     fn slot(&self, index: usize) -> &[AtomicU64; WORDS] {
         let words = &self.0.all()[WORDS..];
-        // The table's length is fixed, and checked when it is mapped.
+        // The length of the table is fixed, and checked by `map`.
         words.as_chunks::<WORDS>().0.get(index).unwrap_or_else(|| unreachable!("slot {index} of the table"))
     }
 
-    /// Enters a request into a thread's slot; the thread is the only one that writes there.
-    pub fn enter(&self, thread: usize, asked: &Asked) {
+    /// Enters a request into the slot of a thread, whose only writer is that thread.
+    pub fn enter(&self, thread: usize, asked: &RequestInfo) {
         let now = now();
         write(self.slot(thread.min(THREAD_SLOTS - 1)), asked, now, word(now, Phase::Taken as u64));
     }
 
-    /// Stamps a thread's request.
+    /// Stamps the request of a thread.
     pub fn stamp(&self, thread: usize, phase: Phase) {
         let word = word(now(), phase as u64);
-        self.slot(thread.min(THREAD_SLOTS - 1))[MOVED].store(word, Ordering::Release);
+        self.slot(thread.min(THREAD_SLOTS - 1))[STAMP].store(word, Ordering::Release);
     }
 
-    /// A thread's request is answered, or parked.
+    /// Clears the slot of a thread after its request was answered or parked.
     pub fn clear(&self, thread: usize) {
-        self.slot(thread.min(THREAD_SLOTS - 1))[MOVED].store(0, Ordering::Release);
+        self.slot(thread.min(THREAD_SLOTS - 1))[STAMP].store(0, Ordering::Release);
     }
 
-    /// Enters a request that waits and holds up no thread, seeking a free slot from number `from` on; gives its number,
-    /// none when all are taken.
-    pub fn park(&self, from: usize, asked: &Asked, phase: Phase) -> Option<usize> {
+    /// Enters a request that waits without a thread into the first free parking slot from `from` on, cyclically.
+    /// Returns the number of the slot; `None` if all are taken.
+    pub fn park(&self, from: usize, asked: &RequestInfo, phase: Phase) -> Option<usize> {
         let now = now();
         let number = (0..PARKED_SLOTS).map(|i| (from + i) % PARKED_SLOTS).find(|&i| {
-            let first = &self.slot(THREAD_SLOTS + i)[MOVED];
+            let first = &self.slot(THREAD_SLOTS + i)[STAMP];
             first.load(Ordering::Relaxed) == 0
                 && first.compare_exchange(0, word(now, CLAIMED), Ordering::Acquire, Ordering::Relaxed).is_ok()
         })?;
@@ -253,10 +252,10 @@ impl InFlightTable {
         Some(number)
     }
 
-    /// A parked open is being answered, or was.
+    /// Stamps a parked request with `phase`, or frees its slot if `phase` is `None`.
     pub fn unpark(&self, number: usize, phase: Option<Phase>) {
         let word = phase.map_or(0, |phase| word(now(), phase as u64));
-        self.slot(THREAD_SLOTS + number % PARKED_SLOTS)[MOVED].store(word, Ordering::Release);
+        self.slot(THREAD_SLOTS + number % PARKED_SLOTS)[STAMP].store(word, Ordering::Release);
     }
 }
 
@@ -264,41 +263,41 @@ fn word(time: u64, state: u64) -> u64 {
     time << STATE_BITS | state
 }
 
-fn write(slot: &[AtomicU64; WORDS], asked: &Asked, begun: u64, publish: u64) {
-    // Nobody may see a word of this request under the last one's first word.
-    slot[MOVED].store(word(begun, CLAIMED), Ordering::Relaxed);
+fn write(slot: &[AtomicU64; WORDS], asked: &RequestInfo, start: u64, publish: u64) {
+    // The fence keeps the words of this request from becoming visible under the first word of the previous one.
+    slot[STAMP].store(word(start, CLAIMED), Ordering::Relaxed);
     fence(Ordering::Release);
     slot[UNIQUE].store(asked.unique, Ordering::Relaxed);
-    slot[WHAT].store(u64::from(asked.op as u32) << 32 | u64::from(asked.size), Ordering::Relaxed);
+    slot[OP_SIZE].store(u64::from(asked.op as u32) << 32 | u64::from(asked.size), Ordering::Relaxed);
     slot[INO].store(asked.ino, Ordering::Relaxed);
     slot[OFFSET].store(asked.offset, Ordering::Relaxed);
-    slot[BEGUN].store(begun, Ordering::Relaxed);
-    slot[MOVED].store(publish, Ordering::Release);
+    slot[START].store(start, Ordering::Relaxed);
+    slot[STAMP].store(publish, Ordering::Release);
 }
 
 fn read(slot: &[AtomicU64; WORDS], now: u64) -> Option<InFlight> {
     read_while(slot, now, || ())
 }
 
-/// Reads a slot; `meanwhile` happens after each look at its first word.
+/// Reads a slot; `meanwhile` runs after each read of the first word (a hook for tests).
 fn read_while(slot: &[AtomicU64; WORDS], now: u64, mut meanwhile: impl FnMut()) -> Option<InFlight> {
-    for _ in 0..LOOKS {
-        let before = slot[MOVED].load(Ordering::Acquire);
+    for _ in 0..READ_ATTEMPTS {
+        let before = slot[STAMP].load(Ordering::Acquire);
         let phase = Phase::of(before)?;
         meanwhile();
-        let [unique, what, ino, offset, begun] =
-            [UNIQUE, WHAT, INO, OFFSET, BEGUN].map(|i| slot[i].load(Ordering::Relaxed));
+        let [unique, op_size, ino, offset, start] =
+            [UNIQUE, OP_SIZE, INO, OFFSET, START].map(|i| slot[i].load(Ordering::Relaxed));
         fence(Ordering::Acquire);
-        if slot[MOVED].load(Ordering::Relaxed) == before {
+        if slot[STAMP].load(Ordering::Relaxed) == before {
             let since = |then: u64| Duration::from_nanos(now.saturating_sub(then));
             return Some(InFlight {
                 unique,
-                opcode: (what >> 32) as u32,
+                opcode: (op_size >> 32) as u32,
                 ino,
                 offset,
-                size: what as u32,
+                size: op_size as u32,
                 phase,
-                age: since(begun),
+                age: since(start),
                 still: since(before >> STATE_BITS),
             });
         }
@@ -310,12 +309,12 @@ fn read_while(slot: &[AtomicU64; WORDS], now: u64, mut meanwhile: impl FnMut()) 
 mod tests {
     use super::*;
 
-    fn asked(n: u64) -> Asked {
-        Asked { unique: n, op: Op::Read, ino: n ^ 0xff, offset: n * 4096, size: n as u32 }
+    fn asked(n: u64) -> RequestInfo {
+        RequestInfo { unique: n, op: Op::Read, ino: n ^ 0xff, offset: n * 4096, size: n as u32 }
     }
 
     #[test]
-    fn a_table_is_read_by_another_mapping() {
+    fn reads_a_table_through_another_mapping() {
         let table = InFlightTable::create().unwrap();
         let other = InFlightTable::map(table.fd().try_clone().unwrap()).unwrap();
         assert!(other.oldest().is_none() && other.requests().next().is_none());
@@ -327,11 +326,11 @@ mod tests {
         assert_eq!((oldest.unique, oldest.ino, oldest.offset, oldest.size), (7, 7 ^ 0xff, 28672, 7));
         assert_eq!((oldest.opcode, oldest.phase), (15, Phase::WaitingForSource));
         assert!(oldest.age >= Duration::from_millis(20) && oldest.still < oldest.age, "{oldest:?}");
-        assert_eq!(other.stillest().unwrap().unique, 8, "the other one was stamped since");
+        assert_eq!(other.stillest().unwrap().unique, 8, "request 7 was stamped later");
         assert!(
             oldest
                 .to_string()
-                .starts_with("READ of 7 bytes at 28672 of inode 248, waiting for source, for 0.")
+                .starts_with("READ of 7 bytes at 28672 of inode 248, waiting for the store, for 0.")
         );
         table.clear(3);
         assert_eq!(other.oldest().unwrap().unique, 8);
@@ -340,13 +339,13 @@ mod tests {
     }
 
     #[test]
-    fn parked_opens_are_counted_and_bounded() {
+    fn parked_requests_are_counted_and_bounded() {
         let table = InFlightTable::create().unwrap();
         let slots: Vec<usize> =
             (0..PARKED_SLOTS).map(|n| table.park(n * 3, &asked(n as u64), Phase::Parked).unwrap()).collect();
         assert_eq!(table.parked(), PARKED_SLOTS);
-        assert_eq!(table.park(0, &asked(1), Phase::Parked), None, "no room is no panic");
-        assert!(table.oldest().is_none(), "they hold up no thread");
+        assert_eq!(table.park(0, &asked(1), Phase::Parked), None, "a full table returns None");
+        assert!(table.oldest().is_none(), "parked requests occupy no thread");
         assert_eq!(table.requests().filter(|r| r.phase == Phase::Parked).count(), PARKED_SLOTS);
         table.unpark(slots[17], Some(Phase::Replying));
         table.unpark(slots[17], None);
@@ -355,12 +354,12 @@ mod tests {
         assert_eq!(
             table.oldest().unwrap().phase,
             Phase::WaitingForSource,
-            "it has no thread, and somebody waits"
+            "a READ that waits for the store counts"
         );
     }
 
     #[test]
-    fn what_is_no_table_is_not_mapped() {
+    fn rejects_a_file_that_is_not_a_table() {
         let blank = SharedWords::create("blank", PAGES).unwrap();
         assert!(InFlightTable::map(blank.fd().try_clone().unwrap()).is_err());
         let short = SharedWords::create("short", 1).unwrap();
@@ -368,30 +367,30 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_moves_under_a_look_is_looked_at_again() {
+    fn rereads_a_slot_that_changes_during_the_read() {
         let table = InFlightTable::create().unwrap();
         table.enter(5, &asked(1));
         table.stamp(5, Phase::Decoding);
-        let mut moved = false;
+        let mut changed = false;
         let found = read_while(table.slot(5), now(), || {
-            if !std::mem::replace(&mut moved, true) {
+            if !std::mem::replace(&mut changed, true) {
                 table.clear(5);
                 table.enter(5, &asked(2));
             }
         });
         let found = found.unwrap();
-        assert_eq!((found.unique, found.phase), (2, Phase::Taken), "all of the second, nothing of the first");
+        assert_eq!((found.unique, found.phase), (2, Phase::Taken), "only words of the second request");
         let mut n = 3;
-        let restless = read_while(table.slot(5), now(), || {
+        let changing = read_while(table.slot(5), now(), || {
             table.enter(5, &asked(n));
             n += 1;
         });
-        assert!(restless.is_none() && n < 20, "it moves: it is not stuck");
+        assert!(changing.is_none() && n < 20, "a slot that keeps changing is skipped");
     }
 
-    /// Every request carries numbers that belong together; a reader never sees those of two.
+    /// The numbers of each request belong together; a reader must never see a mixture of two requests.
     #[test]
-    fn a_torn_read_yields_nothing() {
+    fn never_returns_a_torn_read() {
         let table = InFlightTable::create().unwrap();
         let other = InFlightTable::map(table.fd().try_clone().unwrap()).unwrap();
         let over = std::sync::atomic::AtomicBool::new(false);
@@ -419,7 +418,7 @@ mod tests {
             }
             over.store(true, Ordering::Relaxed);
             assert_eq!(torn, None);
-            assert!(seen > 100, "{seen} were seen");
+            assert!(seen > 100, "{seen} requests seen");
         });
     }
 }

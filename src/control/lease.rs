@@ -1,11 +1,12 @@
-//! Leases: who relies on a template between the moment at which its name was resolved and the moment at which the kernel
-//! shows that it is used. A removal asks for them, and refuses.
+//! Leases: a lease protects a template between the resolution of its name and the moment when the kernel shows its use.
+//! A removal reads the leases and refuses to remove a leased template.
 //!
 //! A lease is a locked file in `runtime_dir()/leases/<store>/`, never in the store, which may be read-only. The kernel
-//! releases the lock however its holder ends: a file without a lock is nobody's.
+//! releases the lock when its holder exits in any way: a file without a lock is stale.
 //!
-//! Taker and remover each write first and read then, so that one of them sees the other: a taker waits while a removal of
-//! its template is under way, a removal refuses while somebody else has a lease.
+//! Both the taker of a lease and a removal write their own file first and read the other's files then, so that at least
+//! one of the two sees the other: the taker waits during a removal of its template, the removal refuses if a lease
+//! exists.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,48 +24,48 @@ use crate::store::{ContentHold, Digest, Refused, Store, TemplateRef};
 use crate::sys::folder::Folder;
 use crate::sys::{locks, probe};
 
-/// A removal that lasts longer than this holds nobody up: who wants the template is told to try again.
-const LONGEST_REMOVAL: Duration = Duration::from_secs(60);
-const AGAIN: Duration = Duration::from_millis(10);
+/// Longest time that a lease waits for a removal of the same template.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Who looks whether a lease that is being made is a dead one's has its lock for a moment.
-const LOOK: Duration = Duration::from_secs(2);
+/// Longest wait for the lock on a new lease file, which a scan for stale leases locks for a moment.
+const SCAN_TIMEOUT: Duration = Duration::from_secs(2);
 
-const STOPPED: &str = "see whether that process was stopped: let it go on, or end it";
+const STOPPED: &str = "check whether that process is stopped; resume it with 'kill -CONT', or end it";
 
-/// Another removal that has its turn for longer stands still.
-const STANDSTILL: Duration = Duration::from_secs(20);
+/// Time after which a removal that holds the removal lock without progress counts as stuck.
+const STUCK_AFTER: Duration = Duration::from_secs(20);
 
 /// File name extensions of leases and of removal marks: a scan for one kind opens no file of the other.
 const LEASE: &str = "lease";
 const REMOVAL: &str = "removal";
 const NEW: &str = "new";
-/// One removal of a store at a time has this file locked.
+/// Locked by a removal: one removal from a store runs at a time.
 const LOCK: &str = "removal.lock";
-/// More than any honest one has.
+/// Largest lease file, in bytes; real ones are much shorter.
 const MAX_LENGTH: u64 = 4096;
 
-/// Who relies on which template.
+/// Holder of a lease on a template, or of the mark of a removal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseHolder {
-    /// The process that took it.
+    /// PID of the process that took the lease.
     pub pid: u32,
-    /// The PID namespace of that number.
+    /// PID namespace of `pid` (inode number of the namespace).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid_namespace: Option<u64>,
-    /// Its command.
+    /// Name of its command.
     pub command: String,
-    /// Since when, in seconds since 1970.
+    /// Start of the lease, in seconds since 1970.
     pub since: u64,
     /// The template.
     pub digest: Digest,
-    /// True for a removal that looks whether somebody uses it.
+    /// True for a removal that checks whether the template is in use.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub removes: bool,
 }
 
 impl LeaseHolder {
-    /// For a line: `12 (clone)`.
+    /// Returns the holder as text: `12 (clone)`.
     pub fn name(&self) -> String {
         let foreign = self.pid_namespace.is_some_and(|its| Some(its) != probe::pid_namespace());
         let place = if foreign { " in another PID namespace" } else { "" };
@@ -72,7 +73,7 @@ impl LeaseHolder {
     }
 }
 
-/// The template is not removed while this lives.
+/// A lease on a template, which is not removed while this value exists.
 #[derive(Debug)]
 pub struct Lease {
     _held: Held,
@@ -83,37 +84,39 @@ enum Held {
     File {
         _file: LeaseFile,
     },
-    /// Where the runtime directory is closed to us: nothing that is removed is given back meanwhile.
+    /// The runtime directory is not writable: a lock on the store's content keeps removed files from being deleted.
     Content {
         _hold: ContentHold,
     },
-    /// And the store lies on a read-only filesystem: nothing is removed by this way. Who removes it by another one ends
-    /// a command that reads it with an error; a process that has or maps a file of it is found as ever.
+    /// The store is on a read-only file system too, so this path cannot remove anything. A removal through a writable
+    /// mount of the store makes a command that reads the template fail; a process that has a file of the template open
+    /// or mapped is found as usual.
     Nothing,
 }
 
 impl Lease {
-    /// Resolves a name and takes a lease of what it means.
+    /// Resolves a name and takes a lease on its template.
     ///
     /// # Errors
-    /// As [`Store::resolve`] and [`Lease::take`].
+    /// Same as [`Store::resolve`] and [`Lease::take`].
     pub fn of(store: &Store, reference: &TemplateRef, command: &str) -> Result<(Digest, Lease)> {
         loop {
             let digest = store.resolve(reference)?;
             match Lease::take(store, &digest, command) {
                 Ok(lease) => return Ok((digest, lease)),
-                // It was removed in between: what the name means now decides.
+                // Removed in between: resolve the name again, as it may point to another template now.
                 Err(e) if e.code() == Code::NotFound && store.resolve(reference)? != digest => {}
                 Err(e) => return Err(e),
             }
         }
     }
 
-    /// Takes a lease of a template, for the command of that name. Waits while a removal looks for users of it.
+    /// Takes a lease on a template, for the command with the name `command`. Waits for a removal of the template to
+    /// end.
     ///
     /// # Errors
-    /// [`Code::NotFound`] when the store has no such template (any more), [`Code::TryAgain`] when a removal of it does
-    /// not come to an end.
+    /// Returns [`Code::NotFound`] if the store does not have the template (any more), and [`Code::TryAgain`] if a
+    /// removal of the template lasts longer than a minute.
     pub fn take(store: &Store, digest: &Digest, command: &str) -> Result<Lease> {
         let held = match LeaseFile::create(store, &holder(digest, command, false)) {
             Ok(file) => Held::File { _file: file },
@@ -125,18 +128,19 @@ impl Lease {
             }
             Err(e) => return Err(e),
         };
-        let until = Instant::now() + LONGEST_REMOVAL;
-        // Without a lease of ours no removal looks at us, and we may not look at it.
+        let until = Instant::now() + REMOVAL_TIMEOUT;
+        // Without a lease file a removal cannot see this process, and the removal marks are not readable.
         let removals = || if let Held::File { .. } = held { removals(store) } else { Ok(Vec::new()) };
         while let Some(removal) = removals()?.into_iter().find(|l| l.digest == *digest) {
             if Instant::now() > until {
                 return Err(Error::try_again(format!(
-                    "process {} has been removing template {digest} for a minute",
+                    "timed out after {} s waiting for process {}, which is removing template {digest}",
+                    REMOVAL_TIMEOUT.as_secs(),
                     removal.pid
                 ))
                 .remedy(STOPPED));
             }
-            std::thread::sleep(AGAIN);
+            std::thread::sleep(RETRY_INTERVAL);
         }
         if !store.find(digest)? {
             return Err(store.no_template(digest));
@@ -145,32 +149,33 @@ impl Lease {
     }
 }
 
-/// A removal in progress: while this lives, nobody takes a new lease of its templates.
+/// Marks of a removal in progress: no new lease on its templates is granted while this value exists.
 #[derive(Debug)]
 pub struct RemovalMark {
-    /// In this order: the marks are gone when the next removal has its turn.
+    /// Dropped in this order: the marks are removed before the lock is released to the next removal.
     held: Option<(Vec<(Digest, LeaseFile)>, File)>,
 }
 
 impl RemovalMark {
-    /// Announces the removal of templates. Waits for another removal from the same store: two that see each other's
-    /// marks would have to give up both.
+    /// Announces the removal of templates. Waits for other removals from the same store: two removals that saw each
+    /// other's marks would both have to give up.
     ///
     /// # Errors
-    /// [`Code::TryAgain`] that names a removal which stands still; or when the runtime directory cannot be written.
+    /// Returns [`Code::TryAgain`] with the name of a removal that makes no progress for 20 seconds, and an error if the
+    /// runtime directory cannot be written.
     pub fn announce(store: &Store, digests: &[Digest]) -> Result<RemovalMark> {
         let folder = match make_folder(store) {
-            // Who may not make a runtime directory removes from a store that nobody serves or leases.
+            // A user who cannot create the runtime directory removes from a store that has no mounts and no leases.
             Err(_) if !runtime_dir().exists() => {
                 return Ok(RemovalMark { held: None });
             }
             made => made?,
         };
         let path = folder.path_of(LOCK);
-        let (turn, _) = folder.open_or_create(LOCK, 0o600).map_err(|e| closed(&path, e))?;
+        let (lock, _) = folder.open_or_create(LOCK, 0o600).map_err(|e| closed(&path, e))?;
         let mut first = (None, Instant::now());
         loop {
-            match flock(&turn, FlockOperation::NonBlockingLockExclusive) {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}
                 Err(e) => return Err(closed(&path, e.into())),
@@ -178,19 +183,19 @@ impl RemovalMark {
             let now = removals(store)?.into_iter().next();
             if now != first.0 {
                 first = (now, Instant::now());
-            } else if first.1.elapsed() > STANDSTILL {
-                return Err(stands_still(&path, now));
+            } else if first.1.elapsed() > STUCK_AFTER {
+                return Err(stuck(&path, now));
             }
-            std::thread::sleep(AGAIN);
+            std::thread::sleep(RETRY_INTERVAL);
         }
         let mark = |digest: &Digest| {
             LeaseFile::create(store, &holder(digest, "rm", true)).map(|file| (*digest, file))
         };
         let marks = digests.iter().map(mark).collect::<Result<Vec<_>>>()?;
-        Ok(RemovalMark { held: Some((marks, turn)) })
+        Ok(RemovalMark { held: Some((marks, lock)) })
     }
 
-    /// Ends it for one of the templates: who wants a lease of it waits no longer.
+    /// Removes the mark of one template: commands that wait for a lease on it proceed.
     pub fn end_for(&mut self, digest: &Digest) {
         if let Some((marks, _)) = &mut self.held {
             marks.retain(|(marked, _)| marked != digest);
@@ -198,10 +203,10 @@ impl RemovalMark {
     }
 }
 
-/// Those of the templates that somebody has a lease of, each with a [`Code::InUse`] that names the holders.
+/// Returns those of the templates that are leased, each with a [`Code::InUse`] error that names the holders.
 ///
 /// # Errors
-/// As [`leases`].
+/// Same as [`leases`].
 pub fn leased(store: &Store, digests: &[Digest]) -> Result<Refused> {
     let mut holders: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
     for lease in leases(store)?.iter().filter(|lease| digests.contains(&lease.digest)) {
@@ -209,25 +214,25 @@ pub fn leased(store: &Store, digests: &[Digest]) -> Result<Refused> {
     }
     let error = |(digest, names): (Digest, Vec<String>)| {
         let (count, names) = (names.len(), names.join(", "));
-        let error =
-            Error::in_use(format!("template {digest} is leased: {count} processes rely on it: {names}"));
-        (digest, error.remedy("run it again when they are done"))
+        let holders = if count == 1 { "1 process" } else { &format!("{count} processes") };
+        let error = Error::in_use(format!("template {digest} is leased by {holders}: {names}"));
+        (digest, error.remedy("retry when they have exited"))
     };
     Ok(holders.into_iter().map(error).collect())
 }
 
-/// Every lease of templates of this store. What the dead have left is removed on the way.
+/// Returns all leases on templates of this store. Removes stale lease files on the way.
 ///
 /// # Errors
-/// When the runtime directory exists and cannot be read.
+/// Returns an error if the runtime directory exists and cannot be read.
 pub fn leases(store: &Store) -> Result<Vec<LeaseHolder>> {
     all(store, LEASE)
 }
 
-/// Every removal of a template of this store that is under way.
+/// Returns all removals of templates of this store that are in progress.
 ///
 /// # Errors
-/// As [`leases`].
+/// Same as [`leases`].
 pub fn removals(store: &Store) -> Result<Vec<LeaseHolder>> {
     all(store, REMOVAL)
 }
@@ -255,15 +260,16 @@ fn closed(path: &Path, error: io::Error) -> Error {
     runtime::failed("cannot take a lease", path, error)
 }
 
-fn stands_still(path: &Path, removal: Option<LeaseHolder>) -> Error {
-    let seconds = STANDSTILL.as_secs();
+fn stuck(path: &Path, removal: Option<LeaseHolder>) -> Error {
+    let seconds = STUCK_AFTER.as_secs();
     let what = match &removal {
         Some(LeaseHolder { pid, digest, .. }) => {
             format!(
-                "process {pid} has been removing template {digest}, or others with it, for more than {seconds} s"
+                "timed out after {seconds} s waiting for process {pid}, which is removing template {digest} or \
+                 others with it"
             )
         }
-        None => format!("another removal has had its turn for more than {seconds} s"),
+        None => format!("timed out after {seconds} s waiting for the lock of another removal"),
     };
     Error::try_again(what).at(path).remedy(STOPPED)
 }
@@ -275,7 +281,7 @@ fn all(store: &Store, kind: &str) -> Result<Vec<LeaseHolder>> {
     for name in names {
         let name = Path::new(&name);
         if name.extension().is_some_and(|e| e == NEW) {
-            // Of one that was killed before it had a lease.
+            // Left by a process that was killed before it had a lease; `read` removes it.
             let _ = read(&folder, name);
         } else if name.extension().is_some_and(|e| e == kind)
             && let Some(holder) = read(&folder, name)?
@@ -287,17 +293,17 @@ fn all(store: &Store, kind: &str) -> Result<Vec<LeaseHolder>> {
     Ok(found)
 }
 
-/// Who holds that lease; nothing where nobody does.
+/// Returns the holder of a lease file; `None` if the file does not exist or is stale. Removes a stale file.
 fn read(folder: &Folder, name: &Path) -> Result<Option<LeaseHolder>> {
     let fail = |e| Error::io("cannot read a lease", folder.path_of(name), e);
     let file = match trusted_file(folder, name) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => {
-            return Err(fail(e).remedy("see whose file that is; when no command of Stencil runs, remove it"));
+            return Err(fail(e).remedy("check the owner of that file; if no Stencil command runs, remove it"));
         }
     };
-    // Shared: two that look at the same time do not take each other for a holder.
+    // A shared lock: two scans at the same time must not take each other for a holder.
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) => {
             let _ = folder.remove_file(name);
@@ -309,20 +315,20 @@ fn read(folder: &Folder, name: &Path) -> Result<Option<LeaseHolder>> {
     let mut text = Vec::new();
     file.take(MAX_LENGTH).read_to_end(&mut text).map_err(fail)?;
     let holder: LeaseHolder =
-        serde_json::from_slice(&text).map_err(|e| not_understood(folder, name, &e.to_string()))?;
+        serde_json::from_slice(&text).map_err(|e| invalid_lease(folder, name, &e.to_string()))?;
     match runtime::is_pid(holder.pid) {
         true => Ok(Some(holder)),
-        false => Err(not_understood(folder, name, "no process has such a number")),
+        false => Err(invalid_lease(folder, name, &format!("invalid PID {}", holder.pid))),
     }
 }
 
-fn not_understood(folder: &Folder, name: &Path, why: &str) -> Error {
-    Error::failed(format!("a lease is not understood: {why}"))
+fn invalid_lease(folder: &Folder, name: &Path, why: &str) -> Error {
+    Error::failed(format!("cannot parse a lease: {why}"))
         .at(folder.path_of(name))
-        .remedy("it is of another version of Stencil: run this again when that command is done")
+        .remedy("the lease is of another version of Stencil; retry when the command that holds it has exited")
 }
 
-/// A locked file, removed when dropped.
+/// A locked lease file, removed on drop.
 #[derive(Debug)]
 struct LeaseFile {
     folder: Folder,
@@ -331,7 +337,7 @@ struct LeaseFile {
 }
 
 impl LeaseFile {
-    /// It has its lock and its text before it has a name that counts.
+    /// Creates the file under a temporary name, locks and fills it, then renames it: a visible lease is always locked.
     fn create(store: &Store, holder: &LeaseHolder) -> Result<LeaseFile> {
         let text =
             serde_json::to_vec(holder).map_err(|e| Error::failed(format!("cannot write a lease: {e}")))?;
@@ -342,8 +348,8 @@ impl LeaseFile {
             let (temporary, name) = (format!("{random}.{NEW}"), format!("{random}.{kind}"));
             let write = || -> io::Result<File> {
                 let mut file = folder.create(&temporary, 0o600)?;
-                if !locks::wait(&file, true, LOOK, || false)? {
-                    return Err(io::Error::other("another process has it locked"));
+                if !locks::wait(&file, true, SCAN_TIMEOUT, || false)? {
+                    return Err(io::Error::other("another process holds the lock on the new lease"));
                 }
                 file.write_all(&text)?;
                 folder.rename(&temporary, &folder, &name)?;
@@ -351,7 +357,7 @@ impl LeaseFile {
             };
             match write() {
                 Ok(file) => return Ok(LeaseFile { folder, name, _file: file }),
-                // Somebody who looked for leases of the dead came before the lock.
+                // A scan for stale leases removed the file before it was locked.
                 Err(e) if e.kind() == io::ErrorKind::NotFound && folder.path().is_dir() => {}
                 Err(e) => {
                     let _ = folder.remove_file(&temporary);
@@ -373,7 +379,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_without_a_holder_is_nobodys() {
+    fn a_lease_without_a_holder_is_stale() {
         let dir = tempfile::tempdir().unwrap();
         let holder = LeaseHolder {
             pid: 1,
@@ -393,7 +399,7 @@ mod tests {
         assert!(path.exists());
         drop(file);
         assert_eq!(read().unwrap(), None);
-        assert!(!path.exists(), "what the dead have left is removed");
+        assert!(!path.exists(), "a stale lease is removed");
         assert_eq!(read().unwrap(), None);
     }
 }

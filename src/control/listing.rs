@@ -1,4 +1,4 @@
-//! Which mounts there are, as the records of this runtime directory and the mount table say.
+//! Lists mounts from the records in the runtime directory and from the kernel's mount table.
 
 use std::fs;
 use std::io;
@@ -18,51 +18,51 @@ use crate::sys::folder::Folder;
 use crate::sys::process::ProcessId;
 use crate::sys::{mount, probe, procfs};
 
-/// A mount that begins has a record within this time, on a busy host too.
-const BEGINNING: Duration = Duration::from_secs(2);
+/// Longest time from the mount system call until the record is written, on a busy host too.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the runtime directory says.
+/// Contents of the runtime directory.
 #[derive(Debug, Default)]
 pub struct Listing {
-    /// Mounts whose supervisor or server lives, lazily unmounted ones too, by mountpoint.
+    /// Mounts whose supervisor or server is alive, sorted by mountpoint; lazily unmounted ones too.
     pub mounts: Vec<Mount>,
     /// Mounts in the mount table whose supervisor and server are dead.
     pub dead: Vec<DeadMount>,
-    /// Why records of more mounts could not be read.
+    /// Errors of records that could not be read.
     pub unread: Vec<Error>,
 }
 
-/// A mount that nobody of Stencil serves any more.
+/// A mount in the mount table without a live supervisor or server.
 #[derive(Debug, Clone)]
 pub struct DeadMount {
-    /// Where it is mounted.
+    /// Mountpoint.
     pub mountpoint: PathBuf,
-    /// The store that it served.
+    /// Path of the store that it served.
     pub store: PathBuf,
-    /// Its identity.
+    /// Identity of that store.
     pub store_id: Option<String>,
-    /// `st_dev` of everything in it.
+    /// `st_dev` of its files.
     pub device: u64,
-    /// The log, where it had one.
+    /// Path of the log, if there is one.
     pub log: Option<PathBuf>,
 }
 
-/// The mounts of a store that can be known, by whatever path it was mounted: one folder may have several, below a bind
-/// mount for example.
+/// Returns the readable mounts of a store, whichever path of the store was mounted: a bind mount, for example, gives
+/// one directory several paths.
 ///
 /// # Errors
-/// As [`mounts`].
+/// Same as [`mounts`].
 pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
     Ok(only(mounts()?, store))
 }
 
-/// As [`mounts_of`], for who must know of every one.
+/// Same as [`mounts_of`], for callers that must see all mounts.
 ///
 /// # Errors
-/// [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read, or a mount of the store has none in
-/// this runtime directory.
+/// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a record cannot be read, or if a mount of the store has
+/// no record in this runtime directory.
 pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
-    let until = Instant::now() + BEGINNING;
+    let until = Instant::now() + RECORD_TIMEOUT;
     loop {
         let Listing { mounts: all, dead, unread } = list()?;
         if let Some(error) = unread.into_iter().next() {
@@ -73,8 +73,8 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
         let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
         let mut mounted = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
         let Some(stranger) = mounted.find(|m| !known(m.dev) && serves(Path::new(&m.source))) else {
-            let of_before = |m: &&Mount| m.store_id.is_none() && !serves(&m.store);
-            return match all.iter().find(of_before) {
+            let without_id = |m: &&Mount| m.store_id.is_none() && !serves(&m.store);
+            return match all.iter().find(without_id) {
                 Some(mount) => Err(of_unknown_store(mount)),
                 None => Ok(only(all, store)),
             };
@@ -86,8 +86,8 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
             return Err(Error::try_again("a mount of the store has no record in this runtime directory")
                 .at(&stranger.mountpoint)
                 .remedy(format!(
-                    "run it with the STENCIL_RUNTIME_DIR of that mount, here it is {}; or take the mount away: \
-                     stencil umount {}",
+                    "run this with the STENCIL_RUNTIME_DIR of that mount (here: {}), or unmount it: \
+                     'stencil umount {}'",
                     runtime_dir().display(),
                     stranger.mountpoint.display()
                 )));
@@ -97,28 +97,29 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
 }
 
 impl DeadMount {
-    /// That nobody serves it, and what to do.
+    /// Returns the error that reports the dead mount and the remedy.
     pub fn error(&self) -> Error {
         let place = self.mountpoint.display();
-        Error::try_again("nobody serves this mount: its supervisor and its server are dead")
+        Error::try_again("the mount is dead: its supervisor and its server have exited")
             .at(&self.mountpoint)
             .remedy(format!(
-                "mount the store there again: stencil mount {place}; or take it away: stencil umount {place}"
+                "run 'stencil mount {place}' to mount the store again, or 'stencil umount {place}' to unmount"
             ))
     }
 }
 
 impl Mount {
-    /// That its supervisor is dead, and what to do.
+    /// Returns the error that reports the dead supervisor and the remedy.
     pub fn lost_supervisor(&self) -> Error {
         let place = self.mountpoint.display();
         let (supervisor, server) = (self.supervisor_pid, self.server_pid);
-        let serves = server.map_or_else(String::new, |pid| format!("; its server, process {pid}, serves on"));
-        let elsewhere = if self.foreign { " in another PID namespace, or hidden there" } else { "" };
+        let serves =
+            server.map_or_else(String::new, |pid| format!("; its server, process {pid}, still serves"));
+        let elsewhere = if self.foreign { " or invisible, in another PID namespace" } else { "" };
         let remedy = match (self.foreign, self.detached) {
-            (true, _) => format!("run `stencil mount {place}` where that mount was made"),
-            (_, true) => "it is detached, and ends with its last clone: see `stencil ps`".to_owned(),
-            _ => format!("give it another supervisor: stencil mount {place}"),
+            (true, _) => format!("run 'stencil mount {place}' in the PID namespace of that mount"),
+            (_, true) => "the mount is detached and ends with its last clone: see 'stencil ps'".to_owned(),
+            _ => format!("run 'stencil mount {place}' to start another supervisor"),
         };
         let what =
             format!("the mount has lost its supervisor: process {supervisor} is dead{elsewhere}{serves}");
@@ -126,17 +127,17 @@ impl Mount {
     }
 }
 
-/// Another store may lie at the path of one that was moved.
+/// Without a store identity, the path may belong to another store by now.
 fn of_unknown_store(mount: &Mount) -> Error {
-    Error::try_again("a mount of an older build does not say which store it serves")
+    Error::try_again("the record of a mount of an older build does not name its store's identity")
         .at(&mount.mountpoint)
-        .remedy(format!("run `stencil restart {}` first", mount.mountpoint.display()))
+        .remedy(format!("run 'stencil restart {}' first", mount.mountpoint.display()))
 }
 
-/// Whether a mount has not ended.
+/// Returns true if the mount still exists.
 ///
 /// # Errors
-/// As [`every_mount_of`]: a record that cannot be read is no sign of an end.
+/// Same as [`every_mount`]: a record that cannot be read does not prove the end of a mount.
 pub fn lives(mount: &Mount) -> Result<bool> {
     Ok(every_mount()?.iter().any(|living| living.dir == mount.dir))
 }
@@ -145,47 +146,49 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).map(|m| (m.dev(), m.ino())).ok()
 }
 
-/// Leaves out mounts of other stores.
+/// Keeps the mounts of one store.
 fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
     mounts.retain(|m| is_of_store(&m.store, m.store_id.as_deref(), store));
     mounts
 }
 
-/// Whether a mount is of that store, which has this path and identity by its own word.
+/// Returns true if a mount, whose record has this store path and identity, is a mount of `store`.
 pub fn is_of_store(path: &Path, id: Option<&str>, store: &Store) -> bool {
     let ours = identity(store.dir());
     if id != Some(store.id().as_str()) {
         return path == store.dir() || (ours.is_some() && identity(path) == ours);
     }
-    // A copy of a store has its id too. Only one that lies at the mount's path, beside ours, says that the mount is not
-    // ours: anything else may have come there when ours was moved, or in another mount namespace.
+    // A copy of a store has the same identity. Only a store with that identity at the mount's path, distinct from ours,
+    // shows that the mount is of another store: anything else may have been put there after our store was moved, or is
+    // in another mount namespace.
     identity(path) == ours || Store::open(path).map_or(true, |its| its.id() != store.id())
 }
 
-/// Every mount of this runtime directory whose supervisor or server lives, lazily unmounted ones too, by mountpoint.
+/// Returns the mounts of this runtime directory whose supervisor or server is alive, sorted by mountpoint; lazily
+/// unmounted ones too. Logs the errors of unreadable records.
 ///
 /// # Errors
-/// When the runtime directory exists and cannot be read. A directory that does not exist holds no mount.
+/// Returns an error if the runtime directory exists and cannot be read. A missing directory has no mounts.
 pub fn mounts() -> Result<Vec<Mount>> {
     let listing = list()?;
     listing.unread.iter().for_each(|error| log::warn!("{error}"));
     Ok(listing.mounts)
 }
 
-/// As [`mounts`], for who must know of every one.
+/// Same as [`mounts`], for callers that must see all mounts.
 ///
 /// # Errors
-/// As there, or [`Code::TryAgain`](crate::error::Code::TryAgain) where a record cannot be read.
+/// Same as [`mounts`], and [`Code::TryAgain`](crate::error::Code::TryAgain) if a record cannot be read.
 pub fn every_mount() -> Result<Vec<Mount>> {
     let listing = list()?;
     listing.unread.into_iter().next().map_or(Ok(listing.mounts), Err)
 }
 
-/// All records. Those of dead mounts are removed on the way once the mount is gone; not those of another PID namespace,
-/// whose processes cannot be seen.
+/// Reads all records. Removes the records of dead mounts that are no longer in the mount table, except those of other
+/// PID namespaces, whose processes are invisible.
 ///
 /// # Errors
-/// As [`mounts`].
+/// Same as [`mounts`].
 pub fn list() -> Result<Listing> {
     let mut listing = Listing::default();
     let Some(all) = runtime::open(MOUNTS)? else { return Ok(listing) };
@@ -203,7 +206,7 @@ pub fn list() -> Result<Listing> {
                 continue;
             }
         };
-        // A number says nothing here when it is of another PID namespace; a lock is the same everywhere.
+        // A PID of another PID namespace means nothing here; a lock is visible in every namespace.
         let foreign = record.pid_namespace.is_some_and(|its| Some(its) != namespace);
         let alive = |pid, identity| !foreign && ProcessId { pid, identity }.is_alive();
         let supervisor = match foreign {
@@ -212,7 +215,8 @@ pub fn list() -> Result<Listing> {
         };
         let server = record.server_pid.filter(|&pid| alive(pid, record.server_identity));
         let lost = !supervisor && !foreign;
-        // One that takes it over has the lock before its record is there, for long where the file system is full.
+        // A supervisor that takes over holds the lock before its record is written, for long if the file system is
+        // full.
         let taken_over = lost && is_locked(&folder);
         let place = table.iter().rfind(|line| line.dev == record.device);
         if lost && !taken_over && server.is_none() {
@@ -242,7 +246,7 @@ pub fn list() -> Result<Listing> {
             identities: [record.ledger, record.program],
         });
     }
-    // The kernel gives the number of a device again: of several records the newest is that of the mount.
+    // The kernel reuses device numbers: the newest of several records belongs to the mount.
     dead.sort_by_key(|(folder, _)| {
         std::cmp::Reverse(folder.own_metadata().map_or((0, 0), |stat| (stat.st_ctime, stat.st_ctime_nsec)))
     });
@@ -264,10 +268,11 @@ pub fn list() -> Result<Listing> {
 
 fn read_record(all: &Folder, name: &Path) -> io::Result<Option<(Folder, Record)>> {
     if !name.to_str().is_some_and(is_plain_name) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "no supervisor gives its folder this name"));
+        let reason = "a supervisor does not give its directory such a name";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
     }
     let folder = match trusted_folder(all, name) {
-        // It was removed meanwhile.
+        // Removed meanwhile.
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         folder => folder?,
     };
@@ -275,15 +280,15 @@ fn read_record(all: &Folder, name: &Path) -> io::Result<Option<(Folder, Record)>
 }
 
 fn unread(dir: &Path, e: io::Error) -> Error {
-    Error::try_again("the record of a mount cannot be read").at(dir).because(e).remedy(format!(
-        "run it as root, with the Stencil that made it; if nobody lives there any more, remove {}",
+    Error::try_again("cannot read the record of a mount").at(dir).because(e).remedy(format!(
+        "run this as root, with the version of Stencil that wrote the record; if that mount no longer exists, remove {}",
         dir.display()
     ))
 }
 
-/// True while a supervisor has the folder of its record.
+/// Returns true while a supervisor holds the lock on the directory of its record.
 pub(super) fn is_locked(folder: &Folder) -> bool {
-    // Shared: two that look at the same time do not take each other for a supervisor.
+    // A shared lock: two checks at the same time must not take each other for a supervisor.
     let locked = flock(folder, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK);
     if !locked {
         let _ = flock(folder, FlockOperation::Unlock);

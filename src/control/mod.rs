@@ -1,7 +1,7 @@
-//! The words between `stencil` and `stencil-mountd`: who serves a mount, what it is asked and what it answers.
+//! Communication between `stencil` and `stencil-mountd`: records of mounts, requests and replies.
 //!
-//! A supervisor owns one folder in `runtime_dir()/mounts`: its record (`mount.json`), its control socket
-//! (`control.sock`) and its log. [`mounts`] reads the records; [`Mount`] asks the supervisor behind one.
+//! A supervisor owns one directory in `runtime_dir()/mounts` with its record (`mount.json`), its control socket
+//! (`control.sock`) and its log. [`mounts`] reads the records; a [`Mount`] sends requests to its supervisor.
 
 mod beginning;
 mod client;
@@ -24,11 +24,13 @@ mod wire;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
-pub use beginning::Beginning;
+pub use beginning::MountLock;
 pub use client::{ask, request_refresh, request_restart, request_unmount};
 pub use condemn::Condemnation;
 pub use daemon::{become_supervisor, find_daemon, start_supervisor};
-pub use inflight::{Asked, INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, THREAD_SLOTS};
+pub use inflight::{
+    INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
+};
 pub use lease::{Lease, LeaseHolder, RemovalMark, leased, leases, removals};
 pub use listing::{
     DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mounts, mounts_of,
@@ -41,8 +43,8 @@ pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, 
 pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
 pub use wire::{Channel, MAX_MESSAGE, Received};
 
-/// A path to the control socket in the open folder of a record that fits into a socket's address, however deep the
-/// folder lies.
+/// Returns a path to the control socket in the open directory of a record. The path fits into a socket address (107
+/// bytes) however deep the directory is.
 pub fn socket_path(folder: impl AsFd) -> PathBuf {
     format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_fd().as_raw_fd()).into()
 }

@@ -1,4 +1,4 @@
-//! What a mount is asked to be; the words between `stencil mount` and the supervisor's argument list.
+//! Options of a mount, and their form as arguments of the supervisor.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -10,21 +10,21 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
-/// How files are to be served.
+/// How the files of a mount are served.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ServeMode {
-    /// Passthrough where the host can and the backing fits, else decode with a named reason.
+    /// Passthrough if the host supports it and the backing fits, else decode, with the reason in the status.
     #[default]
     Auto,
-    /// Passthrough; what cannot be is refused.
+    /// Passthrough only; an open that would need decode fails.
     Passthrough,
-    /// Decode.
+    /// Decode only.
     Decode,
 }
 
 impl ServeMode {
-    /// The word for it.
+    /// Returns the option value of this mode.
     pub fn name(self) -> &'static str {
         match self {
             ServeMode::Auto => "auto",
@@ -42,44 +42,44 @@ impl FromStr for ServeMode {
             .into_iter()
             .find(|m| m.name() == text)
             .ok_or_else(|| {
-                Error::usage(format!("'{text}' is no way to serve")).remedy("say auto, passthrough or decode")
+                Error::usage(format!("invalid serve mode '{text}'")).remedy("use auto, passthrough or decode")
             })
     }
 }
 
-/// Everything that makes a mount what it is.
+/// Options of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountOptions {
-    /// An empty directory.
+    /// Mountpoint: an empty directory.
     pub mountpoint: PathBuf,
-    /// The store to serve.
+    /// Path of the store.
     pub store: PathBuf,
-    /// How.
+    /// Serve mode.
     pub serve: ServeMode,
-    /// Where backings live; none lets the supervisor choose.
+    /// Directory for backings; `None` lets the supervisor choose.
     pub cache_dir: Option<PathBuf>,
-    /// Most bytes of backings; none lets the supervisor choose.
+    /// Limit of all backings, in bytes; `None` lets the supervisor choose.
     pub cache_size: Option<Bytes>,
-    /// How long an open may wait for its backing before it is served by decode.
+    /// How long an open waits for its backing before the file is served by decode.
     pub hydrate_timeout: Duration,
-    /// A request that a server leaves unanswered for so long has the server replaced; zero for never.
+    /// The server is replaced after it leaves a request unanswered for this long; zero disables the watchdog.
     pub watchdog: Duration,
-    /// Execution of files in it is refused.
+    /// Mount with `MS_NOEXEC`.
     pub noexec: bool,
-    /// The supervisor stays in its caller's session and talks to its terminal.
+    /// The supervisor stays in the foreground, in the session of its caller.
     pub foreground: bool,
 }
 
-/// How long an open waits for its backing where nothing else is said.
+/// Default of [`MountOptions::hydrate_timeout`].
 const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a request may be unanswered where nothing else is said.
+/// Default of [`MountOptions::watchdog`].
 const WATCHDOG: Duration = Duration::from_secs(10);
 
-/// Words of `-o` that are Stencil's own and have a value.
+/// Options of `-o` that are specific to Stencil and take a value.
 const WITH_VALUE: [&str; 5] = ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog"];
 
-/// Words of `-o` that say what is so anyway, or that are meant for others (`mount`, `fstab`).
+/// Options of `-o` that are ignored: they describe what every mount of Stencil is, or are for `mount` and `fstab`.
 const WITHOUT_EFFECT: [&str; 26] = [
     "ro",
     "rw",
@@ -109,26 +109,25 @@ const WITHOUT_EFFECT: [&str; 26] = [
     "loud",
 ];
 
-/// Words of `-o` that cannot be had, whatever the caller is ready to forgo, and why.
+/// Returns the error of an option of `-o` that is always refused, with the reason.
 fn refused(word: &str) -> Option<Error> {
     let key = word.split_once('=').map_or(word, |(key, _)| key);
     let (why, remedy) = match key {
-        "suid" | "dev" => ("", "templates hold memory images, never programs or devices: leave it out"),
+        "suid" | "dev" => ("", "leave it out: templates hold memory images, not programs or devices"),
         "remount" => (
-            ": a mount of Stencil keeps the options that it was made with",
-            "umount it and mount it again, or go on with another build by `stencil restart`",
+            ": the options of a mount are fixed",
+            "unmount and mount again, or switch to another build with 'stencil restart'",
         ),
-        "user" | "users" | "owner" | "group" => (
-            ": only root can mount a store for everybody",
-            "leave it out, and let root or a service mount it",
-        ),
+        "user" | "users" | "owner" | "group" => {
+            (": only root can mount a store for all users", "leave it out, and mount as root or by a service")
+        }
         _ => return None,
     };
     Some(Error::usage(format!("mount option '{word}' is refused{why}")).remedy(remedy))
 }
 
 impl MountOptions {
-    /// A mount of that store there, with everything else by default.
+    /// Creates the default options for a store and a mountpoint.
     pub fn new(mountpoint: impl Into<PathBuf>, store: impl Into<PathBuf>) -> MountOptions {
         MountOptions {
             mountpoint: mountpoint.into(),
@@ -143,10 +142,10 @@ impl MountOptions {
         }
     }
 
-    /// Takes one `-o a,b=c` list.
+    /// Applies one `-o a,b=c` list.
     ///
     /// # Errors
-    /// A usage error that names the word that is not understood.
+    /// Returns a usage error that names the unknown, invalid or refused option.
     pub fn apply(&mut self, list: &str) -> Result<()> {
         for word in list.split(',').filter(|w| !w.is_empty()) {
             if let Some(error) = refused(word) {
@@ -158,7 +157,7 @@ impl MountOptions {
                 _ if Self::knows(word) => {}
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).remedy(
-                        "known are serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec and the usual words of fstab",
+                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec or the usual options of fstab",
                     ));
                 }
             }
@@ -166,7 +165,7 @@ impl MountOptions {
         Ok(())
     }
 
-    /// True for a word of `-o` that means something here, be it that it is refused, or that is for others.
+    /// Returns true if `word` is a known option of `-o`, even if it is refused or ignored.
     pub fn knows(word: &str) -> bool {
         match word.split_once('=') {
             _ if refused(word).is_some() || word.starts_with("x-") || word.starts_with("X-") => true,
@@ -179,7 +178,7 @@ impl MountOptions {
         let text = || {
             value.to_str().ok_or_else(|| {
                 Error::usage(format!("the value of {key} is not UTF-8"))
-                    .remedy(format!("write {key}= in plain letters and digits"))
+                    .remedy(format!("use a UTF-8 value for {key}="))
             })
         };
         match key {
@@ -193,7 +192,7 @@ impl MountOptions {
         Ok(())
     }
 
-    /// The supervisor's arguments.
+    /// Returns the arguments of the supervisor.
     pub fn to_args(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = vec!["supervise".into()];
         let mut push = |key: &str, value: &OsStr| {
@@ -221,10 +220,10 @@ impl MountOptions {
         args
     }
 
-    /// Reads what [`to_args`](Self::to_args) wrote, without its first word.
+    /// Parses the output of [`to_args`](Self::to_args), without its first argument (`supervise`).
     ///
     /// # Errors
-    /// A usage error that names the argument that is not understood.
+    /// Returns a usage error that names the unknown or invalid argument.
     pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<MountOptions> {
         use std::os::unix::ffi::OsStrExt;
         let mut options = MountOptions::new("", "");
@@ -242,7 +241,7 @@ impl MountOptions {
         }
         options.mountpoint = args.next().map(PathBuf::from).unwrap_or_default();
         if options.mountpoint.as_os_str().is_empty() || options.store.as_os_str().is_empty() {
-            return Err(Error::usage("a mountpoint and --store= are needed"));
+            return Err(Error::usage("missing mountpoint or --store="));
         }
         Ok(options)
     }
@@ -261,10 +260,10 @@ impl MountOptions {
     }
 }
 
-/// Seconds as people write them: `30`, `0.5`, `30s`.
+/// Parses a time in seconds: `30`, `0.5` or `30s`.
 ///
 /// # Errors
-/// A usage error that names the text.
+/// Returns a usage error that names the text.
 pub fn parse_seconds(text: &str) -> Result<Duration> {
     text.strip_suffix('s')
         .unwrap_or(text)
@@ -272,7 +271,7 @@ pub fn parse_seconds(text: &str) -> Result<Duration> {
         .ok()
         .and_then(|s| Duration::try_from_secs_f64(s).ok())
         .ok_or_else(|| {
-            Error::usage(format!("'{text}' is no time in seconds")).remedy("write it like 30 or 0.5")
+            Error::usage(format!("invalid time '{text}'")).remedy("give seconds, for example 30 or 0.5")
         })
 }
 
@@ -281,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arguments_survive_the_way() {
+    fn arguments_round_trip() {
         let mut options = MountOptions::new("/mnt/a b", "/st=ore");
         options.serve = ServeMode::Decode;
         options.cache_dir = Some("/c".into());
@@ -296,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn option_lists() {
+    fn parses_option_lists() {
         let mut options = MountOptions::new("/m", "/s");
         options
             .apply("ro,nosuid,serve=decode,cache-size=1G,hydrate-timeout=2s,x-systemd.automount,noexec")

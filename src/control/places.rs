@@ -1,5 +1,5 @@
-//! Where the files of a mount may lie: none of them in the mount itself. Its supervisor and server would wait for their own
-//! answer when they open one.
+//! Checks where the files of a mount lie: outside of the mount. A supervisor or server that opened a file in its own
+//! mount would wait for its own reply.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,29 +12,31 @@ use crate::error::{Error, Result};
 use crate::sys::mount::{self, FS_TYPE};
 use crate::sys::procfs;
 
-/// Refuses a path that is not UTF-8: records, and the configurations of VMMs, are JSON and cannot name it.
+/// Rejects a path that is not UTF-8: records, and the configuration files of VMMs, are JSON and cannot contain the
+/// path.
 ///
 /// # Errors
-/// [`Code::Usage`](crate::error::Code::Usage) then.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) for such a path.
 pub fn expect_utf8(what: &str, path: &Path) -> Result<()> {
     if path.to_str().is_some() {
         return Ok(());
     }
     Err(Error::usage(format!("the path of the {what} is not UTF-8"))
         .at(path)
-        .remedy("use another path: records of mounts and clones, and configurations of VMMs, are JSON"))
+        .remedy("use another path: records and configuration files of VMMs are JSON"))
 }
 
-/// Refuses a mount whose store, cache directory or runtime directory would lie in it, or in another mount of Stencil, by
-/// whatever link or bind mount; and one that would lie in its store. To be called before the mount exists, with a
-/// canonical mountpoint. The cache directory is canonical afterwards.
+/// Rejects a mount whose store, cache directory or runtime directory lies in the mount itself or in another Stencil
+/// mount, through any link or bind mount; and a mountpoint that lies in the store. Must be called before the mount
+/// exists, with a canonical mountpoint. Makes the path of the cache directory canonical.
 ///
 /// # Errors
-/// [`Code::Usage`](crate::error::Code::Usage) with both paths; that a directory cannot be found.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) with both paths, and an error if the cache directory does not
+/// exist.
 pub fn check(options: &mut MountOptions) -> Result<()> {
     let mountpoint = options.mountpoint.clone();
     expect_utf8("mountpoint", &mountpoint)?;
-    // What is mounted there already is not asked: nobody may answer for it.
+    // If something is mounted there, a call on the mountpoint could block: its server may be dead.
     let root = if mount::at(&mountpoint)?.is_none() { identity(&mountpoint) } else { None };
     let runtime = runtime_dir();
     let above = |path: &Path, inner: &Path, identity_of: Option<(u64, u64)>| {
@@ -49,10 +51,10 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
         let inside = || {
             Error::usage(format!("the {what} lies in the mountpoint, {}", mountpoint.display()))
                 .at(&path)
-                .remedy("name a directory outside of it: the mount would wait for its own answer")
+                .remedy("use a directory outside of it: the mount would wait for its own reply")
         };
         let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
-        // Before anything that may ask the mount.
+        // Compares the text of the paths first: `existing` below could block on the mount.
         if absolute.starts_with(&mountpoint) {
             return Err(inside());
         }
@@ -65,23 +67,23 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
         if what == "cache directory" {
             let dir = fs::canonicalize(&path).map_err(|e| {
                 Error::io("the cache directory cannot hold backings", &path, e)
-                    .remedy("name a directory on ext4 or xfs")
+                    .remedy("use a directory on ext4 or xfs")
             })?;
             expect_utf8(what, &dir)?;
             options.cache_dir = Some(dir);
         }
     }
-    // Its folder: what is mounted on it may not answer.
+    // The parent: a call on the mountpoint itself could block.
     let folder = mountpoint.parent().unwrap_or(&mountpoint);
     if above(&options.store, folder, identity(&options.store)) {
         return Err(Error::usage(format!("the mountpoint lies in the store, {}", options.store.display()))
             .at(&mountpoint)
-            .remedy("name an empty directory outside of the store"));
+            .remedy("use an empty directory outside of the store"));
     }
     Ok(())
 }
 
-/// Refuses a path on a mount of Stencil. The list of mounts is asked, not the mount.
+/// Rejects a path on a Stencil mount. Reads the mount table only, as the mount itself may not respond.
 fn refuse_ours(what: &str, path: &Path) -> Result<()> {
     let mounts = procfs::mounts()?;
     let on = mounts.iter().rfind(|line| path.starts_with(&line.mountpoint));
@@ -92,17 +94,18 @@ fn refuse_ours(what: &str, path: &Path) -> Result<()> {
             line.mountpoint.display()
         ))
         .at(path)
-        .remedy("name a directory on a local filesystem: ext4 or xfs")),
+        .remedy("use a directory on a local file system: ext4 or xfs")),
     }
 }
 
-/// The canonical path of the longest part that exists.
+/// Returns the canonical path of the longest existing ancestor of `path`, or `path` itself.
 fn existing(path: &Path) -> PathBuf {
     path.ancestors().find_map(|part| fs::canonicalize(part).ok()).unwrap_or_else(|| path.to_owned())
 }
 
-/// What the kernel knows of it. A mount that has come there meanwhile is not asked.
+/// Returns `st_dev` and `st_ino` as the kernel has them cached: with `AT_STATX_DONT_SYNC` FUSE sends no GETATTR, so a
+/// mount that appeared there meanwhile cannot block the call.
 fn identity(path: &Path) -> Option<(u64, u64)> {
-    let known = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
-    Some((makedev(known.stx_dev_major, known.stx_dev_minor), known.stx_ino))
+    let stat = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+    Some((makedev(stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino))
 }

@@ -1,4 +1,4 @@
-//! What the control socket carries: one [`Request`], one [`Response`].
+//! Messages of the control socket: one [`Request`], one [`Response`].
 
 use std::path::PathBuf;
 
@@ -7,102 +7,104 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Code, Error};
 use crate::store::Digest;
 
-/// Version of the words between the processes of a mount. Servers and supervisors of different versions do not mix, and
-/// one cannot take over from the other: it would end what is mapped. So a request that is added or changed does not raise it. Who
-/// does not know a request closes the connection, and who asked it says that `stencil restart` helps.
+/// Version of the protocol between the processes of a mount. Servers and supervisors of different versions do not work
+/// together, and a supervisor cannot take over from one of another version without ending all mappings. A new or
+/// changed request therefore does not raise the version: a supervisor that cannot parse a request closes the
+/// connection, and the caller suggests `stencil restart`.
 pub const CONTROL_VERSION: u32 = 3;
 
-/// Most inode numbers of one request. Each has at most 20 digits and a comma: all of them fit into one message.
+/// Most inode numbers in one request. Each has at most 20 digits and a comma, so that all of them fit into one message.
 pub const MAX_INODES: usize = 2048;
 
-/// What a supervisor can be asked.
+/// A request to a supervisor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "ask")]
 pub enum Request {
-    /// What it knows. Answered by [`Response::Snapshot`].
+    /// Return the state. Answered by [`Response::Snapshot`].
     Snapshot,
-    /// The descriptor of a ready backing, in the order of the snapshot. Answered by [`Response::Descriptor`].
+    /// Return the descriptor of a ready backing. Answered by [`Response::Descriptor`].
     Backing {
-        /// Which.
+        /// Index of the backing in the snapshot.
         index: usize,
     },
-    /// Go on with another program, which comes as descriptor. Answered by [`Response::Done`] once its server answers.
+    /// Start the program whose descriptor comes with the request. Answered by [`Response::Done`] when the new server
+    /// serves the kernel.
     Restart {
-        /// True where the supervisor itself is to be replaced too.
+        /// True to replace the supervisor too.
         supervisor: bool,
     },
-    /// Hide templates: nobody finds or opens them, as long as this connection lives. Answered by [`Response::Settled`]
-    /// when that is true of all of them.
+    /// Hide templates from lookups and opens for as long as this connection is open. Answered by [`Response::Settled`]
+    /// when all of them are hidden.
     Condemn {
         /// The templates.
         digests: Vec<Digest>,
     },
-    /// Whether all these templates have been hidden since [`Request::Condemn`]. Answered by [`Response::Done`].
+    /// Check that all these templates have been hidden since [`Request::Condemn`]. Answered by [`Response::Done`].
     Confirm {
         /// The templates.
         digests: Vec<Digest>,
     },
-    /// Show templates again; or, if they are removed, close their backings. Answered by [`Response::Settled`].
+    /// Show templates again or, if they are removed, close their backings. Answered by [`Response::Settled`].
     Release {
         /// The templates.
         digests: Vec<Digest>,
-        /// True if they are removed.
+        /// True if the templates are removed.
         removed: bool,
     },
-    /// Which of these inodes of the mount the kernel has. The names of a hidden template are taken from the kernel, so it
-    /// has the inodes of only those of its files that somebody uses, in whatever way. Answered by [`Response::Inodes`].
+    /// Return those of these inodes of the mount that the kernel holds. The directory entries of a hidden template are
+    /// invalidated, so that the kernel holds the inode of a file only while the file is in use. Answered by
+    /// [`Response::Inodes`].
     Inodes {
         /// At most [`MAX_INODES`] numbers.
         numbers: Vec<u64>,
     },
-    /// Something in the store was given back: what the server has open of it is closed. Answered by
-    /// [`Response::Settled`].
+    /// Close the files that were deleted from the store. Answered by [`Response::Settled`].
     Refresh,
-    /// End the mount.
+    /// Unmount. Answered by [`Response::Done`].
     Unmount {
-        /// How.
+        /// Mode.
         mode: UnmountMode,
     },
 }
 
-/// How a mount is to end.
+/// Mode of an unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UnmountMode {
-    /// Only if nobody uses it.
+    /// Fail if the mount is in use.
     Plain,
-    /// Take it out of the tree now; supervisor and server go on until the last use has ended.
+    /// Detach the mount from the tree now; supervisor and server run until the last use has ended.
     Lazy,
-    /// Take it out of the tree and abort the connection: who still needs a page from it dies.
+    /// Detach the mount and abort its connection: a process that still needs a page from the mount dies of `SIGBUS`.
     Force,
 }
 
-/// What a supervisor answers.
+/// The reply of a supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "answer")]
 pub enum Response {
-    /// To [`Request::Snapshot`]: a [`Snapshot`](super::Snapshot) in the memory file that comes with it.
+    /// Reply to [`Request::Snapshot`]: the memory file that comes with the reply holds a [`Snapshot`](super::Snapshot).
     Snapshot,
-    /// To [`Request::Backing`]: the descriptor comes with it.
+    /// Reply to [`Request::Backing`]: the descriptor comes with the reply.
     Descriptor,
-    /// It was done.
+    /// The request was executed.
     Done,
-    /// It was done, in every server of the mount. What an open that was answered before has given can be seen after so
-    /// long.
+    /// The request was executed in every server of the mount. An open that was answered before is visible in its
+    /// process after this time.
     Settled {
-        /// At most a second.
+        /// Time in milliseconds, at most 1000.
         milliseconds: u64,
     },
-    /// To [`Request::Inodes`].
+    /// Reply to [`Request::Inodes`].
     Inodes {
-        /// Those that the kernel has.
+        /// The inodes that the kernel holds.
         known: Vec<u64>,
     },
-    /// It was not done.
+    /// The request failed.
     Failed(Failure),
 }
 
-/// An [`Error`] on its way between two processes.
+/// An [`Error`] in transit between two processes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Failure {
     code: String,
@@ -110,7 +112,7 @@ pub struct Failure {
     #[serde(serialize_with = "crate::shown::optional_path")]
     path: Option<PathBuf>,
     remedy: Option<String>,
-    /// The system's error number: what may pass is tried again on the other side too.
+    /// Error number: the other side retries temporary errors too.
     #[serde(default)]
     errno: Option<i32>,
 }
@@ -118,7 +120,7 @@ pub struct Failure {
 impl From<&Error> for Failure {
     fn from(error: &Error) -> Failure {
         let mut message = error.message().to_owned();
-        // A cause that is no error number has only words.
+        // A cause without an error number is sent as text.
         if let Some(cause) = std::error::Error::source(error).filter(|_| error.errno().is_none()) {
             message = format!("{message}: {cause}");
         }
@@ -133,7 +135,7 @@ impl From<&Error> for Failure {
 }
 
 impl Failure {
-    /// The error that it was.
+    /// Returns the error that was sent.
     pub fn into_error(self) -> Error {
         const CODES: [Code; 6] =
             [Code::Failed, Code::Usage, Code::Damage, Code::NotFound, Code::InUse, Code::TryAgain];
@@ -145,7 +147,7 @@ impl Failure {
         if let Some(errno) = self.errno {
             error = error.because(std::io::Error::from_raw_os_error(errno));
         }
-        // Last: a remedy that comes with a cause must not take the place of the one that was given.
+        // Last, so that the remedy from the other side replaces one that `because` adds.
         match self.remedy {
             Some(remedy) => error.remedy(remedy),
             None => error,
@@ -158,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_survives_the_way() {
+    fn an_error_round_trips() {
         let error = Error::in_use("2 clones map it").at("/mnt").remedy("stop them");
         let text = serde_json::to_string(&Response::Failed(Failure::from(&error))).unwrap();
         let Response::Failed(back) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
@@ -169,21 +171,21 @@ mod tests {
     }
 
     #[test]
-    fn the_cause_survives_too_and_is_said_once() {
+    fn a_cause_round_trips_and_is_reported_once() {
         let cause = std::io::Error::from_raw_os_error(libc::EROFS);
         let error = Error::io("cannot make a backing", "/cache", cause);
         let back = Failure::from(&error).into_error();
         assert_eq!((back.errno(), back.to_string()), (Some(libc::EROFS), error.to_string()));
-        let words =
-            Error::failed("it cannot be read").because(std::io::Error::other("four bytes are missing"));
-        let back = Failure::from(&words).into_error();
-        assert_eq!((back.errno(), back.to_string()), (None, words.to_string()));
+        let text_cause =
+            Error::failed("cannot read the file").because(std::io::Error::other("four bytes are missing"));
+        let back = Failure::from(&text_cause).into_error();
+        assert_eq!((back.errno(), back.to_string()), (None, text_cause.to_string()));
         let old = r#"{"code":"error","message":"m","path":null,"remedy":null}"#;
         assert_eq!(serde_json::from_str::<Failure>(old).unwrap().into_error().errno(), None);
     }
 
     #[test]
-    fn requests_have_stable_words() {
+    fn requests_have_a_stable_encoding() {
         let text = serde_json::to_string(&Request::Unmount { mode: UnmountMode::Lazy }).unwrap();
         assert_eq!(text, r#"{"ask":"unmount","mode":"lazy"}"#);
     }

@@ -1,4 +1,4 @@
-//! The records of living mounts: one folder each in `runtime_dir()/mounts`.
+//! Records of live mounts: one directory each in `runtime_dir()/mounts`.
 
 use std::cell::Cell;
 use std::fs;
@@ -15,90 +15,91 @@ use crate::sys::folder::Folder;
 use crate::sys::process::ProcessId;
 use crate::sys::{locks, trust};
 
-/// The folder of the runtime directory that has one for each mount.
+/// The subdirectory of the runtime directory with one directory for each mount.
 pub(super) const MOUNTS: &str = "mounts";
-/// Name of the control socket in a record's folder.
+/// Name of the control socket in the directory of a record.
 pub const CONTROL_SOCKET: &str = "control.sock";
-/// Name of the log in a record's folder.
+/// Name of the log in the directory of a record.
 pub const LOG_FILE: &str = "log";
 const RECORD_FILE: &str = "mount.json";
 
-/// How long a command may have the lock of a record that it looks at.
-const LOOK: Duration = Duration::from_secs(1);
+/// Longest time that a command may hold the lock of a record that it checks.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a supervisor writes down about its mount.
+/// The record that a supervisor writes about its mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Where it is mounted (canonical).
+    /// Mountpoint (canonical).
     pub mountpoint: PathBuf,
-    /// The store that it serves (canonical).
+    /// Path of the store (canonical).
     pub store: PathBuf,
-    /// [Identity](crate::store::Store::id) of that store.
+    /// [Identity](crate::store::Store::id) of the store.
     #[serde(default)]
     pub store_id: Option<String>,
-    /// `st_dev` of everything in it.
+    /// `st_dev` of the mount's files.
     pub device: u64,
-    /// Process that holds the mount.
+    /// PID of the supervisor.
     pub supervisor_pid: u32,
-    /// Its identity.
+    /// Identity of the supervisor's process.
     pub supervisor_identity: u64,
-    /// Process that answers the kernel, when one runs.
+    /// PID of the server, if one runs.
     pub server_pid: Option<u32>,
-    /// Its identity; 0 without a process.
+    /// Identity of the server's process; 0 without a server.
     pub server_identity: u64,
-    /// Version of both.
+    /// Version of supervisor and server.
     pub version: String,
-    /// `st_dev` and `st_ino` of the ledger: a server that was taken over cannot pass off another one.
+    /// `st_dev` and `st_ino` of the ledger, so that a compromised server cannot substitute another ledger.
     pub ledger: (u64, u64),
-    /// The same of the program that servers are started from.
+    /// `st_dev` and `st_ino` of the program that servers are started from.
     pub program: (u64, u64),
-    /// The PID namespace that the numbers of processes are of; unknown to versions before.
+    /// PID namespace of the PIDs; absent in records of older versions.
     #[serde(default)]
     pub pid_namespace: Option<u64>,
 }
 
-/// A mount with a living supervisor or server.
+/// A mount with a live supervisor or server.
 #[derive(Debug, Clone)]
 pub struct Mount {
-    /// Where it is mounted, or was before a lazy unmount.
+    /// Mountpoint; after a lazy unmount, the former one.
     pub mountpoint: PathBuf,
-    /// The store that it serves.
+    /// Path of the store.
     pub store: PathBuf,
-    /// Its identity.
+    /// Identity of the store.
     pub store_id: Option<String>,
-    /// `st_dev` of everything in it.
+    /// `st_dev` of the mount's files.
     pub device: u64,
-    /// Process that holds the mount (dead where `orphaned`).
+    /// PID of the supervisor (dead if `orphaned`).
     pub supervisor_pid: u32,
-    /// Process that answers the kernel.
+    /// PID of the server.
     pub server_pid: Option<u32>,
     /// True after a lazy unmount.
     pub detached: bool,
-    /// True where the supervisor has died and only the server is left.
+    /// True if the supervisor is dead and only the server is left.
     pub orphaned: bool,
-    /// True where both live in another PID namespace: their numbers mean nothing here, and clones may not be visible.
+    /// True if both run in another PID namespace: their PIDs mean nothing here, and clones may be invisible.
     pub foreign: bool,
-    /// Version of both.
+    /// Version of supervisor and server.
     pub version: String,
     /// `st_dev` and `st_ino` of the ledger, and of the program that servers are started from.
     pub identities: [(u64, u64); 2],
-    /// Folder with its record, socket and log.
+    /// Directory with the record, the control socket and the log.
     pub dir: PathBuf,
 }
 
-/// The folder of a mount's record, locked by its supervisor for as long as that lives. Removed when dropped; one that
-/// another supervisor left only when this one has written its own record into it, since the mount may live on without.
+/// The directory of a mount's record, locked by its supervisor until the supervisor exits. Removed on drop. A directory
+/// that was taken over is removed only after this process has written its own record there: until then the mount may
+/// continue without this process.
 #[derive(Debug)]
 pub struct RecordDir {
     path: PathBuf,
-    /// The folder itself: the lock is on it, and the control socket is reached through it. Its mode is 0700, so that only
-    /// its owner can open it, and lock it.
+    /// The open directory: it carries the lock, and the control socket is reached through its descriptor. Mode 0700
+    /// keeps other users from opening and locking it.
     folder: Folder,
     ours: Cell<bool>,
 }
 
 impl Mount {
-    /// Its supervisor and its server, as far as they live and their numbers mean something in this PID namespace.
+    /// Returns the PIDs of supervisor and server, if they are alive and in this PID namespace.
     pub fn processes(&self) -> [Option<u32>; 2] {
         let supervisor = (!self.orphaned && !self.foreign).then_some(self.supervisor_pid);
         [supervisor, self.server_pid]
@@ -106,10 +107,11 @@ impl Mount {
 }
 
 impl Record {
-    /// The record in a folder; none belongs to a supervisor that is just starting, which has no server yet, or to nobody.
+    /// Reads the record in a directory. Returns `None` if there is no record: the supervisor is still starting and has
+    /// no server yet, or the directory is stale.
     ///
     /// # Errors
-    /// The system's; `InvalidData` for what no supervisor writes.
+    /// Returns `InvalidData` for a record that a supervisor cannot have written, and an error if a system call fails.
     pub(super) fn read(folder: &Folder) -> io::Result<Option<Record>> {
         let text = match runtime::read(folder, RECORD_FILE, MAX_RECORD) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -118,16 +120,16 @@ impl Record {
         let record: Record = serde_json::from_slice(&text)?;
         match record.problem() {
             None => Ok(Some(record)),
-            Some(field) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("its {field} is invalid"))),
+            Some(field) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("invalid field {field}"))),
         }
     }
 
-    /// The process that holds the mount.
+    /// Returns the supervisor's process.
     pub(super) fn supervisor(&self) -> ProcessId {
         ProcessId { pid: self.supervisor_pid, identity: self.supervisor_identity }
     }
 
-    /// The first field that no supervisor writes so.
+    /// Returns the first field with a value that a supervisor cannot have written.
     fn problem(&self) -> Option<&'static str> {
         let plain = |text: &str| runtime::is_plain_name(text);
         let fields = [
@@ -142,30 +144,31 @@ impl Record {
 }
 
 impl RecordDir {
-    /// Makes the folder of a new mount.
+    /// Creates the directory of a new mount.
     ///
     /// # Errors
-    /// When the runtime directory cannot be made or written.
+    /// Returns an error if the runtime directory cannot be created or written.
     pub fn create(supervisor: ProcessId) -> Result<RecordDir> {
         let all = runtime::create(MOUNTS)?;
         let name = format!("{}-{}", supervisor.pid, supervisor.identity);
         let path = all.path_of(&name);
-        let fail = |e| runtime::failed("cannot make the mount's record", &path, e);
+        let fail = |e| runtime::failed("cannot create the mount's record", &path, e);
         let folder = all.create_folder(&name, 0o700).map_err(fail)?;
-        let made = Self::locked(folder, LOOK)?;
-        made.ours.set(true);
-        Ok(made)
+        let created = Self::locked(folder, CHECK_TIMEOUT)?;
+        created.ours.set(true);
+        Ok(created)
     }
 
-    /// Takes over the folder of a mount whose supervisor has died.
+    /// Takes over the directory of a mount whose supervisor is dead.
     ///
     /// # Errors
-    /// [`Code::InUse`](crate::error::Code::InUse) where a supervisor lives; not found where it was removed.
+    /// Returns [`Code::InUse`](crate::error::Code::InUse) if a supervisor is alive, and
+    /// [`Code::NotFound`](crate::error::Code::NotFound) if the directory was removed.
     pub fn take_over(path: &Path) -> Result<RecordDir> {
-        Self::locked(open_record(path)?, LOOK)
+        Self::locked(open_record(path)?, CHECK_TIMEOUT)
     }
 
-    /// Removes the folder of a mount whose processes are dead, unless somebody has it.
+    /// Removes the directory of a mount whose processes are dead, unless another process holds the lock.
     pub(super) fn remove_dead(folder: Folder) {
         if let Ok(dead) = Self::locked(folder, Duration::ZERO) {
             log::debug!("removing the record of a dead mount: {}", dead.path.display());
@@ -178,42 +181,42 @@ impl RecordDir {
         match locks::wait(&folder, true, limit, || false) {
             Ok(true) => Ok(RecordDir { path, folder, ours: Cell::new(false) }),
             Ok(false) => {
-                Err(Error::in_use("the mount has a supervisor, or another one takes it over just now")
+                Err(Error::in_use("the mount has a supervisor, or another supervisor is taking it over")
                     .at(&path)
-                    .remedy("see `stencil status`"))
+                    .remedy("run 'stencil status'"))
             }
-            Err(e) => Err(Error::io("cannot use the mount's record", &path, e)),
+            Err(e) => Err(Error::io("cannot lock the mount's record", &path, e)),
         }
     }
 
-    /// The folder that a supervisor hands to the program that it becomes.
+    /// Wraps the locked directory that a supervisor leaves to the program that it executes.
     pub fn inherited(path: PathBuf, folder: OwnedFd) -> RecordDir {
         let folder = Folder::from_fd(folder, &path);
         RecordDir { path, folder, ours: Cell::new(false) }
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The folder itself.
+    /// Returns the descriptor of the directory.
     pub fn folder(&self) -> BorrowedFd<'_> {
         self.folder.as_fd()
     }
 
-    /// Opens the log to write at its end.
+    /// Opens the log for appending.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn open_log(&self) -> io::Result<fs::File> {
         runtime::append(&self.folder, LOG_FILE)
     }
 
-    /// Removes what another supervisor has left at the control socket's name.
+    /// Removes the control socket of a predecessor.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn remove_socket(&self) -> io::Result<()> {
         match self.folder.remove_tree(CONTROL_SOCKET) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
@@ -221,10 +224,10 @@ impl RecordDir {
         }
     }
 
-    /// Writes the record in one step.
+    /// Writes the record atomically.
     ///
     /// # Errors
-    /// The filesystem's.
+    /// Returns an error if the file cannot be written.
     pub fn write(&self, record: &Record) -> Result<()> {
         let text = serde_json::to_vec_pretty(record)
             .map_err(|e| Error::failed(format!("cannot write the mount's record: {e}")))?;
@@ -234,9 +237,9 @@ impl RecordDir {
     }
 }
 
-/// The folder of a record whose path a listing or a ledger has given.
+/// Opens the directory of a record, whose path comes from a listing or a ledger.
 pub(super) fn open_record(path: &Path) -> Result<Folder> {
-    trust::open(path).map_err(|e| Error::io("cannot use the mount's record", path, e))
+    trust::open(path).map_err(|e| Error::io("cannot open the mount's record", path, e))
 }
 
 impl Drop for RecordDir {

@@ -1,4 +1,5 @@
-//! How much of each passthrough backing is in the page cache, as those say who have them open.
+//! Measures how much of each passthrough backing is in the page cache, through the processes that have the backings
+//! open.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -18,46 +19,49 @@ use crate::error::{Code, Error, Result};
 use crate::sys::fusectl::Waiting;
 use crate::sys::{cachestat, tasks};
 
-/// How often a list of backings that changes is begun anew, and after which time.
-const TRIES: u32 = 20;
-const MOMENT: Duration = Duration::from_millis(20);
+/// How often the measurement is repeated if the list of backings changes meanwhile.
+const ATTEMPTS: u32 = 20;
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Mount {
-    /// How much of each passthrough backing is in the page cache. Only the supervisor has them open, and the server.
+    /// Returns how many bytes of each passthrough backing are in the page cache. Only the supervisor and the server
+    /// have the backings open.
     ///
     /// # Errors
-    /// When the supervisor does not answer, or the kernel cannot say; [`Code::TryAgain`] where it is not known which
-    /// backings there are.
+    /// Returns [`Code::TryAgain`] if the list of backings cannot be read or keeps changing, and an error if the
+    /// supervisor does not reply or the kernel cannot report the page cache.
     pub fn residency(&self) -> Result<Vec<Residency>> {
         let mut files = match self.orphaned {
-            // The record of a PID namespace that has ended is left for those who know of it.
+            // A record of a PID namespace that has ended is left for a user who knows that it has.
             true if self.foreign && self.is_over() => Vec::new(),
-            true => self.as_the_server_has_them()?,
-            false => self.as_supervised()?,
+            true => self.server_residency()?,
+            false => self.supervisor_residency()?,
         };
         files.sort_by(|a, b| (a.digest, &a.file).cmp(&(b.digest, &b.file)));
         Ok(files)
     }
 
-    /// True when the kernel has no such connection any more.
+    /// Returns true if the kernel no longer has the mount's FUSE connection.
     fn is_over(&self) -> bool {
         Waiting::of(self.device).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
     }
 
-    fn as_supervised(&self) -> Result<Vec<Residency>> {
-        for _ in 0..TRIES {
-            if let Some(files) = self.at_one_time()? {
+    fn supervisor_residency(&self) -> Result<Vec<Residency>> {
+        for _ in 0..ATTEMPTS {
+            if let Some(files) = self.try_supervisor_residency()? {
                 return Ok(files);
             }
-            sleep(MOMENT);
+            sleep(RETRY_INTERVAL);
         }
-        Err(Error::try_again("the backings of the mount were others each time they were looked at")
-            .at(&self.mountpoint)
-            .remedy("run it again when fewer templates come and go"))
+        Err(Error::try_again(format!(
+            "the list of backings changed during each of {ATTEMPTS} attempts to read it"
+        ))
+        .at(&self.mountpoint)
+        .remedy("retry when fewer templates are being opened and closed"))
     }
 
-    /// `None` when the list has changed meanwhile: the supervisor is asked for a place in it, and gives whatever is there.
-    fn at_one_time(&self) -> Result<Option<Vec<Residency>>> {
+    /// Returns `None` if the list of backings changes meanwhile: a request names a backing by its index only.
+    fn try_supervisor_residency(&self) -> Result<Option<Vec<Residency>>> {
         let mut files = Vec::new();
         for (index, row) in self.snapshot()?.backings.into_iter().enumerate() {
             if row.id.is_none() {
@@ -79,26 +83,29 @@ impl Mount {
         Ok(Some(files))
     }
 
-    /// With the supervisor dead its server still has the ledger and the backings.
-    fn as_the_server_has_them(&self) -> Result<Vec<Residency>> {
+    /// Reads ledger and backings through the server, which still has them open when the supervisor is dead.
+    fn server_residency(&self) -> Result<Vec<Residency>> {
         let unknown = || {
-            Error::try_again("the mount has lost its supervisor: what it has in RAM cannot be known")
+            Error::try_again("cannot measure the mount's page cache: its supervisor is dead")
                 .at(&self.mountpoint)
                 .remedy(match self.foreign {
                     true => {
                         format!(
-                            "it is of another PID namespace; if nobody lives there, remove {}",
+                            "the mount is of another PID namespace; if that no longer exists, remove {}",
                             self.dir.display()
                         )
                     }
-                    false => format!("give it another one: stencil mount {}", self.mountpoint.display()),
+                    false => format!(
+                        "run 'stencil mount {}' to start another supervisor",
+                        self.mountpoint.display()
+                    ),
                 })
         };
-        let held = self.server_pid.map(held_by).unwrap_or_default();
-        // The number may lead elsewhere by now.
-        let open = |known: (u64, u64)| {
-            let file = held.get(&known).and_then(|path| File::open(path).ok());
-            file.filter(|file| identity(file) == Some(known)).ok_or_else(unknown)
+        let held = self.server_pid.map(open_files).unwrap_or_default();
+        // The descriptor may have been closed and its number reused since.
+        let open = |expected: (u64, u64)| {
+            let file = held.get(&expected).and_then(|path| File::open(path).ok());
+            file.filter(|file| identity(file) == Some(expected)).ok_or_else(unknown)
         };
         let [ledger, _] = self.identities;
         let (_, text) = ledger::newest(&open(ledger)?).ok_or_else(unknown)?;
@@ -109,8 +116,8 @@ impl Mount {
     }
 }
 
-/// The files that a process has open, by `st_dev` and `st_ino`, with a path that opens them.
-fn held_by(pid: u32) -> HashMap<(u64, u64), PathBuf> {
+/// Returns the open files of a process, by `st_dev` and `st_ino`, each with a path in `/proc` that opens it.
+fn open_files(pid: u32) -> HashMap<(u64, u64), PathBuf> {
     let tables = tasks::file_tables(pid).unwrap_or_default();
     let entries = tables.iter().flat_map(|thread| fs::read_dir(thread.join("fd")));
     let paths = entries.flatten().flatten().map(|entry| entry.path());

@@ -1,11 +1,12 @@
-//! The runtime directory: records, sockets, logs and locks of what runs now.
+//! The runtime directory: records, sockets, logs and locks of running mounts and clones.
 //!
 //! ```text
 //!   runtime_dir()             0755
-//!     mounts/ clones/ …       0700, so that nobody but the owner opens a record, a socket or a file with a lock
+//!     mounts/ clones/ …       0700, so that only the owner can open a record, a socket or a locked file
 //! ```
-//! Records say whom a command signals and what it removes. What another user owns, or can write, is refused with its
-//! name ([`trust`]); a FIFO, device or endless file in a record's place is refused by [`Folder`].
+//! Records determine which processes a command signals and which files it removes. A file that another user owns or can
+//! write is therefore refused with an error that names the file ([`trust`]); [`Folder`] refuses a FIFO, a device or an
+//! endless file in place of a record.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
@@ -20,28 +21,29 @@ use crate::sys::folder::Folder;
 use crate::sys::trust;
 use crate::units::Bytes;
 
-/// No record is longer.
+/// Largest record.
 pub const MAX_RECORD: Bytes = Bytes::new(1 << 20);
 
-/// Largest process number (`PID_MAX_LIMIT` of the kernel).
+/// Largest PID (`PID_MAX_LIMIT` in the kernel's `include/linux/threads.h`).
 const MAX_PID: u32 = 1 << 22;
 
-const OWNED_ELSEWHERE: &str = "only root and you may own the runtime directory, and nobody else may write it: look at \
-     what is there, then chown and chmod it, or name another one in STENCIL_RUNTIME_DIR";
+const OWNED_ELSEWHERE: &str = "the runtime directory must be owned by root or by you, and not be writable by others: \
+     check its contents, then fix owner and mode, or set STENCIL_RUNTIME_DIR to another directory";
 
-/// Where running things of Stencil leave their records: `$STENCIL_RUNTIME_DIR`, else `/run/stencil`.
+/// Returns the path of the runtime directory: `$STENCIL_RUNTIME_DIR`, else `/run/stencil`.
 pub fn runtime_dir() -> PathBuf {
     match std::env::var_os("STENCIL_RUNTIME_DIR") {
-        // Absolute: daemons leave their working directory.
+        // Absolute, as daemons change their working directory.
         Some(dir) if !dir.is_empty() => std::path::absolute(&dir).unwrap_or(PathBuf::from(dir)),
         _ => PathBuf::from("/run/stencil"),
     }
 }
 
-/// A folder of the runtime directory, `""` for itself; `None` when it does not exist.
+/// Opens a subdirectory of the runtime directory, or the runtime directory itself if `name` is empty. Returns `None` if
+/// it does not exist.
 ///
 /// # Errors
-/// When it cannot be opened, or another user owns it or can write it.
+/// Returns an error if the directory cannot be opened, or another user owns it or can write it.
 pub fn open(name: &str) -> Result<Option<Folder>> {
     let opened = trust::open(&runtime_dir()).and_then(|mut folder| {
         for part in Path::new(name) {
@@ -56,10 +58,10 @@ pub fn open(name: &str) -> Result<Option<Folder>> {
     }
 }
 
-/// The same; folders that do not exist are created, with modes that do not depend on the umask.
+/// Same as [`open`], but creates missing directories, with modes that do not depend on the umask.
 ///
 /// # Errors
-/// As [`open`]; when a folder cannot be created.
+/// Same as [`open`]; returns an error if a directory cannot be created.
 pub fn create(name: &str) -> Result<Folder> {
     let created = create_top().and_then(|mut folder| {
         for part in Path::new(name) {
@@ -92,7 +94,7 @@ fn create_top() -> io::Result<Folder> {
     Ok(folder)
 }
 
-/// Others could open a folder of an older build, and lock it for ever.
+/// Sets the mode of a directory of an older build to 0700: other users could open it and lock it for ever.
 fn close_to_others(folder: &Folder) -> io::Result<()> {
     let stat = folder.own_metadata()?;
     let ours = stat.st_uid == rustix::process::geteuid().as_raw();
@@ -104,106 +106,107 @@ fn close_to_others(folder: &Folder) -> io::Result<()> {
 
 fn unusable(name: &str, e: io::Error) -> Error {
     let refused = matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP));
-    let e = if refused { io::Error::new(e.kind(), "it is not a folder") } else { e };
+    let e = if refused { io::Error::new(e.kind(), "not a directory") } else { e };
     failed("cannot use the runtime directory", &runtime_dir().join(name), e)
 }
 
-/// A failed call on something in the runtime directory, with what to do about the directory.
+/// Creates the error of a failed call on a file in the runtime directory, with a remedy that fits the cause.
 pub fn failed(what: &str, path: &Path, e: io::Error) -> Error {
     let remedy = match e.kind() {
-        // A refusal of this program's own has no number.
+        // `trust` returns PermissionDenied without an errno.
         io::ErrorKind::PermissionDenied if e.raw_os_error().is_none() => OWNED_ELSEWHERE.to_owned(),
         io::ErrorKind::PermissionDenied => {
-            "run it as root, whose records are there; or set STENCIL_RUNTIME_DIR to a directory that you can write"
+            "run this as root, or set STENCIL_RUNTIME_DIR to a directory that you can write"
                 .to_owned()
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => format!(
-            "make room on the file system of the runtime directory, {}, then run this again",
+            "free space on the file system of the runtime directory {}, then retry",
             runtime_dir().display()
         ),
         io::ErrorKind::ReadOnlyFilesystem => {
-            "the runtime directory is on a read-only file system: name another one in STENCIL_RUNTIME_DIR".to_owned()
+            "the runtime directory is on a read-only file system: set STENCIL_RUNTIME_DIR to another directory"
+                .to_owned()
         }
-        _ => "STENCIL_RUNTIME_DIR names the directory with the records of mounts and clones: see what is there"
+        _ => "check the contents of the runtime directory (STENCIL_RUNTIME_DIR), which holds the records of mounts and clones"
             .to_owned(),
     };
     Error::io(what, path, e).remedy(remedy)
 }
 
-/// A folder in a folder of the runtime directory.
+/// Opens a subdirectory of a directory in the runtime directory.
 ///
 /// # Errors
-/// The system's; `PermissionDenied` where another user owns it or can write it.
+/// Returns `PermissionDenied` if another user owns the directory or can write it, and an error if a system call fails.
 pub fn trusted_folder(parent: &Folder, name: impl AsRef<Path>) -> io::Result<Folder> {
     let folder = parent.folder(name)?;
     trust::expect(&folder.own_metadata()?)?;
     Ok(folder)
 }
 
-/// A regular file of the runtime directory, open for reading.
+/// Opens a regular file in the runtime directory for reading.
 ///
 /// # Errors
-/// As [`Folder::file`]; `PermissionDenied` where another user owns it or can write it.
+/// Same as [`Folder::file`], and `PermissionDenied` if another user owns the file or can write it.
 pub fn trusted_file(folder: &Folder, name: impl AsRef<Path>) -> io::Result<File> {
     let file = folder.file(name)?;
     trust::expect(&fstat(&file)?)?;
     Ok(file)
 }
 
-/// The contents of a regular file of at most `limit` bytes. Nobody but its owner can put another one there in between: the
-/// folder is trusted.
+/// Reads a regular file of at most `limit` bytes. Only the owner can replace the file between check and read, as the
+/// directory is trusted.
 ///
 /// # Errors
-/// As [`trusted_file`]; `InvalidData` for a longer file.
+/// Same as [`trusted_file`], and `InvalidData` for a longer file.
 pub fn read(folder: &Folder, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
     trusted_file(folder, &name)?;
     folder.read(name, limit)
 }
 
-/// Writes a file, for its owner alone: readers see the old contents or the new ones.
+/// Replaces the contents of a file of mode 0600 atomically: readers see the old or the new contents.
 ///
 /// # Errors
-/// The system's; then the old contents are there.
+/// Returns an error if a system call fails; the old contents are kept.
 pub fn replace(folder: &Folder, name: &str, contents: &[u8]) -> io::Result<()> {
-    let fresh = format!("{name}.{}.new", std::process::id());
+    let temporary = format!("{name}.{}.new", std::process::id());
     let write = || -> io::Result<()> {
-        folder.create(&fresh, 0o600)?.write_all(contents)?;
-        folder.rename(&fresh, folder, name)
+        folder.create(&temporary, 0o600)?.write_all(contents)?;
+        folder.rename(&temporary, folder, name)
     };
     write()
         .or_else(|e| match e.kind() {
-            // Of a process that was killed, and had this one's number.
+            // Left by a killed process with the same PID.
             io::ErrorKind::AlreadyExists => {
-                folder.remove_tree(&fresh)?;
+                folder.remove_tree(&temporary)?;
                 write()
             }
             _ => Err(e),
         })
-        .inspect_err(|_| drop(folder.remove_file(&fresh)))
+        .inspect_err(|_| drop(folder.remove_file(&temporary)))
 }
 
-/// Opens a regular file to write at its end; creates it, for its owner alone, where it does not exist.
+/// Opens a regular file for appending; creates a missing file with mode 0600.
 ///
 /// # Errors
-/// As [`Folder::file`].
+/// Same as [`Folder::file`].
 pub fn append(folder: &Folder, name: &str) -> io::Result<File> {
     let (file, _) = folder.open_or_create(name, 0o600)?;
     fcntl_setfl(&file, OFlags::APPEND)?;
     Ok(file)
 }
 
-/// True for a number that a process can have.
+/// Returns true if `pid` is a possible PID.
 pub fn is_pid(pid: u32) -> bool {
     (1..=MAX_PID).contains(&pid)
 }
 
-/// True for one component of a path that has letters, digits, `.`, `_` and `-` only, and does not begin with a dot.
+/// Returns true if `name` is one path component of ASCII letters, digits, `.`, `_` and `-` without a leading dot.
 pub fn is_plain_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name.chars().all(plain)
 }
 
-/// True for an absolute path without `..`.
+/// Returns true if `path` is absolute and has no `..` component.
 pub fn is_whole_path(path: &Path) -> bool {
     path.is_absolute() && path.components().all(|part| part != std::path::Component::ParentDir)
 }

@@ -1,4 +1,4 @@
-//! What a supervisor knows that is no descriptor: what its successor reads, and what `stencil status` asks for.
+//! The state of a supervisor without its descriptors: read by its successor and by `stencil status`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,16 +10,16 @@ use crate::store::Digest;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 
-/// One file of one template.
+/// One file of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileKey {
     /// The template.
     pub digest: Digest,
-    /// Name of the file in it.
+    /// Name of the file in the template.
     pub file: String,
 }
 
-/// Where backings are made.
+/// Location of the backings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cache {
@@ -27,67 +27,67 @@ pub enum Cache {
     Directory(PathBuf),
     /// Memory files.
     Memory,
-    /// Nowhere, for that reason: everything is served by decode.
+    /// No backings, for that reason: all files are served by decode.
     Nowhere(String),
 }
 
-/// Where backings are made, and how much room they have.
+/// Location and limit of the backings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Chosen {
-    /// Where.
+    /// Location.
     pub cache: Cache,
-    /// Why not in a directory.
+    /// Why the location is not a directory.
     pub why: Option<String>,
-    /// Most bytes.
+    /// Limit of all backings, in bytes.
     pub most: Bytes,
 }
 
-/// How far a backing is.
+/// Progress of a backing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// There is none, only a reason why.
+    /// No backing, only a reason.
     None,
-    /// Room is set aside; it is made and filled.
+    /// Space is reserved; the backing is being created and filled.
     Room,
-    /// Nobody can change it any more.
+    /// The backing is immutable.
     Frozen,
 }
 
-/// What is known of one file's backing.
+/// State of the backing of one file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackingRow {
-    /// Of which file.
+    /// The file.
     pub key: FileKey,
-    /// How far it is.
+    /// Progress.
     pub stage: Stage,
-    /// Its id on the connection, once it is complete, verified and registered.
+    /// Backing ID on the FUSE connection, once the backing is complete, verified and registered.
     pub id: Option<u32>,
-    /// Number of its descriptor in the supervisor; a server that was started after it has it under the same number.
+    /// Descriptor number in the supervisor; a server that was started later has the backing under the same number.
     pub descriptor: Option<i32>,
-    /// `st_dev` and `st_ino` of the backing file: nobody else has these while it is open.
+    /// `st_dev` and `st_ino` of the backing; unique while the backing is open.
     pub identity: (u64, u64),
-    /// Bytes of room that are set aside for it.
+    /// Bytes of space that are reserved for the backing.
     pub reserved: u64,
-    /// Bytes of data in it.
+    /// Bytes of data in the backing.
     pub filled: u64,
-    /// Why the file has none.
+    /// Why the file has no backing.
     pub why: Option<String>,
 }
 
-/// The process that answers the kernel.
+/// A server.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ServerRow {
-    /// Which.
+    /// Its process.
     pub process: ProcessId,
-    /// Its version; empty until it has said so.
+    /// Its version; empty until the server has reported it.
     pub version: String,
-    /// Its program, as it was named when it was started.
+    /// Path of its program at its start.
     pub program: PathBuf,
-    /// The parts of its sandbox that this kernel could not do, in words.
+    /// The parts of its sandbox that this kernel does not support, as text.
     #[serde(default)]
     pub lacks: Vec<String>,
-    /// True once it answers the kernel. Ledgers without the word are of servers that do.
+    /// True when the server serves the kernel. Ledgers without this field are of servers that do.
     #[serde(default = "yes")]
     pub serving: bool,
 }
@@ -96,81 +96,82 @@ fn yes() -> bool {
     true
 }
 
-/// How a server ended.
+/// End of a server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ServerEnd {
-    /// Its process.
+    /// PID.
     pub pid: u32,
-    /// When, in seconds since 1970.
+    /// Time, in seconds since 1970.
     pub at: u64,
-    /// In words: the exit code or the signal; `replaced` for one that was given up before it ended.
+    /// Exit status or signal, as text; `replaced` for a server that was abandoned before it exited.
     pub how: String,
-    /// True when the OOM killer has struck in its control group (or, where that cannot be read, on the host) meanwhile.
+    /// True if the OOM killer was active meanwhile in the server's control group (or on the host, if the group's
+    /// counter cannot be read).
     pub out_of_memory: bool,
-    /// How long it lived.
+    /// Lifetime, in seconds.
     pub lived_seconds: f64,
 }
 
-/// A template that is about to be removed.
+/// A condemned template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CondemnedRow {
-    /// Which.
+    /// The template.
     pub digest: Digest,
-    /// True once it is removed, and only its backings are left.
+    /// True if the template is removed and only its backings are left.
     pub removed: bool,
 }
 
-/// All of it.
+/// The state of a supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// Which words its processes speak.
+    /// Version of the protocol between the processes of the mount.
     pub control_version: u32,
     /// Version of the supervisor.
     pub version: String,
-    /// How the mount was asked for, with canonical paths.
+    /// Options of the mount, with canonical paths.
     pub options: MountOptions,
-    /// `st_dev` of everything in it.
+    /// `st_dev` of the mount's files.
     pub device: u64,
-    /// Folder of its record.
+    /// Directory of the mount's record.
     pub record: PathBuf,
-    /// The supervisor.
+    /// The supervisor's process.
     pub supervisor: ProcessId,
-    /// The kernel's INIT request, whole.
+    /// The kernel's complete INIT request.
     pub init: Vec<u8>,
-    /// The reply that the kernel has; every later server must give the same.
+    /// The reply to INIT that was sent; every later server must compute the same.
     pub reply: Option<Vec<u8>>,
-    /// Where backings are.
+    /// Location and limit of the backings.
     pub chosen: Chosen,
-    /// Who serves.
+    /// The current server.
     pub server: Option<ServerRow>,
-    /// Servers that were ended and have not gone yet: what they had read comes again once they have.
+    /// Servers that were ended and have not exited yet: their pending requests are served again after their exit.
     #[serde(default)]
     pub leaving: Vec<ProcessId>,
-    /// `st_dev` and `st_ino` of the counters page.
+    /// `st_dev` and `st_ino` of the page with the counters.
     #[serde(default)]
     pub page: Option<(u64, u64)>,
-    /// More than 0 once a signal has asked the supervisor for the end.
+    /// Number of termination signals that the supervisor has received.
     #[serde(default)]
     pub terminations: u32,
-    /// Servers that were started in place of one that died or was replaced.
+    /// Number of servers that were started to replace another server.
     pub restarts: u64,
-    /// How the last of them ended.
+    /// End of the most recent server that has ended.
     #[serde(default)]
     pub last_end: Option<ServerEnd>,
-    /// Servers in a row that have ended soon after their start.
+    /// Number of consecutive servers that ended soon after their start.
     #[serde(default)]
     pub early_ends: u32,
-    /// When the next one is started, in seconds since 1970, where it waits.
+    /// Time of the next start of a server, in seconds since 1970, while the start is delayed.
     #[serde(default)]
     pub next_start: Option<f64>,
     /// Backings, and the reasons of files that have none.
     pub backings: Vec<BackingRow>,
-    /// Identity of the store; unknown to ledgers of versions before.
+    /// Identity of the store; absent in ledgers of older versions.
     #[serde(default)]
     pub store_id: Option<String>,
-    /// Templates that nobody may find or open.
+    /// Condemned templates.
     #[serde(default)]
     pub condemned: Vec<CondemnedRow>,
-    /// What was done since the mount began, by name.
+    /// Counters since the start of the mount, by name.
     pub counters: BTreeMap<String, u64>,
 }

@@ -1,4 +1,4 @@
-//! How a mount does: what its supervisor knows, and what its store holds.
+//! Status of a mount: the state of its supervisor, and the templates of its store.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,106 +13,108 @@ use crate::shown;
 use crate::store::{Digest, Serving, Store};
 use crate::units::Bytes;
 
-/// One mount, as `status --json` prints it.
+/// Status of a mount, as printed by `status --json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MountStatus {
-    /// Where it is mounted, or was before a lazy unmount.
+    /// Mountpoint; after a lazy unmount, the former one.
     #[serde(serialize_with = "shown::path")]
     pub mountpoint: PathBuf,
-    /// The store that it serves.
+    /// Path of the store.
     #[serde(serialize_with = "shown::path")]
     pub store: PathBuf,
-    /// `st_dev` of everything in it.
+    /// `st_dev` of the mount's files.
     pub device: u64,
-    /// Process that holds the mount.
+    /// PID of the supervisor.
     pub supervisor_pid: u32,
-    /// Process that answers the kernel; none while a successor is being started.
+    /// PID of the server; `None` while a successor is being started.
     pub server_pid: Option<u32>,
     /// Version of the supervisor.
     pub version: String,
-    /// Version of the server; none until it has said so.
+    /// Version of the server; `None` until the server has reported it.
     pub server_version: Option<String>,
-    /// Program of the server, as it was named when it was started.
+    /// Path of the server's program at its start.
     #[serde(serialize_with = "shown::optional_path")]
     pub server_program: Option<PathBuf>,
-    /// The parts of the server's sandbox that this kernel could not do, in words; none where it is whole.
+    /// The parts of the server's sandbox that this kernel does not support, as text; empty for a complete sandbox.
     pub server_lacks: Vec<String>,
-    /// How many servers were started in place of one that died or was replaced.
+    /// Number of servers that were started to replace another server.
     pub restarts: u64,
-    /// How the last of those ended; none where none has.
+    /// End of the most recent server that has ended.
     pub last_end: Option<ServerEnd>,
-    /// Servers in a row that have ended soon after their start: each next one waits longer.
+    /// Number of consecutive servers that ended soon after their start; the delay of the next start grows with it.
     pub early_ends: u32,
-    /// When the next server is started, in seconds since 1970, while none is for such a pause.
+    /// Time of the next start of a server, in seconds since 1970, while the start is delayed.
     pub next_start: Option<f64>,
-    /// True after a lazy unmount: no path leads to it, mappings of it still live.
+    /// True after a lazy unmount: no path leads to the mount, but mappings of its files exist.
     pub detached: bool,
-    /// The log of both; none where the supervisor runs in the foreground, and its standard error has it.
+    /// Log of supervisor and server; `None` if the supervisor runs in the foreground and logs to standard error.
     #[serde(serialize_with = "shown::optional_path")]
     pub log: Option<PathBuf>,
-    /// `auto`, `passthrough` or `decode`, as asked for.
+    /// Serve mode as requested: `auto`, `passthrough` or `decode`.
     pub serve: String,
-    /// Where passthrough backings live: a directory, or `memory`, or nothing with the reason in `cache_why`.
+    /// Location of passthrough backings: a directory or `memory`; `None` if there are none, with the reason in
+    /// `cache_why`.
     pub cache: Option<String>,
-    /// Why the cache is not where it was expected.
+    /// Why the cache is not in the expected location.
     pub cache_why: Option<String>,
-    /// Most bytes that backings may take.
+    /// Limit of all backings, in bytes.
     pub cache_size: Bytes,
-    /// Bytes that backings take now.
+    /// Bytes that all backings occupy.
     pub cache_used: Bytes,
-    /// What is served, and how.
+    /// Status of each template.
     pub templates: Vec<TemplateStatus>,
-    /// What was done since the mount began, by name.
+    /// Counters since the start of the mount, by name.
     pub counters: BTreeMap<String, u64>,
 }
 
-/// How one template is served.
+/// Status of one template.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TemplateStatus {
-    /// Which.
+    /// The template.
     pub digest: Digest,
-    /// What the next open of its RAM gets.
+    /// How the next open of its largest file is served.
     pub serving: Serving,
-    /// Why not passthrough, in words; none where it is, or will be at the first open.
+    /// Why its largest file is not served by passthrough; `None` if it is, or will be from the first open on.
     pub why: Option<String>,
-    /// Processes that map it, where that is known. The supervisor leaves it 0; the command line counts.
+    /// Number of processes that map the template; `None` if unknown. 0 from the supervisor; the command line counts.
     pub clones: Option<u64>,
-    /// Bytes of its files that are in backings, those being filled included.
+    /// Bytes of its files in backings, including backings that are being filled.
     pub hydrated_bytes: Bytes,
-    /// Its files.
+    /// Status of each file.
     pub files: Vec<FileStatus>,
 }
 
-/// How one file of a template is served.
+/// Status of one file of a template.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FileStatus {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its length.
+    /// Length, in bytes.
     pub size: Bytes,
-    /// What the next open gets.
+    /// How the next open is served.
     pub serving: Serving,
-    /// Why not passthrough.
+    /// Why the file is not served by passthrough.
     pub why: Option<String>,
-    /// Bytes of data in its backing, also while that is being filled.
+    /// Bytes of data in its backing, even while the backing is being filled.
     pub hydrated_bytes: Bytes,
-    /// True when the backing is complete and verified.
+    /// True if the backing is complete and verified.
     pub hydrated: bool,
 }
 
-/// Page cache of one passthrough backing.
+/// Page cache use of one passthrough backing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Residency {
-    /// Template.
+    /// The template.
     pub digest: Digest,
-    /// File of it.
+    /// Name of the file.
     pub file: String,
-    /// Bytes of the backing in the page cache.
+    /// Bytes of the backing that are in the page cache.
     pub resident_bytes: Bytes,
 }
 
 impl MountStatus {
-    /// From what the supervisor knows. A store that cannot be read leaves `templates` empty; the reason is logged.
+    /// Builds the status from the supervisor's state. If the store cannot be read, logs the reason and leaves
+    /// `templates` empty.
     pub fn new(snapshot: Snapshot, mount: &Mount) -> MountStatus {
         let templates = templates(&snapshot).unwrap_or_else(|error| {
             log::warn!("{error}");
@@ -161,7 +163,7 @@ fn templates(snapshot: &Snapshot) -> Result<Vec<TemplateStatus>> {
 
 fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<TemplateStatus> {
     let template = store.template(digest).inspect_err(|e| log::warn!("{e}")).ok()?;
-    let never = match &snapshot.chosen.cache {
+    let no_cache = match &snapshot.chosen.cache {
         Cache::Nowhere(why) => Some(why.clone()),
         _ => None,
     };
@@ -173,7 +175,7 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
             let backing = snapshot.backings.iter().find(|b| b.key == key);
             let why = match backing {
                 Some(backing) => backing.why.clone(),
-                None => never.clone(),
+                None => no_cache.clone(),
             };
             let mode = snapshot.options.serve;
             let decode = file.size == Bytes::ZERO
@@ -189,7 +191,7 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
             }
         })
         .collect();
-    // What people ask about is the memory: the largest file speaks for the template.
+    // The largest file is the guest memory, whose serving users ask about: it stands for the template.
     let largest = files.iter().max_by_key(|f| f.size);
     Some(TemplateStatus {
         digest: *digest,

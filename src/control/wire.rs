@@ -1,6 +1,6 @@
-//! Messages between the processes of a mount: one packet each (`SOCK_SEQPACKET`), JSON, and at most one descriptor.
+//! Messages between the processes of a mount: one packet each (`SOCK_SEQPACKET`) with JSON and at most one descriptor.
 //!
-//! A packet arrives whole or not at all: nobody can hold up its reader in the middle of a message.
+//! A packet arrives completely or not at all: a peer cannot block the reader in the middle of a message.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,19 +15,19 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// No message is longer, in bytes. What is, goes in a memory file whose descriptor comes with the message.
+/// Largest message, in bytes. Longer data is sent as a memory file whose descriptor comes with the message.
 pub const MAX_MESSAGE: usize = 64 << 10;
 
 /// One end of a socket that carries messages.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
 
-/// What a channel that is not waited for has.
+/// Result of a receive that does not block.
 #[derive(Debug)]
 pub enum Received<T> {
     /// A message.
     Message(T, Option<OwnedFd>),
-    /// Nothing yet.
+    /// No message is available.
     Nothing,
     /// The other end is closed.
     Closed,
@@ -46,41 +46,41 @@ impl From<Channel> for OwnedFd {
 }
 
 impl Channel {
-    /// Speaks over a connected packet socket.
+    /// Wraps a connected packet socket.
     pub fn new(socket: OwnedFd) -> Channel {
         Channel(socket)
     }
 
-    /// Two ends.
+    /// Creates a connected pair of channels.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the system call fails.
     pub fn pair() -> io::Result<(Channel, Channel)> {
         let (a, b) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Channel(a), Channel(b)))
     }
 
-    /// Waits no longer than so for a message, or for room to send one; then it fails with `EAGAIN`.
+    /// Sets the longest time that a receive or send blocks before it fails with `EAGAIN`.
     ///
     /// # Errors
-    /// The system's.
-    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        set_socket_timeout(&self.0, Timeout::Recv, Some(patience))?;
-        Ok(set_socket_timeout(&self.0, Timeout::Send, Some(patience))?)
+    /// Returns an error if the system call fails.
+    pub fn set_patience(&self, timeout: Duration) -> io::Result<()> {
+        set_socket_timeout(&self.0, Timeout::Recv, Some(timeout))?;
+        Ok(set_socket_timeout(&self.0, Timeout::Send, Some(timeout))?)
     }
 
-    /// Sends one message, and the descriptor with it.
+    /// Sends one message, with a descriptor if `fd` is given.
     ///
     /// # Errors
-    /// The socket's; the other end's death is `EPIPE`.
+    /// Returns the error of the socket: `EPIPE` if the other end is closed.
     pub fn send(&self, message: &impl Serialize, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         self.send_with(message, fd, SendFlags::empty())
     }
 
-    /// As [`send`](Self::send), but fails with `EAGAIN` where it would wait.
+    /// Same as [`send`](Self::send), but fails with `EAGAIN` instead of blocking.
     ///
     /// # Errors
-    /// The socket's.
+    /// Returns the error of the socket.
     pub fn try_send(&self, message: &impl Serialize, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         self.send_with(message, fd, SendFlags::DONTWAIT)
     }
@@ -93,7 +93,7 @@ impl Channel {
     ) -> io::Result<()> {
         let body = serde_json::to_vec(message)?;
         if body.len() > MAX_MESSAGE {
-            return Err(io::Error::other(format!("a message of {} bytes exceeds {MAX_MESSAGE}", body.len())));
+            return Err(io::Error::other(format!("message of {} bytes exceeds {MAX_MESSAGE}", body.len())));
         }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -105,10 +105,11 @@ impl Channel {
         retry(|| sendmsg(&self.0, &part, &mut ancillary, flags | SendFlags::NOSIGNAL)).map(drop)
     }
 
-    /// Waits for one message; none when the other end has closed.
+    /// Waits for one message; returns `None` if the other end is closed.
     ///
     /// # Errors
-    /// The socket's, or `InvalidData` for what is no message.
+    /// Returns `TimedOut` if no message arrives in time, `InvalidData` if the packet cannot be parsed, and otherwise
+    /// the error of the socket.
     pub fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Option<OwnedFd>)>> {
         match self.receive_with(RecvFlags::empty())? {
             Received::Message(message, fd) => Ok(Some((message, fd))),
@@ -117,10 +118,10 @@ impl Channel {
         }
     }
 
-    /// Takes one message if there is one.
+    /// Receives one message if one is available.
     ///
     /// # Errors
-    /// As [`receive`](Self::receive).
+    /// Same as [`receive`](Self::receive), but never `TimedOut`.
     pub fn try_receive<T: DeserializeOwned>(&self) -> io::Result<Received<T>> {
         self.receive_with(RecvFlags::DONTWAIT)
     }
@@ -145,7 +146,7 @@ impl Channel {
             }
         }
         if received.flags.contains(ReturnFlags::TRUNC) {
-            let why = format!("a message of more than {MAX_MESSAGE} bytes");
+            let why = format!("message exceeds {MAX_MESSAGE} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         match received.bytes {
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_sleeps_holds_up_nobody() {
+    fn try_send_does_not_block_on_a_full_socket() {
         let (a, _b) = Channel::pair().unwrap();
         let text = "x".repeat(MAX_MESSAGE - 2);
         let error = (0..1000).find_map(|_| a.try_send(&text, None).err()).expect("the socket fills up");
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_an_error() {
+    fn rejects_malformed_packets() {
         for bytes in [&b"{"[..], b"\xff\xff\xff\xff", &[b'"'; MAX_MESSAGE + 1]] {
             let (a, b) = Channel::pair().unwrap();
             rustix::io::write(&a, bytes).unwrap();

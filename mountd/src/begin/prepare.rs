@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
-use stencilfs::control::{Beginning, MountOptions, RecordDir, places};
+use stencilfs::control::{MountLock, MountOptions, RecordDir, places};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 use stencilfs::sys::memfd::SharedCounters;
@@ -28,7 +28,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     options.mountpoint = checks::canonical(&options.mountpoint)?;
     // First: the turn makes the runtime directory.
     places::check(&mut options)?;
-    let _turn = Beginning::wait()?;
+    let _turn = MountLock::acquire()?;
     options.mountpoint = checks::mountpoint(&options.mountpoint)?;
     places::check(&mut options)?;
     let record = RecordDir::create(ProcessId::me()?)?;

@@ -92,9 +92,9 @@ fn soak_a_disk_that_fills_up_while_hydrating_costs_nobody_a_page() {
     assert_eq!(status["serving"], "decode", "{status:#}");
     let why = status["why"].as_str().unwrap();
     // On a busy host the disk may be full before the first byte of the backing is written.
-    let full = ["No space left", "the cache's filesystem has"].iter().any(|words| why.contains(words));
+    let full = ["No space left", "the cache's file system has"].iter().any(|words| why.contains(words));
     assert!(full && why.contains("cache"), "{why}");
-    assert!(world.log().contains("gets no backing: "), "{}", world.log());
+    assert!(world.log().contains("has no backing: "), "{}", world.log());
     let clone = reads_right(&path, &bytes);
     fs::remove_file(&filler).unwrap();
     promoted(&world, &path);

@@ -82,7 +82,7 @@ fn a_server_that_takes_no_answer_is_replaced() {
             Err(_) => break,
         }
     }
-    hostile.gives_way("the server takes no answer");
+    hostile.gives_way("cannot send a reply to the server");
 }
 
 #[test]
@@ -95,5 +95,5 @@ fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
     for number in 1_000_000u64..1_000_002 {
         hostile.link.send(&link::question(number, &evict), None).unwrap();
     }
-    hostile.gives_way("the server does not wait for its answers");
+    hostile.gives_way("the server sends requests without waiting for replies");
 }

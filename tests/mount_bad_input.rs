@@ -25,7 +25,7 @@ fn mountpoints_that_cannot_be() {
     world.stencil(&["mount", missing.to_str().unwrap()]).exits(4).says("the mountpoint does not exist");
     let file = world.dir().join("file");
     fs::write(&file, "x").unwrap();
-    world.stencil(&["mount", file.to_str().unwrap()]).exits(2).says("the mountpoint is no directory");
+    world.stencil(&["mount", file.to_str().unwrap()]).exits(2).says("the mountpoint is not a directory");
     let full = world.dir().join("full");
     fs::create_dir_all(full.join("folder")).unwrap();
     world.stencil(&["mount", full.to_str().unwrap()]).exits(2).says("the mountpoint is not empty");
@@ -33,11 +33,11 @@ fn mountpoints_that_cannot_be() {
         .stencil(&["mount", world.dir().to_str().unwrap()])
         .exits(2)
         .says("the store lies in the mountpoint");
-    world.stencil(&["mount", "/proc"]).exits(5).says("taken by a mount of type proc");
+    world.stencil(&["mount", "/proc"]).exits(5).says("in use by a mount of type proc");
     assert_untouched(&world);
 
     world.mount(&[]).ok();
-    world.stencil(&["mount", &mnt]).exits(5).says("taken by a Stencil mount");
+    world.stencil(&["mount", &mnt]).exits(5).says("in use by a Stencil mount");
     assert_eq!(world.status()["restarts"], 0, "the first one is unharmed");
     world.stencil(&["umount", &mnt]).ok();
     world.stencil(&["umount", &mnt]).exits(4).says("nothing is mounted there");
@@ -265,7 +265,7 @@ fn a_mount_that_is_not_in_mountinfo_is_taken_away() {
     let output = world.command_in("unshare").args(["-m", "bash", "-c", &outer]).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(out.contains("ended with 1"), "{out}\n{err}");
-    assert!(out.contains("does not appear in /proc/self/mountinfo"), "{out}\n{err}");
+    assert!(out.contains("the mount is missing in /proc/self/mountinfo"), "{out}\n{err}");
     assert!(!out.contains(&format!(" {mountpoint} ")), "the mount is left: {out}");
     assert_untouched(&world);
 }

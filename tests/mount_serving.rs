@@ -41,7 +41,7 @@ fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
     let early = File::open(&path).unwrap();
     clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
     // The reason is in `status` for as long as it holds, and in the log.
-    let reason = "is served by decode: its backing is still being filled; the first open waited 0 s for it";
+    let reason = "is served by decode: its backing is still being filled after the timeout of 0 s";
     assert!(world.log().contains(reason), "{}", world.log());
     wait_for("the backing", || (template(&world, &digest)["files"][0]["hydrated"] == true).then_some(()));
     let late = File::open(&path).unwrap();
@@ -167,7 +167,7 @@ fn what_does_not_fit_the_cache_is_served_by_decode_and_says_why() {
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
     let status = template(&world, &digest);
     assert_eq!(status["serving"], "decode");
-    assert!(status["why"].as_str().unwrap().contains("the cache may hold 8.00 MiB"), "{status}");
+    assert!(status["why"].as_str().unwrap().contains("the cache is limited to 8.00 MiB"), "{status}");
 
     let strict = TestMount::with(&["--serve", "passthrough", "--cache-size", "8M"]);
     let digest = strict.import_bytes(&bytes, "web:1");

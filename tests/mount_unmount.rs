@@ -25,7 +25,7 @@ fn map(world: &TestMount, digest: &str) -> Actor {
 }
 
 /// What the log says once the first signal is acted upon.
-const DRAINS: &str = "served until its last user ends";
+const DRAINS: &str = "served until its last use ends";
 
 /// Every page has its bytes.
 fn assert_reads(clone: &mut Actor) {
@@ -231,7 +231,7 @@ fn a_terminal_that_ends_cuts_nobody_off() {
         processes[0].signal(first).unwrap();
         wait_for("the detaching", || world.log().contains(DRAINS).then_some(()));
         processes[0].signal(Signal::HUP).unwrap();
-        wait_for("the second", || world.log().contains("changes nothing").then_some(()));
+        wait_for("the second", || world.log().contains("termination signal ignored").then_some(()));
         assert_reads(&mut clone);
         drop(clone);
         assert_nothing_is_left(&world, &processes);
@@ -277,5 +277,5 @@ fn a_mount_in_the_foreground_talks_to_its_terminal_and_ends_with_it() {
     assert!(child.wait().unwrap().success());
     assert_nothing_is_left(&world, &processes);
     let said = fs::read_to_string(world.dir().join("terminal")).unwrap();
-    assert!(said.contains("serving with") && said.contains("the mount is over"), "{said}");
+    assert!(said.contains("serving with") && said.contains("the mount has ended"), "{said}");
 }

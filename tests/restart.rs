@@ -140,7 +140,7 @@ fn a_program_that_exits_leaves_the_old_server() {
 fn a_program_that_hangs_leaves_the_old_server() {
     let _host = host::shared();
     let hanger = compile("hanger");
-    host::measured(|| is_refused(&hanger, "it did not answer within 5 s", 4_900..7_000));
+    host::measured(|| is_refused(&hanger, "timed out after 5 s waiting for the new server", 4_900..7_000));
 }
 
 /// What the server asks meanwhile is asked again of the next supervisor, and must be done once.
@@ -229,13 +229,19 @@ fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: 
 #[test]
 fn a_soak_build_of_other_sizes_leaves_the_old_server() {
     let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
-    a_soak_build_is_refused("sizes", "mountd/src/decode.rs", from, to, "other things than the first one");
+    a_soak_build_is_refused(
+        "sizes",
+        "mountd/src/decode.rs",
+        from,
+        to,
+        "reply to INIT differs from the first server's",
+    );
 }
 
 #[test]
 fn a_soak_build_of_another_control_version_leaves_the_old_server() {
     let from = format!("CONTROL_VERSION: u32 = {}", stencilfs::control::CONTROL_VERSION);
-    let words = "the mount speaks version";
+    let words = "the mount uses protocol version";
     a_soak_build_is_refused("control", "src/control/protocol.rs", &from, "CONTROL_VERSION: u32 = 200", words);
 }
 
@@ -265,7 +271,7 @@ fn a_soak_build_of_the_previous_commit_takes_over() {
     let program = build(dir.path(), &tree);
     if words_of(&program) != words_of(&daemon()) {
         println!("the previous commit speaks other words between processes: it must be refused");
-        return host::measured(|| is_refused(&program, "the mount speaks version", 0..5_000));
+        return host::measured(|| is_refused(&program, "the mount uses protocol version", 0..5_000));
     }
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);

@@ -291,7 +291,7 @@ fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
     });
     let log = world.log();
     assert_eq!(
-        log.lines().filter(|l| l.contains("waited 30s for the store: it gets EIO")).count(),
+        log.lines().filter(|l| l.contains("failed with EIO: the store was away for 30s")).count(),
         1,
         "{log}"
     );

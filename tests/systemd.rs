@@ -250,7 +250,7 @@ fn a_stop_cuts_no_clone_off_however_often_it_is_asked_for() {
     service.reads(&mut clone, 0, 2);
     let before = service.world.processes();
     let log = service.world.dir().join("service.log");
-    for said in ["served until its last user ends", "a further signal changes nothing"] {
+    for said in ["served until its last use ends", "termination signal ignored"] {
         service.manager.signal(Signal::TERM);
         wait_for(said, || fs::read_to_string(&log).unwrap().contains(said).then_some(()));
     }

@@ -199,7 +199,7 @@ fn the_end_of_every_server_is_noticed_however_late() {
     assert!(ended.iter().all(ProcessId::is_alive), "they stand still");
     kill_supervisor(&world);
     world.mount(&[]).ok();
-    let noticed = |pid: u32| world.log().contains(&format!("server {pid} has ended"));
+    let noticed = |pid: u32| world.log().contains(&format!("server {pid} exited"));
     assert!(ended.iter().all(|server| !noticed(server.pid)));
     drop(frozen);
     for server in &ended {
@@ -294,7 +294,7 @@ fn who_has_the_number_of_a_server_that_was_ended_is_not_waited_for() {
     world.mount(&[]).ok();
     stranger.0.kill().unwrap();
     stranger.0.wait().unwrap();
-    let ended = format!("server {pid} has ended");
+    let ended = format!("server {pid} exited");
     wait_for("the log", || world.log().contains(&ended).then_some(()));
 }
 
@@ -312,7 +312,7 @@ fn a_mount_that_cannot_be_taken_over_is_left_as_it_was() {
     let mut other: Value = serde_json::from_slice(&genuine).unwrap();
     other["ledger"] = json!([1, 2]);
     fs::write(record.join("mount.json"), other.to_string()).unwrap();
-    world.mount(&["--serve", "decode"]).says("cannot take over the mount").says("it is served on");
+    world.mount(&["--serve", "decode"]).says("cannot take over the mount").says("the server still serves it");
     assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
     let known = ["restart", world.mountpoint().to_str().unwrap()];
     world.stencil(&known).exits(1).says("the mount has lost its supervisor");
@@ -351,7 +351,11 @@ fn only_a_mount_of_the_same_store_is_taken_over() {
     let taken = mount(&bound, &["--serve", "decode", "--cache-size", "64M", "--watchdog", "7"]);
     run("umount", &[&bound]);
     let taken = taken.ok();
-    assert!(taken.err.contains("not as asked for are: cache-size, watchdog\n"), "{}", taken.err);
+    assert!(
+        taken.err.contains("these differ from the requested ones: cache-size, watchdog\n"),
+        "{}",
+        taken.err
+    );
     assert_eq!(world.server(), server.unwrap().pid);
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }

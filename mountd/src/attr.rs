@@ -1,4 +1,4 @@
-//! The tree's words in those of fuser.
+//! Converts attributes of nodes to the types of fuser.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -7,7 +7,7 @@ use stencilfs::units::PAGE_SIZE;
 
 use crate::node::{Attributes, Kind};
 
-/// What stat(2) shows.
+/// Converts the attributes of a node.
 pub fn attr(attributes: &Attributes) -> FileAttr {
     let time = UNIX_EPOCH + Duration::from_secs(attributes.created);
     FileAttr {
@@ -29,7 +29,7 @@ pub fn attr(attributes: &Attributes) -> FileAttr {
     }
 }
 
-/// The kind of a name.
+/// Converts the kind of a node.
 pub fn kind(kind: Kind) -> FileType {
     match kind {
         Kind::Directory => FileType::Directory,

@@ -1,4 +1,4 @@
-//! An open that waits for its backing, and the one unsafe call of the daemon.
+//! An open that waits for its backing, and the only unsafe call of the daemon.
 
 use fuser::{FileHandle, FopenFlags, ReplyOpen};
 
@@ -7,7 +7,7 @@ use stencilfs::control::Phase;
 use crate::errno::Refusal;
 use crate::inflight::Flight;
 
-/// An OPEN that is not answered yet. Dropped unanswered, it fails with EIO.
+/// A pending OPEN. It fails with EIO if it is dropped without a reply.
 #[derive(Debug)]
 pub struct Opening {
     reply: ReplyOpen,
@@ -15,28 +15,28 @@ pub struct Opening {
 }
 
 impl Opening {
-    /// Takes the reply along.
+    /// Creates a pending open from the reply object and the table entry of the request.
     pub fn new(reply: ReplyOpen, flight: Flight) -> Opening {
         Opening { reply, flight }
     }
 
-    /// Lets it wait. False where so many wait already that it must be answered now.
+    /// Parks the open until its backing is ready. Returns false if the table is full: the open must be answered now.
     pub fn park(&mut self) -> bool {
         self.flight.park(Phase::Parked)
     }
 
-    /// Answers with the backing of that id, which the supervisor keeps open on this connection.
+    /// Replies with a backing that the supervisor keeps registered on this connection.
     #[allow(unsafe_code)]
     pub fn passthrough(self, id: u32) {
         self.flight.replying();
-        // SAFETY: the id was registered on this connection by the supervisor, and stays so while it is handed out. The
-        // wrapper never closes it: it is taken apart again below.
+        // SAFETY: the supervisor registered the id on this connection and keeps it registered while backings with that
+        // id are served. The wrapper never closes the id: `into_raw` below takes it apart again.
         let backing = unsafe { self.reply.wrap_backing(id) };
         self.reply.opened_passthrough(FileHandle(0), FopenFlags::empty(), &backing);
         let _ = backing.into_raw();
     }
 
-    /// Answers with an error.
+    /// Replies with an error.
     pub fn refuse(self, refusal: Refusal) {
         self.flight.replying();
         self.reply.error(refusal.errno());

@@ -1,4 +1,4 @@
-//! The backings of a mount. They belong to the connection: the supervisor keeps them while servers come and go.
+//! The backings of a mount. They belong to the FUSE connection: the supervisor keeps them across servers.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -9,76 +9,77 @@ use stencilfs::sys::fuse_dev;
 use stencilfs::units::Bytes;
 
 use crate::kept;
-use crate::link::{Answer, MOST_KEYS};
+use crate::link::{MAX_KEYS, SupervisorReply};
 
-/// Most files that a mount keeps a backing, or a reason for none, for.
-const MOST: usize = 4096;
-/// Longest name of a file, in bytes: what a name in a directory can have.
-const MOST_NAME: usize = 255;
+/// Most files with an entry: a backing, or the reason why there is none.
+const MAX_ENTRIES: usize = 4096;
+/// Longest file name, in bytes (`NAME_MAX`).
+const MAX_NAME: usize = 255;
 /// Longest reason, in characters.
-const MOST_WORDS: usize = 400;
+const MAX_REASON: usize = 400;
 
-/// One of them.
+/// The backing of one file, or the reason why there is none.
 #[derive(Debug)]
 pub struct Backing {
-    /// What is known of it.
+    /// State of the backing.
     pub row: BackingRow,
-    /// The file, once it is made.
+    /// The backing file, once it is created.
     pub file: Option<OwnedFd>,
 }
 
-/// All of them.
+/// All backings of a mount.
 #[derive(Debug, Default)]
 pub struct Backings(Vec<Backing>);
 
 impl Backings {
-    /// Those of another supervisor; `file` finds the descriptor of a row.
+    /// Restores the backings of another supervisor; `file` returns the descriptor of a row.
     pub fn restore(rows: Vec<BackingRow>, mut file: impl FnMut(&BackingRow) -> Option<OwnedFd>) -> Backings {
         Backings(rows.into_iter().map(|row| Backing { file: file(&row), row }).collect())
     }
 
-    /// All rows, with the numbers of their descriptors here.
+    /// Returns all rows, with the descriptor numbers of this process.
     pub fn rows(&self) -> Vec<BackingRow> {
         let number = |b: &Backing| b.file.as_ref().map(AsRawFd::as_raw_fd);
         self.0.iter().map(|b| BackingRow { descriptor: number(b), ..b.row.clone() }).collect()
     }
 
-    /// Descriptors of all, those that are being made included.
+    /// Returns the descriptors of all backings, including those that are being filled.
     pub fn all_files(&self) -> impl Iterator<Item = &OwnedFd> {
         self.0.iter().filter_map(|b| b.file.as_ref())
     }
 
-    /// Descriptors of those that are ready.
+    /// Returns the descriptors of the ready backings.
     pub fn files(&self) -> impl Iterator<Item = &OwnedFd> {
         self.ready().map(|(_, file)| file)
     }
 
-    /// The descriptor of the ready one at that place of [`rows`](Self::rows).
+    /// Returns the descriptor of the ready backing at `index` of [`rows`](Self::rows).
     ///
     /// # Errors
-    /// Not found when there is none.
+    /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if there is no ready backing at this index.
     pub fn file(&self, index: usize) -> Result<&OwnedFd> {
         let backing = self.0.get(index).filter(|b| b.row.id.is_some());
         backing.and_then(|b| b.file.as_ref()).ok_or_else(|| Error::not_found("no such backing"))
     }
 
-    /// The ids of those that are ready, with their descriptors.
+    /// Returns the ids of the ready backings, with their descriptors.
     pub fn ready(&self) -> impl Iterator<Item = (u32, &OwnedFd)> {
         self.0.iter().filter_map(|b| Some((b.row.id?, b.file.as_ref()?)))
     }
 
-    /// A copy of the descriptor of a file's ready backing.
+    /// Duplicates the descriptor of a file's ready backing.
     ///
     /// # Errors
-    /// When there is none, or the process is out of descriptors.
+    /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if the file has no ready backing, and an error if
+    /// the process has no free descriptor.
     pub fn copy(&self, key: &FileKey) -> Result<OwnedFd> {
         let backing = self.0.iter().find(|b| b.row.key == *key && b.row.id.is_some());
         let file =
             backing.and_then(|b| b.file.as_ref()).ok_or_else(|| Error::not_found("no such backing"))?;
-        kept::copy(file)
+        kept::duplicate(file)
     }
 
-    /// The id of a file's backing.
+    /// Returns the id of a file's backing.
     pub fn id(&self, key: &FileKey) -> Option<u32> {
         self.0.iter().find(|b| b.row.key == *key)?.row.id
     }
@@ -90,17 +91,17 @@ impl Backings {
     fn unfinished(&mut self, key: &FileKey) -> Result<&mut Backing> {
         self.find(key)
             .filter(|b| b.row.id.is_none() && b.row.stage != Stage::None)
-            .ok_or_else(|| Error::failed("no room was set aside for that backing"))
+            .ok_or_else(|| Error::failed("no space is reserved for that backing"))
     }
 
     fn entry(&mut self, key: FileKey) -> Result<&mut Backing> {
         let at = match self.0.iter().position(|b| b.row.key == key) {
             Some(at) => at,
-            None if key.file.len() > MOST_NAME => {
-                return Err(Error::usage(format!("the name of a file has {} bytes", key.file.len())));
+            None if key.file.len() > MAX_NAME => {
+                return Err(Error::usage(format!("a file name of {} bytes is too long", key.file.len())));
             }
-            None if self.0.len() >= MOST => {
-                return Err(Error::try_again(format!("the mount keeps backings for {MOST} files, no more")));
+            None if self.0.len() >= MAX_ENTRIES => {
+                return Err(Error::try_again(format!("the limit of {MAX_ENTRIES} backings is reached")));
             }
             None => {
                 let (id, descriptor, why) = (None, None, None);
@@ -114,9 +115,9 @@ impl Backings {
         Ok(&mut self.0[at])
     }
 
-    /// A server has died: what it was making is gone with it, and its successor makes it anew. Why files are served
-    /// without a backing stays: an open that was told so looks up the name again, and the successor must know.
-    /// Gives the half-made files, to be closed.
+    /// Resets unfinished backings after the death of a server: its successor fills them again. Keeps the reasons why
+    /// files have no backing: an open that was answered with ESTALE looks up the name again, and the successor must
+    /// return the decode number. Returns the unfinished files, to be closed.
     pub fn forget_unfinished(&mut self) -> Vec<OwnedFd> {
         let mut files = Vec::new();
         self.0.retain_mut(|b| {
@@ -129,18 +130,19 @@ impl Backings {
         files
     }
 
-    /// Sets room aside ([`Answer::Room`]), or names the backings that would have to go. A backing that became ready
-    /// while another server served is given as it is ([`Answer::Backing`]).
+    /// Reserves space ([`SupervisorReply::Room`]), or names the backings that would have to be evicted
+    /// ([`SupervisorReply::Evict`]). Returns the id of a backing that became ready under an earlier server
+    /// ([`SupervisorReply::Backing`]).
     ///
     /// # Errors
-    /// [`Code::TryAgain`](stencilfs::error::Code::TryAgain) when it can never fit.
-    pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, bytes: u64) -> Result<Answer> {
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if the backing does not fit into the cache.
+    pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, bytes: u64) -> Result<SupervisorReply> {
         if let Some(id) = self.id(key) {
-            return Ok(Answer::Backing(id));
+            return Ok(SupervisorReply::Backing(id));
         }
-        let needs = format!("its backing needs {}", Bytes::new(bytes));
+        let needs = format!("the backing needs {}", Bytes::new(bytes));
         if bytes > chosen.most.get() {
-            return Err(Error::try_again(format!("{needs}, the cache may hold {}", chosen.most))
+            return Err(Error::try_again(format!("{needs}, the cache is limited to {}", chosen.most))
                 .remedy("mount with a larger --cache-size"));
         }
         let others: u64 = self.0.iter().filter(|b| b.row.key != *key).map(|b| b.row.reserved).sum();
@@ -149,30 +151,30 @@ impl Backings {
             let backing = self.entry(key.clone())?;
             backing.row.reserved = bytes;
             backing.row.stage = Stage::Room;
-            return Ok(Answer::Room);
+            return Ok(SupervisorReply::Room);
         }
         let mut candidates: Vec<_> =
             self.0.iter().filter(|b| b.row.key != *key && b.row.id.is_some()).collect();
         candidates.sort_by_key(|b| b.row.reserved);
-        let mut leave = Vec::new();
-        for backing in candidates.into_iter().take(MOST_KEYS) {
-            leave.push(backing.row.key.clone());
+        let mut evicted = Vec::new();
+        for backing in candidates.into_iter().take(MAX_KEYS) {
+            evicted.push(backing.row.key.clone());
             excess = excess.saturating_sub(backing.row.reserved);
         }
-        if excess > 0 || leave.is_empty() {
+        if excess > 0 || evicted.is_empty() {
             let taken = Bytes::new(others);
             return Err(Error::try_again(format!(
-                "{needs}, of the cache's {} {taken} are taken",
+                "{needs}, but {taken} of the cache's {} are in use",
                 chosen.most
             )));
         }
-        Ok(Answer::Evict(leave))
+        Ok(SupervisorReply::Evict(evicted))
     }
 
-    /// Takes the empty file that was made for a backing.
+    /// Stores the empty file that was created for a backing.
     ///
     /// # Errors
-    /// When no room was set aside for it.
+    /// Returns an error if no space is reserved for the backing.
     pub fn made(&mut self, key: &FileKey, file: OwnedFd) -> Result<&OwnedFd> {
         let identity = kept::identity(&file)?;
         let backing = self.unfinished(key)?;
@@ -181,45 +183,46 @@ impl Backings {
         Ok(backing.file.insert(file))
     }
 
-    /// What is to be frozen, and the room that was set aside for it; none when it is frozen.
+    /// Returns the file to freeze and its reserved space; `None` if the file is frozen already.
     ///
     /// # Errors
-    /// When no file was made for it.
+    /// Returns an error if no file was created for the backing.
     pub fn filled(&mut self, key: &FileKey) -> Result<Option<(&OwnedFd, Bytes)>> {
         let backing = self.unfinished(key)?;
         if backing.row.stage == Stage::Frozen {
             return Ok(None);
         }
-        let file = backing.file.as_ref().ok_or_else(|| Error::failed("no file was made for that backing"))?;
+        let file =
+            backing.file.as_ref().ok_or_else(|| Error::failed("no file was created for that backing"))?;
         Ok(Some((file, Bytes::new(backing.row.reserved))))
     }
 
-    /// Notes that it is frozen.
+    /// Records that a backing is frozen.
     pub fn frozen(&mut self, key: &FileKey) {
         if let Ok(backing) = self.unfinished(key) {
             backing.row.stage = Stage::Frozen;
         }
     }
 
-    /// Registers a frozen backing, whose content the server has compared, with the connection.
+    /// Registers a frozen backing, whose content the server has verified, with the connection.
     ///
     /// # Errors
-    /// The kernel's, or when it was not frozen.
+    /// Returns an error if the backing is not frozen, if the server verified another file, or if the kernel rejects it.
     pub fn register(&mut self, fuse: &OwnedFd, key: &FileKey, compared: (u64, u64)) -> Result<u32> {
-        // A question may come twice: a second id for an inode in use would be an error for its openers.
+        // A repeated request returns the same id: the kernel fails opens that use a second id for an inode in use.
         if let Some(id) = self.find(key).and_then(|b| b.row.id) {
             return Ok(id);
         }
         let backing = self.unfinished(key)?;
         if backing.row.identity != compared {
-            return Err(Error::failed("another file was compared than was made for that backing"));
+            return Err(Error::failed("the server verified another file than the one of that backing"));
         }
         let file = backing.file.as_ref().filter(|_| backing.row.stage == Stage::Frozen);
         let file = file.ok_or_else(|| Error::failed("that backing is not frozen"))?;
         let id = fuse_dev::backing_open(fuse, file.as_fd()).map_err(|e| {
             let stacked = e.raw_os_error() == Some(libc::ELOOP);
-            let error = Error::failed("the kernel does not accept the backing").because(e);
-            if stacked { error.remedy("name a directory on ext4 or xfs with --cache-dir") } else { error }
+            let error = Error::failed("the kernel rejects the backing").because(e);
+            if stacked { error.remedy("use --cache-dir with a directory on ext4 or xfs") } else { error }
         })?;
         backing.row.id = Some(id);
         backing.row.filled = backing.row.reserved;
@@ -227,13 +230,13 @@ impl Backings {
         Ok(id)
     }
 
-    /// The files of a template that have a ready backing.
+    /// Returns the files of a template that have a ready backing.
     pub fn keys_of(&self, digest: &Digest) -> Vec<FileKey> {
         let ready = self.0.iter().filter(|b| b.row.key.digest == *digest && b.row.id.is_some());
         ready.map(|b| b.row.key.clone()).collect()
     }
 
-    /// As [`close`](Self::close), and gives the files, to be closed elsewhere.
+    /// Same as [`close`](Self::close), but returns the backing files, to be closed by another process.
     pub fn close_with_files(&mut self, fuse: &OwnedFd, keys: &[FileKey]) -> Vec<OwnedFd> {
         let wanted = |b: &&mut Backing| keys.contains(&b.row.key);
         let files = self.0.iter_mut().filter(wanted).filter_map(|b| b.file.take()).collect();
@@ -241,7 +244,7 @@ impl Backings {
         files
     }
 
-    /// Closes backings that nobody uses and nobody is handed any more.
+    /// Closes backings that are unused and no longer served.
     pub fn close(&mut self, fuse: &OwnedFd, keys: &[FileKey]) {
         self.0.retain(|b| match b.row.id {
             Some(id) if keys.contains(&b.row.key) => {
@@ -252,35 +255,36 @@ impl Backings {
                         b.row.key.file
                     );
                 }
-                // The server that asked has the file open too: giving back its room is not waited for here.
+                // The server still has the file open: its disk space is released later.
                 false
             }
             _ => true,
         });
     }
 
-    /// Notes why a file has no backing, or that one is tried. One that is late goes on being filled.
+    /// Records the reason why a file has no backing, or with `None` that a new attempt has begun. A late backing is
+    /// still being filled.
     ///
     /// # Errors
-    /// When too many files have one.
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if the limit of entries is reached.
     pub fn decode(&mut self, key: FileKey, why: Option<String>) -> Result<()> {
         let backing = self.entry(key)?;
         if backing.row.id.is_none() {
-            // It stays in locked memory, and in the ledger.
+            // Bounded, as the reason stays in locked memory and in the ledger.
             let plain = |c: char| if c.is_control() { ' ' } else { c };
-            backing.row.why = why.map(|why| why.chars().take(MOST_WORDS).map(plain).collect());
+            backing.row.why = why.map(|why| why.chars().take(MAX_REASON).map(plain).collect());
         }
         Ok(())
     }
 
-    /// Gives back the room of a backing that is given up, and its file, to be closed.
+    /// Releases the reserved space of an abandoned backing. Returns its file, to be closed.
     pub fn give_back(&mut self, key: &FileKey) -> Option<OwnedFd> {
         let backing = self.unfinished(key).ok()?;
         (backing.row.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
         backing.file.take()
     }
 
-    /// Notes how far one is filled.
+    /// Records how many bytes of a backing are filled.
     pub fn progress(&mut self, key: &FileKey, bytes: u64) {
         if let Ok(backing) = self.unfinished(key) {
             backing.row.filled = backing.row.filled.max(bytes);

@@ -1,10 +1,10 @@
-//! Templates that are about to be removed, as the server sees them: nobody finds or opens them any more.
+//! Condemned templates, as the server enforces them: lookups and opens of a condemned template fail.
 //!
 //! ```text
-//!   supervisor: ledger written, bell rung ─▶ this thread: the new list counts ─▶ whoever looked at the old one is answered
-//!   ─▶ opens that wait are refused, backings that are made are given up ─▶ the supervisor is told
+//!   supervisor writes ledger, rings bell ─▶ watcher publishes the new list ─▶ replies based on the old list are sent
+//!   ─▶ waiting opens are refused, backings in progress are abandoned ─▶ watcher reports to the supervisor
 //! ```
-//! The supervisor believes that only when it is told, so a server that dies in between costs time and nothing else.
+//! The supervisor relies on the new list only after the report: the death of a server before costs time only.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -18,142 +18,144 @@ use stencilfs::store::{Digest, Store};
 use stencilfs::sys::fuse_dev;
 
 use crate::kept;
-use crate::link::{Ask, Link};
+use crate::link::{Link, ServerRequest};
 use crate::node::Node;
 use crate::passthrough::Passthrough;
 use crate::stats::Stats;
 use crate::tree::Tree;
 
-/// An open that was answered is seen in its process within this time, even on a busy host.
+/// Longest time from the reply to an open until the open file is visible in its process, even on a busy host.
 pub const GRACE: Duration = Duration::from_millis(200);
 
-/// How often who waits looks for a newer list.
-const MOMENT: Duration = Duration::from_millis(20);
+/// Interval between two checks for a newer list while the watcher waits for guards.
+const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// No more opens are remembered than so many, but for those of the last moment.
-const MOST: usize = 4096;
+/// Most recorded opens, apart from those within the grace time.
+const MAX_OPENED: usize = 4096;
 
-/// What is condemned now.
+/// The list of condemned templates.
 #[derive(Debug)]
 pub struct Condemned {
-    /// True for those that are removed already.
+    /// The value is true for a template that is already removed.
     now: RwLock<HashMap<Digest, bool>>,
-    looking: Mutex<Looks>,
+    guards: Mutex<Epochs>,
     opened: Mutex<HashMap<Digest, Instant>>,
-    /// What the server before has answered is not known.
-    begun: Instant,
+    /// Start of this server: opens that its predecessor answered count as answered at this time.
+    start: Instant,
 }
 
-/// Whoever looks at the list keeps a sender until the answer that follows from it is given: a receiver whose senders are
-/// all gone has nobody left. One that hangs in a file system holds up a removal, and nobody who looks after it.
+/// Each reader of the list holds a guard (a sender) until its reply is sent. An epoch ends when its last guard is
+/// dropped, which its receiver reports as a disconnect. A reader that hangs in a file system delays removals, but no
+/// later reader.
 #[derive(Debug)]
-struct Looks {
+struct Epochs {
     now: (Sender<Infallible>, Receiver<Infallible>),
-    /// Those who may act upon lists of before.
+    /// Earlier epochs, whose readers may still act on an earlier list.
     before: Vec<Receiver<Infallible>>,
 }
 
-/// Somebody acts upon the list.
+/// A reader's guard on the list of condemned templates.
 #[derive(Debug)]
-pub struct Looking(#[allow(dead_code, reason = "it counts by being there")] Sender<Infallible>);
+pub struct ListGuard(#[allow(dead_code, reason = "the existence of the sender counts")] Sender<Infallible>);
 
 fn list(rows: &[CondemnedRow]) -> HashMap<Digest, bool> {
     rows.iter().map(|row| (row.digest, row.removed)).collect()
 }
 
 impl Condemned {
-    /// These, from the beginning.
+    /// Creates the list.
     pub fn new(rows: &[CondemnedRow]) -> Arc<Condemned> {
         Arc::new(Condemned {
             now: RwLock::new(list(rows)),
-            looking: Mutex::new(Looks { now: channel(), before: Vec::new() }),
+            guards: Mutex::new(Epochs { now: channel(), before: Vec::new() }),
             opened: Mutex::default(),
-            begun: Instant::now(),
+            start: Instant::now(),
         })
     }
 
-    fn looks(&self) -> MutexGuard<'_, Looks> {
-        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
+    fn epochs(&self) -> MutexGuard<'_, Epochs> {
+        self.guards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// To be held from the question whether a template is condemned to the answer that is given.
-    pub fn look(&self) -> Looking {
-        Looking(self.looks().now.0.clone())
+    /// Returns a guard that must be held from the check of the list until the reply is sent.
+    pub fn guard(&self) -> ListGuard {
+        ListGuard(self.epochs().now.0.clone())
     }
 
-    /// True for a template that nobody may find or open.
+    /// Returns true if the template is condemned.
     pub fn holds(&self, digest: &Digest) -> bool {
         self.now.read().unwrap_or_else(PoisonError::into_inner).contains_key(digest)
     }
 
-    /// True for one that is removed already.
+    /// Returns true if the template is condemned and already removed.
     pub fn is_removed(&self, digest: &Digest) -> bool {
         self.now.read().unwrap_or_else(PoisonError::into_inner).get(digest) == Some(&true)
     }
 
-    /// An open of that template is answered now.
+    /// Records that an open of the template is answered now.
     pub fn opened(&self, digest: &Digest) {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        if opened.len() >= MOST {
+        if opened.len() >= MAX_OPENED {
             opened.retain(|_, at| at.elapsed() < GRACE);
         }
         opened.insert(*digest, Instant::now());
     }
 
-    /// The new list. Others may still act upon the one before.
+    /// Publishes a new list. Readers with a guard of an earlier epoch may still act on an earlier list.
     fn change(&self, rows: &[CondemnedRow]) {
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = list(rows);
-        // After the list: who looks from here on sees it.
-        let mut looks = self.looks();
-        let (_, old) = std::mem::replace(&mut looks.now, channel());
-        looks.before.push(old);
+        // After the list: a reader that takes its guard from here on sees the new list.
+        let mut epochs = self.epochs();
+        let (_, old) = std::mem::replace(&mut epochs.now, channel());
+        epochs.before.push(old);
     }
 
-    /// True once nobody acts upon a list of before; waits a moment for that.
+    /// Returns true if all guards of earlier epochs are dropped; waits a moment for them.
     fn is_settled(&self) -> bool {
-        let before = std::mem::take(&mut self.looks().before);
-        let gone = |old: &Receiver<_>| old.recv_timeout(MOMENT) == Err(RecvTimeoutError::Disconnected);
+        let before = std::mem::take(&mut self.epochs().before);
+        let gone =
+            |old: &Receiver<_>| old.recv_timeout(CHECK_INTERVAL) == Err(RecvTimeoutError::Disconnected);
         let left: Vec<_> = before.into_iter().skip_while(gone).collect();
         let settled = left.is_empty();
-        self.looks().before.extend(left);
+        self.epochs().before.extend(left);
         settled
     }
 
-    /// How long the last open of a condemned template may take to be seen in its process.
+    /// Returns how long the most recent open of a condemned template may take to be visible in its process.
     fn grace(&self) -> Duration {
         let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
-        let last = now.keys().map(|digest| opened.get(digest).copied().unwrap_or(self.begun).max(self.begun));
+        let last = now.keys().map(|digest| opened.get(digest).copied().unwrap_or(self.start).max(self.start));
         last.map(|at| GRACE.saturating_sub(at.elapsed())).max().unwrap_or_default()
     }
 }
 
-/// Everything in a server that has to do with a template.
+/// Applies each new list to all parts of the server.
 #[derive(Debug)]
 pub struct Watcher {
     /// The list.
     pub condemned: Arc<Condemned>,
-    /// Names.
+    /// Names and attributes.
     pub tree: Arc<Tree>,
-    /// Backings, and opens that wait.
+    /// Backings, and opens that wait for them.
     pub passthrough: Arc<Passthrough>,
     /// The store.
     pub store: Store,
-    /// The connection to the kernel.
+    /// The FUSE connection.
     pub fuse: std::os::fd::OwnedFd,
-    /// Where the list is written.
+    /// The ledger, which holds the list.
     pub ledger: std::os::fd::OwnedFd,
-    /// The bell.
+    /// The counters page, which holds the bell.
     pub stats: Stats,
-    /// The way to the supervisor.
+    /// The link to the supervisor.
     pub link: Arc<Link>,
 }
 
 impl Watcher {
-    /// Acts upon every ring, from a thread of its own. `heard` is the number of rings before the list was read that the
-    /// server began with.
+    /// Starts a thread that applies the list after each ring of the bell. `heard` is the number of rings before this
+    /// server read its first list.
     pub fn start(self, heard: u32) {
-        // A supervisor that has never rung may be of a build that does not know what it would be told.
+        // A supervisor that has never rung may be of a build that cannot parse the report.
         let first = (heard != 0).then_some(heard);
         thread::spawn(move || {
             let mut heard = heard;
@@ -172,14 +174,14 @@ impl Watcher {
     }
 
     fn act(&self, ring: u32) {
-        let rows = match kept::look(&self.ledger) {
+        let rows = match kept::read_snapshot(&self.ledger) {
             Ok(snapshot) => snapshot.condemned,
-            // The supervisor goes on waiting, and says so to who asked it.
-            Err(error) => return log::error!("the list of condemned templates cannot be read: {error}"),
+            // The supervisor keeps waiting, and the removal times out.
+            Err(error) => return log::error!("cannot read the list of condemned templates: {error}"),
         };
         self.condemned.change(&rows);
         while !self.condemned.is_settled() {
-            // What was released meanwhile is found again, whoever hangs.
+            // A newer list must be published even while a reader hangs: it may release templates.
             if self.stats.page().rings() != ring {
                 return;
             }
@@ -187,26 +189,27 @@ impl Watcher {
         rows.iter().filter(|row| !row.removed).for_each(|row| self.forget_names(&row.digest));
         let grace = self.condemned.grace();
         self.passthrough.end_condemned();
-        // What it has open of the store keeps room on the disk that was given back.
+        // Open files of the store keep the disk space of deleted files allocated.
         self.tree.close_templates();
         self.store.close_vanished();
         let grace_ms = grace.as_millis() as u64;
-        if let Err(error) = self.link.tell(&Ask::Condemned { ring, grace_ms }) {
+        if let Err(error) = self.link.request_done(&ServerRequest::Condemned { ring, grace_ms }) {
             log::error!("{error}");
         }
-        // After the answer: a removal that was killed waits for nobody.
+        // After the report: a killed removal waits for no one.
         self.passthrough.give_up_vanished(&self.store);
     }
 
-    /// Has the kernel forget the files of a template that nobody uses. Lookups are answered by other threads, and a file
-    /// whose pages are being read is in use: nothing here waits for this thread.
+    /// Makes the kernel drop the unused inodes of a template's files. Cannot deadlock: other threads answer lookups,
+    /// and a file with a pending READ is in use, so that the kernel does not wait for its pages here.
     fn forget_names(&self, digest: &Digest) {
-        // What cannot be forgotten counts as used.
+        // Without this, the files count as in use.
         let Ok(template) = self.tree.template_in_use(digest) else { return };
         let folder = self.tree.ino(&Node::Template(*digest));
         for file in template.files() {
-            fuse_dev::forget_name(&self.fuse, folder, &file.name)
-                .unwrap_or_else(|e| log::warn!("cannot have the kernel forget {digest}/{}: {e}", file.name));
+            fuse_dev::forget_name(&self.fuse, folder, &file.name).unwrap_or_else(|e| {
+                log::warn!("cannot invalidate {digest}/{} in the kernel: {e}", file.name)
+            });
         }
     }
 }
@@ -220,15 +223,15 @@ mod tests {
     }
 
     #[test]
-    fn a_new_list_waits_for_who_looked_at_the_old_one() {
+    fn a_new_list_settles_after_the_readers_of_the_old_one() {
         let condemned = Condemned::new(&[]);
         let digest = Digest::of(b"x");
-        let looking = condemned.look();
+        let guard = condemned.guard();
         condemned.change(&[row(digest, false)]);
         assert!(condemned.holds(&digest));
-        assert!(!condemned.is_settled(), "somebody acts upon the old list yet");
+        assert!(!condemned.is_settled(), "a reader still acts on the old list");
         condemned.opened(&digest);
-        drop(looking);
+        drop(guard);
         assert!(condemned.is_settled());
         assert!(condemned.grace() > Duration::ZERO && condemned.grace() <= GRACE);
         assert!(!condemned.is_removed(&digest));
@@ -239,28 +242,28 @@ mod tests {
         assert_eq!(condemned.grace(), Duration::ZERO);
     }
 
-    /// One who hangs holds up what waits for all, and neither those who look nor what is released.
+    /// A reader that hangs delays the settling of a list, but neither other readers nor the publication of newer lists.
     #[test]
-    fn who_hangs_holds_up_nobody_who_looks() {
+    fn a_hanging_reader_blocks_no_other_reader() {
         let condemned = Condemned::new(&[]);
         let digest = Digest::of(b"x");
-        let hangs = condemned.look();
+        let hanging = condemned.guard();
         condemned.change(&[row(digest, false)]);
         assert!(!condemned.is_settled());
         let other = Arc::clone(&condemned);
-        let looks = thread::spawn(move || (other.look(), other.holds(&digest)));
-        let begun = Instant::now();
-        while !looks.is_finished() {
+        let reader = thread::spawn(move || (other.guard(), other.holds(&digest)));
+        let start = Instant::now();
+        while !reader.is_finished() {
             assert!(!condemned.is_settled());
-            assert!(begun.elapsed() < Duration::from_secs(10), "nobody can look");
+            assert!(start.elapsed() < Duration::from_secs(10), "the second reader is blocked");
         }
-        let (looking, held) = looks.join().unwrap();
+        let (guard, held) = reader.join().unwrap();
         assert!(held);
         condemned.change(&[]);
         assert!(!condemned.holds(&digest));
-        drop(hangs);
-        assert!(!condemned.is_settled(), "the second one acts upon the list that hid it");
-        drop(looking);
+        drop(hanging);
+        assert!(!condemned.is_settled(), "the second reader acts on the list that hid the template");
+        drop(guard);
         assert!(condemned.is_settled());
     }
 }

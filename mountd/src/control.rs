@@ -1,4 +1,4 @@
-//! The control socket, seen from the supervisor: who called, and who still waits for an answer.
+//! The control socket on the supervisor's side: connections, and which of them wait for a reply.
 
 use std::fs::File;
 use std::io::Write;
@@ -16,16 +16,16 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::memfd;
 use stencilfs::units::Bytes;
 
-/// So many may call at a time; the one that has waited longest for nothing makes room.
-const MOST: usize = 32;
+/// Most connections; a new one displaces the oldest that waits for nothing.
+const MAX_CALLERS: usize = 32;
 
-/// Who cannot be taken in, for want of descriptors, waits so long: the door would be ready again at once.
-const REST: Duration = Duration::from_millis(20);
+/// Pause after a failed accept(2), for example without free descriptors: the listener would be readable again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// Listens in the record's folder, which only its owner can enter.
+/// Listens in the directory of the record, which only its owner can enter.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn open(record: &RecordDir) -> Result<OwnedFd> {
     let path = record.path().join(CONTROL_SOCKET);
     let open = || -> std::io::Result<OwnedFd> {
@@ -33,19 +33,19 @@ pub fn open(record: &RecordDir) -> Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         bind(&socket, &SocketAddrUnix::new(socket_path(record.folder()))?)?;
-        // Its mode is left to the umask.
+        // bind(2) applies the umask to the mode of the socket.
         chmodat(record.folder(), CONTROL_SOCKET, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
-        listen(&socket, MOST as i32)?;
+        listen(&socket, MAX_CALLERS as i32)?;
         Ok(socket)
     };
     open().map_err(|e| Error::io("cannot listen on the control socket", &path, e))
 }
 
-/// A snapshot as an answer, in a memory file: it may be longer than a message.
+/// Returns a reply with the snapshot in a memory file, as the snapshot may exceed the size of a message.
 ///
 /// # Errors
-/// The system's.
-pub fn answer_with(snapshot: &Snapshot) -> Result<(Response, Option<OwnedFd>)> {
+/// Returns an error if a system call fails.
+pub fn snapshot_reply(snapshot: &Snapshot) -> Result<(Response, Option<OwnedFd>)> {
     let write = || -> std::io::Result<OwnedFd> {
         let mut file = File::from(memfd::create("stencil-snapshot", Bytes::ZERO)?);
         file.write_all(&serde_json::to_vec(snapshot)?)?;
@@ -60,17 +60,17 @@ struct Caller {
     id: u64,
     channel: Channel,
     waits: bool,
-    /// It keeps its place though it waits for nothing: something holds for as long as it is connected.
+    /// The caller is not displaced though it waits for nothing: its connection keeps templates condemned.
     keeps: bool,
 }
 
 impl Caller {
-    fn may_go(&self) -> bool {
+    fn is_displaceable(&self) -> bool {
         !self.waits && !self.keeps
     }
 }
 
-/// Who called; and who started the mount, which is told once that it answers.
+/// The connections, and the process that started the mount, which is told once that the mount serves.
 #[derive(Debug, Default)]
 pub struct Callers {
     all: Vec<Caller>,
@@ -79,16 +79,16 @@ pub struct Callers {
     closed_until: Option<Instant>,
 }
 
-/// Who started the supervisor, and reads one line about how it went from standard output.
+/// The process that started the supervisor, and reads one line with the outcome from the supervisor's standard output.
 #[derive(Debug)]
 pub struct Starter {
-    /// It talks to its terminal instead.
+    /// True if the supervisor runs in the foreground and reports to the terminal instead.
     pub foreground: bool,
 }
 
 impl Starter {
-    /// Says that the mount answers, or why there is none.
-    pub fn tell(self, error: Option<&Error>) {
+    /// Reports that the mount serves, or why there is none.
+    pub fn report(self, error: Option<&Error>) {
         if self.foreground {
             if let Some(error) = error {
                 stencilfs::say!("stencil-mountd: {error}");
@@ -108,45 +108,45 @@ impl Starter {
 }
 
 impl Callers {
-    /// Nobody but who started the mount.
+    /// Creates the list, with no connection yet.
     pub fn new(starter: Option<Starter>) -> Callers {
         Callers { starter, ..Callers::default() }
     }
 
-    /// Goes on with a caller that waits for its answer, and gives its number.
+    /// Adds a connection that waits for a reply and was inherited over exec(2). Returns its number.
     pub fn resume(&mut self, channel: Channel) -> u64 {
         self.next += 1;
         self.all.push(Caller { id: self.next, channel, waits: true, keeps: false });
         self.next
     }
 
-    /// True while the mount has never answered.
+    /// Returns true until a server serves the mount for the first time.
     pub fn nobody_served_yet(&self) -> bool {
         self.starter.is_some()
     }
 
-    /// The mount answers.
+    /// Reports to the starter that the mount serves.
     pub fn served(&mut self) {
         if let Some(starter) = self.starter.take() {
-            starter.tell(None);
+            starter.report(None);
         }
     }
 
-    /// Takes out who started the mount, to be told that there is none.
+    /// Removes and returns the starter, to report a failure to it.
     pub fn starter(&mut self) -> Option<Starter> {
         self.starter.take()
     }
 
-    /// True when one more can be taken in.
+    /// Returns true if another connection can be accepted.
     pub fn has_room(&self) -> bool {
         let open = self.closed_until.is_none_or(|until| Instant::now() >= until);
-        open && (self.all.len() < MOST || self.all.iter().any(Caller::may_go))
+        open && (self.all.len() < MAX_CALLERS || self.all.iter().any(Caller::is_displaceable))
     }
 
-    /// Takes in who waits at the door.
+    /// Accepts one connection.
     pub fn accept(&mut self, listener: &OwnedFd) {
-        if self.all.len() >= MOST {
-            let Some(at) = self.all.iter().position(Caller::may_go) else { return };
+        if self.all.len() >= MAX_CALLERS {
+            let Some(at) = self.all.iter().position(Caller::is_displaceable) else { return };
             self.all.remove(at);
         }
         match accept_with(listener, SocketFlags::CLOEXEC) {
@@ -160,65 +160,67 @@ impl Callers {
                 });
             }
             Err(e) => {
-                log::debug!("the control socket: {e}");
-                self.closed_until = Some(Instant::now() + REST);
+                log::debug!("cannot accept a connection on the control socket: {e}");
+                self.closed_until = Some(Instant::now() + ACCEPT_PAUSE);
             }
         }
     }
 
-    /// Whether a caller keeps its place also while it waits for nothing.
+    /// Sets whether a caller keeps its connection while it waits for nothing.
     pub fn keep(&mut self, id: u64, keeps: bool) {
         self.all.iter_mut().filter(|c| c.id == id).for_each(|c| c.keeps = keeps);
     }
 
-    /// Their ends, to be listened to.
+    /// Iterates over the connections.
     pub fn channels(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
         self.all.iter().map(|c| (c.id, c.channel.as_fd()))
     }
 
-    /// The end of one.
+    /// Returns the connection of a caller.
     pub fn channel(&self, id: u64) -> Option<BorrowedFd<'_>> {
         self.channels().find(|(other, _)| *other == id).map(|(_, fd)| fd)
     }
 
-    /// What a caller asks; it waits for the answer from now on.
+    /// Receives a caller's request; the caller waits for the reply from then on.
     pub fn receive(&mut self, id: u64) -> Option<Received<Request>> {
         let caller = self.all.iter_mut().find(|c| c.id == id)?;
-        let received =
-            caller.channel.try_receive().inspect_err(|e| log::warn!("a caller is not understood: {e}"));
+        let received = caller
+            .channel
+            .try_receive()
+            .inspect_err(|e| log::warn!("invalid request on the control socket: {e}"));
         let received = received.ok()?;
         caller.waits |= matches!(received, Received::Message(..));
         Some(received)
     }
 
-    /// Answers a caller that may have gone.
-    pub fn say(&mut self, id: u64, answer: Result<(Response, Option<OwnedFd>)>) {
+    /// Replies to a caller, if it is still connected.
+    pub fn reply(&mut self, id: u64, answer: Result<(Response, Option<OwnedFd>)>) {
         let Some(caller) = self.all.iter_mut().find(|c| c.id == id) else { return };
         caller.waits = false;
         let (response, fd) = answer.unwrap_or_else(|e| (Response::Failed(Failure::from(&e)), None));
         if let Err(e) = caller.channel.try_send(&response, fd.as_ref().map(AsFd::as_fd)) {
-            log::warn!("a caller was lost: {e}");
+            log::warn!("cannot reply on the control socket: {e}");
             self.drop_caller(id);
         }
     }
 
-    /// Tells a caller that it is done, or why not.
-    pub fn answer(&mut self, id: Option<u64>, answer: Result<()>) {
+    /// Replies to a caller with success or an error.
+    pub fn reply_done(&mut self, id: Option<u64>, answer: Result<()>) {
         if let Some(id) = id {
-            self.say(id, answer.map(|()| (Response::Done, None)));
+            self.reply(id, answer.map(|()| (Response::Done, None)));
         }
     }
 
-    /// One has gone.
+    /// Removes a connection.
     pub fn drop_caller(&mut self, id: u64) {
         self.all.retain(|c| c.id != id);
     }
 
-    /// The mount is over: that is an answer too.
+    /// Replies to all waiting callers that the mount has ended.
     pub fn end(&mut self) {
         let waiting: Vec<u64> = self.all.iter().filter(|c| c.waits).map(|c| c.id).collect();
         for id in waiting {
-            self.answer(Some(id), Err(Error::failed("the mount is over")));
+            self.reply_done(Some(id), Err(Error::failed("the mount has ended")));
         }
     }
 }

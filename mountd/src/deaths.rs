@@ -1,8 +1,8 @@
-//! How servers end, and how long their successors wait.
+//! Records how servers end, and decides how long the next start is delayed.
 //!
-//! Readers stand still while no server lives, so a successor starts at once: after a kill from outside always. Servers that
-//! end by themselves, or for lack of memory, soon after they began would only do so again: after a few of them each next
-//! one waits longer.
+//! Reads of the mount block while no server is alive, so a successor starts at once, and always after a kill from
+//! outside. Servers that end by themselves or run out of memory soon after their start are likely to do so again: after
+//! [`FREE_DEATHS`] of them in a row, each further start is delayed longer.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,11 +12,12 @@ use stencilfs::sys::process::{self, Ended};
 
 use crate::supervisor::Server;
 
-/// So many servers in a row may end early; then each next one waits longer.
+/// Number of consecutive early deaths without a delay.
 pub const FREE_DEATHS: u32 = 3;
-/// A server that served for so long has not ended early, whatever ended it.
+/// A server that served this long did not die early, whatever the cause.
 const SETTLED: Duration = Duration::from_secs(10);
-/// One that served for so long has answered, or had nothing to answer but opens that wait for a backing.
+/// A server that served this long has worked: it has answered requests, or there were none but opens that wait for a
+/// backing.
 const LIVED: Duration = Duration::from_secs(1);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -25,26 +26,27 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, Copy)]
 pub struct Death {
     pub pid: u32,
-    /// How it ended; unknown for one that is no child, or has not ended yet.
+    /// How the server ended; `None` if it is not a child of this process, or has not exited yet.
     pub how: Option<Ended>,
     pub lived: Duration,
-    /// It had answered the kernel's handshake.
+    /// True if the server had completed the handshake with the kernel.
     pub serving: bool,
-    /// Requests were answered in its time.
+    /// True if requests were answered during its lifetime.
     pub answered: bool,
-    /// The OOM killer has struck in its control group in its time.
+    /// True if the OOM killer was active in its control group during its lifetime.
     pub oom: bool,
 }
 
-/// A process whose descriptors are closed has ended within this time; longer than that no reader is to wait.
-const LAST_STEPS: Duration = Duration::from_millis(2);
+/// Longest wait for the exit of a process that has closed its descriptors; reads of the mount block meanwhile.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(2);
 
 impl Death {
-    /// That of a server, with `answers` requests answered until now. One that was given up and lives yet is not waited for.
+    /// Creates the record of a server's end; `answers` is the current number of answered requests. Does not wait for a
+    /// server that was abandoned and is still alive.
     pub fn of(server: &Server, answers: u64) -> Death {
         Death {
             pid: server.row.process.pid,
-            how: process::reap(&server.pidfd, LAST_STEPS),
+            how: process::reap(&server.pidfd, EXIT_TIMEOUT),
             lived: server.since.elapsed(),
             serving: server.row.serving,
             answered: answers != server.answers,
@@ -53,27 +55,27 @@ impl Death {
     }
 }
 
-/// Logs how a child has ended.
-pub fn tell(pid: u32, end: Ended) {
-    log::debug!("process {pid} has ended: {end}");
+/// Logs the exit of a child.
+pub fn log_exit(pid: u32, end: Ended) {
+    log::debug!("process {pid} exited: {end}");
     if let Ended::Signal(number @ (libc::SIGSYS | libc::SIGSEGV | libc::SIGABRT)) = end {
-        log::error!("process {pid} has ended by {}: a fault of ours", process::signal_name(number));
+        log::error!("process {pid} was killed by {}: this is a bug in Stencil", process::signal_name(number));
     }
 }
 
-/// What is known of the servers before.
+/// History of server deaths.
 #[derive(Debug, Default)]
 pub struct Deaths {
-    /// Servers in a row that have ended early.
+    /// Number of consecutive servers that died early.
     pub early: u32,
-    /// The last end.
+    /// The most recent death.
     pub last: Option<ServerEnd>,
-    /// The next server starts then.
+    /// Time of the next start, while the start is delayed.
     next_start: Option<SystemTime>,
 }
 
 impl Deaths {
-    /// Notes an end; the pause before the next start.
+    /// Records a death. Returns the delay before the next start.
     pub fn note(&mut self, death: Death) -> Option<Duration> {
         let worked = death.answered || death.serving && death.lived > LIVED;
         let from_outside = !death.oom
@@ -89,10 +91,10 @@ impl Deaths {
             lived_seconds: death.lived.as_secs_f64(),
         });
         if let Some(how) = death.how {
-            tell(death.pid, how);
+            log_exit(death.pid, how);
         }
         log::warn!(
-            "server {} has died after {:.1} s: {}{}",
+            "server {} died after {:.1} s: {}{}",
             death.pid,
             death.lived.as_secs_f64(),
             self.last.as_ref().map_or("", |last| &last.how),
@@ -101,18 +103,18 @@ impl Deaths {
         self.pause()
     }
 
-    /// A server could not be started at all.
+    /// Records that a server could not be started. Returns the delay before the next attempt.
     pub fn note_failed_start(&mut self) -> Duration {
         self.early += 1;
         self.pause().unwrap_or(SHORTEST_PAUSE)
     }
 
-    /// A server was started.
+    /// Records that a server was started.
     pub fn started(&mut self) {
         self.next_start = None;
     }
 
-    /// When the next one is, in seconds since 1970, where it waits.
+    /// Returns the time of the next start, in seconds since 1970, while the start is delayed.
     pub fn next_start(&self) -> Option<f64> {
         Some(self.next_start?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
     }
@@ -124,7 +126,10 @@ impl Deaths {
             .map(|beyond| SHORTEST_PAUSE.saturating_mul(2 << beyond.min(10)).min(LONGEST_PAUSE));
         self.next_start = pause.map(|pause| SystemTime::now() + pause);
         if let Some(pause) = pause {
-            log::error!("{} servers in a row died soon after their start: waiting {pause:?}", self.early);
+            log::error!(
+                "{} servers in a row died soon after their start; next start in {pause:?}",
+                self.early
+            );
         }
         pause
     }
@@ -142,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn kills_from_outside_are_never_paused_for() {
+    fn kills_from_outside_cause_no_delay() {
         let mut deaths = Deaths::default();
         for _ in 0..1000 {
             assert_eq!(deaths.note(death(KILLED, SOON, true, false)), None);
@@ -150,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_that_end_soon_wait_longer_and_longer_until_one_has_settled() {
+    fn delays_grow_with_early_deaths_until_a_server_settles() {
         for (how, answered, oom) in [
             (KILLED, true, true),
             (KILLED, false, false),

@@ -1,7 +1,7 @@
-//! Serving by decode: READs answered from stored blocks, each verified before a byte of it leaves.
+//! Serving by decode: answers READs from compressed blocks, each verified before a byte of it is sent.
 //!
-//! Whole blocks are decoded straight into the reply. Of a block that is asked for in part the rest is kept for a
-//! while, since its neighbours are asked for next; the kernel's page cache keeps everything else.
+//! A block that is requested completely is decompressed straight into the reply. A block that is requested in part is
+//! cached for a while, as the kernel usually requests the rest next; the kernel's page cache holds everything else.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -18,17 +18,17 @@ use crate::errno::Refusal;
 use crate::replies::Replies;
 use crate::stats::{Counter, Stats};
 
-/// Damaged blocks that the log names; further ones are counted only.
-const MOST_REPORTED: usize = 4096;
+/// Most damaged blocks that are logged; further ones are only counted.
+const MAX_REPORTED: usize = 4096;
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
-/// Most bytes of one READ.
+/// Largest READ, in bytes.
 pub const MAX_READ: usize = 1 << 20;
 
 struct Workspace {
-    /// Replies leave from here: a page that had to be fetched while the kernel copies it would end the request with
-    /// EIO when the server is killed at that moment.
+    /// Replies are sent from locked memory: if the server is killed while the kernel copies a reply and has to fault in
+    /// a page, the request ends with EIO.
     reply: LockedBuffer,
     scratch: Scratch,
 }
@@ -37,27 +37,27 @@ thread_local! {
     static WORKSPACE: RefCell<Option<Workspace>> = const { RefCell::new(None) };
 }
 
-/// Answers READs.
+/// Answers READs of files that are served by decode.
 #[derive(Debug)]
 pub struct Decoder {
     cache: BlockCache,
     stats: Stats,
     replies: Replies,
-    /// Blocks whose damage is in the log already.
+    /// Damaged blocks that are in the log already.
     reported: DashSet<(Digest, usize, u64)>,
 }
 
 impl Decoder {
-    /// A decoder that keeps at most so many bytes of decoded blocks, and answers from those buffers of [`MAX_READ`]
-    /// bytes.
+    /// Creates a decoder that caches at most `keep` bytes of decompressed blocks, and sends from the buffers `replies`
+    /// of [`MAX_READ`] bytes.
     pub fn new(keep: Bytes, stats: Stats, replies: Replies) -> Decoder {
         Decoder { cache: BlockCache::new(keep), stats, replies, reported: DashSet::new() }
     }
 
-    /// Makes the bytes at `offset` of a file, fewer than `size` only at its end, and passes them to `send`.
+    /// Produces `size` bytes at `offset` of a file, fewer at its end, and passes them to `send`.
     ///
     /// # Errors
-    /// [`Refusal::Damaged`] when a block of the range is not what was stored; nothing is sent then.
+    /// Returns [`Refusal::Damaged`] if a block of the range is damaged; nothing is sent then.
     pub fn read(
         &self,
         template: &Template,
@@ -89,7 +89,7 @@ impl Decoder {
 
     fn new_workspace(&self) -> Result<Workspace, Refusal> {
         let Some(reply) = self.replies.take() else {
-            log::error!("more threads answer reads than there are reply buffers");
+            log::error!("out of reply buffers: more threads answer READs than expected");
             return Err(Refusal::Failed);
         };
         Ok(Workspace { reply, scratch: Scratch::default() })
@@ -108,12 +108,12 @@ impl Decoder {
         let mut at = offset;
         while at < end {
             let block = at / BLOCK_SIZE;
-            let begin = block * BLOCK_SIZE;
-            let block_end = (begin + BLOCK_SIZE).min(length);
+            let start = block * BLOCK_SIZE;
+            let block_end = (start + BLOCK_SIZE).min(length);
             let stop = block_end.min(end);
             let part = &mut reply[(at - offset) as usize..(stop - offset) as usize];
-            let whole = at == begin && stop == block_end;
-            self.part(template, file, block, (at - begin) as usize, whole, part, scratch)
+            let whole = at == start && stop == block_end;
+            self.part(template, file, block, (at - start) as usize, whole, part, scratch)
                 .map_err(|e| self.report(template, file, block, &e))?;
             at = stop;
         }
@@ -136,9 +136,9 @@ impl Decoder {
             out.fill(0);
             return Ok(());
         };
-        if let Some(kept) = self.cache.get(&id) {
+        if let Some(cached) = self.cache.get(&id) {
             self.stats.count(Counter::BlocksCached);
-            out.copy_from_slice(&kept.bytes[skip..skip + out.len()]);
+            out.copy_from_slice(&cached.bytes[skip..skip + out.len()]);
             return Ok(());
         }
         self.stats.count(Counter::BlocksDecoded);
@@ -146,28 +146,28 @@ impl Decoder {
             template.read_block(file, block, scratch, out)?;
             return Ok(());
         }
-        let mut room = self.cache.room();
-        let got = template.read_block(file, block, scratch, &mut room)?;
-        room[got..].fill(0);
-        out.copy_from_slice(&room[skip..skip + out.len()]);
-        self.cache.put(id, room);
+        let mut buffer = self.cache.buffer();
+        let got = template.read_block(file, block, scratch, &mut buffer)?;
+        buffer[got..].fill(0);
+        out.copy_from_slice(&buffer[skip..skip + out.len()]);
+        self.cache.put(id, buffer);
         Ok(())
     }
 
     fn report(&self, template: &Template, file: usize, block: u64, error: &Error) -> Refusal {
         let refusal = match Refusal::from(error) {
-            // A pack that is missing is damage of what lies in it.
+            // A missing pack is damage of the blocks in it.
             Refusal::NoEntry => Refusal::Damaged,
-            // Nothing is known of the block.
+            // The block itself may be intact.
             Refusal::Away => return Refusal::Away,
             other => other,
         };
-        if self.reported.len() < MOST_REPORTED && self.reported.insert((*template.digest(), file, block)) {
+        if self.reported.len() < MAX_REPORTED && self.reported.insert((*template.digest(), file, block)) {
             let id = template.block_id(file, block).ok().flatten();
             let id = id.map_or_else(|| "unknown".to_owned(), |id| id.to_string());
             let name = template.files().get(file).map_or("?", |f| f.name.as_str());
             log::error!(
-                "template {} file {name} offset {}: {error}; reads of that block, digest {id}, get EIO",
+                "template {} file {name} offset {}: {error}; reads of that block, digest {id}, fail with EIO",
                 template.digest(),
                 block * BLOCK_SIZE
             );
@@ -176,10 +176,11 @@ impl Decoder {
     }
 }
 
-/// `SEEK_DATA` and `SEEK_HOLE`, as exact as blocks are.
+/// Implements `SEEK_DATA` and `SEEK_HOLE`, with the granularity of blocks.
 ///
 /// # Errors
-/// [`Refusal::NoPosition`] behind the end, and for data behind the last; [`Refusal::Invalid`] for other ways to seek.
+/// Returns [`Refusal::NoPosition`] (ENXIO) beyond the end of the file, and for `SEEK_DATA` beyond the last data;
+/// [`Refusal::Invalid`] for other values of `whence`.
 pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Result<i64, Refusal> {
     let length = template.files().get(file).ok_or(Refusal::Stale)?.size.get();
     let from = u64::try_from(offset).map_err(|_| Refusal::NoPosition)?;
@@ -200,22 +201,23 @@ pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Resul
     if want_data { Err(Refusal::NoPosition) } else { Ok(length as i64) }
 }
 
-struct Kept {
+struct CachedBlock {
     bytes: Box<[u8]>,
     used: AtomicBool,
 }
 
-/// Decoded blocks by content, bounded in bytes; what was not used since it was last passed by leaves first.
+/// Decompressed blocks by digest, limited in number. Evicts by the clock algorithm: a block that was used since the
+/// last visit gets a second chance.
 struct BlockCache {
-    blocks: DashMap<Digest, Arc<Kept>>,
+    blocks: DashMap<Digest, Arc<CachedBlock>>,
     order: Mutex<VecDeque<Digest>>,
     free: Mutex<Vec<Box<[u8]>>>,
-    most: usize,
+    max_blocks: usize,
 }
 
 impl std::fmt::Debug for BlockCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "BlockCache({} of {})", self.blocks.len(), self.most)
+        write!(f, "BlockCache({} of {})", self.blocks.len(), self.max_blocks)
     }
 }
 
@@ -225,38 +227,38 @@ impl BlockCache {
             blocks: DashMap::new(),
             order: Mutex::new(VecDeque::new()),
             free: Mutex::new(Vec::new()),
-            most: keep.as_usize() / BLOCK,
+            max_blocks: keep.as_usize() / BLOCK,
         }
     }
 
-    fn get(&self, id: &Digest) -> Option<Arc<Kept>> {
-        let kept = Arc::clone(&*self.blocks.get(id)?);
-        kept.used.store(true, Ordering::Relaxed);
-        Some(kept)
+    fn get(&self, id: &Digest) -> Option<Arc<CachedBlock>> {
+        let cached = Arc::clone(&*self.blocks.get(id)?);
+        cached.used.store(true, Ordering::Relaxed);
+        Some(cached)
     }
 
-    /// Memory for a block, touched before where there is some.
-    fn room(&self) -> Box<[u8]> {
+    /// Returns a buffer for a block, reused if possible: its pages are then present.
+    fn buffer(&self) -> Box<[u8]> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
         free.unwrap_or_else(|| vec![0; BLOCK].into_boxed_slice())
     }
 
     fn put(&self, id: Digest, bytes: Box<[u8]>) {
         let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = Arc::new(Kept { bytes, used: AtomicBool::new(false) });
-        if self.blocks.insert(id, kept).is_none() {
+        let cached = Arc::new(CachedBlock { bytes, used: AtomicBool::new(false) });
+        if self.blocks.insert(id, cached).is_none() {
             order.push_back(id);
         }
-        // Each turn either removes one or takes one mark away, so it ends.
-        while order.len() > self.most {
+        // Terminates: each iteration either removes a block or clears a mark.
+        while order.len() > self.max_blocks {
             let Some(oldest) = order.pop_front() else { break };
             if self.blocks.get(&oldest).is_some_and(|k| k.used.swap(false, Ordering::Relaxed)) {
                 order.push_back(oldest);
                 continue;
             }
-            let Some((_, kept)) = self.blocks.remove(&oldest) else { continue };
-            if let Some(kept) = Arc::into_inner(kept) {
-                self.free.lock().unwrap_or_else(PoisonError::into_inner).push(kept.bytes);
+            let Some((_, cached)) = self.blocks.remove(&oldest) else { continue };
+            if let Some(cached) = Arc::into_inner(cached) {
+                self.free.lock().unwrap_or_else(PoisonError::into_inner).push(cached.bytes);
             }
         }
     }
@@ -267,26 +269,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cache_is_bounded_and_keeps_what_is_used() {
+    fn the_cache_is_bounded_and_keeps_used_blocks() {
         let cache = BlockCache::new(Bytes::new(4 * BLOCK_SIZE));
         let id = |n: u32| Digest::of(&n.to_le_bytes());
         for n in 0..100 {
-            let mut room = cache.room();
-            room[0] = n as u8;
-            cache.put(id(n), room);
-            assert!(n == 0 || cache.get(&id(0)).is_some(), "the one in use left at {n}");
+            let mut buffer = cache.buffer();
+            buffer[0] = n as u8;
+            cache.put(id(n), buffer);
+            assert!(n == 0 || cache.get(&id(0)).is_some(), "the used block was evicted at {n}");
         }
         assert_eq!(cache.blocks.len(), 4);
         assert_eq!(cache.order.lock().unwrap().len(), 4);
         assert_eq!(cache.get(&id(99)).unwrap().bytes[0], 99);
-        assert!(cache.free.lock().unwrap().len() <= 1, "memory is used again");
+        assert!(cache.free.lock().unwrap().len() <= 1, "buffers are reused");
     }
 
     #[test]
-    fn a_cache_of_nothing_keeps_nothing() {
+    fn a_cache_of_size_zero_stores_nothing() {
         let cache = BlockCache::new(Bytes::ZERO);
-        let room = cache.room();
-        cache.put(Digest::of(b"x"), room);
+        let buffer = cache.buffer();
+        cache.put(Digest::of(b"x"), buffer);
         assert!(cache.blocks.is_empty());
     }
 }

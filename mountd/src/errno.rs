@@ -1,43 +1,43 @@
-//! Why a request is refused, and the error number for it: one exhaustive match.
+//! Reasons for the refusal of a request, with the errno of each: one exhaustive match.
 
 use fuser::Errno;
 use stencilfs::error::{Code, Error};
 
-/// Why a request gets no other answer.
+/// Reason for the refusal of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// No such name.
+    /// The name does not exist.
     NoEntry,
-    /// The inode number means nothing (any more).
+    /// The inode number does not exist (any more).
     Stale,
-    /// A name was sought in something that is no directory.
+    /// A lookup in a node that is not a directory.
     NotDirectory,
-    /// A directory was opened or read as a file.
+    /// An open or read of a directory as a file.
     IsDirectory,
-    /// Not a symbolic link.
+    /// The node is not a symbolic link, or an argument is invalid.
     Invalid,
-    /// It would change a template, or make or remove a name.
+    /// The request would change a template, or create or remove a name.
     Writes,
-    /// It would change mode, owner or times of a file: that is policy of the store.
+    /// The request would change mode, owner or times of a file, which the policy in the store determines.
     Policy,
-    /// No such position in the file.
+    /// The position does not exist in the file.
     NoPosition,
-    /// Not part of this filesystem; the kernel asks once.
+    /// The file system does not support the operation; the kernel stops sending it.
     Unsupported,
-    /// Stored bytes are not what was stored.
+    /// Stored bytes are damaged.
     Damaged,
-    /// The backing does not fit, and decode is not allowed.
+    /// The backing does not fit into the cache, and decode is not allowed.
     NoSpace,
-    /// So many opens wait that this one cannot.
+    /// Too many opens are waiting.
     Crowded,
-    /// The store cannot be reached now.
+    /// The store cannot be reached at present.
     Away,
-    /// Our own trouble.
+    /// Another failure of the server.
     Failed,
 }
 
 impl Refusal {
-    /// What the caller sees.
+    /// Returns the errno of the reply.
     pub fn errno(self) -> Errno {
         match self {
             Refusal::NoEntry => Errno::ENOENT,
@@ -62,7 +62,7 @@ impl From<&Error> for Refusal {
             Code::NotFound => Refusal::NoEntry,
             Code::Damage => Refusal::Damaged,
             Code::Failed if error.errno() == Some(libc::ENOSPC) => Refusal::NoSpace,
-            // Of the store's errors only this one says that the same call may succeed later.
+            // The store returns this code only while it cannot be reached.
             Code::TryAgain => Refusal::Away,
             Code::Failed | Code::Usage | Code::InUse | Code::CheckFailed => Refusal::Failed,
         }

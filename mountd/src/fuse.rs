@@ -1,4 +1,4 @@
-//! The thin adapter: requests of the kernel to the tree and the two ways to serve. Decides nothing itself.
+//! A thin adapter from FUSE requests to the tree and the two ways to serve. Makes no decisions.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,7 +12,7 @@ use fuser::{
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use stencilfs::control::{RequestInfo, Op};
+use stencilfs::control::{Op, RequestInfo};
 use stencilfs::store::Serving;
 use stencilfs::units::PAGE_SIZE;
 
@@ -21,38 +21,38 @@ use crate::condemned::Condemned;
 use crate::decode::MAX_READ;
 use crate::errno::Refusal;
 use crate::inflight::{Flight, Flights};
-use crate::node::{Lasting, Node};
+use crate::node::{NameLifetime, Node};
 use crate::passthrough::{Opening, Passthrough};
 use crate::read::Reader;
-use crate::source::Source;
+use crate::source::StoreOutage;
 use crate::stats::{Counter, Stats};
 use crate::tree::Tree;
 
-/// Names of content are true for ever; an hour bounds what a removed template leaves in the kernel.
-const LONG: Duration = Duration::from_secs(3600);
+/// Validity of entries whose content never changes. Limits how long the kernel keeps the entries of a removed template.
+const ENTRY_TTL: Duration = Duration::from_secs(3600);
 
-/// Mode and owner are policy and may change: they are asked for again after a second.
-const ATTRIBUTES: Duration = Duration::from_secs(1);
+/// Validity of attributes: the policy in the store may change mode and owner.
+const ATTRIBUTE_TTL: Duration = Duration::from_secs(1);
 
-/// Requests that the kernel may have in flight in the background: readahead of many clones at once.
+/// Most pending background requests of the kernel (`max_background`): readahead of many clones at once.
 const MAX_BACKGROUND: u16 = 128;
 
-/// The filesystem, as fuser calls it.
+/// The file system, as fuser calls it.
 #[derive(Debug)]
 pub struct Templates {
-    /// Names, attributes, inode numbers.
+    /// Names, attributes and inode numbers.
     pub tree: Arc<Tree>,
     /// Answers READs.
     pub reader: Arc<Reader>,
     /// READs that wait for the store.
-    pub source: Arc<Source>,
-    /// Files with a backing, and opens that wait for one.
+    pub source: Arc<StoreOutage>,
+    /// Backings, and opens that wait for them.
     pub passthrough: Arc<Passthrough>,
-    /// What nobody may find or open.
+    /// Condemned templates.
     pub condemned: Arc<Condemned>,
-    /// The counters.
+    /// Counters.
     pub stats: Stats,
-    /// Requests in flight.
+    /// Pending requests.
     pub flights: &'static Flights,
 }
 
@@ -62,7 +62,7 @@ impl Templates {
             Refusal::Damaged => self.stats.count(Counter::Damaged),
             Refusal::Failed | Refusal::NoSpace => self.stats.count(Counter::Failed),
             Refusal::Away => {
-                self.source.note();
+                self.source.note_outage();
                 self.stats.count(Counter::Failed);
             }
             Refusal::Writes | Refusal::Policy => self.stats.count(Counter::WritesRefused),
@@ -78,7 +78,7 @@ impl Templates {
         refusal.errno()
     }
 
-    /// What a file that may be opened is.
+    /// Returns the node of a file that may be opened.
     fn openable(&self, ino: INodeNo) -> Result<Node, Refusal> {
         let node = self.tree.node(ino.0)?;
         match node {
@@ -100,7 +100,7 @@ impl Templates {
     }
 }
 
-/// Answers a request that would change something, whatever it is.
+/// Refuses a request, in general one that would change something.
 macro_rules! refuse_writes {
     ($self:ident, $req:ident, $op:ident, $ino:ident, $reply:ident, $why:expr) => {{
         let flight = $self.take($req, Op::$op, $ino);
@@ -111,8 +111,8 @@ macro_rules! refuse_writes {
 
 impl Filesystem for Templates {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Each is optional for us; what an old kernel lacks is simply not asked for. The reply must be the same from
-        // every server of a mount: it depends on nothing but the kernel's request.
+        // All flags are optional: an old kernel does not offer some of them. The reply must be the same from every
+        // server of a mount, so it depends on the kernel's request only.
         for flag in [
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ATOMIC_O_TRUNC,
@@ -122,7 +122,7 @@ impl Filesystem for Templates {
         ] {
             let _ = config.add_capabilities(flag);
         }
-        // One level: a backing on a filesystem that is itself stacked (overlayfs) is refused by the kernel.
+        // One level: the kernel rejects a backing on a file system that is itself stacked (overlayfs).
         let _ = config.set_max_stack_depth(1);
         let _ = config.set_max_write(MAX_READ as u32);
         let _ = config.set_max_background(MAX_BACKGROUND);
@@ -132,16 +132,16 @@ impl Filesystem for Templates {
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let flight = self.take(req, Op::Lookup, parent);
         self.stats.count(Counter::Lookups);
-        let _looking = self.condemned.look();
+        let _guard = self.condemned.guard();
         let found = self.tree.lookup(parent.0, name, &*self.passthrough);
         flight.replying();
         match found {
-            Ok((attributes, lasting)) => {
-                let names = match lasting {
-                    Lasting::Not => Duration::ZERO,
-                    Lasting::Long => LONG,
+            Ok((attributes, lifetime)) => {
+                let entry_ttl = match lifetime {
+                    NameLifetime::Zero => Duration::ZERO,
+                    NameLifetime::Long => ENTRY_TTL,
                 };
-                reply.entry_with_ttls(&ATTRIBUTES, &names, &attr(&attributes), Generation(0));
+                reply.entry_with_ttls(&ATTRIBUTE_TTL, &entry_ttl, &attr(&attributes), Generation(0));
             }
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
@@ -152,7 +152,7 @@ impl Filesystem for Templates {
         let found = self.tree.attributes(ino.0);
         flight.replying();
         match found {
-            Ok(attributes) => reply.attr(&ATTRIBUTES, &attr(&attributes)),
+            Ok(attributes) => reply.attr(&ATTRIBUTE_TTL, &attr(&attributes)),
             Err(refusal) => reply.error(self.refuse(refusal)),
         }
     }
@@ -175,14 +175,14 @@ impl Filesystem for Templates {
             reply.error(Refusal::Writes.errno());
             return;
         }
-        let _looking = self.condemned.look();
+        let _guard = self.condemned.guard();
         let openable = self.openable(ino);
         if let Ok(Node::File(digest, ..)) = &openable {
             self.condemned.opened(digest);
         }
         let refusal = match openable {
             Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
-                // It answers later, when the backing has to be made first.
+                // Replies later if the backing has to be made first.
                 Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),
                 Err(refusal) => refusal,
             },
@@ -219,7 +219,7 @@ impl Filesystem for Templates {
         });
         let (Err(refusal), Some(reply)) = (done, unsent) else { return };
         if refusal == Refusal::Away {
-            // It answers later, when the store is back.
+            // Replies later, when the store can be reached again.
             return self.source.wait(flight, reply);
         }
         flight.replying();
@@ -280,7 +280,7 @@ impl Filesystem for Templates {
         }
     }
 
-    // Closing and syncing change nothing: the kernel asks once, hears that there is nothing to do, and stops asking.
+    // Nothing to flush: after ENOSYS the kernel no longer sends these requests.
     fn flush(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
         refuse_writes!(self, req, Flush, ino, reply, Refusal::Unsupported);
     }
@@ -432,7 +432,7 @@ impl Filesystem for Templates {
         refuse_writes!(self, req, CopyFileRange, ino_in, reply, Refusal::Unsupported);
     }
 
-    // No extended attributes and no ioctls: ENOSYS makes the kernel answer EOPNOTSUPP and ENOTTY itself from then on.
+    // No extended attributes and no ioctls: after ENOSYS the kernel itself returns EOPNOTSUPP and ENOTTY.
     fn setxattr(
         &self,
         req: &Request,

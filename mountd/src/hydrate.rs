@@ -1,4 +1,4 @@
-//! Makes backings: fill, freeze, verify, register. Nothing is served from one before the last step.
+//! Makes backings: fill, freeze, verify, register. A backing is served only after the last step.
 
 use std::fs::File;
 use std::ops::Range;
@@ -15,22 +15,22 @@ use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
 use crate::condemned::Condemned;
 use crate::kept;
-use crate::link::{Answer, Ask, Cache, FileKey, Link, unexpected};
-use crate::source::patiently;
+use crate::link::{Cache, FileKey, Link, ServerRequest, SupervisorReply, unexpected};
+use crate::source::retry_while_away;
 use crate::stats::{Counter, Stats};
 
-/// Backings are written in pieces of this many bytes, at multiples of it: the page cache then holds them in folios that
-/// a processor can map as one.
+/// Backings are written in aligned pieces of this many bytes, so that the page cache holds them in folios that the CPU
+/// can map with one entry.
 const PIECE: u64 = HUGE_PAGE_SIZE;
-const BLOCKS: u64 = PIECE / BLOCK_SIZE;
+const BLOCKS_PER_PIECE: u64 = PIECE / BLOCK_SIZE;
 
-/// Each has a buffer of one piece and one for compressed blocks.
-const MOST_THREADS: usize = 16;
+/// Most threads for one backing; each has a buffer of one piece and one for compressed blocks.
+const MAX_THREADS: usize = 16;
 
-/// The supervisor hears of every so many bytes.
-const PROGRESS: u64 = 64 << 20;
+/// Interval of progress reports to the supervisor, in bytes.
+const PROGRESS_INTERVAL: u64 = 64 << 20;
 
-/// Makes backings in one place.
+/// Makes backings in one location.
 #[derive(Debug)]
 pub struct Hydrator {
     cache: Cache,
@@ -41,7 +41,7 @@ pub struct Hydrator {
 }
 
 impl Hydrator {
-    /// Makes backings there, with so many threads each.
+    /// Creates a hydrator for backings in `cache`, with `threads` threads for each backing.
     pub fn new(
         cache: Cache,
         link: Arc<Link>,
@@ -49,29 +49,31 @@ impl Hydrator {
         condemned: Arc<Condemned>,
         threads: usize,
     ) -> Hydrator {
-        Hydrator { cache, link, stats, condemned, threads: threads.clamp(1, MOST_THREADS) }
+        Hydrator { cache, link, stats, condemned, threads: threads.clamp(1, MAX_THREADS) }
     }
 
-    /// Where backings are made.
+    /// Returns the location of the backings.
     pub fn cache(&self) -> &Cache {
         &self.cache
     }
 
-    /// What is about to be removed: no backing is made of it.
+    /// Returns the list of condemned templates, which get no backings.
     pub fn condemned(&self) -> &Condemned {
         &self.condemned
     }
 
-    /// The way to the supervisor.
+    /// Returns the link to the supervisor.
     pub fn link(&self) -> &Link {
         &self.link
     }
 
-    /// Makes the backing of a file and gives its id. `evict` stops handing out backings, and closes those unused.
+    /// Makes the backing of a file and returns its id. `evict` must stop serving the given backings and close the
+    /// unused ones.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](stencilfs::error::Code::TryAgain) where it does not fit, damage of the store, or a failure of
-    /// the cache's filesystem.
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if the backing does not fit into the cache,
+    /// [`Code::Damage`](stencilfs::error::Code::Damage) if the store is damaged, and an error if the file system of the
+    /// cache fails.
     pub fn hydrate(
         &self,
         template: &Template,
@@ -84,57 +86,60 @@ impl Hydrator {
         let pieces = pieces(template, file, size)?;
         let bytes: u64 = pieces.iter().map(|p| p.end - p.start).sum();
         let backing = match self.reserve(key, size, bytes, evict)? {
-            Room::Empty(file) => file,
-            Room::Ready(id, file) => return Ok((id, file)),
+            Reservation::Empty(file) => file,
+            Reservation::Ready(id, file) => return Ok((id, file)),
         };
         self.fill(template, file, key, &backing, &pieces)?;
-        self.link.tell(&Ask::Freeze { key: key.clone() })?;
+        self.link.request_done(&ServerRequest::Freeze { key: key.clone() })?;
         self.verify(template, file, &backing, size, &pieces)?;
-        match self.link.ask(&Ask::Register { key: key.clone(), identity: kept::identity(&backing)? }, None)? {
-            (Answer::Backing(id), _) => Ok((id, backing.into())),
+        match self.link.request(
+            &ServerRequest::Register { key: key.clone(), identity: kept::identity(&backing)? },
+            None,
+        )? {
+            (SupervisorReply::Backing(id), _) => Ok((id, backing.into())),
             (other, _) => Err(unexpected(&other)),
         }
     }
 
     fn check(&self, template: &Template) -> Result<()> {
         match self.condemned.holds(template.digest()) {
-            true => Err(Error::not_found("it is about to be removed")),
+            true => Err(Error::not_found("the template is condemned")),
             false => Ok(()),
         }
     }
 
-    /// Room, and the file in it: the supervisor makes it, since a server may make none.
+    /// Reserves space and returns an empty file. The supervisor creates the file, as the server's sandbox forbids that.
     fn reserve(
         &self,
         key: &FileKey,
         size: Bytes,
         bytes: u64,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
-    ) -> Result<Room> {
-        let ask = Ask::Reserve { key: key.clone(), size: size.get(), bytes };
-        let mut answer = self.link.ask(&ask, None)?;
-        if let (Answer::Evict(keys), _) = answer {
+    ) -> Result<Reservation> {
+        let ask = ServerRequest::Reserve { key: key.clone(), size: size.get(), bytes };
+        let mut answer = self.link.request(&ask, None)?;
+        if let (SupervisorReply::Evict(keys), _) = answer {
             evict(keys)?;
-            answer = self.link.ask(&ask, None)?;
+            answer = self.link.request(&ask, None)?;
         }
         match answer {
-            (Answer::Room, Some(file)) => Ok(Room::Empty(file.into())),
-            (Answer::Backing(id), Some(file)) => Ok(Room::Ready(id, file)),
-            (Answer::Evict(_), _) => Err(Error::try_again(format!(
-                "its backing needs {}, and the cache is full of backings in use",
+            (SupervisorReply::Room, Some(file)) => Ok(Reservation::Empty(file.into())),
+            (SupervisorReply::Backing(id), Some(file)) => Ok(Reservation::Ready(id, file)),
+            (SupervisorReply::Evict(_), _) => Err(Error::try_again(format!(
+                "the backing needs {}, and the cache is full of backings in use",
                 Bytes::new(bytes)
             ))),
             (other, _) => Err(unexpected(&other)),
         }
     }
 
-    /// Has the supervisor close those of these backings that nobody uses, and says which it closed.
+    /// Makes the supervisor close the unused ones of these backings. Returns the closed ones.
     ///
     /// # Errors
-    /// When the supervisor refuses.
+    /// Returns an error if the supervisor refuses.
     pub fn evict(&self, keys: Vec<FileKey>) -> Result<Vec<FileKey>> {
-        match self.link.ask(&Ask::Evict { keys }, None)? {
-            (Answer::Evicted(keys), _) => Ok(keys),
+        match self.link.request(&ServerRequest::Evict { keys }, None)? {
+            (SupervisorReply::Evicted(keys), _) => Ok(keys),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -153,21 +158,21 @@ impl Hydrator {
             let buffer = &mut buffer[..(piece.end - piece.start) as usize];
             for (i, part) in buffer.chunks_mut(BLOCK_SIZE as usize).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
-                patiently(|| template.read_block(file, block, scratch, part))?;
+                retry_while_away(|| template.read_block(file, block, scratch, part))?;
             }
             backing.write_all_at(buffer, piece.start).map_err(|e| cannot_fill(&self.cache, e))?;
             let length = buffer.len() as u64;
             self.stats.add(Counter::HydratedBytes, length);
             let before = filled.fetch_add(length, Ordering::Relaxed);
-            if before / PROGRESS != (before + length) / PROGRESS {
+            if before / PROGRESS_INTERVAL != (before + length) / PROGRESS_INTERVAL {
                 let bytes = before + length;
-                self.link.tell(&Ask::Progress { key: key.clone(), bytes })?;
+                self.link.request_done(&ServerRequest::Progress { key: key.clone(), bytes })?;
             }
             Ok(())
         })
     }
 
-    /// Compares every block of a frozen backing with its hash, and every piece without data with nothing.
+    /// Compares each block of a frozen backing with its hash, and checks that all pieces without data are holes.
     fn verify(
         &self,
         template: &Template,
@@ -179,11 +184,11 @@ impl Hydrator {
         self.in_parallel(pieces, |piece, _, buffer| {
             self.check(template)?;
             let length = (piece.end - piece.start) as usize;
-            // A hash is over a whole block, zeros behind the end of the file.
+            // A hash covers a whole block, with zeros beyond the end of the file.
             buffer[length..].fill(0);
             backing
                 .read_exact_at(&mut buffer[..length], piece.start)
-                .map_err(|e| Error::failed("cannot read the backing again").because(e))?;
+                .map_err(|e| Error::failed("cannot read the backing to verify it").because(e))?;
             for (i, part) in buffer.chunks(BLOCK_SIZE as usize).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
                 if block * BLOCK_SIZE >= piece.end {
@@ -195,7 +200,7 @@ impl Hydrator {
                 };
                 if !good {
                     return Err(Error::damage(format!(
-                        "the backing holds other bytes than were written to it, at offset {}",
+                        "the backing differs from the data written to it, at offset {}",
                         block * BLOCK_SIZE
                     )));
                 }
@@ -205,16 +210,14 @@ impl Hydrator {
         let mut at = 0;
         for gap_end in pieces.iter().map(|p| p.start).chain([size.get()]) {
             if at < gap_end && !is_hole(backing, at..gap_end)? {
-                return Err(Error::damage(format!(
-                    "the backing holds data where there is none, behind offset {at}"
-                )));
+                return Err(Error::damage(format!("the backing has data in a hole, after offset {at}")));
             }
             at = pieces.iter().find(|p| p.start == gap_end).map_or(gap_end, |p| p.end);
         }
         Ok(())
     }
 
-    /// Runs `work` on every piece; the first error stops all.
+    /// Runs `work` on each piece; stops all threads at the first error.
     fn in_parallel(
         &self,
         pieces: &[Range<u64>],
@@ -240,19 +243,19 @@ impl Hydrator {
     }
 }
 
-/// What the supervisor gives for a backing.
-enum Room {
-    /// An empty file.
+/// The supervisor's reply to a reservation.
+enum Reservation {
+    /// An empty file, to be filled.
     Empty(File),
-    /// What the server before has registered since this one began.
+    /// A backing that a previous server registered after this one was started.
     Ready(u32, OwnedFd),
 }
 
-/// The aligned pieces of a file that hold data, in order; the last one ends with the file.
+/// Returns the aligned pieces of a file that hold data, in order; the last one may end with the file.
 fn pieces(template: &Template, file: usize, size: Bytes) -> Result<Vec<Range<u64>>> {
     let mut pieces: Vec<Range<u64>> = Vec::new();
     for blocks in template.data_ranges(file)? {
-        for index in blocks.start / BLOCKS..=(blocks.end - 1) / BLOCKS {
+        for index in blocks.start / BLOCKS_PER_PIECE..=(blocks.end - 1) / BLOCKS_PER_PIECE {
             let start = index * PIECE;
             if pieces.last().is_none_or(|last| last.start != start) {
                 pieces.push(start..(start + PIECE).min(size.get()));
@@ -275,6 +278,6 @@ fn is_hole(file: &File, range: Range<u64>) -> Result<bool> {
     match rustix::fs::seek(file, SeekFrom::Data(range.start)) {
         Ok(data) => Ok(data >= range.end),
         Err(rustix::io::Errno::NXIO) => Ok(true),
-        Err(e) => Err(Error::failed("cannot look for holes in the backing").because(e.into())),
+        Err(e) => Err(Error::failed("cannot search the backing for holes").because(e.into())),
     }
 }

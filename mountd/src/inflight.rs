@@ -1,14 +1,15 @@
-//! The server's side of the table of requests in flight: who takes a request holds a [`Flight`] until it is answered.
+//! The server's side of the table of pending requests: a thread that takes a request holds a [`Flight`] until the
+//! reply.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use stencilfs::control::{RequestInfo, InFlightTable, Phase, THREAD_SLOTS};
+use stencilfs::control::{InFlightTable, Phase, RequestInfo, THREAD_SLOTS};
 use stencilfs::error::{Error, Result};
 
 use crate::stats::{Counter, Stats};
 
-/// Threads that took a slot so far. Those of fuser live as long as the process.
+/// Number of threads that have taken a slot. Threads of fuser live as long as the process.
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
@@ -19,37 +20,37 @@ thread_local! {
 #[derive(Debug)]
 pub struct Flights {
     table: InFlightTable,
-    /// Where the next open that waits begins to seek a slot.
+    /// Parking slot at which the search for the next free one begins.
     next: AtomicUsize,
     stats: Stats,
 }
 
 impl Flights {
-    /// An empty table. It is never given back: requests may be in flight until the process ends.
+    /// Creates an empty table. The table is leaked, as requests may be pending until the process exits.
     ///
     /// # Errors
-    /// When there is no memory for it.
-    pub fn begin(stats: Stats) -> Result<&'static Flights> {
+    /// Returns an error if the memory file cannot be created.
+    pub fn create(stats: Stats) -> Result<&'static Flights> {
         let table = InFlightTable::create()
-            .map_err(|e| Error::failed("cannot make the table of requests in flight").because(e))?;
+            .map_err(|e| Error::failed("cannot create the table of pending requests").because(e))?;
         Ok(Box::leak(Box::new(Flights { table, next: AtomicUsize::new(0), stats })))
     }
 
-    /// The table, to hand it on.
+    /// Returns the table, to pass it to another process.
     pub fn table(&self) -> &InFlightTable {
         &self.table
     }
 
-    /// This thread has taken that request.
-    pub fn take(&'static self, asked: RequestInfo) -> Flight {
+    /// Enters a request that this thread has taken.
+    pub fn take(&'static self, request: RequestInfo) -> Flight {
         let thread = SLOT.get().unwrap_or_else(|| {
             let thread = THREADS.fetch_add(1, Ordering::Relaxed);
             debug_assert!(thread < THREAD_SLOTS, "more threads than slots");
             SLOT.set(Some(thread));
             thread
         });
-        self.table.enter(thread, &asked);
-        Flight { flights: self, asked, place: Place::Thread(thread) }
+        self.table.enter(thread, &request);
+        Flight { flights: self, request, place: Place::Thread(thread) }
     }
 }
 
@@ -59,16 +60,16 @@ enum Place {
     Parked(usize),
 }
 
-/// A request that is not answered yet. Dropped, it leaves the table and counts as answered: drop it after the reply.
+/// A pending request. Dropping it removes it from the table and counts it as answered: drop it after the reply.
 #[derive(Debug)]
 pub struct Flight {
     flights: &'static Flights,
-    asked: RequestInfo,
+    request: RequestInfo,
     place: Place,
 }
 
 impl Flight {
-    /// Enters how far it is. Writes two words, and allocates nothing.
+    /// Stamps the progress of the request. Writes one word, and allocates nothing.
     pub fn stamp(&self, phase: Phase) {
         match self.place {
             Place::Thread(thread) => self.flights.table.stamp(thread, phase),
@@ -76,24 +77,24 @@ impl Flight {
         }
     }
 
-    /// The answer is about to be given.
+    /// Stamps that the reply is about to be sent.
     pub fn replying(&self) {
         self.stamp(Phase::Replying);
     }
 
-    /// What is asked.
-    pub fn asked(&self) -> &RequestInfo {
-        &self.asked
+    /// Returns the request.
+    pub fn request(&self) -> &RequestInfo {
+        &self.request
     }
 
-    /// Leaves the thread's slot: it waits, and holds up no thread. False where so many wait that there is no slot.
+    /// Moves the request from the thread's slot to a parking slot. Returns false if all are taken.
     pub fn park(&mut self, phase: Phase) -> bool {
         let Place::Thread(thread) = self.place else {
             self.stamp(phase);
             return true;
         };
         let from = self.flights.next.fetch_add(1, Ordering::Relaxed);
-        let Some(number) = self.flights.table.park(from, &self.asked, phase) else { return false };
+        let Some(number) = self.flights.table.park(from, &self.request, phase) else { return false };
         self.flights.table.clear(thread);
         self.place = Place::Parked(number);
         true

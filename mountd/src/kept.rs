@@ -1,7 +1,7 @@
-//! What outlives a server, and a supervisor: the descriptors, and the ledger with everything that is no descriptor.
+//! The mount state, which outlives servers and supervisors: descriptors, and the ledger with everything else.
 //!
-//! The supervisor writes the ledger anew after every change that a successor must know. Servers inherit it read-only,
-//! with every other descriptor, so that a new supervisor finds all of it in a living server when the old one is dead.
+//! The supervisor writes the ledger after every change that a successor must see. Servers inherit all descriptors, the
+//! ledger read-only, so that a new supervisor can copy them from a live server when the old supervisor is dead.
 
 use std::fs::File;
 use std::io;
@@ -22,63 +22,63 @@ use stencilfs::units::Bytes;
 use crate::control::Callers;
 use crate::stats::Stats;
 
-/// A memory file with the newest snapshot.
+/// The memory file with the latest snapshot.
 #[derive(Debug)]
 pub struct Ledger {
     file: File,
-    turn: u64,
+    sequence: u64,
 }
 
 impl Ledger {
-    /// An empty one.
+    /// Creates an empty ledger.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn create() -> io::Result<Ledger> {
         let file = memfd::create("stencil-ledger", Bytes::new(2 * HALF_BYTES))?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        // A server has no capabilities: it cannot open its read-only copy for writing.
+        // Mode 0400: a server has no capabilities and cannot reopen its read-only descriptor for writing.
         fchmod(&file, Mode::RUSR)?;
-        Ok(Ledger { file: file.into(), turn: 0 })
+        Ok(Ledger { file: file.into(), sequence: 0 })
     }
 
-    /// One that another supervisor wrote, and its text.
+    /// Opens the ledger of another supervisor. Returns its newest intact text too.
     ///
     /// # Errors
-    /// `InvalidData` when it is no ledger, or holds nothing whole.
+    /// Returns `InvalidData` if the file is not a ledger, or neither half is intact.
     pub fn open(file: OwnedFd) -> io::Result<(Ledger, Vec<u8>)> {
         if !fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        // What a server inherited is open for reading only.
+        // A server has inherited a read-only descriptor.
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::from(rustix::fs::open(path, flags, Mode::empty()).unwrap_or(file));
-        let (turn, text) = newest(&file).ok_or(io::ErrorKind::InvalidData)?;
-        Ok((Ledger { file, turn }, text))
+        let (sequence, text) = newest(&file).ok_or(io::ErrorKind::InvalidData)?;
+        Ok((Ledger { file, sequence }, text))
     }
 
-    /// Writes the newest text.
+    /// Writes a new text into the older half.
     ///
     /// # Errors
-    /// `FileTooLarge` for more than a half holds.
+    /// Returns `FileTooLarge` if the text exceeds a half.
     pub fn write(&mut self, text: &[u8]) -> io::Result<()> {
         if (HEAD_BYTES + text.len()) as u64 > HALF_BYTES {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        self.turn += 1;
+        self.sequence += 1;
         let mut record = Vec::with_capacity(HEAD_BYTES + text.len());
-        record.extend(self.turn.to_le_bytes());
+        record.extend(self.sequence.to_le_bytes());
         record.extend((text.len() as u64).to_le_bytes());
         record.extend(blake3::hash(text).as_bytes());
         record.extend(text);
-        self.file.write_all_at(&record, self.turn % 2 * HALF_BYTES)
+        self.file.write_all_at(&record, self.sequence % 2 * HALF_BYTES)
     }
 
-    /// The same for reading only.
+    /// Opens the ledger read-only.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the system call fails.
     pub fn read_only(&self) -> io::Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
@@ -91,72 +91,72 @@ impl AsFd for Ledger {
     }
 }
 
-/// A program that servers are started from: what is replaced on disk later changes nothing.
+/// The program that servers are started from, as an open file: a later replacement on disk has no effect.
 #[derive(Debug)]
 pub struct Program {
-    /// The open binary.
+    /// The open executable.
     pub file: OwnedFd,
-    /// Its name at that time.
+    /// Its path when it was opened.
     pub name: PathBuf,
 }
 
 impl Program {
-    /// The program behind a descriptor.
+    /// Wraps the descriptor of an executable.
     pub fn new(file: OwnedFd) -> Program {
         let link = format!("/proc/self/fd/{}", file.as_raw_fd());
         let name = std::fs::read_link(link).unwrap_or_default();
         Program { file, name }
     }
 
-    /// This one.
+    /// Opens the executable of this process.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the system call fails.
     pub fn own() -> io::Result<Program> {
         Ok(Program::new(File::open("/proc/self/exe")?.into()))
     }
 }
 
-/// What a supervisor keeps.
+/// The mount state that a supervisor holds.
 #[derive(Debug)]
-pub struct Kept {
-    /// How the mount was asked for, with canonical paths.
+pub struct MountState {
+    /// Options of the mount, with canonical paths.
     pub options: MountOptions,
-    /// Identity of the store, for those who know it by another path.
+    /// Identity of the store, to recognize it under another path.
     pub store_id: Option<String>,
-    /// `st_dev` of everything in it.
+    /// `st_dev` of the mount's files.
     pub device: u64,
     /// The kernel's INIT request.
     pub init: Vec<u8>,
-    /// The reply that the kernel has.
+    /// The reply to INIT that was sent.
     pub reply: Option<Vec<u8>>,
-    /// Where backings are.
+    /// Location and limit of the backings.
     pub chosen: Chosen,
-    /// Servers that were started in place of others.
+    /// Number of servers that were started to replace another server.
     pub restarts: u64,
-    /// More than 0 once a signal has asked for the end; also after the supervisor has become another program.
+    /// 1 after a termination signal; kept when the supervisor executes another program.
     pub terminations: u32,
-    /// The connection.
+    /// The FUSE connection.
     pub fuse: OwnedFd,
     /// The counters.
     pub stats: Stats,
     /// The record and its lock.
     pub record: RecordDir,
-    /// The control socket.
+    /// The listening control socket.
     pub listener: OwnedFd,
-    /// What servers are started from.
+    /// The program that servers are started from.
     pub program: Program,
-    /// What they were started from before a restart, while the new one has not proved itself.
+    /// The program before a restart, until a server of the new one has proved itself.
     pub previous: Option<Program>,
     /// The ledger.
     pub ledger: Ledger,
 }
 
-impl Kept {
-    /// Everything that is no descriptor.
+impl MountState {
+    /// Returns the state without descriptors.
     ///
     /// # Errors
-    /// When this process is not in `/proc`.
+    /// Returns an error if `/proc` cannot be read.
     pub fn snapshot(
         &self,
         server: Option<ServerRow>,
@@ -189,17 +189,18 @@ impl Kept {
     }
 }
 
-impl Kept {
-    /// What no child may have while the supervisor is dead: the connection, the record and its lock, and who calls.
-    pub fn alone<'a>(&'a self, callers: &'a Callers) -> Vec<BorrowedFd<'a>> {
+impl MountState {
+    /// Returns the descriptors that only the supervisor may hold, as a child must not hold them after the supervisor's
+    /// death: the connection, the record with its lock, the listener and the callers' connections.
+    pub fn private_fds<'a>(&'a self, callers: &'a Callers) -> Vec<BorrowedFd<'a>> {
         let own = [self.fuse.as_fd(), self.record.folder(), self.listener.as_fd()];
         own.into_iter().chain(callers.channels().map(|(_, channel)| channel)).collect()
     }
 
-    /// Lets other programs find the mount.
+    /// Writes the record, by which other programs find the mount.
     ///
     /// # Errors
-    /// The filesystem's.
+    /// Returns an error if the record cannot be written.
     pub fn write_record(&self, server: Option<ProcessId>) -> Result<()> {
         let me = ProcessId::me()?;
         self.record.write(&Record {
@@ -219,49 +220,51 @@ impl Kept {
     }
 }
 
-/// `st_dev` and `st_ino` of an open file.
+/// Returns `st_dev` and `st_ino` of an open file.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if fstat(2) fails.
 pub fn identity(file: impl AsFd) -> Result<(u64, u64)> {
-    let stat =
-        rustix::fs::fstat(file).map_err(|e| Error::failed("a descriptor is lost").because(e.into()))?;
+    let stat = rustix::fs::fstat(file)
+        .map_err(|e| Error::failed("cannot inspect a descriptor").because(e.into()))?;
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// True when that is the identity of an open file.
-pub fn is(file: impl AsFd, known: (u64, u64)) -> bool {
-    identity(file).is_ok_and(|its| its == known)
+/// Returns true if `file` has the identity `expected`.
+pub fn has_identity(file: impl AsFd, expected: (u64, u64)) -> bool {
+    identity(file).is_ok_and(|found| found == expected)
 }
 
-/// Another descriptor of the same file.
+/// Duplicates a descriptor.
 ///
 /// # Errors
-/// When the process is out of descriptors.
-pub fn copy(file: impl AsFd) -> Result<OwnedFd> {
+/// Returns an error if the process has no free descriptor.
+pub fn duplicate(file: impl AsFd) -> Result<OwnedFd> {
     file.as_fd().try_clone_to_owned().map_err(|e| {
-        Error::failed("out of descriptors").because(e).remedy("raise the limit of open files: ulimit -n")
+        Error::failed("cannot duplicate a descriptor")
+            .because(e)
+            .remedy("raise the limit on open files: ulimit -n")
     })
 }
 
-/// A ledger that another supervisor wrote, and what is in it.
+/// Opens the ledger of another supervisor, and parses its contents.
 ///
 /// # Errors
-/// When it is none, or of another version.
+/// Returns an error if the file is not a ledger, or is of another version.
 pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
     let (ledger, text) =
-        Ledger::open(file).map_err(|e| Error::failed("the ledger cannot be read").because(e))?;
+        Ledger::open(file).map_err(|e| Error::failed("cannot read the ledger").because(e))?;
     Ok((ledger, parse(&text)?))
 }
 
-/// What is in the ledger now. Makes no system call but reads: a server in its sandbox can do it.
+/// Reads the ledger again. Makes no system calls that a sandboxed server may not make.
 ///
 /// # Errors
-/// When nothing whole is in it.
-pub fn look(file: &OwnedFd) -> Result<Snapshot> {
-    let unreadable = |e: io::Error| Error::failed("the ledger cannot be read").because(e);
-    let file = File::from(copy(file)?);
-    // Who writes the one half leaves the other: both are torn only if two were written while this one was read.
+/// Returns an error if no intact half can be read.
+pub fn read_snapshot(file: &OwnedFd) -> Result<Snapshot> {
+    let unreadable = |e: io::Error| Error::failed("cannot read the ledger").because(e);
+    let file = File::from(duplicate(file)?);
+    // A writer changes one half at a time: both appear torn only if two writes happen during one read.
     for _ in 0..1000 {
         if let Some((_, text)) = newest(&file) {
             return parse(&text);
@@ -270,28 +273,28 @@ pub fn look(file: &OwnedFd) -> Result<Snapshot> {
     Err(unreadable(io::ErrorKind::InvalidData.into()))
 }
 
-/// Reads a snapshot; one of another version is refused.
+/// Parses a snapshot of this version.
 ///
 /// # Errors
-/// Says which versions meet.
+/// Returns an error that names both versions if they differ.
 fn parse(text: &[u8]) -> Result<Snapshot> {
     #[derive(serde::Deserialize)]
     struct Version {
         control_version: u32,
     }
-    let remedy = "keep the old program, or unmount and mount again with the new one";
+    let remedy = "keep the old program, or unmount and mount again with the new program";
     let version: Version = serde_json::from_slice(text).map_err(|e| {
-        Error::failed(format!("what the other supervisor knew is not understood: {e}")).remedy(remedy)
+        Error::failed(format!("cannot parse the previous supervisor's state: {e}")).remedy(remedy)
     })?;
     if version.control_version != CONTROL_VERSION {
         return Err(Error::failed(format!(
-            "the mount speaks version {} between its processes, this program {CONTROL_VERSION}",
+            "the mount uses protocol version {} between its processes, this program uses {CONTROL_VERSION}",
             version.control_version
         ))
         .remedy(remedy));
     }
     serde_json::from_slice(text).map_err(|e| {
-        Error::failed(format!("what the other supervisor knew is not understood: {e}")).remedy(remedy)
+        Error::failed(format!("cannot parse the previous supervisor's state: {e}")).remedy(remedy)
     })
 }
 
@@ -300,25 +303,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ledger_that_was_torn_gives_the_text_before() {
+    fn a_torn_write_leaves_the_previous_text() {
         let mut ledger = Ledger::create().unwrap();
         for text in ["one", "two", "three"] {
             ledger.write(text.as_bytes()).unwrap();
             let (_, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
             assert_eq!(read, text.as_bytes());
         }
-        // "three" is in half 1: a supervisor that dies while it writes it leaves "two".
+        // "three" is in half 1: a supervisor that dies during that write leaves "two".
         ledger.file.write_all_at(b"x", HALF_BYTES + HEAD_BYTES as u64).unwrap();
         let (mut again, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
         assert_eq!(read, b"two");
         again.write(b"four").unwrap();
         assert_eq!(Ledger::open(again.read_only().unwrap()).unwrap().1, b"four");
-        assert!(Ledger::open(Ledger::create().unwrap().read_only().unwrap()).is_err(), "an empty one");
+        assert!(Ledger::open(Ledger::create().unwrap().read_only().unwrap()).is_err(), "an empty ledger");
         assert!(ledger.write(&vec![0; HALF_BYTES as usize]).is_err());
     }
 
     #[test]
-    fn another_version_is_named() {
+    fn rejects_another_version_by_name() {
         let error = parse(br#"{"control_version":1}"#).unwrap_err();
         assert!(error.to_string().contains("version 1"), "{error}");
         assert!(parse(b"{}").is_err());

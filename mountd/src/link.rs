@@ -1,7 +1,8 @@
-//! What server and supervisor say to each other: the server asks, the supervisor answers, one at a time.
+//! The protocol between server and supervisor: the server sends requests, the supervisor replies, one at a time.
 //!
-//! Questions have numbers. A supervisor that took the place of a dead one says [`Answer::Again`]: whoever waits for an
-//! answer then asks once more, and answers to older questions are dropped. So every question may come twice.
+//! Requests have numbers. A supervisor that takes over from a dead one sends [`SupervisorReply::Again`]: a server that
+//! waits for a reply then sends its request again, and drops replies to older requests. So every request may arrive
+//! twice.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -15,147 +16,148 @@ use stencilfs::control::{Channel, Failure};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::wait::poll_for;
 
-/// Most backings that one question or answer names.
-pub const MOST_KEYS: usize = 64;
+/// Most backings that one request or reply names.
+pub const MAX_KEYS: usize = 64;
 
-/// A numbered question.
+/// A numbered request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Question {
-    /// Greater than that of every earlier one of the same server; never 0.
+pub struct NumberedRequest {
+    /// Greater than the numbers of all earlier requests of the same server; never 0.
     pub number: u64,
-    /// What is asked.
-    pub ask: Ask,
+    /// The request.
+    pub ask: ServerRequest,
 }
 
-/// The answer to the question of that number.
+/// The reply to the request with the same number.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Reply {
-    /// The question's.
+pub struct NumberedReply {
+    /// Number of the request.
     pub number: u64,
-    /// What is answered.
-    pub answer: Answer,
+    /// The reply.
+    pub answer: SupervisorReply,
 }
 
-/// What a server asks.
+/// A request of a server.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Ask {
-    /// Who this server is, and the reply to INIT that it gives; its in-flight table comes as descriptor. Answered by
-    /// [`Answer::Done`] when it speaks these words, and the reply is the one that the kernel has.
+pub enum ServerRequest {
+    /// Identifies the server and its reply to INIT; the table of pending requests comes as descriptor. Answered by
+    /// [`SupervisorReply::Done`] if the protocol version matches, and the reply to INIT is the one that the kernel has.
     Handshake {
-        /// Its [`CONTROL_VERSION`](stencilfs::control::CONTROL_VERSION).
+        /// [`CONTROL_VERSION`](stencilfs::control::CONTROL_VERSION) of the server.
         control_version: u32,
-        /// Its version.
+        /// Version of the server.
         version: String,
-        /// The parts of its sandbox that this kernel could not do, in words.
+        /// The parts of its sandbox that this kernel does not support, as text.
         lacks: Vec<String>,
-        /// The whole packet.
+        /// The complete reply to INIT.
         reply: Vec<u8>,
     },
-    /// This server answers the kernel from now on. Answered by `Done`.
+    /// The server serves the kernel from now on. Answered by `Done`.
     Serving,
-    /// Room for a backing, and an empty file for it. Answered by [`Answer::Room`] with the file,
-    /// [`Answer::Evict`], or [`Answer::Backing`] with the file of one that is ready.
+    /// Requests space and an empty file for a backing. Answered by [`SupervisorReply::Room`] with the file,
+    /// [`SupervisorReply::Evict`], or [`SupervisorReply::Backing`] with the file of a ready backing.
     Reserve {
-        /// For which file.
+        /// The file.
         key: FileKey,
-        /// Length of the file.
+        /// Length of the file, in bytes.
         size: u64,
-        /// Bytes of data in it.
+        /// Bytes of data in the file.
         bytes: u64,
     },
-    /// These are handed out no more: close those that nobody uses. Answered by [`Answer::Evicted`].
+    /// Requests to close the unused ones of these backings, which the server no longer serves. Answered by
+    /// [`SupervisorReply::Evicted`].
     Evict {
-        /// Which; at most [`MOST_KEYS`].
+        /// The backings; at most [`MAX_KEYS`].
         keys: Vec<FileKey>,
     },
-    /// The backing is full: freeze it. Answered by `Done`.
+    /// The backing is filled: freeze it. Answered by `Done`.
     Freeze {
-        /// Of which file.
+        /// The file.
         key: FileKey,
     },
-    /// The frozen backing holds what it must: register it. Answered by [`Answer::Backing`].
+    /// The frozen backing is verified: register it. Answered by [`SupervisorReply::Backing`].
     Register {
-        /// Of which file.
+        /// The file.
         key: FileKey,
-        /// `st_dev` and `st_ino` of what was compared.
+        /// `st_dev` and `st_ino` of the verified backing.
         identity: (u64, u64),
     },
-    /// No backing for that file, and why; `None` when it is tried anew. Answered by `Done`.
+    /// The reason why a file has no backing; `None` for a new attempt. Answered by `Done`.
     Decode {
-        /// Of which file.
+        /// The file.
         key: FileKey,
-        /// In words.
+        /// The reason, as text.
         why: Option<String>,
     },
-    /// The backing is given up: its room is free again. Answered by `Done`.
+    /// The backing is abandoned: release its space. Answered by `Done`.
     GiveBack {
-        /// Of which file.
+        /// The file.
         key: FileKey,
     },
-    /// So much of a backing is filled. Answered by `Done`.
+    /// Progress of filling a backing. Answered by `Done`.
     Progress {
-        /// Of which file.
+        /// The file.
         key: FileKey,
-        /// Bytes of data.
+        /// Bytes filled.
         bytes: u64,
     },
-    /// The list of condemned templates is acted upon. Answered by `Done`.
+    /// The list of condemned templates is in effect. Answered by `Done`.
     Condemned {
-        /// How often the bell was rung before the list was read.
+        /// Number of rings of the bell before the list was read.
         ring: u32,
-        /// So long the last open of one of them may take to be seen.
+        /// How long the most recent open of a condemned template may take to be visible, in milliseconds.
         grace_ms: u64,
     },
     /// The server cannot start. Answered by `Done`.
     GiveUp {
-        /// Why.
+        /// The reason.
         failure: Failure,
     },
 }
 
-/// What the supervisor answers.
+/// A reply of the supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Answer {
-    /// It is done.
+pub enum SupervisorReply {
+    /// The request was executed.
     Done,
-    /// It is not.
+    /// The request was refused.
     Refused(Failure),
-    /// The file for a backing comes with this.
+    /// Space is reserved; the file of the backing comes as descriptor.
     Room,
-    /// There would be room without these: hand them out no more, then ask to [`Ask::Evict`] them.
+    /// There would be space without these backings: stop serving them, then request [`ServerRequest::Evict`].
     Evict(Vec<FileKey>),
-    /// These were closed; the others of the question are in use.
+    /// These backings were closed; the others of the request are in use.
     Evicted(Vec<FileKey>),
-    /// The backing's id on the connection.
+    /// Id of the backing on the connection.
     Backing(u32),
-    /// Another supervisor listens now: whoever waits for an answer asks again.
+    /// A new supervisor has taken over: send a pending request again.
     Again,
 }
 
-/// The server's end.
+/// The server's end of the link.
 #[derive(Debug)]
 pub struct Link(Mutex<End>);
 
 #[derive(Debug)]
 struct End {
     channel: Channel,
-    /// The connection to the kernel.
+    /// The FUSE connection.
     kernel: Option<OwnedFd>,
-    /// Number of the last question.
+    /// Number of the last request.
     last: u64,
-    /// How long an answer is waited for, where not for ever.
-    patience: Option<Duration>,
+    /// Longest wait for a reply; `None` waits without limit.
+    timeout: Option<Duration>,
 }
 
 impl End {
-    /// Waits for the supervisor, or for whoever takes its place: but not when the connection to the kernel is over, for
-    /// then nobody will.
-    fn receive(&self) -> io::Result<Option<(Reply, Option<OwnedFd>)>> {
+    /// Waits for the supervisor or its successor. Fails when the FUSE connection is closed, as there will be no
+    /// successor then.
+    fn receive(&self) -> io::Result<Option<(NumberedReply, Option<OwnedFd>)>> {
         let mut both = vec![PollFd::new(&self.channel, PollFlags::IN)];
         both.extend(self.kernel.as_ref().map(|kernel| PollFd::new(kernel, PollFlags::empty())));
-        match rustix::io::retry_on_intr(|| poll_for(&mut both, self.patience))? {
+        match rustix::io::retry_on_intr(|| poll_for(&mut both, self.timeout))? {
             0 => Err(io::ErrorKind::TimedOut.into()),
             _ if both[0].revents().is_empty() => Err(io::ErrorKind::NotConnected.into()),
             _ => self.channel.receive(),
@@ -164,35 +166,39 @@ impl End {
 }
 
 impl Link {
-    /// Asks through that socket. A server that nobody needs yet waits only so long for an answer: if the supervisor
-    /// dies before it serves, nobody would know of it.
-    pub fn new(socket: OwnedFd, kernel: Option<OwnedFd>, patience: Option<Duration>) -> Link {
-        Link(Mutex::new(End { channel: Channel::new(socket), kernel, last: 0, patience }))
+    /// Creates a link over `socket`. Until it serves, a server must limit the wait for replies by `timeout`: if the
+    /// supervisor dies first, no other process may learn of the server.
+    pub fn new(socket: OwnedFd, kernel: Option<OwnedFd>, timeout: Option<Duration>) -> Link {
+        Link(Mutex::new(End { channel: Channel::new(socket), kernel, last: 0, timeout }))
     }
 
-    /// From now on answers are waited for, however long it takes.
+    /// Removes the limit on the wait for replies.
     pub fn wait_for_ever(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).patience = None;
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).timeout = None;
     }
 
-    /// Asks and waits. A refusal comes back as the error it is.
+    /// Sends a request and waits for the reply. A refusal becomes the error that it carries.
     ///
     /// # Errors
-    /// When the supervisor refuses. A dead one is no error: the answer comes from whoever takes its place.
-    pub fn ask(&self, ask: &Ask, fd: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
+    /// Returns an error if the supervisor refuses. The death of the supervisor is not an error: its successor replies.
+    pub fn request(
+        &self,
+        ask: &ServerRequest,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(SupervisorReply, Option<OwnedFd>)> {
         let mut end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         end.last += 1;
-        let question = Question { number: end.last, ask: ask.clone() };
-        let gone = |e| Error::failed("the supervisor is gone").because(e);
-        end.channel.send(&question, fd).map_err(gone)?;
+        let request = NumberedRequest { number: end.last, ask: ask.clone() };
+        let gone = |e| Error::failed("lost the supervisor").because(e);
+        end.channel.send(&request, fd).map_err(gone)?;
         loop {
             match end.receive().map_err(gone)? {
-                Some((Reply { answer: Answer::Again, .. }, _)) => {
-                    end.channel.send(&question, fd).map_err(gone)?;
+                Some((NumberedReply { answer: SupervisorReply::Again, .. }, _)) => {
+                    end.channel.send(&request, fd).map_err(gone)?;
                 }
-                Some((reply, fd)) if reply.number == question.number => {
+                Some((reply, fd)) if reply.number == request.number => {
                     return match reply.answer {
-                        Answer::Refused(failure) => Err(failure.into_error()),
+                        SupervisorReply::Refused(failure) => Err(failure.into_error()),
                         answer => Ok((answer, fd)),
                     };
                 }
@@ -202,21 +208,21 @@ impl Link {
         }
     }
 
-    /// Asks what can only be answered by done.
+    /// Sends a request that is answered by `Done`.
     ///
     /// # Errors
-    /// As [`ask`](Self::ask).
-    pub fn tell(&self, ask: &Ask) -> Result<()> {
-        match self.ask(ask, None)?.0 {
-            Answer::Done => Ok(()),
+    /// Same as [`request`](Self::request).
+    pub fn request_done(&self, ask: &ServerRequest) -> Result<()> {
+        match self.request(ask, None)?.0 {
+            SupervisorReply::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
 }
 
-/// The supervisor answered what was not asked.
-pub fn unexpected(answer: &Answer) -> Error {
-    Error::failed(format!("the supervisor gave an answer to another question: {answer:?}"))
+/// Returns the error of a reply that does not fit the request.
+pub fn unexpected(answer: &SupervisorReply) -> Error {
+    Error::failed(format!("unexpected reply from the supervisor: {answer:?}"))
 }
 
 #[cfg(test)]
@@ -225,29 +231,34 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn a_question_survives_a_new_supervisor() {
+    fn a_request_survives_a_takeover() {
         let (ours, theirs) = Channel::pair().unwrap();
         let link = Link::new(theirs.into(), None, None);
         let server = thread::spawn(move || {
-            link.tell(&Ask::Serving).unwrap();
-            link.tell(&Ask::Serving).unwrap();
+            link.request_done(&ServerRequest::Serving).unwrap();
+            link.request_done(&ServerRequest::Serving).unwrap();
         });
-        let hear = || ours.receive::<Question>().unwrap().unwrap().0.number;
-        let say = |number, answer| ours.send(&Reply { number, answer }, None).unwrap();
-        assert_eq!(hear(), 1);
-        say(0, Answer::Again);
-        assert_eq!(hear(), 1, "it asks again");
-        say(1, Answer::Done);
-        say(1, Answer::Done);
-        assert_eq!(hear(), 2, "the second answer to the first question is dropped");
-        say(2, Answer::Done);
+        let receive = || ours.receive::<NumberedRequest>().unwrap().unwrap().0.number;
+        let send = |number, answer| ours.send(&NumberedReply { number, answer }, None).unwrap();
+        assert_eq!(receive(), 1);
+        send(0, SupervisorReply::Again);
+        assert_eq!(receive(), 1, "the request is sent again");
+        send(1, SupervisorReply::Done);
+        send(1, SupervisorReply::Done);
+        assert_eq!(receive(), 2, "the second reply to the first request is dropped");
+        send(2, SupervisorReply::Done);
         server.join().unwrap();
     }
 
     #[test]
-    fn a_server_that_nobody_knows_of_does_not_wait_for_ever() {
+    fn a_server_that_does_not_serve_yet_gives_up_waiting() {
         let (_ours, theirs) = Channel::pair().unwrap();
         let link = Link::new(theirs.into(), None, Some(Duration::from_millis(5)));
-        assert!(link.tell(&Ask::Serving).unwrap_err().to_string().contains("supervisor is gone"));
+        assert!(
+            link.request_done(&ServerRequest::Serving)
+                .unwrap_err()
+                .to_string()
+                .contains("lost the supervisor")
+        );
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   stencil mount ──starts──▶ supervisor: holds the mount, the counters, the backings, the control socket
-//!                                │ starts, and starts again when it dies
+//!                                │ starts a server, and a new one when it dies
 //!                                ▼
-//!                             server: speaks FUSE; knows nothing that a successor could not find again
+//!                             server: speaks FUSE; has no state that a successor could not reconstruct
 //! ```
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
@@ -46,17 +46,17 @@ use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
 
-/// Prints a line; whoever reads standard output may have gone.
-fn answer(text: &str) {
+/// Prints a line to standard output; a closed pipe is ignored.
+fn print_line(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
-/// Requests of the kernel arrive in buffers that are there.
+/// Allocates zeroed memory with its pages present, for the buffers that receive requests of the kernel.
 #[global_allocator]
 static ALLOCATOR: stencilfs::sys::alloc::PresentZeros = stencilfs::sys::alloc::PresentZeros;
 
 const USAGE: &str = "\
-stencil-mountd serves a Stencil store through FUSE. It is started by `stencil mount`.
+stencil-mountd serves a Stencil store through FUSE. 'stencil mount' starts it.
 
 usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [--cache-dir=DIR]
                       [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--watchdog=SECONDS] [--noexec]
@@ -65,9 +65,9 @@ usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [-
 
 fn main() -> ExitCode {
     let command = std::env::args_os().nth(1).unwrap_or_default();
-    // A supervisor that became this program holds signals back until it can hear them.
+    // After exec(2) in a running supervisor, signals stay blocked until their handlers are installed.
     stencilfs::sys::inherited::reset(command == "resume");
-    // Started from a descriptor, it would have the descriptor's number as its name.
+    // A program that is executed from a descriptor has the number of the descriptor as its name.
     let _ = rustix::thread::set_name(c"stencil-mountd");
     let args = std::env::args_os().skip(2);
     let level = env_logger::Env::new().filter_or("STENCIL_LOG", "info");
@@ -99,11 +99,11 @@ fn main() -> ExitCode {
             sandbox::attempt::main(args)
         }
         Some("--version") => {
-            answer(&format!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION")));
+            print_line(&format!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION")));
             ExitCode::SUCCESS
         }
         Some("--help" | "-h") => {
-            answer(USAGE);
+            print_line(USAGE);
             ExitCode::SUCCESS
         }
         _ => {

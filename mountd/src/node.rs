@@ -1,13 +1,13 @@
-//! What there is in a mount: nodes, and what is shown of them. Knows neither store nor FUSE.
+//! Nodes of a mount and their attributes, independent of store and FUSE.
 
 use stencilfs::store::{Digest, Serving, TagName};
 pub use stencilfs::store::{MANIFEST, TOP_NUMBER as ROOT};
 use stencilfs::units::Bytes;
 
-/// What an inode number stands for.
+/// The object that an inode number stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Node {
-    /// The top.
+    /// The root directory.
     Root,
     /// `by-id`.
     ById,
@@ -17,7 +17,7 @@ pub enum Node {
     Template(Digest),
     /// `by-id/<digest>/manifest.json`.
     Manifest(Digest),
-    /// `by-id/<digest>/<file>`: which file of the template, and how it is served under this number.
+    /// `by-id/<digest>/<file>`: index of the file in the template, and how this inode number is served.
     File(Digest, usize, Serving),
     /// `templates/<name>`.
     Name(String),
@@ -25,7 +25,7 @@ pub enum Node {
     Tag(TagName),
 }
 
-/// What kind of thing it is.
+/// Type of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A directory.
@@ -36,21 +36,21 @@ pub enum Kind {
     Symlink,
 }
 
-/// How long a name may be believed.
+/// How long the kernel may cache a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lasting {
-    /// Asked again each time: tags move, and a file served by decode may be promoted.
-    Not,
-    /// Content that has this name has it for ever.
+pub enum NameLifetime {
+    /// Not at all: tags move, and a file that is served by decode may get a backing.
+    Zero,
+    /// Long: the content behind the name never changes.
     Long,
 }
 
-/// What stat(2) shows.
+/// Attributes for stat(2).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attributes {
     /// Inode number.
     pub ino: u64,
-    /// What it is.
+    /// Type.
     pub kind: Kind,
     /// Permission bits.
     pub mode: u32,
@@ -58,29 +58,29 @@ pub struct Attributes {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Length.
+    /// Length, in bytes.
     pub size: Bytes,
-    /// What it stores: pages that are not zero.
+    /// Bytes that are stored: pages that are not zero.
     pub data: Bytes,
-    /// When it came into the store, in seconds since 1970.
+    /// Time of the import, in seconds since 1970.
     pub created: u64,
 }
 
-/// One name in a directory.
+/// One entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirectoryEntry {
-    /// Position behind it: of the same name in every listing, whatever else comes and goes.
+    /// Position after the entry; the same for the same name in every listing, whatever other names come and go.
     pub cookie: u64,
     /// Inode number.
     pub ino: u64,
-    /// What it is.
+    /// Type.
     pub kind: Kind,
-    /// The name.
+    /// Name.
     pub name: String,
 }
 
 impl Node {
-    /// The directory that it is in; the top is in itself.
+    /// Returns the parent directory; the root is its own parent.
     pub fn parent(&self) -> Node {
         match self {
             Node::Root | Node::ById | Node::Templates => Node::Root,
@@ -91,7 +91,7 @@ impl Node {
         }
     }
 
-    /// What kind of thing it is.
+    /// Returns the type.
     pub fn kind(&self) -> Kind {
         match self {
             Node::Root | Node::ById | Node::Templates | Node::Template(_) | Node::Name(_) => Kind::Directory,

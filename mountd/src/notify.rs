@@ -1,5 +1,5 @@
-//! What a service manager is told: sd_notify(3). Without one, nothing. A manager that does not listen holds up nobody:
-//! what it does not take at once is kept and sent again.
+//! Notifications to the service manager, see sd_notify(3); nothing is sent without one. A manager that does not read
+//! blocks nothing: messages are queued and sent later.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -16,17 +16,17 @@ use rustix::net::{
 use stencilfs::control::FileKey;
 
 use crate::backings::Backings;
-use crate::kept::Kept;
+use crate::kept::MountState;
 
-/// Messages that wait to be taken; beyond that a manager is not listening at all.
-const MOST: usize = 8192;
+/// Most queued messages; further ones are dropped, as the manager has stopped reading.
+const MAX_QUEUED: usize = 8192;
 
-/// The way to the service manager.
+/// The connection to the service manager.
 #[derive(Debug)]
 pub struct Notify {
     manager: Option<(OwnedFd, SocketAddrUnix)>,
     queue: VecDeque<(String, Option<OwnedFd>)>,
-    /// How often it wants to hear that the supervisor lives.
+    /// Interval of the watchdog messages that the manager expects.
     interval: Option<Duration>,
     last: Instant,
     stored: Vec<u32>,
@@ -34,12 +34,12 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// As the environment says.
+    /// Connects to the service manager that the environment names.
     pub fn new() -> Notify {
         let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
         let manager = name.and_then(|name| {
             reach(&name)
-                .inspect_err(|e| log::warn!("the service manager at {} is not told: {e}", name.display()))
+                .inspect_err(|e| log::warn!("cannot reach the service manager at {}: {e}", name.display()))
                 .ok()
         });
         let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
@@ -50,20 +50,20 @@ impl Notify {
         Notify { manager, queue, interval, last, stored, ready: false }
     }
 
-    /// The mount answers. The descriptors have a second home in the service manager from now on; the program is that
-    /// of the present servers.
-    pub fn ready(&mut self, kept: &Kept) {
+    /// Reports that the mount serves. Stores duplicates of the descriptors in the service manager, with the program of
+    /// the current servers.
+    pub fn ready(&mut self, state: &MountState) {
         if !std::mem::replace(&mut self.ready, true) {
-            self.store("fuse", kept.fuse.as_fd());
-            self.store("ledger", kept.ledger.as_fd());
-            self.store("counters", kept.stats.page().fd().as_fd());
+            self.store("fuse", state.fuse.as_fd());
+            self.store("ledger", state.ledger.as_fd());
+            self.store("counters", state.stats.page().fd().as_fd());
         }
         self.forget("program");
-        self.store("program", kept.program.file.as_fd());
-        self.say("READY=1\nSTATUS=serving");
+        self.store("program", state.program.file.as_fd());
+        self.send_text("READY=1\nSTATUS=serving");
     }
 
-    /// Backings that are new.
+    /// Stores new backings in the service manager.
     pub fn store_backings(&mut self, backings: &Backings) {
         for (id, file) in backings.ready() {
             if !self.stored.contains(&id) {
@@ -73,7 +73,7 @@ impl Notify {
         }
     }
 
-    /// Backings that are about to be closed.
+    /// Removes backings that are about to be closed from the service manager.
     pub fn forget_backings(&mut self, backings: &Backings, keys: &[FileKey]) {
         for id in keys.iter().filter_map(|key| backings.id(key)) {
             self.forget(&format!("backing-{id}"));
@@ -81,16 +81,16 @@ impl Notify {
         }
     }
 
-    /// It is about to end.
+    /// Reports that the supervisor is about to exit.
     pub fn stopping(&mut self) {
-        self.say("STOPPING=1");
+        self.send_text("STOPPING=1");
     }
 
-    /// The supervisor lives. Sends what was not taken before.
+    /// Sends a watchdog message if one is due, and the queued messages.
     pub fn ping(&mut self) {
         if self.queue.is_empty() && self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
             self.last = Instant::now();
-            self.say("WATCHDOG=1");
+            self.send_text("WATCHDOG=1");
         }
         self.send();
     }
@@ -101,21 +101,21 @@ impl Notify {
         }
         match fd.try_clone_to_owned() {
             Ok(fd) => self.add(format!("FDSTORE=1\nFDNAME={name}"), Some(fd)),
-            Err(e) => log::warn!("the service manager does not keep {name}: {e}"),
+            Err(e) => log::warn!("cannot store descriptor {name} in the service manager: {e}"),
         }
     }
 
-    /// The manager is to give away what it keeps under that name.
+    /// Removes the descriptors with this name from the service manager.
     pub fn forget(&mut self, name: &str) {
-        self.say(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+        self.send_text(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
     }
 
-    fn say(&mut self, text: &str) {
+    fn send_text(&mut self, text: &str) {
         self.add(text.to_owned(), None);
     }
 
     fn add(&mut self, text: String, fd: Option<OwnedFd>) {
-        if self.manager.is_some() && self.queue.len() < MOST {
+        if self.manager.is_some() && self.queue.len() < MAX_QUEUED {
             self.queue.push_back((text, fd));
             self.send();
         }
@@ -133,7 +133,7 @@ impl Notify {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match sendmsg_addr(socket, address, &[IoSlice::new(text.as_bytes())], &mut ancillary, flags) {
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
-                Err(e) => log::warn!("the service manager does not hear {text:?}: {e}"),
+                Err(e) => log::warn!("cannot send {text:?} to the service manager: {e}"),
                 Ok(_) => {}
             }
             self.queue.pop_front();
@@ -141,7 +141,7 @@ impl Notify {
     }
 }
 
-/// A path, or with `@` the name of an abstract socket.
+/// Creates a socket for the address in `NOTIFY_SOCKET`: a path, or with `@` the name of an abstract socket.
 fn reach(name: &OsStr) -> rustix::io::Result<(OwnedFd, SocketAddrUnix)> {
     let address = match name.as_bytes() {
         [b'@', rest @ ..] => SocketAddrUnix::new_abstract_name(rest)?,

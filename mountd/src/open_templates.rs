@@ -1,4 +1,4 @@
-//! Templates that are kept open: two descriptors and two mappings each, so no more than a fixed number of them.
+//! A cache of open templates. Each has two descriptors and two mappings, so their number is limited.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -8,42 +8,43 @@ use rustix::process::{Resource, getrlimit};
 use stencilfs::error::Result;
 use stencilfs::store::{Digest, Store, Template};
 
-/// No more are kept, whatever the limit of open files.
-const MOST: u64 = 1024;
-/// So many are kept, however low it is.
-const FEWEST: u64 = 64;
-/// Descriptors that others need: packs of the store (512), backings, the connection.
-const OTHERS: u64 = 1024;
+/// Most open templates, however high the limit on open files.
+const MAX_OPEN: u64 = 1024;
+/// Number of open templates that is allowed however low that limit is.
+const MIN_OPEN: u64 = 64;
+/// Descriptors for other purposes: packs of the store (512), backings, the connection.
+const OTHER_DESCRIPTORS: u64 = 1024;
 
-/// How many templates may be kept open under the limit of open files, which the supervisor has raised.
+/// Returns how many templates may be open under the limit on open files, which the supervisor has raised.
 pub fn most_open() -> usize {
-    kept_under(getrlimit(Resource::Nofile).current)
+    open_under(getrlimit(Resource::Nofile).current)
 }
 
-fn kept_under(descriptors: Option<u64>) -> usize {
-    let room = descriptors.unwrap_or(u64::MAX).saturating_sub(OTHERS) / 2;
-    room.clamp(FEWEST, MOST) as usize
+fn open_under(descriptors: Option<u64>) -> usize {
+    let room = descriptors.unwrap_or(u64::MAX).saturating_sub(OTHER_DESCRIPTORS) / 2;
+    room.clamp(MIN_OPEN, MAX_OPEN) as usize
 }
 
-/// The open templates of a store.
+/// Open templates of a store.
 #[derive(Debug)]
 pub struct OpenTemplates {
     most: usize,
     open: DashMap<Digest, Arc<Template>>,
-    /// Names of the files of every template that was open: inode numbers are made of them, also when it cannot be opened.
+    /// Names of the files of all templates that were ever open: inode numbers are computed from them even if the
+    /// template can no longer be opened.
     names: DashMap<Digest, Arc<[String]>>,
 }
 
 impl OpenTemplates {
-    /// None yet, and never more than so many.
+    /// Creates an empty cache of at most `most` templates.
     pub fn new(most: usize) -> OpenTemplates {
         OpenTemplates { most: most.max(1), open: DashMap::new(), names: DashMap::new() }
     }
 
-    /// An open template.
+    /// Returns an open template; opens it if necessary.
     ///
     /// # Errors
-    /// What the store says.
+    /// Returns the error of the store.
     pub fn get(&self, store: &Store, digest: &Digest) -> Result<Arc<Template>> {
         match self.open.get(digest) {
             Some(template) => Ok(Arc::clone(&template)),
@@ -51,10 +52,10 @@ impl OpenTemplates {
         }
     }
 
-    /// Opens a template anew.
+    /// Opens a template again.
     ///
     /// # Errors
-    /// What the store says.
+    /// Returns the error of the store.
     pub fn reopen(&self, store: &Store, digest: &Digest) -> Result<Arc<Template>> {
         let template = Arc::new(store.template(digest)?);
         if !self.names.contains_key(digest) {
@@ -63,7 +64,7 @@ impl OpenTemplates {
         }
         self.open.insert(*digest, Arc::clone(&template));
         while self.open.len() > self.most {
-            // Any other will do: it is opened again at its next use, and who reads it goes on.
+            // Any other one: it is opened again when needed, and its current readers hold a reference.
             let victim = self.open.iter().map(|entry| *entry.key()).find(|key| key != digest);
             let Some(victim) = victim else { break };
             self.open.remove(&victim);
@@ -71,17 +72,17 @@ impl OpenTemplates {
         Ok(template)
     }
 
-    /// The name of a file of a template that was open once.
+    /// Returns the name of a file of a template that was open before.
     pub fn name(&self, digest: &Digest, file: usize) -> Option<String> {
         self.names.get(digest).and_then(|names| names.get(file).cloned())
     }
 
-    /// Closes all; their names stay known.
+    /// Closes all templates, but keeps the names of their files.
     pub fn close(&self) {
         self.open.clear();
     }
 
-    /// Forgets all templates but these.
+    /// Removes all templates except `digests`.
     pub fn retain(&self, digests: &HashSet<Digest>) {
         self.names.retain(|digest, _| digests.contains(digest));
         self.open.retain(|digest, _| digests.contains(digest));
@@ -93,10 +94,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_number_fits_the_limit_of_open_files() {
-        assert_eq!(kept_under(Some(1024)), 64);
-        assert_eq!(kept_under(Some(2048)), 512);
-        assert_eq!(kept_under(Some(1 << 20)), 1024);
-        assert_eq!(kept_under(None), 1024);
+    fn the_number_of_open_templates_fits_the_limit_on_open_files() {
+        assert_eq!(open_under(Some(1024)), 64);
+        assert_eq!(open_under(Some(2048)), 512);
+        assert_eq!(open_under(Some(1 << 20)), 1024);
+        assert_eq!(open_under(None), 1024);
     }
 }

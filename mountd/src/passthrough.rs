@@ -1,8 +1,8 @@
-//! Serving by passthrough: which files have a backing, which get one, and which open waits for it.
+//! Serving by passthrough: which files have a backing, which get one, and which opens wait for it.
 //!
-//! The inode number says how a file is served, so the answer is given by LOOKUP. An OPEN that finds no backing under
-//! the passthrough number, in time, is answered with ESTALE: the kernel then looks the name up again, hears the decode
-//! number, and opens that; the caller notices nothing.
+//! The inode number determines how a file is served, so the decision is made in LOOKUP. An OPEN of a passthrough number
+//! that finds no backing in time is answered with ESTALE: the kernel then repeats the lookup, gets the decode number
+//! and opens that. The process that opens the file sees no error.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -18,32 +18,32 @@ use stencilfs::store::{Serving, Store, Template};
 pub use crate::backing::Opening;
 use crate::errno::Refusal;
 use crate::hydrate::Hydrator;
-use crate::link::{Ask, Cache, FileKey, MOST_KEYS};
-use crate::node::Lasting;
+use crate::link::{Cache, FileKey, MAX_KEYS, ServerRequest};
+use crate::node::NameLifetime;
 use crate::stats::{Counter, Stats};
-use crate::tree::Offer;
+use crate::tree::ServingPolicy;
 
-/// Files that are hydrated at the same time: a small one need not wait for a big one.
-const AT_ONCE: usize = 2;
+/// Files that are hydrated at the same time, so that a small file need not wait for a large one.
+const WORKERS: usize = 2;
 
-/// What did not fit is tried again after so long.
-const RETRY: Duration = Duration::from_secs(10);
+/// Time until a failed hydration is retried.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The making of a backing has ended within this time; it may wait for the store.
-const LONGEST_END: Duration = Duration::from_secs(5);
+/// Longest wait for a hydration of a condemned template to stop; it may be waiting for the store.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// So many files may be known before those without a backing are forgotten.
-const MOST_STATES: usize = 4096;
+/// Most states; beyond that, files without a backing are forgotten.
+const MAX_STATES: usize = 4096;
 
 #[derive(Debug)]
 enum State {
-    /// A backing is being made; opens wait until the deadline, if there is one.
+    /// The backing is being made; opens wait until the deadline, if there is one.
     Filling { deadline: Option<Instant>, late: bool, waiting: Vec<Opening> },
-    /// A backing is registered.
+    /// The backing is registered.
     Ready(Ready),
-    /// There is none; the reason was given to the supervisor.
+    /// There is no backing; the supervisor has the reason.
     Decode { since: Instant, retry: bool },
-    /// It is being given up for others, unless it turns out to be in use; opens wait until that is known.
+    /// The backing is being evicted, unless it is found to be in use; opens wait for the outcome.
     Leaving { ready: Ready, waiting: Vec<(Arc<Template>, usize, Opening)> },
 }
 
@@ -52,18 +52,18 @@ enum State {
 struct Ready {
     /// Its id on the connection.
     id: u32,
-    /// The file. The kernel has it too; here it is for a supervisor that takes the place of a dead one.
+    /// The file. The kernel has a reference too; this descriptor is for a supervisor that takes over from a dead one.
     _file: OwnedFd,
 }
 
-/// A backing that is to be made.
+/// A backing to make.
 pub struct Job {
     template: Arc<Template>,
     file: usize,
     key: FileKey,
 }
 
-/// The backings of one server.
+/// The backings of a server.
 #[derive(Debug)]
 pub struct Passthrough {
     mode: ServeMode,
@@ -73,7 +73,7 @@ pub struct Passthrough {
     states: Mutex<HashMap<FileKey, State>>,
     jobs: Mutex<mpsc::Sender<Job>>,
     deadlines: Condvar,
-    /// As many opens wait as can; true until a backing is finished.
+    /// True after an open found all parking slots taken, until the next hydration ends.
     crowded: AtomicBool,
     stats: Stats,
 }
@@ -84,7 +84,7 @@ fn key(template: &Template, file: usize) -> FileKey {
 }
 
 impl Passthrough {
-    /// Serves so, with the backings that are ready already.
+    /// Creates the state with the backings that are ready, and starts the workers.
     pub fn new(
         mode: ServeMode,
         timeout: Duration,
@@ -108,7 +108,7 @@ impl Passthrough {
             stats,
         });
         let receiver = Arc::new(Mutex::new(receiver));
-        for _ in 0..AT_ONCE {
+        for _ in 0..WORKERS {
             let (ours, receiver) = (Arc::clone(&ours), Arc::clone(&receiver));
             thread::spawn(move || {
                 loop {
@@ -123,9 +123,9 @@ impl Passthrough {
         ours
     }
 
-    /// Files that the server before served by decode, for their backing was late or failed: whoever was told to look up
-    /// the name again must not be told so once more. Gives what is to be made now.
-    pub fn know_late(&self, late: Vec<(Option<Arc<Template>>, FileKey)>) -> Vec<Job> {
+    /// Enters files that the previous server served by decode, since their backings were late or failed: an open that
+    /// was answered with ESTALE must not get ESTALE again. Returns the backings to make now.
+    pub fn restore_late(&self, late: Vec<(Option<Arc<Template>>, FileKey)>) -> Vec<Job> {
         let mut jobs = Vec::new();
         if self.mode != ServeMode::Auto || !self.possible {
             return jobs;
@@ -145,8 +145,8 @@ impl Passthrough {
         jobs
     }
 
-    /// Makes these backings.
-    pub fn begin(&self, jobs: Vec<Job>) {
+    /// Queues backings to make.
+    pub fn start(&self, jobs: Vec<Job>) {
         let sender = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.into_iter().for_each(|job| drop(sender.send(job)));
     }
@@ -155,7 +155,7 @@ impl Passthrough {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers an open of the passthrough number of a file, now or when its backing is there.
+    /// Answers an open of a file's passthrough number, now or when its backing is ready.
     pub fn open(&self, template: &Arc<Template>, file: usize, mut opening: Opening) {
         let key = key(template, file);
         let mut states = self.states();
@@ -180,8 +180,8 @@ impl Passthrough {
                     ServeMode::Auto => Instant::now().checked_add(self.timeout),
                     ServeMode::Passthrough | ServeMode::Decode => None,
                 };
-                if states.len() >= MOST_STATES {
-                    // Those without a backing are tried anew at their next open.
+                if states.len() >= MAX_STATES {
+                    // The next open of such a file makes a new attempt.
                     states.retain(|_, state| !matches!(state, State::Decode { .. }));
                 }
                 let state = State::Filling { deadline, late: false, waiting: vec![opening] };
@@ -194,10 +194,10 @@ impl Passthrough {
         }
     }
 
-    /// Answers an open that cannot wait: as if its time were up.
+    /// Answers an open that cannot wait as if its deadline had passed.
     fn refuse_crowd(&self, opening: Opening) {
         if !self.crowded.swap(true, Ordering::Relaxed) {
-            log::warn!("{PARKED_SLOTS} opens wait for backings: further ones do not wait");
+            log::warn!("{PARKED_SLOTS} opens are waiting for backings: further opens do not wait");
         }
         opening.refuse(if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Crowded });
     }
@@ -205,11 +205,11 @@ impl Passthrough {
     fn run(&self, job: &Job) {
         self.stats.count(Counter::HydrationsStarted);
         log::info!("hydrating template {} file {}", job.key.digest, job.key.file);
-        let begun = Instant::now();
-        // Told before the look: a deadline that passes later tells the reason later.
-        self.tell(&job.key, None);
+        let start = Instant::now();
+        // Before the state is read: if the deadline passes later, its reason is reported later too.
+        self.report_reason(&job.key, None);
         if matches!(self.states().get(&job.key), Some(State::Filling { late: true, .. })) {
-            self.tell(&job.key, Some(self.lateness()));
+            self.report_reason(&job.key, Some(self.lateness()));
         }
         let made = self.hydrator.hydrate(&job.template, job.file, &job.key, |keys| self.evict(keys));
         let (state, answer): (Option<State>, _) = match made {
@@ -219,31 +219,31 @@ impl Passthrough {
                     "template {} file {} is served by passthrough after {:.2} s",
                     job.key.digest,
                     job.key.file,
-                    begun.elapsed().as_secs_f64()
+                    start.elapsed().as_secs_f64()
                 );
                 (Some(State::Ready(Ready { id, _file: file })), Ok(id))
             }
             Err(_) if self.hydrator.condemned().holds(&job.key.digest) => {
-                let _ = self.hydrator.link().ask(&Ask::GiveBack { key: job.key.clone() }, None);
+                let _ = self.hydrator.link().request(&ServerRequest::GiveBack { key: job.key.clone() }, None);
                 (None, Err(Refusal::NoEntry))
             }
             Err(error) => {
                 self.stats.count(Counter::HydrationsFailed);
-                log::warn!("template {} file {} gets no backing: {error}", job.key.digest, job.key.file);
-                self.tell(&job.key, Some(error.to_string()));
-                let _ = self.hydrator.link().ask(&Ask::GiveBack { key: job.key.clone() }, None);
+                log::warn!("template {} file {} has no backing: {error}", job.key.digest, job.key.file);
+                self.report_reason(&job.key, Some(error.to_string()));
+                let _ = self.hydrator.link().request(&ServerRequest::GiveBack { key: job.key.clone() }, None);
                 match self.mode {
                     ServeMode::Auto => {
                         let state = State::Decode { since: Instant::now(), retry: may_pass(&error) };
                         (Some(state), Err(Refusal::Stale))
                     }
-                    // The next open tries again; nobody is served otherwise.
+                    // The next open makes a new attempt; there is no other way to serve it.
                     ServeMode::Passthrough | ServeMode::Decode => (None, Err(for_opener(&error))),
                 }
             }
         };
-        let _looking = self.hydrator.condemned().look();
-        // What was condemned meanwhile has a backing, and nobody gets it.
+        let _guard = self.hydrator.condemned().guard();
+        // The backing of a template that was condemned meanwhile is ready, but must not be served.
         let answer = match self.hydrator.condemned().holds(&job.key.digest) {
             true => Err(Refusal::NoEntry),
             false => answer,
@@ -270,7 +270,7 @@ impl Passthrough {
         }
     }
 
-    /// Stops handing out those backings, and has the supervisor close the unused ones.
+    /// Stops serving these backings, and makes the supervisor close the unused ones.
     fn evict(&self, keys: Vec<FileKey>) -> stencilfs::error::Result<()> {
         let mut leaving = Vec::new();
         {
@@ -296,7 +296,7 @@ impl Passthrough {
                 opens.extend(waiting);
                 if gone.contains(&key) {
                     self.stats.count(Counter::Evictions);
-                    log::info!("template {} file {} lost its backing: nobody used it", key.digest, key.file);
+                    log::info!("evicted the unused backing of template {} file {}", key.digest, key.file);
                 } else {
                     states.insert(key, State::Ready(ready));
                 }
@@ -304,7 +304,7 @@ impl Passthrough {
         }
         for (template, file, opening) in opens {
             let condemned = self.hydrator.condemned();
-            let _looking = condemned.look();
+            let _guard = condemned.guard();
             if condemned.holds(template.digest()) {
                 opening.refuse(Refusal::NoEntry);
             } else {
@@ -315,11 +315,11 @@ impl Passthrough {
         closed.map(|_| ())
     }
 
-    /// Ends what is under way for condemned templates, and forgets what is removed: opens that wait are refused, and the
-    /// makers of backings give up at their next piece.
+    /// Stops all activity for condemned templates: refuses waiting opens, and waits until hydrations stop at their next
+    /// piece. Forgets removed templates.
     pub fn end_condemned(&self) {
         let condemned = self.hydrator.condemned();
-        let until = Instant::now() + LONGEST_END;
+        let until = Instant::now() + STOP_TIMEOUT;
         loop {
             let mut refused = Vec::new();
             let mut filling = false;
@@ -348,30 +348,30 @@ impl Passthrough {
         }
     }
 
-    /// Gives up the backings of templates that the store has no more, where nobody uses them: a removal that was killed
-    /// has not told of them.
+    /// Evicts the unused backings of templates that the store no longer has: a removal that was killed did not release
+    /// them.
     pub fn give_up_vanished(&self, store: &Store) {
         let ready = |(key, state): (&FileKey, &State)| matches!(state, State::Ready(_)).then(|| key.clone());
         let mut keys: Vec<FileKey> = self.states().iter().filter_map(ready).collect();
         let condemned = self.hydrator.condemned();
         keys.retain(|key| !condemned.holds(&key.digest) && matches!(store.find(&key.digest), Ok(false)));
-        for keys in keys.chunks(MOST_KEYS) {
+        for keys in keys.chunks(MAX_KEYS) {
             if let Err(error) = self.evict(keys.to_vec()) {
-                log::warn!("the backings of templates that are gone stay for now: {error}");
+                log::warn!("the backings of removed templates are kept for now: {error}");
             }
         }
     }
 
-    fn tell(&self, key: &FileKey, why: Option<String>) {
-        let _ = self.hydrator.link().ask(&Ask::Decode { key: key.clone(), why }, None);
+    fn report_reason(&self, key: &FileKey, why: Option<String>) {
+        let _ = self.hydrator.link().request(&ServerRequest::Decode { key: key.clone(), why }, None);
     }
 
     fn lateness(&self) -> String {
         let waited = self.timeout.as_secs_f64();
-        format!("its backing is still being filled; the first open waited {waited} s for it")
+        format!("its backing is still being filled after the timeout of {waited} s")
     }
 
-    /// Answers opens whose time is up.
+    /// Refuses opens whose deadline has passed.
     fn watch_deadlines(&self) {
         let mut states = self.states();
         loop {
@@ -396,9 +396,10 @@ impl Passthrough {
                 for key in late_ones {
                     let why = self.lateness();
                     log::warn!("template {} file {} is served by decode: {why}", key.digest, key.file);
-                    self.tell(&key, Some(why));
+                    self.report_reason(&key, Some(why));
                 }
-                // Only now: should this server die, its successor knows it, and answers the next look-up so.
+                // After the report: if this server dies, its successor knows of the delay and answers the next lookup
+                // with the decode number.
                 refused.into_iter().for_each(|opening: Opening| opening.refuse(Refusal::Stale));
                 states = self.states();
                 continue;
@@ -414,7 +415,7 @@ impl Passthrough {
     }
 }
 
-/// True for what may be over when it is tried again: no room, or a folder that is away, the store's or the cache's.
+/// Returns true for temporary errors: no space, or a directory (of the store or the cache) that is away.
 fn may_pass(error: &Error) -> bool {
     const PASSING: [i32; 7] =
         [libc::ENOSPC, libc::EDQUOT, libc::ENOENT, libc::EACCES, libc::EROFS, libc::EIO, libc::ESTALE];
@@ -422,10 +423,10 @@ fn may_pass(error: &Error) -> bool {
         || error.errno().is_some_and(|errno| PASSING.contains(&errno))
 }
 
-/// What an opener is told where nothing but passthrough is allowed.
+/// Returns the refusal of an open in passthrough mode, where decode is not allowed.
 fn for_opener(error: &Error) -> Refusal {
     match (error.code(), error.errno()) {
-        // The store is away: there is a system's error beneath, other than where room is missing.
+        // With an errno: the store is away. Without: the backing does not fit.
         (Code::TryAgain, Some(_)) => Refusal::Away,
         (Code::TryAgain, None) | (_, Some(libc::ENOSPC | libc::EDQUOT)) => Refusal::NoSpace,
         (Code::Damage, _) => Refusal::Damaged,
@@ -433,8 +434,8 @@ fn for_opener(error: &Error) -> Refusal {
     }
 }
 
-impl Offer for Passthrough {
-    fn offer(&self, template: &Template, file: usize) -> Serving {
+impl ServingPolicy for Passthrough {
+    fn serving(&self, template: &Template, file: usize) -> Serving {
         let empty = template.files().get(file).is_none_or(|f| f.size.get() == 0);
         match self.mode {
             _ if empty => return Serving::Decode,
@@ -454,7 +455,7 @@ impl Offer for Passthrough {
             None | Some(State::Ready(_) | State::Leaving { .. } | State::Filling { late: false, .. }) => {
                 Serving::Passthrough
             }
-            Some(State::Decode { since, retry: true }) if since.elapsed() > RETRY => {
+            Some(State::Decode { since, retry: true }) if since.elapsed() > RETRY_INTERVAL => {
                 states.remove(&key);
                 Serving::Passthrough
             }
@@ -462,11 +463,11 @@ impl Offer for Passthrough {
         }
     }
 
-    fn lasting(&self, template: &Template, file: usize) -> Lasting {
+    fn lifetime(&self, template: &Template, file: usize) -> NameLifetime {
         match (self.mode, self.possible) {
-            // A later open may be promoted.
-            (ServeMode::Auto, true) if self.offer(template, file) == Serving::Decode => Lasting::Not,
-            _ => Lasting::Long,
+            // A later lookup may return the passthrough number.
+            (ServeMode::Auto, true) if self.serving(template, file) == Serving::Decode => NameLifetime::Zero,
+            _ => NameLifetime::Long,
         }
     }
 }

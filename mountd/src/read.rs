@@ -1,4 +1,4 @@
-//! Answers READs, whoever gives the answer: the thread that took one, or the one that waits for the store.
+//! Answers READs, in the thread that took the request or in the thread that waits for the store.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::inflight::Flight;
 use crate::node::Node;
 use crate::tree::Tree;
 
-/// Reads files of a tree.
+/// Answers READs of the files in a tree.
 #[derive(Debug)]
 pub struct Reader {
     tree: Arc<Tree>,
@@ -19,15 +19,15 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads so.
+    /// Creates a reader.
     pub fn new(tree: Arc<Tree>, decoder: Decoder) -> Reader {
         Reader { tree, decoder }
     }
 
-    /// Makes the bytes that a READ asks for and passes them to `send`, at most once.
+    /// Produces the bytes that a READ requests and passes them to `send`, at most once.
     ///
     /// # Errors
-    /// Nothing is sent then. [`Refusal::Away`] where the same READ may succeed later.
+    /// Returns the refusal if nothing was sent; [`Refusal::Away`] if the same READ may succeed later.
     pub fn read(&self, flight: &Flight, send: impl FnOnce(&[u8])) -> Result<(), Refusal> {
         let mut send = Some(send);
         let mut send = |bytes: &[u8]| {
@@ -36,17 +36,17 @@ impl Reader {
                 send(bytes);
             }
         };
-        let asked = flight.asked();
-        match self.tree.node(asked.ino)? {
+        let request = flight.request();
+        match self.tree.node(request.ino)? {
             Node::File(digest, file, _) => {
                 flight.stamp(Phase::Decoding);
-                self.file(&digest, file, asked.offset, asked.size, &mut send)
+                self.file(&digest, file, request.offset, request.size, &mut send)
             }
             Node::Manifest(digest) => {
                 let text = self.tree.template(&digest)?.manifest_json();
-                let begin = (asked.offset as usize).min(text.len());
-                let end = begin.saturating_add(asked.size as usize).min(text.len());
-                send(&text.as_bytes()[begin..end]);
+                let start = (request.offset as usize).min(text.len());
+                let end = start.saturating_add(request.size as usize).min(text.len());
+                send(&text.as_bytes()[start..end]);
                 Ok(())
             }
             _ => Err(Refusal::IsDirectory),
@@ -65,7 +65,7 @@ impl Reader {
         match self.decoder.read(&template, file, offset, size as usize, &mut *send) {
             Err(Refusal::Away) => Err(Refusal::Away),
             Err(refusal) if !self.tree.removed(digest)? => {
-                // Its blocks may have been moved since it was opened; a second failure is the answer.
+                // A collection may have moved blocks since the template was opened: reopen it and retry once.
                 let template = match self.tree.reopen(digest) {
                     Err(Refusal::Away) => return Err(Refusal::Away),
                     other => other.map_err(|_| refusal)?,

@@ -1,4 +1,4 @@
-//! The memory that replies leave from: made and locked once, before the server gives up the right to.
+//! Buffers for replies, allocated and locked before the server gives up the privilege to lock memory.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,21 +7,21 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::memfd::LockedBuffer;
 use stencilfs::units::Bytes;
 
-/// Locked memory beside the replies: the pages that a server shares with its supervisor, and room to spare.
-const BESIDE: Bytes = Bytes::new(4 << 20);
+/// Locked memory for other purposes: the pages that a server shares with its supervisor, and a reserve.
+const OTHER_LOCKED: Bytes = Bytes::new(4 << 20);
 
-/// One buffer for each thread that answers reads.
+/// One buffer for each thread that answers READs.
 #[derive(Debug)]
 pub struct Replies(Mutex<Vec<LockedBuffer>>);
 
 impl Replies {
-    /// Locks `count` buffers of `length` bytes. The limit of locked memory is raised where that is allowed; with
-    /// CAP_IPC_LOCK none holds, and what is locked now stays so when the capability is given up.
+    /// Locks `count` buffers of `length` bytes. Raises the limit on locked memory if possible. With CAP_IPC_LOCK no
+    /// limit applies, and memory that is locked stays locked when the capability is dropped.
     ///
     /// # Errors
-    /// When neither the limit nor a capability allows it.
+    /// Returns an error if neither the limit nor a capability allows to lock so much memory.
     pub fn lock(count: usize, length: Bytes) -> Result<Replies> {
-        let needed = (length.get() * count as u64).saturating_add(BESIDE.get());
+        let needed = (length.get() * count as u64).saturating_add(OTHER_LOCKED.get());
         let now = getrlimit(Resource::Memlock);
         let raised = Rlimit {
             current: now.current.map(|limit| limit.max(needed)),
@@ -33,13 +33,15 @@ impl Replies {
         let buffers: std::io::Result<Vec<_>> = (0..count).map(|_| LockedBuffer::new(length)).collect();
         let buffers = buffers.map_err(|e| {
             Error::failed(format!("cannot lock {count} reply buffers of {length}")).because(e).remedy(
-                format!("allow {needed} bytes of locked memory (ulimit -l, LimitMEMLOCK=), or CAP_IPC_LOCK"),
+                format!(
+                    "allow {needed} bytes of locked memory (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK"
+                ),
             )
         })?;
         Ok(Replies(Mutex::new(buffers)))
     }
 
-    /// The buffer of a thread that begins to answer; `None` when there are more threads than there were to be.
+    /// Returns the buffer for a thread; `None` if all buffers are taken.
     pub fn take(&self) -> Option<LockedBuffer> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
@@ -50,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_are_as_many_as_were_asked_for() {
+    fn hands_out_each_buffer_once() {
         let replies = Replies::lock(2, Bytes::new(10_000)).unwrap();
         let first = replies.take().unwrap();
         assert_eq!(first.len(), 12_288);

@@ -1,4 +1,4 @@
-//! The server: speaks FUSE for one mount. Everything it knows a successor can find again.
+//! The server: speaks FUSE for one mount. A successor can reconstruct all of its state.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,39 +19,40 @@ use stencilfs::units::Bytes;
 use crate::condemned::{Condemned, Watcher};
 use crate::decode::{Decoder, MAX_READ};
 use crate::fuse::Templates;
-use crate::handed::Fds;
+use crate::handed::NamedFds;
 use crate::hydrate::Hydrator;
 use crate::inflight::Flights;
 use crate::kept;
-use crate::link::{self, Answer, Ask, Link};
+use crate::link::{self, Link, ServerRequest, SupervisorReply};
 use crate::open_templates;
 use crate::passthrough::Passthrough;
 use crate::read::Reader;
 use crate::replies::Replies;
 use crate::sandbox;
-use crate::source::{AGAIN, LONGEST_WAIT, Source};
+use crate::source::{LONGEST_WAIT, RETRY_INTERVAL, StoreOutage};
 use crate::stats::Stats;
 use crate::tree::Tree;
 
-/// Decoded blocks that are kept for their neighbours' sake.
-const KEEP: Bytes = Bytes::new(16 << 20);
+/// Size of the cache of decompressed blocks, for reads of the other parts of a block.
+const BLOCK_CACHE: Bytes = Bytes::new(16 << 20);
 
-/// Threads that answer the kernel: enough that a few slow reads hold up nobody.
-const FEWEST_THREADS: usize = 4;
-const MOST_THREADS: usize = 16;
+/// Threads that serve the kernel: enough that a few slow reads do not block other requests.
+const MIN_THREADS: usize = 4;
+const MAX_THREADS: usize = 16;
 
 /// First argument of a server that is started beside one that serves.
 pub const BESIDE: &str = "--beside";
 
-/// Such a one ends when its supervisor has died before it served; the supervisor's own limit is far below.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest wait for a reply in a server that is started beside another one and does not serve yet: it exits if its
+/// supervisor has died. The supervisor's own limit is far shorter.
+const BESIDE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Another one has time to be taken over. Nobody may know of it: clones that wait for ever are worse off than clones
-/// that end.
-const LONG_PATIENCE: Duration = Duration::from_secs(300);
+/// The same for the only server of a mount, which another supervisor may take over meanwhile. There is a limit since no
+/// other process may know of the mount: clones that block for ever are worse than clones that end.
+const ALONE_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// What a server is handed. It keeps all of it open, also what it does not use: a supervisor that takes the place of a
-/// dead one finds everything here, under the numbers of the arguments.
+/// The descriptors of a server. All stay open, including unused ones: a supervisor that takes over from a dead one
+/// copies them, by the numbers in the arguments of this process.
 struct Inherited {
     fuse: OwnedFd,
     link: Arc<Link>,
@@ -61,15 +62,15 @@ struct Inherited {
 }
 
 impl Inherited {
-    fn take(fds: &mut Fds, beside: bool) -> Result<Inherited> {
+    fn take(fds: &mut NamedFds, beside: bool) -> Result<Inherited> {
         let fuse = fds.need("fuse")?;
-        let kernel = kept::copy(&fuse)?;
+        let kernel = kept::duplicate(&fuse)?;
         Ok(Inherited {
             fuse,
             link: Arc::new(Link::new(
                 fds.need("link")?,
                 Some(kernel),
-                Some(if beside { PATIENCE } else { LONG_PATIENCE }),
+                Some(if beside { BESIDE_TIMEOUT } else { ALONE_TIMEOUT }),
             )),
             counters: fds.need("counters")?,
             ledger: fds.need("ledger")?,
@@ -78,16 +79,17 @@ impl Inherited {
     }
 }
 
-/// Serves until the mount is over. The arguments name the descriptors.
+/// Serves until the connection is closed. The arguments name the descriptors.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let run = || -> Result<()> {
-        // One that stands still when its supervisor dies is all that the mount has left.
+        // A stopped process group gets SIGHUP when its supervisor dies; the server must survive that, as it then holds
+        // all that is left of the mount.
         process::outlive_hangup().map_err(|e| Error::failed("cannot ignore SIGHUP").because(e))?;
         let mut args = args.peekable();
         let beside = args.next_if(|arg| arg == BESIDE).is_some();
-        let inherited = Inherited::take(&mut Fds::from_args(args)?, beside)?;
+        let inherited = Inherited::take(&mut NamedFds::from_args(args)?, beside)?;
         serve(&inherited).inspect_err(|error| {
-            let _ = inherited.link.tell(&Ask::GiveUp { failure: Failure::from(error) });
+            let _ = inherited.link.request_done(&ServerRequest::GiveUp { failure: Failure::from(error) });
         })
     };
     match run() {
@@ -101,34 +103,33 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn serve(inherited: &Inherited) -> Result<()> {
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
-    let page = SharedCounters::map(kept::copy(counters)?);
+    let page = SharedCounters::map(kept::duplicate(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
-    // Before the list of condemned templates is read: what changes it later rings again.
+    // Read before the list of condemned templates: a later change of the list rings again.
     let rings = stats.page().rings();
-    let (_, snapshot) = kept::read(kept::copy(ledger)?)?;
+    let (_, snapshot) = kept::read(kept::duplicate(ledger)?)?;
     let Snapshot { init, reply, options, chosen, backings, condemned, .. } = snapshot;
     let condemned = Condemned::new(&condemned);
-    // The supervisor closes these.
+    // The supervisor closes the backings of removed templates.
     let backings: Vec<BackingRow> =
         backings.into_iter().filter(|b| !condemned.is_removed(&b.key.digest)).collect();
-    let flights = Flights::begin(stats.clone())?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = cores.clamp(FEWEST_THREADS, MOST_THREADS);
-    // One more for the thread that answers what waited for the store.
+    let flights = Flights::create(stats.clone())?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = cpus.clamp(MIN_THREADS, MAX_THREADS);
+    // One more for the thread that answers READs that waited for the store.
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
     let most_open = open_templates::most_open();
     let sockets = handshake_sockets()?;
     let late: Vec<FileKey> =
         backings.iter().filter(|b| b.id.is_none() && b.why.is_some()).map(|b| b.key.clone()).collect();
     let backings = ready(backings);
-    // What the sandbox allows is the folder that lies there now: the store must be there first.
+    // Landlock rules refer to the directory itself, so the store must be reachable before they are made.
     open_store(&options.store, reply.is_some())?;
     let lacks = sandbox::enter(&options.store)?;
-    // Without its capabilities the server may see less than before.
+    // Opened again: without capabilities the server may have less access than before.
     let store = open_store(&options.store, reply.is_some())?;
     let tree = Arc::new(Tree::new(store.clone(), most_open, Arc::clone(&condemned)));
-    let hydrator =
-        Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cores);
+    let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cpus);
     let passthrough =
         Passthrough::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {
@@ -136,16 +137,16 @@ fn serve(inherited: &Inherited) -> Result<()> {
         tree: Arc::clone(&tree),
         passthrough: Arc::clone(&passthrough),
         store: store.clone(),
-        fuse: kept::copy(fuse)?,
-        ledger: kept::copy(ledger)?,
+        fuse: kept::duplicate(fuse)?,
+        ledger: kept::duplicate(ledger)?,
         stats: stats.clone(),
         link: Arc::clone(link),
     };
-    let decoder = Decoder::new(KEEP, stats.clone(), replies);
+    let decoder = Decoder::new(BLOCK_CACHE, stats.clone(), replies);
     let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder));
-    let source = Source::new(store, Arc::clone(&reader), stats.clone());
+    let source = StoreOutage::new(store, Arc::clone(&reader), stats.clone());
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
-    let unfinished = passthrough.know_late(late);
+    let unfinished = passthrough.restore_late(late);
     let filesystem =
         Templates { tree, reader, source, passthrough: Arc::clone(&passthrough), condemned, stats, flights };
 
@@ -153,52 +154,53 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
     fuse_dev::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
     if reply.is_some() {
-        // What the predecessor had read and not answered comes again.
+        // The kernel sends the requests that the predecessor has read and not answered again.
         fuse_dev::resend(fuse).map_err(taken_over)?;
     }
-    link.tell(&Ask::Serving)?;
+    link.request_done(&ServerRequest::Serving)?;
     link.wait_for_ever();
     watcher.start(rings);
-    passthrough.begin(unfinished);
+    passthrough.start(unfinished);
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
 }
 
-/// The backings that are ready, with their descriptors: they were inherited under the supervisor's numbers. One that
-/// became ready after this process was started is not among them; the supervisor hands it over when it is asked for.
+/// Returns the ready backings with their descriptors, which are inherited under the supervisor's numbers. A backing
+/// that became ready after the start of this process is not included: the supervisor returns it when the server
+/// requests it.
 fn ready(rows: Vec<BackingRow>) -> Vec<(FileKey, u32, OwnedFd)> {
     let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?, row.identity)));
     let inherited = |(key, id, number, identity)| {
         let fd = descriptor::take(number).ok()?;
-        kept::is(&fd, identity).then_some((key, id, fd))
+        kept::has_identity(&fd, identity).then_some((key, id, fd))
     };
     ready.filter_map(inherited).collect()
 }
 
-/// For the handshake: in the sandbox no socket can be made.
+/// Creates the sockets for the handshake, as the sandbox forbids new sockets.
 fn handshake_sockets() -> Result<(OwnedFd, OwnedFd)> {
     socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-        .map_err(|e| Error::failed("cannot make the sockets of the handshake").because(e.into()))
+        .map_err(|e| Error::failed("cannot create the sockets of the handshake").because(e.into()))
 }
 
-/// Opens the store. A successor waits for one that is away: until then the kernel keeps what it asks, and nobody gets an
-/// error.
+/// Opens the store. A successor waits for a store that is away: meanwhile the kernel queues requests, and none fails.
 fn open_store(dir: &Path, successor: bool) -> Result<Store> {
-    let begun = Instant::now();
+    let start = Instant::now();
     loop {
         match Store::open(dir) {
-            Err(error) if successor && begun.elapsed() < LONGEST_WAIT => {
-                if begun.elapsed() < AGAIN {
-                    log::error!("{error}; waiting for it up to {LONGEST_WAIT:?}");
+            Err(error) if successor && start.elapsed() < LONGEST_WAIT => {
+                if start.elapsed() < RETRY_INTERVAL {
+                    log::error!("{error}; waiting up to {LONGEST_WAIT:?} for the store");
                 }
-                std::thread::sleep(AGAIN);
+                std::thread::sleep(RETRY_INTERVAL);
             }
-            done => return done,
+            result => return result,
         }
     }
 }
 
-/// fuser insists on an INIT of its own: it gets the kernel's from a socket pair, and its reply goes to the supervisor.
+/// Performs the handshake. fuser requires an INIT request on its descriptor: it gets the kernel's request through a
+/// socket pair, and its reply goes to the supervisor.
 fn handshake(
     filesystem: Templates,
     (ours, theirs): (OwnedFd, OwnedFd),
@@ -217,9 +219,9 @@ fn handshake(
     let length = rustix::io::read(&ours, &mut reply[..]).map_err(|e| fail(e.into()))?;
     reply.truncate(length);
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    let handshake = Ask::Handshake { control_version: CONTROL_VERSION, version, lacks, reply };
-    match link.ask(&handshake, Some(flights.table().fd().as_fd()))? {
-        (Answer::Done, _) => Ok(session),
+    let handshake = ServerRequest::Handshake { control_version: CONTROL_VERSION, version, lacks, reply };
+    match link.request(&handshake, Some(flights.table().fd().as_fd()))? {
+        (SupervisorReply::Done, _) => Ok(session),
         (other, _) => Err(link::unexpected(&other)),
     }
 }

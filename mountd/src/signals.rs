@@ -1,4 +1,4 @@
-//! Signals that ask for the end of the mount, and which of them may cut off who uses it.
+//! Termination signals, and which of them may abort a mount in use.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,33 +11,33 @@ use signal_hook::{flag, low_level::pipe};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::inherited;
 
-/// SIGTERM, SIGINT and, unless the caller has it ignored, SIGHUP, as they come.
+/// Handlers for SIGTERM, SIGINT and, unless the caller ignores it, SIGHUP.
 #[derive(Debug)]
 pub struct Signals {
     woken: OwnedFd,
-    /// One has come that ends a mount which drains already. The end of a terminal or session is none: it sends several
-    /// signals for one wish. Nor is a SIGTERM under a service manager: systemd sends a second one when the first did
+    /// True after a signal that aborts a mount which is draining already. SIGHUP is not one: a terminal or session that
+    /// ends sends several signals. Nor is SIGTERM under a service manager: systemd sends another one if the first did
     /// not end the service in time.
-    cuts_off: Arc<AtomicBool>,
+    may_abort: Arc<AtomicBool>,
 }
 
 impl Signals {
-    /// From now on they do not end this process.
+    /// Installs the handlers: the signals no longer terminate the process.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn new() -> Result<Signals> {
         let managed = std::env::var_os("NOTIFY_SOCKET").as_deref().is_some_and(|name| name != OsStr::new(""));
         let cutting = if managed { &[SIGINT][..] } else { &[SIGINT, SIGTERM] };
-        let cuts_off = Arc::new(AtomicBool::new(false));
-        let begin = || -> std::io::Result<OwnedFd> {
+        let may_abort = Arc::new(AtomicBool::new(false));
+        let install = || -> std::io::Result<OwnedFd> {
             let (ours, theirs) = UnixStream::pair()?;
             ours.set_nonblocking(true)?;
-            // Before the byte that wakes: who reads that sees the flag.
+            // Registered before the pipe: a reader of the byte sees the flag.
             for signal in cutting {
-                flag::register(*signal, Arc::clone(&cuts_off))?;
+                flag::register(*signal, Arc::clone(&may_abort))?;
             }
-            // An ignored SIGHUP stays so: the caller used nohup.
+            // SIGHUP stays ignored if the caller used nohup(1).
             let heard =
                 [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|&signal| !inherited::is_ignored(signal));
             for signal in heard {
@@ -45,14 +45,14 @@ impl Signals {
             }
             Ok(ours.into())
         };
-        let woken = begin().map_err(|e| Error::failed("cannot wait for signals").because(e))?;
-        Ok(Signals { woken, cuts_off })
+        let woken = install().map_err(|e| Error::failed("cannot install signal handlers").because(e))?;
+        Ok(Signals { woken, may_abort })
     }
 
-    /// Takes what has come: `None` for nothing, else whether one of them may cut off.
+    /// Takes pending signals: `None` without any, else whether one of them may abort.
     pub fn take(&self) -> Option<bool> {
         rustix::io::read(&self.woken, &mut [0; 64]).ok()?;
-        Some(self.cuts_off.swap(false, Ordering::Relaxed))
+        Some(self.may_abort.swap(false, Ordering::Relaxed))
     }
 }
 

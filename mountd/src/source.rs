@@ -1,7 +1,7 @@
-//! Waits for a store that cannot be reached: unmounted, moved away, unreadable, on a server that is down.
+//! Store outages: the store is unmounted, moved away, unreadable, or on a server that is down.
 //!
-//! A guest that needs a page from it waits a while, as for a slow disk: an error would be its death. READs that wait
-//! hold up no thread, so that whatever needs no store is answered meanwhile. Every other request gets its error at once.
+//! A READ waits for a while, as for a slow disk, since an error would end the guest. Waiting READs occupy no thread, so
+//! that requests that need no store are answered meanwhile. All other requests fail at once.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -17,13 +17,13 @@ use crate::inflight::Flight;
 use crate::read::Reader;
 use crate::stats::{Counter, Stats};
 
-/// The store is looked for so often.
-pub const AGAIN: Duration = Duration::from_millis(100);
+/// Interval between checks of the store.
+pub const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A READ that waited so long fails.
+/// Time after which a waiting READ fails.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
-/// A READ without an answer.
+/// A READ that waits for the store.
 #[derive(Debug)]
 struct Waiting {
     flight: Flight,
@@ -31,34 +31,36 @@ struct Waiting {
     until: Instant,
 }
 
-/// Tries again while the store is away, as long as a READ would wait.
+/// Retries `work` while the store is away, for as long as a READ would wait.
 ///
 /// # Errors
-/// What `work` says in the end.
-pub fn patiently<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+/// Returns the last error of `work`.
+pub fn retry_while_away<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
     let until = Instant::now() + LONGEST_WAIT;
     loop {
         match work() {
-            Err(error) if error.code() == Code::TryAgain && Instant::now() < until => thread::sleep(AGAIN),
-            done => return done,
+            Err(error) if error.code() == Code::TryAgain && Instant::now() < until => {
+                thread::sleep(RETRY_INTERVAL)
+            }
+            result => return result,
         }
     }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Since when the store is away.
+    /// Start of the current outage.
     since: Option<Instant>,
-    /// No more than the table of requests in flight has slots.
+    /// Bounded by the parking slots in the table of pending requests.
     waiting: Vec<Waiting>,
-    /// READs that waited since then, and those that did so in vain.
+    /// Number of READs that have waited in this outage, and of those that have failed.
     waited: u64,
     failed: u64,
 }
 
-/// What waits for the store.
+/// READs that wait for the store.
 #[derive(Debug)]
-pub struct Source {
+pub struct StoreOutage {
     store: Store,
     reader: Arc<Reader>,
     stats: Stats,
@@ -66,10 +68,11 @@ pub struct Source {
     wake: Condvar,
 }
 
-impl Source {
-    /// Watches over that store, from a thread of its own.
-    pub fn new(store: Store, reader: Arc<Reader>, stats: Stats) -> Arc<Source> {
-        let source = Arc::new(Source { store, reader, stats, state: Mutex::default(), wake: Condvar::new() });
+impl StoreOutage {
+    /// Starts a thread that watches the store.
+    pub fn new(store: Store, reader: Arc<Reader>, stats: Stats) -> Arc<StoreOutage> {
+        let source =
+            Arc::new(StoreOutage { store, reader, stats, state: Mutex::default(), wake: Condvar::new() });
         let ours = Arc::clone(&source);
         thread::spawn(move || ours.watch());
         source
@@ -79,12 +82,13 @@ impl Source {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request met a store that is away. The log has one line when that begins and one when it ends.
-    pub fn note(&self) {
-        self.begin(&mut self.state());
+    /// Records that a request failed because the store is away. The log has one line at the start of an outage and one
+    /// at its end.
+    pub fn note_outage(&self) {
+        self.start_outage(&mut self.state());
     }
 
-    fn begin(&self, state: &mut State) {
+    fn start_outage(&self, state: &mut State) {
         if state.since.is_some() {
             return;
         }
@@ -95,16 +99,18 @@ impl Source {
         };
         self.stats.count(Counter::SourceOutages);
         if let Err(error) = self.store.check_reachable() {
-            log::error!("{error}; READs wait for it up to {LONGEST_WAIT:?}, other requests get EIO");
+            log::error!(
+                "{error}; READs wait up to {LONGEST_WAIT:?} for the store, other requests fail with EIO"
+            );
         }
         self.wake.notify_all();
     }
 
-    /// Answers a READ as soon as the store is back, or with an error in the end.
+    /// Answers a READ when the store can be reached again, or with an error after [`LONGEST_WAIT`].
     pub fn wait(&self, mut flight: Flight, mut reply: ReplyData) {
         let until = Instant::now() + LONGEST_WAIT;
         let mut state = self.state();
-        self.begin(&mut state);
+        self.start_outage(&mut state);
         state.waited += 1;
         self.stats.count(Counter::SourceWaits);
         if flight.park(Phase::WaitingForSource) {
@@ -112,10 +118,10 @@ impl Source {
             return;
         }
         drop(state);
-        // As many wait as can without a thread: this one waits in its own.
+        // All parking slots are taken: wait in this thread.
         while Instant::now() < until {
             flight.stamp(Phase::WaitingForSource);
-            thread::sleep(AGAIN);
+            thread::sleep(RETRY_INTERVAL);
             match self.answer(flight, reply) {
                 Some(again) => (flight, reply) = again,
                 None => return,
@@ -124,7 +130,7 @@ impl Source {
         self.fail(&flight, reply);
     }
 
-    /// Gives the answer, whatever it is; gives the READ back while the store is away.
+    /// Sends the reply. Returns the READ if the store is still away.
     fn answer(&self, flight: Flight, reply: ReplyData) -> Option<(Flight, ReplyData)> {
         let mut unsent = Some(reply);
         let done = self.reader.read(&flight, |bytes| {
@@ -147,11 +153,11 @@ impl Source {
         let mut state = self.state();
         state.failed += 1;
         if state.failed == 1 {
-            let asked = flight.asked();
+            let request = flight.request();
             log::error!(
-                "a READ at {} of inode {} waited {LONGEST_WAIT:?} for the store: it gets EIO, and so do those after it",
-                asked.offset,
-                asked.ino
+                "READ at {} of inode {} failed with EIO: the store was away for {LONGEST_WAIT:?}; further ones are not logged",
+                request.offset,
+                request.ino
             );
         }
         drop(state);
@@ -166,7 +172,7 @@ impl Source {
                     .wait_while(self.state(), |s| s.since.is_none())
                     .unwrap_or_else(PoisonError::into_inner),
             );
-            thread::sleep(AGAIN);
+            thread::sleep(RETRY_INTERVAL);
             let reachable = self.store.check_reachable().is_ok();
             let waiting = std::mem::take(&mut self.state().waiting);
             let mut left = Vec::new();
@@ -182,13 +188,13 @@ impl Source {
             }
             let mut state = self.state();
             state.waiting.append(&mut left);
-            // Others may have come to wait while those before them were answered.
+            // More READs may have started to wait while earlier ones were answered.
             if reachable
                 && state.waiting.is_empty()
                 && let Some(since) = state.since.take()
             {
                 log::info!(
-                    "the store can be reached again after {:.1} s: {} READs waited for it, {} of them in vain",
+                    "the store can be reached again after {:.1} s: {} READs waited, {} failed",
                     since.elapsed().as_secs_f64(),
                     state.waited,
                     state.failed

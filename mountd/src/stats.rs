@@ -1,4 +1,4 @@
-//! The counters: one list of names, one shared page of numbers.
+//! Counters: a list of names, and a shared page of numbers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use stencilfs::sys::memfd::SharedCounters;
 
 macro_rules! counters {
     ($($name:ident $text:literal $about:literal,)*) => {
-        /// What is counted. The numbers live as long as the supervisor.
+        /// A counter. Its value lives as long as the supervisor.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Counter { $(#[doc = $about] $name,)* }
 
@@ -20,60 +20,60 @@ macro_rules! counters {
 
 counters! {
     Answers "answers" "Requests of the kernel that were answered.",
-    Lookups "lookups" "Names looked up.",
-    OpensPassthrough "opens_passthrough" "Files opened with a backing.",
-    OpensDecode "opens_decode" "Files opened without one.",
-    OpensRefused "opens_refused" "Writable opens, refused.",
-    WritesRefused "writes_refused" "Other calls that would change something, refused.",
+    Lookups "lookups" "Lookups.",
+    OpensPassthrough "opens_passthrough" "Opens that were answered with a backing.",
+    OpensDecode "opens_decode" "Opens that are served by decode.",
+    OpensRefused "opens_refused" "Opens for writing, which are refused.",
+    WritesRefused "writes_refused" "Other modifying requests, which are refused.",
     Reads "reads" "READ requests.",
-    ReadBytes "read_bytes" "Bytes given to the kernel.",
+    ReadBytes "read_bytes" "Bytes sent in replies to READs.",
     BlocksDecoded "blocks_decoded" "Blocks read from the store and verified.",
-    BlocksZero "blocks_zero" "Blocks that are all zero: nothing to read.",
-    BlocksCached "blocks_cached" "Blocks found decoded.",
-    Damaged "damaged" "Requests that met damage and got EIO.",
-    Failed "failed" "Requests that failed for another reason of ours.",
-    HydrationsStarted "hydrations_started" "Backings begun.",
-    HydrationsDone "hydrations_done" "Backings filled, frozen, verified and registered.",
-    HydrationsFailed "hydrations_failed" "Backings given up.",
+    BlocksZero "blocks_zero" "Blocks of zeros, which need no read.",
+    BlocksCached "blocks_cached" "Blocks found in the cache of decompressed blocks.",
+    Damaged "damaged" "Requests that failed with EIO because of damage.",
+    Failed "failed" "Requests that failed for another reason in the server.",
+    HydrationsStarted "hydrations_started" "Backings that were started.",
+    HydrationsDone "hydrations_done" "Backings that were filled, frozen, verified and registered.",
+    HydrationsFailed "hydrations_failed" "Backings that could not be made.",
     HydratedBytes "hydrated_bytes" "Bytes of data written to backings.",
-    WatchdogReplaced "watchdog_replaced" "Servers that left a request alone too long and were replaced.",
-    SlowSource "slow_source" "Times that the store was away for longer than the watchdog's limit.",
-    Evictions "evictions" "Backings without clones that made room for others.",
-    SourceOutages "source_outages" "Times that the store could not be reached.",
+    WatchdogReplaced "watchdog_replaced" "Servers that the watchdog replaced.",
+    SlowSource "slow_source" "Store outages longer than the watchdog's limit.",
+    Evictions "evictions" "Unused backings that were evicted.",
+    SourceOutages "source_outages" "Store outages.",
     SourceWaits "source_waits" "READs that waited for the store.",
 }
 
-/// Handle to the page of counters.
+/// A reference to the page of counters.
 #[derive(Debug, Clone)]
 pub struct Stats(Arc<SharedCounters>);
 
 impl Stats {
-    /// Counts in that page.
+    /// Counts in `page`.
     pub fn new(page: SharedCounters) -> Stats {
         Stats(Arc::new(page))
     }
 
-    /// The page, to hand it on.
+    /// Returns the page, to pass it to another process.
     pub fn page(&self) -> &SharedCounters {
         &self.0
     }
 
-    /// One more.
+    /// Adds 1.
     pub fn count(&self, counter: Counter) {
         self.add(counter, 1);
     }
 
-    /// So many more.
+    /// Adds `n`.
     pub fn add(&self, counter: Counter, n: u64) {
         self.0.all()[counter as usize].fetch_add(n, Ordering::Relaxed);
     }
 
-    /// The number now.
+    /// Returns the value.
     pub fn get(&self, counter: Counter) -> u64 {
         self.0.all()[counter as usize].load(Ordering::Relaxed)
     }
 
-    /// All of them by name.
+    /// Returns all values by name.
     pub fn all(&self) -> BTreeMap<String, u64> {
         Counter::NAMES.iter().map(|&(counter, name)| (name.to_owned(), self.get(counter))).collect()
     }
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_counter_has_its_own_place_and_name() {
+    fn each_counter_has_its_own_slot_and_name() {
         let stats = Stats::new(SharedCounters::create().unwrap());
         for (i, &(counter, _)) in Counter::NAMES.iter().enumerate() {
             stats.add(counter, i as u64 + 1);

@@ -1,11 +1,11 @@
-//! The names and attributes in a mount, from the live store. Knows no FUSE.
+//! The names and attributes in a mount, read from the live store. Independent of FUSE.
 //!
 //! ```text
 //!   /by-id/<digest>/{manifest.json, memory, state, …}
 //!   /templates/<name>/<tag>  ->  ../../by-id/<digest>
 //! ```
-//! Inode numbers are computed from what they stand for, so that a server knows those that its predecessor gave out:
-//! one that is not in the map is sought by walking the store again.
+//! Inode numbers are computed from the names, so that a server accepts the numbers that its predecessor returned: it
+//! finds a number that is not in its map by a walk of the store.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -18,21 +18,21 @@ use stencilfs::units::Bytes;
 
 use crate::condemned::Condemned;
 use crate::errno::Refusal;
-use crate::node::{Attributes, DirectoryEntry, Kind, Lasting, MANIFEST, Node, ROOT};
+use crate::node::{Attributes, DirectoryEntry, Kind, MANIFEST, NameLifetime, Node, ROOT};
 use crate::open_templates::OpenTemplates;
 
-/// So many numbers may be entered before those of removed templates are forgotten.
-const MOST_ENTERED: usize = 1 << 16;
+/// Number of new inode numbers after which those of removed templates are forgotten.
+const MAX_ENTERED: usize = 1 << 16;
 
-/// Entries that are listed at a time: more than one answer to the kernel holds.
+/// Most entries that are listed at a time: more than one reply to the kernel can hold.
 const MAX_LISTED: usize = 1024;
 
 /// Decides how the next open of a file is served.
-pub trait Offer {
-    /// How, for file number `file` of `template`.
-    fn offer(&self, template: &Template, file: usize) -> Serving;
-    /// How long that answer holds.
-    fn lasting(&self, template: &Template, file: usize) -> Lasting;
+pub trait ServingPolicy {
+    /// Returns how the file with index `file` of `template` is served.
+    fn serving(&self, template: &Template, file: usize) -> Serving;
+    /// Returns how long the kernel may cache that.
+    fn lifetime(&self, template: &Template, file: usize) -> NameLifetime;
 }
 
 /// The tree of one store.
@@ -43,12 +43,12 @@ pub struct Tree {
     nodes: DashMap<u64, Node>,
     templates: OpenTemplates,
     condemned: Arc<Condemned>,
-    /// Numbers entered since those of removed templates were last sought.
+    /// Inode numbers entered since those of removed templates were last forgotten.
     entered: AtomicUsize,
 }
 
 impl Tree {
-    /// The tree of that store, of which at most `open` templates are kept open.
+    /// Creates the tree of a store, of which at most `open` templates are kept open.
     pub fn new(store: Store, open: usize, condemned: Arc<Condemned>) -> Tree {
         let secret = store.secret();
         let templates = OpenTemplates::new(open);
@@ -58,10 +58,10 @@ impl Tree {
         tree
     }
 
-    /// What that number stands for.
+    /// Returns the node with an inode number.
     ///
     /// # Errors
-    /// [`Refusal::Stale`] for a number that nothing in the store has.
+    /// Returns [`Refusal::Stale`] if nothing in the store has this number.
     pub fn node(&self, ino: u64) -> Result<Node, Refusal> {
         if let Some(node) = self.nodes.get(&ino) {
             return Ok(node.clone());
@@ -70,7 +70,7 @@ impl Tree {
         self.nodes.get(&ino).map(|n| n.clone()).ok_or(Refusal::Stale)
     }
 
-    /// Enters every number that the store has now.
+    /// Enters the inode numbers of all nodes in the store.
     fn walk(&self) -> Result<(), Refusal> {
         self.enter(Node::ById);
         self.enter(Node::Templates);
@@ -83,7 +83,7 @@ impl Tree {
         for digest in self.store.digests().map_err(|e| refuse(&e))? {
             self.enter(Node::Template(digest));
             self.enter(Node::Manifest(digest));
-            // One that cannot be opened has no files; the log says why when somebody asks for it.
+            // A template that cannot be opened has no files here; the reason is logged when it is accessed.
             let template = match self.template(&digest) {
                 Ok(template) => template,
                 Err(Refusal::Away) => return Err(Refusal::Away),
@@ -107,10 +107,10 @@ impl Tree {
         ino
     }
 
-    /// Forgets numbers of templates that the store has no more: what is kept is bounded by the store, not by all that
-    /// ever was in it.
+    /// Forgets the inode numbers of templates that the store no longer has, so that the map is bounded by the size of
+    /// the store and not by its history.
     fn bound_nodes(&self) {
-        if self.entered.load(Ordering::Relaxed) < MOST_ENTERED {
+        if self.entered.load(Ordering::Relaxed) < MAX_ENTERED {
             return;
         }
         self.entered.store(0, Ordering::Relaxed);
@@ -120,14 +120,14 @@ impl Tree {
             Node::Template(digest) | Node::Manifest(digest) | Node::File(digest, ..) => {
                 digests.contains(digest)
             }
-            // Found again by name.
+            // Entered again by the next lookup.
             Node::Name(_) | Node::Tag(_) => false,
             Node::Root | Node::ById | Node::Templates => true,
         });
         self.templates.retain(&digests);
     }
 
-    /// The number of a node.
+    /// Returns the inode number of a node.
     pub fn ino(&self, node: &Node) -> u64 {
         match node {
             Node::Root => ROOT,
@@ -136,7 +136,7 @@ impl Tree {
             Node::Template(digest) => self.keyed(&format!("by-id/{digest}")),
             Node::Manifest(digest) => inode_number(&self.secret, digest, MANIFEST, Serving::Decode),
             Node::File(digest, file, serving) => {
-                // It was open before: somebody had to know that it has such a file.
+                // The template was open before: the index of the file comes from there.
                 let name = self.templates.name(digest, *file).unwrap_or_default();
                 inode_number(&self.secret, digest, &name, *serving)
             }
@@ -145,23 +145,25 @@ impl Tree {
         }
     }
 
-    /// 63 bits of a keyed hash of a path, never 0 or 1.
+    /// Returns 63 bits of a keyed hash of a path, never 0 or 1.
     fn keyed(&self, path: &str) -> u64 {
         path_number(&self.secret, path)
     }
 
-    /// An open template; opened once.
+    /// Returns an open template, opened if necessary.
     ///
     /// # Errors
-    /// What the store says, logged when it is more than a missing template.
+    /// Returns the refusal for an error of the store, which is logged unless the template is missing or the store is
+    /// away.
     pub fn template(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
         self.templates.get(&self.store, digest).map_err(|e| refuse(&e))
     }
 
-    /// The same for who has it open already: while a removal looks whether anybody does, it may be put back.
+    /// Same as [`template`](Self::template), for requests on open files: while a removal is undecided, the template may
+    /// disappear from the store and come back.
     ///
     /// # Errors
-    /// As [`template`](Self::template); [`Refusal::Away`] in that time.
+    /// Same as [`template`](Self::template), but [`Refusal::Away`] for a template that is missing during that time.
     pub fn template_in_use(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
         self.template(digest).map_err(|refusal| {
             let undecided = self.condemned.holds(digest) && !self.condemned.is_removed(digest);
@@ -169,40 +171,40 @@ impl Tree {
         })
     }
 
-    /// Opens a template anew: where its blocks are may have changed since.
+    /// Opens a template again, as the location of its blocks may have changed.
     ///
     /// # Errors
-    /// As [`template`](Self::template).
+    /// Same as [`template`](Self::template).
     pub fn reopen(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
         self.templates.reopen(&self.store, digest).map_err(|e| refuse(&e))
     }
 
-    /// What a name in a directory stands for, and how long that holds.
+    /// Looks up a name in a directory. Returns the attributes of the node, and how long the kernel may cache the name.
     ///
     /// # Errors
-    /// [`Refusal::NoEntry`], [`Refusal::NotDirectory`], or the store's trouble.
+    /// Returns [`Refusal::NoEntry`], [`Refusal::NotDirectory`], or the refusal for an error of the store.
     pub fn lookup(
         &self,
         parent: u64,
         name: &OsStr,
-        offer: &impl Offer,
-    ) -> Result<(Attributes, Lasting), Refusal> {
+        policy: &impl ServingPolicy,
+    ) -> Result<(Attributes, NameLifetime), Refusal> {
         let parent = self.node(parent)?;
         let name = name.to_str().ok_or(Refusal::NoEntry)?;
-        let node = self.child(&parent, name, offer)?;
-        let lasting = match &node {
-            Node::Root | Node::ById | Node::Template(_) => Lasting::Long,
-            Node::Templates | Node::Name(_) | Node::Tag(_) | Node::Manifest(_) => Lasting::Not,
-            Node::File(digest, file, _) => offer.lasting(&*self.template(digest)?, *file),
+        let node = self.child(&parent, name, policy)?;
+        let lifetime = match &node {
+            Node::Root | Node::ById | Node::Template(_) => NameLifetime::Long,
+            Node::Templates | Node::Name(_) | Node::Tag(_) | Node::Manifest(_) => NameLifetime::Zero,
+            Node::File(digest, file, _) => policy.lifetime(&*self.template(digest)?, *file),
         };
         self.bound_nodes();
         self.enter(node.clone());
-        Ok((self.attributes_of(&node)?, lasting))
+        Ok((self.attributes_of(&node)?, lifetime))
     }
 
-    fn child(&self, parent: &Node, name: &str, offer: &impl Offer) -> Result<Node, Refusal> {
+    fn child(&self, parent: &Node, name: &str, policy: &impl ServingPolicy) -> Result<Node, Refusal> {
         match (name, parent) {
-            // Asked for by who opens a file by its number.
+            // The kernel looks up "." to reconnect a file handle (open_by_handle_at(2)).
             (".", Node::Template(digest) | Node::Manifest(digest) | Node::File(digest, ..))
                 if self.gone(digest)? =>
             {
@@ -219,7 +221,7 @@ impl Tree {
                 _ => Err(Refusal::NoEntry),
             },
             Node::ById => match name.parse::<Digest>() {
-                // One spelling: capitals would be a second name of the same directory.
+                // Only the canonical spelling: uppercase digits would give the directory a second name.
                 Ok(digest) if digest.to_string() == name && !self.gone(&digest)? => {
                     Ok(Node::Template(digest))
                 }
@@ -230,7 +232,7 @@ impl Tree {
             Node::Template(digest) => {
                 let template = self.template(digest)?;
                 let file = template.file(name).ok_or(Refusal::NoEntry)?;
-                Ok(Node::File(*digest, file, offer.offer(&template, file)))
+                Ok(Node::File(*digest, file, policy.serving(&template, file)))
             }
             Node::Templates => {
                 if self.store.has_name(name).map_err(|e| refuse(&e))? {
@@ -239,8 +241,8 @@ impl Tree {
                     Err(Refusal::NoEntry)
                 }
             }
-            Node::Name(family) => {
-                let tag = TagName::new(family, name).map_err(|_| Refusal::NoEntry)?;
+            Node::Name(repository) => {
+                let tag = TagName::new(repository, name).map_err(|_| Refusal::NoEntry)?;
                 match self.store.tag(&tag).map_err(|e| refuse(&e))? {
                     Some(_) => Ok(Node::Tag(tag)),
                     None => Err(Refusal::NoEntry),
@@ -250,32 +252,32 @@ impl Tree {
         }
     }
 
-    /// Closes every template that is open: what somebody still needs is opened again.
+    /// Closes all open templates; those that are still needed are opened again.
     pub fn close_templates(&self) {
         self.templates.close();
     }
 
-    /// True for a template that nobody may find or open: the store has it no more, or it is condemned. Its open files go
-    /// on.
+    /// Returns true if the template cannot be looked up or opened: it is removed from the store, or condemned. Open
+    /// files of the template are still served.
     ///
     /// # Errors
-    /// [`Refusal::Away`] when the store cannot be asked.
+    /// Returns [`Refusal::Away`] if the store cannot be reached.
     pub fn gone(&self, digest: &Digest) -> Result<bool, Refusal> {
         if self.condemned.holds(digest) { Ok(true) } else { self.removed(digest) }
     }
 
-    /// True for one that the store has no more.
+    /// Returns true if the store no longer has the template.
     ///
     /// # Errors
-    /// As [`gone`](Self::gone).
+    /// Same as [`gone`](Self::gone).
     pub fn removed(&self, digest: &Digest) -> Result<bool, Refusal> {
         self.store.find(digest).map(|found| !found).map_err(|e| refuse(&e))
     }
 
-    /// What stat(2) shows for that number.
+    /// Returns the attributes of a node, for stat(2).
     ///
     /// # Errors
-    /// [`Refusal::Stale`] for one that means nothing any more, or the store's trouble.
+    /// Returns [`Refusal::Stale`] if the inode number no longer exists, or the refusal for an error of the store.
     pub fn attributes(&self, ino: u64) -> Result<Attributes, Refusal> {
         let node = self.node(ino)?;
         self.attributes_of(&node).map_err(|r| if r == Refusal::NoEntry { Refusal::Stale } else { r })
@@ -295,7 +297,7 @@ impl Tree {
         Ok(match node {
             Node::Root | Node::ById | Node::Templates | Node::Name(_) => plain(Kind::Directory, 0o555, 0),
             Node::Template(digest) => match self.store.template(digest) {
-                // Who may not read the files learns nothing of them, not even by a descriptor of their names.
+                // A user who may not read the files must not learn their names either.
                 Ok(template) => {
                     let (policy, all) = (template.policy(), plain(Kind::Directory, 0o555, 0));
                     let read = policy.mode & 0o444;
@@ -305,7 +307,7 @@ impl Tree {
             },
             Node::Tag(_) => plain(Kind::Symlink, 0o777, self.target(node)?.len() as u64),
             Node::Manifest(digest) | Node::File(digest, ..) => {
-                // Opened anew where it can be: mode and owner may have changed since.
+                // Opened again if possible: the policy (mode, owner) may have changed.
                 let fresh = self.store.template(digest).map(Arc::new);
                 let template = fresh.or_else(|_| self.template(digest))?;
                 let (size, data) = match node {
@@ -332,10 +334,10 @@ impl Tree {
         })
     }
 
-    /// Where a tag leads.
+    /// Returns the target of a tag's symbolic link.
     ///
     /// # Errors
-    /// [`Refusal::Invalid`] for what is no tag, [`Refusal::NoEntry`] for one that is gone.
+    /// Returns [`Refusal::Invalid`] if the node is not a tag, and [`Refusal::NoEntry`] if the tag is removed.
     pub fn read_link(&self, ino: u64) -> Result<String, Refusal> {
         self.target(&self.node(ino)?)
     }
@@ -348,11 +350,16 @@ impl Tree {
         }
     }
 
-    /// The next entries of a directory, at most [`MAX_LISTED`], whose cookies are above `after`, by cookie.
+    /// Returns the next entries of a directory by cookie: at most [`MAX_LISTED`], with cookies above `after`.
     ///
     /// # Errors
-    /// [`Refusal::NotDirectory`], or the store's trouble.
-    pub fn list(&self, ino: u64, after: u64, offer: &impl Offer) -> Result<Vec<DirectoryEntry>, Refusal> {
+    /// Returns [`Refusal::NotDirectory`], or the refusal for an error of the store.
+    pub fn list(
+        &self,
+        ino: u64,
+        after: u64,
+        policy: &impl ServingPolicy,
+    ) -> Result<Vec<DirectoryEntry>, Refusal> {
         let node = self.node(ino)?;
         let mut children: Vec<(String, Node)> = match &node {
             Node::Root => vec![("by-id".into(), Node::ById), ("templates".into(), Node::Templates)],
@@ -363,10 +370,9 @@ impl Tree {
             Node::Template(digest) if self.gone(digest)? => Vec::new(),
             Node::Template(digest) => {
                 let template = self.template(digest)?;
-                let files =
-                    template.files().iter().enumerate().map(|(i, file)| {
-                        (file.name.clone(), Node::File(*digest, i, offer.offer(&template, i)))
-                    });
+                let files = template.files().iter().enumerate().map(|(i, file)| {
+                    (file.name.clone(), Node::File(*digest, i, policy.serving(&template, i)))
+                });
                 files.chain([(MANIFEST.to_owned(), Node::Manifest(*digest))]).collect()
             }
             Node::Templates => {
@@ -408,10 +414,10 @@ impl Tree {
         }
     }
 
-    /// Templates and the bytes of data in them, for statfs(2).
+    /// Returns the number of templates, and the bytes of data in them, for statfs(2).
     ///
     /// # Errors
-    /// The store's trouble.
+    /// Returns the refusal for an error of the store.
     pub fn totals(&self) -> Result<(u64, Bytes), Refusal> {
         let digests = self.store.digests().map_err(|e| refuse(&e))?;
         let data = digests
@@ -423,8 +429,8 @@ impl Tree {
     }
 }
 
-/// The refusal for an error of the store; what is more than a missing thing is logged here, once a request. That the store
-/// is away is logged once, by who waits for it.
+/// Returns the refusal for an error of the store. Logs the error, once for each request, unless something is missing or
+/// the store is away; an outage is logged once by [`Source`](crate::source::StoreOutage).
 fn refuse(error: &stencilfs::error::Error) -> Refusal {
     let refusal = Refusal::from(error);
     if !matches!(refusal, Refusal::NoEntry | Refusal::Away) {

@@ -1,4 +1,4 @@
-//! Sees that requests of the kernel are answered in time.
+//! The watchdog: checks that requests of the kernel are answered in time.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -8,55 +8,58 @@ use stencilfs::sys::fusectl::Waiting;
 
 use crate::stats::{Counter, Stats};
 
-/// It never looks less often.
-const SELDOM: Duration = Duration::from_millis(500);
+/// Longest interval between checks.
+const MAX_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What it watches.
+/// The watchdog of one mount.
 #[derive(Debug)]
 pub struct Watchdog {
-    /// A server that leaves a request alone for so long is replaced; zero for never.
+    /// A server that makes no progress with a request for this long is replaced; zero disables the watchdog.
     limit: Duration,
-    /// The kernel's count of requests without an answer, those that no server has read included.
+    /// The kernel's count of unanswered requests (fusectl), including those that no server has read.
     waiting: Option<Waiting>,
-    /// Requests that the present server has read.
+    /// Pending requests that the current server has read.
     table: Option<InFlightTable>,
-    /// Since when nothing is answered though something waits, and how much was answered by then.
+    /// Since when requests are unread and none is answered, and the value of the `answers` counter at that time.
     idle: Option<(Instant, u64)>,
-    /// The slow source was told of.
-    told: bool,
+    /// True after the current outage was logged.
+    outage_logged: bool,
 }
 
 impl Watchdog {
-    /// Watches the connection of that device.
+    /// Creates the watchdog for the connection of `device`.
     pub fn new(limit: Duration, device: u64) -> Watchdog {
         let waiting = Waiting::of(device)
-            .inspect_err(|e| log::warn!("requests that no server reads go unwatched: fusectl: {e}"));
-        Watchdog { limit, waiting: waiting.ok(), table: None, idle: None, told: false }
+            .inspect_err(|e| log::warn!("cannot watch for requests that no server reads: fusectl: {e}"));
+        Watchdog { limit, waiting: waiting.ok(), table: None, idle: None, outage_logged: false }
     }
 
-    /// How often it wants to look.
+    /// Returns the interval between checks.
     pub fn interval(&self) -> Duration {
-        let often = if self.limit.is_zero() { SELDOM } else { self.limit / 10 };
-        often.clamp(Duration::from_millis(20), SELDOM)
+        let interval = if self.limit.is_zero() { MAX_INTERVAL } else { self.limit / 10 };
+        interval.clamp(Duration::from_millis(20), MAX_INTERVAL)
     }
 
-    /// From now on this server is watched.
+    /// Switches to the server with this table of pending requests.
     pub fn watch(&mut self, table: Option<OwnedFd>) {
         let table = table.map(InFlightTable::map).transpose();
-        self.table = table.inspect_err(|e| log::error!("the server's table of requests: {e}")).ok().flatten();
+        self.table = table
+            .inspect_err(|e| log::error!("cannot map the server's table of requests: {e}"))
+            .ok()
+            .flatten();
         self.idle = None;
-        self.told = false;
+        self.outage_logged = false;
     }
 
-    /// Why a server that was started then, and does not serve yet, is to be replaced, if it is.
-    pub fn look_at_start(&self, since: Instant) -> Option<String> {
-        let waits = since.elapsed();
-        let late = !self.limit.is_zero() && waits >= self.limit;
-        late.then(|| format!("it does not serve {:.1} s after its start", waits.as_secs_f64()))
+    /// Returns the reason to replace a server that was started at `since` and does not serve yet, if there is one.
+    pub fn check_startup(&self, since: Instant) -> Option<String> {
+        let elapsed = since.elapsed();
+        let late = !self.limit.is_zero() && elapsed >= self.limit;
+        late.then(|| format!("the server does not serve {:.1} s after its start", elapsed.as_secs_f64()))
     }
 
-    /// Why the server is to be replaced, if it is.
-    pub fn look(&mut self, stats: &Stats) -> Option<String> {
+    /// Returns the reason to replace the server, if there is one.
+    pub fn check(&mut self, stats: &Stats) -> Option<String> {
         if self.limit.is_zero() {
             return None;
         }
@@ -66,18 +69,18 @@ impl Watchdog {
         }
         let oldest = table.and_then(InFlightTable::oldest);
         match oldest.filter(|r| r.phase == Phase::WaitingForSource && r.age >= self.limit) {
-            Some(slow) if !self.told => {
-                log::warn!("the store is slow: {slow}; another server could not help");
+            Some(slow) if !self.outage_logged => {
+                log::warn!("the store is slow: {slow}; a restart of the server would not help");
                 stats.count(Counter::SlowSource);
-                self.told = true;
+                self.outage_logged = true;
             }
             Some(_) => {}
-            None => self.told = false,
+            None => self.outage_logged = false,
         }
         let answers = stats.get(Counter::Answers);
         let waiting = self.waiting.as_ref().and_then(|w| w.read().ok()).unwrap_or(0);
         let parked = table.map_or(0, InFlightTable::parked) as u64;
-        // What a server has read is timed by its own table.
+        // Requests that a server has read are timed by its table.
         if waiting <= parked || oldest.is_some() || self.idle.is_some_and(|(_, before)| before != answers) {
             self.idle = None;
         }

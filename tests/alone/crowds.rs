@@ -69,7 +69,11 @@ fn opens_beyond_the_slots_are_served_by_decode() {
         drop(go_on);
     });
     assert_eq!(waited.load(Ordering::Relaxed), PARKED_SLOTS);
-    assert!(world.log().contains("opens wait for backings: further ones do not wait"), "{}", world.log());
+    assert!(
+        world.log().contains("opens are waiting for backings: further opens do not wait"),
+        "{}",
+        world.log()
+    );
     wait_for("an empty table", || (table.parked() == 0).then_some(()));
     assert_eq!((world.counter("failed"), world.status()["restarts"].as_u64()), (0, Some(0)));
 }

@@ -1,4 +1,4 @@
-//! A mount whose supervisor was killed: everything that it kept, its server has too.
+//! Takes over a mount whose supervisor was killed: its server has all descriptors that the supervisor had.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,40 +12,40 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::sys::process::{has_ended, pidfd};
 
-use super::{Found, Taken, restore};
+use super::{Found, StartedMount, restore};
 use crate::handed;
 use crate::kept::{self, Program};
-use crate::link::{Answer, Reply};
+use crate::link::{NumberedReply, SupervisorReply};
 use crate::supervisor::Server;
 
-/// Takes over the mount, with its server.
+/// Takes over a mount and its server.
 ///
 /// # Errors
-/// Says what the server does not have. The mount is left as it was: it is served on.
-pub fn adopt(left: &Mount) -> Result<Taken> {
+/// Returns an error that names the missing descriptor. The mount is left unchanged: its server still serves it.
+pub fn adopt(left: &Mount) -> Result<StartedMount> {
     let fail = |error: Error| {
         error
-            .context("cannot take over the mount, which has lost its supervisor")
+            .context("cannot take over the mount, whose supervisor is dead")
             .at(&left.mountpoint)
-            .remedy("it is served on; unmount it, with -l where clones use it, and mount again")
+            .remedy("the server still serves it; unmount it (with -l if clones use it) and mount again")
     };
     let record = RecordDir::take_over(&left.dir)?;
     from_server(left, record).map_err(fail)
 }
 
-fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
-    let pid = left.server_pid.ok_or_else(|| Error::failed("its server is gone"))?;
+fn from_server(left: &Mount, record: RecordDir) -> Result<StartedMount> {
+    let pid = left.server_pid.ok_or_else(|| Error::failed("its server has exited"))?;
     let server = Holder::open(pid)?;
-    let wrong = |what: &str| Error::failed(format!("its server, process {pid}, holds no {what}"));
+    let wrong = |what: &str| Error::failed(format!("its server, process {pid}, does not have the {what}"));
     let fuse = server.get("fuse")?;
     if !is_of(&fuse, left.device) {
         return Err(wrong("connection of this mount"));
     }
-    // What it calls so must be what its supervisor wrote down: the server may have been taken over.
-    let genuine = |name: &str, known: (u64, u64)| -> Result<OwnedFd> {
+    // The server may be compromised: ledger and program must be the files that the supervisor recorded.
+    let genuine = |name: &str, recorded: (u64, u64)| -> Result<OwnedFd> {
         let fd = server.get(name)?;
-        let its = kept::is(&fd, known);
-        its.then_some(fd).ok_or_else(|| wrong(&format!("{name} that is its supervisor's")))
+        let matches = kept::has_identity(&fd, recorded);
+        matches.then_some(fd).ok_or_else(|| wrong(&format!("{name} of its supervisor")))
     };
     let [ledger, program] = left.identities;
     let program = genuine("program", program)?;
@@ -53,9 +53,10 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     if snapshot.device != left.device {
         return Err(wrong("ledger of this mount"));
     }
-    // The descriptors are those of one process, and the ledger among them is genuine: it is that server.
+    // The descriptors are of one process, and its ledger is genuine: the process must be the server that the ledger
+    // names.
     let row = snapshot.server.clone().filter(|row| row.process.pid == pid && !has_ended(&server.pidfd));
-    let row = row.ok_or_else(|| wrong("ledger of its own"))?;
+    let row = row.ok_or_else(|| wrong("ledger that names this process"))?;
     let (leaving, condemned) = (snapshot.leaving.clone(), snapshot.condemned.clone());
     let found = Found {
         fuse,
@@ -67,46 +68,46 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
     };
     let link = Channel::new(server.get("peer")?);
     let table = server.table();
-    let (kept, backings) = restore(snapshot, record, found)?;
+    let (state, backings) = restore(snapshot, record, found)?;
     greet(&link);
-    let server = Server::new(row, link, &kept)?;
-    log::info!("took over {} with server {pid}", kept.options.mountpoint.display());
-    Ok(Taken { kept, backings, server: Some((server, table)), leaving, condemned, drains: false })
+    let server = Server::new(row, link, &state)?;
+    log::info!("took over {} with server {pid}", state.options.mountpoint.display());
+    Ok(StartedMount { state, backings, server: Some((server, table)), leaving, condemned, drains: false })
 }
 
-/// Tells the server that it has another supervisor: if it waits for an answer of the one before, it asks again.
+/// Announces a new supervisor to the server: if the server waits for a reply, it sends its request again.
 pub fn greet(link: &Channel) {
-    if let Err(e) = link.try_send(&Reply { number: 0, answer: Answer::Again }, None) {
-        log::warn!("the server does not hear: {e}");
+    if let Err(e) = link.try_send(&NumberedReply { number: 0, answer: SupervisorReply::Again }, None) {
+        log::warn!("cannot announce the new supervisor to the server: {e}");
     }
 }
 
-/// A server's table of requests, among its descriptors.
+/// Duplicates the server's descriptor of its table of pending requests.
 pub fn table_of(pid: u32) -> Option<OwnedFd> {
     Holder::open(pid).ok()?.table()
 }
 
-/// True for the connection of that device: a descriptor of another mount would be answered for in vain. Kernels that do
-/// not say whose it is are believed.
+/// Returns true if `fuse` is the connection of `device`: replies through the descriptor of another mount would be lost.
+/// On kernels that do not report the device of a connection, returns true for every connection.
 pub fn is_of(fuse: &OwnedFd, device: u64) -> bool {
-    fuse_dev::connection_of(fuse).is_ok_and(|its| its.is_none_or(|its| its == device))
+    fuse_dev::connection_of(fuse).is_ok_and(|found| found.is_none_or(|found| found == device))
 }
 
-/// Another process whose descriptors are copied.
+/// Another process, whose descriptors are duplicated.
 pub struct Holder {
     pidfd: OwnedFd,
     pid: u32,
-    /// What its arguments call them.
+    /// Descriptor numbers by name, from the arguments of the process.
     names: HashMap<String, RawFd>,
 }
 
 impl Holder {
-    /// That process.
+    /// Opens a process.
     ///
     /// # Errors
-    /// When it is gone.
+    /// Returns an error if the process has exited.
     pub fn open(pid: u32) -> Result<Holder> {
-        let gone = || Error::failed(format!("process {pid} is gone"));
+        let gone = || Error::failed(format!("process {pid} has exited"));
         let pidfd = pidfd(pid)?.ok_or_else(gone)?;
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| gone())?;
         let text = String::from_utf8_lossy(&arguments);
@@ -115,10 +116,10 @@ impl Holder {
         Ok(Holder { pidfd, pid, names })
     }
 
-    /// A copy of what its arguments call so.
+    /// Duplicates the descriptor that has this name in the arguments of the process.
     ///
     /// # Errors
-    /// When it has none.
+    /// Returns an error if there is no such descriptor.
     pub fn get(&self, name: &str) -> Result<OwnedFd> {
         let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
         let number = *self.names.get(name).ok_or_else(missing)?;
@@ -134,16 +135,16 @@ impl Holder {
         entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
     }
 
-    /// Copies of all whose files are wanted.
+    /// Duplicates all descriptors whose files are `wanted`, by `st_dev` and `st_ino`.
     fn files(&self, wanted: impl Fn((u64, u64)) -> bool) -> Vec<OwnedFd> {
         let identity = |path: &Path| rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino));
         let matching = self.numbers().filter(|(_, path)| identity(path).is_ok_and(&wanted));
         let copies = matching.filter_map(|(number, _)| self.copy(number).ok());
-        // Between the look and the copy it may have become another one.
+        // Between stat and the copy the process may have reused the number.
         copies.filter(|file| kept::identity(file).is_ok_and(&wanted)).collect()
     }
 
-    /// A copy of its table of requests.
+    /// Duplicates the descriptor of the table of pending requests.
     fn table(&self) -> Option<OwnedFd> {
         let name = format!("/memfd:{INFLIGHT_NAME} (deleted)");
         let (number, _) =

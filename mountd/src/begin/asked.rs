@@ -1,4 +1,4 @@
-//! What was asked for, beside a mount that is there already.
+//! Compares the requested mount with the mount that is there already.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -7,31 +7,32 @@ use stencilfs::control::{self, MountOptions};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 
-/// As many links lead nowhere for the kernel too.
-const MOST_LINKS: usize = 40;
+/// Most symbolic links that the kernel follows in one path (`MAXSYMLINKS` in `include/linux/namei.h`).
+const MAX_LINKS: usize = 40;
 
-/// Refuses to go on with a mount of another store than the one that is asked for: under its names lie other bytes.
-/// `store` and `id` are the mount's own. A store that is away hinders nobody, as long as it is asked for by its path.
+/// Rejects a request for another store than the one of the mount: the same names would stand for other content. `store`
+/// and `id` are those of the mount. The store may be away, as long as the request names its path.
 ///
 /// # Errors
-/// [`Code::InUse`](stencilfs::error::Code::InUse) for another store; that the one that is asked for cannot be opened.
-pub fn same_store(asked: &MountOptions, store: &Path, id: Option<&str>) -> Result<()> {
-    if leads_to(&asked.store, store) || control::is_of_store(store, id, &Store::open(&asked.store)?) {
+/// Returns [`Code::InUse`](stencilfs::error::Code::InUse) for another store, and an error if the requested store cannot
+/// be opened.
+pub fn same_store(requested: &MountOptions, store: &Path, id: Option<&str>) -> Result<()> {
+    if leads_to(&requested.store, store) || control::is_of_store(store, id, &Store::open(&requested.store)?) {
         return Ok(());
     }
-    let mountpoint = asked.mountpoint.display();
+    let mountpoint = requested.mountpoint.display();
     Err(Error::in_use(format!(
-        "a mount of the store {}, which has lost its supervisor, is there",
+        "a mount of the store {} is there, and its supervisor is dead",
         store.display()
     ))
-    .at(&asked.mountpoint)
+    .at(&requested.mountpoint)
     .remedy(format!(
-        "end it: stencil umount {mountpoint}; or go on with it: stencil --store {} mount {mountpoint}",
+        "run 'stencil umount {mountpoint}', or 'stencil --store {} mount {mountpoint}' to take it over",
         store.display()
     )))
 }
 
-/// True when the path is that of the store, be the store there or not, and the disks on the way to it.
+/// Returns true if `path` leads to the path `store`, even if the store and directories on the way are missing.
 fn leads_to(path: &Path, store: &Path) -> bool {
     let path = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
     let mut left: Vec<OsString> = path.iter().rev().map(OsStr::to_owned).collect();
@@ -43,8 +44,8 @@ fn leads_to(path: &Path, store: &Path) -> bool {
         }
         let next = reached.join(&name);
         match std::fs::read_link(&next) {
-            // An absolute one begins with the root, which takes the place of what was reached.
-            Ok(to) if links < MOST_LINKS => {
+            // An absolute target begins with the root directory, which replaces `reached` in `join`.
+            Ok(to) if links < MAX_LINKS => {
                 left.extend(to.iter().rev().filter(|name| *name != ".").map(OsStr::to_owned));
                 links += 1;
             }
@@ -54,23 +55,23 @@ fn leads_to(path: &Path, store: &Path) -> bool {
     reached == store
 }
 
-/// Says which options have no effect: a mount that is taken over keeps those that it was made with.
-pub fn warn_of_others(asked: &MountOptions, kept: &MountOptions) {
+/// Logs the requested options that have no effect: a mount that is taken over keeps its options.
+pub fn warn_about_differences(requested: &MountOptions, current: &MountOptions) {
     let differing: Vec<&str> = [
-        ("serve", asked.serve != kept.serve),
-        ("cache-dir", asked.cache_dir != kept.cache_dir),
-        ("cache-size", asked.cache_size != kept.cache_size),
-        ("hydrate-timeout", asked.hydrate_timeout != kept.hydrate_timeout),
-        ("watchdog", asked.watchdog != kept.watchdog),
-        ("noexec", asked.noexec != kept.noexec),
+        ("serve", requested.serve != current.serve),
+        ("cache-dir", requested.cache_dir != current.cache_dir),
+        ("cache-size", requested.cache_size != current.cache_size),
+        ("hydrate-timeout", requested.hydrate_timeout != current.hydrate_timeout),
+        ("watchdog", requested.watchdog != current.watchdog),
+        ("noexec", requested.noexec != current.noexec),
     ]
     .into_iter()
     .filter_map(|(name, differs)| differs.then_some(name))
     .collect();
     if !differing.is_empty() {
         log::warn!(
-            "{} is taken over with the options that it was made with; not as asked for are: {}",
-            kept.mountpoint.display(),
+            "{} is taken over with its previous options; these differ from the requested ones: {}",
+            current.mountpoint.display(),
             differing.join(", ")
         );
     }
@@ -82,7 +83,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn a_store_that_is_away_is_known_by_its_path() {
+    fn recognizes_a_store_that_is_away_by_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let real = std::fs::canonicalize(dir.path()).unwrap();
         symlink(&real, real.join("here")).unwrap();

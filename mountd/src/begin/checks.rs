@@ -1,4 +1,4 @@
-//! Where a mount may go.
+//! Checks of mountpoints.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -12,36 +12,37 @@ use stencilfs::sys::{fuse_dev, mount, procfs};
 
 use super::unrecorded;
 
-/// A mount without a server has one, or has ended, within this time.
-const BEGINNING: Duration = Duration::from_secs(2);
+/// Longest time that a mount without a server takes to get one, or to end.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The canonical path of a directory that can take a mount: there, empty, and nothing mounted on it.
+/// Returns the canonical path of a directory that can take a mount: empty, and not a mountpoint already. Unmounts a
+/// dead mount of Stencil.
 ///
 /// # Errors
-/// Says what is in the way, and how to get it out of it.
+/// Returns an error that names the obstacle and the remedy.
 pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     let canonical = canonical(path)?;
-    let until = Instant::now() + BEGINNING;
+    let until = Instant::now() + STARTUP_TIMEOUT;
     while let Some(there) = mount::at(&canonical)? {
         let ours = there.fs_type == mount::FS_TYPE;
         let known = control::every_mount()?.into_iter().find(|m| m.device == there.dev);
         if known.as_ref().is_some_and(|m| m.server_pid.is_none()) && Instant::now() < until {
-            // Its supervisor starts a server; or has died, and what it forked has its record for a moment longer.
+            // The supervisor is starting a server; or it has died, and a child still holds the lock on its record.
             thread::sleep(Duration::from_millis(10));
             continue;
         }
         if ours && known.is_none() {
-            unrecorded::is_dead(&canonical, there.dev)?;
-            log::warn!("{}: a dead mount of Stencil is taken away", canonical.display());
+            unrecorded::expect_dead(&canonical, there.dev)?;
+            log::warn!("{}: unmounting a dead Stencil mount", canonical.display());
             mount::unmount(&canonical, true)
-                .map_err(|e| Error::io("cannot take away the dead mount that is there", &canonical, e))?;
+                .map_err(|e| Error::io("cannot unmount the dead mount", &canonical, e))?;
             continue;
         }
         let what =
             if ours { "a Stencil mount".to_owned() } else { format!("a mount of type {}", there.fs_type) };
-        return Err(Error::in_use(format!("the mountpoint is taken by {what}")).at(&canonical).remedy(
+        return Err(Error::in_use(format!("the mountpoint is in use by {what}")).at(&canonical).remedy(
             format!(
-                "take that away with `{} {}`, or name another directory",
+                "run '{} {}', or use another directory",
                 if ours { "stencil umount" } else { "umount" },
                 canonical.display()
             ),
@@ -49,23 +50,23 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     }
     let metadata = fs::metadata(&canonical).map_err(|e| unusable(&canonical, e))?;
     if !metadata.is_dir() {
-        return Err(Error::usage("the mountpoint is no directory")
+        return Err(Error::usage("the mountpoint is not a directory")
             .at(&canonical)
-            .remedy("name an empty directory"));
+            .remedy("use an empty directory"));
     }
     let mut entries = fs::read_dir(&canonical).map_err(|e| unusable(&canonical, e))?;
     if entries.next().is_some() {
-        return Err(Error::usage("the mountpoint is not empty: a mount would hide what is in it")
+        return Err(Error::usage("the mountpoint is not empty: a mount would hide its contents")
             .at(&canonical)
-            .remedy("name an empty directory"));
+            .remedy("use an empty directory"));
     }
     Ok(canonical)
 }
 
-/// The path without symbolic links. What is mounted there is not asked.
+/// Returns the path without symbolic links. Does not access a file system that is mounted there, which may not respond.
 ///
 /// # Errors
-/// When its folder cannot be found.
+/// Returns an error if the parent directory does not exist.
 pub fn canonical(path: &Path) -> Result<PathBuf> {
     mount::place(path).map_err(|e| unusable(path, e))
 }
@@ -73,24 +74,24 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
 fn unusable(path: &Path, e: std::io::Error) -> Error {
     match e.raw_os_error() {
         Some(libc::ENOENT) => Error::io("the mountpoint does not exist", path, e)
-            .remedy(format!("make it: mkdir -p {}", path.display())),
-        _ => Error::io("cannot use the mountpoint", path, e),
+            .remedy(format!("run 'mkdir -p {}'", path.display())),
+        _ => Error::io("cannot access the mountpoint", path, e),
     }
 }
 
-/// Device number of what is mounted there, without asking the mount.
+/// Returns the device number of the topmost mount at a mountpoint, from the mount table.
 ///
 /// # Errors
-/// When nothing is mounted there.
+/// Returns an error if nothing is mounted there.
 pub fn device_at(mountpoint: &Path) -> Result<u64> {
     mount::at(mountpoint)?.map(|m| m.dev).ok_or_else(|| not_there(mountpoint))
 }
 
-/// Device number of the mount of that connection, without asking it. Where the kernel does not say which one it is, that
-/// of what is seen there.
+/// Returns the device number of a connection's mount without a request to the mount. On kernels that do not report the
+/// device of a connection, returns that of the topmost mount at the mountpoint.
 ///
 /// # Errors
-/// When it is not there.
+/// Returns an error if the mount is not there.
 pub fn device_of(fuse: &OwnedFd, mountpoint: &Path) -> Result<u64> {
     let ours = fuse_dev::connection_of(fuse).ok().flatten();
     match ours {
@@ -100,17 +101,18 @@ pub fn device_of(fuse: &OwnedFd, mountpoint: &Path) -> Result<u64> {
     }
 }
 
-/// Refuses a mount that lies on another one: that one came between the look at the place and the mount.
+/// Rejects a mount on top of another mount, which appeared between the check of the mountpoint and the mount system
+/// call.
 ///
 /// # Errors
-/// [`Code::InUse`](stencilfs::error::Code::InUse) then.
+/// Returns [`Code::InUse`](stencilfs::error::Code::InUse) if another mount is below.
 pub fn is_lowest(mountpoint: &Path, device: u64) -> Result<()> {
     if devices_at(mountpoint)?.first() == Some(&device) {
         return Ok(());
     }
-    Err(Error::in_use("another mount has come there at the same time")
+    Err(Error::in_use("another mount was created there at the same time")
         .at(mountpoint)
-        .remedy("`stencil status` and /proc/mounts name it; or name another directory"))
+        .remedy("see 'stencil status' and /proc/mounts, or use another directory"))
 }
 
 fn devices_at(mountpoint: &Path) -> Result<Vec<u64>> {
@@ -119,7 +121,7 @@ fn devices_at(mountpoint: &Path) -> Result<Vec<u64>> {
 }
 
 fn not_there(mountpoint: &Path) -> Error {
-    Error::failed("the mount does not appear in /proc/self/mountinfo").at(mountpoint)
+    Error::failed("the mount is missing in /proc/self/mountinfo").at(mountpoint)
 }
 
 #[cfg(test)]
@@ -128,14 +130,14 @@ mod tests {
     use stencilfs::error::Code;
 
     #[test]
-    fn what_cannot_take_a_mount_is_named() {
+    fn rejects_unsuitable_mountpoints_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(mountpoint(dir.path()).unwrap(), fs::canonicalize(dir.path()).unwrap());
         let missing = mountpoint(&dir.path().join("missing")).unwrap_err();
         assert_eq!(missing.code(), Code::NotFound);
         fs::write(dir.path().join("file"), "x").unwrap();
         let file = mountpoint(&dir.path().join("file")).unwrap_err();
-        assert!(file.to_string().contains("no directory"), "{file}");
+        assert!(file.to_string().contains("is not a directory"), "{file}");
         let full = mountpoint(dir.path()).unwrap_err();
         assert!(full.to_string().contains("not empty"), "{full}");
         let proc = mountpoint(Path::new("/proc")).unwrap_err();

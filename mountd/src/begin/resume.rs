@@ -1,5 +1,5 @@
-//! A mount whose descriptors were handed to this process: by the program that it was before, or by a service manager
-//! that kept them while nobody lived.
+//! Takes over a mount whose descriptors were passed to this process: by the program that the process executed before,
+//! or by a service manager that held them while supervisor and server were dead.
 
 use std::os::fd::OwnedFd;
 
@@ -9,80 +9,82 @@ use stencilfs::error::{Code, Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::sys::process::ProcessId;
 
-use super::{Found, Taken, adopt, asked, restore};
-use crate::handed::Fds;
+use super::{Found, StartedMount, adopt, asked, restore};
+use crate::handed::NamedFds;
 use crate::kept::{self, Ledger, Program};
 use crate::supervisor::Server;
 
-/// A connection, and what its supervisor wrote down.
+/// A ledger, its contents, and the FUSE connection that it describes.
 type Connection = (Ledger, Snapshot, OwnedFd);
 
-/// Goes on with what the program before had.
+/// Continues with the descriptors of the program that this process executed before.
 ///
 /// # Errors
-/// Names what is missing.
-pub fn from_fds(fds: &mut Fds) -> Result<Taken> {
+/// Returns an error that names the missing descriptor.
+pub fn from_fds(fds: &mut NamedFds) -> Result<StartedMount> {
     let connection = connection(fds)?;
     let record = RecordDir::inherited(connection.1.record.clone(), fds.need("record")?);
-    go_on(fds, connection, record)
+    resume(fds, connection, record)
 }
 
-/// Goes on with what a service manager kept of a mount that nobody lives for; none where its supervisor lives, which
-/// serves it until its last clone ends.
+/// Takes over a mount from the descriptors that a service manager holds. Returns `None` if the supervisor of that mount
+/// is alive: the supervisor serves the mount until the last clone ends.
 ///
 /// # Errors
-/// Names what is missing; [`Code::InUse`] where another supervisor takes it over just now.
-pub fn from_manager(fds: &mut Fds, asked: &MountOptions) -> Result<Option<Taken>> {
+/// Returns an error that names the missing descriptor, and [`Code::InUse`] if another supervisor is taking over the
+/// mount.
+pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Option<StartedMount>> {
     let connection = connection(fds)?;
     let snapshot = &connection.1;
     if snapshot.supervisor.is_alive() {
         log::info!(
-            "an earlier mount is left to its supervisor, process {}: it serves until the last clone ends",
+            "the earlier mount stays with its supervisor, process {}, which serves until the last clone ends",
             snapshot.supervisor.pid
         );
         return Ok(None);
     }
-    // Nobody serves its clones: they are not left alone for another store's sake. But nobody finds its templates any more.
-    let other = asked::same_store(asked, &snapshot.options.store, snapshot.store_id.as_deref()).err();
+    // The clones of a mount of another store must still be served, but its templates must no longer be found.
+    let other = asked::same_store(requested, &snapshot.options.store, snapshot.store_id.as_deref()).err();
     if let Some(other) = &other {
         log::error!(
-            "{other}: it is served, at no path, until its last clone ends; then this one ends, to be started again"
+            "{other}: serving the detached mount until its last clone ends; then this service must start again"
         );
     }
     let record = match RecordDir::take_over(&snapshot.record) {
-        // Of a mount that nobody lives for any more it may have been removed.
+        // The record of a mount without live processes may have been removed.
         Err(error) if error.code() == Code::NotFound => RecordDir::create(ProcessId::me()?)?,
         other => other?,
     };
-    go_on(fds, connection, record).map(|taken| Some(Taken { drains: other.is_some(), ..taken }))
+    resume(fds, connection, record).map(|taken| Some(StartedMount { drains: other.is_some(), ..taken }))
 }
 
-fn go_on(fds: &mut Fds, connection: Connection, record: RecordDir) -> Result<Taken> {
+fn resume(fds: &mut NamedFds, connection: Connection, record: RecordDir) -> Result<StartedMount> {
     let (ledger, snapshot, fuse) = connection;
-    let counters =
-        fds.all("counters").into_iter().rfind(|page| snapshot.page.is_none_or(|its| kept::is(page, its)));
-    let missing =
-        |what| Error::failed(format!("no descriptor '{what}' of this mount was handed to this program"));
+    let counters = fds
+        .all("counters")
+        .into_iter()
+        .rfind(|fd| snapshot.page.is_none_or(|page| kept::has_identity(fd, page)));
+    let missing = |what| Error::failed(format!("missing descriptor '{what}' of this mount"));
     let counters = counters.ok_or_else(|| missing("counters"))?;
-    // Servers go on from the program before, until a new one has proved itself.
+    // Servers are started from the previous program until a server of the new program has proved itself.
     let (previous, program) = (fds.take("previous"), fds.take("program"));
     let program = Program::new(previous.or(program).ok_or_else(|| missing("program"))?);
     let (listener, link) = (fds.take("listener"), fds.take("peer").map(Channel::new));
     let (row, leaving) = (snapshot.server.clone(), snapshot.leaving.clone());
     let condemned = snapshot.condemned.clone();
     let found = Found { fuse, counters, ledger, program, listener, files: fds.rest() };
-    let (kept, mut backings) = restore(snapshot, record, found)?;
+    let (state, mut backings) = restore(snapshot, record, found)?;
     let server = match (row, link) {
-        // A child of this process, and its link: it is that one, or gone.
+        // Server and link are those that this process had before exec; the server may have exited since.
         (Some(row), Some(link)) => {
             adopt::greet(&link);
             let table = adopt::table_of(row.process.pid);
-            Server::new(row, link, &kept).ok().map(|server| (server, table))
+            Server::new(row, link, &state).ok().map(|server| (server, table))
         }
-        // A server whose link is lost is of no use: its successor gets what it had read.
+        // A server without a link is useless: it is killed, and its successor serves its pending requests.
         (Some(row), None) => {
             if let Err(error) = row.process.signal(Signal::KILL) {
-                log::warn!("the server before is not ended: {error}");
+                log::warn!("cannot kill server {}: {error}", row.process.pid);
             }
             None
         }
@@ -91,17 +93,18 @@ fn go_on(fds: &mut Fds, connection: Connection, record: RecordDir) -> Result<Tak
     if server.is_none() {
         drop(backings.forget_unfinished());
     }
-    Ok(Taken { kept, backings, server, leaving, condemned, drains: false })
+    Ok(StartedMount { state, backings, server, leaving, condemned, drains: false })
 }
 
-/// The connection that lives, and its ledger. A manager may have kept descriptors of an earlier mount as well, whose
-/// device number another one can have by now: of several ledgers it is the one that was written by the last supervisor.
-fn connection(fds: &mut Fds) -> Result<Connection> {
+/// Returns the live connection and its ledger. A service manager may also hold the descriptors of an earlier mount,
+/// whose device number the kernel may have reused: of several ledgers, the one of the latest supervisor is the right
+/// one.
+fn connection(fds: &mut NamedFds) -> Result<Connection> {
     let mut living: Vec<OwnedFd> = fds.all("fuse");
     if living.len() > 1 {
         living.retain(|fuse| !fuse_dev::is_over(fuse));
     }
-    let mut why = Error::failed("no ledger was handed to this program");
+    let mut why = Error::failed("missing descriptor 'ledger'");
     let mut found: Option<(Ledger, Snapshot, usize)> = None;
     for ledger in fds.all("ledger") {
         let (ledger, snapshot) = match kept::read(ledger) {
@@ -112,10 +115,9 @@ fn connection(fds: &mut Fds) -> Result<Connection> {
             }
         };
         let Some(at) = living.iter().position(|fuse| adopt::is_of(fuse, snapshot.device)) else {
-            why = Error::failed(
-                "no connection of the mount that the ledger is about was handed to this program",
-            )
-            .remedy("unmount and mount again");
+            why =
+                Error::failed("missing descriptor 'fuse': no connection belongs to the mount of the ledger")
+                    .remedy("unmount and mount again");
             continue;
         };
         let newer =

@@ -1,5 +1,5 @@
-//! Whether anybody serves a mount that has no record here. It is asked by a process of its own: the mount may not answer,
-//! and who asks it cannot end then.
+//! Probes a mount that has no record here: is there a process that serves it? The probe runs in a child process, as the
+//! mount may not respond and a process that waits for the mount cannot be ended.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,55 +21,55 @@ use stencilfs::sys::{fuse_dev, procfs, users};
 use super::adopt::Holder;
 use crate::kept;
 
-/// A mount that begins, and one whose last process is dying, has answered within this time.
-const ANSWER: Duration = Duration::from_secs(4);
-const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
-/// All of it, with a look at every process.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Longest wait for a reply: long enough for the startup of a mount, and for the exit of its last process.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(4);
+const PROBE_INTERVAL: Duration = Duration::from_millis(50);
+/// Longest time of a probe, including a scan of all processes.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is known of it.
+/// Result of a probe.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Seen {
-    /// Its connection is over.
+enum ProbeResult {
+    /// The connection is closed.
     Over,
-    /// Its supervisor died before it could write down who serves: nobody but the server is left.
+    /// The supervisor died before it wrote a record; only its server is left.
     Left,
-    /// Somebody serves it; in that runtime directory, where that can be told.
+    /// The mount is served; with its runtime directory, if that is known.
     Served(Option<PathBuf>),
 }
 
-/// Makes sure that nobody will miss the mount of that device.
+/// Checks that the mount of `device` can be unmounted without loss.
 ///
 /// # Errors
-/// [`Code::InUse`](stencilfs::error::Code::InUse) for one that is not known to be dead.
-pub fn is_dead(mountpoint: &Path, device: u64) -> Result<()> {
-    let dir = match ask(mountpoint, device) {
-        Ok(Some(Seen::Over | Seen::Left)) => return Ok(()),
-        Ok(Some(Seen::Served(dir))) => dir,
+/// Returns [`Code::InUse`](stencilfs::error::Code::InUse) unless the mount is known to be dead.
+pub fn expect_dead(mountpoint: &Path, device: u64) -> Result<()> {
+    let dir = match probe(mountpoint, device) {
+        Ok(Some(ProbeResult::Over | ProbeResult::Left)) => return Ok(()),
+        Ok(Some(ProbeResult::Served(dir))) => dir,
         Ok(None) => None,
-        Err(e) => return Err(Error::failed("cannot ask the mount that is there").because(e).at(mountpoint)),
+        Err(e) => return Err(Error::failed("cannot probe the existing mount").because(e).at(mountpoint)),
     };
     let ours = runtime_dir();
     let place = mountpoint.display();
     let remedy = match dir.filter(|dir| *dir != ours) {
         Some(dir) => {
             let dir = dir.display();
-            format!("end it: STENCIL_RUNTIME_DIR={dir} stencil umount {place}; or name another directory")
+            format!("run 'STENCIL_RUNTIME_DIR={dir} stencil umount {place}', or use another directory")
         }
         None => format!(
-            "end it: stencil umount {place}, with the STENCIL_RUNTIME_DIR that it was mounted with; or name \
-             another directory"
+            "run 'stencil umount {place}' with the STENCIL_RUNTIME_DIR of that mount, or use another \
+             directory"
         ),
     };
-    let what = format!("a Stencil mount is there that lives and has no record in {}", ours.display());
+    let what = format!("a live Stencil mount is there that has no record in {}", ours.display());
     Err(Error::in_use(what).at(mountpoint).remedy(remedy))
 }
 
-/// None where the process that asks does not answer.
-fn ask(mountpoint: &Path, device: u64) -> std::io::Result<Option<Seen>> {
+/// Runs the probe in a child process. Returns `None` if the child does not reply in time.
+fn probe(mountpoint: &Path, device: u64) -> std::io::Result<Option<ProbeResult>> {
     let (ours, theirs) = Channel::pair()?;
-    ours.set_patience(LIMIT)?;
+    ours.set_patience(PROBE_TIMEOUT)?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("stencil-mountd")
         .args(["unrecorded", &device.to_string()])
@@ -81,54 +81,54 @@ fn ask(mountpoint: &Path, device: u64) -> std::io::Result<Option<Seen>> {
         .spawn()?;
     let seen = ours.receive().ok().flatten().map(|(seen, _)| seen);
     let _ = child.kill();
-    // Where the mount does not answer, it stays until the connection is over.
+    // A child that waits for an unresponsive mount cannot exit until the connection is closed.
     for _ in 0..20 {
         if !matches!(child.try_wait(), Ok(None)) {
             break;
         }
-        thread::sleep(BETWEEN_LOOKS / 10);
+        thread::sleep(PROBE_INTERVAL / 10);
     }
     Ok(seen)
 }
 
-/// `stencil-mountd unrecorded`: says on standard output what is known.
+/// Runs `stencil-mountd unrecorded`: writes the result of a probe to standard output.
 pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let device = args.next().and_then(|word| word.to_str()?.parse().ok());
     let (Some(device), Some(mountpoint)) = (device, args.next()) else { return ExitCode::from(2) };
-    // One write: the other end takes whole messages.
-    let text = serde_json::to_vec(&look(PathBuf::from(mountpoint), device)).unwrap_or_default();
+    // One write, as the other end reads whole packets.
+    let text = serde_json::to_vec(&probe_mount(PathBuf::from(mountpoint), device)).unwrap_or_default();
     let _ = rustix::io::write(rustix::stdio::stdout(), &text);
     ExitCode::SUCCESS
 }
 
-fn look(mountpoint: PathBuf, device: u64) -> Seen {
-    let (tell, hear) = mpsc::channel();
-    // Attributes can be known to the kernel for a while yet; this is asked of the server every time.
+fn probe_mount(mountpoint: PathBuf, device: u64) -> ProbeResult {
+    let (sender, receiver) = mpsc::channel();
+    // statfs(2) always sends a request to the server, whereas stat(2) may use attributes that the kernel has cached.
     thread::spawn(move || {
-        let _ = tell.send(statfs(&mountpoint).err());
-        // The channel's end would be one more answer.
+        let _ = sender.send(statfs(&mountpoint).err());
+        // The end of the thread would close the channel, which `recv_timeout` reports at once and again and again.
         thread::park();
     });
-    let until = Instant::now() + ANSWER;
+    let until = Instant::now() + REPLY_TIMEOUT;
     let mut answered = false;
     loop {
-        match hear.recv_timeout(BETWEEN_LOOKS) {
-            Ok(Some(Errno::NOTCONN)) => return Seen::Over,
+        match receiver.recv_timeout(PROBE_INTERVAL) {
+            Ok(Some(Errno::NOTCONN)) => return ProbeResult::Over,
             Ok(_) => answered = true,
             Err(_) => {}
         }
-        // A server that was left before it served waits for a supervisor, and answers nobody.
+        // A server whose supervisor died before the mount was served waits for a supervisor, and does not reply.
         let (holding, all) = holders(device);
         if all && !holding.is_empty() && holding.iter().all(Holding::is_left) {
-            return Seen::Left;
+            return ProbeResult::Left;
         }
         if answered || Instant::now() > until {
-            return Seen::Served(holding.into_iter().find_map(|holding| holding.dir));
+            return ProbeResult::Served(holding.into_iter().find_map(|holding| holding.dir));
         }
     }
 }
 
-/// Who has a descriptor of the connection, and whether these are all.
+/// Returns the processes that have a descriptor of the connection, and true if all processes could be inspected.
 fn holders(device: u64) -> (Vec<Holding>, bool) {
     let me = std::process::id();
     let pids = procfs::pids().unwrap_or_default().into_iter().filter(|&pid| pid != me).collect();
@@ -141,9 +141,9 @@ fn holders(device: u64) -> (Vec<Holding>, bool) {
 /// A process that has a descriptor of the connection.
 #[derive(Debug, Default)]
 struct Holding {
-    /// The runtime directory in which its mount has its record, where it is a server.
+    /// Runtime directory with the record of its mount, if the process is a server.
     dir: Option<PathBuf>,
-    /// It is a server, and its supervisor is dead.
+    /// True if the process is a server whose supervisor is dead.
     lost: bool,
 }
 
@@ -154,8 +154,10 @@ impl Holding {
             return Holding::default();
         }
         let ledger = Holder::open(pid).and_then(|server| server.get("ledger"));
-        let Ok(snapshot) = ledger.and_then(|ledger| kept::look(&ledger)) else { return Holding::default() };
-        // Numbers of another PID namespace say nothing here.
+        let Ok(snapshot) = ledger.and_then(|ledger| kept::read_snapshot(&ledger)) else {
+            return Holding::default();
+        };
+        // A PID of another PID namespace means nothing here.
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         let near = namespace("self").is_some_and(|ours| namespace(&pid.to_string()) == Some(ours));
         Holding {
@@ -164,7 +166,7 @@ impl Holding {
         }
     }
 
-    /// It is the server of a mount of this runtime directory, where nobody knows of it any more.
+    /// Returns true if the process is the server of a mount of this runtime directory, which has no record there.
     fn is_left(&self) -> bool {
         let ours = runtime_dir();
         let same = |dir: &Path| {

@@ -1,5 +1,5 @@
-//! What may take long or block, done in a process of its own, so that the supervisor never waits: it answers within
-//! its limit or is ended. Each is a child of the supervisor, with its rights, and lives for one task.
+//! Jobs: work that may take long or block runs in a child process, so that the supervisor never waits. A job is a child
+//! of the supervisor with the same privileges, runs for one task, and is killed when its time limit is exceeded.
 
 mod unmount;
 mod users;
@@ -27,46 +27,47 @@ use crate::kept::Program;
 pub use unmount::{abort_of, end as unmount};
 pub use users::{find as find_users, unused};
 
-/// What a job says at its end.
+/// Result of a job.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// It is done; what it made comes as descriptor.
+    /// The job succeeded; a descriptor may come with the result.
     Done,
-    /// These are in use by nobody.
+    /// Indices of the backings that are unused.
     Unused(Vec<u64>),
-    /// It is not done.
+    /// The job failed.
     Failed(Failure),
 }
 
-/// One that runs.
+/// A running job.
 #[derive(Debug)]
 pub struct Job {
-    /// Readable once it has ended, one way or the other.
+    /// Becomes readable when the job ends.
     pub channel: Channel,
     pidfd: OwnedFd,
-    /// When it is ended.
+    /// Time at which the job is killed.
     pub deadline: Instant,
 }
 
 impl Job {
-    /// Runs `work` in a child. What is the supervisor's alone is closed there: a child that cannot end must not keep it.
+    /// Runs `work` in a child. Closes the descriptors in `supervisors` there: a child that cannot exit must not hold
+    /// them.
     ///
     /// # Errors
-    /// When there can be no child.
+    /// Returns an error if the child cannot be started.
     pub fn start(
         limit: Duration,
         supervisors: &[BorrowedFd<'_>],
         work: impl FnOnce() -> Result<Option<OwnedFd>>,
     ) -> Result<Job> {
-        Self::start_saying(limit, supervisors, || Ok((Outcome::Done, work()?)))
+        Self::start_with_outcome(limit, supervisors, || Ok((Outcome::Done, work()?)))
     }
 
-    /// The same for work that says more than that it is done.
+    /// Same as [`start`](Self::start), for work that returns a specific outcome.
     ///
     /// # Errors
-    /// When there can be no child.
-    pub fn start_saying(
+    /// Returns an error if the child cannot be started.
+    pub fn start_with_outcome(
         limit: Duration,
         supervisors: &[BorrowedFd<'_>],
         work: impl FnOnce() -> Result<(Outcome, Option<OwnedFd>)>,
@@ -93,10 +94,10 @@ impl Job {
         }
     }
 
-    /// Has a program say whether it could go on with what is in that ledger.
+    /// Runs `program` with `check`, which checks whether it could take over with this ledger.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// Returns an error if the program cannot be started.
     pub fn ask_program(limit: Duration, program: &Program, ledger: OwnedFd) -> Result<Job> {
         let (ours, theirs) = Channel::pair().map_err(no_child)?;
         let child = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()))
@@ -106,26 +107,27 @@ impl Job {
             .process_group(0)
             .spawn()
             .map_err(|e| {
-                Error::io("cannot start the program", &program.name, e).remedy("name a stencil-mountd")
+                Error::io("cannot start the program", &program.name, e).remedy("use a stencil-mountd binary")
             })?;
         Job::new(ours, child.id(), limit)
     }
 
     fn new(channel: Channel, pid: u32, limit: Duration) -> Result<Job> {
         let pidfd =
-            process::pidfd(pid)?.ok_or_else(|| Error::failed(format!("process {pid} is no child")))?;
+            process::pidfd(pid)?.ok_or_else(|| Error::failed(format!("process {pid} is not a child")))?;
         Ok(Job { channel, pidfd, deadline: Instant::now() + limit })
     }
 
-    /// What it said; or that it ended without a word, or that its time is up.
+    /// Returns the result of the job; `None` while the job runs. A job that exits without a result has failed, and so
+    /// has one that exceeds its time limit.
     pub fn outcome(&self) -> Option<(Outcome, Option<OwnedFd>)> {
         let failed = |why: &str| Some((Outcome::Failed(Failure::from(&Error::failed(why))), None));
         match self.channel.try_receive() {
             Ok(Received::Message(outcome, fd)) => Some((outcome, fd)),
             Ok(Received::Nothing) if Instant::now() < self.deadline => None,
-            Ok(Received::Nothing) => failed("it did not answer in time"),
-            Ok(Received::Closed) => failed("it ended without a word"),
-            Err(e) => failed(&format!("it cannot be understood: {e}")),
+            Ok(Received::Nothing) => failed("timed out waiting for the job"),
+            Ok(Received::Closed) => failed("the job exited without a result"),
+            Err(e) => failed(&format!("cannot parse the result of the job: {e}")),
         }
     }
 }
@@ -137,50 +139,51 @@ impl Drop for Job {
 }
 
 fn no_child(e: io::Error) -> Error {
-    Error::failed("cannot start a process for a task")
+    Error::failed("cannot start a child process")
         .because(e)
-        .remedy("see the limits of processes and open files")
+        .remedy("check the limits on processes and open files")
 }
 
-/// Makes the empty file of a backing.
+/// Creates the empty file of a backing.
 ///
 /// # Errors
-/// The filesystem's, or that there is no room.
+/// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if the file system has too little free space, and an
+/// error if a system call fails.
 pub fn make_backing(cache: &Cache, size: Bytes, bytes: Bytes) -> Result<OwnedFd> {
     match cache {
         Cache::Directory(dir) => {
             let free = cache::free_in(dir)?;
             if bytes > free {
                 return Err(Error::try_again(format!(
-                    "its backing needs {bytes}, the cache's filesystem has {free} free"
+                    "the backing needs {bytes}, the cache's file system has {free} free"
                 ))
                 .at(dir)
-                .remedy("free space there, or name another --cache-dir"));
+                .remedy("free space there, or use another --cache-dir"));
             }
             unnamed_file(dir, size)
         }
         Cache::Memory => memfd::create("stencil-backing", size)
-            .map_err(|e| Error::failed("cannot make a memory file").because(e)),
+            .map_err(|e| Error::failed("cannot create a memory file").because(e)),
         Cache::Nowhere(why) => Err(Error::failed(why.clone())),
     }
 }
 
 fn unnamed_file(dir: &Path, size: Bytes) -> Result<OwnedFd> {
-    let fail = |e: rustix::io::Errno| Error::io("cannot make a backing", dir, e.into());
-    // With O_EXCL nobody can give it a name later.
+    let fail = |e: rustix::io::Errno| Error::io("cannot create a backing", dir, e.into());
+    // With O_EXCL the file cannot be linked to a name later.
     let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
     let fd = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
     rustix::fs::ftruncate(&fd, size.get()).map_err(fail)?;
     Ok(fd)
 }
 
-/// Freezes a filled backing: from here on nobody can change it, whoever holds a descriptor. One that takes more room
-/// than was set aside for it is refused.
+/// Freezes a filled backing: afterwards no open descriptor can change it. Rejects a backing that occupies more space
+/// than was reserved.
 ///
 /// # Errors
-/// When the filesystem refuses.
+/// Returns an error if the file system refuses, or the backing is too large.
 pub fn freeze_backing(cache: &Cache, file: impl AsFd, reserved: Bytes) -> Result<()> {
-    /// What a filesystem may add to the data: extent trees, preallocation.
+    /// Space that a file system may use beyond the data (extent trees, preallocation), in bytes.
     const SLACK: u64 = 16 << 20;
     let fail = |e: io::Error| Error::failed("cannot freeze the backing").because(e);
     match cache {
@@ -191,7 +194,7 @@ pub fn freeze_backing(cache: &Cache, file: impl AsFd, reserved: Bytes) -> Result
     let taken = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?.st_blocks as u64 * 512;
     if taken > reserved.get() + reserved.get() / 64 + SLACK {
         return Err(Error::failed(format!(
-            "the backing takes {} of room, {reserved} were set aside for it",
+            "the backing occupies {}, but {reserved} were reserved",
             Bytes::new(taken)
         )));
     }

@@ -1,4 +1,4 @@
-//! Takes a mount away. The kernel waits in there for pages that are being read: nobody who must answer may do it.
+//! Unmounts. umount(2) waits for pending reads of pages, so the supervisor, which must answer requests, cannot call it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,10 +8,10 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse_dev;
 use stencilfs::sys::mount::{self, Abort};
 
-/// Ends the mount, where it is forced with the abort that was opened before.
+/// Unmounts; a forced unmount uses `abort`, which was opened before.
 ///
 /// # Errors
-/// [`Code::InUse`](stencilfs::error::Code::InUse) where it is in use and not forced.
+/// Returns [`Code::InUse`](stencilfs::error::Code::InUse) if the mount is in use and not forced.
 pub fn end(
     options: &MountOptions,
     device: u64,
@@ -20,20 +20,20 @@ pub fn end(
 ) -> Result<()> {
     let path = &options.mountpoint;
     let attached = match mount::at(path) {
-        // The connection can be aborted all the same.
+        // A forced unmount can still abort the connection.
         Err(error) if mode != UnmountMode::Force => return Err(error),
         there => there.ok().flatten().is_some_and(|there| there.dev == device),
     };
     if !attached && mode != UnmountMode::Force {
-        return Err(Error::in_use("it is detached already, and served until its last user ends")
+        return Err(Error::in_use("the mount is already detached, and is served until its last use ends")
             .at(path)
-            .remedy("`stencil status` names it; --force ends it, and whoever still needs it"));
+            .remedy("see 'stencil status'; --force aborts it and kills processes that still need it"));
     }
     if attached {
         mount::unmount(path, mode != UnmountMode::Plain).map_err(|e| match e.raw_os_error() {
             Some(libc::EBUSY) => Error::in_use("the mount is in use")
                 .at(path)
-                .remedy("stop its users, or detach it with -l: they are then served until they end"),
+                .remedy("stop the processes that use it, or detach it with -l to serve them until they end"),
             _ => Error::io("cannot unmount", path, e),
         })?;
     }
@@ -41,13 +41,13 @@ pub fn end(
     aborted.map_err(|e| Error::io("cannot abort the connection", path, e))
 }
 
-/// The abort of the mount's connection, for who holds that: once the mount is gone, its number may be another's. None
-/// where it is over.
+/// Opens the abort file of the mount's connection. The caller holds the connection: after the unmount the kernel may
+/// reuse the device number. Returns `None` if the connection is closed.
 ///
 /// # Errors
-/// The kernel's.
+/// Returns an error if the file in fusectl cannot be opened.
 pub fn abort_of(fuse: &OwnedFd, device: u64) -> io::Result<Option<Abort>> {
     let abort = Abort::of(device);
-    // Where it is not over yet, its number was its own.
+    // The connection is still open, so the number belonged to it when the file was opened.
     if fuse_dev::is_over(fuse) { Ok(None) } else { abort.map(Some) }
 }

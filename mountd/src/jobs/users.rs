@@ -1,4 +1,4 @@
-//! Who uses files of a mount: found by device and inode number in every process, never by path or open count.
+//! Finds processes that use files of a mount, by device and inode number in every process, never by path or open count.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -9,39 +9,40 @@ use stencilfs::error::Result;
 use stencilfs::store::{Serving, Store, inode_number};
 use stencilfs::sys::users::{self, Users};
 
-/// An open that was just answered with a backing reaches it within this time.
+/// Longest time from the reply to an open until the process shows the open file.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// Which of `keys` no process uses by passthrough, by their place.
+/// Returns the indices of those `keys` that no process uses by passthrough.
 ///
 /// # Errors
-/// When a process cannot be looked into within `patience`, or the store cannot be read: then all count as used.
-pub fn unused(store: &Path, device: u64, keys: &[FileKey], patience: Duration) -> Result<Vec<u64>> {
+/// Returns an error if the store or `/proc` cannot be read. If a process cannot be inspected within `timeout`, all
+/// count as used.
+pub fn unused(store: &Path, device: u64, keys: &[FileKey], timeout: Duration) -> Result<Vec<u64>> {
     let secret = Store::open(store)?.secret();
     std::thread::sleep(GRACE);
-    let all = users::users_of(device, patience)?;
+    let all = users::users_of(device, timeout)?;
     if !all.unseen.is_empty() {
         log::warn!(
-            "these could not be looked into, no backing is evicted: {}",
+            "no backing is evicted, as these processes cannot be inspected: {}",
             users::list_pids(&all.unseen.pids())
         );
         return Ok(Vec::new());
     }
     let used: HashSet<u64> = all.found.into_iter().flat_map(|u| u.mapped.into_iter().chain(u.open)).collect();
     let number = |k: &FileKey| inode_number(&secret, &k.digest, &k.file, Serving::Passthrough);
-    Ok((0..).zip(keys).filter(|(_, key)| !used.contains(&number(key))).map(|(place, _)| place).collect())
+    Ok((0..).zip(keys).filter(|(_, key)| !used.contains(&number(key))).map(|(index, _)| index).collect())
 }
 
-/// Names who uses the mount, for the log.
+/// Returns the list of processes that use the mount, for the log.
 ///
 /// # Errors
-/// When `/proc` cannot be read.
-pub fn find(device: u64, patience: Duration) -> Result<String> {
-    let Users { found, unseen } = users::users_of(device, patience)?;
+/// Returns an error if `/proc` cannot be read.
+pub fn find(device: u64, timeout: Duration) -> Result<String> {
+    let Users { found, unseen } = users::users_of(device, timeout)?;
     let mut text =
         users::list(found.iter().map(|u| (u.pid, u.name.as_str())).collect::<Vec<_>>().into_iter());
     if !unseen.is_empty() {
-        text += &format!("; not seen into: {}", users::list_pids(&unseen.pids()));
+        text += &format!("; not inspected: {}", users::list_pids(&unseen.pids()));
     }
     Ok(text)
 }

@@ -1,8 +1,8 @@
-//! Templates that are about to be removed, as the supervisor keeps them.
+//! Condemned templates, as the supervisor records them.
 //!
-//! A removal condemns a template for as long as its connection to the control socket lives. Condemned means: the server has
-//! said that nobody finds or opens it, and no older server can answer any more. The list is in the ledger, so every later
-//! server begins with it.
+//! A removal condemns a template for as long as its connection to the control socket is open. A template is condemned
+//! when the server has confirmed that lookups and opens fail, and no earlier server can reply any more. The list is in
+//! the ledger, so that each later server starts with it.
 
 use std::time::{Duration, Instant};
 
@@ -13,15 +13,16 @@ use stencilfs::store::Digest;
 use crate::condemned::GRACE;
 use crate::supervisor::Supervisor;
 
-/// A removal that is not heard of for so long stands still: its template is found again, and it begins anew when it asks.
-/// One whose supervisor died finds that out at its next question; until then its template stays condemned.
-const LONGEST_SILENCE: Duration = Duration::from_secs(15);
+/// A removal that sends no request for this long is stuck: its template is shown again, and the removal starts over at
+/// its next request. A removal learns of the death of its supervisor at its next request; its template stays condemned
+/// until then.
+const HOLDER_TIMEOUT: Duration = Duration::from_secs(15);
 
 #[derive(Debug)]
 struct Row {
     digest: Digest,
     removed: bool,
-    /// The caller; of an earlier supervisor it is not known.
+    /// The caller; `None` for a caller of an earlier supervisor.
     holder: Option<u64>,
     until: Instant,
 }
@@ -30,33 +31,34 @@ struct Row {
 struct Waiting {
     caller: u64,
     ring: u32,
-    /// The backings of these templates are then closed.
+    /// Templates whose backings are closed after that ring has been heard.
     removed: Vec<Digest>,
 }
 
-/// What is condemned, and who waits to hear that it is.
+/// Condemned templates, and callers that wait until the server has applied the list.
 #[derive(Debug, Default)]
 pub struct Condemned {
     rows: Vec<Row>,
     waiting: Vec<Waiting>,
-    /// Number of the server that has acted upon the list, of the ring that it heard, and the grace that it asks for.
+    /// PID of the server that has applied the list, number of the ring that it heard, and its grace time in
+    /// milliseconds.
     acted: Option<(u32, u32, u64)>,
 }
 
 impl Condemned {
-    /// Those of the supervisor before.
+    /// Restores the list of the previous supervisor.
     pub fn restore(rows: Vec<CondemnedRow>) -> Condemned {
-        let until = Instant::now() + LONGEST_SILENCE;
+        let until = Instant::now() + HOLDER_TIMEOUT;
         let row = |row: CondemnedRow| Row { digest: row.digest, removed: row.removed, holder: None, until };
         Condemned { rows: rows.into_iter().map(row).collect(), ..Condemned::default() }
     }
 
-    /// For the ledger.
+    /// Returns the rows for the ledger.
     pub fn rows(&self) -> Vec<CondemnedRow> {
         self.rows.iter().map(|row| CondemnedRow { digest: row.digest, removed: row.removed }).collect()
     }
 
-    /// True while the caller with this number has condemned at least one template.
+    /// Returns true while the caller has condemned at least one template.
     fn holds_any(&self, caller: u64) -> bool {
         self.rows.iter().any(|row| row.holder == Some(caller))
     }
@@ -67,12 +69,12 @@ impl Condemned {
 }
 
 impl Supervisor {
-    /// Answers when nobody can find or open the templates.
+    /// Condemns templates; the reply is sent when they can no longer be looked up or opened.
     pub(crate) fn condemn(&mut self, caller: u64, digests: &[Digest]) {
-        let until = Instant::now() + LONGEST_SILENCE;
+        let until = Instant::now() + HOLDER_TIMEOUT;
         let rows = &mut self.condemned.rows;
         for &digest in digests {
-            // An earlier removal of the same template, which lost its supervisor, is over.
+            // Removes the row of an earlier removal of the same template that lost its supervisor.
             rows.retain(|row| row.digest != digest || row.removed || row.holder.is_some_and(|h| h != caller));
             rows.push(Row { digest, removed: false, holder: Some(caller), until });
         }
@@ -80,57 +82,59 @@ impl Supervisor {
         self.ring(caller, Vec::new());
     }
 
-    /// Fails unless the caller has condemned all these templates, and nobody could open one of them since.
+    /// Checks that the caller has condemned all these templates without a break.
     ///
     /// # Errors
-    /// [`Code::TryAgain`](stencilfs::error::Code::TryAgain) that names the first template which is not condemned.
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) with the name of the first template that is not
+    /// condemned.
     pub(crate) fn confirm(&mut self, caller: u64, digests: &[Digest]) -> Result<()> {
         for digest in digests {
             let Some(at) = self.condemned.position(caller, digest) else {
-                return Err(Error::try_again(format!("template {digest} is not condemned any more")));
+                return Err(Error::try_again(format!("template {digest} is no longer condemned")));
             };
-            self.condemned.rows[at].until = Instant::now() + LONGEST_SILENCE;
+            self.condemned.rows[at].until = Instant::now() + HOLDER_TIMEOUT;
         }
         Ok(())
     }
 
-    /// Answers when the templates can be found again, or, if they are removed, nothing of them is left here.
+    /// Releases templates; the reply is sent when they can be looked up again or, if they are removed, when their
+    /// backings are closed.
     pub(crate) fn release(&mut self, caller: u64, digests: &[Digest], removed: bool) {
-        let is_meant = |row: &Row| row.holder == Some(caller) && digests.contains(&row.digest);
+        let is_released = |row: &Row| row.holder == Some(caller) && digests.contains(&row.digest);
         if removed {
             let mut ours = Vec::new();
-            for row in self.condemned.rows.iter_mut().filter(|row| is_meant(row)) {
+            for row in self.condemned.rows.iter_mut().filter(|row| is_released(row)) {
                 row.removed = true;
                 ours.push(row.digest);
             }
             return self.ring(caller, ours);
         }
-        self.condemned.rows.retain(|row| !is_meant(row));
+        self.condemned.rows.retain(|row| !is_released(row));
         self.callers.keep(caller, self.condemned.holds_any(caller));
         self.ring(caller, Vec::new());
     }
 
-    /// Has the server look at the list, and at the store.
+    /// Makes the server read the list and check the store; the caller gets its reply afterwards.
     pub(crate) fn ring(&mut self, caller: u64, removed: Vec<Digest>) {
         let ring = self.ring_bell();
         self.condemned.waiting.push(Waiting { caller, ring, removed });
     }
 
     fn ring_bell(&mut self) -> u32 {
-        // A server that hears the bell reads the ledger, and one that starts from here on reads it too.
+        // The ledger first: the server reads it when it hears the bell, and so does a server that starts from here on.
         self.save();
-        self.kept.stats.page().ring()
+        self.state.stats.page().ring()
     }
 
-    /// The server has acted upon the list.
+    /// Records that the server has applied the list.
     pub(crate) fn acted(&mut self, ring: u32, grace_ms: u64) {
         self.condemned.acted = self.server.as_ref().map(|server| (server.row.process.pid, ring, grace_ms));
     }
 
-    /// True when every server that can answer the kernel knows what was written down before that ring: it has said so, or
-    /// it began later. Gives the grace in milliseconds.
-    fn known(&self, ring: u32) -> Option<u64> {
-        // One that was killed may be in the middle of an answer, one that begins may have read an older list.
+    /// Returns the grace time in milliseconds if every server that can reply to the kernel has applied the list of that
+    /// ring: it has reported so, or it was started later.
+    fn applied(&self, ring: u32) -> Option<u64> {
+        // A killed server may be in the middle of a reply, and a candidate may have read an earlier list.
         if self.candidate.is_some() || !self.leaving.is_empty() {
             return None;
         }
@@ -139,12 +143,12 @@ impl Supervisor {
         let Some(server) = &self.server else { return Some(full) };
         match self.condemned.acted {
             Some((pid, at, grace_ms)) if pid == server.row.process.pid && heard(at) => Some(grace_ms),
-            _ => server.born.is_some_and(heard).then_some(full),
+            _ => server.rings_at_start.is_some_and(heard).then_some(full),
         }
     }
 
-    /// Lets go what belongs to callers that have gone, and answers those whose wish is fulfilled.
-    pub(crate) fn see_to_condemned(&mut self) {
+    /// Releases the templates of callers that have disconnected, and replies to callers whose requests are executed.
+    pub(crate) fn update_condemned(&mut self) {
         let (now, callers, waiting) = (Instant::now(), &self.callers, &self.condemned.waiting);
         let connected = |caller| callers.channel(caller).is_some();
         let waits = |row: &Row| waiting.iter().any(|one| Some(one.caller) == row.holder);
@@ -157,23 +161,23 @@ impl Supervisor {
             self.ring_bell();
         }
         for waiting in std::mem::take(&mut self.condemned.waiting) {
-            let Some(milliseconds) = self.known(waiting.ring) else {
+            let Some(milliseconds) = self.applied(waiting.ring) else {
                 self.condemned.waiting.push(waiting);
                 continue;
             };
             let Waiting { caller, removed, .. } = waiting;
             if removed.is_empty() {
-                // The silence begins with the answer.
-                let until = Instant::now() + LONGEST_SILENCE;
+                // The timeout begins with the reply.
+                let until = Instant::now() + HOLDER_TIMEOUT;
                 let rows = self.condemned.rows.iter_mut();
                 rows.filter(|row| row.holder == Some(caller)).for_each(|row| row.until = until);
-                self.callers.say(caller, Ok((Response::Settled { milliseconds }, None)));
+                self.callers.reply(caller, Ok((Response::Settled { milliseconds }, None)));
                 continue;
             }
-            // The server no longer uses the backings, so they can be closed. Another import may use the names.
+            // The server no longer uses the backings, so they can be closed. The names are free for another import.
             self.close_backings_of(&removed);
-            let is_meant = |row: &Row| row.holder == Some(caller) && removed.contains(&row.digest);
-            self.condemned.rows.retain(|row| !is_meant(row));
+            let is_removed = |row: &Row| row.holder == Some(caller) && removed.contains(&row.digest);
+            self.condemned.rows.retain(|row| !is_removed(row));
             self.callers.keep(caller, self.condemned.holds_any(caller));
             self.ring(caller, Vec::new());
         }
@@ -185,8 +189,8 @@ impl Supervisor {
             return;
         }
         self.notify.forget_backings(&self.backings, &keys);
-        // To give back their room may take the filesystem a while.
-        self.to_close.extend(self.backings.close_with_files(&self.kept.fuse, &keys));
+        // The files are closed by a child, as the file system may take long to release their space.
+        self.to_close.extend(self.backings.close_with_files(&self.state.fuse, &keys));
         self.save();
     }
 }

@@ -1,4 +1,4 @@
-//! The end of the mount, which signals and callers ask for, and of files that were given up.
+//! Shutdown of the mount, requested by signals and callers; and closing of abandoned files.
 
 use std::time::Duration;
 
@@ -9,81 +9,86 @@ use stencilfs::error::Error;
 use crate::jobs::{self, Job};
 use crate::supervisor::{Purpose, Supervisor};
 
-/// Unmounting waits for pages that are being read; so long.
-const UNMOUNT: Duration = Duration::from_secs(60);
+/// Longest time for an unmount, which waits for pending reads of pages.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Who loses its memory is sought for so long.
-const SEARCH: Duration = Duration::from_secs(1);
+/// Longest time for the search for processes that lose their memory.
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(1);
 
-fn no_word(e: std::io::Error) -> Error {
-    Error::failed("no word between the supervisor and who closes files for it").because(e)
+fn cannot_signal(e: std::io::Error) -> Error {
+    Error::failed("cannot communicate with the child that closes files").because(e)
 }
 
 impl Supervisor {
-    /// Closes files that nobody else has open, where it may take long: in a child that is the last to have them. One
-    /// such child at a time: what comes meanwhile is closed by the next.
+    /// Closes abandoned files in a child that is the last holder of their descriptors, as the file system may take
+    /// long. One such child runs at a time; files that are added meanwhile wait for the next one.
     pub(crate) fn close_elsewhere(&mut self) {
         let closing = self.jobs.iter().any(|(_, purpose)| matches!(purpose, Purpose::Close));
         if closing || self.to_close.is_empty() || !self.server.as_ref().is_some_and(|s| s.row.serving) {
             return;
         }
-        let begun = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| no_word(e.into())).and_then(|closed| {
-            let job = Job::start(UNMOUNT, &self.kept.alone(&self.callers), || {
-                // It ends, and closes them, only when the supervisor has closed its own.
-                rustix::io::read(&closed, &mut [0; 8]).map(|_| None).map_err(|e| no_word(e.into()))
+        let started =
+            eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| cannot_signal(e.into())).and_then(|closed| {
+                let job = Job::start(UNMOUNT_TIMEOUT, &self.state.private_fds(&self.callers), || {
+                    // The child waits until the supervisor has closed its own descriptors, then closes the last ones by
+                    // exit.
+                    rustix::io::read(&closed, &mut [0; 8]).map(|_| None).map_err(|e| cannot_signal(e.into()))
+                });
+                job.map(|job| (job, closed))
             });
-            job.map(|job| (job, closed))
-        });
         self.to_close.clear();
-        match begun {
+        match started {
             Ok((job, closed)) => {
                 if let Err(e) = rustix::io::write(&closed, &1u64.to_ne_bytes()) {
-                    log::warn!("{}", no_word(e.into()));
+                    log::warn!("{}", cannot_signal(e.into()));
                 }
-                self.begin(Ok(job), Purpose::Close);
+                self.add_job(Ok(job), Purpose::Close);
             }
-            Err(error) => log::warn!("files of backings were closed by the supervisor itself: {error}"),
+            Err(error) => log::warn!("the supervisor itself closed files of backings: {error}"),
         }
     }
 
-    /// The first signal ends the mount as soon as nobody is hurt: at once, or with its last mapping. One that comes
-    /// once it drains may end it now, and names who dies; what comes before is one with the first.
+    /// Handles termination signals. The first one unmounts, at once or with the last mapping. A later one, while the
+    /// mount drains, may abort the connection and log the affected processes; signals before that are merged with the
+    /// first.
     pub(crate) fn signalled(&mut self) {
-        let Some(cuts_off) = self.signals.take() else { return };
-        let first = self.kept.terminations == 0;
+        let Some(may_abort) = self.signals.take() else { return };
+        let first = self.state.terminations == 0;
         let unmounting = self.jobs.iter().any(|(_, purpose)| matches!(purpose, Purpose::Unmount(None, _)));
         if first {
-            log::info!("a signal asks for the end: unmounting");
+            log::info!("received a termination signal: unmounting");
             self.notify.stopping();
             self.drain();
-        } else if cuts_off && !unmounting {
-            log::info!("a second signal asks for the end: aborting");
+        } else if may_abort && !unmounting {
+            log::info!("received another termination signal: aborting the connection");
             self.unmount(None, UnmountMode::Force);
         } else {
-            log::info!("a further signal changes nothing: `stencil umount --force` ends the mount now");
+            log::info!("termination signal ignored: the mount drains; 'stencil umount --force' ends it now");
         }
     }
 
-    /// Takes the mount away; where it is in use, it ends with its last mapping.
+    /// Unmounts; a mount that is in use is detached and ends with its last mapping.
     pub(crate) fn drain(&mut self) {
-        self.kept.terminations = 1;
+        self.state.terminations = 1;
         self.unmount(None, UnmountMode::Plain);
     }
 
     pub(crate) fn unmount(&mut self, caller: Option<u64>, mode: UnmountMode) {
-        let (options, device) = (self.kept.options.clone(), self.kept.device);
+        let (options, device) = (self.state.options.clone(), self.state.device);
         let abort = match mode {
-            UnmountMode::Force => jobs::abort_of(&self.kept.fuse, device),
+            UnmountMode::Force => jobs::abort_of(&self.state.fuse, device),
             _ => Ok(None),
         };
-        let job = Job::start(UNMOUNT, &self.kept.alone(&self.callers), || {
+        let job = Job::start(UNMOUNT_TIMEOUT, &self.state.private_fds(&self.callers), || {
             if mode == UnmountMode::Force
-                && let Ok(users) = jobs::find_users(device, SEARCH)
+                && let Ok(users) = jobs::find_users(device, SEARCH_TIMEOUT)
             {
-                log::warn!("the connection is aborted; these lose what they have not read: {users}");
+                log::warn!(
+                    "aborting the connection; these processes lose pages that they have not read: {users}"
+                );
             }
             jobs::unmount(&options, device, mode, abort).map(|()| None)
         });
-        self.begin(job, Purpose::Unmount(caller, mode));
+        self.add_job(job, Purpose::Unmount(caller, mode));
     }
 }

@@ -1,4 +1,4 @@
-//! What becomes of a job that has ended.
+//! Handles the results of jobs.
 
 use std::os::fd::OwnedFd;
 
@@ -9,15 +9,15 @@ use crate::jobs::{Job, Outcome};
 use crate::supervisor::{Purpose, Supervisor};
 
 impl Supervisor {
-    /// Waits for a job's end; one that cannot begin ends at once.
-    pub(crate) fn begin(&mut self, job: Result<Job>, purpose: Purpose) {
+    /// Adds a job. A job that could not be started fails at once.
+    pub(crate) fn add_job(&mut self, job: Result<Job>, purpose: Purpose) {
         match job {
             Ok(job) => self.jobs.push((job, purpose)),
             Err(error) => self.ended(purpose, Outcome::Failed(Failure::from(&error)), None),
         }
     }
 
-    pub(crate) fn see_to_jobs(&mut self) {
+    pub(crate) fn update_jobs(&mut self) {
         let mut at = 0;
         while let Some((job, _)) = self.jobs.get(at) {
             match job.outcome() {
@@ -36,7 +36,7 @@ impl Supervisor {
             _ => None,
         };
         match purpose {
-            Purpose::Ask(server, pending) => self.answered(server, pending, outcome, fd),
+            Purpose::ServerRequest(server, pending) => self.job_ended(server, pending, outcome, fd),
             Purpose::Unmount(None, UnmountMode::Plain) if failed.is_some() => {
                 self.unmount(None, UnmountMode::Lazy);
             }
@@ -44,20 +44,20 @@ impl Supervisor {
                 match (caller, &failed) {
                     (None, Some(error)) => {
                         log::error!("{error}");
-                        // The next signal tries it anew.
-                        self.kept.terminations = 0;
+                        // The next signal makes another attempt.
+                        self.state.terminations = 0;
                     }
                     (None, None) if mode == UnmountMode::Lazy => {
-                        log::warn!("it is in use: detached, and served until its last user ends");
+                        log::warn!("the mount is in use: detached, and served until its last use ends");
                     }
                     _ => {}
                 }
-                self.callers.answer(caller, failed.map_or(Ok(()), Err));
+                self.callers.reply_done(caller, failed.map_or(Ok(()), Err));
             }
             Purpose::Close => {}
             Purpose::Check(program, caller) => match failed {
                 None => self.successor_program = Some((program, caller)),
-                Some(error) => self.callers.answer(Some(caller), Err(error)),
+                Some(error) => self.callers.reply_done(Some(caller), Err(error)),
             },
         }
     }

@@ -1,4 +1,4 @@
-//! What a supervisor is asked: by its server, by callers of the control socket, and by signals.
+//! Requests to the supervisor: of its server, of callers of the control socket, and by signals.
 
 mod caller;
 mod condemn;

@@ -1,4 +1,4 @@
-//! What servers ask, and what is checked before it is done.
+//! Requests of servers, and the checks before they are executed.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -10,112 +10,114 @@ use stencilfs::units::Bytes;
 
 use crate::jobs::{self, Job, Outcome};
 use crate::kept;
-use crate::link::{Answer, Ask, MOST_KEYS, Question, Reply};
+use crate::link::{MAX_KEYS, NumberedReply, NumberedRequest, ServerRequest, SupervisorReply};
 use crate::supervisor::{Purpose, Server, Supervisor};
 
-/// Making and freezing files may wait for the filesystem.
-const FILES: Duration = Duration::from_secs(30);
-/// The search for users of backings.
-const SEARCH: Duration = Duration::from_secs(2);
+/// Longest time for creating or freezing a file: the file system may block.
+const FILE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time for the search for processes that use backings.
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A question whose answer is being found.
+/// A request whose reply depends on a job.
 #[derive(Debug)]
 pub struct Pending {
     number: u64,
-    what: Sought,
+    work: Work,
 }
 
-/// What is being done for it.
+/// The work of the job.
 #[derive(Debug)]
-enum Sought {
-    /// The file of a backing is made.
-    Made(FileKey),
-    /// A backing is frozen.
-    Frozen(FileKey),
-    /// It is sought which of these are in use.
-    Unused(Vec<FileKey>),
+enum Work {
+    /// Create the file of a backing.
+    Create(FileKey),
+    /// Freeze a backing.
+    Freeze(FileKey),
+    /// Find out which of these backings are unused.
+    FindUnused(Vec<FileKey>),
 }
 
 impl Supervisor {
-    /// Takes one message of the server, or of the candidate.
-    pub(crate) fn hear(&mut self, candidate: bool) {
-        let heard = match candidate {
-            true => self.candidate.as_ref().map(|c| c.server.link.try_receive::<Question>()),
-            false => self.server.as_ref().map(|s| s.link.try_receive::<Question>()),
+    /// Receives one request of the server or of the candidate.
+    pub(crate) fn receive(&mut self, candidate: bool) {
+        let received = match candidate {
+            true => self.candidate.as_ref().map(|c| c.server.link.try_receive::<NumberedRequest>()),
+            false => self.server.as_ref().map(|s| s.link.try_receive::<NumberedRequest>()),
         };
-        match heard {
-            Some(Ok(Received::Message(question, fd))) => self.asked(candidate, question, fd),
+        match received {
+            Some(Ok(Received::Message(request, fd))) => self.handle_request(candidate, request, fd),
             Some(Ok(Received::Nothing)) | None => {}
-            Some(Ok(Received::Closed) | Err(_)) if candidate => self.candidate_failed("it has ended"),
+            Some(Ok(Received::Closed) | Err(_)) if candidate => {
+                self.candidate_failed("the new server exited")
+            }
             Some(Ok(Received::Closed) | Err(_)) => self.server_died(),
         }
     }
 
-    fn asker(&mut self, candidate: bool) -> Option<&mut Server> {
+    fn sender(&mut self, candidate: bool) -> Option<&mut Server> {
         if candidate { self.candidate.as_mut().map(|c| &mut c.server) } else { self.server.as_mut() }
     }
 
-    fn asked(&mut self, candidate: bool, question: Question, fd: Option<OwnedFd>) {
-        let number = question.number;
-        let Some(server) = self.asker(candidate) else { return };
-        if number <= server.heard {
-            // It asked again since it did not know which supervisor had heard it.
+    fn handle_request(&mut self, candidate: bool, request: NumberedRequest, fd: Option<OwnedFd>) {
+        let number = request.number;
+        let Some(server) = self.sender(candidate) else { return };
+        if number <= server.last_request {
+            // Repeated: the server does not know whether the previous supervisor or this one has received it.
             return;
         }
-        if server.asking {
-            log::error!("the server does not wait for its answers");
-            return if candidate { self.candidate_failed("it asks out of turn") } else { self.server_died() };
+        if server.busy {
+            log::error!("protocol error: the server sends requests without waiting for replies");
+            return if candidate { self.candidate_failed("protocol error") } else { self.server_died() };
         }
-        server.heard = number;
-        let answer = match question.ask {
-            Ask::Handshake { control_version, version, lacks, reply } => Some(
-                self.shake_hands(candidate, control_version, (version, lacks), reply, fd)
-                    .map(|()| Answer::Done),
+        server.last_request = number;
+        let answer = match request.ask {
+            ServerRequest::Handshake { control_version, version, lacks, reply } => Some(
+                self.handshake(candidate, control_version, (version, lacks), reply, fd)
+                    .map(|()| SupervisorReply::Done),
             ),
-            Ask::Serving if candidate => {
+            ServerRequest::Serving if candidate => {
                 self.promote_candidate();
-                return self.reply(false, number, Ok(Answer::Done), None);
+                return self.reply(false, number, Ok(SupervisorReply::Done), None);
             }
-            Ask::GiveUp { failure } => {
-                self.gives_up(candidate, failure);
-                Some(Ok(Answer::Done))
+            ServerRequest::GiveUp { failure } => {
+                self.record_failure(candidate, failure);
+                Some(Ok(SupervisorReply::Done))
             }
-            _ if candidate => Some(Err(Error::failed("it does not serve yet"))),
-            Ask::Serving => {
+            _ if candidate => Some(Err(Error::failed("the server does not serve yet"))),
+            ServerRequest::Serving => {
                 if let Some(server) = &mut self.server {
                     server.row.serving = true;
                 }
                 (self.failure, self.start_at) = (None, None);
                 self.announce();
-                Some(Ok(Answer::Done))
+                Some(Ok(SupervisorReply::Done))
             }
-            Ask::Reserve { key, size, bytes } => self.reserve(number, key, Bytes::new(size), bytes),
-            Ask::Freeze { key } => self.freeze(number, key),
-            Ask::Evict { keys } => self.evict(number, keys),
-            Ask::Register { key, identity } => {
-                let id = self.backings.register(&self.kept.fuse, &key, identity);
+            ServerRequest::Reserve { key, size, bytes } => self.reserve(number, key, Bytes::new(size), bytes),
+            ServerRequest::Freeze { key } => self.freeze(number, key),
+            ServerRequest::Evict { keys } => self.evict(number, keys),
+            ServerRequest::Register { key, identity } => {
+                let id = self.backings.register(&self.state.fuse, &key, identity);
                 if id.is_ok() {
                     self.save();
                     self.notify.store_backings(&self.backings);
                 }
-                Some(id.map(Answer::Backing))
+                Some(id.map(SupervisorReply::Backing))
             }
-            Ask::Decode { key, why } => {
+            ServerRequest::Decode { key, why } => {
                 let noted = self.backings.decode(key, why);
                 self.save();
-                Some(noted.map(|()| Answer::Done))
+                Some(noted.map(|()| SupervisorReply::Done))
             }
-            Ask::GiveBack { key } => {
+            ServerRequest::GiveBack { key } => {
                 self.to_close.extend(self.backings.give_back(&key));
-                Some(Ok(Answer::Done))
+                Some(Ok(SupervisorReply::Done))
             }
-            Ask::Condemned { ring, grace_ms } => {
+            ServerRequest::Condemned { ring, grace_ms } => {
                 self.acted(ring, grace_ms);
-                Some(Ok(Answer::Done))
+                Some(Ok(SupervisorReply::Done))
             }
-            Ask::Progress { key, bytes } => {
+            ServerRequest::Progress { key, bytes } => {
                 self.backings.progress(&key, bytes);
-                Some(Ok(Answer::Done))
+                Some(Ok(SupervisorReply::Done))
             }
         };
         if let Some(answer) = answer {
@@ -123,7 +125,7 @@ impl Supervisor {
         }
     }
 
-    fn gives_up(&mut self, candidate: bool, failure: Failure) {
+    fn record_failure(&mut self, candidate: bool, failure: Failure) {
         match &mut self.candidate {
             Some(new) if candidate => new.failure = Some(failure),
             _ => {
@@ -133,20 +135,26 @@ impl Supervisor {
         }
     }
 
-    // Of these three the answer is none yet when it was given already, or a job finds it.
+    // These three return `None` if the reply is already sent, or a job will provide it.
 
-    fn reserve(&mut self, number: u64, key: FileKey, size: Bytes, bytes: u64) -> Option<Result<Answer>> {
-        match self.backings.reserve(&self.kept.chosen, &key, bytes) {
-            Ok(Answer::Room) => {
-                let cache = self.kept.chosen.cache.clone();
-                let job = Job::start(FILES, &self.kept.alone(&self.callers), || {
+    fn reserve(
+        &mut self,
+        number: u64,
+        key: FileKey,
+        size: Bytes,
+        bytes: u64,
+    ) -> Option<Result<SupervisorReply>> {
+        match self.backings.reserve(&self.state.chosen, &key, bytes) {
+            Ok(SupervisorReply::Room) => {
+                let cache = self.state.chosen.cache.clone();
+                let job = Job::start(FILE_TIMEOUT, &self.state.private_fds(&self.callers), || {
                     jobs::make_backing(&cache, size, Bytes::new(bytes)).map(Some)
                 });
-                self.find_answer(job, Pending { number, what: Sought::Made(key) })
+                self.await_job(job, Pending { number, work: Work::Create(key) })
             }
-            Ok(Answer::Backing(id)) => match self.backings.copy(&key) {
+            Ok(SupervisorReply::Backing(id)) => match self.backings.copy(&key) {
                 Ok(file) => {
-                    self.reply(false, number, Ok(Answer::Backing(id)), Some(file));
+                    self.reply(false, number, Ok(SupervisorReply::Backing(id)), Some(file));
                     None
                 }
                 Err(error) => Some(Err(error)),
@@ -155,73 +163,73 @@ impl Supervisor {
         }
     }
 
-    fn freeze(&mut self, number: u64, key: FileKey) -> Option<Result<Answer>> {
+    fn freeze(&mut self, number: u64, key: FileKey) -> Option<Result<SupervisorReply>> {
         let filled = self.backings.filled(&key);
         if let Ok(None) = filled {
-            return Some(Ok(Answer::Done));
+            return Some(Ok(SupervisorReply::Done));
         }
         let job = filled.and_then(|filled| {
-            let cache = &self.kept.chosen.cache;
-            Job::start(FILES, &self.kept.alone(&self.callers), || {
+            let cache = &self.state.chosen.cache;
+            Job::start(FILE_TIMEOUT, &self.state.private_fds(&self.callers), || {
                 filled.map_or(Ok(()), |(file, room)| jobs::freeze_backing(cache, file, room)).map(|()| None)
             })
         });
-        self.find_answer(job, Pending { number, what: Sought::Frozen(key) })
+        self.await_job(job, Pending { number, work: Work::Freeze(key) })
     }
 
-    fn evict(&mut self, number: u64, mut keys: Vec<FileKey>) -> Option<Result<Answer>> {
+    fn evict(&mut self, number: u64, mut keys: Vec<FileKey>) -> Option<Result<SupervisorReply>> {
         if self.candidate.is_some() {
-            // It began with the backings of that moment: none may go before it serves.
-            return Some(Ok(Answer::Evicted(Vec::new())));
+            // The candidate was started with the current backings: they stay until it serves.
+            return Some(Ok(SupervisorReply::Evicted(Vec::new())));
         }
-        keys.truncate(MOST_KEYS);
-        let (store, device) = (self.kept.options.store.clone(), self.kept.device);
-        let job = Job::start_saying(SEARCH * 2, &self.kept.alone(&self.callers), || {
-            Ok((Outcome::Unused(jobs::unused(&store, device, &keys, SEARCH)?), None))
+        keys.truncate(MAX_KEYS);
+        let (store, device) = (self.state.options.store.clone(), self.state.device);
+        let job = Job::start_with_outcome(SEARCH_TIMEOUT * 2, &self.state.private_fds(&self.callers), || {
+            Ok((Outcome::Unused(jobs::unused(&store, device, &keys, SEARCH_TIMEOUT)?), None))
         });
-        self.find_answer(job, Pending { number, what: Sought::Unused(keys) })
+        self.await_job(job, Pending { number, work: Work::FindUnused(keys) })
     }
 
-    fn find_answer(&mut self, job: Result<Job>, pending: Pending) -> Option<Result<Answer>> {
+    fn await_job(&mut self, job: Result<Job>, pending: Pending) -> Option<Result<SupervisorReply>> {
         let server = self.server.as_mut().map_or(0, |s| {
-            s.asking = true;
+            s.busy = true;
             s.row.process.pid
         });
-        self.begin(job, Purpose::Ask(server, pending));
+        self.add_job(job, Purpose::ServerRequest(server, pending));
         None
     }
 
-    /// A job has found the answer to a question; it is of use only to the server that asked.
-    pub(crate) fn answered(&mut self, server: u32, pending: Pending, outcome: Outcome, fd: Option<OwnedFd>) {
+    /// Replies to a request whose job has ended, if the server that sent it is still the current one.
+    pub(crate) fn job_ended(&mut self, server: u32, pending: Pending, outcome: Outcome, fd: Option<OwnedFd>) {
         match &mut self.server {
-            Some(asker) if asker.row.process.pid == server => asker.asking = false,
+            Some(current) if current.row.process.pid == server => current.busy = false,
             _ => return,
         }
         let refused = |outcome| match outcome {
             Outcome::Failed(failure) => failure.into_error(),
-            other => Error::failed(format!("a job gave another answer: {other:?}")),
+            other => Error::failed(format!("unexpected result of a job: {other:?}")),
         };
-        let Pending { number, what } = pending;
-        let (answer, file) = match (what, outcome, fd) {
-            (Sought::Made(key), Outcome::Done, Some(file)) => {
-                match self.backings.made(&key, file).and_then(kept::copy) {
-                    Ok(file) => (Ok(Answer::Room), Some(file)),
+        let Pending { number, work } = pending;
+        let (answer, file) = match (work, outcome, fd) {
+            (Work::Create(key), Outcome::Done, Some(file)) => {
+                match self.backings.made(&key, file).and_then(kept::duplicate) {
+                    Ok(file) => (Ok(SupervisorReply::Room), Some(file)),
                     Err(error) => (Err(error), None),
                 }
             }
-            (Sought::Frozen(key), Outcome::Done, _) => {
+            (Work::Freeze(key), Outcome::Done, _) => {
                 self.backings.frozen(&key);
-                (Ok(Answer::Done), None)
+                (Ok(SupervisorReply::Done), None)
             }
-            (Sought::Unused(keys), Outcome::Unused(places), _) => {
+            (Work::FindUnused(keys), Outcome::Unused(indices), _) => {
                 let mut unused: Vec<FileKey> =
-                    places.into_iter().filter_map(|place| keys.get(place as usize).cloned()).collect();
+                    indices.into_iter().filter_map(|index| keys.get(index as usize).cloned()).collect();
                 if self.candidate.is_some() {
                     unused.clear();
                 }
                 self.notify.forget_backings(&self.backings, &unused);
-                self.backings.close(&self.kept.fuse, &unused);
-                (Ok(Answer::Evicted(unused)), None)
+                self.backings.close(&self.state.fuse, &unused);
+                (Ok(SupervisorReply::Evicted(unused)), None)
             }
             (_, outcome, _) => (Err(refused(outcome)), None),
         };
@@ -231,21 +239,22 @@ impl Supervisor {
         self.reply(false, number, answer, file);
     }
 
-    /// A server that does not take its answer is of no use; of a candidate that is seen when it ends.
-    fn reply(&mut self, candidate: bool, number: u64, answer: Result<Answer>, fd: Option<OwnedFd>) {
-        let answer = answer.unwrap_or_else(|e| Answer::Refused(Failure::from(&e)));
-        let Some(server) = self.asker(candidate) else { return };
-        match server.link.try_send(&Reply { number, answer }, fd.as_ref().map(AsFd::as_fd)) {
+    /// Sends a reply. A server that does not accept it is replaced; the death of a candidate is noticed elsewhere.
+    fn reply(&mut self, candidate: bool, number: u64, answer: Result<SupervisorReply>, fd: Option<OwnedFd>) {
+        let answer = answer.unwrap_or_else(|e| SupervisorReply::Refused(Failure::from(&e)));
+        let Some(server) = self.sender(candidate) else { return };
+        match server.link.try_send(&NumberedReply { number, answer }, fd.as_ref().map(AsFd::as_fd)) {
             Err(e) if !candidate => {
-                log::error!("the server takes no answer: {e}");
+                log::error!("cannot send a reply to the server: {e}");
                 self.server_died();
             }
             _ => {}
         }
     }
 
-    /// The first reply goes to the kernel; later ones must be the same, for the kernel will not hear them.
-    fn shake_hands(
+    /// Handles the handshake of a server. The first reply to INIT goes to the kernel; the kernel accepts no second one,
+    /// so the replies of later servers must be the same.
+    fn handshake(
         &mut self,
         candidate: bool,
         control_version: u32,
@@ -255,29 +264,29 @@ impl Supervisor {
     ) -> Result<()> {
         if control_version != CONTROL_VERSION {
             return Err(Error::failed(format!(
-                "the server speaks version {control_version} of the words between processes, expected {CONTROL_VERSION}"
+                "the server uses protocol version {control_version}, expected {CONTROL_VERSION}"
             )));
         }
-        let first = self.kept.reply.is_none();
-        if self.kept.reply.as_ref().is_some_and(|known| *known != reply) {
-            return Err(Error::failed("this server asks the kernel for other things than the first one")
+        let first = self.state.reply.is_none();
+        if self.state.reply.as_ref().is_some_and(|known| *known != reply) {
+            return Err(Error::failed("this server's reply to INIT differs from the first server's")
                 .remedy("unmount and mount again with the new version"));
         }
         if first {
-            // Written down before the kernel has it: a supervisor that takes over must not take another one.
-            self.kept.reply = Some(reply.clone());
+            // Saved before the kernel gets the reply: a supervisor that takes over must not send another one.
+            self.state.reply = Some(reply.clone());
             self.save();
         }
         if !candidate {
-            // One that was written down may not have come to the kernel; what that has it does not know any more.
-            match fuse_dev::write_reply(&self.kept.fuse, &reply) {
+            // A saved reply may not have reached the kernel. If it has, the kernel returns ENOENT for the repeated one.
+            match fuse_dev::write_reply(&self.state.fuse, &reply) {
                 Err(e) if first => {
-                    self.kept.reply = None;
+                    self.state.reply = None;
                     self.save();
-                    return Err(Error::failed("the kernel does not accept the handshake").because(e));
+                    return Err(Error::failed("the kernel rejects the reply to INIT").because(e));
                 }
                 Err(e) if e.raw_os_error() != Some(libc::ENOENT) => {
-                    return Err(Error::failed("the connection takes no reply").because(e));
+                    return Err(Error::failed("cannot write the reply to INIT").because(e));
                 }
                 _ => {}
             }

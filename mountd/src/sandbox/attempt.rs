@@ -1,5 +1,5 @@
-//! `stencil-mountd attempt`: enters the sandbox of a server and then tries in earnest what it forbids. Shows on a host
-//! that the sandbox holds there, and lets the tests compare inside and outside.
+//! `stencil-mountd attempt`: enters the sandbox of a server, then tries a forbidden operation. Demonstrates on a host
+//! that the sandbox is effective there, and lets tests compare inside and outside.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -13,11 +13,11 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::attempt;
 
 const USAGE: &str = "\
-usage: stencil-mountd attempt [--store DIR] WHAT [TARGET]     with --store in the sandbox of a server of that store
-       stencil-mountd attempt calls                          the system calls that a server may make
-       stencil-mountd attempt without landlock|seccomp CMD…   a command on a kernel that lacks it";
+usage: stencil-mountd attempt [--store DIR] WHAT [TARGET]     try an operation; with --store in the sandbox of a server
+       stencil-mountd attempt calls                          list the system calls that a server may make
+       stencil-mountd attempt without landlock|seccomp CMD…   run a command as on a kernel without that feature";
 
-/// Runs it. Exit code 0: it could be done; 1: it was refused, and how is on standard output.
+/// Runs the command. Exit status 0: the operation succeeded; 1: it was refused, and standard output has the errno.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let outcome = run(&args.collect::<Vec<_>>());
     match outcome {
@@ -37,7 +37,7 @@ fn run(args: &[OsString]) -> Result<ExitCode> {
     };
     let (what, target) = match words {
         [what] if *what == "calls" => {
-            super::CALLS.iter().for_each(|call| crate::answer(&call.row().to_string()));
+            super::CALLS.iter().for_each(|call| crate::print_line(&call.row().to_string()));
             return Ok(ExitCode::SUCCESS);
         }
         [what, feature, program, args @ ..] if *what == "without" => {
@@ -53,21 +53,21 @@ fn run(args: &[OsString]) -> Result<ExitCode> {
     let tried = attempt(what, Path::new(target)).ok_or_else(usage)?;
     Ok(match tried {
         Ok(()) => {
-            crate::answer(&format!("{what}: done"));
+            crate::print_line(&format!("{what}: done"));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            crate::answer(&format!("{what}: {}", name(&error)));
+            crate::print_line(&format!("{what}: {}", name(&error)));
             ExitCode::FAILURE
         }
     })
 }
 
 fn usage() -> Error {
-    Error::usage(format!("attempt knows no such thing\n{USAGE}"))
+    Error::usage(format!("unknown operation\n{USAGE}"))
 }
 
-/// What was tried, and how it went; `None` for a word that means nothing.
+/// Tries an operation and returns its result; `None` for an unknown operation.
 fn attempt(what: &str, target: &Path) -> Option<io::Result<()>> {
     let pid = || target.to_str().and_then(|t| t.parse().ok()).unwrap_or(0);
     Some(match what {
@@ -113,7 +113,7 @@ fn name(error: &io::Error) -> String {
     }
 }
 
-/// Runs a command on a kernel that answers ENOSYS to all that makes up a feature, as one that was built without it.
+/// Runs a command with a filter that returns ENOSYS for the system calls of a feature, as a kernel without it does.
 fn without(feature: &OsStr, program: &OsStr, args: &[&OsStr]) -> Result<ExitCode> {
     let calls: &[libc::c_long] = match feature.to_str() {
         Some("landlock") => &[
@@ -127,8 +127,8 @@ fn without(feature: &OsStr, program: &OsStr, args: &[&OsStr]) -> Result<ExitCode
     let fail = |e: &dyn std::fmt::Display| Error::failed(format!("cannot hide the feature: {e}"));
     let rules: BTreeMap<i64, _> = calls.iter().map(|&call| (call, Vec::new())).collect();
     let arch = std::env::consts::ARCH.try_into().map_err(|e| fail(&e))?;
-    let unknown = SeccompAction::Errno(libc::ENOSYS as u32);
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, unknown, arch).map_err(|e| fail(&e))?;
+    let enosys = SeccompAction::Errno(libc::ENOSYS as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, enosys, arch).map_err(|e| fail(&e))?;
     let filter = BpfProgram::try_from(filter).map_err(|e| fail(&e))?;
     seccompiler::apply_filter(&filter).map_err(|e| fail(&e))?;
     let program = PathBuf::from(program);

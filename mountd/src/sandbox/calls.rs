@@ -1,4 +1,4 @@
-//! The system calls that a server may make: the list of docs/security.md, and nothing else.
+//! The system calls that a server may make: exactly the list in docs/security.md.
 
 use std::collections::BTreeMap;
 
@@ -10,30 +10,30 @@ use stencilfs::error::{Error, Result};
 /// One system call that a server may make.
 #[derive(Debug, Clone, Copy)]
 pub struct Call {
-    /// Its name.
+    /// Name of the system call.
     pub name: &'static str,
-    /// Its number on this processor.
+    /// Number of the system call on this architecture.
     pub number: libc::c_long,
-    /// With which arguments.
+    /// Allowed arguments.
     pub allowed: Allowed,
-    /// What the server needs it for.
+    /// What the server needs the call for.
     pub purpose: &'static str,
 }
 
-/// With which arguments a call is allowed.
+/// Condition on the arguments of a system call.
 #[derive(Debug, Clone, Copy)]
 pub enum Allowed {
-    /// With any.
+    /// All arguments are allowed.
     Always,
-    /// When one of the alternatives holds.
+    /// One of the alternatives must match.
     If(&'static str, &'static [Bits]),
-    /// When this argument is the server's own process.
+    /// The argument at this index must be the PID of the server itself.
     OwnProcess(&'static str, u8),
-    /// Never, but the answer is ENOSYS: the C library then takes an older call.
+    /// The call always returns ENOSYS: the C library then uses an older call.
     Unknown(&'static str),
 }
 
-/// Argument `arg` has `value` in the bits of `mask`.
+/// Matches if the bits of argument `arg` in `mask` have the value `value`.
 #[derive(Debug, Clone, Copy)]
 pub struct Bits {
     arg: u8,
@@ -54,11 +54,11 @@ const fn only(mut call: Call, allowed: Allowed) -> Call {
     call
 }
 
-/// `int` arguments: the upper half of the register says nothing.
+/// Mask for `int` arguments: the kernel ignores the upper half of the register.
 const INT: i64 = 0xFFFF_FFFF;
 
-/// What pthread_create asks for: a thread of this process and nothing more. Bit 22 is CLONE_DETACHED, which some C
-/// libraries set and the kernel ignores.
+/// The flags that pthread_create(3) passes to clone(2): a thread of this process and nothing else. Bit 22 is
+/// CLONE_DETACHED, which some C libraries set and the kernel ignores.
 const THREAD: i64 = (libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -70,19 +70,23 @@ const THREAD: i64 = (libc::CLONE_VM
     | libc::CLONE_CHILD_CLEARTID) as i64;
 const DETACHED: i64 = 0x0040_0000;
 
-/// The flags of open(2) that make, change or write a file. O_TMPFILE without its O_DIRECTORY.
+/// The flags of open(2) that create, truncate or write a file; O_TMPFILE without the O_DIRECTORY bit that it includes.
 const WRITING: i64 =
     (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | (libc::O_TMPFILE & !libc::O_DIRECTORY)) as i64;
 
 const NOT_CODE: Allowed = Allowed::If("without `PROT_EXEC`", &[bits(2, libc::PROT_EXEC as i64, 0)]);
 
-/// All of them. One more is a decision: it needs a row in docs/security.md and a new count in the scenario `sandbox`.
+/// All allowed calls. An addition needs a row in docs/security.md and a new count in the test scenario `sandbox`.
 pub const CALLS: &[Call] = &[
-    call("read", libc::SYS_read, "requests of the kernel, files of the store, answers of the supervisor"),
-    call("write", libc::SYS_write, "the log, notices that ask for requests again and take names back"),
+    call("read", libc::SYS_read, "requests of the kernel, files of the store, replies of the supervisor"),
+    call(
+        "write",
+        libc::SYS_write,
+        "the log, notifications to the kernel: resend requests, invalidate entries",
+    ),
     call("writev", libc::SYS_writev, "replies to the kernel"),
-    call("pread64", libc::SYS_pread64, "packs; backings that are verified"),
-    call("pwrite64", libc::SYS_pwrite64, "backings that are filled"),
+    call("pread64", libc::SYS_pread64, "packs, verification of backings"),
+    call("pwrite64", libc::SYS_pwrite64, "filling of backings"),
     only(
         call("openat", libc::SYS_openat, "files of the store"),
         Allowed::If(
@@ -93,7 +97,7 @@ pub const CALLS: &[Call] = &[
     only(
         call("openat2", libc::SYS_openat2, "files of the store"),
         Allowed::Unknown(
-            "never; the answer is ENOSYS, so that the server takes `openat` for each component, whose flags can be seen",
+            "never; it returns ENOSYS, so that the server uses `openat` for each component, whose flags the filter can check",
         ),
     ),
     call("close", libc::SYS_close, "descriptors"),
@@ -101,13 +105,13 @@ pub const CALLS: &[Call] = &[
     call("newfstatat", libc::SYS_newfstatat, "names of the store"),
     call("statx", libc::SYS_statx, "names of the store"),
     #[cfg(target_arch = "x86_64")]
-    call("readlink", libc::SYS_readlink, "the path of the store without symbolic links"),
-    call("readlinkat", libc::SYS_readlinkat, "the same, where there is no `readlink`"),
-    call("getdents64", libc::SYS_getdents64, "folders of the store"),
+    call("readlink", libc::SYS_readlink, "canonical path of the store"),
+    call("readlinkat", libc::SYS_readlinkat, "the same on architectures without `readlink`"),
+    call("getdents64", libc::SYS_getdents64, "directories of the store"),
     call("lseek", libc::SYS_lseek, "lengths of files, holes of backings"),
-    call("fadvise64", libc::SYS_fadvise64, "drops what the page cache would hold twice"),
+    call("fadvise64", libc::SYS_fadvise64, "drops pages that the page cache would hold twice"),
     only(
-        call("fcntl", libc::SYS_fcntl, "copies of descriptors, their flags"),
+        call("fcntl", libc::SYS_fcntl, "duplicates and flags of descriptors"),
         Allowed::If(
             "`F_DUPFD_CLOEXEC`, `F_GETFD`, `F_SETFD`, `F_GETFL`, `F_SETFL`, `F_GET_SEALS`",
             &[
@@ -120,47 +124,47 @@ pub const CALLS: &[Call] = &[
             ],
         ),
     ),
-    call("dup3", libc::SYS_dup3, "puts the connection in the place of the handshake's socket"),
+    call("dup3", libc::SYS_dup3, "replaces the socket of the handshake by the connection"),
     only(call("mmap", libc::SYS_mmap, "memory, tables of templates"), NOT_CODE),
     only(call("mprotect", libc::SYS_mprotect, "stacks and heaps"), NOT_CODE),
-    call("mremap", libc::SYS_mremap, "memory that grows"),
-    call("munmap", libc::SYS_munmap, "memory that is given back"),
-    call("madvise", libc::SYS_madvise, "memory that is given back"),
+    call("mremap", libc::SYS_mremap, "memory"),
+    call("munmap", libc::SYS_munmap, "release of memory"),
+    call("madvise", libc::SYS_madvise, "release of memory"),
     call("brk", libc::SYS_brk, "memory"),
     only(
         call("clone", libc::SYS_clone, "threads"),
-        Allowed::If("a thread, exactly as pthread_create asks for it", &[bits(0, !DETACHED, THREAD)]),
+        Allowed::If("the exact flags of pthread_create(3)", &[bits(0, !DETACHED, THREAD)]),
     ),
     only(
         call("clone3", libc::SYS_clone3, "threads"),
         Allowed::Unknown(
-            "never; the answer is ENOSYS, so that the C library takes `clone`, whose flags can be seen",
+            "never; it returns ENOSYS, so that the C library uses `clone`, whose flags the filter can check",
         ),
     ),
-    call("set_robust_list", libc::SYS_set_robust_list, "begin of a thread"),
-    call("rseq", libc::SYS_rseq, "begin of a thread"),
-    call("sigaltstack", libc::SYS_sigaltstack, "begin and end of a thread"),
-    call("sched_getaffinity", libc::SYS_sched_getaffinity, "begin of a thread"),
+    call("set_robust_list", libc::SYS_set_robust_list, "start of a thread"),
+    call("rseq", libc::SYS_rseq, "start of a thread"),
+    call("sigaltstack", libc::SYS_sigaltstack, "start and end of a thread"),
+    call("sched_getaffinity", libc::SYS_sched_getaffinity, "start of a thread"),
     only(
         call("prctl", libc::SYS_prctl, "names of threads"),
         Allowed::If("`PR_SET_NAME`", &[bits(0, INT, libc::PR_SET_NAME as i64)]),
     ),
-    call("gettid", libc::SYS_gettid, "who it is"),
-    call("getpid", libc::SYS_getpid, "who it is"),
-    call("geteuid", libc::SYS_geteuid, "who it is"),
+    call("gettid", libc::SYS_gettid, "process identity"),
+    call("getpid", libc::SYS_getpid, "process identity"),
+    call("geteuid", libc::SYS_geteuid, "process identity"),
     call("futex", libc::SYS_futex, "locks"),
     call("sched_yield", libc::SYS_sched_yield, "locks"),
     call("clock_nanosleep", libc::SYS_clock_nanosleep, "pauses"),
-    call("clock_gettime", libc::SYS_clock_gettime, "time, where it costs a call"),
-    call("restart_syscall", libc::SYS_restart_syscall, "a wait that a stop signal interrupted"),
+    call("clock_gettime", libc::SYS_clock_gettime, "time, without vDSO"),
+    call("restart_syscall", libc::SYS_restart_syscall, "restart of a wait after SIGCONT"),
     #[cfg(target_arch = "x86_64")]
     call("poll", libc::SYS_poll, "waits"),
-    call("ppoll", libc::SYS_ppoll, "waits, where there is no `poll`"),
-    call("sendmsg", libc::SYS_sendmsg, "questions to the supervisor, with descriptors"),
-    call("recvmsg", libc::SYS_recvmsg, "answers of the supervisor, with descriptors"),
+    call("ppoll", libc::SYS_ppoll, "waits on architectures without `poll`"),
+    call("sendmsg", libc::SYS_sendmsg, "requests to the supervisor, with descriptors"),
+    call("recvmsg", libc::SYS_recvmsg, "replies of the supervisor, with descriptors"),
     call("getrandom", libc::SYS_getrandom, "seeds of hash tables"),
     call("rt_sigaction", libc::SYS_rt_sigaction, "end of the process after a fault"),
-    call("rt_sigprocmask", libc::SYS_rt_sigprocmask, "begin of a thread, end of the process"),
+    call("rt_sigprocmask", libc::SYS_rt_sigprocmask, "start of a thread, end of the process"),
     call("rt_sigreturn", libc::SYS_rt_sigreturn, "return from a signal"),
     only(call("tgkill", libc::SYS_tgkill, "abort(3)"), Allowed::OwnProcess("to the server itself", 0)),
     call("exit", libc::SYS_exit, "end of a thread"),
@@ -168,7 +172,7 @@ pub const CALLS: &[Call] = &[
 ];
 
 impl Call {
-    /// The row of docs/security.md.
+    /// Returns the row for the table in docs/security.md.
     pub fn row(&self) -> String {
         let when = match self.allowed {
             Allowed::Always => "always",
@@ -196,24 +200,24 @@ impl Call {
 }
 
 fn wrong(name: &str, why: &dyn std::fmt::Display) -> Error {
-    Error::failed(format!("the filter of system calls cannot be made ({name}): {why}"))
-        .remedy("this is a fault of Stencil: report it with its version")
+    Error::failed(format!("cannot build the system call filter ({name}): {why}"))
+        .remedy("this is a bug in Stencil: report it with the version")
 }
 
-/// What becomes of a call that is not on the list.
+/// What happens at a system call that is not on the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
-    /// It fails with EPERM.
+    /// The call fails with EPERM.
     Eperm,
-    /// It ends the process with SIGSYS.
+    /// The process is killed with SIGSYS.
     Kill,
 }
 
-/// The programs of the filter, in the order in which they must be installed; `None` on a processor for which none can
-/// be made.
+/// Compiles the filters, in the order in which they must be installed; `None` on an architecture that seccompiler does
+/// not support.
 ///
 /// # Errors
-/// When the list cannot be compiled.
+/// Returns an error if the list cannot be compiled.
 pub fn programs(refused: Refused) -> Result<Option<[BpfProgram; 2]>> {
     let Ok(arch) = std::env::consts::ARCH.try_into() else { return Ok(None) };
     let compile = |rules: BTreeMap<i64, Vec<SeccompRule>>, otherwise, then| {
@@ -233,7 +237,8 @@ pub fn programs(refused: Refused) -> Result<Option<[BpfProgram; 2]>> {
         Refused::Eperm => SeccompAction::Errno(libc::EPERM as u32),
         Refused::Kill => SeccompAction::KillProcess,
     };
-    // The kernel takes the sharpest answer of both: what the list lets through as unknown, the first one refuses.
+    // The kernel applies the most restrictive result of both filters: the first filter turns calls that return ENOSYS
+    // from allowed (in the second one) to refused.
     Ok(Some([
         compile(unknown, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?,
         compile(all, refuse, SeccompAction::Allow)?,

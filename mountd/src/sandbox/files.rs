@@ -1,4 +1,4 @@
-//! What a server can reach through the file system: the store, for reading.
+//! Landlock rules: a server can reach the store, for reading, and nothing else in the file system.
 
 use std::path::Path;
 
@@ -9,19 +9,19 @@ use landlock::{
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::folder::Folder;
 
-/// The newest interface whose rights are taken away; an older kernel takes away what it knows.
+/// The latest Landlock ABI that is requested; an older kernel enforces the part that it supports.
 const KNOWN: ABI = ABI::V7;
 
 fn fail(what: &dyn std::fmt::Display) -> Error {
-    Error::failed(format!("Landlock cannot be set up: {what}"))
-        .remedy("see whether the container's filter forbids the landlock system calls")
+    Error::failed(format!("cannot set up Landlock: {what}"))
+        .remedy("check whether the container's seccomp filter forbids the landlock system calls")
 }
 
-/// Rules that allow to read what lies below `store`; everything else is forbidden: other files, writing, TCP, abstract
-/// sockets and signals to others.
+/// Creates rules that allow to read below `store` and forbid everything else: other files, writing, TCP, abstract
+/// sockets, and signals to processes outside.
 ///
 /// # Errors
-/// When the folder cannot be found.
+/// Returns an error if the directory cannot be opened.
 pub fn rules(store: &Path) -> Result<RulesetCreated> {
     let rules = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))
@@ -31,15 +31,15 @@ pub fn rules(store: &Path) -> Result<RulesetCreated> {
         .map_err(|e| fail(&e))?;
     let fd = PathFd::new(store).map_err(|e| {
         let landlock::PathFdError::OpenCall { source, .. } = e else { return fail(&e) };
-        Error::io("the server cannot be confined to the store", store, source)
+        Error::io("cannot confine the server to the store", store, source)
     })?;
     rules.add_rule(PathBeneath::new(fd, AccessFs::ReadFile | AccessFs::ReadDir)).map_err(|e| fail(&e))
 }
 
-/// From here on the rules hold.
+/// Applies the rules to this thread.
 ///
 /// # Errors
-/// When a kernel that has Landlock refuses.
+/// Returns an error if a kernel with Landlock refuses.
 pub fn restrict(rules: RulesetCreated, lacks: &mut Vec<String>) -> Result<()> {
     let RestrictionStatus { ruleset, landlock, .. } = rules.restrict_self().map_err(|e| fail(&e))?;
     if ruleset != RulesetStatus::FullyEnforced {
@@ -48,10 +48,10 @@ pub fn restrict(rules: RulesetCreated, lacks: &mut Vec<String>) -> Result<()> {
                 "the kernel has no Landlock (CONFIG_SECURITY_LANDLOCK)".to_owned()
             }
             LandlockStatus::NotEnabled => {
-                "Landlock is not switched on (boot with landlock in lsm=)".to_owned()
+                "Landlock is disabled (add landlock to lsm= on the kernel command line)".to_owned()
             }
             LandlockStatus::Available { effective_abi, .. } => format!(
-                "the kernel's Landlock has version {}, and knows not all that version {} forbids",
+                "the kernel has Landlock ABI {}, which enforces less than ABI {}",
                 effective_abi as i32, KNOWN as i32
             ),
         });
@@ -59,21 +59,21 @@ pub fn restrict(rules: RulesetCreated, lacks: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// The store's owner must be able to come to the store: every folder above it must let them pass.
+/// Checks that the store's owner can read the store: the owner needs search permission for every directory above it.
 ///
 /// # Errors
-/// When not.
+/// Returns an error if the owner has no access.
 pub fn expect_readable(store: &Path) -> Result<()> {
     let header = store.join("format");
     match Folder::open(store).and_then(|folder| folder.file("format")) {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             let uid = rustix::process::getuid().as_raw();
             Err(Error::io(format!("the store's owner (uid {uid}) cannot read the store"), &header, e).remedy(
-                "servers have the rights of the store's owner: let it pass through every folder above the store \
-                 (chmod o+x), and own every file in it (chown -R)",
+                "servers run as the store's owner: allow the owner to search every directory above the store (chmod \
+                 o+x), and make the owner own all its files (chown -R)",
             ))
         }
-        // Whatever else is wrong with the store is said by whoever opens it.
+        // Other errors are reported when the store is opened.
         _ => Ok(()),
     }
 }

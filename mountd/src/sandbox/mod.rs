@@ -1,12 +1,14 @@
-//! What a server gives up before it reads a byte that it did not write itself: docs/security.md says what for.
+//! The sandbox of a server, entered before the server reads data that another user may have written; see
+//! docs/security.md.
 //!
 //! ```text
-//!   inherited descriptors, memory, sockets ── made before ──┐
-//!                                                           ▼  one thread, no byte of the store read yet
-//!   no new privileges → no capabilities, uid of the store's owner → Landlock: the store, for reading → seccomp: a list
+//!   inherited descriptors, memory, sockets ── created before ──┐
+//!                                                              ▼  one thread, no byte of the store read yet
+//!   no_new_privs → no capabilities, uid of the store's owner → Landlock: store, read-only → seccomp: list of calls
 //! ```
-//! Nothing of it can be taken back, by the server or by what took the server over. A kernel that lacks a part is
-//! named and served on: a host that shares without Landlock is better off than one that does not share.
+//! No step can be undone, neither by the server nor by an attacker who has taken control of the server. A step that the
+//! kernel does not support is reported and skipped: a host that shares memory without Landlock is better off than one
+//! that does not share.
 
 pub mod attempt;
 mod calls;
@@ -20,21 +22,22 @@ use stencilfs::sys::clock;
 
 pub use calls::{CALLS, Refused};
 
-/// What becomes of a forbidden system call: `kill` ends the server, everything else that is set is refused.
+/// Environment variable for forbidden system calls: `kill` kills the server, `eperm` (the default) fails the call.
 pub const VARIABLE: &str = "STENCIL_SECCOMP";
 
-/// Enters the sandbox: from here on this process can read the store and use what it has open, and nothing else. Gives
-/// the parts that this kernel could not do, each in words; they are in the log already.
+/// Enters the sandbox: from here on this process can read the store and use its open descriptors, nothing else. Returns
+/// (and logs) the parts that this kernel does not support, as text.
 ///
 /// # Errors
-/// When there are other threads already (they would stay outside), when the store's owner cannot reach the store, or
-/// when a part fails that this kernel should have.
+/// Returns an error if there are other threads (which would stay outside), if the store's owner cannot reach the store,
+/// or if a step fails that this kernel supports.
 pub fn enter(store: &Path) -> Result<Vec<String>> {
     privileges::expect_one_thread()?;
     let refused = refused(std::env::var_os(VARIABLE).as_deref())?;
-    // Both make calls that are not on the list, once, and remember: the kernel's fast paths, and the time namespace.
+    // Each makes system calls once that are not on the list, and caches the results: CPU features and the time
+    // namespace.
     let _ = (rustix::param::page_size(), clock::monotonic());
-    // Found before the uid changes: the way to the store may be closed to its owner.
+    // Opens the store before the uid changes: a directory above it may be closed to its owner.
     let rules = files::rules(store)?;
     let mut lacks = Vec::new();
     privileges::give_up(store, &mut lacks)?;
@@ -42,7 +45,7 @@ pub fn enter(store: &Path) -> Result<Vec<String>> {
     files::expect_readable(store)?;
     filter(refused, &mut lacks)?;
     for lack in &lacks {
-        log::warn!("the server is less isolated than it could be: {lack}");
+        log::warn!("the server's sandbox is incomplete: {lack}");
     }
     Ok(lacks)
 }
@@ -51,21 +54,23 @@ fn refused(word: Option<&std::ffi::OsStr>) -> Result<Refused> {
     match word.map(|w| w.to_str().unwrap_or("?")) {
         None | Some("" | "eperm") => Ok(Refused::Eperm),
         Some("kill") => Ok(Refused::Kill),
-        Some(other) => Err(Error::usage(format!("{VARIABLE} is '{other}', expected kill, eperm or nothing"))
-            .remedy(format!("unset {VARIABLE}"))),
+        Some(other) => {
+            Err(Error::usage(format!("invalid value '{other}' of {VARIABLE}: expected kill or eperm"))
+                .remedy(format!("unset {VARIABLE}")))
+        }
     }
 }
 
-/// The last step: what it needs itself is not on the list.
+/// Installs the system call filter. This is the last step, as its own system calls are not on the list.
 fn filter(refused: Refused, lacks: &mut Vec<String>) -> Result<()> {
     let Some(programs) = calls::programs(refused)? else {
-        lacks.push(format!("no filter of system calls is known for {} processors", std::env::consts::ARCH));
+        lacks.push(format!("the system call filter does not support {} processors", std::env::consts::ARCH));
         return Ok(());
     };
     for program in programs {
         match seccompiler::apply_filter(&program) {
             Ok(()) => {}
-            // Not built into this kernel.
+            // The kernel was built without seccomp filters.
             Err(seccompiler::Error::Seccomp(e))
                 if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) =>
             {
@@ -73,8 +78,8 @@ fn filter(refused: Refused, lacks: &mut Vec<String>) -> Result<()> {
                 return Ok(());
             }
             Err(e) => {
-                return Err(Error::failed(format!("the filter of system calls cannot be installed: {e}"))
-                    .remedy("see whether the container's own filter forbids seccomp(2)"));
+                return Err(Error::failed(format!("cannot install the system call filter: {e}"))
+                    .remedy("check whether the container's own filter forbids seccomp(2)"));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Whose rights a server has: those of the store's owner, and no capability.
+//! Privileges of a server: uid and gid of the store's owner, and no capabilities.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -7,38 +7,39 @@ use rustix::process::{Gid, Uid};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use stencilfs::error::{Error, Result};
 
-/// All of this works on one thread: another one would keep what it has.
+/// Checks that the process has one thread: privileges are dropped for the calling thread only.
 ///
 /// # Errors
-/// When there is another one.
+/// Returns an error if there are more threads.
 pub fn expect_one_thread() -> Result<()> {
     match std::fs::read_dir("/proc/self/task").map(Iterator::count) {
         Ok(1) => Ok(()),
-        Ok(n) => Err(Error::failed(format!("the sandbox must be entered by one thread, there are {n}"))
-            .remedy("this is a fault of Stencil: report it with its version")),
+        Ok(n) => Err(Error::failed(format!("cannot enter the sandbox with {n} threads, expected 1"))
+            .remedy("this is a bug in Stencil: report it with the version")),
         Err(e) => Err(Error::io("cannot count threads", "/proc/self/task", e).remedy("mount /proc")),
     }
 }
 
-/// Gives up every privilege, for good.
+/// Drops all privileges permanently.
 ///
 /// # Errors
-/// When a step fails that no kernel and no container keeps from a process.
+/// Returns an error if a step fails that every kernel and container supports.
 pub fn give_up(store: &Path, lacks: &mut Vec<String>) -> Result<()> {
     let fail = |what: &str| {
-        let what = format!("cannot give up privileges: {what}");
+        let what = format!("cannot drop privileges: {what}");
         move |e: rustix::io::Errno| Error::failed(what).because(e.into())
     };
     rustix::thread::set_no_new_privs(true).map_err(fail("no_new_privs"))?;
-    let owner = std::fs::metadata(store).map_err(|e| Error::io("cannot see who owns the store", store, e))?;
-    // The bounding set first: it takes a capability to give it up.
+    let owner =
+        std::fs::metadata(store).map_err(|e| Error::io("cannot determine the store's owner", store, e))?;
+    // The bounding set first: emptying it requires a capability.
     if let Err(e) = empty_bounding_set() {
-        lacks.push(format!("capabilities stay in the bounding set: {}", std::io::Error::from(e)));
+        lacks.push(format!("the bounding set of capabilities is not empty: {}", std::io::Error::from(e)));
     }
     rustix::thread::clear_ambient_capability_set().map_err(fail("ambient capabilities"))?;
     if let Err(e) = become_owner(owner.uid(), owner.gid()) {
         lacks.push(format!(
-            "the server runs as uid {}, not as the store's owner {}: {}",
+            "the server runs as uid {} instead of the store's owner {}: {}",
             rustix::process::getuid().as_raw(),
             owner.uid(),
             std::io::Error::from(e)
@@ -49,7 +50,7 @@ pub fn give_up(store: &Path, lacks: &mut Vec<String>) -> Result<()> {
     rustix::thread::set_capabilities(None, sets).map_err(fail("capabilities"))
 }
 
-/// Root gets no capability from being root, in any later program either, and none can be raised.
+/// Empties the bounding set, so that no later program gains a capability by running as root or by raising one.
 fn empty_bounding_set() -> rustix::io::Result<()> {
     use CapabilitiesSecureBits as Bits;
     rustix::thread::set_capabilities_secure_bits(
@@ -62,7 +63,7 @@ fn empty_bounding_set() -> rustix::io::Result<()> {
     for bit in 0..u64::BITS {
         match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
             Ok(()) => {}
-            // Behind the last one that this kernel knows.
+            // Beyond the last capability of this kernel.
             Err(rustix::io::Errno::INVAL) => break,
             Err(e) => return Err(e),
         }

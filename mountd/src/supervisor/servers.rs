@@ -1,4 +1,4 @@
-//! Starting servers, and what one is to the supervisor.
+//! Servers, as the supervisor sees them, and their start.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -13,52 +13,52 @@ use stencilfs::sys::process::{self, ProcessId};
 
 use crate::backings::Backings;
 use crate::handed;
-use crate::kept::{Kept, Program};
+use crate::kept::{MountState, Program};
 use crate::server::BESIDE;
 
-/// A process that answers the kernel, or is about to.
+/// A server process, which serves the kernel or is starting.
 #[derive(Debug)]
 pub struct Server {
-    /// Which, and what it says of itself.
+    /// Its process and the data that it has reported.
     pub row: ServerRow,
-    /// Readable when it has ended.
+    /// Becomes readable when the process exits.
     pub pidfd: OwnedFd,
-    /// The way to it.
+    /// The supervisor's end of the link.
     pub link: Channel,
-    /// When it was started, or taken over.
+    /// Time of its start or takeover.
     pub since: Instant,
-    /// Requests of the kernel that were answered before it came.
+    /// Value of the `answers` counter at that time.
     pub answers: u64,
-    /// Number of the last question that was taken up: one that comes twice is answered once.
-    pub heard: u64,
-    /// True while a job finds its answer.
-    pub asking: bool,
-    /// What the OOM killer had done in its control group before.
+    /// Number of its last request that was handled: a repeated request is answered once.
+    pub last_request: u64,
+    /// True while a job works on its request.
+    pub busy: bool,
+    /// OOM kills in its control group before that time.
     pub oom_kills: Option<OomKills>,
-    /// How often the bell had been rung when it was started, where that is known.
-    pub born: Option<u32>,
+    /// Number of rings of the bell before its start; `None` if unknown.
+    pub rings_at_start: Option<u32>,
 }
 
 impl Server {
-    /// Starts one, `beside` another that serves or in its place. It inherits every descriptor that a new supervisor
-    /// would need, by number, and reads everything else from the ledger.
+    /// Starts a server, `beside` another one that serves or in its place. The server inherits all descriptors that a
+    /// new supervisor would need, under the same numbers, and reads everything else from the ledger.
     ///
     /// # Errors
-    /// When there can be no child.
-    pub fn start(kept: &Kept, backings: &Backings, program: &Program, beside: bool) -> Result<Server> {
+    /// Returns an error if the process cannot be started.
+    pub fn start(state: &MountState, backings: &Backings, program: &Program, beside: bool) -> Result<Server> {
         let fail = |e: std::io::Error| {
             Error::failed("cannot start a server")
                 .because(e)
-                .remedy("see the limits of processes and open files")
+                .remedy("check the limits on processes and open files")
         };
         let (ours, theirs) = Channel::pair().map_err(fail)?;
-        let ledger = kept.ledger.read_only().map_err(fail)?;
+        let ledger = state.ledger.read_only().map_err(fail)?;
         let named = [
-            ("fuse", kept.fuse.as_fd()),
+            ("fuse", state.fuse.as_fd()),
             ("link", theirs.as_fd()),
             ("peer", ours.as_fd()),
             ("ledger", ledger.as_fd()),
-            ("counters", kept.stats.page().fd().as_fd()),
+            ("counters", state.stats.page().fd().as_fd()),
             ("program", program.file.as_fd()),
         ];
         let backings = backings.files().map(AsFd::as_fd);
@@ -69,39 +69,49 @@ impl Server {
             .arg("serve")
             .args(beside.then_some(BESIDE))
             .args([&handed::argument(&named), "--"])
-            .arg(&kept.options.mountpoint);
+            .arg(&state.options.mountpoint);
         for word in
             ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"]
         {
             command.env_remove(word);
         }
-        // Out of reach of Ctrl-C at the supervisor's terminal.
+        // Its own process group: Ctrl-C at the supervisor's terminal does not reach the server.
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let child = process::inherit_all(&mut command, &inherited)
             .spawn()
             .map_err(|e| Error::io("cannot start a server", &program.name, e))?;
-        let process =
-            ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server is gone at once"))?;
+        let process = ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server exited at once"))?;
         let (version, lacks, program) = (String::new(), Vec::new(), program.name.clone());
-        let server = Server::new(ServerRow { process, version, program, lacks, serving: false }, ours, kept)?;
-        // Whatever was rung for stands in the ledger that it has yet to read.
-        Ok(Server { born: Some(kept.stats.page().rings()), ..server })
+        let server =
+            Server::new(ServerRow { process, version, program, lacks, serving: false }, ours, state)?;
+        // The server has yet to read the ledger, so it will see all changes up to this ring.
+        Ok(Server { rings_at_start: Some(state.stats.page().rings()), ..server })
     }
 
-    /// One that runs.
+    /// Wraps a running server.
     ///
     /// # Errors
-    /// When it does not.
-    pub fn new(row: ServerRow, link: Channel, kept: &Kept) -> Result<Server> {
-        let gone = || Error::failed(format!("the server, process {}, is gone", row.process.pid));
+    /// Returns an error if the process has exited.
+    pub fn new(row: ServerRow, link: Channel, state: &MountState) -> Result<Server> {
+        let gone = || Error::failed(format!("the server, process {}, has exited", row.process.pid));
         let pidfd = process::pidfd(row.process.pid)?.ok_or_else(gone)?;
-        let answers = kept.stats.get(crate::stats::Counter::Answers);
+        let answers = state.stats.get(crate::stats::Counter::Answers);
         let oom_kills = OomKills::of(row.process.pid);
         let since = Instant::now();
-        Ok(Server { row, pidfd, link, since, answers, heard: 0, asking: false, oom_kills, born: None })
+        Ok(Server {
+            row,
+            pidfd,
+            link,
+            since,
+            answers,
+            last_request: 0,
+            busy: false,
+            oom_kills,
+            rings_at_start: None,
+        })
     }
 
-    /// Ends it.
+    /// Kills the server.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }

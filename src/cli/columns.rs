@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_fit_their_cells_and_numbers_stand_right() {
+    fn aligns_text_left_and_numbers_right() {
         let mut out = Vec::new();
         let mut table = Columns::new(&["NAME", "N"]);
         table.row(["a".into(), "1".into()]);

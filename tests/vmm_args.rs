@@ -419,7 +419,7 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
         let run = refused(&format!("{common} -m 64M {words} -incoming defer"));
         let err = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(1), "{words}: {err}");
-        assert!(err.starts_with("stencil: ") && err.contains(why), "{words}: {err}");
+        assert!(err.starts_with("error: ") && err.contains(why), "{words}: {err}");
     }
     fs::write(format!("{folder}/state"), b"this state is another template's").unwrap();
     let run = refused(&format!("{common} -m 64M {fine} {numa} -incoming defer"));

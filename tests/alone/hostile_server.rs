@@ -69,5 +69,5 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
     assert_eq!(hostile.clone.tell("hash 0 77"), IMAGE.hash(77));
     // Nonsense ends it.
     hostile.link.send(&"no question", None).unwrap();
-    hostile.gives_way("has died");
+    hostile.gives_way("ended after");
 }

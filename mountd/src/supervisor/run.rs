@@ -288,7 +288,7 @@ impl Supervisor {
             Action::Reply(id, reply, file) => {
                 let link = self.servers.get(&id)?.link.as_ref()?;
                 if let Err(e) = link.try_send(&reply, file.as_ref().map(AsFd::as_fd)) {
-                    log::error!("cannot reply to a server: {e}");
+                    log::error!("cannot send a reply to the server: {e}");
                     return Some(Event::LinkClosed(id));
                 }
             }

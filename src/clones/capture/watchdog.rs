@@ -105,8 +105,8 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     match restore(Path::new(&socket), vm, &before, is_resumed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("stencil: cannot restore the VM: {error}");
-            crate::say!("stencil: {}", error.remedy_text().unwrap_or_default());
+            crate::say!("error: cannot restore the VM: {error}");
+            crate::say!("hint: {}", error.remedy_text().unwrap_or_default());
             ExitCode::FAILURE
         }
     }
@@ -150,7 +150,7 @@ fn while_alive(vm: ProcessId, mut attempt: impl FnMut() -> Result<()>) -> Result
         match retry(vm, &mut attempt) {
             Err(error) if vm.is_alive() => {
                 if !std::mem::replace(&mut reported, true) {
-                    crate::say!("stencil: cannot resume the VM, retrying while QEMU runs: {error}");
+                    crate::say!("warning: cannot resume the VM, retrying while QEMU runs: {error}");
                 }
             }
             outcome => return outcome,

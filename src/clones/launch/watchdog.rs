@@ -90,7 +90,7 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
     match registry::abort(&launch) {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("stencil: {error}");
+            crate::say!("error: {error}");
             ExitCode::FAILURE
         }
     }

@@ -110,7 +110,7 @@ pub fn main() -> ExitCode {
     match Zygote::start().and_then(Zygote::serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("stencil: {error}");
+            crate::say!("error: {error}");
             ExitCode::FAILURE
         }
     }

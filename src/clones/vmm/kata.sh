@@ -11,7 +11,7 @@ state=@STATE@
 size=@SIZE@
 
 refuse() {
-    echo "stencil: $1" >&2
+    echo "error: $1" >&2
     exit 1
 }
 

@@ -243,11 +243,10 @@ impl Lifecycle {
         self.leaving.push(Leaving { id, process });
     }
 
-    /// A process has exited. True if it was a leaving server.
-    pub fn exited(&mut self, id: ServerId) -> bool {
-        let before = self.leaving.len();
-        self.leaving.retain(|one| one.id != id);
-        self.leaving.len() != before
+    /// A process has exited. Returns it if it was a leaving server.
+    pub fn exited(&mut self, id: ServerId) -> Option<ProcessId> {
+        let at = self.leaving.iter().position(|one| one.id == id)?;
+        Some(self.leaving.swap_remove(at).process)
     }
 }
 
@@ -288,8 +287,8 @@ mod tests {
         assert!(!lifecycle.lost(first, None, false, &at), "a server is lost once");
         let second = server(&mut lifecycle, &at);
         assert_eq!((lifecycle.restarts(), lifecycle.leaving().count()), (1, 1));
-        assert!(!lifecycle.exited(second), "the current server is inspected before it leaves");
-        assert!(lifecycle.exited(first) && !lifecycle.exited(first), "one exit each");
+        assert_eq!(lifecycle.exited(second), None, "the current server is inspected before it leaves");
+        assert!(lifecycle.exited(first).is_some() && lifecycle.exited(first).is_none(), "one exit each");
         assert!(!lifecycle.has_leaving());
     }
 

@@ -276,7 +276,7 @@ impl Machine {
             return;
         }
         if let Some(id) = self.handover.overdue(inputs.now) {
-            self.candidate_failed(id, "it did not answer within 5 s");
+            self.candidate_failed(id, "timed out after 5 s waiting for the new server");
         }
         if self.lifecycle.current().is_some_and(|s| s.row.serving && s.has_answered(inputs.answers)) {
             self.handover.proven();
@@ -392,8 +392,8 @@ impl Machine {
     }
 
     fn exited(&mut self, id: ServerId) {
-        if self.lifecycle.exited(id) {
-            log::info!("a replaced server has exited");
+        if let Some(process) = self.lifecycle.exited(id) {
+            log::info!("server {} exited", process.pid);
             // What it had read since its successor started comes again.
             self.resend();
         } else {

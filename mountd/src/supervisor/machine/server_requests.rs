@@ -26,7 +26,7 @@ impl Machine {
             Admission::New => {}
             Admission::Repeated => return,
             Admission::OutOfTurn => {
-                log::error!("server {} does not wait for replies", server.row.process.pid);
+                log::error!("the server sends requests without waiting for replies");
                 return self.end_server(id, "it does not wait for replies");
             }
         }

@@ -1,4 +1,4 @@
-//! The sums of the accounting and both of its audits, on real clones.
+//! `stencil density` on real clones: its totals, and the fields of its JSON. `alone::accounting` tests its audits.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,8 @@ use crate::support::{drill, host};
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
 
-/// A mount with a template of `size` bytes, three quarters of it data that no two pages share.
+/// Mounts a store with a template of `size` bytes. Three quarters of its pages have distinct data, the rest are zero.
+/// Returns the mount and the digest of the template.
 pub fn world(serve: &str, size: u64) -> (TestMount, String) {
     let world = TestMount::new(serve);
     let mut bytes = vec![0u8; size as usize];
@@ -30,6 +31,7 @@ pub fn number(value: &Value, field: &str) -> u64 {
     value[field].as_u64().unwrap_or_else(|| panic!("no number {field} in {value:#}"))
 }
 
+/// Asserts that the totals of `stencil density` are the sums of their parts.
 pub fn assert_sums(density: &Value) {
     let totals = &density["totals"];
     let parts = [
@@ -53,24 +55,24 @@ pub fn assert_sums(density: &Value) {
     assert_eq!(number(totals, "template_bytes"), resident);
 }
 
-/// The kernel's own sum of copied memory in the mappings of one inode: `Private_Dirty` and `Shared_Dirty` of
-/// `/proc/PID/smaps`, in bytes.
+/// Returns the size of the copied memory in the mappings of one inode, in bytes: `Private_Dirty` plus `Shared_Dirty` of
+/// `/proc/PID/smaps`.
 fn smaps_dirty(pid: u64, ino: u64) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let (mut inside, mut sum) = (false, 0);
+    let (mut in_mapping, mut sum) = (false, 0);
     for line in text.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        if words[0].contains('-') && words.len() >= 5 && !words[0].ends_with(':') {
-            inside = words[4] == ino.to_string();
-        } else if inside && matches!(words[0], "Private_Dirty:" | "Shared_Dirty:") {
-            sum += words[1].parse::<u64>().unwrap() * 1024;
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if fields[0].contains('-') && fields.len() >= 5 && !fields[0].ends_with(':') {
+            in_mapping = fields[4] == ino.to_string();
+        } else if in_mapping && matches!(fields[0], "Private_Dirty:" | "Shared_Dirty:") {
+            sum += fields[1].parse::<u64>().unwrap() * 1024;
         }
     }
     sum
 }
 
 #[test]
-fn the_host_is_the_sum_of_its_parts_and_the_kernel_agrees() {
+fn host_memory_is_the_sum_of_its_parts_and_matches_smaps() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let (world, digest) = world(serve, 32 * MIB);
@@ -93,12 +95,17 @@ fn the_host_is_the_sum_of_its_parts_and_the_kernel_agrees() {
         assert_eq!(number(&density["templates"][0], "clones"), 12);
         assert_eq!(density["templates"][0]["serving"], serve);
         assert_eq!(number(&density["templates"][0], "data_bytes"), 24 * MIB);
-        // Restored by copy: all data, the copies of zero pages, and what each clone has besides.
+        // `copied_bytes` is the cost of the same clones without sharing: all data of the template, the written zero
+        // pages, page tables and overhead.
         let copied = number(totals, "copied_bytes");
-        let besides = number(totals, "page_table_bytes") + number(totals, "overhead_bytes");
-        let new = copied - besides - 12 * 24 * MIB;
-        // A quarter of the template is zero, and the 300 pages are spread evenly.
-        assert!((12 * 40 * PAGE..12 * 120 * PAGE).contains(&new), "{} new pages", new / PAGE);
+        let tables_and_overhead = number(totals, "page_table_bytes") + number(totals, "overhead_bytes");
+        let written_zero = copied - tables_and_overhead - 12 * 24 * MIB;
+        // A quarter of the template is zero, and the 300 written pages are spread evenly.
+        assert!(
+            (12 * 40 * PAGE..12 * 120 * PAGE).contains(&written_zero),
+            "{} written zero pages",
+            written_zero / PAGE
+        );
         assert!(
             totals["lazy_ratio"]
                 .as_f64()
@@ -110,7 +117,7 @@ fn the_host_is_the_sum_of_its_parts_and_the_kernel_agrees() {
 }
 
 #[test]
-fn two_tags_of_one_template_take_ram_once() {
+fn two_tags_of_one_template_share_its_resident_pages() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let (world, _) = world(serve, 16 * MIB);
@@ -133,18 +140,19 @@ fn two_tags_of_one_template_take_ram_once() {
     }
 }
 
-/// Clones that are stopped by SIGSTOP, until this is dropped.
+/// Clones that are stopped by SIGSTOP and resumed on drop.
 pub struct StandStill(Vec<ProcessId>);
 
 impl StandStill {
+    /// Stops every clone in the output of `stencil ps --json`.
     pub fn of(ps: &Value) -> StandStill {
         let clones = ps["clones"].as_array().unwrap();
         let processes: Vec<ProcessId> = clones
             .iter()
-            .map(|clone| ProcessId::of(number(clone, "pid") as u32).unwrap().expect("the clone lives"))
+            .map(|clone| ProcessId::of(number(clone, "pid") as u32).unwrap().expect("the clone is alive"))
             .collect();
         let all = StandStill(processes);
-        // A thread that is in the kernel first ends what it does there, be it a fault of 2 MiB.
+        // A thread inside the kernel stops only after its system call or page fault, which may cover 2 MiB.
         all.0.iter().for_each(|process| drill::stop(*process));
         all
     }
@@ -159,7 +167,7 @@ impl Drop for StandStill {
 }
 
 #[test]
-fn density_has_the_fields_that_programs_rely_on() {
+fn density_json_has_the_promised_fields() {
     let _host = host::shared();
     let (world, _) = world("decode", 4 * MIB);
     world.stencil(&["clone", "web:1", "-n", "2", "--simulate", "write=3p"]).ok();
@@ -182,7 +190,7 @@ fn density_has_the_fields_that_programs_rely_on() {
          overhead_bytes disk_bytes swap_bytes host_bytes bytes_per_further_clone clones_per_gib sharing_ratio lazy_ratio \
          overcommit_ratio"
     );
-    // People and programs read the same figures.
+    // The table has the same figures as the JSON.
     let text = world.stencil(&["density"]).ok().out;
     for clone in density["clones"].as_array().unwrap() {
         let line = text.lines().find(|line| line.starts_with(clone["id"].as_str().unwrap())).unwrap();

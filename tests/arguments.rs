@@ -1,5 +1,5 @@
-//! Every argument of every command, with values that nobody expects: the table is made from the parser's own tree, so that
-//! a new command is in it.
+//! Every argument of every command with invalid values. The list of arguments comes from the parser, so that new
+//! commands are included.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -16,29 +16,29 @@ use serde_json::Value;
 
 use crate::support::mount::{STENCIL, TestMount, temporary};
 
-/// Exit codes that docs/reference/exit-codes-and-json.md promises.
-const CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
+/// Exit codes that docs/reference/exit-codes-and-json.md documents.
+const DOCUMENTED_CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
 
-/// Not UTF-8.
-const BYTES: &[u8] = b"\xff\xfe/\xc3(";
+/// Bytes that are not valid UTF-8.
+const NOT_UTF8: &[u8] = b"\xff\xfe/\xc3(";
 
-fn odd(bytes: &[u8]) -> OsString {
+fn os_string(bytes: &[u8]) -> OsString {
     OsStr::from_bytes(bytes).to_owned()
 }
 
-/// Commands that do something, with the words that lead to them.
-fn leaves(command: &clap::Command, words: &[String], out: &mut Vec<(Vec<String>, clap::Command)>) {
-    let mut below = command.get_subcommands().filter(|c| c.get_name() != "help").peekable();
-    if below.peek().is_none() {
-        return out.push((words.to_vec(), command.clone()));
+/// Appends the commands without subcommands to `out`, each with its path of command names.
+fn leaf_commands(command: &clap::Command, path: &[String], out: &mut Vec<(Vec<String>, clap::Command)>) {
+    let mut subcommands = command.get_subcommands().filter(|c| c.get_name() != "help").peekable();
+    if subcommands.peek().is_none() {
+        return out.push((path.to_vec(), command.clone()));
     }
-    for next in below {
-        leaves(next, &[words, &[next.get_name().to_owned()]].concat(), out);
+    for next in subcommands {
+        leaf_commands(next, &[path, &[next.get_name().to_owned()]].concat(), out);
     }
 }
 
-/// A value that another argument has meanwhile.
-fn filler(arg: &clap::Arg) -> &'static str {
+/// Returns a valid value for a required argument that is not under test.
+fn valid_value(arg: &clap::Arg) -> &'static str {
     match arg.get_id().as_str() {
         "template" | "templates" | "what" | "reference" => "web:1",
         "source" => "source",
@@ -50,40 +50,41 @@ fn filler(arg: &clap::Arg) -> &'static str {
     }
 }
 
-/// Every argument of the command with that value, the required ones filled in.
-fn calls(words: &[String], command: &clap::Command, value: &OsStr) -> Vec<Vec<OsString>> {
+/// Returns one call of the command for each of its arguments, with that argument set to `value` and the other required
+/// arguments set to valid values.
+fn calls(path: &[String], command: &clap::Command, value: &OsStr) -> Vec<Vec<OsString>> {
     let takes = |arg: &&clap::Arg| arg.get_action().takes_values();
     let with = |chosen: &clap::Arg| {
-        let mut call: Vec<OsString> = words.iter().map(OsString::from).collect();
-        let (mut named, mut placed) = (Vec::new(), Vec::new());
+        let mut call: Vec<OsString> = path.iter().map(OsString::from).collect();
+        let (mut options, mut positionals) = (Vec::new(), Vec::new());
         for arg in command.get_arguments().filter(takes) {
             let chosen = arg.get_id() == chosen.get_id();
             if !chosen && !arg.is_required_set() {
                 continue;
             }
-            let value = if chosen { value.to_owned() } else { filler(arg).into() };
+            let value = if chosen { value.to_owned() } else { valid_value(arg).into() };
             match arg.get_long() {
                 Some(long) => {
-                    let mut word = OsString::from(format!("--{long}="));
-                    word.push(value);
-                    named.push(word);
+                    let mut option = OsString::from(format!("--{long}="));
+                    option.push(value);
+                    options.push(option);
                 }
                 None => match arg.get_short() {
-                    Some(short) => named.extend([format!("-{short}").into(), value]),
-                    None => placed.push(value),
+                    Some(short) => options.extend([format!("-{short}").into(), value]),
+                    None => positionals.push(value),
                 },
             }
         }
-        call.extend(named);
-        call.extend(placed);
+        call.extend(options);
+        call.extend(positionals);
         call
     };
     command.get_arguments().filter(takes).map(with).collect()
 }
 
-/// Runs to the end; panics where there is none.
+/// Runs the command; panics if it does not exit within 60 s.
 #[track_caller]
-fn run(command: &mut Command, words: &[OsString]) -> Output {
+fn run(command: &mut Command, args: &[OsString]) -> Output {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
@@ -95,14 +96,14 @@ fn run(command: &mut Command, words: &[OsString]) -> Output {
         })
     };
     let (out, err) = (read(Box::new(out)), read(Box::new(err)));
-    let until = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status;
         }
-        if Instant::now() > until {
+        if Instant::now() > deadline {
             child.kill().unwrap();
-            panic!("stencil {words:?} does not end");
+            panic!("stencil {args:?} does not exit");
         }
         std::thread::sleep(Duration::from_millis(2));
     };
@@ -110,12 +111,12 @@ fn run(command: &mut Command, words: &[OsString]) -> Output {
 }
 
 #[track_caller]
-fn ended_well(output: &Output, words: &[OsString]) {
+fn assert_documented_exit(output: &Output, args: &[OsString]) {
     let err = String::from_utf8_lossy(&output.stderr);
     let code = output.status.code();
     assert!(
-        code.is_some_and(|code| CODES.contains(&code)) && !err.contains("panicked"),
-        "stencil {words:?}: exit code {code:?}, signal {:?}\n{err}",
+        code.is_some_and(|code| DOCUMENTED_CODES.contains(&code)) && !err.contains("panicked"),
+        "stencil {args:?}: exit code {code:?}, signal {:?}\n{err}",
         output.status.signal()
     );
 }
@@ -142,33 +143,33 @@ fn in_world(dir: &Path) -> Command {
 }
 
 #[test]
-fn no_value_of_any_argument_makes_a_command_panic() {
+fn no_argument_value_makes_a_command_panic() {
     let dir = world();
     let mut commands = Vec::new();
-    leaves(&stencilfs::cli::Cli::command(), &[], &mut commands);
+    leaf_commands(&stencilfs::cli::Cli::command(), &[], &mut commands);
     assert!(commands.len() >= 25, "{} commands", commands.len());
     let long = vec![b'a'; 5000];
     let mut all = Vec::new();
-    for value in [BYTES, b"", b"-\xff", &long] {
-        for (words, command) in &commands {
-            all.extend(calls(words, command, OsStr::from_bytes(value)));
+    for value in [NOT_UTF8, b"", b"-\xff", &long] {
+        for (path, command) in &commands {
+            all.extend(calls(path, command, OsStr::from_bytes(value)));
         }
     }
     assert!(all.len() >= 250, "{} calls", all.len());
-    // What stands for any command: options of all of them, and words that are none.
-    for value in [BYTES, b"", &long] {
-        let value = || odd(value);
+    // Global options, and words that are not a command.
+    for value in [NOT_UTF8, b"", &long] {
+        let value = || os_string(value);
         all.extend([vec![value()], vec!["--store".into(), value(), "ls".into()]]);
         all.push(vec!["--json".into(), "--store".into(), value(), "ls".into()]);
         all.push(vec!["ls".into(), "--json".into(), value()]);
     }
-    let left = Mutex::new(all.into_iter());
+    let remaining = Mutex::new(all.into_iter());
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 loop {
-                    let Some(words) = left.lock().unwrap().next() else { return };
-                    ended_well(&run(in_world(dir.path()).args(&words), &words), &words);
+                    let Some(args) = remaining.lock().unwrap().next() else { return };
+                    assert_documented_exit(&run(in_world(dir.path()).args(&args), &args), &args);
                 }
             });
         }
@@ -176,7 +177,7 @@ fn no_value_of_any_argument_makes_a_command_panic() {
 }
 
 #[test]
-fn no_variable_and_no_folder_makes_a_command_panic() {
+fn no_environment_variable_or_cwd_makes_a_command_panic() {
     let dir = world();
     let commands: [&[&str]; 9] = [
         &["ls"],
@@ -193,51 +194,52 @@ fn no_variable_and_no_folder_makes_a_command_panic() {
     for name in
         ["STENCIL_STORE", "STENCIL_RUNTIME_DIR", "STENCIL_LOG", "STENCIL_MOUNTD", "EDITOR", "TMPDIR", "PATH"]
     {
-        for value in [BYTES, b""] {
-            for words in commands {
+        for value in [NOT_UTF8, b""] {
+            for args in commands {
                 let mut command = in_world(dir.path());
-                command.args(words).env(name, odd(value));
-                let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-                ended_well(&run(&mut command, &words), &words);
+                command.args(args).env(name, os_string(value));
+                let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+                assert_documented_exit(&run(&mut command, &args), &args);
                 let mut unmount = in_world(dir.path());
-                if words[0] == "mount" {
-                    unmount.args(["umount", "mnt"]).env(name, odd(value)).output().unwrap();
+                if args[0] == "mount" {
+                    unmount.args(["umount", "mnt"]).env(name, os_string(value)).output().unwrap();
                 }
             }
         }
     }
     // A working directory that was removed.
-    for words in commands {
+    for args in commands {
         let script = format!("mkdir gone && cd gone && rmdir ../gone && exec {STENCIL} \"$@\"");
         let mut command = Command::new("sh");
-        command.current_dir(dir.path()).args(["-c", &script, "sh"]).args(words);
+        command.current_dir(dir.path()).args(["-c", &script, "sh"]).args(args);
         command.env("STENCIL_STORE", "store").env("STENCIL_RUNTIME_DIR", "run").env("EDITOR", "true");
-        let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        ended_well(&run(&mut command, &words), &words);
+        let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+        assert_documented_exit(&run(&mut command, &args), &args);
     }
 }
 
 #[test]
-fn paths_of_any_bytes_are_used_as_they_are_or_refused() {
+fn non_utf8_paths_are_used_unchanged_or_refused() {
     let world = TestMount::unmounted();
-    let odd = |name: &str| world.dir().join(odd(&[name.as_bytes(), b"\xff"].concat()));
-    let (source, store, exported) = (odd("source"), odd("store"), odd("exported"));
+    let non_utf8_path = |name: &str| world.dir().join(os_string(&[name.as_bytes(), b"\xff"].concat()));
+    let (source, store, exported) =
+        (non_utf8_path("source"), non_utf8_path("store"), non_utf8_path("exported"));
     fs::write(&source, [7; 8192]).unwrap();
-    let run = |words: &[&OsStr]| {
-        let output = world.command().arg("--json").args(words).output().unwrap();
-        let answer: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|e| panic!("{words:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
-        (output.status.code().unwrap(), answer)
+    let run = |args: &[&OsStr]| {
+        let output = world.command().arg("--json").args(args).output().unwrap();
+        let reply: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
+        (output.status.code().unwrap(), reply)
     };
-    fn words(words: &'static [&'static str]) -> Vec<&'static OsStr> {
-        words.iter().map(OsStr::new).collect()
+    fn os_args(args: &'static [&'static str]) -> Vec<&'static OsStr> {
+        args.iter().map(OsStr::new).collect()
     }
     let in_store = |rest: &'static [&'static str]| {
-        [vec![OsStr::new("--store"), store.as_os_str()], words(rest)].concat()
+        [vec![OsStr::new("--store"), store.as_os_str()], os_args(rest)].concat()
     };
     let imported = run(&[
         vec![OsStr::new("--store"), store.as_os_str(), OsStr::new("import"), source.as_os_str()],
-        words(&["web:1"]),
+        os_args(&["web:1"]),
     ]
     .concat());
     assert_eq!((imported.0, store.join("templates").is_dir() || store.is_dir()), (0, true), "{}", imported.1);
@@ -246,35 +248,35 @@ fn paths_of_any_bytes_are_used_as_they_are_or_refused() {
     export.push(exported.as_os_str());
     assert_eq!(run(&export).0, 0);
     assert_eq!(fs::read(&exported).unwrap(), [7; 8192]);
-    let saved = odd("saved");
+    let saved = non_utf8_path("saved");
     let mut save = in_store(&["save", "web:1", "-o"]);
     save.push(saved.as_os_str());
-    let (code, answer) = run(&save);
-    assert_eq!(code, 0, "{answer}");
-    assert!(answer["output"].as_str().unwrap().ends_with(r"saved\xff"), "{answer}");
-    let missing = odd("missing");
-    let (code, answer) = run(&[OsStr::new("--store"), missing.as_os_str(), OsStr::new("ls")]);
+    let (code, reply) = run(&save);
+    assert_eq!(code, 0, "{reply}");
+    assert!(reply["output"].as_str().unwrap().ends_with(r"saved\xff"), "{reply}");
+    let missing = non_utf8_path("missing");
+    let (code, reply) = run(&[OsStr::new("--store"), missing.as_os_str(), OsStr::new("ls")]);
     assert_eq!(code, 4);
-    assert!(answer["error"]["path"].as_str().unwrap().ends_with(r"missing\xff"), "{answer}");
+    assert!(reply["error"]["path"].as_str().unwrap().ends_with(r"missing\xff"), "{reply}");
 
-    // Records, and what is pasted into a VMM's configuration, are JSON: such a path is refused before anything is mounted.
-    let plain = world.mountpoint().as_os_str();
-    fs::create_dir(odd("mnt")).unwrap();
-    fs::create_dir(odd("cache")).unwrap();
-    let [mnt, cache] = [odd("mnt"), odd("cache")];
+    // Records and VMM configurations are JSON, which cannot hold such a path: the mount is refused before it starts.
+    let mountpoint = world.mountpoint().as_os_str();
+    fs::create_dir(non_utf8_path("mnt")).unwrap();
+    fs::create_dir(non_utf8_path("cache")).unwrap();
+    let [mnt, cache] = [non_utf8_path("mnt"), non_utf8_path("cache")];
     let mounts: [&[&OsStr]; 3] = [
         &[OsStr::new("mount"), mnt.as_os_str()],
-        &[OsStr::new("--store"), store.as_os_str(), OsStr::new("mount"), plain],
-        &[OsStr::new("mount"), plain, OsStr::new("--cache-dir"), cache.as_os_str()],
+        &[OsStr::new("--store"), store.as_os_str(), OsStr::new("mount"), mountpoint],
+        &[OsStr::new("mount"), mountpoint, OsStr::new("--cache-dir"), cache.as_os_str()],
     ];
-    for words in mounts {
-        let (code, answer) = run(words);
-        assert_eq!((code, answer["error"]["code"].as_str()), (2, Some("usage")), "{words:?}: {answer}");
-        assert!(answer["error"]["message"].as_str().unwrap().contains("not UTF-8"), "{answer}");
+    for args in mounts {
+        let (code, reply) = run(args);
+        assert_eq!((code, reply["error"]["code"].as_str()), (2, Some("usage")), "{args:?}: {reply}");
+        assert!(reply["error"]["message"].as_str().unwrap().contains("not UTF-8"), "{reply}");
     }
-    let mut elsewhere = world.command();
-    elsewhere.arg("mount").arg(plain).env("STENCIL_RUNTIME_DIR", odd("run"));
-    let output = elsewhere.output().unwrap();
+    let mut mount = world.command();
+    mount.arg("mount").arg(mountpoint).env("STENCIL_RUNTIME_DIR", non_utf8_path("run"));
+    let output = mount.output().unwrap();
     assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(
         fs::read_to_string("/proc/mounts")
@@ -284,13 +286,13 @@ fn paths_of_any_bytes_are_used_as_they_are_or_refused() {
     );
 }
 
-/// An argument as help prints it, and its default.
-fn spelled(arg: &clap::Arg) -> (String, String) {
+/// Returns an argument as `--help` prints it, and its default value.
+fn as_documented(arg: &clap::Arg) -> (String, String) {
     let short = match (arg.get_short(), arg.get_long()) {
         (Some(short), Some(_)) => format!("-{short}, "),
         _ => String::new(),
     };
-    // A flag's default is that it is absent.
+    // A flag has no default value to document.
     let takes_values = arg.get_action().takes_values();
     let defaults = arg.get_default_values().iter().filter(|_| takes_values);
     let defaults: Vec<_> = defaults.map(|value| value.to_str().unwrap()).collect();
@@ -298,7 +300,7 @@ fn spelled(arg: &clap::Arg) -> (String, String) {
 }
 
 #[test]
-fn the_documented_commands_are_those_that_exist() {
+fn documented_commands_match_the_parser() {
     fn visible(command: &clap::Command) -> bool {
         !command.is_hide_set() && command.get_subcommands().all(visible)
     }
@@ -306,20 +308,20 @@ fn the_documented_commands_are_those_that_exist() {
     let mut cli = stencilfs::cli::Cli::command().disable_help_subcommand(true);
     cli.build();
     let mut commands = Vec::new();
-    for below in cli.get_subcommands().filter(|command| visible(command)) {
-        leaves(below, &["stencil".to_owned(), below.get_name().to_owned()], &mut commands);
+    for command in cli.get_subcommands().filter(|command| visible(command)) {
+        leaf_commands(command, &["stencil".to_owned(), command.get_name().to_owned()], &mut commands);
     }
-    // Options of every command belong to the program itself.
+    // Global options are documented once, for the program itself.
     let global =
         |arg: &&clap::Arg| arg.is_global_set() || ["help", "version"].contains(&arg.get_id().as_str());
-    let own = |command: &clap::Command| -> Arguments {
-        command.get_arguments().filter(|arg| !arg.is_hide_set() && !global(arg)).map(spelled).collect()
+    let arguments_of = |command: &clap::Command| -> Arguments {
+        command.get_arguments().filter(|arg| !arg.is_hide_set() && !global(arg)).map(as_documented).collect()
     };
-    let of_every_command = cli.get_arguments().filter(|arg| arg.is_global_set()).map(spelled).collect();
-    let mut ours: BTreeMap<String, Arguments> =
-        commands.iter().map(|(words, command)| (words.join(" "), own(command))).collect();
-    ours.insert("stencil".to_owned(), of_every_command);
-    assert!(ours.len() >= 29, "{:?}", ours.keys());
+    let global_options = cli.get_arguments().filter(|arg| arg.is_global_set()).map(as_documented).collect();
+    let mut existing: BTreeMap<String, Arguments> =
+        commands.iter().map(|(words, command)| (words.join(" "), arguments_of(command))).collect();
+    existing.insert("stencil".to_owned(), global_options);
+    assert!(existing.len() >= 29, "only {} commands: {:?}", existing.len(), existing.keys());
 
     let page =
         fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/commands.md")).unwrap();
@@ -334,14 +336,14 @@ fn the_documented_commands_are_those_that_exist() {
             assert!(cells.len() == 5 && !cells[3].is_empty(), "{command}: {row}");
             (cells[1].clone(), cells[2].clone())
         });
-        let once = documented.insert(command.to_owned(), cells.collect()).is_none();
-        assert!(once, "{command} is documented twice");
+        let is_new = documented.insert(command.to_owned(), cells.collect()).is_none();
+        assert!(is_new, "{command} is documented twice");
     }
-    assert_eq!(documented.keys().collect::<Vec<_>>(), ours.keys().collect::<Vec<_>>());
-    for (command, arguments) in &ours {
+    assert_eq!(documented.keys().collect::<Vec<_>>(), existing.keys().collect::<Vec<_>>());
+    for (command, arguments) in &existing {
         assert_eq!(
             &documented[command], arguments,
-            "{command}: documented on the left, existing on the right"
+            "{command}: documented (left) and existing (right) arguments differ"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! `stencil explain`: what it prints, how it exits, and that it leaves the file as it was.
+//! `stencil explain`: output, exit codes, and that the backing file is neither created nor modified.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -13,29 +13,29 @@ fn explain(files: &Files, object: &str, json: bool) -> Output {
     command.args(["explain", "--", &files.expand(object)]).output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+fn utf8(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 #[test]
-fn an_accepted_object_is_explained_to_people_and_to_machines() {
+fn explains_an_accepted_object_as_text_and_json() {
     let files = Files::new("");
     let object = "M,size=4M,mem-path={file},readonly=on,rom=off";
     let output = explain(&files, object, false);
     assert!(output.status.success() && output.stderr.is_empty());
-    let said = text(&output.stdout);
+    let text = utf8(&output.stdout);
     let path = files.path("file").display().to_string();
-    let lines: Vec<_> = said.lines().collect();
+    let lines: Vec<_> = text.lines().collect();
     assert!(
         lines[0].starts_with("memory-backend-file 'm', 4.00 MiB: writable RAM from a read-only file"),
-        "{said}"
+        "{text}"
     );
     assert!(
         lines[1].starts_with("maps ") && lines[1].contains(" rw-p ") && lines[1].ends_with(&path),
-        "{said}"
+        "{text}"
     );
-    assert!(lines[2].starts_with("VmFlags  rd wr "), "{said}");
-    assert!(lines[4].contains("4.00 MiB") && lines[5].trim() == "use reserve=off", "{said}");
+    assert!(lines[2].starts_with("VmFlags  rd wr "), "{text}");
+    assert!(lines[4].contains("4.00 MiB") && lines[5].trim() == "use reserve=off", "{text}");
 
     let value: serde_json::Value = serde_json::from_slice(&explain(&files, object, true).stdout).unwrap();
     assert_eq!(value["schema"], 1);
@@ -47,7 +47,7 @@ fn an_accepted_object_is_explained_to_people_and_to_machines() {
 }
 
 #[test]
-fn a_refusal_has_one_line_its_remedy_and_its_exit_code() {
+fn a_rejected_object_gives_an_error_a_hint_and_an_exit_code() {
     let files = Files::new("");
     for (object, code) in [
         ("M,size=4M,mem-path={file},share=maybe", 2),
@@ -58,16 +58,16 @@ fn a_refusal_has_one_line_its_remedy_and_its_exit_code() {
         ("M,size=4M,mem-path={empty},readonly=on", 1),
     ] {
         let output = explain(&files, object, false);
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{object}: {said}");
+        let text = utf8(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{object}: {text}");
         assert!(output.stdout.is_empty(), "{object}");
-        assert_eq!(said.lines().count(), 2, "{object}: {said}");
-        assert!(said.starts_with("error: ") && said.contains("\nhint: "), "{object}: {said}");
+        assert_eq!(text.lines().count(), 2, "{object}: {text}");
+        assert!(text.starts_with("error: ") && text.contains("\nhint: "), "{object}: {text}");
     }
 }
 
 #[test]
-fn the_file_is_afterwards_what_it_was() {
+fn explain_does_not_create_or_modify_files() {
     for object in [
         "M,size=4M,mem-path={missing}",
         "M,size=4M,mem-path={missing},share=on,prealloc=on",

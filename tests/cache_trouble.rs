@@ -1,4 +1,5 @@
-//! The folder of backings fills up or vanishes: decode serves meanwhile, and passthrough comes back by itself.
+//! The cache directory is full, missing or read-only: templates are served by decode meanwhile, and by passthrough once
+//! the directory is usable again.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -23,18 +24,19 @@ fn template(world: &TestMount) -> Value {
     world.status()["templates"][0].clone()
 }
 
-/// Opens again and again until an open gets the backing: what failed is tried again after ten seconds.
-fn promoted(world: &TestMount, path: &Path) {
-    let until = Instant::now() + Duration::from_secs(25);
+/// Opens the file repeatedly until passthrough serves the template: a failed hydration is tried again after ten
+/// seconds.
+fn wait_promoted(world: &TestMount, path: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(25);
     while template(world)["serving"] != "passthrough" || template(world)["hydrated_bytes"] == 0 {
-        assert!(Instant::now() < until, "it is not promoted: {:#}", template(world));
+        assert!(Instant::now() < deadline, "the template is not promoted: {:#}", template(world));
         File::open(path).unwrap();
         std::thread::sleep(Duration::from_millis(250));
     }
 }
 
-/// Maps it in a process of its own and reads every page.
-fn reads_right(path: &Path, bytes: &[u8]) -> Actor {
+/// Maps the file in a new process and compares the first byte of every page.
+fn map_and_compare(path: &Path, bytes: &[u8]) -> Actor {
     let mut clone = Actor::start();
     clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
     for page in 0..bytes.len() / PAGE {
@@ -43,26 +45,27 @@ fn reads_right(path: &Path, bytes: &[u8]) -> Actor {
     clone
 }
 
-/// A template that is opened while the disk of its cache fills up, unless its backing was faster.
-fn opened_while_it_fills(world: &TestMount, filler: &Path, seed: u8) -> Option<(Vec<u8>, PathBuf, Value)> {
+/// Opens a template and fills the cache disk during its hydration. Returns the content, path and status of the
+/// template, or `None` if the hydration completed before the disk was full.
+fn open_while_disk_fills(world: &TestMount, filler: &Path, seed: u8) -> Option<(Vec<u8>, PathBuf, Value)> {
     let bytes = random(seed, 64 << 20);
     let digest = world.import_bytes(&bytes, "web:1");
     let path = world.file(&digest, "memory");
-    let hydrating = || world.log().matches("hydrating template").count();
-    let before = hydrating();
+    let hydrations = || world.log().matches("hydrating template").count();
+    let before = hydrations();
     std::thread::scope(|scope| {
-        let opener = scope.spawn(|| File::open(&path).map(drop));
-        wait_for("the hydration", || (hydrating() > before).then_some(()));
+        let open = scope.spawn(|| File::open(&path).map(drop));
+        wait_for("the start of the hydration", || (hydrations() > before).then_some(()));
         let file = File::create(filler).unwrap();
-        let mut piece = 16 << 20;
+        let mut chunk = 16 << 20;
         let (mut length, flags) = (0, rustix::fs::FallocateFlags::empty());
-        while piece >= 1 << 20 {
-            match rustix::fs::fallocate(&file, flags, length, piece) {
-                Ok(()) => length += piece,
-                Err(_) => piece /= 2,
+        while chunk >= 1 << 20 {
+            match rustix::fs::fallocate(&file, flags, length, chunk) {
+                Ok(()) => length += chunk,
+                Err(_) => chunk /= 2,
             }
         }
-        opener.join().unwrap().expect("the open is answered");
+        open.join().unwrap().expect("the open succeeds");
     });
     let status = template(world);
     if status["serving"] == "passthrough" {
@@ -74,7 +77,7 @@ fn opened_while_it_fills(world: &TestMount, filler: &Path, seed: u8) -> Option<(
 }
 
 #[test]
-fn soak_a_disk_that_fills_up_while_hydrating_costs_nobody_a_page() {
+fn soak_a_full_cache_disk_during_hydration_fails_no_read() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let (cache, disk) = (world.dir().join("cache"), world.dir().join("disk"));
@@ -82,92 +85,100 @@ fn soak_a_disk_that_fills_up_while_hydrating_costs_nobody_a_page() {
     File::create(&disk).unwrap().set_len(96 << 20).unwrap();
     run("mkfs.ext4", &["-q", "-m", "0", disk.to_str().unwrap()]);
     run("mount", &["-o", "loop", disk.to_str().unwrap(), cache.to_str().unwrap()]);
-    // Taken away again whatever happens; the mount above it has ended by then.
+    // Unmounts the disk on drop; the Stencil mount that uses it has ended by then.
     let _disk = Mounted(cache.clone());
     world.mount(&["--cache-dir", cache.to_str().unwrap(), "--cache-size", "1G"]).ok();
     let filler = cache.join("filler");
-    // A backing that was ready before the disk was full is made again, of another template.
+    // If the hydration completes first, the next attempt uses another template.
     let (bytes, path, status) =
-        (3..20).find_map(|seed| opened_while_it_fills(&world, &filler, seed)).unwrap();
+        (3..20).find_map(|seed| open_while_disk_fills(&world, &filler, seed)).unwrap();
     assert_eq!(status["serving"], "decode", "{status:#}");
     let why = status["why"].as_str().unwrap();
-    // On a busy host the disk may be full before the first byte of the backing is written.
-    let full = ["No space left", "the cache's file system has"].iter().any(|words| why.contains(words));
-    assert!(full && why.contains("cache"), "{why}");
+    // On a busy host the disk may be full before the first byte of the backing is written: the space check fails first.
+    let is_full = ["No space left", "the file system of the cache has"].iter().any(|text| why.contains(text));
+    assert!(is_full && why.contains("cache"), "{why}");
     assert!(world.log().contains("has no backing: "), "{}", world.log());
-    let clone = reads_right(&path, &bytes);
+    let clone = map_and_compare(&path, &bytes);
     fs::remove_file(&filler).unwrap();
-    promoted(&world, &path);
-    drop(reads_right(&path, &bytes));
+    wait_promoted(&world, &path);
+    drop(map_and_compare(&path, &bytes));
     drop(clone);
     assert_eq!(world.counter("failed"), 0);
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
 }
 
 #[test]
-fn soak_a_cache_folder_that_is_gone_and_back_costs_nobody_a_page() {
+fn soak_a_cache_directory_removed_and_recreated_fails_no_read() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let cache = world.dir().join("cache");
     fs::create_dir(&cache).unwrap();
     world.mount(&["--cache-dir", cache.to_str().unwrap()]).ok();
-    let (early, late) = (random(4, 8 << 20), random(5, 8 << 20));
-    let digest = world.import_bytes(&early, "early:1");
-    let early_path = world.file(&digest, "memory");
-    let clone = reads_right(&early_path, &early);
+    let (first_bytes, second_bytes) = (random(4, 8 << 20), random(5, 8 << 20));
+    let digest = world.import_bytes(&first_bytes, "early:1");
+    let first_path = world.file(&digest, "memory");
+    let clone = map_and_compare(&first_path, &first_bytes);
     fs::remove_dir(&cache).unwrap();
     world.stencil(&["rm", "early:1"]).exits(5);
-    let digest = world.import_bytes(&late, "late:1");
+    let digest = world.import_bytes(&second_bytes, "late:1");
     let path = world.file(&digest, "memory");
     let status_of = || {
         let all = world.status();
         let found = all["templates"].as_array().unwrap().iter().find(|t| t["digest"] == digest.as_str());
         found.unwrap().clone()
     };
-    let mut second = reads_right(&path, &late);
+    let mut mapper = map_and_compare(&path, &second_bytes);
     let status = status_of();
     assert_eq!(status["serving"], "decode", "{status:#}");
     let why = status["why"].as_str().unwrap();
     assert!(why.contains("No such file") && why.contains("/cache"), "{why}");
-    // The backing that was there before has no name: it is served on.
-    assert!(fs::read(&early_path).unwrap() == early);
+    // The first backing has no name in the directory, and is still served.
+    assert!(fs::read(&first_path).unwrap() == first_bytes);
     fs::create_dir(&cache).unwrap();
-    let until = Instant::now() + Duration::from_secs(25);
+    let deadline = Instant::now() + Duration::from_secs(25);
     while status_of()["serving"] != "passthrough" || status_of()["hydrated_bytes"] == 0 {
-        assert!(Instant::now() < until, "it is not promoted: {:#}", status_of());
+        assert!(Instant::now() < deadline, "the template is not promoted: {:#}", status_of());
         File::open(&path).unwrap();
         std::thread::sleep(Duration::from_millis(250));
     }
-    drop(reads_right(&path, &late));
-    assert_eq!(second.tell("read 0 7") as u8, late[7 * PAGE], "who maps it by decode goes on");
+    drop(map_and_compare(&path, &second_bytes));
+    assert_eq!(
+        mapper.tell("read 0 7") as u8,
+        second_bytes[7 * PAGE],
+        "a process that maps the template by decode is still served"
+    );
     drop(clone);
     assert_eq!(world.counter("failed"), 0);
 }
 
-/// The supervisor's error keeps its number on the way to the server: what may pass is tried again.
+/// The supervisor passes the errno to the server, which tries temporary errors again.
 #[test]
-fn soak_a_cache_folder_that_is_read_only_for_a_while_costs_nobody_a_page() {
+fn soak_a_temporarily_read_only_cache_fails_no_read() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let cache = world.dir().join("cache");
     fs::create_dir(&cache).unwrap();
-    let folder = cache.to_str().unwrap();
-    run("mount", &["--bind", folder, folder]);
+    let cache_path = cache.to_str().unwrap();
+    run("mount", &["--bind", cache_path, cache_path]);
     let _bound = Mounted(cache.clone());
-    world.mount(&["--cache-dir", folder]).ok();
-    run("mount", &["-o", "remount,bind,ro", folder]);
+    world.mount(&["--cache-dir", cache_path]).ok();
+    run("mount", &["-o", "remount,bind,ro", cache_path]);
     let bytes = random(6, 8 << 20);
     let digest = world.import_bytes(&bytes, "web:1");
     let path = world.file(&digest, "memory");
-    let mut clone = reads_right(&path, &bytes);
+    let mut clone = map_and_compare(&path, &bytes);
     let status = template(&world);
     assert_eq!(status["serving"], "decode", "{status:#}");
     let why = status["why"].as_str().unwrap();
     assert!(why.contains("Read-only file system") && why.contains("/cache"), "{why}");
-    run("mount", &["-o", "remount,bind,rw", folder]);
-    promoted(&world, &path);
-    drop(reads_right(&path, &bytes));
-    assert_eq!(clone.tell("read 0 7") as u8, bytes[7 * PAGE], "who maps it by decode goes on");
+    run("mount", &["-o", "remount,bind,rw", cache_path]);
+    wait_promoted(&world, &path);
+    drop(map_and_compare(&path, &bytes));
+    assert_eq!(
+        clone.tell("read 0 7") as u8,
+        bytes[7 * PAGE],
+        "a process that maps the template by decode is still served"
+    );
     drop(clone);
     assert_eq!(world.counter("failed"), 0);
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();

@@ -1,5 +1,5 @@
-//! A QEMU that does not speak as one should, or does not run: the capture says what is the case, its memory is bounded,
-//! and the guest goes on.
+//! A QMP peer that sends invalid or endless output, and a QEMU that is stopped: the capture reports the cause, its
+//! memory is bounded, and the guest continues.
 
 use std::fs;
 use std::path::PathBuf;
@@ -17,46 +17,46 @@ use crate::support::mount::{Run, STENCIL, TestMount};
 use crate::support::passing::{Running, StandsStill};
 
 #[test]
-fn a_peer_that_floods_a_capture_does_not_hold_the_guest() {
+fn invalid_or_endless_qmp_output_does_not_block_the_guest() {
     let _host = host::shared();
     let proxy = compile("qmp_proxy");
-    // A host that is busy may take longer for the flood than an answer of QEMU may.
-    for (mode, codes, words) in [
+    // On a busy host the flood may last longer than the timeout for a reply of QEMU.
+    for (mode, codes, message) in [
         ("flood", &[0, 75][..], ""),
         ("endless", &[1], "invalid QMP message: longer than"),
         ("deep", &[1], "invalid QMP message: "),
     ] {
         let world = TestMount::unmounted();
-        let (own, through) = (world.dir().join("qmp"), world.dir().join("proxy"));
+        let (qemu_socket, proxy_socket) = (world.dir().join("qmp"), world.dir().join("proxy"));
         let mut command = Command::new(&proxy);
-        command.arg(mode).arg(&through).arg(&own).arg("qemu-system-x86_64");
+        command.arg(mode).arg(&proxy_socket).arg(&qemu_socket).arg("qemu-system-x86_64");
         command.args(qemu_words(world.dir(), "16M"));
         let second = format!("unix:{}/qmp2,server=on,wait=off", world.dir().display());
         let _qemu = Running::start(command.args(["-qmp", &second]), &world.dir().join("log"));
         let mut qmp =
             patiently("QMP", Duration::from_secs(30), || Qmp::connect(&world.dir().join("qmp2")).ok());
-        patiently("the first socket", Duration::from_secs(30), || own.exists().then_some(()));
-        // Far less than is sent; what a capture needs is much less again.
+        patiently("the first socket", Duration::from_secs(30), || qemu_socket.exists().then_some(()));
+        // A limit of 96 MiB: far less than the proxy sends, and far more than a capture needs.
         let mut capture = world.command_in("prlimit");
-        capture.args(["--data=100663296", "--", STENCIL, "capture"]).arg(&through).arg("vm:x");
+        capture.args(["--data=100663296", "--", STENCIL, "capture"]).arg(&proxy_socket).arg("vm:x");
         let run = Run::of(mode.into(), &capture.output().unwrap());
         assert!(codes.contains(&run.code), "{mode}: {run:?}");
-        assert!(run.err.contains(words), "{mode}: {}", run.err);
-        patiently("the guest, as before", Duration::from_secs(15), || {
+        assert!(run.err.contains(message), "{mode}: {}", run.err);
+        patiently("a running guest with its own settings", Duration::from_secs(15), || {
             (qmp.status().unwrap() == "running" && !ignores_shared(&mut qmp)).then_some(())
         });
         world.stencil(&["inspect", "vm:x"]).exits(if run.code == 0 { 0 } else { 4 });
     }
 }
 
-/// A frozen control group, which is thawed and removed when dropped.
+/// A frozen control group; thawed and removed on drop.
 struct Frozen {
     group: PathBuf,
     thaw: [&'static str; 2],
 }
 
 impl Frozen {
-    /// Freezes a process, by a hierarchy of either version of control groups.
+    /// Freezes a process by a control group of version 1 or 2. Returns `None` if that hierarchy is not mounted.
     fn freeze(pid: u32, is_v2: bool) -> Option<Frozen> {
         let mounts = procfs::mounts().unwrap();
         let root = mounts.iter().find(|mount| match is_v2 {
@@ -90,23 +90,24 @@ impl Drop for Frozen {
 }
 
 #[test]
-fn a_qemu_that_stands_still_is_told_as_such() {
+fn capture_reports_a_stopped_or_frozen_qemu() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let qemu = Qemu::start(world.dir(), &qemu_words(world.dir(), "16M"));
     let pid = qemu.qmp().peer_pid().unwrap();
-    let told = |words: &str, remedy: &str| {
-        let begin = Instant::now();
-        for more in [&[][..], &["--check"]] {
+    let assert_reported = |message: &str, remedy: &str| {
+        let start = Instant::now();
+        for option in [&[][..], &["--check"]] {
             let socket = qemu.socket();
-            let mut words = vec!["capture", socket.to_str().unwrap()];
-            words.extend(if more.is_empty() { &["vm:x"][..] } else { more });
-            let run = world.stencil(&words).exits(75);
+            let mut args = vec!["capture", socket.to_str().unwrap()];
+            args.extend(if option.is_empty() { &["vm:x"][..] } else { option });
+            let run = world.stencil(&args).exits(75);
             assert!(run.err.contains(&format!("QEMU (process {pid}) ")), "{}", run.err);
         }
-        let run = world.stencil(&["capture", qemu.socket().to_str().unwrap(), "vm:x"]).exits(75).says(words);
+        let run =
+            world.stencil(&["capture", qemu.socket().to_str().unwrap(), "vm:x"]).exits(75).says(message);
         assert!(run.err.contains(remedy), "{}", run.err);
-        assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     };
     let process = ProcessId::of(pid).unwrap().unwrap();
     let stopped = StandsStill::stop(process);
@@ -114,20 +115,20 @@ fn a_qemu_that_stands_still_is_told_as_such() {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
     });
-    told("is stopped (SIGSTOP)", &format!("kill -CONT {pid}"));
+    assert_reported("is stopped (SIGSTOP)", &format!("kill -CONT {pid}"));
     drop(stopped);
 
     let mut hierarchies = 0;
     for is_v2 in [true, false] {
         let Some(frozen) = Frozen::freeze(pid, is_v2) else { continue };
         hierarchies += 1;
-        let [file, word] = frozen.thaw;
-        let remedy = format!("echo {word} > {}", frozen.group.join(file).display());
-        told("is frozen by its cgroup", &remedy);
+        let [file, value] = frozen.thaw;
+        let remedy = format!("echo {value} > {}", frozen.group.join(file).display());
+        assert_reported("is frozen by its cgroup", &remedy);
     }
-    assert!(hierarchies > 0, "control groups with a freezer");
+    assert!(hierarchies > 0, "no control group hierarchy has a freezer");
 
-    // Somebody else's session is told as before.
+    // A QMP session of another client is reported as such.
     let held = Qmp::connect(&qemu.socket()).unwrap();
     let mut capture = world.command();
     let capture =

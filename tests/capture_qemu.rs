@@ -1,4 +1,5 @@
-//! A running QEMU becomes a template and is afterwards as it was before; what clones cannot have is refused.
+//! Captures of a running QEMU: the VM is in its former state afterwards, and devices that clones cannot have are
+//! refused.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -14,32 +15,32 @@ use crate::support::host;
 use crate::support::mount::{TestMount, run, temporary};
 
 #[test]
-fn a_running_guest_is_captured_and_is_then_as_before() {
+fn capture_restores_the_run_state_of_the_guest() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mut guest = Qemu::boot(world.dir());
     let socket = guest.socket();
     let socket = socket.to_str().unwrap();
 
-    // Running before, running afterwards, and not far behind.
+    // A running guest runs again after a short pause.
     let beats = guest.heartbeats().len();
     let captured = world.json(&["capture", socket, "guest:run"]);
     assert_eq!(captured["vm"], "running");
     assert_eq!(guest.status(), "running");
-    assert!(!ignores_shared(&mut guest.qmp()), "the capability is as it was");
+    assert!(!ignores_shared(&mut guest.qmp()), "the capability x-ignore-shared was not restored");
     guest.wait_heartbeats(beats + 3);
     let pause = captured["pause_seconds"].as_f64().unwrap();
-    println!("the guest stood still for {:.0} ms", pause * 1000.0);
+    println!("the guest was paused for {:.0} ms", pause * 1000.0);
     assert!(pause < 10.0);
     assert_eq!(captured["warnings"], json!([]));
     let names: Vec<&str> =
         captured["files"].as_array().unwrap().iter().map(|f| f["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["initrd", "kernel", "memory", "state"]);
     let recipe = world.stencil(&["inspect", "--recipe", "guest:run"]).ok().out;
-    let own = world.dir().display().to_string();
-    assert!(!recipe.contains(&own), "nothing of the VM's own in its clones' command line: {recipe}");
+    let vm_dir = world.dir().display().to_string();
+    assert!(!recipe.contains(&vm_dir), "a path of the VM is in the command line of its clones: {recipe}");
 
-    // Left paused on request: RAM is then what the template has, byte for byte.
+    // With --pause the guest stays paused, and its RAM is equal to the template.
     let captured = world.json(&["capture", socket, "guest:still", "--pause"]);
     assert_eq!(captured["pause_seconds"], Value::Null);
     assert_ne!(guest.status(), "running");
@@ -53,33 +54,33 @@ fn a_running_guest_is_captured_and_is_then_as_before() {
     guest.run("cont");
     guest.wait_heartbeats(beats + 3);
 
-    // Paused before: not let run.
+    // A paused guest stays paused.
     guest.run("stop");
     let beats = guest.heartbeats().len();
     let captured = world.json(&["capture", socket, "guest:paused"]);
     assert_eq!(captured["pause_seconds"], Value::Null);
     std::thread::sleep(Duration::from_millis(600));
-    assert!(guest.heartbeats().len() <= beats + 1, "it did not run");
+    assert!(guest.heartbeats().len() <= beats + 1, "the paused guest ran");
     guest.run("cont");
     guest.wait_heartbeats(beats + 3);
 
-    // A guest whose store cannot be written goes on too.
+    // The guest continues if the store cannot be written.
     let blocked = world.dir().join("blocked");
-    fs::write(&blocked, "no folder").unwrap();
+    fs::write(&blocked, "not a directory").unwrap();
     world.stencil(&["--store", blocked.to_str().unwrap(), "capture", socket, "guest:x"]).exits(1);
     assert_eq!(guest.status(), "running");
 
-    // Ended on request.
+    // With --quit QEMU exits.
     let captured = world.json(&["capture", socket, "guest:last", "--quit"]);
     assert_eq!(captured["vm"], "quit");
-    patiently("end of QEMU", Duration::from_secs(10), || guest.has_ended().then_some(()));
+    patiently("the exit of QEMU", Duration::from_secs(10), || guest.has_ended().then_some(()));
 }
 
 #[test]
 fn soak_a_killed_capture_leaves_the_guest_running() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    // A VM without a guest of its own: firmware runs, and RAM has something in it.
+    // A VM without a guest: the firmware runs, and part of the RAM has data.
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "192M"));
     let ram = vec![0x5a; 64 << 20];
     std::os::unix::fs::FileExt::write_all_at(
@@ -89,24 +90,24 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
     )
     .unwrap();
     let rounds = host::rounds(10, 60);
-    let mut whole = 0;
+    let mut completed = 0;
     for round in 0..rounds {
         let mut command = world.command();
         command.arg("capture").arg(guest.socket()).arg(format!("guest:k{round}"));
         let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(3 + round * 211 % 240));
         let _ = kill_process(Pid::from_raw(capture.id() as i32).unwrap(), Signal::KILL);
-        whole += usize::from(capture.wait().unwrap().success());
-        patiently("running guest", Duration::from_secs(15), || (guest.status() == "running").then_some(()));
-        patiently("capability as before", Duration::from_secs(15), || {
+        completed += usize::from(capture.wait().unwrap().success());
+        patiently("a running guest", Duration::from_secs(15), || (guest.status() == "running").then_some(()));
+        patiently("the restored capability", Duration::from_secs(15), || {
             (!ignores_shared(&mut guest.qmp())).then_some(())
         });
     }
-    println!("{rounds} captures, {whole} were faster than the signal");
+    println!("{rounds} captures, {completed} of them completed before the signal");
     // A killed capture leaves no template. The next capture works when the helper of the killed one has restored the
     // VM's settings and closed its QMP session.
     let socket = guest.socket();
-    patiently("the helper's end", Duration::from_secs(15), || {
+    patiently("a capture after the helper has exited", Duration::from_secs(15), || {
         let run = world.stencil(&["capture", socket.to_str().unwrap(), "guest:whole"]);
         assert!(matches!(run.code, 0 | 5), "{run:?}");
         (run.code == 0).then_some(())
@@ -115,13 +116,13 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
 }
 
 #[test]
-fn what_clones_cannot_have_is_refused_and_changes_nothing() {
+fn unsupported_devices_and_ram_are_refused_without_changes() {
     let _host = host::shared();
     let dir = temporary("refuse-");
     let path = dir.path().display().to_string();
     let good = qemu_words(dir.path(), "16M").join(" ");
     let ram = "-object memory-backend-file,id=ram0,size=16M";
-    for (from, to, words, remedy) in [
+    for (from, to, message, remedy) in [
         (
             "-accel",
             "-netdev socket,id=n0,listen=127.0.0.1:0 -device e1000e,netdev=n0 -accel",
@@ -153,8 +154,8 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
         if to.contains("memfd") {
             changed = changed.replace(&format!(",mem-path={path}/ram"), "");
         }
-        let words_of: Vec<String> = changed.split_ascii_whitespace().map(str::to_owned).collect();
-        let qemu = Qemu::start(dir.path(), &words_of);
+        let words: Vec<String> = changed.split_ascii_whitespace().map(str::to_owned).collect();
+        let qemu = Qemu::start(dir.path(), &words);
         let store = dir.path().join("store");
         let run = Command::new(crate::support::mount::STENCIL)
             .arg("--store")
@@ -166,11 +167,11 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
             .unwrap();
         let err = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(2), "{to}: {err}");
-        assert!(err.contains(words) && err.contains(remedy), "{to}: {err}");
+        assert!(err.contains(message) && err.contains(remedy), "{to}: {err}");
         assert_eq!(qemu.status(), "running");
         assert!(!ignores_shared(&mut qemu.qmp()));
     }
-    // A disk of the host is named together with everything else.
+    // A block device of the host is reported together with the other obstacles.
     let image = dir.path().join("image");
     fs::write(&image, vec![0; 1 << 20]).unwrap();
     let device = run("losetup", &["-f", "--show", image.to_str().unwrap()]);
@@ -195,7 +196,7 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
     assert!(err.contains(&format!("{device} is a raw host disk")), "{err}");
     assert!(err.contains("a disk with snapshot=on"), "{err}");
 
-    // What is plugged in later does not stand in the command line.
+    // A hot-plugged device is not on the command line.
     let port = good.replacen("-accel", "-device pcie-root-port,id=slot0 -accel", 1);
     let words: Vec<String> = port.split_ascii_whitespace().map(str::to_owned).collect();
     let qemu = Qemu::start(dir.path(), &words);
@@ -212,34 +213,36 @@ fn what_clones_cannot_have_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn short_names_of_devices_are_qemus() {
+fn device_aliases_match_those_of_qemu() {
     let help = run("qemu-system-x86_64", &["-device", "help"]);
-    let word = |line: &str, before: &str| {
-        Some(line.split_once(before)?.1.split('"').next().unwrap_or_default().to_owned())
+    let quoted_after = |line: &str, prefix: &str| {
+        Some(line.split_once(prefix)?.1.split('"').next().unwrap_or_default().to_owned())
     };
-    let aliases: Vec<_> =
-        help.lines().filter_map(|line| Some((word(line, "alias \"")?, word(line, "name \"")?))).collect();
+    let aliases: Vec<_> = help
+        .lines()
+        .filter_map(|line| Some((quoted_after(line, "alias \"")?, quoted_after(line, "name \"")?)))
+        .collect();
     assert!(aliases.len() > 10, "{help}");
     for (alias, name) in &aliases {
         assert_eq!(device_type(alias), name, "{alias}");
-        assert_eq!(device_type(name), name, "a type is itself");
+        assert_eq!(device_type(name), name, "{name} is a type, not an alias");
     }
 }
 
 #[test]
-fn no_vm_behind_the_socket_is_said() {
+fn capture_reports_a_missing_vm_and_missing_identity_devices() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.stencil(&["capture", "/nonexistent/qmp", "x"]).exits(4).says("cannot connect to the QMP socket");
     let file = world.dir().join("file");
     fs::write(&file, "x").unwrap();
     world.stencil(&["capture", file.to_str().unwrap(), "x"]).exits(1);
-    // A guest without generation id and random numbers is captured, and the lack is named.
+    // A VM without vmgenid and virtio-rng is captured with a warning.
     let words = qemu_words(world.dir(), "16M").join(" ");
     let bare = words.replace("-device vmgenid,guid=auto", "").replace("-device virtio-rng-pci,rng=rng0", "");
     let bare: Vec<String> = bare.split_ascii_whitespace().map(str::to_owned).collect();
     let qemu = Qemu::start(world.dir(), &bare);
-    // Somebody else holds the session: an end, not a hang, is the point; it comes free.
+    // The only session of the socket was in use a moment ago: the capture must neither hang nor fail.
     let held = Qmp::connect(&qemu.socket()).unwrap();
     drop(held);
     let captured = world.json(&["capture", qemu.socket().to_str().unwrap(), "bare"]);

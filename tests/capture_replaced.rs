@@ -1,5 +1,5 @@
-//! A file that QEMU has open and whose path leads elsewhere meanwhile: no template is made of the memory of one guest
-//! and the disk of another, and what the guest has written comes into no other file.
+//! Files that QEMU has open and whose paths were replaced: no template combines the memory of one guest with the disk
+//! of another, and writes of the guest go to no other file.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::capture_failures::{Plug, Vm};
+use crate::capture_failures::{DiskOption, Vm};
 use crate::support::guest::{Qemu, media, overlays, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
@@ -18,18 +18,18 @@ fn inode(path: &Path) -> u64 {
     fs::metadata(path).unwrap().ino()
 }
 
-/// Another file at that path, until this is dropped. The first one keeps a name, or has none.
+/// A path that leads to another file until drop. The original file is renamed meanwhile.
 struct Replaced {
     path: PathBuf,
-    own: PathBuf,
+    original: PathBuf,
 }
 
 impl Replaced {
     fn by(path: &Path, bytes: &[u8]) -> Replaced {
-        let own = path.with_extension("own");
-        fs::rename(path, &own).unwrap();
+        let original = path.with_extension("original");
+        fs::rename(path, &original).unwrap();
         fs::write(path, bytes).unwrap();
-        Replaced { path: path.to_owned(), own }
+        Replaced { path: path.to_owned(), original }
     }
 
     fn by_copy(path: &Path) -> Replaced {
@@ -39,12 +39,12 @@ impl Replaced {
 
 impl Drop for Replaced {
     fn drop(&mut self) {
-        fs::rename(&self.own, &self.path).unwrap();
+        fs::rename(&self.original, &self.path).unwrap();
     }
 }
 
 #[test]
-fn a_replaced_file_of_a_vm_is_no_template() {
+fn capture_refuses_a_vm_whose_files_were_replaced() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let dir = world.dir();
@@ -55,7 +55,7 @@ fn a_replaced_file_of_a_vm_is_no_template() {
     };
     let (base, raw, twin, cd) =
         (file("base", 1, 1 << 20), file("raw", 2, 1 << 20), file("twin", 3, 1 << 20), file("cd", 4, 1 << 20));
-    // Of the same length, and with other parts allocated.
+    // The same length as `raw`, with other parts allocated.
     fs::OpenOptions::new().write(true).open(&twin).unwrap().set_len(1 << 16).unwrap();
     fs::OpenOptions::new().write(true).open(&twin).unwrap().set_len(1 << 20).unwrap();
     let (top, rom, flash) = (dir.join("top.qcow2"), file("rom", 5, 4 << 20), dir.join("flash"));
@@ -63,7 +63,7 @@ fn a_replaced_file_of_a_vm_is_no_template() {
     let words =
         ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.to_str().unwrap(), top.to_str().unwrap()];
     run("qemu-img", &words);
-    let more = format!(
+    let extra = format!(
         "-machine q35,nvdimm=on,memory-backend=ram0 -m 64M,slots=1,maxmem=1G -drive if=none,id=top,format=qcow2,file={} -device virtio-blk-pci,drive=top \
          -drive if=none,id=raw,format=raw,file={} -device virtio-blk-pci,drive=raw \
          -blockdev driver=file,node-name=f,filename={} -blockdev driver=raw,node-name=twin,file=f -device virtio-blk-pci,drive=twin \
@@ -78,27 +78,27 @@ fn a_replaced_file_of_a_vm_is_no_template() {
         rom.display(),
     );
     let mut words = qemu_words(dir, "64M");
-    words.extend(more.split_ascii_whitespace().map(str::to_owned));
+    words.extend(extra.split_ascii_whitespace().map(str::to_owned));
     let qemu = Qemu::start(dir, &words);
     let socket = qemu.socket();
     let socket = socket.to_str().unwrap();
 
     for path in [&top, &base, &raw, &twin, &cd, &flash, &rom, &dir.join("ram")] {
-        let own = inode(path);
+        let original = inode(path);
         let replaced = Replaced::by_copy(path);
-        for more in [&[][..], &["--pause"]] {
-            let run = world.stencil(&[&["capture", socket, "vm:x"], more].concat()).exits(2);
+        for extra in [&[][..], &["--pause"]] {
+            let run = world.stencil(&[&["capture", socket, "vm:x"], extra].concat()).exits(2);
             assert!(run.err.contains(path.to_str().unwrap()), "{}", run.err);
             if path != &rom && !path.ends_with("ram") {
-                let both = [own, inode(path)].map(|ino| format!("inode {ino} of device"));
-                assert!(both.iter().all(|words| run.err.contains(words)), "{}", run.err);
+                let both = [original, inode(path)].map(|ino| format!("inode {ino} of device"));
+                assert!(both.iter().all(|inode| run.err.contains(inode)), "{}", run.err);
             }
-            assert!(run.err.lines().count() >= 2, "a remedy: {}", run.err);
+            assert!(run.err.lines().count() >= 2, "no hint: {}", run.err);
             assert_eq!(qemu.status(), "running");
         }
         drop(replaced);
     }
-    // QEMU has both files open, under each other's names.
+    // The paths of two files that QEMU has open are exchanged.
     let third = dir.join("third");
     let exchange = || {
         fs::rename(&raw, &third).unwrap();
@@ -111,7 +111,7 @@ fn a_replaced_file_of_a_vm_is_no_template() {
     world.stencil(&["inspect", "vm:x"]).exits(4);
     assert_eq!(qemu.status(), "running");
 
-    // Every file is at its place again.
+    // Every path leads to the original file again.
     let captured = world.json(&["capture", socket, "vm:x", "--pause"]);
     assert_eq!(captured["warnings"], json!([]), "{captured}");
     for (name, path) in [("disk-raw", &raw), ("disk-twin", &twin), ("disk-cd", &cd), ("rom-rom0", &rom)] {
@@ -123,16 +123,16 @@ fn a_replaced_file_of_a_vm_is_no_template() {
 }
 
 #[test]
-fn memory_files_of_two_nodes_that_were_exchanged() {
+fn capture_refuses_exchanged_memory_files_of_numa_nodes() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let (ram, other, third) = (world.dir().join("ram"), world.dir().join("ram1"), world.dir().join("third"));
-    let more = format!(
+    let extra = format!(
         "-m 32M -object memory-backend-file,id=ram1,size=16M,mem-path={},share=on -numa node,memdev=ram0 -numa node,memdev=ram1",
         other.display()
     );
     let words = qemu_words(world.dir(), "16M").join(" ").replace("q35,memory-backend=ram0", "q35");
-    let words: Vec<String> = format!("{words} {more}").split_ascii_whitespace().map(str::to_owned).collect();
+    let words: Vec<String> = format!("{words} {extra}").split_ascii_whitespace().map(str::to_owned).collect();
     let qemu = Qemu::start(world.dir(), &words);
     let socket = qemu.socket();
     let exchange = || {
@@ -150,66 +150,68 @@ fn memory_files_of_two_nodes_that_were_exchanged() {
 }
 
 #[test]
-fn an_image_that_is_replaced_while_it_is_read() {
+fn an_image_replaced_during_its_read_receives_no_writes() {
     let _host = host::shared();
-    let mut vm = Vm::start(Plug::Drive);
-    let (image, folder) = (vm.image(), vm.folder());
-    // What the guest sees before it writes again.
-    let before = folder.join("before.raw");
+    let mut vm = Vm::start(DiskOption::Drive);
+    let (image, dir) = (vm.image(), vm.dir());
+    // The content of the disk for the guest before its next write.
+    let before = dir.join("before.raw");
     run("qemu-img", &["convert", "-U", "-O", "raw", image.to_str().unwrap(), before.to_str().unwrap()]);
     let before = fs::read(&before).unwrap();
-    let capture = vm.caught(&[], Vm::disk_is_read);
+    let capture = vm.stop_capture_at(&[], Vm::runs_on_overlay);
     vm.write();
     let replaced = Replaced::by_copy(&image);
-    let other = fs::read(&image).unwrap();
-    let run = capture.goes_on().exits(1);
+    let replacement = fs::read(&image).unwrap();
+    let run = capture.finish().exits(1);
     assert!(run.err.contains("the image of the VM was replaced: expected inode"), "{}", run.err);
     assert!(run.err.contains("created template vm:x"), "{}", run.err);
-    let copy = folder.join("copy");
+    let copy = dir.join("copy");
     vm.world.stencil(&["export", "vm:x/disk-root", copy.to_str().unwrap()]).ok();
-    assert!(fs::read(&copy).unwrap() == before, "what QEMU has is in the template");
+    assert!(fs::read(&copy).unwrap() == before, "the template has another disk than QEMU");
     fs::remove_file(&copy).unwrap();
-    // The guest goes on, and its writes come into no other file.
+    // The guest continues on the overlay, and the replacement is not modified.
     vm.write();
     assert_eq!(vm.qmp.status().unwrap(), "running");
     assert!(media(&mut vm.qmp).to_string().contains(".stencil-"));
-    assert!(fs::read(&image).unwrap() == other);
+    assert!(fs::read(&image).unwrap() == replacement);
     drop(replaced);
-    vm.is_as_before();
+    vm.wait_restored();
 
-    // The same when the VM ends meanwhile.
-    let capture = vm.caught(&[], Vm::disk_is_read);
+    // The same if QEMU exits meanwhile.
+    let capture = vm.stop_capture_at(&[], Vm::runs_on_overlay);
     vm.write();
     vm.qmp.run("quit", json!({})).unwrap();
-    patiently("end of QEMU", Duration::from_secs(10), || vm.qemu.has_ended().then_some(()));
+    patiently("the exit of QEMU", Duration::from_secs(10), || vm.qemu.has_ended().then_some(()));
     let replaced = Replaced::by_copy(&image);
-    let other = fs::read(&image).unwrap();
-    let run = capture.goes_on().exits(1);
+    let replacement = fs::read(&image).unwrap();
+    let run = capture.finish().exits(1);
     assert!(run.err.contains("the image of the VM was replaced: expected inode"), "{}", run.err);
-    assert!(fs::read(&image).unwrap() == other);
-    assert_eq!(overlays(&folder).len(), 1);
+    assert!(fs::read(&image).unwrap() == replacement);
+    assert_eq!(overlays(&dir).len(), 1);
     drop(replaced);
-    // The helper tries again.
-    patiently("the overlay's end", Duration::from_secs(30), || overlays(&folder).is_empty().then_some(()));
-    vm.is_all_in_image();
+    // The helper tries the commit again.
+    patiently("the removal of the overlay", Duration::from_secs(30), || {
+        overlays(&dir).is_empty().then_some(())
+    });
+    vm.assert_image_has_all_writes();
 }
 
 #[test]
-fn a_kernel_that_was_changed_after_the_start_is_told() {
+fn capture_warns_of_a_kernel_file_changed_after_startup() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let [kernel, ..] = crate::support::guest::linux();
-    let own = world.dir().join("vmlinuz");
-    fs::copy(kernel, &own).unwrap();
+    let copy = world.dir().join("vmlinuz");
+    fs::copy(kernel, &copy).unwrap();
     let mut words = qemu_words(world.dir(), "64M");
-    words.extend(["-kernel".to_owned(), own.display().to_string()]);
+    words.extend(["-kernel".to_owned(), copy.display().to_string()]);
     let qemu = Qemu::start(world.dir(), &words);
     let socket = qemu.socket();
     let captured = world.json(&["capture", socket.to_str().unwrap(), "vm:1"]);
     assert_eq!(captured["warnings"], json!([]));
-    let bytes = fs::read(&own).unwrap();
-    fs::remove_file(&own).unwrap();
-    fs::write(&own, bytes).unwrap();
+    let bytes = fs::read(&copy).unwrap();
+    fs::remove_file(&copy).unwrap();
+    fs::write(&copy, bytes).unwrap();
     let captured = world.json(&["capture", socket.to_str().unwrap(), "vm:2"]);
     let warnings = captured["warnings"].to_string();
     assert!(warnings.contains("was changed after QEMU read it"), "{warnings}");

@@ -1,17 +1,17 @@
-//! Settings of migrations that a manager has made before a capture: none of them stands in its way, and all of them are
-//! as before afterwards, also when the capture is killed.
+//! Migration settings that a VM manager made before a capture: none of them prevents the capture, and all of them are
+//! restored, even if the capture is killed.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::capture_failures::{Plug, Vm};
+use crate::capture_failures::{DiskOption, Vm};
 use crate::support::guest::{Qemu, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::TestMount;
 
-/// All capabilities and parameters.
+/// Returns all migration capabilities and parameters.
 fn settings(qmp: &mut Qmp) -> [Value; 2] {
     ["query-migrate-capabilities", "query-migrate-parameters"].map(|c| qmp.run(c, json!({})).unwrap())
 }
@@ -21,7 +21,7 @@ fn set(qmp: &mut Qmp, capabilities: &[&str], on: bool) {
     qmp.run("migrate-set-capabilities", json!({"capabilities": all})).unwrap();
 }
 
-/// What a manager may have set, with what else it needs.
+/// Capabilities that a manager may have set, each with the capabilities that it requires.
 const CAPABILITIES: [&[&str]; 19] = [
     &["xbzrle"],
     &["rdma-pin-all"],
@@ -44,7 +44,7 @@ const CAPABILITIES: [&[&str]; 19] = [
     &["mapped-ram", "multifd"],
 ];
 
-/// The same for parameters.
+/// Parameters that a manager may have set.
 fn parameters() -> Vec<Value> {
     vec![
         json!({"max-bandwidth": 4096}),
@@ -63,72 +63,76 @@ fn parameters() -> Vec<Value> {
 }
 
 #[test]
-fn every_setting_of_migrations_is_as_before() {
+fn capture_restores_every_migration_setting() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mut words = qemu_words(world.dir(), "16M");
-    // Memory that is part of the device state: a low limit would make it take minutes.
+    // Video memory is part of the device state: with a low bandwidth limit its transfer would take minutes.
     words.extend(["-device", "VGA,vgamem_mb=16"].map(str::to_owned));
     let qemu = Qemu::start(world.dir(), &words);
     let socket = qemu.socket();
-    let captures = |what: &str, before: &[Value; 2]| {
-        let begin = Instant::now();
+    let capture = |what: &str, before: &[Value; 2]| {
+        let start = Instant::now();
         let captured = world.json(&["capture", socket.to_str().unwrap(), "vm:x"]);
         assert_eq!(captured["vm"], "running", "{what}");
         assert_eq!(&settings(&mut qemu.qmp()), before, "{what}");
         assert_eq!(qemu.status(), "running", "{what}");
-        assert!(begin.elapsed() < Duration::from_secs(20), "{what}: {:?}", begin.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}: {:?}", start.elapsed());
         captured["state_bytes"].as_u64().unwrap()
     };
     let before = settings(&mut qemu.qmp());
-    let plain = captures("nothing", &before);
+    let plain = capture("no settings", &before);
     for capabilities in CAPABILITIES {
         set(&mut qemu.qmp(), capabilities, true);
         let before = settings(&mut qemu.qmp());
-        captures(&format!("{capabilities:?}"), &before);
+        capture(&format!("{capabilities:?}"), &before);
         set(&mut qemu.qmp(), capabilities, false);
     }
-    let first = qemu.qmp().run("query-migrate-parameters", json!({})).unwrap();
+    let defaults = qemu.qmp().run("query-migrate-parameters", json!({})).unwrap();
     for changed in parameters() {
         qemu.qmp().run("migrate-set-parameters", changed.clone()).unwrap();
         let before = settings(&mut qemu.qmp());
-        let bytes = captures(&changed.to_string(), &before);
-        assert!(bytes < plain + (1 << 20), "{changed}: {bytes} bytes of device state, {plain} before");
-        let old: Value = changed.as_object().unwrap().keys().map(|k| (k.clone(), first[k].clone())).collect();
-        if !old["block-bitmap-mapping"].is_null() || changed["block-bitmap-mapping"].is_null() {
-            qemu.qmp().run("migrate-set-parameters", old).unwrap();
+        let bytes = capture(&changed.to_string(), &before);
+        assert!(
+            bytes < plain + (1 << 20),
+            "{changed}: {bytes} bytes of device state, {plain} without settings"
+        );
+        let original: Value =
+            changed.as_object().unwrap().keys().map(|k| (k.clone(), defaults[k].clone())).collect();
+        if !original["block-bitmap-mapping"].is_null() || changed["block-bitmap-mapping"].is_null() {
+            qemu.qmp().run("migrate-set-parameters", original).unwrap();
         }
     }
 }
 
 #[test]
-fn a_killed_capture_gives_all_settings_back() {
+fn migration_settings_are_restored_after_a_killed_capture() {
     let _host = host::shared();
-    let mut vm = Vm::start(Plug::Drive);
+    let mut vm = Vm::start(DiskOption::Drive);
     for (capabilities, parameters) in [
         (&["pause-before-switchover", "events"][..], json!({"max-bandwidth": 4096})),
         (&["multifd", "mapped-ram"], json!({"mode": "cpr-reboot", "direct-io": true})),
         (&["return-path", "postcopy-ram"], json!({"tls-creds": "tls0", "zero-page-detection": "none"})),
     ] {
         set(&mut vm.qmp, capabilities, true);
-        let first = vm.qmp.run("query-migrate-parameters", json!({})).unwrap();
+        let defaults = vm.qmp.run("query-migrate-parameters", json!({})).unwrap();
         vm.qmp.run("migrate-set-parameters", parameters.clone()).unwrap();
         let before = settings(&mut vm.qmp);
-        vm.caught(&[], Vm::is_read).killed();
-        patiently("settings as before", Duration::from_secs(20), || {
+        vm.stop_capture_at(&[], Vm::state_is_written).kill();
+        patiently("the restored settings", Duration::from_secs(20), || {
             (settings(&mut vm.qmp) == before && vm.helpers().is_empty()).then_some(())
         });
-        vm.is_as_before();
+        vm.wait_restored();
         set(&mut vm.qmp, capabilities, false);
-        let old: Value =
-            parameters.as_object().unwrap().keys().map(|k| (k.clone(), first[k].clone())).collect();
-        vm.qmp.run("migrate-set-parameters", old).unwrap();
+        let original: Value =
+            parameters.as_object().unwrap().keys().map(|k| (k.clone(), defaults[k].clone())).collect();
+        vm.qmp.run("migrate-set-parameters", original).unwrap();
     }
-    vm.end();
+    vm.quit();
 }
 
 #[test]
-fn a_clone_has_the_settings_of_its_command_line() {
+fn a_clone_has_the_migration_settings_of_its_command_line() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let mut words = qemu_words(world.dir(), "16M");
@@ -148,10 +152,10 @@ fn a_clone_has_the_settings_of_its_command_line() {
 }
 
 #[test]
-fn a_vm_that_is_busy_is_told_with_what() {
+fn capture_names_the_job_or_migration_that_uses_the_vm() {
     let _host = host::shared();
-    let mut vm = Vm::start(Plug::Drive);
-    let target = vm.folder().join("backup");
+    let mut vm = Vm::start(DiskOption::Drive);
+    let target = vm.dir().join("backup");
     let job = json!({"job-id": "nightly", "device": "root", "target": target, "sync": "full", "speed": 1,
                      "format": "qcow2"});
     vm.qmp.run("drive-backup", job).unwrap();
@@ -163,11 +167,11 @@ fn a_vm_that_is_busy_is_told_with_what() {
         run.err
     );
     vm.qmp.run("block-job-cancel", json!({"device": "nightly", "force": true})).unwrap();
-    patiently("the job's end", Duration::from_secs(10), || {
+    patiently("the end of the backup job", Duration::from_secs(10), || {
         (vm.qmp.run("query-jobs", json!({})).unwrap() == json!([])).then_some(())
     });
 
-    // A migration of somebody else, that waits for him.
+    // A migration by another client, which waits for that client.
     set(&mut vm.qmp, &["pause-before-switchover"], true);
     vm.qmp.run("migrate", json!({"uri": "exec:cat >/dev/null"})).unwrap();
     let phase = |vm: &mut Vm| vm.qmp.run("query-migrate", json!({})).unwrap()["status"].clone();
@@ -178,9 +182,11 @@ fn a_vm_that_is_busy_is_told_with_what() {
     let run = crate::support::mount::Run::of("capture".into(), &run);
     assert!(run.err.contains("pre-switchover") && run.code != 75, "{run:?}");
     vm.qmp.run("migrate_cancel", json!({})).unwrap();
-    patiently("its end", Duration::from_secs(10), || (phase(&mut vm) == "cancelled").then_some(()));
+    patiently("the cancelled migration", Duration::from_secs(10), || {
+        (phase(&mut vm) == "cancelled").then_some(())
+    });
     set(&mut vm.qmp, &["pause-before-switchover"], false);
     vm.qmp.run("cont", json!({})).unwrap();
-    vm.is_as_before();
-    vm.end();
+    vm.wait_restored();
+    vm.quit();
 }

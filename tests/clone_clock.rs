@@ -1,5 +1,5 @@
-//! The clock of a guest that is resumed long after its capture: its RTC shows today's time, its system clock does where a
-//! guest agent runs, and the command says what it is.
+//! The clocks of a guest that is resumed after its capture: the RTC shows the current time, the system clock does if a
+//! guest agent runs, and `stencil clone` reports which is the case.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,47 +8,48 @@ use crate::support::guest::{Qemu, patiently, told};
 use crate::support::host;
 use crate::support::mount::TestMount;
 
-/// How old the template is at least: more than any answer takes.
-const AGE: Duration = Duration::from_secs(6);
+/// Minimum age of the template: longer than any reply takes.
+const MIN_AGE: Duration = Duration::from_secs(6);
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// The RTC and the system clock of the guest behind that port, as seconds that they are behind the host.
-fn behind(port: &Path) -> [i64; 2] {
-    let answer = told(port, "clock");
-    let words: Vec<&str> = answer.split(' ').collect();
-    // As hwclock reads the same clock.
-    let year = words.iter().find(|word| word.len() == 4 && word.parse::<u32>().is_ok());
-    assert!(year.is_some(), "{answer}");
-    [0, 1].map(|at| now() as i64 - words[at].parse::<i64>().unwrap())
+/// Returns by how many seconds the RTC and the system clock of the guest behind a serial port lag the host.
+fn clock_lag(port: &Path) -> [i64; 2] {
+    let reply = told(port, "clock");
+    let fields: Vec<&str> = reply.split(' ').collect();
+    // The reply ends with the output of hwclock, which has a year if hwclock could read the RTC.
+    let year = fields.iter().find(|field| field.len() == 4 && field.parse::<u32>().is_ok());
+    assert!(year.is_some(), "{reply}");
+    [0, 1].map(|at| now() as i64 - fields[at].parse::<i64>().unwrap())
 }
 
-/// Captures a guest, resumes a clone of it later, and gives what the command said and how far the clone's clocks are behind.
-fn resumed(port: &str) -> (String, [i64; 2]) {
+/// Captures a guest and resumes a clone of it later. Returns the warning of `stencil clone`, and the lag of the RTC and
+/// the system clock of the clone in seconds.
+fn resume_later(port: &str) -> (String, [i64; 2]) {
     let world = TestMount::new("decode");
     let dir = world.dir();
-    let more = format!(
+    let extra = format!(
         "-rtc base=utc -serial unix:{0}/second.sock,server=on,wait=off -device virtio-serial-pci \
          -chardev socket,id=agent,path={0}/agent.sock,server=on,wait=off {port}",
         dir.display()
     );
-    let guest = Qemu::boot_with(dir, &more);
+    let guest = Qemu::boot_with(dir, &extra);
     let second = dir.join("second.sock");
-    patiently("a clock that was set at boot", Duration::from_secs(20), || {
-        behind(&second).iter().all(|seconds| seconds.abs() <= 3).then_some(())
+    patiently("clocks that were set at boot", Duration::from_secs(20), || {
+        clock_lag(&second).iter().all(|seconds| seconds.abs() <= 3).then_some(())
     });
     world.json(&["capture", guest.socket().to_str().unwrap(), "vm:1", "--quit"]);
     let captured = now();
     drop(guest);
-    patiently("time", AGE * 2, || (now() >= captured + AGE.as_secs()).then_some(()));
+    patiently("the minimum age", MIN_AGE * 2, || (now() >= captured + MIN_AGE.as_secs()).then_some(()));
 
     let launched = world.json(&["clone", "vm:1"]);
     let age = launched["template_age_seconds"].as_u64().unwrap();
-    assert!((AGE.as_secs()..AGE.as_secs() + 60).contains(&age), "{age}");
-    let folder = Path::new(launched["clones"][0]["dir"].as_str().unwrap());
-    let clocks = behind(&folder.join("serial-1.sock"));
+    assert!((MIN_AGE.as_secs()..MIN_AGE.as_secs() + 60).contains(&age), "{age}");
+    let clone_dir = Path::new(launched["clones"][0]["dir"].as_str().unwrap());
+    let clocks = clock_lag(&clone_dir.join("serial-1.sock"));
     world.stencil(&["stop", "--all"]).ok();
     let warnings = launched["warnings"].as_array().unwrap();
     assert_eq!(warnings.len(), 1, "{warnings:?}");
@@ -56,21 +57,25 @@ fn resumed(port: &str) -> (String, [i64; 2]) {
 }
 
 #[test]
-fn the_rtc_of_a_clone_shows_the_time_of_today() {
+fn the_rtc_of_a_clone_shows_the_current_time() {
     let _host = host::shared();
-    let (said, [rtc, system]) = resumed("");
-    assert!(rtc.abs() <= 3, "the RTC is {rtc} s behind: {said}");
-    assert!(system >= AGE.as_secs() as i64 - 1, "only {system} s behind: {said}");
+    let (warning, [rtc, system]) = resume_later("");
+    assert!(rtc.abs() <= 3, "the RTC lags by {rtc} s: {warning}");
+    assert!(system >= MIN_AGE.as_secs() as i64 - 1, "the system clock lags by only {system} s: {warning}");
     assert!(
-        said.contains("no channel for a guest agent") && said.contains("docs/how-to/renew-clones.md"),
-        "{said}"
+        warning.contains("no channel for a guest agent") && warning.contains("docs/how-to/renew-clones.md"),
+        "{warning}"
     );
 }
 
 #[test]
-fn the_guest_agent_of_a_clone_sets_its_clock() {
+fn the_guest_agent_sets_the_system_clock_of_a_clone() {
     let _host = host::shared();
-    let (said, [rtc, system]) = resumed("-device virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
-    assert!(rtc.abs() <= 3 && system.abs() <= 3, "{rtc} and {system} s behind: {said}");
-    assert!(said.contains("the guest agents have set the clocks"), "{said}");
+    let (warning, [rtc, system]) =
+        resume_later("-device virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
+    assert!(
+        rtc.abs() <= 3 && system.abs() <= 3,
+        "the RTC lags by {rtc} s, the system clock by {system} s: {warning}"
+    );
+    assert!(warning.contains("the guest agents have set the clocks"), "{warning}");
 }

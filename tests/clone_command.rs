@@ -1,5 +1,5 @@
-//! Clones that are any command: ready when they map the template or say so; all or none; nothing left behind,
-//! whenever and however their launcher ends.
+//! Clones that run a user's command: a clone is ready once it maps the template or notifies the launcher, a launch
+//! starts all clones or none, and no process or directory is left whenever the launcher exits.
 
 use std::fs;
 use std::path::Path;
@@ -22,36 +22,38 @@ fn world() -> TestMount {
     world
 }
 
-/// Processes whose environment names this runtime directory, but for the mount's own.
+/// Returns the processes whose environment has this runtime directory, except supervisor and server of the mount. Each
+/// is one line: PID and command line.
 pub fn processes_of(world: &TestMount) -> Vec<String> {
-    let own: Vec<u32> = world.processes().iter().map(|p| p.pid).collect();
-    let wanted = format!("STENCIL_RUNTIME_DIR={}", world.runtime_dir().display());
+    let daemons: Vec<u32> = world.processes().iter().map(|p| p.pid).collect();
+    let variable = format!("STENCIL_RUNTIME_DIR={}", world.runtime_dir().display());
     let entries = fs::read_dir("/proc").unwrap().flatten();
     let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| !own.contains(pid))
+    pids.filter(|pid| !daemons.contains(pid))
         .filter(|pid| {
             let environ = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            environ.split(|b| *b == 0).any(|word| word == wanted.as_bytes())
+            environ.split(|b| *b == 0).any(|entry| entry == variable.as_bytes())
         })
         .map(|pid| {
-            let words = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            format!("{pid} {}", words.replace('\0', " "))
+            let cmdline = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            format!("{pid} {}", cmdline.replace('\0', " "))
         })
         .collect()
 }
 
+/// Asserts that no clone, launch or process of a launch is left.
 #[track_caller]
 pub fn nothing_is_left(world: &TestMount) {
-    for folder in ["clones", "launches"] {
+    for dir in ["clones", "launches"] {
         let left: Vec<_> =
-            fs::read_dir(world.runtime_dir().join(folder)).into_iter().flatten().flatten().collect();
-        assert!(left.is_empty(), "{left:?}");
+            fs::read_dir(world.runtime_dir().join(dir)).into_iter().flatten().flatten().collect();
+        assert!(left.is_empty(), "left in {dir}: {left:?}");
     }
     assert_eq!(processes_of(world), Vec::<String>::new());
 }
 
 #[test]
-fn placeholders_and_variables_are_the_clones_own() {
+fn each_clone_gets_its_own_placeholders_and_variables() {
     let _host = host::shared();
     let world = world();
     let script = "echo {id} {index} {dir} {memory} = $STENCIL_ID $STENCIL_INDEX $STENCIL_DIR $STENCIL_MEMORY; \
@@ -66,10 +68,14 @@ fn placeholders_and_variables_are_the_clones_own() {
         assert_eq!(filled, variables);
         assert!(filled.starts_with(&format!("{id} {index} ")), "{log}");
         let memory = Path::new(filled.rsplit_once(' ').unwrap().1);
-        assert!(memory.starts_with(world.mountpoint().join("by-id")), "resolved once: {}", memory.display());
+        assert!(
+            memory.starts_with(world.mountpoint().join("by-id")),
+            "{} is not a path by digest",
+            memory.display()
+        );
     }
-    let some = launched["clones"][1]["id"].as_str().unwrap();
-    world.stencil(&["stop", some]).ok();
+    let one = launched["clones"][1]["id"].as_str().unwrap();
+    world.stencil(&["stop", one]).ok();
     assert_eq!(world.json(&["ps"])["clones"].as_array().unwrap().len(), 2);
     world.stencil(&["stop", "--all"]).ok();
     nothing_is_left(&world);
@@ -79,7 +85,7 @@ fn placeholders_and_variables_are_the_clones_own() {
 fn a_command_is_ready_when_it_maps_the_template() {
     let _host = host::shared();
     let world = world();
-    // Any program that maps the file will do; it may start another one that does.
+    // Any program that maps the template works, and so does a process that the program starts.
     let qemu = "qemu-system-x86_64 -M none -nodefaults -display none \
                 -object memory-backend-file,id=m,size=1M,mem-path={memory},share=off,readonly=on,rom=off";
     let detached = format!("setsid {qemu} & sleep 0.2");
@@ -94,30 +100,30 @@ fn a_command_is_ready_when_it_maps_the_template() {
         world.stencil(&["stop", "--all"]).ok();
         nothing_is_left(&world);
     }
-    let run = world.stencil(&["clone", "web", "--", "sh", "-c", "echo no such luck; exit 3"]).exits(1);
+    let run = world.stencil(&["clone", "web", "--", "sh", "-c", "echo failure of the VMM; exit 3"]).exits(1);
     assert!(run.err.contains("exited before it mapped the template (exit status: 3)"), "{}", run.err);
-    assert!(run.err.contains("no such luck"), "its log: {}", run.err);
+    assert!(run.err.contains("failure of the VMM"), "no log of the clone: {}", run.err);
     let run = world.stencil(&["clone", "web", "--timeout", "1", "--", "sleep", "1000"]).exits(1);
     assert!(run.err.contains("timed out after 1 s waiting for the clone"), "{}", run.err);
     world.stencil(&["clone", "web", "--", "/nonexistent/vmm"]).exits(1);
     nothing_is_left(&world);
 }
 
-/// The process of a clone is no child of the command that asks.
+/// `stencil ps` cannot wait for a clone, which is not its child: the launch records the exit status.
 #[test]
-fn ps_tells_how_and_when_each_clone_ended() {
+fn ps_shows_how_and_when_each_clone_ended() {
     let _host = host::shared();
     let world = world();
-    let gate = world.dir().join("end");
+    let end_file = world.dir().join("end");
     let script = format!(
         "until [ -e {} ]; do sleep 0.05; done; case {{index}} in 0) exit 7 ;; 1) kill -SEGV $$ ;; esac; \
          exec sleep 1000",
-        gate.display()
+        end_file.display()
     );
     let script = format!("ulimit -c 0; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; {script}");
     world.json(&["clone", "web", "-n", "3", "--ready", "notify", "--", "sh", "-c", &script]);
     world.json(&["clone", "web", "--simulate", "read=1%,write=1%"]);
-    // The simulated clone last, whatever the second in which it was launched.
+    // `stencil ps` sorts by launch time in seconds, so that the simulated clone may have any place: put it last.
     let rows = || {
         let mut rows = world.json(&["ps"])["clones"].as_array().unwrap().clone();
         rows.sort_by_key(|row| row["kind"] == "simulated");
@@ -126,9 +132,9 @@ fn ps_tells_how_and_when_each_clone_ended() {
     assert!(rows().iter().all(|row| row["state"] == "running" && row.get("ended").is_none()));
     let before = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
     let pids: Vec<u64> = rows().iter().map(|row| row["pid"].as_u64().unwrap()).collect();
-    fs::write(gate, "").unwrap();
+    fs::write(end_file, "").unwrap();
     kill_process(Pid::from_raw(pids[3] as i32).unwrap(), Signal::KILL).unwrap();
-    let rows = patiently("all noted", Duration::from_secs(10), || {
+    let rows = patiently("three recorded exits", Duration::from_secs(10), || {
         let rows = rows();
         [0, 1, 3].iter().all(|&at: &usize| rows[at].get("ended").is_some()).then_some(rows)
     });
@@ -141,15 +147,15 @@ fn ps_tells_how_and_when_each_clone_ended() {
     let at = rows[0]["ended"]["at"].as_str().unwrap();
     let date = std::process::Command::new("date").args(["-u", "-d", at, "+%s"]).output().unwrap();
     let at: i64 = String::from_utf8_lossy(&date.stdout).trim().parse().unwrap();
-    assert!((before..before + 60).contains(&at), "{at} after {before}");
+    assert!((before..before + 60).contains(&at), "{at} is not within 60 s after {before}");
     let table = world.stencil(&["ps"]).ok().out;
     assert!(table.contains("exit 7 at 20") && table.contains("SIGSEGV at 20"), "{table}");
-    // A launch keeps one process while a clone of it lives, and nothing after that.
+    // A launch has one process as long as one of its clones runs, and none after that.
     world.stencil(&["stop", "--all"]).ok();
     nothing_is_left(&world);
 }
 
-/// A line each: the id, and after a tab the ports of the host, as `ps` shows them.
+/// Each clone has one line: its ID, a tab, and its host ports in the format of `stencil ps`.
 #[test]
 fn clone_prints_the_ports_of_each_clone() {
     let _host = host::shared();
@@ -168,16 +174,16 @@ fn clone_prints_the_ports_of_each_clone() {
     assert_eq!(launched.lines().collect::<Vec<_>>(), expected);
     let table = world.stencil(&["ps"]).ok().out;
     assert!(expected.iter().all(|line| table.contains(line.split_once('\t').unwrap().1)), "{table}");
-    let plain =
+    let without_ports =
         world.stencil(&["clone", "web", "--ready", "notify", "--", "sh", "-c", READY_THEN_SLEEP]).ok();
-    assert!(!plain.out.contains('\t') && plain.out.lines().count() == 1, "{plain:?}");
+    assert!(!without_ports.out.contains('\t') && without_ports.out.lines().count() == 1, "{without_ports:?}");
     world.stencil(&["stop", "--all"]).ok();
     nothing_is_left(&world);
 }
 
-/// The caller's pipes are closed when the command ends, not when the clones do.
+/// The pipes of the caller are closed when `stencil clone` exits, although the clones run on.
 #[test]
-fn a_launch_holds_no_output_of_its_caller() {
+fn clones_do_not_hold_the_pipes_of_the_caller() {
     let _host = host::shared();
     let world = world();
     let mut command = world.command();
@@ -193,18 +199,19 @@ fn a_launch_holds_no_output_of_its_caller() {
 }
 
 #[test]
-fn one_that_fails_takes_all_along_unless_told_otherwise() {
+fn a_failed_clone_ends_the_launch_unless_keep_going_is_set() {
     let _host = host::shared();
     let world = world();
     let script = format!("test {{index}} != 5 || exit 9; {READY_THEN_SLEEP}");
-    let words = ["clone", "web", "-n", "8", "--ready", "notify"];
-    let rest = ["--", "sh", "-c", &script];
+    let args = ["clone", "web", "-n", "8", "--ready", "notify"];
+    let clone_command = ["--", "sh", "-c", &script];
 
-    let run = world.stencil(&[&words[..], &rest[..]].concat()).exits(1);
+    let run = world.stencil(&[&args[..], &clone_command[..]].concat()).exits(1);
     run.says("clone 5 of 8 did not become ready");
     nothing_is_left(&world);
 
-    let run = world.stencil(&[&["--json"], &words[..], &["--keep-going"], &rest[..]].concat()).exits(1);
+    let run =
+        world.stencil(&[&["--json"], &args[..], &["--keep-going"], &clone_command[..]].concat()).exits(1);
     let launched: Value = serde_json::from_str(&run.out).unwrap();
     assert_eq!(launched["clones"].as_array().unwrap().len(), 7);
     assert_eq!(launched["failures"][0]["index"], 5);
@@ -214,11 +221,12 @@ fn one_that_fails_takes_all_along_unless_told_otherwise() {
 }
 
 #[test]
-fn one_that_does_not_heed_is_killed_and_one_that_ended_is_shown_so() {
+fn stop_kills_clones_that_ignore_sigterm_and_reports_ended_ones() {
     let _host = host::shared();
     let world = world();
-    let stubborn = "trap '' TERM; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; while :; do sleep 1000; done";
-    world.json(&["clone", "web", "--ready", "notify", "--", "sh", "-c", stubborn]);
+    let ignores_term =
+        "trap '' TERM; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; while :; do sleep 1000; done";
+    world.json(&["clone", "web", "--ready", "notify", "--", "sh", "-c", ignores_term]);
     let stopped = world.json(&["stop", "--all", "--grace", "1"]);
     assert_eq!(stopped["stopped"][0]["how"], "killed", "{stopped}");
     nothing_is_left(&world);
@@ -226,7 +234,7 @@ fn one_that_does_not_heed_is_killed_and_one_that_ended_is_shown_so() {
     let launched = world.json(&["clone", "web", "--ready", "notify", "--", "sh", "-c", READY_THEN_SLEEP]);
     let pid = launched["clones"][0]["pid"].as_i64().unwrap() as i32;
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-    patiently("end", Duration::from_secs(5), || {
+    patiently("an ended clone", Duration::from_secs(5), || {
         (world.json(&["ps"])["clones"][0]["state"] == "ended").then_some(())
     });
     assert_eq!(world.json(&["stop", "--all"])["stopped"][0]["how"], "gone");
@@ -234,7 +242,7 @@ fn one_that_does_not_heed_is_killed_and_one_that_ended_is_shown_so() {
 }
 
 #[test]
-fn wait_gives_the_commands_exit_code() {
+fn clone_wait_returns_the_exit_code_of_the_command() {
     let _host = host::shared();
     let world = world();
     let script = "echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; sleep 0.2; exit 7";
@@ -242,46 +250,47 @@ fn wait_gives_the_commands_exit_code() {
     nothing_is_left(&world);
 }
 
-/// The launcher gets a signal after each of many moments: whatever it was doing, nothing stays, or everything
-/// that it had let go.
-fn interrupted(signal: Signal, words: &[&str]) {
+/// Sends the signal to a launcher of 20 clones after various delays: either all clones run afterwards, or nothing is
+/// left.
+fn signal_launcher(signal: Signal, clone_args: &[&str]) {
     let _host = host::shared();
     let world = world();
     let rounds = host::rounds(12, 100);
-    let mut survived = 0;
+    let mut completed = 0;
     for round in 0..rounds {
         let mut launcher =
-            world.command().args(words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // From the first moments of the process to long after the last clone is ready.
+            world.command().args(clone_args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // From the start of the process to long after the last clone is ready.
         std::thread::sleep(Duration::from_micros(500 * round * round % 150_000 + round * 1500));
         let pid = Pid::from_raw(launcher.id() as i32).unwrap();
         let _ = kill_process(pid, signal);
         let status = launcher.wait().unwrap();
         if status.success() {
-            survived += 1;
+            completed += 1;
             let clones = world.json(&["ps"])["clones"].as_array().unwrap().clone();
-            assert_eq!(clones.len(), 20, "all of them");
+            assert_eq!(clones.len(), 20, "a successful launch has all clones");
             assert!(clones.iter().all(|c| c["state"] == "running"), "{clones:#?}");
             world.stencil(&["stop", "--all"]).ok();
         }
-        // Without any further command nothing stays, or (let go in that very moment) all of them.
-        let held = || fs::read_dir(world.runtime_dir().join("launches")).map_or(0, Iterator::count) > 0;
-        patiently("end of the launch", Duration::from_secs(10), || (!held()).then_some(()));
+        // The launch ends without another command: with no clone, or with all if it had just completed.
+        let is_launching =
+            || fs::read_dir(world.runtime_dir().join("launches")).map_or(0, Iterator::count) > 0;
+        patiently("the end of the launch", Duration::from_secs(10), || (!is_launching()).then_some(()));
         let clones = world.json(&["ps"])["clones"].as_array().unwrap().len();
         if clones > 0 {
-            assert_eq!(clones, 20, "all or none");
+            assert_eq!(clones, 20, "a launch has all clones or none");
             world.stencil(&["stop", "--all"]).ok();
         }
-        patiently("end of all processes", Duration::from_secs(10), || {
+        patiently("the exit of all processes", Duration::from_secs(10), || {
             processes_of(&world).is_empty().then_some(())
         });
         nothing_is_left(&world);
     }
-    println!("{rounds} rounds, {survived} launches were faster than the signal");
+    println!("{rounds} launches, {completed} of them completed before the signal");
 }
 
 #[test]
-fn the_next_command_clears_up_what_nobody_else_could() {
+fn the_next_command_removes_an_abandoned_launch() {
     let _host = host::shared();
     let world = world();
     let script = "sleep 1000";
@@ -291,39 +300,42 @@ fn the_next_command_clears_up_what_nobody_else_could() {
     patiently("clones", Duration::from_secs(20), || {
         (processes_of(&world).iter().filter(|p| p.contains("sleep 1000")).count() >= 3).then_some(())
     });
-    // Launcher and watchdog die at one time.
+    // Launcher and watchdog are killed together.
     for process in processes_of(&world).iter().filter(|p| p.contains("launch-watchdog")) {
         let pid = process.split_once(' ').unwrap().0.parse().unwrap();
         kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     }
     launcher.kill().unwrap();
     launcher.wait().unwrap();
-    assert!(processes_of(&world).iter().any(|p| p.contains("sleep 1000")), "nobody was there to end them");
+    assert!(
+        processes_of(&world).iter().any(|p| p.contains("sleep 1000")),
+        "the clones do not run on without launcher and watchdog"
+    );
     assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
     nothing_is_left(&world);
 }
 
 #[test]
-fn soak_interrupted_launch_of_simulated_clones() {
-    interrupted(Signal::INT, &["clone", "web", "-n", "20", "--simulate", "read=50%,write=10%"]);
+fn soak_an_interrupted_simulated_launch_is_all_or_none() {
+    signal_launcher(Signal::INT, &["clone", "web", "-n", "20", "--simulate", "read=50%,write=10%"]);
 }
 
 #[test]
-fn soak_killed_launch_of_simulated_clones() {
-    interrupted(Signal::KILL, &["clone", "web", "-n", "20", "--simulate", "read=50%,write=10%"]);
+fn soak_a_killed_simulated_launch_is_all_or_none() {
+    signal_launcher(Signal::KILL, &["clone", "web", "-n", "20", "--simulate", "read=50%,write=10%"]);
 }
 
 #[test]
-fn soak_interrupted_launch_of_commands() {
-    interrupted(
+fn soak_an_interrupted_command_launch_is_all_or_none() {
+    signal_launcher(
         Signal::TERM,
         &["clone", "web", "-n", "20", "--ready", "notify", "--", "sh", "-c", READY_THEN_SLEEP],
     );
 }
 
 #[test]
-fn soak_killed_launch_of_commands() {
-    interrupted(
+fn soak_a_killed_command_launch_is_all_or_none() {
+    signal_launcher(
         Signal::KILL,
         &["clone", "web", "-n", "20", "--ready", "notify", "--", "sh", "-c", READY_THEN_SLEEP],
     );

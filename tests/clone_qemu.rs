@@ -1,4 +1,5 @@
-//! Real guests resume from one template: each goes on where it was, and none is another one's twin.
+//! Real guests resume from one template: each continues where the template was captured, with its own generation ID and
+//! random numbers.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +16,7 @@ use crate::support::host;
 use crate::support::mount::TestMount;
 
 #[test]
-fn guests_resume_and_are_no_twins() {
+fn resumed_guests_get_distinct_ids_and_random_numbers() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     guest::give(&world);
@@ -35,18 +36,18 @@ fn guests_resume_and_are_no_twins() {
             let beats = heartbeats(&dir.join("serial.log"));
             (beats.len() >= 3).then_some(beats)
         });
-        assert!(first[0].count >= 4, "it did not boot, it went on: {first:?}");
-        // The first one may have been drawn before the capture, and printed after it.
+        assert!(first[0].count >= 4, "the guest booted instead of resuming: {first:?}");
+        // The first random number may have been read before the capture and printed after it.
         randoms.extend(first[1..3].iter().map(|b| b.random.clone()));
         let mut qmp = Qmp::connect(&dir.join("qmp.sock")).unwrap();
         assert_eq!(qmp.status().unwrap(), "running");
         let id = qmp.run("query-vm-generation-id", json!({})).unwrap();
         generations.insert(id["guid"].as_str().unwrap().to_owned());
     }
-    assert_eq!(generations.len(), 4, "a generation id of its own each");
-    assert_eq!(randoms.len(), 8, "random numbers of its own each");
+    assert_eq!(generations.len(), 4, "generation IDs are not distinct");
+    assert_eq!(randoms.len(), 8, "random numbers are not distinct");
 
-    // It shares the template: what it has copied is small.
+    // The guests share the template: each has copied a small part.
     let density = world.json(&["density"]);
     for clone in density["clones"].as_array().unwrap() {
         assert_eq!(clone["kind"], "qemu");
@@ -54,10 +55,10 @@ fn guests_resume_and_are_no_twins() {
         assert!((1..64 << 20).contains(&private), "{clone}");
     }
 
-    // One that dies is shown so; the others go on.
+    // A killed guest is listed as ended; the others continue.
     let pid = clones[0]["pid"].as_i64().unwrap() as i32;
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-    patiently("end", Duration::from_secs(5), || {
+    patiently("an ended clone", Duration::from_secs(5), || {
         let ps = world.json(&["ps"]);
         let states: Vec<_> = ps["clones"].as_array().unwrap().iter().map(|c| c["state"].clone()).collect();
         (states.iter().filter(|s| **s == "ended").count() == 1).then_some(())
@@ -75,19 +76,19 @@ fn guests_resume_and_are_no_twins() {
 
     let digest = launched["template"].as_str().unwrap();
     let served = fs::read(world.file(digest, "memory")).unwrap();
-    assert!(served == fs::read(world.dir().join("ram.before")).unwrap(), "the template is as it was");
+    assert!(served == fs::read(world.dir().join("ram.before")).unwrap(), "the template was modified");
 }
 
 #[test]
-fn a_guest_that_cannot_resume_takes_all_along() {
+fn a_guest_that_cannot_resume_ends_the_launch() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     guest::give(&world);
-    // The same memory with a device state that is none, and the recipe of the real one.
+    // The same memory and recipe, with an invalid device state.
     let memory = world.dir().join("memory");
     world.stencil(&["export", "guest:v1/memory", memory.to_str().unwrap()]).ok();
     let state = world.dir().join("state");
-    fs::write(&state, "this is no device state at all").unwrap();
+    fs::write(&state, "not a device state").unwrap();
     let store = stencilfs::store::Store::open(&world.store_dir()).unwrap();
     let good = store.resolve(&"guest:v1".parse().unwrap()).unwrap();
     let recipe = store.template(&good).unwrap().policy().recipe.clone();
@@ -96,8 +97,8 @@ fn a_guest_that_cannot_resume_takes_all_along() {
         world.stencil(&["export", &format!("guest:v1/{name}"), out.to_str().unwrap()]).ok();
     }
     let file = |name: &str| format!("{name}={},kind=blob", world.dir().join(name).display());
-    let words = ["import", memory.to_str().unwrap(), "guest:bad", "--state", state.to_str().unwrap()];
-    world.stencil(&[&words[..], &["--file", &file("kernel"), "--file", &file("initrd")]].concat()).ok();
+    let import = ["import", memory.to_str().unwrap(), "guest:bad", "--state", state.to_str().unwrap()];
+    world.stencil(&[&import[..], &["--file", &file("kernel"), "--file", &file("initrd")]].concat()).ok();
     let bad = store.resolve(&"guest:bad".parse().unwrap()).unwrap();
     store.set_policy(&bad, |policy| policy.recipe = recipe).unwrap();
     world.mount(&[]).ok();
@@ -110,7 +111,7 @@ fn a_guest_that_cannot_resume_takes_all_along() {
 }
 
 #[test]
-fn a_guest_that_somebody_else_resumed_is_seen() {
+fn ps_lists_a_guest_that_stencil_did_not_launch() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     world.import_bytes(&vec![3; 16 << 20], "web");
@@ -122,15 +123,15 @@ fn a_guest_that_somebody_else_resumed_is_seen() {
     let words =
         ["-M", "q35,memory-backend=m", "-m", "16M", "-nodefaults", "-display", "none", "-object", &object];
     let mut other = Command::new("qemu-system-x86_64").args(words).spawn().unwrap();
-    let seen = patiently("foreign clone", Duration::from_secs(20), || {
+    let listed = patiently("a foreign clone", Duration::from_secs(20), || {
         let ps = world.json(&["ps"]);
         let clones = ps["clones"].as_array().unwrap();
         clones.first().cloned()
     });
-    assert_eq!(seen["kind"], "other");
-    assert_eq!(seen["pid"], other.id());
-    assert_eq!(seen["template"], digest.as_str());
-    // It is not ours to stop.
+    assert_eq!(listed["kind"], "other");
+    assert_eq!(listed["pid"], other.id());
+    assert_eq!(listed["template"], digest.as_str());
+    // `stencil stop` does not end a foreign clone.
     world.stencil(&["stop", "--all"]).ok();
     assert!(other.try_wait().unwrap().is_none());
     other.kill().unwrap();

@@ -1,4 +1,4 @@
-//! Simulated clones: exactly the pages that they were told, in processes that live on by themselves.
+//! Simulated clones: they touch exactly the requested pages, in processes that outlive their launcher.
 
 use std::collections::BTreeSet;
 
@@ -31,7 +31,7 @@ fn ids(launched: &Value) -> Vec<String> {
 }
 
 #[test]
-fn they_touch_exactly_what_they_were_told() {
+fn simulated_clones_touch_exactly_the_requested_pages() {
     let _host = host::shared();
     for serve in ["passthrough", "decode"] {
         let world = TestMount::new(serve);
@@ -49,9 +49,13 @@ fn they_touch_exactly_what_they_were_told() {
             let process = ProcessId::of(pid).unwrap().unwrap();
             assert_eq!(clone["identity"].as_u64(), Some(process.identity));
             let parent = procfs::cmdline(stat.ppid).unwrap().unwrap_or_default();
-            assert!(!parent.iter().any(|word| word == "launch-zygote"), "its zygote has gone: {parent:?}");
+            assert!(!parent.iter().any(|word| word == "launch-zygote"), "the zygote still runs: {parent:?}");
             let session = rustix::process::getsid(rustix::process::Pid::from_raw(pid as i32)).unwrap();
-            assert_ne!(session, rustix::process::getsid(None).unwrap(), "a session of its own");
+            assert_ne!(
+                session,
+                rustix::process::getsid(None).unwrap(),
+                "the clone is in the session of the caller"
+            );
             assert_eq!(std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count(), 1);
         }
         let log = world.stencil(&["logs", &ids[0]]).ok().out;
@@ -63,7 +67,7 @@ fn they_touch_exactly_what_they_were_told() {
 }
 
 #[test]
-fn a_bare_one_costs_little() {
+fn an_idle_simulated_clone_uses_little_memory() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     world.import_bytes(&image(256), "web");
@@ -76,12 +80,12 @@ fn a_bare_one_costs_little() {
         total += line.split_ascii_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
     }
     assert!(total / 100 <= 130, "{} KiB of anonymous memory each", total / 100);
-    println!("a bare worker: {} KiB of anonymous memory", total / 100);
+    println!("an idle simulated clone: {} KiB of anonymous memory", total / 100);
     world.stencil(&["stop", "--all"]).ok();
 }
 
 #[test]
-fn the_template_is_the_same_afterwards() {
+fn writes_of_clones_do_not_change_the_template() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let bytes = image(2048);
@@ -92,7 +96,7 @@ fn the_template_is_the_same_afterwards() {
 }
 
 #[test]
-fn a_write_to_rom_is_sigsegv_and_no_private_page() {
+fn writes_to_rom_raise_sigsegv_and_copy_no_page() {
     let _host = host::shared();
     for serve in ["passthrough", "decode"] {
         let world = TestMount::new(serve);
@@ -105,20 +109,20 @@ fn a_write_to_rom_is_sigsegv_and_no_private_page() {
         let failed =
             world.stencil(&["clone", "vm", "-n", "2", "--simulate", "write=1p,file=firmware"]).exits(1);
         assert!(failed.err.contains("killed by SIGSEGV"), "{}", failed.err);
-        let words = "ROM file 'firmware', of which it had 0 private pages";
-        assert!(failed.err.contains(words), "{}", failed.err);
+        let message = "ROM file 'firmware', of which it had 0 private pages";
+        assert!(failed.err.contains(message), "{}", failed.err);
         assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 
-        // Reading it is fine, and so is writing the RAM beside it.
+        // Reads of the ROM succeed, and so do writes to the RAM of the same template.
         world.json(&["clone", "vm", "--simulate", "read=100%,file=firmware"]);
-        let both = world.json(&["clone", "vm", "--simulate", "write=7p"]);
-        assert_eq!(dirty_pages(&world, &ids(&both)[0]), 7);
+        let writer = world.json(&["clone", "vm", "--simulate", "write=7p"]);
+        assert_eq!(dirty_pages(&world, &ids(&writer)[0]), 7);
         world.stencil(&["stop", "--all"]).ok();
     }
 }
 
 #[test]
-fn what_cannot_be_is_said() {
+fn invalid_clone_requests_are_refused() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&image(16), "web");

@@ -1,4 +1,5 @@
-//! The command line as a contract: exit codes, errors as text and as JSON, man pages, completions.
+//! The command line as an interface: exit codes, errors as text and as JSON, man pages, completions, choice of the
+//! daemon.
 
 use std::fs;
 use std::process::Command;
@@ -7,13 +8,13 @@ use serde_json::Value;
 
 use crate::support::mount::{Run, STENCIL, TestMount, copy_program, daemon, temporary};
 
-/// Exit code, standard output, standard error.
+/// Runs `stencil` without a store. Returns its exit code, standard output and standard error.
 fn stencil(args: &[&str]) -> (i32, String, String) {
-    let none = temporary("cli-");
+    let dir = temporary("cli-");
     let output = Command::new(STENCIL)
         .args(args)
-        .env("STENCIL_STORE", none.path().join("no-store"))
-        .env("STENCIL_RUNTIME_DIR", none.path().join("run"))
+        .env("STENCIL_STORE", dir.path().join("no-store"))
+        .env("STENCIL_RUNTIME_DIR", dir.path().join("run"))
         .output()
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -21,7 +22,7 @@ fn stencil(args: &[&str]) -> (i32, String, String) {
 }
 
 #[test]
-fn a_missing_store_is_one_line_with_a_remedy_and_exit_4() {
+fn a_missing_store_gives_one_error_a_hint_and_exit_code_4() {
     for command in
         [&["ls"][..], &["inspect", "web:1"], &["verify"], &["export", "web:1", "/tmp/x"], &["clone", "web:1"]]
     {
@@ -36,24 +37,24 @@ fn a_missing_store_is_one_line_with_a_remedy_and_exit_4() {
 }
 
 #[test]
-fn errors_are_json_where_json_was_asked_for() {
+fn json_mode_prints_errors_as_json() {
     let (code, out, err) = stencil(&["--json", "ls"]);
     assert_eq!((code, err.as_str()), (4, ""));
-    let answer: Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(answer["schema"], 1);
-    assert_eq!(answer["error"]["code"], "not-found");
-    assert!(answer["error"]["path"].as_str().unwrap().ends_with("no-store"));
-    assert!(answer["error"]["remedy"].as_str().unwrap().contains("stencil import"));
+    let reply: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(reply["schema"], 1);
+    assert_eq!(reply["error"]["code"], "not-found");
+    assert!(reply["error"]["path"].as_str().unwrap().ends_with("no-store"));
+    assert!(reply["error"]["remedy"].as_str().unwrap().contains("stencil import"));
 
     let (code, out, _) = stencil(&["--json", "ls", "--no-such-option"]);
     assert_eq!(code, 2);
-    let answer: Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(answer["error"]["code"], "usage");
-    assert!(answer["error"]["message"].as_str().unwrap().contains("--no-such-option"));
+    let reply: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(reply["error"]["code"], "usage");
+    assert!(reply["error"]["message"].as_str().unwrap().contains("--no-such-option"));
 }
 
 #[test]
-fn wrong_words_exit_2_and_try_nothing() {
+fn invalid_arguments_exit_with_2_and_print_no_result() {
     for command in [
         &["no-such-command"][..],
         &["import", "/dev/null", "../up:1"],
@@ -71,7 +72,7 @@ fn wrong_words_exit_2_and_try_nothing() {
 }
 
 #[test]
-fn every_command_has_a_man_page_and_completions_know_it() {
+fn every_command_has_a_man_page_and_completions() {
     let dir = temporary("man-");
     let (code, _, err) = stencil(&["generate", "man", dir.path().to_str().unwrap()]);
     assert_eq!(code, 0, "{err}");
@@ -95,21 +96,21 @@ fn every_command_has_a_man_page_and_completions_know_it() {
 }
 
 #[test]
-fn the_variable_names_the_daemon_before_any_other_place() {
+fn the_variable_stencil_mountd_overrides_the_daemon_path() {
     let world = TestMount::unmounted();
-    let mount = |named: &str| {
+    let mount_with = |program: &str| {
         let mut command = world.command();
-        command.args(["mount", world.mountpoint().to_str().unwrap()]).env("STENCIL_MOUNTD", named);
-        Run::of(format!("mount, by {named}"), &command.output().unwrap())
+        command.args(["mount", world.mountpoint().to_str().unwrap()]).env("STENCIL_MOUNTD", program);
+        Run::of(format!("mount with STENCIL_MOUNTD={program}"), &command.output().unwrap())
     };
-    let none = world.dir().join("none");
-    mount(none.to_str().unwrap())
+    let missing = world.dir().join("none");
+    mount_with(missing.to_str().unwrap())
         .exits(4)
-        .says(&format!("STENCIL_MOUNTD does not name a file: {}", none.display()));
-    mount(world.dir().to_str().unwrap()).exits(4).says("STENCIL_MOUNTD does not name a file");
+        .says(&format!("STENCIL_MOUNTD does not name a file: {}", missing.display()));
+    mount_with(world.dir().to_str().unwrap()).exits(4).says("STENCIL_MOUNTD does not name a file");
     copy_program(daemon(), world.dir().join("another"));
-    // Of the current folder, not of the PATH.
-    mount("another").ok();
+    // A relative name is looked up in the working directory, not in PATH.
+    mount_with("another").ok();
     let program = format!("/proc/{}/exe", world.status()["supervisor_pid"]);
     assert_eq!(fs::read_link(program).unwrap(), world.dir().join("another"));
     let restarted =
@@ -124,7 +125,7 @@ fn the_variable_names_the_daemon_before_any_other_place() {
 }
 
 #[test]
-fn a_closed_pipe_is_no_error() {
+fn a_closed_pipe_is_not_an_error() {
     let script = format!("{STENCIL} generate completions bash | head -1; echo ${{PIPESTATUS[0]}}");
     let output = Command::new("bash").args(["-c", &script]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

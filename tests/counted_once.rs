@@ -1,4 +1,4 @@
-//! What exists once is counted once: address spaces, templates, stores, and the memory that was free before a launch.
+//! `stencil density` counts shared resources once: address spaces, templates, and the page cache of a store.
 
 use std::process::Command;
 
@@ -12,13 +12,14 @@ use crate::support::store::guest_like;
 const PAGE: u64 = 4096;
 const SIZE: u64 = 4 << 20;
 
+/// Mounts a store with one template. Returns the mount and the digest of the template.
 pub fn world() -> (TestMount, String) {
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE as usize), "web:1");
     (world, digest)
 }
 
-/// A process that has written these pages of the template.
+/// Starts a process that maps the template and writes its first pages.
 pub fn writer(world: &TestMount, digest: &str, pages: u64) -> Actor {
     let mut actor = Actor::start();
     actor.tell(&format!("map 0 {} 0 {SIZE} rw", world.file(digest, "memory").display()));
@@ -26,6 +27,7 @@ pub fn writer(world: &TestMount, digest: &str, pages: u64) -> Actor {
     actor
 }
 
+/// Returns `stencil density --audit` as JSON, and asserts that its count of page frames agrees.
 pub fn audited(world: &TestMount) -> Value {
     let density = world.json(&["density", "--audit"]);
     let frames = &density["audit"]["frames"];
@@ -35,10 +37,10 @@ pub fn audited(world: &TestMount) -> Value {
 }
 
 #[test]
-fn processes_with_one_address_space_are_one_clone() {
+fn processes_that_share_an_address_space_are_one_clone() {
     let _host = host::shared();
     let (world, digest) = world();
-    let (mut parent, mut waiting) = (writer(&world, &digest, 100), writer(&world, &digest, 10));
+    let (mut parent, mut vforking) = (writer(&world, &digest, 100), writer(&world, &digest, 10));
     let before = audited(&world);
     let figures = |density: &Value| {
         let totals = &density["totals"];
@@ -46,12 +48,12 @@ fn processes_with_one_address_space_are_one_clone() {
     };
     assert_eq!(figures(&before)[..3], [json!(2), json!(2 * SIZE), json!(110 * PAGE)]);
 
-    // One is made by clone(CLONE_VM), the other one by vfork.
-    let children = [parent.tell("share"), waiting.tell("vfork")];
+    // One child is created by clone(CLONE_VM), the other one by vfork.
+    let children = [parent.tell("share"), vforking.tell("vfork")];
     let density = audited(&world);
     assert_eq!(density["totals"]["clones"], 2, "{:#}", density["totals"]);
     assert_eq!(figures(&density)[..3], figures(&before)[..3]);
-    let pids = [(u64::from(parent.pid()), children[0]), (u64::from(waiting.pid()), children[1])];
+    let pids = [(u64::from(parent.pid()), children[0]), (u64::from(vforking.pid()), children[1])];
     for (pid, child) in pids {
         let rows: Vec<&Value> = density["clones"].as_array().unwrap().iter().collect();
         let row = rows.iter().find(|row| row["pid"] == pid).unwrap_or_else(|| panic!("{rows:#?}"));
@@ -60,19 +62,19 @@ fn processes_with_one_address_space_are_one_clone() {
     assert_eq!(density["templates"][0]["clones"], 2);
     assert_eq!(world.status()["templates"][0]["clones"], 2);
     assert_eq!(world.json(&["ps"])["clones"].as_array().unwrap().len(), 2);
-    // Who removes the template must know of all of them.
+    // The error of `stencil rm` names every process.
     let refused = world.stencil(&["rm", "web:1"]).exits(5);
     assert!(children.iter().all(|pid| refused.err.contains(&pid.to_string())), "{refused:?}");
 
-    // A fork has an address space of its own, though all of its mappings are alike.
+    // A forked child has a separate address space, although its mappings are the same.
     parent.tell("fork 0 3 200");
     let density = audited(&world);
     assert_eq!(figures(&density)[..3], [json!(3), json!(3 * SIZE), json!(112 * PAGE)]);
 }
 
-/// One template by two mounts: each has page cache of its own, and only one has a backing.
+/// Two mounts serve one template: each has its own page cache, and only one has a backing.
 #[test]
-fn two_mounts_of_a_store_are_audited() {
+fn audit_accounts_for_two_mounts_of_one_store() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let mut bytes = vec![0; SIZE as usize];
@@ -81,13 +83,13 @@ fn two_mounts_of_a_store_are_audited() {
     let (link, second) = (world.dir().join("linked"), world.dir().join("second"));
     std::fs::create_dir_all(&link).unwrap();
     std::fs::create_dir_all(&second).unwrap();
-    let run = |program: &str, words: &[&std::path::Path], more: &[&str]| {
-        let status = Command::new(program).args(more).args(words).status().unwrap();
-        assert!(status.success(), "{program} {words:?}");
+    let run = |program: &str, paths: &[&std::path::Path], options: &[&str]| {
+        let status = Command::new(program).args(options).args(paths).status().unwrap();
+        assert!(status.success(), "{program} {paths:?}");
     };
-    // The same store, by another path.
+    // The same store by another path.
     run("mount", &[&world.store_dir(), &link], &["--bind"]);
-    let _bound = Unmounts(&link);
+    let _bind_mount = UnmountOnDrop(&link);
     let mounted = world
         .command()
         .env("STENCIL_STORE", &link)
@@ -95,7 +97,7 @@ fn two_mounts_of_a_store_are_audited() {
         .arg(&second)
         .status();
     assert!(mounted.unwrap().success());
-    let unmounts = UnmountsStencil(&world, &second);
+    let second_mount = StencilUmountOnDrop(&world, &second);
 
     for entry in std::fs::read_dir(world.store_dir().join("packs")).unwrap() {
         std::fs::read(entry.unwrap().path()).unwrap();
@@ -109,33 +111,37 @@ fn two_mounts_of_a_store_are_audited() {
     other.write_pages(0, 0..30);
     let density = audited(&world);
     let frames = &density["audit"]["frames"];
-    assert_eq!(frames["template_bytes"], 2 * SIZE, "each has its own: {frames:#}");
+    assert_eq!(frames["template_bytes"], 2 * SIZE, "each mount has its own page cache: {frames:#}");
     assert_eq!(frames["private_bytes"], 50 * PAGE);
     let templates = density["templates"].as_array().unwrap();
     assert_eq!(templates.len(), 1, "{templates:#?}");
     assert_eq!((&templates[0]["serving"], &templates[0]["clones"]), (&json!("both"), &json!(2)));
 
-    // The store's files are the same ones by both paths: their page cache counts once.
-    let daemons: u64 = pids_of(&world.json(&["status"])).iter().map(|pid| rss_of(*pid)).sum();
+    // Both paths lead to the same files of the store: their page cache counts once.
+    let daemons: u64 =
+        pids_of(&world.json(&["status"])).iter().map(|pid| anon_and_page_tables_of(*pid)).sum();
     let cached = density["totals"]["store_cache_bytes"].as_u64().unwrap();
-    let of_template = templates[0]["store_cache_bytes"].as_u64().unwrap();
-    assert!(of_template > SIZE / 4, "they were read: {of_template}");
-    assert!(cached < daemons + of_template * 3 / 2, "{cached}: {of_template} and {daemons} of processes");
+    let store_cache = templates[0]["store_cache_bytes"].as_u64().unwrap();
+    assert!(store_cache > SIZE / 4, "{store_cache} bytes of the packs are cached");
+    assert!(
+        cached < daemons + store_cache * 3 / 2,
+        "total {cached}, template {store_cache}, daemons {daemons}"
+    );
     drop((first, other));
-    drop(unmounts);
+    drop(second_mount);
 }
 
-struct Unmounts<'a>(&'a std::path::Path);
+struct UnmountOnDrop<'a>(&'a std::path::Path);
 
-impl Drop for Unmounts<'_> {
+impl Drop for UnmountOnDrop<'_> {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(self.0).status();
     }
 }
 
-struct UnmountsStencil<'a>(&'a TestMount, &'a std::path::Path);
+struct StencilUmountOnDrop<'a>(&'a TestMount, &'a std::path::Path);
 
-impl Drop for UnmountsStencil<'_> {
+impl Drop for StencilUmountOnDrop<'_> {
     fn drop(&mut self) {
         let _ = self.0.command().arg("umount").arg(self.1).status();
     }
@@ -146,14 +152,14 @@ fn pids_of(status: &Value) -> Vec<u64> {
     mounts.flat_map(|m| [m["supervisor_pid"].as_u64().unwrap(), m["server_pid"].as_u64().unwrap()]).collect()
 }
 
-/// Anonymous memory and page tables of a process.
-fn rss_of(pid: u64) -> u64 {
+/// Returns the anonymous memory and the page tables of a process, in bytes.
+fn anon_and_page_tables_of(pid: u64) -> u64 {
     let status = stencilfs::sys::procfs::status(pid as u32).unwrap().unwrap();
     (status.rss_anon + status.page_tables).get()
 }
 
 #[test]
-fn a_template_is_one_row_with_all_its_tags() {
+fn density_shows_a_template_once_with_all_its_tags() {
     let _host = host::shared();
     let (world, digest) = world();
     let rows = || world.json(&["density"])["templates"].clone();

@@ -123,7 +123,7 @@ fn in_stencil(object: &str, files: &Files, open: &str) -> (Observed, Outcome) {
         byte[0]
     };
     let before = read();
-    // On ROM the write is refused; a guest's store would be a signal: see backend_memory::a_store_to_rom_is_sigsegv_and_copies_nothing.
+    // On ROM the write is refused; a guest's store would be a signal: see backend_memory::writes_to_rom_raise_sigsegv_and_copy_no_page.
     let written = backend.write_at(MemoryOffset::new(PLACE), &[!before]);
     assert_eq!(written.is_ok(), backend.protection() == stencilfs::memory::Protection::ReadWrite, "{object}");
     let after = read();

@@ -1,4 +1,4 @@
-//! Page frames and free memory of the host agree with the sums of the accounting.
+//! Both audits of `stencil density`: page frames and available memory of the host agree with the accounting.
 
 use serde_json::Value;
 
@@ -8,7 +8,7 @@ use crate::support::mount::TestMount;
 use crate::support::{guest, host};
 
 #[test]
-fn page_frames_agree_with_the_accounting_also_after_forks() {
+fn page_frame_audit_matches_the_accounting_after_forks() {
     let _host = host::alone();
     for serve in ["decode", "passthrough"] {
         let (world, digest) = world(serve, 64 * MIB);
@@ -30,10 +30,10 @@ fn page_frames_agree_with_the_accounting_also_after_forks() {
 }
 
 #[test]
-fn soak_available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
+fn soak_memory_audit_agrees_over_three_simulated_launches() {
     let _host = host::alone();
     let (world, _) = world("passthrough", 256 * MIB);
-    // Warm: what the template itself takes is page cache before the first baseline.
+    // The pages of the template are in the page cache before the first baseline.
     world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
     let clones: u64 = host::rounds(40, 200);
@@ -50,8 +50,8 @@ fn soak_available_memory_falls_by_what_is_accounted_three_herds_in_a_row() {
     }
 }
 
-/// Launches, audits and stops clones. Holds the figure for page frames to half a percent, and the one for available memory,
-/// which is the whole host's, to that many.
+/// Calls `measure`, which launches, audits and stops clones. Panics if the audit of page frames is off by more than
+/// 0.5 %, or the audit of available memory, which depends on the whole host, by more than `percent`.
 #[track_caller]
 fn audits_agree_within(percent: f64, measure: impl Fn() -> Value) {
     host::measured(|| {
@@ -62,12 +62,16 @@ fn audits_agree_within(percent: f64, measure: impl Fn() -> Value) {
             audit[which]["error_percent"].as_f64().unwrap_or_else(|| panic!("no {which} in {audit:#}"))
         };
         let agree = error("frames") <= 0.5 && error("memory") <= percent;
-        if agree { Ok(()) } else { Err(format!("by more than 0.5 or {percent} %: {audit}")) }
+        if agree {
+            Ok(())
+        } else {
+            Err(format!("an audit is off by more than 0.5 % (frames) or {percent} % (memory): {audit}"))
+        }
     });
 }
 
 #[test]
-fn available_memory_falls_by_what_eight_qemu_guests_take() {
+fn memory_audit_agrees_for_eight_qemu_guests() {
     let _host = host::alone();
     let world = TestMount::unmounted();
     guest::give(&world);
@@ -76,16 +80,16 @@ fn available_memory_falls_by_what_eight_qemu_guests_take() {
     world.stencil(&["stop", "--all"]).ok();
     audits_agree_within(5.0, || {
         world.stencil(&["clone", "guest:v1", "-n", "8"]).ok();
-        // An emulated guest translates new code all the time: what is measured twice must stand still.
-        let still = StandStill::of(&world.json(&["ps"]));
+        // QEMU allocates memory while it translates code (TCG): the guests are stopped between both measurements.
+        let stopped = StandStill::of(&world.json(&["ps"]));
         let density = world.json(&["density", "--audit"]);
-        drop(still);
+        drop(stopped);
         assert_sums(&density);
         let clones = density["clones"].as_array().unwrap();
         assert_eq!(clones.len(), 8);
         for clone in clones {
             assert_eq!(clone["kind"], "qemu");
-            // Private copies are a small part of what is mapped: sharing is what this is about.
+            // Most mapped pages are shared: private copies are a small part.
             assert!(number(clone, "private_bytes") > 0, "{clone:#}");
             assert!(number(clone, "private_bytes") * 10 < number(clone, "mapped_bytes"), "{clone:#}");
         }

@@ -1,4 +1,4 @@
-//! The memory that was free before a launch.
+//! The baseline of the memory audit: the memory that was available before a launch.
 
 use serde_json::{Value, json};
 
@@ -6,9 +6,9 @@ use crate::counted_once::{audited, world, writer};
 use crate::support::host;
 use crate::support::mount::TestMount;
 
-/// The memory that was free before a launch says something of that launch's clones, and of no other ones.
+/// The memory that was available before a launch is a baseline for the clones of that launch, and for no others.
 #[test]
-fn a_baseline_goes_with_its_launch() {
+fn a_memory_baseline_applies_only_to_its_launch() {
     let _host = host::alone();
     let (world, digest) = world();
     let memory = |world: &TestMount| audited(world)["audit"]["memory"].clone();
@@ -18,14 +18,14 @@ fn a_baseline_goes_with_its_launch() {
     let verdicts = [&launched["frames"]["verdict"], &launched["memory"]["verdict"]];
     let doubtful = verdicts.contains(&&json!("doubtful"));
     assert_eq!(launched["verdict"], if doubtful { "doubtful" } else { "ok" }, "{launched:#}");
-    // What is launched beside them was not there before either.
+    // A later launch did not exist at the baseline of the first one: the audit includes both.
     world.stencil(&["clone", "web:1", "--simulate", "write=100p"]).ok();
     assert!(memory(&world).is_object());
     world.stencil(&["stop", "--all"]).ok();
     let actor = writer(&world, &digest, 10);
-    assert_eq!(memory(&world), Value::Null, "nobody noted what was free before it");
+    assert_eq!(memory(&world), Value::Null, "no launch recorded a baseline for this process");
     world.stencil(&["clone", "web:1", "--simulate", "write=100p"]).ok();
-    assert_eq!(memory(&world), Value::Null, "another clone had taken memory before");
+    assert_eq!(memory(&world), Value::Null, "an earlier clone was not in the baseline");
     let text = world.stencil(&["density", "--audit"]).ok().out;
     assert!(text.contains("no baseline") && text.contains("ok: off by"), "{text}");
     assert!(text.contains("tolerance 0.5 %"), "{text}");

@@ -1,4 +1,4 @@
-//! Copied pages that are in swap, and copied pages that KSM merged.
+//! Copied pages that are swapped out, and copied pages that KSM has merged.
 
 use std::collections::BTreeSet;
 
@@ -7,14 +7,14 @@ use crate::support::actor::Actor;
 use crate::support::host;
 
 #[test]
-fn copies_in_swap_are_dirty_and_take_no_ram() {
+fn swapped_copies_are_dirty_and_not_private_ram() {
     let _host = host::alone();
     let swap = host::SwapFile::on(256 << 20);
     for_both(|world, _, memory| {
         let mut actor = Actor::start();
         map(&mut actor, memory);
         actor.write_pages(0, 10..110);
-        // Pages that wait in a processor's list (31 in each) stay until that is full; what is read brings its neighbours (8).
+        // MADV_PAGEOUT skips pages in a per-CPU list, which holds up to 31; a read swaps in up to 8 neighbouring pages.
         for _ in 0..50 {
             actor.tell("pageout 0 10 80");
             if dirty(world, actor.pid()).1.len() >= 60 {
@@ -35,7 +35,7 @@ fn copies_in_swap_are_dirty_and_take_no_ram() {
 }
 
 #[test]
-fn pages_that_ksm_merged_are_counted_once_in_the_total() {
+fn ksm_merged_pages_count_once_in_the_total() {
     let _host = host::alone();
     let ksm = host::Ksm::on();
     for_both(|world, _, memory| {
@@ -44,21 +44,21 @@ fn pages_that_ksm_merged_are_counted_once_in_the_total() {
             map(actor, memory);
             actor.tell(&format!("mergeable 0 {SIZE}"));
             for page in 0..400 {
-                // Sixteen contents, each in all four clones.
+                // 16 distinct contents, each in all four clones.
                 actor.tell(&format!("fill 0 {page} {}", 1 + page % 16));
             }
         }
         let merged = || total(world, "private_bytes") / PAGE;
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        // A merged page has at most 256 sharers (max_page_sharing): 1600 pages of 16 contents are 16 frames.
+        // KSM maps a merged page at most 256 times (max_page_sharing): 1600 pages with 16 contents become 16 frames.
         while merged() != 16 {
-            assert!(std::time::Instant::now() < deadline, "KSM left {} frames", merged());
+            assert!(std::time::Instant::now() < deadline, "KSM has left {} frames, not 16", merged());
             std::thread::sleep(std::time::Duration::from_millis(200));
         }
         for actor in &actors {
-            assert_eq!(private_pages(&row(world, actor.pid())), 400, "each clone has its own count");
+            assert_eq!(private_pages(&row(world, actor.pid())), 400, "each clone counts its own copies");
         }
-        // A write ends the merge of one page.
+        // A write to a merged page copies it.
         actors[0].tell("write 0 3 99");
         assert_eq!(merged(), 17);
     });

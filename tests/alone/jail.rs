@@ -1,4 +1,4 @@
-//! Forks that take all memory of the host.
+//! Templates under memory pressure: forks use all memory of the host.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -10,9 +10,10 @@ use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::TestMount;
 
-/// stress-ng's forks take all free memory, and fio gives up the pages of templates and asks for them again.
+/// stress-ng uses all free memory by forking, while fio drops the pages of templates from the page cache and reads them
+/// again.
 #[test]
-fn soak_forks_that_take_all_memory_leave_every_byte_right() {
+fn soak_template_data_stays_correct_under_memory_pressure() {
     let _host = host::alone();
     let worlds = ["passthrough", "decode"].map(TestMount::new);
     let files = worlds.each_ref().map(import_from_fio);
@@ -32,26 +33,26 @@ fn soak_forks_that_take_all_memory_leave_every_byte_right() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("stress-ng runs: make setup");
-    let mut read = 0;
-    let status = patiently("the end of stress-ng", Duration::from_secs(120), || {
+    let mut rounds = 0;
+    let status = patiently("the exit of stress-ng", Duration::from_secs(120), || {
         let before = worlds[1].counter("reads");
         for (_, file) in &files {
-            // Through the page cache, which is empty of the file when it begins.
+            // Reads through the page cache, from which fio drops the file first.
             fio(file, &["--ioengine=psync", "--invalidate=1"]);
         }
-        // A READ brings a MiB at most: whatever stayed in the cache is not asked for.
-        let asked = worlds[1].counter("reads") - before;
-        assert!(asked >= 32, "{asked} READs for 32 MiB at time {read}: pages were not given up");
-        read += 1;
+        // A READ has at most 1 MiB: fewer than 32 READs mean that pages were still cached.
+        let reads = worlds[1].counter("reads") - before;
+        assert!(reads >= 32, "{reads} READs for 32 MiB in round {rounds}: pages were not dropped");
+        rounds += 1;
         stress.try_wait().unwrap()
     });
     let stress = stress.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&[stress.stdout, stress.stderr].concat()).into_owned();
+    let output = String::from_utf8_lossy(&[stress.stdout, stress.stderr].concat()).into_owned();
     assert!(
-        status.success() && said.contains("successful run completed") && !said.contains("fail:"),
-        "{said}"
+        status.success() && output.contains("successful run completed") && !output.contains("fail:"),
+        "{output}"
     );
-    println!("32 MiB were read {read} times meanwhile");
+    println!("32 MiB were read {rounds} times meanwhile");
     for ((clone, (bytes, file)), world) in clones.iter_mut().zip(&files).zip(&worlds) {
         for page in 0..bytes.len() / PAGE {
             let expected = match page % 5 {

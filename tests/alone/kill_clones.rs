@@ -1,4 +1,5 @@
-//! The way out of a mount: detached under its clones, a clone killed in a read, supervisor and server both killed.
+//! A mount that is detached under its clones, clones that are killed in a read, and a mount whose daemons are both
+//! killed.
 
 use std::fs;
 use std::path::Path;
@@ -22,12 +23,12 @@ fn map(path: &Path) -> Actor {
     clone
 }
 
-fn page_is_right(clone: &mut Actor, page: u64) {
+fn assert_page(clone: &mut Actor, page: u64) {
     assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page), "page {page}");
 }
 
 #[test]
-fn a_detached_mount_serves_eight_decode_clones_until_the_last_is_killed() {
+fn a_detached_mount_serves_clones_until_the_last_one_exits() {
     let _host = host::alone();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -36,82 +37,87 @@ fn a_detached_mount_serves_eight_decode_clones_until_the_last_is_killed() {
     let processes = world.processes();
     assert_eq!(processes.len(), 2);
 
-    // What the command takes to look for the mount and its users is not the mount's.
-    let begun = Instant::now();
+    // `stencil umount` first looks for the mount and its processes, as `stencil status` does: that time does not count.
+    let start = Instant::now();
     world.status();
-    let usual = begun.elapsed();
-    let begun = Instant::now();
+    let status_time = start.elapsed();
+    let start = Instant::now();
     let mut umount = world.command().args(["umount", "-l"]).arg(world.mountpoint()).spawn().unwrap();
     while fs::symlink_metadata(&path).is_ok() {
-        assert!(begun.elapsed() < Duration::from_secs(5), "the path stays");
+        assert!(start.elapsed() < Duration::from_secs(5), "the path still exists");
         std::thread::sleep(Duration::from_micros(200));
     }
-    let gone = begun.elapsed();
+    let path_gone_after = start.elapsed();
     assert!(umount.wait().unwrap().success());
 
-    // Each clone has an eighth of the pages to itself: none was touched by anybody.
-    let long = Duration::from_secs(host::rounds(2, 60));
+    // Each clone reads its own eighth of the pages, none of which has been read before.
+    let duration = Duration::from_secs(host::rounds(2, 60));
     let part = IMAGE.pages / clones.len() as u64;
     for turn in 0..part {
         for (i, clone) in clones.iter_mut().enumerate() {
-            page_is_right(clone, i as u64 * part + turn);
+            assert_page(clone, i as u64 * part + turn);
         }
-        let due = begun + long.mul_f64(turn as f64 / part as f64);
+        let due = start + duration.mul_f64(turn as f64 / part as f64);
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
 
     let last = clones.pop().unwrap();
     drop(clones);
-    assert!(processes.iter().all(ProcessId::is_alive), "one clone is left");
-    let begun = Instant::now();
+    assert!(processes.iter().all(ProcessId::is_alive), "a daemon exited while one clone was left");
+    let start = Instant::now();
     last.kill();
-    wait_for("the processes' end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
-    let ended = begun.elapsed();
+    wait_for("the exit of supervisor and server", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+    let exited_after = start.elapsed();
     println!(
-        "lazy umount: path gone after {gone:.1?}; {} pages right within {long:?}; ended {ended:.1?} after",
+        "lazy umount: path gone after {path_gone_after:.1?}; {} pages compared in {duration:?}; daemons exited after \
+         {exited_after:.1?}",
         IMAGE.pages
     );
-    assert!(gone <= Duration::from_millis(200) + 3 * usual, "{gone:?}, status took {usual:?}");
-    assert!(ended <= Duration::from_secs(5), "{ended:?}");
+    assert!(
+        path_gone_after <= Duration::from_millis(200) + 3 * status_time,
+        "the path was gone after {path_gone_after:?}; `stencil status` takes {status_time:?}"
+    );
+    assert!(exited_after <= Duration::from_secs(5), "{exited_after:?}");
 }
 
-/// Faults with and without readahead, buffered and direct reads: they wait for the answer in different ways.
+/// Page faults with and without readahead, buffered and direct reads: each waits for a reply in another kernel
+/// function.
 const WAYS: [&str; 4] = ["map", "readahead", "pread", "direct1m"];
 
 #[test]
-fn a_clone_killed_in_a_read_is_reaped() {
+fn a_clone_killed_in_a_read_is_reaped_within_a_second() {
     let _host = host::alone();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let path = world.file(&digest, "memory");
     let mut reaped = Vec::new();
-    let mut inside = 0;
+    let mut in_read = 0;
     let table = table_of(world.server());
-    // Each clone has a part of the file to itself: the READ says whose it is.
+    // Each clone reads its own part of the file: the offset of a READ identifies the clone.
     let part = IMAGE.pages / WAYS.len() as u64 * PAGE;
     for _ in 0..host::rounds(10, 50) {
         let mut clones = Readers::new(world.dir(), Duration::ZERO);
         clones.apart(&WAYS, IMAGE, &path);
         clones.wait_progress(10);
         for clone in 0..WAYS.len() {
-            let waits = || table.requests().any(|r| is_read(&r) && r.offset / part == clone as u64);
-            let until = Instant::now() + Duration::from_secs(1);
-            while !waits() && Instant::now() < until {
+            let has_read = || table.requests().any(|r| is_read(&r) && r.offset / part == clone as u64);
+            let deadline = Instant::now() + Duration::from_secs(1);
+            while !has_read() && Instant::now() < deadline {
                 std::hint::spin_loop();
             }
-            inside += usize::from(waits());
+            in_read += usize::from(has_read());
             reaped.push(clones.kill(clone));
         }
     }
     reaped.sort();
-    println!("clones killed, {inside} of them in a READ: reaped after {}", Times(&reaped));
-    assert!(inside * 4 >= reaped.len(), "few clones were inside a READ");
+    println!("clones killed, {in_read} of them in a READ; reaped after {}", Times(&reaped));
+    assert!(in_read * 4 >= reaped.len(), "only {in_read} of {} clones were killed in a READ", reaped.len());
     assert!(quantile(&reaped, 1.0) <= Duration::from_secs(1), "{reaped:?}");
 }
 
-/// While nobody answers, some cannot end: they end with the next server.
+/// Without a running server, some killed clones cannot exit: they exit after the restart of the server.
 #[test]
-fn a_clone_killed_while_the_server_is_stopped_ends_with_the_next_server() {
+fn clones_killed_under_a_stopped_server_exit_after_its_restart() {
     let _host = host::alone();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -121,7 +127,7 @@ fn a_clone_killed_while_the_server_is_stopped_ends_with_the_next_server() {
     let mut drill = Drill::new(&world);
     stop(drill.server());
     let pids: Vec<u32> = (0..WAYS.len()).map(|clone| clones.pid(clone)).collect();
-    wait_for("all to wait", || {
+    wait_for("a pending request of every clone", || {
         let before = clones.progress();
         std::thread::sleep(Duration::from_millis(100));
         (clones.progress() == before && drill.unanswered() >= WAYS.len() as u64).then_some(())
@@ -132,34 +138,34 @@ fn a_clone_killed_while_the_server_is_stopped_ends_with_the_next_server() {
     }
     std::thread::sleep(Duration::from_millis(300));
     let stuck: Vec<&str> = (0..WAYS.len()).filter(|&i| processes[i].is_alive()).map(|i| WAYS[i]).collect();
-    assert!(!stuck.is_empty(), "nobody waited for an answer");
+    assert!(!stuck.is_empty(), "no clone waited for a reply");
     drill.kill();
     let reaped: Vec<Duration> = (0..WAYS.len()).map(|clone| clones.kill(clone)).collect();
     println!(
-        "under a stopped server {stuck:?} could not end; after its end they were reaped within {reaped:.1?}"
+        "under a stopped server {stuck:?} could not exit; after its restart the clones were reaped within {reaped:.1?}"
     );
     assert!(reaped.iter().all(|after| *after <= Duration::from_secs(1)), "{reaped:?}");
 }
 
 #[test]
-fn supervisor_and_server_both_killed_hurt_as_documented() {
+fn killing_supervisor_and_server_has_the_documented_effects() {
     let _host = host::alone();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
         let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
         let path = world.file(&digest, "memory");
         let mut clone = map(&path);
-        page_is_right(&mut clone, 5);
-        // The supervisor first: it would start another server.
+        assert_page(&mut clone, 5);
+        // The supervisor is killed first: it would start another server.
         for process in world.processes() {
             process.signal(Signal::KILL).unwrap();
             assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
         }
         let error = fs::File::open(&path).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN), "{serve}: {error}");
-        page_is_right(&mut clone, 5);
+        assert_page(&mut clone, 5);
         if serve == "passthrough" {
-            (0..IMAGE.pages).for_each(|page| page_is_right(&mut clone, page));
+            (0..IMAGE.pages).for_each(|page| assert_page(&mut clone, page));
         } else {
             assert_eq!(clone.dies_of(&format!("read 0 {}", IMAGE.pages - 1)), Some(libc::SIGBUS));
         }

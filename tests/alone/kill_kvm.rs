@@ -1,5 +1,5 @@
-//! A real KVM guest goes through the death of servers: it reads every page of its memory, writes every third, and ends
-//! by its own HLT; every page is then what it must be.
+//! KVM guests while servers are killed: each guest reads every page of its memory, writes every third one and executes
+//! HLT; then every page is compared.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -21,11 +21,12 @@ use crate::support::readers::{Image, PAGE};
 
 const IMAGE: Image = Image { salt: 7, pages: 16 << 10 };
 
-/// Where a written page holds what was written.
-const WRITTEN: u64 = 0x800;
+/// Offset of the written word in a page, in bytes.
+const WRITTEN_OFFSET: u64 = 0x800;
 
-/// 32-bit code at address 0, which is page 0: for each further page, compares the page's second word with its number,
-/// and writes the number's complement into every third. A wrong page's number goes to port 16.
+/// Returns 32-bit code for address 0, in page 0. For each further page, the code compares the second 64-bit word of the
+/// page with the page number, and writes the complement of the number into every third page. The code writes the number
+/// of a wrong page to port 16.
 fn program(pages: u32) -> Vec<u8> {
     let mut code = Vec::new();
     code.extend([0xbe, 0x00, 0x10, 0x00, 0x00]); // mov esi, 0x1000
@@ -45,7 +46,7 @@ fn program(pages: u32) -> Vec<u8> {
     code
 }
 
-/// The image, with the program for page 0.
+/// Returns the image with the program in page 0.
 fn template() -> Vec<u8> {
     let mut bytes = IMAGE.bytes();
     let code = program(IMAGE.pages as u32);
@@ -53,16 +54,16 @@ fn template() -> Vec<u8> {
     bytes
 }
 
-/// Runs to the guest's own halt.
+/// Runs the guest until it halts.
 fn run(guest: &mut Guest) -> Result<(), String> {
     match guest.cpu.run().map_err(|e| format!("KVM_RUN: {e}"))? {
         VcpuExit::Hlt => Ok(()),
         VcpuExit::IoOut(16, page) => Err(format!("the guest read a wrong page: {page:?}")),
-        other => Err(format!("the guest left with {other:?}")),
+        other => Err(format!("unexpected KVM exit {other:?}")),
     }
 }
 
-/// One guest from its first page to its halt; then every page is compared, and what is private is what it wrote.
+/// Runs one guest until it halts, then compares every page, and the copied pages with the written ones.
 fn one_guest(path: &Path, running: &AtomicBool) -> Result<(), String> {
     let file = File::open(path).map_err(|e| e.to_string())?;
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).map_err(|e| e.to_string())?;
@@ -74,20 +75,20 @@ fn one_guest(path: &Path, running: &AtomicBool) -> Result<(), String> {
     let memory = Backend::from_text(&object).map_err(|e| e.to_string())?;
     let mut guest = Guest::new(memory.clone(), &[(0, 0..IMAGE.pages * PAGE)], 0).flat();
     running.store(true, Ordering::SeqCst);
-    let end = run(&mut guest);
+    let result = run(&mut guest);
     running.store(false, Ordering::SeqCst);
-    end?;
+    result?;
     let dirty = memory.dirty().map_err(|e| e.to_string())?;
     let dirty: BTreeSet<u64> = dirty.iter().flat_map(PageRange::pages).collect();
     if dirty != (3..IMAGE.pages).step_by(3).collect() {
-        return Err(format!("{} pages are private", dirty.len()));
+        return Err(format!("{} pages are dirty, expected every third page", dirty.len()));
     }
     let mut found = [0; PAGE as usize];
     for page in 1..IMAGE.pages {
         memory.read_at(MemoryOffset::new(page * PAGE), &mut found).map_err(|e| e.to_string())?;
         let mut expected = IMAGE.page(page);
         if page.is_multiple_of(3) {
-            let at = WRITTEN as usize;
+            let at = WRITTEN_OFFSET as usize;
             expected[at..at + 4].copy_from_slice(&(!page as u32).to_le_bytes());
         }
         if found != expected {
@@ -97,75 +98,82 @@ fn one_guest(path: &Path, running: &AtomicBool) -> Result<(), String> {
     Ok(())
 }
 
-/// Guests one after the other, in a thread of which nobody waits without a limit.
+/// Runs guests one after the other in a thread, which is never joined: a guest that hangs must not block the test.
 struct Guests {
+    /// True while a guest is in `KVM_RUN`.
     running: Arc<AtomicBool>,
+    /// Number of guests that have halted or failed.
     ended: Arc<AtomicU64>,
-    over: Arc<AtomicBool>,
+    done: Arc<AtomicBool>,
     result: mpsc::Receiver<Result<(), String>>,
 }
 
 impl Guests {
     fn start(path: PathBuf) -> Guests {
-        let (tell, result) = mpsc::channel();
-        let [running, over] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+        let (sender, result) = mpsc::channel();
+        let [running, done] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
         let ended = Arc::new(AtomicU64::new(0));
-        let guests = Guests { running: running.clone(), ended: ended.clone(), over: over.clone(), result };
+        let guests = Guests { running: running.clone(), ended: ended.clone(), done: done.clone(), result };
         std::thread::spawn(move || {
-            let mut end = Ok(());
-            while end.is_ok() && !over.load(Ordering::SeqCst) {
-                end = one_guest(&path, &running);
+            let mut last = Ok(());
+            while last.is_ok() && !done.load(Ordering::SeqCst) {
+                last = one_guest(&path, &running);
                 ended.fetch_add(1, Ordering::SeqCst);
             }
-            let _ = tell.send(end);
+            let _ = sender.send(last);
         });
         guests
     }
 
-    /// True while a guest is in `KVM_RUN`, and which one it is.
-    fn now(&self) -> (bool, u64) {
+    /// Returns whether a guest is in `KVM_RUN`, and the number of guests before it.
+    fn current(&self) -> (bool, u64) {
         (self.running.load(Ordering::SeqCst), self.ended.load(Ordering::SeqCst))
     }
 }
 
-fn kills_under_guests(serve: &str) {
+fn kill_under_guests(serve: &str) {
     let _host = host::alone();
     let world = TestMount::new(serve);
     let digest = world.import_bytes(&template(), "guest:1");
     let guests = Guests::start(world.file(&digest, "memory"));
     let mut drill = Drill::new(&world);
-    let mut under = 0;
+    let mut in_kvm_run = 0;
     let wanted = host::rounds(8, 50);
     for round in 0..wanted * 20 {
-        // At any moment of a guest's life; what was between two guests does not count.
+        // At various moments in the life of a guest; kills between two guests do not count.
         std::thread::sleep(Duration::from_micros(1000 + round * 7919 % 40_000));
-        if !guests.now().0 {
+        if !guests.current().0 {
             continue;
         }
-        let before = guests.now();
+        let before = guests.current();
         drill.kill();
-        under += u64::from(before.0 && guests.now() == before);
-        if let Ok(end) = guests.result.try_recv() {
-            panic!("{serve}: {end:?} after {under} kills");
+        in_kvm_run += u64::from(before.0 && guests.current() == before);
+        if let Ok(result) = guests.result.try_recv() {
+            panic!("{serve}: {result:?} after {in_kvm_run} kills");
         }
-        if under == wanted {
+        if in_kvm_run == wanted {
             break;
         }
     }
-    guests.over.store(true, Ordering::SeqCst);
-    let end = guests.result.recv_timeout(Duration::from_secs(30)).expect("the last guest halts");
-    end.unwrap_or_else(|error| panic!("{serve}: {error}"));
+    guests.done.store(true, Ordering::SeqCst);
+    let result =
+        guests.result.recv_timeout(Duration::from_secs(30)).expect("the last guest halts within 30 s");
+    result.unwrap_or_else(|error| panic!("{serve}: {error}"));
     drill.report(&format!("KVM guests, {serve}"), &[]);
-    println!("{serve}: {under} kills inside KVM_RUN, {} guests halted", guests.now().1);
-    assert!(under >= wanted, "{serve}: only {under} of {} kills met a guest in KVM_RUN", drill.kills().len());
+    println!("{serve}: {in_kvm_run} kills inside KVM_RUN, {} guests halted", guests.current().1);
+    assert!(
+        in_kvm_run >= wanted,
+        "{serve}: only {in_kvm_run} of {} kills hit a guest in KVM_RUN",
+        drill.kills().len()
+    );
 }
 
 #[test]
-fn guests_halt_and_every_page_compares_by_decode() {
-    kills_under_guests("decode");
+fn kvm_guests_survive_server_kills_by_decode() {
+    kill_under_guests("decode");
 }
 
 #[test]
-fn guests_halt_and_every_page_compares_by_passthrough() {
-    kills_under_guests("passthrough");
+fn kvm_guests_survive_server_kills_by_passthrough() {
+    kill_under_guests("passthrough");
 }

@@ -1,4 +1,4 @@
-//! Servers that are killed while backings are made, files promoted, templates imported and removed.
+//! Servers that are killed while backings are created, files promoted, and templates imported and removed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -19,25 +19,26 @@ fn image(salt: u64) -> Image {
     Image { salt, pages: PAGES }
 }
 
-/// Kills servers, one every `pause` or so, until `work` has ended; gives what it gives. A work that never ends is
-/// freed by force, and fails.
-fn kills_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOnce() -> T + Send) -> T {
+/// Kills servers until `work` returns, and returns its result. The intervals are 0.2 to 4.2 times `pause`, and grow
+/// with the rounds. After 300 s the mount is aborted, so that `work` returns, and the test fails.
+fn kill_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOnce() -> T + Send) -> T {
     let world = drill.world();
     std::thread::scope(|scope| {
         let work = scope.spawn(work);
-        let until = Instant::now() + Duration::from_secs(300);
+        let deadline = Instant::now() + Duration::from_secs(300);
         for round in 0u64.. {
-            // Short and long: in a long one a backing can be finished; on a slow host in a later one.
-            let share = (0.2 + (round * 7919 % 100) as f64 / 25.0) * (1 + round / 30) as f64;
-            std::thread::sleep(pause.mul_f64(share));
+            // A backing can be completed in the longer intervals; on a slow host in later rounds.
+            let factor = (0.2 + (round * 7919 % 100) as f64 / 25.0) * (1 + round / 30) as f64;
+            std::thread::sleep(pause.mul_f64(factor));
             if work.is_finished() {
                 break;
             }
-            if Instant::now() > until {
+            if Instant::now() > deadline {
                 world.stencil(&["umount", "--force", world.mountpoint().to_str().unwrap()]);
-                panic!("somebody waits for ever");
+                panic!("a request was not answered for 300 s");
             }
-            // One that dies before it serves is started again after a pause, and then never comes to answer anybody.
+            // A server that dies before it serves is restarted after a pause: frequent kills would then leave no time
+            // to serve.
             wait_for("a server that serves", || world.status()["server_version"].as_str().map(drop));
             drill.kill();
         }
@@ -45,18 +46,18 @@ fn kills_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOn
     })
 }
 
-/// The first opens of a template, each of which reads all of it.
+/// Opens the template for the first time, in three threads, and compares all of its content.
 fn open_and_compare(path: &Path, expected: &[u8]) {
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..3).map(|_| scope.spawn(|| fs::read(path))).collect();
         for reader in readers {
-            assert!(reader.join().unwrap().expect("the open is answered in the end") == expected);
+            assert!(reader.join().unwrap().expect("the open succeeds in the end") == expected);
         }
     });
 }
 
 #[test]
-fn during_the_first_open_and_the_hydration() {
+fn first_opens_survive_server_kills_during_hydration() {
     let _host = host::alone();
     let world = TestMount::new("passthrough");
     let mut drill = Drill::new(&world);
@@ -66,18 +67,18 @@ fn during_the_first_open_and_the_hydration() {
         let path = world.file(&digest, "memory");
         std::thread::scope(|scope| {
             let opens = scope.spawn(|| open_and_compare(&path, &bytes));
-            // At once, and again and again while the backing is filled, frozen, verified, registered.
+            // At the start of the hydration, and while the backing is filled, frozen, verified or registered.
             for kill in 0..3 {
                 if drill.kill_when(Duration::from_millis(500), |r| r.phase == Phase::Parked).is_none() {
                     break;
                 }
                 std::thread::sleep(Duration::from_micros((round * 3 + kill) * 7919 % 30_000));
             }
-            let until = Instant::now() + Duration::from_secs(30);
+            let deadline = Instant::now() + Duration::from_secs(30);
             while !opens.is_finished() {
-                if Instant::now() > until {
+                if Instant::now() > deadline {
                     world.stencil(&["umount", "--force", world.mountpoint().to_str().unwrap()]);
-                    panic!("an open waits for ever");
+                    panic!("an open was not answered for 30 s");
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -87,12 +88,12 @@ fn during_the_first_open_and_the_hydration() {
     }
     drill.report("first open, hydration", &[]);
     let parked = drill.kills().iter().filter(|k| k.met.iter().any(|r| r.phase == Phase::Parked)).count();
-    println!("{parked} kills met an open that waited for its backing");
-    assert!(parked >= host::rounds(6, 50), "{parked}");
+    println!("{parked} kills hit an open that waited for its backing");
+    assert!(parked >= host::rounds(6, 50), "only {parked} kills hit a waiting open");
 }
 
 #[test]
-fn during_the_promotion() {
+fn promotion_completes_despite_server_kills() {
     let _host = host::alone();
     let world = TestMount::with(&["--serve", "auto", "--hydrate-timeout", "0"]);
     let mut drill = Drill::new(&world);
@@ -101,23 +102,23 @@ fn during_the_promotion() {
         let digest = world.import_bytes(&image.bytes(), "web:1");
         let path = world.file(&digest, "memory");
         let mut readers = Readers::new(world.dir(), Duration::from_micros(100));
-        let early = File::open(&path).unwrap();
+        let early_file = File::open(&path).unwrap();
         readers.apart(&["map", "direct"], image, &path);
         let mut clone = Actor::start();
         clone.tell(&format!("map 0 {} 0 {} rw", path.display(), PAGES * PAGE));
-        let early = early.metadata().unwrap().ino();
-        // Each open looks again; with every server the filling begins anew.
-        let late = kills_during(&mut drill, Duration::from_millis(60), || {
-            let until = Instant::now() + Duration::from_secs(60);
+        let decode_ino = early_file.metadata().unwrap().ino();
+        // Each open checks whether the backing exists; each server starts the hydration again.
+        let last_ino = kill_during(&mut drill, Duration::from_millis(60), || {
+            let deadline = Instant::now() + Duration::from_secs(60);
             loop {
                 let ino = File::open(&path).unwrap().metadata().unwrap().ino();
-                if ino != early || Instant::now() > until {
+                if ino != decode_ino || Instant::now() > deadline {
                     return ino;
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
         });
-        assert_ne!(late, early, "it is promoted in spite of the kills");
+        assert_ne!(last_ino, decode_ino, "the template is not promoted despite 60 s of opens");
         for page in 0..PAGES {
             assert_eq!(clone.tell(&format!("hash 0 {page}")), image.hash(page), "page {page}");
         }
@@ -128,14 +129,14 @@ fn during_the_promotion() {
 }
 
 #[test]
-fn during_imports_and_removals() {
+fn imports_and_removals_succeed_despite_server_kills() {
     let _host = host::alone();
-    // A backing needs its time; by decode a round is over sooner.
+    // With passthrough a round takes longer, since a backing is created.
     for (serve, pause) in [("decode", 20), ("passthrough", 60)] {
         let world = TestMount::new(serve);
         let mut drill = Drill::new(&world);
         let rounds = host::rounds(4, 30);
-        kills_during(&mut drill, Duration::from_millis(pause), || {
+        kill_during(&mut drill, Duration::from_millis(pause), || {
             for round in 0..rounds {
                 let image = image(2000 + round);
                 let bytes = image.bytes();
@@ -145,7 +146,7 @@ fn during_imports_and_removals() {
                 open_and_compare(&by_name, &bytes);
                 let mut clone = Actor::start();
                 clone.tell(&format!("map 0 {} 0 {} rw", path.display(), PAGES * PAGE));
-                // It is in use, and stays; then it is not, and goes.
+                // A mapped template is not removed; an unused one is.
                 world.stencil(&["rm", "web:1"]).exits(5);
                 for page in (0..PAGES).step_by(7) {
                     assert_eq!(clone.tell(&format!("hash 0 {page}")), image.hash(page), "page {page}");

@@ -1,4 +1,4 @@
-//! Real guests in QEMU go through the death of servers: their hearts beat on, and QEMU says that they run.
+//! QEMU guests while servers are killed: their heartbeats continue, and QMP reports that they run.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,35 +13,37 @@ use crate::support::host;
 use crate::support::mount::TestMount;
 use crate::support::passing::Ends;
 
-/// When each heartbeat of a guest came, for as long as `over` is false.
-fn watch(serial: &Path, over: &AtomicBool) -> Vec<Instant> {
-    let mut came = Vec::new();
-    while !over.load(Ordering::Relaxed) {
+/// Returns the time of each heartbeat of a guest until `done` is true.
+fn watch(serial: &Path, done: &AtomicBool) -> Vec<Instant> {
+    let mut times = Vec::new();
+    while !done.load(Ordering::Relaxed) {
         let beats = heartbeats(serial).len();
-        while came.len() < beats {
-            came.push(Instant::now());
+        while times.len() < beats {
+            times.push(Instant::now());
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    came
+    times
 }
 
-/// The longest time between two heartbeats, from the third on: the first come with the guest's start.
-fn longest_gap(came: &[Instant]) -> Duration {
-    came.windows(2).skip(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+/// Returns the longest time between two heartbeats. The first two intervals do not count: they belong to the start of
+/// the guest.
+fn longest_gap(times: &[Instant]) -> Duration {
+    times.windows(2).skip(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
 }
 
-/// Kills of a server; on a busy host more, until one has met a read.
-const KILLS: usize = 5;
-const MOST_KILLS: usize = 40;
-const MET: [Phase; 3] = [Phase::Taken, Phase::Decoding, Phase::Replying];
+/// Number of kills; on a busy host more are needed until one hits a READ.
+const MIN_KILLS: usize = 5;
+const MAX_KILLS: usize = 40;
+/// Phases of a READ between its receipt and its reply.
+const IN_PROGRESS: [Phase; 3] = [Phase::Taken, Phase::Decoding, Phase::Replying];
 
-fn kills_under_guests(serve: &str) {
+fn kill_under_guests(serve: &str) {
     let _host = host::alone();
-    host::measured(|| beats_go_on(serve));
+    host::measured(|| measure_heartbeats(serve));
 }
 
-fn beats_go_on(serve: &str) -> Result<(), String> {
+fn measure_heartbeats(serve: &str) -> Result<(), String> {
     let world = TestMount::unmounted();
     guest::give(&world);
     world.mount(&["--serve", serve]).ok();
@@ -54,49 +56,55 @@ fn beats_go_on(serve: &str) -> Result<(), String> {
         .collect();
     let serials: Vec<PathBuf> = dirs.iter().map(|dir| dir.join("serial.log")).collect();
     let mut drill = Drill::new(&world);
-    let over = AtomicBool::new(false);
-    let came: Vec<Vec<Instant>> = std::thread::scope(|scope| {
-        let watchers: Vec<_> = serials.iter().map(|serial| scope.spawn(|| watch(serial, &over))).collect();
-        let ends = Ends(&over);
-        let beats = |count: usize| {
+    let done = AtomicBool::new(false);
+    let times: Vec<Vec<Instant>> = std::thread::scope(|scope| {
+        let watchers: Vec<_> = serials.iter().map(|serial| scope.spawn(|| watch(serial, &done))).collect();
+        let stop_threads = Ends(&done);
+        let wait_heartbeats = |count: usize| {
             for serial in &serials {
                 patiently("heartbeats", Duration::from_secs(30), || {
                     (heartbeats(serial).len() >= count).then_some(())
                 });
             }
         };
-        beats(4);
-        for kill in 0..MOST_KILLS {
-            // If it can be met, at a moment at which a guest waits for a page that it has not touched.
+        wait_heartbeats(4);
+        for kill in 0..MAX_KILLS {
+            // By decode, at a moment when a guest waits for a page that is not resident, if there is one within 3 s.
             if serve != "decode" || drill.kill_when(Duration::from_secs(3), is_read).is_none() {
                 drill.kill();
             }
-            beats(8 + 4 * kill);
-            if kill + 1 >= KILLS && (serve != "decode" || drill.met_reads(&MET) > 0) {
+            wait_heartbeats(8 + 4 * kill);
+            if kill + 1 >= MIN_KILLS && (serve != "decode" || drill.met_reads(&IN_PROGRESS) > 0) {
                 break;
             }
         }
-        drop(ends);
+        drop(stop_threads);
         watchers.into_iter().map(|watcher| watcher.join().unwrap()).collect()
     });
     for dir in &dirs {
         assert_eq!(Qmp::connect(&dir.join("qmp.sock")).unwrap().status().unwrap(), "running");
     }
     drill.report(&format!("QEMU guests, {serve}"), &[]);
-    assert!(serve != "decode" || drill.met_reads(&MET) > 0, "no kill met a guest that waits for a page");
-    let gaps: Vec<Duration> = came.iter().map(|came| longest_gap(came)).collect();
-    println!("{serve}: {} and {} heartbeats, longest gaps {gaps:.0?}", came[0].len(), came[1].len());
-    assert!(gaps.iter().all(|gap| *gap <= Duration::from_secs(3)), "a heart stood still: {gaps:?}");
-    let all = gaps.iter().all(|gap| *gap <= Duration::from_millis(300));
-    if all { Ok(()) } else { Err(format!("gaps of {gaps:?}")) }
+    assert!(
+        serve != "decode" || drill.met_reads(&IN_PROGRESS) > 0,
+        "no kill hit a guest that waited for a page"
+    );
+    let gaps: Vec<Duration> = times.iter().map(|times| longest_gap(times)).collect();
+    println!("{serve}: {} and {} heartbeats, longest gaps {gaps:.0?}", times[0].len(), times[1].len());
+    assert!(
+        gaps.iter().all(|gap| *gap <= Duration::from_secs(3)),
+        "a guest had no heartbeat for more than 3 s: {gaps:?}"
+    );
+    let in_limit = gaps.iter().all(|gap| *gap <= Duration::from_millis(300));
+    if in_limit { Ok(()) } else { Err(format!("longest gaps between heartbeats: {gaps:?}, limit 300 ms")) }
 }
 
 #[test]
-fn hearts_beat_on_by_decode() {
-    kills_under_guests("decode");
+fn qemu_guests_survive_server_kills_by_decode() {
+    kill_under_guests("decode");
 }
 
 #[test]
-fn hearts_beat_on_by_passthrough() {
-    kills_under_guests("passthrough");
+fn qemu_guests_survive_server_kills_by_passthrough() {
+    kill_under_guests("passthrough");
 }

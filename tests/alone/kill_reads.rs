@@ -1,5 +1,5 @@
-//! A server that is killed under readers costs nobody a byte, an error, or much time: its successor answers what it
-//! had read, whatever it was about to do with it.
+//! Servers that are killed under readers: readers get no error, no wrong byte and only a short delay, because the
+//! successor answers the requests that the killed server had received, in whatever phase they were.
 
 use std::time::Duration;
 
@@ -12,20 +12,21 @@ use crate::support::readers::{Image, PAGE, Readers};
 
 const IMAGE: Image = Image { salt: 1, pages: 16 << 10 };
 
-/// Most bytes of one READ.
-const LARGEST: u32 = 1 << 20;
+/// Maximum size of a READ, in bytes.
+const MAX_READ: u32 = 1 << 20;
 
-/// Readers leave the processors room: what they wait for shall be the server.
+/// Pause of readers between reads: they must wait for the server, not for a CPU.
 const PAUSE: Duration = Duration::from_micros(300);
 
-const EVERY: [Phase; 3] = [Phase::Taken, Phase::Decoding, Phase::Replying];
+/// Phases of a READ between its receipt and its reply.
+const IN_PROGRESS: [Phase; 3] = [Phase::Taken, Phase::Decoding, Phase::Replying];
 
-fn kills_under_readers(serve: &str) {
+fn kill_under_readers(serve: &str) {
     let _host = host::alone();
-    host::measured(|| felt_at_kills(serve));
+    host::measured(|| measure_delays(serve));
 }
 
-fn felt_at_kills(serve: &str) -> Result<(), String> {
+fn measure_delays(serve: &str) -> Result<(), String> {
     let world = TestMount::new(serve);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let path = world.file(&digest, "memory");
@@ -42,31 +43,31 @@ fn felt_at_kills(serve: &str) -> Result<(), String> {
         readers.wait_progress(20);
         drill.mark();
         readers.wait_progress(20);
-        // At any moment of what the readers do.
+        // At various moments of the readers.
         std::thread::sleep(Duration::from_micros(round * 7919 % 10_000));
         drill.kill();
     }
     readers.wait_progress(20);
-    let felt = drill.report(&format!("8 readers, {serve}"), &readers.finish());
+    let delays = drill.report(&format!("8 readers, {serve}"), &readers.finish());
     if serve == "decode" {
-        let (met, all) = (drill.met_reads(&EVERY), drill.kills().len());
-        assert!(met * 2 >= all, "only {met} of {all} kills met a READ in flight");
+        let (hits, all) = (drill.met_reads(&IN_PROGRESS), drill.kills().len());
+        assert!(hits * 2 >= all, "only {hits} of {all} kills hit a READ in progress");
     }
-    felt.is_bearable()
+    delays.is_bearable()
 }
 
 #[test]
-fn readers_of_untouched_pages_by_decode() {
-    kills_under_readers("decode");
+fn reads_of_untouched_pages_survive_kills_by_decode() {
+    kill_under_readers("decode");
 }
 
 #[test]
-fn readers_of_untouched_pages_by_passthrough() {
-    kills_under_readers("passthrough");
+fn reads_of_untouched_pages_survive_kills_by_passthrough() {
+    kill_under_readers("passthrough");
 }
 
-/// Kills at a moment that the server's own table shows, until so many have met a READ in one of `phases`.
-fn kills_at(what: &str, ways: &[&str], wanted: impl Fn(&InFlight) -> bool, phases: &[Phase]) {
+/// Kills servers when their table of requests has a wanted READ, until enough kills have hit a READ in one of `phases`.
+fn kill_at(what: &str, ways: &[&str], wanted: impl Fn(&InFlight) -> bool, phases: &[Phase]) {
     let _host = host::alone();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -81,43 +82,43 @@ fn kills_at(what: &str, ways: &[&str], wanted: impl Fn(&InFlight) -> bool, phase
     }
     readers.wait_progress(4);
     drill.report(what, &readers.finish());
-    let (met, all) = (drill.met_reads(phases), drill.kills().len());
-    assert!(met >= goal, "{what}: only {met} of {all} kills met that moment");
+    let (hits, all) = (drill.met_reads(phases), drill.kills().len());
+    assert!(hits >= goal, "{what}: only {hits} of {all} kills hit that moment");
 }
 
 #[test]
-fn between_taking_a_request_and_answering() {
+fn reads_survive_kills_between_request_and_reply() {
     let ways = ["map", "map", "readahead", "pread", "direct", "direct1m"];
     let phases = [Phase::Taken, Phase::Decoding];
-    kills_at("before the answer", &ways, |r| phases.contains(&r.phase), &phases);
+    kill_at("before the reply", &ways, |r| phases.contains(&r.phase), &phases);
 }
 
 #[test]
-fn inside_the_copy_of_the_reply() {
-    let wanted = |r: &InFlight| r.phase == Phase::Replying && r.size == LARGEST;
-    kills_at("inside the copy", &["direct1m", "direct1m"], wanted, &[Phase::Replying]);
+fn reads_survive_kills_while_the_reply_is_copied() {
+    let wanted = |r: &InFlight| r.phase == Phase::Replying && r.size == MAX_READ;
+    kill_at("during the copy of the reply", &["direct1m", "direct1m"], wanted, &[Phase::Replying]);
 }
 
 #[test]
-fn while_another_process_populates_the_range() {
+fn reads_survive_kills_while_another_process_populates() {
     let _host = host::alone();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let path = world.file(&digest, "memory");
     let mut readers = Readers::new(world.dir(), PAUSE);
-    // All of them the same range, of which each drops what no other one has mapped.
+    // All readers use the same range; each drops its pages, except those that another reader has mapped.
     for way in ["populate", "willneed", "map", "pread", "direct"] {
         readers.add(way, IMAGE, &path, 0, IMAGE.pages);
     }
     let mut drill = Drill::new(&world);
     for _ in 0..host::rounds(10, 100) {
         readers.wait_progress(20);
-        // READs of many pages are those of populating and readahead.
+        // READs of 16 pages or more come from populating and readahead.
         let killed = drill.kill_when(Duration::from_secs(10), |r| is_read(r) && r.size >= 16 * PAGE as u32);
-        assert!(killed.is_some(), "nobody populates");
+        assert!(killed.is_some(), "no READ of 16 pages or more in 10 s");
     }
     readers.wait_progress(20);
     drill.report("populating", &readers.finish());
-    let (met, all) = (drill.met_reads(&EVERY), drill.kills().len());
-    assert!(met * 2 >= all, "only {met} of {all} kills met a READ");
+    let (hits, all) = (drill.met_reads(&IN_PROGRESS), drill.kills().len());
+    assert!(hits * 2 >= all, "only {hits} of {all} kills hit a READ");
 }

@@ -1,4 +1,4 @@
-//! A server that is stopped and not killed: whoever waits goes on waiting, and nobody hears of an error.
+//! A server that is stopped and not killed: readers wait without an error until it resumes or the watchdog replaces it.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -12,26 +12,26 @@ use crate::support::readers::{Image, Readers};
 
 const IMAGE: Image = Image { salt: 4, pages: 8 << 10 };
 
-/// Three ways to fault, two to read, two past the page cache, and names.
-const EIGHT: [&str; 8] = ["map", "readahead", "populate", "pread", "stream", "direct", "direct1m", "names"];
+/// Three kinds of page faults, two of buffered reads, two of direct reads, and lookups.
+const WAYS: [&str; 8] = ["map", "readahead", "populate", "pread", "stream", "direct", "direct1m", "names"];
 
 #[test]
-fn readers_outlast_a_server_that_is_stopped_and_not_killed() {
+fn readers_wait_for_a_stopped_server_until_it_resumes() {
     let _host = host::alone();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let mut readers = Readers::new(world.dir(), Duration::from_micros(100));
-    readers.apart(&EIGHT, IMAGE, &world.file(&digest, "memory"));
+    readers.apart(&WAYS, IMAGE, &world.file(&digest, "memory"));
     readers.wait_progress(100);
     let drill = Drill::new(&world);
     let server = drill.server();
-    let begun = Instant::now();
+    let start = Instant::now();
     stop(server);
     let pause = Duration::from_secs(host::rounds(2, 5));
     std::thread::sleep(pause);
     let waiting = drill.unanswered();
     server.signal(Signal::CONT).unwrap();
-    let stopped = begun.elapsed();
+    let stopped = start.elapsed();
     readers.wait_progress(100);
     let finished = readers.finish();
     let longest =
@@ -40,23 +40,26 @@ fn readers_outlast_a_server_that_is_stopped_and_not_killed() {
         "stopped for {stopped:.1?} with {waiting} requests unanswered; the longest read took {:.1?}",
         longest.unwrap()
     );
-    assert_eq!((drill.server(), &world.status()["restarts"]), (server, &0.into()), "the same server");
-    assert!(waiting >= 5 && longest >= Some(pause.mul_f64(0.8)), "nobody waited");
+    assert_eq!((drill.server(), &world.status()["restarts"]), (server, &0.into()), "the server was replaced");
+    assert!(
+        waiting >= 5 && longest >= Some(pause.mul_f64(0.8)),
+        "{waiting} requests waited, the longest for {longest:?}"
+    );
 }
 
 #[test]
-fn a_server_that_is_stopped_for_good_is_replaced_and_killed() {
+fn the_watchdog_kills_and_replaces_a_stopped_server() {
     let rounds = host::rounds(2, 20);
     host::measured(|| {
         replaced_after(Duration::from_secs(2), Duration::from_secs(1), &["--watchdog", "2"], rounds)
     });
 }
 
-/// One round with the limit that a mount has which names none.
+/// One round without `--watchdog`: the default limit is 10 s.
 #[test]
-fn soak_a_server_that_is_stopped_for_good_is_replaced_after_the_default_limit() {
+fn soak_the_watchdog_replaces_a_server_by_its_default_limit() {
     if !host::soaking() {
-        return println!("the default limit is waited for in `make soak` only");
+        return println!("skipped: only `make soak` waits for the default limit");
     }
     host::measured(|| replaced_after(Duration::from_secs(10), Duration::from_secs(10), &[], 1));
 }
@@ -72,29 +75,29 @@ fn replaced_after(limit: Duration, slack: Duration, options: &[&str], rounds: u6
     let (mut shortest, mut worst) = (Duration::MAX, Duration::ZERO);
     for round in 0..rounds {
         let server = drill.server();
-        let begun = if round == 0 {
-            // It has read nothing of what is asked.
+        let start = if round == 0 {
+            // The stopped server has not received any of the requests.
             stop(server);
-            let begun = Instant::now();
-            readers.apart(&EIGHT, IMAGE, &path);
-            begun
+            let start = Instant::now();
+            readers.apart(&WAYS, IMAGE, &path);
+            start
         } else {
             readers.wait_progress(100);
             stop(server);
             Instant::now()
         };
         readers.wait_progress(20);
-        let waited = begun.elapsed();
+        let waited = start.elapsed();
         (shortest, worst) = (shortest.min(waited), worst.max(waited));
         assert_ne!(drill.server(), server);
-        assert!(server.wait_gone(Duration::from_secs(1)).unwrap(), "the old one is killed");
+        assert!(server.wait_gone(Duration::from_secs(1)).unwrap(), "the stopped server was not killed");
     }
     readers.finish();
     println!(
-        "stopped for good {rounds} times: all read on after {shortest:.2?} to {worst:.2?}, the limit is {limit:?}"
+        "{rounds} servers stopped: all readers continued after {shortest:.2?} to {worst:.2?}; limit {limit:?}"
     );
-    assert!(shortest >= limit / 2, "{shortest:?}: somebody else replaced it");
+    assert!(shortest >= limit / 2, "replaced after {shortest:?}, before the limit of the watchdog");
     assert_eq!(world.counter("watchdog_replaced"), rounds);
     assert!(world.log().contains("watchdog: "), "{}", world.log());
-    if worst <= limit + slack { Ok(()) } else { Err(format!("{worst:?} with a limit of {limit:?}")) }
+    if worst <= limit + slack { Ok(()) } else { Err(format!("replaced after {worst:?}, limit {limit:?}")) }
 }

@@ -1,7 +1,8 @@
-//! Scenarios that need the host for themselves: they measure it as a whole (free memory, merged pages, swap), measure
-//! times, take all its memory, or keep other scenarios from looking at every process.
+//! Scenarios that run alone on the host: they measure the whole host (free memory, merged pages, swap) or times, use
+//! all its memory, or block scans of all processes.
 //!
-//! They are one module because the test harness runs modules one after the other: the host changes hands twice in a run.
+//! They form one module because the test harness runs tests in the order of their paths: the lock of the host then
+//! changes hands only twice in a run.
 mod accounting;
 mod backend_memory;
 mod counted_once;

@@ -1,4 +1,4 @@
-//! Another program takes the place of the server or of the supervisor, under readers.
+//! Restarts of the server and of the supervisor under readers, also with another program.
 
 use std::fs::{self, File};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::support::mount::{TestMount, copy_program, daemon, wait_for};
 use crate::support::readers::PAGE;
 
 #[test]
-fn a_soak_of_new_servers_under_readers() {
+fn soak_readers_survive_restarts_of_the_server() {
     let _host = host::alone();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -32,12 +32,12 @@ fn a_soak_of_new_servers_under_readers() {
             assert_eq!(status["server_program"], program.to_str().unwrap());
             load.goes_on();
         }
-        load.end(&format!("{serve}: other servers"));
+        load.end(&format!("{serve}: restarted servers"));
     }
 }
 
 #[test]
-fn a_soak_of_supervisors_that_become_another_program() {
+fn soak_readers_survive_reexecs_of_the_supervisor() {
     let _host = host::alone();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -48,18 +48,18 @@ fn a_soak_of_supervisors_that_become_another_program() {
             world.stencil(&["restart", load.mountpoint()]).ok();
             let status = world.status();
             assert_ne!(status["server_pid"], before);
-            assert_eq!(status["supervisor_pid"], supervisor, "exec keeps the process");
+            assert_eq!(status["supervisor_pid"], supervisor, "the supervisor keeps its PID");
             load.goes_on();
-            // The new one sees to its servers as the old one did.
+            // The re-executed supervisor still restarts its servers.
             Drill::new(&world).kill();
             load.goes_on();
         }
-        load.end(&format!("{serve}: re-exec, then a kill"));
+        load.end(&format!("{serve}: supervisor re-executed, then the server killed"));
     }
 }
 
 #[test]
-fn a_soak_of_supervisors_that_are_killed_and_replaced() {
+fn soak_readers_survive_a_killed_and_replaced_supervisor() {
     let _host = host::alone();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::with(&["--serve", serve]);
@@ -72,19 +72,19 @@ fn a_soak_of_supervisors_that_are_killed_and_replaced() {
             assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
             load.goes_on();
             world.mount(&["--serve", serve]).ok();
-            assert_eq!(world.server(), server, "the same server");
+            assert_eq!(world.server(), server, "the successor did not take over the running server");
             assert_ne!(world.status()["supervisor_pid"], supervisor);
             load.goes_on();
             Drill::new(&world).kill();
             load.goes_on();
             assert_ne!(world.server(), server);
         }
-        load.end(&format!("{serve}: supervisor killed, adopted, then a kill"));
+        load.end(&format!("{serve}: supervisor killed and replaced, then the server killed"));
     }
 }
 
 #[test]
-fn a_mount_whose_processes_were_both_killed_is_recovered() {
+fn mounting_again_recovers_a_mount_with_killed_daemons() {
     let _host = host::alone();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -101,13 +101,13 @@ fn a_mount_whose_processes_were_both_killed_is_recovered() {
         world.mount(&["--serve", serve]).ok();
         assert!(fs::read(&path).unwrap() == IMAGE.bytes(), "new opens are served");
         assert_eq!(world.json(&["status"])["mounts"].as_array().unwrap().len(), 1);
-        // The old connection is gone for good: what it has mapped by passthrough is not.
+        // The old FUSE connection cannot be recovered, but passthrough mappings do not need it.
         assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
         if serve == "passthrough" {
             for page in 0..IMAGE.pages {
                 assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
             }
         }
-        wait_for("one server", || (world.processes().len() == 2).then_some(()));
+        wait_for("one supervisor and one server", || (world.processes().len() == 2).then_some(()));
     }
 }

@@ -1,4 +1,4 @@
-//! Servers that a memory limit kills: they are not restarted without a pause, and `status` says why they end.
+//! Servers that are killed by a memory limit: restarts back off, and `stencil status` shows the cause.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,9 @@ use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, wait_for};
 use crate::support::store::random;
 
-/// A control group with a memory limit. Dropped, it is removed; its processes must have ended.
+/// A control group with a memory limit. Removed on drop, when its processes must have exited.
 struct Group {
-    folder: PathBuf,
+    dir: PathBuf,
     limit: &'static str,
     usage: &'static str,
 }
@@ -21,57 +21,57 @@ struct Group {
 impl Group {
     fn new() -> Group {
         let name = format!("stencil-test-{}", std::process::id());
-        let first = Path::new("/sys/fs/cgroup/memory");
-        let group = if first.join("memory.limit_in_bytes").exists() {
-            Group { folder: first.join(name), limit: "memory.limit_in_bytes", usage: "memory.usage_in_bytes" }
+        let v1 = Path::new("/sys/fs/cgroup/memory");
+        let group = if v1.join("memory.limit_in_bytes").exists() {
+            Group { dir: v1.join(name), limit: "memory.limit_in_bytes", usage: "memory.usage_in_bytes" }
         } else {
             Group {
-                folder: Path::new("/sys/fs/cgroup").join(name),
+                dir: Path::new("/sys/fs/cgroup").join(name),
                 limit: "memory.max",
                 usage: "memory.current",
             }
         };
-        fs::create_dir(&group.folder).unwrap_or_else(|e| panic!("{}: {e}", group.folder.display()));
+        fs::create_dir(&group.dir).unwrap_or_else(|e| panic!("{}: {e}", group.dir.display()));
         group
     }
 
     fn usage(&self) -> u64 {
-        fs::read_to_string(self.folder.join(self.usage)).unwrap().trim().parse().unwrap()
+        fs::read_to_string(self.dir.join(self.usage)).unwrap().trim().parse().unwrap()
     }
 
-    /// So many bytes more than what is used and cannot be given back.
+    /// Sets the limit to the memory that cannot be reclaimed, plus `room` bytes.
     fn limit(&self, room: u64) {
         const STEP: u64 = 128 << 10;
-        let mut least = self.usage();
-        // Version 1 refuses a limit that cannot be met; version 2 says what can be given back.
+        let mut minimum = self.usage();
+        // Version 2 reclaims memory on request. Version 1 rejects a limit below the memory that cannot be reclaimed.
         if self.limit == "memory.max" {
-            let _ = fs::write(self.folder.join("memory.reclaim"), least.to_string());
-            least = self.usage();
+            let _ = fs::write(self.dir.join("memory.reclaim"), minimum.to_string());
+            minimum = self.usage();
         } else {
-            while fs::write(self.folder.join(self.limit), least.to_string()).is_ok() {
-                least -= STEP;
+            while fs::write(self.dir.join(self.limit), minimum.to_string()).is_ok() {
+                minimum -= STEP;
             }
         }
-        fs::write(self.folder.join(self.limit), (least + STEP + room).to_string()).unwrap();
+        fs::write(self.dir.join(self.limit), (minimum + STEP + room).to_string()).unwrap();
     }
 
     fn unlimit(&self) {
-        let word = if self.limit == "memory.max" { "max" } else { "-1" };
-        fs::write(self.folder.join(self.limit), word).unwrap();
+        let unlimited = if self.limit == "memory.max" { "max" } else { "-1" };
+        fs::write(self.dir.join(self.limit), unlimited).unwrap();
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let until = Instant::now() + Duration::from_secs(10);
-        while fs::remove_dir(&self.folder).is_err() && Instant::now() < until {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while fs::remove_dir(&self.dir).is_err() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 }
 
 #[test]
-fn servers_below_the_memory_that_they_need_are_restarted_with_growing_pauses() {
+fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
     let _host = host::alone();
     let group = Group::new();
     let world = TestMount::unmounted();
@@ -79,7 +79,7 @@ fn servers_below_the_memory_that_they_need_are_restarted_with_growing_pauses() {
     let digest = world.import_bytes(&content, "web:1");
     let script = format!(
         "echo $$ >{}/cgroup.procs && exec {STENCIL} mount --serve decode --watchdog 0 \"$0\"",
-        group.folder.display()
+        group.dir.display()
     );
     let mount = world.command_in("sh").args(["-c", &script]).arg(world.mountpoint()).status().unwrap();
     assert!(mount.success());
@@ -88,45 +88,45 @@ fn servers_below_the_memory_that_they_need_are_restarted_with_growing_pauses() {
         (&quiet["last_end"], &quiet["next_start"]),
         (&serde_json::Value::Null, &serde_json::Value::Null)
     );
-    // So much that a server begins and serves, and less than it needs for its work.
+    // Enough memory for a server to start, and too little to decode blocks.
     group.limit(ROOM);
     let file = world.file(&digest, "memory");
     let reader = std::thread::spawn(move || fs::read(file));
-    let paused = wait_for("a pause", || {
+    let paused = wait_for("a delayed restart", || {
         let status = world.status();
         status["next_start"].is_f64().then_some(status)
     });
-    let end = &paused["last_end"];
+    let last_end = &paused["last_end"];
     assert_eq!(
-        (end["how"].as_str(), end["out_of_memory"].as_bool()),
+        (last_end["how"].as_str(), last_end["out_of_memory"].as_bool()),
         (Some("killed by SIGKILL"), Some(true)),
-        "{end}"
+        "{last_end}"
     );
     let text = world.stencil(&["status"]).ok().out;
     assert!(text.contains("likely out of memory"), "{text}");
-    let (begun, before) = (Instant::now(), world.status()["restarts"].as_u64().unwrap());
+    let (start, before) = (Instant::now(), world.status()["restarts"].as_u64().unwrap());
     std::thread::sleep(Duration::from_millis(1500));
     let after = world.status()["restarts"].as_u64().unwrap();
-    assert!(after - before <= 4, "{} restarts in {:?}", after - before, begun.elapsed());
+    assert!(after - before <= 4, "{} restarts in {:?}", after - before, start.elapsed());
     assert!(after < 20, "{after} restarts");
-    // With memory again the next one serves, and the reader has lost nothing.
+    // Without the limit the next server serves, and the reader gets all data.
     group.unlimit();
     assert!(reader.join().unwrap().unwrap() == content);
-    let healed = world.status();
-    assert!(healed["next_start"].is_null() && healed["server_pid"].is_u64(), "{healed}");
-    // A kill from outside is none of these.
+    let recovered = world.status();
+    assert!(recovered["next_start"].is_null() && recovered["server_pid"].is_u64(), "{recovered}");
+    // A SIGKILL from another process does not count as out of memory.
     let server = world.server();
     kill_process(Pid::from_raw(server as i32).unwrap(), Signal::KILL).unwrap();
     let next = wait_for("a successor", || Some(world.server()).filter(|next| *next != server));
     assert!(ProcessId::of(next).unwrap().is_some());
-    let end = &world.status()["last_end"];
+    let last_end = &world.status()["last_end"];
     assert_eq!(
-        (end["pid"].as_u64(), end["out_of_memory"].as_bool()),
+        (last_end["pid"].as_u64(), last_end["out_of_memory"].as_bool()),
         (Some(u64::from(server)), Some(false)),
-        "{end}"
+        "{last_end}"
     );
     drop(world);
 }
 
-/// Below what one decoded block for each thread takes.
+/// Memory of the group above its minimum, in bytes: less than one decoded block for each thread.
 const ROOM: u64 = 0;

@@ -1,5 +1,5 @@
-//! A process that waits for an answer of a mount in the middle of `execve`: whoever looks for users goes on without
-//! it, says so, and takes it for a possible one.
+//! A process that waits for a stopped server inside `execve`: scans of all processes skip the process, report it, and
+//! treat it as a possible user of the template.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,10 +13,10 @@ use crate::support::drill;
 use crate::support::host;
 use crate::support::mount::{TestMount, wait_for};
 
-/// A command that is held up takes longer than this.
-const LIMIT: Duration = Duration::from_secs(20);
+/// Timeout for a command that must not wait for the stuck process.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A stopped server, and a process that waits for it. Dropped, both go on.
+/// A stopped server, and a process that waits for it. On drop, both resume.
 struct Stuck {
     server: ProcessId,
     device: u64,
@@ -24,17 +24,18 @@ struct Stuck {
 }
 
 impl Stuck {
-    /// The kernel asks a server about the closing of a file once in the life of a mount: nobody may have closed one.
+    /// No file of the mount may have been closed before: FUSE sends FLUSH only until the server has answered it with
+    /// ENOSYS.
     fn new(world: &TestMount, digest: &str) -> Stuck {
         let status = world.status();
         let server = ProcessId::of(world.server()).unwrap().unwrap();
         let mut actor = Actor::start();
         actor.tell(&format!("open 0 {}", world.file(digest, "memory").display()));
         drill::stop(server);
-        // `exec` closes the file under a lock that readers of /proc/PID/maps want.
+        // `execve` closes the file under a lock that readers of /proc/PID/maps need.
         actor.begin("exec 0");
         let stuck = Stuck { server, device: status["device"].as_u64().unwrap(), actor };
-        wait_for("the lock", || {
+        wait_for("a blocked read of /proc/PID/maps", || {
             let path = format!("/proc/{}/maps", stuck.actor.pid());
             let status = Command::new("timeout").args(["0.5", "cat", &path]).stdout(Stdio::null()).status();
             (status.unwrap().code() == Some(124)).then_some(())
@@ -52,46 +53,45 @@ impl Drop for Stuck {
     }
 }
 
-/// Exit code and both outputs, of a command that must not be held up.
-fn run(world: &TestMount, words: &[&str]) -> (i32, String, String) {
-    let mut child =
-        world.command().args(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let until = Instant::now() + LIMIT;
-    let in_time = loop {
+/// Runs a command that must not wait for the stuck process. Returns its exit code, standard output and standard error.
+fn run(world: &TestMount, args: &[&str]) -> (i32, String, String) {
+    let mut child = world.command().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + COMMAND_TIMEOUT;
+    let has_exited = loop {
         match child.try_wait().unwrap() {
             Some(_) => break true,
-            None if Instant::now() > until => break false,
+            None if Instant::now() > deadline => break false,
             None => std::thread::sleep(Duration::from_millis(20)),
         }
     };
-    if !in_time {
+    if !has_exited {
         child.kill().unwrap();
     }
     let output = child.wait_with_output().unwrap();
-    assert!(in_time, "{words:?} is held up by the stuck process");
+    assert!(has_exited, "{args:?} waited for the stuck process for {COMMAND_TIMEOUT:?}");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
 #[test]
-fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
+fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
     let _host = host::alone();
-    // No watchdog: the server is to stay stopped.
+    // Without a watchdog the server stays stopped.
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&[7; 1 << 20], "web:1");
     let mut stuck = Stuck::new(&world, &digest);
     let pid = stuck.actor.pid();
-    let begun = Instant::now();
+    let start = Instant::now();
     let found = users::users_of(stuck.device, Duration::from_millis(300)).unwrap();
     assert!(found.unseen.silent.contains(&pid), "{found:?}");
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert!(!users::name_of(pid).is_empty());
-    // Its identity is not among what it keeps closed.
-    let begun = Instant::now();
+    // The identity of a process is the inode of its pidfd, which can be read without the lock.
+    let start = Instant::now();
     let known = ProcessId::of(pid).unwrap().unwrap();
     let other = ProcessId { identity: known.identity - 1, ..known };
     assert!(known.is_alive() && !other.is_alive() && !other.signal(Signal::KILL).unwrap());
-    assert!(begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
+    assert!(start.elapsed() < COMMAND_TIMEOUT, "{:?}", start.elapsed());
 
     let mountpoint = world.mountpoint().to_str().unwrap();
     let commands: [&[&str]; 6] = [
@@ -104,12 +104,12 @@ fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
     ];
     let world = &world;
     let [status, ps, rm, density, umount, doctor] = std::thread::scope(|scope| {
-        commands.map(|words| scope.spawn(move || run(world, words))).map(|thread| thread.join().unwrap())
+        commands.map(|args| scope.spawn(move || run(world, args))).map(|thread| thread.join().unwrap())
     });
     for (code, out, err) in [status, ps] {
         assert_eq!(code, 0, "{err}");
-        let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
-        assert!(answer["unseen"].as_array().is_some_and(|all| all.contains(&pid.into())), "{answer}");
+        let reply: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert!(reply["unseen"].as_array().is_some_and(|all| all.contains(&pid.into())), "{reply}");
         assert!(err.contains(&pid.to_string()), "{err}");
     }
     for (code, _, err) in [&rm, &density] {

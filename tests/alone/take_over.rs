@@ -1,4 +1,4 @@
-//! Supervisors that die while their mount begins.
+//! Supervisors that are killed during the startup of their mount.
 
 use std::fs;
 use std::process::Stdio;
@@ -11,9 +11,9 @@ use crate::support::host;
 use crate::support::mount::{TestMount, daemon, wait_for};
 use crate::take_over::IMAGE;
 
-/// At every moment of the first second of a mount its supervisor dies; mounting again always helps.
+/// Kills the supervisor at various moments in the first second of a mount; `stencil mount` always recovers the mount.
 #[test]
-fn soak_supervisors_that_die_while_their_mount_begins() {
+fn soak_mounts_recover_from_supervisors_that_die_at_startup() {
     let _host = host::alone();
     let world = TestMount::unmounted();
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -32,15 +32,15 @@ fn soak_supervisors_that_die_while_their_mount_begins() {
             let program = fs::read_link(format!("/proc/{}/exe", process.pid)).ok()?;
             (program == daemon()).then_some(process)
         };
-        // On a busy host it may have no parent any more when it is looked for.
-        let at_once = || {
-            let until = Instant::now() + Duration::from_millis(20);
-            std::iter::repeat_with(child).take_while(|_| Instant::now() < until).find_map(|found| found)
+        // On a busy host `stencil mount` may have exited before its child is found.
+        let find_child = || {
+            let deadline = Instant::now() + Duration::from_millis(20);
+            std::iter::repeat_with(child).take_while(|_| Instant::now() < deadline).find_map(|found| found)
         };
         let supervisor =
-            wait_for("a supervisor", || at_once().or_else(|| world.processes().first().copied()));
+            wait_for("a supervisor", || find_child().or_else(|| world.processes().first().copied()));
         match round % 4 {
-            // However slow the host is, some have a server.
+            // In every fourth round the supervisor has a server, however slow the host is.
             3 => drop(wait_for("a server", || world.recorded_server().filter(ProcessId::is_alive))),
             _ => std::thread::sleep(Duration::from_micros(round * 7919 % 24_000)),
         }
@@ -48,18 +48,18 @@ fn soak_supervisors_that_die_while_their_mount_begins() {
         assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
         let before = world.recorded_server().filter(ProcessId::is_alive);
         world.mount(&[]).ok();
-        // It may have waited for the next supervisor too.
+        // The first `stencil mount` may have waited for the next supervisor too.
         mount.wait().unwrap();
         assert!(fs::read(&path).unwrap() == IMAGE.bytes(), "round {round}");
         adopted += u64::from(before.is_some() && world.recorded_server() == before);
         let processes = world.processes();
         world.stencil(&["umount", mnt]).ok();
-        wait_for("the end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+        wait_for("the exit of supervisor and server", || {
+            processes.iter().all(|p| !p.is_alive()).then_some(())
+        });
         let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounted.contains(mnt), "round {round}: a mount is left: {mounted}");
     }
-    println!(
-        "{rounds} supervisors killed while their mount began; {adopted} times the server was taken over"
-    );
-    assert!(adopted > 0, "no server was met");
+    println!("{rounds} supervisors killed at startup; {adopted} times the running server was taken over");
+    assert!(adopted > 0, "no supervisor was killed while its server ran");
 }

@@ -1,4 +1,4 @@
-//! One damaged block of a template that is in use: whoever needs a page of it fails, and nobody else.
+//! One damaged block in a template that is in use: only accesses to pages of that block fail.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -16,11 +16,11 @@ use crate::support::passing::Ends;
 
 const PAGE: u64 = 4096;
 const IN_BLOCK: u64 = BLOCK_SIZE / PAGE;
-/// Pages below the guest's window: where it sees them is where they lie.
+/// The guest's second window starts at this page. Pages below have the same address in the guest as in the memory file.
 const LOW: u64 = 0x80;
 
-/// Flips a byte of the store so that one block is lost of those which the guest sees low in its memory, and that is not
-/// the one with its code. The store is asked directly: nobody has read a page through the mount.
+/// Flips one byte of the store's only pack such that exactly one block is damaged: a block below [`LOW`], but not the
+/// block with the guest's code. Checks the blocks through the library, so no page is read through the mount.
 fn damage_one(dir: &Path, digest: &str) -> (u64, Digest) {
     let store = Store::open(dir).unwrap();
     let digest: Digest = digest.parse().unwrap();
@@ -36,9 +36,9 @@ fn damage_one(dir: &Path, digest: &str) -> (u64, Digest) {
     for at in (0..pack.metadata().unwrap().len()).step_by(97) {
         flip(at);
         let template = Store::open(dir).unwrap().template(&digest).unwrap();
-        let mut room = vec![0; BLOCK_SIZE as usize];
+        let mut buffer = vec![0; BLOCK_SIZE as usize];
         let lost: Vec<u64> = (0..template.block_count(0))
-            .filter(|&b| template.read_block(0, b, &mut Scratch::default(), &mut room).is_err())
+            .filter(|&b| template.read_block(0, b, &mut Scratch::default(), &mut buffer).is_err())
             .collect();
         if let [block] = lost[..]
             && (1..LOW / IN_BLOCK - 1).contains(&block)
@@ -47,7 +47,7 @@ fn damage_one(dir: &Path, digest: &str) -> (u64, Digest) {
         }
         flip(at);
     }
-    panic!("no byte of the pack belongs to one of the blocks");
+    panic!("no byte of the pack belongs to exactly one block below page {LOW}");
 }
 
 fn segments(pages: impl Iterator<Item = u64>) -> Vec<u16> {
@@ -55,7 +55,7 @@ fn segments(pages: impl Iterator<Item = u64>) -> Vec<u16> {
 }
 
 #[test]
-fn one_damaged_block_fails_only_those_who_touch_it() {
+fn a_damaged_block_fails_only_the_guests_that_touch_it() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let source = world.dir().join("source");
@@ -72,15 +72,15 @@ fn one_damaged_block_fails_only_those_who_touch_it() {
         Machine::new(memory, 0)
     };
     let good = segments((1..LOW).filter(|p| !lost.contains(p)));
-    let over = AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let ends = Ends(&over);
-        // Guests and clones that need nothing of it go on all the while, again and again.
+        let ends = Ends(&stop);
+        // Guests and clones that do not access the block must run without errors during the whole test.
         let guest = scope.spawn(|| {
             let mut runs = 0;
-            while !over.load(Ordering::Relaxed) || runs == 0 {
+            while !stop.load(Ordering::Relaxed) || runs == 0 {
                 let mut machine = machine(&good);
-                assert_eq!(machine.run().expect("a guest that needs nothing of it"), 0);
+                assert_eq!(machine.run().expect("a guest that does not access the damaged block"), 0);
                 runs += 1;
             }
             runs
@@ -98,13 +98,13 @@ fn one_damaged_block_fails_only_those_who_touch_it() {
         });
         let mut refused = 0;
         for page in lost.clone() {
-            // Its neighbours first, so that the place where it stops says which page it was.
+            // Neighbours of the block first, so that the position in the list tells which page failed.
             let list = segments([lost.start - 1, lost.end, page, 1].into_iter());
             let mut machine = machine(&list);
             if let Some(address) = machine.run_to_lost_page() {
                 assert_eq!(address / PAGE, page);
             }
-            assert_eq!(machine.begun(), 3, "KVM_RUN fails on exactly page {page}");
+            assert_eq!(machine.reads_started(), 3, "KVM_RUN must fail on page {page}");
             refused += 1;
         }
         assert_eq!(refused, IN_BLOCK);
@@ -114,27 +114,27 @@ fn one_damaged_block_fails_only_those_who_touch_it() {
             assert_eq!(clone.dies_of(&format!("read 0 {page}")), Some(libc::SIGBUS), "page {page}");
         }
         drop(ends);
-        clone.join().expect("a clone that needs nothing of it");
+        clone.join().expect("a clone that does not access the damaged block");
         println!(
-            "{refused} guests failed, {} went on",
-            guest.join().expect("guests that need nothing of it")
+            "{refused} guests failed; {} runs of a guest that does not access the block succeeded",
+            guest.join().expect("guests that do not access the damaged block")
         );
     });
     assert!(world.counter("damaged") >= IN_BLOCK + 2);
-    assert_eq!(world.counter("source_waits"), 0, "damage is no reason to wait");
+    assert_eq!(world.counter("source_waits"), 0, "a damaged block must not be waited for");
     let log = world.log();
     let lines: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ")).collect();
-    assert_eq!(lines.len(), 1, "a block is named once:\n{log}");
-    for word in [&digest, "file memory", &format!("offset {}:", block * BLOCK_SIZE), &format!("digest {id}")]
+    assert_eq!(lines.len(), 1, "the damaged block must be logged once:\n{log}");
+    for text in [&digest, "file memory", &format!("offset {}:", block * BLOCK_SIZE), &format!("digest {id}")]
     {
-        assert!(lines[0].contains(word), "'{word}' is not in: {}", lines[0]);
+        assert!(lines[0].contains(text), "'{text}' is not in: {}", lines[0]);
     }
     assert_eq!(world.status()["restarts"], 0);
 }
 
-/// A pack that is gone while the store is there is damage, at once.
+/// A missing pack in a store that is present is damage: the read fails with EIO at once, unlike in a store outage.
 #[test]
-fn a_missing_pack_of_a_present_store_is_not_waited_for() {
+fn reads_from_a_missing_pack_fail_without_waiting() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&vec![7; 1 << 20], "web:1");
@@ -142,10 +142,10 @@ fn a_missing_pack_of_a_present_store_is_not_waited_for() {
     for pack in Store::open(&world.store_dir()).unwrap().pack_files().unwrap() {
         fs::remove_file(pack).unwrap();
     }
-    let asked = std::time::Instant::now();
+    let started = std::time::Instant::now();
     let error = file.read_exact_at(&mut [0; PAGE as usize], 0).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    assert!(asked.elapsed() < std::time::Duration::from_secs(2), "{:?}", asked.elapsed());
+    assert!(started.elapsed() < std::time::Duration::from_secs(2), "{:?}", started.elapsed());
     assert!(world.log().contains("pack is damaged: the file is missing"), "{}", world.log());
     assert_eq!((world.counter("source_waits"), world.counter("source_outages")), (0, 0));
 }

@@ -1,4 +1,4 @@
-//! The demo, the set-up and the guard: what `make` runs around the tests.
+//! The scripts that `make` runs: the demo, the setup and the guard against leftovers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,12 +15,12 @@ fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }
 
-/// Clones of the demo: of QEMU, and simulated ones. In `make soak` as many as in `make demo`.
+/// Numbers of QEMU clones and simulated clones. `make soak` uses the numbers of `make demo`.
 fn clones() -> (u32, u32) {
     host::rounds((2, 40), (6, 200))
 }
 
-/// The demo with the binaries of this build, in a folder of its own.
+/// The demo with the binaries of this build, in its own temporary directory.
 fn demo(dir: &Path, (qemus, simulated): (u32, u32)) -> Command {
     daemon();
     let mut command = Command::new(script("demo.sh"));
@@ -39,7 +39,7 @@ fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-/// Processes that were given this folder as TMPDIR.
+/// Command lines of all processes whose environment has this directory as TMPDIR.
 fn processes_in(dir: &Path) -> Vec<String> {
     let wanted = format!("TMPDIR={}", dir.display());
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().into_string().ok());
@@ -53,7 +53,7 @@ fn processes_in(dir: &Path) -> Vec<String> {
 }
 
 #[track_caller]
-fn nothing_is_left(dir: &Path) {
+fn assert_nothing_is_left(dir: &Path) {
     assert_eq!(processes_in(dir), Vec::<String>::new());
     let left: Vec<_> = fs::read_dir(dir).unwrap().flatten().map(|e| e.path()).collect();
     assert!(left.is_empty(), "{left:?}");
@@ -62,15 +62,15 @@ fn nothing_is_left(dir: &Path) {
 }
 
 #[test]
-fn soak_it_shows_the_main_job_and_leaves_nothing() {
+fn soak_demo_reports_sharing_and_leaves_nothing_behind() {
     let _host = host::shared();
     let dir = temporary("demo-");
-    let began = Instant::now();
+    let started = Instant::now();
     let (qemus, simulated) = clones();
     let output = demo(dir.path(), clones()).output().unwrap();
-    let said = text(&output);
-    assert!(output.status.success(), "{said}");
-    for words in [
+    let printed = text(&output);
+    assert!(output.status.success(), "{printed}");
+    for message in [
         &format!("memory of {} clones", qemus + simulated),
         "= host memory",
         "sharing ratio",
@@ -81,17 +81,17 @@ fn soak_it_shows_the_main_job_and_leaves_nothing() {
         &format!("{} clones stopped", qemus + simulated),
         "Done",
     ] {
-        assert!(said.contains(words), "no '{words}' in {said}");
+        assert!(printed.contains(message), "no '{message}' in {printed}");
     }
-    // The clones run on while they are measured: a figure that moved meanwhile is none that is wrong.
-    assert!(!said.contains("wrong: off by"), "{said}");
+    // The clones run while they are measured: a figure that changed during the audit is not a wrong figure.
+    assert!(!printed.contains("wrong: off by"), "{printed}");
     let limit = Duration::from_secs(host::rounds(240, 600));
-    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
-    nothing_is_left(dir.path());
+    assert!(started.elapsed() < limit, "{:?}", started.elapsed());
+    assert_nothing_is_left(dir.path());
 }
 
 #[test]
-fn soak_it_leaves_nothing_when_it_is_interrupted() {
+fn soak_interrupted_demo_leaves_nothing_behind() {
     let _host = host::shared();
     let moments: &[&str] = host::rounds(
         &["A Linux guest boots"],
@@ -105,35 +105,38 @@ fn soak_it_leaves_nothing_when_it_is_interrupted() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        patiently("that moment", Duration::from_secs(600), || {
+        patiently(&format!("'{moment}' in the output of the demo"), Duration::from_secs(600), || {
             fs::read_to_string(&log).unwrap().contains(moment).then_some(())
         });
         std::thread::sleep(Duration::from_millis(300));
         kill_process(Pid::from_raw(child.id() as i32).unwrap(), Signal::TERM).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(143), "{moment}");
         fs::remove_file(&log).unwrap();
-        nothing_is_left(dir.path());
+        assert_nothing_is_left(dir.path());
     }
 }
 
 #[test]
-fn an_older_kernel_is_named_at_once() {
+fn demo_and_setup_reject_an_older_kernel() {
     let dir = temporary("demo-");
-    for (mut command, who) in
+    for (mut command, script) in
         [(demo(dir.path(), (1, 1)), "demo"), (Command::new(script("support/setup.sh")), "setup")]
     {
-        let began = Instant::now();
+        let started = Instant::now();
         let output = command.env("STENCIL_TEST_KERNEL_RELEASE", "6.1.0-37-amd64").output().unwrap();
-        assert!(began.elapsed() < Duration::from_secs(5), "{who}: {:?}", began.elapsed());
-        assert_eq!(output.status.code(), Some(1), "{who}");
-        let said = text(&output);
-        assert!(said.contains("kernel 6.1.0-37-amd64: Linux 6.9 or newer is needed"), "{who}: {said}");
+        assert!(started.elapsed() < Duration::from_secs(5), "{script}: {:?}", started.elapsed());
+        assert_eq!(output.status.code(), Some(1), "{script}");
+        let printed = text(&output);
+        assert!(
+            printed.contains("kernel 6.1.0-37-amd64: Linux 6.9 or newer is needed"),
+            "{script}: {printed}"
+        );
     }
-    nothing_is_left(dir.path());
+    assert_nothing_is_left(dir.path());
 }
 
 #[test]
-fn setup_says_what_to_do_without_cargo_and_elsewhere() {
+fn setup_explains_missing_cargo_and_unsupported_systems() {
     let dir = temporary("setup-");
     let bin = dir.path().join("bin");
     fs::create_dir(&bin).unwrap();
@@ -159,12 +162,12 @@ fn setup_says_what_to_do_without_cargo_and_elsewhere() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = text(&output);
-    assert!(said.contains("this is fedora/") && said.contains("vmlinuz"), "{said}");
+    let printed = text(&output);
+    assert!(printed.contains("this is fedora/") && printed.contains("vmlinuz"), "{printed}");
 }
 
 #[test]
-fn the_guard_names_and_clears_what_is_left() {
+fn guard_reports_and_clears_leftovers() {
     let _host = host::shared();
     let dir = temporary("guard-");
     let guard = |line: &str| {
@@ -176,13 +179,13 @@ fn the_guard_names_and_clears_what_is_left() {
         command.output().unwrap()
     };
     assert_eq!(guard("exit 7").status.code(), Some(7));
-    assert_eq!(guard("true").status.code(), Some(0), "nothing left, nothing said");
+    assert_eq!(guard("true").status.code(), Some(0), "no leftovers, no error");
     let output =
         guard("touch $TMPDIR/file; mkdir $TMPDIR/m; mount -t tmpfs none $TMPDIR/m; setsid sleep 1000 &");
     assert_eq!(output.status.code(), Some(1));
-    let said = text(&output);
-    for words in ["sleep 1000", "tmpfs mount ", "/file", "have been cleared"] {
-        assert!(said.contains(words), "no '{words}' in {said}");
+    let printed = text(&output);
+    for message in ["sleep 1000", "tmpfs mount ", "/file", "have been cleared"] {
+        assert!(printed.contains(message), "no '{message}' in {printed}");
     }
     assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(dir.path().to_str().unwrap()));
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.file_name()).collect();
@@ -190,7 +193,7 @@ fn the_guard_names_and_clears_what_is_left() {
 }
 
 #[test]
-fn the_guard_knows_a_relative_build_directory_and_waits_for_another_run() {
+fn guard_resolves_a_relative_target_dir_and_waits_its_turn() {
     let _host = host::shared();
     let dir = temporary("guard-");
     let guard = |line: &str| {
@@ -199,24 +202,27 @@ fn the_guard_knows_a_relative_build_directory_and_waits_for_another_run() {
         command.env("CARGO_TARGET_DIR", "here").stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     };
-    let began = dir.path().join("began");
+    let marker = dir.path().join("began");
     let mut first = guard("touch here/tmp/first began; sleep 1; rm here/tmp/first began").spawn().unwrap();
-    patiently("the first run", Duration::from_secs(10), || began.exists().then_some(()));
+    patiently("the start of the first run", Duration::from_secs(10), || marker.exists().then_some(()));
     let second = guard("ls here/tmp; mkdir here/tmp/m; mount -t tmpfs none here/tmp/m").output().unwrap();
-    assert!(first.wait().unwrap().success(), "nothing of the first run was cleared or blamed");
-    let said = text(&second);
-    assert!(said.contains("another run uses") && !said.contains("first"), "{said}");
-    assert!(said.contains("tmpfs mount ") && second.status.code() == Some(1), "{said}");
+    assert!(
+        first.wait().unwrap().success(),
+        "the guard of the second run must not report or clear files of the first run"
+    );
+    let printed = text(&second);
+    assert!(printed.contains("another run uses") && !printed.contains("first"), "{printed}");
+    assert!(printed.contains("tmpfs mount ") && second.status.code() == Some(1), "{printed}");
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(dir.path().to_str().unwrap()), "{mounts}");
 }
 
 #[test]
-fn setup_sees_a_compiler_without_a_static_library() {
+fn setup_detects_a_compiler_that_cannot_link_statically() {
     let dir = temporary("setup-");
     let bin = dir.path().join("bin");
     fs::create_dir(&bin).unwrap();
-    // A cc that cannot link, in front of the real one.
+    // A cc that always fails, before the real one in PATH.
     fs::write(bin.join("cc"), "#!/bin/sh\nexit 1\n").unwrap();
     fs::set_permissions(bin.join("cc"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let release = dir.path().join("os-release");

@@ -1,5 +1,5 @@
-//! Dirty pages, exact, whoever copied them and however: with both kinds of serving, against scripts whose
-//! every copied page is known.
+//! `stencil dirty` and `stencil density` report exactly the pages that a process has copied, for decode and
+//! passthrough, checked against scripts of which every copied page is known.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,7 +20,7 @@ const SERVINGS: [&str; 2] = ["decode", "passthrough"];
 /// A mount with one template of 64 MiB, its first half data, its second half zero.
 pub fn world(serve: &str) -> (TestMount, String) {
     let world = TestMount::new(serve);
-    // Other users come through here.
+    // Actors of other users must be able to traverse this directory.
     fs::set_permissions(world.dir(), fs::Permissions::from_mode(0o755)).unwrap();
     let source = world.dir().join("source");
     let mut bytes = vec![0u8; SIZE as usize];
@@ -33,17 +33,17 @@ pub fn world(serve: &str) -> (TestMount, String) {
     (world, digest)
 }
 
-/// What `stencil dirty --ranges` says of a process: pages of the file, present and swapped.
+/// Dirty pages that `stencil dirty --ranges` reports for a process, as page numbers in the file: present, swapped.
 pub fn dirty(world: &TestMount, pid: u32) -> (BTreeSet<u64>, BTreeSet<u64>) {
-    let answer = world.json(&["dirty", &pid.to_string(), "--ranges"]);
+    let report = world.json(&["dirty", &pid.to_string(), "--ranges"]);
     let mut sets = (BTreeSet::new(), BTreeSet::new());
-    for range in answer["ranges"].as_array().unwrap() {
+    for range in report["ranges"].as_array().unwrap() {
         let (first, pages) = (range["first_page"].as_u64().unwrap(), range["pages"].as_u64().unwrap());
         let set = if range["swapped"] == true { &mut sets.1 } else { &mut sets.0 };
         set.extend(first..first + pages);
     }
     let count = (sets.0.len() + sets.1.len()) as u64;
-    assert_eq!(answer["dirty_pages"].as_u64().unwrap(), count, "{answer}");
+    assert_eq!(report["dirty_pages"].as_u64().unwrap(), count, "{report}");
     sets
 }
 
@@ -62,7 +62,7 @@ pub fn total(world: &TestMount, field: &str) -> u64 {
     world.json(&["density"])["totals"][field].as_u64().unwrap()
 }
 
-/// Pages spread over the whole file by a fixed rule, none twice.
+/// Returns `count` different pages, spread over the whole file by a fixed rule.
 fn scattered(count: u64, seed: u64) -> BTreeSet<u64> {
     let pages = SIZE / PAGE;
     (0..count).map(|i| (i * 2_654_435_761 + seed * 97) % pages).collect()
@@ -81,12 +81,12 @@ pub fn map(actor: &mut Actor, memory: &Path) {
 }
 
 #[test]
-fn known_pages_with_reads_between() {
+fn writes_dirty_exactly_their_pages_and_reads_none() {
     let _host = host::shared();
     for_both(|world, digest, memory| {
         let mut actor = Actor::start();
         map(&mut actor, memory);
-        assert_eq!(dirty(world, actor.pid()), Default::default(), "a mapping is no copy");
+        assert_eq!(dirty(world, actor.pid()), Default::default(), "mapping a file copies no page");
         let pages = scattered(1000, 1);
         for (n, &page) in pages.iter().enumerate() {
             actor.tell(&format!("read 0 {}", (page + 31) % (SIZE / PAGE)));
@@ -95,7 +95,7 @@ fn known_pages_with_reads_between() {
                 actor.tell(&format!("read 0 {page}"));
             }
         }
-        // The same byte as before is a copy as well: page 5 has a 7 there.
+        // Writing the byte that the page already has copies the page too: page 5 has a 7 there.
         actor.tell("write 0 5 7");
         let expected: BTreeSet<u64> = pages.iter().copied().chain([5]).collect();
         assert_eq!(dirty(world, actor.pid()), (expected.clone(), BTreeSet::new()));
@@ -109,7 +109,7 @@ fn known_pages_with_reads_between() {
 }
 
 #[test]
-fn several_mappings_with_offsets_partly_unmapped_and_guarded() {
+fn unmapped_and_guarded_pages_of_offset_mappings_are_clean() {
     let _host = host::shared();
     for_both(|world, _, memory| {
         let mut actor = Actor::start();
@@ -125,9 +125,9 @@ fn several_mappings_with_offsets_partly_unmapped_and_guarded() {
         actor.read_pages(3, 0..50);
         let all = BTreeSet::from([0, 1, 2, 100, 2047, 1028, 1029, 2048, 2049, 2050]);
         assert_eq!(dirty(world, actor.pid()).0, all);
-        // Unmapping in the middle takes copies away and splits the mapping in two.
+        // Unmapping a page in the middle discards its copy and splits the mapping in two.
         actor.tell("unmap 1 1025 1");
-        // A guard region drops the copies beneath it and is none itself.
+        // A guard region (MADV_GUARD_INSTALL) discards the copies in its range and is not a copy itself.
         actor.tell("guard 0 1 64");
         let left = BTreeSet::from([0, 100, 2047, 1028, 1029, 2048, 2050]);
         assert_eq!(dirty(world, actor.pid()), (left, BTreeSet::new()));
@@ -142,7 +142,7 @@ fn several_mappings_with_offsets_partly_unmapped_and_guarded() {
 }
 
 #[test]
-fn a_page_that_both_mappings_copied_counts_twice() {
+fn a_page_copied_by_two_mappings_counts_twice() {
     let _host = host::shared();
     for_both(|world, _, memory| {
         let mut actor = Actor::start();
@@ -157,7 +157,7 @@ fn a_page_that_both_mappings_copied_counts_twice() {
 }
 
 #[test]
-fn a_forked_family_shares_what_it_has_not_written_since() {
+fn pages_that_forked_processes_still_share_count_once() {
     let _host = host::shared();
     for_both(|world, _, memory| {
         let mut parent = Actor::start();
@@ -166,7 +166,7 @@ fn a_forked_family_shares_what_it_has_not_written_since() {
         // The child writes 50 of its parent's pages and 20 new ones.
         let list: Vec<String> = (0..50).chain(5000..5020).map(|p: u64| p.to_string()).collect();
         let child = parent.tell(&format!("fork 0 {}", list.join(" "))) as u32;
-        // The parent writes 30 of the shared pages again: those become its own.
+        // The parent writes 30 of the shared pages again, which copies them for the parent.
         parent.write_pages(0, 100..130);
         assert_eq!(private_pages(&row(world, parent.pid())), 1000);
         assert_eq!(private_pages(&row(world, child)), 1020);
@@ -176,7 +176,7 @@ fn a_forked_family_shares_what_it_has_not_written_since() {
 }
 
 #[test]
-fn another_user_a_chroot_and_other_namespaces() {
+fn clones_of_other_users_chroots_and_namespaces_are_counted() {
     let _host = host::shared();
     for_both(|world, digest, memory| {
         let mut setpriv = Command::new("setpriv");
@@ -187,7 +187,7 @@ fn another_user_a_chroot_and_other_namespaces() {
         let user_row = row(world, user.pid());
         assert_eq!((private_pages(&user_row), user_row["uid"].as_u64()), (11, Some(12345)));
 
-        // A jail that holds the actor and one bind-mounted template, in mount and PID namespaces of its own.
+        // A chroot with the actor and one bind-mounted template, in separate mount and PID namespaces.
         let jail = world.dir().join("jail");
         fs::create_dir_all(jail.join("template")).unwrap();
         copy_program(program(), jail.join("actor"));
@@ -210,7 +210,7 @@ fn another_user_a_chroot_and_other_namespaces() {
 }
 
 #[test]
-fn a_tag_that_moves_or_goes_changes_nothing_for_those_who_mapped_it() {
+fn moving_or_removing_a_tag_keeps_dirty_counts_of_its_clones() {
     let _host = host::shared();
     for_both(|world, digest, _| {
         let through_tag = world.mountpoint().join("templates/web/1/memory");
@@ -227,14 +227,14 @@ fn a_tag_that_moves_or_goes_changes_nothing_for_those_who_mapped_it() {
         world.stencil(&["rm", "web:1"]).ok();
         let row = row(world, actor.pid());
         assert_eq!((private_pages(&row), row["template"].as_str().unwrap()), (20, digest));
-        // A new write after all that is counted too.
+        // A write after these changes is counted too.
         actor.tell("write 0 61");
         assert_eq!(dirty(world, actor.pid()).0.len(), 21);
     });
 }
 
 #[test]
-fn a_bitmap_has_one_bit_for_each_copied_page() {
+fn bitmap_has_one_bit_per_copied_page() {
     let _host = host::shared();
     for_both(|world, _, memory| {
         let mut actor = Actor::start();

@@ -1,4 +1,4 @@
-//! Firecracker's snapshots become templates, and what is none is refused by name.
+//! Import of Firecracker snapshots: full snapshots become templates; other files are rejected with the reason.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -7,14 +7,16 @@ use crate::support::store::{Fixture, Ran, guest_like, stencil};
 
 const MIB: usize = 1 << 20;
 
-/// CRC-64 as Firecracker has it (polynomial of Jones), bit by bit: another way than the one that is tested.
+/// CRC-64 with Jones's polynomial, as in Firecracker, computed bit by bit: independent of the implementation under
+/// test.
 fn crc64(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |crc, byte| {
         (0..8).fold(crc ^ u64::from(*byte), |crc, _| (crc >> 1) ^ (0x95ac_9329_ac4b_c9b5 * (crc & 1)))
     })
 }
 
-/// A state file as Firecracker lays it out since its snapshot version 9; `machine` is 0x8664 or 0xAAAA.
+/// A state file in the layout of Firecracker's snapshot version 9 and later; `machine` is 0x8664 (x86_64) or 0xAAAA
+/// (aarch64).
 pub fn state(machine: u64, version: &str, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0];
     bytes.extend((0x0710_1984_0000_0000u64 | machine << 16).to_le_bytes());
@@ -27,12 +29,12 @@ pub fn state(machine: u64, version: &str, seed: u64) -> Vec<u8> {
 
 fn import(fixture: &Fixture, memory: &str, state: &str) -> Ran {
     let path = |name: &str| fixture.path(name).display().to_string();
-    let words = ["import", &path(memory), "fc", "--state", &path(state), "--format", "firecracker"];
-    fixture.run(&words)
+    let args = ["import", &path(memory), "fc", "--state", &path(state), "--format", "firecracker"];
+    fixture.run(&args)
 }
 
 #[test]
-fn a_full_snapshot_becomes_a_template() {
+fn imports_full_snapshots_of_both_state_formats() {
     assert_eq!(crc64(b"123456789"), 0xe9c6_d914_c4b8_d9ca, "the check value of this CRC");
     let fixture = Fixture::new();
     let memory = guest_like(5, 4 * MIB);
@@ -53,7 +55,7 @@ fn a_full_snapshot_becomes_a_template() {
 }
 
 #[test]
-fn what_is_no_full_snapshot_is_refused_by_name() {
+fn rejects_incomplete_foreign_and_diff_snapshots() {
     let fixture = Fixture::new();
     let memory = guest_like(5, 4 * MIB);
     fixture.file("memory", &memory);
@@ -68,7 +70,7 @@ fn what_is_no_full_snapshot_is_refused_by_name() {
     fixture.file("empty", b"");
     let huge = File::create(fixture.path("huge")).unwrap();
     huge.set_len(1 << 40).unwrap();
-    for (state, words) in [
+    for (state, message) in [
         ("arm", "aarch64, but this host is x86_64"),
         ("newer", "unsupported snapshot version 99.0.0"),
         ("damaged", "damaged or incomplete"),
@@ -79,10 +81,11 @@ fn what_is_no_full_snapshot_is_refused_by_name() {
     ] {
         let ran = import(&fixture, "memory", state);
         assert_eq!(ran.code, 2, "{state}: {ran:?}");
-        assert!(ran.stderr.contains(words), "{state}: {ran:?}");
+        assert!(ran.stderr.contains(message), "{state}: {ran:?}");
     }
 
-    // Of a diff snapshot only the pages are there that were written since: one page of 64 KiB is enough to see it.
+    // A diff snapshot has holes for unchanged pages. One such page in each 64 KiB must be enough for
+    // import to reject the file.
     let diff = File::create(fixture.path("diff")).unwrap();
     diff.set_len(memory.len() as u64).unwrap();
     for page in (0..memory.len()).step_by(4096).filter(|at| at % (64 << 10) != 8192) {
@@ -101,8 +104,8 @@ fn what_is_no_full_snapshot_is_refused_by_name() {
     let ran = import(&fixture, "short", "good");
     assert!(ran.code == 2 && ran.stderr.contains("multiple of 1 MiB"), "{ran:?}");
     let good = fixture.path("good").display().to_string();
-    let words = ["import", "-", "fc", "--state", &good, "--format", "firecracker"];
-    let piped: Ran = stencil(fixture.dir.path(), &words)
+    let args = ["import", "-", "fc", "--state", &good, "--format", "firecracker"];
+    let piped: Ran = stencil(fixture.dir.path(), &args)
         .stdin(File::open(fixture.path("memory")).unwrap())
         .output()
         .unwrap()
@@ -112,7 +115,7 @@ fn what_is_no_full_snapshot_is_refused_by_name() {
         "{piped:?}"
     );
 
-    assert_eq!(fixture.run(&["inspect", "fc"]).code, 4, "no template came of any");
+    assert_eq!(fixture.run(&["inspect", "fc"]).code, 4, "none of the rejected files may become a template");
     import(&fixture, "memory", "good").ok();
     fixture.assert_clean();
 }

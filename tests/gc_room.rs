@@ -1,4 +1,4 @@
-//! What a collection takes while it works, and what it says it gave back.
+//! Disk space: how much `stencil gc` needs while it runs, and how much it reports as freed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -17,14 +17,14 @@ fn digest_of(fixture: &Fixture, tag: &str) -> stencilfs::store::Digest {
     fixture.store().resolve(&tag.parse().unwrap()).unwrap()
 }
 
-fn parts_of(bytes: &[u8], needed: impl Fn(usize) -> bool) -> Vec<u8> {
-    let blocks = bytes.chunks(BLOCK).enumerate().filter(|(number, _)| needed(*number));
+fn blocks_of(bytes: &[u8], is_live: impl Fn(usize) -> bool) -> Vec<u8> {
+    let blocks = bytes.chunks(BLOCK).enumerate().filter(|(number, _)| is_live(*number));
     blocks.flat_map(|(_, block)| block).copied().collect()
 }
 
 #[test]
-fn what_is_given_back_is_what_is_said() {
-    // Nothing but packs to be written anew; then one beside that nobody needs.
+fn gc_and_its_dry_run_report_the_bytes_freed() {
+    // First only a pack that must be rewritten; then also a pack that is unreferenced.
     for dead in [false, true] {
         let fixture = Fixture::new();
         let first = random(1, 64 * BLOCK);
@@ -38,23 +38,26 @@ fn what_is_given_back_is_what_is_said() {
         let dry = fixture.run(&["--json", "gc", "--dry-run"]).ok().json();
         let before = fixture.disk_usage();
         let done = fixture.run(&["--json", "gc"]).ok().json();
-        let really = before - fixture.disk_usage();
-        assert!(really >= if dead { 48 } else { 40 } * BLOCK_SIZE - (64 << 10), "{really}");
-        for (what, answer) in [("before", &dry), ("after", &done)] {
-            let freed = answer["freed_bytes"].as_u64().unwrap();
-            assert!(freed.abs_diff(really) < 64 << 10, "{freed} said {what}, {really} seen");
+        let freed_on_disk = before - fixture.disk_usage();
+        assert!(freed_on_disk >= if dead { 48 } else { 40 } * BLOCK_SIZE - (64 << 10), "{freed_on_disk}");
+        for (command, report) in [("the dry run", &dry), ("gc", &done)] {
+            let freed = report["freed_bytes"].as_u64().unwrap();
+            assert!(
+                freed.abs_diff(freed_on_disk) < 64 << 10,
+                "{command} reported {freed}, measured {freed_on_disk}"
+            );
         }
         assert_eq!(done["removed_packs"], if dead { 2 } else { 1 });
     }
 }
 
-/// What was copied before the damage was met is not left beside the pack that stays.
+/// Blocks that were copied before gc found the damage are discarded: the damaged pack stays in place.
 #[test]
-fn damage_does_not_make_a_store_larger() {
+fn gc_of_a_damaged_pack_leaves_the_pack_and_no_copies() {
     let fixture = Fixture::new();
     let first = random(1, 40 * BLOCK);
     fixture.import("first", &first);
-    // The last blocks of the pack.
+    // The live blocks are the last ones of the pack.
     fixture.import("kept", &first[28 * BLOCK..]);
     let pack = fixture.files("packs").remove(0);
     fixture.run(&["rm", "first"]).ok();
@@ -72,14 +75,14 @@ fn damage_does_not_make_a_store_larger() {
         assert!(fixture.files("packs") == std::slice::from_ref(&pack));
     }
     assert_eq!(fixture.run(&["verify"]).code, 3);
-    // Once it is repaired, the pack goes.
+    // After the repair, gc removes the pack.
     fixture.import("kept", &first[28 * BLOCK..]);
     fixture.run(&["gc"]).ok();
     assert!(!pack.exists());
     fixture.run(&["verify"]).ok();
 }
 
-/// A small filesystem, for as long as this lives.
+/// A small tmpfs, unmounted when dropped.
 struct Disk(Mounted);
 
 impl Disk {
@@ -95,7 +98,7 @@ impl Disk {
         stat.f_bavail * stat.f_frsize
     }
 
-    /// Leaves so many bytes of it.
+    /// Fills the file system until `bytes` are free.
     fn leave(&self, filler: &Path, bytes: u64) {
         let _ = fs::remove_file(filler);
         fs::write(filler, vec![1; (self.free() - bytes) as usize]).unwrap();
@@ -103,9 +106,9 @@ impl Disk {
     }
 }
 
-/// Packs are written anew one after the other where there is no room for all: each gives room to the next.
+/// Packs are rewritten one after another if there is no space for all copies: each frees space for the next.
 #[test]
-fn a_store_that_is_nearly_full_is_collected() {
+fn gc_works_on_a_nearly_full_store() {
     const PACKS: u64 = 8;
     let fixture = Fixture::new();
     let disk = Disk::new(fixture.path("store"), 48 << 20);
@@ -128,7 +131,7 @@ fn a_store_that_is_nearly_full_is_collected() {
     );
     assert_eq!(fixture.files("tmp"), Vec::<PathBuf>::new());
     assert!(read_all(&fixture.store(), &digest_of(&fixture, "kept"), 0).unwrap() == kept);
-    // Room for two copies of what is needed of one pack; of all of them it is 12 MiB.
+    // Space for two copies of one pack's live blocks (1.5 MiB each); those of all packs take 12 MiB.
     disk.leave(&filler, 3 << 20);
     let free = disk.free();
     let done = fixture.run(&["--json", "gc"]).ok().json();
@@ -136,22 +139,26 @@ fn a_store_that_is_nearly_full_is_collected() {
     assert_eq!(done["placements"], 1, "{done:#}");
     let freed = done["freed_bytes"].as_u64().unwrap();
     assert!(freed > PACKS * 39 * BLOCK_SIZE, "{freed}");
-    assert!(freed.abs_diff(disk.free() - free) < 64 << 10, "{freed} said, {} seen", disk.free() - free);
+    assert!(
+        freed.abs_diff(disk.free() - free) < 64 << 10,
+        "reported {freed}, measured {}",
+        disk.free() - free
+    );
     assert!(read_all(&fixture.store(), &digest_of(&fixture, "kept"), 0).unwrap() == kept);
     fixture.run(&["verify"]).ok();
 }
 
-/// Of a store of several full packs nothing stays but what is needed, and one pack.
+/// gc of several full packs leaves the live blocks and at most one pack's size of unreferenced ones.
 #[test]
-fn full_packs_are_written_anew_as_several() {
+fn gc_rewrites_full_packs_into_several() {
     let fixture = Fixture::new();
-    // Of these less than half is needed, of those more.
+    // Less than half of the blocks of `less` stay live, and more than half of those of `more`.
     let (less, more) = (random(1, 160 << 20), random(2, 96 << 20));
     fixture.import("less", &less);
     fixture.import("more", &more);
     assert!(fixture.files("packs").len() >= 5);
-    let kept_less = parts_of(&less, |number| number % 20 < 9);
-    let kept_more = parts_of(&more, |number| number % 20 < 11);
+    let kept_less = blocks_of(&less, |number| number % 20 < 9);
+    let kept_more = blocks_of(&more, |number| number % 20 < 11);
     drop((less, more));
     fixture.import("kept-less", &kept_less);
     fixture.import("kept-more", &kept_more);
@@ -163,19 +170,26 @@ fn full_packs_are_written_anew_as_several() {
         assert_eq!(done[field], dry[field], "{field}: {done:#}");
     }
     assert!(done["new_packs"].as_u64().unwrap() >= 2, "{done:#}");
-    assert!(done["dead_bytes"].as_u64().unwrap() > PACK / 2, "what is mostly needed stays: {done:#}");
-    assert!(fixture.files("packs").iter().any(|pack| packs.contains(pack)), "{done:#}");
-    let told = fixture.run(&["gc"]).ok().stdout;
     assert!(
-        told.contains(
+        done["dead_bytes"].as_u64().unwrap() > PACK / 2,
+        "packs that are mostly live must stay: {done:#}"
+    );
+    assert!(fixture.files("packs").iter().any(|pack| packs.contains(pack)), "{done:#}");
+    let printed = fixture.run(&["gc"]).ok().stdout;
+    assert!(
+        printed.contains(
             " unreferenced in packs that are still in use; 'stencil gc --all' rewrites these packs"
         ),
-        "{told}"
+        "{printed}"
     );
     let live = (kept_less.len() + kept_more.len()) as u64;
     let totals = fixture.run(&["--json", "du"]).ok().json()["totals"].clone();
     assert!(totals["dead_bytes"].as_u64().unwrap() <= PACK, "{totals:#}");
-    assert!(fixture.disk_usage() < live + PACK + live / 50, "{} for {live}", fixture.disk_usage());
+    assert!(
+        fixture.disk_usage() < live + PACK + live / 50,
+        "{} bytes on disk for {live} live bytes",
+        fixture.disk_usage()
+    );
     for (tag, kept) in [("kept-less", kept_less), ("kept-more", kept_more)] {
         assert!(read_all(&fixture.store(), &digest_of(&fixture, tag), 0).unwrap() == kept, "{tag}");
     }

@@ -1,4 +1,4 @@
-//! A collection and commands that write wait for one another: not for ever, and not without a word.
+//! `stencil gc` and commands that write wait for each other, with a message and a timeout.
 
 use std::fs::{self, File};
 use std::process::{Child, Command, Stdio};
@@ -24,69 +24,69 @@ fn interrupt(child: &Child) {
     assert!(done.success());
 }
 
-fn end(mut child: Child) -> Ran {
-    let begun = Instant::now();
-    while child.try_wait().unwrap().is_none() && begun.elapsed() < Duration::from_secs(60) {
+fn wait_for_exit(mut child: Child) -> Ran {
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() && started.elapsed() < Duration::from_secs(60) {
         thread::sleep(Duration::from_millis(10));
     }
     let _ = child.kill();
     child.wait_with_output().unwrap().into()
 }
 
-/// Waits until it has a handler for SIGINT.
-fn hears_interrupts(child: &Child) {
-    wait_for("its handler", || {
+/// Waits until the process has a handler for SIGINT.
+fn wait_for_handler(child: &Child) {
+    wait_for("a handler for SIGINT", || {
         let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
         let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
         (u64::from_str_radix(caught.trim(), 16).unwrap() & 1 << (Signal::INT.as_raw() - 1) != 0).then_some(())
     });
 }
 
-/// A collector that waits for an importer hears an interrupt, and holds nobody up afterwards.
+/// SIGINT ends a gc that waits for an import, and the lock of that gc does not block later writers.
 #[test]
-fn a_collector_that_waits_can_be_interrupted() {
+fn a_waiting_gc_can_be_interrupted() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, BLOCK));
     let hold = fixture.store().hold_content().unwrap();
     let mut gc = start(&fixture, &["gc"]);
-    hears_interrupts(&gc);
+    wait_for_handler(&gc);
     thread::sleep(Duration::from_millis(200));
-    assert!(gc.try_wait().unwrap().is_none(), "it waits");
+    assert!(gc.try_wait().unwrap().is_none(), "gc must wait");
     interrupt(&gc);
-    assert_eq!(end(gc).code, 1);
+    assert_eq!(wait_for_exit(gc).code, 1);
     fixture.import("b", &random(2, BLOCK));
     drop(hold);
     fixture.run(&["gc"]).ok();
 }
 
-/// One who writes and does not come to an end holds up a collection for a while, and nobody else.
+/// A writer that does not finish delays gc until its timeout, and other writers only while gc waits.
 #[test]
-fn a_collector_gives_up_and_writers_go_on() {
+fn a_waiting_gc_times_out_and_writers_continue() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, BLOCK));
     let hold = fixture.store().hold_content().unwrap();
     let source = fixture.file("source", &random(2, BLOCK));
     let gc = start(&fixture, &["gc"]);
     let gate = fixture.path("store/locks/gate");
-    wait_for("gc before the others", || {
+    wait_for("gc to hold the gate lock", || {
         flock_holders(&File::open(&gate).ok()?).contains(&gc.id()).then_some(())
     });
     let mut import = start(&fixture, &["import", source.to_str().unwrap(), "b"]);
     thread::sleep(Duration::from_millis(500));
-    assert!(import.try_wait().unwrap().is_none(), "it waits for who waits");
+    assert!(import.try_wait().unwrap().is_none(), "import must wait for the waiting gc");
     let collector = gc.id();
-    let refused = end(gc);
+    let refused = wait_for_exit(gc);
     assert_eq!(refused.code, 75, "{refused:?}");
     let holder = format!("(process {} (", std::process::id());
-    let said: Vec<&str> = refused.stderr.lines().filter(|line| line.contains(&holder)).collect();
+    let lines: Vec<&str> = refused.stderr.lines().filter(|line| line.contains(&holder)).collect();
     assert!(
-        said.len() == 2
-            && said[0].contains("waiting for")
-            && said[1].contains("timed out after 15 s waiting for"),
+        lines.len() == 2
+            && lines[0].contains("waiting for")
+            && lines[1].contains("timed out after 15 s waiting for"),
         "{refused:?}"
     );
     assert!(refused.stderr.contains("run the command again after that process has ended"), "{refused:?}");
-    let imported = end(import).ok();
+    let imported = wait_for_exit(import).ok();
     assert!(imported.stderr.contains(&format!("(process {collector} (")), "{imported:?}");
     drop(hold);
     fixture.run(&["gc"]).ok();
@@ -94,18 +94,18 @@ fn a_collector_gives_up_and_writers_go_on() {
 }
 
 #[test]
-fn a_writer_that_waits_for_a_collector_can_be_interrupted() {
+fn a_writer_that_waits_for_gc_can_be_interrupted() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, BLOCK));
     let source = fixture.file("source", &random(2, BLOCK));
     let collector = File::open(fixture.path("store/locks/content")).unwrap();
     flock(&collector, FlockOperation::LockExclusive).unwrap();
     let mut import = start(&fixture, &["import", source.to_str().unwrap(), "b"]);
-    hears_interrupts(&import);
+    wait_for_handler(&import);
     thread::sleep(Duration::from_millis(500));
-    assert!(import.try_wait().unwrap().is_none(), "it waits");
+    assert!(import.try_wait().unwrap().is_none(), "import must wait");
     interrupt(&import);
-    let ended = end(import);
+    let ended = wait_for_exit(import);
     drop(collector);
     assert!(ended.code == 1 && ended.stderr.contains("nothing was imported"), "{ended:?}");
     fixture.assert_clean();

@@ -1,5 +1,5 @@
-//! A server that was taken over and does nothing but talk: the supervisor stays what it is, answers everybody else, and
-//! grows no more than its bounds.
+//! A compromised server that floods its supervisor with requests: the supervisor keeps running, responds to all other
+//! callers, and stays within its memory limits.
 
 use std::fs;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::support::{host, link};
 
 pub const IMAGE: Image = Image { salt: 13, pages: 2 << 10 };
 
-/// Whoever asks the supervisor something is answered within this time, also on a loaded machine.
+/// Longest time for a response of the supervisor to another caller, also on a loaded host.
 pub const ANSWER: Duration = Duration::from_secs(5);
 
-/// A mount with a clone, and the server's end of its link to the supervisor.
+/// A mount with a clone, and a duplicate of the server's end of the link to the supervisor.
 pub struct World {
     pub world: TestMount,
     pub clone: Actor,
@@ -42,19 +42,20 @@ pub fn world() -> World {
 }
 
 impl World {
-    /// Resident memory of the supervisor.
+    /// Resident memory of the supervisor in KiB.
     pub fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.supervisor.pid)).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// The server is replaced, and nobody else has noticed anything.
-    pub fn gives_way(mut self, words: &str) {
+    /// Asserts that the supervisor replaces the server with `message` in its log, and that neither the clone nor new
+    /// opens are affected.
+    pub fn gives_way(mut self, message: &str) {
         let log = || self.world.log();
         wait_for("another server", || (self.world.server() != self.server.pid).then_some(()));
-        assert!(log().contains(words), "'{words}' is not in: {}", log());
-        assert!(self.server.wait_gone(Duration::from_secs(10)).unwrap(), "it is ended");
+        assert!(log().contains(message), "'{message}' is not in: {}", log());
+        assert!(self.server.wait_gone(Duration::from_secs(10)).unwrap(), "the old server must exit");
         assert_eq!(self.world.status()["supervisor_pid"], self.supervisor.pid);
         for page in 0..IMAGE.pages {
             assert_eq!(self.clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page), "page {page}");
@@ -63,37 +64,37 @@ impl World {
         let digest = self.world.import_bytes(&next.bytes(), "web:2");
         assert!(
             fs::read(self.world.file(&digest, "memory")).unwrap() == next.bytes(),
-            "new opens are served"
+            "the new server must serve new opens"
         );
     }
 }
 
 #[test]
-fn a_server_that_takes_no_answer_is_replaced() {
+fn a_server_that_reads_no_replies_is_replaced() {
     let _host = host::shared();
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
     for number in 1_000_000u64..1_100_000 {
-        let ask = json!({ "progress": { "key": link::nobodys(1), "bytes": number } });
-        match hostile.link.send(&link::request(number, &ask), None) {
+        let body = json!({ "progress": { "key": link::nobodys(1), "bytes": number } });
+        match hostile.link.send(&link::request(number, &body), None) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            // The other end is closed.
+            // The supervisor has closed the link.
             Err(_) => break,
         }
     }
-    hostile.gives_way("cannot send a reply to the server");
+    hostile.gives_way("cannot reply to a server");
 }
 
 #[test]
-fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
+fn a_server_that_does_not_wait_for_replies_is_replaced() {
     let _host = host::shared();
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
-    // The search for users takes its time; nobody may ask meanwhile.
+    // The scan for users of the backing takes a while; the server must not send further evictions until the reply.
     let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
     for number in 1_000_000u64..1_000_002 {
         hostile.link.send(&link::request(number, &evict), None).unwrap();
     }
-    hostile.gives_way("the server sends requests without waiting for replies");
+    hostile.gives_way("does not wait for replies");
 }

@@ -1,4 +1,5 @@
-//! Files that are not plain RAM, made by the programs that make them: each is named, from a file and from a pipe.
+//! Files in other formats than raw RAM, written by the usual programs: `import` names the format, for files and for
+//! pipes.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -13,8 +14,8 @@ fn shell(dir: &Path, script: &str) {
     assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// What QEMU writes of a guest that has just begun.
-fn of_qemu(dir: &Path) -> Vec<(PathBuf, &'static str)> {
+/// Dumps and a migration stream that QEMU writes of a guest that has not started.
+fn qemu_files(dir: &Path) -> Vec<(PathBuf, &'static str)> {
     let mut qemu = Command::new("qemu-system-x86_64")
         .args([
             "-machine",
@@ -34,8 +35,8 @@ fn of_qemu(dir: &Path) -> Vec<(PathBuf, &'static str)> {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let words = "dump-guest-memory core\ndump-guest-memory -z flat\nmigrate file:stream\nquit\n";
-    qemu.stdin.take().unwrap().write_all(words.as_bytes()).unwrap();
+    let commands = "dump-guest-memory core\ndump-guest-memory -z flat\nmigrate file:stream\nquit\n";
+    qemu.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
     assert!(qemu.wait().unwrap().success());
     [("core", "an ELF file"), ("flat", "kdump file"), ("stream", "a QEMU migration stream")]
         .map(|(name, what)| (dir.join(name), what))
@@ -43,11 +44,11 @@ fn of_qemu(dir: &Path) -> Vec<(PathBuf, &'static str)> {
 }
 
 #[test]
-fn what_is_not_plain_memory_is_named() {
+fn import_names_formats_other_than_raw_memory() {
     let world = TestMount::unmounted();
     let dir = world.dir().join("made");
     fs::create_dir(&dir).unwrap();
-    let mut all = of_qemu(&dir);
+    let mut all = qemu_files(&dir);
     for (format, what) in [
         ("qcow2", "a qcow2 image"),
         ("vmdk", "a VMDK image"),
@@ -81,19 +82,19 @@ fn what_is_not_plain_memory_is_named() {
     world.stencil(&["save", "web:1", "-o", saved.to_str().unwrap()]).ok();
     all.push((saved, "a stream from 'stencil save'"));
     for (path, what) in &all {
-        let words = ["import", path.to_str().unwrap(), "odd:1"];
-        world.stencil(&words).exits(2).says(what).says("--format raw");
+        let args = ["import", path.to_str().unwrap(), "odd:1"];
+        world.stencil(&args).exits(2).says(what).says("--format raw");
         if path.ends_with("fixed.vhd") {
-            // Its mark is at the end: a pipe has none until all of it has come.
+            // The magic number is at the end of a fixed VHD: not seen in a pipe until all bytes have been read.
             continue;
         }
         let mut command = world.command();
         let piped = command.args(["import", "-", "odd:1"]).stdin(File::open(path).unwrap());
         Run::of(format!("{what} from a pipe"), &piped.output().unwrap()).exits(2).says(what);
     }
-    assert_eq!(world.stencil(&["ls"]).ok().out.lines().count(), 2, "nothing but web:1");
+    assert_eq!(world.stencil(&["ls"]).ok().out.lines().count(), 2, "the heading and web:1 only");
     assert_eq!(fs::read_dir(world.store_dir().join("tmp")).unwrap().count(), 0);
-    // Who insists gets it, and what is opaque is never looked at.
+    // With --format raw the file is imported, and the format of blobs is not checked.
     let odd = dir.join("qcow2");
     run("truncate", &["-s", "%4096", odd.to_str().unwrap()]);
     let odd = odd.to_str().unwrap();

@@ -1,4 +1,4 @@
-//! The table of requests in flight says what a server has taken and not answered, also when the server stands still.
+//! The in-flight table shows the requests that a server has read and not replied to, even while the server is stopped.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -17,7 +17,7 @@ use crate::support::passing::{Ends, StandsStill};
 const PAGE: u64 = 4096;
 const PAGES: u64 = 8 << 10;
 
-fn stands_still(pid: u32) -> bool {
+fn is_stopped(pid: u32) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     tasks.flatten().all(|task| {
         let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
@@ -26,21 +26,21 @@ fn stands_still(pid: u32) -> bool {
 }
 
 #[test]
-fn a_stopped_server_shows_what_it_was_asked() {
+fn a_stopped_server_still_shows_its_pending_requests() {
     let _host = host::shared();
-    stopped_server_shows_what_it_was_asked(&TestMount::new("decode"));
+    shows_pending_requests_of_a_stopped_server(&TestMount::new("decode"));
 }
 
-/// The times in the table are those of the host, in whatever time namespace its server runs.
+/// The table has host times, whatever time namespace the server runs in.
 #[test]
-fn a_stopped_server_of_another_time_namespace_shows_what_it_was_asked() {
+fn pending_requests_have_host_times_in_any_time_namespace() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.in_another_time(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
-    stopped_server_shows_what_it_was_asked(&world);
+    shows_pending_requests_of_a_stopped_server(&world);
 }
 
-fn stopped_server_shows_what_it_was_asked(world: &TestMount) {
+fn shows_pending_requests_of_a_stopped_server(world: &TestMount) {
     let mut bytes = vec![0; (PAGES * PAGE) as usize];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     let digest = world.import_bytes(&bytes, "web:1");
@@ -48,18 +48,18 @@ fn stopped_server_shows_what_it_was_asked(world: &TestMount) {
     let ino = std::fs::metadata(&path).unwrap().ino();
     let server = ProcessId::of(world.server()).unwrap().unwrap();
     let table = table_of(server.pid);
-    let over = AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for reader in 0..3 {
-            let (over, path) = (&over, &path);
+            let (stop, path) = (&stop, &path);
             scope.spawn(move || {
                 let mut page = vec![0; PAGE as usize];
-                while !over.load(Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     let file = File::open(path).unwrap();
                     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
                     for i in 0..PAGES {
                         file.read_exact_at(&mut page, (i * 6151 + reader * 977) % PAGES * PAGE).unwrap();
-                        if over.load(Ordering::Relaxed) {
+                        if stop.load(Ordering::Relaxed) {
                             break;
                         }
                     }
@@ -67,11 +67,11 @@ fn stopped_server_shows_what_it_was_asked(world: &TestMount) {
                 }
             });
         }
-        let ends = Ends(&over);
+        let ends = Ends(&stop);
         let mut decoding = 0;
         for _ in 0..400 {
             server.signal(Signal::STOP).unwrap();
-            wait_for("all threads to stand still", || stands_still(server.pid).then_some(()));
+            wait_for("all threads of the server to stop", || is_stopped(server.pid).then_some(()));
             let first: Vec<_> = table.requests().collect();
             std::thread::sleep(Duration::from_millis(3));
             let found: Vec<_> = table.requests().collect();
@@ -95,7 +95,7 @@ fn stopped_server_shows_what_it_was_asked(world: &TestMount) {
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(ends);
-        assert!(decoding >= 5, "{decoding} READs were met while they were decoded");
+        assert!(decoding >= 5, "only {decoding} READs were seen in the decoding phase");
     });
     wait_for("an empty table", || table.oldest().is_none().then_some(()));
     assert_eq!(table.parked(), 0);
@@ -112,12 +112,15 @@ fn an_open_that_waits_for_its_backing_is_parked() {
     let ino = std::fs::metadata(&path).unwrap().ino();
     let table = table_of(world.server());
     std::thread::scope(|scope| {
-        // Who makes backings makes none meanwhile.
+        // The supervisor creates the backings: no open can complete while the supervisor is stopped.
         let supervisor = StandsStill::stop(world.processes()[0]);
         let openers: Vec<_> = (0..3).map(|_| scope.spawn(|| File::open(&path).map(drop))).collect();
         let parked = wait_for("a parked open", || table.requests().find(|r| r.phase == Phase::Parked));
         assert_eq!((parked.opcode, parked.ino), (Op::Open as u32, ino), "{parked}");
-        assert!(table.oldest().is_none_or(|r| r.unique != parked.unique), "it holds up no thread");
+        assert!(
+            table.oldest().is_none_or(|r| r.unique != parked.unique),
+            "a parked open must not occupy a server thread"
+        );
         drop(supervisor);
         for opener in openers {
             opener.join().unwrap().unwrap();

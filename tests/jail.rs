@@ -1,5 +1,5 @@
-//! Users and jails: a clone in a chroot that sees one template counts like any other, and who may not read a
-//! template learns nothing of it. The mount under load of programs that know nothing of Stencil.
+//! Users and jails: a clone in a chroot with one template is counted like any other, and users without read permission
+//! learn nothing about a template. Also reads through the mount by unmodified programs (fio).
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -17,22 +17,22 @@ use crate::support::tables::{code, rows};
 const MIB: usize = 1 << 20;
 pub const PAGE: usize = 4096;
 
-/// A template of the user 123 and nobody else.
+/// Imports a template that only root and the user 123 can read.
 fn import_for_123(world: &TestMount, bytes: &[u8]) -> String {
     let source = world.dir().join("source");
     fs::write(&source, bytes).unwrap();
-    let words = ["import", source.to_str().unwrap(), "web:1", "--mode", "0440", "--owner", "123:123"];
-    world.stencil(&words).ok();
+    let args = ["import", source.to_str().unwrap(), "web:1", "--mode", "0440", "--owner", "123:123"];
+    world.stencil(&args).ok();
     world.json(&["inspect", "web:1"])["digest"].as_str().unwrap().to_owned()
 }
 
-/// The actor's hash of a page.
+/// The hash that the actor computes for a page.
 pub fn hash(page: &[u8]) -> u64 {
     word_sum(page) >> 1
 }
 
 #[test]
-fn a_clone_in_a_chroot_with_one_folder_counts() {
+fn a_clone_in_a_chroot_with_one_template_is_counted() {
     let _host = host::shared();
     for serve in ["passthrough", "decode"] {
         let world = TestMount::new(serve);
@@ -41,18 +41,18 @@ fn a_clone_in_a_chroot_with_one_folder_counts() {
         let jail = world.dir().join("jail");
         fs::create_dir_all(jail.join("template")).unwrap();
         copy_program(actor::program(), jail.join("actor"));
-        let folder = world.mountpoint().join("by-id").join(&digest);
-        let metadata = fs::metadata(&folder).unwrap();
+        let directory = world.mountpoint().join("by-id").join(&digest);
+        let metadata = fs::metadata(&directory).unwrap();
         assert_eq!((metadata.mode() & 0o7777, metadata.uid(), metadata.gid()), (0o550, 123, 123));
 
-        // The bind mount is in a mount namespace of its own, as a jailer makes one, and goes with it.
+        // The bind mount is in a separate mount namespace, as a jailer creates it, and ends with that namespace.
         let script = format!(
             "{} && mount --bind \"$1\" \"$2/template\" && mount -o remount,bind,ro \"$2/template\" && \
              exec chroot --userspec=123:123 --groups= \"$2\" /actor",
             without_others(world.dir())
         );
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", &script, "sh"]).arg(&folder).arg(&jail);
+        command.args(["--mount", "sh", "-c", &script, "sh"]).arg(&directory).arg(&jail);
         let mut clone = Actor::through(command);
         clone.tell(&format!("map 0 /template/memory 0 {} rw", bytes.len()));
         clone.write_pages(0, (0..50).map(|page| page * 31));
@@ -60,8 +60,8 @@ fn a_clone_in_a_chroot_with_one_folder_counts() {
             assert_eq!(clone.tell(&format!("hash 0 {page}")), hash(&bytes[page * PAGE..(page + 1) * PAGE]));
         }
         assert!(
-            clone.ask(&format!("map 1 {} 0 4096 ro", folder.join("memory").display())).is_err(),
-            "a jail"
+            clone.ask(&format!("map 1 {} 0 4096 ro", directory.join("memory").display())).is_err(),
+            "the chroot must contain nothing but the template"
         );
 
         let density = world.json(&["density"]);
@@ -78,9 +78,9 @@ fn a_clone_in_a_chroot_with_one_folder_counts() {
 }
 
 #[test]
-fn who_may_not_read_a_template_learns_nothing_of_it() {
+fn unauthorized_users_learn_nothing_about_a_template() {
     let _host = host::shared();
-    let promised: Vec<(String, String)> =
+    let documented: Vec<(String, String)> =
         rows("explanation/security.md", "who_may_not_read_a_template_learns_nothing_of_it")
             .into_iter()
             .map(|row| (code(&row[0]).unwrap().to_owned(), code(&row[1]).unwrap().to_owned()))
@@ -91,7 +91,8 @@ fn who_may_not_read_a_template_learns_nothing_of_it() {
         let bytes = guest_like(12, 8 * MIB);
         let digest = import_for_123(&world, &bytes);
         let file = world.file(&digest, "memory");
-        // Some pages are in RAM and some are not: there is something to learn.
+        // Some pages are in the page cache and some are not, so that cachestat(2) and mincore(2) would reveal
+        // something.
         let opened = File::open(&file).unwrap();
         rustix::fs::fadvise(&opened, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         std::os::unix::fs::FileExt::read_exact_at(&opened, &mut [0; PAGE], 0).unwrap();
@@ -106,18 +107,18 @@ fn who_may_not_read_a_template_learns_nothing_of_it() {
             let pair = |line: &str| line.split_once('\t').map(|(a, b)| (a.to_owned(), b.to_owned()));
             out.lines().filter_map(pair).collect()
         };
-        assert_eq!(probe("124"), promised, "{serve}");
-        // The same program as the owner: what is refused to a stranger is so for that reason.
-        let own = probe("123");
+        assert_eq!(probe("124"), documented, "{serve}");
+        // The owner gets results from the same program: the errors above are due to missing permissions.
+        let as_owner = probe("123");
         for call in
             ["open(F, O_RDONLY)", "open(T, O_RDONLY)", "stat(F)", "opendir(D)", "chdir(D)", "cachestat(R)"]
         {
-            assert!(own.contains(&(call.to_owned(), "ok".to_owned())), "{serve} {call}: {own:?}");
+            assert!(as_owner.contains(&(call.to_owned(), "ok".to_owned())), "{serve} {call}: {as_owner:?}");
         }
     }
 }
 
-/// Reads all of the file with fio in this way, which compares each block's checksum.
+/// Reads the whole file with fio and this engine; fio compares the checksum of each block.
 pub fn fio(file: &Path, engine: &[&str]) {
     let mut command = Command::new("fio");
     command.args(["--name=read", "--readonly", "--rw=randread", "--bs=4k", "--size=32m", "--verify=crc32c"]);
@@ -125,7 +126,7 @@ pub fn fio(file: &Path, engine: &[&str]) {
     command
         .arg(format!("--filename={}", file.display()))
         .current_dir(file.parent().unwrap().parent().unwrap());
-    let done = command.output().expect("fio runs: make setup");
+    let done = command.output().expect("cannot run fio: run 'make setup'");
     let out = String::from_utf8_lossy(&done.stdout);
     assert!(done.status.success(), "{engine:?}: {out}\n{}", String::from_utf8_lossy(&done.stderr));
     let json: serde_json::Value = serde_json::from_str(&out[out.find('{').unwrap()..]).unwrap();
@@ -141,11 +142,11 @@ const ENGINES: [&[&str]; 4] = [
     &["--ioengine=io_uring", "--iodepth=16", "--direct=1"],
 ];
 
-/// A file whose every block fio knows, in a template.
+/// Imports a file in which fio has written a checksum into each block.
 pub fn import_from_fio(world: &TestMount) -> (Vec<u8>, std::path::PathBuf) {
     let source = world.dir().join("fio.source");
     let written = format!("--filename={}", source.display());
-    let how = [
+    let options = [
         "--name=write",
         "--rw=write",
         "--bs=4k",
@@ -154,13 +155,13 @@ pub fn import_from_fio(world: &TestMount) -> (Vec<u8>, std::path::PathBuf) {
         "--do_verify=0",
         "--verify_state_save=0",
     ];
-    run("fio", &[&how[..], &["--ioengine=psync", "--output=/dev/null", &written]].concat());
+    run("fio", &[&options[..], &["--ioengine=psync", "--output=/dev/null", &written]].concat());
     let digest = world.import(&source, "fio");
     (fs::read(&source).unwrap(), world.file(&digest, "memory"))
 }
 
 #[test]
-fn fio_reads_every_way_and_finds_every_checksum() {
+fn fio_verifies_every_checksum_with_every_engine() {
     let _host = host::shared();
     for serve in ["passthrough", "decode"] {
         let world = TestMount::new(serve);

@@ -1,5 +1,5 @@
-//! A real KVM guest whose RAM is a backend: real-mode code reads some pages and writes others, and exactly
-//! the written ones are private afterwards.
+//! A KVM guest whose RAM is a memory backend: real-mode code reads some pages and writes others; afterwards exactly the
+//! written pages are private.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,16 +19,17 @@ use crate::support::mount::TestMount;
 
 const SIZE: u64 = 16 << 20;
 
-/// Where the guest sees a second window of the same memory.
+/// Guest-physical address of a second window of the memory, which starts at `WINDOW_MEMORY` of the backend.
 const WINDOW_GUEST: u64 = 0x8_0000;
 const WINDOW_MEMORY: u64 = 8 << 20;
 const WINDOW_PAGES: u64 = 64;
 
-/// Where the lists of pages lie, as 16-bit segments; the code is at 0.
+/// Guest addresses of the two page lists, whose entries are 16-bit segments; the code is at address 0.
 const READ_LIST: u16 = 0x400;
 const WRITE_LIST: u16 = 0x800;
 
-/// For every segment of one list: load a byte of it. For every one of the other: store a byte. Then halt.
+/// Real-mode code that loads one byte of each segment in the read list, stores one byte to each in the write list, and
+/// halts.
 fn program(reads: u16, writes: u16) -> Vec<u8> {
     let mut code = vec![0xfc]; // cld
     for (list, count, access) in
@@ -48,7 +49,7 @@ fn program(reads: u16, writes: u16) -> Vec<u8> {
     code
 }
 
-/// A template with the program in it and a pattern everywhere else.
+/// Writes a template that contains the program, and a pattern everywhere else.
 pub fn write_template(path: &Path, reads: &[u16], writes: &[u16]) {
     let mut file = File::create(path).unwrap();
     for page in 0..SIZE / PAGE_SIZE {
@@ -61,14 +62,15 @@ pub fn write_template(path: &Path, reads: &[u16], writes: &[u16]) {
     }
 }
 
-/// A guest's own program, in its copy of the first page.
+/// Writes a program into the guest's copy of the first page.
 pub fn set_program(memory: &Backend, reads: &[u16]) {
     memory.write_at(MemoryOffset::new(0), &program(reads.len() as u16, 0)).unwrap();
     let list: Vec<u8> = reads.iter().flat_map(|s| s.to_le_bytes()).collect();
     memory.write_at(MemoryOffset::new(READ_LIST.into()), &list).unwrap();
 }
 
-/// The guest's 1 MiB: the memory from its start, but in the window what lies at 8 MiB.
+/// A guest with 1 MiB of guest-physical memory: the start of the backend, and from `WINDOW_GUEST` on its pages at 8
+/// MiB.
 pub struct Machine(Guest);
 
 impl Machine {
@@ -77,13 +79,14 @@ impl Machine {
         Machine(Guest::new(memory, &[(0, 0..WINDOW_GUEST), (WINDOW_GUEST, window)], flags))
     }
 
-    /// How many pages of the list of reads it has begun to read.
-    pub fn begun(&self) -> usize {
+    /// Number of pages of the read list that the guest has started to read.
+    pub fn reads_started(&self) -> usize {
         usize::from(self.0.cpu.get_regs().unwrap().rsi as u16 - READ_LIST) / 2
     }
 
-    /// Runs until a page of its memory cannot be had. KVM_RUN then fails with EFAULT; where KVM emulates the instruction,
-    /// it hands the access out as if no memory lay there, with its address.
+    /// Runs until an access to a page of guest memory fails. KVM_RUN then returns EFAULT; if KVM emulates the
+    /// instruction, KVM_RUN exits with MMIO instead, as for an address without memory. Returns the address of such an
+    /// exit.
     pub fn run_to_lost_page(&mut self) -> Option<u64> {
         match self.0.cpu.run() {
             Err(error) => {
@@ -91,25 +94,26 @@ impl Machine {
                 None
             }
             Ok(VcpuExit::MmioRead(address, _)) => Some(address),
-            Ok(other) => panic!("the guest left with {other:?}"),
+            Ok(other) => panic!("unexpected exit of the guest: {other:?}"),
         }
     }
 
-    /// Runs to the halt; counts writes that left the guest as MMIO.
+    /// Runs until HLT and returns the number of writes that exited as MMIO.
     pub fn run(&mut self) -> Result<usize, kvm_ioctls::Error> {
-        let mut outside = 0;
+        let mut mmio_writes = 0;
         loop {
             match self.0.cpu.run()? {
-                VcpuExit::Hlt => return Ok(outside),
-                VcpuExit::MmioWrite(..) => outside += 1,
-                other => panic!("the guest left with {other:?}"),
+                VcpuExit::Hlt => return Ok(mmio_writes),
+                VcpuExit::MmioWrite(..) => mmio_writes += 1,
+                other => panic!("unexpected exit of the guest: {other:?}"),
             }
         }
     }
 }
 
-/// Different pages of the first megabyte that hold no code: as segments, and as pages of the memory.
-fn scattered(count: usize, seed: u64, not: &[u64]) -> (Vec<u16>, Vec<u64>) {
+/// Returns `count` different pages of guest memory without those in `except` and without the page with the code: as
+/// segments, and as page numbers of the backend.
+fn scattered(count: usize, seed: u64, except: &[u64]) -> (Vec<u16>, Vec<u64>) {
     let mut state = seed;
     let mut segments = Vec::new();
     let mut pages = Vec::new();
@@ -121,7 +125,7 @@ fn scattered(count: usize, seed: u64, not: &[u64]) -> (Vec<u16>, Vec<u64>) {
             Some(in_window) => WINDOW_MEMORY / PAGE_SIZE + in_window,
             None => guest,
         };
-        if !not.contains(&page) && !pages.contains(&page) {
+        if !except.contains(&page) && !pages.contains(&page) {
             pages.push(page);
             segments.push((guest * PAGE_SIZE / 16) as u16);
         }
@@ -133,7 +137,7 @@ fn pages_of(ranges: &[PageRange]) -> BTreeSet<u64> {
     ranges.iter().flat_map(PageRange::pages).collect()
 }
 
-/// The dirty pages as the process itself sees them, and as anybody sees them through `/proc/PID`.
+/// The dirty pages as reported by the backend itself, and as read from `/proc/PID/pagemap`.
 fn both_views(memory: &Backend) -> (BTreeSet<u64>, BTreeSet<u64>) {
     let inside = memory.dirty().unwrap();
     let outside = Pagemap::open(std::process::id()).unwrap();
@@ -141,8 +145,8 @@ fn both_views(memory: &Backend) -> (BTreeSet<u64>, BTreeSet<u64>) {
     (pages_of(&inside), pages_of(&outside))
 }
 
-/// A guest on a template: reads and writes, then exactly the written pages are private and hold what
-/// was written.
+/// Runs a guest on a template, and asserts that exactly the pages in `writes` are private and contain the written
+/// bytes.
 pub fn writes_exactly(template: &Path, extra: &str, writes: &[u64]) {
     let object = format!(
         "memory-backend-file,id=m,size=16M,mem-path={},readonly=on,rom=off{extra}",
@@ -159,36 +163,36 @@ pub fn writes_exactly(template: &Path, extra: &str, writes: &[u64]) {
     for (n, &page) in writes.iter().enumerate() {
         let mut bytes = [0; 2];
         memory.read_at(MemoryOffset::new(page * PAGE_SIZE), &mut bytes).unwrap();
-        // The loop's counter was stored; the byte behind it is the template's.
+        // The guest stores the loop counter; the next byte is still that of the template.
         assert_eq!(bytes, [(writes.len() - n) as u8, (page % 251) as u8 + 1], "page {page}");
     }
-    // The VM goes before its memory: nothing of it may keep the pages.
+    // The VM is dropped before its memory, and the dirty pages must stay the same.
     drop(machine);
     assert_eq!(pages_of(&memory.dirty().unwrap()), expected);
 }
 
 #[test]
-fn exactly_the_written_pages_of_a_real_guest_are_private() {
+fn exactly_the_pages_that_a_kvm_guest_wrote_are_private() {
     let _host = host::shared();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for (count, extra) in
         [(0, ""), (1, ""), (100, ""), (100, ",prefault=on"), (150, ",reserve=off,merge=off")]
     {
         let (write_list, writes) = scattered(count, 42 + count as u64, &[]);
         let (read_list, _) = scattered(40, 7, &writes);
-        let template = folder.path().join(format!("template-{count}"));
+        let template = directory.path().join(format!("template-{count}"));
         write_template(&template, &read_list, &write_list);
         let before = std::fs::read(&template).unwrap();
         writes_exactly(&template, extra, &writes);
-        assert!(std::fs::read(&template).unwrap() == before, "the template is unchanged");
+        assert!(std::fs::read(&template).unwrap() == before, "the template must not change");
     }
 }
 
 #[test]
-fn two_guests_of_one_template_know_nothing_of_each_other() {
+fn two_guests_of_one_template_are_isolated() {
     let _host = host::shared();
-    let folder = tempfile::tempdir().unwrap();
-    let template = folder.path().join("template");
+    let directory = tempfile::tempdir().unwrap();
+    let template = directory.path().join("template");
     let (list, writes) = scattered(80, 3, &[]);
     write_template(&template, &[], &list);
     let object = format!(
@@ -205,27 +209,27 @@ fn two_guests_of_one_template_know_nothing_of_each_other() {
 }
 
 #[test]
-fn a_guests_writes_to_rom_leave_it_and_copy_nothing() {
+fn guest_writes_to_rom_exit_as_mmio_and_copy_nothing() {
     let _host = host::shared();
-    let folder = tempfile::tempdir().unwrap();
-    let template = folder.path().join("rom");
+    let directory = tempfile::tempdir().unwrap();
+    let template = directory.path().join("rom");
     let (list, writes) = scattered(60, 11, &[]);
     write_template(&template, &[], &list);
     let object = format!("memory-backend-file,id=m,size=16M,mem-path={},readonly=on", template.display());
     let rom = Backend::from_text(&object).unwrap();
     assert_eq!(rom.role(), Role::Rom);
     let mut machine = Machine::new(rom.clone(), KVM_MEM_READONLY);
-    assert_eq!(machine.run().unwrap(), writes.len(), "every write is an MMIO exit");
+    assert_eq!(machine.run().unwrap(), writes.len(), "every write must exit as MMIO");
     assert_eq!(both_views(&rom), (BTreeSet::new(), BTreeSet::new()));
-    // The same for a VMM that forgets KVM_MEM_READONLY: the mapping decides.
+    // Same without KVM_MEM_READONLY: the protection of the mapping decides.
     drop(machine);
     assert_eq!(Machine::new(rom.clone(), 0).run().unwrap(), writes.len());
     assert_eq!(both_views(&rom), (BTreeSet::new(), BTreeSet::new()));
 }
 
-/// The same guest on templates in a mount. `stencil dirty` looks at it from outside.
+/// The same guest on templates in a mount; `stencil dirty` inspects it from outside.
 #[test]
-fn a_real_guest_on_a_mounted_template() {
+fn dirty_reports_exactly_the_pages_a_kvm_guest_wrote() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -244,15 +248,18 @@ fn a_real_guest_on_a_mounted_template() {
         let memory = Backend::from_text(&object).unwrap();
         let mut machine = Machine::new(memory.clone(), 0);
         machine.run().unwrap();
-        let answer = world.json(&["dirty", &std::process::id().to_string(), "--ranges"]);
-        let ranges = answer["ranges"].as_array().unwrap();
-        let seen: BTreeSet<u64> = ranges
+        let report = world.json(&["dirty", &std::process::id().to_string(), "--ranges"]);
+        let ranges = report["ranges"].as_array().unwrap();
+        let reported: BTreeSet<u64> = ranges
             .iter()
             .map(|r| (r["first_page"].as_u64().unwrap(), r["pages"].as_u64().unwrap()))
             .flat_map(|(first, pages)| first..first + pages)
             .collect();
-        assert_eq!(seen, BTreeSet::from_iter(writes.iter().copied()), "{serve}");
-        assert!(std::fs::read(&file).unwrap() == std::fs::read(&source).unwrap(), "{serve}: unchanged");
+        assert_eq!(reported, BTreeSet::from_iter(writes.iter().copied()), "{serve}");
+        assert!(
+            std::fs::read(&file).unwrap() == std::fs::read(&source).unwrap(),
+            "{serve}: the template must not change"
+        );
 
         let rom =
             format!("memory-backend-file,id=m,size=16M,mem-path={},readonly=on,share=on", file.display());

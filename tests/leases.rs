@@ -1,4 +1,5 @@
-//! Who relies on a template before the kernel shows that it is used: a removal refuses, and names them.
+//! Leases: `rm` refuses a template that a command is about to use, before any process maps the template, and names the
+//! command.
 
 use std::process::{Child, Stdio};
 
@@ -6,14 +7,14 @@ use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, wait_for};
 use crate::support::store::guest_like;
 
-/// A launcher that waits for a clone which never gets ready.
+/// A `stencil clone` that waits for a clone which never becomes ready.
 fn stuck_launcher(world: &TestMount, tag: &str) -> Child {
-    let words = ["clone", tag, "--ready", "notify", "--timeout", "600", "--", "sleep", "600"];
-    world.command().args(words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    let args = ["clone", tag, "--ready", "notify", "--timeout", "600", "--", "sleep", "600"];
+    world.command().args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 #[test]
-fn a_leased_template_is_not_removed_until_its_holder_ends() {
+fn rm_refuses_a_leased_template_until_the_lease_holder_exits() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, 1 << 20), "web:1");
@@ -24,27 +25,27 @@ fn a_leased_template_is_not_removed_until_its_holder_ends() {
     assert_eq!(lease["pid"], launcher.id());
     assert_eq!(lease["command"], "clone");
     assert_eq!(lease["digest"], digest);
-    let shown = world.stencil(&["inspect", "web:1"]).ok().out;
-    assert!(shown.contains(&format!("lease    process {} (clone)", launcher.id())), "{shown}");
+    let printed = world.stencil(&["inspect", "web:1"]).ok().out;
+    assert!(printed.contains(&format!("lease    process {} (clone)", launcher.id())), "{printed}");
 
     let refused = world.stencil(&["rm", "web:1"]).exits(5).says("is leased");
     assert!(refused.err.contains(&format!("{} (clone)", launcher.id())), "{refused:?}");
     let mut elsewhere = world.command_in("unshare");
     elsewhere.args(["--pid", "--fork", "--mount-proc", "--kill-child", STENCIL, "inspect", "web:1"]);
-    let shown = Run::of("inspect".into(), &elsewhere.output().unwrap()).ok().out;
-    assert!(shown.contains("(clone) in another PID namespace"), "{shown}");
+    let printed = Run::of("inspect".into(), &elsewhere.output().unwrap()).ok().out;
+    assert!(printed.contains("(clone) in another PID namespace"), "{printed}");
     world.stencil(&["rm", "other"]).ok();
-    // However its holder ends, it is nobody's then.
+    // Even SIGKILL of the holder ends the lease.
     launcher.kill().unwrap();
     launcher.wait().unwrap();
     assert!(leases().is_empty());
     world.stencil(&["rm", "web:1"]).ok();
-    let folder = world.runtime_dir().join("leases");
-    let left: Vec<_> = walk(&folder).into_iter().filter(|p| !p.ends_with("removal.lock")).collect();
+    let directory = world.runtime_dir().join("leases");
+    let left: Vec<_> = files_below(&directory).into_iter().filter(|p| !p.ends_with("removal.lock")).collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
-fn walk(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.flat_map(|e| if e.path().is_dir() { walk(&e.path()) } else { vec![e.path()] }).collect()
+fn files_below(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.flat_map(|e| if e.path().is_dir() { files_below(&e.path()) } else { vec![e.path()] }).collect()
 }

@@ -1,4 +1,4 @@
-//! A VM that libvirt started, with what libvirt gives to each, becomes a template; its clones run beside it.
+//! A VM started by libvirt, with the devices that libvirt adds to each VM, is captured; its clones run beside it.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::support::host;
 use crate::support::libvirt::Domain;
 use crate::support::mount::{TestMount, run};
 
-/// The XML that the documentation tells to write.
+/// Lines of the domain XML in docs/how-to/libvirt.md.
 fn documented() -> impl Iterator<Item = &'static str> {
     let text = include_str!("../docs/how-to/libvirt.md");
     let block = text.split("```xml\n").nth(1).unwrap().split("```").next().unwrap();
@@ -23,7 +23,7 @@ fn documented() -> impl Iterator<Item = &'static str> {
 
 fn domain(dir: &Path, disk: &Path) -> String {
     let [kernel, initramfs, append] = linux();
-    // libvirt changes the owner of what it gives to QEMU.
+    // libvirt changes the owner of files that are passed to QEMU, so the domain gets copies.
     for (from, to) in [(kernel, "vmlinuz"), (initramfs, "initramfs")] {
         fs::copy(from, dir.join(to)).unwrap();
     }
@@ -109,36 +109,45 @@ fn domain(dir: &Path, disk: &Path) -> String {
 }
 
 #[test]
-fn a_domain_is_captured_and_its_clones_run() {
+fn captures_a_libvirt_domain_and_runs_its_clones() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let dir = world.dir();
     let disk = make_disk(dir, 1 << 20);
     let xml = domain(dir, &disk);
-    let words = xml.replace(dir.to_str().unwrap(), "/var/lib/libvirt/qemu");
+    let comparable = xml.replace(dir.to_str().unwrap(), "/var/lib/libvirt/qemu");
     for line in documented() {
-        assert!(line == "…" || words.lines().any(|l| l.trim() == line), "not as documented: {line}");
+        assert!(
+            line == "…" || comparable.lines().any(|l| l.trim() == line),
+            "the domain lacks the documented line: {line}"
+        );
     }
     fs::write(dir.join("domain.xml"), &xml).unwrap();
     run("virt-xml-validate", &[dir.join("domain.xml").to_str().unwrap(), "domain"]);
 
     let running = Domain::start(&world, &xml);
-    let own = || heartbeats(&dir.join("serial"));
+    let beats_of_vm = || heartbeats(&dir.join("serial"));
     patiently("heartbeats", Duration::from_secs(120), || {
         assert!(running.is_alive(), "{}", running.said(&world));
-        (own().len() >= 3).then_some(())
+        (beats_of_vm().len() >= 3).then_some(())
     });
     let socket = dir.join("web.qmp");
     let mut qmp = Qmp::connect(&socket).unwrap();
     let before = media(&mut qmp);
     let generation = |qmp: &mut Qmp| qmp.run("query-vm-generation-id", json!({})).unwrap()["guid"].clone();
-    let own_generation = generation(&mut qmp);
+    let generation_of_vm = generation(&mut qmp);
     drop(qmp);
     let captured = world.json(&["capture", socket.to_str().unwrap(), "web:1"]);
     assert_eq!((&captured["vm"], &captured["warnings"]), (&json!("running"), &json!([])));
-    let count = own().len();
-    patiently("more heartbeats", Duration::from_secs(60), || (own().len() >= count + 3).then_some(()));
-    assert_eq!(media(&mut Qmp::connect(&socket).unwrap()), before, "the VM has its own images again");
+    let count = beats_of_vm().len();
+    patiently("more heartbeats", Duration::from_secs(60), || {
+        (beats_of_vm().len() >= count + 3).then_some(())
+    });
+    assert_eq!(
+        media(&mut Qmp::connect(&socket).unwrap()),
+        before,
+        "the VM must use its original images again"
+    );
     assert!(overlays(dir).is_empty());
 
     world.mount(&[]).ok();
@@ -146,43 +155,54 @@ fn a_domain_is_captured_and_its_clones_run() {
     let listed = world.json(&["ps"]);
     let clones = listed["clones"].as_array().unwrap();
     assert_eq!(clones.len(), 2);
-    let mut generations = vec![own_generation];
+    let mut generations = vec![generation_of_vm];
     for clone in clones {
-        let folder = Path::new(clone["dir"].as_str().unwrap());
-        let beats = || heartbeats(&folder.join("chardev-charserial0.log"));
+        let directory = Path::new(clone["dir"].as_str().unwrap());
+        let beats = || heartbeats(&directory.join("chardev-charserial0.log"));
         patiently("heartbeats of a clone", Duration::from_secs(60), || (beats().len() >= 3).then_some(()));
-        assert!(beats()[0].count > 1 && beats()[0].count as usize <= count + 1, "it goes on: {:?}", beats());
-        assert!(folder.join("charchannel0.sock").exists(), "the channel of the guest's agent");
-        let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
+        assert!(
+            beats()[0].count > 1 && beats()[0].count as usize <= count + 1,
+            "the clone must continue from the captured state: {:?}",
+            beats()
+        );
+        assert!(
+            directory.join("charchannel0.sock").exists(),
+            "the clone must have a socket for the guest agent"
+        );
+        let mut qmp = Qmp::connect(&directory.join("qmp.sock")).unwrap();
         generations.push(generation(&mut qmp));
         let disks = media(&mut qmp);
         for name in ["disk-libvirt-2-format.qcow2", "disk-libvirt-pflash1-format.qcow2"] {
-            assert!(disks.to_string().contains(folder.join(name).to_str().unwrap()), "{disks}");
+            assert!(disks.to_string().contains(directory.join(name).to_str().unwrap()), "{disks}");
         }
         assert!(!disks.to_string().contains(disk.to_str().unwrap()), "{disks}");
     }
     generations.sort_by_key(Value::to_string);
     generations.dedup();
-    assert_eq!(generations.len(), 3, "each has a generation of its own");
+    assert_eq!(generations.len(), 3, "the VM and its clones must have different generation IDs");
     let density = world.json(&["density"]);
     for clone in density["clones"].as_array().unwrap() {
         let maps = clone["maps"].as_array().unwrap();
-        assert!(maps.iter().any(|map| map["file"] == "memory"), "it maps the template: {clone}");
+        assert!(maps.iter().any(|map| map["file"] == "memory"), "the clone must map the template: {clone}");
     }
     world.stencil(&["stop", "--all"]).ok();
 
-    // libvirt ends its VM as it does any, and the image is whole.
-    let told = own().last().unwrap().count;
+    // libvirt destroys the VM as usual, and the disk image is consistent.
+    let reported = beats_of_vm().last().unwrap().count;
     drop(running);
     let beats = beats_in_image(&disk, dir);
     for (line, number) in beats.iter().zip(1_u64..) {
         assert_eq!(line.split(' ').next(), Some(number.to_string().as_str()));
     }
-    assert!(beats.len() as u64 >= told - 1, "{} heartbeats, {told} were told", beats.len());
+    assert!(
+        beats.len() as u64 >= reported - 1,
+        "{} heartbeats on the disk, {reported} on the serial port",
+        beats.len()
+    );
 }
 
 #[test]
-fn what_libvirt_adds_to_a_domain_of_few_words_has_clones() {
+fn captures_minimal_domains_with_the_devices_libvirt_adds() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let socket = world.dir().join("qmp");
@@ -229,7 +249,7 @@ fn what_libvirt_adds_to_a_domain_of_few_words_has_clones() {
         );
         let running = Domain::start(&world, &xml);
         let tag = format!("few:{machine}");
-        patiently("a VM that runs", Duration::from_secs(60), || {
+        patiently("a running VM", Duration::from_secs(60), || {
             assert!(running.is_alive(), "{}", running.said(&world));
             (Qmp::connect(&socket).ok()?.status().ok()? == "running").then_some(())
         });

@@ -1,4 +1,4 @@
-//! Whatever is in a mount's way gets one clear line, a remedy and the right exit code, and nothing is lost.
+//! Mounts that cannot succeed: each fails with one line, a hint and the documented exit code, and changes nothing.
 
 use std::fs;
 use std::path::Path;
@@ -7,17 +7,17 @@ use std::process::Command;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, run, temporary, wait_for};
 
-/// No process, mount or record came of it.
+/// Asserts that there is no process, mount or record.
 fn assert_untouched(world: &TestMount) {
     assert!(world.json(&["status"])["mounts"].as_array().unwrap().is_empty());
     let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounted.contains(world.mountpoint().to_str().unwrap()), "{mounted}");
     let records = fs::read_dir(world.runtime_dir().join("mounts")).into_iter().flatten().count();
-    assert_eq!(records, 0, "a record was left");
+    assert_eq!(records, 0, "no record may be left");
 }
 
 #[test]
-fn mountpoints_that_cannot_be() {
+fn rejects_unusable_mountpoints() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mnt = world.mountpoint().to_str().unwrap().to_owned();
@@ -38,7 +38,7 @@ fn mountpoints_that_cannot_be() {
 
     world.mount(&[]).ok();
     world.stencil(&["mount", &mnt]).exits(5).says("in use by a Stencil mount");
-    assert_eq!(world.status()["restarts"], 0, "the first one is unharmed");
+    assert_eq!(world.status()["restarts"], 0, "the existing mount must be unaffected");
     world.stencil(&["umount", &mnt]).ok();
     world.stencil(&["umount", &mnt]).exits(4).says("nothing is mounted at this path");
     world.stencil(&["umount", "/proc"]).exits(2).says("not a Stencil mount");
@@ -47,7 +47,7 @@ fn mountpoints_that_cannot_be() {
 }
 
 #[test]
-fn a_dead_mount_is_recovered_or_taken_away() {
+fn a_dead_mount_is_replaced_by_mount_and_removed_by_umount() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let mnt = world.mountpoint().to_str().unwrap().to_owned();
@@ -56,14 +56,14 @@ fn a_dead_mount_is_recovered_or_taken_away() {
         for process in &processes {
             process.signal(rustix::process::Signal::KILL).unwrap();
         }
-        wait_for("their end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
-        // Their last threads close the connection a moment later.
+        wait_for("both processes to exit", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+        // The FUSE connection ends when the last thread of the server has exited, which may be later.
         let dead = || fs::read_dir(&mnt).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
-        wait_for("the end of the connection", || dead().then_some(()));
+        wait_for("the end of the FUSE connection", || dead().then_some(()));
     };
     kill_both();
     world.mount(&["--serve", "decode"]).ok();
-    assert_eq!(fs::read_dir(&mnt).unwrap().count(), 2, "mounting again takes the dead one away");
+    assert_eq!(fs::read_dir(&mnt).unwrap().count(), 2, "mount must replace the dead mount");
     kill_both();
     assert!(world.stencil(&["status"]).exits(6).out.contains("the mount is dead"));
     world.stencil(&["umount", &mnt]).ok();
@@ -73,7 +73,7 @@ fn a_dead_mount_is_recovered_or_taken_away() {
 }
 
 #[test]
-fn stores_that_cannot_be_mounted() {
+fn rejects_unusable_stores() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mnt = world.mountpoint().to_str().unwrap();
@@ -94,10 +94,10 @@ fn stores_that_cannot_be_mounted() {
 }
 
 #[test]
-fn options_that_are_none() {
+fn rejects_invalid_mount_options() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    for (list, words) in [
+    for (list, message) in [
         ("frobnicate", "unknown mount option 'frobnicate'"),
         ("cache-dir", "unknown mount option 'cache-dir'"),
         ("serve=fast", "invalid serve mode 'fast'"),
@@ -106,10 +106,10 @@ fn options_that_are_none() {
         ("suid", "'suid' is refused"),
         ("ro,dev", "'dev' is refused"),
     ] {
-        world.mount(&["-o", list]).exits(2).says(words);
+        world.mount(&["-o", list]).exits(2).says(message);
     }
-    for words in [["--serve", "fast"], ["--cache-size", "much"], ["--hydrate-timeout", "-1"]] {
-        world.mount(&words).exits(2);
+    for args in [["--serve", "fast"], ["--cache-size", "much"], ["--hydrate-timeout", "-1"]] {
+        world.mount(&args).exits(2);
     }
     let json = world.stencil(&["--json", "mount", "/no/such/place"]).exits(4);
     let error: serde_json::Value = serde_json::from_str(&json.out).unwrap();
@@ -124,7 +124,7 @@ fn options_that_are_none() {
 }
 
 #[test]
-fn caches_that_cannot_be() {
+fn rejects_unusable_cache_directories() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let dir = |name: &str| {
@@ -150,7 +150,7 @@ fn caches_that_cannot_be() {
 }
 
 #[test]
-fn a_store_where_no_backing_can_be_has_them_in_memory() {
+fn backings_are_in_memory_if_the_store_cannot_hold_them() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let bytes: Vec<u8> = (0..3u32 << 20).map(|i| (i / 4096) as u8).collect();
@@ -159,10 +159,10 @@ fn a_store_where_no_backing_can_be_has_them_in_memory() {
     let store = world.dir().join("tmpfs");
     fs::create_dir(&store).unwrap();
     run("mount", &["-t", "tmpfs", "none", store.to_str().unwrap()]);
-    let words = |words: &[&str]| world.stencil(&[&["--store", store.to_str().unwrap()], words].concat());
-    words(&["import", source.to_str().unwrap(), "web:1"]).ok();
+    let stencil = |args: &[&str]| world.stencil(&[&["--store", store.to_str().unwrap()], args].concat());
+    stencil(&["import", source.to_str().unwrap(), "web:1"]).ok();
     run("mount", &["-o", "remount,ro", store.to_str().unwrap()]);
-    let mounted = words(&["mount", "--serve", "passthrough", world.mountpoint().to_str().unwrap()]);
+    let mounted = stencil(&["mount", "--serve", "passthrough", world.mountpoint().to_str().unwrap()]);
     let read = fs::read(world.mountpoint().join("templates/web/1/memory"));
     let status = world.json(&["--store", store.to_str().unwrap(), "status"]);
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
@@ -176,15 +176,15 @@ fn a_store_where_no_backing_can_be_has_them_in_memory() {
 }
 
 #[test]
-fn without_the_device_or_the_right_to_it() {
+fn mount_fails_without_dev_fuse_or_cap_sys_admin() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mnt = world.mountpoint().to_str().unwrap();
-    // A place without /dev/fuse.
+    // A mount namespace without /dev/fuse.
     let script = "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec \"$@\"";
-    let without_device = |words: &[&str]| {
+    let without_device = |args: &[&str]| {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script, "sh", STENCIL]).args(words);
+        command.args(["--mount", "sh", "-c", script, "sh", STENCIL]).args(args);
         let output = command
             .env("STENCIL_STORE", world.store_dir())
             .env("STENCIL_RUNTIME_DIR", world.runtime_dir())
@@ -192,40 +192,41 @@ fn without_the_device_or_the_right_to_it() {
             .unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    let (code, said) = without_device(&["mount", mnt]);
-    assert_eq!(code, Some(4), "{said}");
-    assert!(said.contains("/dev/fuse") && said.contains("modprobe fuse"), "{said}");
+    let (code, stderr) = without_device(&["mount", mnt]);
+    assert_eq!(code, Some(4), "{stderr}");
+    assert!(stderr.contains("/dev/fuse") && stderr.contains("modprobe fuse"), "{stderr}");
 
-    // Root without the capability to mount.
+    // Root without CAP_SYS_ADMIN.
     let output = Command::new("setpriv")
         .args(["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", STENCIL, "mount", mnt])
         .env("STENCIL_STORE", world.store_dir())
         .env("STENCIL_RUNTIME_DIR", world.runtime_dir())
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("cannot mount") && said.contains("CAP_SYS_ADMIN"), "{said}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cannot mount") && stderr.contains("CAP_SYS_ADMIN"), "{stderr}");
 
     // A runtime directory that is a file.
     let file = world.dir().join("file");
     fs::write(&file, "x").unwrap();
     let output = world.command().args(["mount", mnt]).env("STENCIL_RUNTIME_DIR", &file).output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("runtime directory") && said.contains("STENCIL_RUNTIME_DIR"), "{said}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("runtime directory") && stderr.contains("STENCIL_RUNTIME_DIR"), "{stderr}");
     assert_eq!(output.status.code(), Some(1));
     assert_untouched(&world);
 }
 
 #[test]
-fn without_the_daemon() {
+fn mount_fails_without_a_working_daemon() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let alone = temporary("alone-");
     let stencil = alone.path().join("stencil");
-    // By other processes: a child of another scenario that inherits a descriptor open for writing makes it ETXTBSY.
-    let make = |script: &str| assert!(Command::new("sh").args(["-c", script]).status().unwrap().success());
-    make(&format!("cp {STENCIL} {0} && chmod 755 {0}", stencil.display()));
+    // Written by a child process: a descriptor open for writing in this process could be inherited by a child of
+    // another scenario, and execve(2) would fail with ETXTBSY.
+    let shell = |script: &str| assert!(Command::new("sh").args(["-c", script]).status().unwrap().success());
+    shell(&format!("cp {STENCIL} {0} && chmod 755 {0}", stencil.display()));
     let output = Command::new(&stencil)
         .args(["mount", world.mountpoint().to_str().unwrap()])
         .env("STENCIL_STORE", world.store_dir())
@@ -233,29 +234,29 @@ fn without_the_daemon() {
         .env("PATH", "/nowhere")
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(4), "{said}");
-    assert!(said.contains("stencil-mountd is not installed"), "{said}");
-    // A program in its place that is no daemon.
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(4), "{stderr}");
+    assert!(stderr.contains("stencil-mountd is not installed"), "{stderr}");
+    // Another program with the name of the daemon.
     let daemon = alone.path().join("stencil-mountd");
-    make(&format!("printf '#!/bin/sh\\nexit 7\\n' >{0} && chmod 755 {0}", daemon.display()));
+    shell(&format!("printf '#!/bin/sh\\nexit 7\\n' >{0} && chmod 755 {0}", daemon.display()));
     let output = Command::new(&stencil)
         .args(["mount", world.mountpoint().to_str().unwrap()])
         .env("STENCIL_STORE", world.store_dir())
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("the supervisor exited without a report"), "{said}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("the supervisor exited without a report"), "{stderr}");
     assert_untouched(&world);
 }
 
-/// A mount whose device number cannot be found is taken away again: nobody could say later which one it is.
+/// A mount whose device number cannot be found is unmounted again: later commands could not identify the mount.
 #[test]
-fn a_mount_that_is_not_in_mountinfo_is_taken_away() {
+fn a_mount_missing_in_mountinfo_is_unmounted() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mountpoint = world.mountpoint().display().to_string();
-    // The daemon sees mounts as they were before it began; the shell around it sees them as they are.
+    // The daemon sees a mountinfo file from before its start; the outer shell sees the real one.
     let inner = format!(
         "cat /proc/self/mountinfo >old && mount --bind old /proc/$$/mountinfo && exec {} supervise --store={} -- {mountpoint}",
         crate::support::mount::daemon().display(),
@@ -266,6 +267,6 @@ fn a_mount_that_is_not_in_mountinfo_is_taken_away() {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(out.contains("ended with 1"), "{out}\n{err}");
     assert!(out.contains("the mount is missing in /proc/self/mountinfo"), "{out}\n{err}");
-    assert!(!out.contains(&format!(" {mountpoint} ")), "the mount is left: {out}");
+    assert!(!out.contains(&format!(" {mountpoint} ")), "the mount must be gone: {out}");
     assert_untouched(&world);
 }

@@ -1,4 +1,4 @@
-//! Damage of the store is an error for what lies in it, and never a wrong byte.
+//! Damage in the store: reads of damaged blocks fail with EIO; no read returns a wrong byte.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use crate::support::mount::TestMount;
 const PAGE: usize = 4096;
 const BLOCKS: usize = 64;
 
-/// Nothing in it compresses: a flipped byte of the pack belongs to exactly one block.
+/// Incompressible data, so that each byte of the pack belongs to exactly one block.
 fn image() -> Vec<u8> {
     let mut bytes = vec![0; BLOCKS * BLOCK_SIZE as usize];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
@@ -32,14 +32,14 @@ fn flip(store: &Path) {
     pack.sync_all().unwrap();
 }
 
-/// The blocks of which no page can be read; every page of every other one must be right.
+/// Returns the blocks whose pages cannot be read; asserts that the pages of all other blocks have the expected bytes.
 fn lost_blocks(path: &Path, expected: &[u8]) -> Vec<usize> {
     let file = File::open(path).unwrap();
     let mut page = vec![0; PAGE];
     let mut lost = Vec::new();
     for (number, wanted) in expected.chunks(PAGE).enumerate() {
         match file.read_exact_at(&mut page, (number * PAGE) as u64) {
-            Ok(()) => assert!(page == wanted, "page {number} is wrong"),
+            Ok(()) => assert!(page == wanted, "page {number} has wrong bytes"),
             Err(error) => {
                 assert_eq!(error.raw_os_error(), Some(5), "page {number}: {error}");
                 lost.push(number * PAGE / BLOCK_SIZE as usize);
@@ -48,12 +48,12 @@ fn lost_blocks(path: &Path, expected: &[u8]) -> Vec<usize> {
     }
     let pages = lost.len();
     lost.dedup();
-    assert_eq!(pages, lost.len() * BLOCK_SIZE as usize / PAGE, "a block is lost as a whole");
+    assert_eq!(pages, lost.len() * BLOCK_SIZE as usize / PAGE, "all pages of a damaged block must fail");
     lost
 }
 
 #[test]
-fn a_flipped_byte_is_eio_for_its_block_alone() {
+fn a_flipped_byte_fails_only_its_block_with_eio() {
     let _host = host::shared();
     for serve in ["decode", "auto"] {
         let world = TestMount::new(serve);
@@ -67,8 +67,8 @@ fn a_flipped_byte_is_eio_for_its_block_alone() {
         assert!(status["counters"]["damaged"].as_u64().unwrap() > 0, "{status:#}");
         let offset = lost[0] as u64 * BLOCK_SIZE;
         let log = world.log();
-        for word in [&digest, "file memory", &format!("offset {offset}:"), "expected", "packs/"] {
-            assert!(log.contains(word), "{serve}: '{word}' is not in the log:\n{log}");
+        for text in [&digest, "file memory", &format!("offset {offset}:"), "expected", "packs/"] {
+            assert!(log.contains(text), "{serve}: '{text}' is not in the log:\n{log}");
         }
         let why = &status["templates"][0]["why"];
         assert!(why.as_str().unwrap().contains(if serve == "auto" {
@@ -77,20 +77,24 @@ fn a_flipped_byte_is_eio_for_its_block_alone() {
             "decode"
         }));
 
-        // A clone that needs the lost page dies, and only when it touches it.
+        // A clone gets SIGBUS at the first access to a page of the damaged block, and not before that access.
         let mut clone = Actor::start();
         clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
         let first = lost[0] * BLOCK_SIZE as usize / PAGE;
         for number in (0..bytes.len() / PAGE).filter(|n| !(first..first + 16).contains(n)) {
             assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[number * PAGE]);
         }
-        assert_eq!(clone.dies_of(&format!("read 0 {first}")), Some(libc::SIGBUS), "the lost page");
+        assert_eq!(
+            clone.dies_of(&format!("read 0 {first}")),
+            Some(libc::SIGBUS),
+            "page of the damaged block"
+        );
         world.stencil(&["verify"]).exits(3);
     }
 }
 
 #[test]
-fn passthrough_serves_no_damaged_template() {
+fn passthrough_refuses_a_damaged_template() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     let bytes = image();
@@ -104,7 +108,7 @@ fn passthrough_serves_no_damaged_template() {
 }
 
 #[test]
-fn a_missing_or_swapped_pack_serves_no_wrong_byte() {
+fn swapped_packs_return_eio_and_never_wrong_bytes() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let first = image();
@@ -120,7 +124,7 @@ fn a_missing_or_swapped_pack_serves_no_wrong_byte() {
     for (digest, bytes) in [(&a, &first), (&b, &second)] {
         assert_eq!(lost_blocks(&world.file(digest, "memory"), bytes).len(), BLOCKS);
     }
-    // Put back, the next read finds them: an error is not remembered.
+    // After the packs are restored, reads by the next server succeed: the errors are not persistent.
     fs::rename(&packs[0], &aside).unwrap();
     fs::rename(&packs[1], &packs[0]).unwrap();
     fs::rename(&aside, &packs[1]).unwrap();

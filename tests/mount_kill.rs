@@ -1,4 +1,4 @@
-//! A supervisor that is killed takes nobody with it, and who comes after it finds what serves.
+//! SIGKILL of a supervisor: its server continues to serve, and the next supervisor takes that server over.
 
 use std::fs;
 use std::io::Write;
@@ -13,7 +13,7 @@ use crate::support::passing::Mounted;
 use crate::support::readers::Image;
 
 #[test]
-fn a_supervisor_that_dies_takes_nobody_with_it() {
+fn the_server_continues_after_its_supervisor_dies() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let bytes = Image { salt: 9, pages: 4 << 10 }.bytes();
@@ -21,17 +21,17 @@ fn a_supervisor_that_dies_takes_nobody_with_it() {
     let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
     let process = ProcessId::of(supervisor).unwrap().unwrap();
     process.signal(Signal::KILL).unwrap();
-    wait_for("its end", || (!process.is_alive()).then_some(()));
+    wait_for("the supervisor to exit", || (!process.is_alive()).then_some(()));
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
-    // The server is left alone; umount still knows what to do.
+    // umount must work without the supervisor.
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
-    wait_for("the server's end", || world.processes().is_empty().then_some(()));
+    wait_for("the server to exit", || world.processes().is_empty().then_some(()));
 }
 
-/// The record names the server that serves, soon after there is room for it again: by a dead one the mount would be taken
-/// for dead with its supervisor.
+/// Once the runtime directory has space again, the record is updated with the server that serves. A record that names a
+/// dead server would make the whole mount look dead after the supervisor has died.
 #[test]
-fn a_record_that_found_no_room_is_written_when_there_is_some() {
+fn a_record_that_hit_enospc_is_written_once_there_is_space() {
     let _host = host::shared();
     let disk = temporary("small-");
     mount("none", disk.path(), "tmpfs", MountFlags::empty(), Some(c"size=256k,mode=0700")).unwrap();
@@ -47,17 +47,17 @@ fn a_record_that_found_no_room_is_written_when_there_is_some() {
     let mut file = fs::File::create(&filler).unwrap();
     while file.write(&[1; 4096]).is_ok() {}
     first.signal(Signal::KILL).unwrap();
-    wait_for("a successor", || (world.server() != first.pid).then_some(()));
-    assert_eq!(world.recorded_server(), Some(first), "there is no room for another record");
+    wait_for("another server", || (world.server() != first.pid).then_some(()));
+    assert_eq!(world.recorded_server(), Some(first), "there must be no space for the new record");
     drop(file);
     fs::remove_file(&filler).unwrap();
-    let second = wait_for("the record", || world.recorded_server().filter(|its| *its != first));
+    let second = wait_for("the new record", || world.recorded_server().filter(|server| *server != first));
     assert_eq!(second.pid, world.server());
 
     let supervisor = world.processes()[0];
     supervisor.signal(Signal::KILL).unwrap();
     assert!(supervisor.wait_gone(std::time::Duration::from_secs(10)).unwrap());
     world.mount(&["--serve", "decode"]).ok();
-    assert_eq!(world.recorded_server(), Some(second), "the same server");
+    assert_eq!(world.recorded_server(), Some(second), "the next supervisor must keep the server");
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
 }

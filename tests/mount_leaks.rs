@@ -1,4 +1,4 @@
-//! Opens, mappings and many templates leave nothing behind in the two processes of a mount.
+//! Opens, mappings and many templates leak no descriptors and no memory in supervisor and server.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -14,35 +14,35 @@ use crate::support::mount::TestMount;
 const PAGE: usize = 4096;
 const SIZE: usize = 4 << 20;
 
-/// Open descriptors, resident and locked KiB of a process.
+/// Open descriptors, and resident and locked memory in KiB, of a process.
 #[derive(Debug, Clone, Copy)]
-struct Holds {
+struct Usage {
     fds: u64,
     resident: u64,
     locked: u64,
 }
 
-fn holds(pid: u64) -> Holds {
+fn usage(pid: u64) -> Usage {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &str| {
         let line = status.lines().find(|l| l.starts_with(name)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
     };
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
-    Holds { fds, resident: field("VmRSS:"), locked: field("VmLck:") }
+    Usage { fds, resident: field("VmRSS:"), locked: field("VmLck:") }
 }
 
-fn of_both(world: &TestMount) -> [Holds; 2] {
+fn usage_of_both(world: &TestMount) -> [Usage; 2] {
     let status = world.status();
-    ["supervisor_pid", "server_pid"].map(|role| holds(status[role].as_u64().unwrap()))
+    ["supervisor_pid", "server_pid"].map(|role| usage(status[role].as_u64().unwrap()))
 }
 
-/// No more than 5 % more.
-fn near(before: u64, after: u64) -> bool {
+/// True if the value grew by at most 5 %.
+fn is_near(before: u64, after: u64) -> bool {
     after <= before + before / 20
 }
 
-/// Opens through both kinds of paths, reads a little of each in turn, and maps every tenth time.
+/// Opens the paths in turn and reads a page on every 16th open; then maps them in turn, `mappings` times.
 fn work(paths: &[PathBuf], opens: usize, mappings: usize) {
     let mut page = [0; PAGE];
     for i in 0..opens {
@@ -59,7 +59,7 @@ fn work(paths: &[PathBuf], opens: usize, mappings: usize) {
 }
 
 #[test]
-fn soak_opens_and_mappings_leave_nothing_behind() {
+fn soak_opens_and_mappings_leak_nothing() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -71,7 +71,7 @@ fn soak_opens_and_mappings_leave_nothing_behind() {
             paths.push(world.file(&digest, "memory"));
             paths.push(world.mountpoint().join(format!("templates/web/{seed}/memory")));
         }
-        // What is made once is made: the cache of blocks is full, every thread has answered.
+        // Warm up first: fill the block cache and let every thread serve requests.
         for path in &paths {
             let file = File::open(path).unwrap();
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
@@ -80,47 +80,49 @@ fn soak_opens_and_mappings_leave_nothing_behind() {
             }
         }
         work(&paths, 2000, 200);
-        // What leaks does so each time.
-        host::measured(|| nothing_grows(&world, &paths));
+        // A leak shows in each measurement; other noise does not.
+        host::measured(|| measure_growth(&world, &paths));
     }
 }
 
-fn nothing_grows(world: &TestMount, paths: &[PathBuf]) -> Result<(), String> {
-    let before = of_both(world);
+fn measure_growth(world: &TestMount, paths: &[PathBuf]) -> Result<(), String> {
+    let before = usage_of_both(world);
     work(paths, host::rounds(10_000, 100_000), host::rounds(1_000, 10_000));
-    // What was closed last is given back a moment later: the connection of a question, or of `status` itself.
-    let given_back = |now: &[Holds; 2]| before.iter().zip(now).all(|(before, now)| near(before.fds, now.fds));
+    // The last descriptors are closed with a delay: the connections of callers, of which `status` is one.
+    let fds_are_closed =
+        |now: &[Usage; 2]| before.iter().zip(now).all(|(before, now)| is_near(before.fds, now.fds));
     let until = Instant::now() + Duration::from_secs(10);
-    let mut after = of_both(world);
-    while !given_back(&after) && Instant::now() < until {
+    let mut after = usage_of_both(world);
+    while !fds_are_closed(&after) && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(50));
-        after = of_both(world);
+        after = usage_of_both(world);
     }
     println!("before {before:?}, after {after:?}");
-    assert!(given_back(&after), "descriptors: before {before:?}, after {after:?}");
+    assert!(fds_are_closed(&after), "descriptors: before {before:?}, after {after:?}");
     let mut both = before.iter().zip(&after);
-    let all_near = both
-        .all(|(before, after)| near(before.resident, after.resident) && near(before.locked, after.locked));
+    let all_near = both.all(|(before, after)| {
+        is_near(before.resident, after.resident) && is_near(before.locked, after.locked)
+    });
     if all_near { Ok(()) } else { Err(format!("before {before:?}, after {after:?}")) }
 }
 
-/// More templates than the server keeps open, under the lowest limit of open files that it may meet.
+/// More templates than the server keeps open, under the lowest RLIMIT_NOFILE that the server accepts.
 #[test]
-fn many_templates_are_not_all_kept_open() {
+fn the_server_limits_the_number_of_open_templates() {
     const TEMPLATES: u32 = 90;
-    /// Kept under such a limit.
+    /// Templates that the server keeps open under this limit.
     const KEPT: u64 = 64;
     let _host = host::shared();
     let world = TestMount::unmounted();
     let digests: Vec<String> = (0..TEMPLATES)
         .map(|n| world.import_bytes(&n.to_le_bytes().repeat(PAGE / 4), &format!("web:{n}")))
         .collect();
-    let words = ["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"];
+    let args = ["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"];
     let mut limited = std::process::Command::new("prlimit");
     let mounted = limited
         .arg("--nofile=1024:1024")
         .arg(world.command().get_program())
-        .args(words)
+        .args(args)
         .env("STENCIL_STORE", world.store_dir())
         .env("STENCIL_RUNTIME_DIR", world.runtime_dir())
         .status()
@@ -134,7 +136,7 @@ fn many_templates_are_not_all_kept_open() {
     }
     let fds =
         fs::read_dir(Path::new("/proc").join(world.server().to_string()).join("fd")).unwrap().count() as u64;
-    // A pack each, two tables for each that is kept, and the server's own.
+    // One pack per template, two tables per open template, and up to 40 other descriptors.
     assert!(fds <= u64::from(TEMPLATES) + 2 * KEPT + 40, "{fds} descriptors");
-    assert!(fds > u64::from(TEMPLATES), "the limit is met: {fds} descriptors");
+    assert!(fds > u64::from(TEMPLATES), "the limit must be reached: {fds} descriptors");
 }

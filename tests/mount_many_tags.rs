@@ -1,4 +1,4 @@
-//! A name with one tag costs what it costs, however many tags the store has.
+//! The cost of looking up one tag does not depend on the number of tags in the store.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +10,7 @@ use crate::support::store::random;
 
 const TAGS: usize = 3000;
 
-/// System calls by which the server has read files since it began.
+/// Number of read system calls of the server since its start.
 fn reads(world: &TestMount) -> u64 {
     let text = fs::read_to_string(format!("/proc/{}/io", world.server())).unwrap();
     text.lines().find_map(|line| line.strip_prefix("syscr: ")).unwrap().parse().unwrap()
@@ -21,7 +21,7 @@ fn names(path: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_tags_of_one_name_are_listed_without_reading_others() {
+fn listing_one_name_reads_no_tags_of_other_names() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&random(1, 4096), "one:1");
@@ -29,7 +29,7 @@ fn the_tags_of_one_name_are_listed_without_reading_others() {
     let many = world.store_dir().join("tags/many");
     let tag = fs::read(many.join("0")).unwrap();
     (1..TAGS).for_each(|number| fs::write(many.join(number.to_string()), &tag).unwrap());
-    // One that is damaged is listed like the others, and hides none of them.
+    // A damaged tag is listed like the others, and does not hide them.
     fs::write(many.join("damaged"), "rubbish").unwrap();
     let templates = world.mountpoint().join("templates");
     let cost = |act: &dyn Fn()| {
@@ -47,12 +47,12 @@ fn the_tags_of_one_name_are_listed_without_reading_others() {
                 assert!(target.ends_with(&digest));
             }),
         ),
-        ("look at one of many", cost(&|| assert!(fs::symlink_metadata(templates.join("many/18")).is_ok()))),
+        ("lstat one of many", cost(&|| assert!(fs::symlink_metadata(templates.join("many/18")).is_ok()))),
     ];
-    for (what, reads) in few {
-        assert!(reads < 60, "{what}: {reads} reads");
+    for (operation, reads) in few {
+        assert!(reads < 60, "{operation}: {reads} reads");
     }
     let reads = cost(&|| assert_eq!(names(&templates.join("many")).len(), TAGS + 1));
-    assert!(reads < TAGS as u64 / 4, "{reads} reads for a list of {TAGS} names");
+    assert!(reads < TAGS as u64 / 4, "{reads} reads to list {TAGS} tags");
     assert!(fs::read_link(templates.join("many/damaged")).is_err());
 }

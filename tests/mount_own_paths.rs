@@ -1,4 +1,4 @@
-//! A mount whose own files would lie in it: refused before it exists.
+//! Mounts whose store, cache or runtime directory would lie inside the mount: rejected before the mount exists.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,7 +9,7 @@ use stencilfs::sys::mount;
 
 use crate::support::mount::{Run, STENCIL, TestMount, run};
 
-/// A bind mount of a folder. Dropped, it is taken away.
+/// A bind mount of a directory, unmounted when dropped.
 struct Bind(PathBuf);
 
 impl Bind {
@@ -36,8 +36,8 @@ fn mount_command(world: &TestMount, mountpoint: &Path, cache: Option<&Path>) -> 
 }
 
 #[track_caller]
-fn refused(world: &TestMount, command: &mut Command, words: &str) {
-    Run::of(format!("{command:?}"), &command.output().unwrap()).exits(2).says(words);
+fn assert_rejected(world: &TestMount, command: &mut Command, message: &str) {
+    Run::of(format!("{command:?}"), &command.output().unwrap()).exits(2).says(message);
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let below = world.dir().to_str().unwrap();
     let ours = mounts.lines().filter(|line| line.contains(below) && line.contains(mount::FS_TYPE));
@@ -47,34 +47,34 @@ fn refused(world: &TestMount, command: &mut Command, words: &str) {
 }
 
 #[test]
-fn a_mount_that_would_wait_for_itself_is_refused() {
+fn rejects_mounts_whose_own_files_would_lie_inside() {
     let world = TestMount::unmounted();
     let mnt = world.mountpoint();
     let inside = "lies in the mountpoint";
-    refused(&world, &mut mount_command(&world, mnt, Some(mnt)), inside);
-    refused(&world, &mut mount_command(&world, mnt, Some(&mnt.join("below"))), inside);
-    refused(&world, &mut mount_command(&world, mnt, Some(Path::new("mnt/../mnt/."))), inside);
+    assert_rejected(&world, &mut mount_command(&world, mnt, Some(mnt)), inside);
+    assert_rejected(&world, &mut mount_command(&world, mnt, Some(&mnt.join("below"))), inside);
+    assert_rejected(&world, &mut mount_command(&world, mnt, Some(Path::new("mnt/../mnt/."))), inside);
     symlink(mnt, world.dir().join("link")).unwrap();
-    refused(&world, &mut mount_command(&world, mnt, Some(&world.dir().join("link"))), inside);
-    refused(&world, &mut mount_command(&world, &world.dir().join("link"), Some(mnt)), inside);
+    assert_rejected(&world, &mut mount_command(&world, mnt, Some(&world.dir().join("link"))), inside);
+    assert_rejected(&world, &mut mount_command(&world, &world.dir().join("link"), Some(mnt)), inside);
     let bind = Bind::new(world.dir(), world.dir().with_extension("bind"));
-    refused(&world, &mut mount_command(&world, mnt, Some(&bind.0.join("mnt"))), inside);
+    assert_rejected(&world, &mut mount_command(&world, mnt, Some(&bind.0.join("mnt"))), inside);
     let mut elsewhere = mount_command(&world, mnt, None);
-    refused(&world, elsewhere.env("STENCIL_RUNTIME_DIR", bind.0.join("mnt/run")), inside);
+    assert_rejected(&world, elsewhere.env("STENCIL_RUNTIME_DIR", bind.0.join("mnt/run")), inside);
     drop(bind);
     fs::remove_dir(world.dir().with_extension("bind")).unwrap();
     for runtime in [mnt.to_owned(), mnt.join("run"), world.dir().join("link/a/b")] {
         let mut command = mount_command(&world, mnt, None);
-        refused(&world, command.env("STENCIL_RUNTIME_DIR", &runtime), inside);
+        assert_rejected(&world, command.env("STENCIL_RUNTIME_DIR", &runtime), inside);
     }
-    // In the working directory of the caller.
+    // Relative to the working directory of the caller.
     let mut here = mount_command(&world, Path::new("."), Some(Path::new(".")));
-    refused(&world, here.current_dir(mnt), inside);
+    assert_rejected(&world, here.current_dir(mnt), inside);
     let in_store = world.store_dir().join("mnt");
     fs::create_dir(&in_store).unwrap();
-    refused(&world, &mut mount_command(&world, &in_store, None), "lies in the store");
+    assert_rejected(&world, &mut mount_command(&world, &in_store, None), "lies in the store");
     fs::remove_dir(&in_store).unwrap();
-    // By mount(8), which calls the helper, and by a check that mounts nothing.
+    // Through the helper of mount(8), also with -f, which mounts nothing.
     for more in [&[][..], &["-f"]] {
         let helper = world.dir().join("mount.fuse.stencil");
         let _ = symlink(STENCIL, &helper);
@@ -84,13 +84,13 @@ fn a_mount_that_would_wait_for_itself_is_refused() {
         let run = Run::of(format!("helper {more:?}"), &command.output().unwrap());
         assert!(run.code == 1 && run.err.contains(inside), "{more:?}: {} {}", run.code, run.err);
     }
-    // What is no obstacle: beside it, and the caller's folder.
+    // Accepted: a cache directory beside the mountpoint, and a mountpoint that is the caller's working directory.
     let cache = world.dir().join("cache");
     fs::create_dir(&cache).unwrap();
     let mut beside = mount_command(&world, Path::new("."), Some(&cache));
     Run::of("beside".into(), &beside.current_dir(mnt).output().unwrap()).ok();
     world.stencil(&["restart", mnt.to_str().unwrap()]).ok();
-    // On the mount that is there now.
+    // A cache directory on the mount that exists now.
     let second = world.dir().join("second");
     fs::create_dir(&second).unwrap();
     for dir in [mnt.to_owned(), mnt.join("by-id"), world.dir().join("link")] {

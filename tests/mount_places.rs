@@ -1,4 +1,4 @@
-//! Two mounts that want one place: never is a living one taken away, never do two lie on each other.
+//! Several mounts on one mountpoint: a live mount is never unmounted, and two mounts are never stacked.
 
 use std::fs;
 use std::process::{Output, Stdio};
@@ -13,21 +13,22 @@ use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::{TestMount, run, wait_for};
 
-/// What is mounted there, lowest first.
-fn there(world: &TestMount) -> Vec<procfs::MountLine> {
+/// The mounts on the scenario's mountpoint, lowest first.
+fn mounts_at_mountpoint(world: &TestMount) -> Vec<procfs::MountLine> {
     let mut all = procfs::mounts().unwrap();
     all.retain(|line| line.mountpoint == world.mountpoint());
     assert!(all.iter().all(|line| line.fs_type == FS_TYPE), "{all:?}");
     all
 }
 
-fn said(output: &Output) -> String {
+fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Of two stores that are mounted on one place at once one is there, and it is the one whose command said so.
+/// Two stores are mounted on one mountpoint at the same time: one is mounted, and its command is the one that
+/// succeeded.
 #[test]
-fn soak_of_two_mounts_at_once_one_is_there() {
+fn soak_exactly_one_of_two_simultaneous_mounts_succeeds() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let mnt = world.mountpoint().to_str().unwrap();
@@ -41,27 +42,27 @@ fn soak_of_two_mounts_at_once_one_is_there() {
             command.arg("--store").arg(store).args(["mount", mnt]);
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
         };
-        // Now the one first, now the other.
+        // The two commands start in alternating order.
         let mut children = [round % 2, (round + 1) % 2].map(|at| (at as usize, start(&stores[at as usize])));
         children.sort_by_key(|(at, _)| *at);
         let outputs = children.map(|(_, child)| child.wait_with_output().unwrap());
         let codes = [0, 1].map(|at| outputs[at].status.code());
         let winner = codes.iter().position(|code| *code == Some(0)).unwrap_or_else(|| panic!("{outputs:?}"));
-        assert_eq!(codes[1 - winner], Some(5), "round {round}: {}", said(&outputs[1 - winner]));
-        let lines = there(&world);
+        assert_eq!(codes[1 - winner], Some(5), "round {round}: {}", stderr(&outputs[1 - winner]));
+        let lines = mounts_at_mountpoint(&world);
         assert_eq!(lines.len(), 1, "round {round}: {lines:?}");
         assert_eq!(std::path::Path::new(&lines[0].source), stores[winner], "round {round}");
         assert_eq!(world.status()["device"].as_u64(), Some(lines[0].dev), "round {round}");
-        assert_eq!(fs::read_dir(mnt).unwrap().count(), 2, "round {round}: it answers");
+        assert_eq!(fs::read_dir(mnt).unwrap().count(), 2, "round {round}: the mount must respond");
         world.stencil(&["umount", mnt]).ok();
-        assert!(there(&world).is_empty(), "round {round}");
+        assert!(mounts_at_mountpoint(&world).is_empty(), "round {round}");
     }
 }
 
-/// A mount of another runtime directory has no record here and lives all the same: with both of its processes, with a
-/// server that stands still, and with its server alone.
+/// A mount of another runtime directory has no record in this one, and is still alive: with both processes, with a
+/// stopped server, and with the server alone.
 #[test]
-fn a_living_mount_of_another_runtime_directory_stays() {
+fn mount_keeps_a_live_mount_of_another_runtime_directory() {
     const PAGES: u64 = 64;
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
@@ -70,23 +71,23 @@ fn a_living_mount_of_another_runtime_directory_stays() {
     clone.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), PAGES * 4096));
     let other = world.dir().join("elsewhere");
     let mnt = world.mountpoint().to_str().unwrap();
-    let before = there(&world);
-    let refused = |state: &str| {
+    let before = mounts_at_mountpoint(&world);
+    let assert_refused = |state: &str| {
         let output =
             world.command().args(["mount", mnt]).env("STENCIL_RUNTIME_DIR", &other).output().unwrap();
-        assert_eq!(output.status.code(), Some(5), "{state}: {}", said(&output));
+        assert_eq!(output.status.code(), Some(5), "{state}: {}", stderr(&output));
         let remedy = format!("STENCIL_RUNTIME_DIR={} stencil umount {mnt}", world.runtime_dir().display());
-        assert!(said(&output).contains(&remedy), "{state}: {}", said(&output));
-        assert_eq!(there(&world), before, "{state}");
+        assert!(stderr(&output).contains(&remedy), "{state}: {}", stderr(&output));
+        assert_eq!(mounts_at_mountpoint(&world), before, "{state}");
     };
-    refused("both live");
-    let [supervisor, server] = world.processes()[..] else { panic!("two") };
+    assert_refused("both processes run");
+    let [supervisor, server] = world.processes()[..] else { panic!("expected two processes") };
     server.signal(Signal::STOP).unwrap();
-    refused("a server that stands still");
+    assert_refused("the server is stopped");
     server.signal(Signal::CONT).unwrap();
     supervisor.signal(Signal::KILL).unwrap();
     assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
-    refused("no supervisor");
+    assert_refused("no supervisor");
     clone.tell(&format!("read 0 {}", PAGES - 1));
     world.mount(&["--serve", "decode", "--watchdog", "0"]).ok();
     assert_eq!(world.server(), server.pid);
@@ -94,45 +95,45 @@ fn a_living_mount_of_another_runtime_directory_stays() {
     for process in &processes {
         process.signal(Signal::KILL).unwrap();
     }
-    wait_for("their end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+    wait_for("both processes to exit", || processes.iter().all(|p| !p.is_alive()).then_some(()));
     let output = world.command().args(["mount", mnt]).env("STENCIL_RUNTIME_DIR", &other).output().unwrap();
-    assert!(output.status.success(), "a dead one is taken away: {}", said(&output));
-    assert_ne!(there(&world), before);
+    assert!(output.status.success(), "mount must replace a dead mount: {}", stderr(&output));
+    assert_ne!(mounts_at_mountpoint(&world), before);
     drop(clone);
     let ended = world.command().args(["umount", mnt]).env("STENCIL_RUNTIME_DIR", &other).output().unwrap();
-    assert!(ended.status.success(), "{}", said(&ended));
+    assert!(ended.status.success(), "{}", stderr(&ended));
 }
 
-/// A mount that hangs while it begins holds others up for a while only, and is named.
+/// A mount that hangs during its startup delays other mounts until their timeout; the error names its process.
 #[test]
-fn a_mount_that_does_not_come_to_an_end_is_named() {
+fn mount_times_out_and_names_a_mount_stuck_in_startup() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let records = world.runtime_dir().join("mounts");
     fs::create_dir_all(&records).unwrap();
-    let folder = fs::File::open(&records).unwrap();
-    rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let directory = fs::File::open(&records).unwrap();
+    rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let me = format!("{} (", std::process::id());
     let refused = world.mount(&[]).exits(75).says("waiting for the startup of another mount");
     assert!(refused.err.contains(&me), "{}", refused.err);
-    drop(folder);
+    drop(directory);
     world.mount(&[]).ok();
     assert!(world.processes().iter().all(ProcessId::is_alive));
 }
 
-/// At whatever step of a mount's begin the runtime directory is full, nothing is left of it.
+/// If the runtime directory is full at any step of the startup, no mount is left.
 #[test]
-fn a_runtime_directory_that_is_full_leaves_no_mount() {
+fn mount_on_a_full_runtime_directory_leaves_no_mount() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let runtime = world.runtime_dir();
     fs::create_dir_all(&runtime).unwrap();
-    let mut refused = 0;
+    let mut failed = 0;
     for files in 2..12 {
-        let words = format!("size=1M,mode=755,nr_inodes={files}");
-        run("mount", &["-t", "tmpfs", "none", "-o", &words, runtime.to_str().unwrap()]);
+        let options = format!("size=1M,mode=755,nr_inodes={files}");
+        run("mount", &["-t", "tmpfs", "none", "-o", &options, runtime.to_str().unwrap()]);
         let mounted = world.mount(&[]);
-        let lines = there(&world);
+        let lines = mounts_at_mountpoint(&world);
         if mounted.code == 0 {
             world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
         }
@@ -140,8 +141,8 @@ fn a_runtime_directory_that_is_full_leaves_no_mount() {
         if mounted.code == 0 {
             break;
         }
-        refused += 1;
+        failed += 1;
         assert!(lines.is_empty(), "with {files} files: {lines:?}\n{}", mounted.err);
     }
-    assert!((3..10).contains(&refused), "{refused}");
+    assert!((3..10).contains(&failed), "{failed}");
 }

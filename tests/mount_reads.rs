@@ -1,5 +1,5 @@
-//! Every way to read a file of the mount gives what was imported, with both kinds of serving, also after a
-//! server was killed in between.
+//! Every read method returns the imported bytes, for decode and passthrough, also after the server was killed between
+//! reads.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -17,8 +17,8 @@ use crate::support::mount::{TestMount, run};
 
 const PAGE: usize = 4096;
 
-/// 24 MiB and a page: data that does not compress, text, holes as large as blocks and as large as huge pages,
-/// and an end in the middle of a block.
+/// 24 MiB and a page: incompressible data, regular data, holes of the size of blocks and of huge pages, and an end in
+/// the middle of a block.
 fn image() -> Vec<u8> {
     let mut bytes = vec![0; (24 << 20) + PAGE];
     let mut random = vec![0; 3 << 20];
@@ -34,7 +34,8 @@ fn image() -> Vec<u8> {
     bytes
 }
 
-/// Whole, by pieces at odd offsets, by sendfile, mapped, around the cache, by other programs.
+/// Compares the file with `expected`: read whole, at unaligned offsets, by copy_file_range, sendfile, O_DIRECT and
+/// mmap.
 fn compare(path: &Path, expected: &[u8], scratch: &Path) {
     assert!(fs::read(path).unwrap() == expected, "read");
 
@@ -53,7 +54,11 @@ fn compare(path: &Path, expected: &[u8], scratch: &Path) {
         file.read_exact_at(&mut piece[..length], offset as u64).unwrap();
         assert!(piece[..length] == expected[offset..offset + length], "pread {length} at {offset}");
     }
-    assert_eq!(file.read_at(&mut piece, expected.len() as u64 - 2).unwrap(), 2, "a read ends with the file");
+    assert_eq!(
+        file.read_at(&mut piece, expected.len() as u64 - 2).unwrap(),
+        2,
+        "a read must end at the end of the file"
+    );
     assert_eq!(file.read_at(&mut piece, expected.len() as u64 + 9).unwrap(), 0);
 
     let mut other = File::create(scratch).unwrap();
@@ -83,16 +88,16 @@ fn compare(path: &Path, expected: &[u8], scratch: &Path) {
 
     let pages = Bytes::new(expected.len() as u64).pages().bytes();
     let mapped = Mapping::new(&Request::view(file.as_fd(), pages)).unwrap();
-    let mut seen = vec![0; expected.len()];
-    mapped.read(MemoryOffset::new(0), &mut seen).unwrap();
-    assert!(seen == expected, "mapped");
+    let mut mapped_bytes = vec![0; expected.len()];
+    mapped.read(MemoryOffset::new(0), &mut mapped_bytes).unwrap();
+    assert!(mapped_bytes == expected, "mapped");
 }
 
 fn digest_of(path: &Path) -> String {
     run("sha256sum", &[path]).split(' ').next().unwrap().to_owned()
 }
 
-fn all_ways_agree(serve: &str) {
+fn assert_read_methods_agree(serve: &str) {
     let _host = host::shared();
     let world = TestMount::new(serve);
     let bytes = image();
@@ -106,7 +111,7 @@ fn all_ways_agree(serve: &str) {
         assert_eq!(digest_of(&path), sum, "sha256sum in round {round}");
         assert_eq!(digest_of(&world.mountpoint().join("templates/web/1/memory")), sum);
         world.kill_server();
-        // The next round asks the new server, not the page cache.
+        // The next round must be served by the new server, not by the page cache.
         drop_cache(&path);
     }
     let status = world.status();
@@ -123,17 +128,17 @@ fn drop_cache(path: &Path) {
 }
 
 #[test]
-fn every_way_to_read_agrees_with_the_source_by_decode() {
-    all_ways_agree("decode");
+fn every_read_method_agrees_with_the_source_on_decode() {
+    assert_read_methods_agree("decode");
 }
 
 #[test]
-fn every_way_to_read_agrees_with_the_source_by_passthrough() {
-    all_ways_agree("passthrough");
+fn every_read_method_agrees_with_the_source_on_passthrough() {
+    assert_read_methods_agree("passthrough");
 }
 
 #[test]
-fn names_attributes_and_sizes_are_as_promised() {
+fn names_attributes_and_sizes_are_as_documented() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let bytes = image();
@@ -158,7 +163,7 @@ fn names_attributes_and_sizes_are_as_promised() {
     assert_eq!((memory.len(), memory.mode(), memory.nlink()), (bytes.len() as u64, 0o100_444, 1));
     let zero = [0; PAGE];
     let data = bytes.chunks(PAGE).filter(|page| *page != &zero[..page.len()]).count() * PAGE;
-    assert_eq!(memory.blocks() * 512, data as u64, "blocks are the pages with data");
+    assert_eq!(memory.blocks() * 512, data as u64, "st_blocks must count the pages with data");
     assert_eq!(fs::metadata(world.mountpoint().join("by-id")).unwrap().mode(), 0o40_555);
     let manifest: serde_json::Value =
         serde_json::from_slice(&fs::read(world.file(&digest, "manifest.json")).unwrap()).unwrap();
@@ -179,11 +184,11 @@ fn names_attributes_and_sizes_are_as_promised() {
         let pointer = stencilfs::store::TagName::new("many", tag).unwrap();
         store.set_tag(&pointer, &digest.parse().unwrap()).unwrap();
     }
-    assert_eq!(names("templates/many"), many, "a listing longer than one answer");
+    assert_eq!(names("templates/many"), many, "a listing longer than one READDIR reply");
 }
 
 #[test]
-fn holes_are_found_by_seeking() {
+fn seek_finds_data_and_holes() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -200,9 +205,9 @@ fn holes_are_found_by_seeking() {
     }
 }
 
-/// What fio has written with checksums in every block it finds again through the mount.
+/// fio writes a file with a checksum in every block, and verifies the checksums through the mount.
 #[test]
-fn fio_verifies_what_it_wrote() {
+fn fio_verifies_the_blocks_it_wrote() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -214,13 +219,17 @@ fn fio_verifies_what_it_wrote() {
             args.extend(["--randseed=7", "--verify_fatal=1", "--output-format=terse"]);
             args.extend(more);
             let mut command = std::process::Command::new("fio");
-            let done = command.args(args).current_dir(world.dir()).output().expect("make setup installs fio");
-            let said =
+            let done = command
+                .args(args)
+                .current_dir(world.dir())
+                .output()
+                .expect("cannot run fio: run 'make setup'");
+            let printed =
                 String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-            (done.status.success() && !said.contains("verify: bad"), said)
+            (done.status.success() && !printed.contains("verify: bad"), printed)
         };
-        let (good, said) = fio(&source, &["--rw=write", "--do_verify=0"]);
-        assert!(good, "{said}");
+        let (good, printed) = fio(&source, &["--rw=write", "--do_verify=0"]);
+        assert!(good, "{printed}");
         let digest = world.import(&source, "web:1");
         let path = world.file(&digest, "memory");
         for (engine, rw) in
@@ -228,18 +237,18 @@ fn fio_verifies_what_it_wrote() {
         {
             let (engine, rw) = (format!("--ioengine={engine}"), format!("--rw={rw}"));
             let direct = if engine.contains("libaio") { "--direct=1" } else { "--direct=0" };
-            let (good, said) =
+            let (good, printed) =
                 fio(&path, &[&engine, &rw, direct, "--verify_only=0", "--readonly", "--iodepth=8"]);
-            assert!(good, "{serve} {engine} {rw}: {said}");
+            assert!(good, "{serve} {engine} {rw}: {printed}");
             world.kill_server();
             drop_cache(&path);
         }
-        // It does look: one byte off is found.
+        // fio does verify: one changed byte is an error.
         let mut bytes = fs::read(&source).unwrap();
         bytes[5 << 20] ^= 1;
         let wrong = world.import_bytes(&bytes, "web:wrong");
-        let (good, said) =
+        let (good, printed) =
             fio(&world.file(&wrong, "memory"), &["--ioengine=psync", "--rw=read", "--readonly"]);
-        assert!(!good, "{said}");
+        assert!(!good, "{printed}");
     }
 }

@@ -1,4 +1,4 @@
-//! Every write-like call is refused with the errno that `docs/reference/semantics.md` promises, and changes nothing.
+//! Every modifying call fails with the errno in the table of `docs/reference/semantics.md`, and changes nothing.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,24 +19,24 @@ use crate::support::host;
 use crate::support::mount::{TestMount, run};
 use crate::support::tables::{code, rows};
 
-struct Place {
+struct Paths {
     file: PathBuf,
-    folder: PathBuf,
+    directory: PathBuf,
     tag: PathBuf,
     templates: PathBuf,
 }
 
-type Call = Box<dyn Fn(&Place) -> Result<(), Errno>>;
+type Call = Box<dyn Fn(&Paths) -> Result<(), Errno>>;
 
 fn errno(error: std::io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or_else(|| panic!("no errno: {error}"))
 }
 
-fn opens(path: fn(&Place) -> PathBuf, flags: OFlags) -> Call {
+fn opens(path: fn(&Paths) -> PathBuf, flags: OFlags) -> Call {
     Box::new(move |p| open(path(p), flags, Mode::from_bits_truncate(0o644)).map(drop))
 }
 
-/// On a descriptor that was opened for reading, as every clone has.
+/// Calls a function on a descriptor opened with O_RDONLY, like those of clones.
 fn with_fd(act: fn(&File) -> Result<(), Errno>) -> Call {
     Box::new(move |p| act(&File::open(&p.file).unwrap()))
 }
@@ -54,13 +54,13 @@ fn map_shared_writable(file: &File) -> Result<(), Errno> {
     Mapping::new(&request).map(drop).map_err(errno)
 }
 
-/// What each row of the table does.
+/// The call of each row of the table, by its first cell.
 fn calls() -> BTreeMap<&'static str, Call> {
-    fn file(p: &Place) -> PathBuf {
+    fn file(p: &Paths) -> PathBuf {
         p.file.clone()
     }
-    fn new(p: &Place) -> PathBuf {
-        p.folder.join("new")
+    fn new(p: &Paths) -> PathBuf {
+        p.directory.join("new")
     }
     let now = || {
         let time = Timespec { tv_sec: 1, tv_nsec: 0 };
@@ -78,7 +78,7 @@ fn calls() -> BTreeMap<&'static str, Call> {
     add("`open(F, O_RDONLY \\| O_CREAT \\| O_EXCL)`", opens(file, rd | OFlags::CREATE | OFlags::EXCL));
     add("`open(D/new, O_RDWR \\| O_CREAT)`", opens(new, rw | OFlags::CREATE));
     add("`open(D/new, O_RDONLY \\| O_CREAT)`", opens(new, rd | OFlags::CREATE));
-    add("`open(D, O_RDWR \\| O_TMPFILE)`", opens(|p| p.folder.clone(), rw | OFlags::TMPFILE));
+    add("`open(D, O_RDWR \\| O_TMPFILE)`", opens(|p| p.directory.clone(), rw | OFlags::TMPFILE));
     add("`open(T, O_RDWR)` through a tag", opens(|p| p.tag.join("memory"), rw));
     add("`truncate(F)`", Box::new(|p| run_truncate(&p.file)));
     add("`ftruncate` on an `O_RDONLY` descriptor", with_fd(|f| rustix::fs::ftruncate(f, 1)));
@@ -111,22 +111,24 @@ fn calls() -> BTreeMap<&'static str, Call> {
     let me = (Some(Uid::from_raw(1)), Some(Gid::from_raw(1)));
     add("`chown(F)`", Box::new(move |p| chownat(CWD, &p.file, me.0, me.1, AtFlags::empty())));
     add("`utimensat(F)`", Box::new(move |p| utimensat(CWD, &p.file, &now(), AtFlags::empty())));
-    add("`chmod(D)`", Box::new(move |p| chmodat(CWD, &p.folder, mode, AtFlags::empty())));
+    add("`chmod(D)`", Box::new(move |p| chmodat(CWD, &p.directory, mode, AtFlags::empty())));
     add("`mkdir(D/new)`", Box::new(move |p| mkdirat(CWD, new(p), mode)));
     add("`mkdir(templates/new)`", Box::new(move |p| mkdirat(CWD, p.templates.join("new"), mode)));
     add("`mknod(D/new)`", Box::new(move |p| mknodat(CWD, new(p), FileType::RegularFile, mode, 0)));
     add("`mkfifo(D/new)`", Box::new(move |p| mknodat(CWD, new(p), FileType::Fifo, mode, 0)));
     add("`symlink(D/new)`", Box::new(|p| symlinkat("memory", CWD, new(p))));
-    let beside_tag = |p: &Place| p.tag.with_file_name("new");
+    let beside_tag = |p: &Paths| p.tag.with_file_name("new");
     add("`symlink(templates/web/new)`", Box::new(move |p| symlinkat("x", CWD, beside_tag(p))));
     add("`link(F, D/new)`", Box::new(|p| linkat(CWD, &p.file, CWD, new(p), AtFlags::empty())));
     add("`unlink(F)`", Box::new(|p| unlinkat(CWD, &p.file, AtFlags::empty())));
     add("`unlink(T)`, a tag", Box::new(|p| unlinkat(CWD, &p.tag, AtFlags::empty())));
-    add("`rmdir(D)`", Box::new(|p| unlinkat(CWD, &p.folder, AtFlags::REMOVEDIR)));
+    add("`rmdir(D)`", Box::new(|p| unlinkat(CWD, &p.directory, AtFlags::REMOVEDIR)));
     add("`rename(F, D/new)`", Box::new(|p| renameat(CWD, &p.file, CWD, new(p))));
     add(
         "`rename` with `RENAME_EXCHANGE`",
-        Box::new(|p| renameat_with(CWD, &p.file, CWD, p.folder.join("manifest.json"), RenameFlags::EXCHANGE)),
+        Box::new(|p| {
+            renameat_with(CWD, &p.file, CWD, p.directory.join("manifest.json"), RenameFlags::EXCHANGE)
+        }),
     );
     add(
         "`setxattr(F, user.x)`",
@@ -148,44 +150,48 @@ fn calls() -> BTreeMap<&'static str, Call> {
     calls
 }
 
-/// truncate(2) by path; the standard library has only the kind that opens.
+/// truncate(2) by path; the standard library has only ftruncate(2) on an open file.
 fn run_truncate(path: &Path) -> Result<(), Errno> {
     let script = "truncate($ARGV[0], 1) and exit 0; exit $!+0";
     let status = std::process::Command::new("perl").args(["-e", script]).arg(path).status().unwrap();
     match status.code() {
         Some(0) => Ok(()),
-        code => Err(Errno::from_raw_os_error(code.expect("perl was not killed"))),
+        code => Err(Errno::from_raw_os_error(code.expect("perl must not end by a signal"))),
     }
 }
 
-fn refused_as_promised(serve: &str) {
+fn assert_calls_fail_as_documented(serve: &str) {
     let _host = host::shared();
     let world = TestMount::new(serve);
     let bytes: Vec<u8> = (0..4u32 << 20).map(|i| (i / 4096 % 255) as u8 + 1).collect();
     let digest = world.import_bytes(&bytes, "web:1");
-    let folder = world.mountpoint().join("by-id").join(&digest);
-    let place = Place {
-        file: folder.join("memory"),
+    let directory = world.mountpoint().join("by-id").join(&digest);
+    let paths = Paths {
+        file: directory.join("memory"),
         templates: world.mountpoint().join("templates"),
         tag: world.mountpoint().join("templates/web/1"),
-        folder,
+        directory,
     };
     let listing = |p: &Path| run("ls", &["-lRn", "--time-style=full-iso", p.to_str().unwrap()]);
     let before = (listing(world.mountpoint()), listing(&world.store_dir()));
     let mut calls = calls();
     for row in rows("reference/semantics.md", "every_write_like_call_is_refused_as_the_table_says") {
-        let call = calls.remove(row[0].as_str()).unwrap_or_else(|| panic!("no test does {}", row[0]));
+        let call = calls.remove(row[0].as_str()).unwrap_or_else(|| panic!("no call for the row {}", row[0]));
         let expected = code(&row[1]).unwrap();
-        let got = match call(&place) {
+        let got = match call(&paths) {
             Ok(()) => "success".to_owned(),
             Err(errno) => name(errno).to_owned(),
         };
-        assert_eq!(got, expected, "{} by {serve}", row[0]);
-        assert_eq!(fs::metadata(&place.file).unwrap().size(), bytes.len() as u64, "{}", row[0]);
+        assert_eq!(got, expected, "{} on {serve}", row[0]);
+        assert_eq!(fs::metadata(&paths.file).unwrap().size(), bytes.len() as u64, "{}", row[0]);
     }
-    assert!(calls.is_empty(), "not in the table: {:?}", calls.keys());
-    assert_eq!((listing(world.mountpoint()), listing(&world.store_dir())), before, "nothing has changed");
-    assert!(fs::read(&place.file).unwrap() == bytes, "the bytes are as they were");
+    assert!(calls.is_empty(), "calls without a row in the table: {:?}", calls.keys());
+    assert_eq!(
+        (listing(world.mountpoint()), listing(&world.store_dir())),
+        before,
+        "mount and store must not change"
+    );
+    assert!(fs::read(&paths.file).unwrap() == bytes, "the bytes must not change");
     world.stencil(&["verify"]).ok();
     assert!(world.counter("opens_refused") >= 6 && world.counter("writes_refused") >= 15);
 }
@@ -210,25 +216,25 @@ fn name(errno: Errno) -> &'static str {
 }
 
 #[test]
-fn every_write_like_call_is_refused_as_the_table_says() {
-    refused_as_promised("decode");
-    refused_as_promised("passthrough");
+fn modifying_calls_fail_with_the_documented_errno() {
+    assert_calls_fail_as_documented("decode");
+    assert_calls_fail_as_documented("passthrough");
 }
 
 #[test]
-fn the_kernel_checks_mode_and_owner_of_the_policy() {
+fn the_kernel_enforces_mode_and_owner_of_the_policy() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let digest = world.import_bytes(&[7; 8192], "web:1");
     let path = world.file(&digest, "memory");
-    // A user who may enter the scenario's folders, and nothing more.
+    // Another user, who can traverse the scenario's directories and has no capabilities.
     let read_as = |uid: &str| {
         let mut command = std::process::Command::new("setpriv");
         command.args(["--reuid", uid, "--regid", uid, "--clear-groups", "head", "-c", "1"]);
         command.arg(&path).output().unwrap().status.success()
     };
     world.open_to_others();
-    assert!(read_as("65534"), "0444 is for everybody");
+    assert!(read_as("65534"), "mode 0444 allows every user to read");
     world.stencil(&["chmod", "0400", "web:1"]).ok();
     world.stencil(&["chown", "1234:1234", "web:1"]).ok();
     crate::support::mount::wait_for("the new mode", || (!read_as("65534")).then_some(()));

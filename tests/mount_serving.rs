@@ -1,4 +1,4 @@
-//! Which way a file is served, why, and what that costs in memory.
+//! The serving mode of a file, the reported reason for the mode, and its cost in memory.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -17,7 +17,7 @@ use crate::support::mount::{TestMount, run, wait_for};
 
 const PAGE: u64 = 4096;
 
-/// So many bytes that do not compress.
+/// Incompressible bytes.
 fn random(seed: u8, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut bytes);
@@ -31,7 +31,7 @@ fn template(world: &TestMount, digest: &str) -> Value {
 }
 
 #[test]
-fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
+fn new_opens_use_a_ready_backing_and_old_opens_stay_valid() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "auto", "--hydrate-timeout", "0"]);
     let bytes = random(1, 96 << 20);
@@ -40,7 +40,7 @@ fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
     let mut clone = Actor::start();
     let early = File::open(&path).unwrap();
     clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
-    // The reason is in `status` for as long as it holds, and in the log.
+    // `status` shows the reason only until the backing is ready; the log keeps the reason.
     let reason = "is served by decode: its backing is still being filled after the timeout of 0 s";
     assert!(world.log().contains(reason), "{}", world.log());
     wait_for("the backing", || (template(&world, &digest)["files"][0]["hydrated"] == true).then_some(()));
@@ -51,7 +51,7 @@ fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
     assert_ne!(
         early.metadata().unwrap().ino(),
         late.metadata().unwrap().ino(),
-        "the number says how it is served"
+        "the two serving modes must have different inode numbers"
     );
     assert_eq!(late.metadata().unwrap().ino(), fs::metadata(&path).unwrap().ino());
     assert_eq!(world.counter("opens_passthrough"), 1);
@@ -66,7 +66,7 @@ fn a_file_is_promoted_when_its_backing_is_ready_and_old_opens_go_on() {
 }
 
 #[test]
-fn a_backing_can_be_changed_by_nobody() {
+fn backings_are_immutable_even_for_root() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     let bytes = random(9, 4 << 20);
@@ -78,19 +78,19 @@ fn a_backing_can_be_changed_by_nobody() {
         let target = fs::read_link(link).unwrap_or_default();
         target.starts_with(world.store_dir()) && target.to_string_lossy().ends_with("(deleted)")
     };
-    let held: Vec<PathBuf> = fs::read_dir(format!("/proc/{supervisor}/fd"))
+    let backings: Vec<PathBuf> = fs::read_dir(format!("/proc/{supervisor}/fd"))
         .unwrap()
         .map(|e| e.unwrap().path())
         .filter(is_backing)
         .collect();
-    assert_eq!(held.len(), 1, "{held:?}");
-    let flags = rustix::fs::ioctl_getflags(File::open(&held[0]).unwrap()).unwrap();
+    assert_eq!(backings.len(), 1, "{backings:?}");
+    let flags = rustix::fs::ioctl_getflags(File::open(&backings[0]).unwrap()).unwrap();
     assert!(flags.contains(rustix::fs::IFlags::IMMUTABLE));
-    let error = File::options().write(true).open(&held[0]).unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(1), "EPERM, for root too");
+    let error = File::options().write(true).open(&backings[0]).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(1), "open for writing must fail with EPERM for root too");
 }
 
-/// Sum of a field of the maps of this process that have that path, in bytes.
+/// Sum of a field in bytes over all mappings of this path in `/proc/self/smaps`.
 fn smaps(path: &Path, field: &str) -> u64 {
     let text = fs::read_to_string("/proc/self/smaps").unwrap();
     let mut ours = false;
@@ -109,19 +109,24 @@ fn smaps(path: &Path, field: &str) -> u64 {
 }
 
 #[test]
-fn a_backing_is_mapped_by_huge_pages_at_the_first_touch() {
+fn first_touch_of_a_backing_maps_huge_pages() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     host::measured(|| {
         host::compact_memory();
-        let mapped = mapped_by_huge_pages(&world);
-        // A fault for each 2 MiB, and no more.
-        if mapped == 32 << 20 { Ok(()) } else { Err(format!("{mapped} bytes are mapped by huge pages")) }
+        let mapped = bytes_mapped_with_huge_pages(&world);
+        // One fault for each 2 MiB must map all of it.
+        if mapped == 32 << 20 {
+            Ok(())
+        } else {
+            Err(format!("only {mapped} bytes are mapped with huge pages"))
+        }
     });
 }
 
-/// Of a new template of 32 MiB.
-fn mapped_by_huge_pages(world: &TestMount) -> u64 {
+/// Imports and maps a template of 32 MiB, touches one page per 2 MiB, and returns the number of bytes mapped with huge
+/// pages.
+fn bytes_mapped_with_huge_pages(world: &TestMount) -> u64 {
     static SEED: AtomicU8 = AtomicU8::new(100);
     let digest = world.import_bytes(&random(SEED.fetch_add(1, Ordering::Relaxed), 32 << 20), "web:1");
     let path = world.file(&digest, "memory");
@@ -147,7 +152,7 @@ fn the_first_open_waits_for_the_backing() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let digest = world.import_bytes(&random(1, 32 << 20), "web:1");
-    assert_eq!(template(&world, &digest)["serving"], "passthrough", "that is what an open would get");
+    assert_eq!(template(&world, &digest)["serving"], "passthrough", "the mode that an open would get");
     assert_eq!(template(&world, &digest)["hydrated_bytes"], 0);
     File::open(world.file(&digest, "memory")).unwrap();
     let now = template(&world, &digest);
@@ -159,7 +164,7 @@ fn the_first_open_waits_for_the_backing() {
 }
 
 #[test]
-fn what_does_not_fit_the_cache_is_served_by_decode_and_says_why() {
+fn a_template_larger_than_the_cache_is_served_by_decode() {
     let _host = host::shared();
     let bytes = random(2, 16 << 20);
     let world = TestMount::with(&["--cache-size", "8M"]);
@@ -167,16 +172,16 @@ fn what_does_not_fit_the_cache_is_served_by_decode_and_says_why() {
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
     let status = template(&world, &digest);
     assert_eq!(status["serving"], "decode");
-    assert!(status["why"].as_str().unwrap().contains("the cache is limited to 8.00 MiB"), "{status}");
+    assert!(status["why"].as_str().unwrap().contains("the cache may hold 8.00 MiB"), "{status}");
 
     let strict = TestMount::with(&["--serve", "passthrough", "--cache-size", "8M"]);
     let digest = strict.import_bytes(&bytes, "web:1");
     let error = fs::read(strict.file(&digest, "memory")).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "passthrough never falls back");
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "passthrough must not fall back to decode");
 }
 
 #[test]
-fn a_full_cache_disk_leads_to_decode() {
+fn a_full_cache_disk_falls_back_to_decode() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let cache = world.dir().join("cache");
@@ -194,11 +199,11 @@ fn a_full_cache_disk_leads_to_decode() {
     run("umount", &[cache.to_str().unwrap()]);
     assert!(same);
     assert_eq!(status["serving"], "decode");
-    assert!(status["why"].as_str().unwrap().contains("free"), "{status}");
+    assert!(status["why"].as_str().unwrap().contains("the file system of the cache has "), "{status}");
 }
 
 #[test]
-fn a_backing_that_nobody_uses_makes_room_and_one_in_use_stays() {
+fn eviction_takes_unused_backings_and_keeps_those_in_use() {
     let _host = host::shared();
     let world = TestMount::with(&["--cache-size", "24M"]);
     let images: Vec<_> = (0..3u8).map(|i| random(10 + i, 16 << 20)).collect();
@@ -206,22 +211,22 @@ fn a_backing_that_nobody_uses_makes_room_and_one_in_use_stays() {
     let path = |i: usize| world.file(&digests[i], "memory");
     let serving = |i: usize| template(&world, &digests[i])["serving"].as_str().unwrap().to_owned();
     assert!(fs::read(path(0)).unwrap() == images[0]);
-    // The first is used by nobody: it goes.
+    // The first backing is unused and is evicted.
     let mut clone = Actor::start();
     clone.tell(&format!("map 0 {} 0 {} rw", path(1).display(), 16 << 20));
     assert_eq!((serving(1), world.counter("evictions")), ("passthrough".into(), 1));
-    // The second is mapped, though its file is closed: it stays.
+    // The second backing is mapped, though its file is closed, and stays.
     assert!(fs::read(path(2)).unwrap() == images[2]);
     assert_eq!((serving(1), serving(2)), ("passthrough".into(), "decode".into()));
     assert_eq!(world.counter("evictions"), 1);
     for number in 0..(16 << 20) / PAGE {
         assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, images[1][(number * PAGE) as usize]);
     }
-    assert!(fs::read(path(1)).unwrap() == images[1], "and can be opened again");
+    assert!(fs::read(path(1)).unwrap() == images[1], "the file can be opened again");
 }
 
 #[test]
-fn two_tags_of_one_content_cost_ram_once() {
+fn tags_of_identical_content_share_ram() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -242,7 +247,7 @@ fn two_tags_of_one_content_cost_ram_once() {
         let inodes = paths.each_ref().map(|p| fs::metadata(p).unwrap().ino());
         assert!(inodes.iter().all(|&i| i == inodes[0]), "{inodes:?}");
         let mut clones: Vec<Actor> = paths.iter().map(|p| map_and_read(p, bytes.len() as u64)).collect();
-        // The page cache holds it once, whoever maps it under whatever name.
+        // The page cache has the content once, through whatever path the clones map it.
         if serve == "decode" {
             let cached = cachestat::cached(File::open(&paths[0]).unwrap()).unwrap().bytes().get();
             assert_eq!(cached, bytes.len() as u64);
@@ -264,7 +269,7 @@ fn map_and_read(path: &Path, length: u64) -> Actor {
 }
 
 #[test]
-fn a_tag_that_moves_is_seen_by_the_next_open() {
+fn the_next_open_follows_a_moved_tag() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let (old, new) = (random(5, 1 << 20), random(6, 1 << 20));
@@ -273,16 +278,16 @@ fn a_tag_that_moves_is_seen_by_the_next_open() {
     let before = File::open(&path).unwrap();
     assert!(fs::read(&path).unwrap() == old);
     world.import_bytes(&new, "web:1");
-    assert!(fs::read(&path).unwrap() == new, "the next open has the new content");
+    assert!(fs::read(&path).unwrap() == new, "the next open must have the new content");
     let mut all = vec![0; old.len()];
     before.read_exact_at(&mut all, 0).unwrap();
-    assert!(all == old, "the old open has the old");
+    assert!(all == old, "the earlier open must keep the old content");
     world.stencil(&["rm", "web:1"]).ok();
     assert_eq!(File::open(&path).unwrap_err().kind(), std::io::ErrorKind::NotFound);
 }
 
 #[test]
-fn handles_open_a_file_without_its_name() {
+fn open_by_handle_works_across_servers() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let bytes = random(7, 1 << 20);
@@ -297,14 +302,14 @@ fn handles_open_a_file_without_its_name() {
     assert!(fs::read(copy).unwrap() == bytes);
 }
 
-/// name_to_handle_at(2), printed as hex.
+/// Calls name_to_handle_at(2) (system call 303) and prints the handle in hexadecimal.
 const HANDLE: &str = r#"
 my $h = pack("Ii", 128, 0) . "\0" x 128; my $m = "\0" x 8;
 syscall(303, -100, $ARGV[0] . "\0", $h, $m, 0) == 0 or die "name_to_handle_at: $!";
 print unpack("H*", $h);
 "#;
 
-/// open_by_handle_at(2), then a copy of everything that can be read.
+/// Calls open_by_handle_at(2) (system call 304) and copies the file.
 const OPEN_HANDLE: &str = r#"
 my $h = pack("H*", $ARGV[1]); opendir(my $d, $ARGV[0]) or die; open(my $mnt, "<", $ARGV[0]) or die "mount: $!";
 my $fd = syscall(304, fileno($mnt), $h, 0); $fd >= 0 or die "open_by_handle_at: $!";

@@ -1,4 +1,4 @@
-//! The three ways to end a mount, and that nothing is left behind.
+//! The end of a mount: umount, lazy and forced umount, and signals. Each leaves no mount, process or record behind.
 
 use std::fs::{self, File};
 
@@ -24,10 +24,10 @@ fn map(world: &TestMount, digest: &str) -> Actor {
     actor
 }
 
-/// What the log says once the first signal is acted upon.
-const DRAINS: &str = "served until its last use ends";
+/// Log message of a supervisor that drains after a first signal.
+const DRAINS: &str = "the mount is in use: detached, and served until its last user ends";
 
-/// Every page has its bytes.
+/// Asserts that every page has the imported bytes.
 fn assert_reads(clone: &mut Actor) {
     let bytes = image();
     for number in 0..PAGES {
@@ -35,9 +35,9 @@ fn assert_reads(clone: &mut Actor) {
     }
 }
 
-/// No mount, no process, no record.
+/// Asserts that there is no mount, process or record.
 fn assert_nothing_is_left(world: &TestMount, processes: &[ProcessId]) {
-    wait_for("the processes' end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+    wait_for("all processes to exit", || processes.iter().all(|p| !p.is_alive()).then_some(()));
     let records: Vec<_> =
         fs::read_dir(world.runtime_dir().join("mounts")).unwrap().map(|e| e.unwrap().path()).collect();
     assert!(records.is_empty(), "{records:?}");
@@ -48,7 +48,7 @@ fn assert_nothing_is_left(world: &TestMount, processes: &[ProcessId]) {
 }
 
 #[test]
-fn a_mount_that_nobody_uses_ends_at_once_and_leaves_nothing() {
+fn umount_of_an_unused_mount_leaves_nothing_behind() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -59,12 +59,15 @@ fn a_mount_that_nobody_uses_ends_at_once_and_leaves_nothing() {
         world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
         assert_nothing_is_left(&world, &processes);
         world.mount(&["--serve", serve]).ok();
-        assert!(fs::read(world.file(&digest, "memory")).unwrap() == image(), "and can be mounted again");
+        assert!(
+            fs::read(world.file(&digest, "memory")).unwrap() == image(),
+            "the store can be mounted again"
+        );
     }
 }
 
 #[test]
-fn umount_with_clones_is_refused_with_their_list() {
+fn umount_refuses_a_mount_in_use_and_lists_its_users() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -75,9 +78,13 @@ fn umount_with_clones_is_refused_with_their_list() {
         for clone in &clones {
             assert!(refused.err.contains(&clone.pid().to_string()), "{}", refused.err);
         }
-        assert_eq!(clones[0].tell("read 0 5") as u8, image()[5 * PAGE as usize], "they are unharmed");
+        assert_eq!(
+            clones[0].tell("read 0 5") as u8,
+            image()[5 * PAGE as usize],
+            "the clones must be unaffected"
+        );
         drop(clones);
-        // An open file without a mapping holds it too.
+        // An open file without a mapping is a use too.
         let open = File::open(world.file(&digest, "memory")).unwrap();
         let refused = world.stencil(&["umount", mnt]).exits(5);
         assert!(refused.err.contains(&format!("{} (", std::process::id())), "{}", refused.err);
@@ -87,7 +94,7 @@ fn umount_with_clones_is_refused_with_their_list() {
 }
 
 #[test]
-fn a_lazy_unmount_serves_until_the_last_mapping_is_gone() {
+fn a_lazy_umount_serves_until_the_last_mapping_ends() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -99,10 +106,10 @@ fn a_lazy_unmount_serves_until_the_last_mapping_is_gone() {
         let mnt = world.mountpoint().to_str().unwrap();
         let run = world.stencil(&["umount", "-l", mnt]).ok();
         assert!(run.out.contains(&clone.pid().to_string()), "{}", run.out);
-        assert_eq!(fs::read_dir(world.mountpoint()).unwrap().count(), 0, "no path leads to it");
+        assert_eq!(fs::read_dir(world.mountpoint()).unwrap().count(), 0, "the mount must be detached");
         let status = world.status();
         assert_eq!((&status["detached"], &status["templates"][0]["clones"]), (&true.into(), &1.into()));
-        // Pages that nobody has touched, before and after a server was killed.
+        // Pages that were not accessed yet, before and after the server was killed.
         for number in (0..PAGES / 2).filter(|n| *n != 3) {
             assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
         }
@@ -110,18 +117,18 @@ fn a_lazy_unmount_serves_until_the_last_mapping_is_gone() {
         for number in PAGES / 2..PAGES {
             assert_eq!(clone.tell(&format!("read 0 {number}")) as u8, bytes[(number * PAGE) as usize]);
         }
-        // The place is free for another one meanwhile.
+        // Meanwhile the mountpoint is free for another mount.
         world.mount(&["--serve", serve]).ok();
         assert_eq!(world.json(&["status"])["mounts"].as_array().unwrap().len(), 2);
         world.stencil(&["umount", mnt]).ok();
-        assert!(processes[0].is_alive(), "the supervisor serves on");
+        assert!(processes[0].is_alive(), "the supervisor must keep serving");
         drop(clone);
         assert_nothing_is_left(&world, &processes);
     }
 }
 
 #[test]
-fn a_forced_unmount_names_who_will_die_and_ends() {
+fn a_forced_umount_names_affected_processes_and_ends() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -132,7 +139,7 @@ fn a_forced_unmount_names_who_will_die_and_ends() {
         let run = world.stencil(&["umount", "--force", world.mountpoint().to_str().unwrap()]).ok();
         assert!(run.err.contains(&clone.pid().to_string()), "{}", run.err);
         if serve == "passthrough" {
-            // Such a mapping needs no server, nor a mount.
+            // A mapping of a backing needs neither the server nor the mount.
             assert_eq!(clone.tell("read 0 100") as u8, bytes[100 * PAGE as usize]);
         } else {
             assert_eq!(clone.dies_of("read 0 100"), Some(libc::SIGBUS));
@@ -143,7 +150,7 @@ fn a_forced_unmount_names_who_will_die_and_ends() {
 }
 
 #[test]
-fn a_mount_that_is_taken_away_by_others_ends_too() {
+fn the_daemon_exits_after_umount_8_and_sigterm() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let processes = world.processes();
@@ -152,13 +159,13 @@ fn a_mount_that_is_taken_away_by_others_ends_too() {
 
     world.mount(&[]).ok();
     let processes = world.processes();
-    // As a service manager ends it.
+    // As service managers stop a service.
     processes[0].signal(Signal::TERM).unwrap();
     assert_nothing_is_left(&world, &processes);
 }
 
 #[test]
-fn sigterm_with_clones_serves_on_until_they_end() {
+fn sigterm_drains_the_mount_until_its_clones_exit() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let bytes = image();
@@ -166,14 +173,16 @@ fn sigterm_with_clones_serves_on_until_they_end() {
     let mut clone = map(&world, &digest);
     let processes = world.processes();
     processes[0].signal(Signal::TERM).unwrap();
-    wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
+    wait_for("the mount to be detached", || {
+        (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(())
+    });
     assert_reads(&mut clone);
     drop(clone);
     assert_nothing_is_left(&world, &processes);
 }
 
 #[test]
-fn a_second_sigterm_names_who_will_die_and_ends() {
+fn a_second_sigterm_names_affected_clones_and_aborts() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let digest = world.import_bytes(&image(), "web:1");
@@ -188,40 +197,45 @@ fn a_second_sigterm_names_who_will_die_and_ends() {
     clone.tell("read 0 3");
     let processes = world.processes();
     processes[0].signal(Signal::TERM).unwrap();
-    let said = || fs::read_to_string(world.dir().join("terminal")).unwrap();
-    wait_for("the detaching", || said().contains(DRAINS).then_some(()));
-    assert_eq!(clone.tell("read 0 4") as u8, image()[4 * PAGE as usize], "one SIGTERM hurts nobody");
+    let log = || fs::read_to_string(world.dir().join("terminal")).unwrap();
+    wait_for("the mount to be detached", || log().contains(DRAINS).then_some(()));
+    assert_eq!(
+        clone.tell("read 0 4") as u8,
+        image()[4 * PAGE as usize],
+        "the first SIGTERM must not affect clones"
+    );
     processes[0].signal(Signal::TERM).unwrap();
-    wait_for("the end", || (!processes[0].is_alive()).then_some(()));
+    wait_for("the supervisor to exit", || (!processes[0].is_alive()).then_some(()));
     child.wait().unwrap();
     assert_eq!(clone.dies_of(&format!("read 0 {}", PAGES - 1)), Some(libc::SIGBUS));
-    assert!(said().contains(&format!("{}", clone.pid())), "{}", said());
+    assert!(log().contains(&format!("{}", clone.pid())), "{}", log());
     assert_nothing_is_left(&world, &processes);
 }
 
-/// What comes before the supervisor has acted upon the first one is no second one.
+/// A signal that arrives before the supervisor has handled the first one does not count as a second signal.
 #[test]
-fn signals_that_come_together_are_one() {
+fn signals_pending_together_count_as_one() {
     let _host = host::shared();
-    for all in [[Signal::TERM, Signal::HUP], [Signal::INT, Signal::TERM]] {
+    for signals in [[Signal::TERM, Signal::HUP], [Signal::INT, Signal::TERM]] {
         let world = TestMount::new("decode");
         let digest = world.import_bytes(&image(), "web:1");
         let mut clone = map(&world, &digest);
         let processes = world.processes();
         drill::stop(processes[0]);
-        for signal in all.into_iter().chain([Signal::CONT]) {
+        for signal in signals.into_iter().chain([Signal::CONT]) {
             processes[0].signal(signal).unwrap();
         }
-        wait_for("the detaching", || world.log().contains(DRAINS).then_some(()));
+        wait_for("the mount to be detached", || world.log().contains(DRAINS).then_some(()));
         assert_reads(&mut clone);
         drop(clone);
         assert_nothing_is_left(&world, &processes);
     }
 }
 
-/// A shell sends SIGHUP to its jobs, then the kernel to the terminal's group; a session's end is SIGTERM and SIGHUP.
+/// When a terminal closes, the shell sends SIGHUP to its jobs, then the kernel sends SIGHUP to the foreground process
+/// group; at the end of a session come SIGTERM and SIGHUP. Neither pair may abort the mount.
 #[test]
-fn a_terminal_that_ends_cuts_nobody_off() {
+fn sighup_of_a_closing_terminal_only_drains_the_mount() {
     let _host = host::shared();
     for first in [Signal::HUP, Signal::TERM] {
         let world = TestMount::new("decode");
@@ -229,18 +243,21 @@ fn a_terminal_that_ends_cuts_nobody_off() {
         let mut clone = map(&world, &digest);
         let processes = world.processes();
         processes[0].signal(first).unwrap();
-        wait_for("the detaching", || world.log().contains(DRAINS).then_some(()));
+        wait_for("the mount to be detached", || world.log().contains(DRAINS).then_some(()));
         processes[0].signal(Signal::HUP).unwrap();
-        wait_for("the second", || world.log().contains("termination signal ignored").then_some(()));
+        wait_for("the second signal", || {
+            world.log().contains("a further signal has no effect").then_some(())
+        });
         assert_reads(&mut clone);
         drop(clone);
         assert_nothing_is_left(&world, &processes);
     }
 }
 
-/// The supervisor becomes another program in between, and still knows that it was asked once.
+/// `stencil restart` replaces the program of the supervisor by exec; the new program must know that a first signal
+/// came.
 #[test]
-fn a_second_sigterm_after_a_restart_is_the_second() {
+fn a_restart_remembers_the_first_sigterm() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&image(), "web:1");
@@ -248,19 +265,25 @@ fn a_second_sigterm_after_a_restart_is_the_second() {
     clone.tell("read 0 3");
     let processes = world.processes();
     processes[0].signal(Signal::TERM).unwrap();
-    wait_for("the detaching", || (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(()));
+    wait_for("the mount to be detached", || {
+        (fs::read_dir(world.mountpoint()).unwrap().count() == 0).then_some(())
+    });
     world.stencil(&["restart", "--all"]).ok();
-    assert_eq!(world.processes()[0], processes[0], "exec keeps the process");
-    assert_eq!(clone.tell("read 0 4") as u8, image()[4 * PAGE as usize], "nobody is hurt yet");
+    assert_eq!(world.processes()[0], processes[0], "exec must keep the process");
+    assert_eq!(
+        clone.tell("read 0 4") as u8,
+        image()[4 * PAGE as usize],
+        "the restart must not affect clones"
+    );
     let processes = world.processes();
     processes[0].signal(Signal::TERM).unwrap();
-    wait_for("the end", || (!processes[0].is_alive()).then_some(()));
+    wait_for("the supervisor to exit", || (!processes[0].is_alive()).then_some(()));
     assert_eq!(clone.dies_of(&format!("read 0 {}", PAGES - 1)), Some(libc::SIGBUS));
     assert_nothing_is_left(&world, &processes);
 }
 
 #[test]
-fn a_mount_in_the_foreground_talks_to_its_terminal_and_ends_with_it() {
+fn a_foreground_mount_logs_to_its_terminal_and_ends_on_sigint() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let digest = world.import_bytes(&image(), "web:1");
@@ -276,6 +299,6 @@ fn a_mount_in_the_foreground_talks_to_its_terminal_and_ends_with_it() {
     processes[0].signal(Signal::INT).unwrap();
     assert!(child.wait().unwrap().success());
     assert_nothing_is_left(&world, &processes);
-    let said = fs::read_to_string(world.dir().join("terminal")).unwrap();
-    assert!(said.contains("serving with") && said.contains("the mount has ended"), "{said}");
+    let log = fs::read_to_string(world.dir().join("terminal")).unwrap();
+    assert!(log.contains("serving with") && log.contains("the mount has ended"), "{log}");
 }

@@ -1,4 +1,4 @@
-//! The Debian package in a clean Debian 12, and `make install` beside it.
+//! The Debian package on a clean Debian 12, and `make install` beside the package.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,10 +13,10 @@ use crate::support::store::random;
 
 const MEMORY: usize = 8 << 20;
 const MNT: &str = "/srv/templates";
-/// The template's bytes are what was imported.
+/// Compares the template's bytes with the imported file.
 const SAME: &str = "cmp /root/guest.ram /srv/templates/templates/web/1/memory";
 
-/// The package installed in a clean root that holds a guest's memory in `/root/guest.ram`.
+/// Installs the package in a clean root directory, which has a memory image in `/root/guest.ram`.
 fn installed(debian: &Debian) -> Run {
     fs::copy(package(), debian.path("/tmp/stencil.deb")).unwrap();
     fs::write(debian.path("/root/guest.ram"), random(3, MEMORY)).unwrap();
@@ -31,7 +31,7 @@ fn wait_unmounted(debian: &Debian) {
 }
 
 #[test]
-fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
+fn installs_runs_upgrades_and_purges_on_a_clean_debian_12() {
     let _host = host::shared();
     let debian = Debian::new();
     fs::write(debian.path("/root/guest.ram"), "").unwrap();
@@ -39,15 +39,15 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     fs::create_dir_all(debian.path(MNT)).unwrap();
     fs::write(debian.path("/tmp/stencil.deb"), "").unwrap();
     let before = debian.files();
-    let said = installed(&debian).ok();
-    assert!(!said.err.contains("warning"), "{}", said.err);
+    let install = installed(&debian).ok();
+    assert!(!install.err.contains("warning"), "{}", install.err);
     assert_eq!(debian.out("dpkg --audit; dpkg --verify stencil"), "");
 
-    what_is_linked_is_declared(&debian);
+    assert_linked_libraries_are_declared(&debian);
     let doctor = debian.json("doctor");
     let checks = doctor["checks"].as_array().unwrap();
     assert!(checks.len() > 10 && checks.iter().all(|c| c["verdict"] != "missing"), "{doctor:#}");
-    // No QEMU here, and none is needed for the rest.
+    // QEMU is not installed, and the following commands do not need it.
     for name in ["qemu", "qemu-img"] {
         let check = checks.iter().find(|c| c["name"] == name).unwrap_or_else(|| panic!("{doctor:#}"));
         assert!(check["verdict"] == "note" && check["remedy"].is_string(), "{check:#}");
@@ -56,18 +56,18 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     assert!(debian.out("stencil ls").contains("web"));
     debian.out("stencil verify && stencil export web:1/memory /tmp/out && cmp /tmp/out /root/guest.ram && rm /tmp/out");
 
-    // As the example of the package has it.
+    // With the example fstab of the package.
     debian.out("cp /etc/fstab /tmp/fstab && cat /usr/share/doc/stencil/examples/fstab >>/etc/fstab");
     debian.out("mount -a");
     debian.out(SAME);
     debian.out("mount -a");
-    let places = debian.out("findmnt -n -o SOURCE,TARGET,FSTYPE -t fuse.stencil");
-    assert_eq!(places.split_whitespace().collect::<Vec<_>>(), ["/var/lib/stencil", MNT, "fuse.stencil"]);
+    let mounts = debian.out("findmnt -n -o SOURCE,TARGET,FSTYPE -t fuse.stencil");
+    assert_eq!(mounts.split_whitespace().collect::<Vec<_>>(), ["/var/lib/stencil", MNT, "fuse.stencil"]);
     debian.out("umount /srv/templates");
     wait_unmounted(&debian);
     debian.out("mv /tmp/fstab /etc/fstab");
 
-    // A guest's life is worth more than a removal.
+    // The package cannot be removed while clones run.
     debian.out("mount -t fuse.stencil -o _netdev,nofail,x-systemd.automount /var/lib/stencil /srv/templates");
     debian.out("stencil clone web:1 -n 3 --simulate read=50%,write=5%");
     let clones = || debian.json("density")["totals"]["clones"].as_u64();
@@ -78,9 +78,9 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
         assert!(refused.err.contains("stencil umount MNT"), "{}", refused.err);
     }
     assert_eq!(debian.out("dpkg-query -W -f '${db:Status-Status}' stencil"), "installed");
-    assert!(debian.sh("umount /srv/templates").code != 0, "clones map it");
+    assert!(debian.sh("umount /srv/templates").code != 0, "umount must fail while clones map the template");
 
-    // Mounts go on with the programs that they have, and can be moved to the new ones.
+    // After an upgrade, mounts keep running the old programs until `stencil restart`.
     let served_by = |program: &str| {
         let mount = debian.json("status")["mounts"][0].clone();
         let pids = [&mount["supervisor_pid"], &mount["server_pid"]].map(|pid| pid.as_u64().unwrap());
@@ -98,24 +98,24 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     assert_eq!((served_by("/tmp/old"), served_by("/usr/bin/stencil-mountd")), ([false; 2], [true; 2]));
     assert_eq!(clones(), Some(3));
     debian.out("rm /tmp/old");
-    // Out of the tree, and still somebody's memory.
+    // A detached mount that clones still map keeps the package too.
     debian.out("stencil umount -l /srv/templates");
     let refused = debian.sh("dpkg --remove stencil").exits(1);
     assert!(refused.err.contains("  served:  /srv/templates serves /var/lib/stencil"), "{}", refused.err);
-    a_status_that_cannot_tell_keeps_the_package(&debian);
+    assert_unknown_status_keeps_the_package(&debian);
     debian.out("stencil stop --all");
     wait_unmounted(&debian);
 
-    // What people have made outlives a removal, and a purge too as long as it holds a template.
+    // The store survives a removal, and also a purge as long as it has templates.
     let unit = debian.path("/etc/systemd/system/multi-user.target.wants/stencil@srv-templates.service");
     symlink("/lib/systemd/system/stencil@.service", &unit).unwrap();
     debian.out("dpkg --remove stencil");
     assert!(debian.path("/var/lib/stencil/format").is_file() && !debian.path("/run/stencil").exists());
     let kept = debian.sh("dpkg --purge stencil").ok();
     assert!(kept.err.contains("/var/lib/stencil is kept because it holds templates"), "{}", kept.err);
-    assert!(fs::symlink_metadata(&unit).is_err(), "a service without its unit");
+    assert!(fs::symlink_metadata(&unit).is_err(), "no enabled service without its unit may be left");
     debian.out("dpkg -i /tmp/stencil.deb && stencil verify && stencil rm web:1");
-    // A program that is gone is no reason to keep the rest.
+    // The purge must succeed although the program is missing.
     debian.out("rm /usr/bin/stencil");
     let purged = debian.sh("dpkg --purge stencil").ok();
     assert!(!purged.err.contains("kept") && !purged.err.contains("not empty"), "{}", purged.err);
@@ -128,7 +128,7 @@ fn a_clean_debian_12_can_use_it_and_keeps_nothing_of_it() {
     assert!(left.is_empty() && lost.is_empty(), "left behind: {left:?}; lost: {lost:?}");
 }
 
-/// Installs a package of a later version, whose daemon is another file with other bytes.
+/// Installs a package with a higher version, whose daemon has different bytes.
 fn upgrade(debian: &Debian) -> Run {
     debian.out(
         "cd /tmp && dpkg-deb -R stencil.deb later && printf x >>later/usr/bin/stencil-mountd && \
@@ -141,23 +141,23 @@ fn upgrade(debian: &Debian) -> Run {
     upgraded
 }
 
-/// With a mount that is served out of the tree.
-fn a_status_that_cannot_tell_keeps_the_package(debian: &Debian) {
+/// Asserts that the package cannot be removed if `stencil status` fails. Needs a detached mount that is still served.
+fn assert_unknown_status_keeps_the_package(debian: &Debian) {
     let records = "/run/stencil/mounts";
-    let refused = |change: &str, back: &str, words: &str| {
+    let assert_refused = |change: &str, back: &str, message: &str| {
         debian.out(change);
         let refused = debian.sh("dpkg --remove stencil").exits(1);
         debian.out(back);
-        assert!(refused.err.contains(words), "{}", refused.err);
+        assert!(refused.err.contains(message), "{}", refused.err);
     };
     let away = format!("mv {records} /run/records && touch {records}");
     let back = format!("rm {records} && mv /run/records {records}");
-    refused(&away, &back, "cannot determine whether a template store is mounted");
-    refused(&away, &back, "cannot use the runtime directory");
+    assert_refused(&away, &back, "cannot determine whether a template store is mounted");
+    assert_refused(&away, &back, "cannot use the runtime directory");
     let away = format!("cd {records}/* && mv mount.json kept && echo '{{' >mount.json");
     let back = format!("cd {records}/* && mv kept mount.json");
-    refused(&away, &back, "  served:  cannot read the record of a mount");
-    // A user who may not read the records learns nothing of them, and is told so.
+    assert_refused(&away, &back, "  served:  cannot read the record of a mount");
+    // For a user who cannot read the records, `status` fails with an error.
     let user = debian.sh("setpriv --reuid=123 --regid=123 --clear-groups stencil status").exits(1);
     assert!(user.err.contains("Permission denied") && user.err.contains("run it as root"), "{}", user.err);
     assert!(debian.out("stencil status").contains("/srv/templates serves /var/lib/stencil"));
@@ -165,8 +165,8 @@ fn a_status_that_cannot_tell_keeps_the_package(debian: &Debian) {
     assert!(elsewhere.err.contains("  served:  /srv/templates"), "{}", elsewhere.err);
 }
 
-/// What the programs are linked with is there, and each library's package is among the declared ones.
-fn what_is_linked_is_declared(debian: &Debian) {
+/// Asserts that all linked libraries exist, and that the package of each is declared as a dependency.
+fn assert_linked_libraries_are_declared(debian: &Debian) {
     let depends = debian.out("dpkg-query -W -f '${Depends}' stencil");
     let declared: BTreeSet<&str> = depends.split(", ").map(|word| word.split(' ').next().unwrap()).collect();
     let linked = debian.out("ldd /usr/bin/stencil /usr/bin/stencil-mountd");
@@ -175,16 +175,16 @@ fn what_is_linked_is_declared(debian: &Debian) {
         linked.split_whitespace().filter(|word| word.starts_with('/') && !word.ends_with(':')).collect();
     assert!(libraries.len() >= 2, "{linked}");
     for library in libraries {
-        // dpkg knows it by the one or the other name of a folder of a merged root.
+        // With merged /usr, dpkg may have recorded the library below /lib or below /usr/lib: search by file name.
         let name = Path::new(library).file_name().unwrap().to_str().unwrap();
         let owner = debian.out(&format!("dpkg -S '*/{name}'"));
         let owner = owner.split(':').next().unwrap();
-        assert!(declared.contains(owner), "{library} is of {owner}, declared is {depends}");
+        assert!(declared.contains(owner), "{library} belongs to {owner}, which is not in: {depends}");
     }
 }
 
 #[test]
-fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
+fn mount_8_forwards_messages_and_exit_codes_of_the_helper() {
     let _host = host::shared();
     let debian = Debian::new();
     installed(&debian).ok();
@@ -192,14 +192,14 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
     let call = |options: &str| debian.sh(&format!("mount -t fuse.stencil {options} /var/lib/stencil {MNT}"));
     let mounted = || !debian.sh("findmnt -n -t fuse.stencil").out.is_empty();
 
-    for (options, code, words) in [
+    for (options, code, message) in [
         ("-o frobnicate", 1, "unknown mount option 'frobnicate'"),
         ("-o serve=fast", 1, "invalid serve mode 'fast'"),
         ("-f -o frobnicate", 1, "unknown mount option 'frobnicate'"),
     ] {
         let refused = call(options).exits(code);
         assert!(
-            refused.err.contains(&format!("mount.fuse.stencil: error: {words}")),
+            refused.err.contains(&format!("mount.fuse.stencil: error: {message}")),
             "{options}: {}",
             refused.err
         );
@@ -208,11 +208,11 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
     let missing = debian.sh(&format!("mount -t fuse.stencil /var/lib/none {MNT}")).exits(32);
     assert!(missing.err.contains("no template store"), "{}", missing.err);
     call("-f").ok();
-    assert!(!mounted(), "-f mounts nothing");
+    assert!(!mounted(), "-f must mount nothing");
 
-    let loud = call("-v -n -s -o ro,frobnicate,serve=decode,user_xattr,x-initrd.mount,comment=a").ok();
-    assert!(loud.out.contains("/var/lib/stencil is mounted on /srv/templates"), "{}", loud.out);
-    assert!(loud.err.contains("frobnicate"), "what is left aside is said: {}", loud.err);
+    let verbose = call("-v -n -s -o ro,frobnicate,serve=decode,user_xattr,x-initrd.mount,comment=a").ok();
+    assert!(verbose.out.contains("/var/lib/stencil is mounted on /srv/templates"), "{}", verbose.out);
+    assert!(verbose.err.contains("frobnicate"), "the ignored option must be named: {}", verbose.err);
     debian.out(SAME);
     assert_eq!(debian.json("status")["mounts"][0]["serve"], "decode");
     let again = debian.sh(&format!("mount -o remount,ro {MNT}"));
@@ -224,7 +224,7 @@ fn mount_runs_the_helper_and_gives_its_words_and_codes_on() {
 }
 
 #[test]
-fn the_first_mount_of_the_readme_runs_where_the_package_is_installed() {
+fn readme_first_mount_works_with_the_installed_package() {
     let _host = host::shared();
     let debian = Debian::new();
     installed(&debian).ok();
@@ -239,7 +239,7 @@ fn the_first_mount_of_the_readme_runs_where_the_package_is_installed() {
 }
 
 #[test]
-fn what_another_installation_has_stays_its_own() {
+fn install_and_uninstall_leave_other_installations_alone() {
     let _host = host::shared();
     let debian = Debian::new();
     installed(&debian).ok();
@@ -251,7 +251,7 @@ fn what_another_installation_has_stays_its_own() {
         assert!(refused.err.contains("is of a Debian package: remove it first"), "{}", refused.err);
     }
     call("uninstall", "/usr").exits(2).says("apt remove stencil");
-    // One that was made before this was looked at.
+    // Another prefix is allowed: an installation from before this check may be there. Here is none, so nothing changes.
     call("uninstall", "/usr/local").ok();
     assert_eq!(debian.files(), before);
     assert_eq!(debian.out("dpkg --verify stencil"), "");
@@ -268,7 +268,7 @@ fn what_another_installation_has_stays_its_own() {
 }
 
 #[test]
-fn pages_and_completions_are_there_and_are_understood() {
+fn man_pages_and_completions_are_installed_and_valid() {
     let _host = host::shared();
     let debian = Debian::new();
     let before = debian.files();
@@ -283,7 +283,7 @@ fn pages_and_completions_are_there_and_are_understood() {
         .filter(|word| !word.is_empty() && *word != "help")
         .collect();
     assert!(commands.len() >= 20, "{commands:?}");
-    let made = files_below(&debian.path("/usr/share/man"));
+    let installed_pages = files_below(&debian.path("/usr/share/man"));
     let expected = commands.iter().map(|command| format!("man1/stencil-{command}.1"));
     let others = [
         "man1/stencil.1",
@@ -292,7 +292,8 @@ fn pages_and_completions_are_there_and_are_understood() {
         "man8/stencil-mountd.8",
     ];
     let expected: BTreeSet<String> = expected.chain(others.map(Into::into)).collect();
-    let pages: BTreeSet<String> = made.into_iter().filter(|page| page.contains("stencil")).collect();
+    let pages: BTreeSet<String> =
+        installed_pages.into_iter().filter(|page| page.contains("stencil")).collect();
     assert_eq!(pages, expected);
     for page in pages {
         let path = debian.path(&format!("/usr/share/man/{page}.gz"));
@@ -301,9 +302,9 @@ fn pages_and_completions_are_there_and_are_understood() {
             .arg(&path)
             .output()
             .unwrap();
-        let (text, faults) = (String::from_utf8_lossy(&read.stdout), String::from_utf8_lossy(&read.stderr));
-        assert!(text.contains("SYNOPSIS"), "{page}: {text}{faults}");
-        assert_eq!(faults, "", "{page}");
+        let (text, warnings) = (String::from_utf8_lossy(&read.stdout), String::from_utf8_lossy(&read.stderr));
+        assert!(text.contains("SYNOPSIS"), "{page}: {text}{warnings}");
+        assert_eq!(warnings, "", "{page}");
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         let expected: &[&str] = match page.as_str() {
             "man1/stencil.1" => {
@@ -334,22 +335,23 @@ fn pages_and_completions_are_there_and_are_understood() {
     let file = |path: &str| debian.path(path).to_str().unwrap().to_owned();
     run("zsh", &["-fn", &file("/usr/share/zsh/site-functions/_stencil")]);
     let fish = fs::read_to_string(file("/usr/share/fish/vendor_completions.d/stencil.fish")).unwrap();
-    let asked = run("fish", &["--no-config", "-c", &format!("{fish}\ncomplete --do-complete 'stencil mou'")]);
-    assert!(asked.starts_with("mount\t"), "{asked}");
+    let suggestions =
+        run("fish", &["--no-config", "-c", &format!("{fish}\ncomplete --do-complete 'stencil mou'")]);
+    assert!(suggestions.starts_with("mount\t"), "{suggestions}");
 
-    // Every file of the package is named by it, and no other came.
+    // The list of the package has every file that the installation added.
     let named: BTreeSet<String> =
         debian.out("dpkg -L stencil").lines().map(|path| path.trim_start_matches('/').to_owned()).collect();
-    let came: Vec<String> = debian
+    let added: Vec<String> = debian
         .files()
         .into_keys()
         .filter(|path| !before.contains_key(path) && !path.starts_with("var/lib/dpkg/info/stencil."))
         .filter(|path| !["root/guest.ram", "srv/templates", "tmp/stencil.deb"].contains(&path.as_str()))
         .collect();
-    assert!(came.len() > 40 && came.iter().all(|path| named.contains(path)), "{came:?}");
+    assert!(added.len() > 40 && added.iter().all(|path| named.contains(path)), "{added:?}");
 }
 
-/// Paths below a folder that are no folders, without `.gz`.
+/// Relative paths of all files below a directory, without the suffix `.gz`.
 fn files_below(dir: &Path) -> BTreeSet<String> {
     run("find", &[dir.to_str().unwrap(), "!", "-type", "d", "-printf", "%P\\n"])
         .lines()
@@ -358,28 +360,28 @@ fn files_below(dir: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn make_install_brings_what_the_package_has_and_takes_it_away_again() {
+fn make_install_matches_the_package_and_uninstall_removes_it() {
     let _host = host::shared();
     let dir = temporary("install-");
     let (unpacked, staged) = (dir.path().join("deb"), dir.path().join("staged"));
     run("dpkg-deb", &["-x", package().to_str().unwrap(), unpacked.to_str().unwrap()]);
     let (bin, dest) = (bin(), format!("DESTDIR={}", staged.display()));
-    let words =
+    let args =
         |verb: &'static str| [verb, &bin, &dest, "PREFIX=/usr", "SBINDIR=/usr/sbin"].map(str::to_owned);
-    // As a root without cargo and without what the builder has downloaded.
-    let nothing = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/nonexistent", "CARGO_HOME=/nonexistent"];
-    let call = |words: [String; 5]| {
-        let mut all: Vec<&str> = words.iter().map(String::as_str).collect();
-        all.extend(nothing);
+    // As a root user without cargo, and without the crates that the builder has downloaded.
+    let environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/nonexistent", "CARGO_HOME=/nonexistent"];
+    let call = |args: [String; 5]| {
+        let mut all: Vec<&str> = args.iter().map(String::as_str).collect();
+        all.extend(environment);
         make(&all)
     };
-    let make = |words: [String; 5]| call(words).ok();
+    let make = |args: [String; 5]| call(args).ok();
 
     let empty = format!("bin={}", dir.path().display());
-    let refused = call(words("install-files").map(|word| if word == bin { empty.clone() } else { word }));
+    let refused = call(args("install-files").map(|word| if word == bin { empty.clone() } else { word }));
     assert!(refused.exits(2).err.contains("stencil is missing: run make build first"));
-    assert!(!staged.exists(), "nothing is half-made");
-    let installed = make(words("install-files"));
+    assert!(!staged.exists(), "no partial installation may be left");
+    let installed = make(args("install-files"));
     assert!(!installed.out.contains("systemctl link"), "{}", installed.out);
     let modes =
         run("find", &[staged.to_str().unwrap(), "-type", "f", "!", "-perm", "0644", "!", "-perm", "0755"]);
@@ -395,22 +397,22 @@ fn make_install_brings_what_the_package_has_and_takes_it_away_again() {
         assert!(crates.contains("\nblake3 v") && crates.contains("\n\n=== blake3-"), "{crates:.500}");
         assert!(crates.contains("Permission is hereby granted") && crates.contains("TERMS AND CONDITIONS"));
     }
-    make(words("uninstall"));
+    make(args("uninstall"));
     assert_eq!(files_below(&staged), BTreeSet::new());
 
-    let elsewhere = words("install-files").map(|word| word.replace("PREFIX=/usr", "PREFIX=/opt/x"));
+    let elsewhere = args("install-files").map(|word| word.replace("PREFIX=/usr", "PREFIX=/opt/x"));
     make(elsewhere);
-    // A folder of its own, and no DESTDIR: systemd and the shells have to be told.
-    let own = dir.path().join("own");
-    let words = |verb: &str| {
-        let place = |name: &str, at: &str| format!("{name}={}", own.join(at).display());
+    // Another prefix without a DESTDIR: systemd and the shells do not search there, so make prints further steps.
+    let prefix = dir.path().join("own");
+    let args = |verb: &str| {
+        let place = |name: &str, at: &str| format!("{name}={}", prefix.join(at).display());
         [verb.to_owned(), bin.clone(), "DESTDIR=".into(), place("PREFIX", "x"), place("SBINDIR", "sbin")]
     };
-    let unit = own.join("x/lib/systemd/system/stencil@.service");
-    let said = make(words("install-files")).out;
-    assert!(said.contains(&format!("systemctl link {}\n", unit.display())) && unit.is_file(), "{said}");
-    make(words("uninstall"));
-    assert_eq!(files_below(&own), BTreeSet::new());
+    let unit = prefix.join("x/lib/systemd/system/stencil@.service");
+    let printed = make(args("install-files")).out;
+    assert!(printed.contains(&format!("systemctl link {}\n", unit.display())) && unit.is_file(), "{printed}");
+    make(args("uninstall"));
+    assert_eq!(files_below(&prefix), BTreeSet::new());
 
     let helper = fs::canonicalize(staged.join("usr/sbin/mount.fuse.stencil")).unwrap();
     assert_eq!(helper, fs::canonicalize(staged.join("opt/x/bin/stencil")).unwrap());

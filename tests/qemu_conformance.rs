@@ -1,5 +1,6 @@
-//! The same object to the installed QEMU and to Stencil, in the same run: same verdict, same words, same
-//! mapping, same outcome of a read and a write. The objects stand in the tables of `docs/reference/semantics.md`.
+//! Compares Stencil with the installed QEMU: both get the same object and must give the same verdict, the same error
+//! text, the same mapping, and the same results of a read and a write. The objects are in the tables of
+//! `docs/reference/semantics.md`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -18,39 +19,39 @@ use crate::support::tables::{code, rows};
 const DOCUMENT: &str = "reference/semantics.md";
 const MIB: u64 = 1 << 20;
 
-/// How a process maps an object: the mapping whose line picks it.
+/// The mapping in `smaps` whose first line satisfies `pick`.
 fn mapping(smaps: &str, pick: impl Fn(&str) -> bool) -> Option<Observed> {
     let line = smaps.lines().find(|line| line.contains('-') && pick(line))?;
     let start = u64::from_str_radix(line.split_once('-')?.0, 16).ok()?;
     parse_smaps(smaps, start)
 }
 
-/// QEMU's mapping of the object: of a file by its path; else the guest's memory has `size` bytes and a
-/// guard page behind it.
-fn mapping_in_qemu(guest: &Guest, folder: &Path, size: u64) -> Observed {
+/// QEMU's mapping of the object: for a file, the mapping of a path in `directory`; otherwise the mapping of `size`
+/// bytes (QEMU adds a guard page behind guest memory).
+fn mapping_in_qemu(guest: &Guest, directory: &Path, size: u64) -> Observed {
     let smaps = guest.smaps();
-    let folder = folder.to_str().unwrap();
+    let directory = directory.to_str().unwrap();
     let sized = |line: &str| {
         let (start, rest) = line.split_once('-')?;
         let (end, _) = rest.split_once(' ')?;
         Some(u64::from_str_radix(end, 16).ok()? - u64::from_str_radix(start, 16).ok()? == size)
     };
-    mapping(&smaps, |line| line.contains(folder))
+    mapping(&smaps, |line| line.contains(directory))
         .or_else(|| mapping(&smaps, |line| line.contains("/memfd:m") && sized(line) == Some(true)))
         .or_else(|| {
             mapping(&smaps, |line| line.contains(" rw-p 00000000 00:00 0") && sized(line) == Some(true))
         })
-        .unwrap_or_else(|| panic!("no mapping in {folder}: {smaps}"))
+        .unwrap_or_else(|| panic!("no mapping of a file in {directory}: {smaps}"))
 }
 
-/// `O_RDONLY` or `O_RDWR`, as a process has the file open.
+/// Access mode (`O_RDONLY` or `O_RDWR`) of the descriptor that a process has for the file.
 fn open_mode(pid: u32, path: &Path) -> String {
-    let folder = format!("/proc/{pid}/fd");
-    let fd = fs::read_dir(folder)
+    let descriptors = format!("/proc/{pid}/fd");
+    let fd = fs::read_dir(descriptors)
         .unwrap()
         .flatten()
         .find(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == path))
-        .unwrap_or_else(|| panic!("process {pid} has {} not open", path.display()));
+        .unwrap_or_else(|| panic!("process {pid} does not have {} open", path.display()));
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", fd.file_name().display())).unwrap();
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
     match u32::from_str_radix(flags, 8).unwrap() & 3 {
@@ -60,7 +61,7 @@ fn open_mode(pid: u32, path: &Path) -> String {
     }
 }
 
-/// What one read and one write did: the byte before, the byte after, the byte in the file after.
+/// Results of a read and a write: the byte before the write, the byte after the write, the byte in the file afterwards.
 type Outcome = (u8, u8, u8);
 
 const PLACE: u64 = 3 * 4096 + 77;
@@ -70,7 +71,7 @@ fn byte_in(file: &Path) -> u8 {
 }
 
 #[test]
-fn the_twelve_rows() {
+fn share_readonly_and_rom_combinations_match_qemu() {
     let _host = host::shared();
     let table = rows(DOCUMENT, "the_twelve_rows");
     assert_eq!(table.len(), 12);
@@ -92,9 +93,12 @@ fn the_twelve_rows() {
         let (their_map, their_outcome) = in_qemu(&expanded, &files, open);
         let files = Files::new(&object);
         let (our_map, our_outcome) = in_stencil(&files.expand(&object), &files, open);
-        same_mapping(&object, &their_map, &our_map);
+        assert_same_mapping(&object, &their_map, &our_map);
         assert_eq!(&our_map.perms, perms, "{object}");
-        assert_eq!(their_outcome, our_outcome, "{object}: read, read after a write, file after it");
+        assert_eq!(
+            their_outcome, our_outcome,
+            "{object}: byte before a write, after the write, and in the file"
+        );
         let (before, after, in_file) = our_outcome;
         match &perms[..] {
             "r--p" | "r--s" => assert_eq!((before, after), (in_file, in_file), "{object}"),
@@ -123,7 +127,7 @@ fn in_stencil(object: &str, files: &Files, open: &str) -> (Observed, Outcome) {
         byte[0]
     };
     let before = read();
-    // On ROM the write is refused; a guest's store would be a signal: see backend_memory::writes_to_rom_raise_sigsegv_and_copy_no_page.
+    // `write_at` on ROM returns an error; a store by a guest would raise SIGSEGV, which `backend_memory` tests.
     let written = backend.write_at(MemoryOffset::new(PLACE), &[!before]);
     assert_eq!(written.is_ok(), backend.protection() == stencilfs::memory::Protection::ReadWrite, "{object}");
     let after = read();
@@ -132,9 +136,9 @@ fn in_stencil(object: &str, files: &Files, open: &str) -> (Observed, Outcome) {
     (map, (before, after, byte_in(&files.path("file"))))
 }
 
-/// Permissions, length, offset, flags. Addresses are ours, and what the document marks so: `merge=off`
-/// of anonymous memory.
-fn same_mapping(object: &str, theirs: &Observed, ours: &Observed) {
+/// Asserts that permissions, length, offset and VmFlags are the same. Addresses may differ, and also the documented
+/// exception: `merge=off` of anonymous memory.
+fn assert_same_mapping(object: &str, theirs: &Observed, ours: &Observed) {
     assert_eq!(theirs.perms, ours.perms, "{object}");
     assert_eq!(theirs.offset, ours.offset, "{object}");
     assert_eq!(theirs.end - theirs.start, ours.end - ours.start, "{object}");
@@ -146,7 +150,7 @@ fn same_mapping(object: &str, theirs: &Observed, ours: &Observed) {
 }
 
 #[test]
-fn accepted_objects() {
+fn accepted_objects_are_mapped_as_in_qemu() {
     let _host = host::shared();
     for row in rows(DOCUMENT, "accepted_objects") {
         let [object, perms] = &row[..] else { panic!("{row:?}") };
@@ -170,27 +174,27 @@ fn accepted_objects() {
         let (ours, value) = explain(&files.expand(object), &files, uid);
         assert_eq!(ours, Verdict::Accepted, "{object}");
         let ours: Observed = observed(&value);
-        same_mapping(object, &theirs, &ours);
+        assert_same_mapping(object, &theirs, &ours);
         assert_eq!(&ours.perms, perms, "{object}");
         let copied = if object.contains("prealloc=on") { size } else { 0 };
-        for (who, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
-            assert_eq!(map.anonymous_bytes.get(), copied, "{who}: {object}: prealloc copies every page");
+        for (vmm, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
+            assert_eq!(map.anonymous_bytes.get(), copied, "{vmm}: {object}: prealloc must copy every page");
         }
         if object.ends_with("{folder}") {
-            for (who, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
+            for (vmm, map) in [("QEMU", &theirs), ("Stencil", &ours)] {
                 let unnamed =
                     map.line.contains("/folder/qemu_back_mem.m.") && map.line.ends_with(" (deleted)");
-                assert!(unnamed, "{who}: {}", map.line);
+                assert!(unnamed, "{vmm}: {}", map.line);
             }
             assert_eq!(fs::read_dir(files.path("folder")).unwrap().count(), 0, "{object}");
         }
         if !object.contains("align=") {
-            assert!(ours.start.is_multiple_of(2 * MIB), "{object}: aligned to 2 MiB");
+            assert!(ours.start.is_multiple_of(2 * MIB), "{object}: the mapping must be aligned to 2 MiB");
         }
     }
 }
 
-/// The policy that the kernel keeps for the mapping that begins at an address.
+/// The NUMA memory policy of the mapping that starts at an address.
 fn numa_policy(pid: u32, start: u64) -> String {
     let maps = fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
     let line = maps.lines().find_map(|line| line.strip_prefix(&format!("{start:x} "))).unwrap();
@@ -219,22 +223,22 @@ const TEMPLATING_HINT: &str = "Consider opening the backing store read-only but 
     using '-object memory-backend-file,readonly=on,rom=off...' (see \"VM templating\" documentation)";
 
 #[test]
-fn refused_objects() {
+fn refused_objects_have_the_error_texts_of_qemu() {
     let _host = host::shared();
     for row in rows(DOCUMENT, "refused_objects") {
-        let [object, words] = &row[..] else { panic!("{row:?}") };
+        let [object, text] = &row[..] else { panic!("{row:?}") };
         let object = code(object).unwrap_or("");
         let uid = user_of(object);
         let files = Files::new(object);
         let expanded = files.expand(object);
-        let words = files.expand(code(words).unwrap());
+        let text = files.expand(code(text).unwrap());
         let theirs = verdict(&expanded, uid);
         let files_after = names(&files);
         let (ours, _) = explain(&expanded, &files, uid);
-        assert_eq!(theirs.clone().without_hint(), Verdict::refused(&words), "QEMU: {object}");
-        assert_eq!(ours.clone().without_hint(), Verdict::refused(&words), "Stencil: {object}");
-        // A hint of QEMU's is ours as well; we have remedies where it has none, but never its templating
-        // hint where it does not print it.
+        assert_eq!(theirs.clone().without_hint(), Verdict::refused(&text), "QEMU: {object}");
+        assert_eq!(ours.clone().without_hint(), Verdict::refused(&text), "Stencil: {object}");
+        // Stencil prints each hint of QEMU. Where QEMU prints none, Stencil may print another hint, but not QEMU's
+        // templating hint.
         let hint = |verdict: &Verdict| match verdict {
             Verdict::Refused { hint, .. } => hint.clone(),
             _ => None,
@@ -244,7 +248,7 @@ fn refused_objects() {
             None => assert_ne!(hint(&ours).as_deref(), Some(TEMPLATING_HINT), "{object}"),
         }
         let ours_left: Vec<_> = names(&files).into_iter().filter(|n| n != "stencil").collect();
-        assert_eq!(ours_left, files_after, "{object}: nothing is left behind");
+        assert_eq!(ours_left, files_after, "{object}: no other files may be left behind");
     }
 }
 
@@ -259,7 +263,7 @@ fn names(files: &Files) -> Vec<String> {
 }
 
 #[test]
-fn the_templating_hint_is_printed_when_qemu_prints_it() {
+fn the_templating_hint_is_printed_where_qemu_prints_it() {
     let _host = host::shared();
     for (object, printed) in [
         ("M,size=4M,mem-path={denied}", true),
@@ -269,15 +273,15 @@ fn the_templating_hint_is_printed_when_qemu_prints_it() {
         let files = Files::new(object);
         let expanded = files.expand(object);
         let ours = explain(&expanded, &files, user_of(object)).0;
-        for (who, verdict) in [("QEMU", verdict(&expanded, user_of(object))), ("Stencil", ours)] {
-            let Verdict::Refused { hint, .. } = verdict else { panic!("{who} accepts {object}") };
-            assert_eq!(hint.as_deref() == Some(TEMPLATING_HINT), printed, "{who}: {object}: {hint:?}");
+        for (vmm, verdict) in [("QEMU", verdict(&expanded, user_of(object))), ("Stencil", ours)] {
+            let Verdict::Refused { hint, .. } = verdict else { panic!("{vmm} accepts {object}") };
+            assert_eq!(hint.as_deref() == Some(TEMPLATING_HINT), printed, "{vmm}: {object}: {hint:?}");
         }
     }
 }
 
 #[test]
-fn where_we_differ() {
+fn differences_from_qemu_are_the_documented_ones() {
     let _host = host::shared();
     for row in rows(DOCUMENT, "where_we_differ") {
         let [object, qemu, stencil] = &row[..] else { panic!("{row:?}") };
@@ -288,7 +292,7 @@ fn where_we_differ() {
         let expected = match (&qemu[..], code(qemu)) {
             ("SIGSEGV", _) => Verdict::Died(libc::SIGSEGV),
             ("SIGABRT", _) => Verdict::Died(libc::SIGABRT),
-            (_, Some(words)) => Verdict::refused(words),
+            (_, Some(text)) => Verdict::refused(text),
             _ => Verdict::Accepted,
         };
         assert_eq!(theirs, expected, "QEMU: {object}");
@@ -299,7 +303,7 @@ fn where_we_differ() {
 }
 
 #[test]
-fn notes_of_accepted_objects() {
+fn accepted_objects_carry_the_documented_notes() {
     for row in rows(DOCUMENT, "notes_of_accepted_objects") {
         let [object, note] = &row[..] else { panic!("{row:?}") };
         let object = code(object).unwrap();
@@ -311,27 +315,27 @@ fn notes_of_accepted_objects() {
     }
 }
 
-/// What QEMU does beside the verdict: the files that are left.
+/// Files that QEMU creates have the same length and mode as those of Stencil.
 #[test]
-fn files_are_made_as_qemu_makes_them() {
+fn files_are_created_as_qemu_creates_them() {
     let _host = host::shared();
     for object in ["M,size=4M,mem-path={missing}", "M,size=4M,mem-path={missing},share=on,offset=1M"] {
         let theirs = Files::new(object);
         assert_eq!(verdict(&theirs.expand(object), None), Verdict::Accepted);
         let ours = Files::new(object);
         drop(Backend::create(&Options::parse(&ours.expand(object)).unwrap().plan().unwrap()).unwrap());
-        let look = |files: &Files| {
+        let length_and_mode = |files: &Files| {
             let metadata = File::open(files.path("missing")).unwrap().metadata().unwrap();
             (metadata.len(), metadata.permissions().mode())
         };
-        assert_eq!(look(&ours), look(&theirs), "{object}");
+        assert_eq!(length_and_mode(&ours), length_and_mode(&theirs), "{object}");
         let trial = Files::new(object);
         explain(&trial.expand(object), &trial, None);
-        assert!(!trial.path("missing").exists(), "explain leaves nothing behind");
+        assert!(!trial.path("missing").exists(), "explain must not create the file");
     }
 }
 
-/// The bytes of the file after a backend that discards its data has gone.
+/// The bytes of the file after a backend with `discard-data` has been dropped.
 #[test]
 fn data_is_discarded_where_qemu_discards_it() {
     let _host = host::shared();
@@ -349,12 +353,12 @@ fn data_is_discarded_where_qemu_discards_it() {
         let (theirs, ours) = (fs::read(theirs.path("file")).unwrap(), fs::read(ours.path("file")).unwrap());
         assert!(theirs == ours, "{object}");
         assert_eq!(ours[..2 << 20].iter().all(|byte| *byte == 0), discarded, "{object}");
-        assert!(ours[2 << 20..].iter().all(|byte| *byte != 0), "{object}: the rest stays");
+        assert!(ours[2 << 20..].iter().all(|byte| *byte != 0), "{object}: bytes behind the object must stay");
     }
 }
 
-/// A template in a mount, of both kinds: the same words and the same mapping, but for the advice that
-/// would fetch 2 MiB for every page.
+/// A template in a mount, served by decode and by passthrough: the same error texts and the same mapping, except for
+/// MADV_HUGEPAGE, with which each fault would read 2 MiB.
 #[test]
 fn on_a_mount_only_the_huge_page_advice_differs() {
     let _host = host::shared();
@@ -379,7 +383,7 @@ fn on_a_mount_only_the_huge_page_advice_differs() {
             let ours = observed(&value);
             assert_eq!((&ours.perms[..], ours.offset), (perms, theirs.offset), "{serve}{more}");
             let without: Vec<_> = theirs.vm_flags.iter().filter(|flag| *flag != "hg").cloned().collect();
-            assert_ne!(without, theirs.vm_flags, "QEMU gives the advice");
+            assert_ne!(without, theirs.vm_flags, "QEMU must set MADV_HUGEPAGE");
             assert_eq!(ours.vm_flags, without, "{serve}{more}");
             let notes = value["notes"].as_array().unwrap();
             assert!(notes.iter().any(|note| note["name"] == "no-huge-advice"), "{serve}{more}");
@@ -389,12 +393,12 @@ fn on_a_mount_only_the_huge_page_advice_differs() {
             let object = object(more);
             let theirs = verdict(&object, None);
             let ours = explain(&object, &files, None).0;
-            let words =
+            let text =
                 format!("can't open backing store {} for guest RAM: Permission denied", file.display());
-            for (who, verdict) in [("QEMU", theirs), ("Stencil", ours)] {
-                assert_eq!(verdict.clone().without_hint(), Verdict::refused(&words), "{serve}: {who}{more}");
+            for (vmm, verdict) in [("QEMU", theirs), ("Stencil", ours)] {
+                assert_eq!(verdict.clone().without_hint(), Verdict::refused(&text), "{serve}: {vmm}{more}");
                 let Verdict::Refused { hint: got, .. } = verdict else { unreachable!() };
-                assert_eq!(got.as_deref() == Some(TEMPLATING_HINT), hint, "{serve}: {who}{more}: {got:?}");
+                assert_eq!(got.as_deref() == Some(TEMPLATING_HINT), hint, "{serve}: {vmm}{more}: {got:?}");
             }
         }
     }

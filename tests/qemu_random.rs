@@ -1,10 +1,10 @@
-//! Objects that nobody wrote down: random options to QEMU and to Stencil, same verdict, same words.
+//! Objects with random options, given to QEMU and to Stencil: both must give the same verdict and the same error text.
 
 use crate::support::host;
 use crate::support::object_files::{Files, explain};
 use crate::support::qemu_object::{Verdict, verdict};
 
-/// A small generator, the same in every run: a failure can be run again.
+/// A linear congruential generator with a fixed seed, so that a failure can be reproduced.
 struct Dice(u64);
 
 impl Dice {
@@ -13,8 +13,8 @@ impl Dice {
         (self.0 >> 33) as usize % limit
     }
 
-    fn one<'a>(&mut self, words: &[&'a str]) -> &'a str {
-        words[self.below(words.len())]
+    fn one<'a>(&mut self, choices: &[&'a str]) -> &'a str {
+        choices[self.below(choices.len())]
     }
 
     fn chance(&mut self, percent: usize) -> bool {
@@ -47,8 +47,8 @@ const SIZES: &[&str] = &[
     "7E",
 ];
 
-/// Keys of both types and values that are sometimes wrong.
-const COMMON: &[(&str, &[&str])] = &[
+/// Keys of both object types, with valid and invalid values.
+const COMMON_KEYS: &[(&str, &[&str])] = &[
     ("size", SIZES),
     ("share", SWITCH),
     ("reserve", SWITCH),
@@ -62,8 +62,9 @@ const COMMON: &[(&str, &[&str])] = &[
     ("x-use-canonical-path-for-ramblock-id", &["on", "off"]),
 ];
 
-/// Keys that only a file has. An empty file is opened for writing only: where it is not, we differ.
-const OF_FILES: &[(&str, &[&str])] = &[
+/// Keys of memory-backend-file only. Without empty files: they are opened for writing, and where the open is read-only,
+/// Stencil differs from QEMU.
+const FILE_KEYS: &[(&str, &[&str])] = &[
     (
         "mem-path",
         &["{file}", "{file}", "{file}", "{short}", "{missing}", "{folder}", "", "/dev/zero", "{file}/x"],
@@ -85,14 +86,14 @@ fn object(dice: &mut Dice) -> String {
         }
     }
     if file && dice.chance(95) {
-        pairs.push(("mem-path", dice.one(OF_FILES[0].1)));
+        pairs.push(("mem-path", dice.one(FILE_KEYS[0].1)));
     }
     for _ in 0..dice.below(6) {
-        let keys = if file && dice.chance(50) { OF_FILES } else { COMMON };
+        let keys = if file && dice.chance(50) { FILE_KEYS } else { COMMON_KEYS };
         let (key, values) = keys[dice.below(keys.len())];
         pairs.push((key, dice.one(values)));
     }
-    // One unknown key at most: of several QEMU names one by the order of its hash table.
+    // At most one unknown key: which of several QEMU reports depends on the order of its hash table.
     if dice.chance(4) {
         pairs.push(if file { ("foo", "1") } else { ("readonly", "on") });
     }
@@ -100,14 +101,14 @@ fn object(dice: &mut Dice) -> String {
         pairs.swap(n, dice.below(n + 1));
     }
     let name = if file { "memory-backend-file" } else { "memory-backend-ram" };
-    if dice.chance(20) { json(dice, name, pairs) } else { words(dice, name, &pairs) }
+    if dice.chance(20) { json(dice, name, pairs) } else { key_values(dice, name, &pairs) }
 }
 
-fn words(dice: &mut Dice, name: &str, pairs: &[(&str, &str)]) -> String {
+fn key_values(dice: &mut Dice, name: &str, pairs: &[(&str, &str)]) -> String {
     let mut text = name.to_owned();
     for (key, value) in pairs {
         text += &match dice.below(40) {
-            // A bare mem-path would be a file named "on" in whatever folder this runs.
+            // `mem-path` without a value would be a file named "on" in the working directory.
             0 if *key != "mem-path" => format!(",{key}"),
             1 if !["foo", "mem-path"].contains(key) => format!(",no{key}"),
             _ => format!(",{key}={value}"),
@@ -123,7 +124,7 @@ fn json(dice: &mut Dice, name: &str, mut pairs: Vec<(&str, &str)>) -> String {
     for (key, value) in pairs {
         let value = match (key, dice.chance(85)) {
             ("size" | "align" | "offset", true) => {
-                // No negative size of memory without a file: QEMU aborts.
+                // No negative sizes: QEMU aborts on a negative size of memory without a file.
                 dice.one(&["4194304", "1048576", "0", "4096", "8192", "1", "2097152", "1.5"]).to_owned()
             }
             ("prealloc-threads", true) => dice.one(&["1", "0", "4294967296", "-3"]).to_owned(),
@@ -138,12 +139,12 @@ fn json(dice: &mut Dice, name: &str, mut pairs: Vec<(&str, &str)>) -> String {
     format!("{{{}}}", fields.join(","))
 }
 
-/// Where the document says that we differ: ROM that is preallocated kills QEMU.
-fn is_ours(theirs: &Verdict) -> bool {
+/// The documented difference: QEMU dies by SIGSEGV when it preallocates ROM.
+fn is_documented_difference(theirs: &Verdict) -> bool {
     *theirs == Verdict::Died(libc::SIGSEGV)
 }
 
-fn agree(count: usize, seed: u64) {
+fn assert_same_verdicts(count: usize, seed: u64) {
     let _host = host::shared();
     let mut dice = Dice(seed);
     let (mut accepted, mut refused) = (0, 0);
@@ -160,7 +161,9 @@ fn agree(count: usize, seed: u64) {
             other => other,
         };
         match theirs {
-            _ if is_ours(&theirs) => assert!(matches!(ours, Verdict::Refused { .. }), "{object}"),
+            _ if is_documented_difference(&theirs) => {
+                assert!(matches!(ours, Verdict::Refused { .. }), "{object}")
+            }
             _ => assert_eq!(ours, theirs, "round {round} of seed {seed}: {object}"),
         }
         match ours {
@@ -172,12 +175,12 @@ fn agree(count: usize, seed: u64) {
 }
 
 #[test]
-fn random_objects() {
-    agree(100, 1);
+fn random_objects_get_the_verdict_of_qemu() {
+    assert_same_verdicts(100, 1);
 }
 
-/// Many more where there is time: `make soak`.
+/// Many more objects under `make soak`.
 #[test]
-fn soak_random_objects() {
-    agree(host::rounds(50, 1500), 2);
+fn soak_random_objects_get_the_verdict_of_qemu() {
+    assert_same_verdicts(host::rounds(50, 1500), 2);
 }

@@ -1,4 +1,4 @@
-//! A store on a filesystem that is mounted read-only is served; who would change it hears why not.
+//! A store on a read-only file system is served; commands that would modify the store fail with that reason.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -9,7 +9,7 @@ use crate::support::host;
 use crate::support::mount::{Run, TestMount, run};
 use crate::support::store::guest_like;
 
-/// A small ext4 of its own over the store's folder, with what is there; unmounted when dropped.
+/// A small ext4 file system mounted over the store's directory, with a copy of its contents; unmounted when dropped.
 struct Disk(String);
 
 impl Disk {
@@ -22,7 +22,7 @@ impl Disk {
         Disk(store)
     }
 
-    /// The file system itself, and not one mount of it alone.
+    /// Remounts the superblock, not only this mount of it.
     fn remount(&self, how: &str) {
         run("mount", &["-o", &format!("remount,{how}"), &self.0]);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -39,7 +39,7 @@ impl Drop for Disk {
 }
 
 #[test]
-fn a_store_on_a_read_only_filesystem_is_served() {
+fn a_store_on_a_read_only_file_system_is_served() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let disk = Disk::under(&world.store_dir());
@@ -51,7 +51,7 @@ fn a_store_on_a_read_only_filesystem_is_served() {
     world.stencil(&["verify"]).ok();
     world.mount(&[]).ok();
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
-    assert_eq!(world.status()["templates"][0]["serving"], "passthrough", "its backing is in memory");
+    assert_eq!(world.status()["templates"][0]["serving"], "passthrough", "the backing must be in memory");
     world.stencil(&["clone", "web", "-n", "3", "--simulate", "read=50%,write=5%"]).ok();
     assert_eq!(world.json(&["density"])["totals"]["clones"], 3);
     let out = world.dir().join("out");
@@ -59,7 +59,7 @@ fn a_store_on_a_read_only_filesystem_is_served() {
     assert!(fs::read(out).unwrap() == bytes);
     assert_eq!(world.json(&["du"])["templates"][0]["digest"], digest);
     world.stencil(&["gc", "--dry-run"]).ok();
-    // Its owner, who can write neither the store nor the runtime directory, reads it too.
+    // The owner of the store can read it, without write access to the store and to the runtime directory.
     world.open_to_others();
     let out = world.dir().join("theirs");
     run("install", &["-d", "-o", "65534", out.to_str().unwrap()]);
@@ -70,13 +70,13 @@ fn a_store_on_a_read_only_filesystem_is_served() {
 
     let source = world.dir().join("source");
     fs::write(&source, guest_like(2, 1 << 20)).unwrap();
-    for words in [
+    for args in [
         &["import", source.to_str().unwrap(), "other"][..],
         &["tag", "web", "web:2"],
         &["chmod", "0440", "web"],
         &["gc"],
     ] {
-        world.stencil(words).exits(1).says("read-only");
+        world.stencil(args).exits(1).says("read-only");
     }
     world.stencil(&["stop", "--all"]).ok();
     world.stencil(&["rm", "web"]).exits(1).says("read-only");

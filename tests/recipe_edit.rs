@@ -1,4 +1,5 @@
-//! Recipes are shown and edited, and what cannot work never replaces one that does; values are made for commands too.
+//! Recipes are printed and edited, and an invalid recipe never replaces a valid one. Also: placeholders in the commands
+//! and recipes of clones.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +14,7 @@ use crate::support::guest;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount};
 
-fn good() -> Value {
+fn valid_recipe() -> Value {
     json!({
         "version": 1, "vmm": "qemu", "program": "/usr/bin/qemu-system-x86_64", "vmm_version": "10.0.2",
         "argv": ["-machine", "q35,memory-backend=m", "-object", "memory-backend-file,id=m,size=1M,mem-path={memory},share=off,readonly=on,rom=off",
@@ -22,30 +23,33 @@ fn good() -> Value {
 }
 
 #[test]
-fn a_recipe_is_edited_or_stays_as_it_was() {
+fn recipe_edit_changes_a_recipe_or_leaves_it_untouched() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&vec![1; 1 << 20], "web");
     world.stencil(&["inspect", "web", "--recipe"]).exits(4).says("has no launch recipe");
-    world.stencil(&["recipe", "edit", "web"]).exits(2).says("has no recipe to edit");
+    world
+        .stencil(&["recipe", "edit", "web"])
+        .exits(2)
+        .says("the template has no recipe: it was not captured from a VM");
     let file = world.dir().join("recipe.json");
     let path = file.to_str().unwrap();
-    fs::write(&file, good().to_string()).unwrap();
+    fs::write(&file, valid_recipe().to_string()).unwrap();
     assert_eq!(world.json(&["recipe", "edit", "web", "--from", path])["changed"], true);
     assert_eq!(world.json(&["recipe", "edit", "web", "--from", path])["changed"], false);
-    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], valid_recipe());
 
-    // What is shown is what is taken, from a pipe as well.
-    let shown = world.stencil(&["inspect", "web", "--recipe"]).ok().out;
-    assert!(shown.lines().count() > 10, "an argument a line: {shown}");
+    // The printed recipe is accepted as input, also from a pipe.
+    let printed = world.stencil(&["inspect", "web", "--recipe"]).ok().out;
+    assert!(printed.lines().count() > 10, "one argument per line: {printed}");
     let mut command = world.command();
     let edit = command.args(["recipe", "edit", "web", "--from", "-"]).stdin(Stdio::piped()).spawn();
     let mut edit = edit.unwrap();
-    std::io::Write::write_all(&mut edit.stdin.take().unwrap(), shown.as_bytes()).unwrap();
+    std::io::Write::write_all(&mut edit.stdin.take().unwrap(), printed.as_bytes()).unwrap();
     assert!(edit.wait().unwrap().success());
 
-    // Everything that is wrong is named, and nothing changes.
-    for (from, to, words) in [
+    // The error names each fault, and the recipe does not change.
+    for (from, to, message) in [
         (
             "{memory}",
             "{file:rom}",
@@ -60,8 +64,8 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
         ("\"vmm\"", "\"monitor\"", "invalid recipe: unknown field `monitor`"),
         ("{", "", "invalid recipe: "),
     ] {
-        fs::write(&file, good().to_string().replacen(from, to, 1)).unwrap();
-        world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says(words);
+        fs::write(&file, valid_recipe().to_string().replacen(from, to, 1)).unwrap();
+        world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says(message);
     }
     fs::write(&file, vec![b' '; (1 << 20) + 1]).unwrap();
     world.stencil(&["recipe", "edit", "web", "--from", path]).exits(2).says("longer than 1048576 bytes");
@@ -69,9 +73,9 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
         .stencil(&["recipe", "edit", "web", "--from", "/nonexistent"])
         .exits(4)
         .says("cannot read the recipe");
-    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], valid_recipe());
 
-    // In an editor, whose command may have arguments.
+    // With an editor, whose command may have arguments.
     let temporary = world.dir().join("tmp");
     fs::create_dir(&temporary).unwrap();
     let edit = |editor: &str| {
@@ -84,33 +88,40 @@ fn a_recipe_is_edited_or_stays_as_it_was() {
     assert!(edit("sed -i s/10.0.2/10.0.3/").1.contains("\"changed\":true"));
     assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"]["vmm_version"], "10.0.3");
     assert_eq!(edit("exit 7; true").0, 1);
-    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "nothing was typed");
-    // What was typed is not lost, and can be given again.
-    let kept = |said: &str| {
+    assert_eq!(
+        fs::read_dir(&temporary).unwrap().count(),
+        0,
+        "the editor changed nothing, so no file is kept"
+    );
+    // A rejected edit is kept in a file that the error names, for use with --from.
+    let kept = |json: &str| {
         let mut all: Vec<_> = fs::read_dir(&temporary).unwrap().map(|e| e.unwrap().path()).collect();
-        assert!(all.len() == 1 && said.contains(all[0].to_str().unwrap()), "{all:?} {said}");
+        assert!(all.len() == 1 && json.contains(all[0].to_str().unwrap()), "{all:?} {json}");
         let text = fs::read_to_string(&all[0]).unwrap();
         fs::remove_file(all.remove(0)).unwrap();
         text
     };
-    let (code, said) = edit("sed -i s/{memory}/{nothing}/");
+    let (code, json) = edit("sed -i s/{memory}/{nothing}/");
     assert_eq!(code, 2);
-    assert!(kept(&said).contains("{nothing}"));
-    let (code, said) = edit("sed -i s/10.0.3/10.0.9/ \"$1\"; exit 7 #");
+    assert!(kept(&json).contains("{nothing}"));
+    let (code, json) = edit("sed -i s/10.0.3/10.0.9/ \"$1\"; exit 7 #");
     assert_eq!(code, 1);
-    assert!(kept(&said).contains("10.0.9"));
-    // Somebody else is faster.
-    fs::write(&file, good().to_string()).unwrap();
+    assert!(kept(&json).contains("10.0.9"));
+    // Another command changes the recipe during the edit.
+    fs::write(&file, valid_recipe().to_string()).unwrap();
     let race = format!("sed -i s/10.0.3/10.0.4/ \"$1\"; {STENCIL} -q recipe edit web --from {path} #");
-    let (code, said) = edit(&race);
-    assert!(code == 75 && said.contains("changed by somebody else"), "{code} {said}");
-    assert!(kept(&said).contains("10.0.4"));
-    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], good());
-    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "what was taken is not left");
+    let (code, json) = edit(&race);
+    assert!(
+        code == 75 && json.contains("the recipe was changed by another command during the edit"),
+        "{code} {json}"
+    );
+    assert!(kept(&json).contains("10.0.4"));
+    assert_eq!(world.json(&["inspect", "web", "--recipe"])["recipe"], valid_recipe());
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0, "no file is kept for an accepted edit");
 }
 
 #[test]
-fn commands_get_values_of_their_own() {
+fn commands_get_unique_values_for_placeholders() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     world.import_bytes(&vec![1; 1 << 20], "web");
@@ -121,26 +132,26 @@ fn commands_get_values_of_their_own() {
     let mut all = BTreeSet::new();
     for clone in world.json(&["ps"])["clones"].as_array().unwrap() {
         let dir = clone["dir"].as_str().unwrap();
-        let told = fs::read_to_string(format!("{dir}/told")).unwrap();
-        assert_eq!(told, fs::read_to_string(format!("{dir}/again")).unwrap());
-        let words: Vec<&str> = told.split_ascii_whitespace().collect();
+        let values = fs::read_to_string(format!("{dir}/told")).unwrap();
+        assert_eq!(values, fs::read_to_string(format!("{dir}/again")).unwrap());
+        let fields: Vec<&str> = values.split_ascii_whitespace().collect();
         assert_eq!(
             clone["ports"],
-            json!({"53": words[5].parse::<u16>().unwrap(), "80": words[4].parse::<u16>().unwrap()})
+            json!({"53": fields[5].parse::<u16>().unwrap(), "80": fields[4].parse::<u16>().unwrap()})
         );
-        assert!(words[2].parse::<u32>().unwrap() >= 3);
-        all.extend(words.iter().map(|w| (*w).to_owned()));
+        assert!(fields[2].parse::<u32>().unwrap() >= 3);
+        all.extend(fields.iter().map(|w| (*w).to_owned()));
     }
     assert_eq!(all.len(), 5 * 6, "{all:?}");
-    let shown = world.stencil(&["ps"]).ok().out;
-    assert!(shown.contains("->80"), "{shown}");
+    let listed = world.stencil(&["ps"]).ok().out;
+    assert!(listed.contains("->80"), "{listed}");
     world.stencil(&["clone", "web", "--", "sh", "-c", "echo {disk:root}"]).exits(1);
     world.stencil(&["stop", "--all"]).ok();
 }
 
-/// Where few ports are to be had: a port that was given and is not bound yet would be given again at once.
+/// With a range of 64 ports for 40 clones: a port that is assigned but not bound yet must not be assigned again.
 #[test]
-fn commands_that_bind_late_never_share_a_port() {
+fn ports_are_unique_even_if_commands_bind_late() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     world.import_bytes(&vec![1; 1 << 20], "web");
@@ -171,14 +182,14 @@ fn commands_that_bind_late_never_share_a_port() {
     let ports: BTreeSet<u64> = clones.iter().map(|c| c["ports"]["80"].as_u64().unwrap()).collect();
     assert_eq!((clones.len(), ports.len()), (40, 40), "{ports:?}");
     assert!(ports.iter().all(|port| (40_000..40_064).contains(port)), "{ports:?}");
-    let noted = || fs::read_dir(world.runtime_dir().join("ports")).unwrap().count();
-    assert_eq!(noted(), 40);
+    let reservations = || fs::read_dir(world.runtime_dir().join("ports")).unwrap().count();
+    assert_eq!(reservations(), 40);
     world.stencil(&["stop", "--all"]).ok();
-    assert_eq!(noted(), 0, "ports are given back");
+    assert_eq!(reservations(), 0, "the ports of stopped clones must be released");
     nothing_is_left(&world);
 }
 
-/// Lets clones of the guest be started by this script, which gets QEMU's arguments.
+/// Replaces the program in the recipe of `guest:v1` by this script, which gets the arguments of QEMU.
 fn start_by_script(world: &TestMount, script: &str) {
     let wrapper = world.dir().join("wrapper");
     fs::write(&wrapper, script).unwrap();
@@ -191,11 +202,11 @@ fn start_by_script(world: &TestMount, script: &str) {
 }
 
 #[test]
-fn a_port_that_somebody_takes_first_is_replaced_by_another() {
+fn a_port_taken_by_another_process_is_replaced() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     guest::give(&world);
-    // A QEMU that meets a taken port twice, with the words of the real one.
+    // Fails twice with QEMU's error for a port in use, then starts QEMU.
     let script = "#!/bin/sh\necho x >>tries\n[ $(wc -l <tries) -gt 2 ] || {\n\
                   echo \"qemu: -nic user: Could not set up host forwarding rule 'tcp::1-:2'\" >&2; exit 1; }\n\
                   exec qemu-system-x86_64 \"$@\"\n";
@@ -205,14 +216,14 @@ fn a_port_that_somebody_takes_first_is_replaced_by_another() {
     let dir = launched["clones"][0]["dir"].as_str().unwrap();
     assert_eq!(fs::read_to_string(format!("{dir}/tries")).unwrap().lines().count(), 3);
     world.stencil(&["stop", "--all"]).ok();
-    // One that always says so is given up, and its words are told.
+    // If all attempts fail, the launch fails with QEMU's error.
     start_by_script(&world, &script.replace("-gt 2", "-gt 99"));
     let run = world.stencil(&["clone", "guest:v1"]).exits(1);
     assert!(run.err.contains("Could not set up host forwarding rule"), "{}", run.err);
 }
 
 #[test]
-fn a_script_that_starts_qemu_leaves_nothing_behind() {
+fn stop_ends_every_process_of_a_script_that_starts_qemu() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     guest::give(&world);
@@ -222,7 +233,7 @@ fn a_script_that_starts_qemu_leaves_nothing_behind() {
         "setsid qemu-system-x86_64 \"$@\" & sleep 1000",
         "qemu-system-x86_64 \"$@\" & exit",
         "exec qemu-system-x86_64 -daemonize \"$@\"",
-        // Another environment: it is known by its socket alone.
+        // With an empty environment, QEMU is identified by its QMP socket alone.
         "env -i \"$(command -v qemu-system-x86_64)\" \"$@\"; exit",
     ] {
         start_by_script(&world, &format!("#!/bin/sh\n{line}\n"));
@@ -241,14 +252,14 @@ fn a_script_that_starts_qemu_leaves_nothing_behind() {
         assert!(processes.iter().all(|p| !p.is_alive()), "{line}");
         nothing_is_left(&world);
     }
-    // One that never answers, and one that fails, whatever they have started.
-    for (line, words) in [
+    // Scripts that never open the QMP socket or that fail, with children in the background.
+    for (line, message) in [
         ("setsid sleep 1000 & exit 3", "timed out after 2 s waiting for the clone"),
         ("sleep 1000 & exec sleep 1000", "timed out after 2 s waiting for the clone"),
         ("exit 3", "QEMU exited before it opened its QMP socket (exit status: 3)"),
     ] {
         start_by_script(&world, &format!("#!/bin/sh\n{line}\n"));
-        world.stencil(&["clone", "guest:v1", "--timeout", "2"]).exits(1).says(words);
+        world.stencil(&["clone", "guest:v1", "--timeout", "2"]).exits(1).says(message);
         nothing_is_left(&world);
     }
 }

@@ -1,4 +1,5 @@
-//! Two-phase removal: what is about to be removed is found by nobody, whoever has it is found, and nobody is hurt.
+//! Two-phase removal: lookups of a condemned template fail, its users are found, and no user loses a template that it
+//! uses.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -20,7 +21,7 @@ use crate::support::store::guest_like;
 
 const SIZE: usize = 4 << 20;
 
-/// A caller of the mount's supervisor, as `rm` is one.
+/// A caller of the mount's supervisor, like `rm`.
 struct Caller(Channel);
 
 impl Caller {
@@ -28,68 +29,69 @@ impl Caller {
         Caller(world.control())
     }
 
-    fn ask(&self, request: &Request) -> Response {
+    fn request(&self, request: &Request) -> Response {
         self.0.send(request, None).unwrap();
-        self.0.receive::<Response>().unwrap().expect("the supervisor has gone").0
+        self.0.receive::<Response>().unwrap().expect("the supervisor closed the connection").0
     }
 
-    fn done(&self, request: &Request) {
-        let answer = self.ask(request);
-        assert!(matches!(answer, Response::Done | Response::Settled { .. }), "{answer:?}");
+    fn succeed(&self, request: &Request) {
+        let response = self.request(request);
+        assert!(matches!(response, Response::Done | Response::Settled { .. }), "{response:?}");
     }
 }
 
-/// A process that has a file open, until it is dropped.
+/// A process that has a file open; killed when dropped.
 fn holder(file: File) -> Running {
     let mut sleep = Command::new("sleep");
     Running(sleep.arg("600").stdin(file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
 }
 
+/// Opens the memory of a template; returns the errno of a failed open.
 fn open(world: &TestMount, digest: &str) -> Option<i32> {
     File::open(world.file(digest, "memory")).err().and_then(|e| e.raw_os_error())
 }
 
 #[test]
-fn a_condemned_template_is_found_by_nobody_and_again_afterwards() {
+fn lookups_of_a_condemned_template_fail_until_its_release() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
         let digest = world.import_bytes(&guest_like(1, SIZE), "web");
         let other = world.import_bytes(&guest_like(2, SIZE), "other");
-        assert_eq!(open(&world, &digest), None, "the kernel has the name now");
+        assert_eq!(open(&world, &digest), None, "the kernel must have the name in its dentry cache");
         let caller = Caller::of(&world);
         let id = digest.parse().unwrap();
-        caller.done(&Request::Condemn { digests: vec![id] });
+        caller.succeed(&Request::Condemn { digests: vec![id] });
         assert_eq!(open(&world, &digest), Some(libc::ENOENT), "{serve}");
-        let folder = world.mountpoint().join("templates/web/latest/memory");
-        assert_eq!(File::open(folder).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let by_tag = world.mountpoint().join("templates/web/latest/memory");
+        assert_eq!(File::open(by_tag).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(open(&world, &other), None);
-        // The next server knows it too.
+        // The next server hides the template too.
         let server = world.server();
         assert!(Command::new("kill").args(["-KILL", &server.to_string()]).status().unwrap().success());
         wait_for("another server", || (world.server() != server).then_some(()));
         assert_eq!(open(&world, &digest), Some(libc::ENOENT), "{serve}, the next server");
-        caller.done(&Request::Confirm { digests: vec![id] });
-        caller.done(&Request::Release { digests: vec![id], removed: false });
+        caller.succeed(&Request::Confirm { digests: vec![id] });
+        caller.succeed(&Request::Release { digests: vec![id], removed: false });
         assert_eq!(open(&world, &digest), None, "{serve}, released");
-        assert!(matches!(caller.ask(&Request::Confirm { digests: vec![id] }), Response::Failed(_)));
-        // A caller that ends lets go.
-        caller.done(&Request::Condemn { digests: vec![id] });
+        assert!(matches!(caller.request(&Request::Confirm { digests: vec![id] }), Response::Failed(_)));
+        // The end of the caller releases the template.
+        caller.succeed(&Request::Condemn { digests: vec![id] });
         assert_eq!(open(&world, &digest), Some(libc::ENOENT));
         drop(caller);
-        wait_for("the template", || open(&world, &digest).is_none().then_some(()));
+        wait_for("the template to be released", || open(&world, &digest).is_none().then_some(()));
     }
 }
 
 #[test]
-fn an_open_that_waits_for_its_backing_ends() {
+fn condemning_a_template_ends_opens_that_wait_for_a_backing() {
     let _host = host::shared();
-    // A backing may be ready before anybody could condemn it: then there was nothing that waits.
-    let met = (0..8).any(|_| condemned_while_an_open_waits());
-    assert!(met, "all backings were made before the template was condemned");
+    // If the backing is ready before the template is condemned, no open waits: try again.
+    let waited = (0..8).any(|_| condemned_while_an_open_waits());
+    assert!(waited, "all backings were ready before the template was condemned");
 }
 
-/// False where the backing was made first.
+/// Condemns a template while an open waits for its backing. Returns false if the backing was ready before.
 fn condemned_while_an_open_waits() -> bool {
     let world = TestMount::new("passthrough");
     let bytes = guest_like(1, 192 << 20);
@@ -100,33 +102,33 @@ fn condemned_while_an_open_waits() -> bool {
     let caller = Caller::of(&world);
     let opener = thread::spawn(move || File::open(path).map(drop).map_err(|e| e.raw_os_error()));
     wait_for("the hydration", || (world.counter("hydrations_started") > 0).then_some(()));
-    caller.done(&Request::Condemn { digests: vec![id] });
-    let begun = Instant::now();
+    caller.succeed(&Request::Condemn { digests: vec![id] });
+    let started = Instant::now();
     let opened = opener.join().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(5), "it has ended before the answer");
-    let met = world.counter("hydrations_done") == 0;
-    if met {
+    assert!(started.elapsed() < Duration::from_secs(5), "the open must end before the response to Condemn");
+    let waited = world.counter("hydrations_done") == 0;
+    if waited {
         assert_eq!(opened, Err(Some(libc::ENOENT)));
         let reserved = world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
-        assert_eq!(reserved, 0, "its room is given back");
+        assert_eq!(reserved, 0, "the reserved cache space must be released");
     }
-    caller.done(&Request::Release { digests: vec![id], removed: false });
-    assert_eq!(open(&world, &digest), None, "the next open has its backing made");
-    met
+    caller.succeed(&Request::Release { digests: vec![id], removed: false });
+    assert_eq!(open(&world, &digest), None, "the next open must create the backing");
+    waited
 }
 
 #[test]
-fn who_has_it_open_is_found_and_the_cache_is_given_back() {
+fn rm_names_processes_with_open_files_and_frees_the_cache() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
         let digest = world.import_bytes(&guest_like(1, SIZE), "web");
         let file = File::open(world.file(&digest, "memory")).unwrap();
-        // It has the file open and maps nothing of it.
+        // The holder has the file open without a mapping.
         let holder = holder(file);
         let refused = world.stencil(&["rm", "web"]).exits(5).says("1 process has it open");
         assert!(refused.err.contains(&holder.0.id().to_string()), "{refused:?}");
-        assert_eq!(open(&world, &digest), None, "it is found again at once");
+        assert_eq!(open(&world, &digest), None, "the template must be released at once");
         let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
         assert_eq!(cache() > 0, serve == "passthrough");
         drop(holder);
@@ -141,21 +143,23 @@ fn who_has_it_open_is_found_and_the_cache_is_given_back() {
                 .filter(|to| to.to_string_lossy().contains(".pack"))
                 .count()
         };
-        assert_eq!(open_packs(world.server()), 0, "the disk has its room back");
-        // The same content is served again when it comes back.
+        assert_eq!(open_packs(world.server()), 0, "no pack of the removed template may be kept open");
+        // The same content can be imported and served again.
         assert_eq!(world.import_bytes(&guest_like(1, SIZE), "web"), digest);
         assert!(fs::read(world.file(&digest, "memory")).unwrap() == guest_like(1, SIZE));
     }
 }
 
 #[test]
-fn a_mount_that_cannot_be_asked_is_named_and_nothing_is_removed() {
+fn rm_names_an_unreachable_supervisor_and_removes_nothing() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let pid = world.status()["supervisor_pid"].as_u64().unwrap().to_string();
     assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
-    wait_for("its end", || (!fs::exists(format!("/proc/{pid}/cmdline")).unwrap()).then_some(()));
+    wait_for("the supervisor to exit", || {
+        (!fs::exists(format!("/proc/{pid}/cmdline")).unwrap()).then_some(())
+    });
     let refused = world.stencil(&["rm", "web"]).exits(75).says("supervisor");
     assert!(refused.err.contains(world.mountpoint().to_str().unwrap()), "{refused:?}");
     assert_eq!(open(&world, &digest), None);
@@ -164,18 +168,19 @@ fn a_mount_that_cannot_be_asked_is_named_and_nothing_is_removed() {
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
 }
 
-/// Whoever does not see the supervisor neither takes it for dead nor trusts a search for clones.
+/// In another PID namespace a command can see neither the supervisor nor clones: such a command must not treat them as
+/// dead.
 #[test]
-fn another_pid_namespace_removes_neither_records_nor_templates() {
+fn commands_in_another_pid_namespace_remove_nothing() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
     let file = File::open(world.file(&digest, "memory")).unwrap();
     let holder = holder(file);
-    let elsewhere = |words: &[&str]| {
+    let elsewhere = |args: &[&str]| {
         let mut command = world.command_in("unshare");
-        command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(STENCIL).args(words);
-        Run::of(words.join(" "), &command.output().unwrap())
+        command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(STENCIL).args(args);
+        Run::of(args.join(" "), &command.output().unwrap())
     };
     let listed = elsewhere(&["status"]).ok();
     assert!(listed.out.contains(world.mountpoint().to_str().unwrap()), "{listed:?}");
@@ -186,9 +191,9 @@ fn another_pid_namespace_removes_neither_records_nor_templates() {
     world.stencil(&["rm", "web"]).ok();
 }
 
-/// What cannot be known of a mount is no sign that there is none.
+/// A mount whose record is unreadable or missing may still serve the template.
 #[test]
-fn a_mount_that_is_not_known_whole_keeps_its_templates() {
+fn rm_removes_nothing_if_a_mount_record_is_unreadable() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
@@ -198,26 +203,29 @@ fn a_mount_that_is_not_known_whole_keeps_its_templates() {
     fs::write(&record, &text[..text.len() / 2]).unwrap();
     world.stencil(&["rm", "web"]).exits(75).says("cannot read the record of a mount");
     let again = world.mount(&[]).exits(75);
-    assert!(again.err.contains("cannot read the record of a mount"), "nothing is taken for dead: {again:?}");
+    assert!(
+        again.err.contains("cannot read the record of a mount"),
+        "the mount must not be treated as dead: {again:?}"
+    );
     fs::write(&record, &text).unwrap();
-    // Another runtime directory knows nothing of the mount; the mount table does.
-    let elsewhere = |words: &[&str]| {
+    // Another runtime directory has no record of the mount, but the mount table shows it.
+    let elsewhere = |args: &[&str]| {
         let mut command = world.command();
-        command.args(words).env("STENCIL_RUNTIME_DIR", world.dir().join("elsewhere"));
-        Run::of(words.join(" "), &command.output().unwrap())
+        command.args(args).env("STENCIL_RUNTIME_DIR", world.dir().join("elsewhere"));
+        Run::of(args.join(" "), &command.output().unwrap())
     };
     let refused = elsewhere(&["rm", "web"]).exits(75).says("no record in this runtime directory");
     assert!(refused.err.contains(world.mountpoint().to_str().unwrap()), "{refused:?}");
     assert_eq!(open(&world, &digest), None);
-    // A mount namespace of another scenario may hold it for a moment longer; in this mount table it is gone.
+    // The mount namespace of another scenario may keep the mount a little longer; this mount table no longer has it.
     let gone = world.stencil(&["umount", world.mountpoint().to_str().unwrap()]);
     assert!(gone.code == 0 || gone.err.contains("unmounted here"), "{gone:?}");
     elsewhere(&["rm", "web"]).ok();
 }
 
-/// A store that is away is known by its identity.
+/// A store is identified by its ID, not by its path.
 #[test]
-fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
+fn rm_finds_the_mount_of_a_moved_store() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
@@ -227,27 +235,27 @@ fn the_mount_of_a_store_that_was_moved_keeps_its_templates() {
     fs::rename(world.store_dir(), &moved).unwrap();
     let rm = || world.stencil(&["--store", moved.to_str().unwrap(), "rm", "web"]);
     rm().exits(5).says("1 process has it open");
-    // Another folder, then another store at the path that the mount knows.
+    // Another directory, then another store, at the path in the record of the mount.
     fs::create_dir(world.store_dir()).unwrap();
     rm().exits(5).says("1 process has it open");
     world.import_bytes(&guest_like(2, SIZE), "other");
     rm().exits(5).says("1 process has it open");
-    // A mount that does not say which store it serves.
+    // A record of an older version, without a store ID.
     let mut records = fs::read_dir(world.runtime_dir().join("mounts")).unwrap();
     let record = records.next().unwrap().unwrap().path().join("mount.json");
-    let sound = fs::read(&record).unwrap();
-    let mut of_before: Value = serde_json::from_slice(&sound).unwrap();
-    of_before.as_object_mut().unwrap().remove("store_id").unwrap();
-    fs::write(&record, of_before.to_string()).unwrap();
+    let original = fs::read(&record).unwrap();
+    let mut without_id: Value = serde_json::from_slice(&original).unwrap();
+    without_id.as_object_mut().unwrap().remove("store_id").unwrap();
+    fs::write(&record, without_id.to_string()).unwrap();
     rm().exits(75).says("stencil restart");
-    fs::write(&record, sound).unwrap();
+    fs::write(&record, original).unwrap();
     fs::remove_dir_all(world.store_dir()).unwrap();
     fs::rename(&moved, world.store_dir()).unwrap();
     drop(holder);
 }
 
 #[test]
-fn templates_without_a_tag_go_only_when_nobody_uses_them() {
+fn gc_untagged_removes_only_unused_templates() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let used = world.import_bytes(&guest_like(1, SIZE), "web:1");
@@ -271,30 +279,30 @@ fn templates_without_a_tag_go_only_when_nobody_uses_them() {
     world.stencil(&["verify"]).ok();
 }
 
-/// However many they are: all processes are searched once, and each template that is in use stays.
+/// Whatever the number of templates, gc scans all processes once, and each template in use stays.
 #[test]
-fn a_collection_searches_all_processes_once() {
+fn gc_untagged_scans_all_processes_once() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digests: Vec<String> =
         (0..40).map(|n| world.import_bytes(&guest_like(n, 128 << 10), &format!("web:{n}"))).collect();
-    // What was read lately, and what is in use, and what has got a tag again.
+    // All templates were read recently, two are in use, and one gets a tag again.
     digests.iter().for_each(|digest| assert!(fs::read(world.file(digest, "memory")).is_ok()));
-    let held = [&digests[7], &digests[31]];
+    let in_use = [&digests[7], &digests[31]];
     let holders: Vec<_> =
-        held.iter().map(|digest| holder(File::open(world.file(digest, "memory")).unwrap())).collect();
+        in_use.iter().map(|digest| holder(File::open(world.file(digest, "memory")).unwrap())).collect();
     fs::remove_dir_all(world.store_dir().join("tags/web")).unwrap();
     world.stencil(&["tag", &digests[3], "web:3"]).ok();
     let run =
         world.command().env("STENCIL_LOG", "debug").args(["--json", "gc", "--untagged"]).output().unwrap();
     let log = String::from_utf8_lossy(&run.stderr);
     assert!(run.status.success(), "{log}");
-    assert_eq!(log.matches("all processes are searched").count(), 1, "{log}");
+    assert_eq!(log.matches("searching all processes for users of mounts").count(), 1, "{log}");
     let done: Value = serde_json::from_slice(&run.stdout).unwrap();
     let sorted = |list: &Value| -> BTreeSet<String> {
         list.as_array().unwrap().iter().map(|digest| digest.as_str().unwrap().to_owned()).collect()
     };
-    assert_eq!(sorted(&done["kept_templates"]), held.map(String::clone).into());
+    assert_eq!(sorted(&done["kept_templates"]), in_use.map(String::clone).into());
     assert_eq!(sorted(&done["removed_templates"]).len(), 40 - 3);
     let mut left = vec![&digests[3], &digests[7], &digests[31]];
     left.sort();
@@ -310,41 +318,41 @@ fn a_collection_searches_all_processes_once() {
     assert!(!world.file(&digests[7], "memory").exists());
 }
 
-/// Root's mounts are in a runtime directory that the owner of a store cannot write.
+/// The owner of a store cannot write root's runtime directory, which has the records of root's mounts.
 #[test]
-fn an_owner_without_privileges_removes_what_no_mount_serves() {
+fn an_unprivileged_owner_removes_templates_without_a_mount() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.open_to_others();
-    let (source, own) = (world.dir().join("source"), world.dir().join("own"));
+    let (source, runtime) = (world.dir().join("source"), world.dir().join("own"));
     fs::write(&source, guest_like(1, SIZE)).unwrap();
-    fs::create_dir(&own).unwrap();
-    run("chown", &["-R", "12345:12345", world.store_dir().to_str().unwrap(), own.to_str().unwrap()]);
-    let owner = |runtime_dir: &std::path::Path, words: &[&str]| {
+    fs::create_dir(&runtime).unwrap();
+    run("chown", &["-R", "12345:12345", world.store_dir().to_str().unwrap(), runtime.to_str().unwrap()]);
+    let owner = |runtime_dir: &std::path::Path, args: &[&str]| {
         let mut command = world.command_in("setpriv");
         let user = ["--reuid=12345", "--regid=12345", "--clear-groups", STENCIL];
-        let output = command.args(user).args(words).env("STENCIL_RUNTIME_DIR", runtime_dir).output().unwrap();
-        Run::of(words.join(" "), &output)
+        let output = command.args(user).args(args).env("STENCIL_RUNTIME_DIR", runtime_dir).output().unwrap();
+        Run::of(args.join(" "), &output)
     };
-    owner(&own, &["import", source.to_str().unwrap(), "web"]).ok();
+    owner(&runtime, &["import", source.to_str().unwrap(), "web"]).ok();
     world.mount(&["--serve", "decode"]).ok();
     let digest = world.json(&["ls"])["templates"][0]["digest"].as_str().unwrap().to_owned();
     let file = File::open(world.file(&digest, "memory")).unwrap();
     owner(&world.runtime_dir(), &["rm", "web"]).exits(1).says("or set STENCIL_RUNTIME_DIR");
-    // The mount is seen, and it is not known who asks it for what.
-    owner(&own, &["rm", "web"]).exits(75).says("has no record");
+    // The mount table shows the mount, but the owner's runtime directory has no record of it.
+    owner(&runtime, &["rm", "web"]).exits(75).says("has no record");
     let mut read = vec![0; SIZE];
     file.read_exact_at(&mut read, 0).unwrap();
     assert!(read == guest_like(1, SIZE));
     drop(file);
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
-    owner(&own, &["rm", "web"]).ok();
+    owner(&runtime, &["rm", "web"]).ok();
     assert!(world.json(&["ls"])["templates"].as_array().unwrap().is_empty());
 }
 
-/// A batch may have every kind of user at once: each template with one stays, is told once, and the others go.
+/// One batch of templates with each kind of user: a template in use stays and is reported once; the others are removed.
 #[test]
-fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {
+fn gc_untagged_keeps_templates_with_any_kind_of_user() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let names = ["overlay", "leased", "unreadable", "loop", "free", "free-too"];
@@ -352,9 +360,9 @@ fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {
         .map(|n| world.import_bytes(&guest_like(n, SIZE), &format!("{}:1", names[n as usize])))
         .collect();
     let file = |n: usize| world.file(&digests[n], "memory");
-    // No process shows that it has this one open.
+    // A file that overlayfs has open does not appear in /proc/PID/fd as a file of the mount.
     let (over, empty) = (world.dir().join("over"), world.dir().join("empty"));
-    [&over, &empty].iter().for_each(|folder| fs::create_dir(folder).unwrap());
+    [&over, &empty].iter().for_each(|directory| fs::create_dir(directory).unwrap());
     let options = format!("lowerdir={}:{}", file(0).parent().unwrap().display(), empty.display());
     run("mount", &["-t", "overlay", "overlay", "-o", &options, over.to_str().unwrap()]);
     let over = Mounted(over);
@@ -366,7 +374,7 @@ fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {
     let mut bytes = fs::read(&image).unwrap();
     bytes[100] ^= 1;
     fs::write(&image, bytes).unwrap();
-    // Both a device and a process.
+    // A template that both a loop device and a process use.
     let device = Loop(run("losetup", &["-r", "-f", "--show", file(3).to_str().unwrap()]).trim().to_owned());
     let holder = holder(File::open(file(3)).unwrap());
     for name in names {
@@ -384,13 +392,13 @@ fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {
         these.sort();
         these
     };
-    let gc = |words: &[&str]| {
-        let run = world.stencil(&[&["--json", "gc", "--untagged"], words].concat());
+    let gc = |args: &[&str]| {
+        let run = world.stencil(&[&["--json", "gc", "--untagged"], args].concat());
         (serde_json::from_str::<Value>(&run.out).unwrap_or_default(), run)
     };
-    // It hides nothing from anybody, so the kernel cannot tell.
+    // A dry run hides no template, so the kernel is not asked for inodes in use.
     let (dry, run) = gc(&["--dry-run"]);
-    // What a template needs is not known, so no pack is given back.
+    // The blocks of the damaged template are unknown, so no pack can be freed.
     assert_eq!(run.code, 3, "{run:?}");
     assert_eq!(dry["error"]["code"], "damage", "{dry}");
     let (done, run) = gc(&[]);
@@ -399,7 +407,7 @@ fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {
     assert_eq!(sorted(&done["kept_templates"]), these(&[0, 1, 2, 3]), "{run:?}");
     let mut read = vec![0; SIZE];
     by_overlay.read_exact_at(&mut read, 0).unwrap();
-    assert!(read == guest_like(0, SIZE), "its bytes are as before");
+    assert!(read == guest_like(0, SIZE), "the bytes of a template in use must not change");
 
     world.import_bytes(&guest_like(2, SIZE), "repaired:1");
     export.kill().unwrap();
@@ -415,43 +423,43 @@ fn a_collection_keeps_what_only_the_kernel_or_a_lease_shows() {
     let (done, _) = gc(&[]);
     assert_eq!(sorted(&done["removed_templates"]), these(&[0, 1, 3]));
     for field in ["removed_templates", "removed_packs", "freed_bytes"] {
-        assert_eq!(dry[field], done[field], "{field} was said before");
+        assert_eq!(dry[field], done[field], "{field}: the dry run must report the same");
     }
     world.stencil(&["verify"]).ok();
 }
 
-/// A removal that is killed at any moment removes the template or leaves it, and never leaves it hidden.
+/// A removal that is killed at any moment has removed the template or leaves it, and never leaves it hidden.
 #[test]
-fn a_removal_that_is_killed_hides_nothing() {
+fn a_killed_removal_leaves_no_template_hidden() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let bytes = guest_like(1, SIZE);
     let mut digest = world.import_bytes(&bytes, "web");
-    let mut whole = Duration::ZERO;
+    let mut duration = Duration::ZERO;
     let (mut killed, mut hidden, mut gone) = (0, 0, 0);
     let rounds = host::rounds(12, 200);
-    // As many more as it takes until each case was met, on a host whose load changes.
+    // More rounds, if necessary, until each case has occurred: the timing depends on the load of the host.
     for round in 0..rounds * 10 {
         if round > rounds && killed > hidden && hidden > 0 && gone > 0 {
             break;
         }
         drop(File::open(world.file(&digest, "memory")).unwrap());
-        let begun = Instant::now();
+        let started = Instant::now();
         let mut rm = world.command().args(["rm", "web"]).stdout(Stdio::null()).spawn().unwrap();
         if round == 0 {
             assert!(rm.wait().unwrap().success());
-            whole = begun.elapsed();
+            duration = started.elapsed();
             digest = world.import_bytes(&bytes, "web");
             continue;
         }
-        thread::sleep(whole.mul_f64(f64::from(round % 12) / 9.0));
+        thread::sleep(duration.mul_f64(f64::from(round % 12) / 9.0));
         let images = world.store_dir().join("images").join(&digest);
         let process = ProcessId::of(rm.id()).unwrap().filter(|p| p.signal(Signal::STOP).is_ok());
         hidden += u32::from(process.is_some() && open(&world, &digest).is_some() && images.exists());
         rm.kill().unwrap();
         killed += u32::from(rm.wait().unwrap().code().is_none());
         if images.exists() {
-            wait_for("the template", || open(&world, &digest).is_none().then_some(()));
+            wait_for("the template to be released", || open(&world, &digest).is_none().then_some(()));
             assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes, "round {round}");
         } else {
             gone += 1;
@@ -460,25 +468,26 @@ fn a_removal_that_is_killed_hides_nothing() {
     }
     world.stencil(&["rm", "web"]).ok();
     world.stencil(&["verify"]).ok();
-    let met =
-        format!("{killed} were killed in time, {hidden} of them while it was hidden, {gone} had removed it");
-    assert!(killed > hidden && hidden > 0 && gone > 0, "{met}");
-    host::soaking().then(|| println!("{met}"));
+    let cases = format!(
+        "{killed} removals were killed, {hidden} of them while the template was hidden; {gone} had removed the template"
+    );
+    assert!(killed > hidden && hidden > 0 && gone > 0, "{cases}");
+    host::soaking().then(|| println!("{cases}"));
 }
 
-/// A removal that stands still lets go after a while, and begins anew when it goes on.
+/// A stopped removal loses its hold on the template after a timeout, and starts again when it is continued.
 #[test]
-fn a_removal_that_stands_still_hides_nothing_for_long() {
+fn a_stopped_removal_releases_its_template_after_a_timeout() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
-    let folder = world.store_dir().join("images").join(&digest);
-    // It is hidden for a few milliseconds: a removal that was faster is made again.
-    let met = (0..50).find_map(|_| {
+    let image = world.store_dir().join("images").join(&digest);
+    // The template is hidden for a few milliseconds only: try until a removal was stopped in that time.
+    let stopped = (0..50).find_map(|_| {
         let mut rm = world.command().args(["rm", "web"]).stderr(Stdio::piped()).spawn().unwrap();
         let process = ProcessId::of(rm.id()).unwrap().unwrap();
         while open(&world, &digest).is_none() && rm.try_wait().unwrap().is_none() {}
-        if process.signal(Signal::STOP).unwrap() && open(&world, &digest).is_some() && folder.exists() {
+        if process.signal(Signal::STOP).unwrap() && open(&world, &digest).is_some() && image.exists() {
             return Some((rm, process));
         }
         process.signal(Signal::CONT).unwrap();
@@ -487,25 +496,25 @@ fn a_removal_that_stands_still_hides_nothing_for_long() {
         }
         None
     });
-    let (rm, process) = met.expect("a removal that is met while it hides its template");
-    let begun = Instant::now();
+    let (rm, process) = stopped.expect("no removal was stopped while its template was hidden");
+    let started = Instant::now();
     let second = world.stencil(&["rm", "web"]).exits(75).says("which is removing template");
     assert!(second.err.contains(&process.pid.to_string()), "{second:?}");
-    assert!(begun.elapsed() < Duration::from_secs(60));
-    assert_eq!(open(&world, &digest), None, "it is found again");
+    assert!(started.elapsed() < Duration::from_secs(60));
+    assert_eq!(open(&world, &digest), None, "the template must be visible again");
     let holder = File::open(world.file(&digest, "memory")).unwrap();
     process.signal(Signal::CONT).unwrap();
     let ended = rm.wait_with_output().unwrap();
-    assert_eq!(ended.status.code(), Some(5), "who came meanwhile is found: {ended:?}");
+    assert_eq!(ended.status.code(), Some(5), "the new user must be found: {ended:?}");
     assert_eq!(open(&world, &digest), None);
     drop(holder);
     world.stencil(&["rm", "web"]).ok();
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
 }
 
-/// What a removal that was killed behind its last step has left in the cache is given back.
+/// If a removal is killed after the template is gone, the supervisor frees the backing.
 #[test]
-fn the_cache_of_a_template_that_vanished_is_given_back() {
+fn backings_of_a_vanished_template_are_freed() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     let digest = world.import_bytes(&guest_like(1, SIZE), "web");
@@ -516,19 +525,20 @@ fn the_cache_of_a_template_that_vanished_is_given_back() {
     let cache = || world.json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap();
     let both = cache();
     let caller = Caller::of(&world);
-    caller.done(&Request::Condemn { digests: vec![digest.parse().unwrap()] });
+    caller.succeed(&Request::Condemn { digests: vec![digest.parse().unwrap()] });
     fs::remove_dir_all(world.store_dir().join("images").join(&digest)).unwrap();
     fs::remove_file(world.store_dir().join("tags/web/latest")).unwrap();
     assert_eq!(cache(), both);
     drop(caller);
-    wait_for("its room", || (cache() == both / 2).then_some(()));
+    wait_for("the cache space to be released", || (cache() == both / 2).then_some(()));
     assert_eq!(open(&world, &digest), Some(libc::ENOENT));
     assert!(fs::read(world.file(&kept, "memory")).unwrap() == guest_like(2, SIZE));
 }
 
-/// Somebody whom the first search did not see gets his page when the second has seen him.
+/// A reader that the first scan did not find: its READ waits, and returns the page after the second scan has found the
+/// reader and the template is restored.
 #[test]
-fn who_reads_while_a_template_is_put_back_waits() {
+fn reads_wait_while_a_removed_template_is_restored() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let bytes = guest_like(1, SIZE);
@@ -536,23 +546,23 @@ fn who_reads_while_a_template_is_put_back_waits() {
     let file = File::open(world.file(&digest, "memory")).unwrap();
     let caller = Caller::of(&world);
     let id = digest.parse().unwrap();
-    caller.done(&Request::Condemn { digests: vec![id] });
+    caller.succeed(&Request::Condemn { digests: vec![id] });
     let images = world.store_dir().join("images");
-    let (folder, grave) = (images.join(&digest), images.join(format!(".{digest}")));
-    fs::rename(&folder, &grave).unwrap();
+    let (image, removed) = (images.join(&digest), images.join(format!(".{digest}")));
+    fs::rename(&image, &removed).unwrap();
     thread::scope(|scope| {
         let reader = scope.spawn(|| {
             let mut read = vec![0; SIZE];
             file.read_exact_at(&mut read, 0).map(|()| read)
         });
-        wait_for("a READ that waits", || (world.counter("source_waits") > 0).then_some(()));
-        fs::rename(&grave, &folder).unwrap();
-        caller.done(&Request::Release { digests: vec![id], removed: false });
+        wait_for("a waiting READ", || (world.counter("source_waits") > 0).then_some(()));
+        fs::rename(&removed, &image).unwrap();
+        caller.succeed(&Request::Release { digests: vec![id], removed: false });
         assert!(reader.join().unwrap().unwrap() == bytes);
     });
 }
 
-/// Takes a loop device away with its scenario.
+/// A loop device, detached when dropped.
 struct Loop(String);
 
 impl Drop for Loop {
@@ -562,7 +572,7 @@ impl Drop for Loop {
 }
 
 #[test]
-fn a_loop_device_counts_as_a_user() {
+fn rm_refuses_a_template_that_a_loop_device_uses() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -572,12 +582,14 @@ fn a_loop_device_counts_as_a_user() {
         world.stencil(&["rm", "web"]).exits(5).says(device.0.trim_start_matches("/dev/"));
         assert!(fs::read(&device.0).unwrap() == guest_like(1, SIZE));
         drop(device);
-        wait_for("its end", || (world.stencil(&["rm", "web"]).code == 0).then_some(()));
+        wait_for("the loop device to be detached", || {
+            (world.stencil(&["rm", "web"]).code == 0).then_some(())
+        });
     }
 }
 
 #[test]
-fn a_store_has_its_mounts_by_every_path() {
+fn mounts_are_found_through_every_path_of_a_store() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     world.import_bytes(&guest_like(3, 4 << 20), "web:1");
@@ -585,15 +597,15 @@ fn a_store_has_its_mounts_by_every_path() {
     fs::create_dir(&alias.0).unwrap();
     let bound = Command::new("mount").arg("--bind").arg(world.store_dir()).arg(&alias.0).status().unwrap();
     assert!(bound.success());
-    let asked =
-        |words: &[&str]| world.stencil(&[&["--store", alias.0.to_str().unwrap(), "--json"], words].concat());
-    let answer = |words: &[&str]| serde_json::from_str::<Value>(&asked(words).ok().out).unwrap();
-    let launched = answer(&["clone", "web:1", "--simulate", "read=90%,write=1%"]);
+    let stencil =
+        |args: &[&str]| world.stencil(&[&["--store", alias.0.to_str().unwrap(), "--json"], args].concat());
+    let json = |args: &[&str]| serde_json::from_str::<Value>(&stencil(args).ok().out).unwrap();
+    let launched = json(&["clone", "web:1", "--simulate", "read=90%,write=1%"]);
     assert_eq!(launched["clones"].as_array().unwrap().len(), 1);
-    assert!(answer(&["du"])["totals"]["cache_bytes"].as_u64().unwrap() > 0);
-    asked(&["path", "web:1"]).ok();
-    asked(&["gc"]).ok();
-    asked(&["rm", "web:1"]).exits(5);
-    asked(&["stop", "--all"]).ok();
-    asked(&["rm", "web:1"]).ok();
+    assert!(json(&["du"])["totals"]["cache_bytes"].as_u64().unwrap() > 0);
+    stencil(&["path", "web:1"]).ok();
+    stencil(&["gc"]).ok();
+    stencil(&["rm", "web:1"]).exits(5);
+    stencil(&["stop", "--all"]).ok();
+    stencil(&["rm", "web:1"]).ok();
 }

@@ -1,5 +1,5 @@
-//! Removals, collections, imports and launches at the same time: no launch sees two versions, no block is missing, nobody
-//! who runs is hurt, and what was removed is given back.
+//! rm, gc, imports and launches at the same time: no launch sees files of two versions, no block is missing, running
+//! clones are unaffected, and the space of removed templates is freed.
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,9 +19,9 @@ use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
 
-/// Memory and state of one version begin with the same words.
+/// Memory and state of one version start with the same 16 bytes, which each clone compares.
 #[test]
-fn soak_tag_moves_under_launches_never_mix_versions() {
+fn soak_launches_never_mix_versions_while_tags_move() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let store = Store::open(&world.store_dir()).unwrap();
@@ -50,7 +50,7 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
         for _ in 0..2 {
             scope.spawn(|| {
                 let _ends = Ends(&done);
-                // It reads both through the names that it was given, one after the other.
+                // Reads both files through the paths of the placeholders, one after the other.
                 let check = "a=$(head -c 16 {memory}); sleep 0.02; b=$(head -c 16 {state}); \
                              test -n \"$a\" && test \"$a\" = \"$b\" || { echo \"$a and $b\" >&2; exit 9; }; \
                              echo ready >&$STENCIL_NOTIFY";
@@ -70,7 +70,7 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
         while !enough() && !done.load(Ordering::Relaxed) {
             let at = moved.fetch_add(1, Ordering::Relaxed);
             store.set_tag(&tag, &digests[at as usize % digests.len()]).unwrap();
-            // Several moves fall into each launch.
+            // Several moves happen during each launch.
             thread::sleep(std::time::Duration::from_millis(15));
         }
     });
@@ -80,7 +80,8 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
 
 type Contents = Mutex<HashMap<String, Arc<Vec<u8>>>>;
 
-/// Maps a template by its name and compares every byte, before and after a while. False where there is none.
+/// Maps a template by its name and compares the first half MiB, then, 60 ms later, every byte. Returns false if there
+/// is no such template.
 fn map_and_compare(world: &TestMount, name: &str, contents: &Contents) -> bool {
     let link = world.mountpoint().join("templates").join(name).join("latest");
     let Ok(target) = fs::read_link(&link) else { return false };
@@ -100,16 +101,16 @@ fn map_and_compare(world: &TestMount, name: &str, contents: &Contents) -> bool {
         }
     };
     let mut bytes = vec![0; expected.len()];
-    for (part, wait) in [(8 * BLOCK, 60), (expected.len(), 0)] {
+    for (part, pause) in [(8 * BLOCK, 60), (expected.len(), 0)] {
         backend.read_at(MemoryOffset::new(0), &mut bytes[..part]).unwrap();
         assert!(bytes[..part] == expected[..part], "{digest}");
-        thread::sleep(std::time::Duration::from_millis(wait));
+        thread::sleep(std::time::Duration::from_millis(pause));
     }
     true
 }
 
 #[test]
-fn soak_removals_and_collections_under_launchers_and_importers() {
+fn soak_rm_and_gc_keep_launches_and_imports_intact() {
     const NAMES: u64 = 6;
     let _host = host::shared();
     for serve in ["decode", "auto"] {
@@ -119,34 +120,35 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
         let common = random(77, 4 * BLOCK);
         let (done, serial) = (AtomicBool::new(false), AtomicU64::new(0));
         let (mapped, launched, imported) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        // By digest, for launched clones to compare with.
-        let known_files = world.dir().join("contents");
-        fs::create_dir(&known_files).unwrap();
+        // The contents by digest, for the `cmp` of launched clones.
+        let expected_files = world.dir().join("contents");
+        fs::create_dir(&expected_files).unwrap();
         let import = |name: &str| {
             let number = serial.fetch_add(1, Ordering::Relaxed);
-            // Contents come again, so that blocks that were given back are needed once more.
+            // Contents repeat, so that freed blocks are needed again.
             let bytes = [&random(1000 + number % 40, 12 * BLOCK)[..], &common].concat();
             let source = world.dir().join(format!("source-{number}"));
             fs::write(&source, &bytes).unwrap();
-            let digest_of = |answer: &serde_json::Value| answer["digest"].as_str().unwrap().to_owned();
-            // Known before its name is, as a mapper finds it by that.
-            let before = Store::open_or_create(&world.dir().join("digests")).unwrap();
+            let digest_of = |report: &serde_json::Value| report["digest"].as_str().unwrap().to_owned();
+            // `contents` must have the digest before the tag exists, because mappers find the template by its tag. An
+            // import into a separate store computes the digest.
+            let scratch = Store::open_or_create(&world.dir().join("digests")).unwrap();
             let file =
                 |path| ImportFile { name: "memory".into(), kind: FileKind::Ram, source: Source::Path(path) };
             let request =
                 |tag: &str| ImportRequest::new(Some(tag.parse().unwrap()), vec![file(source.clone())]);
-            let known = before.import(request("x"), &Silent).unwrap().digest.to_string();
-            contents.lock().unwrap().insert(known.clone(), Arc::new(bytes));
-            let kept = known_files.join(&known);
+            let digest = scratch.import(request("x"), &Silent).unwrap().digest.to_string();
+            contents.lock().unwrap().insert(digest.clone(), Arc::new(bytes));
+            let kept = expected_files.join(&digest);
             fs::rename(&source, &kept).unwrap();
-            let answer = world.json(&["import", kept.to_str().unwrap(), name]);
-            assert_eq!(digest_of(&answer), known);
+            let report = world.json(&["import", kept.to_str().unwrap(), name]);
+            assert_eq!(digest_of(&report), digest);
             imported.fetch_add(1, Ordering::Relaxed);
         };
         import("kept");
         let compare = format!(
             "cat {{memory}} >/dev/null && sleep 0.05 && cmp {{memory}} {}/$STENCIL_TEMPLATE && echo x >&$STENCIL_NOTIFY",
-            known_files.display()
+            expected_files.display()
         );
         let rounds: u64 = host::rounds(20, 1000);
         let (mut gone, mut used, mut missing) = (0, 0, 0);
@@ -184,7 +186,7 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
             }
             let _ends = Ends(&done);
             for round in 0..rounds * 10 {
-                // On a busy host it may take longer until all of them have come.
+                // On a loaded host more rounds may be necessary until all have made progress.
                 let least = gone.min(launched.load(Ordering::Relaxed)).min(mapped.load(Ordering::Relaxed));
                 if round >= rounds && used > 0 && least > rounds / 10 {
                     break;
@@ -204,10 +206,10 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
         for count in [&imported, &mapped, &launched] {
             assert!(count.load(Ordering::Relaxed) > rounds / 10, "{imported:?} {mapped:?} {launched:?}");
         }
-        assert!(gone > rounds / 10 && used > 0, "{gone} removed, {used} in use, {missing} not there");
+        assert!(gone > rounds / 10 && used > 0, "{gone} removed, {used} in use, {missing} missing");
         host::soaking().then(|| {
             println!(
-                "{serve}: {rounds} rounds: {gone} removed, {used} in use, {missing} not there; \
+                "{serve}: {rounds} rounds: {gone} removed, {used} in use, {missing} missing; \
                  {imported:?} imports, {mapped:?} mappings, {launched:?} launches"
             )
         });

@@ -1,4 +1,4 @@
-//! What a removal says of its words: nothing goes for a name that is mistyped, and what went is told.
+//! Arguments and output of `rm`: an unknown name is an error before anything is removed, and each removal is reported.
 
 use std::fs::{self, File};
 
@@ -9,11 +9,11 @@ use crate::support::mount::TestMount;
 use crate::support::store::{Fixture, random};
 
 #[test]
-fn a_name_that_is_mistyped_is_found_before_anything_goes() {
+fn rm_checks_all_names_before_it_removes_anything() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, 4096));
-    for words in [["rm", "a", "nobody"], ["rm", "nobody", "a"]] {
-        let refused = fixture.run(&words);
+    for args in [["rm", "a", "nobody"], ["rm", "nobody", "a"]] {
+        let refused = fixture.run(&args);
         assert_eq!((refused.code, refused.stdout.as_str()), (4, ""), "{refused:?}");
         assert!(refused.stderr.contains("nobody"), "{refused:?}");
     }
@@ -21,7 +21,7 @@ fn a_name_that_is_mistyped_is_found_before_anything_goes() {
     assert_eq!(refused.code, 4, "{refused:?}");
     assert!(refused.json().get("removed").is_none(), "{refused:?}");
     fixture.run(&["inspect", "a"]).ok();
-    // A tag that is damaged can be removed, beside others.
+    // A damaged tag can be removed, together with others.
     fixture.import("b", &random(2, 4096));
     fs::write(fixture.path("store/tags/b/latest"), "x").unwrap();
     let removed = fixture.run(&["rm", "b", "a"]).ok();
@@ -29,7 +29,7 @@ fn a_name_that_is_mistyped_is_found_before_anything_goes() {
 }
 
 #[test]
-fn what_was_removed_before_an_error_is_told() {
+fn rm_reports_what_it_removed_before_an_error() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let names = ["a", "b", "used", "c"];
@@ -39,11 +39,11 @@ fn what_was_removed_before_an_error_is_told() {
     let refused = world.stencil(&["rm", "a", "used", "c"]).exits(5).says("in use");
     assert_eq!(refused.out, format!("removed a:latest\nremoved template {}\n", digests[0]));
     let refused = world.stencil(&["--json", "rm", "b", "used", "c"]).exits(5);
-    let answer: Value = serde_json::from_str(&refused.out).unwrap();
-    assert_eq!(answer["removed"].as_array().unwrap().len(), 1, "{answer:#}");
-    assert_eq!(answer["removed"][0]["template"], digests[1].as_str(), "{answer:#}");
-    assert_eq!((&answer["schema"], &answer["error"]["code"]), (&1.into(), &"in-use".into()), "{answer:#}");
-    assert!(answer["error"]["remedy"].as_str().is_some_and(|r| !r.is_empty()), "{answer:#}");
+    let report: Value = serde_json::from_str(&refused.out).unwrap();
+    assert_eq!(report["removed"].as_array().unwrap().len(), 1, "{report:#}");
+    assert_eq!(report["removed"][0]["template"], digests[1].as_str(), "{report:#}");
+    assert_eq!((&report["schema"], &report["error"]["code"]), (&1.into(), &"in-use".into()), "{report:#}");
+    assert!(report["error"]["remedy"].as_str().is_some_and(|r| !r.is_empty()), "{report:#}");
     let left: Vec<Value> = world.json(&["ls"])["templates"].as_array().unwrap().clone();
     assert_eq!(left.len(), 2, "{left:#?}");
 }

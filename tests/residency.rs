@@ -1,5 +1,5 @@
-//! What a template has in RAM is said of that template and of no other, while others come and go and when nobody but the
-//! server is left to say it.
+//! Resident bytes are reported for the right template: while other templates are removed, and by a server whose
+//! supervisor has died.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
 
-/// The mount of a scenario, as `stencil density` finds it.
+/// The mount of a scenario, with the fields that `stencil density` reads from its record.
 fn mount_of(world: &TestMount) -> Mount {
     let dir = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap().path();
     let record: Record = serde_json::from_slice(&fs::read(dir.join("mount.json")).unwrap()).unwrap();
@@ -41,54 +41,55 @@ fn mount_of(world: &TestMount) -> Mount {
 }
 
 #[test]
-fn removals_beside_it_mix_up_no_figures() {
+fn residency_stays_correct_during_removals() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
-    // Backings of different sizes; those that go lie before the last one in the supervisor's list.
+    // Backings of different sizes; the removed backings precede the remaining one in the supervisor's list.
     let sizes: Vec<usize> = (1..=24).map(|blocks| blocks * BLOCK).chain([64 * BLOCK]).collect();
-    let mut known = BTreeMap::new();
+    let mut sizes_by_digest = BTreeMap::new();
     for (number, size) in sizes.iter().enumerate() {
         let digest = world.import_bytes(&random(number as u64, *size), &format!("t{number}"));
         assert_eq!(fs::read(world.file(&digest, "memory")).unwrap().len(), *size);
-        known.insert(digest, *size as u64);
+        sizes_by_digest.insert(digest, *size as u64);
     }
     let mount = mount_of(&world);
-    // The kernel reclaims pages that nobody uses (DAMON does so on an idle host): locked ones stay.
+    // Lock the pages: the kernel may reclaim unused ones (DAMON does so on an idle host).
     let (control, mut locker) = (world.control(), Actor::start());
     for (index, size) in sizes.iter().enumerate() {
         control.send(&Request::Backing { index }, None).unwrap();
         let (_, backing) = control.receive::<Response>().unwrap().unwrap();
-        let backing = File::from(backing.expect("a backing for each template"));
-        assert_eq!(backing.metadata().unwrap().len(), *size as u64, "backings are listed by age");
+        let backing = File::from(backing.expect("each template must have a backing"));
+        assert_eq!(backing.metadata().unwrap().len(), *size as u64, "backings must be listed by age");
         let path = format!("/proc/{}/fd/{}", std::process::id(), backing.as_raw_fd());
         locker.tell(&format!("shared {index} {path} 0 {size}"));
         locker.tell(&format!("lock {index} {size}"));
     }
     assert_eq!(mount.residency().unwrap().len(), sizes.len());
-    let last = known.iter().max_by_key(|(_, size)| **size).unwrap().0.clone();
-    let gone = AtomicBool::new(false);
-    let looks = AtomicUsize::new(0);
-    let is_over = || gone.load(Ordering::Relaxed);
+    let last = sizes_by_digest.iter().max_by_key(|(_, size)| **size).unwrap().0.clone();
+    let done = AtomicBool::new(false);
+    let queries = AtomicUsize::new(0);
+    let is_done = || done.load(Ordering::Relaxed);
     std::thread::scope(|scope| {
-        let _ends = Ends(&gone);
+        let _ends = Ends(&done);
         scope.spawn(|| {
-            let _ends = Ends(&gone);
+            let _ends = Ends(&done);
             for number in 0..sizes.len() - 1 {
-                // Beside each removal there is a look.
-                while looks.load(Ordering::Relaxed) < number && !is_over() {
+                // At least one query per removal.
+                while queries.load(Ordering::Relaxed) < number && !is_done() {
                     std::thread::yield_now();
                 }
                 world.stencil(&["rm", &format!("t{number}")]).ok();
             }
         });
-        while !is_over() {
+        while !is_done() {
             let rows = mount.residency().unwrap();
-            let seen: BTreeMap<String, u64> =
+            let reported: BTreeMap<String, u64> =
                 rows.iter().map(|row| (row.digest.to_string(), row.resident_bytes.get())).collect();
-            let wrong: Vec<_> = seen.iter().filter(|(digest, bytes)| known[*digest] != **bytes).collect();
-            assert!(wrong.is_empty(), "{wrong:?} of {known:#?}");
-            assert!(seen.contains_key(&last), "it stays: {seen:#?}");
-            looks.fetch_add(1, Ordering::Relaxed);
+            let wrong: Vec<_> =
+                reported.iter().filter(|(digest, bytes)| sizes_by_digest[*digest] != **bytes).collect();
+            assert!(wrong.is_empty(), "{wrong:?} of {sizes_by_digest:#?}");
+            assert!(reported.contains_key(&last), "the remaining template must be reported: {reported:#?}");
+            queries.fetch_add(1, Ordering::Relaxed);
         }
     });
     assert_eq!(mount.residency().unwrap().len(), 1);
@@ -97,7 +98,7 @@ fn removals_beside_it_mix_up_no_figures() {
 }
 
 #[test]
-fn a_mount_without_its_supervisor_is_counted_on() {
+fn density_counts_a_mount_whose_supervisor_has_died() {
     let _host = host::shared();
     for serve in ["passthrough", "decode"] {
         let world = TestMount::new(serve);
@@ -130,9 +131,10 @@ fn a_mount_without_its_supervisor_is_counted_on() {
     }
 }
 
-/// A container that was started anew may leave the record of the one before: its mount is over, and hides no figure.
+/// A restarted container may find the record of its predecessor, whose PID namespace and mount have ended: `density`
+/// must work all the same.
 #[test]
-fn a_record_of_a_namespace_that_has_ended_hides_no_figure() {
+fn density_ignores_records_of_ended_pid_namespaces() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     let record = world.runtime_dir().join("mounts/1-1");
@@ -144,7 +146,7 @@ fn a_record_of_a_namespace_that_has_ended_hides_no_figure() {
     fs::write(record.join("mount.json"), gone.to_string()).unwrap();
     world.stencil(&["density"]).ok();
     assert!(record.exists());
-    // The connection of that number is somebody's: it may be that mount's.
+    // If a FUSE connection with the device number of the record exists, the connection may belong to that mount.
     gone["device"] = world.status()["device"].clone();
     fs::write(record.join("mount.json"), gone.to_string()).unwrap();
     let refused = world.stencil(&["density"]).exits(75);

@@ -1,5 +1,5 @@
-//! Another program takes the place of the server or of the supervisor, under readers: none of them gets an error, and
-//! what they have mapped stays the same file.
+//! `stencil restart` replaces the program of the server or of the supervisor under readers: no reader gets an error,
+//! and mapped files keep their identity.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -21,7 +21,7 @@ pub const IMAGE: Image = Image { salt: 11, pages: 8 << 10 };
 
 const WAYS: [&str; 7] = ["map", "map", "readahead", "pread", "stream", "direct", "direct1m"];
 
-/// A mount under readers, with what must stay as it is.
+/// A mount under readers, with the state that must not change.
 pub struct Load<'a> {
     world: &'a TestMount,
     path: PathBuf,
@@ -46,12 +46,13 @@ impl<'a> Load<'a> {
         Load { world, path, readers, clone, inode: (about.dev(), about.ino()), next: 0 }
     }
 
-    /// Of the mount.
+    /// Path of the mountpoint.
     pub fn mountpoint(&self) -> &'a str {
         self.world.mountpoint().to_str().unwrap()
     }
 
-    /// Everybody gets on, the clone's next page is right, and the file is the one that it was.
+    /// Asserts that all readers make progress, that the clone's next pages are correct, and that the file has the same
+    /// inode.
     #[track_caller]
     pub fn goes_on(&mut self) {
         self.readers.wait_progress(20);
@@ -60,15 +61,16 @@ impl<'a> Load<'a> {
             assert_eq!(self.clone.tell(&format!("hash 0 {}", self.next)), IMAGE.hash(self.next));
         }
         let about = File::open(&self.path).unwrap().metadata().unwrap();
-        assert_eq!((about.dev(), about.ino()), self.inode, "the same file");
+        assert_eq!((about.dev(), about.ino()), self.inode, "the file must keep its inode");
     }
 
-    /// With another program for the server alone, or for the supervisor as well: that one lies beside `stencil`.
+    /// Restarts with another program: for the server alone (`--server`), or, if `whole`, for the supervisor as well,
+    /// with the program installed beside `stencil`.
     pub fn restart(&self, program: &Path, whole: bool) -> Run {
         self.timed_restart(program, whole).0
     }
 
-    /// And how long the command itself took.
+    /// Same as [`Load::restart`], with the duration of the command.
     fn timed_restart(&self, program: &Path, whole: bool) -> (Run, Duration) {
         let mut command = self.world.command();
         if whole {
@@ -82,13 +84,13 @@ impl<'a> Load<'a> {
         } else {
             command.arg("restart").arg("--server").arg(program);
         }
-        let begun = Instant::now();
+        let started = Instant::now();
         let output = command.arg(self.world.mountpoint()).output().unwrap();
-        let passed = begun.elapsed();
+        let passed = started.elapsed();
         (Run::of(program.display().to_string(), &output), passed)
     }
 
-    /// Prints the longest read of all.
+    /// Stops the readers and prints the longest read.
     pub fn end(self, what: &str) {
         let finished = self.readers.finish();
         let stalls = finished.iter().flat_map(|r| &r.stalls).map(|s| Duration::from_nanos(s.end - s.begin));
@@ -100,10 +102,10 @@ impl<'a> Load<'a> {
     }
 }
 
-/// The old server goes on, is the same one, and nobody notices the trial. An error where the refusal took another time, in
-/// milliseconds, than `took`.
+/// Asserts that a restart with this program fails with `message`, and that the old server continues without any effect
+/// on readers. Returns an error if the restart did not take `took` milliseconds.
 #[track_caller]
-fn is_refused(program: &Path, words: &str, took: std::ops::Range<u64>) -> Result<(), String> {
+fn is_refused(program: &Path, message: &str, took: std::ops::Range<u64>) -> Result<(), String> {
     let world = TestMount::new("decode");
     let mut load = Load::on(&world);
     let before = world.server();
@@ -112,14 +114,14 @@ fn is_refused(program: &Path, words: &str, took: std::ops::Range<u64>) -> Result
         let (run, passed) = load.timed_restart(program, whole);
         let (run, passed) = (run.exits(1), passed.as_millis() as u64);
         println!("{} refused after {passed} ms: {}", program.display(), run.err.trim());
-        assert!(whole || run.err.contains(words), "{}", run.err);
+        assert!(whole || run.err.contains(message), "{}", run.err);
         times.push(passed);
         let status = world.status();
-        assert_eq!(status["server_pid"], before, "the old one goes on");
+        assert_eq!(status["server_pid"], before, "the old server must continue");
         assert_eq!(status["server_program"], daemon().to_str().unwrap());
         load.goes_on();
     }
-    // Nothing of the trial stays with the mount.
+    // The next server runs the old program again.
     Drill::new(&world).kill();
     load.goes_on();
     assert_eq!(world.status()["server_program"], daemon().to_str().unwrap());
@@ -131,21 +133,23 @@ fn is_refused(program: &Path, words: &str, took: std::ops::Range<u64>) -> Result
 }
 
 #[test]
-fn a_program_that_exits_leaves_the_old_server() {
+fn a_new_server_that_exits_leaves_the_old_one_serving() {
     let _host = host::shared();
-    host::measured(|| is_refused(Path::new("/bin/false"), "the old one goes on", 0..2_000));
+    host::measured(|| {
+        is_refused(Path::new("/bin/false"), "does not serve; the current server continues", 0..2_000)
+    });
 }
 
 #[test]
-fn a_program_that_hangs_leaves_the_old_server() {
+fn a_new_server_that_hangs_leaves_the_old_one_serving() {
     let _host = host::shared();
     let hanger = compile("hanger");
-    host::measured(|| is_refused(&hanger, "timed out after 5 s waiting for the new server", 4_900..7_000));
+    host::measured(|| is_refused(&hanger, "it did not answer within 5 s", 4_900..7_000));
 }
 
-/// What the server asks meanwhile is asked again of the next supervisor, and must be done once.
+/// The server sends its pending requests again to the next supervisor, which must execute each once.
 #[test]
-fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
+fn soak_a_first_open_waits_for_the_next_supervisor() {
     let _host = host::shared();
     for serve in ["passthrough", "auto"] {
         let world = TestMount::new(serve);
@@ -160,10 +164,10 @@ fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
             let path = world.file(&digest, "memory");
             std::thread::scope(|scope| {
                 let reader = scope.spawn(|| fs::read(&path));
-                // Its question lies in the socket of the dead one by now.
+                // By now the server's request is in the socket of the dead supervisor.
                 std::thread::sleep(Duration::from_millis(60));
                 world.mount(&[]).ok();
-                let read = reader.join().unwrap().expect("the open is answered");
+                let read = reader.join().unwrap().expect("the open must succeed");
                 assert!(read == bytes, "{serve}, round {round}: other bytes than were imported");
             });
         }
@@ -171,20 +175,21 @@ fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
     }
 }
 
-/// Builds stencil-mountd of another tree in `dir`. What does not differ is kept for the next build and the next run.
+/// Builds stencil-mountd of another source tree and copies it into `dir`. The build directory is reused by later builds
+/// and runs.
 fn build(dir: &Path, tree: &Path) -> PathBuf {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    // Newer than the build before, or cargo takes that one for this tree's.
+    static BUILD: Mutex<()> = Mutex::new(());
+    let _lock = BUILD.lock().unwrap_or_else(PoisonError::into_inner);
+    // cargo compares modification times: the files must be newer than the last build.
     let touched =
         Command::new("find").arg(tree).args(["-type", "f", "-exec", "touch", "{}", "+"]).status().unwrap();
-    assert!(touched.success(), "{}: the files cannot be touched", tree.display());
+    assert!(touched.success(), "cannot touch the files of {}", tree.display());
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants");
     let done = Command::new(env!("CARGO"))
         .args(["build", "-q", "--offline", "-p", "stencil-mountd"])
         .current_dir(tree)
         .env("CARGO_TARGET_DIR", &target)
-        // Quick to build; what it depends on is optimized all the same.
+        // Shorter builds; dependencies are optimized all the same.
         .envs([("CARGO_PROFILE_DEV_OPT_LEVEL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "0")])
         .output()
         .unwrap();
@@ -194,7 +199,7 @@ fn build(dir: &Path, tree: &Path) -> PathBuf {
     program
 }
 
-/// A copy of this tree, or of the commit before it where the history is there.
+/// A copy of this source tree, or of a commit.
 fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
     let tree = into.join("tree");
     fs::create_dir(&tree).unwrap();
@@ -210,48 +215,54 @@ fn copy_of_tree(into: &Path, commit: Option<&str>) -> PathBuf {
     tree
 }
 
-/// In a build of its own, one line of the source is another.
-fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, words: &str) {
+/// Builds the tree with `from` replaced by `to` in one file, and asserts that a restart with this program is refused.
+fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, message: &str) {
     if !host::soaking() {
-        return println!("a build with {to} is made in `make soak` only");
+        return println!("skipped: the build with {to} needs `make soak`");
     }
     let _host = host::shared();
     let dir = crate::support::mount::temporary(name);
     let tree = copy_of_tree(dir.path(), None);
     let file = tree.join(file);
     let text = fs::read_to_string(&file).unwrap();
-    assert!(text.contains(from), "{} has no {from}", file.display());
+    assert!(text.contains(from), "{} does not contain {from}", file.display());
     fs::write(&file, text.replace(from, to)).unwrap();
     let program = build(dir.path(), &tree);
-    host::measured(|| is_refused(&program, words, 0..5_000));
+    host::measured(|| is_refused(&program, message, 0..5_000));
 }
 
 #[test]
-fn a_soak_build_of_other_sizes_leaves_the_old_server() {
+fn a_soak_build_with_another_max_read_is_refused() {
     let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
-    let words = "asks the kernel for other features";
-    a_soak_build_is_refused("sizes", "mountd/src/server/decode.rs", from, to, words);
+    let message = "asks the kernel for other features";
+    a_soak_build_is_refused("sizes", "mountd/src/server/decode.rs", from, to, message);
 }
 
 #[test]
-fn a_soak_build_of_another_control_version_leaves_the_old_server() {
+fn a_soak_build_with_another_control_version_is_refused() {
     let from = format!("CONTROL_VERSION: u32 = {}", stencilfs::control::CONTROL_VERSION);
-    let words = "the mount uses protocol version";
-    a_soak_build_is_refused("control", "src/control/protocol.rs", &from, "CONTROL_VERSION: u32 = 200", words);
+    let message = "the mount uses protocol version";
+    a_soak_build_is_refused(
+        "control",
+        "src/control/protocol.rs",
+        &from,
+        "CONTROL_VERSION: u32 = 200",
+        message,
+    );
 }
 
-/// The version of the words between processes, as a program prints it: `… (control 3)`.
-fn words_of(program: &Path) -> String {
+/// The control protocol version that a program prints with --version: `… (control 4)`.
+fn control_version_of(program: &Path) -> String {
     let printed = crate::support::mount::run(program.to_str().unwrap(), &["--version"]);
-    let words =
+    let version =
         printed.split_once("(control ").unwrap_or_else(|| panic!("no control version in {printed}")).1;
-    words.trim().to_owned()
+    version.trim().to_owned()
 }
 
 #[test]
 fn a_soak_build_of_the_previous_commit_takes_over() {
     if !host::soaking() {
-        return println!("the previous commit is built in `make soak` only");
+        return println!("skipped: the build of the previous commit needs `make soak`");
     }
     let _host = host::shared();
     let dir = crate::support::mount::temporary("previous-");
@@ -259,13 +270,13 @@ fn a_soak_build_of_the_previous_commit_takes_over() {
     let history = git.args(["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "-q", "--verify", "HEAD~1"]);
     let has_history = history.output().is_ok_and(|o| o.status.success());
     if !has_history {
-        // An exported tree or a shallow checkout: another build all the same.
-        println!("NO HISTORY HERE: the tree itself is built a second time instead of the previous commit");
+        // An exported tree or a shallow clone: use another build of the same tree.
+        println!("NO GIT HISTORY: building this tree a second time instead of the previous commit");
     }
     let tree = copy_of_tree(dir.path(), has_history.then_some("HEAD~1"));
     let program = build(dir.path(), &tree);
-    if words_of(&program) != words_of(&daemon()) {
-        println!("the previous commit speaks other words between processes: it must be refused");
+    if control_version_of(&program) != control_version_of(&daemon()) {
+        println!("the previous commit has another control protocol version: it must be refused");
         return host::measured(|| is_refused(&program, "the mount uses protocol version", 0..5_000));
     }
     for serve in ["decode", "passthrough"] {

@@ -1,4 +1,4 @@
-//! Real guests with a read-only NVDIMM on a template, and with a RAM file for each NUMA node.
+//! Linux guests with a read-only NVDIMM on a template, and with one RAM file per NUMA node.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -15,12 +15,12 @@ use crate::support::store::word_sum;
 
 const MIB: u64 = 1 << 20;
 
-/// The guest's own sum of a memory: FNV-1a over words.
+/// The checksum that the guest computes: FNV-1a over 64-bit words.
 fn digest(bytes: &[u8]) -> String {
     format!("{:#x}", word_sum(bytes))
 }
 
-/// A ROM of so many MiB in which no two pages are alike, and its sum.
+/// Writes a ROM of `mib` MiB in which no two pages are equal, and returns its checksum.
 fn write_rom(path: &Path, mib: u64) -> String {
     let words = (0..mib * MIB / 8).map(|i| (i / 64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
@@ -28,8 +28,8 @@ fn write_rom(path: &Path, mib: u64) -> String {
     digest(&bytes)
 }
 
-/// Kernel, an initramfs whose only program is `rom.c`, after the number of NUMA nodes, and a command line that lets it write
-/// to any memory.
+/// Returns a kernel, an initramfs that prints the NUMA nodes and then runs `rom.c`, and a kernel command line that
+/// allows writes to all physical memory through /dev/mem (`iomem=relaxed`).
 fn guest(dir: &Path) -> (String, PathBuf, String) {
     let [kernel, initramfs, append] = linux();
     let root = dir.join("root");
@@ -43,7 +43,7 @@ fn guest(dir: &Path) -> (String, PathBuf, String) {
         echo nodes /sys/devices/system/node/node*\n\
         exec /rom\n";
     fs::write(root.join("init"), init).unwrap();
-    // A second archive behind the first one takes the place of its files.
+    // The kernel unpacks concatenated cpio archives in order: files of the second replace those of the first.
     let pack = format!(
         "cd {} && chmod 755 init && printf 'init\\nrom\\n' | cpio --quiet -o -H newc",
         root.display()
@@ -59,16 +59,17 @@ fn guest(dir: &Path) -> (String, PathBuf, String) {
     (kernel, both, format!("{append} iomem=relaxed"))
 }
 
-/// The first line of the serial log that begins so.
-fn line(serial: &Path, begin: &str) -> String {
-    patiently(&format!("'{begin}'"), Duration::from_secs(180), || {
+/// Waits for the first complete line of the serial log that starts with `start`.
+fn line(serial: &Path, start: &str) -> String {
+    patiently(&format!("line '{start}'"), Duration::from_secs(180), || {
         let text = String::from_utf8_lossy(&fs::read(serial).unwrap_or_default()).into_owned();
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]).to_owned();
-        whole.lines().find(|l| l.starts_with(begin)).map(|l| l.trim_end().to_owned())
+        let complete = text.rfind('\n').map_or("", |end| &text[..end]).to_owned();
+        complete.lines().find(|l| l.starts_with(start)).map(|l| l.trim_end().to_owned())
     })
 }
 
-/// How many pages of each file the clone has copied, by `stencil dirty`; and the kernel's own sum for its ROM.
+/// Dirty pages of the ROM and of the other files, from `stencil dirty`; and Private_Dirty of the ROM in KiB, from
+/// smaps.
 fn copied(world: &TestMount, pid: u32, rom: &str) -> (u64, u64, u64) {
     let dirty = world.json(&["dirty", &pid.to_string(), "--ranges"]);
     let pages = |of_rom: bool| -> u64 {
@@ -76,26 +77,26 @@ fn copied(world: &TestMount, pid: u32, rom: &str) -> (u64, u64, u64) {
         ranges.map(|r| r["pages"].as_u64().unwrap()).sum()
     };
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let part = smaps.split(&format!("/{rom}\n")).nth(1).expect("the ROM is mapped");
+    let part = smaps.split(&format!("/{rom}\n")).nth(1).expect("the ROM must be mapped");
     let private = part.lines().find_map(|l| l.strip_prefix("Private_Dirty:")).unwrap();
     let private = private.trim().trim_end_matches(" kB").parse().unwrap();
     (pages(true), pages(false), private)
 }
 
 #[test]
-fn two_hundred_mebibytes_of_stores_into_a_rom_copy_nothing() {
-    stores_copy_nothing("passthrough");
+fn guest_stores_to_a_rom_copy_no_pages_on_passthrough() {
+    assert_stores_copy_nothing("passthrough");
 }
 
 #[test]
-fn soak_two_hundred_mebibytes_of_stores_into_a_rom_on_decode_copy_nothing() {
+fn soak_guest_stores_to_a_rom_copy_no_pages_on_decode() {
     if !host::soaking() {
-        return println!("a ROM on decode is written to in `make soak` only");
+        return println!("skipped: stores to a ROM on decode need `make soak`");
     }
-    stores_copy_nothing("decode");
+    assert_stores_copy_nothing("decode");
 }
 
-fn stores_copy_nothing(serve: &str) {
+fn assert_stores_copy_nothing(serve: &str) {
     let _host = host::shared();
     let world = TestMount::new(serve);
     let rom = world.dir().join("rom.source");
@@ -106,31 +107,31 @@ fn stores_copy_nothing(serve: &str) {
     world.stencil(&["import", ram.to_str().unwrap(), "guest", "--file", &file]).ok();
     let (kernel, initramfs, append) = guest(world.dir());
     let serial = world.dir().join("serial");
-    let line_of = world.stencil(&["args", "guest", "--vmm", "qemu"]).ok().out;
+    let qemu_line = world.stencil(&["args", "guest", "--vmm", "qemu"]).ok().out;
     let rest = format!(
         "-accel tcg -cpu max -nodefaults -display none -serial file:{} -kernel {kernel} -initrd {} -append '{}'",
         serial.display(),
         initramfs.display(),
         append
     );
-    let script = format!("exec {} {rest}", line_of.trim_end());
+    let script = format!("exec {} {rest}", qemu_line.trim_end());
     let qemu = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).spawn().unwrap();
     let qemu = Running(qemu);
     let read = line(&serial, "rom ");
-    let words: Vec<&str> = read.split(' ').collect();
+    let fields: Vec<&str> = read.split(' ').collect();
     assert_eq!(
-        (words[2], words[3]),
+        (fields[2], fields[3]),
         ((200 * MIB).to_string().as_str(), sum.as_str()),
-        "it reads the template"
+        "the guest must read the bytes of the template"
     );
     let stores = line(&serial, "stores ");
-    assert_eq!(stores, format!("stores {} {sum}", 200 * MIB / 8), "nothing that it wrote is there");
-    let (of_rom, of_ram, kernels) = copied(&world, qemu.0.id(), "rom");
-    println!("{serve}: after 200 MiB of stores {of_rom} pages of the ROM are private, of RAM {of_ram}");
-    assert_eq!((of_rom, kernels), (0, 0));
-    assert!(of_ram > 1000, "what it writes to RAM is seen: {of_ram}");
+    assert_eq!(stores, format!("stores {} {sum}", 200 * MIB / 8), "stores of the guest must have no effect");
+    let (of_rom, of_ram, rom_kib) = copied(&world, qemu.0.id(), "rom");
+    println!("{serve}: private pages after 200 MiB of stores: {of_rom} of the ROM, {of_ram} of RAM");
+    assert_eq!((of_rom, rom_kib), (0, 0));
+    assert!(of_ram > 1000, "writes to RAM must be counted: {of_ram}");
 
-    // `density` says the same: all that it calls private is RAM.
+    // `density` reports the same: all private bytes are RAM.
     let density = world.json(&["density"]);
     let clone = &density["clones"][0];
     let maps = clone["maps"].as_array().unwrap();
@@ -141,11 +142,14 @@ fn stores_copy_nothing(serve: &str) {
     assert!(line(&serial, "beat 3 ").ends_with("ok"));
     drop(qemu);
     let digest = world.json(&["inspect", "guest"])["digest"].as_str().unwrap().to_owned();
-    assert!(fs::read(world.file(&digest, "rom")).unwrap() == fs::read(&rom).unwrap(), "{serve}: unchanged");
+    assert!(
+        fs::read(world.file(&digest, "rom")).unwrap() == fs::read(&rom).unwrap(),
+        "{serve}: the ROM must not change"
+    );
 }
 
 #[test]
-fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
+fn captures_and_clones_a_guest_with_numa_nodes_and_an_nvdimm() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let dir = world.dir();
@@ -164,9 +168,9 @@ fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
         d = dir.display(),
         i = initramfs.display()
     );
-    let mut words: Vec<String> = text.split_ascii_whitespace().map(str::to_owned).collect();
-    words.extend(["-append".to_owned(), append]);
-    let vm = Qemu::start(dir, &words);
+    let mut args: Vec<String> = text.split_ascii_whitespace().map(str::to_owned).collect();
+    args.extend(["-append".to_owned(), append]);
+    let vm = Qemu::start(dir, &args);
     let serial = dir.join("serial");
     let nodes = line(&serial, "nodes ");
     assert!(nodes.contains("node0") && nodes.contains("node1"), "{nodes}");
@@ -186,7 +190,7 @@ fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
     ];
     assert_eq!(files, expected);
     let state = captured["state_bytes"].as_u64().unwrap();
-    assert!(state < 8 * MIB, "neither nodes nor ROM are in the device state: {state}");
+    assert!(state < 8 * MIB, "the device state must contain neither RAM nor ROM: {state} bytes");
 
     let launched = world.json(&["clone", "numa:v1", "-n", "2"]);
     for clone in launched["clones"].as_array().unwrap() {
@@ -203,27 +207,30 @@ fn a_guest_with_two_nodes_and_an_nvdimm_is_captured_and_cloned() {
         let dirty = world.json(&["dirty", &pid.to_string(), "--ranges"]);
         for node in ["memory", "memory-ram1"] {
             let ranges = dirty["ranges"].as_array().unwrap();
-            assert!(ranges.iter().any(|r| r["file"] == node), "{node}: both nodes are private RAM");
+            assert!(
+                ranges.iter().any(|r| r["file"] == node),
+                "{node}: the clone must have copied pages of both nodes"
+            );
         }
     }
     let density = world.json(&["density"]);
     for clone in density["clones"].as_array().unwrap() {
         let maps = clone["maps"].as_array().unwrap().iter();
-        let of = |file: &str| {
+        let length_of = |file: &str| {
             maps.clone().filter(|m| m["file"] == file).map(|m| m["length"].as_u64().unwrap()).sum()
         };
-        let lengths: [u64; 3] = ["memory", "memory-ram1", "rom-nv"].map(of);
+        let lengths: [u64; 3] = ["memory", "memory-ram1", "rom-nv"].map(length_of);
         assert_eq!(lengths, [128 * MIB, 128 * MIB, 16 * MIB]);
     }
     world.stencil(&["stop", "--all"]).ok();
 
-    // What `args` prints of it has the nodes and the NVDIMM; the template's ROM is the file that was there.
+    // The output of `args` has both nodes and the NVDIMM; the exported ROM equals the captured file.
     let line = world.stencil(&["args", "numa:v1", "--vmm", "qemu"]).ok().out;
     assert!(line.contains("nodeid=1,cpus=1,memdev=ram1") && line.contains("nvdimm,id=nvdimm0"), "{line}");
     let qemu = Command::new("sh").args(["-c", &format!("exec {line}")]).stdin(Stdio::null()).spawn().unwrap();
     let mut qemu = Running(qemu);
-    patiently("a QEMU as printed", Duration::from_secs(60), || {
-        assert!(qemu.0.try_wait().unwrap().is_none(), "QEMU ended: {line}");
+    patiently("the mappings of the QEMU that was started as printed", Duration::from_secs(60), || {
+        assert!(qemu.0.try_wait().unwrap().is_none(), "QEMU exited: {line}");
         let maps = fs::read_to_string(format!("/proc/{}/maps", qemu.0.id())).unwrap();
         let mapped = |file: &str, how: &str| {
             maps.lines().any(|l| l.ends_with(&format!("/{file}")) && l.contains(&format!(" {how} ")))

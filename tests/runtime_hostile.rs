@@ -1,5 +1,5 @@
-//! The runtime directory as somebody else may have left it: other users change nothing of what root's commands do, and what
-//! stands in the place of a record, socket or log holds no command up and leads none elsewhere.
+//! Hostile runtime directories: other users cannot influence root's commands, and a file of another type in place of a
+//! record, socket or log neither blocks a command nor redirects its writes.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
@@ -18,30 +18,31 @@ use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, run};
 use crate::support::store::guest_like;
 
-const STRANGER: u32 = 12345;
+const OTHER_USER: u32 = 12345;
 
 /// Exit codes of docs/reference/exit-codes-and-json.md.
 const CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
 
-/// No command takes longer, whatever lies in the runtime directory.
+/// Longest duration of a command, whatever the runtime directory contains.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Runs `stencil` under this umask.
-fn under(world: &TestMount, umask: &str, words: &[&str]) -> Run {
+/// Runs `stencil` with this umask.
+fn under(world: &TestMount, umask: &str, args: &[&str]) -> Run {
     let mut command = world.command_in("sh");
-    command.args(["-c", "umask $0; exec \"$@\"", umask, STENCIL]).args(words);
-    Run::of(format!("{words:?} under {umask}"), &command.output().unwrap())
+    command.args(["-c", "umask $0; exec \"$@\"", umask, STENCIL]).args(args);
+    Run::of(format!("{args:?} with umask {umask}"), &command.output().unwrap())
 }
 
-fn mapped_clone(world: &TestMount, umask: &str) {
-    let words = ["clone", "web:1", "--ready", "notify", "--", "sh", "-c"];
+/// Launches a clone with a port, and a simulated one.
+fn launch_clones(world: &TestMount, umask: &str) {
+    let args = ["clone", "web:1", "--ready", "notify", "--", "sh", "-c"];
     let script = "echo {port:80}; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 3000";
-    under(world, umask, &[&words[..], &[script]].concat()).ok();
+    under(world, umask, &[&args[..], &[script]].concat()).ok();
     under(world, umask, &["clone", "web:1", "--simulate", "read=10%"]).ok();
 }
 
-/// What root's commands say of mounts and clones, without what changes by itself.
-fn seen(world: &TestMount) -> Value {
+/// Output of root's commands on mounts and clones, without values that change by themselves.
+fn root_view(world: &TestMount) -> Value {
     let ps = world.json(&["ps"]);
     let ids: Vec<&Value> = ps["clones"].as_array().unwrap().iter().map(|c| &c["id"]).collect();
     let states: Vec<&Value> = ps["clones"].as_array().unwrap().iter().map(|c| &c["state"]).collect();
@@ -53,9 +54,9 @@ fn seen(world: &TestMount) -> Value {
     })
 }
 
-fn all_below(folder: &Path) -> Vec<PathBuf> {
+fn all_below(directory: &Path) -> Vec<PathBuf> {
     let mut found = vec![];
-    for entry in fs::read_dir(folder).unwrap() {
+    for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         found.push(path.clone());
         if path.symlink_metadata().unwrap().is_dir() {
@@ -67,7 +68,7 @@ fn all_below(folder: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_stranger_changes_nothing_whatever_the_umask_is() {
+fn other_users_cannot_change_the_runtime_directory() {
     let _host = host::shared();
     for umask in ["0", "077", "0777"] {
         let world = TestMount::unmounted();
@@ -75,14 +76,14 @@ fn a_stranger_changes_nothing_whatever_the_umask_is() {
         world.import_bytes(&guest_like(1, 1 << 20), "web:1");
         world.import_bytes(&guest_like(2, 1 << 20), "other");
         under(&world, umask, &["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
-        mapped_clone(&world, umask);
-        // Leases leave their folder.
+        launch_clones(&world, umask);
+        // A lease leaves its directory behind.
         under(&world, umask, &["export", "web:1", world.dir().join("out").to_str().unwrap()]).ok();
         let runtime = world.runtime_dir();
-        let about = |path: &Path| path.symlink_metadata().unwrap();
-        assert_eq!(about(&runtime).mode() & 0o7777, 0o755, "{umask}");
+        let metadata = |path: &Path| path.symlink_metadata().unwrap();
+        assert_eq!(metadata(&runtime).mode() & 0o7777, 0o755, "{umask}");
         for path in all_below(&runtime) {
-            let found = about(&path);
+            let found = metadata(&path);
             let depth = path.strip_prefix(&runtime).unwrap().components().count();
             let expected = if found.is_dir() { 0o700 } else { 0o600 };
             if !found.is_symlink() && (depth == 1 || path.file_name().unwrap() != "qmp.sock") {
@@ -90,11 +91,11 @@ fn a_stranger_changes_nothing_whatever_the_umask_is() {
             }
         }
 
-        let before = seen(&world);
-        let folders = ["mounts", "clones", "launches", "ports", "leases"];
-        for folder in folders {
-            let path = runtime.join(folder);
-            let place = path.to_str().unwrap();
+        let before = root_view(&world);
+        let directories = ["mounts", "clones", "launches", "ports", "leases"];
+        for name in directories {
+            let path = runtime.join(name);
+            let directory = path.to_str().unwrap();
             let inside = all_below(&path).into_iter().next().unwrap_or(path.join("x"));
             for attempt in [
                 "echo '{}' >$0/c0000001",
@@ -113,18 +114,29 @@ fn a_stranger_changes_nothing_whatever_the_umask_is() {
                 "python3 -c 'import socket,sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1]+\"/s\")' $0",
             ] {
                 let tried = Command::new("setpriv")
-                    .args(["--reuid=12345", "--regid=12345", "--clear-groups", "sh", "-c", attempt, place])
+                    .args([
+                        "--reuid=12345",
+                        "--regid=12345",
+                        "--clear-groups",
+                        "sh",
+                        "-c",
+                        attempt,
+                        directory,
+                    ])
                     .arg(&inside)
                     .stderr(Stdio::null())
                     .stdout(Stdio::null())
                     .status()
                     .unwrap();
-                assert!(!tried.success(), "umask {umask}: a stranger did: {attempt} in {place}");
+                assert!(
+                    !tried.success(),
+                    "umask {umask}: another user succeeded with: {attempt} in {directory}"
+                );
             }
         }
-        assert_eq!(seen(&world), before, "{umask}");
+        assert_eq!(root_view(&world), before, "{umask}");
         world.stencil(&["rm", "other"]).ok();
-        mapped_clone(&world, umask);
+        launch_clones(&world, umask);
         let mnt = world.mountpoint().to_str().unwrap();
         world.stencil(&["mount", mnt]).exits(5);
         world.stencil(&["umount", mnt]).exits(5);
@@ -134,7 +146,7 @@ fn a_stranger_changes_nothing_whatever_the_umask_is() {
     }
 }
 
-/// A process that nobody of Stencil has started.
+/// A process that Stencil has not started.
 struct Victim(Child);
 
 impl Victim {
@@ -142,7 +154,7 @@ impl Victim {
         Victim(Command::new("sleep").arg("3000").spawn().unwrap())
     }
 
-    fn lives(&mut self) -> bool {
+    fn is_alive(&mut self) -> bool {
         self.0.try_wait().unwrap().is_none()
     }
 }
@@ -154,7 +166,7 @@ impl Drop for Victim {
     }
 }
 
-/// The record of a clone that is that process.
+/// A clone record that names this process.
 fn record_of(victim: &Victim, dir: &Path) -> Value {
     let process = ProcessId::of(victim.0.id()).unwrap().unwrap();
     json!({
@@ -171,30 +183,31 @@ fn plant(dir: &Path, record: &Value) {
 }
 
 #[test]
-fn a_runtime_directory_of_somebody_else_is_refused() {
+fn refuses_a_runtime_directory_of_another_user() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&guest_like(1, 1 << 20), "web:1");
     let mnt = world.mountpoint().to_str().unwrap();
     let mut victim = Victim::start();
-    // Theirs; root's in a folder of theirs; root's that everybody can write; a link of theirs to root's.
+    // Owned by the other user; owned by root, below a directory of the other user; writable by all; reached
+    // through a symlink of the other user.
     let theirs = world.dir().join("theirs");
-    for folder in ["theirs", "theirs/below", "open", "roots"] {
-        let runtime = world.dir().join(folder);
+    for name in ["theirs", "theirs/below", "open", "roots"] {
+        let runtime = world.dir().join(name);
         let clone = runtime.join("clones/c0000001");
         plant(&clone, &record_of(&victim, &clone));
     }
-    chown(&theirs, Some(STRANGER), None).unwrap();
+    chown(&theirs, Some(OTHER_USER), None).unwrap();
     fs::set_permissions(world.dir().join("open"), Permissions::from_mode(0o777)).unwrap();
     symlink(world.dir().join("roots"), world.dir().join("link")).unwrap();
-    std::os::unix::fs::lchown(world.dir().join("link"), Some(STRANGER), None).unwrap();
-    for (folder, why) in [
+    std::os::unix::fs::lchown(world.dir().join("link"), Some(OTHER_USER), None).unwrap();
+    for (name, why) in [
         ("theirs", "owned by user 12345"),
         ("theirs/below", "owned by user 12345"),
         ("link", "owned by user 12345"),
         ("open", "mode 0777"),
     ] {
-        let runtime = world.dir().join(folder);
+        let runtime = world.dir().join(name);
         let before = all_below(&runtime);
         let commands: [&[&str]; 9] = [
             &["ps"],
@@ -207,34 +220,34 @@ fn a_runtime_directory_of_somebody_else_is_refused() {
             &["clone", "web:1", "--simulate", "read=1%"],
             &["umount", mnt],
         ];
-        for words in commands {
-            let output = world.command().args(words).env("STENCIL_RUNTIME_DIR", &runtime).output().unwrap();
-            let refused = Run::of(format!("{words:?} in {folder}"), &output).exits(1);
+        for args in commands {
+            let output = world.command().args(args).env("STENCIL_RUNTIME_DIR", &runtime).output().unwrap();
+            let refused = Run::of(format!("{args:?} in {name}"), &output).exits(1);
             assert!(refused.err.contains(why), "{refused:?}");
             assert!(refused.err.contains("STENCIL_RUNTIME_DIR"), "{refused:?}");
         }
-        assert!(victim.lives(), "{folder}");
-        assert_eq!(all_below(&runtime), before, "{folder}");
+        assert!(victim.is_alive(), "{name}");
+        assert_eq!(all_below(&runtime), before, "{name}");
     }
     world.stencil(&["inspect", "web:1"]).ok();
 }
 
-/// A record that somebody else owns or can write, or whose fields no launch writes, is named and is nobody's.
+/// A record that another user owns or can write, or with invalid fields, is reported and never acted upon.
 #[test]
-fn a_planted_record_ends_no_process_and_removes_no_file() {
+fn planted_records_end_no_process_and_remove_no_file() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&guest_like(1, 1 << 20), "web:1");
     let mut victim = Victim::start();
     let dir = world.runtime_dir().join("clones/c0000001");
-    // What a name with `../` would lead to.
+    // The target of names with `../`.
     let outside = world.dir().join("outside");
     fs::create_dir_all(outside.join("disk-")).unwrap();
     let disk = outside.join("guest.qcow2");
     fs::write(&disk, "a guest's").unwrap();
-    let good = record_of(&victim, &dir);
+    let valid = record_of(&victim, &dir);
     let with = |field: &str, value: Value| {
-        let mut record = good.clone();
+        let mut record = valid.clone();
         record[field] = value;
         record
     };
@@ -255,28 +268,28 @@ fn a_planted_record_ends_no_process_and_removes_no_file() {
         assert!(stopped.err.contains(&format!("invalid {field}")), "{stopped:?}");
         world.stencil(&["stop", "c0000001"]).exits(1);
         assert!(world.stencil(&["ps"]).ok().err.contains("c0000001"));
-        assert!(victim.lives() && disk.exists() && dir.join("clone.json").exists(), "{field}");
+        assert!(victim.is_alive() && disk.exists() && dir.join("clone.json").exists(), "{field}");
     }
-    for (what, change) in [
-        ("owned by user 12345", (|dir| chown(dir, Some(STRANGER), None).unwrap()) as fn(&Path)),
-        ("owned by user 12345", |dir| chown(dir.join("clone.json"), Some(STRANGER), None).unwrap()),
+    for (reason, change) in [
+        ("owned by user 12345", (|dir| chown(dir, Some(OTHER_USER), None).unwrap()) as fn(&Path)),
+        ("owned by user 12345", |dir| chown(dir.join("clone.json"), Some(OTHER_USER), None).unwrap()),
         ("writable by other users", |dir| fs::set_permissions(dir, Permissions::from_mode(0o777)).unwrap()),
         ("writable by other users", |dir| {
             fs::set_permissions(dir.join("clone.json"), Permissions::from_mode(0o666)).unwrap();
         }),
     ] {
         fs::remove_dir_all(&dir).unwrap();
-        plant(&dir, &good);
+        plant(&dir, &valid);
         change(&dir);
         let stopped = world.stencil(&["stop", "--all"]).exits(1);
-        assert!(stopped.err.contains(what), "{stopped:?}");
-        assert!(victim.lives(), "{what}");
+        assert!(stopped.err.contains(reason), "{stopped:?}");
+        assert!(victim.is_alive(), "{reason}");
     }
     fs::remove_dir_all(&dir).unwrap();
-    // A number that was given again is another process.
-    plant(&dir, &with("identity", json!(good["identity"].as_u64().unwrap() + 1)));
+    // A reused process ID belongs to another process.
+    plant(&dir, &with("identity", json!(valid["identity"].as_u64().unwrap() + 1)));
     world.stencil(&["stop", "--all"]).ok();
-    assert!(victim.lives());
+    assert!(victim.is_alive());
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -285,15 +298,15 @@ enum Kind {
     Fifo,
     Socket,
     Device,
-    Folder,
+    Directory,
     Endless,
     Garbage,
 }
 
 const KINDS: [Kind; 7] =
-    [Kind::Link, Kind::Fifo, Kind::Socket, Kind::Device, Kind::Folder, Kind::Endless, Kind::Garbage];
+    [Kind::Link, Kind::Fifo, Kind::Socket, Kind::Device, Kind::Directory, Kind::Endless, Kind::Garbage];
 
-/// Puts something else where `path` is; what was there lies at `aside`.
+/// Moves the file at `path` to `aside` and creates a file of another kind at `path`.
 fn replace(path: &Path, aside: &Path, kind: Kind) -> Option<rustix::fd::OwnedFd> {
     fs::rename(path, aside).unwrap();
     let mode = Mode::RUSR | Mode::WUSR;
@@ -301,15 +314,15 @@ fn replace(path: &Path, aside: &Path, kind: Kind) -> Option<rustix::fd::OwnedFd>
         Kind::Link => symlink(aside, path).unwrap(),
         Kind::Fifo => mknodat(CWD, path, FileType::Fifo, mode, 0).unwrap(),
         Kind::Device => mknodat(CWD, path, FileType::CharacterDevice, mode, makedev(1, 5)).unwrap(),
-        Kind::Folder => fs::create_dir(path).unwrap(),
+        Kind::Directory => fs::create_dir(path).unwrap(),
         Kind::Endless => fs::File::create(path).unwrap().set_len(1 << 40).unwrap(),
         Kind::Garbage => fs::write(path, b"{\"id\":\"../..\",\"pid\":1}\xff").unwrap(),
         Kind::Socket => {
-            // It takes connections and says nothing.
+            // Accepts connections and never responds.
             let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
-            let folder = fs::File::open(path.parent().unwrap()).unwrap();
+            let directory = fs::File::open(path.parent().unwrap()).unwrap();
             let name = path.file_name().unwrap().to_str().unwrap();
-            let short = format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&folder));
+            let short = format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&directory));
             bind(&listener, &SocketAddrUnix::new(short).unwrap()).unwrap();
             listen(&listener, 8).unwrap();
             return Some(listener);
@@ -318,39 +331,39 @@ fn replace(path: &Path, aside: &Path, kind: Kind) -> Option<rustix::fd::OwnedFd>
     None
 }
 
-/// Every file below a folder, with its contents; of others what they are.
-fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+/// All paths below a directory: files with their contents, symlinks with their targets, others with their mode.
+fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let read = |path: &Path| match fs::symlink_metadata(path).unwrap() {
         found if found.is_file() && found.len() < 1 << 20 => fs::read(path).unwrap(),
         found if found.is_symlink() => fs::read_link(path).unwrap().as_os_str().as_bytes().to_vec(),
         found => format!("{:o}", found.mode()).into_bytes(),
     };
-    all_below(folder).into_iter().map(|path| (path.clone(), read(&path))).collect()
+    all_below(directory).into_iter().map(|path| (path.clone(), read(&path))).collect()
 }
 
-/// Runs a command; a slow host gets a second chance.
-fn in_time(world: &TestMount, words: &[&str], what: &str) -> Run {
-    let run = |words: &[&str]| {
+/// Runs a command and asserts that it ends within [`LIMIT`]; on a slow host, at the second attempt.
+fn in_time(world: &TestMount, args: &[&str], what: &str) -> Run {
+    let run = |args: &[&str]| {
         let start = Instant::now();
         let output =
-            world.command_in("timeout").args(["-s", "KILL", "30", STENCIL]).args(words).output().unwrap();
-        (Run::of(format!("{words:?} with {what}"), &output), start.elapsed())
+            world.command_in("timeout").args(["-s", "KILL", "30", STENCIL]).args(args).output().unwrap();
+        (Run::of(format!("{args:?} with {what}"), &output), start.elapsed())
     };
-    let (mut ran, mut took) = run(words);
+    let (mut ran, mut took) = run(args);
     if took > LIMIT {
-        (ran, took) = run(words);
+        (ran, took) = run(args);
     }
-    assert!(took <= LIMIT, "{words:?} with {what} took {took:?}: {ran:?}");
+    assert!(took <= LIMIT, "{args:?} with {what} took {took:?}: {ran:?}");
     assert!(CODES.contains(&ran.code), "{ran:?}");
     ran
 }
 
 #[test]
-fn soak_what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewhere() {
+fn soak_replaced_runtime_files_neither_block_nor_redirect() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&guest_like(1, 1 << 20), "web:1");
-    mapped_clone(&world, "022");
+    launch_clones(&world, "022");
     let runtime = world.runtime_dir();
     let mnt = world.mountpoint().to_str().unwrap().to_owned();
     let ids: Vec<String> = world.stencil(&["ps", "--ids"]).ok().out.lines().map(str::to_owned).collect();
@@ -380,14 +393,14 @@ fn soak_what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewher
             let commands = [first, others[turn % others.len()]];
             turn += 1;
             let all = if host::rounds("", "all") == "all" { &others[..] } else { &commands[..] };
-            for words in all {
-                in_time(&world, words, &what);
+            for args in all {
+                in_time(&world, args, &what);
             }
-            // The supervisor may write to its log.
+            // The supervisor may have written to its log meanwhile.
             let mut after = contents(&outside);
             let mut before = before;
-            for noted in [&mut before, &mut after] {
-                noted.retain(|path, _| !path.ends_with("log") && path != &aside || kind == Kind::Link);
+            for found in [&mut before, &mut after] {
+                found.retain(|path, _| !path.ends_with("log") && path != &aside || kind == Kind::Link);
             }
             assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>(), "{what}");
             match path.symlink_metadata() {
@@ -400,7 +413,7 @@ fn soak_what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewher
     }
     assert_eq!(fs::read(outside.join("guest.qcow2")).unwrap(), b"a guest's");
 
-    // With each kind in turn in a record's place the rest is stopped, and the record's clone lives.
+    // With each kind in place of a record: `stop` ends the other clone, and the clone of the record stays alive.
     let [first, second] = [&ids[0], &ids[1]].map(|id| runtime.join("clones").join(id));
     let record: Value = serde_json::from_slice(&fs::read(first.join("clone.json")).unwrap()).unwrap();
     for kind in KINDS {
@@ -418,9 +431,9 @@ fn soak_what_stands_in_a_files_place_holds_no_command_up_and_leads_none_elsewher
     run("test", &["!", "-e", first.to_str().unwrap()]);
 }
 
-/// A process that was stopped while it had the ports' lock: a launch does not wait for ever, and a signal ends it.
+/// A launch that waits for the lock on the ports, which another process holds, ends on SIGTERM.
 #[test]
-fn a_lock_that_nobody_gives_back_ends_with_a_signal() {
+fn a_launch_that_waits_for_a_held_lock_ends_on_a_signal() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&guest_like(1, 1 << 20), "web:1");
@@ -428,10 +441,10 @@ fn a_lock_that_nobody_gives_back_ends_with_a_signal() {
     fs::create_dir(&ports).unwrap();
     let holder = fs::File::open(&ports).unwrap();
     rustix::fs::flock(&holder, rustix::fs::FlockOperation::LockExclusive).unwrap();
-    let words = ["clone", "web:1", "--ready", "notify", "--", "sh", "-c", "sleep 3000 {port:80}"];
-    let launcher = world.command().args(words).stderr(Stdio::piped()).spawn().unwrap();
-    let waits = || fs::read_dir(world.runtime_dir().join("clones")).ok()?.next();
-    crate::support::mount::wait_for("the record of the clone", waits).unwrap();
+    let args = ["clone", "web:1", "--ready", "notify", "--", "sh", "-c", "sleep 3000 {port:80}"];
+    let launcher = world.command().args(args).stderr(Stdio::piped()).spawn().unwrap();
+    let record = || fs::read_dir(world.runtime_dir().join("clones")).ok()?.next();
+    crate::support::mount::wait_for("the record of the clone", record).unwrap();
     rustix::process::kill_process(rustix::process::Pid::from_child(&launcher), rustix::process::Signal::TERM)
         .unwrap();
     let started = Instant::now();
@@ -441,12 +454,12 @@ fn a_lock_that_nobody_gives_back_ends_with_a_signal() {
     assert_eq!(fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
 }
 
-/// A clone in a frozen control group cannot be killed where the freezer is of version 1: it is said how it is thawed.
+/// With cgroup v1, a clone in a frozen cgroup cannot be killed: the error says how to thaw the cgroup.
 #[test]
-fn a_frozen_clone_is_named_with_the_way_to_thaw_it() {
+fn stop_explains_how_to_thaw_a_frozen_clone() {
     let _host = host::shared();
     let Some(group) = Some(Path::new("/sys/fs/cgroup/freezer")).filter(|path| path.is_dir()) else {
-        println!("skipped: no freezer of version 1 is mounted");
+        println!("skipped: no cgroup v1 freezer is mounted");
         return;
     };
     let group = group.join(format!("stencil-test-{}", std::process::id()));
@@ -459,10 +472,10 @@ fn a_frozen_clone_is_named_with_the_way_to_thaw_it() {
     write("freezer.state", "FROZEN");
     let stopped = world.stencil(&["stop", "--all", "--grace", "0"]);
     write("freezer.state", "THAWED");
-    let said = stopped.exits(75);
+    let refused = stopped.exits(75);
     let state = group.join("freezer.state");
-    assert!(said.err.contains("is frozen by its cgroup"), "{said:?}");
-    assert!(said.err.contains(&format!("echo THAWED > {}", state.display())), "{said:?}");
+    assert!(refused.err.contains("is frozen by its cgroup"), "{refused:?}");
+    assert!(refused.err.contains(&format!("echo THAWED > {}", state.display())), "{refused:?}");
     world.stencil(&["stop", "--all"]).ok();
-    crate::support::mount::wait_for("the end of the group", || fs::remove_dir(&group).ok());
+    crate::support::mount::wait_for("the cgroup to be empty", || fs::remove_dir(&group).ok());
 }

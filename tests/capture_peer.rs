@@ -14,7 +14,7 @@ use crate::support::actor::compile;
 use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount};
-use crate::support::passing::{Running, StandsStill};
+use crate::support::passing::{Running, StoppedProcess};
 
 #[test]
 fn a_peer_that_floods_a_capture_does_not_hold_the_guest() {
@@ -109,7 +109,7 @@ fn a_qemu_that_stands_still_is_told_as_such() {
         assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
     };
     let process = ProcessId::of(pid).unwrap().unwrap();
-    let stopped = StandsStill::stop(process);
+    let stopped = StoppedProcess::stop(process);
     patiently("a stopped process", Duration::from_secs(5), || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())

@@ -12,7 +12,7 @@ use crate::kvm_guest::{Machine, set_program, write_template};
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 
 const PAGE: u64 = 4096;
 const IN_BLOCK: u64 = BLOCK_SIZE / PAGE;
@@ -74,7 +74,7 @@ fn one_damaged_block_fails_only_those_who_touch_it() {
     let good = segments((1..LOW).filter(|p| !lost.contains(p)));
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let ends = Ends(&over);
+        let ends = SetOnDrop(&over);
         // Guests and clones that need nothing of it go on all the while, again and again.
         let guest = scope.spawn(|| {
             let mut runs = 0;

@@ -74,7 +74,7 @@ fn a_server_that_takes_no_answer_is_replaced() {
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
     for number in 1_000_000u64..1_100_000 {
-        let ask = json!({ "progress": { "key": link::nobodys(1), "bytes": number } });
+        let ask = json!({ "progress": { "key": link::absent_key(1), "bytes": number } });
         match hostile.link.send(&link::request(number, &ask), None) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -91,7 +91,7 @@ fn a_server_that_does_not_wait_for_an_answer_is_replaced() {
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
     // The search for users takes its time; nobody may ask meanwhile.
-    let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
+    let evict = json!({ "evict": { "keys": [link::absent_key(1)] } });
     for number in 1_000_000u64..1_000_002 {
         hostile.link.send(&link::request(number, &evict), None).unwrap();
     }

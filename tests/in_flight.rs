@@ -12,7 +12,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::{Ends, StandsStill};
+use crate::support::passing::{SetOnDrop, StoppedProcess};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 8 << 10;
@@ -36,7 +36,7 @@ fn a_stopped_server_shows_what_it_was_asked() {
 fn a_stopped_server_of_another_time_namespace_shows_what_it_was_asked() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    world.in_another_time(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
+    world.in_other_time_namespace(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
     stopped_server_shows_what_it_was_asked(&world);
 }
 
@@ -67,7 +67,7 @@ fn stopped_server_shows_what_it_was_asked(world: &TestMount) {
                 }
             });
         }
-        let ends = Ends(&over);
+        let ends = SetOnDrop(&over);
         let mut decoding = 0;
         for _ in 0..400 {
             server.signal(Signal::STOP).unwrap();
@@ -113,7 +113,7 @@ fn an_open_that_waits_for_its_backing_is_parked() {
     let table = table_of(world.server());
     std::thread::scope(|scope| {
         // Who makes backings makes none meanwhile.
-        let supervisor = StandsStill::stop(world.processes()[0]);
+        let supervisor = StoppedProcess::stop(world.processes()[0]);
         let openers: Vec<_> = (0..3).map(|_| scope.spawn(|| File::open(&path).map(drop))).collect();
         let parked = wait_for("a parked open", || table.requests().find(|r| r.phase == Phase::Parked));
         assert_eq!((parked.opcode, parked.ino), (Op::Open as u32, ino), "{parked}");

@@ -14,7 +14,7 @@ use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
@@ -49,7 +49,7 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                let _ends = Ends(&done);
+                let _ends = SetOnDrop(&done);
                 // It reads both through the names that it was given, one after the other.
                 let check = "a=$(head -c 16 {memory}); sleep 0.02; b=$(head -c 16 {state}); \
                              test -n \"$a\" && test \"$a\" = \"$b\" || { echo \"$a and $b\" >&2; exit 9; }; \
@@ -64,7 +64,7 @@ fn soak_tag_moves_under_launches_never_mix_versions() {
                 }
             });
         }
-        let _ends = Ends(&done);
+        let _ends = SetOnDrop(&done);
         let tag = "web:1".parse().unwrap();
         let enough = || moved.load(Ordering::Relaxed) >= moves && launches.load(Ordering::Relaxed) >= 10;
         while !enough() && !done.load(Ordering::Relaxed) {
@@ -182,7 +182,7 @@ fn soak_removals_and_collections_under_launchers_and_importers() {
                     }
                 });
             }
-            let _ends = Ends(&done);
+            let _ends = SetOnDrop(&done);
             for round in 0..rounds * 10 {
                 // On a busy host it may take longer until all of them have come.
                 let least = gone.min(launched.load(Ordering::Relaxed)).min(mapped.load(Ordering::Relaxed));

@@ -15,7 +15,7 @@ use crate::accounting::assert_sums;
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
@@ -70,9 +70,9 @@ fn removals_beside_it_mix_up_no_figures() {
     let looks = AtomicUsize::new(0);
     let is_over = || gone.load(Ordering::Relaxed);
     std::thread::scope(|scope| {
-        let _ends = Ends(&gone);
+        let _ends = SetOnDrop(&gone);
         scope.spawn(|| {
-            let _ends = Ends(&gone);
+            let _ends = SetOnDrop(&gone);
             for number in 0..sizes.len() - 1 {
                 // Beside each removal there is a look.
                 while looks.load(Ordering::Relaxed) < number && !is_over() {

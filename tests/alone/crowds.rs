@@ -13,7 +13,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::StandsStill;
+use crate::support::passing::StoppedProcess;
 use crate::support::readers::{Image, PAGE};
 
 /// As many as there are slots, and some.
@@ -53,7 +53,7 @@ fn opens_beyond_the_slots_are_served_by_decode() {
     let table = table_of(world.server());
     let (decoded, waited) = (AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        let go_on = StandsStill::stop(supervisor);
+        let go_on = StoppedProcess::stop(supervisor);
         let (path, decoded, waited) = (&path, &decoded, &waited);
         crowd(scope, move |number| {
             let file = File::open(path).expect("every open is answered");

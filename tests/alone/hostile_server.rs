@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::hostile_server::{ANSWER, IMAGE, world};
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::{host, link};
 
 /// Questions without an end, each cheap by itself, whose answers are taken.
@@ -21,7 +21,7 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
         scope.spawn(|| {
             // Each question names another key, so that all of them could be noted.
             for number in 1_000_000u64.. {
-                let many = link::nobodys(number as u32);
+                let many = link::absent_key(number as u32);
                 let ask = match number % 4 {
                     0 => json!({ "no_backing": { "key": many, "reason": "x".repeat(10_000) } }),
                     1 => json!({ "abandon": { "key": many } }),
@@ -43,7 +43,7 @@ fn soak_a_flood_of_questions_holds_up_nobody_and_is_bounded() {
                 answered.fetch_add(u64::from(hostile.link.receive::<Value>().is_ok()), Ordering::Relaxed);
             }
         });
-        let _ends = Ends(&over);
+        let _ends = SetOnDrop(&over);
         let until = Instant::now() + Duration::from_secs(host::rounds(3, 60));
         let (mut longest, mut statuses) = (Duration::ZERO, 0);
         while Instant::now() < until {

@@ -11,7 +11,7 @@ use crate::support::drill::{Drill, is_read};
 use crate::support::guest::{self, heartbeats, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 
 /// When each heartbeat of a guest came, for as long as `over` is false.
 fn watch(serial: &Path, over: &AtomicBool) -> Vec<Instant> {
@@ -57,7 +57,7 @@ fn beats_go_on(serve: &str) -> Result<(), String> {
     let over = AtomicBool::new(false);
     let came: Vec<Vec<Instant>> = std::thread::scope(|scope| {
         let watchers: Vec<_> = serials.iter().map(|serial| scope.spawn(|| watch(serial, &over))).collect();
-        let ends = Ends(&over);
+        let ends = SetOnDrop(&over);
         let beats = |count: usize| {
             for serial in &serials {
                 patiently("heartbeats", Duration::from_secs(30), || {

@@ -1,34 +1,34 @@
-# make help lists the targets. Everything below is one command; none needs another run first.
+# `make help` lists the targets. Each target runs its prerequisites itself.
 
 CARGO ?= $(or $(shell command -v cargo),$(HOME)/.cargo/bin/cargo)
 PREFIX ?= /usr/local
 DESTDIR ?=
-# mount(8) looks for its helpers here and nowhere else.
+# The only directory where mount(8) looks for helpers.
 SBINDIR ?= /usr/sbin
 target := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
-# The folder of the programs that are installed or packed.
+# The directory of the programs to install or to package.
 bin ?= $(target)/release
 guard := tests/support/guard.sh
-# Most of a scenario's time is waiting.
+# Scenarios mostly wait, so more threads than CPUs are useful.
 export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
-# One after the other: they share the host.
+# Targets must not run in parallel: they share the host.
 .NOTPARALLEL:
 .PHONY: help setup build demo test soak check bench docs-record install install-files uninstall deb deb-files clean
 
 help:
-	@echo 'make setup    install what building and testing need (Debian 12), print the versions'
-	@echo 'make build    release binaries: $(target)/release/stencil and stencil-mountd'
-	@echo 'make demo     a real guest becomes a template, many clones share it, what they cost (does its own set-up)'
-	@echo 'make test     all tests, then a guard that nothing was left behind (does its own set-up)'
-	@echo 'make soak     the same scenarios with longer counts'
-	@echo 'make check    format, lints, documentation: warnings are errors'
-	@echo 'make bench    import and cold-read throughput, with ratios to the raw file'
-	@echo 'make docs-record  run the commands of the pages, write the real output into them, draw docs/tutorial.svg'
-	@echo 'make install  into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the helper of mount(8) into $$DESTDIR$$SBINDIR ($(SBINDIR))'
-	@echo 'make install-files  the same without building, after make build: what $$(bin) has ($(bin)), for a root without cargo'
-	@echo 'make uninstall  takes away what make install has installed with the same variables'
-	@echo 'make deb      the Debian package: $(target)/debian/stencil_*.deb (does its own set-up)'
+	@echo 'make setup    install the packages for building and testing (Debian 12) and print their versions'
+	@echo 'make build    build the release binaries $(target)/release/stencil and stencil-mountd'
+	@echo 'make demo     capture a real guest as a template, launch many clones, measure their memory (runs setup and build)'
+	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
+	@echo 'make soak     run the soak, kill and crash scenarios with higher repeat counts (runs setup and build)'
+	@echo 'make check    check format, lints and API documentation; warnings are errors'
+	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
+	@echo 'make docs-record  run the commands in the documentation, record their output there, draw docs/tutorial.svg'
+	@echo 'make install  build, then install into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the mount(8) helper into $$DESTDIR$$SBINDIR ($(SBINDIR))'
+	@echo 'make install-files  install the programs in $$(bin) ($(bin)) without building, for a root user without cargo'
+	@echo 'make uninstall  remove the files that make install has installed with the same variables'
+	@echo 'make deb      build the Debian package $(target)/debian/stencil_*.deb (runs setup and build)'
 	@echo 'make clean    remove the build directory'
 
 setup:
@@ -37,7 +37,7 @@ setup:
 build:
 	$(CARGO) build --release --workspace
 	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(target)/release' || \
-	    echo 'The programs are built; without the list of their crates they cannot be installed or packed.' >&2
+	    echo 'The programs are built, but cannot be installed or packaged without the list of their crates.' >&2
 
 demo: setup build
 	@$(guard) tests/demo.sh
@@ -61,7 +61,7 @@ docs-record: setup build
 
 deb: setup build deb-files
 
-# Without building: what is in $(bin). deb_options are options of cargo-deb.
+# Packages the programs in $(bin) without building. deb_options are options of cargo-deb.
 deb-files:
 	@CARGO='$(CARGO)' mountd/debian/crates.sh '$(bin)'
 	@CARGO='$(CARGO)' mountd/debian/build.sh '$(bin)' $(deb_options)
@@ -70,7 +70,7 @@ install: build install-files
 
 share := $(DESTDIR)$(PREFIX)/share
 doc := $(share)/doc/stencil
-# Directories with pages, each with what lies directly in it.
+# The directories with documentation pages. Only the files directly in each are installed from it.
 page_dirs := $(sort $(patsubst %/,%,$(dir $(shell find docs -name '*.md'))))
 unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service
 clones_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-clones@.service
@@ -78,20 +78,20 @@ completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-fu
     $(share)/fish/vendor_completions.d/stencil.fish
 
 helper := $(DESTDIR)$(SBINDIR)/mount.fuse.stencil
-# A host has one helper of mount(8): another installation's is left alone.
+# A host has one mount(8) helper: the helper of another installation is not replaced.
 helper_is_ours = [ "$$(readlink -m '$(helper)')" = "$$(readlink -m '$(DESTDIR)$(PREFIX)/bin/stencil')" ]
-helper_is_packed = dpkg-query --admindir='$(DESTDIR)/var/lib/dpkg' -S '$(SBINDIR)/mount.fuse.stencil' >/dev/null 2>&1
+helper_is_packaged = dpkg-query --admindir='$(DESTDIR)/var/lib/dpkg' -S '$(SBINDIR)/mount.fuse.stencil' >/dev/null 2>&1
 
-# Where systemd looks for units without being told.
-unit_is_seen = [ -n '$(DESTDIR)' ] || case '$(PREFIX)' in /usr | /usr/local) ;; *) false ;; esac
+# True if systemd searches the unit directory by default.
+unit_is_found = [ -n '$(DESTDIR)' ] || case '$(PREFIX)' in /usr | /usr/local) ;; *) false ;; esac
 
-# Without building and without cargo: what is in $(bin). What is missing there is said before anything is written.
+# Installs the programs in $(bin) without building and without cargo. Checks for missing files before it writes any.
 install-files:
 	@for file in stencil stencil-mountd crates.gz; do [ -f '$(bin)'/$$file ] || { \
-	    echo "$(bin)/$$file is missing: run make build first, or name the folder of the build with bin=" >&2; exit 1; }; done
-	@! $(helper_is_packed) || { echo '$(helper) is of a Debian package: remove it first (apt remove stencil)' >&2; exit 1; }
+	    echo "$(bin)/$$file is missing: run make build first, or set bin= to the directory of the build" >&2; exit 1; }; done
+	@! $(helper_is_packaged) || { echo '$(helper) is of a Debian package: remove it first (apt remove stencil)' >&2; exit 1; }
 	@[ ! -L '$(helper)' -a ! -e '$(helper)' ] || $(helper_is_ours) || { \
-	    echo "$(helper) is of another installation, $$(readlink -m '$(helper)'): make uninstall there first" >&2; exit 1; }
+	    echo "$(helper) belongs to another installation, $$(readlink -m '$(helper)'): make uninstall there first" >&2; exit 1; }
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(share)/man/man1' '$(share)/man/man8' \
 	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/examples' \
 	    $(foreach dir,$(page_dirs),'$(doc)/$(dir)')
@@ -109,12 +109,12 @@ install-files:
 	install -m 0644 '$(bin)/crates.gz' '$(doc)/'
 	chmod 0644 '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
-	@$(unit_is_seen) || printf '%s\n' 'Not where systemd, man and the shells look. What is left to do:' \
+	@$(unit_is_found) || printf '%s\n' 'systemd, man and the shells do not search $(PREFIX). Remaining steps:' \
 	    '    systemctl link $(unit)' '    systemctl link $(clones_unit)' \
-	    '    PATH $(PREFIX)/bin, MANPATH $(PREFIX)/share/man; completions: $(completions)'
+	    '    add $(PREFIX)/bin to PATH and $(PREFIX)/share/man to MANPATH; completions: $(completions)'
 
 uninstall:
-	@! $(helper_is_packed) || ! $(helper_is_ours) || { \
+	@! $(helper_is_packaged) || ! $(helper_is_ours) || { \
 	    echo '$(helper) is of a Debian package: apt remove stencil' >&2; exit 1; }
 	! $(helper_is_ours) || rm -f '$(helper)'
 	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \

@@ -14,7 +14,7 @@ use crate::support::actor::compile;
 use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount};
-use crate::support::passing::{Running, StandsStill};
+use crate::support::passing::{Running, StoppedProcess};
 
 #[test]
 fn invalid_or_endless_qmp_output_does_not_block_the_guest() {
@@ -110,7 +110,7 @@ fn capture_reports_a_stopped_or_frozen_qemu() {
         assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     };
     let process = ProcessId::of(pid).unwrap().unwrap();
-    let stopped = StandsStill::stop(process);
+    let stopped = StoppedProcess::stop(process);
     patiently("a stopped process", Duration::from_secs(5), || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())

@@ -12,7 +12,7 @@ use crate::kvm_guest::{Machine, set_program, write_template};
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 
 const PAGE: u64 = 4096;
 const IN_BLOCK: u64 = BLOCK_SIZE / PAGE;
@@ -74,7 +74,7 @@ fn a_damaged_block_fails_only_the_guests_that_touch_it() {
     let good = segments((1..LOW).filter(|p| !lost.contains(p)));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let ends = Ends(&stop);
+        let ends = SetOnDrop(&stop);
         // Guests and clones that do not access the block must run without errors during the whole test.
         let guest = scope.spawn(|| {
             let mut runs = 0;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job, from a booting guest to what its clones cost: `make demo` builds and runs it.
-# Everything it makes is in one temporary folder, which is gone at the end, also after an interrupt.
+# The main use case, from a booting guest to the memory of its clones: `make demo` builds and runs it.
+# All files are in one temporary directory, which is removed at the end, also after an interrupt.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -10,16 +10,16 @@ qemus=${STENCIL_DEMO_QEMUS:-6}
 simulated=${STENCIL_DEMO_SIMULATED:-200}
 bin=${STENCIL_BIN_DIR:-${CARGO_TARGET_DIR:-$top/target}/release}
 
-lacks=$(host_lacks)
-if [ -n "$lacks" ]; then
-    printf 'demo: this host cannot run it\n' >&2
-    sed 's/^/  /' <<<"$lacks" >&2
+unmet=$(unmet_requirements)
+if [ -n "$unmet" ]; then
+    printf 'demo: this host does not meet these requirements:\n' >&2
+    sed 's/^/  /' <<<"$unmet" >&2
     exit 1
 fi
 for need in "$bin/stencil" "$bin/stencil-mountd"; do
-    [ -x "$need" ] || { echo "demo: $need is missing: run make build" >&2; exit 1; }
+    [ -x "$need" ] || { echo "demo: missing $need: run make build" >&2; exit 1; }
 done
-at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || { echo "demo: QEMU >= $STENCIL_QEMU_MIN is missing: run make setup" >&2; exit 1; }
+at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || { echo "demo: missing QEMU >= $STENCIL_QEMU_MIN: run make setup" >&2; exit 1; }
 mapfile -t guest < <("$top/tests/support/guest.sh")
 [ "${#guest[@]}" = 3 ] || exit 1
 
@@ -44,7 +44,7 @@ clean() {
         stencil -q umount "$dir/mnt" 2>/dev/null || stencil -q umount --force "$dir/mnt"
     fi
     rm -rf "$dir"
-    [ "$code" = 0 ] || echo "demo: ended with code $code; everything it made has been removed" >&2
+    [ "$code" = 0 ] || echo "demo: failed with exit code $code; all its files, mounts and processes have been removed" >&2
     exit "$code"
 }
 trap clean EXIT
@@ -56,7 +56,7 @@ wait_for() {
     local end=$((SECONDS + $1))
     until grep -q "$3" "$2" 2>/dev/null; do
         if [ $SECONDS -ge $end ]; then
-            echo "demo: no '$3' in $2 after $1 s" >&2
+            echo "demo: timed out after $1 s waiting for '$3' in $2" >&2
             tail -5 "$2" >&2 || true
             exit 1
         fi
@@ -64,7 +64,7 @@ wait_for() {
     done
 }
 
-# What the guest behind a port of this host has written to its disk.
+# beats PORT: prints the heartbeats that the guest behind this port of the host has written to its disk.
 beats() {
     perl -MIO::Socket::INET -e '
         my $guest = IO::Socket::INET->new(PeerAddr => "127.0.0.1", PeerPort => $ARGV[0], Timeout => 20) or die "port $ARGV[0]: $!\n";
@@ -77,7 +77,8 @@ beats() {
         print $body;' "$1"
 }
 
-# ask QMP SERIAL: what a VM answers over QMP (name, uuid, generation, MAC), and on its second serial port (its root).
+# ask QMP SERIAL: prints what a VM reports over QMP (name, UUID, generation ID, MAC address) and on its second serial
+# port (its root).
 ask() {
     perl -MIO::Socket::UNIX -e '
         my ($qmp_path, $serial_path) = @ARGV;
@@ -102,16 +103,16 @@ ask() {
         print $serial "root\n";
         $serial->flush;
         my $line = <$serial> // "";
-        $line =~ /^root: (.*)/ or die "$serial_path says $line\n";
+        $line =~ /^root: (.*)/ or die "$serial_path: unexpected reply $line\n";
         print join(" ", @all, $1), "\n";' "$1" "$2"
 }
 
-# is_on_disk WHO ROOT
+# is_on_disk NAME ROOT
 is_on_disk() {
-    [ "$2" = "/dev/vda ext4" ] || { echo "demo: the root of $1 is '$2'" >&2; exit 1; }
+    [ "$2" = "/dev/vda ext4" ] || { echo "demo: the root of $1 is '$2', expected '/dev/vda ext4'" >&2; exit 1; }
 }
 
-say "A disk is made: a small ext4 with the guest's system, in a qcow2"
+say "Create a disk: a small ext4 with the guest's system, in a qcow2"
 "$top/tests/support/guest.sh" --disk "$dir/disk.raw" 32M
 qemu-img convert -f raw -O qcow2 "$dir/disk.raw" "$dir/disk.qcow2"
 rm "$dir/disk.raw"
@@ -128,43 +129,43 @@ source_pid=$!
 wait_for 90 "$dir/serial" "heartbeat 3 "
 tail -1 "$dir/serial"
 read -r name uuid generation mac root < <(ask "$dir/qmp" "$dir/second.sock")
-printf '%s\n' "$name" "$uuid" "$generation" "$mac" >"$dir/told"
+printf '%s\n' "$name" "$uuid" "$generation" "$mac" >"$dir/identities"
 is_on_disk source "$root"
 
-say "It becomes a template, and runs on"
+say "The running VM becomes a template, and continues"
 stencil capture "$dir/qmp" demo:v1
 beats=$(grep -c heartbeat "$dir/serial")
 sleep 1
-[ "$(grep -c heartbeat "$dir/serial")" -gt "$beats" ] || { echo "demo: the captured guest has stopped" >&2; exit 1; }
+[ "$(grep -c heartbeat "$dir/serial")" -gt "$beats" ] || { echo "demo: the captured guest does not run any more" >&2; exit 1; }
 for left in "$dir"/*.stencil-*; do
-    [ ! -e "$left" ] || { echo "demo: $left is left" >&2; exit 1; }
+    [ ! -e "$left" ] || { echo "demo: the capture has left $left" >&2; exit 1; }
 done
 kill "$source_pid"
 wait "$source_pid" 2>/dev/null || true
 source_pid=
 qemu-img check -q "$dir/disk.qcow2" || { echo "demo: the captured guest's disk is damaged" >&2; exit 1; }
 
-say "The store is mounted"
+say "Mount the store"
 stencil mount "$dir/mnt"
 memory=$dir/mnt/$(readlink "$dir/mnt/templates/demo/v1" | sed 's|^\(\.\./\)*||')/memory
 disk=${memory%/*}/disk-root
 base=$(sha256sum <"$disk")
-[ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the mount has another disk than the store" >&2; exit 1; }
+[ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the disk in the mount differs from the disk in the store" >&2; exit 1; }
 
-say "$qemus QEMU clones resume from it"
+say "$qemus QEMU clones resume from the template"
 mapfile -t ids < <(stencil clone demo:v1 -n "$qemus" | cut -f1)
 [ "${#ids[@]}" = "$qemus" ] || exit 1
 
 say "$simulated simulated clones map it, read 2 % and write 1 % of its pages"
 [ "$(stencil clone demo:v1 -n "$simulated" --simulate read=2%,write=1% | wc -l)" = "$simulated" ] || exit 1
 
-say "Each guest goes on where the template was"
+say "Each guest continues from the state of the template"
 for id in "${ids[@]}"; do
     wait_for 60 "$STENCIL_RUNTIME_DIR/clones/$id/serial.log" heartbeat
     printf '%s  %s\n' "$id" "$(stencil logs "$id" | grep heartbeat | tail -1)"
 done
 
-say "Each answers on a port of its own with what it has written to its own disk, all at the same time"
+say "Each guest serves the contents of its own disk on its own port, all at the same time"
 declare -A port wrote
 while read -r id _ _ _ _ ports _; do port[$id]=${ports%%->*}; done < <(stencil ps | grep ' qemu ')
 mkdir "$dir/answers"
@@ -173,15 +174,15 @@ for id in "${ids[@]}"; do
     { beats "${port[$id]}" | tail -1 && ask "$STENCIL_RUNTIME_DIR/clones/$id/qmp.sock" "$STENCIL_RUNTIME_DIR/clones/$id/serial-1.sock"; } >"$dir/answers/$id" &
     asking+=($!)
 done
-for one in "${asking[@]}"; do wait "$one" || { echo "demo: a clone does not answer" >&2; exit 1; }; done
+for one in "${asking[@]}"; do wait "$one" || { echo "demo: a clone does not reply" >&2; exit 1; }; done
 for id in "${ids[@]}"; do
     { read -r beat && read -r name uuid generation mac root; } <"$dir/answers/$id"
     is_on_disk "$id" "$root"
     wrote[$id]=${beat%% *}
     printf '%s  port %s  MAC %s  on its disk: %s\n' "$id" "${port[$id]}" "$mac" "$beat"
-    printf '%s\n' "${port[$id]}" "$name" "$uuid" "$generation" "$mac" "$beat" >>"$dir/told"
+    printf '%s\n' "${port[$id]}" "$name" "$uuid" "$generation" "$mac" "$beat" >>"$dir/identities"
 done
-[ "$(sort -u "$dir/told" | wc -l)" = $((qemus * 6 + 4)) ] || { echo "demo: two of the clones and the VM they come from have the same identity" >&2; cat "$dir/told" >&2; exit 1; }
+[ "$(sort -u "$dir/identities" | wc -l)" = $((qemus * 6 + 4)) ] || { echo "demo: two of the clones and the captured VM have the same identity" >&2; cat "$dir/identities" >&2; exit 1; }
 
 say "What they cost"
 stencil density --audit | awk '
@@ -196,17 +197,17 @@ echo "sha256 ${served%% *} through the mount, and in the store"
 while_writing=$(sha256sum <"$disk")
 for id in "${ids[@]}"; do
     beat=$(beats "${port[$id]}" | tail -1)
-    [ "${beat%% *}" -gt "${wrote[$id]}" ] || { echo "demo: $id has not written meanwhile" >&2; exit 1; }
+    [ "${beat%% *}" -gt "${wrote[$id]}" ] || { echo "demo: $id has not written since" >&2; exit 1; }
 done
 
-say "All stop, the mount goes"
+say "Stop all clones, unmount"
 stencil stop --all
 [ "$base" = "$while_writing" ] && [ "$base" = "$(sha256sum <"$disk")" ] || { echo "demo: the base image has changed" >&2; exit 1; }
 echo "sha256 ${base%% *} the base image of their disks: before, while all wrote, and after"
 stencil umount "$dir/mnt"
-[ -z "$(stencil ps --ids)" ] || { echo "demo: clones are left" >&2; exit 1; }
+[ -z "$(stencil ps --ids)" ] || { echo "demo: there are still clones" >&2; exit 1; }
 if grep -q "$dir" /proc/self/mountinfo; then
-    echo "demo: a mount is left" >&2
+    echo "demo: there is still a mount" >&2
     exit 1
 fi
 say "Done"

@@ -75,7 +75,7 @@ fn a_server_that_reads_no_replies_is_replaced() {
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
     for number in 1_000_000u64..1_100_000 {
-        let body = json!({ "progress": { "key": link::nobodys(1), "bytes": number } });
+        let body = json!({ "progress": { "key": link::absent_key(1), "bytes": number } });
         match hostile.link.send(&link::request(number, &body), None) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -92,7 +92,7 @@ fn a_server_that_does_not_wait_for_replies_is_replaced() {
     let hostile = world();
     hostile.server.signal(rustix::process::Signal::STOP).unwrap();
     // The scan for users of the backing takes a while; the server must not send further evictions until the reply.
-    let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
+    let evict = json!({ "evict": { "keys": [link::absent_key(1)] } });
     for number in 1_000_000u64..1_000_002 {
         hostile.link.send(&link::request(number, &evict), None).unwrap();
     }

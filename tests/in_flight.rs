@@ -12,7 +12,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::{Ends, StandsStill};
+use crate::support::passing::{SetOnDrop, StoppedProcess};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 8 << 10;
@@ -36,7 +36,7 @@ fn a_stopped_server_still_shows_its_pending_requests() {
 fn pending_requests_have_host_times_in_any_time_namespace() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    world.in_another_time(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
+    world.in_other_time_namespace(&["mount", world.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
     shows_pending_requests_of_a_stopped_server(&world);
 }
 
@@ -67,7 +67,7 @@ fn shows_pending_requests_of_a_stopped_server(world: &TestMount) {
                 }
             });
         }
-        let ends = Ends(&stop);
+        let ends = SetOnDrop(&stop);
         let mut decoding = 0;
         for _ in 0..400 {
             server.signal(Signal::STOP).unwrap();
@@ -113,7 +113,7 @@ fn an_open_that_waits_for_its_backing_is_parked() {
     let table = table_of(world.server());
     std::thread::scope(|scope| {
         // The supervisor creates the backings: no open can complete while the supervisor is stopped.
-        let supervisor = StandsStill::stop(world.processes()[0]);
+        let supervisor = StoppedProcess::stop(world.processes()[0]);
         let openers: Vec<_> = (0..3).map(|_| scope.spawn(|| File::open(&path).map(drop))).collect();
         let parked = wait_for("a parked open", || table.requests().find(|r| r.phase == Phase::Parked));
         assert_eq!((parked.opcode, parked.ino), (Op::Open as u32, ino), "{parked}");

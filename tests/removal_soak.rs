@@ -14,7 +14,7 @@ use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
@@ -49,7 +49,7 @@ fn soak_launches_never_mix_versions_while_tags_move() {
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                let _ends = Ends(&done);
+                let _ends = SetOnDrop(&done);
                 // Reads both files through the paths of the placeholders, one after the other.
                 let check = "a=$(head -c 16 {memory}); sleep 0.02; b=$(head -c 16 {state}); \
                              test -n \"$a\" && test \"$a\" = \"$b\" || { echo \"$a and $b\" >&2; exit 9; }; \
@@ -64,7 +64,7 @@ fn soak_launches_never_mix_versions_while_tags_move() {
                 }
             });
         }
-        let _ends = Ends(&done);
+        let _ends = SetOnDrop(&done);
         let tag = "web:1".parse().unwrap();
         let enough = || moved.load(Ordering::Relaxed) >= moves && launches.load(Ordering::Relaxed) >= 10;
         while !enough() && !done.load(Ordering::Relaxed) {
@@ -184,7 +184,7 @@ fn soak_rm_and_gc_keep_launches_and_imports_intact() {
                     }
                 });
             }
-            let _ends = Ends(&done);
+            let _ends = SetOnDrop(&done);
             for round in 0..rounds * 10 {
                 // On a loaded host more rounds may be necessary until all have made progress.
                 let least = gone.min(launched.load(Ordering::Relaxed)).min(mapped.load(Ordering::Relaxed));

@@ -15,7 +15,7 @@ use crate::accounting::assert_sums;
 use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;
@@ -70,9 +70,9 @@ fn residency_stays_correct_during_removals() {
     let queries = AtomicUsize::new(0);
     let is_done = || done.load(Ordering::Relaxed);
     std::thread::scope(|scope| {
-        let _ends = Ends(&done);
+        let _ends = SetOnDrop(&done);
         scope.spawn(|| {
-            let _ends = Ends(&done);
+            let _ends = SetOnDrop(&done);
             for number in 0..sizes.len() - 1 {
                 // At least one query per removal.
                 while queries.load(Ordering::Relaxed) < number && !is_done() {

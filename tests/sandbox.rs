@@ -1,4 +1,4 @@
-//! The server's sandbox: what it forbids is tried in earnest, inside and outside; a real server has no privilege.
+//! The server's sandbox: forbidden operations are tried inside and outside of it, and a real server has no privileges.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,10 +19,10 @@ use crate::support::actor::Actor;
 use crate::support::mount::{SIGSYS, STENCIL, TestMount, daemon, wait_for};
 use crate::support::{host, link};
 
-/// System calls on the list of docs/explanation/security.md. One more is a decision, not an accident.
+/// The number of allowed system calls in docs/explanation/security.md. A change must be deliberate.
 const CALLS: usize = 50;
 
-/// A process that has nothing to do with a server.
+/// A process that is not related to a server.
 struct Stranger(Child);
 
 impl Stranger {
@@ -38,24 +38,25 @@ impl Drop for Stranger {
     }
 }
 
-/// Against what a thing is tried.
+/// The object of an operation.
 enum Target {
     Nothing,
     Word(&'static str),
-    /// The pid of a stranger.
+    /// The PID of an unrelated process.
     Process,
-    /// An empty folder.
-    Folder,
-    /// A file that is there.
+    /// An empty directory.
+    Directory,
+    /// An existing file.
     File,
-    /// A name that is free.
+    /// A name that does not exist.
     New,
     /// A file of the store.
     Store,
 }
-use Target::{File, Folder, New, Nothing, Process, Store, Word};
+use Target::{Directory, File, New, Nothing, Process, Store, Word};
 
-/// What is tried, against what, how it ends outside of a sandbox and inside, and whether the filter is what refuses it.
+/// Operation, object, result outside of the sandbox, result inside, and whether the seccomp filter is the layer that
+/// refuses it.
 const ATTEMPTS: &[(&str, Target, &str, &str, bool)] = &[
     ("execve", Word("/bin/true"), "", "EPERM", true),
     ("fork", Nothing, "done", "EPERM", true),
@@ -69,7 +70,7 @@ const ATTEMPTS: &[(&str, Target, &str, &str, bool)] = &[
     ("socket_inet", Nothing, "done", "EPERM", true),
     ("socket_unix", Nothing, "done", "EPERM", true),
     ("socket_netlink", Nothing, "done", "EPERM", true),
-    ("mount", Folder, "done", "EPERM", true),
+    ("mount", Directory, "done", "EPERM", true),
     ("unshare", Nothing, "done", "EPERM", true),
     ("bpf", Nothing, "done", "EPERM", true),
     ("io_uring", Nothing, "EFAULT", "EPERM", true),
@@ -81,21 +82,21 @@ const ATTEMPTS: &[(&str, Target, &str, &str, bool)] = &[
     ("write", File, "done", "EPERM", true),
     ("write", Store, "done", "EPERM", true),
     ("create", New, "done", "EPERM", true),
-    ("tmpfile", Folder, "done", "EPERM", true),
+    ("tmpfile", Directory, "done", "EPERM", true),
     ("memfd", Nothing, "done", "EPERM", true),
     ("read", Word("/etc/shadow"), "done", "EACCES", false),
     ("read", File, "done", "EACCES", false),
-    // What a server must be able to do.
+    // Operations that a server needs.
     ("read", Store, "done", "done", false),
     ("thread", Nothing, "done", "done", false),
 ];
 
-struct Tried {
-    said: String,
+struct Outcome {
+    result: String,
     signal: Option<i32>,
 }
 
-/// Tries one thing. `lacking` is a feature that the kernel shall not have.
+/// Tries one operation. `lacking` is a feature that the kernel is made to lack.
 fn attempt(
     world: &TestMount,
     lacking: Option<&str>,
@@ -103,7 +104,7 @@ fn attempt(
     inside: bool,
     what: &str,
     target: &Target,
-) -> Tried {
+) -> Outcome {
     let stranger = matches!(target, Process).then(Stranger::start);
     let file = world.dir().join("target");
     let _ = fs::remove_file(&file);
@@ -112,7 +113,7 @@ fn attempt(
         Nothing => None,
         Word(word) => Some((*word).to_owned()),
         Process => Some(stranger.as_ref().unwrap().0.id().to_string()),
-        Folder => {
+        Directory => {
             fs::create_dir(&file).unwrap();
             Some(file.display().to_string())
         }
@@ -134,53 +135,53 @@ fn attempt(
     let output = command.arg(what).args(word).output().unwrap();
     let _ = mount::unmount(&file, true);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let said = text.trim().strip_prefix(&format!("{what}: ")).unwrap_or(text.trim()).to_owned();
-    Tried { said, signal: output.status.signal() }
+    let result = text.trim().strip_prefix(&format!("{what}: ")).unwrap_or(text.trim()).to_owned();
+    Outcome { result, signal: output.status.signal() }
 }
 
 #[test]
-fn what_is_forbidden_is_tried_and_refused() {
+fn forbidden_operations_fail_inside_the_sandbox() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     for (what, target, outside, inside, _) in ATTEMPTS {
-        let got = attempt(&world, None, false, false, what, target).said;
-        assert_eq!(got, *outside, "{what} outside of the sandbox: the attempt is none");
-        let got = attempt(&world, None, false, true, what, target).said;
+        let got = attempt(&world, None, false, false, what, target).result;
+        assert_eq!(got, *outside, "{what} outside of the sandbox: the attempt proves nothing");
+        let got = attempt(&world, None, false, true, what, target).result;
         assert_eq!(got, *inside, "{what} inside");
     }
 }
 
 #[test]
-fn a_filter_that_kills_ends_whoever_tries() {
+fn with_seccomp_kill_a_forbidden_call_raises_sigsys() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     for (what, target, _, inside, by_filter) in ATTEMPTS {
         let tried = attempt(&world, None, true, true, what, target);
         match by_filter {
-            true => assert_eq!((tried.signal, tried.said.as_str()), (Some(libc::SIGSYS), ""), "{what}"),
-            false => assert_eq!((tried.signal, tried.said.as_str()), (None, *inside), "{what}"),
+            true => assert_eq!((tried.signal, tried.result.as_str()), (Some(libc::SIGSYS), ""), "{what}"),
+            false => assert_eq!((tried.signal, tried.result.as_str()), (None, *inside), "{what}"),
         }
     }
 }
 
-/// Each layer holds alone: what the other one would refuse first is refused by this one too.
+/// Each layer refuses alone what the other layer would refuse first.
 #[test]
-fn each_layer_holds_without_the_other() {
+fn each_sandbox_layer_works_without_the_other() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    let inside = |lacking, what, target| attempt(&world, Some(lacking), false, true, what, &target).said;
+    let inside = |lacking, what, target| attempt(&world, Some(lacking), false, true, what, &target).result;
     assert_eq!(inside("seccomp", "read", Word("/etc/shadow")), "EACCES");
     assert_eq!(inside("seccomp", "write", Store), "EACCES");
     assert_eq!(inside("seccomp", "create", New), "EACCES");
     assert_eq!(inside("seccomp", "unlink", File), "EACCES");
     assert_eq!(inside("seccomp", "kill", Process), "EPERM");
     assert_eq!(inside("seccomp", "ptrace", Process), "EPERM");
-    assert_eq!(inside("seccomp", "mount", Folder), "EPERM");
-    assert_eq!(inside("seccomp", "unshare", Nothing), "EPERM", "there is no capability either");
+    assert_eq!(inside("seccomp", "mount", Directory), "EPERM");
+    assert_eq!(inside("seccomp", "unshare", Nothing), "EPERM", "the process has no capability either");
     assert_eq!(inside("landlock", "write", Store), "EPERM");
     assert_eq!(inside("landlock", "create", New), "EPERM");
     assert_eq!(inside("landlock", "kill", Process), "EPERM");
-    assert_eq!(inside("landlock", "read", File), "done", "reading is what Landlock alone forbids");
+    assert_eq!(inside("landlock", "read", File), "done", "only Landlock forbids reading");
 }
 
 fn status_fields(path: &Path) -> Vec<(String, String)> {
@@ -191,7 +192,7 @@ fn status_fields(path: &Path) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Panics unless every thread of the server has that uid and nothing else.
+/// Panics unless every thread of the server has this uid and gid, no capability, and a seccomp filter.
 #[track_caller]
 fn assert_confined(pid: u32, uid: u32) {
     let tasks: Vec<_> = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().collect();
@@ -214,7 +215,7 @@ fn assert_confined(pid: u32, uid: u32) {
     }
 }
 
-/// A descriptor of the server can be taken by a supervisor that did not start it.
+/// Panics unless a supervisor that did not start the server can take the server's FUSE descriptor with pidfd_getfd.
 #[track_caller]
 fn assert_adoptable(pid: u32) {
     let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
@@ -224,7 +225,7 @@ fn assert_adoptable(pid: u32) {
         let number = fd.file_name().to_str().unwrap().parse().unwrap();
         taken.push(pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap());
     }
-    assert!(!taken.is_empty(), "the server has the connection open");
+    assert!(!taken.is_empty(), "the server has no FUSE connection open");
 }
 
 fn image(seed: u8) -> Vec<u8> {
@@ -232,7 +233,7 @@ fn image(seed: u8) -> Vec<u8> {
 }
 
 #[test]
-fn a_running_server_has_no_privilege() {
+fn a_running_server_has_no_privileges() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -246,13 +247,16 @@ fn a_running_server_has_no_privilege() {
         assert_confined(world.server(), 0);
         let supervisor = world.status()["supervisor_pid"].as_u64().unwrap();
         let fields = status_fields(Path::new(&format!("/proc/{supervisor}/status")));
-        assert!(fields.contains(&("Seccomp".to_owned(), "0".to_owned())), "the comparison sees a difference");
+        assert!(
+            fields.contains(&("Seccomp".to_owned(), "0".to_owned())),
+            "the supervisor has no seccomp filter"
+        );
     }
 }
 
-/// The right to lock memory is gone with the capabilities; the buffers that replies leave from are locked before.
+/// The server drops the capability to lock memory, but locks the reply buffers before.
 #[test]
-fn replies_are_locked_whatever_the_limit_is() {
+fn reply_buffers_are_locked_despite_a_low_memlock_limit() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let digest = world.import_bytes(&image(3), "web:1");
@@ -269,23 +273,23 @@ fn replies_are_locked_whatever_the_limit_is() {
     let fields = status_fields(Path::new(&format!("/proc/{}/status", world.server())));
     let locked = &fields.iter().find(|(name, _)| name == "VmLck").unwrap().1;
     let locked: u64 = locked.trim_end_matches(" kB").parse().unwrap();
-    assert!(locked >= 4 << 10, "{locked} KiB are locked");
+    assert!(locked >= 4 << 10, "only {locked} KiB are locked");
 }
 
-/// Gives a store to a user, who can reach it.
+/// Makes a user the owner of a store, and the store reachable for that user.
 fn give_store_to(world: &TestMount, uid: u32) {
     world.open_to_others();
-    let mut folders = vec![world.store_dir()];
-    while let Some(path) = folders.pop() {
+    let mut directories = vec![world.store_dir()];
+    while let Some(path) = directories.pop() {
         std::os::unix::fs::lchown(&path, Some(uid), Some(uid)).unwrap();
         if path.is_dir() {
-            folders.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            directories.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
         }
     }
 }
 
 #[test]
-fn a_server_has_the_rights_of_the_stores_owner() {
+fn a_server_runs_as_the_stores_owner() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::unmounted();
@@ -295,14 +299,14 @@ fn a_server_has_the_rights_of_the_stores_owner() {
         assert_eq!(fs::read(world.file(&first, "memory")).unwrap(), image(3));
         assert_confined(world.server(), 1000);
         assert_adoptable(world.server());
-        // What root imports belongs to the store's owner too, with everything on the way to it.
+        // Files that root imports belong to the store's owner too, with all directories above them.
         let second = world.import_bytes(&image(7), "api:1");
-        let mut folders = vec![world.store_dir()];
-        while let Some(path) = folders.pop() {
+        let mut directories = vec![world.store_dir()];
+        while let Some(path) = directories.pop() {
             let metadata = fs::symlink_metadata(&path).unwrap();
             assert_eq!((metadata.uid(), metadata.gid()), (1000, 1000), "{}", path.display());
             if metadata.is_dir() {
-                folders.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+                directories.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
             }
         }
         assert_eq!(fs::read(world.file(&second, "memory")).unwrap(), image(7));
@@ -313,7 +317,7 @@ fn a_server_has_the_rights_of_the_stores_owner() {
 }
 
 #[test]
-fn a_store_that_its_owner_cannot_reach_is_refused_by_name() {
+fn mount_refuses_a_store_that_its_owner_cannot_read() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     give_store_to(&world, 1000);
@@ -324,14 +328,14 @@ fn a_store_that_its_owner_cannot_reach_is_refused_by_name() {
 }
 
 #[test]
-fn a_server_cannot_be_made_to_open_what_lies_outside() {
+fn a_server_does_not_follow_links_out_of_the_store() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&image(3), "web:1");
     let inside = world.store_dir().join("tags/web/1");
     let link = world.mountpoint().join("templates/web/1");
     let before = fs::read_link(&link).unwrap();
-    // The same bytes, behind a symbolic link that leads out of the store.
+    // The same bytes behind a symbolic link that leads out of the store.
     let outside = world.dir().join("outside");
     fs::rename(&inside, &outside).unwrap();
     symlink(&outside, &inside).unwrap();
@@ -342,10 +346,10 @@ fn a_server_cannot_be_made_to_open_what_lies_outside() {
     assert_eq!(fs::read_link(&link).unwrap(), before);
 }
 
-/// A server that was taken over asks for everything it should not get. The supervisor refuses, stays what it is, and
-/// no clone notices.
+/// A compromised server sends every request that must be refused. The supervisor refuses and keeps working, and no
+/// clone is affected.
 #[test]
-fn the_supervisor_checks_what_a_server_asks() {
+fn the_supervisor_validates_requests_of_the_server() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "auto", "--cache-size", "64M"]);
     let digest = world.import_bytes(&image(3), "web:1");
@@ -364,44 +368,49 @@ fn the_supervisor_checks_what_a_server_asks() {
     server.signal(Signal::STOP).unwrap();
     link.set_patience(Duration::from_secs(5)).unwrap();
     let mut number = 1_000_000u64;
-    let mut ask = |question: Value| -> String {
+    let mut reply_to = |request: Value| -> String {
         number += 1;
-        link.send(&link::request(number, &question), None).unwrap();
+        link.send(&link::request(number, &request), None).unwrap();
         loop {
-            // What the stopped server had asked itself is answered first.
-            let (reply, fd) = link.receive::<Value>().unwrap().expect("the supervisor lives");
+            // Replies to requests of the stopped server itself come first.
+            let (reply, fd) = link.receive::<Value>().unwrap().expect("the supervisor has exited");
             if reply["number"] == number {
-                assert!(fd.is_none(), "{question} got a descriptor");
+                assert!(fd.is_none(), "{request}: the reply has a descriptor");
                 return reply["body"].to_string();
             }
         }
     };
     let ours = json!({ "digest": digest, "file": "memory" });
-    for question in [
-        json!({ "reserve": { "key": link::nobodys(1), "size": 4096, "data_bytes": u64::MAX } }),
-        json!({ "reserve": { "key": link::nobodys(1), "size": u64::MAX, "data_bytes": 4096 } }),
-        json!({ "freeze": { "key": link::nobodys(2) } }),
-        json!({ "register": { "key": link::nobodys(2), "identity": [0, 0] } }),
+    for request in [
+        json!({ "reserve": { "key": link::absent_key(1), "size": 4096, "data_bytes": u64::MAX } }),
+        json!({ "reserve": { "key": link::absent_key(1), "size": u64::MAX, "data_bytes": 4096 } }),
+        json!({ "freeze": { "key": link::absent_key(2) } }),
+        json!({ "register": { "key": link::absent_key(2), "identity": [0, 0] } }),
         json!({ "no_backing": { "key": { "digest": digest, "file": "x".repeat(256) }, "reason": null } }),
         json!({ "handshake": { "control_version": 0, "version": "", "lacks": [], "init_reply": [] } }),
         json!({ "handshake": { "control_version": CONTROL_VERSION, "version": "", "lacks": [], "init_reply": [1, 2] } }),
     ] {
-        let answer = ask(question.clone());
-        assert!(answer.contains("refused"), "{question}: {answer}");
+        let answer = reply_to(request.clone());
+        assert!(answer.contains("refused"), "{request}: {answer}");
     }
-    // A backing that a clone maps is not closed.
-    assert_eq!(ask(json!({ "evict": { "keys": [ours] } })), json!({ "evicted": [] }).to_string());
-    // What is noted is bounded, in number and length.
+    // A backing that a clone maps is not evicted.
+    assert_eq!(reply_to(json!({ "evict": { "keys": [ours] } })), json!({ "evicted": [] }).to_string());
+    // The recorded reasons are bounded in number and length.
     let mut refused = 0;
     for n in 0..5000 {
-        // All that is noted is written down each time: of 25 MB at most some bytes of each reason may stay.
+        // All reasons are written to the ledger each time: of 25 MB only a few bytes of each reason may be kept.
         let reason = "x".repeat(if n < 500 { 50_000 } else { 1 });
-        let answer = ask(json!({ "no_backing": { "key": link::nobodys(1000 + n), "reason": reason } }));
+        let answer =
+            reply_to(json!({ "no_backing": { "key": link::absent_key(1000 + n), "reason": reason } }));
         refused += u32::from(answer.contains("refused"));
     }
     assert!((900..5000).contains(&refused), "{refused} of 5000 were refused");
-    assert!(resident() < before + (24 << 10), "{before} KiB became {}", resident());
-    // Words that mean nothing cost the server its place, and nobody else anything.
+    assert!(
+        resident() < before + (24 << 10),
+        "resident memory of the supervisor: {before} KiB before, {} KiB after",
+        resident()
+    );
+    // An invalid message costs the server its connection, and nothing else.
     link.send(&"no question", None).unwrap();
     wait_for("another server", || (world.server() != server.pid).then_some(()));
     assert_eq!(world.status()["supervisor_pid"].as_u64().unwrap(), supervisor);
@@ -413,19 +422,19 @@ fn the_supervisor_checks_what_a_server_asks() {
 }
 
 #[test]
-fn a_server_that_a_forbidden_call_ends_is_named() {
+fn the_log_reports_a_server_that_dies_of_sigsys() {
     let _host = host::shared();
     let mut world = TestMount::new("decode");
     world.expects_sigsys = true;
     let digest = world.import_bytes(&image(3), "web:1");
     let server = ProcessId::of(world.server()).unwrap().unwrap();
     server.signal(Signal::SYS).unwrap();
-    wait_for("the end in the log", || world.log().contains(SIGSYS).then_some(()));
+    wait_for("SIGSYS in the log", || world.log().contains(SIGSYS).then_some(()));
     assert_eq!(fs::read(world.file(&digest, "memory")).unwrap(), image(3));
 }
 
 #[test]
-fn a_kernel_that_lacks_a_layer_is_named_and_served_on() {
+fn a_kernel_without_a_sandbox_layer_is_reported_and_served() {
     let _host = host::shared();
     for (feature, words) in
         [("landlock", "the kernel has no Landlock"), ("seccomp", "the kernel has no seccomp")]
@@ -461,18 +470,18 @@ fn the_list_of_system_calls_is_the_documented_one() {
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/explanation/security.md"))
         .unwrap();
     let marker = "<!-- test: the_list_of_system_calls_is_the_documented_one -->";
-    let table = page.split(marker).nth(1).expect("the table is marked");
+    let table = page.split(marker).nth(1).expect("no table with the marker");
     let documented: BTreeSet<&str> =
         table.trim_start().lines().take_while(|line| line.starts_with('|')).skip(2).collect();
     let missing: Vec<_> = ours.difference(&documented).collect();
-    let invented: Vec<_> = documented.difference(&ours).collect();
+    let stale: Vec<_> = documented.difference(&ours).collect();
     assert!(
-        missing.is_empty() && invented.is_empty(),
-        "not documented: {missing:#?}\nnot allowed: {invented:#?}"
+        missing.is_empty() && stale.is_empty(),
+        "allowed but not documented: {missing:#?}\ndocumented but not allowed: {stale:#?}"
     );
     assert_eq!(
         ours.len(),
         CALLS,
-        "the list has grown or shrunk: say why in docs/explanation/security.md, and here"
+        "the number of allowed system calls has changed: update docs/explanation/security.md and this constant"
     );
 }

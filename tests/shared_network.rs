@@ -1,4 +1,4 @@
-//! A guest on a bridge and its clones: they disturb nobody until they have addresses of their own.
+//! A guest on a bridge and its clones: the clones send no packet before they have their captured_port addresses.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -16,8 +16,8 @@ use crate::support::host;
 use crate::support::mount::{TestMount, run};
 use crate::support::passing::Running;
 
-/// This thread, and what it starts, has a network of its own for as long as the process lives.
-fn network_of_its_own() -> Running {
+/// Moves this thread and its future children into a new network namespace.
+fn private_network() -> Running {
     let inode = |path: &str| fs::read_link(path).unwrap();
     let child = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
     let place = format!("/proc/{}/ns/net", child.id());
@@ -29,7 +29,7 @@ fn network_of_its_own() -> Running {
     Running(child)
 }
 
-/// The devices of the bridge, and how many packets each was given by its guest.
+/// Returns the ports of the bridge, and the number of packets that the guest of each has sent.
 fn taps() -> Vec<(String, u64)> {
     let all: Value =
         serde_json::from_str(&run("ip", &["-j", "-s", "link", "show", "master", "br0"])).unwrap();
@@ -39,19 +39,19 @@ fn taps() -> Vec<(String, u64)> {
     all.as_array().unwrap().iter().map(one).collect()
 }
 
-/// Where the bridge believes that address to be.
-fn place_of(mac: &str) -> Option<String> {
+/// Returns the bridge port on which the bridge has learned this address.
+fn port_of(mac: &str) -> Option<String> {
     let all = run("bridge", &["fdb", "show", "br", "br0"]);
     let line = all.lines().find(|line| line.starts_with(mac) && !line.contains("permanent"))?;
     Some(line.split(' ').nth(2).unwrap().to_owned())
 }
 
 #[test]
-fn clones_on_a_bridge_disturb_nobody_until_they_have_their_own_addresses() {
+fn clones_on_a_bridge_stay_silent_until_they_have_addresses() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.mount(&[]).ok();
-    let _network = network_of_its_own();
+    let _network = private_network();
     run("ip", &["link", "add", "br0", "type", "bridge"]);
     run("ip", &["link", "set", "br0", "up"]);
     let script = world.dir().join("up");
@@ -66,8 +66,10 @@ fn clones_on_a_bridge_disturb_nobody_until_they_have_their_own_addresses() {
         ),
     );
     told(&world.dir().join("second.sock"), &format!("mac {CAPTURED_MAC}"));
-    patiently("its address on the bridge", Duration::from_secs(30), || place_of(CAPTURED_MAC));
-    let own = place_of(CAPTURED_MAC);
+    patiently("the captured guest's address on the bridge", Duration::from_secs(30), || {
+        port_of(CAPTURED_MAC)
+    });
+    let captured_port = port_of(CAPTURED_MAC);
 
     let captured = world.json(&["capture", guest.socket().to_str().unwrap(), "vm:1"]);
     assert!(captured["warnings"].to_string().contains("their links stay down"), "{captured}");
@@ -77,27 +79,31 @@ fn clones_on_a_bridge_disturb_nobody_until_they_have_their_own_addresses() {
     let launched: Value = serde_json::from_str(&done.out).unwrap();
     assert!(launched["warnings"][0].as_str().unwrap().contains("name=lan"), "{launched}");
 
-    let theirs = || taps().into_iter().filter(|(name, _)| !before.contains(name)).collect::<Vec<_>>();
-    assert_eq!(theirs().len(), 2);
+    let clone_ports = || taps().into_iter().filter(|(name, _)| !before.contains(name)).collect::<Vec<_>>();
+    assert_eq!(clone_ports().len(), 2);
     for clone in launched["clones"].as_array().unwrap() {
         let folder = Path::new(clone["dir"].as_str().unwrap());
         let port = folder.join("serial-1.sock");
-        // It announces its address, and nobody hears it.
+        // The clone announces the captured address, but its link is down.
         told(&port, &format!("mac {CAPTURED_MAC}"));
         let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
         let card = json!({"path": "/machine/peripheral/eth", "property": "mac"});
         let given = qmp.run("qom-get", card).unwrap().as_str().unwrap().to_owned();
         told(&port, &format!("mac {given}"));
-        assert_eq!((place_of(CAPTURED_MAC), place_of(&given)), (own.clone(), None));
+        assert_eq!((port_of(CAPTURED_MAC), port_of(&given)), (captured_port.clone(), None));
         qmp.run("set_link", json!({"name": "lan", "up": true})).unwrap();
-        let place = patiently("its own address on the bridge", Duration::from_secs(30), || {
+        let place = patiently("the clone's address on the bridge", Duration::from_secs(30), || {
             told(&port, &format!("mac {given}"));
-            place_of(&given)
+            port_of(&given)
         });
-        assert!(theirs().iter().any(|(name, sent)| *name == place && *sent > 0), "{place}");
-        assert_eq!(place_of(CAPTURED_MAC), own, "the captured guest is where it was");
-        // The other one is silent until it is its turn.
-        let silent = theirs().iter().filter(|(_, sent)| *sent == 0).count();
+        assert!(clone_ports().iter().any(|(name, sent)| *name == place && *sent > 0), "{place}");
+        assert_eq!(
+            port_of(CAPTURED_MAC),
+            captured_port,
+            "the captured guest's address is still learned on its own port"
+        );
+        // The clone whose link is still down has sent nothing.
+        let silent = clone_ports().iter().filter(|(_, sent)| *sent == 0).count();
         assert_eq!(silent, if clone == &launched["clones"][0] { 1 } else { 0 });
     }
     world.stencil(&["stop", "--all"]).ok();

@@ -1,4 +1,4 @@
-//! A store that cannot be reached for a while: who needs a page from it waits, who needs none goes on, nothing is lost.
+//! Store outages: reads that need the store wait, other reads continue, and no data is lost.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -16,7 +16,7 @@ use crate::support::mount::{TestMount, wait_for};
 const PAGE: u64 = 4096;
 const PAGES: u64 = 1024;
 const CLONES: u64 = 24;
-/// More READs than a server has threads. Clones whose pages come by one READ wait for it together.
+/// More READs than a server has threads. Several clones may wait for one READ of the same pages.
 const WAITING: usize = 17;
 
 fn image(seed: u8) -> Vec<u8> {
@@ -25,32 +25,32 @@ fn image(seed: u8) -> Vec<u8> {
     bytes
 }
 
-/// Makes the store unreachable until it is dropped.
-struct Away<'a>(Box<dyn Fn() + 'a>);
+/// Keeps the store unreachable until drop.
+struct Outage<'a>(Box<dyn Fn() + 'a>);
 
-impl Drop for Away<'_> {
+impl Drop for Outage<'_> {
     fn drop(&mut self) {
         (self.0)();
     }
 }
 
-fn moved(store: &Path) -> Away<'_> {
+fn moved(store: &Path) -> Outage<'_> {
     let aside = store.with_file_name("aside");
     fs::rename(store, &aside).unwrap();
-    Away(Box::new(move || fs::rename(&aside, store).unwrap()))
+    Outage(Box::new(move || fs::rename(&aside, store).unwrap()))
 }
 
-fn unreadable(store: &Path) -> Away<'_> {
+fn unreadable(store: &Path) -> Outage<'_> {
     let before = fs::metadata(store).unwrap().permissions();
     fs::set_permissions(store, Permissions::from_mode(0o000)).unwrap();
-    Away(Box::new(move || fs::set_permissions(store, before.clone()).unwrap()))
+    Outage(Box::new(move || fs::set_permissions(store, before.clone()).unwrap()))
 }
 
-/// An empty filesystem lies over it, as when what was mounted there is gone.
-fn covered(store: &Path) -> Away<'_> {
+/// Mounts an empty file system over the store, as if the store's file system had been unmounted.
+fn covered(store: &Path) -> Outage<'_> {
     let flags = rustix::mount::MountFlags::empty();
     rustix::mount::mount("none", store, "tmpfs", flags, None).unwrap();
-    Away(Box::new(move || rustix::mount::unmount(store, rustix::mount::UnmountFlags::DETACH).unwrap()))
+    Outage(Box::new(move || rustix::mount::unmount(store, rustix::mount::UnmountFlags::DETACH).unwrap()))
 }
 
 fn waiting(table: &InFlightTable) -> usize {
@@ -61,8 +61,8 @@ fn errno(path: &Path) -> Option<i32> {
     fs::symlink_metadata(path).err().and_then(|e| e.raw_os_error())
 }
 
-/// Two templates are served, the pack of one is open, that of the other is not, when the store goes away.
-fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
+/// Serves two templates, of which one has its pack open, and makes the store unreachable.
+fn outage_is_survived(start_outage: fn(&Path) -> Outage<'_>, why: &str, kill: bool) {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let store = world.store_dir();
@@ -82,9 +82,9 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
         .collect();
     let server = ProcessId::of(world.server()).unwrap().unwrap();
     let table = table_of(server.pid);
-    let away_for = if host::soaking() { Duration::from_secs(10) } else { Duration::from_secs(2) };
+    let duration = if host::soaking() { Duration::from_secs(10) } else { Duration::from_secs(2) };
     let begun = Instant::now();
-    let away = take_away(&store);
+    let outage = start_outage(&store);
     std::thread::scope(|scope| {
         let readers: Vec<_> = clones
             .into_iter()
@@ -101,11 +101,11 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
             })
             .collect();
         wait_for("all clones to wait", || (waiting(&table) >= WAITING).then_some(()));
-        wait_for("a sign of life: a server that waits is no stuck one", || {
+        wait_for("a sign of life of the waiting server", || {
             (table.stillest().unwrap().still < Duration::from_secs(1)).then_some(())
         });
         if !kill {
-            // As many wait as there are threads, and more: they hold up nobody whose pack is open.
+            // More reads wait than the server has threads; they do not block reads from an open pack.
             let mut attempt = 0;
             host::measured(|| {
                 for number in (1..20).map(|number| number * 50 + attempt * 17) {
@@ -115,7 +115,7 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
                     assert!(page == images[0][(number * PAGE) as usize..][..PAGE as usize], "page {number}");
                     if passed >= Duration::from_secs(1) {
                         attempt += 1;
-                        return Err(format!("{passed:?} for page {number}, which needs no store"));
+                        return Err(format!("{passed:?} for page {number}, which does not need the store"));
                     }
                 }
                 Ok(())
@@ -136,25 +136,25 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
                     .raw_os_error(),
                 Some(libc::EIO)
             );
-            std::thread::sleep(away_for.saturating_sub(begun.elapsed()));
-            assert!(waiting(&table) >= WAITING, "they still wait");
+            std::thread::sleep(duration.saturating_sub(begun.elapsed()));
+            assert!(waiting(&table) >= WAITING, "reads stopped waiting during the outage");
         } else {
             server.signal(rustix::process::Signal::KILL).unwrap();
-            std::thread::sleep(away_for.saturating_sub(begun.elapsed()));
+            std::thread::sleep(duration.saturating_sub(begun.elapsed()));
         }
-        drop(away);
+        drop(outage);
         let back = Instant::now();
         for reader in readers {
-            let done = reader.join().expect("no SIGBUS and no wrong byte");
+            let done = reader.join().expect("a clone got SIGBUS or a wrong byte");
             assert!(
                 done > back && done - back < Duration::from_secs(12),
-                "{:?} after it is back",
+                "a read took {:?} after the end of the outage",
                 done - back
             );
         }
     });
     let names = fs::read_dir(world.mountpoint().join("templates")).unwrap();
-    assert_eq!(names.count(), 2, "nothing was remembered as missing");
+    assert_eq!(names.count(), 2, "a name was cached as missing");
     for (digest, bytes) in digests.iter().zip(&images) {
         assert!(fs::read(world.file(digest, "memory")).unwrap() == *bytes);
     }
@@ -165,10 +165,7 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
     assert!(counter("source_waits") >= WAITING as u64, "{status:#}");
     let log = world.log();
     let lines = |words: &str| log.lines().filter(|l| l.contains(words)).count();
-    assert!(
-        !log.contains("file is missing") && !log.contains("it is missing"),
-        "a store that is away is not damaged:\n{log}"
-    );
+    assert!(!log.contains("is missing"), "the outage was reported as damage:\n{log}");
     assert!(log.contains(&format!("store/format: {why}")), "{log}");
     if !kill {
         assert_eq!(lines("cannot reach the store: "), 1, "{log}");
@@ -178,26 +175,26 @@ fn goes_away(take_away: fn(&Path) -> Away<'_>, why: &str, kill: bool) {
 }
 
 #[test]
-fn soak_a_store_that_is_moved_away_and_back_costs_nobody_a_page() {
-    goes_away(moved, "No such file or directory", false);
+fn soak_clones_survive_a_store_that_is_moved_away_and_back() {
+    outage_is_survived(moved, "No such file or directory", false);
 }
 
 #[test]
-fn soak_a_store_that_is_unreadable_for_a_while_costs_nobody_a_page() {
-    goes_away(unreadable, "Permission denied", false);
+fn soak_clones_survive_a_store_that_is_temporarily_unreadable() {
+    outage_is_survived(unreadable, "Permission denied", false);
 }
 
 #[test]
-fn soak_a_store_whose_filesystem_is_gone_for_a_while_costs_nobody_a_page() {
-    goes_away(covered, "No such file or directory", false);
+fn soak_clones_survive_a_store_whose_file_system_is_unmounted() {
+    outage_is_survived(covered, "No such file or directory", false);
 }
 
 #[test]
-fn a_server_that_is_killed_while_the_store_is_away_costs_nobody_a_page() {
-    goes_away(moved, "No such file or directory", true);
+fn clones_survive_a_server_killed_during_a_store_outage() {
+    outage_is_survived(moved, "No such file or directory", true);
 }
 
-/// Another mount of the scenario; unmounted when dropped.
+/// A second mount of the scenario; unmounted on drop.
 struct Second<'a>(&'a TestMount, &'a Path);
 
 impl Drop for Second<'_> {
@@ -207,9 +204,9 @@ impl Drop for Second<'_> {
     }
 }
 
-/// A mount whose store is away is told like others, and beside others.
+/// `status` still lists a mount whose store is unreachable, alone and beside other mounts.
 #[test]
-fn a_mount_is_told_while_its_store_is_away() {
+fn status_reports_a_mount_during_a_store_outage() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&image(1), "web:1");
@@ -222,49 +219,49 @@ fn a_mount_is_told_while_its_store_is_away() {
     stencilfs::store::Store::open_or_create(&other).unwrap();
     world.stencil(&["--store", place, "mount", mountpoint, "--serve", "decode"]).ok();
     let _second = Second(&world, &second);
-    let told = |away: bool| {
+    let store_error = |is_away: bool| {
         let answer = world.status_of_all();
         let of = |at: &Path| {
             let mounts = answer["mounts"].as_array().unwrap();
             mounts.iter().find(|m| m["mountpoint"] == at.to_str().unwrap()).unwrap().clone()
         };
         let (ours, others) = (of(world.mountpoint()), of(&second));
-        assert_eq!(ours["store_error"].is_string(), away, "{answer:#}");
+        assert_eq!(ours["store_error"].is_string(), is_away, "{answer:#}");
         assert!(others.get("store_error").is_none(), "{answer:#}");
         assert!(ours["server_pid"].is_u64() && ours["counters"].is_object(), "{answer:#}");
         for template in ours["templates"].as_array().unwrap() {
-            let clones = if away { serde_json::Value::Null } else { 1.into() };
+            let clones = if is_away { serde_json::Value::Null } else { 1.into() };
             assert_eq!(template["clones"], clones, "{answer:#}");
         }
         ours["store_error"].as_str().unwrap_or_default().to_owned()
     };
-    told(false);
+    store_error(false);
     let store = world.store_dir();
     let why = "no template store found";
-    for take_away in [moved as fn(&Path) -> Away<'_>, covered] {
-        let away = take_away(&store);
-        assert!(told(true).contains(why));
+    for start_outage in [moved as fn(&Path) -> Outage<'_>, covered] {
+        let outage = start_outage(&store);
+        assert!(store_error(true).contains(why));
         let text = world.stencil(&["status"]).ok().out;
         assert!(text.contains(why) && text.contains("the clones of the mount are unknown"), "{text}");
-        drop(away);
-        told(false);
+        drop(outage);
+        store_error(false);
     }
-    // Another store in its place is not its store.
+    // Another store at the same path is not accepted.
     let aside = moved(&store);
     stencilfs::store::Store::open_or_create(&store).unwrap();
-    assert!(told(true).contains("another store"));
+    assert!(store_error(true).contains("another store"));
     fs::remove_dir_all(&store).unwrap();
     drop(aside);
-    told(false);
+    store_error(false);
 }
 
-/// The wait has an end: half a minute, then it is an error, for those who wait and for those who come; and then the store
-/// is back.
+/// A read waits at most 30 s for the store, then fails with EIO, whether it began before or during the outage; after
+/// the outage reads work again.
 #[test]
-fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
+fn soak_reads_fail_with_eio_after_30_s_of_store_outage() {
     const WAIT: Duration = Duration::from_secs(30);
     if !host::soaking() {
-        return println!("half a minute is waited for in `make soak` only");
+        return println!("the wait of 30 s runs in `make soak` only");
     }
     let _host = host::shared();
     let world = TestMount::new("decode");
@@ -273,7 +270,7 @@ fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
     let file = File::open(world.file(&digest, "memory")).unwrap();
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
     let store = world.store_dir();
-    let away = moved(&store);
+    let outage = moved(&store);
     std::thread::scope(|scope| {
         let reads: Vec<_> = (0..WAITING as u64)
             .map(|number| {
@@ -288,7 +285,7 @@ fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
         for read in reads {
             let (errno, waited) = read.join().unwrap();
             assert_eq!(errno, Some(libc::EIO));
-            // A buffered read asks twice: for what lies ahead, then for its page.
+            // A buffered read sends two requests: for readahead, then for its page.
             assert!(waited >= WAIT && waited < WAIT * 3, "{waited:?}");
         }
     });
@@ -298,11 +295,11 @@ fn soak_a_store_that_does_not_come_back_is_an_error_after_half_a_minute() {
         1,
         "{log}"
     );
-    drop(away);
-    // `stencil status` asks the store too.
+    drop(outage);
+    // `stencil status` needs the store too.
     assert!(world.counter("failed") >= WAITING as u64);
     assert_eq!((world.counter("damaged"), world.status()["restarts"].as_u64()), (0, Some(0)));
-    assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes, "nothing was remembered");
+    assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes, "a failure was cached");
     wait_for("the end of the outage", || {
         world.log().contains("the store can be reached again").then_some(())
     });

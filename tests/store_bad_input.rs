@@ -1,4 +1,4 @@
-//! What a user can get wrong: one clear line, the remedy, the right exit code, and nothing lost.
+//! User errors: each gives one clear line, a remedy, the right exit code, and changes nothing.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
@@ -9,7 +9,8 @@ use std::time::Duration;
 use crate::support::mount::copy_program;
 use crate::support::store::{Fixture, Ran, guest_like, random, stencil};
 
-/// Exit code, one line with all of these words, and a remedy; in text and as JSON.
+/// Panics unless the command fails with this exit code and an error that contains all of `words`, with a remedy, in
+/// text and as JSON.
 fn refused(fixture: &Fixture, args: &[&str], code: i32, words: &[&str]) {
     let ran = fixture.run(args);
     assert_eq!(ran.code, code, "{args:?}: {ran:?}");
@@ -34,7 +35,7 @@ fn refused(fixture: &Fixture, args: &[&str], code: i32, words: &[&str]) {
 }
 
 #[test]
-fn names_and_words() {
+fn invalid_names_and_options_are_usage_errors() {
     let fixture = Fixture::new();
     let good = fixture.file("good", &random(1, 8192));
     let good = good.to_str().unwrap();
@@ -55,7 +56,7 @@ fn names_and_words() {
         "a@b",
         &"n".repeat(129),
     ] {
-        // After `--` it cannot be an option.
+        // After `--` the name cannot be an option.
         let ran = fixture.run(&["import", "--", good, name]);
         assert_eq!(ran.code, 2, "{name}: {ran:?}");
         let ran = fixture.run(&["import", "--json", "--", good, name]);
@@ -86,12 +87,12 @@ fn names_and_words() {
     refused(&fixture, &["import", good, "a", "--chunk-size", "5000"], 2, &["4k, 8k"]);
     refused(&fixture, &["import", good, "a", "--format", "vmdk"], 2, &["auto, raw or firecracker"]);
     refused(&fixture, &["import", good, "a", "--no-such-option"], 2, &["--no-such-option"]);
-    // Nothing of this has made a store.
+    // None of the commands has created a store.
     assert!(!fixture.path("store").exists());
 }
 
 #[test]
-fn sources() {
+fn unusable_sources_are_refused() {
     let fixture = Fixture::new();
     let dir = fixture.dir.path().to_str().unwrap().to_owned();
     let path = |name: &str| format!("{dir}/{name}");
@@ -119,7 +120,7 @@ fn sources() {
     refused(&fixture, &firecracker, 2, &["not written by Firecracker", "--format raw"]);
     fixture.run(&["import", &path("gzip"), "a", "--format", "raw"]).ok();
     fixture.run(&["rm", "a"]).ok();
-    // A pipe with an odd length is known at its end only.
+    // The length of a pipe is known only at its end.
     let ran: Ran = stencil(fixture.dir.path(), &["import", "-", "a"])
         .stdin(File::open(path("odd")).unwrap())
         .output()
@@ -131,19 +132,19 @@ fn sources() {
     fixture.assert_clean();
 }
 
-/// A source that is cut short or written while it is read.
+/// The source is truncated or written while `import` reads it.
 #[test]
-fn a_source_that_changes_is_refused() {
+fn import_refuses_a_source_that_changes_meanwhile() {
     let fixture = Fixture::new();
     fixture.store();
     for (name, change) in [("cut", 0u8), ("written", 1)] {
         let source = fixture.path(name);
-        // Long enough to be changed in the middle, even on a fast machine: the change comes at once.
+        // Long enough that the change, which comes at once, happens during the import even on a fast machine.
         let file = File::create(&source).unwrap();
         for piece in 0..24 {
             file.write_all_at(&random(piece, 8 << 20), piece * (8 << 20)).unwrap();
         }
-        // A change in the same tick of the clock of file times could not be seen.
+        // A change within the same tick of the file system's clock would not change mtime.
         std::thread::sleep(Duration::from_millis(20));
         let child = stencil(
             fixture.dir.path(),
@@ -152,7 +153,7 @@ fn a_source_that_changes_is_refused() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-        // It has begun when its session is there.
+        // The import has started when its session directory exists.
         let session = fixture.path("store/tmp");
         while fs::read_dir(&session).map_or(0, |entries| entries.count()) == 0 {
             std::thread::sleep(Duration::from_micros(200));
@@ -171,28 +172,28 @@ fn a_source_that_changes_is_refused() {
 }
 
 #[test]
-fn stores_and_templates() {
+fn missing_stores_and_templates_are_reported() {
     let fixture = Fixture::new();
     for args in
         [&["ls"][..], &["inspect", "a"], &["rm", "a"], &["verify"], &["export", "a", "x"], &["tag", "a", "b"]]
     {
         refused(&fixture, args, 4, &["no template store", "STENCIL_STORE"]);
     }
-    // A foreign folder stays as it is.
+    // A directory that is not a store is not changed.
     let source = fixture.file("m", &guest_like(1, 1 << 20));
     let source = source.to_str().unwrap();
-    let foreign = fixture.path("store");
-    fs::create_dir(&foreign).unwrap();
-    fs::write(foreign.join("letter"), "dear").unwrap();
+    let not_a_store = fixture.path("store");
+    fs::create_dir(&not_a_store).unwrap();
+    fs::write(not_a_store.join("letter"), "dear").unwrap();
     refused(&fixture, &["ls"], 2, &["not a template store", "--store"]);
     refused(&fixture, &["import", source, "a"], 2, &["not a template store", "--store"]);
-    assert_eq!(fs::read_dir(&foreign).unwrap().count(), 1);
-    fs::remove_dir_all(&foreign).unwrap();
-    fs::write(&foreign, "a file").unwrap();
+    assert_eq!(fs::read_dir(&not_a_store).unwrap().count(), 1);
+    fs::remove_dir_all(&not_a_store).unwrap();
+    fs::write(&not_a_store, "a file").unwrap();
     assert_ne!(fixture.run(&["ls"]).code, 0);
     assert_ne!(fixture.run(&["import", source, "a"]).code, 0);
-    assert_eq!(fs::read_to_string(&foreign).unwrap(), "a file");
-    fs::remove_file(&foreign).unwrap();
+    assert_eq!(fs::read_to_string(&not_a_store).unwrap(), "a file");
+    fs::remove_file(&not_a_store).unwrap();
 
     fixture.run(&["import", source, "a"]).ok();
     for args in
@@ -208,7 +209,7 @@ fn stores_and_templates() {
 }
 
 #[test]
-fn every_way_to_name_a_template() {
+fn a_template_is_found_by_tag_digest_or_prefix() {
     let fixture = Fixture::new();
     let source = fixture.file("m", &guest_like(1, 1 << 20));
     let imported = fixture.run(&["import", source.to_str().unwrap(), "a:1", "--json"]).ok().json();
@@ -228,7 +229,7 @@ fn every_way_to_name_a_template() {
     }
     assert_eq!(fixture.run(&["inspect", "a"]).code, 4);
     assert_eq!(fixture.run(&["inspect", &digest[..7]]).code, 4);
-    // A tag with siblings goes alone, the last one takes the template along.
+    // A tag is removed alone while the template has others; the last one removes the template.
     let removed = fixture.run(&["rm", "a:1", "--json"]).ok().json();
     assert_eq!(removed["removed"][0]["template"], serde_json::Value::Null);
     fixture.run(&["inspect", "b"]).ok();
@@ -238,14 +239,14 @@ fn every_way_to_name_a_template() {
 }
 
 #[test]
-fn without_rights_nothing_is_read_or_changed() {
+fn a_user_without_permission_reads_and_changes_nothing() {
     let fixture = Fixture::new();
     fs::set_permissions(fixture.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let source = fixture.file("m", &random(1, 4096));
     let source = source.to_str().unwrap();
     fixture.run(&["import", source, "a"]).ok();
     assert_eq!(fs::metadata(fixture.path("store")).unwrap().permissions().mode() & 0o777, 0o700);
-    // The binary may lie where another user cannot reach it: run a copy.
+    // The other user may not be able to reach the binary: run a copy.
     let binary = fixture.path("stencil");
     copy_program(env!("CARGO_BIN_EXE_stencil"), &binary);
     let before = fixture.files("");

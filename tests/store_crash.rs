@@ -1,4 +1,4 @@
-//! Killed, interrupted and simultaneous commands: the store is afterwards as if each had run or not.
+//! Killed, interrupted and simultaneous commands: afterwards the store is as if each had run completely or not at all.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,8 +17,8 @@ fn signal(child: &Child, signal: Signal) {
     let _ = kill_process(Pid::from_raw(child.id() as i32).unwrap(), signal);
 }
 
-/// Every tag points to a whole template with the bytes of its source, nothing is damaged, and after one
-/// more write command nothing else is left.
+/// Panics unless every tag names a complete template with the bytes of its source, `verify` finds no damage, and one
+/// more write command removes all leftovers.
 fn assert_sound(fixture: &Fixture, sources: &[(&str, &[u8])]) {
     let store = fixture.store();
     for tag in store.tags().unwrap() {
@@ -30,15 +30,15 @@ fn assert_sound(fixture: &Fixture, sources: &[(&str, &[u8])]) {
         store.template(&digest).unwrap();
     }
     fixture.run(&["verify"]).ok();
-    // The next writer sweeps what a killed one left.
+    // The next writer removes what a killed writer left.
     fixture.import("sweeper", &random(99, 4096));
     fixture.run(&["rm", "sweeper"]).ok();
     fixture.assert_clean();
 }
 
-/// SIGKILL at many moments between start and end of an import.
+/// Sends SIGKILL at many moments between start and end of an import.
 #[test]
-fn a_killed_import_leaves_nothing_that_matters() {
+fn a_killed_import_leaves_a_sound_store() {
     let fixture = Fixture::new();
     let base = guest_like(5, 2 << 20);
     fixture.import("base", &base);
@@ -47,9 +47,9 @@ fn a_killed_import_leaves_nothing_that_matters() {
     let source = source.to_str().unwrap();
     let start = Instant::now();
     fixture.run(&["import", source, "whole"]).ok();
-    let mut whole = start.elapsed();
+    let mut duration = start.elapsed();
     fixture.run(&["rm", "whole"]).ok();
-    // Its packs stay: away with them, so that each attempt has everything to write.
+    // `rm` keeps the packs: they are deleted before each attempt, so that each import has to write everything.
     let keep: BTreeSet<std::path::PathBuf> = fixture
         .store()
         .template(&fixture.store().tags().unwrap()[0].digest)
@@ -66,14 +66,14 @@ fn a_killed_import_leaves_nothing_that_matters() {
         }
         let mut child =
             stencil(fixture.dir.path(), &["import", source, "victim"]).stdout(Stdio::null()).spawn().unwrap();
-        // Denser towards the end, where the commit is.
+        // More kills towards the end, where the commit happens.
         let share = f64::from(attempt + 1) / f64::from(attempts);
-        thread::sleep(whole.mul_f64(share.sqrt()));
+        thread::sleep(duration.mul_f64(share.sqrt()));
         signal(&child, Signal::KILL);
         match child.wait().unwrap().code() {
             None => killed += 1,
-            // It is faster than it was: the next kill comes earlier.
-            Some(_) => whole = whole.mul_f64(0.9),
+            // The import has become faster: the next kill comes earlier.
+            Some(_) => duration = duration.mul_f64(0.9),
         }
         assert_sound(&fixture, &[("base", &base), ("victim", &bytes)]);
         if fixture.run(&["inspect", "victim"]).code == 0 {
@@ -85,14 +85,14 @@ fn a_killed_import_leaves_nothing_that_matters() {
             }
         }
     }
-    assert!(killed > attempts / 3, "only {killed} of {attempts} were killed before their end");
+    assert!(killed > attempts / 3, "only {killed} of {attempts} imports were killed before they finished");
 }
 
 #[test]
-fn an_interrupted_import_or_export_cleans_up_at_once() {
+fn an_interrupted_import_cleans_up_at_once() {
     let fixture = Fixture::new();
     for (number, name) in [Signal::INT, Signal::TERM].into_iter().zip(["INT", "TERM"]) {
-        // From a pipe that never ends: it is certainly running.
+        // A pipe that stays open: the import is certainly still running.
         let mut child = stencil(fixture.dir.path(), &["import", "-", "victim"])
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
@@ -116,13 +116,13 @@ fn an_interrupted_import_or_export_cleans_up_at_once() {
 }
 
 #[test]
-fn two_imports_at_once_of_one_name_and_one_content() {
+fn simultaneous_imports_share_a_name_or_content() {
     let fixture = Fixture::new();
     let (same, other) = (guest_like(1, 8 << 20), guest_like(2, 8 << 20));
     let (a, b) = (fixture.file("a", &same), fixture.file("b", &other));
     let (a, b) = (a.to_str().unwrap(), b.to_str().unwrap());
     for round in 0..4 {
-        // The first ones also race for making the store.
+        // In the first round they also race to create the store.
         let children: Vec<Child> = [("same", a), ("same", a), ("contested", a), ("contested", b)]
             .iter()
             .map(|(name, source)| {
@@ -145,17 +145,18 @@ fn two_imports_at_once_of_one_name_and_one_content() {
     }
 }
 
-/// An import always succeeds; another command may find that what it names is not there at the moment.
+/// Panics unless an import succeeded; another command may also fail with exit code 4 because its object does not exist
+/// at the moment.
 fn assert_ran(command: &[&str], output: &std::process::Output) {
     let code = output.status.code();
-    let fine = code == Some(0) || (code == Some(4) && command[0] != "import");
-    assert!(fine, "{command:?}: {code:?} {}", String::from_utf8_lossy(&output.stderr));
+    let expected = code == Some(0) || (code == Some(4) && command[0] != "import");
+    assert!(expected, "{command:?}: {code:?} {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Commands that change names, all at once, many times: every call succeeds or says why, and no tag
-/// ever points nowhere.
+/// Commands that change names run simultaneously, many times: each succeeds or fails with an error, and no tag ever
+/// names a missing template.
 #[test]
-fn import_tag_chmod_and_rm_at_once() {
+fn simultaneous_import_tag_chmod_and_rm_keep_tags_valid() {
     let fixture = Fixture::new();
     let bytes = guest_like(1, 1 << 20);
     let source = fixture.file("a", &bytes);
@@ -187,15 +188,15 @@ fn import_tag_chmod_and_rm_at_once() {
             }
         });
     });
-    // "base" keeps the template alive, so that no removal may take it.
+    // "base" also names the template, so that no `rm` removes it.
     assert!(read_all(&fixture.store(), &fixture.store().tags().unwrap()[0].digest, 0).unwrap() == bytes);
     fixture.run(&["verify"]).ok();
     fixture.assert_clean();
 }
 
-/// While somebody reads or changes names under the lock, nobody else changes them.
+/// No command changes names while another process holds the lock for reading.
 #[test]
-fn changes_of_names_wait_for_one_another() {
+fn commands_that_change_names_wait_for_the_lock() {
     let fixture = Fixture::new();
     let source = fixture.file("a", &guest_like(1, 1 << 20));
     let source = source.to_str().unwrap();
@@ -225,9 +226,9 @@ fn changes_of_names_wait_for_one_another() {
     assert_eq!(tags, ["base", "new", "other"]);
 }
 
-/// With the template itself coming and going.
+/// The template itself is created and removed in each round.
 #[test]
-fn import_and_rm_of_the_last_tag_at_once() {
+fn simultaneous_import_and_rm_of_the_last_tag_are_atomic() {
     let fixture = Fixture::new();
     let bytes = guest_like(1, 1 << 20);
     let source = fixture.file("a", &bytes);

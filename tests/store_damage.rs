@@ -1,4 +1,5 @@
-//! Damage anywhere is found and named; no wrong byte leaves the store; importing again repairs.
+//! Damage anywhere in a store is found and reported, no wrong byte leaves the store, and importing the source again
+//! repairs it.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -12,7 +13,7 @@ use stencilfs::units::FileOffset;
 use crate::support::host;
 use crate::support::store::{Fixture, guest_like, random, read_all};
 
-/// A store with two templates that share blocks, in sub-chunks and in one piece.
+/// Creates a store with two templates that share blocks, one with sub-chunks and one without.
 fn fixture() -> (Fixture, Vec<(String, Digest, Vec<u8>)>) {
     let fixture = Fixture::new();
     let first = guest_like(1, 5 << 18);
@@ -34,7 +35,7 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 0x20], at).unwrap();
 }
 
-/// Reads everything that can be read: each block is right or an error that says damage.
+/// Reads all blocks; panics unless each is right or fails with a damage error. Returns the number of errors.
 fn assert_no_wrong_byte(fixture: &Fixture, templates: &[(String, Digest, Vec<u8>)]) -> usize {
     let mut errors = 0;
     let Ok(store) = stencilfs::store::Store::open(&fixture.path("store")) else { return 1 };
@@ -57,7 +58,7 @@ fn assert_no_wrong_byte(fixture: &Fixture, templates: &[(String, Digest, Vec<u8>
                     errors += 1;
                 }
             }
-            // A part of it, odd and inside one sub-chunk or two.
+            // An unaligned part, within one or two sub-chunks.
             let from = (number * 977) % (expected.len() - 300);
             let offset = FileOffset::new(number as u64 * BLOCK_SIZE + from as u64);
             if template.read_range(0, offset, &mut scratch, &mut block[..300]).is_ok() {
@@ -71,7 +72,7 @@ fn assert_no_wrong_byte(fixture: &Fixture, templates: &[(String, Digest, Vec<u8>
     errors
 }
 
-/// Every file of the store, and for each the places to damage: the first bytes one by one, then samples.
+/// Returns positions to damage in every file of the store: densely at the start and end, sampled in between.
 fn places(fixture: &Fixture) -> Vec<(PathBuf, u64)> {
     let mut places = Vec::new();
     for path in fixture.files("") {
@@ -86,9 +87,9 @@ fn places(fixture: &Fixture) -> Vec<(PathBuf, u64)> {
 }
 
 #[test]
-fn soak_a_flipped_bit_anywhere_is_found_and_named_and_never_served() {
+fn soak_any_flipped_bit_is_reported_and_never_served() {
     let (fixture, templates) = fixture();
-    let mut silent = Vec::new();
+    let mut undetected = Vec::new();
     let places = places(&fixture);
     assert!(places.len() > 400, "{}", places.len());
     for (path, at) in places.iter().step_by(host::rounds(3, 1)) {
@@ -100,7 +101,7 @@ fn soak_a_flipped_bit_anywhere_is_found_and_named_and_never_served() {
             Ok(verified) => {
                 let named = verified.damages.iter().any(|d| d.path == *path);
                 if !named {
-                    silent.push((path.clone(), *at));
+                    undetected.push((path.clone(), *at));
                 }
                 if errors > 0 {
                     assert!(named, "{} at {at}: {:?}", path.display(), verified.damages);
@@ -110,22 +111,27 @@ fn soak_a_flipped_bit_anywhere_is_found_and_named_and_never_served() {
         }
         flip(path, *at);
     }
-    // Bits without a meaning exist in compressed data; nowhere else.
-    for (path, at) in &silent {
-        assert!(path.extension().is_some_and(|e| e == "pack"), "{} at {at} was not found", path.display());
+    // Only compressed data has bits without a meaning.
+    for (path, at) in &undetected {
+        assert!(
+            path.extension().is_some_and(|e| e == "pack"),
+            "the flip in {} at {at} was not reported",
+            path.display()
+        );
     }
     assert!(
-        silent.len() < places.len() / 50,
-        "{} of {} flips not found: {silent:?}",
-        silent.len(),
+        undetected.len() < places.len() / 50,
+        "{} of {} flips not reported: {undetected:?}",
+        undetected.len(),
         places.len()
     );
     assert_eq!(assert_no_wrong_byte(&fixture, &templates), 0);
 }
 
-/// By the command: exit code 3, pack, offset, template and file are named, nothing is at OUT.
+/// By the commands: exit code 3; `verify` reports pack, offset, template and file; a failed export leaves OUT as it
+/// was.
 #[test]
-fn verify_names_and_export_leaves_nothing() {
+fn verify_reports_damage_and_export_writes_no_output() {
     let (fixture, templates) = fixture();
     let pack = fixture.files("packs")[0].clone();
     flip(&pack, 5000);
@@ -143,17 +149,17 @@ fn verify_names_and_export_leaves_nothing() {
     assert!(offset <= 5000 && 5000 < offset + 65536 + 544, "{damages:?}");
     let affected: Vec<&str> =
         damages[0]["affects"].as_array().unwrap().iter().map(|a| a["digest"].as_str().unwrap()).collect();
-    let mut broken = 0;
+    let mut damaged = 0;
     for (name, digest, bytes) in &templates {
         let out = fixture.path("out");
         fs::write(&out, "before").unwrap();
         let export = fixture.run(&["export", name, out.to_str().unwrap()]);
         let single = fixture.run(&["verify", name]).code;
         if affected.contains(&digest.to_string().as_str()) {
-            broken += 1;
+            damaged += 1;
             assert_eq!((export.code, single), (3, 3), "{export:?}");
             assert!(export.stderr.contains(pack.to_str().unwrap()), "{export:?}");
-            // What was there before is there still.
+            // The existing file is unchanged.
             assert_eq!(fs::read(&out).unwrap(), b"before");
         } else {
             assert_eq!((export.code, single), (0, 0), "{export:?}");
@@ -164,13 +170,13 @@ fn verify_names_and_export_leaves_nothing() {
         assert_eq!(export.code == 0, fresh.exists());
         let _ = fs::remove_file(&fresh);
     }
-    assert!(broken > 0);
+    assert!(damaged > 0);
     let left: Vec<_> = fs::read_dir(fixture.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(left.iter().all(|n| !n.to_string_lossy().contains(".stencil-")), "{left:?}");
 }
 
 #[test]
-fn a_truncated_pack_loses_its_tail_only() {
+fn a_truncated_pack_loses_only_its_tail() {
     let (fixture, templates) = fixture();
     let pack = fixture.files("packs").into_iter().max_by_key(|p| fs::metadata(p).unwrap().len()).unwrap();
     let whole = fs::read(&pack).unwrap();
@@ -195,7 +201,7 @@ fn a_truncated_pack_loses_its_tail_only() {
 }
 
 #[test]
-fn swapped_packs_and_swapped_tables_are_found() {
+fn swapped_packs_and_swapped_tables_are_reported() {
     let (fixture, templates) = fixture();
     let packs = fixture.files("packs");
     assert!(packs.len() >= 2);
@@ -224,10 +230,10 @@ fn swapped_packs_and_swapped_tables_are_found() {
     fixture.run(&["verify"]).ok();
 }
 
-/// Sectors of zeros, as a lost write leaves them, in tables that are longer than what is checked at
-/// open: a hash of zeros would be a zero block, if nobody checked the table.
+/// Sectors of zeros, as after a lost write, in tables that are longer than the part that is checked when a template is
+/// opened: without a check of the table, a hash of zeros would read as a zero block.
 #[test]
-fn sectors_of_zeros_in_the_tables_are_no_zero_blocks() {
+fn zeroed_table_sectors_are_not_read_as_zero_blocks() {
     const SIZE: u64 = 512 << 20;
     let fixture = Fixture::new();
     let source = fixture.path("source");
@@ -261,7 +267,7 @@ fn sectors_of_zeros_in_the_tables_are_no_zero_blocks() {
 }
 
 #[test]
-fn importing_again_repairs() {
+fn importing_again_repairs_damage() {
     let (fixture, templates) = fixture();
     let victims: Vec<PathBuf> = fixture.files("packs").into_iter().chain(fixture.files("images")).collect();
     for victim in victims {
@@ -285,7 +291,7 @@ fn importing_again_repairs() {
                     victim.display()
                 );
             }
-            // What is left of the old pack is named, but nobody needs it.
+            // The rest of the old pack is reported, but as unused.
             let verify = fixture.run(&["verify"]);
             assert_eq!(verify.code, 0, "{how} {}: {verify:?}", victim.display());
         }

@@ -1,5 +1,5 @@
-//! What `--store` means for commands about processes and mounts: only that store's; all stores without it; exit 4 for one
-//! that is not there.
+//! `--store` for commands about processes and mounts: with the option they cover only that store, without it all
+//! stores; a missing store gives exit code 4.
 
 use serde_json::Value;
 
@@ -7,34 +7,36 @@ use crate::support::host;
 use crate::support::mount::{Run, TestMount, wait_for};
 use crate::support::store::guest_like;
 
-/// Two stores with a mount each, in one runtime directory.
-struct Two {
+/// Two mounted stores with one runtime directory.
+struct TwoStores {
     first: TestMount,
     second: TestMount,
 }
 
-impl Two {
-    fn new() -> Two {
+impl TwoStores {
+    fn new() -> TwoStores {
         let (first, second) = (TestMount::new("decode"), TestMount::unmounted());
-        let two = Two { first, second };
-        for (world, seed) in [(&two.first, 1), (&two.second, 2)] {
+        let stores = TwoStores { first, second };
+        for (world, seed) in [(&stores.first, 1), (&stores.second, 2)] {
             world.import_bytes(&guest_like(seed, 1 << 20), "web:1");
         }
-        two.of(&two.second, &["mount", two.second.mountpoint().to_str().unwrap(), "--serve", "decode"]).ok();
-        for world in [&two.first, &two.second] {
-            two.of(world, &["clone", "web:1", "--simulate", "read=10%,write=1%", "-n", "2"]).ok();
+        stores
+            .of(&stores.second, &["mount", stores.second.mountpoint().to_str().unwrap(), "--serve", "decode"])
+            .ok();
+        for world in [&stores.first, &stores.second] {
+            stores.of(world, &["clone", "web:1", "--simulate", "read=10%,write=1%", "-n", "2"]).ok();
         }
-        two
+        stores
     }
 
-    /// With that world's store, in the runtime directory of the first.
+    /// Runs `stencil` with the store of `world` and the runtime directory of the first mount.
     fn of(&self, world: &TestMount, words: &[&str]) -> Run {
         let mut command = world.command();
         command.env("STENCIL_RUNTIME_DIR", self.first.runtime_dir()).args(words);
         Run::of(words.join(" "), &command.output().unwrap())
     }
 
-    /// Without a named store.
+    /// Runs `stencil` without a store.
     fn of_all(&self, words: &[&str]) -> Run {
         let mut command = self.first.command();
         command.env_remove("STENCIL_STORE").args(words);
@@ -42,7 +44,7 @@ impl Two {
     }
 }
 
-impl Drop for Two {
+impl Drop for TwoStores {
     fn drop(&mut self) {
         self.of_all(&["stop", "--all"]);
         self.of_all(&["umount", "--force", self.second.mountpoint().to_str().unwrap()]);
@@ -58,51 +60,52 @@ fn count(answer: &Value, rows: &str) -> usize {
 }
 
 #[test]
-fn commands_about_processes_are_about_the_named_store() {
+fn process_commands_cover_only_the_given_store() {
     let _host = host::shared();
-    let two = Two::new();
-    for (world, other) in [(&two.first, &two.second), (&two.second, &two.first)] {
-        let ps = json(two.of(world, &["--json", "ps"]));
+    let stores = TwoStores::new();
+    for (world, other) in [(&stores.first, &stores.second), (&stores.second, &stores.first)] {
+        let ps = json(stores.of(world, &["--json", "ps"]));
         assert_eq!(count(&ps, "clones"), 2, "{ps:#}");
-        let density = json(two.of(world, &["--json", "density"]));
+        let density = json(stores.of(world, &["--json", "density"]));
         assert_eq!(count(&density, "clones"), 2, "{density:#}");
-        let status = json(two.of(world, &["--json", "status"]));
+        let status = json(stores.of(world, &["--json", "status"]));
         assert_eq!(count(&status, "mounts"), 1);
         assert_eq!(status["mounts"][0]["mountpoint"], world.mountpoint().to_str().unwrap());
-        let foreign = json(two.of(other, &["--json", "ps"]))["clones"][0]["id"].as_str().unwrap().to_owned();
-        two.of(world, &["stop", &foreign]).exits(4).says("not of the given store");
+        let other_clone =
+            json(stores.of(other, &["--json", "ps"]))["clones"][0]["id"].as_str().unwrap().to_owned();
+        stores.of(world, &["stop", &other_clone]).exits(4).says("not of the given store");
     }
-    assert_eq!(count(&json(two.of_all(&["--json", "ps"])), "clones"), 4);
-    assert_eq!(count(&json(two.of_all(&["--json", "density"])), "clones"), 4);
-    assert_eq!(count(&json(two.of_all(&["--json", "status"])), "mounts"), 2);
-    let servers = |world| json(two.of(world, &["--json", "status"]))["mounts"][0]["server_pid"].clone();
-    let before = servers(&two.second);
-    let restarted = json(two.of(&two.first, &["--json", "restart", "--all"]));
+    assert_eq!(count(&json(stores.of_all(&["--json", "ps"])), "clones"), 4);
+    assert_eq!(count(&json(stores.of_all(&["--json", "density"])), "clones"), 4);
+    assert_eq!(count(&json(stores.of_all(&["--json", "status"])), "mounts"), 2);
+    let servers = |world| json(stores.of(world, &["--json", "status"]))["mounts"][0]["server_pid"].clone();
+    let before = servers(&stores.second);
+    let restarted = json(stores.of(&stores.first, &["--json", "restart", "--all"]));
     assert_eq!(count(&restarted, "mounts"), 1);
-    assert_eq!(servers(&two.second), before);
+    assert_eq!(servers(&stores.second), before);
 
-    let nothing = two.first.dir().join("nothing");
+    let nothing = stores.first.dir().join("nothing");
     let nothing = nothing.to_str().unwrap();
     for words in [&["ps"][..], &["density"], &["status"], &["stop", "--all"], &["restart", "--all"]] {
-        two.of_all(&[&["--store", nothing], words].concat()).exits(4);
+        stores.of_all(&[&["--store", nothing], words].concat()).exits(4);
     }
-    assert_eq!(count(&json(two.of_all(&["--json", "ps"])), "clones"), 4);
+    assert_eq!(count(&json(stores.of_all(&["--json", "ps"])), "clones"), 4);
 
-    assert_eq!(count(&json(two.of(&two.first, &["--json", "stop", "--all"])), "stopped"), 2);
-    assert_eq!(count(&json(two.of(&two.second, &["--json", "ps"])), "clones"), 2);
-    assert_eq!(count(&json(two.of(&two.first, &["--json", "ps"])), "clones"), 0);
-    // A store that is away is still the one of its mount.
-    let away = two.second.dir().join("away");
-    std::fs::rename(two.second.store_dir(), &away).unwrap();
-    let told = two.of(&two.second, &["--json", "status"]);
-    std::fs::rename(&away, two.second.store_dir()).unwrap();
+    assert_eq!(count(&json(stores.of(&stores.first, &["--json", "stop", "--all"])), "stopped"), 2);
+    assert_eq!(count(&json(stores.of(&stores.second, &["--json", "ps"])), "clones"), 2);
+    assert_eq!(count(&json(stores.of(&stores.first, &["--json", "ps"])), "clones"), 0);
+    // A mount still belongs to a store that has been moved away.
+    let away = stores.second.dir().join("away");
+    std::fs::rename(stores.second.store_dir(), &away).unwrap();
+    let told = stores.of(&stores.second, &["--json", "status"]);
+    std::fs::rename(&away, stores.second.store_dir()).unwrap();
     assert_eq!(count(&json(told), "mounts"), 1);
-    assert_eq!(count(&json(two.of_all(&["--json", "stop", "--all"])), "stopped"), 2);
+    assert_eq!(count(&json(stores.of_all(&["--json", "stop", "--all"])), "stopped"), 2);
 }
 
-/// What each command says of a mount that has lost its supervisor, and of one that has lost both processes.
+/// The output of each command for a mount that has lost its supervisor, and for a mount that has lost both processes.
 #[test]
-fn a_mount_that_has_lost_its_processes_is_named_with_what_to_do() {
+fn commands_report_a_mount_without_processes_and_a_remedy() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&guest_like(1, 1 << 20), "web:1");
@@ -112,7 +115,7 @@ fn a_mount_that_has_lost_its_processes_is_named_with_what_to_do() {
     let kill = |pid: u64| {
         let process = stencilfs::sys::process::ProcessId::of(pid as u32).unwrap().unwrap();
         process.signal(rustix::process::Signal::KILL).unwrap();
-        wait_for("its end", || (!process.is_alive()).then_some(()));
+        wait_for("the exit of a killed process", || (!process.is_alive()).then_some(()));
     };
     kill(number("supervisor_pid"));
     let lost = world.stencil(&["status"]).exits(6).out;
@@ -121,7 +124,7 @@ fn a_mount_that_has_lost_its_processes_is_named_with_what_to_do() {
     assert!(lost.contains(&server) && lost.contains(&format!("stencil mount {mnt}")), "{lost}");
     let answer: Value = serde_json::from_str(&world.stencil(&["--json", "status"]).exits(6).out).unwrap();
     assert_eq!(answer["silent"][0]["state"], "no-supervisor");
-    // What it says is the way out.
+    // The suggested command repairs the mount.
     world.mount(&[]).ok();
     world.stencil(&["status"]).ok();
 

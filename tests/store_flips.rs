@@ -1,5 +1,5 @@
-//! Every byte of a small store is damaged, one at a time: `verify` names it, or it means nothing; no wrong byte is read, no
-//! other template is lost, nothing panics; and importing the sources again repairs all of it.
+//! Flips every byte of a small store, one at a time: `verify` reports the flip or the byte has no meaning, no wrong
+//! byte is read, no other template is lost, nothing panics, and importing the sources again repairs all damage.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -24,7 +24,7 @@ use crate::support::store::{random, stencil};
 const BLOCK: usize = BLOCK_SIZE as usize;
 const PACK_HEADER: u64 = 256;
 
-/// A template that was imported.
+/// An imported template.
 struct Imported {
     request: ImportRequest,
     files: Vec<(String, FileKind, Vec<u8>)>,
@@ -34,15 +34,15 @@ struct Imported {
     packs: Vec<PathBuf>,
 }
 
-/// A store that nobody damages, and its parts below its folder.
+/// A store that stays undamaged, with the relative paths of its files and directories.
 struct Sound {
     dir: TempDir,
     files: Vec<PathBuf>,
-    folders: Vec<PathBuf>,
+    directories: Vec<PathBuf>,
     templates: [Imported; 2],
 }
 
-/// A place to damage.
+/// A byte to damage.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     file: &'a Path,
@@ -51,13 +51,13 @@ struct Place<'a> {
     in_record: bool,
 }
 
-/// In RAM where that is possible: every flip is followed by commands that wait for the disk.
+/// Creates a temporary directory, in RAM if possible: the commands after each flip call fsync.
 fn scratch() -> TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 }
 
-/// Blocks that shrink, each with so many bytes of noise.
+/// Returns compressible blocks, each with the given number of random bytes.
 fn blocks(seed: u64, noise: &[usize]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (number, noise) in (0..).zip(noise) {
@@ -105,16 +105,17 @@ impl Sound {
             import("web:1", "lz4", "8k", first, Some(random(40, 3000))),
             import("db:2", "zstd", "64k", second, None),
         ];
-        let (mut files, mut folders) = (Vec::new(), Vec::new());
-        list(&dir.path().join("store"), Path::new(""), &mut files, &mut folders);
-        Sound { dir, files, folders, templates }
+        let (mut files, mut directories) = (Vec::new(), Vec::new());
+        list(&dir.path().join("store"), Path::new(""), &mut files, &mut directories);
+        Sound { dir, files, directories, templates }
     }
 
     fn path(&self, file: &Path) -> PathBuf {
         self.dir.path().join("store").join(file)
     }
 
-    /// Every byte that has a meaning somewhere: of records in turn with all bits and with one, of the rest with both.
+    /// Returns every byte of the store with a mask: for bytes of records alternately all bits and one bit, for all
+    /// other bytes both.
     fn places(&self) -> Vec<Place<'_>> {
         let mut places = Vec::new();
         for file in &self.files {
@@ -135,10 +136,10 @@ impl Sound {
         places
     }
 
-    /// Makes `dir` a store like this one, again; only the file that is to be damaged is copied.
+    /// Recreates `dir` as a copy of this store with hard links; only the file to damage is copied.
     fn copy_to(&self, dir: &Path, damaged: &Path) {
         let _ = fs::remove_dir_all(dir);
-        self.folders.iter().for_each(|folder| fs::create_dir(dir.join(folder)).unwrap());
+        self.directories.iter().for_each(|folder| fs::create_dir(dir.join(folder)).unwrap());
         for file in &self.files {
             let (from, to) = (self.path(file), dir.join(file));
             match file == damaged {
@@ -149,12 +150,12 @@ impl Sound {
     }
 }
 
-fn list(dir: &Path, name: &Path, files: &mut Vec<PathBuf>, folders: &mut Vec<PathBuf>) {
-    folders.push(name.to_owned());
+fn list(dir: &Path, name: &Path, files: &mut Vec<PathBuf>, directories: &mut Vec<PathBuf>) {
+    directories.push(name.to_owned());
     for entry in fs::read_dir(dir.join(name)).unwrap() {
         let name = name.join(entry.unwrap().file_name());
         match dir.join(&name).is_dir() {
-            true => list(dir, &name, files, folders),
+            true => list(dir, &name, files, directories),
             false => files.push(name),
         }
     }
@@ -162,7 +163,7 @@ fn list(dir: &Path, name: &Path, files: &mut Vec<PathBuf>, folders: &mut Vec<Pat
 }
 
 impl Imported {
-    /// Reads the template's files, whole and in parts: each read gives the right bytes or an error.
+    /// Reads the template's files by block and by range: each read returns the right bytes or an error.
     fn read(&self, store: &Store) -> Result<()> {
         let template = store.template(&self.digest)?;
         let files: Vec<_> = template.files().iter().map(|f| (f.name.clone(), f.kind, f.size.get())).collect();
@@ -180,7 +181,7 @@ impl Imported {
                     }
                     Err(e) => result = Err(e),
                 }
-                // A part in each sub-chunk, whatever became of the others.
+                // A range in each sub-chunk, independent of errors in the others.
                 for from in (700..expected.len().saturating_sub(300)).step_by(8 << 10) {
                     let offset = FileOffset::new((number * BLOCK + from) as u64);
                     match template.read_range(file, offset, &mut scratch, &mut block[..300]) {
@@ -195,7 +196,7 @@ impl Imported {
         result
     }
 
-    /// True when the file holds something of this template.
+    /// Returns true if the file has data of this template.
     fn relies_on(&self, sound: &Sound, file: &Path) -> bool {
         let digest = self.digest.to_string();
         let in_tag = file == Path::new("tags").join(self.tag.name()).join(self.tag.tag());
@@ -204,14 +205,14 @@ impl Imported {
 }
 
 fn verify(store: &Store) -> Verified {
-    store.verify(None, &AtomicBool::new(false), &Silent).expect("it goes on")
+    store.verify(None, &AtomicBool::new(false), &Silent).expect("verify stopped")
 }
 
 fn assert_no_panic(error: &Error) {
     assert!(!error.to_string().contains("panicked"), "{error}");
 }
 
-/// What one flip does; true when it was named.
+/// Flips one byte, checks all commands on the store, and returns true if `verify` reported the flip.
 fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
     let path = dir.join(place.file);
     let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -221,7 +222,7 @@ fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
         file.write_all_at(&[byte[0] ^ mask], place.at).unwrap();
     };
     change(place.mask);
-    let store = Store::open(dir).expect("it opens");
+    let store = Store::open(dir).expect("cannot open the store");
     let verified = verify(&store);
     let is_named = verified.damages.iter().any(|d| d.path == path);
     let is_harmful = verified.damages.iter().any(|d| !d.is_unused());
@@ -233,7 +234,10 @@ fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
         match (&tag, &read) {
             (Ok(digest), Ok(())) => assert_eq!(*digest, template.digest),
             _ => {
-                assert!(template.relies_on(sound, place.file), "another template is lost: {tag:?} {read:?}");
+                assert!(
+                    template.relies_on(sound, place.file),
+                    "another template cannot be read: {tag:?} {read:?}"
+                );
                 assert!(is_named && is_harmful, "{tag:?} {read:?} {verified:?}");
                 [tag.as_ref().err(), read.as_ref().err()].into_iter().flatten().for_each(assert_no_panic);
             }
@@ -249,7 +253,7 @@ fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
         return is_named;
     }
     for template in &sound.templates {
-        let imported = store.import(template.request.clone(), &Silent).expect("it can be imported again");
+        let imported = store.import(template.request.clone(), &Silent).expect("cannot import again");
         assert_eq!(imported.digest, template.digest);
     }
     let store = Store::open(dir).unwrap();
@@ -263,27 +267,27 @@ fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
     is_named
 }
 
-/// Flips these places on all cores. Gives the places that were not named.
+/// Flips these bytes, on all CPUs in parallel. Returns those that `verify` did not report.
 fn flip_each<'a>(
     sound: &Sound,
     places: &[Place<'a>],
     repair: impl Fn(usize) -> bool + Sync,
 ) -> Vec<Place<'a>> {
-    const SHARE: usize = 64;
+    const BATCH: usize = 64;
     let next = AtomicUsize::new(0);
     let work = || {
-        let (room, mut silent) = (scratch(), Vec::new());
+        let (room, mut undetected) = (scratch(), Vec::new());
         let dir = room.path().join("store");
         loop {
-            let start = next.fetch_add(SHARE, Ordering::Relaxed);
-            for number in start..(start + SHARE).min(places.len()) {
+            let start = next.fetch_add(BATCH, Ordering::Relaxed);
+            for number in start..(start + BATCH).min(places.len()) {
                 let place = places[number];
                 if number == start || places[number - 1].file != place.file {
                     sound.copy_to(&dir, place.file);
                 }
                 match catch_unwind(AssertUnwindSafe(|| flip(sound, &dir, place, repair(number)))) {
                     Ok(true) => {}
-                    Ok(false) => silent.push(place),
+                    Ok(false) => undetected.push(place),
                     Err(panic) => {
                         println!("{} at {}, mask {:#04x}:", place.file.display(), place.at, place.mask);
                         next.store(places.len(), Ordering::Relaxed);
@@ -292,7 +296,7 @@ fn flip_each<'a>(
                 }
             }
             if start >= places.len() {
-                return silent;
+                return undetected;
             }
         }
     };
@@ -303,20 +307,20 @@ fn flip_each<'a>(
     })
 }
 
-/// Bits without a meaning exist in compressed data; nowhere else.
-fn assert_in_records(silent: &[Place<'_>], flips: usize) {
-    for place in silent {
-        assert!(place.in_record, "{} at {} was not found", place.file.display(), place.at);
+/// Panics unless all undetected flips are in records and few: only compressed data has bits without a meaning.
+fn assert_in_records(undetected: &[Place<'_>], flips: usize) {
+    for place in undetected {
+        assert!(place.in_record, "the flip in {} at {} was not reported", place.file.display(), place.at);
     }
-    assert!(silent.len() < flips / 50, "{} of {flips} flips were not found", silent.len());
+    assert!(undetected.len() < flips / 50, "{} of {flips} flips were not reported", undetected.len());
 }
 
 #[test]
-fn soak_every_byte_of_a_store_is_flipped() {
+fn soak_every_flipped_byte_is_reported_and_repaired() {
     let _host = host::shared();
     let sound = Sound::new();
     let all = sound.places();
-    // Of records far apart, of the rest closer together; each file has its share.
+    // A sparse sample of record bytes, a denser one of the rest: each file is covered.
     let (records, rest) = host::rounds((4001, 97), (1, 1));
     let mut counts = [0; 2];
     let mut is_wanted = |place: &&Place<'_>| {
@@ -325,24 +329,24 @@ fn soak_every_byte_of_a_store_is_flipped() {
         *count % if place.in_record { records } else { rest } == 0
     };
     let places: Vec<Place<'_>> = all.iter().filter(|place| is_wanted(place)).copied().collect();
-    // One record is repaired like any other.
+    // The repair does not depend on the byte within a record: a sample is enough in the soak.
     let repair = |number: usize| !host::soaking() || !places[number].in_record || number.is_multiple_of(16);
     let begun = std::time::Instant::now();
-    let silent = flip_each(&sound, &places, repair);
-    assert_in_records(&silent, places.len());
+    let undetected = flip_each(&sound, &places, repair);
+    assert_in_records(&undetected, places.len());
     println!(
-        "{} of {} flips in {} files, {} of them meant nothing, {:?}",
+        "{} of {} flips in {} files, {} undetected, {:?}",
         places.len(),
         all.len(),
         sound.files.len(),
-        silent.len(),
+        undetected.len(),
         begun.elapsed()
     );
 }
 
-/// A few of them by the commands.
+/// A sample of flips, by the commands.
 #[test]
-fn commands_end_well_on_a_store_with_a_flipped_byte() {
+fn commands_fail_cleanly_on_a_store_with_a_flipped_byte() {
     let sound = Sound::new();
     let room = scratch();
     let dir = room.path().join("store");

@@ -1,4 +1,4 @@
-//! `docs/reference/store-format.md` is true: a reader written after its tables alone reads a template.
+//! A reader written from the tables of `docs/reference/store-format.md` alone reads a template.
 
 use std::collections::HashMap;
 use std::fs;
@@ -31,7 +31,7 @@ fn assert_sum(bytes: &[u8], end: usize) {
     assert_eq!(*blake3::hash(&bytes[..end]).as_bytes(), bytes[end..end + 32]);
 }
 
-/// The plain block of a record.
+/// Decodes the block of a record.
 fn decode(kind: u8, shift: u8, record: &[u8]) -> Vec<u8> {
     let plain = |kind: u8, stored: &[u8], size: usize| match kind {
         1 => stored.to_vec(),
@@ -84,11 +84,11 @@ fn packs(store: &Path) -> HashMap<Vec<u8>, Vec<u8>> {
 }
 
 #[test]
-fn a_reader_written_after_the_document_reads_a_template() {
+fn a_reader_written_from_the_documentation_reads_a_template() {
     let fixture = Fixture::new();
     let (ram, blob) = (guest_like(1, 3 << 20), b"state of devices".repeat(5000));
     for (codec, chunk) in [("lz4", "64k"), ("zstd", "16k"), ("none", "4k")] {
-        // Each codec has blocks of its own, and shares the state with the others.
+        // Each codec has its own RAM blocks and shares the blocks of the state with the others.
         let ram: Vec<u8> =
             ram.iter().map(|b| if *b == 0 { 0 } else { b ^ codec.as_bytes()[0] | 1 }).collect();
         let mut request = fixture.request(codec, &ram);

@@ -1,4 +1,4 @@
-//! What removed templates took is given back, and nobody who reads is hurt; `du` adds up to what du(1) sees.
+//! `gc` returns the space of removed templates without disturbing readers; `du` agrees with du(1).
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use stencilfs::units::Bytes;
 
 use crate::support::host;
 use crate::support::mount::run;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -29,7 +29,7 @@ fn bytes_of(template: &Template) -> stencilfs::error::Result<Vec<u8>> {
     Ok(out)
 }
 
-/// `du` of both kinds.
+/// Panics unless the numbers of `stencil du` add up to the result of du(1).
 fn assert_du_adds_up(fixture: &Fixture) -> serde_json::Value {
     let answer = fixture.run(&["--json", "du"]).ok().json();
     let store = fixture.path("store");
@@ -58,7 +58,7 @@ fn assert_du_adds_up(fixture: &Fixture) -> serde_json::Value {
 }
 
 #[test]
-fn du_adds_up_to_what_du_of_coreutils_sees() {
+fn du_totals_equal_the_result_of_coreutils_du() {
     let fixture = Fixture::new();
     let (own, common) = (random(1, 16 * BLOCK), random(2, 8 * BLOCK));
     fixture.import("a", &[&own[..], &common].concat());
@@ -91,7 +91,7 @@ fn du_adds_up_to_what_du_of_coreutils_sees() {
 }
 
 #[test]
-fn what_removed_templates_took_is_given_back() {
+fn gc_returns_the_space_of_removed_templates() {
     let fixture = Fixture::new();
     let common = random(2, 8 * BLOCK);
     let kept = [&common[..], &random(3, 4 * BLOCK)].concat();
@@ -99,12 +99,12 @@ fn what_removed_templates_took_is_given_back() {
     fixture.import("first", &first);
     fixture.import("kept", &kept);
     fixture.import("other", &random(5, 10 * BLOCK));
-    // One who reads with the placement of before, and has no pack open.
+    // A reader with the old placement and no open pack.
     let reader = Store::open(&fixture.path("store")).unwrap();
     let digest = reader.resolve(&"kept".parse().unwrap()).unwrap();
     let template = reader.template(&digest).unwrap();
     fixture.run(&["rm", "first", "other"]).ok();
-    // A killed writer.
+    // The leftovers of a killed writer.
     let dead = fixture.path("store/tmp/dead");
     fs::create_dir(&dead).unwrap();
     fs::write(dead.join("pack"), random(6, 1 << 20)).unwrap();
@@ -112,35 +112,35 @@ fn what_removed_templates_took_is_given_back() {
     let dry = fixture.run(&["--json", "gc", "--dry-run"]).ok().json();
     assert_eq!(dry["removed_packs"], 2, "{dry:#}");
     assert_eq!(dry["repacked_packs"], 1, "{dry:#}");
-    assert_eq!(fixture.disk_usage(), before, "nothing was changed");
+    assert_eq!(fixture.disk_usage(), before, "a dry run has changed the store");
     let packs = fixture.files("packs");
     let done = fixture.run(&["--json", "gc"]).ok().json();
     for field in ["removed_packs", "repacked_packs", "placements", "new_packs", "dead_bytes"] {
         assert_eq!(done[field], dry[field], "{field}: {done:#}");
     }
     let freed = done["freed_bytes"].as_u64().unwrap();
-    let really = before - fixture.disk_usage();
-    assert!(freed.abs_diff(really) < 64 << 10, "{freed} said, {really} seen");
-    assert!(really > 25 * BLOCK_SIZE, "{really}");
+    let measured = before - fixture.disk_usage();
+    assert!(freed.abs_diff(measured) < 64 << 10, "{freed} bytes reported, {measured} measured");
+    assert!(measured > 25 * BLOCK_SIZE, "{measured}");
     assert!(!dead.exists());
     let now = fixture.files("packs");
-    assert_eq!(now.iter().filter(|p| packs.contains(p)).count(), 1, "the pack of `kept` alone stays");
-    assert!(bytes_of(&template).unwrap() == kept, "the reader went on");
+    assert_eq!(now.iter().filter(|p| packs.contains(p)).count(), 1, "only the pack of `kept` stays");
+    assert!(bytes_of(&template).unwrap() == kept, "the open reader read wrong bytes");
     assert!(read_all(&fixture.store(), &digest, 0).unwrap() == kept);
     fixture.run(&["verify"]).ok();
     let again = fixture.run(&["--json", "gc"]).ok().json();
     assert_eq!((&again["removed_packs"], &again["freed_bytes"]), (&0.into(), &0.into()));
     assert_du_adds_up(&fixture);
-    // Blocks that are needed again are stored again.
+    // Removed blocks are stored again when they are imported again.
     fixture.import("first", &first);
     fixture.run(&["verify"]).ok();
     fixture.run(&["rm", "first", "kept"]).ok();
     fixture.run(&["gc"]).ok();
-    assert_eq!(fixture.files("packs").len(), 0, "of an empty store nothing stays");
+    assert_eq!(fixture.files("packs").len(), 0, "an empty store has packs");
 }
 
 #[test]
-fn a_pack_that_cannot_be_copied_is_left_as_it_is() {
+fn gc_leaves_a_damaged_pack_unchanged() {
     let fixture = Fixture::new();
     let common = random(2, 4 * BLOCK);
     fixture.import("first", &[&common[..], &random(1, 16 * BLOCK)].concat());
@@ -153,7 +153,7 @@ fn a_pack_that_cannot_be_copied_is_left_as_it_is() {
     fixture.run(&["gc"]).ok();
     assert!(fs::read(&pack).unwrap() == bytes);
     assert_eq!(fixture.run(&["verify"]).code, 3);
-    // Where it is not known what a template needs, nothing is given back.
+    // If the blocks of a template are unknown, gc frees nothing.
     fixture.import("kept", &common);
     fixture.run(&["gc"]).ok();
     fixture.run(&["verify"]).ok();
@@ -171,9 +171,9 @@ fn a_pack_that_cannot_be_copied_is_left_as_it_is() {
     fixture.run(&["verify"]).ok();
 }
 
-/// A collector that is killed at any moment loses nothing, and the next one gives back what it left.
+/// A gc that is killed at any moment loses nothing, and the next gc frees the rest.
 #[test]
-fn a_killed_collector_loses_nothing() {
+fn a_killed_gc_loses_no_data() {
     let fixture = Fixture::new();
     let parts: Vec<Vec<u8>> = (0..6).map(|seed| random(seed, 64 * BLOCK)).collect();
     let kept: Vec<u8> = parts.iter().flat_map(|p| p[..20 * BLOCK].to_vec()).collect();
@@ -181,7 +181,7 @@ fn a_killed_collector_loses_nothing() {
     let mut longest = Duration::from_millis(20);
     let rounds: u32 = host::rounds(12, 150);
     let mut killed = 0;
-    // As many more as it takes, on a host that is busy in the first one alone.
+    // More rounds if too few kills came in time because the host was busy in the first round only.
     for round in 0..rounds * 4 {
         if round >= rounds && killed * 4 > rounds {
             break;
@@ -204,7 +204,7 @@ fn a_killed_collector_loses_nothing() {
         gc.kill().unwrap();
         match gc.wait().unwrap().code() {
             None => killed += 1,
-            // It is faster than it was: the next kill comes earlier.
+            // gc has become faster: the next kill comes earlier.
             Some(_) => longest = longest.mul_f64(0.8),
         }
         let store = fixture.store();
@@ -216,13 +216,13 @@ fn a_killed_collector_loses_nothing() {
         fixture.assert_clean();
     }
     fixture.run(&["verify"]).ok();
-    assert!(killed * 4 > rounds, "{killed} of {rounds} were killed in time");
+    assert!(killed * 4 > rounds, "only {killed} of {rounds} gc runs were killed in time");
     host::soaking().then(|| println!("{killed} of {rounds} killed, {:?}", start.elapsed()));
 }
 
-/// Importers, one after the other on four threads, do not keep a collector waiting; nobody loses a block.
+/// Imports in a loop on four threads do not block gc, and no import loses a block.
 #[test]
-fn soak_a_collector_is_not_starved_by_importers() {
+fn soak_continuous_imports_do_not_starve_gc() {
     let fixture = Fixture::new();
     let store = fixture.store();
     fixture.import("kept", &guest_like(1, 4 << 20));
@@ -243,7 +243,7 @@ fn soak_a_collector_is_not_starved_by_importers() {
                 }
             });
         }
-        let _ends = Ends(&stop);
+        let _ends = SetOnDrop(&stop);
         for _ in 0..host::rounds(5, 60) {
             let none = AtomicBool::new(false);
             let begun = Instant::now();
@@ -255,9 +255,9 @@ fn soak_a_collector_is_not_starved_by_importers() {
     fixture.run(&["verify"]).ok();
 }
 
-/// A tag that cannot be read may be the name of any template.
+/// An unreadable tag may name any template.
 #[test]
-fn no_template_is_taken_for_untagged_while_a_tag_is_damaged() {
+fn gc_removes_no_untagged_template_while_a_tag_is_damaged() {
     let fixture = Fixture::new();
     let (named, tag) = (fixture.import("web:1", &random(1, BLOCK)).digest, fixture.path("store/tags/web/1"));
     let unnamed = fixture.import("other:1", &random(2, BLOCK)).digest;
@@ -272,7 +272,7 @@ fn no_template_is_taken_for_untagged_while_a_tag_is_damaged() {
                 assert!(refused.stderr.contains(part), "{part}: {refused:?}");
             }
         }
-        assert_eq!(fixture.files(""), files, "nothing has gone");
+        assert_eq!(fixture.files(""), files, "a refused gc has changed the store");
     }
     fixture.run(&["tag", &named.to_string(), "web:1"]).ok();
     let done = fixture.run(&["--json", "gc", "--untagged"]).ok().json();
@@ -280,9 +280,9 @@ fn no_template_is_taken_for_untagged_while_a_tag_is_damaged() {
     assert!(read_all(&fixture.store(), &named, 0).unwrap() == random(1, BLOCK));
 }
 
-/// A pack that nobody needs may go at any moment of a verification.
+/// Another command may remove an unreferenced pack at any moment of a verification.
 #[test]
-fn soak_a_pack_that_goes_meanwhile_is_no_damage() {
+fn soak_a_pack_removed_during_verify_is_not_damage() {
     let fixture = Fixture::new();
     fixture.import("kept", &random(1, BLOCK));
     let kept = fixture.files("packs");
@@ -298,7 +298,7 @@ fn soak_a_pack_that_goes_meanwhile_is_no_damage() {
     for round in 0..host::rounds(2000, 20_000) {
         let store = fixture.store();
         let begun = Instant::now();
-        // From too early to too late.
+        // The removal comes before, during or after the verification of the pack.
         let delay = usual.mul_f64((round % 100) as f64 / 50.0);
         let verified = thread::scope(|scope| {
             scope.spawn(|| {
@@ -316,10 +316,13 @@ fn soak_a_pack_that_goes_meanwhile_is_no_damage() {
         };
         fs::hard_link(&aside, &pack).unwrap();
     }
-    assert!(seen > 0 && missed > 0, "it went in time in {missed} rounds, too late in {seen}");
+    assert!(
+        seen > 0 && missed > 0,
+        "the pack was removed before its verification in {missed} rounds, after it in {seen}"
+    );
 }
 
-/// Takes everything away when the first block of a template is verified.
+/// Removes the template and runs gc when the first block is verified.
 struct Remover<'a> {
     store: &'a Store,
     digest: Digest,
@@ -342,14 +345,14 @@ impl Progress for Remover<'_> {
 }
 
 #[test]
-fn a_template_that_goes_meanwhile_is_no_damage() {
+fn a_template_removed_during_verify_is_not_damage() {
     let fixture = Fixture::new();
     let bytes = random(1, 2 * BLOCK);
     let half = fixture.import("half", &bytes[..BLOCK]).digest;
     let digest = fixture.import("whole", &bytes).digest;
     fixture.run(&["rm", &half.to_string()]).ok();
-    assert_eq!(fixture.files("packs").len(), 2, "the second pack is not open yet when all goes");
-    // As a verification by another process.
+    assert_eq!(fixture.files("packs").len(), 2, "the second pack must be unopened at the removal");
+    // A separate instance, like a verification by another process.
     let (store, other) = (fixture.store(), fixture.store());
     let remover = Remover { store: &other, digest, done: AtomicBool::new(false) };
     let verified = store.verify(Some(&digest), &AtomicBool::new(false), &remover).unwrap();
@@ -357,7 +360,7 @@ fn a_template_that_goes_meanwhile_is_no_damage() {
     assert!(remover.done.into_inner() && fixture.files("packs").is_empty());
 }
 
-/// A removal that finds a user late: it begins when the collector has counted, and ends when that has gone past it.
+/// A removal that starts after gc has counted references and fails late, when gc has passed the template.
 struct PutBack<'a> {
     store: &'a Store,
     digest: Digest,
@@ -376,7 +379,7 @@ impl Progress for PutBack<'_> {
                 while packs.iter().all(|pack| pack.exists()) && begun.elapsed() < Duration::from_secs(1) {
                     thread::sleep(Duration::from_millis(5));
                 }
-                Err(Error::in_use("somebody has it"))
+                Err(Error::in_use("in use"))
             };
             let what = TemplateRef::Digest(digest);
             store.remove(&what, Some(&digest), |_| Ok(Some(Vec::new())), late).unwrap_err();
@@ -390,7 +393,7 @@ impl Progress for PutBack<'_> {
 }
 
 #[test]
-fn a_template_that_is_put_back_has_all_its_packs() {
+fn a_template_restored_after_a_failed_rm_keeps_all_packs() {
     let fixture = Fixture::new();
     let bytes = random(2, 8 * BLOCK);
     fixture.import("first", &[&random(1, 16 * BLOCK)[..], &bytes].concat());

@@ -1,5 +1,5 @@
-//! A store of another user, with each of its files and folders replaced by something else: no command of root touches
-//! anything outside the store, waits, or ends in another way than with a documented exit code.
+//! A hostile store of another user: each of its files and directories is replaced by something else. No command of root
+//! touches anything outside the store, blocks, or ends without a documented exit code.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,16 +20,16 @@ use crate::support::store::{random, stencil};
 /// The store's owner.
 const OWNER: u32 = 1234;
 
-/// Longest time that a command may take.
+/// The time limit for a command.
 const MAX_TIME: Duration = Duration::from_secs(5);
 
 /// The documented exit codes.
 const CODES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 75];
 
-/// What takes the place of a file or folder.
+/// The replacement for a file or directory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Kind {
-    /// A link to the same thing outside.
+    /// A link to the original, moved out of the store.
     Link,
     DanglingLink,
     HardLink,
@@ -53,7 +53,7 @@ const KINDS: [Kind; 9] = [
     Kind::Endless,
 ];
 
-/// Commands of root. `SOURCE`, `STREAM` and `OUT` are files beside the store.
+/// Commands that root runs. `SOURCE`, `STREAM` and `OUT` are files beside the store.
 const COMMANDS: [&str; 21] = [
     "import SOURCE new:1",
     "import SOURCE web:1",
@@ -78,10 +78,10 @@ const COMMANDS: [&str; 21] = [
     "density",
 ];
 
-/// A store with two templates, a tag each, all locks, and what a killed command has left.
+/// A store with two templates, one tag each, all lock files, and the leftovers of a killed command.
 struct Sample {
     dir: tempfile::TempDir,
-    /// Everything in the store that is replaced, one at a time.
+    /// The paths in the store to replace, one at a time.
     entries: Vec<PathBuf>,
 }
 
@@ -117,8 +117,8 @@ impl Sample {
         Sample { dir, entries }
     }
 
-    /// A copy of the store in `dir`, of another user, where `entry` is replaced; and a folder beside it that nobody may
-    /// touch.
+    /// Copies the store to `dir` for another user, replaces `entry`, and creates a directory beside the store that must
+    /// not be touched.
     fn replaced(&self, dir: &Path, entry: &Path, kind: Kind) {
         copy(&self.dir.path().join("store"), &dir.join("store"));
         fs::create_dir_all(dir.join("outside/dead")).unwrap();
@@ -151,7 +151,7 @@ impl Kind {
     }
 }
 
-/// All files and folders below a folder.
+/// Returns all files and directories below a directory.
 fn below(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten() {
@@ -164,7 +164,7 @@ fn below(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Copies a folder for the store's owner.
+/// Copies a directory and makes the store's owner its owner.
 fn copy(from: &Path, to: &Path) {
     match from.is_dir() {
         true => {
@@ -180,15 +180,15 @@ fn copy(from: &Path, to: &Path) {
     lchown(to, Some(OWNER), Some(OWNER)).unwrap();
 }
 
-/// Everything about a folder that a command could change. A store may unlink its own name of a file that lies outside:
-/// of such a file the number of names does not count.
-fn state(folder: &Path, names_count: bool) -> BTreeMap<PathBuf, String> {
+/// Returns all properties of a directory's files that a command could change. A command may unlink a hard link of the
+/// store to a file outside: without `link_count_matters` link counts and ctime are ignored.
+fn state(folder: &Path, link_count_matters: bool) -> BTreeMap<PathBuf, String> {
     let mut paths = below(folder);
     paths.push(folder.to_owned());
     let of = |path: PathBuf| {
         let meta = fs::symlink_metadata(&path).unwrap();
-        let names = if names_count { meta.nlink() } else { 0 };
-        let changed = if names_count { (meta.ctime(), meta.ctime_nsec()) } else { (0, 0) };
+        let names = if link_count_matters { meta.nlink() } else { 0 };
+        let changed = if link_count_matters { (meta.ctime(), meta.ctime_nsec()) } else { (0, 0) };
         let bytes =
             if meta.is_file() && meta.len() < 1 << 30 { fs::read(&path).unwrap() } else { Vec::new() };
         let what = format!(
@@ -207,7 +207,7 @@ fn state(folder: &Path, names_count: bool) -> BTreeMap<PathBuf, String> {
     paths.into_iter().map(of).collect()
 }
 
-/// Runs a command for at most [`MAX_TIME`]. Gives its exit code and standard error.
+/// Runs a command for at most [`MAX_TIME`]. Returns its exit code and standard error.
 fn limited(mut command: Command, dir: &Path) -> Result<(i32, String), String> {
     let err = dir.join("stderr");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&err).unwrap());
@@ -224,19 +224,19 @@ fn limited(mut command: Command, dir: &Path) -> Result<(i32, String), String> {
         if Instant::now() > until {
             child.kill().unwrap();
             child.wait().unwrap();
-            return Err(format!("it takes more than {MAX_TIME:?}: {}", said()));
+            return Err(format!("the command takes more than {MAX_TIME:?}: {}", said()));
         }
         thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// Runs one command on a store with one entry replaced.
+/// Runs one command on a store with one replaced entry. Returns all violations.
 fn attempt(sample: &Sample, entry: &Path, kind: Kind, words: &str) -> Vec<String> {
     let dir = temporary("hostile-one-");
     sample.replaced(dir.path(), entry, kind);
     let outside = dir.path().join("outside");
-    let names_count = kind != Kind::HardLink;
-    let before = state(&outside, names_count);
+    let link_count_matters = kind != Kind::HardLink;
+    let before = state(&outside, link_count_matters);
     let words: Vec<String> = words
         .split(' ')
         .map(|word| match word {
@@ -247,12 +247,13 @@ fn attempt(sample: &Sample, entry: &Path, kind: Kind, words: &str) -> Vec<String
         })
         .collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let mut wrong = Vec::new();
-    let mut note = |what: String| wrong.push(format!("{} as {kind:?}: {words:?}: {what}", entry.display()));
+    let mut violations = Vec::new();
+    let mut note =
+        |what: String| violations.push(format!("{} as {kind:?}: {words:?}: {what}", entry.display()));
     if let Err(what) = limited(stencil(dir.path(), &words), dir.path()) {
         note(what);
     }
-    let after = state(&outside, names_count);
+    let after = state(&outside, link_count_matters);
     for (path, now) in &after {
         match before.get(path) {
             Some(was) if was == now => {}
@@ -260,7 +261,7 @@ fn attempt(sample: &Sample, entry: &Path, kind: Kind, words: &str) -> Vec<String
         }
     }
     before.keys().filter(|path| !after.contains_key(*path)).for_each(|path| {
-        note(format!("{} is gone", path.display()));
+        note(format!("{} was removed", path.display()));
     });
     for path in below(&dir.path().join("store")) {
         let meta = fs::symlink_metadata(&path).unwrap();
@@ -269,35 +270,35 @@ fn attempt(sample: &Sample, entry: &Path, kind: Kind, words: &str) -> Vec<String
             note(format!("{} belongs to user {}", path.display(), meta.uid()));
         }
     }
-    wrong
+    violations
 }
 
-/// Does these in parallel; panics with what is wrong.
+/// Runs all cases in parallel; panics if there are violations.
 fn on_all_cores<T: Sync>(cases: &[T], act: impl Fn(&T) -> Vec<String> + Sync) {
-    let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (next, violations) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(2, usize::from) {
             scope.spawn(|| {
                 let _host = host::shared();
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let found = act(case);
-                    wrong.lock().unwrap().extend(found);
+                    violations.lock().unwrap().extend(found);
                 }
             });
         }
     });
-    let wrong = wrong.into_inner().unwrap();
+    let violations = violations.into_inner().unwrap();
     assert!(
-        wrong.is_empty(),
-        "{} of {} cases: {:#?}",
-        wrong.len(),
+        violations.is_empty(),
+        "{} violations in {} cases: {:#?}",
+        violations.len(),
         cases.len(),
-        &wrong[..wrong.len().min(40)]
+        &violations[..violations.len().min(40)]
     );
 }
 
 #[test]
-fn soak_no_command_of_root_leaves_the_store_or_waits() {
+fn soak_root_commands_on_a_hostile_store_stay_inside_and_end() {
     let sample = Sample::new();
     let mut cases = Vec::new();
     for entry in &sample.entries {
@@ -305,7 +306,8 @@ fn soak_no_command_of_root_leaves_the_store_or_waits() {
             cases.extend(COMMANDS.map(|words| (entry.clone(), kind, words)));
         }
     }
-    // By a step that has no factor in common with the lists, each command meets each entry and each kind.
+    // The step has no common factor with the lengths of the lists: each command is combined with each entry and each
+    // kind.
     let step = host::rounds(11, 1);
     assert!(step == 1 || cases.len() % step != 0, "{} cases", cases.len());
     let harmful = |entry: &Path, kind| {
@@ -322,20 +324,20 @@ fn soak_no_command_of_root_leaves_the_store_or_waits() {
     on_all_cores(&taken, |(entry, kind, words)| attempt(&sample, entry, *kind, words));
 }
 
-/// Mounts a store of another user and reads a template; what is replaced is replaced before the mount or under it.
+/// Mounts a hostile store and reads a template; the entry is replaced before the mount or while the store is mounted.
 fn mounted(sample: &Sample, entry: &Path, kind: Kind, before_mount: bool) -> Vec<String> {
     let world = TestMount::unmounted();
     let dir = world.dir().to_owned();
     fs::remove_dir_all(world.store_dir()).unwrap();
     world.open_to_others();
-    let mut wrong = Vec::new();
+    let mut violations = Vec::new();
     let mut run = |words: &[&str]| {
         let mut command = world.command();
         command.args(words);
         match limited(command, &dir) {
             Ok((code, _)) => code,
             Err(what) => {
-                wrong.push(format!(
+                violations.push(format!(
                     "{} as {kind:?}, before the mount: {before_mount}: {words:?}: {what}",
                     entry.display()
                 ));
@@ -368,19 +370,22 @@ fn mounted(sample: &Sample, entry: &Path, kind: Kind, before_mount: bool) -> Vec
     run(&["umount", mountpoint]);
     let after = state(&dir.join("outside"), kind != Kind::HardLink);
     if before != after {
-        wrong.push(format!("{} as {kind:?}: outside was {before:#?}, is {after:#?}", entry.display()));
+        violations.push(format!(
+            "{} as {kind:?}: the directory outside was {before:#?}, is {after:#?}",
+            entry.display()
+        ));
     }
     if let Err(what) = read {
-        wrong.push(format!(
+        violations.push(format!(
             "{} as {kind:?}, before the mount: {before_mount}: a read: {what}",
             entry.display()
         ));
     }
-    wrong
+    violations
 }
 
 #[test]
-fn soak_a_mount_of_such_a_store_hangs_nobody() {
+fn soak_a_mount_of_a_hostile_store_blocks_no_command() {
     let sample = Sample::new();
     let mut cases = Vec::new();
     for entry in &sample.entries {
@@ -394,7 +399,7 @@ fn soak_a_mount_of_such_a_store_hangs_nobody() {
 }
 
 #[test]
-fn a_store_is_created_beside_links_and_belongs_to_its_folders_owner() {
+fn a_new_store_follows_no_links_and_has_its_parents_owner() {
     let dir = temporary("hostile-new-");
     let (home, outside) = (dir.path().join("home"), dir.path().join("outside"));
     fs::create_dir(&home).unwrap();
@@ -408,14 +413,14 @@ fn a_store_is_created_beside_links_and_belongs_to_its_folders_owner() {
         command.env_remove("STENCIL_STORE").current_dir(&home);
         limited(command, dir.path()).unwrap()
     };
-    // A folder that is missing, with its parents, by a relative path and by a link that root follows knowingly.
+    // A missing directory with missing parents: by a relative path, and by a link that root follows deliberately.
     symlink(&home, dir.path().join("way")).unwrap();
     for store in ["a/b/store", dir.path().join("way/c").to_str().unwrap()] {
         let (code, said) = import(store);
         assert_eq!(code, 0, "{said}");
     }
     assert!(home.join("a/b/store/format").is_file() && home.join("c/format").is_file());
-    // An empty folder of a user with links in it.
+    // A directory of a user that contains only a link.
     for name in ["images", "packs", "tags", "tmp", "locks"] {
         let store = home.join(format!("with-{name}"));
         fs::create_dir(&store).unwrap();
@@ -437,7 +442,7 @@ fn a_store_is_created_beside_links_and_belongs_to_its_folders_owner() {
 }
 
 #[test]
-fn a_lock_that_somebody_keeps_ends_in_try_again_or_by_a_signal() {
+fn a_wait_for_a_held_lock_ends_by_timeout_or_signal() {
     let sample = Sample::new();
     let dir = temporary("hostile-lock-");
     copy(&sample.dir.path().join("store"), &dir.path().join("store"));
@@ -454,7 +459,7 @@ fn a_lock_that_somebody_keeps_ends_in_try_again_or_by_a_signal() {
     let waits = spawn(&["tag", "web:1", "web:2"]);
     for words in [&["import", "source", "new:1"][..], &["gc"], &["load", "-i", "stream"]] {
         let child = spawn(words);
-        // It waits for the lock when it has opened it.
+        // A command waits for the lock after it has opened the lock file.
         let opened = |pid: u32| {
             let links = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
             links.filter_map(|link| fs::read_link(link.path()).ok()).any(|to| to.ends_with("locks/names"))

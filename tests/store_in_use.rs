@@ -1,4 +1,4 @@
-//! A template that somebody maps is not removed; its path is by identity.
+//! `rm` refuses a mapped template; `path` prints a path by digest.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ fn map(path: &str) -> Backend {
 }
 
 #[test]
-fn a_mapped_template_is_not_removed() {
+fn rm_refuses_a_mapped_template() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);
@@ -40,13 +40,13 @@ fn a_mapped_template_is_not_removed() {
         };
         refused(&["rm", "web:1"]);
         refused(&["rm", &digest]);
-        // A tag with siblings may go, another template too.
+        // A tag can be removed while the template has another one, and so can another template.
         world.stencil(&["tag", "web:1", "web:2"]).ok();
         world.stencil(&["rm", "web:1"]).ok();
         world.stencil(&["rm", "other"]).ok();
         assert!(!world.store_dir().join("images").join(&other).exists());
         refused(&["rm", "web:2"]);
-        // A mount that was let go serves until the last mapping is gone, and still counts.
+        // A lazily unmounted mount serves until the last mapping is gone, and still blocks `rm`.
         world.stencil(&["umount", "-l", world.mountpoint().to_str().unwrap()]).ok();
         refused(&["rm", "web:2"]);
         world.stencil(&["path", "web:2"]).exits(4).says("not mounted");

@@ -1,4 +1,4 @@
-//! What an import costs: memory, disk, and what happens when the disk is full.
+//! Memory and disk space of an import, and a full disk.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -8,8 +8,8 @@ use crate::support::host;
 use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, guest_like, random, stencil};
 
-/// Highest resident memory of the command in bytes. The kernel's own high-water mark goes with the address
-/// space at exit, so it is read while the command runs; it only rises.
+/// Runs a command and returns its peak resident memory in bytes. The kernel drops its own high-water mark with the
+/// address space at exit, so it is polled while the command runs; it only rises.
 fn peak_of(command: &mut Command, input: Option<File>) -> u64 {
     let stdin = input.map_or_else(Stdio::null, Stdio::from);
     let mut child = command.stdin(stdin).stdout(Stdio::null()).spawn().unwrap();
@@ -29,20 +29,20 @@ fn peak_of(command: &mut Command, input: Option<File>) -> u64 {
 }
 
 #[test]
-fn soak_sparse_gib_in_bounded_memory() {
+fn soak_a_sparse_image_is_processed_in_bounded_memory() {
     let size: u64 = host::rounds(2 << 30, 4 << 30);
     let fixture = Fixture::new();
     let source = fixture.path("source");
     let file = File::create(&source).unwrap();
     file.set_len(size).unwrap();
-    // 160 MiB of data in pieces all over it, two packs and more.
+    // 160 MiB of data spread over the file, more than two packs.
     for piece in 0..40 {
         file.write_all_at(&random(piece, 4 << 20), piece * (size / 40) / 4096 * 4096).unwrap();
     }
     let source = source.to_str().unwrap();
     for codec in ["lz4", "zstd:19"] {
         let name = if codec == "lz4" { "a" } else { "b" };
-        // The second finds every block stored: it reads instead of compressing.
+        // The second import finds every block in the store: it reads instead of compressing.
         let peak = peak_of(
             &mut stencil(fixture.dir.path(), &["import", source, name, "--compression", codec]),
             None,
@@ -68,7 +68,7 @@ fn soak_sparse_gib_in_bounded_memory() {
     let stream = stream.to_str().unwrap();
     let peak = peak_of(&mut stencil(fixture.dir.path(), &["save", "a", "-o", stream]), None);
     assert!(peak < 256 << 20, "save: {} MiB", peak >> 20);
-    // Into another store, and where all of it is.
+    // Into another store, and into the store that has everything.
     for to in [fixture.path("other"), fixture.path("store")] {
         let mut load = stencil(fixture.dir.path(), &["load", "-i", stream, "--store", to.to_str().unwrap()]);
         let peak = peak_of(&mut load, None);
@@ -77,7 +77,7 @@ fn soak_sparse_gib_in_bounded_memory() {
 }
 
 #[test]
-fn ten_imports_cost_as_much_as_one() {
+fn ten_imports_of_one_image_take_the_space_of_one() {
     let fixture = Fixture::new();
     let bytes = guest_like(3, 48 << 20);
     let source = fixture.file("source", &bytes);
@@ -101,10 +101,10 @@ fn ten_imports_cost_as_much_as_one() {
         fixture.run(&["import", source, &format!("a:{}", number + 1), more[0], more[1]]).ok();
     }
     let ten = fixture.disk_usage();
-    // A tag takes a block of the disk: 4 KiB of 7 MiB.
+    // A tag takes one disk block: 4 KiB of 7 MiB.
     assert!((ten as f64) < one as f64 * 1.01, "{one} bytes for one, {ten} for ten");
 
-    // Another image that has the same blocks elsewhere costs its tables only.
+    // Another image with the same blocks at other offsets adds only its tables.
     let moved = [vec![0; 1 << 20], bytes.clone(), vec![0; 64 << 10]].concat();
     let shifted = fixture.import("moved", &moved);
     assert_eq!(shifted.stored_bytes.get(), 0);
@@ -112,16 +112,16 @@ fn ten_imports_cost_as_much_as_one() {
     fixture.run(&["verify"]).ok();
 }
 
-/// On a filesystem of 24 MiB: the error says what to do, and afterwards everything is as it was.
+/// On a file system of 24 MiB the error has a remedy, and the store is unchanged.
 #[test]
-fn a_full_disk_loses_nothing() {
+fn a_failed_import_on_a_full_disk_leaves_the_store_unchanged() {
     let _host = crate::support::host::shared();
     let fixture = Fixture::new();
     let mount = fixture.path("small");
     fs::create_dir(&mount).unwrap();
     let mount_text = mount.to_str().unwrap();
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "tmpfs", mount_text]).status();
-    assert!(mounted.unwrap().success(), "this test mounts a tmpfs: it needs root");
+    assert!(mounted.unwrap().success(), "cannot mount a tmpfs: this test needs root");
     let _unmount = Mounted(mount.clone());
     let small = fixture.file("a", &random(1, 8 << 20));
     let large = fixture.file("b", &random(2, 40 << 20));
@@ -132,19 +132,19 @@ fn a_full_disk_loses_nothing() {
         fixture.run(&all)
     };
     run(&["import", small.to_str().unwrap(), "a"]).ok();
-    let used = || rustix::fs::statvfs(&mount).unwrap().f_bfree;
-    let before = used();
+    let free_blocks = || rustix::fs::statvfs(&mount).unwrap().f_bfree;
+    let before = free_blocks();
     for _ in 0..2 {
         let full = run(&["import", large.to_str().unwrap(), "b"]);
         assert_eq!(full.code, 1, "{full:?}");
         assert!(full.stderr.contains("No space left") && full.stderr.contains("free space"), "{full:?}");
         assert_eq!(full.stderr.lines().count(), 2, "{full:?}");
     }
-    assert_eq!(used(), before, "a failed import has left something");
+    assert_eq!(free_blocks(), before, "a failed import has left data");
     assert_eq!(fs::read_dir(store.join("tmp")).unwrap().count(), 0);
     run(&["verify"]).ok();
     assert_eq!(run(&["ls", "--json"]).ok().json()["templates"].as_array().unwrap().len(), 1);
-    // Export into the full filesystem: nothing is at OUT.
+    // An export to the full file system leaves no file at OUT.
     fs::write(mount.join("filler"), vec![1; 14 << 20]).unwrap();
     let out = mount.join("out");
     let export = run(&["export", "a", out.to_str().unwrap()]);

@@ -1,5 +1,5 @@
-//! Importing the same memory again repairs a store: afterwards `verify` finds nothing that is needed and damaged, whatever
-//! the damage was and whichever templates share it.
+//! Importing the same memory again repairs a store: afterwards `verify` finds no damage in referenced data, for every
+//! kind of damage, also in blocks that several templates share.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::support::store::{Fixture, random, read_all};
 
 const SHARED: usize = 4 << 16;
 
-/// Two templates that begin with the same blocks.
+/// The sources of two templates that begin with the same blocks.
 fn sources() -> [(&'static str, Vec<u8>); 2] {
     let shared = random(1, SHARED);
     [("a", [&shared[..], &random(2, 1 << 16)].concat()), ("b", [&shared[..], &random(3, 2 << 16)].concat())]
@@ -26,7 +26,7 @@ fn flip(path: &Path, at: usize) {
     fs::write(path, bytes).unwrap();
 }
 
-/// The pack with the blocks that both templates share.
+/// Returns the pack with the blocks that both templates share.
 fn shared_pack(fixture: &Fixture) -> PathBuf {
     let length = |pack: &PathBuf| fs::metadata(pack).unwrap().len();
     fixture.files("packs").into_iter().max_by_key(length).unwrap()
@@ -39,11 +39,11 @@ fn assert_both_are_sound(fixture: &Fixture, digests: &[Digest; 2]) {
     }
 }
 
-/// Of two records of a block the damaged one may be met first or last: by the order of random names.
+/// The order of two records of a block depends on random pack names: several rounds cover both orders.
 const ROUNDS: usize = 8;
 
 #[test]
-fn a_damaged_block_that_two_templates_share_is_repaired_by_importing_both() {
+fn importing_both_templates_repairs_a_shared_damaged_block() {
     for round in 0..ROUNDS {
         let fixture = Fixture::new();
         let digests = import_both(&fixture);
@@ -53,12 +53,12 @@ fn a_damaged_block_that_two_templates_share_is_repaired_by_importing_both() {
         assert_both_are_sound(&fixture, &digests);
         let packs = fixture.files("packs");
         import_both(&fixture);
-        assert_eq!(fixture.files("packs"), packs, "what is sound is not stored again");
+        assert_eq!(fixture.files("packs"), packs, "sound blocks were stored again");
     }
 }
 
 #[test]
-fn a_damaged_block_that_two_templates_share_is_repaired_by_loading_both() {
+fn loading_both_templates_repairs_a_shared_damaged_block() {
     let from = Fixture::new();
     import_both(&from);
     let streams = ["a", "b"].map(|name| {
@@ -77,32 +77,32 @@ fn a_damaged_block_that_two_templates_share_is_repaired_by_loading_both() {
                 loaded["repaired_blocks"].as_u64().unwrap()
             })
             .collect();
-        assert_eq!(repaired, [1, 1], "each relied on the damaged record");
+        assert_eq!(repaired, [1, 1], "both templates referenced the damaged record");
         assert_both_are_sound(&fixture, &digests);
     }
 }
 
-/// What the two templates rely on, damaged in turn in every kind of place.
+/// Damages each kind of data that the two templates need.
 #[test]
-fn every_kind_of_damage_is_repaired_by_importing_both() {
+fn importing_both_templates_repairs_every_kind_of_damage() {
     type Damage = fn(&Fixture, &[Digest; 2]);
     let damages: [(&str, Damage); 13] = [
         ("record", |f, _| flip(&shared_pack(f), 5000)),
         ("pack header", |f, _| flip(&shared_pack(f), 60)),
-        ("version of a pack", |f, _| flip(&shared_pack(f), 8)),
-        ("feature of a pack", |f, _| flip(&shared_pack(f), 32)),
+        ("pack version", |f, _| flip(&shared_pack(f), 8)),
+        ("pack features", |f, _| flip(&shared_pack(f), 32)),
         ("pack index", |f, _| {
             let pack = shared_pack(f);
             flip(&pack, fs::metadata(&pack).unwrap().len() as usize - 20);
         }),
         ("missing pack", |f, _| fs::remove_file(shared_pack(f)).unwrap()),
-        ("missing folder of packs", |f, _| fs::remove_dir_all(f.path("store/packs")).unwrap()),
+        ("missing pack directory", |f, _| fs::remove_dir_all(f.path("store/packs")).unwrap()),
         ("image", |f, d| flip(&image(f, &d[0]).join("image"), 300)),
         ("placement", |f, d| flip(&image(f, &d[1]).join("placement"), 300)),
-        ("version of a placement", |f, d| flip(&image(f, &d[1]).join("placement"), 8)),
+        ("placement version", |f, d| flip(&image(f, &d[1]).join("placement"), 8)),
         ("policy", |f, d| flip(&image(f, &d[0]).join("policy"), 100)),
         ("tag", |f, _| flip(&f.path("store/tags/b/latest"), 20)),
-        ("header of the store", |f, _| flip(&f.path("store/format"), 60)),
+        ("store header", |f, _| flip(&f.path("store/format"), 60)),
     ];
     for (what, damage) in damages {
         let fixture = Fixture::new();
@@ -111,7 +111,7 @@ fn every_kind_of_damage_is_repaired_by_importing_both() {
         assert_eq!(fixture.run(&["verify"]).code, 3, "{what}");
         import_both(&fixture);
         assert_both_are_sound(&fixture, &digests);
-        // What nobody relies on any more is named until its pack is collected.
+        // A damaged record without references is reported until gc removes its pack.
         fixture.run(&["gc"]).ok();
         let verified = fixture.run(&["--json", "verify"]).ok().json();
         let left = verified["damages"].as_array().unwrap();
@@ -124,7 +124,7 @@ fn image(fixture: &Fixture, digest: &Digest) -> PathBuf {
     fixture.path("store/images").join(digest.to_string())
 }
 
-/// The secret in the header is the key of all inode numbers: it is not lost with one damaged sector.
+/// The secret in the header keys all inode numbers: one damaged sector must not lose it.
 #[test]
 fn a_damaged_header_is_read_from_its_copy() {
     let fixture = Fixture::new();
@@ -150,7 +150,7 @@ fn a_damaged_header_is_read_from_its_copy() {
             assert!(fs::read(&path).unwrap() == sound);
         }
     }
-    // A header of a newer Stencil is no damage: nothing is read in its place.
+    // The header of a newer Stencil is not damage: the copy is not read instead.
     let path = fixture.path("store/format");
     let mut bytes = fs::read(&path).unwrap();
     bytes[8] = 2;

@@ -1,4 +1,4 @@
-//! What goes in comes out, byte for byte, under one identity.
+//! Exported bytes equal the imported bytes, under one digest.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -10,7 +10,7 @@ use stencilfs::units::FileOffset;
 
 use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
-/// Every shape that the cutting into blocks could get wrong.
+/// Contents that could break the division into blocks.
 fn shapes() -> Vec<(&'static str, Vec<u8>)> {
     let holes = [vec![0; 3 << 20], random(4, 200_000), vec![0; (3 << 20) + 17]].concat();
     let mut sparse_pages = vec![0; 40 * 4096];
@@ -29,7 +29,7 @@ fn shapes() -> Vec<(&'static str, Vec<u8>)> {
         ("single pages", sparse_pages),
         ("last byte", last_byte),
         ("text", b"compress me ".repeat(300_000)),
-        // Longer than all buffers of the pipeline: they are used again.
+        // Longer than all buffers of the pipeline together, so that buffers are reused.
         ("long", [random(8, 14 << 20), random(9, 100)].concat()),
         ("guest", guest_like(7, 7 << 20)),
     ]
@@ -39,7 +39,7 @@ const CODECS: [(&str, &str); 6] =
     [("lz4", "64k"), ("zstd:9", "64k"), ("none", "64k"), ("lz4", "4k"), ("zstd", "16k"), ("none", "8k")];
 
 #[test]
-fn every_shape_with_every_codec_comes_back_under_one_digest() {
+fn every_content_with_every_codec_has_one_digest_and_its_bytes() {
     for (shape, bytes) in shapes() {
         let mut digests = Vec::new();
         for (codec, chunk) in CODECS {
@@ -56,9 +56,9 @@ fn every_shape_with_every_codec_comes_back_under_one_digest() {
     }
 }
 
-/// Ranges at odd places, across blocks and to the last byte.
+/// Ranges at unaligned offsets, across blocks and to the last byte.
 #[test]
-fn ranges_agree_with_the_whole() {
+fn range_reads_equal_the_whole_content() {
     let bytes = [guest_like(8, 1 << 20), random(5, 100_001)].concat();
     for chunk in ["4k", "16k", "64k"] {
         let fixture = Fixture::new();
@@ -82,9 +82,9 @@ fn ranges_agree_with_the_whole() {
     }
 }
 
-/// The data counted by the store is what a page-by-page model counts, and the ranges cover exactly it.
+/// The store's data count equals that of a page-by-page model, and the ranges cover exactly these pages.
 #[test]
-fn data_is_counted_by_the_page() {
+fn data_is_counted_in_pages() {
     for (shape, bytes) in shapes() {
         let fixture = Fixture::new();
         let digest = fixture.import("a", &bytes).digest;
@@ -100,7 +100,7 @@ fn data_is_counted_by_the_page() {
             let number = number as u64;
             assert_eq!(template.data_pages(0, number).unwrap(), mask, "{shape}");
             assert_eq!(ranges.iter().any(|r| r.contains(&number)), mask != 0, "{shape} block {number}");
-            // The identity of a block is the hash of its bytes, padded with zeros.
+            // A block's ID is the hash of its bytes, padded with zeros.
             let mut padded = block.to_vec();
             padded.resize(65536, 0);
             let hash = (mask != 0).then(|| Digest::of(&padded));
@@ -110,9 +110,9 @@ fn data_is_counted_by_the_page() {
     }
 }
 
-/// By the command line: from a file, from a pipe, to a file, to a pipe; holes stay holes.
+/// By the commands: from a file and a pipe, to a file and a pipe; holes stay holes.
 #[test]
-fn export_gives_the_imported_file_back() {
+fn export_returns_the_imported_file() {
     for (shape, mut bytes) in shapes() {
         bytes.resize(bytes.len().next_multiple_of(4096).max(4096), 0);
         let fixture = Fixture::new();
@@ -150,15 +150,15 @@ fn export_gives_the_imported_file_back() {
             .output()
             .unwrap();
         let piped: serde_json::Value = serde_json::from_slice(&piped.stdout).unwrap();
-        assert_eq!(piped["existed"], true, "{shape}: a pipe gives another digest");
+        assert_eq!(piped["existed"], true, "{shape}: the import from a pipe has another digest");
         fixture.assert_clean();
     }
 }
 
-/// Names, labels, mode, owner, codec, chunk size and host do not matter; a byte, a kind or a name of a
-/// file do.
+/// The digest does not depend on names, labels, mode, owner, codec, chunk size and host; it does depend on each byte,
+/// kind and name of a file.
 #[test]
-fn identity_depends_on_content_alone() {
+fn the_digest_depends_only_on_content() {
     let bytes = guest_like(1, 4 << 20);
     let (one, two) = (Fixture::new(), Fixture::new());
     let source = one.file("m", &bytes);
@@ -188,7 +188,7 @@ fn identity_depends_on_content_alone() {
     ] {
         assert_ne!(base, other);
     }
-    // One template, two tags; the later policy counts.
+    // One template with two tags; the later policy applies.
     let inspected = one.run(&["inspect", "a:1", "--json"]).ok().json();
     assert_eq!(inspected["tags"], serde_json::json!(["a:1", "b:2"]));
     assert_eq!((&inspected["mode"], &inspected["uid"]), (&"0400".into(), &7.into()));
@@ -196,7 +196,7 @@ fn identity_depends_on_content_alone() {
     // The digest is the plain BLAKE3 hash of the image on the disk.
     let image = fs::read(one.path("store/images").join(&base).join("image")).unwrap();
     assert_eq!(blake3::hash(&image).to_hex().as_str(), base);
-    // Inode numbers differ by store, not by tag.
+    // Inode numbers depend on the store, not on the tag.
     let (a, b) = (Store::open(&one.path("store")).unwrap(), Store::open(&two.path("store")).unwrap());
     let digest = base.parse().unwrap();
     let inode = |store: &Store| inode_number(&store.secret(), &digest, "memory", Serving::Decode);
@@ -204,7 +204,7 @@ fn identity_depends_on_content_alone() {
 }
 
 #[test]
-fn several_files_come_back_into_a_folder() {
+fn export_writes_several_files_into_a_directory() {
     let fixture = Fixture::new();
     let parts =
         [("memory", guest_like(1, 1 << 20)), ("node1", guest_like(2, 1 << 20)), ("state", random(3, 777))];

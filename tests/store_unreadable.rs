@@ -1,4 +1,4 @@
-//! A template or file that cannot be read hides nothing else, and can be removed; nobody who may use it is hurt.
+//! An unreadable template or file does not hide others and can be removed, but not while it may be in use.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,9 +15,9 @@ fn flip(path: &Path, at: usize) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Its table is damaged behind the part that is read when it is opened: that shows only while it is counted.
+/// The table is damaged beyond the part that is checked at open: the damage appears only during the count.
 #[test]
-fn du_counts_nothing_of_a_template_whose_tables_turn_out_damaged() {
+fn du_counts_no_part_of_a_template_with_damaged_tables() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, 3 << 16));
     let alone = fixture.run(&["--json", "du"]).ok().json();
@@ -27,7 +27,7 @@ fn du_counts_nothing_of_a_template_whose_tables_turn_out_damaged() {
     file.write_all_at(&random(1, 1 << 16), 0).unwrap();
     file.write_all_at(&random(2, 1 << 16), 1 << 20).unwrap();
     for name in ["b", "c", "d"] {
-        // One of them comes last by its digest.
+        // Three templates, so that at least one follows another in the order of digests.
         file.write_all_at(name.as_bytes(), 2 << 20).unwrap();
         fixture.run(&["import", source.to_str().unwrap(), name]).ok();
     }
@@ -44,7 +44,7 @@ fn du_counts_nothing_of_a_template_whose_tables_turn_out_damaged() {
 }
 
 #[test]
-fn a_template_that_does_not_open_is_removed() {
+fn rm_removes_a_template_that_cannot_be_opened() {
     for (file, at) in
         [("image", Some(300)), ("placement", Some(300)), ("policy", Some(100)), ("policy", None)]
     {
@@ -66,10 +66,10 @@ fn a_template_that_does_not_open_is_removed() {
     }
 }
 
-/// With a mount it is removed when nobody can use it: everybody who uses the mount uses something else.
-/// The inode numbers of its files are not known, so nobody can be asked who uses it.
+/// The inode numbers of such a template are unknown, so its users cannot be found: `rm` refuses as long as the store is
+/// mounted.
 #[test]
-fn a_template_that_does_not_open_is_removed_when_its_store_is_not_mounted() {
+fn an_unopenable_template_is_not_removed_while_mounted() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
         for file in ["image", "placement", "policy"] {
@@ -87,10 +87,10 @@ fn a_template_that_does_not_open_is_removed_when_its_store_is_not_mounted() {
             assert_eq!(page, random(2, 1 << 20)[200 << 12], "{serve} {file}");
             clone.kill();
             refused();
-            // It is in the way of no other template.
+            // Other templates can still be removed.
             assert_eq!(world.json(&["rm", "other"])["removed"][0]["template"], sound);
             world.import_bytes(&random(1, 1 << 20), "other");
-            // gc removes the others.
+            // gc removes the other template.
             for tag in ["web/1", "other/latest"] {
                 fs::remove_file(world.store_dir().join("tags").join(tag)).unwrap();
             }
@@ -108,9 +108,9 @@ fn a_template_that_does_not_open_is_removed_when_its_store_is_not_mounted() {
     }
 }
 
-/// Each of them alone ended a verification, and hid everything behind it.
+/// Each of these kinds of damage alone could stop a verification and hide everything after it.
 #[test]
-fn verify_names_everything_and_goes_on() {
+fn verify_reports_all_damage_and_continues() {
     let fixture = Fixture::new();
     for (name, seed) in [("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5)] {
         fixture.import(name, &random(seed, 3 << 16));
@@ -125,8 +125,8 @@ fn verify_names_everything_and_goes_on() {
         fs::remove_file(path).unwrap();
         fs::create_dir(path).unwrap();
     };
-    let mut bad = Vec::new();
-    let mut damaged = |path: &Path| bad.push(path.to_owned());
+    let mut expected = Vec::new();
+    let mut damaged = |path: &Path| expected.push(path.to_owned());
     flip(&image[0].join("placement"), 8);
     damaged(&image[0].join("placement"));
     folder_for(&image[1].join("image"));
@@ -160,20 +160,20 @@ fn verify_names_everything_and_goes_on() {
     damaged(&fixture.path("store/tags/c/latest"));
     let verified = fixture.run(&["verify"]);
     assert_eq!(verified.code, 3, "{verified:?}");
-    for path in &bad {
+    for path in &expected {
         assert!(verified.stdout.contains(path.to_str().unwrap()), "{}: {verified:?}", path.display());
     }
     let json = fixture.run(&["--json", "verify"]);
     assert_eq!(json.code, 3, "{json:?}");
     assert!(json.json()["templates"] == 5 && json.json()["packs"] == 5, "{json:?}");
-    // What can be read is listed and read as before.
+    // Readable templates are listed as before.
     let listed = fixture.run(&["ls"]).ok();
     assert!(listed.stdout.contains("\ne ") && listed.stdout.lines().count() == 6, "{listed:?}");
     fixture.run(&["du"]).ok();
 }
 
 #[test]
-fn verify_goes_on_without_a_folder_of_the_store() {
+fn verify_continues_without_a_directory_of_the_store() {
     for folder in ["packs", "tags", "images"] {
         let fixture = Fixture::new();
         fixture.import("a", &random(1, 3 << 16));
@@ -188,10 +188,9 @@ fn verify_goes_on_without_a_folder_of_the_store() {
     }
 }
 
-/// A tag of which one bit was flipped names another template or none: the template that it named is not removed for want
-/// of tags.
+/// A tag with a flipped bit names another template or none: the template that it named must not be removed as untagged.
 #[test]
-fn a_damaged_tag_costs_no_template() {
+fn a_damaged_tag_protects_its_template() {
     let fixture = Fixture::new();
     let digest = fixture.import("web:1", &random(1, 3 << 16)).digest;
     fixture.run(&["tag", "web:1", "web:2"]).ok();

@@ -1,4 +1,4 @@
-//! `stencil doctor` finds connections that nobody answers, and aborts one when it was told so.
+//! `stencil doctor` finds FUSE connections whose requests are not answered, and aborts one after confirmation.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -14,12 +14,12 @@ use crate::support::actor::Actor;
 use crate::support::drill;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, wait_for};
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const SIZE: u64 = 8 << 20;
 
-/// A stopped server, and a clone that waits for a page. Dropped, the server goes on.
+/// A stopped server, and a clone that waits for a page. Drop continues the server.
 struct Wedged {
     world: TestMount,
     server: ProcessId,
@@ -29,7 +29,7 @@ struct Wedged {
 
 impl Wedged {
     fn new() -> Wedged {
-        // No watchdog: the server is to stay stopped.
+        // No watchdog, so that the server stays stopped.
         let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
         let digest = world.import_bytes(&random(3, SIZE as usize), "web:1");
         let mut clone = Actor::start();
@@ -40,8 +40,8 @@ impl Wedged {
         Wedged { world, server, device, clone: Some(clone) }
     }
 
-    /// Lets the clone ask for a page that it does not get.
-    fn ask(&mut self) {
+    /// Makes the clone read a page, which blocks.
+    fn block_clone(&mut self) {
         self.clone.as_mut().unwrap().begin("read 0 77");
         wait_for("the connection to be stuck", || self.stuck().is_some().then_some(()));
     }
@@ -54,12 +54,12 @@ impl Wedged {
         self.clone.as_ref().unwrap().pid()
     }
 
-    /// What doctor says of this connection.
+    /// Returns the entry of this connection in the output of `doctor`.
     fn stuck(&self) -> Option<Value> {
         stuck(&self.world, &self.number())
     }
 
-    /// `stencil doctor` at a terminal where somebody types.
+    /// Runs `stencil` at a terminal and types a line at its prompt.
     fn at_a_terminal(&self, words: &str, typed: &str) -> (i32, String) {
         let mut command = Command::new("script");
         command.args(["-qec", &format!("{STENCIL} {words}"), "/dev/null"]);
@@ -71,7 +71,7 @@ impl Wedged {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut said = Vec::new();
         let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        // The question first: what is typed before a program reads may be thrown away.
+        // Wait for the prompt: input that is typed before the program reads may be discarded.
         let mut piece = [0; 512];
         while !String::from_utf8_lossy(&said).contains("[y/N]") {
             match output.read(&mut piece).unwrap() {
@@ -85,19 +85,19 @@ impl Wedged {
         (code, String::from_utf8_lossy(&said).into_owned())
     }
 
-    /// The clone has died, and nothing of the mount is left.
-    fn ends(mut self) {
+    /// Waits until the clone has died, and panics unless the whole mount is gone.
+    fn assert_gone(mut self) {
         let clone = self.clone.take().unwrap();
         let pid = clone.pid();
-        wait_for("the clone's death", || {
+        wait_for("the exit of the clone", || {
             let stat = stencilfs::sys::procfs::stat(pid).unwrap();
             stat.is_none_or(|stat| !stat.is_alive()).then_some(())
         });
         drop(clone);
         self.server.signal(Signal::CONT).unwrap();
-        wait_for("the mount's end", || self.world.processes().is_empty().then_some(()));
+        wait_for("the exit of the mount's processes", || self.world.processes().is_empty().then_some(()));
         if mounted(&self.world) {
-            // What was aborted by others than its supervisor is dead, and goes like any dead mount.
+            // A connection that was aborted by another process leaves a dead mount, which can be unmounted.
             self.world.stencil(&["umount", self.world.mountpoint().to_str().unwrap()]).ok();
         }
         assert!(!mounted(&self.world));
@@ -127,14 +127,14 @@ fn mounted(world: &TestMount) -> bool {
 }
 
 #[test]
-fn a_stuck_connection_is_listed_and_aborted_after_a_yes() {
+fn doctor_lists_a_stuck_connection_and_aborts_it_on_yes() {
     let _host = host::shared();
     let mut wedged = Wedged::new();
     let (pid, number) = (wedged.pid(), wedged.number());
-    assert!(wedged.stuck().is_none(), "nobody asks it for anything");
+    assert!(wedged.stuck().is_none(), "no request is pending yet");
     wedged.world.stencil(&["doctor", "--fix-stuck", &number, "--yes"]).exits(2).says("is not stuck");
-    wedged.ask();
-    let found = wedged.stuck().expect("a request waits");
+    wedged.block_clone();
+    let found = wedged.stuck().expect("no stuck connection although a request is pending");
     assert_eq!(found["mountpoint"], wedged.world.mountpoint().to_str().unwrap());
     assert_eq!(found["users"][0]["pid"], pid);
     assert!(found["waiting"].as_u64().unwrap() >= 1);
@@ -145,42 +145,42 @@ fn a_stuck_connection_is_listed_and_aborted_after_a_yes() {
     doctor(&["999999", "--yes"]).exits(4).says("there is no FUSE connection 999999");
     let words = format!("doctor --fix-stuck {number}");
     let (code, said) = wedged.at_a_terminal(&words, "n");
-    assert!(code == 1 && said.contains("nothing was aborted"), "{code}: {said}");
-    assert!(mounted(&wedged.world), "a no changes nothing");
+    assert!(code == 1 && said.contains("not aborted: the answer was not y"), "{code}: {said}");
+    assert!(mounted(&wedged.world), "the mount is gone after the answer no");
     let (code, said) = wedged.at_a_terminal(&words, "y");
     assert!(code == 0 && said.contains(&format!("{pid} (")) && said.contains("is aborted"), "{code}: {said}");
-    wedged.ends();
+    wedged.assert_gone();
 }
 
 #[test]
-fn yes_in_advance_needs_no_terminal_and_names_who_dies() {
+fn doctor_with_yes_needs_no_terminal_and_names_the_users() {
     let _host = host::shared();
     let mut wedged = Wedged::new();
-    wedged.ask();
+    wedged.block_clone();
     let run = wedged.world.stencil(&["doctor", "--fix-stuck", &wedged.number(), "--yes"]).ok();
     let words = format!("{} (stencil-test-ac)", wedged.pid());
     assert!(run.err.contains(&words) && run.out.contains(&words), "{}{}", run.err, run.out);
-    wedged.ends();
+    wedged.assert_gone();
 }
 
 #[test]
-fn a_forced_unmount_of_a_stuck_mount_names_who_dies_and_ends_it() {
+fn umount_force_aborts_a_stuck_mount_and_names_its_users() {
     let _host = host::shared();
     let mut wedged = Wedged::new();
-    wedged.ask();
+    wedged.block_clone();
     let pid = wedged.pid();
     let mut command = wedged.world.command();
     command.args(["umount", "--force"]).arg(wedged.world.mountpoint());
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    // The clone does not wait for the server, which is stopped as long as it lives.
-    wedged.ends();
+    // The clone ends before the server, which is still stopped.
+    wedged.assert_gone();
     let output = child.wait_with_output().unwrap();
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && err.contains(&format!("{pid} (stencil-test-ac)")), "{err}");
 }
 
 #[test]
-fn a_busy_connection_is_not_stuck() {
+fn doctor_does_not_list_a_busy_connection() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let digest = world.import_bytes(&random(4, SIZE as usize), "web:1");
@@ -190,7 +190,7 @@ fn a_busy_connection_is_not_stuck() {
     std::thread::scope(|scope| {
         for _ in 0..12 {
             scope.spawn(|| {
-                // Past the page cache: each read is a request, and twelve of them wait at any time.
+                // O_DIRECT bypasses the page cache: each read is a request, and twelve are pending at any time.
                 let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
                 let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(&path).unwrap();
                 let mut buffer = vec![0_u8; (1 << 20) + 4096];
@@ -204,7 +204,7 @@ fn a_busy_connection_is_not_stuck() {
                 }
             });
         }
-        let ends = Ends(&over);
+        let ends = SetOnDrop(&over);
         let found: Vec<Value> = (0..3).filter_map(|_| stuck(&world, &number)).collect();
         drop(ends);
         assert!(found.is_empty(), "{found:?}");

@@ -1,4 +1,4 @@
-//! One scenario a file; `support` holds what they share.
+//! The scenario suite: one file per scenario or theme; `support` holds the shared code.
 mod accounting;
 mod alone;
 mod arguments;

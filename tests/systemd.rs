@@ -1,5 +1,5 @@
-//! A mount as a service: what the supervisor tells its manager, and what the manager's second home of descriptors is
-//! good for. The manager is `support::notify`; the unit file is checked as systemd reads it.
+//! A mount as a systemd service: the supervisor's notifications, and the descriptor store of the service manager. The
+//! manager is `support::notify`; the unit files are checked with systemd-analyze.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,9 +26,9 @@ const PAGE: u64 = 4096;
 const PAGES: u64 = 2048;
 const WATCHDOG: Duration = Duration::from_millis(1500);
 
-/// A mount that is a service, with one template and a process that maps it.
+/// A mount run as a service, with one template.
 struct Service {
-    // Dropped first: its process is none of the world's children.
+    // Dropped first: `TestMount` does not know the service's process.
     manager: Manager,
     world: TestMount,
     command: Command,
@@ -49,11 +49,11 @@ impl Service {
         Service { manager, world, command, bytes, digest }
     }
 
-    /// With a process that has read every third page.
-    fn used(serve: &str) -> (Service, Actor) {
+    /// Starts a service and a process that has read every third page.
+    fn with_clone(serve: &str) -> (Service, Actor) {
         let service = Service::start(serve);
         let mut clone = service.map();
-        service.reads(&mut clone, 0, 3);
+        service.assert_reads(&mut clone, 0, 3);
         (service, clone)
     }
 
@@ -67,8 +67,8 @@ impl Service {
         actor
     }
 
-    /// Every `step`th page from `first` has its bytes.
-    fn reads(&self, actor: &mut Actor, first: u64, step: usize) {
+    /// Panics unless every `step`th page from `first` has the right first byte.
+    fn assert_reads(&self, actor: &mut Actor, first: u64, step: usize) {
         for page in (first..PAGES).step_by(step) {
             assert_eq!(
                 actor.tell(&format!("read 0 {page}")) as u8,
@@ -82,34 +82,34 @@ impl Service {
         fs::metadata(self.world.file(&self.digest, "memory")).unwrap().ino()
     }
 
-    /// Kills the supervisor, which would start another server, and then that.
-    fn both_die(&mut self, server: u32) {
+    /// Kills the supervisor first, because it would start another server, and then the server.
+    fn kill_both(&mut self, server: u32) {
         self.manager.end(Signal::KILL);
         let server = kill(server);
-        wait_for("the server's end", || (!server.is_alive()).then_some(()));
+        wait_for("the server's exit", || (!server.is_alive()).then_some(()));
     }
 
-    /// Starts the service again after it has died.
-    fn again(&mut self) {
+    /// Starts the service again after its process has died.
+    fn restart(&mut self) {
         self.manager.start(&self.command);
         self.manager.wait_heard("READY=1");
     }
 }
 
-/// A clone that waits for an answer that nobody will give would hold up the test: its connection is aborted when the
-/// test fails, and after half a minute.
-fn abort_unless_told(device: u64) -> mpsc::Sender<()> {
-    let (told, hear) = mpsc::channel();
+/// Returns a sender; aborts the connection unless the caller sends on it within 30 s. Otherwise a clone that waits for
+/// a reply for ever would block a failed test.
+fn abort_after_timeout(device: u64) -> mpsc::Sender<()> {
+    let (done, receiver) = mpsc::channel();
     std::thread::spawn(move || {
-        if hear.recv_timeout(Duration::from_secs(30)).is_err() {
+        if receiver.recv_timeout(Duration::from_secs(30)).is_err() {
             let _ = mount::abort_fuse_connection(device);
         }
     });
-    told
+    done
 }
 
-/// What a manager keeps, once more.
-fn copy(store: &[(String, OwnedFd)]) -> Vec<(String, OwnedFd)> {
+/// Duplicates the stored descriptors of a manager.
+fn duplicate(store: &[(String, OwnedFd)]) -> Vec<(String, OwnedFd)> {
     store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap())).collect()
 }
 
@@ -120,10 +120,13 @@ fn kill(pid: u32) -> ProcessId {
 }
 
 #[test]
-fn a_service_says_that_it_is_ready_lives_and_stops_and_its_server_says_nothing() {
+fn only_the_supervisor_notifies_ready_watchdog_and_stopping() {
     let _host = host::shared();
     let mut service = Service::start("passthrough");
-    assert!(fs::read(service.world.file(&service.digest, "memory")).unwrap() == service.bytes, "it serves");
+    assert!(
+        fs::read(service.world.file(&service.digest, "memory")).unwrap() == service.bytes,
+        "the service does not serve"
+    );
     service.manager.listen(Duration::from_millis(400));
     let stored = service.manager.stored();
     for name in ["fuse", "ledger", "counters", "program"] {
@@ -131,14 +134,18 @@ fn a_service_says_that_it_is_ready_lives_and_stops_and_its_server_says_nothing()
     }
     assert!(stored.iter().any(|name| name.starts_with("backing-")), "no backing in {stored:?}");
     let (signs, pause) = service.manager.watch(WATCHDOG * 3);
-    assert!(signs >= 5 && pause < WATCHDOG, "{signs} signs of life, once none for {pause:?}");
+    assert!(signs >= 5 && pause < WATCHDOG, "{signs} watchdog notifications, longest pause {pause:?}");
 
     let status = service.world.status();
-    assert_eq!(status["supervisor_pid"], service.manager.pid(), "stencil mount -f becomes the supervisor");
+    assert_eq!(
+        status["supervisor_pid"],
+        service.manager.pid(),
+        "stencil mount -f must become the supervisor"
+    );
     let server = service.world.server();
     let environ = fs::read(format!("/proc/{server}/environ")).unwrap();
     for word in ["NOTIFY_SOCKET=", "WATCHDOG_", "LISTEN_"] {
-        assert!(!String::from_utf8_lossy(&environ).contains(word), "the server knows {word}");
+        assert!(!String::from_utf8_lossy(&environ).contains(word), "the server's environment has {word}");
     }
     service.world.kill_server();
     let processes = service.world.processes();
@@ -146,34 +153,34 @@ fn a_service_says_that_it_is_ready_lives_and_stops_and_its_server_says_nothing()
     assert!(ended.success(), "{ended}");
     assert!(service.manager.heard.iter().any(|word| word == "STOPPING=1"), "{:?}", service.manager.heard);
     assert!(service.manager.strangers.is_empty(), "{:?}", service.manager.strangers);
-    wait_for("the server's end", || processes.iter().all(|p| !p.is_alive()).then_some(()));
+    wait_for("the server's exit", || processes.iter().all(|p| !p.is_alive()).then_some(()));
     service.manager.drop_hung_up();
-    assert!(!service.manager.stored().contains(&"fuse"), "the connection is over");
+    assert!(!service.manager.stored().contains(&"fuse"), "the connection is still stored");
 }
 
 #[test]
-fn a_supervisor_that_its_manager_starts_again_finds_its_server() {
+fn a_restarted_supervisor_adopts_the_running_server() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
-        let (mut service, mut clone) = Service::used(serve);
+        let (mut service, mut clone) = Service::with_clone(serve);
         let (server, inode) = (service.world.server(), service.inode());
         service.manager.end(Signal::KILL);
-        service.reads(&mut clone, 1, 3);
-        service.again();
+        service.assert_reads(&mut clone, 1, 3);
+        service.restart();
         assert_eq!((service.world.server(), service.inode()), (server, inode), "{serve}");
-        service.reads(&mut clone, 2, 3);
+        service.assert_reads(&mut clone, 2, 3);
         let (signs, _) = service.manager.watch(WATCHDOG);
-        assert!(signs > 0, "no sign of life of the new one");
+        assert!(signs > 0, "no watchdog notification of the new supervisor");
         service.world.kill_server();
         assert!(fs::read(service.world.file(&service.digest, "memory")).unwrap() == service.bytes);
     }
 }
 
 #[test]
-fn with_supervisor_and_server_dead_the_manager_has_everything() {
+fn clones_survive_the_death_of_supervisor_and_server() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
-        let (mut service, mut clone) = Service::used(serve);
+        let (mut service, mut clone) = Service::with_clone(serve);
         service.manager.listen(Duration::from_millis(400));
         let world = &service.world;
         service.manager.during(|| world.kill_server());
@@ -181,132 +188,139 @@ fn with_supervisor_and_server_dead_the_manager_has_everything() {
         assert!(restarts >= Some(1));
         let (server, inode) = (service.world.server(), service.inode());
         let device = service.world.status()["device"].as_u64().unwrap();
-        service.both_die(server);
-        // A page that nobody has, asked for while nobody lives to answer: it comes late, and is no SIGBUS.
+        service.kill_both(server);
+        // A page that is not cached, read while both processes are dead: the read is delayed and does not raise SIGBUS.
         clone.begin("read 0 1");
-        let late = abort_unless_told(device);
-        service.again();
+        let abort = abort_after_timeout(device);
+        service.restart();
         assert_eq!(clone.answer(), Ok(service.bytes[PAGE as usize].into()), "{serve}");
-        late.send(()).unwrap();
-        service.reads(&mut clone, 4, 3);
-        service.reads(&mut clone, 2, 3);
+        abort.send(()).unwrap();
+        service.assert_reads(&mut clone, 4, 3);
+        service.assert_reads(&mut clone, 2, 3);
         assert_eq!(service.inode(), inode, "{serve}");
-        assert!(service.world.status()["restarts"].as_u64() >= restarts, "the count goes on");
+        assert!(service.world.status()["restarts"].as_u64() >= restarts, "the restart count was lost");
         let mut second = service.map();
-        service.reads(&mut second, 0, 1);
+        service.assert_reads(&mut second, 0, 1);
         drop((clone, second));
         assert!(service.manager.end(Signal::TERM).success());
     }
 }
 
-/// A manager may hold on to what an earlier mount of the service gave it: the next mount says what is to go, and whoever
-/// takes over tells its own from it, in whatever order it comes.
+/// The manager may still store descriptors of an earlier mount of the service: the next mount removes them, and a
+/// supervisor that takes over tells its own descriptors from them in any order.
 #[test]
-fn what_is_left_of_an_earlier_mount_is_told_from_the_present_one() {
+fn descriptors_of_an_earlier_mount_are_ignored_and_removed() {
     let _host = host::shared();
     let mut service = Service::start("passthrough");
     drop(service.map());
     service.manager.listen(Duration::from_millis(400));
     assert!(service.manager.end(Signal::TERM).success());
     service.manager.drop_hung_up();
-    let kept = service.manager.stored().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-    assert!(kept.iter().any(|name| name == "ledger") && !kept.iter().any(|name| name == "fuse"), "{kept:?}");
-    let stale = copy(&service.manager.store);
+    let left = service.manager.stored().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    assert!(left.iter().any(|name| name == "ledger") && !left.iter().any(|name| name == "fuse"), "{left:?}");
+    let stale = duplicate(&service.manager.store);
 
-    service.again();
+    service.restart();
     service.manager.listen(Duration::from_millis(400));
     let stored = service.manager.stored();
     for name in ["fuse", "ledger", "counters", "program"] {
         assert_eq!(stored.iter().filter(|other| **other == name).count(), 1, "{name} in {stored:?}");
     }
-    assert!(!stored.iter().any(|name| name.starts_with("backing-")), "the earlier mount's: {stored:?}");
+    assert!(
+        !stored.iter().any(|name| name.starts_with("backing-")),
+        "backings of the earlier mount are still stored: {stored:?}"
+    );
 
     for stale_last in [false, true] {
         let mut clone = service.map();
-        service.reads(&mut clone, 0, 5);
+        service.assert_reads(&mut clone, 0, 5);
         let (server, inode) = (service.world.server(), service.inode());
         let opens = service.world.counter("opens_passthrough");
         service.manager.listen(Duration::from_millis(400));
-        service.both_die(server);
-        // As if it had never been told.
+        service.kill_both(server);
+        // As if the removal of the stale descriptors had been lost.
         let present = std::mem::take(&mut service.manager.store);
-        let (first, last) = if stale_last { (present, copy(&stale)) } else { (copy(&stale), present) };
+        let (first, last) =
+            if stale_last { (present, duplicate(&stale)) } else { (duplicate(&stale), present) };
         service.manager.store = first.into_iter().chain(last).collect();
-        service.again();
-        service.reads(&mut clone, 1, 5);
+        service.restart();
+        service.assert_reads(&mut clone, 1, 5);
         assert_eq!(service.inode(), inode);
-        assert!(service.world.counter("opens_passthrough") >= opens, "the counters are those of this mount");
+        assert!(
+            service.world.counter("opens_passthrough") >= opens,
+            "the counters are not those of this mount"
+        );
         service.manager.listen(Duration::from_millis(400));
     }
     assert!(service.manager.end(Signal::TERM).success());
 }
 
-/// As `systemctl stop` with a clone: SIGTERM, and another one after `TimeoutStopSec`.
+/// Like `systemctl stop` while there is a clone: SIGTERM, and another SIGTERM after `TimeoutStopSec`.
 #[test]
-fn a_stop_cuts_no_clone_off_however_often_it_is_asked_for() {
+fn repeated_sigterm_does_not_disconnect_clones() {
     let _host = host::shared();
     let mut service = Service::start("decode");
     let mut clone = service.map();
-    service.reads(&mut clone, 0, 2);
+    service.assert_reads(&mut clone, 0, 2);
     let before = service.world.processes();
     let log = service.world.dir().join("service.log");
-    for said in ["served until its last use ends", "termination signal ignored"] {
+    for message in ["served until its last user ends", "a further signal has no effect"] {
         service.manager.signal(Signal::TERM);
-        wait_for(said, || fs::read_to_string(&log).unwrap().contains(said).then_some(()));
+        wait_for(message, || fs::read_to_string(&log).unwrap().contains(message).then_some(()));
     }
-    service.reads(&mut clone, 1, 2);
-    assert!(before.iter().all(ProcessId::is_alive), "the same two serve it");
+    service.assert_reads(&mut clone, 1, 2);
+    assert!(before.iter().all(ProcessId::is_alive), "supervisor or server has exited");
     drop(clone);
-    assert!(service.manager.wait_end().success(), "it ends with its last user");
+    assert!(service.manager.wait_end().success(), "the service must end with its last user");
 }
 
-/// The service is started again while its old supervisor still drains: the old one keeps its mount and its server, and
-/// the new one has a mount of its own.
+/// The service is started again while its old supervisor drains: the old supervisor keeps its mount and server, and the
+/// new one gets a separate mount.
 #[test]
-fn a_mount_that_drains_is_left_to_its_supervisor() {
+fn a_draining_mount_stays_with_its_supervisor() {
     let _host = host::shared();
     for serve in ["decode", "passthrough"] {
-        let (mut service, mut clone) = Service::used(serve);
+        let (mut service, mut clone) = Service::with_clone(serve);
         service.manager.listen(Duration::from_millis(400));
         let draining = service.world.processes();
         service.manager.signal(Signal::TERM);
         let mountpoint = service.world.mountpoint().to_owned();
-        let detached = || mount::at(&mountpoint).unwrap().is_none().then_some(());
-        wait_for("the detaching", detached);
+        let is_detached = || mount::at(&mountpoint).unwrap().is_none().then_some(());
+        wait_for("the lazy unmount", is_detached);
         service.manager.listen(Duration::from_millis(400));
         let mut old = service.manager.give_up();
-        service.again();
-        assert!(draining.iter().all(ProcessId::is_alive), "{serve}: both of them");
-        service.reads(&mut clone, 1, 3);
+        service.restart();
+        assert!(draining.iter().all(ProcessId::is_alive), "{serve}: a draining process has exited");
+        service.assert_reads(&mut clone, 1, 3);
         let all = service.world.json(&["status"]);
         let mounts = all["mounts"].as_array().unwrap();
         assert_eq!(mounts.iter().filter(|mount| mount["detached"] == true).count(), 1, "{all:#}");
         assert_eq!(mounts.len(), 2, "{all:#}");
         let mut second = service.map();
-        service.reads(&mut second, 0, 3);
+        service.assert_reads(&mut second, 0, 3);
         drop(clone);
         assert!(old.wait().unwrap().success());
-        service.reads(&mut second, 1, 3);
+        service.assert_reads(&mut second, 1, 3);
         drop(second);
         assert!(service.manager.end(Signal::TERM).success());
     }
 }
 
-/// The store of the service was changed while it ran, and both of its processes died: its clones are served to their end,
-/// and nobody gets the bytes of the old store under the names of the new one.
+/// The service's store was changed while it ran, and both of its processes died: its clones are served to their end,
+/// and no path shows the bytes of the old store under the names of the new one.
 #[test]
-fn what_the_manager_kept_of_another_store_is_served_and_leaves_the_tree() {
+fn a_mount_of_the_previous_store_is_drained_after_a_change() {
     let _host = host::shared();
     for used in [true, false] {
         let mut service = Service::start("decode");
         let clone = used.then(|| {
             let mut clone = service.map();
-            service.reads(&mut clone, 0, 3);
+            service.assert_reads(&mut clone, 0, 3);
             clone
         });
         service.manager.listen(Duration::from_millis(400));
         let server = service.world.server();
-        service.both_die(server);
+        service.kill_both(server);
         let other = service.world.dir().join("other");
         let store = stencilfs::store::Store::open_or_create(&other).unwrap();
         let mut edited = service.world.command();
@@ -314,12 +328,16 @@ fn what_the_manager_kept_of_another_store_is_served_and_leaves_the_tree() {
         service.manager.start(&edited);
         if let Some(mut clone) = clone {
             let mountpoint = service.world.mountpoint();
-            wait_for("the detaching", || mount::at(mountpoint).unwrap().is_none().then_some(()));
-            service.reads(&mut clone, 1, 3);
+            wait_for("the lazy unmount", || mount::at(mountpoint).unwrap().is_none().then_some(()));
+            service.assert_reads(&mut clone, 1, 3);
         }
-        assert_eq!(service.manager.wait_end().code(), Some(1), "it is to be started again");
+        assert_eq!(
+            service.manager.wait_end().code(),
+            Some(1),
+            "the exit code must make systemd restart the service"
+        );
         service.command = edited;
-        service.again();
+        service.restart();
         assert_eq!(service.world.status()["store"], store.dir().to_str().unwrap());
         assert!(!service.world.file(&service.digest, "memory").exists());
         assert!(service.manager.end(Signal::TERM).success());
@@ -327,46 +345,49 @@ fn what_the_manager_kept_of_another_store_is_served_and_leaves_the_tree() {
 }
 
 #[test]
-fn a_reload_keeps_the_process_that_the_manager_knows() {
+fn a_reload_keeps_the_main_pid() {
     let _host = host::shared();
-    let (mut service, mut clone) = Service::used("decode");
+    let (mut service, mut clone) = Service::with_clone("decode");
     let (pid, inode) = (service.manager.pid(), service.inode());
     let mnt = service.world.mountpoint().to_str().unwrap().to_owned();
     let world = &service.world;
     service.manager.during(|| world.stencil(&["restart", &mnt])).ok();
     assert_eq!(service.world.status()["supervisor_pid"], pid);
-    service.reads(&mut clone, 1, 3);
+    service.assert_reads(&mut clone, 1, 3);
     let (signs, pause) = service.manager.watch(WATCHDOG * 2);
-    assert!(signs >= 3 && pause < WATCHDOG, "{signs} signs of life after a reload, once none for {pause:?}");
+    assert!(
+        signs >= 3 && pause < WATCHDOG,
+        "{signs} watchdog notifications after a reload, longest pause {pause:?}"
+    );
     assert_eq!(service.inode(), inode);
-    // The second home is as good as before.
+    // The descriptor store still works after the reload.
     let server = service.world.server();
     service.manager.end(Signal::KILL);
     kill(server);
-    service.again();
-    service.reads(&mut clone, 2, 3);
+    service.restart();
+    service.assert_reads(&mut clone, 2, 3);
 }
 
 #[test]
-fn a_supervisor_that_stands_still_gives_no_sign_of_life() {
+fn a_stopped_supervisor_sends_no_watchdog_notification() {
     let _host = host::shared();
     let mut service = Service::start("decode");
     let mut clone = service.map();
     let supervisor = ProcessId::of(service.manager.pid()).unwrap().unwrap();
     supervisor.signal(Signal::STOP).unwrap();
-    // What was said before it stood still.
+    // Notifications that were sent before the stop.
     service.manager.listen(Duration::from_millis(50));
     let (signs, _) = service.manager.watch(WATCHDOG);
     assert_eq!(signs, 0);
-    service.reads(&mut clone, 0, 2);
+    service.assert_reads(&mut clone, 0, 2);
     let server = service.world.processes()[1];
-    // As systemd ends a service whose watchdog has run out.
+    // Like systemd when the watchdog timeout has expired.
     supervisor.signal(Signal::ABORT).unwrap();
     service.manager.end(Signal::KILL);
-    service.again();
+    service.restart();
     let pid = service.world.server();
     assert_eq!(ProcessId::of(pid).unwrap(), Some(server), "the same server");
-    service.reads(&mut clone, 1, 2);
+    service.assert_reads(&mut clone, 1, 2);
 }
 
 fn unit(name: &str) -> BTreeMap<String, Vec<String>> {
@@ -384,7 +405,7 @@ fn unit(name: &str) -> BTreeMap<String, Vec<String>> {
 }
 
 #[test]
-fn the_unit_says_what_the_promise_needs() {
+fn the_unit_has_the_settings_that_protect_clones() {
     let unit = unit(UNIT);
     for (key, value) in [
         ("Service.Type", "notify"),
@@ -399,13 +420,13 @@ fn the_unit_says_what_the_promise_needs() {
     let number = |key: &str| unit[key][0].parse::<u64>().unwrap();
     assert!(number("Service.WatchdogSec") >= 10);
     assert!(number("Service.FileDescriptorStoreMax") >= 1024);
-    // A namespace of the service's own would hide the mount.
+    // A private mount namespace of the service would hide the mount.
     for key in
         ["PrivateTmp", "ProtectSystem", "ProtectHome", "PrivateMounts", "ReadOnlyPaths", "RootDirectory"]
     {
         assert!(!unit.contains_key(&format!("Service.{key}")), "{key}");
     }
-    // Both commands are ones that this build has.
+    // Both commands exist in this build.
     for (key, word) in [("ExecStart", "mount"), ("ExecReload", "restart")] {
         let words: Vec<&str> = unit[&format!("Service.{key}")][0].split(' ').collect();
         assert_eq!((words[0], words[1]), ("/usr/local/bin/stencil", word));
@@ -413,12 +434,13 @@ fn the_unit_says_what_the_promise_needs() {
     }
 }
 
-/// What `systemd-analyze verify` says about a unit with this text; nothing where it is not installed.
+/// Runs `systemd-analyze verify` on a unit with this text and returns its success and messages; `None` if it is not
+/// installed.
 fn verified(name: &str, text: &str) -> Option<(bool, Vec<String>)> {
     if Command::new("systemd-analyze").arg("--version").output().is_err() {
         let must = std::env::var_os("CI").is_some();
-        assert!(!must, "systemd-analyze is not here: install Debian's package systemd (`make setup` does)");
-        eprintln!("SKIPPED: systemd-analyze is not here; the package systemd has it");
+        assert!(!must, "systemd-analyze is not installed: install the package systemd (run `make setup`)");
+        eprintln!("SKIPPED: systemd-analyze is not installed (package systemd)");
         return None;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -430,31 +452,31 @@ fn verified(name: &str, text: &str) -> Option<(bool, Vec<String>)> {
         fs::write(path, text.replace("/usr/local/bin/stencil", STENCIL)).unwrap();
     }
     let output = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&file).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let said = said.lines().filter(|line| line.contains("stencil")).map(str::to_owned).collect();
-    Some((output.status.success(), said))
+    let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+    let messages = messages.lines().filter(|line| line.contains("stencil")).map(str::to_owned).collect();
+    Some((output.status.success(), messages))
 }
 
 #[test]
-fn systemd_understands_the_unit() {
+fn systemd_analyze_accepts_the_unit() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap();
     let name = "stencil@srv-templates.service";
-    let Some((good, said)) = verified(name, &text) else { return };
-    assert!(good && said.is_empty(), "{said:?}");
-    let said = verified(name, &text.replace("Type=notify", "Type=notiffy")).unwrap().1;
-    assert!(!said.is_empty(), "a mistake would be seen");
+    let Some((good, messages)) = verified(name, &text) else { return };
+    assert!(good && messages.is_empty(), "{messages:?}");
+    let messages = verified(name, &text.replace("Type=notify", "Type=notiffy")).unwrap().1;
+    assert!(!messages.is_empty(), "systemd-analyze does not report an invalid Type=");
 }
 
 #[test]
-fn systemd_understands_the_unit_of_clones() {
+fn systemd_analyze_accepts_the_clones_unit() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(CLONES_UNIT)).unwrap();
-    let Some((good, said)) = verified("stencil-clones@srv-templates.service", &text) else { return };
-    assert!(good && said.is_empty(), "{said:?}");
+    let Some((good, messages)) = verified("stencil-clones@srv-templates.service", &text) else { return };
+    assert!(good && messages.is_empty(), "{messages:?}");
 }
 
-/// The lines of the unit, as systemd would run them: what it puts in for `%i`, and the environment that it makes.
+/// Runs the commands of the unit like systemd: with the same substitution of `%i` and the same environment.
 #[test]
-fn the_clones_of_a_unit_start_and_stop() {
+fn the_clones_unit_starts_and_stops_its_clones() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&[3; 65536], "web:1");
@@ -470,14 +492,14 @@ fn the_clones_of_a_unit_start_and_stop() {
     let run = |key: &str| {
         let line = unit[&format!("Service.{key}")][0].trim_start_matches('-').replace("%i", "srv");
         let line = line.replace("/etc/stencil", etc.to_str().unwrap());
-        // The shell takes the words apart as systemd does; it puts nothing into what is in single quotes.
+        // The shell splits the words like systemd, and does not expand the parts in single quotes.
         let mut command = world.command_in("sh");
         command.args(["-c", &line]).env("RUNTIME_DIRECTORY", &runtime);
         command.env("PATH", unit["Service.Environment"][0].replace("PATH=/usr/local/bin", &path.to_string()));
         Run::of(line, &command.output().unwrap())
     };
     let other = world.json(&["clone", "web:1", "--simulate", "read=1%"])["clones"][0]["id"].clone();
-    let living = || {
+    let running = || {
         let all = world.json(&["ps"]);
         let clones = all["clones"].as_array().unwrap();
         clones.iter().filter(|clone| clone["state"] == "running").count()
@@ -488,10 +510,10 @@ fn the_clones_of_a_unit_start_and_stop() {
     )
     .unwrap();
     run("ExecStart").ok();
-    assert_eq!(living(), 4);
+    assert_eq!(running(), 4);
     run("ExecStop").ok();
-    assert_eq!(living(), 1, "those of the unit, and no other");
-    // A set that fails: what the others have started is stopped.
+    assert_eq!(running(), 1, "ExecStop must stop exactly the clones of the unit");
+    // If a command of the unit fails, the clones that earlier commands have started are stopped.
     let script = "stencil clone web:1 --simulate read=1%\nstencil clone no-such:1\n";
     fs::write(etc.join("srv.clones"), script).unwrap();
     assert_ne!(run("ExecStart").code, 0);

@@ -1,5 +1,5 @@
-//! A supervisor that takes over in the middle of something: a server that is starting, a question that was asked twice,
-//! a mount that has only just begun, servers that were ended and do not end.
+//! Takeovers at difficult moments: while a server starts, after a request was sent twice, while a mount starts, and
+//! with servers that were ended but do not exit.
 
 use std::fs::{self, File};
 use std::io::Seek;
@@ -28,14 +28,14 @@ fn map(path: &Path) -> Actor {
     clone
 }
 
-/// Kills the supervisor, and waits until it is gone.
+/// Kills the supervisor and waits until it is gone.
 fn kill_supervisor(world: &TestMount) {
     let process = world.processes()[0];
     process.signal(Signal::KILL).unwrap();
     assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
 }
 
-/// The store, while it is moved away; moved back when dropped.
+/// A store outage: the store is moved away until drop.
 struct Away(PathBuf, PathBuf);
 
 impl Away {
@@ -52,20 +52,21 @@ impl Drop for Away {
     }
 }
 
-/// The server that the supervisor takes for one that serves. `stencil status` asks the store too.
+/// Returns the server that the supervisor has recorded as serving. `stencil status` cannot be used because it needs the
+/// store.
 fn serving(world: &TestMount) -> Option<u32> {
     let record = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap();
     let (_, file) = control::ask(&record.path(), &Request::Snapshot).unwrap();
-    let mut file = File::from(file.expect("a snapshot"));
+    let mut file = File::from(file.expect("no snapshot in the reply"));
     file.rewind().unwrap();
     let snapshot: Snapshot = serde_json::from_reader(file).unwrap();
     snapshot.server.map(|row| row.process.pid)
 }
 
-/// A server that waits for its store before it serves is taken over: the mount answers when the server does, and it is
-/// not given up though nobody serves yet.
+/// A server that waits for its store at startup is adopted: the mount answers as soon as the server does, and is not
+/// given up although no server serves yet.
 #[test]
-fn a_server_that_is_starting_is_taken_over_as_one() {
+fn a_starting_server_is_adopted_as_starting() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -79,7 +80,7 @@ fn a_server_that_is_starting_is_taken_over_as_one() {
     kill_supervisor(&world);
     world.mount(&["--serve", "decode", "--watchdog", "0"]).ok();
     assert_eq!(world.recorded_server(), Some(second), "the same server");
-    assert_eq!(serving(&world), None, "it does not serve before it says so");
+    assert_eq!(serving(&world), None, "the server is recorded as serving before it has reported that");
     drop(away);
     assert_eq!(clone.answer(), Ok(IMAGE.hash(900)));
     assert_eq!(world.server(), second.pid);
@@ -88,9 +89,9 @@ fn a_server_that_is_starting_is_taken_over_as_one() {
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 
-/// The server's question lies in the socket of a dead supervisor, and is asked again when there is another one.
+/// The server's request is still in the socket of the dead supervisor, and is sent again to its successor.
 #[test]
-fn a_reservation_that_comes_twice_is_made_once() {
+fn a_reservation_sent_twice_is_made_once() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "auto", "--cache-size", "64M"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -99,41 +100,43 @@ fn a_reservation_that_comes_twice_is_made_once() {
     link.set_patience(Duration::from_secs(10)).unwrap();
     server.signal(Signal::STOP).unwrap();
     kill_supervisor(&world);
-    // The kernel sends SIGHUP to whoever stands still and has nobody left, and lets it go on.
+    // When the supervisor dies, the kernel sends SIGHUP and SIGCONT to the stopped server, whose process group becomes
+    // orphaned.
     std::thread::sleep(Duration::from_millis(100));
-    assert!(server.is_alive(), "it is all that the mount has left");
+    assert!(server.is_alive(), "the server has died of SIGHUP");
     let bytes = 8u64 << 20;
-    let reserve = json!({ "reserve": { "key": link::nobodys(1), "size": bytes, "data_bytes": bytes } });
+    let reserve = json!({ "reserve": { "key": link::absent_key(1), "size": bytes, "data_bytes": bytes } });
     for _ in 0..2 {
         link.send(&link::request(1_000_000, &reserve), None).unwrap();
     }
     world.mount(&[]).ok();
     let mut files = 0;
-    let mut heard = Vec::new();
+    let mut replies = Vec::new();
     while files == 0 {
-        let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor lives");
+        let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor has exited");
         files += u32::from(file.is_some());
-        heard.push(reply);
+        replies.push(reply);
     }
-    // Whatever came of the second one would come before the answer to the next question.
-    let next = json!({ "progress": { "key": link::nobodys(1), "bytes": 4096 } });
+    // A reply to the second reservation would arrive before the reply to the next request.
+    let next = json!({ "progress": { "key": link::absent_key(1), "bytes": 4096 } });
     link.send(&link::request(1_000_001, &next), None).unwrap();
-    while heard.last().unwrap()["number"] != 1_000_001 {
-        let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor lives");
+    while replies.last().unwrap()["number"] != 1_000_001 {
+        let (reply, file) = link.receive::<Value>().unwrap().expect("the supervisor has exited");
         files += u32::from(file.is_some());
-        heard.push(reply);
+        replies.push(reply);
     }
-    let answers = |number: u64| heard.iter().filter(|reply| reply["number"] == number).count();
-    assert_eq!((answers(0), answers(1_000_000), files), (1, 1, 1), "{heard:#?}");
-    assert_eq!(heard[0]["body"], "ask_again");
-    assert_eq!(world.status()["cache_used"], bytes, "room for one");
+    let answers = |number: u64| replies.iter().filter(|reply| reply["number"] == number).count();
+    assert_eq!((answers(0), answers(1_000_000), files), (1, 1, 1), "{replies:#?}");
+    assert_eq!(replies[0]["body"], "ask_again");
+    assert_eq!(world.status()["cache_used"], bytes, "expected exactly one reservation");
     server.signal(Signal::KILL).unwrap();
     wait_for("a successor", || (world.server() != server.pid).then_some(()));
-    assert_eq!(world.status()["cache_used"], 0, "nobody makes it any more");
+    assert_eq!(world.status()["cache_used"], 0, "the reservation of the dead server was not released");
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == IMAGE.bytes());
 }
 
-/// A control group whose processes stand still, not even SIGKILL ends them; they go on when it is dropped.
+/// A frozen control group (freezer, v1): its processes do not run, and not even SIGKILL ends them before drop thaws
+/// them.
 struct Frozen(PathBuf, Option<PathBuf>);
 
 impl Frozen {
@@ -147,7 +150,7 @@ impl Frozen {
                 fs::create_dir(&top).unwrap();
                 let flags = rustix::mount::MountFlags::empty();
                 rustix::mount::mount("none", &top, "cgroup", flags, Some(c"freezer"))
-                    .expect("the freezer of control groups, version 1");
+                    .expect("cannot mount the freezer of cgroup v1");
                 (top.clone(), Some(top))
             }
         };
@@ -175,9 +178,9 @@ impl Drop for Frozen {
     }
 }
 
-/// More servers than a hand counts are ended and stay: each one's end is noticed, by the next supervisor too.
+/// Many servers are ended and do not exit: the exit of each is noticed, also by the next supervisor.
 #[test]
-fn the_end_of_every_server_is_noticed_however_late() {
+fn the_late_exit_of_every_replaced_server_is_noticed() {
     const SERVERS: usize = 11;
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
@@ -185,25 +188,25 @@ fn the_end_of_every_server_is_noticed_however_late() {
     let mut clone = map(&world.file(&digest, "memory"));
     let frozen = Frozen::new(world.dir());
     let program = daemon();
-    let mut ended = Vec::new();
+    let mut replaced = Vec::new();
     for round in 0..SERVERS {
         let server = ProcessId::of(world.server()).unwrap().unwrap();
         frozen.add(server.pid);
         let restart =
             ["restart", "--server", program.to_str().unwrap(), world.mountpoint().to_str().unwrap()];
         world.stencil(&restart).ok();
-        ended.push(server);
+        replaced.push(server);
         let page = round as u64 * 100;
         assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
     }
-    assert!(ended.iter().all(ProcessId::is_alive), "they stand still");
+    assert!(replaced.iter().all(ProcessId::is_alive), "a frozen server has exited");
     kill_supervisor(&world);
     world.mount(&[]).ok();
     let noticed = |pid: u32| world.log().contains(&format!("server {pid} exited"));
-    assert!(ended.iter().all(|server| !noticed(server.pid)));
+    assert!(replaced.iter().all(|server| !noticed(server.pid)));
     drop(frozen);
-    for server in &ended {
-        wait_for("the end of a server", || noticed(server.pid).then_some(()));
+    for server in &replaced {
+        wait_for("the log of a server's exit", || noticed(server.pid).then_some(()));
     }
     for page in (50..IMAGE.pages).step_by(100) {
         assert_eq!(clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page));
@@ -211,21 +214,20 @@ fn the_end_of_every_server_is_noticed_however_late() {
     drop(File::open(world.file(&digest, "memory")).unwrap());
 }
 
-/// A child of the supervisor that cannot end, for the disk that it waits for does not answer: it has nothing that the next
-/// supervisor needs.
+/// A child of the supervisor that cannot exit, as if its disk did not answer, must not block the next supervisor.
 #[test]
-fn a_job_that_outlives_its_supervisor_is_in_nobodys_way() {
+fn a_stuck_job_of_a_dead_supervisor_does_not_block_takeover() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let mut clone = map(&world.file(&digest, "memory"));
     assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
-    let [supervisor, server] = world.processes()[..] else { panic!("two processes") };
+    let [supervisor, server] = world.processes()[..] else { panic!("expected supervisor and server") };
     let frozen = Frozen::new(world.dir());
     let link = link::link_of(server.pid);
     let children = format!("/proc/{0}/task/{0}/children", supervisor.pid);
-    // It is sought for 200 ms at the least who uses that one.
-    let evict = json!({ "evict": { "keys": [link::nobodys(1)] } });
+    // The job scans for users of the backing for at least 200 ms.
+    let evict = json!({ "evict": { "keys": [link::absent_key(1)] } });
     link.send(&link::request(1_000_000, &evict), None).unwrap();
     let job = wait_for("a job", || {
         let text = fs::read_to_string(&children).unwrap();
@@ -234,18 +236,18 @@ fn a_job_that_outlives_its_supervisor_is_in_nobodys_way() {
         ProcessId::of(pid).unwrap()
     });
     kill_supervisor(&world);
-    assert!(job.is_alive(), "it stands still");
+    assert!(job.is_alive(), "the frozen job has exited");
     world.mount(&[]).ok();
     assert_eq!(world.recorded_server(), Some(server), "the same server");
     assert!(job.is_alive());
     assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
     drop(frozen);
-    wait_for("the end of the job", || (!job.is_alive()).then_some(()));
+    wait_for("the exit of the job", || (!job.is_alive()).then_some(()));
     world.kill_server();
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 
-/// Changes what a dead supervisor wrote into the ledger; `mountd/src/protocol/ledger.rs` says how it is laid out.
+/// Changes the ledger of a dead supervisor; its layout is documented in `mountd/src/protocol/ledger.rs`.
 fn amend_ledger(server: u32, change: impl FnOnce(&mut Value)) {
     const HALF: u64 = 16 << 20;
     let ledger = link::descriptor_of(server, "ledger");
@@ -267,14 +269,14 @@ fn amend_ledger(server: u32, change: impl FnOnce(&mut Value)) {
     ledger.write_all_at(&record, u64::from_le_bytes(turn) % 2 * HALF).unwrap();
 }
 
-/// A removal waits for servers that were ended and have not gone; not for a process that has the number of one.
+/// A removal waits for replaced servers that have not exited, but not for a process that has reused the PID of one.
 #[test]
-fn who_has_the_number_of_a_server_that_was_ended_is_not_waited_for() {
+fn rm_does_not_wait_for_a_process_with_a_reused_pid() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode"]);
     world.import_bytes(&IMAGE.bytes(), "web:1");
-    let mut stranger = Running(std::process::Command::new("sleep").arg("1000").spawn().unwrap());
-    let pid = stranger.0.id();
+    let mut unrelated = Running(std::process::Command::new("sleep").arg("1000").spawn().unwrap());
+    let pid = unrelated.0.id();
     let identity = ProcessId::of(pid).unwrap().unwrap().identity;
     kill_supervisor(&world);
     amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
@@ -286,21 +288,21 @@ fn who_has_the_number_of_a_server_that_was_ended_is_not_waited_for() {
     world.stencil(&["rm", "web:1"]).ok();
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 
-    // With its identity the process is the one that is meant.
+    // With the right identity the process is a replaced server.
     kill_supervisor(&world);
     amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
         snapshot["leaving"] = json!([{ "pid": pid, "identity": identity }]);
     });
     world.mount(&[]).ok();
-    stranger.0.kill().unwrap();
-    stranger.0.wait().unwrap();
-    let ended = format!("server {pid} exited");
-    wait_for("the log", || world.log().contains(&ended).then_some(()));
+    unrelated.0.kill().unwrap();
+    unrelated.0.wait().unwrap();
+    let message = format!("server {pid} exited");
+    wait_for("the log of the exit", || world.log().contains(&message).then_some(()));
 }
 
-/// What cannot be taken over is served on, and known as it was: whoever mends what was wrong takes it over then.
+/// After a failed takeover the server still serves and the record is unchanged, so that a later takeover succeeds.
 #[test]
-fn a_mount_that_cannot_be_taken_over_is_left_as_it_was() {
+fn a_failed_takeover_leaves_the_mount_as_it_was() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -308,23 +310,23 @@ fn a_mount_that_cannot_be_taken_over_is_left_as_it_was() {
     assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
     kill_supervisor(&world);
     let record = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap().path();
-    let genuine = fs::read(record.join("mount.json")).unwrap();
-    let mut other: Value = serde_json::from_slice(&genuine).unwrap();
+    let original = fs::read(record.join("mount.json")).unwrap();
+    let mut other: Value = serde_json::from_slice(&original).unwrap();
     other["ledger"] = json!([1, 2]);
     fs::write(record.join("mount.json"), other.to_string()).unwrap();
     world.mount(&["--serve", "decode"]).says("cannot take over the mount").says("the server still serves it");
     assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
-    let known = ["restart", world.mountpoint().to_str().unwrap()];
-    world.stencil(&known).exits(1).says("the mount has lost its supervisor");
-    fs::write(record.join("mount.json"), genuine).unwrap();
+    let restart = ["restart", world.mountpoint().to_str().unwrap()];
+    world.stencil(&restart).exits(1).says("the mount has lost its supervisor");
+    fs::write(record.join("mount.json"), original).unwrap();
     world.mount(&["--serve", "decode"]).ok();
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 
-/// A mount of another store is left as it was; the same store by another path is the same. Options of the call that
-/// are not the mount's are named.
+/// A mount of another store is not taken over; the same store by another path is accepted. Requested options that
+/// differ from the mount's options are reported.
 #[test]
-fn only_a_mount_of_the_same_store_is_taken_over() {
+fn takeover_requires_the_same_store() {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", "decode"]);
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
@@ -345,7 +347,7 @@ fn only_a_mount_of_the_same_store_is_taken_over() {
         assert!(refused.err.contains(world.store_dir().to_str().unwrap()), "{}", refused.err);
     }
     assert_eq!(world.recorded_server(), server);
-    assert!(world.processes().iter().all(|process| Some(*process) == server), "nobody has come");
+    assert!(world.processes().iter().all(|process| Some(*process) == server), "there is a new process");
     assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
     run("mount", &[Path::new("--bind"), &world.store_dir(), &bound]);
     let taken = mount(&bound, &["--serve", "decode", "--cache-size", "64M", "--watchdog", "7"]);
@@ -360,9 +362,9 @@ fn only_a_mount_of_the_same_store_is_taken_over() {
     assert_eq!(clone.tell("hash 0 1700"), IMAGE.hash(1700));
 }
 
-/// Nobody removes the record of a mount that somebody takes over just now.
+/// The record of a dead mount is not removed while another process takes the mount over.
 #[test]
-fn the_record_of_dead_processes_goes_unless_somebody_has_it() {
+fn the_record_of_a_dead_mount_is_removed_unless_locked() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     let record = world.runtime_dir().join("mounts/1-1");

@@ -1,4 +1,4 @@
-//! Streams that were made to hurt: every checksum in them may be right.
+//! Malicious streams, in which all checksums may be right.
 
 use std::fs::{self, File};
 
@@ -10,7 +10,7 @@ use crate::support::host;
 use crate::support::store::{Fixture, guest_like, random};
 use crate::support::stream::{assert_nothing, assert_same, import, load, save};
 
-/// The next number of a row that is the same in each run.
+/// A deterministic sequence of random numbers.
 struct Dice(u64);
 
 impl Dice {
@@ -20,7 +20,7 @@ impl Dice {
     }
 }
 
-/// The hashes of front and stream made right again.
+/// Recomputes the hashes of front and stream.
 pub fn seal(stream: &mut [u8]) {
     let end = stream.len() - 32;
     let front = u32::from_le_bytes(stream[12..16].try_into().unwrap()) as usize;
@@ -34,7 +34,7 @@ pub fn seal(stream: &mut [u8]) {
 
 fn mutate(stream: &[u8], dice: &mut Dice) -> Vec<u8> {
     let mut bytes = stream.to_vec();
-    // Most of a stream is records; what stands around them is more interesting.
+    // Most of a stream is records; positions near the start are more interesting.
     let place = |dice: &mut Dice, length: usize| match dice.roll(3) {
         0 => dice.roll(length),
         1 => dice.roll(length.min(400)),
@@ -84,13 +84,13 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
     let store = to.store();
     let path = to.path("incoming");
     let seed = host::rounds(1, u64::from(std::process::id()));
-    // Shown when it fails.
+    // Shown if the test fails.
     println!("seed {seed}");
     let mut dice = Dice(seed);
     let (mut accepted, mut refused) = (0, 0);
     let rounds = host::rounds(3000, 20_000);
     for round in 0..rounds {
-        // The small one mostly: it is the header that has something to lie about.
+        // Mostly the small stream: the interesting fields are in its headers.
         let stream = &streams[usize::from(round % 16 == 0)];
         let mutated = mutate(stream, &mut dice);
         fs::write(&path, &mutated).unwrap();
@@ -109,8 +109,11 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
                 accepted += 1;
                 for template in loaded.templates {
                     let digest = template.digest.to_string();
-                    // A digest is its content: what was accepted is what was saved, under whatever name.
-                    assert!(from.store().has(&template.digest), "round {round}: {digest} was made up");
+                    // Equal digests mean equal content: an accepted template is one that was saved, under any name.
+                    assert!(
+                        from.store().has(&template.digest),
+                        "round {round}: digest {digest} does not exist in the source"
+                    );
                     assert_same(&from, &to, &digest);
                     let policy = store.template(&template.digest).unwrap().policy().clone();
                     assert_eq!(policy.mode & !0o444, 0);
@@ -134,16 +137,16 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
     assert!(refused > rounds / 2 && accepted > 0, "{refused} refused, {accepted} accepted");
 }
 
-/// Everything has the right hash, and the last block of a file has bytes behind the file's end: the same content under
-/// another digest.
+/// All hashes are right, but the last block of a file has nonzero bytes beyond the end of the file: the same content
+/// under a second digest.
 #[test]
-fn a_second_spelling_of_a_content_is_refused() {
+fn load_refuses_nonzero_bytes_beyond_the_end_of_a_file() {
     let from = Fixture::new();
     from.import("web:1", &random(1, 3 << 12));
     let stream = save(&from, &["web:1"]);
     let front = u32::from_le_bytes(stream[12..16].try_into().unwrap()) as usize;
     let image = front + u32::from_le_bytes(stream[104..108].try_into().unwrap()) as usize;
-    let spelled = |tail: u8| {
+    let with_tail = |tail: u8| {
         let mut block = [&random(1, 3 << 12)[..], &[0; (64 << 10) - (3 << 12)]].concat();
         block[40_000] = tail;
         let hash = *blake3::hash(&block).as_bytes();
@@ -163,16 +166,16 @@ fn a_second_spelling_of_a_content_is_refused() {
         stream
     };
     let to = Fixture::new();
-    let ran = load(&to, &spelled(1));
+    let ran = load(&to, &with_tail(1));
     assert_eq!(ran.code, 3, "{ran:?}");
     assert!(ran.stdout.contains("has nonzero bytes beyond its end"), "{ran:?}");
     assert_nothing(&to);
-    load(&to, &spelled(0)).ok();
+    load(&to, &with_tail(0)).ok();
 }
 
-/// What only somebody who makes streams on purpose can send.
+/// Invalid fields with right checksums, which only a manipulated stream can have.
 #[test]
-fn lies_with_right_checksums_are_named() {
+fn load_reports_invalid_fields_with_right_checksums() {
     let from = Fixture::new();
     from.import("web:1", &random(1, 3 << 12));
     let stream = save(&from, &["web:1"]);
@@ -185,7 +188,7 @@ fn lies_with_right_checksums_are_named() {
         seal(&mut stream);
         stream
     };
-    // The policy with other words of the same length, and its own hash right.
+    // The policy with a changed value of the same length and a right hash.
     let body_at = front + "stencil policy 1 blake3:".len() + 64 + 1;
     let body = String::from_utf8(stream[body_at..front + policy].to_vec()).unwrap();
     assert!(body.contains("\"mode\": 292"), "{body}");

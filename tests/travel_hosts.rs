@@ -1,4 +1,5 @@
-//! Templates between two hosts: over ssh, over links that go down in the middle, and used where they arrive.
+//! Transfer between two hosts: over ssh, over links that fail in the middle, and use of the template on the second
+//! host.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -32,13 +33,13 @@ fn assert_same(from: &Path, to: &Path, digest: &Digest) {
     }
 }
 
-/// Names in a folder of a store; nothing where it is not there.
+/// Returns the names in a directory of a store; none if it does not exist.
 fn names(store: &Path, folder: &str) -> Vec<String> {
     let entries = fs::read_dir(store.join(folder)).into_iter().flatten().flatten();
     entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// `save` through this much of a link; gives the exit code of `load` on the other side.
+/// Runs `save` over a link that is cut after `cut` bytes, and returns the exit code of `load` on the other side.
 fn send(hosts: &Hosts, link: usize, cut: Option<usize>) -> i32 {
     let there = hosts.there.path(&format!("{link}"));
     let (store, code, words) = (there.join("store"), there.join("code"), there.join("words"));
@@ -67,19 +68,19 @@ fn send(hosts: &Hosts, link: usize, cut: Option<usize>) -> i32 {
         into.flush().unwrap();
         hosts.set_link(link, false);
     }
-    // Until ssh has seen that nobody answers.
+    // Blocks until ssh has detected the dead link.
     let _ = std::io::copy(&mut from, &mut into);
     drop((from, into));
     let (save, ssh) = (save.wait().unwrap(), ssh.wait().unwrap());
     if cut.is_none() {
         assert!(save.success() && ssh.success(), "{save} {ssh}: {:?}", fs::read_to_string(&words));
     }
-    let code = wait_for("the other side", || fs::read_to_string(&code).ok());
+    let code = wait_for("the exit code of load", || fs::read_to_string(&code).ok());
     code.trim().parse().unwrap()
 }
 
 #[test]
-fn links_that_go_down_at_ten_points() {
+fn load_over_a_failing_link_is_complete_or_leaves_nothing() {
     const POINTS: usize = 10;
     let _host = host::shared();
     let hosts = Hosts::new(POINTS);
@@ -87,8 +88,8 @@ fn links_that_go_down_at_ten_points() {
     let stream = hosts.here.path("stream");
     hosts.here.stencil(&["save", "web:1", "-o", stream.to_str().unwrap()]).ok();
     let whole = fs::metadata(&stream).unwrap().len() as usize;
-    // Each link has a store of its own at its end, and goes down at its own point; the last one behind the last byte.
-    let mut absent = 0;
+    // Each link has a separate store at its end and fails at a different point, the last link after the last byte.
+    let mut incomplete = 0;
     let codes: Vec<i32> = thread::scope(|scope| {
         let send = |link| {
             scope.spawn({
@@ -104,7 +105,7 @@ fn links_that_go_down_at_ten_points() {
         match code {
             0 => assert_same(&hosts.here.store(), &store, &digest),
             3 => {
-                absent += 1;
+                incomplete += 1;
                 for folder in ["packs", "images", "tags", "tmp"] {
                     assert_eq!(names(&store, folder), Vec::<String>::new(), "link {link}: {folder}");
                 }
@@ -115,8 +116,8 @@ fn links_that_go_down_at_ten_points() {
             ),
         }
     }
-    assert!(absent >= POINTS - 1, "{codes:?}");
-    // With the link up again the same words bring it over.
+    assert!(incomplete >= POINTS - 1, "{codes:?}");
+    // After the link is up again the same command succeeds.
     for link in [0, POINTS / 2] {
         hosts.set_link(link, true);
         wait_for("the link", || hosts.ssh(link, "true").status().is_ok_and(|s| s.success()).then_some(()));
@@ -127,9 +128,9 @@ fn links_that_go_down_at_ten_points() {
     }
 }
 
-/// The template is used on both sides; then a newer version comes back as what is new of it.
+/// The template is used on both hosts; then only the new blocks of a newer version are sent.
 #[test]
-fn a_template_is_mounted_and_cloned_where_it_arrives() {
+fn a_transferred_template_is_mounted_and_cloned() {
     let _host = host::shared();
     let hosts = Hosts::new(1);
     let base = guest_like(1, 8 << 20);
@@ -154,7 +155,7 @@ fn a_template_is_mounted_and_cloned_where_it_arrives() {
         assert_eq!(launched["template"], first.to_string());
         let density = host.json(&["density"]);
         let clones = density["clones"].as_array().unwrap();
-        assert_eq!(clones.len(), 3, "a host sees its own clones: {density:#}");
+        assert_eq!(clones.len(), 3, "a host must see only its own clones: {density:#}");
         assert!(clones.iter().all(|c| c["dirty_pages"] == 7), "{density:#}");
         assert_eq!(density["templates"][0]["digest"], first.to_string());
         for (name, source) in [("memory", "web-1"), ("state", "state")] {
@@ -164,7 +165,7 @@ fn a_template_is_mounted_and_cloned_where_it_arrives() {
             assert!(compared.status.success(), "{compared:?}");
         }
     }
-    // Neither mount is one of the other's, nor of the machine.
+    // A mount of one host is visible neither on the other host nor outside.
     assert!(!hosts.there.mountpoint().join("by-id").exists());
     let removed = hosts.there.stencil(&["rm", "web:1"]);
     assert_eq!(removed.code, 5, "{removed:?}");
@@ -174,7 +175,7 @@ fn a_template_is_mounted_and_cloned_where_it_arrives() {
     let loaded = send(&["save", "web:2", "--without", "web:1"]);
     assert!(loaded["stream_bytes"].as_u64().unwrap() < (1 << 20) + (64 << 10), "{loaded}");
     assert_same(&hosts.here.store(), &hosts.there.store(), &second);
-    // It is served at once, beside the clones of the first.
+    // The running mount serves the new template at once, beside the clones of the first.
     let link = hosts.there.mountpoint().join("templates/web/2/memory");
     let compared = hosts.there.command("cmp").args([&link, &hosts.here.path("web-2")]).output().unwrap();
     assert!(compared.status.success(), "{compared:?}");

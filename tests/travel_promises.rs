@@ -1,4 +1,4 @@
-//! Streams between versions, and words that come with them: what is promised of them, and what is not believed.
+//! Compatibility of streams between versions, and untrusted text in streams.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ fn lines(number: usize, length: usize) -> Vec<u8> {
         .collect()
 }
 
-/// The memories of the two templates in `tests/data/stream-1.stencil`.
+/// The memory images of the two templates in `tests/data/stream-1.stencil`.
 fn memories() -> [Vec<u8>; 2] {
     let mut first = vec![0; 1 << 20];
     let mut put = |at: usize, bytes: &[u8]| first[at..at + bytes.len()].copy_from_slice(bytes);
@@ -35,10 +35,11 @@ fn memories() -> [Vec<u8>; 2] {
     [first, second]
 }
 
-/// Written by version 0.1.0: a template stored by lz4 with every part of a policy, and one of zstd with two tags, saved by
-/// its digest. A later version that fails here has broken a promise; the file is never made anew.
+/// The stream was written by version 0.1.0: a template stored with lz4 and every field of a policy, and one stored with
+/// zstd and two tags, saved by digest. A later version that fails here has broken its compatibility promise; the file
+/// is never regenerated.
 #[test]
-fn a_stream_of_the_first_version_is_the_same_templates_and_the_same_bytes() {
+fn a_stream_of_version_0_1_0_loads_and_saves_the_same_bytes() {
     const DIGESTS: [&str; 2] = [
         "9649b6d0395096a5a233f4e8abf11a2717d014ef4d5528878ecd49b767985606",
         "9544e8cb6867cac160901a91173ecb6c5eaea6a3537ac694597acdef1f7cd318",
@@ -68,13 +69,13 @@ fn a_stream_of_the_first_version_is_the_same_templates_and_the_same_bytes() {
     assert_eq!(described["labels"], json!({"made": "0.1.0"}));
     assert_eq!(described["recipe"]["argv"][1], "q35,memory-backend=ram");
 
-    // What a store says of when it came is its own; all else is as it was.
+    // The creation time belongs to the store; everything else must be equal.
     for digest in [first, second] {
         to.store().set_policy(&digest, |policy| policy.created = CREATED).unwrap();
     }
-    assert!(save(&to, &["web:1", DIGESTS[1]]) == bytes, "save writes other bytes");
+    assert!(save(&to, &["web:1", DIGESTS[1]]) == bytes, "save has written different bytes");
 
-    // The same content has the same name, whoever stores it.
+    // The same content has the same digest in every store.
     let own = Fixture::new();
     let mut request = own.request("web:1", &one);
     for (name, kind, bytes) in
@@ -95,14 +96,14 @@ fn policy_of(fixture: &Fixture, digest: &str) -> PathBuf {
     fixture.path("store/images").join(digest).join("policy")
 }
 
-/// The JSON of a policy.
+/// Returns the JSON body of a policy.
 fn body(path: &Path) -> Value {
     let text = fs::read_to_string(path).unwrap();
     serde_json::from_str(text.split_once('\n').unwrap().1).unwrap()
 }
 
 #[test]
-fn what_a_later_version_says_of_a_template_is_kept_and_not_taken_from_a_stream() {
+fn unknown_policy_fields_are_kept_but_not_loaded_from_streams() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     let path = policy_of(&from, &digest);
@@ -124,7 +125,7 @@ fn what_a_later_version_says_of_a_template_is_kept_and_not_taken_from_a_stream()
 }
 
 #[test]
-fn text_of_a_stream_is_shown_as_text() {
+fn text_from_a_stream_is_sanitized_for_the_terminal() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     let evil = "a=\u{1b}[31mred\nmode     0444\r\u{9b}2K\u{202e}x";
@@ -136,26 +137,26 @@ fn text_of_a_stream_is_shown_as_text() {
         })
         .unwrap();
     load(&to, &save(&from, &["web:1"])).ok();
-    let seen = to.run(&["inspect", "web:1"]).ok().stdout;
-    assert_eq!(seen.lines().filter(|line| line.starts_with("mode ")).count(), 1, "{seen}");
+    let text = to.run(&["inspect", "web:1"]).ok().stdout;
+    assert_eq!(text.lines().filter(|line| line.starts_with("mode ")).count(), 1, "{text}");
     assert!(
-        seen.contains(r"label    ka=\u001b[31mred\nmode     0444\u000d\u009b2K\u202ex=a=\u001b[31m"),
-        "{seen}"
+        text.contains(r"label    ka=\u001b[31mred\nmode     0444\u000d\u009b2K\u202ex=a=\u001b[31m"),
+        "{text}"
     );
     let recipe = to.run(&["inspect", "--recipe", "web:1"]).ok().stdout;
-    for text in [&seen, &recipe] {
-        assert!(!text.contains(|c: char| c != '\n' && (c.is_control() || c == '\u{202e}')), "{text:?}");
+    for shown in [&text, &recipe] {
+        assert!(!shown.contains(|c: char| c != '\n' && (c.is_control() || c == '\u{202e}')), "{shown:?}");
     }
     assert!(recipe.contains("größe"), "{recipe}");
     assert_eq!(serde_json::from_str::<Value>(&recipe).unwrap()["argv"], argv);
-    // Errors, with a word of the call in them.
+    // Errors that quote an argument.
     let refused = to.run(&["load", "-i", "/no\u{1b}[2K\nstencil: ok"]);
     assert_eq!((refused.code, refused.stderr.lines().count()), (4, 2), "{refused:?}");
     assert!(refused.stderr.contains(r"/no\u001b[2K\nstencil: ok"), "{refused:?}");
 }
 
 #[test]
-fn ends_that_lose_a_stream_are_named() {
+fn unusable_inputs_and_outputs_of_a_stream_are_reported() {
     let (from, to) = (Fixture::new(), Fixture::new());
     from.import("web:1", &lines(1, 1 << 20));
     from.import("web:2", &memories()[0]);
@@ -164,7 +165,7 @@ fn ends_that_lose_a_stream_are_named() {
     let based = to.run(&["load", "-i", stream.to_str().unwrap()]);
     assert_eq!(based.code, 4, "{based:?}");
     assert!(based.stderr.contains("was saved without the blocks of template"), "{based:?}");
-    assert!(!to.path("store").exists(), "a store for nothing");
+    assert!(!to.path("store").exists(), "load has created a store");
 
     for (input, code) in [("/no/such/file", 4), ("/", 2)] {
         let refused = to.run(&["load", "-i", input]);
@@ -197,7 +198,7 @@ fn ends_that_lose_a_stream_are_named() {
         .into();
     assert_eq!(closed.code, 2, "{closed:?}");
     assert!(closed.stderr.contains("standard output is closed"), "{closed:?}");
-    // Somebody who wants to lose it may.
+    // /dev/null is accepted.
     let lost = stencil(from.dir.path(), &["save", "web:2"]).stdout(Stdio::null()).status().unwrap();
     assert!(lost.success());
 }

@@ -1,4 +1,4 @@
-//! A store in use is copied by rsync, in the order that docs/how-to/move-templates.md gives.
+//! Copying a store in use with rsync, in the order that docs/how-to/move-templates.md gives.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,10 +13,10 @@ use stencilfs::sys::procfs;
 use crate::support::host;
 use crate::support::hosts::Hosts;
 use crate::support::mount::{STENCIL, wait_for};
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::store::{guest_like, random, read_all};
 
-/// The commands, word for word as the page has them.
+/// Returns the commands exactly as documented.
 fn documented() -> String {
     let page =
         fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/how-to/move-templates.md")).unwrap();
@@ -26,7 +26,7 @@ fn documented() -> String {
     found.remove(0).to_owned()
 }
 
-/// What every template of that number holds; neighbours share their front.
+/// Returns the content of template `number`; neighbours share their first part.
 fn content(number: u64) -> Vec<u8> {
     [guest_like(number / 4, 1 << 20), random(number, 512 << 10)].concat()
 }
@@ -41,7 +41,7 @@ impl World {
     fn new() -> World {
         let world = World { hosts: Hosts::new(1), script: documented(), copies: AtomicU64::new(0) };
         world.import(0);
-        // The other store must be one.
+        // The destination must already be a store.
         let mut save =
             world.hosts.here.command(STENCIL).args(["save", "t:0"]).stdout(Stdio::piped()).spawn().unwrap();
         let load = format!("{STENCIL} load");
@@ -57,7 +57,7 @@ impl World {
         fs::remove_file(source).unwrap();
     }
 
-    /// The documented commands, ready to run. Gives the stage too.
+    /// Returns a command that runs the documented commands, and its staging directory.
     fn copy(&self) -> (Command, PathBuf) {
         let stage = self.hosts.here.path(&format!("stage-{}", self.copies.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir(&stage).unwrap();
@@ -73,8 +73,9 @@ impl World {
         (command, stage)
     }
 
-    /// Every tag of the other store points to a whole template with the right bytes. Gives how many there are.
-    fn assert_whole(&self) -> usize {
+    /// Panics unless every tag in the destination names a complete template with the right bytes. Returns the number of
+    /// tags.
+    fn assert_complete(&self) -> usize {
         let store = Store::open(&self.hosts.there.store()).unwrap();
         let tags = store.tags().unwrap();
         for tag in &tags {
@@ -84,7 +85,7 @@ impl World {
         tags.len()
     }
 
-    /// Processes that write the other store.
+    /// Returns the rsync processes that write to the destination.
     fn receivers(&self) -> Vec<u32> {
         let store = self.hosts.there.store().into_os_string().into_string().unwrap();
         let pids =
@@ -101,9 +102,9 @@ impl World {
         let (mut command, stage) = self.copy();
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert!(self.assert_whole() > 0);
+        assert!(self.assert_complete() > 0);
         self.hosts.there.stencil(&["verify"]).ok();
-        // What was there at that moment has come.
+        // Every staged tag exists in the destination.
         for tag in fs::read_dir(stage.join("tags/t")).unwrap().flatten() {
             assert!(self.hosts.there.store().join("tags/t").join(tag.file_name()).exists(), "{tag:?}");
         }
@@ -112,23 +113,23 @@ impl World {
 }
 
 #[test]
-fn soak_a_store_in_use_is_copied_by_the_documented_commands() {
+fn soak_the_documented_commands_copy_a_store_in_use() {
     let _host = host::shared();
     let world = World::new();
     let (stop, next) = (AtomicBool::new(false), AtomicU64::new(1));
-    let go_on = || !stop.load(Ordering::Relaxed);
+    let running = || !stop.load(Ordering::Relaxed);
     thread::scope(|scope| {
-        let _end = Ends(&stop);
+        let _stop_on_drop = SetOnDrop(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
-                while go_on() {
+                while running() {
                     world.import(next.fetch_add(1, Ordering::Relaxed));
                 }
             });
         }
         scope.spawn(|| {
-            // All but the youngest go, and what they needed with them.
-            while go_on() {
+            // Remove all but the newest templates, and their blocks.
+            while running() {
                 let tags = Store::open(&world.hosts.here.store()).unwrap().tags().unwrap();
                 let mut numbers: Vec<u64> = tags.iter().map(|t| t.tag.parse().unwrap()).collect();
                 numbers.sort_unstable();
@@ -149,7 +150,7 @@ fn soak_a_store_in_use_is_copied_by_the_documented_commands() {
 }
 
 #[test]
-fn soak_a_copy_that_is_cut_off_has_no_tag_that_is_not_whole() {
+fn soak_an_interrupted_copy_has_only_complete_tags() {
     let _host = host::shared();
     let world = World::new();
     let mut number = 1;
@@ -162,21 +163,21 @@ fn soak_a_copy_that_is_cut_off_has_no_tag_that_is_not_whole() {
     import_some();
     let start = Instant::now();
     world.copy_all();
-    let whole = start.elapsed();
+    let duration = start.elapsed();
     let (cuts, mut cut_off) = (host::rounds(2, 8), 0);
     for cut in 0..cuts {
         import_some();
         let (mut command, stage) = world.copy();
         let mut running = command.spawn().unwrap();
-        thread::sleep(whole.mul_f64(f64::from(cut) / f64::from(cuts)));
+        thread::sleep(duration.mul_f64(f64::from(cut) / f64::from(cuts)));
         world.hosts.set_link(0, false);
         cut_off += u32::from(!running.wait().unwrap().success());
         world.hosts.set_link(0, true);
         wait_for("the link", || world.hosts.ssh(0, "true").status().is_ok_and(|s| s.success()).then_some(()));
-        wait_for("the end of the other rsync", || world.receivers().is_empty().then_some(()));
-        world.assert_whole();
+        wait_for("the exit of the receiving rsync", || world.receivers().is_empty().then_some(()));
+        world.assert_complete();
         fs::remove_dir_all(stage).unwrap();
         world.copy_all();
     }
-    assert!(cut_off > 0, "all of {cuts} were done before the link went down");
+    assert!(cut_off > 0, "all {cuts} copies finished before the link went down");
 }

@@ -1,4 +1,4 @@
-//! Templates as a stream: the same digest on the other side, or nothing at all.
+//! Templates as a stream: `load` gives the same digest in the other store, or nothing at all.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, guest_like, random, stencil};
 use crate::support::stream::{assert_nothing, assert_same, import, load, load_command, save};
 
-/// What a template says of itself, apart from its time and its place.
+/// Returns the description of a template without times and storage details.
 fn described(fixture: &Fixture, reference: &str) -> Value {
     let mut value = fixture.run(&["inspect", reference, "--json"]).ok().json();
     let object = value.as_object_mut().unwrap();
@@ -32,7 +32,7 @@ fn described(fixture: &Fixture, reference: &str) -> Value {
 }
 
 #[test]
-fn the_other_store_has_the_same_template_stored_in_the_same_way() {
+fn load_stores_the_same_template_in_the_same_encoding() {
     for (codec, chunk) in [("lz4", "64k"), ("zstd:5", "16k"), ("none", "64k"), ("lz4", "4k")] {
         let (from, to) = (Fixture::new(), Fixture::new());
         let digest = import(&from, "web:1", 7, codec, chunk);
@@ -45,20 +45,20 @@ fn the_other_store_has_the_same_template_stored_in_the_same_way() {
         assert_eq!(loaded["stream_bytes"], stream.len());
         assert_eq!(described(&from, "web:1"), described(&to, "web:1"), "{codec} {chunk}");
         assert_same(&from, &to, &digest);
-        // As stored, not compressed anew: the bytes that the other store takes are the same.
+        // Records are copied without recompression: both stores take the same number of bytes.
         let stored =
             |f: &Fixture| f.run(&["ls", "--json"]).ok().json()["templates"][0]["stored_bytes"].clone();
         assert_eq!(stored(&from), stored(&to), "{codec} {chunk}");
         assert_eq!(loaded["stored_bytes"], stored(&to));
         to.run(&["verify"]).ok();
         to.assert_clean();
-        // And back again: the stream depends on nothing but the content.
+        // A stream from the second store has the same length: it depends only on the content.
         assert!(save(&to, &["web:1"]).len() == stream.len());
     }
 }
 
 #[test]
-fn what_is_there_is_not_written_again_and_what_is_damaged_is_mended() {
+fn load_skips_stored_blocks_and_repairs_damaged_ones() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     let stream = save(&from, &["web:1"]);
@@ -69,24 +69,24 @@ fn what_is_there_is_not_written_again_and_what_is_damaged_is_mended() {
     assert_eq!(again["skipped_blocks"], again["blocks"]);
     assert_eq!(again["stored_bytes"], 0);
     assert_eq!(to.files("packs"), packs);
-    // A flipped byte in the first record: that block is stored anew.
+    // A flipped byte in the first record: only that block is stored again.
     let mut bytes = fs::read(&packs[0]).unwrap();
     bytes[300] ^= 1;
     fs::write(&packs[0], bytes).unwrap();
-    to.run(&["verify"]).code.eq(&3).then_some(()).expect("damage is found");
-    let mended = load(&to, &stream).ok().json();
-    assert_eq!(mended["repaired_blocks"], 1);
+    to.run(&["verify"]).code.eq(&3).then_some(()).expect("verify has not found the damage");
+    let repaired = load(&to, &stream).ok().json();
+    assert_eq!(repaired["repaired_blocks"], 1);
     assert_same(&from, &to, &digest);
     to.run(&["verify"]).ok();
 }
 
 #[test]
-fn tags_move_and_the_policy_that_is_there_stays() {
+fn load_moves_tags_and_keeps_an_existing_policy() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     from.run(&["tag", "web:1", "other:x"]).ok();
     let other = to.import("web:1", &guest_like(9, 1 << 20)).digest.to_string();
-    // A tag takes itself along, a digest all of its tags.
+    // `save TAG` includes only that tag, `save DIGEST` all tags of the template.
     let loaded = load(&to, &save(&from, &["web:1"])).ok().json();
     assert_eq!(loaded["templates"][0]["moved"], json!([{"tag": "web:1", "from": other}]));
     assert_eq!(to.store().tags().unwrap().len(), 1);
@@ -114,7 +114,7 @@ fn tags_move_and_the_policy_that_is_there_stays() {
 }
 
 #[test]
-fn several_templates_share_their_blocks_and_some_are_left_out() {
+fn a_stream_shares_blocks_and_omits_those_of_a_base() {
     let (from, to, bare) = (Fixture::new(), Fixture::new(), Fixture::new());
     let base = guest_like(1, 4 << 20);
     let more = [&base[..], &random(2, 1 << 20)[..]].concat();
@@ -136,7 +136,7 @@ fn several_templates_share_their_blocks_and_some_are_left_out() {
     load(&bare, &save(&from, &["base"])).ok();
     load(&bare, &rest).ok();
     assert_same(&from, &bare, &b.to_string());
-    // A base that is there but damaged cannot stand in for its blocks.
+    // A damaged base cannot replace the omitted blocks.
     bare.run(&["rm", "app"]).ok();
     for pack in bare.files("packs") {
         let mut bytes = fs::read(&pack).unwrap();
@@ -150,7 +150,7 @@ fn several_templates_share_their_blocks_and_some_are_left_out() {
 }
 
 #[test]
-fn what_is_no_stream_is_refused_in_one_line_and_makes_no_store() {
+fn load_refuses_invalid_input_without_creating_a_store() {
     let (from, to) = (Fixture::new(), Fixture::new());
     import(&from, "web:1", 1, "lz4", "64k");
     let stream = save(&from, &["web:1"]);
@@ -178,7 +178,7 @@ fn what_is_no_stream_is_refused_in_one_line_and_makes_no_store() {
     assert_eq!(from.run(&["save", "web:1", "--json"]).code, 2);
     assert_eq!(from.run(&["save", "web:1", "-o", "/"]).code, 2);
     assert_eq!(from.run(&["save", "web:1", "-o", "/no/such/folder/x"]).code, 4);
-    // Neither end is a terminal's.
+    // Terminals are refused as input and output.
     for (words, hint) in [(&["save", "web:1"][..], "| ssh HOST stencil load"), (&["load"], "| stencil load")]
     {
         let pty =
@@ -199,7 +199,7 @@ fn what_is_no_stream_is_refused_in_one_line_and_makes_no_store() {
 }
 
 #[test]
-fn damage_does_not_travel() {
+fn save_refuses_damaged_blocks() {
     let (from, to) = (Fixture::new(), Fixture::new());
     import(&from, "web:1", 1, "lz4", "64k");
     let pack = from.files("packs").remove(0);
@@ -216,9 +216,9 @@ fn damage_does_not_travel() {
     assert_nothing(&to);
 }
 
-/// The reader of a pipe gets this many bytes of a real `save`, then its end.
+/// `load` gets a prefix of a real `save`, then the end of the pipe.
 #[test]
-fn a_pipe_that_is_cut_at_ten_points() {
+fn load_of_a_truncated_pipe_leaves_nothing() {
     let from = Fixture::new();
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     let whole = save(&from, &["web:1"]).len();
@@ -243,16 +243,19 @@ fn a_pipe_that_is_cut_at_ten_points() {
             assert_eq!(load.status.code(), Some(3), "{load:?}");
             assert_nothing(&to);
         }
-        // Short ends fit into the pipe; else the writer hears of it.
-        let heard = String::from_utf8_lossy(&save.stderr);
-        assert!(save.status.success() || heard.contains("Broken pipe"), "{heard}");
-        assert!(save.status.success() || heard.lines().count() == 2, "{heard}");
-        assert!(!save.status.success() || whole - cut < 2 << 20, "cut at {cut} of {whole} was not heard of");
+        // A short rest fits into the pipe's buffer; otherwise `save` gets EPIPE.
+        let stderr = String::from_utf8_lossy(&save.stderr);
+        assert!(save.status.success() || stderr.contains("Broken pipe"), "{stderr}");
+        assert!(save.status.success() || stderr.lines().count() == 2, "{stderr}");
+        assert!(
+            !save.status.success() || whole - cut < 2 << 20,
+            "save has not reported the cut at {cut} of {whole}"
+        );
     }
 }
 
 #[test]
-fn every_end_and_every_addition_is_refused() {
+fn load_refuses_every_truncation_and_every_addition() {
     let from = Fixture::new();
     from.import("web:1", &[&random(1, 3 << 12)[..], &[0; 1 << 16]].concat());
     let stream = save(&from, &["web:1"]);
@@ -305,8 +308,8 @@ fn an_interrupted_load_or_save_cleans_up_at_once() {
         assert!(String::from_utf8_lossy(&output.stdout).contains("interrupted"), "{output:?}");
         assert_nothing(&to);
 
-        // Nobody takes what is saved: the writer stands in the middle of a write.
-        // Whoever runs the tests in the background may have them ignore SIGINT; `env` undoes that.
+        // Nothing reads the pipe: `save` blocks in the middle of a write. The tests may run in a background job that
+        // ignores SIGINT, which `env` undoes.
         let plain = stencil(from.dir.path(), &["save", "web:1"]);
         let mut command = Command::new("env");
         command.arg("--default-signal=INT,TERM").arg(plain.get_program()).args(plain.get_args());
@@ -324,7 +327,7 @@ fn leases(fixture: &Fixture, reference: &str) -> Vec<Value> {
 }
 
 #[test]
-fn what_is_being_saved_is_not_removed() {
+fn rm_refuses_a_template_that_is_being_saved() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "none", "64k");
     let mut save = stencil(from.dir.path(), &["save", "web:1"]).stdout(Stdio::piped()).spawn().unwrap();
@@ -341,9 +344,9 @@ fn what_is_being_saved_is_not_removed() {
     from.run(&["rm", "web:1"]).ok();
 }
 
-/// SIGKILL at many moments between the begin and the end of a load.
+/// Sends SIGKILL at many moments between start and end of a load.
 #[test]
-fn a_killed_load_leaves_nothing_that_matters() {
+fn a_killed_load_leaves_a_sound_store() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digests =
         [("a", 5), ("b", 6)].map(|(name, seed)| from.import(name, &guest_like(seed, 12 << 20)).digest);
@@ -364,7 +367,8 @@ fn a_killed_load_leaves_nothing_that_matters() {
             to.run(&["rm", &digest.to_string()]);
         }
         for pack in to.files("packs").into_iter().skip(1).filter(|_| attempt % 2 == 0) {
-            // Half of the attempts have everything to write; the pack of "base" may go with them, then it is loaded.
+            // Half of the attempts have to write everything; the pack of "base" may be deleted too, "base" is imported
+            // again below.
             fs::remove_file(pack).unwrap();
         }
         to.import("base", &guest_like(7, 1 << 20));
@@ -374,13 +378,13 @@ fn a_killed_load_leaves_nothing_that_matters() {
         signal(&child, Signal::KILL);
         killed += u32::from(child.wait().unwrap().code().is_none());
         let tags = to.store().tags().unwrap();
-        let there: Vec<_> = tags.iter().filter(|t| t.name != "base").collect();
-        found += there.len();
-        if there.is_empty() && share > 0.5 {
-            // The host has become slower since.
+        let loaded: Vec<_> = tags.iter().filter(|t| t.name != "base").collect();
+        found += loaded.len();
+        if loaded.is_empty() && share > 0.5 {
+            // The host has become slower: the next kill comes later.
             whole = whole.mul_f64(1.2);
         }
-        for tag in there {
+        for tag in loaded {
             assert_same(&from, &to, &tag.digest.to_string());
         }
         for digest in to.store().digests().unwrap() {
@@ -391,12 +395,12 @@ fn a_killed_load_leaves_nothing_that_matters() {
     }
     to.run(&words).ok();
     to.assert_clean();
-    assert!(killed > 0, "none of {attempts} was killed before its end");
-    assert!(found > 0, "none of {attempts} came so far that a tag was there");
+    assert!(killed > 0, "none of {attempts} loads was killed before it finished");
+    assert!(found > 0, "none of {attempts} loads had published a tag before the kill");
 }
 
 #[test]
-fn a_full_disk_leaves_nothing() {
+fn load_on_a_full_disk_leaves_nothing() {
     let (from, to) = (Fixture::new(), Fixture::new());
     from.import("web:1", &random(1, 12 << 20));
     let stream = save(&from, &["web:1"]);
@@ -412,5 +416,5 @@ fn a_full_disk_leaves_nothing() {
     let ran = stencil(from.dir.path(), &["save", "web:1", "-o", target.to_str().unwrap()]).output().unwrap();
     assert_eq!(ran.status.code(), Some(1));
     assert!(!target.exists());
-    assert_eq!(fs::read_dir(to.dir.path()).unwrap().count(), 1, "the store alone");
+    assert_eq!(fs::read_dir(to.dir.path()).unwrap().count(), 1, "save has left a file");
 }

@@ -1,4 +1,5 @@
-//! What a sender cannot do to a store: hold it up, fill it, move its tags unasked; and what a failure leaves.
+//! Limits for the sender of a stream: it cannot block `load`, fill the store, or move tags against the user's will; and
+//! the state after a failure.
 
 use std::fs;
 use std::io::Write;
@@ -13,7 +14,7 @@ use crate::travel_hostile::seal;
 
 const BLOCK: usize = 64 << 10;
 
-/// Where the first image of a stream begins.
+/// Returns the offset of the first image of a stream.
 fn image_of(stream: &[u8]) -> usize {
     let number = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap()) as usize;
     number(12) + number(104)
@@ -27,14 +28,14 @@ fn piped(fixture: &Fixture, words: &[&str], bytes: &[u8]) -> Child {
     child
 }
 
-/// Ends by itself though its input stays open.
-fn end(mut child: Child) -> Ran {
+/// Waits until the process exits by itself although its input stays open.
+fn wait_exit(mut child: Child) -> Ran {
     let stdin = child.stdin.take();
     let start = Instant::now();
     while child.try_wait().unwrap().is_none() {
         if start.elapsed() > Duration::from_secs(60) {
             child.kill().unwrap();
-            panic!("it still waits");
+            panic!("the command has not exited after 60 s");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -43,13 +44,13 @@ fn end(mut child: Child) -> Ran {
 }
 
 #[test]
-fn a_silent_sender_is_left_after_the_limit() {
+fn load_fails_after_the_stall_timeout() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     let stream = save(&from, &["web:1"]);
     let words = ["load", "--json", "--stall-timeout", "1"];
     for part in [0, 20, 2000, stream.len() - 1] {
-        let ran = end(piped(&to, &words, &stream[..part]));
+        let ran = wait_exit(piped(&to, &words, &stream[..part]));
         assert_eq!(ran.code, 75, "{part}: {ran:?}");
         let error = &ran.json()["error"];
         let message = error["message"].as_str().unwrap();
@@ -58,11 +59,11 @@ fn a_silent_sender_is_left_after_the_limit() {
         assert_eq!(error["path"], "standard input");
         assert_nothing(&to);
     }
-    let ran = end(piped(&to, &["import", "-", "web", "--json", "--stall-timeout", "1"], &[1; 5000]));
+    let ran = wait_exit(piped(&to, &["import", "-", "web", "--json", "--stall-timeout", "1"], &[1; 5000]));
     assert_eq!(ran.code, 75, "{ran:?}");
     assert!(ran.stdout.contains("stalled at offset 5000: no bytes"), "{ran:?}");
     assert_nothing(&to);
-    // Without a limit it waits; what comes then is taken.
+    // Without a limit `load` waits, and accepts bytes that come later.
     let mut child = piped(&to, &["load", "--stall-timeout", "0"], &stream[..2000]);
     std::thread::sleep(Duration::from_secs(2));
     assert!(child.try_wait().unwrap().is_none());
@@ -72,9 +73,9 @@ fn a_silent_sender_is_left_after_the_limit() {
 }
 
 #[test]
-fn blocks_that_no_image_names_are_refused() {
+fn load_refuses_blocks_without_a_reference() {
     let (from, other, to) = (Fixture::new(), Fixture::new(), Fixture::new());
-    // Two blocks, one of them of zeros: there is room for one more in what the image has.
+    // Two blocks, one of them zero: the image's block count allows one more record.
     from.import("web:1", &[&random(1, BLOCK)[..], &[0; BLOCK]].concat());
     let stream = save(&from, &["web:1"]);
     other.import("more", &random(2, BLOCK));
@@ -97,7 +98,7 @@ fn blocks_that_no_image_names_are_refused() {
         assert!(ran.stdout.contains(words), "{ran:?}");
         assert_nothing(&to);
     }
-    // Whether the store has such a block is nothing that a sender hears.
+    // The result does not depend on whether the store has the block: a sender must not learn that.
     load(&to, &more).ok();
     let ran = load(&to, &with(1));
     assert_eq!(ran.code, 3, "{ran:?}");
@@ -106,7 +107,7 @@ fn blocks_that_no_image_names_are_refused() {
 }
 
 #[test]
-fn an_image_has_at_most_64_tib_imported_or_loaded() {
+fn import_and_load_limit_an_image_to_64_tib() {
     let (from, to) = (Fixture::new(), Fixture::new());
     from.import("web:1", &random(1, 3 << 12));
     let mut stream = save(&from, &["web:1"]);
@@ -134,7 +135,7 @@ fn an_image_has_at_most_64_tib_imported_or_loaded() {
 }
 
 #[test]
-fn tags_stay_where_they_are_without_the_streams() {
+fn load_without_tags_leaves_all_tags_unchanged() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "web:1", 1, "lz4", "64k");
     from.run(&["tag", "web:1", "other:x"]).ok();
@@ -153,15 +154,15 @@ fn tags_stay_where_they_are_without_the_streams() {
 
     let text = to.run(&["load", "-i", stream]).ok().stdout;
     let short = before.short();
-    assert!(text.contains(&format!("  tag web:1 moved: it pointed to {short} before\n")), "{text}");
+    assert!(text.contains(&format!("  tag web:1 moved from {short}\n")), "{text}");
     assert!(!text.contains("tag other:x moved"), "{text}");
     assert_eq!(tags().len(), 2);
     assert!(!tags().contains(&before));
 }
 
-/// A file stands where the folder of the second tag has to be.
+/// A file blocks the creation of the second tag's directory.
 #[test]
-fn a_failure_while_publishing_says_what_is_there() {
+fn a_failed_publication_reports_the_published_parts() {
     let (from, to) = (Fixture::new(), Fixture::new());
     let digest = import(&from, "ok:1", 1, "lz4", "64k");
     from.run(&["tag", "ok:1", "web:1"]).ok();

@@ -1,4 +1,5 @@
-//! Every way to hold a template: `rm` finds it, or refuses, or the documentation says why nobody is hurt.
+//! Every way to use a template: `rm` finds the user, or refuses, or removes the template without harm for the reason
+//! given in the documentation.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,10 +17,10 @@ const SIZE: usize = 1 << 20;
 /// The name of the template's file.
 const FILE: &str = "memory";
 
-/// Rows of the documentation that other scenarios have, or that cannot be had here.
+/// Rows of the documentation that other scenarios cover or that cannot be tried here.
 const ELSEWHERE: &[&str] = &["process that does not let itself be looked into", "handle of an NFS client"];
 
-/// By passthrough, those ways in which something else than the process keeps the file.
+/// With passthrough, the ways in which something other than a process may keep the file open.
 const BY_PASSTHROUGH: &[&str] = &[
     "mapping",
     "first thread ended, mapping",
@@ -32,23 +33,23 @@ const BY_PASSTHROUGH: &[&str] = &[
     "copy in a memory file",
 ];
 
-/// What `rm` says of a user that only the kernel knows.
+/// The words of `rm` about a user that only the kernel knows.
 const NO_PROCESS: &str = "but no process uses the file";
 
-/// What `rm` does while a template is held.
+/// The result of `rm` while a template is in use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Rm {
-    /// Exit 5: the search finds it, and says who.
+    /// Exit 5: the scan finds the process and reports it.
     Named,
-    /// Exit 5: only the kernel knows.
+    /// Exit 5: only the kernel knows the user.
     Unnamed,
-    /// It removes the template, and the holder reads the right bytes all the same.
+    /// `rm` removes the template, and the holder still reads the right bytes.
     Removes,
 }
 
 use Rm::{Named, Removes, Unnamed};
 
-/// Each way, and what `rm` does.
+/// Each way and the result of `rm`.
 const WAYS: &[(&str, Rm)] = &[
     ("mapping", Named),
     ("shared mapping", Named),
@@ -82,16 +83,16 @@ const WAYS: &[(&str, Rm)] = &[
     ("copy in a memory file", Removes),
 ];
 
-/// Who holds the template; dropped in order, the process first.
+/// A use of the template; the fields are dropped in order, the process first.
 struct Held {
     holder: Option<Holder>,
     device: Option<Loop>,
-    /// To be opened by this process.
+    /// A file for this process to open.
     file: Option<PathBuf>,
     mounts: Vec<Mounted>,
 }
 
-/// Takes a loop device away with its row.
+/// A loop device, detached on drop.
 struct Loop(String);
 
 impl Drop for Loop {
@@ -136,7 +137,7 @@ impl Held {
                     held.mounts.clear();
                 }
                 if way.contains("nobody uses") {
-                    // Its end closes the file: what is left is what overlayfs remembers.
+                    // The exit closes the file; only the reference inside overlayfs remains.
                     held.holder = None;
                     held.file = Some(held.mounts[0].0.join(FILE));
                 }
@@ -146,7 +147,7 @@ impl Held {
         held
     }
 
-    /// What the holder reads, after which it holds nothing.
+    /// Returns the hash of what the holder reads, and ends the use.
     fn hash(self) -> Option<u64> {
         match (self.holder, &self.device) {
             (Some(holder), _) => holder.hash(),
@@ -156,98 +157,98 @@ impl Held {
     }
 }
 
-fn every_holder_keeps_its_bytes(serve: &str) {
+fn check_every_holder(serve: &str) {
     let world = TestMount::new(serve);
     let bytes = guest_like(1, SIZE);
     let digest = world.import_bytes(&bytes, "web:1");
     let folder = world.dir().join("holder");
     fs::create_dir_all(&folder).unwrap();
-    let mut wrong = Vec::new();
+    let mut failures = Vec::new();
     let all = serve == "decode";
     for (way, expected) in WAYS.iter().filter(|(way, _)| all || BY_PASSTHROUGH.contains(way)) {
         let held = Held::by(way, &world.file(&digest, FILE), &folder);
         let rm = world.stencil(&["rm", "web:1"]);
-        let said = match expected {
+        let matches = match expected {
             Named => rm.code == 5 && !rm.err.contains(NO_PROCESS),
             Unnamed => rm.code == 5 && rm.err.contains(NO_PROCESS),
             Removes => rm.code == 0,
         };
-        if !said {
-            wrong.push(format!("{way}: rm exits with {}: {}", rm.code, rm.err));
+        if !matches {
+            failures.push(format!("{way}: rm exits with {}: {}", rm.code, rm.err));
         }
         if held.hash() != Some(hash_of(&bytes)) {
-            wrong.push(format!("{way}: the holder does not read what was imported"));
+            failures.push(format!("{way}: the holder reads wrong bytes"));
         }
         if rm.code != 0 && *expected == Unnamed {
-            // Nothing holds it any more; the kernel may close the last file a moment later.
+            // The use has ended, but the kernel may close the last file a moment later.
             wait_for(way, || (world.stencil(&["rm", "web:1"]).code == 0).then_some(()));
         }
         if rm.code == 0 || *expected == Unnamed {
             assert_eq!(world.import_bytes(&bytes, "web:1"), digest);
         }
     }
-    assert!(wrong.is_empty(), "{serve}:\n{}", wrong.join("\n"));
+    assert!(failures.is_empty(), "{serve}:\n{}", failures.join("\n"));
 }
 
-/// Runs `stencil` behind another program, and gives its exit code and standard error.
-fn behind(world: &TestMount, program: &str, words: &[&str], ours: &[&str]) -> Run {
+/// Runs `stencil` by another program and returns its result.
+fn run_by(world: &TestMount, program: &str, words: &[&str], ours: &[&str]) -> Run {
     let mut command = world.command_in(program);
     command.args(words).arg(STENCIL).args(ours);
     Run::of(format!("{program} {} {}", words.join(" "), ours.join(" ")), &command.output().unwrap())
 }
 
-/// Root of a user namespace has all capabilities, and none that counts for processes outside of it.
+/// Root in a user namespace has all capabilities, but none of them applies to processes outside.
 #[test]
-fn who_may_not_look_into_all_removes_nothing() {
+fn rm_refuses_without_the_right_to_inspect_all_processes() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let bytes = guest_like(1, SIZE);
     let digest = world.import_bytes(&bytes, "web:1");
     let holder = Holder::start("mapping of another user", &world.file(&digest, FILE), world.dir());
     let user_namespace = ["--user", "--map-root-user"];
-    behind(&world, "unshare", &user_namespace, &["rm", "web:1"]).exits(75).says("another user namespace");
+    run_by(&world, "unshare", &user_namespace, &["rm", "web:1"]).exits(75).says("another user namespace");
     let pid_namespace = ["--pid", "--fork", "--mount-proc", "--kill-child"];
-    behind(&world, "unshare", &pid_namespace, &["rm", "web:1"]).exits(75).says("another PID namespace");
-    // Names of templates without a tag are no better protected.
+    run_by(&world, "unshare", &pid_namespace, &["rm", "web:1"]).exits(75).says("another PID namespace");
+    // Templates without a tag have the same protection.
     fs::remove_file(world.store_dir().join("tags/web/1")).unwrap();
-    let gc = behind(&world, "unshare", &user_namespace, &["gc", "--untagged"]);
+    let gc = run_by(&world, "unshare", &user_namespace, &["gc", "--untagged"]);
     assert!(gc.code != 0 || gc.out.contains("kept") || gc.err.contains("namespace"), "{gc:?}");
     assert!(world.store_dir().join("images").join(&digest).exists());
     world.stencil(&["tag", &digest, "web:1"]).ok();
-    // Root without the right to look: every process that has more rights is named.
+    // Root without the needed capabilities: every process with more capabilities is reported.
     let less = "=-sys_ptrace,-perfmon,-sys_admin";
     let no_trace = [&*format!("--bounding-set{less}"), &*format!("--inh-caps{less}")];
     for ours in [&["rm", "web:1"][..], &["density"]] {
-        let run = behind(&world, "setpriv", &no_trace, ours).exits(75);
+        let run = run_by(&world, "setpriv", &no_trace, ours).exits(75);
         assert!(run.err.contains("no permission to inspect processes that may be clones: "), "{run:?}");
     }
-    let ps = behind(&world, "setpriv", &no_trace, &["--json", "ps"]).ok();
+    let ps = run_by(&world, "setpriv", &no_trace, &["--json", "ps"]).ok();
     let listed: serde_json::Value = serde_json::from_str(&ps.out).unwrap();
     let unseen = listed["unseen"].as_array().unwrap();
     assert!(unseen.contains(&std::process::id().into()), "{listed}");
     assert_eq!(holder.hash(), Some(hash_of(&bytes)));
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
-    // Where nothing is mounted nobody can have it.
-    behind(&world, "unshare", &user_namespace, &["rm", "web:1"]).ok();
+    // Without a mount no process can use the template.
+    run_by(&world, "unshare", &user_namespace, &["rm", "web:1"]).ok();
 }
 
 #[test]
-fn every_holder_keeps_its_bytes_by_decode() {
+fn every_holder_of_a_template_keeps_its_bytes_by_decode() {
     let _host = host::shared();
-    every_holder_keeps_its_bytes("decode");
+    check_every_holder("decode");
 }
 
 #[test]
-fn every_holder_keeps_its_bytes_by_passthrough() {
+fn every_holder_of_a_template_keeps_its_bytes_by_passthrough() {
     let _host = host::shared();
-    every_holder_keeps_its_bytes("passthrough");
+    check_every_holder("passthrough");
 }
 
 #[test]
-fn the_documented_ways_are_those_that_are_tried() {
+fn the_documented_ways_to_use_a_template_are_all_tested() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/explanation/removal.md"))
         .unwrap();
-    let table = text.split_once("| held by | `rm` |").expect("the table of ways").1;
+    let table = text.split_once("| held by | `rm` |").expect("no table of ways").1;
     let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
     let cells = rows.map(|row| row.split('|').map(str::trim).skip(1).collect::<Vec<_>>());
     let documented: BTreeSet<(&str, &str, bool)> = cells
@@ -262,9 +263,9 @@ fn the_documented_ways_are_those_that_are_tried() {
     assert!(BY_PASSTHROUGH.iter().all(|way| WAYS.iter().any(|(other, _)| other == way)));
 }
 
-/// What is counted, listed and kept from being unmounted does not depend on which thread shows it.
+/// Counting, listing and the refusal of `umount` do not depend on the thread that has the mapping.
 #[test]
-fn a_clone_without_its_first_thread_is_a_clone_to_every_command() {
+fn every_command_sees_a_clone_whose_first_thread_has_exited() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     let bytes = guest_like(1, SIZE);
@@ -284,7 +285,7 @@ fn a_clone_without_its_first_thread_is_a_clone_to_every_command() {
     let refused = world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).exits(5);
     assert!(refused.err.contains(&format!("{pid} (")), "{refused:?}");
     assert_eq!(holder.hash(), Some(hash_of(&bytes)));
-    // A clone of which the maps show another file system.
+    // A clone whose maps show another file system.
     let held = Held::by("mapping through overlayfs", &world.file(&digest, FILE), world.dir());
     let density = world.json(&["density", "--audit"]);
     assert_eq!(density["totals"]["clones"], 1, "{density:#}");

@@ -1,5 +1,5 @@
-//! What `stencil args` prints is run as printed: QEMU, QEMU as libvirt and Kata call it; Firecracker's body is held
-//! against its published API.
+//! The output of `stencil args` is executed as printed: by QEMU, by libvirt, and by Kata's script; the body for
+//! Firecracker is checked against its published API.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,34 +28,34 @@ impl Running {
     }
 }
 
-/// A mount of the scenario's store at another place; unmounted when dropped.
-struct Elsewhere<'a>(&'a TestMount, &'a Path);
+/// A mount of the scenario's store at another mount point; unmounted on drop.
+struct OtherMount<'a>(&'a TestMount, &'a Path);
 
-impl<'a> Elsewhere<'a> {
-    fn mount(world: &'a TestMount, place: &'a Path) -> Elsewhere<'a> {
+impl<'a> OtherMount<'a> {
+    fn mount(world: &'a TestMount, place: &'a Path) -> OtherMount<'a> {
         world.stencil(&["mount", place.to_str().unwrap()]).ok();
-        Elsewhere(world, place)
+        OtherMount(world, place)
     }
 }
 
-impl Drop for Elsewhere<'_> {
+impl Drop for OtherMount<'_> {
     fn drop(&mut self) {
         let run = self.0.stencil(&["umount", "--force", self.1.to_str().unwrap()]);
         assert!(run.code == 0 || std::thread::panicking(), "{}", run.err);
     }
 }
 
-/// What `ps` and `/proc` say of the mappings of that process: file, protection, length.
+/// Returns the mappings of a process from `density` and `/proc`: file, protection, length in MiB.
 fn mappings(world: &TestMount, qemu: &mut Running) -> Vec<(String, String, u64)> {
     let pid = qemu.0.id();
     mappings_of(world, qemu, pid)
 }
 
-/// The same for a process that the other one has started.
+/// Same as [`mappings`] for a child of that process.
 fn mappings_of(world: &TestMount, parent: &mut Running, pid: u32) -> Vec<(String, String, u64)> {
     let look = || {
         let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap_or_default();
-        assert!(parent.0.try_wait().unwrap().is_none(), "QEMU ended: {log}");
+        assert!(parent.0.try_wait().unwrap().is_none(), "QEMU exited: {log}");
         let density = world.json(&["density"]);
         let clones = density["clones"].as_array().unwrap();
         let clone = clones.iter().find(|c| c["pid"] == pid)?.clone();
@@ -72,7 +72,7 @@ fn mappings_of(world: &TestMount, parent: &mut Running, pid: u32) -> Vec<(String
     let mut maps: Vec<_> = maps
         .map(|m| {
             let start = m["start"].as_u64().unwrap();
-            assert!(start.is_multiple_of(2 << 20) || m["file"] == "odd", "aligned for 2 MiB pages: {m}");
+            assert!(start.is_multiple_of(2 << 20) || m["file"] == "odd", "not aligned to 2 MiB: {m}");
             (
                 m["file"].as_str().unwrap().to_owned(),
                 protection(start),
@@ -101,13 +101,13 @@ fn import(world: &TestMount, tag: &str, files: &[(&str, usize, &str)]) {
 fn text(world: &TestMount, template: &str, vmm: &str) -> String {
     let run = world.stencil(&["args", template, "--vmm", vmm]).ok();
     let json = world.json(&["args", template, "--vmm", vmm]);
-    assert_eq!(json["text"].as_str().unwrap(), run.out.trim_end(), "one struct");
+    assert_eq!(json["text"].as_str().unwrap(), run.out.trim_end(), "text and JSON differ");
     assert!(json["notes"].as_array().unwrap().iter().all(|n| run.err.contains(n.as_str().unwrap())));
     run.out
 }
 
 #[test]
-fn each_printed_qemu_line_runs_as_printed() {
+fn each_qemu_command_line_runs_as_printed() {
     let _host = host::shared();
     for serve in ["passthrough", "decode"] {
         let world = TestMount::new(serve);
@@ -127,13 +127,13 @@ fn each_printed_qemu_line_runs_as_printed() {
 }
 
 #[test]
-fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
+fn the_line_of_a_captured_guest_has_its_options_and_quotes_paths() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     guest::give(&world);
     let place = world.dir().join("m,n it's");
     fs::create_dir(&place).unwrap();
-    let mounted = Elsewhere::mount(&world, &place);
+    let mounted = OtherMount::mount(&world, &place);
     let line = text(&world, "guest:v1", "qemu");
     assert!(line.contains("id=ram0") && line.contains("memory-backend=ram0"), "{line}");
     assert!(line.contains("m,,n it'\\''s"), "{line}");
@@ -141,7 +141,7 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
     assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
     drop(qemu);
 
-    // The same in other forms that QEMU reads; and what would let QEMU go on with memory of its own.
+    // Equivalent forms that QEMU accepts, and a form with which QEMU would use other memory.
     let recipe = world.stencil(&["inspect", "--recipe", "guest:v1"]).ok().out;
     let edited = world.dir().join("edited");
     let edit = |change: &dyn Fn(&str) -> String| {
@@ -183,7 +183,7 @@ fn a_captured_guests_line_has_its_own_words_and_a_path_may_be_odd() {
 }
 
 #[test]
-fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
+fn the_libvirt_domain_is_valid_and_runs() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     import(&world, "rom", &[("memory", 64, "ram"), ("img", 6, "rom")]);
@@ -193,7 +193,7 @@ fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
     run("virt-xml-validate", &[file.to_str().unwrap(), "domain"]);
     fs::write(&file, domain.replace("qemu:arg ", "qemu:argument ")).unwrap();
     let broken = Command::new("virt-xml-validate").arg(&file).arg("domain").output().unwrap();
-    assert!(!broken.status.success(), "the schema looks at these elements");
+    assert!(!broken.status.success(), "the schema accepts an unknown element");
 
     let mut running = Domain::start(&world, &domain);
     let expected = [("img".to_owned(), "r--s".to_owned(), 6), ("memory".to_owned(), "rw-p".to_owned(), 64)];
@@ -210,7 +210,7 @@ fn a_libvirt_domain_is_valid_and_runs_under_libvirt() {
         .says("has 2 RAM files: libvirt creates the memory of NUMA nodes itself");
 }
 
-/// `SnapshotLoadParams` and `MemoryBackend` of Firecracker's API description: properties, and which must be there.
+/// `SnapshotLoadParams` and `MemoryBackend` in Firecracker's API description: name, type, required.
 const LOAD: [(&str, &str, bool); 9] = [
     ("snapshot_path", "string", true),
     ("mem_backend", "MemoryBackend", false),
@@ -228,19 +228,19 @@ fn fits(value: &Value, fields: &[(&str, &str, bool)]) {
     let object = value.as_object().unwrap();
     for (key, value) in object {
         let (_, kind, _) =
-            fields.iter().find(|f| f.0 == key).unwrap_or_else(|| panic!("{key} is no property"));
+            fields.iter().find(|f| f.0 == key).unwrap_or_else(|| panic!("unknown property {key}"));
         match *kind {
             "string" => assert!(value.is_string(), "{key}"),
             "boolean" => assert!(value.is_boolean(), "{key}"),
             "MemoryBackend" => fits(value, &BACKEND),
-            kind => panic!("{key} as {kind}"),
+            kind => panic!("{key} has unexpected type {kind}"),
         }
     }
     assert!(fields.iter().all(|(name, _, required)| !required || object.contains_key(*name)), "{value}");
 }
 
 #[test]
-fn firecrackers_body_is_what_its_api_takes() {
+fn the_body_for_firecracker_matches_its_api() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let memory = guest_like(3, 4 * MIB);
@@ -267,7 +267,7 @@ fn firecrackers_body_is_what_its_api_takes() {
     world.stencil(&["args", "plain", "--vmm", "xen"]).exits(2);
 }
 
-/// Kata's script for this template, and the folder that stands for Kata's own template.
+/// Writes Kata's script for this template, and creates the directory that stands for Kata's own template.
 fn kata(world: &TestMount, template: &str) -> (PathBuf, PathBuf) {
     use std::os::unix::fs::PermissionsExt;
     let script = world.dir().join("qemu-stencil");
@@ -279,10 +279,10 @@ fn kata(world: &TestMount, template: &str) -> (PathBuf, PathBuf) {
 }
 
 #[test]
-fn katas_script_resumes_a_real_guest_from_the_template() {
+fn the_script_for_kata_resumes_a_real_guest() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    // Its RAM as Kata names it.
+    // The RAM object has the name that Kata uses.
     let [kernel, initramfs, append] = linux();
     let theirs = |word: String| word.replace(",memory-backend=ram0", "").replace("id=ram0", "id=dimm1");
     let mut words: Vec<String> = qemu_words(world.dir(), "256M").into_iter().map(theirs).collect();
@@ -299,7 +299,7 @@ fn katas_script_resumes_a_real_guest_from_the_template() {
     let by_id = world.json(&["path", "guest:v1"])["path"].as_str().unwrap().to_owned();
     fs::copy(format!("{by_id}/state"), folder.join("state")).unwrap();
 
-    // The VM as Kata resumes one: its RAM by a path that it would open read-write, device state by `exec:cat`.
+    // The VM as Kata resumes it: a RAM file that QEMU would open read-write, device state by `exec:cat`.
     let theirs =
         format!("memory-backend-file,id=dimm1,size=256M,mem-path={}/memory,prealloc=on", folder.display());
     let words: Vec<String> = recipe["argv"]
@@ -331,15 +331,15 @@ fn katas_script_resumes_a_real_guest_from_the_template() {
     qmp.run("cont", json!({})).unwrap();
     let serial = world.dir().join("serial.log");
     patiently("heartbeats", Duration::from_secs(60), || (heartbeats(&serial).len() >= 3).then_some(()));
-    assert!(heartbeats(&serial)[0].count >= 4, "it went on, it did not boot");
+    assert!(heartbeats(&serial)[0].count >= 4, "the guest has booted instead of resuming");
     assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
     let density = world.json(&["density"]);
     let private = density["clones"][0]["private_bytes"].as_u64().unwrap();
-    assert!(private < 64 << 20, "prealloc is left out: {private}");
+    assert!(private < 64 << 20, "prealloc was not removed: {private} private bytes");
 }
 
 #[test]
-fn katas_script_takes_its_forms_and_refuses_by_name() {
+fn the_script_for_kata_accepts_its_forms_and_refuses_others() {
     let _host = host::shared();
     let world = TestMount::new("auto");
     let paths = ["memory", "state"].map(|name| world.dir().join(name));
@@ -357,7 +357,7 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
         command.args(words.split_ascii_whitespace()).current_dir(world.dir());
         command
     };
-    // A QEMU that starts where it should not would wait for ever.
+    // A QEMU that is started by mistake would wait for ever.
     let refused = |words: &str| {
         let mut command = Command::new("timeout");
         command.arg("30").arg(&script).args(words.split_ascii_whitespace());
@@ -368,8 +368,8 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
     let memory_of = |words: &str| {
         let mut qemu = Running::start(&mut call(words), &world.dir().join("qemu.log"));
         let pid = qemu.0.id();
-        // The executable's name changes from the shell's to QEMU's.
-        patiently("its memory", Duration::from_secs(30), || {
+        // Until the shell has executed QEMU there is no mapping.
+        patiently("the mapping of the memory", Duration::from_secs(30), || {
             let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap();
             assert!(qemu.0.try_wait().unwrap().is_none(), "{words}: {log}");
             let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
@@ -390,7 +390,7 @@ fn katas_script_takes_its_forms_and_refuses_by_name() {
     let machine = "-machine q35,accel=tcg,memory-backend=dimm1 -nodefaults -display none -m 64M";
     let words = format!("{machine} -object memory-backend-ram,id=dimm1,size=64M -incoming defer");
     assert_eq!(memory_of(&words), ("rw-p".to_owned(), template.clone()));
-    // The VM that Kata makes its own template with writes to its own file.
+    // The VM with which Kata creates its own template writes to its own file.
     let own = format!("memory-backend-file,id=dimm1,size=64M,mem-path={folder}/memory,share=on");
     let words = format!("{common} -m 64M -object {own} {numa} -S");
     assert_eq!(memory_of(&words), ("rw-s".to_owned(), format!("{folder}/memory")));

@@ -12,7 +12,7 @@ use stencilfs::sys::process::ProcessId;
 use crate::support::host;
 use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::StandsStill;
+use crate::support::passing::StoppedProcess;
 use crate::support::readers::{Image, PAGE};
 
 /// Number of callers: more than the slots for pending requests.
@@ -52,7 +52,7 @@ fn opens_beyond_the_slot_limit_are_served_by_decode() {
     let table = table_of(world.server());
     let (decoded, waited) = (AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        let resume_on_drop = StandsStill::stop(supervisor);
+        let resume_on_drop = StoppedProcess::stop(supervisor);
         let (path, decoded, waited) = (&path, &decoded, &waited);
         spawn_callers(scope, move |number| {
             let file = File::open(path).expect("the open succeeds");

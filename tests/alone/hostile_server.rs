@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::hostile_server::{ANSWER, IMAGE, world};
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 use crate::support::{host, link};
 
 /// The server sends cheap requests without pause, and reads the replies.
@@ -21,7 +21,7 @@ fn soak_a_request_flood_is_bounded_and_delays_no_command() {
         scope.spawn(|| {
             // Each request has a new key: the supervisor would need memory for each key that it recorded.
             for number in 1_000_000u64.. {
-                let key = link::nobodys(number as u32);
+                let key = link::absent_key(number as u32);
                 let body = match number % 4 {
                     0 => json!({ "no_backing": { "key": key, "reason": "x".repeat(10_000) } }),
                     1 => json!({ "abandon": { "key": key } }),
@@ -43,7 +43,7 @@ fn soak_a_request_flood_is_bounded_and_delays_no_command() {
                 replies.fetch_add(u64::from(hostile.link.receive::<Value>().is_ok()), Ordering::Relaxed);
             }
         });
-        let _stop_threads = Ends(&done);
+        let _stop_threads = SetOnDrop(&done);
         let deadline = Instant::now() + Duration::from_secs(host::rounds(3, 60));
         let (mut longest, mut statuses) = (Duration::ZERO, 0);
         while Instant::now() < deadline {

@@ -11,7 +11,7 @@ use crate::support::drill::{Drill, is_read};
 use crate::support::guest::{self, heartbeats, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Ends;
+use crate::support::passing::SetOnDrop;
 
 /// Returns the time of each heartbeat of a guest until `done` is true.
 fn watch(serial: &Path, done: &AtomicBool) -> Vec<Instant> {
@@ -59,7 +59,7 @@ fn measure_heartbeats(serve: &str) -> Result<(), String> {
     let done = AtomicBool::new(false);
     let times: Vec<Vec<Instant>> = std::thread::scope(|scope| {
         let watchers: Vec<_> = serials.iter().map(|serial| scope.spawn(|| watch(serial, &done))).collect();
-        let stop_threads = Ends(&done);
+        let stop_threads = SetOnDrop(&done);
         let wait_heartbeats = |count: usize| {
             for serial in &serials {
                 patiently("heartbeats", Duration::from_secs(30), || {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Import and cold-read throughput on this machine: `make bench`. The machine's speed drifts, so the columns to quote
-# are the ratios to the raw file of the same run.
+# Measures import and cold-read throughput on this machine (`make bench`). The machine's speed varies, so quote the
+# ratios to the raw file of the same run.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${STENCIL_BIN_DIR:-${CARGO_TARGET_DIR:-$top/target}/release}
@@ -20,7 +20,7 @@ clean() {
 trap clean EXIT INT TERM
 mkdir "$dir/run"
 
-# Programs and libraries with a run of zero pages after each, as a guest's memory has them.
+# Programs and libraries, each followed by zero pages, similar to a guest's memory.
 find /usr/lib /usr/bin -type f -size +64k -size -8M -print0 2>/dev/null | sort -z |
     while IFS= read -r -d '' file; do cat "$file"; head -c $((1 << 20)) /dev/zero; done 2>/dev/null |
     head -c $((mib << 20)) >"$dir/guest" || true
@@ -47,10 +47,10 @@ done
 file_of() {
     case $1 in raw) echo "$dir/guest" ;; *) echo "$dir/mnt-$1/templates/bench/1/memory" ;; esac
 }
-# The first open fills the backing; what is measured is what comes after.
+# The first open fills the backing; only later reads are measured.
 for serve in decode passthrough; do head -c 4096 "$(file_of "$serve")" >/dev/null; done
 
-# cold NAME FIO-OPTION… → "bandwidth in MiB/s, median latency in µs", page cache dropped before.
+# cold NAME FIO-OPTION…: drops the page cache, then prints bandwidth in MiB/s and median latency in µs.
 cold() {
     local name=$1
     shift

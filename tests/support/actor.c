@@ -1,22 +1,22 @@
-/* A process that maps files, as any program may: it knows nothing of Stencil. One command a line on standard
- * input, one answer a line on standard output: "ok", "ok NUMBER" or "error ERRNO".
+/* A process that maps files, like any program; it contains nothing of Stencil. One command per line on standard
+ * input, one reply per line on standard output: "ok", "ok NUMBER" or "error ERRNO".
  *
  *   map ID PATH OFFSET LENGTH rw|ro     private mapping
  *   shared ID PATH OFFSET LENGTH        shared read-only mapping
- *   anon ID LENGTH                      private memory without a file, for comparison
- *   write ID PAGE [VALUE]               one byte in the middle of a page
- *   fill ID PAGE VALUE                  the whole page
- *   read ID PAGE                        answers the first byte
- *   hash ID PAGE                        answers 63 bits of FNV-1a of the page's words
- *   unmap ID FIRST COUNT                pages
+ *   anon ID LENGTH                      private anonymous memory, for comparison
+ *   write ID PAGE [VALUE]               writes one byte in the middle of a page
+ *   fill ID PAGE VALUE                  writes the whole page
+ *   read ID PAGE                        replies with the first byte
+ *   hash ID PAGE                        replies with 63 bits of FNV-1a of the page's words
+ *   unmap ID FIRST COUNT                unmaps pages
  *   guard ID FIRST COUNT                MADV_GUARD_INSTALL
  *   pageout ID FIRST COUNT              MADV_PAGEOUT
- *   mergeable ID LENGTH                 MADV_MERGEABLE on so many bytes
- *   open ID PATH                        a descriptor that is closed by exec, and no mapping
- *   exec ID                             starts this program anew; there is no answer
- *   fork ID PAGE...                     a child that writes these pages and stays; answers its pid
- *   share ID                            a child with this address space (CLONE_VM) that stays; answers its pid
- *   vfork ID                            a vfork whose child answers its pid and stays; no further command is read
+ *   mergeable ID LENGTH                 MADV_MERGEABLE on LENGTH bytes
+ *   open ID PATH                        opens a descriptor with O_CLOEXEC, maps nothing
+ *   exec ID                             executes this program again; no reply
+ *   fork ID PAGE...                     forks a child that writes these pages and stays; replies with its PID
+ *   share ID                            starts a child with this address space (CLONE_VM); replies with its PID
+ *   vfork ID                            vforks a child that replies with its PID and stays; reads no further command
  *   quit
  */
 #define _GNU_SOURCE
@@ -41,7 +41,7 @@
 
 static volatile unsigned char *maps[64];
 
-static void answer(long result) {
+static void reply(long result) {
     if (result < 0)
         printf("error %d\n", errno);
     else
@@ -129,52 +129,52 @@ int main(void) {
         unsigned long a = 0, b = 0;
         if (sscanf(line, "%15s %d%n", word, &id, &used) < 1 || id < 0 || id >= 64) {
             errno = EINVAL;
-            answer(-1);
+            reply(-1);
         } else if (strcmp(word, "quit") == 0) {
             return 0;
         } else if (strcmp(word, "map") == 0 && sscanf(line + used, "%4095s %lu %lu %7s", path, &a, &b, prot) == 4) {
             int both = strcmp(prot, "rw") == 0 ? PROT_READ | PROT_WRITE : PROT_READ;
-            answer(map_file(id, path, a, b, both, MAP_PRIVATE));
+            reply(map_file(id, path, a, b, both, MAP_PRIVATE));
         } else if (strcmp(word, "shared") == 0 && sscanf(line + used, "%4095s %lu %lu", path, &a, &b) == 3) {
-            answer(map_file(id, path, a, b, PROT_READ, MAP_SHARED));
+            reply(map_file(id, path, a, b, PROT_READ, MAP_SHARED));
         } else if (strcmp(word, "anon") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             void *at = mmap(NULL, a, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             maps[id] = at;
-            answer(at == MAP_FAILED ? -1 : 0);
+            reply(at == MAP_FAILED ? -1 : 0);
         } else if (strcmp(word, "write") == 0 && sscanf(line + used, "%lu %lu", &a, &b) >= 1) {
             maps[id][a * PAGE + 2048] = b ? (unsigned char)b : 0x5A;
-            answer(0);
+            reply(0);
         } else if (strcmp(word, "fill") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
             memset((void *)(maps[id] + a * PAGE), (int)b, PAGE);
-            answer(0);
+            reply(0);
         } else if (strcmp(word, "read") == 0 && sscanf(line + used, "%lu", &a) == 1) {
-            answer(maps[id][a * PAGE]);
+            reply(maps[id][a * PAGE]);
         } else if (strcmp(word, "hash") == 0 && sscanf(line + used, "%lu", &a) == 1) {
-            answer(hash_page(maps[id] + a * PAGE));
+            reply(hash_page(maps[id] + a * PAGE));
         } else if (strcmp(word, "unmap") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
-            answer(munmap((void *)(maps[id] + a * PAGE), b * PAGE));
+            reply(munmap((void *)(maps[id] + a * PAGE), b * PAGE));
         } else if (strcmp(word, "guard") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
-            answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_GUARD_INSTALL));
+            reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_GUARD_INSTALL));
         } else if (strcmp(word, "pageout") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
-            answer(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_PAGEOUT));
+            reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_PAGEOUT));
         } else if (strcmp(word, "lock") == 0 && sscanf(line + used, "%lu", &a) == 1) {
-            answer(mlock((void *)maps[id], a));
+            reply(mlock((void *)maps[id], a));
         } else if (strcmp(word, "mergeable") == 0 && sscanf(line + used, "%lu", &a) == 1) {
-            answer(madvise((void *)maps[id], a, MADV_MERGEABLE));
+            reply(madvise((void *)maps[id], a, MADV_MERGEABLE));
         } else if (strcmp(word, "open") == 0 && sscanf(line + used, "%4095s", path) == 1) {
-            answer(open(path, O_RDONLY | O_CLOEXEC));
+            reply(open(path, O_RDONLY | O_CLOEXEC));
         } else if (strcmp(word, "exec") == 0) {
             execl("/proc/self/exe", "actor", (char *)NULL);
-            answer(-1);
+            reply(-1);
         } else if (strcmp(word, "share") == 0) {
-            answer(share());
+            reply(share());
         } else if (strcmp(word, "vfork") == 0) {
-            answer(suspend_in_vfork());
+            reply(suspend_in_vfork());
         } else if (strcmp(word, "fork") == 0) {
-            answer(fork_writer(id, line + used));
+            reply(fork_writer(id, line + used));
         } else {
             errno = EINVAL;
-            answer(-1);
+            reply(-1);
         }
     }
     return 0;

@@ -1,4 +1,4 @@
-//! The Debian package of the programs under test, and a clean Debian 12 to install it in.
+//! The Debian package of the programs under test, and a minimal Debian 12 to install it in.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use super::mount::{Run, STENCIL, run, temporary};
 
-/// A call of `make` without what an outer `make` or `cargo` has put into the environment.
+/// Runs `make` without the environment variables that an outer `make` or `cargo` has set.
 pub fn make(words: &[&str]) -> Run {
     let output = Command::new("make")
         .arg("--no-print-directory")
@@ -23,43 +23,44 @@ pub fn make(words: &[&str]) -> Run {
     Run::of(format!("make {}", words.join(" ")), &output)
 }
 
-/// The folder of the programs under test, as `make` takes it.
+/// The `bin=` argument for `make`: the directory of the programs under test.
 pub fn bin() -> String {
     format!("bin={}", Path::new(STENCIL).parent().unwrap().display())
 }
 
-/// The package, made once.
+/// Returns the path of the package, which is built once.
 pub fn package() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
         super::mount::daemon();
         let made = make(&["-s", "deb-files", &bin(), "deb_options=--fast"]).ok();
-        let path = PathBuf::from(made.out.lines().last().expect("cargo-deb names the package"));
+        let path = PathBuf::from(made.out.lines().last().expect("no output of cargo-deb"));
         assert!(path.is_file(), "{}", made.out);
         path
     })
 }
 
-/// A Debian 12 as debootstrap makes it, with mounts, processes and root folder of its own. Dropped, all of it ends.
+/// A Debian 12 from debootstrap with its own root directory, mount namespace and PID namespace. Drop ends its processes
+/// and removes it.
 pub struct Debian {
     dir: tempfile::TempDir,
     holder: Child,
-    /// The first process of its own, as this host numbers it.
+    /// PID 1 of the namespace, as the host numbers it.
     init: String,
 }
 
 impl Debian {
-    /// Unpacks one, and starts a process that holds its namespaces.
+    /// Unpacks a root and starts a process that holds the namespaces.
     pub fn new() -> Debian {
         let tar = Path::new(STENCIL).ancestors().nth(2).unwrap().join("guest/bookworm.tar");
-        assert!(tar.is_file(), "{} is missing: run make setup", tar.display());
+        assert!(tar.is_file(), "missing {}: run make setup", tar.display());
         let dir = temporary("debian-");
         let root = dir.path().join("root");
         std::fs::create_dir(&root).unwrap();
         run("tar", &["-C", root.to_str().unwrap(), "--numeric-owner", "-xpf", tar.to_str().unwrap()]);
         std::fs::write(root.join("dev/fuse"), "").unwrap();
-        // A copy of this host's mounts would hold those of other scenarios: the old root goes at once. The first process
-        // reaps what loses its parent, as that of a system does.
+        // The old root is detached at once: the namespace's copies of the host's mounts would keep other scenarios'
+        // mounts alive. Like init, PID 1 reaps orphaned processes.
         let script = "cd \"$1\" && mount --bind . . && cd \"$1\" && mount -t proc proc proc && mount -t sysfs sysfs sys \
                       && mount --bind /dev/fuse dev/fuse && pivot_root . . \
                       && umount -l . && cd / && exec sh -c 'trap \"exit 0\" TERM; echo here; while :; do sleep 1 & wait $!; done'";
@@ -72,18 +73,18 @@ impl Debian {
             .unwrap();
         let mut line = String::new();
         BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "here\n", "the namespaces of {}", root.display());
+        assert_eq!(line, "here\n", "cannot create the namespaces of {}", root.display());
         let pid = holder.id();
         let init = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         Debian { dir, holder, init: init.trim().to_owned() }
     }
 
-    /// A path of the root, as this host sees it.
+    /// The host's path of a file inside the root.
     pub fn path(&self, inside: &str) -> PathBuf {
         self.dir.path().join("root").join(inside.trim_start_matches('/'))
     }
 
-    /// Runs a shell's words in it; ended after two minutes.
+    /// Runs a shell script inside, for at most 120 s.
     pub fn sh(&self, script: &str) -> Run {
         let mut command = Command::new("timeout");
         command.args(["--kill-after=5", "120", "nsenter", "--target", &self.init]);
@@ -95,26 +96,26 @@ impl Debian {
             ("HOME", "/root"),
             ("LC_ALL", "C"),
             ("DEBIAN_FRONTEND", "noninteractive"),
-            // A forbidden system call of a server is not refused here: it ends the server.
+            // A forbidden system call kills the server instead of failing with EPERM.
             ("STENCIL_SECCOMP", "kill"),
         ]);
         Run::of(script.to_owned(), &command.output().unwrap())
     }
 
-    /// Runs a shell's words in it, which must exit with 0, and gives its output.
+    /// Runs a shell script inside, which must exit with 0, and returns its output.
     #[track_caller]
     pub fn out(&self, script: &str) -> String {
         self.sh(script).ok().out
     }
 
-    /// Runs `stencil --json` in it.
+    /// Runs `stencil --json` inside and returns the parsed output.
     #[track_caller]
     pub fn json(&self, words: &str) -> serde_json::Value {
         let out = self.out(&format!("stencil --json {words}"));
         serde_json::from_str(&out).unwrap_or_else(|e| panic!("{words}: {e}: {out}"))
     }
 
-    /// Everything on its disk: path → type, mode, owner, target, content. Without what dpkg itself keeps books in.
+    /// Everything in the root: path → type, mode, owner, link target, content. Without the files of [`BOOKKEEPING`].
     pub fn files(&self) -> BTreeMap<String, String> {
         let script = "cd \"$1\" && find . -xdev -printf '%P\\t%y %m %U:%G %l\\n' && \
                       find . -xdev -type f -print0 | sort -z | xargs -0 sha256sum";
@@ -128,26 +129,26 @@ impl Debian {
                 files.entry(path.to_owned()).or_default().push_str(hash);
             }
         }
-        files.retain(|path, _| !BOOKS.iter().any(|book| path.starts_with(book)));
+        files.retain(|path, _| !BOOKKEEPING.iter().any(|file| path.starts_with(file)));
         files
     }
 }
 
-/// What any installation of any package changes, and any mount.
-const BOOKS: [&str; 6] = [
+/// Files that every installation of a package changes, and every mount.
+const BOOKKEEPING: [&str; 6] = [
     "var/lib/dpkg/status",
     "var/lib/dpkg/available",
     "var/lib/dpkg/triggers/",
     "var/log/dpkg.log",
     "var/cache/ldconfig/",
-    // Of mount(8), which has one from its first option of systemd on.
+    // mount(8) creates this file for the first option for systemd.
     "run/mount/utab",
 ];
 
 impl Drop for Debian {
     fn drop(&mut self) {
-        // The first process of a namespace takes all others with it, and is gone after them: nobody writes below the
-        // folder any more when that is removed.
+        // When PID 1 of a namespace ends, the kernel kills all other processes there first: after the wait nothing
+        // writes below the directory any more.
         let _ = Command::new("kill").args(["-TERM", &self.init]).status();
         let _ = self.holder.wait();
     }

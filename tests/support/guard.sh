@@ -1,44 +1,44 @@
 #!/usr/bin/env bash
-# Runs a command, then finds, names and clears whatever it left on the host: mounts, processes, swap and
-# loop devices, temporary files, changed switches of the kernel. Anything found fails the run.
+# Runs a command, then finds, reports and removes what the command left on the host: mounts, processes, swap and
+# loop devices, temporary files, changed kernel settings. Any find fails the run.
 #
 #     tests/support/guard.sh COMMAND [ARGUMENT…]
 #
-# The command runs with its own TMPDIR and with STENCIL_TEST_RUN, which every descendant inherits: runs of
-# several people at one time do not see each other's things. The exit code is the command's, or 1.
+# The command runs with its own TMPDIR and with STENCIL_TEST_RUN, which every descendant inherits: simultaneous
+# runs do not see each other's mounts and processes. The exit code is the command's, or 1.
 set -uo pipefail
 
 run=$(mktemp -d "${TMPDIR:-/tmp}/stencil-run.XXXXXX") || exit 1
-# Scenarios run programs as other users in there.
+# Scenarios run programs in this directory as other users.
 chmod 0755 "$run"
 started=$(awk '{print $22}' /proc/self/stat)
 top=$(cd "$(dirname "$0")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$top/target}
 # The kernel shows absolute paths only.
 mkdir -p "$target/tmp" && target=$(cd "$target" && pwd -P) || exit 1
-switches=(/sys/kernel/mm/ksm/run /sys/kernel/mm/transparent_hugepage/enabled
+settings=(/sys/kernel/mm/ksm/run /sys/kernel/mm/transparent_hugepage/enabled
     /sys/kernel/mm/transparent_hugepage/shmem_enabled /proc/sys/vm/overcommit_memory)
 
-switch_values() {
+setting_values() {
     local file
-    for file in "${switches[@]}"; do
+    for file in "${settings[@]}"; do
         [ -r "$file" ] && printf '%s %s\n' "$file" "$(cat "$file")"
     done
 }
-before=$(switch_values)
+before=$(setting_values)
 
-# Scenarios keep what must not lie on a tmpfs below the build directory.
+# Scenarios keep files that must not be on a tmpfs below the build directory.
 scratch=$(cd "$target/tmp" && pwd -P)
-# What is new there when the run ends is this run's: another one in the same build directory waits for its end.
+# A new entry there at the end belongs to this run: another run in the same build directory waits until this one ends.
 exec 9>"$target/guard.lock"
 flock -n 9 || {
-    printf 'guard: another run uses %s; waiting for its end\n' "$target" >&2
+    printf 'guard: another run uses %s; waiting for it\n' "$target" >&2
     flock 9
 }
 scratch_before=$(ls -A "$scratch")
 mounts_before=$(awk '{print $5}' /proc/self/mountinfo)
 
-# Mounts of this run, innermost first: "DEVICE TYPE PATH".
+# Prints the mounts of this run, innermost first: "DEVICE TYPE PATH".
 our_mounts() {
     awk -v run="$run/" -v scratch="$scratch/" '
         index($5, run) == 1 || index($5, scratch) == 1 {
@@ -49,13 +49,13 @@ our_mounts() {
     done
 }
 
-# The processes of this run: "PID STATE COMMAND".
-ours() {
+# Prints the processes of this run: "PID STATE COMMAND".
+our_processes() {
     local pid stat
     {
         grep -slzxF "STENCIL_TEST_RUN=$run" /proc/[0-9]*/environ | cut -d/ -f3
-        # A process that cleared its environment is known by its program and its age; one with an environment of
-        # its own belongs to somebody else.
+        # A process with an empty environment is recognized by its program and its age; one with another environment
+        # belongs to another run.
         stat -c '%n %N' /proc/[0-9]*/exe 2>/dev/null | awk -v top="$target/" '
             { at = index($0, "-> ")
               if (index(substr($0, at), top "release/stencil") || index(substr($0, at), top "debug/stencil")) {
@@ -72,7 +72,7 @@ ours() {
     done | sort -u
 }
 
-# Ends a FUSE connection whose server is gone or stuck, by the minor number of its device.
+# Aborts a FUSE connection whose server is gone or stuck, by the minor number of its device.
 abort_connection() {
     unshare --mount --propagation private sh -c '
         [ -e /sys/fs/fuse/connections/'"$1"'/abort ] || mount -t fusectl none /sys/fs/fuse/connections || exit
@@ -80,74 +80,74 @@ abort_connection() {
 }
 
 found=0
-name_it() {
+report() {
     found=$((found + 1))
     printf 'guard: left behind: %s\n' "$*" >&2
 }
 
 # shellcheck disable=SC2317
-clear_all() {
+remove_all() {
     local line pid device path round
-    # Who was just killed may take a moment.
+    # A process that was just killed may need a moment to exit.
     for round in {1..30}; do
-        [ -z "$(ours)" ] && break
+        [ -z "$(our_processes)" ] && break
         sleep 0.1
     done
     while read -r line; do
-        [ -n "$line" ] && name_it "process $line"
-    done < <(ours)
+        [ -n "$line" ] && report "process $line"
+    done < <(our_processes)
 
-    # Aborting first frees whoever waits for an answer in state D.
+    # Aborting the connections first wakes processes that wait in state D.
     while read -r device type path; do
-        name_it "$type mount $path"
+        report "$type mount $path"
         case $type in fuse*) abort_connection "${device#*:}" ;; esac
     done < <(our_mounts)
 
     for round in TERM KILL KILL; do
         while read -r pid _; do
             [ -n "$pid" ] && kill -"$round" "$pid" 2>/dev/null
-        done < <(ours)
-        [ -z "$(ours)" ] && break
+        done < <(our_processes)
+        [ -z "$(our_processes)" ] && break
         sleep 0.5
     done
     while read -r line; do
         [ -n "$line" ] && printf 'guard: cannot be killed: process %s\n' "$line" >&2
-    done < <(ours)
+    done < <(our_processes)
 
     while read -r path; do
-        name_it "swap $path"
+        report "swap $path"
         swapoff "$path"
     done < <(awk -v run="$run/" -v scratch="$scratch/" 'index($1, run) == 1 || index($1, scratch) == 1 {print $1}' /proc/swaps)
     while read -r _ _ path; do
         umount -l "$path" 2>/dev/null
     done < <(our_mounts)
     while IFS=: read -r device path; do
-        name_it "loop device $device on $path"
+        report "loop device $device on $path"
         losetup -d "$device"
     done < <(losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v run="$run/" -v scratch="$scratch/" 'index($2, run) == 1 || index($2, scratch) == 1 {print $1 ":" $2}')
 
     while read -r path; do
-        name_it "file $path"
+        report "file $path"
     done < <(find "$run" -mindepth 1 -maxdepth 2 2>/dev/null | head -20)
     chattr -R -i "$run" 2>/dev/null
     rm -rf --one-file-system "$run"
     while read -r path; do
         [ -n "$path" ] && ! grep -qxF "$path" <<<"$scratch_before" || continue
-        name_it "file $scratch/$path"
+        report "file $scratch/$path"
         chattr -R -i "$scratch/$path" 2>/dev/null
         rm -rf --one-file-system "${scratch:?}/$path"
     done < <(ls -A "$scratch")
 
-    # Another run on this kernel, in another container, may have switched something for a while.
+    # Another run on this kernel, in another container, may have changed a setting temporarily.
     for round in {1..60}; do
-        [ "$(switch_values)" = "$before" ] && break
+        [ "$(setting_values)" = "$before" ] && break
         sleep 1
     done
     while read -r line; do
         # shellcheck disable=SC2086
         set -- $line
-        grep -qxF "$line" <<<"$(switch_values)" && continue
-        name_it "$1 was '${line#* }', is now '$(cat "$1")'"
+        grep -qxF "$line" <<<"$(setting_values)" && continue
+        report "$1 was '${line#* }', is now '$(cat "$1")'"
         if [[ $line == *'['* ]]; then
             sed 's/.*\[\(.*\)\].*/\1/' <<<"$line" >"$1"
         else
@@ -158,19 +158,19 @@ clear_all() {
 
 child=
 trap '[ -n "$child" ] && kill -TERM "$child" 2>/dev/null' INT TERM
-# Only the command bears the mark: the guard's own helpers are none of the run.
+# Only the command gets the variable: the guard's own processes are not part of the run.
 env STENCIL_TEST_RUN="$run" TMPDIR="$run" "$@" 9>&- &
 child=$!
-# A signal ends `wait` early; the command's own code is what counts.
+# A signal ends `wait` early; only the command's own exit code counts.
 while :; do
     wait "$child"
     code=$?
     kill -0 "$child" 2>/dev/null || break
 done
 
-clear_all
+remove_all
 if [ "$found" -gt 0 ]; then
-    printf 'guard: %s thing(s) of this run were left behind and have been cleared\n' "$found" >&2
+    printf 'guard: items left behind by this run: %s; all have been cleared\n' "$found" >&2
     [ "$code" != 0 ] || code=1
 fi
 exit "$code"

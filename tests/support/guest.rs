@@ -1,4 +1,4 @@
-//! A real Linux guest in QEMU (TCG): booted, captured once per build, given to scenarios.
+//! A real Linux guest in QEMU (TCG): booted and captured once per build, then copied for each scenario.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,7 +14,7 @@ use stencilfs::clones::qmp::Qmp;
 use super::mount::{STENCIL, TestMount, run, temporary};
 use super::store::random;
 
-/// Words of a QEMU whose guest clones can be made of; `dir` gets its RAM file and sockets.
+/// Returns the arguments of a QEMU whose guest can be captured and cloned; `dir` holds its RAM file and sockets.
 pub fn qemu_words(dir: &Path, memory: &str) -> Vec<String> {
     let dir = dir.display();
     let text = format!(
@@ -26,7 +26,7 @@ pub fn qemu_words(dir: &Path, memory: &str) -> Vec<String> {
     text.split_ascii_whitespace().map(str::to_owned).collect()
 }
 
-/// A QEMU of a scenario's own; killed when dropped.
+/// A QEMU of one scenario; killed on drop.
 pub struct Qemu {
     child: Child,
     dir: PathBuf,
@@ -42,23 +42,23 @@ impl Qemu {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
-            .expect("qemu-system-x86_64 runs: make setup");
+            .expect("cannot run qemu-system-x86_64: run make setup");
         let mut qemu = Qemu { child, dir: dir.to_owned() };
         patiently("the QMP socket", Duration::from_secs(30), || {
             let ended = qemu.child.try_wait().unwrap();
-            assert!(ended.is_none(), "QEMU ended: {}", qemu.log());
-            // Other sessions wait for this one: it must be short.
+            assert!(ended.is_none(), "QEMU exited: {}", qemu.log());
+            // QMP serves one session at a time: this one ends at once.
             Qmp::connect(&qemu.socket()).ok().map(drop)
         });
         qemu
     }
 
-    /// Boots the Linux guest and waits until its heart beats.
+    /// Boots the Linux guest and waits for three heartbeats.
     pub fn boot(dir: &Path) -> Qemu {
         Qemu::boot_with(dir, "")
     }
 
-    /// The same with more words on its command line.
+    /// Same as [`Qemu::boot`] with more QEMU arguments.
     pub fn boot_with(dir: &Path, more: &str) -> Qemu {
         let [kernel, initramfs, append] = linux();
         let mut words = qemu_words(dir, "256M");
@@ -71,17 +71,17 @@ impl Qemu {
         qemu
     }
 
-    /// Its QMP socket.
+    /// The path of the QMP socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("qmp")
     }
 
-    /// A QMP session.
+    /// Opens a QMP session.
     pub fn qmp(&self) -> Qmp {
         Qmp::connect(&self.socket()).unwrap()
     }
 
-    /// `running`, `paused`…
+    /// The run state: `running`, `paused`…
     pub fn status(&self) -> String {
         self.qmp().status().unwrap()
     }
@@ -91,25 +91,25 @@ impl Qemu {
         self.qmp().run(command, json!({})).unwrap()
     }
 
-    /// Heartbeats so far.
+    /// The heartbeats so far.
     pub fn heartbeats(&self) -> Vec<Heartbeat> {
         heartbeats(&self.dir.join("serial"))
     }
 
-    /// Waits until there are so many heartbeats.
+    /// Waits until there are `count` heartbeats.
     pub fn wait_heartbeats(&self, count: usize) {
         patiently("heartbeats", Duration::from_secs(120), || {
             (self.heartbeats().len() >= count).then_some(())
         });
     }
 
-    /// Ends it as a crash does.
+    /// Kills QEMU with SIGKILL, like a crash.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// True when it has ended.
+    /// Returns true if QEMU has exited.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
     }
@@ -126,8 +126,8 @@ impl Drop for Qemu {
     }
 }
 
-/// A root disk for a guest: an ext4 of 64 MiB and more, with its system and a file of `noise` bytes that do not compress,
-/// as a raw base image and a qcow2 over it. Gives the qcow2.
+/// Makes a root disk for a guest: an ext4 of 64 MiB plus `noise`, with the guest's system and a file of `noise`
+/// incompressible bytes, as a raw base image and a qcow2 over it. Returns the path of the qcow2.
 pub fn make_disk(dir: &Path, noise: usize) -> PathBuf {
     let (more, base, disk) = (dir.join("more"), dir.join("base.raw"), dir.join("disk.qcow2"));
     fs::create_dir(&more).unwrap();
@@ -140,10 +140,10 @@ pub fn make_disk(dir: &Path, noise: usize) -> PathBuf {
     disk
 }
 
-/// The address of the network card that [`devices`] gives.
+/// The MAC address of the network card that [`devices`] adds.
 pub const CAPTURED_MAC: &str = "52:54:00:12:34:57";
 
-/// Words that give a guest this disk, a network card with a forward from a port of the host, and a second serial port.
+/// Returns QEMU arguments for this disk, a network card with a port forwarded from the host, and a second serial port.
 pub fn devices(dir: &Path, disk: &Path, port: u16) -> String {
     format!(
         "-drive file={},if=virtio,format=qcow2,id=root -netdev user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:80 \
@@ -154,7 +154,7 @@ pub fn devices(dir: &Path, disk: &Path, port: u16) -> String {
     )
 }
 
-/// What the guest behind that port has written to its disk: a heartbeat a line.
+/// Returns the lines (one per heartbeat) that the guest behind this port has written to its disk.
 pub fn beats_on_disk(port: u16) -> Option<Vec<String>> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -166,7 +166,7 @@ pub fn beats_on_disk(port: u16) -> Option<Vec<String>> {
     Some(body.lines().map(str::to_owned).collect())
 }
 
-/// What a guest answers to a line on its second serial port.
+/// Sends a line to a guest's second serial port and returns the guest's reply.
 pub fn told(port: &Path, line: &str) -> String {
     let socket = UnixStream::connect(port).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -177,19 +177,19 @@ pub fn told(port: &Path, line: &str) -> String {
     told.unwrap_or_else(|| panic!("{answer}")).to_owned()
 }
 
-/// A guest's root is on the disk that [`make_disk`] made, and not the initramfs.
+/// Panics unless the guest's root is on the disk that [`make_disk`] made, and not the initramfs.
 #[track_caller]
 pub fn root_is_on_disk(port: &Path) {
     let root = told(port, "root");
     assert!(root.starts_with("/dev/vd") && root.ends_with(" ext4"), "{root}");
 }
 
-/// The heartbeats in a guest's disk image that nobody uses; its file system must be sound.
+/// Returns the heartbeats in a guest's disk image that no process uses. Panics if its file system is damaged.
 pub fn beats_in_image(image: &Path, dir: &Path) -> Vec<String> {
     run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
     let copy = dir.join("copy.raw");
     run("qemu-img", &["convert", "-O", "raw", image.to_str().unwrap(), copy.to_str().unwrap()]);
-    // The journal of a guest that did not unmount is replayed; after that nothing may be left to mend.
+    // The journal of a guest that did not unmount is replayed; the check after that must find no error.
     let replayed = Command::new("e2fsck").args(["-p"]).arg(&copy).output().unwrap();
     assert!(matches!(replayed.status.code(), Some(0 | 1)), "{replayed:?}");
     run("e2fsck", &["-f", "-n", copy.to_str().unwrap()]);
@@ -198,7 +198,7 @@ pub fn beats_in_image(image: &Path, dir: &Path) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// Which image each block device of a VM has, without figures that move.
+/// Returns the image of each block device of a VM, without counters.
 pub fn media(qmp: &mut Qmp) -> Value {
     let all = qmp.run("query-block", json!({})).unwrap();
     let one = |b: &Value| {
@@ -215,34 +215,34 @@ pub fn media(qmp: &mut Qmp) -> Value {
     all.as_array().unwrap().iter().map(one).collect()
 }
 
-/// Overlays of captures in that folder.
+/// Returns the overlays of captures in this directory.
 pub fn overlays(dir: &Path) -> Vec<PathBuf> {
     let all = fs::read_dir(dir).unwrap().flatten().map(|e| e.path());
     all.filter(|path| path.to_string_lossy().contains(".stencil-")).collect()
 }
 
-/// Whether a VM's migrations leave shared RAM out.
+/// Returns true if the VM's migrations leave out shared RAM (`x-ignore-shared`).
 pub fn ignores_shared(qmp: &mut Qmp) -> bool {
     let all = qmp.run("query-migrate-capabilities", json!({})).unwrap();
     let one = all.as_array().unwrap().iter().find(|c| c["capability"] == "x-ignore-shared").unwrap();
     one["state"].as_bool().unwrap()
 }
 
-/// A port that nobody listens on.
+/// Returns a TCP port without a listener.
 pub fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// One line of the guest's.
+/// One heartbeat line of the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heartbeat {
-    /// Counts from 1 since the guest booted.
+    /// The number since the guest booted, from 1.
     pub count: u64,
-    /// A fresh random number of the guest's kernel.
+    /// A new random UUID of the guest's kernel.
     pub random: String,
 }
 
-/// The heartbeats in a serial log; a line that is not whole yet is left out.
+/// Returns the heartbeats in a serial log, without an incomplete last line.
 pub fn heartbeats(serial: &Path) -> Vec<Heartbeat> {
     let text = String::from_utf8_lossy(&fs::read(serial).unwrap_or_default()).into_owned();
     let beat = |line: &str| {
@@ -254,7 +254,7 @@ pub fn heartbeats(serial: &Path) -> Vec<Heartbeat> {
     text.lines().filter_map(beat).collect()
 }
 
-/// Waits for something that a guest takes its time for.
+/// Polls `look` every 20 ms until it returns a value; panics after `patience`.
 #[track_caller]
 pub fn patiently<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let end = std::time::Instant::now() + patience;
@@ -262,12 +262,12 @@ pub fn patiently<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Op
         if let Some(found) = look() {
             return found;
         }
-        assert!(std::time::Instant::now() < end, "no {what} after {patience:?}");
+        assert!(std::time::Instant::now() < end, "timed out after {patience:?} waiting for {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// Puts the template `guest:v1`, captured from a booted guest, into the scenario's store. Its mount must not exist yet.
+/// Puts the template `guest:v1`, captured from a booted guest, into the scenario's store, which must not be mounted.
 pub fn give(world: &TestMount) {
     let store = world.store_dir();
     fs::remove_dir_all(&store).unwrap();
@@ -282,7 +282,7 @@ pub fn give_to(store: &Path) {
     assert!(copied.success());
 }
 
-/// A store with the captured guest, kept below the build directory for this very build.
+/// Returns a store with the captured guest, cached in the build directory for exactly this build.
 fn captured() -> PathBuf {
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("guest");
     let [kernel, initramfs, _] = linux();
@@ -323,11 +323,11 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/guest.sh")
 }
 
-/// Paths of the guest's kernel and initramfs, and the kernel's command line.
+/// Returns the paths of the guest's kernel and initramfs, and the kernel's command line.
 pub fn linux() -> [String; 3] {
     let done = Command::new(script()).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let text = String::from_utf8(done.stdout).unwrap();
     let lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    lines.try_into().expect("three lines")
+    lines.try_into().expect("guest.sh prints three lines")
 }

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Builds the initramfs of the test guest (cached below target/) and prints where kernel and initramfs are, and the
-# command line of the kernel, one a line. The guest fills some memory with numbers, then prints a heartbeat some five times a second:
+# Builds the initramfs of the test guest (cached below target/) and prints the path of the kernel, the path of the
+# initramfs and the kernel's command line, one per line. The guest fills some memory with numbers, then prints a
+# heartbeat about five times a second:
 #
 #     heartbeat COUNT UPTIME RANDOM
 #
-# and with each fourth reads a part of its memory that it has not read for long: in a clone, pages that nobody has touched.
-# Under TCG each program that it starts takes some 10 ms of a processor, so it starts few.
-# Its root is the disk that `guest.sh --disk FILE SIZE [FOLDER]` makes, where it has one on virtio-blk: an ext4 of that
-# size with its system, and what is in the folder. It appends each heartbeat to /srv/beats there, synced. With a network
-# card it serves /srv by HTTP at 10.0.2.15:80; on a second serial port it answers each line with its last heartbeat; the
-# line "root" with device and type of its root, "clock" with the seconds since 1970 of its RTC and of its system clock, and a
-# line "mac ADDRESS" gives its network card that address first. On a virtio-serial port it plays the guest agent: it
-# answers guest-sync-delimited, and sets both clocks on guest-set-time.
+# With each fourth heartbeat the guest reads a part of its memory that it has not read recently: in a clone, pages that
+# have not been touched. Under TCG each program start takes about 10 ms of CPU time, so the guest starts few programs.
+#
+# If there is a disk on virtio-blk from `guest.sh --disk FILE SIZE [DIRECTORY]` (an ext4 of that size with the guest's
+# system and the contents of DIRECTORY), it is the root, and the guest appends each heartbeat to /srv/beats there and
+# syncs. With a network card the guest serves /srv by HTTP at 10.0.2.15:80. On a second serial port it answers each line
+# with its last heartbeat, except: "root" with the device and type of its root; "clock" with the seconds since 1970 of
+# its RTC and of its system clock; "mac ADDRESS" first sets the address of its network card. On a virtio-serial port it
+# acts as a guest agent: it answers guest-sync-delimited, and sets both clocks on guest-set-time.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -21,11 +23,11 @@ kernel=$cache/vmlinuz
 initramfs=$cache/initramfs.gz
 
 [ -s "$kernel" ] || {
-    echo "guest: no kernel at $kernel: run make setup" >&2
+    echo "guest: missing kernel $kernel: run make setup" >&2
     exit 1
 }
 if ! [ "$initramfs" -nt "$0" ] || ! [ "$initramfs" -nt "$kernel" ]; then
-    busybox=$(command -v busybox) || { echo "guest: no busybox: run make setup" >&2; exit 1; }
+    busybox=$(command -v busybox) || { echo "guest: missing busybox: run make setup" >&2; exit 1; }
     work=$(mktemp -d "$cache/initramfs.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work"/root/{bin,dev,proc,sys,ram,srv,modules,disk}
@@ -62,11 +64,11 @@ case $(root) in *\ ext4) disk=yes ;; *) disk= ;; esac
 if [ -e /proc/sys/net/ipv4/conf/eth0 ]; then
     /bin/busybox ip address add 10.0.2.15/24 dev eth0
     /bin/busybox ip link set eth0 up
-    # A new MAC is told to the network.
+    # Announce a new MAC address to the network.
     echo 1 >/proc/sys/net/ipv4/conf/eth0/arp_notify
     /bin/busybox httpd -h /srv -p 80
 fi
-# Whoever connects to the second serial port is told the last heartbeat for each line, and may change the MAC.
+# Serve the second serial port: answer each line with the last heartbeat, and execute the commands.
 (
     exec 3<>/dev/ttyS1 || exit
     /bin/busybox stty -F /dev/ttyS1 raw -echo
@@ -83,7 +85,7 @@ fi
         echo "$line: $answer" >&3
     done
 ) 2>/dev/null &
-# While nobody is connected a read ends at once.
+# While no client is connected a read returns at once.
 for port in /dev/vport*; do
     [ -c "$port" ] || continue
     (
@@ -108,7 +110,7 @@ for port in /dev/vport*; do
         done
     ) 2>/dev/null &
 done
-# Text with some structure, as the memory of a real guest is: not all random, not all one byte.
+# Text with some structure, like the memory of a real guest: neither random nor constant.
 numbers=$(/bin/busybox seq 100000 110000)
 for ten in 0 1 2; do
     for one in 0 1 2 3 4 5 6 7 8 9; do
@@ -133,7 +135,7 @@ while :; do
     if [ $((count % 4)) = 0 ]; then
         /bin/busybox dd if=/ram/noise of=/dev/null bs=256k count=1 skip=$((count / 4 % 32)) 2>/dev/null
     fi
-    # The pause: nobody ever writes there.
+    # The pause: nothing is ever written to this pipe.
     read -r -t 0.15 silence <&4
 done
 GUEST
@@ -149,7 +151,8 @@ if [ "${1-}" = --disk ]; then
     mkfs.ext4 -q -d "$tree" "$2" "$3" >/dev/null 2>&1
     exit
 fi
-# What takes long under TCG and is nothing to a test guest: certificates, self-tests, tables of BPF, patched instructions.
+# Kernel features that start slowly under TCG and that a test guest does not need: certificates, self-tests, BPF tables,
+# patched instructions.
 skipped=load_system_certificate_list,jent_mod_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,trace_eval_init
 skipped+=,sed_opal_init,init_encrypted,bpf_sk_storage_map_iter_init,crypto_kdf108_init
 append="console=ttyS0 quiet panic=-1 mitigations=off nopti nokaslr no_timer_check initcall_blacklist=$skipped"

@@ -1,4 +1,4 @@
-/* A program that takes the place of another and then does nothing at all. */
+/* A program that replaces another one and sleeps for ever. */
 #include <unistd.h>
 
 int main(void) {

@@ -1,11 +1,11 @@
-/* A process that holds a file in one way, and nothing else of it. It knows nothing of Stencil.
+/* A process that uses a file in one way, and in no other. It contains nothing of Stencil.
  *
- *   holder WAY PATH [FOLDER]
+ *   holder WAY PATH [DIRECTORY]
  *
- * Prints "ready PID" once it holds it (PID: the process that does). At the next line of standard input it reads the
- * whole file in that way, prints "hash NUMBER" (63 bits of FNV-1a of its 64-bit words), and ends. What cannot be done on
- * this kernel is "cannot ERRNO" instead of "ready". It reads no byte before, except where the way says so; where the first
- * thread has ended it has written one page, with what was in it. */
+ * Prints "ready PID" when process PID uses the file. After the next line on standard input it reads the whole file in
+ * that way, prints "hash NUMBER" (63 bits of FNV-1a of the 64-bit words), and exits. If the kernel does not support the
+ * way, it prints "cannot ERRNO" instead of "ready". No byte is read earlier unless the way requires it; in the way
+ * "first thread ended, mapping" one page has been written with its own content. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -38,7 +38,7 @@
 #define CLONE_NEWTIME 0x80
 #endif
 
-static const char *way, *path, *folder;
+static const char *way, *path, *directory;
 static size_t size;
 
 static void cannot(void) {
@@ -60,7 +60,7 @@ static void ready(pid_t pid) {
     fflush(stdout);
 }
 
-/* Waits for a line; without one its starter has ended. */
+/* Waits for a line; the end of input means that the parent has exited. */
 static void wait_for_line(void) {
     char byte;
     do
@@ -69,7 +69,7 @@ static void wait_for_line(void) {
     while (byte != '\n');
 }
 
-static void say_hash(const volatile unsigned char *bytes) {
+static void print_hash(const volatile unsigned char *bytes) {
     uint64_t hash = 0xcbf29ce484222325UL;
     for (size_t at = 0; at < size; at += 8)
         hash = (hash ^ *(const volatile uint64_t *)(bytes + at)) * 0x100000001b3UL;
@@ -88,8 +88,8 @@ static unsigned char *map_file(int prot) {
     return at;
 }
 
-/* Reads a pipe from where it is, a file from its beginning. */
-static void say_hash_of_fd(int fd) {
+/* Reads a pipe from its present position, a file from its beginning. */
+static void print_hash_of_fd(int fd) {
     unsigned char *bytes = malloc(size);
     for (size_t at = 0; at < size;) {
         ssize_t got = pread(fd, bytes + at, size - at, (off_t)at);
@@ -102,23 +102,23 @@ static void say_hash_of_fd(int fd) {
         }
         at += (size_t)got;
     }
-    say_hash(bytes);
+    print_hash(bytes);
 }
 
-/* Holds a mapping, says so for process `pid`, and reads it when asked. */
+/* Reports a mapping as held by process `pid`, and reads it after a line on standard input. */
 static void hold_mapping(unsigned char *at, pid_t pid) {
     ready(pid);
     wait_for_line();
-    say_hash(at);
+    print_hash(at);
 }
 
 static void hold_fd(int fd, pid_t pid) {
     ready(pid);
     wait_for_line();
-    say_hash_of_fd(fd);
+    print_hash_of_fd(fd);
 }
 
-/* In a thread while the first one has ended. */
+/* Runs in a thread after the first thread has ended. */
 static void *thread_after_main(void *unused) {
     (void)unused;
     char state = 0;
@@ -140,7 +140,7 @@ static void *thread_after_main(void *unused) {
     _exit(0);
 }
 
-static void *thread_with_its_own_files(void *unused) {
+static void *thread_with_unshared_files(void *unused) {
     (void)unused;
     check(unshare(CLONE_FILES));
     hold_fd(open_file(O_RDONLY), getpid());
@@ -153,8 +153,8 @@ static void in_thread(void *(*work)(void *)) {
         cannot();
 }
 
-/* The child says what it has to say itself; ends with it. */
-static pid_t child_of_ours(void) {
+/* Forks a child that prints for itself and dies with its parent. */
+static pid_t fork_child(void) {
     pid_t parent = getpid(), child = (pid_t)check(fork());
     if (child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -164,7 +164,7 @@ static pid_t child_of_ours(void) {
     return child;
 }
 
-static void end_with(pid_t child) {
+static void exit_with(pid_t child) {
     int status;
     while (waitpid(child, &status, 0) < 0 && errno == EINTR)
         ;
@@ -173,16 +173,16 @@ static void end_with(pid_t child) {
 
 static void in_namespace(int flags) {
     check(unshare(flags));
-    pid_t child = child_of_ours();
+    pid_t child = fork_child();
     if (child == 0) {
-        /* Its number is another one here. */
+        /* The PID differs in this PID namespace. */
         unsigned char *at = map_file(PROT_READ);
         ready(0);
         wait_for_line();
-        say_hash(at);
+        print_hash(at);
         _exit(0);
     }
-    end_with(child);
+    exit_with(child);
 }
 
 static void in_flight(void) {
@@ -203,10 +203,10 @@ static void in_flight(void) {
     message.msg_controllen = sizeof control;
     check(recvmsg(pair[1], &message, 0));
     memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
-    say_hash_of_fd(fd);
+    print_hash_of_fd(fd);
 }
 
-/* One entry, no thread of the kernel: enough to have files and buffers in it. */
+/* A minimal ring without a kernel thread: it can register files and buffers. */
 struct ring {
     int fd;
     unsigned char *queue, *done;
@@ -236,8 +236,8 @@ static void ring_run(struct ring *ring, struct io_uring_sqe entry) {
     *tail += 1;
     check(syscall(SYS_io_uring_enter, ring->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0));
     volatile unsigned *head = (unsigned *)(ring->done + ring->about.cq_off.head);
-    struct io_uring_cqe *answers = (struct io_uring_cqe *)(ring->done + ring->about.cq_off.cqes);
-    int result = answers[*head & (ring->about.cq_entries - 1)].res;
+    struct io_uring_cqe *completions = (struct io_uring_cqe *)(ring->done + ring->about.cq_off.cqes);
+    int result = completions[*head & (ring->about.cq_entries - 1)].res;
     *head += 1;
     if (result != (int)entry.len) {
         printf("error %d\n", -result);
@@ -260,7 +260,7 @@ static void in_ring(void) {
         entry.len = size - at < 65536 ? size - at : 65536;
         ring_run(&ring, entry);
     }
-    say_hash(bytes);
+    print_hash(bytes);
 }
 
 static void pinned_by_ring(void) {
@@ -268,14 +268,14 @@ static void pinned_by_ring(void) {
     unsigned char *at = map_file(PROT_READ | PROT_WRITE);
     struct iovec part = {at, size};
     check(syscall(SYS_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, &part, 1));
-    /* The ring goes on using what these addresses were. */
+    /* The ring still pins the pages that were mapped here. */
     munmap(at, size);
     ready(getpid());
     wait_for_line();
     int copy = (int)check(memfd_create("copy", MFD_CLOEXEC));
     struct io_uring_sqe entry = {.opcode = IORING_OP_WRITE_FIXED, .fd = copy, .addr = (uint64_t)at, .len = (unsigned)size};
     ring_run(&ring, entry);
-    say_hash_of_fd(copy);
+    print_hash_of_fd(copy);
 }
 
 static void in_pipe(int by_splice) {
@@ -299,20 +299,20 @@ static void in_pipe(int by_splice) {
     }
     ready(getpid());
     wait_for_line();
-    say_hash_of_fd(ends[0]);
+    print_hash_of_fd(ends[0]);
 }
 
 static void stopped_by_tracer(void) {
     int line[2];
     check(pipe(line));
-    pid_t child = child_of_ours();
+    pid_t child = fork_child();
     if (child == 0) {
         unsigned char *at = map_file(PROT_READ);
         if (write(line[1], "x", 1) != 1)
             _exit(1);
         close(line[1]);
         wait_for_line();
-        say_hash(at);
+        print_hash(at);
         _exit(0);
     }
     char byte;
@@ -327,15 +327,15 @@ static void stopped_by_tracer(void) {
     struct pollfd in = {.fd = 0, .events = POLLIN};
     poll(&in, 1, -1);
     check(ptrace(PTRACE_DETACH, child, 0, 0));
-    end_with(child);
+    exit_with(child);
 }
 
-static int one_memory(void *at) {
+static int hold_in_child(void *at) {
     hold_mapping(at, getpid());
     _exit(0);
 }
 
-static void with_machine(void) {
+static void with_kvm_machine(void) {
     int kvm = (int)check(open("/dev/kvm", O_RDWR | O_CLOEXEC));
     int machine = (int)check(ioctl(kvm, KVM_CREATE_VM, 0));
     unsigned char *at = map_file(PROT_READ | PROT_WRITE);
@@ -344,20 +344,20 @@ static void with_machine(void) {
     hold_mapping(at, getpid());
 }
 
-static void in_own_mount(void) {
+static void in_mount_namespace(void) {
     check(unshare(CLONE_NEWNS));
     check(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     char place[4096];
-    snprintf(place, sizeof place, "%s/place", folder);
+    snprintf(place, sizeof place, "%s/place", directory);
     close((int)check(open(place, O_RDONLY | O_CREAT | O_CLOEXEC, 0644)));
     check(mount(path, place, NULL, MS_BIND, NULL));
     ready(getpid());
     wait_for_line();
     path = place;
-    say_hash_of_fd(open_file(O_RDONLY));
+    print_hash_of_fd(open_file(O_RDONLY));
 }
 
-static void nothing_but_a_copy(void) {
+static void copy_in_memfd(void) {
     int copy = (int)check(memfd_create("copy", MFD_CLOEXEC)), fd = open_file(O_RDONLY);
     check(ftruncate(copy, (off_t)size));
     for (size_t at = 0; at < size;)
@@ -367,13 +367,12 @@ static void nothing_but_a_copy(void) {
     hold_mapping(at, getpid());
 }
 
-
 int main(int argc, char **argv) {
     if (argc < 3)
         return 2;
     way = argv[1];
     path = argv[2];
-    folder = argc > 3 ? argv[3] : ".";
+    directory = argc > 3 ? argv[3] : ".";
     struct stat about;
     check(stat(path, &about));
     size = (size_t)about.st_size;
@@ -384,7 +383,7 @@ int main(int argc, char **argv) {
         if (is("mapping of a stopped process"))
             raise(SIGSTOP);
         wait_for_line();
-        say_hash(at);
+        print_hash(at);
     } else if (is("shared mapping")) {
         int fd = open_file(O_RDONLY);
         void *at = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
@@ -397,25 +396,25 @@ int main(int argc, char **argv) {
     } else if (is("mapping that a child does not inherit")) {
         unsigned char *at = map_file(PROT_READ);
         check(madvise(at, size, MADV_DONTFORK));
-        pid_t child = child_of_ours();
+        pid_t child = fork_child();
         if (child == 0)
             for (;;)
                 pause();
         hold_mapping(at, me);
         kill(child, SIGKILL);
     } else if (is("mapping with a KVM machine")) {
-        with_machine();
+        with_kvm_machine();
     } else if (is("first thread ended, mapping") || is("first thread ended, descriptor")) {
         in_thread(thread_after_main);
         pthread_exit(NULL);
     } else if (is("thread with its own descriptors")) {
-        in_thread(thread_with_its_own_files);
+        in_thread(thread_with_unshared_files);
         for (;;)
             pause();
     } else if (is("child in the parent's memory")) {
         unsigned char *at = map_file(PROT_READ);
         static char stack[1 << 16];
-        end_with((pid_t)check(clone(one_memory, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, at)));
+        exit_with((pid_t)check(clone(hold_in_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, at)));
     } else if (is("mapping of another user")) {
         unsigned char *at = map_file(PROT_READ);
         check(setresgid(12345, 12345, 12345));
@@ -428,7 +427,7 @@ int main(int argc, char **argv) {
         hold_mapping(at, me);
     } else if (is("mapping below another root")) {
         unsigned char *at = map_file(PROT_READ);
-        check(chroot(folder));
+        check(chroot(directory));
         check(chdir("/"));
         hold_mapping(at, me);
     } else if (is("mapping of a traced process")) {
@@ -444,25 +443,25 @@ int main(int argc, char **argv) {
         char name[64];
         snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
         path = name;
-        say_hash_of_fd(open_file(O_RDONLY));
+        print_hash_of_fd(open_file(O_RDONLY));
     } else if (is("descriptor in flight")) {
         in_flight();
     } else if (is("descriptor in an io_uring")) {
         in_ring();
     } else if (is("mount of the file")) {
-        in_own_mount();
+        in_mount_namespace();
     } else if (is("watch by inotify")) {
         int watcher = (int)check(inotify_init1(IN_CLOEXEC));
         check(inotify_add_watch(watcher, path, IN_CLOSE));
         ready(me);
         wait_for_line();
-        say_hash_of_fd(open_file(O_RDONLY));
+        print_hash_of_fd(open_file(O_RDONLY));
     } else if (is("pages in a pipe, by splice") || is("pages in a pipe, by vmsplice")) {
         in_pipe(is("pages in a pipe, by splice"));
     } else if (is("pages pinned by an io_uring")) {
         pinned_by_ring();
     } else if (is("copy in a memory file")) {
-        nothing_but_a_copy();
+        copy_in_memfd();
     } else {
         return 2;
     }

@@ -1,5 +1,5 @@
-//! Who may use the host at the same time: a scenario that measures the whole host (free memory, KSM, swap)
-//! runs alone, all others share it.
+//! Access to the host: a scenario that measures the whole host (free memory, KSM, swap) runs alone, all others share
+//! the host.
 
 use std::cell::Cell;
 use std::process::Command;
@@ -11,12 +11,12 @@ thread_local! {
     static HELD: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Shares the host until it is dropped. One thread may hold several: only the first takes the lock, since a
-/// second reader would wait behind a writer that waits for the first.
+/// A shared lock on the host. A thread may hold several, but only the first takes the lock: a second read lock would
+/// wait behind a writer that waits for the first.
 #[derive(Debug)]
 pub struct Shared(#[expect(dead_code, reason = "held, not read")] Option<RwLockReadGuard<'static, ()>>);
 
-/// For scenarios that mount or launch processes, or take memory in earnest.
+/// Takes the shared lock, for scenarios that mount, launch processes, or use much memory.
 pub fn shared() -> Shared {
     let held = HELD.replace(HELD.get() + 1);
     Shared((held == 0).then(|| HOST.read().unwrap_or_else(PoisonError::into_inner)))
@@ -28,37 +28,37 @@ impl Drop for Shared {
     }
 }
 
-/// For scenarios that measure the whole host or change its settings.
+/// Takes the exclusive lock, for scenarios that measure the whole host or change its settings.
 pub fn alone() -> RwLockWriteGuard<'static, ()> {
     HOST.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How often a scenario repeats itself: `test` times, or `soak` times in `make soak`.
+/// Returns a repeat count: `test` normally, `soak` in `make soak`.
 pub fn rounds<N>(test: N, soak: N) -> N {
     if soaking() { soak } else { test }
 }
 
-/// Takes a figure that others on this host, also ones that cannot be seen from here, may spoil: one that is off is taken
-/// again, twice at most. What is off so far that no neighbour explains it is for the caller to panic at.
+/// Takes a measurement that other load on this host, also in other containers, may disturb: repeats a bad one at most
+/// twice. For a deviation that no load explains `figure` must panic itself.
 #[track_caller]
 pub fn measured(mut figure: impl FnMut() -> Result<(), String>) {
     for left in (0..3).rev() {
         match figure() {
             Ok(()) => return,
-            Err(off) if left > 0 => println!("measured again: {off}"),
-            Err(off) => panic!("three times off, now {off}"),
+            Err(off) if left > 0 => println!("measuring again: {off}"),
+            Err(off) => panic!("three bad measurements, the last: {off}"),
         }
     }
 }
 
-/// Makes room for pages of 2 MiB: what was read and written before has the memory in pieces.
+/// Frees and compacts memory, so that the kernel can allocate pages of 2 MiB: earlier file I/O fragments it.
 pub fn compact_memory() {
     rustix::fs::sync();
     set("/proc/sys/vm/drop_caches", "3");
     set("/proc/sys/vm/compact_memory", "1");
 }
 
-/// True in `make soak`: the counts are the long ones, and figures are printed.
+/// Returns true in `make soak`, which uses the long counts and prints measurements.
 pub fn soaking() -> bool {
     std::env::var_os("STENCIL_SOAK").is_some()
 }
@@ -67,11 +67,11 @@ fn set(path: &str, value: &str) {
     std::fs::write(path, value).unwrap_or_else(|e| panic!("{path} = {value}: {e}"));
 }
 
-/// A swap file in use; switched off and removed when dropped. Only for scenarios that run alone.
+/// An active swap file; drop switches it off and removes it. Only for scenarios that run alone.
 pub struct SwapFile(tempfile::TempPath);
 
 impl SwapFile {
-    /// Makes one of so many bytes.
+    /// Creates and activates a swap file of this size.
     pub fn on(bytes: u64) -> SwapFile {
         let path = tempfile::Builder::new()
             .prefix("swap")
@@ -96,12 +96,11 @@ impl Drop for SwapFile {
     }
 }
 
-/// KSM, scanning fast; its settings are put back and its merges undone when dropped. Only for scenarios that
-/// run alone.
+/// KSM with a high scan rate; drop undoes its merges and restores its settings. Only for scenarios that run alone.
 pub struct Ksm(Vec<(String, String)>);
 
 impl Ksm {
-    /// Switches it on.
+    /// Switches KSM on.
     pub fn on() -> Ksm {
         let wanted =
             [("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("smart_scan", "0"), ("run", "1")];
@@ -125,7 +124,8 @@ impl Drop for Ksm {
     }
 }
 
-/// Waits until the host's free memory has stopped moving: what earlier scenarios held is given back late.
+/// Waits until the host's available memory changes by less than 1 MiB in each of five steps of 100 ms: memory of
+/// earlier scenarios is freed late.
 pub fn settle() {
     let available = || stencilfs::clones::baseline::Baseline::now().unwrap().available().get();
     let (mut last, mut still) = (available(), 0);

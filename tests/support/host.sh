@@ -1,4 +1,4 @@
-# What every script here asks of the host. Sourced, never run.
+# Requirements and properties of the host, for the other scripts. Sourced, never run.
 # shellcheck shell=bash
 
 # The oldest kernel with FUSE passthrough.
@@ -7,14 +7,14 @@ STENCIL_KERNEL_MIN=6.9
 STENCIL_QEMU_MIN=8.2
 # The oldest compiler that the workspace builds with.
 STENCIL_RUST_MIN=1.88
-# What makes the Debian package, and the C library of the Debian that it is for.
+# The tool that builds the Debian package, and the C library of the Debian release that the package is for.
 STENCIL_CARGO_DEB=3.8.0
 STENCIL_GLIBC_MAX=2.36
 
-# The kernel's release; the variable exists so that a test can play an older host.
+# The kernel release; a test sets the variable to simulate an older host.
 kernel_release() { printf '%s\n' "${STENCIL_TEST_KERNEL_RELEASE:-$(uname -r)}"; }
 
-# at_least HAVE WANT: compares MAJOR.MINOR, whatever follows.
+# at_least HAVE WANT: compares MAJOR.MINOR and ignores the rest.
 at_least() {
     local have_major have_minor want_major want_minor
     IFS=. read -r have_major have_minor _ <<<"${1%%[-+~ ]*}"
@@ -24,38 +24,38 @@ at_least() {
     [ "${have_major:-0}" -eq "$want_major" ] 2>/dev/null && [ "${have_minor:-0}" -ge "$want_minor" ]
 }
 
-# The version of the installed QEMU, or nothing.
+# Prints the version of the installed QEMU, or nothing.
 qemu_version() {
     command -v qemu-system-x86_64 >/dev/null 2>&1 || return 0
     qemu-system-x86_64 --version 2>/dev/null | sed -n '1s/.*version \([0-9.]*\).*/\1/p'
 }
 
-# The version of rustc, or nothing.
+# Prints the version of rustc, or nothing.
 rust_version() {
     command -v rustc >/dev/null 2>&1 || return 0
     rustc --version 2>/dev/null | sed -n '1s/^rustc \([0-9.]*\).*/\1/p'
 }
 
-# Where the guest's kernel and the unpacked packages are kept, below the build directory.
+# Prints the directory of the guest's kernel and the unpacked packages, below the build directory.
 guest_cache() {
     local top=$1
     printf '%s/guest\n' "${CARGO_TARGET_DIR:-$top/target}"
 }
 
-# Where programs that only this project needs are installed, below the build directory.
+# Prints the directory for programs that only this project needs, below the build directory.
 tools() {
     local top=$1
     printf '%s/tools\n' "${CARGO_TARGET_DIR:-$top/target}"
 }
 
-# The lacks of this host, one a line, each with what to do. Nothing to say: the host will do.
-host_lacks() {
+# Prints the requirements that this host does not meet, one per line, each with a remedy; nothing if there are none.
+unmet_requirements() {
     local release
     release=$(kernel_release)
     at_least "$release" "$STENCIL_KERNEL_MIN" ||
         echo "kernel $release: Linux $STENCIL_KERNEL_MIN or newer is needed for FUSE passthrough; boot a newer kernel (Debian 12: linux-image-amd64 from bookworm-backports)"
     [ "$(uname -m)" = x86_64 ] || echo "machine $(uname -m): only x86_64 is supported"
-    [ "$(id -u)" = 0 ] || echo "root: mounting and reading page maps of others need it; run it as root (sudo)"
+    [ "$(id -u)" = 0 ] || echo "root: mounting and reading the page maps of other processes need it; run it as root (sudo)"
     [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || true
     [ -c /dev/fuse ] || echo "/dev/fuse: load the fuse module (modprobe fuse), or give this container the device"
 }

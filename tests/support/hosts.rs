@@ -1,7 +1,7 @@
-//! Two hosts on one machine: each has its own network, its own mounts, its own store and runtime directory. They reach
-//! each other by links that can be cut, and the second one by ssh.
+//! Two hosts on one machine, each with its own network namespace, mount namespace, store and runtime directory. They
+//! are connected by links that can be cut; the second host runs an ssh server.
 //!
-//! Nothing of it has a name on the machine itself: networks and mounts end with the processes in them.
+//! Nothing of the hosts is visible outside: networks and mounts end with the processes in the namespaces.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -13,10 +13,10 @@ use serde_json::Value;
 
 use super::mount::{Run, STENCIL, daemon, run, temporary, wait_for, without_others};
 
-/// One of the two.
+/// One of the two hosts.
 pub struct Host {
     dir: PathBuf,
-    /// Lives for as long as its standard input is open, and keeps the namespaces.
+    /// Keeps the namespaces; exits when its standard input is closed.
     holder: Child,
 }
 
@@ -37,7 +37,7 @@ impl Host {
         Host { dir, holder }
     }
 
-    /// A program on this host.
+    /// Returns a command for a program on this host.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command
@@ -49,30 +49,30 @@ impl Host {
         command
     }
 
-    /// Runs `stencil` here.
+    /// Runs `stencil` on this host.
     pub fn stencil(&self, words: &[&str]) -> Run {
         let output = self.command(STENCIL).args(words).output().unwrap();
         Run::of(words.join(" "), &output)
     }
 
-    /// Runs `stencil --json` here, which must exit with 0.
+    /// Runs `stencil --json` on this host, which must exit with 0, and returns the parsed output.
     #[track_caller]
     pub fn json(&self, words: &[&str]) -> Value {
         let run = self.stencil(&[&["--json"], words].concat()).ok();
         serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}", run.out))
     }
 
-    /// Its store's folder.
+    /// The store's directory.
     pub fn store(&self) -> PathBuf {
         self.dir.join("store")
     }
 
-    /// A path of its own.
+    /// A path in the host's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// Where it mounts its store.
+    /// The mount point.
     pub fn mountpoint(&self) -> PathBuf {
         self.dir.join("mnt")
     }
@@ -84,7 +84,7 @@ impl Host {
     }
 }
 
-/// Both, and what lies between them.
+/// Both hosts, the links and the ssh server.
 pub struct Hosts {
     pub here: Host,
     pub there: Host,
@@ -93,7 +93,7 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// Two hosts with so many links between them.
+    /// Creates two hosts with `links` links between them.
     pub fn new(links: usize) -> Hosts {
         daemon();
         let dir = temporary("hosts-");
@@ -113,7 +113,7 @@ impl Hosts {
         hosts
     }
 
-    /// The words that reach the other host over that link, without the address: for ssh and whoever runs it.
+    /// Returns the ssh command without the address, for ssh itself and for programs that run ssh.
     pub fn ssh_words(&self) -> Vec<String> {
         let key = self.dir.path().join("key");
         let words = [
@@ -135,7 +135,7 @@ impl Hosts {
         words.map(str::to_owned).to_vec()
     }
 
-    /// `ssh` from here to there over that link.
+    /// Returns a command that runs a script on the second host over this link.
     pub fn ssh(&self, link: usize, script: &str) -> Command {
         let words = self.ssh_words();
         let mut command = self.here.command(&words[0]);
@@ -144,13 +144,13 @@ impl Hosts {
         command
     }
 
-    /// Cuts a link, or mends it. The cable is at our end: the other side's host is not told.
+    /// Takes a link down or up at our end. The other host is not notified.
     pub fn set_link(&self, link: usize, up: bool) {
         self.here.run(&["ip", "link", "set", &format!("a{link}"), if up { "up" } else { "down" }]);
     }
 }
 
-/// Debian's small ssh server, with keys of its own, and a home directory of its own for root.
+/// Starts dropbear with its own keys, and with a separate home directory for root.
 fn serve_ssh(host: &Host, dir: &Path) -> Child {
     let home = host.path("home");
     fs::create_dir_all(home.join(".ssh")).unwrap();
@@ -167,7 +167,7 @@ fn serve_ssh(host: &Host, dir: &Path) -> Child {
     fs::write(&table, passwd).unwrap();
     host.run(&["mount", "--bind", table.to_str().unwrap(), "/etc/passwd"]);
     host.command("dropbear")
-        // Its own environment goes to the commands: their store is this host's.
+        // `-e` passes the server's environment to the commands, so that they use this host's store.
         .args(["-F", "-E", "-e", "-s", "-m", "-p", "2222", "-K", "2", "-r", server_key.to_str().unwrap()])
         .args(["-P", host.path("dropbear.pid").to_str().unwrap()])
         .process_group(0)

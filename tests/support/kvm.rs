@@ -1,4 +1,4 @@
-//! A KVM guest of one processor whose memory is a backend, and which runs code from address 0 on.
+//! A KVM guest with one vCPU whose memory is a backend; it executes code from guest address 0.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -7,7 +7,7 @@ use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use stencilfs::memory::Backend;
 
-/// The guest. Its memory stays mapped for as long as it lives.
+/// The guest. Its memory stays mapped until the guest is dropped.
 pub struct Guest {
     _vm: VmFd,
     pub cpu: VcpuFd,
@@ -15,7 +15,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Sees each of these ranges of the memory at the guest address beside it; in real mode, from address 0 on.
+    /// Creates a guest in real mode that maps each range of the memory at the guest address beside it, and starts at
+    /// address 0.
     pub fn new(memory: Backend, windows: &[(u64, Range<u64>)], flags: u32) -> Guest {
         let vm = Kvm::new().expect("/dev/kvm").create_vm().unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
@@ -28,8 +29,8 @@ impl Guest {
                 memory_size: range.end - range.start,
                 userspace_addr: memory.as_ptr() as u64 + range.start,
             };
-            // SAFETY: the range lies inside the backend's memory (checked above), which the guest keeps mapped for as
-            // long as the VM lives, and into which nobody has a reference.
+            // SAFETY: the range lies inside the backend's memory (checked above), which the guest keeps mapped until
+            // the VM is dropped, and to which there is no Rust reference.
             unsafe { vm.set_user_memory_region(region).unwrap() };
         }
         let cpu = vm.create_vcpu(0).unwrap();
@@ -42,7 +43,7 @@ impl Guest {
         Guest { _vm: vm, cpu, _memory: memory }
     }
 
-    /// All segments flat from address 0, in protected mode without paging.
+    /// Switches to protected mode without paging, with all segments flat from address 0.
     pub fn flat(self) -> Guest {
         let segment = |selector: u16, kind: u8| kvm_segment {
             base: 0,

@@ -1,4 +1,4 @@
-//! Domains of libvirt, run by `virt-qemu-run`.
+//! libvirt domains, run by `virt-qemu-run`.
 
 use std::fs;
 use std::path::Path;
@@ -9,22 +9,22 @@ use super::guest::patiently;
 use super::mount::{TestMount, without_others};
 use super::passing::Running;
 
-/// A domain of libvirt's own, without its daemon; it ends when dropped.
+/// A libvirt domain without libvirtd; ends on drop.
 pub struct Domain {
     name: String,
-    /// `virt-qemu-run`.
+    /// The process of `virt-qemu-run`.
     pub libvirt: Running,
-    /// Its QEMU.
+    /// The PID of its QEMU.
     pub qemu: u32,
 }
 
 impl Domain {
-    /// Starts it, in a mount namespace where libvirt finds the users that it looks for.
+    /// Starts a domain in a mount namespace where the user `libvirt-qemu` exists.
     #[track_caller]
     pub fn start(world: &TestMount, domain: &str) -> Domain {
         let name = domain.split("<name>").nth(1).unwrap().split("</name>").next().unwrap();
         let path = |name: &str| world.dir().join(name).display().to_string();
-        // libvirt looks its users up, which the daemon's package would make.
+        // libvirt looks up a user and a group that the package of libvirtd would create.
         for (file, line) in
             [("passwd", "libvirt-qemu:x:0:0::/:/usr/sbin/nologin\n"), ("group", "libvirt-qemu:x:0:\n")]
         {
@@ -36,7 +36,7 @@ impl Domain {
         let settings =
             "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nuser = \"+0\"\ngroup = \"+0\"\n";
         fs::write(path("libvirt/etc/qemu.conf"), settings).unwrap();
-        // TCG, as not every host has KVM.
+        // TCG, because not every host has KVM.
         fs::write(path("run.xml"), domain.replace("<domain type='kvm'", "<domain type='qemu'")).unwrap();
         let script = format!(
             "{} && mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group && \
@@ -47,9 +47,12 @@ impl Domain {
         command.args(["--mount", "sh", "-c", &script, "sh"]).arg(world.dir());
         let libvirt = Running::start(&mut command, &world.dir().join("qemu.log"));
         let mut domain = Domain { name: name.to_owned(), libvirt, qemu: 0 };
-        domain.qemu = patiently("a QEMU of libvirt's", Duration::from_secs(120), || {
+        domain.qemu = patiently("QEMU started by libvirt", Duration::from_secs(120), || {
             let log = fs::read_to_string(path("qemu.log")).unwrap();
-            assert!(domain.libvirt.0.try_wait().unwrap().is_none(), "make setup: {log}");
+            assert!(
+                domain.libvirt.0.try_wait().unwrap().is_none(),
+                "virt-qemu-run exited (make setup installs it): {log}"
+            );
             let said = domain.said(world);
             assert!(!said.contains("shutting down"), "{said}");
             fs::read_to_string(path(&format!("libvirt/run/qemu/{name}.pid"))).ok()?.trim().parse().ok()
@@ -57,13 +60,13 @@ impl Domain {
         domain
     }
 
-    /// What QEMU has said.
+    /// Returns QEMU's log.
     pub fn said(&self, world: &TestMount) -> String {
         let log = format!("libvirt/log/qemu/{}.log", self.name);
         fs::read_to_string(world.dir().join(log)).unwrap_or_default()
     }
 
-    /// True until its QEMU ends.
+    /// Returns true until the domain's QEMU exits.
     pub fn is_alive(&self) -> bool {
         Path::new(&format!("/proc/{}", self.qemu)).exists()
     }
@@ -71,7 +74,7 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        // Asked to end it ends its QEMU too; killed, it would leave it.
+        // On SIGTERM virt-qemu-run ends its QEMU too; SIGKILL would leave QEMU running.
         let pid = self.libvirt.0.id().to_string();
         let _ = Command::new("kill").args(["-TERM", &pid]).status();
         let end = Instant::now() + Duration::from_secs(30);

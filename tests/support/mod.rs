@@ -1,4 +1,4 @@
-//! What the scenarios share.
+//! Code that the scenarios share.
 
 pub mod actor;
 pub mod debian;

@@ -1,4 +1,4 @@
-//! A store, a runtime directory and a mount of one scenario's own, with the real binaries.
+//! A private store, runtime directory and mount for one scenario, served by the real binaries.
 
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
@@ -12,27 +12,27 @@ use stencilfs::control::{Channel, socket_path};
 use stencilfs::sys::mount;
 use stencilfs::sys::process::ProcessId;
 
-/// The command line's binary.
+/// The `stencil` binary.
 pub const STENCIL: &str = env!("CARGO_BIN_EXE_stencil");
 
-/// The daemon's binary, built by `cargo build --workspace` into the same directory.
+/// The path of the daemon's binary, which `cargo build --workspace` puts into the same directory.
 pub fn daemon() -> PathBuf {
     let path = Path::new(STENCIL).with_file_name("stencil-mountd");
     assert!(path.is_file(), "{} is missing: run `cargo build --workspace` first", path.display());
     path
 }
 
-/// Where temporary things go: the target's own filesystem, never a tmpfs.
+/// Creates a temporary directory on the file system of the build directory, never on a tmpfs.
 pub fn temporary(prefix: &str) -> tempfile::TempDir {
     tempfile::Builder::new().prefix(prefix).tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// What a command left.
+/// The result of a command.
 #[derive(Debug)]
 pub struct Run {
-    /// How it was called.
+    /// The arguments, for messages.
     pub words: String,
-    /// Exit code; -1 for a signal.
+    /// The exit code; -1 after a signal.
     pub code: i32,
     /// Standard output.
     pub out: String,
@@ -41,7 +41,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// What a command that was called so has left.
+    /// Collects the result of a command; `words` are its arguments.
     pub fn of(words: String, output: &Output) -> Run {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Run {
@@ -52,27 +52,27 @@ impl Run {
         }
     }
 
-    /// Panics unless it exited with 0.
+    /// Panics unless the exit code is 0.
     #[track_caller]
     pub fn ok(self) -> Run {
         self.exits(0)
     }
 
-    /// Panics unless it exited so.
+    /// Panics unless the exit code is `code`.
     #[track_caller]
     pub fn exits(self, code: i32) -> Run {
         assert_eq!(self.code, code, "stencil {}\nstdout: {}\nstderr: {}", self.words, self.out, self.err);
         self
     }
 
-    /// Panics unless standard error has these words, a remedy on a second line, and nothing more.
+    /// Panics unless standard error is one line that contains `words` and a second line with the remedy.
     #[track_caller]
     pub fn says(self, words: &str) -> Run {
         assert!(self.err.contains(words), "stencil {}: '{words}' is not in: {}", self.words, self.err);
         assert_eq!(
             self.err.lines().count(),
             2,
-            "stencil {}: one line and its remedy: {}",
+            "stencil {}: expected an error line and a remedy line: {}",
             self.words,
             self.err
         );
@@ -80,46 +80,47 @@ impl Run {
     }
 }
 
-/// A store with a mount. Dropped, it stops its clones, unmounts, and ends exactly its own processes.
+/// A store with a mount. Drop stops its clones, unmounts, and kills only the processes of this mount.
 pub struct TestMount {
     dir: tempfile::TempDir,
     mountpoint: PathBuf,
-    /// Set by a scenario that has its server end by a forbidden system call.
+    /// Set by a scenario that makes its server die of a forbidden system call.
     pub expects_sigsys: bool,
 }
 
-/// How the log names the end of a server that made a system call which is not on the list of docs/explanation/security.md.
+/// The name of the signal in the log when a server makes a system call that is not listed in
+/// docs/explanation/security.md.
 pub const SIGSYS: &str = "SIGSYS";
 
-/// How a command names processes that might be clones and cannot be asked.
+/// The words of an error about processes that may be clones and cannot be inspected.
 pub const UNSEEN: &str = "inspecting processes that may be clones";
 
 impl TestMount {
-    /// A connection to the control socket of this mount's supervisor.
+    /// Opens a connection to the control socket of this mount's supervisor.
     pub fn control(&self) -> Channel {
         let mut records = std::fs::read_dir(self.runtime_dir().join("mounts")).unwrap();
-        let folder = std::fs::File::open(records.next().unwrap().unwrap().path()).unwrap();
+        let directory = std::fs::File::open(records.next().unwrap().unwrap().path()).unwrap();
         let socket =
             socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        connect(&socket, &SocketAddrUnix::new(socket_path(folder.as_fd())).unwrap()).unwrap();
+        connect(&socket, &SocketAddrUnix::new(socket_path(directory.as_fd())).unwrap()).unwrap();
         let channel = Channel::new(socket);
         channel.set_patience(Duration::from_secs(30)).unwrap();
         channel
     }
 
-    /// A mount of an empty store, served so (`auto`, `passthrough`, `decode`).
+    /// Creates an empty store and mounts it with `--serve SERVE` (`auto`, `passthrough`, `decode`).
     pub fn new(serve: &str) -> TestMount {
         Self::with(&["--serve", serve])
     }
 
-    /// A mount of an empty store with these options.
+    /// Creates an empty store and mounts it with these options.
     pub fn with(options: &[&str]) -> TestMount {
         let world = Self::unmounted();
         world.mount(options).ok();
         world
     }
 
-    /// An empty store and a directory for its mount.
+    /// Creates an empty store and a mount point, without a mount.
     pub fn unmounted() -> TestMount {
         daemon();
         let dir = temporary("mount-");
@@ -129,37 +130,37 @@ impl TestMount {
         TestMount { dir, mountpoint, expects_sigsys: false }
     }
 
-    /// Mounts with these options.
+    /// Runs `stencil mount` with these options.
     pub fn mount(&self, options: &[&str]) -> Run {
         let mut words = vec!["mount", self.mountpoint.to_str().unwrap()];
         words.extend(options);
         self.stencil(&words)
     }
 
-    /// A folder of the scenario's own, removed with it.
+    /// The scenario's private directory, removed on drop.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Lets every user come as far as this scenario's folder.
+    /// Makes the scenario's directory and its parents searchable for every user.
     pub fn open_to_others(&self) {
         use std::os::unix::fs::PermissionsExt;
-        for folder in self.dir().ancestors() {
-            let mode = std::fs::metadata(folder).unwrap().permissions().mode();
+        for directory in self.dir().ancestors() {
+            let mode = std::fs::metadata(directory).unwrap().permissions().mode();
             if mode & 1 == 0 {
-                let ours = folder.starts_with(env!("CARGO_TARGET_TMPDIR"));
-                assert!(ours, "{} keeps others out", folder.display());
-                std::fs::set_permissions(folder, PermissionsExt::from_mode(mode | 0o011)).unwrap();
+                let ours = directory.starts_with(env!("CARGO_TARGET_TMPDIR"));
+                assert!(ours, "{} is not searchable for other users", directory.display());
+                std::fs::set_permissions(directory, PermissionsExt::from_mode(mode | 0o011)).unwrap();
             }
         }
     }
 
-    /// Where the mount is.
+    /// The mount point.
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
     }
 
-    /// The store's folder.
+    /// The store's directory.
     pub fn store_dir(&self) -> PathBuf {
         self.dir().join("store")
     }
@@ -169,23 +170,23 @@ impl TestMount {
         self.dir().join("run")
     }
 
-    /// A file of a template in the mount.
+    /// The path of a template's file in the mount.
     pub fn file(&self, digest: &str, name: &str) -> PathBuf {
         self.mountpoint.join("by-id").join(digest).join(name)
     }
 
-    /// `stencil` with this store and runtime directory.
+    /// Returns a `stencil` command for this store and runtime directory.
     pub fn command(&self) -> Command {
         self.command_in(STENCIL)
     }
 
-    /// Another program with the same environment.
+    /// Returns a command for another program with the same environment.
     pub fn command_in(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command
             .env("STENCIL_STORE", self.store_dir())
             .env("STENCIL_RUNTIME_DIR", self.runtime_dir())
-            // A forbidden system call of a server is not refused here: it ends the server.
+            // A forbidden system call kills the server instead of failing with EPERM.
             .env("STENCIL_SECCOMP", "kill")
             .env_remove("STENCIL_LOG")
             .env_remove("STENCIL_MOUNTD")
@@ -193,14 +194,14 @@ impl TestMount {
         command
     }
 
-    /// `stencil` in another time namespace, in which the host has run for much longer.
-    pub fn in_another_time(&self, words: &[&str]) -> Run {
+    /// Runs `stencil` in another time namespace, whose clocks are far ahead.
+    pub fn in_other_time_namespace(&self, words: &[&str]) -> Run {
         let mut command = self.command_in("unshare");
         command.args(["--time", "--boottime", "1000", "--monotonic", "1000000"]).arg(STENCIL).args(words);
         Run::of(words.join(" "), &command.output().unwrap())
     }
 
-    /// Runs `stencil`; again, as it asks for, while a process of another scenario lets nobody look into it.
+    /// Runs `stencil`, and retries while the error is that a process of another scenario cannot be inspected.
     pub fn stencil(&self, words: &[&str]) -> Run {
         let until = Instant::now() + Duration::from_secs(30);
         loop {
@@ -214,7 +215,7 @@ impl TestMount {
         }
     }
 
-    /// True when a text has the number of a process of this very mount, or of a clone.
+    /// Returns true if the text contains the PID of a process of this mount or of one of its clones.
     fn names_one_of_ours(&self, text: &str) -> bool {
         let clones = std::fs::read_dir(self.runtime_dir().join("clones")).into_iter().flatten().flatten();
         let clones = clones.filter_map(|clone| {
@@ -227,27 +228,28 @@ impl TestMount {
             .any(|word| word.parse().is_ok_and(|pid| ours.contains(&pid)))
     }
 
-    /// Runs `stencil --json`, which must exit with 0.
+    /// Runs `stencil --json`, which must exit with 0, and returns the parsed output.
     #[track_caller]
     pub fn json(&self, words: &[&str]) -> Value {
         let run = self.stencil(&[&["--json"], words].concat()).ok();
         serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}", run.out))
     }
 
-    /// Imports a memory image and gives its digest.
+    /// Imports a memory image and returns the template's digest.
     pub fn import(&self, source: &Path, tag: &str) -> String {
         let answer = self.json(&["import", source.to_str().unwrap(), tag]);
         answer["digest"].as_str().unwrap_or_else(|| panic!("no digest in {answer}")).to_owned()
     }
 
-    /// Writes these bytes to a file of the scenario and imports that.
+    /// Writes `bytes` to a file in the scenario's directory and imports the file.
     pub fn import_bytes(&self, bytes: &[u8], tag: &str) -> String {
         let source = self.dir().join(tag.replace(':', "-"));
         std::fs::write(&source, bytes).unwrap();
         self.import(&source, tag)
     }
 
-    /// What `stencil status` says of the mounts of every store; one of them may have lost its supervisor.
+    /// Returns the output of `stencil --json status` for the mounts of all stores. Exit code 6 (a mount has lost its
+    /// supervisor) is accepted.
     #[track_caller]
     pub fn status_of_all(&self) -> Value {
         let output = self.command().env_remove("STENCIL_STORE").args(["--json", "status"]).output().unwrap();
@@ -256,7 +258,7 @@ impl TestMount {
         serde_json::from_str(&run.out).unwrap_or_else(|e| panic!("{e}: {run:?}"))
     }
 
-    /// The mount's object in `stencil status`.
+    /// The object of this mount in `stencil --json status`.
     #[track_caller]
     pub fn status(&self) -> Value {
         let all = self.status_of_all();
@@ -265,43 +267,43 @@ impl TestMount {
         mounts[0].clone()
     }
 
-    /// One counter of the mount.
+    /// The value of one counter of the mount.
     #[track_caller]
     pub fn counter(&self, name: &str) -> u64 {
         self.status()["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
     }
 
-    /// The process that answers the kernel; waits for a successor.
+    /// The PID of the process that serves the mount; waits for a successor if there is none.
     pub fn server(&self) -> u32 {
         wait_for("a server", || self.status()["server_pid"].as_u64()) as u32
     }
 
-    /// The server of the mount's record, without a question to anybody.
+    /// The server that the mount's record names, read without a request to the supervisor.
     pub fn recorded_server(&self) -> Option<ProcessId> {
         self.recorded("server").pop()
     }
 
-    /// Kills the server with SIGKILL, and waits until another one serves.
+    /// Kills the server with SIGKILL and waits until its successor serves.
     pub fn kill_server(&self) {
         let before = self.server();
-        let process = ProcessId::of(before).unwrap().expect("the server lives");
+        let process = ProcessId::of(before).unwrap().expect("the server has exited");
         process.signal(rustix::process::Signal::KILL).unwrap();
         wait_for("a successor", || (self.server() != before).then_some(()));
     }
 
-    /// What the daemon has logged.
+    /// The contents of the daemon's log.
     pub fn log(&self) -> String {
         let mounts = std::fs::read_dir(self.runtime_dir().join("mounts")).into_iter().flatten().flatten();
         mounts.filter_map(|m| std::fs::read_to_string(m.path().join("log")).ok()).collect()
     }
 
-    /// Supervisor and server, whoever lives.
+    /// The supervisor and the server, in this order, as far as they are alive.
     pub fn processes(&self) -> Vec<ProcessId> {
         let found = [self.recorded("supervisor"), self.recorded("server")].concat();
         found.into_iter().filter(ProcessId::is_alive).collect()
     }
 
-    /// Processes of that role, as the records of the runtime directory name them.
+    /// The processes of this role (`supervisor`, `server`) in the records of the runtime directory.
     fn recorded(&self, role: &str) -> Vec<ProcessId> {
         let mounts = std::fs::read_dir(self.runtime_dir().join("mounts")).into_iter().flatten().flatten();
         let process = |mount: std::fs::DirEntry| {
@@ -338,7 +340,7 @@ impl Drop for TestMount {
     }
 }
 
-/// Asks until there is an answer; panics after half a minute.
+/// Polls `ask` every 5 ms until it returns a value; panics after 30 s.
 #[track_caller]
 pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
     let until = Instant::now() + Duration::from_secs(30);
@@ -346,15 +348,15 @@ pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < until, "waited half a minute for {what}");
+        assert!(Instant::now() < until, "timed out after 30 s waiting for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// For a shell that begins in a mount namespace of its own: other scenarios' mounts, copied with everything else, would not
-/// end while that lives. Those below the given folder stay.
+/// Shell commands for the start of a private mount namespace: unmount the mounts of other scenarios. Their copies in
+/// this namespace would keep those mounts alive. Mounts below `own` stay.
 pub fn without_others(own: &Path) -> String {
-    // The kernel writes blanks in paths as \040, which printf(1) undoes in a format.
+    // The kernel writes a blank in a path as \040, which printf(1) undoes in a format.
     format!(
         "awk '$3 == \"fuse.stencil\" && index($2, \"{}/\") != 1 {{ print $2 }}' /proc/self/mounts | \
          while read -r place; do umount -l \"$(printf \"$place\")\" || exit; done",
@@ -362,14 +364,14 @@ pub fn without_others(own: &Path) -> String {
     )
 }
 
-/// Copies a program by another process: a child that another scenario has just forked would hold a file open that this one
-/// writes, and nobody could start it then.
+/// Copies a program with cp(1). If this process wrote the file, a child that another scenario forks at the same moment
+/// could inherit the open descriptor, and execve would fail with ETXTBSY.
 #[track_caller]
 pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
     run("cp", &[from.as_ref(), to.as_ref()]);
 }
 
-/// Runs another program, which must exit with 0, and gives its output.
+/// Runs another program, which must exit with 0, and returns its standard output.
 #[track_caller]
 pub fn run(program: &str, args: &[impl AsRef<OsStr>]) -> String {
     let output = Command::new(program)

@@ -1,5 +1,5 @@
-//! A service manager for one service, as systemd is one: it hears what the service says on its notify socket, keeps the
-//! descriptors that it is given, and hands them to the next process of the service.
+//! A service manager for one service, which behaves like systemd: it receives the service's notifications, stores the
+//! file descriptors that the service sends, and passes them to the next process of the service.
 
 use std::fs::File;
 use std::io::IoSliceMut;
@@ -17,31 +17,31 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg,
 use rustix::process::{Pid, Signal, kill_process};
 use stencilfs::sys::process::inherit_all;
 
-/// What a service waits for at the most.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The limit for all waits.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Where descriptors are put before they get their place from 3 on, out of its way.
-const HIGH: i32 = 200;
+/// The first descriptor number for the copies, above the final numbers from 3 on.
+const FIRST_COPY: i32 = 200;
 
-/// One service and its manager. Dropped, the service is killed.
+/// One service and its manager. Drop kills the service.
 pub struct Manager {
     socket: UnixDatagram,
     path: PathBuf,
     log: PathBuf,
     watchdog: Duration,
     child: Option<Child>,
-    /// The descriptors that it keeps, by name.
+    /// The stored descriptors with their names.
     pub store: Vec<(String, OwnedFd)>,
-    /// What the present process has said, one assignment each; descriptors not.
+    /// The assignments that the present process has sent, without descriptors.
     pub heard: Vec<String>,
-    /// Messages of processes that are not the service's own.
+    /// Messages from processes other than the service's main process.
     pub strangers: Vec<String>,
     last_ping: Instant,
     longest_pause: Duration,
 }
 
 impl Manager {
-    /// One whose notify socket is in this folder, and which wants a sign of life so often.
+    /// Creates a manager with its notify socket in `dir` and this watchdog timeout.
     pub fn new(dir: &Path, watchdog: Duration) -> Manager {
         let path = dir.join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
@@ -60,17 +60,20 @@ impl Manager {
         }
     }
 
-    /// Starts the service's process with everything that was kept from the ones before.
+    /// Starts the service's process with all stored descriptors.
     pub fn start(&mut self, service: &Command) {
-        assert!(self.child.is_none(), "it runs");
+        assert!(self.child.is_none(), "the service is running");
         self.heard.clear();
-        let high: Vec<OwnedFd> =
-            self.store.iter().map(|(_, fd)| rustix::io::fcntl_dupfd_cloexec(fd, HIGH).unwrap()).collect();
+        let high: Vec<OwnedFd> = self
+            .store
+            .iter()
+            .map(|(_, fd)| rustix::io::fcntl_dupfd_cloexec(fd, FIRST_COPY).unwrap())
+            .collect();
         let mut script = String::new();
         for (place, fd) in (3..).zip(&high) {
             script += &format!("exec {place}<&{0} {0}<&-\n", fd.as_raw_fd());
         }
-        // Only the process itself knows its number.
+        // WATCHDOG_PID and LISTEN_PID must be the PID of the process itself, which only the shell knows.
         script += "export WATCHDOG_PID=$$\n";
         if !high.is_empty() {
             let names: Vec<&str> = self.store.iter().map(|(name, _)| name.as_str()).collect();
@@ -101,27 +104,27 @@ impl Manager {
         self.longest_pause = Duration::ZERO;
     }
 
-    /// The process of the service.
+    /// The PID of the service's process.
     pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("it was started").id()
+        self.child.as_ref().expect("the service was not started").id()
     }
 
-    /// Names of what is kept.
+    /// The names of the stored descriptors.
     pub fn stored(&self) -> Vec<&str> {
         self.store.iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Waits until the present process has said this.
+    /// Waits until the present process has sent this assignment.
     #[track_caller]
     pub fn wait_heard(&mut self, word: &str) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while !self.heard.iter().any(|heard| heard == word) {
             assert!(Instant::now() < until, "no {word} in {:?}", self.heard);
             self.listen(Duration::from_millis(20));
         }
     }
 
-    /// Listens for so long, and gives how often it heard a sign of life, and the longest pause between two.
+    /// Receives for `time`; returns the number of watchdog notifications and the longest pause between two.
     pub fn watch(&mut self, time: Duration) -> (usize, Duration) {
         let pings = |all: &[String]| all.iter().filter(|word| *word == "WATCHDOG=1").count();
         let (before, until) = (pings(&self.heard), Instant::now() + time);
@@ -132,7 +135,7 @@ impl Manager {
         (pings(&self.heard) - before, self.longest_pause.max(self.last_ping.elapsed()))
     }
 
-    /// Listens while something else is done: a manager that does not listen holds its service up in the end.
+    /// Receives notifications while `act` runs: a service blocks when the socket's buffer is full.
     pub fn during<T: Send>(&mut self, act: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(act);
@@ -143,7 +146,7 @@ impl Manager {
         })
     }
 
-    /// Ends the process with this signal, and waits until it is gone.
+    /// Sends a signal and waits until the process is gone.
     pub fn end(&mut self, signal: Signal) -> ExitStatus {
         self.signal(signal);
         self.wait_end()
@@ -154,31 +157,31 @@ impl Manager {
         kill_process(Pid::from_raw(self.pid() as i32).unwrap(), signal).unwrap();
     }
 
-    /// Gives up waiting for the process's end, which it leaves to the caller.
+    /// Hands the process to the caller, which must wait for its exit.
     pub fn give_up(&mut self) -> Child {
-        self.child.take().expect("it was started")
+        self.child.take().expect("the service was not started")
     }
 
-    /// Waits until the process has ended by itself.
+    /// Waits until the process exits.
     #[track_caller]
     pub fn wait_end(&mut self) -> ExitStatus {
-        let mut child = self.child.take().expect("it was started");
-        let until = Instant::now() + PATIENCE;
+        let mut child = self.child.take().expect("the service was not started");
+        let until = Instant::now() + TIMEOUT;
         loop {
             self.listen_to(child.id(), Duration::from_millis(5));
             if let Some(status) = child.try_wait().unwrap() {
-                // What it said last.
+                // The last notifications.
                 self.listen_to(child.id(), Duration::ZERO);
                 return status;
             }
             if Instant::now() > until {
                 self.child = Some(child);
-                panic!("the service does not end; it said {:?}", self.heard);
+                panic!("the service has not exited; it sent {:?}", self.heard);
             }
         }
     }
 
-    /// Takes what arrives until there is nothing for so long.
+    /// Receives notifications until none arrives for `patience`.
     pub fn listen(&mut self, patience: Duration) {
         self.listen_to(self.pid(), patience);
     }
@@ -215,7 +218,7 @@ impl Manager {
         let name = word("FDNAME").unwrap_or("stored").to_owned();
         if word("FDSTORE") == Some("1") {
             for fd in fds {
-                // The same open file twice is kept once.
+                // Like systemd, stores a second descriptor of the same open file only once.
                 if !self.store.iter().any(|(_, kept)| identity(kept) == identity(&fd)) {
                     self.store.push((name.clone(), fd));
                 }
@@ -234,7 +237,7 @@ impl Manager {
         self.drop_hung_up();
     }
 
-    /// A descriptor that hangs up is given away, as systemd does it.
+    /// Drops descriptors with EPOLLHUP or EPOLLERR, as systemd does.
     pub fn drop_hung_up(&mut self) {
         self.store.retain(|(_, fd)| {
             let mut look = [PollFd::new(fd, PollFlags::empty())];
@@ -244,7 +247,7 @@ impl Manager {
     }
 }
 
-/// As near to "the same open file" as can be seen from outside.
+/// An approximation of "the same open file".
 fn identity(fd: &OwnedFd) -> (u64, u64, OFlags) {
     let stat = fstat(fd).unwrap();
     (stat.st_dev, stat.st_ino, fcntl_getfl(fd).unwrap())

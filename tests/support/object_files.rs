@@ -1,4 +1,4 @@
-//! The files that the tables of memory objects speak of.
+//! The files that the tables of memory objects refer to.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use super::qemu_object::Verdict;
 const MIB: u64 = 1 << 20;
 const NOBODY: u32 = 65534;
 
-/// The files that the tables speak of, in a folder of their own.
+/// The files that the tables refer to, in a private directory.
 pub struct Files {
     pub folder: tempfile::TempDir,
     mounted: Option<PathBuf>,
@@ -22,7 +22,7 @@ pub struct Files {
 impl Files {
     pub fn new(object: &str) -> Files {
         let folder = tempfile::tempdir().unwrap();
-        // Another user must get in, and make sockets and files.
+        // Another user must be able to enter the directory and create sockets and files in it.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let mut files = Files { folder, mounted: None };
         for (name, size, mode) in
@@ -45,8 +45,8 @@ impl Files {
         self.folder.path().join(name)
     }
 
-    /// The folder a second time, read-only. A bind mount of its own: making a filesystem read-only fails
-    /// while any child that another thread is just starting still has a file of it open for writing.
+    /// Makes a read-only bind mount of a second directory. A bind mount, because making a file system read-only fails
+    /// while a child that another thread is starting has one of its files open for writing.
     fn mount_read_only(&mut self) {
         let (source, place) = (self.path("source"), self.path("mount"));
         fs::create_dir(&source).unwrap();
@@ -57,7 +57,7 @@ impl Files {
         run(Command::new("mount").args(["-o", "remount,bind,ro"]).arg(&place));
     }
 
-    /// The object with the names of the files in it.
+    /// Replaces the placeholders in an object by the paths of the files.
     pub fn expand(&self, object: &str) -> String {
         let mut text = match object.strip_prefix('M') {
             Some(rest) => format!("memory-backend-file,id=m{rest}"),
@@ -83,19 +83,19 @@ pub fn run(command: &mut Command) {
     assert!(status.success(), "{command:?}: {status}");
 }
 
-/// Objects with a file that the caller must not write are tried as another user: root may do all.
+/// The user for an object: objects with an unwritable file are tried as another user, because root can write to it.
 pub fn user_of(object: &str) -> Option<u32> {
     object.contains("{denied}").then_some(NOBODY)
 }
 
-/// `stencil explain`, in a process of its own, where another user can run it.
+/// Runs `stencil explain`, as another user if `uid` is set.
 pub fn explain(object: &str, files: &Files, uid: Option<u32>) -> (Verdict, Value) {
     let program = match uid {
         None => PathBuf::from(env!("CARGO_BIN_EXE_stencil")),
         Some(_) => {
             let copy = files.path("stencil");
-            // By a process of its own: one that this process wrote itself may still be open for writing in
-            // a child that another thread is just starting, and cannot be executed then.
+            // Copied by cp(1): if this process wrote the file, a child that another thread is starting could inherit
+            // the open descriptor, and execve would fail with ETXTBSY.
             run(Command::new("cp").arg(env!("CARGO_BIN_EXE_stencil")).arg(&copy));
             copy
         }

@@ -1,4 +1,4 @@
-//! What a scenario has for as long as it lasts, and gives back also when it fails.
+//! Guards: things of a scenario that are released on drop, also when the scenario fails.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,11 +11,11 @@ use stencilfs::sys::process::ProcessId;
 
 use super::mount::run;
 
-/// A process that is killed when dropped.
+/// A process that is killed on drop.
 pub struct Running(pub Child);
 
 impl Running {
-    /// Starts it; what it says goes into the file.
+    /// Starts a process; its standard output and standard error go to `log`.
     pub fn start(command: &mut Command, log: &Path) -> Running {
         let log = File::create(log).unwrap();
         Running(command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap())
@@ -29,31 +29,31 @@ impl Drop for Running {
     }
 }
 
-/// A process that stands still, and goes on when dropped: nobody waits for it for ever.
-pub struct StandsStill(ProcessId);
+/// A process stopped by SIGSTOP, continued on drop.
+pub struct StoppedProcess(ProcessId);
 
-impl StandsStill {
-    /// Stops it.
-    pub fn stop(process: ProcessId) -> StandsStill {
+impl StoppedProcess {
+    /// Stops a process.
+    pub fn stop(process: ProcessId) -> StoppedProcess {
         assert!(process.signal(Signal::STOP).unwrap());
-        StandsStill(process)
+        StoppedProcess(process)
     }
 }
 
-impl Drop for StandsStill {
+impl Drop for StoppedProcess {
     fn drop(&mut self) {
         let _ = self.0.signal(Signal::CONT);
     }
 }
 
-/// A folder in which nothing can be made, renamed or removed, until this is dropped.
+/// A directory in which nothing can be created, renamed or removed (chattr +i) until drop.
 pub struct Immutable(PathBuf);
 
 impl Immutable {
-    /// Makes it so.
-    pub fn make(folder: &Path) -> Immutable {
-        run("chattr", &["+i", folder.to_str().unwrap()]);
-        Immutable(folder.to_owned())
+    /// Makes a directory immutable.
+    pub fn make(directory: &Path) -> Immutable {
+        run("chattr", &["+i", directory.to_str().unwrap()]);
+        Immutable(directory.to_owned())
     }
 }
 
@@ -63,7 +63,7 @@ impl Drop for Immutable {
     }
 }
 
-/// What is mounted there is taken away when dropped.
+/// A mount point that is unmounted (lazily) on drop.
 pub struct Mounted(pub PathBuf);
 
 impl Drop for Mounted {
@@ -72,10 +72,10 @@ impl Drop for Mounted {
     }
 }
 
-/// Ends the threads that go on until this is true, also when the one that has it panics: they would go on for ever.
-pub struct Ends<'a>(pub &'a AtomicBool);
+/// Sets a flag on drop. Threads that run until the flag is set end also when the thread with this guard panics.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
-impl Drop for Ends<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }

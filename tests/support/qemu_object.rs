@@ -1,5 +1,5 @@
-//! The installed QEMU as the judge of memory objects: what it says of an object, how it maps it, what a
-//! read and a write of the guest's memory do.
+//! The installed QEMU as the reference for memory objects: its verdict on an object, how it maps the object, and the
+//! effect of reads and writes of the guest's memory.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,18 +11,18 @@ use std::time::{Duration, Instant};
 const QEMU: &str = "qemu-system-x86_64";
 
 /// Longer than any of these runs takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a program says of an object.
+/// The verdict of a program on a memory object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     Accepted,
-    /// The error, and the hint below it where there is one.
+    /// The error, and the hint on the line below if there is one.
     Refused {
         words: String,
         hint: Option<String>,
     },
-    /// Ended by a signal.
+    /// Killed by a signal.
     Died(i32),
 }
 
@@ -59,7 +59,7 @@ fn qemu(machine: &str, object: &str, uid: Option<u32>) -> Command {
     command
 }
 
-/// A child that is killed when the test ends early.
+/// A child that is killed on drop.
 struct Guarded(Child);
 
 impl Drop for Guarded {
@@ -69,12 +69,12 @@ impl Drop for Guarded {
     }
 }
 
-/// Starts QEMU with the object, tells it to quit at once, and reads what it said.
+/// Starts QEMU with the object, lets it quit at once, and returns its verdict.
 pub fn verdict(object: &str, uid: Option<u32>) -> Verdict {
     let mut command = qemu("none", object, uid);
     command.args(["-qmp", "stdio"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = Guarded(command.spawn().expect("QEMU is installed by make setup"));
-    // A QEMU that refuses its command line closes the pipe before it reads.
+    let mut child = Guarded(command.spawn().expect("cannot run QEMU: run make setup"));
+    // A QEMU that rejects its command line closes the pipe before it reads.
     let _ = child.0.stdin.take().unwrap().write_all(br#"{"execute":"qmp_capabilities"}{"execute":"quit"}"#);
     let mut said = String::new();
     child.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
@@ -88,8 +88,8 @@ pub fn verdict(object: &str, uid: Option<u32>) -> Verdict {
     refusal(&said, object)
 }
 
-/// The error among what QEMU printed: its first line that is no warning, and the hint below it. Above it
-/// stand warnings with their advice and `perror` lines, which do not begin with the program's name.
+/// Finds the error in QEMU's output: the first line with the program's name that is not a warning, and the hint below
+/// it. Lines before it may be warnings, their advice, and `perror` lines, which do not begin with the program's name.
 fn refusal(said: &str, object: &str) -> Verdict {
     let prefix = format!("{QEMU}: ");
     let place = format!("-object {object}: ");
@@ -99,40 +99,40 @@ fn refusal(said: &str, object: &str) -> Verdict {
         (!words.starts_with("warning: ")).then(|| words.to_owned())
     };
     let mut lines = said.lines();
-    let words = lines.find_map(error).unwrap_or_else(|| panic!("QEMU refuses without an error: {said}"));
+    let words = lines.find_map(error).unwrap_or_else(|| panic!("QEMU failed without an error: {said}"));
     Verdict::Refused { words, hint: lines.next().map(str::to_owned) }
 }
 
-/// A QEMU that runs, its CPU stopped, with the object as its guest's whole memory.
+/// A running QEMU with a stopped CPU, whose guest memory is the object.
 pub struct Guest {
     child: Guarded,
     qtest: Option<BufReader<UnixStream>>,
 }
 
 impl Guest {
-    /// The object backs the memory of a machine: it can be read and written.
+    /// Starts QEMU with the object as the memory of a machine, which can be read and written.
     pub fn with_memory(object: &str, folder: &Path) -> Guest {
         let socket = folder.join("qtest");
         let mut command = qemu("microvm,memory-backend=m", object, None);
         command.arg("-qtest").arg(format!("unix:{},server=on,wait=off", socket.display()));
         command.args(["-qtest-log", "none"]).stderr(Stdio::null());
-        let child = Guarded(command.spawn().expect("QEMU is installed by make setup"));
+        let child = Guarded(command.spawn().expect("cannot run QEMU: run make setup"));
         let mut guest = Guest { child, qtest: None };
         let stream = guest.connect(&socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         guest.qtest = Some(BufReader::new(stream));
         guest
     }
 
-    /// The object alone, without a machine.
+    /// Starts QEMU with the object alone, without a machine.
     pub fn without_machine(object: &str, uid: Option<u32>) -> Guest {
         let mut command = qemu("none", object, uid);
         command.args(["-qmp", "stdio"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = Guarded(command.spawn().expect("QEMU is installed by make setup"));
-        // The greeting comes when all objects have been made.
+        let mut child = Guarded(command.spawn().expect("cannot run QEMU: run make setup"));
+        // QEMU sends its greeting after it has created all objects.
         let mut greeting = String::new();
         BufReader::new(child.0.stdout.as_mut().unwrap()).read_line(&mut greeting).unwrap();
-        assert!(greeting.contains("QMP"), "QEMU ended: {object}");
+        assert!(greeting.contains("QMP"), "QEMU exited: {object}");
         Guest { child, qtest: None }
     }
 
@@ -142,8 +142,8 @@ impl Guest {
             if let Ok(stream) = UnixStream::connect(socket) {
                 return stream;
             }
-            assert!(self.child.0.try_wait().unwrap().is_none(), "QEMU ended before it listened");
-            assert!(start.elapsed() < PATIENCE, "QEMU does not listen");
+            assert!(self.child.0.try_wait().unwrap().is_none(), "QEMU exited before it listened");
+            assert!(start.elapsed() < TIMEOUT, "timed out waiting for QEMU to listen");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -153,25 +153,25 @@ impl Guest {
     }
 
     fn ask(&mut self, words: &str) -> String {
-        let qtest = self.qtest.as_mut().expect("a guest with memory");
+        let qtest = self.qtest.as_mut().expect("the guest has no memory");
         qtest.get_mut().write_all(format!("{words}\n").as_bytes()).unwrap();
         let mut answer = String::new();
         qtest.read_line(&mut answer).unwrap();
         answer.trim_end().strip_prefix("OK").unwrap_or_else(|| panic!("{words}: {answer}")).trim().to_owned()
     }
 
-    /// One byte of the guest's memory.
+    /// Reads one byte of the guest's memory.
     pub fn read(&mut self, address: u64) -> u8 {
         let answer = self.ask(&format!("readb {address:#x}"));
         u8::try_from(u64::from_str_radix(answer.trim_start_matches("0x"), 16).unwrap()).unwrap()
     }
 
-    /// Writes one byte of the guest's memory, as a device or a CPU would.
+    /// Writes one byte of the guest's memory, like a device or a CPU.
     pub fn write(&mut self, address: u64, value: u8) {
         self.ask(&format!("writeb {address:#x} {value:#x}"));
     }
 
-    /// Its memory mappings with all that the kernel says of them.
+    /// The contents of QEMU's `/proc/PID/smaps`.
     pub fn smaps(&self) -> String {
         std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap()
     }

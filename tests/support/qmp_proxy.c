@@ -1,12 +1,12 @@
 /* qmp_proxy MODE LISTEN REAL COMMAND…
  *
- * Becomes COMMAND, a QEMU with its QMP socket at REAL, after it has begun to listen at LISTEN: to whoever connects there
- * the kernel says that it is that QEMU. A child passes messages and descriptors on. In the first session that sends
- * "stop" it adds something before the answer:
+ * Listens at LISTEN and then executes COMMAND, a QEMU with its QMP socket at REAL: the peer credentials (SO_PEERCRED)
+ * of a connection to LISTEN name that QEMU. A child forwards messages and descriptors. In the first session that sends
+ * "stop" the child adds something before the reply:
  *
- *     flood    12 MiB of events, each a long list of lists, which take ten times the room in memory
- *     endless  64 MiB without a line's end
- *     deep     an event of a million levels
+ *     flood    12 MiB of events, each a long list of lists, which take ten times that size in memory
+ *     endless  64 MiB without a newline
+ *     deep     an event with a million levels of nesting
  */
 #include <poll.h>
 #include <signal.h>
@@ -42,7 +42,7 @@ static int all(int fd, const char *bytes, size_t length) {
     return 1;
 }
 
-/* Passes on what there is, with descriptors; returns its length, 0 at the end. */
+/* Forwards the available bytes and descriptors; returns the length, 0 at the end of the stream. */
 static ssize_t pass(int from, int to) {
     char control[256];
     struct iovec part = {buffer, sizeof buffer - 1};

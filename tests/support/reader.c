@@ -1,6 +1,6 @@
-/* A process that reads a file of which it knows every byte, again and again, pages that it has just dropped from
- * the page cache, until its standard input closes. It knows nothing of Stencil; an error, a wrong byte or a SIGBUS is
- * its end. Readers of one file keep to ranges of their own, so that no page was touched by another.
+/* A process that reads a file whose bytes it can compute, repeatedly, after it has dropped the pages from the page
+ * cache, until its standard input is closed. It contains nothing of Stencil; it exits at an error, a wrong byte or a
+ * SIGBUS. Readers of one file use separate ranges, so that no page has been read by another reader.
  *
  *   reader PROGRESS INDEX PAUSE WAY SALT PATH FIRST COUNT      pages FIRST to FIRST+COUNT of PATH, by WAY:
  *       map        private mapping, scattered page faults, MADV_RANDOM
@@ -11,14 +11,14 @@
  *       direct1m   O_DIRECT, 1 MiB, in order
  *       populate   private mapping, MADV_POPULATE_READ of 2 MiB at a time, in order
  *       willneed   private mapping, MADV_WILLNEED of 2 MiB and page faults behind it, in order
- *   reader PROGRESS INDEX PAUSE names SALT PATH FIRST COUNT    opens, looks up and lists; PATH is a file of a template
+ *   reader PROGRESS INDEX PAUSE names SALT PATH FIRST COUNT    opens, lookups and listings; PATH is a file of a template
  *
- * PROGRESS is a file of 64-bit numbers; number INDEX counts what was read. After each read it sleeps for PAUSE
- * microseconds, as a guest that computes something: what all wait for then is the server, not a processor. Page P of the file with salt S holds at
- * word 2k the number splitmix64(512 P + 2k + S), and at word 2k+1 the number P.
+ * PROGRESS is a file of 64-bit numbers; number INDEX counts the pages read. After each read the process sleeps for
+ * PAUSE microseconds, like a guest that computes: the readers then wait for the server and not for a CPU. Page P of the
+ * file with salt S has the number splitmix64(512 P + 2k + S) in word 2k, and the number P in word 2k+1.
  *
- * Prints in the end "stall BEGIN END PAGE" for each read of SLOW or longer (nanoseconds of CLOCK_MONOTONIC), then
- * "read COUNT"; or "failed PAGE WHAT" and exits with 1.
+ * At the end it prints "stall BEGIN END PAGE" for each read that took SLOW nanoseconds or longer (times of
+ * CLOCK_MONOTONIC), then "read COUNT"; or "failed PAGE REASON", and exits with 1.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -37,8 +37,8 @@
 #define PAGE 4096UL
 #define WORDS (PAGE / 8)
 #define SLOW 1000000UL
-#define STALLS 65536UL
-#define MOST (2UL << 20)
+#define MAX_STALLS 65536UL
+#define MAX_READ (2UL << 20)
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -46,7 +46,7 @@
 static volatile uint64_t *progress;
 static uint64_t salt, first, count, pause_us;
 static const char *path;
-static struct { uint64_t begin, end, page; } stalls[STALLS];
+static struct { uint64_t begin, end, page; } stalls[MAX_STALLS];
 static unsigned long stalled;
 
 static uint64_t splitmix(uint64_t x) {
@@ -74,16 +74,16 @@ static void check(uint64_t page, const volatile uint64_t *words) {
             fail(page, "wrong bytes");
 }
 
-static void note(uint64_t begin, uint64_t page) {
+static void record_stall(uint64_t begin, uint64_t page) {
     uint64_t end = now();
-    if (end - begin >= SLOW && stalled < STALLS) {
+    if (end - begin >= SLOW && stalled < MAX_STALLS) {
         stalls[stalled].begin = begin;
         stalls[stalled].end = end;
         stalls[stalled++].page = page;
     }
 }
 
-static int over(void) {
+static int is_over(void) {
     if (pause_us)
         usleep(pause_us);
     struct pollfd in = {.fd = 0, .events = POLLIN};
@@ -93,7 +93,7 @@ static int over(void) {
 static void read_at(int fd, void *buffer, uint64_t page, uint64_t pages) {
     uint64_t begin = now();
     ssize_t got = pread(fd, buffer, pages * PAGE, (off_t)(page * PAGE));
-    note(begin, page);
+    record_stall(begin, page);
     if (got != (ssize_t)(pages * PAGE))
         fail(page, got < 0 ? strerror(errno) : "short read");
     for (uint64_t i = 0; i < pages; i++)
@@ -103,9 +103,9 @@ static void read_at(int fd, void *buffer, uint64_t page, uint64_t pages) {
 
 static void by_pread(int fd, uint64_t pages, int scattered) {
     static void *buffer;
-    if (!buffer && posix_memalign(&buffer, PAGE, MOST) != 0)
+    if (!buffer && posix_memalign(&buffer, PAGE, MAX_READ) != 0)
         fail(0, "no memory");
-    for (uint64_t i = 0; i + pages <= count && !over(); i += pages)
+    for (uint64_t i = 0; i + pages <= count && !is_over(); i += pages)
         read_at(fd, buffer, first + (scattered ? i * 6151 % count : i), pages);
 }
 
@@ -114,7 +114,7 @@ static void by_map(int fd, int scattered, int advice, uint64_t ahead) {
     char *map = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, (off_t)(first * PAGE));
     if (map == MAP_FAILED || (scattered && madvise(map, length, MADV_RANDOM) != 0))
         fail(first, strerror(errno));
-    for (uint64_t i = 0; i < count && !over(); i++) {
+    for (uint64_t i = 0; i < count && !is_over(); i++) {
         uint64_t at = scattered ? i * 6151 % count : i;
         uint64_t begin = now();
         if (ahead && at % ahead == 0) {
@@ -124,26 +124,26 @@ static void by_map(int fd, int scattered, int advice, uint64_t ahead) {
         }
         volatile uint64_t *words = (uint64_t *)(map + at * PAGE);
         (void)words[1];
-        note(begin, first + at);
+        record_stall(begin, first + at);
         check(first + at, words);
         ++*progress;
     }
     munmap(map, length);
 }
 
-/* The folder of the template, the folder of all, and the template's file, by fresh look-ups. */
+/* Lists the template's directory and the two above it, and opens the template's file, each by a new lookup. */
 static void by_names(void) {
     static void *buffer;
     if (!buffer && posix_memalign(&buffer, PAGE, PAGE) != 0)
         fail(0, "no memory");
-    char folder[4096];
+    char directory[4096];
     uint64_t page = first + splitmix(*progress) % count;
     for (int up = 1; up <= 3; up++) {
-        snprintf(folder, sizeof folder, "%s", path);
+        snprintf(directory, sizeof directory, "%s", path);
         for (int i = 0; i < up; i++)
-            *strrchr(folder, '/') = 0;
+            *strrchr(directory, '/') = 0;
         uint64_t begin = now();
-        DIR *dir = opendir(folder);
+        DIR *dir = opendir(directory);
         if (!dir)
             fail(page, strerror(errno));
         int entries = 0;
@@ -153,14 +153,14 @@ static void by_names(void) {
         if (errno || entries < 2)
             fail(page, errno ? strerror(errno) : "an empty listing");
         closedir(dir);
-        note(begin, page);
+        record_stall(begin, page);
         struct stat about;
-        if (stat(folder, &about) != 0)
+        if (stat(directory, &about) != 0)
             fail(page, strerror(errno));
     }
     uint64_t begin = now();
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    note(begin, page);
+    record_stall(begin, page);
     if (fd < 0)
         fail(page, strerror(errno));
     posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
@@ -187,7 +187,7 @@ int main(int argc, char **argv) {
     int fd = is_names ? -1 : open(path, O_RDONLY | O_CLOEXEC | (is_direct ? O_DIRECT : 0));
     if (fd < 0 && !is_names)
         fail(0, strerror(errno));
-    while (!over()) {
+    while (!is_over()) {
         int scattered = strcmp(way, "pread") == 0;
         if (fd >= 0)
             posix_fadvise(fd, 0, 0, scattered ? POSIX_FADV_RANDOM : POSIX_FADV_NORMAL);

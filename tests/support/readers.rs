@@ -1,4 +1,5 @@
-//! Drives `reader.c`: processes that read pages which nobody has read, and end at the first error or wrong byte.
+//! Drives `reader.c`: processes that read pages which are not in the page cache, and exit at the first error or wrong
+//! byte.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -15,12 +16,12 @@ use super::store::word_sum;
 
 pub const PAGE: u64 = 4096;
 
-/// A memory image of which a reader knows every byte.
+/// A memory image of which readers can compute every byte.
 #[derive(Debug, Clone, Copy)]
 pub struct Image {
-    /// Images of different salts differ in every page.
+    /// Images with different salts differ in every page.
     pub salt: u64,
-    /// Its length.
+    /// The length in pages.
     pub pages: u64,
 }
 
@@ -32,7 +33,7 @@ fn splitmix(x: u64) -> u64 {
 }
 
 impl Image {
-    /// One page, as `reader.c` says.
+    /// The bytes of one page, as `reader.c` computes them.
     pub fn page(&self, page: u64) -> [u8; PAGE as usize] {
         let mut bytes = [0; PAGE as usize];
         for (word, out) in bytes.chunks_exact_mut(8).enumerate() {
@@ -47,32 +48,32 @@ impl Image {
         bytes
     }
 
-    /// What `actor.c` answers to `hash` for it.
+    /// The result of the `hash` command of `actor.c` for this page.
     pub fn hash(&self, page: u64) -> u64 {
         word_sum(&self.page(page)) >> 1
     }
 
-    /// All of it.
+    /// The bytes of the whole image.
     pub fn bytes(&self) -> Vec<u8> {
         (0..self.pages).flat_map(|page| self.page(page)).collect()
     }
 }
 
-/// One read that took its time, in nanoseconds of `CLOCK_MONOTONIC`.
+/// A slow read, in nanoseconds of `CLOCK_MONOTONIC`.
 #[derive(Debug, Clone, Copy)]
 pub struct Stall {
     pub begin: u64,
     pub end: u64,
 }
 
-/// What a reader says when it has ended well.
+/// The report of a reader that ended without an error.
 #[derive(Debug)]
 pub struct Finished {
     pub pages: u64,
     pub stalls: Vec<Stall>,
 }
 
-/// Readers of one image; killed when dropped.
+/// Readers of one image; killed on drop.
 pub struct Readers {
     progress: File,
     pause: Duration,
@@ -80,7 +81,7 @@ pub struct Readers {
 }
 
 impl Readers {
-    /// None yet; `dir` gets the file of their progress. Each sleeps so long after a read.
+    /// Starts with no readers; `dir` gets the file of their progress. Each reader sleeps for `pause` after each read.
     pub fn new(dir: &Path, pause: Duration) -> Readers {
         let progress = dir.join("progress");
         let _ = std::fs::remove_file(&progress);
@@ -91,7 +92,8 @@ impl Readers {
         Readers { progress, pause, all: Vec::new() }
     }
 
-    /// One more, which reads so many pages of the image in `path`, in its own way (see `reader.c`).
+    /// Starts a reader of `count` pages from page `first` of the image in `path`; `way` is one of the ways of
+    /// `reader.c`.
     pub fn add(&mut self, way: &str, image: Image, path: &Path, first: u64, count: u64) {
         static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
         let pause = self.pause.as_micros() as u64;
@@ -112,7 +114,7 @@ impl Readers {
         self.all.push((way.to_owned(), child));
     }
 
-    /// One reader for each way, each with an equal part of the image.
+    /// Starts one reader for each way, each with an equal part of the image.
     pub fn apart(&mut self, ways: &[&str], image: Image, path: &Path) {
         let count = image.pages / ways.len() as u64;
         for (i, way) in ways.iter().enumerate() {
@@ -120,19 +122,19 @@ impl Readers {
         }
     }
 
-    /// Pages that each has read.
+    /// The number of pages that each reader has read.
     pub fn progress(&self) -> Vec<u64> {
         let mut bytes = vec![0; self.all.len() * 8];
         self.progress.read_exact_at(&mut bytes, 0).unwrap();
         bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect()
     }
 
-    /// The process of one.
+    /// The PID of a reader.
     pub fn pid(&self, index: usize) -> u32 {
         self.all[index].1.id()
     }
 
-    /// Kills one with SIGKILL and says how long it took to be gone.
+    /// Kills a reader with SIGKILL and returns the time until it was reaped.
     pub fn kill(&mut self, index: usize) -> Duration {
         let begun = Instant::now();
         let (_, child) = &mut self.all[index];
@@ -141,19 +143,19 @@ impl Readers {
         begun.elapsed()
     }
 
-    /// Panics with what a reader says that has ended before its time.
+    /// Panics with the output of a reader that has exited early.
     #[track_caller]
     pub fn check(&mut self) {
         for (way, child) in &mut self.all {
             if let Some(status) = child.try_wait().unwrap() {
                 let mut said = String::new();
                 child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
-                panic!("the reader by {way} ended: {status}, it said: {}", said.trim());
+                panic!("the reader by {way} exited: {status}, output: {}", said.trim());
             }
         }
     }
 
-    /// Waits until each has read so many pages more; panics when one ends or stands still.
+    /// Waits until each reader has read `more` more pages; panics when one exits or makes no progress for about 20 s.
     #[track_caller]
     pub fn wait_progress(&mut self, more: u64) {
         let before = self.progress();
@@ -165,10 +167,10 @@ impl Readers {
             self.check();
             std::thread::sleep(Duration::from_micros(500));
         }
-        panic!("a reader stands still: {before:?}, then {:?}", self.progress());
+        panic!("a reader makes no progress: {before:?}, then {:?}", self.progress());
     }
 
-    /// Ends all of them; panics unless each read without an error.
+    /// Ends all readers; panics unless each read without an error.
     #[track_caller]
     pub fn finish(mut self) -> Vec<Finished> {
         self.all.iter_mut().for_each(|(_, child)| drop(child.stdin.take()));
@@ -176,14 +178,15 @@ impl Readers {
         for (way, mut child) in std::mem::take(&mut self.all) {
             let out = child.stdout.take().unwrap();
             let said = std::thread::spawn(move || BufReader::new(out).lines().map(Result::unwrap).collect());
-            let status = patiently(&format!("end of the reader by {way}"), Duration::from_secs(30), || {
-                child.try_wait().unwrap()
-            });
+            let status =
+                patiently(&format!("the exit of the reader by {way}"), Duration::from_secs(30), || {
+                    child.try_wait().unwrap()
+                });
             let said: Vec<String> = said.join().unwrap();
             let last = said.last().map_or("nothing", String::as_str);
             assert!(
                 status.success(),
-                "the reader by {way}: exit {:?}, signal {:?}, it said: {last}",
+                "the reader by {way}: exit {:?}, signal {:?}, output: {last}",
                 status.code(),
                 status.signal()
             );
@@ -200,7 +203,7 @@ impl Readers {
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        // One that waits for an answer is gone when the mount is.
+        // A reader that is blocked in a read exits when the mount is gone.
         for (_, child) in &mut self.all {
             let _ = child.kill();
         }

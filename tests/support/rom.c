@@ -1,5 +1,5 @@
-/* A guest's look at its read-only NVDIMM: reads all of it, tries to write all of it, reads it again, and goes on doing so a
- * piece at a time:
+/* Runs in a guest with a read-only NVDIMM: reads all of it, tries to write all of it, reads it again, and repeats that
+ * with one piece at a time. Prints:
  *
  *     rom BASE LENGTH DIGEST
  *     stores COUNT DIGEST
@@ -27,8 +27,8 @@ static void fail(const char *what)
     exit(1);
 }
 
-/* Base and length of the first range of the NFIT: 40 bytes of header, then structures of type, length, … */
-static void place(uint64_t *base, uint64_t *length)
+/* Reads base and length of the first range in the NFIT: a header of 40 bytes, then structures of type, length, … */
+static void read_nfit(uint64_t *base, uint64_t *length)
 {
     unsigned char nfit[4096];
     int file = open("/sys/firmware/acpi/tables/NFIT", O_RDONLY);
@@ -56,7 +56,7 @@ int main(void)
 {
     uint64_t base, length;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    place(&base, &length);
+    read_nfit(&base, &length);
     int memory = open("/dev/mem", O_RDWR);
     if (memory < 0)
         fail("/dev/mem");

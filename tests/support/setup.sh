@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs what building and testing need, and prints the versions found. Run it as often as you like:
-# with nothing missing it takes no time and no network.
+# Installs the packages and programs for building and testing, and prints their versions. It can be repeated:
+# if nothing is missing, it needs little time and no network.
 #
 # Debian 12 only, from bookworm and bookworm-backports only. The archive's address and keyring are taken
-# from this machine's own apt sources, whose files stay as they are: the lists live below target/.
+# from this machine's apt sources, whose files are not changed: the package lists are kept below target/.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -12,7 +12,7 @@ cache=$(guest_cache "$top")
 
 say() { printf '%s\n' "$*"; }
 
-# A compiler without the C library's headers and archives is not enough: the tests' own programs are static.
+# A compiler without the C library's headers and archives is not enough: the tests' C programs are linked statically.
 links_statically() {
     local dir code=0
     command -v cc >/dev/null 2>&1 || return 1
@@ -27,27 +27,27 @@ fail() {
     exit 1
 }
 
-# 1. What no package can mend.
-lacks=$(host_lacks)
+# 1. Requirements that no Debian package can meet.
+unmet=$(unmet_requirements)
 if ! command -v cargo >/dev/null 2>&1 && [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ]; then
     PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 fi
 for part in fmt clippy; do
     if command -v cargo >/dev/null 2>&1 && ! cargo "$part" --version >/dev/null 2>&1; then
-        lacks+=${lacks:+$'\n'}"cargo $part: run rustup component add rustfmt clippy"
+        unmet+=${unmet:+$'\n'}"cargo $part: run rustup component add rustfmt clippy"
     fi
 done
 if ! command -v cargo >/dev/null 2>&1; then
-    lacks+=${lacks:+$'\n'}"cargo: install Rust $STENCIL_RUST_MIN or newer with rustup, and put ~/.cargo/bin into PATH (Debian 12's own cargo is too old)"
+    unmet+=${unmet:+$'\n'}"cargo: install Rust $STENCIL_RUST_MIN or newer with rustup, and put ~/.cargo/bin into PATH (Debian 12's own cargo is too old)"
 elif ! at_least "$(rust_version)" "$STENCIL_RUST_MIN"; then
-    lacks+=${lacks:+$'\n'}"rustc $(rust_version): $STENCIL_RUST_MIN or newer is needed; run rustup update"
+    unmet+=${unmet:+$'\n'}"rustc $(rust_version): $STENCIL_RUST_MIN or newer is needed; run rustup update"
 fi
-if [ -n "$lacks" ]; then
-    mapfile -t lines <<<"$lacks"
-    fail "this host lacks:" "${lines[@]/#/  }"
+if [ -n "$unmet" ]; then
+    mapfile -t lines <<<"$unmet"
+    fail "this host does not meet these requirements:" "${lines[@]/#/  }"
 fi
 
-# 2. What packages bring.
+# 2. Debian packages.
 packages=()
 links_statically || packages+=(gcc libc6-dev)
 command -v cpio >/dev/null 2>&1 || packages+=(cpio)
@@ -64,11 +64,11 @@ command -v ip >/dev/null 2>&1 || packages+=(iproute2)
 command -v make >/dev/null 2>&1 || packages+=(make)
 command -v systemd-analyze >/dev/null 2>&1 || packages+=(systemd)
 command -v rsync >/dev/null 2>&1 || packages+=(rsync)
-# The server's programs alone: installing them starts no service on this host.
+# dropbear-bin has only the programs: installing it starts no service on this host.
 command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)
 command -v dropbear >/dev/null 2>&1 || packages+=(dropbear-bin)
 command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
-# The package of this project: what makes it, and what reads its man pages and completions.
+# Tools that build this project's Debian package, and programs that read its man pages and completions.
 command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)
 command -v objdump >/dev/null 2>&1 || packages+=(binutils)
 command -v debootstrap >/dev/null 2>&1 || packages+=(debootstrap)
@@ -80,10 +80,10 @@ need_root=
 [ -s "$root" ] || need_root=yes
 need_qemu=
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
-# qemu-img makes the disks of clones; it must be as new as QEMU.
+# qemu-img creates the disks of clones; it must be as new as QEMU.
 command -v qemu-img >/dev/null 2>&1 || need_qemu=yes
 need_kernel=
-# Only the newer of Debian 12's kernels sees a new VM generation: without that, clones would be twins.
+# Only the backported kernel of Debian 12 has CONFIG_VMGENID: without it, clones would share their random numbers.
 [ -s "$cache/vmlinuz" ] && { [ -d "$cache/modules" ] || ! [ -e "$cache/kernel.name" ]; } && { ! [ -e "$cache/config" ] || grep -q '^CONFIG_VMGENID=y' "$cache/config"; } || need_kernel=yes
 
 if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
@@ -92,15 +92,15 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     if [ "$codename" != debian/bookworm ] || ! command -v apt-get >/dev/null 2>&1; then
         missing=("${packages[@]}")
         [ -z "$need_qemu" ] || missing+=("qemu-system-x86_64 >= $STENCIL_QEMU_MIN")
-        fail "this is ${codename:-an unknown system}; packages are installed on Debian 12 (bookworm) only" \
-            "install these with your system's own tools, then run make setup again: ${missing[*]:-none}" \
-            "${need_root:+and put a tar of a minimal Debian 12 root, as debootstrap --variant=minbase makes it, at $root}" \
+        fail "this is ${codename:-an unknown system}; make setup installs packages on Debian 12 (bookworm) only" \
+            "install these with your system's package manager, then run make setup again: ${missing[*]:-none}" \
+            "${need_root:+and put a tar of a minimal Debian 12 root (debootstrap --variant=minbase) at $root}" \
             "${need_kernel:+and put a Linux kernel image for guests (serial console, initramfs and vmgenid built in) at $cache/vmlinuz}"
     fi
 fi
 
-# The machine's own Debian archive as a deb822 stanza for the given suites: from the first source that
-# has suite bookworm (or bookworm-security) with component main; one signed by Debian's keyring is preferred.
+# Prints the machine's Debian archive as a deb822 stanza for the given suites: from the first source that
+# has suite bookworm (or bookworm-security) with component main; a source signed by Debian's keyring is preferred.
 archive_stanza() {
     local origin=$1 suites=$2
     awk -v want="$origin" -v suites="$suites" '
@@ -164,13 +164,13 @@ apt() {
 prepare_apt() {
     mkdir -p "$cache/apt/sources" "$cache/apt/lists/partial"
     archive_stanza bookworm "bookworm bookworm-updates bookworm-backports" >"$cache/apt/sources/debian.sources" ||
-        fail "no apt source of this machine has suite bookworm, component main" \
+        fail "no apt source on this machine has suite bookworm, component main" \
             "add your Debian mirror to /etc/apt/sources.list, then run make setup again"
     archive_stanza bookworm-security "bookworm-security" >"$cache/apt/sources/security.sources" ||
         rm -f "$cache/apt/sources/security.sources"
     apt apt-get update >"$cache/apt/update.log" 2>&1 || {
         cat "$cache/apt/update.log" >&2
-        fail "the package lists could not be read; see the lines above (network, proxy, mirror without bookworm-backports?)"
+        fail "cannot read the package lists; see the lines above (network, proxy, mirror without bookworm-backports?)"
     }
 }
 
@@ -184,20 +184,20 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     if [ -n "${packages[*]}" ]; then
         say "installing from bookworm: ${packages[*]}"
         apt apt-get install -y --no-install-recommends "${packages[@]}" >"$cache/apt/install.log" 2>&1 ||
-            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install: ${packages[*]}"; }
+            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get cannot install: ${packages[*]}"; }
     fi
     if [ -n "$need_qemu" ]; then
         say "installing from bookworm-backports: qemu-system-x86 qemu-utils"
         apt apt-get install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils >"$cache/apt/install.log" 2>&1 ||
-            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get could not install qemu-system-x86 and qemu-utils from bookworm-backports"; }
+            { tail -20 "$cache/apt/install.log" >&2; fail "apt-get cannot install qemu-system-x86 and qemu-utils from bookworm-backports"; }
     fi
     if [ -n "$need_kernel" ]; then
-        # Unpacked, not installed: the host keeps its own kernel and boot loader.
+        # Unpacked, not installed: the host's kernel and boot loader are not changed.
         kernel=$(apt apt-cache depends linux-image-cloud-amd64/bookworm-backports | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -1)
-        [ -n "$kernel" ] || fail "linux-image-cloud-amd64 names no kernel in these package lists"
+        [ -n "$kernel" ] || fail "linux-image-cloud-amd64 depends on no kernel in these package lists"
         say "unpacking the guest's kernel: $kernel"
         (cd "$work" && apt apt-get download "$kernel/bookworm-backports") >"$cache/apt/download.log" 2>&1 ||
-            { tail -20 "$cache/apt/download.log" >&2; fail "apt-get could not download $kernel"; }
+            { tail -20 "$cache/apt/download.log" >&2; fail "apt-get cannot download $kernel"; }
         dpkg-deb --fsys-tarfile "$work"/*.deb |
             tar -x -C "$work" --wildcards './boot/vmlinuz-*' './boot/config-*' '*/virtio-rng.ko*' \
                 '*/virtio_blk.ko*' '*/virtio_net.ko*' '*/net_failover.ko*' '*/failover.ko*'
@@ -217,37 +217,37 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
         mv "$cache/vmlinuz.new" "$cache/vmlinuz"
     fi
     if [ -n "$need_root" ]; then
-        say "making a clean Debian 12 root: $root"
+        say "creating a minimal Debian 12 root: $root"
         stanza=$(archive_stanza bookworm bookworm)
         uri=$(sed -n 's/^URIs: //p' <<<"$stanza")
         keyring=$(sed -n 's/^Signed-By: //p' <<<"$stanza")
         debootstrap --variant=minbase ${keyring:+--keyring="$keyring"} bookworm "$work/root" "$uri" >"$cache/debootstrap.log" 2>&1 ||
-            { tail -20 "$cache/debootstrap.log" >&2; fail "debootstrap could not make a Debian 12 root; its words are above"; }
+            { tail -20 "$cache/debootstrap.log" >&2; fail "debootstrap cannot create a Debian 12 root; see the lines above"; }
         rm -rf "$work"/root/var/cache/apt/archives/*.deb "$work"/root/var/lib/apt/lists/*
         tar -C "$work/root" --numeric-owner --one-file-system -cf "$root.new" .
         mv "$root.new" "$root"
     fi
 fi
 
-# 3. What cargo brings.
+# 3. Programs from crates.io.
 tool=$(tools "$top")
 if [ "$("$tool/bin/cargo-deb" --version 2>/dev/null)" != "cargo-deb $STENCIL_CARGO_DEB" ]; then
     say "installing from crates.io: cargo-deb $STENCIL_CARGO_DEB"
     mkdir -p "$tool"
     CARGO_TARGET_DIR="$tool/build" cargo install -q --locked --no-default-features --root "$tool" \
         "cargo-deb@$STENCIL_CARGO_DEB" >"$tool/install.log" 2>&1 ||
-        { tail -20 "$tool/install.log" >&2; fail "cargo could not install cargo-deb $STENCIL_CARGO_DEB"; }
+        { tail -20 "$tool/install.log" >&2; fail "cargo cannot install cargo-deb $STENCIL_CARGO_DEB"; }
     rm -rf "$tool/build"
 fi
 
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
-    fail "QEMU $(qemu_version) is what PATH finds, $STENCIL_QEMU_MIN or newer is needed: remove the older one from PATH"
+    fail "PATH finds QEMU $(qemu_version), but $STENCIL_QEMU_MIN or newer is needed: remove the older QEMU from PATH"
 
 say "kernel   $(kernel_release)"
 if [ -c /dev/kvm ]; then
     say "kvm      /dev/kvm"
 else
-    say "kvm      /dev/kvm is missing: building and the demo need none, the tests with KVM guests do; load kvm_intel or kvm_amd, or give this container the device"
+    say "kvm      missing /dev/kvm: the tests with KVM guests need it, building and the demo do not; load kvm_intel or kvm_amd, or give this container the device"
 fi
 say "rust     $(rust_version)"
 say "qemu     $(qemu_version)"

@@ -1,4 +1,4 @@
-//! A store in a temporary folder, and the `stencil` command on it.
+//! A store in a temporary directory, and the `stencil` command on it.
 
 use super::host;
 use std::fs;
@@ -10,20 +10,20 @@ use stencilfs::store::{
     BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Imported, Scratch, Source, Store,
 };
 
-/// FNV-1a over words, as programs of the scenarios reckon it for a memory.
+/// FNV-1a over 64-bit words, as the scenarios' C programs compute it for a memory.
 pub fn word_sum(bytes: &[u8]) -> u64 {
     let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
     words.fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x100_0000_01b3))
 }
 
-/// Bytes that do not compress, the same for the same seed.
+/// Returns incompressible bytes, the same for the same seed.
 pub fn random(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes
 }
 
-/// Something like guest memory: zero pages, text, tables of small numbers, random pages.
+/// Returns bytes like those of a guest's memory: zero pages, text, tables of small numbers, random pages.
 pub fn guest_like(seed: u64, length: usize) -> Vec<u8> {
     let noise = random(seed, length.div_ceil(4096));
     let mut bytes = vec![0; length];
@@ -40,14 +40,14 @@ pub fn guest_like(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A store of its own.
+/// A private store.
 pub struct Fixture {
     pub dir: tempfile::TempDir,
-    /// An import takes memory and both cores: not beside a measurement of the whole host.
+    /// Held because an import uses much memory and all cores, which would disturb a measurement of the whole host.
     _host: host::Shared,
 }
 
-/// How a command ended.
+/// The result of a command.
 #[derive(Debug)]
 pub struct Ran {
     pub code: i32,
@@ -76,7 +76,7 @@ impl From<Output> for Ran {
     }
 }
 
-/// The `stencil` command on the store in `dir`.
+/// Returns a `stencil` command for the store in `dir`.
 pub fn stencil(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stencil"));
     command.args(args).env("STENCIL_STORE", dir.join("store")).env("STENCIL_RUNTIME_DIR", dir.join("run"));
@@ -92,7 +92,7 @@ impl Fixture {
         self.dir.path().join(name)
     }
 
-    /// Path of a new file with these bytes.
+    /// Writes a new file with these bytes and returns its path.
     pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, bytes).unwrap();
@@ -107,7 +107,7 @@ impl Fixture {
         stencil(self.dir.path(), args).output().unwrap().into()
     }
 
-    /// A request for a template with the one file `memory`.
+    /// Returns a request for a template with the one file `memory`.
     pub fn request(&self, tag: &str, bytes: &[u8]) -> ImportRequest {
         let source = self.file(&format!("{}.source", Digest::of(tag.as_bytes()).short()), bytes);
         let kind = if bytes.len().is_multiple_of(4096) && !bytes.is_empty() {
@@ -123,24 +123,24 @@ impl Fixture {
         self.store().import(self.request(tag, bytes), &Silent).unwrap()
     }
 
-    /// Files below a folder of the store, sorted.
-    pub fn files(&self, folder: &str) -> Vec<PathBuf> {
+    /// The files below a directory of the store, sorted.
+    pub fn files(&self, directory: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
-        collect(&self.path("store").join(folder), &mut found);
+        collect(&self.path("store").join(directory), &mut found);
         found.sort();
         found
     }
 
-    /// Nothing of a failed or killed command is left: no session, no file that is not of the layout.
+    /// Panics if a failed or killed command has left something: a session, or a file that is not part of the layout.
     pub fn assert_clean(&self) {
         assert_eq!(self.files("tmp"), Vec::<PathBuf>::new());
         for file in self.files("") {
             let name = file.file_name().unwrap().to_string_lossy();
-            assert!(!name.starts_with('.'), "{} is left", file.display());
+            assert!(!name.starts_with('.'), "{} was left behind", file.display());
         }
     }
 
-    /// Blocks that the store takes on the disk, in bytes.
+    /// The disk space that the store takes, in bytes (allocated blocks).
     pub fn disk_usage(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
         self.files("").iter().map(|f| fs::metadata(f).unwrap().blocks() * 512).sum()
@@ -154,7 +154,7 @@ fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// All bytes of one file of a template, or the error of its first bad block.
+/// Returns all bytes of one file of a template, or the error of its first damaged block.
 pub fn read_all(store: &Store, digest: &Digest, file: usize) -> stencilfs::error::Result<Vec<u8>> {
     let template = store.template(digest)?;
     let (mut scratch, mut out, mut block) = (Scratch::default(), Vec::new(), vec![1; BLOCK_SIZE as usize]);

@@ -1,4 +1,4 @@
-//! Streams of templates: what is in them, and the two ends of a pipe.
+//! Template streams: their content, and both ends of the pipe.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,8 @@ use stencilfs::store::{FileKind, ImportFile, Source};
 
 use super::store::{Fixture, Ran, guest_like, random, read_all, stencil};
 
-/// A template of three files, in this way of storing, with everything that a policy can say.
+/// Imports a template of three files with the given codec and chunk size, and with every field of a policy set. Returns
+/// its digest.
 pub fn import(fixture: &Fixture, tag: &str, seed: u64, codec: &str, chunk: &str) -> String {
     let mut request = fixture.request(tag, &guest_like(seed, 3 << 20));
     for (name, kind, length) in [("rom", FileKind::Rom, 64 << 10), ("state", FileKind::Blob, 70_001)] {
@@ -30,7 +31,7 @@ pub fn import(fixture: &Fixture, tag: &str, seed: u64, codec: &str, chunk: &str)
     fixture.store().import(request, &Silent).unwrap().digest.to_string()
 }
 
-/// Saves with these words and gives the stream.
+/// Runs `stencil save` with these arguments and returns the stream.
 pub fn save(fixture: &Fixture, words: &[&str]) -> Vec<u8> {
     let path = fixture.path("stream");
     fixture.run(&[&["save", "-o", path.to_str().unwrap()], words].concat()).ok();
@@ -43,7 +44,7 @@ pub fn load_command(fixture: &Fixture) -> Command {
     command
 }
 
-/// Loads from a pipe. A reader that refuses early need not take everything.
+/// Runs `stencil load` on a pipe. A `load` that refuses early need not read all bytes.
 pub fn load(fixture: &Fixture, bytes: &[u8]) -> Ran {
     let mut child = load_command(fixture).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
@@ -53,14 +54,14 @@ pub fn load(fixture: &Fixture, bytes: &[u8]) -> Ran {
     })
 }
 
-/// There is no store, or an empty one.
+/// Panics unless there is no store or an empty one.
 pub fn assert_nothing(fixture: &Fixture) {
     if !fixture.path("store").exists() {
         return;
     }
     fixture.assert_clean();
-    for folder in ["packs", "images", "tags"] {
-        assert_eq!(fixture.files(folder), Vec::<PathBuf>::new());
+    for directory in ["packs", "images", "tags"] {
+        assert_eq!(fixture.files(directory), Vec::<PathBuf>::new());
     }
 }
 

@@ -1,8 +1,8 @@
-//! Tables of the documents, for tests that execute them.
+//! Reads tables of the documentation, for tests that execute their rows.
 
 use std::path::Path;
 
-/// The rows below `<!-- test: NAME -->` in a file of `docs/`, without the heading.
+/// Returns the rows of the table below `<!-- test: NAME -->` in a file of `docs/`, without the heading.
 pub fn rows(document: &str, name: &str) -> Vec<Vec<String>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(document);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -19,7 +19,7 @@ pub fn rows(document: &str, name: &str) -> Vec<Vec<String>> {
     rows
 }
 
-/// What stands between backticks, where a cell is nothing else.
+/// Returns the text between the backticks of a cell that consists of one code span.
 pub fn code(cell: &str) -> Option<&str> {
     cell.strip_prefix('`')?.strip_suffix('`')
 }

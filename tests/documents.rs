@@ -128,7 +128,7 @@ fn every_test_that_evidence_names_exists() {
         assert_eq!(missing(&read(page)), Vec::<String>::new(), "{page}");
     }
     let invented = "`documents::no_such` and `nowhere::at_all`, `layers::a_file_imports_only_from_lower_floors`, \
-                    `alone::layers::a_file_imports_only_from_lower_floors`, `restart::a_soak_of_new_servers_under_readers`";
+                    `alone::layers::a_file_imports_only_from_lower_floors`, `restart::soak_readers_survive_restarts_of_the_server`";
     assert_eq!(missing(invented).len(), 4);
 }
 

@@ -182,7 +182,7 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
     )?;
     if let Some(end) = &mount.last_end {
         let memory = if end.out_of_memory {
-            ", probably out of memory: raise the memory limit of its control group"
+            ", likely out of memory: raise the memory limit of its control group"
         } else {
             ""
         };

@@ -83,7 +83,7 @@ fn a_server_that_reads_no_replies_is_replaced() {
             Err(_) => break,
         }
     }
-    hostile.gives_way("cannot reply to a server");
+    hostile.gives_way("cannot send a reply to the server");
 }
 
 #[test]
@@ -96,5 +96,5 @@ fn a_server_that_does_not_wait_for_replies_is_replaced() {
     for number in 1_000_000u64..1_000_002 {
         hostile.link.send(&link::request(number, &evict), None).unwrap();
     }
-    hostile.gives_way("does not wait for replies");
+    hostile.gives_way("the server sends requests without waiting for replies");
 }

@@ -159,7 +159,7 @@ fn assert_unknown_status_keeps_the_package(debian: &Debian) {
     assert_refused(&away, &back, "  served:  cannot read the record of a mount");
     // For a user who cannot read the records, `status` fails with an error.
     let user = debian.sh("setpriv --reuid=123 --regid=123 --clear-groups stencil status").exits(1);
-    assert!(user.err.contains("Permission denied") && user.err.contains("run it as root"), "{}", user.err);
+    assert!(user.err.contains("Permission denied") && user.err.contains("run this as root"), "{}", user.err);
     assert!(debian.out("stencil status").contains("/srv/templates serves /var/lib/stencil"));
     let elsewhere = debian.sh("STENCIL_RUNTIME_DIR=/tmp/none dpkg --remove stencil").exits(1);
     assert!(elsewhere.err.contains("  served:  /srv/templates"), "{}", elsewhere.err);
@@ -234,7 +234,7 @@ fn readme_first_mount_works_with_the_installed_package() {
     let commands: Vec<&str> = section.lines().filter_map(|line| line.strip_prefix("$ ")).collect();
     assert!(commands.len() >= 6, "{section}");
     let done = debian.sh(&format!("cd /root && set -ex\n{}", commands.join("\n"))).ok();
-    assert!(done.out.contains("8 clones take") && done.out.contains("8 stopped"), "{}", done.out);
+    assert!(done.out.contains("memory of 8 clones") && done.out.contains("8 clones stopped"), "{}", done.out);
     wait_unmounted(&debian);
 }
 
@@ -307,9 +307,13 @@ fn man_pages_and_completions_are_installed_and_valid() {
         assert_eq!(warnings, "", "{page}");
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         let expected: &[&str] = match page.as_str() {
-            "man1/stencil.1" => {
-                &["EXIT STATUS", "ENVIRONMENT", "FILES", "SEE ALSO", "75     the same call may succeed later"]
-            }
+            "man1/stencil.1" => &[
+                "EXIT STATUS",
+                "ENVIRONMENT",
+                "FILES",
+                "SEE ALSO",
+                "75     temporary failure; the same command may succeed later",
+            ],
             "man8/stencil-mountd.8" => &["ENVIRONMENT", "FILES", "SEE ALSO"],
             "man8/mount.fuse.stencil.8" => &[
                 "EXIT STATUS",

@@ -184,7 +184,7 @@ fn commands_in_another_pid_namespace_remove_nothing() {
     };
     let listed = elsewhere(&["status"]).ok();
     assert!(listed.out.contains(world.mountpoint().to_str().unwrap()), "{listed:?}");
-    elsewhere(&["rm", "web"]).exits(75).says("another PID namespace");
+    elsewhere(&["rm", "web"]).exits(75).says("a PID namespace other than the host's");
     world.stencil(&["rm", "web"]).exits(5).says("1 process has it open");
     assert_eq!(open(&world, &digest), None);
     drop(holder);

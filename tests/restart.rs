@@ -144,7 +144,7 @@ fn a_new_server_that_exits_leaves_the_old_one_serving() {
 fn a_new_server_that_hangs_leaves_the_old_one_serving() {
     let _host = host::shared();
     let hanger = compile("hanger");
-    host::measured(|| is_refused(&hanger, "it did not answer within 5 s", 4_900..7_000));
+    host::measured(|| is_refused(&hanger, "timed out after 5 s waiting for the new server", 4_900..7_000));
 }
 
 /// The server sends its pending requests again to the next supervisor, which must execute each once.

@@ -141,7 +141,11 @@ fn doctor_lists_a_stuck_connection_and_aborts_it_on_yes() {
 
     let doctor = |words: &[&str]| wedged.world.stencil(&[&["doctor", "--fix-stuck"], words].concat());
     let refused = doctor(&[&number]).exits(2);
-    assert!(refused.err.contains("no terminal") && refused.err.contains("--yes"), "{}", refused.err);
+    assert!(
+        refused.err.contains("standard input is not a terminal") && refused.err.contains("--yes"),
+        "{}",
+        refused.err
+    );
     doctor(&["999999", "--yes"]).exits(4).says("there is no FUSE connection 999999");
     let words = format!("doctor --fix-stuck {number}");
     let (code, said) = wedged.at_a_terminal(&words, "n");

@@ -206,9 +206,13 @@ fn rm_refuses_without_the_right_to_inspect_all_processes() {
     let digest = world.import_bytes(&bytes, "web:1");
     let holder = Holder::start("mapping of another user", &world.file(&digest, FILE), world.dir());
     let user_namespace = ["--user", "--map-root-user"];
-    run_by(&world, "unshare", &user_namespace, &["rm", "web:1"]).exits(75).says("another user namespace");
+    run_by(&world, "unshare", &user_namespace, &["rm", "web:1"])
+        .exits(75)
+        .says("a user namespace other than the host's");
     let pid_namespace = ["--pid", "--fork", "--mount-proc", "--kill-child"];
-    run_by(&world, "unshare", &pid_namespace, &["rm", "web:1"]).exits(75).says("another PID namespace");
+    run_by(&world, "unshare", &pid_namespace, &["rm", "web:1"])
+        .exits(75)
+        .says("a PID namespace other than the host's");
     // Templates without a tag have the same protection.
     fs::remove_file(world.store_dir().join("tags/web/1")).unwrap();
     let gc = run_by(&world, "unshare", &user_namespace, &["gc", "--untagged"]);

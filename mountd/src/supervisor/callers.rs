@@ -209,7 +209,7 @@ impl Callers {
     pub fn end(&mut self) {
         let waiting: Vec<CallerId> = self.all.iter().filter(|c| c.waits).map(|c| c.id).collect();
         for id in waiting {
-            self.respond(id, Err(Error::failed("the mount is over")), None);
+            self.respond(id, Err(Error::failed("the mount has ended")), None);
         }
     }
 }
@@ -304,7 +304,7 @@ mod tests {
         callers.end();
         let (response, _) = ours.receive::<Response>().unwrap().unwrap();
         let Response::Failed(failure) = response else { panic!("{response:?}") };
-        assert_eq!(failure.into_error().to_string(), "the mount is over");
+        assert_eq!(failure.into_error().to_string(), "the mount has ended");
         assert!(callers.take_starter().is_some() && callers.take_starter().is_none());
         callers.served();
     }

@@ -141,7 +141,7 @@ impl Supervisor {
             }
             self.turn();
         }
-        log::info!("the mount is over");
+        log::info!("the mount has ended");
         self.handle(Event::MountOver);
         self.manager.stopping();
         let until = Instant::now() + END_LIMIT;

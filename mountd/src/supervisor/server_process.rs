@@ -82,8 +82,11 @@ impl ServerProcess {
         let child = process::inherit_all(&mut command, &inherited)
             .spawn()
             .map_err(|e| Error::io("cannot start a server", &program.path, e))?;
-        let process = ProcessId::of(child.id())?.ok_or_else(|| Error::failed("the server exited at once"))?;
-        ServerProcess::running(process, Some(ours))
+        // A child that has exited keeps its number until it is reaped.
+        let gone = || Error::failed("the server exited at once");
+        let process = ProcessId::of(child.id())?.ok_or_else(gone)?;
+        let pidfd = process::pidfd(child.id())?.ok_or_else(gone)?;
+        Ok(ServerProcess { process, pidfd, link: Some(ours), oom_kills: OomKills::of(child.id()) })
     }
 
     /// A server that runs.

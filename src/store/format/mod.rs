@@ -4,6 +4,9 @@
 //! used, and every header has its own checksum, so that a decoder returns either a trustworthy value or an [`Invalid`]
 //! with the reason.
 
+pub mod codec;
+pub mod digest;
+pub mod template_file;
 mod fields;
 pub mod image;
 pub mod pack;

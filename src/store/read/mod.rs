@@ -1,0 +1,6 @@
+//! Reading templates: each block is compared with its hash before a byte of it leaves.
+
+pub(super) mod export;
+pub(super) mod scratch;
+pub(super) mod template;
+pub(super) mod tree;

@@ -148,7 +148,7 @@ fn pids_of(status: &Value) -> Vec<u64> {
 
 /// Anonymous memory and page tables of a process.
 fn rss_of(pid: u64) -> u64 {
-    let status = stencilfs::sys::procfs::status(pid as u32).unwrap().unwrap();
+    let status = stencilfs::sys::process::procfs::status(pid as u32).unwrap().unwrap();
     (status.rss_anon + status.page_tables).get()
 }
 

@@ -9,9 +9,9 @@ use rustix::process::Signal;
 
 use super::registry::{Entry, Kind};
 use crate::error::{Error, Result};
+use crate::sys::process::holders::{self, PATIENCE};
 use crate::sys::process::{self, ProcessId};
-use crate::sys::users::{self, PATIENCE};
-use crate::sys::{pause, procfs, tasks};
+use crate::sys::process::{paused, procfs, tasks};
 
 /// Environment variable of all processes of a clone except workers, with the clone's directory as its value.
 const MARK: &[u8] = b"STENCIL_DIR=";
@@ -37,7 +37,7 @@ impl ProcessTrees {
         let recorded: Vec<ProcessId> = entries.iter().filter_map(Entry::process).collect();
         let search = entries.iter().any(may_have_others);
         let pids = if search { procfs::pids().unwrap_or_default() } else { vec![] };
-        let looks = users::look_at_each(pids, PATIENCE, marked);
+        let looks = holders::look_at_each(pids, PATIENCE, marked);
         let recorded = recorded.into_iter().filter(ProcessId::is_alive).collect();
         let mut trees = ProcessTrees { marked: HashMap::new(), recorded };
         for (_, (process, dir)) in looks.seen {
@@ -110,7 +110,7 @@ fn may_have_others(entry: &Entry) -> bool {
 /// Returns the living processes with this clone directory in their environment.
 pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
     let wanted = dir.as_os_str().as_encoded_bytes().to_vec();
-    let looks = users::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, marked);
+    let looks = holders::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, marked);
     looks.seen.into_iter().filter(|(_, (_, dir))| *dir == wanted).map(|(_, (process, _))| process).collect()
 }
 
@@ -149,7 +149,7 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
 
 fn not_exiting(process: &ProcessId) -> Error {
     let pid = process.pid;
-    match pause::of(pid) {
+    match paused::of(pid) {
         Some(pause) => Error::try_again(format!("process {pid} does not exit: it {pause}"))
             .remedy(format!("{}; then run the command again", pause.remedy(pid))),
         None => Error::failed(format!("process {pid} does not exit"))

@@ -12,8 +12,9 @@ use rustix::io::Errno;
 use super::registry::{Entry, clones_dir};
 use crate::control::runtime::{self, is_plain_name};
 use crate::error::{Error, Result};
-use crate::sys::folder::Folder;
-use crate::sys::{locks, users};
+use crate::sys::files::directory::Folder;
+use crate::sys::files::file_locks;
+use crate::sys::process::holders;
 
 const PORTS: &str = "ports";
 
@@ -64,10 +65,10 @@ fn owner(links: &Folder, name: &str) -> io::Result<Option<String>> {
 /// user who owns the directory can open it.
 fn lock_links(is_over: impl Fn() -> bool) -> Result<Folder> {
     let links = runtime::create(PORTS)?;
-    match locks::wait(&links, true, LOCK_TIMEOUT, is_over) {
+    match file_locks::wait(&links, true, LOCK_TIMEOUT, is_over) {
         Ok(true) => Ok(links),
         Ok(false) => {
-            let holders = users::list_pids(&locks::flock_holders(&links));
+            let holders = holders::list_pids(&file_locks::flock_holders(&links));
             Err(Error::try_again(format!(
                 "the host ports of clones are locked by another command: {holders}"
             ))

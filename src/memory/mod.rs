@@ -20,7 +20,7 @@ mod options;
 mod plan;
 mod row;
 
-pub use crate::sys::mapping::{Protection, Sharing};
+pub use crate::sys::memory::mapping::{Protection, Sharing};
 pub use backend::Backend;
 pub use dirty::{PageRange, page_ranges};
 pub use note::Note;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
-use crate::sys::mapping::{NumaMode, Protection, Sharing};
+use crate::sys::memory::mapping::{NumaMode, Protection, Sharing};
 use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, PAGE_SIZE};
 
 use super::note::{Note, notes_of};

@@ -5,8 +5,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::{mount, users};
+use stencilfs::sys::process::holders;
 
 use crate::support::actor::Actor;
 use crate::support::drill;
@@ -82,10 +83,10 @@ fn a_process_that_nobody_can_look_into_holds_nobody_up_and_counts_as_a_user() {
     let mut stuck = Stuck::new(&world, &digest);
     let pid = stuck.actor.pid();
     let begun = Instant::now();
-    let found = users::users_of(stuck.device, Duration::from_millis(300)).unwrap();
+    let found = holders::users_of(stuck.device, Duration::from_millis(300)).unwrap();
     assert!(found.unseen.silent.contains(&pid), "{found:?}");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-    assert!(!users::name_of(pid).is_empty());
+    assert!(!holders::name_of(pid).is_empty());
     // Its identity is not among what it keeps closed.
     let begun = Instant::now();
     let known = ProcessId::of(pid).unwrap().unwrap();

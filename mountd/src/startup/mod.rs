@@ -22,9 +22,10 @@ use std::process::ExitCode;
 
 use stencilfs::control::{self, BackingRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd::SharedCounters;
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::memory::memfd::SharedCounters;
+use stencilfs::sys::process::inherited;
 use stencilfs::sys::process::{self, ProcessId};
-use stencilfs::sys::{fuse_dev, inherited};
 
 use crate::protocol::fds;
 use crate::protocol::ledger::{self, Ledger};
@@ -128,7 +129,7 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
         .find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned && m.server_pid.is_some());
     let mut stored = NamedFds::from_service_manager()?;
     let names: Vec<String> = stored.names().map(str::to_owned).collect();
-    let living = stored.of("fuse").iter().any(|fuse| !fuse_dev::is_over(fuse));
+    let living = stored.of("fuse").iter().any(|fuse| !device::is_over(fuse));
     let found = match left {
         Some(left) => {
             option_conflicts::same_store(&options, &left.store, left.store_id.as_deref())?;

@@ -16,7 +16,7 @@ use crate::clones::recipe::{Blob, Facts, LiveDisk, Plan, Ram, Recipe, Rom, is_de
 use crate::error::{Error, Result};
 use crate::store::{FileKind, ImportFile, Source};
 use crate::sys::process::ProcessId;
-use crate::sys::procfs;
+use crate::sys::process::procfs;
 
 /// A VM that can be captured.
 pub(super) struct Vm {

@@ -11,8 +11,8 @@ use crate::clones::family;
 use crate::clones::recipe::{Escape, Needs};
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
+use crate::sys::process::procfs;
 use crate::sys::process::{ProcessId, inherit, own_session};
-use crate::sys::procfs;
 
 /// Interval for searching the process tree of a command; each search reads every process of the host.
 const PROCESS_TREE_INTERVAL: Duration = Duration::from_millis(200);

@@ -12,8 +12,8 @@ use super::{ActiveLaunch, Launched, Outcome, Simulate};
 use crate::clones::registry::{self, Entry, Touched};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
+use crate::sys::process::threads;
 use crate::sys::process::{ProcessId, own_session};
-use crate::sys::threads;
 use crate::units::Bytes;
 
 /// Ready clones that are still bound to their zygote: unless released, they die with it.

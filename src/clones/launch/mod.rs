@@ -26,7 +26,7 @@ use crate::clones::registry::{self, Entry, Kind, LOG, Launch, NewEntry, Touched}
 use crate::control;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::sys::threads;
+use crate::sys::process::threads;
 use crate::units::Bytes;
 pub use child::Ready;
 pub use simulate::{Amount, Scatter, Simulate};

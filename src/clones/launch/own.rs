@@ -13,7 +13,7 @@ use crate::clones::ports;
 use crate::clones::recipe::{Disk, Identity, Needs, Values};
 use crate::clones::registry::Entry;
 use crate::error::{Error, Result};
-use crate::sys::procfs;
+use crate::sys::process::procfs;
 
 /// Maximum number of candidates for a free port.
 const MAX_PORT_ATTEMPTS: usize = 100;

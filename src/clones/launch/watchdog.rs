@@ -18,8 +18,8 @@ use rustix::io::Errno;
 use super::worker;
 use crate::clones::registry::{self, Ending, Entry, Launch};
 use crate::error::{Error, Result};
-use crate::sys::exit_status::ExitStatus;
-use crate::sys::inherited;
+use crate::sys::process::exit_status::ExitStatus;
+use crate::sys::process::inherited;
 use crate::sys::process::{ProcessId, own_session};
 
 /// The argument that makes this program a watchdog.

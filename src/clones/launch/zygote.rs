@@ -22,7 +22,7 @@ use super::worker::{self, Pipes};
 use crate::clones::registry::Touched;
 use crate::error::{Error, Result};
 use crate::memory::{Options, Plan};
-use crate::sys::pagemap::Pagemap;
+use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::{self, Fork, ProcessId};
 
 /// The argument that makes this program a zygote.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CLONES, Entry};
 use crate::control::runtime::{self, MAX_RECORD, trusted_folder};
-use crate::sys::exit_status::ExitStatus;
+use crate::sys::process::exit_status::ExitStatus;
 
 const ENDING: &str = "ending.json";
 

@@ -14,7 +14,7 @@ use crate::clones::{family, ports};
 use crate::control::runtime::{self, is_pid, is_plain_name, is_whole_path, trusted_folder};
 use crate::error::{Error, Result};
 use crate::store::Digest;
-use crate::sys::folder::Folder;
+use crate::sys::files::directory::Folder;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;

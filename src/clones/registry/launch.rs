@@ -17,8 +17,10 @@ use crate::clones::family::{self, ProcessTrees};
 use crate::control::places;
 use crate::control::runtime::{self, is_plain_name, trusted_file};
 use crate::error::{Error, Result};
+use crate::sys::files::file_locks;
+use crate::sys::probe;
 use crate::sys::process::ProcessId;
-use crate::sys::{locks, probe, users};
+use crate::sys::process::holders;
 
 /// Time limit for another process to clean up a launch, or for a child to execute its program.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -199,12 +201,12 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     };
     // The watchdog and another command may clean up at the same time, and a child may not have executed its program
     // yet.
-    match locks::wait(&lock, true, CLEANUP_TIMEOUT, || false) {
+    match file_locks::wait(&lock, true, CLEANUP_TIMEOUT, || false) {
         Ok(true) => {}
         Ok(false) => {
             let limit = CLEANUP_TIMEOUT.as_secs();
             let what = format!("timed out after {limit} s waiting for the cleanup of a broken launch");
-            let holders = users::list_pids(&locks::flock_holders(&lock));
+            let holders = holders::list_pids(&file_locks::flock_holders(&lock));
             return Err(Error::try_again(what)
                 .at(&marker)
                 .remedy(format!("resume or end the holder of the lock: {holders}")));

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use crate::control::runtime::{self, MAX_RECORD, is_plain_name, runtime_dir, trusted_folder};
 use crate::error::{Error, Result};
-use crate::sys::folder::Folder;
-use crate::sys::procfs;
+use crate::sys::files::directory::Folder;
+use crate::sys::process::procfs;
 
 pub use ending::Ending;
 pub use entry::{Entry, Kind, LOG, SERIAL_LOG, StoreOfClone, Touched, open_log};

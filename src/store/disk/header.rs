@@ -3,11 +3,11 @@
 
 use std::io;
 
-use crate::store::format::Invalid;
-use crate::store::format::superblock::Superblock;
 use super::path::StorePath;
 use super::publish::replace_file;
 use crate::error::{Code, Error, Result};
+use crate::store::format::Invalid;
+use crate::store::format::superblock::Superblock;
 use crate::units::Bytes;
 
 /// Name of the header file in the store directory.

@@ -9,7 +9,8 @@ use rustix::io::Errno;
 
 use super::path::StorePath;
 use crate::error::{Error, Result};
-use crate::sys::{locks, users};
+use crate::sys::files::file_locks;
+use crate::sys::process::holders;
 
 /// Interval between two attempts to take a lock.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
@@ -30,10 +31,10 @@ pub(in crate::store) struct Holders<'a>(pub &'a File);
 impl fmt::Display for Holders<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("another command that writes to the store")?;
-        match &locks::flock_holders(self.0)[..] {
+        match &file_locks::flock_holders(self.0)[..] {
             [] => Ok(()),
-            pids @ [_] => write!(f, " (process {})", users::list_pids(pids)),
-            pids => write!(f, " (processes {})", users::list_pids(pids)),
+            pids @ [_] => write!(f, " (process {})", holders::list_pids(pids)),
+            pids => write!(f, " (processes {})", holders::list_pids(pids)),
         }
     }
 }

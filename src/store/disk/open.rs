@@ -9,16 +9,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::store::format::PackId;
-use crate::store::format::superblock::Superblock;
 use super::header::{self, COPY, HEADER, Header};
 use super::lock::{Holders, Lock};
 use super::pack::{PackFile, Packs};
 use super::path::{StorePath, create_root, is_misplaced};
 use super::publish::{publish, random, sync_directory, write_new};
 use super::session::temporary_file;
-use crate::store::{Digest, Policy, Template};
 use crate::error::{Code, Error, Result};
+use crate::store::format::PackId;
+use crate::store::format::superblock::Superblock;
+use crate::store::{Digest, Policy, Template};
 
 /// A template store. Cloning is cheap; clones share open packs.
 #[derive(Clone)]
@@ -255,7 +255,11 @@ impl Store {
     }
 
     /// Same as [`Store::set_policy`]; the caller holds the names lock.
-    pub(in crate::store) fn set_policy_locked(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
+    pub(in crate::store) fn set_policy_locked(
+        &self,
+        digest: &Digest,
+        change: impl FnOnce(&mut Policy),
+    ) -> Result<()> {
         if !self.has(digest) {
             return Err(no_template(self.dir(), digest));
         }

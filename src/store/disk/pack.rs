@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Advice, OFlags, fadvise, fcntl_setfl};
 
+use super::path::StorePath;
+use crate::error::{Error, Result, errno_text};
 use crate::store::Digest;
 use crate::store::format::pack::{IndexEntry, PackHeader};
 use crate::store::format::{Invalid, PackId, Stored};
-use super::path::StorePath;
-use crate::error::{Error, Result, errno_text};
-use crate::sys::map_file::MappedFile;
+use crate::sys::memory::mapped_file::MappedFile;
 
 /// Alignment of direct reads in bytes: the largest logical block size in use.
 const ALIGN: u64 = 4096;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Gid, OFlags, Stat, Uid, fchown, fstat};
 
 use crate::error::{Error, Result};
-use crate::sys::folder::Folder;
+use crate::sys::files::directory::Folder;
 use crate::units::Bytes;
 
 /// Mode of a store's files; packs hold guest memory.

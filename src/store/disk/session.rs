@@ -9,7 +9,7 @@ use rustix::fs::{FileType, FlockOperation, flock};
 use super::path::StorePath;
 use super::publish::random_hex;
 use crate::error::{Error, Result};
-use crate::sys::folder::Folder;
+use crate::sys::files::directory::Folder;
 
 /// Maximum number of attempts to create a session directory. Another writer's sweep may remove a directory before it is
 /// locked.

@@ -11,9 +11,9 @@ use std::str::FromStr;
 use blake3::hazmat::{self, HasherExt, Mode};
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 
+use crate::error::{Error, Result};
 use crate::store::format::{BLOCK_SHIFT, BlockKind, CHUNK_ENTRY, MIN_CHUNK_SHIFT};
 use crate::store::{BLOCK_SIZE, Digest};
-use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE};
 
 const BLOCK: usize = BLOCK_SIZE as usize;

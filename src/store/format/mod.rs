@@ -6,13 +6,13 @@
 
 pub mod codec;
 pub mod digest;
-pub mod template_file;
 mod fields;
 pub mod image;
 pub mod pack;
 pub mod placement;
 pub mod stream;
 pub mod superblock;
+pub mod template_file;
 
 pub use fields::{Invalid, Preamble};
 

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::error::{Error, Result};
+use crate::store::disk::pack::PackIndex;
 use crate::store::format::pack::IndexEntry;
 use crate::store::format::{Invalid, PackId};
-use crate::store::disk::pack::PackIndex;
 use crate::store::{Digest, Store, Template};
-use crate::error::{Error, Result};
 
 const UNREFERENCED: u32 = u32::MAX;
 const SHARED: u32 = u32::MAX - 1;

@@ -4,11 +4,11 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
+use crate::error::{Code, Error, Result};
 use crate::store::disk::path::StorePath;
 use crate::store::disk::publish::{random_hex, sync_directory};
 use crate::store::names::tags::read_tag;
 use crate::store::{Digest, Store, TagName, TemplateRef};
-use crate::error::{Code, Error, Result};
 
 /// Result of a removal.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]

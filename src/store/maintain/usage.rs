@@ -7,10 +7,10 @@ use rustix::fs::FileType;
 use serde::Serialize;
 
 use super::liveness::{Liveness, Owner};
+use crate::error::Result;
 use crate::store::disk::path::StorePath;
 use crate::store::{Digest, Store};
-use crate::error::Result;
-use crate::sys::folder::Folder;
+use crate::sys::files::directory::Folder;
 use crate::units::Bytes;
 
 /// Maximum depth of the search below a store.

@@ -8,13 +8,13 @@ use std::thread;
 
 use serde::Serialize;
 
-use crate::store::format::{Invalid, PackId};
-use crate::store::disk::pack::PackIndex;
-use crate::store::disk::path::StorePath;
-use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
-use crate::sys::threads;
+use crate::store::disk::pack::PackIndex;
+use crate::store::disk::path::StorePath;
+use crate::store::format::{Invalid, PackId};
+use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template};
+use crate::sys::process::threads;
 use crate::units::Bytes;
 
 /// Blocks of a template that a thread verifies at a time.

@@ -3,8 +3,8 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::store::Policy;
 use crate::error::{Error, Result};
+use crate::store::Policy;
 
 /// Permission bits that files of a template may have.
 pub(in crate::store) const READ_BITS: u32 = 0o444;

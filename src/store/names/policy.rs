@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::store::Digest;
-use crate::store::format::Invalid;
 use crate::store::disk::path::StorePath;
 use crate::store::disk::publish::replace_file;
-use crate::error::{Error, Result};
+use crate::store::format::Invalid;
 use crate::units::Bytes;
 
 /// Default mode of a template's files: readable for all users, not writable.

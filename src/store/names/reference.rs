@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use crate::store::Digest;
 use crate::error::{Error, Result};
+use crate::store::Digest;
 
 /// Tag of a reference without a tag.
 pub const DEFAULT_TAG: &str = "latest";

@@ -5,12 +5,12 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use crate::store::format::Invalid;
+use crate::error::{Code, Error, Result};
 use crate::store::disk::open::no_template;
 use crate::store::disk::path::StorePath;
 use crate::store::disk::publish::{make_directory, replace_file, sync_directory};
+use crate::store::format::Invalid;
 use crate::store::{Digest, Store, TagName, TemplateRef};
-use crate::error::{Code, Error, Result};
 use crate::units::Bytes;
 
 /// Maximum length of a tag file that is read.

@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
 
-use crate::store::format::codec::is_zero;
-use crate::store::disk::publish::random_hex;
-use crate::store::{BLOCK_SIZE, Scratch, Template};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::sys::stream::Sink;
-use crate::sys::threads;
+use crate::store::disk::publish::random_hex;
+use crate::store::format::codec::is_zero;
+use crate::store::{BLOCK_SIZE, Scratch, Template};
+use crate::sys::files::stream::Sink;
+use crate::sys::process::threads;
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// Blocks that a thread exports between two accesses to the shared counter.

@@ -1,10 +1,10 @@
 //! Buffers of one thread for reading and verifying blocks.
 
-use crate::store::format::codec::{Decoder, Mismatch, page_mask};
-use crate::store::format::Stored;
-use crate::store::disk::pack::{AlignedBuffer, PackFile};
-use crate::store::{BLOCK_SIZE, Digest};
 use crate::error::Result;
+use crate::store::disk::pack::{AlignedBuffer, PackFile};
+use crate::store::format::Stored;
+use crate::store::format::codec::{Decoder, Mismatch, page_mask};
+use crate::store::{BLOCK_SIZE, Digest};
 
 /// Reusable buffers for reads, one instance for each thread.
 #[derive(Debug, Default)]
@@ -16,7 +16,12 @@ pub struct Scratch {
 
 impl Scratch {
     /// Reads a record from a pack and verifies its block against the hash. Returns the record.
-    pub(in crate::store) fn verify(&mut self, pack: &PackFile, stored: Stored, hash: &Digest) -> Result<&[u8]> {
+    pub(in crate::store) fn verify(
+        &mut self,
+        pack: &PackFile,
+        stored: Stored,
+        hash: &Digest,
+    ) -> Result<&[u8]> {
         let Scratch { buffer, decoder, plain } = self;
         let record = pack.record(stored, buffer)?;
         check(decoder, plain, record, stored, hash).map_err(|why| pack.mismatch(stored, &why))?;

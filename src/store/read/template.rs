@@ -8,15 +8,15 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use serde_json::json;
 
-use crate::store::format::image::{HASH_LEN, ImageFile, ImageHeader};
-use crate::store::format::placement::{Front, Row};
-use crate::store::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
+use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
+use crate::error::{Error, Result};
 use crate::store::disk::open::no_template;
 use crate::store::disk::pack::PackIndex;
 use crate::store::disk::path::{StorePath, is_misplaced};
-use super::tree::{ChainingValue, CheckedTable, SEGMENT, root, segment_value, segments};
+use crate::store::format::image::{HASH_LEN, ImageFile, ImageHeader};
+use crate::store::format::placement::{Front, Row};
+use crate::store::format::{BLOCK_SHIFT, Invalid, PackId, Preamble, Stored};
 use crate::store::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
-use crate::error::{Error, Result};
 use crate::units::{Bytes, FileOffset};
 
 /// An open template. Reads continue to work after the template was removed from the store, while its packs exist.
@@ -291,7 +291,11 @@ impl Template {
     }
 
     /// Returns the hash and place of a block, or `None` for a zero block.
-    pub(in crate::store) fn place(&self, file: usize, block: u64) -> Result<Option<(Digest, PackId, Stored)>> {
+    pub(in crate::store) fn place(
+        &self,
+        file: usize,
+        block: u64,
+    ) -> Result<Option<(Digest, PackId, Stored)>> {
         let (number, _) = self.locate(file, block)?;
         let Some(hash) = self.block_hash(number)? else { return Ok(None) };
         self.with_placement(|p| self.stored(p, number, &hash)).map(|(id, stored)| Some((hash, id, stored)))

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use blake3::hazmat::{self, HasherExt, Mode};
 
+use crate::error::{Error, Result};
 use crate::store::Digest;
 use crate::store::format::Invalid;
-use crate::error::{Error, Result};
-use crate::sys::map_file::MappedFile;
+use crate::sys::memory::mapped_file::MappedFile;
 
 /// Size of a segment in bytes: a whole BLAKE3 subtree.
 pub const SEGMENT: u64 = 64 << 10;

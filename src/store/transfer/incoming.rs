@@ -12,7 +12,7 @@ use crate::store::Digest;
 use crate::store::format::stream::{MAGIC, StreamFront};
 use crate::store::format::{Invalid, Preamble};
 use crate::store::write::stall;
-use crate::sys::stream;
+use crate::sys::files::stream;
 
 const BUFFER: usize = 256 << 10;
 

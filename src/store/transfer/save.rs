@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
-use crate::store::transfer::BATCH_BLOCKS;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::format::PackId;
 use crate::store::format::pack::IndexEntry;
 use crate::store::format::stream::{StreamFront, StreamTemplate};
+use crate::store::transfer::BATCH_BLOCKS;
 use crate::store::write::ordered::ordered;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, TagName, Template};
 use crate::units::Bytes;

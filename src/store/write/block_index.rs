@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::Result;
-use crate::store::format::{PackId, Stored};
 use crate::store::disk::pack::PackIndex;
 use crate::store::disk::path::StorePath;
+use crate::store::format::{PackId, Stored};
 use crate::store::{Digest, Scratch, Store};
 
 /// Location of a block's record.

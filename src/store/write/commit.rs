@@ -4,17 +4,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
-use crate::store::format::placement::Front;
 use super::block_index::BlockIndex;
+use super::pack_writer::Packed;
+use crate::error::{Code, Error, Result};
 use crate::store::disk::lock::Lock;
 use crate::store::disk::pack::pack_path;
-use super::pack_writer::Packed;
 use crate::store::disk::path::StorePath;
-use crate::store::names::policy::DEFAULT_MODE;
 use crate::store::disk::publish::{publish, sync_directory, write_new};
 use crate::store::disk::session::Session;
+use crate::store::format::placement::Front;
+use crate::store::names::policy::DEFAULT_MODE;
 use crate::store::{Digest, Policy, Store, TagName};
-use crate::error::{Code, Error, Result};
 
 /// A template whose tables are complete in a directory of the session.
 pub(in crate::store) struct Finished<'a> {

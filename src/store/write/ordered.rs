@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use crate::error::{Error, Result};
-use crate::sys::threads;
+use crate::sys::process::threads;
 
 /// Passes each item of `make`, until `make` returns `None`, through `work` on all cores to `take`, in the order of
 /// `make`. `state` creates the state that a worker reuses between items.

@@ -7,15 +7,15 @@ use std::thread::JoinHandle;
 
 use rustix::fs::{Advice, fadvise};
 
-use crate::store::format::pack::{IndexEntry, PackHeader};
-use crate::store::format::{PackId, Stored};
 use super::block_index::{BlockIndex, Place};
+use crate::error::{Error, Result};
 use crate::store::disk::pack::pack_path;
 use crate::store::disk::path::StorePath;
 use crate::store::disk::publish::{create, random};
+use crate::store::format::pack::{IndexEntry, PackHeader};
+use crate::store::format::{PackId, Stored};
 use crate::store::{BLOCK_SIZE, Digest};
-use crate::error::{Error, Result};
-use crate::sys::threads;
+use crate::sys::process::threads;
 
 /// A pack is closed at this size in bytes or this number of blocks. The limits bound memory use and the effect of
 /// damage.

@@ -5,15 +5,15 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
+use super::block_index::Place;
+use crate::error::{Error, Result};
+use crate::store::disk::path::StorePath;
+use crate::store::disk::publish::{create, make_directory};
 use crate::store::format::PackId;
 use crate::store::format::image::ImageHeader;
 use crate::store::format::placement::{FileStats, Front, Row};
-use super::block_index::Place;
-use crate::store::disk::path::StorePath;
-use crate::store::disk::publish::{create, make_directory};
 use crate::store::read::tree::TreeWriter;
 use crate::store::{Digest, FileKind, TemplateFile};
-use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// Length of a block's hash in the image, in bytes.

@@ -14,21 +14,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
-use plan::{Plan, Share};
 use super::liveness::{Liveness, PackUse};
-use crate::store::format::PackId;
-use crate::store::format::pack::IndexEntry;
-use crate::store::write::block_index::{BlockIndex, Place};
+use crate::error::{Code, Error, Result};
+use crate::progress::Progress;
 use crate::store::disk::pack::pack_path;
-use crate::store::write::pack_writer::{PACK_BYTES, PackWriter};
 use crate::store::disk::path::StorePath;
 use crate::store::disk::publish::{publish, sync_directory};
 use crate::store::disk::session::{Session, allocated, sweep};
+use crate::store::format::PackId;
+use crate::store::format::pack::IndexEntry;
+use crate::store::write::block_index::{BlockIndex, Place};
+use crate::store::write::pack_writer::{PACK_BYTES, PackWriter};
 use crate::store::write::tables::TableWriter;
 use crate::store::{Digest, Scratch, Store, Template};
-use crate::error::{Code, Error, Result};
-use crate::progress::Progress;
 use crate::units::Bytes;
+use plan::{Plan, Share};
 
 /// Result of a collection, or of its dry run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]

@@ -4,9 +4,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use crate::store::maintain::remove::*;
 use crate::progress::Silent;
 use crate::store::Collect;
+use crate::store::maintain::remove::*;
 use crate::store::{FileKind, ImportFile, ImportRequest, Scratch, Source};
 
 fn hidden(_: &[Digest]) -> Result<Option<Refused>> {

@@ -1,11 +1,11 @@
 //! Checks that the sources have the requested import format.
 
-use crate::store::write::import::ImportFormat;
+use super::firecracker::{FirecrackerState, MAX_STATE_BYTES};
 use super::magic::identify;
 use super::reader::Input;
 use crate::error::{Error, Result};
 use crate::store::FileKind;
-use super::firecracker::{FirecrackerState, MAX_STATE_BYTES};
+use crate::store::write::import::ImportFormat;
 
 /// Checks that the sources have the requested format.
 pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()> {

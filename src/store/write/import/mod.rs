@@ -19,14 +19,14 @@ use std::time::Duration;
 
 pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
-use super::commit::{Finished, commit, fresh_policy};
 use super::block_index::BlockIndex;
+use super::commit::{Finished, commit, fresh_policy};
 use super::pack_writer::Packed;
-use crate::store::disk::session::Session;
-use crate::store::{BLOCK_SIZE, Store};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::sys::threads;
+use crate::store::disk::session::Session;
+use crate::store::{BLOCK_SIZE, Store};
+use crate::sys::process::threads;
 use crate::units::Bytes;
 use reader::Input;
 use worker::Batch;

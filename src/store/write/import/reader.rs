@@ -12,12 +12,12 @@ use rustix::io::Errno;
 use super::format::plain;
 use super::magic::{HEAD, TAIL};
 use super::worker::Batch;
-use crate::store::write::import::{BATCH_BYTES, ImportFile, Later, Source, Stop, Work};
 use crate::error::{Error, Result};
 use crate::store::format::image::MAX_BYTES;
-use crate::store::{BLOCK_SIZE, FileKind};
+use crate::store::write::import::{BATCH_BYTES, ImportFile, Later, Source, Stop, Work};
 use crate::store::write::stall;
-use crate::sys::stream;
+use crate::store::{BLOCK_SIZE, FileKind};
+use crate::sys::files::stream;
 use crate::units::PAGE_SIZE;
 
 /// An open source.

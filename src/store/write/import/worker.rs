@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 
-use crate::store::write::import::{ImportRequest, Work};
 use crate::error::Result;
-use crate::store::format::codec::{Encoder, page_mask};
 use crate::store::format::BlockKind;
+use crate::store::format::codec::{Encoder, page_mask};
 use crate::store::write::block_index::{BlockIndex, Place};
+use crate::store::write::import::{ImportRequest, Work};
 use crate::store::{BLOCK_SIZE, Digest, Scratch};
 
 /// Consecutive blocks on their way through the pipeline. A batch and its buffers are reused.

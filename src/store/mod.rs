@@ -14,6 +14,7 @@ mod write;
 
 pub use disk::open::{ContentHold, Store};
 pub use disk::path::StorePath;
+pub use format::BLOCK_SIZE;
 pub use format::codec::{ChunkSize, Compression};
 pub use format::digest::Digest;
 pub use format::template_file::{FileKind, MANIFEST, TemplateFile};
@@ -40,6 +41,3 @@ pub use write::import::{ImportFile, ImportFormat, ImportRequest, Imported, Later
 pub fn random_name() -> crate::error::Result<String> {
     disk::publish::random_hex()
 }
-
-/// Block size in bytes: the unit of hashing, verification and reading.
-pub const BLOCK_SIZE: u64 = 1 << format::BLOCK_SHIFT;

@@ -4,7 +4,7 @@
 use std::io;
 
 use super::path::StorePath;
-use super::publish::replace_file;
+use super::session::replace_file;
 use crate::error::{Code, Error, Result};
 use crate::store::format::Invalid;
 use crate::store::format::superblock::Superblock;

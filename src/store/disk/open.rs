@@ -16,9 +16,9 @@ use super::path::{StorePath, create_root, is_misplaced};
 use super::publish::{publish, random, sync_directory, write_new};
 use super::session::temporary_file;
 use crate::error::{Code, Error, Result};
+use crate::store::Digest;
 use crate::store::format::PackId;
 use crate::store::format::superblock::Superblock;
-use crate::store::{Digest, Policy, Template};
 
 /// A template store. Cloning is cheap; clones share open packs.
 #[derive(Clone)]
@@ -233,40 +233,6 @@ impl Store {
     /// Returns true if the store has this template. Returns false during a store outage too.
     pub fn has(&self, digest: &Digest) -> bool {
         self.image_dir(digest).is_dir()
-    }
-
-    /// Opens a template: reads its header and the roots of its tables. Blocks are read on demand.
-    ///
-    /// # Errors
-    /// Returns [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or the errors of
-    /// [`Store::check_reachable`].
-    pub fn template(&self, digest: &Digest) -> Result<Template> {
-        Template::open(self.clone(), digest).map_err(|e| self.outage_or(e))
-    }
-
-    /// Changes the policy of a template. Concurrent changes are serialized by the names lock.
-    ///
-    /// # Errors
-    /// Returns [`Code::NotFound`](crate::error::Code) if the template does not exist, or an error if its policy cannot
-    /// be written.
-    pub fn set_policy(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
-        let _names = self.lock_names()?;
-        self.set_policy_locked(digest, change)
-    }
-
-    /// Same as [`Store::set_policy`]; the caller holds the names lock.
-    pub(in crate::store) fn set_policy_locked(
-        &self,
-        digest: &Digest,
-        change: impl FnOnce(&mut Policy),
-    ) -> Result<()> {
-        if !self.has(digest) {
-            return Err(no_template(self.dir(), digest));
-        }
-        let path = self.policy_path(digest);
-        let mut policy = Policy::read(&path)?;
-        change(&mut policy);
-        policy.write(&self.tmp_dir(), &path)
     }
 
     /// Returns the paths of all packs.

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::Write;
 
 use super::path::StorePath;
-use super::session::Session;
 use crate::error::{Error, Result};
 
 /// Makes renames and removals in a directory durable.
@@ -35,16 +34,6 @@ pub(in crate::store) fn write_new(path: &StorePath, bytes: &[u8]) -> Result<()> 
         file.sync_all()
     };
     write().map_err(|e| path.error("cannot write", e))
-}
-
-/// Replaces a small file atomically: a reader sees either the old or the new bytes. `tmp` is the store's directory for
-/// unpublished files.
-pub(in crate::store) fn replace_file(tmp: &StorePath, path: &StorePath, bytes: &[u8]) -> Result<()> {
-    let session = Session::create(tmp)?;
-    let temporary = session.path().join("new");
-    write_new(&temporary, bytes)?;
-    temporary.rename(path).map_err(|e| path.error("cannot replace", e))?;
-    sync_directory(&path.parent())
 }
 
 /// Returns random bytes from the kernel.

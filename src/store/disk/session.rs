@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, FlockOperation, flock};
 
 use super::path::StorePath;
-use super::publish::random_hex;
+use super::publish::{random_hex, sync_directory, write_new};
 use crate::error::{Error, Result};
 use crate::sys::files::directory::Folder;
 
@@ -125,6 +125,16 @@ fn allocated_below(directory: &Folder, name: &OsStr, depth: usize) -> u64 {
         bytes += names.iter().map(|name| allocated_below(&below, name, depth - 1)).sum::<u64>();
     }
     bytes
+}
+
+/// Replaces a small file atomically: a reader sees either the old or the new bytes. `tmp` is the store's directory for
+/// unpublished files.
+pub(in crate::store) fn replace_file(tmp: &StorePath, path: &StorePath, bytes: &[u8]) -> Result<()> {
+    let session = Session::create(tmp)?;
+    let temporary = session.path().join("new");
+    write_new(&temporary, bytes)?;
+    temporary.rename(path).map_err(|e| path.error("cannot replace", e))?;
+    sync_directory(&path.parent())
 }
 
 #[cfg(test)]

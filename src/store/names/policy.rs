@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::store::Digest;
+use crate::store::disk::open::{Store, no_template};
 use crate::store::disk::path::StorePath;
-use crate::store::disk::publish::replace_file;
+use crate::store::disk::session::replace_file;
 use crate::store::format::Invalid;
 use crate::units::Bytes;
 
@@ -82,6 +83,33 @@ impl Policy {
 
     pub(in crate::store) fn write(&self, tmp: &StorePath, path: &StorePath) -> Result<()> {
         replace_file(tmp, path, &self.encode()?)
+    }
+}
+
+impl Store {
+    /// Changes the policy of a template. Concurrent changes are serialized by the names lock.
+    ///
+    /// # Errors
+    /// Returns [`Code::NotFound`](crate::error::Code) if the template does not exist, or an error if its policy cannot
+    /// be written.
+    pub fn set_policy(&self, digest: &Digest, change: impl FnOnce(&mut Policy)) -> Result<()> {
+        let _names = self.lock_names()?;
+        self.set_policy_locked(digest, change)
+    }
+
+    /// Same as [`Store::set_policy`]; the caller holds the names lock.
+    pub(in crate::store) fn set_policy_locked(
+        &self,
+        digest: &Digest,
+        change: impl FnOnce(&mut Policy),
+    ) -> Result<()> {
+        if !self.has(digest) {
+            return Err(no_template(self.dir(), digest));
+        }
+        let path = self.policy_path(digest);
+        let mut policy = Policy::read(&path)?;
+        change(&mut policy);
+        policy.write(&self.tmp_dir(), &path)
     }
 }
 

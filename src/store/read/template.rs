@@ -38,6 +38,17 @@ struct Placement {
     rows: CheckedTable,
 }
 
+impl Store {
+    /// Opens a template: reads its header and the roots of its tables. Blocks are read on demand.
+    ///
+    /// # Errors
+    /// Returns [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or the errors of
+    /// [`Store::check_reachable`].
+    pub fn template(&self, digest: &Digest) -> Result<Template> {
+        Template::open(self.clone(), digest).map_err(|e| self.outage_or(e))
+    }
+}
+
 impl Template {
     pub(in crate::store) fn open(store: Store, digest: &Digest) -> Result<Template> {
         let dir = store.image_dir(digest);

@@ -16,6 +16,7 @@ mod input;
 mod json;
 mod note;
 mod observed;
+mod option_notes;
 mod options;
 mod plan;
 mod row;

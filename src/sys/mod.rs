@@ -7,6 +7,7 @@ pub mod clock;
 pub mod files;
 pub mod fuse;
 pub mod memory;
+pub mod poll;
 pub mod probe;
 pub mod process;
 pub mod socket;

@@ -10,8 +10,8 @@ use rustix::event::{PollFd, PollFlags};
 use stencilfs::control::{Channel, Received, Response, Snapshot};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse::device;
+use stencilfs::sys::poll::poll_for;
 use stencilfs::sys::process::{self, ProcessId};
-use stencilfs::sys::socket::poll::poll_for;
 
 use super::become_program;
 use super::callers::{Callers, state_response};

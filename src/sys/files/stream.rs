@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::sys::socket::poll::poll_for;
+use crate::sys::poll::poll_for;
 
 /// Interval at which a waiting reader or writer checks for an interrupt.
 const INTERVAL: Duration = Duration::from_millis(100);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Error, Result};
+use crate::sys::poll::poll_for;
 use crate::sys::process::tasks;
-use crate::sys::socket::poll::poll_for;
 
 /// Minimum size in bytes of a read buffer: the kernel rejects smaller reads (`FUSE_MIN_READ_BUFFER`).
 const MIN_READ_BUFFER: usize = 8192 * 2;

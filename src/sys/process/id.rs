@@ -16,8 +16,8 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::sys::poll::poll_for;
 use crate::sys::process::procfs;
-use crate::sys::socket::poll::poll_for;
 
 /// `PID_FS_MAGIC` of `linux/magic.h`. On a kernel without pidfs all pidfds have the same inode number.
 const PIDFS_MAGIC: i64 = 0x5049_4446;

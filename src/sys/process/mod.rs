@@ -23,8 +23,8 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
-use super::socket::poll::poll_for;
 use crate::error::{Error, Result};
+use crate::sys::poll::poll_for;
 pub use id::{ProcessId, has_ended, pidfd};
 
 /// The side of a fork on which the caller runs.

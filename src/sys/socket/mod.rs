@@ -1,5 +1,4 @@
-//! Unix sockets and poll(2).
+//! Unix sockets.
 
 pub mod peer;
-pub mod poll;
 pub mod unix;

@@ -38,7 +38,7 @@ impl<F: AsFd> Write for Patient<F> {
 
 #[cfg(test)]
 mod tests {
-    use crate::sys::socket::poll::*;
+    use crate::sys::poll::*;
     use std::time::Instant;
 
     #[test]

@@ -24,7 +24,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::units::Bytes;
-use resolve::{BENEATH, DIRECTORY, resolve};
+use resolve::{BENEATH, DIRECTORY, not_regular, resolve};
 
 /// Maximum depth for [`Folder::remove_tree`]. Stencil's own trees are at most four directories deep.
 const MAX_DEPTH: usize = 32;
@@ -346,10 +346,6 @@ fn regular(fd: OwnedFd) -> io::Result<File> {
         FileType::Fifo => Err(not_regular("a FIFO")),
         _ => Err(not_regular("a device or socket")),
     }
-}
-
-fn not_regular(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("expected a regular file, found {what}"))
 }
 
 #[cfg(test)]

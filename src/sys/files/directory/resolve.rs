@@ -8,8 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
-use crate::sys::files::directory::not_regular;
-
 /// Maximum number of attempts to resolve a name. The kernel fails a resolution with `EAGAIN` if a concurrent rename may
 /// have affected it (openat2(2)), but also every attempt to open a file under a conflicting lease.
 const MAX_ATTEMPTS: usize = 64;
@@ -85,6 +83,11 @@ fn walk(
         at = Some(openat(from, component.as_os_str(), step | flags | OFlags::NOFOLLOW, mode)?);
     }
     at.ok_or(Errno::NOENT)
+}
+
+/// The error for a file of another type. `what` names the type.
+pub fn not_regular(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("expected a regular file, found {what}"))
 }
 
 #[cfg(test)]

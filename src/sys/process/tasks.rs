@@ -10,12 +10,16 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::sys::process::procfs;
-
 /// Time limit for processes whose threads start and exit faster than they can be listed.
 const LIMIT: Duration = Duration::from_secs(1);
 
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Index of the flags in `/proc/PID/stat`, counted after the command name.
+const FLAGS: usize = 6;
+
+/// Index of the number of threads that have not exited.
+const THREADS: usize = 17;
 
 /// `PF_KTHREAD` of the kernel's `sched.h`.
 const KERNEL_THREAD: u64 = 0x0020_0000;
@@ -68,11 +72,16 @@ pub fn is_gone(error: &io::Error) -> bool {
 
 /// Returns true for a kernel thread, which has no memory and no open files of its own.
 pub fn is_kernel_thread(pid: u32) -> bool {
-    let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat_field(pid, FLAGS).is_some_and(|flags| flags & KERNEL_THREAD != 0)
+}
+
+/// Returns one number of `/proc/PID/stat`, or `None` if the process has exited.
+fn stat_field(pid: u32, index: usize) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat);
     // The command name in parentheses may contain any character, including parentheses.
-    let flags = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(6)?.parse::<u64>().ok());
-    flags.is_some_and(|flags| flags & KERNEL_THREAD != 0)
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split_ascii_whitespace().nth(index)?.parse().ok()
 }
 
 /// Reads a property of the memory of a process. `read` receives the `/proc` directory of a thread and returns `None` if
@@ -97,7 +106,7 @@ pub fn through_memory<T>(pid: u32, read: impl Fn(&Path) -> io::Result<Option<T>>
         }
         // A thread without memory starts no threads. If the count equals the length of the list and all listed threads
         // still exist afterwards, the list was complete at the time of the count.
-        let count = procfs::stat(pid).ok().flatten().map_or(0, |stat| stat.threads);
+        let count = stat_field(pid, THREADS).unwrap_or(0);
         let listed = threads.len() as u64;
         if count == 0 || count == listed && threads.iter().all(|tid| folder(pid, *tid).exists()) {
             return Ok(None);
@@ -138,6 +147,7 @@ pub fn has_memory(folder: &Path) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use crate::sys::process::procfs;
     use crate::sys::process::tasks::*;
 
     #[test]

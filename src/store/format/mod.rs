@@ -9,6 +9,7 @@ pub mod codec;
 pub mod digest;
 mod fields;
 pub mod image;
+pub mod name;
 pub mod pack;
 pub mod placement;
 pub mod stream;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use crate::store::maintain::gc::PACK_BYTES;
-use crate::store::maintain::gc::PackId;
+use crate::store::format::PackId;
+use crate::store::write::pack_writer::PACK_BYTES;
 
 /// Bytes of referenced records to copy in one round. The copies take this space in addition to the old packs.
 const ROUND_BYTES: u64 = 4 * PACK_BYTES;

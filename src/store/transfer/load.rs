@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::incoming::{StreamSource, damaged};
+use super::incoming::{Incoming, StreamSource, damaged};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::disk::pack::{PackFile, pack_path};
@@ -23,10 +23,9 @@ use crate::store::format::template_file::MANIFEST;
 use crate::store::names::owner::READ_BITS;
 use crate::store::names::policy::MAX_LENGTH;
 use crate::store::read::tree::{SEGMENT, TreeWriter};
-use crate::store::transfer::{BATCH_BLOCKS, Incoming};
 use crate::store::write::block_index::{BlockIndex, Place};
 use crate::store::write::commit::{Finished, commit, fresh_policy};
-use crate::store::write::ordered::ordered;
+use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::write::pack_writer::{PackWriter, Packed};
 use crate::store::write::tables::{TableWriter, Tables};
 use crate::store::{BLOCK_SIZE, Digest, Owner, Policy, Scratch, Store, TagName, TemplateFile};

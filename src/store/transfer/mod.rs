@@ -7,6 +7,3 @@ mod save;
 pub use incoming::Incoming;
 pub use load::{LoadRequest, Loaded, LoadedTemplate, Moved};
 pub use save::{SaveRequest, Saved, SavedTemplate};
-
-/// Blocks in a batch.
-const BATCH_BLOCKS: usize = 16;

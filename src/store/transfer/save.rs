@@ -13,8 +13,7 @@ use crate::progress::Progress;
 use crate::store::format::PackId;
 use crate::store::format::pack::IndexEntry;
 use crate::store::format::stream::{StreamFront, StreamTemplate};
-use crate::store::transfer::BATCH_BLOCKS;
-use crate::store::write::ordered::ordered;
+use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, TagName, Template};
 use crate::units::Bytes;
 

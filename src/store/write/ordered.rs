@@ -9,6 +9,9 @@ use std::thread;
 use crate::error::{Error, Result};
 use crate::sys::process::threads;
 
+/// Blocks in a batch, the unit of parallel work: 1 MiB is read, hashed and compressed at a time.
+pub(in crate::store) const BATCH_BLOCKS: usize = 16;
+
 /// Passes each item of `make`, until `make` returns `None`, through `work` on all cores to `take`, in the order of
 /// `make`. `state` creates the state that a worker reuses between items.
 ///

@@ -1,11 +1,11 @@
 //! Checks that the sources have the requested import format.
 
 use super::firecracker::{FirecrackerState, MAX_STATE_BYTES};
+use super::input::Input;
 use super::magic::identify;
-use super::reader::Input;
+use super::request::ImportFormat;
 use crate::error::{Error, Result};
 use crate::store::FileKind;
-use crate::store::write::import::ImportFormat;
 
 /// Checks that the sources have the requested format.
 pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()> {

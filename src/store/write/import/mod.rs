@@ -4,18 +4,20 @@
 //! ones. The writer takes the batches in file order, appends new blocks to packs of the session and writes the tables.
 //! Nothing is visible before the commit.
 
+mod batch;
 pub mod firecracker;
 mod format;
+mod input;
 mod magic;
 mod reader;
 mod request;
+mod stop;
 mod worker;
 mod writer;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
-use std::time::Duration;
 
 pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
@@ -24,47 +26,14 @@ use super::commit::{Finished, commit, fresh_policy};
 use super::pack_writer::Packed;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::store::Store;
 use crate::store::disk::session::Session;
-use crate::store::{BLOCK_SIZE, Store};
 use crate::sys::process::threads;
 use crate::units::Bytes;
-use reader::Input;
-use worker::Batch;
+use batch::{Batch, Work};
+use input::Input;
+use stop::Stop;
 use writer::Writer;
-
-/// Blocks in a batch; a batch of 1 MiB is read, hashed and compressed at a time.
-const BATCH_BLOCKS: usize = 16;
-const BATCH_BYTES: usize = BATCH_BLOCKS * BLOCK_SIZE as usize;
-
-/// A message of the reader to the workers and the writer.
-enum Work {
-    /// Blocks to hash and compress.
-    Data(Batch),
-    /// Number of zero blocks, from a hole.
-    Zeros(u64),
-    /// End of a file, with its size in bytes.
-    End(u64),
-}
-
-/// Reasons to stop the pipeline: an interrupt, or a failure in another thread.
-pub(in crate::store) struct Stop<'a> {
-    failed: AtomicBool,
-    interrupt: Option<&'a AtomicBool>,
-    /// Longest time without bytes from a pipe.
-    stall: Option<Duration>,
-}
-
-impl Stop<'_> {
-    fn check(&self) -> Result<()> {
-        if self.interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
-            return Err(Error::failed("interrupted; nothing was imported"));
-        }
-        match self.failed.load(Ordering::Relaxed) {
-            true => Err(Error::failed("import stopped")),
-            false => Ok(()),
-        }
-    }
-}
 
 impl Store {
     /// Imports files as one template and points a tag at it.

@@ -11,8 +11,6 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::format::check_format;
-use super::reader::Input;
 use crate::error::{Error, Result};
 use crate::store::format::template_file::MANIFEST;
 use crate::store::{
@@ -136,25 +134,6 @@ impl ImportRequest {
             interrupt: None,
             stall: None,
         }
-    }
-
-    /// Opens the sources and returns them sorted by name.
-    pub(super) fn inputs(&self) -> Result<Vec<Input>> {
-        self.check()?;
-        let mut files: Vec<&ImportFile> = self.files.iter().collect();
-        files.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
-        for input in &mut inputs {
-            input.must_be_plain = input.kind == FileKind::Ram && self.format != ImportFormat::Raw;
-        }
-        check_format(self.format, &inputs)?;
-        inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
-        let mut total: u64 = 0;
-        for input in &inputs {
-            total = total.saturating_add(input.size().unwrap_or_default());
-            input.check_total(total)?;
-        }
-        Ok(inputs)
     }
 
     /// Applies the requested mode, owner, labels and recipe to `policy`.

@@ -1,50 +1,14 @@
 //! Import workers: hash, look up and compress batches, on every core.
 
-use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 
+use super::batch::{Batch, Block, Outcome, Work};
+use super::request::ImportRequest;
 use crate::error::Result;
-use crate::store::format::BlockKind;
 use crate::store::format::codec::{Encoder, page_mask};
-use crate::store::write::block_index::{BlockIndex, Place};
-use crate::store::write::import::{ImportRequest, Work};
+use crate::store::write::block_index::BlockIndex;
 use crate::store::{BLOCK_SIZE, Digest, Scratch};
-
-/// Consecutive blocks on their way through the pipeline. A batch and its buffers are reused.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    /// Bytes of the source.
-    pub plain: Vec<u8>,
-    /// Number of bytes in `plain`. A worker pads a short last block with zeros.
-    pub length: usize,
-    /// Records of new blocks, one after another.
-    pub records: Vec<u8>,
-    /// Result for each block.
-    pub blocks: Vec<Block>,
-}
-
-/// A worker's result for one block.
-#[derive(Debug)]
-pub(super) struct Block {
-    /// Bit mask of the 4 KiB pages that are not zero, lowest bit first.
-    pub data_pages: u16,
-    pub outcome: Outcome,
-}
-
-#[derive(Debug)]
-pub(super) enum Outcome {
-    Zero,
-    /// The store has the block.
-    Stored(Digest, Place),
-    /// The block is new, and its record is at `record` in [`Batch::records`].
-    New {
-        hash: Digest,
-        kind: BlockKind,
-        chunk_shift: u8,
-        record: Range<usize>,
-    },
-}
 
 /// Processes batches until the reader stops.
 pub(super) fn run(

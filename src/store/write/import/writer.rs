@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender};
 
-use super::reader::Input;
-use super::worker::{Batch, Block, Outcome};
+use super::batch::{Batch, Block, Outcome, Work};
+use super::input::Input;
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::store::BLOCK_SIZE;
 use crate::store::disk::path::StorePath;
 use crate::store::format::Stored;
 use crate::store::write::block_index::BlockIndex;
-use crate::store::write::import::Work;
 use crate::store::write::pack_writer::{PackWriter, Packed};
 use crate::store::write::tables::{TableWriter, Tables};
 use crate::units::Bytes;

@@ -8,9 +8,6 @@ mod mounts;
 mod protocol;
 pub mod runtime;
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
-
 pub use lease::{Lease, LeaseHolder, RemovalMark, leased, leases, removals};
 pub use mounts::client::{ask, request_refresh, request_restart, request_unmount};
 pub use mounts::condemn::Condemnation;
@@ -19,7 +16,7 @@ pub use mounts::listing::{
     DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mounts, mounts_of,
 };
 pub use mounts::mount_lock::MountLock;
-pub use mounts::registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir};
+pub use mounts::registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, socket_path};
 pub use mounts::status::{FileStatus, MountStatus, Residency, TemplateStatus};
 pub use protocol::in_flight::{
     INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
@@ -34,9 +31,3 @@ pub use runtime::runtime_dir;
 
 pub use mounts::places;
 pub use protocol::ledger;
-
-/// Returns a path to the control socket in the open directory of a record. The path fits into a socket address (107
-/// bytes) however deep the directory is.
-pub fn socket_path(folder: impl AsFd) -> PathBuf {
-    format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_fd().as_raw_fd()).into()
-}

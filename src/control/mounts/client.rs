@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::listing::is_locked;
-use super::registry::{CONTROL_SOCKET, Mount, Record, open_record};
+use super::registry::{CONTROL_SOCKET, Mount, Record, open_record, socket_path};
 use super::status::MountStatus;
 use crate::control::protocol::messages::{Request, Response, UnmountMode};
 use crate::control::protocol::snapshot::Snapshot;
@@ -158,7 +158,7 @@ pub(in crate::control) fn reach(dir: &Path) -> io::Result<Channel> {
     let channel = Channel::new(socket);
     channel.set_patience(CONNECT_TIMEOUT)?;
     // `sun_path` holds 107 bytes: the path goes through the descriptor of the directory.
-    connect(&channel, &SocketAddrUnix::new(crate::control::socket_path(&folder))?)?;
+    connect(&channel, &SocketAddrUnix::new(socket_path(&folder))?)?;
     let peer = Peer::of(&channel)?;
     let record = Record::read(&folder)?.ok_or(io::ErrorKind::ConnectionReset)?;
     // A PID of another PID namespace means nothing here.

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -251,4 +251,10 @@ impl Drop for RecordDir {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
+}
+
+/// Returns a path to the control socket in the open directory of a record. The path fits into a socket address (107
+/// bytes) however deep the directory is.
+pub fn socket_path(folder: impl AsFd) -> PathBuf {
+    format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_fd().as_raw_fd()).into()
 }

@@ -12,7 +12,7 @@ use super::store_filter::StoreFilter;
 use crate::cli::Global;
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
-use crate::clones::family::ProcessTrees;
+use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::find::{self, CloneProcess};
 use crate::clones::registry::{self, Ending, Entry};
 use crate::control;

@@ -10,10 +10,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::{FlockOperation, flock};
 
 use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_directory};
-use super::{CLONES, LAUNCHES, clones_dir, list, random_id};
+use super::layout::{CLONES, LAUNCHES, clones_dir, random_id};
+use super::process_tree::{self, ProcessTrees};
+use super::records::list;
 use crate::clones::baseline::Baseline;
 use crate::clones::counted;
-use crate::clones::family::{self, ProcessTrees};
 use crate::control::places;
 use crate::control::runtime::{self, is_plain_name, trusted_file};
 use crate::error::{Error, Result};
@@ -173,11 +174,6 @@ impl Launch {
     }
 }
 
-/// Returns true until the clones of the launch are released or removed.
-pub fn is_held(launch: &str) -> bool {
-    is_plain_name(launch) && runtime::runtime_dir().join(LAUNCHES).join(launch).symlink_metadata().is_ok()
-}
-
 /// Kills all clones of a launch that was not released, and removes their resources. Returns the removed records, none
 /// for a released launch.
 ///
@@ -217,7 +213,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
         return Ok(vec![]);
     }
     let all: Vec<Entry> = list()?.into_iter().filter(|e| e.launch == launch).collect();
-    let mut problem = family::kill(&all).err();
+    let mut problem = process_tree::kill(&all).err();
     // The guest of a clone that cannot be killed still uses the clone's directory.
     let left = problem.is_some().then(|| ProcessTrees::scan(&all));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());

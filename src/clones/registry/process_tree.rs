@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::registry::{Entry, Kind};
+use super::entry::{Entry, Kind};
 use crate::error::{Error, Result};
 use crate::sys::process::holders::{self, PATIENCE};
 use crate::sys::process::{self, ProcessId};
@@ -145,6 +145,17 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
     }
     Err(Error::failed("a clone starts processes faster than they can be killed")
         .remedy("stop the program that starts the processes, then run the command again"))
+}
+
+impl Entry {
+    /// Kills the clone's processes, and removes its directory.
+    ///
+    /// # Errors
+    /// Returns an error if a process cannot be killed or the directory cannot be removed.
+    pub fn destroy(&self) -> Result<()> {
+        kill(std::slice::from_ref(self))?;
+        self.remove()
+    }
 }
 
 fn not_exiting(process: &ProcessId) -> Error {

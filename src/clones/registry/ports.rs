@@ -2,6 +2,7 @@
 //! twice. Therefore a symbolic link in `runtime_dir()/ports`, named after the port, records the clone that owns the
 //! port.
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use rustix::fs::{readlinkat, symlinkat};
 use rustix::io::Errno;
 
-use super::registry::{Entry, clones_dir};
+use super::layout::clones_dir;
 use crate::control::runtime::{self, is_plain_name};
 use crate::error::{Error, Result};
 use crate::sys::files::directory::Folder;
@@ -80,15 +81,15 @@ fn lock_links(is_over: impl Fn() -> bool) -> Result<Folder> {
 }
 
 /// Releases the ports of a clone.
-pub fn give_back(entry: &Entry) {
-    if entry.ports.is_empty() {
+pub fn give_back(id: &str, ports: &BTreeMap<String, u16>) {
+    if ports.is_empty() {
         return;
     }
     let Ok(links) = lock_links(|| false) else { return };
-    for port in entry.ports.values() {
+    for port in ports.values() {
         let name = port.to_string();
         // A link that remains here becomes invalid when the clone's directory is removed.
-        if owner(&links, &name).is_ok_and(|owner| owner.as_deref() == Some(entry.id.as_str())) {
+        if owner(&links, &name).is_ok_and(|owner| owner.as_deref() == Some(id)) {
             let _ = links.remove_file(&name);
         }
     }

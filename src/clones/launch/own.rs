@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
 
-use super::Target;
+use super::target::Target;
 use crate::clones::recipe::{Disk, Identity, Needs, Values};
 use crate::clones::registry::{Entry, ports};
 use crate::error::{Error, Result};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::ActiveLaunch;
+use super::active_launch::ActiveLaunch;
 use super::child::{ReadyWait, spawn};
 use super::own;
 use crate::clones::agent::{Channel, Clock};

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::vm::no_vm_here;
+use super::qemu_process::no_vm_here;
 use crate::error::{Error, Result};
 use crate::sys::files::file_locks;
 

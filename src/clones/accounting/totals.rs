@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::frames::Distinct;
 use super::process::Measured;
-use super::{Records, TemplateMemory, record_of};
+use super::records::{Records, record_of};
+use super::templates::TemplateMemory;
 use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};

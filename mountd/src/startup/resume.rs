@@ -9,7 +9,8 @@ use stencilfs::error::{Code, Error, Result};
 use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::ProcessId;
 
-use super::{Found, option_conflicts, restore, takeover};
+use super::restore::{Found, restore};
+use super::{option_conflicts, takeover};
 use crate::protocol::fds;
 use crate::protocol::ledger::{self, Ledger};
 use crate::protocol::named_fds::NamedFds;

@@ -12,7 +12,7 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::{has_ended, pidfd};
 
-use super::{Found, restore};
+use super::restore::{Found, restore};
 use crate::protocol::{Numbered, ServerReply, fds, ledger, named_fds};
 use crate::supervisor::Taken;
 use crate::supervisor::machine::InitialState;

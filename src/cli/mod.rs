@@ -3,21 +3,23 @@
 
 mod clones;
 mod columns;
+mod global;
 mod host;
 mod interrupt;
 mod mount;
 mod output;
 mod progress;
 mod store;
+mod store_filter;
 mod value_parsers;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::parser::ValueSource;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Result;
+pub use global::Global;
 pub use output::{Done, Report};
 
 /// Manage template memory for microVMs and sandboxes
@@ -35,44 +37,6 @@ Examples:
   stencil import guest.ram web:1 --state guest.state
   stencil mount /srv/templates
   stencil clone web:1 -n 100 -- your-vmm --mem {memory} --state {state}";
-
-/// Options of every command.
-#[derive(Debug, Clone, Args)]
-pub struct Global {
-    /// Directory of the template store
-    #[arg(
-        long,
-        global = true,
-        env = "STENCIL_STORE",
-        default_value = "/var/lib/stencil",
-        value_name = "DIR"
-    )]
-    pub store: PathBuf,
-    /// True if `--store` or `STENCIL_STORE` is set.
-    #[arg(skip)]
-    pub names_store: bool,
-    /// Print one JSON object instead of text
-    #[arg(long, global = true)]
-    pub json: bool,
-    /// Print only results and errors
-    #[arg(short, long, global = true)]
-    pub quiet: bool,
-    /// Log more; repeat for debug messages
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
-    pub verbose: u8,
-}
-
-impl Global {
-    /// Returns true if progress is drawn: standard error is a terminal, and neither `--quiet` nor `--json` is given.
-    pub fn draws(&self) -> bool {
-        !self.quiet && !self.json && std::io::IsTerminal::is_terminal(&std::io::stderr())
-    }
-
-    /// Returns a progress bar on standard error if progress is drawn, otherwise a sink that draws nothing.
-    pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
-        if self.draws() { progress::bar() } else { Box::new(crate::progress::Silent) }
-    }
-}
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -136,7 +100,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Density(args) => clones::density::run(args, global),
         Command::Dirty(args) => clones::dirty::run(args, global),
         Command::Doctor(args) => host::doctor::run(args, global),
-        Command::Generate(args) => host::generate::run(args, global),
+        Command::Generate(args) => host::generate::run(args, Cli::command()),
         Command::Mount(args) => mount::attach::run(args, global),
         Command::Umount(args) => mount::umount::run(args, global),
         Command::Restart(args) => mount::restart::run(args, global),

@@ -5,10 +5,10 @@ use std::io::{self, Write};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::store_filter::StoreFilter;
 use crate::cli::Global;
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
+use crate::cli::store_filter::StoreFilter;
 use crate::clones::accounting::{self, CloneMemory, Density};
 use crate::clones::audit::{self, Audit, Verdict};
 use crate::clones::counted;

@@ -9,4 +9,3 @@ pub(super) mod explain;
 pub(super) mod logs;
 pub(super) mod ps;
 pub(super) mod stop;
-pub(super) mod store_filter;

@@ -8,12 +8,12 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::store_filter::StoreFilter;
 use crate::cli::Global;
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
-use crate::clones::registry::process_tree::ProcessTrees;
+use crate::cli::store_filter::StoreFilter;
 use crate::clones::find::{self, CloneProcess};
+use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Ending, Entry};
 use crate::control;
 use crate::error::Result;

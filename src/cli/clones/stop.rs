@@ -6,9 +6,9 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::store_filter::StoreFilter;
 use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
+use crate::cli::store_filter::StoreFilter;
 use crate::clones::counted;
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::{How, stop};

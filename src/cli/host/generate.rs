@@ -9,7 +9,7 @@ use clap_complete::Shell;
 use serde_json::{Value, json};
 
 use crate::cli::mount::helper::Helper;
-use crate::cli::{Cli, Done, Global, Report};
+use crate::cli::{Done, Report};
 use crate::error::{Error, Result};
 
 /// Arguments of `stencil generate`.
@@ -33,12 +33,11 @@ enum What {
     },
 }
 
-/// Runs `stencil generate`.
+/// Runs `stencil generate` for this command line.
 ///
 /// # Errors
 /// Returns an error if the directory cannot be written.
-pub fn run(args: &GenerateArgs, _global: &Global) -> Result<Done> {
-    let mut command = Cli::command();
+pub fn run(args: &GenerateArgs, mut command: clap::Command) -> Result<Done> {
     match &args.what {
         What::Man { dir } => {
             // The pages would refer to stencil-help(1), which does not exist.
@@ -133,6 +132,7 @@ fn write(path: &Path, page: impl AsRef<[u8]>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use crate::cli::Cli;
     use crate::cli::host::generate::*;
 
     #[test]

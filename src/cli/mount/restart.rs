@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::Global;
-use crate::cli::clones::store_filter::StoreFilter;
 use crate::cli::output::{Done, Report, to_json};
+use crate::cli::store_filter::StoreFilter;
 use crate::control::{self, Mount};
 use crate::error::{Error, Result};
 use crate::sys::files::stream::open_source;

@@ -9,9 +9,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::Global;
-use crate::cli::clones::store_filter::StoreFilter;
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
+use crate::cli::store_filter::StoreFilter;
 use crate::clones::counted;
 use crate::clones::find::{self, CloneProcess};
 use crate::control::{self, DeadMount, Mount, MountStatus};

@@ -2,5 +2,6 @@
 
 pub(super) mod export;
 pub(super) mod scratch;
+mod tables;
 pub(super) mod template;
 pub(super) mod tree;

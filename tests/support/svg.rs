@@ -12,7 +12,7 @@ fn escaped(text: &str) -> String {
 }
 
 /// The rows of a terminal that a line takes.
-fn wrapped(line: &String) -> Vec<String> {
+fn wrapped(line: &str) -> Vec<String> {
     let all: Vec<char> = line.chars().collect();
     let rows = all.chunks(COLUMNS).map(|row| row.iter().collect::<String>());
     if all.is_empty() { vec![String::new()] } else { rows.collect() }
@@ -20,7 +20,7 @@ fn wrapped(line: &String) -> Vec<String> {
 
 /// Draws the lines; those that begin with `$ ` are commands.
 pub fn terminal(title: &str, lines: &[String]) -> String {
-    let lines: Vec<String> = lines.iter().flat_map(wrapped).collect();
+    let lines: Vec<String> = lines.iter().flat_map(|line| wrapped(line)).collect();
     let columns = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0);
     let width = (columns as f64 * CHARACTER.0).ceil() as usize + 2 * MARGIN;
     let height = TITLE_BAR + lines.len() * CHARACTER.1 + MARGIN;

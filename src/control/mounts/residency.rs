@@ -35,8 +35,8 @@ impl Mount {
         let mut files = match self.orphaned {
             // A record of a PID namespace that has ended is left for a user who knows that it has.
             true if self.foreign && self.is_over() => Vec::new(),
-            true => self.from_server()?,
-            false => self.from_supervisor()?,
+            true => self.read_through_server()?,
+            false => self.read_through_supervisor()?,
         };
         files.sort_by(|a, b| (a.digest, &a.file).cmp(&(b.digest, &b.file)));
         Ok(files)
@@ -47,9 +47,9 @@ impl Mount {
         Waiting::of(self.device).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
     }
 
-    fn from_supervisor(&self) -> Result<Vec<Residency>> {
+    fn read_through_supervisor(&self) -> Result<Vec<Residency>> {
         for _ in 0..ATTEMPTS {
-            if let Some(files) = self.try_from_supervisor()? {
+            if let Some(files) = self.try_read_through_supervisor()? {
                 return Ok(files);
             }
             sleep(RETRY_INTERVAL);
@@ -62,7 +62,7 @@ impl Mount {
     }
 
     /// Returns `None` if the list of backings changes meanwhile: a request names a backing by its index only.
-    fn try_from_supervisor(&self) -> Result<Option<Vec<Residency>>> {
+    fn try_read_through_supervisor(&self) -> Result<Option<Vec<Residency>>> {
         let mut files = Vec::new();
         for (index, row) in self.snapshot()?.backings.into_iter().enumerate() {
             if row.id.is_none() {
@@ -85,7 +85,7 @@ impl Mount {
     }
 
     /// Reads ledger and backings through the server, which still has them open when the supervisor is dead.
-    fn from_server(&self) -> Result<Vec<Residency>> {
+    fn read_through_server(&self) -> Result<Vec<Residency>> {
         let unknown = || {
             Error::try_again("cannot measure the mount's page cache: its supervisor is dead")
                 .at(&self.mountpoint)

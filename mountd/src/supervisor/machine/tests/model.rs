@@ -79,6 +79,9 @@ struct JobModel {
     keys: Vec<Key>,
 }
 
+/// Condemned templates, and ready backings with their ids.
+type SavedState = (Vec<CondemnedRow>, Vec<(Key, u32)>);
+
 pub struct World {
     pub machine: Machine,
     pub answers: u64,
@@ -94,7 +97,7 @@ pub struct World {
     users: HashMap<Key, u32>,
     pub opens: HashMap<Digest, u64>,
     /// The mount state that was saved last.
-    saved: Option<(Vec<CondemnedRow>, Vec<(Key, u32)>)>,
+    saved: Option<SavedState>,
     replied: HashSet<(ServerId, u64)>,
     /// Requests of callers that wait for a response.
     pub asked: HashMap<CallerId, u32>,

@@ -9,20 +9,17 @@
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod output;
 mod protocol;
 mod server;
 mod startup;
 mod supervisor;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
 
-/// Prints a line to standard output; a closed pipe is ignored.
-fn print_line(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
-}
+use output::print_line;
 
 /// Allocates zeroed memory with its pages present, for the buffers that receive requests of the kernel.
 #[global_allocator]

@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 #[global_allocator]
-static ALLOCATOR: stencilfs::sys::alloc::OrEnd = stencilfs::sys::alloc::OrEnd;
+static ALLOCATOR: stencilfs::sys::memory::alloc::OrEnd = stencilfs::sys::memory::alloc::OrEnd;
 
 fn main() -> ExitCode {
-    stencilfs::sys::inherited::reset(false);
+    stencilfs::sys::process::inherited::reset(false);
     stencilfs::cli::main()
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use stencilfs::clones::qmp::Qmp;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::procfs;
+use stencilfs::sys::process::procfs;
 
 use crate::support::actor::compile;
 use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::procfs;
+use stencilfs::sys::process::procfs;
 
 use crate::support::host;
 use crate::support::mount::TestMount;

@@ -154,7 +154,7 @@ fn pids_of(status: &Value) -> Vec<u64> {
 
 /// Returns the anonymous memory and the page tables of a process, in bytes.
 fn anon_and_page_tables_of(pid: u64) -> u64 {
-    let status = stencilfs::sys::procfs::status(pid as u32).unwrap().unwrap();
+    let status = stencilfs::sys::process::procfs::status(pid as u32).unwrap().unwrap();
     (status.rss_anon + status.page_tables).get()
 }
 

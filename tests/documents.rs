@@ -127,8 +127,8 @@ fn every_test_that_evidence_names_exists() {
     for page in [EVIDENCE, FAILURES] {
         assert_eq!(missing(&read(page)), Vec::<String>::new(), "{page}");
     }
-    let invented = "`documents::no_such` and `nowhere::at_all`, `layers::a_file_imports_only_from_lower_floors`, \
-                    `alone::layers::a_file_imports_only_from_lower_floors`, `restart::soak_readers_survive_restarts_of_the_server`";
+    let invented = "`documents::no_such` and `nowhere::at_all`, `layers::a_file_imports_only_from_lower_layers`, \
+                    `alone::layers::a_file_imports_only_from_lower_layers`, `restart::soak_readers_survive_restarts_of_the_server`";
     assert_eq!(missing(invented).len(), 4);
 }
 

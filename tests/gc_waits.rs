@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
-use stencilfs::sys::locks::flock_holders;
+use stencilfs::sys::files::file_locks::flock_holders;
 
 use crate::support::mount::wait_for;
 use crate::support::store::{Fixture, Ran, random, stencil};

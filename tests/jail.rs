@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use stencilfs::sys::cachestat;
+use stencilfs::sys::memory::cachestat;
 
 use crate::support::actor::{self, Actor, compile};
 use crate::support::host;

@@ -10,7 +10,7 @@ use std::path::Path;
 use kvm_bindings::KVM_MEM_READONLY;
 use kvm_ioctls::VcpuExit;
 use stencilfs::memory::{Backend, PageRange, Role, page_ranges};
-use stencilfs::sys::pagemap::Pagemap;
+use stencilfs::sys::memory::pagemap::Pagemap;
 use stencilfs::units::{MemoryOffset, PAGE_SIZE};
 
 use crate::support::host;

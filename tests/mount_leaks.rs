@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use stencilfs::store::BLOCK_SIZE;
-use stencilfs::sys::map_file::MappedFile;
+use stencilfs::sys::memory::mapped_file::MappedFile;
 
 use crate::support::host;
 use crate::support::mount::TestMount;

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use stencilfs::sys::mount;
+use stencilfs::sys::files::mount;
 
 use crate::support::mount::{Run, STENCIL, TestMount, run};
 

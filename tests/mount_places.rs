@@ -5,9 +5,9 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use stencilfs::sys::mount::FS_TYPE;
+use stencilfs::sys::files::mount::FS_TYPE;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::procfs;
+use stencilfs::sys::process::procfs;
 
 use crate::support::actor::Actor;
 use crate::support::host;

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use stencilfs::store::BLOCK_SIZE;
 
-use stencilfs::sys::mapping::{Mapping, Request};
+use stencilfs::sys::memory::mapping::{Mapping, Request};
 use stencilfs::units::{Bytes, MemoryOffset};
 
 use crate::support::host;
@@ -78,7 +78,7 @@ fn compare(path: &Path, expected: &[u8], scratch: &Path) {
         .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
         .open(path)
         .unwrap();
-    let mut aligned = stencilfs::sys::memfd::LockedBuffer::new(Bytes::new(1 << 20)).unwrap();
+    let mut aligned = stencilfs::sys::memory::memfd::LockedBuffer::new(Bytes::new(1 << 20)).unwrap();
     for offset in [0, 2 << 20, (24 << 20)] {
         let got = direct.read_at(&mut aligned, offset as u64).unwrap();
         let end = expected.len().min(offset + aligned.len());

@@ -12,7 +12,7 @@ use rustix::fs::{
     unlinkat, utimensat,
 };
 use rustix::io::Errno;
-use stencilfs::sys::mapping::{Mapping, Protection, Request, Sharing};
+use stencilfs::sys::memory::mapping::{Mapping, Protection, Request, Sharing};
 use stencilfs::units::{Bytes, FileOffset};
 
 use crate::support::host;

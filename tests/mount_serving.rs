@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use serde_json::Value;
-use stencilfs::sys::cachestat;
-use stencilfs::sys::mapping::{Mapping, Protection, Request, Sharing};
+use stencilfs::sys::memory::cachestat;
+use stencilfs::sys::memory::mapping::{Mapping, Protection, Request, Sharing};
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset};
 
 use crate::support::actor::Actor;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use serde_json::{Value, json};
 use stencilfs::control::CONTROL_VERSION;
-use stencilfs::sys::mount;
+use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Signal;
 use serde_json::Value;
-use stencilfs::sys::mount;
+use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
@@ -90,7 +90,7 @@ impl Wedged {
         let clone = self.clone.take().unwrap();
         let pid = clone.pid();
         wait_for("the exit of the clone", || {
-            let stat = stencilfs::sys::procfs::stat(pid).unwrap();
+            let stat = stencilfs::sys::process::procfs::stat(pid).unwrap();
             stat.is_none_or(|stat| !stat.is_alive()).then_some(())
         });
         drop(clone);

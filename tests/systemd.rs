@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use stencilfs::sys::mount;
+use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use stencilfs::store::Store;
-use stencilfs::sys::procfs;
+use stencilfs::sys::process::procfs;
 
 use crate::support::host;
 use crate::support::hosts::Hosts;

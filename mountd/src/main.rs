@@ -9,24 +9,21 @@
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod output;
 mod protocol;
 mod server;
 mod startup;
 mod supervisor;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
 
-/// Prints a line to standard output; a closed pipe is ignored.
-fn print_line(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
-}
+use output::print_line;
 
 /// Allocates zeroed memory with its pages present, for the buffers that receive requests of the kernel.
 #[global_allocator]
-static ALLOCATOR: stencilfs::sys::alloc::PresentZeros = stencilfs::sys::alloc::PresentZeros;
+static ALLOCATOR: stencilfs::sys::memory::alloc::PresentZeros = stencilfs::sys::memory::alloc::PresentZeros;
 
 const USAGE: &str = "\
 stencil-mountd serves a Stencil store through FUSE. 'stencil mount' starts it.
@@ -39,7 +36,7 @@ usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [-
 fn main() -> ExitCode {
     let command = std::env::args_os().nth(1).unwrap_or_default();
     // After exec(2) in a running supervisor, signals stay blocked until their handlers are installed.
-    stencilfs::sys::inherited::reset(command == "resume");
+    stencilfs::sys::process::inherited::reset(command == "resume");
     // A program that is executed from a descriptor has the number of the descriptor as its name.
     let _ = rustix::thread::set_name(c"stencil-mountd");
     let args = std::env::args_os().skip(2);

@@ -1,53 +1,25 @@
 //! The command line: parse, run, print, exit. Each file holds one command, or a few related commands.
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments of arguments are help texts: NAME[:TAG]")]
 
-mod args;
-mod capture;
-mod chmod;
-mod clone;
+mod clones;
 mod columns;
-mod density;
-mod dirty;
-mod doctor;
-mod du;
-mod explain;
-mod export;
-mod gc;
-mod generate;
-mod hydrate;
-mod import;
-mod inspect;
+mod global;
+mod host;
 mod interrupt;
-mod load;
-mod logs;
-mod ls;
 mod mount;
-mod mount_helper;
 mod output;
-mod path;
 mod progress;
-mod ps;
-mod recipe;
-mod restart;
-mod rm;
-mod save;
-mod status;
-mod stop;
+mod store;
 mod store_filter;
-mod stuck;
-mod tag;
-mod umount;
-mod users;
-mod verify;
-mod words;
+mod value_parsers;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::parser::ValueSource;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Result;
+pub use global::Global;
 pub use output::{Done, Report};
 
 /// Manage template memory for microVMs and sandboxes
@@ -66,116 +38,78 @@ Examples:
   stencil mount /srv/templates
   stencil clone web:1 -n 100 -- your-vmm --mem {memory} --state {state}";
 
-/// Options of every command.
-#[derive(Debug, Clone, Args)]
-pub struct Global {
-    /// Directory of the template store
-    #[arg(
-        long,
-        global = true,
-        env = "STENCIL_STORE",
-        default_value = "/var/lib/stencil",
-        value_name = "DIR"
-    )]
-    pub store: PathBuf,
-    /// True if `--store` or `STENCIL_STORE` is set.
-    #[arg(skip)]
-    pub names_store: bool,
-    /// Print one JSON object instead of text
-    #[arg(long, global = true)]
-    pub json: bool,
-    /// Print only results and errors
-    #[arg(short, long, global = true)]
-    pub quiet: bool,
-    /// Log more; repeat for debug messages
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
-    pub verbose: u8,
-}
-
-impl Global {
-    /// Returns true if progress is drawn: standard error is a terminal, and neither `--quiet` nor `--json` is given.
-    pub fn draws(&self) -> bool {
-        !self.quiet && !self.json && std::io::IsTerminal::is_terminal(&std::io::stderr())
-    }
-
-    /// Returns a progress bar on standard error if progress is drawn, otherwise a sink that draws nothing.
-    pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
-        if self.draws() { progress::bar() } else { Box::new(crate::progress::Silent) }
-    }
-}
-
 #[derive(Debug, Subcommand)]
 enum Command {
-    Import(import::ImportArgs),
-    Ls(ls::LsArgs),
-    Inspect(inspect::InspectArgs),
-    Tag(tag::TagArgs),
-    Rm(rm::RmArgs),
-    Chmod(chmod::ChmodArgs),
-    Chown(chmod::ChownArgs),
-    Export(export::ExportArgs),
-    Save(save::SaveArgs),
-    Load(load::LoadArgs),
-    Verify(verify::VerifyArgs),
-    Gc(gc::GcArgs),
-    Du(du::DuArgs),
-    Path(path::PathArgs),
-    Args(args::VmmArgs),
-    Recipe(recipe::RecipeArgs),
-    Explain(explain::ExplainArgs),
+    Import(store::import::ImportArgs),
+    Ls(store::ls::LsArgs),
+    Inspect(store::inspect::InspectArgs),
+    Tag(store::tag::TagArgs),
+    Rm(store::rm::RmArgs),
+    Chmod(store::chmod::ChmodArgs),
+    Chown(store::chmod::ChownArgs),
+    Export(store::export::ExportArgs),
+    Save(store::save::SaveArgs),
+    Load(store::load::LoadArgs),
+    Verify(store::verify::VerifyArgs),
+    Gc(store::gc::GcArgs),
+    Du(store::du::DuArgs),
+    Path(mount::path::PathArgs),
+    Args(clones::args::VmmArgs),
+    Recipe(store::recipe::RecipeArgs),
+    Explain(clones::explain::ExplainArgs),
     /// Show the memory that each clone has copied and the memory of all clones
-    Density(density::DensityArgs),
+    Density(clones::density::DensityArgs),
     /// Show the pages that one clone has copied
-    Dirty(dirty::DirtyArgs),
+    Dirty(clones::dirty::DirtyArgs),
     /// Check what this host supports and what reduces sharing
-    Doctor(doctor::DoctorArgs),
+    Doctor(host::doctor::DoctorArgs),
     /// Write man pages or shell completions
     #[command(hide = true)]
-    Generate(generate::GenerateArgs),
-    Mount(mount::MountArgs),
-    Umount(umount::UmountArgs),
-    Restart(restart::RestartArgs),
-    Status(status::StatusArgs),
-    Capture(capture::CaptureArgs),
-    Clone(clone::CloneArgs),
-    Ps(ps::PsArgs),
-    Logs(logs::LogsArgs),
-    Stop(stop::StopArgs),
+    Generate(host::generate::GenerateArgs),
+    Mount(mount::attach::MountArgs),
+    Umount(mount::umount::UmountArgs),
+    Restart(mount::restart::RestartArgs),
+    Status(mount::status::StatusArgs),
+    Capture(clones::capture::CaptureArgs),
+    Clone(clones::clone::CloneArgs),
+    Ps(clones::ps::PsArgs),
+    Logs(clones::logs::LogsArgs),
+    Stop(clones::stop::StopArgs),
 }
 
 fn run(cli: Cli) -> Result<Done> {
     let global = &cli.global;
     match &cli.command {
-        Command::Import(args) => import::run(args, global),
-        Command::Ls(args) => ls::run(args, global),
-        Command::Inspect(args) => inspect::run(args, global),
-        Command::Tag(args) => tag::run(args, global),
-        Command::Rm(args) => rm::run(args, global),
-        Command::Chmod(args) => chmod::run(args, global),
-        Command::Chown(args) => chmod::run_chown(args, global),
-        Command::Export(args) => export::run(args, global),
-        Command::Save(args) => save::run(args, global),
-        Command::Load(args) => load::run(args, global),
-        Command::Verify(args) => verify::run(args, global),
-        Command::Gc(args) => gc::run(args, global),
-        Command::Du(args) => du::run(args, global),
-        Command::Path(args) => path::run(args, global),
-        Command::Args(args) => args::run(args, global),
-        Command::Recipe(args) => recipe::run(args, global),
-        Command::Explain(args) => explain::run(args, global),
-        Command::Density(args) => density::run(args, global),
-        Command::Dirty(args) => dirty::run(args, global),
-        Command::Doctor(args) => doctor::run(args, global),
-        Command::Generate(args) => generate::run(args, global),
-        Command::Mount(args) => mount::run(args, global),
-        Command::Umount(args) => umount::run(args, global),
-        Command::Restart(args) => restart::run(args, global),
-        Command::Status(args) => status::run(args, global),
-        Command::Capture(args) => capture::run(args, global),
-        Command::Clone(args) => clone::run(args, global),
-        Command::Ps(args) => ps::run(args, global),
-        Command::Logs(args) => logs::run(args, global),
-        Command::Stop(args) => stop::run(args, global),
+        Command::Import(args) => store::import::run(args, global),
+        Command::Ls(args) => store::ls::run(args, global),
+        Command::Inspect(args) => store::inspect::run(args, global),
+        Command::Tag(args) => store::tag::run(args, global),
+        Command::Rm(args) => store::rm::run(args, global),
+        Command::Chmod(args) => store::chmod::run(args, global),
+        Command::Chown(args) => store::chmod::run_chown(args, global),
+        Command::Export(args) => store::export::run(args, global),
+        Command::Save(args) => store::save::run(args, global),
+        Command::Load(args) => store::load::run(args, global),
+        Command::Verify(args) => store::verify::run(args, global),
+        Command::Gc(args) => store::gc::run(args, global),
+        Command::Du(args) => store::du::run(args, global),
+        Command::Path(args) => mount::path::run(args, global),
+        Command::Args(args) => clones::args::run(args, global),
+        Command::Recipe(args) => store::recipe::run(args, global),
+        Command::Explain(args) => clones::explain::run(args, global),
+        Command::Density(args) => clones::density::run(args, global),
+        Command::Dirty(args) => clones::dirty::run(args, global),
+        Command::Doctor(args) => host::doctor::run(args, global),
+        Command::Generate(args) => host::generate::run(args, Cli::command()),
+        Command::Mount(args) => mount::attach::run(args, global),
+        Command::Umount(args) => mount::umount::run(args, global),
+        Command::Restart(args) => mount::restart::run(args, global),
+        Command::Status(args) => mount::status::run(args, global),
+        Command::Capture(args) => clones::capture::run(args, global),
+        Command::Clone(args) => clones::clone::run(args, global),
+        Command::Ps(args) => clones::ps::run(args, global),
+        Command::Logs(args) => clones::logs::run(args, global),
+        Command::Stop(args) => clones::stop::run(args, global),
     }
 }
 
@@ -184,8 +118,8 @@ pub fn main() -> ExitCode {
     if let Some(code) = crate::clones::launch::helper_main() {
         return code;
     }
-    if mount_helper::is_called(std::env::args_os().next().as_deref()) {
-        return mount_helper::main();
+    if mount::helper::is_called(std::env::args_os().next().as_deref()) {
+        return mount::helper::main();
     }
     let parsed =
         Cli::command().try_get_matches().and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::error::{Code, Error, Result};
 use crate::say;
 use crate::shown::{path_text, shown};
-use crate::sys::wait::Patient;
+use crate::sys::poll::Patient;
 
 /// The result of a command. Text and JSON are both made from the same struct.
 pub trait Report {

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Global;
+use crate::cli::Global;
 use crate::clones::registry::Entry;
 use crate::control::{self, is_of_store};
 use crate::error::{Code, Error, Result};

@@ -14,12 +14,12 @@ use super::find::{Inodes, Search, ServedFile};
 use crate::control::Mount;
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
-use crate::sys::cachestat;
-use crate::sys::kpage::{FrameKind, Frames};
-use crate::sys::mapping::{Advice, Mapping, Request};
-use crate::sys::pagemap::Pagemap;
-use crate::sys::procfs::{self, MapLine};
-use crate::sys::users::{self, PATIENCE};
+use crate::sys::memory::cachestat;
+use crate::sys::memory::mapping::{Advice, Mapping, Request};
+use crate::sys::memory::page_flags::{FrameKind, Frames};
+use crate::sys::memory::pagemap::Pagemap;
+use crate::sys::process::holders::{self, PATIENCE};
+use crate::sys::process::procfs::{self, MapLine};
 use crate::units::{Bytes, PageCount};
 
 /// Maximum accepted difference between page frames and the accounting, in percent.
@@ -258,7 +258,7 @@ fn distance(counted: Bytes, before: Bytes, after: Bytes) -> f64 {
 /// Returns all mappings of every process that maps one of these files.
 fn mappings_of_all(inodes: &Inodes) -> Result<Vec<(u32, Vec<MapLine>)>> {
     let wanted = inodes.wanted()?;
-    let sight = users::look_at_all(PATIENCE, move |pid| {
+    let sight = holders::look_at_all(PATIENCE, move |pid| {
         let lines = procfs::maps(pid, |_, _| true).map_err(io::Error::other)?.unwrap_or_default();
         Ok(lines.iter().any(|line| wanted.has(line.dev, line.ino)).then_some(lines))
     })?;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::sys::procfs;
+use crate::sys::process::procfs;
 use crate::units::Bytes;
 
 /// Free memory of the host at one moment.

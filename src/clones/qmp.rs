@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
 use crate::store::random_name;
-use crate::sys::pause;
-use crate::sys::unix_socket;
+use crate::sys::process::paused;
+use crate::sys::socket::unix;
 
 /// Maximum length of a message in bytes; enough for a list of some thousand block nodes.
 const MAX_MESSAGE: usize = 4 << 20;
@@ -58,9 +58,9 @@ impl Qmp {
     /// # Errors
     /// Returns an error if nothing listens on the socket, and [`Code::TryAgain`] if its listen queue is full.
     pub fn open(path: &Path) -> Result<Qmp> {
-        let stream = unix_socket::connect_within(path, CONNECT_TIMEOUT).map_err(|e| match e.kind() {
+        let stream = unix::connect_within(path, CONNECT_TIMEOUT).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => {
-                let pids = unix_socket::listeners(&std::path::absolute(path).unwrap_or_else(|_| path.into()));
+                let pids = unix::listeners(&std::path::absolute(path).unwrap_or_else(|_| path.into()));
                 pids.into_iter()
                     .find_map(|pid| paused_error(pid, path))
                     .unwrap_or_else(|| timeout_error(path))
@@ -284,7 +284,7 @@ fn timeout_error(path: &Path) -> Error {
 
 /// Returns an error if this QEMU process is stopped, traced or frozen.
 fn paused_error(pid: u32, path: &Path) -> Option<Error> {
-    let pause = pause::of(pid)?;
+    let pause = paused::of(pid)?;
     Some(Error::try_again(format!("QEMU (process {pid}) {pause}")).at(path).remedy(pause.remedy(pid)))
 }
 

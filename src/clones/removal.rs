@@ -22,7 +22,8 @@ use crate::clones::find::{self, Inodes};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
-use crate::sys::{loops, probe};
+use crate::sys::files::loop_devices;
+use crate::sys::probe;
 
 /// Time limit for mounts of the store to stop appearing and disappearing.
 const MOUNTS_TIMEOUT: Duration = Duration::from_secs(60);
@@ -269,7 +270,7 @@ fn users_of<'a>(
     let using = find::users(&Inodes::of_templates(store, templates.iter().copied(), mounts))?;
     let mut used: BTreeMap<Digest, Error> =
         using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
-    for (device, path) in loops::files() {
+    for (device, path) in loop_devices::files() {
         let holds = |digest: &Digest| {
             let name = digest.to_string();
             Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::family::{self, ProcessTrees};
 use super::qmp::Qmp;
+use super::registry::process_tree::{self, ProcessTrees};
 use super::registry::{self, Entry, Kind};
 use crate::error::Result;
 use crate::sys::process::ProcessId;
@@ -56,7 +56,7 @@ pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
         }
     }
     // The directories of the clones that have exited are removed, even if others have not.
-    let mut problem = family::kill(entries).err();
+    let mut problem = process_tree::kill(entries).err();
     let left = problem.is_some().then(|| ProcessTrees::scan(entries));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
     for entry in entries.iter().filter(gone) {

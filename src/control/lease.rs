@@ -21,8 +21,9 @@ use serde::{Deserialize, Serialize};
 use super::runtime::{self, runtime_dir, trusted_file};
 use crate::error::{Code, Error, Result};
 use crate::store::{ContentHold, Digest, Refused, Store, TemplateRef};
-use crate::sys::folder::Folder;
-use crate::sys::{locks, probe};
+use crate::sys::files::directory::Folder;
+use crate::sys::files::file_locks;
+use crate::sys::probe;
 
 /// Longest time that a lease waits for a removal of the same template.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -348,7 +349,7 @@ impl LeaseFile {
             let (temporary, name) = (format!("{random}.{NEW}"), format!("{random}.{kind}"));
             let write = || -> io::Result<File> {
                 let mut file = folder.create(&temporary, 0o600)?;
-                if !locks::wait(&file, true, SCAN_TIMEOUT, || false)? {
+                if !file_locks::wait(&file, true, SCAN_TIMEOUT, || false)? {
                     return Err(io::Error::other("another process holds the lock on the new lease"));
                 }
                 file.write_all(&text)?;

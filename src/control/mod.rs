@@ -3,48 +3,31 @@
 //! A supervisor owns one directory in `runtime_dir()/mounts` with its record (`mount.json`), its control socket
 //! (`control.sock`) and its log. [`mounts`] reads the records; a [`Mount`] sends requests to its supervisor.
 
-mod beginning;
-mod client;
-mod condemn;
-mod daemon;
-mod inflight;
 mod lease;
-pub mod ledger;
-mod listing;
-mod options;
-pub mod places;
+mod mounts;
 mod protocol;
-mod registry;
-mod residency;
 pub mod runtime;
-mod snapshot;
-mod status;
-mod wire;
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
-
-pub use beginning::MountLock;
-pub use client::{ask, request_refresh, request_restart, request_unmount};
-pub use condemn::Condemnation;
-pub use daemon::{become_supervisor, find_daemon, start_supervisor};
-pub use inflight::{
-    INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
-};
 pub use lease::{Lease, LeaseHolder, RemovalMark, leased, leases, removals};
-pub use listing::{
+pub use mounts::client::{ask, request_refresh, request_restart, request_unmount};
+pub use mounts::condemn::Condemnation;
+pub use mounts::daemon::{become_supervisor, find_daemon, start_supervisor};
+pub use mounts::listing::{
     DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mounts, mounts_of,
 };
-pub use options::{MountOptions, ServeMode, parse_seconds};
-pub use protocol::{CONTROL_VERSION, Failure, MAX_INODES, Request, Response, UnmountMode};
-pub use registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir};
+pub use mounts::mount_lock::MountLock;
+pub use mounts::registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, socket_path};
+pub use mounts::status::{FileStatus, MountStatus, Residency, TemplateStatus};
+pub use protocol::in_flight::{
+    INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
+};
+pub use protocol::messages::{CONTROL_VERSION, Failure, MAX_INODES, Request, Response, UnmountMode};
+pub use protocol::options::{MountOptions, ServeMode, parse_seconds};
+pub use protocol::snapshot::{
+    BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage,
+};
+pub use protocol::wire::{Channel, MAX_MESSAGE, Received};
 pub use runtime::runtime_dir;
-pub use snapshot::{BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage};
-pub use status::{FileStatus, MountStatus, Residency, TemplateStatus};
-pub use wire::{Channel, MAX_MESSAGE, Received};
 
-/// Returns a path to the control socket in the open directory of a record. The path fits into a socket address (107
-/// bytes) however deep the directory is.
-pub fn socket_path(folder: impl AsFd) -> PathBuf {
-    format!("/proc/self/fd/{}/{CONTROL_SOCKET}", folder.as_fd().as_raw_fd()).into()
-}
+pub use mounts::places;
+pub use protocol::ledger;

@@ -17,8 +17,8 @@ use rustix::fs::{CWD, Mode, OFlags, fchmod, fcntl_setfl, fstat, mkdirat};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::sys::folder::Folder;
-use crate::sys::trust;
+use crate::sys::files::directory::Folder;
+use crate::sys::files::trust;
 use crate::units::Bytes;
 
 /// Largest record.

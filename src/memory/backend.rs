@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::error::{Error, Result, errno_text};
-use crate::sys::mapping::{Advice, Mapping, Protection, Request, Sharing};
-use crate::sys::pagemap::Pagemap;
+use crate::sys::memory::mapping::{Advice, Mapping, Protection, Request, Sharing};
+use crate::sys::memory::pagemap::Pagemap;
 use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
 
 use super::dirty::{PageRange, page_ranges};

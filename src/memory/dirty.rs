@@ -5,7 +5,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::sys::pagemap::Pagemap;
+use crate::sys::memory::pagemap::Pagemap;
 use crate::units::{PAGE_SIZE, PageCount, PageIndex};
 
 /// Consecutive copied pages.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FsWord, fstatfs};
 
 use crate::error::{Code, Error, Result, errno_text};
-use crate::sys::mapping::Sharing;
+use crate::sys::memory::mapping::Sharing;
 use crate::units::PAGE_SIZE;
 
 use super::plan::{FileFacts, Plan};

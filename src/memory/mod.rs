@@ -16,11 +16,12 @@ mod input;
 mod json;
 mod note;
 mod observed;
+mod option_notes;
 mod options;
 mod plan;
 mod row;
 
-pub use crate::sys::mapping::{Protection, Sharing};
+pub use crate::sys::memory::mapping::{Protection, Sharing};
 pub use backend::Backend;
 pub use dirty::{PageRange, page_ranges};
 pub use note::Note;

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::sys::procfs;
+use crate::sys::process::procfs;
 use crate::units::Bytes;
 
 /// One mapping in `/proc/PID/smaps`.

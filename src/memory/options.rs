@@ -9,7 +9,6 @@ use super::grammar;
 use super::input::{Input, missing};
 use super::json;
 use super::note::Note;
-use super::plan::Plan;
 
 /// The object types that Stencil supports for guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,14 +220,6 @@ impl Options {
             prefault,
             notes,
         })
-    }
-
-    /// Creates the plan for these options, without any system call.
-    ///
-    /// # Errors
-    /// Returns QEMU's error for everything that QEMU rejects before it opens the file.
-    pub fn plan(&self) -> Result<Plan> {
-        Plan::of(self)
     }
 }
 

@@ -4,10 +4,11 @@
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
-use crate::sys::mapping::{NumaMode, Protection, Sharing};
+use crate::sys::memory::mapping::{NumaMode, Protection, Sharing};
 use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, PAGE_SIZE};
 
-use super::note::{Note, notes_of};
+use super::note::Note;
+use super::option_notes::notes_of;
 use super::options::{NumaPolicy, OnOffAuto, Options};
 use super::row::{OpenMode, Role, row};
 
@@ -137,56 +138,58 @@ const MAX_NODES: u16 = 128;
 /// Maximum number of preallocating threads.
 const MAX_PREALLOC_THREADS: u32 = 16;
 
-impl Plan {
-    /// Creates the plan for these options.
+impl Options {
+    /// Creates the plan for these options, without any system call.
     ///
     /// # Errors
     /// Returns QEMU's error for everything that QEMU rejects before it opens the file.
-    pub(super) fn of(options: &Options) -> Result<Plan> {
-        let type_name = options.object.name();
-        check_properties(options, type_name)?;
-        let row = match &options.file {
-            Some(file) => row(options.share, file.readonly, file.rom)?,
-            None => row(options.share, false, OnOffAuto::Off)?,
+    pub fn plan(&self) -> Result<Plan> {
+        let type_name = self.object.name();
+        check_properties(self, type_name)?;
+        let row = match &self.file {
+            Some(file) => row(self.share, file.readonly, file.rom)?,
+            None => row(self.share, false, OnOffAuto::Off)?,
         };
-        let source = match (&options.file, options.share) {
+        let source = match (&self.file, self.share) {
             (Some(file), _) => {
                 Source::File { path: file.mem_path.clone(), open: row.open, offset: file.offset }
             }
             (None, true) => Source::Memfd,
             (None, false) => Source::Anonymous,
         };
-        let file = options.file.as_ref();
-        let mut notes = options.notes.clone();
-        notes.extend(notes_of(options, file, row.role));
-        let region = match options.canonical_name {
-            true => format!("/objects/{}", options.id),
-            false => options.id.clone(),
+        let file = self.file.as_ref();
+        let mut notes = self.notes.clone();
+        notes.extend(notes_of(self, file, row.role));
+        let region = match self.canonical_name {
+            true => format!("/objects/{}", self.id),
+            false => self.id.clone(),
         };
         Ok(Plan {
-            id: options.id.clone(),
+            id: self.id.clone(),
             type_name,
             region,
             source,
-            size: options.size,
+            size: self.size,
             align: file.map(|f| f.align).filter(|align| align.get() > 0),
             protection: row.protection,
             sharing: row.sharing,
             role: row.role,
-            reserve: options.reserve,
-            sync: file.is_some_and(|f| f.pmem) && options.share,
-            merge: options.merge,
-            dump: options.dump,
-            numa: Numa { policy: options.policy, nodes: options.host_nodes.clone() },
-            prealloc: options
+            reserve: self.reserve,
+            sync: file.is_some_and(|f| f.pmem) && self.share,
+            merge: self.merge,
+            dump: self.dump,
+            numa: Numa { policy: self.policy, nodes: self.host_nodes.clone() },
+            prealloc: self
                 .prealloc
-                .then(|| options.prealloc_threads.unwrap_or(MAX_PREALLOC_THREADS).min(MAX_PREALLOC_THREADS)),
-            prefault: options.prefault,
+                .then(|| self.prealloc_threads.unwrap_or(MAX_PREALLOC_THREADS).min(MAX_PREALLOC_THREADS)),
+            prefault: self.prefault,
             discard: file.is_some_and(|f| f.discard_data),
             notes,
         })
     }
+}
 
+impl Plan {
     /// Returns the same plan without the steps that would permanently change the file.
     pub(super) fn for_trial(&self) -> Plan {
         let mut plan = self.clone();

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::sys::mapping::{Protection, Sharing};
+use crate::sys::memory::mapping::{Protection, Sharing};
 
 use super::options::OnOffAuto;
 

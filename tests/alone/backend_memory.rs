@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 
 use stencilfs::memory::{Protection, Sharing, page_ranges};
-use stencilfs::sys::mapping::{Advice, Mapping, Request};
-use stencilfs::sys::pagemap::Pagemap;
+use stencilfs::sys::memory::mapping::{Advice, Mapping, Request};
+use stencilfs::sys::memory::pagemap::Pagemap;
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE};
 
 use crate::backend_memory::{pages_of, template};

@@ -5,8 +5,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::{mount, users};
+use stencilfs::sys::process::holders;
 
 use crate::support::actor::Actor;
 use crate::support::drill;
@@ -82,10 +83,10 @@ fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
     let mut stuck = Stuck::new(&world, &digest);
     let pid = stuck.actor.pid();
     let start = Instant::now();
-    let found = users::users_of(stuck.device, Duration::from_millis(300)).unwrap();
+    let found = holders::users_of(stuck.device, Duration::from_millis(300)).unwrap();
     assert!(found.unseen.silent.contains(&pid), "{found:?}");
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    assert!(!users::name_of(pid).is_empty());
+    assert!(!holders::name_of(pid).is_empty());
     // The identity of a process is the inode of its pidfd, which can be read without the lock.
     let start = Instant::now();
     let known = ProcessId::of(pid).unwrap().unwrap();

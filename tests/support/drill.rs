@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use stencilfs::control::{InFlight, InFlightTable, Op, Phase};
-use stencilfs::sys::fusectl::Waiting;
+use stencilfs::sys::fuse::control_fs::Waiting;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::procfs;
+use stencilfs::sys::process::procfs;
 
 use super::inflight::find_table;
 use super::mount::{TestMount, wait_for};

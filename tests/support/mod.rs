@@ -7,6 +7,7 @@ pub mod guest;
 pub mod holder;
 pub mod host;
 pub mod hosts;
+pub mod imports;
 pub mod inflight;
 pub mod kvm;
 pub mod libvirt;

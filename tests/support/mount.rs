@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::Value;
 use stencilfs::control::{Channel, socket_path};
-use stencilfs::sys::mount;
+use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 
 /// The `stencil` binary.

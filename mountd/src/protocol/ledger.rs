@@ -13,7 +13,7 @@ use rustix::fs::{Mode, OFlags, SealFlags, fchmod, fcntl_add_seals, fcntl_get_sea
 use stencilfs::control::ledger::{HALF_BYTES, HEAD_BYTES, newest};
 use stencilfs::control::{CONTROL_VERSION, Snapshot};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd;
+use stencilfs::sys::memory::memfd;
 use stencilfs::units::Bytes;
 
 use super::fds;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use stencilfs::control::Channel;
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::wait::poll_for;
+use stencilfs::sys::poll::poll_for;
 
 use super::messages::{Numbered, ServerReply, ServerRequest};
 

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::descriptor;
+use stencilfs::sys::files::descriptor;
 
 const OPTION: &str = "--fds=";
 

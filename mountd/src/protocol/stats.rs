@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use stencilfs::sys::memfd::SharedCounters;
+use stencilfs::sys::memory::memfd::SharedCounters;
 
 macro_rules! counters {
     ($($name:ident $text:literal $about:literal,)*) => {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use stencilfs::control::CondemnedRow;
 use stencilfs::store::{Digest, Store};
-use stencilfs::sys::fuse_dev;
+use stencilfs::sys::fuse::device;
 
 use crate::protocol::ServerRequest;
 use crate::protocol::ledger;
@@ -208,7 +208,7 @@ impl Watcher {
         let Ok(template) = self.tree.template_in_use(digest) else { return };
         let folder = self.tree.ino(&Node::Template(*digest));
         for file in template.files() {
-            fuse_dev::forget_name(&self.fuse, folder, &file.name).unwrap_or_else(|e| {
+            device::forget_name(&self.fuse, folder, &file.name).unwrap_or_else(|e| {
                 log::warn!("cannot invalidate {digest}/{} in the kernel: {e}", file.name)
             });
         }

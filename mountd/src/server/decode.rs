@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dashmap::{DashMap, DashSet};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
-use stencilfs::sys::memfd::LockedBuffer;
+use stencilfs::sys::memory::memfd::LockedBuffer;
 use stencilfs::units::Bytes;
 
 use crate::protocol::stats::{Counter, Stats};

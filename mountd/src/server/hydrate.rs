@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::SeekFrom;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
-use stencilfs::sys::threads;
+use stencilfs::sys::process::threads;
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
 
 use crate::protocol::fds;

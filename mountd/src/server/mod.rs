@@ -29,8 +29,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stencilfs::control::{BackingRow, CONTROL_VERSION, Failure, FileKey, Snapshot};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
-use stencilfs::sys::memfd::SharedCounters;
-use stencilfs::sys::{descriptor, fuse_dev, process};
+use stencilfs::sys::files::descriptor;
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::memory::memfd::SharedCounters;
+use stencilfs::sys::process;
 use stencilfs::units::Bytes;
 
 use crate::protocol::fds;
@@ -166,10 +168,10 @@ fn serve(inherited: &Inherited) -> Result<()> {
 
     let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
-    fuse_dev::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
+    device::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
     if reply.is_some() {
         // The kernel sends the requests that the predecessor has read and not answered again.
-        fuse_dev::resend(fuse).map_err(taken_over)?;
+        device::resend(fuse).map_err(taken_over)?;
     }
     link.request_done(&ServerRequest::Serving)?;
     link.wait_for_ever();

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd::LockedBuffer;
+use stencilfs::sys::memory::memfd::LockedBuffer;
 use stencilfs::units::Bytes;
 
 /// Locked memory for other purposes: the pages that a server shares with its supervisor, and a reserve.

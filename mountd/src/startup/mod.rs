@@ -13,27 +13,24 @@ mod mountpoint;
 mod new_mount;
 mod option_conflicts;
 pub mod orphan_probe;
+mod restore;
 mod resume;
 mod takeover;
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
-use stencilfs::control::{self, BackingRow, LOG_FILE, MountOptions, RecordDir, Snapshot};
+use stencilfs::control::{self, LOG_FILE, MountOptions, RecordDir};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd::SharedCounters;
-use stencilfs::sys::process::{self, ProcessId};
-use stencilfs::sys::{fuse_dev, inherited};
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::process;
+use stencilfs::sys::process::inherited;
 
 use crate::protocol::fds;
-use crate::protocol::ledger::{self, Ledger};
+use crate::protocol::ledger;
 use crate::protocol::named_fds::NamedFds;
-use crate::protocol::stats::{Counter, Stats};
-use crate::supervisor::callers::{self, Callers, Starter};
-use crate::supervisor::machine::{Backings, InitialState, MountFacts, Removal};
+use crate::supervisor::callers::{Callers, Starter};
 use crate::supervisor::program::Program;
-use crate::supervisor::resources::Resources;
 use crate::supervisor::service_manager::ServiceManager;
 use crate::supervisor::signals::Signals;
 use crate::supervisor::{Supervisor, Taken};
@@ -128,7 +125,7 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
         .find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned && m.server_pid.is_some());
     let mut stored = NamedFds::from_service_manager()?;
     let names: Vec<String> = stored.names().map(str::to_owned).collect();
-    let living = stored.of("fuse").iter().any(|fuse| !fuse_dev::is_over(fuse));
+    let living = stored.of("fuse").iter().any(|fuse| !device::is_over(fuse));
     let found = match left {
         Some(left) => {
             option_conflicts::same_store(&options, &left.store, left.store_id.as_deref())?;
@@ -162,56 +159,6 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
     lower_oom_score();
     raise_limits();
     Ok(taken)
-}
-
-/// Descriptors of another supervisor.
-struct Found {
-    fuse: OwnedFd,
-    counters: OwnedFd,
-    ledger: Ledger,
-    program: Program,
-    listener: Option<OwnedFd>,
-    files: Vec<OwnedFd>,
-}
-
-/// The mount of a ledger, with the descriptors that were found. The caller has locked `record`.
-fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(InitialState, Resources)> {
-    let counters = SharedCounters::map(found.counters)
-        .map_err(|e| Error::failed("cannot map the page of counters").because(e))?;
-    let listener = match found.listener {
-        Some(listener) => listener,
-        None => callers::listen_at(&record)?,
-    };
-    let mut files = found.files;
-    let backings = Backings::restore(snapshot.backings, |row: &BackingRow| {
-        let at = files.iter().position(|fd| fds::has_identity(fd, row.identity))?;
-        Some(files.swap_remove(at))
-    });
-    let stats = Stats::new(counters);
-    let begin = InitialState {
-        mount: MountFacts {
-            options: snapshot.options,
-            store_id: snapshot.store_id,
-            device: snapshot.device,
-            init: snapshot.init,
-            init_reply: snapshot.reply,
-            chosen: snapshot.chosen,
-            record: record.path().to_owned(),
-            counters_page: fds::identity(stats.page().fd())?,
-        },
-        program: found.program,
-        backings,
-        server: None,
-        leaving: snapshot.leaving,
-        removal: Removal::restore(&snapshot.condemned, std::time::Instant::now()),
-        has_served: stats.get(Counter::Answers) > 0,
-        restarts: snapshot.restarts,
-        // Another process has not been asked for the end.
-        draining: snapshot.supervisor == ProcessId::me()? && snapshot.terminations > 0,
-        rings: stats.page().rings(),
-    };
-    let Found { fuse, ledger, .. } = found;
-    Ok((begin, Resources { fuse, stats, record, listener, ledger }))
 }
 
 /// Logs to the directory of the record, and leaves the caller's working directory: each path is canonical by now.

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use stencilfs::control;
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::{fuse_dev, mount, procfs};
+use stencilfs::sys::files::mount;
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::process::procfs;
 
 use super::orphan_probe;
 
@@ -93,7 +95,7 @@ pub fn device_at(mountpoint: &Path) -> Result<u64> {
 /// # Errors
 /// Returns an error if the mount is not there.
 pub fn device_of(fuse: &OwnedFd, mountpoint: &Path) -> Result<u64> {
-    let ours = fuse_dev::connection_of(fuse).ok().flatten();
+    let ours = device::connection_of(fuse).ok().flatten();
     match ours {
         Some(ours) if devices_at(mountpoint)?.contains(&ours) => Ok(ours),
         Some(_) => Err(not_there(mountpoint)),

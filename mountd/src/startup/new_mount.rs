@@ -4,12 +4,14 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
-use stencilfs::control::{MountLock, MountOptions, RecordDir, places};
+use stencilfs::control::places;
+use stencilfs::control::{MountLock, MountOptions, RecordDir};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
-use stencilfs::sys::memfd::SharedCounters;
+use stencilfs::sys::files::mount;
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::memory::memfd::SharedCounters;
 use stencilfs::sys::process::ProcessId;
-use stencilfs::sys::{fuse_dev, mount};
 
 use super::mountpoint as place;
 use crate::protocol::fds;
@@ -28,7 +30,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     let store = Store::open(&options.store)?;
     options.store = store.dir().to_owned();
     let fail = |what: &'static str| move |e| Error::failed(what).because(e);
-    let fuse = fuse_dev::open()?;
+    let fuse = device::open()?;
     options.mountpoint = place::canonical(&options.mountpoint)?;
     // Before the lock, which creates the runtime directory.
     places::check(&mut options)?;
@@ -51,7 +53,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
     let start = || -> Result<Taken> {
         // A mount of another runtime directory does not take the same lock.
         place::is_lowest(&mountpoint, device)?;
-        let init = fuse_dev::read_init(&fuse).map_err(fail("cannot read the kernel's INIT request"))?;
+        let init = device::read_init(&fuse).map_err(fail("cannot read the kernel's INIT request"))?;
         let chosen = cache::choose(&options, &init)?;
         let listener = callers::listen_at(&record)?;
         let stats = Stats::new(counters);
@@ -88,7 +90,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
 /// show it. Uses the kernel's cached attributes, without a request to the mount. On kernels that do not report the
 /// device of a connection, assumes that the mount is there, since this process has just made it.
 fn is_there(fuse: &OwnedFd, mountpoint: &Path) -> bool {
-    let Ok(Some(ours)) = fuse_dev::connection_of(fuse) else { return true };
+    let Ok(Some(ours)) = device::connection_of(fuse) else { return true };
     let there = statx(CWD, mountpoint, AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
     there.is_ok_and(|there| makedev(there.stx_dev_major, there.stx_dev_minor) == ours)
 }

@@ -16,7 +16,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use stencilfs::control::{Channel, runtime_dir};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::{fuse_dev, procfs, users};
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::process::{holders, procfs};
 
 use super::takeover::Holder;
 use crate::protocol::ledger;
@@ -132,8 +133,8 @@ fn probe_mount(mountpoint: PathBuf, device: u64) -> ProbeResult {
 fn holders(device: u64) -> (Vec<Holding>, bool) {
     let me = std::process::id();
     let pids = procfs::pids().unwrap_or_default().into_iter().filter(|&pid| pid != me).collect();
-    let looks = users::look_at_each(pids, users::PATIENCE, move |pid| {
-        fuse_dev::is_held_by(pid, device).then(|| Holding::of(pid))
+    let looks = holders::look_at_each(pids, holders::PATIENCE, move |pid| {
+        device::is_held_by(pid, device).then(|| Holding::of(pid))
     });
     (looks.seen.into_iter().map(|(_, holding)| holding).collect(), looks.unseen.is_empty())
 }

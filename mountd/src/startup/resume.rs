@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use rustix::process::Signal;
 use stencilfs::control::{Channel, MountOptions, RecordDir, Snapshot};
 use stencilfs::error::{Code, Error, Result};
-use stencilfs::sys::fuse_dev;
+use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::ProcessId;
 
-use super::{Found, option_conflicts, restore, takeover};
+use super::restore::{Found, restore};
+use super::{option_conflicts, takeover};
 use crate::protocol::fds;
 use crate::protocol::ledger::{self, Ledger};
 use crate::protocol::named_fds::NamedFds;
@@ -107,7 +108,7 @@ fn resume(named: &mut NamedFds, connection: Connection, record: RecordDir) -> Re
 fn connection(fds: &mut NamedFds) -> Result<Connection> {
     let mut living: Vec<OwnedFd> = fds.all("fuse");
     if living.len() > 1 {
-        living.retain(|fuse| !fuse_dev::is_over(fuse));
+        living.retain(|fuse| !device::is_over(fuse));
     }
     let mut why = Error::failed("missing descriptor 'ledger'");
     let mut found: Option<(Ledger, Snapshot, usize)> = None;

@@ -9,10 +9,10 @@ use std::path::Path;
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use stencilfs::control::{Channel, INFLIGHT_NAME, Mount, RecordDir};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::fuse_dev;
+use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::{has_ended, pidfd};
 
-use super::{Found, restore};
+use super::restore::{Found, restore};
 use crate::protocol::{Numbered, ServerReply, fds, ledger, named_fds};
 use crate::supervisor::Taken;
 use crate::supervisor::machine::InitialState;
@@ -89,7 +89,7 @@ pub fn table_of(pid: u32) -> Option<OwnedFd> {
 /// Returns true if `fuse` is the connection of `device`: replies through the descriptor of another mount would be lost.
 /// On kernels that do not report the device of a connection, returns true for every connection.
 pub fn is_of(fuse: &OwnedFd, device: u64) -> bool {
-    fuse_dev::connection_of(fuse).is_ok_and(|found| found.is_none_or(|found| found == device))
+    device::connection_of(fuse).is_ok_and(|found| found.is_none_or(|found| found == device))
 }
 
 /// Another process, whose descriptors are duplicated.

@@ -8,7 +8,8 @@ use std::process::Command;
 
 use stencilfs::control::Channel;
 use stencilfs::error::Error;
-use stencilfs::sys::{descriptor, process};
+use stencilfs::sys::files::descriptor;
+use stencilfs::sys::process;
 
 use super::machine::Backings;
 use super::program::Program;

@@ -5,7 +5,7 @@ use std::path::Path;
 use rustix::fs::{IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags, statfs, statvfs};
 use stencilfs::control::{Cache, Chosen, MountOptions, ServeMode};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::procfs;
+use stencilfs::sys::process::procfs;
 use stencilfs::units::Bytes;
 
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;

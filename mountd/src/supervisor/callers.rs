@@ -13,7 +13,7 @@ use stencilfs::control::{
     CONTROL_SOCKET, Channel, Failure, Received, RecordDir, Request, Response, Snapshot, socket_path,
 };
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd;
+use stencilfs::sys::memory::memfd;
 use stencilfs::units::Bytes;
 
 use super::event::CallerId;

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::event::{PollFd, PollFlags};
 use stencilfs::control::{Channel, Received, Response, Snapshot};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::fuse_dev;
+use stencilfs::sys::fuse::device;
+use stencilfs::sys::poll::poll_for;
 use stencilfs::sys::process::{self, ProcessId};
-use stencilfs::sys::wait::poll_for;
 
 use super::become_program;
 use super::callers::{Callers, state_response};
@@ -135,7 +135,7 @@ impl Supervisor {
         if let Err(e) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE) {
             log::warn!("cannot lock the supervisor's memory: {e}");
         }
-        while !fuse_dev::is_over(&self.resources.fuse) {
+        while !device::is_over(&self.resources.fuse) {
             if let Some(error) = self.end.take() {
                 return Err((error, self.callers));
             }
@@ -283,7 +283,7 @@ impl Supervisor {
                 server.kill();
             }
             Action::Watch(table) => self.watchdog.watch(table),
-            Action::Resend => fuse_dev::resend(&self.resources.fuse)
+            Action::Resend => device::resend(&self.resources.fuse)
                 .unwrap_or_else(|e| log::error!("cannot have requests sent again: {e}")),
             Action::Reply(id, reply, file) => {
                 let link = self.servers.get(&id)?.link.as_ref()?;
@@ -293,17 +293,17 @@ impl Supervisor {
                 }
             }
             Action::WriteInitReply { id, number, init_reply, is_first } => {
-                let result = fuse_dev::write_reply(&self.resources.fuse, &init_reply);
+                let result = device::write_reply(&self.resources.fuse, &init_reply);
                 return Some(Event::InitReplyWritten { id, number, is_first, result });
             }
             Action::RegisterBacking(id, number, key) => {
                 let file = self.machine.backings().file(&key)?;
-                let result = fuse_dev::backing_open(&self.resources.fuse, file.as_fd());
+                let result = device::backing_open(&self.resources.fuse, file.as_fd());
                 return Some(Event::BackingRegistered(id, number, key, result));
             }
             Action::CloseBackings(ids) => {
                 for id in ids {
-                    fuse_dev::backing_close(&self.resources.fuse, id)
+                    device::backing_close(&self.resources.fuse, id)
                         .unwrap_or_else(|e| log::error!("cannot close backing {id}: {e}"));
                 }
             }
@@ -337,7 +337,7 @@ impl Supervisor {
                 return self.respond(caller, response, file);
             }
             Action::RespondInodes(caller, numbers) => {
-                let known = fuse_dev::known_inodes(&self.resources.fuse, &numbers)
+                let known = device::known_inodes(&self.resources.fuse, &numbers)
                     .map(|known| Response::Inodes { known })
                     .map_err(|e| Error::failed("cannot ask the kernel for inodes").because(e));
                 return self.respond(caller, known, None);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use stencilfs::control::Channel;
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::cgroup::OomKills;
+use stencilfs::sys::process::cgroup::OomKills;
 use stencilfs::sys::process::{self, Ended, ProcessId};
 
 use super::event::Role;

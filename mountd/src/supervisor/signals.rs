@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::{flag, low_level::pipe};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::inherited;
+use stencilfs::sys::process::inherited;
 
 /// Handlers for SIGTERM, SIGINT and, unless the caller ignores it, SIGHUP.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use stencilfs::control::{InFlight, InFlightTable, Phase};
-use stencilfs::sys::fusectl::Waiting;
+use stencilfs::sys::fuse::control_fs::Waiting;
 
 use crate::protocol::stats::{Counter, Stats};
 

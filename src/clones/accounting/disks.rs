@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use super::process::Measured;
 use super::residency;
-use crate::clones::family::ProcessTrees;
 use crate::clones::find::CloneProcess;
 use crate::clones::registry::Entry;
+use crate::clones::registry::process_tree::ProcessTrees;
 use crate::error::{Code, Result};
 use crate::sys::probe;
 use crate::sys::process::ProcessId;

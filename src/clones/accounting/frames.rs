@@ -9,8 +9,8 @@ use std::time::Duration;
 use super::process::Measured;
 use crate::clones::find::CloneProcess;
 use crate::error::{Code, Error, Result};
-use crate::sys::pagemap::Pagemap;
-use crate::sys::{procfs, tasks};
+use crate::sys::memory::pagemap::Pagemap;
+use crate::sys::process::{procfs, tasks};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// The RAM of all clones together, with each frame counted once.

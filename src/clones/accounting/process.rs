@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use crate::clones::find::CloneProcess;
 use crate::error::{Code, Result};
-use crate::sys::pagemap::{Categories, Pagemap, Query};
-use crate::sys::procfs;
+use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
+use crate::sys::process::procfs;
 use crate::units::{Bytes, PageCount};
 
 /// User addresses on x86-64 with four-level page tables. With five levels, addresses above need an explicit hint to
@@ -43,7 +43,7 @@ pub struct Measured {
     /// Memory figures.
     pub memory: CloneMemory,
     /// Copied pages of each mapping, in the order of the mappings.
-    pub dirty: Vec<Vec<crate::sys::pagemap::DirtyRange>>,
+    pub dirty: Vec<Vec<crate::sys::memory::pagemap::DirtyRange>>,
     /// Addresses of the private memory outside template mappings.
     pub overhead: Vec<Range<u64>>,
     /// Name of the command.

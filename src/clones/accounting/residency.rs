@@ -8,7 +8,9 @@ use crate::clones::find::{CloneProcess, Inodes, ServedFile};
 use crate::control::{Mount, Residency};
 use crate::error::Result;
 use crate::store::{Digest, Serving, StorePath};
-use crate::sys::{cachestat, handle, procfs, tasks};
+use crate::sys::files::file_handle;
+use crate::sys::memory::cachestat;
+use crate::sys::process::{procfs, tasks};
 use crate::units::Bytes;
 
 /// Bytes in the page cache, by template and way of serving. Each mount has its own page cache, so the sizes add up.
@@ -66,7 +68,7 @@ pub fn each_inode(
     for (ino, file) in inodes.iter().filter(|(_, file)| wanted(file)) {
         let dev = mounts[file.mount].device;
         let opened = match (&roots[file.mount], mapped.get(&(dev, ino))) {
-            (Some(root), _) => handle::open_fuse_inode(root, ino)?,
+            (Some(root), _) => file_handle::open_fuse_inode(root, ino)?,
             // A detached mount has no path, but a clone's mapping leads to its file.
             (None, Some(path)) => File::open(path).ok(),
             (None, None) => None,

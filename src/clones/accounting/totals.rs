@@ -6,11 +6,12 @@ use serde::Serialize;
 
 use super::frames::Distinct;
 use super::process::Measured;
-use super::{Records, TemplateMemory, record_of};
+use super::records::{Records, record_of};
+use super::templates::TemplateMemory;
 use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
-use crate::sys::{procfs, tasks};
+use crate::sys::process::{procfs, tasks};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// Sums over all clones, in bytes. Each page frame is counted once.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::lock::VmLock;
+use super::qemu_process::path_of;
 use super::vm::{self, Live, Vm};
 use super::{busy, images};
 use crate::clones::migration::{Settings, overridden};
@@ -108,7 +109,7 @@ pub fn check(socket: &Path) -> Result<Check> {
             0 => format!("/dev/shm/{name}-{id}"),
             number => format!("/dev/shm/{name}-{id}-{number}"),
         };
-        (0..).map(path).find(|p| !vm::path_of(pid, Path::new(p)).exists()).unwrap_or_default()
+        (0..).map(path).find(|p| !path_of(pid, Path::new(p)).exists()).unwrap_or_default()
     };
     let command = match examined.is_libvirt() {
         true => vec![],

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::images;
+use super::images::{self, Image};
 use super::open_files::{FileId, OpenFiles};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::LiveDisk;
@@ -32,20 +32,6 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Separates the image's name from the unique suffix in the name of an overlay.
 const MARK: &str = ".stencil-";
-
-/// The image below an overlay.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Image {
-    /// Path of the image on the host.
-    pub place: PathBuf,
-    /// `qcow2` or `raw`.
-    pub format: String,
-    /// Size that the guest sees, in bytes.
-    pub size: u64,
-    /// Identity of the file: QEMU reopens images by path when they become read-only or writable, and the path may then
-    /// lead to another file.
-    pub id: FileId,
-}
 
 /// A disk that writes to an overlay while its image is read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

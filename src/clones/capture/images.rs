@@ -1,21 +1,35 @@
-//! Operations of qemu-img on the images of a captured VM.
+//! The images of a captured VM, and the operations of qemu-img on them.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::disks::Image;
-use super::open_files::HeldFiles;
+use super::open_files::{FileId, HeldFiles};
 use crate::clones::recipe::PlannedDisk;
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sys::process::{die_with_starter, inherit, own_session};
+
+/// The image below an overlay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Path of the image on the host.
+    pub place: PathBuf,
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// Size that the guest sees, in bytes.
+    pub size: u64,
+    /// Identity of the file: QEMU reopens images by path when they become read-only or writable, and the path may then
+    /// lead to another file.
+    pub id: FileId,
+}
 
 /// Creates an empty overlay of an image, with the owner and mode of the image.
 ///

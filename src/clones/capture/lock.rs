@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::vm::no_vm_here;
+use super::qemu_process::no_vm_here;
 use crate::error::{Error, Result};
-use crate::sys::locks;
+use crate::sys::files::file_locks;
 
 /// An exclusive lock on a VM, held while this value, or an inherited copy of its descriptor in another process, exists.
 ///
@@ -27,7 +27,7 @@ impl VmLock {
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(VmLock(directory.into())),
             Err(Errno::WOULDBLOCK) => {
-                let holder = locks::flock_holders(&directory)
+                let holder = file_locks::flock_holders(&directory)
                     .first()
                     .map_or_else(|| "another process".into(), |p| format!("process {p}"));
                 Err(Error::in_use(format!("the VM (process {pid}) is in use by another capture ({holder})"))

@@ -11,6 +11,7 @@ mod disks;
 mod images;
 mod lock;
 mod open_files;
+mod qemu_process;
 mod stand;
 mod vm;
 mod watchdog;
@@ -213,14 +214,14 @@ fn end_snapshot(paused: &Mutex<PausedVm>) -> Result<()> {
 /// must not be left in the middle of finishing a commit.
 fn restore_left_over(qmp: &mut Qmp, socket: &Path, lock: &VmLock, interrupt: &AtomicBool) -> Result<()> {
     let pid = qmp.peer_pid()?;
-    let disks = disks::left_over(qmp, &|path| vm::path_of(pid, path))?;
+    let disks = disks::left_over(qmp, &|path| qemu_process::path_of(pid, path))?;
     if disks.is_empty() {
         return Ok(());
     }
     for disk in &disks {
         log::warn!("overlay {} was left by an earlier capture; committing it first", disk.place.display());
     }
-    let process = ProcessId::of(pid)?.ok_or_else(|| vm::no_vm_here(pid))?;
+    let process = ProcessId::of(pid)?.ok_or_else(|| qemu_process::no_vm_here(pid))?;
     // `ran: false` leaves the run state of the guest unchanged.
     let before = SavedState { ran: false, settings: Settings::of(qmp)?, disks };
     let helper = ResumeOnDeath::start(socket, process, lock.share()?, &before)?;

@@ -11,7 +11,7 @@ use rustix::fs::{major, minor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::vm::{no_vm_here, path_of};
+use super::qemu_process::{no_vm_here, path_of};
 use crate::error::{Error, Result};
 
 /// The identity of a file: device and inode number.

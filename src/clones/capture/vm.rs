@@ -11,12 +11,13 @@ use serde_json::{Value, json};
 use super::busy;
 use super::disks::block_nodes;
 use super::open_files::HeldFiles;
+use super::qemu_process::{no_vm_here, path_of};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Blob, Facts, LiveDisk, Plan, Ram, Recipe, Rom, is_device_for_clones, plan};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, ImportFile, Source};
 use crate::sys::process::ProcessId;
-use crate::sys::procfs;
+use crate::sys::process::procfs;
 
 /// A VM that can be captured.
 pub(super) struct Vm {
@@ -184,34 +185,6 @@ impl Vm {
     /// Same as [`path_of`], for the process of this VM.
     pub fn path_of(&self, path: &Path) -> PathBuf {
         path_of(self.pid, path)
-    }
-}
-
-pub(super) fn no_vm_here(pid: u32) -> Error {
-    Error::failed(format!("process {pid}, which opened the QMP socket, is not a process of this host"))
-        .remedy("run stencil on QEMU's host, in the PID namespace of QEMU")
-}
-
-/// Returns a path of this process for a path that another process sees in its own root and working directory. If both
-/// have the same root, the result stays valid when the other process exits.
-pub(super) fn path_of(pid: u32, path: &Path) -> PathBuf {
-    let of_process = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
-    let identity = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
-    let same = |name: &str| {
-        let (own, other) = (Path::new("/proc/self").join(name), of_process(name));
-        identity(&own).is_some_and(|own| Some(own) == identity(&other))
-    };
-    if same("root") && same("ns/mnt") {
-        if path.is_absolute() {
-            return path.to_owned();
-        }
-        if let Ok(directory) = std::fs::read_link(of_process("cwd")) {
-            return directory.join(path);
-        }
-    }
-    match path.strip_prefix("/") {
-        Ok(rest) => of_process("root").join(rest),
-        Err(_) => of_process("cwd").join(path),
     }
 }
 

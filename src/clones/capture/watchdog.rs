@@ -12,7 +12,7 @@ use std::process::{Child, ExitCode, Stdio};
 use serde::{Deserialize, Serialize};
 
 use super::back::{SavedState, retry, retry_while};
-use crate::clones::launch::this_program;
+use crate::clones::helper_process::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, inherit, own_session};

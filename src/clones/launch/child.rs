@@ -6,25 +6,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{ActiveLaunch, own};
-use crate::clones::family;
+use super::active_launch::ActiveLaunch;
+use super::order::Ready;
+use super::own;
 use crate::clones::recipe::{Escape, Needs};
-use crate::clones::registry::Entry;
+use crate::clones::registry::{Entry, process_tree};
 use crate::error::{Error, Result};
+use crate::sys::process::procfs;
 use crate::sys::process::{ProcessId, inherit, own_session};
-use crate::sys::procfs;
 
 /// Interval for searching the process tree of a command; each search reads every process of the host.
 const PROCESS_TREE_INTERVAL: Duration = Duration::from_millis(200);
-
-/// The condition for a command to be ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ready {
-    /// A process of the command maps the template's memory.
-    Mapped,
-    /// The command has written to the file descriptor whose number is in `STENCIL_NOTIFY`.
-    Notify,
-}
 
 /// Starts the command and waits until the clone is ready.
 ///
@@ -68,7 +60,7 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
     match outcome {
         Ok(()) => Ok(child),
         Err(error) => {
-            family::kill(std::slice::from_ref(entry))?;
+            process_tree::kill(std::slice::from_ref(entry))?;
             let _ = child.wait();
             Err(error)
         }
@@ -148,7 +140,7 @@ fn wait_mapped(wait: &ReadyWait<'_>, child: &mut Child, entry: &mut Entry) -> Re
         // A descendant of the command may map the template, possibly after the command itself has exited.
         if exited.is_some() || Instant::now() >= next_search {
             next_search = Instant::now() + PROCESS_TREE_INTERVAL;
-            let processes = family::of_folder(&entry.dir);
+            let processes = process_tree::of_folder(&entry.dir);
             for process in &processes {
                 if maps(process.pid)? {
                     return entry.set_process(*process);
@@ -175,7 +167,8 @@ fn wait_notified(
     let interval = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
     loop {
         // Checked before the poll: a command may exit right after its notification.
-        let exited = child.try_wait().ok().flatten().filter(|_| family::of_folder(&entry.dir).is_empty());
+        let exited =
+            child.try_wait().ok().flatten().filter(|_| process_tree::of_folder(&entry.dir).is_empty());
         let ready = poll(&mut [PollFd::new(notified, PollFlags::IN)], Some(&interval)).is_ok_and(|n| n > 0);
         if ready {
             let mut byte = [0];

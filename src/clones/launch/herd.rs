@@ -6,14 +6,17 @@ use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use super::watchdog::this_program;
-use super::zygote::{self, OrderFile};
-use super::{ActiveLaunch, Launched, Outcome, Simulate};
+use super::active_launch::ActiveLaunch;
+use super::job::{self, OrderFile};
+use super::order::Launched;
+use super::simulate::Simulate;
+use super::zygote;
+use crate::clones::helper_process::this_program;
 use crate::clones::registry::{self, Entry, Touched};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
+use crate::sys::process::threads;
 use crate::sys::process::{ProcessId, own_session};
-use crate::sys::threads;
 use crate::units::Bytes;
 
 /// Ready clones that are still bound to their zygote: unless released, they die with it.
@@ -72,7 +75,7 @@ impl Drop for Held {
 ///
 /// # Errors
 /// Returns an error if the template has no memory file to touch, or the zygote cannot be started or dies.
-pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<Outcome> {
+pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launched, Held)> {
     let (order, touched) = order(&active.order.target.files, active, simulate)?;
     let mut held = start(&order)?;
     let mut entries: BTreeMap<u32, Entry> = BTreeMap::new();
@@ -114,7 +117,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<Outcome>
         }
     }
     let failures = active.gathered(|g| std::mem::take(&mut g.failures));
-    Ok((Launched { clones: ready, failures, clocks: vec![], children: vec![] }, Some(held)))
+    Ok((Launched { clones: ready, failures, clocks: vec![], children: vec![] }, held))
 }
 
 fn handle_message(
@@ -161,7 +164,7 @@ fn order(
     files: &[TemplateFile],
     active: &ActiveLaunch<'_>,
     simulate: &Simulate,
-) -> Result<(zygote::Order, Touched)> {
+) -> Result<(job::Order, Touched)> {
     let target = active.order.target;
     let memory: Vec<&TemplateFile> = files.iter().filter(|f| f.kind.is_memory()).collect();
     let touch = match &simulate.file {
@@ -183,10 +186,10 @@ fn order(
         rom: f.kind == FileKind::Rom,
     };
     let files = memory.iter().map(file).collect();
-    Ok((zygote::Order { simulate: simulate.to_string(), files, touch: touch.name.clone(), touched }, touched))
+    Ok((job::Order { simulate: simulate.to_string(), files, touch: touch.name.clone(), touched }, touched))
 }
 
-fn start(order: &zygote::Order) -> Result<Held> {
+fn start(order: &job::Order) -> Result<Held> {
     let failed = |e| Error::failed("cannot start the zygote of simulated clones").because(e);
     let mut command = this_program();
     own_session(&mut command).arg(zygote::ARGUMENT);

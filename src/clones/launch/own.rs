@@ -8,12 +8,11 @@ use std::process::{Command, Stdio};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
 
-use super::Target;
-use crate::clones::ports;
+use super::target::Target;
 use crate::clones::recipe::{Disk, Identity, Needs, Values};
-use crate::clones::registry::Entry;
+use crate::clones::registry::{Entry, ports};
 use crate::error::{Error, Result};
-use crate::sys::procfs;
+use crate::sys::process::procfs;
 
 /// Maximum number of candidates for a free port.
 const MAX_PORT_ATTEMPTS: usize = 100;
@@ -49,7 +48,7 @@ pub fn allocate(
         values = values.with(&format!("mac:{card}"), identity.mac(card));
     }
     let mut reserved = Reserved::default();
-    ports::give_back(entry);
+    ports::give_back(&entry.id, &entry.ports);
     entry.ports.clear();
     for name in &needs.ports {
         let (port, held) = free_port(|port| ports::claim(port, &entry.id, &is_over))?;

@@ -5,15 +5,14 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::ActiveLaunch;
+use super::active_launch::ActiveLaunch;
 use super::child::{ReadyWait, spawn};
 use super::own;
 use crate::clones::agent::{Channel, Clock};
-use crate::clones::family;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
-use crate::clones::registry::{Entry, LOG};
+use crate::clones::registry::{Entry, LOG, process_tree};
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
 
@@ -100,7 +99,7 @@ fn resume_once(
         }
         Err(error) => {
             // Kills the whole process tree: the recipe's program may be a script.
-            match family::kill(std::slice::from_ref(entry)) {
+            match process_tree::kill(std::slice::from_ref(entry)) {
                 Ok(()) => {
                     let _ = child.wait();
                     Err(error)
@@ -171,7 +170,7 @@ fn connect(wait: &ReadyWait<'_>, child: &mut Child, entry: &Entry) -> Result<Qmp
         }
         let exited = child.try_wait().map_err(|e| Error::failed("cannot wait for QEMU").because(e))?;
         if let Some(status) = exited
-            && family::of_folder(&entry.dir).is_empty()
+            && process_tree::of_folder(&entry.dir).is_empty()
         {
             return Err(Error::failed(format!("QEMU exited before it opened its QMP socket ({status})")).remedy(
                 "check that this host has the QEMU, files and devices of the recipe: `stencil inspect --recipe`",

@@ -9,17 +9,18 @@
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, ExitCode, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::worker;
+use crate::clones::helper_process::this_program;
 use crate::clones::registry::{self, Ending, Entry, Launch};
 use crate::error::{Error, Result};
-use crate::sys::exit_status::ExitStatus;
-use crate::sys::inherited;
+use crate::sys::process::exit_status::ExitStatus;
+use crate::sys::process::inherited;
 use crate::sys::process::{ProcessId, own_session};
 
 /// The argument that makes this program a watchdog.
@@ -66,14 +67,6 @@ pub fn start(launch: &Launch) -> Result<Watchdog> {
     let child =
         command.spawn().map_err(|e| Error::failed("cannot start the watchdog of the launch").because(e))?;
     Ok(Watchdog(child))
-}
-
-/// Returns a command that runs this program, even if its file was replaced meanwhile.
-pub fn this_program() -> Command {
-    let mut command = Command::new("/proc/self/exe");
-    // The caller's working directory would keep its file system busy.
-    command.current_dir("/").env("STENCIL_RUNTIME_DIR", registry::runtime_root());
-    command
 }
 
 /// Runs the watchdog.

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use super::job::{Job, Mapped};
 use super::simulate::Simulate;
-use super::zygote::{Job, Mapped};
 use crate::clones::registry::open_log;
 use crate::error::{Error, Result};
 use crate::memory::Backend;

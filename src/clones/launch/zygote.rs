@@ -15,95 +15,15 @@ use std::process::ExitCode;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
-use serde::{Deserialize, Serialize};
 
-use super::simulate::Simulate;
+use super::job::{Job, Order};
 use super::worker::{self, Pipes};
-use crate::clones::registry::Touched;
 use crate::error::{Error, Result};
-use crate::memory::{Options, Plan};
-use crate::sys::pagemap::Pagemap;
+use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::{self, Fork, ProcessId};
 
 /// The argument that makes this program a zygote.
 pub const ARGUMENT: &str = "launch-zygote";
-
-/// The job as the launcher sends it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Order {
-    /// The value of `--simulate`.
-    pub simulate: String,
-    /// Files to map.
-    pub files: Vec<OrderFile>,
-    /// Name of the file to touch.
-    pub touch: String,
-    /// Numbers of pages to touch.
-    pub touched: Touched,
-}
-
-/// A file to map.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct OrderFile {
-    /// Name in the template.
-    pub name: String,
-    /// Path below the mount.
-    pub path: PathBuf,
-    /// Size in bytes.
-    pub size: u64,
-    /// True for a read-only mapping.
-    pub rom: bool,
-}
-
-/// The parsed job, as the workers use it.
-#[derive(Debug)]
-pub struct Job {
-    /// The value of `--simulate`.
-    pub simulate: Simulate,
-    /// Files to map.
-    pub files: Vec<Mapped>,
-    /// Name of the file to touch.
-    pub touch: String,
-    /// Numbers of pages to touch.
-    pub touched: Touched,
-}
-
-/// A file to map, with the plan of its mapping.
-#[derive(Debug)]
-pub struct Mapped {
-    /// Name in the template.
-    pub name: String,
-    /// Path below the mount.
-    pub path: PathBuf,
-    /// True for a read-only mapping.
-    pub rom: bool,
-    /// Plan of the memory backend.
-    pub plan: Plan,
-}
-
-impl Job {
-    fn new(order: Order) -> Result<Job> {
-        let files = order.files.into_iter().map(|file| {
-            let path = file.path.display().to_string().replace(',', ",,");
-            let rom = if file.rom { "on" } else { "off" };
-            let text = format!(
-                "memory-backend-file,id=ram,size={},mem-path={path},share=off,readonly=on,rom={rom}",
-                file.size
-            );
-            Ok(Mapped {
-                name: file.name,
-                path: file.path,
-                rom: file.rom,
-                plan: Options::parse(&text)?.plan()?,
-            })
-        });
-        Ok(Job {
-            simulate: order.simulate.parse()?,
-            files: files.collect::<Result<_>>()?,
-            touch: order.touch,
-            touched: order.touched,
-        })
-    }
-}
 
 /// Runs the zygote.
 pub fn main() -> ExitCode {

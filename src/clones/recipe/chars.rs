@@ -1,7 +1,7 @@
 //! Character devices of a captured VM: a socket becomes a socket in the clone's directory, an output becomes a file
 //! there.
 
-use super::props::Props;
+use super::props::{Props, is_on};
 
 /// The backend of a clone's character device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub fn kind(backend: &str) -> Option<Kind> {
 
 /// Returns the `-chardev` of clones. Keeps `mux=`, drops `logfile=`.
 pub fn option(id: &str, kind: Kind, props: &Props) -> String {
-    let mux = if super::memory::is_on(props.get("mux")) { ",mux=on" } else { "" };
+    let mux = if is_on(props.get("mux")) { ",mux=on" } else { "" };
     match kind {
         Kind::Socket => format!("socket,id={id},path={{dir}}/{},server=on,wait=off{mux}", socket_name(id)),
         Kind::File => format!("file,id={id},path={{dir}}/chardev-{id}.log{mux}"),

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::host::LiveDisk;
-use super::props::Props;
+use super::props::{Props, is_on};
 use super::values::placeholders;
 
 /// A disk of clones.
@@ -139,7 +139,7 @@ impl Disks {
         })?;
         // The guest sees whether the cache is write-through (no flush needed), but no other cache mode.
         let through = matches!(props.get("cache"), Some("writethrough" | "directsync"))
-            || props.get("cache.writeback").is_some_and(|v| !super::memory::is_on(Some(v)));
+            || props.get("cache.writeback").is_some_and(|v| !is_on(Some(v)));
         for key in HOST_PROPERTIES.iter().chain(&[
             "cache",
             "snapshot",

@@ -4,8 +4,29 @@
 //! Each object must be a file mapped with `share=on`: QEMU leaves only shared memory out of the device state
 //! (`x-ignore-shared`).
 
-use super::props::Props;
-use super::{Ram, Rom};
+use super::props::{Props, is_on};
+
+/// A RAM backend of the VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ram {
+    /// Object id.
+    pub id: String,
+    /// Name of the template file: `memory` for the first backend, `memory-ID` for others.
+    pub file: String,
+    /// `mem-path=` of the object, as QEMU sees the path.
+    pub mem_path: String,
+}
+
+/// Read-only memory of the VM: the file of a read-only NVDIMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rom {
+    /// Object id.
+    pub id: String,
+    /// Name of the template file: `rom-ID`.
+    pub file: String,
+    /// `mem-path=` of the object, as QEMU sees the path.
+    pub mem_path: String,
+}
 
 /// A memory object of clones.
 #[derive(Debug, PartialEq, Eq)]
@@ -92,11 +113,6 @@ pub(super) fn nvdimm(props: &Props, roms: &[Rom]) -> Option<String> {
         ));
     }
     (!is_on(props.get("unarmed"))).then(|| format!("device nvdimm ({id}) without unarmed=on"))
-}
-
-/// Returns true for QEMU's spellings of a true boolean.
-pub(super) fn is_on(value: Option<&str>) -> bool {
-    matches!(value, Some("on" | "yes" | "true" | "y"))
 }
 
 #[cfg(test)]

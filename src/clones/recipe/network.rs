@@ -3,29 +3,6 @@
 use super::props::Props;
 use super::rules::options;
 
-/// NICs that QEMU can migrate.
-const NICS: [&str; 14] = [
-    "virtio-net-pci",
-    "virtio-net-pci-non-transitional",
-    "virtio-net-pci-transitional",
-    "virtio-net-device",
-    "e1000",
-    "e1000-82544gc",
-    "e1000-82545em",
-    "e1000e",
-    "igb",
-    "rtl8139",
-    "ne2k_pci",
-    "pcnet",
-    "vmxnet3",
-    "usb-net",
-];
-
-/// Returns true for the driver of a network card.
-pub fn is_nic(driver: &str) -> bool {
-    NICS.contains(&driver)
-}
-
 /// Options of a user-mode network that refer to no host resource.
 const USER_OPTIONS: [&str; 24] = [
     "type",

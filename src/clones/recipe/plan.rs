@@ -10,15 +10,16 @@ use std::path::PathBuf;
 use super::chars;
 use super::disks::Disks;
 use super::libvirt::Secrets;
-use super::memory::{self, Memory, Problem};
-use super::network::{Networks, is_nic};
-use super::props::Props;
+use super::memory::{self, Memory, Problem, Ram, Rom};
+use super::network::Networks;
+use super::props::{Props, is_on};
 use super::rules::{
-    Rule, device_type, is_device_for_clones, is_host_resource, rule, unsupported_reason, unsupported_value,
+    Rule, device_type, is_device_for_clones, is_host_resource, is_nic, rule, unsupported_reason,
+    unsupported_value,
 };
 use super::values::placeholders;
 use crate::error::{Error, Result};
-pub use parts::{Blob, Examined, Facts, Plan, Ram, Refusal, Rom};
+pub use parts::{Blob, Examined, Facts, Plan, Refusal};
 
 /// Converts the command line of a running VM, without its program name, to that of clones.
 ///
@@ -254,7 +255,7 @@ impl<'a> Converter<'a> {
             // Dropped, unless a remaining option refers to the secret (checked at the end).
             "secret" => self.secrets.add(id),
             _ if memory::is_memory(&kind) => {
-                let prealloc = memory::is_on(props.get("prealloc"));
+                let prealloc = is_on(props.get("prealloc"));
                 match memory::object(&mut props, self.ram.len(), &self.size) {
                     Ok(Memory::Ram(ram)) => {
                         self.prealloc |= prealloc;

@@ -153,6 +153,11 @@ fn plain(value: Value) -> Option<String> {
     }
 }
 
+/// Returns true for QEMU's spellings of a true boolean.
+pub(super) fn is_on(value: Option<&str>) -> bool {
+    matches!(value, Some("on" | "yes" | "true" | "y"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

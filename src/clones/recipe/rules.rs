@@ -189,6 +189,29 @@ const DEVICES: [&str; 62] = [
     "vhost-vsock-pci",
 ];
 
+/// NICs that QEMU can migrate.
+const NICS: [&str; 14] = [
+    "virtio-net-pci",
+    "virtio-net-pci-non-transitional",
+    "virtio-net-pci-transitional",
+    "virtio-net-device",
+    "e1000",
+    "e1000-82544gc",
+    "e1000-82545em",
+    "e1000e",
+    "igb",
+    "rtl8139",
+    "ne2k_pci",
+    "pcnet",
+    "vmxnet3",
+    "usb-net",
+];
+
+/// Returns true for the driver of a network card.
+pub fn is_nic(driver: &str) -> bool {
+    NICS.contains(&driver)
+}
+
 /// Returns the reason why a device is unsupported for clones, as a suffix of the refusal; empty if no reason is known.
 pub fn unsupported_reason(driver: &str) -> &'static str {
     if driver.starts_with("vhost-user") {
@@ -240,7 +263,7 @@ pub fn device_type(driver: &str) -> &str {
 
 /// Returns true for a device type that is supported for clones.
 pub fn is_device_for_clones(driver: &str) -> bool {
-    DEVICES.contains(&driver) || super::network::is_nic(driver)
+    DEVICES.contains(&driver) || is_nic(driver)
 }
 
 /// Returns the implied key of the first word of an option that describes the machine or its memory.

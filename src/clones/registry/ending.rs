@@ -6,9 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::{CLONES, Entry};
+use super::entry::Entry;
+use super::layout::CLONES;
 use crate::control::runtime::{self, MAX_RECORD, trusted_folder};
-use crate::sys::exit_status::ExitStatus;
+use crate::sys::process::exit_status::ExitStatus;
 
 const ENDING: &str = "ending.json";
 

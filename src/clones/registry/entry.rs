@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CLONES, RECORD, is_held};
+use super::layout::{CLONES, RECORD, is_held};
+use super::ports;
 use crate::clones::baseline::Baseline;
-use crate::clones::{family, ports};
 use crate::control::runtime::{self, is_pid, is_plain_name, is_whole_path, trusted_folder};
 use crate::error::{Error, Result};
 use crate::store::Digest;
-use crate::sys::folder::Folder;
+use crate::sys::files::directory::Folder;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
@@ -265,17 +265,8 @@ impl Entry {
                 _ => {}
             }
         }
-        ports::give_back(self);
+        ports::give_back(&self.id, &self.ports);
         remove_directory(&self.dir)
-    }
-
-    /// Kills the clone's processes, and removes its directory.
-    ///
-    /// # Errors
-    /// Returns an error if a process cannot be killed or the directory cannot be removed.
-    pub fn destroy(&self) -> Result<()> {
-        family::kill(std::slice::from_ref(self))?;
-        self.remove()
     }
 }
 

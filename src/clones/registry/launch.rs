@@ -10,15 +10,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::{FlockOperation, flock};
 
 use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_directory};
-use super::{CLONES, LAUNCHES, clones_dir, list, random_id};
+use super::layout::{CLONES, LAUNCHES, clones_dir, random_id};
+use super::process_tree::{self, ProcessTrees};
+use super::records::list;
 use crate::clones::baseline::Baseline;
 use crate::clones::counted;
-use crate::clones::family::{self, ProcessTrees};
 use crate::control::places;
 use crate::control::runtime::{self, is_plain_name, trusted_file};
 use crate::error::{Error, Result};
+use crate::sys::files::file_locks;
+use crate::sys::probe;
 use crate::sys::process::ProcessId;
-use crate::sys::{locks, probe, users};
+use crate::sys::process::holders;
 
 /// Time limit for another process to clean up a launch, or for a child to execute its program.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -171,11 +174,6 @@ impl Launch {
     }
 }
 
-/// Returns true until the clones of the launch are released or removed.
-pub fn is_held(launch: &str) -> bool {
-    is_plain_name(launch) && runtime::runtime_dir().join(LAUNCHES).join(launch).symlink_metadata().is_ok()
-}
-
 /// Kills all clones of a launch that was not released, and removes their resources. Returns the removed records, none
 /// for a released launch.
 ///
@@ -199,12 +197,12 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     };
     // The watchdog and another command may clean up at the same time, and a child may not have executed its program
     // yet.
-    match locks::wait(&lock, true, CLEANUP_TIMEOUT, || false) {
+    match file_locks::wait(&lock, true, CLEANUP_TIMEOUT, || false) {
         Ok(true) => {}
         Ok(false) => {
             let limit = CLEANUP_TIMEOUT.as_secs();
             let what = format!("timed out after {limit} s waiting for the cleanup of a broken launch");
-            let holders = users::list_pids(&locks::flock_holders(&lock));
+            let holders = holders::list_pids(&file_locks::flock_holders(&lock));
             return Err(Error::try_again(what)
                 .at(&marker)
                 .remedy(format!("resume or end the holder of the lock: {holders}")));
@@ -215,7 +213,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
         return Ok(vec![]);
     }
     let all: Vec<Entry> = list()?.into_iter().filter(|e| e.launch == launch).collect();
-    let mut problem = family::kill(&all).err();
+    let mut problem = process_tree::kill(&all).err();
     // The guest of a clone that cannot be killed still uses the clone's directory.
     let left = problem.is_some().then(|| ProcessTrees::scan(&all));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 
-use super::{Paste, Served};
+use super::paste::Paste;
+use super::served::Served;
 use crate::error::{Error, Result};
 use crate::store::FirecrackerState;
 

@@ -1,6 +1,7 @@
 //! A wrapper script for `path` in Kata's `[hypervisor.qemu]`.
 
-use super::{Paste, Served, shell_word};
+use super::paste::{Paste, shell_word};
+use super::served::Served;
 use crate::error::Result;
 
 /// The script, with `@NAME@` for the values of the template.

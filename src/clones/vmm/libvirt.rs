@@ -1,8 +1,9 @@
 //! A libvirt domain: libvirt has no element for `readonly=on,rom=off`, so the memory is defined in
 //! `<qemu:commandline>`, whose `-machine memory-backend=` follows libvirt's own and overrides it.
 
+use super::paste::Paste;
 use super::qemu::of_files;
-use super::{Paste, Served};
+use super::served::Served;
 use crate::error::Result;
 
 pub(super) fn paste(template: &Served) -> Result<Paste> {

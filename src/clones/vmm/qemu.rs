@@ -1,6 +1,7 @@
 //! QEMU command lines with the memory of a template.
 
-use super::{Memory, Paste, Served, shell_word};
+use super::paste::{Paste, shell_word};
+use super::served::{Memory, Served};
 use crate::clones::recipe::{Escape, Props, Recipe, implied, options};
 use crate::error::{Error, Result};
 use crate::units::Bytes;

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use super::VERSION;
 use crate::error::Error;
+
+/// Version of every structure that this build writes.
+pub const VERSION: u32 = 1;
 
 /// Why bytes cannot be decoded as a structure of the store format.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 
 use super::BLOCK_SHIFT;
 use super::fields::{Fields, Invalid, Preamble};
-use crate::store::reference::{MAX_NAME, check_name};
+use super::name::{MAX_NAME, check_name};
 use crate::store::{BLOCK_SIZE, FileKind};
 
 const MAGIC: &[u8; 8] = b"STNCLIMG";

@@ -37,7 +37,7 @@ fn run(args: &[OsString]) -> Result<ExitCode> {
     };
     let (what, target) = match words {
         [what] if *what == "calls" => {
-            super::CALLS.iter().for_each(|call| crate::print_line(&call.row().to_string()));
+            super::CALLS.iter().for_each(|call| crate::output::print_line(&call.row().to_string()));
             return Ok(ExitCode::SUCCESS);
         }
         [what, feature, program, args @ ..] if *what == "without" => {
@@ -53,11 +53,11 @@ fn run(args: &[OsString]) -> Result<ExitCode> {
     let tried = attempt(what, Path::new(target)).ok_or_else(usage)?;
     Ok(match tried {
         Ok(()) => {
-            crate::print_line(&format!("{what}: done"));
+            crate::output::print_line(&format!("{what}: done"));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            crate::print_line(&format!("{what}: {}", name(&error)));
+            crate::output::print_line(&format!("{what}: {}", name(&error)));
             ExitCode::FAILURE
         }
     })

@@ -7,7 +7,7 @@ use landlock::{
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::folder::Folder;
+use stencilfs::sys::files::directory::Folder;
 
 /// The latest Landlock ABI that is requested; an older kernel enforces the part that it supports.
 const KNOWN: ABI = ABI::V7;

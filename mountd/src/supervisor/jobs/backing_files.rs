@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 use stencilfs::control::Cache;
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::memfd;
+use stencilfs::sys::memory::memfd;
 use stencilfs::units::Bytes;
 
 use crate::supervisor::cache;

@@ -18,7 +18,7 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use stencilfs::control::{Cache, Channel, Failure, FileKey, MountOptions, Received, UnmountMode};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::fuse_dev;
+use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::{self, Fork};
 use stencilfs::units::Bytes;
 
@@ -78,7 +78,7 @@ impl Job {
                         process::leave(0);
                     }
                     let null = File::open("/dev/null").map_err(no_child)?;
-                    let close = |fd: &BorrowedFd<'_>| fuse_dev::replace_descriptor(*fd, &null);
+                    let close = |fd: &BorrowedFd<'_>| device::replace_descriptor(*fd, &null);
                     hidden.iter().try_for_each(close).map_err(no_child)
                 };
                 let (outcome, fd) = hide()

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 
 use stencilfs::control::{MountOptions, UnmountMode};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::fuse_dev;
-use stencilfs::sys::mount::{self, Abort};
+use stencilfs::sys::files::mount::{self, Abort};
+use stencilfs::sys::fuse::device;
 
 /// Unmounts; a forced unmount uses `abort`, which was opened before.
 ///
@@ -49,5 +49,5 @@ pub fn end(
 pub fn abort_of(fuse: &OwnedFd, device: u64) -> io::Result<Option<Abort>> {
     let abort = Abort::of(device);
     // The connection is still open, so the number belonged to it when the file was opened.
-    if fuse_dev::is_over(fuse) { Ok(None) } else { abort.map(Some) }
+    if device::is_over(fuse) { Ok(None) } else { abort.map(Some) }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use stencilfs::control::FileKey;
 use stencilfs::error::Result;
 use stencilfs::store::{Serving, Store, inode_number};
-use stencilfs::sys::users::{self, Users};
+use stencilfs::sys::process::holders::{self, Users};
 
 /// Longest time from the reply to an open until the process shows the open file.
 const GRACE: Duration = Duration::from_millis(200);
@@ -20,11 +20,11 @@ const GRACE: Duration = Duration::from_millis(200);
 pub fn unused(store: &Path, device: u64, keys: &[FileKey], timeout: Duration) -> Result<Vec<u64>> {
     let secret = Store::open(store)?.secret();
     std::thread::sleep(GRACE);
-    let all = users::users_of(device, timeout)?;
+    let all = holders::users_of(device, timeout)?;
     if !all.unseen.is_empty() {
         log::warn!(
             "no backing is evicted, as these processes cannot be inspected: {}",
-            users::list_pids(&all.unseen.pids())
+            holders::list_pids(&all.unseen.pids())
         );
         return Ok(Vec::new());
     }
@@ -38,11 +38,11 @@ pub fn unused(store: &Path, device: u64, keys: &[FileKey], timeout: Duration) ->
 /// # Errors
 /// Returns an error if `/proc` cannot be read.
 pub fn find(device: u64, timeout: Duration) -> Result<String> {
-    let Users { found, unseen } = users::users_of(device, timeout)?;
+    let Users { found, unseen } = holders::users_of(device, timeout)?;
     let mut text =
-        users::list(found.iter().map(|u| (u.pid, u.name.as_str())).collect::<Vec<_>>().into_iter());
+        holders::list(found.iter().map(|u| (u.pid, u.name.as_str())).collect::<Vec<_>>().into_iter());
     if !unseen.is_empty() {
-        text += &format!("; not inspected: {}", users::list_pids(&unseen.pids()));
+        text += &format!("; not inspected: {}", holders::list_pids(&unseen.pids()));
     }
     Ok(text)
 }

@@ -200,7 +200,7 @@ impl Backings {
     ///
     /// # Errors
     /// Returns an error if no file was created for it.
-    pub fn to_freeze(&mut self, key: &FileKey) -> Result<Option<Bytes>> {
+    pub fn room_to_freeze(&mut self, key: &FileKey) -> Result<Option<Bytes>> {
         let backing = self.unfinished(key)?;
         match (backing.row.stage, &backing.file) {
             (Stage::Frozen, _) => Ok(None),
@@ -320,7 +320,7 @@ mod tests {
         assert_eq!(backings.reserve(&cache(u64::MAX), &key, Bytes::new(bytes)).unwrap(), Reservation::Create);
         let (file, identity) = file();
         backings.created(&key, file).unwrap();
-        assert_eq!(backings.to_freeze(&key).unwrap(), Some(Bytes::new(bytes)));
+        assert_eq!(backings.room_to_freeze(&key).unwrap(), Some(Bytes::new(bytes)));
         backings.frozen(&key);
         assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Open);
         backings.note_registered(&key, id);
@@ -333,12 +333,12 @@ mod tests {
         assert!(backings.registration(&key, (0, 0)).is_err(), "nothing is reserved");
         backings.reserve(&cache(100), &key, Bytes::new(10)).unwrap();
         assert!(backings.registration(&key, (0, 0)).is_err(), "no file");
-        assert!(backings.to_freeze(&key).is_err(), "no file");
+        assert!(backings.room_to_freeze(&key).is_err(), "no file");
         let ((first, identity), (_second, other)) = (file(), file());
         backings.created(&key, first).unwrap();
         assert!(backings.registration(&key, identity).unwrap_err().to_string().contains("not frozen"));
         backings.frozen(&key);
-        assert_eq!(backings.to_freeze(&key).unwrap(), None, "frozen already");
+        assert_eq!(backings.room_to_freeze(&key).unwrap(), None, "frozen already");
         assert!(backings.registration(&key, other).unwrap_err().to_string().contains("compared"));
         assert!(backings.copy(&key).is_err(), "not registered");
         assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Open);

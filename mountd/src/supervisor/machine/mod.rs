@@ -14,6 +14,7 @@ mod backings;
 mod backoff;
 mod control_requests;
 mod handover;
+mod initial_state;
 mod job_results;
 mod lifecycle;
 mod removal;
@@ -22,11 +23,10 @@ mod shutdown;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stencilfs::control::{CONTROL_VERSION, Chosen, FileKey, MountOptions, ServerRow, Snapshot, UnmountMode};
+use stencilfs::control::{CONTROL_VERSION, FileKey, ServerRow, Snapshot, UnmountMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::process::{Ended, ProcessId};
 
@@ -34,6 +34,7 @@ pub use self::backings::Backings;
 pub use self::backoff::log_end;
 use self::handover::Handover;
 pub use self::handover::TRIAL_LIMIT;
+pub use self::initial_state::{InitialState, MountFacts};
 use self::lifecycle::{Lifecycle, ServerState};
 pub use self::removal::Removal;
 use self::shutdown::{OnSignal, Shutdown};
@@ -43,52 +44,6 @@ use crate::protocol::Numbered;
 
 /// A record that could not be written is written again after this time.
 const RECORD_RETRY_INTERVAL: Duration = Duration::from_secs(1);
-
-/// What a mount is, apart from its processes and descriptors.
-#[derive(Debug, Clone)]
-pub struct MountFacts {
-    /// Options of the mount, with canonical paths.
-    pub options: MountOptions,
-    /// Identity of the store, for callers that know the store by another path.
-    pub store_id: Option<String>,
-    /// `st_dev` of all files of the mount.
-    pub device: u64,
-    /// The kernel's INIT request.
-    pub init: Vec<u8>,
-    /// The INIT reply that the kernel has; each later server must give the same.
-    pub init_reply: Option<Vec<u8>>,
-    /// Where backings lie.
-    pub chosen: Chosen,
-    /// Directory of the record.
-    pub record: PathBuf,
-    /// `st_dev` and `st_ino` of the page of counters.
-    pub counters_page: (u64, u64),
-}
-
-/// What a new or restarted supervisor begins with.
-#[derive(Debug)]
-pub struct InitialState {
-    /// The mount.
-    pub mount: MountFacts,
-    /// The program of its servers.
-    pub program: Program,
-    /// Its backings.
-    pub backings: Backings,
-    /// Its current server, if one was taken over.
-    pub server: Option<ServerRow>,
-    /// Servers that were killed before and may not have exited.
-    pub leaving: Vec<ProcessId>,
-    /// Condemned templates.
-    pub removal: Removal,
-    /// True once the mount has served: it is never given up.
-    pub has_served: bool,
-    /// Servers that were started in place of others.
-    pub restarts: u64,
-    /// True if a signal has asked for the end.
-    pub draining: bool,
-    /// Count of rings.
-    pub rings: u32,
-}
 
 #[derive(Debug)]
 enum Purpose {

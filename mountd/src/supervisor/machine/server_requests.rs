@@ -191,7 +191,7 @@ impl Machine {
     }
 
     fn freeze(&mut self, id: ServerId, number: u64, key: FileKey) -> Option<Result<ServerReply>> {
-        match self.backings.to_freeze(&key) {
+        match self.backings.room_to_freeze(&key) {
             Ok(Some(reserved)) => {
                 let task = Task::FreezeBacking { key: key.clone(), reserved };
                 self.request_job(id, Purpose::Freeze(id, number, key), task)

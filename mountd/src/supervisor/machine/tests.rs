@@ -2,6 +2,7 @@
 
 mod invariants;
 mod model;
+mod server_model;
 
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use stencilfs::error::{Code, Error};
 use super::*;
 use crate::protocol::{ServerReply, ServerRequest};
 use crate::supervisor::event::JobResult;
-use model::{Key, World};
+use model::World;
+use server_model::Key;
 
 const RM: CallerId = CallerId(1);
 

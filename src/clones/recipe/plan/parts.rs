@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::clones::recipe::disks::PlannedDisk;
 use crate::clones::recipe::host::LiveDisk;
 use crate::clones::recipe::libvirt::Secrets;
+use crate::clones::recipe::memory::{Ram, Rom};
 use crate::error::Error;
 
 /// Facts about a VM that its command line does not contain.
@@ -14,28 +15,6 @@ pub struct Facts {
     pub machine_type: Option<String>,
     /// The media that are inserted now.
     pub disks: Vec<LiveDisk>,
-}
-
-/// A RAM backend of the VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ram {
-    /// Object id.
-    pub id: String,
-    /// Name of the template file: `memory` for the first backend, `memory-ID` for others.
-    pub file: String,
-    /// `mem-path=` of the object, as QEMU sees the path.
-    pub mem_path: String,
-}
-
-/// Read-only memory of the VM: the file of a read-only NVDIMM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rom {
-    /// Object id.
-    pub id: String,
-    /// Name of the template file: `rom-ID`.
-    pub file: String,
-    /// `mem-path=` of the object, as QEMU sees the path.
-    pub mem_path: String,
 }
 
 /// A file that clones need besides RAM and device state, stored in the template.

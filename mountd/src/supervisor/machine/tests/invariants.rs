@@ -4,7 +4,8 @@ use proptest::prelude::*;
 use stencilfs::control::{Request, UnmountMode};
 
 use super::super::*;
-use super::model::{self, Key, World};
+use super::model::{self, World};
+use super::server_model::Key;
 use crate::protocol::ServerRequest;
 
 /// One step of a sequence.

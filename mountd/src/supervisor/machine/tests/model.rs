@@ -9,36 +9,17 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::process::Signal;
-use stencilfs::control::{Cache, Chosen, CondemnedRow, FileKey, MountOptions, Response, ServeMode};
+use stencilfs::control::{Cache, Chosen, CondemnedRow, MountOptions, Response, ServeMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Digest;
 use stencilfs::sys::process::{Ended, ProcessId};
 use stencilfs::units::Bytes;
 
 use super::super::*;
+use super::server_model::{Key, ServerModel};
 use crate::protocol::{ServerReply, ServerRequest, fds};
 use crate::supervisor::event::{JobResult, Started, Task};
 use crate::supervisor::program::Program;
-
-/// One of a few files, each of its own template.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key(pub u8);
-
-impl Key {
-    pub const ALL: [Key; 3] = [Key(0), Key(1), Key(2)];
-
-    pub fn digest(self) -> Digest {
-        Digest::of(&[self.0])
-    }
-
-    pub fn file(self) -> FileKey {
-        FileKey { digest: self.digest(), file: "memory".into() }
-    }
-
-    pub fn of(file: &FileKey) -> Key {
-        *Key::ALL.iter().find(|key| key.digest() == file.digest).expect("a known file")
-    }
-}
 
 pub fn file() -> OwnedFd {
     tempfile::tempfile().unwrap().into()
@@ -89,42 +70,6 @@ pub fn initial() -> InitialState {
     }
 }
 
-/// A server of the model.
-#[derive(Debug, Default)]
-pub struct ServerModel {
-    pub is_candidate: bool,
-    pub is_killed: bool,
-    last_number: u64,
-    /// The request that waits for a reply.
-    pub pending: Option<(u64, ServerRequest)>,
-    /// The list of condemned templates that this server has in force.
-    list: HashSet<Digest>,
-    /// Backings that it answers opens with.
-    handed_out: BTreeMap<Key, u32>,
-    /// Files that it has been given to fill, by their identity.
-    filling: BTreeMap<Key, (u64, u64)>,
-}
-
-impl ServerModel {
-    pub fn refuses(&self, key: Key) -> bool {
-        self.list.contains(&key.digest())
-    }
-
-    /// What the server does next to hydrate a file.
-    pub fn next_step(&self, key: Key, frozen: bool) -> ServerRequest {
-        let file = key.file();
-        match self.filling.get(&key) {
-            None => ServerRequest::Reserve { key: file, size: 1, data_bytes: 1 },
-            Some(_) if !frozen => ServerRequest::Freeze { key: file },
-            Some(&identity) => ServerRequest::Register { key: file, identity },
-        }
-    }
-
-    pub fn stop_handing_out(&mut self, keys: &[Key]) -> Vec<FileKey> {
-        keys.iter().filter(|key| self.handed_out.remove(key).is_some()).map(|key| key.file()).collect()
-    }
-}
-
 /// A job of the model.
 #[derive(Debug)]
 struct JobModel {
@@ -133,6 +78,9 @@ struct JobModel {
     frozen: Option<(u64, u64)>,
     keys: Vec<Key>,
 }
+
+/// Condemned templates, and ready backings with their ids.
+type SavedState = (Vec<CondemnedRow>, Vec<(Key, u32)>);
 
 pub struct World {
     pub machine: Machine,
@@ -149,7 +97,7 @@ pub struct World {
     users: HashMap<Key, u32>,
     pub opens: HashMap<Digest, u64>,
     /// The mount state that was saved last.
-    saved: Option<(Vec<CondemnedRow>, Vec<(Key, u32)>)>,
+    saved: Option<SavedState>,
     replied: HashSet<(ServerId, u64)>,
     /// Requests of callers that wait for a response.
     pub asked: HashMap<CallerId, u32>,

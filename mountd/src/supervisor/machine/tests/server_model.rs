@@ -1,0 +1,64 @@
+//! A server of the model, and the files that it serves.
+
+use std::collections::{BTreeMap, HashSet};
+
+use stencilfs::control::FileKey;
+use stencilfs::store::Digest;
+
+use crate::protocol::ServerRequest;
+
+/// One of a few files, each of its own template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(pub u8);
+
+impl Key {
+    pub const ALL: [Key; 3] = [Key(0), Key(1), Key(2)];
+
+    pub fn digest(self) -> Digest {
+        Digest::of(&[self.0])
+    }
+
+    pub fn file(self) -> FileKey {
+        FileKey { digest: self.digest(), file: "memory".into() }
+    }
+
+    pub fn of(file: &FileKey) -> Key {
+        *Key::ALL.iter().find(|key| key.digest() == file.digest).expect("a known file")
+    }
+}
+
+/// A server of the model.
+#[derive(Debug, Default)]
+pub struct ServerModel {
+    pub is_candidate: bool,
+    pub is_killed: bool,
+    pub last_number: u64,
+    /// The request that waits for a reply.
+    pub pending: Option<(u64, ServerRequest)>,
+    /// The list of condemned templates that this server has in force.
+    pub list: HashSet<Digest>,
+    /// Backings that it answers opens with.
+    pub handed_out: BTreeMap<Key, u32>,
+    /// Files that it has been given to fill, by their identity.
+    pub filling: BTreeMap<Key, (u64, u64)>,
+}
+
+impl ServerModel {
+    pub fn refuses(&self, key: Key) -> bool {
+        self.list.contains(&key.digest())
+    }
+
+    /// What the server does next to hydrate a file.
+    pub fn next_step(&self, key: Key, frozen: bool) -> ServerRequest {
+        let file = key.file();
+        match self.filling.get(&key) {
+            None => ServerRequest::Reserve { key: file, size: 1, data_bytes: 1 },
+            Some(_) if !frozen => ServerRequest::Freeze { key: file },
+            Some(&identity) => ServerRequest::Register { key: file, identity },
+        }
+    }
+
+    pub fn stop_handing_out(&mut self, keys: &[Key]) -> Vec<FileKey> {
+        keys.iter().filter(|key| self.handed_out.remove(key).is_some()).map(|key| key.file()).collect()
+    }
+}

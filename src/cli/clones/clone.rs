@@ -1,0 +1,279 @@
+//! `stencil clone`: launches processes that map one template.
+
+use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::cli::mount::hydrate;
+use crate::cli::output::{Done, Report, to_json};
+use crate::cli::value_parsers::word;
+use crate::cli::{Global, interrupt};
+use crate::clones::agent::Clock;
+use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
+use crate::clones::registry::process_tree::ProcessTrees;
+use crate::clones::registry::{self, Entry};
+use crate::clones::stop::stop;
+use crate::error::{Code, Error, Result};
+use crate::store::{Store, TemplateRef};
+
+/// Launch clones of a template
+///
+/// Without --simulate and CMD, the launch recipe of the template is used. The command returns when all clones are
+/// ready; the clones run until they exit or are stopped. If one clone fails to become ready, all clones of the call are
+/// removed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil clone web:1 -n 20
+  stencil clone web:1 -n 100 --simulate read=5%,write=1%
+  stencil clone web:1 --wait -- your-vmm --mem {memory} --state {state}")]
+pub struct CloneArgs {
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
+    #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
+    template: TemplateRef,
+    /// Number of clones
+    #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    count: u32,
+    /// Wait until all clones have exited, and exit with the status of the command; an interrupt stops the clones
+    #[arg(long)]
+    wait: bool,
+    /// Condition for a command to be ready: mapped (the command maps the template's memory) or notify (the command
+    /// writes to the file descriptor whose number is in STENCIL_NOTIFY)
+    #[arg(long, default_value = "mapped", value_parser = ["mapped", "notify"])]
+    ready: String,
+    /// Keep the clones that become ready when others fail
+    #[arg(long)]
+    keep_going: bool,
+    /// Launch workers that map the memory and touch pages, instead of a VMM:
+    /// read=AMOUNT,write=AMOUNT[,seed=N][,file=NAME]; an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
+    #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
+    simulate: Option<Simulate>,
+    /// Directory for the disks of the clones; each disk is removed with its clone [default: the runtime directory of
+    /// the clone, which is in RAM if /run is]
+    #[arg(long, value_name = "DIR", conflicts_with = "simulate")]
+    disk_dir: Option<PathBuf>,
+    /// Number of clones that are launched at the same time [default: twice the number of processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    parallel: Option<u32>,
+    /// Seconds that a clone may take to become ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    timeout: u32,
+    /// Command to run; {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid} {uuid} {port:N} {disk:NAME}
+    /// are replaced, and are also in the environment as STENCIL_MEMORY, STENCIL_STATE…; a port or a disk is made only
+    /// if the command names it
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+struct CloneReport {
+    name: String,
+    digest: String,
+    clones: Vec<Entry>,
+    failures: Vec<Failure>,
+    warnings: Vec<String>,
+    age: Duration,
+    seconds: f64,
+    ended: bool,
+}
+
+impl Report for CloneReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        if !self.ended {
+            for clone in &self.clones {
+                match clone.ports.is_empty() {
+                    true => writeln!(out, "{}", clone.id)?,
+                    false => writeln!(out, "{}\t{}", clone.id, crate::cli::clones::ps::ports(&clone.ports))?,
+                }
+            }
+        }
+        for failure in &self.failures {
+            writeln!(out, "clone {} failed: {}", failure.index, failure.message)?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "template": self.digest,
+            "clones": to_json(&self.clones),
+            "failures": to_json(&self.failures),
+            "warnings": self.warnings,
+            "template_age_seconds": self.age.as_secs(),
+            "ready_seconds": self.seconds,
+        })
+    }
+}
+
+/// Runs `stencil clone`.
+///
+/// # Errors
+/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, and an error if a clone does
+/// not become ready.
+pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let (target, lease) = Target::find(&store, &args.template, "clone")?;
+    let how = match (&args.simulate, args.command.is_empty()) {
+        (Some(simulate), _) => How::Simulated(simulate.clone()),
+        (None, true) => How::Qemu(target.recipe()?),
+        (None, false) => How::Command(
+            args.command.clone(),
+            if args.ready == "notify" { Ready::Notify } else { Ready::Mapped },
+        ),
+    };
+    let mut warnings: Vec<String> = match &how {
+        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(link_is_down).collect(),
+        _ => vec![],
+    };
+    let is_resumed = matches!(how, How::Qemu(_));
+    let cancel = interrupt::flag()?;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let order = Order {
+        target: &target,
+        how,
+        count: args.count,
+        parallel: args.parallel.unwrap_or(cores * 2),
+        keep_going: args.keep_going,
+        patience: Duration::from_secs(args.timeout.into()),
+        disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
+        cancel: &cancel,
+    };
+    if global.draws() {
+        hydrate::show(&target, &*global.progress(), &cancel);
+    }
+    let start = Instant::now();
+    let launched = launch(&order, &*global.progress())?;
+    // From here on, the mappings of the clones protect the template from removal.
+    drop(lease);
+    let seconds = start.elapsed().as_secs_f64();
+    let age = SystemTime::now().duration_since(target.created).unwrap_or_default();
+    if is_resumed {
+        warnings.push(clock_note(age, &launched.clocks));
+    }
+    warnings.iter().for_each(|warning| crate::say!("note: {warning}"));
+    let failed = !launched.failures.is_empty();
+    let mut code = 0;
+    let report = |clones, failures, ended| CloneReport {
+        name: target.name.clone(),
+        digest: target.digest.to_string(),
+        clones,
+        failures,
+        warnings,
+        age,
+        seconds,
+        ended,
+    };
+    let done = if args.wait {
+        let Launched { clones, failures, children, .. } = launched;
+        code = wait(&clones, children, &cancel)?;
+        Done::report(report(clones, failures, true))
+    } else {
+        Done::report(report(launched.clones, launched.failures, false))
+    };
+    Ok(match (failed, code) {
+        (true, _) => done.exit_as(Code::Failed),
+        (false, code) => done.exit_code(code),
+    })
+}
+
+/// Returns the canonical path of the directory: clones run with another working directory.
+fn disk_directory(path: &Path) -> Result<PathBuf> {
+    let path = path.canonicalize().map_err(|e| Error::io("cannot use the directory for disks", path, e))?;
+    let usable = path.is_dir() && path.to_str().is_some();
+    let wrong = || {
+        Error::usage("the value of --disk-dir is not a directory with a UTF-8 path")
+            .at(&path)
+            .remedy("name a directory with a UTF-8 path")
+    };
+    usable.then_some(()).ok_or_else(wrong)?;
+    Ok(path)
+}
+
+fn link_is_down(network: String) -> String {
+    format!(
+        "the network cards on {network} have no link, because their guests still have the MAC and IP address of the \
+         captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
+         qmp.sock of the clone (docs/how-to/renew-clones.md)"
+    )
+}
+
+/// Describes the state of the guest clocks after a resume from a template of the given age.
+fn clock_note(age: Duration, clocks: &[Clock]) -> String {
+    let count = |is_it: fn(&Clock) -> bool| clocks.iter().filter(|clock| is_it(clock)).count();
+    let (set, no_channel) = (count(|c| *c == Clock::Set), count(|c| *c == Clock::NoChannel));
+    let age = span(age);
+    if set == clocks.len() {
+        return format!(
+            "the template is {age} old; the guest agents have set the clocks; see docs/how-to/renew-clones.md for the other \
+             properties that a clone must renew"
+        );
+    }
+    let why = match clocks.iter().find_map(|clock| match clock {
+        Clock::Refused(why) => Some(why.as_str()),
+        _ => None,
+    }) {
+        Some(why) => format!("guest agents set the clock in {} of {} clones ({why})", set, clocks.len()),
+        None if no_channel > 0 => "the VM has no channel for a guest agent".to_owned(),
+        None => format!("no guest agent runs in {} of {} clones", clocks.len() - set, clocks.len()),
+    };
+    format!(
+        "the template is {age} old, and the system clocks of its clones are behind by the same time: {why}; set \
+         the clocks from the RTC, which shows the current time (hwclock --hctosys), and follow docs/how-to/renew-clones.md"
+    )
+}
+
+/// Formats a span of time in its largest unit.
+fn span(age: Duration) -> String {
+    let seconds = age.as_secs();
+    let (number, unit) = match seconds {
+        0..120 => (seconds, "second"),
+        120..7200 => (seconds / 60, "minute"),
+        7200..172_800 => (seconds / 3600, "hour"),
+        _ => (seconds / 86400, "day"),
+    };
+    crate::clones::counted(number, unit, &format!("{unit}s"))
+}
+
+fn all_have_exited(clones: &[Entry]) -> bool {
+    let trees = ProcessTrees::scan(clones);
+    clones.iter().all(|clone| trees.of(clone).is_empty())
+}
+
+/// Waits until all clones have exited, and removes their records and disks. Returns the exit code of the first command
+/// that failed, 0 if none did.
+fn wait(
+    clones: &[Entry],
+    mut children: Vec<std::process::Child>,
+    cancel: &std::sync::atomic::AtomicBool,
+) -> Result<u8> {
+    let mut code = 0;
+    loop {
+        children.retain_mut(|child| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) => {
+                let this = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+                if code == 0 {
+                    code = this.clamp(0, 255) as u8;
+                }
+                false
+            }
+            Err(_) => false,
+        });
+        if cancel.load(Ordering::Relaxed) {
+            stop(clones, Duration::from_secs(10))?;
+            return Err(Error::failed("interrupted: the clones were stopped").remedy("run the command again"));
+        }
+        if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && all_have_exited(clones) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    clones.iter().try_for_each(Entry::remove)?;
+    registry::wait_for_watchdogs(clones);
+    Ok(code)
+}

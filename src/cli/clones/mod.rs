@@ -1,0 +1,11 @@
+//! Commands about clones and their memory.
+
+pub(super) mod args;
+pub(super) mod capture;
+pub(super) mod clone;
+pub(super) mod density;
+pub(super) mod dirty;
+pub(super) mod explain;
+pub(super) mod logs;
+pub(super) mod ps;
+pub(super) mod stop;

@@ -1,0 +1,212 @@
+//! `stencil ps`: lists clones.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::{self, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::cli::Global;
+use crate::cli::columns::Columns;
+use crate::cli::output::{Done, Report, to_json};
+use crate::cli::store_filter::StoreFilter;
+use crate::clones::find::{self, CloneProcess};
+use crate::clones::registry::process_tree::ProcessTrees;
+use crate::clones::registry::{self, Ending, Entry};
+use crate::control;
+use crate::error::Result;
+use crate::shown::utc;
+use crate::sys::process::{ProcessId, signal_name};
+
+/// List clones, and other processes that map a template
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil ps
+  stencil ps --ids
+  stencil --store /srv/store ps --json")]
+pub struct PsArgs {
+    /// Print only the ids of clones that Stencil launched
+    #[arg(long)]
+    ids: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    id: Option<String>,
+    pid: u32,
+    state: &'static str,
+    kind: &'static str,
+    name: Option<String>,
+    template: String,
+    created: Option<u64>,
+    dir: Option<String>,
+    /// Ports of the host that are forwarded to the guest, by their names in the recipe.
+    ports: BTreeMap<String, u16>,
+    /// How the clone's process ended, if it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<Ended>,
+}
+
+/// How a clone's process ended.
+#[derive(Debug, Serialize)]
+struct Ended {
+    /// Time of the exit, in RFC 3339.
+    at: String,
+    exit_code: Option<u8>,
+    /// Name of the signal, such as `SIGKILL`.
+    signal: Option<String>,
+}
+
+impl Ended {
+    fn of(entry: &Entry) -> Option<Ended> {
+        let Ending { at, exit_code, signal } = Ending::of(entry)?;
+        Some(Ended { at: utc(at), exit_code, signal: signal.map(|number| signal_name(number.into())) })
+    }
+
+    /// Formats the end of the process, such as `exit 1 at 2026-01-02T03:04:05Z`.
+    fn text(&self) -> String {
+        let how = match (self.exit_code, &self.signal) {
+            (Some(code), _) => format!("exit {code}"),
+            (None, Some(signal)) => signal.clone(),
+            (None, None) => "unknown".to_owned(),
+        };
+        format!("{how} at {}", self.at)
+    }
+}
+
+impl Row {
+    fn of(entry: &Entry, trees: &ProcessTrees) -> Row {
+        let state = match (entry.is_launching(), trees.of(entry).is_empty()) {
+            _ if entry.is_foreign() => "foreign",
+            (true, _) => "launching",
+            (false, false) => "running",
+            (false, true) => "ended",
+        };
+        Row {
+            id: Some(entry.id.clone()),
+            pid: entry.pid,
+            state,
+            kind: entry.kind.name(),
+            name: Some(entry.name.clone()),
+            template: entry.template.clone(),
+            created: Some(entry.created),
+            dir: Some(entry.dir.display().to_string()),
+            ports: entry.ports.clone(),
+            ended: if state == "ended" { Ended::of(entry) } else { None },
+        }
+    }
+
+    /// Creates the row of a process that Stencil did not launch.
+    fn of_other(clone: &CloneProcess) -> Option<Row> {
+        Some(Row {
+            id: None,
+            pid: clone.pid,
+            state: "running",
+            kind: "other",
+            name: None,
+            template: clone.maps.first()?.digest.to_string(),
+            created: None,
+            dir: None,
+            ports: BTreeMap::new(),
+            ended: None,
+        })
+    }
+}
+
+struct PsReport {
+    rows: Vec<Row>,
+    /// Processes that could not be inspected; each may be a clone.
+    unseen: Vec<u32>,
+    /// Errors of records that cannot be used; each may belong to a clone.
+    unread: Vec<String>,
+    ids: bool,
+}
+
+impl Report for PsReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        if self.ids {
+            return self.rows.iter().filter_map(|r| r.id.as_ref()).try_for_each(|id| writeln!(out, "{id}"));
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "PORTS", "TEMPLATE", "END"]);
+        for row in &self.rows {
+            let short: String = row.template.chars().take(12).collect();
+            columns.row([
+                row.id.clone().unwrap_or_else(|| "-".into()),
+                row.pid.to_string(),
+                row.state.into(),
+                row.kind.into(),
+                row.created.map_or_else(|| "-".into(), |at| age(now.saturating_sub(at))),
+                ports(&row.ports),
+                row.name.clone().unwrap_or(short),
+                row.ended.as_ref().map_or_else(|| "-".into(), Ended::text),
+            ]);
+        }
+        columns.print(out)
+    }
+
+    fn json(&self) -> Value {
+        let mut all = json!({ "clones": to_json(&self.rows) });
+        if !self.unseen.is_empty() {
+            all["unseen"] = json!(self.unseen);
+        }
+        if !self.unread.is_empty() {
+            all["unread"] = json!(self.unread);
+        }
+        all
+    }
+}
+
+/// Formats forwarded ports as `HOST->NAME`, in the form of container tools.
+pub(in crate::cli) fn ports(all: &BTreeMap<String, u16>) -> String {
+    let one = |(name, port): (&String, &u16)| format!("{port}->{name}");
+    if all.is_empty() { "-".into() } else { all.iter().map(one).collect::<Vec<_>>().join(",") }
+}
+
+/// Formats a span of time in its largest unit.
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        7200..=172_799 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86400),
+    }
+}
+
+/// Runs `stencil ps`.
+///
+/// # Errors
+/// Returns an error if the runtime directory cannot be read.
+pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
+    let filter = StoreFilter::of(global)?;
+    registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
+    let (entries, unread) = registry::list_and_unread()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    let unread = unread.iter().map(ToString::to_string).collect();
+    let trees = ProcessTrees::scan(&entries);
+    let shown = entries.iter().filter(|entry| filter.has_clone(entry));
+    let mut rows: Vec<Row> = shown.map(|entry| Row::of(entry, &trees)).collect();
+    let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| trees.of(entry)).collect();
+    let mut unseen = vec![];
+    let mounts = control::mounts().map(|mut mounts| {
+        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+        mounts
+    });
+    match mounts.and_then(|mounts| find::template_mappings(&mounts)) {
+        Ok(others) => {
+            if let Some(holes) = others.holes() {
+                log::warn!("{holes}");
+            }
+            unseen = others.unseen.pids();
+            rows.extend(others.clones.iter().filter_map(|clone| {
+                if clone.processes().any(|its| ours.contains(&its)) { None } else { Row::of_other(clone) }
+            }));
+        }
+        // A user who cannot inspect the processes of others still gets the recorded clones.
+        Err(error) => log::warn!("cannot list other processes: {error}"),
+    }
+    Ok(Done::report(PsReport { rows, unseen, unread, ids: args.ids }))
+}

@@ -1,0 +1,97 @@
+//! `stencil mount`: mounts the store as a file system.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::cli::output::{Done, Report};
+use crate::cli::{Global, value_parsers};
+use crate::control::{self, MountOptions, ServeMode};
+use crate::error::{Error, Result};
+use crate::shown::path_text;
+use crate::units::Bytes;
+
+/// Mount the store, with each template as read-only files
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil mount /srv/templates
+  stencil mount /srv/templates --cache-dir /var/cache/stencil --cache-size 20G
+  stencil mount -f -o serve=decode /srv/templates")]
+pub struct MountArgs {
+    /// Empty directory to mount the store on
+    #[arg(value_name = "MNT")]
+    mountpoint: PathBuf,
+    /// Stay in the foreground and log to standard error
+    #[arg(short = 'f', long)]
+    foreground: bool,
+    /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec
+    #[arg(short = 'o', value_name = "OPTS")]
+    options: Vec<String>,
+    /// Way to serve files: auto, passthrough or decode
+    #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<ServeMode>)]
+    serve: Option<ServeMode>,
+    /// Directory for passthrough backings [default: the store's directory]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Maximum size of all passthrough backings [default: half of the free space]
+    #[arg(long, value_name = "SIZE", value_parser = value_parsers::size)]
+    cache_size: Option<Bytes>,
+    /// Seconds that the first open of a file waits for its backing [default: 30]
+    #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
+    hydrate_timeout: Option<Duration>,
+    /// Seconds that a request of the kernel may be pending before the server is replaced; 0 for no limit [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
+    watchdog: Option<Duration>,
+}
+
+struct Mounted {
+    mountpoint: PathBuf,
+    store: PathBuf,
+}
+
+impl Report for Mounted {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{} is mounted on {}", self.store.display(), self.mountpoint.display())
+    }
+
+    fn json(&self) -> Value {
+        json!({"mountpoint": path_text(&self.mountpoint), "store": path_text(&self.store)})
+    }
+}
+
+impl MountArgs {
+    fn to_options(&self, global: &Global) -> Result<MountOptions> {
+        let mut options = MountOptions::new(&self.mountpoint, &global.store);
+        for list in &self.options {
+            options.apply(list)?;
+        }
+        options.serve = self.serve.unwrap_or(options.serve);
+        options.cache_dir = self.cache_dir.clone().or(options.cache_dir);
+        options.cache_size = self.cache_size.or(options.cache_size);
+        options.hydrate_timeout = self.hydrate_timeout.unwrap_or(options.hydrate_timeout);
+        options.watchdog = self.watchdog.unwrap_or(options.watchdog);
+        options.foreground = self.foreground;
+        Ok(options)
+    }
+}
+
+/// Mounts the store. Returns when the mount is being served; with `-f`, when the mount has ended.
+///
+/// # Errors
+/// Returns an error with a remedy if the mountpoint, the store, the options or the host do not allow a mount.
+pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
+    let options = args.to_options(global)?;
+    if options.foreground {
+        return Err(control::become_supervisor(&options));
+    }
+    control::start_supervisor(&options)?;
+    std::fs::metadata(&options.mountpoint).map_err(|e| {
+        Error::io("the mount does not respond", &options.mountpoint, e)
+            .remedy("see 'stencil status' and the log in the runtime directory")
+    })?;
+    Ok(Done::report(Mounted { mountpoint: options.mountpoint, store: options.store }))
+}

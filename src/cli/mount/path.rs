@@ -1,0 +1,76 @@
+//! `stencil path`: prints the path of a template in a mount.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::cli::Global;
+use crate::cli::output::{Done, Report, to_json};
+use crate::control;
+use crate::error::{Error, Result};
+use crate::store::{Digest, Store, TemplateRef};
+
+/// Print the path of a template in a mount
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil path web:1
+  stencil path web:1/memory")]
+pub struct PathArgs {
+    /// Template, or one file of it
+    #[arg(value_name = "T[/FILE]")]
+    what: String,
+}
+
+#[derive(Serialize)]
+struct Place {
+    #[serde(serialize_with = "crate::shown::path")]
+    path: PathBuf,
+    digest: Digest,
+    #[serde(serialize_with = "crate::shown::path")]
+    mountpoint: PathBuf,
+}
+
+impl Report for Place {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{}", self.path.display())
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
+/// Runs `stencil path`.
+///
+/// # Errors
+/// Returns `Code::NotFound` if the template or the file does not exist, or the store is not mounted.
+pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
+    let (reference, file) = match args.what.split_once('/') {
+        Some((reference, file)) => (reference, Some(file)),
+        None => (args.what.as_str(), None),
+    };
+    let store = Store::open(&global.store)?;
+    // The path contains the digest, because the tag may be moved while a guest still uses this template.
+    let digest = store.resolve(&reference.parse::<TemplateRef>()?)?;
+    let mount = control::mounts_of(&store)?.into_iter().find(|m| !m.detached);
+    let mount = mount.ok_or_else(|| {
+        Error::not_found("the store is not mounted")
+            .at(store.dir())
+            .remedy("mount the store: stencil mount MNT")
+    })?;
+    let mut path = mount.mountpoint.join("by-id").join(digest.to_string());
+    if let Some(file) = file {
+        let template = store.template(&digest)?;
+        if template.file(file).is_none() {
+            let names: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
+            return Err(Error::not_found(format!("no file '{file}' in the template"))
+                .remedy(format!("name one of these files: {}", names.join(", "))));
+        }
+        path.push(file);
+    }
+    Ok(Done::report(Place { path, digest, mountpoint: mount.mountpoint }))
+}

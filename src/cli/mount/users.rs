@@ -1,0 +1,71 @@
+//! The processes that use a mount, as the command line lists them.
+
+use serde::Serialize;
+
+use crate::clones::counted;
+use crate::error::Result;
+use crate::sys::process::holders::{self, PATIENCE};
+
+/// A process that maps or has open files of the mount.
+#[derive(Debug, Serialize)]
+pub struct User {
+    pid: u32,
+    name: String,
+    /// True if the process maps a file; false if the process only has files open.
+    pub maps: bool,
+}
+
+/// The processes that use a mount.
+#[derive(Debug, Default)]
+pub struct Users {
+    /// Processes that were found to use the mount.
+    pub found: Vec<User>,
+    /// Processes that could not be inspected; each may also use the mount.
+    pub unseen: Vec<u32>,
+}
+
+impl Users {
+    /// Finds the users of the file system with this device number, except the processes in `own`, which serve the
+    /// mount. Sends no request to the mount, because the mount may be dead.
+    ///
+    /// # Errors
+    /// Returns an error if `/proc` cannot be listed.
+    pub fn of(device: u64, own: &[Option<u32>]) -> Result<Users> {
+        let users = holders::users_of(device, PATIENCE)?;
+        let is_foreign = |pid: u32| !own.contains(&Some(pid));
+        let user = |u: holders::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
+        Ok(Users {
+            found: users.found.into_iter().filter(|u| is_foreign(u.pid)).map(user).collect(),
+            unseen: users.unseen.pids().into_iter().filter(|&pid| is_foreign(pid)).collect(),
+        })
+    }
+
+    /// Returns true if no process uses the mount and every process could be inspected.
+    pub fn is_empty(&self) -> bool {
+        self.found.is_empty() && self.unseen.is_empty()
+    }
+
+    /// Warns on standard error which processes will be killed when the mount's connection is aborted.
+    pub fn announce(&self) {
+        if !self.found.is_empty() {
+            let processes = counted(self.found.len() as u64, "process", "processes");
+            crate::say!(
+                "warning: {processes} will be killed at the next access to a page that is not in RAM: {}",
+                list(&self.found)
+            );
+        }
+        if !self.unseen.is_empty() {
+            crate::say!("warning: {}", unseen(&self.unseen));
+        }
+    }
+}
+
+/// Formats the users as one line.
+pub fn list(found: &[User]) -> String {
+    holders::list(found.iter().map(|u| (u.pid, u.name.as_str())))
+}
+
+/// Describes processes that could not be inspected.
+pub fn unseen(pids: &[u32]) -> String {
+    format!("processes that could not be inspected may also use the mount: {}", holders::list_pids(pids))
+}

@@ -1,0 +1,117 @@
+//! `stencil ls`: lists the templates of the store.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::cli::Global;
+use crate::cli::columns::Columns;
+use crate::cli::output::{Done, Report, to_json};
+use crate::error::Result;
+use crate::store::{Digest, Store, TemplateFile};
+use crate::units::Bytes;
+
+/// List templates
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil ls
+  stencil ls web
+  stencil --store /srv/store ls --json")]
+pub struct LsArgs {
+    /// List only the tags of this name
+    name: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Line {
+    name: Option<String>,
+    tag: Option<String>,
+    digest: Digest,
+    size_bytes: Bytes,
+    data_bytes: Bytes,
+    stored_bytes: Bytes,
+    created: u64,
+    files: Vec<TemplateFile>,
+    /// Reason why the template cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+struct Listing(Vec<Line>);
+
+impl Report for Listing {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let mut table = Columns::new(&["NAME", "TAG", "DIGEST", "SIZE", "DATA", "STORED", "FILES"]);
+        for line in &self.0 {
+            let text = |part: &Option<String>| part.clone().unwrap_or_else(|| "-".into());
+            let files: Vec<&str> = line.files.iter().map(|f| f.name.as_str()).collect();
+            let last = match &line.error {
+                Some(error) => format!("damaged: {error}"),
+                None => files.join(","),
+            };
+            table.row([
+                text(&line.name),
+                text(&line.tag),
+                line.digest.short(),
+                line.size_bytes.to_string(),
+                line.data_bytes.to_string(),
+                line.stored_bytes.to_string(),
+                last,
+            ]);
+        }
+        table.print(out)
+    }
+
+    fn json(&self) -> Value {
+        json!({"templates": to_json(&self.0)})
+    }
+}
+
+fn describe(store: &Store, digest: &Digest, name: Option<(String, String)>) -> Line {
+    let (name, tag) = name.unzip();
+    let mut line = Line {
+        name,
+        tag,
+        digest: *digest,
+        size_bytes: Bytes::ZERO,
+        data_bytes: Bytes::ZERO,
+        stored_bytes: Bytes::ZERO,
+        created: 0,
+        files: Vec::new(),
+        error: None,
+    };
+    match store.template(digest) {
+        Ok(template) => {
+            line.size_bytes = template.size();
+            line.data_bytes = template.data_bytes();
+            line.stored_bytes = template.stored_bytes();
+            line.created = template.policy().created;
+            line.files = template.files().to_vec();
+        }
+        Err(error) => line.error = Some(error.to_string()),
+    }
+    line
+}
+
+/// Runs `stencil ls`. A damaged template is listed with its error.
+///
+/// # Errors
+/// Returns an error if the store cannot be read.
+pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let (tags, digests) = (store.tags()?, store.digests()?);
+    let wanted = |name: &str| args.name.as_ref().is_none_or(|n| n == name);
+    let mut lines: Vec<Line> = tags
+        .iter()
+        .filter(|t| wanted(&t.name))
+        .map(|t| describe(&store, &t.digest, Some((t.name.clone(), t.tag.clone()))))
+        .collect();
+    if args.name.is_none() {
+        let nameless = digests.iter().filter(|d| tags.iter().all(|t| t.digest != **d));
+        lines.extend(nameless.map(|d| describe(&store, d, None)));
+    }
+    Ok(Done::report(Listing(lines)))
+}

@@ -1,0 +1,35 @@
+//! `stencil tag`: adds or moves a tag.
+
+use clap::Args;
+
+use crate::cli::Global;
+use crate::cli::output::Done;
+use crate::cli::value_parsers::word;
+use crate::error::Result;
+use crate::store::{Store, TagName, TemplateRef};
+
+/// Point a tag at a template
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  stencil tag web:1 web:stable
+  stencil tag 5f3c9a1e web:2")]
+pub struct TagArgs {
+    /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
+    #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
+    template: TemplateRef,
+    /// Tag to create or move
+    #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>)]
+    new: TagName,
+}
+
+/// Runs `stencil tag`.
+///
+/// # Errors
+/// Returns `Code::NotFound` if the template does not exist.
+pub fn run(args: &TagArgs, global: &Global) -> Result<Done> {
+    let store = Store::open(&global.store)?;
+    let digest = store.resolve(&args.template)?;
+    store.set_tag(&args.new, &digest)?;
+    Ok(Done::silent())
+}

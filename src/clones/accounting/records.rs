@@ -1,0 +1,20 @@
+//! The records of clones, by their process.
+
+use std::collections::HashMap;
+
+use crate::clones::find::CloneProcess;
+use crate::clones::registry::Entry;
+use crate::sys::process::ProcessId;
+
+/// The records of clones by their process.
+pub type Records = HashMap<ProcessId, Entry>;
+
+/// Returns these records by their process; records without a process are left out.
+pub fn records_by_process(entries: Vec<Entry>) -> Records {
+    entries.into_iter().filter_map(|entry| Some((entry.process()?, entry))).collect()
+}
+
+/// Returns the record of a clone. The record may name any process of the clone's address space.
+pub fn record_of<'a>(clone: &CloneProcess, records: &'a Records) -> Option<&'a Entry> {
+    clone.processes().find_map(|process| records.get(&process))
+}

@@ -1,0 +1,121 @@
+//! A measurement of all clones of some mounts.
+
+use serde::Serialize;
+
+use super::process::{CloneMemory, Measured, measure};
+use super::records::{Records, record_of, records_by_process};
+use super::templates::{TemplateMemory, Templates};
+use super::totals::{Copied, Totals};
+use super::{disks, frames, residency};
+use crate::clones::baseline::Baseline;
+use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
+use crate::clones::registry;
+use crate::control::Mount;
+use crate::error::Result;
+use crate::store::Digest;
+
+/// One clone and its memory.
+#[derive(Debug, Clone, Serialize)]
+pub struct CloneRow {
+    /// Id that `stencil clone` assigned, or the process id.
+    pub id: String,
+    /// Process id.
+    pub pid: u32,
+    /// All processes that share the address space; `pid` is the first.
+    pub pids: Vec<u32>,
+    /// Name given at launch, or the name of the command.
+    pub name: String,
+    /// Control group.
+    pub cgroup: String,
+    /// Real user id.
+    pub uid: u32,
+    /// Template of the first mapping.
+    pub template: Digest,
+    /// `simulated`, `qemu`, `command`, or `other` for a process that Stencil did not launch.
+    pub kind: String,
+    /// Memory figures.
+    #[serde(flatten)]
+    pub memory: CloneMemory,
+    /// Template mappings.
+    pub maps: Vec<TemplateMapping>,
+}
+
+/// The result of `stencil density`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Density {
+    /// Templates of all mounts.
+    pub templates: Vec<TemplateMemory>,
+    /// All clones, by process id.
+    pub clones: Vec<CloneRow>,
+    /// Sums over all clones.
+    pub totals: Totals,
+}
+
+/// A measurement and its inputs, for the audit.
+#[derive(Debug)]
+pub struct Survey {
+    /// The result of the measurement.
+    pub density: Density,
+    /// The mappings of each clone, and the addresses of its copied pages.
+    pub clones: Vec<(CloneProcess, Measured)>,
+    /// The files that the inode numbers belong to.
+    pub inodes: Inodes,
+    /// Free memory of the host before the launch, if all clones belong to one launch with a baseline.
+    pub baseline: Option<Baseline>,
+}
+
+/// Measures all clones of these mounts, or the clones of one template.
+///
+/// # Errors
+/// Returns an error if a store, a supervisor or a process cannot be read: a partial sum would be wrong.
+pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
+    let inodes = Inodes::of(mounts)?;
+    let mut found = find::search(&inodes)?.complete()?;
+    if let Some(only) = only {
+        found.retain(|clone| clone.maps.iter().any(|map| map.digest == *only));
+    }
+    let mut clones = Vec::with_capacity(found.len());
+    for clone in found {
+        if let Some(measured) = measure(&clone)? {
+            clones.push((clone, measured));
+        }
+    }
+    let entries = registry::list()?;
+    disks::add(&mut clones, &entries)?;
+    let mut templates = Templates::of(mounts, only)?;
+    let processes: Vec<CloneProcess> = clones.iter().map(|(clone, _)| clone.clone()).collect();
+    templates.add_residency(&residency::resident(mounts, &inodes, &processes)?);
+    templates.add_clones(&processes);
+    let store_cache = templates.store_cache()? + residency::daemons(mounts)?;
+    let records = records_by_process(entries);
+    let copied = Copied::of(&clones, &templates.opened, &records)?;
+    let totals = Totals::new(&clones, &templates.rows(), store_cache, frames::distinct(&clones)?, copied)?;
+    let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
+    let baseline = baseline(&clones, &records);
+    let density = Density { templates: templates.rows(), clones: rows, totals };
+    Ok(Survey { density, clones, inodes, baseline })
+}
+
+/// Returns the baseline that all of these clones have in common. Two launches that started at the same time may both
+/// have a baseline; then neither baseline excludes the clones of the other launch.
+fn baseline(clones: &[(CloneProcess, Measured)], records: &Records) -> Option<Baseline> {
+    let mut of_clones = clones.iter().filter_map(|(clone, _)| record_of(clone, records)?.baseline);
+    let first = of_clones.next()?;
+    of_clones.all(|other| other == first).then_some(first)
+}
+
+fn row(clone: &CloneProcess, measured: &Measured, records: &Records) -> CloneRow {
+    let entry = record_of(clone, records);
+    CloneRow {
+        id: entry.map_or_else(|| clone.pid.to_string(), |e| e.id.clone()),
+        pid: clone.pid,
+        pids: clone.processes().map(|process| process.pid).collect(),
+        name: entry.map_or_else(|| measured.command.clone(), |e| e.name.clone()),
+        cgroup: measured.cgroup.clone(),
+        uid: measured.uid,
+        template: clone.maps[0].digest,
+        kind: entry.map_or_else(|| "other".to_owned(), |e| e.kind.name().to_owned()),
+        memory: measured.memory,
+        maps: clone.maps.clone(),
+    }
+}

@@ -1,0 +1,149 @@
+//! The RAM that the clones of a template share.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+
+use serde::Serialize;
+
+use super::residency;
+use crate::clones::find::CloneProcess;
+use crate::control::Mount;
+use crate::error::{Error, Result};
+use crate::store::{Digest, Serving, Store, StorePath, Template};
+use crate::units::Bytes;
+
+/// One template and the RAM that all its clones share.
+#[derive(Debug, Clone, Serialize)]
+pub struct TemplateMemory {
+    /// Digest of the template.
+    pub digest: Digest,
+    /// All tags of the template, as `NAME:TAG`.
+    pub tags: BTreeSet<String>,
+    /// `passthrough`, `decode`, or `both` while mappings from before a promotion live; `idle` without pages or
+    /// mappings.
+    pub serving: String,
+    /// Length of all files.
+    pub size_bytes: Bytes,
+    /// Size of the pages that are not zero.
+    pub data_bytes: Bytes,
+    /// Pages in the page cache, of both ways of serving and all mounts.
+    pub resident_bytes: Bytes,
+    /// Page cache of the store's files that hold the template. A file that several templates share is counted for each.
+    pub store_cache_bytes: Bytes,
+    /// Number of clones that map the template.
+    pub clones: u64,
+}
+
+/// The templates of all mounted stores during a measurement.
+pub(super) struct Templates {
+    pub opened: BTreeMap<Digest, Template>,
+    rows: BTreeMap<Digest, TemplateMemory>,
+    servings: BTreeMap<Digest, Vec<Serving>>,
+    /// Files of the stores that hold the templates.
+    files: BTreeSet<StorePath>,
+}
+
+impl Templates {
+    pub fn of(mounts: &[Mount], only: Option<&Digest>) -> Result<Templates> {
+        let mut all = Templates {
+            opened: BTreeMap::new(),
+            rows: BTreeMap::new(),
+            servings: BTreeMap::new(),
+            files: BTreeSet::new(),
+        };
+        let mut stores = BTreeSet::new();
+        for mount in mounts {
+            let store = Store::open(&mount.store)?;
+            // A store may be mounted by several paths. Through a bind mount, its files are the same.
+            let dir = std::fs::metadata(store.dir());
+            let dir = dir.map_err(|e| Error::io("cannot read the store", store.dir(), e))?;
+            if stores.insert((dir.dev(), dir.ino())) {
+                all.add_store(&store, only)?;
+            }
+        }
+        Ok(all)
+    }
+
+    fn add_store(&mut self, store: &Store, only: Option<&Digest>) -> Result<()> {
+        let tags = store.tags()?;
+        if only.is_none() {
+            self.files.extend(store.pack_files()?);
+        }
+        for digest in store.digests()? {
+            if only.is_some_and(|only| *only != digest) {
+                continue;
+            }
+            let template = match store.template(&digest) {
+                Ok(template) => template,
+                // Inodes::of has logged the error.
+                Err(_) => continue,
+            };
+            let row = self.rows.entry(digest).or_insert_with(|| TemplateMemory {
+                digest,
+                tags: BTreeSet::new(),
+                serving: String::new(),
+                size_bytes: template.files().iter().map(|file| file.size).sum(),
+                data_bytes: template.files().iter().map(|file| file.data_bytes).sum(),
+                resident_bytes: Bytes::ZERO,
+                store_cache_bytes: Bytes::ZERO,
+                clones: 0,
+            });
+            // Several stores may have the same template, with separate tags and files.
+            let ours = tags.iter().filter(|tag| tag.digest == digest);
+            row.tags.extend(ours.map(|tag| format!("{}:{}", tag.name, tag.tag)));
+            for path in template.store_files() {
+                row.store_cache_bytes += residency::cached_store_file(&path)?;
+                self.files.insert(path);
+            }
+            self.opened.entry(digest).or_insert(template);
+        }
+        Ok(())
+    }
+
+    pub fn add_residency(&mut self, resident: &residency::Resident) {
+        for ((digest, serving), bytes) in resident {
+            if let Some(row) = self.rows.get_mut(digest) {
+                row.resident_bytes += *bytes;
+                if *bytes > Bytes::ZERO {
+                    self.servings.entry(*digest).or_default().push(*serving);
+                }
+            }
+        }
+    }
+
+    pub fn add_clones(&mut self, clones: &[CloneProcess]) {
+        for clone in clones {
+            let mut digests: Vec<Digest> = clone.maps.iter().map(|map| map.digest).collect();
+            digests.sort();
+            digests.dedup();
+            for digest in digests {
+                if let Some(row) = self.rows.get_mut(&digest) {
+                    row.clones += 1;
+                }
+            }
+            for map in &clone.maps {
+                self.servings.entry(map.digest).or_default().push(map.serving);
+            }
+        }
+        for (digest, row) in &mut self.rows {
+            let seen = self.servings.get(digest).map_or(&[][..], Vec::as_slice);
+            let (passthrough, decode) =
+                (seen.contains(&Serving::Passthrough), seen.contains(&Serving::Decode));
+            row.serving = match (passthrough, decode) {
+                (true, true) => "both",
+                (true, false) => "passthrough",
+                (false, true) => "decode",
+                (false, false) => "idle",
+            }
+            .to_owned();
+        }
+    }
+
+    pub fn store_cache(&self) -> Result<Bytes> {
+        self.files.iter().map(residency::cached_store_file).sum()
+    }
+
+    pub fn rows(&self) -> Vec<TemplateMemory> {
+        self.rows.values().cloned().collect()
+    }
+}

@@ -1,0 +1,140 @@
+//! A launch in progress, which several threads share.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::order::{Failure, Launched, Order};
+use crate::clones::agent::Clock;
+use crate::clones::registry::{Entry, LOG, Launch, NewEntry, Touched};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::sys::process::threads;
+use crate::units::Bytes;
+
+/// A launch in progress.
+pub(super) struct ActiveLaunch<'a> {
+    pub order: &'a Order<'a>,
+    pub launch: &'a Launch,
+    pub progress: &'a dyn Progress,
+    pub next: AtomicU32,
+    pub state: Mutex<Gathered>,
+}
+
+#[derive(Default)]
+pub(super) struct Gathered {
+    pub ready: Vec<Entry>,
+    pub failures: Vec<Failure>,
+    pub clocks: Vec<Clock>,
+    pub children: Vec<std::process::Child>,
+}
+
+impl ActiveLaunch<'_> {
+    /// Returns true if no further clone is to be started and starting clones are to be abandoned.
+    pub fn is_over(&self) -> bool {
+        self.order.cancel.load(Ordering::Relaxed)
+            || (!self.order.keep_going && !self.gathered(|g| g.failures.is_empty()))
+    }
+
+    pub fn gathered<T>(&self, use_it: impl FnOnce(&mut Gathered) -> T) -> T {
+        use_it(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn create(&self, index: u32, touched: Option<Touched>) -> Result<Entry> {
+        let digest = self.order.target.digest.to_string();
+        let kind = self.order.how.kind();
+        self.launch.create(&NewEntry {
+            name: &self.order.target.name,
+            template: &digest,
+            store: &self.order.target.store,
+            kind,
+            index,
+            touched,
+            disk_dir: self.order.disk_dir.as_deref(),
+        })
+    }
+
+    pub fn failed(&self, index: u32, message: String) {
+        self.gathered(|g| g.failures.push(Failure { index, message }));
+    }
+
+    /// Launches clones that are children of this process, `parallel` at a time.
+    pub fn launch_children<F>(&self, start: F) -> Result<Launched>
+    where
+        F: Fn(&Self, &mut Entry) -> Result<std::process::Child> + Sync,
+    {
+        let parallel = self.order.parallel.clamp(1, self.order.count.max(1));
+        threads::share(parallel as usize, || {
+            while !self.is_over() {
+                let index = self.next.fetch_add(1, Ordering::Relaxed);
+                if index >= self.order.count {
+                    break;
+                }
+                self.launch_child(index, &start);
+            }
+            Ok(())
+        })?;
+        let gathered = self.gathered(std::mem::take);
+        let Gathered { ready, failures, clocks, children } = gathered;
+        Ok(Launched { clones: ready, failures, clocks, children })
+    }
+
+    fn launch_child<F>(&self, index: u32, start: &F)
+    where
+        F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
+    {
+        let mut entry = match self.create(index, None) {
+            Ok(entry) => entry,
+            Err(error) => return self.failed(index, error.to_string()),
+        };
+        match start(self, &mut entry) {
+            Ok(child) => {
+                self.progress.advance(Bytes::new(1));
+                self.gathered(|g| {
+                    g.ready.push(entry);
+                    g.children.push(child);
+                });
+            }
+            Err(error) => {
+                let log_tail = log_tail(&entry);
+                // Leftovers are removed with the whole launch or by the next sweep.
+                if let Err(left) = entry.destroy() {
+                    log::warn!("{left}");
+                }
+                self.failed(index, format!("{error}{log_tail}"));
+            }
+        }
+    }
+
+    /// Applies the all-or-none rule: returns an error unless the clones may stay.
+    pub fn all_or_none(&self, mut launched: Launched) -> Result<Launched> {
+        if self.order.cancel.load(Ordering::Relaxed) {
+            return Err(Error::failed("interrupted: removed all clones of this launch"));
+        }
+        launched.clones.sort_by_key(|e| e.index);
+        let (count, failed) = (self.order.count, launched.failures.len());
+        // The first failure in time is the cause; later ones may be abandoned clones.
+        let first = launched.failures.first().cloned();
+        launched.failures.sort_by_key(|f| f.index);
+        match first {
+            Some(first) if !self.order.keep_going || launched.clones.is_empty() => {
+                let others = if failed > 1 { format!(" ({failed} failed)") } else { String::new() };
+                Err(Error::failed(format!(
+                    "clone {} of {count} did not become ready{others}: {}",
+                    first.index, first.message
+                ))
+                .remedy("all clones of this launch were removed; to keep the ready ones, use --keep-going"))
+            }
+            _ => Ok(launched),
+        }
+    }
+}
+
+/// Returns the last lines of a clone's log, as a suffix of an error message.
+fn log_tail(entry: &Entry) -> String {
+    let Ok(Some(bytes)) = entry.read_file(LOG) else { return String::new() };
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let last = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join(" | ");
+    let last: String = last.chars().take(400).collect();
+    if last.is_empty() { last } else { format!("; the log of the clone ends with: {last}") }
+}

@@ -1,0 +1,84 @@
+//! What a launch is asked for, and its result.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use super::simulate::Simulate;
+use super::target::Target;
+use crate::clones::agent::Clock;
+use crate::clones::recipe::Recipe;
+use crate::clones::registry::{Entry, Kind};
+
+/// The kind of the clones to launch.
+#[derive(Debug, Clone)]
+pub enum How {
+    /// Simulated clones: processes of this program that touch pages like a guest.
+    Simulated(Simulate),
+    /// QEMU processes, resumed by this recipe.
+    Qemu(Recipe),
+    /// Processes of a command with placeholders.
+    Command(Vec<String>, Ready),
+}
+
+impl How {
+    pub(super) fn kind(&self) -> Kind {
+        match self {
+            How::Simulated(_) => Kind::Simulated,
+            How::Qemu(_) => Kind::Qemu,
+            How::Command(..) => Kind::Command,
+        }
+    }
+}
+
+/// The condition for a command to be ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// A process of the command maps the template's memory.
+    Mapped,
+    /// The command has written to the file descriptor whose number is in `STENCIL_NOTIFY`.
+    Notify,
+}
+
+/// The parameters of a launch.
+#[derive(Debug)]
+pub struct Order<'a> {
+    /// The template.
+    pub target: &'a Target,
+    /// The kind of the clones.
+    pub how: How,
+    /// Number of clones.
+    pub count: u32,
+    /// Maximum number of clones that start at the same time.
+    pub parallel: u32,
+    /// Keeps the clones that become ready if others fail.
+    pub keep_going: bool,
+    /// Timeout for one clone to become ready.
+    pub patience: Duration,
+    /// Absolute path of the directory for the clones' disks; `None` for each clone's own directory.
+    pub disk_dir: Option<PathBuf>,
+    /// Cancels the launch when set.
+    pub cancel: &'a AtomicBool,
+}
+
+/// A clone that did not become ready.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Failure {
+    /// Index of the clone within the launch.
+    pub index: u32,
+    /// The reason.
+    pub message: String,
+}
+
+/// The result of a launch.
+#[derive(Debug)]
+pub struct Launched {
+    /// The ready clones, sorted by index.
+    pub clones: Vec<Entry>,
+    /// The failed clones; empty without `keep_going`.
+    pub failures: Vec<Failure>,
+    /// Outcomes of setting the clocks of QEMU clones, in no particular order.
+    pub clocks: Vec<Clock>,
+    /// The clones that are children of this process, for a caller that waits for them.
+    pub children: Vec<std::process::Child>,
+}

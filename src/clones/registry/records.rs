@@ -1,0 +1,171 @@
+//! Reads the records of clones.
+
+use std::collections::HashSet;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::time::Duration;
+
+use super::entry::Entry;
+use super::layout::{CLONES, RECORD};
+use crate::control::runtime::{self, MAX_RECORD, is_plain_name, trusted_folder};
+use crate::error::{Error, Result};
+use crate::sys::files::directory::Folder;
+
+/// Returns all records, oldest first, including those of clones that have exited.
+///
+/// # Errors
+/// Returns an error if the directory of clones cannot be read. A record that cannot be read is logged and skipped.
+pub fn list() -> Result<Vec<Entry>> {
+    let (entries, unread) = list_and_unread()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    Ok(entries)
+}
+
+/// Same as [`list`], with the errors of records that cannot be used instead of log lines. Each may belong to a living
+/// clone.
+///
+/// # Errors
+/// Returns an error if the directory of clones cannot be read.
+pub fn list_and_unread() -> Result<(Vec<Entry>, Vec<Error>)> {
+    let (mut entries, mut unread) = (vec![], vec![]);
+    let Some(all) = runtime::open(CLONES)? else { return Ok((entries, unread)) };
+    let names = all.names().map_err(|e| Error::io("cannot read the directory of clones", all.path(), e))?;
+    for name in names.iter().filter(|name| !name.as_encoded_bytes().starts_with(b".")) {
+        match load(&all, Path::new(name)) {
+            Ok(Some(entry)) => entries.push(entry),
+            Ok(None) => {}
+            Err(error) => unread.push(error),
+        }
+    }
+    entries.sort_by(|a, b| (a.created, a.index, &a.id).cmp(&(b.created, b.index, &b.id)));
+    Ok((entries, unread))
+}
+
+/// Returns the record of the clone with this id.
+///
+/// # Errors
+/// Returns [`Code::NotFound`](crate::error::Code::NotFound) if no clone has the id.
+pub fn find(id: &str) -> Result<Entry> {
+    let all = if is_plain_name(id) { runtime::open(CLONES)? } else { None };
+    let entry = all.map(|all| load(&all, Path::new(id))).transpose()?.flatten();
+    entry.ok_or_else(|| {
+        Error::not_found(format!("no clone has the id '{id}'")).remedy("run 'stencil ps' to list the clones")
+    })
+}
+
+fn load(all: &Folder, name: &Path) -> Result<Option<Entry>> {
+    let dir = all.path_of(name);
+    let read = || -> io::Result<Option<Entry>> {
+        let directory = trusted_folder(all, name)?;
+        let text = match runtime::read(&directory, RECORD, MAX_RECORD) {
+            // The clone is being removed.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            text => text?,
+        };
+        let mut entry: Entry = serde_json::from_slice(&text)?;
+        // The directory where the record was found is removed later, not the one that the record names.
+        entry.dir.clone_from(&dir);
+        match entry.problem() {
+            None => Ok(Some(entry)),
+            Some(field) => Err(io::Error::new(ErrorKind::InvalidData, format!("invalid {field}"))),
+        }
+    };
+    match read() {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        read => read.map_err(|e| {
+            Error::failed("cannot use the record of a clone")
+                .at(&dir)
+                .because(e)
+                .remedy(format!("if no process of this clone is running, remove {}", dir.display()))
+        }),
+    }
+}
+
+/// Waits for the watchdogs of these clones, which have exited, unless other clones of the same launch are alive. The
+/// processes and files of the launch are gone when its watchdog has exited.
+pub fn wait_for_watchdogs(ended: &[Entry]) {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let others = list().unwrap_or_default();
+    let mut seen = HashSet::new();
+    for entry in ended {
+        let is_over = others.iter().all(|other| other.launch != entry.launch || !other.is_alive());
+        if let Some(watchdog) = entry.watchdog.filter(|_| is_over)
+            && seen.insert(watchdog)
+        {
+            // After the limit, a remaining watchdog has no effect on the user.
+            let _ = watchdog.wait_gone(LIMIT);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::io::Write;
+
+    use super::super::entry::{Kind, StoreOfClone, Touched};
+    use super::super::layout::random_id;
+    use super::*;
+    use crate::sys::process::ProcessId;
+
+    #[test]
+    fn reads_the_record_that_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = Folder::open(dir.path()).unwrap();
+        let directory = all.create_folder("c0123456", 0o700).unwrap();
+        let entry = Entry {
+            id: "c0123456".into(),
+            pid: 12,
+            identity: 34,
+            name: "web:v1".into(),
+            template: "ab".repeat(32),
+            store: Some(StoreOfClone { path: "/s".into(), id: "12ab".into() }),
+            kind: Kind::Simulated,
+            dir: directory.path().to_owned(),
+            created: 56,
+            index: 7,
+            launch: "c7654321".into(),
+            baseline: None,
+            touched: Some(Touched { read_pages: 8, written_pages: 9 }),
+            ports: BTreeMap::from([("80".into(), 40_000)]),
+            uuid: None,
+            disks: BTreeSet::from(["root".into()]),
+            disk_dir: Some("/var/tmp".into()),
+            pid_namespace: Some(10),
+            watchdog: Some(ProcessId { pid: 7, identity: 8 }),
+        };
+        assert!(entry.is_foreign() && entry.process().is_none() && entry.remove().is_err());
+        let write = |text: &[u8]| runtime::replace(&directory, RECORD, text).unwrap();
+        let load = || load(&all, Path::new("c0123456"));
+        write(&serde_json::to_vec(&entry).unwrap());
+        assert_eq!(load().unwrap().as_ref(), Some(&entry));
+        let others: [fn(&mut Entry); 8] = [
+            |e| e.id = "c7654321".into(),
+            |e| e.pid = 1 << 23,
+            |e| e.launch = "../mounts".into(),
+            |e| e.disks = BTreeSet::from(["../../etc/x".into()]),
+            |e| e.disk_dir = Some("tmp".into()),
+            |e| e.disk_dir = Some("/var/../etc".into()),
+            |e| e.template = "../x".into(),
+            |e| e.uuid = Some("/etc".into()),
+        ];
+        for change in others {
+            let mut bad = entry.clone();
+            change(&mut bad);
+            write(&serde_json::to_vec(&bad).unwrap());
+            assert!(load().unwrap_err().to_string().contains("invalid "), "{bad:?}");
+        }
+        write(b"{");
+        assert!(load().is_err());
+        directory.remove_file(RECORD).unwrap();
+        directory.create(RECORD, 0o666).unwrap().write_all(&serde_json::to_vec(&entry).unwrap()).unwrap();
+        assert!(load().unwrap_err().to_string().contains("writable by other users"));
+    }
+
+    #[test]
+    fn ids_are_neither_pids_nor_paths() {
+        assert!(random_id().unwrap().parse::<u32>().is_err());
+        assert!(find("../mounts").is_err());
+        assert!(find("").is_err());
+    }
+}

@@ -1,0 +1,299 @@
+//! Lists mounts from the records in the runtime directory and from the kernel's mount table.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::registry::{LOG_FILE, MOUNTS, Mount, Record, RecordDir};
+use crate::control::runtime::{self, is_plain_name, runtime_dir, trusted_folder};
+use crate::error::{Error, Result};
+use crate::store::Store;
+use crate::sys::files::directory::Folder;
+use crate::sys::files::mount;
+use crate::sys::probe;
+use crate::sys::process::ProcessId;
+use crate::sys::process::procfs;
+
+/// Longest time from the mount system call until the record is written, on a busy host too.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Contents of the runtime directory.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Mounts whose supervisor or server is alive, sorted by mountpoint; lazily unmounted ones too.
+    pub mounts: Vec<Mount>,
+    /// Mounts in the mount table whose supervisor and server are dead.
+    pub dead: Vec<DeadMount>,
+    /// Errors of records that could not be read.
+    pub unread: Vec<Error>,
+}
+
+/// A mount in the mount table without a live supervisor or server.
+#[derive(Debug, Clone)]
+pub struct DeadMount {
+    /// Mountpoint.
+    pub mountpoint: PathBuf,
+    /// Path of the store that it served.
+    pub store: PathBuf,
+    /// Identity of that store.
+    pub store_id: Option<String>,
+    /// `st_dev` of its files.
+    pub device: u64,
+    /// Path of the log, if there is one.
+    pub log: Option<PathBuf>,
+}
+
+/// Returns the readable mounts of a store, whichever path of the store was mounted: a bind mount, for example, gives
+/// one directory several paths.
+///
+/// # Errors
+/// Same as [`mounts`].
+pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
+    Ok(only(mounts()?, store))
+}
+
+/// Same as [`mounts_of`], for callers that must see all mounts.
+///
+/// # Errors
+/// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a record cannot be read, or if a mount of the store has
+/// no record in this runtime directory.
+pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
+    let until = Instant::now() + RECORD_TIMEOUT;
+    loop {
+        let Listing { mounts: all, dead, unread } = list()?;
+        if let Some(error) = unread.into_iter().next() {
+            return Err(error);
+        }
+        let known = |dev| all.iter().any(|m| m.device == dev);
+        let ours = identity(store.dir());
+        let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
+        let mut mounted = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
+        let Some(stranger) = mounted.find(|m| !known(m.dev) && serves(Path::new(&m.source))) else {
+            let without_id = |m: &&Mount| m.store_id.is_none() && !serves(&m.store);
+            return match all.iter().find(without_id) {
+                Some(mount) => Err(of_unknown_store(mount)),
+                None => Ok(only(all, store)),
+            };
+        };
+        if let Some(dead) = dead.iter().find(|dead| dead.device == stranger.dev) {
+            return Err(dead.error());
+        }
+        if Instant::now() > until {
+            return Err(Error::try_again("a mount of the store has no record in this runtime directory")
+                .at(&stranger.mountpoint)
+                .remedy(format!(
+                    "run this with the STENCIL_RUNTIME_DIR of that mount (here: {}), or unmount it: \
+                     'stencil umount {}'",
+                    runtime_dir().display(),
+                    stranger.mountpoint.display()
+                )));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl DeadMount {
+    /// Returns the error that reports the dead mount and the remedy.
+    pub fn error(&self) -> Error {
+        let place = self.mountpoint.display();
+        Error::try_again("the mount is dead: its supervisor and its server have exited")
+            .at(&self.mountpoint)
+            .remedy(format!(
+                "run 'stencil mount {place}' to mount the store again, or 'stencil umount {place}' to unmount"
+            ))
+    }
+}
+
+impl Mount {
+    /// Returns the error that reports the dead supervisor and the remedy.
+    pub fn lost_supervisor(&self) -> Error {
+        let place = self.mountpoint.display();
+        let (supervisor, server) = (self.supervisor_pid, self.server_pid);
+        let serves =
+            server.map_or_else(String::new, |pid| format!("; its server, process {pid}, still serves"));
+        let elsewhere = if self.foreign { " or invisible, in another PID namespace" } else { "" };
+        let remedy = match (self.foreign, self.detached) {
+            (true, _) => format!("run 'stencil mount {place}' in the PID namespace of that mount"),
+            (_, true) => "the mount is detached and ends with its last clone: see 'stencil ps'".to_owned(),
+            _ => format!("run 'stencil mount {place}' to start another supervisor"),
+        };
+        let what =
+            format!("the mount has lost its supervisor: process {supervisor} is dead{elsewhere}{serves}");
+        Error::failed(what).at(&self.mountpoint).remedy(remedy)
+    }
+}
+
+/// Without a store identity, the path may belong to another store by now.
+fn of_unknown_store(mount: &Mount) -> Error {
+    Error::try_again("the record of a mount of an older build does not name its store's identity")
+        .at(&mount.mountpoint)
+        .remedy(format!("run 'stencil restart {}' first", mount.mountpoint.display()))
+}
+
+/// Returns true if the mount still exists.
+///
+/// # Errors
+/// Same as [`every_mount`]: a record that cannot be read does not prove the end of a mount.
+pub fn lives(mount: &Mount) -> Result<bool> {
+    Ok(every_mount()?.iter().any(|living| living.dir == mount.dir))
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).map(|m| (m.dev(), m.ino())).ok()
+}
+
+/// Keeps the mounts of one store.
+fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
+    mounts.retain(|m| is_of_store(&m.store, m.store_id.as_deref(), store));
+    mounts
+}
+
+/// Returns true if a mount, whose record has this store path and identity, is a mount of `store`.
+pub fn is_of_store(path: &Path, id: Option<&str>, store: &Store) -> bool {
+    let ours = identity(store.dir());
+    if id != Some(store.id().as_str()) {
+        return path == store.dir() || (ours.is_some() && identity(path) == ours);
+    }
+    // A copy of a store has the same identity. Only a store with that identity at the mount's path, distinct from ours,
+    // shows that the mount is of another store: anything else may have been put there after our store was moved, or is
+    // in another mount namespace.
+    identity(path) == ours || Store::open(path).map_or(true, |its| its.id() != store.id())
+}
+
+/// Returns the mounts of this runtime directory whose supervisor or server is alive, sorted by mountpoint; lazily
+/// unmounted ones too. Logs the errors of unreadable records.
+///
+/// # Errors
+/// Returns an error if the runtime directory exists and cannot be read. A missing directory has no mounts.
+pub fn mounts() -> Result<Vec<Mount>> {
+    let listing = list()?;
+    listing.unread.iter().for_each(|error| log::warn!("{error}"));
+    Ok(listing.mounts)
+}
+
+/// Same as [`mounts`], for callers that must see all mounts.
+///
+/// # Errors
+/// Same as [`mounts`], and [`Code::TryAgain`](crate::error::Code::TryAgain) if a record cannot be read.
+pub fn every_mount() -> Result<Vec<Mount>> {
+    let listing = list()?;
+    listing.unread.into_iter().next().map_or(Ok(listing.mounts), Err)
+}
+
+/// Reads all records. Removes the records of dead mounts that are no longer in the mount table, except those of other
+/// PID namespaces, whose processes are invisible.
+///
+/// # Errors
+/// Same as [`mounts`].
+pub fn list() -> Result<Listing> {
+    let mut listing = Listing::default();
+    let Some(all) = runtime::open(MOUNTS)? else { return Ok(listing) };
+    let names = all.names().map_err(|e| Error::io("cannot read the runtime directory", all.path(), e))?;
+    let table = procfs::mounts()?;
+    let namespace = probe::pid_namespace();
+    let mut dead = Vec::new();
+    for name in names {
+        let read = read_record(&all, Path::new(&name));
+        let (folder, record) = match read {
+            Ok(Some(read)) => read,
+            Ok(None) => continue,
+            Err(e) => {
+                listing.unread.push(unread(&all.path_of(&name), e));
+                continue;
+            }
+        };
+        // A PID of another PID namespace means nothing here; a lock is visible in every namespace.
+        let foreign = record.pid_namespace.is_some_and(|its| Some(its) != namespace);
+        let alive = |pid, identity| !foreign && ProcessId { pid, identity }.is_alive();
+        let supervisor = match foreign {
+            true => is_locked(&folder),
+            false => alive(record.supervisor_pid, record.supervisor_identity),
+        };
+        let server = record.server_pid.filter(|&pid| alive(pid, record.server_identity));
+        let lost = !supervisor && !foreign;
+        // A supervisor that takes over holds the lock before its record is written, for long if the file system is
+        // full.
+        let taken_over = lost && is_locked(&folder);
+        let place = table.iter().rfind(|line| line.dev == record.device);
+        if lost && !taken_over && server.is_none() {
+            match place {
+                Some(line) if line.fs_type == mount::FS_TYPE && line.mountpoint == record.mountpoint => {
+                    dead.push((folder, record));
+                    continue;
+                }
+                _ => {
+                    RecordDir::remove_dead(folder);
+                    continue;
+                }
+            }
+        }
+        listing.mounts.push(Mount {
+            dir: all.path_of(&name),
+            mountpoint: record.mountpoint,
+            store: record.store,
+            store_id: record.store_id,
+            device: record.device,
+            supervisor_pid: record.supervisor_pid,
+            server_pid: server,
+            detached: place.is_none(),
+            orphaned: !supervisor && !taken_over,
+            foreign,
+            version: record.version,
+            identities: [record.ledger, record.program],
+        });
+    }
+    // The kernel reuses device numbers: the newest of several records belongs to the mount.
+    dead.sort_by_key(|(folder, _)| {
+        std::cmp::Reverse(folder.own_metadata().map_or((0, 0), |stat| (stat.st_ctime, stat.st_ctime_nsec)))
+    });
+    for (folder, record) in dead {
+        let known = |device| device == record.device;
+        if listing.mounts.iter().any(|living| known(living.device))
+            || listing.dead.iter().any(|newer| known(newer.device))
+        {
+            RecordDir::remove_dead(folder);
+            continue;
+        }
+        let log = folder.has(LOG_FILE).then(|| folder.path_of(LOG_FILE));
+        let Record { mountpoint, store, store_id, device, .. } = record;
+        listing.dead.push(DeadMount { mountpoint, store, store_id, device, log });
+    }
+    listing.mounts.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
+    Ok(listing)
+}
+
+fn read_record(all: &Folder, name: &Path) -> io::Result<Option<(Folder, Record)>> {
+    if !name.to_str().is_some_and(is_plain_name) {
+        let reason = "a supervisor does not give its directory such a name";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    }
+    let folder = match trusted_folder(all, name) {
+        // Removed meanwhile.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        folder => folder?,
+    };
+    Ok(Record::read(&folder)?.map(|record| (folder, record)))
+}
+
+fn unread(dir: &Path, e: io::Error) -> Error {
+    Error::try_again("cannot read the record of a mount").at(dir).because(e).remedy(format!(
+        "run this as root, with the version of Stencil that wrote the record; if that mount no longer exists, remove {}",
+        dir.display()
+    ))
+}
+
+/// Returns true while a supervisor holds the lock on the directory of its record.
+pub(in crate::control) fn is_locked(folder: &Folder) -> bool {
+    // A shared lock: two checks at the same time must not take each other for a supervisor.
+    let locked = flock(folder, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK);
+    if !locked {
+        let _ = flock(folder, FlockOperation::Unlock);
+    }
+    locked
+}

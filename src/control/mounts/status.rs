@@ -1,0 +1,204 @@
+//! Status of a mount: the state of its supervisor, and the templates of its store.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::registry::{LOG_FILE, Mount};
+use crate::control::protocol::options::ServeMode;
+use crate::control::protocol::snapshot::{Cache, FileKey, ServerEnd, Snapshot};
+use crate::error::Result;
+use crate::shown;
+use crate::store::{Digest, Serving, Store};
+use crate::units::Bytes;
+
+/// Status of a mount, as printed by `status --json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MountStatus {
+    /// Mountpoint; after a lazy unmount, the former one.
+    #[serde(serialize_with = "shown::path")]
+    pub mountpoint: PathBuf,
+    /// Path of the store.
+    #[serde(serialize_with = "shown::path")]
+    pub store: PathBuf,
+    /// `st_dev` of the mount's files.
+    pub device: u64,
+    /// PID of the supervisor.
+    pub supervisor_pid: u32,
+    /// PID of the server; `None` while a successor is being started.
+    pub server_pid: Option<u32>,
+    /// Version of the supervisor.
+    pub version: String,
+    /// Version of the server; `None` until the server has reported it.
+    pub server_version: Option<String>,
+    /// Path of the server's program at its start.
+    #[serde(serialize_with = "shown::optional_path")]
+    pub server_program: Option<PathBuf>,
+    /// The parts of the server's sandbox that this kernel does not support, as text; empty for a complete sandbox.
+    pub server_lacks: Vec<String>,
+    /// Number of servers that were started to replace another server.
+    pub restarts: u64,
+    /// End of the most recent server that has ended.
+    pub last_end: Option<ServerEnd>,
+    /// Number of consecutive servers that ended soon after their start; the delay of the next start grows with it.
+    pub early_ends: u32,
+    /// Time of the next start of a server, in seconds since 1970, while the start is delayed.
+    pub next_start: Option<f64>,
+    /// True after a lazy unmount: no path leads to the mount, but mappings of its files exist.
+    pub detached: bool,
+    /// Log of supervisor and server; `None` if the supervisor runs in the foreground and logs to standard error.
+    #[serde(serialize_with = "shown::optional_path")]
+    pub log: Option<PathBuf>,
+    /// Serve mode as requested: `auto`, `passthrough` or `decode`.
+    pub serve: String,
+    /// Location of passthrough backings: a directory or `memory`; `None` if there are none, with the reason in
+    /// `cache_why`.
+    pub cache: Option<String>,
+    /// Why the cache is not in the expected location.
+    pub cache_why: Option<String>,
+    /// Limit of all backings, in bytes.
+    pub cache_size: Bytes,
+    /// Bytes that all backings occupy.
+    pub cache_used: Bytes,
+    /// Status of each template.
+    pub templates: Vec<TemplateStatus>,
+    /// Counters since the start of the mount, by name.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// Status of one template.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TemplateStatus {
+    /// The template.
+    pub digest: Digest,
+    /// How the next open of its largest file is served.
+    pub serving: Serving,
+    /// Why its largest file is not served by passthrough; `None` if it is, or will be from the first open on.
+    pub why: Option<String>,
+    /// Number of processes that map the template; `None` if unknown. 0 from the supervisor; the command line counts.
+    pub clones: Option<u64>,
+    /// Bytes of its files in backings, including backings that are being filled.
+    pub hydrated_bytes: Bytes,
+    /// Status of each file.
+    pub files: Vec<FileStatus>,
+}
+
+/// Status of one file of a template.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FileStatus {
+    /// Name.
+    pub name: String,
+    /// Length, in bytes.
+    pub size: Bytes,
+    /// How the next open is served.
+    pub serving: Serving,
+    /// Why the file is not served by passthrough.
+    pub why: Option<String>,
+    /// Bytes of data in its backing, even while the backing is being filled.
+    pub hydrated_bytes: Bytes,
+    /// True if the backing is complete and verified.
+    pub hydrated: bool,
+}
+
+/// Page cache use of one passthrough backing.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Residency {
+    /// The template.
+    pub digest: Digest,
+    /// Name of the file.
+    pub file: String,
+    /// Bytes of the backing that are in the page cache.
+    pub resident_bytes: Bytes,
+}
+
+impl MountStatus {
+    /// Builds the status from the supervisor's state. If the store cannot be read, logs the reason and leaves
+    /// `templates` empty.
+    pub fn new(snapshot: Snapshot, mount: &Mount) -> MountStatus {
+        let templates = templates(&snapshot).unwrap_or_else(|error| {
+            log::warn!("{error}");
+            Vec::new()
+        });
+        let Snapshot { options, chosen, server, .. } = snapshot;
+        let version = server.as_ref().map(|s| s.version.clone()).filter(|v| !v.is_empty());
+        MountStatus {
+            mountpoint: options.mountpoint,
+            store: options.store,
+            device: snapshot.device,
+            supervisor_pid: snapshot.supervisor.pid,
+            server_pid: server.as_ref().map(|s| s.process.pid),
+            version: snapshot.version,
+            server_version: version,
+            server_lacks: server.as_ref().map(|s| s.lacks.clone()).unwrap_or_default(),
+            server_program: server.map(|s| s.program),
+            restarts: snapshot.restarts,
+            last_end: snapshot.last_end,
+            early_ends: snapshot.early_ends,
+            next_start: snapshot.next_start,
+            detached: mount.detached,
+            log: (!options.foreground).then(|| mount.dir.join(LOG_FILE)),
+            serve: options.serve.name().to_owned(),
+            cache: match &chosen.cache {
+                Cache::Directory(dir) => Some(dir.display().to_string()),
+                Cache::Memory => Some("memory".to_owned()),
+                Cache::Nowhere(_) => None,
+            },
+            cache_why: match &chosen.cache {
+                Cache::Nowhere(why) => Some(why.clone()),
+                _ => chosen.why,
+            },
+            cache_size: chosen.most,
+            cache_used: Bytes::new(snapshot.backings.iter().map(|b| b.reserved).sum()),
+            templates,
+            counters: snapshot.counters,
+        }
+    }
+}
+
+fn templates(snapshot: &Snapshot) -> Result<Vec<TemplateStatus>> {
+    let store = Store::open(&snapshot.options.store)?;
+    Ok(store.digests()?.iter().filter_map(|digest| template(&store, digest, snapshot)).collect())
+}
+
+fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<TemplateStatus> {
+    let template = store.template(digest).inspect_err(|e| log::warn!("{e}")).ok()?;
+    let no_cache = match &snapshot.chosen.cache {
+        Cache::Nowhere(why) => Some(why.clone()),
+        _ => None,
+    };
+    let files: Vec<FileStatus> = template
+        .files()
+        .iter()
+        .map(|file| {
+            let key = FileKey { digest: *digest, file: file.name.clone() };
+            let backing = snapshot.backings.iter().find(|b| b.key == key);
+            let why = match backing {
+                Some(backing) => backing.why.clone(),
+                None => no_cache.clone(),
+            };
+            let mode = snapshot.options.serve;
+            let decode = file.size == Bytes::ZERO
+                || mode == ServeMode::Decode
+                || mode == ServeMode::Auto && why.is_some();
+            FileStatus {
+                name: file.name.clone(),
+                size: file.size,
+                serving: if decode { Serving::Decode } else { Serving::Passthrough },
+                why,
+                hydrated_bytes: Bytes::new(backing.map_or(0, |b| b.filled)),
+                hydrated: backing.is_some_and(|b| b.id.is_some()),
+            }
+        })
+        .collect();
+    // The largest file is the guest memory, whose serving users ask about: it stands for the template.
+    let largest = files.iter().max_by_key(|f| f.size);
+    Some(TemplateStatus {
+        digest: *digest,
+        serving: largest.map_or(Serving::Decode, |f| f.serving),
+        why: largest.and_then(|f| f.why.clone()),
+        clones: Some(0),
+        hydrated_bytes: files.iter().map(|f| f.hydrated_bytes).sum(),
+        files,
+    })
+}

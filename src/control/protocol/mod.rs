@@ -1,0 +1,8 @@
+//! What is sent and shared between the processes of a mount: messages, the mount state, the ledger, the in-flight table.
+
+pub(super) mod in_flight;
+pub mod ledger;
+pub(super) mod messages;
+pub(super) mod options;
+pub(super) mod snapshot;
+pub(super) mod wire;

@@ -1,0 +1,322 @@
+//! Options of a mount, and their form as arguments of the supervisor.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::units::Bytes;
+
+/// How the files of a mount are served.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServeMode {
+    /// Passthrough if the host supports it and the backing fits, else decode, with the reason in the status.
+    #[default]
+    Auto,
+    /// Passthrough only; an open that would need decode fails.
+    Passthrough,
+    /// Decode only.
+    Decode,
+}
+
+impl ServeMode {
+    /// Returns the option value of this mode.
+    pub fn name(self) -> &'static str {
+        match self {
+            ServeMode::Auto => "auto",
+            ServeMode::Passthrough => "passthrough",
+            ServeMode::Decode => "decode",
+        }
+    }
+}
+
+impl FromStr for ServeMode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<ServeMode> {
+        [ServeMode::Auto, ServeMode::Passthrough, ServeMode::Decode]
+            .into_iter()
+            .find(|m| m.name() == text)
+            .ok_or_else(|| {
+                Error::usage(format!("invalid serve mode '{text}'")).remedy("use auto, passthrough or decode")
+            })
+    }
+}
+
+/// Options of a mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountOptions {
+    /// Mountpoint: an empty directory.
+    pub mountpoint: PathBuf,
+    /// Path of the store.
+    pub store: PathBuf,
+    /// Serve mode.
+    pub serve: ServeMode,
+    /// Directory for backings; `None` lets the supervisor choose.
+    pub cache_dir: Option<PathBuf>,
+    /// Limit of all backings, in bytes; `None` lets the supervisor choose.
+    pub cache_size: Option<Bytes>,
+    /// How long an open waits for its backing before the file is served by decode.
+    pub hydrate_timeout: Duration,
+    /// The server is replaced after it leaves a request unanswered for this long; zero disables the watchdog.
+    pub watchdog: Duration,
+    /// Mount with `MS_NOEXEC`.
+    pub noexec: bool,
+    /// The supervisor stays in the foreground, in the session of its caller.
+    pub foreground: bool,
+}
+
+/// Default of [`MountOptions::hydrate_timeout`].
+const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Default of [`MountOptions::watchdog`].
+const WATCHDOG: Duration = Duration::from_secs(10);
+
+/// Options of `-o` that are specific to Stencil and take a value.
+const WITH_VALUE: [&str; 5] = ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog"];
+
+/// Options of `-o` that are ignored: they describe what every mount of Stencil is, or are for `mount` and `fstab`.
+const WITHOUT_EFFECT: [&str; 26] = [
+    "ro",
+    "rw",
+    "defaults",
+    "allow_other",
+    "default_permissions",
+    "nosuid",
+    "nodev",
+    "exec",
+    "sync",
+    "async",
+    "dirsync",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "lazytime",
+    "auto",
+    "noauto",
+    "nofail",
+    "nouser",
+    "_netdev",
+    "silent",
+    "loud",
+];
+
+/// Returns the error of an option of `-o` that is always refused, with the reason.
+fn refused(word: &str) -> Option<Error> {
+    let key = word.split_once('=').map_or(word, |(key, _)| key);
+    let (why, remedy) = match key {
+        "suid" | "dev" => ("", "leave it out: templates hold memory images, not programs or devices"),
+        "remount" => (
+            ": the options of a mount are fixed",
+            "unmount and mount again, or switch to another build with 'stencil restart'",
+        ),
+        "user" | "users" | "owner" | "group" => {
+            (": only root can mount a store for all users", "leave it out, and mount as root or by a service")
+        }
+        _ => return None,
+    };
+    Some(Error::usage(format!("mount option '{word}' is refused{why}")).remedy(remedy))
+}
+
+impl MountOptions {
+    /// Creates the default options for a store and a mountpoint.
+    pub fn new(mountpoint: impl Into<PathBuf>, store: impl Into<PathBuf>) -> MountOptions {
+        MountOptions {
+            mountpoint: mountpoint.into(),
+            store: store.into(),
+            serve: ServeMode::default(),
+            cache_dir: None,
+            cache_size: None,
+            hydrate_timeout: HYDRATE_TIMEOUT,
+            watchdog: WATCHDOG,
+            noexec: false,
+            foreground: false,
+        }
+    }
+
+    /// Applies one `-o a,b=c` list.
+    ///
+    /// # Errors
+    /// Returns a usage error that names the unknown, invalid or refused option.
+    pub fn apply(&mut self, list: &str) -> Result<()> {
+        for word in list.split(',').filter(|w| !w.is_empty()) {
+            if let Some(error) = refused(word) {
+                return Err(error);
+            }
+            match word.split_once('=') {
+                Some((key, value)) if WITH_VALUE.contains(&key) => self.set(key, OsStr::new(value))?,
+                None if word == "noexec" => self.noexec = true,
+                _ if Self::knows(word) => {}
+                _ => {
+                    return Err(Error::usage(format!("unknown mount option '{word}'")).remedy(
+                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec or the usual options of fstab",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns true if `word` is a known option of `-o`, even if it is refused or ignored.
+    pub fn knows(word: &str) -> bool {
+        match word.split_once('=') {
+            _ if refused(word).is_some() || word.starts_with("x-") || word.starts_with("X-") => true,
+            Some((key, _)) => WITH_VALUE.contains(&key) || key == "comment",
+            None => word.is_empty() || word == "noexec" || WITHOUT_EFFECT.contains(&word),
+        }
+    }
+
+    fn set(&mut self, key: &str, value: &OsStr) -> Result<()> {
+        let text = || {
+            value.to_str().ok_or_else(|| {
+                Error::usage(format!("the value of {key} is not UTF-8"))
+                    .remedy(format!("use a UTF-8 value for {key}="))
+            })
+        };
+        match key {
+            "serve" => self.serve = text()?.parse()?,
+            "cache-dir" => self.cache_dir = Some(PathBuf::from(value)),
+            "cache-size" => self.cache_size = Some(Bytes::parse(text()?)?),
+            "hydrate-timeout" => self.hydrate_timeout = parse_seconds(text()?)?,
+            "watchdog" => self.watchdog = parse_seconds(text()?)?,
+            _ => return Err(Error::usage(format!("unknown option '{key}'"))),
+        }
+        Ok(())
+    }
+
+    /// Returns the arguments of the supervisor.
+    pub fn to_args(&self) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec!["supervise".into()];
+        let mut push = |key: &str, value: &OsStr| {
+            let mut arg = OsString::from(format!("--{key}="));
+            arg.push(value);
+            args.push(arg);
+        };
+        push("store", self.store.as_os_str());
+        push("serve", OsStr::new(self.serve.name()));
+        if let Some(dir) = &self.cache_dir {
+            push("cache-dir", dir.as_os_str());
+        }
+        if let Some(size) = self.cache_size {
+            push("cache-size", OsStr::new(&size.get().to_string()));
+        }
+        push("hydrate-timeout", OsStr::new(&self.hydrate_timeout.as_secs_f64().to_string()));
+        push("watchdog", OsStr::new(&self.watchdog.as_secs_f64().to_string()));
+        for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
+            if set {
+                args.push(flag.into());
+            }
+        }
+        args.push("--".into());
+        args.push(self.mountpoint.clone().into_os_string());
+        args
+    }
+
+    /// Parses the output of [`to_args`](Self::to_args), without its first argument (`supervise`).
+    ///
+    /// # Errors
+    /// Returns a usage error that names the unknown or invalid argument.
+    pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<MountOptions> {
+        use std::os::unix::ffi::OsStrExt;
+        let mut options = MountOptions::new("", "");
+        let mut args = args.into_iter();
+        for arg in args.by_ref() {
+            let bytes = arg.as_bytes();
+            if bytes == b"--" {
+                break;
+            }
+            match bytes {
+                b"--noexec" => options.noexec = true,
+                b"--foreground" => options.foreground = true,
+                _ => options.argument(bytes)?,
+            }
+        }
+        options.mountpoint = args.next().map(PathBuf::from).unwrap_or_default();
+        if options.mountpoint.as_os_str().is_empty() || options.store.as_os_str().is_empty() {
+            return Err(Error::usage("missing mountpoint or --store="));
+        }
+        Ok(options)
+    }
+
+    fn argument(&mut self, bytes: &[u8]) -> Result<()> {
+        use std::os::unix::ffi::OsStrExt;
+        let bad = || Error::usage(format!("unknown argument {}", OsStr::from_bytes(bytes).display()));
+        let split = bytes.iter().position(|&b| b == b'=').ok_or_else(bad)?;
+        let key = std::str::from_utf8(&bytes[..split]).ok().and_then(|k| k.strip_prefix("--"));
+        let value = OsStr::from_bytes(&bytes[split + 1..]);
+        match key.ok_or_else(bad)? {
+            "store" => self.store = PathBuf::from(value),
+            key => self.set(key, value)?,
+        }
+        Ok(())
+    }
+}
+
+/// Parses a time in seconds: `30`, `0.5` or `30s`.
+///
+/// # Errors
+/// Returns a usage error that names the text.
+pub fn parse_seconds(text: &str) -> Result<Duration> {
+    text.strip_suffix('s')
+        .unwrap_or(text)
+        .parse::<f64>()
+        .ok()
+        .and_then(|s| Duration::try_from_secs_f64(s).ok())
+        .ok_or_else(|| {
+            Error::usage(format!("invalid time '{text}'")).remedy("give seconds, for example 30 or 0.5")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::control::protocol::options::*;
+
+    #[test]
+    fn arguments_round_trip() {
+        let mut options = MountOptions::new("/mnt/a b", "/st=ore");
+        options.serve = ServeMode::Decode;
+        options.cache_dir = Some("/c".into());
+        options.cache_size = Some(Bytes::new(5 << 20));
+        options.hydrate_timeout = Duration::from_millis(250);
+        options.watchdog = Duration::from_millis(1500);
+        options.noexec = true;
+        options.foreground = true;
+        let args = options.to_args();
+        assert_eq!(args[0], "supervise");
+        assert_eq!(MountOptions::from_args(args.into_iter().skip(1)).unwrap(), options);
+    }
+
+    #[test]
+    fn parses_option_lists() {
+        let mut options = MountOptions::new("/m", "/s");
+        options
+            .apply("ro,nosuid,serve=decode,cache-size=1G,hydrate-timeout=2s,x-systemd.automount,noexec")
+            .unwrap();
+        assert_eq!(options.serve, ServeMode::Decode);
+        assert_eq!(options.cache_size, Some(Bytes::new(1 << 30)));
+        assert_eq!(options.hydrate_timeout, Duration::from_secs(2));
+        assert!(options.noexec);
+        for bad in [
+            "frobnicate",
+            "serve",
+            "serve=fast",
+            "cache-size=much",
+            "suid",
+            "dev",
+            "ro=1",
+            "hydrate-timeout=-1",
+        ] {
+            let error = options.apply(bad).unwrap_err();
+            assert_eq!(error.code(), crate::error::Code::Usage, "{bad}");
+            assert!(error.remedy_text().is_some(), "{bad}: {error}");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Names of templates: tags, references, inode numbers; and the policy that may change.
+
+pub(super) mod owner;
+pub(super) mod policy;
+pub(super) mod reference;
+pub(super) mod serving;
+pub(super) mod tags;

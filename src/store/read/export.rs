@@ -1,0 +1,235 @@
+//! Export of a template's file: the plain bytes, sparse, complete or not at all.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
+
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::store::disk::publish::random_hex;
+use crate::store::format::codec::is_zero;
+use crate::store::{BLOCK_SIZE, Scratch, Template};
+use crate::sys::files::stream::Sink;
+use crate::sys::process::threads;
+use crate::units::{Bytes, PAGE_SIZE};
+
+/// Blocks that a thread exports between two accesses to the shared counter.
+const BLOCKS_PER_TURN: u64 = 64;
+
+impl Template {
+    /// Writes one file of the template to the file `out`, which is created or replaced atomically. Zero pages become
+    /// holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero `stall` means no
+    /// limit.
+    ///
+    /// # Errors
+    /// Returns [`Code::Damage`](crate::error::Code) if a block is damaged. Returns an error if `out` cannot be written,
+    /// or if `interrupt` becomes true.
+    pub fn export_file(
+        &self,
+        file: usize,
+        out: &Path,
+        (interrupt, stall): (&AtomicBool, Duration),
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        // The target of a symbolic link is replaced, not the link.
+        let out = &fs::canonicalize(out).unwrap_or_else(|_| out.to_owned());
+        if let Ok(meta) = fs::metadata(out)
+            && !meta.is_file()
+        {
+            let kind = meta.file_type();
+            if kind.is_fifo() || kind.is_char_device() {
+                let mut stream = Sink::open(out, Some(stall), Some(interrupt))?;
+                return self.export_stream(file, out, &mut stream, interrupt, progress);
+            }
+            return Err(Error::usage(
+                "cannot export: the path exists and is not a regular file, named pipe or character device",
+            )
+            .at(out)
+            .remedy("give the path of a new file, or '-' for standard output"));
+        }
+        let target = Target::create(out, self.policy().mode | 0o200)?;
+        let size = self.files().get(file).map_or(0, |f| f.size.get());
+        target.file.set_len(size).map_err(|e| Error::io("cannot write", out, e))?;
+        progress.start("export", Some(Bytes::new(size)));
+        let written = self.write_blocks(file, &target.file, out, interrupt, progress);
+        progress.finish();
+        written?;
+        target.publish(out)
+    }
+
+    /// Writes one file of the template to a stream, in order, zeros included. Every byte is verified before it is
+    /// written; after an error the stream ends early. Error messages call the stream `name`.
+    ///
+    /// # Errors
+    /// Same as [`Template::export_file`].
+    pub fn export_stream(
+        &self,
+        file: usize,
+        name: &Path,
+        out: &mut dyn Write,
+        interrupt: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+        progress.start("export", self.files().get(file).map(|f| f.size));
+        for number in 0..self.block_count(file) {
+            check(interrupt)?;
+            let length = self.read_block(file, number, &mut scratch, &mut block)?;
+            out.write_all(&block[..length]).map_err(|e| Error::io("cannot write the export", name, e))?;
+            progress.advance(Bytes::new(length as u64));
+        }
+        progress.finish();
+        out.flush().map_err(|e| Error::io("cannot write the export", name, e))
+    }
+
+    fn write_blocks(
+        &self,
+        file: usize,
+        target: &File,
+        out: &Path,
+        interrupt: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let next = AtomicU64::new(0);
+        let failed = AtomicBool::new(false);
+        let blocks = self.block_count(file);
+        let work = || -> Result<()> {
+            let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+            while !failed.load(Ordering::Relaxed) {
+                let start = next.fetch_add(BLOCKS_PER_TURN, Ordering::Relaxed);
+                if start >= blocks {
+                    break;
+                }
+                check(interrupt)?;
+                for number in start..(start + BLOCKS_PER_TURN).min(blocks) {
+                    if self.block_id(file, number)?.is_some() {
+                        let length = self.read_block(file, number, &mut scratch, &mut block)?;
+                        write_pages(target, number * BLOCK_SIZE, &block[..length])
+                            .map_err(|e| Error::io("cannot write", out, e))?;
+                    }
+                    progress.advance(Bytes::new(BLOCK_SIZE));
+                }
+            }
+            Ok(())
+        };
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        threads::share(threads, || work().inspect_err(|_| failed.store(true, Ordering::Relaxed)))
+    }
+}
+
+fn check(interrupt: &AtomicBool) -> Result<()> {
+    match interrupt.load(Ordering::Relaxed) {
+        true => Err(Error::failed("interrupted; nothing was exported")),
+        false => Ok(()),
+    }
+}
+
+/// Writes the pages that are not zero; adjacent pages in one write.
+fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
+    let mut run: Option<usize> = None;
+    for (start, page) in (0..).step_by(PAGE_SIZE as usize).zip(block.chunks(PAGE_SIZE as usize)) {
+        match (is_zero(page), run) {
+            (false, None) => run = Some(start),
+            (true, Some(from)) => {
+                file.write_all_at(&block[from..start], offset + from as u64)?;
+                run = None;
+            }
+            _ => {}
+        }
+    }
+    run.map_or(Ok(()), |from| file.write_all_at(&block[from..], offset + from as u64))
+}
+
+/// A new file that appears at its path complete or not at all. The file has no name (`O_TMPFILE`) until it is
+/// published, so that nothing is left behind if the process is killed.
+#[derive(Debug)]
+pub struct Target {
+    file: File,
+    /// Name of the unfinished file, on a file system without `O_TMPFILE`.
+    temporary: Option<PathBuf>,
+}
+
+impl Target {
+    /// Creates a file with these permission bits, to be published as `out`.
+    ///
+    /// # Errors
+    /// Returns an error if the directory of `out` cannot be written.
+    pub fn create(out: &Path, mode: u32) -> Result<Target> {
+        let directory = directory_of(out);
+        let unnamed = rustix::fs::open(
+            directory,
+            OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::from_raw_mode(mode),
+        );
+        match unnamed {
+            Ok(file) => Ok(Target { file: file.into(), temporary: None }),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
+                let path = temporary_name(out)?;
+                let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
+                let file = file.map_err(|e| Error::io("cannot write", &path, e))?;
+                Ok(Target { file, temporary: Some(path) })
+            }
+            Err(e) => Err(Error::io("cannot create a file in", directory, e.into())),
+        }
+    }
+
+    /// Returns the file to write to.
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Syncs the file and gives it the name `out`, replacing an existing file.
+    ///
+    /// # Errors
+    /// Returns an error if a system call on `out` fails.
+    pub fn publish(mut self, out: &Path) -> Result<()> {
+        let fail = |e: io::Error| Error::io("cannot write", out, e);
+        self.file.sync_all().map_err(fail)?;
+        let temporary = match self.temporary.take() {
+            Some(path) => path,
+            None => {
+                let path = temporary_name(out)?;
+                let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                linkat(CWD, unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW).map_err(|e| fail(e.into()))?;
+                path
+            }
+        };
+        let renamed = fs::rename(&temporary, out).map_err(fail);
+        if renamed.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        let directory = directory_of(out);
+        renamed.and_then(|()| {
+            let synced = File::open(directory).and_then(|opened| opened.sync_all());
+            synced.map_err(|e| Error::io("cannot sync the directory", directory, e))
+        })
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Some(path) = &self.temporary {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn directory_of(out: &Path) -> &Path {
+    match out.parent() {
+        Some(directory) if directory != Path::new("") => directory,
+        _ => Path::new("."),
+    }
+}
+
+fn temporary_name(out: &Path) -> Result<PathBuf> {
+    let name =
+        out.file_name().ok_or_else(|| Error::usage("the path of the export has no file name").at(out))?;
+    Ok(out.with_file_name(format!(".{}.stencil-{}", name.to_string_lossy(), &random_hex()?[..8])))
+}

@@ -1,0 +1,7 @@
+//! Reading templates: each block is compared with its hash before a byte of it leaves.
+
+pub(super) mod export;
+pub(super) mod scratch;
+mod tables;
+pub(super) mod template;
+pub(super) mod tree;

@@ -1,0 +1,433 @@
+//! Reads templates. Every block is verified against its hash before a byte of the block is returned.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use serde_json::json;
+
+use super::tables::{open_image, open_placement};
+use super::tree::CheckedTable;
+use crate::error::{Error, Result};
+use crate::store::disk::open::no_template;
+use crate::store::disk::pack::PackIndex;
+use crate::store::disk::path::{StorePath, is_misplaced};
+use crate::store::format::image::{HASH_LEN, ImageFile, ImageHeader};
+use crate::store::format::placement::{Front, Row};
+use crate::store::format::{BLOCK_SHIFT, Invalid, PackId, Stored};
+use crate::store::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
+use crate::units::{Bytes, FileOffset};
+
+/// An open template. Reads continue to work after the template was removed from the store, while its packs exist.
+#[derive(Debug)]
+pub struct Template {
+    store: Store,
+    digest: Digest,
+    files: Vec<TemplateFile>,
+    header: ImageHeader,
+    policy: Policy,
+    image: CheckedTable,
+    placement: RwLock<Arc<Placement>>,
+}
+
+/// Where the blocks of a template are stored. A collector may replace the placement at any time.
+#[derive(Debug)]
+struct Placement {
+    front: Front,
+    rows: CheckedTable,
+}
+
+impl Store {
+    /// Opens a template: reads its header and the roots of its tables. Blocks are read on demand.
+    ///
+    /// # Errors
+    /// Returns [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or the errors of
+    /// [`Store::check_reachable`].
+    pub fn template(&self, digest: &Digest) -> Result<Template> {
+        Template::open(self.clone(), digest).map_err(|e| self.outage_or(e))
+    }
+}
+
+impl Template {
+    pub(in crate::store) fn open(store: Store, digest: &Digest) -> Result<Template> {
+        let dir = store.image_dir(digest);
+        let dir = dir.opened().map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => no_template(store.dir(), digest),
+            _ if is_misplaced(&e) => Invalid::damage("not a directory").in_file("template", &dir),
+            _ => dir.error("cannot open template", e),
+        })?;
+        let (front, image_values, rows) = open_placement(&dir.join("placement"), digest)?;
+        let (header, image) = open_image(&dir.join("image"), digest, &front, image_values)?;
+        let policy = Policy::read(&dir.join("policy"))?;
+        let files = header
+            .files()
+            .iter()
+            .zip(&front.files)
+            .map(|(file, stats)| TemplateFile {
+                name: file.name.clone(),
+                kind: file.kind,
+                size: Bytes::new(file.size),
+                data_bytes: Bytes::new(stats.data_bytes),
+            })
+            .collect();
+        let placement = RwLock::new(Arc::new(Placement { front, rows }));
+        Ok(Template { store, digest: *digest, files, header, policy, image, placement })
+    }
+
+    /// Returns the digest of the template.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Returns the files, sorted by name. Methods name a file by its index in this list.
+    pub fn files(&self) -> &[TemplateFile] {
+        &self.files
+    }
+
+    /// Returns the index of a file.
+    pub fn file(&self, name: &str) -> Option<usize> {
+        self.files.iter().position(|f| f.name == name)
+    }
+
+    /// Returns the policy at the time of opening.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Returns the size of all files.
+    pub fn size(&self) -> Bytes {
+        self.files.iter().map(|f| f.size).sum()
+    }
+
+    /// Returns the bytes of all files in 4 KiB pages that are not zero.
+    pub fn data_bytes(&self) -> Bytes {
+        self.files.iter().map(|f| f.data_bytes).sum()
+    }
+
+    /// Returns the bytes of the template's records in packs, including records shared with other templates.
+    pub fn stored_bytes(&self) -> Bytes {
+        Bytes::new(self.placement().front.files.iter().map(|f| f.stored_bytes).sum())
+    }
+
+    /// Returns the paths of the packs that hold the template's blocks.
+    pub fn packs(&self) -> Vec<StorePath> {
+        self.pack_ids().into_iter().map(|id| self.store.packs().path(id)).collect()
+    }
+
+    pub(in crate::store) fn pack_ids(&self) -> Vec<PackId> {
+        self.placement().front.packs.clone()
+    }
+
+    fn placement(&self) -> Arc<Placement> {
+        Arc::clone(&self.placement.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Runs `work` with the placement. A collector may have moved blocks and removed packs since the placement was
+    /// opened, so failed work is repeated while there is a newer placement.
+    fn with_placement<T>(&self, mut work: impl FnMut(&Placement) -> Result<T>) -> Result<T> {
+        let mut placement = self.placement();
+        loop {
+            match work(&placement) {
+                Err(error) => match self.newer(&placement) {
+                    Some(newer) => placement = newer,
+                    None => return Err(error),
+                },
+                done => return done,
+            }
+        }
+    }
+
+    /// Returns the current placement if it differs from `old`.
+    fn newer(&self, old: &Arc<Placement>) -> Option<Arc<Placement>> {
+        let mut current = self.placement.write().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&current, old) {
+            let (front, _, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
+            if front == old.front {
+                return None;
+            }
+            *current = Arc::new(Placement { front, rows });
+        }
+        Some(Arc::clone(&current))
+    }
+
+    /// Returns a description of the template as JSON. The text depends only on the content and may be cached forever.
+    pub fn manifest_json(&self) -> String {
+        let value = json!({
+            "schema": 1,
+            "digest": self.digest,
+            "block_size": BLOCK_SIZE,
+            "files": self.files,
+        });
+        format!("{value:#}\n")
+    }
+
+    /// Returns the number of blocks of a file; the last block may be shorter than [`BLOCK_SIZE`].
+    pub fn block_count(&self, file: usize) -> u64 {
+        self.header.files().get(file).map_or(0, ImageFile::blocks)
+    }
+
+    /// Returns the hash of a plain block (zero-padded to [`BLOCK_SIZE`]), or `None` for a zero block. Equal blocks of
+    /// all templates have equal hashes, so the hash may serve as a cache key.
+    ///
+    /// # Errors
+    /// Returns [`Code::Damage`](crate::error::Code) if this part of the table is damaged, or a usage error if the file
+    /// has no such block.
+    pub fn block_id(&self, file: usize, block: u64) -> Result<Option<Digest>> {
+        let (number, _) = self.locate(file, block)?;
+        self.block_hash(number)
+    }
+
+    /// Reads and verifies one whole block. Fills the front of `out` and returns the length of the block in its file:
+    /// [`BLOCK_SIZE`], or less for the last block. After an error `out` holds no byte of the block.
+    ///
+    /// # Errors
+    /// Returns [`Code::Damage`](crate::error::Code) with the pack, the offset, and the values found and expected.
+    /// Returns a usage error if there is no such block or `out` is too short.
+    pub fn read_block(
+        &self,
+        file: usize,
+        block: u64,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<usize> {
+        let (number, length) = self.locate(file, block)?;
+        let have = out.len();
+        let out = out.get_mut(..length).ok_or_else(|| {
+            Error::usage(format!("buffer too short: length is {have}, expected at least {length} bytes"))
+        })?;
+        let Some(hash) = self.block_hash(number)? else {
+            out.fill(0);
+            return Ok(length);
+        };
+        let Scratch { buffer, decoder, plain } = scratch;
+        self.with_placement(|placement| {
+            let (id, stored) = self.stored(placement, number, &hash)?;
+            let pack = self.store.pack(id)?;
+            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
+            let how = (stored.kind, stored.chunk_shift);
+            let decoded = if length as u64 == BLOCK_SIZE {
+                decoder.block(how, record, &hash, out)
+            } else {
+                plain.resize(BLOCK_SIZE as usize, 0);
+                decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
+            };
+            decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
+        })
+    }
+
+    /// Fills `out` with the bytes at `offset` of a file. For a block in sub-chunks, decodes only the requested
+    /// sub-chunks. All returned bytes are verified.
+    ///
+    /// # Errors
+    /// Same as [`Template::read_block`]. Also returns a usage error if the range exceeds the file.
+    pub fn read_range(
+        &self,
+        file: usize,
+        offset: FileOffset,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let mut position = offset.get();
+        let mut out = out;
+        while !out.is_empty() {
+            let (block, within) = (position / BLOCK_SIZE, (position % BLOCK_SIZE) as usize);
+            let (number, length) = self.locate(file, block)?;
+            if within >= length {
+                return Err(Error::usage(format!("offset {position} is beyond the end of file {file}")));
+            }
+            let (now, rest) = out.split_at_mut(out.len().min(length - within));
+            match now.len() == length {
+                true => self.read_block(file, block, scratch, now).map(drop)?,
+                false => self.read_part(number, within, scratch, now)?,
+            }
+            position += now.len() as u64;
+            out = rest;
+        }
+        Ok(())
+    }
+
+    fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
+        let Some(hash) = self.block_hash(number)? else {
+            out.fill(0);
+            return Ok(());
+        };
+        let Scratch { buffer, decoder, plain } = scratch;
+        plain.resize(BLOCK_SIZE as usize, 0);
+        self.with_placement(|placement| {
+            let (id, stored) = self.stored(placement, number, &hash)?;
+            let pack = self.store.pack(id)?;
+            // Reads the whole record: at 40 KiB, a second device access would cost more than the extra bytes.
+            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
+            let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
+            let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
+            let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {
+                true => decoder.block(how, record, &hash, plain),
+                false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
+            };
+            decoded.map_err(|why| pack.mismatch(stored, &why))
+        })?;
+        out.copy_from_slice(&plain[within..within + out.len()]);
+        Ok(())
+    }
+
+    /// Reads and verifies one block, and appends its record, as it is stored, to `out`. Returns `None` for a zero
+    /// block.
+    pub(in crate::store) fn read_record(
+        &self,
+        file: usize,
+        block: u64,
+        scratch: &mut Scratch,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<(Digest, Stored)>> {
+        let (number, _) = self.locate(file, block)?;
+        let Some(hash) = self.block_hash(number)? else { return Ok(None) };
+        self.with_placement(|placement| {
+            let (id, stored) = self.stored(placement, number, &hash)?;
+            let pack = self.store.pack(id)?;
+            let record = scratch.verify(&pack, stored, &hash).map_err(|e| self.store.unreadable(id, e))?;
+            out.extend_from_slice(record);
+            Ok(Some((hash, stored)))
+        })
+    }
+
+    /// Passes the bytes of the image to `each`, in verified parts.
+    pub(in crate::store) fn read_image(&self, each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.image.read_all(each)
+    }
+
+    /// Returns the length of the image in bytes.
+    pub(in crate::store) fn image_length(&self) -> u64 {
+        self.header.image_length()
+    }
+
+    /// Returns the hash and place of a block, or `None` for a zero block.
+    pub(in crate::store) fn place(
+        &self,
+        file: usize,
+        block: u64,
+    ) -> Result<Option<(Digest, PackId, Stored)>> {
+        let (number, _) = self.locate(file, block)?;
+        let Some(hash) = self.block_hash(number)? else { return Ok(None) };
+        self.with_placement(|p| self.stored(p, number, &hash)).map(|(id, stored)| Some((hash, id, stored)))
+    }
+
+    /// Verifies both tables as a whole. Returns one result for the image and one for the placement.
+    pub(in crate::store) fn check_tables(&self) -> [Result<()>; 2] {
+        [self.image.check_all(), self.with_placement(|p| p.rows.check_all())]
+    }
+
+    /// Verifies the tables, and the headers and indexes of the packs. Reads no block.
+    pub(in crate::store) fn check(&self) -> Result<()> {
+        self.check_tables().into_iter().collect::<Result<()>>()?;
+        self.with_placement(|placement| {
+            let mut packs = placement.front.packs.iter();
+            packs.try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
+        })
+    }
+
+    /// Returns the front of the placement. Two different placements have different fronts.
+    pub(in crate::store) fn front(&self) -> Front {
+        self.placement().front.clone()
+    }
+
+    /// Returns the hashes of unreadable blocks that have another place in the placement file `other`.
+    pub(in crate::store) fn unreadable_unlike(&self, other: &StorePath) -> Result<BTreeSet<Digest>> {
+        let (front, _, rows) = open_placement(other, &self.digest)?;
+        let (other, mut scratch) = (Placement { front, rows }, Scratch::default());
+        let mut unreadable = BTreeSet::new();
+        for file in 0..self.files.len() {
+            for block in 0..self.block_count(file) {
+                let Some((hash, id, stored)) = self.place(file, block)? else { continue };
+                let (number, _) = self.locate(file, block)?;
+                if self.stored(&other, number, &hash)? == (id, stored) || unreadable.contains(&hash) {
+                    continue;
+                }
+                let read =
+                    self.store.pack(id).and_then(|pack| scratch.verify(&pack, stored, &hash).map(drop));
+                if let Err(e) = read {
+                    log::warn!("{e}; repairing the template");
+                    unreadable.insert(hash);
+                }
+            }
+        }
+        Ok(unreadable)
+    }
+
+    /// Returns the template's directory in the store.
+    pub(in crate::store) fn directory(&self) -> StorePath {
+        self.store.image_dir(&self.digest)
+    }
+
+    /// Returns the blocks of a file that are not zero, as ranges of block indexes in ascending order.
+    ///
+    /// # Errors
+    /// Returns [`Code::Damage`](crate::error::Code) if the table is damaged.
+    pub fn data_ranges(&self, file: usize) -> Result<Vec<Range<u64>>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for block in 0..self.block_count(file) {
+            if self.block_id(file, block)?.is_some() {
+                match ranges.last_mut() {
+                    Some(last) if last.end == block => last.end += 1,
+                    _ => ranges.push(block..block + 1),
+                }
+            }
+        }
+        Ok(ranges)
+    }
+
+    /// Returns a bit mask of the sixteen 4 KiB pages of a block that are not zero, lowest bit first; 0 for a zero
+    /// block. Reads only the tables, no block.
+    ///
+    /// # Errors
+    /// Same as [`Template::block_id`].
+    pub fn data_pages(&self, file: usize, block: u64) -> Result<u16> {
+        let (number, _) = self.locate(file, block)?;
+        Ok(self.with_placement(|p| self.row(p, number))?.map_or(0, |row| row.stored.data_pages))
+    }
+
+    /// Returns the files of the store that hold this template: its tables, and the packs with its blocks, which may
+    /// hold blocks of other templates too.
+    pub fn store_files(&self) -> Vec<StorePath> {
+        let dir = self.directory();
+        [dir.join("image"), dir.join("placement")].into_iter().chain(self.packs()).collect()
+    }
+
+    /// Returns the index of the block in the tables, and its length in bytes.
+    fn locate(&self, file: usize, block: u64) -> Result<(u64, usize)> {
+        let found = self.header.files().get(file).filter(|f| block < f.blocks());
+        let found = found.ok_or_else(|| {
+            Error::usage(format!("no block {block} in file {file} of template {}", self.digest))
+        })?;
+        let length = (found.size - block * BLOCK_SIZE).min(BLOCK_SIZE);
+        Ok((found.first_block + block, length as usize))
+    }
+
+    fn block_hash(&self, number: u64) -> Result<Option<Digest>> {
+        let offset = ImageHeader::table_offset(self.files.len()) + number * HASH_LEN;
+        let hash = self.image.entry::<32>(offset)?;
+        Ok((hash != [0; 32]).then_some(Digest::new(hash)))
+    }
+
+    fn stored(&self, placement: &Placement, number: u64, hash: &Digest) -> Result<(PackId, Stored)> {
+        let damage = |why: String| Invalid::Damage(why).in_file("placement", self.placement_path());
+        let row = self.row(placement, number)?;
+        let row = row.ok_or_else(|| damage(format!("no place for block {number} with hash {hash}")))?;
+        let id = placement.front.packs.get(row.pack as usize).ok_or_else(|| {
+            damage(format!(
+                "block {number} has pack index {}, but the number of packs is {}",
+                row.pack,
+                placement.front.packs.len()
+            ))
+        })?;
+        Ok((*id, row.stored))
+    }
+
+    fn row(&self, placement: &Placement, number: u64) -> Result<Option<Row>> {
+        let bytes = placement.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
+        Row::decode(&bytes).map_err(|e| e.in_file("placement", self.placement_path()))
+    }
+
+    fn placement_path(&self) -> StorePath {
+        self.directory().join("placement")
+    }
+}

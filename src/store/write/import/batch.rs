@@ -1,0 +1,56 @@
+//! What the reader, the workers and the writer hand on: batches of blocks.
+
+use std::ops::Range;
+
+use crate::store::format::BlockKind;
+use crate::store::write::block_index::Place;
+use crate::store::write::ordered::BATCH_BLOCKS;
+use crate::store::{BLOCK_SIZE, Digest};
+
+/// Bytes of the source in a batch.
+pub(super) const BATCH_BYTES: usize = BATCH_BLOCKS * BLOCK_SIZE as usize;
+
+/// A message of the reader to the workers and the writer.
+pub(super) enum Work {
+    /// Blocks to hash and compress.
+    Data(Batch),
+    /// Number of zero blocks, from a hole.
+    Zeros(u64),
+    /// End of a file, with its size in bytes.
+    End(u64),
+}
+
+/// Consecutive blocks on their way through the pipeline. A batch and its buffers are reused.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    /// Bytes of the source.
+    pub plain: Vec<u8>,
+    /// Number of bytes in `plain`. A worker pads a short last block with zeros.
+    pub length: usize,
+    /// Records of new blocks, one after another.
+    pub records: Vec<u8>,
+    /// Result for each block.
+    pub blocks: Vec<Block>,
+}
+
+/// A worker's result for one block.
+#[derive(Debug)]
+pub(super) struct Block {
+    /// Bit mask of the 4 KiB pages that are not zero, lowest bit first.
+    pub data_pages: u16,
+    pub outcome: Outcome,
+}
+
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Zero,
+    /// The store has the block.
+    Stored(Digest, Place),
+    /// The block is new, and its record is at `record` in [`Batch::records`].
+    New {
+        hash: Digest,
+        kind: BlockKind,
+        chunk_shift: u8,
+        record: Range<usize>,
+    },
+}

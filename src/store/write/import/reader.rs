@@ -1,0 +1,179 @@
+//! Opens the sources, and reads them in batches without their holes.
+
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::Receiver;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::batch::{BATCH_BYTES, Batch, Work};
+use super::format::{check_format, plain};
+use super::input::Input;
+use super::magic::HEAD;
+use super::request::{ImportFile, ImportFormat, ImportRequest};
+use super::stop::Stop;
+use crate::error::{Error, Result};
+use crate::store::write::stall;
+use crate::store::{BLOCK_SIZE, FileKind};
+use crate::sys::files::stream;
+
+impl ImportRequest {
+    /// Opens the sources and returns them sorted by name.
+    pub(super) fn inputs(&self) -> Result<Vec<Input>> {
+        self.check()?;
+        let mut files: Vec<&ImportFile> = self.files.iter().collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
+        for input in &mut inputs {
+            input.must_be_plain = input.kind == FileKind::Ram && self.format != ImportFormat::Raw;
+        }
+        check_format(self.format, &inputs)?;
+        inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
+        let mut total: u64 = 0;
+        for input in &inputs {
+            total = total.saturating_add(input.size().unwrap_or_default());
+            input.check_total(total)?;
+        }
+        Ok(inputs)
+    }
+}
+
+/// Returns the order in which inputs are read: late inputs come last.
+pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..inputs.len()).collect();
+    order.sort_by_key(|&at| inputs.get(at).is_some_and(Input::is_late));
+    order
+}
+
+/// Reads all inputs in this order. `empty` supplies batches to fill; `send` takes the batches.
+pub(super) fn run(
+    inputs: Vec<Input>,
+    order: &[usize],
+    stop: &Stop<'_>,
+    empty: &Receiver<Batch>,
+    mut send: impl FnMut(Work) -> Result<()>,
+) -> Result<()> {
+    let mut inputs: Vec<Option<Input>> = inputs.into_iter().map(Some).collect();
+    for &at in order {
+        let Some(input) = inputs.get_mut(at).and_then(Option::take) else { continue };
+        stop.check()?;
+        let input = input.open_late()?;
+        let size = match input.size() {
+            Some(size) => read_file(&input, size, stop, empty, &mut send).map(|()| size)?,
+            None => read_stream(&input, stop, empty, &mut send)?,
+        };
+        send(Work::End(size))?;
+    }
+    Ok(())
+}
+
+fn next_batch(stop: &Stop<'_>, empty: &Receiver<Batch>) -> Result<Batch> {
+    stop.check()?;
+    let mut batch = empty.recv().map_err(|_| Error::failed("import stopped"))?;
+    batch.plain.resize(BATCH_BYTES, 0);
+    Ok(batch)
+}
+
+fn read_file(
+    input: &Input,
+    size: u64,
+    stop: &Stop<'_>,
+    empty: &Receiver<Batch>,
+    send: &mut impl FnMut(Work) -> Result<()>,
+) -> Result<()> {
+    let mut offset = 0;
+    while offset < size {
+        let (start, end) = next_data(input, offset, size)?;
+        if start > offset {
+            send(Work::Zeros((start - offset).div_ceil(BLOCK_SIZE)))?;
+        }
+        offset = start;
+        while offset < end {
+            let mut batch = next_batch(stop, empty)?;
+            let length = (end - offset).min(BATCH_BYTES as u64) as usize;
+            batch.length = length;
+            let read = input.file().and_then(|f| f.read_exact_at(&mut batch.plain[..length], offset));
+            read.map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => input.changed("was truncated"),
+                _ => input.fail(e),
+            })?;
+            offset += length as u64;
+            send(Work::Data(batch))?;
+        }
+    }
+    input.check_unchanged()
+}
+
+/// Returns the next range outside holes, widened to whole blocks; `(size, size)` if only a hole is left.
+fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
+    let file = input.file().map_err(|e| input.fail(e))?;
+    let data = match seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => data.min(size),
+        Err(Errno::NXIO) => size,
+        // The file system does not support `SEEK_DATA`.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, size)),
+        Err(e) => return Err(input.fail(e.into())),
+    };
+    if data == size {
+        return Ok((size, size));
+    }
+    let hole = match seek(file, SeekFrom::Hole(data)) {
+        Ok(hole) => hole.min(size),
+        Err(_) => size,
+    };
+    let start = data / BLOCK_SIZE * BLOCK_SIZE;
+    Ok((start.max(offset), hole.next_multiple_of(BLOCK_SIZE).min(size)))
+}
+
+fn read_stream(
+    input: &Input,
+    stop: &Stop<'_>,
+    empty: &Receiver<Batch>,
+    send: &mut impl FnMut(Work) -> Result<()>,
+) -> Result<u64> {
+    let mut total = 0;
+    let mut file = input.file().map_err(|e| input.fail(e))?;
+    loop {
+        let mut batch = next_batch(stop, empty)?;
+        let mut have = 0;
+        while have < BATCH_BYTES {
+            wait_readable(input, stop, total + have as u64)?;
+            match file.read(&mut batch.plain[have..]) {
+                Ok(0) => break,
+                Ok(count) => have += count,
+                // The pipe is nonblocking: opened so, or set so by another process that shares the open file
+                // description.
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+                Err(e) => return Err(input.fail(e)),
+            }
+        }
+        total += have as u64;
+        input.check_total(total)?;
+        if total == have as u64 && input.must_be_plain {
+            plain(input, batch.plain.get(..have.min(HEAD)).unwrap_or_default(), &[])?;
+        }
+        if have > 0 {
+            batch.length = have;
+            send(Work::Data(batch))?;
+        }
+        if have < BATCH_BYTES {
+            input.check_size(total)?;
+            return Ok(total);
+        }
+    }
+}
+
+fn wait_readable(input: &Input, stop: &Stop<'_>, have: u64) -> Result<()> {
+    let file = input.file().map_err(|e| input.fail(e))?;
+    if stream::wait_readable(file, stop.stall, || stop.check(), |e| input.fail(e))? {
+        return Ok(());
+    }
+    Err(Error::try_again(format!(
+        "the source of file '{}' stalled at offset {have}: no bytes for {} s; nothing was imported",
+        input.name,
+        stop.stall.unwrap_or_default().as_secs_f64()
+    ))
+    .at(input.origin())
+    .remedy(stall::REMEDY))
+}

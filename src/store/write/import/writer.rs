@@ -1,0 +1,102 @@
+//! Import writer: takes batches in order and writes packs and tables into the session.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, Sender};
+
+use super::batch::{Batch, Block, Outcome, Work};
+use super::input::Input;
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::store::BLOCK_SIZE;
+use crate::store::disk::path::StorePath;
+use crate::store::format::Stored;
+use crate::store::write::block_index::BlockIndex;
+use crate::store::write::pack_writer::{PackWriter, Packed};
+use crate::store::write::tables::{TableWriter, Tables};
+use crate::units::Bytes;
+
+/// Complete tables in the session's directory `image`, and the new packs beside that directory.
+pub(super) struct Written {
+    pub tables: Tables,
+    pub packed: Packed,
+}
+
+pub(super) struct Writer<'a> {
+    index: &'a BlockIndex,
+    tables: TableWriter,
+    packs: PackWriter<'a>,
+}
+
+impl<'a> Writer<'a> {
+    pub fn new(
+        session: &'a StorePath,
+        inputs: &[Input],
+        order: Vec<usize>,
+        index: &'a BlockIndex,
+    ) -> Result<Writer<'a>> {
+        let files = inputs.iter().map(|i| (i.name.clone(), i.kind));
+        let tables = TableWriter::new(&session.join("image"), files)?.in_order(order);
+        Ok(Writer { index, tables, packs: PackWriter::new(session, index) })
+    }
+
+    /// Writes batches until the reader and all workers have stopped, or until an error.
+    pub fn run(
+        &mut self,
+        done: &Receiver<(u64, Result<Work>)>,
+        give_back: &Sender<Batch>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let mut waiting: BTreeMap<u64, Work> = BTreeMap::new();
+        let mut next = 0;
+        while let Ok((sequence, work)) = done.recv() {
+            waiting.insert(sequence, work?);
+            while let Some(work) = waiting.remove(&next) {
+                next += 1;
+                match work {
+                    Work::Zeros(blocks) => {
+                        self.tables.zeros(blocks)?;
+                        progress.advance(Bytes::new(blocks * BLOCK_SIZE));
+                    }
+                    Work::End(size) => self.tables.end_file(size),
+                    Work::Data(batch) => {
+                        for block in &batch.blocks {
+                            self.block(block, &batch.records)?;
+                        }
+                        progress.advance(Bytes::new(batch.length as u64));
+                        // Fails if the reader has finished; the batch is then dropped.
+                        let _ = give_back.send(batch);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn block(&mut self, block: &Block, records: &[u8]) -> Result<()> {
+        let (hash, place) = match &block.outcome {
+            Outcome::Zero => return self.tables.zeros(1),
+            Outcome::Stored(hash, place) => (hash, *place),
+            Outcome::New { hash, kind, chunk_shift, record } => {
+                // Two workers may have processed the same new block in different batches.
+                let place = match self.index.find_written(hash) {
+                    Some(place) => place,
+                    None => {
+                        let record = &records[record.clone()];
+                        let (kind, chunk_shift, data_pages) = (*kind, *chunk_shift, block.data_pages);
+                        let length = record.len() as u32;
+                        let stored = Stored { offset: 0, length, kind, chunk_shift, data_pages };
+                        self.packs.append(*hash, record, stored)?
+                    }
+                };
+                (hash, place)
+            }
+        };
+        self.tables.block(hash, place)
+    }
+
+    /// Completes the packs and tables. All files are then synced, under names in the session.
+    pub fn finish(self) -> Result<Written> {
+        let packed = self.packs.finish()?;
+        Ok(Written { tables: self.tables.finish()?, packed })
+    }
+}

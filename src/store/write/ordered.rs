@@ -1,0 +1,152 @@
+//! Parallel work on all cores with results in order.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
+
+use crate::error::{Error, Result};
+use crate::sys::process::threads;
+
+/// Blocks in a batch, the unit of parallel work: 1 MiB is read, hashed and compressed at a time.
+pub(in crate::store) const BATCH_BLOCKS: usize = 16;
+
+/// Passes each item of `make`, until `make` returns `None`, through `work` on all cores to `take`, in the order of
+/// `make`. `state` creates the state that a worker reuses between items.
+///
+/// The number of items in flight is bounded. The first error in that order stops the work and sets `stop`, so that a
+/// `make` that waits for an external event can return.
+pub(in crate::store) fn ordered<S, I: Send, O: Send>(
+    stop: &AtomicBool,
+    mut make: impl FnMut() -> Result<Option<I>> + Send,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, I) -> Result<O> + Sync,
+    mut take: impl FnMut(O) -> Result<()>,
+) -> Result<()> {
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    let (permit, permits) = mpsc::channel::<()>();
+    for _ in 0..workers * 3 + 2 {
+        // Cannot fail: the receiver `permits` is alive.
+        let _ = permit.send(());
+    }
+    let (to_workers, pieces) = mpsc::channel::<(u64, I)>();
+    let pieces = Mutex::new(pieces);
+    let (to_taker, done) = mpsc::channel::<(u64, Result<O>)>();
+    thread::scope(|scope| {
+        for number in 0..workers {
+            let (pieces, to_taker, state, work) = (&pieces, to_taker.clone(), &state, &work);
+            let started = threads::start_scoped(scope, move || {
+                let mut state = state();
+                loop {
+                    let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok((number, piece)) = next else { return };
+                    // An unreported panic would make the caller wait for this item forever.
+                    let result = catch_unwind(AssertUnwindSafe(|| work(&mut state, piece)))
+                        .unwrap_or_else(|_| Err(Error::failed("a worker thread panicked")));
+                    if to_taker.send((number, result)).is_err() {
+                        return;
+                    }
+                }
+            });
+            match started {
+                Err(error) if number == 0 => return Err(error),
+                // Continue with the workers that were started.
+                Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+        threads::start_scoped(scope, move || {
+            for number in 0.. {
+                if permits.recv().is_err() {
+                    return;
+                }
+                let sent = match make() {
+                    Ok(Some(piece)) => to_workers.send((number, piece)).is_ok(),
+                    Ok(None) => return,
+                    Err(error) => {
+                        let _ = to_taker.send((number, Err(error)));
+                        return;
+                    }
+                };
+                if !sent {
+                    return;
+                }
+            }
+        })?;
+        let mut waiting = BTreeMap::new();
+        let mut next = 0;
+        let mut run = || {
+            while let Ok((number, result)) = done.recv() {
+                waiting.insert(number, result);
+                while let Some(result) = waiting.remove(&next) {
+                    next += 1;
+                    take(result?)?;
+                    // Fails if the thread that runs `make` has finished.
+                    let _ = permit.send(());
+                }
+            }
+            Ok(())
+        };
+        let result = run();
+        if result.is_err() {
+            stop.store(true, Ordering::Relaxed);
+        }
+        // Wakes a `make` thread that waits for a permit, and workers that wait for items.
+        drop(permit);
+        drop(done);
+        result
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::store::write::ordered::*;
+
+    #[test]
+    fn keeps_the_order_and_limits_items_in_flight() {
+        let (mut made, mut taken) = (0u64, Vec::new());
+        let in_flight = std::sync::atomic::AtomicUsize::new(0);
+        let make = || {
+            made += 1;
+            assert!(in_flight.fetch_add(1, Ordering::SeqCst) < 400);
+            Ok((made <= 2000).then_some(made))
+        };
+        let work = |_: &mut (), n: u64| {
+            if n.is_multiple_of(7) {
+                thread::sleep(std::time::Duration::from_micros(300));
+            }
+            Ok(n)
+        };
+        let take = |n| {
+            in_flight.fetch_sub(1, Ordering::SeqCst);
+            taken.push(n);
+            Ok(())
+        };
+        ordered(&AtomicBool::new(false), make, || (), work, take).unwrap();
+        assert_eq!(taken, (1..=2000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn returns_the_first_error_in_order_and_stops_a_waiting_make() {
+        let stop = AtomicBool::new(false);
+        let mut made = 0;
+        let make = || {
+            made += 1;
+            while made > 20 && !stop.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+            Ok(Some(made))
+        };
+        let work = |_: &mut (), n: i32| match n {
+            10 => {
+                thread::sleep(std::time::Duration::from_millis(20));
+                Err(Error::failed("ten"))
+            }
+            11 => Err(Error::failed("eleven")),
+            _ => Ok(n),
+        };
+        let error = ordered(&stop, make, || (), work, |_| Ok(())).unwrap_err();
+        assert_eq!(error.message(), "ten");
+    }
+}

@@ -1,0 +1,4 @@
+//! Unix sockets.
+
+pub mod peer;
+pub mod unix;

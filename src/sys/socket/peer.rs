@@ -1,0 +1,51 @@
+//! Credentials of the peer of a unix socket (`SO_PEERCRED`).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// The process that called connect(2) or listen(2) on the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// Pid of the process; `None` if the process is not visible in this PID namespace.
+    pub pid: Option<u32>,
+    /// Effective user id of the process at that time.
+    pub uid: u32,
+}
+
+impl Peer {
+    /// Returns the peer of a connected socket.
+    ///
+    /// # Errors
+    /// Returns an error if the system call fails.
+    pub fn of(socket: impl AsFd) -> io::Result<Peer> {
+        // Without rustix, whose result type cannot represent the pid 0 that stands for another PID namespace.
+        let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+        let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes to a `ucred` that outlives the call.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERCRED,
+                (&raw mut peer).cast(),
+                &raw mut length,
+            )
+        };
+        match result {
+            0 => Ok(Peer { pid: u32::try_from(peer.pid).ok().filter(|&pid| pid != 0), uid: peer.uid }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::sys::socket::peer::*;
+
+    #[test]
+    fn returns_this_process_for_a_socket_pair() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
+        let uid = rustix::process::geteuid().as_raw();
+        assert_eq!(Peer::of(&a).unwrap(), Peer { pid: Some(std::process::id()), uid });
+    }
+}

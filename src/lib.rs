@@ -5,7 +5,7 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | 0 | [`units`], [`error`], [`progress`], [`shown`] |
+//! | 0 | [`units`], [`error`], [`progress`], [`sanitize`] |
 //! | 1 | [`sys`]: the only unsafe code; one kernel interface per file |
 //! | 2 | [`store`] (independent of guest memory layout), [`memory`] (independent of the store) |
 //! | 3 | [`control`]: the protocol between `stencil` and `stencil-mountd` |
@@ -20,7 +20,7 @@ pub mod control;
 pub mod error;
 pub mod memory;
 pub mod progress;
-pub mod shown;
+pub mod sanitize;
 pub mod store;
 pub mod sys;
 pub mod units;

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use crate::shown::shown;
+use crate::sanitize::shown;
 
 /// A table that is built row by row.
 pub struct Columns {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
 use crate::say;
-use crate::shown::{path_text, shown};
+use crate::sanitize::{path_text, shown};
 use crate::sys::poll::Patient;
 
 /// The result of a command. Text and JSON are both made from the same struct.

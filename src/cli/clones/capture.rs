@@ -12,7 +12,7 @@ use crate::cli::{Global, interrupt};
 use crate::clones::capture::{Afterwards, Captured, Check, Finding, capture, check};
 use crate::clones::vmm::shell_word;
 use crate::error::{Code, Result};
-use crate::shown::shown;
+use crate::sanitize::shown;
 use crate::store::{Store, TagName};
 use crate::units::Bytes;
 

@@ -17,7 +17,7 @@ use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Ending, Entry};
 use crate::control;
 use crate::error::Result;
-use crate::shown::utc;
+use crate::sanitize::utc;
 use crate::sys::process::{ProcessId, signal_name};
 
 /// List clones, and other processes that map a template

@@ -11,7 +11,7 @@ use crate::cli::output::{Done, Report};
 use crate::cli::{Global, value_parsers};
 use crate::control::{self, MountOptions, ServeMode};
 use crate::error::{Error, Result};
-use crate::shown::path_text;
+use crate::sanitize::path_text;
 use crate::units::Bytes;
 
 /// Mount the store, with each template as read-only files

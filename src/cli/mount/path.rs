@@ -27,10 +27,10 @@ pub struct PathArgs {
 
 #[derive(Serialize)]
 struct Place {
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     path: PathBuf,
     digest: Digest,
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     mountpoint: PathBuf,
 }
 

@@ -45,7 +45,7 @@ struct Restarted {
 
 #[derive(Debug, Serialize)]
 struct One {
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     mountpoint: PathBuf,
     supervisor_pid: u32,
     version: String,

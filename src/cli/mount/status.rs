@@ -16,7 +16,7 @@ use crate::clones::counted;
 use crate::clones::find::{self, CloneProcess};
 use crate::control::{self, DeadMount, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
-use crate::shown::{shown, utc};
+use crate::sanitize::{shown, utc};
 use crate::store::Store;
 use crate::sys::process::paused;
 
@@ -57,13 +57,13 @@ struct Responsive {
 
 #[derive(Serialize)]
 struct Unresponsive {
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     mountpoint: PathBuf,
     store: PathBuf,
     state: State,
     server_pid: Option<u32>,
     /// `None` if the mount never had a log.
-    #[serde(serialize_with = "crate::shown::optional_path")]
+    #[serde(serialize_with = "crate::sanitize::optional_path")]
     log: Option<PathBuf>,
     error: String,
     remedy: String,

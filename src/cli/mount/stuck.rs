@@ -28,7 +28,7 @@ pub struct Stuck {
     /// Number of pending requests.
     waiting: u64,
     /// Mountpoint; `None` if the file system is not reachable by a path any more.
-    #[serde(serialize_with = "crate::shown::optional_path")]
+    #[serde(serialize_with = "crate::sanitize::optional_path")]
     mountpoint: Option<PathBuf>,
     /// Type of the file system, if it is mounted.
     fs_type: Option<String>,
@@ -114,7 +114,7 @@ pub fn find() -> Result<Vec<Stuck>> {
 #[derive(Debug, Serialize)]
 pub struct Aborted {
     connection: u32,
-    #[serde(serialize_with = "crate::shown::optional_path")]
+    #[serde(serialize_with = "crate::sanitize::optional_path")]
     mountpoint: Option<PathBuf>,
     /// Processes that will be killed at the next access to a page that is not in RAM.
     cut_off: Vec<User>,

@@ -43,7 +43,7 @@ pub struct UmountArgs {
 
 #[derive(Debug, Serialize)]
 struct Unmounted {
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     mountpoint: PathBuf,
     /// Processes for which the detached mount is still served.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -14,7 +14,7 @@ use crate::clones::counted;
 use crate::clones::recipe::Recipe;
 use crate::control::{LeaseHolder, leases};
 use crate::error::{Error, Result};
-use crate::shown::{shown, shown_lines, utc};
+use crate::sanitize::{shown, shown_lines, utc};
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
 

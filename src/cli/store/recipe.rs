@@ -15,7 +15,7 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::clones::recipe::{MAX_TEXT, Recipe};
 use crate::error::{Error, Result};
-use crate::shown::shown_lines;
+use crate::sanitize::shown_lines;
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::sys::files::stream;
 

@@ -45,7 +45,7 @@ pub struct SaveArgs {
 
 #[derive(Serialize)]
 struct SaveReport {
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     output: PathBuf,
     #[serde(flatten)]
     saved: Saved,

@@ -4,7 +4,7 @@
 //! received through a pipe, from a migration without shared RAM. If the file system can clone files (reflink), the VM
 //! is paused only for the clone, not for the import.
 
-mod back;
+mod restore;
 mod busy;
 mod check;
 mod disks;
@@ -12,9 +12,9 @@ mod images;
 mod lock;
 mod open_files;
 mod qemu_process;
-mod stand;
+mod pause;
 mod vm;
-mod watchdog;
+mod capture_watchdog;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -33,14 +33,14 @@ use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
-use back::SavedState;
+use restore::SavedState;
 pub use check::{Check, Finding, check};
 use disks::Frozen;
 use lock::VmLock;
-use stand::PausedVm;
+use pause::PausedVm;
 use vm::{RamFile, Vm};
-use watchdog::ResumeOnDeath;
-pub use watchdog::{RESUME_ARGUMENT, resume_main};
+use capture_watchdog::ResumeOnDeath;
+pub use capture_watchdog::{RESUME_ARGUMENT, resume_main};
 
 /// The state of the VM after a capture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::active_launch::ActiveLaunch;
 use super::order::Ready;
-use super::own;
+use crate::clones::launch::clone_resources;
 use crate::clones::recipe::{Escape, Needs};
 use crate::clones::registry::{Entry, process_tree};
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
     let target = active.order.target;
     let needs = Needs::of(argv);
     let disks = if needs.disks.is_empty() { vec![] } else { target.recipe()?.disks };
-    let (values, reserved) = own::allocate(target, &disks, &needs, entry, 0, || active.is_over())?;
+    let (values, reserved) = clone_resources::allocate(target, &disks, &needs, entry, 0, || active.is_over())?;
     let filled = argv.iter().map(|arg| values.fill(arg, Escape::None)).collect::<Result<Vec<_>>>()?;
     let Some((program, args)) = filled.split_first() else {
         return Err(Error::usage("missing command").remedy("write the command after --: -- CMD {memory}"));

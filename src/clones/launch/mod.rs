@@ -2,14 +2,14 @@
 
 mod active_launch;
 mod child;
-mod herd;
+mod simulated_launch;
 mod job;
 mod order;
-mod own;
+mod clone_resources;
 mod qemu;
 mod simulate;
 mod target;
-mod watchdog;
+mod launch_watchdog;
 mod worker;
 mod zygote;
 
@@ -39,7 +39,7 @@ pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let mut launch = Launch::prepare()?;
     // Started before any clone: if this process dies, the watchdog or the next sweep removes the clones.
-    let watchdog = watchdog::start(&launch)?;
+    let watchdog = launch_watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
     launch.begin()?;
     launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
@@ -50,7 +50,7 @@ pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
     let gathered = gather(order, &launch, progress);
     progress.finish();
     let outcome = gathered.and_then(|(launched, held)| {
-        held.map_or(Ok(()), herd::Held::release)?;
+        held.map_or(Ok(()), simulated_launch::Held::release)?;
         Ok(launched)
     });
     match outcome {
@@ -76,11 +76,11 @@ fn gather(
     order: &Order<'_>,
     launch: &Launch,
     progress: &dyn Progress,
-) -> Result<(Launched, Option<herd::Held>)> {
+) -> Result<(Launched, Option<simulated_launch::Held>)> {
     let active = ActiveLaunch { order, launch, progress, next: AtomicU32::new(0), state: Mutex::default() };
     let (launched, held) = match &order.how {
         How::Simulated(simulate) => {
-            let (launched, held) = herd::launch(&active, simulate)?;
+            let (launched, held) = simulated_launch::launch(&active, simulate)?;
             (launched, Some(held))
         }
         How::Qemu(recipe) => {
@@ -99,8 +99,8 @@ pub fn helper_main() -> Option<ExitCode> {
     let first = args.next()?;
     if first == zygote::ARGUMENT {
         Some(zygote::main())
-    } else if first == watchdog::ARGUMENT {
-        Some(watchdog::main(args.next()))
+    } else if first == launch_watchdog::ARGUMENT {
+        Some(launch_watchdog::main(args.next()))
     } else if first == capture::RESUME_ARGUMENT {
         Some(capture::resume_main(args))
     } else {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::active_launch::ActiveLaunch;
 use super::child::{ReadyWait, spawn};
-use super::own;
+use crate::clones::launch::clone_resources;
 use crate::clones::agent::{Channel, Clock};
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
@@ -65,7 +65,7 @@ fn resume_once(
 ) -> Result<Child> {
     // The ports stay reserved until QEMU listens on them.
     let (values, _reserved) =
-        own::allocate(active.order.target, &recipe.disks, needs, entry, attempt, || active.is_over())?;
+        clone_resources::allocate(active.order.target, &recipe.disks, needs, entry, attempt, || active.is_over())?;
     let state = values.get("state").map(str::to_owned).ok_or_else(|| {
         Error::usage(format!(
             "template {} has no device state (file 'state') to resume",

@@ -5,9 +5,9 @@
 //! clone. Resources that must be unique on a host are allocated for each clone: `{mac}`, `{mac:N}`, `{cid}`, `{uuid}`,
 //! `{port:N}`, `{disk:NAME}`.
 
-mod chars;
-mod check;
-mod correct;
+mod chardevs;
+mod validation;
+mod corrections;
 mod disks;
 mod host;
 mod identity;
@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-pub use check::MAX_TEXT;
-pub use correct::corrected;
+pub use validation::MAX_TEXT;
+pub use corrections::corrected;
 pub use disks::PlannedDisk;
 pub use host::{Image, LiveDisk};
 pub use identity::Identity;

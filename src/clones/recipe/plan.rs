@@ -7,7 +7,7 @@ mod parts;
 
 use std::path::PathBuf;
 
-use super::chars;
+use crate::clones::recipe::chardevs;
 use super::disks::Disks;
 use super::libvirt::Secrets;
 use super::memory::{self, Memory, Problem, Ram, Rom};
@@ -362,7 +362,7 @@ impl<'a> Converter<'a> {
                 self.keep("serial", Some(value));
             }
             None if value == "none" => self.keep("serial", Some(value)),
-            None => match chars::serial(value, self.serials) {
+            None => match chardevs::serial(value, self.serials) {
                 Some(changed) => {
                     self.serials += 1;
                     self.keep("serial", Some(&changed));
@@ -402,8 +402,8 @@ impl<'a> Converter<'a> {
                 continue;
             };
             let backend = props.get("backend").unwrap_or_default();
-            match chars::kind(backend) {
-                Some(kind) => self.keep("chardev", Some(&chars::option(&id, kind, &props))),
+            match chardevs::kind(backend) {
+                Some(kind) => self.keep("chardev", Some(&chardevs::option(&id, kind, &props))),
                 None => self.refuse_named(&id, format!("-chardev {backend},id={id}: a host resource")),
             }
         }

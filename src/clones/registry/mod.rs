@@ -6,7 +6,7 @@
 //! The clones of one call belong to one [`Launch`], which holds them by one marker file. Removing the marker releases
 //! all clones at once. If the launcher dies before, the next command stops the remaining clones ([`sweep`]).
 
-mod ending;
+mod exit_record;
 mod entry;
 mod launch;
 mod layout;
@@ -14,7 +14,7 @@ pub mod ports;
 pub mod process_tree;
 mod records;
 
-pub use ending::Ending;
+pub use exit_record::Ending;
 pub use entry::{Entry, Kind, LOG, SERIAL_LOG, StoreOfClone, Touched, open_log};
 pub use launch::{Launch, NewEntry, abort, sweep};
 pub use layout::{is_held, random_id, runtime_root};

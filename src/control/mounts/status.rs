@@ -9,7 +9,7 @@ use super::registry::{LOG_FILE, Mount};
 use crate::control::protocol::options::ServeMode;
 use crate::control::protocol::snapshot::{Cache, FileKey, ServerEnd, Snapshot};
 use crate::error::Result;
-use crate::shown;
+use crate::sanitize;
 use crate::store::{Digest, Serving, Store};
 use crate::units::Bytes;
 
@@ -17,10 +17,10 @@ use crate::units::Bytes;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MountStatus {
     /// Mountpoint; after a lazy unmount, the former one.
-    #[serde(serialize_with = "shown::path")]
+    #[serde(serialize_with = "sanitize::path")]
     pub mountpoint: PathBuf,
     /// Path of the store.
-    #[serde(serialize_with = "shown::path")]
+    #[serde(serialize_with = "sanitize::path")]
     pub store: PathBuf,
     /// `st_dev` of the mount's files.
     pub device: u64,
@@ -33,7 +33,7 @@ pub struct MountStatus {
     /// Version of the server; `None` until the server has reported it.
     pub server_version: Option<String>,
     /// Path of the server's program at its start.
-    #[serde(serialize_with = "shown::optional_path")]
+    #[serde(serialize_with = "sanitize::optional_path")]
     pub server_program: Option<PathBuf>,
     /// The parts of the server's sandbox that this kernel does not support, as text; empty for a complete sandbox.
     pub server_lacks: Vec<String>,
@@ -48,7 +48,7 @@ pub struct MountStatus {
     /// True after a lazy unmount: no path leads to the mount, but mappings of its files exist.
     pub detached: bool,
     /// Log of supervisor and server; `None` if the supervisor runs in the foreground and logs to standard error.
-    #[serde(serialize_with = "shown::optional_path")]
+    #[serde(serialize_with = "sanitize::optional_path")]
     pub log: Option<PathBuf>,
     /// Serve mode as requested: `auto`, `passthrough` or `decode`.
     pub serve: String,

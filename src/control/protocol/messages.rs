@@ -109,7 +109,7 @@ pub enum Response {
 pub struct Failure {
     code: String,
     message: String,
-    #[serde(serialize_with = "crate::shown::optional_path")]
+    #[serde(serialize_with = "crate::sanitize::optional_path")]
     path: Option<PathBuf>,
     remedy: Option<String>,
     /// Error number: the other side retries temporary errors too.

@@ -34,7 +34,7 @@ pub struct Affected {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Damage {
     /// Damaged file of the store: a pack, an image, a placement, a policy or a tag.
-    #[serde(serialize_with = "crate::shown::path")]
+    #[serde(serialize_with = "crate::sanitize::path")]
     pub path: PathBuf,
     /// Offset of the damaged record in a pack; `None` if the file as a whole is damaged.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -10,7 +10,7 @@ use super::active_launch::ActiveLaunch;
 use super::job::{self, OrderFile};
 use super::order::Launched;
 use super::simulate::Simulate;
-use super::zygote;
+use crate::clones::launch::zygote;
 use crate::clones::helper_process::this_program;
 use crate::clones::registry::{self, Entry, Touched};
 use crate::error::{Error, Result};

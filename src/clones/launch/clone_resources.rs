@@ -135,7 +135,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::net::TcpListener;
 
-    use super::*;
+    use crate::clones::launch::clone_resources::*;
 
     #[test]
     fn reserved_port_is_assigned_to_no_other_socket_but_can_be_listened_on() {

@@ -15,7 +15,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::worker;
+use crate::clones::launch::worker;
 use crate::clones::helper_process::this_program;
 use crate::clones::registry::{self, Ending, Entry, Launch};
 use crate::error::{Error, Result};

@@ -2,7 +2,7 @@
 
 use super::rules::locks_memory;
 use super::values::{misspelt, placeholders};
-use super::{Identity, Props, Recipe, VERSION, implied, options};
+use crate::clones::recipe::{Identity, Props, Recipe, VERSION, implied, options};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile, check_name};
 
@@ -151,7 +151,7 @@ impl Recipe {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::clones::recipe::validation::*;
     use crate::units::Bytes;
 
     const GOOD: &str = r#"{"version":1,"vmm":"qemu","program":"qemu","disks":[{"name":"root","base":"disk-root",

@@ -11,7 +11,7 @@ use std::process::{Child, ExitCode, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::back::{SavedState, retry, retry_while};
+use super::restore::{SavedState, retry, retry_while};
 use crate::clones::helper_process::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};

@@ -218,7 +218,7 @@ fn add_devices(argv: &mut Vec<String>, machine: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::clones::recipe::corrections::*;
 
     #[test]
     fn corrected_command_line_can_be_captured() {

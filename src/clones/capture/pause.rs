@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
-use super::back::SavedState;
-use super::busy;
+use super::restore::SavedState;
+use crate::clones::capture::busy;
 use super::disks::{self, Frozen};
-use super::images;
+use crate::clones::capture::images;
 use super::lock::VmLock;
 use super::vm::Vm;
-use super::watchdog::ResumeOnDeath;
+use super::capture_watchdog::ResumeOnDeath;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::{Qmp, WATCHED};
 use crate::error::{Error, Result};

@@ -98,7 +98,7 @@ fn is_unprintable(c: char) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::sanitize::*;
 
     #[test]
     fn escapes_controls_and_direction_marks() {

@@ -63,7 +63,7 @@ pub fn serial(value: &str, number: usize) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::clones::recipe::chardevs::*;
 
     #[test]
     fn keeps_sockets_and_refuses_host_serial_lines() {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::sanitize::{path_text, shown};
+use crate::sanitize::{path_text, sanitize};
 
 /// A result with [`Error`] as its default error type.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -164,7 +164,7 @@ impl Error {
     #[must_use]
     pub fn and(self, other: Error) -> Self {
         let mut both = Error::new(self.code(), format!("{self}; also: {other}"));
-        let remedies: Vec<&str> = [self.remedy_text(), other.remedy_text()].into_iter().flatten().collect();
+        let remedies: Vec<&str> = [self.hint_text(), other.hint_text()].into_iter().flatten().collect();
         both.0.remedy = (!remedies.is_empty()).then(|| remedies.join("; "));
         both
     }
@@ -193,7 +193,7 @@ impl Error {
     }
 
     /// Returns the remedy.
-    pub fn remedy_text(&self) -> Option<&str> {
+    pub fn hint_text(&self) -> Option<&str> {
         self.0.remedy.as_deref()
     }
 
@@ -206,12 +206,12 @@ impl Error {
 /// `message: path: cause` on one line, sanitized for a terminal, without a prefix and without the remedy.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&shown(&self.0.message))?;
+        f.write_str(&sanitize(&self.0.message))?;
         if let Some(path) = &self.0.path {
-            write!(f, ": {}", shown(&path_text(path)))?;
+            write!(f, ": {}", sanitize(&path_text(path)))?;
         }
         if let Some(source) = &self.0.source {
-            write!(f, ": {}", shown(&errno_text(source)))?;
+            write!(f, ": {}", sanitize(&errno_text(source)))?;
         }
         Ok(())
     }
@@ -264,7 +264,7 @@ mod tests {
         let first = Error::try_again("first").at("/a").remedy("do this");
         let both = first.and(Error::failed("second").remedy("do that"));
         assert_eq!((both.code(), both.to_string().as_str()), (Code::TryAgain, "first: /a; also: second"));
-        assert_eq!(both.remedy_text(), Some("do this; do that"));
+        assert_eq!(both.hint_text(), Some("do this; do that"));
     }
 
     #[test]
@@ -279,17 +279,17 @@ mod tests {
         for (errno, word) in
             [(libc::EFBIG, "ulimit -f"), (libc::EMFILE, "ulimit -n"), (libc::ENOMEM, "ulimit -v")]
         {
-            assert!(cause(errno).remedy_text().is_some_and(|remedy| remedy.contains(word)), "{word}");
+            assert!(cause(errno).hint_text().is_some_and(|remedy| remedy.contains(word)), "{word}");
         }
-        assert_eq!(cause(libc::EIO).remedy_text(), None);
+        assert_eq!(cause(libc::EIO).hint_text(), None);
         let own = Error::failed("no").remedy("own").because(io::Error::from_raw_os_error(libc::ENOMEM));
-        assert_eq!(own.remedy_text(), Some("own"));
+        assert_eq!(own.hint_text(), Some("own"));
     }
 
     #[test]
     fn full_disk_adds_a_remedy() {
         let error = Error::io("cannot write", "/s", io::Error::from_raw_os_error(libc::ENOSPC));
-        assert!(error.remedy_text().unwrap().contains("free space"));
+        assert!(error.hint_text().unwrap().contains("free space"));
         assert_eq!(error.code().exit_code(), 1);
     }
 }

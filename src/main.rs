@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 #[global_allocator]
-static ALLOCATOR: stencilfs::sys::memory::alloc::OrEnd = stencilfs::sys::memory::alloc::OrEnd;
+static ALLOCATOR: stencilfs::sys::memory::alloc::ExitOnOom = stencilfs::sys::memory::alloc::ExitOnOom;
 
 fn main() -> ExitCode {
     stencilfs::sys::process::inherited::reset(false);

@@ -17,7 +17,7 @@ macro_rules! say {
 
 /// Replaces every character that moves the cursor, is invisible or reverses the text direction by its JSON escape:
 /// `\u001b`, four hexadecimal digits per UTF-16 unit. The result is one line. Valid JSON keeps its value.
-pub fn shown(text: &str) -> Cow<'_, str> {
+pub fn sanitize(text: &str) -> Cow<'_, str> {
     if !text.contains(is_unprintable) {
         return text.into();
     }
@@ -35,9 +35,9 @@ pub fn shown(text: &str) -> Cow<'_, str> {
     out.into()
 }
 
-/// Same as [`shown`], but keeps line breaks.
-pub fn shown_lines(text: &str) -> String {
-    text.split('\n').map(shown).collect::<Vec<_>>().join("\n")
+/// Same as [`sanitize`], but keeps line breaks.
+pub fn sanitize_lines(text: &str) -> String {
+    text.split('\n').map(sanitize).collect::<Vec<_>>().join("\n")
 }
 
 /// Returns a path as text; bytes that are not UTF-8 become `\xHH`. The result is for display and cannot be opened.
@@ -102,10 +102,10 @@ mod tests {
 
     #[test]
     fn escapes_controls_and_direction_marks() {
-        assert_eq!(shown("a\u{1b}[31m\r\n\u{9b}\u{7f}b"), r"a\u001b[31m\u000d\n\u009b\u007fb");
-        assert_eq!(shown("\u{202e}cod\u{2066}\u{e0041}"), r"\u202ecod\u2066\udb40\udc41");
-        assert!(matches!(shown("größe 你好 \\ \"x\" e\u{301}"), Cow::Borrowed(_)));
-        assert_eq!(shown_lines("{\n  \u{202e}}\n"), "{\n  \\u202e}\n");
+        assert_eq!(sanitize("a\u{1b}[31m\r\n\u{9b}\u{7f}b"), r"a\u001b[31m\u000d\n\u009b\u007fb");
+        assert_eq!(sanitize("\u{202e}cod\u{2066}\u{e0041}"), r"\u202ecod\u2066\udb40\udc41");
+        assert!(matches!(sanitize("größe 你好 \\ \"x\" e\u{301}"), Cow::Borrowed(_)));
+        assert_eq!(sanitize_lines("{\n  \u{202e}}\n"), "{\n  \\u202e}\n");
     }
 
     #[test]
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn escaping_keeps_json_values() {
         let value = serde_json::json!({"a": "x\u{202e}\u{9b}\u{e0041}\u{1b}\n\\", "b": ["\u{200f}"]});
-        let text = shown_lines(&format!("{value:#}"));
+        let text = sanitize_lines(&format!("{value:#}"));
         assert!(!text.replace('\n', "").contains(is_unprintable), "{text}");
         assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }

@@ -141,24 +141,24 @@ fn two_tags_of_one_template_share_its_resident_pages() {
 }
 
 /// Clones that are stopped by SIGSTOP and resumed on drop.
-pub struct StandStill(Vec<ProcessId>);
+pub struct StoppedClones(Vec<ProcessId>);
 
-impl StandStill {
+impl StoppedClones {
     /// Stops every clone in the output of `stencil ps --json`.
-    pub fn of(ps: &Value) -> StandStill {
+    pub fn of(ps: &Value) -> StoppedClones {
         let clones = ps["clones"].as_array().unwrap();
         let processes: Vec<ProcessId> = clones
             .iter()
             .map(|clone| ProcessId::of(number(clone, "pid") as u32).unwrap().expect("the clone is alive"))
             .collect();
-        let all = StandStill(processes);
+        let all = StoppedClones(processes);
         // A thread inside the kernel stops only after its system call or page fault, which may cover 2 MiB.
         all.0.iter().for_each(|process| drill::stop(*process));
         all
     }
 }
 
-impl Drop for StandStill {
+impl Drop for StoppedClones {
     fn drop(&mut self) {
         for process in &self.0 {
             let _ = process.signal(Signal::CONT);

@@ -177,7 +177,7 @@ fn read_at_fails_only_in_the_damaged_block_of_a_template() {
             Ok(()) => assert!(block == wanted, "block {n}"),
             Err(error) => {
                 assert_eq!(error.code(), Code::Failed);
-                assert!(error.remedy_text().unwrap().contains("stencil verify"));
+                assert!(error.hint_text().unwrap().contains("stencil verify"));
                 damaged += 1;
             }
         }

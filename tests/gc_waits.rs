@@ -47,7 +47,7 @@ fn wait_for_handler(child: &Child) {
 fn a_waiting_gc_can_be_interrupted() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, BLOCK));
-    let hold = fixture.store().hold_content().unwrap();
+    let hold = fixture.store().lock_content_shared().unwrap();
     let mut gc = start(&fixture, &["gc"]);
     wait_for_handler(&gc);
     thread::sleep(Duration::from_millis(200));
@@ -64,7 +64,7 @@ fn a_waiting_gc_can_be_interrupted() {
 fn a_waiting_gc_times_out_and_writers_continue() {
     let fixture = Fixture::new();
     fixture.import("a", &random(1, BLOCK));
-    let hold = fixture.store().hold_content().unwrap();
+    let hold = fixture.store().lock_content_shared().unwrap();
     let source = fixture.file("source", &random(2, BLOCK));
     let gc = start(&fixture, &["gc"]);
     let gate = fixture.path("store/locks/gate");

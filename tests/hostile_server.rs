@@ -37,7 +37,7 @@ pub fn world() -> World {
     let supervisor = process(world.status()["supervisor_pid"].as_u64().unwrap() as u32);
     let server = process(world.server());
     let link = link::link_of(server.pid);
-    link.set_patience(Duration::from_millis(500)).unwrap();
+    link.set_timeout(Duration::from_millis(500)).unwrap();
     World { world, clone, supervisor, server, link }
 }
 
@@ -55,7 +55,7 @@ impl World {
         let log = || self.world.log();
         wait_for("another server", || (self.world.server() != self.server.pid).then_some(()));
         assert!(log().contains(message), "'{message}' is not in: {}", log());
-        assert!(self.server.wait_gone(Duration::from_secs(10)).unwrap(), "the old server must exit");
+        assert!(self.server.wait_for_exit(Duration::from_secs(10)).unwrap(), "the old server must exit");
         assert_eq!(self.world.status()["supervisor_pid"], self.supervisor.pid);
         for page in 0..IMAGE.pages {
             assert_eq!(self.clone.tell(&format!("hash 0 {page}")), IMAGE.hash(page), "page {page}");

@@ -74,7 +74,7 @@ fn inherited_ignored_and_blocked_signals_are_reset() {
     let process = ProcessId::of(supervisor).unwrap().unwrap();
     assert_eq!(mask(supervisor, "SigBlk"), 0);
     process.signal(Signal::TERM).unwrap();
-    assert!(process.wait_gone(Duration::from_secs(10)).unwrap(), "the supervisor must end on SIGTERM");
+    assert!(process.wait_for_exit(Duration::from_secs(10)).unwrap(), "the supervisor must end on SIGTERM");
 }
 
 #[test]

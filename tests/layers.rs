@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::support::imports::{Crate, circles, shown};
+use crate::support::imports::{Crate, circles, module_path};
 
 /// Layer of each module of the library; the same number may not import each other. Every module may import those of
 /// layer 0.
@@ -12,7 +12,7 @@ const LAYERS: [(&str, u32); 10] = [
     ("units", 0),
     ("error", 0),
     ("progress", 0),
-    ("shown", 0),
+    ("sanitize", 0),
     ("sys", 1),
     ("store", 2),
     ("memory", 2),
@@ -89,7 +89,7 @@ fn forbidden(all: &Crate, folder: &[&str], may_import: impl Fn(&str, &str) -> bo
         let paths = all.imports(module).into_iter().flat_map(|(written, target)| [written, target]);
         let others = paths.filter_map(|path| inside(&path)).filter(|other| children.contains(other));
         for other in others.filter(|other| *other != own && !may_import(&own, other)) {
-            wrong.insert(format!("{} imports {other}", shown(module)));
+            wrong.insert(format!("{} imports {other}", module_path(module)));
         }
     }
     assert!(children.len() > 3, "{children:?}");
@@ -125,7 +125,11 @@ fn the_daemon_knows_neither_memory_nor_clones() {
     let names = daemon().names_of("stencilfs");
     assert!(names.len() > 10);
     for (module, name) in names {
-        assert!(!["memory", "clones", "cli"].contains(&name.as_str()), "{} imports {name}", shown(&module));
+        assert!(
+            !["memory", "clones", "cli"].contains(&name.as_str()),
+            "{} imports {name}",
+            module_path(&module)
+        );
     }
 }
 
@@ -275,7 +279,7 @@ fn the_reader_of_imports_sees_groups_and_passes_over_comments() {
     let all = Crate::read(&dir.path().join("lib.rs"));
     let imports = |module: &str| {
         let module: Vec<String> = module.split("::").map(str::to_owned).collect();
-        all.imports(&module).iter().map(|(_, target)| shown(target)).collect::<Vec<_>>()
+        all.imports(&module).iter().map(|(_, target)| module_path(target)).collect::<Vec<_>>()
     };
     assert_eq!(imports("a"), ["b::item", "b::deep", "crate"]);
     assert_eq!(imports("b"), [""; 0]);

@@ -56,7 +56,7 @@ fn a_record_that_hit_enospc_is_written_once_there_is_space() {
 
     let supervisor = world.processes()[0];
     supervisor.signal(Signal::KILL).unwrap();
-    assert!(supervisor.wait_gone(std::time::Duration::from_secs(10)).unwrap());
+    assert!(supervisor.wait_for_exit(std::time::Duration::from_secs(10)).unwrap());
     world.mount(&["--serve", "decode"]).ok();
     assert_eq!(world.recorded_server(), Some(second), "the next supervisor must keep the server");
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);

@@ -86,7 +86,7 @@ fn mount_keeps_a_live_mount_of_another_runtime_directory() {
     assert_refused("the server is stopped");
     server.signal(Signal::CONT).unwrap();
     supervisor.signal(Signal::KILL).unwrap();
-    assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
+    assert!(supervisor.wait_for_exit(Duration::from_secs(10)).unwrap());
     assert_refused("no supervisor");
     clone.tell(&format!("read 0 {}", PAGES - 1));
     world.mount(&["--serve", "decode", "--watchdog", "0"]).ok();

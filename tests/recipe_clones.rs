@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::accounting::{StandStill, assert_sums};
+use crate::accounting::{StoppedClones, assert_sums};
 use crate::clone_disks::{Tmpfs, du};
 use crate::support::guest::{
     CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, media,
@@ -60,7 +60,7 @@ impl Drop for InMemory<'_> {
 /// Asserts that `stencil density` counts the overlays of the clones, which are on a tmpfs, to the byte.
 fn assert_disks_are_counted(world: &TestMount, clones: &[Value]) {
     // Two measurements of a disk differ while the guest writes to it.
-    let stopped = StandStill::of(&world.json(&["ps"]));
+    let stopped = StoppedClones::of(&world.json(&["ps"]));
     let density = world.json(&["density", "--audit"]);
     assert_sums(&density);
     let disk_bytes = |clone: &Value| {

@@ -124,7 +124,7 @@ fn density_counts_a_mount_whose_supervisor_has_died() {
         assert_eq!(before[0], 64 * BLOCK, "{before:?}");
         let supervisor = world.processes()[0];
         supervisor.signal(Signal::KILL).unwrap();
-        assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
+        assert!(supervisor.wait_for_exit(Duration::from_secs(10)).unwrap());
         assert_eq!(figures(), before, "{serve}");
         world.mount(&["--serve", serve]).ok();
         assert_eq!(figures(), before, "{serve}");

@@ -160,7 +160,7 @@ fn soak_a_first_open_waits_for_the_next_supervisor() {
             let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
             let process = ProcessId::of(supervisor).unwrap().unwrap();
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
+            assert!(process.wait_for_exit(Duration::from_secs(10)).unwrap());
             let path = world.file(&digest, "memory");
             std::thread::scope(|scope| {
                 let reader = scope.spawn(|| fs::read(&path));

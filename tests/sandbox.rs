@@ -366,7 +366,7 @@ fn the_supervisor_validates_requests_of_the_server() {
     let server = ProcessId::of(world.server()).unwrap().unwrap();
     let link = link::link_of(server.pid);
     server.signal(Signal::STOP).unwrap();
-    link.set_patience(Duration::from_secs(5)).unwrap();
+    link.set_timeout(Duration::from_secs(5)).unwrap();
     let mut number = 1_000_000u64;
     let mut reply_to = |request: Value| -> String {
         number += 1;

@@ -54,7 +54,7 @@ fn covered(store: &Path) -> Outage<'_> {
 }
 
 fn waiting(table: &InFlightTable) -> usize {
-    table.requests().filter(|r| r.phase == Phase::WaitingForSource).count()
+    table.requests().filter(|r| r.phase == Phase::WaitingForStore).count()
 }
 
 fn errno(path: &Path) -> Option<i32> {

@@ -32,7 +32,7 @@ fn map(path: &Path) -> Actor {
 fn kill_supervisor(world: &TestMount) {
     let process = world.processes()[0];
     process.signal(Signal::KILL).unwrap();
-    assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
+    assert!(process.wait_for_exit(Duration::from_secs(10)).unwrap());
 }
 
 /// A store outage: the store is moved away until drop.
@@ -97,7 +97,7 @@ fn a_reservation_sent_twice_is_made_once() {
     let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
     let server = ProcessId::of(world.server()).unwrap().unwrap();
     let link = link::link_of(server.pid);
-    link.set_patience(Duration::from_secs(10)).unwrap();
+    link.set_timeout(Duration::from_secs(10)).unwrap();
     server.signal(Signal::STOP).unwrap();
     kill_supervisor(&world);
     // When the supervisor dies, the kernel sends SIGHUP and SIGCONT to the stopped server, whose process group becomes

@@ -23,7 +23,8 @@ use output::print_line;
 
 /// Allocates zeroed memory with its pages present, for the buffers that receive requests of the kernel.
 #[global_allocator]
-static ALLOCATOR: stencilfs::sys::memory::alloc::PresentZeros = stencilfs::sys::memory::alloc::PresentZeros;
+static ALLOCATOR: stencilfs::sys::memory::alloc::PrefaultedZeros =
+    stencilfs::sys::memory::alloc::PrefaultedZeros;
 
 const USAGE: &str = "\
 stencil-mountd serves a Stencil store through FUSE. 'stencil mount' starts it.

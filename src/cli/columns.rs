@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use crate::sanitize::shown;
+use crate::sanitize::sanitize;
 
 /// A table that is built row by row.
 pub struct Columns {
@@ -17,7 +17,7 @@ impl Columns {
 
     /// Adds a row. Each cell is sanitized for a terminal.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().map(|cell| shown(&cell).into_owned()).collect());
+        self.rows.push(cells.into_iter().map(|cell| sanitize(&cell).into_owned()).collect());
     }
 
     /// Writes the table with two spaces between columns and no trailing spaces.

@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
+use crate::sanitize::{path_text, sanitize};
 use crate::say;
-use crate::sanitize::{path_text, shown};
 use crate::sys::poll::Patient;
 
 /// The result of a command. Text and JSON are both made from the same struct.
@@ -111,7 +111,7 @@ fn print(done: &Done, json: bool) -> io::Result<()> {
 
 /// Returns the remedy of the error, or a general one for its code.
 fn remedy(error: &Error) -> &str {
-    error.remedy_text().unwrap_or(match error.code() {
+    error.hint_text().unwrap_or(match error.code() {
         Code::Usage => "run 'stencil help COMMAND' for the arguments of a command",
         Code::NotFound => {
             "run 'stencil ls' to list templates, 'stencil ps' to list clones, 'stencil status' to list mounts"
@@ -154,7 +154,7 @@ fn fail(error: &Error, json: bool) -> ExitCode {
 /// Prints the error and its remedy on standard error, as `error:` and `hint:` lines after the prefix.
 pub fn print_error(prefix: &str, error: &Error) {
     say!("{prefix}error: {error}");
-    say!("{prefix}hint: {}", shown(remedy(error)));
+    say!("{prefix}hint: {}", sanitize(remedy(error)));
 }
 
 /// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level.

@@ -40,7 +40,7 @@ pub fn seconds(text: &str) -> Result<std::time::Duration, String> {
 pub const STALL: &str = "300";
 
 fn explain(error: Error) -> String {
-    match error.remedy_text() {
+    match error.hint_text() {
         Some(remedy) => format!("{error}; {remedy}"),
         None => error.to_string(),
     }

@@ -18,7 +18,7 @@ use crate::sys::memory::cachestat;
 use crate::sys::memory::mapping::{Advice, Mapping, Request};
 use crate::sys::memory::page_flags::{FrameKind, Frames};
 use crate::sys::memory::pagemap::Pagemap;
-use crate::sys::process::holders::{self, PATIENCE};
+use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::procfs::{self, MapLine};
 use crate::units::{Bytes, PageCount};
 
@@ -258,7 +258,7 @@ fn distance(counted: Bytes, before: Bytes, after: Bytes) -> f64 {
 /// Returns all mappings of every process that maps one of these files.
 fn mappings_of_all(inodes: &Inodes) -> Result<Vec<(u32, Vec<MapLine>)>> {
     let wanted = inodes.wanted()?;
-    let sight = holders::look_at_all(PATIENCE, move |pid| {
+    let sight = holders::look_at_all(SCAN_TIMEOUT, move |pid| {
         let lines = procfs::maps(pid, |_, _| true).map_err(io::Error::other)?.unwrap_or_default();
         Ok(lines.iter().any(|line| wanted.has(line.dev, line.ino)).then_some(lines))
     })?;

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, Template, inode_number};
 use crate::sys::files::mount;
 use crate::sys::process::ProcessId;
-use crate::sys::process::holders::{self, PATIENCE, Sight, Unseen};
+use crate::sys::process::holders::{self, SCAN_TIMEOUT, Sight, Unseen};
 use crate::sys::process::{address_space, procfs};
 use crate::units::{Bytes, FileOffset};
 
@@ -270,7 +270,7 @@ pub fn search(inodes: &Inodes) -> Result<Search> {
         return Ok(Search::default());
     }
     let wanted = inodes.wanted()?;
-    let sight = holders::look_at_all(PATIENCE, move |pid| lines_of(pid, &wanted))?;
+    let sight = holders::look_at_all(SCAN_TIMEOUT, move |pid| lines_of(pid, &wanted))?;
     found(sight, inodes).by_address_space()
 }
 
@@ -286,7 +286,8 @@ pub fn users(inodes: &Inodes) -> Result<BTreeMap<Digest, BTreeMap<u32, &'static 
         return Ok(using);
     }
     let wanted = inodes.wanted()?;
-    let sight = holders::users_where(inodes.devices.clone(), PATIENCE, move |dev, ino| wanted.has(dev, ino))?;
+    let sight =
+        holders::users_where(inodes.devices.clone(), SCAN_TIMEOUT, move |dev, ino| wanted.has(dev, ino))?;
     Search { clones: Vec::new(), unseen: sight.unseen }.complete()?;
     for (pid, used) in sight.seen {
         let open = used.open.iter().map(|file| (file, "open"));
@@ -307,7 +308,7 @@ pub fn users(inodes: &Inodes) -> Result<BTreeMap<Digest, BTreeMap<u32, &'static 
 pub fn look_at(pid: u32, inodes: &Inodes) -> Result<Option<CloneProcess>> {
     let wanted = inodes.wanted()?;
     let look = Arc::new(move |pid| lines_of(pid, &wanted));
-    Ok(found(holders::look_at_these(vec![pid], PATIENCE, look), inodes).complete()?.pop())
+    Ok(found(holders::look_at_these(vec![pid], SCAN_TIMEOUT, look), inodes).complete()?.pop())
 }
 
 /// A process, and its mappings of the wanted files.

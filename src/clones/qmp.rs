@@ -382,6 +382,6 @@ mod tests {
     fn missing_socket_has_a_hint() {
         let error = Qmp::connect(Path::new("/nonexistent/qmp")).unwrap_err();
         assert_eq!(error.code(), Code::NotFound);
-        assert!(error.remedy_text().unwrap().contains("-qmp unix:"));
+        assert!(error.hint_text().unwrap().contains("-qmp unix:"));
     }
 }

@@ -155,7 +155,7 @@ impl Hidden {
         let until = Instant::now() + RELEASE_TIMEOUT;
         loop {
             let numbers: Vec<u64> = inodes.keys().copied().collect();
-            let in_kernel = self.condemned.known_inodes(&numbers)?;
+            let in_kernel = self.condemned.cached_inodes(&numbers)?;
             if in_kernel.is_empty() {
                 return Ok(refused);
             }

@@ -73,6 +73,6 @@ pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
 fn wait_all(processes: &[ProcessId], deadline: Instant) {
     for process in processes {
         // A process that cannot be waited for is killed later.
-        let _ = process.wait_gone(deadline.saturating_duration_since(Instant::now()));
+        let _ = process.wait_for_exit(deadline.saturating_duration_since(Instant::now()));
     }
 }

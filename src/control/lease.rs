@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use super::runtime::{self, runtime_dir, trusted_file};
 use crate::error::{Code, Error, Result};
-use crate::store::{ContentHold, Digest, Refused, Store, TemplateRef};
-use crate::sys::files::directory::Folder;
+use crate::store::{ContentLock, Digest, Refused, Store, TemplateRef};
+use crate::sys::files::directory::Directory;
 use crate::sys::files::file_locks;
 use crate::sys::probe;
 
@@ -87,7 +87,7 @@ enum Held {
     },
     /// The runtime directory is not writable: a lock on the store's content keeps removed files from being deleted.
     Content {
-        _hold: ContentHold,
+        _hold: ContentLock,
     },
     /// The store is on a read-only file system too, so this path cannot remove anything. A removal through a writable
     /// mount of the store makes a command that reads the template fail; a process that has a file of the template open
@@ -124,7 +124,7 @@ impl Lease {
             Err(e) if matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
                 match store.is_on_read_only_filesystem() {
                     true => Held::Nothing,
-                    false => Held::Content { _hold: store.hold_content().map_err(|_| e)? },
+                    false => Held::Content { _hold: store.lock_content_shared().map_err(|_| e)? },
                 }
             }
             Err(e) => return Err(e),
@@ -253,7 +253,7 @@ fn name_of(store: &Store) -> String {
     format!("leases/{}", store.id())
 }
 
-fn make_folder(store: &Store) -> Result<Folder> {
+fn make_folder(store: &Store) -> Result<Directory> {
     runtime::create(&name_of(store))
 }
 
@@ -295,7 +295,7 @@ fn all(store: &Store, kind: &str) -> Result<Vec<LeaseHolder>> {
 }
 
 /// Returns the holder of a lease file; `None` if the file does not exist or is stale. Removes a stale file.
-fn read(folder: &Folder, name: &Path) -> Result<Option<LeaseHolder>> {
+fn read(folder: &Directory, name: &Path) -> Result<Option<LeaseHolder>> {
     let fail = |e| Error::io("cannot read a lease", folder.path_of(name), e);
     let file = match trusted_file(folder, name) {
         Ok(file) => file,
@@ -323,7 +323,7 @@ fn read(folder: &Folder, name: &Path) -> Result<Option<LeaseHolder>> {
     }
 }
 
-fn invalid_lease(folder: &Folder, name: &Path, why: &str) -> Error {
+fn invalid_lease(folder: &Directory, name: &Path, why: &str) -> Error {
     Error::failed(format!("cannot parse a lease: {why}"))
         .at(folder.path_of(name))
         .remedy("the lease is of another version of Stencil; retry when the command that holds it has exited")
@@ -332,7 +332,7 @@ fn invalid_lease(folder: &Folder, name: &Path, why: &str) -> Error {
 /// A locked lease file, removed on drop.
 #[derive(Debug)]
 struct LeaseFile {
-    folder: Folder,
+    folder: Directory,
     name: String,
     _file: File,
 }
@@ -391,7 +391,7 @@ mod tests {
             removes: false,
         };
         let path = dir.path().join("a.lease");
-        let folder = Folder::open(dir.path()).unwrap();
+        let folder = Directory::open(dir.path()).unwrap();
         let read = || read(&folder, Path::new("a.lease"));
         folder.create("a.lease", 0o600).unwrap().write_all(&serde_json::to_vec(&holder).unwrap()).unwrap();
         let file = File::open(&path).unwrap();

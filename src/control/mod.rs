@@ -11,7 +11,7 @@ pub mod runtime;
 pub use lease::{Lease, LeaseHolder, RemovalMark, leased, leases, removals};
 pub use mounts::client::{ask, request_refresh, request_restart, request_unmount};
 pub use mounts::condemn::Condemnation;
-pub use mounts::daemon::{become_supervisor, find_daemon, start_supervisor};
+pub use mounts::daemon::{exec_supervisor, find_daemon, start_supervisor};
 pub use mounts::listing::{
     DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mounts, mounts_of,
 };

@@ -5,7 +5,7 @@
 //!     mounts/ clones/ …       0700, so that only the owner can open a record, a socket or a locked file
 //! ```
 //! Records determine which processes a command signals and which files it removes. A file that another user owns or can
-//! write is therefore refused with an error that names the file ([`trust`]); [`Folder`] refuses a FIFO, a device or an
+//! write is therefore refused with an error that names the file ([`trust`]); [`Directory`] refuses a FIFO, a device or an
 //! endless file in place of a record.
 
 use std::fs::{DirBuilder, File};
@@ -17,7 +17,7 @@ use rustix::fs::{CWD, Mode, OFlags, fchmod, fcntl_setfl, fstat, mkdirat};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::sys::files::trust;
 use crate::units::Bytes;
 
@@ -44,7 +44,7 @@ pub fn runtime_dir() -> PathBuf {
 ///
 /// # Errors
 /// Returns an error if the directory cannot be opened, or another user owns it or can write it.
-pub fn open(name: &str) -> Result<Option<Folder>> {
+pub fn open(name: &str) -> Result<Option<Directory>> {
     let opened = trust::open(&runtime_dir()).and_then(|mut folder| {
         for part in Path::new(name) {
             folder = trusted_folder(&folder, part)?;
@@ -62,7 +62,7 @@ pub fn open(name: &str) -> Result<Option<Folder>> {
 ///
 /// # Errors
 /// Same as [`open`]; returns an error if a directory cannot be created.
-pub fn create(name: &str) -> Result<Folder> {
+pub fn create(name: &str) -> Result<Directory> {
     let created = create_top().and_then(|mut folder| {
         for part in Path::new(name) {
             let below = match folder.create_folder(part, 0o700) {
@@ -77,7 +77,7 @@ pub fn create(name: &str) -> Result<Folder> {
     created.map_err(|e| unusable(name, e))
 }
 
-fn create_top() -> io::Result<Folder> {
+fn create_top() -> io::Result<Directory> {
     let path = runtime_dir();
     if let Some(parent) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
@@ -95,7 +95,7 @@ fn create_top() -> io::Result<Folder> {
 }
 
 /// Sets the mode of a directory of an older build to 0700: other users could open it and lock it for ever.
-fn close_to_others(folder: &Folder) -> io::Result<()> {
+fn close_to_others(folder: &Directory) -> io::Result<()> {
     let stat = folder.own_metadata()?;
     let ours = stat.st_uid == rustix::process::geteuid().as_raw();
     match ours && stat.st_mode & 0o077 != 0 {
@@ -137,7 +137,7 @@ pub fn failed(what: &str, path: &Path, e: io::Error) -> Error {
 ///
 /// # Errors
 /// Returns `PermissionDenied` if another user owns the directory or can write it, and an error if a system call fails.
-pub fn trusted_folder(parent: &Folder, name: impl AsRef<Path>) -> io::Result<Folder> {
+pub fn trusted_folder(parent: &Directory, name: impl AsRef<Path>) -> io::Result<Directory> {
     let folder = parent.folder(name)?;
     trust::expect(&folder.own_metadata()?)?;
     Ok(folder)
@@ -146,8 +146,8 @@ pub fn trusted_folder(parent: &Folder, name: impl AsRef<Path>) -> io::Result<Fol
 /// Opens a regular file in the runtime directory for reading.
 ///
 /// # Errors
-/// Same as [`Folder::file`], and `PermissionDenied` if another user owns the file or can write it.
-pub fn trusted_file(folder: &Folder, name: impl AsRef<Path>) -> io::Result<File> {
+/// Same as [`Directory::file`], and `PermissionDenied` if another user owns the file or can write it.
+pub fn trusted_file(folder: &Directory, name: impl AsRef<Path>) -> io::Result<File> {
     let file = folder.file(name)?;
     trust::expect(&fstat(&file)?)?;
     Ok(file)
@@ -158,7 +158,7 @@ pub fn trusted_file(folder: &Folder, name: impl AsRef<Path>) -> io::Result<File>
 ///
 /// # Errors
 /// Same as [`trusted_file`], and `InvalidData` for a longer file.
-pub fn read(folder: &Folder, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
+pub fn read(folder: &Directory, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
     trusted_file(folder, &name)?;
     folder.read(name, limit)
 }
@@ -167,7 +167,7 @@ pub fn read(folder: &Folder, name: impl AsRef<Path>, limit: Bytes) -> io::Result
 ///
 /// # Errors
 /// Returns an error if a system call fails; the old contents are kept.
-pub fn replace(folder: &Folder, name: &str, contents: &[u8]) -> io::Result<()> {
+pub fn replace(folder: &Directory, name: &str, contents: &[u8]) -> io::Result<()> {
     let temporary = format!("{name}.{}.new", std::process::id());
     let write = || -> io::Result<()> {
         folder.create(&temporary, 0o600)?.write_all(contents)?;
@@ -188,8 +188,8 @@ pub fn replace(folder: &Folder, name: &str, contents: &[u8]) -> io::Result<()> {
 /// Opens a regular file for appending; creates a missing file with mode 0600.
 ///
 /// # Errors
-/// Same as [`Folder::file`].
-pub fn append(folder: &Folder, name: &str) -> io::Result<File> {
+/// Same as [`Directory::file`].
+pub fn append(folder: &Directory, name: &str) -> io::Result<File> {
     let (file, _) = folder.open_or_create(name, 0o600)?;
     fcntl_setfl(&file, OFlags::APPEND)?;
     Ok(file)

@@ -12,7 +12,7 @@ mod read;
 mod transfer;
 mod write;
 
-pub use disk::open::{ContentHold, Store};
+pub use disk::open::{ContentLock, Store};
 pub use disk::path::StorePath;
 pub use format::BLOCK_SIZE;
 pub use format::codec::{ChunkSize, Compression};
@@ -26,7 +26,7 @@ pub use maintain::verify::{Affected, Damage, Verified};
 pub use names::owner::{Owner, parse_mode};
 pub use names::policy::{DEFAULT_MODE, Policy};
 pub use names::reference::TemplateRef;
-pub use names::serving::{Serving, TOP_NUMBER, inode_number, path_number};
+pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
 pub use names::tags::TagEntry;
 pub use read::export::Target;
 pub use read::scratch::Scratch;

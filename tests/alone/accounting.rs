@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::accounting::{MIB, PAGE, StandStill, assert_sums, number, world};
+use crate::accounting::{MIB, PAGE, StoppedClones, assert_sums, number, world};
 use crate::support::actor::Actor;
 use crate::support::mount::TestMount;
 use crate::support::{guest, host};
@@ -81,7 +81,7 @@ fn memory_audit_agrees_for_eight_qemu_guests() {
     audits_agree_within(5.0, || {
         world.stencil(&["clone", "guest:v1", "-n", "8"]).ok();
         // QEMU allocates memory while it translates code (TCG): the guests are stopped between both measurements.
-        let stopped = StandStill::of(&world.json(&["ps"]));
+        let stopped = StoppedClones::of(&world.json(&["ps"]));
         let density = world.json(&["density", "--audit"]);
         drop(stopped);
         assert_sums(&density);

@@ -159,7 +159,7 @@ fn killing_supervisor_and_server_has_the_documented_effects() {
         // The supervisor is killed first: it would start another server.
         for process in world.processes() {
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(1)).unwrap());
+            assert!(process.wait_for_exit(Duration::from_secs(1)).unwrap());
         }
         let error = fs::File::open(&path).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN), "{serve}: {error}");

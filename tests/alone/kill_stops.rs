@@ -90,7 +90,7 @@ fn replaced_after(limit: Duration, slack: Duration, options: &[&str], rounds: u6
         let waited = start.elapsed();
         (shortest, worst) = (shortest.min(waited), worst.max(waited));
         assert_ne!(drill.server(), server);
-        assert!(server.wait_gone(Duration::from_secs(1)).unwrap(), "the stopped server was not killed");
+        assert!(server.wait_for_exit(Duration::from_secs(1)).unwrap(), "the stopped server was not killed");
     }
     readers.finish();
     println!(

@@ -69,7 +69,7 @@ fn soak_readers_survive_a_killed_and_replaced_supervisor() {
             let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
             let process = ProcessId::of(supervisor).unwrap().unwrap();
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
+            assert!(process.wait_for_exit(Duration::from_secs(10)).unwrap());
             load.goes_on();
             world.mount(&["--serve", serve]).ok();
             assert_eq!(world.server(), server, "the successor did not take over the running server");
@@ -95,7 +95,7 @@ fn mounting_again_recovers_a_mount_with_killed_daemons() {
         clone.tell("hash 0 3");
         for process in world.processes() {
             process.signal(Signal::KILL).unwrap();
-            assert!(process.wait_gone(Duration::from_secs(10)).unwrap());
+            assert!(process.wait_for_exit(Duration::from_secs(10)).unwrap());
         }
         assert_eq!(File::open(&path).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
         world.mount(&["--serve", serve]).ok();

@@ -45,7 +45,7 @@ fn soak_mounts_recover_from_supervisors_that_die_at_startup() {
             _ => std::thread::sleep(Duration::from_micros(round * 7919 % 24_000)),
         }
         supervisor.signal(Signal::KILL).unwrap();
-        assert!(supervisor.wait_gone(Duration::from_secs(10)).unwrap());
+        assert!(supervisor.wait_for_exit(Duration::from_secs(10)).unwrap());
         let before = world.recorded_server().filter(ProcessId::is_alive);
         world.mount(&[]).ok();
         // The first `stencil mount` may have waited for the next supervisor too.

@@ -112,7 +112,7 @@ impl<'a> Drill<'a> {
     fn shoot(&mut self, aim: &Aim) -> &Kill {
         let at = now();
         pidfd_send_signal(&aim.process, Signal::KILL).unwrap();
-        let gone = aim.server.wait_gone(Duration::from_secs(1)).unwrap();
+        let gone = aim.server.wait_for_exit(Duration::from_secs(1)).unwrap();
         assert!(gone, "server {} is still alive 1 s after SIGKILL", aim.server.pid);
         let gone = Duration::from_nanos(now() - at);
         self.kills.push(Kill { at, gone, met: aim.table.requests().collect() });

@@ -137,7 +137,7 @@ impl Crate {
         for module in self.modules() {
             for (_, target) in self.imports(module) {
                 if target != *module {
-                    add(&mut graph, &shown(module), &shown(&target), module, &target);
+                    add(&mut graph, &module_path(module), &module_path(&target), module, &target);
                 }
             }
         }
@@ -151,7 +151,7 @@ impl Crate {
             for (_, target) in self.imports(module) {
                 let common = module.iter().zip(&target).take_while(|(a, b)| a == b).count();
                 if let (Some(_), Some(_)) = (module.get(common), target.get(common)) {
-                    let (one, other) = (shown(&module[..=common]), shown(&target[..=common]));
+                    let (one, other) = (module_path(&module[..=common]), module_path(&target[..=common]));
                     add(graphs.entry(module[..common].to_vec()).or_default(), &one, &other, module, &target);
                 }
             }
@@ -194,7 +194,7 @@ pub fn circles(graph: &Graph) -> Vec<Vec<String>> {
 }
 
 fn add(graph: &mut Graph, from: &str, to: &str, module: &[String], target: &[String]) {
-    let import = format!("{} imports {}", shown(module), shown(target));
+    let import = format!("{} imports {}", module_path(module), module_path(target));
     graph.entry(from.to_owned()).or_default().entry(to.to_owned()).or_insert(import);
 }
 
@@ -203,7 +203,7 @@ fn joined(module: &[String], name: &str) -> Names {
 }
 
 /// Formats the path of a module.
-pub fn shown(module: &[String]) -> String {
+pub fn module_path(module: &[String]) -> String {
     if module.is_empty() { "crate".to_owned() } else { module.join("::") }
 }
 

@@ -104,7 +104,7 @@ impl TestMount {
             socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         connect(&socket, &SocketAddrUnix::new(socket_path(directory.as_fd())).unwrap()).unwrap();
         let channel = Channel::new(socket);
-        channel.set_patience(Duration::from_secs(30)).unwrap();
+        channel.set_timeout(Duration::from_secs(30)).unwrap();
         channel
     }
 

@@ -100,7 +100,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let run = || -> Result<()> {
         // A stopped process group gets SIGHUP when its supervisor dies; the server must survive that, as it then holds
         // all that is left of the mount.
-        process::outlive_hangup().map_err(|e| Error::failed("cannot ignore SIGHUP").because(e))?;
+        process::ignore_hangup().map_err(|e| Error::failed("cannot ignore SIGHUP").because(e))?;
         let mut args = args.peekable();
         let beside = args.next_if(|arg| arg == BESIDE).is_some();
         let inherited = Inherited::take(&mut NamedFds::from_args(args)?, beside)?;

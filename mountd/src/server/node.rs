@@ -1,7 +1,7 @@
 //! Nodes of a mount and their attributes, independent of store and FUSE.
 
 use stencilfs::store::{Digest, Serving, TagName};
-pub use stencilfs::store::{MANIFEST, TOP_NUMBER as ROOT};
+pub use stencilfs::store::{MANIFEST, ROOT_INODE as ROOT};
 use stencilfs::units::Bytes;
 
 /// The object that an inode number stands for.

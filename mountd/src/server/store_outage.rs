@@ -113,14 +113,14 @@ impl StoreOutage {
         self.start_outage(&mut state);
         state.waited += 1;
         self.stats.count(Counter::SourceWaits);
-        if flight.park(Phase::WaitingForSource) {
+        if flight.park(Phase::WaitingForStore) {
             state.waiting.push(Waiting { flight, reply, until });
             return;
         }
         drop(state);
         // All parking slots are taken: wait in this thread.
         while Instant::now() < until {
-            flight.stamp(Phase::WaitingForSource);
+            flight.stamp(Phase::WaitingForStore);
             thread::sleep(RETRY_INTERVAL);
             match self.answer(flight, reply) {
                 Some(again) => (flight, reply) = again,
@@ -183,7 +183,7 @@ impl StoreOutage {
                     self.fail(&flight, reply);
                     continue;
                 }
-                flight.stamp(Phase::WaitingForSource);
+                flight.stamp(Phase::WaitingForStore);
                 left.push(Waiting { flight, reply, until });
             }
             let mut state = self.state();

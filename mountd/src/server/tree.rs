@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dashmap::{DashMap, Entry};
-use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number, path_number};
+use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number, path_inode_number};
 use stencilfs::units::Bytes;
 
 use crate::server::condemned::Condemned;
@@ -147,7 +147,7 @@ impl Tree {
 
     /// Returns 63 bits of a keyed hash of a path, never 0 or 1.
     fn keyed(&self, path: &str) -> u64 {
-        path_number(&self.secret, path)
+        path_inode_number(&self.secret, path)
     }
 
     /// Returns an open template, opened if necessary.

@@ -85,7 +85,7 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
         let mut callers = Callers::new(None);
         let caller = caller.map(|fd| callers.resume(control::Channel::new(fd)));
         let signals = Signals::new()?;
-        process::hold_signals(false).map_err(|e| Error::failed("cannot unblock signals").because(e))?;
+        process::block_signals(false).map_err(|e| Error::failed("cannot unblock signals").because(e))?;
         Ok((Supervisor::new(taken, callers, signals, ServiceManager::from_environment())?, caller))
     };
     let ended = resumed().and_then(|(mut supervisor, caller)| {

@@ -145,7 +145,7 @@ mod tests {
         let proc = mountpoint(Path::new("/proc")).unwrap_err();
         assert_eq!(proc.code(), Code::InUse);
         for error in [missing, file, full, proc] {
-            assert!(error.remedy_text().is_some(), "{error}");
+            assert!(error.hint_text().is_some(), "{error}");
         }
     }
 }

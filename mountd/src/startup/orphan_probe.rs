@@ -70,7 +70,7 @@ pub fn expect_dead(mountpoint: &Path, device: u64) -> Result<()> {
 /// Runs the probe in a child process. Returns `None` if the child does not reply in time.
 fn probe(mountpoint: &Path, device: u64) -> std::io::Result<Option<ProbeResult>> {
     let (ours, theirs) = Channel::pair()?;
-    ours.set_patience(PROBE_TIMEOUT)?;
+    ours.set_timeout(PROBE_TIMEOUT)?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("stencil-mountd")
         .args(["unrecorded", &device.to_string()])
@@ -133,7 +133,7 @@ fn probe_mount(mountpoint: PathBuf, device: u64) -> ProbeResult {
 fn holders(device: u64) -> (Vec<Holding>, bool) {
     let me = std::process::id();
     let pids = procfs::pids().unwrap_or_default().into_iter().filter(|&pid| pid != me).collect();
-    let looks = holders::look_at_each(pids, holders::PATIENCE, move |pid| {
+    let looks = holders::look_at_each(pids, holders::SCAN_TIMEOUT, move |pid| {
         device::is_held_by(pid, device).then(|| Holding::of(pid))
     });
     (looks.seen.into_iter().map(|(_, holding)| holding).collect(), looks.unseen.is_empty())

@@ -52,15 +52,15 @@ fn exec_with(
     let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
     command.arg0("stencil-mountd").arg("resume").arg(named_fds::argument(named)).arg("--").arg(mountpoint);
     // A signal that arrives meanwhile waits for the new program.
-    process::hold_signals(true)?;
-    let error = match named.iter().try_for_each(|(_, fd)| descriptor::keep_at_exec(fd).map(drop)) {
+    process::block_signals(true)?;
+    let error = match named.iter().try_for_each(|(_, fd)| descriptor::clear_cloexec(fd).map(drop)) {
         Ok(()) => command.exec(),
         Err(error) => error,
     };
     // No server may inherit these by accident.
     for (_, fd) in named {
-        descriptor::close_at_exec(fd)?;
+        descriptor::set_cloexec(fd)?;
     }
-    process::hold_signals(false)?;
+    process::block_signals(false)?;
     Ok(error)
 }

@@ -35,7 +35,7 @@ pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
     if let Some(dir) = &options.cache_dir {
         probe(dir).map_err(|e| {
             let e = e.context("the cache directory cannot hold backings");
-            if e.remedy_text().is_some() { e } else { e.remedy("use a directory on ext4 or xfs") }
+            if e.hint_text().is_some() { e } else { e.remedy("use a directory on ext4 or xfs") }
         })?;
         let dir = std::fs::canonicalize(dir)
             .map_err(|e| Error::io("cannot resolve the cache directory", dir, e))?;

@@ -94,7 +94,7 @@ impl Starter {
         if self.foreground {
             if let Some(error) = error {
                 stencilfs::say!("error: {error}");
-                if let Some(hint) = error.remedy_text() {
+                if let Some(hint) = error.hint_text() {
                     stencilfs::say!("hint: {hint}");
                 }
             }

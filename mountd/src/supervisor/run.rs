@@ -337,7 +337,7 @@ impl Supervisor {
                 return self.respond(caller, response, file);
             }
             Action::RespondInodes(caller, numbers) => {
-                let known = device::known_inodes(&self.resources.fuse, &numbers)
+                let known = device::cached_inodes(&self.resources.fuse, &numbers)
                     .map(|known| Response::Inodes { known })
                     .map_err(|e| Error::failed("cannot ask the kernel for inodes").because(e));
                 return self.respond(caller, known, None);

@@ -106,6 +106,6 @@ impl ServerProcess {
 
     /// How it ended, and whether the OOM killer struck meanwhile. A process that runs is not waited for.
     pub fn end(&self) -> (Option<Ended>, bool) {
-        (process::reap(&self.pidfd, EXIT_LIMIT), self.oom_kills.as_ref().is_some_and(OomKills::have_risen))
+        (process::reap(&self.pidfd, EXIT_LIMIT), self.oom_kills.as_ref().is_some_and(OomKills::has_increased))
     }
 }

@@ -55,7 +55,7 @@ impl Judge {
         if let Some(stuck) = reading.stillest.as_ref().filter(|r| r.still >= self.limit) {
             return Verdict::Replace(stuck.to_string());
         }
-        let slow = |r: &&InFlight| r.phase == Phase::WaitingForSource && r.age >= self.limit;
+        let slow = |r: &&InFlight| r.phase == Phase::WaitingForStore && r.age >= self.limit;
         let slow = reading.oldest.as_ref().filter(slow);
         let is_new = slow.is_some() && !std::mem::replace(&mut self.reported, slow.is_some());
         self.reported = slow.is_some();
@@ -183,7 +183,7 @@ mod tests {
     fn a_slow_store_is_reported_once_and_replaces_nobody() {
         let now = Instant::now();
         let slow = || Reading {
-            oldest: request(Phase::WaitingForSource, LIMIT, Duration::ZERO),
+            oldest: request(Phase::WaitingForStore, LIMIT, Duration::ZERO),
             waiting: 1,
             ..Reading::default()
         };

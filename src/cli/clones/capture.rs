@@ -12,7 +12,7 @@ use crate::cli::{Global, interrupt};
 use crate::clones::capture::{Afterwards, Captured, Check, Finding, capture, check};
 use crate::clones::vmm::shell_word;
 use crate::error::{Code, Result};
-use crate::sanitize::shown;
+use crate::sanitize::sanitize;
 use crate::store::{Store, TagName};
 use crate::units::Bytes;
 
@@ -90,8 +90,8 @@ impl Report for Check {
         writeln!(out, "the VM of process {pid} {verdict}")?;
         for Finding { about, blocks, what, remedy } in findings {
             let word = if *blocks { "obstacle" } else { "note" };
-            writeln!(out, "{word}: {about}: {}", shown(what))?;
-            writeln!(out, "    {}", shown(remedy))?;
+            writeln!(out, "{word}: {about}: {}", sanitize(what))?;
+            writeln!(out, "    {}", sanitize(remedy))?;
         }
         if command.is_empty() {
             return Ok(());

@@ -16,7 +16,7 @@ use crate::error::{Code, Error, Result};
 use crate::sys::memory::cachestat;
 use crate::sys::memory::pagemap::{Pagemap, Query};
 use crate::sys::probe::{self, KernelRelease};
-use crate::sys::process::holders::{self, PATIENCE};
+use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::procfs;
 use crate::units::Bytes;
 
@@ -195,7 +195,7 @@ fn privileges() -> Check {
 fn closed_processes() -> Check {
     const NAME: &str = "processes";
     let look = |pid| procfs::maps(pid, |_, _| false).map(|_| None::<()>).map_err(io::Error::other);
-    match holders::look_at_all(PATIENCE, look) {
+    match holders::look_at_all(SCAN_TIMEOUT, look) {
         Err(error) => return Check::missing(NAME, error.to_string(), "mount /proc"),
         Ok(all) => {
             if let Some(holes) = all.unseen.describe("be clones") {
@@ -203,7 +203,7 @@ fn closed_processes() -> Check {
             }
         }
     }
-    let looks = holders::look_at_each(vec![1], PATIENCE, move |pid| look(pid).is_err().then_some(()));
+    let looks = holders::look_at_each(vec![1], SCAN_TIMEOUT, move |pid| look(pid).is_err().then_some(()));
     match looks.seen.is_empty() {
         true => Check::ok(NAME, "all can be inspected"),
         false => Check::note(
@@ -218,10 +218,10 @@ fn closed_processes() -> Check {
 fn isolation() -> Check {
     let mut lacks = Vec::new();
     match probe::landlock_version() {
-        Some(version) if version >= probe::LANDLOCK_NEEDED => {}
+        Some(version) if version >= probe::MIN_LANDLOCK_VERSION => {}
         Some(version) => lacks.push(format!(
             "the kernel supports version {version} of Landlock, which lacks restrictions of version {}",
-            probe::LANDLOCK_NEEDED
+            probe::MIN_LANDLOCK_VERSION
         )),
         None => lacks.push("the kernel has no Landlock, or Landlock is disabled".to_owned()),
     }
@@ -409,7 +409,7 @@ fn mounts() -> Vec<Check> {
     let mut checks = Vec::new();
     let listing = control::list().unwrap_or_default();
     for dead in listing.dead {
-        let remedy = dead.error().remedy_text().unwrap_or_default().to_owned();
+        let remedy = dead.error().hint_text().unwrap_or_default().to_owned();
         checks.push(Check::note("mount", dead.error().to_string(), &remedy));
     }
     for living in listing.mounts {

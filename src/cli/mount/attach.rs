@@ -86,7 +86,7 @@ impl MountArgs {
 pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
     let options = args.to_options(global)?;
     if options.foreground {
-        return Err(control::become_supervisor(&options));
+        return Err(control::exec_supervisor(&options));
     }
     control::start_supervisor(&options)?;
     std::fs::metadata(&options.mountpoint).map_err(|e| {

@@ -16,7 +16,7 @@ use crate::clones::counted;
 use crate::clones::find::{self, CloneProcess};
 use crate::control::{self, DeadMount, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
-use crate::sanitize::{shown, utc};
+use crate::sanitize::{sanitize, utc};
 use crate::store::Store;
 use crate::sys::process::paused;
 
@@ -89,7 +89,7 @@ impl Unresponsive {
                 let pid = mount.supervisor_pid;
                 (format!("supervisor {pid} does not respond: it {pause}"), pause.remedy(pid))
             }
-            None => (error.to_string(), error.remedy_text().unwrap_or("see the log").to_owned()),
+            None => (error.to_string(), error.hint_text().unwrap_or("see the log").to_owned()),
         };
         Unresponsive {
             state: State::NoAnswer,
@@ -117,7 +117,7 @@ impl Unresponsive {
             state: State::Dead,
             server_pid: None,
             error: error.message().to_owned(),
-            remedy: error.remedy_text().unwrap_or_default().to_owned(),
+            remedy: error.hint_text().unwrap_or_default().to_owned(),
             mountpoint: mount.mountpoint,
             store: mount.store,
             log: mount.log,
@@ -240,8 +240,8 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
     reasons.iter().try_for_each(|(why, files)| {
         let first = files.iter().take(MAX_NAMED).cloned().collect::<Vec<_>>().join(", ");
         match files.len().saturating_sub(MAX_NAMED) {
-            0 => writeln!(out, "  {first}: {}", shown(why)),
-            more => writeln!(out, "  {first} and {more} more: {}", shown(why)),
+            0 => writeln!(out, "  {first}: {}", sanitize(why)),
+            more => writeln!(out, "  {first} and {more} more: {}", sanitize(why)),
         }
     })
 }

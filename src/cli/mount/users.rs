@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::clones::counted;
 use crate::error::Result;
-use crate::sys::process::holders::{self, PATIENCE};
+use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 
 /// A process that maps or has open files of the mount.
 #[derive(Debug, Serialize)]
@@ -31,7 +31,7 @@ impl Users {
     /// # Errors
     /// Returns an error if `/proc` cannot be listed.
     pub fn of(device: u64, own: &[Option<u32>]) -> Result<Users> {
-        let users = holders::users_of(device, PATIENCE)?;
+        let users = holders::users_of(device, SCAN_TIMEOUT)?;
         let is_foreign = |pid: u32| !own.contains(&Some(pid));
         let user = |u: holders::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
         Ok(Users {

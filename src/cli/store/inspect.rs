@@ -14,7 +14,7 @@ use crate::clones::counted;
 use crate::clones::recipe::Recipe;
 use crate::control::{LeaseHolder, leases};
 use crate::error::{Error, Result};
-use crate::sanitize::{shown, shown_lines, utc};
+use crate::sanitize::{sanitize, sanitize_lines, utc};
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::units::Bytes;
 
@@ -43,8 +43,8 @@ struct RecipeAlone {
 impl Report for RecipeAlone {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         match Recipe::from_value(&self.recipe) {
-            Ok(recipe) => out.write_all(shown_lines(&recipe.to_text()).as_bytes()),
-            Err(_) => writeln!(out, "{}", shown_lines(&format!("{:#}", self.recipe))),
+            Ok(recipe) => out.write_all(sanitize_lines(&recipe.to_text()).as_bytes()),
+            Err(_) => writeln!(out, "{}", sanitize_lines(&format!("{:#}", self.recipe))),
         }
     }
 
@@ -86,17 +86,23 @@ impl Report for Inspection {
         writeln!(out, "owner    {}:{}", self.uid, self.gid)?;
         writeln!(out, "created  {}", utc(self.created))?;
         for (key, value) in &self.labels {
-            writeln!(out, "label    {}={}", shown(key), shown(value))?;
+            writeln!(out, "label    {}={}", sanitize(key), sanitize(value))?;
         }
         for file in &self.files {
             let kind = file.kind.name();
-            writeln!(out, "file     {} {kind} {} ({} data)", shown(&file.name), file.size, file.data_bytes)?;
+            writeln!(
+                out,
+                "file     {} {kind} {} ({} data)",
+                sanitize(&file.name),
+                file.size,
+                file.data_bytes
+            )?;
         }
         for lease in &self.leases {
             writeln!(out, "lease    process {}", lease.name())?;
         }
         if let Some(recipe) = &self.recipe {
-            let text = |key| shown(recipe.get(key).and_then(Value::as_str).unwrap_or("?"));
+            let text = |key| sanitize(recipe.get(key).and_then(Value::as_str).unwrap_or("?"));
             writeln!(out, "recipe   {} {} (printed by --recipe)", text("vmm"), text("vmm_version"))?;
         }
         Ok(())

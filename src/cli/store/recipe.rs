@@ -15,7 +15,7 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::clones::recipe::{MAX_TEXT, Recipe};
 use crate::error::{Error, Result};
-use crate::sanitize::shown_lines;
+use crate::sanitize::sanitize_lines;
 use crate::store::{Digest, Store, TemplateFile, TemplateRef};
 use crate::sys::files::stream;
 
@@ -159,8 +159,8 @@ fn in_editor(
     };
     // A recipe of a newer version cannot be parsed, and is edited as plain JSON.
     let text = match Recipe::from_value(before) {
-        Ok(recipe) => shown_lines(&recipe.to_text()),
-        Err(_) => shown_lines(&format!("{before:#}\n")),
+        Ok(recipe) => sanitize_lines(&recipe.to_text()),
+        Err(_) => sanitize_lines(&format!("{before:#}\n")),
     };
     let file = tempfile::Builder::new()
         .prefix("stencil-recipe-")
@@ -173,7 +173,7 @@ fn in_editor(
         if std::fs::read(file.path()).is_ok_and(|now| now == text.as_bytes()) {
             return error;
         }
-        let remedy = error.remedy_text().map_or(String::new(), |remedy| format!("{remedy}; "));
+        let remedy = error.hint_text().map_or(String::new(), |remedy| format!("{remedy}; "));
         match file.keep() {
             Ok((_, kept)) => error.remedy(format!(
                 "{remedy}your text is in {}: run again with --from, then remove the file",

@@ -106,7 +106,7 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             crate::say!("error: cannot restore the VM: {error}");
-            crate::say!("hint: {}", error.remedy_text().unwrap_or_default());
+            crate::say!("hint: {}", error.hint_text().unwrap_or_default());
             ExitCode::FAILURE
         }
     }

@@ -121,5 +121,5 @@ pub fn check(socket: &Path) -> Result<Check> {
 }
 
 fn remedy(error: &Error) -> String {
-    error.remedy_text().unwrap_or_default().to_owned()
+    error.hint_text().unwrap_or_default().to_owned()
 }

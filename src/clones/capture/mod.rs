@@ -4,17 +4,17 @@
 //! received through a pipe, from a migration without shared RAM. If the file system can clone files (reflink), the VM
 //! is paused only for the clone, not for the import.
 
-mod restore;
 mod busy;
+mod capture_watchdog;
 mod check;
 mod disks;
 mod images;
 mod lock;
 mod open_files;
-mod qemu_process;
 mod pause;
+mod qemu_process;
+mod restore;
 mod vm;
-mod capture_watchdog;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -33,14 +33,14 @@ use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
-use restore::SavedState;
+use capture_watchdog::ResumeOnDeath;
+pub use capture_watchdog::{RESUME_ARGUMENT, resume_main};
 pub use check::{Check, Finding, check};
 use disks::Frozen;
 use lock::VmLock;
 use pause::PausedVm;
+use restore::SavedState;
 use vm::{RamFile, Vm};
-use capture_watchdog::ResumeOnDeath;
-pub use capture_watchdog::{RESUME_ARGUMENT, resume_main};
 
 /// The state of the VM after a capture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
-use super::restore::SavedState;
-use crate::clones::capture::busy;
-use super::disks::{self, Frozen};
-use crate::clones::capture::images;
-use super::lock::VmLock;
-use super::vm::Vm;
 use super::capture_watchdog::ResumeOnDeath;
+use super::disks::{self, Frozen};
+use super::lock::VmLock;
+use super::restore::SavedState;
+use super::vm::Vm;
+use crate::clones::capture::busy;
+use crate::clones::capture::images;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::{Qmp, WATCHED};
 use crate::error::{Error, Result};
@@ -208,7 +208,7 @@ impl Drop for PausedVm {
             && let Err(error) = self.finish(false)
         {
             log::error!("{error}");
-            log::error!("{}", error.remedy_text().unwrap_or_default());
+            log::error!("{}", error.hint_text().unwrap_or_default());
         }
     }
 }

@@ -72,7 +72,7 @@ impl SavedState {
 
 /// Returns true if QEMU has exited; waits up to 5 s for a QEMU that has closed its session.
 fn has_exited(qmp: &mut Qmp, vm: ProcessId) -> bool {
-    !vm.is_alive() || (qmp.status().is_err() && vm.wait_gone(EXIT_TIMEOUT).unwrap_or(false))
+    !vm.is_alive() || (qmp.status().is_err() && vm.wait_for_exit(EXIT_TIMEOUT).unwrap_or(false))
 }
 
 /// Resumes the guest, and checks that no active migration can stop it again.

@@ -27,7 +27,8 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
     let target = active.order.target;
     let needs = Needs::of(argv);
     let disks = if needs.disks.is_empty() { vec![] } else { target.recipe()?.disks };
-    let (values, reserved) = clone_resources::allocate(target, &disks, &needs, entry, 0, || active.is_over())?;
+    let (values, reserved) =
+        clone_resources::allocate(target, &disks, &needs, entry, 0, || active.is_over())?;
     let filled = argv.iter().map(|arg| values.fill(arg, Escape::None)).collect::<Result<Vec<_>>>()?;
     let Some((program, args)) = filled.split_first() else {
         return Err(Error::usage("missing command").remedy("write the command after --: -- CMD {memory}"));

@@ -48,7 +48,7 @@ pub fn allocate(
         values = values.with(&format!("mac:{card}"), identity.mac(card));
     }
     let mut reserved = Reserved::default();
-    ports::give_back(&entry.id, &entry.ports);
+    ports::release(&entry.id, &entry.ports);
     entry.ports.clear();
     for name in &needs.ports {
         let (port, held) = free_port(|port| ports::claim(port, &entry.id, &is_over))?;

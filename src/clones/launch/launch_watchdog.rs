@@ -15,8 +15,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use crate::clones::launch::worker;
 use crate::clones::helper_process::this_program;
+use crate::clones::launch::worker;
 use crate::clones::registry::{self, Ending, Entry, Launch};
 use crate::error::{Error, Result};
 use crate::sys::process::exit_status::ExitStatus;

@@ -2,14 +2,14 @@
 
 mod active_launch;
 mod child;
-mod simulated_launch;
-mod job;
-mod order;
 mod clone_resources;
+mod job;
+mod launch_watchdog;
+mod order;
 mod qemu;
 mod simulate;
+mod simulated_launch;
 mod target;
-mod launch_watchdog;
 mod worker;
 mod zygote;
 

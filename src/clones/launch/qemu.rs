@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::active_launch::ActiveLaunch;
 use super::child::{ReadyWait, spawn};
-use crate::clones::launch::clone_resources;
 use crate::clones::agent::{Channel, Clock};
+use crate::clones::launch::clone_resources;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
@@ -65,7 +65,9 @@ fn resume_once(
 ) -> Result<Child> {
     // The ports stay reserved until QEMU listens on them.
     let (values, _reserved) =
-        clone_resources::allocate(active.order.target, &recipe.disks, needs, entry, attempt, || active.is_over())?;
+        clone_resources::allocate(active.order.target, &recipe.disks, needs, entry, attempt, || {
+            active.is_over()
+        })?;
     let state = values.get("state").map(str::to_owned).ok_or_else(|| {
         Error::usage(format!(
             "template {} has no device state (file 'state') to resume",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::clones::recipe::{Recipe, Values};
-use crate::clones::registry::StoreOfClone;
+use crate::clones::registry::CloneStore;
 use crate::control::{self, Lease};
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, TemplateFile, TemplateRef, inode_number};
@@ -17,7 +17,7 @@ pub struct Target {
     /// Digest of the template.
     pub digest: Digest,
     /// The store of the template.
-    pub store: StoreOfClone,
+    pub store: CloneStore,
     /// Directory of the template, `MNT/by-id/<digest>`.
     pub dir: PathBuf,
     /// Files of the template.
@@ -60,7 +60,7 @@ impl Target {
         let target = Target {
             name: reference.to_string(),
             digest,
-            store: StoreOfClone { path: store.dir().to_owned(), id: store.id() },
+            store: CloneStore { path: store.dir().to_owned(), id: store.id() },
             dir,
             files: template.files().to_vec(),
             inodes: (mount.device, inodes),

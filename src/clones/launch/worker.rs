@@ -27,7 +27,7 @@ pub struct Pipes {
 pub fn run(job: &Job, index: u32, dir: &Path, zygote: u32, pipes: Pipes) -> ! {
     // The name is for `ps` only, so a failure does not matter.
     let _ = rustix::thread::set_name(c"stencil-clone");
-    let outcome = process::die_with_parent(zygote).and_then(|alive| {
+    let outcome = process::set_parent_death_signal(zygote).and_then(|alive| {
         if !alive {
             process::leave(1);
         }
@@ -63,7 +63,7 @@ fn live(job: &Job, index: u32, dir: &Path, pipes: &Pipes) -> Result<Vec<Backend>
     log(dir, job, index)?;
     send(pipes, &format!("ready {index}"));
     wait_for_release(pipes)?;
-    process::outlive_parent()?;
+    process::clear_parent_death_signal()?;
     send(pipes, &format!("free {index}"));
     Ok(backends)
 }

@@ -6,7 +6,6 @@
 //! `{port:N}`, `{disk:NAME}`.
 
 mod chardevs;
-mod validation;
 mod corrections;
 mod disks;
 mod host;
@@ -17,13 +16,13 @@ mod network;
 mod plan;
 mod props;
 mod rules;
+mod validation;
 mod values;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-pub use validation::MAX_TEXT;
 pub use corrections::corrected;
 pub use disks::PlannedDisk;
 pub use host::{Image, LiveDisk};
@@ -32,6 +31,7 @@ pub use memory::{Ram, Rom};
 pub use plan::{Blob, Examined, Facts, Plan, Refusal, examine, plan};
 pub use props::Props;
 pub use rules::{device_type, implied, is_device_for_clones, options};
+pub use validation::MAX_TEXT;
 pub use values::{Escape, Needs, Values};
 
 /// The version of the recipe format.

@@ -7,7 +7,6 @@ mod parts;
 
 use std::path::PathBuf;
 
-use crate::clones::recipe::chardevs;
 use super::disks::Disks;
 use super::libvirt::Secrets;
 use super::memory::{self, Memory, Problem, Ram, Rom};
@@ -18,6 +17,7 @@ use super::rules::{
     unsupported_value,
 };
 use super::values::placeholders;
+use crate::clones::recipe::chardevs;
 use crate::error::{Error, Result};
 pub use parts::{Blob, Examined, Facts, Plan, Refusal};
 

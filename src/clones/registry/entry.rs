@@ -14,7 +14,7 @@ use crate::clones::baseline::Baseline;
 use crate::control::runtime::{self, is_pid, is_plain_name, is_whole_path, trusted_folder};
 use crate::error::{Error, Result};
 use crate::store::Digest;
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
@@ -61,7 +61,7 @@ pub struct Touched {
 
 /// The store of a clone's template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoreOfClone {
+pub struct CloneStore {
     /// Canonical path of the store at the time of the launch.
     pub path: PathBuf,
     /// [`id`](crate::store::Store::id) of the store.
@@ -83,7 +83,7 @@ pub struct Entry {
     pub template: String,
     /// Store of the template; absent in records of older versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub store: Option<StoreOfClone>,
+    pub store: Option<CloneStore>,
     /// Kind of process.
     pub kind: Kind,
     /// Directory of the clone.
@@ -197,7 +197,7 @@ impl Entry {
                 "use only letters, digits, '.', '_' and '-' in names; see 'stencil inspect --recipe'",
             ));
         }
-        let write = |directory: &Folder| runtime::replace(directory, RECORD, &serde_json::to_vec(self)?);
+        let write = |directory: &Directory| runtime::replace(directory, RECORD, &serde_json::to_vec(self)?);
         let name = self.dir.file_name().unwrap_or_default();
         let written = match runtime::open(CLONES)? {
             Some(all) => trusted_folder(&all, name).and_then(|directory| write(&directory)),
@@ -242,7 +242,7 @@ impl Entry {
     /// # Errors
     /// Returns an error if the file cannot be read or is not a regular file.
     pub fn read_file(&self, name: &str) -> std::io::Result<Option<Vec<u8>>> {
-        let read = Folder::open(&self.dir).and_then(|directory| directory.read(name, MAX_LOG));
+        let read = Directory::open(&self.dir).and_then(|directory| directory.read(name, MAX_LOG));
         match read {
             Ok(bytes) => Ok(Some(bytes)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
@@ -265,7 +265,7 @@ impl Entry {
                 _ => {}
             }
         }
-        ports::give_back(&self.id, &self.ports);
+        ports::release(&self.id, &self.ports);
         remove_directory(&self.dir)
     }
 }
@@ -275,7 +275,7 @@ impl Entry {
 /// # Errors
 /// Returns an error if the log cannot be opened or is not a regular file.
 pub fn open_log(dir: &Path) -> Result<fs::File> {
-    let opened = Folder::open(dir).and_then(|directory| runtime::append(&directory, LOG));
+    let opened = Directory::open(dir).and_then(|directory| runtime::append(&directory, LOG));
     opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(LOG), e))
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::entry::{Entry, Kind, StoreOfClone, Touched, remove_directory};
+use super::entry::{CloneStore, Entry, Kind, Touched, remove_directory};
 use super::layout::{CLONES, LAUNCHES, clones_dir, random_id};
 use super::process_tree::{self, ProcessTrees};
 use super::records::list;
@@ -34,7 +34,7 @@ pub struct NewEntry<'a> {
     /// Digest of the template.
     pub template: &'a str,
     /// Store of the template.
-    pub store: &'a StoreOfClone,
+    pub store: &'a CloneStore,
     /// Kind of process.
     pub kind: Kind,
     /// Number of the clone within its launch, from 0.

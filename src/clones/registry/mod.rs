@@ -6,16 +6,16 @@
 //! The clones of one call belong to one [`Launch`], which holds them by one marker file. Removing the marker releases
 //! all clones at once. If the launcher dies before, the next command stops the remaining clones ([`sweep`]).
 
-mod exit_record;
 mod entry;
+mod exit_record;
 mod launch;
 mod layout;
 pub mod ports;
 pub mod process_tree;
 mod records;
 
+pub use entry::{CloneStore, Entry, Kind, LOG, SERIAL_LOG, Touched, open_log};
 pub use exit_record::Ending;
-pub use entry::{Entry, Kind, LOG, SERIAL_LOG, StoreOfClone, Touched, open_log};
 pub use launch::{Launch, NewEntry, abort, sweep};
 pub use layout::{is_held, random_id, runtime_root};
 pub use records::{find, list, list_and_unread, wait_for_watchdogs};

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::layout::clones_dir;
 use crate::control::runtime::{self, is_plain_name};
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::sys::files::file_locks;
 use crate::sys::process::holders;
 
@@ -49,7 +49,7 @@ pub fn claim(port: u16, id: &str, is_over: impl Fn() -> bool) -> Result<bool> {
 }
 
 /// Returns the id of the clone that owns a port; `None` if there is no link.
-fn owner(links: &Folder, name: &str) -> io::Result<Option<String>> {
+fn owner(links: &Directory, name: &str) -> io::Result<Option<String>> {
     match readlinkat(links, name, Vec::new()) {
         Ok(owner) => {
             let owner = std::ffi::OsStr::from_bytes(owner.as_bytes()).to_str().filter(|id| is_plain_name(id));
@@ -64,7 +64,7 @@ fn owner(links: &Folder, name: &str) -> io::Result<Option<String>> {
 
 /// Locks the directory of links, so that no other process replaces a link between the check and the removal. Only the
 /// user who owns the directory can open it.
-fn lock_links(is_over: impl Fn() -> bool) -> Result<Folder> {
+fn lock_links(is_over: impl Fn() -> bool) -> Result<Directory> {
     let links = runtime::create(PORTS)?;
     match file_locks::wait(&links, true, LOCK_TIMEOUT, is_over) {
         Ok(true) => Ok(links),
@@ -81,7 +81,7 @@ fn lock_links(is_over: impl Fn() -> bool) -> Result<Folder> {
 }
 
 /// Releases the ports of a clone.
-pub fn give_back(id: &str, ports: &BTreeMap<String, u16>) {
+pub fn release(id: &str, ports: &BTreeMap<String, u16>) {
     if ports.is_empty() {
         return;
     }

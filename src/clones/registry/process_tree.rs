@@ -9,7 +9,7 @@ use rustix::process::Signal;
 
 use super::entry::{Entry, Kind};
 use crate::error::{Error, Result};
-use crate::sys::process::holders::{self, PATIENCE};
+use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::{self, ProcessId};
 use crate::sys::process::{paused, procfs, tasks};
 
@@ -37,7 +37,7 @@ impl ProcessTrees {
         let recorded: Vec<ProcessId> = entries.iter().filter_map(Entry::process).collect();
         let search = entries.iter().any(may_have_others);
         let pids = if search { procfs::pids().unwrap_or_default() } else { vec![] };
-        let looks = holders::look_at_each(pids, PATIENCE, marked);
+        let looks = holders::look_at_each(pids, SCAN_TIMEOUT, marked);
         let recorded = recorded.into_iter().filter(ProcessId::is_alive).collect();
         let mut trees = ProcessTrees { marked: HashMap::new(), recorded };
         for (_, (process, dir)) in looks.seen {
@@ -110,7 +110,7 @@ fn may_have_others(entry: &Entry) -> bool {
 /// Returns the living processes with this clone directory in their environment.
 pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
     let wanted = dir.as_os_str().as_encoded_bytes().to_vec();
-    let looks = holders::look_at_each(procfs::pids().unwrap_or_default(), PATIENCE, marked);
+    let looks = holders::look_at_each(procfs::pids().unwrap_or_default(), SCAN_TIMEOUT, marked);
     looks.seen.into_iter().filter(|(_, (_, dir))| *dir == wanted).map(|(_, (process, _))| process).collect()
 }
 
@@ -132,7 +132,7 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
         let mut problem = failures.into_iter().flatten().next();
         let until = Instant::now() + KILL_TIMEOUT;
         for process in &doomed {
-            let gone = process.wait_gone(until.saturating_duration_since(Instant::now()));
+            let gone = process.wait_for_exit(until.saturating_duration_since(Instant::now()));
             problem = problem.or(match gone {
                 Ok(true) => None,
                 Ok(false) => Some(not_exiting(process)),

@@ -9,7 +9,7 @@ use super::entry::Entry;
 use super::layout::{CLONES, RECORD};
 use crate::control::runtime::{self, MAX_RECORD, is_plain_name, trusted_folder};
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 
 /// Returns all records, oldest first, including those of clones that have exited.
 ///
@@ -53,7 +53,7 @@ pub fn find(id: &str) -> Result<Entry> {
     })
 }
 
-fn load(all: &Folder, name: &Path) -> Result<Option<Entry>> {
+fn load(all: &Directory, name: &Path) -> Result<Option<Entry>> {
     let dir = all.path_of(name);
     let read = || -> io::Result<Option<Entry>> {
         let directory = trusted_folder(all, name)?;
@@ -93,7 +93,7 @@ pub fn wait_for_watchdogs(ended: &[Entry]) {
             && seen.insert(watchdog)
         {
             // After the limit, a remaining watchdog has no effect on the user.
-            let _ = watchdog.wait_gone(LIMIT);
+            let _ = watchdog.wait_for_exit(LIMIT);
         }
     }
 }
@@ -103,7 +103,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
     use std::io::Write;
 
-    use super::super::entry::{Kind, StoreOfClone, Touched};
+    use super::super::entry::{CloneStore, Kind, Touched};
     use super::super::layout::random_id;
     use super::*;
     use crate::sys::process::ProcessId;
@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn reads_the_record_that_was_written() {
         let dir = tempfile::tempdir().unwrap();
-        let all = Folder::open(dir.path()).unwrap();
+        let all = Directory::open(dir.path()).unwrap();
         let directory = all.create_folder("c0123456", 0o700).unwrap();
         let entry = Entry {
             id: "c0123456".into(),
@@ -119,7 +119,7 @@ mod tests {
             identity: 34,
             name: "web:v1".into(),
             template: "ab".repeat(32),
-            store: Some(StoreOfClone { path: "/s".into(), id: "12ab".into() }),
+            store: Some(CloneStore { path: "/s".into(), id: "12ab".into() }),
             kind: Kind::Simulated,
             dir: directory.path().to_owned(),
             created: 56,

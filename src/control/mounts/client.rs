@@ -135,7 +135,7 @@ fn ask_with(
     let path = dir.join(CONTROL_SOCKET);
     let lost = |e| Error::io("cannot reach the supervisor of the mount", &path, e).remedy(SUPERVISOR_LOST);
     let channel = reach(dir).map_err(lost)?;
-    channel.set_patience(REPLY_TIMEOUT).map_err(lost)?;
+    channel.set_timeout(REPLY_TIMEOUT).map_err(lost)?;
     channel.send(request, fd).map_err(lost)?;
     match channel.receive::<Response>().map_err(lost)? {
         Some((Response::Failed(failure), _)) => Err(failure.into_error()),
@@ -156,7 +156,7 @@ pub(in crate::control) fn reach(dir: &Path) -> io::Result<Channel> {
     })?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let channel = Channel::new(socket);
-    channel.set_patience(CONNECT_TIMEOUT)?;
+    channel.set_timeout(CONNECT_TIMEOUT)?;
     // `sun_path` holds 107 bytes: the path goes through the descriptor of the directory.
     connect(&channel, &SocketAddrUnix::new(socket_path(&folder))?)?;
     let peer = Peer::of(&channel)?;

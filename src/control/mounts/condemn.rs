@@ -100,7 +100,7 @@ impl Condemnation {
     ///
     /// # Errors
     /// Returns an error if a mount does not reply.
-    pub fn known_inodes(&self, inodes: &[u64]) -> Result<Vec<(&Mount, u64)>> {
+    pub fn cached_inodes(&self, inodes: &[u64]) -> Result<Vec<(&Mount, u64)>> {
         let mut held = Vec::new();
         for (mount, channel) in &self.mounts {
             for numbers in inodes.chunks(MAX_INODES) {
@@ -143,7 +143,7 @@ fn condemned_by(mount: &Mount, digests: &[Digest]) -> Result<Option<(Channel, Du
     loop {
         let attempt = || -> io::Result<(Channel, Duration)> {
             let channel = reach(&mount.dir)?;
-            channel.set_patience(REPLY_TIMEOUT)?;
+            channel.set_timeout(REPLY_TIMEOUT)?;
             let grace = ask(&channel, &Request::Condemn { digests: digests.to_vec() })?;
             Ok((channel, grace))
         };

@@ -73,7 +73,7 @@ pub fn start_supervisor(options: &MountOptions) -> Result<()> {
 }
 
 /// Executes the supervisor in place of this process, in the foreground; returns only if that fails.
-pub fn become_supervisor(options: &MountOptions) -> Error {
+pub fn exec_supervisor(options: &MountOptions) -> Error {
     match find_daemon() {
         Ok(daemon) => {
             let error = Command::new(&daemon).args(options.to_args()).exec();

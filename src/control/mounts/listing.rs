@@ -14,7 +14,7 @@ use super::registry::{LOG_FILE, MOUNTS, Mount, Record, RecordDir};
 use crate::control::runtime::{self, is_plain_name, runtime_dir, trusted_folder};
 use crate::error::{Error, Result};
 use crate::store::Store;
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::sys::files::mount;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
@@ -268,7 +268,7 @@ pub fn list() -> Result<Listing> {
     Ok(listing)
 }
 
-fn read_record(all: &Folder, name: &Path) -> io::Result<Option<(Folder, Record)>> {
+fn read_record(all: &Directory, name: &Path) -> io::Result<Option<(Directory, Record)>> {
     if !name.to_str().is_some_and(is_plain_name) {
         let reason = "a supervisor does not give its directory such a name";
         return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
@@ -289,7 +289,7 @@ fn unread(dir: &Path, e: io::Error) -> Error {
 }
 
 /// Returns true while a supervisor holds the lock on the directory of its record.
-pub(in crate::control) fn is_locked(folder: &Folder) -> bool {
+pub(in crate::control) fn is_locked(folder: &Directory) -> bool {
     // A shared lock: two checks at the same time must not take each other for a supervisor.
     let locked = flock(folder, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK);
     if !locked {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::registry::MOUNTS;
 use crate::control::runtime;
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::sys::files::file_locks;
 use crate::sys::process::holders;
 
@@ -16,7 +16,7 @@ const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// must not inherit the descriptor.
 #[derive(Debug)]
 pub struct MountLock {
-    _records: Folder,
+    _records: Directory,
 }
 
 impl MountLock {

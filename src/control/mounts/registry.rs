@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::runtime::{self, MAX_RECORD};
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::sys::files::{file_locks, trust};
 use crate::sys::process::ProcessId;
 
@@ -94,7 +94,7 @@ pub struct RecordDir {
     path: PathBuf,
     /// The open directory: it carries the lock, and the control socket is reached through its descriptor. Mode 0700
     /// keeps other users from opening and locking it.
-    folder: Folder,
+    folder: Directory,
     ours: Cell<bool>,
 }
 
@@ -112,7 +112,7 @@ impl Record {
     ///
     /// # Errors
     /// Returns `InvalidData` for a record that a supervisor cannot have written, and an error if a system call fails.
-    pub(in crate::control) fn read(folder: &Folder) -> io::Result<Option<Record>> {
+    pub(in crate::control) fn read(folder: &Directory) -> io::Result<Option<Record>> {
         let text = match runtime::read(folder, RECORD_FILE, MAX_RECORD) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             text => text?,
@@ -169,14 +169,14 @@ impl RecordDir {
     }
 
     /// Removes the directory of a mount whose processes are dead, unless another process holds the lock.
-    pub(in crate::control) fn remove_dead(folder: Folder) {
+    pub(in crate::control) fn remove_dead(folder: Directory) {
         if let Ok(dead) = Self::locked(folder, Duration::ZERO) {
             log::debug!("removing the record of a dead mount: {}", dead.path.display());
             dead.ours.set(true);
         }
     }
 
-    fn locked(folder: Folder, limit: Duration) -> Result<RecordDir> {
+    fn locked(folder: Directory, limit: Duration) -> Result<RecordDir> {
         let path = folder.path().to_owned();
         match file_locks::wait(&folder, true, limit, || false) {
             Ok(true) => Ok(RecordDir { path, folder, ours: Cell::new(false) }),
@@ -191,7 +191,7 @@ impl RecordDir {
 
     /// Wraps the locked directory that a supervisor leaves to the program that it executes.
     pub fn inherited(path: PathBuf, folder: OwnedFd) -> RecordDir {
-        let folder = Folder::from_fd(folder, &path);
+        let folder = Directory::from_fd(folder, &path);
         RecordDir { path, folder, ours: Cell::new(false) }
     }
 
@@ -238,7 +238,7 @@ impl RecordDir {
 }
 
 /// Opens the directory of a record, whose path comes from a listing or a ledger.
-pub(in crate::control) fn open_record(path: &Path) -> Result<Folder> {
+pub(in crate::control) fn open_record(path: &Path) -> Result<Directory> {
     trust::open(path).map_err(|e| Error::io("cannot open the mount's record", path, e))
 }
 

@@ -56,7 +56,7 @@ pub enum Phase {
     /// Blocks are read, decompressed and verified.
     Decoding = 2,
     /// The store cannot be reached; the read is retried.
-    WaitingForSource = 3,
+    WaitingForStore = 3,
     /// The reply is written to the kernel.
     Replying = 4,
     /// The request waits for a backing and occupies no thread.
@@ -68,7 +68,7 @@ impl Phase {
         Some(match word & ((1 << STATE_BITS) - 1) {
             1 => Phase::Taken,
             2 => Phase::Decoding,
-            3 => Phase::WaitingForSource,
+            3 => Phase::WaitingForStore,
             4 => Phase::Replying,
             5 => Phase::Parked,
             _ => return None,
@@ -80,7 +80,7 @@ impl Phase {
         match self {
             Phase::Taken => "taken",
             Phase::Decoding => "decoding",
-            Phase::WaitingForSource => "waiting for the store",
+            Phase::WaitingForStore => "waiting for the store",
             Phase::Replying => "replying",
             Phase::Parked => "parked",
         }
@@ -321,10 +321,10 @@ mod tests {
         table.enter(3, &asked(7));
         std::thread::sleep(Duration::from_millis(20));
         table.enter(0, &asked(8));
-        table.stamp(3, Phase::WaitingForSource);
+        table.stamp(3, Phase::WaitingForStore);
         let oldest = other.oldest().unwrap();
         assert_eq!((oldest.unique, oldest.ino, oldest.offset, oldest.size), (7, 7 ^ 0xff, 28672, 7));
-        assert_eq!((oldest.opcode, oldest.phase), (15, Phase::WaitingForSource));
+        assert_eq!((oldest.opcode, oldest.phase), (15, Phase::WaitingForStore));
         assert!(oldest.age >= Duration::from_millis(20) && oldest.still < oldest.age, "{oldest:?}");
         assert_eq!(other.stillest().unwrap().unique, 8, "request 7 was stamped later");
         assert!(
@@ -350,10 +350,10 @@ mod tests {
         table.unpark(slots[17], Some(Phase::Replying));
         table.unpark(slots[17], None);
         assert_eq!(table.parked(), PARKED_SLOTS - 1);
-        assert_eq!(table.park(0, &asked(1), Phase::WaitingForSource), Some(slots[17]));
+        assert_eq!(table.park(0, &asked(1), Phase::WaitingForStore), Some(slots[17]));
         assert_eq!(
             table.oldest().unwrap().phase,
-            Phase::WaitingForSource,
+            Phase::WaitingForStore,
             "a READ that waits for the store counts"
         );
     }

@@ -129,7 +129,7 @@ impl From<&Error> for Failure {
             message,
             errno: error.errno(),
             path: error.path().map(ToOwned::to_owned),
-            remedy: error.remedy_text().map(str::to_owned),
+            remedy: error.hint_text().map(str::to_owned),
         }
     }
 }
@@ -167,7 +167,7 @@ mod tests {
         let back = back.into_error();
         assert_eq!(back.code(), Code::InUse);
         assert_eq!(back.to_string(), "2 clones map it: /mnt");
-        assert_eq!(back.remedy_text(), Some("stop them"));
+        assert_eq!(back.hint_text(), Some("stop them"));
     }
 
     #[test]

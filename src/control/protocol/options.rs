@@ -316,7 +316,7 @@ mod tests {
         ] {
             let error = options.apply(bad).unwrap_err();
             assert_eq!(error.code(), crate::error::Code::Usage, "{bad}");
-            assert!(error.remedy_text().is_some(), "{bad}: {error}");
+            assert!(error.hint_text().is_some(), "{bad}: {error}");
         }
     }
 }

@@ -64,7 +64,7 @@ impl Channel {
     ///
     /// # Errors
     /// Returns an error if the system call fails.
-    pub fn set_patience(&self, timeout: Duration) -> io::Result<()> {
+    pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         set_socket_timeout(&self.0, Timeout::Recv, Some(timeout))?;
         Ok(set_socket_timeout(&self.0, Timeout::Send, Some(timeout))?)
     }
@@ -182,7 +182,7 @@ mod tests {
         assert_eq!(text, "second");
         let flags = rustix::io::fcntl_getfd(fd.unwrap()).unwrap();
         assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
-        b.set_patience(Duration::from_millis(5)).unwrap();
+        b.set_timeout(Duration::from_millis(5)).unwrap();
         assert_eq!(b.receive::<String>().unwrap_err().kind(), io::ErrorKind::TimedOut);
         drop(a);
         assert!(b.receive::<String>().unwrap().is_none());

@@ -26,7 +26,7 @@ pub struct Store(Arc<Inner>);
 
 /// Prevents garbage collection of a store's packs while it is alive.
 #[derive(Debug)]
-pub struct ContentHold {
+pub struct ContentLock {
     _lock: Lock,
 }
 
@@ -137,8 +137,8 @@ impl Store {
     ///
     /// # Errors
     /// Returns an error if the store is not writable.
-    pub fn hold_content(&self) -> Result<ContentHold> {
-        self.lock_content(|| Ok(())).map(|lock| ContentHold { _lock: lock })
+    pub fn lock_content_shared(&self) -> Result<ContentLock> {
+        self.lock_content(|| Ok(())).map(|lock| ContentLock { _lock: lock })
     }
 
     /// Returns the digests of all templates, sorted.

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Gid, OFlags, Stat, Uid, fchown, fstat};
 
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::units::Bytes;
 
 /// Mode of a store's files; packs hold guest memory.
@@ -39,18 +39,18 @@ enum Base {
     /// The store's directory, opened for each access. The path is absolute and has no symbolic links.
     Root(Arc<Path>),
     /// An open directory.
-    Open(Arc<Folder>),
+    Open(Arc<Directory>),
 }
 
 enum OpenBase<'a> {
-    Root(Folder),
-    Open(&'a Folder),
+    Root(Directory),
+    Open(&'a Directory),
 }
 
 impl Deref for OpenBase<'_> {
-    type Target = Folder;
+    type Target = Directory;
 
-    fn deref(&self) -> &Folder {
+    fn deref(&self) -> &Directory {
         match self {
             OpenBase::Root(folder) => folder,
             OpenBase::Open(folder) => folder,
@@ -65,7 +65,7 @@ impl StorePath {
     }
 
     /// Creates the path of an open directory.
-    pub(in crate::store) fn of(folder: Arc<Folder>) -> StorePath {
+    pub(in crate::store) fn of(folder: Arc<Directory>) -> StorePath {
         StorePath { path: folder.path().to_owned(), base: Base::Open(folder), name: PathBuf::new() }
     }
 
@@ -102,7 +102,7 @@ impl StorePath {
 
     fn base(&self) -> io::Result<OpenBase<'_>> {
         Ok(match &self.base {
-            Base::Root(dir) => OpenBase::Root(Folder::reach_canonical(dir)?),
+            Base::Root(dir) => OpenBase::Root(Directory::reach_canonical(dir)?),
             Base::Open(folder) => OpenBase::Open(folder),
         })
     }
@@ -112,9 +112,9 @@ impl StorePath {
         if self.name.as_os_str().is_empty() { Path::new(".") } else { &self.name }
     }
 
-    pub(in crate::store) fn folder(&self) -> io::Result<Folder> {
+    pub(in crate::store) fn folder(&self) -> io::Result<Directory> {
         match (&self.base, self.name.as_os_str().is_empty()) {
-            (Base::Root(dir), true) => Folder::open_canonical(dir),
+            (Base::Root(dir), true) => Directory::open_canonical(dir),
             _ => self.base()?.folder(self.name()),
         }
     }
@@ -192,14 +192,14 @@ impl StorePath {
     }
 
     /// Creates and opens a directory. Fails if the directory exists.
-    pub(in crate::store) fn create_folder(&self) -> io::Result<Folder> {
+    pub(in crate::store) fn create_folder(&self) -> io::Result<Directory> {
         let (folder, name) = self.in_folder()?;
         let created = folder.create_folder(name, DIRECTORY_MODE)?;
         give_to_owner_of(&folder, &created)?;
         Ok(created)
     }
 
-    fn in_folder(&self) -> io::Result<(Folder, &OsStr)> {
+    fn in_folder(&self) -> io::Result<(Directory, &OsStr)> {
         let name = self.name.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let parent = self.name.parent().unwrap_or(Path::new(""));
         let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
@@ -251,7 +251,7 @@ pub(in crate::store) fn is_misplaced(error: &io::Error) -> bool {
 
 /// Chowns a file that root has just created to the owner of its directory. A store belongs to one user, with whose
 /// rights the store is served, and who must keep access to it. Other users cannot chown files.
-fn give_to_owner_of(folder: &Folder, created: impl AsFd) -> io::Result<()> {
+fn give_to_owner_of(folder: &Directory, created: impl AsFd) -> io::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Ok(());
     }
@@ -312,7 +312,7 @@ pub(in crate::store) fn create_root(dir: &Path) -> Result<StorePath> {
             Err(e) => return Err(fail(e)),
         }
     };
-    let mut folder = Folder::open_canonical(&found).map_err(fail)?;
+    let mut folder = Directory::open_canonical(&found).map_err(fail)?;
     for name in missing.into_iter().rev() {
         folder = match folder.create_folder(name, DIRECTORY_MODE) {
             // Another command has created the directory at the same time.

@@ -9,7 +9,7 @@ use rustix::fs::{FileType, FlockOperation, flock};
 use super::path::StorePath;
 use super::publish::{random_hex, sync_directory, write_new};
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 
 /// Maximum number of attempts to create a session directory. Another writer's sweep may remove a directory before it is
 /// locked.
@@ -114,7 +114,7 @@ pub(in crate::store) fn allocated(path: &StorePath) -> u64 {
 }
 
 /// Same as [`allocated`], but includes everything below a directory.
-fn allocated_below(directory: &Folder, name: &OsStr, depth: usize) -> u64 {
+fn allocated_below(directory: &Directory, name: &OsStr, depth: usize) -> u64 {
     let Ok(found) = directory.metadata(name) else { return 0 };
     let mut bytes = found.st_blocks as u64 * 512;
     if FileType::from_raw_mode(found.st_mode) == FileType::Directory

@@ -10,7 +10,7 @@ use super::liveness::{Liveness, Owner};
 use crate::error::Result;
 use crate::store::disk::path::StorePath;
 use crate::store::{Digest, Store};
-use crate::sys::files::directory::Folder;
+use crate::sys::files::directory::Directory;
 use crate::units::Bytes;
 
 /// Maximum depth of the search below a store.
@@ -169,7 +169,7 @@ fn walk(path: &StorePath, mut each: impl FnMut(Option<&OsStr>, u64)) -> Result<(
 }
 
 fn walk_below(
-    directory: &Folder,
+    directory: &Directory,
     name: &OsStr,
     depth: usize,
     each: &mut dyn FnMut(usize, u64),

@@ -49,7 +49,7 @@ pub fn inode_number(secret: &[u8; 32], digest: &Digest, file: &str, serving: Ser
 
 /// Returns the inode number of a directory or symbolic link in mounts of the store with this secret, from its path
 /// below the mount.
-pub fn path_number(secret: &[u8; 32], path: &str) -> u64 {
+pub fn path_inode_number(secret: &[u8; 32], path: &str) -> u64 {
     let mut hasher = blake3::Hasher::new_keyed(secret);
     hasher.update(b"name\0");
     hasher.update(path.as_bytes());
@@ -59,7 +59,7 @@ pub fn path_number(secret: &[u8; 32], path: &str) -> u64 {
 }
 
 /// Inode number of the root of a mount; fixed by FUSE (`FUSE_ROOT_ID`).
-pub const TOP_NUMBER: u64 = 1;
+pub const ROOT_INODE: u64 = 1;
 
 #[cfg(test)]
 mod tests {

@@ -33,7 +33,7 @@ pub fn take(number: RawFd) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// Returns an error if the system call fails.
-pub fn keep_at_exec(fd: impl AsFd) -> io::Result<RawFd> {
+pub fn clear_cloexec(fd: impl AsFd) -> io::Result<RawFd> {
     rustix::io::fcntl_setfd(&fd, FdFlags::empty())?;
     Ok(fd.as_fd().as_raw_fd())
 }
@@ -42,7 +42,7 @@ pub fn keep_at_exec(fd: impl AsFd) -> io::Result<RawFd> {
 ///
 /// # Errors
 /// Returns an error if the system call fails.
-pub fn close_at_exec(fd: impl AsFd) -> io::Result<()> {
+pub fn set_cloexec(fd: impl AsFd) -> io::Result<()> {
     Ok(rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?)
 }
 
@@ -57,7 +57,7 @@ mod tests {
         assert!(take(1 << 20).is_err(), "the descriptor is not open");
         assert!(take(1).is_err(), "standard streams are refused");
         let inherited = rustix::io::dup(&file).unwrap();
-        let number = keep_at_exec(&inherited).unwrap();
+        let number = clear_cloexec(&inherited).unwrap();
         std::mem::forget(inherited);
         let taken = take(number).unwrap();
         assert_eq!(taken.as_raw_fd(), number);

@@ -26,23 +26,23 @@ use rustix::io::Errno;
 use crate::units::Bytes;
 use resolve::{BENEATH, DIRECTORY, not_regular, resolve};
 
-/// Maximum depth for [`Folder::remove_tree`]. Stencil's own trees are at most four directories deep.
+/// Maximum depth for [`Directory::remove_tree`]. Stencil's own trees are at most four directories deep.
 const MAX_DEPTH: usize = 32;
 
 /// An open directory. Names are relative to the directory; `..` and symbolic links in names are errors.
 #[derive(Debug)]
-pub struct Folder {
+pub struct Directory {
     fd: OwnedFd,
     path: PathBuf,
 }
 
-impl Folder {
+impl Directory {
     /// Opens the directory at a path that the user chose. Symbolic links in the path are followed.
     ///
     /// # Errors
     /// Returns an error if the system call fails: `ENOTDIR` for anything but a directory.
-    pub fn open(path: &Path) -> io::Result<Folder> {
-        Ok(Folder {
+    pub fn open(path: &Path) -> io::Result<Directory> {
+        Ok(Directory {
             fd: resolve(CWD, path, DIRECTORY, Mode::empty(), ResolveFlags::empty())?,
             path: path.to_owned(),
         })
@@ -52,20 +52,20 @@ impl Folder {
     ///
     /// # Errors
     /// Same as [`open`](Self::open), and `ELOOP` if a component is a symbolic link.
-    pub fn open_canonical(path: &Path) -> io::Result<Folder> {
+    pub fn open_canonical(path: &Path) -> io::Result<Directory> {
         let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        Ok(Folder { fd: resolve(CWD, path, DIRECTORY, Mode::empty(), links)?, path: path.to_owned() })
+        Ok(Directory { fd: resolve(CWD, path, DIRECTORY, Mode::empty(), links)?, path: path.to_owned() })
     }
 
     /// Wraps the descriptor of an open directory. `path` is for messages.
-    pub fn from_fd(fd: OwnedFd, path: &Path) -> Folder {
-        Folder { fd, path: path.to_owned() }
+    pub fn from_fd(fd: OwnedFd, path: &Path) -> Directory {
+        Directory { fd, path: path.to_owned() }
     }
 
     /// Changes the path for messages.
     #[must_use]
-    pub fn named(self, path: &Path) -> Folder {
-        Folder { path: path.to_owned(), ..self }
+    pub fn named(self, path: &Path) -> Directory {
+        Directory { path: path.to_owned(), ..self }
     }
 
     /// Same as [`open_canonical`](Self::open_canonical), but opens the directory with `O_PATH`, which requires search
@@ -73,10 +73,10 @@ impl Folder {
     ///
     /// # Errors
     /// Same as [`open_canonical`](Self::open_canonical).
-    pub fn reach_canonical(path: &Path) -> io::Result<Folder> {
+    pub fn reach_canonical(path: &Path) -> io::Result<Directory> {
         let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        Ok(Folder { fd: resolve(CWD, path, flags, Mode::empty(), links)?, path: path.to_owned() })
+        Ok(Directory { fd: resolve(CWD, path, flags, Mode::empty(), links)?, path: path.to_owned() })
     }
 
     /// Returns the path of the directory, for messages.
@@ -93,9 +93,9 @@ impl Folder {
     ///
     /// # Errors
     /// Returns an error if the system call fails: `ELOOP` for a symbolic link, `ENOTDIR` for a file.
-    pub fn folder(&self, name: impl AsRef<Path>) -> io::Result<Folder> {
+    pub fn folder(&self, name: impl AsRef<Path>) -> io::Result<Directory> {
         let name = name.as_ref();
-        Ok(Folder { fd: self.resolve(name, DIRECTORY, Mode::empty())?, path: self.path_of(name) })
+        Ok(Directory { fd: self.resolve(name, DIRECTORY, Mode::empty())?, path: self.path_of(name) })
     }
 
     /// Opens a regular file for reading.
@@ -173,7 +173,7 @@ impl Folder {
     ///
     /// # Errors
     /// Returns an error if the system call fails.
-    pub fn create_folder(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<Folder> {
+    pub fn create_folder(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<Directory> {
         let (parent, last) = self.parent_of(name.as_ref())?;
         mkdirat(parent.as_fd(), last, Mode::RWXU)?;
         let created = self.folder(name.as_ref())?;
@@ -280,7 +280,12 @@ impl Folder {
     ///
     /// # Errors
     /// Returns an error if the system call fails.
-    pub fn rename(&self, name: impl AsRef<Path>, to: &Folder, new_name: impl AsRef<Path>) -> io::Result<()> {
+    pub fn rename(
+        &self,
+        name: impl AsRef<Path>,
+        to: &Directory,
+        new_name: impl AsRef<Path>,
+    ) -> io::Result<()> {
         let (from_parent, from) = self.parent_of(name.as_ref())?;
         let (to_parent, to) = to.parent_of(new_name.as_ref())?;
         Ok(renameat(from_parent.as_fd(), from, to_parent.as_fd(), to)?)
@@ -319,7 +324,7 @@ impl Folder {
     }
 }
 
-impl AsFd for Folder {
+impl AsFd for Directory {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -327,7 +332,7 @@ impl AsFd for Folder {
 
 enum Parent<'a> {
     This(&'a OwnedFd),
-    Below(Folder),
+    Below(Directory),
 }
 
 impl AsFd for Parent<'_> {
@@ -354,11 +359,11 @@ mod tests {
     use std::io::Write;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
-    fn outside_and_inside() -> (tempfile::TempDir, Folder) {
+    fn outside_and_inside() -> (tempfile::TempDir, Directory) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("inside/sub")).unwrap();
         std::fs::write(dir.path().join("outside"), "kept").unwrap();
-        let inside = Folder::open(&dir.path().join("inside")).unwrap();
+        let inside = Directory::open(&dir.path().join("inside")).unwrap();
         (dir, inside)
     }
 

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{FileType, Stat};
 
-use super::directory::Folder;
+use super::directory::Directory;
 
 /// Maximum number of symbolic links in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
@@ -74,8 +74,8 @@ pub fn resolve(path: &Path) -> io::Result<PathBuf> {
 ///
 /// # Errors
 /// Same as [`resolve`] and [`expect`].
-pub fn open(path: &Path) -> io::Result<Folder> {
-    let directory = Folder::open_canonical(&resolve(path)?)?;
+pub fn open(path: &Path) -> io::Result<Directory> {
+    let directory = Directory::open_canonical(&resolve(path)?)?;
     expect(&directory.own_metadata()?)?;
     Ok(directory.named(path))
 }

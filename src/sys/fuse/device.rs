@@ -156,7 +156,7 @@ pub fn forget_name(fuse: impl AsFd, folder: u64, name: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// Returns an error if a write fails.
-pub fn known_inodes(fuse: impl AsFd, inodes: &[u64]) -> io::Result<Vec<u64>> {
+pub fn cached_inodes(fuse: impl AsFd, inodes: &[u64]) -> io::Result<Vec<u64>> {
     let mut known = Vec::new();
     for &inode in inodes {
         if is_inode_in_memory(&fuse, inode)? {

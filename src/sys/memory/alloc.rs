@@ -1,4 +1,4 @@
-//! Global allocators: [`OrEnd`] reports an out-of-memory condition and exits; [`PresentZeros`] also prefaults the start
+//! Global allocators: [`ExitOnOom`] reports an out-of-memory condition and exits; [`PrefaultedZeros`] also prefaults the start
 //! of large zeroed blocks.
 //!
 //! The kernel copies each request of a FUSE connection into a buffer of the server. If the server is killed while the
@@ -20,10 +20,10 @@ const PREFAULT: usize = 64 << 10;
 /// The system allocator, except that an allocation failure ends the process with an error message and exit code 1. The
 /// standard library would abort instead, which looks like a crash.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct OrEnd;
+pub struct ExitOnOom;
 
 // SAFETY: every call forwards its arguments to the system allocator; a null pointer is never returned.
-unsafe impl GlobalAlloc for OrEnd {
+unsafe impl GlobalAlloc for ExitOnOom {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         or_end(unsafe { System.alloc(layout) }, layout.size())
@@ -72,26 +72,26 @@ fn out_of_memory(size: usize) -> ! {
     crate::sys::process::leave(1)
 }
 
-/// Same as [`OrEnd`], but the start of large zeroed blocks is touched before the block is returned.
+/// Same as [`ExitOnOom`], but the start of large zeroed blocks is touched before the block is returned.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct PresentZeros;
+pub struct PrefaultedZeros;
 
-// SAFETY: every call forwards its arguments to `OrEnd`; a returned block is only written within its length, with the
+// SAFETY: every call forwards its arguments to `ExitOnOom`; a returned block is only written within its length, with the
 // zeros that it already contains.
-unsafe impl GlobalAlloc for PresentZeros {
+unsafe impl GlobalAlloc for PrefaultedZeros {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.
-        unsafe { OrEnd.alloc(layout) }
+        unsafe { ExitOnOom.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.
-        unsafe { OrEnd.dealloc(block, layout) }
+        unsafe { ExitOnOom.dealloc(block, layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.
-        let block = unsafe { OrEnd.alloc_zeroed(layout) };
+        let block = unsafe { ExitOnOom.alloc_zeroed(layout) };
         if layout.size() >= LARGE {
             for at in (0..PREFAULT).step_by(PAGE_SIZE as usize) {
                 // SAFETY: `at` lies within the block (PREFAULT < LARGE), which belongs to this call and contains zeros.
@@ -103,7 +103,7 @@ unsafe impl GlobalAlloc for PresentZeros {
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.
-        unsafe { OrEnd.realloc(block, layout, size) }
+        unsafe { ExitOnOom.realloc(block, layout, size) }
     }
 }
 
@@ -117,13 +117,13 @@ mod tests {
         let pagemap = crate::sys::memory::pagemap::Pagemap::this_process().unwrap();
         // SAFETY: the layout is not empty; the block is deallocated with the same layout.
         unsafe {
-            let block = PresentZeros.alloc_zeroed(layout);
+            let block = PrefaultedZeros.alloc_zeroed(layout);
             assert!(!block.is_null());
             let start = (block as u64).next_multiple_of(PAGE_SIZE);
             let entries = pagemap.entries(start..start + PREFAULT as u64 - PAGE_SIZE).unwrap();
             assert!(entries.iter().all(|entry| entry.is_present()), "all pages are present");
             assert_eq!(*block.add(12345), 0);
-            PresentZeros.dealloc(block, layout);
+            PrefaultedZeros.dealloc(block, layout);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::hash::Hash;
 use std::io;
 use std::sync::Arc;
 
-use super::holders::{self, Looks, PATIENCE};
+use super::holders::{self, Looks, SCAN_TIMEOUT};
 use super::id::ProcessId;
 use crate::error::{Error, Result};
 use crate::sys::process::tasks;
@@ -18,7 +18,7 @@ const VM: libc::c_int = 1;
 
 /// Returns the distinct address spaces of the given processes, each as its list of processes, the oldest process first.
 /// Only processes with the same key `K` (their `maps`) are compared, which is common after fork(2). If a comparison
-/// exceeds [`PATIENCE`], the whole group of processes with that key is reported in `unseen`.
+/// exceeds [`SCAN_TIMEOUT`], the whole group of processes with that key is reported in `unseen`.
 ///
 /// # Errors
 /// Returns an error if kcmp(2) fails: the number of address spaces is then unknown.
@@ -43,7 +43,7 @@ pub fn distinct<K: Hash + Eq>(
     let compared = {
         let groups = Arc::clone(&groups);
         let each: Vec<u32> = groups.keys().copied().collect();
-        holders::look_at_each(each, PATIENCE, move |first| groups.get(&first).map(|group| split(group)))
+        holders::look_at_each(each, SCAN_TIMEOUT, move |first| groups.get(&first).map(|group| split(group)))
     };
     for (_, spaces) in compared.seen {
         found.seen.extend(spaces.map_err(cannot_compare)?.into_iter().map(|space| (space[0].pid, space)));

@@ -27,7 +27,7 @@ impl OomKills {
     }
 
     /// Returns true if the counter has risen since it was read.
-    pub fn have_risen(&self) -> bool {
+    pub fn has_increased(&self) -> bool {
         fs::read_to_string(&self.file).ok().and_then(|text| parse(&text)).is_some_and(|now| now > self.count)
     }
 }
@@ -74,7 +74,7 @@ mod tests {
         let kills = OomKills { file: file.clone(), count: 2 };
         for (text, risen) in [("oom_kill 2\n", false), ("oom_kill 3\n", true), ("", false)] {
             fs::write(&file, text).unwrap();
-            assert_eq!(kills.have_risen(), risen, "{text}");
+            assert_eq!(kills.has_increased(), risen, "{text}");
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::sys::probe;
 use crate::sys::process::{procfs, tasks};
 
 /// Time limit for the inspection of a process. Even a busy host needs less.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+pub const SCAN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An inspection that takes longer may be blocked; another thread then continues with the remaining processes.
 const SLOW_INSPECTION: Duration = Duration::from_millis(20);
@@ -156,7 +156,7 @@ impl Unseen {
     pub fn describe(&self, what: &str) -> Option<String> {
         let mut parts = Vec::new();
         if !self.silent.is_empty() {
-            let (limit, list) = (PATIENCE.as_secs(), list_pids(&self.silent));
+            let (limit, list) = (SCAN_TIMEOUT.as_secs(), list_pids(&self.silent));
             parts.push(format!("timed out after {limit} s inspecting processes that may {what}: {list}"));
         }
         if !self.closed.is_empty() {
@@ -435,7 +435,7 @@ mod tests {
             Some(pid)
         });
         assert_eq!((looks.seen, looks.unseen), (vec![(1, 1), (2, 2)], vec![]));
-        let none = look_at_each(vec![], PATIENCE, |_| Some(()));
+        let none = look_at_each(vec![], SCAN_TIMEOUT, |_| Some(()));
         assert!(none.seen.is_empty() && none.unseen.is_empty());
     }
 
@@ -454,7 +454,7 @@ mod tests {
         let directory = fs::metadata(dir.path()).unwrap();
         let program = fs::metadata(format!("/proc/{}/exe", child.id())).unwrap();
         let user = |device: u64| {
-            let users = users_of(device, PATIENCE).unwrap();
+            let users = users_of(device, SCAN_TIMEOUT).unwrap();
             users.found.into_iter().find(|user| user.pid == child.id())
         };
         let found = user(file.dev()).expect("the process has a file open");

@@ -102,7 +102,7 @@ impl ProcessId {
     ///
     /// # Errors
     /// Returns an error if the process cannot be opened or polled.
-    pub fn wait_gone(&self, timeout: Duration) -> Result<bool> {
+    pub fn wait_for_exit(&self, timeout: Duration) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         let Some(fd) = self.open()? else { return Ok(true) };
         loop {
@@ -178,8 +178,8 @@ mod tests {
         assert!(!other.is_alive());
         // A signal for an ended process must not reach a later process with its pid, which here is this test.
         assert!(!other.signal(Signal::KILL).unwrap());
-        assert!(other.wait_gone(Duration::ZERO).unwrap());
-        assert!(!me.wait_gone(Duration::from_millis(1)).unwrap());
+        assert!(other.wait_for_exit(Duration::ZERO).unwrap());
+        assert!(!me.wait_for_exit(Duration::from_millis(1)).unwrap());
     }
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
         let id = ProcessId::of(child.id()).unwrap().unwrap();
         assert!(id.identity > ProcessId::me().unwrap().identity, "later processes have greater identities");
         assert!(id.signal(Signal::KILL).unwrap());
-        assert!(id.wait_gone(Duration::from_secs(5)).unwrap());
+        assert!(id.wait_for_exit(Duration::from_secs(5)).unwrap());
         assert!(!id.is_alive(), "a zombie is not alive");
         assert_eq!(ProcessId::of(child.id()).unwrap(), Some(id), "a zombie keeps its identity");
         child.wait().unwrap();

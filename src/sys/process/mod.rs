@@ -137,7 +137,7 @@ pub fn inherit_all<'a>(command: &'a mut Command, fds: &[BorrowedFd<'_>]) -> &'a 
 ///
 /// # Errors
 /// Returns an error if the system call fails.
-pub fn hold_signals(hold: bool) -> io::Result<()> {
+pub fn block_signals(hold: bool) -> io::Result<()> {
     // SAFETY: sigemptyset initialises the set before it is read; no call accesses other memory.
     let result = unsafe {
         let mut set = std::mem::zeroed();
@@ -155,17 +155,17 @@ pub fn hold_signals(hold: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// Returns an error if the system call fails.
-pub fn die_with_parent(parent: u32) -> Result<bool> {
+pub fn set_parent_death_signal(parent: u32) -> Result<bool> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Error::failed("cannot set parent death signal").because(e.into()))?;
     Ok(rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() as u32 == parent))
 }
 
-/// Reverts [`die_with_parent`].
+/// Reverts [`set_parent_death_signal`].
 ///
 /// # Errors
 /// Returns an error if the system call fails.
-pub fn outlive_parent() -> Result<()> {
+pub fn clear_parent_death_signal() -> Result<()> {
     rustix::process::set_parent_process_death_signal(None)
         .map_err(|e| Error::failed("cannot clear parent death signal").because(e.into()))
 }
@@ -175,7 +175,7 @@ pub fn outlive_parent() -> Result<()> {
 ///
 /// # Errors
 /// Returns an error if the system call fails.
-pub fn outlive_hangup() -> io::Result<()> {
+pub fn ignore_hangup() -> io::Result<()> {
     // SAFETY: ignoring a signal installs no handler and accesses no memory.
     match unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) } {
         libc::SIG_ERR => Err(io::Error::last_os_error()),

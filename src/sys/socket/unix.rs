@@ -59,7 +59,7 @@ pub fn listeners(path: &Path) -> Vec<u32> {
         let matches = |name: &Path| sockets.iter().any(|socket| name.as_os_str() == socket.as_str());
         fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|name| matches(&name))).then_some(())
     };
-    let looks = holders::look_at_each(procfs::pids().unwrap_or_default(), holders::PATIENCE, has);
+    let looks = holders::look_at_each(procfs::pids().unwrap_or_default(), holders::SCAN_TIMEOUT, has);
     looks.seen.into_iter().map(|(pid, ())| pid).collect()
 }
 

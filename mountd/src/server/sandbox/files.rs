@@ -7,7 +7,7 @@ use landlock::{
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::files::directory::Folder;
+use stencilfs::sys::files::directory::Directory;
 
 /// The latest Landlock ABI that is requested; an older kernel enforces the part that it supports.
 const KNOWN: ABI = ABI::V7;
@@ -65,7 +65,7 @@ pub fn restrict(rules: RulesetCreated, lacks: &mut Vec<String>) -> Result<()> {
 /// Returns an error if the owner has no access.
 pub fn expect_readable(store: &Path) -> Result<()> {
     let header = store.join("format");
-    match Folder::open(store).and_then(|folder| folder.file("format")) {
+    match Directory::open(store).and_then(|folder| folder.file("format")) {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             let uid = rustix::process::getuid().as_raw();
             Err(Error::io(format!("the store's owner (uid {uid}) cannot read the store"), &header, e).remedy(

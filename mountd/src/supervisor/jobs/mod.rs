@@ -74,7 +74,7 @@ impl Job {
             Fork::Parent(pid) => Job::new(ours, pid, limit),
             Fork::Child => {
                 let hide = || -> Result<()> {
-                    if !process::die_with_parent(parent)? {
+                    if !process::set_parent_death_signal(parent)? {
                         process::leave(0);
                     }
                     let null = File::open("/dev/null").map_err(no_child)?;

@@ -141,7 +141,7 @@ fn refuses_private_ram_with_the_options_to_add() {
         ),
     ] {
         let error = plan(&words(line), &Facts::default()).unwrap_err();
-        assert!(error.remedy_text().unwrap().contains(text), "{line}: {error:?}");
+        assert!(error.hint_text().unwrap().contains(text), "{line}: {error:?}");
     }
 }
 

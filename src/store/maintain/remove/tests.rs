@@ -158,7 +158,7 @@ fn keeps_files_that_cannot_be_restored() {
         };
         let error = store.remove(&reference, Some(&digest), hidden, late).unwrap_err();
         assert_eq!(error.code(), Code::InUse, "{error}");
-        let message = format!("{error} {:?}", error.remedy_text());
+        let message = format!("{error} {:?}", error.hint_text());
         assert!(
             message.contains(obstacle.as_ref().to_str().unwrap()) && message.contains("run 'stencil gc'"),
             "{message}"

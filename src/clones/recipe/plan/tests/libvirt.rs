@@ -156,7 +156,7 @@ fn advice_names_libvirt_elements() {
         assert!(LINE.contains(from), "{from}");
         let error = planned(&LINE.replacen(from, to, 1)).unwrap_err();
         assert!(error.to_string().contains(words), "{to}: {error}");
-        let hint = error.remedy_text().unwrap();
+        let hint = error.hint_text().unwrap();
         assert!(hint.contains("libvirt") && hint.contains(remedy), "{to}: {hint}");
     }
 }

@@ -1,7 +1,7 @@
 //! Stencil: template memory for microVMs and sandboxes.
 //!
 //! The library is built in layers. A file imports only from lower layers or from its own directory, and imports form no
-//! circle (`tests/layers.rs` checks both):
+//! circle (`tests/cli/layers.rs` checks both):
 //!
 //! | layer | modules |
 //! |---|---|

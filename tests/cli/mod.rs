@@ -1,0 +1,11 @@
+//! The command line, its documentation, and the structure of the sources.
+
+pub mod arguments;
+pub mod command_line;
+pub mod compatibility;
+pub mod demo;
+pub mod documented_commands;
+pub mod documents;
+pub mod inherited;
+pub mod layers;
+pub mod progress;

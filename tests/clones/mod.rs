@@ -1,0 +1,14 @@
+//! Clones: launches, recipes, disks, accounting, memory backends.
+
+pub mod accounting;
+pub mod clock;
+pub mod command;
+pub mod counted_once;
+pub mod dirty_exact;
+pub mod disks;
+pub mod jail;
+pub mod others;
+pub mod recipe_clones;
+pub mod recipe_edit;
+pub mod shared_network;
+pub mod simulated;

@@ -1,0 +1,15 @@
+//! Mounts: where they may be, what they serve and refuse, how they end.
+
+pub mod bad_input;
+pub mod cache_trouble;
+pub mod damage;
+pub mod leaks;
+pub mod many_tags;
+pub mod own_paths;
+pub mod places;
+pub mod read_only_store;
+pub mod reads;
+pub mod refusals;
+pub mod residency;
+pub mod serving;
+pub mod unmount;

@@ -1,0 +1,4 @@
+//! Packages and units.
+
+pub mod packages;
+pub mod systemd;

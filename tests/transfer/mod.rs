@@ -1,0 +1,9 @@
+//! Transfer of templates between hosts and formats.
+
+pub mod hostile;
+pub mod hosts;
+pub mod import_formats;
+pub mod promises;
+pub mod rsync;
+pub mod stream;
+pub mod trust;

@@ -20,7 +20,8 @@ use crate::clones::find::{self, Inodes};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
-use crate::sys::{loops, probe};
+use crate::sys::mount::FS_TYPE;
+use crate::sys::{loops, probe, procfs};
 
 /// Mounts that come and go for longer are not waited for.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -264,7 +265,15 @@ fn users_of<'a>(
     let using = find::users(&Inodes::of_templates(store, templates.iter().copied(), mounts))?;
     let mut used: BTreeMap<Digest, Error> =
         using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
-    for (device, path) in loops::files() {
+    let table = procfs::mounts()?;
+    // Below another store's mount lies another file, though the same content has the same digest there.
+    let is_elsewhere = |path: &Path| {
+        let above = table.iter().filter(|mount| path.starts_with(&mount.mountpoint));
+        above
+            .max_by_key(|mount| mount.mountpoint.as_os_str().len())
+            .is_some_and(|at| at.fs_type == FS_TYPE && mounts.iter().all(|mount| mount.device != at.dev))
+    };
+    for (device, path) in loops::files().into_iter().filter(|(_, path)| !is_elsewhere(Path::new(path))) {
         let holds = |digest: &Digest| {
             let name = digest.to_string();
             Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())

@@ -23,7 +23,9 @@ use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
 use crate::sys::files::loop_devices;
+use crate::sys::files::mount::FS_TYPE;
 use crate::sys::probe;
+use crate::sys::process::procfs;
 
 /// Time limit for mounts of the store to stop appearing and disappearing.
 const MOUNTS_TIMEOUT: Duration = Duration::from_secs(60);
@@ -270,7 +272,15 @@ fn users_of<'a>(
     let using = find::users(&Inodes::of_templates(store, templates.iter().copied(), mounts))?;
     let mut used: BTreeMap<Digest, Error> =
         using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
-    for (device, path) in loop_devices::files() {
+    let table = procfs::mounts()?;
+    // A file below the mount of another store is another file, also if its content has the same digest.
+    let is_elsewhere = |path: &Path| {
+        let above = table.iter().filter(|mount| path.starts_with(&mount.mountpoint));
+        above
+            .max_by_key(|mount| mount.mountpoint.as_os_str().len())
+            .is_some_and(|at| at.fs_type == FS_TYPE && mounts.iter().all(|mount| mount.device != at.dev))
+    };
+    for (device, path) in loop_devices::files().into_iter().filter(|(_, path)| !is_elsewhere(Path::new(path))) {
         let holds = |digest: &Digest| {
             let name = digest.to_string();
             Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())

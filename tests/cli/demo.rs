@@ -102,11 +102,14 @@ fn soak_interrupted_demo_leaves_nothing_behind() {
         let log = dir.path().with_extension("log");
         let mut child = demo(dir.path(), clones())
             .stdout(fs::File::create(&log).unwrap())
-            .stderr(Stdio::null())
+            .stderr(fs::File::options().append(true).open(&log).unwrap())
             .spawn()
             .unwrap();
         patiently(&format!("'{moment}' in the output of the demo"), Duration::from_secs(600), || {
-            fs::read_to_string(&log).unwrap().contains(moment).then_some(())
+            let said = fs::read_to_string(&log).unwrap();
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none() || said.contains(moment), "no '{moment}': {ended:?}, {said}");
+            said.contains(moment).then_some(())
         });
         std::thread::sleep(Duration::from_millis(300));
         kill_process(Pid::from_raw(child.id() as i32).unwrap(), Signal::TERM).unwrap();

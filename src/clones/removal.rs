@@ -280,7 +280,8 @@ fn users_of<'a>(
             .max_by_key(|mount| mount.mountpoint.as_os_str().len())
             .is_some_and(|at| at.fs_type == FS_TYPE && mounts.iter().all(|mount| mount.device != at.dev))
     };
-    for (device, path) in loop_devices::files().into_iter().filter(|(_, path)| !is_elsewhere(Path::new(path))) {
+    for (device, path) in loop_devices::files().into_iter().filter(|(_, path)| !is_elsewhere(Path::new(path)))
+    {
         let holds = |digest: &Digest| {
             let name = digest.to_string();
             Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())

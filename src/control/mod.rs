@@ -1,7 +1,7 @@
 //! Communication between `stencil` and `stencil-mountd`: records of mounts, requests and replies.
 //!
 //! A supervisor owns one directory in `runtime_dir()/mounts` with its record (`mount.json`), its control socket
-//! (`control.sock`) and its log. [`mounts`] reads the records; a [`Mount`] sends requests to its supervisor.
+//! (`control.sock`) and its log. [`mounts()`] reads the records; a [`Mount`] sends requests to its supervisor.
 
 mod lease;
 mod mounts;

@@ -108,7 +108,10 @@ fn soak_it_leaves_nothing_when_it_is_interrupted() {
         patiently("that moment", Duration::from_secs(600), || {
             let said = fs::read_to_string(&log).unwrap();
             let ended = child.try_wait().unwrap();
-            assert!(ended.is_none() || said.contains(moment), "'{moment}' did not come: {ended:?}, {said}");
+            assert!(
+                ended.is_none() || said.contains(moment),
+                "the demo exited ({ended:?}) before it printed '{moment}': {said}"
+            );
             said.contains(moment).then_some(())
         });
         std::thread::sleep(Duration::from_millis(300));

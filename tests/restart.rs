@@ -175,10 +175,10 @@ fn soak_a_first_open_while_the_supervisor_is_dead_waits_for_the_next_one() {
 fn build(dir: &Path, tree: &Path) -> PathBuf {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    // Newer than the build before, or cargo takes that one for this tree's.
+    // All trees share one target directory: cargo reuses the previous tree's build unless these files are newer.
     let touched =
         Command::new("find").arg(tree).args(["-type", "f", "-exec", "touch", "{}", "+"]).status().unwrap();
-    assert!(touched.success(), "{}: the files cannot be touched", tree.display());
+    assert!(touched.success(), "cannot touch the files in {}", tree.display());
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants");
     let done = Command::new(env!("CARGO"))
         .args(["build", "-q", "--offline", "-p", "stencil-mountd"])

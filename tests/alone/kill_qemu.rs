@@ -31,10 +31,12 @@ fn longest_gap(came: &[Instant]) -> Duration {
     came.windows(2).skip(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
 }
 
-/// Kills of a server; on a busy host more, until one has met a read.
-const KILLS: usize = 5;
-const MOST_KILLS: usize = 40;
-const MET: [Phase; 3] = [Phase::Taken, Phase::Decoding, Phase::Replying];
+/// Minimum number of kills of a server.
+const MIN_KILLS: usize = 5;
+/// Maximum number of kills, if no earlier kill happened while a READ request was pending.
+const MAX_KILLS: usize = 40;
+/// Phases of a READ request that the server has read and not answered.
+const PENDING: [Phase; 3] = [Phase::Taken, Phase::Decoding, Phase::Replying];
 
 fn kills_under_guests(serve: &str) {
     let _host = host::alone();
@@ -66,13 +68,13 @@ fn beats_go_on(serve: &str) -> Result<(), String> {
             }
         };
         beats(4);
-        for kill in 0..MOST_KILLS {
+        for kill in 0..MAX_KILLS {
             // If it can be met, at a moment at which a guest waits for a page that it has not touched.
             if serve != "decode" || drill.kill_when(Duration::from_secs(3), is_read).is_none() {
                 drill.kill();
             }
             beats(8 + 4 * kill);
-            if kill + 1 >= KILLS && (serve != "decode" || drill.met_reads(&MET) > 0) {
+            if kill + 1 >= MIN_KILLS && (serve != "decode" || drill.met_reads(&PENDING) > 0) {
                 break;
             }
         }
@@ -83,7 +85,10 @@ fn beats_go_on(serve: &str) -> Result<(), String> {
         assert_eq!(Qmp::connect(&dir.join("qmp.sock")).unwrap().status().unwrap(), "running");
     }
     drill.report(&format!("QEMU guests, {serve}"), &[]);
-    assert!(serve != "decode" || drill.met_reads(&MET) > 0, "no kill met a guest that waits for a page");
+    assert!(
+        serve != "decode" || drill.met_reads(&PENDING) > 0,
+        "no kill happened while a READ request of a guest was pending"
+    );
     let gaps: Vec<Duration> = came.iter().map(|came| longest_gap(came)).collect();
     println!("{serve}: {} and {} heartbeats, longest gaps {gaps:.0?}", came[0].len(), came[1].len());
     assert!(gaps.iter().all(|gap| *gap <= Duration::from_secs(3)), "a heart stood still: {gaps:?}");

@@ -273,15 +273,18 @@ fn users_of<'a>(
     let mut used: BTreeMap<Digest, Error> =
         using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
     let table = procfs::mounts()?;
-    // A file below the mount of another store is another file, also if its content has the same digest.
-    let is_elsewhere = |path: &Path| {
-        let above = table.iter().filter(|mount| path.starts_with(&mount.mountpoint));
-        above
-            .max_by_key(|mount| mount.mountpoint.as_os_str().len())
-            .is_some_and(|at| at.fs_type == FS_TYPE && mounts.iter().all(|mount| mount.device != at.dev))
+    // Two stores with the same content serve different files under the same digest. A mount of this store that another
+    // runtime directory records is not in `mounts`, so a file is ignored only if its mount serves a store with another id.
+    let is_of_another_store = |path: &Path| {
+        let mount = table.iter().rfind(|mount| path.starts_with(&mount.mountpoint));
+        mount.is_some_and(|mount| {
+            mount.fs_type == FS_TYPE
+                && mounts.iter().all(|ours| ours.device != mount.dev)
+                && Store::open(Path::new(&mount.source)).is_ok_and(|other| other.id() != store.id())
+        })
     };
-    for (device, path) in loop_devices::files().into_iter().filter(|(_, path)| !is_elsewhere(Path::new(path)))
-    {
+    let files = loop_devices::files().into_iter().filter(|(_, path)| !is_of_another_store(Path::new(path)));
+    for (device, path) in files {
         let holds = |digest: &Digest| {
             let name = digest.to_string();
             Path::new(&path).components().any(|part| part.as_os_str() == name.as_str())

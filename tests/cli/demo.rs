@@ -108,7 +108,10 @@ fn soak_interrupted_demo_leaves_nothing_behind() {
         patiently(&format!("'{moment}' in the output of the demo"), Duration::from_secs(600), || {
             let said = fs::read_to_string(&log).unwrap();
             let ended = child.try_wait().unwrap();
-            assert!(ended.is_none() || said.contains(moment), "no '{moment}': {ended:?}, {said}");
+            assert!(
+                ended.is_none() || said.contains(moment),
+                "the demo exited ({ended:?}) before it printed '{moment}': {said}"
+            );
             said.contains(moment).then_some(())
         });
         std::thread::sleep(Duration::from_millis(300));

@@ -178,12 +178,12 @@ fn soak_a_first_open_waits_for_the_next_supervisor() {
 /// Builds stencil-mountd of another source tree and copies it into `dir`. The build directory is reused by later builds
 /// and runs.
 fn build(dir: &Path, tree: &Path) -> PathBuf {
-    static BUILD: Mutex<()> = Mutex::new(());
-    let _lock = BUILD.lock().unwrap_or_else(PoisonError::into_inner);
-    // cargo compares modification times: the files must be newer than the last build.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    // All trees share one target directory: cargo reuses the previous tree's build unless these files are newer.
     let touched =
         Command::new("find").arg(tree).args(["-type", "f", "-exec", "touch", "{}", "+"]).status().unwrap();
-    assert!(touched.success(), "cannot touch the files of {}", tree.display());
+    assert!(touched.success(), "cannot touch the files in {}", tree.display());
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("variants");
     let done = Command::new(env!("CARGO"))
         .args(["build", "-q", "--offline", "-p", "stencil-mountd"])

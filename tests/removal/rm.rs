@@ -581,7 +581,7 @@ fn rm_refuses_a_template_that_a_loop_device_uses() {
         let device = Loop(run("losetup", &["-r", "-f", "--show", file.to_str().unwrap()]).trim().to_owned());
         world.stencil(&["rm", "web"]).exits(5).says(device.0.trim_start_matches("/dev/"));
         assert!(fs::read(&device.0).unwrap() == guest_like(1, SIZE));
-        // The same content in another store is another file.
+        // `rm` in another store with the same content ignores the device.
         let other = TestMount::new(serve);
         other.import_bytes(&guest_like(1, SIZE), "web");
         other.stencil(&["rm", "web"]).ok();

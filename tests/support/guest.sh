@@ -73,7 +73,9 @@ fi
     exec 3<>/dev/ttyS1 || exit
     /bin/busybox stty -F /dev/ttyS1 raw -echo
     while read -r line <&3; do
-        read -r answer </ram/beat
+        # While a heartbeat is being written, the file is empty.
+        answer=
+        until [ -n "$answer" ]; do read -r answer </ram/beat || /bin/busybox usleep 1000; done
         case $line in
         mac\ *) /bin/busybox ip link set dev eth0 address "${line#mac }" ;;
         root) answer=$(root) ;;

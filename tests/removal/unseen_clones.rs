@@ -179,11 +179,12 @@ fn check_every_holder(serve: &str) {
         if held.hash() != Some(hash_of(&bytes)) {
             failures.push(format!("{way}: the holder reads wrong bytes"));
         }
-        if rm.code != 0 && *expected == Unnamed {
-            // The use has ended, but the kernel may close the last file a moment later.
+        // The use has ended, but the kernel may close the last file a moment later.
+        let lingers = rm.code != 0 && (*expected == Unnamed || way.contains("overlayfs"));
+        if lingers {
             wait_for(way, || (world.stencil(&["rm", "web:1"]).code == 0).then_some(()));
         }
-        if rm.code == 0 || *expected == Unnamed {
+        if rm.code == 0 || lingers {
             assert_eq!(world.import_bytes(&bytes, "web:1"), digest);
         }
     }

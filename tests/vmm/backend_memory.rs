@@ -276,7 +276,7 @@ fn writes_to_rom_raise_sigsegv_and_copy_no_page() {
         assert!(rom.dirty().unwrap().is_empty());
     }
     let status = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "backend_memory::writes_to_rom_raise_sigsegv_and_copy_no_page"])
+        .args(["--exact", "vmm::backend_memory::writes_to_rom_raise_sigsegv_and_copy_no_page"])
         .env(ROM_CHILD, &path)
         .output()
         .unwrap()

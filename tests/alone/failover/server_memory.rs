@@ -112,8 +112,10 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
     // Without the limit the next server serves, and the reader gets all data.
     group.unlimit();
     assert!(reader.join().unwrap().unwrap() == content);
-    let recovered = world.status();
-    assert!(recovered["next_start"].is_null() && recovered["server_pid"].is_u64(), "{recovered}");
+    wait_for("a server that stays", || {
+        let status = world.status();
+        (status["next_start"].is_null() && status["server_pid"].is_u64()).then_some(())
+    });
     // A SIGKILL from another process does not count as out of memory.
     let server = world.server();
     kill_process(Pid::from_raw(server as i32).unwrap(), Signal::KILL).unwrap();

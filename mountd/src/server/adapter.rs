@@ -1,115 +1,81 @@
-//! A thin adapter from FUSE requests to the tree and the two ways to serve. Makes no decisions.
+//! The adapter between fuser and the file system: converts requests and replies, and decides nothing.
 
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use rustix::fs::OFlags;
 use stencilfs::control::{Op, RequestInfo};
-use stencilfs::store::Serving;
 use stencilfs::units::PAGE_SIZE;
 
-use crate::protocol::stats::{Counter, Stats};
-use crate::server::attr::{attr, kind};
-use crate::server::condemned::Condemned;
-use crate::server::decode::MAX_READ;
-use crate::server::in_flight::{Flight, Flights};
-use crate::server::node::{NameLifetime, Node};
-use crate::server::passthrough::{Opening, Passthrough};
-use crate::server::read::Reader;
+use crate::server::fs::{ATTRIBUTE_TTL, FileSystem};
+use crate::server::pending::Opened;
+use crate::server::read::decode::MAX_READ;
 use crate::server::refusal::Refusal;
-use crate::server::store_outage::StoreOutage;
-use crate::server::tree::Tree;
-
-/// Validity of entries whose content never changes. Limits how long the kernel keeps the entries of a removed template.
-const ENTRY_TTL: Duration = Duration::from_secs(3600);
-
-/// Validity of attributes: the policy in the store may change mode and owner.
-const ATTRIBUTE_TTL: Duration = Duration::from_secs(1);
+use crate::server::tree::node::{Attributes, Kind};
 
 /// Most pending background requests of the kernel (`max_background`): readahead of many clones at once.
 const MAX_BACKGROUND: u16 = 128;
 
 /// The file system, as fuser calls it.
 #[derive(Debug)]
-pub struct Templates {
-    /// Names, attributes and inode numbers.
-    pub tree: Arc<Tree>,
-    /// Answers READs.
-    pub reader: Arc<Reader>,
-    /// READs that wait for the store.
-    pub source: Arc<StoreOutage>,
-    /// Backings, and opens that wait for them.
-    pub passthrough: Arc<Passthrough>,
-    /// Condemned templates.
-    pub condemned: Arc<Condemned>,
-    /// Counters.
-    pub stats: Stats,
-    /// Pending requests.
-    pub flights: &'static Flights,
+pub struct Adapter(pub FileSystem);
+
+fn info(req: &Request, op: Op, ino: INodeNo) -> RequestInfo {
+    RequestInfo { unique: req.unique().0, op, ino: ino.0, offset: 0, size: 0 }
 }
 
-impl Templates {
-    fn refuse(&self, refusal: Refusal) -> Errno {
-        match refusal {
-            Refusal::Damaged => self.stats.count(Counter::Damaged),
-            Refusal::Failed | Refusal::NoSpace => self.stats.count(Counter::Failed),
-            Refusal::Away => {
-                self.source.note_outage();
-                self.stats.count(Counter::Failed);
-            }
-            Refusal::Writes | Refusal::Policy => self.stats.count(Counter::WritesRefused),
-            Refusal::NoEntry
-            | Refusal::Stale
-            | Refusal::NotDirectory
-            | Refusal::IsDirectory
-            | Refusal::Invalid
-            | Refusal::NoPosition
-            | Refusal::Crowded
-            | Refusal::Unsupported => {}
-        }
-        refusal.errno()
-    }
+fn errno(refusal: Refusal) -> Errno {
+    Errno::from_i32(refusal.errno())
+}
 
-    /// Returns the node of a file that may be opened.
-    fn openable(&self, ino: INodeNo) -> Result<Node, Refusal> {
-        let node = self.tree.node(ino.0)?;
-        match node {
-            Node::File(digest, ..) | Node::Manifest(digest) if self.tree.gone(&digest)? => {
-                Err(Refusal::Stale)
-            }
-            Node::File(..) | Node::Manifest(_) => Ok(node),
-            Node::Tag(_) => Err(Refusal::Invalid),
-            _ => Err(Refusal::IsDirectory),
-        }
-    }
-
-    fn take(&self, req: &Request, op: Op, ino: INodeNo) -> Flight {
-        self.take_range(req, op, ino, 0, 0)
-    }
-
-    fn take_range(&self, req: &Request, op: Op, ino: INodeNo, offset: u64, size: u32) -> Flight {
-        self.flights.take(RequestInfo { unique: req.unique().0, op, ino: ino.0, offset, size })
+fn attr(attributes: &Attributes) -> FileAttr {
+    let time = UNIX_EPOCH + Duration::from_secs(attributes.created);
+    FileAttr {
+        ino: INodeNo(attributes.ino),
+        size: attributes.size.get(),
+        blocks: attributes.data.get().div_ceil(512),
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: kind(attributes.kind),
+        perm: attributes.mode as u16,
+        nlink: if attributes.kind == Kind::Directory { 2 } else { 1 },
+        uid: attributes.uid,
+        gid: attributes.gid,
+        rdev: 0,
+        blksize: PAGE_SIZE as u32,
+        flags: 0,
     }
 }
 
-/// Refuses a request, in general one that would change something.
-macro_rules! refuse_writes {
-    ($self:ident, $req:ident, $op:ident, $ino:ident, $reply:ident, $why:expr) => {{
-        let flight = $self.take($req, Op::$op, $ino);
-        flight.replying();
-        $reply.error($self.refuse($why));
-    }};
+fn kind(kind: Kind) -> FileType {
+    match kind {
+        Kind::Directory => FileType::Directory,
+        Kind::File => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+    }
 }
 
-impl Filesystem for Templates {
+/// Replies to an OPEN with a backing that the supervisor keeps registered on this connection.
+#[allow(unsafe_code)]
+fn opened_backing(reply: ReplyOpen, id: u32) {
+    // SAFETY: the supervisor registered the id on this connection and keeps it registered while backings with that id
+    // are served. The wrapper never closes the id: `into_raw` below takes it apart again.
+    let backing = unsafe { reply.wrap_backing(id) };
+    reply.opened_passthrough(FileHandle(0), FopenFlags::empty(), &backing);
+    let _ = backing.into_raw();
+}
+
+impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // All flags are optional: an old kernel does not offer some of them. The reply must be the same from every
         // server of a mount, so it depends on the kernel's request only.
@@ -130,73 +96,37 @@ impl Filesystem for Templates {
     }
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let flight = self.take(req, Op::Lookup, parent);
-        self.stats.count(Counter::Lookups);
-        let _guard = self.condemned.guard();
-        let found = self.tree.lookup(parent.0, name, &*self.passthrough);
-        flight.replying();
-        match found {
-            Ok((attributes, lifetime)) => {
-                let entry_ttl = match lifetime {
-                    NameLifetime::Zero => Duration::ZERO,
-                    NameLifetime::Long => ENTRY_TTL,
-                };
-                reply.entry_with_ttls(&ATTRIBUTE_TTL, &entry_ttl, &attr(&attributes), Generation(0));
+        self.0.lookup(info(req, Op::Lookup, parent), name, |found| match found {
+            Ok(entry) => {
+                let attr = attr(&entry.attributes);
+                reply.entry_with_ttls(&ATTRIBUTE_TTL, &entry.ttl, &attr, Generation(0));
             }
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
+            Err(refusal) => reply.error(errno(refusal)),
+        });
     }
 
     fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        let flight = self.take(req, Op::GetAttr, ino);
-        let found = self.tree.attributes(ino.0);
-        flight.replying();
-        match found {
+        self.0.attributes(info(req, Op::GetAttr, ino), |found| match found {
             Ok(attributes) => reply.attr(&ATTRIBUTE_TTL, &attr(&attributes)),
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
+            Err(refusal) => reply.error(errno(refusal)),
+        });
     }
 
     fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
-        let flight = self.take(req, Op::ReadLink, ino);
-        let found = self.tree.read_link(ino.0);
-        flight.replying();
-        match found {
+        self.0.read_link(info(req, Op::ReadLink, ino), |found| match found {
             Ok(target) => reply.data(target.as_bytes()),
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
+            Err(refusal) => reply.error(errno(refusal)),
+        });
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let flight = self.take(req, Op::Open, ino);
-        if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
-            self.stats.count(Counter::OpensRefused);
-            flight.replying();
-            reply.error(Refusal::Writes.errno());
-            return;
-        }
-        let _guard = self.condemned.guard();
-        let openable = self.openable(ino);
-        if let Ok(Node::File(digest, ..)) = &openable {
-            self.condemned.opened(digest);
-        }
-        let refusal = match openable {
-            Ok(Node::File(digest, file, Serving::Passthrough)) => match self.tree.template(&digest) {
-                // Replies later if the backing has to be made first.
-                Ok(template) => return self.passthrough.open(&template, file, Opening::new(reply, flight)),
-                Err(refusal) => refusal,
-            },
-            Ok(node) => {
-                if matches!(node, Node::File(..)) {
-                    self.stats.count(Counter::OpensDecode);
-                }
-                flight.replying();
-                return reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-            }
-            Err(refusal) => refusal,
-        };
-        flight.replying();
-        reply.error(self.refuse(refusal));
+        let flags = OFlags::from_bits_retain(flags.0 as u32);
+        let send = Box::new(|opened| match opened {
+            Ok(Opened::Decode) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Opened::Backing(id)) => opened_backing(reply, id),
+            Err(refusal) => reply.error(errno(refusal)),
+        });
+        self.0.open(info(req, Op::Open, ino), flags, send);
     }
 
     fn read(
@@ -210,20 +140,11 @@ impl Filesystem for Templates {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let flight = self.take_range(req, Op::Read, ino, offset, size);
-        let mut unsent = Some(reply);
-        let done = self.reader.read(&flight, |bytes| {
-            if let Some(reply) = unsent.take() {
-                reply.data(bytes);
-            }
+        let request = RequestInfo { offset, size, ..info(req, Op::Read, ino) };
+        self.0.read(request, |read| match read {
+            Ok(bytes) => reply.data(bytes),
+            Err(refusal) => reply.error(errno(refusal)),
         });
-        let (Err(refusal), Some(reply)) = (done, unsent) else { return };
-        if refusal == Refusal::Away {
-            // Replies later, when the store can be reached again.
-            return self.source.wait(flight, reply);
-        }
-        flight.replying();
-        reply.error(self.refuse(refusal));
     }
 
     fn lseek(
@@ -235,27 +156,14 @@ impl Filesystem for Templates {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let flight = self.take(req, Op::LSeek, ino);
-        let found = match self.tree.node(ino.0) {
-            Ok(Node::File(digest, file, _)) => self
-                .tree
-                .template(&digest)
-                .and_then(|t| crate::server::decode::seek(&t, file, offset, whence)),
-            Ok(_) => Err(Refusal::Unsupported),
-            Err(refusal) => Err(refusal),
-        };
-        flight.replying();
-        match found {
+        self.0.seek(info(req, Op::LSeek, ino), (offset, whence), |found| match found {
             Ok(position) => reply.offset(position),
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
+            Err(refusal) => reply.error(errno(refusal)),
+        });
     }
 
     fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let flight = self.take(req, Op::ReadDir, ino);
-        let found = self.tree.list(ino.0, offset, &*self.passthrough);
-        flight.replying();
-        match found {
+        self.0.list(info(req, Op::ReadDir, ino), offset, |found| match found {
             Ok(entries) => {
                 for entry in entries {
                     if reply.add(INodeNo(entry.ino), entry.cookie, kind(entry.kind), &entry.name) {
@@ -264,34 +172,30 @@ impl Filesystem for Templates {
                 }
                 reply.ok();
             }
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
+            Err(refusal) => reply.error(errno(refusal)),
+        });
     }
 
     fn statfs(&self, req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let flight = self.take(req, Op::StatFs, ino);
-        let found = self.tree.totals();
-        flight.replying();
-        match found {
+        self.0.totals(info(req, Op::StatFs, ino), |found| match found {
             Ok((templates, data)) => {
                 let page = PAGE_SIZE as u32;
                 reply.statfs(data.pages().get(), 0, 0, templates, 0, page, 255, page);
             }
-            Err(refusal) => reply.error(self.refuse(refusal)),
-        }
+            Err(refusal) => reply.error(errno(refusal)),
+        });
     }
 
-    // Nothing to flush: after ENOSYS the kernel no longer sends these requests.
     fn flush(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        refuse_writes!(self, req, Flush, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::Flush, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn fsync(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        refuse_writes!(self, req, FSync, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::FSync, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn fsyncdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        refuse_writes!(self, req, FSyncDir, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::FSyncDir, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn setattr(
@@ -312,14 +216,9 @@ impl Filesystem for Templates {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        refuse_writes!(
-            self,
-            req,
-            SetAttr,
-            ino,
-            reply,
-            if size.is_some() { Refusal::Writes } else { Refusal::Policy }
-        );
+        self.0.set_attributes(info(req, Op::SetAttr, ino), size.is_some(), |refusal| {
+            reply.error(errno(refusal))
+        });
     }
 
     fn mknod(
@@ -332,7 +231,7 @@ impl Filesystem for Templates {
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        refuse_writes!(self, req, MkNod, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::MkNod, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn mkdir(
@@ -344,19 +243,19 @@ impl Filesystem for Templates {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        refuse_writes!(self, req, MkDir, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::MkDir, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        refuse_writes!(self, req, Unlink, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::Unlink, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        refuse_writes!(self, req, RmDir, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::RmDir, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
-        refuse_writes!(self, req, Symlink, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::Symlink, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn rename(
@@ -369,11 +268,11 @@ impl Filesystem for Templates {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        refuse_writes!(self, req, Rename, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::Rename, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn link(&self, req: &Request, ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
-        refuse_writes!(self, req, Link, ino, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::Link, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn create(
@@ -386,7 +285,7 @@ impl Filesystem for Templates {
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        refuse_writes!(self, req, Create, parent, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::Create, parent), |refusal| reply.error(errno(refusal)));
     }
 
     fn write(
@@ -401,7 +300,7 @@ impl Filesystem for Templates {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        refuse_writes!(self, req, Write, ino, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::Write, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn fallocate(
@@ -414,7 +313,7 @@ impl Filesystem for Templates {
         _mode: i32,
         reply: ReplyEmpty,
     ) {
-        refuse_writes!(self, req, FAllocate, ino, reply, Refusal::Writes);
+        self.0.refuse(info(req, Op::FAllocate, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn copy_file_range(
@@ -430,10 +329,9 @@ impl Filesystem for Templates {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        refuse_writes!(self, req, CopyFileRange, ino_in, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::CopyFileRange, ino_in), |refusal| reply.error(errno(refusal)));
     }
 
-    // No extended attributes and no ioctls: after ENOSYS the kernel itself returns EOPNOTSUPP and ENOTTY.
     fn setxattr(
         &self,
         req: &Request,
@@ -444,19 +342,19 @@ impl Filesystem for Templates {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        refuse_writes!(self, req, SetXAttr, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::SetXAttr, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn getxattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
-        refuse_writes!(self, req, GetXAttr, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::GetXAttr, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn listxattr(&self, req: &Request, ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        refuse_writes!(self, req, ListXAttr, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::ListXAttr, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn removexattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        refuse_writes!(self, req, RemoveXAttr, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::RemoveXAttr, ino), |refusal| reply.error(errno(refusal)));
     }
 
     fn ioctl(
@@ -470,6 +368,6 @@ impl Filesystem for Templates {
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
-        refuse_writes!(self, req, IoCtl, ino, reply, Refusal::Unsupported);
+        self.0.refuse(info(req, Op::IoCtl, ino), |refusal| reply.error(errno(refusal)));
     }
 }

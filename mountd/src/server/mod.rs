@@ -1,20 +1,16 @@
 //! The server: speaks FUSE for one mount. A successor can reconstruct all of its state.
 
-mod attr;
-mod condemned;
-mod decode;
-mod fuse;
-mod hydrate;
+mod adapter;
+mod backings;
+mod condemn_watcher;
+mod fs;
 mod in_flight;
-mod node;
-mod open_templates;
-mod opening;
-mod passthrough;
+mod pending;
 mod read;
 mod refusal;
-mod reply_buffers;
 pub mod sandbox;
-mod store_outage;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 use std::ffi::OsString;
@@ -22,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fuser::{Session, SessionACL};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -41,16 +37,18 @@ use crate::protocol::link::{self, Link};
 use crate::protocol::named_fds::NamedFds;
 use crate::protocol::stats::Stats;
 use crate::protocol::{BESIDE, ServerReply, ServerRequest};
-use crate::server::condemned::{Condemned, Watcher};
-use crate::server::decode::{Decoder, MAX_READ};
-use crate::server::fuse::Templates;
-use crate::server::hydrate::Hydrator;
+use crate::server::adapter::Adapter;
+use crate::server::backings::Backings;
+use crate::server::backings::hydrate::Hydrator;
+use crate::server::condemn_watcher::Watcher;
+use crate::server::fs::FileSystem;
 use crate::server::in_flight::Flights;
-use crate::server::passthrough::Passthrough;
 use crate::server::read::Reader;
-use crate::server::reply_buffers::Replies;
-use crate::server::store_outage::{LONGEST_WAIT, RETRY_INTERVAL, StoreOutage};
-use crate::server::tree::Tree;
+use crate::server::read::decode::{Decoder, MAX_READ};
+use crate::server::read::outage::{LONGEST_WAIT, StoreOutage, retry_while};
+use crate::server::read::reply_buffers::Replies;
+use crate::server::tree::condemned::Condemned;
+use crate::server::tree::{Tree, open_templates};
 
 /// Size of the cache of decompressed blocks, for reads of the other parts of a block.
 const BLOCK_CACHE: Bytes = Bytes::new(16 << 20);
@@ -146,12 +144,11 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let store = open_store(&options.store, reply.is_some())?;
     let tree = Arc::new(Tree::new(store.clone(), most_open, Arc::clone(&condemned)));
     let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cpus);
-    let passthrough =
-        Passthrough::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
+    let made = Backings::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {
         condemned: Arc::clone(&condemned),
         tree: Arc::clone(&tree),
-        passthrough: Arc::clone(&passthrough),
+        backings: Arc::clone(&made),
         store: store.clone(),
         fuse: fds::copy(fuse)?,
         ledger: fds::copy(ledger)?,
@@ -159,12 +156,12 @@ fn serve(inherited: &Inherited) -> Result<()> {
         link: Arc::clone(link),
     };
     let decoder = Decoder::new(BLOCK_CACHE, stats.clone(), replies);
-    let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder));
-    let source = StoreOutage::new(store, Arc::clone(&reader), stats.clone());
+    let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, stats.clone()));
+    let outage = StoreOutage::new(store, Arc::clone(&reader), stats.clone(), LONGEST_WAIT);
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
-    let unfinished = passthrough.restore_late(late);
+    let unfinished = made.restore_late(late);
     let filesystem =
-        Templates { tree, reader, source, passthrough: Arc::clone(&passthrough), condemned, stats, flights };
+        FileSystem { tree, reader, outage, backings: Arc::clone(&made), condemned, stats, flights };
 
     let session = handshake(filesystem, sockets, &init, threads, link, (flights, lacks))?;
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
@@ -176,7 +173,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     link.request_done(&ServerRequest::Serving)?;
     link.wait_for_ever();
     watcher.start(rings);
-    passthrough.start(unfinished);
+    made.start(unfinished);
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the connection failed").because(e))
 }
@@ -201,36 +198,36 @@ fn handshake_sockets() -> Result<(OwnedFd, OwnedFd)> {
 
 /// Opens the store. A successor waits for a store that is away: meanwhile the kernel queues requests, and none fails.
 fn open_store(dir: &Path, successor: bool) -> Result<Store> {
-    let start = Instant::now();
-    loop {
-        match Store::open(dir) {
-            Err(error) if successor && start.elapsed() < LONGEST_WAIT => {
-                if start.elapsed() < RETRY_INTERVAL {
+    let mut logged = !successor;
+    retry_while(
+        LONGEST_WAIT,
+        |_| successor,
+        || {
+            Store::open(dir).inspect_err(|error| {
+                if !std::mem::replace(&mut logged, true) {
                     log::error!("{error}; waiting up to {LONGEST_WAIT:?} for the store");
                 }
-                std::thread::sleep(RETRY_INTERVAL);
-            }
-            result => return result,
-        }
-    }
+            })
+        },
+    )
 }
 
 /// Performs the handshake. fuser requires an INIT request on its descriptor: it gets the kernel's request through a
 /// socket pair, and its reply goes to the supervisor.
 fn handshake(
-    filesystem: Templates,
+    filesystem: FileSystem,
     (ours, theirs): (OwnedFd, OwnedFd),
     init: &[u8],
     threads: usize,
     link: &Link,
     (flights, lacks): (&Flights, Vec<String>),
-) -> Result<Session<Templates>> {
+) -> Result<Session<Adapter>> {
     let fail = |e: std::io::Error| Error::failed("the handshake failed").because(e);
     rustix::io::write(&ours, init).map_err(|e| fail(e.into()))?;
     let mut config = fuser::Config::default();
     config.acl = SessionACL::All;
     config.n_threads = Some(threads);
-    let session = Session::from_fd(filesystem, theirs, SessionACL::All, config).map_err(fail)?;
+    let session = Session::from_fd(Adapter(filesystem), theirs, SessionACL::All, config).map_err(fail)?;
     let mut reply = vec![0; 4096];
     let length = rustix::io::read(&ours, &mut reply[..]).map_err(|e| fail(e.into()))?;
     reply.truncate(length);

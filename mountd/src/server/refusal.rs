@@ -1,7 +1,8 @@
-//! Reasons for the refusal of a request, with the errno of each: one exhaustive match.
+//! Reasons for the refusal of a request, with the errno and the counter of each.
 
-use fuser::Errno;
 use stencilfs::error::{Code, Error};
+
+use crate::protocol::stats::Counter;
 
 /// Reason for the refusal of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,20 +39,37 @@ pub enum Refusal {
 
 impl Refusal {
     /// Returns the errno of the reply.
-    pub fn errno(self) -> Errno {
+    pub fn errno(self) -> i32 {
         match self {
-            Refusal::NoEntry => Errno::ENOENT,
-            Refusal::Stale => Errno::ESTALE,
-            Refusal::NotDirectory => Errno::ENOTDIR,
-            Refusal::IsDirectory => Errno::EISDIR,
-            Refusal::Invalid => Errno::EINVAL,
-            Refusal::Writes => Errno::EACCES,
-            Refusal::Policy => Errno::EPERM,
-            Refusal::NoPosition => Errno::ENXIO,
-            Refusal::Unsupported => Errno::ENOSYS,
-            Refusal::Damaged | Refusal::Away | Refusal::Failed => Errno::EIO,
-            Refusal::NoSpace => Errno::ENOSPC,
-            Refusal::Crowded => Errno::EAGAIN,
+            Refusal::NoEntry => libc::ENOENT,
+            Refusal::Stale => libc::ESTALE,
+            Refusal::NotDirectory => libc::ENOTDIR,
+            Refusal::IsDirectory => libc::EISDIR,
+            Refusal::Invalid => libc::EINVAL,
+            Refusal::Writes => libc::EACCES,
+            Refusal::Policy => libc::EPERM,
+            Refusal::NoPosition => libc::ENXIO,
+            Refusal::Unsupported => libc::ENOSYS,
+            Refusal::Damaged | Refusal::Away | Refusal::Failed => libc::EIO,
+            Refusal::NoSpace => libc::ENOSPC,
+            Refusal::Crowded => libc::EAGAIN,
+        }
+    }
+
+    /// Returns the counter of such refusals.
+    pub fn counter(self) -> Option<Counter> {
+        match self {
+            Refusal::Damaged => Some(Counter::Damaged),
+            Refusal::Failed | Refusal::NoSpace | Refusal::Away => Some(Counter::Failed),
+            Refusal::Writes | Refusal::Policy => Some(Counter::WritesRefused),
+            Refusal::NoEntry
+            | Refusal::Stale
+            | Refusal::NotDirectory
+            | Refusal::IsDirectory
+            | Refusal::Invalid
+            | Refusal::NoPosition
+            | Refusal::Crowded
+            | Refusal::Unsupported => None,
         }
     }
 }

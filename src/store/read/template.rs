@@ -26,13 +26,15 @@ pub struct Template {
     files: Vec<TemplateFile>,
     header: ImageHeader,
     policy: Policy,
-    image: CheckedTable,
-    placement: RwLock<Arc<Placement>>,
+    tables: RwLock<Arc<Tables>>,
 }
 
-/// Where the blocks of a template are stored. A collector may replace the placement at any time.
+/// The tables of a template. A collector may replace the placement at any time, a repair the image too.
 #[derive(Debug)]
-struct Placement {
+struct Tables {
+    /// The hashes of the blocks.
+    image: Arc<CheckedTable>,
+    /// Where the blocks are stored.
     front: Front,
     rows: CheckedTable,
 }
@@ -70,8 +72,8 @@ impl Template {
                 data_bytes: Bytes::new(stats.data_bytes),
             })
             .collect();
-        let placement = RwLock::new(Arc::new(Placement { front, rows }));
-        Ok(Template { store, digest: *digest, files, header, policy, image, placement })
+        let tables = RwLock::new(Arc::new(Tables { image: Arc::new(image), front, rows }));
+        Ok(Template { store, digest: *digest, files, header, policy, tables })
     }
 
     /// Returns the digest of the template.
@@ -106,7 +108,7 @@ impl Template {
 
     /// Returns the bytes of the template's records in packs, including records shared with other templates.
     pub fn stored_bytes(&self) -> Bytes {
-        Bytes::new(self.placement().front.files.iter().map(|f| f.stored_bytes).sum())
+        Bytes::new(self.tables().front.files.iter().map(|f| f.stored_bytes).sum())
     }
 
     /// Returns the paths of the packs that hold the template's blocks.
@@ -115,21 +117,21 @@ impl Template {
     }
 
     pub(in crate::store) fn pack_ids(&self) -> Vec<PackId> {
-        self.placement().front.packs.clone()
+        self.tables().front.packs.clone()
     }
 
-    fn placement(&self) -> Arc<Placement> {
-        Arc::clone(&self.placement.read().unwrap_or_else(PoisonError::into_inner))
+    fn tables(&self) -> Arc<Tables> {
+        Arc::clone(&self.tables.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Runs `work` with the placement. A collector may have moved blocks and removed packs since the placement was
-    /// opened, so failed work is repeated while there is a newer placement.
-    fn with_placement<T>(&self, mut work: impl FnMut(&Placement) -> Result<T>) -> Result<T> {
-        let mut placement = self.placement();
+    /// Runs `work` with the tables. A collector may have moved blocks and removed packs since the tables were opened,
+    /// and an import may have repaired them, so failed work is repeated while the store has other tables.
+    fn with_tables<T>(&self, mut work: impl FnMut(&Tables) -> Result<T>) -> Result<T> {
+        let mut tables = self.tables();
         loop {
-            match work(&placement) {
-                Err(error) => match self.newer(&placement) {
-                    Some(newer) => placement = newer,
+            match work(&tables) {
+                Err(error) => match self.newer(&tables) {
+                    Some(newer) => tables = newer,
                     None => return Err(error),
                 },
                 done => return done,
@@ -137,15 +139,18 @@ impl Template {
         }
     }
 
-    /// Returns the current placement if it differs from `old`.
-    fn newer(&self, old: &Arc<Placement>) -> Option<Arc<Placement>> {
-        let mut current = self.placement.write().unwrap_or_else(PoisonError::into_inner);
+    /// Returns the current tables if they differ from `old`.
+    fn newer(&self, old: &Arc<Tables>) -> Option<Arc<Tables>> {
+        let mut current = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         if Arc::ptr_eq(&current, old) {
-            let (front, _, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
-            if front == old.front {
+            let (front, values, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
+            let image = open_image(&self.directory().join("image"), &self.digest, &front, values);
+            let image = image.ok().map(|(_, image)| image).filter(|image| !image.is_same_file(&old.image));
+            if front == old.front && image.is_none() {
                 return None;
             }
-            *current = Arc::new(Placement { front, rows });
+            let image = image.map_or_else(|| Arc::clone(&old.image), Arc::new);
+            *current = Arc::new(Tables { image, front, rows });
         }
         Some(Arc::clone(&current))
     }
@@ -174,7 +179,7 @@ impl Template {
     /// has no such block.
     pub fn block_id(&self, file: usize, block: u64) -> Result<Option<Digest>> {
         let (number, _) = self.locate(file, block)?;
-        self.block_hash(number)
+        self.with_tables(|tables| self.block_hash(tables, number))
     }
 
     /// Reads and verifies one whole block. Fills the front of `out` and returns the length of the block in its file:
@@ -195,13 +200,12 @@ impl Template {
         let out = out.get_mut(..length).ok_or_else(|| {
             Error::usage(format!("buffer too short: length is {have}, expected at least {length} bytes"))
         })?;
-        let Some(hash) = self.block_hash(number)? else {
-            out.fill(0);
-            return Ok(length);
-        };
         let Scratch { buffer, decoder, plain } = scratch;
-        self.with_placement(|placement| {
-            let (id, stored) = self.stored(placement, number, &hash)?;
+        self.with_tables(|tables| {
+            let Some((hash, id, stored)) = self.stored(tables, number)? else {
+                out.fill(0);
+                return Ok(length);
+            };
             let pack = self.store.pack(id)?;
             let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
             let how = (stored.kind, stored.chunk_shift);
@@ -247,14 +251,13 @@ impl Template {
     }
 
     fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
-        let Some(hash) = self.block_hash(number)? else {
-            out.fill(0);
-            return Ok(());
-        };
         let Scratch { buffer, decoder, plain } = scratch;
         plain.resize(BLOCK_SIZE as usize, 0);
-        self.with_placement(|placement| {
-            let (id, stored) = self.stored(placement, number, &hash)?;
+        self.with_tables(|tables| {
+            let Some((hash, id, stored)) = self.stored(tables, number)? else {
+                out.fill(0);
+                return Ok(());
+            };
             let pack = self.store.pack(id)?;
             // Reads the whole record: at 40 KiB, a second device access would cost more than the extra bytes.
             let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
@@ -264,10 +267,10 @@ impl Template {
                 true => decoder.block(how, record, &hash, plain),
                 false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
             };
-            decoded.map_err(|why| pack.mismatch(stored, &why))
-        })?;
-        out.copy_from_slice(&plain[within..within + out.len()]);
-        Ok(())
+            decoded.map_err(|why| pack.mismatch(stored, &why))?;
+            out.copy_from_slice(&plain[within..within + out.len()]);
+            Ok(())
+        })
     }
 
     /// Reads and verifies one block, and appends its record, as it is stored, to `out`. Returns `None` for a zero
@@ -280,9 +283,8 @@ impl Template {
         out: &mut Vec<u8>,
     ) -> Result<Option<(Digest, Stored)>> {
         let (number, _) = self.locate(file, block)?;
-        let Some(hash) = self.block_hash(number)? else { return Ok(None) };
-        self.with_placement(|placement| {
-            let (id, stored) = self.stored(placement, number, &hash)?;
+        self.with_tables(|tables| {
+            let Some((hash, id, stored)) = self.stored(tables, number)? else { return Ok(None) };
             let pack = self.store.pack(id)?;
             let record = scratch.verify(&pack, stored, &hash).map_err(|e| self.store.unreadable(id, e))?;
             out.extend_from_slice(record);
@@ -292,7 +294,7 @@ impl Template {
 
     /// Passes the bytes of the image to `each`, in verified parts.
     pub(in crate::store) fn read_image(&self, each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        self.image.read_all(each)
+        self.tables().image.read_all(each)
     }
 
     /// Returns the length of the image in bytes.
@@ -307,39 +309,40 @@ impl Template {
         block: u64,
     ) -> Result<Option<(Digest, PackId, Stored)>> {
         let (number, _) = self.locate(file, block)?;
-        let Some(hash) = self.block_hash(number)? else { return Ok(None) };
-        self.with_placement(|p| self.stored(p, number, &hash)).map(|(id, stored)| Some((hash, id, stored)))
+        self.with_tables(|tables| self.stored(tables, number))
     }
 
     /// Verifies both tables as a whole. Returns one result for the image and one for the placement.
     pub(in crate::store) fn check_tables(&self) -> [Result<()>; 2] {
-        [self.image.check_all(), self.with_placement(|p| p.rows.check_all())]
+        [|t: &Tables| t.image.check_all(), |t: &Tables| t.rows.check_all()]
+            .map(|check| self.with_tables(check))
     }
 
     /// Verifies the tables, and the headers and indexes of the packs. Reads no block.
     pub(in crate::store) fn check(&self) -> Result<()> {
         self.check_tables().into_iter().collect::<Result<()>>()?;
-        self.with_placement(|placement| {
-            let mut packs = placement.front.packs.iter();
+        self.with_tables(|tables| {
+            let mut packs = tables.front.packs.iter();
             packs.try_for_each(|id| PackIndex::open(&self.store.packs().path(*id), *id).map(drop))
         })
     }
 
     /// Returns the front of the placement. Two different placements have different fronts.
     pub(in crate::store) fn front(&self) -> Front {
-        self.placement().front.clone()
+        self.tables().front.clone()
     }
 
     /// Returns the hashes of unreadable blocks that have another place in the placement file `other`.
     pub(in crate::store) fn unreadable_unlike(&self, other: &StorePath) -> Result<BTreeSet<Digest>> {
         let (front, _, rows) = open_placement(other, &self.digest)?;
-        let (other, mut scratch) = (Placement { front, rows }, Scratch::default());
+        let image = Arc::clone(&self.tables().image);
+        let (other, mut scratch) = (Tables { image, front, rows }, Scratch::default());
         let mut unreadable = BTreeSet::new();
         for file in 0..self.files.len() {
             for block in 0..self.block_count(file) {
                 let Some((hash, id, stored)) = self.place(file, block)? else { continue };
                 let (number, _) = self.locate(file, block)?;
-                if self.stored(&other, number, &hash)? == (id, stored) || unreadable.contains(&hash) {
+                if self.stored(&other, number)? == Some((hash, id, stored)) || unreadable.contains(&hash) {
                     continue;
                 }
                 let read =
@@ -382,7 +385,7 @@ impl Template {
     /// Same as [`Template::block_id`].
     pub fn data_pages(&self, file: usize, block: u64) -> Result<u16> {
         let (number, _) = self.locate(file, block)?;
-        Ok(self.with_placement(|p| self.row(p, number))?.map_or(0, |row| row.stored.data_pages))
+        Ok(self.with_tables(|tables| self.row(tables, number))?.map_or(0, |row| row.stored.data_pages))
     }
 
     /// Returns the files of the store that hold this template: its tables, and the packs with its blocks, which may
@@ -402,28 +405,30 @@ impl Template {
         Ok((found.first_block + block, length as usize))
     }
 
-    fn block_hash(&self, number: u64) -> Result<Option<Digest>> {
+    fn block_hash(&self, tables: &Tables, number: u64) -> Result<Option<Digest>> {
         let offset = ImageHeader::table_offset(self.files.len()) + number * HASH_LEN;
-        let hash = self.image.entry::<32>(offset)?;
+        let hash = tables.image.entry::<32>(offset)?;
         Ok((hash != [0; 32]).then_some(Digest::new(hash)))
     }
 
-    fn stored(&self, placement: &Placement, number: u64, hash: &Digest) -> Result<(PackId, Stored)> {
+    /// Returns the hash and place of a block, or `None` for a zero block.
+    fn stored(&self, tables: &Tables, number: u64) -> Result<Option<(Digest, PackId, Stored)>> {
+        let Some(hash) = self.block_hash(tables, number)? else { return Ok(None) };
         let damage = |why: String| Invalid::Damage(why).in_file("placement", self.placement_path());
-        let row = self.row(placement, number)?;
+        let row = self.row(tables, number)?;
         let row = row.ok_or_else(|| damage(format!("no place for block {number} with hash {hash}")))?;
-        let id = placement.front.packs.get(row.pack as usize).ok_or_else(|| {
+        let id = tables.front.packs.get(row.pack as usize).ok_or_else(|| {
             damage(format!(
                 "block {number} has pack index {}, but the number of packs is {}",
                 row.pack,
-                placement.front.packs.len()
+                tables.front.packs.len()
             ))
         })?;
-        Ok((*id, row.stored))
+        Ok(Some((hash, *id, row.stored)))
     }
 
-    fn row(&self, placement: &Placement, number: u64) -> Result<Option<Row>> {
-        let bytes = placement.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
+    fn row(&self, tables: &Tables, number: u64) -> Result<Option<Row>> {
+        let bytes = tables.rows.entry::<{ Row::LEN }>(number * Row::LEN as u64)?;
         Row::decode(&bytes).map_err(|e| e.in_file("placement", self.placement_path()))
     }
 

@@ -4,7 +4,7 @@
 //! digest of an image authenticates each segment of its block table, and a segment is hashed only at its first access.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -151,6 +151,14 @@ impl CheckedTable {
         let words = segments(length).div_ceil(64) as usize;
         let checked = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(CheckedTable { path: path.to_owned(), what, file, map, base, length, values, checked })
+    }
+
+    /// Returns true if both tables are parts of one file, or if the system does not tell.
+    pub fn is_same_file(&self, other: &CheckedTable) -> bool {
+        match (self.file.metadata(), other.file.metadata()) {
+            (Ok(ours), Ok(theirs)) => (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()),
+            _ => true,
+        }
     }
 
     /// Returns `N` bytes at `offset`, which must not cross a segment boundary.

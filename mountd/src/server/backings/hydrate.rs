@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::SeekFrom;
-use stencilfs::error::{Error, Result};
+use stencilfs::error::{Code, Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::sys::process::threads;
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
@@ -17,8 +17,8 @@ use crate::protocol::fds;
 use crate::protocol::link::{Link, unexpected};
 use crate::protocol::stats::{Counter, Stats};
 use crate::protocol::{Cache, FileKey, ServerReply, ServerRequest};
-use crate::server::condemned::Condemned;
-use crate::server::store_outage::retry_while_away;
+use crate::server::read::outage::{LONGEST_WAIT, retry_while};
+use crate::server::tree::condemned::Condemned;
 
 /// Backings are written in aligned pieces of this many bytes, so that the page cache holds them in folios that the CPU
 /// can map with one entry.
@@ -72,8 +72,8 @@ impl Hydrator {
     /// unused ones.
     ///
     /// # Errors
-    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if the backing does not fit into the cache,
-    /// [`Code::Damage`](stencilfs::error::Code::Damage) if the store is damaged, and an error if the file system of the
+    /// Returns [`Code::TryAgain`] if the backing does not fit into the cache,
+    /// [`Code::Damage`] if the store is damaged, and an error if the file system of the
     /// cache fails.
     pub fn hydrate(
         &self,
@@ -159,7 +159,11 @@ impl Hydrator {
             let buffer = &mut buffer[..(piece.end - piece.start) as usize];
             for (i, part) in buffer.chunks_mut(BLOCK_SIZE as usize).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
-                retry_while_away(|| template.read_block(file, block, scratch, part))?;
+                retry_while(
+                    LONGEST_WAIT,
+                    |e: &Error| e.code() == Code::TryAgain,
+                    || template.read_block(file, block, scratch, part),
+                )?;
             }
             backing.write_all_at(buffer, piece.start).map_err(|e| cannot_fill(&self.cache, e))?;
             let length = buffer.len() as u64;

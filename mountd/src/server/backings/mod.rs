@@ -4,6 +4,8 @@
 //! that finds no backing in time is answered with ESTALE: the kernel then repeats the lookup, gets the decode number
 //! and opens that. The process that opens the file sees no error.
 
+pub mod hydrate;
+
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,11 +19,11 @@ use stencilfs::store::{Serving, Store, Template};
 
 use crate::protocol::stats::{Counter, Stats};
 use crate::protocol::{Cache, FileKey, MAX_KEYS, ServerRequest};
-use crate::server::hydrate::Hydrator;
-use crate::server::node::NameLifetime;
-pub use crate::server::opening::Opening;
+use crate::server::backings::hydrate::Hydrator;
+use crate::server::pending::{Opened, PendingOpen};
 use crate::server::refusal::Refusal;
 use crate::server::tree::ServingPolicy;
+use crate::server::tree::node::NameLifetime;
 
 /// Files that are hydrated at the same time, so that a small file need not wait for a large one.
 const WORKERS: usize = 2;
@@ -38,13 +40,13 @@ const MAX_STATES: usize = 4096;
 #[derive(Debug)]
 enum State {
     /// The backing is being made; opens wait until the deadline, if there is one.
-    Filling { deadline: Option<Instant>, late: bool, waiting: Vec<Opening> },
+    Filling { deadline: Option<Instant>, late: bool, waiting: Vec<PendingOpen> },
     /// The backing is registered.
     Ready(Ready),
     /// There is no backing; the supervisor has the reason.
     Decode { since: Instant, retry: bool },
     /// The backing is being evicted, unless it is found to be in use; opens wait for the outcome.
-    Leaving { ready: Ready, waiting: Vec<(Arc<Template>, usize, Opening)> },
+    Leaving { ready: Ready, waiting: Vec<(Arc<Template>, usize, PendingOpen)> },
 }
 
 /// A registered backing.
@@ -65,7 +67,7 @@ pub struct Job {
 
 /// The backings of a server.
 #[derive(Debug)]
-pub struct Passthrough {
+pub struct Backings {
     mode: ServeMode,
     timeout: Duration,
     possible: bool,
@@ -83,7 +85,7 @@ fn key(template: &Template, file: usize) -> FileKey {
     FileKey { digest: *template.digest(), file: name.to_owned() }
 }
 
-impl Passthrough {
+impl Backings {
     /// Creates the state with the backings that are ready, and starts the workers.
     pub fn new(
         mode: ServeMode,
@@ -91,12 +93,12 @@ impl Passthrough {
         hydrator: Hydrator,
         ready: Vec<(FileKey, u32, OwnedFd)>,
         stats: Stats,
-    ) -> Arc<Passthrough> {
+    ) -> Arc<Backings> {
         let possible = !matches!(hydrator.cache(), Cache::Nowhere(_));
         let state = |(key, id, file)| (key, State::Ready(Ready { id, _file: file }));
         let states = ready.into_iter().map(state).collect();
         let (sender, receiver) = mpsc::channel::<Job>();
-        let ours = Arc::new(Passthrough {
+        let ours = Arc::new(Backings {
             mode,
             timeout,
             possible,
@@ -156,23 +158,23 @@ impl Passthrough {
     }
 
     /// Answers an open of a file's passthrough number, now or when its backing is ready.
-    pub fn open(&self, template: &Arc<Template>, file: usize, mut opening: Opening) {
+    pub fn open(&self, template: &Arc<Template>, file: usize, mut opening: PendingOpen) {
         let key = key(template, file);
         let mut states = self.states();
         match states.get_mut(&key) {
             Some(State::Ready(ready)) => {
                 self.stats.count(Counter::OpensPassthrough);
-                opening.passthrough(ready.id);
+                opening.reply(Ok(Opened::Backing(ready.id)));
             }
             Some(State::Filling { late: false, waiting, .. }) if opening.park() => waiting.push(opening),
             Some(State::Leaving { waiting, .. }) if opening.park() => {
                 waiting.push((Arc::clone(template), file, opening));
             }
             Some(State::Filling { late: false, .. } | State::Leaving { .. }) => self.refuse_crowd(opening),
-            Some(State::Filling { .. } | State::Decode { .. }) => opening.refuse(Refusal::Stale),
+            Some(State::Filling { .. } | State::Decode { .. }) => opening.reply(Err(Refusal::Stale)),
             None if !self.possible => {
                 let refusal = if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Failed };
-                opening.refuse(refusal);
+                opening.reply(Err(refusal));
             }
             None if !opening.park() => self.refuse_crowd(opening),
             None => {
@@ -195,11 +197,11 @@ impl Passthrough {
     }
 
     /// Answers an open that cannot wait as if its deadline had passed.
-    fn refuse_crowd(&self, opening: Opening) {
+    fn refuse_crowd(&self, opening: PendingOpen) {
         if !self.crowded.swap(true, Ordering::Relaxed) {
             log::warn!("{PARKED_SLOTS} opens are waiting for backings: further opens do not wait");
         }
-        opening.refuse(if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Crowded });
+        opening.reply(Err(if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Crowded }));
     }
 
     fn run(&self, job: &Job) {
@@ -263,9 +265,9 @@ impl Passthrough {
             match answer {
                 Ok(id) => {
                     self.stats.count(Counter::OpensPassthrough);
-                    opening.passthrough(id);
+                    opening.reply(Ok(Opened::Backing(id)));
                 }
-                Err(refusal) => opening.refuse(refusal),
+                Err(refusal) => opening.reply(Err(refusal)),
             }
         }
     }
@@ -306,7 +308,7 @@ impl Passthrough {
             let condemned = self.hydrator.condemned();
             let _guard = condemned.guard();
             if condemned.holds(template.digest()) {
-                opening.refuse(Refusal::NoEntry);
+                opening.reply(Err(Refusal::NoEntry));
             } else {
                 condemned.opened(template.digest());
                 self.open(&template, file, opening);
@@ -340,7 +342,7 @@ impl Passthrough {
                     State::Ready(_) | State::Decode { .. } => !condemned.is_removed(&key.digest),
                 }
             });
-            refused.into_iter().for_each(|opening: Opening| opening.refuse(Refusal::NoEntry));
+            refused.into_iter().for_each(|opening: PendingOpen| opening.reply(Err(Refusal::NoEntry)));
             if !filling || Instant::now() > until {
                 return;
             }
@@ -401,7 +403,7 @@ impl Passthrough {
                 }
                 // After the report: if this server dies, its successor knows of the delay and answers the next lookup
                 // with the decode number.
-                refused.into_iter().for_each(|opening: Opening| opening.refuse(Refusal::Stale));
+                refused.into_iter().for_each(|opening: PendingOpen| opening.reply(Err(Refusal::Stale)));
                 states = self.states();
                 continue;
             }
@@ -435,7 +437,7 @@ fn for_opener(error: &Error) -> Refusal {
     }
 }
 
-impl ServingPolicy for Passthrough {
+impl ServingPolicy for Backings {
     fn serving(&self, template: &Template, file: usize) -> Serving {
         let empty = template.files().get(file).is_none_or(|f| f.size.get() == 0);
         match self.mode {

@@ -4,24 +4,20 @@
 //! cached for a while, as the kernel usually requests the rest next; the kernel's page cache holds everything else.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use dashmap::{DashMap, DashSet};
+use dashmap::DashSet;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::sys::memory::memfd::LockedBuffer;
 use stencilfs::units::Bytes;
 
 use crate::protocol::stats::{Counter, Stats};
+use crate::server::read::block_cache::BlockCache;
+use crate::server::read::reply_buffers::Replies;
 use crate::server::refusal::Refusal;
-use crate::server::reply_buffers::Replies;
 
 /// Most damaged blocks that are logged; further ones are only counted.
 const MAX_REPORTED: usize = 4096;
-
-const BLOCK: usize = BLOCK_SIZE as usize;
 
 /// Largest READ, in bytes.
 pub const MAX_READ: usize = 1 << 20;
@@ -173,122 +169,5 @@ impl Decoder {
             );
         }
         refusal
-    }
-}
-
-/// Implements `SEEK_DATA` and `SEEK_HOLE`, with the granularity of blocks.
-///
-/// # Errors
-/// Returns [`Refusal::NoPosition`] (ENXIO) beyond the end of the file, and for `SEEK_DATA` beyond the last data;
-/// [`Refusal::Invalid`] for other values of `whence`.
-pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Result<i64, Refusal> {
-    let length = template.files().get(file).ok_or(Refusal::Stale)?.size.get();
-    let from = u64::try_from(offset).map_err(|_| Refusal::NoPosition)?;
-    let want_data = match whence {
-        libc::SEEK_DATA => true,
-        libc::SEEK_HOLE => false,
-        _ => return Err(Refusal::Invalid),
-    };
-    if from >= length {
-        return Err(Refusal::NoPosition);
-    }
-    for block in from / BLOCK_SIZE..template.block_count(file) {
-        let is_data = template.block_id(file, block).map_err(|e| Refusal::from(&e))?.is_some();
-        if is_data == want_data {
-            return Ok((block * BLOCK_SIZE).max(from) as i64);
-        }
-    }
-    if want_data { Err(Refusal::NoPosition) } else { Ok(length as i64) }
-}
-
-struct CachedBlock {
-    bytes: Box<[u8]>,
-    used: AtomicBool,
-}
-
-/// Decompressed blocks by digest, limited in number. Evicts by the clock algorithm: a block that was used since the
-/// last visit gets a second chance.
-struct BlockCache {
-    blocks: DashMap<Digest, Arc<CachedBlock>>,
-    order: Mutex<VecDeque<Digest>>,
-    free: Mutex<Vec<Box<[u8]>>>,
-    max_blocks: usize,
-}
-
-impl std::fmt::Debug for BlockCache {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "BlockCache({} of {})", self.blocks.len(), self.max_blocks)
-    }
-}
-
-impl BlockCache {
-    fn new(keep: Bytes) -> BlockCache {
-        BlockCache {
-            blocks: DashMap::new(),
-            order: Mutex::new(VecDeque::new()),
-            free: Mutex::new(Vec::new()),
-            max_blocks: keep.as_usize() / BLOCK,
-        }
-    }
-
-    fn get(&self, id: &Digest) -> Option<Arc<CachedBlock>> {
-        let cached = Arc::clone(&*self.blocks.get(id)?);
-        cached.used.store(true, Ordering::Relaxed);
-        Some(cached)
-    }
-
-    /// Returns a buffer for a block, reused if possible: its pages are then present.
-    fn buffer(&self) -> Box<[u8]> {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        free.unwrap_or_else(|| vec![0; BLOCK].into_boxed_slice())
-    }
-
-    fn put(&self, id: Digest, bytes: Box<[u8]>) {
-        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-        let cached = Arc::new(CachedBlock { bytes, used: AtomicBool::new(false) });
-        if self.blocks.insert(id, cached).is_none() {
-            order.push_back(id);
-        }
-        // Terminates: each iteration either removes a block or clears a mark.
-        while order.len() > self.max_blocks {
-            let Some(oldest) = order.pop_front() else { break };
-            if self.blocks.get(&oldest).is_some_and(|k| k.used.swap(false, Ordering::Relaxed)) {
-                order.push_back(oldest);
-                continue;
-            }
-            let Some((_, cached)) = self.blocks.remove(&oldest) else { continue };
-            if let Some(cached) = Arc::into_inner(cached) {
-                self.free.lock().unwrap_or_else(PoisonError::into_inner).push(cached.bytes);
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_cache_is_bounded_and_keeps_used_blocks() {
-        let cache = BlockCache::new(Bytes::new(4 * BLOCK_SIZE));
-        let id = |n: u32| Digest::of(&n.to_le_bytes());
-        for n in 0..100 {
-            let mut buffer = cache.buffer();
-            buffer[0] = n as u8;
-            cache.put(id(n), buffer);
-            assert!(n == 0 || cache.get(&id(0)).is_some(), "the used block was evicted at {n}");
-        }
-        assert_eq!(cache.blocks.len(), 4);
-        assert_eq!(cache.order.lock().unwrap().len(), 4);
-        assert_eq!(cache.get(&id(99)).unwrap().bytes[0], 99);
-        assert!(cache.free.lock().unwrap().len() <= 1, "buffers are reused");
-    }
-
-    #[test]
-    fn a_cache_of_size_zero_stores_nothing() {
-        let cache = BlockCache::new(Bytes::ZERO);
-        let buffer = cache.buffer();
-        cache.put(Digest::of(b"x"), buffer);
-        assert!(cache.blocks.is_empty());
     }
 }

@@ -1,49 +1,73 @@
 //! Answers READs, in the thread that took the request or in the thread that waits for the store.
+//!
+//! A READ that fails is tried again in two cases. The library repeats it if the store has other tables of the template
+//! ([`Template`]): a collection has moved blocks, or an import has repaired them. [`outage`] repeats it while the store
+//! is away.
+
+mod block_cache;
+pub mod decode;
+pub mod outage;
+pub mod reply_buffers;
 
 use std::sync::Arc;
 
 use stencilfs::control::Phase;
-use stencilfs::store::Digest;
+use stencilfs::store::{BLOCK_SIZE, Template};
 
-use crate::server::decode::Decoder;
+use crate::protocol::stats::Stats;
 use crate::server::in_flight::Flight;
-use crate::server::node::Node;
+use crate::server::read::decode::Decoder;
 use crate::server::refusal::Refusal;
 use crate::server::tree::Tree;
+use crate::server::tree::node::Node;
 
 /// Answers READs of the files in a tree.
 #[derive(Debug)]
 pub struct Reader {
     tree: Arc<Tree>,
     decoder: Decoder,
+    stats: Stats,
 }
 
 impl Reader {
     /// Creates a reader.
-    pub fn new(tree: Arc<Tree>, decoder: Decoder) -> Reader {
-        Reader { tree, decoder }
+    pub fn new(tree: Arc<Tree>, decoder: Decoder, stats: Stats) -> Reader {
+        Reader { tree, decoder, stats }
     }
 
-    /// Produces the bytes that a READ requests and passes them to `send`, at most once.
-    ///
-    /// # Errors
-    /// Returns the refusal if nothing was sent; [`Refusal::Away`] if the same READ may succeed later.
-    pub fn read(&self, flight: &Flight, send: impl FnOnce(&[u8])) -> Result<(), Refusal> {
-        let mut send = Some(send);
-        let mut send = |bytes: &[u8]| {
-            if let Some(send) = send.take() {
-                flight.replying();
-                send(bytes);
+    /// Sends the reply to a READ. Returns the READ without a reply if the store is away.
+    pub fn answer<R>(&self, flight: Flight, reply: R) -> Option<(Flight, R)>
+    where
+        R: FnOnce(Result<&[u8], Refusal>),
+    {
+        let mut unsent = Some(reply);
+        let done = self.read(&flight, |bytes| {
+            flight.replying();
+            if let Some(reply) = unsent.take() {
+                reply(Ok(bytes));
             }
-        };
+        });
+        let (Err(refusal), Some(reply)) = (done, unsent) else { return None };
+        if refusal == Refusal::Away {
+            return Some((flight, reply));
+        }
+        refusal.counter().into_iter().for_each(|counter| self.stats.count(counter));
+        flight.replying();
+        reply(Err(refusal));
+        None
+    }
+
+    /// Passes the requested bytes to `send`, or returns the refusal.
+    fn read(&self, flight: &Flight, send: impl FnOnce(&[u8])) -> Result<(), Refusal> {
         let request = flight.request();
         match self.tree.node(request.ino)? {
             Node::File(digest, file, _) => {
                 flight.stamp(Phase::Decoding);
-                self.file(&digest, file, request.offset, request.size, &mut send)
+                let template = self.tree.template_in_use(&digest)?;
+                self.decoder.read(&template, file, request.offset, request.size as usize, send)
             }
             Node::Manifest(digest) => {
-                let text = self.tree.template(&digest)?.manifest_json();
+                let text = self.tree.template_in_use(&digest)?.manifest_json();
                 let start = (request.offset as usize).min(text.len());
                 let end = start.saturating_add(request.size as usize).min(text.len());
                 send(&text.as_bytes()[start..end]);
@@ -52,27 +76,29 @@ impl Reader {
             _ => Err(Refusal::IsDirectory),
         }
     }
+}
 
-    fn file(
-        &self,
-        digest: &Digest,
-        file: usize,
-        offset: u64,
-        size: u32,
-        send: &mut impl FnMut(&[u8]),
-    ) -> Result<(), Refusal> {
-        let template = self.tree.template_in_use(digest)?;
-        match self.decoder.read(&template, file, offset, size as usize, &mut *send) {
-            Err(Refusal::Away) => Err(Refusal::Away),
-            Err(refusal) if !self.tree.removed(digest)? => {
-                // A collection may have moved blocks since the template was opened: reopen it and retry once.
-                let template = match self.tree.reopen(digest) {
-                    Err(Refusal::Away) => return Err(Refusal::Away),
-                    other => other.map_err(|_| refusal)?,
-                };
-                self.decoder.read(&template, file, offset, size as usize, send)
-            }
-            done => done,
+/// Implements `SEEK_DATA` and `SEEK_HOLE`, with the granularity of blocks.
+///
+/// # Errors
+/// Returns [`Refusal::NoPosition`] (ENXIO) beyond the end of the file, and for `SEEK_DATA` beyond the last data;
+/// [`Refusal::Invalid`] for other values of `whence`.
+pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Result<i64, Refusal> {
+    let length = template.files().get(file).ok_or(Refusal::Stale)?.size.get();
+    let from = u64::try_from(offset).map_err(|_| Refusal::NoPosition)?;
+    let want_data = match whence {
+        libc::SEEK_DATA => true,
+        libc::SEEK_HOLE => false,
+        _ => return Err(Refusal::Invalid),
+    };
+    if from >= length {
+        return Err(Refusal::NoPosition);
+    }
+    for block in from / BLOCK_SIZE..template.block_count(file) {
+        let is_data = template.block_id(file, block).map_err(|e| Refusal::from(&e))?.is_some();
+        if is_data == want_data {
+            return Ok((block * BLOCK_SIZE).max(from) as i64);
         }
     }
+    if want_data { Err(Refusal::NoPosition) } else { Ok(length as i64) }
 }

@@ -7,47 +7,47 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fuser::ReplyData;
 use stencilfs::control::Phase;
-use stencilfs::error::{Code, Result};
 use stencilfs::store::Store;
 
 use crate::protocol::stats::{Counter, Stats};
 use crate::server::in_flight::Flight;
+use crate::server::pending::ReadReply;
 use crate::server::read::Reader;
 use crate::server::refusal::Refusal;
 
-/// Interval between checks of the store.
-pub const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Interval between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Time after which a waiting READ fails.
+/// How long work waits for a store that is away: READs, hydrations, and the start of a successor.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
-/// A READ that waits for the store.
-#[derive(Debug)]
-struct Waiting {
-    flight: Flight,
-    reply: ReplyData,
-    until: Instant,
-}
-
-/// Retries `work` while the store is away, for as long as a READ would wait.
+/// Retries `work` while its error is one of a store that is away, at most for `longest`.
 ///
 /// # Errors
 /// Returns the last error of `work`.
-pub fn retry_while_away<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
-    let until = Instant::now() + LONGEST_WAIT;
+pub fn retry_while<T, E>(
+    longest: Duration,
+    is_away: impl Fn(&E) -> bool,
+    mut work: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let until = Instant::now() + longest;
     loop {
         match work() {
-            Err(error) if error.code() == Code::TryAgain && Instant::now() < until => {
-                thread::sleep(RETRY_INTERVAL)
-            }
+            Err(error) if is_away(&error) && Instant::now() < until => thread::sleep(RETRY_INTERVAL),
             result => return result,
         }
     }
 }
 
-#[derive(Debug, Default)]
+/// A READ that waits for the store.
+struct Waiting {
+    flight: Flight,
+    reply: ReadReply,
+    until: Instant,
+}
+
+#[derive(Default)]
 struct State {
     /// Start of the current outage.
     since: Option<Instant>,
@@ -59,23 +59,29 @@ struct State {
 }
 
 /// READs that wait for the store.
-#[derive(Debug)]
 pub struct StoreOutage {
     store: Store,
     reader: Arc<Reader>,
     stats: Stats,
+    longest: Duration,
     state: Mutex<State>,
     wake: Condvar,
 }
 
+impl std::fmt::Debug for StoreOutage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StoreOutage({} READs wait)", self.state().waiting.len())
+    }
+}
+
 impl StoreOutage {
-    /// Starts a thread that watches the store.
-    pub fn new(store: Store, reader: Arc<Reader>, stats: Stats) -> Arc<StoreOutage> {
-        let source =
-            Arc::new(StoreOutage { store, reader, stats, state: Mutex::default(), wake: Condvar::new() });
-        let ours = Arc::clone(&source);
+    /// Starts a thread that watches the store. A READ waits for `longest` at most.
+    pub fn new(store: Store, reader: Arc<Reader>, stats: Stats, longest: Duration) -> Arc<StoreOutage> {
+        let (state, wake) = (Mutex::default(), Condvar::new());
+        let outage = Arc::new(StoreOutage { store, reader, stats, longest, state, wake });
+        let ours = Arc::clone(&outage);
         thread::spawn(move || ours.watch());
-        source
+        outage
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -84,11 +90,11 @@ impl StoreOutage {
 
     /// Records that a request failed because the store is away. The log has one line at the start of an outage and one
     /// at its end.
-    pub fn note_outage(&self) {
-        self.start_outage(&mut self.state());
+    pub fn note(&self) {
+        self.start(&mut self.state());
     }
 
-    fn start_outage(&self, state: &mut State) {
+    fn start(&self, state: &mut State) {
         if state.since.is_some() {
             return;
         }
@@ -99,18 +105,17 @@ impl StoreOutage {
         };
         self.stats.count(Counter::SourceOutages);
         if let Err(error) = self.store.check_reachable() {
-            log::error!(
-                "{error}; READs wait up to {LONGEST_WAIT:?} for the store, other requests fail with EIO"
-            );
+            let longest = self.longest;
+            log::error!("{error}; READs wait up to {longest:?} for the store, other requests fail with EIO");
         }
         self.wake.notify_all();
     }
 
-    /// Answers a READ when the store can be reached again, or with an error after [`LONGEST_WAIT`].
-    pub fn wait(&self, mut flight: Flight, mut reply: ReplyData) {
-        let until = Instant::now() + LONGEST_WAIT;
+    /// Answers a READ when the store can be reached again, or with an error after the longest wait.
+    pub fn wait(&self, mut flight: Flight, reply: ReadReply) {
+        let until = Instant::now() + self.longest;
         let mut state = self.state();
-        self.start_outage(&mut state);
+        self.start(&mut state);
         state.waited += 1;
         self.stats.count(Counter::SourceWaits);
         if flight.park(Phase::WaitingForStore) {
@@ -119,50 +124,36 @@ impl StoreOutage {
         }
         drop(state);
         // All parking slots are taken: wait in this thread.
-        while Instant::now() < until {
+        let mut unanswered = Some((flight, reply));
+        let attempt = || {
+            let Some((flight, reply)) = unanswered.take() else { return Ok(()) };
             flight.stamp(Phase::WaitingForStore);
-            thread::sleep(RETRY_INTERVAL);
-            match self.answer(flight, reply) {
-                Some(again) => (flight, reply) = again,
-                None => return,
-            }
+            unanswered = self.reader.answer(flight, reply);
+            if unanswered.is_none() { Ok(()) } else { Err(()) }
+        };
+        if retry_while(self.longest, |()| true, attempt).is_err()
+            && let Some((flight, reply)) = unanswered
+        {
+            self.fail(&flight, reply);
         }
-        self.fail(&flight, reply);
     }
 
-    /// Sends the reply. Returns the READ if the store is still away.
-    fn answer(&self, flight: Flight, reply: ReplyData) -> Option<(Flight, ReplyData)> {
-        let mut unsent = Some(reply);
-        let done = self.reader.read(&flight, |bytes| {
-            if let Some(reply) = unsent.take() {
-                reply.data(bytes);
-            }
-        });
-        let (Err(refusal), Some(reply)) = (done, unsent) else { return None };
-        if refusal == Refusal::Away {
-            return Some((flight, reply));
-        }
-        self.stats.count(if refusal == Refusal::Damaged { Counter::Damaged } else { Counter::Failed });
-        flight.replying();
-        reply.error(refusal.errno());
-        None
-    }
-
-    fn fail(&self, flight: &Flight, reply: ReplyData) {
+    fn fail(&self, flight: &Flight, reply: ReadReply) {
         self.stats.count(Counter::Failed);
         let mut state = self.state();
         state.failed += 1;
         if state.failed == 1 {
             let request = flight.request();
             log::error!(
-                "READ at {} of inode {} failed with EIO: the store was away for {LONGEST_WAIT:?}; further ones are not logged",
+                "READ at {} of inode {} failed with EIO: the store was away for {:?}; further ones are not logged",
                 request.offset,
-                request.ino
+                request.ino,
+                self.longest
             );
         }
         drop(state);
         flight.replying();
-        reply.error(Refusal::Away.errno());
+        reply(Err(Refusal::Away));
     }
 
     fn watch(&self) {
@@ -173,33 +164,39 @@ impl StoreOutage {
                     .unwrap_or_else(PoisonError::into_inner),
             );
             thread::sleep(RETRY_INTERVAL);
-            let reachable = self.store.check_reachable().is_ok();
-            let waiting = std::mem::take(&mut self.state().waiting);
-            let mut left = Vec::new();
-            for Waiting { flight, reply, until } in waiting {
-                let again = if reachable { self.answer(flight, reply) } else { Some((flight, reply)) };
-                let Some((flight, reply)) = again else { continue };
-                if Instant::now() >= until {
-                    self.fail(&flight, reply);
-                    continue;
-                }
-                flight.stamp(Phase::WaitingForStore);
-                left.push(Waiting { flight, reply, until });
+            self.attempt();
+        }
+    }
+
+    /// Answers the waiting READs if the store can be reached, and those that have waited for too long with an error.
+    fn attempt(&self) {
+        let reachable = self.store.check_reachable().is_ok();
+        let waiting = std::mem::take(&mut self.state().waiting);
+        let mut left = Vec::new();
+        for Waiting { flight, reply, until } in waiting {
+            let unanswered =
+                if reachable { self.reader.answer(flight, reply) } else { Some((flight, reply)) };
+            let Some((flight, reply)) = unanswered else { continue };
+            if Instant::now() >= until {
+                self.fail(&flight, reply);
+                continue;
             }
-            let mut state = self.state();
-            state.waiting.append(&mut left);
-            // More READs may have started to wait while earlier ones were answered.
-            if reachable
-                && state.waiting.is_empty()
-                && let Some(since) = state.since.take()
-            {
-                log::info!(
-                    "the store can be reached again after {:.1} s: {} READs waited, {} failed",
-                    since.elapsed().as_secs_f64(),
-                    state.waited,
-                    state.failed
-                );
-            }
+            flight.stamp(Phase::WaitingForStore);
+            left.push(Waiting { flight, reply, until });
+        }
+        let mut state = self.state();
+        state.waiting.append(&mut left);
+        // More READs may have started to wait while earlier ones were answered.
+        if reachable
+            && state.waiting.is_empty()
+            && let Some(since) = state.since.take()
+        {
+            log::info!(
+                "the store can be reached again after {:.1} s: {} READs waited, {} failed",
+                since.elapsed().as_secs_f64(),
+                state.waited,
+                state.failed
+            );
         }
     }
 }

@@ -7,6 +7,10 @@
 //! Inode numbers are computed from the names, so that a server accepts the numbers that its predecessor returned: it
 //! finds a number that is not in its map by a walk of the store.
 
+pub mod condemned;
+pub mod node;
+pub mod open_templates;
+
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -16,9 +20,9 @@ use dashmap::{DashMap, Entry};
 use stencilfs::store::{Digest, Serving, Store, TagName, Template, inode_number, path_inode_number};
 use stencilfs::units::Bytes;
 
-use crate::server::condemned::Condemned;
-use crate::server::node::{Attributes, DirectoryEntry, Kind, MANIFEST, NameLifetime, Node, ROOT};
-use crate::server::open_templates::OpenTemplates;
+use self::condemned::Condemned;
+use self::node::{Attributes, DirectoryEntry, Kind, MANIFEST, NameLifetime, Node, ROOT};
+use self::open_templates::OpenTemplates;
 use crate::server::refusal::Refusal;
 
 /// Number of new inode numbers after which those of removed templates are forgotten.
@@ -169,14 +173,6 @@ impl Tree {
             let undecided = self.condemned.holds(digest) && !self.condemned.is_removed(digest);
             if refusal == Refusal::NoEntry && undecided { Refusal::Away } else { refusal }
         })
-    }
-
-    /// Opens a template again, as the location of its blocks may have changed.
-    ///
-    /// # Errors
-    /// Same as [`template`](Self::template).
-    pub fn reopen(&self, digest: &Digest) -> Result<Arc<Template>, Refusal> {
-        self.templates.reopen(&self.store, digest).map_err(|e| refuse(&e))
     }
 
     /// Looks up a name in a directory. Returns the attributes of the node, and how long the kernel may cache the name.
@@ -430,7 +426,7 @@ impl Tree {
 }
 
 /// Returns the refusal for an error of the store. Logs the error, once for each request, unless something is missing or
-/// the store is away; an outage is logged once by [`Source`](crate::server::store_outage::StoreOutage).
+/// the store is away; an outage is logged once by [`StoreOutage`](crate::server::read::outage::StoreOutage).
 fn refuse(error: &stencilfs::error::Error) -> Refusal {
     let refusal = Refusal::from(error);
     if !matches!(refusal, Refusal::NoEntry | Refusal::Away) {

@@ -48,15 +48,11 @@ impl OpenTemplates {
     pub fn get(&self, store: &Store, digest: &Digest) -> Result<Arc<Template>> {
         match self.open.get(digest) {
             Some(template) => Ok(Arc::clone(&template)),
-            None => self.reopen(store, digest),
+            None => self.open(store, digest),
         }
     }
 
-    /// Opens a template again.
-    ///
-    /// # Errors
-    /// Returns the error of the store.
-    pub fn reopen(&self, store: &Store, digest: &Digest) -> Result<Arc<Template>> {
+    fn open(&self, store: &Store, digest: &Digest) -> Result<Arc<Template>> {
         let template = Arc::new(store.template(digest)?);
         if !self.names.contains_key(digest) {
             let names = template.files().iter().map(|f| f.name.clone()).collect();

@@ -105,3 +105,6 @@ impl Watcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,17 +1,21 @@
 //! A server without FUSE and without privileges, for unit tests: a real store, and a supervisor that is a thread.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use stencilfs::control::{Channel, Op, RequestInfo, ServeMode};
+use stencilfs::control::{
+    CONTROL_VERSION, Channel, Chosen, CondemnedRow, MountOptions, Op, RequestInfo, ServeMode, Snapshot,
+};
 use stencilfs::progress::Silent;
 use stencilfs::store::{BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Source, Store};
 use stencilfs::sys::memory::memfd::{self, SharedCounters};
+use stencilfs::sys::process::ProcessId;
 use stencilfs::units::Bytes;
 use tempfile::TempDir;
 
@@ -61,6 +65,7 @@ pub struct Supervisor {
     pub requests: Mutex<Vec<ServerRequest>>,
     /// Backings by file.
     pub files: Mutex<HashMap<FileKey, OwnedFd>>,
+    registered: AtomicU32,
 }
 
 impl Supervisor {
@@ -75,9 +80,12 @@ impl Supervisor {
             ServerRequest::Register { key, identity } => {
                 let files = self.files.lock().unwrap();
                 assert!(fds::has_identity(&files[key], *identity), "another file was verified");
-                (ServerReply::Registered(files.len() as u32), None)
+                (ServerReply::Registered(self.registered.fetch_add(1, Ordering::Relaxed) + 1), None)
             }
-            ServerRequest::Evict { keys } => (ServerReply::Evicted(keys.clone()), None),
+            ServerRequest::Evict { keys } => {
+                self.files.lock().unwrap().retain(|key, _| !keys.contains(key));
+                (ServerReply::Evicted(keys.clone()), None)
+            }
             _ => (ServerReply::Done, None),
         }
     }
@@ -238,7 +246,7 @@ impl World {
     /// Opens a file; the receiver gets the reply.
     pub fn open(&self, ino: u64) -> Receiver<Result<Opened, Refusal>> {
         let (sender, receiver) = channel();
-        let send = move |reply| drop(sender.send(reply));
+        let send = move |reply| assert_eq!(sender.send(reply), Ok(()));
         self.fs.open(request(Op::Open, ino), rustix::fs::OFlags::RDONLY, Box::new(send));
         receiver
     }
@@ -247,7 +255,8 @@ impl World {
     pub fn read(&self, ino: u64, offset: u64, size: usize) -> Receiver<Result<Vec<u8>, Refusal>> {
         let (sender, receiver) = channel();
         let request = RequestInfo { offset, size: size as u32, ..request(Op::Read, ino) };
-        let send = move |reply: Result<&[u8], Refusal>| drop(sender.send(reply.map(<[u8]>::to_vec)));
+        let send =
+            move |reply: Result<&[u8], Refusal>| assert!(sender.send(reply.map(<[u8]>::to_vec)).is_ok());
         self.fs.read(request, send);
         receiver
     }
@@ -270,4 +279,34 @@ fn import(dir: &TempDir, store: &Store, tag: &str, bytes: &[u8]) -> Digest {
     let mut request = ImportRequest::new(Some(tag.parse().unwrap()), vec![file("memory", FileKind::Ram)]);
     request.mode = Some(0o640);
     store.import(request, &Silent).unwrap().digest
+}
+
+/// Returns a mount state with the template of `world` in the list of condemned templates, if it is condemned at all.
+pub fn snapshot(world: &World, removed: Option<bool>) -> Snapshot {
+    let store = format!("--store={}", world.dir.path().join("store").display());
+    let options = [store.as_str(), "--", "/mnt"].map(Into::into).into_iter();
+    let row = removed.map(|removed| CondemnedRow { digest: world.digest, removed });
+    Snapshot {
+        control_version: CONTROL_VERSION,
+        version: String::new(),
+        options: MountOptions::from_args(options).unwrap(),
+        device: 0,
+        record: PathBuf::new(),
+        supervisor: ProcessId::me().unwrap(),
+        init: Vec::new(),
+        reply: None,
+        chosen: Chosen { cache: Cache::Memory, why: None, most: Bytes::ZERO },
+        server: None,
+        leaving: Vec::new(),
+        page: None,
+        terminations: 0,
+        restarts: 0,
+        last_end: None,
+        early_ends: 0,
+        next_start: None,
+        backings: Vec::new(),
+        store_id: None,
+        condemned: row.into_iter().collect(),
+        counters: BTreeMap::new(),
+    }
 }

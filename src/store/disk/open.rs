@@ -214,15 +214,28 @@ impl Store {
         self.check_reachable().err().unwrap_or(error)
     }
 
+    /// Runs `work`, and once more if it fails although the store can be reached: an outage may have ended after the
+    /// failure.
+    pub(in crate::store) fn despite_outage<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+        work().or_else(|_| {
+            self.check_reachable()?;
+            work().map_err(|e| self.outage_or(e))
+        })
+    }
+
     /// Returns true if the store has this template, and false if the reachable store does not have it.
     ///
     /// # Errors
     /// Same as [`Store::check_reachable`].
     pub fn find(&self, digest: &Digest) -> Result<bool> {
-        if self.has(digest) {
-            return Ok(true);
+        let found = self.despite_outage(|| match self.has(digest) {
+            true => Ok(()),
+            false => Err(no_template(self.dir(), digest)),
+        });
+        match found {
+            Err(error) if error.code() == Code::NotFound => Ok(false),
+            found => found.map(|()| true),
         }
-        self.check_reachable().map(|()| false)
     }
 
     /// Returns true if a file of any type has the template's name: the template is not removed, but may be damaged.

@@ -46,7 +46,7 @@ impl Store {
     /// Returns [`Code::NotFound`](crate::error::Code), [`Code::Damage`](crate::error::Code), or the errors of
     /// [`Store::check_reachable`].
     pub fn template(&self, digest: &Digest) -> Result<Template> {
-        Template::open(self.clone(), digest).map_err(|e| self.outage_or(e))
+        self.despite_outage(|| Template::open(self.clone(), digest))
     }
 }
 
@@ -128,15 +128,17 @@ impl Template {
     /// and an import may have repaired them, so failed work is repeated while the store has other tables.
     fn with_tables<T>(&self, mut work: impl FnMut(&Tables) -> Result<T>) -> Result<T> {
         let mut tables = self.tables();
-        loop {
-            match work(&tables) {
-                Err(error) => match self.newer(&tables) {
-                    Some(newer) => tables = newer,
-                    None => return Err(error),
-                },
-                done => return done,
+        self.store.despite_outage(|| {
+            loop {
+                match work(&tables) {
+                    Err(error) => match self.newer(&tables) {
+                        Some(newer) => tables = newer,
+                        None => return Err(error),
+                    },
+                    done => return done,
+                }
             }
-        }
+        })
     }
 
     /// Returns the current tables if they differ from `old`.

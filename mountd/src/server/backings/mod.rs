@@ -474,3 +474,6 @@ impl ServingPolicy for Backings {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

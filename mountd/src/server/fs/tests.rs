@@ -168,7 +168,7 @@ fn only_files_are_opened_and_only_for_reading() {
     let ino = world.memory_ino();
     for flags in [OFlags::WRONLY, OFlags::RDWR, OFlags::TRUNC] {
         let (sender, receiver) = std::sync::mpsc::channel();
-        let send = Box::new(move |opened| drop(sender.send(opened)));
+        let send = Box::new(move |opened| assert_eq!(sender.send(opened), Ok(())));
         world.fs.open(request(Op::Open, ino), flags, send);
         assert_eq!(reply(&receiver), Err(Refusal::Writes), "{flags:?}");
     }
@@ -275,6 +275,23 @@ fn a_damaged_block_fails_alone_until_an_import_repairs_the_store() {
     }
     assert_eq!(world.import("web:1", &world.memory), world.digest);
     assert!(damaged(bad[0]).unwrap() == world.memory[bad[0] * BLOCK..(bad[0] + 1) * BLOCK]);
+}
+
+#[test]
+fn an_open_template_takes_the_repaired_image() {
+    let world = World::new(ServeMode::Decode);
+    let ino = world.memory_ino();
+    let image = world.dir.path().join(format!("store/images/{}/image", world.digest));
+    let length = fs::metadata(&image).unwrap().len();
+    let file = File::options().read(true).write(true).open(image).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, length - 1).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], length - 1).unwrap();
+    assert_eq!(reply(&world.read(ino, 0, 5)), Err(Refusal::Damaged));
+    let before = world.fs.tree.template(&world.digest).unwrap();
+    assert_eq!(world.import("web:1", &world.memory), world.digest);
+    assert_eq!(reply(&world.read(ino, 0, 5)).unwrap(), b"block");
+    assert!(Arc::ptr_eq(&before, &world.fs.tree.template(&world.digest).unwrap()));
 }
 
 #[test]

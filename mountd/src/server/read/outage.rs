@@ -127,9 +127,10 @@ impl StoreOutage {
         let mut unanswered = Some((flight, reply));
         let attempt = || {
             let Some((flight, reply)) = unanswered.take() else { return Ok(()) };
-            flight.stamp(Phase::WaitingForStore);
             unanswered = self.reader.answer(flight, reply);
-            if unanswered.is_none() { Ok(()) } else { Err(()) }
+            let Some((flight, _)) = &unanswered else { return Ok(()) };
+            flight.stamp(Phase::WaitingForStore);
+            Err(())
         };
         if retry_while(self.longest, |()| true, attempt).is_err()
             && let Some((flight, reply)) = unanswered

@@ -304,6 +304,30 @@ fn a_condemned_template_gets_no_backing() {
 }
 
 #[test]
+fn a_backing_that_is_ready_is_not_served_if_its_template_was_condemned_meanwhile() {
+    let gate = Arc::new(Gate::default());
+    let held = Arc::clone(&gate);
+    let world = World::with(Setup::new(ServeMode::Auto).script(move |request, _| {
+        if matches!(request, ServerRequest::Register { .. }) {
+            held.pass();
+        }
+        None
+    }));
+    let ino = world.memory_ino();
+    let waiting = world.open(ino);
+    wait_for("a verified backing", || {
+        (world.supervisor.count(|r| matches!(r, ServerRequest::Register { .. })) == 1).then_some(())
+    });
+    condemn(&world, Some(false));
+    gate.open();
+    assert_eq!(reply(&waiting), Err(Refusal::NoEntry));
+    // It is ready when the removal is given up.
+    condemn(&world, None);
+    assert_eq!(reply(&world.open(ino)), Ok(Opened::Backing(1)));
+    assert_eq!(world.fs.stats.get(Counter::HydrationsStarted), 1);
+}
+
+#[test]
 fn the_backings_of_vanished_templates_are_given_up() {
     let world = World::new(ServeMode::Auto);
     assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Backing(1)));

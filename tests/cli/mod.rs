@@ -8,4 +8,5 @@ pub mod documented_commands;
 pub mod documents;
 pub mod inherited;
 pub mod layers;
+pub mod owners;
 pub mod progress;

@@ -8,5 +8,6 @@ pub mod documented_commands;
 pub mod documents;
 pub mod inherited;
 pub mod layers;
+pub mod output_files;
 pub mod owners;
 pub mod progress;

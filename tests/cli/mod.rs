@@ -11,3 +11,4 @@ pub mod layers;
 pub mod output_files;
 pub mod owners;
 pub mod progress;
+pub mod references;

@@ -88,7 +88,7 @@ fn an_unopenable_template_is_not_removed_while_mounted() {
             clone.kill();
             refused();
             // Other templates can still be removed.
-            assert_eq!(world.json(&["rm", "other"])["removed"][0]["template"], sound);
+            assert_eq!(world.json(&["rm", "other"])["removed"][0]["digest"], sound);
             world.import_bytes(&random(1, 1 << 20), "other");
             // gc removes the other template.
             for tag in ["web/1", "other/latest"] {

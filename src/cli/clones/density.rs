@@ -126,7 +126,7 @@ impl DensityReport {
             row.extend(swap.then(|| m.swap_bytes.to_string()));
             row.extend([m.page_table_bytes.to_string(), m.overhead_bytes.to_string()]);
             row.extend(disk.then(|| m.disk_bytes.to_string()));
-            row.push(c.name.clone());
+            row.push(c.reference.as_ref().unwrap_or(&c.command).clone());
             table.row(row);
         }
         table.print(out)?;

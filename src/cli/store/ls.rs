@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use crate::cli::Global;
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
-use crate::error::Result;
-use crate::store::{Digest, Store, TemplateFile};
+use crate::error::{Error, Result};
+use crate::store::{Digest, Store, TagName, TemplateFile};
 use crate::units::Bytes;
 
 /// List templates
@@ -27,8 +27,7 @@ pub struct LsArgs {
 
 #[derive(Serialize)]
 struct Line {
-    name: Option<String>,
-    tag: Option<String>,
+    tag: Option<TagName>,
     digest: Digest,
     size_bytes: Bytes,
     data_bytes: Bytes,
@@ -46,15 +45,15 @@ impl Report for Listing {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         let mut table = Columns::new(&["NAME", "TAG", "DIGEST", "SIZE", "DATA", "STORED", "FILES"]);
         for line in &self.0 {
-            let text = |part: &Option<String>| part.clone().unwrap_or_else(|| "-".into());
+            let text = |part: fn(&TagName) -> &str| line.tag.as_ref().map_or("-", part).to_owned();
             let files: Vec<&str> = line.files.iter().map(|f| f.name.as_str()).collect();
             let last = match &line.error {
                 Some(error) => format!("damaged: {error}"),
                 None => files.join(","),
             };
             table.row([
-                text(&line.name),
-                text(&line.tag),
+                text(TagName::name),
+                text(TagName::tag),
                 line.digest.short(),
                 line.size_bytes.to_string(),
                 line.data_bytes.to_string(),
@@ -70,10 +69,8 @@ impl Report for Listing {
     }
 }
 
-fn describe(store: &Store, digest: &Digest, name: Option<(String, String)>) -> Line {
-    let (name, tag) = name.unzip();
+fn describe(store: &Store, digest: &Digest, tag: Option<TagName>) -> Line {
     let mut line = Line {
-        name,
         tag,
         digest: *digest,
         size_bytes: Bytes::ZERO,
@@ -99,7 +96,7 @@ fn describe(store: &Store, digest: &Digest, name: Option<(String, String)>) -> L
 /// Runs `stencil ls`. A damaged template is listed with its error.
 ///
 /// # Errors
-/// Returns an error if the store cannot be read.
+/// Returns `Code::NotFound` if no tag has the name, and an error if the store cannot be read.
 pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (tags, digests) = (store.tags()?, store.digests()?);
@@ -107,7 +104,7 @@ pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     let mut lines: Vec<Line> = tags
         .iter()
         .filter(|t| wanted(&t.name))
-        .map(|t| describe(&store, &t.digest, Some((t.name.clone(), t.tag.clone()))))
+        .map(|t| describe(&store, &t.digest, TagName::new(&t.name, &t.tag).ok()))
         .collect();
     if args.name.is_none() {
         let nameless = digests.iter().filter(|d| tags.iter().all(|t| t.digest != **d));
@@ -115,3 +112,8 @@ pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     }
     Ok(Done::report(Listing(lines)))
 }
+    } else if lines.is_empty() {
+        let name = args.name.as_deref().unwrap_or_default();
+        return Err(Error::not_found(format!("no tag has the name '{name}'"))
+            .at(store.dir())
+            .remedy("run 'stencil ls' to list the templates"));

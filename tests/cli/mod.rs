@@ -12,3 +12,4 @@ pub mod output_files;
 pub mod owners;
 pub mod progress;
 pub mod references;
+pub mod tables;

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::cli::Global;
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
@@ -132,7 +133,16 @@ impl Report for PsReport {
             return self.rows.iter().filter_map(|r| r.id.as_ref()).try_for_each(|id| writeln!(out, "{id}"));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "PORTS", "TEMPLATE", "END"]);
+        let mut columns = Columns::new(&[
+            Text("ID"),
+            Number("PID"),
+            Text("STATE"),
+            Text("KIND"),
+            Number("AGE"),
+            Text("PORTS"),
+            Text("TEMPLATE"),
+            Text("END"),
+        ]);
         for row in &self.rows {
             let short: String = row.digest.chars().take(12).collect();
             columns.row([

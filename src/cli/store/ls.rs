@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::cli::Global;
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::error::{Error, Result};
@@ -43,14 +44,19 @@ struct Listing(Vec<Line>);
 
 impl Report for Listing {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut table = Columns::new(&["NAME", "TAG", "DIGEST", "SIZE", "DATA", "STORED", "FILES"]);
+        let mut table = Columns::new(&[
+            Text("NAME"),
+            Text("TAG"),
+            Text("DIGEST"),
+            Number("SIZE"),
+            Number("DATA"),
+            Number("STORED"),
+            Text("FILES"),
+        ]);
         for line in &self.0 {
             let text = |part: fn(&TagName) -> &str| line.tag.as_ref().map_or("-", part).to_owned();
             let files: Vec<&str> = line.files.iter().map(|f| f.name.as_str()).collect();
-            let last = match &line.error {
-                Some(error) => format!("damaged: {error}"),
-                None => files.join(","),
-            };
+            let last = if line.error.is_some() { "damaged".to_owned() } else { files.join(", ") };
             table.row([
                 text(TagName::name),
                 text(TagName::tag),
@@ -61,7 +67,11 @@ impl Report for Listing {
                 last,
             ]);
         }
-        table.print(out)
+        table.print(out)?;
+        self.0.iter().try_for_each(|line| match &line.error {
+            Some(error) => writeln!(out, "damaged: template {}: {error}", line.digest),
+            None => Ok(()),
+        })
     }
 
     fn json(&self) -> Value {
@@ -109,11 +119,11 @@ pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     if args.name.is_none() {
         let nameless = digests.iter().filter(|d| tags.iter().all(|t| t.digest != **d));
         lines.extend(nameless.map(|d| describe(&store, d, None)));
-    }
-    Ok(Done::report(Listing(lines)))
-}
     } else if lines.is_empty() {
         let name = args.name.as_deref().unwrap_or_default();
         return Err(Error::not_found(format!("no tag has the name '{name}'"))
             .at(store.dir())
             .remedy("run 'stencil ls' to list the templates"));
+    }
+    Ok(Done::report(Listing(lines)))
+}

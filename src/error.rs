@@ -106,13 +106,15 @@ impl Error {
     }
 
     /// Creates an error for a failed system call on a path: [`Code::NotFound`] for `ENOENT`, otherwise
-    /// [`Code::Failed`]. Adds a remedy for full disks, exceeded quotas, denied permissions and read-only file systems.
+    /// [`Code::Failed`]. Adds a remedy for missing files, full disks, exceeded quotas, denied permissions and read-only
+    /// file systems.
     pub fn io(what: impl Into<String>, path: impl AsRef<Path>, source: io::Error) -> Self {
         let code = match source.kind() {
             io::ErrorKind::NotFound => Code::NotFound,
             _ => Code::Failed,
         };
         let remedy = match source.kind() {
+            io::ErrorKind::NotFound => Some("check the path: no file or directory has this name"),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Some("free space on that file system and run the command again; nothing was changed")
             }

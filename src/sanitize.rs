@@ -54,20 +54,10 @@ pub fn path_text(path: &Path) -> Cow<'_, str> {
     out.into()
 }
 
-/// Formats seconds since 1970-01-01 UTC as RFC 3339.
+/// Formats seconds since 1970-01-01 UTC as RFC 3339; after the year 9999 as a number, in the form of date(1).
 pub fn utc(seconds: u64) -> String {
-    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    // Years start on 1 March in this computation, so the leap day is the last day of its year. An era has 400 years.
-    let day = days + 719_468;
-    let (era, of_era) = (day / 146_097, day % 146_097);
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    let time = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    time.map_or_else(|| format!("@{seconds}"), |time| time.to_string())
 }
 
 /// Serializes a path as text, for `#[serde(serialize_with = "…")]`: serde itself rejects a path that is not UTF-8.
@@ -116,6 +106,9 @@ mod tests {
             (951_782_400, "2000-02-29T00:00:00Z"),
             (1_735_689_599, "2024-12-31T23:59:59Z"),
             (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (253_402_207_200, "9999-12-30T22:00:00Z"),
+            (1 << 62, "@4611686018427387904"),
+            (u64::MAX, "@18446744073709551615"),
         ] {
             assert_eq!(utc(seconds), text);
         }

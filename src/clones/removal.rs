@@ -73,7 +73,7 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
             |digests| hidden.as_ref().map_or(Ok(Refused::new()), |(_, hidden)| hidden.used(digests)),
         );
         if let Some((digest, mut hidden)) = hidden.take() {
-            let is_removed = matches!(&done, Ok(Removal::Done(removed)) if removed.template.is_some());
+            let is_removed = matches!(&done, Ok(Removal::Done(removed)) if removed.digest.is_some());
             hidden.release(&[digest], is_removed);
         }
         match done? {

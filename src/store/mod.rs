@@ -27,11 +27,11 @@ pub use names::owner::{Owner, parse_mode};
 pub use names::policy::{DEFAULT_MODE, Policy};
 pub use names::reference::TemplateRef;
 pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
-pub use names::tags::TagEntry;
+pub use names::tags::{Moved, TagEntry};
 pub use read::export::Target;
 pub use read::scratch::Scratch;
 pub use read::template::Template;
-pub use transfer::{Incoming, LoadRequest, Loaded, LoadedTemplate, Moved, SaveRequest, Saved, SavedTemplate};
+pub use transfer::{Incoming, LoadRequest, Loaded, LoadedTemplate, SaveRequest, Saved, SavedTemplate};
 pub use write::import::firecracker::FirecrackerState;
 pub use write::import::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 

@@ -53,6 +53,60 @@ fn json_mode_prints_errors_as_json() {
     assert!(reply["error"]["message"].as_str().unwrap().contains("--no-such-option"));
 }
 
+/// What the parser lists on lines of its own: missing arguments, possible values, arguments in conflict, similar names.
+#[test]
+fn json_usage_errors_have_all_words_of_the_parser() {
+    for (command, message, remedy) in [
+        (
+            &["import"][..],
+            "the following required arguments were not provided: <SOURCE>, <NAME[:TAG]>",
+            "use: stencil import",
+        ),
+        (
+            &["clone", "web:1", "--ready", "x"],
+            "invalid value 'x' for '--ready <READY>' [possible values: mapped, notify]",
+            "run 'stencil --help'",
+        ),
+        (
+            &["capture", "sock", "web:1", "--check", "--pause"],
+            "the argument '[NAME[:TAG]]' cannot be used with '--check'",
+            "use: stencil capture",
+        ),
+        (&["gc", "--untaged"], "unexpected argument '--untaged' found", "'--untagged'"),
+        (&["inspct", "web:1"], "unrecognized subcommand 'inspct'", "'inspect'"),
+        (&["tag", "web:1", "a:b:c"], "invalid value 'a:b:c' for '<NAME[:TAG]>': invalid tag", "stencil"),
+    ] {
+        let (code, out, err) = stencil(&[&["--json"], command].concat());
+        assert_eq!((code, err.as_str()), (2, ""), "{command:?}");
+        let error = &serde_json::from_str::<Value>(&out).unwrap()["error"];
+        let text = |field: &str| error[field].as_str().unwrap().to_owned();
+        assert!(text("message").starts_with(message), "{command:?}: {error}");
+        assert!(text("remedy").contains(remedy), "{command:?}: {error}");
+    }
+}
+
+#[test]
+fn the_hint_for_a_missing_file_speaks_of_files() {
+    let world = TestMount::unmounted();
+    world.import_bytes(&[7; 4096], "web:1");
+    for command in [
+        &["import", "missing", "web:2"][..],
+        &["import", "web-1", "web:2", "--state", "missing"],
+        &["import", "web-1", "web:2", "--file", "x=missing"],
+        &["export", "web:1", "missing/out"],
+        &["save", "web:1", "-o", "missing/out"],
+        &["load", "-i", "missing"],
+        &["recipe", "edit", "web:1", "--from", "missing"],
+        &["capture", "missing", "web:2"],
+        &["capture", "missing", "--check"],
+        &["mount", "missing"],
+    ] {
+        let run = world.stencil(command).exits(4).says("missing").says("No such file or directory");
+        let hint = run.err.lines().find_map(|line| line.strip_prefix("hint: ")).unwrap_or_default();
+        assert!(!hint.is_empty() && !hint.contains("stencil ls"), "{run:?}");
+    }
+}
+
 #[test]
 fn invalid_arguments_exit_with_2_and_print_no_result() {
     for command in [

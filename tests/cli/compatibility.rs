@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use stencilfs::error::Code;
+use stencilfs::store::TagName;
 
 use crate::support::guest::{Qemu, qemu_words};
 use crate::support::host;
@@ -45,7 +46,11 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
         replies.insert(command[0], reply.clone());
         reply
     };
+    // A template that each tag below moves away from.
+    let former = world.import_bytes(&random(9, 4096), "web:1");
+    let tag_former = |tag: &str| world.json(&["tag", &former, tag]);
     call(&["import"], &[source, "web:1"]);
+    tag_former("web:2");
     call(&["tag", "web:1", "web:2"], &[]);
     let disk = world.dir().join("root.qcow2");
     fs::write(&disk, random(8, 1 << 16)).unwrap();
@@ -57,6 +62,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     call(&["verify"], &[]);
     let stream = world.dir().join("stream");
     call(&["save", "web:1", "-o"], &[stream.to_str().unwrap()]);
+    tag_former("web:1");
     call(&["load", "-i"], &[stream.to_str().unwrap()]);
     // The export holds a lease until the pipe is read.
     let mut export = world.command();
@@ -106,11 +112,38 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     guest.qmp().run("migrate-set-capabilities", multifd).unwrap();
     let socket = guest.socket().display().to_string();
     replies.insert("capture --check", world.json(&["capture", "--check", &socket]));
+    tag_former("guest:1");
     replies.insert("capture", world.json(&["capture", guest.socket().to_str().unwrap(), "guest:1"]));
     replies.insert("inspect --recipe", world.json(&["inspect", "--recipe", "disk:1"]));
     // `disk:2` is one of two tags of a template; `disk:1` is then its last tag.
     replies.insert("rm", world.json(&["rm", "disk:2", "disk:1"]));
     replies
+}
+
+/// Returns the digests and tags in a reply that stand in fields with another name than those for references.
+fn misplaced_references(field: &str, value: &Value, out: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            fields.iter().for_each(|(name, value)| misplaced_references(name, value, out))
+        }
+        Value::Array(values) => values.iter().for_each(|value| misplaced_references(field, value, out)),
+        Value::String(text) => {
+            let is = |names: [&str; 2]| {
+                names.iter().any(|name| field == *name || field.ends_with(&format!("_{name}")))
+            };
+            let is_digest = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let is_tag = text.parse::<TagName>().is_ok() && text.contains(':');
+            if is_digest && !is(["digest", "digests"])
+                || is_tag && !is(["tag", "tags"]) && field != "reference"
+            {
+                out.push(format!("{field}: {text}"));
+            }
+            if is(["digest", "digests"]) && !is_digest || is(["tag", "tags"]) && !is_tag {
+                out.push(format!("{field}: {text}"));
+            }
+        }
+        _ => {}
+    }
 }
 
 #[test]
@@ -135,9 +168,14 @@ fn json_has_every_promised_field() {
         seen.insert(command);
     }
     assert!(missing.is_empty(), "{missing:#?}\n{replies:#?}");
+    for (command, reply) in &replies {
+        let mut misplaced = Vec::new();
+        misplaced_references("", reply, &mut misplaced);
+        assert!(misplaced.is_empty(), "{command}: {misplaced:#?}");
+    }
     let removed = &replies["rm"]["removed"];
-    assert_eq!((&removed[0]["template"], &removed[0]["kept_tags"]), (&Value::Null, &json!(["disk:1"])));
-    assert!(removed[1]["template"].is_string() && removed[1]["kept_tags"] == json!([]), "{removed:#}");
+    assert_eq!((&removed[0]["digest"], &removed[0]["kept_tags"]), (&Value::Null, &json!(["disk:1"])));
+    assert!(removed[1]["digest"].is_string() && removed[1]["kept_tags"] == json!([]), "{removed:#}");
     assert!(
         std::path::Path::new(replies["status"]["mounts"][0]["log"].as_str().unwrap())
             .starts_with(world.runtime_dir())

@@ -8,4 +8,8 @@ pub mod documented_commands;
 pub mod documents;
 pub mod inherited;
 pub mod layers;
+pub mod output_files;
+pub mod owners;
 pub mod progress;
+pub mod references;
+pub mod tables;

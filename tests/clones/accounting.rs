@@ -84,7 +84,7 @@ fn host_memory_is_the_sum_of_its_parts_and_matches_smaps() {
         for clone in clones {
             assert_eq!(number(clone, "dirty_pages"), 300, "{clone:#}");
             assert_eq!(
-                (clone["kind"].as_str(), clone["template"].as_str()),
+                (clone["kind"].as_str(), clone["digest"].as_str()),
                 (Some("simulated"), Some(&*digest))
             );
             let ino = number(&clone["maps"][0], "ino");

@@ -102,7 +102,7 @@ fn writes_dirty_exactly_their_pages_and_reads_none() {
         let row = row(world, actor.pid());
         assert_eq!(private_pages(&row), expected.len() as u64);
         assert_eq!(row["kind"], "other");
-        assert_eq!(row["template"], digest);
+        assert_eq!(row["digest"], digest);
         assert_eq!(row["mapped_bytes"], SIZE);
         assert_eq!(total(world, "private_bytes"), expected.len() as u64 * PAGE);
     });
@@ -203,7 +203,7 @@ fn clones_of_other_users_chroots_and_namespaces_are_counted() {
         jailed.write_pages(0, 20..33);
         let jailed_row = row(world, jailed.pid());
         assert_eq!(private_pages(&jailed_row), 13);
-        assert_eq!(jailed_row["template"], digest);
+        assert_eq!(jailed_row["digest"], digest);
         assert_eq!(dirty(world, jailed.pid()).0, (20..33).collect());
         assert_eq!(total(world, "private_bytes"), 24 * PAGE);
     });
@@ -226,7 +226,7 @@ fn moving_or_removing_a_tag_keeps_dirty_counts_of_its_clones() {
         world.stencil(&["rm", "gone:1"]).ok();
         world.stencil(&["rm", "web:1"]).ok();
         let row = row(world, actor.pid());
-        assert_eq!((private_pages(&row), row["template"].as_str().unwrap()), (20, digest));
+        assert_eq!((private_pages(&row), row["digest"].as_str().unwrap()), (20, digest));
         // A write after these changes is counted too.
         actor.tell("write 0 61");
         assert_eq!(dirty(world, actor.pid()).0.len(), 21);

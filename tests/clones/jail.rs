@@ -70,7 +70,7 @@ fn a_clone_in_a_chroot_with_one_template_is_counted() {
         assert_eq!(row["maps"][0]["serving"], serve);
         let ps = world.json(&["ps"]);
         let row = ps["clones"].as_array().unwrap().iter().find(|c| c["pid"] == clone.pid()).unwrap();
-        assert_eq!((row["kind"].as_str(), row["template"].as_str()), (Some("other"), Some(digest.as_str())));
+        assert_eq!((row["kind"].as_str(), row["digest"].as_str()), (Some("other"), Some(digest.as_str())));
         let dirty = world.json(&["dirty", &clone.pid().to_string()]);
         assert_eq!(dirty["dirty_pages"], 50);
         world.stencil(&["rm", "web:1"]).exits(5);

@@ -37,7 +37,7 @@ fn simulated_clones_touch_exactly_the_requested_pages() {
         let world = TestMount::new(serve);
         let digest = world.import_bytes(&image(4096), "web:v1");
         let launched = world.json(&["clone", "web:v1", "-n", "5", "--simulate", "read=10%,write=333p"]);
-        assert_eq!(launched["template"], digest.as_str());
+        assert_eq!(launched["digest"], digest.as_str());
         let ids = ids(&launched);
         assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), 5);
         for (clone, id) in launched["clones"].as_array().unwrap().iter().zip(&ids) {

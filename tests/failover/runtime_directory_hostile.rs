@@ -171,7 +171,7 @@ fn record_of(victim: &Victim, dir: &Path) -> Value {
     let process = ProcessId::of(victim.0.id()).unwrap().unwrap();
     json!({
         "pid": process.pid, "identity": process.identity,
-        "id": dir.file_name().unwrap().to_str().unwrap(), "name": "web:1", "template": "ab".repeat(32),
+        "id": dir.file_name().unwrap().to_str().unwrap(), "reference": "web:1", "digest": "ab".repeat(32),
         "kind": "command", "dir": dir, "created": 1, "index": 0, "launch": "c1234567.1.1",
     })
 }
@@ -260,7 +260,7 @@ fn planted_records_end_no_process_and_remove_no_file() {
         ("launch", with("launch", json!("../../x"))),
         ("disks", with("disks", disks)),
         ("disk_dir", with("disk_dir", json!("../outside"))),
-        ("template", with("template", json!("../x"))),
+        ("digest", with("digest", json!("../x"))),
     ];
     for (field, record) in &cases {
         plant(&dir, record);

@@ -267,14 +267,14 @@ fn gc_untagged_removes_only_unused_templates() {
     let file = File::open(world.file(&used, "memory")).unwrap();
     let holder = holder(file);
     let dry = world.json(&["gc", "--untagged", "--dry-run"]);
-    assert_eq!(dry["removed_templates"], serde_json::json!([unused]));
-    assert_eq!(dry["kept_templates"], serde_json::json!([used]));
+    assert_eq!(dry["removed_digests"], serde_json::json!([unused]));
+    assert_eq!(dry["kept_digests"], serde_json::json!([used]));
     let done = world.json(&["gc", "--untagged"]);
-    assert_eq!(done["removed_templates"], serde_json::json!([unused]));
-    assert_eq!(done["kept_templates"], serde_json::json!([used]));
+    assert_eq!(done["removed_digests"], serde_json::json!([unused]));
+    assert_eq!(done["kept_digests"], serde_json::json!([used]));
     drop(holder);
     let done = world.json(&["gc", "--untagged"]);
-    assert_eq!(done["removed_templates"], serde_json::json!([used]));
+    assert_eq!(done["removed_digests"], serde_json::json!([used]));
     assert_eq!(world.json(&["ls"])["templates"][0]["digest"], tagged);
     world.stencil(&["verify"]).ok();
 }
@@ -302,8 +302,8 @@ fn gc_untagged_scans_all_processes_once() {
     let sorted = |list: &Value| -> BTreeSet<String> {
         list.as_array().unwrap().iter().map(|digest| digest.as_str().unwrap().to_owned()).collect()
     };
-    assert_eq!(sorted(&done["kept_templates"]), in_use.map(String::clone).into());
-    assert_eq!(sorted(&done["removed_templates"]).len(), 40 - 3);
+    assert_eq!(sorted(&done["kept_digests"]), in_use.map(String::clone).into());
+    assert_eq!(sorted(&done["removed_digests"]).len(), 40 - 3);
     let mut left = vec![&digests[3], &digests[7], &digests[31]];
     left.sort();
     let listed = world.json(&["ls"]);
@@ -403,8 +403,8 @@ fn gc_untagged_keeps_templates_with_any_kind_of_user() {
     assert_eq!(dry["error"]["code"], "damage", "{dry}");
     let (done, run) = gc(&[]);
     assert_eq!(run.code, 3, "{run:?}");
-    assert_eq!(sorted(&done["removed_templates"]), these(&[4, 5]), "{run:?}");
-    assert_eq!(sorted(&done["kept_templates"]), these(&[0, 1, 2, 3]), "{run:?}");
+    assert_eq!(sorted(&done["removed_digests"]), these(&[4, 5]), "{run:?}");
+    assert_eq!(sorted(&done["kept_digests"]), these(&[0, 1, 2, 3]), "{run:?}");
     let mut read = vec![0; SIZE];
     by_overlay.read_exact_at(&mut read, 0).unwrap();
     assert!(read == guest_like(0, SIZE), "the bytes of a template in use must not change");
@@ -414,15 +414,15 @@ fn gc_untagged_keeps_templates_with_any_kind_of_user() {
     export.wait().unwrap();
     let (dry, _) = gc(&["--dry-run"]);
     assert_eq!(
-        (sorted(&dry["removed_templates"]), sorted(&dry["kept_templates"])),
+        (sorted(&dry["removed_digests"]), sorted(&dry["kept_digests"])),
         (these(&[0, 1]), these(&[3])),
         "{dry:#}"
     );
     drop((by_overlay, over, device, holder));
     let (dry, _) = gc(&["--dry-run"]);
     let (done, _) = gc(&[]);
-    assert_eq!(sorted(&done["removed_templates"]), these(&[0, 1, 3]));
-    for field in ["removed_templates", "removed_packs", "freed_bytes"] {
+    assert_eq!(sorted(&done["removed_digests"]), these(&[0, 1, 3]));
+    for field in ["removed_digests", "removed_packs", "freed_bytes"] {
         assert_eq!(dry[field], done[field], "{field}: the dry run must report the same");
     }
     world.stencil(&["verify"]).ok();

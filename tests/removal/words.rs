@@ -41,7 +41,7 @@ fn rm_reports_what_it_removed_before_an_error() {
     let refused = world.stencil(&["--json", "rm", "b", "used", "c"]).exits(5);
     let report: Value = serde_json::from_str(&refused.out).unwrap();
     assert_eq!(report["removed"].as_array().unwrap().len(), 1, "{report:#}");
-    assert_eq!(report["removed"][0]["template"], digests[1].as_str(), "{report:#}");
+    assert_eq!(report["removed"][0]["digest"], digests[1].as_str(), "{report:#}");
     assert_eq!((&report["schema"], &report["error"]["code"]), (&1.into(), &"in-use".into()), "{report:#}");
     assert!(report["error"]["remedy"].as_str().is_some_and(|r| !r.is_empty()), "{report:#}");
     let left: Vec<Value> = world.json(&["ls"])["templates"].as_array().unwrap().clone();

@@ -153,7 +153,7 @@ fn verify_reports_damage_and_export_writes_no_output() {
     for (name, digest, bytes) in &templates {
         let out = fixture.path("out");
         fs::write(&out, "before").unwrap();
-        let export = fixture.run(&["export", name, out.to_str().unwrap()]);
+        let export = fixture.run(&["export", "--force", name, out.to_str().unwrap()]);
         let single = fixture.run(&["verify", name]).code;
         if affected.contains(&digest.to_string().as_str()) {
             damaged += 1;

@@ -276,7 +276,7 @@ fn gc_removes_no_untagged_template_while_a_tag_is_damaged() {
     }
     fixture.run(&["tag", &named.to_string(), "web:1"]).ok();
     let done = fixture.run(&["--json", "gc", "--untagged"]).ok().json();
-    assert_eq!(done["removed_templates"], serde_json::json!([unnamed]));
+    assert_eq!(done["removed_digests"], serde_json::json!([unnamed]));
     assert!(read_all(&fixture.store(), &named, 0).unwrap() == random(1, BLOCK));
 }
 

@@ -72,8 +72,8 @@ const COMMANDS: [&str; 21] = [
     "du",
     "verify",
     "verify web:1",
-    "export web:1 OUT",
-    "save web:1 -o OUT",
+    "export --force web:1 OUT",
+    "save --force web:1 -o OUT",
     "recipe web:1",
     "density",
 ];

@@ -34,7 +34,7 @@ pub fn import(fixture: &Fixture, tag: &str, seed: u64, codec: &str, chunk: &str)
 /// Runs `stencil save` with these arguments and returns the stream.
 pub fn save(fixture: &Fixture, words: &[&str]) -> Vec<u8> {
     let path = fixture.path("stream");
-    fixture.run(&[&["save", "-o", path.to_str().unwrap()], words].concat()).ok();
+    fixture.run(&[&["save", "--force", "-o", path.to_str().unwrap()], words].concat()).ok();
     fs::read(path).unwrap()
 }
 

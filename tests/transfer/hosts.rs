@@ -152,7 +152,7 @@ fn a_transferred_template_is_mounted_and_cloned() {
     for host in [&hosts.here, &hosts.there] {
         host.stencil(&["mount", host.mountpoint().to_str().unwrap()]).ok();
         let launched = host.json(&["clone", "web:1", "-n", "3", "--simulate", "read=50%,write=7p"]);
-        assert_eq!(launched["template"], first.to_string());
+        assert_eq!(launched["digest"], first.to_string());
         let density = host.json(&["density"]);
         let clones = density["clones"].as_array().unwrap();
         assert_eq!(clones.len(), 3, "a host must see only its own clones: {density:#}");

@@ -88,7 +88,10 @@ fn load_moves_tags_and_keeps_an_existing_policy() {
     let other = to.import("web:1", &guest_like(9, 1 << 20)).digest.to_string();
     // `save TAG` includes only that tag, `save DIGEST` all tags of the template.
     let loaded = load(&to, &save(&from, &["web:1"])).ok().json();
-    assert_eq!(loaded["templates"][0]["moved"], json!([{"tag": "web:1", "from": other}]));
+    assert_eq!(
+        loaded["templates"][0]["moved"],
+        json!([{"tag": "web:1", "former_digest": other, "former_untagged": true}])
+    );
     assert_eq!(to.store().tags().unwrap().len(), 1);
     let both = load(&to, &save(&from, &["web:1", "other:x", "web:1"])).ok().json();
     assert_eq!(both["templates"].as_array().unwrap().len(), 1);

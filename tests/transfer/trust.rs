@@ -154,8 +154,8 @@ fn load_without_tags_leaves_all_tags_unchanged() {
 
     let text = to.run(&["load", "-i", stream]).ok().stdout;
     let short = before.short();
-    assert!(text.contains(&format!("  tag web:1 moved from {short}\n")), "{text}");
-    assert!(!text.contains("tag other:x moved"), "{text}");
+    assert!(text.contains(&format!("  web:1 moved from {short}, which has no tag now\n")), "{text}");
+    assert!(!text.contains("other:x moved"), "{text}");
     assert_eq!(tags().len(), 2);
     assert!(!tags().contains(&before));
 }

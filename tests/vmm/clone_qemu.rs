@@ -74,7 +74,7 @@ fn resumed_guests_get_distinct_ids_and_random_numbers() {
     assert_eq!(how, BTreeSet::from(["\"gone\"".to_owned(), "\"stopped\"".to_owned()]), "{stopped}");
     assert_eq!(fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
 
-    let digest = launched["template"].as_str().unwrap();
+    let digest = launched["digest"].as_str().unwrap();
     let served = fs::read(world.file(digest, "memory")).unwrap();
     assert!(served == fs::read(world.dir().join("ram.before")).unwrap(), "the template was modified");
 }
@@ -130,7 +130,7 @@ fn ps_lists_a_guest_that_stencil_did_not_launch() {
     });
     assert_eq!(listed["kind"], "other");
     assert_eq!(listed["pid"], other.id());
-    assert_eq!(listed["template"], digest.as_str());
+    assert_eq!(listed["digest"], digest.as_str());
     // `stencil stop` does not end a foreign clone.
     world.stencil(&["stop", "--all"]).ok();
     assert!(other.try_wait().unwrap().is_none());

@@ -35,7 +35,7 @@ pub struct VmmArgs {
 #[derive(Serialize)]
 struct Pasted {
     vmm: &'static str,
-    template: String,
+    reference: String,
     digest: Digest,
     text: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -76,7 +76,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     }
     let report = Pasted {
         vmm: args.vmm.name(),
-        template: served.name,
+        reference: served.name,
         digest: target.digest,
         text,
         argv,

@@ -61,6 +61,7 @@ impl Report for CaptureReport {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         let Captured { imported, pause_seconds, cloned, state_bytes, vm, warnings } = &self.captured;
         writeln!(out, "{} {}", self.tag, imported.digest)?;
+        imported.moved.iter().try_for_each(|moved| writeln!(out, "{moved}"))?;
         let size: Bytes = imported.files.iter().filter(|f| f.kind.is_memory()).map(|f| f.size).sum();
         writeln!(
             out,

@@ -99,8 +99,8 @@ impl Report for CloneReport {
 
     fn json(&self) -> Value {
         json!({
-            "name": self.name,
-            "template": self.digest,
+            "reference": self.name,
+            "digest": self.digest,
             "clones": to_json(&self.clones),
             "failures": to_json(&self.failures),
             "warnings": self.warnings,

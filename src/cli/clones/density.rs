@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::Global;
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
@@ -80,7 +81,15 @@ fn ratio(value: Option<f64>) -> String {
 
 impl DensityReport {
     fn templates(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut table = Columns::new(&["TEMPLATE", "SERVING", "SIZE", "DATA", "RESIDENT", "CLONES", "TAGS"]);
+        let mut table = Columns::new(&[
+            Text("TEMPLATE"),
+            Text("SERVING"),
+            Number("SIZE"),
+            Number("DATA"),
+            Number("RESIDENT"),
+            Number("CLONES"),
+            Text("TAGS"),
+        ]);
         for t in &self.density.templates {
             table.row([
                 t.digest.short(),
@@ -106,11 +115,19 @@ impl DensityReport {
             self.density.clones.iter().any(|clone| part(&clone.memory) > Bytes::ZERO)
         };
         let (swap, disk) = (any(|m| m.swap_bytes), any(|m| m.disk_bytes));
-        let mut head = vec!["CLONE", "PID", "KIND", "MAPPED", "CLEAN", "DIRTY", "PRIVATE"];
-        head.extend(swap.then_some("SWAP"));
-        head.extend(["TABLES", "OVERHEAD"]);
-        head.extend(disk.then_some("DISK"));
-        head.push("NAME");
+        let mut head = vec![
+            Text("CLONE"),
+            Number("PID"),
+            Text("KIND"),
+            Number("MAPPED"),
+            Number("CLEAN"),
+            Number("DIRTY"),
+            Number("PRIVATE"),
+        ];
+        head.extend(swap.then_some(Number("SWAP")));
+        head.extend([Number("TABLES"), Number("OVERHEAD")]);
+        head.extend(disk.then_some(Number("DISK")));
+        head.push(Text("NAME"));
         let mut table = Columns::new(&head);
         for c in &self.density.clones {
             let m = &c.memory;
@@ -126,7 +143,7 @@ impl DensityReport {
             row.extend(swap.then(|| m.swap_bytes.to_string()));
             row.extend([m.page_table_bytes.to_string(), m.overhead_bytes.to_string()]);
             row.extend(disk.then(|| m.disk_bytes.to_string()));
-            row.push(c.name.clone());
+            row.push(c.reference.as_ref().unwrap_or(&c.command).clone());
             table.row(row);
         }
         table.print(out)?;

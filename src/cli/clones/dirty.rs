@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use crate::clones::counted;
 use crate::clones::registry;
 use crate::control;
 use crate::error::{Error, Result};
+use crate::store::Target;
 use crate::sys::files::stream::Sink;
 use crate::units::PageCount;
 
@@ -39,6 +39,9 @@ pub struct DirtyArgs {
     /// Write a bitmap of the file: one bit for each page, lowest bit first
     #[arg(long, value_name = "FILE")]
     bitmap: Option<PathBuf>,
+    /// Replace the bitmap's file if it exists
+    #[arg(long, requires = "bitmap")]
+    force: bool,
     /// File of the template for --bitmap
     #[arg(long, value_name = "NAME", default_value = "memory")]
     file: String,
@@ -70,7 +73,7 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
                 .remedy("name a file of the template that the process maps: --file NAME"));
         };
         let bitmap = bitmap(&ranges, &args.file, end / crate::units::PAGE_SIZE);
-        write(path, &bitmap)?;
+        write(path, args.force, &bitmap)?;
     }
     let pages =
         |swapped: bool| ranges.iter().filter(|r| r.swapped == swapped).map(|r| r.pages).sum::<PageCount>();
@@ -83,13 +86,17 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
 }
 
 /// Writes the bitmap. Waits for the reader of a named pipe in the same way as `stencil export`.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+fn write(path: &Path, replace: bool, bytes: &[u8]) -> Result<()> {
     let fail = |e| Error::io("cannot write the bitmap", path, e);
     match fs::metadata(path) {
-        Ok(meta) if meta.file_type().is_fifo() => {
+        Ok(meta) if !meta.is_file() => {
             Sink::open(path, Some(STALL_TIMEOUT), None)?.write_all(bytes).map_err(fail)
         }
-        _ => fs::write(path, bytes).map_err(fail),
+        _ => {
+            let mut target = Target::create(path, replace)?;
+            target.file().write_all(bytes).map_err(fail)?;
+            target.publish()
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::cli::Global;
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
@@ -39,8 +40,9 @@ struct Row {
     pid: u32,
     state: &'static str,
     kind: &'static str,
-    name: Option<String>,
-    template: String,
+    /// Reference given at launch.
+    reference: Option<String>,
+    digest: String,
     created: Option<u64>,
     dir: Option<String>,
     /// Ports of the host that are forwarded to the guest, by their names in the recipe.
@@ -90,8 +92,8 @@ impl Row {
             pid: entry.pid,
             state,
             kind: entry.kind.name(),
-            name: Some(entry.name.clone()),
-            template: entry.template.clone(),
+            reference: Some(entry.name.clone()),
+            digest: entry.template.clone(),
             created: Some(entry.created),
             dir: Some(entry.dir.display().to_string()),
             ports: entry.ports.clone(),
@@ -106,8 +108,8 @@ impl Row {
             pid: clone.pid,
             state: "running",
             kind: "other",
-            name: None,
-            template: clone.maps.first()?.digest.to_string(),
+            reference: None,
+            digest: clone.maps.first()?.digest.to_string(),
             created: None,
             dir: None,
             ports: BTreeMap::new(),
@@ -131,9 +133,18 @@ impl Report for PsReport {
             return self.rows.iter().filter_map(|r| r.id.as_ref()).try_for_each(|id| writeln!(out, "{id}"));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut columns = Columns::new(&["ID", "PID", "STATE", "KIND", "AGE", "PORTS", "TEMPLATE", "END"]);
+        let mut columns = Columns::new(&[
+            Text("ID"),
+            Number("PID"),
+            Text("STATE"),
+            Text("KIND"),
+            Number("AGE"),
+            Text("PORTS"),
+            Text("TEMPLATE"),
+            Text("END"),
+        ]);
         for row in &self.rows {
-            let short: String = row.template.chars().take(12).collect();
+            let short: String = row.digest.chars().take(12).collect();
             columns.row([
                 row.id.clone().unwrap_or_else(|| "-".into()),
                 row.pid.to_string(),
@@ -141,7 +152,7 @@ impl Report for PsReport {
                 row.kind.into(),
                 row.created.map_or_else(|| "-".into(), |at| age(now.saturating_sub(at))),
                 ports(&row.ports),
-                row.name.clone().unwrap_or(short),
+                row.reference.clone().unwrap_or(short),
                 row.ended.as_ref().map_or_else(|| "-".into(), Ended::text),
             ]);
         }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::Global;
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
@@ -218,7 +219,14 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
         (None, Some(why)) => writeln!(out, "  no backings: {why}")?,
         (None, None) => {}
     }
-    let mut table = Columns::new(&["  TEMPLATE", "FILE", "SIZE", "SERVING", "HYDRATED", "CLONES"]);
+    let mut table = Columns::new(&[
+        Text("  TEMPLATE"),
+        Text("FILE"),
+        Number("SIZE"),
+        Text("SERVING"),
+        Number("HYDRATED"),
+        Number("CLONES"),
+    ]);
     let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for template in &mount.templates {
         for file in &template.files {

@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::{Global, interrupt};
@@ -48,12 +49,20 @@ struct Usage {
 
 impl Report for Usage {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut table =
-            Columns::new(&["TEMPLATE", "DIGEST", "LOGICAL", "DATA", "STORED", "UNIQUE", "SHARED", "CACHE"]);
+        let mut table = Columns::new(&[
+            Text("TEMPLATE"),
+            Text("DIGEST"),
+            Number("LOGICAL"),
+            Number("DATA"),
+            Number("STORED"),
+            Number("UNIQUE"),
+            Number("SHARED"),
+            Number("CACHE"),
+        ]);
         let cache = |bytes: Option<Bytes>| bytes.map_or_else(|| "?".into(), |b| b.to_string());
         for Line { usage, cache_bytes } in &self.templates {
             table.row([
-                if usage.tags.is_empty() { "-".into() } else { usage.tags.join(",") },
+                if usage.tags.is_empty() { "-".into() } else { usage.tags.join(", ") },
                 usage.digest.short(),
                 usage.logical_bytes.to_string(),
                 usage.data_bytes.to_string(),

@@ -10,7 +10,7 @@ use crate::cli::value_parsers::{STALL, seconds};
 use crate::cli::{Global, interrupt};
 use crate::control::Lease;
 use crate::error::{Error, Result};
-use crate::store::{Store, Template, TemplateRef};
+use crate::store::{Store, Target, Template, TemplateRef};
 use crate::sys::files::stream::Sink;
 
 /// Write the files of a template as they were imported
@@ -26,6 +26,9 @@ pub struct ExportArgs {
     what: String,
     /// New file, existing directory, or '-' for standard output
     out: PathBuf,
+    /// Replace files that exist
+    #[arg(long)]
+    force: bool,
     /// Fail if no process opens a named pipe for reading within this time; 0 waits without limit
     #[arg(long, value_name = "SECONDS", default_value = STALL, value_parser = seconds)]
     stall_timeout: Duration,
@@ -35,7 +38,7 @@ pub struct ExportArgs {
 ///
 /// # Errors
 /// Returns `Code::NotFound` if the template or the file does not exist, `Code::Damage` if the file is damaged, and an
-/// error if OUT cannot be written.
+/// error if OUT cannot be written, or exists and `--force` is missing.
 pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     let (reference, file) = match args.what.split_once('/') {
         Some((reference, file)) => (reference, Some(file)),
@@ -57,17 +60,19 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
         template.export_stream(file, Path::new("standard output"), &mut stdout, &stop, &*progress)?;
         return Ok(Done::silent());
     }
-    if args.out.is_dir() {
+    let files: Vec<(usize, PathBuf)> = if args.out.is_dir() {
         let files = match file {
             Some(_) => vec![choose(&template, file)?],
             None => (0..template.files().len()).collect(),
         };
-        for file in files {
-            let out = args.out.join(&template.files()[file].name);
-            template.export_file(file, &out, (&stop, args.stall_timeout), &*progress)?;
-        }
+        files.into_iter().map(|file| (file, args.out.join(&template.files()[file].name))).collect()
     } else {
-        template.export_file(choose(&template, file)?, &args.out, (&stop, args.stall_timeout), &*progress)?;
+        vec![(choose(&template, file)?, args.out.clone())]
+    };
+    // All files are checked before the first one is written.
+    files.iter().try_for_each(|(_, out)| Target::check(out, args.force))?;
+    for (file, out) in &files {
+        template.export_file(*file, (out, args.force), (&stop, args.stall_timeout), &*progress)?;
     }
     Ok(Done::silent())
 }

@@ -42,9 +42,9 @@ pub struct GcArgs {
 struct Collection {
     dry_run: bool,
     /// Removed templates, which had no tag.
-    removed_templates: Vec<Digest>,
+    removed_digests: Vec<Digest>,
     /// Templates without a tag that are in use, or whose use is unknown.
-    kept_templates: Vec<Digest>,
+    kept_digests: Vec<Digest>,
     #[serde(flatten)]
     collected: Collected,
 }
@@ -60,10 +60,10 @@ impl Report for Collection {
             freed_bytes,
             dead_bytes,
         } = &self.collected;
-        for digest in &self.removed_templates {
+        for digest in &self.removed_digests {
             writeln!(out, "template {digest} {}", if self.dry_run { "would be removed" } else { "removed" })?;
         }
-        for digest in &self.kept_templates {
+        for digest in &self.kept_digests {
             writeln!(out, "template {digest} has no tag and is kept: it is or may be in use")?;
         }
         let would = if self.dry_run { "would be " } else { "" };
@@ -102,13 +102,13 @@ pub fn run(args: &GcArgs, global: &Global) -> Result<Done> {
     let stop = interrupt::flag()?;
     let mut collection = Collection {
         dry_run: args.dry_run,
-        removed_templates: Vec::new(),
-        kept_templates: Vec::new(),
+        removed_digests: Vec::new(),
+        kept_digests: Vec::new(),
         collected: Collected::default(),
     };
     match collect(args, &store, (&stop, &*global.progress()), &mut collection) {
         Ok(()) => {}
-        Err(error) if args.dry_run || collection.removed_templates.is_empty() => return Err(error),
+        Err(error) if args.dry_run || collection.removed_digests.is_empty() => return Err(error),
         Err(error) => return Ok(Done::report(collection).but_failed(error)),
     }
     if !args.dry_run {
@@ -136,13 +136,13 @@ fn collect(
         if args.dry_run {
             let used: HashSet<Digest> =
                 removal::used(store, &untagged)?.into_iter().map(|(digest, _)| digest).collect();
-            (collection.kept_templates, collection.removed_templates) =
+            (collection.kept_digests, collection.removed_digests) =
                 untagged.into_iter().partition(|digest| used.contains(digest));
         } else {
             remove_untagged(store, &untagged, collection)?;
         }
     }
-    let dry_run = args.dry_run.then_some(&*collection.removed_templates);
+    let dry_run = args.dry_run.then_some(&*collection.removed_digests);
     collection.collected = store.collect(Collect { dry_run, all: args.all }, stop, progress)?;
     Ok(())
 }
@@ -154,7 +154,7 @@ fn remove_untagged(store: &Store, untagged: &[Digest], collection: &mut Collecti
             Ok(done) => done,
             Err(error) if error.code() == Code::TryAgain => {
                 log::warn!("{error}");
-                collection.kept_templates.extend(batch);
+                collection.kept_digests.extend(batch);
                 continue;
             }
             Err(error) => return Err(error),
@@ -162,13 +162,13 @@ fn remove_untagged(store: &Store, untagged: &[Digest], collection: &mut Collecti
         let mut failed = Ok(());
         for (digest, removed) in done {
             match removed {
-                Ok(true) => collection.removed_templates.push(digest),
+                Ok(true) => collection.removed_digests.push(digest),
                 // The template has a tag now, or another command has removed the template.
                 Ok(false) => {}
-                Err(error) if error.code() == Code::InUse => collection.kept_templates.push(digest),
+                Err(error) if error.code() == Code::InUse => collection.kept_digests.push(digest),
                 Err(error) if error.code() == Code::TryAgain => {
                     log::warn!("{error}");
-                    collection.kept_templates.push(digest);
+                    collection.kept_digests.push(digest);
                 }
                 Err(error) => failed = failed.and(Err(error)),
             }

@@ -115,6 +115,7 @@ impl Report for ImportReport {
             write!(out, "{tag} ")?;
         }
         writeln!(out, "{digest}")?;
+        self.imported.moved.iter().try_for_each(|moved| writeln!(out, "{moved}"))?;
         let stored = match (existed, self.imported.stored_bytes) {
             (true, Bytes::ZERO) => "already stored".to_owned(),
             (_, bytes) => format!("{bytes} added to the store"),

@@ -61,7 +61,7 @@ impl Report for LoadReport {
             let existed = if template.existed { " (already stored)" } else { "" };
             writeln!(out, "{tags} {}{existed}", template.digest)?;
             for moved in &template.moved {
-                writeln!(out, "  tag {} moved from {}", moved.tag, moved.from.short())?;
+                writeln!(out, "  {moved}")?;
             }
             if template.recipe {
                 writeln!(out, "  has a launch recipe; inspect the recipe before stencil clone runs it")?;

@@ -7,10 +7,11 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::cli::Global;
+use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
-use crate::error::Result;
-use crate::store::{Digest, Store, TemplateFile};
+use crate::error::{Error, Result};
+use crate::store::{Digest, Store, TagName, TemplateFile};
 use crate::units::Bytes;
 
 /// List templates
@@ -27,8 +28,7 @@ pub struct LsArgs {
 
 #[derive(Serialize)]
 struct Line {
-    name: Option<String>,
-    tag: Option<String>,
+    tag: Option<TagName>,
     digest: Digest,
     size_bytes: Bytes,
     data_bytes: Bytes,
@@ -44,17 +44,22 @@ struct Listing(Vec<Line>);
 
 impl Report for Listing {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut table = Columns::new(&["NAME", "TAG", "DIGEST", "SIZE", "DATA", "STORED", "FILES"]);
+        let mut table = Columns::new(&[
+            Text("NAME"),
+            Text("TAG"),
+            Text("DIGEST"),
+            Number("SIZE"),
+            Number("DATA"),
+            Number("STORED"),
+            Text("FILES"),
+        ]);
         for line in &self.0 {
-            let text = |part: &Option<String>| part.clone().unwrap_or_else(|| "-".into());
+            let text = |part: fn(&TagName) -> &str| line.tag.as_ref().map_or("-", part).to_owned();
             let files: Vec<&str> = line.files.iter().map(|f| f.name.as_str()).collect();
-            let last = match &line.error {
-                Some(error) => format!("damaged: {error}"),
-                None => files.join(","),
-            };
+            let last = if line.error.is_some() { "damaged".to_owned() } else { files.join(", ") };
             table.row([
-                text(&line.name),
-                text(&line.tag),
+                text(TagName::name),
+                text(TagName::tag),
                 line.digest.short(),
                 line.size_bytes.to_string(),
                 line.data_bytes.to_string(),
@@ -62,7 +67,11 @@ impl Report for Listing {
                 last,
             ]);
         }
-        table.print(out)
+        table.print(out)?;
+        self.0.iter().try_for_each(|line| match &line.error {
+            Some(error) => writeln!(out, "damaged: template {}: {error}", line.digest),
+            None => Ok(()),
+        })
     }
 
     fn json(&self) -> Value {
@@ -70,10 +79,8 @@ impl Report for Listing {
     }
 }
 
-fn describe(store: &Store, digest: &Digest, name: Option<(String, String)>) -> Line {
-    let (name, tag) = name.unzip();
+fn describe(store: &Store, digest: &Digest, tag: Option<TagName>) -> Line {
     let mut line = Line {
-        name,
         tag,
         digest: *digest,
         size_bytes: Bytes::ZERO,
@@ -99,7 +106,7 @@ fn describe(store: &Store, digest: &Digest, name: Option<(String, String)>) -> L
 /// Runs `stencil ls`. A damaged template is listed with its error.
 ///
 /// # Errors
-/// Returns an error if the store cannot be read.
+/// Returns `Code::NotFound` if no tag has the name, and an error if the store cannot be read.
 pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (tags, digests) = (store.tags()?, store.digests()?);
@@ -107,11 +114,16 @@ pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
     let mut lines: Vec<Line> = tags
         .iter()
         .filter(|t| wanted(&t.name))
-        .map(|t| describe(&store, &t.digest, Some((t.name.clone(), t.tag.clone()))))
+        .map(|t| describe(&store, &t.digest, TagName::new(&t.name, &t.tag).ok()))
         .collect();
     if args.name.is_none() {
         let nameless = digests.iter().filter(|d| tags.iter().all(|t| t.digest != **d));
         lines.extend(nameless.map(|d| describe(&store, d, None)));
+    } else if lines.is_empty() {
+        let name = args.name.as_deref().unwrap_or_default();
+        return Err(Error::not_found(format!("no tag has the name '{name}'"))
+            .at(store.dir())
+            .remedy("run 'stencil ls' to list the templates"));
     }
     Ok(Done::report(Listing(lines)))
 }

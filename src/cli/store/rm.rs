@@ -37,7 +37,7 @@ impl Report for Gone {
                 let names: Vec<String> = removed.kept_tags.iter().map(ToString::to_string).collect();
                 writeln!(out, "the template is kept as {}", names.join(", "))?;
             }
-            if let Some(digest) = &removed.template {
+            if let Some(digest) = &removed.digest {
                 writeln!(out, "removed template {digest}")?;
             }
         }

@@ -35,6 +35,9 @@ pub struct SaveArgs {
     /// File to write instead of standard output
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Replace the file if it exists
+    #[arg(long)]
+    force: bool,
     /// Omit the blocks of a template that the other store already has; may be repeated
     #[arg(long, value_name = "T", value_parser = word::<TemplateRef>)]
     without: Vec<TemplateRef>,
@@ -82,7 +85,7 @@ impl Report for SaveReport {
 ///
 /// # Errors
 /// Returns `Code::NotFound` if a template does not exist, `Code::Damage` if a template is damaged, and an error if the
-/// stream cannot be written.
+/// stream cannot be written, or the file exists and `--force` is missing.
 pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     let output = args.output.as_deref().filter(|path| path.as_os_str() != "-");
     if output.is_none() {
@@ -125,7 +128,6 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
         store.save(&request, (&mut Sink::stdout(None)?, Path::new("standard output")), &*progress)?;
         return Ok(Done::silent());
     };
-    // The target of a symbolic link is replaced, not the link.
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let saved = match fs::metadata(&path) {
         Ok(meta) if meta.is_dir() => {
@@ -139,10 +141,9 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
         }
         _ => {
             request.interrupt = Some(interrupt::flag()?);
-            // The stream holds guest memory, so only its owner may read the file.
-            let mut target = Target::create(&path, 0o600)?;
+            let mut target = Target::create(&path, args.force)?;
             let saved = store.save(&request, (target.file(), &path), &*progress)?;
-            target.publish(&path)?;
+            target.publish()?;
             saved
         }
     };

@@ -1,12 +1,16 @@
 //! `stencil tag`: adds or moves a tag.
 
+use std::io::{self, Write};
+
 use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::cli::Global;
-use crate::cli::output::Done;
+use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::error::Result;
-use crate::store::{Store, TagName, TemplateRef};
+use crate::store::{Digest, Moved, Store, TagName, TemplateRef};
 
 /// Point a tag at a template
 #[derive(Debug, Args)]
@@ -23,6 +27,24 @@ pub struct TagArgs {
     new: TagName,
 }
 
+#[derive(Serialize)]
+struct TagReport {
+    digest: Digest,
+    tag: TagName,
+    /// The tag, if it pointed at another template before.
+    moved: Vec<Moved>,
+}
+
+impl Report for TagReport {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        self.moved.iter().try_for_each(|moved| writeln!(out, "{moved}"))
+    }
+
+    fn json(&self) -> Value {
+        to_json(self)
+    }
+}
+
 /// Runs `stencil tag`.
 ///
 /// # Errors
@@ -30,6 +52,6 @@ pub struct TagArgs {
 pub fn run(args: &TagArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;
-    store.set_tag(&args.new, &digest)?;
-    Ok(Done::silent())
+    let moved = store.set_tag(&args.new, &digest)?.into_iter().collect();
+    Ok(Done::report(TagReport { digest, tag: args.new.clone(), moved }))
 }

@@ -1,6 +1,6 @@
 //! `stencil verify`: checks all stored data and lists damage.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
 use clap::Args;
@@ -34,8 +34,14 @@ pub struct VerifyArgs {
 struct VerifyReport {
     #[serde(flatten)]
     verified: Verified,
-    /// Tags of the affected templates.
-    tags: BTreeMap<Digest, Vec<String>>,
+    /// The templates that the damages affect.
+    affected: Vec<AffectedTemplate>,
+}
+
+#[derive(Serialize)]
+struct AffectedTemplate {
+    digest: Digest,
+    tags: Vec<String>,
 }
 
 impl VerifyReport {
@@ -46,7 +52,8 @@ impl VerifyReport {
     }
 
     fn affected(&self, affected: &Affected) -> String {
-        let name = match self.tags.get(&affected.digest).and_then(|tags| tags.first()) {
+        let template = self.affected.iter().find(|template| template.digest == affected.digest);
+        let name = match template.and_then(|template| template.tags.first()) {
             Some(tag) => format!("{tag} ({})", affected.digest.short()),
             None => affected.digest.to_string(),
         };
@@ -121,17 +128,18 @@ pub fn run(args: &VerifyArgs, global: &Global) -> Result<Done> {
     let only = args.template.as_ref().map(|t| store.resolve(t)).transpose()?;
     let stop = interrupt::flag()?;
     let verified = store.verify(only.as_ref(), &stop, &*global.progress())?;
-    let mut tags: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
-    if !verified.damages.is_empty() {
-        let names = store.tags().inspect_err(|error| log::warn!("{error}")).unwrap_or_default();
-        for tag in names {
-            let hit = verified.damages.iter().flat_map(|d| &d.affects).any(|a| a.digest == tag.digest);
-            if hit {
-                tags.entry(tag.digest).or_default().push(format!("{}:{}", tag.name, tag.tag));
-            }
-        }
-    }
-    let report = VerifyReport { verified, tags };
+    let affected: BTreeSet<Digest> =
+        verified.damages.iter().flat_map(|damage| &damage.affects).map(|affected| affected.digest).collect();
+    let names = match affected.is_empty() {
+        true => Vec::new(),
+        false => store.tags().inspect_err(|error| log::warn!("{error}")).unwrap_or_default(),
+    };
+    let tags = |digest| {
+        let tags = names.iter().filter(|tag| tag.digest == digest);
+        tags.map(|tag| format!("{}:{}", tag.name, tag.tag)).collect()
+    };
+    let affected = affected.iter().map(|digest| AffectedTemplate { digest: *digest, tags: tags(*digest) });
+    let report = VerifyReport { affected: affected.collect(), verified };
     let exit = report.exit();
     let done = Done::report(report);
     Ok(match exit {

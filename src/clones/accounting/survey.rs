@@ -23,14 +23,16 @@ pub struct CloneRow {
     pub pid: u32,
     /// All processes that share the address space; `pid` is the first.
     pub pids: Vec<u32>,
-    /// Name given at launch, or the name of the command.
-    pub name: String,
+    /// Reference given at launch; `None` for a process that Stencil did not launch.
+    pub reference: Option<String>,
+    /// Name of the command.
+    pub command: String,
     /// Control group.
     pub cgroup: String,
     /// Real user id.
     pub uid: u32,
     /// Template of the first mapping.
-    pub template: Digest,
+    pub digest: Digest,
     /// `simulated`, `qemu`, `command`, or `other` for a process that Stencil did not launch.
     pub kind: String,
     /// Memory figures.
@@ -110,10 +112,11 @@ fn row(clone: &CloneProcess, measured: &Measured, records: &Records) -> CloneRow
         id: entry.map_or_else(|| clone.pid.to_string(), |e| e.id.clone()),
         pid: clone.pid,
         pids: clone.processes().map(|process| process.pid).collect(),
-        name: entry.map_or_else(|| measured.command.clone(), |e| e.name.clone()),
+        reference: entry.map(|e| e.name.clone()),
+        command: measured.command.clone(),
         cgroup: measured.cgroup.clone(),
         uid: measured.uid,
-        template: clone.maps[0].digest,
+        digest: clone.maps[0].digest,
         kind: entry.map_or_else(|| "other".to_owned(), |e| e.kind.name().to_owned()),
         memory: measured.memory,
         maps: clone.maps.clone(),

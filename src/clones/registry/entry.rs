@@ -78,8 +78,10 @@ pub struct Entry {
     /// Identity of the process, which distinguishes it from other processes with the same id.
     pub identity: u64,
     /// Template reference given at launch.
+    #[serde(rename = "reference")]
     pub name: String,
     /// Digest of the template.
+    #[serde(rename = "digest")]
     pub template: String,
     /// Store of the template; absent in records of older versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -218,8 +220,8 @@ impl Entry {
         let fields = [
             ("id", is_plain_name(&self.id)),
             ("pid", self.pid == 0 || is_pid(self.pid)),
-            ("name", self.name.len() <= 1024),
-            ("template", self.template.parse::<Digest>().is_ok()),
+            ("reference", self.name.len() <= 1024),
+            ("digest", self.template.parse::<Digest>().is_ok()),
             ("launch", is_plain_name(&self.launch)),
             ("ports", self.ports.iter().all(|(name, port)| name.len() <= 255 && *port != 0)),
             ("uuid", self.uuid.as_ref().is_none_or(is_uuid)),

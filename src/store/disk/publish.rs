@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::Write;
 
+use rustix::rand::{GetRandomFlags, getrandom};
+
 use super::path::StorePath;
 use crate::error::{Error, Result};
 
@@ -38,10 +40,11 @@ pub(in crate::store) fn write_new(path: &StorePath, bytes: &[u8]) -> Result<()> 
 
 /// Returns random bytes from the kernel.
 pub(in crate::store) fn random<const N: usize>() -> Result<[u8; N]> {
+    // getrandom(2) neither returns fewer bytes nor EINTR for up to 256 bytes.
+    const { assert!(N <= 256) };
     let mut bytes = [0; N];
-    File::open("/dev/urandom")
-        .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut bytes))
-        .map_err(|e| Error::io("cannot read random bytes", "/dev/urandom", e))?;
+    getrandom(&mut bytes[..], GetRandomFlags::empty())
+        .map_err(|e| Error::failed("cannot get random bytes from the kernel").because(e.into()))?;
     Ok(bytes)
 }
 

@@ -362,6 +362,15 @@ mod tests {
         }
     }
 
+    /// The decoders of old formats are not linked: their bugs are not reachable from a store or a stream.
+    #[test]
+    fn rejects_frames_of_zstandard_before_version_1() {
+        // Version 0.7: magic number, header of a single segment, content size, one raw block, end of the frame.
+        let frame = [&b"\x27\xb5\x2f\xfd\x20\x04"[..], b"\x40\x00\x04abcd", b"\xc0\x00\x00"].concat();
+        let error = Decoder::default().plain(BlockKind::Zstd, &frame, &mut [0; 4]).unwrap_err();
+        assert!(error.contains("Unknown frame descriptor"), "{error}");
+    }
+
     #[test]
     fn rejects_invalid_compressions_and_chunk_sizes() {
         for bad in ["", "gzip", "zstd:0", "zstd:23", "zstd:x", "lz4:1", "none:2"] {

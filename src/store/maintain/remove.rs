@@ -16,7 +16,7 @@ pub struct Removed {
     /// Removed tags.
     pub tags: Vec<TagName>,
     /// The removed template, if any.
-    pub template: Option<Digest>,
+    pub digest: Option<Digest>,
     /// Remaining tags of the template, if the template was not removed.
     pub kept_tags: Vec<TagName>,
 }
@@ -98,7 +98,7 @@ impl Store {
         let restored = self.restore_set_aside();
         if let Ok(true) = removed {
             restored.unwrap_or_else(|e| log::warn!("{e}"));
-            return Ok(Removal::Done(Removed { tags, template: Some(digest), kept_tags: Vec::new() }));
+            return Ok(Removal::Done(Removed { tags, digest: Some(digest), kept_tags: Vec::new() }));
         }
         match (removed, restored) {
             (removed, Ok(())) => removed.map(|_| Removal::Template(digest)),
@@ -320,7 +320,7 @@ impl Store {
     fn remove_tag_only(&self, reference: &TemplateRef, kept_tags: Vec<TagName>) -> Result<Removal> {
         let TemplateRef::Tag(tag) = reference else { return Ok(Removal::Done(Removed::default())) };
         self.remove_tag_locked(tag)?;
-        Ok(Removal::Done(Removed { tags: vec![tag.clone()], template: None, kept_tags }))
+        Ok(Removal::Done(Removed { tags: vec![tag.clone()], digest: None, kept_tags }))
     }
 }
 

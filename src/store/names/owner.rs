@@ -1,7 +1,9 @@
 //! Parsers for permissions: octal modes, users and groups.
 
-use std::fs;
 use std::str::FromStr;
+
+use nix::errno::Errno;
+use nix::unistd::{Group, User};
 
 use crate::error::{Error, Result};
 use crate::store::Policy;
@@ -52,34 +54,37 @@ impl FromStr for Owner {
                 Error::usage(format!("invalid owner '{text}'")).remedy("use USER, USER:GROUP or :GROUP")
             );
         }
-        let uid = (!user.is_empty()).then(|| number("user", user, "/etc/passwd")).transpose()?;
-        let gid = group.map(|group| number("group", group, "/etc/group")).transpose()?;
+        let uid_of = |name: &str| User::from_name(name).map(|user| user.map(|user| user.uid.as_raw()));
+        let gid_of = |name: &str| Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw()));
+        let uid = (!user.is_empty()).then(|| number("user", user, uid_of)).transpose()?;
+        let gid = group.map(|group| number("group", group, gid_of)).transpose()?;
         Ok(Owner { uid, gid })
     }
 }
 
-/// Parses a user or group number, or looks up its name. `u32::MAX` is rejected: chown(2) takes it as "no change".
-fn number(what: &str, text: &str, path: &str) -> Result<u32> {
+/// Parses a user or group number, or looks up its name in the sources of nsswitch.conf(5). `u32::MAX` is rejected:
+/// chown(2) takes it as "no change".
+fn number(what: &str, text: &str, look_up: impl Fn(&str) -> nix::Result<Option<u32>>) -> Result<u32> {
     if text.bytes().all(|b| b.is_ascii_digit()) {
         let number = text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
         return number.ok_or_else(|| {
             Error::usage(format!("invalid {what} number {text}: out of range"))
-                .remedy(format!("use a number below {}, or a name from {path}", u32::MAX))
+                .remedy(format!("use a number below {}, or the name of the {what}", u32::MAX))
         });
     }
-    let table = fs::read_to_string(path).map_err(|e| Error::io("cannot look up name", path, e))?;
-    find(&table, text).ok_or_else(|| {
-        Error::usage(format!("unknown {what} '{text}' in {path}"))
-            .remedy(format!("use the number of the {what}"))
-    })
-}
-
-/// Returns the third field of the line whose first field is `name`.
-fn find(table: &str, name: &str) -> Option<u32> {
-    table.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
-    })
+    let found = match look_up(text) {
+        // getpwnam(3): some sources return these errors for an unknown name.
+        Err(Errno::ENOENT | Errno::ESRCH | Errno::EBADF | Errno::EPERM) => Ok(None),
+        found => found,
+    };
+    let remedy = format!("use the number of the {what}, or a name that 'getent' finds");
+    match found {
+        Ok(Some(number)) => Ok(number),
+        Ok(None) => Err(Error::usage(format!("unknown {what} '{text}'")).remedy(remedy)),
+        Err(e) => {
+            Err(Error::failed(format!("cannot look up {what} '{text}'")).because(e.into()).remedy(remedy))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -106,7 +111,5 @@ mod tests {
         for bad in ["", ":", "7:", "4294967295", "no-such-user-here", "1:no-such-group-here"] {
             assert!(bad.parse::<Owner>().is_err(), "{bad}");
         }
-        assert_eq!(find("a:x:5:6:::\nb:x:7:8:::", "b"), Some(7));
-        assert_eq!(find("a\nb:x:y", "b"), None);
     }
 }

@@ -1,5 +1,7 @@
 //! Tags: files `tags/<name>/<tag>` that hold a digest and are replaced atomically.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::io;
 use std::time::{Duration, SystemTime};
 
@@ -17,6 +19,9 @@ use crate::units::Bytes;
 /// Maximum length of a tag file that is read.
 const MAX_TAG: Bytes = Bytes::new(4096);
 
+/// Maximum number of existing tags that the hint for an unknown tag names.
+const MAX_NAMED: usize = 8;
+
 /// A tag `NAME:TAG` and its template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TagEntry {
@@ -29,6 +34,24 @@ pub struct TagEntry {
     /// Time of the last change.
     #[serde(skip)]
     pub modified: SystemTime,
+}
+
+/// A tag that was moved to another template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Moved {
+    /// The tag.
+    pub tag: TagName,
+    /// Template that the tag pointed at before.
+    pub former_digest: Digest,
+    /// True if no tag points at that template now, so that `gc --untagged` removes the template.
+    pub former_untagged: bool,
+}
+
+impl fmt::Display for Moved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} moved from {}", self.tag, self.former_digest.short())?;
+        if self.former_untagged { f.write_str(", which has no tag now") } else { Ok(()) }
+    }
 }
 
 impl Store {
@@ -211,27 +234,46 @@ impl Store {
         Ok(names)
     }
 
-    /// Points `tag` at a template of this store.
+    /// Points `tag` at a template of this store. Returns the move if the tag pointed at another template.
     ///
     /// # Errors
     /// Returns [`Code::NotFound`] if the template does not exist.
-    pub fn set_tag(&self, tag: &TagName, digest: &Digest) -> Result<()> {
+    pub fn set_tag(&self, tag: &TagName, digest: &Digest) -> Result<Option<Moved>> {
         let _names = self.lock_names()?;
-        self.set_tag_locked(tag, digest)
+        let former = self.set_tag_locked(tag, digest)?;
+        Ok(self.moved(former.map(|former| (tag.clone(), former)).into_iter().collect()).pop())
     }
 
-    /// Same as [`Store::set_tag`]; the caller holds the names lock.
-    pub(in crate::store) fn set_tag_locked(&self, tag: &TagName, digest: &Digest) -> Result<()> {
+    /// Describes tags that pointed at these templates before. The caller holds the names lock.
+    pub(in crate::store) fn moved(&self, former: Vec<(TagName, Digest)>) -> Vec<Moved> {
+        // A tag that cannot be read may point at any template.
+        let targets = || -> Result<HashSet<Option<Digest>>> {
+            let (files, unlisted) = self.tag_files()?;
+            unlisted.into_iter().next().map_or(Ok(()), Err)?;
+            files.iter().map(|(tag, path)| self.tag_at(tag, path)).collect()
+        };
+        let targets = if former.is_empty() { None } else { targets().ok() };
+        let is_untagged = |digest| targets.as_ref().is_some_and(|targets| !targets.contains(&Some(digest)));
+        former
+            .into_iter()
+            .map(|(tag, digest)| Moved { tag, former_digest: digest, former_untagged: is_untagged(digest) })
+            .collect()
+    }
+
+    /// Same as [`Store::set_tag`], but returns the template that the tag pointed at. The caller holds the names lock.
+    pub(in crate::store) fn set_tag_locked(&self, tag: &TagName, digest: &Digest) -> Result<Option<Digest>> {
         if !self.has(digest) {
             return Err(no_template(self.dir(), digest));
         }
+        let former = self.tag(tag).ok().flatten().filter(|former| former != digest);
         let path = self.tag_path(tag);
         let directory = self.tags_dir().join(tag.name());
         if !directory.is_dir() {
             make_directory(&directory)?;
         }
         replace_file(&self.tmp_dir(), &path, format!("blake3:{digest}\n").as_bytes())?;
-        sync_directory(&self.tags_dir())
+        sync_directory(&self.tags_dir())?;
+        Ok(former)
     }
 
     /// Removes a tag, but not its template. The caller holds the names lock.
@@ -245,6 +287,17 @@ impl Store {
         sync_directory(&self.tags_dir())
     }
 
+    /// Returns the hint for a tag that does not exist: the tags with the same name. `None` if there are none.
+    fn existing_tags(&self, name: &str) -> Option<String> {
+        let tags = self.tags_named(name).ok().filter(|tags| !tags.is_empty())?;
+        let named: Vec<String> = tags.iter().take(MAX_NAMED).map(TagName::to_string).collect();
+        let more = match tags.len() - named.len() {
+            0 => String::new(),
+            _ => format!(", …; run 'stencil ls {name}' to list all {}", tags.len()),
+        };
+        Some(format!("use an existing tag: {}{more}", named.join(", ")))
+    }
+
     /// Returns the digest of a reference.
     ///
     /// # Errors
@@ -252,9 +305,13 @@ impl Store {
     /// or [`Code::Damage`] if a tag is dangling or damaged.
     pub fn resolve(&self, reference: &TemplateRef) -> Result<Digest> {
         let missing = || {
+            let remedy = match reference {
+                TemplateRef::Tag(tag) => self.existing_tags(tag.name()),
+                _ => None,
+            };
             Error::not_found(format!("no template '{reference}'"))
                 .at(self.dir())
-                .remedy("run 'stencil ls' to list the templates")
+                .remedy(remedy.unwrap_or_else(|| "run 'stencil ls' to list the templates".to_owned()))
         };
         match reference {
             TemplateRef::Digest(digest) if self.has(digest) => Ok(*digest),

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, linkat, renameat_with};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -24,22 +25,20 @@ use crate::units::{Bytes, PAGE_SIZE};
 const BLOCKS_PER_TURN: u64 = 64;
 
 impl Template {
-    /// Writes one file of the template to the file `out`, which is created or replaced atomically. Zero pages become
-    /// holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero `stall` means no
-    /// limit.
+    /// Writes one file of the template to the file `out`, which appears atomically, as described for [`Target`]. Zero
+    /// pages become holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero `stall`
+    /// means no limit.
     ///
     /// # Errors
     /// Returns [`Code::Damage`](crate::error::Code) if a block is damaged. Returns an error if `out` cannot be written,
-    /// or if `interrupt` becomes true.
+    /// if `out` is a file and `replace` is false, or if `interrupt` becomes true.
     pub fn export_file(
         &self,
         file: usize,
-        out: &Path,
+        (out, replace): (&Path, bool),
         (interrupt, stall): (&AtomicBool, Duration),
         progress: &dyn Progress,
     ) -> Result<()> {
-        // The target of a symbolic link is replaced, not the link.
-        let out = &fs::canonicalize(out).unwrap_or_else(|_| out.to_owned());
         if let Ok(meta) = fs::metadata(out)
             && !meta.is_file()
         {
@@ -54,14 +53,14 @@ impl Template {
             .at(out)
             .remedy("give the path of a new file, or '-' for standard output"));
         }
-        let target = Target::create(out, self.policy().mode | 0o200)?;
+        let target = Target::create(out, replace)?;
         let size = self.files().get(file).map_or(0, |f| f.size.get());
         target.file.set_len(size).map_err(|e| Error::io("cannot write", out, e))?;
         progress.start("export", Some(Bytes::new(size)));
         let written = self.write_blocks(file, &target.file, out, interrupt, progress);
         progress.finish();
         written?;
-        target.publish(out)
+        target.publish()
     }
 
     /// Writes one file of the template to a stream, in order, zeros included. Every byte is verified before it is
@@ -148,35 +147,48 @@ fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
 }
 
 /// A new file that appears at its path complete or not at all. The file has no name (`O_TMPFILE`) until it is
-/// published, so that nothing is left behind if the process is killed.
+/// published, so that nothing is left behind if the process is killed. Only its owner may read the file (mode 0600),
+/// because it holds guest memory or tells about it.
 #[derive(Debug)]
 pub struct Target {
+    out: PathBuf,
+    replace: bool,
     file: File,
     /// Name of the unfinished file, on a file system without `O_TMPFILE`.
     temporary: Option<PathBuf>,
 }
 
 impl Target {
-    /// Creates a file with these permission bits, to be published as `out`.
+    /// Creates a file, to be published as `out`. A file at `out` is replaced if `replace` is true; if `out` is a
+    /// symbolic link, its target is replaced.
     ///
     /// # Errors
-    /// Returns an error if the directory of `out` cannot be written.
-    pub fn create(out: &Path, mode: u32) -> Result<Target> {
-        let directory = directory_of(out);
-        let unnamed = rustix::fs::open(
-            directory,
-            OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::from_raw_mode(mode),
-        );
-        match unnamed {
-            Ok(file) => Ok(Target { file: file.into(), temporary: None }),
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::INVAL) => {
-                let path = temporary_name(out)?;
-                let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
+    /// Same as [`Target::check`]. Also returns an error if the directory of `out` cannot be written.
+    pub fn create(out: &Path, replace: bool) -> Result<Target> {
+        Target::check(out, replace)?;
+        let out = fs::canonicalize(out).unwrap_or_else(|_| out.to_owned());
+        let directory = directory_of(&out);
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => Ok(Target { out, replace, file: file.into(), temporary: None }),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+                let path = temporary_name(&out)?;
+                let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
                 let file = file.map_err(|e| Error::io("cannot write", &path, e))?;
-                Ok(Target { file, temporary: Some(path) })
+                Ok(Target { out, replace, file, temporary: Some(path) })
             }
             Err(e) => Err(Error::io("cannot create a file in", directory, e.into())),
+        }
+    }
+
+    /// Checks that a file can be published as `out`.
+    ///
+    /// # Errors
+    /// Returns an error if `out` is a file and `replace` is false.
+    pub fn check(out: &Path, replace: bool) -> Result<()> {
+        match fs::metadata(out) {
+            Ok(meta) if meta.is_file() && !replace => Err(exists(out)),
+            _ => Ok(()),
         }
     }
 
@@ -185,32 +197,51 @@ impl Target {
         &mut self.file
     }
 
-    /// Syncs the file and gives it the name `out`, replacing an existing file.
+    /// Syncs the file and gives it its name.
     ///
     /// # Errors
-    /// Returns an error if a system call on `out` fails.
-    pub fn publish(mut self, out: &Path) -> Result<()> {
-        let fail = |e: io::Error| Error::io("cannot write", out, e);
-        self.file.sync_all().map_err(fail)?;
-        let temporary = match self.temporary.take() {
-            Some(path) => path,
-            None => {
-                let path = temporary_name(out)?;
-                let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-                linkat(CWD, unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW).map_err(|e| fail(e.into()))?;
-                path
-            }
+    /// Returns an error if a file with this name has been created since [`Target::create`] and must not be replaced, or
+    /// if a system call fails.
+    pub fn publish(mut self) -> Result<()> {
+        let fail = |e: Errno| match e {
+            Errno::EXIST => exists(&self.out),
+            e => Error::io("cannot write", &self.out, e.into()),
         };
-        let renamed = fs::rename(&temporary, out).map_err(fail);
-        if renamed.is_err() {
-            let _ = fs::remove_file(&temporary);
+        self.file.sync_all().map_err(|e| Error::io("cannot write", &self.out, e))?;
+        let link = |path: &Path| {
+            let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            linkat(CWD, unnamed, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(fail)
+        };
+        match (&self.temporary, self.replace) {
+            (None, false) => link(&self.out)?,
+            (None, true) => {
+                let path = temporary_name(&self.out)?;
+                link(&path)?;
+                let renamed = rustix::fs::rename(&path, &self.out).map_err(fail);
+                self.temporary = Some(path);
+                renamed?;
+            }
+            (Some(path), true) => rustix::fs::rename(path, &self.out).map_err(fail)?,
+            (Some(path), false) => {
+                match renameat_with(CWD, path, CWD, &self.out, RenameFlags::NOREPLACE) {
+                    // Not every file system implements the flag. A file created just now is replaced there.
+                    Err(Errno::INVAL) => Target::check(&self.out, false)
+                        .and_then(|()| rustix::fs::rename(path, &self.out).map_err(fail))?,
+                    renamed => renamed.map_err(fail)?,
+                }
+            }
         }
-        let directory = directory_of(out);
-        renamed.and_then(|()| {
-            let synced = File::open(directory).and_then(|opened| opened.sync_all());
-            synced.map_err(|e| Error::io("cannot sync the directory", directory, e))
-        })
+        self.temporary = None;
+        let directory = directory_of(&self.out);
+        let synced = File::open(directory).and_then(|opened| opened.sync_all());
+        synced.map_err(|e| Error::io("cannot sync the directory", directory, e))
     }
+}
+
+fn exists(out: &Path) -> Error {
+    Error::failed("refusing to replace an existing file")
+        .at(out)
+        .remedy("name a new file, or replace this one with --force")
 }
 
 impl Drop for Target {

@@ -28,7 +28,7 @@ use crate::store::write::commit::{Finished, commit, fresh_policy};
 use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::write::pack_writer::{PackWriter, Packed};
 use crate::store::write::tables::{TableWriter, Tables};
-use crate::store::{BLOCK_SIZE, Digest, Owner, Policy, Scratch, Store, TagName, TemplateFile};
+use crate::store::{BLOCK_SIZE, Digest, Moved, Owner, Policy, Scratch, Store, TagName, TemplateFile};
 use crate::units::Bytes;
 
 /// Maximum number of image hashes that are looked up in one batch.
@@ -45,15 +45,6 @@ pub struct LoadRequest {
     pub without_recipes: bool,
     /// Drop the tags, which may point at other templates in this store.
     pub without_tags: bool,
-}
-
-/// A tag that was moved to another template.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Moved {
-    /// The tag.
-    pub tag: TagName,
-    /// Template that the tag pointed at before.
-    pub from: Digest,
 }
 
 /// Result of loading one template.
@@ -156,17 +147,15 @@ impl Store {
         let (committed, is_published) =
             commit(self, &session, &packed, &finished, &index, &|| source.check())?;
         let packed = if is_published { packed } else { Packed::default() };
-        let templates = finished.iter().zip(tables).zip(committed).map(|((template, tables), done)| {
-            let moved = done.moved.into_iter().map(|(tag, from)| Moved { tag, from }).collect();
-            LoadedTemplate {
+        let templates =
+            finished.iter().zip(tables).zip(committed).map(|((template, tables), done)| LoadedTemplate {
                 digest: template.digest,
                 tags: template.tags.clone(),
                 files: tables.files,
                 existed: done.existed,
-                moved,
+                moved: done.moved,
                 recipe: !done.existed && template.policy.recipe.is_some(),
-            }
-        });
+            });
         Ok(Loaded {
             templates: templates.collect(),
             blocks: front.blocks,

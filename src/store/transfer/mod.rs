@@ -5,5 +5,5 @@ mod load;
 mod save;
 
 pub use incoming::Incoming;
-pub use load::{LoadRequest, Loaded, LoadedTemplate, Moved};
+pub use load::{LoadRequest, Loaded, LoadedTemplate};
 pub use save::{SaveRequest, Saved, SavedTemplate};

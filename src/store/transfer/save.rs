@@ -43,6 +43,7 @@ pub struct Saved {
     /// Templates in the stream.
     pub templates: Vec<SavedTemplate>,
     /// Base templates that the receiving store must have.
+    #[serde(rename = "without_digests")]
     pub without: Vec<Digest>,
     /// Blocks in the stream, each once.
     pub blocks: u64,

@@ -14,7 +14,7 @@ use crate::store::disk::publish::{publish, sync_directory, write_new};
 use crate::store::disk::session::Session;
 use crate::store::format::placement::Front;
 use crate::store::names::policy::DEFAULT_MODE;
-use crate::store::{Digest, Policy, Store, TagName};
+use crate::store::{Digest, Moved, Policy, Store, TagName};
 
 /// A template whose tables are complete in a directory of the session.
 pub(in crate::store) struct Finished<'a> {
@@ -33,8 +33,8 @@ pub(in crate::store) struct Finished<'a> {
 pub(in crate::store) struct Committed {
     /// True if the store already had this content.
     pub existed: bool,
-    /// Tags that pointed at another digest before, with that digest.
-    pub moved: Vec<(TagName, Digest)>,
+    /// Tags that pointed at another template before.
+    pub moved: Vec<Moved>,
 }
 
 /// Publishes `templates`. A template that the store already has intact only gets its policy and tags changed. Returns
@@ -77,12 +77,13 @@ pub(in crate::store) fn commit(
             visible.templates += 1;
         }
         sync_directory(&store.images_dir())?;
-        let mut done = Vec::with_capacity(templates.len());
-        for (template, existed) in templates.iter().zip(&existed) {
-            let moved = set_tags(store, template, &names, &mut visible.tags)?;
-            done.push(Committed { existed: *existed, moved });
+        let mut former = Vec::with_capacity(templates.len());
+        for template in templates {
+            former.push(set_tags(store, template, &names, &mut visible.tags)?);
         }
-        Ok(done)
+        // Described after the last tag was set, because a later template may get a tag of the same load.
+        let committed = |(existed, former)| Committed { existed, moved: store.moved(former) };
+        Ok(existed.iter().copied().zip(former).map(committed).collect())
     };
     let done = publish_all();
     done.map(|done| (done, needs_packs)).map_err(|e| visible.describe(e))
@@ -140,10 +141,9 @@ fn set_tags(
 ) -> Result<Vec<(TagName, Digest)>> {
     let mut moved = Vec::new();
     for tag in &template.tags {
-        let before = store.tag(tag).ok().flatten().filter(|before| *before != template.digest);
-        store.set_tag_locked(tag, &template.digest)?;
+        let former = store.set_tag_locked(tag, &template.digest)?;
         *count += 1;
-        moved.extend(before.map(|before| (tag.clone(), before)));
+        moved.extend(former.map(|former| (tag.clone(), former)));
     }
     Ok(moved)
 }

@@ -57,7 +57,7 @@ fn restores_a_template_that_is_in_use() {
     let Removal::Done(removed) = store.remove(&reference, Some(&digest), hidden, unused).unwrap() else {
         panic!("the template was not removed");
     };
-    assert_eq!((removed.tags, removed.template), (tags.to_vec(), Some(digest)));
+    assert_eq!((removed.tags, removed.digest), (tags.to_vec(), Some(digest)));
     assert!(!store.has(&digest) && store.tags().unwrap().is_empty());
 }
 

@@ -78,6 +78,7 @@ impl Store {
             tag: request.tag,
             files: tables.files,
             existed: committed.iter().all(|c| c.existed),
+            moved: committed.into_iter().flat_map(|c| c.moved).collect(),
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
             repaired_blocks: index.repaired(),

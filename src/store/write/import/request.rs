@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::store::format::template_file::MANIFEST;
 use crate::store::{
-    ChunkSize, Compression, Digest, FileKind, Owner, Policy, TagName, TemplateFile, check_name,
+    ChunkSize, Compression, Digest, FileKind, Moved, Owner, Policy, TagName, TemplateFile, check_name,
 };
 use crate::units::Bytes;
 
@@ -205,6 +205,8 @@ pub struct Imported {
     pub files: Vec<TemplateFile>,
     /// True if the store already had this content.
     pub existed: bool,
+    /// The tag, if it pointed at another template before.
+    pub moved: Vec<Moved>,
     /// Bytes of blocks that were new in the store, before compression.
     pub new_bytes: Bytes,
     /// Bytes that were added to packs.

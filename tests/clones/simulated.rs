@@ -126,7 +126,7 @@ fn invalid_clone_requests_are_refused() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&image(16), "web");
-    world.stencil(&["clone", "web", "--simulate", "write=1p"]).exits(1).says("no mount serves this store");
+    world.stencil(&["clone", "web", "--simulate", "write=1p"]).exits(4).says("the store is not mounted");
     world.mount(&[]).ok();
     world.stencil(&["clone", "other", "--simulate", "write=1p"]).exits(4);
     world.stencil(&["clone", "web"]).exits(2).says("has no launch recipe");

@@ -179,7 +179,7 @@ fn the_line_of_a_captured_guest_has_its_options_and_quotes_paths() {
     fs::write(&file, &domain).unwrap();
     run("virt-xml-validate", &[file.to_str().unwrap(), "domain"]);
     drop(mounted);
-    world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(1).says("no mount serves this store");
+    world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(4).says("the store is not mounted");
 }
 
 #[test]

@@ -4,6 +4,7 @@ pub mod arguments;
 pub mod command_line;
 pub mod compatibility;
 pub mod demo;
+pub mod doctor;
 pub mod documented_commands;
 pub mod documents;
 pub mod inherited;

@@ -129,7 +129,10 @@ fn invalid_clone_requests_are_refused() {
     world.stencil(&["clone", "web", "--simulate", "write=1p"]).exits(4).says("the store is not mounted");
     world.mount(&[]).ok();
     world.stencil(&["clone", "other", "--simulate", "write=1p"]).exits(4);
-    world.stencil(&["clone", "web"]).exits(2).says("has no launch recipe");
+    world
+        .stencil(&["clone", "web"])
+        .exits(2)
+        .says("template web:latest has no launch recipe, because it was not");
     world.stencil(&["clone", "web", "--simulate", "write=101%"]).exits(2);
     world.stencil(&["clone", "web", "--simulate", "write=17p"]).exits(2);
     world

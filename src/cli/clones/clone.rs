@@ -14,6 +14,7 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
+use crate::clones::counted;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry};
@@ -196,8 +197,8 @@ fn disk_directory(path: &Path) -> Result<PathBuf> {
 
 fn link_is_down(network: String) -> String {
     format!(
-        "the network cards on {network} have no link, because their guests still have the MAC and IP address of the \
-         captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
+        "the network cards on {network} are unplugged (link down), because their guests still have the MAC and IP \
+         address of the captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
          qmp.sock of the clone (docs/how-to/renew-clones.md)"
     )
 }
@@ -213,13 +214,14 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
              properties that a clone must renew"
         );
     }
+    let clones = counted(clocks.len() as u64, "clone", "clones");
     let why = match clocks.iter().find_map(|clock| match clock {
         Clock::Refused(why) => Some(why.as_str()),
         _ => None,
     }) {
-        Some(why) => format!("guest agents set the clock in {} of {} clones ({why})", set, clocks.len()),
+        Some(why) => format!("guest agents set the clock in {set} of {clones} ({why})"),
         None if no_channel > 0 => "the VM has no channel for a guest agent".to_owned(),
-        None => format!("no guest agent runs in {} of {} clones", clocks.len() - set, clocks.len()),
+        None => format!("no guest agent runs in {} of {clones}", clocks.len() - set),
     };
     format!(
         "the template is {age} old, and the system clocks of its clones are behind by the same time: {why}; set \
@@ -236,7 +238,7 @@ fn span(age: Duration) -> String {
         7200..172_800 => (seconds / 3600, "hour"),
         _ => (seconds / 86400, "day"),
     };
-    crate::clones::counted(number, unit, &format!("{unit}s"))
+    counted(number, unit, &format!("{unit}s"))
 }
 
 fn all_have_exited(clones: &[Entry]) -> bool {

@@ -73,11 +73,8 @@ impl Target {
     /// build does not support the recipe.
     pub fn recipe(&self) -> Result<Recipe> {
         self.recipe_if_any()?.ok_or_else(|| {
-            Error::usage(format!(
-                "template {} has no launch recipe, because it was not captured from a VM",
-                self.name
-            ))
-            .remedy("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
+            Error::usage(Recipe::missing(&self.name))
+                .remedy("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
         })
     }
 

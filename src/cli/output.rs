@@ -141,7 +141,8 @@ fn error_json(error: &Error) -> Value {
     })
 }
 
-fn fail(error: &Error, json: bool) -> ExitCode {
+/// Reports an error as text or JSON, and returns its exit code.
+pub fn fail(error: &Error, json: bool) -> ExitCode {
     if json {
         // If standard output cannot be written, the exit code still reports the failure.
         let _ = writeln!(Patient(io::stdout()), "{}", with_schema(json!({"error": error_json(error)})));
@@ -162,17 +163,4 @@ pub fn start_log(level: &str) {
     env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
         .format_timestamp(None)
         .init();
-}
-
-/// Reports an error of the argument parser, as text or JSON as the call requests, and returns the exit code.
-pub fn clap_error(error: &clap::Error) -> ExitCode {
-    use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
-    let help = matches!(error.kind(), DisplayHelp | DisplayVersion);
-    if !help && std::env::args_os().any(|a| a == "--json") {
-        let text = error.render().to_string();
-        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        return fail(&Error::usage(first).remedy("run 'stencil --help'"), true);
-    }
-    let _ = error.print();
-    ExitCode::from(if help { 0 } else { Code::Usage.exit_code() })
 }

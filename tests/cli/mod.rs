@@ -7,6 +7,7 @@ pub mod demo;
 pub mod doctor;
 pub mod documented_commands;
 pub mod documents;
+pub mod habits;
 pub mod inherited;
 pub mod layers;
 pub mod progress;

@@ -4,3 +4,4 @@ mod check;
 pub(super) mod doctor;
 pub(super) mod generate;
 mod kernel;
+pub(super) mod version;

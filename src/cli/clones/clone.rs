@@ -20,6 +20,7 @@ use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::stop;
 use crate::error::{Code, Error, Result};
+use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
@@ -144,7 +145,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
         cancel: &cancel,
     };
-    if global.draws() {
+    if global.shows_progress() {
         hydrate::show(&target, &*global.progress(), &cancel);
     }
     let start = Instant::now();
@@ -171,7 +172,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     };
     let done = if args.wait {
         let Launched { clones, failures, children, .. } = launched;
-        code = wait(&clones, children, &cancel)?;
+        code = wait(&clones, children, &cancel, &*global.progress())?;
         Done::report(report(clones, failures, true))
     } else {
         Done::report(report(launched.clones, launched.failures, false))
@@ -252,6 +253,7 @@ fn wait(
     clones: &[Entry],
     mut children: Vec<std::process::Child>,
     cancel: &std::sync::atomic::AtomicBool,
+    progress: &dyn Progress,
 ) -> Result<u8> {
     let mut code = 0;
     loop {
@@ -267,7 +269,7 @@ fn wait(
             Err(_) => false,
         });
         if cancel.load(Ordering::Relaxed) {
-            stop(clones, Duration::from_secs(10))?;
+            stop(clones, Duration::from_secs(10), progress)?;
             return Err(Error::failed("interrupted: the clones were stopped").remedy("run the command again"));
         }
         if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && all_have_exited(clones) {

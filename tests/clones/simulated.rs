@@ -60,6 +60,9 @@ fn simulated_clones_touch_exactly_the_requested_pages() {
         }
         let log = world.stencil(&["logs", &ids[0]]).ok().out;
         assert!(log.contains("wrote 333 pages of memory"), "{log}");
+        let one = world.json(&["clone", "web", "--simulate", "write=1p"]);
+        let log = world.stencil(&["logs", one["clones"][0]["id"].as_str().unwrap()]).ok().out;
+        assert!(log.contains("read 0 pages, wrote 1 page of memory"), "{log}");
         world.stencil(&["stop", "--all"]).ok();
         assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
         assert_eq!(std::fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);

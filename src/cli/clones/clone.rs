@@ -281,3 +281,17 @@ fn wait(
     registry::wait_for_watchdogs(clones);
     Ok(code)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clock_note_counts_clones_with_their_noun() {
+        let note = |clocks: &[Clock]| clock_note(Duration::from_secs(60), clocks);
+        assert!(note(&[Clock::NoAgent]).contains("no guest agent runs in 1 of 1 clone;"));
+        assert!(note(&[Clock::NoAgent, Clock::Set]).contains("no guest agent runs in 1 of 2 clones;"));
+        let refused = note(&[Clock::Refused("denied".into())]);
+        assert!(refused.contains("guest agents set the clock in 0 of 1 clone (denied);"), "{refused}");
+    }
+}

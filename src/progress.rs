@@ -6,8 +6,9 @@ use crate::units::Bytes;
 pub trait Progress: Sync {
     /// Starts a phase. `total` is the size of the phase in bytes, if known.
     fn start(&self, phase: &str, total: Option<Bytes>);
-    /// Starts a phase that counts items instead of bytes. One item is one byte of [`advance`](Self::advance).
-    fn start_count(&self, phase: &str, total: u64);
+    /// Starts a phase that counts items of a kind, such as `clones`, instead of bytes. One item is one byte of
+    /// [`advance`](Self::advance).
+    fn start_count(&self, phase: &str, unit: &'static str, total: u64);
     /// Adds `done` bytes to the current phase.
     fn advance(&self, done: Bytes);
     /// Ends the current phase.
@@ -20,7 +21,7 @@ pub struct Silent;
 
 impl Progress for Silent {
     fn start(&self, _phase: &str, _total: Option<Bytes>) {}
-    fn start_count(&self, _phase: &str, _total: u64) {}
+    fn start_count(&self, _phase: &str, _unit: &'static str, _total: u64) {}
     fn advance(&self, _done: Bytes) {}
     fn finish(&self) {}
 }

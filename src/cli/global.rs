@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::progress;
+use super::progress::{self, Form};
+use crate::progress::{Progress, Silent};
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
@@ -24,6 +25,9 @@ pub struct Global {
     /// Print one JSON object instead of text
     #[arg(long, global = true)]
     pub json: bool,
+    /// Report progress on standard error: auto (a bar, on a terminal) or json (one JSON object a line)
+    #[arg(long, global = true, value_name = "FORM", default_value = "auto", hide_possible_values = true)]
+    pub progress: Form,
     /// Print only results and errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
@@ -33,13 +37,22 @@ pub struct Global {
 }
 
 impl Global {
-    /// Returns true if progress is drawn: standard error is a terminal, and neither `--quiet` nor `--json` is given.
-    pub fn draws(&self) -> bool {
+    /// Returns true if a bar is drawn: standard error is a terminal, and neither `--quiet` nor `--json` is given.
+    fn draws(&self) -> bool {
         !self.quiet && !self.json && std::io::IsTerminal::is_terminal(&std::io::stderr())
     }
 
-    /// Returns a progress bar on standard error if progress is drawn, otherwise a sink that draws nothing.
-    pub fn progress(&self) -> Box<dyn crate::progress::Progress> {
-        if self.draws() { progress::bar() } else { Box::new(crate::progress::Silent) }
+    /// Returns true if progress is reported.
+    pub fn shows_progress(&self) -> bool {
+        self.progress == Form::Json || self.draws()
+    }
+
+    /// Returns the receiver of progress for standard error, in the form that the options select.
+    pub fn progress(&self) -> Box<dyn Progress> {
+        match self.progress {
+            Form::Json => progress::json_lines(),
+            Form::Auto if self.draws() => progress::bar(),
+            Form::Auto => Box::new(Silent),
+        }
     }
 }

@@ -8,6 +8,7 @@ mod host;
 mod interrupt;
 mod mount;
 mod output;
+mod parse_error;
 mod progress;
 mod store;
 mod store_filter;
@@ -41,9 +42,11 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     Import(store::import::ImportArgs),
+    #[command(alias = "images", alias = "list")]
     Ls(store::ls::LsArgs),
     Inspect(store::inspect::InspectArgs),
     Tag(store::tag::TagArgs),
+    #[command(alias = "rmi")]
     Rm(store::rm::RmArgs),
     Chmod(store::chmod::ChmodArgs),
     Chown(store::chmod::ChownArgs),
@@ -67,6 +70,7 @@ enum Command {
     #[command(hide = true)]
     Generate(host::generate::GenerateArgs),
     Mount(mount::attach::MountArgs),
+    #[command(alias = "unmount")]
     Umount(mount::umount::UmountArgs),
     Restart(mount::restart::RestartArgs),
     Status(mount::status::StatusArgs),
@@ -74,7 +78,11 @@ enum Command {
     Clone(clones::clone::CloneArgs),
     Ps(clones::ps::PsArgs),
     Logs(clones::logs::LogsArgs),
+    #[command(alias = "kill")]
     Stop(clones::stop::StopArgs),
+    /// Print the version
+    #[command(hide = true)]
+    Version,
 }
 
 fn run(cli: Cli) -> Result<Done> {
@@ -110,6 +118,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Ps(args) => clones::ps::run(args, global),
         Command::Logs(args) => clones::logs::run(args, global),
         Command::Stop(args) => clones::stop::run(args, global),
+        Command::Version => Ok(host::version::run()),
     }
 }
 
@@ -125,7 +134,10 @@ pub fn main() -> ExitCode {
         Cli::command().try_get_matches().and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (mut cli, matches) = match parsed {
         Ok(parsed) => parsed,
-        Err(error) => return output::clap_error(&error.format(&mut Cli::command())),
+        Err(error) => {
+            let mut cli = Cli::command();
+            return parse_error::report(&error.format(&mut cli), &mut cli);
+        }
     };
     cli.global.names_store = matches.value_source("store") != Some(ValueSource::DefaultValue);
     let level = match (cli.global.quiet, cli.global.verbose) {

@@ -141,7 +141,8 @@ fn error_json(error: &Error) -> Value {
     })
 }
 
-fn fail(error: &Error, json: bool) -> ExitCode {
+/// Reports an error as text or JSON, and returns its exit code.
+pub fn fail(error: &Error, json: bool) -> ExitCode {
     if json {
         // If standard output cannot be written, the exit code still reports the failure.
         let _ = writeln!(Patient(io::stdout()), "{}", with_schema(json!({"error": error_json(error)})));
@@ -162,33 +163,4 @@ pub fn start_log(level: &str) {
     env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
         .format_timestamp(None)
         .init();
-}
-
-/// Reports an error of the argument parser, as text or JSON as the call requests, and returns the exit code.
-pub fn clap_error(error: &clap::Error) -> ExitCode {
-    use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
-    let help = matches!(error.kind(), DisplayHelp | DisplayVersion);
-    if !help && std::env::args_os().any(|a| a == "--json") {
-        return fail(&usage_error(&error.render().to_string()), true);
-    }
-    let _ = error.print();
-    ExitCode::from(if help { 0 } else { Code::Usage.exit_code() })
-}
-
-/// Returns the error of clap's text: a message whose following lines, if indented, list arguments or values; then, after
-/// empty lines, tips, the usage and a reference to `--help`.
-fn usage_error(text: &str) -> Error {
-    let text = text.trim_start_matches("error: ");
-    let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));
-    let mut lines = message.lines().map(str::trim);
-    let first = lines.next().unwrap_or_default();
-    let listed = lines.collect::<Vec<_>>().join(", ");
-    let message = if listed.is_empty() { first.to_owned() } else { format!("{first} {listed}") };
-    let part = |prefix| rest.lines().find_map(|line| line.trim_start().strip_prefix(prefix));
-    let remedy = match (part("tip: "), part("Usage: ")) {
-        (Some(tip), _) => tip.to_owned(),
-        (None, Some(usage)) => format!("use: {usage}"),
-        (None, None) => "run 'stencil --help'".to_owned(),
-    };
-    Error::usage(message).remedy(remedy)
 }

@@ -9,7 +9,9 @@ use super::qmp::Qmp;
 use super::registry::process_tree::{self, ProcessTrees};
 use super::registry::{self, Entry, Kind};
 use crate::error::Result;
+use crate::progress::Progress;
 use crate::sys::process::ProcessId;
+use crate::units::Bytes;
 
 /// How a clone was stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -29,26 +31,27 @@ pub enum How {
 /// # Errors
 /// Returns an error if a process does not exit after SIGKILL, or a directory cannot be removed. All other clones are
 /// stopped.
-pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
+pub fn stop(entries: &[Entry], grace: Duration, progress: &dyn Progress) -> Result<Vec<How>> {
+    progress.start_count("stop", "clones", entries.len() as u64);
     let trees = ProcessTrees::scan(entries);
     let mut outcome: Vec<How> = Vec::with_capacity(entries.len());
-    let mut signalled = vec![];
+    let mut running = vec![];
     for entry in entries {
         let processes = trees.of(entry);
         outcome.push(if processes.is_empty() { How::Gone } else { How::Stopped });
-        for process in processes {
+        for process in &processes {
             // A process that cannot be signalled cannot be killed either: `kill` below returns the error.
             let _ = process.signal(Signal::TERM);
-            signalled.push(process);
         }
+        running.push(processes);
     }
-    wait_all(&signalled, Instant::now() + grace / 2);
+    wait_all(&mut running, Instant::now() + grace / 2, progress);
     for entry in entries.iter().filter(|e| e.kind == Kind::Qemu && e.is_alive()) {
         // If another program holds the QMP session or QEMU hangs, the process is killed below.
         let quit = Qmp::connect(&entry.qmp_path()).and_then(|mut qmp| qmp.run("quit", json!({})));
         quit.map(drop).unwrap_or_else(|error| log::info!("clone {}: {error}", entry.id));
     }
-    wait_all(&signalled, Instant::now() + grace / 2);
+    wait_all(&mut running, Instant::now() + grace / 2, progress);
     let trees = ProcessTrees::scan(entries);
     for (entry, how) in entries.iter().zip(&mut outcome) {
         if !trees.of(entry).is_empty() {
@@ -63,16 +66,25 @@ pub fn stop(entries: &[Entry], grace: Duration) -> Result<Vec<How>> {
         problem = problem.or(entry.remove().err());
     }
     registry::wait_for_watchdogs(entries);
+    progress.advance(Bytes::new(running.len() as u64));
+    progress.finish();
     match problem {
         Some(error) => Err(error),
         None => Ok(outcome),
     }
 }
 
-/// Waits until all processes have exited, or until the deadline.
-fn wait_all(processes: &[ProcessId], deadline: Instant) {
-    for process in processes {
+/// Waits until all processes of all clones have exited, or until the deadline. Removes the clones that have ended.
+fn wait_all(running: &mut Vec<Vec<ProcessId>>, deadline: Instant, progress: &dyn Progress) {
+    running.retain(|processes| {
         // A process that cannot be waited for is killed later.
-        let _ = process.wait_for_exit(deadline.saturating_duration_since(Instant::now()));
-    }
+        let exits = |process: &&ProcessId| {
+            process.wait_for_exit(deadline.saturating_duration_since(Instant::now())).unwrap_or(false)
+        };
+        let has_ended = processes.iter().filter(exits).count() == processes.len();
+        if has_ended {
+            progress.advance(Bytes::new(1));
+        }
+        !has_ended
+    });
 }

@@ -22,7 +22,7 @@ pub(super) fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role
         notes.push(
             Note::new("charged-in-full", "the whole size of each clone is charged to Committed_AS")
                 .bytes(size)
-                .remedy("use reserve=off"),
+                .remedy("use reserve=off, which QEMU accepts unless vm.overcommit_memory is 2"),
         );
     }
     let Some(file) = file else { return notes };

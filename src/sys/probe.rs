@@ -60,6 +60,11 @@ pub fn number(path: &str) -> Option<u64> {
     setting(path)?.parse().ok()
 }
 
+/// Returns true if the kernel commits memory strictly (`vm.overcommit_memory=2`): `MAP_NORESERVE` then has no effect.
+pub fn commits_strictly() -> bool {
+    number("/proc/sys/vm/overcommit_memory") == Some(2)
+}
+
 /// Returns true if this process has the effective capability `CAP_SYS_ADMIN` (bit 21).
 pub fn has_sys_admin() -> bool {
     capability(21)

@@ -27,7 +27,7 @@ fn recipe_edit_changes_a_recipe_or_leaves_it_untouched() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&vec![1; 1 << 20], "web");
-    world.stencil(&["inspect", "web", "--recipe"]).exits(4).says("has no launch recipe");
+    world.stencil(&["inspect", "web", "--recipe"]).exits(4).says("has no launch recipe, because it was not");
     world
         .stencil(&["recipe", "edit", "web"])
         .exits(2)

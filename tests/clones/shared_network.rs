@@ -75,7 +75,7 @@ fn clones_on_a_bridge_stay_silent_until_they_have_addresses() {
     assert!(captured["warnings"].to_string().contains("their links stay down"), "{captured}");
     let before: Vec<String> = taps().into_iter().map(|(name, _)| name).collect();
     let done = world.stencil(&["--json", "clone", "vm:1", "-n", "2"]).ok();
-    assert!(done.err.contains("note: the network cards on lan have no link"), "{}", done.err);
+    assert!(done.err.contains("note: the network cards on lan are unplugged (link down)"), "{}", done.err);
     let launched: Value = serde_json::from_str(&done.out).unwrap();
     assert!(launched["warnings"][0].as_str().unwrap().contains("name=lan"), "{launched}");
 

@@ -60,6 +60,9 @@ fn simulated_clones_touch_exactly_the_requested_pages() {
         }
         let log = world.stencil(&["logs", &ids[0]]).ok().out;
         assert!(log.contains("wrote 333 pages of memory"), "{log}");
+        let one = world.json(&["clone", "web", "--simulate", "write=1p"]);
+        let log = world.stencil(&["logs", one["clones"][0]["id"].as_str().unwrap()]).ok().out;
+        assert!(log.contains("read 0 pages, wrote 1 page of memory"), "{log}");
         world.stencil(&["stop", "--all"]).ok();
         assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
         assert_eq!(std::fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
@@ -126,10 +129,13 @@ fn invalid_clone_requests_are_refused() {
     let _host = host::shared();
     let world = TestMount::unmounted();
     world.import_bytes(&image(16), "web");
-    world.stencil(&["clone", "web", "--simulate", "write=1p"]).exits(1).says("no mount serves this store");
+    world.stencil(&["clone", "web", "--simulate", "write=1p"]).exits(4).says("the store is not mounted");
     world.mount(&[]).ok();
     world.stencil(&["clone", "other", "--simulate", "write=1p"]).exits(4);
-    world.stencil(&["clone", "web"]).exits(2).says("has no launch recipe");
+    world
+        .stencil(&["clone", "web"])
+        .exits(2)
+        .says("template web:latest has no launch recipe, because it was not");
     world.stencil(&["clone", "web", "--simulate", "write=101%"]).exits(2);
     world.stencil(&["clone", "web", "--simulate", "write=17p"]).exits(2);
     world

@@ -164,6 +164,27 @@ fn the_first_open_waits_for_the_backing() {
 }
 
 #[test]
+fn status_states_in_words_how_a_file_is_served() {
+    let _host = host::shared();
+    for (serve, before, after) in
+        [("passthrough", "passthrough, not hydrated yet", "passthrough"), ("decode", "decode", "decode")]
+    {
+        let world = TestMount::new(serve);
+        let digest = world.import_bytes(&random(3, 1 << 20), "web:1");
+        let table = || {
+            let text = world.stencil(&["status"]).ok().out;
+            let row = text.lines().find(|line| line.contains(&digest[..12])).unwrap();
+            let cells: Vec<&str> = row.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
+            cells.into_iter().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let row = |serving: &str| [&digest[..12], "memory", "1.00 MiB", serving, "0"].map(str::to_owned);
+        assert_eq!(table(), row(before), "{serve}");
+        let _open = File::open(world.file(&digest, "memory")).unwrap();
+        assert_eq!(table(), row(after), "{serve}");
+    }
+}
+
+#[test]
 fn a_template_larger_than_the_cache_is_served_by_decode() {
     let _host = host::shared();
     let bytes = random(2, 16 << 20);

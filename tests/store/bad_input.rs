@@ -202,7 +202,16 @@ fn missing_stores_and_templates_are_reported() {
     refused(&fixture, &["inspect", &"0".repeat(64)], 4, &["no template"]);
     refused(&fixture, &["inspect", "a@sha256:00"], 2, &["NAME@blake3:HEX"]);
     refused(&fixture, &["export", "a/nope", "x"], 4, &["no file 'nope'", "memory"]);
-    refused(&fixture, &["path", "a"], 4, &["not mounted", "stencil mount"]);
+    for command in
+        [&["path", "a"][..], &["args", "a", "--vmm", "qemu"], &["clone", "a", "--simulate", "write=1p"]]
+    {
+        refused(
+            &fixture,
+            command,
+            4,
+            &["error: the store is not mounted: ", "hint: mount the store: ", "mount MNT"],
+        );
+    }
     refused(&fixture, &["export", "a", "/no/such/folder/x"], 4, &["No such file"]);
 }
 

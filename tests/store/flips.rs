@@ -244,7 +244,7 @@ fn flip(sound: &Sound, dir: &Path, place: Place<'_>, repair: bool) -> bool {
         }
     }
     let stop = AtomicBool::new(false);
-    let _ = store.usage(&stop).inspect_err(assert_no_panic);
+    let _ = store.usage(&stop, &Silent).inspect_err(assert_no_panic);
     let _ = store
         .collect(Collect { dry_run: Some(&[]), all: false }, &stop, &Silent)
         .inspect_err(assert_no_panic);

@@ -331,7 +331,7 @@ struct Remover<'a> {
 
 impl Progress for Remover<'_> {
     fn start(&self, _: &str, _: Option<Bytes>) {}
-    fn start_count(&self, _: &str, _: u64) {}
+    fn start_count(&self, _: &str, _: &'static str, _: u64) {}
     fn advance(&self, _: Bytes) {
         if !self.done.swap(true, Ordering::Relaxed) {
             let what = TemplateRef::Digest(self.digest);
@@ -387,7 +387,7 @@ impl Progress for PutBack<'_> {
         has_gone.recv().unwrap();
         self.done.store(true, Ordering::Relaxed);
     }
-    fn start_count(&self, _: &str, _: u64) {}
+    fn start_count(&self, _: &str, _: &'static str, _: u64) {}
     fn advance(&self, _: Bytes) {}
     fn finish(&self) {}
 }

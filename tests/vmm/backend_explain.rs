@@ -35,7 +35,7 @@ fn explains_an_accepted_object_as_text_and_json() {
         "{text}"
     );
     assert!(lines[2].starts_with("VmFlags  rd wr "), "{text}");
-    assert!(lines[4].contains("4.00 MiB") && lines[5].trim() == "use reserve=off", "{text}");
+    assert!(lines[4].contains("4.00 MiB") && lines[5].trim().starts_with("use reserve=off, "), "{text}");
 
     let value: serde_json::Value = serde_json::from_slice(&explain(&files, object, true).stdout).unwrap();
     assert_eq!(value["schema"], 1);
@@ -43,7 +43,7 @@ fn explains_an_accepted_object_as_text_and_json() {
     assert_eq!(value["role"], "template");
     assert_eq!(value["size_bytes"], 4 << 20);
     assert_eq!(value["notes"][0]["bytes"], 4 << 20);
-    assert_eq!(value["notes"][0]["remedy"], "use reserve=off");
+    assert!(value["notes"][0]["remedy"].as_str().unwrap().starts_with("use reserve=off, "), "{value}");
 }
 
 #[test]

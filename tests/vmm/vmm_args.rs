@@ -13,7 +13,7 @@ use stencilfs::clones::qmp::Qmp;
 use crate::support::guest::{self, Qemu, heartbeats, linux, patiently, qemu_words};
 use crate::support::host;
 use crate::support::libvirt::Domain;
-use crate::support::mount::{TestMount, run};
+use crate::support::mount::{STENCIL, TestMount, run};
 use crate::support::passing::Running;
 use crate::support::store::guest_like;
 use crate::vmm::firecracker::state;
@@ -84,6 +84,22 @@ fn mappings_of(world: &TestMount, parent: &mut Running, pid: u32) -> Vec<(String
     maps
 }
 
+/// Returns what `explain` advises about each memory object of a printed command line.
+fn advice(world: &TestMount, line: &str) -> Vec<String> {
+    let mut advice = vec![];
+    let objects = line.lines().filter_map(|line| line.trim().strip_prefix("-object "));
+    for object in objects.filter(|object| object.contains("memory-backend-")) {
+        let command = format!("{STENCIL} --json explain {}", object.trim_end_matches(" \\"));
+        let output = Command::new("sh").args(["-c", &command]).current_dir(world.dir()).output().unwrap();
+        assert!(output.status.success(), "{command}: {output:?}");
+        let reply: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let notes = reply["notes"].as_array().unwrap().iter();
+        advice.extend(notes.filter_map(|note| Some(note["remedy"].as_str()?.to_owned())));
+    }
+    assert!(line.contains("-object "), "{line}");
+    advice
+}
+
 fn import(world: &TestMount, tag: &str, files: &[(&str, usize, &str)]) {
     let mut words = vec!["import".to_owned()];
     for (number, (name, mib, kind)) in files.iter().enumerate() {
@@ -120,7 +136,9 @@ fn each_qemu_command_line_runs_as_printed() {
             ("nodes", vec![file("memory", "rw-p", 64), file("memory-n1", "rw-p", 32)]),
             ("rom", vec![file("img", "r--s", 6), file("memory", "rw-p", 64), file("odd", "r--s", 5)]),
         ] {
-            let mut qemu = Running::shell(&world, &text(&world, template, "qemu"));
+            let line = text(&world, template, "qemu");
+            assert_eq!(advice(&world, &line), Vec::<String>::new(), "{serve} {template}: {line}");
+            let mut qemu = Running::shell(&world, &line);
             assert_eq!(mappings(&world, &mut qemu), expected, "{serve} {template}");
         }
     }
@@ -137,6 +155,7 @@ fn the_line_of_a_captured_guest_has_its_options_and_quotes_paths() {
     let line = text(&world, "guest:v1", "qemu");
     assert!(line.contains("id=ram0") && line.contains("memory-backend=ram0"), "{line}");
     assert!(line.contains("m,,n it'\\''s"), "{line}");
+    assert_eq!(advice(&world, &line), Vec::<String>::new(), "{line}");
     let mut qemu = Running::shell(&world, &line);
     assert_eq!(mappings(&world, &mut qemu), [("memory".to_owned(), "rw-p".to_owned(), 256)]);
     drop(qemu);
@@ -179,7 +198,7 @@ fn the_line_of_a_captured_guest_has_its_options_and_quotes_paths() {
     fs::write(&file, &domain).unwrap();
     run("virt-xml-validate", &[file.to_str().unwrap(), "domain"]);
     drop(mounted);
-    world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(1).says("no mount serves this store");
+    world.stencil(&["args", "guest:v1", "--vmm", "qemu"]).exits(4).says("the store is not mounted");
 }
 
 #[test]
@@ -195,6 +214,10 @@ fn the_libvirt_domain_is_valid_and_runs() {
     let broken = Command::new("virt-xml-validate").arg(&file).arg("domain").output().unwrap();
     assert!(!broken.status.success(), "the schema accepts an unknown element");
 
+    let words =
+        domain.lines().filter_map(|line| line.trim().strip_prefix("<qemu:arg value='")?.strip_suffix("'/>"));
+    let line = words.map(|word| if word == "-object" { "-object ".into() } else { format!("{word}\n") });
+    assert_eq!(advice(&world, &line.collect::<String>()), Vec::<String>::new(), "{domain}");
     let mut running = Domain::start(&world, &domain);
     let expected = [("img".to_owned(), "r--s".to_owned(), 6), ("memory".to_owned(), "rw-p".to_owned(), 64)];
     let pid = running.qemu;
@@ -336,6 +359,9 @@ fn the_script_for_kata_resumes_a_real_guest() {
     let density = world.json(&["density"]);
     let private = density["clones"][0]["private_bytes"].as_u64().unwrap();
     assert!(private < 64 << 20, "prealloc was not removed: {private} private bytes");
+    let words = fs::read_to_string(format!("/proc/{}/cmdline", qemu.0.id())).unwrap().replace('\0', "\n");
+    let line = words.replace("-object\n", "-object ");
+    assert_eq!(advice(&world, &line), Vec::<String>::new(), "{line}");
 }
 
 #[test]

@@ -69,7 +69,11 @@ impl Judge {
             let idle = now.saturating_duration_since(since);
             if idle >= self.limit {
                 let count = reading.waiting - reading.parked;
-                return Verdict::Replace(format!("{count} requests unread for {:.1} s", idle.as_secs_f64()));
+                let requests = if count == 1 { "request" } else { "requests" };
+                return Verdict::Replace(format!(
+                    "{count} {requests} unread for {:.1} s",
+                    idle.as_secs_f64()
+                ));
             }
         }
         match slow {

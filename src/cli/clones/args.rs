@@ -13,6 +13,7 @@ use crate::clones::launch::Target;
 use crate::clones::vmm::{Paste, Served, Vmm, paste};
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
+use crate::sys::probe;
 
 /// Print the arguments for another VMM to run guests from a template
 ///
@@ -69,6 +70,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
         values: target.values(),
         recipe: target.recipe_if_any()?,
         state_head: state_head(&store.template(&target.digest)?)?,
+        commits_strictly: probe::commits_strictly(),
     };
     let Paste { text, argv, body, notes } = paste(args.vmm, &served)?;
     if !global.quiet && !global.json {

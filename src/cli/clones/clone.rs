@@ -14,11 +14,13 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
+use crate::clones::counted;
 use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::stop;
 use crate::error::{Code, Error, Result};
+use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
@@ -143,7 +145,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
         cancel: &cancel,
     };
-    if global.draws() {
+    if global.shows_progress() {
         hydrate::show(&target, &*global.progress(), &cancel);
     }
     let start = Instant::now();
@@ -170,7 +172,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     };
     let done = if args.wait {
         let Launched { clones, failures, children, .. } = launched;
-        code = wait(&clones, children, &cancel)?;
+        code = wait(&clones, children, &cancel, &*global.progress())?;
         Done::report(report(clones, failures, true))
     } else {
         Done::report(report(launched.clones, launched.failures, false))
@@ -196,8 +198,8 @@ fn disk_directory(path: &Path) -> Result<PathBuf> {
 
 fn link_is_down(network: String) -> String {
     format!(
-        "the network cards on {network} have no link, because their guests still have the MAC and IP address of the \
-         captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
+        "the network cards on {network} are unplugged (link down), because their guests still have the MAC and IP \
+         address of the captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
          qmp.sock of the clone (docs/how-to/renew-clones.md)"
     )
 }
@@ -213,13 +215,14 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
              properties that a clone must renew"
         );
     }
+    let clones = counted(clocks.len() as u64, "clone", "clones");
     let why = match clocks.iter().find_map(|clock| match clock {
         Clock::Refused(why) => Some(why.as_str()),
         _ => None,
     }) {
-        Some(why) => format!("guest agents set the clock in {} of {} clones ({why})", set, clocks.len()),
+        Some(why) => format!("guest agents set the clock in {set} of {clones} ({why})"),
         None if no_channel > 0 => "the VM has no channel for a guest agent".to_owned(),
-        None => format!("no guest agent runs in {} of {} clones", clocks.len() - set, clocks.len()),
+        None => format!("no guest agent runs in {} of {clones}", clocks.len() - set),
     };
     format!(
         "the template is {age} old, and the system clocks of its clones are behind by the same time: {why}; set \
@@ -236,7 +239,7 @@ fn span(age: Duration) -> String {
         7200..172_800 => (seconds / 3600, "hour"),
         _ => (seconds / 86400, "day"),
     };
-    crate::clones::counted(number, unit, &format!("{unit}s"))
+    counted(number, unit, &format!("{unit}s"))
 }
 
 fn all_have_exited(clones: &[Entry]) -> bool {
@@ -250,6 +253,7 @@ fn wait(
     clones: &[Entry],
     mut children: Vec<std::process::Child>,
     cancel: &std::sync::atomic::AtomicBool,
+    progress: &dyn Progress,
 ) -> Result<u8> {
     let mut code = 0;
     loop {
@@ -265,7 +269,7 @@ fn wait(
             Err(_) => false,
         });
         if cancel.load(Ordering::Relaxed) {
-            stop(clones, Duration::from_secs(10))?;
+            stop(clones, Duration::from_secs(10), progress)?;
             return Err(Error::failed("interrupted: the clones were stopped").remedy("run the command again"));
         }
         if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && all_have_exited(clones) {
@@ -276,4 +280,18 @@ fn wait(
     clones.iter().try_for_each(Entry::remove)?;
     registry::wait_for_watchdogs(clones);
     Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clock_note_counts_clones_with_their_noun() {
+        let note = |clocks: &[Clock]| clock_note(Duration::from_secs(60), clocks);
+        assert!(note(&[Clock::NoAgent]).contains("no guest agent runs in 1 of 1 clone;"));
+        assert!(note(&[Clock::NoAgent, Clock::Set]).contains("no guest agent runs in 1 of 2 clones;"));
+        let refused = note(&[Clock::Refused("denied".into())]);
+        assert!(refused.contains("guest agents set the clock in 0 of 1 clone (denied);"), "{refused}");
+    }
 }

@@ -4,25 +4,36 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{slice, thread};
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use crate::cli::Global;
 use crate::cli::output::{Done, Report};
-use crate::clones::registry::{self, LOG, SERIAL_LOG};
+use crate::clones::registry::process_tree::ProcessTrees;
+use crate::clones::registry::{self, Entry, LOG, SERIAL_LOG};
 use crate::error::{Error, Result};
+use crate::sys::poll::Patient;
+
+/// Interval at which a followed log is read again.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Print the output of a clone and of its guest's serial port
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   stencil logs c1a2b3c4
+  stencil logs -f c1a2b3c4
   stencil logs c1a2b3c4 --json")]
 pub struct LogsArgs {
     /// Id of the clone
     #[arg(value_name = "ID")]
     id: String,
+    /// Print further output as it is written, until the clone has ended
+    #[arg(short, long)]
+    follow: bool,
 }
 
 struct LogsReport {
@@ -57,8 +68,14 @@ impl Report for LogsReport {
 ///
 /// # Errors
 /// Returns `Code::NotFound` if the clone does not exist, and an error if its log cannot be read.
-pub fn run(args: &LogsArgs, _global: &Global) -> Result<Done> {
+pub fn run(args: &LogsArgs, global: &Global) -> Result<Done> {
     let entry = registry::find(&args.id)?;
+    if args.follow && global.json {
+        return Err(Error::usage("cannot follow a log in one JSON object").remedy("omit --json or --follow"));
+    }
+    if args.follow {
+        return follow(&entry);
+    }
     let text = |name: &str| {
         let path = entry.dir.join(name);
         let failed = |e| {
@@ -70,6 +87,40 @@ pub fn run(args: &LogsArgs, _global: &Global) -> Result<Done> {
     };
     let (log, serial) = (text(LOG)?.unwrap_or_default(), text(SERIAL_LOG)?);
     Ok(Done::report(LogsReport { log, serial, sockets: sockets(&entry.dir)?, id: entry.id }))
+}
+
+/// Prints the logs as they grow, until the clone has ended.
+fn follow(entry: &Entry) -> Result<Done> {
+    entry.expect_ours()?;
+    let fail = |e| Error::io("cannot print the log of a clone", &entry.dir, e);
+    let mut logs = [(LOG, None), (SERIAL_LOG, None)];
+    let mut out = Patient(io::stdout());
+    loop {
+        // The end of the clone is seen before its last output is read.
+        let runs = runs(&entry.id);
+        for (name, log) in &mut logs {
+            if log.is_none() {
+                *log = entry.open_file(name).map_err(fail)?;
+            }
+            let Some(log) = log else { continue };
+            match io::copy(log, &mut out) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Done::silent()),
+                copied => copied.map_err(fail)?,
+            };
+        }
+        if !runs {
+            return Ok(Done::silent());
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+/// Returns true while a process of the clone lives or may be started. A stopped clone has no record.
+fn runs(id: &str) -> bool {
+    registry::find(id).is_ok_and(|entry| {
+        let has_processes = || !ProcessTrees::scan(slice::from_ref(&entry)).of(&entry).is_empty();
+        entry.is_launching() || entry.is_alive() || has_processes()
+    })
 }
 
 /// Returns the sockets of serial ports and other character devices, without the QMP monitor.

@@ -26,12 +26,15 @@ use crate::sys::process::{ProcessId, signal_name};
 #[command(after_help = "\
 Examples:
   stencil ps
-  stencil ps --ids
+  stencil ps -q
   stencil --store /srv/store ps --json")]
 pub struct PsArgs {
-    /// Print only the ids of clones that Stencil launched
+    /// Print only the ids of clones that Stencil launched; same as -q
     #[arg(long)]
     ids: bool,
+    /// Accepted for users of other tools: clones that have ended are always listed
+    #[arg(short, long, hide = true)]
+    all: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -219,5 +222,5 @@ pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
         // A user who cannot inspect the processes of others still gets the recorded clones.
         Err(error) => log::warn!("cannot list other processes: {error}"),
     }
-    Ok(Done::report(PsReport { rows, unseen, unread, ids: args.ids }))
+    Ok(Done::report(PsReport { rows, unseen, unread, ids: args.ids || global.quiet }))
 }

@@ -82,7 +82,7 @@ pub fn run(args: &StopArgs, global: &Global) -> Result<Done> {
     } else {
         args.ids.iter().map(|id| may_be_stopped(id, &filter)).collect::<Result<Vec<_>>>()?
     };
-    let how = stop(&entries, Duration::from_secs(args.grace.into()))?;
+    let how = stop(&entries, Duration::from_secs(args.grace.into()), &*global.progress())?;
     if args.all {
         // Clones of a failed sweep and of unreadable records may still be running.
         swept?;

@@ -1,21 +1,23 @@
 //! `stencil doctor`: checks what the host supports, and what reduces sharing or speed.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::check::{Check, Verdict};
+use super::kernel;
 use crate::cli::Global;
 use crate::cli::mount::stuck::{self, Stuck};
 use crate::cli::output::{Done, Report, to_json};
-use crate::control;
+use crate::clones::counted;
+use crate::control::{self, Listing};
 use crate::error::{Code, Error, Result};
-use crate::sys::memory::cachestat;
-use crate::sys::memory::pagemap::{Pagemap, Query};
-use crate::sys::probe::{self, KernelRelease};
+use crate::sys::probe;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::procfs;
 use crate::units::Bytes;
@@ -40,44 +42,60 @@ pub struct DoctorArgs {
     yes: bool,
 }
 
-/// The result of a check.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Verdict {
-    Ok,
-    /// The feature works, at a cost that the check names.
-    Note,
-    /// A requirement of Stencil is not met.
-    Missing,
-}
-
-/// One check of the host.
-#[derive(Debug, Clone, Serialize)]
-struct Check {
-    name: &'static str,
-    verdict: Verdict,
-    found: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    remedy: Option<String>,
-}
-
-impl Check {
-    fn ok(name: &'static str, found: impl Into<String>) -> Check {
-        Check { name, verdict: Verdict::Ok, found: found.into(), remedy: None }
-    }
-
-    fn note(name: &'static str, found: impl Into<String>, remedy: &str) -> Check {
-        Check { name, verdict: Verdict::Note, found: found.into(), remedy: Some(remedy.to_owned()) }
-    }
-
-    fn missing(name: &'static str, found: impl Into<String>, remedy: &str) -> Check {
-        Check { name, verdict: Verdict::Missing, found: found.into(), remedy: Some(remedy.to_owned()) }
-    }
-}
-
+#[derive(Serialize)]
 struct DoctorReport {
+    verdict: Verdict,
+    /// The verdict in one sentence.
+    summary: String,
+    counts: Counts,
     checks: Vec<Check>,
     stuck: Vec<Stuck>,
+}
+
+/// Numbers of checks by result.
+#[derive(Serialize)]
+struct Counts {
+    ok: usize,
+    note: usize,
+    unknown: usize,
+    missing: usize,
+}
+
+impl DoctorReport {
+    fn new(checks: Vec<Check>, stuck: Vec<Stuck>) -> DoctorReport {
+        let count = |verdict| checks.iter().filter(|check| check.verdict == verdict).count();
+        let counts = Counts {
+            ok: count(Verdict::Ok),
+            note: count(Verdict::Note),
+            unknown: count(Verdict::Unknown),
+            missing: count(Verdict::Missing),
+        };
+        let verdict = checks.iter().map(|check| check.verdict).max().unwrap_or(Verdict::Ok);
+        DoctorReport { verdict, summary: summary(verdict, &checks), counts, checks, stuck }
+    }
+}
+
+/// Returns the verdict in one sentence, with the number of checks of each result.
+fn summary(verdict: Verdict, checks: &[Check]) -> String {
+    let parts = [
+        (Verdict::Missing, "requirement missing", "requirements missing"),
+        (Verdict::Unknown, "unknown", "unknown"),
+        (Verdict::Note, "note", "notes"),
+        (Verdict::Ok, "ok", "ok"),
+    ];
+    let part = |(result, one, many)| {
+        let mut names: Vec<&str> = checks.iter().filter(|c| c.verdict == result).map(|c| c.name).collect();
+        let count = counted(names.len() as u64, one, many);
+        names.dedup();
+        match (names.is_empty(), result) {
+            (true, _) => None,
+            (false, Verdict::Ok) => Some(count),
+            (false, _) => Some(format!("{count} ({})", names.join(", "))),
+        }
+    };
+    let parts: Vec<String> = parts.into_iter().filter_map(part).collect();
+    let can = if verdict == Verdict::Missing { "cannot" } else { "can" };
+    format!("this host {can} run Stencil: {}", parts.join(", "))
 }
 
 /// Checks the host. The command exits with 1 if a requirement is not met.
@@ -88,94 +106,46 @@ pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
     if let Some(number) = args.fix_stuck {
         return Ok(Done::report(stuck::fix(number, args.yes)?));
     }
+    let (listing, unlisted) = match control::list() {
+        Ok(listing) => (listing, None),
+        Err(error) => (Listing::default(), Some(error)),
+    };
     let mut checks = vec![
-        kernel(),
-        pagemap_scan(),
-        page_cache_figures(),
-        device("fuse", "/dev/fuse", "load the kernel module: modprobe fuse"),
-        passthrough(),
+        kernel::kernel(),
+        kernel::pagemap_scan(),
+        kernel::page_cache_figures(),
+        device("fuse", "/dev/fuse", "load the kernel module (modprobe fuse), or run the command as root"),
+        kernel::passthrough(&listing.mounts),
         privileges(),
         closed_processes(),
-        isolation(),
+        kernel::isolation(),
         kvm(),
         qemu(version("qemu-system-x86_64")),
         qemu_img(version("qemu-img")),
-        huge_pages(),
-        ksm(),
-        swap(),
-        overcommit(),
-        read_size(),
+        kernel::huge_pages(),
+        kernel::ksm(),
+        kernel::swap(),
+        kernel::overcommit(),
+        kernel::read_size(),
         store(&global.store),
         cache(args.cache_dir.as_deref().unwrap_or(&global.store)),
     ];
     let stuck = stuck::find();
     checks.extend(connections(stuck.as_ref().map(Vec::as_slice)));
-    checks.extend(mounts());
-    let stuck = stuck.unwrap_or_default();
-    let missing = checks.iter().any(|check| check.verdict == Verdict::Missing);
-    let done = Done::report(DoctorReport { checks, stuck });
+    checks.extend(unlisted.iter().map(unread_mount));
+    checks.extend(mounts(&listing));
+    let report = DoctorReport::new(checks, stuck.unwrap_or_default());
+    let missing = report.verdict == Verdict::Missing;
+    let done = Done::report(report);
     Ok(if missing { done.exit_as(Code::Failed) } else { done })
 }
 
-fn kernel() -> Check {
-    match KernelRelease::running() {
-        Ok((release, name)) if release >= KernelRelease::OLDEST => Check::ok("kernel", name),
-        Ok((_, name)) => Check::missing(
-            "kernel",
-            format!("{name}, {} or later is required", KernelRelease::OLDEST),
-            "boot Linux 6.9 or later: on Debian 12, linux-image-amd64 from bookworm-backports",
-        ),
-        Err(error) => Check::missing("kernel", error.to_string(), "run this command on Linux"),
-    }
-}
-
-fn pagemap_scan() -> Check {
-    let tried = Pagemap::this_process().and_then(|map| map.scan(0..0x1_0000, &Query::default()));
-    match tried {
-        Ok(_) => Check::ok("PAGEMAP_SCAN", "works"),
-        Err(error) => Check::missing(
-            "PAGEMAP_SCAN",
-            error.to_string(),
-            "boot Linux 6.7 or later: PAGEMAP_SCAN counts dirty pages",
-        ),
-    }
-}
-
-fn page_cache_figures() -> Check {
-    let tried = std::fs::File::open("/proc/self/exe")
-        .map_err(|e| crate::error::Error::io("cannot open", "/proc/self/exe", e))
-        .and_then(|file| cachestat::cached(&file));
-    match tried {
-        Ok(_) => Check::ok("cachestat", "works"),
-        Err(error) => Check::missing(
-            "cachestat",
-            error.to_string(),
-            "boot Linux 6.5 or later: cachestat(2) counts resident pages",
-        ),
-    }
-}
-
+/// Checks that this process can open a device.
 fn device(name: &'static str, path: &str, remedy: &str) -> Check {
-    match std::fs::metadata(path) {
+    match File::options().read(true).write(true).open(path).and_then(|file| file.metadata()) {
         Ok(meta) if meta.file_type().is_char_device() => Check::ok(name, path),
         Ok(_) => Check::missing(name, format!("{path} is not a character device"), remedy),
         Err(error) => Check::missing(name, format!("{path}: {}", crate::error::errno_text(&error)), remedy),
-    }
-}
-
-/// Checks whether the kernel was built with FUSE passthrough. Only a mount can test the running kernel, so this check
-/// reads the kernel's configuration; `stencil status` reports the result for each mount.
-fn passthrough() -> Check {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let config = std::fs::read(format!("/boot/config-{release}")).ok();
-    match config.map(|text| String::from_utf8_lossy(&text).contains("CONFIG_FUSE_PASSTHROUGH=y")) {
-        Some(true) => Check::ok("passthrough", "supported by the kernel"),
-        Some(false) => Check::note(
-            "passthrough",
-            "the kernel was built without CONFIG_FUSE_PASSTHROUGH",
-            "boot a kernel with FUSE passthrough for faster page faults; until then, blocks are decoded",
-        ),
-        None => Check::ok("passthrough", "unknown until the first mount: no kernel configuration in /boot"),
     }
 }
 
@@ -214,35 +184,13 @@ fn closed_processes() -> Check {
     }
 }
 
-/// Checks the kernel features that confine a server.
-fn isolation() -> Check {
-    let mut lacks = Vec::new();
-    match probe::landlock_version() {
-        Some(version) if version >= probe::MIN_LANDLOCK_VERSION => {}
-        Some(version) => lacks.push(format!(
-            "the kernel supports version {version} of Landlock, which lacks restrictions of version {}",
-            probe::MIN_LANDLOCK_VERSION
-        )),
-        None => lacks.push("the kernel has no Landlock, or Landlock is disabled".to_owned()),
-    }
-    if !probe::has_seccomp_filters() {
-        lacks.push("the kernel has no seccomp filters".to_owned());
-    }
-    if lacks.is_empty() {
-        return Check::ok("isolation", "servers can be confined by Landlock and seccomp");
-    }
-    Check::note(
-        "isolation",
-        lacks.join("; "),
-        "boot a newer kernel with lsm=landlock,…; until then, servers are less confined (docs/explanation/security.md)",
-    )
-}
-
 fn kvm() -> Check {
     match device("kvm", "/dev/kvm", "") {
         check if check.verdict == Verdict::Ok => check,
         check => {
-            Check::note("kvm", check.found, "load kvm_intel or kvm_amd; until then, guests are emulated")
+            let remedy =
+                "load kvm_intel or kvm_amd, or join the group of /dev/kvm; until then, guests are emulated";
+            Check::note("kvm", check.found, remedy)
         }
     }
 }
@@ -297,75 +245,6 @@ fn qemu_img(version: io::Result<Option<String>>) -> Check {
     }
 }
 
-fn huge_pages() -> Check {
-    let Some(text) = probe::setting("/sys/kernel/mm/transparent_hugepage/enabled") else {
-        return Check::note(
-            "huge pages",
-            "the kernel has no transparent huge pages",
-            "templates are mapped by 4 KiB entries: more page tables and page faults",
-        );
-    };
-    match probe::chosen(&text).unwrap_or("unknown") {
-        "never" => Check::note(
-            "huge pages",
-            "never",
-            "let backings be mapped by 2 MiB entries: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-        ),
-        "always" => Check::note(
-            "huge pages",
-            "always",
-            "set madvise: a clone that writes one page of zeroed memory outside templates may take 2 MiB",
-        ),
-        word => Check::ok("huge pages", word),
-    }
-}
-
-fn ksm() -> Check {
-    match probe::number("/sys/kernel/mm/ksm/run") {
-        Some(1) => Check::note(
-            "ksm",
-            "running",
-            "merged copies are counted once, but each clone still reports them; the scanner takes CPU time",
-        ),
-        Some(_) => Check::ok("ksm", "off; template pages are shared without KSM"),
-        None => Check::ok("ksm", "not in this kernel; template pages are shared without KSM"),
-    }
-}
-
-fn swap() -> Check {
-    match procfs::meminfo("SwapTotal") {
-        Ok(Some(total)) if total > Bytes::ZERO => {
-            Check::ok("swap", format!("{total}; copied pages in swap are reported as swap_bytes"))
-        }
-        Ok(_) => Check::ok("swap", "none"),
-        Err(error) => Check::note("swap", error.to_string(), "mount /proc"),
-    }
-}
-
-fn overcommit() -> Check {
-    match probe::number("/proc/sys/vm/overcommit_memory") {
-        Some(2) => Check::note(
-            "overcommit",
-            "strict (vm.overcommit_memory=2)",
-            "use reserve=off, or set vm.overcommit_memory to 0 or 1: each clone is charged the size of its RAM",
-        ),
-        Some(mode) => Check::ok("overcommit", format!("vm.overcommit_memory={mode}")),
-        None => Check::note("overcommit", "unknown", "mount /proc"),
-    }
-}
-
-fn read_size() -> Check {
-    match probe::number("/proc/sys/fs/fuse/max_pages_limit") {
-        Some(pages) if pages < 256 => Check::note(
-            "read size",
-            format!("fs.fuse.max_pages_limit={pages}"),
-            "run sysctl fs.fuse.max_pages_limit=256, so that one request reads 1 MiB",
-        ),
-        Some(pages) => Check::ok("read size", Bytes::new(pages * crate::units::PAGE_SIZE).to_string()),
-        None => Check::ok("read size", "1.00 MiB"),
-    }
-}
-
 fn store(dir: &Path) -> Check {
     match probe::file_system(dir) {
         Ok(fs) if fs.free < Bytes::new(1 << 30) => Check::note(
@@ -374,8 +253,11 @@ fn store(dir: &Path) -> Check {
             "free space before the next import",
         ),
         Ok(fs) => Check::ok("store", format!("{} on {}, {} free", dir.display(), fs.name, fs.free)),
-        Err(_) => {
+        Err(error) if error.code() == Code::NotFound => {
             Check::ok("store", format!("{} does not exist; the first import creates it", dir.display()))
+        }
+        Err(error) => {
+            Check::unknown("store", error.to_string(), "run the command as a user who can read the store")
         }
     }
 }
@@ -391,7 +273,7 @@ fn cache(dir: &Path) -> Check {
             format!("{} on {}", existing.display(), fs.name),
             "name a directory on ext4 or xfs with mount --cache-dir: backings are then mapped by 2 MiB entries",
         ),
-        Err(error) => Check::note("backing", error.to_string(), "name a directory with --cache-dir"),
+        Err(error) => Check::unknown("backing", error.to_string(), "name a directory with --cache-dir"),
     }
 }
 
@@ -400,19 +282,23 @@ fn connections(stuck: std::result::Result<&[Stuck], &Error>) -> Vec<Check> {
     match stuck {
         Ok([]) => vec![Check::ok("connections", "none is stuck")],
         Ok(stuck) => stuck.iter().map(|one| Check::note("connections", one.found(), &one.remedy())).collect(),
-        Err(error) => vec![Check::note("connections", error.to_string(), "run the command as root")],
+        Err(error) => vec![Check::unknown("connections", error.to_string(), "run the command as root")],
     }
 }
 
+/// Reports a record that cannot be read: it may belong to a mount.
+fn unread_mount(error: &Error) -> Check {
+    Check::unknown("mount", error.to_string(), error.hint_text().unwrap_or("see 'stencil status'"))
+}
+
 /// Checks for mounts without a living supervisor or server.
-fn mounts() -> Vec<Check> {
-    let mut checks = Vec::new();
-    let listing = control::list().unwrap_or_default();
-    for dead in listing.dead {
+fn mounts(listing: &Listing) -> Vec<Check> {
+    let mut checks: Vec<Check> = listing.unread.iter().map(unread_mount).collect();
+    for dead in &listing.dead {
         let remedy = dead.error().hint_text().unwrap_or_default().to_owned();
         checks.push(Check::note("mount", dead.error().to_string(), &remedy));
     }
-    for living in listing.mounts {
+    for living in &listing.mounts {
         let place = living.mountpoint.display();
         checks.push(match (living.orphaned, living.server_pid) {
             (true, _) => Check::note(
@@ -433,7 +319,7 @@ fn mounts() -> Vec<Check> {
 
 impl Report for DoctorReport {
     fn json(&self) -> Value {
-        json!({ "checks": to_json(&self.checks), "stuck": to_json(&self.stuck) })
+        to_json(self)
     }
 
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
@@ -441,6 +327,7 @@ impl Report for DoctorReport {
             let word = match check.verdict {
                 Verdict::Ok => "ok",
                 Verdict::Note => "note",
+                Verdict::Unknown => "unknown",
                 Verdict::Missing => "MISSING",
             };
             writeln!(out, "{word:<8}{:<14}{}", check.name, check.found)?;
@@ -448,7 +335,7 @@ impl Report for DoctorReport {
                 writeln!(out, "{:<22}{remedy}", "")?;
             }
         }
-        Ok(())
+        writeln!(out, "{}", self.summary)
     }
 }
 
@@ -472,5 +359,26 @@ mod tests {
         assert_eq!(verdict("QEMU emulator version 9.0.50"), Verdict::Ok);
         assert_eq!(verdict(""), Verdict::Note);
         assert_eq!(qemu(Ok(None)).verdict, Verdict::Note);
+    }
+
+    #[test]
+    fn counts_unknown_apart_from_ok_and_names_what_is_not_ok() {
+        let mut checks = vec![Check::ok("a", ""), Check::ok("b", ""), Check::unknown("c", "", "look")];
+        let report = DoctorReport::new(checks.clone(), vec![]);
+        assert_eq!(
+            (report.verdict, report.summary.as_str()),
+            (Verdict::Unknown, "this host can run Stencil: 1 unknown (c), 2 ok")
+        );
+        assert_eq!((report.counts.ok, report.counts.unknown), (2, 1));
+        checks.extend([
+            Check::missing("d", "", "get"),
+            Check::note("e", "", "see"),
+            Check::note("e", "", "see"),
+        ]);
+        let summary = DoctorReport::new(checks, vec![]).summary;
+        assert_eq!(
+            summary,
+            "this host cannot run Stencil: 1 requirement missing (d), 1 unknown (c), 2 notes (e), 2 ok"
+        );
     }
 }

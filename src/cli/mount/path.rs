@@ -56,12 +56,7 @@ pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     // The path contains the digest, because the tag may be moved while a guest still uses this template.
     let digest = store.resolve(&reference.parse::<TemplateRef>()?)?;
-    let mount = control::mounts_of(&store)?.into_iter().find(|m| !m.detached);
-    let mount = mount.ok_or_else(|| {
-        Error::not_found("the store is not mounted")
-            .at(store.dir())
-            .remedy("mount the store: stencil mount MNT")
-    })?;
+    let mount = control::mount_of(&store)?;
     let mut path = mount.mountpoint.join("by-id").join(digest.to_string());
     if let Some(file) = file {
         let template = store.template(&digest)?;

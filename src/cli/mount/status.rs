@@ -15,11 +15,12 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
 use crate::clones::counted;
 use crate::clones::find::{self, CloneProcess};
-use crate::control::{self, DeadMount, Mount, MountStatus};
+use crate::control::{self, DeadMount, FileStatus, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
-use crate::store::Store;
+use crate::store::{Serving, Store};
 use crate::sys::process::paused;
+use crate::units::Bytes;
 
 /// Number of files that a reason for their serving names.
 const MAX_NAMED: usize = 3;
@@ -224,7 +225,6 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
         Text("FILE"),
         Number("SIZE"),
         Text("SERVING"),
-        Number("HYDRATED"),
         Number("CLONES"),
     ]);
     let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
@@ -234,8 +234,7 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
                 format!("  {}", template.digest.short()),
                 file.name.clone(),
                 file.size.to_string(),
-                file.serving.name().to_owned(),
-                if file.hydrated { "yes".into() } else { file.hydrated_bytes.to_string() },
+                serving(file),
                 template.clones.map_or_else(|| "?".into(), |clones| clones.to_string()),
             ]);
             if let Some(why) = &file.why {
@@ -252,6 +251,16 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
             more => writeln!(out, "  {first} and {more} more: {}", sanitize(why)),
         }
     })
+}
+
+/// Describes how a file is served. Without a complete backing, passthrough begins after the next open has filled it.
+fn serving(file: &FileStatus) -> String {
+    let name = file.serving.name();
+    match (file.serving, file.hydrated, file.hydrated_bytes) {
+        (Serving::Decode, ..) | (_, true, _) => name.to_owned(),
+        (Serving::Passthrough, false, Bytes::ZERO) => format!("{name}, not hydrated yet"),
+        (Serving::Passthrough, false, filled) => format!("{name}, {filled} hydrated"),
+    }
 }
 
 /// Returns the reason why the store of a mount cannot be read, `None` if the store can be read.

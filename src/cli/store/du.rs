@@ -105,7 +105,7 @@ impl Report for Usage {
 /// Returns an error if the store cannot be read.
 pub fn run(_args: &DuArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let mut usage = store.usage(&*interrupt::flag()?)?;
+    let mut usage = store.usage(&*interrupt::flag()?, &*global.progress())?;
     let caches = caches(&store).map_err(|error| log::warn!("cannot measure the cache: {error}")).ok();
     let of = |digest: &Digest| caches.as_ref().map(|c| c.get(digest).copied().unwrap_or(Bytes::ZERO));
     let templates = std::mem::take(&mut usage.templates);

@@ -9,7 +9,7 @@ use crate::sys::process::ProcessId;
 /// The records of clones by their process.
 pub type Records = HashMap<ProcessId, Entry>;
 
-/// Returns these records by their process; records without a process are left out.
+/// Returns these records by their process; records without a process are skipped.
 pub fn records_by_process(entries: Vec<Entry>) -> Records {
     entries.into_iter().filter_map(|entry| Some((entry.process()?, entry))).collect()
 }

@@ -308,8 +308,8 @@ impl Progress for UntilRead<'_> {
         self.inner.start(phase, total);
     }
 
-    fn start_count(&self, phase: &str, total: u64) {
-        self.inner.start_count(phase, total);
+    fn start_count(&self, phase: &str, unit: &'static str, total: u64) {
+        self.inner.start_count(phase, unit, total);
     }
 
     fn advance(&self, done: Bytes) {

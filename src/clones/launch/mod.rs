@@ -46,7 +46,7 @@ pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
         log::warn!("no baseline of available memory for `stencil density --audit`: {error}");
         None
     }));
-    progress.start_count("launch", order.count.into());
+    progress.start_count("launch", "clones", order.count.into());
     let gathered = gather(order, &launch, progress);
     progress.finish();
     let outcome = gathered.and_then(|(launched, held)| {

@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use crate::clones::counted;
 use crate::clones::registry::Touched;
 use crate::error::{Error, Result};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
@@ -111,8 +112,8 @@ impl Simulate {
         let (read, written) = (self.read.of(all).get(), self.write.of(all).get());
         if read.checked_add(written).is_none_or(|both| both > all.get()) {
             return Err(Error::usage(format!(
-                "--simulate reads {read} and writes {written} other pages, but the file has only {} pages",
-                all.get()
+                "--simulate reads {read} and writes {written} other pages, but the file has only {}",
+                counted(all.get(), "page", "pages")
             ))
             .remedy("choose smaller shares, together at most 100%"));
         }

@@ -34,16 +34,12 @@ impl Target {
     /// caller must hold until the clones map the template.
     ///
     /// # Errors
-    /// Returns an error if the template does not exist, no mount serves the store, or the mount does not show the
-    /// template.
+    /// Returns [`Code::NotFound`](crate::error::Code::NotFound) if the template does not exist or its store is not
+    /// mounted, and an error if the mount does not show the template.
     pub fn find(store: &Store, reference: &TemplateRef, command: &str) -> Result<(Target, Lease)> {
         let (digest, lease) = Lease::of(store, reference, command)?;
         let template = store.template(&digest)?;
-        let mount = control::mounts_of(store)?.into_iter().find(|m| !m.detached).ok_or_else(|| {
-            Error::failed("clones cannot map the template: no mount serves this store")
-                .at(store.dir())
-                .remedy(format!("mount the store: stencil --store {} mount MNT", store.dir().display()))
-        })?;
+        let mount = control::mount_of(store)?;
         let secret = store.secret();
         let inodes = template
             .files()
@@ -77,11 +73,8 @@ impl Target {
     /// build does not support the recipe.
     pub fn recipe(&self) -> Result<Recipe> {
         self.recipe_if_any()?.ok_or_else(|| {
-            Error::usage(format!(
-                "template {} has no launch recipe, because it was not captured from a VM",
-                self.name
-            ))
-            .remedy("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
+            Error::usage(Recipe::missing(&self.name))
+                .remedy("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
         })
     }
 

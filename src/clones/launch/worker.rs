@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::job::{Job, Mapped};
 use super::simulate::Simulate;
+use crate::clones::counted;
 use crate::clones::registry::open_log;
 use crate::error::{Error, Result};
 use crate::memory::Backend;
@@ -115,8 +116,10 @@ fn log(dir: &Path, job: &Job, index: u32) -> Result<()> {
     let touched = job.touched;
     writeln!(
         file,
-        "clone {index}: read {} pages, wrote {} pages of {}",
-        touched.read_pages, touched.written_pages, job.touch
+        "clone {index}: read {}, wrote {} of {}",
+        counted(touched.read_pages, "page", "pages"),
+        counted(touched.written_pages, "page", "pages"),
+        job.touch
     )
     .map_err(failed)
 }

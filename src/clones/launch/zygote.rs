@@ -18,6 +18,7 @@ use rustix::process::Signal;
 
 use super::job::{Job, Order};
 use super::worker::{self, Pipes};
+use crate::clones::counted;
 use crate::error::{Error, Result};
 use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::{self, Fork, ProcessId};
@@ -215,12 +216,14 @@ impl Zygote {
                 let Some((start, end)) = range else { return Ok(()) };
                 let private = Pagemap::open(pid).and_then(|pages| pages.dirty(start..end));
                 let private = match private {
-                    Ok(regions) => regions.iter().map(|r| r.pages()).sum::<u64>().to_string(),
+                    Ok(regions) => {
+                        counted(regions.iter().map(|r| r.pages()).sum(), "private page", "private pages")
+                    }
                     // The worker was killed meanwhile.
-                    Err(_) => "an unknown number of".to_owned(),
+                    Err(_) => "an unknown number of private pages".to_owned(),
                 };
                 worker.failure = Some(format!(
-                    "the clone wrote to the ROM file '{}', of which it had {private} private pages",
+                    "the clone wrote to the ROM file '{}', of which it had {private}",
                     rest.next().unwrap_or_default()
                 ));
                 process::signal_child(pid, Signal::SEGV)

@@ -19,6 +19,8 @@ mod rules;
 mod validation;
 mod values;
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -82,6 +84,11 @@ impl Recipe {
         let disk = |d: &PlannedDisk| Disk { name: d.name.clone(), base: d.file(), format: d.format.clone() };
         self.disks = writable.map(disk).collect();
         self
+    }
+
+    /// Returns the message for a template without a recipe.
+    pub fn missing(template: impl fmt::Display) -> String {
+        format!("template {template} has no launch recipe, because it was not captured from a VM")
     }
 
     /// Parses the recipe in a policy.

@@ -244,12 +244,15 @@ impl Entry {
     /// # Errors
     /// Returns an error if the file cannot be read or is not a regular file.
     pub fn read_file(&self, name: &str) -> std::io::Result<Option<Vec<u8>>> {
-        let read = Directory::open(&self.dir).and_then(|directory| directory.read(name, MAX_LOG));
-        match read {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
-        }
+        if_any(Directory::open(&self.dir).and_then(|directory| directory.read(name, MAX_LOG)))
+    }
+
+    /// Opens a file in the clone's directory for reading. Returns `None` if the file does not exist.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be opened or is not a regular file.
+    pub fn open_file(&self, name: &str) -> std::io::Result<Option<fs::File>> {
+        if_any(Directory::open(&self.dir).and_then(|directory| directory.file(name)))
     }
 
     /// Removes the clone's disks and directory, and releases its ports. Objects that do not exist are skipped.
@@ -279,6 +282,14 @@ impl Entry {
 pub fn open_log(dir: &Path) -> Result<fs::File> {
     let opened = Directory::open(dir).and_then(|directory| runtime::append(&directory, LOG));
     opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(LOG), e))
+}
+
+fn if_any<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 pub(super) fn remove_directory(path: &Path) -> Result<()> {

@@ -81,6 +81,8 @@ while [ "$left" -gt 0 ]; do
         fi
         path=$(printf %s "$memory" | sed 's/,/,,/g')
         word="memory-backend-file,id=$ram,size=$size,mem-path=$path,align=2M,share=off,readonly=on,rom=off"
+        # Without reserve=off, each VM is charged the whole size of its RAM. QEMU rejects the option in mode 2.
+        [ "$(cat /proc/sys/vm/overcommit_memory)" = 2 ] || word=$word,reserve=off
         found=yes
     fi
     option=$word

@@ -81,7 +81,14 @@ mod tests {
         let files: Vec<_> = files.iter().map(file).collect();
         let path = |file: &TemplateFile| (file.name.clone(), format!("/mnt/by-id/abc/{}", file.name));
         let values = Values::new("web:1", &files.iter().map(path).collect::<Vec<_>>());
-        Served { name: "web:1".into(), files, values, recipe: None, state_head: None }
+        Served {
+            name: "web:1".into(),
+            files,
+            values,
+            recipe: None,
+            state_head: None,
+            commits_strictly: false,
+        }
     }
 
     #[test]

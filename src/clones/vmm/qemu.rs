@@ -65,7 +65,9 @@ pub(super) fn of_files(template: &Served, machine: Option<&str>) -> Result<Line>
     line.add("m", size);
     for (number, memory) in ram.iter().enumerate() {
         let object = object(*memory, &format!("ram{number}"), Some(HUGE_PAGE));
-        line.add("object", format!("{object},share=off,readonly=on,rom=off"));
+        // Without reserve=off, each clone is charged the whole size of its RAM.
+        let reserve = if template.commits_strictly { "" } else { ",reserve=off" };
+        line.add("object", format!("{object},share=off,readonly=on,rom=off{reserve}"));
     }
     if ram.len() > 1 {
         for number in 0..ram.len() {
@@ -105,6 +107,10 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
                 if props.get("rom") == Some("off") && props.get("align").is_none() {
                     props.set("align", "2M");
                 }
+                let reserves = ["reserve", "prealloc"].iter().any(|key| props.get(key).is_some());
+                if props.get("rom") == Some("off") && !reserves && !template.commits_strictly {
+                    props.set("reserve", "off");
+                }
                 props.lead_with(implied);
                 line.add(option, fill(&props.render(implied))?);
             }
@@ -135,8 +141,11 @@ mod tests {
             paste.argv.unwrap().join(" "),
             "qemu-system-x86_64 -machine q35,memory-backend=ram0 -m size=65536k -object \
              memory-backend-file,id=ram0,size=67108864,mem-path=/mnt/by-id/abc/memory,align=2M,share=off,\
-             readonly=on,rom=off"
+             readonly=on,rom=off,reserve=off"
         );
+        let mut template = served(&[("memory", Ram, 64)]);
+        template.commits_strictly = true;
+        assert!(super::paste(&template).unwrap().text.ends_with(",readonly=on,rom=off"));
     }
 
     #[test]
@@ -165,7 +174,7 @@ mod tests {
         assert_eq!(
             paste.argv.unwrap().join(" "),
             "/usr/bin/qemu -machine pc-q35-10.0,memory-backend=main -m 64M -smp 2 -object memory-backend-file,id=main,\
-             size=64M,mem-path=/mnt/by-id/abc/memory,share=off,readonly=on,rom=off,align=2M"
+             size=64M,mem-path=/mnt/by-id/abc/memory,share=off,readonly=on,rom=off,align=2M,reserve=off"
         );
     }
 
@@ -186,8 +195,8 @@ mod tests {
         assert_eq!(
             line_for(NODES).unwrap(),
             "qemu -M q35 -m 96M -numa node,memdev=a -numa node,memdev=b,cpus=1 -object memory-backend-file,id=a,size=64M,\
-             mem-path=/mnt/by-id/abc/memory,readonly=on,rom=off,align=2M -object memory-backend-file,id=b,\
-             size=33554432,readonly=on,rom=off,mem-path=/mnt/by-id/abc/memory-b,align=2M"
+             mem-path=/mnt/by-id/abc/memory,readonly=on,rom=off,align=2M,reserve=off -object memory-backend-file,id=b,\
+             size=33554432,readonly=on,rom=off,mem-path=/mnt/by-id/abc/memory-b,align=2M,reserve=off"
         );
         let slot = NODES.replace("--numa node,memdev=b,cpus=1", "-device pc-dimm,memdev=b,id=d");
         assert!(line_for(&slot).unwrap().contains(" -device pc-dimm,memdev=b,id=d "));

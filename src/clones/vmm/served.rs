@@ -18,6 +18,8 @@ pub struct Served {
     pub recipe: Option<Recipe>,
     /// First bytes of the device state.
     pub state_head: Option<Vec<u8>>,
+    /// True if the host commits memory strictly (`vm.overcommit_memory=2`): QEMU then rejects `reserve=off`.
+    pub commits_strictly: bool,
 }
 
 /// A memory file with its path.

@@ -58,6 +58,19 @@ pub fn mounts_of(store: &Store) -> Result<Vec<Mount>> {
     Ok(only(mounts()?, store))
 }
 
+/// Returns the mount through which the templates of a store are reached by their paths.
+///
+/// # Errors
+/// Returns [`Code::NotFound`](crate::error::Code::NotFound) if the store is not mounted. Otherwise same as [`mounts`].
+pub fn mount_of(store: &Store) -> Result<Mount> {
+    mounts_of(store)?.into_iter().find(|mount| !mount.detached).ok_or_else(|| {
+        let dir = store.dir();
+        Error::not_found("the store is not mounted")
+            .at(dir)
+            .remedy(format!("mount the store: stencil --store {} mount MNT", dir.display()))
+    })
+}
+
 /// Same as [`mounts_of`], for callers that must see all mounts.
 ///
 /// # Errors

@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 use crate::store::disk::pack::PackIndex;
 use crate::store::format::pack::IndexEntry;
 use crate::store::format::{Invalid, PackId};
 use crate::store::{Digest, Store, Template};
+use crate::units::Bytes;
 
 const UNREFERENCED: u32 = u32::MAX;
 const SHARED: u32 = u32::MAX - 1;
@@ -114,19 +116,26 @@ impl Liveness {
     ///
     /// # Errors
     /// Returns an error if the store cannot be listed, or if `interrupt` becomes true.
-    pub fn analyze(store: &Store, interrupt: &AtomicBool) -> Result<Liveness> {
-        Liveness::analyze_without(store, &[], interrupt)
+    pub fn analyze(store: &Store, interrupt: &AtomicBool, progress: &dyn Progress) -> Result<Liveness> {
+        Liveness::analyze_without(store, &[], interrupt, progress)
     }
 
     /// Same as [`analyze`](Self::analyze), but ignores the templates `without`.
     ///
     /// # Errors
     /// Same as [`analyze`](Self::analyze).
-    pub fn analyze_without(store: &Store, without: &[Digest], interrupt: &AtomicBool) -> Result<Liveness> {
+    pub fn analyze_without(
+        store: &Store,
+        without: &[Digest],
+        interrupt: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<Liveness> {
         let without: HashSet<&Digest> = without.iter().collect();
         let packs = store.packs().ids()?.into_iter().map(|id| (id, PackUse::new(store, id))).collect();
         let mut liveness = Liveness { packs, templates: Vec::new(), unreadable: Vec::new() };
-        for digest in store.digests()?.into_iter().filter(|digest| !without.contains(digest)) {
+        let digests = store.digests()?;
+        progress.start_count("references", "templates", digests.len() as u64);
+        for digest in digests.into_iter().filter(|digest| !without.contains(digest)) {
             let counted = store.template(&digest).and_then(|template| {
                 liveness.count(&template, interrupt)?;
                 Ok(template)
@@ -138,7 +147,9 @@ impl Liveness {
                 Err(_) if !store.is_listed(&digest) && !store.find(&digest)? => {}
                 Err(error) => liveness.unreadable.push((digest, error)),
             }
+            progress.advance(Bytes::new(1));
         }
+        progress.finish();
         Ok(liveness)
     }
 
@@ -166,7 +177,8 @@ impl Liveness {
 
     /// Calls `report` with the template's index and the record's length for each record that a template shares with
     /// other templates; once for each pair of template and record.
-    pub fn shared_by(&self, mut report: impl FnMut(usize, u64)) -> Result<()> {
+    pub fn shared_by(&self, progress: &dyn Progress, mut report: impl FnMut(usize, u64)) -> Result<()> {
+        progress.start_count("sharing", "templates", self.templates.len() as u64);
         for (number, template) in self.templates.iter().enumerate() {
             let mut seen: BTreeMap<PackId, Vec<u64>> = BTreeMap::new();
             for file in 0..template.files().len() {
@@ -184,7 +196,9 @@ impl Liveness {
                     }
                 }
             }
+            progress.advance(Bytes::new(1));
         }
+        progress.finish();
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::liveness::{Liveness, Owner};
 use crate::error::Result;
+use crate::progress::Progress;
 use crate::store::disk::path::StorePath;
 use crate::store::{Digest, Store};
 use crate::sys::files::directory::Directory;
@@ -72,8 +73,8 @@ impl Store {
     ///
     /// # Errors
     /// Returns an error if the store cannot be read, or if `interrupt` becomes true.
-    pub fn usage(&self, interrupt: &AtomicBool) -> Result<StoreUsage> {
-        let liveness = Liveness::analyze(self, interrupt)?;
+    pub fn usage(&self, interrupt: &AtomicBool, progress: &dyn Progress) -> Result<StoreUsage> {
+        let liveness = Liveness::analyze(self, interrupt, progress)?;
         for (digest, error) in &liveness.unreadable {
             log::warn!("template {digest} is not counted: {error}");
         }
@@ -90,7 +91,7 @@ impl Store {
                 Owner::Shared => shared += length,
             }
         }
-        liveness.shared_by(|template, length| parts[template].1 += length)?;
+        liveness.shared_by(progress, |template, length| parts[template].1 += length)?;
         let tags = self.tags()?;
         for (template, (unique, shared)) in liveness.templates.iter().zip(parts) {
             let digest = *template.digest();

@@ -263,6 +263,9 @@ impl Run<'_> {
             bytes += u64::from(stored.length);
             self.progress.advance(Bytes::new(stored.length.into()));
         }
+        // The total has header and index too.
+        let length = path.metadata().map_or(0, |found| found.st_size as u64);
+        self.progress.advance(Bytes::new(length.saturating_sub(bytes)));
         let mut findings = self.findings();
         findings.blocks += entries.len() as u64;
         findings.stored_bytes += bytes;

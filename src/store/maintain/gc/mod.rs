@@ -92,7 +92,7 @@ impl Store {
             None => Some(self.lock_names_while(|| check(interrupt))?),
         };
         names.as_ref().map_or(Ok(()), |_| self.restore_set_aside())?;
-        let liveness = Liveness::analyze_without(self, dry_run.unwrap_or_default(), interrupt)?;
+        let liveness = Liveness::analyze_without(self, dry_run.unwrap_or_default(), interrupt, progress)?;
         drop(names);
         if let Some((digest, error)) = liveness.unreadable.first() {
             return Err(Error::new(

@@ -45,8 +45,9 @@ build:
 demo: setup build
 	@$(guard) tests/demo.sh
 
+# The first line builds the example that the suite runs.
 test: setup build
-	$(guard) $(CARGO) test --release $(library)
+	$(guard) $(CARGO) test --release $(library) --features rust-vmm
 	$(guard) $(CARGO) test --release --workspace
 
 soak: setup build
@@ -57,10 +58,11 @@ check:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) clippy $(library) -- -D warnings
 	$(CARGO) clippy $(library) --features internals -- -D warnings
+	$(CARGO) clippy $(library) --features rust-vmm --all-targets -- -D warnings
 	@crates=$$($(CARGO) tree $(library) -e normal --prefix none | sort -u | wc -l) && \
 	    [ "$$crates" -gt 1 ] && [ "$$crates" -le $(max_crates) ] || \
 	    { echo "the library needs $$crates crates, expected at most $(max_crates): cargo tree $(library)" >&2; exit 1; }
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(library) --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(library) --features rust-vmm --no-deps
 	RUSTDOCFLAGS='-D warnings --cfg document_internals' $(CARGO) doc --workspace --no-deps --document-private-items
 
 bench: setup build

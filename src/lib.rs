@@ -35,13 +35,14 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `cli` | yes | the command `stencil` and its dependencies. A VMM sets `default-features = false` |
+//! | `rust-vmm` | no | [memory regions](memory) of the crate vm-memory, with the copied pages as their dirty bitmap |
 //! | `internals` | no | modules for `stencil` and `stencil-mountd`, which are hidden here and change without notice |
 //!
 //! ```toml
-//! stencilfs = { version = "0.1", default-features = false }
+//! stencilfs = { version = "0.1", default-features = false, features = ["rust-vmm"] }
 //! ```
 //!
-//! Linux 6.9 or later and x86-64 are needed.
+//! The example `vmm` boots a guest on a template. Linux 6.9 or later and x86-64 are needed.
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
@@ -79,3 +80,6 @@ pub mod sys;
 mod sys;
 pub mod templates;
 pub mod units;
+
+#[cfg(feature = "rust-vmm")]
+pub use vm_memory;

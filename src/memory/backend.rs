@@ -18,6 +18,9 @@ use super::options::Options;
 use super::plan::{FileFacts, Layout, Plan, Source, map_failed};
 use super::row::Role;
 
+#[cfg(feature = "rust-vmm")]
+mod guest_region;
+
 /// A mapped memory object. Cloning the value creates another handle to the same memory. The last handle unmaps the
 /// memory when it is dropped, so a VMM keeps a handle in each memory region that it creates from the backend.
 ///
@@ -44,8 +47,8 @@ pub struct Backend(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    mapping: Mapping,
-    file: Option<File>,
+    mapping: Arc<Mapping>,
+    file: Option<Arc<File>>,
     plan: Plan,
     notes: Vec<Note>,
     /// Unlinks a file that a trial created. Dropped after the mapping.
@@ -145,6 +148,7 @@ impl Backend {
         if !trial {
             undo.disarm();
         }
+        let (mapping, file) = (Arc::new(mapping), file.map(Arc::new));
         Ok(Backend(Arc::new(Inner { mapping, file, plan, notes, _undo: undo })))
     }
 
@@ -170,7 +174,7 @@ impl Backend {
 
     /// Returns the open file of the memory, or `None` for anonymous memory.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.file.as_ref().map(AsFd::as_fd)
+        self.0.file.as_deref().map(AsFd::as_fd)
     }
 
     /// Returns the offset in the file where the memory starts.

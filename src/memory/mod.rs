@@ -22,6 +22,8 @@ mod options;
 mod plan;
 mod row;
 
+#[cfg(feature = "rust-vmm")]
+pub use crate::sys::memory::guest_region::CopiedPages;
 pub use crate::sys::memory::mapping::{Protection, Sharing};
 pub use backend::Backend;
 pub use dirty::PageRange;

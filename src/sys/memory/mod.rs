@@ -4,6 +4,8 @@
 pub mod alloc;
 #[cfg(feature = "internals")]
 pub mod cachestat;
+#[cfg(feature = "rust-vmm")]
+pub mod guest_region;
 pub mod mapped_file;
 pub mod mapping;
 #[cfg(feature = "internals")]

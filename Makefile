@@ -9,6 +9,9 @@ target := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 # The directory of the programs to install or to package.
 bin ?= $(target)/release
 guard := tests/support/guard.sh
+# The library as other programs use it, and how many crates it may need.
+library := -p stencilfs --no-default-features
+max_crates := 40
 # Scenarios mostly wait, so more threads than CPUs are useful.
 export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
@@ -42,7 +45,9 @@ build:
 demo: setup build
 	@$(guard) tests/demo.sh
 
+# The first line builds the example that the suite runs.
 test: setup build
+	$(guard) $(CARGO) test --release $(library) --features rust-vmm
 	$(guard) $(CARGO) test --release --workspace
 
 soak: setup build
@@ -51,7 +56,14 @@ soak: setup build
 check:
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
+	$(CARGO) clippy $(library) -- -D warnings
+	$(CARGO) clippy $(library) --features internals -- -D warnings
+	$(CARGO) clippy $(library) --features rust-vmm --all-targets -- -D warnings
+	@crates=$$($(CARGO) tree $(library) -e normal --prefix none | sort -u | wc -l) && \
+	    [ "$$crates" -gt 1 ] && [ "$$crates" -le $(max_crates) ] || \
+	    { echo "the library needs $$crates crates, expected at most $(max_crates): cargo tree $(library)" >&2; exit 1; }
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(library) --features rust-vmm --no-deps
+	RUSTDOCFLAGS='-D warnings --cfg document_internals' $(CARGO) doc --workspace --no-deps --document-private-items
 
 bench: setup build
 	$(guard) tests/bench/throughput.sh

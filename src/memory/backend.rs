@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Result, errno_text};
@@ -17,15 +18,37 @@ use super::options::Options;
 use super::plan::{FileFacts, Layout, Plan, Source, map_failed};
 use super::row::Role;
 
+#[cfg(feature = "rust-vmm")]
+mod guest_region;
+
 /// A mapped memory object. Cloning the value creates another handle to the same memory. The last handle unmaps the
 /// memory when it is dropped, so a VMM keeps a handle in each memory region that it creates from the backend.
+///
+/// ```
+/// use stencilfs::memory::Backend;
+/// use stencilfs::units::MemoryOffset;
+///
+/// # fn main() -> stencilfs::error::Result<()> {
+/// # let template = tempfile::NamedTempFile::new().unwrap();
+/// # std::fs::write(template.path(), vec![7; 1 << 20]).unwrap();
+/// # let path = template.path();
+/// let memory = Backend::template(path)?;
+/// memory.write_at(MemoryOffset::new(5000), b"first write")?;
+/// memory.write_at(MemoryOffset::new(5100), b"same page")?;
+/// let dirty = memory.dirty()?;
+/// assert_eq!(dirty.len(), 1);
+/// assert_eq!(dirty[0].pages(), 1..2);
+/// assert_eq!(std::fs::read(path).unwrap()[5000], 7, "the file is unchanged");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Backend(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    mapping: Mapping,
-    file: Option<File>,
+    mapping: Arc<Mapping>,
+    file: Option<Arc<File>>,
     plan: Plan,
     notes: Vec<Note>,
     /// Unlinks a file that a trial created. Dropped after the mapping.
@@ -42,6 +65,23 @@ impl Drop for Inner {
 }
 
 impl Backend {
+    /// Maps a whole file copy-on-write: opens it read-only, and reserves no memory for the copies.
+    ///
+    /// # Errors
+    /// Returns [`Code::NotFound`](crate::error::Code::NotFound) if the file does not exist, and an error if the file
+    /// cannot be mapped.
+    pub fn template(path: impl AsRef<Path>) -> Result<Backend> {
+        let path = path.as_ref();
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io("cannot map", path, e))?;
+        let text = "memory-backend-file,id=memory,size=4k,mem-path=/,readonly=on,rom=off,reserve=off";
+        let mut options = Options::parse(text)?;
+        options.size = Bytes::new(metadata.len());
+        if let Some(file) = &mut options.file {
+            file.mem_path = path.to_owned();
+        }
+        Backend::create(&options.plan()?)
+    }
+
     /// Opens and maps the object that an option string or JSON text describes.
     ///
     /// # Errors
@@ -108,6 +148,7 @@ impl Backend {
         if !trial {
             undo.disarm();
         }
+        let (mapping, file) = (Arc::new(mapping), file.map(Arc::new));
         Ok(Backend(Arc::new(Inner { mapping, file, plan, notes, _undo: undo })))
     }
 
@@ -133,7 +174,7 @@ impl Backend {
 
     /// Returns the open file of the memory, or `None` for anonymous memory.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.file.as_ref().map(AsFd::as_fd)
+        self.0.file.as_deref().map(AsFd::as_fd)
     }
 
     /// Returns the offset in the file where the memory starts.

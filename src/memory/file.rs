@@ -1,6 +1,7 @@
 //! Opens the backing store as QEMU does: an existing file, a new file, or an unnamed file in a directory.
 
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -129,22 +130,15 @@ fn create(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(0o644).open(path)
 }
 
+/// Creates a file in the directory and removes its name, like mkstemp(3) and unlink(2). The caller tries again if the
+/// name exists.
 fn create_unnamed(directory: &Path, region: &str) -> io::Result<File> {
-    let prefix = format!("qemu_back_mem.{}.", region.replace('/', "_"));
-    tempfile::Builder::new().prefix(&prefix).rand_bytes(6).tempfile_in(directory)?.into_file_unlinked()
-}
-
-/// Converts a named temporary file into an unlinked one.
-trait Unlinked {
-    fn into_file_unlinked(self) -> io::Result<File>;
-}
-
-impl Unlinked for tempfile::NamedTempFile {
-    fn into_file_unlinked(self) -> io::Result<File> {
-        let (file, path) = self.into_parts();
-        path.close()?;
-        Ok(file)
-    }
+    // Each RandomState has other keys.
+    let suffix = RandomState::new().hash_one(region);
+    let path = directory.join(format!("qemu_back_mem.{}.{suffix:x}", region.replace('/', "_")));
+    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
 }
 
 fn describe(file: File, created: Option<PathBuf>) -> io::Result<Opened> {

@@ -15,16 +15,24 @@ mod grammar;
 mod input;
 mod json;
 mod note;
+#[cfg(feature = "internals")]
 mod observed;
 mod option_notes;
 mod options;
 mod plan;
 mod row;
 
+#[cfg(feature = "rust-vmm")]
+pub use crate::sys::memory::guest_region::CopiedPages;
 pub use crate::sys::memory::mapping::{Protection, Sharing};
 pub use backend::Backend;
-pub use dirty::{PageRange, page_ranges};
+pub use dirty::PageRange;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub use dirty::page_ranges;
 pub use note::Note;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
 pub use observed::{Observed, observe, parse_smaps};
 pub use options::{FileOptions, NumaPolicy, ObjectType, OnOffAuto, Options};
 pub use plan::{FileFacts, Layout, Numa, Plan, Source};

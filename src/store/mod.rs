@@ -6,10 +6,13 @@
 
 mod disk;
 mod format;
+#[cfg(feature = "internals")]
 mod maintain;
 mod names;
 mod read;
+#[cfg(feature = "internals")]
 mod transfer;
+#[cfg(feature = "internals")]
 mod write;
 
 pub use disk::open::{ContentLock, Store};
@@ -19,20 +22,29 @@ pub use format::codec::{ChunkSize, Compression};
 pub use format::digest::Digest;
 pub use format::name::{DEFAULT_TAG, TagName, check_name};
 pub use format::template_file::{FileKind, MANIFEST, TemplateFile};
+#[cfg(feature = "internals")]
 pub use maintain::gc::{Collect, Collected};
+#[cfg(feature = "internals")]
 pub use maintain::remove::{Refused, Removal, Removed};
+#[cfg(feature = "internals")]
 pub use maintain::usage::{StoreUsage, TemplateUsage};
+#[cfg(feature = "internals")]
 pub use maintain::verify::{Affected, Damage, Verified};
 pub use names::owner::{Owner, parse_mode};
 pub use names::policy::{DEFAULT_MODE, Policy};
 pub use names::reference::TemplateRef;
 pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
+#[cfg(feature = "internals")]
 pub use names::tags::{Moved, TagEntry};
+#[cfg(feature = "internals")]
 pub use read::export::Target;
 pub use read::scratch::Scratch;
 pub use read::template::Template;
+#[cfg(feature = "internals")]
 pub use transfer::{Incoming, LoadRequest, Loaded, LoadedTemplate, SaveRequest, Saved, SavedTemplate};
+#[cfg(feature = "internals")]
 pub use write::import::firecracker::FirecrackerState;
+#[cfg(feature = "internals")]
 pub use write::import::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
 /// Returns a unique name: 32 random hex digits.

@@ -8,7 +8,7 @@ use crate::support::imports::{Crate, circles, module_path};
 
 /// Layer of each module of the library; the same number may not import each other. Every module may import those of
 /// layer 0.
-const LAYERS: [(&str, u32); 10] = [
+const LAYERS: [(&str, u32); 11] = [
     ("units", 0),
     ("error", 0),
     ("progress", 0),
@@ -17,6 +17,7 @@ const LAYERS: [(&str, u32); 10] = [
     ("store", 2),
     ("memory", 2),
     ("control", 3),
+    ("templates", 3),
     ("clones", 4),
     ("cli", 5),
 ];
@@ -109,6 +110,25 @@ fn a_file_imports_only_from_lower_layers() {
     };
     let wrong = forbidden(&daemon(), &[], |one, other| lower(one).contains(&other));
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Everything else is private or, with the feature `internals`, hidden.
+#[test]
+fn other_programs_see_four_modules() {
+    let text = fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let (mut public, mut attributes) = (BTreeSet::new(), String::new());
+    for line in text.lines() {
+        if line.starts_with("#[") {
+            attributes += line;
+            continue;
+        }
+        let is_hidden = attributes.starts_with("#[cfg(feature = ") && attributes.contains("doc(hidden)");
+        if let Some(name) = line.strip_prefix("pub mod ").filter(|_| !is_hidden) {
+            public.insert(name.trim_end_matches(';'));
+        }
+        attributes.clear();
+    }
+    assert_eq!(public, BTreeSet::from(["error", "memory", "templates", "units"]));
 }
 
 #[test]

@@ -59,12 +59,7 @@ pub fn run(args: &PathArgs, global: &Global) -> Result<Done> {
     let mount = control::mount_of(&store)?;
     let mut path = mount.mountpoint.join("by-id").join(digest.to_string());
     if let Some(file) = file {
-        let template = store.template(&digest)?;
-        if template.file(file).is_none() {
-            let names: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
-            return Err(Error::not_found(format!("no file '{file}' in the template"))
-                .remedy(format!("name one of these files: {}", names.join(", "))));
-        }
+        store.template(&digest)?.find_file(file)?;
         path.push(file);
     }
     Ok(Done::report(Place { path, digest, mountpoint: mount.mountpoint }))

@@ -12,6 +12,7 @@ pub mod image;
 pub mod name;
 pub mod pack;
 pub mod placement;
+#[cfg(feature = "internals")]
 pub mod stream;
 pub mod superblock;
 pub mod template_file;

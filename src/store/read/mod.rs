@@ -1,5 +1,6 @@
 //! Reading templates: each block is compared with its hash before a byte of it leaves.
 
+#[cfg(feature = "internals")]
 pub(super) mod export;
 pub(super) mod scratch;
 mod tables;

@@ -91,6 +91,18 @@ impl Template {
         self.files.iter().position(|f| f.name == name)
     }
 
+    /// Same as [`Template::file`], for a caller that needs the file.
+    ///
+    /// # Errors
+    /// Returns [`Code::NotFound`](crate::error::Code) if there is no such file.
+    pub fn find_file(&self, name: &str) -> Result<usize> {
+        self.file(name).ok_or_else(|| {
+            let names: Vec<&str> = self.files().iter().map(|f| f.name.as_str()).collect();
+            Error::not_found(format!("no file '{name}' in the template"))
+                .remedy(format!("name one of these files: {}", names.join(", ")))
+        })
+    }
+
     /// Returns the policy at the time of opening.
     pub fn policy(&self) -> &Policy {
         &self.policy

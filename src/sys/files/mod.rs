@@ -1,10 +1,16 @@
 //! Files, directories, locks and mounts.
 
+#[cfg(feature = "internals")]
 pub mod descriptor;
 pub mod directory;
+#[cfg(feature = "internals")]
 pub mod file_handle;
 pub mod file_locks;
+#[cfg(feature = "internals")]
 pub mod loop_devices;
+#[cfg(feature = "internals")]
 pub mod mount;
+#[cfg(feature = "internals")]
 pub mod stream;
+#[cfg(feature = "internals")]
 pub mod trust;

@@ -234,7 +234,7 @@ impl Mapping {
     }
 
     /// Returns the address of `length` bytes at `offset`, or `InvalidInput` if they exceed the mapping.
-    fn inside(&self, offset: MemoryOffset, length: usize) -> io::Result<usize> {
+    pub(super) fn inside(&self, offset: MemoryOffset, length: usize) -> io::Result<usize> {
         let end = offset.as_usize().checked_add(length);
         match end {
             Some(end) if end <= self.length => Ok(self.address + offset.as_usize()),

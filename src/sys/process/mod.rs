@@ -1,11 +1,15 @@
 //! Starting, forking, signalling and reaping processes. [`ProcessId`] identifies a process.
 
+#[cfg(feature = "internals")]
 pub mod address_space;
+#[cfg(feature = "internals")]
 pub mod cgroup;
+#[cfg(feature = "internals")]
 pub mod exit_status;
 pub mod holders;
 mod id;
 pub mod inherited;
+#[cfg(feature = "internals")]
 pub mod paused;
 pub mod procfs;
 pub mod tasks;

@@ -12,15 +12,23 @@ guard := tests/support/guard.sh
 # Scenarios mostly wait, so more threads than CPUs are useful.
 export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
+# The profile of the unit tests.
+profile ?= release
+# make setup installs missing subcommands of cargo there.
+tools := PATH="$$PATH:$(target)/tools/bin"
+# Unit tests run as user nobody, without /dev/fuse and /dev/kvm.
+unprivileged := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/support/unprivileged.sh'
+
 # Targets must not run in parallel: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test soak check bench docs-record install install-files uninstall deb deb-files clean
+.PHONY: help setup build demo test test-unit soak check bench docs-record install install-files uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install the packages for building and testing (Debian 12) and print their versions'
 	@echo 'make build    build the release binaries $(target)/release/stencil and stencil-mountd'
 	@echo 'make demo     capture a real guest as a template, launch many clones, measure their memory (runs setup and build)'
 	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
+	@echo 'make test-unit  run the unit tests and documentation examples as user nobody, without FUSE and KVM'
 	@echo 'make soak     run the soak, kill and crash scenarios with higher repeat counts (runs setup and build)'
 	@echo 'make check    check format, lints and API documentation; warnings are errors'
 	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
@@ -42,8 +50,13 @@ build:
 demo: setup build
 	@$(guard) tests/demo.sh
 
-test: setup build
-	$(guard) $(CARGO) test --release --workspace
+test: setup build test-unit
+	$(guard) $(CARGO) test --release --test suite
+
+test-unit:
+	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }
+	$(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins --cargo-profile $(profile)
+	$(unprivileged) $(CARGO) test --doc --profile $(profile)
 
 soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak kill crash

@@ -239,6 +239,20 @@ if [ "$("$tool/bin/cargo-deb" --version 2>/dev/null)" != "cargo-deb $STENCIL_CAR
         { tail -20 "$tool/install.log" >&2; fail "cargo cannot install cargo-deb $STENCIL_CARGO_DEB"; }
     rm -rf "$tool/build"
 fi
+# Debug builds are quicker to compile and quick enough to run.
+install_debug() {
+    local program=$1 version=$2
+    say "installing from crates.io: $program $version (takes minutes)"
+    mkdir -p "$tool"
+    CARGO_TARGET_DIR="$tool/build" cargo install -q --debug --locked --no-default-features "${@:3}" --root "$tool" \
+        "$program@$version" >"$tool/install.log" 2>&1 ||
+        { tail -20 "$tool/install.log" >&2; fail "cargo cannot install $program $version"; }
+    rm -rf "$tool/build"
+}
+nextest=$(subcommand_version "$top" nextest "$STENCIL_NEXTEST") || {
+    install_debug cargo-nextest "$STENCIL_NEXTEST" --features default-no-update
+    nextest=$STENCIL_NEXTEST
+}
 
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
     fail "PATH finds QEMU $(qemu_version), but $STENCIL_QEMU_MIN or newer is needed: remove the older QEMU from PATH"
@@ -257,4 +271,5 @@ say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"
 say "rsync    $(rsync --version 2>/dev/null | sed -n '1s/^rsync *version \([^ ]*\).*/\1/p')"
 say "dropbear $(dropbear -V 2>&1 | sed -n '1s/^Dropbear v//p')"
 say "cargo-deb $STENCIL_CARGO_DEB"
+say "nextest  $nextest"
 say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

@@ -30,7 +30,7 @@ help:
 	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
 	@echo 'make test-unit  run the unit tests and documentation examples as user nobody, without FUSE and KVM'
 	@echo 'make soak     run the soak, kill and crash scenarios with higher repeat counts (runs setup and build)'
-	@echo 'make check    check format, lints and API documentation; warnings are errors'
+	@echo 'make check    check format, lints, API documentation, licences and sources of crates; warnings are errors'
 	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
 	@echo 'make docs-record  run the commands in the documentation, record their output there, draw docs/tutorial.svg'
 	@echo 'make install  build, then install into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the mount(8) helper into $$DESTDIR$$SBINDIR ($(SBINDIR))'
@@ -65,6 +65,7 @@ check:
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
+	$(tools) $(CARGO) deny --offline check licenses bans sources
 
 bench: setup build
 	$(guard) tests/bench/throughput.sh

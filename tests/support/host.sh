@@ -12,6 +12,7 @@ STENCIL_CARGO_DEB=3.8.0
 STENCIL_GLIBC_MAX=2.36
 # The oldest versions that work. They are installed if none is there, and STENCIL_RUST_MIN compiles them.
 STENCIL_NEXTEST=0.9.114
+STENCIL_CARGO_DENY=0.20.2
 
 # The kernel release; a test sets the variable to simulate an older host.
 kernel_release() { printf '%s\n' "${STENCIL_TEST_KERNEL_RELEASE:-$(uname -r)}"; }

@@ -253,6 +253,10 @@ nextest=$(subcommand_version "$top" nextest "$STENCIL_NEXTEST") || {
     install_debug cargo-nextest "$STENCIL_NEXTEST" --features default-no-update
     nextest=$STENCIL_NEXTEST
 }
+deny=$(subcommand_version "$top" deny "$STENCIL_CARGO_DENY") || {
+    install_debug cargo-deny "$STENCIL_CARGO_DENY"
+    deny=$STENCIL_CARGO_DENY
+}
 
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
     fail "PATH finds QEMU $(qemu_version), but $STENCIL_QEMU_MIN or newer is needed: remove the older QEMU from PATH"
@@ -271,5 +275,6 @@ say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"
 say "rsync    $(rsync --version 2>/dev/null | sed -n '1s/^rsync *version \([^ ]*\).*/\1/p')"
 say "dropbear $(dropbear -V 2>&1 | sed -n '1s/^Dropbear v//p')"
 say "cargo-deb $STENCIL_CARGO_DEB"
+say "cargo-deny $deny"
 say "nextest  $nextest"
 say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

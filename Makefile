@@ -29,7 +29,7 @@ help:
 	@echo 'make demo     capture a real guest as a template, launch many clones, measure their memory (runs setup and build)'
 	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
 	@echo 'make test-unit  run the unit tests and documentation examples as user nobody, without FUSE and KVM'
-	@echo 'make soak     run the soak, kill and crash scenarios with higher repeat counts (runs setup and build)'
+	@echo 'make soak     run the soak, kill, crash and fuzz tests with higher repeat counts (runs setup and build)'
 	@echo 'make check    check format, lints, API documentation, licences and sources of crates; warnings are errors'
 	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
 	@echo 'make docs-record  run the commands in the documentation, record their output there, draw docs/tutorial.svg'
@@ -60,6 +60,7 @@ test-unit:
 
 soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak kill crash
+	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run -p stencilfs --lib --cargo-profile release fuzz::
 
 check:
 	$(CARGO) fmt --all -- --check

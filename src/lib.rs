@@ -18,6 +18,8 @@ pub mod cli;
 pub mod clones;
 pub mod control;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod memory;
 pub mod progress;
 pub mod sanitize;

@@ -6,6 +6,8 @@
 
 mod disk;
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod maintain;
 mod names;
 mod read;

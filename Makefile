@@ -21,7 +21,7 @@ unprivileged := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/su
 
 # Targets must not run in parallel: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-unit soak check bench docs-record install install-files uninstall deb deb-files clean
+.PHONY: help setup build demo test test-unit coverage soak check bench docs-record install install-files uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install the packages for building and testing (Debian 12) and print their versions'
@@ -29,6 +29,7 @@ help:
 	@echo 'make demo     capture a real guest as a template, launch many clones, measure their memory (runs setup and build)'
 	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
 	@echo 'make test-unit  run the unit tests and documentation examples as user nobody, without FUSE and KVM'
+	@echo 'make coverage  report the lines of supervisor and server that the unit tests run; fails below 85 %'
 	@echo 'make soak     run the soak, kill, crash and fuzz tests with higher repeat counts (runs setup and build)'
 	@echo 'make check    check format, lints, API documentation, licences and sources of crates; warnings are errors'
 	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
@@ -57,6 +58,9 @@ test-unit:
 	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }
 	$(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins --cargo-profile $(profile)
 	$(unprivileged) $(CARGO) test --doc --profile $(profile)
+
+coverage:
+	@CARGO='$(CARGO)' tests/coverage.sh
 
 soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak kill crash

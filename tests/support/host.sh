@@ -10,6 +10,8 @@ STENCIL_RUST_MIN=1.88
 # The tool that builds the Debian package, and the C library of the Debian release that the package is for.
 STENCIL_CARGO_DEB=3.8.0
 STENCIL_GLIBC_MAX=2.36
+# The LLVM of Debian 12 that reads coverage profiles.
+STENCIL_LLVM=19
 # The oldest versions that work. They are installed if none is there, and STENCIL_RUST_MIN compiles them.
 STENCIL_NEXTEST=0.9.114
 STENCIL_CARGO_DENY=0.20.2

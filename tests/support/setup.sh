@@ -71,6 +71,7 @@ command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 # Tools that build this project's Debian package, and programs that read its man pages and completions.
 command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)
 command -v objdump >/dev/null 2>&1 || packages+=(binutils)
+[ -x "/usr/lib/llvm-$STENCIL_LLVM/bin/llvm-cov" ] || packages+=("llvm-$STENCIL_LLVM")
 command -v debootstrap >/dev/null 2>&1 || packages+=(debootstrap)
 command -v groff >/dev/null 2>&1 || packages+=(groff-base)
 command -v zsh >/dev/null 2>&1 || packages+=(zsh)

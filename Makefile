@@ -21,7 +21,7 @@ unprivileged := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/su
 
 # Targets must not run in parallel: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-unit coverage soak check bench docs-record install install-files uninstall deb deb-files clean
+.PHONY: help setup build demo test test-unit coverage soak check bench docs-record install install-files install-symbols uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install the packages for building and testing (Debian 12) and print their versions'
@@ -36,8 +36,9 @@ help:
 	@echo 'make docs-record  run the commands in the documentation, record their output there, draw docs/tutorial.svg'
 	@echo 'make install  build, then install into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the mount(8) helper into $$DESTDIR$$SBINDIR ($(SBINDIR))'
 	@echo 'make install-files  install the programs in $$(bin) ($(bin)) without building, for a root user without cargo'
+	@echo 'make install-symbols  install the debug symbols of the programs in $$(bin) into $$DESTDIR/usr/lib/debug'
 	@echo 'make uninstall  remove the files that make install has installed with the same variables'
-	@echo 'make deb      build the Debian package $(target)/debian/stencil_*.deb (runs setup and build)'
+	@echo 'make deb      build the Debian packages $(target)/debian/stencil_*.deb and stencil-dbgsym_*.deb (runs setup and build)'
 	@echo 'make clean    remove the build directory'
 
 setup:
@@ -96,6 +97,11 @@ clones_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-clones@.service
 completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
     $(share)/fish/vendor_completions.d/stencil.fish
 
+programs := stencil stencil-mountd
+# gdb, perf and the programs' own backtraces find symbols by the build id of a program.
+symbols := $(DESTDIR)/usr/lib/debug/.build-id
+build_id = $$(readelf -n '$(1)' | sed -n 's|^ *Build ID: \(..\)\(.*\)$$|\1/\2|p')
+
 helper := $(DESTDIR)$(SBINDIR)/mount.fuse.stencil
 # A host has one mount(8) helper: the helper of another installation is not replaced.
 helper_is_ours = [ "$$(readlink -m '$(helper)')" = "$$(readlink -m '$(DESTDIR)$(PREFIX)/bin/stencil')" ]
@@ -114,7 +120,7 @@ install-files:
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(share)/man/man1' '$(share)/man/man8' \
 	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/examples' \
 	    $(foreach dir,$(page_dirs),'$(doc)/$(dir)')
-	install -m 0755 '$(bin)/stencil' '$(bin)/stencil-mountd' '$(DESTDIR)$(PREFIX)/bin/'
+	install -s -m 0755 $(foreach program,$(programs),'$(bin)/$(program)') '$(DESTDIR)$(PREFIX)/bin/'
 	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(helper)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil-clones@.service' >'$(clones_unit)'
@@ -132,10 +138,16 @@ install-files:
 	    '    systemctl link $(unit)' '    systemctl link $(clones_unit)' \
 	    '    add $(PREFIX)/bin to PATH and $(PREFIX)/share/man to MANPATH; completions: $(completions)'
 
+install-symbols:
+	$(foreach program,$(programs),file="$(symbols)/$(call build_id,$(bin)/$(program)).debug" && install -d "$${file%/*}" && \
+	    objcopy --only-keep-debug --compress-debug-sections '$(bin)/$(program)' "$$file" && chmod 0644 "$$file" &&) :
+
 uninstall:
 	@! $(helper_is_packaged) || ! $(helper_is_ours) || { \
 	    echo '$(helper) is of a Debian package: apt remove stencil' >&2; exit 1; }
 	! $(helper_is_ours) || rm -f '$(helper)'
+	$(foreach program,$(programs),! [ -f '$(DESTDIR)$(PREFIX)/bin/$(program)' ] || \
+	    rm -f "$(symbols)/$(call build_id,$(DESTDIR)$(PREFIX)/bin/$(program)).debug" &&) :
 	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \
 	    '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil.1' '$(share)/man/man1/stencil-'*.1 \

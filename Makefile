@@ -11,27 +11,38 @@ bin ?= $(target)/release
 guard := tests/support/guard.sh
 # The library as other programs use it, and how many crates it may need.
 library := -p stencilfs --no-default-features
+all_features := --features stencilfs/rust-vmm
 max_crates := 40
 # Scenarios mostly wait, so more threads than CPUs are useful.
 export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
+# The profile of the unit tests.
+profile ?= release
+# make setup installs missing subcommands of cargo there.
+tools := PATH="$$PATH:$(target)/tools/bin"
+# Unit tests run as user nobody, without /dev/fuse and /dev/kvm.
+unprivileged := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/support/unprivileged.sh'
+
 # Targets must not run in parallel: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test soak check bench docs-record install install-files uninstall deb deb-files clean
+.PHONY: help setup build demo test test-unit coverage soak check bench docs-record install install-files install-symbols uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install the packages for building and testing (Debian 12) and print their versions'
 	@echo 'make build    build the release binaries $(target)/release/stencil and stencil-mountd'
 	@echo 'make demo     capture a real guest as a template, launch many clones, measure their memory (runs setup and build)'
 	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
-	@echo 'make soak     run the soak, kill and crash scenarios with higher repeat counts (runs setup and build)'
-	@echo 'make check    check format, lints and API documentation; warnings are errors'
+	@echo 'make test-unit  run the unit tests and documentation examples as user nobody, without FUSE and KVM'
+	@echo 'make coverage  report the lines of supervisor and server that the unit tests run; fails below 85 %'
+	@echo 'make soak     run the soak, kill, crash and fuzz tests with higher repeat counts (runs setup and build)'
+	@echo 'make check    check format, lints, API documentation, licences and sources of crates; warnings are errors'
 	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
 	@echo 'make docs-record  run the commands in the documentation, record their output there, draw docs/tutorial.svg'
 	@echo 'make install  build, then install into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the mount(8) helper into $$DESTDIR$$SBINDIR ($(SBINDIR))'
 	@echo 'make install-files  install the programs in $$(bin) ($(bin)) without building, for a root user without cargo'
+	@echo 'make install-symbols  install the debug symbols of the programs in $$(bin) into $$DESTDIR/usr/lib/debug'
 	@echo 'make uninstall  remove the files that make install has installed with the same variables'
-	@echo 'make deb      build the Debian package $(target)/debian/stencil_*.deb (runs setup and build)'
+	@echo 'make deb      build the Debian packages $(target)/debian/stencil_*.deb and stencil-dbgsym_*.deb (runs setup and build)'
 	@echo 'make clean    remove the build directory'
 
 setup:
@@ -45,13 +56,21 @@ build:
 demo: setup build
 	@$(guard) tests/demo.sh
 
-# The first line builds the example that the suite runs.
-test: setup build
-	$(guard) $(CARGO) test --release $(library) --features rust-vmm
-	$(guard) $(CARGO) test --release --workspace
+test: setup build test-unit
+	$(guard) $(CARGO) test --release --test suite
+
+# With the example that the suite runs.
+test-unit:
+	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }
+	$(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins --examples $(all_features) --cargo-profile $(profile)
+	$(unprivileged) $(CARGO) test --doc $(all_features) --profile $(profile)
+
+coverage:
+	@CARGO='$(CARGO)' tests/coverage.sh
 
 soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak kill crash
+	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile release fuzz::
 
 check:
 	$(CARGO) fmt --all -- --check
@@ -64,6 +83,7 @@ check:
 	    { echo "the library needs $$crates crates, expected at most $(max_crates): cargo tree $(library)" >&2; exit 1; }
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(library) --features rust-vmm --no-deps
 	RUSTDOCFLAGS='-D warnings --cfg document_internals' $(CARGO) doc --workspace --no-deps --document-private-items
+	$(tools) $(CARGO) deny --offline check licenses bans sources
 
 bench: setup build
 	$(guard) tests/bench/throughput.sh
@@ -89,6 +109,11 @@ clones_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-clones@.service
 completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
     $(share)/fish/vendor_completions.d/stencil.fish
 
+programs := stencil stencil-mountd
+# gdb, perf and the programs' own backtraces find symbols by the build id of a program.
+symbols := $(DESTDIR)/usr/lib/debug/.build-id
+build_id = $$(readelf -n '$(1)' | sed -n 's|^ *Build ID: \(..\)\(.*\)$$|\1/\2|p')
+
 helper := $(DESTDIR)$(SBINDIR)/mount.fuse.stencil
 # A host has one mount(8) helper: the helper of another installation is not replaced.
 helper_is_ours = [ "$$(readlink -m '$(helper)')" = "$$(readlink -m '$(DESTDIR)$(PREFIX)/bin/stencil')" ]
@@ -107,7 +132,7 @@ install-files:
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(share)/man/man1' '$(share)/man/man8' \
 	    $(foreach file,$(completions) $(unit),'$(dir $(file))') '$(doc)/examples' \
 	    $(foreach dir,$(page_dirs),'$(doc)/$(dir)')
-	install -m 0755 '$(bin)/stencil' '$(bin)/stencil-mountd' '$(DESTDIR)$(PREFIX)/bin/'
+	install -s -m 0755 $(foreach program,$(programs),'$(bin)/$(program)') '$(DESTDIR)$(PREFIX)/bin/'
 	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(helper)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil-clones@.service' >'$(clones_unit)'
@@ -125,10 +150,16 @@ install-files:
 	    '    systemctl link $(unit)' '    systemctl link $(clones_unit)' \
 	    '    add $(PREFIX)/bin to PATH and $(PREFIX)/share/man to MANPATH; completions: $(completions)'
 
+install-symbols:
+	$(foreach program,$(programs),file="$(symbols)/$(call build_id,$(bin)/$(program)).debug" && install -d "$${file%/*}" && \
+	    objcopy --only-keep-debug --compress-debug-sections '$(bin)/$(program)' "$$file" && chmod 0644 "$$file" &&) :
+
 uninstall:
 	@! $(helper_is_packaged) || ! $(helper_is_ours) || { \
 	    echo '$(helper) is of a Debian package: apt remove stencil' >&2; exit 1; }
 	! $(helper_is_ours) || rm -f '$(helper)'
+	$(foreach program,$(programs),! [ -f '$(DESTDIR)$(PREFIX)/bin/$(program)' ] || \
+	    rm -f "$(symbols)/$(call build_id,$(DESTDIR)$(PREFIX)/bin/$(program)).debug" &&) :
 	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \
 	    '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil.1' '$(share)/man/man1/stencil-'*.1 \

@@ -56,6 +56,8 @@ pub mod clones;
 #[cfg_attr(not(document_internals), doc(hidden))]
 pub mod control;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod memory;
 #[cfg(feature = "internals")]
 #[cfg_attr(not(document_internals), doc(hidden))]

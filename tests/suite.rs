@@ -6,6 +6,7 @@ mod capture;
 mod cli;
 mod clones;
 mod failover;
+mod kernel;
 mod mount;
 mod packaging;
 mod removal;

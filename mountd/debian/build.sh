@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the Debian package from compiled programs.
+# Builds the Debian packages from compiled programs: stencil, and stencil-dbgsym with the debug symbols.
 #
-#     mountd/debian/build.sh BIN [OPTION…]   BIN is target/release or target/debug; the package goes to BIN/../debian/.
+#     mountd/debian/build.sh BIN [OPTION…]   BIN is target/release or target/debug; the packages go to BIN/../debian/.
 #                                            Options are passed to cargo-deb, for example --fast for a quick build of a
 #                                            larger package
 #
-# The package has the files of `make install`: they are installed into BIN/package, which cargo-deb packs.
+# The first package has the files of `make install`: they are installed into BIN/package, which cargo-deb packs.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/support/host.sh
@@ -42,8 +42,20 @@ printf 'stencil (%s-1) unstable; urgency=medium\n\n  * What changed is in change
 mv "$doc/CHANGELOG.md" "$doc/changelog"
 gzip -9n "$doc"/changelog* "$stage"/usr/share/man/man*/*
 
+# As debhelper names and describes it. The sections are compressed already.
+symbols=$bin/package-symbols
+rm -rf "$symbols"
+make --no-print-directory -C "$top" install-symbols bin="$bin" DESTDIR="$symbols" >/dev/null
+ids=$(find "$symbols" -name '*.debug' | sed 's|.*/\(..\)/\(.*\)\.debug|\1\2|' | sort | tr '\n' ' ')
+mkdir "$symbols/DEBIAN"
+printf '%s\n' 'Package: stencil-dbgsym' 'Source: stencil' "Version: $version-1" 'Auto-Built-Package: debug-symbols' \
+    'Architecture: amd64' "Maintainer: $maintainer" "Depends: stencil (= $version-1)" 'Section: debug' 'Priority: optional' \
+    'Description: debug symbols for stencil' "Build-Ids: ${ids% }" >"$symbols/DEBIAN/control"
+mkdir -p "${bin%/*}/debian"
+dpkg-deb -Znone --root-owner-group -b "$symbols" "${bin%/*}/debian/stencil-dbgsym_$version-1_amd64.deb" >/dev/null
+
 profile=release
 [ "${bin##*/}" != debug ] || profile=dev
 cd "$top"
-CARGO_TARGET_DIR=${bin%/*} CARGO=$cargo "$tool" --no-build --offline --locked --strip --quiet --compress-system \
+CARGO_TARGET_DIR=${bin%/*} CARGO=$cargo "$tool" --no-build --offline --locked --no-strip --quiet --compress-system \
     --profile "$profile" --output "${bin%/*}/debian/" "${@:2}"

@@ -27,7 +27,7 @@ fn bad(what: impl std::fmt::Display) -> Error {
 /// # Errors
 /// Returns [`Code::Usage`](crate::error::Code::Usage) with QEMU's text for invalid JSON.
 pub fn object(text: &str) -> Result<BTreeMap<String, Value>> {
-    let mut reader = Reader { rest: text, depth: 0 };
+    let mut reader = Reader { rest: text };
     let value = reader.value()?;
     if !reader.rest.trim_start().is_empty() {
         return Err(Error::usage("Expecting at most one JSON value"));
@@ -40,7 +40,34 @@ pub fn object(text: &str) -> Result<BTreeMap<String, Value>> {
 
 struct Reader<'a> {
     rest: &'a str,
-    depth: usize,
+}
+
+/// An object or array whose end is not read yet.
+enum Open {
+    /// With the key whose value comes next.
+    Object(serde_json::Map<String, Value>, Option<String>),
+    Array(Vec<Value>),
+}
+
+/// A container after one more key or value.
+enum Added {
+    Complete(Value),
+    Open(Open),
+}
+
+/// Returns the value of a token that is neither an object nor an array.
+fn scalar(token: Token) -> Result<Value> {
+    match token {
+        Token::Text(text) => Ok(Value::String(text)),
+        Token::Number(number) => Ok(number),
+        Token::Word(word) => match word.as_str() {
+            "true" => Ok(Value::Bool(true)),
+            "false" => Ok(Value::Bool(false)),
+            "null" => Ok(Value::Null),
+            other => Err(bad(format_args!("invalid keyword '{other}'"))),
+        },
+        Token::Mark(_) => Err(bad("expecting value")),
+    }
 }
 
 impl Reader<'_> {
@@ -70,74 +97,73 @@ impl Reader<'_> {
         self.next()?.ok_or_else(|| bad("premature EOI"))
     }
 
+    /// Parses a value. Open containers are kept in a list, not on the stack, so that a thread with a small stack can
+    /// parse the deepest value.
     fn value(&mut self) -> Result<Value> {
-        let token = self.need()?;
-        self.value_from(token)
-    }
-
-    fn value_from(&mut self, token: Token) -> Result<Value> {
-        match token {
-            Token::Text(text) => Ok(Value::String(text)),
-            Token::Number(number) => Ok(number),
-            Token::Word(word) => match word.as_str() {
-                "true" => Ok(Value::Bool(true)),
-                "false" => Ok(Value::Bool(false)),
-                "null" => Ok(Value::Null),
-                other => Err(bad(format_args!("invalid keyword '{other}'"))),
-            },
-            Token::Mark('{') => self.nested(Self::fields),
-            Token::Mark('[') => self.nested(Self::members),
-            Token::Mark(_) => Err(bad("expecting value")),
-        }
-    }
-
-    fn nested(&mut self, inside: fn(&mut Self) -> Result<Value>) -> Result<Value> {
-        self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            return Err(Error::usage("JSON nesting depth limit exceeded"));
-        }
-        let value = inside(self)?;
-        self.depth -= 1;
-        Ok(value)
-    }
-
-    fn fields(&mut self) -> Result<Value> {
-        let mut fields = serde_json::Map::new();
+        let mut open: Vec<Open> = Vec::new();
         let mut token = self.need()?;
-        if token == Token::Mark('}') {
-            return Ok(Value::Object(fields));
-        }
         loop {
-            let Value::String(key) = self.value_from(token)? else {
-                return Err(bad("key is not a string in object"));
+            let mut value = match token {
+                Token::Mark(mark @ ('{' | '[')) => {
+                    if open.len() == MAX_DEPTH {
+                        return Err(Error::usage("JSON nesting depth limit exceeded"));
+                    }
+                    token = self.need()?;
+                    match (mark, &token) {
+                        ('{', Token::Mark('}')) => Value::Object(serde_json::Map::new()),
+                        ('[', Token::Mark(']')) => Value::Array(Vec::new()),
+                        _ => {
+                            open.push(match mark {
+                                '{' => Open::Object(serde_json::Map::new(), None),
+                                _ => Open::Array(Vec::new()),
+                            });
+                            continue;
+                        }
+                    }
+                }
+                other => scalar(other)?,
             };
-            if self.need()? != Token::Mark(':') {
-                return Err(bad("missing : in object pair"));
+            loop {
+                let Some(container) = open.pop() else { return Ok(value) };
+                match self.add(container, value)? {
+                    Added::Complete(complete) => value = complete,
+                    Added::Open(container) => {
+                        open.push(container);
+                        break;
+                    }
+                }
             }
-            let value = self.value()?;
-            if fields.insert(key, value).is_some() {
-                return Err(bad("duplicate key"));
-            }
-            match self.need()? {
-                Token::Mark('}') => return Ok(Value::Object(fields)),
-                Token::Mark(',') => token = self.need()?,
-                _ => return Err(bad("expected separator in dict")),
-            }
+            token = self.need()?;
         }
     }
 
-    fn members(&mut self) -> Result<Value> {
-        let mut members = Vec::new();
-        let mut token = self.need()?;
-        if token == Token::Mark(']') {
-            return Ok(Value::Array(members));
-        }
-        loop {
-            members.push(self.value_from(token)?);
-            match self.need()? {
-                Token::Mark(']') => return Ok(Value::Array(members)),
-                Token::Mark(',') => token = self.need()?,
-                _ => return Err(bad("expected separator in list")),
+    /// Adds a key or value to a container and reads the separator after it.
+    fn add(&mut self, container: Open, value: Value) -> Result<Added> {
+        match container {
+            Open::Object(fields, None) => {
+                let Value::String(key) = value else { return Err(bad("key is not a string in object")) };
+                if self.need()? != Token::Mark(':') {
+                    return Err(bad("missing : in object pair"));
+                }
+                Ok(Added::Open(Open::Object(fields, Some(key))))
+            }
+            Open::Object(mut fields, Some(key)) => {
+                if fields.insert(key, value).is_some() {
+                    return Err(bad("duplicate key"));
+                }
+                match self.need()? {
+                    Token::Mark('}') => Ok(Added::Complete(Value::Object(fields))),
+                    Token::Mark(',') => Ok(Added::Open(Open::Object(fields, None))),
+                    _ => Err(bad("expected separator in dict")),
+                }
+            }
+            Open::Array(mut members) => {
+                members.push(value);
+                match self.need()? {
+                    Token::Mark(']') => Ok(Added::Complete(Value::Array(members))),
+                    Token::Mark(',') => Ok(Added::Open(Open::Array(members))),
+                    _ => Err(bad("expected separator in list")),
+                }
             }
         }
     }
@@ -264,6 +290,8 @@ mod tests {
         ] {
             assert!(object(text).is_err(), "{text}");
         }
-        assert!(object(&"[".repeat(100_000)).is_err());
+        let nested = |depth: usize| object(&format!(r#"{{"a":{}{}}}"#, "[".repeat(depth), "]".repeat(depth)));
+        assert!(nested(MAX_DEPTH - 1).is_ok());
+        assert_eq!(nested(MAX_DEPTH).unwrap_err().message(), "JSON nesting depth limit exceeded");
     }
 }

@@ -6,6 +6,8 @@
 
 mod disk;
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(feature = "internals")]
 mod maintain;
 mod names;

@@ -1,4 +1,5 @@
-//! The scripts that `make` runs: the demo, the setup and the guard against leftovers.
+//! The scripts that `make` runs: the demo, the setup, the guard against leftovers and the runner of
+//! unit tests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -241,4 +242,26 @@ fn setup_detects_a_compiler_that_cannot_link_statically() {
         .output()
         .unwrap();
     assert!(text(&output).contains("libc6-dev"), "{}", text(&output));
+}
+
+/// The devices may be open to all users of a host.
+#[test]
+fn unit_tests_have_neither_root_nor_fuse_nor_kvm() {
+    let dir = temporary("private-");
+    fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let program = dir.path().join("program");
+    fs::copy("/bin/dash", &program).unwrap();
+    let unit = |line: &str| {
+        let mut command = Command::new(script("support/unprivileged.sh"));
+        command.arg(&program).args(["-c", line]).output().unwrap()
+    };
+    // Nobody cannot reach the program by its path: it is run by a descriptor.
+    let user = unit("id -un; grep CapBnd /proc/self/status; echo x >$TMPDIR/file; cat $TMPDIR/file");
+    assert_eq!(text(&user), "nobody\nCapBnd:\t0000000000000000\nx\n");
+    for device in ["/dev/fuse", "/dev/kvm"] {
+        assert!(Path::new(device).exists());
+        let opened = unit(&format!(": <{device}"));
+        assert!(!opened.status.success() && text(&opened).contains("Permission denied"), "{}", text(&opened));
+    }
+    assert!(unit(": </dev/null").status.success());
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::support::debian::{Debian, bin, make, package};
 use crate::support::host;
@@ -363,6 +363,54 @@ fn files_below(dir: &Path) -> BTreeSet<String> {
         .collect()
 }
 
+/// Symbols in the programs would triple the package; without symbols anywhere, a user's backtrace names nothing.
+#[test]
+fn programs_are_stripped_and_the_symbols_name_the_frames_of_a_backtrace() {
+    let _host = host::shared();
+    let dir = temporary("symbols-");
+    let (unpacked, symbols) = (dir.path().join("deb"), dir.path().join("dbgsym"));
+    let name = package().file_name().unwrap().to_str().unwrap().replacen("stencil_", "stencil-dbgsym_", 1);
+    let with_symbols = package().with_file_name(name);
+    run("dpkg-deb", &["-x", package().to_str().unwrap(), unpacked.to_str().unwrap()]);
+    run("dpkg-deb", &["-x", with_symbols.to_str().unwrap(), symbols.to_str().unwrap()]);
+    let depends = run("dpkg-deb", &["-f", with_symbols.to_str().unwrap(), "Depends"]);
+    let version = run("dpkg-deb", &["-f", package().to_str().unwrap(), "Version"]);
+    assert_eq!(depends.trim(), format!("stencil (= {})", version.trim()));
+    for program in ["stencil", "stencil-mountd"] {
+        let program = unpacked.join("usr/bin").join(program);
+        let sections = run("readelf", &["-SW", program.to_str().unwrap()]);
+        assert!(sections.contains(".note.gnu.build-id"), "{sections}");
+        assert!(!sections.contains(" .debug_") && !sections.contains(" .symtab"), "{sections}");
+    }
+
+    // An import that waits for its input.
+    let mut import = Command::new(unpacked.join("usr/bin/stencil"))
+        .args(["--store", dir.path().join("store").to_str().unwrap(), "import", "-", "web:1"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = import.id().to_string();
+    wait_for("the import to create the store", || dir.path().join("store/format").is_file().then_some(()));
+    // eu-stack exits with 1 if a frame has no name.
+    let frames = |debug: &Path| {
+        let path = debug.join("usr/lib/debug").display().to_string();
+        let stack =
+            Command::new("eu-stack").args(["-s", "-p", &pid, "--debuginfo-path", &path]).output().unwrap();
+        String::from_utf8_lossy(&stack.stdout).into_owned()
+    };
+    let (nameless, named) = (frames(&unpacked), frames(&symbols));
+    drop(import.stdin.take());
+    import.wait().unwrap();
+    assert!(nameless.lines().count() > 5 && !nameless.contains("stencil"), "{nameless}");
+    for name in ["stencilfs", "import"] {
+        assert!(named.contains(name), "{named}");
+    }
+    // Test builds may have names alone.
+    assert!(cfg!(debug_assertions) || named.contains("src/main.rs:"), "{named}");
+}
+
 #[test]
 fn make_install_matches_the_package_and_uninstall_removes_it() {
     let _host = host::shared();
@@ -401,6 +449,8 @@ fn make_install_matches_the_package_and_uninstall_removes_it() {
         assert!(crates.contains("\nblake3 v") && crates.contains("\n\n=== blake3-"), "{crates:.500}");
         assert!(crates.contains("Permission is hereby granted") && crates.contains("TERMS AND CONDITIONS"));
     }
+    make(args("install-symbols"));
+    assert_eq!(files_below(&staged).iter().filter(|file| file.ends_with(".debug")).count(), 2);
     make(args("uninstall"));
     assert_eq!(files_below(&staged), BTreeSet::new());
 

@@ -10,6 +10,11 @@ STENCIL_RUST_MIN=1.88
 # The tool that builds the Debian package, and the C library of the Debian release that the package is for.
 STENCIL_CARGO_DEB=3.8.0
 STENCIL_GLIBC_MAX=2.36
+# The LLVM of Debian 12 that reads coverage profiles.
+STENCIL_LLVM=19
+# The oldest versions that work. They are installed if none is there, and STENCIL_RUST_MIN compiles them.
+STENCIL_NEXTEST=0.9.114
+STENCIL_CARGO_DENY=0.20.2
 
 # The kernel release; a test sets the variable to simulate an older host.
 kernel_release() { printf '%s\n' "${STENCIL_TEST_KERNEL_RELEASE:-$(uname -r)}"; }
@@ -46,6 +51,14 @@ guest_cache() {
 tools() {
     local top=$1
     printf '%s/tools\n' "${CARGO_TARGET_DIR:-$top/target}"
+}
+
+# Prints the version of a subcommand of cargo; fails if there is none, or one older than WANTED.
+subcommand_version() {
+    local top=$1 name=$2 wanted=$3 version
+    version=$(PATH="$PATH:$(tools "$top")/bin" cargo "$name" --version 2>/dev/null | sed -n "1s/^cargo-$name \([0-9.]*\).*/\1/p")
+    [ -n "$version" ] && printf '%s\n%s\n' "$wanted" "$version" | sort -VC || return 1
+    printf '%s\n' "$version"
 }
 
 # Prints the requirements that this host does not meet, one per line, each with a remedy; nothing if there are none.

@@ -313,7 +313,8 @@ fn is_visibility(after_pub: Option<&TokenTree>) -> bool {
 }
 
 fn is_cfg_test(attribute: Option<&TokenTree>) -> bool {
-    attribute.is_some_and(|token| token.to_string().replace(' ', "") == "[cfg(test)]")
+    let only_tests = ["[cfg(test)]", "[cfg(any(test,fuzzing))]"];
+    attribute.is_some_and(|token| only_tests.contains(&token.to_string().replace(' ', "").as_str()))
 }
 
 /// Returns the number of tokens of the item at the start.

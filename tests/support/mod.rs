@@ -24,3 +24,4 @@ pub mod store;
 pub mod stream;
 pub mod svg;
 pub mod tables;
+pub mod userfault;

@@ -71,6 +71,8 @@ command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 # Tools that build this project's Debian package, and programs that read its man pages and completions.
 command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)
 command -v objdump >/dev/null 2>&1 || packages+=(binutils)
+[ -x "/usr/lib/llvm-$STENCIL_LLVM/bin/llvm-cov" ] || packages+=("llvm-$STENCIL_LLVM")
+command -v eu-stack >/dev/null 2>&1 || packages+=(elfutils)
 command -v debootstrap >/dev/null 2>&1 || packages+=(debootstrap)
 command -v groff >/dev/null 2>&1 || packages+=(groff-base)
 command -v zsh >/dev/null 2>&1 || packages+=(zsh)
@@ -239,6 +241,24 @@ if [ "$("$tool/bin/cargo-deb" --version 2>/dev/null)" != "cargo-deb $STENCIL_CAR
         { tail -20 "$tool/install.log" >&2; fail "cargo cannot install cargo-deb $STENCIL_CARGO_DEB"; }
     rm -rf "$tool/build"
 fi
+# Debug builds are quicker to compile and quick enough to run.
+install_debug() {
+    local program=$1 version=$2
+    say "installing from crates.io: $program $version (takes minutes)"
+    mkdir -p "$tool"
+    CARGO_TARGET_DIR="$tool/build" cargo install -q --debug --locked --no-default-features "${@:3}" --root "$tool" \
+        "$program@$version" >"$tool/install.log" 2>&1 ||
+        { tail -20 "$tool/install.log" >&2; fail "cargo cannot install $program $version"; }
+    rm -rf "$tool/build"
+}
+nextest=$(subcommand_version "$top" nextest "$STENCIL_NEXTEST") || {
+    install_debug cargo-nextest "$STENCIL_NEXTEST" --features default-no-update
+    nextest=$STENCIL_NEXTEST
+}
+deny=$(subcommand_version "$top" deny "$STENCIL_CARGO_DENY") || {
+    install_debug cargo-deny "$STENCIL_CARGO_DENY"
+    deny=$STENCIL_CARGO_DENY
+}
 
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
     fail "PATH finds QEMU $(qemu_version), but $STENCIL_QEMU_MIN or newer is needed: remove the older QEMU from PATH"
@@ -257,4 +277,6 @@ say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"
 say "rsync    $(rsync --version 2>/dev/null | sed -n '1s/^rsync *version \([^ ]*\).*/\1/p')"
 say "dropbear $(dropbear -V 2>&1 | sed -n '1s/^Dropbear v//p')"
 say "cargo-deb $STENCIL_CARGO_DEB"
+say "cargo-deny $deny"
+say "nextest  $nextest"
 say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

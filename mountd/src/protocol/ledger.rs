@@ -144,7 +144,8 @@ mod tests {
         }
         // "three" is in half 1: a supervisor that dies while it writes there leaves "two".
         ledger.file.write_all_at(b"x", HALF_BYTES + HEAD_BYTES as u64).unwrap();
-        let (mut again, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
+        // Only root may open a read-only descriptor of the ledger for writing again.
+        let (mut again, read) = Ledger::open(ledger.file.try_clone().unwrap().into()).unwrap();
         assert_eq!(read, b"two");
         again.write(b"four").unwrap();
         assert_eq!(Ledger::open(again.read_only().unwrap()).unwrap().1, b"four");

@@ -123,27 +123,3 @@ pub fn stuck_connections() -> Result<Vec<Connection>> {
     }
     Ok(stuck)
 }
-
-#[cfg(test)]
-mod tests {
-    use crate::sys::files::mount;
-    use crate::sys::fuse::control_fs::*;
-    use crate::sys::fuse::device;
-    use crate::sys::process::procfs;
-
-    #[test]
-    fn lists_connections_and_pending_requests() {
-        let dir = tempfile::tempdir().unwrap();
-        let fuse = device::open().unwrap();
-        mount::mount_fuse(&fuse, "stencil-test".as_ref(), dir.path(), false).unwrap();
-        let device =
-            procfs::mounts().unwrap().into_iter().rfind(|m| m.mountpoint == dir.path()).map(|m| m.dev);
-        let listed = connections();
-        // The INIT request has not been read, so one request is pending.
-        let number = rustix::fs::minor(device.unwrap());
-        let waiting = Waiting::of(device.unwrap()).and_then(|w| Ok((w.read()?, w.read()?)));
-        mount::unmount(dir.path(), true).unwrap();
-        assert!(listed.unwrap().contains(&Connection { number, waiting: 1 }));
-        assert_eq!(waiting.unwrap(), (1, 1), "the counter can be read repeatedly");
-    }
-}

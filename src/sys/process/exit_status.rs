@@ -75,7 +75,7 @@ mod tests {
     use crate::sys::process::pidfd;
 
     #[test]
-    fn reads_status_of_zombies_and_reaped_processes() {
+    fn reads_status_of_reaped_processes() {
         for (script, status) in [
             ("exit 0", ExitStatus::Code(0)),
             ("exit 37", ExitStatus::Code(37)),
@@ -91,12 +91,6 @@ mod tests {
             let fd = pidfd(child.id()).unwrap().unwrap();
             assert_eq!(ExitStatus::read(process, &fd), None, "alive: {script}");
             drop(child.stdin.take());
-            rustix::process::waitid(
-                rustix::process::WaitId::PidFd(fd.as_fd()),
-                rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
-            )
-            .unwrap();
-            assert_eq!(ExitStatus::read(process, &fd), Some(status), "zombie: {script}");
             child.wait().unwrap();
             assert_eq!(ExitStatus::read(process, &fd), Some(status), "reaped: {script}");
         }

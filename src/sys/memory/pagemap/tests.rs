@@ -117,7 +117,7 @@ fn guard_regions_are_not_dirty() {
     let pagemap = Pagemap::this_process().unwrap();
     let found = pagemap.dirty(map.range()).unwrap();
     assert_eq!(pages(&map, &found), (0..8).chain(16..32).collect::<Vec<_>>());
-    assert!(pagemap.entries(map.range()).unwrap()[64..80].iter().all(|e| e.is_guard() && e.is_marker()));
+    assert!(pagemap.entries(map.range()).unwrap()[64..80].iter().all(|e| e.is_guard()));
 }
 
 #[test]
@@ -149,7 +149,7 @@ fn unmapped_part_is_not_dirty() {
 }
 
 #[test]
-fn entries_report_frames_and_exclusivity() {
+fn entries_report_files_and_exclusivity() {
     let length = 64 * PAGE_SIZE;
     let file = template(length);
     let map = private_map(&file, length, PAGE_SIZE);
@@ -159,7 +159,6 @@ fn entries_report_frames_and_exclusivity() {
     assert_eq!(entries.len(), 64);
     assert!(entries[0].is_present() && entries[0].is_file());
     assert!(entries[5].is_present() && !entries[5].is_file() && entries[5].is_exclusive());
-    assert!(entries[5].frame().is_some() && entries[5].frame() != entries[0].frame());
 }
 
 #[test]
@@ -170,58 +169,6 @@ fn exited_process_is_not_found() {
     child.wait().unwrap();
     assert_eq!(pagemap.entries(0x1000..0x2000).unwrap_err().code(), crate::error::Code::NotFound);
     assert_eq!(Pagemap::open(child.id()).unwrap_err().code(), crate::error::Code::NotFound);
-}
-
-/// Enables asynchronous write protection by userfaultfd on a mapping. Closing the returned file disables it.
-fn arm_write_protection(map: &Mapping) -> File {
-    use std::os::fd::FromRawFd;
-    const API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
-    const REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
-    const WRITE_PROTECT: libc::Ioctl = 0xc018_aa06_u32 as libc::Ioctl;
-    let (unpopulated, asynchronous) = (1u64 << 13, 1u64 << 15);
-    let range = map.range();
-    let length = range.end - range.start;
-    let mut api = [0xaa, unpopulated | asynchronous, 0];
-    let mut register = [range.start, length, 2, 0];
-    let mut protect = [range.start, length, 1];
-    // SAFETY: each argument is an array with the size that the ioctl number encodes; the range is that of the mapping,
-    // and write protection changes no byte of it.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) as i32;
-        assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
-        let file = File::from_raw_fd(fd);
-        for (request, argument) in [
-            (API, api.as_mut_ptr()),
-            (REGISTER, register.as_mut_ptr()),
-            (WRITE_PROTECT, protect.as_mut_ptr()),
-        ] {
-            let done = libc::ioctl(fd, request, argument);
-            assert_eq!(done, 0, "{request:#x}: {}", io::Error::last_os_error());
-        }
-        file
-    }
-}
-
-#[test]
-fn write_protection_markers_are_not_dirty() {
-    let length = 16 << 20;
-    let file = template(length);
-    let map = private_map(&file, length, HUGE_PAGE_SIZE);
-    let written = scattered(100, length / PAGE_SIZE, 5);
-    written.iter().for_each(|page| write_page(&map, *page));
-    let _armed = arm_write_protection(&map);
-    let pagemap = Pagemap::this_process().unwrap();
-    let swapped = Query { any: Categories::SWAPPED, ..Query::default() };
-    let swapped_bytes: u64 =
-        pagemap.scan(map.range(), &swapped).unwrap().iter().map(|r| r.range.end - r.range.start).sum();
-    assert!(swapped_bytes > 100 * PAGE_SIZE, "the markers exist");
-    assert_eq!(pages(&map, &pagemap.dirty(map.range()).unwrap()), Vec::from_iter(written.clone()));
-    // A write to a protected page dirties one more page.
-    let clean = (0..).find(|page| !written.contains(page)).unwrap();
-    write_page(&map, clean);
-    let found = pages(&map, &pagemap.dirty(map.range()).unwrap());
-    assert_eq!(found.len(), 101);
-    assert!(found.contains(&clean));
 }
 
 #[test]

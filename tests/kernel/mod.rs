@@ -1,0 +1,3 @@
+//! Interfaces of the kernel.
+
+pub mod interfaces;

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::control;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::store::{Digest, Store, TemplateRef};
 
 /// Print the path of a template in a mount

@@ -220,13 +220,8 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
         (None, Some(why)) => writeln!(out, "  no backings: {why}")?,
         (None, None) => {}
     }
-    let mut table = Columns::new(&[
-        Text("  TEMPLATE"),
-        Text("FILE"),
-        Number("SIZE"),
-        Text("SERVING"),
-        Number("CLONES"),
-    ]);
+    let mut table =
+        Columns::new(&[Text("  TEMPLATE"), Text("FILE"), Number("SIZE"), Text("SERVING"), Number("CLONES")]);
     let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for template in &mount.templates {
         for file in &template.files {

@@ -55,6 +55,7 @@ pub fn path_text(path: &Path) -> Cow<'_, str> {
 }
 
 /// Formats seconds since 1970-01-01 UTC as RFC 3339; after the year 9999 as a number, in the form of date(1).
+#[cfg(feature = "internals")]
 pub fn utc(seconds: u64) -> String {
     let time = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
     time.map_or_else(|| format!("@{seconds}"), |time| time.to_string())
@@ -99,6 +100,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "internals")]
     fn formats_times_as_rfc_3339() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),

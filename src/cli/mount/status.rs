@@ -19,6 +19,7 @@ use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
 use crate::store::Store;
 use crate::sys::process::paused;
+use crate::units::whole;
 
 /// Number of files that a reason for their serving names.
 const MAX_NAMED: usize = 3;
@@ -201,7 +202,7 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
             out,
             "  {} in a row soon after startup; the next server starts at {}",
             counted(early.into(), "server exited", "servers exited"),
-            utc(at as u64)
+            utc(whole(at))
         )?;
     }
     log_line(mount.log.as_deref(), out)?;

@@ -7,6 +7,10 @@ use stencilfs::units::PAGE_SIZE;
 
 use crate::server::node::{Attributes, Kind};
 
+/// [`PAGE_SIZE`] as FUSE encodes block sizes.
+#[expect(clippy::cast_possible_truncation, reason = "4096")]
+pub const PAGE: u32 = PAGE_SIZE as u32;
+
 /// Converts the attributes of a node.
 pub fn attr(attributes: &Attributes) -> FileAttr {
     let time = UNIX_EPOCH + Duration::from_secs(attributes.created);
@@ -19,12 +23,12 @@ pub fn attr(attributes: &Attributes) -> FileAttr {
         ctime: time,
         crtime: time,
         kind: kind(attributes.kind),
-        perm: attributes.mode as u16,
+        perm: (attributes.mode & 0o7777) as u16,
         nlink: if attributes.kind == Kind::Directory { 2 } else { 1 },
         uid: attributes.uid,
         gid: attributes.gid,
         rdev: 0,
-        blksize: PAGE_SIZE as u32,
+        blksize: PAGE,
         flags: 0,
     }
 }

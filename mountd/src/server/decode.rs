@@ -12,7 +12,7 @@ use dashmap::{DashMap, DashSet};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::sys::memory::memfd::LockedBuffer;
-use stencilfs::units::Bytes;
+use stencilfs::units::{Bytes, to_usize};
 
 use crate::protocol::stats::{Counter, Stats};
 use crate::server::refusal::Refusal;
@@ -21,7 +21,7 @@ use crate::server::reply_buffers::Replies;
 /// Most damaged blocks that are logged; further ones are only counted.
 const MAX_REPORTED: usize = 4096;
 
-const BLOCK: usize = BLOCK_SIZE as usize;
+const BLOCK: usize = to_usize(BLOCK_SIZE);
 
 /// Largest READ, in bytes.
 pub const MAX_READ: usize = 1 << 20;
@@ -78,7 +78,7 @@ impl Decoder {
                 None => slot.insert(self.new_workspace()?),
             };
             let Workspace { reply, scratch } = workspace;
-            let reply = &mut reply[..(end - offset) as usize];
+            let reply = &mut reply[..to_usize(end - offset)];
             self.fill(template, file, offset, length, reply, scratch)?;
             self.stats.count(Counter::Reads);
             self.stats.add(Counter::ReadBytes, reply.len() as u64);
@@ -111,9 +111,9 @@ impl Decoder {
             let start = block * BLOCK_SIZE;
             let block_end = (start + BLOCK_SIZE).min(length);
             let stop = block_end.min(end);
-            let part = &mut reply[(at - offset) as usize..(stop - offset) as usize];
+            let part = &mut reply[to_usize(at - offset)..to_usize(stop - offset)];
             let whole = at == start && stop == block_end;
-            self.part(template, file, block, (at - start) as usize, whole, part, scratch)
+            self.part(template, file, block, to_usize(at - start), whole, part, scratch)
                 .map_err(|e| self.report(template, file, block, &e))?;
             at = stop;
         }
@@ -195,10 +195,10 @@ pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Resul
     for block in from / BLOCK_SIZE..template.block_count(file) {
         let is_data = template.block_id(file, block).map_err(|e| Refusal::from(&e))?.is_some();
         if is_data == want_data {
-            return Ok((block * BLOCK_SIZE).max(from) as i64);
+            return Ok((block * BLOCK_SIZE).max(from).cast_signed());
         }
     }
-    if want_data { Err(Refusal::NoPosition) } else { Ok(length as i64) }
+    if want_data { Err(Refusal::NoPosition) } else { Ok(length.cast_signed()) }
 }
 
 struct CachedBlock {

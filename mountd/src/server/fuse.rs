@@ -14,10 +14,9 @@ use fuser::{
 };
 use stencilfs::control::{Op, RequestInfo};
 use stencilfs::store::Serving;
-use stencilfs::units::PAGE_SIZE;
 
 use crate::protocol::stats::{Counter, Stats};
-use crate::server::attr::{attr, kind};
+use crate::server::attr::{PAGE, attr, kind};
 use crate::server::condemned::Condemned;
 use crate::server::decode::MAX_READ;
 use crate::server::in_flight::{Flight, Flights};
@@ -124,7 +123,7 @@ impl Filesystem for Templates {
         }
         // One level: the kernel rejects a backing on a file system that is itself stacked (overlayfs).
         let _ = config.set_max_stack_depth(1);
-        let _ = config.set_max_write(MAX_READ as u32);
+        let _ = config.set_max_write(u32::try_from(MAX_READ).unwrap_or(u32::MAX));
         let _ = config.set_max_background(MAX_BACKGROUND);
         Ok(())
     }
@@ -274,8 +273,7 @@ impl Filesystem for Templates {
         flight.replying();
         match found {
             Ok((templates, data)) => {
-                let page = PAGE_SIZE as u32;
-                reply.statfs(data.pages().get(), 0, 0, templates, 0, page, 255, page);
+                reply.statfs(data.pages().get(), 0, 0, templates, 0, PAGE, 255, PAGE);
             }
             Err(refusal) => reply.error(self.refuse(refusal)),
         }

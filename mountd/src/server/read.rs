@@ -10,6 +10,7 @@ use crate::server::in_flight::Flight;
 use crate::server::node::Node;
 use crate::server::refusal::Refusal;
 use crate::server::tree::Tree;
+use stencilfs::units::to_usize;
 
 /// Answers READs of the files in a tree.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ impl Reader {
             }
             Node::Manifest(digest) => {
                 let text = self.tree.template(&digest)?.manifest_json();
-                let start = (request.offset as usize).min(text.len());
+                let start = to_usize(request.offset).min(text.len());
                 let end = start.saturating_add(request.size as usize).min(text.len());
                 send(&text.as_bytes()[start..end]);
                 Ok(())

@@ -14,6 +14,26 @@ pub const PAGE_SIZE: u64 = 4096;
 /// Size in bytes of a huge page that a PMD entry maps (x86-64).
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
+const _: () = assert!(usize::BITS == 64, "x86-64 has 64-bit addresses");
+
+/// Converts a length, offset or index for use in memory.
+#[expect(clippy::cast_possible_truncation, reason = "`usize` has 64 bits, as asserted above")]
+pub const fn to_usize(n: u64) -> usize {
+    n as usize
+}
+
+/// Returns the nearest floating-point number.
+#[expect(clippy::cast_precision_loss, reason = "a relative error of 2^-53 does not show in ratios and texts")]
+pub const fn approximate(n: u64) -> f64 {
+    n as f64
+}
+
+/// Returns the whole part of a number: 0 for a negative number or NaN, and `u64::MAX` for a larger one.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "documented")]
+pub const fn whole(number: f64) -> u64 {
+    number as u64
+}
+
 /// A size in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -52,9 +72,9 @@ macro_rules! unit {
                 self.0
             }
 
-            /// Returns the bare number as `usize`. Lossless on the supported 64-bit hosts.
+            /// Returns the bare number as `usize`.
             pub const fn as_usize(self) -> usize {
-                self.0 as usize
+                to_usize(self.0)
             }
         }
     };
@@ -77,6 +97,11 @@ impl Bytes {
     /// Returns `self - other`, or zero if `other` is larger.
     pub fn saturating_sub(self, other: Bytes) -> Bytes {
         Bytes(self.0.saturating_sub(other.0))
+    }
+
+    /// Returns the average rate of a transfer, in bytes per second.
+    pub fn per_second(self, seconds: f64) -> Bytes {
+        Bytes(whole(approximate(self.0) / seconds.max(1e-6)))
     }
 
     /// Returns the number of pages that hold this many bytes, rounded up.
@@ -116,11 +141,11 @@ impl Bytes {
             return whole.checked_mul(1 << shift).map(Bytes).ok_or_else(bad);
         }
         let fraction: f64 = number.parse().map_err(|_| bad())?;
-        let bytes = fraction * (1u64 << shift) as f64;
-        if shift == 0 || !bytes.is_finite() || bytes >= u64::MAX as f64 {
+        let bytes = fraction * approximate(1 << shift);
+        if shift == 0 || !bytes.is_finite() || bytes >= approximate(u64::MAX) {
             return Err(bad());
         }
-        Ok(Bytes(bytes as u64))
+        Ok(Bytes(whole(bytes)))
     }
 }
 
@@ -190,7 +215,7 @@ impl fmt::Display for Bytes {
         if self.0 < 1024 {
             return f.pad(&format!("{} B", self.0));
         }
-        let mut value = self.0 as f64 / 1024.0;
+        let mut value = approximate(self.0) / 1024.0;
         let mut unit = 0;
         while value >= 999.5 && unit + 1 < UNITS.len() {
             value /= 1024.0;
@@ -210,6 +235,13 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whole_saturates_and_rates_are_per_second() {
+        assert_eq!([-1.5, f64::NAN, 2.9, 1e30].map(whole), [0, 0, 2, u64::MAX]);
+        assert_eq!(Bytes::new(100).per_second(2.0), Bytes::new(50));
+        assert_eq!(Bytes::new(100).per_second(0.0), Bytes::new(100_000_000));
+    }
 
     #[test]
     fn parses_sizes() {

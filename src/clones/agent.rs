@@ -97,7 +97,8 @@ pub fn set_time(socket: &Path, timeout: Duration) -> Result<()> {
         .at(socket));
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let command = json!({"execute": "guest-set-time", "arguments": {"time": now.as_nanos() as u64}});
+    let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+    let command = json!({"execute": "guest-set-time", "arguments": {"time": now}});
     stream.write_all(format!("{command}\n").as_bytes()).map_err(failed)?;
     let reply = receive(&mut stream, socket, until, false)?;
     match reply.pointer("/error/desc").and_then(Value::as_str) {

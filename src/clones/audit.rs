@@ -20,7 +20,7 @@ use crate::sys::memory::page_flags::{FrameKind, Frames};
 use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::procfs::{self, MapLine};
-use crate::units::{Bytes, PageCount};
+use crate::units::{Bytes, PageCount, approximate, whole};
 
 /// Maximum accepted difference between page frames and the accounting, in percent.
 const FRAMES_TOLERANCE: f64 = 0.5;
@@ -176,11 +176,11 @@ impl Walk {
         let (mut count, mut page_tables) = (0.0, 0.0);
         for walked in &self.processes {
             let sharers = |frame| self.private.get(&frame).or_else(|| self.overhead.get(&frame)).copied();
-            let processes = walked.exclusive.and_then(sharers).unwrap_or(1).max(1) as f64;
+            let processes = approximate(walked.exclusive.and_then(sharers).unwrap_or(1).max(1));
             count += 1.0 / processes;
-            page_tables += walked.page_tables.get() as f64 / processes;
+            page_tables += approximate(walked.page_tables.get()) / processes;
         }
-        (count.round() as u64, Bytes::new(page_tables.round() as u64))
+        (whole(count.round()), Bytes::new(whole(page_tables.round())))
     }
 }
 
@@ -233,7 +233,7 @@ impl FrameAudit {
     fn conclude(&mut self, before: Accounted, after: Accounted) {
         let counted = self.private_bytes + self.overhead_bytes + self.template_bytes + self.page_table_bytes;
         self.error_percent = distance(counted, before.sum, after.sum);
-        self.changed_percent = percent(after.sum.get() as i64 - before.sum.get() as i64, before.sum);
+        self.changed_percent = percent(difference(after.sum, before.sum), before.sum);
         let tables = distance(self.page_table_bytes, before.page_tables, after.page_tables);
         let clones = before.clones.min(after.clones)..=before.clones.max(after.clones);
         let wrong = self.error_percent > self.tolerance_percent
@@ -252,7 +252,7 @@ impl FrameAudit {
 /// Returns the distance of a figure from the range of two others, in percent of the first of the two.
 fn distance(counted: Bytes, before: Bytes, after: Bytes) -> f64 {
     let nearest = counted.clamp(before.min(after), before.max(after));
-    percent(counted.get() as i64 - nearest.get() as i64, before)
+    percent(difference(counted, nearest), before)
 }
 
 /// Returns all mappings of every process that maps one of these files.
@@ -340,8 +340,8 @@ fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
 impl MemoryAudit {
     fn new(before: Baseline, now: Baseline, totals: &Totals) -> MemoryAudit {
         let accounted = totals.of_the_clones();
-        let fall = before.available().get() as i64 - now.available().get() as i64;
-        let error_percent = percent(fall - accounted.get() as i64, accounted);
+        let fall = difference(before.available(), now.available());
+        let error_percent = percent(fall - accounted.get().cast_signed(), accounted);
         let tolerance_percent = MEMORY_TOLERANCE;
         MemoryAudit {
             available_before: before.available(),
@@ -355,11 +355,15 @@ impl MemoryAudit {
     }
 }
 
+fn difference(one: Bytes, other: Bytes) -> i64 {
+    one.get().cast_signed() - other.get().cast_signed()
+}
+
 fn percent(difference: i64, of: Bytes) -> f64 {
     match of.get() {
         0 if difference == 0 => 0.0,
         0 => 100.0,
-        of => 100.0 * difference.unsigned_abs() as f64 / of as f64,
+        of => 100.0 * approximate(difference.unsigned_abs()) / approximate(of),
     }
 }
 

@@ -180,7 +180,7 @@ impl Qmp {
     pub fn peer_pid(&self) -> Result<u32> {
         let peer = rustix::net::sockopt::socket_peercred(&self.stream)
             .map_err(|e| Error::io("cannot get the process of the QMP socket", &self.path, e.into()))?;
-        Ok(peer.pid.as_raw_nonzero().get() as u32)
+        Ok(peer.pid.as_raw_nonzero().get().cast_unsigned())
     }
 
     fn text_of(&mut self, command: &str, field: &str) -> Result<String> {

@@ -157,7 +157,13 @@ fn parse_size(text: &str) -> Option<u64> {
     if part > 0.0 && shift == 0 {
         return None;
     }
-    let fixed = ((u128::from(whole) << 64) + part as u128).checked_mul(1 << shift)?;
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "from 0 to 2^64, truncated as in QEMU"
+    )]
+    let part = part as u128;
+    let fixed = ((u128::from(whole) << 64) + part).checked_mul(1 << shift)?;
     let rounded = fixed.checked_add(1 << 63)? >> 64;
     u64::try_from(rounded).ok()
 }

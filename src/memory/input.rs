@@ -155,7 +155,7 @@ impl Input {
 fn json_number(name: &str, value: &Value) -> Result<u64> {
     value
         .as_u64()
-        .or_else(|| value.as_i64().map(|negative| negative as u64))
+        .or_else(|| value.as_i64().map(|negative| negative.cast_unsigned()))
         .ok_or_else(|| grammar::expects(name, "uint64"))
 }
 

@@ -18,9 +18,10 @@ fn path(path: &Path) -> io::Result<CString> {
 
 /// Closes the descriptor that a system call returned.
 fn created(result: libc::c_long) -> io::Result<()> {
-    let fd = check(result)?;
+    #[expect(clippy::cast_possible_truncation, reason = "the kernel's descriptors are of type int")]
+    let fd = check(result)? as i32;
     // SAFETY: the call succeeded, so this is a new descriptor without an owner.
-    drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
     Ok(())
 }
 
@@ -65,7 +66,7 @@ pub fn clone3() -> io::Result<()> {
 /// Returns the error of the system call.
 pub fn ptrace(pid: u32) -> io::Result<()> {
     // SAFETY: PTRACE_SEIZE accesses no memory of this process.
-    check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid as libc::pid_t, 0, 0) }).map(drop)
+    check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid.cast_signed(), 0, 0) }).map(drop)
 }
 
 /// Reads the memory of another process.
@@ -79,7 +80,7 @@ pub fn process_vm_readv(pid: u32) -> io::Result<()> {
     // SAFETY: one local byte is writable for the length of the call; the remote address is only resolved in the other
     // process.
     let got =
-        unsafe { libc::process_vm_readv(pid as libc::pid_t, &raw const local, 1, &raw const remote, 1, 0) };
+        unsafe { libc::process_vm_readv(pid.cast_signed(), &raw const local, 1, &raw const remote, 1, 0) };
     check(got as libc::c_long).map(drop)
 }
 
@@ -89,7 +90,7 @@ pub fn process_vm_readv(pid: u32) -> io::Result<()> {
 /// Returns the error of the system call.
 pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
     // SAFETY: kill accesses no memory.
-    check(unsafe { libc::kill(pid as libc::pid_t, signal) }.into()).map(drop)
+    check(unsafe { libc::kill(pid.cast_signed(), signal) }.into()).map(drop)
 }
 
 /// Sends a signal to a thread of another process.
@@ -265,5 +266,5 @@ pub fn set_owner(pid: u32) -> io::Result<()> {
     let null = std::fs::File::open("/dev/null").or_else(|_| std::fs::File::open("/"));
     let number = null.as_ref().map_or(0, AsRawFd::as_raw_fd);
     // SAFETY: the number is an open descriptor, or 0, which fcntl rejects if it is closed; no memory is accessed.
-    check(unsafe { libc::fcntl(number, libc::F_SETOWN, pid as libc::c_int) }.into()).map(drop)
+    check(unsafe { libc::fcntl(number, libc::F_SETOWN, pid.cast_signed()) }.into()).map(drop)
 }

@@ -132,7 +132,7 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
     let io = |e: rustix::io::Errno| Error::io("cannot read file system properties", path, e.into());
     let kind = rustix::fs::statfs(path).map_err(io)?;
     let space = rustix::fs::statvfs(path).map_err(io)?;
-    let magic = kind.f_type as u64 & 0xFFFF_FFFF;
+    let magic = kind.f_type.cast_unsigned() & 0xFFFF_FFFF;
     let name = match magic {
         0xEF53 => "ext4".to_owned(),
         0x5846_5342 => "xfs".to_owned(),

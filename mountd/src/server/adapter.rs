@@ -24,6 +24,10 @@ use crate::server::tree::node::{Attributes, Kind};
 /// Most pending background requests of the kernel (`max_background`): readahead of many clones at once.
 const MAX_BACKGROUND: u16 = 128;
 
+/// [`PAGE_SIZE`] as FUSE encodes block sizes.
+#[expect(clippy::cast_possible_truncation, reason = "4096")]
+const PAGE: u32 = PAGE_SIZE as u32;
+
 /// The file system, as fuser calls it.
 #[derive(Debug)]
 pub struct Adapter(pub FileSystem);
@@ -47,12 +51,12 @@ fn attr(attributes: &Attributes) -> FileAttr {
         ctime: time,
         crtime: time,
         kind: kind(attributes.kind),
-        perm: attributes.mode as u16,
+        perm: (attributes.mode & 0o7777) as u16,
         nlink: if attributes.kind == Kind::Directory { 2 } else { 1 },
         uid: attributes.uid,
         gid: attributes.gid,
         rdev: 0,
-        blksize: PAGE_SIZE as u32,
+        blksize: PAGE,
         flags: 0,
     }
 }
@@ -90,7 +94,7 @@ impl Filesystem for Adapter {
         }
         // One level: the kernel rejects a backing on a file system that is itself stacked (overlayfs).
         let _ = config.set_max_stack_depth(1);
-        let _ = config.set_max_write(MAX_READ as u32);
+        let _ = config.set_max_write(u32::try_from(MAX_READ).unwrap_or(u32::MAX));
         let _ = config.set_max_background(MAX_BACKGROUND);
         Ok(())
     }
@@ -120,7 +124,7 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let flags = OFlags::from_bits_retain(flags.0 as u32);
+        let flags = OFlags::from_bits_retain(flags.0.cast_unsigned());
         let send = Box::new(|opened| match opened {
             Ok(Opened::Decode) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
             Ok(Opened::Backing(id)) => opened_backing(reply, id),
@@ -179,8 +183,7 @@ impl Filesystem for Adapter {
     fn statfs(&self, req: &Request, ino: INodeNo, reply: ReplyStatfs) {
         self.0.totals(info(req, Op::StatFs, ino), |found| match found {
             Ok((templates, data)) => {
-                let page = PAGE_SIZE as u32;
-                reply.statfs(data.pages().get(), 0, 0, templates, 0, page, 255, page);
+                reply.statfs(data.pages().get(), 0, 0, templates, 0, PAGE, 255, PAGE);
             }
             Err(refusal) => reply.error(errno(refusal)),
         });

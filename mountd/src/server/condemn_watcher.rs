@@ -84,7 +84,7 @@ impl Watcher {
         // Open files of the store keep the disk space of deleted files allocated.
         self.tree.close_templates();
         self.store.close_vanished();
-        let grace_ms = grace.as_millis() as u64;
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         if let Err(error) = self.link.request_done(&ServerRequest::Condemned { ring, grace_ms }) {
             log::error!("{error}");
         }

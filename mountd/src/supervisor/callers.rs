@@ -37,7 +37,7 @@ pub fn listen_at(record: &RecordDir) -> Result<OwnedFd> {
         bind(&socket, &SocketAddrUnix::new(socket_path(record.folder()))?)?;
         // bind(2) leaves the mode to the umask.
         chmodat(record.folder(), CONTROL_SOCKET, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
-        listen(&socket, MAX_CALLERS as i32)?;
+        listen(&socket, i32::try_from(MAX_CALLERS).unwrap_or(i32::MAX))?;
         Ok(socket)
     };
     open().map_err(|e| Error::io("cannot listen on the control socket", &path, e))

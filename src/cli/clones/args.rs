@@ -14,6 +14,7 @@ use crate::clones::vmm::{Paste, Served, Vmm, paste};
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
 use crate::sys::probe;
+use crate::units::to_usize;
 
 /// Print the arguments for another VMM to run guests from a template
 ///
@@ -91,7 +92,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
 /// Returns the first block of the device state, `None` if the template has no device state.
 fn state_head(template: &Template) -> Result<Option<Vec<u8>>> {
     let Some(file) = template.file("state") else { return Ok(None) };
-    let mut head = vec![0; BLOCK_SIZE as usize];
+    let mut head = vec![0; to_usize(BLOCK_SIZE)];
     if template.block_count(file) == 0 {
         return Ok(Some(vec![]));
     }

@@ -134,7 +134,8 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     };
     let is_resumed = matches!(how, How::Qemu(_));
     let cancel = interrupt::flag()?;
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let cores =
+        std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
     let order = Order {
         target: &target,
         how,
@@ -262,7 +263,7 @@ fn wait(
             Ok(Some(status)) => {
                 let this = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
                 if code == 0 {
-                    code = this.clamp(0, 255) as u8;
+                    code = u8::try_from(this.max(0)).unwrap_or(u8::MAX);
                 }
                 false
             }

@@ -17,7 +17,7 @@ use crate::control;
 use crate::error::{Error, Result};
 use crate::store::Target;
 use crate::sys::files::stream::Sink;
-use crate::units::PageCount;
+use crate::units::{PageCount, to_usize};
 
 /// Time after which a named pipe without a reader is an error.
 const STALL_TIMEOUT: Duration = Duration::from_secs(300);
@@ -113,7 +113,7 @@ pub fn pid_of(clone: &str) -> Result<u32> {
 }
 
 fn bitmap(ranges: &[DirtyRange], file: &str, pages: u64) -> Vec<u8> {
-    let mut bits = vec![0u8; pages.div_ceil(8) as usize];
+    let mut bits = vec![0u8; to_usize(pages.div_ceil(8))];
     for range in ranges.iter().filter(|range| range.file == file) {
         for page in range.first_page..range.first_page + range.pages.get() {
             if let Some(byte) = bits.get_mut((page / 8) as usize) {

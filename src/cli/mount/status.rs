@@ -20,7 +20,7 @@ use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
 use crate::store::{Serving, Store};
 use crate::sys::process::paused;
-use crate::units::Bytes;
+use crate::units::{Bytes, whole};
 
 /// Number of files that a reason for their serving names.
 const MAX_NAMED: usize = 3;
@@ -203,7 +203,7 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
             out,
             "  {} in a row soon after startup; the next server starts at {}",
             counted(early.into(), "server exited", "servers exited"),
-            utc(at as u64)
+            utc(whole(at))
         )?;
     }
     log_line(mount.log.as_deref(), out)?;

@@ -110,7 +110,7 @@ impl Report for ImportReport {
         let Imported { digest, tag, files, existed, repaired_blocks, .. } = &self.imported;
         let size: Bytes = files.iter().map(|f| f.size).sum();
         let data: Bytes = files.iter().map(|f| f.data_bytes).sum();
-        let rate = Bytes::new((size.get() as f64 / self.seconds.max(1e-6)) as u64);
+        let rate = size.per_second(self.seconds);
         if let Some(tag) = tag {
             write!(out, "{tag} ")?;
         }

@@ -16,7 +16,6 @@ use crate::clones::counted;
 use crate::error::{Code, Error, Result};
 use crate::store::{Incoming, LoadRequest, Loaded, Owner, Store, TagName};
 use crate::sys::files::stream::open_source;
-use crate::units::Bytes;
 
 /// Load templates from a stream that `stencil save` has written
 #[derive(Debug, Args)]
@@ -68,7 +67,7 @@ impl Report for LoadReport {
             }
         }
         let Loaded { blocks, skipped_blocks, stored_bytes, repaired_blocks, stream_bytes, .. } = &self.loaded;
-        let rate = Bytes::new((stream_bytes.get() as f64 / self.seconds.max(1e-6)) as u64);
+        let rate = stream_bytes.per_second(self.seconds);
         writeln!(
             out,
             "{} in a stream of {stream_bytes}, {skipped_blocks} of them already stored; {stored_bytes} added to the \

@@ -12,7 +12,7 @@ use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
 use crate::sys::process::{procfs, tasks};
-use crate::units::{Bytes, PAGE_SIZE, PageCount};
+use crate::units::{Bytes, PAGE_SIZE, PageCount, approximate};
 
 /// Sums over all clones, in bytes. Each page frame is counted once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -201,13 +201,13 @@ impl Totals {
         if self.clones == 0 {
             return;
         }
-        let ratio = |part: Bytes| Some(part.get() as f64 / self.host_bytes.get() as f64);
+        let ratio = |part: Bytes| Some(approximate(part.get()) / approximate(self.host_bytes.get()));
         self.sharing_ratio = ratio(self.copied_bytes);
         self.lazy_ratio = copied.touched.and_then(|touched| ratio(touched + besides));
         self.overcommit_ratio = ratio(self.mapped_bytes);
         let further = self.of_the_clones().get() / self.clones;
         self.bytes_per_further_clone = Some(Bytes::new(further));
-        self.clones_per_gib = (further > 0).then(|| (1u64 << 30) as f64 / further as f64);
+        self.clones_per_gib = (further > 0).then(|| approximate(1 << 30) / approximate(further));
     }
 
     /// Returns the memory of the clones, without the memory that they share.

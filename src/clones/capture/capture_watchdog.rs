@@ -87,10 +87,11 @@ impl ResumeOnDeath {
 pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let socket = arguments.next();
     let mut number = || arguments.next()?.into_string().ok()?.parse::<u64>().ok();
-    let (Some(socket), Some(pid), Some(identity)) = (socket, number(), number()) else {
+    let (Some(socket), Some(Ok(pid)), Some(identity)) = (socket, number().map(u32::try_from), number())
+    else {
         return ExitCode::from(2);
     };
-    let vm = ProcessId { pid: pid as u32, identity };
+    let vm = ProcessId { pid, identity };
     let (mut before, mut is_resumed) = (None, false);
     // The capture sends a line before its step, so a truncated line means that the step was not taken.
     for line in std::io::stdin().lock().lines().map_while(std::result::Result::ok) {

@@ -223,7 +223,7 @@ fn receive(pipe: &OwnedFd, file: &File, deadline: Instant) -> Result<()> {
             return Err(Error::try_again("timed out waiting for the device state")
                 .remedy("see query-migrate on the QMP socket; try again when the host is less busy"));
         }
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
         match poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&timeout)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => continue,
             Ok(_) => {}

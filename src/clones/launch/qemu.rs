@@ -15,6 +15,7 @@ use crate::clones::recipe::{Needs, Recipe};
 use crate::clones::registry::{Entry, LOG, process_tree};
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
+use crate::units::to_usize;
 
 /// Maximum length of a Unix socket path in bytes (`sun_path` without its final zero byte).
 const MAX_SOCKET_PATH: usize = 107;
@@ -51,7 +52,7 @@ pub fn resume(active: &ActiveLaunch<'_>, recipe: &Recipe, entry: &mut Entry) -> 
 /// Returns true if the log of the clone, from byte `log_start`, reports a port or address in use.
 fn address_in_use(entry: &Entry, log_start: u64) -> bool {
     let log = entry.read_file(LOG).ok().flatten().unwrap_or_default();
-    let text = String::from_utf8_lossy(log.get(log_start as usize..).unwrap_or_default()).into_owned();
+    let text = String::from_utf8_lossy(log.get(to_usize(log_start)..).unwrap_or_default()).into_owned();
     IN_USE_MESSAGES.iter().any(|message| text.contains(message))
 }
 

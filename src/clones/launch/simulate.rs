@@ -5,7 +5,7 @@ use std::str::FromStr;
 use crate::clones::counted;
 use crate::clones::registry::Touched;
 use crate::error::{Error, Result};
-use crate::units::{Bytes, PAGE_SIZE, PageCount};
+use crate::units::{Bytes, PAGE_SIZE, PageCount, approximate, whole};
 
 /// A number of pages, absolute or relative.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,7 +20,9 @@ impl Amount {
     /// Returns the number of pages for a file of `all` pages.
     pub fn of(self, all: PageCount) -> PageCount {
         match self {
-            Amount::Percent(percent) => PageCount::new((all.get() as f64 * percent / 100.0).round() as u64),
+            Amount::Percent(percent) => {
+                PageCount::new(whole((approximate(all.get()) * percent / 100.0).round()))
+            }
             Amount::Pages(pages) => pages,
         }
     }

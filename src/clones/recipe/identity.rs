@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::store::Digest;
 
 /// Maximum number of network cards of a clone.
-const CARDS: u64 = 16;
+const CARDS: u8 = 16;
 
 /// The network identity of a clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,24 +29,24 @@ impl Identity {
     /// 13 bits identify the host and the runtime directory; two hosts with the same 13 bits collide only if two random
     /// 28-bit ids are equal too.
     pub fn mac(&self, card: u8) -> String {
-        let bits = ((self.host & 0x1fff) << 32) | (self.number << 4) | (u64::from(card) % CARDS);
-        let byte = |at: u32| (bits >> (8 * at)) as u8;
+        let bits = ((self.host & 0x1fff) << 32) | (self.number << 4) | u64::from(card % CARDS);
+        let bytes = bits.to_le_bytes();
         // Bits 0 and 1 of the first byte are fixed: unicast, locally administered. Bit 2 is set so that no address
         // begins with 0x52, the prefix of QEMU's defaults.
-        let first = 0x06 | (byte(5) & 0x1f) << 3;
-        let rest: Vec<String> = (0..5).rev().map(|at| format!("{:02x}", byte(at))).collect();
+        let first = 0x06 | (bytes[5] & 0x1f) << 3;
+        let rest: Vec<String> = bytes[..5].iter().rev().map(|byte| format!("{byte:02x}")).collect();
         format!("{first:02x}:{}", rest.join(":"))
     }
 
     /// Returns the vsock address (CID): not a reserved one, and unique among the clones of the runtime directory.
     pub fn cid(&self) -> u32 {
         let high = u64::from(self.attempt % 14) + 1;
-        (high << 28 | self.number) as u32
+        ((high << 28 | self.number) & 0xffff_ffff) as u32
     }
 
     /// Returns the numbers of the cards that have an address.
     pub fn cards() -> impl Iterator<Item = u8> {
-        0..CARDS as u8
+        0..CARDS
     }
 }
 

@@ -18,6 +18,7 @@ use crate::control::protocol::wire::Channel;
 use crate::error::{Code, Error, Result};
 use crate::sys::probe;
 use crate::sys::socket::peer::Peer;
+use crate::units::to_usize;
 
 /// Longest wait for the reply of a supervisor.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -60,7 +61,7 @@ fn read_snapshot(file: &File) -> io::Result<Snapshot> {
         let reason = format!("expected a memory file of at most {MAX_SNAPSHOT} bytes");
         return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
     }
-    let mut text = vec![0; metadata.len() as usize];
+    let mut text = vec![0; to_usize(metadata.len())];
     file.read_exact_at(&mut text, 0)?;
     Ok(serde_json::from_slice(&text)?)
 }

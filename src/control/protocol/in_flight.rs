@@ -295,7 +295,7 @@ fn read_while(slot: &[AtomicU64; WORDS], now: u64, mut meanwhile: impl FnMut()) 
                 opcode: (op_size >> 32) as u32,
                 ino,
                 offset,
-                size: op_size as u32,
+                size: (op_size & 0xffff_ffff) as u32,
                 phase,
                 age: since(start),
                 still: since(before >> STATE_BITS),

@@ -1,6 +1,7 @@
 //! The ledger: the memory file with the mount state that a supervisor leaves to its successor. It has two halves,
 //! written in turn, so that a supervisor that is killed during a write leaves the other half intact.
 
+use crate::units::to_usize;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -22,7 +23,7 @@ fn read_half(file: &File, half: u64) -> Option<(u64, Vec<u8>)> {
     if sequence % 2 != half || length > HALF_BYTES - HEAD_BYTES as u64 {
         return None;
     }
-    let mut text = vec![0; length as usize];
+    let mut text = vec![0; to_usize(length)];
     file.read_exact_at(&mut text, half * HALF_BYTES + HEAD_BYTES as u64).ok()?;
     (blake3::hash(&text).as_bytes() == &head[16..]).then_some((sequence, text))
 }

@@ -15,6 +15,7 @@ use crate::store::Digest;
 use crate::store::format::pack::{IndexEntry, PackHeader};
 use crate::store::format::{Invalid, PackId, Stored};
 use crate::sys::memory::mapped_file::MappedFile;
+use crate::units::to_usize;
 
 /// Alignment of direct reads in bytes: the largest logical block size in use.
 const ALIGN: u64 = 4096;
@@ -28,7 +29,7 @@ pub(in crate::store) struct AlignedBuffer(Vec<u8>);
 
 impl AlignedBuffer {
     fn take(&mut self, length: usize) -> &mut [u8] {
-        let align = ALIGN as usize;
+        let align = to_usize(ALIGN);
         if self.0.len() < length + align {
             self.0.resize(length + align, 0);
         }
@@ -89,14 +90,14 @@ impl PackFile {
             );
             return Err(Invalid::Damage(why).in_file("pack", &self.path));
         }
-        self.read_range(offset, length as usize, buffer)
+        self.read_range(offset, to_usize(length), buffer)
     }
 
     fn read_range<'a>(&self, offset: u64, length: usize, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
         let start = offset / ALIGN * ALIGN;
         let end = (offset + length as u64).next_multiple_of(ALIGN);
-        let skip = (offset - start) as usize;
-        let target = buffer.take((end - start) as usize);
+        let skip = to_usize(offset - start);
+        let target = buffer.take(to_usize(end - start));
         let mut have = 0;
         while have < skip + length {
             // A direct read is short only at the end of the file.
@@ -246,7 +247,7 @@ impl PackIndex {
         file.read_exact_at(&mut head, 0).map_err(|e| Error::io("cannot read pack", path, e))?;
         let header = PackHeader::decode(&head).map_err(invalid)?;
         check_header(&header, id, length).map_err(invalid)?;
-        let mut index = vec![0; (length - header.index_offset) as usize];
+        let mut index = vec![0; to_usize(length - header.index_offset)];
         file.read_exact_at(&mut index, header.index_offset)
             .map_err(|e| invalid(Invalid::damage(format!("cannot read the index: {}", errno_text(&e)))))?;
         let got = Digest::of(&index);
@@ -255,7 +256,7 @@ impl PackIndex {
             return Err(invalid(Invalid::Damage(why)));
         }
         let map = MappedFile::map(&file, length).map_err(|e| Error::io("cannot map pack", path, e))?;
-        Ok(PackIndex { id, map, offset: header.index_offset as usize, count: header.index_count as usize })
+        Ok(PackIndex { id, map, offset: to_usize(header.index_offset), count: to_usize(header.index_count) })
     }
 
     pub fn id(&self) -> PackId {

@@ -110,13 +110,13 @@ pub(in crate::store) fn sweep(tmp: &StorePath, dry_run: bool) -> (u64, u64) {
 
 /// Returns the bytes allocated for a file; 0 if its metadata cannot be read.
 pub(in crate::store) fn allocated(path: &StorePath) -> u64 {
-    path.metadata().map_or(0, |found| found.st_blocks as u64 * 512)
+    path.metadata().map_or(0, |found| found.st_blocks.cast_unsigned() * 512)
 }
 
 /// Same as [`allocated`], but includes everything below a directory.
 fn allocated_below(directory: &Directory, name: &OsStr, depth: usize) -> u64 {
     let Ok(found) = directory.metadata(name) else { return 0 };
-    let mut bytes = found.st_blocks as u64 * 512;
+    let mut bytes = found.st_blocks.cast_unsigned() * 512;
     if FileType::from_raw_mode(found.st_mode) == FileType::Directory
         && depth > 0
         && let Ok(below) = directory.folder(name)

@@ -3,7 +3,7 @@
 use super::fields::{Fields, Invalid};
 
 /// Binary logarithm of the block size in bytes.
-pub const BLOCK_SHIFT: u32 = 16;
+pub const BLOCK_SHIFT: u32 = ONE_PIECE as u32;
 
 /// Block size in bytes: the unit of hashing, verification and reading.
 pub const BLOCK_SIZE: u64 = 1 << BLOCK_SHIFT;
@@ -64,7 +64,7 @@ pub struct Stored {
     pub length: u32,
     /// Encoding of the record.
     pub kind: BlockKind,
-    /// Binary logarithm of the sub-chunk size; [`BLOCK_SHIFT`] for a record in one piece.
+    /// Binary logarithm of the sub-chunk size; [`ONE_PIECE`] for a record in one piece.
     pub chunk_shift: u8,
     /// Bit mask of the sixteen 4 KiB pages that are not zero, lowest bit first. Accounting uses the mask without
     /// decoding the block.
@@ -72,10 +72,13 @@ pub struct Stored {
 }
 
 /// Maximum length of a record in bytes: a raw block in sub-chunks of 4 KiB, with their table.
-pub const MAX_RECORD: u32 = (1 << BLOCK_SHIFT) + 16 * CHUNK_ENTRY as u32;
+pub const MAX_RECORD: u32 = (1 << BLOCK_SHIFT) + 16 * CHUNK_ENTRY;
 
 /// Bytes of one sub-chunk in the record's table: stored length and chaining value.
-pub const CHUNK_ENTRY: usize = 2 + 32;
+pub const CHUNK_ENTRY: u32 = 2 + 32;
+
+/// Binary logarithm of the sub-chunk size of a record in one piece: [`BLOCK_SHIFT`].
+pub const ONE_PIECE: u8 = 16;
 
 /// Binary logarithm of the smallest sub-chunk size.
 pub const MIN_CHUNK_SHIFT: u8 = 12;
@@ -104,7 +107,7 @@ impl Stored {
                 "invalid record length {length}: expected 1 to {MAX_RECORD} bytes"
             )));
         }
-        if !(MIN_CHUNK_SHIFT..=BLOCK_SHIFT as u8).contains(&chunk_shift) {
+        if !(MIN_CHUNK_SHIFT..=ONE_PIECE).contains(&chunk_shift) {
             return Err(Invalid::damage(format!("invalid sub-chunk size 2^{chunk_shift}")));
         }
         Ok(Stored { offset, length, kind, chunk_shift, data_pages })

@@ -12,11 +12,11 @@ use blake3::hazmat::{self, HasherExt, Mode};
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 
 use crate::error::{Error, Result};
-use crate::store::format::{BLOCK_SHIFT, BlockKind, CHUNK_ENTRY, MIN_CHUNK_SHIFT};
+use crate::store::format::{BlockKind, CHUNK_ENTRY, MIN_CHUNK_SHIFT, ONE_PIECE};
 use crate::store::{BLOCK_SIZE, Digest};
-use crate::units::{Bytes, PAGE_SIZE};
+use crate::units::{Bytes, PAGE_SIZE, to_usize};
 
-const BLOCK: usize = BLOCK_SIZE as usize;
+const BLOCK: usize = to_usize(BLOCK_SIZE);
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// Returns true if all of `bytes` are zero.
@@ -27,7 +27,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 
 /// Returns a bit mask of the 4 KiB pages of a block that are not zero, lowest bit first.
 pub fn page_mask(block: &[u8]) -> u16 {
-    let pages = (0..).zip(block.chunks_exact(PAGE_SIZE as usize));
+    let pages = (0..).zip(block.chunks_exact(to_usize(PAGE_SIZE)));
     pages.fold(0, |mask, (page, bytes)| mask | u16::from(!is_zero(bytes)) << page)
 }
 
@@ -69,7 +69,7 @@ pub struct ChunkSize(u8);
 
 impl Default for ChunkSize {
     fn default() -> ChunkSize {
-        ChunkSize(BLOCK_SHIFT as u8)
+        ChunkSize(ONE_PIECE)
     }
 }
 
@@ -78,13 +78,9 @@ impl FromStr for ChunkSize {
 
     fn from_str(text: &str) -> Result<ChunkSize> {
         let bytes = Bytes::parse(text)?.get();
-        let shift = bytes.trailing_zeros() as u8;
-        if !bytes.is_power_of_two() || !(MIN_CHUNK_SHIFT..=BLOCK_SHIFT as u8).contains(&shift) {
-            return Err(
-                Error::usage(format!("invalid chunk size '{text}'")).remedy("use 4k, 8k, 16k, 32k or 64k")
-            );
-        }
-        Ok(ChunkSize(shift))
+        (MIN_CHUNK_SHIFT..=ONE_PIECE).find(|shift| bytes == 1 << shift).map(ChunkSize).ok_or_else(|| {
+            Error::usage(format!("invalid chunk size '{text}'")).remedy("use 4k, 8k, 16k, 32k or 64k")
+        })
     }
 }
 
@@ -116,23 +112,22 @@ impl Encoder {
 
     /// Appends the record of `block` (64 KiB) to `out` and returns the record's kind and chunk shift.
     pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> (BlockKind, u8) {
-        let whole = BLOCK_SHIFT as u8;
-        if self.shift == whole {
+        if self.shift == ONE_PIECE {
             return match self.compress(block) {
                 Some(length) => {
                     out.extend_from_slice(&self.compressed[..length]);
-                    (self.kind(), whole)
+                    (self.kind(), ONE_PIECE)
                 }
                 None => {
                     out.extend_from_slice(block);
-                    (BlockKind::Raw, whole)
+                    (BlockKind::Raw, ONE_PIECE)
                 }
             };
         }
         let size = 1usize << self.shift;
         let chunks = block.len() / size;
         let table = out.len();
-        out.resize(table + chunks * CHUNK_ENTRY, 0);
+        out.resize(table + chunks * CHUNK_ENTRY as usize, 0);
         for (index, chunk) in block.chunks_exact(size).enumerate() {
             let length = match is_zero(chunk) {
                 true => 0,
@@ -147,8 +142,13 @@ impl Encoder {
                     }
                 },
             };
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "at most 32 KiB: 64 KiB are one piece, without a table"
+            )]
+            let length = length as u16;
             let value = chunk_value(chunk, index);
-            out[table + index * 2..][..2].copy_from_slice(&(length as u16).to_le_bytes());
+            out[table + index * 2..][..2].copy_from_slice(&length.to_le_bytes());
             out[table + chunks * 2 + index * 32..][..32].copy_from_slice(&value);
         }
         (self.kind(), self.shift)
@@ -223,12 +223,10 @@ impl Decoder {
         out: &mut [u8],
     ) -> std::result::Result<(), Mismatch> {
         let result = match shift {
-            shift if u32::from(shift) == BLOCK_SHIFT => {
-                self.plain(kind, record, out).and_then(|()| match Digest::of(out) {
-                    got if got == *expected => Ok(()),
-                    got => Err(format!("its content has hash {got}, expected {expected}")),
-                })
-            }
+            ONE_PIECE => self.plain(kind, record, out).and_then(|()| match Digest::of(out) {
+                got if got == *expected => Ok(()),
+                got => Err(format!("its content has hash {got}, expected {expected}")),
+            }),
             shift => self.chunks((kind, shift), record, expected, 0, out),
         };
         if result.is_err() {

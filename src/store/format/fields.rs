@@ -80,6 +80,15 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// Converts a length or count in a header.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "headers, and what they count in themselves, have less than 4 GiB"
+)]
+pub(super) const fn in_header(n: usize) -> u32 {
+    n as u32
+}
+
 /// First 40 bytes of every binary file: magic, version, header length and three feature words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Preamble {
@@ -98,8 +107,13 @@ impl Preamble {
     pub const LEN: usize = 40;
 
     /// Creates the preamble of a header of this length without features.
-    pub fn plain(header_length: u32) -> Preamble {
-        Preamble { header_length, compatible: 0, read_only_compatible: 0, incompatible: 0 }
+    pub fn plain(header_length: usize) -> Preamble {
+        Preamble {
+            header_length: in_header(header_length),
+            compatible: 0,
+            read_only_compatible: 0,
+            incompatible: 0,
+        }
     }
 
     pub(super) fn encode(&self, magic: &[u8; 8], out: &mut Vec<u8>) {

@@ -5,9 +5,10 @@
 //! bytes each: the BLAKE3 hash of the plain block, or 32 zero bytes for a zero block.
 
 use super::BLOCK_SHIFT;
-use super::fields::{Fields, Invalid, Preamble};
+use super::fields::{Fields, Invalid, Preamble, in_header};
 use super::name::{MAX_NAME, check_name};
 use crate::store::{BLOCK_SIZE, FileKind};
+use crate::units::to_usize;
 
 const MAGIC: &[u8; 8] = b"STNCLIMG";
 const FIXED: usize = 96;
@@ -108,20 +109,20 @@ impl ImageHeader {
 
     /// Encodes the header.
     pub fn encode(&self) -> Vec<u8> {
-        let length = Self::table_offset(self.files.len());
-        let mut out = Vec::with_capacity(length as usize);
-        Preamble::plain(length as u32).encode(MAGIC, &mut out);
+        let length = to_usize(Self::table_offset(self.files.len()));
+        let mut out = Vec::with_capacity(length);
+        Preamble::plain(length).encode(MAGIC, &mut out);
         out.extend_from_slice(&BLOCK_SHIFT.to_le_bytes());
         out.extend_from_slice(&HASH_BLAKE3.to_le_bytes());
         out.extend_from_slice(&[0; 16]);
-        out.extend_from_slice(&(self.files.len() as u32).to_le_bytes());
+        out.extend_from_slice(&in_header(self.files.len()).to_le_bytes());
         out.extend_from_slice(&[0; 4]);
         out.extend_from_slice(&self.block_count().to_le_bytes());
         out.resize(FIXED, 0);
         for file in &self.files {
             let end = out.len() + FILE;
             out.extend_from_slice(&(file.kind as u32).to_le_bytes());
-            out.extend_from_slice(&(file.name.len() as u32).to_le_bytes());
+            out.extend_from_slice(&in_header(file.name.len()).to_le_bytes());
             out.extend_from_slice(&file.size.to_le_bytes());
             out.extend_from_slice(&[0; 16]);
             out.extend_from_slice(file.name.as_bytes());

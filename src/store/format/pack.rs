@@ -32,7 +32,7 @@ impl PackHeader {
 
     /// Creates the header of a pack without features in the shared dedup domain.
     pub fn new(id: PackId, index_offset: u64, index_count: u64, index_hash: Digest) -> PackHeader {
-        let preamble = Preamble::plain(Self::LEN as u32);
+        let preamble = Preamble::plain(Self::LEN);
         PackHeader { preamble, id, domain: [0; 16], index_offset, index_count, index_hash }
     }
 

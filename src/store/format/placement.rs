@@ -3,9 +3,10 @@
 //! Layout: `front | row × blocks | chaining values of the image | chaining values of the rows`. The front is read and
 //! checked at open; a segment of rows is checked at its first access.
 
-use super::fields::{Fields, Invalid, Preamble, seal, unseal};
+use super::fields::{Fields, Invalid, Preamble, in_header, seal, unseal};
 use super::{PackId, Stored, image};
 use crate::store::Digest;
+use crate::units::to_usize;
 
 const MAGIC: &[u8; 8] = b"STNCLPLC";
 const FIXED: usize = Preamble::LEN + 120;
@@ -72,14 +73,14 @@ impl Front {
 
     /// Encodes the front.
     pub fn encode(&self) -> Vec<u8> {
-        let length = Self::length(self.files.len(), self.packs.len());
-        let mut out = Vec::with_capacity(length as usize);
-        Preamble::plain(length as u32).encode(MAGIC, &mut out);
+        let length = to_usize(Self::length(self.files.len(), self.packs.len()));
+        let mut out = Vec::with_capacity(length);
+        Preamble::plain(length).encode(MAGIC, &mut out);
         out.extend_from_slice(self.digest.bytes());
         out.extend_from_slice(&self.image_length.to_le_bytes());
         out.extend_from_slice(&self.block_count.to_le_bytes());
-        out.extend_from_slice(&(self.files.len() as u32).to_le_bytes());
-        out.extend_from_slice(&(self.packs.len() as u32).to_le_bytes());
+        out.extend_from_slice(&in_header(self.files.len()).to_le_bytes());
+        out.extend_from_slice(&in_header(self.packs.len()).to_le_bytes());
         out.extend_from_slice(self.rows_root.bytes());
         out.resize(FIXED, 0);
         for file in &self.files {

@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 
-use super::fields::{Fields, Invalid, Preamble, seal, unseal};
+use super::fields::{Fields, Invalid, Preamble, in_header, seal, unseal};
 use super::pack::IndexEntry;
 use crate::store::{Digest, TagName};
 
@@ -73,18 +73,19 @@ impl StreamFront {
             )));
         }
         let mut out = Vec::with_capacity(length);
-        Preamble::plain(length as u32).encode(MAGIC, &mut out);
-        out.extend_from_slice(&(self.templates.len() as u32).to_le_bytes());
-        out.extend_from_slice(&(self.without.len() as u32).to_le_bytes());
+        Preamble::plain(length).encode(MAGIC, &mut out);
+        out.extend_from_slice(&in_header(self.templates.len()).to_le_bytes());
+        out.extend_from_slice(&in_header(self.without.len()).to_le_bytes());
         out.extend_from_slice(&self.blocks.to_le_bytes());
         out.extend_from_slice(&[0; 8]);
         for template in &self.templates {
             out.extend_from_slice(template.digest.bytes());
             out.extend_from_slice(&template.image_length.to_le_bytes());
             out.extend_from_slice(&template.policy_length.to_le_bytes());
-            out.extend_from_slice(&(template.tags.len() as u32).to_le_bytes());
+            out.extend_from_slice(&in_header(template.tags.len()).to_le_bytes());
             for tag in &template.tags {
                 for part in [tag.name(), tag.tag()] {
+                    #[expect(clippy::cast_possible_truncation, reason = "a name has at most 128 bytes")]
                     out.extend_from_slice(&(part.len() as u16).to_le_bytes());
                     out.extend_from_slice(part.as_bytes());
                 }

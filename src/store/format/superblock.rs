@@ -23,7 +23,7 @@ impl Superblock {
 
     /// Creates the superblock of a new store.
     pub fn new(id: [u8; 16], secret: [u8; 32], created: u64) -> Superblock {
-        Superblock { preamble: Preamble::plain(Self::LEN as u32), id, secret, created }
+        Superblock { preamble: Preamble::plain(Self::LEN), id, secret, created }
     }
 
     /// Encodes the superblock.

@@ -50,12 +50,12 @@ impl PackUse {
             .ok();
         let mut records = Vec::new();
         let mut has_unindexed = false;
-        for entry in 0..index.as_ref().map_or(0, PackIndex::len) {
+        for (number, entry) in (0..).zip(0..index.as_ref().map_or(0, PackIndex::len)) {
             match index.as_ref().map(|i| i.entry(entry)) {
                 Some(Ok(IndexEntry { stored, .. })) => records.push(Record {
                     offset: stored.offset,
                     length: stored.length,
-                    entry: entry as u32,
+                    entry: number,
                     owner: UNREFERENCED,
                 }),
                 _ => has_unindexed = true,
@@ -166,7 +166,8 @@ impl Liveness {
                 }
             }
         }
-        let number = self.templates.len() as u32;
+        let number = u32::try_from(self.templates.len())
+            .map_err(|_| Error::failed("the store has too many templates for a garbage collection"))?;
         for (id, offsets) in references {
             if let Some(pack) = self.packs.get_mut(&id) {
                 offsets.into_iter().for_each(|offset| pack.mark(offset, number));

@@ -115,7 +115,7 @@ impl Store {
         usage.unique_bytes = Bytes::new(unique);
         usage.shared_bytes = Bytes::new(shared);
         usage.dead_bytes = Bytes::new(dead);
-        usage.overhead_bytes = parts.packs as i64 - (unique + shared + dead) as i64;
+        usage.overhead_bytes = parts.packs.cast_signed() - (unique + shared + dead).cast_signed();
         usage.table_bytes = Bytes::new(parts.tables);
         usage.session_bytes = Bytes::new(parts.sessions);
         usage.other_bytes = Bytes::new(parts.total - parts.packs - parts.tables - parts.sessions);
@@ -157,7 +157,7 @@ fn walk(path: &StorePath, mut each: impl FnMut(Option<&OsStr>, u64)) -> Result<(
         Err(e) if is_removed(&e) => return Ok(()),
         Err(e) => return Err(fail(e)),
     };
-    each(None, directory.own_metadata().map_err(fail)?.st_blocks as u64 * 512);
+    each(None, directory.own_metadata().map_err(fail)?.st_blocks.cast_unsigned() * 512);
     for name in directory.names().map_err(fail)? {
         walk_below(&directory, &name, MAX_DEPTH, &mut |depth, bytes| {
             each((depth < MAX_DEPTH).then_some(&*name), bytes);
@@ -176,7 +176,7 @@ fn walk_below(
     each: &mut dyn FnMut(usize, u64),
 ) -> std::io::Result<()> {
     let found = directory.metadata(name)?;
-    each(depth, found.st_blocks as u64 * 512);
+    each(depth, found.st_blocks.cast_unsigned() * 512);
     if FileType::from_raw_mode(found.st_mode) != FileType::Directory || depth == 0 {
         return Ok(());
     }

@@ -15,7 +15,7 @@ use crate::store::disk::path::StorePath;
 use crate::store::format::{Invalid, PackId};
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template};
 use crate::sys::process::threads;
-use crate::units::Bytes;
+use crate::units::{Bytes, to_usize};
 
 /// Blocks of a template that a thread verifies at a time.
 const BLOCKS_PER_TURN: u64 = 256;
@@ -117,7 +117,8 @@ impl Store {
             Some(_) => Vec::new(),
             None => run.or_record(self.packs().ids(), &self.packs_dir())?,
         };
-        let length = |id: &PackId| self.packs().path(*id).metadata().map_or(0, |found| found.st_size as u64);
+        let length =
+            |id: &PackId| self.packs().path(*id).metadata().map_or(0, |found| found.st_size.cast_unsigned());
         let total = match only {
             Some(digest) => self.template(digest).map_or(Bytes::ZERO, |t| t.stored_bytes()),
             None => Bytes::new(ids.iter().map(length).sum()),
@@ -264,7 +265,7 @@ impl Run<'_> {
             self.progress.advance(Bytes::new(stored.length.into()));
         }
         // The total has header and index too.
-        let length = path.metadata().map_or(0, |found| found.st_size as u64);
+        let length = path.metadata().map_or(0, |found| found.st_size.cast_unsigned());
         self.progress.advance(Bytes::new(length.saturating_sub(bytes)));
         let mut findings = self.findings();
         findings.blocks += entries.len() as u64;
@@ -300,8 +301,8 @@ impl Run<'_> {
         for (number, file) in template.files().iter().enumerate() {
             let blocks = template.block_count(number);
             let affected = || Affected { digest: *digest, file: Some(file.name.clone()) };
-            self.on_all_cores(blocks.div_ceil(BLOCKS_PER_TURN) as usize, |turn| {
-                let (mut scratch, mut plain) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+            self.on_all_cores(to_usize(blocks.div_ceil(BLOCKS_PER_TURN)), |turn| {
+                let (mut scratch, mut plain) = (Scratch::default(), vec![0; to_usize(BLOCK_SIZE)]);
                 let start = turn as u64 * BLOCKS_PER_TURN;
                 for block in start..(start + BLOCKS_PER_TURN).min(blocks) {
                     self.block(&template, (number, block), checked, (&mut scratch, &mut plain), &affected)?;

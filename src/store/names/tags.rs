@@ -96,7 +96,8 @@ impl Store {
             match self.tag_at(&pointer, &path) {
                 Ok(Some(digest)) => {
                     let since = path.metadata().map_or(Duration::ZERO, |found| {
-                        Duration::new(found.st_mtime.max(0) as u64, found.st_mtime_nsec as u32)
+                        Duration::from_secs(u64::try_from(found.st_mtime).unwrap_or(0))
+                            + Duration::from_nanos(found.st_mtime_nsec)
                     });
                     let modified = SystemTime::UNIX_EPOCH + since;
                     let (name, tag) = (pointer.name().to_owned(), pointer.tag().to_owned());

@@ -19,7 +19,7 @@ use crate::store::format::codec::is_zero;
 use crate::store::{BLOCK_SIZE, Scratch, Template};
 use crate::sys::files::stream::Sink;
 use crate::sys::process::threads;
-use crate::units::{Bytes, PAGE_SIZE};
+use crate::units::{Bytes, PAGE_SIZE, to_usize};
 
 /// Blocks that a thread exports between two accesses to the shared counter.
 const BLOCKS_PER_TURN: u64 = 64;
@@ -76,7 +76,7 @@ impl Template {
         interrupt: &AtomicBool,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+        let (mut scratch, mut block) = (Scratch::default(), vec![0; to_usize(BLOCK_SIZE)]);
         progress.start("export", self.files().get(file).map(|f| f.size));
         for number in 0..self.block_count(file) {
             check(interrupt)?;
@@ -100,7 +100,7 @@ impl Template {
         let failed = AtomicBool::new(false);
         let blocks = self.block_count(file);
         let work = || -> Result<()> {
-            let (mut scratch, mut block) = (Scratch::default(), vec![0; BLOCK_SIZE as usize]);
+            let (mut scratch, mut block) = (Scratch::default(), vec![0; to_usize(BLOCK_SIZE)]);
             while !failed.load(Ordering::Relaxed) {
                 let start = next.fetch_add(BLOCKS_PER_TURN, Ordering::Relaxed);
                 if start >= blocks {
@@ -133,7 +133,7 @@ fn check(interrupt: &AtomicBool) -> Result<()> {
 /// Writes the pages that are not zero; adjacent pages in one write.
 fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
     let mut run: Option<usize> = None;
-    for (start, page) in (0..).step_by(PAGE_SIZE as usize).zip(block.chunks(PAGE_SIZE as usize)) {
+    for (start, page) in (0..).step_by(to_usize(PAGE_SIZE)).zip(block.chunks(to_usize(PAGE_SIZE))) {
         match (is_zero(page), run) {
             (false, None) => run = Some(start),
             (true, Some(from)) => {

@@ -5,6 +5,7 @@ use crate::store::disk::pack::{AlignedBuffer, PackFile};
 use crate::store::format::Stored;
 use crate::store::format::codec::{Decoder, Mismatch, page_mask};
 use crate::store::{BLOCK_SIZE, Digest};
+use crate::units::to_usize;
 
 /// Reusable buffers for reads, one instance for each thread.
 #[derive(Debug, Default)]
@@ -52,7 +53,7 @@ fn check(
     stored: Stored,
     hash: &Digest,
 ) -> std::result::Result<(), Mismatch> {
-    plain.resize(BLOCK_SIZE as usize, 0);
+    plain.resize(to_usize(BLOCK_SIZE), 0);
     decoder.block((stored.kind, stored.chunk_shift), record, hash, plain)?;
     match page_mask(plain) {
         mask if mask == stored.data_pages => Ok(()),

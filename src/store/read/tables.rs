@@ -10,6 +10,7 @@ use crate::store::disk::path::StorePath;
 use crate::store::format::image::ImageHeader;
 use crate::store::format::placement::Front;
 use crate::store::format::{Invalid, Preamble};
+use crate::units::to_usize;
 
 fn open_file(what: &str, path: &StorePath) -> Result<(File, u64)> {
     let open = || {
@@ -36,7 +37,7 @@ pub(super) fn open_placement(
     let damage = |why: String| Invalid::Damage(why).in_file(what, path);
     let (file, length) = open_file(what, path)?;
     let read = |offset: u64, length: u64| {
-        let mut bytes = vec![0; length as usize];
+        let mut bytes = vec![0; to_usize(length)];
         file.read_exact_at(&mut bytes, offset)
             .map_err(|e| damage(format!("cannot read the file: {}", crate::error::errno_text(&e))))?;
         Ok(bytes)

@@ -16,7 +16,7 @@ use crate::store::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use crate::store::format::placement::{Front, Row};
 use crate::store::format::{BLOCK_SHIFT, Invalid, PackId, Stored};
 use crate::store::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
-use crate::units::{Bytes, FileOffset};
+use crate::units::{Bytes, FileOffset, to_usize};
 
 /// An open template. Reads continue to work after the template was removed from the store, while its packs exist.
 #[derive(Debug)]
@@ -226,7 +226,7 @@ impl Template {
             let decoded = if length as u64 == BLOCK_SIZE {
                 decoder.block(how, record, &hash, out)
             } else {
-                plain.resize(BLOCK_SIZE as usize, 0);
+                plain.resize(to_usize(BLOCK_SIZE), 0);
                 decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
             };
             decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
@@ -266,7 +266,7 @@ impl Template {
 
     fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
         let Scratch { buffer, decoder, plain } = scratch;
-        plain.resize(BLOCK_SIZE as usize, 0);
+        plain.resize(to_usize(BLOCK_SIZE), 0);
         self.with_tables(|tables| {
             let Some((hash, id, stored)) = self.stored(tables, number)? else {
                 out.fill(0);

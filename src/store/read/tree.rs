@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::store::Digest;
 use crate::store::format::Invalid;
 use crate::sys::memory::mapped_file::MappedFile;
+use crate::units::to_usize;
 
 /// Size of a segment in bytes: a whole BLAKE3 subtree.
 pub const SEGMENT: u64 = 64 << 10;
@@ -75,10 +76,10 @@ impl TreeWriter {
         self.length += bytes.len() as u64;
         while !bytes.is_empty() {
             // A full segment is hashed only when more bytes follow, because a single segment is hashed as the root.
-            if self.pending.len() == SEGMENT as usize {
+            if self.pending.len() == to_usize(SEGMENT) {
                 self.flush();
             }
-            let free = SEGMENT as usize - self.pending.len();
+            let free = to_usize(SEGMENT) - self.pending.len();
             let (head, tail) = bytes.split_at(free.min(bytes.len()));
             self.pending.extend_from_slice(head);
             bytes = tail;
@@ -148,7 +149,7 @@ impl CheckedTable {
             std::io::ErrorKind::UnexpectedEof => damage(format!("truncated: expected at least {end} bytes")),
             _ => Error::io(format!("cannot map {what}"), path, e),
         })?;
-        let words = segments(length).div_ceil(64) as usize;
+        let words = to_usize(segments(length).div_ceil(64));
         let checked = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(CheckedTable { path: path.to_owned(), what, file, map, base, length, values, checked })
     }
@@ -174,7 +175,7 @@ impl CheckedTable {
             return Err(Invalid::Damage(why).in_file(self.what, &self.path));
         }
         self.check(offset / SEGMENT)?;
-        let at = (self.base + offset) as usize;
+        let at = to_usize(self.base + offset);
         let mut entry = [0; N];
         entry.copy_from_slice(&self.map[at..at + N]);
         Ok(entry)
@@ -222,7 +223,7 @@ impl CheckedTable {
             .read_exact_at(&mut bytes, self.base + start)
             .map_err(|e| damage(format!("cannot read the file: {}", crate::error::errno_text(&e))))?;
         let got = segment_value(&bytes, segment, segments(self.length));
-        let expected = self.values[segment as usize];
+        let expected = self.values[to_usize(segment)];
         match got == expected {
             true => Ok(bytes),
             false => Err(damage(format!(

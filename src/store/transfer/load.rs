@@ -29,7 +29,7 @@ use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::write::pack_writer::{PackWriter, Packed};
 use crate::store::write::tables::{TableWriter, Tables};
 use crate::store::{BLOCK_SIZE, Digest, Moved, Owner, Policy, Scratch, Store, TagName, TemplateFile};
-use crate::units::Bytes;
+use crate::units::{Bytes, to_usize};
 
 /// Maximum number of image hashes that are looked up in one batch.
 const HASH_BATCH: usize = 256;
@@ -269,7 +269,7 @@ impl Store {
                 },
             )?;
             if let Some((hash, place)) = last {
-                let length = (file.size - (file.blocks() - 1) * BLOCK_SIZE) as usize;
+                let length = to_usize(file.size - (file.blocks() - 1) * BLOCK_SIZE);
                 if !self.ends_in_zeros(&hash, place, length, session)? {
                     return Err(
                         source.damaged(format!("file '{}' has nonzero bytes beyond its end", file.name))
@@ -356,7 +356,7 @@ fn receive_template(
     let mut file = BufWriter::new(create(&path)?);
     let mut tree = TreeWriter::default();
     let (mut left, mut head) = (template.image_length, Vec::new());
-    let mut part = vec![0; SEGMENT as usize];
+    let mut part = vec![0; to_usize(SEGMENT)];
     while left > 0 {
         let now = left.min(SEGMENT) as usize;
         source.exact(&mut part[..now], &what)?;
@@ -472,7 +472,7 @@ impl ImageReader {
     fn next(&mut self, left: &mut u64) -> Result<Option<Vec<Digest>>> {
         let now = (*left).min(HASH_BATCH as u64);
         *left -= now;
-        let mut bytes = vec![0; (now * HASH_LEN) as usize];
+        let mut bytes = vec![0; to_usize(now * HASH_LEN)];
         self.file.read_exact(&mut bytes).map_err(|e| Error::io("cannot read", &self.path, e))?;
         let hashes: Vec<Digest> = bytes.as_chunks::<32>().0.iter().map(|hash| Digest::new(*hash)).collect();
         Ok((!hashes.is_empty()).then_some(hashes))

@@ -15,7 +15,7 @@ use crate::store::format::pack::IndexEntry;
 use crate::store::format::stream::{StreamFront, StreamTemplate};
 use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, TagName, Template};
-use crate::units::Bytes;
+use crate::units::{Bytes, to_usize};
 
 /// Options of a save. The caller must prevent the removal of the templates.
 #[derive(Debug, Clone, Default)]
@@ -89,7 +89,7 @@ impl Store {
                 .map(|((saved, template), policy)| StreamTemplate {
                     digest: saved.digest,
                     image_length: template.image_length(),
-                    policy_length: policy.len() as u32,
+                    policy_length: u32::try_from(policy.len()).unwrap_or(u32::MAX),
                     tags: saved.tags.clone(),
                 })
                 .collect(),
@@ -162,15 +162,16 @@ fn distinct(templates: &[Template], without: &[Template]) -> Result<Vec<BlockRef
     let mut seen: HashSet<u64> = HashSet::new();
     let mut blocks = Vec::new();
     for (index, template) in without.iter().map(|t| (None, t)).chain((0..).map(Some).zip(templates)) {
-        for file in 0..template.files().len() {
+        for (number, file) in (0..).zip(0..template.files().len()) {
             for block in 0..template.block_count(file) {
                 let Some((_, pack, stored)) = template.place(file, block)? else { continue };
-                let next = numbers.len() as u32;
+                let next = u32::try_from(numbers.len())
+                    .map_err(|_| Error::failed("the templates are in too many packs for one stream"))?;
                 let pack = *numbers.entry(pack).or_insert(next);
                 if seen.insert(u64::from(pack) << 32 | u64::from(stored.offset))
                     && let Some(template) = index
                 {
-                    blocks.push(BlockRef { template, file: file as u32, block });
+                    blocks.push(BlockRef { template, file: number, block });
                 }
             }
         }
@@ -180,7 +181,7 @@ fn distinct(templates: &[Template], without: &[Template]) -> Result<Vec<BlockRef
 
 /// Returns the bytes of these blocks in the stream, and the number of blocks.
 fn records(templates: &[Template], batch: &[BlockRef], scratch: &mut Scratch) -> Result<(Vec<u8>, usize)> {
-    let mut bytes = Vec::with_capacity(BATCH_BLOCKS * BLOCK_SIZE as usize / 2);
+    let mut bytes = Vec::with_capacity(BATCH_BLOCKS * to_usize(BLOCK_SIZE) / 2);
     for at in batch {
         let start = bytes.len();
         bytes.resize(start + IndexEntry::LEN, 0);

@@ -57,13 +57,16 @@ impl<'a> PackWriter<'a> {
         PackWriter { directory, index, pack: None, syncing: Vec::new(), written: Packed::default() }
     }
 
-    /// Appends the record of a block. Ignores the offset in `stored`.
+    /// Appends the record of a block. Ignores offset and length in `stored`.
     pub fn append(&mut self, hash: Digest, record: &[u8], stored: Stored) -> Result<Place> {
         let mut pack = match self.pack.take() {
             Some(pack) => pack,
             None => OpenPack::create(self.directory)?,
         };
-        let stored = Stored { offset: pack.length as u32, length: record.len() as u32, ..stored };
+        let field = |n: u64| {
+            u32::try_from(n).map_err(|_| Error::failed("a record does not fit into a pack").at(&pack.path))
+        };
+        let stored = Stored { offset: field(pack.length)?, length: field(record.len() as u64)?, ..stored };
         let place = Place { pack: pack.id, stored };
         pack.file.write_all(record).map_err(|e| Error::io("cannot write", &pack.path, e))?;
         pack.length += record.len() as u64;

@@ -14,7 +14,7 @@ use crate::store::format::image::ImageHeader;
 use crate::store::format::placement::{FileStats, Front, Row};
 use crate::store::read::tree::TreeWriter;
 use crate::store::{Digest, FileKind, TemplateFile};
-use crate::units::{Bytes, PAGE_SIZE};
+use crate::units::{Bytes, PAGE_SIZE, to_usize};
 
 /// Length of a block's hash in the image, in bytes.
 const HASH_LENGTH: u64 = 32;
@@ -85,7 +85,7 @@ impl TableWriter {
         let mut left = blocks;
         while left > 0 {
             let now = left.min(256) as usize;
-            self.hashes.write_all(&ZEROS[..now * HASH_LENGTH as usize]).map_err(|e| self.error(e))?;
+            self.hashes.write_all(&ZEROS[..now * to_usize(HASH_LENGTH)]).map_err(|e| self.error(e))?;
             self.rows.write_all(&ZEROS[..now * Row::LEN]).map_err(|e| self.error(e))?;
             left -= now as u64;
         }
@@ -99,7 +99,8 @@ impl TableWriter {
         let stats = &mut self.files[at].3;
         stats.data_bytes += u64::from(place.stored.data_pages.count_ones()) * PAGE_SIZE;
         stats.stored_bytes += u64::from(place.stored.length);
-        let next = self.numbers.len() as u32;
+        let next = u32::try_from(self.numbers.len())
+            .map_err(|_| Error::failed("the template is in too many packs"))?;
         let pack = *self.numbers.entry(place.pack).or_insert(next);
         let mut row = Vec::with_capacity(Row::LEN);
         Row::encode(Some(Row { pack, stored: place.stored }), &mut row);
@@ -200,7 +201,7 @@ fn copy_spans(
     for (start, count) in spans {
         let (mut at, end) = (start * size, (start + count) * size);
         while at < end {
-            let now = (end - at).min(part.len() as u64) as usize;
+            let now = to_usize((end - at).min(part.len() as u64));
             table.read_exact_at(&mut part[..now], at)?;
             each(&part[..now])?;
             at += now as u64;

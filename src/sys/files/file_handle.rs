@@ -29,7 +29,7 @@ pub fn open_fuse_inode(inside: impl AsFd, node: u64) -> Result<Option<File>> {
         bytes: 12,
         kind: FILEID_INO64_GEN,
         node_high: (node >> 32) as u32,
-        node_low: node as u32,
+        node_low: (node & 0xffff_ffff) as u32,
         generation: 0,
     };
     let mount = inside.as_fd().as_raw_fd();

@@ -144,7 +144,7 @@ pub fn resend(fuse: impl AsFd) -> io::Result<()> {
 pub fn forget_name(fuse: impl AsFd, folder: u64, name: &str) -> io::Result<()> {
     // struct fuse_notify_inval_entry_out: u64 parent, u32 namelen, u32 flags; then the name and a NUL byte.
     let mut body = folder.to_ne_bytes().to_vec();
-    body.extend((name.len() as u32).to_ne_bytes());
+    body.extend(u32::try_from(name.len()).map_err(io::Error::other)?.to_ne_bytes());
     body.extend(0u32.to_ne_bytes());
     body.extend(name.as_bytes());
     body.push(0);
@@ -186,7 +186,7 @@ fn found(notified: io::Result<()>) -> io::Result<bool> {
 
 fn notify(fuse: impl AsFd, code: i32, body: &[u8]) -> io::Result<()> {
     // struct fuse_out_header: u32 len, i32 error (here the notification code), u64 unique = 0.
-    let mut notice = ((16 + body.len()) as u32).to_ne_bytes().to_vec();
+    let mut notice = u32::try_from(16 + body.len()).map_err(io::Error::other)?.to_ne_bytes().to_vec();
     notice.extend(code.to_ne_bytes());
     notice.extend([0; 8]);
     notice.extend(body);

@@ -8,7 +8,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
-use crate::units::PAGE_SIZE;
+use crate::units::{PAGE_SIZE, to_usize};
 
 /// Blocks of at least this size, in bytes, are new anonymous mappings whose pages are allocated on first access.
 const LARGE: usize = 128 << 10;
@@ -56,7 +56,7 @@ fn out_of_memory(size: usize) -> ! {
     let mut at = digits.len();
     let mut left = size;
     while let Some(digit) = at.checked_sub(1).and_then(|before| digits.get_mut(before)) {
-        *digit = b'0' + (left % 10) as u8;
+        *digit = b"0123456789"[left % 10];
         (at, left) = (at - 1, left / 10);
         if left == 0 {
             break;
@@ -93,7 +93,7 @@ unsafe impl GlobalAlloc for PrefaultedZeros {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         let block = unsafe { ExitOnOom.alloc_zeroed(layout) };
         if layout.size() >= LARGE {
-            for at in (0..PREFAULT).step_by(PAGE_SIZE as usize) {
+            for at in (0..PREFAULT).step_by(to_usize(PAGE_SIZE)) {
                 // SAFETY: `at` lies within the block (PREFAULT < LARGE), which belongs to this call and contains zeros.
                 unsafe { block.add(at).write_volatile(0) };
             }

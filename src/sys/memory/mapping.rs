@@ -14,7 +14,7 @@ use std::ptr;
 
 use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
 
-use crate::units::{Bytes, FileOffset, MemoryOffset, PAGE_SIZE};
+use crate::units::{Bytes, FileOffset, MemoryOffset, PAGE_SIZE, to_usize};
 
 mod advice;
 
@@ -136,7 +136,7 @@ impl Mapping {
     /// Returns `InvalidInput` if the length is zero or not a multiple of the page size, or if the alignment is not a
     /// power of two or smaller than a page. Returns an error if mmap(2) fails.
     pub fn new(request: &Request<'_>) -> io::Result<Mapping> {
-        let page = PAGE_SIZE as usize;
+        let page = to_usize(PAGE_SIZE);
         let length = request.length.as_usize();
         let align = request.align.as_usize();
         if length == 0 || !length.is_multiple_of(page) {
@@ -308,9 +308,9 @@ impl Mapping {
     pub fn advise(&self, part: Range<u64>, advice: Advice) -> io::Result<()> {
         let length =
             part.end.checked_sub(part.start).ok_or_else(|| invalid("range ends before its start"))?;
-        let at = self.inside(MemoryOffset::new(part.start), length as usize)?;
+        let at = self.inside(MemoryOffset::new(part.start), to_usize(length))?;
         // SAFETY: the range lies inside this mapping, into which no reference exists; no advice unmaps it.
-        let done = unsafe { libc::madvise(at as *mut _, length as usize, advice.number()) };
+        let done = unsafe { libc::madvise(at as *mut _, to_usize(length), advice.number()) };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
@@ -351,9 +351,9 @@ impl Mapping {
     pub fn forbid(&self, part: Range<u64>) -> io::Result<()> {
         let length =
             part.end.checked_sub(part.start).ok_or_else(|| invalid("range ends before its start"))?;
-        let at = self.inside(MemoryOffset::new(part.start), length as usize)?;
+        let at = self.inside(MemoryOffset::new(part.start), to_usize(length))?;
         // SAFETY: the range lies inside this mapping, into which no reference exists.
-        unsafe { mm::mprotect(at as *mut _, length as usize, MprotectFlags::empty())? };
+        unsafe { mm::mprotect(at as *mut _, to_usize(length), MprotectFlags::empty())? };
         Ok(())
     }
 }

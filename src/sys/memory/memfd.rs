@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::mm::{MapFlags, MlockFlags, ProtFlags};
 use rustix::thread::futex;
 
-use crate::units::{Bytes, PAGE_SIZE};
+use crate::units::{Bytes, PAGE_SIZE, to_usize};
 
 /// Creates a sealable memfd of `length` bytes.
 ///
@@ -74,9 +74,11 @@ impl SharedWords {
     }
 
     fn map(fd: OwnedFd, pages: usize, protection: ProtFlags) -> io::Result<SharedWords> {
-        let length = pages * PAGE_SIZE as usize;
+        let length = pages * to_usize(PAGE_SIZE);
         let seals = rustix::fs::fcntl_get_seals(&fd)?;
-        if rustix::fs::fstat(&fd)?.st_size != length as i64 || !seals.contains(SealFlags::SHRINK) {
+        if rustix::fs::fstat(&fd)?.st_size.cast_unsigned() != length as u64
+            || !seals.contains(SealFlags::SHRINK)
+        {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory in use. The file has this
@@ -186,7 +188,7 @@ impl LockedBuffer {
     /// # Errors
     /// Returns `ENOMEM` or `EPERM` if the limit of locked memory (`RLIMIT_MEMLOCK`) is exceeded.
     pub fn new(length: Bytes) -> io::Result<LockedBuffer> {
-        let length = length.pages().bytes().as_usize().max(PAGE_SIZE as usize);
+        let length = length.pages().bytes().as_usize().max(to_usize(PAGE_SIZE));
         // SAFETY: a new anonymous mapping at an address that the kernel chooses overlaps no memory in use.
         let base = unsafe {
             rustix::mm::mmap_anonymous(

@@ -88,7 +88,7 @@ fn split(group: &[ProcessId]) -> io::Result<Vec<Vec<ProcessId>>> {
 /// Compares the address spaces of two threads. The result is `Equal` for a shared address space, otherwise an order
 /// that is stable while both threads live. A thread that has exited compares as less.
 fn compare(one: u32, other: u32) -> io::Result<Ordering> {
-    let (one, other) = (one as libc::pid_t, other as libc::pid_t);
+    let (one, other) = (one.cast_signed(), other.cast_signed());
     // SAFETY: kcmp compares two threads and accesses no memory of this process.
     match unsafe { libc::syscall(libc::SYS_kcmp, one, other, VM, 0, 0) } {
         0 => Ok(Ordering::Equal),

@@ -40,9 +40,10 @@ pub enum ExitStatus {
 impl ExitStatus {
     /// Decodes a wait(2) status.
     fn of(status: i32) -> ExitStatus {
-        match status & 0x7f {
-            0 => ExitStatus::Code((status >> 8) as u8),
-            signal => ExitStatus::Signal(signal as u8),
+        let [low, code, ..] = status.to_le_bytes();
+        match low & 0x7f {
+            0 => ExitStatus::Code(code),
+            signal => ExitStatus::Signal(signal),
         }
     }
 

@@ -64,7 +64,7 @@ pub fn fork_single_threaded() -> Result<Fork> {
             .because(io::Error::last_os_error())
             .remedy("raise the process limits: ulimit -u, kernel.pid_max, pids.max of the cgroup")),
         0 => Ok(Fork::Child),
-        pid => Ok(Fork::Parent(pid as u32)),
+        pid => Ok(Fork::Parent(pid.cast_unsigned())),
     }
 }
 
@@ -162,7 +162,7 @@ pub fn block_signals(hold: bool) -> io::Result<()> {
 pub fn set_parent_death_signal(parent: u32) -> Result<bool> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Error::failed("cannot set parent death signal").because(e.into()))?;
-    Ok(rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() as u32 == parent))
+    Ok(rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get().cast_unsigned() == parent))
 }
 
 /// Reverts [`set_parent_death_signal`].
@@ -211,7 +211,7 @@ impl std::fmt::Display for Ended {
 /// Returns an error without permission to signal the child, which may run as another user.
 pub fn signal_child(pid: u32, signal: Signal) -> Result<()> {
     let failed = |e: Errno| Error::failed(format!("cannot signal process {pid}")).because(e.into());
-    let target = Pid::from_raw(pid as i32).ok_or_else(|| failed(Errno::SRCH))?;
+    let target = Pid::from_raw(pid.cast_signed()).ok_or_else(|| failed(Errno::SRCH))?;
     rustix::process::kill_process(target, signal).map_err(failed)
 }
 
@@ -245,7 +245,7 @@ pub fn reap_one() -> Result<Option<(u32, Ended)>> {
                     (None, Some(signal)) => Ended::Signal(signal),
                     (None, None) => continue,
                 };
-                return Ok(Some((pid.as_raw_nonzero().get() as u32, ended)));
+                return Ok(Some((pid.as_raw_nonzero().get().cast_unsigned(), ended)));
             }
             Ok(None) | Err(Errno::CHILD) => return Ok(None),
             Err(Errno::INTR) => {}

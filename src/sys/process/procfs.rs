@@ -219,8 +219,8 @@ pub fn exit_status_of_zombie(pid: u32) -> Option<i32> {
 pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
     let Some(stat) = stat(pid)? else { return Ok(None) };
     let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let since_boot =
-        Duration::new(since_boot.tv_sec.unsigned_abs(), since_boot.tv_nsec.unsigned_abs() as u32);
+    let since_boot = Duration::from_secs(since_boot.tv_sec.unsigned_abs())
+        + Duration::from_nanos(since_boot.tv_nsec.unsigned_abs());
     let ticks = rustix::param::clock_ticks_per_second().max(1);
     let at = Duration::from_millis((stat.start_ticks.saturating_add(1)).saturating_mul(1000) / ticks);
     let now = SystemTime::now();

@@ -62,7 +62,7 @@ fn share_files(one: u32, other: u32) -> bool {
     /// `KCMP_FILES` of `linux/kcmp.h`.
     const FILES: libc::c_int = 2;
     // SAFETY: kcmp compares two threads and accesses no memory of this process.
-    unsafe { libc::syscall(libc::SYS_kcmp, one as libc::pid_t, other as libc::pid_t, FILES, 0, 0) == 0 }
+    unsafe { libc::syscall(libc::SYS_kcmp, one.cast_signed(), other.cast_signed(), FILES, 0, 0) == 0 }
 }
 
 /// Returns true for the errors of a process or thread that has exited (ENOENT, ESRCH).

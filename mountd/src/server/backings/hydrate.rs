@@ -11,7 +11,7 @@ use rustix::fs::SeekFrom;
 use stencilfs::error::{Code, Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::sys::process::threads;
-use stencilfs::units::{Bytes, HUGE_PAGE_SIZE};
+use stencilfs::units::{Bytes, HUGE_PAGE_SIZE, to_usize};
 
 use crate::protocol::fds;
 use crate::protocol::link::{Link, unexpected};
@@ -156,8 +156,8 @@ impl Hydrator {
         let filled = AtomicU64::new(0);
         self.in_parallel(pieces, |piece, scratch, buffer| {
             self.check(template)?;
-            let buffer = &mut buffer[..(piece.end - piece.start) as usize];
-            for (i, part) in buffer.chunks_mut(BLOCK_SIZE as usize).enumerate() {
+            let buffer = &mut buffer[..to_usize(piece.end - piece.start)];
+            for (i, part) in buffer.chunks_mut(to_usize(BLOCK_SIZE)).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
                 retry_while(
                     LONGEST_WAIT,
@@ -188,13 +188,13 @@ impl Hydrator {
     ) -> Result<()> {
         self.in_parallel(pieces, |piece, _, buffer| {
             self.check(template)?;
-            let length = (piece.end - piece.start) as usize;
+            let length = to_usize(piece.end - piece.start);
             // A hash covers a whole block, with zeros beyond the end of the file.
             buffer[length..].fill(0);
             backing
                 .read_exact_at(&mut buffer[..length], piece.start)
                 .map_err(|e| Error::failed("cannot read the backing to verify it").because(e))?;
-            for (i, part) in buffer.chunks(BLOCK_SIZE as usize).enumerate() {
+            for (i, part) in buffer.chunks(to_usize(BLOCK_SIZE)).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
                 if block * BLOCK_SIZE >= piece.end {
                     break;
@@ -232,9 +232,9 @@ impl Hydrator {
         let failed = AtomicBool::new(false);
         let one = || {
             let mut scratch = Scratch::default();
-            let mut buffer = vec![0; PIECE as usize];
+            let mut buffer = vec![0; to_usize(PIECE)];
             while !failed.load(Ordering::Relaxed) {
-                let index = next.fetch_add(1, Ordering::Relaxed) as usize;
+                let index = to_usize(next.fetch_add(1, Ordering::Relaxed));
                 let Some(piece) = pieces.get(index) else { break };
                 if let Err(error) = work(piece, &mut scratch, &mut buffer) {
                     failed.store(true, Ordering::Relaxed);

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
 use stencilfs::store::{BLOCK_SIZE, Digest};
-use stencilfs::units::Bytes;
+use stencilfs::units::{Bytes, to_usize};
 
-const BLOCK: usize = BLOCK_SIZE as usize;
+const BLOCK: usize = to_usize(BLOCK_SIZE);
 
 /// A decompressed block.
 pub struct CachedBlock {

@@ -9,7 +9,7 @@ use dashmap::DashSet;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::sys::memory::memfd::LockedBuffer;
-use stencilfs::units::Bytes;
+use stencilfs::units::{Bytes, to_usize};
 
 use crate::protocol::stats::{Counter, Stats};
 use crate::server::read::block_cache::BlockCache;
@@ -74,7 +74,7 @@ impl Decoder {
                 None => slot.insert(self.new_workspace()?),
             };
             let Workspace { reply, scratch } = workspace;
-            let reply = &mut reply[..(end - offset) as usize];
+            let reply = &mut reply[..to_usize(end - offset)];
             self.fill(template, file, offset, length, reply, scratch)?;
             self.stats.count(Counter::Reads);
             self.stats.add(Counter::ReadBytes, reply.len() as u64);
@@ -107,9 +107,9 @@ impl Decoder {
             let start = block * BLOCK_SIZE;
             let block_end = (start + BLOCK_SIZE).min(length);
             let stop = block_end.min(end);
-            let part = &mut reply[(at - offset) as usize..(stop - offset) as usize];
+            let part = &mut reply[to_usize(at - offset)..to_usize(stop - offset)];
             let whole = at == start && stop == block_end;
-            self.part(template, file, block, (at - start) as usize, whole, part, scratch)
+            self.part(template, file, block, to_usize(at - start), whole, part, scratch)
                 .map_err(|e| self.report(template, file, block, &e))?;
             at = stop;
         }

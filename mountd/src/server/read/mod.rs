@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use stencilfs::control::Phase;
 use stencilfs::store::{BLOCK_SIZE, Template};
+use stencilfs::units::to_usize;
 
 use crate::protocol::stats::Stats;
 use crate::server::in_flight::Flight;
@@ -64,12 +65,12 @@ impl Reader {
             Node::File(digest, file, _) => {
                 flight.stamp(Phase::Decoding);
                 let template = self.tree.template_in_use(&digest)?;
-                self.decoder.read(&template, file, request.offset, request.size as usize, send)
+                self.decoder.read(&template, file, request.offset, to_usize(request.size.into()), send)
             }
             Node::Manifest(digest) => {
                 let text = self.tree.template_in_use(&digest)?.manifest_json();
-                let start = (request.offset as usize).min(text.len());
-                let end = start.saturating_add(request.size as usize).min(text.len());
+                let start = to_usize(request.offset).min(text.len());
+                let end = start.saturating_add(to_usize(request.size.into())).min(text.len());
                 send(&text.as_bytes()[start..end]);
                 Ok(())
             }
@@ -97,8 +98,8 @@ pub fn seek(template: &Template, file: usize, offset: i64, whence: i32) -> Resul
     for block in from / BLOCK_SIZE..template.block_count(file) {
         let is_data = template.block_id(file, block).map_err(|e| Refusal::from(&e))?.is_some();
         if is_data == want_data {
-            return Ok((block * BLOCK_SIZE).max(from) as i64);
+            return Ok((block * BLOCK_SIZE).max(from).cast_signed());
         }
     }
-    if want_data { Err(Refusal::NoPosition) } else { Ok(length as i64) }
+    if want_data { Err(Refusal::NoPosition) } else { Ok(length.cast_signed()) }
 }

@@ -42,7 +42,7 @@ pub struct Bits {
 }
 
 const fn bits(arg: u8, mask: i64, value: i64) -> Bits {
-    Bits { arg, mask: mask as u64, value: value as u64 }
+    Bits { arg, mask: mask.cast_unsigned(), value: value.cast_unsigned() }
 }
 
 const fn call(name: &'static str, number: libc::c_long, purpose: &'static str) -> Call {

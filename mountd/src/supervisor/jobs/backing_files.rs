@@ -59,7 +59,7 @@ pub fn freeze(cache: &Cache, file: impl AsFd, reserved: Bytes) -> Result<()> {
         Cache::Memory => memfd::freeze(&file).map_err(fail)?,
         Cache::Nowhere(why) => return Err(Error::failed(why.clone())),
     }
-    let taken = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?.st_blocks as u64 * 512;
+    let taken = rustix::fs::fstat(&file).map_err(|e| fail(e.into()))?.st_blocks.cast_unsigned() * 512;
     if taken > reserved.get() + reserved.get() / 64 + SLACK {
         return Err(Error::failed(format!(
             "the backing takes {}, and {reserved} are reserved",

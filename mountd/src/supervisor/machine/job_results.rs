@@ -7,6 +7,7 @@ use super::{Machine, Purpose};
 use crate::protocol::ServerReply;
 use crate::protocol::fds;
 use crate::supervisor::event::{Action, JobId, JobResult, ServerId};
+use stencilfs::units::to_usize;
 
 impl Machine {
     pub(super) fn job_ended(&mut self, job: JobId, result: JobResult) {
@@ -52,7 +53,7 @@ impl Machine {
                     JobResult::Unused(_) if self.handover.has_candidate() => Ok(Vec::new()),
                     JobResult::Unused(indices) => {
                         let unused =
-                            indices.into_iter().filter_map(|index| keys.get(index as usize).cloned());
+                            indices.into_iter().filter_map(|index| keys.get(to_usize(index)).cloned());
                         let unused: Vec<FileKey> = unused.collect();
                         self.close_backings(&unused);
                         Ok(unused)

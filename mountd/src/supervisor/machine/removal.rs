@@ -184,7 +184,7 @@ impl Removal {
         }
         // The count of rings wraps.
         let heard = |at: u32| at.wrapping_sub(ring) < u32::MAX / 2;
-        let full = MAX_GRACE.as_millis() as u64;
+        let full = u64::try_from(MAX_GRACE.as_millis()).unwrap_or(u64::MAX);
         let Some((current, born)) = answering.current else { return Some(full) };
         match self.in_force {
             Some((server, at, grace_ms)) if server == current && heard(at) => Some(grace_ms),

@@ -6,9 +6,10 @@ use crate::store::format::BlockKind;
 use crate::store::write::block_index::Place;
 use crate::store::write::ordered::BATCH_BLOCKS;
 use crate::store::{BLOCK_SIZE, Digest};
+use crate::units::to_usize;
 
 /// Bytes of the source in a batch.
-pub(super) const BATCH_BYTES: usize = BATCH_BLOCKS * BLOCK_SIZE as usize;
+pub(super) const BATCH_BYTES: usize = BATCH_BLOCKS * to_usize(BLOCK_SIZE);
 
 /// A message of the reader to the workers and the writer.
 pub(super) enum Work {

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::store::FileKind;
 use crate::store::format::image::MAX_BYTES;
 use crate::sys::files::stream;
-use crate::units::PAGE_SIZE;
+use crate::units::{PAGE_SIZE, to_usize};
 
 /// An open source.
 #[derive(Debug)]
@@ -140,7 +140,7 @@ impl Input {
     pub fn ends(&self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
         let (Some(size), From::Open(file)) = (self.size, &self.file) else { return Ok(None) };
         let part = |from: u64, limit: usize| {
-            let mut bytes = vec![0; limit.min((size - from) as usize)];
+            let mut bytes = vec![0; limit.min(to_usize(size - from))];
             file.read_exact_at(&mut bytes, from).map_err(|e| self.fail(e)).map(|()| bytes)
         };
         Ok(Some((part(0, HEAD)?, part(size.saturating_sub(TAIL as u64), TAIL)?)))
@@ -154,7 +154,7 @@ impl Input {
                 .at(&self.origin)
                 .remedy(format!("check the path: the file may have at most {limit} bytes")));
         }
-        let mut bytes = vec![0; size as usize];
+        let mut bytes = vec![0; to_usize(size)];
         self.file().and_then(|f| f.read_exact_at(&mut bytes, 0)).map_err(|e| self.fail(e))?;
         Ok(Some(bytes))
     }

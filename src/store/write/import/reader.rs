@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::store::write::stall;
 use crate::store::{BLOCK_SIZE, FileKind};
 use crate::sys::files::stream;
+use crate::units::to_usize;
 
 impl ImportRequest {
     /// Opens the sources and returns them sorted by name.
@@ -91,7 +92,7 @@ fn read_file(
         offset = start;
         while offset < end {
             let mut batch = next_batch(stop, empty)?;
-            let length = (end - offset).min(BATCH_BYTES as u64) as usize;
+            let length = to_usize((end - offset).min(BATCH_BYTES as u64));
             batch.length = length;
             let read = input.file().and_then(|f| f.read_exact_at(&mut batch.plain[..length], offset));
             read.map_err(|e| match e.kind() {

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::store::format::codec::{Encoder, page_mask};
 use crate::store::write::block_index::BlockIndex;
 use crate::store::{BLOCK_SIZE, Digest, Scratch};
+use crate::units::to_usize;
 
 /// Processes batches until the reader stops.
 pub(super) fn run(
@@ -39,9 +40,9 @@ fn process(batch: &mut Batch, encoder: &mut Encoder, index: &BlockIndex, scratch
     let Batch { plain, length, records, blocks } = batch;
     records.clear();
     blocks.clear();
-    let padded = length.next_multiple_of(BLOCK_SIZE as usize);
+    let padded = length.next_multiple_of(to_usize(BLOCK_SIZE));
     plain[*length..padded].fill(0);
-    for block in plain[..padded].chunks_exact(BLOCK_SIZE as usize) {
+    for block in plain[..padded].chunks_exact(to_usize(BLOCK_SIZE)) {
         let data_pages = page_mask(block);
         let outcome = if data_pages == 0 {
             Outcome::Zero

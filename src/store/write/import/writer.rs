@@ -83,8 +83,7 @@ impl<'a> Writer<'a> {
                     None => {
                         let record = &records[record.clone()];
                         let (kind, chunk_shift, data_pages) = (*kind, *chunk_shift, block.data_pages);
-                        let length = record.len() as u32;
-                        let stored = Stored { offset: 0, length, kind, chunk_shift, data_pages };
+                        let stored = Stored { offset: 0, length: 0, kind, chunk_shift, data_pages };
                         self.packs.append(*hash, record, stored)?
                     }
                 };

@@ -6,7 +6,7 @@
 
 mod disk;
 mod format;
-#[cfg(any(test, fuzzing))]
+#[cfg(all(feature = "internals", any(test, fuzzing)))]
 pub(crate) mod fuzz;
 #[cfg(feature = "internals")]
 mod maintain;

@@ -74,7 +74,7 @@ fn templates_reads_a_store_and_finds_its_mount() {
     assert!(bytes == content[100_001..200_001]);
     let beyond = reader.read_at(FileOffset::new(content.len() as u64 - 5), &mut bytes);
     assert_eq!(beyond.unwrap_err().code(), Code::Usage);
-    let data = 128 << 10..320 << 10;
+    let data = 128u64 << 10..320 << 10;
     assert_eq!(reader.data_ranges().unwrap(), std::slice::from_ref(&data));
     assert_eq!(template.reader("state").unwrap_err().code(), Code::NotFound);
 

@@ -2,7 +2,6 @@
 //! Callers receive an errno as [`std::io::Error`] or as an [`Error`](crate::error::Error) with its code and remedy.
 #![allow(unsafe_code)]
 
-pub mod attempt;
 pub mod clock;
 pub mod files;
 pub mod fuse;

@@ -13,7 +13,7 @@ mod passthrough;
 mod read;
 mod refusal;
 mod reply_buffers;
-pub mod sandbox;
+mod sandbox;
 mod store_outage;
 mod tree;
 

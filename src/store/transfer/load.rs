@@ -206,7 +206,12 @@ impl Store {
         let name = source.name().to_owned();
         ordered(
             &stop,
-            || read_batch(source, &mut left),
+            |send| {
+                while let Some(batch) = read_batch(source, &mut left)? {
+                    send(batch)?;
+                }
+                Ok(())
+            },
             Scratch::default,
             |scratch, batch| check_batch(batch, index, scratch).map_err(|why| damaged(&name, why)),
             |(batch, existing)| {
@@ -256,7 +261,12 @@ impl Store {
             let mut last = None;
             ordered(
                 &source.stop,
-                || source.check().and_then(|()| image.next(&mut left)),
+                |send| {
+                    while let Some(hashes) = source.check().and_then(|()| image.next(&mut left))? {
+                        send(hashes)?;
+                    }
+                    Ok(())
+                },
                 Scratch::default,
                 |scratch, hashes: Vec<Digest>| {
                     let place = |hash: Digest| match hash == ZERO {

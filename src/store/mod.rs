@@ -27,7 +27,6 @@ pub use names::owner::{Owner, parse_mode};
 pub use names::policy::{DEFAULT_MODE, Policy};
 pub use names::reference::TemplateRef;
 pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
-pub use names::tags::TagEntry;
 pub use read::export::Target;
 pub use read::scratch::Scratch;
 pub use read::template::Template;

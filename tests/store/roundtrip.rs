@@ -5,8 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 
 use stencilfs::progress::Silent;
-use stencilfs::store::{Digest, Scratch, Serving, Store, inode_number};
-use stencilfs::units::FileOffset;
+use stencilfs::store::{Digest, Serving, Store, inode_number};
 
 use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
@@ -57,31 +56,6 @@ fn every_content_with_every_codec_has_one_digest_and_its_bytes() {
 }
 
 /// Ranges at unaligned offsets, across blocks and to the last byte.
-#[test]
-fn range_reads_equal_the_whole_content() {
-    let bytes = [guest_like(8, 1 << 20), random(5, 100_001)].concat();
-    for chunk in ["4k", "16k", "64k"] {
-        let fixture = Fixture::new();
-        let mut request = fixture.request("a", &bytes);
-        request.chunk_size = chunk.parse().unwrap();
-        let digest = fixture.store().import(request, &Silent).unwrap().digest;
-        let template = fixture.store().template(&digest).unwrap();
-        let mut scratch = Scratch::default();
-        let choices = random(6, 4000);
-        for choice in choices.chunks(8) {
-            let number = |part: &[u8]| u32::from_le_bytes(part.try_into().unwrap()) as usize;
-            let start = number(&choice[..4]) % bytes.len();
-            let longest = if choice[4] % 2 == 0 { 5000 } else { 200_000 };
-            let length = (number(&choice[4..]) % longest).min(bytes.len() - start);
-            let mut out = vec![0xaa; length];
-            template.read_range(0, FileOffset::new(start as u64), &mut scratch, &mut out).unwrap();
-            assert!(out == bytes[start..start + length], "{chunk}: {length} bytes at {start}");
-        }
-        let end = FileOffset::new(bytes.len() as u64 - 1);
-        assert!(template.read_range(0, end, &mut scratch, &mut [0; 2]).is_err());
-    }
-}
-
 /// The store's data count equals that of a page-by-page model, and the ranges cover exactly these pages.
 #[test]
 fn data_is_counted_in_pages() {

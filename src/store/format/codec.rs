@@ -229,7 +229,7 @@ impl Decoder {
                     got => Err(format!("its content has hash {got}, expected {expected}")),
                 })
             }
-            shift => self.chunks((kind, shift), record, expected, 0, out),
+            shift => self.chunks((kind, shift), record, expected, out),
         };
         if result.is_err() {
             out.fill(0);
@@ -237,16 +237,11 @@ impl Decoder {
         result
     }
 
-    /// Decodes and verifies the sub-chunks from `first` on, as many as fill `out`.
-    ///
-    /// # Errors
-    /// Same as [`Decoder::block`].
-    pub fn chunks(
+    fn chunks(
         &mut self,
         (kind, shift): (BlockKind, u8),
         record: &[u8],
         expected: &Digest,
-        first: usize,
         out: &mut [u8],
     ) -> std::result::Result<(), Mismatch> {
         let size = 1usize << shift;
@@ -260,15 +255,11 @@ impl Decoder {
         if got != *expected {
             return Err(format!("its sub-chunks have hash {got}, expected {expected}"));
         }
-        let wanted = first..first + out.len() / size;
         for (index, length) in lengths.as_chunks::<2>().0.iter().enumerate() {
             let length = usize::from(u16::from_le_bytes(*length));
             let (stored, tail) = data.split_at_checked(length).ok_or("its sub-chunks are truncated")?;
             data = tail;
-            if !wanted.contains(&index) {
-                continue;
-            }
-            let plain = &mut out[(index - first) * size..][..size];
+            let plain = &mut out[index * size..][..size];
             match length {
                 0 => plain.fill(0),
                 length if length == size => plain.copy_from_slice(stored),
@@ -341,11 +332,6 @@ mod tests {
                 let hash = Digest::of(&block);
                 decoder.block(how, &record, &hash, &mut plain).unwrap();
                 assert!(plain == block, "{codec} {chunk}");
-                if how.1 < 16 {
-                    let size = 1usize << how.1;
-                    decoder.chunks(how, &record, &hash, 1, &mut plain[..size]).unwrap();
-                    assert!(plain[..size] == block[size..2 * size], "{codec} {chunk}");
-                }
                 for flip in (0..record.len()).step_by(record.len() / 40 + 1) {
                     let mut bad = record.clone();
                     bad[flip] ^= 0x10;

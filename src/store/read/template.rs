@@ -14,9 +14,9 @@ use crate::store::disk::pack::PackIndex;
 use crate::store::disk::path::{StorePath, is_misplaced};
 use crate::store::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use crate::store::format::placement::{Front, Row};
-use crate::store::format::{BLOCK_SHIFT, Invalid, PackId, Stored};
+use crate::store::format::{Invalid, PackId, Stored};
 use crate::store::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
-use crate::units::{Bytes, FileOffset};
+use crate::units::Bytes;
 
 /// An open template. Reads continue to work after the template was removed from the store, while its packs exist.
 #[derive(Debug)]
@@ -213,61 +213,6 @@ impl Template {
             };
             decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
         })
-    }
-
-    /// Fills `out` with the bytes at `offset` of a file. For a block in sub-chunks, decodes only the requested
-    /// sub-chunks. All returned bytes are verified.
-    ///
-    /// # Errors
-    /// Same as [`Template::read_block`]. Also returns a usage error if the range exceeds the file.
-    pub fn read_range(
-        &self,
-        file: usize,
-        offset: FileOffset,
-        scratch: &mut Scratch,
-        out: &mut [u8],
-    ) -> Result<()> {
-        let mut position = offset.get();
-        let mut out = out;
-        while !out.is_empty() {
-            let (block, within) = (position / BLOCK_SIZE, (position % BLOCK_SIZE) as usize);
-            let (number, length) = self.locate(file, block)?;
-            if within >= length {
-                return Err(Error::usage(format!("offset {position} is beyond the end of file {file}")));
-            }
-            let (now, rest) = out.split_at_mut(out.len().min(length - within));
-            match now.len() == length {
-                true => self.read_block(file, block, scratch, now).map(drop)?,
-                false => self.read_part(number, within, scratch, now)?,
-            }
-            position += now.len() as u64;
-            out = rest;
-        }
-        Ok(())
-    }
-
-    fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
-        let Some(hash) = self.block_hash(number)? else {
-            out.fill(0);
-            return Ok(());
-        };
-        let Scratch { buffer, decoder, plain } = scratch;
-        plain.resize(BLOCK_SIZE as usize, 0);
-        self.with_placement(|placement| {
-            let (id, stored) = self.stored(placement, number, &hash)?;
-            let pack = self.store.pack(id)?;
-            // Reads the whole record: at 40 KiB, a second device access would cost more than the extra bytes.
-            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
-            let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
-            let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
-            let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {
-                true => decoder.block(how, record, &hash, plain),
-                false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
-            };
-            decoded.map_err(|why| pack.mismatch(stored, &why))
-        })?;
-        out.copy_from_slice(&plain[within..within + out.len()]);
-        Ok(())
     }
 
     /// Reads and verifies one block, and appends its record, as it is stored, to `out`. Returns `None` for a zero

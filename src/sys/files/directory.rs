@@ -18,8 +18,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
-    fsync, mkdirat, renameat, statat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat, fchmod, fstat, fsync, mkdirat,
+    renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -291,16 +291,6 @@ impl Directory {
         Ok(renameat(from_parent.as_fd(), from, to_parent.as_fd(), to)?)
     }
 
-    /// Changes the owner of a name. For a symbolic link, the owner of the link itself is changed.
-    ///
-    /// # Errors
-    /// Returns an error if the system call fails.
-    pub fn set_owner(&self, name: impl AsRef<Path>, uid: u32, gid: u32) -> io::Result<()> {
-        let (parent, last) = self.parent_of(name.as_ref())?;
-        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-        Ok(chownat(parent.as_fd(), last, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?)
-    }
-
     /// Makes creations, renames and removals in the directory durable.
     ///
     /// # Errors
@@ -382,11 +372,7 @@ mod tests {
         assert!(inside.rename("sub", &inside, "link/sub").is_err());
         assert!(inside.remove_file("link/outside").is_err());
         inside.remove_tree("link").unwrap();
-        inside.set_owner("file", 7, 7).unwrap();
         assert_eq!(std::fs::read(dir.path().join("outside")).unwrap(), b"kept");
-        let owner =
-            std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(dir.path().join("outside")).unwrap());
-        assert_eq!(owner, rustix::process::geteuid().as_raw());
     }
 
     #[test]

@@ -89,11 +89,6 @@ impl Bytes {
     /// Zero bytes.
     pub const ZERO: Bytes = Bytes(0);
 
-    /// Returns `self + other`, or `None` on overflow.
-    pub fn checked_add(self, other: Bytes) -> Option<Bytes> {
-        self.0.checked_add(other.0).map(Bytes)
-    }
-
     /// Returns `self - other`, or zero if `other` is larger.
     pub fn saturating_sub(self, other: Bytes) -> Bytes {
         Bytes(self.0.saturating_sub(other.0))
@@ -156,32 +151,6 @@ impl PageCount {
     /// Returns the size of the pages in bytes.
     pub fn bytes(self) -> Bytes {
         Bytes(self.0 * PAGE_SIZE)
-    }
-}
-
-impl PageIndex {
-    /// Returns the offset of the first byte of the page.
-    pub fn file_offset(self) -> FileOffset {
-        FileOffset(self.0 * PAGE_SIZE)
-    }
-}
-
-impl FileOffset {
-    /// Returns the page that contains this offset.
-    pub fn page(self) -> PageIndex {
-        PageIndex(self.0 / PAGE_SIZE)
-    }
-
-    /// Returns `self + length`, or `None` on overflow.
-    pub fn checked_add(self, length: Bytes) -> Option<FileOffset> {
-        self.0.checked_add(length.0).map(FileOffset)
-    }
-}
-
-impl MemoryOffset {
-    /// Returns the page that contains this offset.
-    pub fn page(self) -> PageIndex {
-        PageIndex(self.0 / PAGE_SIZE)
     }
 }
 

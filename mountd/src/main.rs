@@ -19,17 +19,15 @@
 )]
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
-mod output;
 mod protocol;
 mod server;
 mod startup;
 mod supervisor;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
-
-use output::print_line;
 
 /// Allocates zeroed memory with its pages present, for the buffers that receive requests of the kernel.
 #[global_allocator]
@@ -43,6 +41,11 @@ usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [-
                       [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--watchdog=SECONDS] [--noexec]
                       -- MOUNTPOINT
        stencil-mountd --version";
+
+/// Prints a line to standard output; a closed pipe is ignored.
+fn print_line(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
 
 fn main() -> ExitCode {
     let command = std::env::args_os().nth(1).unwrap_or_default();
@@ -74,10 +77,6 @@ fn main() -> ExitCode {
         Some("serve") => {
             log.init();
             server::main(args)
-        }
-        Some("attempt") => {
-            log.init();
-            server::sandbox::attempt::main(args)
         }
         Some("--version") => {
             print_line(&format!("stencil-mountd {} (control {CONTROL_VERSION})", env!("CARGO_PKG_VERSION")));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::Global;
 use crate::clones::registry::Entry;
 use crate::control::{self, is_of_store};
-use crate::error::{Code, Error, Result};
+use crate::error::{Error, Result};
 use crate::store::Store;
 
 /// The mounts and clones that a command works on.
@@ -23,7 +23,7 @@ impl StoreFilter {
     /// Creates the filter from the options and the environment of the command.
     ///
     /// # Errors
-    /// Returns the error of opening the store ([`Code::NotFound`] if it does not exist), unless the store is mounted.
+    /// Returns the error of opening the store ([`Code::NotFound`](crate::error::Code) if it does not exist), unless the store is mounted.
     pub fn of(global: &Global) -> Result<StoreFilter> {
         if !global.names_store {
             return Ok(StoreFilter::All);
@@ -43,7 +43,7 @@ impl StoreFilter {
     }
 
     /// Returns true for the store with this path and identity.
-    pub fn has(&self, path: &Path, id: Option<&str>) -> bool {
+    pub fn has(&self, path: &Path, id: &str) -> bool {
         match self {
             StoreFilter::All => true,
             StoreFilter::Store(store) => is_of_store(path, id, store),
@@ -51,31 +51,21 @@ impl StoreFilter {
         }
     }
 
-    /// Returns true for a clone of the store. A record without a store, written by an older version, matches no store.
+    /// Returns true for a clone of the store.
     pub fn has_clone(&self, entry: &Entry) -> bool {
-        match (&entry.store, self) {
-            (_, StoreFilter::All) => true,
-            (Some(store), _) => self.has(&store.path, Some(&store.id)),
-            (None, _) => false,
-        }
+        self.has(&entry.store.path, &entry.store.id)
     }
 
     /// Checks that the clone is of the store.
     ///
     /// # Errors
-    /// Returns [`Code::NotFound`], with the clone's store, if the clone is of another store.
+    /// Returns [`Code::NotFound`](crate::error::Code), with the clone's store, if the clone is of another store.
     pub fn expect(&self, entry: &Entry) -> Result<()> {
         if self.has_clone(entry) {
             return Ok(());
         }
-        let (of, remedy) = match &entry.store {
-            Some(store) => (
-                format!("store {}", store.path.display()),
-                format!("run stencil --store {} …, or omit --store", store.path.display()),
-            ),
-            None => ("an unknown store".to_owned(), "omit --store".to_owned()),
-        };
-        Err(Error::new(Code::NotFound, format!("clone {} is of {of}, not of the given store", entry.id))
-            .remedy(remedy))
+        let (id, store) = (&entry.id, entry.store.path.display());
+        Err(Error::not_found(format!("clone {id} is of store {store}, not of the given store"))
+            .remedy(format!("run stencil --store {store} …, or omit --store")))
     }
 }

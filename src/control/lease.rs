@@ -52,7 +52,7 @@ pub struct LeaseHolder {
     /// PID of the process that took the lease.
     pub pid: u32,
     /// PID namespace of `pid` (inode number of the namespace).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub pid_namespace: Option<u64>,
     /// Name of its command.
     pub command: String,
@@ -175,20 +175,16 @@ impl RemovalMark {
         let path = folder.path_of(LOCK);
         let (lock, _) = folder.open_or_create(LOCK, 0o600).map_err(|e| closed(&path, e))?;
         let mut first = (None, Instant::now());
-        loop {
-            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => break,
-                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
-                Err(e) => return Err(closed(&path, e.into())),
-            }
+        let progress = || {
             let now = removals(store)?.into_iter().next();
             if now != first.0 {
                 first = (now, Instant::now());
             } else if first.1.elapsed() > STUCK_AFTER {
                 return Err(stuck(&path, now));
             }
-            std::thread::sleep(RETRY_INTERVAL);
-        }
+            Ok(())
+        };
+        file_locks::wait_while(&lock, true, progress).map_err(|e| closed(&path, e))??;
         let mark = |digest: &Digest| {
             LeaseFile::create(store, &holder(digest, "rm", true)).map(|file| (*digest, file))
         };

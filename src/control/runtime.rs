@@ -65,12 +65,10 @@ pub fn open(name: &str) -> Result<Option<Directory>> {
 pub fn create(name: &str) -> Result<Directory> {
     let created = create_top().and_then(|mut folder| {
         for part in Path::new(name) {
-            let below = match folder.create_folder(part, 0o700) {
+            folder = match folder.create_folder(part, 0o700) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => trusted_folder(&folder, part)?,
                 created => created?,
             };
-            close_to_others(&below)?;
-            folder = below;
         }
         Ok(folder)
     });
@@ -92,16 +90,6 @@ fn create_top() -> io::Result<Directory> {
         fchmod(&folder, Mode::from_raw_mode(0o755))?;
     }
     Ok(folder)
-}
-
-/// Sets the mode of a directory of an older build to 0700: other users could open it and lock it for ever.
-fn close_to_others(folder: &Directory) -> io::Result<()> {
-    let stat = folder.own_metadata()?;
-    let ours = stat.st_uid == rustix::process::geteuid().as_raw();
-    match ours && stat.st_mode & 0o077 != 0 {
-        true => Ok(fchmod(folder, Mode::RWXU)?),
-        false => Ok(()),
-    }
 }
 
 fn unusable(name: &str, e: io::Error) -> Error {

@@ -3,8 +3,6 @@
 #![allow(unsafe_code)]
 
 #[cfg(feature = "internals")]
-pub mod attempt;
-#[cfg(feature = "internals")]
 pub mod clock;
 pub mod files;
 #[cfg(feature = "internals")]

@@ -94,12 +94,6 @@ fn namespace(kind: &str) -> Option<u64> {
     fs::metadata(format!("/proc/self/ns/{kind}")).ok().map(|file| std::os::unix::fs::MetadataExt::ino(&file))
 }
 
-/// Returns true if this process may inspect every process of the host: effective capability `CAP_SYS_PTRACE` (bit 19)
-/// in the initial user namespace.
-pub fn may_trace() -> bool {
-    in_initial_user_namespace() && capability(19)
-}
-
 fn capability(bit: u32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

@@ -26,10 +26,9 @@ const LAYERS: [(&str, u32); 11] = [
 const LAYERS_OF_STORE: [&str; 7] = ["format", "disk", "names", "read", "write", "maintain", "transfer"];
 
 /// Modules of the daemon, with those that they may import. Supervisor and server are separate processes.
-const LAYERS_OF_DAEMON: [(&str, &[&str]); 5] = [
-    ("output", &[]),
+const LAYERS_OF_DAEMON: [(&str, &[&str]); 4] = [
     ("protocol", &[]),
-    ("server", &["output", "protocol"]),
+    ("server", &["protocol"]),
     ("supervisor", &["protocol"]),
     ("startup", &["protocol", "supervisor"]),
 ];

@@ -1,5 +1,6 @@
 //! Deaths, restarts and takeovers of servers and supervisors; outages; hostile servers.
 
+pub mod attempt;
 pub mod damaged_block;
 pub mod hostile_server;
 pub mod in_flight;

@@ -370,7 +370,7 @@ fn the_record_of_a_dead_mount_is_removed_unless_locked() {
     let record = world.runtime_dir().join("mounts/1-1");
     fs::create_dir_all(&record).unwrap();
     let dead = json!({
-        "mountpoint": world.mountpoint(), "store": world.store_dir(), "device": 1, "supervisor_pid": 1,
+        "mountpoint": world.mountpoint(), "store": world.store_dir(), "store_id": "0", "device": 1, "supervisor_pid": 1,
         "supervisor_identity": 7, "server_pid": 1, "server_identity": 7, "version": "0", "ledger": [1, 1],
         "program": [1, 1],
     });

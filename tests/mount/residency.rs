@@ -34,7 +34,6 @@ fn mount_of(world: &TestMount) -> Mount {
         detached: false,
         orphaned: false,
         foreign: false,
-        version: record.version,
         identities: [record.ledger, record.program],
         dir,
     }
@@ -140,7 +139,7 @@ fn density_ignores_records_of_ended_pid_namespaces() {
     let record = world.runtime_dir().join("mounts/1-1");
     fs::create_dir(&record).unwrap();
     let mut gone = json!({
-        "mountpoint": "/gone", "store": world.store_dir(), "device": 0xf_ffff, "supervisor_pid": 1, "supervisor_identity": 7,
+        "mountpoint": "/gone", "store": world.store_dir(), "store_id": "0", "device": 0xf_ffff, "supervisor_pid": 1, "supervisor_identity": 7,
         "server_pid": 1, "server_identity": 7, "version": "0", "ledger": [1, 1], "program": [1, 1], "pid_namespace": 1,
     });
     fs::write(record.join("mount.json"), gone.to_string()).unwrap();

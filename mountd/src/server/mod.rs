@@ -8,7 +8,7 @@ mod in_flight;
 mod pending;
 mod read;
 mod refusal;
-pub mod sandbox;
+mod sandbox;
 #[cfg(test)]
 mod testing;
 mod tree;

@@ -128,7 +128,7 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
     let living = stored.of("fuse").iter().any(|fuse| !device::is_over(fuse));
     let found = match left {
         Some(left) => {
-            option_conflicts::same_store(&options, &left.store, left.store_id.as_deref())?;
+            option_conflicts::same_store(&options, &left.store, &left.store_id)?;
             Some(takeover::take_over(&left)?)
         }
         None if living => resume::from_manager(&mut stored, &options)?,

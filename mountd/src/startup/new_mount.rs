@@ -60,7 +60,7 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
         let begin = InitialState {
             mount: MountFacts {
                 options,
-                store_id: Some(store.id()),
+                store_id: store.id(),
                 device,
                 init,
                 init_reply: None,

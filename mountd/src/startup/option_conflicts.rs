@@ -16,7 +16,7 @@ const MAX_LINKS: usize = 40;
 /// # Errors
 /// Returns [`Code::InUse`](stencilfs::error::Code::InUse) for another store, and an error if the requested store cannot
 /// be opened.
-pub fn same_store(requested: &MountOptions, store: &Path, id: Option<&str>) -> Result<()> {
+pub fn same_store(requested: &MountOptions, store: &Path, id: &str) -> Result<()> {
     if leads_to(&requested.store, store) || control::is_of_store(store, id, &Store::open(&requested.store)?) {
         return Ok(());
     }

@@ -58,7 +58,7 @@ pub fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(I
         has_served: stats.get(Counter::Answers) > 0,
         restarts: snapshot.restarts,
         // Another process has not been asked for the end.
-        draining: snapshot.supervisor == ProcessId::me()? && snapshot.terminations > 0,
+        draining: snapshot.supervisor == ProcessId::me()? && snapshot.draining,
         rings: stats.page().rings(),
     };
     let Found { fuse, ledger, .. } = found;

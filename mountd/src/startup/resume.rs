@@ -48,8 +48,7 @@ pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Opti
         return Ok(None);
     }
     // The clones of a mount of another store must still be served, but its templates must no longer be found.
-    let other =
-        option_conflicts::same_store(requested, &snapshot.options.store, snapshot.store_id.as_deref()).err();
+    let other = option_conflicts::same_store(requested, &snapshot.options.store, &snapshot.store_id).err();
     if let Some(other) = &other {
         log::error!(
             "{other}: serving the detached mount until its last clone ends; then this service must start again"
@@ -65,10 +64,7 @@ pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Opti
 
 fn resume(named: &mut NamedFds, connection: Connection, record: RecordDir) -> Result<Taken> {
     let (ledger, snapshot, fuse) = connection;
-    let counters = named
-        .all("counters")
-        .into_iter()
-        .rfind(|fd| snapshot.page.is_none_or(|page| fds::has_identity(fd, page)));
+    let counters = named.all("counters").into_iter().rfind(|fd| fds::has_identity(fd, snapshot.page));
     let missing = |what| Error::failed(format!("missing descriptor '{what}' of this mount"));
     let counters = counters.ok_or_else(|| missing("counters"))?;
     // Servers are started from the previous program until a server of the new program has proved itself.

@@ -54,7 +54,7 @@ pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     let mut mounts = control::mounts()?;
     if !args.audit {
-        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+        mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
     }
     let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
     let survey = accounting::survey(&mounts, only.as_ref())?;

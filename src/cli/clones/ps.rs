@@ -206,7 +206,7 @@ pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
     let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| trees.of(entry)).collect();
     let mut unseen = vec![];
     let mounts = control::mounts().map(|mut mounts| {
-        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+        mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
         mounts
     });
     match mounts.and_then(|mounts| find::template_mappings(&mounts)) {

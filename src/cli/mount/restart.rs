@@ -108,7 +108,7 @@ fn chosen(args: &RestartArgs, global: &Global) -> Result<Vec<Mount>> {
     let mut mounts = control::mounts()?;
     let Some(path) = &args.mountpoint else {
         let filter = StoreFilter::of(global)?;
-        mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+        mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
         return Ok(mounts);
     };
     let path = crate::cli::mount::umount::absolute(path)?;

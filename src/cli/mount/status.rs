@@ -262,12 +262,10 @@ fn serving(file: &FileStatus) -> String {
 fn store_error(mount: &Mount) -> Option<String> {
     let opened = Store::open(&mount.store).and_then(|store| {
         store.check_reachable()?;
-        match &mount.store_id {
-            Some(id) if *id != store.id() => {
-                Err(Error::try_again("another store is at the path of the store").at(&mount.store))
-            }
-            _ => Ok(()),
+        if mount.store_id != store.id() {
+            return Err(Error::try_again("another store is at the path of the store").at(&mount.store));
         }
+        Ok(())
     });
     opened.err().map(|error| error.to_string())
 }
@@ -280,8 +278,8 @@ fn store_error(mount: &Mount) -> Option<String> {
 pub fn run(_args: &StatusArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     let control::Listing { mut mounts, mut dead, unread } = control::list()?;
-    mounts.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
-    dead.retain(|mount| filter.has(&mount.store, mount.store_id.as_deref()));
+    mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
+    dead.retain(|mount| filter.has(&mount.store, &mount.store_id));
     let unread = unread.iter().map(ToString::to_string).collect();
     let silent = dead.into_iter().map(Unresponsive::dead).collect();
     let mut status = Status { mounts: Vec::new(), silent, unread, unseen: Vec::new() };

@@ -16,5 +16,4 @@ mod totals;
 pub use dirty::{DirtyRange, dirty_of};
 pub use process::{CloneMemory, Measured, measure};
 pub use survey::{CloneRow, Density, Survey, survey};
-pub use templates::TemplateMemory;
 pub use totals::Totals;

@@ -83,9 +83,8 @@ pub struct Entry {
     /// Digest of the template.
     #[serde(rename = "digest")]
     pub template: String,
-    /// Store of the template; absent in records of older versions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub store: Option<CloneStore>,
+    /// Store of the template.
+    pub store: CloneStore,
     /// Kind of process.
     pub kind: Kind,
     /// Directory of the clone.
@@ -97,28 +96,20 @@ pub struct Entry {
     /// Id of the launch.
     pub launch: String,
     /// Free memory of the host before the launch, if no clone was alive then.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Baseline>,
     /// Pages that a simulated clone was to touch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub touched: Option<Touched>,
     /// Ports of the host, by the N of `{port:N}`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub ports: BTreeMap<String, u16>,
     /// UUID of the virtual machine.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
     /// Names of the disks. A name is recorded before its disk is made, so that no disk outlives the record.
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub disks: BTreeSet<String>,
     /// Directory of the disks, if it is not the clone's directory.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_dir: Option<PathBuf>,
-    /// PID namespace of the process id; absent in records of older versions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// PID namespace of the process id, if `/proc` shows it.
     pub pid_namespace: Option<u64>,
     /// Process that writes the exit record of the clone. It exits after the last clone of the launch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<ProcessId>,
 }
 

@@ -125,7 +125,7 @@ impl Launch {
             identity: 0,
             name: new.name.to_owned(),
             template: new.template.to_owned(),
-            store: Some(new.store.clone()),
+            store: new.store.clone(),
             kind: new.kind,
             dir: staging.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
@@ -239,7 +239,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
 fn launcher(launch: &str) -> Option<ProcessId> {
     let mut parts = launch.split('.').skip(1);
     let (pid, identity) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    // Ids of older versions have no namespace.
+    // Missing without `/proc`.
     let namespace: Option<u64> = parts.next().map(str::parse).transpose().ok()?;
     let ours = namespace.is_none_or(|its| Some(its) == probe::pid_namespace());
     ours.then_some(ProcessId { pid, identity })

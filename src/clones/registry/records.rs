@@ -119,7 +119,7 @@ mod tests {
             identity: 34,
             name: "web:v1".into(),
             template: "ab".repeat(32),
-            store: Some(CloneStore { path: "/s".into(), id: "12ab".into() }),
+            store: CloneStore { path: "/s".into(), id: "12ab".into() },
             kind: Kind::Simulated,
             dir: directory.path().to_owned(),
             created: 56,

@@ -42,7 +42,7 @@ pub struct DeadMount {
     /// Path of the store that it served.
     pub store: PathBuf,
     /// Identity of that store.
-    pub store_id: Option<String>,
+    pub store_id: String,
     /// `st_dev` of its files.
     pub device: u64,
     /// Path of the log, if there is one.
@@ -88,11 +88,7 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
         let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
         let mut mounted = procfs::mounts()?.into_iter().filter(|line| line.fs_type == mount::FS_TYPE);
         let Some(stranger) = mounted.find(|m| !known(m.dev) && serves(Path::new(&m.source))) else {
-            let without_id = |m: &&Mount| m.store_id.is_none() && !serves(&m.store);
-            return match all.iter().find(without_id) {
-                Some(mount) => Err(of_unknown_store(mount)),
-                None => Ok(only(all, store)),
-            };
+            return Ok(only(all, store));
         };
         if let Some(dead) = dead.iter().find(|dead| dead.device == stranger.dev) {
             return Err(dead.error());
@@ -142,13 +138,6 @@ impl Mount {
     }
 }
 
-/// Without a store identity, the path may belong to another store by now.
-fn of_unknown_store(mount: &Mount) -> Error {
-    Error::try_again("the record of a mount of an older build does not name its store's identity")
-        .at(&mount.mountpoint)
-        .remedy(format!("run 'stencil restart {}' first", mount.mountpoint.display()))
-}
-
 /// Returns true if the mount still exists.
 ///
 /// # Errors
@@ -163,14 +152,14 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 
 /// Keeps the mounts of one store.
 fn only(mut mounts: Vec<Mount>, store: &Store) -> Vec<Mount> {
-    mounts.retain(|m| is_of_store(&m.store, m.store_id.as_deref(), store));
+    mounts.retain(|m| is_of_store(&m.store, &m.store_id, store));
     mounts
 }
 
 /// Returns true if a mount, whose record has this store path and identity, is a mount of `store`.
-pub fn is_of_store(path: &Path, id: Option<&str>, store: &Store) -> bool {
+pub fn is_of_store(path: &Path, id: &str, store: &Store) -> bool {
     let ours = identity(store.dir());
-    if id != Some(store.id().as_str()) {
+    if id != store.id() {
         return path == store.dir() || (ours.is_some() && identity(path) == ours);
     }
     // A copy of a store has the same identity. Only a store with that identity at the mount's path, distinct from ours,
@@ -257,7 +246,6 @@ pub fn list() -> Result<Listing> {
             detached: place.is_none(),
             orphaned: !supervisor && !taken_over,
             foreign,
-            version: record.version,
             identities: [record.ledger, record.program],
         });
     }

@@ -34,8 +34,7 @@ pub struct Record {
     /// Path of the store (canonical).
     pub store: PathBuf,
     /// [Identity](crate::store::Store::id) of the store.
-    #[serde(default)]
-    pub store_id: Option<String>,
+    pub store_id: String,
     /// `st_dev` of the mount's files.
     pub device: u64,
     /// PID of the supervisor.
@@ -52,8 +51,7 @@ pub struct Record {
     pub ledger: (u64, u64),
     /// `st_dev` and `st_ino` of the program that servers are started from.
     pub program: (u64, u64),
-    /// PID namespace of the PIDs; absent in records of older versions.
-    #[serde(default)]
+    /// PID namespace of the PIDs, if `/proc` shows it.
     pub pid_namespace: Option<u64>,
 }
 
@@ -65,7 +63,7 @@ pub struct Mount {
     /// Path of the store.
     pub store: PathBuf,
     /// Identity of the store.
-    pub store_id: Option<String>,
+    pub store_id: String,
     /// `st_dev` of the mount's files.
     pub device: u64,
     /// PID of the supervisor (dead if `orphaned`).
@@ -78,8 +76,6 @@ pub struct Mount {
     pub orphaned: bool,
     /// True if both run in another PID namespace: their PIDs mean nothing here, and clones may be invisible.
     pub foreign: bool,
-    /// Version of supervisor and server.
-    pub version: String,
     /// `st_dev` and `st_ino` of the ledger, and of the program that servers are started from.
     pub identities: [(u64, u64); 2],
     /// Directory with the record, the control socket and the log.
@@ -131,11 +127,10 @@ impl Record {
 
     /// Returns the first field with a value that a supervisor cannot have written.
     fn problem(&self) -> Option<&'static str> {
-        let plain = |text: &str| runtime::is_plain_name(text);
         let fields = [
             ("mountpoint", runtime::is_whole_path(&self.mountpoint)),
             ("store", runtime::is_whole_path(&self.store)),
-            ("store_id", self.store_id.as_deref().is_none_or(plain)),
+            ("store_id", runtime::is_plain_name(&self.store_id)),
             ("supervisor_pid", runtime::is_pid(self.supervisor_pid)),
             ("server_pid", self.server_pid.is_none_or(runtime::is_pid)),
         ];

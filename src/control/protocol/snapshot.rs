@@ -85,15 +85,9 @@ pub struct ServerRow {
     /// Path of its program at its start.
     pub program: PathBuf,
     /// The parts of its sandbox that this kernel does not support, as text.
-    #[serde(default)]
     pub lacks: Vec<String>,
-    /// True when the server serves the kernel. Ledgers without this field are of servers that do.
-    #[serde(default = "yes")]
+    /// True when the server serves the kernel.
     pub serving: bool,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// End of a server.
@@ -145,32 +139,24 @@ pub struct Snapshot {
     /// The current server.
     pub server: Option<ServerRow>,
     /// Servers that were ended and have not exited yet: their pending requests are served again after their exit.
-    #[serde(default)]
     pub leaving: Vec<ProcessId>,
     /// `st_dev` and `st_ino` of the page with the counters.
-    #[serde(default)]
-    pub page: Option<(u64, u64)>,
-    /// Number of termination signals that the supervisor has received.
-    #[serde(default)]
-    pub terminations: u32,
+    pub page: (u64, u64),
+    /// True if a termination signal has asked the supervisor for the end.
+    pub draining: bool,
     /// Number of servers that were started to replace another server.
     pub restarts: u64,
     /// End of the most recent server that has ended.
-    #[serde(default)]
     pub last_end: Option<ServerEnd>,
     /// Number of consecutive servers that ended soon after their start.
-    #[serde(default)]
     pub early_ends: u32,
     /// Time of the next start of a server, in seconds since 1970, while the start is delayed.
-    #[serde(default)]
     pub next_start: Option<f64>,
     /// Backings, and the reasons of files that have none.
     pub backings: Vec<BackingRow>,
-    /// Identity of the store; absent in ledgers of older versions.
-    #[serde(default)]
-    pub store_id: Option<String>,
+    /// Identity of the store.
+    pub store_id: String,
     /// Condemned templates.
-    #[serde(default)]
     pub condemned: Vec<CondemnedRow>,
     /// Counters since the start of the mount, by name.
     pub counters: BTreeMap<String, u64>,

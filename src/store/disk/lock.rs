@@ -4,16 +4,10 @@ use std::fmt;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
-
 use super::path::StorePath;
 use crate::error::{Error, Result};
 use crate::sys::files::file_locks;
 use crate::sys::process::holders;
-
-/// Interval between two attempts to take a lock.
-const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Longer waits are logged.
 const LOG_AFTER: Duration = Duration::from_secs(1);
@@ -48,18 +42,9 @@ impl Lock {
         mut check: impl FnMut(&File) -> Result<()>,
     ) -> Result<Lock> {
         let file = path.open_or_create().map_err(|e| path.error("cannot open lock", e))?;
-        let operation = match shared {
-            true => FlockOperation::NonBlockingLockShared,
-            false => FlockOperation::NonBlockingLockExclusive,
-        };
-        loop {
-            match flock(&file, operation) {
-                Ok(()) => return Ok(Lock(file)),
-                Err(Errno::INTR | Errno::WOULDBLOCK) => check(&file)?,
-                Err(e) => return Err(path.error("cannot lock", e.into())),
-            }
-            std::thread::sleep(RETRY_INTERVAL);
-        }
+        file_locks::wait_while(&file, !shared, || check(&file))
+            .map_err(|e| path.error("cannot lock", e))??;
+        Ok(Lock(file))
     }
 
     /// Waits for an exclusive lock that is held for short times only, until `check` returns an error.

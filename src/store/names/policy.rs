@@ -29,7 +29,6 @@ pub struct Policy {
     /// Group of the files in a mount.
     pub gid: u32,
     /// Labels, chosen by the user.
-    #[serde(default)]
     pub labels: BTreeMap<String, String>,
     /// Time at which the template was added to this store, in seconds since 1970.
     pub created: u64,

@@ -195,7 +195,12 @@ impl Store {
         let name = source.name().to_owned();
         ordered(
             &stop,
-            || read_batch(source, &mut left),
+            |send| {
+                while let Some(batch) = read_batch(source, &mut left)? {
+                    send(batch)?;
+                }
+                Ok(())
+            },
             Scratch::default,
             |scratch, batch| check_batch(batch, index, scratch).map_err(|why| damaged(&name, why)),
             |(batch, existing)| {
@@ -245,7 +250,12 @@ impl Store {
             let mut last = None;
             ordered(
                 &source.stop,
-                || source.check().and_then(|()| image.next(&mut left)),
+                |send| {
+                    while let Some(hashes) = source.check().and_then(|()| image.next(&mut left))? {
+                        send(hashes)?;
+                    }
+                    Ok(())
+                },
                 Scratch::default,
                 |scratch, hashes: Vec<Digest>| {
                     let place = |hash: Digest| match hash == ZERO {

@@ -115,10 +115,9 @@ impl Store {
             out.write(policy)?;
             template.read_image(|part| check().and_then(|()| out.write(part)))?;
         }
-        let mut batches = blocks.chunks(BATCH_BLOCKS);
         let sent = ordered(
             &stop,
-            || check().map(|()| batches.next()),
+            |send| blocks.chunks(BATCH_BLOCKS).try_for_each(|batch| check().and_then(|()| send(batch))),
             Scratch::default,
             |scratch, batch| records(&templates, batch, scratch),
             |(bytes, count)| {

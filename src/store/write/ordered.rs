@@ -1,7 +1,6 @@
 //! Parallel work on all cores with results in order.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
@@ -12,14 +11,14 @@ use crate::sys::process::threads;
 /// Blocks in a batch, the unit of parallel work: 1 MiB is read, hashed and compressed at a time.
 pub(in crate::store) const BATCH_BLOCKS: usize = 16;
 
-/// Passes each item of `make`, until `make` returns `None`, through `work` on all cores to `take`, in the order of
-/// `make`. `state` creates the state that a worker reuses between items.
+/// Passes each item that `make` sends through `work` on all cores to `take`, in the order of `make`. `state` creates the
+/// state that a worker reuses between items.
 ///
-/// The number of items in flight is bounded. The first error in that order stops the work and sets `stop`, so that a
-/// `make` that waits for an external event can return.
+/// The number of items in flight is bounded. The first error in that order, also of a panic in `make` or `work`, stops the
+/// work: later sends fail, and `stop` is set, so that a `make` that waits for an external event can return.
 pub(in crate::store) fn ordered<S, I: Send, O: Send>(
     stop: &AtomicBool,
-    mut make: impl FnMut() -> Result<Option<I>> + Send,
+    make: impl FnOnce(&mut dyn FnMut(I) -> Result<()>) -> Result<()> + Send,
     state: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, I) -> Result<O> + Sync,
     mut take: impl FnMut(O) -> Result<()>,
@@ -42,8 +41,7 @@ pub(in crate::store) fn ordered<S, I: Send, O: Send>(
                     let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((number, piece)) = next else { return };
                     // An unreported panic would make the caller wait for this item forever.
-                    let result = catch_unwind(AssertUnwindSafe(|| work(&mut state, piece)))
-                        .unwrap_or_else(|_| Err(Error::failed("a worker thread panicked")));
+                    let result = threads::catch_panic(|| work(&mut state, piece));
                     if to_taker.send((number, result)).is_err() {
                         return;
                     }
@@ -57,21 +55,15 @@ pub(in crate::store) fn ordered<S, I: Send, O: Send>(
             }
         }
         threads::start_scoped(scope, move || {
-            for number in 0.. {
-                if permits.recv().is_err() {
-                    return;
-                }
-                let sent = match make() {
-                    Ok(Some(piece)) => to_workers.send((number, piece)).is_ok(),
-                    Ok(None) => return,
-                    Err(error) => {
-                        let _ = to_taker.send((number, Err(error)));
-                        return;
-                    }
-                };
-                if !sent {
-                    return;
-                }
+            let mut number = 0;
+            let mut send = |piece| {
+                // Fails after another error, which is the one that the caller gets.
+                let sent = permits.recv().is_ok() && to_workers.send((number, piece)).is_ok();
+                number += 1;
+                if sent { Ok(()) } else { Err(Error::failed("stopped")) }
+            };
+            if let Err(error) = threads::catch_panic(|| make(&mut send)) {
+                let _ = to_taker.send((number, Err(error)));
             }
         })?;
         let mut waiting = BTreeMap::new();
@@ -105,12 +97,13 @@ mod tests {
 
     #[test]
     fn keeps_the_order_and_limits_items_in_flight() {
-        let (mut made, mut taken) = (0u64, Vec::new());
+        let mut taken = Vec::new();
         let in_flight = std::sync::atomic::AtomicUsize::new(0);
-        let make = || {
-            made += 1;
-            assert!(in_flight.fetch_add(1, Ordering::SeqCst) < 400);
-            Ok((made <= 2000).then_some(made))
+        let make = |send: &mut dyn FnMut(u64) -> Result<()>| {
+            (1..=2000).try_for_each(|n| {
+                assert!(in_flight.fetch_add(1, Ordering::SeqCst) < 400);
+                send(n)
+            })
         };
         let work = |_: &mut (), n: u64| {
             if n.is_multiple_of(7) {
@@ -130,13 +123,12 @@ mod tests {
     #[test]
     fn returns_the_first_error_in_order_and_stops_a_waiting_make() {
         let stop = AtomicBool::new(false);
-        let mut made = 0;
-        let make = || {
-            made += 1;
-            while made > 20 && !stop.load(Ordering::Relaxed) {
+        let make = |send: &mut dyn FnMut(i32) -> Result<()>| {
+            (1..=20).try_for_each(&mut *send)?;
+            while !stop.load(Ordering::Relaxed) {
                 thread::yield_now();
             }
-            Ok(Some(made))
+            send(21)
         };
         let work = |_: &mut (), n: i32| match n {
             10 => {
@@ -148,5 +140,36 @@ mod tests {
         };
         let error = ordered(&stop, make, || (), work, |_| Ok(())).unwrap_err();
         assert_eq!(error.message(), "ten");
+    }
+
+    #[test]
+    fn a_panic_of_make_or_work_is_an_error() {
+        let run = |bad_make: bool| {
+            let make = |send: &mut dyn FnMut(i32) -> Result<()>| {
+                (0..10_000).try_for_each(|n| {
+                    assert!(!bad_make || n != 500, "test");
+                    send(n)
+                })
+            };
+            let work = |_: &mut (), n: i32| {
+                assert!(bad_make || n != 500, "test");
+                Ok(n)
+            };
+            let mut taken = 0;
+            let error = ordered(
+                &AtomicBool::new(false),
+                make,
+                || (),
+                work,
+                |_| {
+                    taken += 1;
+                    Ok(())
+                },
+            );
+            (taken, error.unwrap_err().message().to_owned())
+        };
+        for bad_make in [false, true] {
+            assert_eq!(run(bad_make), (500, "a worker thread panicked".to_owned()));
+        }
     }
 }

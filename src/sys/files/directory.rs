@@ -18,8 +18,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, Stat, Uid, chownat, fchmod, fstat,
-    fsync, mkdirat, renameat, statat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat, fchmod, fstat, fsync, mkdirat,
+    renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -291,16 +291,6 @@ impl Directory {
         Ok(renameat(from_parent.as_fd(), from, to_parent.as_fd(), to)?)
     }
 
-    /// Changes the owner of a name. For a symbolic link, the owner of the link itself is changed.
-    ///
-    /// # Errors
-    /// Returns an error if the system call fails.
-    pub fn set_owner(&self, name: impl AsRef<Path>, uid: u32, gid: u32) -> io::Result<()> {
-        let (parent, last) = self.parent_of(name.as_ref())?;
-        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-        Ok(chownat(parent.as_fd(), last, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?)
-    }
-
     /// Makes creations, renames and removals in the directory durable.
     ///
     /// # Errors
@@ -383,10 +373,6 @@ mod tests {
         assert!(inside.remove_file("link/outside").is_err());
         inside.remove_tree("link").unwrap();
         assert_eq!(std::fs::read(dir.path().join("outside")).unwrap(), b"kept");
-        // Nobody but root may change the owner of the link's target.
-        symlink("/etc/passwd", dir.path().join("inside/foreign")).unwrap();
-        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        inside.set_owner("foreign", uid, gid).unwrap();
     }
 
     #[test]

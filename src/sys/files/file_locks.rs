@@ -24,18 +24,32 @@ pub fn wait(
     limit: Duration,
     is_over: impl Fn() -> bool,
 ) -> io::Result<bool> {
+    let started = Instant::now();
+    let waits = || if started.elapsed() < limit && !is_over() { Ok(()) } else { Err(()) };
+    Ok(wait_while(file, exclusive, waits)?.is_ok())
+}
+
+/// Locks a file, shared or exclusive. While another process holds a conflicting lock, `check` is called again and again;
+/// its error ends the wait.
+///
+/// # Errors
+/// Returns the outer error if the system call fails, and the inner one of `check`.
+pub fn wait_while<E>(
+    file: impl AsFd,
+    exclusive: bool,
+    mut check: impl FnMut() -> Result<(), E>,
+) -> io::Result<Result<(), E>> {
     let operation = match exclusive {
         true => FlockOperation::NonBlockingLockExclusive,
         false => FlockOperation::NonBlockingLockShared,
     };
-    let deadline = Instant::now() + limit;
     loop {
         match flock(file.as_fd(), operation) {
-            Ok(()) => return Ok(true),
-            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline && !is_over() => {
-                std::thread::sleep(RETRY_INTERVAL);
-            }
-            Err(Errno::WOULDBLOCK | Errno::INTR) => return Ok(false),
+            Ok(()) => return Ok(Ok(())),
+            Err(Errno::WOULDBLOCK | Errno::INTR) => match check() {
+                Ok(()) => std::thread::sleep(RETRY_INTERVAL),
+                over => return Ok(over),
+            },
             Err(e) => return Err(e.into()),
         }
     }

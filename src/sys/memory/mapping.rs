@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr;
 
-use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{self, MapFlags, ProtFlags};
 
 use crate::units::{Bytes, FileOffset, MemoryOffset, PAGE_SIZE, to_usize};
 
@@ -342,19 +342,6 @@ impl Mapping {
             libc::syscall(libc::SYS_mbind, self.address, self.length, mode.number(), bits, maxnode, STRICT)
         };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-
-    /// Removes all access to a part of the mapping (`PROT_NONE`). The contents stay unchanged.
-    ///
-    /// # Errors
-    /// Returns `InvalidInput` for a range outside of the mapping, and an error if mprotect(2) fails.
-    pub fn forbid(&self, part: Range<u64>) -> io::Result<()> {
-        let length =
-            part.end.checked_sub(part.start).ok_or_else(|| invalid("range ends before its start"))?;
-        let at = self.inside(MemoryOffset::new(part.start), to_usize(length))?;
-        // SAFETY: the range lies inside this mapping, into which no reference exists.
-        unsafe { mm::mprotect(at as *mut _, to_usize(length), MprotectFlags::empty())? };
-        Ok(())
     }
 }
 

@@ -24,12 +24,6 @@ pub use entry::Entry;
 pub struct Categories(u64);
 
 impl Categories {
-    /// The empty set.
-    pub const NONE: Categories = Categories(0);
-    /// The page is in a mapping with asynchronous write protection (userfaultfd).
-    pub const WP_ALLOWED: Categories = Categories(1);
-    /// The page was written after it was write-protected.
-    pub const WRITTEN: Categories = Categories(2);
     /// The page belongs to a file or to shared memory.
     pub const FILE: Categories = Categories(4);
     /// The page is present in memory and in the page table.
@@ -46,12 +40,6 @@ impl Categories {
     /// Returns true if every category of `other` is in this set.
     pub const fn contains(self, other: Categories) -> bool {
         self.0 & other.0 == other.0
-    }
-
-    /// Returns this set without the categories of `other`.
-    #[must_use]
-    pub const fn without(self, other: Categories) -> Categories {
-        Categories(self.0 & !other.0)
     }
 }
 

@@ -31,16 +31,21 @@ fn refused(error: std::io::Error) -> Error {
         .remedy("raise the process and memory limits: ulimit -u, ulimit -v, pids.max of the cgroup")
 }
 
+/// Runs `work`. A panic becomes an error.
+///
+/// # Errors
+/// Returns the error of `work`, or an error if it panicked.
+pub fn catch_panic<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::failed("a worker thread panicked")))
+}
+
 /// Runs `work` on this thread and on up to `threads - 1` others until all have returned. Fewer threads take part if the
 /// system refuses some, so each call of `work` must take work from a shared queue until the queue is empty.
 ///
 /// # Errors
 /// Returns the first error of `work`, or an error if a thread panicked.
 pub fn share(threads: usize, work: impl Fn() -> Result<()> + Sync) -> Result<()> {
-    let guarded = || {
-        catch_unwind(AssertUnwindSafe(&work))
-            .unwrap_or_else(|_| Err(Error::failed("a worker thread panicked")))
-    };
+    let guarded = || catch_panic(&work);
     thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map_while(|_| start_scoped(scope, guarded).ok()).collect();
         let mine = guarded();

@@ -10,8 +10,7 @@
 //! kernel does not support is reported and skipped: a host that shares memory without Landlock is better off than one
 //! that does not share.
 
-pub mod attempt;
-mod calls;
+pub mod calls;
 mod files;
 mod privileges;
 
@@ -20,7 +19,7 @@ use std::path::Path;
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::clock;
 
-pub use calls::{CALLS, Refused};
+use calls::Refused;
 
 /// Environment variable for forbidden system calls: `kill` kills the server, `eperm` (the default) fails the call.
 pub const VARIABLE: &str = "STENCIL_SECCOMP";

@@ -15,7 +15,7 @@ pub struct MountFacts {
     /// Options of the mount, with canonical paths.
     pub options: MountOptions,
     /// Identity of the store, for callers that know the store by another path.
-    pub store_id: Option<String>,
+    pub store_id: String,
     /// `st_dev` of all files of the mount.
     pub device: u64,
     /// The kernel's INIT request.

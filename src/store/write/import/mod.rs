@@ -15,24 +15,24 @@ mod stop;
 mod worker;
 mod writer;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, mpsc};
-use std::thread;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, PoisonError};
 
 pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
 use super::block_index::BlockIndex;
 use super::commit::{Finished, commit, fresh_policy};
+use super::ordered::ordered;
 use super::pack_writer::Packed;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::store::disk::session::Session;
-use crate::sys::process::threads;
 use crate::units::Bytes;
-use batch::{Batch, Work};
+use batch::Work;
 use input::Input;
 use stop::Stop;
+use worker::Worker;
 use writer::Writer;
 
 impl Store {
@@ -94,56 +94,52 @@ impl Store {
         stop: &Stop<'_>,
         progress: &dyn Progress,
     ) -> Result<writer::Written> {
-        let workers = thread::available_parallelism().map_or(1, usize::from);
-        let in_flight = workers * 3 + 2;
-        let (to_workers, work) = mpsc::sync_channel::<(u64, Batch)>(in_flight);
-        let (to_writer, done) = mpsc::channel::<(u64, Result<Work>)>();
-        let (give_back, empty) = mpsc::channel::<Batch>();
-        for _ in 0..in_flight {
-            // Cannot fail: the receiver `empty` is alive.
-            let _ = give_back.send(Batch::default());
-        }
-        let work = Mutex::new(work);
         let order = reader::order(&inputs);
         let mut writer = Writer::new(session.path(), &inputs, order.clone(), index)?;
-        thread::scope(|scope| {
-            for number in 0..workers {
-                let (work, to_writer) = (&work, to_writer.clone());
-                match threads::start_scoped(scope, move || worker::run(request, index, work, &to_writer)) {
-                    Err(error) if number == 0 => return Err(error),
-                    // Continue with the workers that were started.
-                    Err(_) => break,
-                    Ok(_) => {}
+        // Batches that were written: their buffers are used again.
+        let empty = Mutex::new(Vec::new());
+        ordered(
+            &stop.failed,
+            |send| reader::run(inputs, &order, stop, &empty, send),
+            || None,
+            |worker, mut work| {
+                if let Work::Data(batch) = &mut work {
+                    let worker = match worker {
+                        Some(worker) => worker,
+                        None => worker.insert(Worker::new(request)?),
+                    };
+                    worker.process(batch, index);
                 }
-            }
-            threads::start_scoped(scope, {
-                let to_writer = to_writer.clone();
-                move || {
-                    let mut sequence = 0;
-                    let result = reader::run(inputs, &order, stop, &empty, |work| {
-                        // A send fails if the receiver has stopped; the writer then reports the reason.
-                        let sent = match work {
-                            Work::Data(batch) => to_workers.send((sequence, batch)).is_ok(),
-                            other => to_writer.send((sequence, Ok(other))).is_ok(),
-                        };
-                        sequence += 1;
-                        if sent { Ok(()) } else { Err(Error::failed("import stopped")) }
-                    });
-                    if let Err(error) = result {
-                        let _ = to_writer.send((sequence, Err(error)));
-                    }
+                Ok(work)
+            },
+            |work| {
+                progress.advance(writer.write(&work)?);
+                if let Work::Data(batch) = work {
+                    empty.lock().unwrap_or_else(PoisonError::into_inner).push(batch);
                 }
-            })?;
-            drop(to_writer);
-            let result = writer.run(&done, &give_back, progress);
-            if result.is_err() {
-                stop.failed.store(true, Ordering::Relaxed);
-                // Wakes a reader that waits for an empty batch, and workers that wait for a batch.
-                drop(give_back);
-                drop(done);
-            }
-            result
-        })?;
+                Ok(())
+            },
+        )?;
         writer.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::progress::Silent;
+    use crate::store::FileKind;
+
+    #[test]
+    fn a_source_that_panics_fails_the_import_and_publishes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open_or_create(&dir.path().join("store")).unwrap();
+        let later = Later { size: 1 << 20, open: Arc::new(|| panic!("test")) };
+        let file = ImportFile { name: "disk".into(), kind: FileKind::Blob, source: Source::Later(later) };
+        let error = store.import(ImportRequest::new(None, vec![file]), &Silent).unwrap_err();
+        assert_eq!(error.message(), "a worker thread panicked");
+        assert!(store.digests().unwrap().is_empty());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::sync::mpsc::Receiver;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -47,13 +47,13 @@ pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
     order
 }
 
-/// Reads all inputs in this order. `empty` supplies batches to fill; `send` takes the batches.
+/// Reads all inputs in this order. `empty` has used batches to fill again; `send` takes the batches.
 pub(super) fn run(
     inputs: Vec<Input>,
     order: &[usize],
     stop: &Stop<'_>,
-    empty: &Receiver<Batch>,
-    mut send: impl FnMut(Work) -> Result<()>,
+    empty: &Mutex<Vec<Batch>>,
+    send: &mut dyn FnMut(Work) -> Result<()>,
 ) -> Result<()> {
     let mut inputs: Vec<Option<Input>> = inputs.into_iter().map(Some).collect();
     for &at in order {
@@ -61,17 +61,17 @@ pub(super) fn run(
         stop.check()?;
         let input = input.open_late()?;
         let size = match input.size() {
-            Some(size) => read_file(&input, size, stop, empty, &mut send).map(|()| size)?,
-            None => read_stream(&input, stop, empty, &mut send)?,
+            Some(size) => read_file(&input, size, stop, empty, send).map(|()| size)?,
+            None => read_stream(&input, stop, empty, send)?,
         };
         send(Work::End(size))?;
     }
     Ok(())
 }
 
-fn next_batch(stop: &Stop<'_>, empty: &Receiver<Batch>) -> Result<Batch> {
+fn next_batch(stop: &Stop<'_>, empty: &Mutex<Vec<Batch>>) -> Result<Batch> {
     stop.check()?;
-    let mut batch = empty.recv().map_err(|_| Error::failed("import stopped"))?;
+    let mut batch = empty.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
     batch.plain.resize(BATCH_BYTES, 0);
     Ok(batch)
 }
@@ -80,8 +80,8 @@ fn read_file(
     input: &Input,
     size: u64,
     stop: &Stop<'_>,
-    empty: &Receiver<Batch>,
-    send: &mut impl FnMut(Work) -> Result<()>,
+    empty: &Mutex<Vec<Batch>>,
+    send: &mut dyn FnMut(Work) -> Result<()>,
 ) -> Result<()> {
     let mut offset = 0;
     while offset < size {
@@ -130,8 +130,8 @@ fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
 fn read_stream(
     input: &Input,
     stop: &Stop<'_>,
-    empty: &Receiver<Batch>,
-    send: &mut impl FnMut(Work) -> Result<()>,
+    empty: &Mutex<Vec<Batch>>,
+    send: &mut dyn FnMut(Work) -> Result<()>,
 ) -> Result<u64> {
     let mut total = 0;
     let mut file = input.file().map_err(|e| input.fail(e))?;

@@ -1,12 +1,8 @@
 //! Import writer: takes batches in order and writes packs and tables into the session.
 
-use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, Sender};
-
-use super::batch::{Batch, Block, Outcome, Work};
+use super::batch::{Block, Outcome, Work};
 use super::input::Input;
 use crate::error::Result;
-use crate::progress::Progress;
 use crate::store::BLOCK_SIZE;
 use crate::store::disk::path::StorePath;
 use crate::store::format::Stored;
@@ -39,37 +35,22 @@ impl<'a> Writer<'a> {
         Ok(Writer { index, tables, packs: PackWriter::new(session, index) })
     }
 
-    /// Writes batches until the reader and all workers have stopped, or until an error.
-    pub fn run(
-        &mut self,
-        done: &Receiver<(u64, Result<Work>)>,
-        give_back: &Sender<Batch>,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let mut waiting: BTreeMap<u64, Work> = BTreeMap::new();
-        let mut next = 0;
-        while let Ok((sequence, work)) = done.recv() {
-            waiting.insert(sequence, work?);
-            while let Some(work) = waiting.remove(&next) {
-                next += 1;
-                match work {
-                    Work::Zeros(blocks) => {
-                        self.tables.zeros(blocks)?;
-                        progress.advance(Bytes::new(blocks * BLOCK_SIZE));
-                    }
-                    Work::End(size) => self.tables.end_file(size),
-                    Work::Data(batch) => {
-                        for block in &batch.blocks {
-                            self.block(block, &batch.records)?;
-                        }
-                        progress.advance(Bytes::new(batch.length as u64));
-                        // Fails if the reader has finished; the batch is then dropped.
-                        let _ = give_back.send(batch);
-                    }
-                }
+    /// Writes the next batch, hole or end of a file. Returns its length in the source.
+    pub fn write(&mut self, work: &Work) -> Result<Bytes> {
+        match work {
+            Work::Zeros(blocks) => {
+                self.tables.zeros(*blocks)?;
+                Ok(Bytes::new(blocks * BLOCK_SIZE))
+            }
+            Work::End(size) => {
+                self.tables.end_file(*size);
+                Ok(Bytes::default())
+            }
+            Work::Data(batch) => {
+                batch.blocks.iter().try_for_each(|block| self.block(block, &batch.records))?;
+                Ok(Bytes::new(batch.length as u64))
             }
         }
-        Ok(())
     }
 
     fn block(&mut self, block: &Block, records: &[u8]) -> Result<()> {

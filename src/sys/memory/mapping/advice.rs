@@ -21,10 +21,6 @@ pub enum Advice {
     Remove,
     /// `MADV_PAGEOUT`: reclaim pages, to swap or by dropping clean file pages.
     PageOut,
-    /// `MADV_GUARD_INSTALL` (Linux 6.13): any access raises SIGSEGV.
-    GuardInstall,
-    /// `MADV_GUARD_REMOVE`
-    GuardRemove,
 }
 
 impl Advice {
@@ -39,8 +35,6 @@ impl Advice {
             Advice::PopulateWrite => libc::MADV_POPULATE_WRITE,
             Advice::Remove => libc::MADV_REMOVE,
             Advice::PageOut => libc::MADV_PAGEOUT,
-            Advice::GuardInstall => 102,
-            Advice::GuardRemove => 103,
         }
     }
 }
@@ -48,8 +42,6 @@ impl Advice {
 /// NUMA memory policy of a range, the mode of mbind(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NumaMode {
-    /// `MPOL_DEFAULT`
-    Default,
     /// `MPOL_PREFERRED_MANY`
     Preferred,
     /// `MPOL_BIND`
@@ -61,7 +53,6 @@ pub enum NumaMode {
 impl NumaMode {
     pub(super) fn number(self) -> libc::c_long {
         match self {
-            NumaMode::Default => 0,
             NumaMode::Preferred => 5,
             NumaMode::Bind => 2,
             NumaMode::Interleave => 3,

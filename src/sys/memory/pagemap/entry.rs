@@ -13,11 +13,6 @@ const SWAP_AREAS: u64 = 23;
 const SWAP_TYPE_MARKER: u64 = 31;
 
 impl Entry {
-    /// Returns the raw 64 bits.
-    pub fn bits(self) -> u64 {
-        self.0
-    }
-
     /// Returns true if the page is present in memory and in the page table.
     pub fn is_present(self) -> bool {
         self.0 >> 63 & 1 == 1
@@ -36,16 +31,6 @@ impl Entry {
     /// Returns true for a guard region (reported since Linux 6.15).
     pub fn is_guard(self) -> bool {
         self.0 >> 58 & 1 == 1
-    }
-
-    /// Returns true if userfaultfd write-protects the page, also for a marker without a page.
-    pub fn is_uffd_wp(self) -> bool {
-        self.0 >> 57 & 1 == 1
-    }
-
-    /// Returns true if no other page table entry maps the frame.
-    pub fn is_exclusive(self) -> bool {
-        self.0 >> 56 & 1 == 1
     }
 
     /// Returns the frame number of a present page. The kernel shows frame numbers only with `CAP_SYS_ADMIN`.

@@ -50,7 +50,7 @@ pub fn initial() -> InitialState {
                 noexec: false,
                 foreground: false,
             },
-            store_id: None,
+            store_id: String::new(),
             device: 1,
             init: Vec::new(),
             init_reply: None,

@@ -2,6 +2,7 @@
 //! unit tests replay the corpus there and changed inputs.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -9,8 +10,10 @@ use serde::de::DeserializeOwned;
 use crate::clones::recipe::{Facts, Recipe, Values, examine, plan};
 use crate::control::{Channel, MountOptions, Request, Response, Snapshot, ledger};
 use crate::memory::{FileFacts, Options};
-pub use crate::store::fuzz::{image, pack, placement, stream};
-use crate::store::{FileKind, TemplateFile};
+use crate::progress::Silent;
+use crate::store::fuzz::streams;
+pub use crate::store::fuzz::{image, pack, placement};
+use crate::store::{FileKind, Incoming, LoadRequest, Store, TemplateFile};
 use crate::sys::memory::memfd;
 use crate::units::{Bytes, HUGE_PAGE_SIZE, PAGE_SIZE};
 
@@ -27,6 +30,36 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("recipe", recipe),
     ("control", control),
 ];
+
+/// A stream, loaded into an empty store: nothing may remain of a load that fails, and all of one that succeeds.
+///
+/// # Panics
+/// Panics if the load violates this, or if a temporary store cannot be created.
+pub fn stream(data: &[u8]) {
+    for bytes in streams(data) {
+        load(&bytes);
+    }
+}
+
+fn load(data: &[u8]) {
+    let file = memfd::create("stream", Bytes::new(data.len() as u64)).expect("a memory file");
+    let file = std::fs::File::from(file);
+    file.write_all_at(data, 0).expect("a memory file is writable");
+    let Ok(incoming) = Incoming::open(file, Path::new("stream"), None, None) else { return };
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let store = Store::open_or_create(dir.path()).expect("an empty store");
+    match store.load(incoming, &LoadRequest::default(), &Silent) {
+        Ok(loaded) => {
+            for template in loaded.templates {
+                assert!(store.has(&template.digest));
+            }
+        }
+        Err(_) => {
+            assert_eq!(store.digests().expect("the store is readable"), []);
+            assert!(store.pack_files().expect("the store is readable").is_empty());
+        }
+    }
+}
 
 /// The value of QEMU's `-object`.
 ///
@@ -136,7 +169,7 @@ fn receive(data: &[u8]) {
 mod tests {
     use std::fs;
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
 
     use proptest::prelude::*;
     use proptest::test_runner::{Config, TestRunner};

@@ -66,7 +66,7 @@ impl Watcher {
     }
 
     fn act(&self, ring: u32) {
-        let rows = match ledger::look(&self.ledger) {
+        let rows = match ledger::read_snapshot(&self.ledger) {
             Ok(snapshot) => snapshot.condemned,
             // The supervisor keeps waiting, and the removal times out.
             Err(error) => return log::error!("cannot read the list of condemned templates: {error}"),

@@ -171,7 +171,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
         device::resend(fuse).map_err(taken_over)?;
     }
     link.request_done(&ServerRequest::Serving)?;
-    link.wait_for_ever();
+    link.remove_timeout();
     watcher.start(rings);
     made.start(unfinished);
     log::info!("serving with {threads} threads");

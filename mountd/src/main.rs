@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   stencil mount ──starts──▶ supervisor: holds the mount, the counters, the backings, the control socket
-//!                                │ starts a server, and a new one when it dies
+//!                                │ starts a server, and a successor when the server dies
 //!                                ▼
 //!                             server: speaks FUSE; has no state that a successor could not reconstruct
 //! ```
@@ -29,7 +29,7 @@ use std::process::ExitCode;
 
 use stencilfs::control::{CONTROL_VERSION, MountOptions};
 
-/// Allocates zeroed memory with its pages present, for the buffers that receive requests of the kernel.
+/// Allocates zeroed memory whose pages are already present, for the buffers that receive requests of the kernel.
 #[global_allocator]
 static ALLOCATOR: stencilfs::sys::memory::alloc::PrefaultedZeros =
     stencilfs::sys::memory::alloc::PrefaultedZeros;
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     let command = std::env::args_os().nth(1).unwrap_or_default();
     // After exec(2) in a running supervisor, signals stay blocked until their handlers are installed.
     stencilfs::sys::process::inherited::reset(command == "resume");
-    // A program that is executed from a descriptor has the number of the descriptor as its name.
+    // By default a program that is executed from /proc/self/fd/N is named N.
     let _ = rustix::thread::set_name(c"stencil-mountd");
     let args = std::env::args_os().skip(2);
     let level = env_logger::Env::new().filter_or("STENCIL_LOG", "info");

@@ -25,7 +25,7 @@ fn map(world: &TestMount, digest: &str) -> Actor {
 }
 
 /// Log message of a supervisor that drains after a first signal.
-const DRAINS: &str = "the mount is in use: detached, and served until its last user ends";
+const DRAINS: &str = "the mount is in use: detached, and served until the last process that uses it exits";
 
 /// Asserts that every page has the imported bytes.
 fn assert_reads(clone: &mut Actor) {
@@ -246,7 +246,7 @@ fn sighup_of_a_closing_terminal_only_drains_the_mount() {
         wait_for("the mount to be detached", || world.log().contains(DRAINS).then_some(()));
         processes[0].signal(Signal::HUP).unwrap();
         wait_for("the second signal", || {
-            world.log().contains("a further signal has no effect").then_some(())
+            world.log().contains("ignoring the signal: the mount is already draining").then_some(())
         });
         assert_reads(&mut clone);
         drop(clone);

@@ -1,10 +1,10 @@
-//! Identity and copies of open files.
+//! Identities and duplicates of open files.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use stencilfs::error::{Error, Result};
 
-/// `st_dev` and `st_ino` of an open file. No other file has them while it is open.
+/// Returns `st_dev` and `st_ino` of an open file. No other file has the same pair while the file is open.
 ///
 /// # Errors
 /// Returns an error if fstat(2) fails.
@@ -14,12 +14,12 @@ pub fn identity(file: impl AsFd) -> Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// True if the open file has that identity.
-pub fn has_identity(file: impl AsFd, known: (u64, u64)) -> bool {
-    identity(file).is_ok_and(|found| found == known)
+/// Returns true if the open file has this identity.
+pub fn has_identity(file: impl AsFd, expected: (u64, u64)) -> bool {
+    identity(file).is_ok_and(|found| found == expected)
 }
 
-/// Another descriptor of the same file.
+/// Duplicates a descriptor, with `FD_CLOEXEC` set.
 ///
 /// # Errors
 /// Returns an error if the process is out of descriptors.

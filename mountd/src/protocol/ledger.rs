@@ -1,8 +1,8 @@
-//! The ledger: a memory file with the mount state, which the supervisor writes after each change that a successor must
-//! know.
+//! The ledger: a memory file with the mount state. The supervisor writes the ledger after each change that its
+//! successor needs.
 //!
-//! Servers inherit the ledger read-only, with each other descriptor of the mount, so that a new supervisor finds all of it
-//! in a living server when the old supervisor is dead.
+//! Servers inherit the ledger read-only, together with all other descriptors of the mount: after the death of a
+//! supervisor a new supervisor copies the descriptors from a live server.
 
 use std::fs::File;
 use std::io;
@@ -18,14 +18,15 @@ use stencilfs::units::Bytes;
 
 use super::fds;
 
-/// Reads of a ledger that is written meanwhile. The writer leaves one half alone, so a read fails only if two writes
-/// happen during it.
+/// Number of attempts to read a ledger while the supervisor writes to the file. A write overwrites only the older half,
+/// so an attempt fails only if two writes happen during the read.
 const READ_ATTEMPTS: usize = 1000;
 
-/// A memory file with the newest mount state.
+/// A memory file with the latest mount state, and the one before.
 #[derive(Debug)]
 pub struct Ledger {
     file: File,
+    /// Number of the last write; its parity selects the half of the file.
     turn: u64,
 }
 
@@ -37,20 +38,20 @@ impl Ledger {
     pub fn create() -> io::Result<Ledger> {
         let file = memfd::create("stencil-ledger", Bytes::new(2 * HALF_BYTES))?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        // A server has no capabilities: it cannot open its read-only copy for writing.
+        // A server has no capabilities and therefore cannot reopen its read-only descriptor for writing.
         fchmod(&file, Mode::RUSR)?;
         Ok(Ledger { file: file.into(), turn: 0 })
     }
 
-    /// Opens a ledger that another supervisor wrote, and returns its newest text.
+    /// Opens a ledger that another supervisor wrote, and returns its latest complete text.
     ///
     /// # Errors
-    /// Returns `InvalidData` if the file is not a ledger or has no complete text.
+    /// Returns `InvalidData` if the file is not a ledger or contains no complete text.
     fn open(file: OwnedFd) -> io::Result<(Ledger, Vec<u8>)> {
         if !fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        // A descriptor that a server inherited is open for reading only.
+        // The descriptor of a server is read-only: reopen the file for writing.
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::from(rustix::fs::open(path, flags, Mode::empty()).unwrap_or(file));
@@ -58,10 +59,10 @@ impl Ledger {
         Ok((Ledger { file, turn }, text))
     }
 
-    /// Writes a text over the older half.
+    /// Overwrites the older half of the file with `text`.
     ///
     /// # Errors
-    /// Returns `FileTooLarge` for a text that does not fit into half of the file.
+    /// Returns `FileTooLarge` if `text` does not fit into half of the file.
     pub fn write(&mut self, text: &[u8]) -> io::Result<()> {
         if (HEAD_BYTES + text.len()) as u64 > HALF_BYTES {
             return Err(io::ErrorKind::FileTooLarge.into());
@@ -75,10 +76,10 @@ impl Ledger {
         self.file.write_all_at(&record, self.turn % 2 * HALF_BYTES)
     }
 
-    /// A read-only descriptor of the ledger.
+    /// Opens a read-only descriptor of the ledger.
     ///
     /// # Errors
-    /// Returns an error if it cannot be opened.
+    /// Returns an error if open(2) fails.
     pub fn read_only(&self) -> io::Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
@@ -94,18 +95,18 @@ impl AsFd for Ledger {
 /// Opens a ledger that another supervisor wrote, and returns the mount state in it.
 ///
 /// # Errors
-/// Returns an error if the file is not a ledger, or of another protocol version.
+/// Returns an error if the file is not a ledger, or if the ledger has another protocol version.
 pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
     let (ledger, text) =
         Ledger::open(file).map_err(|e| Error::failed("cannot read the ledger").because(e))?;
     Ok((ledger, parse(&text)?))
 }
 
-/// Reads the mount state that is in a ledger now. Makes no other system call than reads, so a sandboxed server can.
+/// Reads the current mount state from a ledger. Makes only system calls that the sandbox of a server allows.
 ///
 /// # Errors
 /// Same as [`read`].
-pub fn look(file: &OwnedFd) -> Result<Snapshot> {
+pub fn read_snapshot(file: &OwnedFd) -> Result<Snapshot> {
     let file = File::from(fds::copy(file)?);
     let text = (0..READ_ATTEMPTS).find_map(|_| newest(&file));
     match text {
@@ -135,20 +136,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_torn_write_leaves_the_text_before() {
+    fn a_torn_write_preserves_the_previous_text() {
         let mut ledger = Ledger::create().unwrap();
         for text in ["one", "two", "three"] {
             ledger.write(text.as_bytes()).unwrap();
             let (_, read) = Ledger::open(ledger.read_only().unwrap()).unwrap();
             assert_eq!(read, text.as_bytes());
         }
-        // "three" is in half 1: a supervisor that dies while it writes there leaves "two".
+        // "three" is in half 1: a supervisor that dies while it overwrites that half leaves "two" readable.
         ledger.file.write_all_at(b"x", HALF_BYTES + HEAD_BYTES as u64).unwrap();
         // Only root may open a read-only descriptor of the ledger for writing again.
-        let (mut again, read) = Ledger::open(ledger.file.try_clone().unwrap().into()).unwrap();
+        let (mut reopened, read) = Ledger::open(ledger.file.try_clone().unwrap().into()).unwrap();
         assert_eq!(read, b"two");
-        again.write(b"four").unwrap();
-        assert_eq!(Ledger::open(again.read_only().unwrap()).unwrap().1, b"four");
+        reopened.write(b"four").unwrap();
+        assert_eq!(Ledger::open(reopened.read_only().unwrap()).unwrap().1, b"four");
         assert!(Ledger::open(Ledger::create().unwrap().read_only().unwrap()).is_err(), "empty");
         assert!(ledger.write(&vec![0; HALF_BYTES as usize]).is_err());
     }

@@ -1,4 +1,4 @@
-//! The server's end of the socket to its supervisor.
+//! The server's end of the socket between server and supervisor.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -12,24 +12,24 @@ use stencilfs::sys::poll::poll_for;
 
 use super::messages::{Numbered, ServerReply, ServerRequest};
 
-/// A socket over which one request at a time is made.
+/// The socket to the supervisor. Carries one request at a time.
 #[derive(Debug)]
 pub struct Link(Mutex<End>);
 
 #[derive(Debug)]
 struct End {
     channel: Channel,
-    /// The connection to the kernel.
+    /// The FUSE connection.
     kernel: Option<OwnedFd>,
-    /// Number of the last request.
-    last: u64,
-    /// How long a reply is waited for; without end if none.
+    /// Number of the latest request.
+    last_number: u64,
+    /// Longest wait for a reply; `None` waits without a limit.
     timeout: Option<Duration>,
 }
 
 impl End {
-    /// Waits for a reply of the supervisor, or of its successor; no longer than the connection to the kernel lives, for
-    /// then there will be no successor.
+    /// Waits for a reply of the supervisor or of a supervisor that takes over. Fails when the FUSE connection is
+    /// closed: then no supervisor takes over.
     fn receive(&self) -> io::Result<Option<(Numbered<ServerReply>, Option<OwnedFd>)>> {
         let mut both = vec![PollFd::new(&self.channel, PollFlags::IN)];
         both.extend(self.kernel.as_ref().map(|kernel| PollFd::new(kernel, PollFlags::empty())));
@@ -42,30 +42,30 @@ impl End {
 }
 
 impl Link {
-    /// Makes requests over that socket. A server that does not serve yet has a timeout: if its supervisor dies, no other
-    /// supervisor finds it.
+    /// Creates a link over `socket`. A server that does not serve yet needs a `timeout`: if its supervisor dies, no
+    /// other supervisor may find the server.
     pub fn new(socket: OwnedFd, kernel: Option<OwnedFd>, timeout: Option<Duration>) -> Link {
-        Link(Mutex::new(End { channel: Channel::new(socket), kernel, last: 0, timeout }))
+        Link(Mutex::new(End { channel: Channel::new(socket), kernel, last_number: 0, timeout }))
     }
 
-    /// Waits for replies without a time limit from now on.
-    pub fn wait_for_ever(&self) {
+    /// Removes the timeout for replies.
+    pub fn remove_timeout(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).timeout = None;
     }
 
-    /// Makes a request and waits for its reply, also across the death of the supervisor.
+    /// Sends a request and waits for its reply; if the supervisor dies, for the reply of a supervisor that takes over.
     ///
     /// # Errors
-    /// Returns the supervisor's refusal, or an error if the mount is over.
+    /// Returns the supervisor's refusal, or an error if the FUSE connection is closed or the timeout has passed.
     pub fn request(
         &self,
         request: &ServerRequest,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(ServerReply, Option<OwnedFd>)> {
         let mut end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        end.last += 1;
-        let request = Numbered { number: end.last, body: request.clone() };
-        let gone = |e| Error::failed("the supervisor is gone").because(e);
+        end.last_number += 1;
+        let request = Numbered { number: end.last_number, body: request.clone() };
+        let gone = |e| Error::failed("lost the connection to the supervisor").because(e);
         end.channel.send(&request, fd).map_err(gone)?;
         loop {
             match end.receive().map_err(gone)? {
@@ -84,7 +84,7 @@ impl Link {
         }
     }
 
-    /// Makes a request whose only reply is [`ServerReply::Done`].
+    /// Sends a request whose only successful reply is [`ServerReply::Done`].
     ///
     /// # Errors
     /// Same as [`request`](Self::request).
@@ -96,9 +96,9 @@ impl Link {
     }
 }
 
-/// The error for a reply that does not fit its request.
+/// Returns the error for a reply that does not match its request.
 pub fn unexpected(reply: &ServerReply) -> Error {
-    Error::failed(format!("unexpected reply of the supervisor: {reply:?}"))
+    Error::failed(format!("unexpected reply from the supervisor: {reply:?}"))
 }
 
 #[cfg(test)]
@@ -114,24 +114,24 @@ mod tests {
             link.request_done(&ServerRequest::Serving).unwrap();
             link.request_done(&ServerRequest::Serving).unwrap();
         });
-        let hear = || ours.receive::<Numbered<ServerRequest>>().unwrap().unwrap().0.number;
+        let receive_number = || ours.receive::<Numbered<ServerRequest>>().unwrap().unwrap().0.number;
         let reply = |number, body| ours.send(&Numbered { number, body }, None).unwrap();
-        assert_eq!(hear(), 1);
+        assert_eq!(receive_number(), 1);
         reply(0, ServerReply::AskAgain);
-        assert_eq!(hear(), 1, "the request is sent again");
+        assert_eq!(receive_number(), 1, "the request is sent again");
         reply(1, ServerReply::Done);
         reply(1, ServerReply::Done);
-        assert_eq!(hear(), 2, "the second reply to the first request is ignored");
+        assert_eq!(receive_number(), 2, "the second reply to the first request is ignored");
         reply(2, ServerReply::Done);
         server.join().unwrap();
     }
 
     #[test]
-    fn a_server_that_no_supervisor_finds_does_not_wait_for_ever() {
+    fn a_request_without_a_reply_times_out() {
         let (_ours, theirs) = Channel::pair().unwrap();
         let link = Link::new(theirs.into(), None, Some(Duration::from_millis(5)));
         let error = link.request_done(&ServerRequest::Serving).unwrap_err();
-        assert!(error.to_string().contains("supervisor is gone"), "{error}");
+        assert!(error.to_string().contains("lost the connection to the supervisor"), "{error}");
     }
 
     #[test]
@@ -145,6 +145,11 @@ mod tests {
         assert_eq!(link.request_done(&ServerRequest::Serving).unwrap_err().to_string(), "no room");
         assert!(link.request_done(&ServerRequest::Serving).unwrap_err().to_string().contains("Created"));
         drop(ours);
-        assert!(link.request_done(&ServerRequest::Serving).unwrap_err().to_string().contains("gone"));
+        assert!(
+            link.request_done(&ServerRequest::Serving)
+                .unwrap_err()
+                .to_string()
+                .contains("lost the connection")
+        );
     }
 }

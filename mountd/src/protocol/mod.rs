@@ -1,4 +1,4 @@
-//! What supervisor and server share: messages, descriptors by name, the ledger, the counters.
+//! The protocol between supervisor and server: messages, named descriptors, the ledger, and the counters.
 
 pub mod fds;
 pub mod ledger;
@@ -9,5 +9,5 @@ pub mod stats;
 
 pub use messages::{Cache, FileKey, MAX_KEYS, Numbered, ServerReply, ServerRequest};
 
-/// First argument of a server that is started beside a server that serves.
+/// First argument of a server that is started while another server serves the mount (a candidate).
 pub const BESIDE: &str = "--beside";

@@ -9,13 +9,13 @@ use stencilfs::sys::files::descriptor;
 
 const OPTION: &str = "--fds=";
 
-/// Returns the argument that names these descriptors, for a process that inherits them under the same numbers.
+/// Returns the `--fds` argument for a process that inherits these descriptors under the same numbers.
 pub fn argument(all: &[(&str, BorrowedFd<'_>)]) -> String {
     let names = all.iter().map(|(name, fd)| format!("{name}:{},", fd.as_raw_fd()));
     OPTION.to_owned() + &names.collect::<String>()
 }
 
-/// Parses such an argument; returns `None` for another or a malformed argument.
+/// Parses a `--fds` argument. Returns `None` if the argument is malformed or another argument.
 pub fn parse(argument: &str) -> Option<Vec<(&str, RawFd)>> {
     let list = argument.strip_prefix(OPTION)?.split(',').filter(|item| !item.is_empty());
     list.map(|item| item.split_once(':').and_then(|(name, number)| Some((name, number.parse().ok()?))))
@@ -27,12 +27,12 @@ pub fn parse(argument: &str) -> Option<Vec<(&str, RawFd)>> {
 pub struct NamedFds(HashMap<String, Vec<OwnedFd>>);
 
 impl NamedFds {
-    /// Takes the descriptors that the arguments before `--` name.
+    /// Takes ownership of the descriptors that are named in the arguments before `--`.
     ///
     /// # Errors
     /// Returns an error if an argument is invalid or a descriptor is not open.
     pub fn from_args(args: impl Iterator<Item = OsString>) -> Result<NamedFds> {
-        let bad = || Error::usage("missing --fds: this command is started by a supervisor only");
+        let bad = || Error::usage("missing --fds: only a supervisor may start this command");
         let mut fds = NamedFds::default();
         for arg in args.take_while(|arg| arg != "--") {
             for (name, number) in arg.to_str().and_then(parse).ok_or_else(bad)? {
@@ -42,7 +42,7 @@ impl NamedFds {
         Ok(fds)
     }
 
-    /// Takes the descriptors that a service manager holds, as sd_listen_fds_with_names(3) does.
+    /// Takes ownership of the descriptors that a service manager passed, like sd_listen_fds_with_names(3).
     ///
     /// # Errors
     /// Returns an error if a descriptor is not open.
@@ -69,7 +69,7 @@ impl NamedFds {
         Ok(())
     }
 
-    /// Iterates over the names.
+    /// Iterates over the names, in no particular order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }
@@ -92,7 +92,7 @@ impl NamedFds {
     /// Same as [`take`](Self::take), for a required descriptor.
     ///
     /// # Errors
-    /// Returns an error with the name if there is no such descriptor.
+    /// Returns an error that contains the name if no descriptor has this name.
     pub fn need(&mut self, name: &str) -> Result<OwnedFd> {
         self.take(name).ok_or_else(|| Error::failed(format!("missing descriptor '{name}'")))
     }

@@ -8,7 +8,7 @@ use stencilfs::sys::memory::memfd::SharedCounters;
 
 macro_rules! counters {
     ($($name:ident $text:literal $about:literal,)*) => {
-        /// A counter. Its value lives as long as the supervisor.
+        /// A counter. Its value persists until the end of the mount, across restarts of servers and supervisors.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Counter { $(#[doc = $about] $name,)* }
 
@@ -28,13 +28,13 @@ counters! {
     Reads "reads" "READ requests.",
     ReadBytes "read_bytes" "Bytes sent in replies to READs.",
     BlocksDecoded "blocks_decoded" "Blocks read from the store and verified.",
-    BlocksZero "blocks_zero" "Blocks of zeros, which need no read.",
+    BlocksZero "blocks_zero" "Blocks of zeros, which are not read from the store.",
     BlocksCached "blocks_cached" "Blocks found in the cache of decompressed blocks.",
     Damaged "damaged" "Requests that failed with EIO because of damage.",
-    Failed "failed" "Requests that failed for another reason in the server.",
-    HydrationsStarted "hydrations_started" "Backings that were started.",
+    Failed "failed" "Requests that failed for other reasons in the server.",
+    HydrationsStarted "hydrations_started" "Hydrations that were started.",
     HydrationsDone "hydrations_done" "Backings that were filled, frozen, verified and registered.",
-    HydrationsFailed "hydrations_failed" "Backings that could not be made.",
+    HydrationsFailed "hydrations_failed" "Hydrations that failed.",
     HydratedBytes "hydrated_bytes" "Bytes of data written to backings.",
     WatchdogReplaced "watchdog_replaced" "Servers that the watchdog replaced.",
     SlowSource "slow_source" "Store outages longer than the watchdog's limit.",
@@ -43,12 +43,12 @@ counters! {
     SourceWaits "source_waits" "READs that waited for the store.",
 }
 
-/// A reference to the page of counters.
+/// A shared reference to the counters page.
 #[derive(Debug, Clone)]
 pub struct Stats(Arc<SharedCounters>);
 
 impl Stats {
-    /// Counts in `page`.
+    /// Creates a reference to the counters in `page`.
     pub fn new(page: SharedCounters) -> Stats {
         Stats(Arc::new(page))
     }
@@ -58,17 +58,17 @@ impl Stats {
         &self.0
     }
 
-    /// Adds 1.
+    /// Adds 1 to a counter.
     pub fn count(&self, counter: Counter) {
         self.add(counter, 1);
     }
 
-    /// Adds `n`.
+    /// Adds `n` to a counter.
     pub fn add(&self, counter: Counter, n: u64) {
         self.0.all()[counter as usize].fetch_add(n, Ordering::Relaxed);
     }
 
-    /// Returns the value.
+    /// Returns the value of a counter.
     pub fn get(&self, counter: Counter) -> u64 {
         self.0.all()[counter as usize].load(Ordering::Relaxed)
     }

@@ -21,14 +21,14 @@ use crate::server::read::decode::MAX_READ;
 use crate::server::refusal::Refusal;
 use crate::server::tree::node::{Attributes, Kind};
 
-/// Most pending background requests of the kernel (`max_background`): readahead of many clones at once.
+/// Largest number of pending background requests of the kernel (`max_background`): readahead of many clones at once.
 const MAX_BACKGROUND: u16 = 128;
 
 /// [`PAGE_SIZE`] as FUSE encodes block sizes.
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
 const PAGE: u32 = PAGE_SIZE as u32;
 
-/// The file system, as fuser calls it.
+/// The file system as an implementation of fuser's [`Filesystem`].
 #[derive(Debug)]
 pub struct Adapter(pub FileSystem);
 
@@ -72,8 +72,8 @@ fn kind(kind: Kind) -> FileType {
 /// Replies to an OPEN with a backing that the supervisor keeps registered on this connection.
 #[allow(unsafe_code)]
 fn opened_backing(reply: ReplyOpen, id: u32) {
-    // SAFETY: the supervisor registered the id on this connection and keeps it registered while backings with that id
-    // are served. The wrapper never closes the id: `into_raw` below takes it apart again.
+    // SAFETY: the supervisor registered the id on this connection, and keeps the id registered while a server answers
+    // opens with it. `into_raw` below consumes the wrapper, which therefore never closes the id.
     let backing = unsafe { reply.wrap_backing(id) };
     reply.opened_passthrough(FileHandle(0), FopenFlags::empty(), &backing);
     let _ = backing.into_raw();

@@ -4,7 +4,7 @@
 //!   supervisor writes ledger, rings bell ─▶ watcher publishes the new list ─▶ replies based on the old list are sent
 //!   ─▶ waiting opens are refused, backings in progress are abandoned ─▶ watcher reports to the supervisor
 //! ```
-//! The supervisor relies on the new list only after the report: the death of a server before costs time only.
+//! The supervisor relies on the new list only after the report: if a server dies before, the removal only takes longer.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::server::tree::Tree;
 use crate::server::tree::condemned::Condemned;
 use crate::server::tree::node::Node;
 
-/// The watcher of the list.
+/// The thread that watches the list, before its start.
 #[derive(Debug)]
 pub struct Watcher {
     /// The list.
@@ -44,62 +44,62 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Starts a thread that applies the list after each ring of the bell. `heard` is the number of rings before this
+    /// Starts a thread that applies the list after each ring of the bell. `rings` is the count of rings before this
     /// server read its first list.
-    pub fn start(self, heard: u32) {
-        // A supervisor that has never rung may be of a build that cannot parse the report.
-        let first = (heard != 0).then_some(heard);
+    pub fn start(self, rings: u32) {
+        // A supervisor that has never rung may be of a version that cannot parse the report.
+        let first = (rings != 0).then_some(rings);
         thread::spawn(move || {
-            let mut heard = heard;
+            let mut applied = rings;
             if let Some(first) = first {
-                self.act(first);
+                self.apply(first);
             }
             loop {
-                self.stats.page().wait_for_ring(heard);
+                self.stats.page().wait_for_ring(applied);
                 let now = self.stats.page().rings();
-                if now != heard {
-                    heard = now;
-                    self.act(heard);
+                if now != applied {
+                    applied = now;
+                    self.apply(applied);
                 }
             }
         });
     }
 
-    fn act(&self, ring: u32) {
-        let rows = match ledger::look(&self.ledger) {
+    fn apply(&self, ring: u32) {
+        let rows = match ledger::read_snapshot(&self.ledger) {
             Ok(snapshot) => snapshot.condemned,
             // The supervisor keeps waiting, and the removal times out.
             Err(error) => return log::error!("cannot read the list of condemned templates: {error}"),
         };
         self.condemned.change(&rows);
         while !self.condemned.is_settled() {
-            // A newer list must be published even while a reader hangs: it may release templates.
+            // A newer list must be published even while a reader hangs, as the list may release templates.
             if self.stats.page().rings() != ring {
                 return;
             }
         }
         rows.iter().filter(|row| !row.removed).for_each(|row| self.forget_names(&row.digest));
         let grace = self.condemned.grace();
-        self.backings.end_condemned();
-        // Open files of the store keep the disk space of deleted files allocated.
+        self.backings.stop_condemned();
+        // The disk space of deleted files is freed only when the server closes them.
         self.tree.close_templates();
         self.store.close_vanished();
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         if let Err(error) = self.link.request_done(&ServerRequest::Condemned { ring, grace_ms }) {
-            log::error!("{error}");
+            log::error!("cannot report the list of condemned templates as applied: {error}");
         }
-        // After the report: a killed removal waits for no one.
-        self.backings.give_up_vanished(&self.store);
+        // After the report, which the caller of a removal waits for.
+        self.backings.evict_vanished(&self.store);
     }
 
-    /// Makes the kernel drop the unused inodes of a template's files. Cannot deadlock: other threads answer lookups,
-    /// and a file with a pending READ is in use, so that the kernel does not wait for its pages here.
+    /// Makes the kernel drop the unused inodes of a template's files, which would otherwise count as in use. Cannot
+    /// deadlock: other threads answer lookups, and a file with a pending READ is in use, so the kernel does not wait
+    /// for its pages here.
     fn forget_names(&self, digest: &Digest) {
-        // Without this, the files count as in use.
         let Ok(template) = self.tree.template_in_use(digest) else { return };
-        let folder = self.tree.ino(&Node::Template(*digest));
+        let directory = self.tree.ino(&Node::Template(*digest));
         for file in template.files() {
-            device::forget_name(&self.fuse, folder, &file.name).unwrap_or_else(|e| {
+            device::forget_name(&self.fuse, directory, &file.name).unwrap_or_else(|e| {
                 log::warn!("cannot invalidate {digest}/{} in the kernel: {e}", file.name)
             });
         }

@@ -1,7 +1,6 @@
 //! The file system of a mount: answers every request of the kernel. Independent of FUSE.
 //!
-//! Each method enters the request into the table of pending requests, and passes its result to `reply`, in the same
-//! call or later.
+//! Each method enters the request into the in-flight table, and passes its result to `reply`, during the call or later.
 
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -53,7 +52,7 @@ pub struct FileSystem {
     pub condemned: Arc<Condemned>,
     /// Counters.
     pub stats: Stats,
-    /// Pending requests.
+    /// The in-flight table.
     pub flights: &'static Flights,
 }
 
@@ -65,7 +64,7 @@ impl FileSystem {
         name: &OsStr,
         reply: impl FnOnce(Result<FoundEntry, Refusal>),
     ) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         self.stats.count(Counter::Lookups);
         let _guard = self.condemned.guard();
         let found = self.tree.lookup(request.ino, name, &*self.backings).map(|(attributes, lifetime)| {
@@ -80,19 +79,19 @@ impl FileSystem {
 
     /// Returns the attributes of a node.
     pub fn attributes(&self, request: RequestInfo, reply: impl FnOnce(Result<Attributes, Refusal>)) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         self.finish(&flight, self.tree.attributes(request.ino), reply);
     }
 
     /// Returns the target of a symbolic link.
     pub fn read_link(&self, request: RequestInfo, reply: impl FnOnce(Result<String, Refusal>)) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         self.finish(&flight, self.tree.read_link(request.ino), reply);
     }
 
     /// Opens a file for reading. The reply comes later if a backing has to be made first.
     pub fn open(&self, request: RequestInfo, flags: OFlags, reply: OpenReply) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         if !(flags & OFlags::RWMODE).is_empty() || flags.contains(OFlags::TRUNC) {
             self.stats.count(Counter::OpensRefused);
             flight.replying();
@@ -135,7 +134,7 @@ impl FileSystem {
 
     /// Reads the range of the request. The reply comes later if the store is away.
     pub fn read(&self, request: RequestInfo, reply: impl FnOnce(Result<&[u8], Refusal>) + Send + 'static) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         if let Some((flight, reply)) = self.reader.answer(flight, reply) {
             self.outage.wait(flight, Box::new(reply));
         }
@@ -148,7 +147,7 @@ impl FileSystem {
         (offset, whence): (i64, i32),
         reply: impl FnOnce(Result<i64, Refusal>),
     ) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         let found = self.tree.node(request.ino).and_then(|node| match node {
             Node::File(digest, file, _) => seek(&*self.tree.template(&digest)?, file, offset, whence),
             _ => Err(Refusal::Unsupported),
@@ -163,13 +162,13 @@ impl FileSystem {
         after: u64,
         reply: impl FnOnce(Result<Vec<DirectoryEntry>, Refusal>),
     ) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         self.finish(&flight, self.tree.list(request.ino, after, &*self.backings), reply);
     }
 
     /// Returns the number of templates, and the bytes of data in them.
     pub fn totals(&self, request: RequestInfo, reply: impl FnOnce(Result<(u64, Bytes), Refusal>)) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         self.finish(&flight, self.tree.totals(), reply);
     }
 
@@ -178,7 +177,7 @@ impl FileSystem {
         self.refuse_with(request, if resizes { Refusal::Writes } else { Refusal::Policy }, reply);
     }
 
-    /// Refuses a request that this file system does not have.
+    /// Refuses a request that this file system does not support.
     pub fn refuse(&self, request: RequestInfo, reply: impl FnOnce(Refusal)) {
         let refusal = match request.op {
             // Nothing to flush, no extended attributes and no ioctls. After ENOSYS the kernel sends no more requests of
@@ -198,7 +197,7 @@ impl FileSystem {
     }
 
     fn refuse_with(&self, request: RequestInfo, refusal: Refusal, reply: impl FnOnce(Refusal)) {
-        let flight = self.flights.take(request);
+        let flight = self.flights.enter(request);
         self.finish(&flight, Err::<(), _>(refusal), |_| reply(refusal));
     }
 

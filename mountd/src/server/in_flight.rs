@@ -1,5 +1,4 @@
-//! The server's side of the table of pending requests: a thread that takes a request holds a [`Flight`] until the
-//! reply.
+//! The server's side of the in-flight table: a thread that has read a request holds a [`Flight`] until the reply.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,18 +8,18 @@ use stencilfs::error::{Error, Result};
 
 use crate::protocol::stats::{Counter, Stats};
 
-/// Number of threads that have taken a slot. Threads of fuser live as long as the process.
+/// Number of threads that have a slot. Threads of fuser live as long as the process.
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     static SLOT: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// The table of this server.
+/// The in-flight table of this server.
 #[derive(Debug)]
 pub struct Flights {
     table: InFlightTable,
-    /// Parking slot at which the search for the next free one begins.
+    /// Parking slot at which the search for the next free slot starts.
     next: AtomicUsize,
     stats: Stats,
 }
@@ -32,7 +31,7 @@ impl Flights {
     /// Returns an error if the memory file cannot be created.
     pub fn create(stats: Stats) -> Result<&'static Flights> {
         let table = InFlightTable::create()
-            .map_err(|e| Error::failed("cannot create the table of pending requests").because(e))?;
+            .map_err(|e| Error::failed("cannot create the in-flight table").because(e))?;
         Ok(Box::leak(Box::new(Flights { table, next: AtomicUsize::new(0), stats })))
     }
 
@@ -41,8 +40,8 @@ impl Flights {
         &self.table
     }
 
-    /// Enters a request that this thread has taken.
-    pub fn take(&'static self, request: RequestInfo) -> Flight {
+    /// Enters a request that this thread has read.
+    pub fn enter(&'static self, request: RequestInfo) -> Flight {
         let thread = SLOT.get().unwrap_or_else(|| {
             let thread = THREADS.fetch_add(1, Ordering::Relaxed);
             debug_assert!(thread < THREAD_SLOTS, "more threads than slots");
@@ -60,7 +59,8 @@ enum Place {
     Parked(usize),
 }
 
-/// A pending request. Dropping it removes it from the table and counts it as answered: drop it after the reply.
+/// A pending request. Dropping the value removes the request from the table and counts it as answered, so it must be
+/// dropped after the reply.
 #[derive(Debug)]
 pub struct Flight {
     flights: &'static Flights,
@@ -69,7 +69,7 @@ pub struct Flight {
 }
 
 impl Flight {
-    /// Stamps the progress of the request. Writes one word, and allocates nothing.
+    /// Records the phase of the request, with a time stamp. Writes one word, and allocates nothing.
     pub fn stamp(&self, phase: Phase) {
         match self.place {
             Place::Thread(thread) => self.flights.table.stamp(thread, phase),
@@ -77,7 +77,7 @@ impl Flight {
         }
     }
 
-    /// Stamps that the reply is about to be sent.
+    /// Records that the reply is about to be sent.
     pub fn replying(&self) {
         self.stamp(Phase::Replying);
     }
@@ -87,7 +87,7 @@ impl Flight {
         &self.request
     }
 
-    /// Moves the request from the thread's slot to a parking slot. Returns false if all are taken.
+    /// Moves the request from the thread's slot to a parking slot. Returns false if no parking slot is free.
     pub fn park(&mut self, phase: Phase) -> bool {
         let Place::Thread(thread) = self.place else {
             self.stamp(phase);

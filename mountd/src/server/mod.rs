@@ -45,7 +45,7 @@ use crate::server::fs::FileSystem;
 use crate::server::in_flight::Flights;
 use crate::server::read::Reader;
 use crate::server::read::decode::{Decoder, MAX_READ};
-use crate::server::read::outage::{LONGEST_WAIT, StoreOutage, retry_while};
+use crate::server::read::outage::{STORE_TIMEOUT, StoreOutage, retry_while};
 use crate::server::read::reply_buffers::Replies;
 use crate::server::tree::condemned::Condemned;
 use crate::server::tree::{Tree, open_templates};
@@ -53,30 +53,31 @@ use crate::server::tree::{Tree, open_templates};
 /// Size of the cache of decompressed blocks, for reads of the other parts of a block.
 const BLOCK_CACHE: Bytes = Bytes::new(16 << 20);
 
-/// Threads that serve the kernel: enough that a few slow reads do not block other requests.
+/// Number of threads that serve the kernel: enough that a few slow reads do not block other requests.
 const MIN_THREADS: usize = 4;
 const MAX_THREADS: usize = 16;
 
-/// Longest wait for a reply in a server that is started beside another one and does not serve yet: it exits if its
-/// supervisor has died. The supervisor's own limit is far shorter.
-const BESIDE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait of a candidate for a reply during startup; then the candidate exits, as its supervisor must have died.
+/// The supervisor's timeout for a candidate is far shorter.
+const CANDIDATE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The same for the only server of a mount, which another supervisor may take over meanwhile. There is a limit since no
-/// other process may know of the mount: clones that block for ever are worse than clones that end.
-const ALONE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Longest wait of the only server of a mount for a reply during startup. Long enough for the takeover by another
+/// supervisor; limited because a mount without a record is never taken over, and its clones would block for ever
+/// instead of ending.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The descriptors of a server. All stay open, including unused ones: a supervisor that takes over from a dead one
-/// copies them, by the numbers in the arguments of this process.
+/// The descriptors of a server. All stay open, including unused ones: after the death of the supervisor, a supervisor
+/// that takes over duplicates them by their numbers in the arguments of this process.
 struct Inherited {
     fuse: OwnedFd,
     link: Arc<Link>,
     counters: OwnedFd,
     ledger: OwnedFd,
-    _for_supervisors: [OwnedFd; 2],
+    _for_takeover: [OwnedFd; 2],
 }
 
 impl Inherited {
-    fn take(fds: &mut NamedFds, beside: bool) -> Result<Inherited> {
+    fn from_fds(fds: &mut NamedFds, is_candidate: bool) -> Result<Inherited> {
         let fuse = fds.need("fuse")?;
         let kernel = fds::copy(&fuse)?;
         Ok(Inherited {
@@ -84,11 +85,11 @@ impl Inherited {
             link: Arc::new(Link::new(
                 fds.need("link")?,
                 Some(kernel),
-                Some(if beside { BESIDE_TIMEOUT } else { ALONE_TIMEOUT }),
+                Some(if is_candidate { CANDIDATE_TIMEOUT } else { STARTUP_TIMEOUT }),
             )),
             counters: fds.need("counters")?,
             ledger: fds.need("ledger")?,
-            _for_supervisors: [fds.need("peer")?, fds.need("program")?],
+            _for_takeover: [fds.need("peer")?, fds.need("program")?],
         })
     }
 }
@@ -96,12 +97,12 @@ impl Inherited {
 /// Serves until the connection is closed. The arguments name the descriptors.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let run = || -> Result<()> {
-        // A stopped process group gets SIGHUP when its supervisor dies; the server must survive that, as it then holds
-        // all that is left of the mount.
+        // If the server is stopped, the kernel sends SIGHUP to its orphaned process group when the supervisor dies. The
+        // server must survive, as it then holds the only descriptors of the mount.
         process::ignore_hangup().map_err(|e| Error::failed("cannot ignore SIGHUP").because(e))?;
         let mut args = args.peekable();
-        let beside = args.next_if(|arg| arg == BESIDE).is_some();
-        let inherited = Inherited::take(&mut NamedFds::from_args(args)?, beside)?;
+        let is_candidate = args.next_if(|arg| arg == BESIDE).is_some();
+        let inherited = Inherited::from_fds(&mut NamedFds::from_args(args)?, is_candidate)?;
         serve(&inherited).inspect_err(|error| {
             let _ = inherited.link.request_done(&ServerRequest::GiveUp { failure: Failure::from(error) });
         })
@@ -119,20 +120,20 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
     let page = SharedCounters::map(fds::copy(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
-    // Read before the list of condemned templates: a later change of the list rings again.
+    // Read before the list of condemned templates: each later change of the list increases the count of rings.
     let rings = stats.page().rings();
     let (_, snapshot) = ledger::read(fds::copy(ledger)?)?;
     let Snapshot { init, reply, options, chosen, backings, condemned, .. } = snapshot;
     let condemned = Condemned::new(&condemned);
-    // The supervisor closes the backings of removed templates.
+    // The supervisor may close the backings of removed templates at any time.
     let backings: Vec<BackingRow> =
         backings.into_iter().filter(|b| !condemned.is_removed(&b.key.digest)).collect();
     let flights = Flights::create(stats.clone())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cpus.clamp(MIN_THREADS, MAX_THREADS);
-    // One more for the thread that answers READs that waited for the store.
+    // One buffer more, for the thread that answers READs after a store outage.
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
-    let most_open = open_templates::most_open();
+    let max_open = open_templates::max_open();
     let sockets = handshake_sockets()?;
     let late: Vec<FileKey> =
         backings.iter().filter(|b| b.id.is_none() && b.why.is_some()).map(|b| b.key.clone()).collect();
@@ -140,9 +141,9 @@ fn serve(inherited: &Inherited) -> Result<()> {
     // Landlock rules refer to the directory itself, so the store must be reachable before they are made.
     open_store(&options.store, reply.is_some())?;
     let lacks = sandbox::enter(&options.store)?;
-    // Opened again: without capabilities the server may have less access than before.
+    // Reopened in the sandbox: without capabilities, the server may have less access than before.
     let store = open_store(&options.store, reply.is_some())?;
-    let tree = Arc::new(Tree::new(store.clone(), most_open, Arc::clone(&condemned)));
+    let tree = Arc::new(Tree::new(store.clone(), max_open, Arc::clone(&condemned)));
     let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cpus);
     let made = Backings::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {
@@ -157,7 +158,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     };
     let decoder = Decoder::new(BLOCK_CACHE, stats.clone(), replies);
     let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, stats.clone()));
-    let outage = StoreOutage::new(store, Arc::clone(&reader), stats.clone(), LONGEST_WAIT);
+    let outage = StoreOutage::new(store, Arc::clone(&reader), stats.clone(), STORE_TIMEOUT);
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
     let unfinished = made.restore_late(late);
     let filesystem =
@@ -167,20 +168,20 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let taken_over = |e| Error::failed("cannot take over the connection").because(e);
     device::replace_descriptor(session.as_fd(), fuse).map_err(taken_over)?;
     if reply.is_some() {
-        // The kernel sends the requests that the predecessor has read and not answered again.
+        // The kernel sends those requests again that the predecessor has read but not answered.
         device::resend(fuse).map_err(taken_over)?;
     }
     link.request_done(&ServerRequest::Serving)?;
-    link.wait_for_ever();
+    link.remove_timeout();
     watcher.start(rings);
     made.start(unfinished);
     log::info!("serving with {threads} threads");
-    session.run().map_err(|e| Error::failed("the connection failed").because(e))
+    session.run().map_err(|e| Error::failed("the FUSE connection failed").because(e))
 }
 
-/// Returns the ready backings with their descriptors, which are inherited under the supervisor's numbers. A backing
-/// that became ready after the start of this process is not included: the supervisor returns it when the server
-/// requests it.
+/// Returns the registered backings with their descriptors, which have the same numbers as in the supervisor. A backing
+/// that was registered after the start of this process is not included: the supervisor returns it in reply to a
+/// reservation.
 fn ready(rows: Vec<BackingRow>) -> Vec<(FileKey, u32, OwnedFd)> {
     let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?, row.identity)));
     let inherited = |(key, id, number, identity)| {
@@ -196,24 +197,25 @@ fn handshake_sockets() -> Result<(OwnedFd, OwnedFd)> {
         .map_err(|e| Error::failed("cannot create the sockets of the handshake").because(e.into()))
 }
 
-/// Opens the store. A successor waits for a store that is away: meanwhile the kernel queues requests, and none fails.
+/// Opens the store. A successor waits for a store that is away; meanwhile the kernel queues requests, so that none
+/// fails.
 fn open_store(dir: &Path, successor: bool) -> Result<Store> {
     let mut logged = !successor;
     retry_while(
-        LONGEST_WAIT,
+        STORE_TIMEOUT,
         |_| successor,
         || {
             Store::open(dir).inspect_err(|error| {
                 if !std::mem::replace(&mut logged, true) {
-                    log::error!("{error}; waiting up to {LONGEST_WAIT:?} for the store");
+                    log::error!("{error}; waiting up to {STORE_TIMEOUT:?} for the store");
                 }
             })
         },
     )
 }
 
-/// Performs the handshake. fuser requires an INIT request on its descriptor: it gets the kernel's request through a
-/// socket pair, and its reply goes to the supervisor.
+/// Performs the handshake. fuser reads the INIT request from its descriptor: the server passes the kernel's request to
+/// fuser through a socket pair, and sends fuser's reply to the supervisor.
 fn handshake(
     filesystem: FileSystem,
     (ours, theirs): (OwnedFd, OwnedFd),

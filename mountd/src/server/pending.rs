@@ -20,7 +20,7 @@ pub type OpenReply = Box<dyn FnOnce(Result<Opened, Refusal>) + Send>;
 /// Sends the reply to a READ.
 pub type ReadReply = Box<dyn FnOnce(Result<&[u8], Refusal>) + Send>;
 
-/// An open without a reply.
+/// An open that was not answered yet.
 pub struct PendingOpen {
     reply: OpenReply,
     flight: Flight,
@@ -33,12 +33,13 @@ impl std::fmt::Debug for PendingOpen {
 }
 
 impl PendingOpen {
-    /// Creates a pending open from its reply and its entry in the table of pending requests.
+    /// Creates a pending open from its reply and its entry in the in-flight table.
     pub fn new(reply: OpenReply, flight: Flight) -> PendingOpen {
         PendingOpen { reply, flight }
     }
 
-    /// Parks the open until its backing is ready. Returns false if the table is full: the open must be answered now.
+    /// Parks the open until its backing is registered. Returns false if the in-flight table is full: then the open must
+    /// be answered now.
     pub fn park(&mut self) -> bool {
         self.flight.park(Phase::Parked)
     }

@@ -9,7 +9,7 @@ use crate::protocol::stats::Counter;
 pub enum Refusal {
     /// The name does not exist.
     NoEntry,
-    /// The inode number does not exist (any more).
+    /// The inode number does not exist, or no longer exists.
     Stale,
     /// A lookup in a node that is not a directory.
     NotDirectory,

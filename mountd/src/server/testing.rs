@@ -59,7 +59,7 @@ pub type Answer = (ServerReply, Option<OwnedFd>);
 /// Replies to requests that differ from the default ones; `None` for the default.
 pub type Script = Box<dyn FnMut(&ServerRequest, &Supervisor) -> Option<Answer> + Send>;
 
-/// What the supervisor has seen.
+/// A supervisor that records the requests of the server.
 #[derive(Default)]
 pub struct Supervisor {
     pub requests: Mutex<Vec<ServerRequest>>,
@@ -69,7 +69,7 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Replies as a supervisor with room for all backings.
+    /// Returns the reply of a supervisor whose cache has space for all backings.
     fn answer(&self, request: &ServerRequest) -> Answer {
         match request {
             ServerRequest::Reserve { key, size, .. } => {
@@ -118,7 +118,7 @@ fn supervise(supervisor: Arc<Supervisor>, mut script: Script) -> Arc<Link> {
     Arc::new(Link::new(theirs.into(), None, None))
 }
 
-/// How a server of a test differs from the usual.
+/// The configuration of a server in a test.
 pub struct Setup {
     pub mode: ServeMode,
     pub cache: Cache,
@@ -262,7 +262,7 @@ impl World {
     }
 }
 
-/// Receives a reply, which must come.
+/// Receives a reply; panics if there is none.
 pub fn reply<T>(receiver: &Receiver<T>) -> T {
     receiver.recv_timeout(LIMIT).expect("no reply")
 }

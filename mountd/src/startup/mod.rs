@@ -1,12 +1,12 @@
-//! How a supervisor begins: with a new mount, or in the place of another supervisor.
+//! Startup of a supervisor: with a new mount, or as the successor of another supervisor.
 //!
 //! ```text
 //!   no mount                      ──▶ new_mount: mount(2), INIT, cache      ┐
 //!   the supervisor is dead,
-//!     its server lives            ──▶ takeover:  by pidfd_getfd(2)          ├──▶ Taken ──▶ Supervisor::run
+//!     its server is alive         ──▶ takeover:  by pidfd_getfd(2)          ├──▶ AcquiredMount ──▶ Supervisor::run
 //!   both are dead, a service
 //!     manager has the descriptors ──▶ resume:    by LISTEN_FDS              │
-//!   becomes another program       ──▶ resume:    by --fds                   ┘
+//!   execve(2) of another program  ──▶ resume:    by --fds                   ┘
 //! ```
 
 mod mountpoint;
@@ -33,40 +33,41 @@ use crate::supervisor::callers::{Callers, Starter};
 use crate::supervisor::program::Program;
 use crate::supervisor::service_manager::ServiceManager;
 use crate::supervisor::signals::Signals;
-use crate::supervisor::{Supervisor, Taken};
+use crate::supervisor::{AcquiredMount, Supervisor};
 
-/// `stencil-mountd supervise`.
+/// Runs `stencil-mountd supervise`: acquires a mount and supervises it until its end.
 pub fn supervise(options: MountOptions) -> ExitCode {
     let starter = Starter { foreground: options.foreground };
     if !options.foreground {
-        // A new session: the caller's terminal may go away. Fails only for a process that is a leader already.
+        // A new session, as the caller's terminal may be closed. Fails only for the leader of a process group.
         let _ = rustix::process::setsid();
     }
     let mut callers = Callers::new(Some(starter));
     let fail = |callers: &mut Callers, error: Error| {
         match callers.take_starter() {
-            Some(starter) => starter.tell(Some(&error)),
+            Some(starter) => starter.report(Some(&error)),
             None => log::error!("{error}"),
         }
         ExitCode::from(error.code().exit_code())
     };
     let mut manager = ServiceManager::from_environment();
-    let taken = Signals::new().and_then(|signals| Ok((take(options, &mut manager)?, signals)));
-    let (taken, signals) = match taken {
-        Ok(taken) => taken,
+    let acquired = Signals::new().and_then(|signals| Ok((acquire_mount(options, &mut manager)?, signals)));
+    let (acquired, signals) = match acquired {
+        Ok(acquired) => acquired,
         Err(error) => return fail(&mut callers, error),
     };
-    let (mountpoint, device) = (taken.begin.mount.options.mountpoint.clone(), taken.begin.mount.device);
-    let drains = taken.drains;
-    if taken.begin.has_served {
-        callers.served();
+    let (mountpoint, device) =
+        (acquired.initial_state.mount.options.mountpoint.clone(), acquired.initial_state.mount.device);
+    let drains = acquired.drains;
+    if acquired.initial_state.has_served {
+        callers.report_serving();
     }
-    let ended = match Supervisor::new(taken, callers, signals, manager) {
+    let ended = match Supervisor::new(acquired, callers, signals, manager) {
         Ok(supervisor) => supervisor.run(),
         Err(error) => Err((error, Callers::default())),
     };
     match ended {
-        // The mount that was asked for is yet to be made.
+        // This was the mount of another store: the requested mount does not exist yet.
         Ok(()) if drains => ExitCode::FAILURE,
         Ok(()) => ExitCode::SUCCESS,
         Err((error, mut callers)) => {
@@ -76,17 +77,17 @@ pub fn supervise(options: MountOptions) -> ExitCode {
     }
 }
 
-/// `stencil-mountd resume`: what a supervisor is after it has become another program.
+/// Runs `stencil-mountd resume`: continues the supervisor that executed this program in its process.
 pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
     let resumed = || -> Result<(Supervisor, Option<_>)> {
         let mut fds = NamedFds::from_args(args)?;
         let caller = fds.take("caller");
-        let taken = resume::from_fds(&mut fds)?;
+        let acquired = resume::from_fds(&mut fds)?;
         let mut callers = Callers::new(None);
         let caller = caller.map(|fd| callers.resume(control::Channel::new(fd)));
         let signals = Signals::new()?;
         process::block_signals(false).map_err(|e| Error::failed("cannot unblock signals").because(e))?;
-        Ok((Supervisor::new(taken, callers, signals, ServiceManager::from_environment())?, caller))
+        Ok((Supervisor::new(acquired, callers, signals, ServiceManager::from_environment())?, caller))
     };
     let ended = resumed().and_then(|(mut supervisor, caller)| {
         let own = Program::own().map_err(|e| Error::failed("cannot open this program").because(e));
@@ -102,8 +103,8 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// `stencil-mountd check`: whether this program can continue from the ledger on standard input. Writes the outcome to
-/// standard output.
+/// Runs `stencil-mountd check`: checks whether this program can read the ledger on standard input. Writes the outcome
+/// to standard output.
 pub fn check() -> ExitCode {
     use crate::supervisor::jobs::Outcome;
     let checked = || -> Result<()> { ledger::read(fds::copy(rustix::stdio::stdin())?).map(drop) };
@@ -111,46 +112,46 @@ pub fn check() -> ExitCode {
         Ok(()) => (Outcome::Done, ExitCode::SUCCESS),
         Err(error) => (Outcome::Failed(control::Failure::from(&error)), ExitCode::FAILURE),
     };
-    // One write(2): the socket carries whole messages.
+    // One write(2), as each write to the socket is one message.
     let text = serde_json::to_vec(&outcome).unwrap_or_default();
     let _ = rustix::io::write(rustix::stdio::stdout(), &text);
     code
 }
 
-/// A new mount, or a mount whose supervisor is dead.
-fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
+/// Takes over a mount whose supervisor is dead, or creates a new mount.
+fn acquire_mount(options: MountOptions, manager: &mut ServiceManager) -> Result<AcquiredMount> {
     let mountpoint = mountpoint::canonical(&options.mountpoint)?;
-    let left = control::mounts()?
+    let orphan = control::mounts()?
         .into_iter()
         .find(|m| m.mountpoint == mountpoint && !m.detached && m.orphaned && m.server_pid.is_some());
     let mut stored = NamedFds::from_service_manager()?;
     let names: Vec<String> = stored.names().map(str::to_owned).collect();
-    let living = stored.of("fuse").iter().any(|fuse| !device::is_over(fuse));
-    let found = match left {
-        Some(left) => {
-            option_conflicts::same_store(&options, &left.store, &left.store_id)?;
-            Some(takeover::take_over(&left)?)
+    let has_open_connection = stored.of("fuse").iter().any(|fuse| !device::is_over(fuse));
+    let found = match orphan {
+        Some(orphan) => {
+            option_conflicts::same_store(&options, &orphan.store, &orphan.store_id)?;
+            Some(takeover::take_over(&orphan)?)
         }
-        None if living => resume::from_manager(&mut stored, &options)?,
+        None if has_open_connection => resume::from_manager(&mut stored, &options)?,
         None => None,
     };
     let is_new = found.is_none();
-    let mut taken = match found {
-        Some(taken) => {
-            option_conflicts::warn_about_differences(&options, &taken.begin.mount.options);
-            taken
+    let mut acquired = match found {
+        Some(acquired) => {
+            option_conflicts::warn_about_differences(&options, &acquired.initial_state.mount.options);
+            acquired
         }
         None => {
-            let taken = new_mount::prepare(options.clone())?;
-            // Descriptors of an earlier mount must not be taken for those of this mount.
+            let acquired = new_mount::prepare(options.clone())?;
+            // Descriptors of an earlier mount in the descriptor store must not be confused with those of this mount.
             names.iter().for_each(|name| manager.forget(name));
-            taken
+            acquired
         }
     };
-    let facts = &mut taken.begin.mount;
+    let facts = &mut acquired.initial_state.mount;
     facts.options.foreground = options.foreground;
     if !options.foreground {
-        leave_terminal(&taken.resources.record).inspect_err(|_| {
+        leave_terminal(&acquired.resources.record).inspect_err(|_| {
             if is_new {
                 new_mount::unmount(&facts.options.mountpoint, facts.device);
             }
@@ -158,10 +159,11 @@ fn take(options: MountOptions, manager: &mut ServiceManager) -> Result<Taken> {
     }
     lower_oom_score();
     raise_limits();
-    Ok(taken)
+    Ok(acquired)
 }
 
-/// Logs to the directory of the record, and leaves the caller's working directory: each path is canonical by now.
+/// Redirects the log to the directory of the record, and leaves the caller's working directory: all paths are
+/// canonical by now.
 fn leave_terminal(record: &RecordDir) -> Result<()> {
     let path = record.path().join(LOG_FILE);
     let open = || -> std::io::Result<()> { Ok(rustix::stdio::dup2_stderr(&record.open_log()?)?) };
@@ -169,7 +171,7 @@ fn leave_terminal(record: &RecordDir) -> Result<()> {
     std::env::set_current_dir("/").map_err(|e| Error::io("cannot enter", "/", e))
 }
 
-/// Many guests depend on this process and its servers: the OOM killer should choose other processes first.
+/// Lowers the OOM score of this process and its future servers, on which many guests depend.
 fn lower_oom_score() {
     const SCORE: &str = "-900";
     let path = "/proc/self/oom_score_adj";
@@ -180,7 +182,8 @@ fn lower_oom_score() {
     }
 }
 
-/// Each backing is a descriptor here and in the server, and a large file: the limits of the caller's session are too low.
+/// Raises the resource limits: each backing is a large file with a descriptor here and in the server, more than the
+/// limits of a login session allow.
 fn raise_limits() {
     for error in inherited::raise_limits() {
         log::warn!("cannot raise a limit: {error}");

@@ -14,11 +14,11 @@ use stencilfs::sys::process::procfs;
 
 use super::orphan_probe;
 
-/// Longest time that a mount without a server takes to get one, or to end.
+/// Longest wait for a mount without a server: either its supervisor starts a server, or the mount ends.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Returns the canonical path of a directory that can take a mount: empty, and not a mountpoint already. Unmounts a
-/// dead mount of Stencil.
+/// Returns the canonical path of a directory that can be mounted on: empty, and not a mountpoint yet. Unmounts a dead
+/// mount of Stencil.
 ///
 /// # Errors
 /// Returns an error that names the obstacle and the remedy.
@@ -27,13 +27,14 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     let until = Instant::now() + STARTUP_TIMEOUT;
     while let Some(there) = mount::at(&canonical)? {
         let ours = there.fs_type == mount::FS_TYPE;
-        let known = control::every_mount()?.into_iter().find(|m| m.device == there.dev);
-        if known.as_ref().is_some_and(|m| m.server_pid.is_none()) && Instant::now() < until {
-            // The supervisor is starting a server; or it has died, and a child still holds the lock on its record.
+        let record = control::every_mount()?.into_iter().find(|m| m.device == there.dev);
+        if record.as_ref().is_some_and(|m| m.server_pid.is_none()) && Instant::now() < until {
+            // Either the supervisor is starting a server, or the supervisor has died and a child of it still holds the
+            // lock on the record.
             thread::sleep(Duration::from_millis(10));
             continue;
         }
-        if ours && known.is_none() {
+        if ours && record.is_none() {
             orphan_probe::expect_dead(&canonical, there.dev)?;
             log::warn!("{}: unmounting a dead Stencil mount", canonical.display());
             mount::unmount(&canonical, true)
@@ -65,7 +66,8 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     Ok(canonical)
 }
 
-/// Returns the path without symbolic links. Does not access a file system that is mounted there, which may not respond.
+/// Returns the path without symbolic links. Does not access a file system that is mounted at the path, as its server
+/// may not respond.
 ///
 /// # Errors
 /// Returns an error if the parent directory does not exist.
@@ -84,21 +86,21 @@ fn unusable(path: &Path, e: std::io::Error) -> Error {
 /// Returns the device number of the topmost mount at a mountpoint, from the mount table.
 ///
 /// # Errors
-/// Returns an error if nothing is mounted there.
+/// Returns an error if the path is not a mountpoint.
 pub fn device_at(mountpoint: &Path) -> Result<u64> {
-    mount::at(mountpoint)?.map(|m| m.dev).ok_or_else(|| not_there(mountpoint))
+    mount::at(mountpoint)?.map(|m| m.dev).ok_or_else(|| not_mounted(mountpoint))
 }
 
-/// Returns the device number of a connection's mount without a request to the mount. On kernels that do not report the
-/// device of a connection, returns that of the topmost mount at the mountpoint.
+/// Returns the device number of a connection's mount, without a request to the mount. On kernels that do not report the
+/// device of a connection, returns the device number of the topmost mount at the mountpoint.
 ///
 /// # Errors
-/// Returns an error if the mount is not there.
+/// Returns an error if the mount is not in the mount table.
 pub fn device_of(fuse: &OwnedFd, mountpoint: &Path) -> Result<u64> {
     let ours = device::connection_of(fuse).ok().flatten();
     match ours {
         Some(ours) if devices_at(mountpoint)?.contains(&ours) => Ok(ours),
-        Some(_) => Err(not_there(mountpoint)),
+        Some(_) => Err(not_mounted(mountpoint)),
         None => device_at(mountpoint),
     }
 }
@@ -107,8 +109,8 @@ pub fn device_of(fuse: &OwnedFd, mountpoint: &Path) -> Result<u64> {
 /// call.
 ///
 /// # Errors
-/// Returns [`Code::InUse`](stencilfs::error::Code::InUse) if another mount is below.
-pub fn is_lowest(mountpoint: &Path, device: u64) -> Result<()> {
+/// Returns [`Code::InUse`](stencilfs::error::Code::InUse) if there is another mount below.
+pub fn expect_lowest(mountpoint: &Path, device: u64) -> Result<()> {
     if devices_at(mountpoint)?.first() == Some(&device) {
         return Ok(());
     }
@@ -122,7 +124,7 @@ fn devices_at(mountpoint: &Path) -> Result<Vec<u64>> {
     Ok(all.filter(|mount| mount.mountpoint == mountpoint).map(|mount| mount.dev).collect())
 }
 
-fn not_there(mountpoint: &Path) -> Error {
+fn not_mounted(mountpoint: &Path) -> Error {
     Error::failed("the mount is missing in /proc/self/mountinfo").at(mountpoint)
 }
 

@@ -1,4 +1,4 @@
-//! Makes a new mount.
+//! Creates a new mount.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -20,13 +20,13 @@ use crate::protocol::stats::Stats;
 use crate::supervisor::machine::{Backings, InitialState, MountFacts, Removal};
 use crate::supervisor::program::Program;
 use crate::supervisor::resources::Resources;
-use crate::supervisor::{Taken, cache, callers};
+use crate::supervisor::{AcquiredMount, cache, callers};
 
-/// Mounts, and reads the kernel's INIT request. Unmounts again on failure.
+/// Mounts, and reads the kernel's INIT request. Unmounts on failure.
 ///
 /// # Errors
-/// Returns an error that names the obstacle and the remedy.
-pub fn prepare(mut options: MountOptions) -> Result<Taken> {
+/// Returns an error that names the obstacle and a remedy.
+pub fn prepare(mut options: MountOptions) -> Result<AcquiredMount> {
     let store = Store::open(&options.store)?;
     options.store = store.dir().to_owned();
     let fail = |what: &'static str| move |e| Error::failed(what).because(e);
@@ -50,14 +50,14 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
         }
     })?;
     let mountpoint = options.mountpoint.clone();
-    let start = || -> Result<Taken> {
-        // A mount of another runtime directory does not take the same lock.
-        place::is_lowest(&mountpoint, device)?;
+    let start = || -> Result<AcquiredMount> {
+        // A mount with another runtime directory does not take the same lock.
+        place::expect_lowest(&mountpoint, device)?;
         let init = device::read_init(&fuse).map_err(fail("cannot read the kernel's INIT request"))?;
         let chosen = cache::choose(&options, &init)?;
         let listener = callers::listen_at(&record)?;
         let stats = Stats::new(counters);
-        let begin = InitialState {
+        let initial_state = InitialState {
             mount: MountFacts {
                 options,
                 store_id: store.id(),
@@ -79,9 +79,9 @@ pub fn prepare(mut options: MountOptions) -> Result<Taken> {
             rings: stats.page().rings(),
         };
         let resources = Resources { fuse, stats, record, listener, ledger };
-        // Written before the lock is released: the next startup sees the record.
-        resources.write_record(&begin.mount, None, &begin.program)?;
-        Ok(Taken { begin, resources, link: None, drains: false })
+        // Before the lock is released: the next startup must find the record.
+        resources.write_record(&initial_state.mount, None, &initial_state.program)?;
+        Ok(AcquiredMount { initial_state, resources, link: None, drains: false })
     };
     start().inspect_err(|_| unmount(&mountpoint, device))
 }

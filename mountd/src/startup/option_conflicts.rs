@@ -1,4 +1,4 @@
-//! Compares the requested mount with the mount that is there already.
+//! Compares a requested mount with an existing mount that the supervisor takes over.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -10,19 +10,22 @@ use stencilfs::store::Store;
 /// Most symbolic links that the kernel follows in one path (`MAXSYMLINKS` in `include/linux/namei.h`).
 const MAX_LINKS: usize = 40;
 
-/// Rejects a request for another store than the one of the mount: the same names would stand for other content. `store`
-/// and `id` are those of the mount. The store may be away, as long as the request names its path.
+/// Rejects a request for another store than the store of the existing mount, as the names of its templates would have
+/// other content. `store` and `id` are the path and the identity of the existing mount's store. That store may be away
+/// if the request names its path.
 ///
 /// # Errors
 /// Returns [`Code::InUse`](stencilfs::error::Code::InUse) for another store, and an error if the requested store cannot
 /// be opened.
 pub fn same_store(requested: &MountOptions, store: &Path, id: &str) -> Result<()> {
-    if leads_to(&requested.store, store) || control::is_of_store(store, id, &Store::open(&requested.store)?) {
+    if resolves_to(&requested.store, store)
+        || control::is_of_store(store, id, &Store::open(&requested.store)?)
+    {
         return Ok(());
     }
     let mountpoint = requested.mountpoint.display();
     Err(Error::in_use(format!(
-        "a mount of the store {} is there, and its supervisor is dead",
+        "the mountpoint is in use by a mount of the store {}, whose supervisor is dead",
         store.display()
     ))
     .at(&requested.mountpoint)
@@ -32,12 +35,12 @@ pub fn same_store(requested: &MountOptions, store: &Path, id: &str) -> Result<()
     )))
 }
 
-/// Returns true if `path` leads to the path `store`, even if the store and directories on the way are missing.
-fn leads_to(path: &Path, store: &Path) -> bool {
+/// Returns true if `path` resolves to the path `store`, even if the store or directories of the path are missing.
+fn resolves_to(path: &Path, store: &Path) -> bool {
     let path = std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path));
-    let mut left: Vec<OsString> = path.iter().rev().map(OsStr::to_owned).collect();
+    let mut components: Vec<OsString> = path.iter().rev().map(OsStr::to_owned).collect();
     let (mut reached, mut links) = (PathBuf::new(), 0);
-    while let Some(name) = left.pop() {
+    while let Some(name) = components.pop() {
         if name == ".." {
             reached.pop();
             continue;
@@ -46,7 +49,7 @@ fn leads_to(path: &Path, store: &Path) -> bool {
         match std::fs::read_link(&next) {
             // An absolute target begins with the root directory, which replaces `reached` in `join`.
             Ok(to) if links < MAX_LINKS => {
-                left.extend(to.iter().rev().filter(|name| *name != ".").map(OsStr::to_owned));
+                components.extend(to.iter().rev().filter(|name| *name != ".").map(OsStr::to_owned));
                 links += 1;
             }
             _ => reached = next,
@@ -55,7 +58,7 @@ fn leads_to(path: &Path, store: &Path) -> bool {
     reached == store
 }
 
-/// Logs the requested options that have no effect: a mount that is taken over keeps its options.
+/// Logs the requested options that have no effect, as a mount that is taken over keeps its options.
 pub fn warn_about_differences(requested: &MountOptions, current: &MountOptions) {
     let differing: Vec<&str> = [
         ("serve", requested.serve != current.serve),
@@ -91,12 +94,12 @@ mod tests {
         symlink("away", real.join("second")).unwrap();
         symlink("loop", real.join("loop")).unwrap();
         let away = real.join("away");
-        assert!(leads_to(&away, &away) && leads_to(&real.join("first"), &away));
-        assert!(!leads_to(&real.join("loop"), &away) && !leads_to(&real.join("other"), &away));
-        assert!(leads_to(&real.join("here/away"), &away) && leads_to(&real.join("here/first"), &away));
+        assert!(resolves_to(&away, &away) && resolves_to(&real.join("first"), &away));
+        assert!(!resolves_to(&real.join("loop"), &away) && !resolves_to(&real.join("other"), &away));
+        assert!(resolves_to(&real.join("here/away"), &away) && resolves_to(&real.join("here/first"), &away));
         symlink("gone/../away", real.join("third")).unwrap();
-        assert!(leads_to(&real.join("third"), &away));
+        assert!(resolves_to(&real.join("third"), &away));
         std::fs::create_dir(&away).unwrap();
-        assert!(leads_to(&real.join("here/away"), &away));
+        assert!(resolves_to(&real.join("here/away"), &away));
     }
 }

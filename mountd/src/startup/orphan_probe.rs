@@ -1,5 +1,5 @@
-//! Probes a mount that has no record here: is there a process that serves it? The probe runs in a child process, as the
-//! mount may not respond and a process that waits for the mount cannot be ended.
+//! Probes a mount that has no record in the runtime directory: determines whether a process serves the mount. The probe
+//! runs in a child process, because a process that waits for a mount that does not respond cannot be killed.
 
 use std::ffi::OsString;
 use std::fs;
@@ -22,10 +22,10 @@ use stencilfs::sys::process::{holders, procfs};
 use super::takeover::Holder;
 use crate::protocol::ledger;
 
-/// Longest wait for a reply: long enough for the startup of a mount, and for the exit of its last process.
+/// Longest wait for a reply of the mount: long enough for the startup of a mount, and for the exit of its last process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(4);
 const PROBE_INTERVAL: Duration = Duration::from_millis(50);
-/// Longest time of a probe, including a scan of all processes.
+/// Longest duration of a probe, including a scan of all processes.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Result of a probe.
@@ -34,13 +34,13 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 enum ProbeResult {
     /// The connection is closed.
     Over,
-    /// The supervisor died before it wrote a record; only its server is left.
+    /// The supervisor died before it wrote a record; its server is still alive.
     Left,
-    /// The mount is served; with its runtime directory, if that is known.
+    /// The mount is served. Contains the runtime directory of the mount, if known.
     Served(Option<PathBuf>),
 }
 
-/// Checks that the mount of `device` can be unmounted without loss.
+/// Checks that no process can use the mount of `device` any more, so that it may be unmounted.
 ///
 /// # Errors
 /// Returns [`Code::InUse`](stencilfs::error::Code::InUse) unless the mount is known to be dead.
@@ -63,11 +63,12 @@ pub fn expect_dead(mountpoint: &Path, device: u64) -> Result<()> {
              directory"
         ),
     };
-    let what = format!("a live Stencil mount is there that has no record in {}", ours.display());
+    let what =
+        format!("the mountpoint is in use by a live Stencil mount that has no record in {}", ours.display());
     Err(Error::in_use(what).at(mountpoint).remedy(remedy))
 }
 
-/// Runs the probe in a child process. Returns `None` if the child does not reply in time.
+/// Runs the probe in a child process. Returns `None` if the child reports no result in time.
 fn probe(mountpoint: &Path, device: u64) -> std::io::Result<Option<ProbeResult>> {
     let (ours, theirs) = Channel::pair()?;
     ours.set_timeout(PROBE_TIMEOUT)?;
@@ -80,7 +81,7 @@ fn probe(mountpoint: &Path, device: u64) -> std::io::Result<Option<ProbeResult>>
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()?;
-    let seen = ours.receive().ok().flatten().map(|(seen, _)| seen);
+    let result = ours.receive().ok().flatten().map(|(result, _)| result);
     let _ = child.kill();
     // A child that waits for an unresponsive mount cannot exit until the connection is closed.
     for _ in 0..20 {
@@ -89,14 +90,14 @@ fn probe(mountpoint: &Path, device: u64) -> std::io::Result<Option<ProbeResult>>
         }
         thread::sleep(PROBE_INTERVAL / 10);
     }
-    Ok(seen)
+    Ok(result)
 }
 
 /// Runs `stencil-mountd unrecorded`: writes the result of a probe to standard output.
 pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let device = args.next().and_then(|word| word.to_str()?.parse().ok());
     let (Some(device), Some(mountpoint)) = (device, args.next()) else { return ExitCode::from(2) };
-    // One write, as the other end reads whole packets.
+    // One write, as each write to the socket is one message.
     let text = serde_json::to_vec(&probe_mount(PathBuf::from(mountpoint), device)).unwrap_or_default();
     let _ = rustix::io::write(rustix::stdio::stdout(), &text);
     ExitCode::SUCCESS
@@ -107,7 +108,7 @@ fn probe_mount(mountpoint: PathBuf, device: u64) -> ProbeResult {
     // statfs(2) always sends a request to the server, whereas stat(2) may use attributes that the kernel has cached.
     thread::spawn(move || {
         let _ = sender.send(statfs(&mountpoint).err());
-        // The end of the thread would close the channel, which `recv_timeout` reports at once and again and again.
+        // The end of the thread would close the channel, and `recv_timeout` would no longer wait.
         thread::park();
     });
     let until = Instant::now() + REPLY_TIMEOUT;
@@ -118,9 +119,9 @@ fn probe_mount(mountpoint: PathBuf, device: u64) -> ProbeResult {
             Ok(_) => answered = true,
             Err(_) => {}
         }
-        // A server whose supervisor died before the mount was served waits for a supervisor, and does not reply.
+        // A server whose supervisor died during startup waits for a supervisor and does not answer the statfs request.
         let (holding, all) = holders(device);
-        if all && !holding.is_empty() && holding.iter().all(Holding::is_left) {
+        if all && !holding.is_empty() && holding.iter().all(Holding::is_orphan) {
             return ProbeResult::Left;
         }
         if answered || Instant::now() > until {
@@ -129,10 +130,10 @@ fn probe_mount(mountpoint: PathBuf, device: u64) -> ProbeResult {
     }
 }
 
-/// Returns the processes that have a descriptor of the connection, and true if all processes could be inspected.
+/// Returns the processes that have a descriptor of the connection, and whether all processes could be inspected.
 fn holders(device: u64) -> (Vec<Holding>, bool) {
-    let me = std::process::id();
-    let pids = procfs::pids().unwrap_or_default().into_iter().filter(|&pid| pid != me).collect();
+    let own_pid = std::process::id();
+    let pids = procfs::pids().unwrap_or_default().into_iter().filter(|&pid| pid != own_pid).collect();
     let looks = holders::look_at_each(pids, holders::SCAN_TIMEOUT, move |pid| {
         device::is_held_by(pid, device).then(|| Holding::of(pid))
     });
@@ -142,10 +143,10 @@ fn holders(device: u64) -> (Vec<Holding>, bool) {
 /// A process that has a descriptor of the connection.
 #[derive(Debug, Default)]
 struct Holding {
-    /// Runtime directory with the record of its mount, if the process is a server.
+    /// Runtime directory that contains the record of the mount, if the process is a server.
     dir: Option<PathBuf>,
     /// True if the process is a server whose supervisor is dead.
-    lost: bool,
+    has_dead_supervisor: bool,
 }
 
 impl Holding {
@@ -155,25 +156,26 @@ impl Holding {
             return Holding::default();
         }
         let ledger = Holder::open(pid).and_then(|server| server.get("ledger"));
-        let Ok(snapshot) = ledger.and_then(|ledger| ledger::look(&ledger)) else {
+        let Ok(snapshot) = ledger.and_then(|ledger| ledger::read_snapshot(&ledger)) else {
             return Holding::default();
         };
-        // A PID of another PID namespace means nothing here.
+        // The supervisor's PID is valid in the PID namespace of its server only.
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-        let near = namespace("self").is_some_and(|ours| namespace(&pid.to_string()) == Some(ours));
+        let same_namespace = namespace("self").is_some_and(|ours| namespace(&pid.to_string()) == Some(ours));
         Holding {
-            lost: near && !snapshot.supervisor.is_alive(),
+            has_dead_supervisor: same_namespace && !snapshot.supervisor.is_alive(),
             dir: snapshot.record.parent().and_then(Path::parent).map(Path::to_owned),
         }
     }
 
-    /// Returns true if the process is the server of a mount of this runtime directory, which has no record there.
-    fn is_left(&self) -> bool {
+    /// Returns true if the process is a server whose supervisor is dead, of a mount that belongs to this runtime
+    /// directory.
+    fn is_orphan(&self) -> bool {
         let ours = runtime_dir();
         let same = |dir: &Path| {
             dir == ours
                 || matches!((fs::canonicalize(dir), fs::canonicalize(&ours)), (Ok(a), Ok(b)) if a == b)
         };
-        self.lost && self.dir.as_deref().is_some_and(same)
+        self.has_dead_supervisor && self.dir.as_deref().is_some_and(same)
     }
 }

@@ -15,20 +15,24 @@ use crate::supervisor::machine::{Backings, InitialState, MountFacts, Removal};
 use crate::supervisor::program::Program;
 use crate::supervisor::resources::Resources;
 
-/// Descriptors of another supervisor.
-pub struct Found {
+/// The descriptors of a mount, from another supervisor or its server.
+pub struct MountFds {
     pub fuse: OwnedFd,
     pub counters: OwnedFd,
     pub ledger: Ledger,
     pub program: Program,
     pub listener: Option<OwnedFd>,
+    /// Files of backings, in no particular order.
     pub files: Vec<OwnedFd>,
 }
 
-/// The mount of a ledger, with the descriptors that were found. The caller has locked `record`.
-pub fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(InitialState, Resources)> {
+/// Restores a mount from the mount state in its ledger and from its descriptors. The caller holds the lock on `record`.
+///
+/// # Errors
+/// Returns an error if the counters page cannot be mapped or the control socket cannot be created.
+pub fn restore(snapshot: Snapshot, record: RecordDir, found: MountFds) -> Result<(InitialState, Resources)> {
     let counters = SharedCounters::map(found.counters)
-        .map_err(|e| Error::failed("cannot map the page of counters").because(e))?;
+        .map_err(|e| Error::failed("cannot map the counters page").because(e))?;
     let listener = match found.listener {
         Some(listener) => listener,
         None => callers::listen_at(&record)?,
@@ -39,7 +43,7 @@ pub fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(I
         Some(files.swap_remove(at))
     });
     let stats = Stats::new(counters);
-    let begin = InitialState {
+    let initial_state = InitialState {
         mount: MountFacts {
             options: snapshot.options,
             store_id: snapshot.store_id,
@@ -57,10 +61,10 @@ pub fn restore(snapshot: Snapshot, record: RecordDir, found: Found) -> Result<(I
         removal: Removal::restore(&snapshot.condemned, std::time::Instant::now()),
         has_served: stats.get(Counter::Answers) > 0,
         restarts: snapshot.restarts,
-        // Another process has not been asked for the end.
+        // Another supervisor's termination does not count: this process has received no signal.
         draining: snapshot.supervisor == ProcessId::me()? && snapshot.draining,
         rings: stats.page().rings(),
     };
-    let Found { fuse, ledger, .. } = found;
-    Ok((begin, Resources { fuse, stats, record, listener, ledger }))
+    let MountFds { fuse, ledger, .. } = found;
+    Ok((initial_state, Resources { fuse, stats, record, listener, ledger }))
 }

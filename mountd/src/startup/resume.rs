@@ -1,5 +1,5 @@
-//! Takes over a mount whose descriptors were passed to this process: by the program that the process executed before,
-//! or by a service manager that held them while supervisor and server were dead.
+//! Takes over a mount whose descriptors were passed to this process: by the program that this process ran before
+//! execve(2), or by a service manager that stored the descriptors while supervisor and server were dead.
 
 use std::os::fd::OwnedFd;
 
@@ -9,79 +9,81 @@ use stencilfs::error::{Code, Error, Result};
 use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::ProcessId;
 
-use super::restore::{Found, restore};
+use super::restore::{MountFds, restore};
 use super::{option_conflicts, takeover};
 use crate::protocol::fds;
 use crate::protocol::ledger::{self, Ledger};
 use crate::protocol::named_fds::NamedFds;
-use crate::supervisor::Taken;
+use crate::supervisor::AcquiredMount;
 use crate::supervisor::machine::InitialState;
 use crate::supervisor::program::Program;
 
-/// A ledger, its contents, and the FUSE connection that it describes.
+/// A ledger, the mount state in it, and the FUSE connection of that mount.
 type Connection = (Ledger, Snapshot, OwnedFd);
 
-/// Continues with the descriptors of the program that this process executed before.
+/// Continues with the descriptors of the program that this process ran before execve(2).
 ///
 /// # Errors
 /// Returns an error that names the missing descriptor.
-pub fn from_fds(fds: &mut NamedFds) -> Result<Taken> {
+pub fn from_fds(fds: &mut NamedFds) -> Result<AcquiredMount> {
     let connection = connection(fds)?;
     let record = RecordDir::inherited(connection.1.record.clone(), fds.need("record")?);
     resume(fds, connection, record)
 }
 
-/// Takes over a mount from the descriptors that a service manager holds. Returns `None` if the supervisor of that mount
-/// is alive: the supervisor serves the mount until the last clone ends.
+/// Takes over a mount with the descriptors that a service manager stored. Returns `None` if the supervisor of that
+/// mount is alive: then that supervisor serves the mount until the last clone ends.
 ///
 /// # Errors
 /// Returns an error that names the missing descriptor, and [`Code::InUse`] if another supervisor is taking over the
 /// mount.
-pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Option<Taken>> {
+pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Option<AcquiredMount>> {
     let connection = connection(fds)?;
     let snapshot = &connection.1;
     if snapshot.supervisor.is_alive() {
         log::info!(
-            "the earlier mount stays with its supervisor, process {}, which serves until the last clone ends",
+            "the earlier mount is still supervised by process {}, which serves the mount until the last clone ends",
             snapshot.supervisor.pid
         );
         return Ok(None);
     }
-    // The clones of a mount of another store must still be served, but its templates must no longer be found.
-    let other = option_conflicts::same_store(requested, &snapshot.options.store, &snapshot.store_id).err();
-    if let Some(other) = &other {
+    // A mount of another store must still serve its clones, but its templates must no longer be found at the
+    // mountpoint.
+    let conflict = option_conflicts::same_store(requested, &snapshot.options.store, &snapshot.store_id).err();
+    if let Some(conflict) = &conflict {
         log::error!(
-            "{other}: serving the detached mount until its last clone ends; then this service must start again"
+            "{conflict}; serving that mount, detached, until its last clone ends; the service must then be restarted"
         );
     }
     let record = match RecordDir::take_over(&snapshot.record) {
-        // The record of a mount without live processes may have been removed.
+        // Another command may have removed the record, as no process of the mount was alive.
         Err(error) if error.code() == Code::NotFound => RecordDir::create(ProcessId::me()?)?,
         other => other?,
     };
-    resume(fds, connection, record).map(|taken| Some(Taken { drains: other.is_some(), ..taken }))
+    resume(fds, connection, record)
+        .map(|acquired| Some(AcquiredMount { drains: conflict.is_some(), ..acquired }))
 }
 
-fn resume(named: &mut NamedFds, connection: Connection, record: RecordDir) -> Result<Taken> {
+fn resume(named: &mut NamedFds, connection: Connection, record: RecordDir) -> Result<AcquiredMount> {
     let (ledger, snapshot, fuse) = connection;
     let counters = named.all("counters").into_iter().rfind(|fd| fds::has_identity(fd, snapshot.page));
     let missing = |what| Error::failed(format!("missing descriptor '{what}' of this mount"));
     let counters = counters.ok_or_else(|| missing("counters"))?;
-    // Servers are started from the previous program until a server of the new program has proved itself.
+    // Servers are started from the previous program until a server of the new program has answered a request.
     let (previous, program) = (named.take("previous"), named.take("program"));
     let program = Program::new(previous.or(program).ok_or_else(|| missing("program"))?);
     let (listener, link) = (named.take("listener"), named.take("peer").map(Channel::new));
     let row = snapshot.server.clone();
-    let found = Found { fuse, counters, ledger, program, listener, files: named.rest() };
-    let (mut begin, resources) = restore(snapshot, record, found)?;
+    let found = MountFds { fuse, counters, ledger, program, listener, files: named.rest() };
+    let (mut initial_state, resources) = restore(snapshot, record, found)?;
     let link = match (&row, link) {
-        // Server and link are those that this process had before exec.
+        // The server and the link to it are unchanged by execve(2).
         (Some(row), Some(link)) if row.process.is_alive() => {
-            takeover::greet(&link);
-            let table = takeover::table_of(row.process.pid);
+            takeover::announce_supervisor(&link);
+            let table = takeover::in_flight_table(row.process.pid);
             Some((link, table))
         }
-        // A server without a link is useless: it is killed, and its successor serves its pending requests.
+        // A server without a link cannot be supervised: kill it; its successor serves its pending requests.
         (Some(row), None) => {
             if let Err(error) = row.process.signal(Signal::KILL) {
                 log::warn!("cannot kill server {}: {error}", row.process.pid);
@@ -91,34 +93,34 @@ fn resume(named: &mut NamedFds, connection: Connection, record: RecordDir) -> Re
         _ => None,
     };
     if link.is_some() {
-        begin = InitialState { server: row, ..begin };
+        initial_state = InitialState { server: row, ..initial_state };
     } else {
-        drop(begin.backings.drop_unfinished());
+        drop(initial_state.backings.drop_unfinished());
     }
-    Ok(Taken { begin, resources, link, drains: false })
+    Ok(AcquiredMount { initial_state, resources, link, drains: false })
 }
 
-/// Returns the live connection and its ledger. A service manager may also hold the descriptors of an earlier mount,
-/// whose device number the kernel may have reused: of several ledgers, the one of the latest supervisor is the right
-/// one.
+/// Returns the open connection and its ledger. A service manager may also have stored the descriptors of an earlier
+/// mount, whose device number the kernel may have reused: of several matching ledgers, returns the ledger of the latest
+/// supervisor.
 fn connection(fds: &mut NamedFds) -> Result<Connection> {
-    let mut living: Vec<OwnedFd> = fds.all("fuse");
-    if living.len() > 1 {
-        living.retain(|fuse| !device::is_over(fuse));
+    let mut connections: Vec<OwnedFd> = fds.all("fuse");
+    if connections.len() > 1 {
+        connections.retain(|fuse| !device::is_over(fuse));
     }
-    let mut why = Error::failed("missing descriptor 'ledger'");
+    let mut failure = Error::failed("missing descriptor 'ledger'");
     let mut found: Option<(Ledger, Snapshot, usize)> = None;
     for ledger in fds.all("ledger") {
         let (ledger, snapshot) = match ledger::read(ledger) {
             Ok(read) => read,
             Err(error) => {
-                why = error;
+                failure = error;
                 continue;
             }
         };
-        let Some(at) = living.iter().position(|fuse| takeover::is_of(fuse, snapshot.device)) else {
-            why =
-                Error::failed("missing descriptor 'fuse': no connection belongs to the mount of the ledger")
+        let Some(at) = connections.iter().position(|fuse| takeover::belongs_to(fuse, snapshot.device)) else {
+            failure =
+                Error::failed("missing descriptor 'fuse': the ledger belongs to none of the connections")
                     .remedy("unmount and mount again");
             continue;
         };
@@ -128,5 +130,5 @@ fn connection(fds: &mut NamedFds) -> Result<Connection> {
             found = Some((ledger, snapshot, at));
         }
     }
-    found.map(|(ledger, snapshot, at)| (ledger, snapshot, living.swap_remove(at))).ok_or(why)
+    found.map(|(ledger, snapshot, at)| (ledger, snapshot, connections.swap_remove(at))).ok_or(failure)
 }

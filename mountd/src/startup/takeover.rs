@@ -1,4 +1,4 @@
-//! Takes over a mount whose supervisor was killed: its server has all descriptors that the supervisor had.
+//! Takes over a mount whose supervisor is dead, with the descriptors that its server inherited from the supervisor.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,52 +12,51 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::{has_ended, pidfd};
 
-use super::restore::{Found, restore};
+use super::restore::{MountFds, restore};
 use crate::protocol::{Numbered, ServerReply, fds, ledger, named_fds};
-use crate::supervisor::Taken;
+use crate::supervisor::AcquiredMount;
 use crate::supervisor::machine::InitialState;
 use crate::supervisor::program::Program;
 
-/// Takes over a mount and its server.
+/// Takes over an orphaned mount and its server.
 ///
 /// # Errors
-/// Returns an error that names the missing descriptor. The mount is left unchanged: its server still serves it.
-pub fn take_over(left: &Mount) -> Result<Taken> {
+/// Returns an error that names the missing descriptor. The mount is unchanged, and still served by its server.
+pub fn take_over(orphan: &Mount) -> Result<AcquiredMount> {
     let fail = |error: Error| {
         error
             .context("cannot take over the mount, whose supervisor is dead")
-            .at(&left.mountpoint)
+            .at(&orphan.mountpoint)
             .remedy("the server still serves it; unmount it (with -l if clones use it) and mount again")
     };
-    let record = RecordDir::take_over(&left.dir)?;
-    from_server(left, record).map_err(fail)
+    let record = RecordDir::take_over(&orphan.dir)?;
+    from_server(orphan, record).map_err(fail)
 }
 
-fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
-    let pid = left.server_pid.ok_or_else(|| Error::failed("its server has exited"))?;
+fn from_server(orphan: &Mount, record: RecordDir) -> Result<AcquiredMount> {
+    let pid = orphan.server_pid.ok_or_else(|| Error::failed("the server has exited"))?;
     let server = Holder::open(pid)?;
-    let wrong = |what: &str| Error::failed(format!("its server, process {pid}, does not have the {what}"));
+    let wrong = |what: &str| Error::failed(format!("the server, process {pid}, does not hold the {what}"));
     let fuse = server.get("fuse")?;
-    if !is_of(&fuse, left.device) {
+    if !belongs_to(&fuse, orphan.device) {
         return Err(wrong("connection of this mount"));
     }
-    // The server may be compromised: ledger and program must be the files that the supervisor recorded.
+    // An attacker may control the server: the ledger and the program must be the files in the supervisor's record.
     let genuine = |name: &str, recorded: (u64, u64)| -> Result<OwnedFd> {
         let fd = server.get(name)?;
         let matches = fds::has_identity(&fd, recorded);
         matches.then_some(fd).ok_or_else(|| wrong(&format!("{name} of its supervisor")))
     };
-    let [ledger, program] = left.identities;
+    let [ledger, program] = orphan.identities;
     let program = genuine("program", program)?;
     let (ledger, snapshot) = ledger::read(genuine("ledger", ledger)?)?;
-    if snapshot.device != left.device {
+    if snapshot.device != orphan.device {
         return Err(wrong("ledger of this mount"));
     }
-    // The descriptors are of one process, and its ledger is genuine: the process must be the server that the ledger
-    // names.
+    // All descriptors are from one process, and the ledger is genuine: that process must be the server in the ledger.
     let row = snapshot.server.clone().filter(|row| row.process.pid == pid && !has_ended(&server.pidfd));
     let row = row.ok_or_else(|| wrong("ledger that names this process"))?;
-    let found = Found {
+    let found = MountFds {
         fuse,
         counters: server.get("counters")?,
         ledger,
@@ -66,33 +65,33 @@ fn from_server(left: &Mount, record: RecordDir) -> Result<Taken> {
         files: server.files(|file| snapshot.backings.iter().any(|b| b.identity == file)),
     };
     let link = Channel::new(server.get("peer")?);
-    let table = server.table();
-    let (begin, resources) = restore(snapshot, record, found)?;
-    greet(&link);
-    log::info!("took over {} with server {pid}", begin.mount.options.mountpoint.display());
-    let begin = InitialState { server: Some(row), ..begin };
-    Ok(Taken { begin, resources, link: Some((link, table)), drains: false })
+    let table = server.in_flight_table();
+    let (initial_state, resources) = restore(snapshot, record, found)?;
+    announce_supervisor(&link);
+    log::info!("took over {} with server {pid}", initial_state.mount.options.mountpoint.display());
+    let initial_state = InitialState { server: Some(row), ..initial_state };
+    Ok(AcquiredMount { initial_state, resources, link: Some((link, table)), drains: false })
 }
 
-/// Announces a new supervisor to the server: if the server waits for a reply, it sends its request again.
-pub fn greet(link: &Channel) {
+/// Announces a new supervisor to the server. If the server waits for a reply, it sends its request again.
+pub fn announce_supervisor(link: &Channel) {
     if let Err(e) = link.try_send(&Numbered { number: 0, body: ServerReply::AskAgain }, None) {
         log::warn!("cannot announce the new supervisor to the server: {e}");
     }
 }
 
-/// Duplicates the server's descriptor of its table of pending requests.
-pub fn table_of(pid: u32) -> Option<OwnedFd> {
-    Holder::open(pid).ok()?.table()
+/// Duplicates a server's descriptor of its in-flight table.
+pub fn in_flight_table(pid: u32) -> Option<OwnedFd> {
+    Holder::open(pid).ok()?.in_flight_table()
 }
 
 /// Returns true if `fuse` is the connection of `device`: replies through the descriptor of another mount would be lost.
-/// On kernels that do not report the device of a connection, returns true for every connection.
-pub fn is_of(fuse: &OwnedFd, device: u64) -> bool {
+/// On kernels that do not report the device of a connection, always returns true.
+pub fn belongs_to(fuse: &OwnedFd, device: u64) -> bool {
     device::connection_of(fuse).is_ok_and(|found| found.is_none_or(|found| found == device))
 }
 
-/// Another process, whose descriptors are duplicated.
+/// A process whose descriptors are duplicated.
 pub struct Holder {
     pidfd: OwnedFd,
     pid: u32,
@@ -115,10 +114,10 @@ impl Holder {
         Ok(Holder { pidfd, pid, names })
     }
 
-    /// Duplicates the descriptor that has this name in the arguments of the process.
+    /// Duplicates the descriptor with this name in the arguments of the process.
     ///
     /// # Errors
-    /// Returns an error if there is no such descriptor.
+    /// Returns an error if the process has no such descriptor.
     pub fn get(&self, name: &str) -> Result<OwnedFd> {
         let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
         let number = *self.names.get(name).ok_or_else(missing)?;
@@ -139,12 +138,12 @@ impl Holder {
         let identity = |path: &Path| rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino));
         let matching = self.numbers().filter(|(_, path)| identity(path).is_ok_and(&wanted));
         let copies = matching.filter_map(|(number, _)| self.copy(number).ok());
-        // Between stat and the copy the process may have reused the number.
+        // The process may have reused a number between stat(2) and pidfd_getfd(2).
         copies.filter(|file| fds::identity(file).is_ok_and(&wanted)).collect()
     }
 
-    /// Duplicates the descriptor of the table of pending requests.
-    fn table(&self) -> Option<OwnedFd> {
+    /// Duplicates the descriptor of the in-flight table.
+    fn in_flight_table(&self) -> Option<OwnedFd> {
         let name = format!("/memfd:{INFLIGHT_NAME} (deleted)");
         let (number, _) =
             self.numbers().find(|(_, path)| fs::read_link(path).is_ok_and(|to| to == Path::new(&name)))?;

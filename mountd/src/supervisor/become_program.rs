@@ -1,4 +1,4 @@
-//! Becomes another program by execve(2), with each descriptor of the mount.
+//! Replaces the program of the supervisor by execve(2). The new program inherits all descriptors of the mount.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -16,7 +16,8 @@ use super::program::Program;
 use super::resources::Resources;
 use crate::protocol::named_fds;
 
-/// Becomes the program, which takes up the mount by `stencil-mountd resume`. Returns only on failure.
+/// Executes `stencil-mountd resume` from `program` in this process; the new program continues with the mount. Returns
+/// only on failure.
 pub fn exec(
     program: &Program,
     previous: &Program,
@@ -39,7 +40,7 @@ pub fn exec(
     named.extend(caller.map(|channel| ("caller", channel)));
     named.extend(backings.files().map(|file| ("backing", file.as_fd())));
     let error = exec_with(program, &named, mountpoint).unwrap_or_else(|e| e);
-    let error = Error::io("cannot become the program", &program.path, error);
+    let error = Error::io("cannot execute the new program", &program.path, error);
     log::error!("{error}");
     error
 }
@@ -51,13 +52,13 @@ fn exec_with(
 ) -> io::Result<io::Error> {
     let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
     command.arg0("stencil-mountd").arg("resume").arg(named_fds::argument(named)).arg("--").arg(mountpoint);
-    // A signal that arrives meanwhile waits for the new program.
+    // Signals stay blocked across execve(2) and are handled by the new program.
     process::block_signals(true)?;
     let error = match named.iter().try_for_each(|(_, fd)| descriptor::clear_cloexec(fd).map(drop)) {
         Ok(()) => command.exec(),
         Err(error) => error,
     };
-    // No server may inherit these by accident.
+    // The supervisor continues: servers must not inherit these descriptors.
     for (_, fd) in named {
         descriptor::set_cloexec(fd)?;
     }

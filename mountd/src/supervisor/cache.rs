@@ -1,4 +1,4 @@
-//! Chooses location and limit of the backings.
+//! Chooses the location of the backings and the limit on their size.
 
 use std::path::Path;
 
@@ -14,10 +14,10 @@ const PASSTHROUGH_FLAGS2: u32 = 1 << 5;
 /// Offset of `flags2` in an INIT request: a header of 40 bytes, then major, minor, max_readahead and flags.
 const FLAGS2_OFFSET: usize = 40 + 16;
 
-/// Chooses by the options and the features of kernel and file systems.
+/// Chooses by the options of the mount, the kernel's INIT request `init`, and the features of the file systems.
 ///
 /// # Errors
-/// Returns an error if passthrough or a cache directory was requested explicitly and is not possible.
+/// Returns an error if passthrough or a cache directory was requested explicitly and cannot be used.
 pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
     let nowhere = |why: &str| Chosen { cache: Cache::Nowhere(why.to_owned()), why: None, most: Bytes::ZERO };
     if options.serve == ServeMode::Decode {
@@ -56,7 +56,7 @@ pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
     }
 }
 
-/// Checks whether a directory can hold backings: unnamed files that can be frozen, on a file system that FUSE
+/// Checks that a directory can hold backings: unnamed files that can be made immutable, on a file system that FUSE
 /// passthrough accepts.
 fn probe(dir: &Path) -> Result<()> {
     let fail = |what: &str| {
@@ -77,7 +77,7 @@ fn probe(dir: &Path) -> Result<()> {
     freeze(&file).map_err(fail("cannot make a file immutable"))?;
     match rustix::io::pwrite(&file, b"x", 0) {
         Err(_) => Ok(()),
-        // For example tmpfs, which checks the flag only in open(2).
+        // tmpfs, for example, checks the flag only in open(2).
         Ok(_) => {
             Err(Error::failed("immutable files stay writable through open descriptors on this file system")
                 .at(dir))
@@ -85,13 +85,13 @@ fn probe(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes a file immutable, for all open descriptors too.
+/// Makes a file immutable, also through descriptors that are already open.
 pub fn freeze(file: impl std::os::fd::AsFd) -> rustix::io::Result<()> {
     let flags = ioctl_getflags(&file)?;
     ioctl_setflags(&file, flags | IFlags::IMMUTABLE)
 }
 
-/// Returns the space that an unprivileged user could still write on the file system of `dir`.
+/// Returns the free space for unprivileged users on the file system of `dir`.
 ///
 /// # Errors
 /// Returns an error if statvfs(3) fails.

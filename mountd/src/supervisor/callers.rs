@@ -18,13 +18,13 @@ use stencilfs::units::Bytes;
 
 use super::event::CallerId;
 
-/// Most callers at a time; beyond that, the oldest that waits for nothing is dropped.
+/// Largest number of connected callers. Beyond that, the oldest caller without a pending request is disconnected.
 const MAX_CALLERS: usize = 32;
 
-/// After a failed accept(2) the socket is left alone for this long: it would be ready again at once.
+/// Delay after a failed accept(2), as poll(2) would report the socket as ready again at once.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Creates the control socket in the directory of the record, which only its owner can enter.
+/// Creates the control socket in the directory of the record, which only the owner of the directory can search.
 ///
 /// # Errors
 /// Returns an error if the socket cannot be created.
@@ -35,7 +35,7 @@ pub fn listen_at(record: &RecordDir) -> Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         bind(&socket, &SocketAddrUnix::new(socket_path(record.folder()))?)?;
-        // bind(2) leaves the mode to the umask.
+        // The umask determines the mode that bind(2) gives the socket.
         chmodat(record.folder(), CONTROL_SOCKET, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
         listen(&socket, i32::try_from(MAX_CALLERS).unwrap_or(i32::MAX))?;
         Ok(socket)
@@ -43,7 +43,8 @@ pub fn listen_at(record: &RecordDir) -> Result<OwnedFd> {
     open().map_err(|e| Error::io("cannot listen on the control socket", &path, e))
 }
 
-/// The mount state as a response: in a memory file, because it may exceed the length of a message.
+/// Returns the response with the mount state. The state is in a memory file, because its size may exceed that of a
+/// message.
 ///
 /// # Errors
 /// Returns an error if the memory file cannot be written.
@@ -61,18 +62,20 @@ pub fn state_response(snapshot: &Snapshot) -> Result<(Response, OwnedFd)> {
 struct Caller {
     id: CallerId,
     channel: Channel,
-    waits: bool,
-    /// Not dropped for newer callers though it waits for nothing: the mount holds something while it is connected.
-    keep: bool,
+    /// True while a request of the caller is pending.
+    is_waiting: bool,
+    /// True while the mount keeps templates condemned for this connection: the caller must not be disconnected.
+    must_keep: bool,
 }
 
 impl Caller {
     fn may_be_dropped(&self) -> bool {
-        !self.waits && !self.keep
+        !self.is_waiting && !self.must_keep
     }
 }
 
-/// Callers of the control socket; and the process that started the mount, which is told once that the mount serves.
+/// Callers of the control socket, and the process that started the mount: it receives one report, when the mount is
+/// served or startup has failed.
 #[derive(Debug, Default)]
 pub struct Callers {
     all: Vec<Caller>,
@@ -81,16 +84,17 @@ pub struct Callers {
     retry_at: Option<Instant>,
 }
 
-/// The process that started the supervisor, and reads one line about the outcome from its standard output.
+/// The process that started the supervisor. Reads one line with the outcome of startup from the supervisor's standard
+/// output.
 #[derive(Debug)]
 pub struct Starter {
-    /// True for a supervisor that stays on its terminal: the outcome goes there.
+    /// True if the supervisor runs in the foreground: an error is then written to standard error instead.
     pub foreground: bool,
 }
 
 impl Starter {
-    /// Reports that the mount serves, or why there is none.
-    pub fn tell(self, error: Option<&Error>) {
+    /// Reports that the mount is served, or the error that startup failed with.
+    pub fn report(self, error: Option<&Error>) {
         if self.foreground {
             if let Some(error) = error {
                 stencilfs::say!("error: {error}");
@@ -110,42 +114,43 @@ impl Starter {
 }
 
 impl Callers {
-    /// No callers, and the process that started the mount, if it still waits.
+    /// Creates an empty list of callers. `starter` is the process that started the mount, if it still waits for the
+    /// outcome.
     pub fn new(starter: Option<Starter>) -> Callers {
         Callers { starter, ..Callers::default() }
     }
 
-    /// Adds a caller that waits for a response, from before this supervisor became another program.
+    /// Adds a caller that made its request before the execve(2) of this program, and waits for the response.
     pub fn resume(&mut self, channel: Channel) -> CallerId {
         self.add(channel, true)
     }
 
-    fn add(&mut self, channel: Channel, waits: bool) -> CallerId {
+    fn add(&mut self, channel: Channel, is_waiting: bool) -> CallerId {
         self.last_id += 1;
         let id = CallerId(self.last_id);
-        self.all.push(Caller { id, channel, waits, keep: false });
+        self.all.push(Caller { id, channel, is_waiting, must_keep: false });
         id
     }
 
-    /// The mount serves.
-    pub fn served(&mut self) {
+    /// Reports to the process that started the mount that the mount is served.
+    pub fn report_serving(&mut self) {
         if let Some(starter) = self.starter.take() {
-            starter.tell(None);
+            starter.report(None);
         }
     }
 
-    /// Takes out the process that started the mount, to be told that there is none.
+    /// Removes and returns the process that started the mount, if it has not received its report yet.
     pub fn take_starter(&mut self) -> Option<Starter> {
         self.starter.take()
     }
 
-    /// True if one more caller can be accepted.
+    /// Returns true if another caller can be accepted.
     pub fn has_room(&self) -> bool {
         let ready = self.retry_at.is_none_or(|at| Instant::now() >= at);
         ready && (self.all.len() < MAX_CALLERS || self.all.iter().any(Caller::may_be_dropped))
     }
 
-    /// Accepts a caller; returns the caller that was dropped for it.
+    /// Accepts a caller. Returns the caller that was disconnected to make space, if any.
     pub fn accept(&mut self, listener: &OwnedFd) -> Option<CallerId> {
         let mut dropped = None;
         if self.all.len() >= MAX_CALLERS {
@@ -162,35 +167,36 @@ impl Callers {
         dropped
     }
 
-    /// Keeps a caller while it waits for nothing, or no longer.
+    /// Sets whether a caller must stay connected while it has no pending request.
     pub fn keep(&mut self, id: CallerId, keep: bool) {
-        self.all.iter_mut().filter(|c| c.id == id).for_each(|c| c.keep = keep);
+        self.all.iter_mut().filter(|c| c.id == id).for_each(|c| c.must_keep = keep);
     }
 
-    /// Sockets of all callers.
+    /// Returns the sockets of all callers.
     pub fn channels(&self) -> impl Iterator<Item = (CallerId, BorrowedFd<'_>)> {
         self.all.iter().map(|c| (c.id, c.channel.as_fd()))
     }
 
-    /// The socket of a caller.
+    /// Returns the socket of a caller.
     pub fn channel(&self, id: CallerId) -> Option<BorrowedFd<'_>> {
         self.channels().find(|(other, _)| *other == id).map(|(_, fd)| fd)
     }
 
-    /// Receives a request; its caller waits for the response from now on. `None` if the socket carries what is no request.
+    /// Receives a request; the caller counts as waiting until [`respond`](Self::respond). Returns `None` for an unknown
+    /// caller, or if the message is not a valid request.
     pub fn receive(&mut self, id: CallerId) -> Option<Received<Request>> {
         let caller = self.all.iter_mut().find(|c| c.id == id)?;
         let received = caller.channel.try_receive();
         let received =
             received.inspect_err(|e| log::warn!("cannot parse the request of a caller: {e}")).ok()?;
-        caller.waits |= matches!(received, Received::Message(..));
+        caller.is_waiting |= matches!(received, Received::Message(..));
         Some(received)
     }
 
-    /// Responds to a caller. False if the caller is gone.
+    /// Responds to a caller. Returns false if the caller has closed its connection.
     pub fn respond(&mut self, id: CallerId, response: Result<Response>, file: Option<OwnedFd>) -> bool {
         let Some(caller) = self.all.iter_mut().find(|c| c.id == id) else { return false };
-        caller.waits = false;
+        caller.is_waiting = false;
         let response = response.unwrap_or_else(|e| Response::Failed(Failure::from(&e)));
         if let Err(e) = caller.channel.try_send(&response, file.as_ref().map(AsFd::as_fd)) {
             log::warn!("cannot respond to a caller: {e}");
@@ -200,14 +206,14 @@ impl Callers {
         true
     }
 
-    /// Drops a caller that is gone.
+    /// Removes a caller and closes its socket.
     pub fn drop_caller(&mut self, id: CallerId) {
         self.all.retain(|c| c.id != id);
     }
 
-    /// Responds to all that wait: the mount is over.
-    pub fn end(&mut self) {
-        let waiting: Vec<CallerId> = self.all.iter().filter(|c| c.waits).map(|c| c.id).collect();
+    /// Responds to all waiting callers with the error that the mount has ended.
+    pub fn fail_waiting(&mut self) {
+        let waiting: Vec<CallerId> = self.all.iter().filter(|c| c.is_waiting).map(|c| c.id).collect();
         for id in waiting {
             self.respond(id, Err(Error::failed("the mount has ended")), None);
         }
@@ -235,7 +241,7 @@ mod tests {
         (socket, connect)
     }
 
-    fn only(callers: &Callers) -> CallerId {
+    fn newest(callers: &Callers) -> CallerId {
         callers.channels().last().expect("a caller").0
     }
 
@@ -245,7 +251,7 @@ mod tests {
         let mut callers = Callers::new(None);
         let caller = connect();
         assert_eq!(callers.accept(&listener), None);
-        let id = only(&callers);
+        let id = newest(&callers);
         assert!(matches!(callers.receive(id), Some(Received::Nothing)));
         caller.send(&Request::Refresh, None).unwrap();
         assert!(matches!(callers.receive(id), Some(Received::Message(Request::Refresh, None))));
@@ -261,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_caller_that_waits_for_nothing_makes_room() {
+    fn a_new_caller_replaces_the_oldest_idle_caller() {
         let (listener, connect) = listener("stencil-callers-b");
         let mut callers = Callers::new(None);
         let all: Vec<Channel> = (0..MAX_CALLERS).map(|_| connect()).collect();
@@ -272,7 +278,11 @@ mod tests {
         callers.receive(ids[1]);
         let _newer = connect();
         assert!(callers.has_room());
-        assert_eq!(callers.accept(&listener), Some(ids[2]), "the first is kept, the second waits");
+        assert_eq!(
+            callers.accept(&listener),
+            Some(ids[2]),
+            "the first caller must be kept, the second has a pending request"
+        );
         callers
             .channels()
             .map(|(id, _)| id)
@@ -286,26 +296,26 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_accept_rests_for_a_moment() {
+    fn accept_is_retried_after_a_delay() {
         let (listener, _connect) = listener("stencil-callers-c");
         let mut callers = Callers::new(None);
         assert_eq!(callers.accept(&listener), None);
-        assert!(!callers.has_room(), "nobody has called");
+        assert!(!callers.has_room(), "accept(2) has failed: no caller is connected");
         while !callers.has_room() {
             std::thread::sleep(ACCEPT_RETRY_INTERVAL / 4);
         }
     }
 
     #[test]
-    fn who_waits_is_told_of_the_end() {
+    fn waiting_callers_get_an_error_when_the_mount_ends() {
         let (ours, theirs) = Channel::pair().unwrap();
         let mut callers = Callers::new(Some(Starter { foreground: true }));
         callers.resume(theirs);
-        callers.end();
+        callers.fail_waiting();
         let (response, _) = ours.receive::<Response>().unwrap().unwrap();
         let Response::Failed(failure) = response else { panic!("{response:?}") };
         assert_eq!(failure.into_error().to_string(), "the mount has ended");
         assert!(callers.take_starter().is_some() && callers.take_starter().is_none());
-        callers.served();
+        callers.report_serving();
     }
 }

@@ -1,8 +1,8 @@
-//! Events that the supervisor's state machines take, and actions that they return.
+//! Events for the supervisor's state machine, and the actions that the machine returns.
 //!
-//! [`Machine::handle`](super::machine::Machine::handle) takes one event and returns actions, to be executed in their
-//! order. An action whose outcome matters names the event by which the outcome comes back; that event is handled before
-//! any other.
+//! [`Machine::handle`](super::machine::Machine::handle) takes one event and returns actions, which the event loop
+//! executes in order. If the outcome of an action matters, the documentation of the action names the event that reports
+//! the outcome; unless the outcome is that of a job or an exit, the event is handled before any other.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,19 +17,19 @@ use stencilfs::units::Bytes;
 use super::program::Program;
 use crate::protocol::{Numbered, ServerReply, ServerRequest};
 
-/// A server, in the life of one supervisor.
+/// The number of a server. Unique during the life of one supervisor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServerId(pub u64);
 
-/// A connection to the control socket, in the life of one supervisor.
+/// The number of a connection to the control socket. Unique during the life of one supervisor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CallerId(pub u64);
 
-/// A job: a child process that does what may take long.
+/// The number of a job: a child process for an operation that may take long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId(pub u64);
 
-/// What the event loop reads before each event.
+/// Values that the event loop reads before each event, as the machine has no clock.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs {
     /// The monotonic clock.
@@ -40,52 +40,52 @@ pub struct Inputs {
     pub answers: u64,
 }
 
-/// What a server is started for.
+/// The purpose of a new server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// To serve in place of a server that has died.
+    /// Replaces a server that has died, or is the first server of the mount.
     Replacement,
-    /// To replace a server that serves, once the candidate answers the kernel.
+    /// Runs beside the current server, and replaces it when the candidate is ready to answer the kernel.
     Candidate,
 }
 
 /// A server that was just started.
 #[derive(Debug, Clone, Copy)]
 pub struct Started {
-    /// The number that [`Action::StartServer`] gave it.
+    /// The number from [`Action::StartServer`].
     pub id: ServerId,
     /// The process.
     pub process: ProcessId,
 }
 
-/// How a job ended.
+/// The result of a job.
 #[derive(Debug)]
 pub enum JobResult {
-    /// The work is done; what it made comes as a descriptor.
+    /// The job is done; the descriptor of the file, for a job that creates a file.
     Done(Option<OwnedFd>),
-    /// Indices of keys that no process uses.
+    /// Indices of the keys whose files no process uses.
     Unused(Vec<u64>),
-    /// The work failed, or the job died or exceeded its time limit.
+    /// The operation failed, or the job died or timed out.
     Failed(Error),
 }
 
-/// What happened.
+/// An event for the machine.
 #[derive(Debug)]
 pub enum Event {
-    /// Time has passed.
+    /// Time has passed, possibly beyond a deadline.
     Tick,
-    /// A signal asks for the end of the mount.
+    /// A termination signal arrived.
     Signal {
-        /// True if a signal of this kind ends a mount that drains already.
-        forces: bool,
+        /// True if the signal aborts a mount that is already draining.
+        may_abort: bool,
     },
-    /// A caller of the control socket sent a request, with a program if the request names one.
+    /// A caller of the control socket sent a request, with the descriptor of a program if the request needs one.
     Request(CallerId, Request, Option<OwnedFd>),
     /// A caller closed its connection.
     CallerGone(CallerId),
     /// A server sent a request, with a descriptor if the request has one.
     Message(ServerId, Numbered<ServerRequest>, Option<OwnedFd>),
-    /// The socket of a server is closed or carries what is no message.
+    /// The socket of a server was closed, or carried an invalid message.
     LinkClosed(ServerId),
     /// A server process has exited.
     Exited(ServerId),
@@ -93,9 +93,9 @@ pub enum Event {
     ServerEnded {
         /// The server.
         id: ServerId,
-        /// Exit status; unknown for a process that is no child or still runs.
-        how: Option<Ended>,
-        /// True if the OOM killer struck in the server's control group.
+        /// Exit status; `None` for a process that is not a child or still runs.
+        status: Option<Ended>,
+        /// True if the OOM killer killed a process in the control group of the server.
         oom: bool,
     },
     /// Outcome of [`Action::StartServer`].
@@ -113,119 +113,120 @@ pub enum Event {
     },
     /// Outcome of [`Action::RegisterBacking`].
     BackingRegistered(ServerId, u64, FileKey, io::Result<u32>),
-    /// Outcome of [`Action::StartJob`]: at once if the job cannot be started.
+    /// Outcome of [`Action::StartJob`]; immediately if the job cannot be started.
     JobEnded(JobId, JobResult),
     /// Outcome of [`Action::WriteRecord`].
     RecordWritten(Result<()>),
-    /// [`Action::BecomeProgram`] failed: this supervisor goes on.
+    /// [`Action::BecomeProgram`] failed; this supervisor continues.
     ExecFailed(CallerId, Error),
-    /// The FUSE connection is over: the mount has ended.
+    /// The FUSE connection is closed: the mount has ended.
     MountOver,
 }
 
-/// What a job does.
+/// The operation of a job.
 #[derive(Debug)]
 pub enum Task {
     /// Creates the empty file of a backing.
     CreateBacking {
-        /// Length of the file.
+        /// Length of the file in bytes.
         size: Bytes,
-        /// Room that its data will take.
+        /// Space that the data will occupy.
         data: Bytes,
     },
     /// Makes the file of a backing immutable; the machine holds the file.
     FreezeBacking {
         /// The backed file.
         key: FileKey,
-        /// Room that was reserved.
+        /// Space that was reserved.
         reserved: Bytes,
     },
-    /// Finds the keys whose inodes no process uses.
+    /// Finds the keys whose files no process uses by passthrough.
     FindUnused(Vec<FileKey>),
-    /// Detaches the mount.
+    /// Unmounts.
     Unmount(UnmountMode),
-    /// Closes files that no other process has open; freeing their room may take long.
+    /// Closes files that no other process has open. May take long, because the file system frees their space.
     CloseFiles(Vec<OwnedFd>),
-    /// Has a program check whether it can continue from the ledger.
+    /// Runs `check` of a new supervisor program, which checks whether the program can read the ledger.
     CheckProgram(Arc<Program>),
 }
 
-/// What is to be done.
+/// An action that the event loop executes for the machine.
 #[derive(Debug)]
 pub enum Action {
-    /// Start a server from a program. Outcome: [`Event::ServerStarted`].
+    /// Starts a server from a program. Outcome: [`Event::ServerStarted`].
     StartServer(ServerId, Role, Arc<Program>),
-    /// Kill a server and find out how it ended, without waiting for its end. Outcome: [`Event::ServerEnded`]; its exit
-    /// comes as [`Event::Exited`].
+    /// Kills a server and reads its exit status, without waiting for the exit. Outcome: [`Event::ServerEnded`], and
+    /// [`Event::Exited`] when the process exits.
     EndServer(ServerId),
-    /// Kill a server whose end matters to nobody; its exit comes as [`Event::Exited`].
+    /// Kills a server whose exit status is not needed. Outcome: [`Event::Exited`] when the process exits.
     KillServer(ServerId),
-    /// Watch the in-flight table of this server, or none.
+    /// Passes the in-flight table of the current server to the watchdog; `None` if there is no current server.
     Watch(Option<OwnedFd>),
-    /// Have the kernel send unanswered requests again (`FUSE_NOTIFY_RESEND`).
+    /// Makes the kernel send all unanswered requests again (`FUSE_NOTIFY_RESEND`).
     Resend,
-    /// Reply to a request of a server.
+    /// Replies to a request of a server.
     Reply(ServerId, Numbered<ServerReply>, Option<OwnedFd>),
-    /// Give the kernel the INIT reply. Outcome: [`Event::InitReplyWritten`].
+    /// Sends the INIT reply to the kernel. Outcome: [`Event::InitReplyWritten`].
     WriteInitReply {
         /// The server whose handshake it is.
         id: ServerId,
         /// The number of its request.
         number: u64,
-        /// The whole packet.
+        /// The complete packet.
         init_reply: Vec<u8>,
         /// True if the kernel had no reply before.
         is_first: bool,
     },
-    /// Register a backing with the FUSE connection; the machine holds the file. Outcome: [`Event::BackingRegistered`].
+    /// Registers a backing on the FUSE connection; the machine holds the file. Outcome: [`Event::BackingRegistered`].
     RegisterBacking(ServerId, u64, FileKey),
-    /// Close backings of the FUSE connection by their ids.
+    /// Closes backings of the FUSE connection by their ids.
     CloseBackings(Vec<u32>),
-    /// Start a job. Outcome: [`Event::JobEnded`].
+    /// Starts a job. Outcome: [`Event::JobEnded`].
     StartJob(JobId, Task),
-    /// Write the mount state to the ledger.
+    /// Writes the mount state to the ledger.
     Save,
-    /// Write the record of the mount. Outcome: [`Event::RecordWritten`].
+    /// Writes the record of the mount. Outcome: [`Event::RecordWritten`].
     WriteRecord,
-    /// Ring the bell: the server reads the list of condemned templates again.
+    /// Rings the bell in the counters page: the server then reads the list of condemned templates from the ledger.
     Ring,
-    /// Tell the service manager, and the process that started the mount, that it serves.
+    /// Reports to the service manager, and to the process that started the mount, that the mount is served.
     Announce,
-    /// Hand new backings to the service manager's descriptor store.
+    /// Sends new backings to the descriptor store of the service manager.
     StoreBackings,
-    /// Take backings out of the service manager's descriptor store, by their ids.
+    /// Removes backings from the descriptor store of the service manager, by their ids.
     ForgetBackings(Vec<u32>),
-    /// Tell the service manager that the mount ends.
+    /// Reports to the service manager that the mount is ending.
     AnnounceStop,
-    /// Count a server that the watchdog replaced.
+    /// Counts a server that the watchdog replaced.
     CountReplaced,
-    /// Reply to a caller of the control socket.
+    /// Responds to a caller of the control socket.
     Respond(CallerId, Result<Response>, Option<OwnedFd>),
-    /// Reply to a caller with the mount state.
+    /// Responds to a caller with the mount state.
     RespondState(CallerId),
-    /// Ask the kernel which of these inodes it has, and reply to the caller.
+    /// Responds to a caller with those of the given inode numbers that the kernel has cached.
     RespondInodes(CallerId, Vec<u64>),
-    /// Keep a caller's connection while it waits for nothing, or allow a newer caller to take its slot.
+    /// Sets whether a caller must stay connected while it has no pending request.
     KeepCaller(CallerId, bool),
-    /// Become another program, with all descriptors. Returns only on failure: [`Event::ExecFailed`].
+    /// Executes another program in this process. The event loop continues only on failure: [`Event::ExecFailed`].
     BecomeProgram(Arc<Program>, CallerId),
-    /// End the supervisor: no server of this mount has ever answered.
+    /// Ends the supervisor with an error, because no server of this mount has ever answered the kernel.
     GiveUp(Error),
 }
 
 impl Action {
-    /// A reply that carries out a request.
+    /// Returns the reply [`ServerReply::Done`] to a request of a server.
     pub fn done(server: ServerId, number: u64) -> Action {
         Action::reply(server, number, Ok(ServerReply::Done), None)
     }
 
-    /// A reply, or the refusal that stands for an error.
+    /// Returns a reply to a request of a server; an error becomes [`ServerReply::Refused`].
     pub fn reply(server: ServerId, number: u64, reply: Result<ServerReply>, file: Option<OwnedFd>) -> Action {
         let body = reply.unwrap_or_else(|e| ServerReply::Refused(Failure::from(&e)));
         Action::Reply(server, Numbered { number, body }, file)
     }
 
-    /// Reply to a caller that its request was carried out, or why not; nothing for a request of no caller.
+    /// Returns the response to a caller that its request was carried out or has failed. Returns `None` if the request
+    /// has no caller.
     pub fn answer(caller: Option<CallerId>, result: Result<()>) -> Option<Action> {
         Some(Action::Respond(caller?, result.map(|()| Response::Done), None))
     }

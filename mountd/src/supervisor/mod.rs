@@ -1,8 +1,9 @@
-//! The supervisor: holds what must outlive a server, and starts the next server when one dies.
+//! The supervisor: holds the state and the descriptors that must outlive a server, and starts a successor when a server
+//! dies.
 //!
-//! The [`machine`] decides, without a system call; [`run`] is the loop around it that waits for events and executes
-//! actions. The other modules are its hands: server processes, jobs, callers of the control socket, signals, the service
-//! manager, the watchdog's measurements.
+//! The [`machine`] decides and makes no system call; the event loop in [`run`] waits for events, passes them to the
+//! machine and executes the actions that the machine returns. The other modules carry out the actions: server
+//! processes, jobs, callers of the control socket, signals, the service manager, the measurements of the watchdog.
 
 mod become_program;
 pub mod cache;
@@ -18,4 +19,4 @@ pub mod service_manager;
 pub mod signals;
 mod watchdog;
 
-pub use run::{Supervisor, Taken};
+pub use run::{AcquiredMount, Supervisor};

@@ -1,4 +1,4 @@
-//! The descriptors of a mount that outlive a server, and a supervisor.
+//! The descriptors of a mount that outlive servers and supervisors.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -19,7 +19,7 @@ use crate::protocol::stats::Stats;
 pub struct Resources {
     /// The FUSE connection.
     pub fuse: OwnedFd,
-    /// The page of counters.
+    /// The counters page.
     pub stats: Stats,
     /// The record and its lock.
     pub record: RecordDir,
@@ -30,11 +30,11 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Descriptors that no child may hold while the supervisor is dead: the connection, the record and its lock, the
-    /// control socket and its callers.
+    /// Returns the descriptors that no job may hold, as the job may outlive the supervisor: the connection, the record
+    /// and its lock, the control socket, and the sockets of its callers.
     pub fn supervisor_only<'a>(&'a self, callers: &'a Callers) -> Vec<BorrowedFd<'a>> {
-        let own = [self.fuse.as_fd(), self.record.folder(), self.listener.as_fd()];
-        own.into_iter().chain(callers.channels().map(|(_, channel)| channel)).collect()
+        let fds = [self.fuse.as_fd(), self.record.folder(), self.listener.as_fd()];
+        fds.into_iter().chain(callers.channels().map(|(_, channel)| channel)).collect()
     }
 
     /// Writes the mount state to the ledger.
@@ -47,7 +47,7 @@ impl Resources {
         self.ledger.write(&text).map_err(|e| Error::failed("cannot write the ledger").because(e))
     }
 
-    /// Writes the record, by which other programs find the mount, with the process of its server.
+    /// Writes the record of the mount, which lets other programs find the mount, its supervisor and its server.
     ///
     /// # Errors
     /// Returns an error if the record cannot be written.
@@ -57,14 +57,14 @@ impl Resources {
         server: Option<ProcessId>,
         program: &Program,
     ) -> Result<()> {
-        let me = ProcessId::me()?;
+        let supervisor = ProcessId::me()?;
         self.record.write(&Record {
             mountpoint: mount.options.mountpoint.clone(),
             store: mount.options.store.clone(),
             store_id: mount.store_id.clone(),
             device: mount.device,
-            supervisor_pid: me.pid,
-            supervisor_identity: me.identity,
+            supervisor_pid: supervisor.pid,
+            supervisor_identity: supervisor.identity,
             server_pid: server.map(|s| s.pid),
             server_identity: server.map_or(0, |s| s.identity),
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -1,6 +1,7 @@
-//! The supervisor's event loop: waits for events, has the [`Machine`] decide, and executes its actions.
+//! The supervisor's event loop: waits for events, passes them to the [`Machine`], and executes the actions it returns.
 //!
-//! One thread, and nothing in it waits but poll(2). What may take long is done by a job, in a process of its own.
+//! The loop has one thread, which blocks in poll(2) only. Operations that may take long are jobs, in separate
+//! processes.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,10 +27,10 @@ use super::signals::Signals;
 use super::watchdog::Watchdog;
 use crate::protocol::stats::Counter;
 
-/// After the end of the mount, jobs and the server may take this long.
-const END_LIMIT: Duration = Duration::from_secs(2);
+/// Longest wait for jobs and the server after the end of the mount.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What poll(2) reported.
+/// The source of an event: a descriptor that the loop polls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Signals,
@@ -41,15 +42,15 @@ enum Source {
     Job(JobId),
 }
 
-/// A mount that a supervisor takes up, with its descriptors.
-pub struct Taken {
-    /// What the machine begins with.
-    pub begin: InitialState,
+/// A new mount, or the mount of another supervisor, with its descriptors.
+pub struct AcquiredMount {
+    /// The initial state of the machine.
+    pub initial_state: InitialState,
     /// The descriptors of the mount.
     pub resources: Resources,
-    /// The socket to the current server, and that server's in-flight table.
+    /// The socket to the current server, and the in-flight table of that server.
     pub link: Option<(Channel, Option<OwnedFd>)>,
-    /// True if the mount is to leave the tree at once, and to end with its last mapping.
+    /// True if the mount must be detached at once; it then ends with its last mapping.
     pub drains: bool,
 }
 
@@ -57,7 +58,7 @@ pub struct Taken {
 #[derive(Debug)]
 pub struct Supervisor {
     machine: Machine,
-    me: ProcessId,
+    process: ProcessId,
     resources: Resources,
     servers: HashMap<ServerId, ServerProcess>,
     jobs: Vec<(JobId, Job)>,
@@ -69,37 +70,49 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Takes up a mount.
+    /// Creates the supervisor of a mount, and executes the first actions of the machine.
     ///
     /// # Errors
-    /// Returns an error if this process is not in `/proc`, or if the current server is gone.
+    /// Returns an error if the identity of this process cannot be read from `/proc`, or if the current server has
+    /// exited.
     pub fn new(
-        taken: Taken,
+        acquired: AcquiredMount,
         callers: Callers,
         signals: Signals,
         manager: ServiceManager,
     ) -> Result<Supervisor> {
-        let Taken { begin, resources, link, drains } = taken;
+        let AcquiredMount { initial_state, resources, link, drains } = acquired;
         let inputs = inputs(&resources);
-        let mut watchdog = Watchdog::new(begin.mount.options.watchdog, begin.mount.device);
-        let (server, left) = (begin.server.as_ref().map(|row| row.process), begin.leaving.clone());
-        let (machine, leaving, actions) = Machine::new(begin, &inputs);
+        let mut watchdog = Watchdog::new(initial_state.mount.options.watchdog, initial_state.mount.device);
+        let (server, leaving_processes) =
+            (initial_state.server.as_ref().map(|row| row.process), initial_state.leaving.clone());
+        let (machine, leaving, actions) = Machine::new(initial_state, &inputs);
         let mut servers = HashMap::new();
         if let (Some(process), Some(current), Some((link, table))) = (server, machine.current(), link) {
             watchdog.watch(table);
-            servers.insert(current.id, ServerProcess::running(process, Some(link))?);
+            servers.insert(current.id, ServerProcess::open(process, Some(link))?);
         }
         let mut exited = Vec::new();
-        for (id, process) in leaving.into_iter().zip(left) {
-            match ServerProcess::running(process, None) {
+        for (id, process) in leaving.into_iter().zip(leaving_processes) {
+            match ServerProcess::open(process, None) {
                 Ok(process) => drop(servers.insert(id, process)),
                 Err(_) => exited.push(id),
             }
         }
-        let me = ProcessId::me()?;
+        let process = ProcessId::me()?;
         let (jobs, end) = (Vec::new(), None);
-        let mut supervisor =
-            Supervisor { machine, me, resources, servers, jobs, callers, signals, manager, watchdog, end };
+        let mut supervisor = Supervisor {
+            machine,
+            process,
+            resources,
+            servers,
+            jobs,
+            callers,
+            signals,
+            manager,
+            watchdog,
+            end,
+        };
         supervisor.execute(actions);
         for id in exited {
             supervisor.handle(Event::Exited(id));
@@ -111,7 +124,7 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Starts a server of the program that this supervisor has become, beside the current one.
+    /// Starts a server of this program beside the current server, after this process has executed the program.
     pub fn try_program(&mut self, program: Result<Program>, caller: Option<CallerId>) {
         match program {
             Ok(program) => {
@@ -119,17 +132,18 @@ impl Supervisor {
                 self.execute(actions);
             }
             Err(error) => {
-                // The server continues, and now has a supervisor that can say why there is no other.
+                // The current server continues; the caller of the restart gets the error.
                 log::error!("{error}");
                 self.execute(Action::answer(caller, Err(error)));
             }
         }
     }
 
-    /// Serves until the mount is over.
+    /// Runs until the mount has ended.
     ///
     /// # Errors
-    /// Returns why no server ever answered the kernel, and the callers that are to be told.
+    /// Returns the error if no server ever answered the kernel, with the callers, so that the error can be reported to
+    /// them.
     pub fn run(mut self) -> std::result::Result<(), (Error, Callers)> {
         use rustix::mm::{MlockAllFlags, mlockall};
         if let Err(e) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE) {
@@ -139,28 +153,28 @@ impl Supervisor {
             if let Some(error) = self.end.take() {
                 return Err((error, self.callers));
             }
-            self.turn();
+            self.run_once();
         }
         log::info!("the mount has ended");
         self.handle(Event::MountOver);
         self.manager.stopping();
-        let until = Instant::now() + END_LIMIT;
+        let until = Instant::now() + SHUTDOWN_TIMEOUT;
         while (self.machine.has_jobs() || self.machine.current().is_some()) && Instant::now() < until {
-            self.turn();
-            // From now on the connection is ready at each poll.
+            self.run_once();
+            // poll(2) does not block any more, since it reports the closed connection.
             std::thread::sleep(Duration::from_millis(2));
         }
         self.servers.values().for_each(ServerProcess::kill);
-        self.callers.end();
+        self.callers.fail_waiting();
         Ok(())
     }
 
-    fn turn(&mut self) {
+    fn run_once(&mut self) {
         for source in self.wait() {
             match source {
                 Source::Signals => {
-                    if let Some(forces) = self.signals.take() {
-                        self.handle(Event::Signal { forces });
+                    if let Some(may_abort) = self.signals.take_pending() {
+                        self.handle(Event::Signal { may_abort });
                     }
                 }
                 Source::Listener => {
@@ -172,7 +186,7 @@ impl Supervisor {
                 Source::Link(id) => self.read_link(id),
                 Source::Exit(id) => {
                     self.handle(Event::Exited(id));
-                    if !self.machine.knows(id) {
+                    if !self.machine.tracks(id) {
                         self.servers.remove(&id);
                     }
                 }
@@ -181,8 +195,8 @@ impl Supervisor {
         }
         self.end_jobs();
         let reason = match self.machine.current() {
-            Some(server) if server.row.serving => self.watchdog.look(&self.resources.stats),
-            Some(server) => self.watchdog.look_at_start(server.since),
+            Some(server) if server.row.serving => self.watchdog.check(&self.resources.stats),
+            Some(server) => self.watchdog.check_startup(server.since),
             None => None,
         };
         if let Some(reason) = reason {
@@ -212,8 +226,8 @@ impl Supervisor {
         let mut polled: Vec<PollFd<'_>> =
             all.iter().map(|(source, fd)| PollFd::from_borrowed_fd(*fd, events(*source))).collect();
         let until_wakeup = |at: Instant| at.saturating_duration_since(Instant::now());
-        let pause = self.machine.next_wakeup().map_or(Duration::MAX, until_wakeup);
-        if poll_for(&mut polled, Some(pause.min(self.watchdog.interval()))).is_err() {
+        let timeout = self.machine.next_wakeup().map_or(Duration::MAX, until_wakeup);
+        if poll_for(&mut polled, Some(timeout.min(self.watchdog.interval()))).is_err() {
             return Vec::new();
         }
         all.iter().zip(&polled).filter(|(_, p)| !p.revents().is_empty()).map(|((s, _), _)| *s).collect()
@@ -258,7 +272,7 @@ impl Supervisor {
         self.execute(actions);
     }
 
-    /// Executes actions in their order; an outcome is handled before the next action.
+    /// Executes actions in order. The outcome of an action is handled before the next action.
     fn execute(&mut self, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
             if let Some(outcome) = self.perform(action) {
@@ -273,9 +287,9 @@ impl Supervisor {
             Action::EndServer(id) => {
                 let server = self.servers.get_mut(&id)?;
                 server.link = None;
-                let (how, oom) = server.end();
+                let (status, oom) = server.exit_status();
                 server.kill();
-                return Some(Event::ServerEnded { id, how, oom });
+                return Some(Event::ServerEnded { id, status, oom });
             }
             Action::KillServer(id) => {
                 let server = self.servers.get_mut(&id)?;
@@ -284,7 +298,7 @@ impl Supervisor {
             }
             Action::Watch(table) => self.watchdog.watch(table),
             Action::Resend => device::resend(&self.resources.fuse)
-                .unwrap_or_else(|e| log::error!("cannot have requests sent again: {e}")),
+                .unwrap_or_else(|e| log::error!("cannot make the kernel send requests again: {e}")),
             Action::Reply(id, reply, file) => {
                 let link = self.servers.get(&id)?.link.as_ref()?;
                 if let Err(e) = link.try_send(&reply, file.as_ref().map(AsFd::as_fd)) {
@@ -324,7 +338,7 @@ impl Supervisor {
             Action::Ring => drop(self.resources.stats.page().ring()),
             Action::Announce => {
                 self.manager.ready(&self.resources, self.machine.program());
-                self.callers.served();
+                self.callers.report_serving();
             }
             Action::StoreBackings => self.manager.store_backings(self.machine.backings().registered()),
             Action::ForgetBackings(ids) => self.manager.forget_backings(&ids),
@@ -337,10 +351,12 @@ impl Supervisor {
                 return self.respond(caller, response, file);
             }
             Action::RespondInodes(caller, numbers) => {
-                let known = device::cached_inodes(&self.resources.fuse, &numbers)
+                let response = device::cached_inodes(&self.resources.fuse, &numbers)
                     .map(|known| Response::Inodes { known })
-                    .map_err(|e| Error::failed("cannot ask the kernel for inodes").because(e));
-                return self.respond(caller, known, None);
+                    .map_err(|e| {
+                        Error::failed("cannot determine which inodes the kernel has cached").because(e)
+                    });
+                return self.respond(caller, response, None);
             }
             Action::KeepCaller(caller, keep) => self.callers.keep(caller, keep),
             Action::BecomeProgram(program, caller) => {
@@ -407,7 +423,7 @@ impl Supervisor {
     }
 
     fn snapshot(&self, serving_only: bool) -> Snapshot {
-        self.machine.snapshot(self.me, serving_only, self.resources.stats.all())
+        self.machine.snapshot(self.process, serving_only, self.resources.stats.all())
     }
 }
 

@@ -1,4 +1,4 @@
-//! Server processes: start, kill, inspect.
+//! Server processes: starting, killing, and reading their exit status.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -17,29 +17,29 @@ use super::program::Program;
 use super::resources::Resources;
 use crate::protocol::{BESIDE, named_fds};
 
-/// A process whose descriptors are closed has exited within this time; readers must not wait longer.
-const EXIT_LIMIT: Duration = Duration::from_millis(2);
+/// Longest wait for the exit status of a server whose socket is closed. Short, as readers of the mount wait meanwhile.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(2);
 
-/// Variables of the service manager, which are for the supervisor alone.
+/// Environment variables of the service manager. A server does not inherit them: it must not notify the manager.
 const MANAGER_VARIABLES: [&str; 6] =
     ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"];
 
-/// A server process, and the socket to it.
+/// A server process and its socket.
 #[derive(Debug)]
 pub struct ServerProcess {
     /// The process.
     pub process: ProcessId,
-    /// Readable once it has exited.
+    /// Becomes readable when the process exits.
     pub pidfd: OwnedFd,
-    /// The socket; none for a server that leaves.
+    /// The socket; `None` for a server that was killed.
     pub link: Option<Channel>,
-    /// Count of OOM kills of its control group when it was started.
+    /// Number of OOM kills in the control group of the server when it was started.
     oom_kills: Option<OomKills>,
 }
 
 impl ServerProcess {
-    /// Starts a server. It inherits each descriptor that a new supervisor would need, under its number, and reads
-    /// everything else from the ledger.
+    /// Starts a server. The server inherits all descriptors that a new supervisor would need, under the same numbers,
+    /// and reads everything else from the ledger.
     ///
     /// # Errors
     /// Returns an error if the process cannot be started.
@@ -77,35 +77,39 @@ impl ServerProcess {
         for variable in MANAGER_VARIABLES {
             command.env_remove(variable);
         }
-        // A process group of its own: Ctrl-C at the supervisor's terminal does not reach it.
+        // A separate process group: the terminal of the supervisor sends no SIGINT to the server on Ctrl-C.
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let child = process::inherit_all(&mut command, &inherited)
             .spawn()
             .map_err(|e| Error::io("cannot start a server", &program.path, e))?;
-        // A child that has exited keeps its number until it is reaped.
-        let gone = || Error::failed("the server exited at once");
+        // The PID of a child cannot be reused before the child is reaped.
+        let gone = || Error::failed("the server exited immediately after its start");
         let process = ProcessId::of(child.id())?.ok_or_else(gone)?;
         let pidfd = process::pidfd(child.id())?.ok_or_else(gone)?;
         Ok(ServerProcess { process, pidfd, link: Some(ours), oom_kills: OomKills::of(child.id()) })
     }
 
-    /// A server that runs.
+    /// Opens a server process that was started by another supervisor or by an earlier program of this process.
     ///
     /// # Errors
-    /// Returns an error if it does not.
-    pub fn running(process: ProcessId, link: Option<Channel>) -> Result<ServerProcess> {
+    /// Returns an error if the process does not exist.
+    pub fn open(process: ProcessId, link: Option<Channel>) -> Result<ServerProcess> {
         let gone = || Error::failed(format!("server process {} does not exist", process.pid));
         let pidfd = process.open()?.ok_or_else(gone)?;
         Ok(ServerProcess { process, pidfd, link, oom_kills: OomKills::of(process.pid) })
     }
 
-    /// Kills it.
+    /// Sends SIGKILL to the process.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// How it ended, and whether the OOM killer struck meanwhile. A process that runs is not waited for.
-    pub fn end(&self) -> (Option<Ended>, bool) {
-        (process::reap(&self.pidfd, EXIT_LIMIT), self.oom_kills.as_ref().is_some_and(OomKills::has_increased))
+    /// Returns the exit status, and true if the OOM killer has killed a process in the control group since the start.
+    /// Returns `None` for a process that is still running after [`EXIT_TIMEOUT`] or is not a child.
+    pub fn exit_status(&self) -> (Option<Ended>, bool) {
+        (
+            process::reap(&self.pidfd, EXIT_TIMEOUT),
+            self.oom_kills.as_ref().is_some_and(OomKills::has_increased),
+        )
     }
 }

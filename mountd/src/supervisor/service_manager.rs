@@ -1,5 +1,5 @@
-//! Notifications for a service manager: sd_notify(3). A manager that does not read delays nothing: messages that its
-//! socket does not take are queued and sent again.
+//! Notifications for a service manager: sd_notify(3). Sending never blocks: messages that do not fit into the buffer of
+//! the socket are queued and sent later.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -17,7 +17,7 @@ use rustix::net::{
 use super::program::Program;
 use super::resources::Resources;
 
-/// Most queued messages; a manager that leaves more unread does not listen at all.
+/// Largest number of queued messages. Further messages are dropped, as the manager apparently does not read its socket.
 const MAX_QUEUED: usize = 8192;
 
 /// The socket to the service manager.
@@ -25,16 +25,17 @@ const MAX_QUEUED: usize = 8192;
 pub struct ServiceManager {
     socket: Option<(OwnedFd, SocketAddrUnix)>,
     queue: VecDeque<(String, Option<OwnedFd>)>,
-    /// How often the manager wants a sign of life.
+    /// Interval of the keep-alive messages that the manager requires.
     interval: Option<Duration>,
-    last: Instant,
+    last_ping: Instant,
     /// Ids of backings in the manager's descriptor store.
     stored: Vec<u32>,
     is_ready: bool,
 }
 
 impl ServiceManager {
-    /// The manager that the environment names; without one, all notifications are dropped.
+    /// Connects to the manager in the environment variable `NOTIFY_SOCKET`. Without the variable, notifications are
+    /// dropped.
     pub fn from_environment() -> ServiceManager {
         let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
         let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
@@ -45,16 +46,16 @@ impl ServiceManager {
 
     fn new(name: Option<&OsStr>, interval: Option<Duration>) -> ServiceManager {
         let socket = name.and_then(|name| {
-            let reached = reach(name);
-            reached
+            open_socket(name)
                 .inspect_err(|e| log::warn!("cannot notify the service manager at {}: {e}", name.display()))
                 .ok()
         });
-        let (queue, stored, last) = (VecDeque::new(), Vec::new(), Instant::now());
-        ServiceManager { socket, queue, interval, last, stored, is_ready: false }
+        let (queue, stored, last_ping) = (VecDeque::new(), Vec::new(), Instant::now());
+        ServiceManager { socket, queue, interval, last_ping, stored, is_ready: false }
     }
 
-    /// The mount serves: the manager stores its descriptors, and the program of the current server.
+    /// Reports that the mount is served, and stores the descriptors of the mount and the program of the current server
+    /// with the manager.
     pub fn ready(&mut self, resources: &Resources, program: &Program) {
         if !std::mem::replace(&mut self.is_ready, true) {
             self.store("fuse", resources.fuse.as_fd());
@@ -66,7 +67,7 @@ impl ServiceManager {
         self.send_text("READY=1\nSTATUS=serving");
     }
 
-    /// Stores backings that are new.
+    /// Stores those of the given backings with the manager that are not stored yet.
     pub fn store_backings<'a>(&mut self, backings: impl Iterator<Item = (u32, &'a OwnedFd)>) {
         for (id, file) in backings {
             if !self.stored.contains(&id) {
@@ -76,7 +77,7 @@ impl ServiceManager {
         }
     }
 
-    /// Takes backings out of the store that are about to be closed.
+    /// Removes backings from the manager's descriptor store, before they are closed.
     pub fn forget_backings(&mut self, ids: &[u32]) {
         for id in ids {
             self.forget(&format!("backing-{id}"));
@@ -84,15 +85,16 @@ impl ServiceManager {
         }
     }
 
-    /// The mount is about to end.
+    /// Reports that the mount is ending.
     pub fn stopping(&mut self) {
         self.send_text("STOPPING=1");
     }
 
-    /// Sends a sign of life when it is due, and queued messages.
+    /// Sends a keep-alive message if one is due, and queued messages.
     pub fn ping(&mut self) {
-        if self.queue.is_empty() && self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
-            self.last = Instant::now();
+        if self.queue.is_empty() && self.interval.is_some_and(|interval| self.last_ping.elapsed() >= interval)
+        {
+            self.last_ping = Instant::now();
             self.send_text("WATCHDOG=1");
         }
         self.send();
@@ -108,7 +110,7 @@ impl ServiceManager {
         }
     }
 
-    /// Takes descriptors of that name out of the store.
+    /// Removes all descriptors with this name from the manager's descriptor store.
     pub fn forget(&mut self, name: &str) {
         self.send_text(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
     }
@@ -144,8 +146,8 @@ impl ServiceManager {
     }
 }
 
-/// The address is a path, or with `@` the name of an abstract socket.
-fn reach(name: &OsStr) -> rustix::io::Result<(OwnedFd, SocketAddrUnix)> {
+/// Creates a socket, and parses the address of the manager: a path, or the name of an abstract socket after `@`.
+fn open_socket(name: &OsStr) -> rustix::io::Result<(OwnedFd, SocketAddrUnix)> {
     let address = match name.as_bytes() {
         [b'@', rest @ ..] => SocketAddrUnix::new_abstract_name(rest)?,
         path => SocketAddrUnix::new(path)?,
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn backings_are_stored_once_and_forgotten() {
+    fn backings_are_stored_once_and_can_be_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
@@ -184,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_that_the_manager_does_not_read_are_sent_later_and_bounded() {
+    fn unread_messages_are_queued_up_to_a_limit_and_sent_later() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
@@ -199,25 +201,28 @@ mod tests {
             manager.ping();
         }
         count += std::iter::from_fn(|| receive(&socket)).count();
-        assert!(count > MAX_QUEUED, "{count}: what the socket took, and the queue");
+        assert!(
+            count > MAX_QUEUED,
+            "{count} messages, expected those in the buffer of the socket and the queue"
+        );
     }
 
     #[test]
-    fn a_sign_of_life_is_sent_when_it_is_due() {
+    fn keep_alive_messages_are_sent_when_due() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         let mut manager = ServiceManager::new(Some(path.as_os_str()), Some(Duration::ZERO));
         manager.ping();
         assert_eq!(receive(&socket).as_deref(), Some("WATCHDOG=1"));
-        let mut silent = ServiceManager::new(Some(path.as_os_str()), None);
-        silent.ping();
+        let mut without_interval = ServiceManager::new(Some(path.as_os_str()), None);
+        without_interval.ping();
         assert_eq!(receive(&socket), None);
     }
 
     #[test]
     fn without_a_manager_nothing_is_queued() {
-        for name in [None, Some(OsStr::new("/nonexistent/socket")), Some(OsStr::new("@stencil-test-nobody"))]
+        for name in [None, Some(OsStr::new("/nonexistent/socket")), Some(OsStr::new("@stencil-test-unbound"))]
         {
             let mut manager = ServiceManager::new(name, None);
             manager.stopping();

@@ -1,4 +1,4 @@
-//! Termination signals, and which of them may abort a mount in use.
+//! Termination signals. Some of them may abort a mount that is in use.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,13 +11,14 @@ use signal_hook::{flag, low_level::pipe};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::process::inherited;
 
-/// Handlers for SIGTERM, SIGINT and, unless the caller ignores it, SIGHUP.
+/// Handlers for SIGTERM, SIGINT and, unless SIGHUP was ignored at startup, SIGHUP.
 #[derive(Debug)]
 pub struct Signals {
-    woken: OwnedFd,
-    /// True after a signal that aborts a mount which is draining already. SIGHUP is not one: a terminal or session that
-    /// ends sends several signals. Nor is SIGTERM under a service manager: systemd sends another one if the first did
-    /// not end the service in time.
+    /// Becomes readable when a signal arrives.
+    wakeup: OwnedFd,
+    /// True after a signal that aborts a mount which is already draining. SIGHUP never does, as the end of a terminal
+    /// or session sends several signals. SIGTERM does not under a service manager: systemd sends another SIGTERM if the
+    /// first did not end the service in time.
     may_abort: Arc<AtomicBool>,
 }
 
@@ -28,36 +29,37 @@ impl Signals {
     /// Returns an error if a system call fails.
     pub fn new() -> Result<Signals> {
         let managed = std::env::var_os("NOTIFY_SOCKET").as_deref().is_some_and(|name| name != OsStr::new(""));
-        let cutting = if managed { &[SIGINT][..] } else { &[SIGINT, SIGTERM] };
+        let aborting = if managed { &[SIGINT][..] } else { &[SIGINT, SIGTERM] };
         let may_abort = Arc::new(AtomicBool::new(false));
         let install = || -> std::io::Result<OwnedFd> {
             let (ours, theirs) = UnixStream::pair()?;
             ours.set_nonblocking(true)?;
-            // Registered before the pipe: a reader of the byte sees the flag.
-            for signal in cutting {
+            // Before the pipe: the flag is set before a byte can be read.
+            for signal in aborting {
                 flag::register(*signal, Arc::clone(&may_abort))?;
             }
             // SIGHUP stays ignored if the caller used nohup(1).
-            let heard =
+            let handled =
                 [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|&signal| !inherited::is_ignored(signal));
-            for signal in heard {
+            for signal in handled {
                 pipe::register(signal, theirs.try_clone()?)?;
             }
             Ok(ours.into())
         };
-        let woken = install().map_err(|e| Error::failed("cannot install signal handlers").because(e))?;
-        Ok(Signals { woken, may_abort })
+        let wakeup = install().map_err(|e| Error::failed("cannot install signal handlers").because(e))?;
+        Ok(Signals { wakeup, may_abort })
     }
 
-    /// Takes pending signals: `None` without any, else whether one of them may abort.
-    pub fn take(&self) -> Option<bool> {
-        rustix::io::read(&self.woken, &mut [0; 64]).ok()?;
+    /// Consumes the pending signals. Returns `None` if no signal is pending, otherwise whether one of them may abort
+    /// the mount.
+    pub fn take_pending(&self) -> Option<bool> {
+        rustix::io::read(&self.wakeup, &mut [0; 64]).ok()?;
         Some(self.may_abort.swap(false, Ordering::Relaxed))
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.woken.as_fd()
+        self.wakeup.as_fd()
     }
 }

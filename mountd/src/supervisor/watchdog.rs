@@ -1,4 +1,4 @@
-//! Watches that the kernel's requests are answered in time.
+//! The watchdog: detects servers that do not answer the kernel's requests in time.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -8,42 +8,42 @@ use stencilfs::sys::fuse::control_fs::Waiting;
 
 use crate::protocol::stats::{Counter, Stats};
 
-/// Longest interval between two looks.
+/// Longest interval between two checks.
 const MAX_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What one look reads.
+/// The measurements of one check.
 #[derive(Debug, Default)]
 struct Reading {
     /// The request that has been in its phase for the longest time.
     stillest: Option<InFlight>,
-    /// The request that was read first.
+    /// The pending request that was read first.
     oldest: Option<InFlight>,
-    /// Requests without a reply by the kernel's count, those included that no server has read.
+    /// Requests without a reply, as counted by the kernel, including requests that no server has read.
     waiting: u64,
-    /// Requests that wait in the server without a thread.
+    /// Requests that wait in the server without occupying a thread.
     parked: u64,
     /// Requests that were answered since the mount was made.
     answers: u64,
 }
 
-/// What a look leads to.
+/// The result of a check.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Fine,
-    /// The store is slow, which is reported once; another server could not help.
+    /// The store is slow, which is logged once. Replacing the server would not help.
     SlowStore(String),
-    /// The server is to be replaced.
+    /// The server must be replaced, for this reason.
     Replace(String),
 }
 
-/// The decision, apart from what it is based on.
+/// Decides from measurements; makes no system call.
 #[derive(Debug)]
 struct Judge {
-    /// A server that leaves a request alone for this long is replaced; zero for never.
+    /// A server that makes no progress on a request for this long is replaced; zero disables the watchdog.
     limit: Duration,
-    /// Since when no request is answered though requests wait, and the answers until then.
+    /// Time since which no server has read the waiting requests, and the number of answers at that time.
     idle: Option<(Instant, u64)>,
-    /// The slow store was reported.
+    /// True if the slow store was already logged.
     reported: bool,
 }
 
@@ -59,7 +59,7 @@ impl Judge {
         let slow = reading.oldest.as_ref().filter(slow);
         let is_new = slow.is_some() && !std::mem::replace(&mut self.reported, slow.is_some());
         self.reported = slow.is_some();
-        // Requests that the server has read are timed by its own table.
+        // For requests that the server has read, the in-flight table has the times.
         let unread = reading.waiting > reading.parked && reading.oldest.is_none();
         if !unread || self.idle.is_some_and(|(_, before)| before != reading.answers) {
             self.idle = None;
@@ -93,36 +93,38 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Watches the connection of that device.
+    /// Creates a watchdog for the connection of `device`.
     pub fn new(limit: Duration, device: u64) -> Watchdog {
-        let waiting = Waiting::of(device)
-            .inspect_err(|e| log::warn!("requests that no server reads are not watched: fusectl: {e}"));
+        let waiting = Waiting::of(device).inspect_err(|e| {
+            log::warn!("the watchdog cannot detect requests that no server reads: fusectl: {e}")
+        });
         let judge = Judge { limit, idle: None, reported: false };
         Watchdog { judge, waiting: waiting.ok(), table: None }
     }
 
-    /// The interval between two looks.
+    /// Returns the interval between two checks.
     pub fn interval(&self) -> Duration {
         let interval = if self.judge.limit.is_zero() { MAX_INTERVAL } else { self.judge.limit / 10 };
         interval.clamp(Duration::from_millis(20), MAX_INTERVAL)
     }
 
-    /// Watches the server with this in-flight table from now on.
+    /// Sets the in-flight table of the current server; `None` if there is no current server.
     pub fn watch(&mut self, table: Option<OwnedFd>) {
         let table = table.map(InFlightTable::map).transpose();
         self.table = table.inspect_err(|e| log::error!("cannot map the in-flight table: {e}")).ok().flatten();
         (self.judge.idle, self.judge.reported) = (None, false);
     }
 
-    /// Why a server that was started at that time, and does not serve yet, is to be replaced.
-    pub fn look_at_start(&self, since: Instant) -> Option<String> {
+    /// Checks a server that was started at `since` and does not serve yet. Returns the reason to replace the server, if
+    /// any.
+    pub fn check_startup(&self, since: Instant) -> Option<String> {
         let waits = since.elapsed();
         let late = !self.judge.limit.is_zero() && waits >= self.judge.limit;
-        late.then(|| format!("it does not serve {:.1} s after its start", waits.as_secs_f64()))
+        late.then(|| format!("the server does not serve {:.1} s after its start", waits.as_secs_f64()))
     }
 
-    /// Why the server is to be replaced.
-    pub fn look(&mut self, stats: &Stats) -> Option<String> {
+    /// Checks the current server. Returns the reason to replace the server, if any.
+    pub fn check(&mut self, stats: &Stats) -> Option<String> {
         let table = self.table.as_ref();
         let reading = Reading {
             stillest: table.and_then(InFlightTable::stillest),
@@ -134,7 +136,7 @@ impl Watchdog {
         match self.judge.judge(&reading, Instant::now()) {
             Verdict::Fine => None,
             Verdict::SlowStore(request) => {
-                log::warn!("the store is slow: {request}; another server could not help");
+                log::warn!("the store is slow: {request}; the server is not replaced");
                 stats.count(Counter::SlowSource);
                 None
             }
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_stands_still_replaces_the_server() {
+    fn a_server_without_progress_on_a_request_is_replaced() {
         let now = Instant::now();
         let stuck = request(Phase::Decoding, LIMIT, LIMIT);
         let reading = Reading { stillest: stuck, waiting: 1, ..Reading::default() };
@@ -171,20 +173,24 @@ mod tests {
     }
 
     #[test]
-    fn requests_that_no_server_reads_replace_it_unless_some_are_answered() {
+    fn a_server_that_reads_no_requests_is_replaced_unless_it_answers_some() {
         let now = Instant::now();
         let unread = |answers| Reading { waiting: 3, parked: 1, answers, ..Reading::default() };
         let mut judge = judge();
         assert_eq!(judge.judge(&unread(5), now), Verdict::Fine);
-        assert_eq!(judge.judge(&unread(6), now + LIMIT), Verdict::Fine, "one was answered meanwhile");
+        assert_eq!(judge.judge(&unread(6), now + LIMIT), Verdict::Fine, "a request was answered meanwhile");
         let verdict = judge.judge(&unread(6), now + LIMIT * 2);
         assert_eq!(verdict, Verdict::Replace("2 requests unread for 10.0 s".into()));
         let parked = Reading { waiting: 1, parked: 1, ..Reading::default() };
-        assert_eq!(judge.judge(&parked, now + LIMIT * 3), Verdict::Fine, "it waits for a backing");
+        assert_eq!(
+            judge.judge(&parked, now + LIMIT * 3),
+            Verdict::Fine,
+            "the only request waits for a backing"
+        );
     }
 
     #[test]
-    fn a_slow_store_is_reported_once_and_replaces_nobody() {
+    fn a_slow_store_is_reported_once_and_the_server_is_not_replaced() {
         let now = Instant::now();
         let slow = || Reading {
             oldest: request(Phase::WaitingForStore, LIMIT, Duration::ZERO),

@@ -17,7 +17,7 @@ use crate::protocol::fds;
 use crate::protocol::link::{Link, unexpected};
 use crate::protocol::stats::{Counter, Stats};
 use crate::protocol::{Cache, FileKey, ServerReply, ServerRequest};
-use crate::server::read::outage::{LONGEST_WAIT, retry_while};
+use crate::server::read::outage::{STORE_TIMEOUT, retry_while};
 use crate::server::tree::condemned::Condemned;
 
 /// Backings are written in aligned pieces of this many bytes, so that the page cache holds them in folios that the CPU
@@ -25,7 +25,7 @@ use crate::server::tree::condemned::Condemned;
 const PIECE: u64 = HUGE_PAGE_SIZE;
 const BLOCKS_PER_PIECE: u64 = PIECE / BLOCK_SIZE;
 
-/// Most threads for one backing; each has a buffer of one piece and one for compressed blocks.
+/// Largest number of threads for one backing. Each thread has a buffer for a piece and a buffer for compressed blocks.
 const MAX_THREADS: usize = 16;
 
 /// Interval of progress reports to the supervisor, in bytes.
@@ -68,13 +68,12 @@ impl Hydrator {
         &self.link
     }
 
-    /// Makes the backing of a file and returns its id. `evict` must stop serving the given backings and close the
-    /// unused ones.
+    /// Makes the backing of a file, and returns its id. `evict` must stop serving the given backings and close those
+    /// that no process uses.
     ///
     /// # Errors
-    /// Returns [`Code::TryAgain`] if the backing does not fit into the cache,
-    /// [`Code::Damage`] if the store is damaged, and an error if the file system of the
-    /// cache fails.
+    /// Returns [`Code::TryAgain`] if the backing does not fit into the cache, [`Code::Damage`] if the store is damaged,
+    /// and an error if the file system of the cache fails.
     pub fn hydrate(
         &self,
         template: &Template,
@@ -82,7 +81,7 @@ impl Hydrator {
         key: &FileKey,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
     ) -> Result<(u32, OwnedFd)> {
-        self.check(template)?;
+        self.expect_not_condemned(template)?;
         let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
         let pieces = pieces(template, file, size)?;
         let bytes: u64 = pieces.iter().map(|p| p.end - p.start).sum();
@@ -102,14 +101,15 @@ impl Hydrator {
         }
     }
 
-    fn check(&self, template: &Template) -> Result<()> {
+    fn expect_not_condemned(&self, template: &Template) -> Result<()> {
         match self.condemned.holds(template.digest()) {
             true => Err(Error::not_found("the template is condemned")),
             false => Ok(()),
         }
     }
 
-    /// Reserves space and returns an empty file. The supervisor creates the file, as the server's sandbox forbids that.
+    /// Reserves space and returns an empty file. The supervisor creates the file, as the sandbox forbids the server to
+    /// do so.
     fn reserve(
         &self,
         key: &FileKey,
@@ -117,13 +117,13 @@ impl Hydrator {
         bytes: u64,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
     ) -> Result<Reservation> {
-        let ask = ServerRequest::Reserve { key: key.clone(), size: size.get(), data_bytes: bytes };
-        let mut answer = self.link.request(&ask, None)?;
-        if let (ServerReply::Evict(keys), _) = answer {
+        let request = ServerRequest::Reserve { key: key.clone(), size: size.get(), data_bytes: bytes };
+        let mut reply = self.link.request(&request, None)?;
+        if let (ServerReply::Evict(keys), _) = reply {
             evict(keys)?;
-            answer = self.link.request(&ask, None)?;
+            reply = self.link.request(&request, None)?;
         }
-        match answer {
+        match reply {
             (ServerReply::Created, Some(file)) => Ok(Reservation::Empty(file.into())),
             (ServerReply::Registered(id), Some(file)) => Ok(Reservation::Ready(id, file)),
             (ServerReply::Evict(_), _) => Err(Error::try_again(format!(
@@ -134,7 +134,7 @@ impl Hydrator {
         }
     }
 
-    /// Makes the supervisor close the unused ones of these backings. Returns the closed ones.
+    /// Makes the supervisor close those of the given backings that no process uses. Returns the closed backings.
     ///
     /// # Errors
     /// Returns an error if the supervisor refuses.
@@ -155,12 +155,12 @@ impl Hydrator {
     ) -> Result<()> {
         let filled = AtomicU64::new(0);
         self.in_parallel(pieces, |piece, scratch, buffer| {
-            self.check(template)?;
+            self.expect_not_condemned(template)?;
             let buffer = &mut buffer[..to_usize(piece.end - piece.start)];
             for (i, part) in buffer.chunks_mut(to_usize(BLOCK_SIZE)).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
                 retry_while(
-                    LONGEST_WAIT,
+                    STORE_TIMEOUT,
                     |e: &Error| e.code() == Code::TryAgain,
                     || template.read_block(file, block, scratch, part),
                 )?;
@@ -187,7 +187,7 @@ impl Hydrator {
         pieces: &[Range<u64>],
     ) -> Result<()> {
         self.in_parallel(pieces, |piece, _, buffer| {
-            self.check(template)?;
+            self.expect_not_condemned(template)?;
             let length = to_usize(piece.end - piece.start);
             // A hash covers a whole block, with zeros beyond the end of the file.
             buffer[length..].fill(0);
@@ -230,7 +230,7 @@ impl Hydrator {
     ) -> Result<()> {
         let next = AtomicU64::new(0);
         let failed = AtomicBool::new(false);
-        let one = || {
+        let run = || {
             let mut scratch = Scratch::default();
             let mut buffer = vec![0; to_usize(PIECE)];
             while !failed.load(Ordering::Relaxed) {
@@ -244,7 +244,7 @@ impl Hydrator {
             Ok(())
         };
         let threads = self.threads.min(pieces.len().max(1));
-        threads::share(threads, one)
+        threads::share(threads, run)
     }
 }
 
@@ -252,7 +252,7 @@ impl Hydrator {
 enum Reservation {
     /// An empty file, to be filled.
     Empty(File),
-    /// A backing that a previous server registered after this one was started.
+    /// A backing that the previous server registered after the start of this server.
     Ready(u32, OwnedFd),
 }
 

@@ -25,40 +25,40 @@ use crate::server::refusal::Refusal;
 use crate::server::tree::ServingPolicy;
 use crate::server::tree::node::NameLifetime;
 
-/// Files that are hydrated at the same time, so that a small file need not wait for a large one.
+/// Number of files that are hydrated at the same time, so that a small file need not wait for a large one.
 const WORKERS: usize = 2;
 
-/// Time until a failed hydration is retried.
+/// Delay before a failed hydration is retried.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Longest wait for a hydration of a condemned template to stop; it may be waiting for the store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Most states; beyond that, files without a backing are forgotten.
+/// Largest number of states. Beyond that, the states of files without a backing are dropped.
 const MAX_STATES: usize = 4096;
 
 #[derive(Debug)]
 enum State {
-    /// The backing is being made; opens wait until the deadline, if there is one.
+    /// The backing is being filled; opens wait until the deadline, if there is one.
     Filling { deadline: Option<Instant>, late: bool, waiting: Vec<PendingOpen> },
     /// The backing is registered.
     Ready(Ready),
-    /// There is no backing; the supervisor has the reason.
+    /// There is no backing. The supervisor has recorded the reason.
     Decode { since: Instant, retry: bool },
-    /// The backing is being evicted, unless it is found to be in use; opens wait for the outcome.
-    Leaving { ready: Ready, waiting: Vec<(Arc<Template>, usize, PendingOpen)> },
+    /// The supervisor is checking whether the backing is unused and can be evicted; opens wait for the outcome.
+    Evicting { ready: Ready, waiting: Vec<(Arc<Template>, usize, PendingOpen)> },
 }
 
 /// A registered backing.
 #[derive(Debug)]
 struct Ready {
-    /// Its id on the connection.
+    /// The id on the FUSE connection.
     id: u32,
-    /// The file. The kernel has a reference too; this descriptor is for a supervisor that takes over from a dead one.
+    /// The file. The kernel has a reference too; the descriptor is for a supervisor that takes over.
     _file: OwnedFd,
 }
 
-/// A backing to make.
+/// A request to the workers to make a backing.
 pub struct Job {
     template: Arc<Template>,
     file: usize,
@@ -86,7 +86,7 @@ fn key(template: &Template, file: usize) -> FileKey {
 }
 
 impl Backings {
-    /// Creates the state with the backings that are ready, and starts the workers.
+    /// Creates the state with the registered backings `ready`, and starts the workers.
     pub fn new(
         mode: ServeMode,
         timeout: Duration,
@@ -125,8 +125,8 @@ impl Backings {
         ours
     }
 
-    /// Enters files that the previous server served by decode, since their backings were late or failed: an open that
-    /// was answered with ESTALE must not get ESTALE again. Returns the backings to make now.
+    /// Restores the states of files that the previous server served by decode because their backings were late or had
+    /// failed: an open that was answered with ESTALE must not get ESTALE again. Returns the backings to make now.
     pub fn restore_late(&self, late: Vec<(Option<Arc<Template>>, FileKey)>) -> Vec<Job> {
         let mut jobs = Vec::new();
         if self.mode != ServeMode::Auto || !self.possible {
@@ -157,7 +157,7 @@ impl Backings {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers an open of a file's passthrough number, now or when its backing is ready.
+    /// Answers an open of the passthrough inode number of a file, now or when the backing is registered.
     pub fn open(&self, template: &Arc<Template>, file: usize, mut opening: PendingOpen) {
         let key = key(template, file);
         let mut states = self.states();
@@ -167,16 +167,16 @@ impl Backings {
                 opening.reply(Ok(Opened::Backing(ready.id)));
             }
             Some(State::Filling { late: false, waiting, .. }) if opening.park() => waiting.push(opening),
-            Some(State::Leaving { waiting, .. }) if opening.park() => {
+            Some(State::Evicting { waiting, .. }) if opening.park() => {
                 waiting.push((Arc::clone(template), file, opening));
             }
-            Some(State::Filling { late: false, .. } | State::Leaving { .. }) => self.refuse_crowd(opening),
+            Some(State::Filling { late: false, .. } | State::Evicting { .. }) => self.refuse_crowded(opening),
             Some(State::Filling { .. } | State::Decode { .. }) => opening.reply(Err(Refusal::Stale)),
             None if !self.possible => {
                 let refusal = if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Failed };
                 opening.reply(Err(refusal));
             }
-            None if !opening.park() => self.refuse_crowd(opening),
+            None if !opening.park() => self.refuse_crowded(opening),
             None => {
                 let deadline = match self.mode {
                     ServeMode::Auto => Instant::now().checked_add(self.timeout),
@@ -196,8 +196,8 @@ impl Backings {
         }
     }
 
-    /// Answers an open that cannot wait as if its deadline had passed.
-    fn refuse_crowd(&self, opening: PendingOpen) {
+    /// Answers an open that cannot wait because all parking slots are taken, as if its deadline had passed.
+    fn refuse_crowded(&self, opening: PendingOpen) {
         if !self.crowded.swap(true, Ordering::Relaxed) {
             log::warn!("{PARKED_SLOTS} opens are waiting for backings: further opens do not wait");
         }
@@ -208,10 +208,10 @@ impl Backings {
         self.stats.count(Counter::HydrationsStarted);
         log::info!("hydrating template {} file {}", job.key.digest, job.key.file);
         let start = Instant::now();
-        // Before the state is read: if the deadline passes later, its reason is reported later too.
+        // Before the state is read: a deadline that passes later then reports its reason later too.
         self.report_reason(&job.key, None);
         if matches!(self.states().get(&job.key), Some(State::Filling { late: true, .. })) {
-            self.report_reason(&job.key, Some(self.lateness()));
+            self.report_reason(&job.key, Some(self.late_reason()));
         }
         let made = self.hydrator.hydrate(&job.template, job.file, &job.key, |keys| self.evict(keys));
         let (state, answer): (Option<State>, _) = match made {
@@ -236,16 +236,16 @@ impl Backings {
                 let _ = self.hydrator.link().request(&ServerRequest::Abandon { key: job.key.clone() }, None);
                 match self.mode {
                     ServeMode::Auto => {
-                        let state = State::Decode { since: Instant::now(), retry: may_pass(&error) };
+                        let state = State::Decode { since: Instant::now(), retry: is_temporary(&error) };
                         (Some(state), Err(Refusal::Stale))
                     }
-                    // The next open makes a new attempt; there is no other way to serve it.
-                    ServeMode::Passthrough | ServeMode::Decode => (None, Err(for_opener(&error))),
+                    // The next open makes a new attempt, as the file cannot be served by decode.
+                    ServeMode::Passthrough | ServeMode::Decode => (None, Err(open_refusal(&error))),
                 }
             }
         };
         let _guard = self.hydrator.condemned().guard();
-        // The backing of a template that was condemned meanwhile is ready, but must not be served.
+        // The template may have been condemned meanwhile: then its backing is registered, but must not be served.
         let answer = match self.hydrator.condemned().holds(&job.key.digest) {
             true => Err(Refusal::NoEntry),
             false => answer,
@@ -272,31 +272,31 @@ impl Backings {
         }
     }
 
-    /// Stops serving these backings, and makes the supervisor close the unused ones.
+    /// Stops serving the given backings, and makes the supervisor close those that no process uses.
     fn evict(&self, keys: Vec<FileKey>) -> stencilfs::error::Result<()> {
-        let mut leaving = Vec::new();
+        let mut evicting = Vec::new();
         {
             let mut states = self.states();
             for key in keys {
                 match states.remove(&key) {
                     Some(State::Ready(ready)) => {
-                        states.insert(key.clone(), State::Leaving { ready, waiting: Vec::new() });
-                        leaving.push(key);
+                        states.insert(key.clone(), State::Evicting { ready, waiting: Vec::new() });
+                        evicting.push(key);
                     }
                     Some(other) => drop(states.insert(key, other)),
                     None => {}
                 }
             }
         }
-        let closed = self.hydrator.evict(leaving.clone());
-        let gone: &[FileKey] = closed.as_deref().unwrap_or(&[]);
+        let closed = self.hydrator.evict(evicting.clone());
+        let evicted: &[FileKey] = closed.as_deref().unwrap_or(&[]);
         let mut opens = Vec::new();
         {
             let mut states = self.states();
-            for key in leaving {
-                let Some(State::Leaving { ready, waiting }) = states.remove(&key) else { continue };
+            for key in evicting {
+                let Some(State::Evicting { ready, waiting }) = states.remove(&key) else { continue };
                 opens.extend(waiting);
-                if gone.contains(&key) {
+                if evicted.contains(&key) {
                     self.stats.count(Counter::Evictions);
                     log::info!("evicted the unused backing of template {} file {}", key.digest, key.file);
                 } else {
@@ -318,8 +318,8 @@ impl Backings {
     }
 
     /// Stops all activity for condemned templates: refuses waiting opens, and waits until hydrations stop at their next
-    /// piece. Forgets removed templates.
-    pub fn end_condemned(&self) {
+    /// piece. Drops the states of removed templates.
+    pub fn stop_condemned(&self) {
         let condemned = self.hydrator.condemned();
         let until = Instant::now() + STOP_TIMEOUT;
         loop {
@@ -335,7 +335,7 @@ impl Backings {
                         filling = true;
                         true
                     }
-                    State::Leaving { waiting, .. } => {
+                    State::Evicting { waiting, .. } => {
                         refused.extend(waiting.drain(..).map(|(_, _, opening)| opening));
                         true
                     }
@@ -350,16 +350,16 @@ impl Backings {
         }
     }
 
-    /// Evicts the unused backings of templates that the store no longer has: a removal that was killed did not release
-    /// them.
-    pub fn give_up_vanished(&self, store: &Store) {
+    /// Evicts the unused backings of templates that the store no longer has. Such backings are left over if a removal
+    /// was killed before it released the templates.
+    pub fn evict_vanished(&self, store: &Store) {
         let ready = |(key, state): (&FileKey, &State)| matches!(state, State::Ready(_)).then(|| key.clone());
         let mut keys: Vec<FileKey> = self.states().iter().filter_map(ready).collect();
         let condemned = self.hydrator.condemned();
         keys.retain(|key| !condemned.holds(&key.digest) && matches!(store.find(&key.digest), Ok(false)));
         for keys in keys.chunks(MAX_KEYS) {
             if let Err(error) = self.evict(keys.to_vec()) {
-                log::warn!("the backings of removed templates are kept for now: {error}");
+                log::warn!("cannot evict backings of removed templates: {error}");
             }
         }
     }
@@ -369,7 +369,7 @@ impl Backings {
             self.hydrator.link().request(&ServerRequest::NoBacking { key: key.clone(), reason: why }, None);
     }
 
-    fn lateness(&self) -> String {
+    fn late_reason(&self) -> String {
         let waited = self.timeout.as_secs_f64();
         format!("its backing is still being filled after the timeout of {waited} s")
     }
@@ -380,7 +380,7 @@ impl Backings {
         loop {
             let now = Instant::now();
             let mut next: Option<Instant> = None;
-            let (mut late_ones, mut refused) = (Vec::new(), Vec::new());
+            let (mut late_keys, mut refused) = (Vec::new(), Vec::new());
             for (key, state) in states.iter_mut() {
                 if let State::Filling { deadline: Some(deadline), late, waiting } = state
                     && !*late
@@ -388,21 +388,21 @@ impl Backings {
                     if *deadline <= now {
                         *late = true;
                         refused.append(waiting);
-                        late_ones.push(key.clone());
+                        late_keys.push(key.clone());
                     } else {
                         next = Some(next.map_or(*deadline, |n| n.min(*deadline)));
                     }
                 }
             }
-            if !late_ones.is_empty() {
+            if !late_keys.is_empty() {
                 drop(states);
-                for key in late_ones {
-                    let why = self.lateness();
+                for key in late_keys {
+                    let why = self.late_reason();
                     log::warn!("template {} file {} is served by decode: {why}", key.digest, key.file);
                     self.report_reason(&key, Some(why));
                 }
-                // After the report: if this server dies, its successor knows of the delay and answers the next lookup
-                // with the decode number.
+                // After the report: if this server dies, its successor reads the reason from the ledger and answers the
+                // next lookup with the decode number.
                 refused.into_iter().for_each(|opening: PendingOpen| opening.reply(Err(Refusal::Stale)));
                 states = self.states();
                 continue;
@@ -418,16 +418,16 @@ impl Backings {
     }
 }
 
-/// Returns true for temporary errors: no space, or a directory (of the store or the cache) that is away.
-fn may_pass(error: &Error) -> bool {
-    const PASSING: [i32; 7] =
+/// Returns true for temporary errors: too little space, or a directory of the store or the cache that is away.
+fn is_temporary(error: &Error) -> bool {
+    const TEMPORARY: [i32; 7] =
         [libc::ENOSPC, libc::EDQUOT, libc::ENOENT, libc::EACCES, libc::EROFS, libc::EIO, libc::ESTALE];
     matches!(error.code(), Code::TryAgain | Code::NotFound)
-        || error.errno().is_some_and(|errno| PASSING.contains(&errno))
+        || error.errno().is_some_and(|errno| TEMPORARY.contains(&errno))
 }
 
 /// Returns the refusal of an open in passthrough mode, where decode is not allowed.
-fn for_opener(error: &Error) -> Refusal {
+fn open_refusal(error: &Error) -> Refusal {
     match (error.code(), error.errno()) {
         // With an errno: the store is away. Without: the backing does not fit.
         (Code::TryAgain, Some(_)) => Refusal::Away,
@@ -450,12 +450,12 @@ impl ServingPolicy for Backings {
         let key = key(template, file);
         let mut states = self.states();
         match states.get(&key) {
-            None | Some(State::Leaving { .. } | State::Filling { .. })
+            None | Some(State::Evicting { .. } | State::Filling { .. })
                 if self.crowded.load(Ordering::Relaxed) =>
             {
                 Serving::Decode
             }
-            None | Some(State::Ready(_) | State::Leaving { .. } | State::Filling { late: false, .. }) => {
+            None | Some(State::Ready(_) | State::Evicting { .. } | State::Filling { late: false, .. }) => {
                 Serving::Passthrough
             }
             Some(State::Decode { since, retry: true }) if since.elapsed() > RETRY_INTERVAL => {

@@ -6,7 +6,7 @@ use crate::protocol::{ServerReply, fds};
 use crate::server::testing::{Answer, BLOCK, Setup, Supervisor, World, content, reply, wait_for};
 use crate::server::tree::node::ROOT;
 
-/// An answer of the supervisor that is held back.
+/// Holds back a reply of the supervisor until the gate is opened.
 #[derive(Default)]
 struct Gate(Mutex<bool>, Condvar);
 
@@ -118,7 +118,7 @@ fn empty_files_and_other_modes_are_decoded() {
 }
 
 #[test]
-fn an_open_that_waits_too_long_is_served_by_decode_until_the_backing_is_ready() {
+fn an_open_that_times_out_is_served_by_decode_until_the_backing_is_ready() {
     let (world, gate) = gated(ServeMode::Auto, Duration::from_millis(1));
     let passthrough = world.memory_ino();
     assert_eq!(reply(&world.open(passthrough)), Err(Refusal::Stale));
@@ -213,7 +213,7 @@ fn a_backing_that_another_server_has_registered_is_used() {
     assert_eq!(world.supervisor.count(is_reserve), 0);
 }
 
-/// Evicts the backing of `web:1` for the one of `web:2`; `is_unused` tells what the supervisor finds.
+/// Evicts the backing of `web:1` for the one of `web:2`; `is_unused` is the result of the supervisor's search.
 fn evict(is_unused: bool) -> (World, u64, Result<Opened, Refusal>) {
     let world =
         World::with(Setup::new(ServeMode::Passthrough).script(move |request, supervisor| match request {
@@ -238,13 +238,13 @@ fn an_unused_backing_makes_room_for_another_one() {
     let (world, first, opened) = evict(true);
     assert_eq!(opened, Ok(Opened::Backing(2)));
     assert_eq!(world.fs.stats.get(Counter::Evictions), 1);
-    // The evicted one is made again when it is opened.
+    // The evicted backing is made again at the next open.
     assert_eq!(reply(&world.open(first)), Ok(Opened::Backing(3)));
     assert_eq!(world.fs.stats.get(Counter::HydrationsDone), 3);
 }
 
 #[test]
-fn a_backing_in_use_stays() {
+fn a_backing_in_use_is_not_evicted() {
     let (world, first, opened) = evict(false);
     assert_eq!(opened, Err(Refusal::NoSpace));
     assert_eq!(world.fs.stats.get(Counter::Evictions), 0);
@@ -292,7 +292,7 @@ fn a_condemned_template_gets_no_backing() {
     });
     condemn(&world, Some(false));
     std::thread::scope(|scope| {
-        let ended = scope.spawn(|| world.fs.backings.end_condemned());
+        let ended = scope.spawn(|| world.fs.backings.stop_condemned());
         assert_eq!(reply(&waiting), Err(Refusal::NoEntry));
         gate.open();
         ended.join().unwrap();
@@ -321,21 +321,21 @@ fn a_backing_that_is_ready_is_not_served_if_its_template_was_condemned_meanwhile
     condemn(&world, Some(false));
     gate.open();
     assert_eq!(reply(&waiting), Err(Refusal::NoEntry));
-    // It is ready when the removal is given up.
+    // The backing is served if the removal is abandoned.
     condemn(&world, None);
     assert_eq!(reply(&world.open(ino)), Ok(Opened::Backing(1)));
     assert_eq!(world.fs.stats.get(Counter::HydrationsStarted), 1);
 }
 
 #[test]
-fn the_backings_of_vanished_templates_are_given_up() {
+fn the_backings_of_vanished_templates_are_evicted() {
     let world = World::new(ServeMode::Auto);
     assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Backing(1)));
-    world.fs.backings.give_up_vanished(&world.store);
+    world.fs.backings.evict_vanished(&world.store);
     assert_eq!(world.fs.stats.get(Counter::Evictions), 0);
     let image = world.dir.path().join(format!("store/images/{}", world.digest));
     std::fs::rename(image, world.dir.path().join("gone")).unwrap();
-    world.fs.backings.give_up_vanished(&world.store);
+    world.fs.backings.evict_vanished(&world.store);
     assert_eq!(world.fs.stats.get(Counter::Evictions), 1);
 }
 
@@ -377,8 +377,12 @@ fn a_successor_makes_late_backings_and_keeps_their_files_decoded() {
 }
 
 #[test]
-fn only_temporary_errors_are_tried_again() {
+fn only_temporary_errors_are_retried() {
     let of = |errno| Error::failed("x").because(std::io::Error::from_raw_os_error(errno));
-    assert!(may_pass(&of(libc::ENOSPC)) && may_pass(&of(libc::EIO)) && may_pass(&Error::try_again("x")));
-    assert!(!may_pass(&of(libc::EINVAL)) && !may_pass(&Error::damage("x")));
+    assert!(
+        is_temporary(&of(libc::ENOSPC))
+            && is_temporary(&of(libc::EIO))
+            && is_temporary(&Error::try_again("x"))
+    );
+    assert!(!is_temporary(&of(libc::EINVAL)) && !is_temporary(&Error::damage("x")));
 }

@@ -7,7 +7,7 @@ use super::*;
 use crate::server::refusal::Refusal;
 use crate::server::testing::{Setup, World, reply, snapshot, wait_for};
 
-/// A world whose supervisor notes each report, and a watcher with the other end of its connection.
+/// Returns a world whose supervisor records each report, the ledger, and the kernel's end of the watcher's connection.
 fn watched() -> (World, Arc<Mutex<ledger::Ledger>>, OwnedFd) {
     let world = World::with(Setup::new(ServeMode::Auto));
     let ledger = ledger::Ledger::create().unwrap();
@@ -37,7 +37,7 @@ fn reports(world: &World) -> Vec<(u32, u64)> {
 }
 
 #[test]
-fn a_ring_puts_the_new_list_into_force_before_the_report() {
+fn the_report_follows_the_application_of_the_new_list() {
     let (world, ledger, kernel) = watched();
     let ino = world.memory_ino();
     assert!(reply(&world.open(ino)).is_ok());
@@ -55,7 +55,7 @@ fn a_ring_puts_the_new_list_into_force_before_the_report() {
     );
     assert_eq!(world.find(&format!("by-id/{}", world.digest)), Err(Refusal::NoEntry));
     assert_eq!(reply(&world.open(ino)), Err(Refusal::Stale));
-    // The kernel is told to forget the name.
+    // The watcher has sent the kernel a notification to invalidate the name.
     let mut packet = vec![0; 4096];
     let length = rustix::io::read(&kernel, &mut packet[..]).unwrap();
     assert!(packet[..length].windows(6).any(|name| name == b"memory"), "no notification about the name");
@@ -65,7 +65,7 @@ fn a_ring_puts_the_new_list_into_force_before_the_report() {
 }
 
 #[test]
-fn a_reader_of_the_old_list_delays_the_report_and_not_a_newer_list() {
+fn a_reader_of_the_old_list_delays_the_report_but_not_a_newer_list() {
     let (world, ledger, _kernel) = watched();
     let guard = world.fs.condemned.guard();
     let publish = |removed: Option<bool>| {

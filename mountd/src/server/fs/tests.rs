@@ -180,7 +180,7 @@ fn only_files_are_opened_and_only_for_reading() {
 }
 
 #[test]
-fn requests_that_would_change_something_are_refused() {
+fn modifying_requests_are_refused() {
     let world = World::new(ServeMode::Decode);
     let refused = |op| {
         let mut refusal = None;
@@ -278,7 +278,7 @@ fn a_damaged_block_fails_alone_until_an_import_repairs_the_store() {
 }
 
 #[test]
-fn an_open_template_takes_the_repaired_image() {
+fn an_open_template_is_read_from_the_repaired_image() {
     let world = World::new(ServeMode::Decode);
     let ino = world.memory_ino();
     let image = world.dir.path().join(format!("store/images/{}/image", world.digest));
@@ -338,7 +338,7 @@ fn reads_wait_in_their_thread_when_the_table_is_full() {
     let ino = world.memory_ino();
     let mut parked = Vec::new();
     loop {
-        let mut flight = world.fs.flights.take(request(Op::Open, ino));
+        let mut flight = world.fs.flights.enter(request(Op::Open, ino));
         if !flight.park(Phase::Parked) {
             break;
         }

@@ -17,8 +17,8 @@ pub struct CachedBlock {
     used: AtomicBool,
 }
 
-/// Decompressed blocks by digest, limited in number. Evicts by the clock algorithm: a block that was used since the
-/// last visit gets a second chance.
+/// Decompressed blocks by digest, limited in number. Evicts blocks by the clock algorithm: a block that was used since
+/// the last visit of the clock hand is not evicted.
 pub struct BlockCache {
     blocks: DashMap<Digest, Arc<CachedBlock>>,
     order: Mutex<VecDeque<Digest>>,
@@ -33,13 +33,13 @@ impl std::fmt::Debug for BlockCache {
 }
 
 impl BlockCache {
-    /// Creates a cache of at most `keep` bytes.
-    pub fn new(keep: Bytes) -> BlockCache {
+    /// Creates a cache of at most `max_bytes` bytes.
+    pub fn new(max_bytes: Bytes) -> BlockCache {
         BlockCache {
             blocks: DashMap::new(),
             order: Mutex::new(VecDeque::new()),
             free: Mutex::new(Vec::new()),
-            max_blocks: keep.as_usize() / BLOCK,
+            max_blocks: max_bytes.as_usize() / BLOCK,
         }
     }
 

@@ -16,7 +16,7 @@ use crate::server::read::block_cache::BlockCache;
 use crate::server::read::reply_buffers::Replies;
 use crate::server::refusal::Refusal;
 
-/// Most damaged blocks that are logged; further ones are only counted.
+/// Largest number of damaged blocks that are logged. Further ones are only counted.
 const MAX_REPORTED: usize = 4096;
 
 /// Largest READ, in bytes.
@@ -39,15 +39,15 @@ pub struct Decoder {
     cache: BlockCache,
     stats: Stats,
     replies: Replies,
-    /// Damaged blocks that are in the log already.
+    /// Damaged blocks that were already logged.
     reported: DashSet<(Digest, usize, u64)>,
 }
 
 impl Decoder {
-    /// Creates a decoder that caches at most `keep` bytes of decompressed blocks, and sends from the buffers `replies`
-    /// of [`MAX_READ`] bytes.
-    pub fn new(keep: Bytes, stats: Stats, replies: Replies) -> Decoder {
-        Decoder { cache: BlockCache::new(keep), stats, replies, reported: DashSet::new() }
+    /// Creates a decoder that caches at most `max_bytes` bytes of decompressed blocks. `replies` are buffers of
+    /// [`MAX_READ`] bytes, from which replies are sent.
+    pub fn new(max_bytes: Bytes, stats: Stats, replies: Replies) -> Decoder {
+        Decoder { cache: BlockCache::new(max_bytes), stats, replies, reported: DashSet::new() }
     }
 
     /// Produces `size` bytes at `offset` of a file, fewer at its end, and passes them to `send`.

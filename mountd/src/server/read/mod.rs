@@ -1,4 +1,4 @@
-//! Answers READs, in the thread that took the request or in the thread that waits for the store.
+//! Answers READs, in the thread that read the request or in the thread that waits for the store.
 //!
 //! A READ that fails is tried again in two cases. The library repeats it if the store has other tables of the template
 //! ([`Template`]): a collection has moved blocks, or an import has repaired them. [`outage`] repeats it while the store

@@ -16,22 +16,22 @@ use crate::server::pending::ReadReply;
 use crate::server::read::Reader;
 use crate::server::refusal::Refusal;
 
-/// Interval between two attempts.
+/// Interval between two attempts to reach the store.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long work waits for a store that is away: READs, hydrations, and the start of a successor.
-pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// Longest wait for a store that is away: of READs, hydrations, and the startup of a successor.
+pub const STORE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Retries `work` while its error is one of a store that is away, at most for `longest`.
+/// Retries `work` for at most `timeout`, while `is_away` returns true for its error.
 ///
 /// # Errors
 /// Returns the last error of `work`.
 pub fn retry_while<T, E>(
-    longest: Duration,
+    timeout: Duration,
     is_away: impl Fn(&E) -> bool,
     mut work: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
-    let until = Instant::now() + longest;
+    let until = Instant::now() + timeout;
     loop {
         match work() {
             Err(error) if is_away(&error) && Instant::now() < until => thread::sleep(RETRY_INTERVAL),
@@ -51,10 +51,11 @@ struct Waiting {
 struct State {
     /// Start of the current outage.
     since: Option<Instant>,
-    /// Bounded by the parking slots in the table of pending requests.
+    /// Bounded by the number of parking slots in the in-flight table.
     waiting: Vec<Waiting>,
-    /// Number of READs that have waited in this outage, and of those that have failed.
+    /// Number of READs that have waited during this outage.
     waited: u64,
+    /// Number of READs that have failed during this outage.
     failed: u64,
 }
 
@@ -63,7 +64,7 @@ pub struct StoreOutage {
     store: Store,
     reader: Arc<Reader>,
     stats: Stats,
-    longest: Duration,
+    timeout: Duration,
     state: Mutex<State>,
     wake: Condvar,
 }
@@ -75,10 +76,10 @@ impl std::fmt::Debug for StoreOutage {
 }
 
 impl StoreOutage {
-    /// Starts a thread that watches the store. A READ waits for `longest` at most.
-    pub fn new(store: Store, reader: Arc<Reader>, stats: Stats, longest: Duration) -> Arc<StoreOutage> {
+    /// Starts a thread that answers waiting READs. A READ waits for at most `timeout`.
+    pub fn new(store: Store, reader: Arc<Reader>, stats: Stats, timeout: Duration) -> Arc<StoreOutage> {
         let (state, wake) = (Mutex::default(), Condvar::new());
-        let outage = Arc::new(StoreOutage { store, reader, stats, longest, state, wake });
+        let outage = Arc::new(StoreOutage { store, reader, stats, timeout, state, wake });
         let ours = Arc::clone(&outage);
         thread::spawn(move || ours.watch());
         outage
@@ -105,15 +106,15 @@ impl StoreOutage {
         };
         self.stats.count(Counter::SourceOutages);
         if let Err(error) = self.store.check_reachable() {
-            let longest = self.longest;
-            log::error!("{error}; READs wait up to {longest:?} for the store, other requests fail with EIO");
+            let timeout = self.timeout;
+            log::error!("{error}; READs wait up to {timeout:?} for the store, other requests fail with EIO");
         }
         self.wake.notify_all();
     }
 
-    /// Answers a READ when the store can be reached again, or with an error after the longest wait.
+    /// Answers a READ when the store can be reached again, or with an error after the timeout.
     pub fn wait(&self, mut flight: Flight, reply: ReadReply) {
-        let until = Instant::now() + self.longest;
+        let until = Instant::now() + self.timeout;
         let mut state = self.state();
         self.start(&mut state);
         state.waited += 1;
@@ -132,7 +133,7 @@ impl StoreOutage {
             flight.stamp(Phase::WaitingForStore);
             Err(())
         };
-        if retry_while(self.longest, |()| true, attempt).is_err()
+        if retry_while(self.timeout, |()| true, attempt).is_err()
             && let Some((flight, reply)) = unanswered
         {
             self.fail(&flight, reply);
@@ -146,10 +147,10 @@ impl StoreOutage {
         if state.failed == 1 {
             let request = flight.request();
             log::error!(
-                "READ at {} of inode {} failed with EIO: the store was away for {:?}; further ones are not logged",
+                "READ at {} of inode {} failed with EIO: the store was away for {:?}; further failures are not logged",
                 request.offset,
                 request.ino,
-                self.longest
+                self.timeout
             );
         }
         drop(state);
@@ -169,11 +170,12 @@ impl StoreOutage {
         }
     }
 
-    /// Answers the waiting READs if the store can be reached, and those that have waited for too long with an error.
+    /// Answers the waiting READs if the store can be reached. Otherwise answers those READs with an error that have
+    /// timed out.
     fn attempt(&self) {
         let reachable = self.store.check_reachable().is_ok();
         let waiting = std::mem::take(&mut self.state().waiting);
-        let mut left = Vec::new();
+        let mut still_waiting = Vec::new();
         for Waiting { flight, reply, until } in waiting {
             let unanswered =
                 if reachable { self.reader.answer(flight, reply) } else { Some((flight, reply)) };
@@ -183,10 +185,10 @@ impl StoreOutage {
                 continue;
             }
             flight.stamp(Phase::WaitingForStore);
-            left.push(Waiting { flight, reply, until });
+            still_waiting.push(Waiting { flight, reply, until });
         }
         let mut state = self.state();
-        state.waiting.append(&mut left);
+        state.waiting.append(&mut still_waiting);
         // More READs may have started to wait while earlier ones were answered.
         if reachable
             && state.waiting.is_empty()

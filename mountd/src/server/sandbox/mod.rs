@@ -7,8 +7,7 @@
 //!   no_new_privs → no capabilities, uid of the store's owner → Landlock: store, read-only → seccomp: list of calls
 //! ```
 //! No step can be undone, neither by the server nor by an attacker who has taken control of the server. A step that the
-//! kernel does not support is reported and skipped: a host that shares memory without Landlock is better off than one
-//! that does not share.
+//! kernel does not support is reported and skipped, so that a mount works on hosts without Landlock too.
 
 pub mod calls;
 mod files;

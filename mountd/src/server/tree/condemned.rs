@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use stencilfs::control::CondemnedRow;
 use stencilfs::store::Digest;
 
-/// Longest time from the reply to an open until the open file is visible in its process, even on a busy host.
+/// Longest time from the reply to an open until the open file is visible in `/proc` of its process, also on a busy
+/// host.
 pub const GRACE: Duration = Duration::from_millis(200);
 
 /// Interval between two checks for a newer list while the watcher waits for guards.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Most recorded opens, apart from those within the grace time.
+/// Largest number of recorded opens, apart from those within the grace time.
 const MAX_OPENED: usize = 4096;
 
 /// The list of condemned templates.
@@ -95,18 +96,19 @@ impl Condemned {
         epochs.before.push(old);
     }
 
-    /// Returns true if all guards of earlier epochs are dropped; waits a moment for them.
+    /// Waits up to [`CHECK_INTERVAL`] for the next guard of an earlier epoch. Returns true if all those guards are
+    /// dropped.
     pub fn is_settled(&self) -> bool {
         let before = std::mem::take(&mut self.epochs().before);
-        let gone =
+        let is_over =
             |old: &Receiver<_>| old.recv_timeout(CHECK_INTERVAL) == Err(RecvTimeoutError::Disconnected);
-        let left: Vec<_> = before.into_iter().skip_while(gone).collect();
-        let settled = left.is_empty();
-        self.epochs().before.extend(left);
+        let remaining: Vec<_> = before.into_iter().skip_while(is_over).collect();
+        let settled = remaining.is_empty();
+        self.epochs().before.extend(remaining);
         settled
     }
 
-    /// Returns how long the most recent open of a condemned template may take to be visible in its process.
+    /// Returns the longest remaining time until all answered opens of condemned templates are visible in `/proc`.
     pub fn grace(&self) -> Duration {
         let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.now.read().unwrap_or_else(PoisonError::into_inner);

@@ -4,8 +4,8 @@
 //!   /by-id/<digest>/{manifest.json, memory, state, …}
 //!   /templates/<name>/<tag>  ->  ../../by-id/<digest>
 //! ```
-//! Inode numbers are computed from the names, so that a server accepts the numbers that its predecessor returned: it
-//! finds a number that is not in its map by a walk of the store.
+//! Inode numbers are computed from the names, so that a server accepts the numbers that its predecessor returned. A
+//! number that is not in the map of the server is found by a walk of the store.
 
 pub mod condemned;
 pub mod node;
@@ -25,17 +25,17 @@ use self::node::{Attributes, DirectoryEntry, Kind, MANIFEST, NameLifetime, Node,
 use self::open_templates::OpenTemplates;
 use crate::server::refusal::Refusal;
 
-/// Number of new inode numbers after which those of removed templates are forgotten.
+/// Number of new inode numbers after which the inode numbers of removed templates are dropped from the map.
 const MAX_ENTERED: usize = 1 << 16;
 
-/// Most entries that are listed at a time: more than one reply to the kernel can hold.
+/// Largest number of entries in one listing: more than one reply to the kernel can hold.
 const MAX_LISTED: usize = 1024;
 
 /// Decides how the next open of a file is served.
 pub trait ServingPolicy {
     /// Returns how the file with index `file` of `template` is served.
     fn serving(&self, template: &Template, file: usize) -> Serving;
-    /// Returns how long the kernel may cache that.
+    /// Returns how long the kernel may cache the inode number of that file.
     fn lifetime(&self, template: &Template, file: usize) -> NameLifetime;
 }
 
@@ -47,7 +47,7 @@ pub struct Tree {
     nodes: DashMap<u64, Node>,
     templates: OpenTemplates,
     condemned: Arc<Condemned>,
-    /// Inode numbers entered since those of removed templates were last forgotten.
+    /// Number of inode numbers entered since those of removed templates were last dropped.
     entered: AtomicUsize,
 }
 
@@ -111,7 +111,7 @@ impl Tree {
         ino
     }
 
-    /// Forgets the inode numbers of templates that the store no longer has, so that the map is bounded by the size of
+    /// Drops the inode numbers of templates that the store no longer has, so that the map is bounded by the size of
     /// the store and not by its history.
     fn bound_nodes(&self) {
         if self.entered.load(Ordering::Relaxed) < MAX_ENTERED {
@@ -124,7 +124,7 @@ impl Tree {
             Node::Template(digest) | Node::Manifest(digest) | Node::File(digest, ..) => {
                 digests.contains(digest)
             }
-            // Entered again by the next lookup.
+            // The next lookup enters the inode number again.
             Node::Name(_) | Node::Tag(_) => false,
             Node::Root | Node::ById | Node::Templates => true,
         });
@@ -248,7 +248,7 @@ impl Tree {
         }
     }
 
-    /// Closes all open templates; those that are still needed are opened again.
+    /// Closes all open templates. The next request opens a template again.
     pub fn close_templates(&self) {
         self.templates.close();
     }
@@ -303,7 +303,7 @@ impl Tree {
             },
             Node::Tag(_) => plain(Kind::Symlink, 0o777, self.target(node)?.len() as u64),
             Node::Manifest(digest) | Node::File(digest, ..) => {
-                // Opened again if possible: the policy (mode, owner) may have changed.
+                // Reopened if possible, as the policy (mode, owner) may have changed.
                 let fresh = self.store.template(digest).map(Arc::new);
                 let template = fresh.or_else(|_| self.template(digest))?;
                 let (size, data) = match node {

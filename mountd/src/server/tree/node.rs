@@ -39,9 +39,9 @@ pub enum Kind {
 /// How long the kernel may cache a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NameLifetime {
-    /// Not at all: tags move, and a file that is served by decode may get a backing.
+    /// Zero: tags may move, and a file that is served by decode may get a backing.
     Zero,
-    /// Long: the content behind the name never changes.
+    /// Long: the content of the named file never changes.
     Long,
 }
 
@@ -69,7 +69,8 @@ pub struct Attributes {
 /// One entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirectoryEntry {
-    /// Position after the entry; the same for the same name in every listing, whatever other names come and go.
+    /// Position after the entry. Depends on the name only, so that a listing can continue after other names have
+    /// changed.
     pub cookie: u64,
     /// Inode number.
     pub ino: u64,

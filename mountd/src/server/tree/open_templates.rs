@@ -8,15 +8,15 @@ use rustix::process::{Resource, getrlimit};
 use stencilfs::error::Result;
 use stencilfs::store::{Digest, Store, Template};
 
-/// Most open templates, however high the limit on open files.
+/// Largest number of open templates, even if the limit on open files is higher.
 const MAX_OPEN: u64 = 1024;
-/// Number of open templates that is allowed however low that limit is.
+/// Number of templates that may be open, even if the limit on open files is lower.
 const MIN_OPEN: u64 = 64;
 /// Descriptors for other purposes: packs of the store (512), backings, the connection.
 const OTHER_DESCRIPTORS: u64 = 1024;
 
-/// Returns how many templates may be open under the limit on open files, which the supervisor has raised.
-pub fn most_open() -> usize {
+/// Returns the number of templates that may be open with the limit on open files, which the supervisor has raised.
+pub fn max_open() -> usize {
     open_under(getrlimit(Resource::Nofile).current)
 }
 
@@ -28,7 +28,7 @@ fn open_under(descriptors: Option<u64>) -> usize {
 /// Open templates of a store.
 #[derive(Debug)]
 pub struct OpenTemplates {
-    most: usize,
+    max_open: usize,
     open: DashMap<Digest, Arc<Template>>,
     /// Names of the files of all templates that were ever open: inode numbers are computed from them even if the
     /// template can no longer be opened.
@@ -36,9 +36,9 @@ pub struct OpenTemplates {
 }
 
 impl OpenTemplates {
-    /// Creates an empty cache of at most `most` templates.
-    pub fn new(most: usize) -> OpenTemplates {
-        OpenTemplates { most: most.max(1), open: DashMap::new(), names: DashMap::new() }
+    /// Creates an empty cache of at most `max_open` templates.
+    pub fn new(max_open: usize) -> OpenTemplates {
+        OpenTemplates { max_open: max_open.max(1), open: DashMap::new(), names: DashMap::new() }
     }
 
     /// Returns an open template; opens it if necessary.
@@ -59,8 +59,8 @@ impl OpenTemplates {
             self.names.insert(*digest, names);
         }
         self.open.insert(*digest, Arc::clone(&template));
-        while self.open.len() > self.most {
-            // Any other one: it is opened again when needed, and its current readers hold a reference.
+        while self.open.len() > self.max_open {
+            // Any other template: current readers hold a reference, and later readers open the template again.
             let victim = self.open.iter().map(|entry| *entry.key()).find(|key| key != digest);
             let Some(victim) = victim else { break };
             self.open.remove(&victim);

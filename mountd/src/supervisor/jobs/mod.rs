@@ -1,5 +1,5 @@
-//! What may take long or block, done in a process of its own, so that the supervisor never waits. A job is a child of the
-//! supervisor with its rights; it lives for one task and is killed at its time limit.
+//! Jobs: operations that may take long or block, each in a separate process, so that the supervisor never waits. A job
+//! is a child of the supervisor with the same privileges. It executes one task, and is killed if it times out.
 
 mod backing_files;
 mod unmount;
@@ -23,57 +23,58 @@ use stencilfs::sys::process::{self, Fork};
 use stencilfs::units::Bytes;
 
 use super::event::JobResult;
-use super::machine::TRIAL_LIMIT;
+use super::machine::TRIAL_TIMEOUT;
 use super::program::Program;
 use crate::protocol::ledger::Ledger;
 
-/// Creating and freezing files may wait for the file system.
-const FILE_LIMIT: Duration = Duration::from_secs(30);
-/// Unmounting waits for pages that are being read, and closing for freed room.
-const UNMOUNT_LIMIT: Duration = Duration::from_secs(60);
-/// The search for users of backings.
-const USERS_LIMIT: Duration = Duration::from_secs(2);
-/// The search for processes that an abort hurts.
-const VICTIMS_LIMIT: Duration = Duration::from_secs(1);
+/// For creating and freezing files, which may wait for the file system.
+const FILE_TIMEOUT: Duration = Duration::from_secs(30);
+/// For unmounting, which waits for pending reads of pages, and for closing files, which waits until their space is
+/// freed.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
+/// For the search for processes that use backings.
+const USERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// For the search for processes that an abort of the connection affects.
+const AFFECTED_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a job sends at its end.
+/// The message with the result of a job.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The work is done; what it made comes as a descriptor.
+    /// The job is done. The descriptor of the message is the file, for a job that creates a file.
     Done,
-    /// Indices of keys that no process uses.
+    /// Indices of the keys whose files no process uses.
     Unused(Vec<u64>),
-    /// The work failed.
+    /// The operation failed.
     Failed(Failure),
 }
 
-/// A job that runs. Killed when it is dropped.
+/// A running job. Dropping the value kills the process.
 #[derive(Debug)]
 pub struct Job {
-    /// Readable once the job has ended.
+    /// Becomes readable when the job ends.
     pub channel: Channel,
     pidfd: OwnedFd,
     deadline: Instant,
 }
 
 impl Job {
-    /// Runs `work` in a child. Descriptors that are for the supervisor alone are closed there: a child that cannot end must
-    /// not keep them.
+    /// Runs `work` in a child process. The child closes the descriptors `hidden`: a child that cannot be killed while
+    /// it waits for a file system must not keep them open.
     ///
     /// # Errors
-    /// Returns an error if no child can be started.
+    /// Returns an error if the child cannot be started.
     fn start(
-        limit: Duration,
+        timeout: Duration,
         hidden: &[BorrowedFd<'_>],
         work: impl FnOnce() -> Result<(Outcome, Option<OwnedFd>)>,
     ) -> Result<Job> {
         let (ours, theirs) = Channel::pair().map_err(no_child)?;
         let parent = std::process::id();
         match process::fork_single_threaded()? {
-            Fork::Parent(pid) => Job::new(ours, pid, limit),
+            Fork::Parent(pid) => Job::new(ours, pid, timeout),
             Fork::Child => {
-                let hide = || -> Result<()> {
+                let close_hidden = || -> Result<()> {
                     if !process::set_parent_death_signal(parent)? {
                         process::leave(0);
                     }
@@ -81,7 +82,7 @@ impl Job {
                     let close = |fd: &BorrowedFd<'_>| device::replace_descriptor(*fd, &null);
                     hidden.iter().try_for_each(close).map_err(no_child)
                 };
-                let (outcome, fd) = hide()
+                let (outcome, fd) = close_hidden()
                     .and_then(|()| work())
                     .unwrap_or_else(|e| (Outcome::Failed(Failure::from(&e)), None));
                 let _ = theirs.send(&outcome, fd.as_ref().map(AsFd::as_fd));
@@ -90,13 +91,13 @@ impl Job {
         }
     }
 
-    fn new(channel: Channel, pid: u32, limit: Duration) -> Result<Job> {
-        let pidfd =
-            process::pidfd(pid)?.ok_or_else(|| Error::failed(format!("process {pid} is not a child")))?;
-        Ok(Job { channel, pidfd, deadline: Instant::now() + limit })
+    fn new(channel: Channel, pid: u32, timeout: Duration) -> Result<Job> {
+        let pidfd = process::pidfd(pid)?
+            .ok_or_else(|| Error::failed(format!("process {pid} is not a child of the supervisor")))?;
+        Ok(Job { channel, pidfd, deadline: Instant::now() + timeout })
     }
 
-    /// The result, once the job has ended or its time is up.
+    /// Returns the result if the job has ended or timed out.
     pub fn result(&self) -> Option<JobResult> {
         let failed = |why: &str| Some(JobResult::Failed(Error::failed(why)));
         match self.channel.try_receive() {
@@ -106,9 +107,9 @@ impl Job {
                 Some(JobResult::Failed(failure.into_error()))
             }
             Ok(Received::Nothing) if Instant::now() < self.deadline => None,
-            Ok(Received::Nothing) => failed("it did not answer in time"),
-            Ok(Received::Closed) => failed("it exited without an answer"),
-            Err(e) => failed(&format!("its answer cannot be parsed: {e}")),
+            Ok(Received::Nothing) => failed("the job timed out"),
+            Ok(Received::Closed) => failed("the job exited without a result"),
+            Err(e) => failed(&format!("cannot parse the result of the job: {e}")),
         }
     }
 }
@@ -123,15 +124,15 @@ fn no_child(e: io::Error) -> Error {
     Error::failed("cannot start a job").because(e).remedy("check the limits of processes and open files")
 }
 
-/// Creates the empty file of a backing.
+/// Starts a job that creates the empty file of a backing.
 ///
 /// # Errors
-/// Returns an error if no child can be started; so do the functions below.
+/// Returns an error if the child cannot be started.
 pub fn create_backing(hidden: &[BorrowedFd<'_>], cache: &Cache, size: Bytes, data: Bytes) -> Result<Job> {
-    Job::start(FILE_LIMIT, hidden, || Ok((Outcome::Done, Some(backing_files::create(cache, size, data)?))))
+    Job::start(FILE_TIMEOUT, hidden, || Ok((Outcome::Done, Some(backing_files::create(cache, size, data)?))))
 }
 
-/// Makes the filled file of a backing immutable.
+/// Starts a job that makes the filled file of a backing immutable.
 ///
 /// # Errors
 /// Same as [`create_backing`].
@@ -141,22 +142,22 @@ pub fn freeze_backing(
     file: &OwnedFd,
     reserved: Bytes,
 ) -> Result<Job> {
-    Job::start(FILE_LIMIT, hidden, || {
+    Job::start(FILE_TIMEOUT, hidden, || {
         backing_files::freeze(cache, file, reserved).map(|()| (Outcome::Done, None))
     })
 }
 
-/// Finds the keys whose inodes no process uses by passthrough.
+/// Starts a job that finds the keys whose files no process uses by passthrough.
 ///
 /// # Errors
 /// Same as [`create_backing`].
 pub fn find_unused(hidden: &[BorrowedFd<'_>], store: &Path, device: u64, keys: &[FileKey]) -> Result<Job> {
-    Job::start(USERS_LIMIT * 2, hidden, || {
-        Ok((Outcome::Unused(users::unused(store, device, keys, USERS_LIMIT)?), None))
+    Job::start(USERS_TIMEOUT * 2, hidden, || {
+        Ok((Outcome::Unused(users::unused(store, device, keys, USERS_TIMEOUT)?), None))
     })
 }
 
-/// Ends the mount. A forced end aborts the connection and logs which processes lose memory.
+/// Starts a job that unmounts. A forced unmount logs the processes that use the mount, and aborts the connection.
 ///
 /// # Errors
 /// Same as [`create_backing`].
@@ -168,30 +169,31 @@ pub fn unmount(
     fuse: &OwnedFd,
 ) -> Result<Job> {
     let abort = match mode {
-        UnmountMode::Force => unmount::abort_of(fuse, device),
+        UnmountMode::Force => unmount::open_abort_file(fuse, device),
         UnmountMode::Plain | UnmountMode::Lazy => Ok(None),
     };
-    Job::start(UNMOUNT_LIMIT, hidden, || {
+    Job::start(UNMOUNT_TIMEOUT, hidden, || {
         if mode == UnmountMode::Force
-            && let Ok(users) = users::find(device, VICTIMS_LIMIT)
+            && let Ok(users) = users::find(device, AFFECTED_TIMEOUT)
         {
             log::warn!(
-                "the connection is aborted; these processes lose pages that they have not read: {users}"
+                "aborting the connection; these processes can no longer read pages of the mount: {users}"
             );
         }
-        unmount::end(options, device, mode, abort).map(|()| (Outcome::Done, None))
+        unmount::unmount(options, device, mode, abort).map(|()| (Outcome::Done, None))
     })
 }
 
-/// Closes files that only this process has open: in a child that is the last to have them.
+/// Starts a job that closes files which no other process has open. This process closes its descriptors first, so that
+/// the exit of the job frees the space of the files.
 ///
 /// # Errors
-/// Same as [`create_backing`]; this process closes the files then.
+/// Same as [`create_backing`]; then this process closes the files.
 pub fn close_files(hidden: &[BorrowedFd<'_>], files: Vec<OwnedFd>) -> Result<Job> {
-    let lost = |e: io::Error| Error::failed("cannot tell a job that files are closed").because(e);
+    let lost = |e: io::Error| Error::failed("cannot signal a job through an eventfd").because(e);
     let closed = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| lost(e.into()))?;
-    let job = Job::start(UNMOUNT_LIMIT, hidden, || {
-        // The child exits, and closes its copies, only after the supervisor has closed its own.
+    let job = Job::start(UNMOUNT_TIMEOUT, hidden, || {
+        // The child keeps its duplicates open until the supervisor has closed the originals.
         rustix::io::read(&closed, &mut [0; 8]).map_err(|e| lost(e.into()))?;
         Ok((Outcome::Done, None))
     })?;
@@ -200,12 +202,14 @@ pub fn close_files(hidden: &[BorrowedFd<'_>], files: Vec<OwnedFd>) -> Result<Job
     Ok(job)
 }
 
-/// Has a program check whether it can continue from the ledger.
+/// Starts `stencil-mountd check` of another program, which checks whether the program can read the ledger.
 ///
 /// # Errors
 /// Returns an error if the program cannot be started.
 pub fn check_program(program: &Program, ledger: &Ledger) -> Result<Job> {
-    let ledger = ledger.read_only().map_err(|e| Error::failed("cannot hand over the ledger").because(e))?;
+    let ledger = ledger
+        .read_only()
+        .map_err(|e| Error::failed("cannot open the ledger for the new program").because(e))?;
     let (ours, theirs) = Channel::pair().map_err(no_child)?;
     let child = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()))
         .arg("check")
@@ -214,7 +218,7 @@ pub fn check_program(program: &Program, ledger: &Ledger) -> Result<Job> {
         .process_group(0)
         .spawn()
         .map_err(|e| {
-            Error::io("cannot start the program", &program.path, e).remedy("name a stencil-mountd")
+            Error::io("cannot start the program", &program.path, e).remedy("use a stencil-mountd binary")
         })?;
-    Job::new(ours, child.id(), TRIAL_LIMIT)
+    Job::new(ours, child.id(), TRIAL_TIMEOUT)
 }

@@ -1,4 +1,4 @@
-//! Unmounts. umount(2) waits for pending reads of pages, so the supervisor, which must answer requests, cannot call it.
+//! Unmounting, in a job: umount(2) waits for pending reads of pages, and the supervisor must answer requests meanwhile.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,11 +8,11 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::files::mount::{self, Abort};
 use stencilfs::sys::fuse::device;
 
-/// Unmounts; a forced unmount uses `abort`, which was opened before.
+/// Unmounts. A forced unmount then aborts the connection through `abort`.
 ///
 /// # Errors
 /// Returns [`Code::InUse`](stencilfs::error::Code::InUse) if the mount is in use and not forced.
-pub fn end(
+pub fn unmount(
     options: &MountOptions,
     device: u64,
     mode: UnmountMode,
@@ -20,14 +20,18 @@ pub fn end(
 ) -> Result<()> {
     let path = &options.mountpoint;
     let attached = match mount::at(path) {
-        // A forced unmount can still abort the connection.
+        // Even if the mount table cannot be read, a forced unmount can abort the connection.
         Err(error) if mode != UnmountMode::Force => return Err(error),
         there => there.ok().flatten().is_some_and(|there| there.dev == device),
     };
     if !attached && mode != UnmountMode::Force {
-        return Err(Error::in_use("the mount is already detached, and is served until its last use ends")
-            .at(path)
-            .remedy("see 'stencil status'; --force aborts it and kills processes that still need it"));
+        return Err(Error::in_use(
+            "the mount is already detached, and is served until the last process that uses it ends",
+        )
+        .at(path)
+        .remedy(
+            "see 'stencil status'; --force aborts the mount and kills processes that still need its pages",
+        ));
     }
     if attached {
         mount::unmount(path, mode != UnmountMode::Plain).map_err(|e| match e.raw_os_error() {
@@ -41,13 +45,13 @@ pub fn end(
     aborted.map_err(|e| Error::io("cannot abort the connection", path, e))
 }
 
-/// Opens the abort file of the mount's connection. The caller holds the connection: after the unmount the kernel may
-/// reuse the device number. Returns `None` if the connection is closed.
+/// Opens the abort file of the mount's connection in fusectl. The file must be opened before the unmount, because
+/// afterwards the kernel may reuse the device number. Returns `None` if the connection is closed.
 ///
 /// # Errors
-/// Returns an error if the file in fusectl cannot be opened.
-pub fn abort_of(fuse: &OwnedFd, device: u64) -> io::Result<Option<Abort>> {
+/// Returns an error if the file cannot be opened.
+pub fn open_abort_file(fuse: &OwnedFd, device: u64) -> io::Result<Option<Abort>> {
     let abort = Abort::of(device);
-    // The connection is still open, so the number belonged to it when the file was opened.
+    // If the connection is open now, the device number was that of this mount when the file was opened.
     if device::is_over(fuse) { Ok(None) } else { abort.map(Some) }
 }

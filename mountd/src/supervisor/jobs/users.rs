@@ -1,4 +1,4 @@
-//! Finds processes that use files of a mount, by device and inode number in every process, never by path or open count.
+//! Finds processes that use files of a mount: searches all processes for the device and inode numbers, never for paths.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -9,21 +9,21 @@ use stencilfs::error::Result;
 use stencilfs::store::{Serving, Store, inode_number};
 use stencilfs::sys::process::holders::{self, Users};
 
-/// Longest time from the reply to an open until the process shows the open file.
+/// Longest time from the reply to an open until the open file is visible in `/proc` of the process.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// Returns the indices of those `keys` that no process uses by passthrough.
+/// Returns the indices of those `keys` whose files no process uses by passthrough.
 ///
 /// # Errors
 /// Returns an error if the store or `/proc` cannot be read. If a process cannot be inspected within `timeout`, all
-/// count as used.
+/// files count as used.
 pub fn unused(store: &Path, device: u64, keys: &[FileKey], timeout: Duration) -> Result<Vec<u64>> {
     let secret = Store::open(store)?.secret();
     std::thread::sleep(GRACE);
     let all = holders::users_of(device, timeout)?;
     if !all.unseen.is_empty() {
         log::warn!(
-            "no backing is evicted, as these processes cannot be inspected: {}",
+            "cannot evict backings: these processes cannot be inspected: {}",
             holders::list_pids(&all.unseen.pids())
         );
         return Ok(Vec::new());
@@ -33,7 +33,7 @@ pub fn unused(store: &Path, device: u64, keys: &[FileKey], timeout: Duration) ->
     Ok((0..).zip(keys).filter(|(_, key)| !used.contains(&number(key))).map(|(index, _)| index).collect())
 }
 
-/// Returns the list of processes that use the mount, for the log.
+/// Returns a list of the processes that use the mount, as text for the log.
 ///
 /// # Errors
 /// Returns an error if `/proc` cannot be read.

@@ -1,10 +1,10 @@
-//! Backings of a mount. They belong to the FUSE connection, so the supervisor keeps them while servers come and go.
+//! Backings of a mount. They belong to the FUSE connection, so the supervisor keeps them across restarts of servers.
 //!
 //! ```text
-//!   reserve ──▶ created ──▶ (the server fills it) ──▶ frozen ──▶ (the server verifies it) ──▶ registered ──▶ closed
+//!   reserved ──▶ created ──▶ (filled by the server) ──▶ frozen ──▶ (verified by the server) ──▶ registered ──▶ closed
 //! ```
-//! A server gets the id of a backing, by which it answers opens, only after the last step but one: the file that the
-//! server compared with the hashes is the file that was frozen.
+//! A server needs the id of a backing to answer opens with it. It gets the id only after registration, when the file
+//! that the server compared with the hashes is known to be the file that was frozen.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -16,7 +16,7 @@ use stencilfs::units::Bytes;
 use crate::protocol::MAX_KEYS;
 use crate::protocol::fds;
 
-/// Most files for which a mount keeps a backing, or a reason for none.
+/// Largest number of files for which a mount records a backing, or the reason why there is none.
 const MAX_FILES: usize = 4096;
 /// Longest file name in bytes (`NAME_MAX`).
 const MAX_NAME: usize = 255;
@@ -30,24 +30,24 @@ struct Backing {
     file: Option<OwnedFd>,
 }
 
-/// The answer to a reservation.
+/// The result of a reservation.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Reservation {
-    /// Room is reserved: create the file.
+    /// Space is reserved; the file must be created.
     Create,
-    /// The backing is ready under this id: an earlier server made it.
+    /// The backing is already registered with this id: an earlier server made it.
     Ready(u32),
-    /// There would be room without these backings.
+    /// The cache is full; there would be space without these backings.
     Evict(Vec<FileKey>),
 }
 
-/// What is left to do for a registration.
+/// The next step of a registration.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Registration {
-    /// Register the file with the kernel.
-    Open,
-    /// The backing has this id already.
-    Known(u32),
+    /// The file must be registered with the kernel.
+    Register,
+    /// The backing is already registered with this id.
+    AlreadyRegistered(u32),
 }
 
 /// All backings of a mount.
@@ -55,38 +55,38 @@ pub enum Registration {
 pub struct Backings(Vec<Backing>);
 
 impl Backings {
-    /// Backings of an earlier supervisor; `file` finds the descriptor of a row.
+    /// Restores the backings of an earlier supervisor. `file` returns the descriptor for a row.
     pub fn restore(rows: Vec<BackingRow>, mut file: impl FnMut(&BackingRow) -> Option<OwnedFd>) -> Backings {
         Backings(rows.into_iter().map(|row| Backing { file: file(&row), row }).collect())
     }
 
-    /// All rows, with the numbers of their descriptors in this process.
+    /// Returns all rows, with the numbers of their descriptors in this process.
     pub fn rows(&self) -> Vec<BackingRow> {
         let number = |b: &Backing| b.file.as_ref().map(AsRawFd::as_raw_fd);
         self.0.iter().map(|b| BackingRow { descriptor: number(b), ..b.row.clone() }).collect()
     }
 
-    /// Descriptors of all backings, unfinished ones included.
+    /// Returns the descriptors of all backings, including unfinished ones.
     pub fn files(&self) -> impl Iterator<Item = &OwnedFd> {
         self.0.iter().filter_map(|b| b.file.as_ref())
     }
 
-    /// Ids and descriptors of registered backings.
+    /// Returns the ids and descriptors of the registered backings.
     pub fn registered(&self) -> impl Iterator<Item = (u32, &OwnedFd)> {
         self.0.iter().filter_map(|b| Some((b.row.id?, b.file.as_ref()?)))
     }
 
-    /// A copy of the descriptor of the registered backing at that index of [`rows`](Self::rows).
+    /// Duplicates the descriptor of the registered backing at an index of [`rows`](Self::rows).
     ///
     /// # Errors
-    /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if there is none, or an error if the process is out
-    /// of descriptors.
+    /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if there is no registered backing at the index, and
+    /// an error if the process is out of descriptors.
     pub fn copy_at(&self, index: usize) -> Result<OwnedFd> {
         let backing = self.0.get(index).filter(|b| b.row.id.is_some());
         copy_of(backing)
     }
 
-    /// A copy of the descriptor of the registered backing of a file.
+    /// Duplicates the descriptor of the registered backing of a file.
     ///
     /// # Errors
     /// Same as [`copy_at`](Self::copy_at).
@@ -94,7 +94,7 @@ impl Backings {
         copy_of(self.0.iter().find(|b| b.row.key == *key && b.row.id.is_some()))
     }
 
-    /// The file of a backing, registered or not.
+    /// Returns the file of a backing, registered or not.
     pub fn file(&self, key: &FileKey) -> Option<&OwnedFd> {
         self.0.iter().find(|b| b.row.key == *key)?.file.as_ref()
     }
@@ -106,7 +106,7 @@ impl Backings {
     fn unfinished(&mut self, key: &FileKey) -> Result<&mut Backing> {
         self.find(key)
             .filter(|b| b.row.id.is_none() && b.row.stage != Stage::None)
-            .ok_or_else(|| Error::failed(format!("no room is reserved for the backing of {}", key.file)))
+            .ok_or_else(|| Error::failed(format!("no space is reserved for the backing of {}", key.file)))
     }
 
     fn entry(&mut self, key: FileKey) -> Result<&mut Backing> {
@@ -117,7 +117,7 @@ impl Backings {
             }
             None if self.0.len() >= MAX_FILES => {
                 return Err(Error::try_again(format!(
-                    "the mount has backings for {MAX_FILES} files, its limit"
+                    "the mount has reached its limit of {MAX_FILES} files with backings"
                 )));
             }
             None => {
@@ -132,9 +132,9 @@ impl Backings {
         Ok(&mut self.0[at])
     }
 
-    /// Drops unfinished backings: the server that made them is dead, and its successor makes them again. Reasons stay,
-    /// because an open that was refused for one looks the name up again, and the successor must answer it alike.
-    /// Returns files to be closed.
+    /// Drops unfinished backings after the death of the server that was making them; its successor makes them again.
+    /// Keeps the reasons why files have no backing: a process whose open was refused for a reason repeats the lookup,
+    /// and the successor must answer that lookup in the same way. Returns the files, to be closed.
     pub fn drop_unfinished(&mut self) -> Vec<OwnedFd> {
         let mut files = Vec::new();
         self.0.retain_mut(|b| {
@@ -147,16 +147,17 @@ impl Backings {
         files
     }
 
-    /// Reserves room for a backing with that many bytes of data.
+    /// Reserves space for a backing with `data` bytes of data.
     ///
     /// # Errors
-    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if there is no room even after an eviction.
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if there would be too little space even after an
+    /// eviction.
     pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, data: Bytes) -> Result<Reservation> {
         if let Some(id) = self.find(key).and_then(|b| b.row.id) {
             return Ok(Reservation::Ready(id));
         }
         if data > chosen.most {
-            let error = format!("its backing needs {data}, the cache may hold {}", chosen.most);
+            let error = format!("the backing needs {data}, the cache may hold {}", chosen.most);
             return Err(Error::try_again(error).remedy("mount with a larger --cache-size"));
         }
         let others: u64 = self.0.iter().filter(|b| b.row.key != *key).map(|b| b.row.reserved).sum();
@@ -178,16 +179,16 @@ impl Backings {
         if excess > 0 || evict.is_empty() {
             let (taken, limit) = (Bytes::new(others), chosen.most);
             return Err(Error::try_again(format!(
-                "its backing needs {data}, and {taken} of the cache's {limit} are in use"
+                "the backing needs {data}, but {taken} of the cache's {limit} are in use"
             )));
         }
         Ok(Reservation::Evict(evict))
     }
 
-    /// Takes the empty file that was created for a backing.
+    /// Records the empty file that was created for a backing.
     ///
     /// # Errors
-    /// Returns an error if no room is reserved for it.
+    /// Returns an error if no space is reserved for the backing.
     pub fn created(&mut self, key: &FileKey, file: OwnedFd) -> Result<&OwnedFd> {
         let identity = fds::identity(&file)?;
         let backing = self.unfinished(key)?;
@@ -196,11 +197,12 @@ impl Backings {
         Ok(backing.file.insert(file))
     }
 
-    /// The room that is reserved for a backing which is to be frozen; `None` if it is frozen already.
+    /// Returns the space that is reserved for a backing, which can then be frozen; `None` if the backing is already
+    /// frozen.
     ///
     /// # Errors
-    /// Returns an error if no file was created for it.
-    pub fn room_to_freeze(&mut self, key: &FileKey) -> Result<Option<Bytes>> {
+    /// Returns an error if no file was created for the backing.
+    pub fn reserved_for_freeze(&mut self, key: &FileKey) -> Result<Option<Bytes>> {
         let backing = self.unfinished(key)?;
         match (backing.row.stage, &backing.file) {
             (Stage::Frozen, _) => Ok(None),
@@ -209,33 +211,33 @@ impl Backings {
         }
     }
 
-    /// Notes that the file of a backing is immutable.
+    /// Records that the file of a backing is immutable.
     pub fn frozen(&mut self, key: &FileKey) {
         if let Ok(backing) = self.unfinished(key) {
             backing.row.stage = Stage::Frozen;
         }
     }
 
-    /// Checks that a backing may be registered: the server compared the file that is frozen.
+    /// Checks that a backing may be registered: that its file is frozen and is the file with the identity `verified`.
     ///
     /// # Errors
-    /// Returns an error if another file was compared, or if the file is not frozen.
-    pub fn registration(&mut self, key: &FileKey, compared: (u64, u64)) -> Result<Registration> {
-        // A second id for an inode in use would be an error for processes that open it.
+    /// Returns an error if another file was verified, or if the file is not frozen.
+    pub fn registration(&mut self, key: &FileKey, verified: (u64, u64)) -> Result<Registration> {
+        // While an inode is open by passthrough, the kernel fails opens of the inode with another backing id.
         if let Some(id) = self.find(key).and_then(|b| b.row.id) {
-            return Ok(Registration::Known(id));
+            return Ok(Registration::AlreadyRegistered(id));
         }
         let backing = self.unfinished(key)?;
-        if backing.row.identity != compared || backing.file.is_none() {
-            return Err(Error::failed("the file that was compared is not the file of the backing"));
+        if backing.row.identity != verified || backing.file.is_none() {
+            return Err(Error::failed("the verified file is not the file of the backing"));
         }
         match backing.row.stage {
-            Stage::Frozen => Ok(Registration::Open),
+            Stage::Frozen => Ok(Registration::Register),
             Stage::None | Stage::Room => Err(Error::failed("the backing is not frozen")),
         }
     }
 
-    /// Notes the id under which the kernel has a backing.
+    /// Records the id with which the kernel has registered a backing.
     pub fn note_registered(&mut self, key: &FileKey, id: u32) {
         if let Ok(backing) = self.unfinished(key) {
             backing.row.id = Some(id);
@@ -244,13 +246,14 @@ impl Backings {
         }
     }
 
-    /// Files of a template that have a registered backing.
+    /// Returns the files of a template that have a registered backing.
     pub fn keys_of(&self, digest: &Digest) -> Vec<FileKey> {
         let ready = self.0.iter().filter(|b| b.row.key.digest == *digest && b.row.id.is_some());
         ready.map(|b| b.row.key.clone()).collect()
     }
 
-    /// Takes out registered backings that no process uses and no server hands out; returns their ids and files.
+    /// Removes registered backings, which no process uses and with which no server answers opens. Returns their ids and
+    /// files, to be closed.
     pub fn close(&mut self, keys: &[FileKey]) -> (Vec<u32>, Vec<OwnedFd>) {
         let closed = self.0.extract_if(.., |b| b.row.id.is_some() && keys.contains(&b.row.key));
         let (mut ids, mut files) = (Vec::new(), Vec::new());
@@ -261,28 +264,30 @@ impl Backings {
         (ids, files)
     }
 
-    /// Notes why a file has no backing. A backing that is late continues to be filled.
+    /// Records why a file has no backing; `None` clears the reason. If the reason is a timeout, the server continues to
+    /// fill the backing.
     ///
     /// # Errors
-    /// Returns an error if too many files have a backing or a reason.
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if too many files have a backing or a reason, and
+    /// [`Code::Usage`](stencilfs::error::Code::Usage) if the file name is too long.
     pub fn note_reason(&mut self, key: FileKey, reason: Option<String>) -> Result<()> {
         let backing = self.entry(key)?;
         if backing.row.id.is_none() {
-            // The reason stays in locked memory, and in the ledger.
+            // Bounded, since the reason occupies locked memory and space in the ledger.
             let plain = |c: char| if c.is_control() { ' ' } else { c };
             backing.row.why = reason.map(|text| text.chars().take(MAX_REASON).map(plain).collect());
         }
         Ok(())
     }
 
-    /// Frees the room of a backing that the server abandons; returns its file, to be closed.
+    /// Frees the space of an unfinished backing. Returns its file, to be closed.
     pub fn abandon(&mut self, key: &FileKey) -> Option<OwnedFd> {
         let backing = self.unfinished(key).ok()?;
         (backing.row.stage, backing.row.reserved, backing.row.filled) = (Stage::None, 0, 0);
         backing.file.take()
     }
 
-    /// Notes the bytes of data in a backing.
+    /// Records how many bytes of data were written to a backing.
     pub fn note_progress(&mut self, key: &FileKey, bytes: u64) {
         if let Ok(backing) = self.unfinished(key) {
             backing.row.filled = backing.row.filled.max(bytes);
@@ -305,8 +310,8 @@ mod tests {
         FileKey { digest: Digest::of(name.as_bytes()), file: "memory".into() }
     }
 
-    fn cache(most: u64) -> Chosen {
-        Chosen { cache: Cache::Memory, why: None, most: Bytes::new(most) }
+    fn cache(limit: u64) -> Chosen {
+        Chosen { cache: Cache::Memory, why: None, most: Bytes::new(limit) }
     }
 
     fn file() -> (OwnedFd, (u64, u64)) {
@@ -320,36 +325,36 @@ mod tests {
         assert_eq!(backings.reserve(&cache(u64::MAX), &key, Bytes::new(bytes)).unwrap(), Reservation::Create);
         let (file, identity) = file();
         backings.created(&key, file).unwrap();
-        assert_eq!(backings.room_to_freeze(&key).unwrap(), Some(Bytes::new(bytes)));
+        assert_eq!(backings.reserved_for_freeze(&key).unwrap(), Some(Bytes::new(bytes)));
         backings.frozen(&key);
-        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Open);
+        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Register);
         backings.note_registered(&key, id);
     }
 
     #[test]
-    fn only_the_frozen_file_that_was_compared_is_registered() {
+    fn only_the_frozen_and_verified_file_is_registered() {
         let mut backings = Backings::default();
         let key = key("a");
         assert!(backings.registration(&key, (0, 0)).is_err(), "nothing is reserved");
         backings.reserve(&cache(100), &key, Bytes::new(10)).unwrap();
         assert!(backings.registration(&key, (0, 0)).is_err(), "no file");
-        assert!(backings.room_to_freeze(&key).is_err(), "no file");
+        assert!(backings.reserved_for_freeze(&key).is_err(), "no file");
         let ((first, identity), (_second, other)) = (file(), file());
         backings.created(&key, first).unwrap();
         assert!(backings.registration(&key, identity).unwrap_err().to_string().contains("not frozen"));
         backings.frozen(&key);
-        assert_eq!(backings.room_to_freeze(&key).unwrap(), None, "frozen already");
-        assert!(backings.registration(&key, other).unwrap_err().to_string().contains("compared"));
+        assert_eq!(backings.reserved_for_freeze(&key).unwrap(), None, "already frozen");
+        assert!(backings.registration(&key, other).unwrap_err().to_string().contains("verified file is not"));
         assert!(backings.copy(&key).is_err(), "not registered");
-        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Open);
+        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Register);
         backings.note_registered(&key, 3);
-        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Known(3));
+        assert_eq!(backings.registration(&key, identity).unwrap(), Registration::AlreadyRegistered(3));
         assert_eq!(backings.reserve(&cache(100), &key, Bytes::new(10)).unwrap(), Reservation::Ready(3));
         assert!(backings.copy(&key).is_ok() && backings.copy_at(0).is_ok() && backings.copy_at(1).is_err());
     }
 
     #[test]
-    fn a_reservation_evicts_the_fewest_bytes_that_make_room() {
+    fn a_reservation_evicts_small_backings_first() {
         let mut backings = Backings::default();
         ready(&mut backings, "a", 40, 1);
         ready(&mut backings, "b", 30, 2);
@@ -362,11 +367,15 @@ mod tests {
         assert_eq!(reserve(&mut backings, 101).unwrap_err().code(), Code::TryAgain);
         let unfinished = backings.reserve(&cache(100), &key("d"), Bytes::new(30)).unwrap();
         assert_eq!(unfinished, Reservation::Create);
-        assert_eq!(reserve(&mut backings, 90).unwrap_err().code(), Code::TryAgain, "unfinished room stays");
+        assert_eq!(
+            reserve(&mut backings, 90).unwrap_err().code(),
+            Code::TryAgain,
+            "unfinished backings cannot be evicted"
+        );
     }
 
     #[test]
-    fn a_dead_server_leaves_registered_backings_and_reasons() {
+    fn registered_backings_and_reasons_survive_the_death_of_a_server() {
         let mut backings = Backings::default();
         ready(&mut backings, "a", 1, 1);
         backings.reserve(&cache(100), &key("b"), Bytes::new(5)).unwrap();
@@ -385,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn closing_takes_out_registered_backings_only() {
+    fn closing_removes_registered_backings_only() {
         let mut backings = Backings::default();
         ready(&mut backings, "a", 1, 7);
         backings.reserve(&cache(100), &key("b"), Bytes::new(5)).unwrap();
@@ -409,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_never_falls_and_is_complete_once_registered() {
+    fn progress_never_decreases_and_is_complete_after_registration() {
         let mut backings = Backings::default();
         backings.reserve(&cache(100), &key("a"), Bytes::new(50)).unwrap();
         for (report, expected) in [(20, 20), (10, 20), (30, 30)] {
@@ -421,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn backings_of_an_earlier_supervisor_find_their_files() {
+    fn backings_are_restored_with_their_files() {
         let mut backings = Backings::default();
         ready(&mut backings, "a", 1, 7);
         let restored = Backings::restore(backings.rows(), |row| backings.copy(&row.key).ok());

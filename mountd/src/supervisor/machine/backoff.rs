@@ -1,44 +1,45 @@
-//! How servers end, and how long their successors wait.
+//! Delays between the end of a server and the start of its successor.
 //!
-//! Readers wait while no server runs, so a successor starts at once after each kill from outside. A server that ends by
-//! itself, or for lack of memory, soon after its start would only do so again: after a few of these in a row each next
-//! one waits longer.
+//! Readers of the mount wait while no server runs, so a successor starts immediately if another process killed the
+//! server. A server that exits by itself or runs out of memory soon after its start would probably do so again: after a
+//! few such early ends in a row, each further start is delayed longer.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use stencilfs::control::ServerEnd;
 use stencilfs::sys::process::{self, Ended};
 
-/// Early ends in a row after which the next server waits.
-pub const FREE_ENDS: u32 = 3;
-/// A server that has served for this long has not ended early, whatever ended it.
-const SETTLED: Duration = Duration::from_secs(10);
-/// A server that has served for this long has answered requests, or had only opens that wait for a backing.
-const WORKED: Duration = Duration::from_secs(1);
-const MIN_PAUSE: Duration = Duration::from_millis(100);
-const MAX_PAUSE: Duration = Duration::from_secs(10);
+/// Number of early ends in a row without a delay of the next start.
+pub const EARLY_ENDS_WITHOUT_DELAY: u32 = 3;
+/// The end of a server that has served for longer than this is not early, whatever the reason.
+const SETTLED_AFTER: Duration = Duration::from_secs(10);
+/// A server that has served for longer than this works: if it has answered no request, then all its requests were opens
+/// that wait for a backing.
+const WORKING_AFTER: Duration = Duration::from_secs(1);
+const MIN_DELAY: Duration = Duration::from_millis(100);
+const MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// The end of one server.
 #[derive(Debug, Clone, Copy)]
 pub struct End {
     /// The process.
     pub pid: u32,
-    /// Exit status; unknown for a process that is no child or still runs.
-    pub how: Option<Ended>,
-    /// Time since its start.
+    /// Exit status; `None` for a process that is not a child or still runs.
+    pub status: Option<Ended>,
+    /// Time since the start of the process.
     pub lived: Duration,
-    /// True if the server had answered the kernel's handshake.
+    /// True if the server was serving, that is, after its handshake.
     pub serving: bool,
-    /// True if requests were answered in its time.
+    /// True if requests of the kernel were answered while the server was current.
     pub answered: bool,
-    /// True if the OOM killer struck in its control group in its time.
+    /// True if the OOM killer killed a process in the control group of the server since its start.
     pub oom: bool,
 }
 
-/// Logs how a child process ended.
-pub fn log_end(pid: u32, end: Ended) {
-    log::debug!("process {pid} ended: {end}");
-    if let Ended::Signal(number @ (libc::SIGSYS | libc::SIGSEGV | libc::SIGABRT)) = end {
+/// Logs the exit status of a child process.
+pub fn log_end(pid: u32, status: Ended) {
+    log::debug!("process {pid} ended: {status}");
+    if let Ended::Signal(number @ (libc::SIGSYS | libc::SIGSEGV | libc::SIGABRT)) = status {
         log::error!(
             "process {pid} was killed by {}: this is a bug in stencil-mountd",
             process::signal_name(number)
@@ -46,7 +47,7 @@ pub fn log_end(pid: u32, end: Ended) {
     }
 }
 
-/// Ends of earlier servers.
+/// The ends of earlier servers, and the time of the next start.
 #[derive(Debug, Default)]
 pub struct Backoff {
     early_ends: u32,
@@ -55,16 +56,18 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Notes an end and returns the pause before the next start.
+    /// Records the end of a server. Returns the delay before the next start, if any.
     pub fn note(&mut self, end: End, wall: SystemTime) -> Option<Duration> {
-        let worked = end.answered || end.serving && end.lived > WORKED;
+        let worked = end.answered || end.serving && end.lived > WORKING_AFTER;
         let from_outside = !end.oom
-            && end.how.is_none_or(|how| how == Ended::Signal(rustix::process::Signal::KILL.as_raw()));
-        let settled = end.serving && end.lived > SETTLED;
+            && end
+                .status
+                .is_none_or(|status| status == Ended::Signal(rustix::process::Signal::KILL.as_raw()));
+        let settled = end.serving && end.lived > SETTLED_AFTER;
         self.early_ends = if settled || worked && from_outside { 0 } else { self.early_ends + 1 };
-        let how = end.how.map_or_else(|| "replaced".to_owned(), |how| how.to_string());
-        if let Some(how) = end.how {
-            log_end(end.pid, how);
+        let how = end.status.map_or_else(|| "replaced".to_owned(), |status| status.to_string());
+        if let Some(status) = end.status {
+            log_end(end.pid, status);
         }
         let memory =
             if end.oom { ", likely out of memory: its control group counts an OOM kill" } else { "" };
@@ -76,53 +79,53 @@ impl Backoff {
             out_of_memory: end.oom,
             lived_seconds: end.lived.as_secs_f64(),
         });
-        self.pause(wall)
+        self.delay(wall)
     }
 
-    /// Notes that a server could not be started, and returns the pause before the next try.
+    /// Records that a server could not be started. Returns the delay before the next attempt.
     pub fn note_failed_start(&mut self, wall: SystemTime) -> Duration {
         self.early_ends += 1;
-        self.pause(wall).unwrap_or(MIN_PAUSE)
+        self.delay(wall).unwrap_or(MIN_DELAY)
     }
 
-    /// Notes that a server was started.
+    /// Records that a server was started.
     pub fn note_started(&mut self) {
         self.next_start = None;
     }
 
-    /// True if too many servers in a row ended early.
+    /// Returns true if so many servers in a row have ended early that the next end causes a delay.
     pub fn is_persistent(&self) -> bool {
-        self.early_ends >= FREE_ENDS
+        self.early_ends >= EARLY_ENDS_WITHOUT_DELAY
     }
 
-    /// Servers in a row that ended early.
+    /// Returns the number of servers in a row that have ended early.
     pub fn early_ends(&self) -> u32 {
         self.early_ends
     }
 
-    /// The last end.
+    /// Returns the end of the last server.
     pub fn last(&self) -> Option<&ServerEnd> {
         self.last.as_ref()
     }
 
-    /// When the next server starts, in seconds since 1970, if it waits.
+    /// Returns the time of the next start in seconds since 1970, if the start is delayed.
     pub fn next_start(&self) -> Option<f64> {
         Some(self.next_start?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
     }
 
-    fn pause(&mut self, wall: SystemTime) -> Option<Duration> {
-        let pause = self
+    fn delay(&mut self, wall: SystemTime) -> Option<Duration> {
+        let delay = self
             .early_ends
-            .checked_sub(FREE_ENDS + 1)
-            .map(|beyond| MIN_PAUSE.saturating_mul(2 << beyond.min(10)).min(MAX_PAUSE));
-        self.next_start = pause.map(|pause| wall + pause);
-        if let Some(pause) = pause {
+            .checked_sub(EARLY_ENDS_WITHOUT_DELAY + 1)
+            .map(|beyond| MIN_DELAY.saturating_mul(2 << beyond.min(10)).min(MAX_DELAY));
+        self.next_start = delay.map(|delay| wall + delay);
+        if let Some(delay) = delay {
             log::error!(
-                "{} servers in a row ended soon after their start: waiting {pause:?}",
+                "{} servers in a row ended soon after their start; starting the next one in {delay:?}",
                 self.early_ends
             );
         }
-        pause
+        delay
     }
 }
 
@@ -133,12 +136,12 @@ mod tests {
     const SOON: Duration = Duration::from_millis(30);
     const KILLED: Ended = Ended::Signal(9);
 
-    fn end(how: Ended, lived: Duration, answered: bool, oom: bool) -> End {
-        End { pid: 1, how: Some(how), lived, serving: true, answered, oom }
+    fn end(status: Ended, lived: Duration, answered: bool, oom: bool) -> End {
+        End { pid: 1, status: Some(status), lived, serving: true, answered, oom }
     }
 
     #[test]
-    fn kills_from_outside_cause_no_pause() {
+    fn kills_from_outside_cause_no_delay() {
         let mut backoff = Backoff::default();
         for _ in 0..1000 {
             assert_eq!(backoff.note(end(KILLED, SOON, true, false), UNIX_EPOCH), None);
@@ -146,32 +149,32 @@ mod tests {
     }
 
     #[test]
-    fn early_ends_cause_growing_pauses_until_a_server_settles() {
-        for (how, answered, oom) in [
+    fn early_ends_cause_growing_delays_until_a_server_settles() {
+        for (status, answered, oom) in [
             (KILLED, true, true),
             (KILLED, false, false),
             (Ended::Code(1), true, false),
             (Ended::Signal(11), true, false),
         ] {
             let mut backoff = Backoff::default();
-            let mut note = |lived| backoff.note(end(how, lived, answered, oom), UNIX_EPOCH);
-            let pauses: Vec<_> = (0..14).map(|_| note(SOON)).collect();
-            assert_eq!(pauses[..3], [None; 3], "{how}");
-            let seconds: Vec<f64> = pauses[3..].iter().map(|p| p.unwrap().as_secs_f64()).collect();
-            assert_eq!(seconds, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0, 10.0, 10.0], "{how}");
-            assert_eq!(note(SETTLED * 2), None);
+            let mut note = |lived| backoff.note(end(status, lived, answered, oom), UNIX_EPOCH);
+            let delays: Vec<_> = (0..14).map(|_| note(SOON)).collect();
+            assert_eq!(delays[..3], [None; 3], "{status}");
+            let seconds: Vec<f64> = delays[3..].iter().map(|p| p.unwrap().as_secs_f64()).collect();
+            assert_eq!(seconds, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0, 10.0, 10.0], "{status}");
+            assert_eq!(note(SETTLED_AFTER * 2), None);
             assert_eq!(backoff.last().map(|last| last.out_of_memory), Some(oom));
             assert!(!backoff.is_persistent() && backoff.next_start().is_none());
         }
     }
 
     #[test]
-    fn the_next_start_is_told_while_a_server_waits() {
+    fn the_time_of_a_delayed_start_is_reported() {
         let mut backoff = Backoff::default();
-        for _ in 0..FREE_ENDS {
-            assert_eq!(backoff.note_failed_start(UNIX_EPOCH), MIN_PAUSE);
+        for _ in 0..EARLY_ENDS_WITHOUT_DELAY {
+            assert_eq!(backoff.note_failed_start(UNIX_EPOCH), MIN_DELAY);
         }
-        assert_eq!(backoff.note_failed_start(UNIX_EPOCH), MIN_PAUSE * 2);
+        assert_eq!(backoff.note_failed_start(UNIX_EPOCH), MIN_DELAY * 2);
         assert_eq!((backoff.next_start(), backoff.early_ends()), (Some(0.2), 4));
         backoff.note_started();
         assert_eq!(backoff.next_start(), None);

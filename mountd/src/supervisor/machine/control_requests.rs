@@ -1,4 +1,4 @@
-//! Requests of callers of the control socket: queries, removals, restarts, the end of the mount.
+//! Requests of callers of the control socket: queries, removals, restarts, unmounts.
 
 use std::os::fd::OwnedFd;
 
@@ -68,9 +68,10 @@ impl Machine {
 
     // Removal.
 
-    /// Has the server read the list and close what it has open of the store; the caller waits for that.
+    /// Rings the bell: the server reads the list of condemned templates and closes its open files of the store. The
+    /// caller in `waiting`, if any, gets its response when the server has done so.
     fn ring(&mut self, waiting: Option<(CallerId, Vec<Digest>)>) {
-        // A server that hears the bell reads the ledger, and so does a server that starts from here on.
+        // The bell makes the current server read the ledger. Servers that start from here on read the ledger anyway.
         self.actions.extend([Action::Save, Action::Ring]);
         self.rings = self.rings.wrapping_add(1);
         if let Some((caller, removed)) = waiting {
@@ -78,8 +79,9 @@ impl Machine {
         }
     }
 
-    /// Rows of callers that are gone, or have stalled.
-    pub(super) fn dropped(&mut self, (removed, changed): (Vec<Digest>, bool)) {
+    /// Handles the result of dropping the rows of callers that are gone or have stalled: closes the backings of
+    /// templates that are already removed, and rings the bell if the list has changed.
+    pub(super) fn rows_dropped(&mut self, (removed, changed): (Vec<Digest>, bool)) {
         self.close_backings_of(&removed);
         if changed {
             self.ring(None);
@@ -87,7 +89,7 @@ impl Machine {
     }
 
     pub(super) fn settle(&mut self, inputs: &Inputs) {
-        let current = self.lifecycle.current().map(|server| (server.id, server.born_at_ring));
+        let current = self.lifecycle.current().map(|server| (server.id, server.rings_at_start));
         let others = self.handover.has_candidate() || self.lifecycle.has_leaving();
         for settled in self.removal.settled(Answering { others, current }, inputs.now) {
             match settled {
@@ -95,7 +97,7 @@ impl Machine {
                     self.actions.push(Action::Respond(caller, Ok(Response::Settled { milliseconds }), None));
                 }
                 Settled::CloseBackings(caller, removed) => {
-                    // Another import may use the names from here on.
+                    // From here on the same image may be imported again.
                     self.close_backings_of(&removed);
                     self.keep(caller);
                     self.ring(Some((caller, Vec::new())));

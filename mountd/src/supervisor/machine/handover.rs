@@ -1,8 +1,10 @@
-//! Handover to another program, while clones continue: of the server alone, or of the supervisor and then its server.
+//! Handover to another program while clones continue to run: of the server only, or of the supervisor and then its
+//! server.
 //!
-//! A new server runs beside the current one as a *candidate* until it answers the kernel; a candidate that does not is
-//! dismissed, and the current server goes on. A new supervisor program first checks that it can read the ledger; then
-//! this process becomes that program by execve(2), once no job runs.
+//! A new server is a *candidate*, which runs beside the current server until it is ready to answer the kernel. A
+//! candidate that does not become ready in time is dismissed, and the current server continues. A new supervisor
+//! program first checks that it can read the ledger; then this process executes that program by execve(2), when no job
+//! is running.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,26 +17,27 @@ use super::lifecycle::ServerState;
 use crate::supervisor::event::{CallerId, ServerId};
 use crate::supervisor::program::Program;
 
-/// A new program must answer within this time.
-pub const TRIAL_LIMIT: Duration = Duration::from_secs(5);
+/// Longest time until a candidate serves, and of the check of a new supervisor program.
+pub const TRIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A server that is to replace the current one.
+/// A server that will replace the current server.
 #[derive(Debug)]
 pub struct Candidate {
-    /// Its state.
+    /// The state of the server.
     pub server: ServerState,
-    /// Its program.
+    /// The program of the server.
     pub program: Arc<Program>,
-    /// The caller that asked for it; none if a new supervisor started it.
+    /// The caller that requested the restart; `None` if a new supervisor program started the candidate.
     pub caller: Option<CallerId>,
-    /// Its in-flight table, once it has introduced itself.
+    /// The in-flight table of the server, after its handshake.
     pub table: Option<OwnedFd>,
-    /// Why it cannot start, if it said so.
+    /// The reason why the server cannot start, if it reported one.
     pub failure: Option<Failure>,
 }
 
 impl Candidate {
-    /// The error for the caller if the candidate does not come to serve.
+    /// Returns the error for the caller if the candidate was dismissed. `why` is the reason if the server reported
+    /// none.
     pub fn error(self, why: &str) -> Error {
         let path = self.program.path.display();
         let context = format!("the new server, {path}, does not serve; the current server continues");
@@ -47,51 +50,51 @@ enum State {
     Idle,
     /// A candidate is being started.
     Starting(Arc<Program>, Option<CallerId>),
-    /// A candidate runs.
+    /// A candidate is running, but does not serve yet.
     Trial(Box<Candidate>),
-    /// A program checks the ledger.
+    /// A new supervisor program is checking the ledger.
     Checking,
-    /// This process becomes that program as soon as it can.
+    /// This process will execute the program when no job is running.
     Ready(Arc<Program>, CallerId),
 }
 
-/// Programs of a mount, and the handover under way.
+/// The programs of a mount, and the handover in progress.
 #[derive(Debug)]
 pub struct Handover {
     program: Arc<Program>,
-    /// The program before a handover, until a server of the new one has answered a request.
+    /// The program before the last handover, until a server of the new program has answered a request.
     previous: Option<Arc<Program>>,
     state: State,
 }
 
 impl Handover {
-    /// Servers are started from that program.
+    /// Creates the state of a mount whose servers are started from `program`, without a handover.
     pub fn new(program: Program) -> Handover {
         Handover { program: Arc::new(program), previous: None, state: State::Idle }
     }
 
-    /// The program that servers are started from.
+    /// Returns the program that servers are started from.
     pub fn program(&self) -> &Arc<Program> {
         &self.program
     }
 
-    /// Checks that no handover is under way.
+    /// Checks that no handover is in progress.
     ///
     /// # Errors
-    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if there is one.
+    /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if a handover is in progress.
     pub fn expect_idle(&self) -> Result<()> {
         match self.state {
             State::Idle => Ok(()),
-            _ => Err(Error::try_again("another restart of this mount is under way")),
+            _ => Err(Error::try_again("another restart of this mount is in progress")),
         }
     }
 
-    /// A candidate of that program is to be started.
-    pub fn begin_trial(&mut self, program: Arc<Program>, caller: Option<CallerId>) {
+    /// Records that a candidate is being started from `program`.
+    pub fn start_trial(&mut self, program: Arc<Program>, caller: Option<CallerId>) {
         self.state = State::Starting(program, caller);
     }
 
-    /// The program of the candidate that is being started.
+    /// Returns the program of the candidate that is being started.
     pub fn starting(&self) -> Option<&Arc<Program>> {
         match &self.state {
             State::Starting(program, _) => Some(program),
@@ -99,7 +102,7 @@ impl Handover {
         }
     }
 
-    /// The candidate runs.
+    /// Records that the candidate was started.
     pub fn trial_started(&mut self, server: ServerState) {
         if let State::Starting(program, caller) = std::mem::replace(&mut self.state, State::Idle) {
             let candidate = Candidate { server, program, caller, table: None, failure: None };
@@ -107,7 +110,7 @@ impl Handover {
         }
     }
 
-    /// The candidate could not be started; returns the caller that waits for it.
+    /// Records that the candidate could not be started. Returns the caller that requested the restart.
     pub fn trial_not_started(&mut self) -> Option<CallerId> {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Starting(_, caller) => caller,
@@ -118,7 +121,7 @@ impl Handover {
         }
     }
 
-    /// The candidate.
+    /// Returns the running candidate.
     pub fn candidate(&self) -> Option<&Candidate> {
         match &self.state {
             State::Trial(candidate) => Some(candidate),
@@ -126,7 +129,7 @@ impl Handover {
         }
     }
 
-    /// The candidate, if it is that server.
+    /// Returns the running candidate, if it is the server `id`.
     pub fn get_mut(&mut self, id: ServerId) -> Option<&mut Candidate> {
         match &mut self.state {
             State::Trial(candidate) if candidate.server.id == id => Some(candidate),
@@ -134,23 +137,23 @@ impl Handover {
         }
     }
 
-    /// True while a second server exists that may have read an older mount state.
+    /// Returns true while a candidate exists, or is being started. The candidate may have read an older mount state.
     pub fn has_candidate(&self) -> bool {
         matches!(self.state, State::Starting(..) | State::Trial(_))
     }
 
-    /// The candidate, if it has not come to serve in time.
+    /// Returns the candidate if it has timed out.
     pub fn overdue(&self, now: Instant) -> Option<ServerId> {
-        let late = |since: Instant| now.saturating_duration_since(since) > TRIAL_LIMIT;
+        let late = |since: Instant| now.saturating_duration_since(since) > TRIAL_TIMEOUT;
         self.candidate().filter(|c| late(c.server.since)).map(|c| c.server.id)
     }
 
-    /// When the candidate is overdue.
+    /// Returns the time at which the candidate times out.
     pub fn deadline(&self) -> Option<Instant> {
-        Some(self.candidate()?.server.since + TRIAL_LIMIT)
+        Some(self.candidate()?.server.since + TRIAL_TIMEOUT)
     }
 
-    /// Takes out the candidate: it does not come to serve.
+    /// Removes and returns the candidate, which will not serve.
     pub fn dismiss(&mut self) -> Option<Candidate> {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Trial(candidate) => Some(*candidate),
@@ -161,7 +164,7 @@ impl Handover {
         }
     }
 
-    /// Takes out the candidate: it serves now, and later servers are started from its program.
+    /// Removes and returns the candidate, which serves from now on. Later servers are started from its program.
     pub fn promote(&mut self) -> Option<Candidate> {
         let candidate = self.dismiss()?;
         let program = Arc::clone(&candidate.program);
@@ -169,36 +172,38 @@ impl Handover {
         Some(candidate)
     }
 
-    /// A server of the program has answered a request: it works.
-    pub fn proven(&mut self) {
+    /// Records that a server of the program has answered a request: there is no return to the previous program any
+    /// more.
+    pub fn confirm_program(&mut self) {
         self.previous = None;
     }
 
-    /// Servers of the program do not work: returns to the program before, if it has not proven itself.
-    pub fn go_back(&mut self) {
+    /// Returns to the previous program, because servers of the current program do not work. Has no effect if a server
+    /// of the current program has answered a request.
+    pub fn revert(&mut self) {
         if let Some(previous) = self.previous.take() {
             let (new, old) = (self.program.path.display(), previous.path.display());
-            log::error!("servers of {new} do not answer: returning to {old}");
+            log::error!("servers of {new} do not answer requests; returning to {old}");
             self.program = previous;
         }
     }
 
-    /// A program checks whether it can replace this supervisor.
-    pub fn begin_check(&mut self) {
+    /// Records that a new supervisor program is checking the ledger.
+    pub fn start_check(&mut self) {
         self.state = State::Checking;
     }
 
-    /// The check has succeeded.
+    /// Records that the check has succeeded: this process will execute the program.
     pub fn check_passed(&mut self, program: Arc<Program>, caller: CallerId) {
         self.state = State::Ready(program, caller);
     }
 
-    /// The check has failed.
+    /// Records that the check has failed.
     pub fn check_failed(&mut self) {
         self.state = State::Idle;
     }
 
-    /// Takes out the program that this process is to become.
+    /// Removes and returns the program that this process will execute, with the caller that requested the restart.
     pub fn take_ready(&mut self) -> Option<(Arc<Program>, CallerId)> {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Ready(program, caller) => Some((program, caller)),
@@ -209,7 +214,7 @@ impl Handover {
         }
     }
 
-    /// True if this process is to become another program.
+    /// Returns true if this process will execute another program.
     pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready(..))
     }
@@ -239,53 +244,53 @@ mod tests {
     }
 
     #[test]
-    fn a_promoted_program_is_left_again_until_it_has_proven_itself() {
+    fn a_promoted_program_can_be_reverted_until_its_server_has_answered() {
         let now = Instant::now();
         let mut handover = Handover::new(program("old"));
-        handover.begin_trial(Arc::new(program("new")), Some(CallerId(1)));
+        handover.start_trial(Arc::new(program("new")), Some(CallerId(1)));
         assert!(handover.expect_idle().is_err() && handover.has_candidate());
         handover.trial_started(server(2, now));
         assert!(handover.get_mut(ServerId(1)).is_none() && handover.get_mut(ServerId(2)).is_some());
         assert_eq!(handover.promote().unwrap().caller, Some(CallerId(1)));
         assert_eq!(handover.program().path, PathBuf::from("new"));
-        handover.go_back();
+        handover.revert();
         assert_eq!(handover.program().path, PathBuf::from("old"));
-        handover.begin_trial(Arc::new(program("new")), None);
+        handover.start_trial(Arc::new(program("new")), None);
         handover.trial_started(server(3, now));
         handover.promote().unwrap();
-        handover.proven();
-        handover.go_back();
+        handover.confirm_program();
+        handover.revert();
         assert_eq!(handover.program().path, PathBuf::from("new"));
         assert!(handover.expect_idle().is_ok());
     }
 
     #[test]
-    fn a_candidate_has_a_time_limit_and_its_failure_is_told() {
+    fn a_candidate_times_out_and_its_failure_is_reported() {
         let now = Instant::now();
         let mut handover = Handover::new(program("old"));
         assert!(handover.dismiss().is_none() && handover.deadline().is_none());
-        handover.begin_trial(Arc::new(program("new")), None);
+        handover.start_trial(Arc::new(program("new")), None);
         handover.trial_started(server(2, now));
-        assert_eq!(handover.overdue(now + TRIAL_LIMIT), None);
-        assert_eq!(handover.overdue(now + TRIAL_LIMIT * 2), Some(ServerId(2)));
-        assert_eq!(handover.deadline(), Some(now + TRIAL_LIMIT));
+        assert_eq!(handover.overdue(now + TRIAL_TIMEOUT), None);
+        assert_eq!(handover.overdue(now + TRIAL_TIMEOUT * 2), Some(ServerId(2)));
+        assert_eq!(handover.deadline(), Some(now + TRIAL_TIMEOUT));
         let failure = Failure::from(&Error::failed("no locked memory"));
         handover.get_mut(ServerId(2)).unwrap().failure = Some(failure);
-        let error = handover.dismiss().unwrap().error("it exited").to_string();
+        let error = handover.dismiss().unwrap().error("the new server exited").to_string();
         assert!(error.contains("new") && error.contains("no locked memory"), "{error}");
         assert_eq!(handover.program().path, PathBuf::from("old"));
-        handover.begin_trial(Arc::new(program("new")), Some(CallerId(4)));
+        handover.start_trial(Arc::new(program("new")), Some(CallerId(4)));
         assert_eq!((handover.trial_not_started(), handover.trial_not_started()), (Some(CallerId(4)), None));
     }
 
     #[test]
-    fn a_checked_program_is_taken_once() {
+    fn a_checked_program_is_executed_once() {
         let mut handover = Handover::new(program("old"));
-        handover.begin_check();
+        handover.start_check();
         assert!(handover.expect_idle().is_err() && !handover.has_candidate());
         handover.check_failed();
         assert!(handover.expect_idle().is_ok() && handover.take_ready().is_none());
-        handover.begin_check();
+        handover.start_check();
         handover.check_passed(Arc::new(program("new")), CallerId(1));
         assert!(handover.is_ready());
         assert_eq!(handover.take_ready().map(|(_, caller)| caller), Some(CallerId(1)));

@@ -1,4 +1,4 @@
-//! What a supervisor begins with: a new mount, or the mount of an earlier supervisor.
+//! The initial state of a supervisor: a new mount, or the mount of an earlier supervisor.
 
 use std::path::PathBuf;
 
@@ -9,48 +9,48 @@ use super::backings::Backings;
 use super::removal::Removal;
 use crate::supervisor::program::Program;
 
-/// What a mount is, apart from its processes and descriptors.
+/// Properties of a mount that do not depend on its processes and descriptors.
 #[derive(Debug, Clone)]
 pub struct MountFacts {
-    /// Options of the mount, with canonical paths.
+    /// The options of the mount, with canonical paths.
     pub options: MountOptions,
-    /// Identity of the store, for callers that know the store by another path.
+    /// The identity of the store, for callers that use another path of the store.
     pub store_id: String,
     /// `st_dev` of all files of the mount.
     pub device: u64,
     /// The kernel's INIT request.
     pub init: Vec<u8>,
-    /// The INIT reply that the kernel has; each later server must give the same.
+    /// The INIT reply that was sent to the kernel; the INIT replies of later servers must be equal.
     pub init_reply: Option<Vec<u8>>,
-    /// Where backings lie.
+    /// The location of the backings, and the limit on their size.
     pub chosen: Chosen,
-    /// Directory of the record.
+    /// The directory of the record.
     pub record: PathBuf,
-    /// `st_dev` and `st_ino` of the page of counters.
+    /// `st_dev` and `st_ino` of the counters page.
     pub counters_page: (u64, u64),
 }
 
-/// What a new or restarted supervisor begins with.
+/// The initial state of a new or restarted supervisor.
 #[derive(Debug)]
 pub struct InitialState {
     /// The mount.
     pub mount: MountFacts,
-    /// The program of its servers.
+    /// The program that servers are started from.
     pub program: Program,
-    /// Its backings.
+    /// The backings.
     pub backings: Backings,
-    /// Its current server, if one was taken over.
+    /// The current server, if a server was taken over.
     pub server: Option<ServerRow>,
-    /// Servers that were killed before and may not have exited.
+    /// Servers that were killed, and may not have exited yet.
     pub leaving: Vec<ProcessId>,
-    /// Condemned templates.
+    /// The condemned templates.
     pub removal: Removal,
-    /// True once the mount has served: it is never given up.
+    /// True if the mount has served: then the supervisor never gives up.
     pub has_served: bool,
-    /// Servers that were started in place of others.
+    /// Number of servers that were started to replace other servers.
     pub restarts: u64,
-    /// True if a signal has asked for the end.
+    /// True if a signal has requested the end of the mount.
     pub draining: bool,
-    /// Count of rings.
+    /// Count of rings of the bell in the counters page.
     pub rings: u32,
 }

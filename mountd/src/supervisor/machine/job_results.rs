@@ -1,4 +1,4 @@
-//! Results of jobs.
+//! Handling of the results of jobs.
 
 use stencilfs::control::FileKey;
 use stencilfs::error::Error;
@@ -49,7 +49,7 @@ impl Machine {
                     return;
                 }
                 let reply = match result {
-                    // A candidate that was started meanwhile read the mount state with these backings.
+                    // A candidate that was started meanwhile has read a mount state with these backings.
                     JobResult::Unused(_) if self.handover.has_candidate() => Ok(Vec::new()),
                     JobResult::Unused(indices) => {
                         let unused =
@@ -73,7 +73,7 @@ impl Machine {
             (Purpose::CloseFiles, result) => {
                 self.shutdown.closed();
                 if let JobResult::Failed(error) = result {
-                    log::warn!("files of backings were closed by the supervisor itself: {error}");
+                    log::warn!("the supervisor closed files of backings without a job: {error}");
                 }
             }
             (Purpose::Check(program, caller), JobResult::Done(_)) => {
@@ -86,7 +86,7 @@ impl Machine {
         }
     }
 
-    /// True if the server that asked is still current and waits for this reply.
+    /// Returns true if the server that made the request is still current and waits for the reply.
     fn end_job(&mut self, id: ServerId, number: u64) -> bool {
         self.lifecycle.get_mut(id).is_some_and(|server| server.end_job(number))
     }

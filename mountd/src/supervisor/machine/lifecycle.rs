@@ -1,8 +1,8 @@
-//! The life of servers: started, serving, lost, exited.
+//! The lifecycle of servers: started, serving, lost, exited.
 //!
-//! At most one server is *current*: it answers the kernel, or starts to. A server that is lost is killed and *leaves*; its
-//! successor starts without waiting for its exit. When a leaving server has exited, the kernel is asked to send again
-//! what that server had read and not answered: once for each server.
+//! At most one server is *current*: it answers the kernel, or is starting up. A lost server is killed, and is *leaving*
+//! until it exits; its successor starts without waiting for the exit. When a leaving server has exited, the kernel must
+//! resend the requests that the server had read and not answered: one resend for each server.
 
 use std::time::Instant;
 
@@ -13,41 +13,42 @@ use stencilfs::sys::process::{Ended, ProcessId};
 use super::backoff::{Backoff, End};
 use crate::supervisor::event::{Inputs, ServerId};
 
-/// Whether a server's request is to be carried out.
+/// The decision whether a server's request is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
     /// The request is new.
     New,
-    /// The request was taken already: the server sent it again because it did not know which supervisor had read it.
+    /// The request was received before. The server sent it again because another supervisor took over.
     Repeated,
-    /// The server did not wait for the reply to its last request.
+    /// The server has not waited for the reply to its previous request.
     OutOfTurn,
 }
 
-/// What the supervisor knows of one server that runs.
+/// The supervisor's state of one running server.
 #[derive(Debug)]
 pub struct ServerState {
-    /// Its number.
+    /// The number of the server.
     pub id: ServerId,
-    /// What `stencil status` shows, and a successor of this supervisor reads.
+    /// The part of the state that is in the mount state, for `stencil status` and for a supervisor that takes over.
     pub row: ServerRow,
-    /// When it was started, or taken over.
+    /// Time at which the server was started or taken over.
     pub since: Instant,
-    /// Count of rings at its start; unknown for a server that was taken over.
-    pub born_at_ring: Option<u32>,
+    /// Count of rings when the server was started; `None` for a server that was taken over.
+    pub rings_at_start: Option<u32>,
     answers_before: u64,
     last_number: u64,
+    /// True while a job determines the reply to the last request.
     busy: bool,
 }
 
 impl ServerState {
-    /// A server that was started, or taken over, at this moment.
-    pub fn new(id: ServerId, row: ServerRow, born_at_ring: Option<u32>, inputs: &Inputs) -> ServerState {
+    /// Creates the state of a server that was started or taken over now.
+    pub fn new(id: ServerId, row: ServerRow, rings_at_start: Option<u32>, inputs: &Inputs) -> ServerState {
         let (since, answers_before) = (inputs.now, inputs.answers);
-        ServerState { id, row, since, born_at_ring, answers_before, last_number: 0, busy: false }
+        ServerState { id, row, since, rings_at_start, answers_before, last_number: 0, busy: false }
     }
 
-    /// Admits a request by its number. Numbers of one server grow.
+    /// Decides by its number whether a request is carried out. The numbers of the requests of one server increase.
     pub fn admit(&mut self, number: u64) -> Admission {
         if number <= self.last_number {
             return Admission::Repeated;
@@ -59,17 +60,18 @@ impl ServerState {
         Admission::New
     }
 
-    /// A job finds the reply to the last request.
-    pub fn begin_job(&mut self) {
+    /// Records that a job determines the reply to the last request.
+    pub fn start_job(&mut self) {
         self.busy = true;
     }
 
-    /// The job of that request has ended. False if the server does not wait for it.
+    /// Records that the job for the request `number` has ended. Returns false if the server does not wait for that
+    /// reply.
     pub fn end_job(&mut self, number: u64) -> bool {
         number == self.last_number && std::mem::take(&mut self.busy)
     }
 
-    /// True if requests of the kernel were answered since it became current.
+    /// Returns true if requests of the kernel were answered since the server was started or taken over.
     pub fn has_answered(&self, answers: u64) -> bool {
         answers != self.answers_before
     }
@@ -82,7 +84,7 @@ struct Leaving {
     process: ProcessId,
 }
 
-/// All servers of a mount but a candidate.
+/// All servers of a mount except candidates.
 #[derive(Debug)]
 pub struct Lifecycle {
     current: Option<ServerState>,
@@ -97,7 +99,8 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// A mount with no server yet. `has_served`: processes may rely on the mount, so the supervisor never gives it up.
+    /// Creates the state of a mount without servers. If the mount `has_served`, processes may depend on the mount, and
+    /// the supervisor never gives up.
     pub fn new(has_served: bool, restarts: u64) -> Lifecycle {
         Lifecycle {
             current: None,
@@ -112,62 +115,62 @@ impl Lifecycle {
         }
     }
 
-    /// A number for a server.
+    /// Returns a new number for a server.
     pub fn next_id(&mut self) -> ServerId {
         let id = ServerId(self.next_id);
         self.next_id += 1;
         id
     }
 
-    /// The current server.
+    /// Returns the current server.
     pub fn current(&self) -> Option<&ServerState> {
         self.current.as_ref()
     }
 
-    /// The current server, if it is that one.
+    /// Returns the current server, if its number is `id`.
     pub fn get_mut(&mut self, id: ServerId) -> Option<&mut ServerState> {
         self.current.as_mut().filter(|server| server.id == id)
     }
 
-    /// True if the current server answers the kernel.
+    /// Returns true if the current server answers the kernel.
     pub fn is_serving(&self) -> bool {
         self.current.as_ref().is_some_and(|server| server.row.serving)
     }
 
-    /// Servers that were killed and have not exited.
+    /// Returns the processes of the leaving servers.
     pub fn leaving(&self) -> impl Iterator<Item = ProcessId> {
-        self.leaving.iter().map(|one| one.process)
+        self.leaving.iter().map(|server| server.process)
     }
 
-    /// True for a server that was killed and has not exited.
+    /// Returns true if the server is leaving.
     pub fn is_leaving(&self, id: ServerId) -> bool {
-        self.leaving.iter().any(|one| one.id == id)
+        self.leaving.iter().any(|server| server.id == id)
     }
 
-    /// True while a killed server may still answer the kernel.
+    /// Returns true if there are leaving servers, which may still send replies to the kernel.
     pub fn has_leaving(&self) -> bool {
         !self.leaving.is_empty()
     }
 
-    /// Ends of earlier servers.
+    /// Returns the ends of earlier servers.
     pub fn backoff(&self) -> &Backoff {
         &self.backoff
     }
 
-    /// Servers that were started in place of others.
+    /// Returns the number of servers that were started to replace other servers.
     pub fn restarts(&self) -> u64 {
         self.restarts
     }
 
-    /// When the next server is to start, if it waits.
+    /// Returns the time of the next start, if the start is delayed.
     pub fn start_at(&self) -> Option<Instant> {
         self.start_at
     }
 
-    /// Whether a server is to be started now.
+    /// Returns true if a server must be started now.
     ///
     /// # Errors
-    /// Returns the reason to give up: the mount has never served, and its servers cannot start.
+    /// Returns the reason to give up, if the mount has never served and its servers cannot start.
     pub fn start_due(&mut self, now: Instant) -> Result<bool, Error> {
         if self.current.is_some() || self.starting || self.start_at.is_some_and(|at| now < at) {
             return Ok(false);
@@ -176,7 +179,7 @@ impl Lifecycle {
             return Err(self.failure.take().map_or_else(
                 || {
                     Error::failed("the server exits before it answers the kernel")
-                        .remedy("run stencil mount -f with STENCIL_LOG=debug to see why")
+                        .remedy("run 'stencil mount -f' with STENCIL_LOG=debug to see the reason")
                 },
                 Failure::into_error,
             ));
@@ -185,20 +188,20 @@ impl Lifecycle {
         Ok(true)
     }
 
-    /// A server was started, or taken over: it is current.
+    /// Records that a server was started or taken over, and makes it current.
     pub fn started(&mut self, server: ServerState) {
         (self.starting, self.start_at) = (false, None);
         self.backoff.note_started();
         self.current = Some(server);
     }
 
-    /// No server could be started.
+    /// Records that a server could not be started.
     pub fn start_failed(&mut self, inputs: &Inputs) {
         self.starting = false;
         self.start_at = Some(inputs.now + self.backoff.note_failed_start(inputs.wall));
     }
 
-    /// The current server answers the kernel.
+    /// Records that the current server answers the kernel.
     pub fn serves(&mut self) {
         if let Some(server) = &mut self.current {
             server.row.serving = true;
@@ -206,30 +209,31 @@ impl Lifecycle {
         (self.failure, self.start_at, self.has_served) = (None, None, true);
     }
 
-    /// The server says why it cannot start.
+    /// Records the reason why the current server cannot start.
     pub fn cannot_start(&mut self, failure: Failure) {
         log::error!("the server cannot start: {}", failure.clone().into_error());
         self.failure = Some(failure);
     }
 
-    /// The current server has died or was given up. True if it was that one; its successor is due.
-    pub fn lost(&mut self, id: ServerId, how: Option<Ended>, oom: bool, inputs: &Inputs) -> bool {
+    /// Records that the server `id` has died or was abandoned, and schedules the start of its successor. Returns false
+    /// if the server is not current.
+    pub fn lost(&mut self, id: ServerId, status: Option<Ended>, oom: bool, inputs: &Inputs) -> bool {
         let Some(server) = self.current.take_if(|server| server.id == id) else { return false };
         let end = End {
             pid: server.row.process.pid,
-            how,
+            status,
             lived: inputs.now.saturating_duration_since(server.since),
             serving: server.row.serving,
             answered: server.has_answered(inputs.answers),
             oom,
         };
-        self.start_at = self.backoff.note(end, inputs.wall).map(|pause| inputs.now + pause);
+        self.start_at = self.backoff.note(end, inputs.wall).map(|delay| inputs.now + delay);
         self.restarts += 1;
-        self.leave(id, server.row.process);
+        self.add_leaving(id, server.row.process);
         true
     }
 
-    /// Another server becomes current; returns the one before.
+    /// Makes another server current, which serves already. Returns the previous current server.
     pub fn replace(&mut self, mut server: ServerState) -> Option<ServerState> {
         server.row.serving = true;
         self.restarts += 1;
@@ -238,14 +242,14 @@ impl Lifecycle {
         self.current.replace(server)
     }
 
-    /// A killed server leaves.
-    pub fn leave(&mut self, id: ServerId, process: ProcessId) {
+    /// Adds a killed server to the leaving servers.
+    pub fn add_leaving(&mut self, id: ServerId, process: ProcessId) {
         self.leaving.push(Leaving { id, process });
     }
 
-    /// A process has exited. Returns it if it was a leaving server.
+    /// Records that a server process has exited. Returns the process if the server was leaving.
     pub fn exited(&mut self, id: ServerId) -> Option<ProcessId> {
-        let at = self.leaving.iter().position(|one| one.id == id)?;
+        let at = self.leaving.iter().position(|server| server.id == id)?;
         Some(self.leaving.swap_remove(at).process)
     }
 }
@@ -276,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_server_leaves_until_it_exits_and_its_successor_is_due_at_once() {
+    fn the_successor_of_a_lost_server_starts_before_that_server_exits() {
         let at = inputs();
         let mut lifecycle = Lifecycle::new(false, 0);
         let first = server(&mut lifecycle, &at);
@@ -284,16 +288,19 @@ mod tests {
         lifecycle.serves();
         assert!(!lifecycle.lost(ServerId(99), None, false, &at), "another server");
         assert!(lifecycle.lost(first, Some(Ended::Signal(9)), false, &Inputs { answers: 1, ..at }));
-        assert!(!lifecycle.lost(first, None, false, &at), "a server is lost once");
+        assert!(!lifecycle.lost(first, None, false, &at), "a server is lost only once");
         let second = server(&mut lifecycle, &at);
         assert_eq!((lifecycle.restarts(), lifecycle.leaving().count()), (1, 1));
-        assert_eq!(lifecycle.exited(second), None, "the current server is inspected before it leaves");
-        assert!(lifecycle.exited(first).is_some() && lifecycle.exited(first).is_none(), "one exit each");
+        assert_eq!(lifecycle.exited(second), None, "the current server is not leaving");
+        assert!(
+            lifecycle.exited(first).is_some() && lifecycle.exited(first).is_none(),
+            "a server exits only once"
+        );
         assert!(!lifecycle.has_leaving());
     }
 
     #[test]
-    fn a_mount_that_never_served_is_given_up_and_one_that_served_is_not() {
+    fn the_supervisor_gives_up_only_if_the_mount_has_never_served() {
         let at = inputs();
         for has_served in [false, true] {
             let mut lifecycle = Lifecycle::new(has_served, 0);
@@ -313,14 +320,14 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_start_is_tried_again_after_a_pause() {
+    fn a_failed_start_is_retried_after_a_delay() {
         let at = inputs();
         let mut lifecycle = Lifecycle::new(true, 0);
         assert_eq!(lifecycle.start_due(at.now).ok(), Some(true));
-        assert_eq!(lifecycle.start_due(at.now).ok(), Some(false), "a start is under way");
+        assert_eq!(lifecycle.start_due(at.now).ok(), Some(false), "a server is being started");
         lifecycle.start_failed(&at);
         assert_eq!(lifecycle.start_due(at.now).ok(), Some(false));
-        let later = lifecycle.start_at().expect("a pause");
+        let later = lifecycle.start_at().expect("a delay");
         assert_eq!(lifecycle.start_due(later).ok(), Some(true));
     }
 
@@ -332,7 +339,7 @@ mod tests {
         let server = lifecycle.get_mut(id).unwrap();
         assert_eq!(server.admit(1), Admission::New);
         assert_eq!(server.admit(1), Admission::Repeated);
-        server.begin_job();
+        server.start_job();
         assert_eq!(server.admit(1), Admission::Repeated, "sent again to a new supervisor");
         assert_eq!(server.admit(2), Admission::OutOfTurn);
         assert!(!server.end_job(7), "the job of another request");

@@ -1,14 +1,17 @@
-//! The supervisor's decisions: one event in, actions out. No system call that waits, no clock, no mount.
+//! The supervisor's decisions: a state machine that takes an event and returns actions. It has no clock and makes no
+//! system call that blocks, so that tests need no mount.
 //!
-//! The machine composes the life of servers ([`Lifecycle`]), handovers ([`Handover`]), removals ([`Removal`]), backings
-//! ([`Backings`]) and the end of the mount ([`Shutdown`]). These invariants hold, whatever the order of events:
+//! The machine consists of the lifecycle of servers ([`Lifecycle`]), handovers ([`Handover`]), removals ([`Removal`]),
+//! backings ([`Backings`]) and the shutdown of the mount ([`Shutdown`]). In any order of events these invariants hold:
 //!
 //! 1. No server gets the id of a backing that was not frozen and then verified.
-//! 2. No backing that a process uses is closed: a job has found it unused after the server stopped handing it out, or its
-//!    template was removed and the server has let go of it.
-//! 3. A removal is told that its templates are condemned only when no server can open them.
-//! 4. A request of a server gets at most one reply, and so does a request of a caller.
-//! 5. Each death of a server has one resend, after its exit; a dismissed candidate has one more, when it is killed.
+//! 2. No backing that a process uses is closed. A backing is closed after a job has found it unused, once the server
+//!    answers no more opens with it; or after its template was removed and the server has dropped the backing.
+//! 3. The caller of a removal gets the response that its templates are condemned only when no server can open them any
+//!    more.
+//! 4. Each request of a server gets at most one reply, and each request of a caller at most one response.
+//! 5. Each server that dies causes one resend, after its exit. A dismissed candidate causes another one when it is
+//!    killed.
 
 mod backings;
 mod backoff;
@@ -33,7 +36,7 @@ use stencilfs::sys::process::{Ended, ProcessId};
 pub use self::backings::Backings;
 pub use self::backoff::log_end;
 use self::handover::Handover;
-pub use self::handover::TRIAL_LIMIT;
+pub use self::handover::TRIAL_TIMEOUT;
 pub use self::initial_state::{InitialState, MountFacts};
 use self::lifecycle::{Lifecycle, ServerState};
 pub use self::removal::Removal;
@@ -42,20 +45,23 @@ use super::event::{Action, CallerId, Event, Inputs, JobId, Role, ServerId, Start
 use super::program::Program;
 use crate::protocol::Numbered;
 
-/// A record that could not be written is written again after this time.
+/// Delay before another attempt to write a record.
 const RECORD_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The purpose of a job.
 #[derive(Debug)]
 enum Purpose {
-    /// The file of a backing is created for a request.
+    /// Creates the file of a backing, for a request of a server.
     Create(ServerId, u64, FileKey),
-    /// A backing is frozen for a request.
+    /// Freezes a backing, for a request of a server.
     Freeze(ServerId, u64, FileKey),
-    /// Unused backings are sought for a request.
+    /// Finds unused backings, for a request of a server.
     FindUnused(ServerId, u64, Vec<FileKey>),
-    /// The mount is detached for a caller, or for a signal.
+    /// Unmounts, for a caller or for a signal.
     Unmount(Option<CallerId>, UnmountMode),
+    /// Closes files of backings.
     CloseFiles,
+    /// Checks a new supervisor program, for a caller.
     Check(Arc<Program>, CallerId),
 }
 
@@ -77,30 +83,31 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Takes up a mount. Returns the numbers of its leaving servers, in their order, and the first actions.
-    pub fn new(begin: InitialState, inputs: &Inputs) -> (Machine, Vec<ServerId>, Vec<Action>) {
-        let mut lifecycle = Lifecycle::new(begin.has_served, begin.restarts);
-        let server = begin.server.map(|row| ServerState::new(lifecycle.next_id(), row, None, inputs));
+    /// Creates the machine of a mount. Returns also the numbers of the leaving servers, in the order of
+    /// [`InitialState::leaving`], and the first actions.
+    pub fn new(initial_state: InitialState, inputs: &Inputs) -> (Machine, Vec<ServerId>, Vec<Action>) {
+        let mut lifecycle = Lifecycle::new(initial_state.has_served, initial_state.restarts);
+        let server = initial_state.server.map(|row| ServerState::new(lifecycle.next_id(), row, None, inputs));
         let serving = server.as_ref().map(|server| server.row.serving);
         if let Some(server) = server {
             lifecycle.started(server);
         }
         let mut leaving = Vec::new();
-        for process in begin.leaving {
+        for process in initial_state.leaving {
             let id = lifecycle.next_id();
-            lifecycle.leave(id, process);
+            lifecycle.add_leaving(id, process);
             leaving.push(id);
         }
         let mut machine = Machine {
-            mount: begin.mount,
+            mount: initial_state.mount,
             lifecycle,
-            handover: Handover::new(begin.program),
-            removal: begin.removal,
-            backings: begin.backings,
-            shutdown: Shutdown::new(begin.draining),
+            handover: Handover::new(initial_state.program),
+            removal: initial_state.removal,
+            backings: initial_state.backings,
+            shutdown: Shutdown::new(initial_state.draining),
             jobs: HashMap::new(),
             next_job: 1,
-            rings: begin.rings,
+            rings: initial_state.rings,
             record_at: None,
             is_over: false,
             actions: Vec::new(),
@@ -115,20 +122,20 @@ impl Machine {
         (machine, leaving, actions)
     }
 
-    /// Handles one event.
+    /// Handles one event. Returns the actions, to be executed in order.
     pub fn handle(&mut self, event: Event, inputs: &Inputs) -> Vec<Action> {
         match event {
             Event::Tick => {}
-            Event::Signal { forces } => self.signal(forces),
+            Event::Signal { may_abort } => self.signal(may_abort),
             Event::Request(caller, request, program) => self.request(caller, request, program, inputs),
             Event::CallerGone(caller) => {
                 let gone = self.removal.caller_gone(caller);
-                self.dropped(gone);
+                self.rows_dropped(gone);
             }
             Event::Message(id, Numbered { number, body }, file) => self.message(id, number, body, file),
-            Event::LinkClosed(id) => self.end_server(id, "it exited"),
+            Event::LinkClosed(id) => self.end_server(id, "the new server exited"),
             Event::Exited(id) => self.exited(id),
-            Event::ServerEnded { id, how, oom } => self.lost(id, how, oom, inputs),
+            Event::ServerEnded { id, status, oom } => self.lost(id, status, oom, inputs),
             Event::ServerStarted(role, started) => self.started(role, started, inputs),
             Event::InitReplyWritten { id, number, is_first, result } => {
                 self.init_reply_written(id, number, is_first, result);
@@ -145,58 +152,58 @@ impl Machine {
         std::mem::take(&mut self.actions)
     }
 
-    /// The watchdog gives up the current server.
+    /// Replaces the current server, for the reason `why` of the watchdog.
     pub fn replace_server(&mut self, why: &str) -> Vec<Action> {
-        log::error!("watchdog: {why}: the server is replaced");
+        log::error!("watchdog: {why}; replacing the server");
         self.actions.push(Action::CountReplaced);
-        self.handover.go_back();
+        self.handover.revert();
         if let Some(server) = self.lifecycle.current() {
             self.actions.push(Action::EndServer(server.id));
         }
         std::mem::take(&mut self.actions)
     }
 
-    /// When an event is due if nothing else happens.
+    /// Returns the time of the next deadline, at which the machine needs an [`Event::Tick`].
     pub fn next_wakeup(&self) -> Option<Instant> {
         let times =
             [self.lifecycle.start_at(), self.record_at, self.handover.deadline(), self.removal.next_expiry()];
         times.into_iter().flatten().min()
     }
 
-    /// The current server.
+    /// Returns the current server.
     pub fn current(&self) -> Option<&ServerState> {
         self.lifecycle.current()
     }
 
-    /// True for the current server, a candidate, and a server that leaves.
-    pub fn knows(&self, id: ServerId) -> bool {
+    /// Returns true if the server is current, a candidate, or leaving.
+    pub fn tracks(&self, id: ServerId) -> bool {
         let is_current = self.lifecycle.current().is_some_and(|server| server.id == id);
         let is_candidate = self.handover.candidate().is_some_and(|candidate| candidate.server.id == id);
         is_current || is_candidate || self.lifecycle.is_leaving(id)
     }
 
-    /// True while a job runs.
+    /// Returns true while a job is running.
     pub fn has_jobs(&self) -> bool {
         !self.jobs.is_empty()
     }
 
-    /// The mount.
+    /// Returns the properties of the mount.
     pub fn mount(&self) -> &MountFacts {
         &self.mount
     }
 
-    /// The backings.
+    /// Returns the backings of the mount.
     pub fn backings(&self) -> &Backings {
         &self.backings
     }
 
-    /// The program that servers are started from.
+    /// Returns the program that servers are started from.
     pub fn program(&self) -> &Arc<Program> {
         self.handover.program()
     }
 
-    /// The mount state: what a successor reads, and what `stencil status` shows. `serving_only`: a server that only starts
-    /// is left out.
+    /// Returns the mount state, for the ledger and for `stencil status`. With `serving_only`, the state contains the
+    /// current server only if it serves.
     pub fn snapshot(&self, supervisor: ProcessId, serving_only: bool, counters: Counters) -> Snapshot {
         let server = self.lifecycle.current().map(|server| server.row.clone());
         let backoff = self.lifecycle.backoff();
@@ -225,7 +232,7 @@ impl Machine {
         }
     }
 
-    /// What follows from the state alone, whatever the event was.
+    /// Performs the transitions that depend on the state and the time only; runs after each event.
     fn advance(&mut self, inputs: &Inputs) {
         if self.is_over {
             return;
@@ -234,13 +241,13 @@ impl Machine {
             self.candidate_failed(id, "timed out after 5 s waiting for the new server");
         }
         if self.lifecycle.current().is_some_and(|s| s.row.serving && s.has_answered(inputs.answers)) {
-            self.handover.proven();
+            self.handover.confirm_program();
         }
         if self.record_at.is_some_and(|at| inputs.now >= at) {
             self.record();
         }
         let expired = self.removal.expire(inputs.now);
-        self.dropped(expired);
+        self.rows_dropped(expired);
         self.settle(inputs);
         if self.lifecycle.is_serving()
             && let Some(files) = self.shutdown.take_files()
@@ -286,8 +293,8 @@ impl Machine {
 
     fn record_written(&mut self, result: Result<()>, inputs: &Inputs) {
         match (&result, self.record_at) {
-            (Err(error), None) => log::error!("{error}; trying again each second"),
-            (Ok(()), Some(_)) => log::info!("the record of the mount is written"),
+            (Err(error), None) => log::error!("{error}; retrying every second"),
+            (Ok(()), Some(_)) => log::info!("the record of the mount was written after earlier errors"),
             _ => {}
         }
         self.record_at = result.err().map(|_| inputs.now + RECORD_RETRY_INTERVAL);
@@ -304,13 +311,13 @@ impl Machine {
         let server = started.map(|Started { id, process }| {
             let (version, lacks) = (String::new(), Vec::new());
             let row = ServerRow { process, version, program: path, lacks, serving: false };
-            // The server has yet to read the mount state, which has all that was rung for.
+            // The server reads the ledger after its start, so its list is at least as new as the last ring.
             ServerState::new(id, row, Some(self.rings), inputs)
         });
         match (role, server) {
             (Role::Replacement, Ok(server)) => {
                 self.lifecycle.started(server);
-                // From here on another supervisor finds it.
+                // From here on a supervisor that takes over finds the server.
                 self.record();
             }
             (Role::Replacement, Err(error)) => {
@@ -326,7 +333,8 @@ impl Machine {
         }
     }
 
-    /// A server that has died, or is of no use: how it ended is found out first.
+    /// Ends a server that has died or has violated the protocol. [`Action::EndServer`] reads the exit status of the
+    /// current server first; a candidate is dismissed for the reason `why`.
     fn end_server(&mut self, id: ServerId, why: &str) {
         if self.lifecycle.get_mut(id).is_some() {
             self.actions.push(Action::EndServer(id));
@@ -335,24 +343,24 @@ impl Machine {
         }
     }
 
-    fn lost(&mut self, id: ServerId, how: Option<Ended>, oom: bool, inputs: &Inputs) {
-        if !self.lifecycle.lost(id, how, oom, inputs) {
+    fn lost(&mut self, id: ServerId, status: Option<Ended>, oom: bool, inputs: &Inputs) {
+        if !self.lifecycle.lost(id, status, oom, inputs) {
             return;
         }
         self.shutdown.close_later(self.backings.drop_unfinished());
         self.actions.push(Action::Watch(None));
         if self.lifecycle.backoff().is_persistent() {
-            self.handover.go_back();
+            self.handover.revert();
         }
     }
 
     fn exited(&mut self, id: ServerId) {
         if let Some(process) = self.lifecycle.exited(id) {
             log::info!("server {} exited", process.pid);
-            // What it had read since its successor started comes again.
+            // The server may have read requests until its exit.
             self.resend();
         } else {
-            self.end_server(id, "it exited");
+            self.end_server(id, "the new server exited");
         }
     }
 
@@ -363,22 +371,22 @@ impl Machine {
     }
 
     fn dismiss(&mut self, server: &ServerState) {
-        self.lifecycle.leave(server.id, server.row.process);
+        self.lifecycle.add_leaving(server.id, server.row.process);
         self.actions.push(Action::KillServer(server.id));
     }
 
     // Handover.
 
-    /// Starts a candidate of that program.
-    fn begin_trial(&mut self, program: Arc<Program>, caller: Option<CallerId>) {
+    /// Starts a candidate from `program`.
+    fn start_trial(&mut self, program: Arc<Program>, caller: Option<CallerId>) {
         let id = self.lifecycle.next_id();
-        self.handover.begin_trial(Arc::clone(&program), caller);
+        self.handover.start_trial(Arc::clone(&program), caller);
         self.actions.extend([Action::Save, Action::StartServer(id, Role::Candidate, program)]);
     }
 
-    /// Starts a server of the program that this supervisor has become.
+    /// Starts a candidate from the program that this process has executed.
     pub fn try_program(&mut self, program: Program, caller: Option<CallerId>) -> Vec<Action> {
-        self.begin_trial(Arc::new(program), caller);
+        self.start_trial(Arc::new(program), caller);
         std::mem::take(&mut self.actions)
     }
 
@@ -390,7 +398,7 @@ impl Machine {
         self.shutdown.close_later(self.backings.drop_unfinished());
         self.actions.push(Action::Watch(candidate.table));
         self.announce();
-        // Only now: a supervisor that takes over from here on finds the new server.
+        // Only after the new record: a supervisor that takes over from here on finds the new server.
         if let Some(old) = old {
             self.dismiss(&old);
             self.actions.push(Action::Save);
@@ -398,14 +406,14 @@ impl Machine {
         self.respond(candidate.caller, Ok(()));
     }
 
-    /// The candidate does not come to serve: the current server continues, and gets what the candidate had read.
+    /// Dismisses the candidate. The current server continues, and gets the requests that the candidate has read.
     fn candidate_failed(&mut self, id: ServerId, why: &str) {
         if self.handover.get_mut(id).is_none() {
             return;
         }
         let Some(candidate) = self.handover.dismiss() else { return };
         self.dismiss(&candidate.server);
-        // At once: a candidate that cannot exit for a while may have read requests.
+        // Before the exit of the candidate, which may take long: the candidate may have read requests.
         self.resend();
         let caller = candidate.caller;
         let error = candidate.error(why);
@@ -414,41 +422,41 @@ impl Machine {
     }
 
     fn restart(&mut self, caller: CallerId, supervisor: bool, program: Option<OwnedFd>) -> Result<()> {
-        let program = program.ok_or_else(|| Error::failed("no program came with the restart request"))?;
+        let program = program.ok_or_else(|| Error::failed("the restart request contains no program"))?;
         self.handover.expect_idle()?;
         let program = Arc::new(Program::new(program));
         if supervisor {
-            self.handover.begin_check();
+            self.handover.start_check();
             self.actions.push(Action::Save);
             self.job(Purpose::Check(Arc::clone(&program), caller), Task::CheckProgram(program));
         } else {
-            self.begin_trial(program, Some(caller));
+            self.start_trial(program, Some(caller));
         }
         Ok(())
     }
 
-    // The end of the mount.
+    // Shutdown.
 
-    fn signal(&mut self, forces: bool) {
-        match self.shutdown.signal(forces) {
+    fn signal(&mut self, may_abort: bool) {
+        match self.shutdown.signal(may_abort) {
             OnSignal::Drain => {
-                log::info!("a signal asks for the end of the mount: unmounting");
+                log::info!("received a termination signal: unmounting");
                 self.actions.push(Action::AnnounceStop);
                 self.unmount(None, UnmountMode::Plain);
             }
             OnSignal::Abort => {
-                log::info!("a second signal asks for the end of the mount: aborting the connection");
+                log::info!("received another termination signal: aborting the connection");
                 self.unmount(None, UnmountMode::Force);
             }
             OnSignal::Ignore => {
                 log::info!(
-                    "a further signal has no effect; to end the mount now, run 'stencil umount --force'"
+                    "ignoring the signal: the mount is already draining; to end it now, run 'stencil umount --force'"
                 );
             }
         }
     }
 
-    /// Takes the mount out of the tree; where it is in use, it ends with its last mapping.
+    /// Unmounts. A mount in use is detached, and ends with its last mapping.
     pub fn drain(&mut self) -> Vec<Action> {
         self.shutdown.drain();
         self.unmount(None, UnmountMode::Plain);
@@ -468,7 +476,9 @@ impl Machine {
             None => match failed {
                 Some(error) => log::error!("{error}"),
                 None if mode == UnmountMode::Lazy => {
-                    log::warn!("the mount is in use: detached, and served until its last user ends");
+                    log::warn!(
+                        "the mount is in use: detached, and served until the last process that uses it exits"
+                    );
                 }
                 None => {}
             },

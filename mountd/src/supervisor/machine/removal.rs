@@ -1,8 +1,9 @@
 //! Removal of templates: condemn, confirm, release.
 //!
-//! A removal condemns templates for as long as its connection to the control socket lives. A template is condemned once no
-//! server can look it up or open it: the current server has the list in force, and no older server can answer any more.
-//! The list is part of the mount state, so each later server starts with it.
+//! A removal condemns templates for as long as its connection to the control socket exists. The removal may proceed
+//! when no server can answer a lookup or open of the template with success any more: when the current server applies
+//! the list of condemned templates, and no older server can send replies. The list is part of the mount state, so each
+//! later server starts with the list.
 
 use std::time::{Duration, Instant};
 
@@ -12,71 +13,77 @@ use stencilfs::store::Digest;
 
 use crate::supervisor::event::{CallerId, ServerId};
 
-/// A removal that is silent for this long has stalled: its templates can be looked up again, and its next request fails.
-/// Templates of a removal that a dead supervisor took stay condemned for this long.
-pub const STALL_LIMIT: Duration = Duration::from_secs(15);
+/// A removal that sends no request for this long has stalled: its templates can be looked up again, and its next
+/// request fails. After a takeover, templates that were condemned before the takeover stay condemned for this long.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Delay until an open that was answered is visible in its process, if the server does not tell.
+/// Delay until an answered open is visible in `/proc` of its process, if the server has not reported a shorter delay.
 pub const MAX_GRACE: Duration = Duration::from_millis(200);
 
+/// A condemned template.
 #[derive(Debug)]
 struct Row {
     digest: Digest,
     removed: bool,
-    /// The caller; unknown for a removal that an earlier supervisor took.
+    /// The caller; `None` for a removal whose caller was connected to an earlier supervisor.
     holder: Option<CallerId>,
+    /// Time at which the removal counts as stalled.
     until: Instant,
 }
 
+/// A caller that waits until all servers apply the list as of a ring.
 #[derive(Debug)]
 struct Waiting {
     caller: CallerId,
     ring: u32,
-    /// The backings of these templates are closed next.
+    /// Removed templates, whose backings are closed after the wait.
     removed: Vec<Digest>,
 }
 
-/// Which servers can answer the kernel.
+/// The servers that may send replies to the kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct Answering {
-    /// A killed server may be in the middle of a reply, or a candidate may have read an older list.
+    /// True if there is a leaving server, which may be sending a reply, or a candidate, which may have read an older
+    /// list.
     pub others: bool,
-    /// The current server, and the count of rings at its start.
+    /// The current server, and the count of rings when it was started, if known.
     pub current: Option<(ServerId, Option<u32>)>,
 }
 
-/// What a caller that waited for a ring gets.
+/// The next step for a caller whose wait for a ring is over.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Settled {
-    /// The list is in force; opens that were answered before are visible in their processes after these milliseconds.
+    /// Respond: all servers apply the list. Opens that were answered before are visible in `/proc` after this many
+    /// milliseconds.
     Respond(CallerId, u64),
-    /// No server uses the backings of these removed templates; the caller waits for another ring.
+    /// Close the backings of these removed templates, which no server uses. The caller then waits for another ring.
     CloseBackings(CallerId, Vec<Digest>),
 }
 
-/// Condemned templates, and callers that wait until the list is in force.
+/// The list of condemned templates, and the callers that wait until all servers apply it.
 #[derive(Debug, Default)]
 pub struct Removal {
     rows: Vec<Row>,
     waiting: Vec<Waiting>,
-    /// The server that has a list in force, the count of rings when it read the list, and its grace in milliseconds.
+    /// The server that last reported that it applies a list, the count of rings before it read the list, and its grace
+    /// time in milliseconds.
     in_force: Option<(ServerId, u32, u64)>,
 }
 
 impl Removal {
-    /// The list of an earlier supervisor.
+    /// Restores the list of an earlier supervisor.
     pub fn restore(rows: &[CondemnedRow], now: Instant) -> Removal {
-        let until = now + STALL_LIMIT;
+        let until = now + STALL_TIMEOUT;
         let row = |row: &CondemnedRow| Row { digest: row.digest, removed: row.removed, holder: None, until };
         Removal { rows: rows.iter().map(row).collect(), ..Removal::default() }
     }
 
-    /// The list, for the mount state.
+    /// Returns the list, for the mount state.
     pub fn rows(&self) -> Vec<CondemnedRow> {
         self.rows.iter().map(|row| CondemnedRow { digest: row.digest, removed: row.removed }).collect()
     }
 
-    /// True while the caller has condemned at least one template.
+    /// Returns true if at least one template is condemned for the caller.
     pub fn has_holder(&self, caller: CallerId) -> bool {
         self.rows.iter().any(|row| row.holder == Some(caller))
     }
@@ -84,15 +91,16 @@ impl Removal {
     /// Condemns templates for a caller.
     pub fn condemn(&mut self, caller: CallerId, digests: &[Digest], now: Instant) {
         for &digest in digests {
-            // A removal of the same template whose supervisor died is over.
+            // A row without a holder is from a removal that lost its supervisor; this removal replaces it.
             let stays =
                 |row: &Row| row.digest != digest || row.removed || row.holder.is_some_and(|h| h != caller);
             self.rows.retain(stays);
-            self.rows.push(Row { digest, removed: false, holder: Some(caller), until: now + STALL_LIMIT });
+            self.rows.push(Row { digest, removed: false, holder: Some(caller), until: now + STALL_TIMEOUT });
         }
     }
 
-    /// Checks that the caller's templates have been condemned without a gap.
+    /// Checks that the templates have been condemned for the caller without interruption, and restarts the stall
+    /// timeout.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) for a template that is no longer condemned.
@@ -101,17 +109,17 @@ impl Removal {
             let row = self.rows.iter_mut().find(|row| row.holder == Some(caller) && row.digest == *digest);
             let row =
                 row.ok_or_else(|| Error::try_again(format!("template {digest} is no longer condemned")))?;
-            row.until = now + STALL_LIMIT;
+            row.until = now + STALL_TIMEOUT;
         }
         Ok(())
     }
 
-    /// Releases templates of a caller: they can be looked up again.
+    /// Releases templates of a caller. They can be looked up again, unless another caller has condemned them.
     pub fn release(&mut self, caller: CallerId, digests: &[Digest]) {
         self.rows.retain(|row| row.holder != Some(caller) || !digests.contains(&row.digest));
     }
 
-    /// Notes that templates of a caller are deleted from the store, and returns those.
+    /// Records that templates are deleted from the store. Returns those that are condemned for the caller.
     pub fn mark_removed(&mut self, caller: CallerId, digests: &[Digest]) -> Vec<Digest> {
         let ours = |row: &&mut Row| row.holder == Some(caller) && digests.contains(&row.digest);
         let mark = |row: &mut Row| {
@@ -121,30 +129,30 @@ impl Removal {
         self.rows.iter_mut().filter(ours).map(mark).collect()
     }
 
-    /// The caller waits until each server that can answer has read the list after that ring.
+    /// Makes the caller wait until all servers that may send replies have read the list after the ring number `ring`.
     pub fn wait(&mut self, caller: CallerId, ring: u32, removed: Vec<Digest>) {
         self.waiting.push(Waiting { caller, ring, removed });
     }
 
-    /// A server has the list in force that it read after that ring.
+    /// Records the report of a server that it applies the list which it read after the ring number `ring`.
     pub fn note_in_force(&mut self, server: ServerId, ring: u32, grace_ms: u64) {
         self.in_force = Some((server, ring, grace_ms));
     }
 
-    /// A caller is gone, and with it its removals. Returns templates that were deleted already, and whether the list
-    /// has changed.
+    /// Drops the rows of a caller whose connection is closed. Returns those templates that are already deleted from the
+    /// store, and whether the list has changed.
     pub fn caller_gone(&mut self, caller: CallerId) -> (Vec<Digest>, bool) {
         self.waiting.retain(|waiting| waiting.caller != caller);
         self.drop_rows(|row| row.holder == Some(caller))
     }
 
-    /// Drops the rows of stalled removals; returns as [`caller_gone`](Self::caller_gone).
+    /// Drops the rows of stalled removals. Returns the same as [`caller_gone`](Self::caller_gone).
     pub fn expire(&mut self, now: Instant) -> (Vec<Digest>, bool) {
-        let waiting: Vec<CallerId> = self.waiting.iter().map(|one| one.caller).collect();
+        let waiting: Vec<CallerId> = self.waiting.iter().map(|waiting| waiting.caller).collect();
         self.drop_rows(|row| now >= row.until && !row.holder.is_some_and(|h| waiting.contains(&h)))
     }
 
-    /// When the next row may expire.
+    /// Returns the earliest time at which a row may expire.
     pub fn next_expiry(&self) -> Option<Instant> {
         self.rows.iter().map(|row| row.until).min()
     }
@@ -155,7 +163,7 @@ impl Removal {
         (removed, !dropped.is_empty())
     }
 
-    /// Takes out the callers whose ring each server that can answer has heard.
+    /// Removes the callers whose wait is over, and returns their next steps.
     pub fn settled(&mut self, answering: Answering, now: Instant) -> Vec<Settled> {
         let mut settled = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
@@ -165,9 +173,9 @@ impl Removal {
             };
             let Waiting { caller, removed, .. } = waiting;
             if removed.is_empty() {
-                // The stall limit begins with the reply.
+                // The stall timeout starts with the response.
                 let rows = self.rows.iter_mut().filter(|row| row.holder == Some(caller));
-                rows.for_each(|row| row.until = now + STALL_LIMIT);
+                rows.for_each(|row| row.until = now + STALL_TIMEOUT);
                 settled.push(Settled::Respond(caller, grace_ms));
             } else {
                 self.release(caller, &removed);
@@ -177,18 +185,19 @@ impl Removal {
         settled
     }
 
-    /// The grace in milliseconds, if each server that can answer has read the list after that ring, or started after it.
+    /// Returns the grace time in milliseconds if all servers that may send replies have read the list after the ring
+    /// number `ring`; otherwise `None`.
     fn grace_after(&self, ring: u32, answering: Answering) -> Option<u64> {
         if answering.others {
             return None;
         }
-        // The count of rings wraps.
-        let heard = |at: u32| at.wrapping_sub(ring) < u32::MAX / 2;
+        // The count of rings wraps around.
+        let includes_ring = |at: u32| at.wrapping_sub(ring) < u32::MAX / 2;
         let full = u64::try_from(MAX_GRACE.as_millis()).unwrap_or(u64::MAX);
-        let Some((current, born)) = answering.current else { return Some(full) };
+        let Some((current, at_start)) = answering.current else { return Some(full) };
         match self.in_force {
-            Some((server, at, grace_ms)) if server == current && heard(at) => Some(grace_ms),
-            _ => born.is_some_and(heard).then_some(full),
+            Some((server, at, grace_ms)) if server == current && includes_ring(at) => Some(grace_ms),
+            _ => at_start.is_some_and(includes_ring).then_some(full),
         }
     }
 }
@@ -205,32 +214,32 @@ mod tests {
         Digest::of(text.as_bytes())
     }
 
-    fn one(server: ServerId, born: u32) -> Answering {
-        Answering { others: false, current: Some((server, Some(born))) }
+    fn only(server: ServerId, rings_at_start: u32) -> Answering {
+        Answering { others: false, current: Some((server, Some(rings_at_start))) }
     }
 
     #[test]
-    fn a_caller_waits_until_the_server_has_its_ring_in_force() {
+    fn a_caller_waits_until_the_server_applies_the_list() {
         let now = Instant::now();
         let mut removal = Removal::default();
         removal.condemn(RM, &[digest("a")], now);
         removal.wait(RM, 5, Vec::new());
-        assert_eq!(removal.settled(one(SERVER, 4), now), []);
+        assert_eq!(removal.settled(only(SERVER, 4), now), []);
         removal.note_in_force(SERVER, 4, 3);
-        assert_eq!(removal.settled(one(SERVER, 4), now), [], "an older list");
+        assert_eq!(removal.settled(only(SERVER, 4), now), [], "an older list");
         removal.note_in_force(ServerId(6), 5, 3);
-        assert_eq!(removal.settled(one(SERVER, 4), now), [], "another server");
+        assert_eq!(removal.settled(only(SERVER, 4), now), [], "another server");
         removal.note_in_force(SERVER, 5, 3);
-        let blocked = Answering { others: true, ..one(SERVER, 4) };
+        let blocked = Answering { others: true, ..only(SERVER, 4) };
         assert_eq!(removal.settled(blocked, now), [], "a killed server may still answer");
-        assert_eq!(removal.settled(one(SERVER, 4), now), [Settled::Respond(RM, 3)]);
-        assert_eq!(removal.settled(one(SERVER, 4), now), [], "one reply");
+        assert_eq!(removal.settled(only(SERVER, 4), now), [Settled::Respond(RM, 3)]);
+        assert_eq!(removal.settled(only(SERVER, 4), now), [], "one response");
     }
 
     #[test]
-    fn a_server_that_started_after_the_ring_has_read_it_and_so_has_none() {
+    fn a_caller_does_not_wait_for_a_server_that_started_after_the_ring() {
         let now = Instant::now();
-        for answering in [one(SERVER, 5), one(SERVER, 6), Answering { others: false, current: None }] {
+        for answering in [only(SERVER, 5), only(SERVER, 6), Answering { others: false, current: None }] {
             let mut removal = Removal::default();
             removal.condemn(RM, &[digest("a")], now);
             removal.wait(RM, 5, Vec::new());
@@ -238,9 +247,9 @@ mod tests {
         }
         let mut removal = Removal::default();
         removal.wait(RM, 2, Vec::new());
-        assert_eq!(removal.settled(one(SERVER, u32::MAX - 1), now), [], "the count of rings has wrapped");
+        assert_eq!(removal.settled(only(SERVER, u32::MAX - 1), now), [], "the count of rings has wrapped");
         removal.note_in_force(SERVER, 2, 0);
-        assert_eq!(removal.settled(one(SERVER, u32::MAX - 1), now), [Settled::Respond(RM, 0)]);
+        assert_eq!(removal.settled(only(SERVER, u32::MAX - 1), now), [Settled::Respond(RM, 0)]);
     }
 
     #[test]
@@ -252,38 +261,38 @@ mod tests {
         assert!(removal.confirm(RM, &[digest("a"), digest("b")], now).is_ok());
         let error = removal.confirm(RM, &[digest("a"), digest("c")], now).unwrap_err();
         assert!(error.to_string().contains(&digest("c").to_string()), "{error}");
-        let later = now + STALL_LIMIT / 2;
+        let later = now + STALL_TIMEOUT / 2;
         removal.confirm(RM, &[digest("a")], later).unwrap();
-        assert_eq!(removal.expire(now + STALL_LIMIT), (Vec::new(), true), "b and c have stalled");
+        assert_eq!(removal.expire(now + STALL_TIMEOUT), (Vec::new(), true), "b and c have stalled");
         assert!(removal.confirm(RM, &[digest("b")], later).is_err());
         assert!(removal.confirm(RM, &[digest("a")], later).is_ok());
         assert_eq!(removal.expire(later), (Vec::new(), false));
     }
 
     #[test]
-    fn a_removal_that_waits_for_a_server_does_not_stall() {
+    fn a_removal_does_not_stall_while_it_waits_for_a_server() {
         let now = Instant::now();
         let mut removal = Removal::default();
         removal.condemn(RM, &[digest("a")], now);
         removal.wait(RM, 1, Vec::new());
-        let late = now + STALL_LIMIT * 3;
+        let late = now + STALL_TIMEOUT * 3;
         assert_eq!(removal.expire(late), (Vec::new(), false));
         removal.note_in_force(SERVER, 1, 0);
-        assert_eq!(removal.settled(one(SERVER, 0), late), [Settled::Respond(RM, 0)]);
-        assert_eq!(removal.expire(late), (Vec::new(), false), "the limit begins with the reply");
-        assert_eq!(removal.expire(late + STALL_LIMIT), (Vec::new(), true));
+        assert_eq!(removal.settled(only(SERVER, 0), late), [Settled::Respond(RM, 0)]);
+        assert_eq!(removal.expire(late), (Vec::new(), false), "the timeout starts with the response");
+        assert_eq!(removal.expire(late + STALL_TIMEOUT), (Vec::new(), true));
     }
 
     #[test]
-    fn backings_of_removed_templates_are_closed_when_the_server_has_let_go_of_them() {
+    fn backings_of_removed_templates_are_closed_when_the_server_has_dropped_them() {
         let now = Instant::now();
         let mut removal = Removal::default();
         removal.condemn(RM, &[digest("a"), digest("b")], now);
         assert_eq!(removal.mark_removed(RM, &[digest("a"), digest("x")]), [digest("a")]);
         removal.wait(RM, 1, vec![digest("a")]);
-        assert_eq!(removal.settled(one(SERVER, 0), now), []);
+        assert_eq!(removal.settled(only(SERVER, 0), now), []);
         removal.note_in_force(SERVER, 1, 0);
-        assert_eq!(removal.settled(one(SERVER, 0), now), [Settled::CloseBackings(RM, vec![digest("a")])]);
+        assert_eq!(removal.settled(only(SERVER, 0), now), [Settled::CloseBackings(RM, vec![digest("a")])]);
         assert_eq!(removal.rows(), [CondemnedRow { digest: digest("b"), removed: false }]);
         assert!(removal.has_holder(RM));
         removal.release(RM, &[digest("b")]);
@@ -291,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_caller_that_is_gone_holds_nothing() {
+    fn a_disconnected_caller_condemns_no_templates() {
         let now = Instant::now();
         let mut removal = Removal::default();
         removal.condemn(RM, &[digest("a"), digest("b")], now);
@@ -301,20 +310,23 @@ mod tests {
         assert_eq!(removal.caller_gone(RM), (vec![digest("b")], true));
         assert_eq!(removal.caller_gone(RM), (Vec::new(), false));
         assert_eq!(removal.rows().len(), 1);
-        assert_eq!(removal.settled(one(SERVER, 1), now), [], "it waits for nothing");
+        assert_eq!(removal.settled(only(SERVER, 1), now), [], "the caller does not wait any more");
     }
 
     #[test]
-    fn templates_of_an_earlier_supervisor_stay_condemned_until_they_stall_or_are_condemned_again() {
+    fn restored_templates_stay_condemned_until_they_stall_or_are_condemned_again() {
         let now = Instant::now();
         let row = |text: &str, removed| CondemnedRow { digest: digest(text), removed };
         let rows = [row("a", false), row("b", true)];
         let mut removal = Removal::restore(&rows, now);
         assert_eq!(removal.rows(), rows);
-        assert!(removal.confirm(RM, &[digest("a")], now).is_err(), "its caller knows another supervisor");
+        assert!(
+            removal.confirm(RM, &[digest("a")], now).is_err(),
+            "the caller is not connected to this supervisor"
+        );
         removal.condemn(RM, &[digest("a")], now);
         assert_eq!(removal.rows().len(), 2);
-        assert_eq!(removal.next_expiry(), Some(now + STALL_LIMIT));
-        assert_eq!(removal.expire(now + STALL_LIMIT), (vec![digest("b")], true));
+        assert_eq!(removal.next_expiry(), Some(now + STALL_TIMEOUT));
+        assert_eq!(removal.expire(now + STALL_TIMEOUT), (vec![digest("b")], true));
     }
 }

@@ -27,7 +27,7 @@ impl Machine {
             Admission::Repeated => return,
             Admission::OutOfTurn => {
                 log::error!("the server sends requests without waiting for replies");
-                return self.end_server(id, "it does not wait for replies");
+                return self.end_server(id, "the new server does not wait for replies");
             }
         }
         let reply = match request {
@@ -65,7 +65,7 @@ impl Machine {
         }
     }
 
-    /// Requests of the current server; `None` if a job or the kernel finds the reply.
+    /// Handles a request of the current server. Returns `None` if a job or the kernel determines the reply.
     fn serving_request(
         &mut self,
         id: ServerId,
@@ -79,11 +79,11 @@ impl Machine {
             ServerRequest::Freeze { key } => self.freeze(id, number, key),
             ServerRequest::Evict { keys } => self.evict(id, number, keys),
             ServerRequest::Register { key, identity } => match self.backings.registration(&key, identity) {
-                Ok(Registration::Open) => {
+                Ok(Registration::Register) => {
                     self.actions.push(Action::RegisterBacking(id, number, key));
                     None
                 }
-                Ok(Registration::Known(backing)) => Some(Ok(ServerReply::Registered(backing))),
+                Ok(Registration::AlreadyRegistered(backing)) => Some(Ok(ServerReply::Registered(backing))),
                 Err(error) => Some(Err(error)),
             },
             ServerRequest::NoBacking { key, reason } => {
@@ -107,7 +107,8 @@ impl Machine {
         }
     }
 
-    /// The first INIT reply goes to the kernel; later ones must be equal, because the kernel reads only one.
+    /// Handles a handshake. The first INIT reply is sent to the kernel; later ones must be equal, because the kernel
+    /// accepts only one.
     fn handshake(
         &mut self,
         id: ServerId,
@@ -121,7 +122,7 @@ impl Machine {
                 "the server uses protocol version {control_version}, expected {CONTROL_VERSION}"
             ))));
         }
-        if self.mount.init_reply.as_ref().is_some_and(|known| *known != init_reply) {
+        if self.mount.init_reply.as_ref().is_some_and(|first| *first != init_reply) {
             return Some(Err(Error::failed(
                 "this server asks the kernel for other features than the first server did",
             )
@@ -138,8 +139,8 @@ impl Machine {
             (server.row.version, server.row.lacks) = row;
             self.actions.push(Action::Watch(table));
         }
-        // Saved before the kernel has it: a supervisor that takes over must not accept another reply. A reply that was
-        // saved may not have reached the kernel, so each server's is written.
+        // The reply is saved before it is sent, since a supervisor that takes over must not accept a different reply.
+        // The saved reply may never have been sent, so the reply of each current server is sent.
         let is_first = self.mount.init_reply.replace(init_reply.clone()).is_none();
         self.actions.extend([Action::Save, Action::WriteInitReply { id, number, init_reply, is_first }]);
         None
@@ -154,7 +155,7 @@ impl Machine {
     ) {
         let reply = match result {
             Ok(()) => Ok(ServerReply::Done),
-            // The kernel has had a reply: it no longer knows this request.
+            // ENOENT: the kernel has received a reply to this request before.
             Err(e) if !is_first && e.raw_os_error() == Some(libc::ENOENT) => Ok(ServerReply::Done),
             Err(e) => Err(Error::failed("the kernel rejects the INIT reply").because(e)),
         };
@@ -191,7 +192,7 @@ impl Machine {
     }
 
     fn freeze(&mut self, id: ServerId, number: u64, key: FileKey) -> Option<Result<ServerReply>> {
-        match self.backings.room_to_freeze(&key) {
+        match self.backings.reserved_for_freeze(&key) {
             Ok(Some(reserved)) => {
                 let task = Task::FreezeBacking { key: key.clone(), reserved };
                 self.request_job(id, Purpose::Freeze(id, number, key), task)
@@ -203,7 +204,7 @@ impl Machine {
 
     fn evict(&mut self, id: ServerId, number: u64, mut keys: Vec<FileKey>) -> Option<Result<ServerReply>> {
         if self.handover.has_candidate() {
-            // The candidate read the mount state with these backings: none may be closed before it serves.
+            // The candidate has read a mount state with these backings: none may be closed before the candidate serves.
             return Some(Ok(ServerReply::Evicted(Vec::new())));
         }
         keys.truncate(MAX_KEYS);
@@ -212,7 +213,7 @@ impl Machine {
 
     fn request_job(&mut self, id: ServerId, purpose: Purpose, task: Task) -> Option<Result<ServerReply>> {
         if let Some(server) = self.lifecycle.get_mut(id) {
-            server.begin_job();
+            server.start_job();
         }
         self.job(purpose, task);
         None
@@ -235,7 +236,7 @@ impl Machine {
                 let stacked = e.raw_os_error() == Some(libc::ELOOP);
                 let error = Error::failed("the kernel rejects the backing").because(e);
                 Err(if stacked {
-                    error.remedy("name a directory on ext4 or xfs with --cache-dir")
+                    error.remedy("use --cache-dir with a directory on ext4 or xfs")
                 } else {
                     error
                 })

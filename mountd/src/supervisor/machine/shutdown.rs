@@ -1,76 +1,77 @@
-//! The end of a mount that signals ask for, and files that are to be closed.
+//! Shutdown of a mount by signals, and files of backings that must be closed.
 
 use std::os::fd::OwnedFd;
 
 use stencilfs::control::UnmountMode;
 
-/// What a signal leads to.
+/// The effect of a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnSignal {
-    /// Unmount; where the mount is in use, it ends with its last mapping.
+    /// Unmount. A mount in use is detached, and ends with its last mapping.
     Drain,
-    /// Abort the connection: processes that need another page die.
+    /// Abort the connection: processes that access a page which is not in memory are killed by SIGBUS.
     Abort,
-    /// Nothing: the mount drains already.
+    /// None: the mount is already draining.
     Ignore,
 }
 
-/// Requests to end the mount, and files that were given up.
+/// The state of the shutdown, and the files that must be closed.
 #[derive(Debug, Default)]
 pub struct Shutdown {
     draining: bool,
-    /// An unmount that a signal asked for is under way.
+    /// True while an unmount that a signal has requested is running.
     unmounting: bool,
     to_close: Vec<OwnedFd>,
     closing: bool,
 }
 
 impl Shutdown {
-    /// A mount that drains already, or not.
+    /// Creates the state of a mount, which may already be draining.
     pub fn new(draining: bool) -> Shutdown {
         Shutdown { draining, ..Shutdown::default() }
     }
 
-    /// True once a signal has asked for the end.
+    /// Returns true if a signal has requested the end of the mount.
     pub fn is_draining(&self) -> bool {
         self.draining
     }
 
-    /// A signal arrived; `forces`: one of its kind may end a mount that drains already.
-    pub fn signal(&mut self, forces: bool) -> OnSignal {
+    /// Handles a signal. `may_abort` is true if the signal may abort a mount that is already draining.
+    pub fn signal(&mut self, may_abort: bool) -> OnSignal {
         if !self.draining {
             self.drain();
             return OnSignal::Drain;
         }
-        if forces && !self.unmounting {
+        if may_abort && !self.unmounting {
             self.unmounting = true;
             return OnSignal::Abort;
         }
         OnSignal::Ignore
     }
 
-    /// The mount is to end: an unmount begins.
+    /// Records that the mount must end, and that an unmount is starting.
     pub fn drain(&mut self) {
         (self.draining, self.unmounting) = (true, true);
     }
 
-    /// An unmount that a signal asked for has ended. Returns how to try again, if it is tried again.
+    /// Records that an unmount which a signal has requested has ended. Returns the mode of the next attempt, if the
+    /// unmount must be attempted again.
     pub fn unmounted(&mut self, mode: UnmountMode, failed: bool) -> Option<UnmountMode> {
         if failed && mode == UnmountMode::Plain {
             return Some(UnmountMode::Lazy);
         }
         self.unmounting = false;
-        // After a failure the next signal tries again.
+        // After a failure, the next signal attempts the unmount again.
         self.draining &= !failed;
         None
     }
 
-    /// Files that no other process has open: a later job closes them.
+    /// Adds files that no other process has open, to be closed by a job.
     pub fn close_later(&mut self, files: impl IntoIterator<Item = OwnedFd>) {
         self.to_close.extend(files);
     }
 
-    /// Takes the files for the next job. One such job runs at a time.
+    /// Removes and returns the files for the next job; `None` if there are none or such a job is running.
     pub fn take_files(&mut self) -> Option<Vec<OwnedFd>> {
         if self.closing || self.to_close.is_empty() {
             return None;
@@ -79,7 +80,7 @@ impl Shutdown {
         Some(std::mem::take(&mut self.to_close))
     }
 
-    /// The job that closes files has ended.
+    /// Records that the job that closes files has ended.
     pub fn closed(&mut self) {
         self.closing = false;
     }
@@ -93,18 +94,22 @@ mod tests {
     fn the_first_signal_drains_and_a_later_one_may_abort() {
         let mut shutdown = Shutdown::default();
         assert_eq!(shutdown.signal(true), OnSignal::Drain);
-        assert_eq!(shutdown.signal(true), OnSignal::Ignore, "it unmounts");
+        assert_eq!(shutdown.signal(true), OnSignal::Ignore, "an unmount is running");
         assert_eq!(shutdown.unmounted(UnmountMode::Plain, true), Some(UnmountMode::Lazy));
-        assert_eq!(shutdown.signal(true), OnSignal::Ignore, "it still unmounts");
+        assert_eq!(shutdown.signal(true), OnSignal::Ignore, "the unmount is still running");
         assert_eq!(shutdown.unmounted(UnmountMode::Lazy, false), None);
         assert!(shutdown.is_draining());
-        assert_eq!(shutdown.signal(false), OnSignal::Ignore, "the end of a terminal forces nothing");
+        assert_eq!(
+            shutdown.signal(false),
+            OnSignal::Ignore,
+            "the end of a terminal does not abort the mount"
+        );
         assert_eq!(shutdown.signal(true), OnSignal::Abort);
-        assert_eq!(shutdown.signal(true), OnSignal::Ignore, "an abort is under way");
+        assert_eq!(shutdown.signal(true), OnSignal::Ignore, "an abort is running");
     }
 
     #[test]
-    fn after_a_failed_unmount_a_signal_tries_again() {
+    fn a_signal_after_a_failed_unmount_unmounts_again() {
         let mut shutdown = Shutdown::new(false);
         shutdown.signal(false);
         assert_eq!(shutdown.unmounted(UnmountMode::Lazy, true), None);

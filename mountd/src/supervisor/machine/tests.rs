@@ -1,4 +1,5 @@
-//! The machine against a model of servers, jobs, the kernel and processes: by hand, and by random sequences of events.
+//! Tests of the machine with a model of servers, jobs, the kernel and processes: scenarios, and random sequences of
+//! events.
 
 mod invariants;
 mod model;
@@ -17,7 +18,7 @@ use server_model::Key;
 
 const RM: CallerId = CallerId(1);
 
-fn served() -> World {
+fn serving_world() -> World {
     let mut world = World::new();
     world.introduce_current();
     world
@@ -32,8 +33,8 @@ fn a_new_mount_starts_a_server_and_announces_it() {
 }
 
 #[test]
-fn a_dead_server_is_replaced_at_once_and_resent_after_its_exit() {
-    let mut world = served();
+fn a_dead_server_is_replaced_immediately_and_causes_a_resend_after_its_exit() {
+    let mut world = serving_world();
     let dead = world.current();
     world.answers += 1;
     world.send(Event::LinkClosed(dead));
@@ -42,11 +43,11 @@ fn a_dead_server_is_replaced_at_once_and_resent_after_its_exit() {
     world.send(Event::Exited(dead));
     world.send(Event::Exited(dead));
     assert_eq!((world.seen("StartServer"), world.seen("Resend")), (2, 1));
-    assert!(!world.machine.knows(dead) && world.machine.knows(world.current()));
+    assert!(!world.machine.tracks(dead) && world.machine.tracks(world.current()));
 }
 
 #[test]
-fn a_mount_whose_servers_cannot_start_is_given_up_with_their_reason() {
+fn the_supervisor_gives_up_with_the_reason_of_a_server_that_cannot_start() {
     let mut world = World::new();
     let failure = Failure::from(&Error::failed("no locked memory"));
     world.request(ServerRequest::GiveUp { failure });
@@ -55,17 +56,17 @@ fn a_mount_whose_servers_cannot_start_is_given_up_with_their_reason() {
 }
 
 #[test]
-fn an_init_reply_that_differs_or_that_the_kernel_rejects_is_refused() {
+fn a_different_or_rejected_init_reply_is_refused() {
     let mut world = World::new();
     world.init_error = Some(libc::EINVAL);
     let reply = world.request(World::handshake(b"reply"));
     assert!(matches!(reply, Some(ServerReply::Refused(_))));
-    assert!(world.machine.mount().init_reply.is_none(), "a rejected reply is forgotten");
+    assert!(world.machine.mount().init_reply.is_none(), "a rejected reply is not recorded");
     world.init_error = None;
     assert!(matches!(world.request(World::handshake(b"reply")), Some(ServerReply::Done)));
     world.init_error = Some(libc::ENOENT);
-    let again = world.request(World::handshake(b"reply"));
-    assert!(matches!(again, Some(ServerReply::Done)), "the kernel has one already");
+    let repeated = world.request(World::handshake(b"reply"));
+    assert!(matches!(repeated, Some(ServerReply::Done)), "the kernel has received a reply before");
     let other = world.request(World::handshake(b"other"));
     assert!(matches!(other, Some(ServerReply::Refused(_))));
     let version = ServerRequest::Handshake {
@@ -78,24 +79,24 @@ fn an_init_reply_that_differs_or_that_the_kernel_rejects_is_refused() {
 }
 
 #[test]
-fn a_server_that_does_not_wait_for_its_reply_is_ended() {
-    let mut world = served();
+fn a_server_that_does_not_wait_for_its_reply_is_replaced() {
+    let mut world = serving_world();
     let key = Key(0).file();
     world.request(ServerRequest::Reserve { key: key.clone(), size: 1, data_bytes: 1 });
     world.request(ServerRequest::Abandon { key });
     assert_eq!((world.seen("EndServer"), world.seen("StartServer")), (1, 2));
     world.finish_jobs();
-    assert_eq!(world.seen("Created"), 0, "the reply is for a server that is gone");
+    assert_eq!(world.seen("Created"), 0, "the server that made the request is gone");
 }
 
 #[test]
-fn a_backing_is_made_handed_out_and_evicted() {
-    let mut world = served();
+fn a_backing_is_registered_and_evicted() {
+    let mut world = serving_world();
     let id = world.hydrate(Key(0)).expect("a backing");
     assert_eq!(world.seen("StoreBackings"), 1);
     let key = Key(0).file();
-    let again = world.request(ServerRequest::Reserve { key: key.clone(), size: 1, data_bytes: 1 });
-    assert!(matches!(again, Some(ServerReply::Registered(other)) if other == id));
+    let repeated = world.request(ServerRequest::Reserve { key: key.clone(), size: 1, data_bytes: 1 });
+    assert!(matches!(repeated, Some(ServerReply::Registered(other)) if other == id));
     world.evict(&[Key(0)]);
     assert!(world.kernel.is_empty());
     assert_eq!((world.seen("ForgetBackings"), world.seen("CloseFiles")), (1, 1));
@@ -103,7 +104,7 @@ fn a_backing_is_made_handed_out_and_evicted() {
 
 #[test]
 fn a_backing_in_use_is_not_evicted() {
-    let mut world = served();
+    let mut world = serving_world();
     world.hydrate(Key(0)).expect("a backing");
     assert!(world.open_passthrough(Key(0)));
     world.evict(&[Key(0)]);
@@ -111,8 +112,8 @@ fn a_backing_in_use_is_not_evicted() {
 }
 
 #[test]
-fn eviction_waits_while_a_candidate_exists() {
-    let mut world = served();
+fn nothing_is_evicted_while_a_candidate_exists() {
+    let mut world = serving_world();
     world.hydrate(Key(0)).expect("a backing");
     world.request(ServerRequest::Evict { keys: vec![Key(0).file()] });
     world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
@@ -123,16 +124,16 @@ fn eviction_waits_while_a_candidate_exists() {
 }
 
 #[test]
-fn a_kernel_that_rejects_a_backing_is_quoted() {
-    let mut world = served();
+fn the_rejection_of_a_backing_by_the_kernel_is_reported() {
+    let mut world = serving_world();
     world.backing_error = Some(libc::ELOOP);
     assert!(world.hydrate(Key(0)).is_none());
     assert!(world.log.iter().any(|line| line.contains("rejects the backing")));
 }
 
 #[test]
-fn a_failed_job_is_refused_and_leaves_the_server_usable() {
-    let mut world = served();
+fn a_request_whose_job_fails_is_refused_and_the_server_continues() {
+    let mut world = serving_world();
     let key = Key(0).file();
     world.request(ServerRequest::Reserve { key: key.clone(), size: 1, data_bytes: 1 });
     world.fail_jobs();
@@ -151,26 +152,26 @@ fn a_failed_job_is_refused_and_leaves_the_server_usable() {
 }
 
 #[test]
-fn a_removal_settles_when_the_server_has_the_list_in_force() {
-    let mut world = served();
+fn a_removal_gets_its_response_when_the_server_applies_the_list() {
+    let mut world = serving_world();
     world.hydrate(Key(0)).expect("a backing");
     let digests = vec![Key(0).digest()];
     world.send(Event::Request(RM, Request::Condemn { digests: digests.clone() }, None));
     assert_eq!((world.seen("Ring"), world.seen("Settled")), (1, 0));
-    world.hear_bell();
+    world.apply_condemned_list();
     assert_eq!(world.seen("Settled"), 1);
     world.send(Event::Request(RM, Request::Confirm { digests: digests.clone() }, None));
     world.send(Event::Request(RM, Request::Release { digests, removed: true }, None));
-    world.hear_bell();
-    assert!(world.kernel.is_empty(), "the backing is closed once the server has let go of it");
-    world.hear_bell();
+    world.apply_condemned_list();
+    assert!(world.kernel.is_empty(), "the backing is closed after the server has dropped it");
+    world.apply_condemned_list();
     assert_eq!(world.seen("Settled"), 2);
     assert!(world.machine.snapshot(model::process(1), false, Counters::new()).condemned.is_empty());
 }
 
 #[test]
-fn a_caller_that_is_gone_rings_for_what_it_releases() {
-    let mut world = served();
+fn a_disconnected_caller_releases_its_templates_with_a_ring() {
+    let mut world = serving_world();
     let digests = vec![Key(0).digest()];
     world.send(Event::Request(RM, Request::Condemn { digests }, None));
     world.send(Event::CallerGone(RM));
@@ -180,17 +181,17 @@ fn a_caller_that_is_gone_rings_for_what_it_releases() {
 }
 
 #[test]
-fn a_candidate_replaces_the_server_and_the_old_program_until_it_is_proven() {
-    let mut world = served();
+fn a_candidate_replaces_the_server_and_the_program() {
+    let mut world = serving_world();
     let old = world.current();
     world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
     world.send(Event::Request(CallerId(2), Request::Restart { supervisor: false }, Some(model::file())));
     assert!(world.log.iter().any(|line| line.contains("another restart")));
     let candidate = world.candidate().expect("a candidate");
     let early = world.request_of(candidate, ServerRequest::Evict { keys: Vec::new() });
-    assert!(matches!(early, Some(ServerReply::Refused(_))), "it does not serve yet");
+    assert!(matches!(early, Some(ServerReply::Refused(_))), "the candidate does not serve yet");
     world.request_of(candidate, World::handshake(b"reply"));
-    assert_eq!(world.seen("WriteInitReply"), 1, "the kernel has one");
+    assert_eq!(world.seen("WriteInitReply"), 1, "the kernel has received a reply before");
     world.request_of(candidate, ServerRequest::Serving);
     assert_eq!((world.current(), world.seen("KillServer")), (candidate, 1));
     world.send(Event::Exited(old));
@@ -202,14 +203,14 @@ fn a_candidate_replaces_the_server_and_the_old_program_until_it_is_proven() {
 #[test]
 fn a_candidate_that_fails_is_dismissed_with_its_reason() {
     for fail in ["exits", "closes", "is late", "gives up"] {
-        let mut world = served();
+        let mut world = serving_world();
         let current = world.current();
         world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
         let candidate = world.candidate().expect("a candidate");
         match fail {
             "exits" => world.send(Event::Exited(candidate)),
             "closes" => world.send(Event::LinkClosed(candidate)),
-            "is late" => world.pass(TRIAL_LIMIT * 2),
+            "is late" => world.pass(TRIAL_TIMEOUT * 2),
             _ => {
                 let failure = Failure::from(&Error::failed("no store"));
                 world.request_of(candidate, ServerRequest::GiveUp { failure });
@@ -220,39 +221,39 @@ fn a_candidate_that_fails_is_dismissed_with_its_reason() {
         assert_eq!(world.current(), current, "{fail}");
         assert!(world.log.iter().any(|line| line.contains("does not serve")), "{fail}");
         world.send(Event::Exited(candidate));
-        assert!(!world.machine.knows(candidate), "{fail}");
+        assert!(!world.machine.tracks(candidate), "{fail}");
     }
 }
 
 #[test]
-fn a_candidate_that_cannot_be_started_is_told_to_its_caller() {
-    let mut world = served();
+fn the_caller_gets_the_error_of_a_candidate_that_cannot_be_started() {
+    let mut world = serving_world();
     world.start_error = true;
     world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
     assert!(world.log.iter().any(|line| line.starts_with("Respond(CallerId(1), Err")));
     world.send(Event::Request(RM, Request::Restart { supervisor: false }, None));
-    assert!(world.log.iter().any(|line| line.contains("no program came")));
+    assert!(world.log.iter().any(|line| line.contains("contains no program")));
 }
 
 #[test]
-fn another_supervisor_program_is_checked_and_becomes_this_process_when_no_job_runs() {
-    let mut world = served();
+fn a_new_supervisor_program_is_checked_and_executed_when_no_job_runs() {
+    let mut world = serving_world();
     world.send(Event::Request(RM, Request::Restart { supervisor: true }, Some(model::file())));
     world.send(Event::Request(CallerId(2), Request::Unmount { mode: UnmountMode::Plain }, None));
     world.finish_job(|task| task == "CheckProgram");
-    assert_eq!(world.seen("BecomeProgram"), 0, "an unmount runs");
+    assert_eq!(world.seen("BecomeProgram"), 0, "an unmount is running");
     world.fail_jobs();
     assert_eq!(world.seen("BecomeProgram"), 1);
     world.send(Event::Request(RM, Request::Restart { supervisor: true }, Some(model::file())));
     world.fail_jobs();
-    assert_eq!(world.seen("BecomeProgram"), 1, "its check failed");
+    assert_eq!(world.seen("BecomeProgram"), 1, "the check failed");
     world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
-    assert!(world.candidate().is_some(), "another try is possible");
+    assert!(world.candidate().is_some(), "another restart is possible");
 }
 
 #[test]
-fn the_program_a_supervisor_became_starts_a_candidate() {
-    let mut world = served();
+fn an_executed_supervisor_program_starts_a_candidate() {
+    let mut world = serving_world();
     let actions = world.machine.try_program(Program::new(model::file()), Some(RM));
     world.execute(actions);
     assert!(world.candidate().is_some());
@@ -260,15 +261,15 @@ fn the_program_a_supervisor_became_starts_a_candidate() {
 
 #[test]
 fn signals_unmount_then_abort() {
-    let mut world = served();
-    world.send(Event::Signal { forces: false });
+    let mut world = serving_world();
+    world.send(Event::Signal { may_abort: false });
     assert_eq!((world.seen("AnnounceStop"), world.seen("Unmount(Plain)")), (1, 1));
     world.fail_jobs();
     assert_eq!(world.seen("Unmount(Lazy)"), 1);
     world.finish_jobs();
-    world.send(Event::Signal { forces: false });
+    world.send(Event::Signal { may_abort: false });
     assert_eq!(world.seen("Unmount(Force)"), 0);
-    world.send(Event::Signal { forces: true });
+    world.send(Event::Signal { may_abort: true });
     assert_eq!(world.seen("Unmount(Force)"), 1);
     assert!(world.machine.snapshot(model::process(1), false, Counters::new()).draining);
     let actions = world.machine.drain();
@@ -280,7 +281,7 @@ fn signals_unmount_then_abort() {
 
 #[test]
 fn nothing_is_started_once_the_mount_is_over() {
-    let mut world = served();
+    let mut world = serving_world();
     world.send(Event::MountOver);
     let server = world.current();
     world.send(Event::Exited(server));
@@ -290,7 +291,7 @@ fn nothing_is_started_once_the_mount_is_over() {
 }
 
 #[test]
-fn a_record_that_cannot_be_written_is_tried_again() {
+fn a_failed_write_of_the_record_is_retried() {
     let mut world = World::new();
     world.record_error = true;
     world.introduce_current();
@@ -305,8 +306,8 @@ fn a_record_that_cannot_be_written_is_tried_again() {
 }
 
 #[test]
-fn the_watchdog_replaces_the_server_and_returns_to_the_program_before() {
-    let mut world = served();
+fn the_watchdog_replaces_the_server_and_reverts_to_the_previous_program() {
+    let mut world = serving_world();
     let first = std::sync::Arc::clone(world.machine.program());
     world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
     let candidate = world.candidate().expect("a candidate");
@@ -321,7 +322,7 @@ fn the_watchdog_replaces_the_server_and_returns_to_the_program_before() {
 
 #[test]
 fn queries_are_answered_from_the_state() {
-    let mut world = served();
+    let mut world = serving_world();
     world.hydrate(Key(0)).expect("a backing");
     world.send(Event::Request(RM, Request::Snapshot, None));
     world.send(Event::Request(RM, Request::Backing { index: 0 }, None));
@@ -335,36 +336,36 @@ fn queries_are_answered_from_the_state() {
 }
 
 #[test]
-fn a_supervisor_that_takes_over_keeps_the_server_and_waits_for_the_leaving() {
-    let mut world = served();
+fn a_takeover_keeps_the_current_and_the_leaving_servers() {
+    let mut world = serving_world();
     world.hydrate(Key(0)).expect("a backing");
     let state = world.machine.snapshot(model::process(1), false, Counters::new());
     let row = state.server.clone();
-    let begin =
+    let initial_state =
         InitialState { server: row, leaving: vec![model::process(90)], has_served: true, ..model::initial() };
-    let (machine, leaving, actions) = Machine::new(begin, &world.inputs());
+    let (machine, leaving, actions) = Machine::new(initial_state, &world.inputs());
     let names: Vec<String> = actions.iter().map(model::name).collect();
     assert_eq!(names, ["Save", "WriteRecord", "Announce"], "no second server");
     assert_eq!(leaving.len(), 1);
-    assert!(machine.knows(leaving[0]) && machine.current().is_some_and(|server| server.row.serving));
+    assert!(machine.tracks(leaving[0]) && machine.current().is_some_and(|server| server.row.serving));
     let starting = state.server.map(|row| ServerRow { serving: false, ..row });
     let (machine, _, actions) =
         Machine::new(InitialState { server: starting, ..model::initial() }, &world.inputs());
     assert_eq!(actions.iter().map(model::name).collect::<Vec<_>>(), ["Save", "WriteRecord"]);
     assert!(
         machine.snapshot(model::process(1), true, Counters::new()).server.is_none(),
-        "it does not serve yet"
+        "the server does not serve yet"
     );
 }
 
 #[test]
-fn errors_of_callers_have_their_codes() {
-    let mut world = served();
+fn callers_get_errors_with_codes() {
+    let mut world = serving_world();
     world.send(Event::Request(RM, Request::Confirm { digests: vec![Key(0).digest()] }, None));
     let codes = world.responses.iter().filter_map(|(_, response)| response.as_ref().err().map(Error::code));
     assert_eq!(codes.collect::<Vec<_>>(), [Code::TryAgain]);
     world.send(Event::Request(RM, Request::Refresh, None));
-    world.hear_bell();
+    world.apply_condemned_list();
     let settled =
         |(_, response): &(CallerId, Result<Response>)| matches!(response, Ok(Response::Settled { .. }));
     assert!(world.responses.iter().any(settled));

@@ -1,4 +1,5 @@
-//! Random sequences of events. The model panics where an action breaks an invariant; what needs a history is checked here.
+//! Random sequences of events. The model panics if an action breaks an invariant; invariants over several events are
+//! checked here.
 
 use proptest::prelude::*;
 use stencilfs::control::{Request, UnmountMode};
@@ -15,7 +16,7 @@ enum Step {
     Introduce,
     Hydrate(Key),
     Abandon(Key),
-    /// Registers a file that the server has not verified, or that is not frozen.
+    /// Requests the registration of a file that is not frozen or not verified.
     RegisterEarly(Key),
     Repeat,
     OutOfTurn,
@@ -25,7 +26,7 @@ enum Step {
     Exits(u8),
     JobEnds,
     JobFails,
-    Bell,
+    ApplyCondemned,
     Open(Key),
     OpenDecode(Key),
     Close(Key),
@@ -61,7 +62,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (0..8u8).prop_map(Step::Exits),
         12 => Just(Step::JobEnds),
         2 => Just(Step::JobFails),
-        6 => Just(Step::Bell),
+        6 => Just(Step::ApplyCondemned),
         6 => key().prop_map(Step::Open),
         3 => key().prop_map(Step::OpenDecode),
         5 => key().prop_map(Step::Close),
@@ -78,14 +79,14 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A world with the history of its removals.
+/// A world, and the history of its removals.
 struct Run {
     world: World,
-    /// Opens of a template when a caller was told that it is condemned.
+    /// Number of opens of a template when a caller got the response that the template is condemned.
     settled: HashMap<(CallerId, Key), u64>,
-    /// Callers that wait for the list with a key, and the responses they had before.
+    /// Callers that wait until a template is condemned, and the number of responses before.
     waiting: Vec<(CallerId, Key, usize)>,
-    /// Times that each caller has closed its connection.
+    /// How often each caller has closed its connection.
     gone: HashMap<u8, u64>,
 }
 
@@ -94,7 +95,7 @@ impl Run {
         Run { world: World::new(), settled: HashMap::new(), waiting: Vec::new(), gone: HashMap::new() }
     }
 
-    /// A caller that comes again after its connection was closed has another number.
+    /// Returns the number of a caller's current connection: each new connection has a new number.
     fn caller(&self, caller: u8) -> CallerId {
         CallerId(u64::from(caller) + 10 * self.gone.get(&caller).copied().unwrap_or(0))
     }
@@ -104,15 +105,15 @@ impl Run {
     }
 
     fn is_waiting(&self, caller: CallerId) -> bool {
-        self.world.asked.get(&caller).is_some_and(|count| *count > 0)
+        self.world.pending_requests.get(&caller).is_some_and(|count| *count > 0)
     }
 
     fn request(&mut self, caller: CallerId, request: Request) {
         self.world.send(Event::Request(caller, request, Some(model::file())));
     }
 
-    /// A request of the current server, which waits for replies.
-    fn serve(&mut self, request: ServerRequest) {
+    /// Makes a request of the current server, unless the server waits for a reply.
+    fn request_of_current(&mut self, request: ServerRequest) {
         let Some(id) = self.world.machine.current().map(|server| server.id) else { return };
         if self.world.servers.get(&id).is_some_and(|server| server.pending.is_none()) {
             self.world.request_of(id, request);
@@ -143,13 +144,13 @@ impl Run {
                     self.world.frozen.contains(&crate::protocol::fds::identity(file).unwrap())
                 });
                 let next = server.next_step(key, frozen);
-                self.serve(next);
+                self.request_of_current(next);
             }
-            Step::Abandon(key) => self.serve(ServerRequest::Abandon { key: key.file() }),
+            Step::Abandon(key) => self.request_of_current(ServerRequest::Abandon { key: key.file() }),
             Step::RegisterEarly(key) => {
                 let file = self.world.machine.backings().file(&key.file());
                 let identity = file.map_or((1, 1), |file| crate::protocol::fds::identity(file).unwrap());
-                self.serve(ServerRequest::Register { key: key.file(), identity });
+                self.request_of_current(ServerRequest::Register { key: key.file(), identity });
             }
             Step::Repeat => {
                 if let Some(id) = current {
@@ -164,8 +165,8 @@ impl Run {
             Step::Evict(key) => {
                 let Some(server) = current.and_then(|id| self.world.servers.get_mut(&id)) else { return };
                 if server.pending.is_none() {
-                    let keys = server.stop_handing_out(&[key]);
-                    self.serve(ServerRequest::Evict { keys });
+                    let keys = server.withdraw(&[key]);
+                    self.request_of_current(ServerRequest::Evict { keys });
                 }
             }
             Step::LinkCloses => {
@@ -187,7 +188,7 @@ impl Run {
             }
             Step::JobEnds => self.world.finish_job(|_| true),
             Step::JobFails => self.world.fail_jobs(),
-            Step::Bell => self.world.hear_bell(),
+            Step::ApplyCondemned => self.world.apply_condemned_list(),
             Step::Open(key) => drop(self.world.open_passthrough(key)),
             Step::OpenDecode(key) => self.world.open_decode(key),
             Step::Close(key) => self.world.close_file(key),
@@ -219,7 +220,7 @@ impl Run {
                     self.request(caller, Request::Restart { supervisor });
                 }
             }
-            Step::Signal(forces) => self.world.send(Event::Signal { forces }),
+            Step::Signal(may_abort) => self.world.send(Event::Signal { may_abort }),
             Step::Unmount(caller) => {
                 let caller = self.caller(caller);
                 if !self.is_waiting(caller) {
@@ -228,14 +229,15 @@ impl Run {
             }
             Step::Answered => self.world.answers += 1,
             Step::Watchdog => {
-                let actions = self.world.machine.replace_server("the test says so");
+                let actions = self.world.machine.replace_server("requested by the test");
                 self.world.execute(actions);
             }
             Step::StartsFail(fail) => self.world.start_error = fail,
         }
     }
 
-    /// A removal: if its template is still condemned, nobody has opened it since; if nobody uses it, it is removed.
+    /// Confirms a removal. A template that is still condemned must not have been opened since; an unused one is
+    /// removed.
     fn confirm(&mut self, caller: CallerId, key: Key) {
         let Some(opens) = self.settled.get(&(caller, key)).copied().filter(|_| !self.is_waiting(caller))
         else {
@@ -287,9 +289,9 @@ proptest! {
         }
     }
 
-    /// Each server that exits has one resend, whatever happened before.
+    /// Each server that exits causes one resend, in any sequence of events.
     #[test]
-    fn each_death_has_one_resend(steps in proptest::collection::vec(step(), 1..100)) {
+    fn each_death_causes_one_resend(steps in proptest::collection::vec(step(), 1..100)) {
         let mut run = Run::new();
         run.introduce();
         for step in steps {

@@ -1,6 +1,6 @@
-//! A world around the machine: servers, jobs, the kernel's backings, processes that have files open.
+//! A model of the environment of the machine: servers, jobs, the kernel's backings, processes with open files.
 //!
-//! The model executes actions, and panics where an action breaks an invariant of the machine.
+//! The model executes actions, and panics if an action breaks an invariant of the machine.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -29,14 +29,14 @@ pub fn process(pid: u32) -> ProcessId {
     ProcessId { pid, identity: u64::from(pid) }
 }
 
-/// The name of an action.
+/// Returns the name of an action.
 pub fn name(action: &Action) -> String {
     let text = format!("{action:?}");
     text.split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
 }
 
 pub fn initial() -> InitialState {
-    let most = Bytes::new(2);
+    let limit = Bytes::new(2);
     InitialState {
         mount: MountFacts {
             options: MountOptions {
@@ -54,7 +54,7 @@ pub fn initial() -> InitialState {
             device: 1,
             init: Vec::new(),
             init_reply: None,
-            chosen: Chosen { cache: Cache::Memory, why: None, most },
+            chosen: Chosen { cache: Cache::Memory, why: None, most: limit },
             record: PathBuf::new(),
             counters_page: (0, 0),
         },
@@ -79,7 +79,7 @@ struct JobModel {
     keys: Vec<Key>,
 }
 
-/// Condemned templates, and ready backings with their ids.
+/// The saved mount state: condemned templates, and registered backings with their ids.
 type SavedState = (Vec<CondemnedRow>, Vec<(Key, u32)>);
 
 pub struct World {
@@ -88,19 +88,20 @@ pub struct World {
     now: Instant,
     pub servers: BTreeMap<ServerId, ServerModel>,
     jobs: Vec<JobModel>,
-    /// Registered backings: id, file and the file's identity.
+    /// Registered backings: the file for each id.
     pub kernel: BTreeMap<u32, Key>,
     next_backing: u32,
-    /// Identities of files that no process can change.
+    /// Identities of immutable files.
     pub frozen: HashSet<(u64, u64)>,
-    /// Processes that have a file open by passthrough, and times that a template was opened at all.
+    /// Number of processes that have a file open by passthrough.
     users: HashMap<Key, u32>,
+    /// Number of opens of a template.
     pub opens: HashMap<Digest, u64>,
     /// The mount state that was saved last.
     saved: Option<SavedState>,
     replied: HashSet<(ServerId, u64)>,
-    /// Requests of callers that wait for a response.
-    pub asked: HashMap<CallerId, u32>,
+    /// Number of requests of each caller without a response.
+    pub pending_requests: HashMap<CallerId, u32>,
     pub responses: Vec<(CallerId, Result<Response>)>,
     pub exits: u64,
     pub dismissed: u64,
@@ -129,7 +130,7 @@ impl World {
             opens: HashMap::new(),
             saved: None,
             replied: HashSet::new(),
-            asked: HashMap::new(),
+            pending_requests: HashMap::new(),
             responses: Vec::new(),
             exits: 0,
             dismissed: 0,
@@ -148,7 +149,7 @@ impl World {
         Inputs { now: self.now, wall: SystemTime::UNIX_EPOCH, answers: self.answers }
     }
 
-    /// Lines of the log that name an action, or a word in one.
+    /// Returns the number of executed actions whose text contains `word`.
     pub fn seen(&self, word: &str) -> usize {
         self.log.iter().filter(|line| line.contains(word)).count()
     }
@@ -182,14 +183,14 @@ impl World {
 
     pub fn send(&mut self, event: Event) {
         if let Event::Request(caller, ..) = &event {
-            *self.asked.entry(*caller).or_default() += 1;
+            *self.pending_requests.entry(*caller).or_default() += 1;
         }
         if let Event::CallerGone(caller) = &event {
-            self.asked.remove(caller);
+            self.pending_requests.remove(caller);
         }
         if let Event::Exited(id) = &event {
-            let known = self.servers.get(id).is_some_and(|server| server.is_killed);
-            if known && self.servers.remove(id).is_some() {
+            let was_killed = self.servers.get(id).is_some_and(|server| server.is_killed);
+            if was_killed && self.servers.remove(id).is_some() {
                 self.exits += 1;
             }
         }
@@ -197,7 +198,7 @@ impl World {
         self.execute(actions);
     }
 
-    /// A request of the current server, and the reply that came at once.
+    /// Makes a request of the current server. Returns the reply, if it was immediate.
     pub fn request(&mut self, request: ServerRequest) -> Option<ServerReply> {
         self.request_of(self.current(), request)
     }
@@ -219,14 +220,14 @@ impl World {
         serde_json::from_str(text).ok()
     }
 
-    /// Sends the last request of a server once more, as after the death of a supervisor.
+    /// Sends the pending request of a server again, as after the death of a supervisor.
     pub fn repeat(&mut self, id: ServerId) {
         if let Some((number, body)) = self.servers.get(&id).and_then(|server| server.pending.clone()) {
             self.send(Event::Message(id, Numbered { number, body }, None));
         }
     }
 
-    /// All steps of a hydration; returns the id of the backing.
+    /// Performs all steps of a hydration. Returns the id of the backing.
     pub fn hydrate(&mut self, key: Key) -> Option<u32> {
         for _ in 0..3 {
             let server = self.servers.get(&self.current())?;
@@ -235,24 +236,24 @@ impl World {
             self.request(step);
             self.finish_jobs();
         }
-        self.servers.get(&self.current())?.handed_out.get(&key).copied()
+        self.servers.get(&self.current())?.ready.get(&key).copied()
     }
 
     pub fn evict(&mut self, keys: &[Key]) {
         let id = self.current();
         let Some(server) = self.servers.get_mut(&id) else { return };
-        let keys = server.stop_handing_out(keys);
+        let keys = server.withdraw(keys);
         self.request(ServerRequest::Evict { keys });
         self.finish_jobs();
     }
 
-    /// A process opens a file by passthrough, if the current server answers it so.
+    /// Opens a file by passthrough. Returns false if the current server does not answer the open with a backing.
     pub fn open_passthrough(&mut self, key: Key) -> bool {
         let serving = self.machine.current().is_some_and(|server| server.row.serving);
         let Some(server) = self.machine.current().and_then(|current| self.servers.get(&current.id)) else {
             return false;
         };
-        let Some(id) = server.handed_out.get(&key).filter(|_| serving && !server.refuses(key)) else {
+        let Some(id) = server.ready.get(&key).filter(|_| serving && !server.refuses(key)) else {
             return false;
         };
         assert_eq!(self.kernel.get(id), Some(&key), "an open is answered with a closed backing");
@@ -261,7 +262,7 @@ impl World {
         true
     }
 
-    /// A process opens a file by decode, if any server that can still answer does.
+    /// Opens a file by decode, if any server that may still send replies answers the open.
     pub fn open_decode(&mut self, key: Key) {
         if self.servers.values().any(|server| !server.refuses(key)) {
             *self.opens.entry(key.digest()).or_default() += 1;
@@ -282,8 +283,8 @@ impl World {
         !self.in_use(key)
     }
 
-    /// The current server reads the saved list of condemned templates, and reports that.
-    pub fn hear_bell(&mut self) {
+    /// Makes the current server read the saved list of condemned templates and report that it applies the list.
+    pub fn apply_condemned_list(&mut self) {
         let Some(id) = self.machine.current().map(|server| server.id) else { return };
         let Some(server) = self.servers.get_mut(&id).filter(|server| server.pending.is_none()) else {
             return;
@@ -291,7 +292,7 @@ impl World {
         let (rows, _) = self.saved.clone().unwrap_or_default();
         server.list = rows.iter().map(|row| row.digest).collect();
         let removed: Vec<Digest> = rows.iter().filter(|row| row.removed).map(|row| row.digest).collect();
-        server.handed_out.retain(|key, _| !removed.contains(&key.digest()));
+        server.ready.retain(|key, _| !removed.contains(&key.digest()));
         let ring = self.machine.rings;
         self.request(ServerRequest::Condemned { ring, grace_ms: 0 });
     }
@@ -347,7 +348,7 @@ impl World {
                 let server = ServerModel {
                     is_candidate: role == Role::Candidate,
                     list: rows.iter().map(|row| row.digest).collect(),
-                    handed_out: ready.into_iter().filter(|(key, _)| !removed(key)).collect(),
+                    ready: ready.into_iter().filter(|(key, _)| !removed(key)).collect(),
                     ..ServerModel::default()
                 };
                 self.servers.insert(id, server);
@@ -358,8 +359,8 @@ impl World {
                 if let Some(server) = self.servers.get_mut(&id) {
                     server.is_killed = true;
                 }
-                let how = Some(Ended::Signal(Signal::KILL.as_raw()));
-                return Some(Event::ServerEnded { id, how, oom: false });
+                let status = Some(Ended::Signal(Signal::KILL.as_raw()));
+                return Some(Event::ServerEnded { id, status, oom: false });
             }
             Action::KillServer(id) => {
                 if let Some(server) = self.servers.get_mut(&id) {
@@ -375,7 +376,7 @@ impl World {
             Action::RegisterBacking(id, number, key) => {
                 let file = self.machine.backings().file(&key).expect("the machine holds the file");
                 let identity = fds::identity(file).unwrap();
-                assert!(self.frozen.contains(&identity), "a backing is registered that processes can change");
+                assert!(self.frozen.contains(&identity), "a backing is registered that is not immutable");
                 if let Some(errno) = self.backing_error {
                     let error = io::Error::from_raw_os_error(errno);
                     return Some(Event::BackingRegistered(id, number, key, Err(error)));
@@ -390,7 +391,7 @@ impl World {
                     let key = self.kernel.remove(&id).expect("a backing is closed once");
                     assert!(!self.in_use(key), "a backing in use is closed");
                     for server in self.servers.values().filter(|server| !server.is_killed) {
-                        let hands_out = server.handed_out.contains_key(&key) && !server.refuses(key);
+                        let hands_out = server.ready.contains_key(&key) && !server.refuses(key);
                         assert!(!hands_out, "a server still answers opens with a closed backing");
                     }
                 }
@@ -428,8 +429,8 @@ impl World {
     }
 
     fn respond(&mut self, caller: CallerId) {
-        // A caller that is gone may get a response that nobody reads.
-        if let Some(count) = self.asked.get_mut(&caller) {
+        // A response to a caller that has disconnected is ignored.
+        if let Some(count) = self.pending_requests.get_mut(&caller) {
             *count = count.checked_sub(1).expect("a request gets one response");
         }
     }
@@ -445,20 +446,23 @@ impl World {
             }
             (ServerRequest::Reserve { key, .. }, ServerReply::Registered(backing)) => {
                 assert_eq!(self.kernel.get(&backing), Some(&Key::of(&key)), "the kernel has this backing");
-                server.handed_out.insert(Key::of(&key), backing);
+                server.ready.insert(Key::of(&key), backing);
             }
             (ServerRequest::Register { key, identity }, ServerReply::Registered(backing)) => {
-                assert!(self.frozen.contains(&identity), "a backing is handed out that was not frozen");
+                assert!(
+                    self.frozen.contains(&identity),
+                    "a server gets the id of a backing that was not frozen"
+                );
                 assert_eq!(self.kernel.get(&backing), Some(&Key::of(&key)), "the kernel has this backing");
                 server.filling.remove(&Key::of(&key));
-                server.handed_out.insert(Key::of(&key), backing);
+                server.ready.insert(Key::of(&key), backing);
             }
             (ServerRequest::Evict { keys }, reply) => {
                 let closed = if let ServerReply::Evicted(closed) = reply { closed } else { Vec::new() };
-                let kept: BTreeSet<Key> =
+                let still_registered: BTreeSet<Key> =
                     keys.iter().filter(|key| !closed.contains(key)).map(Key::of).collect();
-                let kept = self.kernel.iter().filter(|(_, key)| kept.contains(key));
-                server.handed_out.extend(kept.map(|(id, key)| (*key, *id)));
+                let backings = self.kernel.iter().filter(|(_, key)| still_registered.contains(key));
+                server.ready.extend(backings.map(|(id, key)| (*key, *id)));
             }
             (ServerRequest::Serving, ServerReply::Done) => server.is_candidate = false,
             _ => {}

@@ -1,4 +1,4 @@
-//! A server of the model, and the files that it serves.
+//! The model of a server, and of the files that it serves.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -7,7 +7,7 @@ use stencilfs::store::Digest;
 
 use crate::protocol::ServerRequest;
 
-/// One of a few files, each of its own template.
+/// The number of a file. Each file belongs to another template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key(pub u8);
 
@@ -27,19 +27,19 @@ impl Key {
     }
 }
 
-/// A server of the model.
+/// The model of a server.
 #[derive(Debug, Default)]
 pub struct ServerModel {
     pub is_candidate: bool,
     pub is_killed: bool,
     pub last_number: u64,
-    /// The request that waits for a reply.
+    /// The pending request.
     pub pending: Option<(u64, ServerRequest)>,
-    /// The list of condemned templates that this server has in force.
+    /// The list of condemned templates that this server applies.
     pub list: HashSet<Digest>,
-    /// Backings that it answers opens with.
-    pub handed_out: BTreeMap<Key, u32>,
-    /// Files that it has been given to fill, by their identity.
+    /// The backings that the server answers opens with, and their ids.
+    pub ready: BTreeMap<Key, u32>,
+    /// The backings that the server is filling, and the identities of their files.
     pub filling: BTreeMap<Key, (u64, u64)>,
 }
 
@@ -48,7 +48,7 @@ impl ServerModel {
         self.list.contains(&key.digest())
     }
 
-    /// What the server does next to hydrate a file.
+    /// Returns the next request of the server to hydrate a file.
     pub fn next_step(&self, key: Key, frozen: bool) -> ServerRequest {
         let file = key.file();
         match self.filling.get(&key) {
@@ -58,7 +58,7 @@ impl ServerModel {
         }
     }
 
-    pub fn stop_handing_out(&mut self, keys: &[Key]) -> Vec<FileKey> {
-        keys.iter().filter(|key| self.handed_out.remove(key).is_some()).map(|key| key.file()).collect()
+    pub fn withdraw(&mut self, keys: &[Key]) -> Vec<FileKey> {
+        keys.iter().filter(|key| self.ready.remove(key).is_some()).map(|key| key.file()).collect()
     }
 }

@@ -60,7 +60,7 @@ fn simulated_clones_touch_exactly_the_requested_pages() {
         }
         let log = world.stencil(&["logs", &ids[0]]).ok().out;
         assert!(log.contains("wrote 333 pages of memory"), "{log}");
-        let one = world.json(&["clone", "web", "--simulate", "write=1p"]);
+        let one = world.json(&["clone", "web:v1", "--simulate", "write=1p"]);
         let log = world.stencil(&["logs", one["clones"][0]["id"].as_str().unwrap()]).ok().out;
         assert!(log.contains("read 0 pages, wrote 1 page of memory"), "{log}");
         world.stencil(&["stop", "--all"]).ok();

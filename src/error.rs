@@ -140,8 +140,8 @@ impl Error {
 
     /// Sets the remedy: an imperative that tells the user what to do next.
     #[must_use]
-    pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
-        self.0.remedy = Some(remedy.into());
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.remedy = Some(hint.into());
         self
     }
 
@@ -263,8 +263,8 @@ mod tests {
 
     #[test]
     fn and_joins_messages_and_remedies() {
-        let first = Error::try_again("first").at("/a").remedy("do this");
-        let both = first.and(Error::failed("second").remedy("do that"));
+        let first = Error::try_again("first").at("/a").hint("do this");
+        let both = first.and(Error::failed("second").hint("do that"));
         assert_eq!((both.code(), both.to_string().as_str()), (Code::TryAgain, "first: /a; also: second"));
         assert_eq!(both.hint_text(), Some("do this; do that"));
     }
@@ -284,7 +284,7 @@ mod tests {
             assert!(cause(errno).hint_text().is_some_and(|remedy| remedy.contains(word)), "{word}");
         }
         assert_eq!(cause(libc::EIO).hint_text(), None);
-        let own = Error::failed("no").remedy("own").because(io::Error::from_raw_os_error(libc::ENOMEM));
+        let own = Error::failed("no").hint("own").because(io::Error::from_raw_os_error(libc::ENOMEM));
         assert_eq!(own.hint_text(), Some("own"));
     }
 

@@ -8,7 +8,7 @@ use serde::Serializer;
 
 /// Writes a line to standard error. Write errors are ignored: a closed standard error must not fail the command.
 #[macro_export]
-macro_rules! say {
+macro_rules! print_line {
     ($($text:tt)*) => {{
         use std::io::Write as _;
         let _ = writeln!(std::io::stderr(), $($text)*);

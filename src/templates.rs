@@ -118,14 +118,14 @@ impl Template {
         let path = mountpoint.as_ref().join("by-id").join(self.digest().to_string()).join(file);
         let failed = |e| Error::io("cannot find the template in the mount", &path, e);
         let metadata =
-            std::fs::metadata(&path).map_err(|e| failed(e).remedy("mount the store: stencil mount MNT"))?;
+            std::fs::metadata(&path).map_err(|e| failed(e).hint("mount the store: stencil mount MNT"))?;
         let is_of_store =
             |serving: &Serving| inode_number(&self.secret, self.digest(), file, *serving) == metadata.ino();
         match Serving::ALL.iter().any(is_of_store) {
             true => Ok(path),
             false => Err(Error::failed("the file is not in a mount of this store")
                 .at(path)
-                .remedy("name a mountpoint of the store: stencil status")),
+                .hint("name a mountpoint of the store: stencil status")),
         }
     }
 }

@@ -117,7 +117,7 @@ impl Bytes {
     pub fn parse(text: &str) -> Result<Bytes> {
         let bad = || {
             Error::usage(format!("invalid size '{text}'"))
-                .remedy("use a number of bytes, or a number with the unit k, M, G or T, such as 512M")
+                .hint("use a number of bytes, or a number with the unit k, M, G or T, such as 512M")
         };
         if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
             return u64::from_str_radix(hex, 16).map(Bytes).map_err(|_| bad());

@@ -63,7 +63,7 @@ fn main() -> ExitCode {
             match MountOptions::from_args(args) {
                 Ok(options) => startup::supervise(options),
                 Err(error) => {
-                    stencilfs::say!("stencil-mountd: {error}\n{USAGE}");
+                    stencilfs::print_line!("stencil-mountd: {error}\n{USAGE}");
                     ExitCode::from(error.code().exit_code())
                 }
             }
@@ -87,7 +87,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         _ => {
-            stencilfs::say!("{USAGE}");
+            stencilfs::print_line!("{USAGE}");
             ExitCode::from(2)
         }
     }

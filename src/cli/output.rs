@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
+use crate::print_line;
 use crate::sanitize::{path_text, sanitize};
-use crate::say;
 use crate::sys::poll::Patient;
 
 /// The result of a command. Text and JSON are both made from the same struct.
@@ -87,7 +87,7 @@ pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
             // The reader has closed the pipe. This is not a failure of the command.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(done.exit),
             Err(error) => {
-                say!("error: cannot write the result: {error}");
+                print_line!("error: cannot write the result: {error}");
                 ExitCode::from(1)
             }
         },
@@ -154,8 +154,8 @@ pub fn fail(error: &Error, json: bool) -> ExitCode {
 
 /// Prints the error and its remedy on standard error, as `error:` and `hint:` lines after the prefix.
 pub fn print_error(prefix: &str, error: &Error) {
-    say!("{prefix}error: {error}");
-    say!("{prefix}hint: {}", sanitize(remedy(error)));
+    print_line!("{prefix}error: {error}");
+    print_line!("{prefix}hint: {}", sanitize(remedy(error)));
 }
 
 /// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level.

@@ -32,7 +32,7 @@ pub fn report(error: &clap::Error, cli: &mut clap::Command) -> ExitCode {
         ErrorKind::InvalidSubcommand => {
             let unknown = text(error, ContextKind::InvalidSubcommand).unwrap_or_default();
             let error =
-                Error::usage(format!("unrecognized subcommand '{unknown}'")).remedy(instead(error, unknown));
+                Error::usage(format!("unrecognized subcommand '{unknown}'")).hint(instead(error, unknown));
             return fail(&error, json);
         }
         _ if json => {
@@ -63,7 +63,7 @@ fn usage_error(text: &str) -> Error {
         (None, Some(usage)) => format!("use: {usage}"),
         (None, None) => "run 'stencil --help'".to_owned(),
     };
-    Error::usage(message).remedy(remedy)
+    Error::usage(message).hint(remedy)
 }
 
 fn text(error: &clap::Error, kind: ContextKind) -> Option<&str> {

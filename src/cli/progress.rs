@@ -103,7 +103,7 @@ impl Phase {
         let done = self.done.min(self.total.unwrap_or(u64::MAX));
         let line =
             json!({"schema": 1, "phase": self.name, "done": done, "total": self.total, "unit": self.unit});
-        crate::say!("{}", line.to_string());
+        crate::print_line!("{}", line.to_string());
     }
 }
 

@@ -66,6 +66,6 @@ impl StoreFilter {
         }
         let (id, store) = (&entry.id, entry.store.path.display());
         Err(Error::not_found(format!("clone {id} is of store {store}, not of the given store"))
-            .remedy(format!("run stencil --store {store} …, or omit --store")))
+            .hint(format!("run stencil --store {store} …, or omit --store")))
     }
 }

@@ -225,7 +225,7 @@ impl Search {
     pub fn complete(self) -> Result<Vec<CloneProcess>> {
         match self.holes() {
             None => Ok(self.clones),
-            Some(holes) => Err(Error::try_again(holes).remedy(self.unseen.remedy())),
+            Some(holes) => Err(Error::try_again(holes).hint(self.unseen.remedy())),
         }
     }
 

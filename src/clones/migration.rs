@@ -57,7 +57,7 @@ impl Settings {
                 "unsupported QEMU: missing migration capability {IGNORE_SHARED}"
             ))
             .at(qmp.path())
-            .remedy("use QEMU 8.2 or newer"));
+            .hint("use QEMU 8.2 or newer"));
         }
         let all = qmp.run("query-migrate-parameters", json!({}))?;
         let parameter = |(name, _): (&str, Value)| Some((name.to_owned(), all.get(name)?.clone()));
@@ -161,12 +161,12 @@ pub fn wait_end(qmp: &mut Qmp, deadline: Instant) -> Result<()> {
                 let reason = info.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
                 return Err(Error::failed(format!("migration of device state {status}: {reason}"))
                     .at(qmp.path())
-                    .remedy("find the device in QEMU's log, then start the VM without it"));
+                    .hint("find the device in QEMU's log, then start the VM without it"));
             }
             _ if Instant::now() >= deadline => {
                 return Err(Error::try_again("timed out waiting for the migration of device state")
                     .at(qmp.path())
-                    .remedy("see query-migrate on the same socket; try again when the host is less busy"));
+                    .hint("see query-migrate on the same socket; try again when the host is less busy"));
             }
             _ => std::thread::sleep(pause),
         }

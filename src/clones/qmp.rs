@@ -66,7 +66,7 @@ impl Qmp {
                     .unwrap_or_else(|| timeout_error(path))
             }
             _ => Error::io("cannot connect to the QMP socket", path, e)
-                .remedy("start QEMU with -qmp unix:PATH,server=on,wait=off and pass that PATH"),
+                .hint("start QEMU with -qmp unix:PATH,server=on,wait=off and pass that PATH"),
         })?;
         let (path, session) = (path.to_owned(), random_name()?);
         Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, session, next_id: 1 })
@@ -94,9 +94,9 @@ impl Qmp {
                 Err(_) if is_first && line.trim_ascii_end().ends_with(b"}") => {}
                 Ok(_) | Err(_) => {
                     self.lost = true;
-                    return Err(Error::failed("missing QMP greeting on the socket").at(&self.path).remedy(
-                        "pass the socket of -qmp, not that of -monitor or of a guest's serial port",
-                    ));
+                    return Err(Error::failed("missing QMP greeting on the socket")
+                        .at(&self.path)
+                        .hint("pass the socket of -qmp, not that of -monitor or of a guest's serial port"));
                 }
             }
             is_first = false;
@@ -138,7 +138,7 @@ impl Qmp {
                     let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
                     return Err(Error::failed(format!("QEMU refused {command}: {text}"))
                         .at(&self.path)
-                        .remedy("see QEMU's log, and the QMP reference manual for this error of QEMU"));
+                        .hint("see QEMU's log, and the QMP reference manual for this error of QEMU"));
                 }
                 return Ok(message.get("return").cloned().unwrap_or(Value::Null));
             }
@@ -188,7 +188,7 @@ impl Qmp {
         value.get(field).and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
             Error::failed(format!("invalid reply to {command}: missing '{field}': {value}"))
                 .at(&self.path)
-                .remedy("use QEMU 8.2 or newer")
+                .hint("use QEMU 8.2 or newer")
         })
     }
 
@@ -219,9 +219,7 @@ impl Qmp {
         // serde_json refuses more than 128 levels of nesting, so a hostile peer cannot overflow the stack.
         serde_json::from_slice(&line).map_err(|e| {
             self.lost = true;
-            Error::failed(format!("invalid QMP message: {e}"))
-                .at(&self.path)
-                .remedy("pass the socket of -qmp")
+            Error::failed(format!("invalid QMP message: {e}")).at(&self.path).hint("pass the socket of -qmp")
         })
     }
 
@@ -246,7 +244,7 @@ impl Qmp {
             if searched > MAX_MESSAGE {
                 return Err(Error::failed(format!("invalid QMP message: longer than {MAX_MESSAGE} bytes"))
                     .at(&self.path)
-                    .remedy("pass the socket of -qmp"));
+                    .hint("pass the socket of -qmp"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -257,7 +255,7 @@ impl Qmp {
                 Ok(0) => {
                     return Err(Error::failed("QEMU closed the QMP session")
                         .at(&self.path)
-                        .remedy("check whether QEMU still runs, and see its log"));
+                        .hint("check whether QEMU still runs, and see its log"));
                 }
                 Ok(got) => self.unread.extend_from_slice(buffer.get(..got).unwrap_or_default()),
                 Err(e)
@@ -277,7 +275,7 @@ impl Qmp {
 }
 
 fn timeout_error(path: &Path) -> Error {
-    Error::try_again("timed out waiting for QEMU on the QMP socket").at(path).remedy(
+    Error::try_again("timed out waiting for QEMU on the QMP socket").at(path).hint(
         "a QMP socket serves one client at a time: end the other session, or start QEMU with a second -qmp",
     )
 }
@@ -285,7 +283,7 @@ fn timeout_error(path: &Path) -> Error {
 /// Returns an error if this QEMU process is stopped, traced or frozen.
 fn paused_error(pid: u32, path: &Path) -> Option<Error> {
     let pause = paused::of(pid)?;
-    Some(Error::try_again(format!("QEMU (process {pid}) {pause}")).at(path).remedy(pause.remedy(pid)))
+    Some(Error::try_again(format!("QEMU (process {pid}) {pause}")).at(path).hint(pause.remedy(pid)))
 }
 
 fn lost(path: &Path, e: io::Error) -> Error {

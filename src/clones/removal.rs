@@ -83,7 +83,7 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
                     "mounts of the store came and went for {} s during the removal of template {digest}",
                     MOUNTS_TIMEOUT.as_secs()
                 ))
-                .remedy("run 'stencil status', and run this command again when the mounts do not change"));
+                .hint("run 'stencil status', and run this command again when the mounts do not change"));
             }
             Removal::Template(digest) => {
                 let (ours, refused) = Hidden::hide(store, &[digest])?;
@@ -127,7 +127,7 @@ impl Hidden {
         let mut ours = Hidden { store: store.clone(), _mark: mark, condemned, templates };
         loop {
             let mut new = control::every_mount_of(store)?;
-            new.retain(|m| !ours.condemned.has(m));
+            new.retain(|m| !ours.condemned.contains(m));
             if new.is_empty() || ours.condemned.digests().is_empty() {
                 return Ok((ours, refused));
             }
@@ -143,7 +143,7 @@ impl Hidden {
     /// can change.
     fn leased(&self, digests: &[Digest]) -> Result<Option<Refused>> {
         let refused = control::leased(&self.store, digests)?;
-        let is_condemned = |mount: &Mount| self.condemned.has(mount);
+        let is_condemned = |mount: &Mount| self.condemned.contains(mount);
         let is_hidden =
             control::every_mount_of(&self.store)?.iter().all(is_condemned) && self.condemned.still_holds();
         Ok(is_hidden.then_some(refused))
@@ -294,7 +294,7 @@ fn users_of<'a>(
             used.entry(*digest).or_insert_with(|| {
                 Error::in_use(format!("template {digest} is in use: loop device {device} has it open"))
                     .at(&path)
-                    .remedy(format!("detach the device: losetup -d /dev/{device}"))
+                    .hint(format!("detach the device: losetup -d /dev/{device}"))
             });
         }
     }
@@ -314,7 +314,7 @@ fn expect_to_see_all(digests: &[Digest], mounts: &[Mount]) -> Result<()> {
         Digest::describe_all(digests)
     ))
     .at(&mount.mountpoint)
-    .remedy("run the command as root of the host, outside of containers, or unmount the store first"))
+    .hint("run the command as root of the host, outside of containers, or unmount the store first"))
 }
 
 fn used_without_process(digest: &Digest, mount: &Mount, file: &str) -> Error {
@@ -322,7 +322,7 @@ fn used_without_process(digest: &Digest, mount: &Mount, file: &str) -> Error {
         "template {digest} is in use: the kernel holds an inode of its file '{file}', but no process uses the file"
     ))
     .at(&mount.mountpoint)
-    .remedy(
+    .hint(
         "look for an overlay mount of the template, a bind mount of the file, a loop device, or a file descriptor in a \
          socket or an io_uring; see docs/explanation/removal.md for all kinds of use",
     )
@@ -333,7 +333,7 @@ fn may_be_in_use(digest: &Digest, why: &str, mount: &Mount) -> Error {
         "template {digest} may be in use: it cannot be opened ({why}), so the inodes of its files are unknown"
     ))
     .at(&mount.mountpoint)
-    .remedy(
+    .hint(
         "import the same memory again to repair the template, or remove it while the store is not mounted: \
          stencil umount",
     )
@@ -341,7 +341,7 @@ fn may_be_in_use(digest: &Digest, why: &str, mount: &Mount) -> Error {
 
 fn unexpected_inode(inode: u64) -> Error {
     Error::failed(format!("a mount of the store reports inode {inode}, which was not requested"))
-        .remedy("replace the supervisor of the mount: stencil restart")
+        .hint("replace the supervisor of the mount: stencil restart")
 }
 
 fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {
@@ -356,5 +356,5 @@ fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {
     };
     let pids: Vec<String> = using.keys().map(u32::to_string).collect();
     Error::in_use(format!("template {digest} is in use: {what}: {}", pids.join(", ")))
-        .remedy("stop these processes first; 'stencil stop' stops the clones that Stencil launched")
+        .hint("stop these processes first; 'stencil stop' stops the clones that Stencil launched")
 }

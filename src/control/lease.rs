@@ -139,7 +139,7 @@ impl Lease {
                     REMOVAL_TIMEOUT.as_secs(),
                     removal.pid
                 ))
-                .remedy(STOPPED));
+                .hint(STOPPED));
             }
             std::thread::sleep(RETRY_INTERVAL);
         }
@@ -213,7 +213,7 @@ pub fn leased(store: &Store, digests: &[Digest]) -> Result<Refused> {
         let (count, names) = (names.len(), names.join(", "));
         let holders = if count == 1 { "1 process" } else { &format!("{count} processes") };
         let error = Error::in_use(format!("template {digest} is leased by {holders}: {names}"));
-        (digest, error.remedy("retry when they have exited"))
+        (digest, error.hint("retry when they have exited"))
     };
     Ok(holders.into_iter().map(error).collect())
 }
@@ -268,7 +268,7 @@ fn stuck(path: &Path, removal: Option<LeaseHolder>) -> Error {
         }
         None => format!("timed out after {seconds} s waiting for the lock of another removal"),
     };
-    Error::try_again(what).at(path).remedy(STOPPED)
+    Error::try_again(what).at(path).hint(STOPPED)
 }
 
 fn all(store: &Store, kind: &str) -> Result<Vec<LeaseHolder>> {
@@ -297,7 +297,7 @@ fn read(folder: &Directory, name: &Path) -> Result<Option<LeaseHolder>> {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => {
-            return Err(fail(e).remedy("check the owner of that file; if no Stencil command runs, remove it"));
+            return Err(fail(e).hint("check the owner of that file; if no Stencil command runs, remove it"));
         }
     };
     // A shared lock: two scans at the same time must not take each other for a holder.
@@ -322,7 +322,7 @@ fn read(folder: &Directory, name: &Path) -> Result<Option<LeaseHolder>> {
 fn invalid_lease(folder: &Directory, name: &Path, why: &str) -> Error {
     Error::failed(format!("cannot parse a lease: {why}"))
         .at(folder.path_of(name))
-        .remedy("the lease is of another version of Stencil; retry when the command that holds it has exited")
+        .hint("the lease is of another version of Stencil; retry when the command that holds it has exited")
 }
 
 /// A locked lease file, removed on drop.

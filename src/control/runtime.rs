@@ -118,7 +118,7 @@ pub fn failed(what: &str, path: &Path, e: io::Error) -> Error {
         _ => "check the contents of the runtime directory (STENCIL_RUNTIME_DIR), which holds the records of mounts and clones"
             .to_owned(),
     };
-    Error::io(what, path, e).remedy(remedy)
+    Error::io(what, path, e).hint(remedy)
 }
 
 /// Opens a subdirectory of a directory in the runtime directory.

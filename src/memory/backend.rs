@@ -282,7 +282,7 @@ impl Backend {
             return Error::failed(format!("{place}: memory is ROM"));
         }
         Error::failed(format!("{place}: {}", errno_text(cause)))
-            .remedy("run 'stencil verify' to check the template for damage")
+            .hint("run 'stencil verify' to check the template for damage")
     }
 }
 
@@ -368,7 +368,7 @@ fn fill(plan: &Plan, mapping: &Mapping) -> Result<()> {
     if plan.prefault {
         mapping.advise_all(Advice::PopulateRead).map_err(|e| {
             Error::failed(format!("cannot read every page of the backing store: {}", errno_text(&e)))
-                .remedy("run 'stencil verify' to check the template for damage")
+                .hint("run 'stencil verify' to check the template for damage")
         })?;
     }
     Ok(())

@@ -74,7 +74,7 @@ pub fn open(plan: &Plan, path: &Path, mode: OpenMode) -> Result<Opened> {
                 && mode == OpenMode::ReadWrite
                 && open_plain(path, OpenMode::ReadOnly).is_ok()
             {
-                error = error.remedy(TEMPLATING_HINT);
+                error = error.hint(TEMPLATING_HINT);
             }
             Err(error)
         }

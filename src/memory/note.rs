@@ -31,14 +31,14 @@ impl Note {
         self
     }
 
-    pub(super) fn remedy(mut self, remedy: impl Into<String>) -> Note {
-        self.remedy = Some(remedy.into());
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> Note {
+        self.remedy = Some(hint.into());
         self
     }
 
     pub(super) fn short_form(written: &str, key: &str, value: &str) -> Note {
         Note::new("short-form", format!("short-form boolean option '{written}' deprecated"))
-            .remedy(format!("Please use {key}={value} instead"))
+            .hint(format!("Please use {key}={value} instead"))
     }
 
     pub(super) fn no_sync(path: &Path) -> Note {

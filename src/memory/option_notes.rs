@@ -15,14 +15,14 @@ pub(super) fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role
                 "prealloc=on copies every page, so no page of the template is shared",
             )
             .bytes(size)
-            .remedy("use prefault=on, which fills the page tables without copying"),
+            .hint("use prefault=on, which fills the page tables without copying"),
         );
     }
     if role == Role::Template && options.reserve && !options.prealloc {
         notes.push(
             Note::new("charged-in-full", "the whole size of each clone is charged to Committed_AS")
                 .bytes(size)
-                .remedy("use reserve=off, which QEMU accepts unless vm.overcommit_memory is 2"),
+                .hint("use reserve=off, which QEMU accepts unless vm.overcommit_memory is 2"),
         );
     }
     let Some(file) = file else { return notes };
@@ -32,19 +32,19 @@ pub(super) fn notes_of(options: &Options, file: Option<&FileOptions>, role: Role
                 "discard-without-effect",
                 "discard-data=on has no effect: the file is opened read-only",
             )
-            .remedy("remove discard-data"),
+            .hint("remove discard-data"),
         );
     }
     if file.discard_data && !file.readonly && !options.share {
         notes.push(
             Note::new("discard-without-effect", "discard-data=on has no effect on a private mapping")
-                .remedy("use share=on, or remove discard-data"),
+                .hint("use share=on, or remove discard-data"),
         );
     }
     if file.pmem && !options.share {
         notes.push(
             Note::new("pmem-without-effect", "pmem=on has no effect: MAP_SYNC requires share=on")
-                .remedy("use share=on, or remove pmem"),
+                .hint("use share=on, or remove pmem"),
         );
     }
     notes

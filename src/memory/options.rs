@@ -229,10 +229,10 @@ fn object_type(name: &str) -> Result<ObjectType> {
         "memory-backend-ram" => Ok(ObjectType::Ram),
         other if OTHER_MEMORY.contains(&other) => {
             Err(Error::usage(format!("object type '{other}' cannot be backed by a template"))
-                .remedy("use memory-backend-file, or memory-backend-ram for memory without a template"))
+                .hint("use memory-backend-file, or memory-backend-ram for memory without a template"))
         }
         other => Err(Error::usage(format!("Parameter 'qom-type' does not accept value '{other}'"))
-            .remedy("use memory-backend-file or memory-backend-ram")),
+            .hint("use memory-backend-file or memory-backend-ram")),
     }
 }
 
@@ -240,7 +240,7 @@ fn check_id(id: &str) -> Result<()> {
     if grammar::is_identifier(id) {
         return Ok(());
     }
-    Err(grammar::expects("id", "an identifier").remedy(IDENTIFIER_HINT))
+    Err(grammar::expects("id", "an identifier").hint(IDENTIFIER_HINT))
 }
 
 #[cfg(test)]

@@ -235,7 +235,7 @@ impl Plan {
                  option {offset:#x}",
                 self.region, facts.size
             ))
-            .remedy("lower size or offset, or use a longer file"));
+            .hint("lower size or offset, or use a longer file"));
         }
         let align = self.align.map_or(0, Bytes::get);
         if !align.is_multiple_of(page) {
@@ -257,7 +257,7 @@ impl Plan {
         if let (Some(path), OpenMode::ReadOnly, true, 0) = (path, open, facts.regular, facts.size) {
             return Err(Error::failed("backing store is empty: guest accesses would raise SIGBUS")
                 .at(path)
-                .remedy("import or create the template first"));
+                .hint("import or create the template first"));
         }
         let length = rounded
             .checked_next_multiple_of(page)
@@ -289,7 +289,7 @@ impl Plan {
             return Err(Error::usage(
                 "'prealloc=on' is not supported on ROM: preallocation writes every page (QEMU crashes with SIGSEGV)",
             )
-            .remedy("use prefault=on, which only reads"));
+            .hint("use prefault=on, which only reads"));
         }
         Ok(())
     }

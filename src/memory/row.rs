@@ -52,14 +52,14 @@ pub fn row(share: bool, readonly: bool, rom: OnOffAuto) -> Result<Row> {
         (OnOffAuto::Off, _) => false,
         (OnOffAuto::On, false) => {
             return Err(Error::usage("property 'rom' = 'on' is not supported with 'readonly' = 'off'")
-                .remedy("add readonly=on"));
+                .hint("add readonly=on"));
         }
     };
     if readonly && share && !rom {
         return Err(Error::usage(
             "property 'rom' = 'off' is incompatible with 'readonly' = 'on' and 'share' = 'on'",
         )
-        .remedy("use share=off: writes are then copied, and the file stays shared by all clones"));
+        .hint("use share=off: writes are then copied, and the file stays shared by all clones"));
     }
     Ok(Row {
         open: if readonly { OpenMode::ReadOnly } else { OpenMode::ReadWrite },

@@ -272,7 +272,7 @@ fn the_reader_of_imports_sees_groups_and_passes_over_comments() {
         "b/mod.rs",
         "pub(crate) mod deep; mod item;\npub(in crate::b) use self::item::Own; pub use item::Item;",
     );
-    write("b/deep.rs", "fn f() -> super::Own { say!(c::call(1)) }\nuse crate::c;");
+    write("b/deep.rs", "fn f() -> super::Own { print_line!(c::call(1)) }\nuse crate::c;");
     write("b/item.rs", "pub struct Item; pub struct Own(pub (u8, u8));");
     write("c.rs", "#[arg(parser = crate::b::parse)] fn call() { <u8 as crate::T>::b::x() }");
     let all = Crate::read(&dir.path().join("lib.rs"));

@@ -25,6 +25,6 @@ pub fn has_identity(file: impl AsFd, expected: (u64, u64)) -> bool {
 /// Returns an error if the process is out of descriptors.
 pub fn copy(file: impl AsFd) -> Result<OwnedFd> {
     file.as_fd().try_clone_to_owned().map_err(|e| {
-        Error::failed("out of file descriptors").because(e).remedy("raise the limit of open files: ulimit -n")
+        Error::failed("out of file descriptors").because(e).hint("raise the limit of open files: ulimit -n")
     })
 }

@@ -121,12 +121,12 @@ fn parse(text: &[u8]) -> Result<Snapshot> {
         control_version: u32,
     }
     let hint = "keep the old program, or unmount and mount again with the new one";
-    let fail = |e| Error::failed(format!("cannot parse the previous supervisor's state: {e}")).remedy(hint);
+    let fail = |e| Error::failed(format!("cannot parse the previous supervisor's state: {e}")).hint(hint);
     let Version { control_version } = serde_json::from_slice(text).map_err(fail)?;
     if control_version != CONTROL_VERSION {
         let error =
             format!("the mount uses protocol version {control_version}, this program uses {CONTROL_VERSION}");
-        return Err(Error::failed(error).remedy(hint));
+        return Err(Error::failed(error).hint(hint));
     }
     serde_json::from_slice(text).map_err(fail)
 }

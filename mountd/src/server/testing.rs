@@ -292,7 +292,7 @@ pub fn snapshot(world: &World, removed: Option<bool>) -> Snapshot {
         options: MountOptions::from_args(options).unwrap(),
         device: 0,
         record: PathBuf::new(),
-        supervisor: ProcessId::me().unwrap(),
+        supervisor: ProcessId::current().unwrap(),
         init: Vec::new(),
         reply: None,
         chosen: Chosen { cache: Cache::Memory, why: None, most: Bytes::ZERO },

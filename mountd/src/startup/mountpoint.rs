@@ -43,7 +43,7 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
         }
         let what =
             if ours { "a Stencil mount".to_owned() } else { format!("a mount of type {}", there.fs_type) };
-        return Err(Error::in_use(format!("the mountpoint is in use by {what}")).at(&canonical).remedy(
+        return Err(Error::in_use(format!("the mountpoint is in use by {what}")).at(&canonical).hint(
             format!(
                 "run '{} {}', or use another directory",
                 if ours { "stencil umount" } else { "umount" },
@@ -55,13 +55,13 @@ pub fn mountpoint(path: &Path) -> Result<PathBuf> {
     if !metadata.is_dir() {
         return Err(Error::usage("the mountpoint is not a directory")
             .at(&canonical)
-            .remedy("use an empty directory"));
+            .hint("use an empty directory"));
     }
     let mut entries = fs::read_dir(&canonical).map_err(|e| unusable(&canonical, e))?;
     if entries.next().is_some() {
         return Err(Error::usage("the mountpoint is not empty: a mount would hide its contents")
             .at(&canonical)
-            .remedy("use an empty directory"));
+            .hint("use an empty directory"));
     }
     Ok(canonical)
 }
@@ -78,7 +78,7 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
 fn unusable(path: &Path, e: std::io::Error) -> Error {
     match e.raw_os_error() {
         Some(libc::ENOENT) => Error::io("the mountpoint does not exist", path, e)
-            .remedy(format!("run 'mkdir -p {}'", path.display())),
+            .hint(format!("run 'mkdir -p {}'", path.display())),
         _ => Error::io("cannot access the mountpoint", path, e),
     }
 }
@@ -116,7 +116,7 @@ pub fn expect_lowest(mountpoint: &Path, device: u64) -> Result<()> {
     }
     Err(Error::in_use("another mount was created there at the same time")
         .at(mountpoint)
-        .remedy("see 'stencil status' and /proc/mounts, or use another directory"))
+        .hint("see 'stencil status' and /proc/mounts, or use another directory"))
 }
 
 fn devices_at(mountpoint: &Path) -> Result<Vec<u64>> {

@@ -37,7 +37,7 @@ pub fn prepare(mut options: MountOptions) -> Result<AcquiredMount> {
     let _lock = MountLock::acquire()?;
     options.mountpoint = place::mountpoint(&options.mountpoint)?;
     places::check(&mut options)?;
-    let record = RecordDir::create(ProcessId::me()?)?;
+    let record = RecordDir::create(ProcessId::current()?)?;
     let counters = SharedCounters::create().map_err(fail("cannot create the counters page"))?;
     let ledger = Ledger::create().map_err(fail("cannot create the ledger"))?;
     let program = Program::own().map_err(fail("cannot open this program"))?;

@@ -29,7 +29,7 @@ pub fn same_store(requested: &MountOptions, store: &Path, id: &str) -> Result<()
         store.display()
     ))
     .at(&requested.mountpoint)
-    .remedy(format!(
+    .hint(format!(
         "run 'stencil umount {mountpoint}', or 'stencil --store {} mount {mountpoint}' to take it over",
         store.display()
     )))

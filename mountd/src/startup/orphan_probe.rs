@@ -65,7 +65,7 @@ pub fn expect_dead(mountpoint: &Path, device: u64) -> Result<()> {
     };
     let what =
         format!("the mountpoint is in use by a live Stencil mount that has no record in {}", ours.display());
-    Err(Error::in_use(what).at(mountpoint).remedy(remedy))
+    Err(Error::in_use(what).at(mountpoint).hint(remedy))
 }
 
 /// Runs the probe in a child process. Returns `None` if the child reports no result in time.

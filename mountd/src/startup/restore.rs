@@ -62,7 +62,7 @@ pub fn restore(snapshot: Snapshot, record: RecordDir, found: MountFds) -> Result
         has_served: stats.get(Counter::Answers) > 0,
         restarts: snapshot.restarts,
         // Another supervisor's termination does not count: this process has received no signal.
-        draining: snapshot.supervisor == ProcessId::me()? && snapshot.draining,
+        draining: snapshot.supervisor == ProcessId::current()? && snapshot.draining,
         rings: stats.page().rings(),
     };
     let MountFds { fuse, ledger, .. } = found;

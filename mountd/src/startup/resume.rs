@@ -57,7 +57,7 @@ pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Opti
     }
     let record = match RecordDir::take_over(&snapshot.record) {
         // Another command may have removed the record, as no process of the mount was alive.
-        Err(error) if error.code() == Code::NotFound => RecordDir::create(ProcessId::me()?)?,
+        Err(error) if error.code() == Code::NotFound => RecordDir::create(ProcessId::current()?)?,
         other => other?,
     };
     resume(fds, connection, record)
@@ -121,7 +121,7 @@ fn connection(fds: &mut NamedFds) -> Result<Connection> {
         let Some(at) = connections.iter().position(|fuse| takeover::belongs_to(fuse, snapshot.device)) else {
             failure =
                 Error::failed("missing descriptor 'fuse': the ledger belongs to none of the connections")
-                    .remedy("unmount and mount again");
+                    .hint("unmount and mount again");
             continue;
         };
         let newer =

@@ -27,7 +27,7 @@ pub fn take_over(orphan: &Mount) -> Result<AcquiredMount> {
         error
             .context("cannot take over the mount, whose supervisor is dead")
             .at(&orphan.mountpoint)
-            .remedy("the server still serves it; unmount it (with -l if clones use it) and mount again")
+            .hint("the server still serves it; unmount it (with -l if clones use it) and mount again")
     };
     let record = RecordDir::take_over(&orphan.dir)?;
     from_server(orphan, record).map_err(fail)

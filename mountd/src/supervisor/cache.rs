@@ -26,16 +26,15 @@ pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
     let flags2 = init.get(FLAGS2_OFFSET..FLAGS2_OFFSET + 4).and_then(|b| b.try_into().ok());
     if flags2.map_or(0, u32::from_le_bytes) & PASSTHROUGH_FLAGS2 == 0 {
         if options.serve == ServeMode::Passthrough {
-            return Err(Error::failed("the kernel does not support FUSE passthrough").remedy(
-                "use Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH, or mount with --serve decode",
-            ));
+            return Err(Error::failed("the kernel does not support FUSE passthrough")
+                .hint("use Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH, or mount with --serve decode"));
         }
         return Ok(nowhere("the kernel does not support FUSE passthrough"));
     }
     if let Some(dir) = &options.cache_dir {
         probe(dir).map_err(|e| {
             let e = e.context("the cache directory cannot hold backings");
-            if e.hint_text().is_some() { e } else { e.remedy("use a directory on ext4 or xfs") }
+            if e.hint_text().is_some() { e } else { e.hint("use a directory on ext4 or xfs") }
         })?;
         let dir = std::fs::canonicalize(dir)
             .map_err(|e| Error::io("cannot resolve the cache directory", dir, e))?;
@@ -69,7 +68,7 @@ fn probe(dir: &Path) -> Result<()> {
             "the directory is on overlayfs, which FUSE passthrough rejects: it allows no stacked file system",
         )
         .at(dir)
-        .remedy("use --cache-dir with a directory on ext4 or xfs"));
+        .hint("use --cache-dir with a directory on ext4 or xfs"));
     }
     let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)

@@ -97,9 +97,9 @@ impl Starter {
     pub fn report(self, error: Option<&Error>) {
         if self.foreground {
             if let Some(error) = error {
-                stencilfs::say!("error: {error}");
+                stencilfs::print_line!("error: {error}");
                 if let Some(hint) = error.hint_text() {
-                    stencilfs::say!("hint: {hint}");
+                    stencilfs::print_line!("hint: {hint}");
                 }
             }
             return;

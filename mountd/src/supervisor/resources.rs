@@ -57,7 +57,7 @@ impl Resources {
         server: Option<ProcessId>,
         program: &Program,
     ) -> Result<()> {
-        let supervisor = ProcessId::me()?;
+        let supervisor = ProcessId::current()?;
         self.record.write(&Record {
             mountpoint: mount.options.mountpoint.clone(),
             store: mount.options.store.clone(),

@@ -99,7 +99,7 @@ impl Supervisor {
                 Err(_) => exited.push(id),
             }
         }
-        let process = ProcessId::me()?;
+        let process = ProcessId::current()?;
         let (jobs, end) = (Vec::new(), None);
         let mut supervisor = Supervisor {
             machine,

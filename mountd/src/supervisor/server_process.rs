@@ -53,7 +53,7 @@ impl ServerProcess {
         let fail = |e: std::io::Error| {
             Error::failed("cannot start a server")
                 .because(e)
-                .remedy("check the limits of processes and open files")
+                .hint("check the limits of processes and open files")
         };
         let (ours, theirs) = Channel::pair().map_err(fail)?;
         let ledger = resources.ledger.read_only().map_err(fail)?;

@@ -10,7 +10,7 @@ use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::clones::launch::Target;
-use crate::clones::vmm::{Paste, Served, Vmm, paste};
+use crate::clones::vmm::{Served, Vmm, VmmArguments, paste};
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
 use crate::sys::probe;
@@ -73,9 +73,9 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
         state_head: state_head(&store.template(&target.digest)?)?,
         commits_strictly: probe::commits_strictly(),
     };
-    let Paste { text, argv, body, notes } = paste(args.vmm, &served)?;
+    let VmmArguments { text, argv, body, notes } = paste(args.vmm, &served)?;
     if !global.quiet && !global.json {
-        notes.iter().for_each(|note| crate::say!("note: {note}"));
+        notes.iter().for_each(|note| crate::print_line!("note: {note}"));
     }
     let report = Pasted {
         vmm: args.vmm.name(),

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
-use crate::clones::capture::{Afterwards, Captured, Check, Finding, capture, check};
+use crate::clones::capture::{AfterCapture, Captured, Check, Finding, capture, check};
 use crate::clones::vmm::shell_word;
 use crate::error::{Code, Result};
 use crate::sanitize::sanitize;
@@ -123,9 +123,9 @@ impl Report for Check {
 /// Returns an error if the VM cannot be captured or a step of the capture fails.
 pub fn run(args: &CaptureArgs, global: &Global) -> Result<Done> {
     let afterwards = match (args.pause, args.quit) {
-        (true, _) => Afterwards::Pause,
-        (_, true) => Afterwards::Quit,
-        _ => Afterwards::AsBefore,
+        (true, _) => AfterCapture::Pause,
+        (_, true) => AfterCapture::Quit,
+        _ => AfterCapture::AsBefore,
     };
     let Some(tag) = args.tag.clone().filter(|_| !args.check) else {
         let check = check(&args.socket)?;

@@ -15,7 +15,7 @@ use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
 use crate::clones::counted;
-use crate::clones::launch::{Failure, How, Launched, Order, Ready, Simulate, Target, launch};
+use crate::clones::launch::{Failure, How, LaunchRequest, Launched, Ready, Simulate, Target, launch};
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry};
 use crate::clones::stop::stop;
@@ -136,13 +136,13 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let cancel = interrupt::flag()?;
     let cores =
         std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
-    let order = Order {
+    let order = LaunchRequest {
         target: &target,
         how,
         count: args.count,
         parallel: args.parallel.unwrap_or(cores * 2),
         keep_going: args.keep_going,
-        patience: Duration::from_secs(args.timeout.into()),
+        ready_timeout: Duration::from_secs(args.timeout.into()),
         disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
         cancel: &cancel,
     };
@@ -158,7 +158,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     if is_resumed {
         warnings.push(clock_note(age, &launched.clocks));
     }
-    warnings.iter().for_each(|warning| crate::say!("note: {warning}"));
+    warnings.iter().for_each(|warning| crate::print_line!("note: {warning}"));
     let failed = !launched.failures.is_empty();
     let mut code = 0;
     let report = |clones, failures, ended| CloneReport {
@@ -191,7 +191,7 @@ fn disk_directory(path: &Path) -> Result<PathBuf> {
     let wrong = || {
         Error::usage("the value of --disk-dir is not a directory with a UTF-8 path")
             .at(&path)
-            .remedy("name a directory with a UTF-8 path")
+            .hint("name a directory with a UTF-8 path")
     };
     usable.then_some(()).ok_or_else(wrong)?;
     Ok(path)
@@ -271,7 +271,7 @@ fn wait(
         });
         if cancel.load(Ordering::Relaxed) {
             stop(clones, Duration::from_secs(10), progress)?;
-            return Err(Error::failed("interrupted: the clones were stopped").remedy("run the command again"));
+            return Err(Error::failed("interrupted: the clones were stopped").hint("run the command again"));
         }
         if children.is_empty() && clones.iter().all(|c| !c.is_alive()) && all_have_exited(clones) {
             break;

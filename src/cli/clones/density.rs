@@ -49,7 +49,7 @@ struct DensityReport {
 pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
     if args.audit && args.template.is_some() {
         return Err(Error::usage("--audit measures the whole host and takes no template")
-            .remedy("run 'stencil density --audit' without the template"));
+            .hint("run 'stencil density --audit' without the template"));
     }
     let filter = StoreFilter::of(global)?;
     let mut mounts = control::mounts()?;

@@ -64,13 +64,13 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
     let pid = pid_of(&args.clone)?;
     let (clone, ranges) = accounting::dirty_of(pid, &control::mounts()?)?.ok_or_else(|| {
         Error::not_found(format!("process {pid} maps no template of a mount on this host"))
-            .remedy("run 'stencil ps' to list the clones")
+            .hint("run 'stencil ps' to list the clones")
     })?;
     if let Some(path) = &args.bitmap {
         let end = clone.maps.iter().filter(|map| map.file == args.file);
         let Some(end) = end.map(|map| map.offset.get() + map.length.get()).max() else {
             return Err(Error::not_found(format!("process {pid} does not map file '{}'", args.file))
-                .remedy("name a file of the template that the process maps: --file NAME"));
+                .hint("name a file of the template that the process maps: --file NAME"));
         };
         let bitmap = bitmap(&ranges, &args.file, end / crate::units::PAGE_SIZE);
         write(path, args.force, &bitmap)?;
@@ -107,8 +107,7 @@ pub fn pid_of(clone: &str) -> Result<u32> {
         return Ok(entry.pid);
     }
     clone.parse().map_err(|_| {
-        Error::not_found(format!("no clone has the id '{clone}'"))
-            .remedy("run 'stencil ps' to list the clones")
+        Error::not_found(format!("no clone has the id '{clone}'")).hint("run 'stencil ps' to list the clones")
     })
 }
 

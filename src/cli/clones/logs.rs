@@ -71,7 +71,7 @@ impl Report for LogsReport {
 pub fn run(args: &LogsArgs, global: &Global) -> Result<Done> {
     let entry = registry::find(&args.id)?;
     if args.follow && global.json {
-        return Err(Error::usage("cannot follow a log in one JSON object").remedy("omit --json or --follow"));
+        return Err(Error::usage("cannot follow a log in one JSON object").hint("omit --json or --follow"));
     }
     if args.follow {
         return follow(&entry);
@@ -80,7 +80,7 @@ pub fn run(args: &LogsArgs, global: &Global) -> Result<Done> {
         let path = entry.dir.join(name);
         let failed = |e| {
             let remedy = format!("read the end of the file: tail {}", path.display());
-            Error::io("cannot read the log of a clone", &path, e).remedy(remedy)
+            Error::io("cannot read the log of a clone", &path, e).hint(remedy)
         };
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok::<_, Error>(entry.read_file(name).map_err(failed)?.map(text))

@@ -106,7 +106,7 @@ fn may_be_stopped(id: &str, filter: &StoreFilter) -> Result<Entry> {
         let what = format!("clone {} is still being launched", entry.id);
         return Err(Error::try_again(what)
             .at(&entry.dir)
-            .remedy("stop the clone after 'stencil ps' lists it as running, or interrupt its launcher"));
+            .hint("stop the clone after 'stencil ps' lists it as running, or interrupt its launcher"));
     }
     Ok(entry)
 }

@@ -91,7 +91,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
     control::start_supervisor(&options)?;
     std::fs::metadata(&options.mountpoint).map_err(|e| {
         Error::io("the mount does not respond", &options.mountpoint, e)
-            .remedy("see 'stencil status' and the log in the runtime directory")
+            .hint("see 'stencil status' and the log in the runtime directory")
     })?;
     Ok(Done::report(Mounted { mountpoint: options.mountpoint, store: options.store }))
 }

@@ -107,7 +107,7 @@ impl Helper {
             if !there.is_dir() {
                 return Err(Error::usage("the mountpoint is not a directory")
                     .at(&options.mountpoint)
-                    .remedy("name an empty directory"));
+                    .hint("name an empty directory"));
             }
             options.mountpoint = mount::place(&options.mountpoint)
                 .map_err(|e| Error::io("cannot use the mountpoint", &options.mountpoint, e))?;
@@ -126,11 +126,11 @@ impl Helper {
     fn to_options(&self) -> Result<MountOptions> {
         if let Some(namespace) = &self.namespace {
             return Err(Error::usage(format!("mount -N {namespace} is not supported"))
-                .remedy("enter the namespace: nsenter --mount=… mount …"));
+                .hint("enter the namespace: nsenter --mount=… mount …"));
         }
         if let Some(other) = self.fs_type.as_deref().filter(|t| ![FS_TYPE, "stencil"].contains(t)) {
             return Err(Error::usage(format!("the type is {other}, expected {FS_TYPE}"))
-                .remedy(format!("run mount -t {FS_TYPE}")));
+                .hint(format!("run mount -t {FS_TYPE}")));
         }
         let full = |path: &Path| std::path::absolute(path).map_err(|e| Error::io("cannot use", path, e));
         let mut options = MountOptions::new(full(&self.mountpoint)?, full(&self.store)?);

@@ -120,6 +120,6 @@ fn chosen(args: &RestartArgs, global: &Global) -> Result<Vec<Mount>> {
         false => Ok(mounts),
         true => Err(Error::not_found("no Stencil mount at this path")
             .at(path)
-            .remedy("run 'stencil status' to list the mounts")),
+            .hint("run 'stencil status' to list the mounts")),
     }
 }

@@ -155,7 +155,7 @@ pub fn fix(number: Option<u32>, yes: bool) -> Result<Aborted> {
     let stuck = choose(find()?, number)?;
     let name = stuck.name();
     let users = Users { found: stuck.users, unseen: stuck.unseen };
-    crate::say!("warning: {name} will be aborted: all requests on it will fail");
+    crate::print_line!("warning: {name} will be aborted: all requests on it will fail");
     users.announce();
     if !yes {
         confirm()?;
@@ -164,7 +164,7 @@ pub fn fix(number: Option<u32>, yes: bool) -> Result<Aborted> {
     match mount::abort_fuse_connection(device) {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
         other => other.map_err(|e| {
-            Error::failed(format!("cannot abort {name}")).because(e).remedy("run the command as root")
+            Error::failed(format!("cannot abort {name}")).because(e).hint("run the command as root")
         })?,
     }
     let until = Instant::now() + ABORT_TIMEOUT;
@@ -191,15 +191,15 @@ fn choose(mut stuck: Vec<Stuck>, number: Option<u32>) -> Result<Stuck> {
             None if control_fs::connections()?.iter().any(|c| c.number == number) => Err(Error::usage(
                 format!("FUSE connection {number} is not stuck: its requests are completed"),
             )
-            .remedy(LIST)),
-            None => Err(Error::not_found(format!("there is no FUSE connection {number}")).remedy(LIST)),
+            .hint(LIST)),
+            None => Err(Error::not_found(format!("there is no FUSE connection {number}")).hint(LIST)),
         },
         (None, 1) => Ok(stuck.swap_remove(0)),
-        (None, 0) => Err(Error::not_found("no FUSE connection is stuck").remedy("nothing to do")),
+        (None, 0) => Err(Error::not_found("no FUSE connection is stuck").hint("nothing to do")),
         (None, count) => {
             let names: Vec<String> = stuck.iter().map(Stuck::name).collect();
             Err(Error::usage(format!("{count} connections are stuck: {}", names.join(", ")))
-                .remedy("name one connection: stencil doctor --fix-stuck N"))
+                .hint("name one connection: stencil doctor --fix-stuck N"))
         }
     }
 }
@@ -208,13 +208,13 @@ fn confirm() -> Result<()> {
     let stdin = io::stdin();
     if !stdin.is_terminal() {
         return Err(Error::usage("cannot ask for a confirmation: standard input is not a terminal")
-            .remedy("add --yes to abort without a confirmation"));
+            .hint("add --yes to abort without a confirmation"));
     }
     let _ = write!(io::stderr(), "abort the connection? [y/N] ");
     let mut answer = String::new();
     stdin.lock().read_line(&mut answer).map_err(|e| Error::failed("cannot read the answer").because(e))?;
     match answer.trim() {
         "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Error::failed("not aborted: the answer was not y").remedy("the connection is still stuck")),
+        _ => Err(Error::failed("not aborted: the answer was not y").hint("the connection is still stuck")),
     }
 }

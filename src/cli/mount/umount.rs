@@ -167,7 +167,7 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
             mount::unmount(path, args.lazy || args.force).map_err(|e| match e.raw_os_error() {
                 Some(libc::EBUSY) => Error::in_use("the mount is dead, but processes still use it")
                     .at(path)
-                    .remedy(format!("detach the mount: stencil umount -l {}", path.display())),
+                    .hint(format!("detach the mount: stencil umount -l {}", path.display())),
                 _ => Error::io("cannot unmount", path, e),
             })?;
             // This removes the record of the dead mount.
@@ -177,11 +177,11 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
         Some(there) => {
             Err(Error::usage(format!("the mount is of type {}, not a Stencil mount", there.fs_type))
                 .at(path)
-                .remedy(format!("unmount it with umount {}", path.display())))
+                .hint(format!("unmount it with umount {}", path.display())))
         }
         None => Err(Error::not_found("nothing is mounted at this path")
             .at(path)
-            .remedy("run 'stencil status' to list the mounts")),
+            .hint("run 'stencil status' to list the mounts")),
     }
 }
 
@@ -199,7 +199,7 @@ fn wait_for_end(found: &Mount) -> Result<()> {
                 "unmounted here but still served: another mount namespace or an open file uses the mount",
             )
             .at(&found.mountpoint)
-            .remedy("run 'stencil status' to see the mount until its last user exits"));
+            .hint("run 'stencil status' to see the mount until its last user exits"));
         }
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -209,7 +209,7 @@ fn wait_for_end(found: &Mount) -> Result<()> {
 /// Resolves symbolic links without accessing the file system that is mounted at the path, which may be dead.
 pub(in crate::cli) fn absolute(path: &Path) -> Result<PathBuf> {
     mount::place(path).map_err(|e| {
-        Error::io("cannot find the mountpoint", path, e).remedy("run 'stencil status' to list the mounts")
+        Error::io("cannot find the mountpoint", path, e).hint("run 'stencil status' to list the mounts")
     })
 }
 
@@ -226,7 +226,7 @@ fn in_use(mount: &Mount, users: &Users) -> Error {
     if !users.unseen.is_empty() {
         what = format!("{what}; {}", unseen(&users.unseen));
     }
-    Error::in_use(what).at(&mount.mountpoint).remedy(match mount.detached {
+    Error::in_use(what).at(&mount.mountpoint).hint(match mount.detached {
         false => "stop the processes, or detach the mount with -l to serve it until they exit",
         true => "stop the processes, or cut them off with --force; the mount is detached already",
     })

@@ -49,13 +49,13 @@ impl Users {
     pub fn announce(&self) {
         if !self.found.is_empty() {
             let processes = counted(self.found.len() as u64, "process", "processes");
-            crate::say!(
+            crate::print_line!(
                 "warning: {processes} will be killed at the next access to a page that is not in RAM: {}",
                 list(&self.found)
             );
         }
         if !self.unseen.is_empty() {
-            crate::say!("warning: {}", unseen(&self.unseen));
+            crate::print_line!("warning: {}", unseen(&self.unseen));
         }
     }
 }

@@ -53,7 +53,7 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     if args.out.as_os_str() == "-" {
         if global.json {
             return Err(Error::usage("cannot write both the file and a JSON object to standard output")
-                .remedy("omit --json, or name an output file"));
+                .hint("omit --json, or name an output file"));
         }
         let file = choose(&template, file)?;
         let mut stdout = Sink::stdout(Some(&stop))?;
@@ -87,6 +87,6 @@ fn choose(template: &Template, name: Option<&str>) -> Result<usize> {
     };
     found.ok_or_else(|| {
         let what = name.map_or("missing file name".to_owned(), |n| format!("no file '{n}' in the template"));
-        Error::not_found(what).remedy(format!("name one of these files as T/FILE: {}", files.join(", ")))
+        Error::not_found(what).hint(format!("name one of these files as T/FILE: {}", files.join(", ")))
     })
 }

@@ -71,7 +71,7 @@ impl FromStr for FileArg {
     fn from_str(text: &str) -> Result<FileArg> {
         let (name, rest) = text.split_once('=').filter(|(_, path)| !path.is_empty()).ok_or_else(|| {
             Error::usage(format!("invalid file '{text}': expected NAME=PATH"))
-                .remedy("write --file NAME=PATH[,kind=ram|rom|blob]")
+                .hint("write --file NAME=PATH[,kind=ram|rom|blob]")
         })?;
         let (path, kind) = match rest.rsplit_once(",kind=") {
             Some((path, kind)) => (path, kind.parse()?),
@@ -91,7 +91,7 @@ impl FromStr for LabelArg {
         match text.split_once('=') {
             Some((key, value)) if !key.is_empty() => Ok(LabelArg(key.to_owned(), value.to_owned())),
             _ => Err(Error::usage(format!("invalid label '{text}': expected KEY=VALUE"))
-                .remedy("write --label KEY=VALUE")),
+                .hint("write --label KEY=VALUE")),
         }
     }
 }

@@ -125,7 +125,7 @@ pub fn run(args: &InspectArgs, global: &Global) -> Result<Done> {
     let policy = template.policy();
     if args.recipe {
         let recipe = policy.recipe.clone().ok_or_else(|| {
-            Error::not_found(Recipe::missing(digest)).remedy("add a recipe: stencil recipe edit --from FILE")
+            Error::not_found(Recipe::missing(digest)).hint("add a recipe: stencil recipe edit --from FILE")
         })?;
         return Ok(Done::report(RecipeAlone { digest, recipe }));
     }

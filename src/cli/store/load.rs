@@ -95,7 +95,7 @@ pub fn run(args: &LoadArgs, global: &Global) -> Result<Done> {
         Some(path) => (open(path)?, path),
         None if io::stdin().is_terminal() => {
             return Err(Error::usage("refusing to read a stream of templates from a terminal")
-                .remedy("name a file with -i, or use a pipe: ssh HOST stencil save T | stencil load"));
+                .hint("name a file with -i, or use a pipe: ssh HOST stencil save T | stencil load"));
         }
         None => {
             let stdin = rustix::io::dup(io::stdin())
@@ -126,12 +126,12 @@ fn open(path: &Path) -> Result<File> {
     const REMEDY: &str = "name a file that 'stencil save -o' has written, or - for standard input";
     let fail = |e| {
         let error = Error::io("cannot open the stream", path, e);
-        if error.code() == Code::NotFound { error.remedy(REMEDY) } else { error }
+        if error.code() == Code::NotFound { error.hint(REMEDY) } else { error }
     };
     let file = open_source(path).map_err(fail)?;
     match file.metadata().map_err(fail)?.is_dir() {
         true => {
-            Err(Error::usage("expected a stream of stencil save, found a directory").at(path).remedy(REMEDY))
+            Err(Error::usage("expected a stream of stencil save, found a directory").at(path).hint(REMEDY))
         }
         false => Ok(file),
     }

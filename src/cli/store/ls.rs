@@ -123,7 +123,7 @@ pub fn run(args: &LsArgs, global: &Global) -> Result<Done> {
         let name = args.name.as_deref().unwrap_or_default();
         return Err(Error::not_found(format!("no tag has the name '{name}'"))
             .at(store.dir())
-            .remedy("run 'stencil ls' to list the templates"));
+            .hint("run 'stencil ls' to list the templates"));
     }
     Ok(Done::report(Listing(lines)))
 }

@@ -101,7 +101,7 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
         match is_as_before {
             true => Ok(true),
             false => Err(Error::try_again("the recipe was changed by another command during the edit")
-                .remedy("see the new recipe with 'stencil inspect --recipe', then edit it again")),
+                .hint("see the new recipe with 'stencil inspect --recipe', then edit it again")),
         }
     };
     let changed = match &args.from {
@@ -124,7 +124,7 @@ fn read(path: &Path) -> Result<String> {
         if !stream::wait_readable(&file, limit, || Ok(()), fail)? {
             return Err(Error::try_again(format!("no data for {} s", STALL_TIMEOUT.as_secs()))
                 .at(path)
-                .remedy("start the program that writes the recipe, then run this command again"));
+                .hint("start the program that writes the recipe, then run this command again"));
         }
         match file.read(&mut part) {
             Ok(0) => break,
@@ -135,13 +135,13 @@ fn read(path: &Path) -> Result<String> {
         if bytes.len() as u64 > MAX_TEXT {
             return Err(Error::usage(format!("the recipe is longer than {MAX_TEXT} bytes"))
                 .at(path)
-                .remedy("name a file that holds a recipe"));
+                .hint("name a file that holds a recipe"));
         }
     }
     String::from_utf8(bytes).map_err(|_| {
         Error::usage("invalid recipe: not UTF-8")
             .at(path)
-            .remedy("name a file that holds a recipe, which is JSON")
+            .hint("name a file that holds a recipe, which is JSON")
     })
 }
 
@@ -153,7 +153,7 @@ fn in_editor(
     take: impl FnOnce(Recipe) -> Result<bool>,
 ) -> Result<bool> {
     let Some(before) = before else {
-        return Err(Error::usage("the template has no recipe: it was not captured from a VM").remedy(
+        return Err(Error::usage("the template has no recipe: it was not captured from a VM").hint(
             "write a recipe and run again with --from FILE; 'stencil inspect --recipe' prints an example",
         ));
     };
@@ -175,7 +175,7 @@ fn in_editor(
         }
         let remedy = error.hint_text().map_or(String::new(), |remedy| format!("{remedy}; "));
         match file.keep() {
-            Ok((_, kept)) => error.remedy(format!(
+            Ok((_, kept)) => error.hint(format!(
                 "{remedy}your text is in {}: run again with --from, then remove the file",
                 kept.display()
             )),
@@ -218,7 +218,7 @@ fn open_editor(path: &Path) -> Result<()> {
     match status.success() {
         true => Ok(()),
         false => Err(Error::failed(format!("the editor '{}' failed ({status})", editor.to_string_lossy()))
-            .remedy("set VISUAL or EDITOR to an editor, or use --from FILE; the recipe was not changed")),
+            .hint("set VISUAL or EDITOR to an editor, or use --from FILE; the recipe was not changed")),
     }
 }
 

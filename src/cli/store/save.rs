@@ -91,15 +91,15 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     if output.is_none() {
         if global.json {
             return Err(Error::usage("cannot write both the stream and a JSON object to standard output")
-                .remedy("omit --json, or name a file with -o"));
+                .hint("omit --json, or name a file with -o"));
         }
         if is_closed(io::stdout())? {
             return Err(Error::usage("standard output is closed: the stream would be lost")
-                .remedy("name a file with -o, or use a pipe: stencil save T | ssh HOST stencil load"));
+                .hint("name a file with -o, or use a pipe: stencil save T | ssh HOST stencil load"));
         }
         if io::stdout().is_terminal() {
             return Err(Error::usage("refusing to write a stream of templates to a terminal")
-                .remedy("name a file with -o, or use a pipe: stencil save T | ssh HOST stencil load"));
+                .hint("name a file with -o, or use a pipe: stencil save T | ssh HOST stencil load"));
         }
     }
     let start = Instant::now();
@@ -133,7 +133,7 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
         Ok(meta) if meta.is_dir() => {
             return Err(Error::usage("cannot replace a directory by a stream")
                 .at(&path)
-                .remedy("name a file in the directory"));
+                .hint("name a file in the directory"));
         }
         Ok(meta) if !meta.is_file() => {
             let mut sink = Sink::open(&path, Some(args.stall_timeout), None)?;

@@ -101,7 +101,7 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
         return Err(Error::failed(
             "the kernel hides page frame numbers, so frames that clones share cannot be counted once",
         )
-        .remedy("run the command as root (CAP_SYS_ADMIN)"));
+        .hint("run the command as root (CAP_SYS_ADMIN)"));
     }
     Ok(true)
 }

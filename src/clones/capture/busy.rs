@@ -56,6 +56,6 @@ pub(super) fn find(qmp: &mut Qmp) -> Result<Vec<Busy>> {
 /// Returns one error with all conflicts: [`Code::InUse`] if the first one is a migration or job, [`Code::Usage`] if
 /// QEMU cannot save the device state.
 pub(super) fn refuse(qmp: &mut Qmp) -> Result<()> {
-    let errors = find(qmp)?.into_iter().map(|busy| Error::new(busy.code, busy.what).remedy(busy.remedy));
+    let errors = find(qmp)?.into_iter().map(|busy| Error::new(busy.code, busy.what).hint(busy.remedy));
     errors.reduce(Error::and).map_or(Ok(()), Err)
 }

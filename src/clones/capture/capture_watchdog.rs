@@ -106,8 +106,8 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     match restore(Path::new(&socket), vm, &before, is_resumed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("error: cannot restore the VM: {error}");
-            crate::say!("hint: {}", error.hint_text().unwrap_or_default());
+            crate::print_line!("error: cannot restore the VM: {error}");
+            crate::print_line!("hint: {}", error.hint_text().unwrap_or_default());
             ExitCode::FAILURE
         }
     }
@@ -139,7 +139,7 @@ fn session(socket: &Path, vm: ProcessId) -> Result<Qmp> {
             vm.pid
         ))
         .at(socket)
-        .remedy("resume the VM with QMP cont on its current socket"));
+        .hint("resume the VM with QMP cont on its current socket"));
     }
     qmp.greet()?;
     Ok(qmp)
@@ -151,7 +151,7 @@ fn while_alive(vm: ProcessId, mut attempt: impl FnMut() -> Result<()>) -> Result
         match retry(vm, &mut attempt) {
             Err(error) if vm.is_alive() => {
                 if !std::mem::replace(&mut reported, true) {
-                    crate::say!("warning: cannot resume the VM, retrying while QEMU runs: {error}");
+                    crate::print_line!("warning: cannot resume the VM, retrying while QEMU runs: {error}");
                 }
             }
             outcome => return outcome,

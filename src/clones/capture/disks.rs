@@ -144,7 +144,7 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     qmp.run("transaction", json!({"actions": actions})).map_err(|error| {
         error
             .context("cannot freeze the VM's disks")
-            .remedy("give QEMU access to the overlays that a capture creates beside the images")
+            .hint("give QEMU access to the overlays that a capture creates beside the images")
     })?;
     // QEMU has opened the overlays, and reopened the images, by path.
     let open = OpenFiles::of(qmp.peer_pid()?)?;
@@ -174,14 +174,14 @@ fn restore_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> 
     match commit_in_vm(qmp, disk, interrupt) {
         Ok(true) => Ok(()),
         Ok(false) => restore_detached(qmp, disk).map_err(|error| {
-            error.context(format!("no disk of the VM uses the overlay {file} any more")).remedy(format!(
+            error.context(format!("no disk of the VM uses the overlay {file} any more")).hint(format!(
                 "do not remove the overlay, which holds writes of the guest; run `qemu-img commit {file}` when no QEMU \
                  has the image open"
             ))
         }),
         Err(error) => Err(error
             .context(format!("the VM still writes to the overlay {file} of node {}", disk.node))
-            .remedy(format!(
+            .hint(format!(
                 "do not remove the overlay, which holds writes of the guest; a helper retries the commit for 30 s, and \
                  so does the next `stencil capture` of this VM; if QEMU has exited, run `qemu-img commit {file}`"
             ))),
@@ -372,7 +372,7 @@ pub fn restore_without_vm(disks: &[Frozen]) -> Result<()> {
             false => Err(Error::failed(format!("cannot reach the overlay {}", disk.overlay.display()))),
         };
         outcome.map_err(|error| {
-            error.context("QEMU exited while a disk was captured").remedy(format!(
+            error.context("QEMU exited while a disk was captured").hint(format!(
                 "before you start the VM again, commit the guest's last writes: run `qemu-img commit {}` where that path \
                  exists",
                 disk.overlay.display()

@@ -86,7 +86,7 @@ pub fn has_data(overlay: &Path) -> Result<bool> {
         let reason = String::from_utf8_lossy(&done.stderr).trim().replace('\n', "; ");
         return Err(Error::failed(format!("qemu-img cannot read the overlay ({}): {reason}", done.status))
             .at(overlay)
-            .remedy("check the reason that qemu-img reports"));
+            .hint("check the reason that qemu-img reports"));
     };
     Ok(map.iter().any(|part| part.get("present").and_then(Value::as_bool) != Some(false)))
 }
@@ -140,7 +140,7 @@ fn qemu_img() -> Command {
 
 fn cannot_start(e: std::io::Error) -> Error {
     Error::io("cannot start", "qemu-img", e)
-        .remedy("install qemu-img (Debian: qemu-utils) in a directory of PATH")
+        .hint("install qemu-img (Debian: qemu-utils) in a directory of PATH")
 }
 
 /// Runs qemu-img and waits for its exit.
@@ -159,7 +159,7 @@ fn run(command: &mut Command, interrupt: Option<&AtomicBool>) -> Result<()> {
             }
             let lines: Vec<&str> = output.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
             return Err(Error::failed(format!("qemu-img failed ({status}): {}", lines.join("; ")))
-                .remedy("check the free space of the file system and the permissions of the image"));
+                .hint("check the free space of the file system and the permissions of the image"));
         }
         if interrupt.is_some_and(|i| i.load(Ordering::Relaxed)) {
             let _ = child.kill();

@@ -31,7 +31,7 @@ impl VmLock {
                     .first()
                     .map_or_else(|| "another process".into(), |p| format!("process {p}"));
                 Err(Error::in_use(format!("the VM (process {pid}) is in use by another capture ({holder})"))
-                    .remedy("run the command again when that capture and its helper have exited"))
+                    .hint("run the command again when that capture and its helper have exited"))
             }
             Err(e) => Err(Error::failed(format!("cannot lock the VM of process {pid}")).because(e.into())),
         }

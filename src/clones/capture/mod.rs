@@ -44,7 +44,7 @@ use vm::{RamFile, Vm};
 
 /// The state of the VM after a capture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Afterwards {
+pub enum AfterCapture {
     /// Running if it was running before.
     #[default]
     AsBefore,
@@ -83,7 +83,7 @@ pub fn capture(
     store: &Store,
     socket: &Path,
     tag: &TagName,
-    afterwards: Afterwards,
+    afterwards: AfterCapture,
     interrupt: Arc<AtomicBool>,
     progress: &dyn Progress,
 ) -> Result<Captured> {
@@ -92,7 +92,7 @@ pub fn capture(
     qmp.greet()?;
     restore_left_over(&mut qmp, socket, &lock, &interrupt)?;
     let vm = Arc::new(Vm::inspect(&mut qmp)?);
-    let resumes = afterwards == Afterwards::AsBefore && vm.was_running;
+    let resumes = afterwards == AfterCapture::AsBefore && vm.was_running;
     let ram = vm.ram_files()?;
     let roms = vm.rom_files()?;
     let frozen = if resumes { frozen(&vm)? } else { vec![] };
@@ -123,7 +123,7 @@ pub fn capture(
         (Err(error), Ok(_)) => return Err(error),
     };
     let vm_now = match afterwards {
-        Afterwards::Quit => paused.quit(),
+        AfterCapture::Quit => paused.quit(),
         _ => paused.status(),
     };
     Ok(Captured {

@@ -49,7 +49,7 @@ impl FileId {
         };
         Err(Error::failed(format!("the image of the VM was replaced: expected {self}, found {found}"))
             .at(path)
-            .remedy(format!(
+            .hint(format!(
                 "find the VM's image with `find DIR -inum {}` and rename it to this path",
                 self.ino
             )))
@@ -122,7 +122,7 @@ impl OpenFiles {
             "a file of the VM was replaced: its path leads to {found}, but QEMU (process {pid}) has open: {open}"
         ))
         .at(path)
-        .remedy(remedy))
+        .hint(remedy))
     }
 }
 
@@ -203,7 +203,7 @@ impl HeldFiles {
                     other.path.display()
                 ))
                 .at(&own.path)
-                .remedy("rename the VM's files back to their paths, then capture again"));
+                .hint("rename the VM's files back to their paths, then capture again"));
             }
         }
         Ok(())

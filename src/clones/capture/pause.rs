@@ -159,7 +159,7 @@ impl PausedVm {
             Some(true) => Err(Error::try_again(
                 "another QMP client resumed or reset the VM during the capture: no template was created",
             )
-            .remedy("capture the VM again while no other client controls it")),
+            .hint("capture the VM again while no other client controls it")),
             _ => Ok(()),
         }
     }
@@ -221,7 +221,7 @@ fn receive(pipe: &OwnedFd, file: &File, deadline: Instant) -> Result<()> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Error::try_again("timed out waiting for the device state")
-                .remedy("see query-migrate on the QMP socket; try again when the host is less busy"));
+                .hint("see query-migrate on the QMP socket; try again when the host is less busy"));
         }
         let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
         match poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&timeout)) {

@@ -8,7 +8,7 @@ use crate::error::Error;
 /// The error for a process that is not visible on this host.
 pub(super) fn no_vm_here(pid: u32) -> Error {
     Error::failed(format!("process {pid}, which opened the QMP socket, is not a process of this host"))
-        .remedy("run stencil on QEMU's host, in the PID namespace of QEMU")
+        .hint("run stencil on QEMU's host, in the PID namespace of QEMU")
 }
 
 /// Returns a path of this process for a path that another process sees in its own root and working directory. If both

@@ -87,7 +87,7 @@ fn resume(qmp: &mut Qmp) -> Result<()> {
             Error::try_again(format!(
                 "cannot resume the guest: the VM is in state '{status}', its migration in state '{phase}'"
             ))
-            .remedy("resume the guest with QMP cont")
+            .hint("resume the guest with QMP cont")
         })),
     }
 }

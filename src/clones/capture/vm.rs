@@ -84,10 +84,10 @@ pub(super) fn is_running(qmp: &mut Qmp) -> Result<bool> {
         "paused" | "prelaunch" => Ok(false),
         "postmigrate" => {
             Err(Error::usage("the VM is in state 'postmigrate', in which QEMU refuses another migration")
-                .remedy("resume the VM with QMP cont, then capture again"))
+                .hint("resume the VM with QMP cont, then capture again"))
         }
         other => Err(Error::usage(format!("the VM is in state '{other}', expected running or paused"))
-            .remedy("wait for the end of this state, or resume the VM with QMP cont, then capture again")),
+            .hint("wait for the end of this state, or resume the VM with QMP cont, then capture again")),
     }
 }
 
@@ -114,7 +114,7 @@ impl Vm {
         let unsupported = plugged(qmp, &plan)?;
         if !unsupported.is_empty() {
             return Err(Error::usage(format!("unsupported for clones: {}", unsupported.join("; ")))
-                .remedy("restart the VM without them, then capture again"));
+                .hint("restart the VM without them, then capture again"));
         }
         let Live { pid, process, program, version, .. } = live;
         let chains = plan.disks.iter().flat_map(|disk| disk.live.image.chain());
@@ -158,9 +158,7 @@ impl Vm {
         if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private() && is_there(m)) {
             return Err(Error::usage(format!("the VM does not map memory object '{id}' from this file"))
                 .at(&path)
-                .remedy(
-                    "set mem-path= to the path of a file, and do not replace the file while the VM runs",
-                ));
+                .hint("set mem-path= to the path of a file, and do not replace the file while the VM runs"));
         }
         let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
         Ok((file, dir))

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::order::{Failure, Launched, Order};
+use super::order::{Failure, LaunchRequest, Launched};
 use crate::clones::agent::Clock;
 use crate::clones::registry::{Entry, LOG, Launch, NewEntry, Touched};
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::units::Bytes;
 
 /// A launch in progress.
 pub(super) struct ActiveLaunch<'a> {
-    pub order: &'a Order<'a>,
+    pub order: &'a LaunchRequest<'a>,
     pub launch: &'a Launch,
     pub progress: &'a dyn Progress,
     pub next: AtomicU32,
@@ -122,7 +122,7 @@ impl ActiveLaunch<'_> {
                     "clone {} of {count} did not become ready{others}: {}",
                     first.index, first.message
                 ))
-                .remedy("all clones of this launch were removed; to keep the ready ones, use --keep-going"))
+                .hint("all clones of this launch were removed; to keep the ready ones, use --keep-going"))
             }
             _ => Ok(launched),
         }

@@ -31,7 +31,7 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
         clone_resources::allocate(target, &disks, &needs, entry, 0, || active.is_over())?;
     let filled = argv.iter().map(|arg| values.fill(arg, Escape::None)).collect::<Result<Vec<_>>>()?;
     let Some((program, args)) = filled.split_first() else {
-        return Err(Error::usage("missing command").remedy("write the command after --: -- CMD {memory}"));
+        return Err(Error::usage("missing command").hint("write the command after --: -- CMD {memory}"));
     };
     let mut command = Command::new(program);
     own_session(&mut command)
@@ -82,7 +82,7 @@ pub fn spawn(command: &mut Command, entry: &mut Entry) -> Result<Child> {
     let program = command.get_program().to_owned();
     let mut child = command.spawn().map_err(|e| {
         Error::io("cannot start the command", &program, e)
-            .remedy("check that the program is installed and executable")
+            .hint("check that the program is installed and executable")
     })?;
     let noted = ProcessId::of(child.id()).and_then(|id| id.map_or(Ok(()), |id| entry.set_process(id)));
     if let Err(error) = noted {
@@ -103,7 +103,7 @@ pub struct ReadyWait<'a> {
 impl<'a> ReadyWait<'a> {
     /// Starts the timeout now.
     pub fn new(active: &'a ActiveLaunch<'a>) -> ReadyWait<'a> {
-        ReadyWait { active, deadline: Instant::now() + active.order.patience }
+        ReadyWait { active, deadline: Instant::now() + active.order.ready_timeout }
     }
 
     /// Sleeps for `interval`.
@@ -117,9 +117,9 @@ impl<'a> ReadyWait<'a> {
         if Instant::now() >= self.deadline {
             return Err(Error::try_again(format!(
                 "timed out after {} s waiting for the clone",
-                self.active.order.patience.as_secs_f64()
+                self.active.order.ready_timeout.as_secs_f64()
             ))
-            .remedy("see the log of the clone, or wait longer with --timeout"));
+            .hint("see the log of the clone, or wait longer with --timeout"));
         }
         std::thread::sleep(interval);
         Ok(())
@@ -151,7 +151,7 @@ fn wait_mapped(wait: &ReadyWait<'_>, child: &mut Child, entry: &mut Entry) -> Re
                 return Err(Error::failed(format!(
                     "the command exited before it mapped the template ({status})"
                 ))
-                .remedy("see the log of the clone; the command must map {memory} while it runs"));
+                .hint("see the log of the clone; the command must map {memory} while it runs"));
             }
         }
         wait.pause(interval)?;

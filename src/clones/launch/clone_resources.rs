@@ -76,7 +76,7 @@ fn free_port(claim: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
     let failed = |e: rustix::io::Errno| {
         Error::failed("cannot reserve a host port")
             .because(e.into())
-            .remedy("check the limits on open files: ulimit -n, fs.file-max")
+            .hint("check the limits on open files: ulimit -n, fs.file-max")
     };
     // Rejected sockets stay bound during the search, so that the kernel does not offer their ports again.
     let mut rejected = vec![];
@@ -94,7 +94,7 @@ fn free_port(claim: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
         rejected.push(held);
     }
     Err(Error::try_again("no host port is free for TCP and UDP")
-        .remedy("list the ports in use with `ss -tul`, or widen net.ipv4.ip_local_port_range"))
+        .hint("list the ports in use with `ss -tul`, or widen net.ipv4.ip_local_port_range"))
 }
 
 /// Creates an empty overlay with a template file as backing file.
@@ -104,7 +104,7 @@ fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
     // disk.
     File::options().write(true).create_new(true).mode(0o600).open(path).map_err(|e| {
         Error::io("cannot create the disk of a clone", path, e)
-            .remedy("choose another directory for disks with --disk-dir")
+            .hint("choose another directory for disks with --disk-dir")
     })?;
     let done = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-F", &disk.format, "-b"])
@@ -115,7 +115,7 @@ fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
         .output()
         .map_err(|e| {
             Error::io("cannot start", "qemu-img", e)
-                .remedy("install qemu-img (Debian: qemu-utils) in a directory of PATH")
+                .hint("install qemu-img (Debian: qemu-utils) in a directory of PATH")
         })?;
     match done.status.success() {
         true => Ok(()),
@@ -126,7 +126,7 @@ fn overlay(target: &Target, disk: &Disk, path: &std::path::Path) -> Result<()> {
             String::from_utf8_lossy(&done.stderr).trim().replace('\n', "; ")
         ))
         .at(path)
-        .remedy("check the reason that qemu-img reports; --disk-dir sets the directory for disks")),
+        .hint("check the reason that qemu-img reports; --disk-dir sets the directory for disks")),
     }
 }
 

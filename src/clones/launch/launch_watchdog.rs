@@ -83,7 +83,7 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
     match registry::abort(&launch) {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("error: {error}");
+            crate::print_line!("error: {error}");
             ExitCode::FAILURE
         }
     }

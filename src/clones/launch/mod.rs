@@ -25,7 +25,7 @@ use crate::control;
 use crate::error::Result;
 use crate::progress::Progress;
 use active_launch::ActiveLaunch;
-pub use order::{Failure, How, Launched, Order, Ready};
+pub use order::{Failure, How, LaunchRequest, Launched, Ready};
 pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
 
@@ -34,14 +34,14 @@ pub use target::Target;
 /// # Errors
 /// Returns an error if a clone does not become ready (with `keep_going`: if none does) or the launch is cancelled. All
 /// clones of the launch are then removed.
-pub fn launch(order: &Order<'_>, progress: &dyn Progress) -> Result<Launched> {
+pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Launched> {
     // A failure does not matter here: leftovers of other launches never share an id or a port with this launch.
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let mut launch = Launch::prepare()?;
     // Started before any clone: if this process dies, the watchdog or the next sweep removes the clones.
     let watchdog = launch_watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
-    launch.begin()?;
+    launch.start()?;
     launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
         log::warn!("no baseline of available memory for `stencil density --audit`: {error}");
         None
@@ -73,7 +73,7 @@ fn baseline_if_idle() -> Result<Option<Baseline>> {
 }
 
 fn gather(
-    order: &Order<'_>,
+    order: &LaunchRequest<'_>,
     launch: &Launch,
     progress: &dyn Progress,
 ) -> Result<(Launched, Option<simulated_launch::Held>)> {

@@ -42,7 +42,7 @@ pub enum Ready {
 
 /// The parameters of a launch.
 #[derive(Debug)]
-pub struct Order<'a> {
+pub struct LaunchRequest<'a> {
     /// The template.
     pub target: &'a Target,
     /// The kind of the clones.
@@ -54,7 +54,7 @@ pub struct Order<'a> {
     /// Keeps the clones that become ready if others fail.
     pub keep_going: bool,
     /// Timeout for one clone to become ready.
-    pub patience: Duration,
+    pub ready_timeout: Duration,
     /// Absolute path of the directory for the clones' disks; `None` for each clone's own directory.
     pub disk_dir: Option<PathBuf>,
     /// Cancels the launch when set.

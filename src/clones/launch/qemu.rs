@@ -85,7 +85,7 @@ fn resume_once(
             long.len()
         ))
         .at(long)
-        .remedy("set STENCIL_RUNTIME_DIR to a shorter path"));
+        .hint("set STENCIL_RUNTIME_DIR to a shorter path"));
     }
     let mut command = Command::new(&recipe.program);
     own_session(&mut command).args(arguments).envs(values.variables());
@@ -145,7 +145,7 @@ fn bring_up(
         "running" => Ok(qmp),
         other => {
             Err(Error::failed(format!("the guest is not running after the resume: its state is '{other}'"))
-                .remedy("capture the template again from a running guest, with this version of QEMU"))
+                .hint("capture the template again from a running guest, with this version of QEMU"))
         }
     }
 }
@@ -175,7 +175,7 @@ fn connect(wait: &ReadyWait<'_>, child: &mut Child, entry: &Entry) -> Result<Qmp
         if let Some(status) = exited
             && process_tree::of_folder(&entry.dir).is_empty()
         {
-            return Err(Error::failed(format!("QEMU exited before it opened its QMP socket ({status})")).remedy(
+            return Err(Error::failed(format!("QEMU exited before it opened its QMP socket ({status})")).hint(
                 "check that this host has the QEMU, files and devices of the recipe: `stencil inspect --recipe`",
             ));
         }

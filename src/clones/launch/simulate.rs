@@ -34,7 +34,7 @@ impl FromStr for Amount {
     fn from_str(text: &str) -> Result<Amount> {
         let invalid = || {
             Error::usage(format!("invalid amount of pages '{text}'"))
-                .remedy("write a share (5%), a number of pages (1024p) or a page-aligned size (4M)")
+                .hint("write a share (5%), a number of pages (1024p) or a page-aligned size (4M)")
         };
         if let Some(number) = text.strip_suffix('%') {
             let percent: f64 = number.parse().map_err(|_| invalid())?;
@@ -78,13 +78,13 @@ impl FromStr for Simulate {
                 Some(("seed", seed)) => {
                     simulate.seed = seed.parse().map_err(|_| {
                         Error::usage(format!("invalid seed '{seed}' in --simulate"))
-                            .remedy("write seed=N with N from 0 to 18446744073709551615")
+                            .hint("write seed=N with N from 0 to 18446744073709551615")
                     })?;
                 }
                 Some(("file", name)) => simulate.file = Some(name.to_owned()),
                 _ => {
                     return Err(Error::usage(format!("unknown part '{word}' in --simulate"))
-                        .remedy("write read=P%,write=P%, optionally with seed=N and file=NAME"));
+                        .hint("write read=P%,write=P%, optionally with seed=N and file=NAME"));
                 }
             }
         }
@@ -117,7 +117,7 @@ impl Simulate {
                 "--simulate reads {read} and writes {written} other pages, but the file has only {}",
                 counted(all.get(), "page", "pages")
             ))
-            .remedy("choose smaller shares, together at most 100%"));
+            .hint("choose smaller shares, together at most 100%"));
         }
         Ok(Touched { read_pages: read, written_pages: written })
     }

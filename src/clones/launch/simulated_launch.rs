@@ -92,7 +92,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
             held.input
                 .write_all(line.as_bytes())
                 .map_err(|e| Error::failed(format!("the zygote died{}", held.error_output())).because(e))?;
-            starting.insert(next, Instant::now() + active.order.patience);
+            starting.insert(next, Instant::now() + active.order.ready_timeout);
             entries.insert(next, entry);
             next += 1;
         }
@@ -112,7 +112,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
             if let Some(entry) = entries.remove(&index) {
                 entry.destroy()?;
             }
-            let seconds = active.order.patience.as_secs_f64();
+            let seconds = active.order.ready_timeout.as_secs_f64();
             active.failed(index, format!("timed out after {seconds} s waiting for the clone"));
         }
     }
@@ -170,7 +170,7 @@ fn order(
     let touch = match &simulate.file {
         Some(name) => memory.iter().find(|f| &f.name == name).ok_or_else(|| {
             Error::usage(format!("template {} has no memory file '{name}'", target.name))
-                .remedy("list the files of the template with `stencil inspect`")
+                .hint("list the files of the template with `stencil inspect`")
         })?,
         None => memory
             .iter()

@@ -51,7 +51,7 @@ impl Target {
         // Detects a mount that does not reply before any clone is started.
         std::fs::metadata(&dir).map_err(|e| {
             Error::io("cannot access the template in the mount", &dir, e)
-                .remedy("check the mount with `stencil status`")
+                .hint("check the mount with `stencil status`")
         })?;
         let target = Target {
             name: reference.to_string(),
@@ -74,7 +74,7 @@ impl Target {
     pub fn recipe(&self) -> Result<Recipe> {
         self.recipe_if_any()?.ok_or_else(|| {
             Error::usage(Recipe::missing(&self.name))
-                .remedy("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
+                .hint("pass --simulate read=P%,write=P%, or a command: -- CMD with {memory} and {state}")
         })
     }
 

@@ -31,7 +31,7 @@ pub fn main() -> ExitCode {
     match Zygote::start().and_then(Zygote::serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            crate::say!("error: {error}");
+            crate::print_line!("error: {error}");
             ExitCode::FAILURE
         }
     }

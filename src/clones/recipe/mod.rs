@@ -98,14 +98,14 @@ impl Recipe {
     pub fn from_value(value: &Value) -> Result<Recipe> {
         let recipe: Recipe = serde_json::from_value(value.clone()).map_err(|e| {
             Error::failed(format!("cannot parse the launch recipe of the template: {e}"))
-                .remedy("pass the command of the clone: stencil clone T -- CMD…")
+                .hint("pass the command of the clone: stencil clone T -- CMD…")
         })?;
         if recipe.version != VERSION || recipe.vmm != "qemu" {
             return Err(Error::failed(format!(
                 "unsupported launch recipe: version {} for '{}', expected version {VERSION} for 'qemu'",
                 recipe.version, recipe.vmm
             ))
-            .remedy("use a newer stencil, or pass the command of the clone: stencil clone T -- CMD…"));
+            .hint("use a newer stencil, or pass the command of the clone: stencil clone T -- CMD…"));
         }
         Ok(recipe)
     }

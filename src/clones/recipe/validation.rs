@@ -50,9 +50,8 @@ impl Recipe {
     /// Returns [`Code::Usage`](crate::error::Code::Usage) with all problems of the recipe.
     pub fn edited(text: &str, files: &[TemplateFile]) -> Result<Recipe> {
         let recipe: Recipe = serde_json::from_str(text).map_err(|e| {
-            Error::usage(format!("invalid recipe: {e}")).remedy(
-                "keep the JSON form of `stencil inspect --recipe`; each argument is one string of argv",
-            )
+            Error::usage(format!("invalid recipe: {e}"))
+                .hint("keep the JSON form of `stencil inspect --recipe`; each argument is one string of argv")
         })?;
         let ram = files.iter().filter(|file| file.kind == FileKind::Ram).map(|file| file.name.as_str());
         let unused_ram = recipe.unused_ram(ram);
@@ -137,7 +136,7 @@ impl Recipe {
         }
         match problems.is_empty() {
             true => Ok(recipe),
-            false => Err(Error::usage(format!("invalid recipe: {}", problems.join("; "))).remedy(
+            false => Err(Error::usage(format!("invalid recipe: {}", problems.join("; "))).hint(
                 "correct the recipe and run the command again; the recipe of the template is unchanged",
             )),
         }

@@ -153,10 +153,10 @@ impl Values {
                     "{{{name}}}: template {} has no file '{file}'",
                     self.template
                 ))
-                .remedy("list the files of the template with `stencil inspect`"));
+                .hint("list the files of the template with `stencil inspect`"));
             } else if name.starts_with("disk:") && is_placeholder(name) {
                 return Err(Error::usage(format!("{{{name}}}: template {} has no such disk", self.template))
-                    .remedy("list the disks of the recipe with `stencil inspect --recipe`"));
+                    .hint("list the disks of the recipe with `stencil inspect --recipe`"));
             } else {
                 filled.push('{');
                 rest = &from[1..];

@@ -138,7 +138,7 @@ impl Entry {
         let elsewhere = self.disks.iter().filter(|_| self.disk_dir.is_some());
         let disks: String =
             elsewhere.map(|name| format!(" and {}", self.disk_path(name).display())).collect();
-        Err(Error::try_again(what).at(&self.dir).remedy(format!(
+        Err(Error::try_again(what).at(&self.dir).hint(format!(
             "run 'stencil stop {}' in its PID namespace; if that namespace has ended, remove this directory{disks}",
             self.id
         )))
@@ -186,7 +186,7 @@ impl Entry {
     /// Returns an error if the record cannot be written or has an invalid field, so that it could not be read again.
     pub fn save(&self) -> Result<()> {
         if let Some(field) = self.problem_of_fields() {
-            return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).remedy(
+            return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).hint(
                 "use only letters, digits, '.', '_' and '-' in names; see 'stencil inspect --recipe'",
             ));
         }
@@ -298,5 +298,5 @@ pub(super) fn remove_directory(path: &Path) -> Result<()> {
     }
     Err(Error::failed("cannot remove the directory of a clone: a process still writes files to it")
         .at(path)
-        .remedy("stop the process that writes to the directory, then run the command again"))
+        .hint("stop the process that writes to the directory, then run the command again"))
 }

@@ -67,7 +67,7 @@ impl Launch {
     /// Returns an error if the identity of this process cannot be read.
     pub fn prepare() -> Result<Launch> {
         // The id names the launcher, so an empty marker file is complete as soon as it exists.
-        let me = ProcessId::me()?;
+        let me = ProcessId::current()?;
         let mut id = format!("{}.{}.{}", random_id()?, me.pid, me.identity);
         if let Some(namespace) = probe::pid_namespace() {
             id.push_str(&format!(".{namespace}"));
@@ -79,7 +79,7 @@ impl Launch {
     ///
     /// # Errors
     /// Returns an error if the runtime directory cannot be written.
-    pub fn begin(&self) -> Result<()> {
+    pub fn start(&self) -> Result<()> {
         let all = runtime::create(LAUNCHES)?;
         places::expect_utf8("runtime directory", all.path())?;
         let make = || {
@@ -192,7 +192,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
             return Err(Error::failed("cannot use the marker of a launch")
                 .at(&marker)
                 .because(e)
-                .remedy("if no 'stencil clone' is running, remove this file"));
+                .hint("if no 'stencil clone' is running, remove this file"));
         }
     };
     // The watchdog and another command may clean up at the same time, and a child may not have executed its program
@@ -205,7 +205,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
             let holders = holders::list_pids(&file_locks::flock_holders(&lock));
             return Err(Error::try_again(what)
                 .at(&marker)
-                .remedy(format!("resume or end the holder of the lock: {holders}")));
+                .hint(format!("resume or end the holder of the lock: {holders}")));
         }
         Err(e) => return Err(Error::io("cannot lock", &marker, e)),
     }
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn reads_the_launcher_from_the_id() {
-        let me = ProcessId::me().unwrap();
+        let me = ProcessId::current().unwrap();
         let launch = Launch::prepare().unwrap();
         assert_eq!(launcher(launch.id()), Some(me));
         let (without_namespace, _) = launch.id().rsplit_once('.').unwrap();

@@ -144,7 +144,7 @@ pub fn kill(entries: &[Entry]) -> Result<()> {
         }
     }
     Err(Error::failed("a clone starts processes faster than they can be killed")
-        .remedy("stop the program that starts the processes, then run the command again"))
+        .hint("stop the program that starts the processes, then run the command again"))
 }
 
 impl Entry {
@@ -162,9 +162,9 @@ fn not_exiting(process: &ProcessId) -> Error {
     let pid = process.pid;
     match paused::of(pid) {
         Some(pause) => Error::try_again(format!("process {pid} does not exit: it {pause}"))
-            .remedy(format!("{}; then run the command again", pause.remedy(pid))),
+            .hint(format!("{}; then run the command again", pause.remedy(pid))),
         None => Error::failed(format!("process {pid} does not exit"))
-            .remedy("the process may wait for a reply of a mount: run 'stencil status' and 'stencil doctor'"),
+            .hint("the process may wait for a reply of a mount: run 'stencil status' and 'stencil doctor'"),
     }
 }
 

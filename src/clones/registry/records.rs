@@ -49,7 +49,7 @@ pub fn find(id: &str) -> Result<Entry> {
     let all = if is_plain_name(id) { runtime::open(CLONES)? } else { None };
     let entry = all.map(|all| load(&all, Path::new(id))).transpose()?.flatten();
     entry.ok_or_else(|| {
-        Error::not_found(format!("no clone has the id '{id}'")).remedy("run 'stencil ps' to list the clones")
+        Error::not_found(format!("no clone has the id '{id}'")).hint("run 'stencil ps' to list the clones")
     })
 }
 
@@ -76,7 +76,7 @@ fn load(all: &Directory, name: &Path) -> Result<Option<Entry>> {
             Error::failed("cannot use the record of a clone")
                 .at(&dir)
                 .because(e)
-                .remedy(format!("if no process of this clone is running, remove {}", dir.display()))
+                .hint(format!("if no process of this clone is running, remove {}", dir.display()))
         }),
     }
 }

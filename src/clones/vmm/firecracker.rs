@@ -2,26 +2,26 @@
 
 use serde_json::json;
 
-use super::paste::Paste;
+use super::paste::VmmArguments;
 use super::served::Served;
 use crate::error::{Error, Result};
 use crate::store::FirecrackerState;
 
-pub(super) fn paste(template: &Served) -> Result<Paste> {
+pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let memory = template.one_ram("Firecracker loads only one memory file")?;
     let (Some(state), Some(head)) = (template.state(), &template.state_head) else {
         return Err(Error::usage(format!(
             "template {} has no file 'state', which Firecracker requires",
             template.name
         ))
-        .remedy(
+        .hint(
             "import the snapshot with its state: stencil import MEMORY NAME --state STATE --format firecracker",
         ));
     };
     let header = FirecrackerState::header(head).map_err(|why| {
         Error::usage(format!("the state of template {} {why}", template.name))
             .at(state)
-            .remedy("choose a template that was imported with --format firecracker")
+            .hint("choose a template that was imported with --format firecracker")
     })?;
     let body = json!({
         "snapshot_path": state,
@@ -40,7 +40,7 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
             .to_owned(),
         "Firecracker cannot load the snapshot of a guest with huge_pages \"2M\" from a file".to_owned(),
     ];
-    Ok(Paste { text, argv: None, body: Some(body), notes })
+    Ok(VmmArguments { text, argv: None, body: Some(body), notes })
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! A wrapper script for `path` in Kata's `[hypervisor.qemu]`.
 
-use super::paste::{Paste, shell_word};
+use super::paste::{VmmArguments, shell_word};
 use super::served::Served;
 use crate::error::Result;
 
 /// The script, with `@NAME@` for the values of the template.
 const SCRIPT: &str = include_str!("kata.sh");
 
-pub(super) fn paste(template: &Served) -> Result<Paste> {
+pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let memory = template.one_ram("Kata supports only one RAM file")?;
     let program = template.recipe.as_ref().map_or("/usr/bin/qemu-system-x86_64", |r| &r.program);
     let text = SCRIPT
@@ -21,5 +21,5 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
          docs/how-to/kata.md has the whole procedure"
             .to_owned(),
     ];
-    Ok(Paste { text: text.trim_end().to_owned(), argv: None, body: None, notes })
+    Ok(VmmArguments { text: text.trim_end().to_owned(), argv: None, body: None, notes })
 }

@@ -1,12 +1,12 @@
 //! A libvirt domain: libvirt has no element for `readonly=on,rom=off`, so the memory is defined in
 //! `<qemu:commandline>`, whose `-machine memory-backend=` follows libvirt's own and overrides it.
 
-use super::paste::Paste;
+use super::paste::VmmArguments;
 use super::qemu::of_files;
 use super::served::Served;
 use crate::error::Result;
 
-pub(super) fn paste(template: &Served) -> Result<Paste> {
+pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let memory = template.one_ram("libvirt creates the memory of NUMA nodes itself")?;
     let line = of_files(template, None)?;
     let name = escape(&template.name.replace([':', '/', '@'], "-"));
@@ -32,7 +32,7 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
         notes
             .push("libvirt resumes only device state that libvirt saved: the guest boots instead".to_owned());
     }
-    Ok(Paste { text, argv: None, body: None, notes })
+    Ok(VmmArguments { text, argv: None, body: None, notes })
 }
 
 fn escape(text: &str) -> String {

@@ -10,7 +10,7 @@ mod served;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
-pub use paste::{Paste, shell_word};
+pub use paste::{VmmArguments, shell_word};
 pub use served::Served;
 
 /// Programs that can map guest memory from a template.
@@ -47,7 +47,7 @@ impl FromStr for Vmm {
     fn from_str(text: &str) -> Result<Vmm> {
         Vmm::ALL.into_iter().find(|vmm| vmm.name() == text).ok_or_else(|| {
             Error::usage(format!("unknown VMM '{text}'"))
-                .remedy(format!("use one of {}", Vmm::ALL.map(Vmm::name).join(", ")))
+                .hint(format!("use one of {}", Vmm::ALL.map(Vmm::name).join(", ")))
         })
     }
 }
@@ -56,7 +56,7 @@ impl FromStr for Vmm {
 ///
 /// # Errors
 /// Returns [`Code::Usage`](crate::error::Code::Usage) if the VMM cannot use the template.
-pub fn paste(vmm: Vmm, template: &Served) -> Result<Paste> {
+pub fn paste(vmm: Vmm, template: &Served) -> Result<VmmArguments> {
     match vmm {
         Vmm::Qemu => qemu::paste(template),
         Vmm::Firecracker => firecracker::paste(template),

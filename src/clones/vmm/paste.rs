@@ -2,7 +2,7 @@
 
 /// The configuration of a VMM, for the user to paste.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Paste {
+pub struct VmmArguments {
     /// The configuration as text.
     pub text: String,
     /// For QEMU: the command line as separate words, beginning with the program.

@@ -1,6 +1,6 @@
 //! QEMU command lines with the memory of a template.
 
-use super::paste::{Paste, shell_word};
+use super::paste::{VmmArguments, shell_word};
 use super::served::{Memory, Served};
 use crate::clones::recipe::{Escape, Props, Recipe, implied, options};
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ impl Line {
     }
 }
 
-pub(super) fn paste(template: &Served) -> Result<Paste> {
+pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let (program, line, mut notes) = match &template.recipe {
         Some(recipe) => (recipe.program.clone(), of_recipe(recipe, template)?, vec![]),
         None => ("qemu-system-x86_64".to_owned(), of_files(template, Some("q35"))?, vec![]),
@@ -41,7 +41,7 @@ pub(super) fn paste(template: &Served) -> Result<Paste> {
         text.push_str(&format!(" \\\n    {option} {}", shell_word(value)));
     }
     let argv = std::iter::once(program.as_str()).chain(line.words()).map(str::to_owned).collect();
-    Ok(Paste { text, argv: Some(argv), body: None, notes })
+    Ok(VmmArguments { text, argv: Some(argv), body: None, notes })
 }
 
 /// Returns machine and memory options for a template without recipe: one NUMA node per RAM file, one NVDIMM per ROM.
@@ -100,7 +100,7 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
                 "the recipe of template {} has -{option} {value}: cannot parse its properties",
                 template.name
             ))
-            .remedy("rewrite the option as key=value,key=value with `stencil recipe edit`")
+            .hint("rewrite the option as key=value,key=value with `stencil recipe edit`")
         })?;
         match option {
             "object" if props.get(implied).is_some_and(|kind| kind.starts_with("memory-backend-")) => {
@@ -121,7 +121,7 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
     }
     let ram = template.ram()?;
     if let Some(why) = recipe.unused_ram(ram.iter().map(|memory| memory.name)) {
-        return Err(Error::usage(format!("the recipe of template {} {why}", template.name)).remedy(
+        return Err(Error::usage(format!("the recipe of template {} {why}", template.name)).hint(
             "show the recipe with `stencil inspect --recipe` and correct it with `stencil recipe edit`",
         ));
     }

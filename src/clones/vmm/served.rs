@@ -41,7 +41,7 @@ impl Served {
                 self.name,
                 self.names()
             ))
-            .remedy("choose a template that was captured, or imported with a memory file"));
+            .hint("choose a template that was captured, or imported with a memory file"));
         }
         if let Some(unaligned) = ram.iter().find(|memory| !memory.size.get().is_multiple_of(RAM_STEP)) {
             return Err(Error::usage(format!(
@@ -50,9 +50,7 @@ impl Served {
                 self.name,
                 unaligned.size.get()
             ))
-            .remedy(format!(
-                "pad the source with zeros (truncate -s %{RAM_STEP} FILE) and import it again"
-            )));
+            .hint(format!("pad the source with zeros (truncate -s %{RAM_STEP} FILE) and import it again")));
         }
         Ok(ram)
     }
@@ -63,7 +61,7 @@ impl Served {
             [ram] => Ok(*ram),
             several => {
                 Err(Error::usage(format!("template {} has {} RAM files: {reason}", self.name, several.len()))
-                    .remedy("use --vmm qemu, which maps each file as a NUMA node"))
+                    .hint("use --vmm qemu, which maps each file as a NUMA node"))
             }
         }
     }

@@ -48,7 +48,7 @@ impl Mount {
     pub fn snapshot(&self) -> Result<Snapshot> {
         match ask(&self.dir, &Request::Snapshot)? {
             (Response::Snapshot, Some(file)) => read_snapshot(&File::from(file)).map_err(|e| {
-                Error::failed("cannot parse the supervisor's snapshot").because(e).remedy(OTHER_VERSION)
+                Error::failed("cannot parse the supervisor's snapshot").because(e).hint(OTHER_VERSION)
             }),
             (other, _) => Err(unexpected(&other)),
         }
@@ -108,7 +108,7 @@ const OTHER_VERSION: &str = "stencil and stencil-mountd have different versions:
      install both from one build, then run 'stencil restart'";
 
 pub(in crate::control) fn unexpected(response: &Response) -> Error {
-    Error::failed(format!("unexpected reply from the supervisor: {response:?}")).remedy(OTHER_VERSION)
+    Error::failed(format!("unexpected reply from the supervisor: {response:?}")).hint(OTHER_VERSION)
 }
 
 /// Sends one request to the supervisor whose record is in `dir`. A [`Response::Failed`] becomes the error that it
@@ -134,7 +134,7 @@ fn ask_with(
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(Response, Option<OwnedFd>)> {
     let path = dir.join(CONTROL_SOCKET);
-    let lost = |e| Error::io("cannot reach the supervisor of the mount", &path, e).remedy(SUPERVISOR_LOST);
+    let lost = |e| Error::io("cannot reach the supervisor of the mount", &path, e).hint(SUPERVISOR_LOST);
     let channel = reach(dir).map_err(lost)?;
     channel.set_timeout(REPLY_TIMEOUT).map_err(lost)?;
     channel.send(request, fd).map_err(lost)?;

@@ -41,7 +41,7 @@ impl Condemnation {
     }
 
     /// Returns true if `mount` hides the templates.
-    pub fn has(&self, mount: &Mount) -> bool {
+    pub fn contains(&self, mount: &Mount) -> bool {
         self.mounts.iter().any(|(ours, _)| ours.device == mount.device)
     }
 
@@ -60,7 +60,7 @@ impl Condemnation {
                     Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
-                .remedy(format!(
+                .hint(format!(
                     "run this in the PID namespace of that mount; if that namespace no longer exists, remove {}",
                     mount.dir.display()
                 )));
@@ -72,7 +72,7 @@ impl Condemnation {
                     Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
-                .remedy(format!(
+                .hint(format!(
                     "run 'stencil mount {0}' to start another supervisor, or 'stencil umount {0}' to unmount",
                     mount.mountpoint.display()
                 )));
@@ -198,5 +198,5 @@ fn lost(mount: &Mount, error: io::Error) -> Error {
         ),
         false => ("cannot reach the mount's supervisor", SUPERVISOR_LOST.to_owned()),
     };
-    Error::try_again(what).at(mount.dir.join(CONTROL_SOCKET)).because(error).remedy(remedy)
+    Error::try_again(what).at(mount.dir.join(CONTROL_SOCKET)).because(error).hint(remedy)
 }

@@ -27,7 +27,7 @@ pub fn find_daemon() -> Result<PathBuf> {
         } else {
             Err(Error::not_found(format!("{VARIABLE} does not name a file"))
                 .at(named)
-                .remedy("set it to the path of stencil-mountd, or unset it to use the one beside stencil"))
+                .hint("set it to the path of stencil-mountd, or unset it to use the one beside stencil"))
         };
     }
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
@@ -35,7 +35,7 @@ pub fn find_daemon() -> Result<PathBuf> {
     let on_path = std::env::split_paths(&path).map(|dir| dir.join(NAME));
     beside.into_iter().chain(on_path).find(|p| p.is_file()).ok_or_else(|| {
         Error::not_found("stencil-mountd is not installed")
-            .remedy("install it beside stencil or in a directory of PATH, or set STENCIL_MOUNTD to its path")
+            .hint("install it beside stencil or in a directory of PATH, or set STENCIL_MOUNTD to its path")
     })
 }
 
@@ -67,7 +67,7 @@ pub fn start_supervisor(options: &MountOptions) -> Result<()> {
             let status = child.wait().map(|s| s.to_string()).unwrap_or_default();
             Err(Error::failed(format!("the supervisor exited without a report ({status})"))
                 .at(daemon)
-                .remedy("run the same command with -f to see its output"))
+                .hint("run the same command with -f to see its output"))
         }
     }
 }

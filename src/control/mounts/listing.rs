@@ -67,7 +67,7 @@ pub fn mount_of(store: &Store) -> Result<Mount> {
         let dir = store.dir();
         Error::not_found("the store is not mounted")
             .at(dir)
-            .remedy(format!("mount the store: stencil --store {} mount MNT", dir.display()))
+            .hint(format!("mount the store: stencil --store {} mount MNT", dir.display()))
     })
 }
 
@@ -96,7 +96,7 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
         if Instant::now() > until {
             return Err(Error::try_again("a mount of the store has no record in this runtime directory")
                 .at(&stranger.mountpoint)
-                .remedy(format!(
+                .hint(format!(
                     "run this with the STENCIL_RUNTIME_DIR of that mount (here: {}), or unmount it: \
                      'stencil umount {}'",
                     runtime_dir().display(),
@@ -113,7 +113,7 @@ impl DeadMount {
         let place = self.mountpoint.display();
         Error::try_again("the mount is dead: its supervisor and its server have exited")
             .at(&self.mountpoint)
-            .remedy(format!(
+            .hint(format!(
                 "run 'stencil mount {place}' to mount the store again, or 'stencil umount {place}' to unmount"
             ))
     }
@@ -134,7 +134,7 @@ impl Mount {
         };
         let what =
             format!("the mount has lost its supervisor: process {supervisor} is dead{elsewhere}{serves}");
-        Error::failed(what).at(&self.mountpoint).remedy(remedy)
+        Error::failed(what).at(&self.mountpoint).hint(remedy)
     }
 }
 
@@ -283,7 +283,7 @@ fn read_record(all: &Directory, name: &Path) -> io::Result<Option<(Directory, Re
 }
 
 fn unread(dir: &Path, e: io::Error) -> Error {
-    Error::try_again("cannot read the record of a mount").at(dir).because(e).remedy(format!(
+    Error::try_again("cannot read the record of a mount").at(dir).because(e).hint(format!(
         "run this as root, with the version of Stencil that wrote the record; if that mount no longer exists, remove {}",
         dir.display()
     ))

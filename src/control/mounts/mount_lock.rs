@@ -38,7 +38,7 @@ impl MountLock {
                     STARTUP_TIMEOUT.as_secs()
                 ))
                 .at(records.path())
-                .remedy("retry when the other mount has started or failed"))
+                .hint("retry when the other mount has started or failed"))
             }
             Err(e) => Err(Error::io("cannot lock the mount records", records.path(), e)),
         }

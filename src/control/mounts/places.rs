@@ -23,7 +23,7 @@ pub fn expect_utf8(what: &str, path: &Path) -> Result<()> {
     }
     Err(Error::usage(format!("the path of the {what} is not UTF-8"))
         .at(path)
-        .remedy("use another path: records and configuration files of VMMs are JSON"))
+        .hint("use another path: records and configuration files of VMMs are JSON"))
 }
 
 /// Rejects a mount whose store, cache directory or runtime directory lies in the mount itself or in another Stencil
@@ -51,7 +51,7 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
         let inside = || {
             Error::usage(format!("the {what} lies in the mountpoint, {}", mountpoint.display()))
                 .at(&path)
-                .remedy("use a directory outside of it: the mount would wait for its own reply")
+                .hint("use a directory outside of it: the mount would wait for its own reply")
         };
         let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
         // Compares the text of the paths first: `existing` below could block on the mount.
@@ -67,7 +67,7 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
         if what == "cache directory" {
             let dir = fs::canonicalize(&path).map_err(|e| {
                 Error::io("the cache directory cannot hold backings", &path, e)
-                    .remedy("use a directory on ext4 or xfs")
+                    .hint("use a directory on ext4 or xfs")
             })?;
             expect_utf8(what, &dir)?;
             options.cache_dir = Some(dir);
@@ -78,7 +78,7 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
     if above(&options.store, folder, identity(&options.store)) {
         return Err(Error::usage(format!("the mountpoint lies in the store, {}", options.store.display()))
             .at(&mountpoint)
-            .remedy("use an empty directory outside of the store"));
+            .hint("use an empty directory outside of the store"));
     }
     Ok(())
 }
@@ -94,7 +94,7 @@ fn refuse_ours(what: &str, path: &Path) -> Result<()> {
             line.mountpoint.display()
         ))
         .at(path)
-        .remedy("use a directory on a local file system: ext4 or xfs")),
+        .hint("use a directory on a local file system: ext4 or xfs")),
     }
 }
 

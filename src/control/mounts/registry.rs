@@ -178,7 +178,7 @@ impl RecordDir {
             Ok(false) => {
                 Err(Error::in_use("the mount has a supervisor, or another supervisor is taking it over")
                     .at(&path)
-                    .remedy("run 'stencil status'"))
+                    .hint("run 'stencil status'"))
             }
             Err(e) => Err(Error::io("cannot lock the mount's record", &path, e)),
         }

@@ -58,7 +58,7 @@ impl Mount {
             "the list of backings changed during each of {ATTEMPTS} attempts to read it"
         ))
         .at(&self.mountpoint)
-        .remedy("retry when fewer templates are being opened and closed"))
+        .hint("retry when fewer templates are being opened and closed"))
     }
 
     /// Returns `None` if the list of backings changes meanwhile: a request names a backing by its index only.
@@ -89,7 +89,7 @@ impl Mount {
         let unknown = || {
             Error::try_again("cannot measure the mount's page cache: its supervisor is dead")
                 .at(&self.mountpoint)
-                .remedy(match self.foreign {
+                .hint(match self.foreign {
                     true => {
                         format!(
                             "the mount is of another PID namespace; if that no longer exists, remove {}",

@@ -148,7 +148,7 @@ impl Failure {
         }
         // Last, so that the remedy from the other side replaces one that `because` adds.
         match self.remedy {
-            Some(remedy) => error.remedy(remedy),
+            Some(remedy) => error.hint(remedy),
             None => error,
         }
     }
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn an_error_round_trips() {
-        let error = Error::in_use("2 clones map it").at("/mnt").remedy("stop them");
+        let error = Error::in_use("2 clones map it").at("/mnt").hint("stop them");
         let text = serde_json::to_string(&Response::Failed(Failure::from(&error))).unwrap();
         let Response::Failed(back) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
         let back = back.into_error();

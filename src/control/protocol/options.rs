@@ -42,7 +42,7 @@ impl FromStr for ServeMode {
             .into_iter()
             .find(|m| m.name() == text)
             .ok_or_else(|| {
-                Error::usage(format!("invalid serve mode '{text}'")).remedy("use auto, passthrough or decode")
+                Error::usage(format!("invalid serve mode '{text}'")).hint("use auto, passthrough or decode")
             })
     }
 }
@@ -123,7 +123,7 @@ fn refused(word: &str) -> Option<Error> {
         }
         _ => return None,
     };
-    Some(Error::usage(format!("mount option '{word}' is refused{why}")).remedy(remedy))
+    Some(Error::usage(format!("mount option '{word}' is refused{why}")).hint(remedy))
 }
 
 impl MountOptions {
@@ -156,7 +156,7 @@ impl MountOptions {
                 None if word == "noexec" => self.noexec = true,
                 _ if Self::knows(word) => {}
                 _ => {
-                    return Err(Error::usage(format!("unknown mount option '{word}'")).remedy(
+                    return Err(Error::usage(format!("unknown mount option '{word}'")).hint(
                         "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec or the usual options of fstab",
                     ));
                 }
@@ -178,7 +178,7 @@ impl MountOptions {
         let text = || {
             value.to_str().ok_or_else(|| {
                 Error::usage(format!("the value of {key} is not UTF-8"))
-                    .remedy(format!("use a UTF-8 value for {key}="))
+                    .hint(format!("use a UTF-8 value for {key}="))
             })
         };
         match key {
@@ -271,7 +271,7 @@ pub fn parse_seconds(text: &str) -> Result<Duration> {
         .ok()
         .and_then(|s| Duration::try_from_secs_f64(s).ok())
         .ok_or_else(|| {
-            Error::usage(format!("invalid time '{text}'")).remedy("give seconds, for example 30 or 0.5")
+            Error::usage(format!("invalid time '{text}'")).hint("give seconds, for example 30 or 0.5")
         })
 }
 

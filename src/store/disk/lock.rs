@@ -62,7 +62,7 @@ impl Lock {
                     Holders(file)
                 ))
                 .at(path)
-                .remedy("run the command again after that process has ended"));
+                .hint("run the command again after that process has ended"));
             }
             if !logged && started.elapsed() > LOG_AFTER {
                 logged = true;

@@ -70,7 +70,7 @@ impl Store {
             Err(e) if e.code() == Code::NotFound || e.errno() == Some(libc::ENOTDIR) && !root.is_dir() => {
                 return Err(Error::not_found("no template store found")
                     .at(dir)
-                    .remedy("create a store with 'stencil import', or select another directory with --store DIR or STENCIL_STORE"));
+                    .hint("create a store with 'stencil import', or select another directory with --store DIR or STENCIL_STORE"));
             }
             Err(e) => return Err(e),
         };
@@ -171,7 +171,7 @@ impl Store {
     fn open_error(&self, path: &StorePath, error: io::Error) -> Error {
         match is_misplaced(&error) && self.0.root.is_dir() {
             true => path.error("cannot open", error),
-            false => Error::try_again("cannot reach the store").at(path).because(error).remedy(
+            false => Error::try_again("cannot reach the store").at(path).because(error).hint(
                 "make the store available at that path again, readable for the server; pending requests then continue",
             ),
         }
@@ -187,7 +187,7 @@ impl Store {
         if found.is_some_and(|found| found.secret != self.0.superblock.secret) {
             return Err(Error::try_again("found another store in place of the store")
                 .at(self.dir())
-                .remedy("make the original store available at that path again"));
+                .hint("make the original store available at that path again"));
         }
         Ok(())
     }
@@ -359,7 +359,7 @@ impl Store {
                 );
                 return Err(Error::try_again(why)
                     .at(self.dir())
-                    .remedy("run the command again after that process has ended"));
+                    .hint("run the command again after that process has ended"));
             }
             if !logged && started.elapsed() > LOG_AFTER {
                 logged = true;
@@ -384,7 +384,7 @@ impl Store {
         if self.is_on_read_only_filesystem() {
             return Err(Error::failed("the file system of the store is mounted read-only")
                 .at(self.dir())
-                .remedy("remount the file system read-write to change the store; reading and mounting work without"));
+                .hint("remount the file system read-write to change the store; reading and mounting work without"));
         }
         match self.0.superblock.preamble.read_only_compatible {
             0 => Ok(()),
@@ -392,7 +392,7 @@ impl Store {
                 "changing the store needs a newer Stencil: unsupported features {features:#x}"
             ))
             .at(self.dir())
-            .remedy("update Stencil on this host; reading the store works")),
+            .hint("update Stencil on this host; reading the store works")),
         }
     }
 }
@@ -423,11 +423,11 @@ fn create_directories(root: &StorePath) -> Result<()> {
 
 /// Returns the error for a template that the store does not have.
 pub(in crate::store) fn no_template(dir: &Path, digest: &Digest) -> Error {
-    Error::not_found(format!("no template {digest}")).at(dir).remedy("run 'stencil ls' to list the templates")
+    Error::not_found(format!("no template {digest}")).at(dir).hint("run 'stencil ls' to list the templates")
 }
 
 fn foreign(dir: &Path) -> Error {
     Error::usage("the directory is not empty and not a template store")
         .at(dir)
-        .remedy("select another directory with --store DIR or STENCIL_STORE")
+        .hint("select another directory with --store DIR or STENCIL_STORE")
 }

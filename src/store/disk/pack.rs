@@ -77,7 +77,7 @@ impl PackFile {
         let why = format!("block at offset {} cannot be verified: {why}", stored.offset);
         Invalid::Damage(why)
             .in_file("pack", &self.path)
-            .remedy("run 'stencil verify' to list the affected templates; import the same memory again to repair them")
+            .hint("run 'stencil verify' to list the affected templates; import the same memory again to repair them")
     }
 
     /// Reads the record `stored` into `buffer`.

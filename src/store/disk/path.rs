@@ -234,7 +234,7 @@ impl StorePath {
     /// Returns the error for a failed access: damage if a file of an unexpected type has this name.
     pub(in crate::store) fn error(&self, what: impl Into<String>, error: io::Error) -> Error {
         match is_misplaced(&error) {
-            true => Error::damage(what).at(&self.path).because(error).remedy(
+            true => Error::damage(what).at(&self.path).because(error).hint(
                 "remove or replace the file: a store consists of regular files and directories, and links, FIFOs, sockets \
                  and devices are not opened; then import the same memory again if a template was damaged",
             ),

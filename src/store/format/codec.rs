@@ -58,7 +58,7 @@ impl FromStr for Compression {
             ("zstd", None) => Ok(Compression::Zstd(3)),
             ("zstd", Some(Some(level))) => Ok(Compression::Zstd(level)),
             _ => Err(Error::usage(format!("invalid compression '{text}'"))
-                .remedy("use lz4, none, zstd or zstd:LEVEL with a level from 1 to 22")),
+                .hint("use lz4, none, zstd or zstd:LEVEL with a level from 1 to 22")),
         }
     }
 }
@@ -79,7 +79,7 @@ impl FromStr for ChunkSize {
     fn from_str(text: &str) -> Result<ChunkSize> {
         let bytes = Bytes::parse(text)?.get();
         (MIN_CHUNK_SHIFT..=ONE_PIECE).find(|shift| bytes == 1 << shift).map(ChunkSize).ok_or_else(|| {
-            Error::usage(format!("invalid chunk size '{text}'")).remedy("use 4k, 8k, 16k, 32k or 64k")
+            Error::usage(format!("invalid chunk size '{text}'")).hint("use 4k, 8k, 16k, 32k or 64k")
         })
     }
 }

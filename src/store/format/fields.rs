@@ -29,7 +29,7 @@ impl Invalid {
             Invalid::Damage(why) => Error::damage(format!("{what} is damaged: {why}")).at(path),
             Invalid::Newer(why) => Error::failed(format!("{what} needs a newer Stencil: {why}"))
                 .at(path)
-                .remedy("update Stencil on this host"),
+                .hint("update Stencil on this host"),
         }
     }
 }

@@ -23,7 +23,7 @@ const MIN_PREFIX: usize = 8;
 /// Returns a usage error with the rule that `text` violates; `what` names the kind of name in the message.
 pub fn check_name(what: &str, text: &str) -> Result<()> {
     let invalid = |why: &str| {
-        Err(Error::usage(format!("invalid {what} '{}': {why}", text.escape_debug())).remedy(format!(
+        Err(Error::usage(format!("invalid {what} '{}': {why}", text.escape_debug())).hint(format!(
             "use at most {MAX_NAME} letters, digits, '.', '_' and '-', starting with a letter, a digit or '_'"
         )))
     };
@@ -67,7 +67,7 @@ impl TagName {
             return Err(Error::usage(format!(
                 "invalid name '{name}': could be mistaken for a digest prefix"
             ))
-            .remedy("add a '-' or a letter other than a to f to the name"));
+            .hint("add a '-' or a letter other than a to f to the name"));
         }
         Ok(TagName { name: name.to_owned(), tag: tag.to_owned() })
     }

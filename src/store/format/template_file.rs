@@ -52,7 +52,7 @@ impl FromStr for FileKind {
             "ram" => Ok(FileKind::Ram),
             "rom" => Ok(FileKind::Rom),
             "blob" => Ok(FileKind::Blob),
-            _ => Err(Error::usage(format!("invalid file kind '{text}'")).remedy("use ram, rom or blob")),
+            _ => Err(Error::usage(format!("invalid file kind '{text}'")).hint("use ram, rom or blob")),
         }
     }
 }

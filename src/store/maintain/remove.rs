@@ -46,7 +46,7 @@ fn hiding_interrupted(digest: &Digest) -> Error {
     Error::try_again(format!(
         "template {digest} was not removed: a mount of the store may have shown the template during the removal"
     ))
-    .remedy("run the command again when no mount of the store is starting or restarting")
+    .hint("run the command again when no mount of the store is starting or restarting")
 }
 
 /// Returns the original name of a path from [`aside_path`].
@@ -250,7 +250,7 @@ impl Store {
     pub(in crate::store) fn restore_set_aside(&self) -> Result<()> {
         let fail = |path: &StorePath, e| {
             Error::io("cannot undo the unfinished removal", path, e)
-                .remedy("make the path writable, then run 'stencil gc' to restore the hidden file")
+                .hint("make the path writable, then run 'stencil gc' to restore the hidden file")
         };
         // A template that cannot be restored does not block the others, and its tags stay set aside.
         let (mut restored, mut stuck) = (Ok(()), HashSet::new());

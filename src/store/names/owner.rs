@@ -19,7 +19,7 @@ pub fn parse_mode(text: &str) -> Result<u32> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode & !READ_BITS == 0 && text.len() <= 5 => Ok(mode),
         _ => Err(Error::usage(format!("invalid mode '{text}': only read bits are allowed"))
-            .remedy("use an octal mode: 0444 for all users, 0440 for owner and group, 0400 for the owner")),
+            .hint("use an octal mode: 0444 for all users, 0440 for owner and group, 0400 for the owner")),
     }
 }
 
@@ -51,7 +51,7 @@ impl FromStr for Owner {
         };
         if text.is_empty() || group == Some("") {
             return Err(
-                Error::usage(format!("invalid owner '{text}'")).remedy("use USER, USER:GROUP or :GROUP")
+                Error::usage(format!("invalid owner '{text}'")).hint("use USER, USER:GROUP or :GROUP")
             );
         }
         let uid_of = |name: &str| User::from_name(name).map(|user| user.map(|user| user.uid.as_raw()));
@@ -69,7 +69,7 @@ fn number(what: &str, text: &str, look_up: impl Fn(&str) -> nix::Result<Option<u
         let number = text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
         return number.ok_or_else(|| {
             Error::usage(format!("invalid {what} number {text}: out of range"))
-                .remedy(format!("use a number below {}, or the name of the {what}", u32::MAX))
+                .hint(format!("use a number below {}, or the name of the {what}", u32::MAX))
         });
     }
     let found = match look_up(text) {
@@ -80,9 +80,9 @@ fn number(what: &str, text: &str, look_up: impl Fn(&str) -> nix::Result<Option<u
     let remedy = format!("use the number of the {what}, or a name that 'getent' finds");
     match found {
         Ok(Some(number)) => Ok(number),
-        Ok(None) => Err(Error::usage(format!("unknown {what} '{text}'")).remedy(remedy)),
+        Ok(None) => Err(Error::usage(format!("unknown {what} '{text}'")).hint(remedy)),
         Err(e) => {
-            Err(Error::failed(format!("cannot look up {what} '{text}'")).because(e.into()).remedy(remedy))
+            Err(Error::failed(format!("cannot look up {what} '{text}'")).because(e.into()).hint(remedy))
         }
     }
 }

@@ -49,7 +49,7 @@ impl Policy {
         out.extend_from_slice(&body);
         if out.len() as u64 > MAX_LENGTH {
             return Err(Error::usage(format!("labels and recipe are too large: {} bytes", out.len()))
-                .remedy("use fewer or shorter labels: the limit of a policy is 1 MiB"));
+                .hint("use fewer or shorter labels: the limit of a policy is 1 MiB"));
         }
         Ok(out)
     }

@@ -26,7 +26,7 @@ impl FromStr for TemplateRef {
             check_name("name", name)?;
             let Some(hex) = digest.strip_prefix("blake3:") else {
                 return Err(Error::usage(format!("invalid reference '{text}': unsupported hash"))
-                    .remedy("use NAME@blake3:HEX"));
+                    .hint("use NAME@blake3:HEX"));
             };
             return hex.to_ascii_lowercase().parse().map(TemplateRef::Digest);
         }

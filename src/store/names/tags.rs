@@ -70,7 +70,7 @@ impl Store {
     fn tag_at(&self, tag: &TagName, path: &StorePath) -> Result<Option<Digest>> {
         match path.read(MAX_TAG) {
             Ok(bytes) => decode(&bytes).map(Some).map_err(|e| {
-                e.in_file("tag", path).remedy(format!("run 'stencil tag DIGEST {tag}' to set the tag again"))
+                e.in_file("tag", path).hint(format!("run 'stencil tag DIGEST {tag}' to set the tag again"))
             }),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 self.check_reachable().map(|()| None)
@@ -145,7 +145,7 @@ impl Store {
     fn dangling_error(&self, tag: &TagName, digest: &Digest) -> Error {
         Error::damage(format!("tag {tag} points at template {digest}, which does not exist"))
             .at(self.tag_path(tag))
-            .remedy(format!("import the same memory again, or run 'stencil rm {tag}' to remove the tag"))
+            .hint(format!("import the same memory again, or run 'stencil rm {tag}' to remove the tag"))
     }
 
     /// Returns all tags with their files, sorted, without reading the files; and the errors of names whose tags cannot
@@ -312,7 +312,7 @@ impl Store {
             };
             Error::not_found(format!("no template '{reference}'"))
                 .at(self.dir())
-                .remedy(remedy.unwrap_or_else(|| "run 'stencil ls' to list the templates".to_owned()))
+                .hint(remedy.unwrap_or_else(|| "run 'stencil ls' to list the templates".to_owned()))
         };
         match reference {
             TemplateRef::Digest(digest) if self.has(digest) => Ok(*digest),
@@ -326,7 +326,7 @@ impl Store {
                     [one] => Ok(one),
                     [a, b, ..] => {
                         Err(Error::usage(format!("ambiguous digest prefix '{prefix}': matches {a} and {b}"))
-                            .remedy("give more digits of the digest"))
+                            .hint("give more digits of the digest"))
                     }
                 }
             }

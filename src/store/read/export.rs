@@ -51,7 +51,7 @@ impl Template {
                 "cannot export: the path exists and is not a regular file, named pipe or character device",
             )
             .at(out)
-            .remedy("give the path of a new file, or '-' for standard output"));
+            .hint("give the path of a new file, or '-' for standard output"));
         }
         let target = Target::create(out, replace)?;
         let size = self.files().get(file).map_or(0, |f| f.size.get());
@@ -241,7 +241,7 @@ impl Target {
 fn exists(out: &Path) -> Error {
     Error::failed("refusing to replace an existing file")
         .at(out)
-        .remedy("name a new file, or replace this one with --force")
+        .hint("name a new file, or replace this one with --force")
 }
 
 impl Drop for Target {

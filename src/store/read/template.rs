@@ -99,7 +99,7 @@ impl Template {
         self.file(name).ok_or_else(|| {
             let names: Vec<&str> = self.files().iter().map(|f| f.name.as_str()).collect();
             Error::not_found(format!("no file '{name}' in the template"))
-                .remedy(format!("name one of these files: {}", names.join(", ")))
+                .hint(format!("name one of these files: {}", names.join(", ")))
         })
     }
 

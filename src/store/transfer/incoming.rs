@@ -52,7 +52,7 @@ impl Incoming {
                 MAGIC.escape_ascii()
             ))
             .at(name)
-            .remedy(
+            .hint(
                 "create a stream with 'stencil save TEMPLATE -o FILE'; import guest memory with 'stencil import'",
             ));
         }
@@ -136,7 +136,7 @@ impl StreamSource {
     pub fn check(&self) -> Result<()> {
         if self.interrupt.as_ref().is_some_and(|i| i.load(Ordering::Relaxed)) {
             return Err(Error::failed("interrupted; nothing was loaded")
-                .remedy("run the command again with the whole stream"));
+                .hint("run the command again with the whole stream"));
         }
         match self.stop.load(Ordering::Relaxed) {
             true => Err(Error::failed("load stopped")),
@@ -196,7 +196,7 @@ impl StreamSource {
             self.stall.unwrap_or_default().as_secs_f64()
         ))
         .at(&self.name)
-        .remedy(stall::REMEDY))
+        .hint(stall::REMEDY))
     }
 
     /// Verifies the hash at the end of the stream, and that no bytes follow.
@@ -225,7 +225,7 @@ pub(super) fn damaged(name: &Path, why: impl Into<String>) -> Error {
 
 fn in_stream(name: &Path, invalid: Invalid) -> Error {
     match invalid {
-        Invalid::Damage(_) => invalid.in_file("stream", name).remedy(REMEDY),
+        Invalid::Damage(_) => invalid.in_file("stream", name).hint(REMEDY),
         Invalid::Newer(_) => invalid.in_file("stream", name),
     }
 }

@@ -118,7 +118,7 @@ impl Store {
                 "the stream was saved without the blocks of template {base}, which this store does not have"
             ))
             .at(self.dir())
-            .remedy("load that template first, or save again without '--without'"));
+            .hint("load that template first, or save again without '--without'"));
         }
         self.repair()?;
         let _content = self.lock_content(|| source.check())?;
@@ -239,7 +239,7 @@ impl Store {
                 "block {hash} of file '{file}' is neither in the stream nor intact in the base templates of the stream"
             ))
             .at(self.dir())
-            .remedy("run 'stencil verify' to find damage in this store, or save again without '--without'"),
+            .hint("run 'stencil verify' to find damage in this store, or save again without '--without'"),
         }
         };
         let files = received.header.files();

@@ -98,7 +98,7 @@ impl Store {
         };
         let front = front
             .encode()
-            .map_err(|e| e.in_file("stream", name).remedy("save fewer templates in one stream"))?;
+            .map_err(|e| e.in_file("stream", name).hint("save fewer templates in one stream"))?;
         let stop = AtomicBool::new(false);
         let check = || match &request.interrupt {
             Some(interrupt) if interrupt.load(Ordering::Relaxed) => {
@@ -187,7 +187,7 @@ fn records(templates: &[Template], batch: &[BlockRef], scratch: &mut Scratch) ->
         let template = &templates[at.template as usize];
         let record = template.read_record(at.file as usize, at.block, scratch, &mut bytes)?;
         let (hash, mut stored) = record.ok_or_else(|| {
-            Error::failed("a template changed while being saved").remedy("run the command again")
+            Error::failed("a template changed while being saved").hint("run the command again")
         })?;
         stored.offset = 0;
         let mut entry = Vec::with_capacity(IndexEntry::LEN);
@@ -215,7 +215,7 @@ impl Outgoing<'_> {
     fn error(&self, error: std::io::Error) -> Error {
         let full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
         let first = if full { "free space on that file system; then  " } else { "" };
-        Error::io("cannot write stream", self.name, error).remedy(format!(
+        Error::io("cannot write stream", self.name, error).hint(format!(
             "{first}save the templates again: the written stream is incomplete, and 'stencil load' rejects it"
         ))
     }

@@ -107,7 +107,7 @@ impl Published {
         let first = if full { "free space on that file system" } else { "fix the cause" };
         error
             .context(format!("stopped (packs published: {packs}, templates: {templates}, tags: {tags})"))
-            .remedy(format!(
+            .hint(format!(
                 "{first}, then run the command again, which reuses the published data; or remove that data: run \
                  'stencil rm DIGEST' for each template, then 'stencil gc'"
             ))

@@ -46,6 +46,6 @@ pub fn open_fuse_inode(inside: impl AsFd, node: u64) -> Result<Option<File>> {
         Some(libc::ESTALE) => Ok(None),
         _ => Err(Error::failed(format!("cannot open inode {node} by file handle"))
             .because(error)
-            .remedy("run the command as root")),
+            .hint("run the command as root")),
     }
 }

@@ -36,10 +36,10 @@ pub fn mount_fuse(fuse: impl AsFd, source: &Path, mountpoint: &Path, noexec: boo
         let error = Error::io("cannot mount", mountpoint, e.into());
         match e {
             rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => {
-                error.remedy("run the command as root: mounting requires CAP_SYS_ADMIN")
+                error.hint("run the command as root: mounting requires CAP_SYS_ADMIN")
             }
             rustix::io::Errno::NODEV => {
-                error.remedy("load the kernel module fuse (modprobe fuse), or set CONFIG_FUSE_FS")
+                error.hint("load the kernel module fuse (modprobe fuse), or set CONFIG_FUSE_FS")
             }
             _ => error,
         }

@@ -87,7 +87,7 @@ impl<'a> Sink<'a> {
                     limit.as_secs_f64()
                 ))
                 .at(path)
-                .remedy(
+                .hint(
                     "start the reader and run the command again, or set a longer --stall-timeout SECONDS (0: no limit)",
                 ));
             }

@@ -76,7 +76,7 @@ pub fn connections() -> Result<Vec<Connection>> {
     let failed = |e: io::Error| {
         Error::failed("cannot list the FUSE connections of the host")
             .because(e)
-            .remedy("run the command as root")
+            .hint("run the command as root")
     };
     let root = open().map_err(failed)?;
     let mut found = Vec::new();

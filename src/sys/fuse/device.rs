@@ -47,7 +47,7 @@ pub fn open() -> Result<OwnedFd> {
                 Some(libc::ENXIO | libc::ENODEV) => "load the kernel module fuse (modprobe fuse)",
                 _ => "run the command as root, or as a user with read and write access to /dev/fuse",
             };
-            Err(Error::io("cannot open FUSE device", path, e).remedy(remedy))
+            Err(Error::io("cannot open FUSE device", path, e).hint(remedy))
         }
     }
 }

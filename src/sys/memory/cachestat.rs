@@ -54,7 +54,7 @@ pub fn cached_in(file: impl AsFd, offset: FileOffset, length: Bytes) -> Result<P
         let error = io::Error::last_os_error();
         return Err(Error::failed("cannot read page cache statistics with cachestat")
             .because(error)
-            .remedy("use Linux 6.5 or later, and run the command as a user who may write the file"));
+            .hint("use Linux 6.5 or later, and run the command as a user who may write the file"));
     }
     Ok(PageCount::new(statistics.cached))
 }

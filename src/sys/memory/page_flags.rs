@@ -35,7 +35,7 @@ impl Frames {
     /// Returns an error without `CAP_SYS_ADMIN`.
     pub fn open() -> Result<Frames> {
         let open = |path: &str| {
-            File::open(path).map_err(|e| Error::io("cannot open", path, e).remedy("run the command as root"))
+            File::open(path).map_err(|e| Error::io("cannot open", path, e).hint("run the command as root"))
         };
         Ok(Frames { flags: open("/proc/kpageflags")?, counts: open("/proc/kpagecount")? })
     }

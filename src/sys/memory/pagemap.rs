@@ -164,7 +164,7 @@ impl Pagemap {
         match cause.raw_os_error() {
             Some(libc::ESRCH) => exited(self.pid),
             Some(libc::ENOTTY) => {
-                Error::io(what, self.path(), cause).remedy("use Linux 6.7 or later, which has PAGEMAP_SCAN")
+                Error::io(what, self.path(), cause).hint("use Linux 6.7 or later, which has PAGEMAP_SCAN")
             }
             _ => Error::io(what, self.path(), cause),
         }

@@ -106,7 +106,7 @@ fn cannot_compare(error: io::Error) -> Error {
         Some(libc::ENOSYS) => "boot a kernel with CONFIG_KCMP",
         _ => "run the command as root, so that the clones of all users can be counted",
     };
-    Error::failed("cannot compare the address spaces of processes").because(error).remedy(remedy)
+    Error::failed("cannot compare the address spaces of processes").because(error).hint(remedy)
 }
 
 #[cfg(test)]

@@ -74,7 +74,7 @@ impl ProcessId {
     ///
     /// # Errors
     /// Same as [`ProcessId::of`].
-    pub fn me() -> Result<ProcessId> {
+    pub fn current() -> Result<ProcessId> {
         let pid = std::process::id();
         Self::of(pid)?.ok_or_else(|| Error::failed(format!("cannot open own process {pid}")))
     }
@@ -152,7 +152,7 @@ fn boot_number(pidfd: &OwnedFd) -> Result<u64> {
     let kind = rustix::fs::fstatfs(pidfd).map(|fs| fs.f_type);
     if kind != Ok(PIDFS_MAGIC) {
         return Err(Error::failed("cannot identify processes: this kernel has no pidfs")
-            .remedy("use Linux 6.9 or later, with CONFIG_FS_PID"));
+            .hint("use Linux 6.9 or later, with CONFIG_FS_PID"));
     }
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = procfs::read_text(path)?;
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn identity_distinguishes_processes_with_equal_pid() {
-        let me = ProcessId::me().unwrap();
+        let me = ProcessId::current().unwrap();
         assert!(me.is_alive() && me.identity < 1 << 53);
         let other = ProcessId { identity: me.identity + 1, ..me };
         assert!(!other.is_alive());
@@ -186,7 +186,10 @@ mod tests {
     fn detects_the_end_of_a_killed_child() {
         let mut child = own_session(&mut Command::new("sleep")).arg("100").spawn().unwrap();
         let id = ProcessId::of(child.id()).unwrap().unwrap();
-        assert!(id.identity > ProcessId::me().unwrap().identity, "later processes have greater identities");
+        assert!(
+            id.identity > ProcessId::current().unwrap().identity,
+            "later processes have greater identities"
+        );
         assert!(id.signal(Signal::KILL).unwrap());
         assert!(id.wait_for_exit(Duration::from_secs(5)).unwrap());
         assert!(!id.is_alive(), "a zombie is not alive");

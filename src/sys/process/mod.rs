@@ -62,7 +62,7 @@ pub fn fork_single_threaded() -> Result<Fork> {
     match unsafe { libc::fork() } {
         -1 => Err(Error::failed("cannot fork")
             .because(io::Error::last_os_error())
-            .remedy("raise the process limits: ulimit -u, kernel.pid_max, pids.max of the cgroup")),
+            .hint("raise the process limits: ulimit -u, kernel.pid_max, pids.max of the cgroup")),
         0 => Ok(Fork::Child),
         pid => Ok(Fork::Parent(pid.cast_unsigned())),
     }

@@ -28,7 +28,7 @@ pub fn start_scoped<'scope, T: Send + 'scope>(
 fn refused(error: std::io::Error) -> Error {
     Error::failed("cannot start a thread")
         .because(error)
-        .remedy("raise the process and memory limits: ulimit -u, ulimit -v, pids.max of the cgroup")
+        .hint("raise the process and memory limits: ulimit -u, ulimit -v, pids.max of the cgroup")
 }
 
 /// Runs `work`. A panic becomes an error.

@@ -32,11 +32,9 @@ impl Replies {
         }
         let buffers: std::io::Result<Vec<_>> = (0..count).map(|_| LockedBuffer::new(length)).collect();
         let buffers = buffers.map_err(|e| {
-            Error::failed(format!("cannot lock {count} reply buffers of {length}")).because(e).remedy(
-                format!(
-                    "allow {needed} bytes of locked memory (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK"
-                ),
-            )
+            Error::failed(format!("cannot lock {count} reply buffers of {length}")).because(e).hint(format!(
+                "allow {needed} bytes of locked memory (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK"
+            ))
         })?;
         Ok(Replies(Mutex::new(buffers)))
     }

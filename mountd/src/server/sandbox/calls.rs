@@ -163,7 +163,7 @@ impl Call {
 
 fn wrong(name: &str, why: &dyn std::fmt::Display) -> Error {
     Error::failed(format!("cannot build the system call filter ({name}): {why}"))
-        .remedy("this is a bug in Stencil: report it with the version")
+        .hint("this is a bug in Stencil: report it with the version")
 }
 
 /// What happens at a system call that is not on the list.

@@ -14,7 +14,7 @@ const KNOWN: ABI = ABI::V7;
 
 fn fail(what: &dyn std::fmt::Display) -> Error {
     Error::failed(format!("cannot set up Landlock: {what}"))
-        .remedy("check whether the container's seccomp filter forbids the landlock system calls")
+        .hint("check whether the container's seccomp filter forbids the landlock system calls")
 }
 
 /// Creates rules that allow to read below `store` and forbid everything else: other files, writing, TCP, abstract
@@ -68,7 +68,7 @@ pub fn expect_readable(store: &Path) -> Result<()> {
     match Directory::open(store).and_then(|folder| folder.file("format")) {
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             let uid = rustix::process::getuid().as_raw();
-            Err(Error::io(format!("the store's owner (uid {uid}) cannot read the store"), &header, e).remedy(
+            Err(Error::io(format!("the store's owner (uid {uid}) cannot read the store"), &header, e).hint(
                 "servers run as the store's owner: allow the owner to search every directory above the store (chmod \
                  o+x), and make the owner own all its files (chown -R)",
             ))

@@ -54,7 +54,7 @@ fn refused(word: Option<&std::ffi::OsStr>) -> Result<Refused> {
         Some("kill") => Ok(Refused::Kill),
         Some(other) => {
             Err(Error::usage(format!("invalid value '{other}' of {VARIABLE}: expected kill or eperm"))
-                .remedy(format!("unset {VARIABLE}")))
+                .hint(format!("unset {VARIABLE}")))
         }
     }
 }
@@ -77,7 +77,7 @@ fn filter(refused: Refused, lacks: &mut Vec<String>) -> Result<()> {
             }
             Err(e) => {
                 return Err(Error::failed(format!("cannot install the system call filter: {e}"))
-                    .remedy("check whether the container's own filter forbids seccomp(2)"));
+                    .hint("check whether the container's own filter forbids seccomp(2)"));
             }
         }
     }

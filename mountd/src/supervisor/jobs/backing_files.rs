@@ -26,7 +26,7 @@ pub fn create(cache: &Cache, size: Bytes, data: Bytes) -> Result<OwnedFd> {
                     "the backing needs {data}, the file system of the cache has {free} free"
                 ))
                 .at(dir)
-                .remedy("free space on that file system, or mount with another --cache-dir"));
+                .hint("free space on that file system, or mount with another --cache-dir"));
             }
             unnamed_file(dir, size)
         }

@@ -121,7 +121,7 @@ impl Drop for Job {
 }
 
 fn no_child(e: io::Error) -> Error {
-    Error::failed("cannot start a job").because(e).remedy("check the limits of processes and open files")
+    Error::failed("cannot start a job").because(e).hint("check the limits of processes and open files")
 }
 
 /// Starts a job that creates the empty file of a backing.
@@ -218,7 +218,7 @@ pub fn check_program(program: &Program, ledger: &Ledger) -> Result<Job> {
         .process_group(0)
         .spawn()
         .map_err(|e| {
-            Error::io("cannot start the program", &program.path, e).remedy("use a stencil-mountd binary")
+            Error::io("cannot start the program", &program.path, e).hint("use a stencil-mountd binary")
         })?;
     Job::new(ours, child.id(), TRIAL_TIMEOUT)
 }

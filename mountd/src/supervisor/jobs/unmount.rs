@@ -29,7 +29,7 @@ pub fn unmount(
             "the mount is already detached, and is served until the last process that uses it ends",
         )
         .at(path)
-        .remedy(
+        .hint(
             "see 'stencil status'; --force aborts the mount and kills processes that still need its pages",
         ));
     }
@@ -37,7 +37,7 @@ pub fn unmount(
         mount::unmount(path, mode != UnmountMode::Plain).map_err(|e| match e.raw_os_error() {
             Some(libc::EBUSY) => Error::in_use("the mount is in use")
                 .at(path)
-                .remedy("stop the processes that use it, or detach it with -l to serve them until they end"),
+                .hint("stop the processes that use it, or detach it with -l to serve them until they end"),
             _ => Error::io("cannot unmount", path, e),
         })?;
     }

@@ -158,7 +158,7 @@ impl Backings {
         }
         if data > chosen.most {
             let error = format!("the backing needs {data}, the cache may hold {}", chosen.most);
-            return Err(Error::try_again(error).remedy("mount with a larger --cache-size"));
+            return Err(Error::try_again(error).hint("mount with a larger --cache-size"));
         }
         let others: u64 = self.0.iter().filter(|b| b.row.key != *key).map(|b| b.row.reserved).sum();
         let mut excess = (others + data.get()).saturating_sub(chosen.most.get());

@@ -179,7 +179,7 @@ impl Lifecycle {
             return Err(self.failure.take().map_or_else(
                 || {
                     Error::failed("the server exits before it answers the kernel")
-                        .remedy("run 'stencil mount -f' with STENCIL_LOG=debug to see the reason")
+                        .hint("run 'stencil mount -f' with STENCIL_LOG=debug to see the reason")
                 },
                 Failure::into_error,
             ));

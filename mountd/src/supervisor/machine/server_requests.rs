@@ -126,7 +126,7 @@ impl Machine {
             return Some(Err(Error::failed(
                 "this server asks the kernel for other features than the first server did",
             )
-            .remedy("unmount, then mount again with the new version")));
+            .hint("unmount, then mount again with the new version")));
         }
         let row = (version, lacks);
         if let Some(candidate) = self.handover.get_mut(id) {
@@ -236,7 +236,7 @@ impl Machine {
                 let stacked = e.raw_os_error() == Some(libc::ELOOP);
                 let error = Error::failed("the kernel rejects the backing").because(e);
                 Err(if stacked {
-                    error.remedy("use --cache-dir with a directory on ext4 or xfs")
+                    error.hint("use --cache-dir with a directory on ext4 or xfs")
                 } else {
                     error
                 })

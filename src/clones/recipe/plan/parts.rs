@@ -77,13 +77,13 @@ impl Examined {
         if !self.ram_problems.is_empty() {
             return Some(
                 Error::usage("the RAM of this VM is not in a file mapped with share=on")
-                    .remedy(self.secrets.share_ram(&texts(&self.ram_problems))),
+                    .hint(self.secrets.share_ram(&texts(&self.ram_problems))),
             );
         }
         let refused = texts(&self.refused);
         (!refused.is_empty()).then(|| {
             Error::usage(format!("unsupported for clones: {}", refused.join("; ")))
-                .remedy(self.secrets.start_without(&refused))
+                .hint(self.secrets.start_without(&refused))
         })
     }
 

@@ -100,7 +100,7 @@ impl Store {
                 format!("cannot read the block references of template {digest}, so no pack was removed: {error}"),
             )
             .at(self.dir())
-            .remedy("import the same memory again to repair the template, or run 'stencil rm DIGEST' to remove it"));
+            .hint("import the same memory again to repair the template, or run 'stencil rm DIGEST' to remove it"));
         }
         let packs = liveness.packs.iter().filter(|(_, pack)| !pack.has_unindexed);
         let packs = packs.map(|(id, pack)| {
@@ -185,7 +185,7 @@ impl Run<'_> {
         self.progress.finish();
         rounds.map_err(|error| match error.errno() {
             Some(libc::ENOSPC | libc::EDQUOT) => {
-                error.context(format!("stopped (packs removed: {})", done.removed_packs)).remedy(format!(
+                error.context(format!("stopped (packs removed: {})", done.removed_packs)).hint(format!(
                     "free {} on that file system, then run the command again",
                     Bytes::new(PACK_BYTES)
                 ))

@@ -16,7 +16,7 @@ pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()>
             let [memory, state] = ["memory", "state"].map(|name| inputs.iter().find(|i| i.name == name));
             let (Some(memory), Some(state)) = (memory, state) else {
                 return Err(Error::usage("a Firecracker snapshot needs a memory file and a state file")
-                    .remedy("run 'stencil import MEMORY NAME --state STATE --format firecracker'"));
+                    .hint("run 'stencil import MEMORY NAME --state STATE --format firecracker'"));
             };
             no_container(memory)?;
             firecracker_state(state)?;
@@ -30,7 +30,7 @@ fn firecracker_state(input: &Input) -> Result<()> {
     let wrong = |why: String| {
         Error::usage(format!("the state file {why}"))
             .at(input.origin())
-            .remedy("take the snapshot again, or import the file unchecked with --format raw")
+            .hint("take the snapshot again, or import the file unchecked with --format raw")
     };
     let state = FirecrackerState::whole(&bytes).map_err(wrong)?;
     match state.machine == std::env::consts::ARCH {
@@ -50,7 +50,7 @@ fn firecracker_memory(input: &Input) -> Result<()> {
     if !size.is_multiple_of(1 << 20) {
         return Err(Error::usage(format!("invalid size {size} of the memory file: not a multiple of 1 MiB"))
             .at(input.origin())
-            .remedy("check that the file is complete, or import the file unchecked with --format raw"));
+            .hint("check that the file is complete, or import the file unchecked with --format raw"));
     }
     let holes = input.hole_bytes()?;
     if holes == 0 {
@@ -61,7 +61,7 @@ fn firecracker_memory(input: &Input) -> Result<()> {
          unplugged memory or was copied sparsely"
     ))
     .at(input.origin())
-    .remedy(
+    .hint(
         "merge a diff snapshot into its base with 'snapshot-editor edit-memory rebase --memory-path BASE --diff-path \
          FILE'; copy a full snapshot with 'cp --sparse=never', or import the file unchecked with --format raw",
     ))
@@ -70,7 +70,7 @@ fn firecracker_memory(input: &Input) -> Result<()> {
 fn from_a_pipe(input: &Input) -> Error {
     Error::usage("cannot check a pipe for a Firecracker snapshot")
         .at(input.origin())
-        .remedy("give regular files, or import the pipe unchecked with --format raw")
+        .hint("give regular files, or import the pipe unchecked with --format raw")
 }
 
 fn no_container(input: &Input) -> Result<()> {
@@ -89,6 +89,6 @@ pub(super) fn plain(input: &Input, head: &[u8], tail: &[u8]) -> Result<()> {
         None => Ok(()),
         Some((what, remedy)) => Err(Error::usage(format!("the source is not plain guest memory but {what}"))
             .at(input.origin())
-            .remedy(format!("{remedy}; or import the source unchecked with --format raw"))),
+            .hint(format!("{remedy}; or import the source unchecked with --format raw"))),
     }
 }

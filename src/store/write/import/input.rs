@@ -69,7 +69,7 @@ impl Input {
         if kind.is_dir() {
             return Err(Error::usage("cannot import a directory")
                 .at(&origin)
-                .remedy("give the paths of the files in the directory"));
+                .hint("give the paths of the files in the directory"));
         }
         let size = if kind.is_file() {
             Some(meta.len())
@@ -113,7 +113,7 @@ impl Input {
                 later.size
             ))
             .at(&self.origin)
-            .remedy("run the command again; the store was not changed"));
+            .hint("run the command again; the store was not changed"));
         }
         self.version = Some(version(&meta));
         self.file = From::Open(file);
@@ -152,7 +152,7 @@ impl Input {
         if size > limit {
             return Err(Error::usage(format!("file '{}' is too large: {size} bytes", self.name))
                 .at(&self.origin)
-                .remedy(format!("check the path: the file may have at most {limit} bytes")));
+                .hint(format!("check the path: the file may have at most {limit} bytes")));
         }
         let mut bytes = vec![0; to_usize(size)];
         self.file().and_then(|f| f.read_exact_at(&mut bytes, 0)).map_err(|e| self.fail(e))?;
@@ -188,9 +188,9 @@ impl Input {
         }
         let name = format!("file '{}' of kind {}", self.name, self.kind.name());
         Err(match size {
-            0 => Error::usage(format!("{name} is empty")).remedy("check the source: guest memory cannot be empty"),
+            0 => Error::usage(format!("{name} is empty")).hint("check the source: guest memory cannot be empty"),
             _ => Error::usage(format!("invalid size of {name}: {size} is not a multiple of {PAGE_SIZE} bytes"))
-                .remedy(format!(
+                .hint(format!(
                     "check that the source is complete; 'truncate -s {} FILE' pads the file with zeros; data other than \
                      guest memory can be imported with the kind 'blob'",
                     size.next_multiple_of(PAGE_SIZE)
@@ -209,7 +209,7 @@ impl Input {
             self.name
         ))
         .at(&self.origin)
-        .remedy("check the size of the source, or split the files into several templates"))
+        .hint("check the size of the source, or split the files into several templates"))
     }
 
     /// Returns an error if a regular file was modified since it was opened.
@@ -228,7 +228,7 @@ impl Input {
     }
 
     pub fn changed(&self, how: &str) -> Error {
-        Error::failed(format!("the source {how} while being read")).at(Path::new(&self.origin)).remedy(
+        Error::failed(format!("the source {how} while being read")).at(Path::new(&self.origin)).hint(
             "stop writing to the source (pause the guest), then import it again; the store was not changed",
         )
     }

@@ -176,5 +176,5 @@ fn wait_readable(input: &Input, stop: &Stop<'_>, have: u64) -> Result<()> {
         stop.stall.unwrap_or_default().as_secs_f64()
     ))
     .at(input.origin())
-    .remedy(stall::REMEDY))
+    .hint(stall::REMEDY))
 }

@@ -84,7 +84,7 @@ impl FromStr for ImportFormat {
             "auto" => Ok(ImportFormat::Auto),
             "raw" => Ok(ImportFormat::Raw),
             "firecracker" => Ok(ImportFormat::Firecracker),
-            _ => Err(Error::usage(format!("invalid format '{text}'")).remedy("use auto, raw or firecracker")),
+            _ => Err(Error::usage(format!("invalid format '{text}'")).hint("use auto, raw or firecracker")),
         }
     }
 }
@@ -156,7 +156,7 @@ impl ImportRequest {
     pub fn check(&self) -> Result<()> {
         if self.files.is_empty() {
             return Err(Error::usage("nothing to import")
-                .remedy("give the path of a memory image, or files with '--file NAME=PATH'"));
+                .hint("give the path of a memory image, or files with '--file NAME=PATH'"));
         }
         if self.files.len() > crate::store::format::image::MAX_FILES {
             return Err(Error::usage(format!(
@@ -164,7 +164,7 @@ impl ImportRequest {
                 self.files.len(),
                 crate::store::format::image::MAX_FILES
             ))
-            .remedy("leave out some files, or import two templates"));
+            .hint("leave out some files, or import two templates"));
         }
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -174,16 +174,16 @@ impl ImportRequest {
                 return Err(Error::usage(
                     "invalid file name 'manifest.json': the mount generates a file of this name",
                 )
-                .remedy("choose another name with '--file NAME=PATH'"));
+                .hint("choose another name with '--file NAME=PATH'"));
             }
         }
         if let Some(pair) = files.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(Error::usage(format!("file name '{}' is given twice", pair[0].name))
-                .remedy("give each file a different name with '--file NAME=PATH'"));
+                .hint("give each file a different name with '--file NAME=PATH'"));
         }
         if files.iter().filter(|f| f.source == Source::Stdin).count() > 1 {
             return Err(Error::usage("standard input is given for more than one file")
-                .remedy("give the paths of the other files"));
+                .hint("give the paths of the other files"));
         }
         for file in files {
             if let Source::Path(path) = &file.source {

@@ -103,7 +103,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         let mut args = args.peekable();
         let is_candidate = args.next_if(|arg| arg == BESIDE).is_some();
         let inherited = Inherited::from_fds(&mut NamedFds::from_args(args)?, is_candidate)?;
-        serve(&inherited).inspect_err(|error| {
+        serve(&inherited, sandbox::enter).inspect_err(|error| {
             let _ = inherited.link.request_done(&ServerRequest::GiveUp { failure: Failure::from(error) });
         })
     };
@@ -116,7 +116,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn serve(inherited: &Inherited) -> Result<()> {
+/// Serves the connection; `confine` enters the sandbox for the store at a path, and returns what the kernel lacks.
+fn serve(inherited: &Inherited, confine: impl FnOnce(&Path) -> Result<Vec<String>>) -> Result<()> {
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
     let page = SharedCounters::map(fds::copy(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
@@ -140,7 +141,7 @@ fn serve(inherited: &Inherited) -> Result<()> {
     let backings = ready(backings);
     // Landlock rules refer to the directory itself, so the store must be reachable before they are made.
     open_store(&options.store, reply.is_some())?;
-    let lacks = sandbox::enter(&options.store)?;
+    let lacks = confine(&options.store)?;
     // Reopened in the sandbox: without capabilities, the server may have less access than before.
     let store = open_store(&options.store, reply.is_some())?;
     let tree = Arc::new(Tree::new(store.clone(), max_open, Arc::clone(&condemned)));
@@ -241,3 +242,6 @@ fn handshake(
         (other, _) => Err(link::unexpected(&other)),
     }
 }
+
+#[cfg(test)]
+mod tests;

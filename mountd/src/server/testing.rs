@@ -105,7 +105,7 @@ impl Supervisor {
 }
 
 /// Starts a supervisor; returns a link to it.
-fn supervise(supervisor: Arc<Supervisor>, mut script: Script) -> Arc<Link> {
+pub fn supervise(supervisor: Arc<Supervisor>, mut script: Script) -> Arc<Link> {
     let (ours, theirs) = Channel::pair().unwrap();
     std::thread::spawn(move || {
         while let Ok(Some((request, _))) = ours.receive::<Numbered<ServerRequest>>() {

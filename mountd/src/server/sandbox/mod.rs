@@ -31,6 +31,11 @@ pub const VARIABLE: &str = "STENCIL_SECCOMP";
 /// or if a step fails that this kernel supports.
 pub fn enter(store: &Path) -> Result<Vec<String>> {
     privileges::expect_one_thread()?;
+    confine(store)
+}
+
+/// Confines the calling thread, and the threads that it starts later.
+fn confine(store: &Path) -> Result<Vec<String>> {
     let refused = refused(std::env::var_os(VARIABLE).as_deref())?;
     // Each makes system calls once that are not on the list, and caches the results: CPU features and the time
     // namespace.
@@ -83,3 +88,6 @@ fn filter(refused: Refused, lacks: &mut Vec<String>) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

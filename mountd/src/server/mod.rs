@@ -103,7 +103,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         let mut args = args.peekable();
         let is_candidate = args.next_if(|arg| arg == BESIDE).is_some();
         let inherited = Inherited::from_fds(&mut NamedFds::from_args(args)?, is_candidate)?;
-        serve(&inherited, sandbox::enter).inspect_err(|error| {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        serve(&inherited, cpus.clamp(MIN_THREADS, MAX_THREADS), sandbox::enter).inspect_err(|error| {
             let _ = inherited.link.request_done(&ServerRequest::GiveUp { failure: Failure::from(error) });
         })
     };
@@ -117,7 +118,11 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 /// Serves the connection; `confine` enters the sandbox for the store at a path, and returns what the kernel lacks.
-fn serve(inherited: &Inherited, confine: impl FnOnce(&Path) -> Result<Vec<String>>) -> Result<()> {
+fn serve(
+    inherited: &Inherited,
+    threads: usize,
+    confine: impl FnOnce(&Path) -> Result<Vec<String>>,
+) -> Result<()> {
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
     let page = SharedCounters::map(fds::copy(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
@@ -130,8 +135,6 @@ fn serve(inherited: &Inherited, confine: impl FnOnce(&Path) -> Result<Vec<String
     let backings: Vec<BackingRow> =
         backings.into_iter().filter(|b| !condemned.is_removed(&b.key.digest)).collect();
     let flights = Flights::create(stats.clone())?;
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = cpus.clamp(MIN_THREADS, MAX_THREADS);
     // One buffer more, for the thread that answers READs after a store outage.
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
     let max_open = open_templates::max_open();
@@ -145,7 +148,8 @@ fn serve(inherited: &Inherited, confine: impl FnOnce(&Path) -> Result<Vec<String
     // Reopened in the sandbox: without capabilities, the server may have less access than before.
     let store = open_store(&options.store, reply.is_some())?;
     let tree = Arc::new(Tree::new(store.clone(), max_open, Arc::clone(&condemned)));
-    let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cpus);
+    let hydrator =
+        Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), threads);
     let made = Backings::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {
         condemned: Arc::clone(&condemned),

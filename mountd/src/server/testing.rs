@@ -28,7 +28,7 @@ use crate::server::fs::{FileSystem, FoundEntry};
 use crate::server::in_flight::Flights;
 use crate::server::pending::Opened;
 use crate::server::read::Reader;
-use crate::server::read::decode::{Decoder, MAX_READ};
+use crate::server::read::decode::Decoder;
 use crate::server::read::outage::StoreOutage;
 use crate::server::read::reply_buffers::Replies;
 use crate::server::refusal::Refusal;
@@ -40,6 +40,9 @@ pub const BLOCK: usize = BLOCK_SIZE as usize;
 
 /// Longest wait of a test for a state.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// Largest READ of the tests, in bytes; smaller than that of a real server, as a user may lock little memory.
+const LARGEST_READ: u64 = 512 << 10;
 
 /// Waits until `found` returns a value.
 pub fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
@@ -200,7 +203,7 @@ impl World {
         let tree = Arc::new(Tree::new(store.clone(), 64, Arc::clone(&condemned)));
         let hydrator = Hydrator::new(cache, Arc::clone(&link), stats.clone(), Arc::clone(&condemned), 2);
         let backings = Backings::new(mode, hydrate_timeout, hydrator, ready, stats.clone());
-        let replies = Replies::lock(2, Bytes::new(MAX_READ as u64)).unwrap();
+        let replies = Replies::lock(2, Bytes::new(LARGEST_READ)).unwrap();
         let decoder = Decoder::new(Bytes::new(16 << 20), stats.clone(), replies);
         let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, stats.clone()));
         let outage = StoreOutage::new(store.clone(), Arc::clone(&reader), stats.clone(), longest_wait);

@@ -103,7 +103,7 @@ fn with_server(mode: ServeMode, work: impl FnOnce(&World, &mut Kernel)) {
         _for_takeover: [null(), null()],
     };
     std::thread::scope(|scope| {
-        scope.spawn(|| serve(&inherited, |_| Ok(vec!["no sandbox in this test".to_owned()])));
+        scope.spawn(|| serve(&inherited, 2, |_| Ok(vec!["no sandbox in this test".to_owned()])));
         let mut kernel = Kernel { connection, last: 1 };
         crate::server::testing::wait_for("a server", || {
             (supervisor.count(|r| matches!(r, ServerRequest::Serving)) == 1).then_some(())

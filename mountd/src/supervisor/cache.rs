@@ -106,3 +106,58 @@ fn half_of_free(dir: &Path) -> Result<Bytes> {
 fn quarter_of_memory() -> Result<Bytes> {
     Ok(Bytes::new(procfs::meminfo("MemTotal")?.map_or(0, Bytes::get) / 4))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An INIT request of a kernel with or without passthrough.
+    fn init(has_passthrough: bool) -> Vec<u8> {
+        let mut init = vec![0; 104];
+        init[FLAGS2_OFFSET] = if has_passthrough { 1 << 5 } else { 0 };
+        init
+    }
+
+    fn options(store: &Path, words: &[&str]) -> MountOptions {
+        let store = format!("--store={}", store.display());
+        let words = [&[store.as_str()], words, &["--", "/mnt"]].concat();
+        MountOptions::from_args(words.into_iter().map(Into::into)).unwrap()
+    }
+
+    #[test]
+    fn backings_need_a_kernel_and_a_mode_with_passthrough() {
+        let dir = tempfile::tempdir().unwrap();
+        let reason = |words: &[&str], init: &[u8]| match choose(&options(dir.path(), words), init) {
+            Ok(Chosen { cache: Cache::Nowhere(why), .. }) => why,
+            other => panic!("{other:?}"),
+        };
+        assert!(reason(&["--serve=decode"], &init(true)).contains("configured to decode"));
+        assert!(reason(&[], &init(false)).contains("the kernel does not support"));
+        assert!(reason(&[], b"truncated").contains("the kernel does not support"));
+        let error = choose(&options(dir.path(), &["--serve=passthrough"]), &init(false)).unwrap_err();
+        assert!(error.hint_text().unwrap().contains("--serve decode"), "{error}");
+    }
+
+    #[test]
+    fn backings_are_next_to_the_store_or_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let chosen = choose(&options(dir.path(), &["--cache-size=1000000"]), &init(true)).unwrap();
+        assert_eq!(chosen.most, Bytes::new(1_000_000));
+        match chosen.cache {
+            Cache::Directory(place) => assert_eq!((place.as_path(), chosen.why), (dir.path(), None)),
+            // An ordinary user cannot make a file immutable.
+            Cache::Memory => assert!(chosen.why.unwrap().contains("cannot hold them")),
+            other => panic!("{other:?}"),
+        }
+        assert!(choose(&options(dir.path(), &[]), &init(true)).unwrap().most > Bytes::ZERO);
+    }
+
+    #[test]
+    fn a_requested_cache_directory_must_be_usable() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = format!("--cache-dir={}", dir.path().join("missing").display());
+        let error = choose(&options(dir.path(), &[&missing]), &init(true)).unwrap_err();
+        assert!(error.to_string().contains("the cache directory cannot hold backings"), "{error}");
+        assert!(error.hint_text().is_some());
+    }
+}

@@ -203,4 +203,54 @@ mod tests {
         assert_eq!(judge.judge(&Reading::default(), now), Verdict::Fine);
         assert!(matches!(judge.judge(&slow(), now), Verdict::SlowStore(_)), "a second time");
     }
+
+    #[test]
+    fn the_watchdog_reads_the_table_of_the_current_server() {
+        use stencilfs::control::{Op, RequestInfo};
+        use stencilfs::sys::memory::memfd::SharedCounters;
+
+        let limit = Duration::from_millis(50);
+        let stats = Stats::new(SharedCounters::create().unwrap());
+        let mut watchdog = Watchdog::new(limit, u64::MAX);
+        assert_eq!(watchdog.interval(), Duration::from_millis(20));
+        assert_eq!(watchdog.check(&stats), None, "there is no server");
+        let table = InFlightTable::create().unwrap();
+        watchdog.watch(Some(table.fd().try_clone().unwrap()));
+        table.enter(0, &RequestInfo { unique: 7, op: Op::Read, ino: 2, offset: 0, size: 4096 });
+        table.stamp(0, Phase::Decoding);
+        let start = Instant::now();
+        let reason = loop {
+            if let Some(reason) = watchdog.check(&stats) {
+                break reason;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "a stuck request is not noticed");
+        };
+        assert!(start.elapsed() >= limit && reason.contains("READ"), "{reason}");
+        watchdog.watch(None);
+        assert_eq!(watchdog.check(&stats), None);
+        assert!(watchdog.check_startup(start).is_some());
+        assert_eq!(watchdog.check_startup(Instant::now() + limit), None);
+        assert_eq!(Watchdog::new(Duration::ZERO, u64::MAX).interval(), MAX_INTERVAL);
+    }
+
+    #[test]
+    fn a_slow_store_is_counted_and_keeps_its_server() {
+        use stencilfs::control::{Op, RequestInfo};
+        use stencilfs::sys::memory::memfd::SharedCounters;
+
+        let stats = Stats::new(SharedCounters::create().unwrap());
+        let mut watchdog = Watchdog::new(Duration::from_millis(200), u64::MAX);
+        let table = InFlightTable::create().unwrap();
+        watchdog.watch(Some(table.fd().try_clone().unwrap()));
+        table.enter(0, &RequestInfo { unique: 7, op: Op::Read, ino: 2, offset: 0, size: 4096 });
+        let start = Instant::now();
+        while stats.get(Counter::SlowSource) == 0 {
+            // Each attempt to reach the store is progress.
+            table.stamp(0, Phase::WaitingForStore);
+            assert_eq!(watchdog.check(&stats), None);
+            assert!(start.elapsed() < Duration::from_secs(60), "a slow store is not noticed");
+        }
+        table.stamp(0, Phase::WaitingForStore);
+        assert_eq!((watchdog.check(&stats), stats.get(Counter::SlowSource)), (None, 1), "it is logged once");
+    }
 }

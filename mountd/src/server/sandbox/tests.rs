@@ -13,7 +13,10 @@ fn in_sandbox<T: Send>(work: impl FnOnce(&Path, &Path) -> T + Send) -> T {
     fs::set_permissions(&outside, PermissionsExt::from_mode(0o644)).unwrap();
     std::thread::scope(|scope| {
         let confined = scope.spawn(|| {
-            assert_eq!(confine(&store).unwrap(), Vec::<String>::new(), "this kernel supports all parts");
+            let lacks = confine(&store).unwrap();
+            // Only root can give up the bounding set and the groups of its user.
+            let by_user = |lack: &String| lack.contains("bounding set") || lack.contains("store's owner");
+            assert!(lacks.iter().all(by_user), "{lacks:?}");
             work(&store.join("inside"), &outside)
         });
         confined.join().unwrap()

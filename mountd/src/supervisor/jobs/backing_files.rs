@@ -68,3 +68,43 @@ pub fn freeze(cache: &Cache, file: impl AsFd, reserved: Bytes) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use stencilfs::error::Code;
+
+    use super::*;
+
+    #[test]
+    fn a_backing_in_memory_cannot_be_changed_after_the_freeze() {
+        let (size, data) = (Bytes::new(1 << 20), Bytes::new(8192));
+        let file = create(&Cache::Memory, size, data).unwrap();
+        assert_eq!(rustix::fs::fstat(&file).unwrap().st_size, 1 << 20);
+        rustix::io::pwrite(&file, b"data", 0).unwrap();
+        freeze(&Cache::Memory, &file, data).unwrap();
+        assert!(rustix::io::pwrite(&file, b"late", 0).is_err());
+    }
+
+    #[test]
+    fn a_backing_that_outgrew_its_reservation_is_refused() {
+        let size = Bytes::new(32 << 20);
+        let file = create(&Cache::Memory, size, Bytes::new(4096)).unwrap();
+        let mebibyte = vec![1; 1 << 20];
+        (0..32).for_each(|n| assert!(rustix::io::pwrite(&file, &mebibyte, n << 20).is_ok()));
+        let error = freeze(&Cache::Memory, &file, Bytes::new(4096)).unwrap_err();
+        assert!(error.to_string().contains("only 4.00 KiB are reserved"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_needs_room_for_the_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::Directory(dir.path().to_owned());
+        let error = create(&cache, Bytes::new(1 << 62), Bytes::new(1 << 62)).unwrap_err();
+        assert_eq!(error.code(), Code::TryAgain);
+        assert!(create(&cache, Bytes::new(4096), Bytes::new(4096)).is_ok());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the file has no name");
+        let nowhere = Cache::Nowhere("no passthrough".to_owned());
+        assert!(create(&nowhere, Bytes::ZERO, Bytes::ZERO).is_err());
+        assert!(freeze(&nowhere, std::io::stdin(), Bytes::ZERO).is_err());
+    }
+}

@@ -16,7 +16,7 @@ pub struct Call {
     pub number: libc::c_long,
     /// Allowed arguments.
     pub allowed: Allowed,
-    /// What the server needs the call for.
+    /// The purpose for which the server needs the call.
     pub purpose: &'static str,
 }
 
@@ -76,7 +76,8 @@ const WRITING: i64 =
 
 const NOT_CODE: Allowed = Allowed::If("without `PROT_EXEC`", &[bits(2, libc::PROT_EXEC as i64, 0)]);
 
-/// All allowed calls. An addition needs a row in docs/explanation/security.md and a new count in the test scenario `sandbox`.
+/// All allowed calls. An addition needs a row in docs/explanation/security.md and a new count in the test scenario
+/// `sandbox`.
 pub const CALLS: &[Call] = &[
     call("read", libc::SYS_read, "requests of the kernel, files of the store, replies of the supervisor"),
     call(
@@ -204,7 +205,7 @@ fn wrong(name: &str, why: &dyn std::fmt::Display) -> Error {
         .remedy("this is a bug in Stencil: report it with the version")
 }
 
-/// What happens at a system call that is not on the list.
+/// The effect of a system call that is not on the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
     /// The call fails with EPERM.

@@ -234,7 +234,7 @@ fn a_soak_build_is_refused(name: &str, file: &str, from: &str, to: &str, message
 #[test]
 fn a_soak_build_with_another_max_read_is_refused() {
     let (from, to) = ("MAX_READ: usize = 1 << 20", "MAX_READ: usize = 1 << 19");
-    let message = "asks the kernel for other features";
+    let message = "requests other FUSE features than the first server";
     a_soak_build_is_refused("sizes", "mountd/src/server/read/decode.rs", from, to, message);
 }
 

@@ -266,7 +266,7 @@ fn a_mount_missing_in_mountinfo_is_unmounted() {
     let output = world.command_in("unshare").args(["-m", "bash", "-c", &outer]).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(out.contains("ended with 1"), "{out}\n{err}");
-    assert!(out.contains("the mount is missing in /proc/self/mountinfo"), "{out}\n{err}");
+    assert!(out.contains("the mount is missing from /proc/self/mountinfo"), "{out}\n{err}");
     assert!(!out.contains(&format!(" {mountpoint} ")), "the mount must be gone: {out}");
     assert_untouched(&world);
 }

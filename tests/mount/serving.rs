@@ -41,7 +41,7 @@ fn new_opens_use_a_ready_backing_and_old_opens_stay_valid() {
     let early = File::open(&path).unwrap();
     clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
     // `status` shows the reason only until the backing is ready; the log keeps the reason.
-    let reason = "is served by decode: its backing is still being filled after the timeout of 0 s";
+    let reason = "is served by decode: the backing is still being filled after the timeout of 0 s";
     assert!(world.log().contains(reason), "{}", world.log());
     wait_for("the backing", || (template(&world, &digest)["files"][0]["hydrated"] == true).then_some(()));
     let late = File::open(&path).unwrap();

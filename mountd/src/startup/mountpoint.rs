@@ -125,7 +125,7 @@ fn devices_at(mountpoint: &Path) -> Result<Vec<u64>> {
 }
 
 fn not_mounted(mountpoint: &Path) -> Error {
-    Error::failed("the mount is missing in /proc/self/mountinfo").at(mountpoint)
+    Error::failed("the mount is missing from /proc/self/mountinfo").at(mountpoint)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use stencilfs::control::{self, MountOptions};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 
-/// Most symbolic links that the kernel follows in one path (`MAXSYMLINKS` in `include/linux/namei.h`).
+/// Largest number of symbolic links that the kernel follows in one path (`MAXSYMLINKS` in `include/linux/namei.h`).
 const MAX_LINKS: usize = 40;
 
 /// Rejects a request for another store than the store of the existing mount, as the names of its templates would have

@@ -224,7 +224,7 @@ impl Callers {
 mod tests {
     use super::*;
 
-    /// A listening socket at an abstract address, and a way to connect to it.
+    /// Returns a listening socket at an abstract address, and a function that connects to the socket.
     fn listener(name: &str) -> (OwnedFd, impl Fn() -> Channel) {
         let address =
             SocketAddrUnix::new_abstract_name(format!("{name}-{}", std::process::id()).as_bytes()).unwrap();

@@ -410,7 +410,7 @@ impl Supervisor {
             }
             Task::FreezeBacking { key, reserved } => {
                 let file = self.machine.backings().file(&key);
-                let file = file.ok_or_else(|| Error::failed("the backing is gone"))?;
+                let file = file.ok_or_else(|| Error::failed("the file of the backing is closed"))?;
                 jobs::freeze_backing(&hidden, &mount.chosen.cache, file, reserved)
             }
             Task::FindUnused(keys) => jobs::find_unused(&hidden, &mount.options.store, mount.device, &keys),

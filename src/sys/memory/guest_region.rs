@@ -11,7 +11,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use crate::sys::memory::mapping::{Mapping, Protection, Sharing};
 use crate::sys::memory::pagemap::Pagemap;
-use crate::units::{MemoryOffset, PAGE_SIZE};
+use crate::units::{MemoryOffset, PAGE_SIZE, to_usize};
 
 /// The dirty bitmap of a guest memory region: the pages that this process has copied. The bitmap owns the mapping, so
 /// that the memory stays mapped while the region exists.
@@ -68,7 +68,7 @@ pub fn guest_region(
 ) -> io::Result<MmapRegion<CopiedPages>> {
     let is_aligned = part.start.is_multiple_of(PAGE_SIZE) && part.end.is_multiple_of(PAGE_SIZE);
     let length = part.end.checked_sub(part.start).filter(|length| is_aligned && *length > 0);
-    let length = length.ok_or(io::ErrorKind::InvalidInput)? as usize;
+    let length = to_usize(length.ok_or(io::ErrorKind::InvalidInput)?);
     let address = mapping.inside(MemoryOffset::new(part.start), length)?;
     let range = address as u64..(address + length) as u64;
     let bitmap = CopiedPages { mapping: mapping.clone(), pagemap, range, _owner: owner };

@@ -371,7 +371,7 @@ impl Backings {
 
     fn late_reason(&self) -> String {
         let waited = self.timeout.as_secs_f64();
-        format!("its backing is still being filled after the timeout of {waited} s")
+        format!("the backing is still being filled after the timeout of {waited} s")
     }
 
     /// Refuses opens whose deadline has passed.

@@ -75,7 +75,8 @@ const WRITING: i64 =
 
 const NOT_CODE: Allowed = Allowed::If(&[bits(2, libc::PROT_EXEC as i64, 0)]);
 
-/// All allowed calls. An addition needs a row in docs/explanation/security.md and a new count in the test scenario `sandbox`.
+/// All allowed calls. An addition needs a row in docs/explanation/security.md and a new count in the test scenario
+/// `sandbox`.
 pub const CALLS: &[Call] = &[
     call("read", libc::SYS_read),
     call("write", libc::SYS_write),
@@ -166,7 +167,7 @@ fn wrong(name: &str, why: &dyn std::fmt::Display) -> Error {
         .hint("this is a bug in Stencil: report it with the version")
 }
 
-/// What happens at a system call that is not on the list.
+/// The effect of a system call that is not on the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
     /// The call fails with EPERM.

@@ -87,7 +87,8 @@ impl Condemned {
         opened.insert(*digest, Instant::now());
     }
 
-    /// Publishes a new list. Readers with a guard of an earlier epoch may still act on an earlier list.
+    /// Publishes a new list, and starts a new epoch of guards. Readers with a guard of an earlier epoch may still act
+    /// on an earlier list.
     pub fn change(&self, rows: &[CondemnedRow]) {
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = list(rows);
         // After the list: a reader that takes its guard from here on sees the new list.

@@ -124,7 +124,7 @@ impl Machine {
         }
         if self.mount.init_reply.as_ref().is_some_and(|first| *first != init_reply) {
             return Some(Err(Error::failed(
-                "this server asks the kernel for other features than the first server did",
+                "the server requests other FUSE features than the first server of the mount",
             )
             .hint("unmount, then mount again with the new version")));
         }

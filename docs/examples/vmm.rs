@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use stencilfs::memory::{Backend, CopiedPages, Protection};
-use stencilfs::units::PAGE_SIZE;
+use stencilfs::units::{PAGE_SIZE, to_usize};
 use stencilfs::vm_memory::bitmap::Bitmap;
 use stencilfs::vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -112,8 +112,8 @@ fn run_until_halt(cpu: &mut VcpuFd) -> Result<(), Box<dyn Error>> {
 fn print_copied(ram: &GuestMemoryMmap<CopiedPages>) {
     let mut copied = Vec::new();
     for region in ram.iter() {
-        let pages = (0..region.len()).step_by(PAGE_SIZE as usize);
-        let dirty = pages.filter(|offset| region.bitmap().dirty_at(*offset as usize));
+        let pages = (0..region.len()).step_by(to_usize(PAGE_SIZE));
+        let dirty = pages.filter(|offset| region.bitmap().dirty_at(to_usize(*offset)));
         copied.extend(dirty.map(|offset| region.start_addr().0 + offset));
     }
     let pages = ram.iter().map(GuestMemoryRegion::len).sum::<u64>() / PAGE_SIZE;

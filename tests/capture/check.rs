@@ -9,11 +9,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{Qemu, media, patiently, qemu_words};
+use crate::support::daemon::passing::Running;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Running;
 use crate::support::store::random;
+use crate::support::vm::guest::{Qemu, media, patiently, qemu_words};
 
 /// RAM files below /dev/shm that the printed command line created; removed on drop.
 struct ShmFiles(Vec<PathBuf>);

@@ -10,11 +10,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{Qemu, ignores_shared, media, overlays, patiently, qemu_words};
+use crate::support::daemon::passing::{Immutable, Mounted};
 use crate::support::host;
 use crate::support::mount::{Run, TestMount, run};
-use crate::support::passing::{Immutable, Mounted};
 use crate::support::store::random;
+use crate::support::vm::guest::{Qemu, ignores_shared, media, overlays, patiently, qemu_words};
 
 /// The QEMU option that defines the disk of a VM.
 #[derive(Clone, Copy, PartialEq)]

@@ -11,8 +11,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::capture::failures::{DiskOption, Vm};
-use crate::support::guest::{ignores_shared, media, overlays, patiently};
 use crate::support::host;
+use crate::support::vm::guest::{ignores_shared, media, overlays, patiently};
 
 #[test]
 fn an_interrupted_commit_of_a_leftover_overlay_completes() {

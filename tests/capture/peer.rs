@@ -11,10 +11,10 @@ use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::process::procfs;
 
 use crate::support::actor::compile;
-use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};
+use crate::support::daemon::passing::{Running, StoppedProcess};
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount};
-use crate::support::passing::{Running, StoppedProcess};
+use crate::support::vm::guest::{Qemu, ignores_shared, patiently, qemu_words};
 
 #[test]
 fn invalid_or_endless_qmp_output_does_not_block_the_guest() {

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 use stencilfs::clones::recipe::device_type;
 
-use crate::support::guest::{Qemu, ignores_shared, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{TestMount, run, temporary};
+use crate::support::vm::guest::{Qemu, ignores_shared, patiently, qemu_words};
 
 #[test]
 fn capture_restores_the_run_state_of_the_guest() {

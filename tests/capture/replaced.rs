@@ -9,10 +9,10 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::capture::failures::{DiskOption, Vm};
-use crate::support::guest::{Qemu, media, overlays, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
 use crate::support::store::random;
+use crate::support::vm::guest::{Qemu, media, overlays, patiently, qemu_words};
 
 fn inode(path: &Path) -> u64 {
     fs::metadata(path).unwrap().ino()
@@ -200,7 +200,7 @@ fn an_image_replaced_during_its_read_receives_no_writes() {
 fn capture_warns_of_a_kernel_file_changed_after_startup() {
     let _host = host::shared();
     let world = TestMount::unmounted();
-    let [kernel, ..] = crate::support::guest::linux();
+    let [kernel, ..] = crate::support::vm::guest::linux();
     let copy = world.dir().join("vmlinuz");
     fs::copy(kernel, &copy).unwrap();
     let mut words = qemu_words(world.dir(), "64M");

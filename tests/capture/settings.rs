@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
 use crate::capture::failures::{DiskOption, Vm};
-use crate::support::guest::{Qemu, patiently, qemu_words};
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::vm::guest::{Qemu, patiently, qemu_words};
 
 /// Returns all migration capabilities and parameters.
 fn settings(qmp: &mut Qmp) -> [Value; 2] {

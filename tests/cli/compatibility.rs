@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use stencilfs::error::Code;
 use stencilfs::store::TagName;
 
-use crate::support::guest::{Qemu, qemu_words};
 use crate::support::host;
 use crate::support::mount::{Run, TestMount, wait_for};
+use crate::support::pages::tables::{code, rows};
 use crate::support::store::{Fixture, random};
-use crate::support::tables::{code, rows};
+use crate::support::vm::guest::{Qemu, qemu_words};
 
 /// Returns the values at a path such as `clones[].maps[].file` in a reply, or `None` if a field is missing.
 fn values_at<'a>(reply: &'a Value, path: &str) -> Option<Vec<&'a Value>> {

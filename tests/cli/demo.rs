@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::{STENCIL, daemon, temporary};
+use crate::support::vm::guest::patiently;
 
 fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)

@@ -12,12 +12,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::support::guest;
 use crate::support::host;
 use crate::support::mount::{UNSEEN, run};
-use crate::support::page::{Block, blocks, line_matches, matches, updated, violations};
-use crate::support::session::{Outcome, Session};
-use crate::support::svg::terminal;
+use crate::support::pages::page::{Block, blocks, line_matches, matches, updated, violations};
+use crate::support::pages::session::{Outcome, Session};
+use crate::support::pages::svg::terminal;
+use crate::support::vm::guest;
 use crate::vmm::firecracker;
 
 /// Blocks of one page that may say `not-run`.

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount};
+use crate::support::pages::tables::{code, rows};
 use crate::support::store::random;
-use crate::support::tables::{code, rows};
 
 /// Runs a command on a new pseudoterminal and returns its output.
 fn on_a_terminal(world: &TestMount, args: &str) -> String {

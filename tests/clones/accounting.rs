@@ -9,7 +9,7 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::mount::TestMount;
-use crate::support::{drill, host};
+use crate::support::{daemon::drill, host};
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;

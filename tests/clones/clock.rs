@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::support::guest::{Qemu, patiently, told};
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::vm::guest::{Qemu, patiently, told};
 
 /// Minimum age of the template: longer than any reply takes.
 const MIN_AGE: Duration = Duration::from_secs(6);

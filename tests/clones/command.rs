@@ -9,9 +9,9 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::vm::guest::patiently;
 
 const READY_THEN_SLEEP: &str =
     "echo ready {index}; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 1000";

@@ -11,10 +11,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::clones::command::{nothing_is_left, processes_of};
-use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
 use crate::support::store::random;
+use crate::support::vm::guest::patiently;
 
 /// A program that maps the template, as a VMM does.
 const MAP_TEMPLATE: &str = "qemu-system-x86_64 -M none -nodefaults -display none \

@@ -11,8 +11,8 @@ use stencilfs::sys::memory::cachestat;
 use crate::support::actor::{self, Actor, compile};
 use crate::support::host;
 use crate::support::mount::{TestMount, copy_program, run, without_others};
+use crate::support::pages::tables::{code, rows};
 use crate::support::store::{guest_like, word_sum};
-use crate::support::tables::{code, rows};
 
 const MIB: usize = 1 << 20;
 pub const PAGE: usize = 4096;

@@ -10,10 +10,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::clones::command::{nothing_is_left, processes_of};
-use crate::support::guest::patiently;
+use crate::support::daemon::passing::Immutable;
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount};
-use crate::support::passing::Immutable;
+use crate::support::vm::guest::patiently;
 
 const READY: &str = "echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 2000";
 

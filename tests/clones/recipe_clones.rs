@@ -13,12 +13,12 @@ use stencilfs::clones::qmp::Qmp;
 
 use crate::clones::accounting::{StoppedClones, assert_sums};
 use crate::clones::disks::{Tmpfs, du};
-use crate::support::guest::{
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::support::vm::guest::{
     CAPTURED_MAC, Qemu, beats_in_image, beats_on_disk, devices, free_port, heartbeats, make_disk, media,
     overlays, patiently, root_is_on_disk, told,
 };
-use crate::support::host;
-use crate::support::mount::{TestMount, run};
 
 /// Values that must be unique on a host, from QMP: name, UUID, VM generation ID, MAC address.
 fn identity(qmp: &mut Qmp) -> [String; 4] {

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use stencilfs::sys::process::ProcessId;
 
 use crate::clones::command::nothing_is_left;
-use crate::support::guest;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount};
+use crate::support::vm::guest;
 
 fn valid_recipe() -> Value {
     json!({

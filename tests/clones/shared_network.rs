@@ -11,10 +11,10 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{CAPTURED_MAC, Qemu, patiently, told};
+use crate::support::daemon::passing::Running;
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::passing::Running;
+use crate::support::vm::guest::{CAPTURED_MAC, Qemu, patiently, told};
 
 /// Moves this thread and its future children into a new network namespace.
 fn private_network() -> Running {

@@ -9,9 +9,9 @@ use stencilfs::memory::Backend;
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Store};
 
 use crate::support::actor::Actor;
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::SetOnDrop;
 use crate::vmm::kvm_guest::{Machine, set_program, write_template};
 
 const PAGE: u64 = 4096;

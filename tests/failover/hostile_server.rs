@@ -9,9 +9,9 @@ use stencilfs::control::Channel;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
+use crate::support::daemon::readers::{Image, PAGE};
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::readers::{Image, PAGE};
-use crate::support::{host, link};
+use crate::support::{daemon::link, host};
 
 pub const IMAGE: Image = Image { salt: 13, pages: 2 << 10 };
 

@@ -9,10 +9,10 @@ use rustix::process::Signal;
 use stencilfs::control::{Op, Phase};
 use stencilfs::sys::process::ProcessId;
 
+use crate::support::daemon::inflight::table_of;
+use crate::support::daemon::passing::{SetOnDrop, StoppedProcess};
 use crate::support::host;
-use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::{SetOnDrop, StoppedProcess};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 8 << 10;

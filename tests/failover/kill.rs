@@ -7,10 +7,10 @@ use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
+use crate::support::daemon::passing::Mounted;
+use crate::support::daemon::readers::Image;
 use crate::support::host;
 use crate::support::mount::{TestMount, temporary, wait_for};
-use crate::support::passing::Mounted;
-use crate::support::readers::Image;
 
 #[test]
 fn the_server_continues_after_its_supervisor_dies() {

@@ -12,10 +12,10 @@ use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::{Actor, compile};
-use crate::support::drill::Drill;
+use crate::support::daemon::drill::Drill;
+use crate::support::daemon::readers::{Image, PAGE, Readers};
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, copy_program, daemon};
-use crate::support::readers::{Image, PAGE, Readers};
 
 pub const IMAGE: Image = Image { salt: 11, pages: 8 << 10 };
 

@@ -18,7 +18,7 @@ use crate::failover::attempt::sandbox::calls::{Allowed, CALLS};
 use crate::failover::attempt::{self, Outcome, Sandbox};
 use crate::support::actor::Actor;
 use crate::support::mount::{SIGSYS, STENCIL, TestMount, wait_for};
-use crate::support::{host, link};
+use crate::support::{daemon::link, host};
 
 /// The number of allowed system calls in docs/explanation/security.md. A change must be deliberate.
 const COUNT: usize = 50;

@@ -9,8 +9,8 @@ use stencilfs::control::{InFlightTable, Phase};
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
+use crate::support::daemon::inflight::table_of;
 use crate::support::host;
-use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
 
 const PAGE: u64 = 4096;

@@ -11,10 +11,10 @@ use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::drill;
+use crate::support::daemon::drill;
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, wait_for};
-use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const SIZE: u64 = 8 << 20;

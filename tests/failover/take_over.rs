@@ -15,10 +15,10 @@ use stencilfs::control::{self, Request, Snapshot};
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
+use crate::support::daemon::passing::Running;
+use crate::support::daemon::readers::{Image, PAGE};
 use crate::support::mount::{TestMount, daemon, run, wait_for};
-use crate::support::passing::Running;
-use crate::support::readers::{Image, PAGE};
-use crate::support::{host, link};
+use crate::support::{daemon::link, host};
 
 pub const IMAGE: Image = Image { salt: 12, pages: 2 << 10 };
 

@@ -15,9 +15,9 @@ use stencilfs::sys::process::exit_status::ExitStatus;
 use stencilfs::sys::process::{ProcessId, pidfd, procfs};
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE};
 
+use crate::support::daemon::userfault;
 use crate::support::host;
 use crate::support::mount::temporary;
-use crate::support::userfault;
 
 #[test]
 fn resolves_mountpoints_without_accessing_the_mount() {

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::actor::Actor;
+use crate::support::daemon::passing::Mounted;
 use crate::support::host;
 use crate::support::mount::{TestMount, run, wait_for};
-use crate::support::passing::Mounted;
 
 const PAGE: usize = 4096;
 

@@ -17,7 +17,7 @@ use stencilfs::units::{Bytes, FileOffset};
 
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::tables::{code, rows};
+use crate::support::pages::tables::{code, rows};
 
 struct Paths {
     file: PathBuf,

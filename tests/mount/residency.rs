@@ -13,9 +13,9 @@ use stencilfs::control::{Mount, Record, Request, Response};
 
 use crate::clones::accounting::assert_sums;
 use crate::support::actor::Actor;
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;

@@ -7,7 +7,7 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::{drill, host};
+use crate::support::{daemon::drill, host};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 2048;

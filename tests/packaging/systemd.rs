@@ -15,9 +15,9 @@ use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
+use crate::support::daemon::notify::Manager;
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
-use crate::support::notify::Manager;
 use crate::support::store::random;
 
 const UNIT: &str = "mountd/systemd/stencil@.service";

@@ -14,9 +14,9 @@ use serde_json::Value;
 use stencilfs::control::{Channel, Request, Response};
 use stencilfs::sys::process::ProcessId;
 
+use crate::support::daemon::passing::{Mounted, Running};
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
-use crate::support::passing::{Mounted, Running};
 use crate::support::store::guest_like;
 
 const SIZE: usize = 4 << 20;

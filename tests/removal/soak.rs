@@ -12,9 +12,9 @@ use stencilfs::progress::Silent;
 use stencilfs::store::{FileKind, ImportFile, ImportRequest, Source, Store};
 use stencilfs::units::MemoryOffset;
 
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::passing::SetOnDrop;
 use crate::support::store::random;
 
 const BLOCK: usize = 64 << 10;

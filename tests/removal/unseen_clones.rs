@@ -6,10 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::support::daemon::passing::Mounted;
 use crate::support::holder::{Holder, hash_of};
 use crate::support::host;
 use crate::support::mount::{Run, STENCIL, TestMount, run, wait_for};
-use crate::support::passing::Mounted;
 use crate::support::store::guest_like;
 
 const SIZE: usize = 1 << 20;

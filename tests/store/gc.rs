@@ -13,9 +13,9 @@ use stencilfs::progress::{Progress, Silent};
 use stencilfs::store::{BLOCK_SIZE, Collect, Digest, Scratch, Store, Template, TemplateRef};
 use stencilfs::units::Bytes;
 
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::run;
-use crate::support::passing::SetOnDrop;
 use crate::support::store::{Fixture, guest_like, random, read_all, stencil};
 
 const BLOCK: usize = BLOCK_SIZE as usize;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::mount::{MountFlags, mount};
 use stencilfs::store::BLOCK_SIZE;
 
-use crate::support::passing::Mounted;
+use crate::support::daemon::passing::Mounted;
 use crate::support::store::{Fixture, random, read_all};
 
 const BLOCK: usize = BLOCK_SIZE as usize;

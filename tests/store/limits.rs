@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
+use crate::support::daemon::passing::Mounted;
 use crate::support::host;
-use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, guest_like, random, stencil};
 
 /// Runs a command and returns its peak resident memory in bytes. The kernel drops its own high-water mark with the

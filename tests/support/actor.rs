@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use super::mount::STENCIL;
+use crate::support::mount::STENCIL;
 
 /// Returns the path of the compiled program, static so that it runs in an empty chroot.
 pub fn program() -> &'static Path {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
-use super::mount::{Run, STENCIL, run, temporary};
+use crate::support::mount::{Run, STENCIL, run, temporary};
 
 /// Runs `make` without the environment variables that an outer `make` or `cargo` has set.
 pub fn make(words: &[&str]) -> Run {
@@ -32,7 +32,7 @@ pub fn bin() -> String {
 pub fn package() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
-        super::mount::daemon();
+        crate::support::mount::daemon();
         let made = make(&["-s", "deb-files", &bin(), "deb_options=--fast"]).ok();
         let path = PathBuf::from(made.out.lines().last().expect("no output of cargo-deb"));
         assert!(path.is_file(), "{}", made.out);

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::actor;
+use crate::support::actor;
 
 /// A process that uses a file; killed on drop.
 pub struct Holder {

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
-use super::mount::{Run, STENCIL, daemon, run, temporary, wait_for, without_others};
+use crate::support::mount::{Run, STENCIL, daemon, run, temporary, wait_for, without_others};
 
 /// One of the two hosts.
 pub struct Host {

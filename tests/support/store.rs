@@ -1,6 +1,6 @@
 //! A store in a temporary directory, and the `stencil` command on it.
 
-use super::host;
+use crate::support::host;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

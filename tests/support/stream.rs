@@ -11,7 +11,7 @@ use serde_json::json;
 use stencilfs::progress::Silent;
 use stencilfs::store::{FileKind, ImportFile, Source};
 
-use super::store::{Fixture, Ran, guest_like, random, read_all, stencil};
+use crate::support::store::{Fixture, Ran, guest_like, random, read_all, stencil};
 
 /// Imports a template of three files with the given codec and chunk size, and with every field of a policy set. Returns
 /// its digest.

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use stencilfs::store::Store;
 use stencilfs::sys::process::procfs;
 
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::hosts::Hosts;
 use crate::support::mount::{STENCIL, wait_for};
-use crate::support::passing::SetOnDrop;
 use crate::support::store::{guest_like, random, read_all};
 
 /// Returns the commands exactly as documented.

@@ -12,9 +12,9 @@ use stencilfs::error::Code;
 use stencilfs::progress::Silent;
 use stencilfs::store::{Incoming, LoadRequest};
 
+use crate::support::daemon::passing::Mounted;
 use crate::support::host;
 use crate::support::mount::wait_for;
-use crate::support::passing::Mounted;
 use crate::support::store::{Fixture, guest_like, random, stencil};
 use crate::support::stream::{assert_nothing, assert_same, import, load, load_command, save};
 

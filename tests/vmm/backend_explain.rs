@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Output};
 
-use crate::support::object_files::Files;
+use crate::support::vm::object_files::Files;
 
 fn explain(files: &Files, object: &str, json: bool) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stencil"));

@@ -11,9 +11,9 @@ use stencilfs::error::Code;
 use stencilfs::memory::{Backend, PageRange, Protection, Role, Sharing, observe};
 use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
 
+use crate::support::daemon::passing::Mounted;
 use crate::support::host;
 use crate::support::mount::{TestMount, run};
-use crate::support::passing::Mounted;
 
 /// Creates a file of `bytes` bytes without a zero page, and returns its path.
 pub fn template(dir: &Path, bytes: u64) -> PathBuf {

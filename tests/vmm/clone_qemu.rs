@@ -11,9 +11,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{self, heartbeats, patiently};
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::vm::guest::{self, heartbeats, patiently};
 
 #[test]
 fn resumed_guests_get_distinct_ids_and_random_numbers() {

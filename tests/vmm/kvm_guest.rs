@@ -14,8 +14,8 @@ use stencilfs::sys::memory::pagemap::Pagemap;
 use stencilfs::units::{MemoryOffset, PAGE_SIZE};
 
 use crate::support::host;
-use crate::support::kvm::Guest;
 use crate::support::mount::TestMount;
+use crate::support::vm::kvm::Guest;
 
 const SIZE: u64 = 16 << 20;
 

@@ -7,12 +7,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{
+use crate::support::host;
+use crate::support::mount::{TestMount, run};
+use crate::support::vm::guest::{
     CAPTURED_MAC, beats_in_image, heartbeats, linux, make_disk, media, overlays, patiently,
 };
-use crate::support::host;
-use crate::support::libvirt::Domain;
-use crate::support::mount::{TestMount, run};
+use crate::support::vm::libvirt::Domain;
 
 /// Lines of the domain XML in docs/how-to/libvirt.md.
 fn documented() -> impl Iterator<Item = &'static str> {

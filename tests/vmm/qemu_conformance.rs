@@ -12,9 +12,9 @@ use stencilfs::units::MemoryOffset;
 
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::object_files::{Files, explain, user_of};
-use crate::support::qemu_object::{Guest, Verdict, verdict};
-use crate::support::tables::{code, rows};
+use crate::support::pages::tables::{code, rows};
+use crate::support::vm::object_files::{Files, explain, user_of};
+use crate::support::vm::qemu_object::{Guest, Verdict, verdict};
 
 const DOCUMENT: &str = "reference/semantics.md";
 const MIB: u64 = 1 << 20;

@@ -1,8 +1,8 @@
 //! Objects with random options, given to QEMU and to Stencil: both must give the same verdict and the same error text.
 
 use crate::support::host;
-use crate::support::object_files::{Files, explain};
-use crate::support::qemu_object::{Verdict, verdict};
+use crate::support::vm::object_files::{Files, explain};
+use crate::support::vm::qemu_object::{Verdict, verdict};
 
 /// A linear congruential generator with a fixed seed, so that a failure can be reproduced.
 struct Dice(u64);

@@ -7,11 +7,11 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::support::actor::compile;
-use crate::support::guest::{Qemu, linux, patiently};
+use crate::support::daemon::passing::Running;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::Running;
 use crate::support::store::word_sum;
+use crate::support::vm::guest::{Qemu, linux, patiently};
 
 const MIB: u64 = 1 << 20;
 

@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 use stencilfs::clones::migration::{Settings, wait_end};
 use stencilfs::clones::qmp::Qmp;
 
-use crate::support::guest::{self, Qemu, heartbeats, linux, patiently, qemu_words};
+use crate::support::daemon::passing::Running;
 use crate::support::host;
-use crate::support::libvirt::Domain;
 use crate::support::mount::{STENCIL, TestMount, run};
-use crate::support::passing::Running;
 use crate::support::store::guest_like;
+use crate::support::vm::guest::{self, Qemu, heartbeats, linux, patiently, qemu_words};
+use crate::support::vm::libvirt::Domain;
 use crate::vmm::firecracker::state;
 
 const MIB: usize = 1 << 20;

@@ -160,7 +160,7 @@ impl Template {
             let (front, values, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
             let image = open_image(&self.directory().join("image"), &self.digest, &front, values);
             let image = image.ok().map(|(_, image)| image).filter(|image| !image.is_same_file(&old.image));
-            if front == old.front && image.is_none() {
+            if front == old.front && rows.is_same_file(&old.rows) && image.is_none() {
                 return None;
             }
             let image = image.map_or_else(|| Arc::clone(&old.image), Arc::new);
@@ -341,7 +341,7 @@ impl Template {
         })
     }
 
-    /// Returns the front of the placement. Two different placements have different fronts.
+    /// Returns the front of the placement. Placements with different content have different fronts.
     pub(in crate::store) fn front(&self) -> Front {
         self.tables().front.clone()
     }

@@ -9,11 +9,11 @@ use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use stencilfs::control::PARKED_SLOTS;
 use stencilfs::sys::process::ProcessId;
 
+use crate::support::daemon::inflight::table_of;
+use crate::support::daemon::passing::StoppedProcess;
+use crate::support::daemon::readers::{Image, PAGE};
 use crate::support::host;
-use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::passing::StoppedProcess;
-use crate::support::readers::{Image, PAGE};
 
 /// Number of callers: more than the slots for pending requests.
 const CALLERS: usize = PARKED_SLOTS + 200;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::failover::hostile_server::{ANSWER, IMAGE, world};
-use crate::support::passing::SetOnDrop;
-use crate::support::{host, link};
+use crate::support::daemon::passing::SetOnDrop;
+use crate::support::{daemon::link, host};
 
 /// The server sends cheap requests without pause, and reads the replies.
 #[test]

@@ -9,11 +9,11 @@ use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::drill::{Drill, Times, is_read, quantile, stop};
+use crate::support::daemon::drill::{Drill, Times, is_read, quantile, stop};
+use crate::support::daemon::inflight::table_of;
+use crate::support::daemon::readers::{Image, PAGE, Readers};
 use crate::support::host;
-use crate::support::inflight::table_of;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::readers::{Image, PAGE, Readers};
 
 const IMAGE: Image = Image { salt: 3, pages: 8 << 10 };
 

@@ -13,11 +13,11 @@ use kvm_ioctls::VcpuExit;
 use stencilfs::memory::{Backend, PageRange};
 use stencilfs::units::MemoryOffset;
 
-use crate::support::drill::Drill;
+use crate::support::daemon::drill::Drill;
+use crate::support::daemon::readers::{Image, PAGE};
 use crate::support::host;
-use crate::support::kvm::Guest;
 use crate::support::mount::TestMount;
-use crate::support::readers::{Image, PAGE};
+use crate::support::vm::kvm::Guest;
 
 const IMAGE: Image = Image { salt: 7, pages: 16 << 10 };
 

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use stencilfs::control::Phase;
 
 use crate::support::actor::Actor;
-use crate::support::drill::Drill;
+use crate::support::daemon::drill::Drill;
+use crate::support::daemon::readers::{Image, PAGE, Readers};
 use crate::support::host;
 use crate::support::mount::{TestMount, wait_for};
-use crate::support::readers::{Image, PAGE, Readers};
 
 const PAGES: u64 = 4 << 10;
 

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use stencilfs::clones::qmp::Qmp;
 use stencilfs::control::Phase;
 
-use crate::support::drill::{Drill, is_read};
-use crate::support::guest::{self, heartbeats, patiently};
+use crate::support::daemon::drill::{Drill, is_read};
+use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::passing::SetOnDrop;
+use crate::support::vm::guest::{self, heartbeats, patiently};
 
 /// Returns the time of each heartbeat of a guest until `done` is true.
 fn watch(serial: &Path, done: &AtomicBool) -> Vec<Instant> {

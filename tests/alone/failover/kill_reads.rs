@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use stencilfs::control::{InFlight, Phase};
 
-use crate::support::drill::{Drill, drop_caches, is_read};
+use crate::support::daemon::drill::{Drill, drop_caches, is_read};
+use crate::support::daemon::readers::{Image, PAGE, Readers};
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::readers::{Image, PAGE, Readers};
 
 const IMAGE: Image = Image { salt: 1, pages: 16 << 10 };
 

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::support::drill::{Drill, stop};
+use crate::support::daemon::drill::{Drill, stop};
+use crate::support::daemon::readers::{Image, Readers};
 use crate::support::host;
 use crate::support::mount::TestMount;
-use crate::support::readers::{Image, Readers};
 
 const IMAGE: Image = Image { salt: 4, pages: 8 << 10 };
 

@@ -8,10 +8,10 @@ use stencilfs::sys::process::ProcessId;
 
 use crate::failover::restart::{IMAGE, Load};
 use crate::support::actor::Actor;
-use crate::support::drill::Drill;
+use crate::support::daemon::drill::Drill;
+use crate::support::daemon::readers::PAGE;
 use crate::support::host;
 use crate::support::mount::{TestMount, copy_program, daemon, wait_for};
-use crate::support::readers::PAGE;
 
 #[test]
 fn soak_readers_survive_restarts_of_the_server() {

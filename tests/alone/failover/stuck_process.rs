@@ -10,7 +10,7 @@ use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::process::holders;
 
 use crate::support::actor::Actor;
-use crate::support::drill;
+use crate::support::daemon::drill;
 use crate::support::host;
 use crate::support::mount::{TestMount, wait_for};
 

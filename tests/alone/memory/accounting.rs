@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::clones::accounting::{MIB, PAGE, StoppedClones, assert_sums, number, world};
 use crate::support::actor::Actor;
 use crate::support::mount::TestMount;
-use crate::support::{guest, host};
+use crate::support::{host, vm::guest};
 
 #[test]
 fn page_frame_audit_matches_the_accounting_after_forks() {

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use crate::clones::jail::{PAGE, fio, hash, import_from_fio};
 use crate::support::actor::Actor;
-use crate::support::guest::patiently;
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::vm::guest::patiently;
 
 /// stress-ng uses all free memory by forking, while fio drops the pages of templates from the page cache and reads them
 /// again.

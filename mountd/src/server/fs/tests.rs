@@ -278,20 +278,32 @@ fn a_damaged_block_fails_alone_until_an_import_repairs_the_store() {
 }
 
 #[test]
-fn an_open_template_is_read_from_the_repaired_image() {
+fn an_open_template_is_read_from_repaired_tables() {
     let world = World::new(ServeMode::Decode);
     let ino = world.memory_ino();
-    let image = world.dir.path().join(format!("store/images/{}/image", world.digest));
-    let length = fs::metadata(&image).unwrap().len();
-    let file = File::options().read(true).write(true).open(image).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, length - 1).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], length - 1).unwrap();
-    assert_eq!(reply(&world.read(ino, 0, 5)), Err(Refusal::Damaged));
-    let before = world.fs.tree.template(&world.digest).unwrap();
-    assert_eq!(world.import("web:1", &world.memory), world.digest);
-    assert_eq!(reply(&world.read(ino, 0, 5)).unwrap(), b"block");
-    assert!(Arc::ptr_eq(&before, &world.fs.tree.template(&world.digest).unwrap()));
+    let directory = world.dir.path().join(format!("store/images/{}", world.digest));
+    let replace = |name: &str, bytes: &[u8]| {
+        fs::write(directory.join("new"), bytes).unwrap();
+        fs::rename(directory.join("new"), directory.join(name)).unwrap();
+    };
+    // Whole blocks are not cached.
+    let read_block = || reply(&world.read(ino, 0, BLOCK));
+    // The last bytes of an image are a hash; a placement ends with rows and two checksums of 32 bytes.
+    for (name, from_end) in [("image", 1), ("placement", 65)] {
+        world.fs.tree.close_templates();
+        let open = world.fs.tree.template(&world.digest).unwrap();
+        let path = directory.join(name);
+        let intact = fs::read(&path).unwrap();
+        let at = intact.len() - from_end;
+        File::options().write(true).open(path).unwrap().write_all_at(&[!intact[at]], at as u64).unwrap();
+        assert_eq!(read_block(), Err(Refusal::Damaged), "{name}");
+        // A repair replaces one table after the other.
+        replace("image", &fs::read(directory.join("image")).unwrap());
+        assert_eq!(read_block(), Err(Refusal::Damaged), "{name}");
+        replace(name, &intact);
+        assert!(read_block().unwrap() == world.memory[..BLOCK], "{name}");
+        assert!(Arc::ptr_eq(&open, &world.fs.tree.template(&world.digest).unwrap()));
+    }
 }
 
 #[test]

@@ -195,7 +195,7 @@ impl StoreOutage {
             && let Some(since) = state.since.take()
         {
             log::info!(
-                "the store can be reached again after {:.1} s: {} READs waited, {} failed",
+                "the store can be reached again after {:.1} s: READs that waited: {}, failed: {}",
                 since.elapsed().as_secs_f64(),
                 state.waited,
                 state.failed

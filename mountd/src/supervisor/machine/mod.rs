@@ -238,7 +238,8 @@ impl Machine {
             return;
         }
         if let Some(id) = self.handover.overdue(inputs.now) {
-            self.candidate_failed(id, "timed out after 5 s waiting for the new server");
+            let limit = TRIAL_TIMEOUT.as_secs();
+            self.candidate_failed(id, &format!("timed out after {limit} s waiting for the new server"));
         }
         if self.lifecycle.current().is_some_and(|s| s.row.serving && s.has_answered(inputs.answers)) {
             self.handover.confirm_program();

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::guest::patiently;
-use super::mount::{TestMount, without_others};
-use super::passing::Running;
+use crate::support::daemon::passing::Running;
+use crate::support::mount::{TestMount, without_others};
+use crate::support::vm::guest::patiently;
 
 /// A libvirt domain without libvirtd; ends on drop.
 pub struct Domain {

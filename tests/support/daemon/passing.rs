@@ -9,7 +9,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
-use super::mount::run;
+use crate::support::mount::run;
 
 /// A process that is killed on drop.
 pub struct Running(pub Child);

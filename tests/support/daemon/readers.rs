@@ -10,9 +10,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use super::actor;
-use super::guest::patiently;
-use super::store::word_sum;
+use crate::support::actor;
+use crate::support::store::word_sum;
+use crate::support::vm::guest::patiently;
 
 pub const PAGE: u64 = 4096;
 

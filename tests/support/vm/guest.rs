@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use stencilfs::clones::qmp::Qmp;
 
-use super::mount::{STENCIL, TestMount, run, temporary};
-use super::store::random;
+use crate::support::mount::{STENCIL, TestMount, run, temporary};
+use crate::support::store::random;
 
 /// Returns the arguments of a QEMU whose guest can be captured and cloned; `dir` holds its RAM file and sockets.
 pub fn qemu_words(dir: &Path, memory: &str) -> Vec<String> {

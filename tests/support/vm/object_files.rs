@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::qemu_object::Verdict;
+use crate::support::vm::qemu_object::Verdict;
 
 const MIB: u64 = 1 << 20;
 const NOBODY: u32 = 65534;

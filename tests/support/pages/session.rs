@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::mount::{STENCIL, daemon, temporary, without_others};
+use crate::support::mount::{STENCIL, daemon, temporary, without_others};
 
 /// Time limit for one command.
 const TIMEOUT: Duration = Duration::from_secs(180);

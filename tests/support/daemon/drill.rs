@@ -9,9 +9,9 @@ use stencilfs::sys::fuse::control_fs::Waiting;
 use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::process::procfs;
 
-use super::inflight::find_table;
-use super::mount::{TestMount, wait_for};
-use super::readers::Finished;
+use crate::support::daemon::inflight::find_table;
+use crate::support::daemon::readers::Finished;
+use crate::support::mount::{TestMount, wait_for};
 
 /// The time of `CLOCK_MONOTONIC` in nanoseconds, the clock of the readers.
 pub fn now() -> u64 {

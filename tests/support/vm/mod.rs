@@ -1,0 +1,7 @@
+//! Virtual machine monitors and their guests.
+
+pub mod guest;
+pub mod kvm;
+pub mod libvirt;
+pub mod object_files;
+pub mod qemu_object;

@@ -17,6 +17,7 @@ mod failover;
 mod kernel;
 mod mount;
 mod packaging;
+mod project;
 mod removal;
 mod store;
 mod support;

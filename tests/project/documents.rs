@@ -127,7 +127,7 @@ fn every_test_that_evidence_names_exists() {
     for page in [EVIDENCE, FAILURES] {
         assert_eq!(missing(&read(page)), Vec::<String>::new(), "{page}");
     }
-    let invented = "`cli::documents::no_such` and `nowhere::at_all`, `cli::layers::a_file_imports_only_from_lower_layers`, \
+    let invented = "`project::documents::no_such` and `nowhere::at_all`, `project::layers::a_file_imports_only_from_lower_layers`, \
                     `alone::layers::a_file_imports_only_from_lower_layers`, `failover::restart::soak_readers_survive_restarts_of_the_server`";
     assert_eq!(missing(invented).len(), 4);
 }

@@ -19,7 +19,7 @@ export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 # The profile of the unit tests.
 profile ?= release
 # make setup installs missing subcommands of cargo there.
-tools := PATH="$$PATH:$(target)/tools/bin"
+tools := PATH="$(abspath $(target))/tools/bin:$$PATH"
 # Unit tests run as user nobody, without /dev/fuse and /dev/kvm.
 unprivileged := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/support/unprivileged.sh'
 
@@ -57,12 +57,12 @@ demo: setup build
 	@$(guard) tests/demo.sh
 
 test: setup build test-unit
+	$(CARGO) build --release --workspace --example vmm $(all_features)
 	$(guard) $(CARGO) test --release --test suite
 
-# With the example that the suite runs.
 test-unit:
 	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }
-	$(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins --examples $(all_features) --cargo-profile $(profile)
+	$(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile $(profile)
 	$(unprivileged) $(CARGO) test --doc $(all_features) --profile $(profile)
 
 coverage:

@@ -66,7 +66,7 @@ pub mod clones;
 #[cfg_attr(not(document_internals), doc(hidden))]
 pub mod control;
 pub mod error;
-#[cfg(all(feature = "internals", any(test, fuzzing)))]
+#[cfg(all(feature = "cli", any(test, fuzzing)))]
 pub mod fuzz;
 pub mod memory;
 #[cfg(feature = "internals")]

@@ -36,14 +36,15 @@ done
 [ -n "${bin-}" ] || fail 'llvm-cov and llvm-profdata are missing: run make setup, or rustup component add llvm-tools'
 
 # The tests run as user nobody, see unprivileged.sh.
-profiles=$(mktemp -d)
+# Not in /dev/shm, which the runner of the tests hides.
+profiles=$(TMPDIR=/tmp mktemp -d)
 trap 'rm -rf "$profiles"' EXIT
 chmod 1777 "$profiles"
 export RUSTC_WORKSPACE_WRAPPER=$top/tests/coverage.sh LLVM_PROFILE_FILE="$profiles/%p-%m.profraw"
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$top/tests/support/unprivileged.sh
 program=$("$cargo" test -q -p stencil-mountd --bins --no-run --message-format json |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)
-PATH="$PATH:${CARGO_TARGET_DIR:-target}/tools/bin" "$cargo" nextest run -p stencil-mountd --bins >"$profiles/log" 2>&1 || {
+PATH="${CARGO_TARGET_DIR:-target}/tools/bin:$PATH" "$cargo" nextest run -p stencil-mountd --bins >"$profiles/log" 2>&1 || {
     cat "$profiles/log" >&2
     fail 'the unit tests fail'
 }

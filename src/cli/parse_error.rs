@@ -77,12 +77,17 @@ fn text(error: &clap::Error, kind: ContextKind) -> Option<&str> {
 
 /// Returns the hint for an unknown command.
 fn instead(error: &clap::Error, unknown: &str) -> String {
-    if let Some((_, hint)) = ELSEWHERE.iter().find(|(name, _)| *name == unknown) {
-        return (*hint).to_owned();
-    }
-    match text(error, ContextKind::SuggestedSubcommand) {
-        Some(similar) => format!("use 'stencil {similar}', or run 'stencil --help' to list the commands"),
-        None => "run 'stencil --help' to list the commands".to_owned(),
+    let usage = error.get(ContextKind::Usage).map(ToString::to_string).unwrap_or_default();
+    let is_name = |word: &&str| !word.starts_with(['[', '<', '-']);
+    let words: Vec<&str> = usage.split_whitespace().skip(1).take_while(is_name).collect();
+    let parent = if words.is_empty() { "stencil".to_owned() } else { words.join(" ") };
+    let elsewhere = ELSEWHERE.iter().find(|(name, _)| parent == "stencil" && *name == unknown);
+    match (elsewhere, text(error, ContextKind::SuggestedSubcommand)) {
+        (Some((_, hint)), _) => (*hint).to_owned(),
+        (None, Some(similar)) => {
+            format!("use '{parent} {similar}', or run '{parent} --help' to list the commands")
+        }
+        (None, None) => format!("run '{parent} --help' to list the commands"),
     }
 }
 

@@ -6,7 +6,7 @@
 
 mod disk;
 mod format;
-#[cfg(all(feature = "internals", any(test, fuzzing)))]
+#[cfg(all(feature = "cli", any(test, fuzzing)))]
 pub(crate) mod fuzz;
 #[cfg(feature = "internals")]
 mod maintain;

@@ -47,6 +47,11 @@ fn an_unknown_command_is_an_error_with_the_command_to_use() {
         let reply: Value = serde_json::from_str(&run.out).unwrap();
         assert_eq!(reply["error"]["remedy"], hint, "{reply:#}");
     }
+    // The commands of other tools are looked for at the place of commands only.
+    for (word, hint) in [("edti", "use 'stencil recipe edit'"), ("create", "run 'stencil recipe --help'")] {
+        let run = with(&[], &["recipe", word, "web:1"]).exits(2);
+        assert!(run.err.contains(&format!("hint: {hint}")), "{}", run.err);
+    }
 }
 
 #[test]

@@ -135,6 +135,7 @@ fn serve(
     let backings: Vec<BackingRow> =
         backings.into_iter().filter(|b| !condemned.is_removed(&b.key.digest)).collect();
     let flights = Flights::create(stats.clone())?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     // One buffer more, for the thread that answers READs after a store outage.
     let replies = Replies::lock(threads + 1, Bytes::new(MAX_READ as u64))?;
     let max_open = open_templates::max_open();
@@ -148,8 +149,7 @@ fn serve(
     // Reopened in the sandbox: without capabilities, the server may have less access than before.
     let store = open_store(&options.store, reply.is_some())?;
     let tree = Arc::new(Tree::new(store.clone(), max_open, Arc::clone(&condemned)));
-    let hydrator =
-        Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), threads);
+    let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cpus);
     let made = Backings::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {
         condemned: Arc::clone(&condemned),

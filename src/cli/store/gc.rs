@@ -134,8 +134,14 @@ fn collect(
         store.expect_tags_readable()?;
         let untagged = store.untagged(&store.digests()?)?;
         if args.dry_run {
-            let used: HashSet<Digest> =
-                removal::used(store, &untagged)?.into_iter().map(|(digest, _)| digest).collect();
+            let used: HashSet<Digest> = match removal::used(store, &untagged) {
+                Ok(used) => used.into_iter().map(|(digest, _)| digest).collect(),
+                Err(error) if error.code() == Code::TryAgain => {
+                    log::warn!("{error}");
+                    untagged.iter().copied().collect()
+                }
+                Err(error) => return Err(error),
+            };
             (collection.kept_digests, collection.removed_digests) =
                 untagged.into_iter().partition(|digest| used.contains(digest));
         } else {

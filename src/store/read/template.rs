@@ -155,18 +155,21 @@ impl Template {
 
     /// Returns the current tables if they differ from `old`.
     fn newer(&self, old: &Arc<Tables>) -> Option<Arc<Tables>> {
-        let mut current = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        if Arc::ptr_eq(&current, old) {
-            let (front, values, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
-            let image = open_image(&self.directory().join("image"), &self.digest, &front, values);
-            let image = image.ok().map(|(_, image)| image).filter(|image| !image.is_same_file(&old.image));
-            if front == old.front && rows.is_same_file(&old.rows) && image.is_none() {
-                return None;
-            }
-            let image = image.map_or_else(|| Arc::clone(&old.image), Arc::new);
-            *current = Arc::new(Tables { image, front, rows });
+        let current = self.tables();
+        if !Arc::ptr_eq(&current, old) {
+            return Some(current);
         }
-        Some(Arc::clone(&current))
+        // Opened without the lock: a store that hangs must not block readers of cached blocks.
+        let (front, values, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
+        let image = open_image(&self.directory().join("image"), &self.digest, &front, values);
+        let image = image.ok().map(|(_, image)| image).filter(|image| !image.is_same_file(&old.image));
+        if front == old.front && rows.is_same_file(&old.rows) && image.is_none() {
+            return None;
+        }
+        let image = image.map_or_else(|| Arc::clone(&old.image), Arc::new);
+        let newer = Arc::new(Tables { image, front, rows });
+        *self.tables.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&newer);
+        Some(newer)
     }
 
     /// Returns a description of the template as JSON. The text depends only on the content and may be cached forever.

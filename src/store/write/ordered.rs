@@ -36,12 +36,12 @@ pub(in crate::store) fn ordered<S, I: Send, O: Send>(
         for number in 0..workers {
             let (pieces, to_taker, state, work) = (&pieces, to_taker.clone(), &state, &work);
             let started = threads::start_scoped(scope, move || {
-                let mut state = state();
+                let mut own = None;
                 loop {
                     let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((number, piece)) = next else { return };
                     // An unreported panic would make the caller wait for this item forever.
-                    let result = threads::catch_panic(|| work(&mut state, piece));
+                    let result = threads::catch_panic(|| work(own.get_or_insert_with(state), piece));
                     if to_taker.send((number, result)).is_err() {
                         return;
                     }
@@ -73,7 +73,8 @@ pub(in crate::store) fn ordered<S, I: Send, O: Send>(
                 waiting.insert(number, result);
                 while let Some(result) = waiting.remove(&next) {
                     next += 1;
-                    take(result?)?;
+                    let item = result?;
+                    threads::catch_panic(|| take(item))?;
                     // Fails if the thread that runs `make` has finished.
                     let _ = permit.send(());
                 }

@@ -313,7 +313,7 @@ fn is_visibility(after_pub: Option<&TokenTree>) -> bool {
 }
 
 fn is_cfg_test(attribute: Option<&TokenTree>) -> bool {
-    let only_tests = ["[cfg(test)]", "[cfg(any(test,fuzzing))]"];
+    let only_tests = ["[cfg(test)]", "[cfg(all(feature=\"cli\",any(test,fuzzing)))]"];
     attribute.is_some_and(|token| only_tests.contains(&token.to_string().replace(' ', "").as_str()))
 }
 

@@ -155,7 +155,7 @@ fn unmapped_part_is_not_dirty() {
 }
 
 #[test]
-fn entries_report_frames() {
+fn entries_report_files() {
     let length = 64 * PAGE_SIZE;
     let file = template(length);
     let map = private_map(&file, length, PAGE_SIZE);
@@ -165,7 +165,6 @@ fn entries_report_frames() {
     assert_eq!(entries.len(), 64);
     assert!(entries[0].is_present() && entries[0].is_file());
     assert!(entries[5].is_present() && !entries[5].is_file());
-    assert!(entries[5].frame().is_some() && entries[5].frame() != entries[0].frame());
 }
 
 #[test]

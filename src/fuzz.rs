@@ -203,6 +203,15 @@ mod tests {
         }
     }
 
+    /// Without them the decoder of the mount state would see invalid inputs only.
+    #[test]
+    fn the_corpus_has_valid_mount_states() {
+        for name in ["ledger-snapshot", "ledger-memory"] {
+            let bytes = fs::read(Path::new("tests/fuzz/corpus/control").join(name)).unwrap();
+            serde_json::from_slice::<Snapshot>(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
+    }
+
     #[test]
     fn replays_the_corpus() {
         for (name, target) in TARGETS {

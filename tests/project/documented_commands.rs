@@ -1,7 +1,7 @@
 //! The commands of README.md, of the tutorial and of the how-to pages run as the pages show them, with that output.
 //!
 //! Each page is one session of a reader: a fresh home directory and a bash that runs every line that begins with `$ `, in
-//! order (`support::session`). Output is compared line by line; `support::page` has the rules for parts that vary. A command
+//! order (`support::pages::session`). Output is compared line by line; `support::pages::page` has the rules for parts that vary. A command
 //! that fails must be followed by `$ echo $?`. A page may name what must be there before it begins:
 //! `<!-- environment: NAME -->`, see [`prepare`].
 //!

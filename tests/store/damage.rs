@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use stencilfs::error::Code;
 use stencilfs::progress::Silent;
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch};
+use stencilfs::units::FileOffset;
 
 use crate::support::host;
 use crate::support::store::{Fixture, guest_like, random, read_all};
@@ -56,6 +57,15 @@ fn assert_no_wrong_byte(fixture: &Fixture, templates: &[(String, Digest, Vec<u8>
                     assert!(matches!(e.code(), Code::Damage | Code::Failed), "{name}: {e}");
                     errors += 1;
                 }
+            }
+            // An unaligned part, within one or two sub-chunks.
+            let from = (number * 977) % (expected.len() - 300);
+            let offset = FileOffset::new(number as u64 * BLOCK_SIZE + from as u64);
+            if template.read_range(0, offset, &mut scratch, &mut block[..300]).is_ok() {
+                assert!(
+                    block[..300] == expected[from..from + 300],
+                    "{name}: a part of block {number} is wrong"
+                );
             }
         }
     }

@@ -23,7 +23,7 @@ const MAX_TAG: Bytes = Bytes::new(4096);
 const MAX_NAMED: usize = 8;
 
 /// A tag `NAME:TAG` and its template.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TagEntry {
     /// Part before the colon.
     pub name: String,
@@ -32,7 +32,6 @@ pub struct TagEntry {
     /// Template that the tag points at.
     pub digest: Digest,
     /// Time of the last change.
-    #[serde(skip)]
     pub modified: SystemTime,
 }
 

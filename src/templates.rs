@@ -1,7 +1,7 @@
 //! Templates of a store, for reading.
 //!
-//! A process that only maps a template needs a path in a mount, and no access to the store. Access to the store gives
-//! the content without a mount, and the path of a template's file from its name.
+//! A process that only maps a template needs a path in a mount, and no access to the store. With access to the store, a
+//! process reads content without a mount, and finds the path of a template's file by its name.
 //!
 //! ```
 //! use stencilfs::templates::Templates;

@@ -123,7 +123,7 @@ impl Template {
             |serving: &Serving| inode_number(&self.secret, self.digest(), file, *serving) == metadata.ino();
         match Serving::ALL.iter().any(is_of_store) {
             true => Ok(path),
-            false => Err(Error::failed("the file is not in a mount of this store")
+            false => Err(Error::failed("the file belongs to a mount of another store")
                 .at(path)
                 .hint("name a mountpoint of the store: stencil status")),
         }

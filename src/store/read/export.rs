@@ -51,7 +51,7 @@ impl Template {
                 "cannot export: the path exists and is not a regular file, named pipe or character device",
             )
             .at(out)
-            .hint("give the path of a new file, or '-' for standard output"));
+            .hint("name a new file, or '-' for standard output"));
         }
         let target = Target::create(out, replace)?;
         let size = self.files().get(file).map_or(0, |f| f.size.get());

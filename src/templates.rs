@@ -1,7 +1,7 @@
 //! Templates of a store, for reading.
 //!
-//! A process that only maps a template needs a path in a mount, and no access to the store. Access to the store gives
-//! the content without a mount, and the path of a template's file from its name.
+//! A process that only maps a template needs a path in a mount, and no access to the store. With access to the store, a
+//! process reads content without a mount, and finds the path of a template's file by its name.
 //!
 //! ```
 //! use stencilfs::templates::Templates;
@@ -123,7 +123,7 @@ impl Template {
             |serving: &Serving| inode_number(&self.secret, self.digest(), file, *serving) == metadata.ino();
         match Serving::ALL.iter().any(is_of_store) {
             true => Ok(path),
-            false => Err(Error::failed("the file is not in a mount of this store")
+            false => Err(Error::failed("the file belongs to a mount of another store")
                 .at(path)
                 .hint("name a mountpoint of the store: stencil status")),
         }

@@ -31,7 +31,7 @@ pub struct Global {
     /// Print only results and errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
-    /// Log more; repeat for debug messages
+    /// Log informational messages; repeat for debug messages
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }

@@ -276,7 +276,7 @@ impl Qmp {
 
 fn timeout_error(path: &Path) -> Error {
     Error::try_again("timed out waiting for QEMU on the QMP socket").at(path).hint(
-        "a QMP socket serves one client at a time: end the other session, or start QEMU with a second -qmp",
+        "end the other session, or start QEMU with a second -qmp: a QMP socket serves one client at a time",
     )
 }
 

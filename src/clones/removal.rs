@@ -65,7 +65,7 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
         // A template that was missing when `hide` ran is not hidden: another removal may have restored the template
         // since.
         let is_hidden = |(digest, hidden): &(Digest, Hidden)| hidden.condemned.digests().contains(digest);
-        let unused = hidden.as_ref().filter(|of_it| is_hidden(of_it)).map(|(digest, _)| *digest);
+        let unused = hidden.as_ref().filter(|hidden| is_hidden(hidden)).map(|(digest, _)| *digest);
         let done = store.remove(
             reference,
             unused.as_ref(),

@@ -320,9 +320,9 @@ fn read(folder: &Directory, name: &Path) -> Result<Option<LeaseHolder>> {
 }
 
 fn invalid_lease(folder: &Directory, name: &Path, why: &str) -> Error {
-    Error::failed(format!("cannot parse a lease: {why}"))
-        .at(folder.path_of(name))
-        .hint("the lease is of another version of Stencil; retry when the command that holds it has exited")
+    Error::failed(format!("cannot parse a lease: {why}")).at(folder.path_of(name)).hint(
+        "retry when the command that holds the lease has exited; another version of Stencil wrote the lease",
+    )
 }
 
 /// A locked lease file, removed on drop.

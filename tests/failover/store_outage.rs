@@ -102,7 +102,7 @@ fn outage_is_survived(start_outage: fn(&Path) -> Outage<'_>, why: &str, kill: bo
             .collect();
         wait_for("all clones to wait", || (waiting(&table) >= WAITING).then_some(()));
         wait_for("a sign of life of the waiting server", || {
-            (table.stillest().unwrap().still < Duration::from_secs(1)).then_some(())
+            (table.longest_in_phase().unwrap().still < Duration::from_secs(1)).then_some(())
         });
         if !kill {
             // More reads wait than the server has threads; they do not block reads from an open pack.

@@ -354,7 +354,9 @@ fn takeover_requires_the_same_store() {
     run("umount", &[&bound]);
     let taken = taken.ok();
     assert!(
-        taken.err.contains("these differ from the requested ones: cache-size, watchdog\n"),
+        taken.err.contains(
+            "with its previous options; the requested values of cache-size, watchdog are ignored\n"
+        ),
         "{}",
         taken.err
     );

@@ -140,7 +140,7 @@ fn rejects_unusable_cache_directories() {
     run("mount", &["-t", "overlay", "overlay", "-o", &layers, &merged]);
     let overlay = world.mount(&["--cache-dir", &merged]);
     run("umount", &[&merged]);
-    overlay.exits(1).says("overlayfs");
+    overlay.exits(1).says("FUSE passthrough rejects overlayfs");
     let tmpfs = dir("tmpfs");
     run("mount", &["-t", "tmpfs", "none", &tmpfs]);
     let on_tmpfs = world.mount(&["--cache-dir", &tmpfs]);

@@ -18,7 +18,7 @@ const SIZE: usize = 1 << 20;
 const FILE: &str = "memory";
 
 /// Rows of the documentation that other scenarios cover or that cannot be tried here.
-const ELSEWHERE: &[&str] = &["process that does not let itself be looked into", "handle of an NFS client"];
+const ELSEWHERE: &[&str] = &["process that cannot be inspected", "handle of an NFS client"];
 
 /// With passthrough, the ways in which something other than a process may keep the file open.
 const BY_PASSTHROUGH: &[&str] = &[
@@ -76,7 +76,7 @@ const WAYS: &[(&str, Rm)] = &[
     ("loop device below a bind mount", Unnamed),
     ("mapping through overlayfs", Named),
     ("mapping through a detached overlayfs", Named),
-    ("file of an overlayfs that nobody uses", Unnamed),
+    ("file of an overlayfs that no process uses", Unnamed),
     ("pages in a pipe, by splice", Removes),
     ("pages in a pipe, by vmsplice", Removes),
     ("pages pinned by an io_uring", Removes),
@@ -136,7 +136,7 @@ impl Held {
                 if way.contains("detached") {
                     held.mounts.clear();
                 }
-                if way.contains("nobody uses") {
+                if way.contains("no process uses") {
                     // The exit closes the file; only the reference inside overlayfs remains.
                     held.holder = None;
                     held.file = Some(held.mounts[0].0.join(FILE));

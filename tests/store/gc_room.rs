@@ -178,7 +178,7 @@ fn gc_rewrites_full_packs_into_several() {
     let printed = fixture.run(&["gc"]).ok().stdout;
     assert!(
         printed.contains(
-            " unreferenced in packs that are still in use; 'stencil gc --all' rewrites these packs"
+            " of unreferenced records remain in packs that are in use; 'stencil gc --all' rewrites these packs"
         ),
         "{printed}"
     );

@@ -80,6 +80,9 @@ fn templates_reads_a_store_and_finds_its_mount() {
 
     assert_eq!(template.path_in(one.mountpoint(), "memory").unwrap(), one.file(&digest, "memory"));
     let other = template.path_in(two.mountpoint(), "memory").unwrap_err();
-    assert_eq!((other.code(), other.message()), (Code::Failed, "the file is not in a mount of this store"));
+    assert_eq!(
+        (other.code(), other.message()),
+        (Code::Failed, "the file belongs to a mount of another store")
+    );
     assert_eq!(template.path_in(one.dir(), "memory").unwrap_err().code(), Code::NotFound);
 }

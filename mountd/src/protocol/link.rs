@@ -98,7 +98,8 @@ impl Link {
 
 /// Returns the error for a reply that does not match its request.
 pub fn unexpected(reply: &ServerReply) -> Error {
-    Error::failed(format!("unexpected reply from the supervisor: {reply:?}"))
+    log::debug!("unexpected reply of the supervisor: {reply:?}");
+    Error::failed("the supervisor sent an unexpected reply")
 }
 
 #[cfg(test)]

@@ -78,7 +78,7 @@ impl Watcher {
                 return;
             }
         }
-        rows.iter().filter(|row| !row.removed).for_each(|row| self.forget_names(&row.digest));
+        rows.iter().filter(|row| !row.removed).for_each(|row| self.invalidate_names(&row.digest));
         let grace = self.condemned.grace();
         self.backings.stop_condemned();
         // The disk space of deleted files is freed only when the server closes them.
@@ -95,11 +95,11 @@ impl Watcher {
     /// Makes the kernel drop the unused inodes of a template's files, which would otherwise count as in use. Cannot
     /// deadlock: other threads answer lookups, and a file with a pending READ is in use, so the kernel does not wait
     /// for its pages here.
-    fn forget_names(&self, digest: &Digest) {
+    fn invalidate_names(&self, digest: &Digest) {
         let Ok(template) = self.tree.template_in_use(digest) else { return };
         let directory = self.tree.ino(&Node::Template(*digest));
         for file in template.files() {
-            device::forget_name(&self.fuse, directory, &file.name).unwrap_or_else(|e| {
+            device::invalidate_name(&self.fuse, directory, &file.name).unwrap_or_else(|e| {
                 log::warn!("cannot invalidate {digest}/{} in the kernel: {e}", file.name)
             });
         }

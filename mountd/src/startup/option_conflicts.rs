@@ -73,7 +73,7 @@ pub fn warn_about_differences(requested: &MountOptions, current: &MountOptions) 
     .collect();
     if !differing.is_empty() {
         log::warn!(
-            "{} is taken over with its previous options; these differ from the requested ones: {}",
+            "took over {} with its previous options; the requested values of {} are ignored",
             current.mountpoint.display(),
             differing.join(", ")
         );

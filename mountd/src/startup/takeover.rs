@@ -27,7 +27,7 @@ pub fn take_over(orphan: &Mount) -> Result<AcquiredMount> {
         error
             .context("cannot take over the mount, whose supervisor is dead")
             .at(&orphan.mountpoint)
-            .hint("the server still serves it; unmount it (with -l if clones use it) and mount again")
+            .hint("unmount the mount (with -l if clones use it) and mount again; until then, the server still serves it")
     };
     let record = RecordDir::take_over(&orphan.dir)?;
     from_server(orphan, record).map_err(fail)
@@ -36,26 +36,28 @@ pub fn take_over(orphan: &Mount) -> Result<AcquiredMount> {
 fn from_server(orphan: &Mount, record: RecordDir) -> Result<AcquiredMount> {
     let pid = orphan.server_pid.ok_or_else(|| Error::failed("the server has exited"))?;
     let server = Holder::open(pid)?;
-    let wrong = |what: &str| Error::failed(format!("the server, process {pid}, does not hold the {what}"));
+    let wrong = |name: &str, what: &str| {
+        Error::failed(format!("the descriptor of the server (process {pid}) for '{name}' is not {what}"))
+    };
     let fuse = server.get("fuse")?;
     if !belongs_to(&fuse, orphan.device) {
-        return Err(wrong("connection of this mount"));
+        return Err(wrong("fuse", "the connection of this mount"));
     }
     // An attacker may control the server: the ledger and the program must be the files in the supervisor's record.
     let genuine = |name: &str, recorded: (u64, u64)| -> Result<OwnedFd> {
         let fd = server.get(name)?;
         let matches = fds::has_identity(&fd, recorded);
-        matches.then_some(fd).ok_or_else(|| wrong(&format!("{name} of its supervisor")))
+        matches.then_some(fd).ok_or_else(|| wrong(name, "the recorded file"))
     };
     let [ledger, program] = orphan.identities;
     let program = genuine("program", program)?;
     let (ledger, snapshot) = ledger::read(genuine("ledger", ledger)?)?;
     if snapshot.device != orphan.device {
-        return Err(wrong("ledger of this mount"));
+        return Err(wrong("ledger", "the ledger of this mount"));
     }
     // All descriptors are from one process, and the ledger is genuine: that process must be the server in the ledger.
     let row = snapshot.server.clone().filter(|row| row.process.pid == pid && !has_ended(&server.pidfd));
-    let row = row.ok_or_else(|| wrong("ledger that names this process"))?;
+    let row = row.ok_or_else(|| wrong("ledger", "a ledger that names this process"))?;
     let found = MountFds {
         fuse,
         counters: server.get("counters")?,

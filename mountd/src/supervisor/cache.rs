@@ -65,7 +65,7 @@ fn probe(dir: &Path) -> Result<()> {
     let kind = statfs(dir).map_err(fail("cannot inspect the file system"))?.f_type;
     if kind == OVERLAYFS_MAGIC {
         return Err(Error::failed(
-            "the directory is on overlayfs, which FUSE passthrough rejects: it allows no stacked file system",
+            "FUSE passthrough rejects overlayfs, because overlayfs is a stacked file system",
         )
         .at(dir)
         .hint("use --cache-dir with a directory on ext4 or xfs"));

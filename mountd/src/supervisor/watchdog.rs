@@ -15,8 +15,8 @@ const MAX_INTERVAL: Duration = Duration::from_millis(500);
 #[derive(Debug, Default)]
 struct Reading {
     /// The request that has been in its phase for the longest time.
-    stillest: Option<InFlight>,
-    /// The pending request that was read first.
+    longest_in_phase: Option<InFlight>,
+    /// The in-flight request that was read first.
     oldest: Option<InFlight>,
     /// Requests without a reply, as counted by the kernel, including requests that no server has read.
     waiting: u64,
@@ -52,7 +52,7 @@ impl Judge {
         if self.limit.is_zero() {
             return Verdict::Fine;
         }
-        if let Some(stuck) = reading.stillest.as_ref().filter(|r| r.still >= self.limit) {
+        if let Some(stuck) = reading.longest_in_phase.as_ref().filter(|r| r.still >= self.limit) {
             return Verdict::Replace(stuck.to_string());
         }
         let slow = |r: &&InFlight| r.phase == Phase::WaitingForStore && r.age >= self.limit;
@@ -127,7 +127,7 @@ impl Watchdog {
     pub fn check(&mut self, stats: &Stats) -> Option<String> {
         let table = self.table.as_ref();
         let reading = Reading {
-            stillest: table.and_then(InFlightTable::stillest),
+            longest_in_phase: table.and_then(InFlightTable::longest_in_phase),
             oldest: table.and_then(InFlightTable::oldest),
             waiting: self.waiting.as_ref().and_then(|w| w.read().ok()).unwrap_or(0),
             parked: table.map_or(0, InFlightTable::parked) as u64,
@@ -163,12 +163,12 @@ mod tests {
     fn a_server_without_progress_on_a_request_is_replaced() {
         let now = Instant::now();
         let stuck = request(Phase::Decoding, LIMIT, LIMIT);
-        let reading = Reading { stillest: stuck, waiting: 1, ..Reading::default() };
+        let reading = Reading { longest_in_phase: stuck, waiting: 1, ..Reading::default() };
         assert!(matches!(judge().judge(&reading, now), Verdict::Replace(_)));
         let never = Judge { limit: Duration::ZERO, ..judge() };
         assert_eq!({ never }.judge(&reading, now), Verdict::Fine);
         let young = request(Phase::Decoding, LIMIT, LIMIT / 2);
-        let reading = Reading { stillest: young, waiting: 1, ..Reading::default() };
+        let reading = Reading { longest_in_phase: young, waiting: 1, ..Reading::default() };
         assert_eq!(judge().judge(&reading, now), Verdict::Fine);
     }
 

@@ -51,7 +51,7 @@ pub struct CloneArgs {
     /// Keep the clones that become ready when others fail
     #[arg(long)]
     keep_going: bool,
-    /// Launch workers that map the memory and touch pages, instead of a VMM:
+    /// Launch simulated clones, which map the memory and touch pages, instead of a VMM:
     /// read=AMOUNT,write=AMOUNT[,seed=N][,file=NAME]; an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
@@ -65,10 +65,12 @@ pub struct CloneArgs {
     /// Seconds that a clone may take to become ready
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     timeout: u32,
-    /// Command to run; {memory} {state} {file:NAME} {id} {index} {dir} {mac} {mac:N} {cid} {uuid} {port:N} {disk:NAME}
-    /// are replaced, and are also in the environment as STENCIL_MEMORY, STENCIL_STATE…; a port or a disk is made only
-    /// if the command names it
-    #[arg(last = true, value_name = "CMD")]
+    /// Command to run. These placeholders are replaced, and are also in its environment (STENCIL_MEMORY, …):
+    ///   {memory} {state} {file:NAME}  path of a file of the template
+    ///   {id} {index} {dir}            id of the clone, number within the launch, directory
+    ///   {mac} {mac:N} {cid} {uuid}    MAC addresses, vsock address, random UUID
+    ///   {port:N} {disk:NAME}          free port, disk overlay: created only if the command names them
+    #[arg(last = true, value_name = "CMD", verbatim_doc_comment)]
     command: Vec<String>,
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     Ok,
-    /// The feature works, at a cost that the check names.
+    /// Stencil runs, with the restriction in `found`.
     Note,
     /// The check could not be made.
     Unknown,

@@ -118,7 +118,7 @@ pub fn huge_pages() -> Check {
         return Check::note(
             "huge pages",
             "the kernel has no transparent huge pages",
-            "templates are mapped by 4 KiB entries: more page tables and page faults",
+            "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE: 4 KiB mappings take more page tables and page faults",
         );
     };
     match probe::chosen(&text).unwrap_or_default() {
@@ -144,7 +144,7 @@ pub fn ksm() -> Check {
         Some(1) => Check::note(
             "ksm",
             "running",
-            "merged copies are counted once, but each clone still reports them; the scanner takes CPU time",
+            "stop KSM if only clones use it: it takes CPU time; totals count merged copies once, clones each",
         ),
         Some(_) => Check::ok("ksm", "off; template pages are shared without KSM"),
         None => Check::ok("ksm", "not in this kernel; template pages are shared without KSM"),

@@ -45,7 +45,7 @@ pub struct Helper {
     /// Print the mount that was made
     #[arg(short = 'v')]
     verbose: bool,
-    /// File system type that mount(8) was given
+    /// File system type, as given to mount(8)
     #[arg(short = 't', value_name = "TYPE")]
     fs_type: Option<String>,
     /// Rejected: enter a mount namespace with nsenter(1) instead

@@ -189,13 +189,14 @@ fn choose(mut stuck: Vec<Stuck>, number: Option<u32>) -> Result<Stuck> {
         (Some(number), _) => match stuck.iter().position(|s| s.connection == number) {
             Some(at) => Ok(stuck.swap_remove(at)),
             None if control_fs::connections()?.iter().any(|c| c.number == number) => Err(Error::usage(
-                format!("FUSE connection {number} is not stuck: its requests are completed"),
+                format!("FUSE connection {number} is not stuck: its requests make progress"),
             )
             .hint(LIST)),
             None => Err(Error::not_found(format!("there is no FUSE connection {number}")).hint(LIST)),
         },
         (None, 1) => Ok(stuck.swap_remove(0)),
-        (None, 0) => Err(Error::not_found("no FUSE connection is stuck").hint("nothing to do")),
+        (None, 0) => Err(Error::not_found("no FUSE connection is stuck")
+            .hint("run 'stencil doctor' to check the mounts and connections of this host")),
         (None, count) => {
             let names: Vec<String> = stuck.iter().map(Stuck::name).collect();
             Err(Error::usage(format!("{count} connections are stuck: {}", names.join(", ")))
@@ -215,6 +216,7 @@ fn confirm() -> Result<()> {
     stdin.lock().read_line(&mut answer).map_err(|e| Error::failed("cannot read the answer").because(e))?;
     match answer.trim() {
         "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Error::failed("not aborted: the answer was not y").hint("the connection is still stuck")),
+        _ => Err(Error::failed("not aborted: the answer was not y")
+            .hint("run the command again and answer y, or add --yes")),
     }
 }

@@ -77,7 +77,7 @@ impl Report for Usage {
         writeln!(out, "store  {} = {} unique + {} shared", t.store_bytes, t.unique_bytes, t.shared_bytes)?;
         let overhead = Bytes::new(t.overhead_bytes.unsigned_abs());
         let sign = if t.overhead_bytes < 0 { "-" } else { "+" };
-        writeln!(out, "       + {} unreferenced {sign} {overhead} of packs beside records", t.dead_bytes)?;
+        writeln!(out, "       + {} unreferenced {sign} {overhead} pack headers and indexes", t.dead_bytes)?;
         writeln!(
             out,
             "       + {} tables + {} sessions + {} other",

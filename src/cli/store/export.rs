@@ -21,7 +21,7 @@ Examples:
   stencil export web:1/state state.bin
   stencil export web:1 - | sha256sum")]
 pub struct ExportArgs {
-    /// Template, or one file of it; without FILE its memory (every file if OUT is a directory)
+    /// T: the file 'memory', or all files if OUT is a directory; T/FILE: that file
     #[arg(value_name = "T[/FILE]")]
     what: String,
     /// New file, existing directory, or '-' for standard output

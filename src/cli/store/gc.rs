@@ -76,13 +76,15 @@ impl Report for Collection {
             counted(*placements, "template", "templates")
         )?;
         if *sessions > 0 {
-            let directories = counted(*sessions, "directory", "directories");
-            writeln!(out, "{directories} of killed commands {would}removed")?;
+            let directories = counted(*sessions, "session directory", "session directories");
+            let removed = if self.dry_run { "would remove" } else { "removed" };
+            writeln!(out, "{removed} {directories} that killed commands had left")?;
         }
         if dead_bytes.get() > 0 {
             writeln!(
                 out,
-                "{dead_bytes} unreferenced in packs that are still in use; 'stencil gc --all' rewrites these packs"
+                "{dead_bytes} of unreferenced records remain in packs that are in use; 'stencil gc --all' rewrites \
+                 these packs"
             )?;
         }
         Ok(())

@@ -131,7 +131,7 @@ pub fn run(args: &SaveArgs, global: &Global) -> Result<Done> {
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let saved = match fs::metadata(&path) {
         Ok(meta) if meta.is_dir() => {
-            return Err(Error::usage("cannot replace a directory by a stream")
+            return Err(Error::usage("cannot write the stream: the path is a directory")
                 .at(&path)
                 .hint("name a file in the directory"));
         }

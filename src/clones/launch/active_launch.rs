@@ -122,7 +122,7 @@ impl ActiveLaunch<'_> {
                     "clone {} of {count} did not become ready{others}: {}",
                     first.index, first.message
                 ))
-                .hint("all clones of this launch were removed; to keep the ready ones, use --keep-going"))
+                .hint("use --keep-going to keep the clones that become ready; all clones of this launch were removed"))
             }
             _ => Ok(launched),
         }

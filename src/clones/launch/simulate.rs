@@ -114,7 +114,7 @@ impl Simulate {
         let (read, written) = (self.read.of(all).get(), self.write.of(all).get());
         if read.checked_add(written).is_none_or(|both| both > all.get()) {
             return Err(Error::usage(format!(
-                "--simulate reads {read} and writes {written} other pages, but the file has only {}",
+                "--simulate reads {read} pages and writes {written} different ones, but the file has only {}",
                 counted(all.get(), "page", "pages")
             ))
             .hint("choose smaller shares, together at most 100%"));

@@ -32,7 +32,9 @@ impl Held {
     /// # Errors
     /// Returns an error if the zygote does not confirm the release within 60 s.
     pub fn release(mut self) -> Result<()> {
-        let lost = |e| Error::failed("cannot communicate with the zygote").because(e);
+        let lost = |e| {
+            Error::failed("cannot communicate with the process that starts the simulated clones").because(e)
+        };
         writeln!(self.input, "release").map_err(lost)?;
         loop {
             match self.messages.recv_timeout(Duration::from_secs(60)) {
@@ -40,13 +42,18 @@ impl Held {
                 Ok(_) => {}
                 Err(_) => {
                     return Err(Error::failed(format!(
-                        "the zygote did not release the clones{}",
+                        "the process that starts the simulated clones did not release them{}",
                         self.error_output()
                     )));
                 }
             }
         }
         self.zygote.wait().map(drop).map_err(lost)
+    }
+
+    /// Returns the error for a zygote that died.
+    fn died(&mut self) -> Error {
+        Error::failed(format!("the process that starts the simulated clones died{}", self.error_output()))
     }
 
     /// Kills the zygote and returns its error output, as a suffix of a message.
@@ -89,9 +96,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
         {
             let entry = active.create(next, Some(touched))?;
             let line = format!("start {next} {}\n", entry.dir.display());
-            held.input
-                .write_all(line.as_bytes())
-                .map_err(|e| Error::failed(format!("the zygote died{}", held.error_output())).because(e))?;
+            held.input.write_all(line.as_bytes()).map_err(|e| held.died().because(e))?;
             starting.insert(next, Instant::now() + active.order.ready_timeout);
             entries.insert(next, entry);
             next += 1;
@@ -103,7 +108,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
             Ok(line) => handle_message(active, &line, &mut entries, &mut starting, &mut ready)?,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::failed(format!("the zygote died{}", held.error_output())));
+                return Err(held.died());
             }
         }
         let late: Vec<u32> = starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
@@ -190,7 +195,7 @@ fn order(
 }
 
 fn start(order: &job::Order) -> Result<Held> {
-    let failed = |e| Error::failed("cannot start the zygote of simulated clones").because(e);
+    let failed = |e| Error::failed("cannot start the process that starts the simulated clones").because(e);
     let mut command = this_program();
     own_session(&mut command).arg(zygote::ARGUMENT);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -199,7 +204,7 @@ fn start(order: &job::Order) -> Result<Held> {
     command.envs(std::env::var_os("STENCIL_TEST_RUN").map(|run| ("STENCIL_TEST_RUN", run)));
     let mut zygote = command.spawn().map_err(failed)?;
     let (Some(mut input), Some(output)) = (zygote.stdin.take(), zygote.stdout.take()) else {
-        return Err(Error::failed("the zygote has no standard streams"));
+        return Err(Error::failed("the process that starts the simulated clones has no standard streams"));
     };
     let (sender, messages) = channel();
     threads::start(move || {

@@ -132,7 +132,9 @@ impl Zygote {
                 let [launcher, workers] = &fds;
                 Ok((!launcher.revents().is_empty(), !workers.revents().is_empty()))
             }
-            Err(e) => Err(Error::failed("cannot wait for the launcher and the workers").because(e.into())),
+            Err(e) => {
+                Err(Error::failed("cannot wait for the launcher and the simulated clones").because(e.into()))
+            }
         }
     }
 
@@ -179,7 +181,7 @@ impl Zygote {
         let got = match rustix::io::read(&self.messages, &mut buffer) {
             Ok(got) => got,
             Err(Errno::INTR) => 0,
-            Err(e) => return Err(Error::failed("cannot read from the workers").because(e.into())),
+            Err(e) => return Err(Error::failed("cannot read from the simulated clones").because(e.into())),
         };
         self.unread.push_str(&String::from_utf8_lossy(buffer.get(..got).unwrap_or_default()));
         while let Some(end) = self.unread.find('\n') {

@@ -22,7 +22,7 @@ pub enum Rule {
     Mon,
     /// Stores the file that is the value in the template, under the option's name.
     File,
-    /// Same as `File` if the value is a path, same as `Keep` otherwise.
+    /// Stores the file if the value is a path; keeps the option unchanged otherwise.
     FileIfPath,
     /// Converts a network.
     Network,

@@ -189,10 +189,10 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
         Ok(lock) => lock,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
         Err(e) => {
-            return Err(Error::failed("cannot use the marker of a launch")
+            return Err(Error::failed("cannot open the record of a launch")
                 .at(&marker)
                 .because(e)
-                .hint("if no 'stencil clone' is running, remove this file"));
+                .hint("remove this file if no 'stencil clone' is running"));
         }
     };
     // The watchdog and another command may clean up at the same time, and a child may not have executed its program

@@ -74,7 +74,7 @@ fn lock_links(is_over: impl Fn() -> bool) -> Result<Directory> {
                 "the host ports of clones are locked by another command: {holders}"
             ))
             .at(links.path())
-            .hint("if that process is stopped, continue it with `kill -CONT`, or end it"))
+            .hint("continue that process with `kill -CONT` if it is stopped, or end it"))
         }
         Err(e) => Err(runtime::failed("cannot lock the host ports of clones", links.path(), e)),
     }

@@ -76,7 +76,7 @@ fn load(all: &Directory, name: &Path) -> Result<Option<Entry>> {
             Error::failed("cannot use the record of a clone")
                 .at(&dir)
                 .because(e)
-                .hint(format!("if no process of this clone is running, remove {}", dir.display()))
+                .hint(format!("remove {} if no process of this clone is running", dir.display()))
         }),
     }
 }

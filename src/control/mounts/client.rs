@@ -104,11 +104,12 @@ fn done(reply: (Response, Option<OwnedFd>)) -> Result<()> {
 pub(in crate::control) const SUPERVISOR_LOST: &str = "see the log in the directory of that socket; \
      'stencil status' reports a stuck or dead supervisor and the remedy";
 
-const OTHER_VERSION: &str = "stencil and stencil-mountd have different versions: \
-     install both from one build, then run 'stencil restart'";
+const OTHER_VERSION: &str = "install stencil and stencil-mountd from one build, because their \
+     versions differ, then run 'stencil restart'";
 
 pub(in crate::control) fn unexpected(response: &Response) -> Error {
-    Error::failed(format!("unexpected reply from the supervisor: {response:?}")).hint(OTHER_VERSION)
+    log::debug!("unexpected reply of the supervisor: {response:?}");
+    Error::failed("the supervisor sent an unexpected reply").hint(OTHER_VERSION)
 }
 
 /// Sends one request to the supervisor whose record is in `dir`. A [`Response::Failed`] becomes the error that it

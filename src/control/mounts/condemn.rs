@@ -161,12 +161,17 @@ fn condemned_by(mount: &Mount, digests: &[Digest]) -> Result<Option<(Channel, Du
     }
 }
 
+fn unexpected(reply: &Response) -> io::Error {
+    log::debug!("unexpected reply of the supervisor: {reply:?}");
+    io::Error::other("the supervisor sent an unexpected reply")
+}
+
 fn ask(channel: &Channel, request: &Request) -> io::Result<Duration> {
     channel.send(request, None)?;
     match channel.receive::<Response>()? {
         Some((Response::Done, _)) => Ok(Duration::ZERO),
         Some((Response::Settled { milliseconds }, _)) => Ok(Duration::from_millis(milliseconds.min(1000))),
-        Some((other, _)) => Err(io::Error::other(format!("unexpected reply {other:?}"))),
+        Some((other, _)) => Err(unexpected(&other)),
         None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
     }
 }
@@ -175,7 +180,7 @@ fn held_inodes(channel: &Channel, numbers: &[u64]) -> io::Result<Vec<u64>> {
     channel.send(&Request::Inodes { numbers: numbers.to_vec() }, None)?;
     match channel.receive::<Response>()? {
         Some((Response::Inodes { known }, _)) => Ok(known),
-        Some((other, _)) => Err(io::Error::other(format!("unexpected reply {other:?}"))),
+        Some((other, _)) => Err(unexpected(&other)),
         None => Err(io::Error::from_raw_os_error(libc::ECONNRESET)),
     }
 }

@@ -163,8 +163,8 @@ pub fn is_of_store(path: &Path, id: &str, store: &Store) -> bool {
         return path == store.dir() || (ours.is_some() && identity(path) == ours);
     }
     // A copy of a store has the same identity. Only a store with that identity at the mount's path, distinct from ours,
-    // shows that the mount is of another store: anything else may have been put there after our store was moved, or is
-    // in another mount namespace.
+    // shows that the mount is of another store. If the path leads to anything else, another store may be at that path
+    // now, because our store was moved, or the path is of another mount namespace.
     identity(path) == ours || Store::open(path).map_or(true, |its| its.id() != store.id())
 }
 

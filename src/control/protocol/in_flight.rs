@@ -1,4 +1,4 @@
-//! Pending requests of a server: a table in shared memory that the server writes and other processes read.
+//! In-flight requests of a server: a table in shared memory that the server writes and other processes read.
 //!
 //! ```text
 //!   word  0            1        2               3        4          5        6
@@ -192,7 +192,7 @@ impl InFlightTable {
         self.0.fd()
     }
 
-    /// Iterates over all pending requests, parked ones included. Does not allocate.
+    /// Iterates over all in-flight requests, and the parked ones. Does not allocate.
     pub fn requests(&self) -> impl Iterator<Item = InFlight> {
         let now = now();
         (0..THREAD_SLOTS + PARKED_SLOTS).filter_map(move |index| read(self.slot(index), now))
@@ -203,9 +203,9 @@ impl InFlightTable {
         self.requests().filter(|r| r.phase != Phase::Parked).max_by_key(|r| r.age)
     }
 
-    /// Returns the request with the oldest stamp that is not parked. During a store outage a live server stamps its
-    /// waiting READs ten times a second: such a READ is old, but its stamp is recent.
-    pub fn stillest(&self) -> Option<InFlight> {
+    /// Returns the request with the oldest record of its phase that is not parked. During a store outage a live server
+    /// records the phase of its waiting READs ten times a second: such a READ is old, but its record is recent.
+    pub fn longest_in_phase(&self) -> Option<InFlight> {
         self.requests().filter(|r| r.phase != Phase::Parked).max_by_key(|r| r.still)
     }
 
@@ -228,7 +228,7 @@ impl InFlightTable {
         write(self.slot(thread.min(THREAD_SLOTS - 1)), asked, now, word(now, Phase::Taken as u64));
     }
 
-    /// Stamps the request of a thread.
+    /// Records the phase of a thread's request, and the time.
     pub fn stamp(&self, thread: usize, phase: Phase) {
         let word = word(now(), phase as u64);
         self.slot(thread.min(THREAD_SLOTS - 1))[STAMP].store(word, Ordering::Release);
@@ -326,7 +326,7 @@ mod tests {
         assert_eq!((oldest.unique, oldest.ino, oldest.offset, oldest.size), (7, 7 ^ 0xff, 28672, 7));
         assert_eq!((oldest.opcode, oldest.phase), (15, Phase::WaitingForStore));
         assert!(oldest.age >= Duration::from_millis(20) && oldest.still < oldest.age, "{oldest:?}");
-        assert_eq!(other.stillest().unwrap().unique, 8, "request 7 was stamped later");
+        assert_eq!(other.longest_in_phase().unwrap().unique, 8, "request 7 was stamped later");
         assert!(
             oldest
                 .to_string()

@@ -271,7 +271,8 @@ pub fn parse_seconds(text: &str) -> Result<Duration> {
         .ok()
         .and_then(|s| Duration::try_from_secs_f64(s).ok())
         .ok_or_else(|| {
-            Error::usage(format!("invalid time '{text}'")).hint("give seconds, for example 30 or 0.5")
+            Error::usage(format!("invalid time '{text}'"))
+                .hint("write a number of seconds, for example 30 or 0.5")
         })
 }
 

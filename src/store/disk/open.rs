@@ -384,7 +384,7 @@ impl Store {
         if self.is_on_read_only_filesystem() {
             return Err(Error::failed("the file system of the store is mounted read-only")
                 .at(self.dir())
-                .hint("remount the file system read-write to change the store; reading and mounting work without"));
+                .hint("remount the file system read-write to change the store; reading and mounting do not need this"));
         }
         match self.0.superblock.preamble.read_only_compatible {
             0 => Ok(()),
@@ -392,7 +392,7 @@ impl Store {
                 "changing the store needs a newer Stencil: unsupported features {features:#x}"
             ))
             .at(self.dir())
-            .hint("update Stencil on this host; reading the store works")),
+            .hint("update Stencil on this host; this version can still read the store")),
         }
     }
 }

@@ -72,7 +72,7 @@ impl FromStr for Digest {
         let spelled = blake3::Hash::from_hex(text).map(Digest::from).ok().filter(|d| d.to_string() == text);
         spelled.ok_or_else(|| {
             Error::usage(format!("invalid digest '{}'", text.escape_debug()))
-                .hint("give the 64 lowercase hexadecimal digits of a digest")
+                .hint("write all 64 hexadecimal digits of the digest, in lower case")
         })
     }
 }

@@ -325,7 +325,7 @@ impl Store {
                     [one] => Ok(one),
                     [a, b, ..] => {
                         Err(Error::usage(format!("ambiguous digest prefix '{prefix}': matches {a} and {b}"))
-                            .hint("give more digits of the digest"))
+                            .hint("write more digits of the digest"))
                     }
                 }
             }

@@ -51,7 +51,7 @@ impl Template {
                 "cannot export: the path exists and is not a regular file, named pipe or character device",
             )
             .at(out)
-            .hint("give the path of a new file, or '-' for standard output"));
+            .hint("name a new file, or '-' for standard output"));
         }
         let target = Target::create(out, replace)?;
         let size = self.files().get(file).map_or(0, |f| f.size.get());
@@ -148,9 +148,9 @@ fn write_pages(file: &File, offset: u64, block: &[u8]) -> io::Result<()> {
     run.map_or(Ok(()), |from| file.write_all_at(&block[from..], offset + from as u64))
 }
 
-/// A new file that appears at its path complete or not at all. The file has no name (`O_TMPFILE`) until it is
+/// A new file that appears at its path only when it is complete. The file has no name (`O_TMPFILE`) until it is
 /// published, so that nothing is left behind if the process is killed. Only its owner may read the file (mode 0600),
-/// because it holds guest memory or tells about it.
+/// because it contains guest memory or data derived from it.
 #[derive(Debug)]
 pub struct Target {
     out: PathBuf,

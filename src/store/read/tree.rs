@@ -154,7 +154,7 @@ impl CheckedTable {
         Ok(CheckedTable { path: path.to_owned(), what, file, map, base, length, values, checked })
     }
 
-    /// Returns true if both tables are parts of one file, or if the system does not tell.
+    /// Returns true if both tables are parts of one file, or if fstat(2) fails.
     pub fn is_same_file(&self, other: &CheckedTable) -> bool {
         match (self.file.metadata(), other.file.metadata()) {
             (Ok(ours), Ok(theirs)) => (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()),

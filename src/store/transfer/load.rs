@@ -232,15 +232,14 @@ impl Store {
         session: &Session,
         index: &BlockIndex,
     ) -> Result<Tables> {
-        let missing = |hash: &Digest, file: &str| {
-            match front.without.is_empty() {
+        let missing = |hash: &Digest, file: &str| match front.without.is_empty() {
             true => source.damaged(format!("missing block {hash} of file '{file}'")),
             false => Error::not_found(format!(
-                "block {hash} of file '{file}' is neither in the stream nor intact in the base templates of the stream"
+                "block {hash} of file '{file}' is neither in the stream nor readable in the base templates \
+                 (`--without`)"
             ))
             .at(self.dir())
             .hint("run 'stencil verify' to find damage in this store, or save again without '--without'"),
-        }
         };
         let files = received.header.files();
         let mut tables = TableWriter::new(directory, files.iter().map(|f| (f.name.clone(), f.kind)))?;

@@ -112,7 +112,7 @@ impl BlockIndex {
             .get(place.pack)
             .and_then(|pack| scratch.verify(&pack, place.stored, hash).map(drop));
         if let Err(e) = &result {
-            log::warn!("{e}; this record is not reused");
+            log::warn!("{e}; the block is stored again");
         }
         self.verdicts().insert(key, result.is_ok());
         result.is_ok()

@@ -253,7 +253,7 @@ impl Directory {
         Ok(unlinkat(parent.as_fd(), last, AtFlags::REMOVEDIR)?)
     }
 
-    /// Removes a name; for a directory also the whole tree below. Symbolic links are removed, not followed.
+    /// Removes a name; for a directory, its whole tree too. Symbolic links are removed, not followed.
     ///
     /// # Errors
     /// Returns an error if a system call fails, or if the tree is more than 32 directories deep.

@@ -141,7 +141,7 @@ pub fn resend(fuse: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// Returns an error if the write fails. A name that is not cached is not an error.
-pub fn forget_name(fuse: impl AsFd, folder: u64, name: &str) -> io::Result<()> {
+pub fn invalidate_name(fuse: impl AsFd, folder: u64, name: &str) -> io::Result<()> {
     // struct fuse_notify_inval_entry_out: u64 parent, u32 namelen, u32 flags; then the name and a NUL byte.
     let mut body = folder.to_ne_bytes().to_vec();
     body.extend(u32::try_from(name.len()).map_err(io::Error::other)?.to_ne_bytes());

@@ -1,4 +1,4 @@
-//! The threads of a process, and which of them shows the shared state of the process in `/proc`.
+//! The threads of a process, and through which thread `/proc` shows the shared state.
 //!
 //! `/proc/PID` shows the first thread. After the first thread has exited, its `maps`, `pagemap`, `fd` and `environ` are
 //! empty although other threads live; `/proc/PID/task/TID` of a live thread shows them. All threads share the memory.

@@ -199,7 +199,9 @@ impl Backings {
     /// Answers an open that cannot wait because all parking slots are taken, as if its deadline had passed.
     fn refuse_crowded(&self, opening: PendingOpen) {
         if !self.crowded.swap(true, Ordering::Relaxed) {
-            log::warn!("{PARKED_SLOTS} opens are waiting for backings: further opens do not wait");
+            log::warn!(
+                "{PARKED_SLOTS} opens are waiting for backings: further opens are served by decode or fail with EAGAIN"
+            );
         }
         opening.reply(Err(if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Crowded }));
     }

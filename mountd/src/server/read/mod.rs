@@ -1,8 +1,8 @@
 //! Answers READs, in the thread that read the request or in the thread that waits for the store.
 //!
-//! A READ that fails is tried again in two cases. The library repeats it if the store has other tables of the template
-//! ([`Template`]): a collection has moved blocks, or an import has repaired them. [`outage`] repeats it while the store
-//! is away.
+//! A READ that fails is repeated in two cases. [`Template`] repeats the READ if the tables in the store differ from
+//! those that it has open: a collection has moved blocks, or an import has repaired them. [`outage`] repeats the READ
+//! while the store is away.
 
 mod block_cache;
 pub mod decode;

@@ -164,7 +164,7 @@ impl Call {
 
 fn wrong(name: &str, why: &dyn std::fmt::Display) -> Error {
     Error::failed(format!("cannot build the system call filter ({name}): {why}"))
-        .hint("this is a bug in Stencil: report it with the version")
+        .hint("report this bug of Stencil, with the version")
 }
 
 /// The effect of a system call that is not on the list.

@@ -15,7 +15,7 @@ pub fn expect_one_thread() -> Result<()> {
     match std::fs::read_dir("/proc/self/task").map(Iterator::count) {
         Ok(1) => Ok(()),
         Ok(n) => Err(Error::failed(format!("cannot enter the sandbox with {n} threads, expected 1"))
-            .hint("this is a bug in Stencil: report it with the version")),
+            .hint("report this bug of Stencil, with the version")),
         Err(e) => Err(Error::io("cannot count threads", "/proc/self/task", e).hint("mount /proc")),
     }
 }

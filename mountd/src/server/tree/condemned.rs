@@ -16,7 +16,7 @@ pub const GRACE: Duration = Duration::from_millis(200);
 /// Interval between two checks for a newer list while the watcher waits for guards.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Largest number of recorded opens, apart from those within the grace time.
+/// Largest number of recorded opens that are older than [`GRACE`].
 const MAX_OPENED: usize = 4096;
 
 /// The list of condemned templates.

@@ -60,7 +60,8 @@ impl OpenTemplates {
         }
         self.open.insert(*digest, Arc::clone(&template));
         while self.open.len() > self.max_open {
-            // Any other template: current readers hold a reference, and later readers open the template again.
+            // Drops another template from the cache. Current readers hold a reference, and later readers open the
+            // template again.
             let victim = self.open.iter().map(|entry| *entry.key()).find(|key| key != digest);
             let Some(victim) = victim else { break };
             self.open.remove(&victim);

@@ -14,7 +14,10 @@ impl Machine {
         let Some(purpose) = self.jobs.remove(&job) else { return };
         let failed = |result| match result {
             JobResult::Failed(error) => error,
-            other => Error::failed(format!("a job returned an unexpected result: {other:?}")),
+            other => {
+                log::debug!("unexpected result of a job: {other:?}");
+                Error::failed("a helper process returned an unexpected result")
+            }
         };
         match (purpose, result) {
             (Purpose::Create(id, number, key), result) => {
@@ -73,7 +76,9 @@ impl Machine {
             (Purpose::CloseFiles, result) => {
                 self.shutdown.closed();
                 if let JobResult::Failed(error) = result {
-                    log::warn!("the supervisor closed files of backings without a job: {error}");
+                    log::warn!(
+                        "cannot close backing files in a helper process: {error}; the supervisor has closed them"
+                    );
                 }
             }
             (Purpose::Check(program, caller), JobResult::Done(_)) => {

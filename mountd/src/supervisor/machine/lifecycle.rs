@@ -2,7 +2,8 @@
 //!
 //! At most one server is *current*: it answers the kernel, or is starting up. A lost server is killed, and is *leaving*
 //! until it exits; its successor starts without waiting for the exit. When a leaving server has exited, the kernel must
-//! resend the requests that the server had read and not answered: one resend for each server.
+//! resend the requests that the server had read and not answered: one resend for each server. Each successor also makes
+//! the kernel resend when it starts, so that readers need not wait for that exit.
 
 use std::time::Instant;
 

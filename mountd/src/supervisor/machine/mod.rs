@@ -11,7 +11,7 @@
 //!    more.
 //! 4. Each request of a server gets at most one reply, and each request of a caller at most one response.
 //! 5. Each server that dies causes one resend, after its exit. A dismissed candidate causes another one when it is
-//!    killed.
+//!    killed. The resend that each successor itself requests at its start is not counted.
 
 mod backings;
 mod backoff;

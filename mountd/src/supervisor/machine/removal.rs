@@ -152,7 +152,7 @@ impl Removal {
         self.drop_rows(|row| now >= row.until && !row.holder.is_some_and(|h| waiting.contains(&h)))
     }
 
-    /// Returns the earliest time at which a row may expire.
+    /// Returns the earliest time at which the hold on a condemned template may expire.
     pub fn next_expiry(&self) -> Option<Instant> {
         self.rows.iter().map(|row| row.until).min()
     }

@@ -27,19 +27,19 @@ pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()>
 
 fn firecracker_state(input: &Input) -> Result<()> {
     let Some(bytes) = input.whole(MAX_STATE_BYTES)? else { return Err(from_a_pipe(input)) };
-    let wrong = |why: String| {
+    let wrong = |why: String, remedy: &str| {
         Error::usage(format!("the state file {why}"))
             .at(input.origin())
-            .hint("take the snapshot again, or import the file unchecked with --format raw")
+            .hint(format!("{remedy}, or import the file unchecked with --format raw"))
     };
-    let state = FirecrackerState::whole(&bytes).map_err(wrong)?;
-    match state.machine == std::env::consts::ARCH {
+    let state = FirecrackerState::whole(&bytes).map_err(|why| wrong(why, "take the snapshot again"))?;
+    let (guest, host) = (state.machine, std::env::consts::ARCH);
+    match guest == host {
         true => Ok(()),
-        false => Err(wrong(format!(
-            "is for a guest on {}, but this host is {}",
-            state.machine,
-            std::env::consts::ARCH
-        ))),
+        false => Err(wrong(
+            format!("is for a guest on {guest}, but this host is {host}"),
+            &format!("import on a host of the architecture {guest}"),
+        )),
     }
 }
 
@@ -70,7 +70,7 @@ fn firecracker_memory(input: &Input) -> Result<()> {
 fn from_a_pipe(input: &Input) -> Error {
     Error::usage("cannot check a pipe for a Firecracker snapshot")
         .at(input.origin())
-        .hint("give regular files, or import the pipe unchecked with --format raw")
+        .hint("write the snapshot to regular files, or import the pipe unchecked with --format raw")
 }
 
 fn no_container(input: &Input) -> Result<()> {

@@ -69,7 +69,7 @@ impl Input {
         if kind.is_dir() {
             return Err(Error::usage("cannot import a directory")
                 .at(&origin)
-                .hint("give the paths of the files in the directory"));
+                .hint("name the files in the directory"));
         }
         let size = if kind.is_file() {
             Some(meta.len())

@@ -156,7 +156,7 @@ impl ImportRequest {
     pub fn check(&self) -> Result<()> {
         if self.files.is_empty() {
             return Err(Error::usage("nothing to import")
-                .hint("give the path of a memory image, or files with '--file NAME=PATH'"));
+                .hint("name a memory image, or files with '--file NAME=PATH'"));
         }
         if self.files.len() > crate::store::format::image::MAX_FILES {
             return Err(Error::usage(format!(
@@ -179,11 +179,11 @@ impl ImportRequest {
         }
         if let Some(pair) = files.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(Error::usage(format!("file name '{}' is given twice", pair[0].name))
-                .hint("give each file a different name with '--file NAME=PATH'"));
+                .hint("choose a different name for each file with '--file NAME=PATH'"));
         }
         if files.iter().filter(|f| f.source == Source::Stdin).count() > 1 {
             return Err(Error::usage("standard input is given for more than one file")
-                .hint("give the paths of the other files"));
+                .hint("name the other files by their paths"));
         }
         for file in files {
             if let Source::Path(path) = &file.source {

@@ -19,7 +19,7 @@ impl Stop<'_> {
             return Err(Error::failed("interrupted; nothing was imported"));
         }
         match self.failed.load(Ordering::Relaxed) {
-            true => Err(Error::failed("import stopped")),
+            true => Err(Error::failed("stopped, because another thread of the import failed")),
             false => Ok(()),
         }
     }

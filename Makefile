@@ -58,7 +58,7 @@ demo: setup build
 
 test: setup build test-unit
 	$(CARGO) build --release --workspace --example vmm $(all_features)
-	$(guard) $(CARGO) test --release --test suite
+	$(guard) $(CARGO) test --release --workspace --test suite
 
 test-unit:
 	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }
@@ -69,7 +69,7 @@ coverage:
 	@CARGO='$(CARGO)' tests/coverage.sh
 
 soak: setup build
-	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --test suite -- soak kill crash
+	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --workspace --test suite -- soak kill crash
 	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile release fuzz::
 
 check:
@@ -89,7 +89,7 @@ bench: setup build
 	$(guard) tests/bench/throughput.sh
 
 docs-record: setup build
-	STENCIL_UPDATE_DOCS=1 $(guard) $(CARGO) test --release --test suite -- documented_commands::
+	STENCIL_UPDATE_DOCS=1 $(guard) $(CARGO) test --release --workspace --test suite -- documented_commands::
 
 deb: setup build deb-files
 

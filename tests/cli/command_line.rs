@@ -73,7 +73,7 @@ fn json_usage_errors_have_all_words_of_the_parser() {
             "use: stencil capture",
         ),
         (&["gc", "--untaged"], "unexpected argument '--untaged' found", "'--untagged'"),
-        (&["inspct", "web:1"], "unrecognized subcommand 'inspct'", "'inspect'"),
+        (&["inspct", "web:1"], "unrecognized subcommand 'inspct'", "'stencil inspect'"),
         (&["tag", "web:1", "a:b:c"], "invalid value 'a:b:c' for '<NAME[:TAG]>': invalid tag", "stencil"),
     ] {
         let (code, out, err) = stencil(&[&["--json"], command].concat());

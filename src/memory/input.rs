@@ -31,7 +31,7 @@ impl Input {
         taken.into_iter().map(|pair| pair.value).collect()
     }
 
-    /// Removes a string parameter.
+    /// Removes a string parameter and returns its value.
     ///
     /// # Errors
     /// Returns QEMU's error for a value of another type.
@@ -66,7 +66,7 @@ impl Input {
         }
     }
 
-    /// Removes a size parameter, in bytes.
+    /// Removes a size parameter and returns it in bytes.
     ///
     /// # Errors
     /// Returns QEMU's error for a value of another type.

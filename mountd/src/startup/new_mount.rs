@@ -40,7 +40,7 @@ pub fn prepare(mut options: MountOptions) -> Result<AcquiredMount> {
     let record = RecordDir::create(ProcessId::current()?)?;
     let counters = SharedCounters::create().map_err(fail("cannot create the counters page"))?;
     let ledger = Ledger::create().map_err(fail("cannot create the ledger"))?;
-    let program = Program::own().map_err(fail("cannot open this program"))?;
+    let program = Program::own().map_err(fail("cannot open the program file of this process"))?;
     mount::mount_fuse(&fuse, &options.store, &options.mountpoint, options.noexec)?;
     let device = place::device_of(&fuse, &options.mountpoint).inspect_err(|_| {
         if is_there(&fuse, &options.mountpoint)

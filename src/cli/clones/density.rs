@@ -165,7 +165,7 @@ impl DensityReport {
             writeln!(out, "each further clone takes {bytes}; {count:.1} more fit into 1 GiB")?;
             writeln!(
                 out,
-                "sharing ratio {} (if each clone had its own copy of the template: {})",
+                "sharing ratio {} (if each clone had its own copy of the template's data: {})",
                 ratio(t.sharing_ratio),
                 t.copied_bytes
             )?;

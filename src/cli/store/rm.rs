@@ -12,7 +12,7 @@ use crate::clones::removal;
 use crate::error::Result;
 use crate::store::{Removed, Store, TemplateRef};
 
-/// Remove tags, and templates without further tags
+/// Remove tags, and each template whose last tag is removed
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

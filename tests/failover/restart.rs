@@ -244,7 +244,7 @@ fn a_soak_build_with_another_control_version_is_refused() {
     let message = "the mount uses protocol version";
     a_soak_build_is_refused(
         "control",
-        "src/control/protocol.rs",
+        "src/control/protocol/messages.rs",
         &from,
         "CONTROL_VERSION: u32 = 200",
         message,

@@ -90,7 +90,8 @@ pub fn resume(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok((Supervisor::new(acquired, callers, signals, ServiceManager::from_environment())?, caller))
     };
     let ended = resumed().and_then(|(mut supervisor, caller)| {
-        let own = Program::own().map_err(|e| Error::failed("cannot open the program file of this process").because(e));
+        let own = Program::own()
+            .map_err(|e| Error::failed("cannot open the program file of this process").because(e));
         supervisor.try_program(own, caller);
         supervisor.run().map_err(|(error, _)| error)
     });

@@ -126,7 +126,7 @@ qemu-system-x86_64 -M q35,memory-backend=ram0 -accel tcg -cpu max -m 256M -nodef
     -netdev user,id=n0,hostfwd=tcp:127.0.0.1:0-:80 -device virtio-net-pci,netdev=n0,id=eth \
     -serial "file:$dir/serial" -serial "unix:$dir/second.sock,server=on,wait=off" -qmp "unix:$dir/qmp,server=on,wait=off" </dev/null 2>"$dir/qemu.log" &
 source_pid=$!
-wait_for 90 "$dir/serial" "heartbeat 3 "
+wait_for 300 "$dir/serial" "heartbeat 3 "
 tail -1 "$dir/serial"
 read -r name uuid generation mac root < <(ask "$dir/qmp" "$dir/second.sock")
 printf '%s\n' "$name" "$uuid" "$generation" "$mac" >"$dir/identities"

@@ -278,7 +278,7 @@ mod tests {
         input
     }
 
-    /// `make soak` runs many more cases.
+    /// `make soak` runs 100 times as many cases.
     #[test]
     fn survives_changed_inputs() {
         let soak = std::env::var_os("STENCIL_SOAK").is_some();

@@ -179,7 +179,7 @@ fn a_killed_gc_loses_no_data() {
     let kept: Vec<u8> = parts.iter().flat_map(|p| p[..20 * BLOCK].to_vec()).collect();
     let start = Instant::now();
     let mut longest = Duration::from_millis(20);
-    let rounds: u32 = host::rounds(12, 75);
+    let rounds: u32 = host::rounds(12, 150);
     let mut killed = 0;
     // More rounds if too few kills came in time because the host was busy in the first round only.
     for round in 0..rounds * 4 {

@@ -219,8 +219,8 @@ fn open_store(dir: &Path, successor: bool) -> Result<Store> {
     )
 }
 
-/// Performs the handshake. fuser reads the INIT request from its descriptor: the server passes the kernel's request to
-/// fuser through a socket pair, and sends fuser's reply to the supervisor.
+/// Performs the FUSE handshake: passes the kernel's INIT request to fuser through a socket pair, and sends the INIT reply
+/// of fuser to the supervisor.
 fn handshake(
     filesystem: FileSystem,
     (ours, theirs): (OwnedFd, OwnedFd),

@@ -119,7 +119,7 @@ impl Holder {
     /// Duplicates the descriptor with this name in the arguments of the process.
     ///
     /// # Errors
-    /// Returns an error if the process has no such descriptor.
+    /// Returns an error if the process has no descriptor with this number.
     pub fn get(&self, name: &str) -> Result<OwnedFd> {
         let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
         let number = *self.names.get(name).ok_or_else(missing)?;

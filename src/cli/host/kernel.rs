@@ -128,7 +128,7 @@ pub fn huge_pages() -> Check {
         "never" => Check::note(
             "huge pages",
             "never",
-            "let backings be mapped by 2 MiB entries: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+            "map backings by 2 MiB entries: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
         ),
         "always" => Check::note(
             "huge pages",

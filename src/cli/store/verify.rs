@@ -34,7 +34,7 @@ pub struct VerifyArgs {
 struct VerifyReport {
     #[serde(flatten)]
     verified: Verified,
-    /// The templates that the damages affect.
+    /// Templates to which at least one of the damages belongs.
     affected: Vec<AffectedTemplate>,
 }
 

@@ -35,7 +35,7 @@ fn measure_delays(serve: &str) -> Result<(), String> {
     readers.apart(&ways, IMAGE, &path);
     readers.add("names", IMAGE, &path, 0, IMAGE.pages);
     let mut drill = Drill::new(&world);
-    for round in 0..host::rounds(20, 100) {
+    for round in 0..host::rounds(20, 200) {
         if round % 10 == 0 {
             drill.cut();
             drop_caches();
@@ -74,7 +74,7 @@ fn kill_at(what: &str, ways: &[&str], wanted: impl Fn(&InFlight) -> bool, phases
     let mut readers = Readers::new(world.dir(), PAUSE);
     readers.apart(ways, IMAGE, &world.file(&digest, "memory"));
     let mut drill = Drill::new(&world);
-    let goal = host::rounds(10, 50);
+    let goal = host::rounds(10, 100);
     while drill.met_reads(phases) < goal && drill.kills().len() < goal * 10 {
         readers.wait_progress(4);
         let killed = drill.kill_when(Duration::from_secs(10), |r| is_read(r) && wanted(r));
@@ -111,7 +111,7 @@ fn reads_survive_kills_while_another_process_populates() {
         readers.add(way, IMAGE, &path, 0, IMAGE.pages);
     }
     let mut drill = Drill::new(&world);
-    for _ in 0..host::rounds(10, 50) {
+    for _ in 0..host::rounds(10, 100) {
         readers.wait_progress(20);
         // READs of 16 pages or more come from populating and readahead.
         let killed = drill.kill_when(Duration::from_secs(10), |r| is_read(r) && r.size >= 16 * PAGE as u32);

@@ -47,7 +47,7 @@ pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
     order
 }
 
-/// Reads all inputs in this order. `empty` has used batches to fill again; `send` takes the batches.
+/// Reads all inputs in the order `order`. Fills batches from the channel `empty`, and passes each filled batch to `send`.
 pub(super) fn run(
     inputs: Vec<Input>,
     order: &[usize],

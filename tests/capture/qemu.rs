@@ -89,7 +89,7 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
         100 << 20,
     )
     .unwrap();
-    let rounds = host::rounds(10, 60);
+    let rounds = host::rounds(10, 40);
     let mut completed = 0;
     for round in 0..rounds {
         let mut command = world.command();

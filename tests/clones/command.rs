@@ -255,7 +255,7 @@ fn clone_wait_returns_the_exit_code_of_the_command() {
 fn signal_launcher(signal: Signal, clone_args: &[&str]) {
     let _host = host::shared();
     let world = world();
-    let rounds = host::rounds(12, 100);
+    let rounds = host::rounds(12, 60);
     let mut completed = 0;
     for round in 0..rounds {
         let mut launcher =

@@ -258,7 +258,7 @@ fn soak_a_killed_capture_returns_the_disk_to_the_vm() {
     let disk = make_disk(world.dir(), 24 << 20);
     let mut guest = Qemu::boot_with(world.dir(), &devices(world.dir(), &disk, free_port()));
     let before = media(&mut guest.qmp());
-    let rounds = host::rounds(8, 50);
+    let rounds = host::rounds(8, 30);
     let (mut finished, mut while_frozen) = (0, 0);
     for round in 0..rounds {
         let mut command = world.command();

@@ -36,7 +36,7 @@ fn soak_exactly_one_of_two_simultaneous_mounts_succeeds() {
     for store in &stores {
         stencilfs::store::Store::open_or_create(store).unwrap();
     }
-    for round in 0..host::rounds(10, 150) {
+    for round in 0..host::rounds(10, 75) {
         let start = |store: &std::path::Path| {
             let mut command = world.command();
             command.arg("--store").arg(store).args(["mount", mnt]);

@@ -428,7 +428,7 @@ fn a_killed_removal_leaves_no_template_hidden() {
     let mut digest = world.import_bytes(&bytes, "web");
     let mut duration = Duration::ZERO;
     let (mut killed, mut hidden, mut gone) = (0, 0, 0);
-    let rounds = host::rounds(12, 200);
+    let rounds = host::rounds(12, 100);
     // More rounds, if necessary, until each case has occurred: the timing depends on the load of the host.
     for round in 0..rounds * 10 {
         if round > rounds && killed > hidden && hidden > 0 && gone > 0 {

@@ -44,7 +44,7 @@ fn soak_launches_never_mix_versions_while_tags_move() {
             store.import(ImportRequest::new(Some("web:1".parse().unwrap()), files), &Silent).unwrap().digest
         })
         .collect();
-    let moves: u64 = host::rounds(40, 1000);
+    let moves: u64 = host::rounds(40, 500);
     let (done, moved, launches) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -150,7 +150,7 @@ fn soak_rm_and_gc_keep_launches_and_imports_intact() {
             "cat {{memory}} >/dev/null && sleep 0.05 && cmp {{memory}} {}/$STENCIL_TEMPLATE && echo x >&$STENCIL_NOTIFY",
             expected_files.display()
         );
-        let rounds: u64 = host::rounds(20, 1000);
+        let rounds: u64 = host::rounds(20, 300);
         let (mut gone, mut used, mut missing) = (0, 0, 0);
         thread::scope(|scope| {
             for importer in 0..4u64 {

@@ -59,7 +59,7 @@ fn a_killed_import_leaves_a_sound_store() {
         .map(|pack| pack.as_ref().to_owned())
         .collect();
     let mut killed = 0;
-    let attempts: u32 = host::rounds(20, 200);
+    let attempts: u32 = host::rounds(20, 100);
     for attempt in 0..attempts {
         for pack in fixture.files("packs").into_iter().filter(|p| !keep.contains(p)) {
             fs::remove_file(pack).unwrap();

@@ -32,6 +32,8 @@ struct Imported {
     policy: Policy,
     tag: TagName,
     packs: Vec<PathBuf>,
+    /// Bytes of the data that can be decoded apart.
+    part: usize,
 }
 
 /// A store that stays undamaged, with the relative paths of its files and directories.
@@ -74,7 +76,7 @@ impl Sound {
         let shared = blocks(10, &[20_000]);
         let first = [&shared[..], &vec![0; BLOCK], &blocks(20, &[9000, BLOCK])].concat();
         let second = [&blocks(30, &[12_000, 4000])[..], &shared].concat();
-        let import = |tag: &str, compression: &str, chunk: &str, memory: Vec<u8>, state: Option<Vec<u8>>| {
+        let import = |tag: &str, compression: &str, part: usize, memory: Vec<u8>, state: Option<Vec<u8>>| {
             let mut files = vec![("memory".to_owned(), FileKind::Ram, memory)];
             files.extend(state.map(|bytes| ("state".to_owned(), FileKind::Blob, bytes)));
             let source = |(name, kind, bytes): &(String, FileKind, Vec<u8>)| {
@@ -85,7 +87,7 @@ impl Sound {
             let tag: TagName = tag.parse().unwrap();
             let mut request = ImportRequest::new(Some(tag.clone()), files.iter().map(source).collect());
             request.compression = compression.parse().unwrap();
-            request.chunk_size = chunk.parse().unwrap();
+            request.chunk_size = part.to_string().parse().unwrap();
             request.mode = Some(0o440);
             request.labels =
                 [("team", tag.name()), ("stage", "test")].map(|(k, v)| (k.into(), v.into())).into();
@@ -99,11 +101,12 @@ impl Sound {
                 policy: template.policy().clone(),
                 tag,
                 packs: template.packs().iter().map(|pack| pack.as_ref().to_owned()).collect(),
+                part,
             }
         };
         let templates = [
-            import("web:1", "lz4", "8k", first, Some(random(40, 3000))),
-            import("db:2", "zstd", "64k", second, None),
+            import("web:1", "lz4", 8 << 10, first, Some(random(40, 3000))),
+            import("db:2", "zstd", BLOCK, second, None),
         ];
         let (mut files, mut directories) = (Vec::new(), Vec::new());
         list(&dir.path().join("store"), Path::new(""), &mut files, &mut directories);
@@ -114,8 +117,7 @@ impl Sound {
         self.dir.path().join("store").join(file)
     }
 
-    /// Returns every byte of the store with a mask: for bytes of records alternately all bits and one bit, for all
-    /// other bytes both.
+    /// Returns every byte of the store with a mask: alternately all bits and one bit.
     fn places(&self) -> Vec<Place<'_>> {
         let mut places = Vec::new();
         for file in &self.files {
@@ -124,13 +126,8 @@ impl Sound {
             let index = if is_pack { u64::from_le_bytes(bytes[72..80].try_into().unwrap()) } else { 0 };
             for at in 0..bytes.len() as u64 {
                 let in_record = (PACK_HEADER..index).contains(&at);
-                let bit = 1 << (random(at, 1)[0] % 8);
-                let masks: &[u8] = match (in_record, at % 2) {
-                    (false, _) => &[0xff, bit],
-                    (true, 0) => &[0xff],
-                    (true, _) => &[bit],
-                };
-                places.extend(masks.iter().map(|&mask| Place { file, at, mask, in_record }));
+                let mask = if at % 2 == 0 { 0xff } else { 1 << (random(at, 1)[0] % 8) };
+                places.push(Place { file, at, mask, in_record });
             }
         }
         places
@@ -182,7 +179,7 @@ impl Imported {
                     Err(e) => result = Err(e),
                 }
                 // A range in each sub-chunk, independent of errors in the others.
-                for from in (700..expected.len().saturating_sub(300)).step_by(8 << 10) {
+                for from in (700..expected.len().saturating_sub(300)).step_by(self.part) {
                     let offset = FileOffset::new((number * BLOCK + from) as u64);
                     match template.read_range(file, offset, &mut scratch, &mut block[..300]) {
                         Ok(()) => {

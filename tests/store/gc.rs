@@ -179,7 +179,7 @@ fn a_killed_gc_loses_no_data() {
     let kept: Vec<u8> = parts.iter().flat_map(|p| p[..20 * BLOCK].to_vec()).collect();
     let start = Instant::now();
     let mut longest = Duration::from_millis(20);
-    let rounds: u32 = host::rounds(12, 150);
+    let rounds: u32 = host::rounds(12, 80);
     let mut killed = 0;
     // More rounds if too few kills came in time because the host was busy in the first round only.
     for round in 0..rounds * 4 {
@@ -295,7 +295,7 @@ fn soak_a_pack_removed_during_verify_is_not_damage() {
     fixture.store().verify(None, &AtomicBool::new(false), &Silent).unwrap();
     let usual = begun.elapsed();
     let (mut seen, mut missed) = (0, 0);
-    for round in 0..host::rounds(2000, 20_000) {
+    for round in 0..host::rounds(1000, 5_000) {
         let store = fixture.store();
         let begun = Instant::now();
         // The removal comes before, during or after the verification of the pack.

@@ -231,34 +231,28 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     fi
 fi
 
-# 3. Programs from crates.io.
+# 3. Programs from crates.io. Debug builds are quicker to compile and quick enough to run.
 tool=$(tools "$top")
-if [ "$("$tool/bin/cargo-deb" --version 2>/dev/null)" != "cargo-deb $STENCIL_CARGO_DEB" ]; then
-    say "installing from crates.io: cargo-deb $STENCIL_CARGO_DEB"
-    mkdir -p "$tool"
-    CARGO_TARGET_DIR="$tool/build" cargo install -q --locked --no-default-features --root "$tool" \
-        "cargo-deb@$STENCIL_CARGO_DEB" >"$tool/install.log" 2>&1 ||
-        { tail -20 "$tool/install.log" >&2; fail "cargo cannot install cargo-deb $STENCIL_CARGO_DEB"; }
-    rm -rf "$tool/build"
-fi
-# Debug builds are quicker to compile and quick enough to run.
-install_debug() {
+install_program() {
     local program=$1 version=$2
     say "installing from crates.io: $program $version (takes minutes)"
     mkdir -p "$tool"
-    CARGO_TARGET_DIR="$tool/build" cargo install -q --debug --locked --no-default-features "${@:3}" --root "$tool" \
+    CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR="$tool/build" cargo install -q --debug --locked --no-default-features "${@:3}" --root "$tool" \
         "$program@$version" >"$tool/install.log" 2>&1 ||
         { tail -20 "$tool/install.log" >&2; fail "cargo cannot install $program $version"; }
-    rm -rf "$tool/build"
 }
+[ "$("$tool/bin/cargo-deb" --version 2>/dev/null)" = "cargo-deb $STENCIL_CARGO_DEB" ] ||
+    install_program cargo-deb "$STENCIL_CARGO_DEB"
 nextest=$(subcommand_version "$top" nextest "$STENCIL_NEXTEST") || {
-    install_debug cargo-nextest "$STENCIL_NEXTEST" --features default-no-update
+    install_program cargo-nextest "$STENCIL_NEXTEST" --features default-no-update
     nextest=$STENCIL_NEXTEST
 }
 deny=$(subcommand_version "$top" deny "$STENCIL_CARGO_DENY") || {
-    install_debug cargo-deny "$STENCIL_CARGO_DENY"
+    install_program cargo-deny "$STENCIL_CARGO_DENY"
     deny=$STENCIL_CARGO_DENY
 }
+# The programs share the build of common crates.
+rm -rf "$tool/build"
 
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" ||
     fail "PATH finds QEMU $(qemu_version), but $STENCIL_QEMU_MIN or newer is needed: remove the older QEMU from PATH"

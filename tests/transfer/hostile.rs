@@ -88,7 +88,7 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
     println!("seed {seed}");
     let mut dice = Dice(seed);
     let (mut accepted, mut refused) = (0, 0);
-    let rounds = host::rounds(3000, 20_000);
+    let rounds = host::rounds(2000, 10_000);
     for round in 0..rounds {
         // Mostly the small stream: the interesting fields are in its headers.
         let stream = &streams[usize::from(round % 16 == 0)];

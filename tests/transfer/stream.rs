@@ -360,7 +360,7 @@ fn a_killed_load_leaves_a_sound_store() {
     let start = Instant::now();
     to.run(&words).ok();
     let mut whole = start.elapsed();
-    let attempts: u32 = host::rounds(25, 150);
+    let attempts: u32 = host::rounds(25, 100);
     let (mut killed, mut found) = (0, 0);
     for attempt in 0..attempts {
         for name in ["a", "b"] {

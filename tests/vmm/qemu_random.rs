@@ -182,5 +182,5 @@ fn random_objects_get_the_verdict_of_qemu() {
 /// Many more objects under `make soak`.
 #[test]
 fn soak_random_objects_get_the_verdict_of_qemu() {
-    assert_same_verdicts(host::rounds(50, 1500), 2);
+    assert_same_verdicts(host::rounds(50, 600), 2);
 }

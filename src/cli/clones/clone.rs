@@ -25,7 +25,7 @@ use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
 ///
-/// Without --simulate and CMD, the launch recipe of the template is used. The command returns when all clones are
+/// Without --simulate and without CMD, the launch recipe of the template is used. The command returns when all clones are
 /// ready; the clones run until they exit or are stopped. If one clone fails to become ready, all clones of the call are
 /// removed.
 #[derive(Debug, Args)]

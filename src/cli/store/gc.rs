@@ -18,8 +18,8 @@ use crate::store::{Collect, Collected, Digest, Store};
 /// Free the space that no template references
 ///
 /// The blocks of a removed template stay in the store, because other templates may reference them. This command removes
-/// packs without referenced records, and rewrites packs with few referenced records (with --all, every pack that has an
-/// unreferenced record). Imports wait during the run; mounts and clones are not affected.
+/// packs without referenced records, and rewrites packs that are at least half unreferenced (with --all, every pack that
+/// has an unreferenced record). Imports wait during the run; mounts and clones are not affected.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -187,7 +187,7 @@ impl Entry {
     pub fn save(&self) -> Result<()> {
         if let Some(field) = self.problem_of_fields() {
             return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).hint(
-                "use only letters, digits, '.', '_' and '-' in names; see 'stencil inspect --recipe'",
+                "use only letters, digits, '.', '_' and '-' in the names of disks: see 'stencil inspect --recipe'",
             ));
         }
         let write = |directory: &Directory| runtime::replace(directory, RECORD, &serde_json::to_vec(self)?);

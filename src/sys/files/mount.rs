@@ -93,8 +93,8 @@ pub fn place(path: &Path) -> io::Result<PathBuf> {
 pub struct Abort(File);
 
 impl Abort {
-    /// Opens the abort file of the connection that has this device number (`st_dev`) now, on a private instance of
-    /// fusectl.
+    /// Opens the abort file of the connection that currently has this device number (`st_dev`), on a private instance
+    /// of fusectl.
     ///
     /// # Errors
     /// Returns `ENOENT` if no such connection exists, and an error if a system call fails.

@@ -51,7 +51,7 @@ fn a_detached_mount_serves_clones_until_the_last_one_exits() {
     assert!(umount.wait().unwrap().success());
 
     // Each clone reads its own eighth of the pages, none of which has been read before.
-    let duration = Duration::from_secs(host::rounds(2, 60));
+    let duration = Duration::from_secs(host::rounds(2, 20));
     let part = IMAGE.pages / clones.len() as u64;
     for turn in 0..part {
         for (i, clone) in clones.iter_mut().enumerate() {

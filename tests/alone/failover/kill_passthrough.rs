@@ -61,7 +61,7 @@ fn first_opens_survive_server_kills_during_hydration() {
     let _host = host::alone();
     let world = TestMount::new("passthrough");
     let mut drill = Drill::new(&world);
-    for round in 0..host::rounds(6, 50) {
+    for round in 0..host::rounds(6, 25) {
         let bytes = image(round).bytes();
         let digest = world.import_bytes(&bytes, &format!("web:{round}"));
         let path = world.file(&digest, "memory");
@@ -89,7 +89,7 @@ fn first_opens_survive_server_kills_during_hydration() {
     drill.report("first open, hydration", &[]);
     let parked = drill.kills().iter().filter(|k| k.met.iter().any(|r| r.phase == Phase::Parked)).count();
     println!("{parked} kills hit an open that waited for its backing");
-    assert!(parked >= host::rounds(6, 50), "only {parked} kills hit a waiting open");
+    assert!(parked >= host::rounds(6, 25), "only {parked} kills hit a waiting open");
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn promotion_completes_despite_server_kills() {
     let _host = host::alone();
     let world = TestMount::with(&["--serve", "auto", "--hydrate-timeout", "0"]);
     let mut drill = Drill::new(&world);
-    for round in 0..host::rounds(4, 30) {
+    for round in 0..host::rounds(4, 20) {
         let image = image(1000 + round);
         let digest = world.import_bytes(&image.bytes(), "web:1");
         let path = world.file(&digest, "memory");
@@ -135,7 +135,7 @@ fn imports_and_removals_succeed_despite_server_kills() {
     for (serve, pause) in [("decode", 20), ("passthrough", 60)] {
         let world = TestMount::new(serve);
         let mut drill = Drill::new(&world);
-        let rounds = host::rounds(4, 30);
+        let rounds = host::rounds(4, 20);
         kill_during(&mut drill, Duration::from_millis(pause), || {
             for round in 0..rounds {
                 let image = image(2000 + round);

@@ -35,7 +35,7 @@ fn measure_delays(serve: &str) -> Result<(), String> {
     readers.apart(&ways, IMAGE, &path);
     readers.add("names", IMAGE, &path, 0, IMAGE.pages);
     let mut drill = Drill::new(&world);
-    for round in 0..host::rounds(20, 200) {
+    for round in 0..host::rounds(20, 100) {
         if round % 10 == 0 {
             drill.cut();
             drop_caches();

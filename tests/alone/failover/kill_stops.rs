@@ -49,7 +49,7 @@ fn readers_wait_for_a_stopped_server_until_it_resumes() {
 
 #[test]
 fn the_watchdog_kills_and_replaces_a_stopped_server() {
-    let rounds = host::rounds(2, 20);
+    let rounds = host::rounds(2, 10);
     host::measured(|| {
         replaced_after(Duration::from_secs(2), Duration::from_secs(1), &["--watchdog", "2"], rounds)
     });

@@ -22,7 +22,7 @@ fn soak_readers_survive_restarts_of_the_server() {
         let other = world.dir().join("another-mountd");
         copy_program(daemon(), &other);
         let supervisor = world.status()["supervisor_pid"].clone();
-        for round in 0..host::rounds(4, 50) {
+        for round in 0..host::rounds(4, 25) {
             let before = world.server();
             let program = if round % 2 == 0 { other.clone() } else { daemon() };
             load.restart(&program, false).ok();
@@ -43,7 +43,7 @@ fn soak_readers_survive_reexecs_of_the_supervisor() {
         let world = TestMount::new(serve);
         let mut load = Load::on(&world);
         let supervisor = world.status()["supervisor_pid"].clone();
-        for _ in 0..host::rounds(4, 50) {
+        for _ in 0..host::rounds(4, 25) {
             let before = world.server();
             world.stencil(&["restart", load.mountpoint()]).ok();
             let status = world.status();
@@ -64,7 +64,7 @@ fn soak_readers_survive_a_killed_and_replaced_supervisor() {
     for serve in ["decode", "passthrough"] {
         let world = TestMount::with(&["--serve", serve]);
         let mut load = Load::on(&world);
-        for _ in 0..host::rounds(4, 50) {
+        for _ in 0..host::rounds(4, 25) {
             let server = world.server();
             let supervisor = world.status()["supervisor_pid"].as_u64().unwrap() as u32;
             let process = ProcessId::of(supervisor).unwrap().unwrap();

@@ -20,7 +20,7 @@ fn soak_mounts_recover_from_supervisors_that_die_at_startup() {
     let path = world.file(&digest, "memory");
     let mnt = world.mountpoint().to_str().unwrap();
     let mut adopted = 0;
-    let rounds = host::rounds(12, 150);
+    let rounds = host::rounds(12, 100);
     for round in 0..rounds {
         let mut mount = world.command();
         mount.args(["mount", mnt]).stdout(Stdio::null()).stderr(Stdio::null());

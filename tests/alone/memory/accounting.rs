@@ -36,7 +36,7 @@ fn soak_memory_audit_agrees_over_three_simulated_launches() {
     // The pages of the template are in the page cache before the first baseline.
     world.stencil(&["clone", "web:1", "--simulate", "read=100%"]).ok();
     world.stencil(&["stop", "--all"]).ok();
-    let clones: u64 = host::rounds(40, 200);
+    let clones: u64 = host::rounds(40, 150);
     for _ in 0..3 {
         audits_agree_within(3.0, || {
             let count = clones.to_string();

@@ -24,7 +24,7 @@ fn soak_template_data_stays_correct_under_memory_pressure() {
             clone.tell(&format!("fill 0 {page} {}", page % 251));
         }
     }
-    let seconds = host::rounds("4", "30");
+    let seconds = host::rounds("4", "15");
     let stress =
         ["--mmapfork", "1", "--timeout", seconds, "--verify", "--temp-path", "/tmp", "--metrics-brief"];
     let mut stress = Command::new("stress-ng")

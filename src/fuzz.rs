@@ -203,7 +203,7 @@ mod tests {
         }
     }
 
-    /// Without them the decoder of the mount state would see invalid inputs only.
+    /// Without valid states in the corpus the decoder of the mount state would see invalid inputs only.
     #[test]
     fn the_corpus_has_valid_mount_states() {
         for name in ["ledger-snapshot", "ledger-memory"] {

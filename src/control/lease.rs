@@ -46,7 +46,7 @@ const LOCK: &str = "removal.lock";
 /// Largest lease file, in bytes; real ones are much shorter.
 const MAX_LENGTH: u64 = 4096;
 
-/// Holder of a lease on a template, or of the mark of a removal.
+/// Process that holds a lease on a template, or a removal that has marked the template (`removes`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseHolder {
     /// PID of the process that took the lease.

@@ -43,7 +43,8 @@ pub fn pairs(text: &str, first: &str) -> Vec<Pair> {
     pairs
 }
 
-/// Returns the value at the start of `text`, up to a single comma, and its length in bytes.
+/// Returns the value at the start of `text`, which ends at a comma that is not doubled, and the number of bytes that it
+/// takes in `text`. `,,` stands for one comma.
 fn value(text: &str) -> (String, usize) {
     let mut value = String::new();
     let mut at = 0;

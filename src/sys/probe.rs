@@ -147,7 +147,7 @@ pub fn file_system(path: &Path) -> Result<FileSystem> {
 }
 
 /// Minimum Landlock ABI version for the restrictions of a server.
-pub const MIN_LANDLOCK_VERSION: u32 = 7;
+pub const MIN_LANDLOCK_VERSION: u32 = 6;
 
 /// Returns the Landlock ABI version of the kernel, or `None` if Landlock is not built in or not enabled.
 pub fn landlock_version() -> Option<u32> {

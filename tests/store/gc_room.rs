@@ -126,7 +126,8 @@ fn gc_works_on_a_nearly_full_store() {
     let refused = fixture.run(&["gc"]);
     assert_eq!(refused.code, 1, "{refused:?}");
     assert!(
-        refused.stderr.contains("stopped (packs removed: 0): ") && refused.stderr.contains("free 64.0 MiB"),
+        refused.stderr.contains("the collection stopped (packs removed: 0): ")
+            && refused.stderr.contains("free 64.0 MiB"),
         "{refused:?}"
     );
     assert_eq!(fixture.files("tmp"), Vec::<PathBuf>::new());

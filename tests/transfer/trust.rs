@@ -174,7 +174,10 @@ fn a_failed_publication_reports_the_published_parts() {
     assert_eq!(ran.code, 1, "{ran:?}");
     let error = &ran.json()["error"];
     let message = error["message"].as_str().unwrap();
-    assert!(message.starts_with("stopped (packs published: 1, templates: 1, tags: 1): "), "{ran:?}");
+    assert!(
+        message.starts_with("the commit stopped (packs published: 1, templates: 1, tags: 1): "),
+        "{ran:?}"
+    );
     assert!(error["remedy"].as_str().unwrap().contains("then 'stencil gc'"), "{ran:?}");
     to.assert_clean();
     assert_same(&from, &to, &digest);

@@ -25,7 +25,7 @@ const MAX_QUEUED: usize = 8192;
 pub struct ServiceManager {
     socket: Option<(OwnedFd, SocketAddrUnix)>,
     queue: VecDeque<(String, Option<OwnedFd>)>,
-    /// Interval of the keep-alive messages that the manager requires.
+    /// Interval between keep-alive messages, a third of the manager's watchdog timeout; `None` if it requires none.
     interval: Option<Duration>,
     last_ping: Instant,
     /// Ids of backings in the manager's descriptor store.

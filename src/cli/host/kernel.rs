@@ -109,7 +109,8 @@ pub fn isolation() -> Check {
     Check::note(
         "isolation",
         lacks.join("; "),
-        "boot a newer kernel with lsm=landlock,…; until then, servers are less confined (docs/explanation/security.md)",
+        "boot Linux 6.12 or later with CONFIG_SECCOMP_FILTER, and with landlock in lsm=; until then, servers are less \
+         confined (docs/explanation/security.md)",
     )
 }
 

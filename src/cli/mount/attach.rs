@@ -43,7 +43,7 @@ pub struct MountArgs {
     /// Seconds that the first open of a file waits for its backing [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
     hydrate_timeout: Option<Duration>,
-    /// Seconds that a request of the kernel may be pending before the server is replaced; 0 for no limit [default: 10]
+    /// Seconds that a request may make no progress before the server is replaced; 0 for no limit [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
     watchdog: Option<Duration>,
 }

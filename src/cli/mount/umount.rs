@@ -48,7 +48,7 @@ struct Unmounted {
     /// Processes for which the detached mount is still served.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     served_until_they_end: Vec<User>,
-    /// Processes that will be killed at the next access to a page that is not in RAM.
+    /// Processes that use the mount. Those by decode are killed at the next access to a page that is not in RAM.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cut_off: Vec<User>,
     /// Processes that could not be inspected; each may also use the mount.

@@ -45,12 +45,13 @@ impl Users {
         self.found.is_empty() && self.unseen.is_empty()
     }
 
-    /// Warns on standard error which processes will be killed when the mount's connection is aborted.
+    /// Warns on standard error which processes are affected when the mount's connection is aborted.
     pub fn announce(&self) {
         if !self.found.is_empty() {
             let processes = counted(self.found.len() as u64, "process", "processes");
             crate::print_line!(
-                "warning: {processes} will be killed at the next access to a page that is not in RAM: {}",
+                "warning: {processes} use the mount; those that map templates by decode are killed at the next access to \
+                 a page that is not in RAM: {}",
                 list(&self.found)
             );
         }

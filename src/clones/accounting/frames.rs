@@ -22,8 +22,8 @@ pub struct Distinct {
     pub overhead: Bytes,
 }
 
-/// Counts the frames of all clones. If neither a fork nor KSM can have made two clones share a frame, the result is the
-/// sum of their figures. For all other clones, every frame number is read.
+/// Counts the frames of all clones. A clone that cannot share a frame with another clone, by a fork or KSM, contributes
+/// its own figures. For the other clones every frame number is read, and each frame is counted once.
 ///
 /// # Errors
 /// Returns an error without `CAP_SYS_ADMIN`: the kernel then reports frame numbers as 0 (pagemap).

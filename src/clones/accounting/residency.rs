@@ -96,7 +96,7 @@ fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
         for map in &clone.maps {
             let end = map.range().end;
             paths.entry((map.dev, map.ino)).or_insert_with(|| {
-                // The map_files directory exists only in /proc/NUMBER, where NUMBER may be the id of any thread.
+                // /proc/TID has map_files, /proc/PID/task/TID does not. A main thread that has exited shows no memory.
                 let tid = tasks::thread_with_memory(clone.pid).ok().flatten().unwrap_or(clone.pid);
                 format!("/proc/{tid}/map_files/{:x}-{end:x}", map.start)
             });

@@ -175,7 +175,7 @@ fn restore_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> 
         Ok(true) => Ok(()),
         Ok(false) => restore_detached(qmp, disk).map_err(|error| {
             error.context(format!("no disk of the VM uses the overlay {file} any more")).hint(format!(
-                "do not remove the overlay, which holds writes of the guest; run `qemu-img commit {file}` when no QEMU \
+                "do not remove the overlay, which holds writes of the guest; run 'qemu-img commit {file}' when no QEMU \
                  has the image open"
             ))
         }),
@@ -183,7 +183,7 @@ fn restore_one(qmp: &mut Qmp, disk: &Frozen, interrupt: Option<&AtomicBool>) -> 
             .context(format!("the VM still writes to the overlay {file} of node {}", disk.node))
             .hint(format!(
                 "do not remove the overlay, which holds writes of the guest; a helper retries the commit for 30 s, and \
-                 so does the next `stencil capture` of this VM; if QEMU has exited, run `qemu-img commit {file}`"
+                 the next 'stencil capture' of this VM commits it; if QEMU has exited, run 'qemu-img commit {file}'"
             ))),
     }
 }

@@ -114,10 +114,12 @@ impl Simulate {
         let (read, written) = (self.read.of(all).get(), self.write.of(all).get());
         if read.checked_add(written).is_none_or(|both| both > all.get()) {
             return Err(Error::usage(format!(
-                "--simulate reads {read} pages and writes {written} different ones, but the file has only {}",
+                "--simulate reads {} and writes {} more, but the file has only {}",
+                counted(read, "page", "pages"),
+                counted(written, "page", "pages"),
                 counted(all.get(), "page", "pages")
             ))
-            .hint("choose smaller shares, together at most 100%"));
+            .hint("use smaller amounts, together at most 100%"));
         }
         Ok(Touched { read_pages: read, written_pages: written })
     }

@@ -118,7 +118,8 @@ impl Networks {
                 Some(changed) => *rule = changed,
                 None => {
                     error = Some(format!(
-                        "{shown}: invalid host forward '{rule}': expected PROTOCOL:ADDRESS:PORT-ADDRESS:PORT"
+                        "{shown}: invalid host forward '{rule}': expected \
+                         [tcp|udp]:[HOSTADDR]:HOSTPORT-[GUESTADDR]:GUESTPORT"
                     ))
                 }
             }

@@ -201,7 +201,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
         Ok(true) => {}
         Ok(false) => {
             let limit = CLEANUP_TIMEOUT.as_secs();
-            let what = format!("timed out after {limit} s waiting for the cleanup of a broken launch");
+            let what = format!("timed out after {limit} s waiting for the cleanup of an unfinished launch");
             let holders = holders::list_pids(&file_locks::flock_holders(&lock));
             return Err(Error::try_again(what)
                 .at(&marker)

@@ -90,11 +90,11 @@ fn refuse_ours(what: &str, path: &Path) -> Result<()> {
     match on.filter(|line| line.fs_type == FS_TYPE) {
         None => Ok(()),
         Some(line) => Err(Error::usage(format!(
-            "the {what} lies on the Stencil mount {}, which is read-only",
+            "the {what} lies on the Stencil mount {}: a mount must not depend on itself or on another Stencil mount",
             line.mountpoint.display()
         ))
         .at(path)
-        .hint("use a directory on a local file system: ext4 or xfs")),
+        .hint("use a directory outside of all Stencil mounts")),
     }
 }
 

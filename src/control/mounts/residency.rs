@@ -87,7 +87,8 @@ impl Mount {
     /// Reads ledger and backings through the server, which still has them open when the supervisor is dead.
     fn read_through_server(&self) -> Result<Vec<Residency>> {
         let unknown = || {
-            Error::try_again("cannot measure the mount's page cache: its supervisor is dead")
+            Error::try_again("cannot measure the mount's page cache: the supervisor is dead, and its files cannot be read through the \
+                 server")
                 .at(&self.mountpoint)
                 .hint(match self.foreign {
                     true => {

@@ -106,7 +106,7 @@ impl Published {
         let full = [Errno::NOSPC, Errno::DQUOT].iter().any(|full| error.errno() == Some(full.raw_os_error()));
         let first = if full { "free space on that file system" } else { "fix the cause" };
         error
-            .context(format!("stopped (packs published: {packs}, templates: {templates}, tags: {tags})"))
+            .context(format!("the commit stopped (packs published: {packs}, templates: {templates}, tags: {tags})"))
             .hint(format!(
                 "{first}, then run the command again, which reuses the published data; or remove that data: run \
                  'stencil rm DIGEST' for each template, then 'stencil gc'"

@@ -1,4 +1,4 @@
-//! Writes the tables of a template, the image and its placement, block by block.
+//! Writes the two tables of a template, image and placement, one row per block.
 
 use std::collections::HashMap;
 use std::fs::File;

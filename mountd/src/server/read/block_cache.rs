@@ -17,7 +17,7 @@ pub struct CachedBlock {
     used: AtomicBool,
 }
 
-/// Decompressed blocks by digest, limited in number. Evicts blocks by the clock algorithm: a block that was used since
+/// Decompressed blocks by hash, limited in number. Evicts blocks by the clock algorithm: a block that was used since
 /// the last visit of the clock hand is not evicted.
 pub struct BlockCache {
     blocks: DashMap<Digest, Arc<CachedBlock>>,

@@ -10,7 +10,7 @@ use stencilfs::error::{Error, Result};
 use stencilfs::sys::files::directory::Directory;
 
 /// The latest Landlock ABI that is requested; an older kernel enforces the part that it supports.
-const KNOWN: ABI = ABI::V7;
+const KNOWN: ABI = ABI::V6;
 
 fn fail(what: &dyn std::fmt::Display) -> Error {
     Error::failed(format!("cannot set up Landlock: {what}"))
@@ -59,7 +59,8 @@ pub fn restrict(rules: RulesetCreated, lacks: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the store's owner can read the store: the owner needs search permission for every directory above it.
+/// Checks that this process, which already has the uid of the store's owner, can read the store: the owner needs search
+/// permission for every directory above the store.
 ///
 /// # Errors
 /// Returns an error if the owner has no access.

@@ -28,7 +28,7 @@ use crate::server::refusal::Refusal;
 /// Number of new inode numbers after which the inode numbers of removed templates are dropped from the map.
 const MAX_ENTERED: usize = 1 << 16;
 
-/// Largest number of entries in one listing: more than one reply to the kernel can hold.
+/// Largest number of entries in one listing. A listing may be shorter than a reply: the kernel asks for the rest.
 const MAX_LISTED: usize = 1024;
 
 /// Decides how the next open of a file is served.

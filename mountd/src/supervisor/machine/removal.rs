@@ -129,7 +129,8 @@ impl Removal {
         self.rows.iter_mut().filter(ours).map(mark).collect()
     }
 
-    /// Makes the caller wait until all servers that may send replies have read the list after the ring number `ring`.
+    /// Makes the caller wait until every server that may send replies applies the list as of ring `ring`; then the backings
+    /// of `removed` are closed.
     pub fn wait(&mut self, caller: CallerId, ring: u32, removed: Vec<Digest>) {
         self.waiting.push(Waiting { caller, ring, removed });
     }

@@ -71,7 +71,7 @@ pub struct Examined {
 }
 
 impl Examined {
-    /// Returns the obstacles to a capture as one error; obstacles of RAM come first, alone.
+    /// Returns the obstacles to a capture as one error: only those of the RAM if there are any, otherwise all others.
     pub fn error(&self) -> Option<Error> {
         let texts = |all: &[Refusal]| all.iter().map(|one| one.what.clone()).collect::<Vec<_>>();
         if !self.ram_problems.is_empty() {

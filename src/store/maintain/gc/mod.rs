@@ -184,12 +184,12 @@ impl Run<'_> {
         };
         self.progress.finish();
         rounds.map_err(|error| match error.errno() {
-            Some(libc::ENOSPC | libc::EDQUOT) => {
-                error.context(format!("stopped (packs removed: {})", done.removed_packs)).hint(format!(
+            Some(libc::ENOSPC | libc::EDQUOT) => error
+                .context(format!("the collection stopped (packs removed: {})", done.removed_packs))
+                .hint(format!(
                     "free {} on that file system, then run the command again",
                     Bytes::new(PACK_BYTES)
-                ))
-            }
+                )),
             _ => error,
         })?;
         done.placements = replaced.len() as u64;

@@ -21,7 +21,8 @@ const ELSEWHERE: [(&str, &str); 9] = [
     ("stats", "use 'stencil density'"),
 ];
 
-/// Reports an error of the argument parser, as text or JSON as the call requests, and returns the exit code.
+/// Reports an error of the argument parser, as text or, with `--json`, as JSON, and returns the exit code. Help and
+/// version, which the parser returns as errors too, are printed with exit code 0.
 pub fn report(error: &clap::Error, cli: &mut clap::Command) -> ExitCode {
     let json = std::env::args_os().any(|arg| arg == "--json");
     match error.kind() {

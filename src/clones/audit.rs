@@ -308,28 +308,33 @@ fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
                 (*mount, backing.digest, &backing.file) == (file.mount, file.digest, &file.name)
             })
     };
-    residency::each_inode(mounts, &survey.inodes, &clones, wanted, |_, file| {
-        collect_resident(&file, &mut frames)
+    residency::each_inode(mounts, &survey.inodes, &clones, wanted, |served, file| {
+        collect_resident(&file, &mut frames).map_err(|e| {
+            e.context(format!(
+                "cannot count the frames of file '{}' of template {}",
+                served.name, served.digest
+            ))
+        })
     })?;
     Ok(frames.len())
 }
 
 fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
-    let size = file.metadata().map_err(|e| Error::failed("cannot read the size of a file").because(e))?.len();
+    let size = file.metadata().map_err(|e| Error::failed("cannot read its size").because(e))?.len();
     if size == 0 {
         return Ok(());
     }
     let whole_pages = Bytes::new(size).pages().bytes();
     let view = Mapping::new(&Request::view(file.as_fd(), whole_pages))
-        .map_err(|e| Error::failed("cannot map a template to count its frames").because(e))?;
+        .map_err(|e| Error::failed("cannot map the file").because(e))?;
     // A fault on a page with the readahead mark would read further pages.
     let advised = view.advise_all(Advice::Random);
-    advised.map_err(|e| Error::failed("cannot disable readahead to count frames").because(e))?;
+    advised.map_err(|e| Error::failed("cannot disable readahead").because(e))?;
     let pagemap = Pagemap::this_process()?;
     for range in cachestat::in_core(&view)? {
         // Only pages in RAM are populated, because the audit must not change the page cache that it measures.
         view.advise(range.clone(), Advice::PopulateRead)
-            .map_err(|e| Error::failed("cannot populate page tables to count frames").because(e))?;
+            .map_err(|e| Error::failed("cannot populate page tables").because(e))?;
         let start = view.address();
         pagemap
             .each_entry(start + range.start..start + range.end, |_, entry| frames.extend(entry.frame()))?;

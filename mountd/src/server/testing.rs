@@ -175,6 +175,16 @@ pub fn content(blocks: usize) -> Vec<u8> {
 }
 
 impl World {
+    /// Returns a list of condemned templates: with this world's template if `removed` is given, else empty.
+    fn condemned_rows(&self, removed: Option<bool>) -> Vec<CondemnedRow> {
+        removed.map(|removed| CondemnedRow { digest: self.digest, removed }).into_iter().collect()
+    }
+
+    /// Replaces the server's list of condemned templates, as described for [`World::condemned_rows`].
+    pub fn condemn(&self, removed: Option<bool>) {
+        self.fs.condemned.change(&self.condemned_rows(removed));
+    }
+
     pub fn new(mode: ServeMode) -> World {
         World::with(Setup::new(mode))
     }
@@ -288,7 +298,6 @@ fn import(dir: &TempDir, store: &Store, tag: &str, bytes: &[u8]) -> Digest {
 pub fn snapshot(world: &World, removed: Option<bool>) -> Snapshot {
     let store = format!("--store={}", world.dir.path().join("store").display());
     let options = [store.as_str(), "--", "/mnt"].map(Into::into).into_iter();
-    let row = removed.map(|removed| CondemnedRow { digest: world.digest, removed });
     Snapshot {
         control_version: CONTROL_VERSION,
         version: String::new(),
@@ -309,7 +318,7 @@ pub fn snapshot(world: &World, removed: Option<bool>) -> Snapshot {
         next_start: None,
         backings: Vec::new(),
         store_id: String::new(),
-        condemned: row.into_iter().collect(),
+        condemned: world.condemned_rows(removed),
         counters: BTreeMap::new(),
     }
 }

@@ -168,7 +168,7 @@ fn acquire_mount(options: MountOptions, manager: &mut ServiceManager) -> Result<
 fn leave_terminal(record: &RecordDir) -> Result<()> {
     let path = record.path().join(LOG_FILE);
     let open = || -> std::io::Result<()> { Ok(rustix::stdio::dup2_stderr(&record.open_log()?)?) };
-    open().map_err(|e| Error::io("cannot write the log", &path, e))?;
+    open().map_err(|e| Error::io("cannot open the log", &path, e))?;
     std::env::set_current_dir("/").map_err(|e| Error::io("cannot change the working directory to", "/", e))
 }
 

@@ -27,7 +27,11 @@ pub fn take_over(orphan: &Mount) -> Result<AcquiredMount> {
         error
             .context("cannot take over the mount, whose supervisor is dead")
             .at(&orphan.mountpoint)
-            .hint("unmount the mount (with -l if clones use it) and mount again; until then, the server still serves it")
+            .hint(format!(
+                "run 'stencil umount -l {0}', then 'stencil mount {0}'; a server that still runs serves its clones until \
+                 they exit",
+                orphan.mountpoint.display()
+            ))
     };
     let record = RecordDir::take_over(&orphan.dir)?;
     from_server(orphan, record).map_err(fail)

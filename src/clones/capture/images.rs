@@ -1,4 +1,4 @@
-//! The images of a captured VM, and the operations of qemu-img on them.
+//! The disk images of a captured VM, and the operations of qemu-img on them.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;

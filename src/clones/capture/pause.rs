@@ -81,7 +81,7 @@ impl PausedVm {
     pub fn pause(&mut self, vm: &Vm) -> Result<()> {
         self.since = Some(Instant::now());
         self.before.settings.for_device_state().apply(&mut self.qmp)?;
-        // QEMU reports blockers only for the current settings, so they are checked again.
+        // QEMU reports migration blockers only for the migration settings in effect, so the blockers are checked again.
         busy::refuse(&mut self.qmp)?;
         if self.before.ran {
             self.since = Some(Instant::now());

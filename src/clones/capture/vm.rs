@@ -211,7 +211,7 @@ fn host_problem(pid: u32, path: &Path) -> Option<String> {
     }
 }
 
-/// Time after QEMU's start in which a change of an inode does not count: libvirt starts the process first and then
+/// A ctime within this time after QEMU's start is not taken for a replaced file: libvirt starts the process first and then
 /// changes the owner of the files.
 const RELABEL_TIME: Duration = Duration::from_secs(60);
 

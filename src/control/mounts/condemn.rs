@@ -54,14 +54,15 @@ impl Condemnation {
         for mount in mounts {
             if mount.foreign {
                 return Err(Error::try_again(format!(
-                    "the mount's supervisor (PID {} there) is in another PID namespace; clones of {} may be \
-                     invisible here",
+                    "the mount's supervisor (PID {} in its own PID namespace) is in another PID namespace; clones of {} \
+                     may be invisible here",
                     mount.supervisor_pid,
                     Digest::describe_all(&self.digests)
                 ))
                 .at(&mount.mountpoint)
                 .hint(format!(
-                    "run this in the PID namespace of that mount; if that namespace no longer exists, remove {}",
+                    "run the command in the PID namespace of that mount; if that namespace no longer exists, remove the \
+                     mount's record, {}",
                     mount.dir.display()
                 )));
             }
@@ -118,7 +119,7 @@ impl Condemnation {
     }
 
     /// Makes the mounts show these templates again or, with `removed`, close the backings of the removed templates. The
-    /// mounts do the same some seconds after the connection is lost.
+    /// mounts do the same when the connection closes; after a takeover, 15 s later.
     ///
     /// # Errors
     /// Returns an error if a mount does not reply.

@@ -74,8 +74,8 @@ pub fn mount_of(store: &Store) -> Result<Mount> {
 /// Same as [`mounts_of`], for callers that must see all mounts.
 ///
 /// # Errors
-/// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a record cannot be read, or if a mount of the store has
-/// no record in this runtime directory.
+/// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a record cannot be read, or if a mount of the store is
+/// dead or has no record in this runtime directory.
 pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
     let until = Instant::now() + RECORD_TIMEOUT;
     loop {

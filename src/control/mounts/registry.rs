@@ -23,7 +23,7 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 pub const LOG_FILE: &str = "log";
 const RECORD_FILE: &str = "mount.json";
 
-/// Longest time that a command may hold the lock of a record that it checks.
+/// Timeout for locking a record. A command that checks the record holds the lock for a moment.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The record that a supervisor writes about its mount.

@@ -185,7 +185,7 @@ impl Store {
         let found =
             header::identify(&self.0.root).map_err(|e| self.open_error(&self.0.root.join(HEADER), e))?;
         if found.is_some_and(|found| found.secret != self.0.superblock.secret) {
-            return Err(Error::try_again("found another store in place of the store")
+            return Err(Error::try_again("a different store is now at the path of this store")
                 .at(self.dir())
                 .hint("make the original store available at that path again"));
         }

@@ -151,7 +151,7 @@ impl ImageHeader {
         fields.reserved(FIXED - Preamble::LEN - 40)?;
         if count > MAX_FILES || u64::from(preamble.header_length) != Self::table_offset(count) {
             return Err(Invalid::damage(format!(
-                "impossible sizes: files: {count}, header length: {}",
+                "a header of {} bytes does not fit {count} files",
                 preamble.header_length
             )));
         }

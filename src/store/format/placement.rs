@@ -122,12 +122,12 @@ impl Front {
         fields.reserved(FIXED - Preamble::LEN - 88)?;
         if block_count > image::MAX_BLOCKS || image_length > image::MAX_LENGTH {
             return Err(Invalid::damage(format!(
-                "impossible sizes: blocks: {block_count}, image length: {image_length}"
+                "{block_count} blocks and an image of {image_length} bytes exceed the limits"
             )));
         }
         if files > image::MAX_FILES || Self::length(files, packs) != bytes.len() as u64 {
             return Err(Invalid::damage(format!(
-                "impossible sizes: files: {files}, packs: {packs}, front length: {}",
+                "a front of {} bytes does not fit {files} files and {packs} packs",
                 bytes.len()
             )));
         }

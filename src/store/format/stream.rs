@@ -21,7 +21,7 @@ pub const MAX_FRONT: u32 = 8 << 20;
 /// Maximum number of templates in a stream, and of base templates whose blocks are left out.
 pub const MAX_TEMPLATES: usize = 4096;
 
-/// Maximum number of tags of all templates in a stream. A loader sets the tags under the names lock.
+/// Maximum number of tags of all templates in a stream. A loader holds the names lock while it sets them.
 pub const MAX_TAGS: usize = 16 << 10;
 
 /// One template in the front.

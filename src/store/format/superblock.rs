@@ -48,7 +48,7 @@ impl Superblock {
         let header =
             bytes.get(..header).filter(|header| header.len() >= Preamble::LEN + 32).ok_or_else(|| {
                 Invalid::damage(format!(
-                    "length is {}, header length is {header}, expected {} bytes",
+                    "the file has {} bytes and names a header of {header} bytes; expected {} bytes for both",
                     bytes.len(),
                     Self::LEN
                 ))

@@ -76,7 +76,9 @@ impl Store {
     pub fn usage(&self, interrupt: &AtomicBool, progress: &dyn Progress) -> Result<StoreUsage> {
         let liveness = Liveness::analyze(self, interrupt, progress)?;
         for (digest, error) in &liveness.unreadable {
-            log::warn!("template {digest} is not counted: {error}");
+            log::warn!(
+                "template {digest} is left out, and records that only it references count as unreferenced: {error}"
+            );
         }
         let mut usage = StoreUsage::default();
         let mut parts = vec![(0, 0); liveness.templates.len()];

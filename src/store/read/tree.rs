@@ -216,7 +216,8 @@ impl CheckedTable {
         let start = segment * SEGMENT;
         let mut bytes = vec![0; (self.length - start).min(SEGMENT) as usize];
         let damage = |why: String| {
-            let range = format!("bytes {} to {}", self.base + start, self.base + start + SEGMENT);
+            let end = (start + SEGMENT).min(self.length);
+            let range = format!("bytes {} to {}", self.base + start, self.base + end);
             Invalid::Damage(format!("{range}: {why}")).in_file(self.what, &self.path)
         };
         self.file

@@ -291,7 +291,7 @@ impl Store {
         match tables.digest == template.digest {
             true => Ok(tables),
             false => Err(source.damaged(format!(
-                "image of template {} is not in canonical form: its digest would be {}",
+                "image of template {} is not in canonical form: the canonical image has digest {}",
                 template.digest, tables.digest
             ))),
         }

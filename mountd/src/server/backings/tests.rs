@@ -1,4 +1,4 @@
-use stencilfs::control::{CondemnedRow, Phase};
+use stencilfs::control::Phase;
 use stencilfs::error::Error;
 
 use super::*;
@@ -41,11 +41,6 @@ fn gated(mode: ServeMode, timeout: Duration) -> (World, Arc<Gate>) {
     });
     setup.hydrate_timeout = timeout;
     (World::with(setup), gate)
-}
-
-fn condemn(world: &World, removed: Option<bool>) {
-    let row = removed.map(|removed| CondemnedRow { digest: world.digest, removed });
-    world.fs.condemned.change(row.as_slice());
 }
 
 /// Returns the reason that the server last reported for a file without a backing.
@@ -290,7 +285,7 @@ fn a_condemned_template_gets_no_backing() {
     wait_for("a frozen backing", || {
         (world.supervisor.count(|r| matches!(r, ServerRequest::Freeze { .. })) == 1).then_some(())
     });
-    condemn(&world, Some(false));
+    world.condemn(Some(false));
     std::thread::scope(|scope| {
         let ended = scope.spawn(|| world.fs.backings.stop_condemned());
         assert_eq!(reply(&waiting), Err(Refusal::NoEntry));
@@ -299,7 +294,7 @@ fn a_condemned_template_gets_no_backing() {
     });
     assert_eq!(world.supervisor.count(|r| matches!(r, ServerRequest::Register { .. })), 0);
     assert_eq!(world.supervisor.count(|r| matches!(r, ServerRequest::Abandon { .. })), 1);
-    condemn(&world, None);
+    world.condemn(None);
     assert_eq!(reply(&world.open(ino)), Ok(Opened::Backing(1)));
 }
 
@@ -318,11 +313,11 @@ fn a_backing_that_is_ready_is_not_served_if_its_template_was_condemned_meanwhile
     wait_for("a verified backing", || {
         (world.supervisor.count(|r| matches!(r, ServerRequest::Register { .. })) == 1).then_some(())
     });
-    condemn(&world, Some(false));
+    world.condemn(Some(false));
     gate.open();
     assert_eq!(reply(&waiting), Err(Refusal::NoEntry));
     // The backing is served if the removal is abandoned.
-    condemn(&world, None);
+    world.condemn(None);
     assert_eq!(reply(&world.open(ino)), Ok(Opened::Backing(1)));
     assert_eq!(world.fs.stats.get(Counter::HydrationsStarted), 1);
 }

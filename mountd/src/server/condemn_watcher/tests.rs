@@ -48,11 +48,7 @@ fn the_report_follows_the_application_of_the_new_list() {
     };
     publish(Some(false));
     let first = wait_for("a report", || reports(&world).pop());
-    assert!(
-        first.1 <= 200,
-        "the grace time is at most {:?}: {first:?}",
-        super::super::tree::condemned::GRACE
-    );
+    assert_eq!(first.0, world.fs.stats.page().rings());
     assert_eq!(world.find(&format!("by-id/{}", world.digest)), Err(Refusal::NoEntry));
     assert_eq!(reply(&world.open(ino)), Err(Refusal::Stale));
     // The watcher has sent the kernel a notification to invalidate the name.

@@ -3,7 +3,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
-use stencilfs::control::{CondemnedRow, Op, Phase, ServeMode};
+use stencilfs::control::{Op, Phase, ServeMode};
 
 use super::*;
 use crate::server::testing::{BLOCK, Setup, World, content, reply, request, wait_for};
@@ -31,11 +31,6 @@ fn seek_in(world: &World, ino: u64, offset: i64, whence: i32) -> Result<i64, Ref
     let mut found = None;
     world.fs.seek(request(Op::LSeek, ino), (offset, whence), |reply| found = Some(reply));
     found.unwrap()
-}
-
-fn condemn(world: &World, removed: Option<bool>) {
-    let row = removed.map(|removed| CondemnedRow { digest: world.digest, removed });
-    world.fs.condemned.change(row.as_slice());
 }
 
 #[test]
@@ -375,14 +370,14 @@ fn a_condemned_template_is_not_found_and_its_open_files_are_read() {
     let world = World::new(ServeMode::Decode);
     let (path, ino) = (format!("by-id/{}", world.digest), world.memory_ino());
     let directory = world.find(&path).unwrap().attributes.ino;
-    condemn(&world, Some(false));
+    world.condemn(Some(false));
     assert_eq!(world.find(&path), Err(Refusal::NoEntry));
     assert_eq!(world.lookup(directory, "memory"), Err(Refusal::NoEntry));
     assert_eq!(world.lookup(ino, "."), Err(Refusal::NoEntry));
     assert_eq!(names(&list(&world, directory, 0).unwrap()), [".", ".."]);
     assert_eq!(reply(&world.open(ino)), Err(Refusal::Stale));
     assert_eq!(reply(&world.read(ino, 0, 5)).unwrap(), b"block");
-    condemn(&world, None);
+    world.condemn(None);
     assert_eq!(reply(&world.open(ino)), Ok(Opened::Decode));
 }
 
@@ -390,7 +385,7 @@ fn a_condemned_template_is_not_found_and_its_open_files_are_read() {
 fn reads_wait_while_a_removal_is_undecided() {
     let world = World::new(ServeMode::Decode);
     let ino = world.memory_ino();
-    condemn(&world, Some(false));
+    world.condemn(Some(false));
     world.fs.tree.close_templates();
     let (image, hidden) = (world.dir.path().join("store/images"), world.dir.path().join("hidden"));
     let image = image.join(world.digest.to_string());
@@ -400,7 +395,7 @@ fn reads_wait_while_a_removal_is_undecided() {
     fs::rename(&hidden, &image).unwrap();
     assert_eq!(reply(&waiting).unwrap(), b"block");
     // Once the removal is decided, the template does not come back.
-    condemn(&world, Some(true));
+    world.condemn(Some(true));
     world.fs.tree.close_templates();
     fs::rename(&image, &hidden).unwrap();
     assert_eq!(reply(&world.read(ino, 0, 5)), Err(Refusal::NoEntry));

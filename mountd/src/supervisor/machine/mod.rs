@@ -152,7 +152,7 @@ impl Machine {
         std::mem::take(&mut self.actions)
     }
 
-    /// Replaces the current server, for the reason `why` of the watchdog.
+    /// Replaces the current server; `why` is the reason that the watchdog gives.
     pub fn replace_server(&mut self, why: &str) -> Vec<Action> {
         log::error!("watchdog: {why}; replacing the server");
         self.actions.push(Action::CountReplaced);

@@ -9,7 +9,7 @@ use stencilfs::control::UnmountMode;
 pub enum OnSignal {
     /// Unmount. A mount in use is detached, and ends with its last mapping.
     Drain,
-    /// Abort the connection: processes that access a page which is not in memory are killed by SIGBUS.
+    /// Abort the connection: in mappings by decode, an access to a page that is not in RAM then raises SIGBUS.
     Abort,
     /// None: the mount is already draining.
     Ignore,

@@ -79,12 +79,14 @@ impl Machine {
         }
     }
 
-    /// Handles the result of dropping the rows of callers that are gone or have stalled: closes the backings of
-    /// templates that are already removed, and rings the bell if the list has changed.
+    /// Handles the result of dropping the rows of callers that are gone or have stalled: rings the bell if the list has
+    /// changed. The backings of templates that are already removed are closed when the server has dropped them.
     pub(super) fn rows_dropped(&mut self, (removed, changed): (Vec<Digest>, bool)) {
-        self.close_backings_of(&removed);
-        if changed {
+        if changed || !removed.is_empty() {
             self.ring(None);
+        }
+        if !removed.is_empty() {
+            self.removal.close_after(self.rings, removed);
         }
     }
 
@@ -99,8 +101,10 @@ impl Machine {
                 Settled::CloseBackings(caller, removed) => {
                     // From here on the same image may be imported again.
                     self.close_backings_of(&removed);
-                    self.keep(caller);
-                    self.ring(Some((caller, Vec::new())));
+                    if let Some(caller) = caller {
+                        self.keep(caller);
+                    }
+                    self.ring(caller.map(|caller| (caller, Vec::new())));
                 }
             }
         }

@@ -25,16 +25,17 @@ pub const MAX_GRACE: Duration = Duration::from_millis(200);
 struct Row {
     digest: Digest,
     removed: bool,
-    /// The caller; `None` for a removal whose caller was connected to an earlier supervisor.
+    /// The caller; `None` if its connection is closed, or was one to an earlier supervisor.
     holder: Option<CallerId>,
     /// Time at which the removal counts as stalled.
     until: Instant,
 }
 
-/// A caller that waits until all servers apply the list as of a ring.
+/// A wait until all servers apply the list as of a ring.
 #[derive(Debug)]
 struct Waiting {
-    caller: CallerId,
+    /// The caller that waits; `None` for removed templates whose caller is gone.
+    caller: Option<CallerId>,
     ring: u32,
     /// Removed templates, whose backings are closed after the wait.
     removed: Vec<Digest>,
@@ -56,8 +57,9 @@ pub enum Settled {
     /// Respond: all servers apply the list. Opens that were answered before are visible in `/proc` after this many
     /// milliseconds.
     Respond(CallerId, u64),
-    /// Close the backings of these removed templates, which no server uses. The caller then waits for another ring.
-    CloseBackings(CallerId, Vec<Digest>),
+    /// Close the backings of these removed templates, which no server uses. The caller, if it is still connected, then
+    /// waits for another ring.
+    CloseBackings(Option<CallerId>, Vec<Digest>),
 }
 
 /// The list of condemned templates, and the callers that wait until all servers apply it.
@@ -132,7 +134,12 @@ impl Removal {
     /// Makes the caller wait until every server that may send replies applies the list as of ring `ring`; then the backings
     /// of `removed` are closed.
     pub fn wait(&mut self, caller: CallerId, ring: u32, removed: Vec<Digest>) {
-        self.waiting.push(Waiting { caller, ring, removed });
+        self.waiting.push(Waiting { caller: Some(caller), ring, removed });
+    }
+
+    /// Same as [`wait`](Self::wait) for removed templates whose caller is gone.
+    pub fn close_after(&mut self, ring: u32, removed: Vec<Digest>) {
+        self.waiting.push(Waiting { caller: None, ring, removed });
     }
 
     /// Records the report of a server that it applies the list which it read after the ring number `ring`.
@@ -140,31 +147,50 @@ impl Removal {
         self.in_force = Some((server, ring, grace_ms));
     }
 
-    /// Drops the rows of a caller whose connection is closed. Returns those templates that are already deleted from the
-    /// store, and whether the list has changed.
+    /// Drops the rows of a caller whose connection is closed, except those of templates that are already deleted from
+    /// the store: these are returned, and remain until the server has dropped their backings. Also returns whether the
+    /// list has changed.
     pub fn caller_gone(&mut self, caller: CallerId) -> (Vec<Digest>, bool) {
-        self.waiting.retain(|waiting| waiting.caller != caller);
+        self.waiting.retain(|waiting| waiting.caller != Some(caller));
         self.drop_rows(|row| row.holder == Some(caller))
     }
 
     /// Drops the rows of stalled removals. Returns the same as [`caller_gone`](Self::caller_gone).
     pub fn expire(&mut self, now: Instant) -> (Vec<Digest>, bool) {
-        let waiting: Vec<CallerId> = self.waiting.iter().map(|waiting| waiting.caller).collect();
-        self.drop_rows(|row| now >= row.until && !row.holder.is_some_and(|h| waiting.contains(&h)))
+        let stalled: Vec<bool> =
+            self.rows.iter().map(|row| now >= row.until && !self.is_awaited(row)).collect();
+        let mut stalled = stalled.into_iter();
+        self.drop_rows(|_| stalled.next().unwrap_or(false))
     }
 
     /// Returns the earliest time at which the hold on a condemned template may expire.
     pub fn next_expiry(&self) -> Option<Instant> {
-        self.rows.iter().map(|row| row.until).min()
+        self.rows.iter().filter(|row| !self.is_awaited(row)).map(|row| row.until).min()
+    }
+
+    /// Returns true if the row remains until the servers apply the list.
+    fn is_awaited(&self, row: &Row) -> bool {
+        self.waiting.iter().any(|waiting| {
+            waiting.caller == row.holder && (row.holder.is_some() || waiting.removed.contains(&row.digest))
+        })
     }
 
     fn drop_rows(&mut self, mut gone: impl FnMut(&Row) -> bool) -> (Vec<Digest>, bool) {
-        let dropped: Vec<Row> = self.rows.extract_if(.., |row| gone(row)).collect();
-        let removed = dropped.iter().filter(|row| row.removed).map(|row| row.digest).collect();
-        (removed, !dropped.is_empty())
+        let mut removed = Vec::new();
+        let before = self.rows.len();
+        self.rows.retain_mut(|row| {
+            let is_gone = gone(row);
+            if is_gone && row.removed {
+                row.holder = None;
+                removed.push(row.digest);
+            }
+            !is_gone || row.removed
+        });
+        let changed = self.rows.len() < before;
+        (removed, changed)
     }
 
-    /// Removes the callers whose wait is over, and returns their next steps.
+    /// Ends the waits that are over, and returns the next steps.
     pub fn settled(&mut self, answering: Answering, now: Instant) -> Vec<Settled> {
         let mut settled = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
@@ -173,14 +199,18 @@ impl Removal {
                 continue;
             };
             let Waiting { caller, removed, .. } = waiting;
-            if removed.is_empty() {
-                // The stall timeout starts with the response.
-                let rows = self.rows.iter_mut().filter(|row| row.holder == Some(caller));
-                rows.for_each(|row| row.until = now + STALL_TIMEOUT);
-                settled.push(Settled::Respond(caller, grace_ms));
-            } else {
-                self.release(caller, &removed);
-                settled.push(Settled::CloseBackings(caller, removed));
+            match caller {
+                Some(caller) if removed.is_empty() => {
+                    // The stall timeout starts with the response.
+                    let rows = self.rows.iter_mut().filter(|row| row.holder == Some(caller));
+                    rows.for_each(|row| row.until = now + STALL_TIMEOUT);
+                    settled.push(Settled::Respond(caller, grace_ms));
+                }
+                caller => {
+                    self.rows
+                        .retain(|row| !row.removed || row.holder != caller || !removed.contains(&row.digest));
+                    settled.push(Settled::CloseBackings(caller, removed));
+                }
             }
         }
         settled
@@ -293,7 +323,10 @@ mod tests {
         removal.wait(RM, 1, vec![digest("a")]);
         assert_eq!(removal.settled(only(SERVER, 0), now), []);
         removal.note_in_force(SERVER, 1, 0);
-        assert_eq!(removal.settled(only(SERVER, 0), now), [Settled::CloseBackings(RM, vec![digest("a")])]);
+        assert_eq!(
+            removal.settled(only(SERVER, 0), now),
+            [Settled::CloseBackings(Some(RM), vec![digest("a")])]
+        );
         assert_eq!(removal.rows(), [CondemnedRow { digest: digest("b"), removed: false }]);
         assert!(removal.has_holder(RM));
         removal.release(RM, &[digest("b")]);
@@ -310,8 +343,18 @@ mod tests {
         removal.wait(RM, 1, Vec::new());
         assert_eq!(removal.caller_gone(RM), (vec![digest("b")], true));
         assert_eq!(removal.caller_gone(RM), (Vec::new(), false));
-        assert_eq!(removal.rows().len(), 1);
+        let row = |text: &str, removed| CondemnedRow { digest: digest(text), removed };
+        assert_eq!(removal.rows(), [row("b", true), row("c", false)], "b is deleted, and may have backings");
         assert_eq!(removal.settled(only(SERVER, 1), now), [], "the caller does not wait any more");
+        removal.close_after(2, vec![digest("b")]);
+        let late = now + STALL_TIMEOUT;
+        assert_eq!(removal.next_expiry(), Some(late));
+        assert_eq!(removal.expire(late), (Vec::new(), true), "c has stalled, b waits for the server");
+        assert_eq!(removal.next_expiry(), None);
+        assert_eq!(removal.settled(only(SERVER, 1), late), []);
+        removal.note_in_force(SERVER, 2, 0);
+        assert_eq!(removal.settled(only(SERVER, 1), late), [Settled::CloseBackings(None, vec![digest("b")])]);
+        assert_eq!(removal.rows(), []);
     }
 
     #[test]
@@ -329,5 +372,6 @@ mod tests {
         assert_eq!(removal.rows().len(), 2);
         assert_eq!(removal.next_expiry(), Some(now + STALL_TIMEOUT));
         assert_eq!(removal.expire(now + STALL_TIMEOUT), (vec![digest("b")], true));
+        assert_eq!(removal.rows(), [row("b", true)], "until the server has dropped its backings");
     }
 }

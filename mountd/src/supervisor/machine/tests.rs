@@ -169,6 +169,25 @@ fn a_removal_gets_its_response_when_the_server_applies_the_list() {
     assert!(world.machine.snapshot(model::process(1), false, Counters::new()).condemned.is_empty());
 }
 
+/// Otherwise a server that never reads of the removal would answer opens with a closed backing, once the same image is
+/// imported again.
+#[test]
+fn backings_of_a_removal_that_died_are_closed_when_the_server_has_dropped_them() {
+    let mut world = serving_world();
+    world.hydrate(Key(0)).expect("a backing");
+    let digests = vec![Key(0).digest()];
+    world.send(Event::Request(RM, Request::Condemn { digests: digests.clone() }, None));
+    world.apply_condemned_list();
+    world.send(Event::Request(RM, Request::Release { digests, removed: true }, None));
+    world.send(Event::CallerGone(RM));
+    assert_eq!(world.kernel.len(), 1, "the server has not dropped the backing yet");
+    world.apply_condemned_list();
+    assert!(world.kernel.is_empty());
+    world.apply_condemned_list();
+    assert!(!world.open_passthrough(Key(0)));
+    assert!(world.machine.snapshot(model::process(1), false, Counters::new()).condemned.is_empty());
+}
+
 #[test]
 fn a_disconnected_caller_releases_its_templates_with_a_ring() {
     let mut world = serving_world();

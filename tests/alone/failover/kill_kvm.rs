@@ -16,7 +16,7 @@ use stencilfs::units::MemoryOffset;
 use crate::support::daemon::drill::Drill;
 use crate::support::daemon::readers::{Image, PAGE};
 use crate::support::host;
-use crate::support::mount::TestMount;
+use crate::support::mount::{TestMount, wait_for};
 use crate::support::vm::kvm::Guest;
 
 const IMAGE: Image = Image { salt: 7, pages: 16 << 10 };
@@ -145,6 +145,8 @@ fn kill_under_guests(serve: &str) {
         if !guests.current().0 {
             continue;
         }
+        // A server that dies before it serves is restarted after a pause.
+        wait_for("a server that serves", || world.status()["server_version"].as_str().map(drop));
         let before = guests.current();
         drill.kill();
         in_kvm_run += u64::from(before.0 && guests.current() == before);

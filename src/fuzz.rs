@@ -176,8 +176,8 @@ mod tests {
 
     use super::*;
 
-    /// Returns the committed inputs of a target. Cargo runs tests in the directory of the package, which user nobody can
-    /// read even if a parent directory is private.
+    /// Returns the committed inputs of a target. Cargo runs tests in the directory of the package, which user nobody
+    /// can read even if a parent directory is private.
     fn corpus(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
         let dir = Path::new("tests/fuzz/corpus").join(target);
         let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());

@@ -49,8 +49,8 @@ pub fn report(error: &clap::Error, cli: &mut clap::Command) -> ExitCode {
     ExitCode::from(Code::Usage.exit_code())
 }
 
-/// Returns the error of clap's text: a message whose following lines, if indented, list arguments or values; then, after
-/// empty lines, tips, the usage and a reference to `--help`.
+/// Returns the error of clap's text: a message whose following lines, if indented, list arguments or values; then,
+/// after empty lines, tips, the usage and a reference to `--help`.
 fn usage_error(text: &str) -> Error {
     let text = text.trim_start_matches("error: ");
     let (message, rest) = text.split_once("\n\n").unwrap_or((text, ""));

@@ -80,8 +80,8 @@ impl Progress for Bar {
     }
 }
 
-/// Creates a receiver that writes JSON lines to standard error: at the beginning of each phase, at intervals, and at its
-/// end.
+/// Creates a receiver that writes JSON lines to standard error: at the beginning of each phase, at intervals, and at
+/// its end.
 pub fn json_lines() -> Box<dyn Progress> {
     Box::new(Lines(Mutex::new(None)))
 }

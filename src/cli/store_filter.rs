@@ -23,7 +23,8 @@ impl StoreFilter {
     /// Creates the filter from the options and the environment of the command.
     ///
     /// # Errors
-    /// Returns the error of opening the store ([`Code::NotFound`](crate::error::Code) if it does not exist), unless the store is mounted.
+    /// Returns the error of opening the store ([`Code::NotFound`](crate::error::Code) if it does not exist), unless the
+    /// store is mounted.
     pub fn of(global: &Global) -> Result<StoreFilter> {
         if !global.names_store {
             return Ok(StoreFilter::All);

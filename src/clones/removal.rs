@@ -274,7 +274,8 @@ fn users_of<'a>(
         using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
     let table = procfs::mounts()?;
     // Two stores with the same content serve different files under the same digest. A mount of this store that another
-    // runtime directory records is not in `mounts`, so a file is ignored only if its mount serves a store with another id.
+    // runtime directory records is not in `mounts`, so a file is ignored only if its mount serves a store with another
+    // id.
     let is_of_another_store = |path: &Path| {
         let mount = table.iter().rfind(|mount| path.starts_with(&mount.mountpoint));
         mount.is_some_and(|mount| {

@@ -5,8 +5,8 @@
 //!     mounts/ clones/ …       0700, so that only the owner can open a record, a socket or a locked file
 //! ```
 //! Records determine which processes a command signals and which files it removes. A file that another user owns or can
-//! write is therefore refused with an error that names the file ([`trust`]); [`Directory`] refuses a FIFO, a device or an
-//! endless file in place of a record.
+//! write is therefore refused with an error that names the file ([`trust`]); [`Directory`] refuses a FIFO, a device or
+//! an endless file in place of a record.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};

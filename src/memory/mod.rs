@@ -5,8 +5,8 @@
 //! text ──options──▶ Options ──plan──▶ Plan ──backend──▶ Backend ──dirty──▶ page ranges
 //!       (grammar)           (12 rows)       (open, map)
 //! ```
-//! Everything left of [`Backend`] is pure. The tables in `docs/reference/semantics.md` are the specification; a test executes
-//! them.
+//! Everything left of [`Backend`] is pure. The tables in `docs/reference/semantics.md` are the specification; a test
+//! executes them.
 
 mod backend;
 mod dirty;

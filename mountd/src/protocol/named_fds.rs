@@ -32,10 +32,13 @@ impl NamedFds {
     /// # Errors
     /// Returns an error if an argument is invalid or a descriptor is not open.
     pub fn from_args(args: impl Iterator<Item = OsString>) -> Result<NamedFds> {
-        let bad = || Error::usage("missing --fds: only a supervisor may start this command");
         let mut fds = NamedFds::default();
         for arg in args.take_while(|arg| arg != "--") {
-            for (name, number) in arg.to_str().and_then(parse).ok_or_else(bad)? {
+            let list = arg.to_str().and_then(parse).ok_or_else(|| {
+                Error::usage(format!("invalid argument '{}', expected --fds=NAME:NUMBER,…", arg.display()))
+                    .hint("use 'stencil mount': only a supervisor starts this program with --fds")
+            })?;
+            for (name, number) in list {
                 fds.add(name, number)?;
             }
         }

@@ -219,8 +219,8 @@ fn open_store(dir: &Path, successor: bool) -> Result<Store> {
     )
 }
 
-/// Performs the FUSE handshake: passes the kernel's INIT request to fuser through a socket pair, and sends the INIT reply
-/// of fuser to the supervisor.
+/// Performs the FUSE handshake: passes the kernel's INIT request to fuser through a socket pair, and sends the INIT
+/// reply of fuser to the supervisor.
 fn handshake(
     filesystem: FileSystem,
     (ours, theirs): (OwnedFd, OwnedFd),

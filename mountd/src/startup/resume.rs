@@ -52,7 +52,8 @@ pub fn from_manager(fds: &mut NamedFds, requested: &MountOptions) -> Result<Opti
     let conflict = option_conflicts::same_store(requested, &snapshot.options.store, &snapshot.store_id).err();
     if let Some(conflict) = &conflict {
         log::error!(
-            "{conflict}; serving that mount, detached, until its last clone ends; the service must then be restarted"
+            "{conflict}; serving the mount of {}, detached, until its last clone ends; then restart the service",
+            snapshot.options.store.display()
         );
     }
     let record = match RecordDir::take_over(&snapshot.record) {

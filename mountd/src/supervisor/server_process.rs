@@ -104,8 +104,8 @@ impl ServerProcess {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// Returns the exit status of the server, and whether the OOM killer has killed a process in the control group since
-    /// the start of the server.
+    /// Returns the exit status of the server, and whether the OOM killer has killed a process in the control group
+    /// since the start of the server.
     /// Returns `None` for a process that is still running after [`EXIT_TIMEOUT`] or is not a child.
     pub fn exit_status(&self) -> (Option<Ended>, bool) {
         (

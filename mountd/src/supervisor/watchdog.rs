@@ -120,7 +120,7 @@ impl Watchdog {
     pub fn check_startup(&self, since: Instant) -> Option<String> {
         let waits = since.elapsed();
         let late = !self.judge.limit.is_zero() && waits >= self.judge.limit;
-        late.then(|| format!("the server does not serve {:.1} s after its start", waits.as_secs_f64()))
+        late.then(|| format!("the server is not ready to serve after {:.1} s", waits.as_secs_f64()))
     }
 
     /// Checks the current server. Returns the reason to replace the server, if any.

@@ -39,7 +39,7 @@ pub struct CaptureArgs {
     /// Name of the template [default tag: latest]
     #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>, required_unless_present = "check")]
     tag: Option<TagName>,
-    /// Report every obstacle to a capture, and print a command line that avoids them, without capturing
+    /// Report the obstacles to a capture, and print a command line that avoids them, without capturing
     ///
     /// Exits with 0 if the VM can be captured, and with 6 if it cannot. The VM is not changed.
     #[arg(long, conflicts_with_all = ["tag", "pause", "quit"])]

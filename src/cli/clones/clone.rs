@@ -25,9 +25,9 @@ use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
 ///
-/// Without --simulate and without CMD, the launch recipe of the template is used. The command returns when all clones are
-/// ready; the clones run until they exit or are stopped. If one clone fails to become ready, all clones of the call are
-/// removed.
+/// Without --simulate and without CMD, the launch recipe of the template is used. The command returns when all clones
+/// are ready; the clones run until they exit or are stopped. If one clone fails to become ready, all clones of the call
+/// are removed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -18,8 +18,9 @@ use crate::units::Bytes;
 
 /// Show the disk space of templates, alone and shared
 ///
-/// LOGICAL is the length of the template's files, UNIQUE the space that removing the template and `stencil gc` would
-/// free, SHARED the space that other templates also use, and CACHE the passthrough backings in all mounts of the store.
+/// LOGICAL is the length of the template's files, UNIQUE the space that removing the template and `stencil gc
+/// --all` would free, SHARED the space that other templates also use, and CACHE the passthrough backings in all mounts
+/// of the store.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -18,8 +18,9 @@ use crate::store::{Collect, Collected, Digest, Store};
 /// Free the space that no template references
 ///
 /// The blocks of a removed template stay in the store, because other templates may reference them. This command removes
-/// packs without referenced records, and rewrites packs that are at least half unreferenced (with --all, every pack that
-/// has an unreferenced record). Imports wait during the run; mounts and clones are not affected.
+/// packs without referenced records, and rewrites packs that are at least half unreferenced, and the worst of the
+/// others while these hold much unreferenced data (with --all, every pack that has an unreferenced record). Imports
+/// wait during the run; mounts and clones are not affected.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -68,13 +69,13 @@ impl Report for Collection {
         }
         let would = if self.dry_run { "would be " } else { "" };
         writeln!(out, "{freed_bytes} {would}freed ({} bytes)", freed_bytes.get())?;
-        writeln!(
-            out,
-            "{} {would}removed, {repacked_packs} of them rewritten as {} for {}",
-            counted(*removed_packs, "pack", "packs"),
-            counted(*new_packs, "new pack", "new packs"),
-            counted(*placements, "template", "templates")
-        )?;
+        write!(out, "{} {would}removed", counted(*removed_packs, "pack", "packs"))?;
+        if *repacked_packs > 0 {
+            let (packs, templates) =
+                (counted(*new_packs, "new pack", "new packs"), counted(*placements, "template", "templates"));
+            write!(out, "; {repacked_packs} of them {would}rewritten as {packs}, for {templates}")?;
+        }
+        writeln!(out)?;
         if *sessions > 0 {
             let directories = counted(*sessions, "session directory", "session directories");
             let removed = if self.dry_run { "would remove" } else { "removed" };

@@ -1,5 +1,5 @@
-//! Checks whether a VM can be captured: finds all obstacles at once, and derives a command line without them. Does not
-//! change the VM.
+//! Checks whether a VM can be captured: lists the obstacles, and derives a command line without them. Does not change
+//! the VM.
 
 use std::path::{Path, PathBuf};
 

@@ -2,7 +2,7 @@
 //!
 //! RAM is in files mapped with `share=on`, so the capture reads the files while the VM is paused. Device state is
 //! received through a pipe, from a migration without shared RAM. If the file system can clone files (reflink), the VM
-//! is paused only for the clone, not for the import.
+//! is resumed after a clone of the RAM files; otherwise after the import has read them.
 
 mod busy;
 mod capture_watchdog;

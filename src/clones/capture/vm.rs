@@ -211,8 +211,8 @@ fn host_problem(pid: u32, path: &Path) -> Option<String> {
     }
 }
 
-/// A ctime within this time after QEMU's start is not taken for a replaced file: libvirt starts the process first and then
-/// changes the owner of the files.
+/// A ctime within this time after QEMU's start is not taken for a replaced file: libvirt starts the process first and
+/// then changes the owner of the files.
 const RELABEL_TIME: Duration = Duration::from_secs(60);
 
 /// Warns about files that changed after QEMU read them. QEMU does not keep the files open, so only their times show a
@@ -231,7 +231,7 @@ fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
     };
     let note = |blob: &Blob| {
         format!(
-            "{} was changed after QEMU read it ({}): a clone that reboots uses the new file",
+            "{} (template file '{}') was changed after QEMU read it: a clone that reboots uses the new file",
             blob.path.display(),
             blob.file
         )

@@ -18,7 +18,7 @@ pub struct Order {
     pub files: Vec<OrderFile>,
     /// Name of the file to touch.
     pub touch: String,
-    /// Numbers of pages to touch.
+    /// How many pages to read and to write.
     pub touched: Touched,
 }
 
@@ -44,7 +44,7 @@ pub struct Job {
     pub files: Vec<Mapped>,
     /// Name of the file to touch.
     pub touch: String,
-    /// Numbers of pages to touch.
+    /// How many pages to read and to write.
     pub touched: Touched,
 }
 

@@ -83,7 +83,9 @@ impl Target {
     /// # Errors
     /// Returns an error if this build does not support the recipe.
     pub fn recipe_if_any(&self) -> Result<Option<Recipe>> {
-        self.recipe.as_ref().map(Recipe::from_value).transpose()
+        let parse =
+            |value| Recipe::from_value(value).map_err(|e| e.context(format!("template {}", self.name)));
+        self.recipe.as_ref().map(parse).transpose()
     }
 
     /// Returns the paths of the files as placeholder values.

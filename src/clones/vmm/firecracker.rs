@@ -35,8 +35,9 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
              http://localhost/snapshot/load -H 'Content-Type: application/json' -d @BODY",
             header.version, header.machine
         ),
-        "Firecracker opens disks, network devices and the vsock socket at the paths in the snapshot; to run several \
-         guests of one snapshot, set network_overrides and vsock_override"
+        "Firecracker opens the disks, tap devices and vsock socket that the snapshot names; to run several guests of one \
+         snapshot, set network_overrides and vsock_override in this body, and give each guest its own copy of every \
+         writable disk at that path, for example in a jail"
             .to_owned(),
         "Firecracker cannot load the snapshot of a guest with huge_pages \"2M\" from a file".to_owned(),
     ];

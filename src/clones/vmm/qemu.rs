@@ -97,7 +97,7 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
         let (Some(value), Some(implied)) = (value, implied(option)) else { continue };
         let mut props = Props::parse(value, implied).ok_or_else(|| {
             Error::usage(format!(
-                "the recipe of template {} has -{option} {value}: cannot parse its properties",
+                "cannot parse the properties of '-{option} {value}' in the recipe of template {}",
                 template.name
             ))
             .hint("rewrite the option as key=value,key=value with `stencil recipe edit`")
@@ -214,7 +214,7 @@ mod tests {
                 "does not use RAM file 'memory-b'",
             ),
             ("-M q35", "-M q35,memory-backend=b -M memory-backend=a", "does not use RAM file 'memory-b'"),
-            ("\"qom-type\"", "\"a\":[1],\"qom-type\"", "cannot parse its properties"),
+            ("\"qom-type\"", "\"a\":[1],\"qom-type\"", "cannot parse the properties"),
             ("{memory}", "{file:none}", "no file 'none'"),
         ] {
             let recipe = NODES.replacen(from, to, 1);

@@ -83,7 +83,8 @@ pub enum UnmountMode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "answer")]
 pub enum Response {
-    /// Reply to [`Request::Snapshot`]: the memory file that comes with the reply holds a [`Snapshot`](crate::control::Snapshot).
+    /// Reply to [`Request::Snapshot`]: the memory file that comes with the reply holds a
+    /// [`Snapshot`](crate::control::Snapshot).
     Snapshot,
     /// Reply to [`Request::Backing`]: the descriptor comes with the reply.
     Descriptor,

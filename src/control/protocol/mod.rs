@@ -1,4 +1,5 @@
-//! What is sent and shared between the processes of a mount: messages, the mount state, the ledger, the in-flight table.
+//! What is sent and shared between the processes of a mount: messages, the mount state, the ledger, the in-flight
+//! table.
 
 pub(super) mod in_flight;
 pub mod ledger;

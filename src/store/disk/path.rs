@@ -2,8 +2,8 @@
 //!
 //! A store may belong to a user whom its readers and writers do not trust. Therefore no file below the store is opened,
 //! created, renamed, removed or chowned by its path: every access resolves the name beneath a descriptor of the store's
-//! directory (`sys::files::directory`). The root is opened for each access, or once by [`StorePath::opened`] for a longer
-//! operation. The next access therefore notices that a store was moved, unmounted or replaced.
+//! directory (`sys::files::directory`). The root is opened for each access, or once by [`StorePath::opened`] for a
+//! longer operation. The next access therefore notices that a store was moved, unmounted or replaced.
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};

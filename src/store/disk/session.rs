@@ -82,7 +82,7 @@ pub(in crate::store) fn temporary_file(tmp: &StorePath) -> Result<File> {
     create().map_err(|e| tmp.error("cannot create a temporary file", e))
 }
 
-/// Removes the directories of killed writers, or with `only_look` only counts them. Returns their number and the bytes
+/// Removes the directories of killed writers, or with `dry_run` only counts them. Returns their number and the bytes
 /// allocated for them.
 pub(in crate::store) fn sweep(tmp: &StorePath, dry_run: bool) -> (u64, u64) {
     let Ok(tmp) = tmp.folder() else { return (0, 0) };

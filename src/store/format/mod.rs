@@ -1,8 +1,8 @@
 //! The on-disk format, version 1. No other module encodes or decodes these bytes.
 //!
-//! `docs/reference/store-format.md` has the byte tables. All numbers are little endian. Every length is bounded before it is
-//! used, and every header has its own checksum, so that a decoder returns either a trustworthy value or an [`Invalid`]
-//! with the reason.
+//! `docs/reference/store-format.md` has the byte tables. All numbers are little endian. Every length is bounded before
+//! it is used, and every header has its own checksum, so that a decoder returns either a trustworthy value or an
+//! [`Invalid`] with the reason.
 
 mod block;
 pub mod codec;

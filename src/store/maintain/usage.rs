@@ -28,7 +28,8 @@ pub struct TemplateUsage {
     pub logical_bytes: Bytes,
     /// Bytes in 4 KiB pages that are not zero.
     pub data_bytes: Bytes,
-    /// Bytes of records that only this template references. A collection frees them after the template is removed.
+    /// Bytes of records that only this template references. After the template is removed, `gc --all` frees all of
+    /// them; `gc` may leave some in packs with mostly referenced records.
     pub unique_bytes: Bytes,
     /// Bytes of records that other templates reference too.
     pub shared_bytes: Bytes,

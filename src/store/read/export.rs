@@ -26,8 +26,8 @@ const BLOCKS_PER_TURN: u64 = 64;
 
 impl Template {
     /// Writes one file of the template to the file `out`, which appears atomically, as described for [`Target`]. Zero
-    /// pages become holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero `stall`
-    /// means no limit.
+    /// pages become holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero
+    /// `stall` means no limit.
     ///
     /// # Errors
     /// Returns [`Code::Damage`](crate::error::Code) if a block is damaged. Returns an error if `out` cannot be written,

@@ -24,8 +24,8 @@ fn open_file(what: &str, path: &StorePath) -> Result<(File, u64)> {
     })
 }
 
-/// Opens a placement of the template with this digest. Returns its front, the checksums of the image's segments, and the
-/// rows.
+/// Opens a placement of the template with this digest. Returns its front, the checksums of the image's segments, and
+/// the rows.
 ///
 /// # Errors
 /// Returns [`Code::Damage`](crate::error::Code) if the file is missing or damaged.

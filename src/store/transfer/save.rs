@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::format::PackId;
 use crate::store::format::pack::IndexEntry;
-use crate::store::format::stream::{StreamFront, StreamTemplate};
+use crate::store::format::stream::{MAX_TAGS, MAX_TEMPLATES, StreamFront, StreamTemplate};
 use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, TagName, Template};
 use crate::units::{Bytes, to_usize};
@@ -96,9 +96,14 @@ impl Store {
             without: request.without.clone(),
             blocks: blocks.len() as u64,
         };
-        let front = front
-            .encode()
-            .map_err(|e| e.in_file("stream", name).hint("save fewer templates in one stream"))?;
+        let front = front.encode().map_err(|_| {
+            Error::usage(format!(
+                "cannot save: the limits of a stream are {MAX_TEMPLATES} templates, {MAX_TEMPLATES} base templates and \
+                 {MAX_TAGS} tags"
+            ))
+            .at(name)
+            .hint("save fewer templates in one stream")
+        })?;
         let stop = AtomicBool::new(false);
         let check = || match &request.interrupt {
             Some(interrupt) if interrupt.load(Ordering::Relaxed) => {

@@ -29,8 +29,8 @@ pub fn wait(
     Ok(wait_while(file, exclusive, waits)?.is_ok())
 }
 
-/// Locks a file, shared or exclusive. While another process holds a conflicting lock, `check` is called again and again;
-/// its error ends the wait.
+/// Locks a file, shared or exclusive. While another process holds a conflicting lock, `check` is called again and
+/// again; its error ends the wait.
 ///
 /// # Errors
 /// Returns the outer error if the system call fails, and the inner one of `check`.

@@ -1,5 +1,5 @@
-//! Global allocators: [`ExitOnOom`] reports an out-of-memory condition and exits; [`PrefaultedZeros`] also prefaults the start
-//! of large zeroed blocks.
+//! Global allocators: [`ExitOnOom`] reports an out-of-memory condition and exits; [`PrefaultedZeros`] also prefaults
+//! the start of large zeroed blocks.
 //!
 //! The kernel copies each request of a FUSE connection into a buffer of the server. If the server is killed while the
 //! kernel faults in the first page of a new buffer, the request fails with EIO and cannot be resent to a successor.
@@ -76,8 +76,8 @@ fn out_of_memory(size: usize) -> ! {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PrefaultedZeros;
 
-// SAFETY: every call forwards its arguments to `ExitOnOom`; a returned block is only written within its length, with the
-// zeros that it already contains.
+// SAFETY: every call forwards its arguments to `ExitOnOom`; a returned block is only written within its length, with
+// the zeros that it already contains.
 unsafe impl GlobalAlloc for PrefaultedZeros {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller upholds the contract of `GlobalAlloc`.

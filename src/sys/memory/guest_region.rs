@@ -76,8 +76,8 @@ pub fn guest_region(
         Protection::Read => libc::PROT_READ,
         Protection::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
     };
-    // SAFETY: the address range lies inside `mapping` (checked above), to which no Rust reference exists. The region owns
-    // its bitmap and never gives it away, and the bitmap owns the mapping: the memory outlives the region.
+    // SAFETY: the address range lies inside `mapping` (checked above), to which no Rust reference exists. The region
+    // owns its bitmap and never gives it away, and the bitmap owns the mapping: the memory outlives the region.
     let mut builder = unsafe {
         MmapRegionBuilder::new_with_bitmap(length, bitmap).with_raw_mmap_pointer(address as *mut u8)
     };

@@ -2,8 +2,8 @@
 //! (page ranges, fast) and from the 64-bit entries (frames, exact per page).
 //!
 //! **A copied page is a dirty page.** In a private file mapping, a page that is present and does not belong to the file
-//! was copied by a write (copy-on-write). [`Pagemap::dirty`] lists these pages of any process from outside, without prior
-//! setup such as soft-dirty bits or userfaultfd.
+//! was copied by a write (copy-on-write). [`Pagemap::dirty`] lists these pages of any process from outside, without
+//! prior setup such as soft-dirty bits or userfaultfd.
 
 use std::fs::File;
 use std::io;

@@ -32,8 +32,8 @@ impl OomKills {
     }
 }
 
-/// Returns the counter files for the cgroups of a `/proc/PID/cgroup`: those of version 1 if version 1 has the memory
-/// controller.
+/// Returns the counter files for the cgroups of a `/proc/PID/cgroup`: that of version 1, if version 1 has the memory
+/// controller, before those of version 2.
 fn candidates(text: &str) -> Vec<PathBuf> {
     let lines = || text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
     let file = |directory: &str, path: &str, name: &str| {

@@ -2,8 +2,8 @@
 //!
 //! A pid is reused after its process has ended, and a start time (`/proc/PID/stat`) depends on the time namespace of
 //! the reader. The inode number of a pidfd has neither problem: since Linux 6.9 it numbers all processes and threads
-//! since boot and is the same in every namespace. Neither `pidfd_open` nor `fstat` blocks on the process, even if its `/proc/PID/maps`
-//! or `stat` cannot be read because its `execve` is blocked.
+//! since boot and is the same in every namespace. Neither `pidfd_open` nor `fstat` blocks on the process, even if its
+//! `/proc/PID/maps` or `stat` cannot be read because its `execve` is blocked.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;

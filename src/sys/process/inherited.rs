@@ -17,7 +17,8 @@ pub(in crate::sys) const HELD: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, 
 ///   ignores SIGINT for background commands: `kill -INT` is documented as a way to stop a command cleanly.
 /// * SIGPIPE stays ignored, as the runtime has set it, so that write(2) fails with EPIPE.
 /// * SIGXFSZ is ignored, so that writing beyond `ulimit -f` fails with EFBIG, which an error can report.
-/// * `held` keeps those signals blocked that [`block_signals`](crate::sys::process::block_signals) blocked before an exec.
+/// * `held` keeps those signals blocked that [`block_signals`](crate::sys::process::block_signals) blocked before an
+///   exec.
 pub fn reset(held: bool) {
     // SAFETY: sigaction(2) and signal(2) with SIG_DFL or SIG_IGN install no handler; the sets and the action are
     // initialised before they are read. For signals that cannot be changed the call fails, which is harmless.

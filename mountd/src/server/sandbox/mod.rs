@@ -40,8 +40,8 @@ fn confine(store: &Path) -> Result<Vec<String>> {
     // Each makes system calls once that are not on the list, and caches the results: CPU features and the time
     // namespace.
     let _ = (rustix::param::page_size(), clock::monotonic());
-    // Before the uid changes: if a directory above the store is closed to the store's owner, `expect_readable` then reports
-    // that with a hint, instead of this step with a bare EACCES.
+    // Before the uid changes: if a directory above the store is closed to the store's owner, `expect_readable` then
+    // reports that with a hint, instead of this step with a bare EACCES.
     let rules = files::rules(store)?;
     let mut lacks = Vec::new();
     privileges::give_up(store, &mut lacks)?;

@@ -14,7 +14,7 @@ fn in_sandbox<T: Send>(work: impl FnOnce(&Path, &Path) -> T + Send) -> T {
     std::thread::scope(|scope| {
         let confined = scope.spawn(|| {
             let lacks = confine(&store).unwrap();
-            // Only root can give up the bounding set and the groups of its user.
+            // Without root, the server can neither empty the bounding set nor run as the store's owner.
             let by_user = |lack: &String| lack.contains("bounding set") || lack.contains("store's owner");
             assert!(lacks.iter().all(by_user), "{lacks:?}");
             work(&store.join("inside"), &outside)

@@ -113,11 +113,15 @@ impl Backings {
         let at = match self.0.iter().position(|b| b.row.key == key) {
             Some(at) => at,
             None if key.file.len() > MAX_NAME => {
-                return Err(Error::usage(format!("file name of {} bytes, limit {MAX_NAME}", key.file.len())));
+                return Err(Error::usage(format!(
+                    "cannot make a backing for a file of template {}: its name has {} bytes, limit {MAX_NAME}",
+                    key.digest,
+                    key.file.len()
+                )));
             }
             None if self.0.len() >= MAX_FILES => {
                 return Err(Error::try_again(format!(
-                    "the mount has reached its limit of {MAX_FILES} files with backings"
+                    "the mount has reached its limit of {MAX_FILES} files with a backing or a reason for having none"
                 )));
             }
             None => {
@@ -252,8 +256,8 @@ impl Backings {
         ready.map(|b| b.row.key.clone()).collect()
     }
 
-    /// Removes registered backings, which no process uses and with which no server answers opens. Returns their ids and
-    /// files, to be closed.
+    /// Removes registered backings. The caller has made sure that no process uses them and that no server still answers
+    /// opens with them. Returns their ids and files, to be closed.
     pub fn close(&mut self, keys: &[FileKey]) -> (Vec<u32>, Vec<OwnedFd>) {
         let closed = self.0.extract_if(.., |b| b.row.id.is_some() && keys.contains(&b.row.key));
         let (mut ids, mut files) = (Vec::new(), Vec::new());

@@ -131,8 +131,8 @@ impl Removal {
         self.rows.iter_mut().filter(ours).map(mark).collect()
     }
 
-    /// Makes the caller wait until every server that may send replies applies the list as of ring `ring`; then the backings
-    /// of `removed` are closed.
+    /// Makes the caller wait until every server that may send replies applies the list as of ring `ring`; then the
+    /// backings of `removed` are closed.
     pub fn wait(&mut self, caller: CallerId, ring: u32, removed: Vec<Digest>) {
         self.waiting.push(Waiting { caller: Some(caller), ring, removed });
     }

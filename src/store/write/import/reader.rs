@@ -47,7 +47,8 @@ pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
     order
 }
 
-/// Reads all inputs in the order `order`. Fills batches from the channel `empty`, and passes each filled batch to `send`.
+/// Reads all inputs in the order `order`. Fills batches from the channel `empty`, and passes each filled batch to
+/// `send`.
 pub(super) fn run(
     inputs: Vec<Input>,
     order: &[usize],

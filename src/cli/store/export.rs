@@ -21,7 +21,7 @@ Examples:
   stencil export web:1/state state.bin
   stencil export web:1 - | sha256sum")]
 pub struct ExportArgs {
-    /// T: the file 'memory', or all files if OUT is a directory; T/FILE: that file
+    /// T: the guest's memory, or all files if OUT is a directory; T/FILE: that file
     #[arg(value_name = "T[/FILE]")]
     what: String,
     /// New file, existing directory, or '-' for standard output
@@ -77,13 +77,13 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     Ok(Done::silent())
 }
 
-/// Returns the index of the named file; without a name, of the only file or of `memory`.
+/// Returns the index of the named file; without a name, of the only file or of the guest's memory.
 fn choose(template: &Template, name: Option<&str>) -> Result<usize> {
     let files: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
     let found = match name {
         Some(name) => template.file(name),
         None if files.len() == 1 => Some(0),
-        None => template.file("memory"),
+        None => template.roles()?.memory.and_then(|name| template.file(&name)),
     };
     found.ok_or_else(|| {
         let what = name.map_or("missing file name".to_owned(), |n| format!("no file '{n}' in the template"));

@@ -131,6 +131,7 @@ impl Report for ImportReport {
     fn json(&self) -> Value {
         let mut value = to_json(&self.imported);
         value["seconds"] = self.seconds.into();
+        value["warnings"] = to_json(&self.imported.warnings);
         value
     }
 }
@@ -160,5 +161,6 @@ pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
     let start = Instant::now();
     let store = Store::open_or_create(&global.store)?;
     let imported = store.import(request, &*global.progress())?;
+    imported.warnings.iter().for_each(|warning| crate::print_line!("note: {warning}"));
     Ok(Done::report(ImportReport { imported, seconds: start.elapsed().as_secs_f64() }))
 }

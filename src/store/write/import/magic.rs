@@ -1,6 +1,6 @@
 //! Magic bytes of formats that hold guest memory, or may be mistaken for it, but are not plain RAM.
 
-use super::firecracker::FirecrackerState;
+use crate::store::format::firecracker::FirecrackerState;
 
 /// Bytes examined at the start of a source.
 pub(super) const HEAD: usize = 4096;

@@ -5,7 +5,6 @@
 //! Nothing is visible before the commit.
 
 mod batch;
-pub mod firecracker;
 mod format;
 mod input;
 mod magic;
@@ -46,7 +45,7 @@ impl Store {
     /// Returns an error if a source, the request or the store is invalid. Returns [`Code::Failed`](crate::error::Code)
     /// after an interrupt, and [`Code::TryAgain`](crate::error::Code) if a pipe stalls for longer than `request.stall`.
     pub fn import(&self, request: ImportRequest, progress: &dyn Progress) -> Result<Imported> {
-        let inputs = request.inputs()?;
+        let (inputs, warnings) = request.inputs()?;
         let stop = Stop {
             failed: AtomicBool::new(false),
             interrupt: request.interrupt.as_deref(),
@@ -82,6 +81,7 @@ impl Store {
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
             repaired_blocks: index.repaired(),
+            warnings,
         })
     }
 

@@ -20,8 +20,8 @@ use crate::sys::files::stream;
 use crate::units::to_usize;
 
 impl ImportRequest {
-    /// Opens the sources and returns them sorted by name.
-    pub(super) fn inputs(&self) -> Result<Vec<Input>> {
+    /// Opens the sources and returns them sorted by name, with warnings about them.
+    pub(super) fn inputs(&self) -> Result<(Vec<Input>, Vec<String>)> {
         self.check()?;
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -29,14 +29,14 @@ impl ImportRequest {
         for input in &mut inputs {
             input.must_be_plain = input.kind == FileKind::Ram && self.format != ImportFormat::Raw;
         }
-        check_format(self.format, &inputs)?;
+        let warnings = check_format(self.format, &inputs)?;
         inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
         let mut total: u64 = 0;
         for input in &inputs {
             total = total.saturating_add(input.size().unwrap_or_default());
             input.check_total(total)?;
         }
-        Ok(inputs)
+        Ok((inputs, warnings))
     }
 }
 

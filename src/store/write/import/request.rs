@@ -213,4 +213,7 @@ pub struct Imported {
     pub stored_bytes: Bytes,
     /// Number of damaged blocks that were stored again.
     pub repaired_blocks: u64,
+    /// What the user should know about the sources. The JSON of each command has them beside this object.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
 }

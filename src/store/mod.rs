@@ -49,7 +49,9 @@ pub use read::template::Template;
 #[cfg(feature = "internals")]
 pub use transfer::{Incoming, LoadRequest, Loaded, LoadedTemplate, SaveRequest, Saved, SavedTemplate};
 #[cfg(feature = "internals")]
-pub use write::import::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
+pub use write::import::{
+    Base, Folder, ImportFile, ImportFormat, ImportRequest, Imported, Later, Recognized, Snapshot, Source,
+};
 
 /// Returns a unique name: 32 random hex digits.
 ///

@@ -10,7 +10,7 @@ use crate::cli::value_parsers::{STALL, seconds};
 use crate::cli::{Global, interrupt};
 use crate::control::Lease;
 use crate::error::{Error, Result};
-use crate::store::{Store, Target, Template, TemplateRef};
+use crate::store::{FileKind, Store, Target, Template, TemplateRef};
 use crate::sys::files::stream::Sink;
 
 /// Write the files of a template as they were imported
@@ -26,6 +26,9 @@ pub struct ExportArgs {
     what: String,
     /// New file, existing directory, or '-' for standard output
     out: PathBuf,
+    /// Write zero pages of guest memory as holes; in other files they always are
+    #[arg(long)]
+    sparse: bool,
     /// Replace files that exist
     #[arg(long)]
     force: bool,
@@ -72,7 +75,9 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     // All files are checked before the first one is written.
     files.iter().try_for_each(|(_, out)| Target::check(out, args.force))?;
     for (file, out) in &files {
-        template.export_file(*file, (out, args.force), (&stop, args.stall_timeout), &*progress)?;
+        // A VMM may take a hole in a memory file for a page of another file (a diff), and a copy may lose holes.
+        let sparse = args.sparse || template.files()[*file].kind != FileKind::Ram;
+        template.export_file(*file, (out, args.force, sparse), (&stop, args.stall_timeout), &*progress)?;
     }
     Ok(Done::silent())
 }

@@ -65,7 +65,7 @@ fn firecracker_memory(input: &Input) -> Result<()> {
             .hint("check that the file is complete, or import the file unchecked with --format raw"));
     }
     let holes = input.hole_bytes()?;
-    if holes == 0 {
+    if holes == 0 || input.is_diff {
         return Ok(());
     }
     Err(Error::usage(format!(
@@ -74,8 +74,8 @@ fn firecracker_memory(input: &Input) -> Result<()> {
     ))
     .at(input.origin())
     .hint(
-        "merge a diff snapshot into its base with 'snapshot-editor edit-memory rebase --memory-path BASE --diff-path \
-         FILE'; copy a full snapshot with 'cp --sparse=never', or import the file unchecked with --format raw",
+        "import a diff snapshot with --base T, where T is the template of its base; copy a full snapshot with 'cp \
+         --sparse=never', or import the file unchecked with --format raw",
     ))
 }
 

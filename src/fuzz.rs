@@ -13,7 +13,7 @@ use crate::memory::{FileFacts, Options};
 use crate::progress::Silent;
 use crate::store::fuzz::streams;
 pub use crate::store::fuzz::{image, pack, placement};
-use crate::store::{FileKind, Incoming, LoadRequest, Store, TemplateFile};
+use crate::store::{FileKind, Incoming, LoadRequest, Roles, Store, TemplateFile};
 use crate::sys::memory::memfd;
 use crate::units::{Bytes, HUGE_PAGE_SIZE, PAGE_SIZE};
 
@@ -94,10 +94,11 @@ pub fn recipe(data: &[u8]) {
         data_bytes: Bytes::new(PAGE_SIZE),
     };
     let files = [file("memory", FileKind::Ram), file("rom", FileKind::Rom), file("state", FileKind::Blob)];
-    let values =
-        Values::new("web:1", &files.each_ref().map(|file| (file.name.clone(), format!("/m/{}", file.name))));
-    if let Ok(recipe) = Recipe::edited(text, &files) {
-        assert_eq!(Recipe::edited(&recipe.to_text(), &files).expect("the same recipe"), recipe);
+    let roles = Roles { memory: Some("memory".to_owned()), state: Some("state".to_owned()) };
+    let paths = files.each_ref().map(|file| (file.name.clone(), format!("/m/{}", file.name)));
+    let values = Values::new("web:1", &paths, &roles);
+    if let Ok(recipe) = Recipe::edited(text, &files, &roles) {
+        assert_eq!(Recipe::edited(&recipe.to_text(), &files, &roles).expect("the same recipe"), recipe);
         drop(recipe.arguments(&values));
     }
     let argv: Vec<String> = text.lines().map(str::to_owned).collect();

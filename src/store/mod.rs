@@ -22,6 +22,8 @@ pub use disk::path::StorePath;
 pub use format::BLOCK_SIZE;
 pub use format::codec::{ChunkSize, Compression};
 pub use format::digest::Digest;
+#[cfg(feature = "internals")]
+pub use format::firecracker::FirecrackerState;
 pub use format::name::{DEFAULT_TAG, TagName, check_name};
 pub use format::template_file::{FileKind, MANIFEST, TemplateFile};
 #[cfg(feature = "internals")]
@@ -40,14 +42,16 @@ pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
 pub use names::tags::{Moved, TagEntry};
 #[cfg(feature = "internals")]
 pub use read::export::Target;
+#[cfg(feature = "internals")]
+pub use read::roles::Roles;
 pub use read::scratch::Scratch;
 pub use read::template::Template;
 #[cfg(feature = "internals")]
 pub use transfer::{Incoming, LoadRequest, Loaded, LoadedTemplate, SaveRequest, Saved, SavedTemplate};
 #[cfg(feature = "internals")]
-pub use write::import::firecracker::FirecrackerState;
-#[cfg(feature = "internals")]
-pub use write::import::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
+pub use write::import::{
+    Base, Folder, ImportFile, ImportFormat, ImportRequest, Imported, Later, Recognized, Snapshot, Source,
+};
 
 /// Returns a unique name: 32 random hex digits.
 ///

@@ -14,6 +14,7 @@ use crate::support::mount::{Run, TestMount, wait_for};
 use crate::support::pages::tables::{code, rows};
 use crate::support::store::{Fixture, random};
 use crate::support::vm::guest::{Qemu, qemu_words};
+use crate::vmm::firecracker::state;
 
 /// Returns the values at a path such as `clones[].maps[].file` in a reply, or `None` if a field is missing.
 fn values_at<'a>(reply: &'a Value, path: &str) -> Option<Vec<&'a Value>> {
@@ -106,6 +107,20 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     fs::write(&recipe, text.to_string()).unwrap();
     let edited = world.json(&["recipe", "edit", "disk:1", "--from", recipe.to_str().unwrap()]);
     replies.insert("recipe edit", edited);
+    for (name, holes) in [("vm/full", false), ("vm/diff", true)] {
+        let folder = world.dir().join(name);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("vm.mem"), if holes { vec![] } else { random(6, 1 << 20) }).unwrap();
+        fs::File::options().append(true).open(folder.join("vm.mem")).unwrap().set_len(1 << 20).unwrap();
+        fs::write(folder.join("vm.state"), state(0x8664, "8.0.0", 1)).unwrap();
+        fs::write(folder.join("disk"), "a disk").unwrap();
+    }
+    let vm = world.dir().join("vm");
+    let of = |name: &str| vm.join(name).display().to_string();
+    replies.insert("import DIRECTORY", world.json(&["import", &of("full"), "vm:1"]));
+    replies.insert("import --base", world.json(&["import", &of("diff"), "vm:2", "--base", "vm:1"]));
+    fs::remove_dir_all(vm.join("diff")).unwrap();
+    replies.insert("import DIRECTORIES", world.json(&["import", &vm.display().to_string(), "each"]));
     replies.insert("density --audit", audited);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});

@@ -86,10 +86,18 @@ fn prepare(environment: &str, session: &mut Session) {
             tell(session, "mkdir /srv/templates && stencil -q import memory web:1 && rm memory");
             tell(session, "stencil -q mount /srv/templates");
         }
-        // Memory and state as Firecracker writes them: snapshot.mem, snapshot.state.
+        // Memory and state as Firecracker writes them, in the directories full and diff.
         "firecracker-snapshot" => {
-            tell(session, "seq 1 9999999 | head -c 32M >snapshot.mem");
-            fs::write(home.join("snapshot.state"), firecracker::state(0x8664, "10.0.0", 7)).unwrap();
+            tell(session, "mkdir full diff && seq 1 9999999 | head -c 32M >full/snapshot.mem");
+            tell(session, "truncate -s 32M diff/snapshot.mem");
+            tell(
+                session,
+                "(seq 1 99999; cat /dev/zero) | dd of=diff/snapshot.mem bs=4K seek=700 count=160 conv=notrunc iflag=fullblock",
+            );
+            for (directory, seed) in [("full", 7), ("diff", 8)] {
+                let path = home.join(directory).join("snapshot.state");
+                fs::write(path, firecracker::state(0x8664, "10.0.0", seed)).unwrap();
+            }
         }
         // What Kata's factory leaves of a template.
         "kata-factory" => {

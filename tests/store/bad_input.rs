@@ -103,7 +103,7 @@ fn unusable_sources_are_refused() {
     symlink("nowhere", path("dangling")).unwrap();
     refused(&fixture, &["import", &path("missing"), "a"], 4, &["cannot open", "No such file"]);
     refused(&fixture, &["import", &path("dangling"), "a"], 4, &["cannot open", "No such file"]);
-    refused(&fixture, &["import", &dir, "a"], 2, &["cannot import a directory"]);
+    refused(&fixture, &["import", &dir, "a"], 2, &["cannot import a symbolic link", "dangling"]);
     refused(
         &fixture,
         &["import", &path("odd"), "a"],

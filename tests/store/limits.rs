@@ -58,7 +58,7 @@ fn soak_a_sparse_image_is_processed_in_bounded_memory() {
     assert_eq!(digests.len(), 3);
     assert!(digests.iter().all(|d| *d == digests[0]), "{digests:?}");
     let out = fixture.path("out");
-    let export = stencil(fixture.dir.path(), &["export", "a", out.to_str().unwrap()]);
+    let export = stencil(fixture.dir.path(), &["export", "a", out.to_str().unwrap(), "--sparse"]);
     let peak = peak_of(&mut { export }, None);
     assert!(peak < 256 << 20, "export: {} MiB", peak >> 20);
     assert!(Command::new("cmp").arg(source).arg(&out).status().unwrap().success());

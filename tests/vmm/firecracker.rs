@@ -15,13 +15,19 @@ fn crc64(bytes: &[u8]) -> u64 {
     })
 }
 
-/// A state file in the layout of Firecracker's snapshot version 9 and later; `machine` is 0x8664 (x86_64) or 0xAAAA
-/// (aarch64).
+/// A state file in the layout of the releases that wrote this snapshot version (`0.N` for the versions before 1);
+/// `machine` is 0x8664 (x86_64) or 0xAAAA (aarch64).
 pub fn state(machine: u64, version: &str, seed: u64) -> Vec<u8> {
-    let mut bytes = vec![0];
-    bytes.extend((0x0710_1984_0000_0000u64 | machine << 16).to_le_bytes());
-    bytes.push(version.len() as u8);
-    bytes.extend(version.as_bytes());
+    let magic = 0x0710_1984_0000_0000u64 | machine << 16;
+    let (major, rest) = version.split_once('.').unwrap();
+    let mut bytes = match major.parse().unwrap() {
+        0 => (magic | rest.parse::<u64>().unwrap()).to_le_bytes().to_vec(),
+        1..=8 => {
+            let length = version.len() as u64;
+            [&magic.to_le_bytes()[..], &length.to_le_bytes(), version.as_bytes()].concat()
+        }
+        _ => [&[0], &magic.to_le_bytes()[..], &[version.len() as u8], version.as_bytes()].concat(),
+    };
     bytes.extend(guest_like(seed, 5000));
     bytes.extend(crc64(&bytes).to_le_bytes());
     bytes
@@ -34,17 +40,26 @@ fn import(fixture: &Fixture, memory: &str, state: &str) -> Ran {
 }
 
 #[test]
-fn imports_full_snapshots_of_both_state_formats() {
+fn imports_full_snapshots_of_every_version() {
     assert_eq!(crc64(b"123456789"), 0xe9c6_d914_c4b8_d9ca, "the check value of this CRC");
     let fixture = Fixture::new();
     let memory = guest_like(5, 4 * MIB);
     fixture.file("memory", &memory);
-    let mut older = [&0x0710_1984_8664_0000u64.to_le_bytes()[..], &5u64.to_le_bytes(), b"4.0.0"].concat();
-    older.extend(guest_like(8, 3000));
-    older.extend(crc64(&older).to_le_bytes());
-    for (name, bytes) in [("new", state(0x8664, "10.0.0", 7)), ("older", older)] {
-        fixture.file(name, &bytes);
-        import(&fixture, "memory", name).ok();
+    let known =
+        ["0.1".to_owned(), "0.23".to_owned()].into_iter().chain((1..=12).map(|major| format!("{major}.0.0")));
+    for (name, is_known) in known.map(|version| (version, true)).chain([("13.0.0".to_owned(), false)]) {
+        let bytes = state(0x8664, &name, 7);
+        fixture.file(&name, &bytes);
+        let path = fixture.path(&name).display().to_string();
+        let memory_path = fixture.path("memory").display().to_string();
+        let args = ["import", &memory_path, "fc", "--state", &path, "--format", "firecracker", "--json"];
+        let ran = fixture.run(&args).ok();
+        let warnings: Vec<String> = serde_json::from_value(ran.json()["warnings"].clone()).unwrap();
+        assert_eq!(warnings.is_empty(), is_known, "{name}: {ran:?}");
+        for warning in &warnings {
+            assert!(warning.contains("snapshot version 13.0.0, but the newest known one is 12"), "{warning}");
+            assert!(ran.stderr.contains(&format!("note: {warning}")), "{ran:?}");
+        }
         for (file, expected) in [("memory", &memory), ("state", &bytes)] {
             let out = fixture.path(&format!("{name}.{file}"));
             fixture.run(&["export", &format!("fc/{file}"), out.to_str().unwrap()]).ok();
@@ -61,7 +76,12 @@ fn rejects_incomplete_foreign_and_diff_snapshots() {
     fixture.file("memory", &memory);
     fixture.file("good", &state(0x8664, "10.0.0", 7));
     fixture.file("arm", &state(0xAAAA, "10.0.0", 7));
-    fixture.file("newer", &state(0x8664, "99.0.0", 7));
+    let mut newer = state(0x8664, "99.0.0", 7);
+    newer[1000] ^= 1;
+    fixture.file("newer", &newer);
+    let mut foreign = state(0x8664, "10.0.0", 7);
+    foreign[8] ^= 1;
+    fixture.file("foreign", &foreign);
     let mut damaged = state(0x8664, "10.0.0", 7);
     damaged[2000] ^= 4;
     fixture.file("damaged", &damaged);
@@ -72,7 +92,8 @@ fn rejects_incomplete_foreign_and_diff_snapshots() {
     huge.set_len(1 << 40).unwrap();
     for (state, message) in [
         ("arm", "aarch64, but this host is x86_64"),
-        ("newer", "unsupported snapshot version 99.0.0"),
+        ("newer", "damaged or incomplete"),
+        ("foreign", "was not written by Firecracker"),
         ("damaged", "damaged or incomplete"),
         ("cut", "damaged or incomplete"),
         ("qemu", "was not written by Firecracker"),
@@ -98,7 +119,7 @@ fn rejects_incomplete_foreign_and_diff_snapshots() {
         ran.stderr.contains(&format!("{holes} of {} bytes of the memory file are holes", memory.len())),
         "{ran:?}"
     );
-    assert!(ran.stderr.contains("diff snapshot") && ran.stderr.contains("snapshot-editor"), "{ran:?}");
+    assert!(ran.stderr.contains("diff snapshot") && ran.stderr.contains("--base T"), "{ran:?}");
 
     fixture.file("short", &memory[..MIB + 4096]);
     let ran = import(&fixture, "short", "good");

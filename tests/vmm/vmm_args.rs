@@ -283,7 +283,10 @@ fn the_body_for_firecracker_matches_its_api() {
     assert_eq!(fs::read(body["snapshot_path"].as_str().unwrap()).unwrap(), fs::read(&paths[1]).unwrap());
 
     import(&world, "plain", &[("memory", 4, "ram")]);
-    world.stencil(&["args", "plain", "--vmm", "firecracker"]).exits(2).says("no file 'state'");
+    world
+        .stencil(&["args", "plain", "--vmm", "firecracker"])
+        .exits(2)
+        .says("neither a file 'state' nor a blob");
     world.stencil(&["import", memory_path, "other", "--state", memory_path]).ok();
     world.stencil(&["args", "other", "--vmm", "firecracker"]).exits(2).says("was not written by Firecracker");
     world.stencil(&["args", "none", "--vmm", "firecracker"]).exits(4);

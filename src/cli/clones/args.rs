@@ -12,9 +12,8 @@ use crate::cli::value_parsers::word;
 use crate::clones::launch::Target;
 use crate::clones::vmm::{Served, Vmm, VmmArguments, paste};
 use crate::error::Result;
-use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
+use crate::store::{Digest, Roles, Store, Template, TemplateRef};
 use crate::sys::probe;
-use crate::units::to_usize;
 
 /// Print the arguments for another VMM to run guests from a template
 ///
@@ -68,9 +67,10 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let served = Served {
         name: target.name.clone(),
         files: target.files.clone(),
+        roles: target.roles.clone(),
         values: target.values(),
         recipe: target.recipe_if_any()?,
-        state_head: state_head(&store.template(&target.digest)?)?,
+        state_head: state_head(&store.template(&target.digest)?, &target.roles)?,
         commits_strictly: probe::commits_strictly(),
     };
     let VmmArguments { text, argv, body, notes } = paste(args.vmm, &served)?;
@@ -90,13 +90,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
 }
 
 /// Returns the first block of the device state, `None` if the template has no device state.
-fn state_head(template: &Template) -> Result<Option<Vec<u8>>> {
-    let Some(file) = template.file("state") else { return Ok(None) };
-    let mut head = vec![0; to_usize(BLOCK_SIZE)];
-    if template.block_count(file) == 0 {
-        return Ok(Some(vec![]));
-    }
-    let length = template.read_block(file, 0, &mut Scratch::default(), &mut head)?;
-    head.truncate(length);
-    Ok(Some(head))
+fn state_head(template: &Template, roles: &Roles) -> Result<Option<Vec<u8>>> {
+    let file = roles.state.as_deref().and_then(|name| template.file(name));
+    file.map(|file| template.head(file)).transpose()
 }

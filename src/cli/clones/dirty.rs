@@ -42,9 +42,9 @@ pub struct DirtyArgs {
     /// Replace the bitmap's file if it exists
     #[arg(long, requires = "bitmap")]
     force: bool,
-    /// File of the template for --bitmap
-    #[arg(long, value_name = "NAME", default_value = "memory")]
-    file: String,
+    /// File of the template for --bitmap [default: the only one that the clone maps, or 'memory']
+    #[arg(long, value_name = "NAME")]
+    file: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -67,12 +67,15 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
             .hint("run 'stencil ps' to list the clones")
     })?;
     if let Some(path) = &args.bitmap {
-        let end = clone.maps.iter().filter(|map| map.file == args.file);
+        let only = clone.maps.first().map(|map| &map.file);
+        let only = only.filter(|file| clone.maps.iter().all(|map| map.file == **file)).map(String::as_str);
+        let file = args.file.as_deref().or(only).unwrap_or("memory");
+        let end = clone.maps.iter().filter(|map| map.file == file);
         let Some(end) = end.map(|map| map.offset.get() + map.length.get()).max() else {
-            return Err(Error::not_found(format!("process {pid} does not map file '{}'", args.file))
+            return Err(Error::not_found(format!("process {pid} does not map file '{file}'"))
                 .hint("name a file of the template that the process maps: --file NAME"));
         };
-        let bitmap = bitmap(&ranges, &args.file, end / crate::units::PAGE_SIZE);
+        let bitmap = bitmap(&ranges, file, end / crate::units::PAGE_SIZE);
         write(path, args.force, &bitmap)?;
     }
     let pages =

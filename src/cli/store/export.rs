@@ -10,7 +10,7 @@ use crate::cli::value_parsers::{STALL, seconds};
 use crate::cli::{Global, interrupt};
 use crate::control::Lease;
 use crate::error::{Error, Result};
-use crate::store::{Store, Target, Template, TemplateRef};
+use crate::store::{FileKind, Store, Target, Template, TemplateRef};
 use crate::sys::files::stream::Sink;
 
 /// Write the files of a template as they were imported
@@ -21,11 +21,14 @@ Examples:
   stencil export web:1/state state.bin
   stencil export web:1 - | sha256sum")]
 pub struct ExportArgs {
-    /// T: the file 'memory', or all files if OUT is a directory; T/FILE: that file
+    /// T: the guest's memory, or all files if OUT is a directory; T/FILE: that file
     #[arg(value_name = "T[/FILE]")]
     what: String,
     /// New file, existing directory, or '-' for standard output
     out: PathBuf,
+    /// Write zero pages of guest memory as holes; in other files they always are
+    #[arg(long)]
+    sparse: bool,
     /// Replace files that exist
     #[arg(long)]
     force: bool,
@@ -72,18 +75,20 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<Done> {
     // All files are checked before the first one is written.
     files.iter().try_for_each(|(_, out)| Target::check(out, args.force))?;
     for (file, out) in &files {
-        template.export_file(*file, (out, args.force), (&stop, args.stall_timeout), &*progress)?;
+        // A VMM may take a hole in a memory file for a page of another file (a diff), and a copy may lose holes.
+        let sparse = args.sparse || template.files()[*file].kind != FileKind::Ram;
+        template.export_file(*file, (out, args.force, sparse), (&stop, args.stall_timeout), &*progress)?;
     }
     Ok(Done::silent())
 }
 
-/// Returns the index of the named file; without a name, of the only file or of `memory`.
+/// Returns the index of the named file; without a name, of the only file or of the guest's memory.
 fn choose(template: &Template, name: Option<&str>) -> Result<usize> {
     let files: Vec<&str> = template.files().iter().map(|f| f.name.as_str()).collect();
     let found = match name {
         Some(name) => template.file(name),
         None if files.len() == 1 => Some(0),
-        None => template.file("memory"),
+        None => template.roles()?.memory.and_then(|name| template.file(&name)),
     };
     found.ok_or_else(|| {
         let what = name.map_or("missing file name".to_owned(), |n| format!("no file '{n}' in the template"));

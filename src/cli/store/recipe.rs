@@ -16,7 +16,7 @@ use crate::cli::value_parsers::word;
 use crate::clones::recipe::{MAX_TEXT, Recipe};
 use crate::error::{Error, Result};
 use crate::sanitize::sanitize_lines;
-use crate::store::{Digest, Store, TemplateFile, TemplateRef};
+use crate::store::{Digest, Roles, Store, TemplateFile, TemplateRef};
 use crate::sys::files::stream;
 
 /// Time after which a program that writes a recipe to a pipe has stalled.
@@ -84,7 +84,7 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let digest = store.resolve(&args.template)?;
     let template = store.template(&digest)?;
-    let files = template.files();
+    let (files, roles) = (template.files(), &template.roles()?);
     let before = template.policy().recipe.clone();
     let take = |recipe: Recipe| {
         let value = recipe.to_value();
@@ -105,8 +105,8 @@ pub fn run(args: &RecipeArgs, global: &Global) -> Result<Done> {
         }
     };
     let changed = match &args.from {
-        Some(path) => take(Recipe::edited(&read(path)?, files)?)?,
-        None => in_editor(before.as_ref(), files, take)?,
+        Some(path) => take(Recipe::edited(&read(path)?, files, roles)?)?,
+        None => in_editor(before.as_ref(), (files, roles), take)?,
     };
     Ok(Done::report(Edited { digest, changed }))
 }
@@ -149,7 +149,7 @@ fn read(path: &Path) -> Result<String> {
 /// user.
 fn in_editor(
     before: Option<&Value>,
-    files: &[TemplateFile],
+    template: (&[TemplateFile], &Roles),
     take: impl FnOnce(Recipe) -> Result<bool>,
 ) -> Result<bool> {
     let Some(before) = before else {
@@ -168,7 +168,7 @@ fn in_editor(
         .tempfile()
         .map_err(|e| Error::io("cannot create a temporary file", std::env::temp_dir(), e))?;
     std::fs::write(file.path(), &text).map_err(|e| Error::io("cannot write", file.path(), e))?;
-    let outcome = edit(file.path(), &text, files).and_then(|recipe| recipe.map_or(Ok(false), take));
+    let outcome = edit(file.path(), &text, template).and_then(|recipe| recipe.map_or(Ok(false), take));
     outcome.map_err(|error| {
         if std::fs::read(file.path()).is_ok_and(|now| now == text.as_bytes()) {
             return error;
@@ -185,14 +185,14 @@ fn in_editor(
 }
 
 /// Opens the editor until the recipe is valid. Returns `None` if the text was not changed.
-fn edit(path: &Path, text: &str, files: &[TemplateFile]) -> Result<Option<Recipe>> {
+fn edit(path: &Path, text: &str, (files, roles): (&[TemplateFile], &Roles)) -> Result<Option<Recipe>> {
     loop {
         open_editor(path)?;
         let now = read(path)?;
         if now == text {
             return Ok(None);
         }
-        match Recipe::edited(&now, files) {
+        match Recipe::edited(&now, files, roles) {
             Ok(recipe) => return Ok(Some(recipe)),
             Err(error) if io::stdin().is_terminal() && again(&error) => {}
             Err(error) => return Err(error),

@@ -7,7 +7,7 @@ use crate::clones::recipe::{Recipe, Values};
 use crate::clones::registry::CloneStore;
 use crate::control::{self, Lease};
 use crate::error::{Error, Result};
-use crate::store::{Digest, Serving, Store, TemplateFile, TemplateRef, inode_number};
+use crate::store::{Digest, Roles, Serving, Store, TemplateFile, TemplateRef, inode_number};
 
 /// The template of a launch.
 #[derive(Debug, Clone)]
@@ -22,6 +22,8 @@ pub struct Target {
     pub dir: PathBuf,
     /// Files of the template.
     pub files: Vec<TemplateFile>,
+    /// Which files are memory and state.
+    pub roles: Roles,
     /// Device number of the mount, and the inode numbers of the memory files for each way of serving.
     pub inodes: (u64, Vec<u64>),
     /// Creation time of the template.
@@ -59,6 +61,7 @@ impl Target {
             store: CloneStore { path: store.dir().to_owned(), id: store.id() },
             dir,
             files: template.files().to_vec(),
+            roles: template.roles()?,
             inodes: (mount.device, inodes),
             created: UNIX_EPOCH + Duration::from_secs(template.policy().created),
             recipe: template.policy().recipe.clone(),
@@ -91,7 +94,7 @@ impl Target {
     /// Returns the paths of the files as placeholder values.
     pub fn values(&self) -> Values {
         let path = |f: &TemplateFile| (f.name.clone(), self.dir.join(&f.name).display().to_string());
-        Values::new(&self.name, &self.files.iter().map(path).collect::<Vec<_>>())
+        Values::new(&self.name, &self.files.iter().map(path).collect::<Vec<_>>(), &self.roles)
     }
 
     /// Returns true if a mapping of this device and inode number is of the template's memory.

@@ -4,7 +4,7 @@ use super::rules::locks_memory;
 use super::values::{misspelt, placeholders};
 use crate::clones::recipe::{Identity, Props, Recipe, VERSION, implied, options};
 use crate::error::{Error, Result};
-use crate::store::{FileKind, TemplateFile, check_name};
+use crate::store::{FileKind, Roles, TemplateFile, check_name};
 
 /// Maximum length of a recipe's text in bytes, which is the limit of a policy.
 pub const MAX_TEXT: u64 = 1 << 20;
@@ -14,7 +14,7 @@ impl Recipe {
     ///
     /// QEMU accepts a memory object that neither the machine, nor a NUMA node, nor a memory device refers to, and then
     /// allocates other memory for the guest.
-    pub fn unused_ram<'a>(&self, ram: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    pub fn unused_ram<'a>(&self, ram: impl IntoIterator<Item = &'a str>, roles: &Roles) -> Option<String> {
         let (mut objects, mut machine, mut used) = (vec![], None, vec![]);
         for (option, value) in options(&self.argv) {
             let (Some(value), Some(implied)) = (value, implied(option)) else { continue };
@@ -34,7 +34,8 @@ impl Recipe {
         used.extend(machine);
         let is_given = |name: &str| {
             let file = format!("{{file:{name}}}");
-            let is_it = |path: &str| path == file || (name == "memory" && path == "{memory}");
+            let is_it =
+                |path: &str| path == file || (roles.memory.as_deref() == Some(name) && path == "{memory}");
             objects.iter().any(|(id, path)| is_it(path) && used.contains(id))
         };
         let name = ram.into_iter().find(|name| !is_given(name))?;
@@ -44,17 +45,17 @@ impl Recipe {
         ))
     }
 
-    /// Parses an edited recipe of a template with these files.
+    /// Parses an edited recipe of a template with these files and roles.
     ///
     /// # Errors
     /// Returns [`Code::Usage`](crate::error::Code::Usage) with all problems of the recipe.
-    pub fn edited(text: &str, files: &[TemplateFile]) -> Result<Recipe> {
+    pub fn edited(text: &str, files: &[TemplateFile], roles: &Roles) -> Result<Recipe> {
         let recipe: Recipe = serde_json::from_str(text).map_err(|e| {
             Error::usage(format!("invalid recipe: {e}"))
                 .hint("keep the JSON form of `stencil inspect --recipe`; each argument is one string of argv")
         })?;
         let ram = files.iter().filter(|file| file.kind == FileKind::Ram).map(|file| file.name.as_str());
-        let unused_ram = recipe.unused_ram(ram);
+        let unused_ram = recipe.unused_ram(ram, roles);
         let files: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
         let mut problems = vec![];
         if recipe.version != VERSION || recipe.vmm != "qemu" {
@@ -92,9 +93,8 @@ impl Recipe {
         for name in recipe.argv.iter().flat_map(|arg| placeholders(arg)) {
             let is_card = |number: &str| Identity::cards().any(|card| card.to_string() == number);
             let problem = match name.split_once(':') {
-                None if matches!(name, "memory" | "state") && !files.contains(&name) => {
-                    "the template has no such file"
-                }
+                None if name == "memory" && roles.memory.is_none() => "the template has no such file",
+                None if name == "state" && roles.state.is_none() => "the template has no such file",
                 Some(("file", file)) if !files.contains(&file) => "the template has no such file",
                 Some(("disk", disk)) if !recipe.disks.iter().any(|d| d.name == disk) => {
                     "the recipe has no such disk"
@@ -168,11 +168,15 @@ mod tests {
         all.map(file).into()
     }
 
+    fn roles() -> Roles {
+        Roles { memory: Some("memory".into()), state: Some("state".into()) }
+    }
+
     #[test]
     fn valid_recipe_survives_a_round_trip() {
         let files = files();
-        let recipe = Recipe::edited(GOOD, &files).unwrap();
-        assert_eq!(Recipe::edited(&recipe.to_text(), &files).unwrap(), recipe);
+        let recipe = Recipe::edited(GOOD, &files, &roles()).unwrap();
+        assert_eq!(Recipe::edited(&recipe.to_text(), &files, &roles()).unwrap(), recipe);
     }
 
     #[test]
@@ -201,11 +205,11 @@ mod tests {
             ("\"-append\"", "\"-overcommit\",\"mem-lock=on\",\"-append\"", "would copy all RAM"),
             (",memory-backend=m", "", "the recipe does not use RAM file 'memory'"),
         ] {
-            let error = Recipe::edited(&GOOD.replacen(from, to, 1), &files).unwrap_err();
+            let error = Recipe::edited(&GOOD.replacen(from, to, 1), &files, &roles()).unwrap_err();
             assert!(error.to_string().contains(words), "{from} → {to}: {error}");
         }
         let two = GOOD.replace("{memory}", "{file:rom}");
-        let error = Recipe::edited(&two, &files).unwrap_err().to_string();
+        let error = Recipe::edited(&two, &files, &roles()).unwrap_err().to_string();
         assert!(error.contains("{file:rom}") && error.contains("no argument contains {memory}"), "{error}");
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::store::Roles;
 
 /// Placeholders without an argument.
 const PLAIN: [&str; 8] = ["memory", "state", "id", "index", "dir", "mac", "cid", "uuid"];
@@ -81,11 +82,13 @@ pub struct Values {
 
 impl Values {
     /// Creates the values of a clone of `template`; `files` are pairs of a file name and its path below the mount.
-    pub fn new(template: &str, files: &[(String, String)]) -> Values {
+    pub fn new(template: &str, files: &[(String, String)], roles: &Roles) -> Values {
         let mut by_name = BTreeMap::new();
         for (name, path) in files {
-            if matches!(name.as_str(), "memory" | "state") {
-                by_name.insert(name.clone(), path.clone());
+            for (role, file) in [("memory", &roles.memory), ("state", &roles.state)] {
+                if file.as_ref() == Some(name) {
+                    by_name.insert(role.to_owned(), path.clone());
+                }
             }
             by_name.insert(format!("file:{name}"), path.clone());
         }
@@ -147,8 +150,15 @@ impl Values {
                     Escape::DoubleCommas => filled.push_str(&value.replace(',', ",,")),
                 }
                 rest = after;
-            } else if matches!(name, "memory" | "state") || name.starts_with("file:") {
-                let file = name.trim_start_matches("file:");
+            } else if matches!(name, "memory" | "state") {
+                let what = if name == "memory" {
+                    "RAM file, or several without the name 'memory'"
+                } else {
+                    "device state"
+                };
+                return Err(Error::usage(format!("{{{name}}}: template {} has no {what}", self.template))
+                    .hint("list the files of the template with `stencil inspect`"));
+            } else if let Some(file) = name.strip_prefix("file:") {
                 return Err(Error::usage(format!(
                     "{{{name}}}: template {} has no file '{file}'",
                     self.template
@@ -174,7 +184,8 @@ mod tests {
     fn values() -> Values {
         let files =
             [("memory".to_owned(), "/m,n/memory".to_owned()), ("rom-1".to_owned(), "/m/rom".to_owned())];
-        Values::new("web", &files).of_clone("c1", 3, Path::new("/run/c1"))
+        let roles = Roles { memory: Some("memory".into()), state: None };
+        Values::new("web", &files, &roles).of_clone("c1", 3, Path::new("/run/c1"))
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let memory = template.one_ram("Firecracker loads only one memory file")?;
     let (Some(state), Some(head)) = (template.state(), &template.state_head) else {
         return Err(Error::usage(format!(
-            "template {} has no file 'state', which Firecracker requires",
+            "template {} has no state of Firecracker: neither a file 'state' nor a blob with its header",
             template.name
         ))
         .hint(
@@ -63,6 +63,11 @@ mod tests {
         assert!(paste(&template).unwrap_err().to_string().contains("not written by Firecracker"));
         let several = served(&[("memory", Ram, 64), ("memory-b", Ram, 64), ("state", Blob, 1)]);
         assert!(paste(&several).unwrap_err().to_string().contains("2 RAM files"));
-        assert!(paste(&served(&[("memory", Ram, 64)])).unwrap_err().to_string().contains("no file 'state'"));
+        assert!(
+            paste(&served(&[("memory", Ram, 64)]))
+                .unwrap_err()
+                .to_string()
+                .contains("neither a file 'state' nor")
+        );
     }
 }

@@ -60,7 +60,8 @@ mod tests {
     #[test]
     fn escapes_paths_in_attributes() {
         let mut template = served(&[("memory", Ram, 64)]);
-        template.values = Values::new("web:1", &[("memory".to_owned(), "/m'/><x a='&".to_owned())]);
+        let files = [("memory".to_owned(), "/m'/><x a='&".to_owned())];
+        template.values = Values::new("web:1", &files, &template.roles);
         let text = paste(&template).unwrap().text;
         assert!(text.contains("mem-path=/m&apos;/&gt;&lt;x a=&apos;&amp;,align=2M"), "{text}");
         assert!(text.contains("<memory unit='KiB'>65536</memory>"), "{text}");

@@ -69,7 +69,7 @@ pub fn paste(vmm: Vmm, template: &Served) -> Result<VmmArguments> {
 mod tests {
     use super::*;
     use crate::clones::recipe::Values;
-    use crate::store::{FileKind, TemplateFile};
+    use crate::store::{FileKind, Roles, TemplateFile};
     use crate::units::Bytes;
 
     /// Creates a template with files of these kinds and sizes in MiB.
@@ -80,10 +80,13 @@ mod tests {
         };
         let files: Vec<_> = files.iter().map(file).collect();
         let path = |file: &TemplateFile| (file.name.clone(), format!("/mnt/by-id/abc/{}", file.name));
-        let values = Values::new("web:1", &files.iter().map(path).collect::<Vec<_>>());
+        let names = files.iter().map(|file| (file.name.as_str(), file.kind));
+        let roles = Roles::of(names, |_| Ok(vec![])).unwrap();
+        let values = Values::new("web:1", &files.iter().map(path).collect::<Vec<_>>(), &roles);
         Served {
             name: "web:1".into(),
             files,
+            roles,
             values,
             recipe: None,
             state_head: None,

@@ -120,7 +120,7 @@ fn of_recipe(recipe: &Recipe, template: &Served) -> Result<Line> {
         }
     }
     let ram = template.ram()?;
-    if let Some(why) = recipe.unused_ram(ram.iter().map(|memory| memory.name)) {
+    if let Some(why) = recipe.unused_ram(ram.iter().map(|memory| memory.name), &template.roles) {
         return Err(Error::usage(format!("the recipe of template {} {why}", template.name)).hint(
             "show the recipe with `stencil inspect --recipe` and correct it with `stencil recipe edit`",
         ));

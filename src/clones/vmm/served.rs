@@ -2,7 +2,7 @@
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::error::{Error, Result};
-use crate::store::{FileKind, TemplateFile};
+use crate::store::{FileKind, Roles, TemplateFile};
 use crate::units::Bytes;
 
 /// A template as a mount serves it.
@@ -12,6 +12,8 @@ pub struct Served {
     pub name: String,
     /// Files of the template.
     pub files: Vec<TemplateFile>,
+    /// Which files are memory and state.
+    pub roles: Roles,
     /// Paths of the files below the mount, as placeholder values.
     pub values: Values,
     /// The launch recipe; `None` if the template was not captured.
@@ -31,10 +33,12 @@ pub(super) struct Memory<'a> {
 }
 
 impl Served {
-    /// Returns the RAM files: `memory` first, then the others in natural order of their names (`2` before `10`).
+    /// Returns the RAM files: the memory of the template first, then the others in natural order of their names (`2` before `10`).
     pub(super) fn ram(&self) -> Result<Vec<Memory<'_>>> {
         let mut ram = self.of_kind(FileKind::Ram);
-        ram.sort_by_key(|memory| (memory.name != "memory", natural_order(memory.name), memory.name));
+        ram.sort_by_key(|memory| {
+            (Some(memory.name) != self.roles.memory.as_deref(), natural_order(memory.name), memory.name)
+        });
         if ram.is_empty() {
             return Err(Error::usage(format!(
                 "template {} has no RAM file, only {}",
@@ -81,7 +85,7 @@ impl Served {
 
     /// Returns the path of the device state.
     pub(super) fn state(&self) -> Option<&str> {
-        self.files.iter().any(|file| file.name == "state").then(|| self.path("state"))
+        self.roles.state.as_deref().map(|name| self.path(name))
     }
 
     pub(super) fn names(&self) -> String {

@@ -8,6 +8,8 @@ mod block;
 pub mod codec;
 pub mod digest;
 mod fields;
+#[cfg(feature = "internals")]
+pub mod firecracker;
 pub mod image;
 pub mod name;
 pub mod pack;

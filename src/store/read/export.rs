@@ -1,4 +1,4 @@
-//! Export of a template's file: the plain bytes, sparse, complete or not at all.
+//! Export of a template's file: the plain bytes, complete or not at all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -26,8 +26,8 @@ const BLOCKS_PER_TURN: u64 = 64;
 
 impl Template {
     /// Writes one file of the template to the file `out`, which appears atomically, as described for [`Target`]. Zero
-    /// pages become holes. All cores decode. If `out` is a named pipe, waits for a reader at most `stall`; a zero
-    /// `stall` means no limit.
+    /// pages become holes if `sparse` is true. All cores decode. If `out` is a named pipe, waits for a reader at most
+    /// `stall`; a zero `stall` means no limit.
     ///
     /// # Errors
     /// Returns [`Code::Damage`](crate::error::Code) if a block is damaged. Returns an error if `out` cannot be written,
@@ -35,7 +35,7 @@ impl Template {
     pub fn export_file(
         &self,
         file: usize,
-        (out, replace): (&Path, bool),
+        (out, replace, sparse): (&Path, bool, bool),
         (interrupt, stall): (&AtomicBool, Duration),
         progress: &dyn Progress,
     ) -> Result<()> {
@@ -57,7 +57,7 @@ impl Template {
         let size = self.files().get(file).map_or(0, |f| f.size.get());
         target.file.set_len(size).map_err(|e| Error::io("cannot write", out, e))?;
         progress.start("export", Some(Bytes::new(size)));
-        let written = self.write_blocks(file, &target.file, out, interrupt, progress);
+        let written = self.write_blocks(file, (&target.file, out, sparse), interrupt, progress);
         progress.finish();
         written?;
         target.publish()
@@ -93,8 +93,7 @@ impl Template {
     fn write_blocks(
         &self,
         file: usize,
-        target: &File,
-        out: &Path,
+        (target, out, sparse): (&File, &Path, bool),
         interrupt: &AtomicBool,
         progress: &dyn Progress,
     ) -> Result<()> {
@@ -110,10 +109,14 @@ impl Template {
                 }
                 check(interrupt)?;
                 for number in start..(start + BLOCKS_PER_TURN).min(blocks) {
-                    if self.block_id(file, number)?.is_some() {
+                    if !sparse || self.block_id(file, number)?.is_some() {
                         let length = self.read_block(file, number, &mut scratch, &mut block)?;
-                        write_pages(target, number * BLOCK_SIZE, &block[..length])
-                            .map_err(|e| Error::io("cannot write", out, e))?;
+                        let (block, offset) = (&block[..length], number * BLOCK_SIZE);
+                        match sparse {
+                            true => write_pages(target, offset, block),
+                            false => target.write_all_at(block, offset),
+                        }
+                        .map_err(|e| Error::io("cannot write", out, e))?;
                     }
                     progress.advance(Bytes::new(BLOCK_SIZE));
                 }

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "internals")]
 pub(super) mod export;
+#[cfg(feature = "internals")]
+pub(super) mod roles;
 pub(super) mod scratch;
 mod tables;
 pub(super) mod template;

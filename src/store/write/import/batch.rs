@@ -17,6 +17,8 @@ pub(super) enum Work {
     Data(Batch),
     /// Number of zero blocks, from a hole.
     Zeros(u64),
+    /// Blocks of the base, from a hole of a diff.
+    Base(Range<u64>),
     /// End of a file, with its size in bytes.
     End(u64),
 }
@@ -28,6 +30,10 @@ pub(super) struct Batch {
     pub plain: Vec<u8>,
     /// Number of bytes in `plain`. A worker pads a short last block with zeros.
     pub length: usize,
+    /// Index of the first block in a diff.
+    pub first_block: u64,
+    /// For each block of a diff, a bit mask of the pages that are the base's, lowest bit first; otherwise empty.
+    pub base_pages: Vec<u16>,
     /// Records of new blocks, one after another.
     pub records: Vec<u8>,
     /// Result for each block.

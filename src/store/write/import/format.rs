@@ -1,31 +1,39 @@
 //! Checks that the sources have the requested import format.
 
-use super::firecracker::{FirecrackerState, MAX_STATE_BYTES};
 use super::input::Input;
 use super::magic::identify;
 use super::request::ImportFormat;
 use crate::error::{Error, Result};
-use crate::store::FileKind;
+use crate::store::format::firecracker::{FirecrackerState, MAX_STATE_BYTES};
+use crate::store::{FileKind, Roles};
 
-/// Checks that the sources have the requested format.
-pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<()> {
+/// Checks that the sources have the requested format. Returns warnings about them.
+pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<Vec<String>> {
     match format {
-        ImportFormat::Raw => Ok(()),
-        ImportFormat::Auto => inputs.iter().filter(|i| i.kind == FileKind::Ram).try_for_each(no_container),
+        ImportFormat::Raw => Ok(vec![]),
+        ImportFormat::Auto => {
+            inputs.iter().filter(|i| i.kind == FileKind::Ram).try_for_each(no_container).map(|()| vec![])
+        }
         ImportFormat::Firecracker => {
-            let [memory, state] = ["memory", "state"].map(|name| inputs.iter().find(|i| i.name == name));
-            let (Some(memory), Some(state)) = (memory, state) else {
+            let names = inputs.iter().map(|input| (input.name.as_str(), input.kind));
+            let roles = Roles::of(names, |at| {
+                let ends = inputs.get(at).map_or(Ok(None), Input::ends)?;
+                Ok(ends.map_or(vec![], |(head, _)| head))
+            })?;
+            let find = |name: Option<String>| inputs.iter().find(|input| Some(&input.name) == name.as_ref());
+            let (Some(memory), Some(state)) = (find(roles.memory), find(roles.state)) else {
                 return Err(Error::usage("a Firecracker snapshot needs a memory file and a state file")
                     .hint("run 'stencil import MEMORY NAME --state STATE --format firecracker'"));
             };
             no_container(memory)?;
-            firecracker_state(state)?;
-            firecracker_memory(memory)
+            let warnings = firecracker_state(state)?;
+            firecracker_memory(memory)?;
+            Ok(warnings)
         }
     }
 }
 
-fn firecracker_state(input: &Input) -> Result<()> {
+fn firecracker_state(input: &Input) -> Result<Vec<String>> {
     let Some(bytes) = input.whole(MAX_STATE_BYTES)? else { return Err(from_a_pipe(input)) };
     let wrong = |why: String, remedy: &str| {
         Error::usage(format!("the state file {why}"))
@@ -34,13 +42,17 @@ fn firecracker_state(input: &Input) -> Result<()> {
     };
     let state = FirecrackerState::whole(&bytes).map_err(|why| wrong(why, "take the snapshot again"))?;
     let (guest, host) = (state.machine, std::env::consts::ARCH);
-    match guest == host {
-        true => Ok(()),
-        false => Err(wrong(
+    if guest != host {
+        return Err(wrong(
             format!("is for a guest on {guest}, but this host is {host}"),
             &format!("import on a host of the architecture {guest}"),
-        )),
+        ));
     }
+    Ok(state
+        .newer_than_known()
+        .map(|why| format!("the state file '{}' {why}", input.name))
+        .into_iter()
+        .collect())
 }
 
 /// Firecracker writes every byte of a full snapshot, except unplugged hotpluggable memory. Holes therefore mean that
@@ -53,7 +65,7 @@ fn firecracker_memory(input: &Input) -> Result<()> {
             .hint("check that the file is complete, or import the file unchecked with --format raw"));
     }
     let holes = input.hole_bytes()?;
-    if holes == 0 {
+    if holes == 0 || input.is_diff {
         return Ok(());
     }
     Err(Error::usage(format!(
@@ -62,8 +74,8 @@ fn firecracker_memory(input: &Input) -> Result<()> {
     ))
     .at(input.origin())
     .hint(
-        "merge a diff snapshot into its base with 'snapshot-editor edit-memory rebase --memory-path BASE --diff-path \
-         FILE'; copy a full snapshot with 'cp --sparse=never', or import the file unchecked with --format raw",
+        "import a diff snapshot with --base T, where T is the template of its base; copy a full snapshot with 'cp \
+         --sparse=never', or import the file unchecked with --format raw",
     ))
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
@@ -23,6 +24,8 @@ pub(super) struct Input {
     pub kind: FileKind,
     /// Reject a source in a known format that is not plain RAM, even from a pipe.
     pub must_be_plain: bool,
+    /// Holes are the pages of the base, not zeros.
+    pub is_diff: bool,
     /// Path or file name for error messages.
     origin: String,
     file: From,
@@ -51,11 +54,16 @@ impl Input {
                 let file = stream::open_source(path).map_err(|e| Error::io("cannot open", path, e))?;
                 (path.display().to_string(), file)
             }
+            Source::Opened(opened) => {
+                let file = opened.file.try_clone().map_err(|e| Error::io("cannot read", &opened.path, e))?;
+                (opened.path.display().to_string(), file)
+            }
             Source::Later(later) => {
                 return Ok(Input {
                     name: request.name.clone(),
                     kind: request.kind,
                     must_be_plain: false,
+                    is_diff: false,
                     origin: request.name.clone(),
                     size: Some(later.size),
                     file: From::Later(later.clone()),
@@ -85,6 +93,7 @@ impl Input {
             name: request.name.clone(),
             kind: request.kind,
             must_be_plain: false,
+            is_diff: false,
             origin: origin.clone(),
             file: From::Open(file),
             size,
@@ -161,24 +170,39 @@ impl Input {
 
     /// Returns the bytes in holes of a file or device, as reported by `SEEK_HOLE`.
     pub fn hole_bytes(&self) -> Result<u64> {
-        let size = self.size.unwrap_or_default();
-        let file = self.file().map_err(|e| self.fail(e))?;
-        let (mut holes, mut at) = (0, 0);
-        while at < size {
-            let hole = match seek(file, SeekFrom::Hole(at)) {
-                Ok(hole) => hole.min(size),
-                // The file system does not support `SEEK_HOLE`.
-                Err(Errno::INVAL | Errno::OPNOTSUPP) => break,
-                Err(e) => return Err(self.fail(e.into())),
-            };
-            at = match seek(file, SeekFrom::Data(hole)) {
-                Ok(data) => data.min(size),
-                Err(Errno::NXIO) => size,
-                Err(e) => return Err(self.fail(e.into())),
-            };
-            holes += at - hole;
+        let (mut data, mut at) = (0, 0);
+        while let Some(range) = self.data_after(at)? {
+            data += range.end - range.start;
+            at = range.end;
         }
-        Ok(holes)
+        Ok(self.size.unwrap_or_default() - data)
+    }
+
+    /// Returns the next range outside holes at or after `offset`; `None` if only a hole is left, or nothing.
+    pub fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let (file, size) = (self.file().map_err(|e| self.fail(e))?, self.size.unwrap_or_default());
+        if offset >= size {
+            return Ok(None);
+        }
+        let start = match seek(file, SeekFrom::Data(offset)) {
+            Ok(data) => data.min(size),
+            Err(Errno::NXIO) => size,
+            // The file system does not support `SEEK_DATA`.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..size)),
+            Err(e) => return Err(self.fail(e.into())),
+        };
+        let end = seek(file, SeekFrom::Hole(start)).map_or(size, |hole| hole.min(size));
+        Ok((start < end).then_some(start..end))
+    }
+
+    /// Returns the size in bytes that the file system allocates at least, which is the smallest size of a hole; `None` for
+    /// anything but a regular file. A tmpfs with huge pages and ZFS allocate more than a page.
+    pub fn hole_unit(&self) -> Result<Option<u64>> {
+        if self.version.is_none() {
+            return Ok(None);
+        }
+        let meta = self.file().and_then(File::metadata).map_err(|e| self.fail(e))?;
+        Ok(Some(meta.blksize()))
     }
 
     /// Returns a usage error if the size of guest memory is zero or not a multiple of the page size.

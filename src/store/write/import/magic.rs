@@ -1,6 +1,6 @@
 //! Magic bytes of formats that hold guest memory, or may be mistaken for it, but are not plain RAM.
 
-use super::firecracker::FirecrackerState;
+use crate::store::format::firecracker::FirecrackerState;
 
 /// Bytes examined at the start of a source.
 pub(super) const HEAD: usize = 4096;
@@ -129,6 +129,14 @@ pub(super) fn identify(head: &[u8], tail: &[u8]) -> Option<Format> {
             .is_ok()
             .then_some(("a Firecracker state file", "run 'stencil import MEMORY NAME --state STATE'"))
     })
+}
+
+/// Returns true if the first [`HEAD`] bytes are those of a file system or of a partitioned disk. Only for the choice
+/// between several files: guest memory may begin with any bytes.
+pub(super) fn is_file_system(head: &[u8]) -> bool {
+    let is = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|bytes| bytes.starts_with(magic));
+    // ext2 to ext4, XFS, GPT.
+    is(0x438, b"\x53\xef") || is(0, b"XFSB") || is(512, b"EFI PART")
 }
 
 #[cfg(test)]

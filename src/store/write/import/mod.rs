@@ -5,7 +5,8 @@
 //! Nothing is visible before the commit.
 
 mod batch;
-pub mod firecracker;
+mod diff;
+mod folder;
 mod format;
 mod input;
 mod magic;
@@ -18,7 +19,8 @@ mod writer;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 
-pub use request::{ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
+pub use folder::{Folder, Recognized, Snapshot};
+pub use request::{Base, ImportFile, ImportFormat, ImportRequest, Imported, Later, Source};
 
 use super::block_index::BlockIndex;
 use super::commit::{Finished, commit, fresh_policy};
@@ -28,8 +30,9 @@ use crate::error::Result;
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::store::disk::session::Session;
-use crate::units::Bytes;
+use crate::units::{Bytes, PageCount};
 use batch::Work;
+use diff::{BaseMemory, NO_ZERO_PAGE};
 use input::Input;
 use stop::Stop;
 use worker::Worker;
@@ -46,7 +49,7 @@ impl Store {
     /// Returns an error if a source, the request or the store is invalid. Returns [`Code::Failed`](crate::error::Code)
     /// after an interrupt, and [`Code::TryAgain`](crate::error::Code) if a pipe stalls for longer than `request.stall`.
     pub fn import(&self, request: ImportRequest, progress: &dyn Progress) -> Result<Imported> {
-        let inputs = request.inputs()?;
+        let (inputs, mut warnings) = request.inputs()?;
         let stop = Stop {
             failed: AtomicBool::new(false),
             interrupt: request.interrupt.as_deref(),
@@ -56,13 +59,22 @@ impl Store {
         let _content = self.lock_content(|| stop.check())?;
         let session = Session::create(&self.tmp_dir())?;
         let index = BlockIndex::load(self)?;
+        let base = match (&request.base, inputs.iter().find(|input| input.is_diff)) {
+            (Some(base), Some(diff)) => Some(BaseMemory::open(self, &base.digest, diff)?),
+            _ => None,
+        };
         let total: Option<u64> = inputs.iter().map(Input::size).sum();
         progress.start("import", total.map(Bytes::new));
-        let written = self.pipeline(&request, inputs, &session, &index, &stop, progress);
+        let written = self.pipeline(&request, (inputs, base.as_ref()), &session, &index, &stop, progress);
         progress.finish();
-        let written = written?;
+        let writer::Written { tables, packed, changed_pages, has_zero_page } = written?;
         stop.check()?;
-        let writer::Written { tables, packed } = written;
+        if let Some(base) = &base {
+            base.check_unchanged(self)?;
+            if changed_pages > PageCount::default() && !has_zero_page {
+                warnings.push(NO_ZERO_PAGE.to_owned());
+            }
+        }
         let template = Finished {
             digest: tables.digest,
             directory: session.path().join("image"),
@@ -82,20 +94,22 @@ impl Store {
             new_bytes: Bytes::new(packed.new_bytes),
             stored_bytes: Bytes::new(packed.stored_bytes),
             repaired_blocks: index.repaired(),
+            changed_pages: base.map(|_| changed_pages),
+            warnings,
         })
     }
 
     fn pipeline(
         &self,
         request: &ImportRequest,
-        inputs: Vec<Input>,
+        (inputs, base): (Vec<Input>, Option<&BaseMemory>),
         session: &Session,
         index: &BlockIndex,
         stop: &Stop<'_>,
         progress: &dyn Progress,
     ) -> Result<writer::Written> {
         let order = reader::order(&inputs);
-        let mut writer = Writer::new(session.path(), &inputs, order.clone(), index)?;
+        let mut writer = Writer::new(session.path(), &inputs, order.clone(), index, base)?;
         // Batches that were written: their buffers are used again.
         let empty = Mutex::new(Vec::new());
         ordered(
@@ -108,7 +122,7 @@ impl Store {
                         Some(worker) => worker,
                         None => worker.insert(Worker::new(request)?),
                     };
-                    worker.process(batch, index);
+                    worker.process(batch, index, base)?;
                 }
                 Ok(work)
             },

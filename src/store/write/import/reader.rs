@@ -1,13 +1,12 @@
 //! Opens the sources, and reads them in batches without their holes.
 
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
-
 use super::batch::{BATCH_BYTES, Batch, Work};
+use super::diff::check_diff;
 use super::format::{check_format, plain};
 use super::input::Input;
 use super::magic::HEAD;
@@ -17,26 +16,37 @@ use crate::error::{Error, Result};
 use crate::store::write::stall;
 use crate::store::{BLOCK_SIZE, FileKind};
 use crate::sys::files::stream;
-use crate::units::to_usize;
+use crate::units::{PAGE_SIZE, to_usize};
+
+const PAGES_PER_BLOCK: u64 = BLOCK_SIZE / PAGE_SIZE;
 
 impl ImportRequest {
-    /// Opens the sources and returns them sorted by name.
-    pub(super) fn inputs(&self) -> Result<Vec<Input>> {
+    /// Opens the sources and returns them sorted by name, with warnings about them.
+    pub(super) fn inputs(&self) -> Result<(Vec<Input>, Vec<String>)> {
         self.check()?;
         let mut files: Vec<&ImportFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
         let mut inputs: Vec<Input> = files.into_iter().map(Input::open).collect::<Result<_>>()?;
         for input in &mut inputs {
             input.must_be_plain = input.kind == FileKind::Ram && self.format != ImportFormat::Raw;
+            input.is_diff = input.kind == FileKind::Ram && self.base.is_some();
         }
-        check_format(self.format, &inputs)?;
+        let warnings = check_format(self.format, &inputs)?;
+        if let Some(base) = &self.base {
+            let diffs: Vec<&Input> = inputs.iter().filter(|input| input.is_diff).collect();
+            let [diff] = diffs.as_slice() else {
+                return Err(Error::usage(format!("a diff has one file of kind ram, not {}", diffs.len()))
+                    .hint("import files of kind ram without --base"));
+            };
+            check_diff(diff, base.all_pages)?;
+        }
         inputs.iter().filter_map(|i| i.size().map(|size| i.check_size(size))).collect::<Result<()>>()?;
         let mut total: u64 = 0;
         for input in &inputs {
             total = total.saturating_add(input.size().unwrap_or_default());
             input.check_total(total)?;
         }
-        Ok(inputs)
+        Ok((inputs, warnings))
     }
 }
 
@@ -74,6 +84,7 @@ fn next_batch(stop: &Stop<'_>, empty: &Mutex<Vec<Batch>>) -> Result<Batch> {
     stop.check()?;
     let mut batch = empty.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
     batch.plain.resize(BATCH_BYTES, 0);
+    batch.base_pages.clear();
     Ok(batch)
 }
 
@@ -88,13 +99,20 @@ fn read_file(
     while offset < size {
         let (start, end) = next_data(input, offset, size)?;
         if start > offset {
-            send(Work::Zeros((start - offset).div_ceil(BLOCK_SIZE)))?;
+            send(match input.is_diff {
+                true => Work::Base(offset / BLOCK_SIZE..start.div_ceil(BLOCK_SIZE)),
+                false => Work::Zeros((start - offset).div_ceil(BLOCK_SIZE)),
+            })?;
         }
         offset = start;
         while offset < end {
             let mut batch = next_batch(stop, empty)?;
             let length = to_usize((end - offset).min(BATCH_BYTES as u64));
             batch.length = length;
+            if input.is_diff {
+                batch.first_block = offset / BLOCK_SIZE;
+                find_holes(input, offset..offset + length as u64, &mut batch.base_pages)?;
+            }
             let read = input.file().and_then(|f| f.read_exact_at(&mut batch.plain[..length], offset));
             read.map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => input.changed("was truncated"),
@@ -109,23 +127,29 @@ fn read_file(
 
 /// Returns the next range outside holes, widened to whole blocks; `(size, size)` if only a hole is left.
 fn next_data(input: &Input, offset: u64, size: u64) -> Result<(u64, u64)> {
-    let file = input.file().map_err(|e| input.fail(e))?;
-    let data = match seek(file, SeekFrom::Data(offset)) {
-        Ok(data) => data.min(size),
-        Err(Errno::NXIO) => size,
-        // The file system does not support `SEEK_DATA`.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, size)),
-        Err(e) => return Err(input.fail(e.into())),
-    };
-    if data == size {
-        return Ok((size, size));
+    let Some(data) = input.data_after(offset)? else { return Ok((size, size)) };
+    let start = data.start / BLOCK_SIZE * BLOCK_SIZE;
+    Ok((start.max(offset), data.end.next_multiple_of(BLOCK_SIZE).min(size)))
+}
+
+/// Sets in `pages` one bit mask for each block of this range: the pages in holes, lowest bit first.
+fn find_holes(input: &Input, range: Range<u64>, pages: &mut Vec<u16>) -> Result<()> {
+    let page_of = |offset: u64| (offset - range.start) / PAGE_SIZE;
+    let bit = |page: u64| (to_usize(page / PAGES_PER_BLOCK), 1u16 << (page % PAGES_PER_BLOCK));
+    pages.resize(to_usize((range.end - range.start).div_ceil(BLOCK_SIZE)), 0);
+    for (block, bit) in (0..(range.end - range.start).div_ceil(PAGE_SIZE)).map(bit) {
+        pages[block] |= bit;
     }
-    let hole = match seek(file, SeekFrom::Hole(data)) {
-        Ok(hole) => hole.min(size),
-        Err(_) => size,
-    };
-    let start = data / BLOCK_SIZE * BLOCK_SIZE;
-    Ok((start.max(offset), hole.next_multiple_of(BLOCK_SIZE).min(size)))
+    let mut at = range.start;
+    while let Some(data) = input.data_after(at)?.filter(|data| data.start < range.end) {
+        // A page of which only a part is in a hole was written.
+        let end = data.end.min(range.end);
+        for (block, bit) in (page_of(data.start)..page_of(end.next_multiple_of(PAGE_SIZE))).map(bit) {
+            pages[block] &= !bit;
+        }
+        at = end;
+    }
+    Ok(())
 }
 
 fn read_stream(

@@ -16,7 +16,7 @@ use crate::store::format::template_file::MANIFEST;
 use crate::store::{
     ChunkSize, Compression, Digest, FileKind, Moved, Owner, Policy, TagName, TemplateFile, check_name,
 };
-use crate::units::Bytes;
+use crate::units::{Bytes, PageCount};
 
 /// Source of a file's bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,9 +25,28 @@ pub enum Source {
     Path(PathBuf),
     /// Standard input.
     Stdin,
+    /// A regular file that the caller has opened.
+    Opened(Opened),
     /// A regular file that exists only after all other sources have been read.
     Later(Later),
 }
+
+/// An open regular file. The import reads it by offsets.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// Path for messages.
+    pub path: PathBuf,
+    /// The file.
+    pub file: Arc<File>,
+}
+
+impl PartialEq for Opened {
+    fn eq(&self, other: &Opened) -> bool {
+        Arc::ptr_eq(&self.file, &other.file)
+    }
+}
+
+impl Eq for Opened {}
 
 /// A file of known size that is opened after all other sources have been read, so that the caller may resume a paused
 /// guest before the file is read.
@@ -52,6 +71,15 @@ impl PartialEq for Later {
 }
 
 impl Eq for Later {}
+
+/// The base of a diff snapshot: pages that are holes in the diff are those of its memory. The caller holds a lease on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Base {
+    /// Digest of the template.
+    pub digest: Digest,
+    /// Accept a diff without any hole, in which every page has changed.
+    pub all_pages: bool,
+}
 
 /// One file of the new template.
 #[derive(Debug, Clone)]
@@ -105,6 +133,8 @@ pub struct ImportRequest {
     pub owner: Owner,
     /// Format of the sources.
     pub format: ImportFormat,
+    /// The base, if the file of kind ram is a diff.
+    pub base: Option<Base>,
     /// Recipe for launching clones.
     pub recipe: Option<serde_json::Value>,
     /// Compression of new blocks.
@@ -128,6 +158,7 @@ impl ImportRequest {
             mode: None,
             owner: Owner::default(),
             format: ImportFormat::default(),
+            base: None,
             recipe: None,
             compression: Compression::default(),
             chunk_size: ChunkSize::default(),
@@ -213,4 +244,10 @@ pub struct Imported {
     pub stored_bytes: Bytes,
     /// Number of damaged blocks that were stored again.
     pub repaired_blocks: u64,
+    /// Number of pages of a diff that are not the base's.
+    #[serde(skip)]
+    pub changed_pages: Option<PageCount>,
+    /// What the user should know about the sources. The JSON of each command has them beside this object.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
 }

@@ -17,8 +17,8 @@ const MAGIC: u64 = 0x0710_1984;
 /// Architectures by bits 16 to 31 of the magic number.
 const MACHINES: [(u64, &str); 2] = [(0x8664, "x86_64"), (0xAAAA, "aarch64")];
 
-/// Highest snapshot version that is known to have one of these headers.
-const NEWEST: u64 = 11;
+/// Highest major snapshot version that a release has written.
+const NEWEST: u64 = 12;
 
 /// Longest file that is read as a state file, in bytes; Firecracker itself rejects a state above 10 MB.
 pub(in crate::store) const MAX_STATE_BYTES: u64 = 64 << 20;
@@ -38,8 +38,7 @@ impl FirecrackerState {
     /// # Errors
     /// Returns a clause about the state file (`is truncated`), to be put after a noun.
     pub fn header(bytes: &[u8]) -> Result<FirecrackerState, String> {
-        let (magic, at) =
-            [0, 1].into_iter().find_map(|at| magic(bytes, at)).ok_or("was not written by Firecracker")?;
+        let (magic, at) = magic_at_either_place(bytes).ok_or("was not written by Firecracker")?;
         let found = MACHINES.iter().find(|(number, _)| *number == (magic >> 16) & 0xFFFF);
         let (_, machine) =
             found.ok_or_else(|| format!("is for an unknown processor architecture (magic {magic:#018x})"))?;
@@ -52,6 +51,25 @@ impl FirecrackerState {
             (old, _) => format!("0.{old}"),
         };
         Ok(FirecrackerState { version, machine })
+    }
+
+    /// Returns true if `bytes` begin with Firecracker's magic number, whatever follows it.
+    pub fn has_magic(bytes: &[u8]) -> bool {
+        magic_at_either_place(bytes).is_some()
+    }
+
+    /// Describes a version that is newer than every known one, as a clause about the state file; `None` for the others.
+    ///
+    /// The state is not decoded and only Firecracker loads it. A newer version therefore needs no support, as long as
+    /// header and checksum are those of this module.
+    pub fn newer_than_known(&self) -> Option<String> {
+        let major: u64 = self.version.split('.').next()?.parse().ok()?;
+        (major > NEWEST).then(|| {
+            format!(
+                "has snapshot version {}, but the newest known one is {NEWEST}; the state is stored as it is",
+                self.version
+            )
+        })
     }
 
     /// Decodes the header of a complete state file and verifies the checksum at its end.
@@ -75,6 +93,10 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }
 
+fn magic_at_either_place(bytes: &[u8]) -> Option<(u64, usize)> {
+    [0, 1].into_iter().find_map(|at| magic(bytes, at))
+}
+
 fn magic(bytes: &[u8], at: usize) -> Option<(u64, usize)> {
     if bytes.get(..at)?.iter().any(|&b| b != 0) {
         return None;
@@ -89,9 +111,6 @@ fn version(bytes: &[u8], at: usize, length: u64) -> Result<String, String> {
     let text = text.and_then(|t| std::str::from_utf8(t).ok()).ok_or("has no readable version")?;
     let numbers: Option<Vec<u64>> = text.split('.').map(|n| n.parse().ok()).collect();
     match numbers.as_deref() {
-        Some([major, _, _]) if *major > NEWEST => {
-            Err(format!("has the unsupported snapshot version {text}: versions up to {NEWEST} are supported"))
-        }
         Some([_, _, _]) => Ok(text.to_owned()),
         _ => Err("has no readable version".into()),
     }
@@ -99,7 +118,7 @@ fn version(bytes: &[u8], at: usize, length: u64) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use crate::store::write::import::firecracker::*;
+    use crate::store::format::firecracker::*;
 
     fn sealed(header: &[&[u8]]) -> Vec<u8> {
         let mut bytes = header.concat();
@@ -121,11 +140,19 @@ mod tests {
             (sealed(&[&intel, &5u64.to_le_bytes(), b"4.0.0"]), "4.0.0", "x86_64"),
             (sealed(&[&arm, &5u64.to_le_bytes(), b"8.0.0"]), "8.0.0", "aarch64"),
             (sealed(&[&[0], &intel, &[6], b"10.0.0"]), "10.0.0", "x86_64"),
-            (sealed(&[&[0], &arm, &[6], b"11.2.3"]), "11.2.3", "aarch64"),
+            (sealed(&[&[0], &arm, &[6], b"12.2.3"]), "12.2.3", "aarch64"),
         ] {
             let state = FirecrackerState { version: version.into(), machine };
+            assert_eq!(state.newer_than_known(), None);
             assert_eq!(FirecrackerState::whole(&header), Ok(state));
         }
+    }
+
+    #[test]
+    fn accepts_a_newer_version_and_describes_it() {
+        let state = FirecrackerState::whole(&sealed(&[&[0], &number(0x8664_0000), &[6], b"13.0.0"])).unwrap();
+        let why = state.newer_than_known().unwrap();
+        assert!(why.contains("version 13.0.0") && why.contains("known one is 12"), "{why}");
     }
 
     #[test]
@@ -141,7 +168,6 @@ mod tests {
             (intel.to_vec(), "is truncated"),
             (sealed(&[&intel, &u64::MAX.to_le_bytes(), b"4.0.0"]), "no readable version"),
             (sealed(&[&intel, &3u64.to_le_bytes(), b"4.x"]), "no readable version"),
-            (sealed(&[&[0], &intel, &[6], b"12.0.0"]), "unsupported snapshot version 12.0.0"),
             (flipped, "damaged or incomplete"),
             (good[..good.len() - 1].to_vec(), "damaged or incomplete"),
         ] {

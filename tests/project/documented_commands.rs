@@ -37,6 +37,7 @@ macro_rules! pages {
 pages! {
     readme "README.md"
     tutorial "docs/tutorial.md"
+    cloud_hypervisor_page "docs/how-to/cloud-hypervisor.md"
     firecracker_page "docs/how-to/firecracker.md"
     jails "docs/how-to/jails.md"
     kata "docs/how-to/kata.md"
@@ -90,6 +91,16 @@ fn prepare(environment: &str, session: &mut Session) {
         "firecracker-snapshot" => {
             tell(session, "seq 1 9999999 | head -c 32M >snapshot.mem");
             fs::write(home.join("snapshot.state"), firecracker::state(0x8664, "10.0.0", 7)).unwrap();
+        }
+        // A snapshot as Cloud Hypervisor 51 writes it.
+        "cloud-hypervisor-snapshot" => {
+            use crate::support::vm::cloud_hypervisor::{Version, anonymous, config, state};
+            tell(session, "mkdir snapshot && seq 1 9999999 | head -c 32M >snapshot/memory-ranges");
+            let memory = [("mem0", 0, 32 << 20, 0)];
+            let files = [config(Version::V51, anonymous(Version::V51, 32 << 20)), state(&memory, &memory)];
+            for (name, json) in ["config.json", "state.json"].into_iter().zip(files) {
+                fs::write(home.join("snapshot").join(name), json.to_string()).unwrap();
+            }
         }
         // What Kata's factory leaves of a template.
         "kata-factory" => {

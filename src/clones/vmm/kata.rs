@@ -21,5 +21,5 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
          docs/how-to/kata.md has the whole procedure"
             .to_owned(),
     ];
-    Ok(VmmArguments { text: text.trim_end().to_owned(), argv: None, body: None, notes })
+    Ok(VmmArguments { text: text.trim_end().to_owned(), notes, ..VmmArguments::default() })
 }

@@ -102,13 +102,13 @@ fn prepare(environment: &str, session: &mut Session) {
                 fs::write(home.join("snapshot").join(name), json.to_string()).unwrap();
             }
         }
-        // What Kata's factory leaves of a template.
+        // What Kata's factory leaves: a template of QEMU, and on a tmpfs, as Kata mounts it, one of Cloud Hypervisor.
         "kata-factory" => {
-            tell(
-                session,
-                "mkdir -p /run/vc/vm/template && seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory",
-            );
+            let memory = "seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory";
+            tell(session, &format!("mkdir -p /run/vc/vm/template && {memory}"));
             tell(session, "seq 1 9999 >/run/vc/vm/template/state");
+            tell(session, &format!("mount -t tmpfs -o size=40M tmpfs /run/vc/vm/template && {memory}"));
+            tell(session, "cd /run/vc/vm/template && echo '{}' | tee config.json >state.json; cd");
         }
         _ => panic!("unknown environment '{environment}'"),
     }

@@ -34,7 +34,7 @@ pub struct VmmArgs {
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
     /// Output format: qemu (command line), firecracker (body of snapshot/load), cloud-hypervisor (command line and files
-    /// in --dir), libvirt (domain) or kata (script)
+    /// in --dir), libvirt (domain) or kata (script or commands)
     #[arg(long, value_name = "VMM", value_parser = word::<Vmm>)]
     vmm: Vmm,
     /// Existing directory for config.json and state.json of one Cloud Hypervisor clone

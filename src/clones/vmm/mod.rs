@@ -25,7 +25,7 @@ pub enum Vmm {
     CloudHypervisor,
     /// libvirt, configured by a domain with `<qemu:commandline>`.
     Libvirt,
-    /// Kata Containers, configured by a script for `path` in `[hypervisor.qemu]`.
+    /// Kata Containers, configured by a script for `path` in `[hypervisor.qemu]`, or by a bind mount.
     Kata,
 }
 

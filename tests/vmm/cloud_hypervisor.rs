@@ -265,6 +265,7 @@ fn put(socket: &Path, action: &str, body: &str) {
     assert!(answer.starts_with("HTTP/1.1 20"), "{action}: {answer}");
 }
 
+/// Where KVM cannot save nested state, as KVM_PVM cannot, Cloud Hypervisor takes no snapshot.
 #[test]
 #[ignore = "launches the Cloud Hypervisor that STENCIL_CLOUD_HYPERVISOR names"]
 fn four_clones_resume_in_the_real_cloud_hypervisor() {
@@ -345,8 +346,7 @@ fn four_clones_resume_in_the_real_cloud_hypervisor() {
             let row = density["clones"].as_array().unwrap().iter().find(|row| row["pid"] == vmm.0.id());
             let row = row.unwrap_or_else(|| panic!("{form}: no clone in {density}"));
             let pages = row["dirty_pages"].as_u64().unwrap();
-            println!("{form}: {pages} copied pages");
-            assert!((64..256).contains(&pages), "{form}: {row}");
+            assert_eq!(pages, 64, "{form}: {row}");
         }
     }
 }

@@ -22,6 +22,9 @@ const MIB: u64 = 1 << 20;
 /// Where memory begins again above the hole for devices.
 const HIGH: u64 = 4 << 30;
 
+/// A name, the memory of the configuration, its regions, and which of them are in the file `memory-ranges`.
+type Case = (&'static str, Value, [Region<'static>; 2], &'static [usize]);
+
 /// Imports a snapshot whose memory file contains the regions in this order.
 fn import(world: &TestMount, name: &str, bytes: &[u8], [config, state]: [&Value; 2]) {
     let path = |file: &str| world.dir().join(format!("{name}.{file}")).display().to_string();
@@ -79,8 +82,7 @@ fn clone_directories_of_three_versions_map_the_template() {
     let high = guest_like(2, 4 * MIB as usize);
     for version in VERSIONS {
         let file = format!("/dev/shm/{version:?}");
-        // (memory of the configuration, regions, regions in the file `memory-ranges`)
-        let cases: [(&str, Value, [Region; 2], &[usize]); 4] = [
+        let cases: [Case; 4] = [
             (
                 "anonymous",
                 anonymous(version, 12 * MIB),

@@ -6,6 +6,9 @@ use crate::store::FileKind::{Blob, Ram};
 
 const MIB: u64 = 1 << 20;
 
+/// Ranges and mappings as in [`snapshot`], and words of the refusal.
+type Case = (&'static [(u64, u64)], &'static [(u64, u64, u64)], &'static str);
+
 /// A snapshot of 64 MiB in the memory manager's ranges and mappings: (guest address, length) and (guest address, size,
 /// offset in the file), all in MiB.
 fn snapshot(config: &Value, ranges: &[(u64, u64)], mappings: &[(u64, u64, u64)]) -> Served {
@@ -151,7 +154,7 @@ fn devices_and_memory_that_cannot_be_cloned_are_refused_by_name() {
 
 #[test]
 fn a_memory_file_of_another_state_is_refused() {
-    let cases: [(&[(u64, u64)], &[(u64, u64, u64)], &str); 6] = [
+    let cases: [Case; 6] = [
         (&[(0, 32)], &[(0, 32, 0)], "has 67108864 bytes, but the state has 33554432"),
         (&[(0, 128)], &[(0, 128, 0)], "the state has 134217728"),
         (&[], &[(0, 65, 0)], "the state has 68157440"),

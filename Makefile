@@ -58,7 +58,7 @@ demo: setup build
 
 test: setup build test-unit
 	$(CARGO) build --release --workspace --example vmm $(all_features)
-	$(guard) $(CARGO) test --release --workspace --test suite
+	$(guard) $(CARGO) test --release --workspace --test suite $(if $(STENCIL_CLOUD_HYPERVISOR),-- --include-ignored)
 
 test-unit:
 	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }

@@ -37,6 +37,7 @@ macro_rules! pages {
 pages! {
     readme "README.md"
     tutorial "docs/tutorial.md"
+    cloud_hypervisor_page "docs/how-to/cloud-hypervisor.md"
     firecracker_page "docs/how-to/firecracker.md"
     jails "docs/how-to/jails.md"
     kata "docs/how-to/kata.md"
@@ -99,13 +100,23 @@ fn prepare(environment: &str, session: &mut Session) {
                 fs::write(path, firecracker::state(0x8664, "10.0.0", seed)).unwrap();
             }
         }
-        // What Kata's factory leaves of a template.
+        // A snapshot as Cloud Hypervisor 51 writes it.
+        "cloud-hypervisor-snapshot" => {
+            use crate::support::vm::cloud_hypervisor::{Version, anonymous, config, state};
+            tell(session, "mkdir snapshot && seq 1 9999999 | head -c 32M >snapshot/memory-ranges");
+            let memory = [("mem0", 0, 32 << 20, 0)];
+            let files = [config(Version::V51, anonymous(Version::V51, 32 << 20)), state(&memory, &memory)];
+            for (name, json) in ["config.json", "state.json"].into_iter().zip(files) {
+                fs::write(home.join("snapshot").join(name), json.to_string()).unwrap();
+            }
+        }
+        // What Kata's factory leaves: a template of QEMU, and on a tmpfs, as Kata mounts it, one of Cloud Hypervisor.
         "kata-factory" => {
-            tell(
-                session,
-                "mkdir -p /run/vc/vm/template && seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory",
-            );
+            let memory = "seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory";
+            tell(session, &format!("mkdir -p /run/vc/vm/template && {memory}"));
             tell(session, "seq 1 9999 >/run/vc/vm/template/state");
+            tell(session, &format!("mount -t tmpfs -o size=40M tmpfs /run/vc/vm/template && {memory}"));
+            tell(session, "cd /run/vc/vm/template && echo '{}' | tee config.json >state.json; cd");
         }
         _ => panic!("unknown environment '{environment}'"),
     }

@@ -157,6 +157,7 @@ fn every_promise_of_evidence_names_a_test() {
         ("## Security", 25),
         ("### QEMU", 2),
         ("### Firecracker", 2),
+        ("### Cloud Hypervisor", 2),
         ("### libvirt", 2),
         ("### Kata Containers", 1),
     ] {

@@ -3,6 +3,7 @@
 pub mod backend_explain;
 pub mod backend_memory;
 pub mod clone_qemu;
+pub mod cloud_hypervisor;
 pub mod example_vmm;
 pub mod firecracker;
 pub mod kvm_guest;

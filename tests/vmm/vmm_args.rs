@@ -320,14 +320,14 @@ fn the_script_for_kata_resumes_a_real_guest() {
     world.stencil(&["capture", vm.socket().to_str().unwrap(), "guest:v1"]).ok();
     drop(vm);
     world.mount(&[]).ok();
-    let (script, folder) = kata(&world, "guest:v1");
+    let (script, _) = kata(&world, "guest:v1");
     let recipe = world.json(&["inspect", "guest:v1"])["recipe"].clone();
     let by_id = world.json(&["path", "guest:v1"])["path"].as_str().unwrap().to_owned();
-    fs::copy(format!("{by_id}/state"), folder.join("state")).unwrap();
 
-    // The VM as Kata resumes it: a RAM file that QEMU would open read-write, device state by `exec:cat`.
-    let theirs =
-        format!("memory-backend-file,id=dimm1,size=256M,mem-path={}/memory,prealloc=on", folder.display());
+    // The VM as the Go runtime of Kata 4.1 resumes it (`setupTemplate` and `bootFromTemplate` in virtcontainers/qemu.go,
+    // `appendMemoryKnobs` in pkg/govmm/qemu/qemu.go), with the mount in the place of its template directory: a RAM file
+    // that QEMU would open read-write, device state by `exec:cat`.
+    let theirs = format!("memory-backend-file,id=dimm1,size=256M,mem-path={by_id}/memory,prealloc=on");
     let words: Vec<String> = recipe["argv"]
         .as_array()
         .unwrap()
@@ -343,6 +343,12 @@ fn the_script_for_kata_resumes_a_real_guest() {
         })
         .collect();
     assert!(words.contains(&"-incoming".to_owned()) && words.contains(&theirs), "{words:?}");
+    let alone = Command::new("timeout").args(["30", "qemu-system-x86_64"]).args(&words).output().unwrap();
+    let err = String::from_utf8_lossy(&alone.stderr);
+    assert!(
+        alone.status.code() == Some(1) && err.contains("can't open backing store"),
+        "without the script: {err}"
+    );
     let mut command = Command::new(&script);
     let mut qemu = Running::start(command.args(&words), &world.dir().join("qemu.log"));
     let mut qmp = patiently("QMP", Duration::from_secs(30), || {
@@ -351,8 +357,7 @@ fn the_script_for_kata_resumes_a_real_guest() {
         Qmp::connect(&world.dir().join("qmp.sock")).ok()
     });
     Settings::of(&mut qmp).unwrap().for_device_state().apply(&mut qmp).unwrap();
-    qmp.run("migrate-incoming", json!({"uri": format!("exec:cat {}", folder.join("state").display())}))
-        .unwrap();
+    qmp.run("migrate-incoming", json!({"uri": format!("exec:cat {by_id}/state")})).unwrap();
     wait_end(&mut qmp, Instant::now() + Duration::from_secs(60)).unwrap();
     qmp.run("cont", json!({})).unwrap();
     let serial = world.dir().join("serial.log");
@@ -435,6 +440,7 @@ fn the_script_for_kata_accepts_its_forms_and_refuses_others() {
         (format!("{} {numa}", ram("size=lots")), "cannot read the size"),
         (format!("{fine} {numa} -numa node,memdev=dimm2"), "expected 1 RAM object, found 2"),
         (fine.clone(), "expected 1 RAM object, found 0"),
+        ("-machine memory-backend=entire-guest-memory".to_owned(), "runtime-rs keeps the RAM"),
         ("-numa node,memdev=dimm1".to_owned(), "missing -object with id dimm1"),
         (
             format!("-object memory-backend-epc,id=dimm1,size=64M {numa}"),
@@ -455,6 +461,36 @@ fn the_script_for_kata_accepts_its_forms_and_refuses_others() {
     let err = String::from_utf8_lossy(&run.stderr);
     assert!(
         run.status.code() == Some(1) && err.contains("differs from the device state of the template"),
+        "{err}"
+    );
+}
+
+#[test]
+fn the_commands_for_kata_put_the_mount_into_the_place_of_its_directory() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    let json = world.dir().join("json");
+    fs::write(&json, "{}").unwrap();
+    let memory = guest_like(3, MIB);
+    let file = |name: &str| format!("{name}={},kind=blob", json.display());
+    fs::write(world.dir().join("source"), &memory).unwrap();
+    let source = world.dir().join("source").display().to_string();
+    world
+        .stencil(&["import", &source, "clh", "--file", &file("config.json"), "--file", &file("state.json")])
+        .ok();
+    // Kata's directory is a tmpfs. Cloud Hypervisor and Dragonball open the memory read-only.
+    let script = format!(
+        "set -e; mount -t tmpfs none /run; mkdir -p /run/vc/vm/template; mount -t tmpfs none /run/vc/vm/template; \
+         cd /run/vc/vm; echo old >template/memory; {}; cmp template/memory {source}; ls template; \
+         grep -c /run/vc/vm/template /proc/self/mounts; ! echo >>template/memory",
+        text(&world, "clh", "kata").trim_end().replace('\n', "; ")
+    );
+    let run = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output().unwrap();
+    let err = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{err}");
+    assert_eq!(
+        String::from_utf8_lossy(&run.stdout),
+        "config.json\nmanifest.json\nmemory\nstate.json\n1\n",
         "{err}"
     );
 }

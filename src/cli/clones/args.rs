@@ -1,6 +1,9 @@
 //! `stencil args`: prints the arguments that another VMM needs to map a template.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
@@ -9,11 +12,12 @@ use serde_json::Value;
 use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
-use crate::clones::launch::Target;
+use crate::clones::launch;
 use crate::clones::vmm::{Served, Vmm, VmmArguments, paste};
-use crate::error::Result;
-use crate::store::{Digest, Roles, Store, Template, TemplateRef};
+use crate::error::{Error, Result};
+use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Target, Template, TemplateRef};
 use crate::sys::probe;
+use crate::units::to_usize;
 
 /// Print the arguments for another VMM to run guests from a template
 ///
@@ -23,14 +27,22 @@ use crate::sys::probe;
 Examples:
   stencil args web:1 --vmm qemu
   stencil args web:1 --vmm firecracker > snapshot-load.json
+  stencil args web:1 --vmm cloud-hypervisor --dir /run/web-7
   stencil args web:1 --vmm libvirt > web.xml")]
 pub struct VmmArgs {
     /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// Output format: qemu (command line), firecracker (body of snapshot/load), libvirt (domain) or kata (script)
+    /// Output format: qemu (command line), firecracker (body of snapshot/load), cloud-hypervisor (command line and files
+    /// in --dir), libvirt (domain) or kata (script or commands)
     #[arg(long, value_name = "VMM", value_parser = word::<Vmm>)]
     vmm: Vmm,
+    /// Existing directory for config.json and state.json of one Cloud Hypervisor clone
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Replace the files in --dir if they exist
+    #[arg(long, requires = "dir")]
+    force: bool,
 }
 
 #[derive(Serialize)]
@@ -43,6 +55,8 @@ struct Pasted {
     argv: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<Value>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    files: Vec<PathBuf>,
     notes: Vec<String>,
 }
 
@@ -59,21 +73,37 @@ impl Report for Pasted {
 /// Runs `stencil args`.
 ///
 /// # Errors
-/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, and `Code::Usage` if the VMM
-/// does not support the template.
+/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, `Code::Usage` if the VMM does not
+/// support the template, and an error if a file in `--dir` cannot be written, or exists and `--force` is missing.
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
-    let (target, _lease) = Target::find(&store, &args.template, "args")?;
+    let (target, _lease) = launch::Target::find(&store, &args.template, "args")?;
+    let template = store.template(&target.digest)?;
     let served = Served {
         name: target.name.clone(),
         files: target.files.clone(),
         roles: target.roles.clone(),
         values: target.values(),
         recipe: target.recipe_if_any()?,
-        state_head: state_head(&store.template(&target.digest)?, &target.roles)?,
+        state_head: target
+            .roles
+            .state
+            .as_deref()
+            .and_then(|name| template.file(name))
+            .map(|file| template.head(file))
+            .transpose()?,
         commits_strictly: probe::commits_strictly(),
+        documents: documents(&template, args.vmm)?,
+        clone_dir: args.dir.as_deref().map(|dir| clone_directory(dir, args.vmm)).transpose()?,
     };
-    let VmmArguments { text, argv, body, notes } = paste(args.vmm, &served)?;
+    let VmmArguments { text, argv, body, files, notes } = paste(args.vmm, &served)?;
+    // All files are checked before the first one is written.
+    files.iter().try_for_each(|(path, _)| Target::check(path, args.force))?;
+    for (path, bytes) in &files {
+        let mut file = Target::create(path, args.force)?;
+        file.file().write_all(bytes).map_err(|e| Error::io("cannot write", path, e))?;
+        file.publish()?;
+    }
     if !global.quiet && !global.json {
         notes.iter().for_each(|note| crate::print_line!("note: {note}"));
     }
@@ -84,13 +114,48 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
         text,
         argv,
         body,
+        files: files.into_iter().map(|(path, _)| path).collect(),
         notes,
     };
     Ok(Done::report(report))
 }
 
-/// Returns the first block of the device state, `None` if the template has no device state.
-fn state_head(template: &Template, roles: &Roles) -> Result<Option<Vec<u8>>> {
-    let file = roles.state.as_deref().and_then(|name| template.file(name));
-    file.map(|file| template.head(file)).transpose()
+/// Most bytes of a file that a configuration is made from.
+const MAX_DOCUMENT: u64 = 64 << 20;
+
+/// Returns the contents of the files that the VMM's configuration is made from, by name.
+fn documents(template: &Template, vmm: Vmm) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut documents = BTreeMap::new();
+    for name in vmm.documents() {
+        if let Some(bytes) = read(template, name, MAX_DOCUMENT)? {
+            documents.insert((*name).to_owned(), bytes);
+        }
+    }
+    Ok(documents)
+}
+
+/// Returns the first `limit` bytes of a file; `None` if the template has no such file.
+fn read(template: &Template, name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+    let Some(file) = template.file(name) else { return Ok(None) };
+    let (mut bytes, mut scratch) = (vec![], Scratch::default());
+    for block in 0..template.block_count(file).min(limit.div_ceil(BLOCK_SIZE)) {
+        let start = bytes.len();
+        bytes.resize(start + to_usize(BLOCK_SIZE), 0);
+        let length = template.read_block(file, block, &mut scratch, &mut bytes[start..])?;
+        bytes.truncate(start + length);
+    }
+    Ok(Some(bytes))
+}
+
+/// Returns the absolute path of `--dir`.
+fn clone_directory(dir: &Path, vmm: Vmm) -> Result<String> {
+    if vmm.documents().is_empty() {
+        return Err(Error::usage(format!("--dir has no effect with --vmm {}", vmm.name())).hint("omit --dir"));
+    }
+    let absolute = fs::canonicalize(dir).map_err(|e| {
+        Error::io("cannot access directory", dir, e).hint("create the directory, another one for each clone")
+    })?;
+    absolute.into_os_string().into_string().map_err(|_| {
+        Error::usage("invalid directory: the path is not UTF-8").at(dir).hint("choose another directory")
+    })
 }

@@ -41,7 +41,7 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
             .to_owned(),
         "Firecracker cannot load the snapshot of a guest with huge_pages \"2M\" from a file".to_owned(),
     ];
-    Ok(VmmArguments { text, argv: None, body: Some(body), notes })
+    Ok(VmmArguments { text, body: Some(body), notes, ..VmmArguments::default() })
 }
 
 #[cfg(test)]

@@ -55,6 +55,8 @@ set -- "$(set -- $ram && echo $#)" "$@"
 [ "$1" = 1 ] || refuse "expected 1 RAM object, found $1: remove NUMA nodes from Kata's configuration"
 shift
 ram=${ram# }
+# runtime-rs gives its VMs anonymous RAM, which QEMU saves in the device state.
+[ "$ram" != entire-guest-memory ] || refuse "runtime-rs keeps the RAM of QEMU's template in its file 'state', which every VM copies: use runtime-rs with Cloud Hypervisor or Dragonball, or the Go runtime"
 [ -z "$unsupported" ] || refuse "unsupported for clones of a template: ${unsupported#; }; set shared_fs to virtio-9p or none"
 
 # Second pass: the same arguments, with the RAM object replaced.

@@ -32,7 +32,7 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
         notes
             .push("libvirt resumes only device state that libvirt saved: the guest boots instead".to_owned());
     }
-    Ok(VmmArguments { text, argv: None, body: None, notes })
+    Ok(VmmArguments { text, notes, ..VmmArguments::default() })
 }
 
 fn escape(text: &str) -> String {

@@ -1,5 +1,6 @@
 //! Configuration that makes a VMM map a template's memory: a pure function of the template's files and recipe.
 
+mod cloud_hypervisor;
 mod firecracker;
 mod kata;
 mod libvirt;
@@ -20,23 +21,34 @@ pub enum Vmm {
     Qemu,
     /// Firecracker, configured by the body of `PUT /snapshot/load`.
     Firecracker,
+    /// Cloud Hypervisor, configured by the directory of a snapshot.
+    CloudHypervisor,
     /// libvirt, configured by a domain with `<qemu:commandline>`.
     Libvirt,
-    /// Kata Containers, configured by a script for `path` in `[hypervisor.qemu]`.
+    /// Kata Containers, configured by a script for `path` in `[hypervisor.qemu]`, or by a bind mount.
     Kata,
 }
 
 impl Vmm {
     /// All VMMs.
-    pub const ALL: [Vmm; 4] = [Vmm::Qemu, Vmm::Firecracker, Vmm::Libvirt, Vmm::Kata];
+    pub const ALL: [Vmm; 5] = [Vmm::Qemu, Vmm::Firecracker, Vmm::CloudHypervisor, Vmm::Libvirt, Vmm::Kata];
 
     /// Returns the value of `--vmm`.
     pub fn name(self) -> &'static str {
         match self {
             Vmm::Qemu => "qemu",
             Vmm::Firecracker => "firecracker",
+            Vmm::CloudHypervisor => "cloud-hypervisor",
             Vmm::Libvirt => "libvirt",
             Vmm::Kata => "kata",
+        }
+    }
+
+    /// Returns the names of the template's files that the configuration is made from.
+    pub fn documents(self) -> &'static [&'static str] {
+        match self {
+            Vmm::CloudHypervisor => &cloud_hypervisor::FILES,
+            _ => &[],
         }
     }
 }
@@ -60,6 +72,7 @@ pub fn paste(vmm: Vmm, template: &Served) -> Result<VmmArguments> {
     match vmm {
         Vmm::Qemu => qemu::paste(template),
         Vmm::Firecracker => firecracker::paste(template),
+        Vmm::CloudHypervisor => cloud_hypervisor::paste(template),
         Vmm::Libvirt => libvirt::paste(template),
         Vmm::Kata => kata::paste(template),
     }
@@ -67,6 +80,8 @@ pub fn paste(vmm: Vmm, template: &Served) -> Result<VmmArguments> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::clones::recipe::Values;
     use crate::store::{FileKind, Roles, TemplateFile};
@@ -91,6 +106,8 @@ mod tests {
             recipe: None,
             state_head: None,
             commits_strictly: false,
+            documents: BTreeMap::new(),
+            clone_dir: None,
         }
     }
 

@@ -1,14 +1,18 @@
 //! The configuration of a VMM as text.
 
+use std::path::PathBuf;
+
 /// The configuration of a VMM, for the user to paste.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmmArguments {
     /// The configuration as text.
     pub text: String,
-    /// For QEMU: the command line as separate words, beginning with the program.
+    /// For QEMU and Cloud Hypervisor: the command line as separate words, beginning with the program.
     pub argv: Option<Vec<String>>,
     /// For Firecracker: the request body as a JSON value.
     pub body: Option<serde_json::Value>,
+    /// For Cloud Hypervisor: files of one clone, with their contents.
+    pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Notes for the user.
     pub notes: Vec<String>,
 }

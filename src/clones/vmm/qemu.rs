@@ -41,7 +41,7 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
         text.push_str(&format!(" \\\n    {option} {}", shell_word(value)));
     }
     let argv = std::iter::once(program.as_str()).chain(line.words()).map(str::to_owned).collect();
-    Ok(VmmArguments { text, argv: Some(argv), body: None, notes })
+    Ok(VmmArguments { text, argv: Some(argv), notes, ..VmmArguments::default() })
 }
 
 /// Returns machine and memory options for a template without recipe: one NUMA node per RAM file, one NVDIMM per ROM.

@@ -1,5 +1,7 @@
 //! A template as a mount serves it, with its memory files in order.
 
+use std::collections::BTreeMap;
+
 use crate::clones::recipe::{Recipe, Values};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, Roles, TemplateFile};
@@ -22,6 +24,10 @@ pub struct Served {
     pub state_head: Option<Vec<u8>>,
     /// True if the host commits memory strictly (`vm.overcommit_memory=2`): QEMU then rejects `reserve=off`.
     pub commits_strictly: bool,
+    /// Contents of the files that the configuration is made from, by name; see [`Vmm::documents`](super::Vmm::documents).
+    pub documents: BTreeMap<String, Vec<u8>>,
+    /// Absolute path of the directory for the files of one clone.
+    pub clone_dir: Option<String>,
 }
 
 /// A memory file with its path.

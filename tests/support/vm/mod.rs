@@ -1,5 +1,6 @@
 //! Virtual machine monitors and their guests.
 
+pub mod cloud_hypervisor;
 pub mod guest;
 pub mod kvm;
 pub mod libvirt;

@@ -1,0 +1,153 @@
+//! `config.json`: Cloud Hypervisor's `VmConfig`.
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+
+/// Zone that Cloud Hypervisor makes of memory without zones.
+const DEFAULT_ZONE: &str = "mem0";
+
+/// Devices that cannot be made for a clone, with the reason.
+const REFUSED: [(&str, &str); 8] = [
+    ("fs", SHARES),
+    ("generic_vhost_user", SHARES),
+    ("devices", PINS),
+    ("user_devices", PINS),
+    ("vdpa", PINS),
+    ("pvmemcontrol", "it changes memory in a way that only anonymous memory allows"),
+    ("tpm", "its emulator has the state of one guest"),
+    ("ivshmem", "its file is shared by all clones"),
+];
+const SHARES: &str = "it needs shared guest memory (vhost-user), but template memory must be private";
+const PINS: &str = "it pins guest memory, which copies each page";
+
+/// Options of memory and zones that must not be set, because a clone would not share the template.
+const SHARING: [&str; 4] = ["shared", "hugepages", "prefault", "host_numa_node"];
+
+/// Returns the names of the memory zones.
+pub(super) fn zone_ids(config: &Value) -> Vec<String> {
+    let zones = array(&config["memory"]["zones"]);
+    match config["memory"]["size"].as_u64() {
+        Some(0) => zones.filter_map(|zone| zone["id"].as_str()).map(str::to_owned).collect(),
+        _ => vec![DEFAULT_ZONE.to_owned()],
+    }
+}
+
+/// Maps all memory zones privately from the file at `path`, and moves sockets and logs into `dir`. Returns notes for the
+/// user.
+///
+/// # Errors
+/// Returns [`Code::Usage`](crate::error::Code::Usage) if a device or hot-plugged memory does not allow that.
+pub(super) fn convert(config: &mut Value, path: &str, dir: &str) -> Result<Vec<String>> {
+    refuse(config)?;
+    let mut notes = vec![];
+    let removed = memory(config, path)?;
+    if !removed.is_empty() {
+        notes.push(format!(
+            "removed options with which clones would not share memory: {}",
+            removed.join(", ")
+        ));
+    }
+    for (name, device) in ["serial", "console", "debug_console"].map(|name| (name, name.replace('_', "-"))) {
+        // With mode Pty, `file` is the terminal of the source VM, which Cloud Hypervisor replaces.
+        match config[name]["mode"].as_str() {
+            Some("File") => config[name]["file"] = json!(format!("{dir}/{device}.log")),
+            Some("Socket") => config[name]["socket"] = json!(format!("{dir}/{device}.sock")),
+            _ => {}
+        }
+    }
+    if config["vsock"].is_object() {
+        config["vsock"]["socket"] = json!(format!("{dir}/vsock.sock"));
+    }
+    let shared = kept(config);
+    if !shared.is_empty() {
+        notes.push(format!(
+            "unchanged, and opened by each clone: {}; edit config.json for each clone that runs beside another",
+            shared.join(", ")
+        ));
+    }
+    if config["balloon"].is_object() {
+        notes.push("the balloon frees no memory of a clone: Cloud Hypervisor punches holes into the memory file, which is \
+                    read-only".to_owned());
+    }
+    Ok(notes)
+}
+
+fn refuse(config: &Value) -> Result<()> {
+    let present = |value: &Value| match value {
+        Value::Array(list) => !list.is_empty(),
+        value => !value.is_null(),
+    };
+    let device = |(name, why): (&str, &str)| {
+        Error::usage(format!("device '{name}' of the snapshot cannot be made for a clone: {why}"))
+            .hint("take the snapshot of a VM without this device")
+    };
+    if let Some(found) = REFUSED.into_iter().find(|(name, _)| present(&config[*name])) {
+        return Err(device(found));
+    }
+    for kind in ["disks", "net"] {
+        if array(&config[kind]).any(|device| device["vhost_user"] == true) {
+            return Err(device((kind, SHARES)));
+        }
+    }
+    let memory = &config["memory"];
+    if std::iter::once(memory).chain(array(&memory["zones"])).any(|m| !m["hotplug_size"].is_null()) {
+        return Err(Error::usage(
+            "the memory of the snapshot has hotplug_size, but a template has a fixed size",
+        )
+        .hint("take the snapshot of a VM without hotplug_size"));
+    }
+    Ok(())
+}
+
+/// Sets the memory zones. Returns the options that were removed.
+fn memory(config: &mut Value, path: &str) -> Result<Vec<String>> {
+    let invalid = || Error::usage("config.json has no memory: Cloud Hypervisor did not write the file");
+    let memory = config.get_mut("memory").and_then(Value::as_object_mut).ok_or_else(invalid)?;
+    let size = memory.get("size").and_then(Value::as_u64).ok_or_else(invalid)?;
+    let mut removed = remove_options(memory);
+    if size > 0 {
+        let mut zone =
+            Map::from_iter([("id".to_owned(), json!(DEFAULT_ZONE)), ("size".to_owned(), json!(size))]);
+        let inherited = ["reserve", "mergeable"].into_iter().filter_map(|key| memory.get_key_value(key));
+        zone.extend(inherited.map(|(key, value)| (key.clone(), value.clone())).collect::<Vec<_>>());
+        memory.insert("size".to_owned(), json!(0));
+        memory.insert("zones".to_owned(), json!([zone]));
+    }
+    memory.insert("thp".to_owned(), json!(true));
+    for zone in memory.get_mut("zones").and_then(Value::as_array_mut).ok_or_else(invalid)? {
+        let zone = zone.as_object_mut().ok_or_else(invalid)?;
+        for option in remove_options(zone) {
+            // A zone is shared because its file was the memory of the source VM; that loses nothing.
+            if option != "shared=on" && !removed.contains(&option) {
+                removed.push(option);
+            }
+        }
+        zone.insert("file".to_owned(), json!(path));
+        zone.insert("shared".to_owned(), json!(false));
+    }
+    Ok(removed)
+}
+
+fn remove_options(memory: &mut Map<String, Value>) -> Vec<String> {
+    memory.remove("hugepage_size");
+    let removed = SHARING.into_iter().filter_map(|key| match memory.remove(key)? {
+        Value::Bool(true) => Some(format!("{key}=on")),
+        Value::Number(node) => Some(format!("{key}={node}")),
+        _ => None,
+    });
+    removed.collect()
+}
+
+/// Returns the files and host devices that all clones open under the name that the source VM used.
+fn kept(config: &Value) -> Vec<String> {
+    let named = |kind: &str, key: &str| {
+        let paths = array(&config[kind]).filter_map(|device| device[key].as_str());
+        paths.map(|name| format!("{key} {name} of {kind}")).collect::<Vec<_>>()
+    };
+    [named("disks", "path"), named("pmem", "file"), named("net", "tap")].concat()
+}
+
+fn array(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}

@@ -1,5 +1,5 @@
-//! Cloud Hypervisor: the files that `stencil args` writes for a clone, from snapshots of three versions; and a launch of the
-//! real program, where one is named.
+//! Cloud Hypervisor: the files that `stencil args` writes for a clone, from snapshots of three versions; and a launch
+//! of the real program, where one is named.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -205,9 +205,9 @@ fn files_of_a_clone_are_private_and_not_replaced_by_mistake() {
         .says("state.json has no memory manager");
 }
 
-/// A guest that Cloud Hypervisor boots by its PVH entry, in 32-bit mode without paging. It fills 256 pages from 8 MiB with
-/// known words and prints `B`; then, again and again, it writes 64 pages from 16 MiB, checks the known words, and prints
-/// `.` if they are right and `X` if not.
+/// A guest that Cloud Hypervisor boots by its PVH entry, in 32-bit mode without paging. It fills 256 pages from 8 MiB
+/// with known words and prints `B`; then, again and again, it writes 64 pages from 16 MiB, checks the known words, and
+/// prints `.` if they are right and `X` if not.
 const GUEST: &str = r#"
 .section .note.pvh, "a", @note
 .long 4, 8, 18
@@ -255,12 +255,9 @@ fn put(socket: &Path, action: &str, body: &str) {
         patiently("the API socket", Duration::from_secs(30), || UnixStream::connect(socket).ok());
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let length = body.len();
-    write!(
-        stream,
-        "PUT /api/v1/{action} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nContent-Type: application/json\r\nContent-Length: \
-         {length}\r\n\r\n{body}"
-    )
-    .unwrap();
+    let headers = "Host: localhost\r\nAccept: */*\r\nContent-Type: application/json";
+    write!(stream, "PUT /api/v1/{action} HTTP/1.1\r\n{headers}\r\nContent-Length: {length}\r\n\r\n{body}")
+        .unwrap();
     let mut answer = [0; 4096];
     let length = stream.read(&mut answer).unwrap();
     let answer = String::from_utf8_lossy(&answer[..length]);

@@ -324,9 +324,9 @@ fn the_script_for_kata_resumes_a_real_guest() {
     let recipe = world.json(&["inspect", "guest:v1"])["recipe"].clone();
     let by_id = world.json(&["path", "guest:v1"])["path"].as_str().unwrap().to_owned();
 
-    // The VM as the Go runtime of Kata 4.1 resumes it (`setupTemplate` and `bootFromTemplate` in virtcontainers/qemu.go,
-    // `appendMemoryKnobs` in pkg/govmm/qemu/qemu.go), with the mount in the place of its template directory: a RAM file
-    // that QEMU would open read-write, device state by `exec:cat`.
+    // The VM as the Go runtime of Kata 4.1 resumes it (`setupTemplate` and `bootFromTemplate` in
+    // virtcontainers/qemu.go, `appendMemoryKnobs` in pkg/govmm/qemu/qemu.go), with the mount in the place of its
+    // template directory: a RAM file that QEMU would open read-write, device state by `exec:cat`.
     let theirs = format!("memory-backend-file,id=dimm1,size=256M,mem-path={by_id}/memory,prealloc=on");
     let words: Vec<String> = recipe["argv"]
         .as_array()

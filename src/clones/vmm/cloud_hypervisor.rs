@@ -1,5 +1,5 @@
-//! The directory from which Cloud Hypervisor restores one clone: `config.json` and `state.json` of the snapshot, changed
-//! so that each memory zone is a private mapping of the template's memory file.
+//! The directory from which Cloud Hypervisor restores one clone: `config.json` and `state.json` of the snapshot,
+//! changed so that each memory zone is a private mapping of the template's memory file.
 //!
 //! A restore copies the ranges that `state.json` lists from `memory-ranges` into anonymous memory. Without such ranges
 //! nothing is copied, and a zone with `file` and without `shared` is mapped with `MAP_PRIVATE`. Version 51 is the first

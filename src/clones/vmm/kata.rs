@@ -1,6 +1,6 @@
 //! For Kata Containers with QEMU, a wrapper script for `path` in `[hypervisor.qemu]`. For its Cloud Hypervisor and
-//! Dragonball, which map the memory of a template privately and open it read-only, the commands that make Kata's template
-//! directory the one of the mount.
+//! Dragonball, which map the memory of a template privately and open it read-only, the commands that make Kata's
+//! template directory the one of the mount.
 
 use super::paste::{VmmArguments, shell_word};
 use super::served::{Memory, Served};
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 /// The script, with `@NAME@` for the values of the template.
 const SCRIPT: &str = include_str!("kata.sh");
 
-/// Default of `template_path` in Kata's `[factory]`.
+/// Default of Kata's `template_path`.
 const TEMPLATE_PATH: &str = "/run/vc/vm/template";
 
 pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
@@ -46,8 +46,8 @@ fn directory(template: &Served, memory: Memory<'_>) -> Result<VmmArguments> {
         format!("umount --lazy {TEMPLATE_PATH}\nmount --bind {} {TEMPLATE_PATH}", shell_word(directory));
     let notes = vec![
         format!(
-            "run these commands after Kata has made its template; with another template_path in [factory], replace \
-             {TEMPLATE_PATH}"
+            "run these commands after Kata has made its template; with another template_path in its configuration, \
+             replace {TEMPLATE_PATH}"
         ),
         "Kata's Cloud Hypervisor must be version 51 or later, which opens the memory file read-only"
             .to_owned(),

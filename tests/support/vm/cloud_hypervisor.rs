@@ -1,8 +1,7 @@
 //! Snapshots as Cloud Hypervisor writes them, field by field from its sources, with default features on x86_64:
-//! `config.json` from `struct VmConfig` in `vmm/src/vm_config.rs`, `state.json` from `struct Snapshot` and
-//! `struct SnapshotData` in `vm-migration/src/lib.rs` with `struct MemoryManagerSnapshotData` in
-//! `vmm/src/memory_manager.rs` and `struct MemoryRangeTable` in `vm-migration/src/protocol.rs`. The state of CPUs and devices
-//! is left out.
+//! `config.json` from `struct VmConfig` in `vmm/src/vm_config.rs`, `state.json` from `struct Snapshot` and `struct
+//! SnapshotData` in `vm-migration/src/lib.rs` with `struct MemoryManagerSnapshotData` in `vmm/src/memory_manager.rs`
+//! and `struct MemoryRangeTable` in `vm-migration/src/protocol.rs`. The state of CPUs and devices is left out.
 
 use serde_json::{Value, json};
 

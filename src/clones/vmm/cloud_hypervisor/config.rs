@@ -33,8 +33,8 @@ pub(super) fn zone_ids(config: &Value) -> Vec<String> {
     }
 }
 
-/// Maps all memory zones privately from the file at `path`, and moves sockets and logs into `dir`. Returns notes for the
-/// user.
+/// Maps all memory zones privately from the file at `path`, and moves sockets and logs into `dir`. Returns notes for
+/// the user.
 ///
 /// # Errors
 /// Returns [`Code::Usage`](crate::error::Code::Usage) if a device or hot-plugged memory does not allow that.
@@ -67,8 +67,8 @@ pub(super) fn convert(config: &mut Value, path: &str, dir: &str) -> Result<Vec<S
         ));
     }
     if config["balloon"].is_object() {
-        notes.push("the balloon frees no memory of a clone: Cloud Hypervisor punches holes into the memory file, which is \
-                    read-only".to_owned());
+        let why = "Cloud Hypervisor punches holes into the memory file, which is read-only";
+        notes.push(format!("the balloon frees no memory of a clone: {why}"));
     }
     Ok(notes)
 }

@@ -131,7 +131,7 @@ struct Job {
 
 /// Work of the command: one template, or one for each directory in the source.
 enum Plan {
-    One(Job),
+    One(Box<Job>),
     Each(Vec<(PathBuf, TagName)>),
 }
 
@@ -148,14 +148,16 @@ impl ImportArgs {
             let state = self.state.as_ref().map(|path| file("state", FileKind::Blob, path));
             let files = [memory].into_iter().chain(state).chain(files).collect();
             let request = self.request(&self.name.tag, files, self.format);
-            return Ok(Plan::One(Job { request, recognized: None }));
+            return Ok(Plan::One(Job { request, recognized: None }.into()));
         }
         let refuse = |why: &str, hint: &str| Err(Error::usage(why).at(&self.source).hint(hint));
         if self.state.is_some() {
             return refuse("--state is given, but the source is a directory", "omit --state");
         }
         let folders = match Folder::open(&self.source, &files)? {
-            Folder::Snapshot(snapshot) => return self.snapshot(&self.name.tag, snapshot).map(Plan::One),
+            Folder::Snapshot(snapshot) => {
+                return Ok(Plan::One(self.snapshot(&self.name.tag, snapshot)?.into()));
+            }
             Folder::Folders(folders) => folders,
         };
         if self.name.is_explicit {
@@ -323,7 +325,7 @@ pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
         Ok(ImportReport { recognized, imported, seconds: start.elapsed().as_secs_f64() })
     };
     let each = match plan {
-        Plan::One(job) => return import(job).map(Done::report),
+        Plan::One(job) => return import(*job).map(Done::report),
         Plan::Each(each) => each,
     };
     let mut done = Vec::new();

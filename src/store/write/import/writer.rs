@@ -86,7 +86,7 @@ impl<'a> Writer<'a> {
         {
             let in_file = u16::MAX >> (16 - pages.saturating_sub(first).min(16));
             let changed = in_file & !base_pages;
-            self.changed_pages = self.changed_pages + PageCount::new(changed.count_ones().into());
+            self.changed_pages += PageCount::new(changed.count_ones().into());
             self.has_zero_page |= changed & !block.data_pages != 0;
         }
     }

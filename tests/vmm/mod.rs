@@ -5,6 +5,7 @@ pub mod backend_memory;
 pub mod clone_qemu;
 pub mod example_vmm;
 pub mod firecracker;
+pub mod firecracker_guests;
 pub mod kvm_guest;
 pub mod libvirt_guest;
 pub mod qemu_conformance;

@@ -10,11 +10,9 @@ use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::clones::launch::Target;
-use crate::clones::vmm::{Served, Vmm, VmmArguments, paste};
+use crate::clones::vmm::{Vmm, VmmArguments, paste};
 use crate::error::Result;
-use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Template, TemplateRef};
-use crate::sys::probe;
-use crate::units::to_usize;
+use crate::store::{Digest, Store, TemplateRef};
 
 /// Print the arguments for another VMM to run guests from a template
 ///
@@ -65,14 +63,7 @@ impl Report for Pasted {
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = Target::find(&store, &args.template, "args")?;
-    let served = Served {
-        name: target.name.clone(),
-        files: target.files.clone(),
-        values: target.values(),
-        recipe: target.recipe_if_any()?,
-        state_head: state_head(&store.template(&target.digest)?)?,
-        commits_strictly: probe::commits_strictly(),
-    };
+    let served = target.served(&store)?;
     let VmmArguments { text, argv, body, notes } = paste(args.vmm, &served)?;
     if !global.quiet && !global.json {
         notes.iter().for_each(|note| crate::print_line!("note: {note}"));
@@ -87,16 +78,4 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
         notes,
     };
     Ok(Done::report(report))
-}
-
-/// Returns the first block of the device state, `None` if the template has no device state.
-fn state_head(template: &Template) -> Result<Option<Vec<u8>>> {
-    let Some(file) = template.file("state") else { return Ok(None) };
-    let mut head = vec![0; to_usize(BLOCK_SIZE)];
-    if template.block_count(file) == 0 {
-        return Ok(Some(vec![]));
-    }
-    let length = template.read_block(file, 0, &mut Scratch::default(), &mut head)?;
-    head.truncate(length);
-    Ok(Some(head))
 }

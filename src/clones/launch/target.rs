@@ -5,9 +5,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::clones::registry::CloneStore;
+use crate::clones::vmm::Served;
 use crate::control::{self, Lease};
 use crate::error::{Error, Result};
-use crate::store::{Digest, Serving, Store, TemplateFile, TemplateRef, inode_number};
+use crate::store::{
+    BLOCK_SIZE, Digest, Scratch, Serving, Store, Template, TemplateFile, TemplateRef, inode_number,
+};
+use crate::sys::probe;
+use crate::units::to_usize;
 
 /// The template of a launch.
 #[derive(Debug, Clone)]
@@ -92,8 +97,35 @@ impl Target {
         Values::new(&self.name, &self.files.iter().map(path).collect::<Vec<_>>())
     }
 
+    /// Returns the template as a VMM sees it in the mount.
+    ///
+    /// # Errors
+    /// Returns an error if the template cannot be read, or if this build does not support its recipe.
+    pub fn served(&self, store: &Store) -> Result<Served> {
+        Ok(Served {
+            name: self.name.clone(),
+            files: self.files.clone(),
+            values: self.values(),
+            recipe: self.recipe_if_any()?,
+            state_head: state_head(&store.template(&self.digest)?)?,
+            commits_strictly: probe::commits_strictly(),
+        })
+    }
+
     /// Returns true if a mapping of this device and inode number is of the template's memory.
     pub fn is_mapped_by(&self, dev: u64, ino: u64) -> bool {
         dev == self.inodes.0 && self.inodes.1.contains(&ino)
     }
+}
+
+/// Returns the first block of the device state, `None` if the template has no device state.
+fn state_head(template: &Template) -> Result<Option<Vec<u8>>> {
+    let Some(file) = template.file("state") else { return Ok(None) };
+    let mut head = vec![0; to_usize(BLOCK_SIZE)];
+    if template.block_count(file) == 0 {
+        return Ok(Some(vec![]));
+    }
+    let length = template.read_block(file, 0, &mut Scratch::default(), &mut head)?;
+    head.truncate(length);
+    Ok(Some(head))
 }

@@ -2,7 +2,7 @@
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::error::{Error, Result};
-use crate::store::{FileKind, TemplateFile};
+use crate::store::{FileKind, FirecrackerState, TemplateFile};
 use crate::units::Bytes;
 
 /// A template as a mount serves it.
@@ -82,6 +82,11 @@ impl Served {
     /// Returns the path of the device state.
     pub(super) fn state(&self) -> Option<&str> {
         self.files.iter().any(|file| file.name == "state").then(|| self.path("state"))
+    }
+
+    /// Returns true if the device state is Firecracker's.
+    pub fn is_of_firecracker(&self) -> bool {
+        self.state_head.as_deref().is_some_and(|head| FirecrackerState::header(head).is_ok())
     }
 
     pub(super) fn names(&self) -> String {

@@ -1,5 +1,6 @@
 //! Virtual machine monitors and their guests.
 
+pub mod firecracker;
 pub mod guest;
 pub mod kvm;
 pub mod libvirt;

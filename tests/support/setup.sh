@@ -67,6 +67,7 @@ command -v rsync >/dev/null 2>&1 || packages+=(rsync)
 # dropbear-bin has only the programs: installing it starts no service on this host.
 command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)
 command -v dropbear >/dev/null 2>&1 || packages+=(dropbear-bin)
+command -v curl >/dev/null 2>&1 || packages+=(curl)
 command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 # Tools that build this project's Debian package, and programs that read its man pages and completions.
 command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)

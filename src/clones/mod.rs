@@ -6,6 +6,7 @@ pub mod audit;
 pub mod baseline;
 pub mod capture;
 pub mod find;
+pub mod firecracker_api;
 mod helper_process;
 pub mod launch;
 pub mod migration;

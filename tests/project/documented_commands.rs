@@ -17,8 +17,7 @@ use crate::support::mount::{UNSEEN, run};
 use crate::support::pages::page::{Block, blocks, line_matches, matches, updated, violations};
 use crate::support::pages::session::{Outcome, Session};
 use crate::support::pages::svg::terminal;
-use crate::support::vm::guest;
-use crate::vmm::firecracker;
+use crate::support::vm::{self, guest};
 
 /// Blocks of one page that may say `not-run`.
 const MAX_NOT_RUN: usize = 2;
@@ -87,18 +86,31 @@ fn prepare(environment: &str, session: &mut Session) {
             tell(session, "mkdir /srv/templates && stencil -q import memory web:1 && rm memory");
             tell(session, "stencil -q mount /srv/templates");
         }
-        // Memory and state as Firecracker writes them, in the directories full and diff.
-        "firecracker-snapshot" => {
-            tell(session, "mkdir full diff && seq 1 9999999 | head -c 32M >full/snapshot.mem");
-            tell(session, "truncate -s 32M diff/snapshot.mem");
-            tell(
-                session,
-                "(seq 1 99999; cat /dev/zero) | dd of=diff/snapshot.mem bs=4K seek=700 count=160 conv=notrunc iflag=fullblock",
+        // A Firecracker with a guest; its API socket is fc.sock. The guest never idles.
+        "running-firecracker" => {
+            let program = session.bin().join("firecracker");
+            let script = format!(
+                "#!/bin/bash\nexec nice -n 19 {} \"$@\"\n",
+                vm::firecracker::program("firecracker").display()
             );
-            for (directory, seed) in [("full", 7), ("diff", 8)] {
-                let path = home.join(directory).join("snapshot.state");
-                fs::write(path, firecracker::state(0x8664, "10.0.0", seed)).unwrap();
+            install(&program, &script);
+            tell(session, "firecracker --api-sock fc.sock </dev/null >fc.log &");
+            tell(session, "until [ -S fc.sock ]; do sleep 0.1; done");
+            let kernel = vm::firecracker::guest().display();
+            for (object, body) in [
+                ("boot-source", format!(r#"{{"kernel_image_path": "{kernel}"}}"#)),
+                (
+                    "machine-config",
+                    r#"{"vcpu_count": 1, "mem_size_mib": 128, "track_dirty_pages": true}"#.to_owned(),
+                ),
+                ("actions", r#"{"action_type": "InstanceStart"}"#.to_owned()),
+            ] {
+                tell(
+                    session,
+                    &format!("curl -sf --unix-socket fc.sock -X PUT http://localhost/{object} -d '{body}'"),
+                );
             }
+            tell(session, "until grep -q '^R' fc.log; do sleep 0.1; done");
         }
         // A snapshot as Cloud Hypervisor 51 writes it.
         "cloud-hypervisor-snapshot" => {

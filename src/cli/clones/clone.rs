@@ -15,24 +15,28 @@ use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
 use crate::clones::counted;
-use crate::clones::launch::{Failure, How, LaunchRequest, Launched, Ready, Simulate, Target, launch};
+use crate::clones::launch::{
+    Failure, How, LaunchRequest, Launched, Microvm, Ready, Simulate, Target, launch,
+};
 use crate::clones::registry::process_tree::ProcessTrees;
-use crate::clones::registry::{self, Entry};
+use crate::clones::registry::{self, Entry, Kind};
 use crate::clones::stop::stop;
+use crate::clones::vmm::{Vmm, paste};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
 ///
-/// Without --simulate and without CMD, the launch recipe of the template is used. The command returns when all clones
-/// are ready; the clones run until they exit or are stopped. If one clone fails to become ready, all clones of the call
-/// are removed.
+/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker is loaded
+/// by Firecracker. The command returns when all clones are ready; the clones run until they exit or are stopped. If one
+/// clone fails to become ready, all clones of the call are removed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   stencil clone web:1 -n 20
   stencil clone web:1 -n 100 --simulate read=5%,write=1%
+  stencil clone fc:1 -n 8 --network eth0=tap-{index}
   stencil clone web:1 --wait -- your-vmm --mem {memory} --state {state}")]
 pub struct CloneArgs {
     /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
@@ -59,6 +63,12 @@ pub struct CloneArgs {
     /// the clone, which is in RAM if /run is]
     #[arg(long, value_name = "DIR", conflicts_with = "simulate")]
     disk_dir: Option<PathBuf>,
+    /// Firecracker to start for the clones of a Firecracker snapshot: a path, or a name in PATH [default: firecracker]
+    #[arg(long, value_name = "PROGRAM", conflicts_with_all = ["simulate", "command"])]
+    firecracker: Option<PathBuf>,
+    /// TAP device of a network interface of a Firecracker snapshot; {index} and {id} are replaced. Can be repeated
+    #[arg(long, value_name = "IFACE=DEVICE", value_parser = network, conflicts_with_all = ["simulate", "command"])]
+    network: Vec<(String, String)>,
     /// Number of clones that are launched at the same time [default: twice the number of processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     parallel: Option<u32>,
@@ -124,7 +134,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let (target, lease) = Target::find(&store, &args.template, "clone")?;
     let how = match (&args.simulate, args.command.is_empty()) {
         (Some(simulate), _) => How::Simulated(simulate.clone()),
-        (None, true) => How::Qemu(target.recipe()?),
+        (None, true) => vmm_of(args, &target, &store)?,
         (None, false) => How::Command(
             args.command.clone(),
             if args.ready == "notify" { Ready::Notify } else { Ready::Mapped },
@@ -134,7 +144,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         How::Qemu(recipe) => recipe.shared_networks().into_iter().map(link_is_down).collect(),
         _ => vec![],
     };
-    let is_resumed = matches!(how, How::Qemu(_));
+    let kind = how.kind();
     let cancel = interrupt::flag()?;
     let cores =
         std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
@@ -157,8 +167,14 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     drop(lease);
     let seconds = start.elapsed().as_secs_f64();
     let age = SystemTime::now().duration_since(target.created).unwrap_or_default();
-    if is_resumed {
-        warnings.push(clock_note(age, &launched.clocks));
+    match kind {
+        Kind::Qemu => warnings.push(clock_note(age, &launched.clocks)),
+        Kind::Firecracker => warnings.push(format!(
+            "the template is {} old, and the clocks of its clones are behind by the same time: see \
+             docs/how-to/renew-clones.md",
+            span(age)
+        )),
+        Kind::Simulated | Kind::Command => {}
     }
     warnings.iter().for_each(|warning| crate::print_line!("note: {warning}"));
     let failed = !launched.failures.is_empty();
@@ -184,6 +200,42 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         (true, _) => done.exit_as(Code::Failed),
         (false, code) => done.exit_code(code),
     })
+}
+
+/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or Firecracker by the snapshot itself.
+fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
+    let served = target.served(store)?;
+    if served.recipe.is_none() && served.is_of_firecracker() {
+        let program = args.firecracker.clone().unwrap_or_else(|| "firecracker".into());
+        // The clones have another working directory.
+        let is_path = program.as_os_str().as_encoded_bytes().contains(&b'/');
+        let program = if is_path {
+            program.canonicalize().map_err(|e| Error::io("cannot use Firecracker", &program, e))?
+        } else {
+            program
+        };
+        let body = paste(Vmm::Firecracker, &served)?.body.unwrap_or_default();
+        return Ok(How::Firecracker(Microvm { program, body, networks: args.network.clone() }));
+    }
+    let recipe = target.recipe()?;
+    if args.firecracker.is_some() || !args.network.is_empty() {
+        return Err(Error::usage(format!(
+            "template {} is resumed by QEMU: --firecracker and --network do not apply",
+            target.name
+        ))
+        .hint("omit these options, or choose a template of a Firecracker snapshot"));
+    }
+    Ok(How::Qemu(recipe))
+}
+
+/// Parses `IFACE=DEVICE`.
+fn network(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((interface, device)) if !interface.is_empty() && !device.is_empty() => {
+            Ok((interface.to_owned(), device.to_owned()))
+        }
+        _ => Err("expected IFACE=DEVICE, such as eth0=tap-{index}".to_owned()),
+    }
 }
 
 /// Returns the canonical path of the directory: clones run with another working directory.

@@ -1,5 +1,6 @@
 //! `stencil logs`: prints the output of a clone.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use crate::cli::Global;
 use crate::cli::output::{Done, Report};
 use crate::clones::registry::process_tree::ProcessTrees;
-use crate::clones::registry::{self, Entry, LOG, SERIAL_LOG};
+use crate::clones::registry::{self, API_SOCKET, Entry, LOG, QMP_SOCKET, SERIAL_LOG};
 use crate::error::{Error, Result};
 use crate::sys::poll::Patient;
 
@@ -123,13 +124,14 @@ fn runs(id: &str) -> bool {
     })
 }
 
-/// Returns the sockets of serial ports and other character devices, without the QMP monitor.
+/// Returns the sockets of serial ports and other devices, without the control socket of the VMM.
 fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {
     let fail = |e| Error::io("cannot read the directory of a clone", dir, e);
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        if entry.file_type().map_err(fail)?.is_socket() && entry.file_name() != "qmp.sock" {
+        let is_control = |name: &OsStr| name == QMP_SOCKET || name == API_SOCKET;
+        if entry.file_type().map_err(fail)?.is_socket() && !is_control(&entry.file_name()) {
             found.push(entry.path());
         }
     }

@@ -53,8 +53,9 @@ impl ActiveLaunch<'_> {
         })
     }
 
-    pub fn failed(&self, index: u32, message: String) {
-        self.gathered(|g| g.failures.push(Failure { index, message }));
+    pub fn failed(&self, index: u32, message: String, hint: Option<&str>) {
+        let hint = hint.map(str::to_owned);
+        self.gathered(|g| g.failures.push(Failure { index, message, hint }));
     }
 
     /// Launches clones that are children of this process, `parallel` at a time.
@@ -84,7 +85,7 @@ impl ActiveLaunch<'_> {
     {
         let mut entry = match self.create(index, None) {
             Ok(entry) => entry,
-            Err(error) => return self.failed(index, error.to_string()),
+            Err(error) => return self.failed(index, error.to_string(), error.hint_text()),
         };
         match start(self, &mut entry) {
             Ok(child) => {
@@ -100,7 +101,7 @@ impl ActiveLaunch<'_> {
                 if let Err(left) = entry.destroy() {
                     log::warn!("{left}");
                 }
-                self.failed(index, format!("{error}{log_tail}"));
+                self.failed(index, format!("{error}{log_tail}"), error.hint_text());
             }
         }
     }
@@ -118,11 +119,14 @@ impl ActiveLaunch<'_> {
         match first {
             Some(first) if !self.order.keep_going || launched.clones.is_empty() => {
                 let others = if failed > 1 { format!(" ({failed} failed)") } else { String::new() };
+                let hint = first.hint.map_or(String::new(), |hint| format!("{hint}; or "));
                 Err(Error::failed(format!(
                     "clone {} of {count} did not become ready{others}: {}",
                     first.index, first.message
                 ))
-                .hint("use --keep-going to keep the clones that become ready; all clones of this launch were removed"))
+                .hint(format!(
+                    "{hint}use --keep-going to keep the clones that become ready; all clones of this launch were removed"
+                )))
             }
             _ => Ok(launched),
         }

@@ -1,6 +1,7 @@
 //! Clones that run a command of the user.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,10 +11,13 @@ use super::active_launch::ActiveLaunch;
 use super::order::Ready;
 use crate::clones::launch::clone_resources;
 use crate::clones::recipe::{Escape, Needs};
-use crate::clones::registry::{Entry, process_tree};
+use crate::clones::registry::{Entry, LOG, process_tree};
 use crate::error::{Error, Result};
 use crate::sys::process::procfs;
 use crate::sys::process::{ProcessId, inherit, own_session};
+
+/// Maximum length of a Unix socket path in bytes (`sun_path` without its final zero byte).
+const MAX_SOCKET_PATH: usize = 107;
 
 /// Interval for searching the process tree of a command; each search reads every process of the host.
 const PROCESS_TREE_INTERVAL: Duration = Duration::from_millis(200);
@@ -60,10 +64,22 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
     };
     match outcome {
         Ok(()) => Ok(child),
-        Err(error) => {
-            process_tree::kill(std::slice::from_ref(entry))?;
+        Err(error) => Err(kill(child, entry, error)),
+    }
+}
+
+/// Kills the whole process tree of a clone that did not become ready, and returns the error of the launch.
+pub fn kill(mut child: Child, entry: &Entry, error: Error) -> Error {
+    match process_tree::kill(std::slice::from_ref(entry)) {
+        Ok(()) => {
             let _ = child.wait();
-            Err(error)
+            error
+        }
+        // A wait for a process that cannot be killed would not return.
+        Err(other) => {
+            let _ = child.kill();
+            let _ = child.try_wait();
+            error.and(other)
         }
     }
 }
@@ -73,12 +89,17 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
 /// # Errors
 /// Returns an error if the program cannot be started or the record cannot be written.
 pub fn spawn(command: &mut Command, entry: &mut Entry) -> Result<Child> {
-    let (out, err) = (entry.open_log()?, entry.open_log()?);
-    command
-        .env("STENCIL_DIR", &entry.dir)
-        .stdin(Stdio::null())
-        .stdout(Stdio::from(out))
-        .stderr(Stdio::from(err));
+    let out = entry.open_log(LOG)?;
+    spawn_with(command, entry, Stdio::null(), out.into())
+}
+
+/// Same as [`spawn`] with another standard input and output.
+///
+/// # Errors
+/// Same as [`spawn`].
+pub fn spawn_with(command: &mut Command, entry: &mut Entry, input: Stdio, output: Stdio) -> Result<Child> {
+    let errors = entry.open_log(LOG)?;
+    command.env("STENCIL_DIR", &entry.dir).stdin(input).stdout(output).stderr(Stdio::from(errors));
     let program = command.get_program().to_owned();
     let mut child = command.spawn().map_err(|e| {
         Error::io("cannot start the command", &program, e)
@@ -124,6 +145,71 @@ impl<'a> ReadyWait<'a> {
         std::thread::sleep(interval);
         Ok(())
     }
+}
+
+/// Checks that a socket with this path can be connected to.
+///
+/// # Errors
+/// Returns an error if the path is too long for a socket.
+pub fn expect_short(socket: &str) -> Result<()> {
+    if socket.len() <= MAX_SOCKET_PATH {
+        return Ok(());
+    }
+    Err(Error::failed(format!(
+        "the path of a clone's socket is too long: {} bytes, the limit is {MAX_SOCKET_PATH}",
+        socket.len()
+    ))
+    .at(socket)
+    .hint("set STENCIL_RUNTIME_DIR to a shorter path"))
+}
+
+/// The socket on which a VMM takes commands.
+pub struct ControlSocket<'a> {
+    /// Name of the VMM, for errors.
+    pub vmm: &'a str,
+    /// Name of the socket, for errors.
+    pub name: &'a str,
+    /// Path of the socket.
+    pub path: PathBuf,
+    /// What to do if the VMM exits early.
+    pub hint: &'a str,
+}
+
+/// Waits until a VMM listens on its socket, and connects.
+///
+/// # Errors
+/// Returns an error if the VMM exits before it listens, and [`Code::TryAgain`](crate::error::Code::TryAgain) on a
+/// timeout.
+pub fn connect<T>(
+    wait: &ReadyWait<'_>,
+    child: &mut Child,
+    entry: &Entry,
+    socket: &ControlSocket<'_>,
+    open: impl Fn(&Path) -> Result<T>,
+) -> Result<T> {
+    let ControlSocket { vmm, name, path, hint } = socket;
+    loop {
+        if path.exists() {
+            match open(path) {
+                // Bound, not listening yet.
+                Err(e) if e.errno() == Some(connection_refused()) => {}
+                other => return other,
+            }
+        }
+        let exited =
+            child.try_wait().map_err(|e| Error::failed(format!("cannot wait for {vmm}")).because(e))?;
+        if let Some(status) = exited
+            && process_tree::of_folder(&entry.dir).is_empty()
+        {
+            let what = format!("{vmm} exited before it opened its {name} socket ({status})");
+            return Err(Error::failed(what).hint(*hint));
+        }
+        wait.pause(Duration::from_millis(5))?;
+    }
+}
+
+fn connection_refused() -> i32 {
+    rustix::io::Errno::CONNREFUSED.raw_os_error()
 }
 
 fn wait_mapped(wait: &ReadyWait<'_>, child: &mut Child, entry: &mut Entry) -> Result<()> {

@@ -3,6 +3,7 @@
 mod active_launch;
 mod child;
 mod clone_resources;
+mod firecracker;
 mod job;
 mod launch_watchdog;
 mod order;
@@ -25,7 +26,7 @@ use crate::control;
 use crate::error::Result;
 use crate::progress::Progress;
 use active_launch::ActiveLaunch;
-pub use order::{Failure, How, LaunchRequest, Launched, Ready};
+pub use order::{Failure, How, LaunchRequest, Launched, Microvm, Ready};
 pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
 
@@ -85,6 +86,9 @@ fn gather(
         }
         How::Qemu(recipe) => {
             (active.launch_children(|active, entry| qemu::resume(active, recipe, entry))?, None)
+        }
+        How::Firecracker(microvm) => {
+            (active.launch_children(|active, entry| firecracker::resume(active, microvm, entry))?, None)
         }
         How::Command(argv, ready) => {
             (active.launch_children(|active, entry| child::run(active, argv, *ready, entry))?, None)

@@ -17,18 +17,33 @@ pub enum How {
     Simulated(Simulate),
     /// QEMU processes, resumed by this recipe.
     Qemu(Recipe),
+    /// Firecracker processes that load the template's snapshot.
+    Firecracker(Microvm),
     /// Processes of a command with placeholders.
     Command(Vec<String>, Ready),
 }
 
 impl How {
-    pub(super) fn kind(&self) -> Kind {
+    /// Returns the kind of the clones' processes.
+    pub fn kind(&self) -> Kind {
         match self {
             How::Simulated(_) => Kind::Simulated,
             How::Qemu(_) => Kind::Qemu,
+            How::Firecracker(_) => Kind::Firecracker,
             How::Command(..) => Kind::Command,
         }
     }
+}
+
+/// How the Firecrackers of a launch are started.
+#[derive(Debug, Clone)]
+pub struct Microvm {
+    /// Program: a path, or a name to search in PATH.
+    pub program: PathBuf,
+    /// Body of `PUT /snapshot/load`.
+    pub body: serde_json::Value,
+    /// Ids of network interfaces, and for each the host's device with placeholders.
+    pub networks: Vec<(String, String)>,
 }
 
 /// The condition for a command to be ready.
@@ -68,6 +83,9 @@ pub struct Failure {
     pub index: u32,
     /// The reason.
     pub message: String,
+    /// What to do.
+    #[serde(skip)]
+    pub hint: Option<String>,
 }
 
 /// The result of a launch.

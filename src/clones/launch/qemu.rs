@@ -1,24 +1,20 @@
 //! QEMU clones: starts QEMU by the template's recipe, loads the device state and resumes the guest.
 
 use std::process::{Child, Command};
-use std::time::Duration;
 
 use serde_json::json;
 
 use super::active_launch::ActiveLaunch;
-use super::child::{ReadyWait, spawn};
+use super::child::{ControlSocket, ReadyWait, connect, expect_short, kill, spawn};
 use crate::clones::agent::{Channel, Clock};
 use crate::clones::launch::clone_resources;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
-use crate::clones::registry::{Entry, LOG, process_tree};
+use crate::clones::registry::{Entry, LOG};
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
 use crate::units::to_usize;
-
-/// Maximum length of a Unix socket path in bytes (`sun_path` without its final zero byte).
-const MAX_SOCKET_PATH: usize = 107;
 
 /// Maximum number of attempts to start a clone, each with new ports and addresses, if another process uses one of them.
 const MAX_ATTEMPTS: u32 = 5;
@@ -77,16 +73,8 @@ fn resume_once(
     })?;
     let arguments = recipe.arguments(&values)?;
     let channel = Channel::of(&arguments);
-    let sockets =
-        arguments.iter().flat_map(|arg| arg.split([',', '=', ':'])).filter(|word| word.ends_with(".sock"));
-    if let Some(long) = sockets.into_iter().find(|path| path.len() > MAX_SOCKET_PATH) {
-        return Err(Error::failed(format!(
-            "the path of a clone's socket is too long: {} bytes, the limit is {MAX_SOCKET_PATH}",
-            long.len()
-        ))
-        .at(long)
-        .hint("set STENCIL_RUNTIME_DIR to a shorter path"));
-    }
+    let mut words = arguments.iter().flat_map(|arg| arg.split([',', '=', ':']));
+    words.by_ref().filter(|word| word.ends_with(".sock")).try_for_each(expect_short)?;
     let mut command = Command::new(&recipe.program);
     own_session(&mut command).args(arguments).envs(values.variables());
     // The launcher's working directory would keep its file system busy.
@@ -100,21 +88,7 @@ fn resume_once(
             active.gathered(|g| g.clocks.push(clock));
             Ok(child)
         }
-        Err(error) => {
-            // Kills the whole process tree: the recipe's program may be a script.
-            match process_tree::kill(std::slice::from_ref(entry)) {
-                Ok(()) => {
-                    let _ = child.wait();
-                    Err(error)
-                }
-                // A wait for a process that cannot be killed would not return.
-                Err(other) => {
-                    let _ = child.kill();
-                    let _ = child.try_wait();
-                    Err(error.and(other))
-                }
-            }
-        }
+        Err(error) => Err(kill(child, entry, error)),
     }
 }
 
@@ -125,7 +99,13 @@ fn bring_up(
     state: &str,
     shared: &[String],
 ) -> Result<Qmp> {
-    let mut qmp = connect(wait, child, entry)?;
+    let socket = ControlSocket {
+        vmm: "QEMU",
+        name: "QMP",
+        path: entry.qmp_path(),
+        hint: "check that this host has the QEMU, files and devices of the recipe: `stencil inspect --recipe`",
+    };
+    let mut qmp = connect(wait, child, entry, &socket, Qmp::connect)?;
     // The recipe's program may be a script that started QEMU; the record must name the QEMU process.
     if let Some(process) = ProcessId::of(qmp.peer_pid()?)?.filter(|p| Some(*p) != entry.process()) {
         entry.set_process(process)?;
@@ -159,30 +139,4 @@ fn update_clock(qmp: &mut Qmp, channel: Option<&Channel>) -> Clock {
         log::debug!("{error}");
     }
     clock
-}
-
-fn connect(wait: &ReadyWait<'_>, child: &mut Child, entry: &Entry) -> Result<Qmp> {
-    let path = entry.qmp_path();
-    loop {
-        if path.exists() {
-            match Qmp::connect(&path) {
-                // Bound, not listening yet.
-                Err(e) if e.errno() == Some(connection_refused()) => {}
-                other => return other,
-            }
-        }
-        let exited = child.try_wait().map_err(|e| Error::failed("cannot wait for QEMU").because(e))?;
-        if let Some(status) = exited
-            && process_tree::of_folder(&entry.dir).is_empty()
-        {
-            return Err(Error::failed(format!("QEMU exited before it opened its QMP socket ({status})")).hint(
-                "check that this host has the QEMU, files and devices of the recipe: `stencil inspect --recipe`",
-            ));
-        }
-        wait.pause(Duration::from_millis(5))?;
-    }
-}
-
-fn connection_refused() -> i32 {
-    rustix::io::Errno::CONNREFUSED.raw_os_error()
 }

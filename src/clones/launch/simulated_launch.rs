@@ -118,7 +118,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
                 entry.destroy()?;
             }
             let seconds = active.order.ready_timeout.as_secs_f64();
-            active.failed(index, format!("timed out after {seconds} s waiting for the clone"));
+            active.failed(index, format!("timed out after {seconds} s waiting for the clone"), None);
         }
     }
     let failures = active.gathered(|g| std::mem::take(&mut g.failures));
@@ -157,7 +157,7 @@ fn handle_message(
             });
             if let Some(entry) = failed {
                 entry.remove()?;
-                active.failed(index, rest.to_owned());
+                active.failed(index, rest.to_owned(), None);
             }
         }
         _ => {}

@@ -1,13 +1,16 @@
 //! The template of a launch as its clones see it: a directory below a mount, resolved once.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::clones::registry::CloneStore;
+use crate::clones::vmm::Served;
 use crate::control::{self, Lease};
 use crate::error::{Error, Result};
 use crate::store::{Digest, Roles, Serving, Store, TemplateFile, TemplateRef, inode_number};
+use crate::sys::probe;
 
 /// The template of a launch.
 #[derive(Debug, Clone)]
@@ -95,6 +98,26 @@ impl Target {
     pub fn values(&self) -> Values {
         let path = |f: &TemplateFile| (f.name.clone(), self.dir.join(&f.name).display().to_string());
         Values::new(&self.name, &self.files.iter().map(path).collect::<Vec<_>>(), &self.roles)
+    }
+
+    /// Returns the template as a VMM sees it in the mount.
+    ///
+    /// # Errors
+    /// Returns an error if the template cannot be read, or if this build does not support its recipe.
+    pub fn served(&self, store: &Store) -> Result<Served> {
+        let template = store.template(&self.digest)?;
+        let state = self.roles.state.as_deref().and_then(|name| template.file(name));
+        Ok(Served {
+            name: self.name.clone(),
+            files: self.files.clone(),
+            roles: self.roles.clone(),
+            values: self.values(),
+            recipe: self.recipe_if_any()?,
+            state_head: state.map(|file| template.head(file)).transpose()?,
+            commits_strictly: probe::commits_strictly(),
+            documents: BTreeMap::new(),
+            clone_dir: None,
+        })
     }
 
     /// Returns true if a mapping of this device and inode number is of the template's memory.

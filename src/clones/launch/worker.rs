@@ -7,7 +7,7 @@ use std::path::Path;
 use super::job::{Job, Mapped};
 use super::simulate::Simulate;
 use crate::clones::counted;
-use crate::clones::registry::open_log;
+use crate::clones::registry::{LOG, open_log};
 use crate::error::{Error, Result};
 use crate::memory::Backend;
 use crate::sys::process;
@@ -108,7 +108,7 @@ fn watch_rom(file: &Mapped, backend: &Backend, index: u32, pipes: &Pipes) -> Res
 fn log(dir: &Path, job: &Job, index: u32) -> Result<()> {
     let path = dir.join("log");
     let failed = |e| Error::io("cannot write the log of a clone", &path, e);
-    let mut file = open_log(dir)?;
+    let mut file = open_log(dir, LOG)?;
     for mapped in &job.files {
         writeln!(file, "mapped {} as {}", mapped.path.display(), if mapped.rom { "rom" } else { "ram" })
             .map_err(failed)?;

@@ -23,6 +23,11 @@ use crate::units::Bytes;
 pub const LOG: &str = "log";
 /// File in a clone's directory with the output of its guest's first serial port.
 pub const SERIAL_LOG: &str = "serial.log";
+/// FIFO in a Firecracker clone's directory: the input of its guest's serial port.
+pub const SERIAL_INPUT: &str = "serial.in";
+/// File names of the control sockets of VMMs in a clone's directory.
+pub const QMP_SOCKET: &str = "qmp.sock";
+pub const API_SOCKET: &str = "api.sock";
 
 /// Maximum size of a log that is read into memory.
 const MAX_LOG: Bytes = Bytes::new(256 << 20);
@@ -35,6 +40,8 @@ pub enum Kind {
     Simulated,
     /// A QEMU that was resumed by the template's recipe.
     Qemu,
+    /// A Firecracker that loaded the template's snapshot.
+    Firecracker,
     /// A command that the user gave.
     Command,
 }
@@ -45,6 +52,7 @@ impl Kind {
         match self {
             Kind::Simulated => "simulated",
             Kind::Qemu => "qemu",
+            Kind::Firecracker => "firecracker",
             Kind::Command => "command",
         }
     }
@@ -161,7 +169,7 @@ impl Entry {
 
     /// Returns the path of the QMP socket of a QEMU clone.
     pub fn qmp_path(&self) -> PathBuf {
-        self.dir.join("qmp.sock")
+        self.dir.join(QMP_SOCKET)
     }
 
     /// Returns the path of the disk with this name. In a shared directory, the random launch id keeps the path unique.
@@ -222,12 +230,12 @@ impl Entry {
         fields.into_iter().find(|(_, is_valid)| !is_valid).map(|(field, _)| field)
     }
 
-    /// Opens the log for appending.
+    /// Opens a log for appending: [`LOG`] or [`SERIAL_LOG`].
     ///
     /// # Errors
     /// Returns an error if the log cannot be opened or is not a regular file.
-    pub fn open_log(&self) -> Result<fs::File> {
-        open_log(&self.dir)
+    pub fn open_log(&self, name: &str) -> Result<fs::File> {
+        open_log(&self.dir, name)
     }
 
     /// Reads the log or another file in the clone's directory. Returns `None` if the file does not exist.
@@ -266,13 +274,13 @@ impl Entry {
     }
 }
 
-/// Opens the log in a clone's directory for appending.
+/// Opens a log in a clone's directory for appending.
 ///
 /// # Errors
 /// Returns an error if the log cannot be opened or is not a regular file.
-pub fn open_log(dir: &Path) -> Result<fs::File> {
-    let opened = Directory::open(dir).and_then(|directory| runtime::append(&directory, LOG));
-    opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(LOG), e))
+pub fn open_log(dir: &Path, name: &str) -> Result<fs::File> {
+    let opened = Directory::open(dir).and_then(|directory| runtime::append(&directory, name));
+    opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(name), e))
 }
 
 fn if_any<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {

@@ -14,7 +14,9 @@ pub mod ports;
 pub mod process_tree;
 mod records;
 
-pub use entry::{CloneStore, Entry, Kind, LOG, SERIAL_LOG, Touched, open_log};
+pub use entry::{
+    API_SOCKET, CloneStore, Entry, Kind, LOG, QMP_SOCKET, SERIAL_INPUT, SERIAL_LOG, Touched, open_log,
+};
 pub use exit_record::Ending;
 pub use launch::{Launch, NewEntry, abort, sweep};
 pub use layout::{is_held, random_id, runtime_root};

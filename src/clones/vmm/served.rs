@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::error::{Error, Result};
-use crate::store::{FileKind, Roles, TemplateFile};
+use crate::store::{FileKind, FirecrackerState, Roles, TemplateFile};
 use crate::units::Bytes;
 
 /// A template as a mount serves it.
@@ -92,6 +92,11 @@ impl Served {
     /// Returns the path of the device state.
     pub(super) fn state(&self) -> Option<&str> {
         self.roles.state.as_deref().map(|name| self.path(name))
+    }
+
+    /// Returns true if the device state is Firecracker's.
+    pub fn is_of_firecracker(&self) -> bool {
+        self.state_head.as_deref().is_some_and(|head| FirecrackerState::header(head).is_ok())
     }
 
     pub(super) fn names(&self) -> String {

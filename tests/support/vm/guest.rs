@@ -282,9 +282,14 @@ pub fn give_to(store: &Path) {
     assert!(copied.success());
 }
 
+/// Returns the directory of what `make setup` has downloaded for guests.
+pub fn cache() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("guest")
+}
+
 /// Returns a store with the captured guest, cached in the build directory for exactly this build.
 fn captured() -> PathBuf {
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("guest");
+    let cache = cache();
     let [kernel, initramfs, _] = linux();
     let lock = File::create(cache.join("captured.lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();

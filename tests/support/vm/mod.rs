@@ -1,6 +1,7 @@
 //! Virtual machine monitors and their guests.
 
 pub mod cloud_hypervisor;
+pub mod firecracker;
 pub mod guest;
 pub mod kvm;
 pub mod libvirt;

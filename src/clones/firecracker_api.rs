@@ -1,0 +1,150 @@
+//! A client of Firecracker's API: JSON over HTTP/1.1 on a Unix socket. Every wait has a timeout.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::sys::socket::unix;
+
+/// Maximum length of a reply in bytes.
+const MAX_REPLY: usize = 64 << 10;
+
+/// Timeout for connecting while the listen queue of the socket is full, and for sending a request.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A connection to the API socket of one Firecracker.
+#[derive(Debug)]
+pub struct Api {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Api {
+    /// Connects to the socket.
+    ///
+    /// # Errors
+    /// Returns an error if nothing listens on the socket.
+    pub fn connect(path: &Path) -> Result<Api> {
+        let stream = unix::connect_within(path, CONNECT_TIMEOUT)
+            .and_then(|stream| stream.set_write_timeout(Some(CONNECT_TIMEOUT)).map(|()| stream))
+            .map_err(|e| {
+                Error::io("cannot connect to the API socket", path, e)
+                    .hint("start Firecracker with --api-sock PATH and pass that PATH")
+            })?;
+        Ok(Api { stream, path: path.to_owned() })
+    }
+
+    /// Sends a request (`PUT /snapshot/load`) and waits until Firecracker has executed it.
+    ///
+    /// # Errors
+    /// Returns an error with Firecracker's text if Firecracker refuses the request, and
+    /// [`Code::TryAgain`](crate::error::Code::TryAgain) if Firecracker does not reply before the deadline.
+    pub fn run(&mut self, request: &str, body: &Value, deadline: Instant) -> Result<()> {
+        let body = body.to_string();
+        let text = format!(
+            "{request} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        self.stream.write_all(text.as_bytes()).map_err(|e| self.lost(request, e))?;
+        let reply = self.reply(request, deadline)?;
+        if reply.status / 100 == 2 {
+            return Ok(());
+        }
+        let fault = serde_json::from_slice::<Value>(&reply.body).unwrap_or_default();
+        let fault = fault["fault_message"].as_str().unwrap_or("no reason given");
+        Err(Error::failed(format!("Firecracker refused {request}: {fault}")).at(&self.path))
+    }
+
+    fn reply(&mut self, request: &str, deadline: Instant) -> Result<Reply> {
+        let (mut bytes, mut buffer) = (vec![], [0; 4096]);
+        loop {
+            match Reply::parse(&bytes) {
+                Ok(Some(reply)) => return Ok(reply),
+                Ok(None) if bytes.len() <= MAX_REPLY => {}
+                Ok(None) | Err(()) => {
+                    return Err(Error::failed(format!("invalid reply to {request}"))
+                        .at(&self.path)
+                        .hint("pass the socket of Firecracker's option --api-sock"));
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.timeout(request));
+            }
+            self.stream.set_read_timeout(Some(left)).map_err(|e| self.lost(request, e))?;
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Err(self.lost(request, io::ErrorKind::UnexpectedEof.into())),
+                Ok(got) => bytes.extend_from_slice(buffer.get(..got).unwrap_or_default()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(self.timeout(request)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.lost(request, e)),
+            }
+        }
+    }
+
+    fn timeout(&self, request: &str) -> Error {
+        Error::try_again(format!("timed out waiting for Firecracker's reply to {request}"))
+            .at(&self.path)
+            .hint("check whether Firecracker is stopped, and that the mount answers: stencil status")
+    }
+
+    fn lost(&self, request: &str, e: io::Error) -> Error {
+        Error::io(format!("cannot exchange {request} with Firecracker"), &self.path, e)
+            .hint("check whether Firecracker still runs, and see its log")
+    }
+}
+
+/// A reply of the API.
+#[derive(Debug, PartialEq, Eq)]
+struct Reply {
+    status: u16,
+    body: Vec<u8>,
+}
+
+impl Reply {
+    /// Parses a reply. Returns `None` if the reply is incomplete.
+    fn parse(bytes: &[u8]) -> Result<Option<Reply>, ()> {
+        let Some(end) = bytes.windows(4).position(|part| part == b"\r\n\r\n") else { return Ok(None) };
+        let (head, body) = (bytes.get(..end).unwrap_or_default(), bytes.get(end + 4..).unwrap_or_default());
+        let mut lines = std::str::from_utf8(head).map_err(drop)?.split("\r\n");
+        let status = lines.next().and_then(|line| line.strip_prefix("HTTP/1.1 ")).ok_or(())?;
+        let status = status.get(..3).and_then(|code| code.parse().ok()).ok_or(())?;
+        let length = lines.filter_map(|line| line.split_once(':'));
+        let length = length.filter(|(name, _)| name.eq_ignore_ascii_case("content-length")).last();
+        let length = length.map_or(Ok(0), |(_, value)| value.trim().parse::<usize>().map_err(drop))?;
+        Ok(body.get(..length).map(|body| Reply { status, body: body.to_vec() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parses_replies_byte_by_byte() {
+        let done = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
+        let refused =
+            b"HTTP/1.1 400 \r\nContent-Type: application/json\r\ncontent-length: 21\r\n\r\n{\"fault_message\":\"x\"}";
+        for (text, status, body) in
+            [(&done[..], 204, &b""[..]), (refused, 400, &refused[refused.len() - 21..])]
+        {
+            for end in 0..text.len() {
+                assert_eq!(Reply::parse(&text[..end]), Ok(None), "{end}");
+            }
+            assert_eq!(Reply::parse(text), Ok(Some(Reply { status, body: body.to_vec() })));
+        }
+    }
+
+    #[test]
+    fn rejects_other_protocols() {
+        for text in
+            ["{\"QMP\": {}}\r\n\r\n", "HTTP/1.1 \r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"]
+        {
+            assert_eq!(Reply::parse(text.as_bytes()), Err(()), "{text}");
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Real Firecrackers: a booted guest becomes a template, and clones of it run while servers are killed.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::daemon::drill::{Drill, is_read};
+use crate::support::host;
+use crate::support::mount::{Run, TestMount};
+use crate::support::vm::firecracker::{Firecracker, Serial, WRITTEN_PAGES, program};
+
+/// Number of clones.
+const CLONES: usize = 8;
+
+/// Number of kills of the server. The guests check 32 pages with each, all of 1024 in the end.
+const KILLS: usize = 20;
+
+/// Boots a guest and imports its snapshot as `fc:1`. Returns the paused Firecracker.
+fn import_snapshot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
+    let directory = world.dir().join("source");
+    fs::create_dir(&directory).unwrap();
+    let source = Firecracker::boot(&directory, more);
+    source.snapshot("Full", &directory);
+    import(world, &directory).ok();
+    source
+}
+
+fn import(world: &TestMount, directory: &Path) -> Run {
+    let [memory, state] = ["memory", "state"].map(|name| directory.join(name).display().to_string());
+    world.stencil(&["import", &memory, "fc:1", "--state", &state, "--format", "firecracker"])
+}
+
+/// A running clone.
+struct Clone {
+    id: String,
+    pid: u64,
+    serial: Serial,
+}
+
+/// Launches clones. The vCPUs of their guests never idle: they get what other processes leave.
+fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
+    let mut command = world.command_in("nice");
+    command.args(["-n", "19", env!("CARGO_BIN_EXE_stencil"), "--json", "clone", "fc:1"]);
+    command.args(["-n", &count.to_string(), "--firecracker"]).arg(program("firecracker")).args(more);
+    let run = Run::of("clone".into(), &command.output().unwrap()).ok();
+    let launched: Value = serde_json::from_str(&run.out).unwrap();
+    let of = |clone: &Value| Clone {
+        id: clone["id"].as_str().unwrap().to_owned(),
+        pid: clone["pid"].as_u64().unwrap(),
+        serial: Serial::of_clone(Path::new(clone["dir"].as_str().unwrap())),
+    };
+    launched["clones"].as_array().unwrap().iter().map(of).collect()
+}
+
+fn dirty(world: &TestMount, pid: u64) -> u64 {
+    world.json(&["dirty", &pid.to_string()])["dirty_pages"].as_u64().unwrap()
+}
+
+/// Sends a command to all guests, then waits for the answers.
+#[track_caller]
+fn ask_all(clones: &mut [Clone], command: char, answer: &str) {
+    clones.iter_mut().for_each(|clone| clone.serial.send(command));
+    for clone in clones {
+        assert_eq!(clone.serial.answer(), answer, "clone {}, command {command}", clone.id);
+    }
+}
+
+fn clones_survive_server_kills(serve: &str) {
+    let _host = host::shared();
+    let world = TestMount::with(&["--serve", serve]);
+    drop(import_snapshot(&world, &[]));
+    let mut clones = launch(&world, CLONES, &[]);
+
+    // After one command, each guest has written to the page of its stack and of its counter.
+    ask_all(&mut clones, 'r', "K");
+    let before: Vec<u64> = clones.iter().map(|clone| dirty(&world, clone.pid)).collect();
+    println!("{serve}: each Firecracker has copied {} pages before its guest wrote", before[0]);
+    ask_all(&mut clones, 'w', "W");
+    let after: Vec<u64> = clones.iter().map(|clone| dirty(&world, clone.pid)).collect();
+    assert_eq!(before, [before[0]; CLONES]);
+    assert_eq!(after, [before[0] + WRITTEN_PAGES; CLONES]);
+    let audit = world.json(&["density", "--audit"])["audit"]["frames"].clone();
+    let error = audit["error_percent"].as_f64().unwrap();
+    assert!(error.abs() <= 0.5, "{serve}: {audit}");
+
+    let digest = world.json(&["inspect", "fc:1"])["digest"].as_str().unwrap().to_owned();
+    let memory = world.file(&digest, "memory");
+    let mut drill = Drill::new(&world);
+    for _ in 0..KILLS {
+        // A server that answers no request before its end would be restarted after a pause.
+        let file = File::open(&memory).unwrap();
+        // Pages that no guest has touched are read again: by decode, the server is killed while it reads.
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        clones.iter_mut().for_each(|clone| clone.serial.send('m'));
+        if serve != "decode" || drill.kill_when(Duration::from_millis(500), is_read).is_none() {
+            drill.kill();
+        }
+        for clone in &mut clones {
+            assert_eq!(clone.serial.answer(), "K", "clone {} after kill {}", clone.id, drill.kills().len());
+        }
+    }
+    drill.report(&format!("Firecracker guests, {serve}"), &[]);
+    ask_all(&mut clones, 'a', "K");
+    ask_all(&mut clones, 'r', "K");
+    let all = world.json(&["ps"]);
+    let answers = format!("K\nW\n{}", "K\n".repeat(KILLS + 2));
+    for (clone, row) in clones.iter().zip(all["clones"].as_array().unwrap()) {
+        assert_eq!(
+            (row["kind"].as_str(), row["state"].as_str()),
+            (Some("firecracker"), Some("running")),
+            "{row}"
+        );
+        let logs = world.json(&["logs", &clone.id]);
+        assert!(logs["log"].as_str().unwrap().contains("Running Firecracker v"), "{logs}");
+        assert_eq!((&logs["serial"], &logs["sockets"]), (&answers.as_str().into(), &Value::Array(vec![])));
+    }
+
+    let stopped = world.json(&["stop", "--all"]);
+    let stopped = stopped["stopped"].as_array().unwrap();
+    assert_eq!(stopped.iter().map(|clone| &clone["how"]).collect::<Vec<_>>(), ["stopped"; CLONES]);
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    assert_eq!(world.processes(), vec![]);
+    assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
+    assert_eq!(fs::read_dir(world.runtime_dir().join("clones")).unwrap().count(), 0);
+}
+
+#[test]
+fn clones_of_a_firecracker_survive_server_kills_by_decode() {
+    clones_survive_server_kills("decode");
+}
+
+#[test]
+fn clones_of_a_firecracker_survive_server_kills_by_passthrough() {
+    clones_survive_server_kills("passthrough");
+}
+
+#[test]
+fn the_printed_body_restores_a_guest() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    drop(import_snapshot(&world, &[]));
+    let body = world.json(&["args", "fc:1", "--vmm", "firecracker"])["body"].clone();
+    let directory = world.dir().join("restored");
+    fs::create_dir(&directory).unwrap();
+    let mut restored = Firecracker::start(&directory);
+    restored.load(&body);
+    for command in ['r', 'a'] {
+        assert_eq!(restored.serial.ask(command), "K");
+    }
+    let before = dirty(&world, restored.pid().into());
+    assert_eq!(restored.serial.ask('w'), "W");
+    assert_eq!(dirty(&world, restored.pid().into()), before + WRITTEN_PAGES);
+    let density = world.json(&["density"]);
+    assert_eq!(density["clones"][0]["pid"], restored.pid(), "{density:#}");
+}
+
+#[test]
+fn a_snapshotted_guest_continues_and_its_diff_snapshot_is_refused() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let mut source = import_snapshot(&world, &[]);
+    source.resume();
+    assert_eq!([source.serial.ask('w'), source.serial.ask('r')], ["W", "K"]);
+    let directory = world.dir().join("diff");
+    fs::create_dir(&directory).unwrap();
+    source.snapshot("Diff", &directory);
+    let refused = import(&world, &directory).exits(2).says("bytes of the memory file are holes");
+    assert!(refused.err.contains("diff snapshot"), "{}", refused.err);
+}
+
+#[test]
+fn the_refusal_of_a_device_names_snapshot_and_device() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    File::create(world.dir().join("source-disk")).unwrap().set_len(1 << 20).unwrap();
+    let disk = world.dir().join("source-disk");
+    let drive =
+        json!({"drive_id": "data", "path_on_host": disk, "is_root_device": false, "is_read_only": true});
+    drop(import_snapshot(&world, &[("PUT /drives/data", drive)]));
+    drop(launch(&world, 1, &[]));
+    world.stencil(&["stop", "--all"]).ok();
+    fs::remove_file(&disk).unwrap();
+    let firecracker = program("firecracker");
+    let run = world.stencil(&["clone", "fc:1", "-n", "2", "--firecracker", firecracker.to_str().unwrap()]);
+    let run = run.exits(1).says("Firecracker refused PUT /snapshot/load");
+    for words in
+        ["No such file or directory", disk.to_str().unwrap(), "/state", "hint: give each clone the devices"]
+    {
+        assert!(run.err.contains(words), "'{words}' is not in: {}", run.err);
+    }
+    let run = world.stencil(&[
+        "clone",
+        "fc:1",
+        "--firecracker",
+        firecracker.to_str().unwrap(),
+        "--network",
+        "eth9=t",
+    ]);
+    run.exits(1).says("Unknown Network Device");
+    assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
+}

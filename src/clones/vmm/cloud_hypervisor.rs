@@ -70,10 +70,7 @@ fn document(template: &Served, name: &str) -> Result<Value> {
             "template {} has no file '{name}', which a Cloud Hypervisor snapshot has",
             template.name
         ))
-        .hint(
-            "import all files of the snapshot: stencil import MEMORY NAME --file config.json=PATH,kind=blob \
-             --file state.json=PATH,kind=blob",
-        )
+        .hint("import the directory of the snapshot: stencil import DIR NAME")
     })?;
     serde_json::from_slice(bytes)
         .map_err(|e| Error::usage(format!("cannot parse file '{name}' of template {}: {e}", template.name)))

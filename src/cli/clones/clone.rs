@@ -36,7 +36,6 @@ use crate::store::{Store, TemplateRef};
 Examples:
   stencil clone web:1 -n 20
   stencil clone web:1 -n 100 --simulate read=5%,write=1%
-  stencil clone fc:1 -n 8 --network eth0=tap-{index}
   stencil clone web:1 --wait -- your-vmm --mem {memory} --state {state}")]
 pub struct CloneArgs {
     /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest

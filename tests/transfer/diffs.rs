@@ -329,7 +329,11 @@ fn the_base_is_neither_removed_nor_moved_nor_repaired_unnoticed() {
     drop(writer);
     let ran: Ran = child.wait_with_output().unwrap().into();
     ran.ok();
-    assert!(gc.wait().unwrap().success());
+    // A collection that has waited for 15 s gives up.
+    match gc.wait().unwrap().code() {
+        Some(75) => drop(fixture.run(&["gc", "--all"]).ok()),
+        code => assert_eq!(code, Some(0)),
+    }
     assert!(export(&fixture, "vm:1/memory") == memory);
     fixture.run(&["verify"]).ok();
 

@@ -190,8 +190,12 @@ fn files_of_a_clone_are_private_and_not_replaced_by_mistake() {
     fs::remove_file(&files[0]).unwrap();
     world.stencil(&words).exits(1).says("refusing to replace an existing file");
     assert!(!files[0].exists() && fs::read(&files[1]).unwrap() == b"mine", "a file was written");
+    let outside = world.dir().join("outside");
+    fs::rename(&files[1], &outside).unwrap();
+    std::os::unix::fs::symlink(&outside, &files[1]).unwrap();
     world.stencil(&[&words[..], &["--force"]].concat()).ok();
-    assert!(fs::read(&files[1]).unwrap() != b"mine");
+    assert!(fs::symlink_metadata(&files[1]).unwrap().is_file(), "the link is replaced, not followed");
+    assert_eq!(fs::read(&outside).unwrap(), b"mine");
 
     world.stencil(&words[..4]).exits(2).says("missing directory");
     world.stencil(&[&words[..5], &["/nowhere"]].concat()).exits(4).says("cannot access directory");

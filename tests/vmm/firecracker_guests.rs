@@ -168,6 +168,26 @@ fn a_snapshotted_guest_continues_and_its_diff_snapshot_is_refused() {
     source.snapshot("Diff", &directory);
     let refused = import(&world, &directory).exits(2).says("bytes of the memory file are holes");
     assert!(refused.err.contains("diff snapshot"), "{}", refused.err);
+    let [memory, state] = ["memory", "state"].map(|name| directory.join(name).display().to_string());
+    world.stencil(&["import", &memory, "fc:2", "--state", &state]).exits(2).says("memory file are holes");
+}
+
+#[test]
+fn clones_that_would_write_to_one_disk_are_refused() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let disk = world.dir().join("source-disk");
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let drive =
+        json!({"drive_id": "data", "path_on_host": disk, "is_root_device": false, "is_read_only": false});
+    drop(import_snapshot(&world, &[("PUT /drives/data", drive)]));
+    drop(launch(&world, 1, &[]));
+    world.stencil(&["stop", "--all"]).ok();
+    let firecracker = program("firecracker");
+    let run = world.stencil(&["clone", "fc:1", "-n", "2", "--firecracker", firecracker.to_str().unwrap()]);
+    let run = run.exits(1).says("each would write to this file");
+    assert!(run.err.contains(disk.to_str().unwrap()), "{}", run.err);
+    assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 }
 
 #[test]

@@ -84,7 +84,14 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     // All files are checked before the first one is written.
     files.iter().try_for_each(|(path, _)| Target::check(path, args.force))?;
     for (path, bytes) in &files {
-        let mut file = Target::create(path, args.force)?;
+        // `Target` would follow a symbolic link, and the directory may belong to the user of the VMM.
+        if args.force
+            && let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(Error::io("cannot replace", path, error));
+        }
+        let mut file = Target::create(path, false)?;
         file.file().write_all(bytes).map_err(|e| Error::io("cannot write", path, e))?;
         file.publish()?;
     }

@@ -205,6 +205,10 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
 fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
     let served = target.served(store)?;
     if served.recipe.is_none() && served.is_of_firecracker() {
+        if args.disk_dir.is_some() {
+            return Err(Error::usage("--disk-dir does not apply to clones of a Firecracker snapshot")
+                .hint("omit the option: Firecracker opens disks at their paths in the snapshot"));
+        }
         let program = args.firecracker.clone().unwrap_or_else(|| "firecracker".into());
         // The clones have another working directory.
         let is_path = program.as_os_str().as_encoded_bytes().contains(&b'/');

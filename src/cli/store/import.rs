@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -132,7 +132,7 @@ struct Job {
 /// Work of the command: one template, or one for each directory in the source.
 enum Plan {
     One(Box<Job>),
-    Each(Vec<(PathBuf, TagName)>),
+    Each(Vec<(String, TagName)>),
 }
 
 impl ImportArgs {
@@ -175,7 +175,7 @@ impl ImportArgs {
         let tag = |folder: String| {
             let path = self.source.join(&folder);
             match TagName::new(self.name.tag.name(), &folder) {
-                Ok(tag) => Ok((path, tag)),
+                Ok(tag) => Ok((folder, tag)),
                 Err(error) => Err(error
                     .at(path)
                     .hint("rename the directory, whose name becomes the tag of the template")),
@@ -183,17 +183,17 @@ impl ImportArgs {
         };
         let each = folders.into_iter().map(tag).collect::<Result<Vec<_>>>()?;
         // All directories are checked before the first one is imported.
-        each.iter().try_for_each(|(path, tag)| self.folder(path, tag).map(drop))?;
+        each.iter().try_for_each(|(folder, tag)| self.folder(folder, tag).map(drop))?;
         Ok(Plan::Each(each))
     }
 
-    /// Opens a directory that must have one snapshot.
-    fn folder(&self, path: &Path, tag: &TagName) -> Result<Job> {
-        match Folder::open(path, &[])? {
+    /// Opens a directory in the source, which must have one snapshot.
+    fn folder(&self, name: &str, tag: &TagName) -> Result<Job> {
+        match Folder::open_below(&self.source, name)? {
             Folder::Snapshot(snapshot) => self.snapshot(tag, snapshot),
             Folder::Folders(_) => {
                 Err(Error::usage("cannot import directories below a directory of directories")
-                    .at(path)
+                    .at(self.source.join(name))
                     .hint("import this directory on its own"))
             }
         }
@@ -329,9 +329,9 @@ pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
         Plan::Each(each) => each,
     };
     let mut done = Vec::new();
-    for (path, tag) in each {
+    for (folder, tag) in each {
         // Opened again: many directories have more files than a process may have open.
-        match args.folder(&path, &tag).and_then(&import) {
+        match args.folder(&folder, &tag).and_then(&import) {
             Ok(report) => done.push(report),
             Err(error) if done.is_empty() => return Err(error),
             Err(error) => return Ok(Done::report(EachReport(done)).but_failed(error)),

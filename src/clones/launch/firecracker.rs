@@ -1,7 +1,9 @@
 //! Firecracker clones: starts Firecracker, loads the template's snapshot through its API and resumes the guest.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -38,8 +40,13 @@ pub fn resume(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -
     let (input, output) = (serial_input(entry)?, entry.open_log(SERIAL_LOG)?);
     let mut child = spawn_with(&mut command, entry, input.into(), output.into())?;
     let wait = ReadyWait::new(active);
-    let loaded = connect(&wait, &mut child, entry, &socket, Api::connect)
-        .and_then(|mut api| load(&mut api, &body, &wait));
+    let loaded = connect(&wait, &mut child, entry, &socket, Api::connect).and_then(|mut api| {
+        load(&mut api, &body, &wait)?;
+        if active.order.count > 1 {
+            refuse_shared_files(entry)?;
+        }
+        api.run("PATCH /vm", &json!({"state": "Resumed"}), wait.deadline)
+    });
     match loaded {
         Ok(()) => Ok(child),
         Err(error) => Err(kill(child, entry, error)),
@@ -49,6 +56,7 @@ pub fn resume(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -
 /// Returns the body of the request for one clone.
 fn body(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &Entry) -> Result<Value> {
     let mut body = microvm.body.clone();
+    body["resume_vm"] = false.into();
     if !microvm.networks.is_empty() {
         let values = active.order.target.values().of_clone(&entry.id, entry.index, &entry.dir);
         let override_of = |(interface, device): &(String, String)| {
@@ -68,6 +76,31 @@ fn load(api: &mut Api, body: &Value, wait: &ReadyWait<'_>) -> Result<()> {
              and the vsock socket at their paths in the snapshot, relative ones in the directory of the clone",
         ),
     })
+}
+
+/// Refuses a clone that has a file outside of its directory open for writing: a disk at an absolute path in the snapshot,
+/// to which all clones of the launch would write.
+fn refuse_shared_files(entry: &Entry) -> Result<()> {
+    let fds = PathBuf::from(format!("/proc/{}/fd", entry.pid));
+    let failed = |e| Error::io("cannot list the open files of Firecracker", &fds, e);
+    for fd in fs::read_dir(&fds).map_err(failed)? {
+        let fd = fd.map_err(failed)?.path();
+        // The mode of the link tells how the file is open (proc(5)).
+        let is_written = fs::symlink_metadata(&fd).is_ok_and(|link| link.permissions().mode() & 0o200 != 0);
+        let (Ok(file), Ok(path)) = (fs::metadata(&fd), fs::read_link(&fd)) else { continue };
+        let is_disk = file.is_file() || file.file_type().is_block_device();
+        let is_there =
+            fs::metadata(&path).is_ok_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()));
+        if is_written && is_disk && is_there && !path.starts_with(&entry.dir) {
+            return Err(Error::usage("cannot launch several clones: each would write to this file of the snapshot")
+                .at(path)
+                .hint(
+                    "make the disk read-only, or give it a relative path, before the snapshot: a relative path is one \
+                     in the directory of the clone",
+                ));
+        }
+    }
+    Ok(())
 }
 
 /// Creates and opens the FIFO of the guest's serial input. Firecracker inherits it for reading and writing, so that it

@@ -4,7 +4,7 @@
 //! * The device state is the blob with the name `state`, or else the first blob that begins with the header of a
 //!   Firecracker state file.
 
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::store::format::firecracker::FirecrackerState;
 use crate::store::{BLOCK_SIZE, FileKind, Scratch, Template};
 use crate::units::to_usize;
@@ -55,7 +55,11 @@ impl Template {
     /// Same as [`Template::read_block`].
     pub fn roles(&self) -> Result<Roles> {
         let files = self.files().iter().map(|file| (file.name.as_str(), file.kind));
-        Roles::of(files, |file| self.head(file))
+        Roles::of(files, |file| match self.head(file) {
+            // A damaged disk does not keep the memory from being used.
+            Err(error) if error.code() == Code::Damage => Ok(vec![]),
+            head => head,
+        })
     }
 
     /// Returns the first block of a file, which is empty for an empty file.

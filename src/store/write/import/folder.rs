@@ -102,8 +102,22 @@ impl Folder {
     /// Returns a usage error that names the object if the directory has anything but files of a known snapshot or
     /// directories.
     pub fn open(path: &Path, given: &[ImportFile]) -> Result<Folder> {
+        let directory = Directory::open(path).map_err(|e| Error::io("cannot read the directory", path, e))?;
+        Folder::of(&directory, path, given)
+    }
+
+    /// Same as [`Folder::open`] for a directory in `parent`, which must not be a symbolic link.
+    ///
+    /// # Errors
+    /// Same as [`Folder::open`].
+    pub fn open_below(parent: &Path, name: &str) -> Result<Folder> {
+        let path = parent.join(name);
+        let directory = Directory::open(parent).and_then(|parent| parent.folder(name));
+        Folder::of(&directory.map_err(|e| Error::io("cannot read the directory", &path, e))?, &path, &[])
+    }
+
+    fn of(directory: &Directory, path: &Path, given: &[ImportFile]) -> Result<Folder> {
         let fail = |e| Error::io("cannot read the directory", path, e);
-        let directory = Directory::open(path).map_err(fail)?;
         let mut names: Vec<OsString> = directory.names().map_err(fail)?;
         names.sort();
         let (mut files, mut folders) = (Vec::new(), Vec::new());
@@ -143,7 +157,7 @@ impl Folder {
             .at(path)
             .hint(EXPECTED));
         }
-        Snapshot::open(&directory, files, given.iter().any(|file| file.kind == FileKind::Ram))
+        Snapshot::open(directory, files, given.iter().any(|file| file.kind == FileKind::Ram))
             .map(Folder::Snapshot)
     }
 }
@@ -238,7 +252,7 @@ fn recognize(found: &[Found], has_memory: bool) -> std::result::Result<Recognize
     }
 }
 
-/// Finds the memory of a Firecracker snapshot: the biggest file of whole MiB that is not a disk.
+/// Finds the memory of a Firecracker snapshot: the only file of whole MiB that is not known to be a disk.
 fn firecracker_memory<'a>(
     found: &'a [Found],
     state: &Found,
@@ -248,9 +262,8 @@ fn firecracker_memory<'a>(
         file.name != state.name && file.size != 0 && file.size.is_multiple_of(1 << 20) && !is_disk
     };
     let names: Vec<String> = found.iter().map(|file| file.name.clone()).collect();
-    let size = found.iter().filter(is_memory).map(|file| file.size).max().unwrap_or_default();
-    let biggest: Vec<&Found> = found.iter().filter(is_memory).filter(|file| file.size == size).collect();
-    match biggest.as_slice() {
+    let candidates: Vec<&Found> = found.iter().filter(is_memory).collect();
+    match candidates.as_slice() {
         [memory] => Ok(&memory.name),
         [] => Err((
             format!(
@@ -261,7 +274,7 @@ fn firecracker_memory<'a>(
             "check that the memory file is complete, or name it: --file NAME=PATH".into(),
         )),
         [one, two, ..] => Err((
-            format!("ambiguous memory: '{}' and '{}' both have {size} bytes", one.name, two.name),
+            format!("ambiguous memory: '{}' and '{}' both have whole MiB", one.name, two.name),
             "name the memory file with --file NAME=PATH, and the other one with --file NAME=PATH,kind=blob"
                 .into(),
         )),
@@ -288,9 +301,9 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn recognizes_firecracker_by_the_header_and_the_biggest_file() {
+    fn recognizes_firecracker_by_the_header_and_whole_mib() {
         let files =
-            [file("a", 3 * MIB + 1, b""), file("m", 2 * MIB, b""), file("s", 99, STATE), file("t", MIB, b"")];
+            [file("a", 3 * MIB + 1, b""), file("m", 2 * MIB, b""), file("s", 99, STATE), file("t", 9, b"")];
         let found = recognize(&files, false).unwrap();
         assert_eq!((found.memory.as_deref(), found.state.as_str()), (Some("m"), "s"));
         assert_eq!(
@@ -304,7 +317,10 @@ mod tests {
         for (files, words) in [
             (vec![file("s", 99, STATE)], "no memory file"),
             (vec![file("s", 99, STATE), file("m", MIB + 4096, b"")], "no memory file"),
-            (vec![file("s", 99, STATE), file("m", MIB, b""), file("n", MIB, b"")], "'m' and 'n' both have"),
+            (
+                vec![file("s", 99, STATE), file("m", MIB, b""), file("n", MIB, b"")],
+                "'m' and 'n' both have whole MiB",
+            ),
             (vec![file("s", 99, STATE), file("t", 99, STATE), file("n", MIB, b"")], "'s' and 't'"),
             (vec![file("s", 99, STATE), file("state", 9, b""), file("n", MIB, b"")], "ambiguous state"),
             (vec![file("s", 99, &STATE[..10]), file("n", MIB, b"")], "'s' has no readable version"),

@@ -9,19 +9,25 @@ use crate::store::{FileKind, Roles};
 
 /// Checks that the sources have the requested format. Returns warnings about them.
 pub(super) fn check_format(format: ImportFormat, inputs: &[Input]) -> Result<Vec<String>> {
+    if format == ImportFormat::Raw {
+        return Ok(vec![]);
+    }
+    let head = |input: &Input| Ok::<_, Error>(input.ends()?.map_or(vec![], |(head, _)| head));
+    let names = inputs.iter().map(|input| (input.name.as_str(), input.kind));
+    let roles = Roles::of(names, |at| inputs.get(at).map_or(Ok(vec![]), head))?;
+    let find = |name: Option<String>| inputs.iter().find(|input| Some(&input.name) == name.as_ref());
+    let (memory, state) = (find(roles.memory), find(roles.state));
+    let is_firecracker = match state {
+        Some(state) => FirecrackerState::header(&head(state)?).is_ok(),
+        None => false,
+    };
     match format {
-        ImportFormat::Raw => Ok(vec![]),
-        ImportFormat::Auto => {
+        ImportFormat::Raw | ImportFormat::Auto if !is_firecracker => {
             inputs.iter().filter(|i| i.kind == FileKind::Ram).try_for_each(no_container).map(|()| vec![])
         }
-        ImportFormat::Firecracker => {
-            let names = inputs.iter().map(|input| (input.name.as_str(), input.kind));
-            let roles = Roles::of(names, |at| {
-                let ends = inputs.get(at).map_or(Ok(None), Input::ends)?;
-                Ok(ends.map_or(vec![], |(head, _)| head))
-            })?;
-            let find = |name: Option<String>| inputs.iter().find(|input| Some(&input.name) == name.as_ref());
-            let (Some(memory), Some(state)) = (find(roles.memory), find(roles.state)) else {
+        // A diff would otherwise become a template in which zeros replace all unchanged pages.
+        _ => {
+            let (Some(memory), Some(state)) = (memory, state) else {
                 return Err(Error::usage("a Firecracker snapshot needs a memory file and a state file")
                     .hint("run 'stencil import MEMORY NAME --state STATE --format firecracker'"));
             };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -289,6 +289,28 @@ fn memory_and_state_are_found_under_any_names() {
     let bits: u32 = fs::read(bitmap).unwrap().iter().map(|byte| byte.count_ones()).sum();
     assert_eq!(bits, 7);
     world.stencil(&["stop", "--all"]).ok();
+}
+
+/// The state is found by the first bytes of the blobs, and those of a disk may be damaged.
+#[test]
+fn a_damaged_disk_does_not_keep_the_memory_from_being_exported() {
+    let fixture = Fixture::new();
+    let disk = random(3, 2 * MIB);
+    fixture.run(&["import", fixture.file("disk", &disk).to_str().unwrap(), "disk"]).ok();
+    let [pack] = fixture.files("packs").try_into().unwrap();
+    let mut files = firecracker();
+    files[2].1 = disk;
+    let source = folder(fixture.path("fc"), &files);
+    let disk = format!("rootfs.img={},kind=blob", source.join("rootfs.img").display());
+    fixture.run(&["import", source.to_str().unwrap(), "fc", "--file", &disk]).ok();
+    let file = File::options().read(true).write(true).open(pack).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 5000).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 5000).unwrap();
+    let out = fixture.path("out");
+    fixture.run(&["export", "fc", out.to_str().unwrap()]).ok();
+    assert!(fs::read(out).unwrap() == files[0].1);
+    assert_eq!(fixture.run(&["verify"]).code, 3);
 }
 
 /// The kernel's limit of open files is lower than the number of files in all directories together.

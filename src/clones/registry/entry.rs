@@ -25,8 +25,9 @@ pub const LOG: &str = "log";
 pub const SERIAL_LOG: &str = "serial.log";
 /// FIFO in a Firecracker clone's directory: the input of its guest's serial port.
 pub const SERIAL_INPUT: &str = "serial.in";
-/// File names of the control sockets of VMMs in a clone's directory.
+/// Socket in a QEMU clone's directory: QMP.
 pub const QMP_SOCKET: &str = "qmp.sock";
+/// Socket in a Firecracker clone's directory: Firecracker's API.
 pub const API_SOCKET: &str = "api.sock";
 
 /// Maximum size of a log that is read into memory.

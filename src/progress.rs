@@ -6,8 +6,8 @@ use crate::units::Bytes;
 pub trait Progress: Sync {
     /// Starts a phase. `total` is the size of the phase in bytes, if known.
     fn start(&self, phase: &str, total: Option<Bytes>);
-    /// Starts a phase that counts items of a kind, such as `clones`, instead of bytes. One item is one byte of
-    /// [`advance`](Self::advance).
+    /// Starts a phase that counts items of a kind, such as `clones`, instead of bytes.
+    /// [`advance`](Self::advance) takes one byte per item.
     fn start_count(&self, phase: &str, unit: &'static str, total: u64);
     /// Adds `done` bytes to the current phase.
     fn advance(&self, done: Bytes);

@@ -254,7 +254,7 @@ fn a_soak_build_with_another_max_read_is_refused() {
 #[test]
 fn a_soak_build_with_another_control_version_is_refused() {
     let from = format!("CONTROL_VERSION: u32 = {}", stencilfs::control::CONTROL_VERSION);
-    let message = "the mount uses protocol version";
+    let message = "the mount uses control version";
     a_soak_build_is_refused(
         "control",
         "src/control/protocol/messages.rs",
@@ -290,7 +290,7 @@ fn a_soak_build_of_the_previous_commit_takes_over() {
     let program = build(dir.path(), &tree);
     if control_version_of(&program) != control_version_of(&daemon()) {
         println!("the previous commit has another control protocol version: it must be refused");
-        return host::measured(|| is_refused(&program, "the mount uses protocol version", 0..5_000));
+        return host::measured(|| is_refused(&program, "the mount uses control version", 0..5_000));
     }
     for serve in ["decode", "passthrough"] {
         let world = TestMount::new(serve);

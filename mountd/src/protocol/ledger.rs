@@ -95,7 +95,7 @@ impl AsFd for Ledger {
 /// Opens a ledger that another supervisor wrote, and returns the mount state in it.
 ///
 /// # Errors
-/// Returns an error if the file is not a ledger, or if the ledger has another protocol version.
+/// Returns an error if the file is not a ledger, or if the ledger has another control version.
 pub fn read(file: OwnedFd) -> Result<(Ledger, Snapshot)> {
     let (ledger, text) =
         Ledger::open(file).map_err(|e| Error::failed("cannot read the ledger").because(e))?;
@@ -125,7 +125,7 @@ fn parse(text: &[u8]) -> Result<Snapshot> {
     let Version { control_version } = serde_json::from_slice(text).map_err(fail)?;
     if control_version != CONTROL_VERSION {
         let error =
-            format!("the mount uses protocol version {control_version}, this program uses {CONTROL_VERSION}");
+            format!("the mount uses control version {control_version}, this program uses {CONTROL_VERSION}");
         return Err(Error::failed(error).hint(hint));
     }
     serde_json::from_slice(text).map_err(fail)

@@ -25,7 +25,7 @@ pub struct Numbered<T> {
 #[serde(rename_all = "snake_case")]
 pub enum ServerRequest {
     /// Introduces the server. The descriptor of the message is the in-flight table. The reply is [`ServerReply::Done`]
-    /// if the protocol version is that of the supervisor, and the INIT reply is equal to the one that the kernel has
+    /// if the control version is that of the supervisor, and the INIT reply is equal to the one that the kernel has
     /// received, if any.
     Handshake {
         /// The server's [`CONTROL_VERSION`](stencilfs::control::CONTROL_VERSION).

@@ -26,14 +26,13 @@ use crate::units::to_usize;
 Examples:
   stencil args web:1 --vmm qemu
   stencil args web:1 --vmm firecracker > snapshot-load.json
-  stencil args web:1 --vmm cloud-hypervisor --dir /run/web-7
-  stencil args web:1 --vmm libvirt > web.xml")]
+  stencil args web:1 --vmm cloud-hypervisor --dir /run/web-7")]
 pub struct VmmArgs {
     /// Template: NAME[:TAG], NAME@blake3:HEX, or at least eight hex digits of the digest
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
-    /// Output format: qemu (command line), firecracker (body of snapshot/load), cloud-hypervisor (command line and files
-    /// in --dir), libvirt (domain) or kata (script or commands)
+    /// Output format: qemu (command line), firecracker (body of snapshot/load), cloud-hypervisor (command line and
+    /// files in --dir), libvirt (domain) or kata (script or commands)
     #[arg(long, value_name = "VMM", value_parser = word::<Vmm>)]
     vmm: Vmm,
     /// Existing directory for config.json and state.json of one Cloud Hypervisor clone
@@ -72,8 +71,8 @@ impl Report for Pasted {
 /// Runs `stencil args`.
 ///
 /// # Errors
-/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, `Code::Usage` if the VMM does not
-/// support the template, and an error if a file in `--dir` cannot be written, or exists and `--force` is missing.
+/// Returns `Code::NotFound` if the template does not exist or its store is not mounted, `Code::Usage` if the VMM does
+/// not support the template, and an error if a file in `--dir` cannot be written, or exists and `--force` is missing.
 pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = launch::Target::find(&store, &args.template, "args")?;

@@ -28,9 +28,9 @@ use crate::store::{Store, TemplateRef};
 
 /// Launch clones of a template
 ///
-/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker is loaded
-/// by Firecracker. The command returns when all clones are ready; the clones run until they exit or are stopped. If one
-/// clone fails to become ready, all clones of the call are removed.
+/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker is
+/// loaded by Firecracker. The command returns when all clones are ready; the clones run until they exit or are stopped.
+/// If one clone fails to become ready, all clones of the call are removed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -246,7 +246,7 @@ fn disk_directory(path: &Path) -> Result<PathBuf> {
     let path = path.canonicalize().map_err(|e| Error::io("cannot use the directory for disks", path, e))?;
     let usable = path.is_dir() && path.to_str().is_some();
     let wrong = || {
-        Error::usage("the value of --disk-dir is not a directory with a UTF-8 path")
+        Error::usage("the value of --disk-dir is not a directory, or its path is not UTF-8")
             .at(&path)
             .hint("name a directory with a UTF-8 path")
     };

@@ -155,8 +155,8 @@ pub fn freeze(qmp: &mut Qmp, disks: &[Frozen]) -> Result<()> {
     Ok(())
 }
 
-/// Restores all disks: commits the overlays into their images and removes them. Leaves disks that are not frozen alone.
-/// `interrupt` ends the wait, but not the jobs.
+/// Restores all disks: commits each overlay into its image and removes the overlay. Leaves disks that are not frozen
+/// alone. `interrupt` ends the wait, but not the jobs.
 ///
 /// # Errors
 /// Returns an error if an overlay cannot be committed. The overlay is kept, and the hint tells how to commit it.

@@ -78,8 +78,8 @@ fn load(api: &mut Api, body: &Value, wait: &ReadyWait<'_>) -> Result<()> {
     })
 }
 
-/// Refuses a clone that has a file outside of its directory open for writing: a disk at an absolute path in the snapshot,
-/// to which all clones of the launch would write.
+/// Refuses a clone that has a file outside of its directory open for writing: a disk at an absolute path in the
+/// snapshot, to which all clones of the launch would write.
 fn refuse_shared_files(entry: &Entry) -> Result<()> {
     let fds = PathBuf::from(format!("/proc/{}/fd", entry.pid));
     let failed = |e| Error::io("cannot list the open files of Firecracker", &fds, e);
@@ -92,7 +92,7 @@ fn refuse_shared_files(entry: &Entry) -> Result<()> {
         let is_there =
             fs::metadata(&path).is_ok_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()));
         if is_written && is_disk && is_there && !path.starts_with(&entry.dir) {
-            return Err(Error::usage("cannot launch several clones: each would write to this file of the snapshot")
+            return Err(Error::usage("cannot launch several clones: each would write to this file, a disk of the VM")
                 .at(path)
                 .hint(
                     "make the disk read-only, or give it a relative path, before the snapshot: a relative path is one \

@@ -68,7 +68,9 @@ impl Image {
         let backing = value.get("backing-image");
         let found = match (path, scheme) {
             ("", _) => Some("QEMU does not report its image".into()),
-            (_, Some("json")) => Some(format!("its image has more than one path ({path})")),
+            (_, Some("json")) => {
+                Some(format!("QEMU describes its image by options instead of one path ({path})"))
+            }
             (_, Some(scheme)) => Some(format!("{path} is not a local file (protocol {scheme})")),
             _ if path.starts_with("/dev/") => Some(format!("{path} is a raw host disk")),
             _ if !matches!(format, "qcow2" | "raw") => {
@@ -155,7 +157,7 @@ mod tests {
                 "is not a local file (protocol nbd)",
             ),
             (json!({"filename": "/x", "format": "vmdk", "virtual-size": 1}), "vmdk"),
-            (json!({"filename": "json:{}", "format": "raw", "virtual-size": 1}), "more than one path"),
+            (json!({"filename": "json:{}", "format": "raw", "virtual-size": 1}), "instead of one path"),
             (json!({"filename": "/x", "format": "qcow2", "virtual-size": 1, "encrypted": true}), "encrypted"),
             (
                 json!({"filename": "/x", "format": "qcow2", "virtual-size": 1, "backing-filename": "/y"}),

@@ -40,8 +40,8 @@ impl Recipe {
         };
         let name = ram.into_iter().find(|name| !is_given(name))?;
         Some(format!(
-            "does not use RAM file '{name}': neither -machine memory-backend= nor -numa node,memdev= names an -object with \
-             that file"
+            "does not use RAM file '{name}': no -machine memory-backend=, -numa node,memdev= or -device pc-dimm,memdev= (or \
+             nvdimm) names an -object with that file"
         ))
     }
 

@@ -164,7 +164,7 @@ fn not_exiting(process: &ProcessId) -> Error {
         Some(pause) => Error::try_again(format!("process {pid} does not exit: it {pause}"))
             .hint(format!("{}; then run the command again", pause.remedy(pid))),
         None => Error::failed(format!("process {pid} does not exit"))
-            .hint("run 'stencil status' and 'stencil doctor': the process may wait for a reply of a mount"),
+            .hint("run 'stencil status' and 'stencil doctor': the process may wait for a reply from a mount"),
     }
 }
 

@@ -81,8 +81,8 @@ fn load(all: &Directory, name: &Path) -> Result<Option<Entry>> {
     }
 }
 
-/// Waits for the watchdogs of these clones, which have exited, unless other clones of the same launch are alive. The
-/// processes and files of the launch are gone when its watchdog has exited.
+/// Waits, at most 2 s each, for the watchdog processes of launches of which no clone is alive any more; `ended` are
+/// clones that have exited. When such a watchdog has exited, the processes and files of its launch are gone.
 pub fn wait_for_watchdogs(ended: &[Entry]) {
     const LIMIT: Duration = Duration::from_secs(2);
     let others = list().unwrap_or_default();

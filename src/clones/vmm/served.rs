@@ -24,7 +24,8 @@ pub struct Served {
     pub state_head: Option<Vec<u8>>,
     /// True if the host commits memory strictly (`vm.overcommit_memory=2`): QEMU then rejects `reserve=off`.
     pub commits_strictly: bool,
-    /// Contents of the files that the configuration is made from, by name; see [`Vmm::documents`](super::Vmm::documents).
+    /// Contents of the files that the configuration is made from, by name; see
+    /// [`Vmm::documents`](super::Vmm::documents).
     pub documents: BTreeMap<String, Vec<u8>>,
     /// Absolute path of the directory for the files of one clone.
     pub clone_dir: Option<String>,
@@ -39,7 +40,8 @@ pub(super) struct Memory<'a> {
 }
 
 impl Served {
-    /// Returns the RAM files: the memory of the template first, then the others in natural order of their names (`2` before `10`).
+    /// Returns the RAM files: the memory of the template first, then the others in natural order of their names (`2`
+    /// before `10`).
     pub(super) fn ram(&self) -> Result<Vec<Memory<'_>>> {
         let mut ram = self.of_kind(FileKind::Ram);
         ram.sort_by_key(|memory| {

@@ -46,7 +46,8 @@ impl Session {
             }
         }
         Err(Error::try_again("cannot create a session: new directories are removed by another process")
-            .at(&tmp))
+            .at(&tmp)
+            .hint("stop the program that removes directories there, then run the command again"))
     }
 
     /// Returns the session's directory.

@@ -86,7 +86,7 @@ fn split(group: &[ProcessId]) -> io::Result<Vec<Vec<ProcessId>>> {
 }
 
 /// Compares the address spaces of two threads. The result is `Equal` for a shared address space, otherwise an order
-/// that is stable while both threads live. A thread that has exited compares as less.
+/// that is stable while both threads live. The result is `Less` if either thread has exited.
 fn compare(one: u32, other: u32) -> io::Result<Ordering> {
     let (one, other) = (one.cast_signed(), other.cast_signed());
     // SAFETY: kcmp compares two threads and accesses no memory of this process.

@@ -83,7 +83,7 @@ fn filter(refused: Refused, lacks: &mut Vec<String>) -> Result<()> {
             }
             Err(e) => {
                 return Err(Error::failed(format!("cannot install the system call filter: {e}"))
-                    .hint("check whether the container's own filter forbids seccomp(2)"));
+                    .hint("check whether a seccomp filter of the container or the service manager forbids seccomp(2)"));
             }
         }
     }

@@ -119,7 +119,7 @@ impl Machine {
     ) -> Option<Result<ServerReply>> {
         if control_version != CONTROL_VERSION {
             return Some(Err(Error::failed(format!(
-                "the server uses protocol version {control_version}, expected {CONTROL_VERSION}"
+                "the server uses control version {control_version}, expected {CONTROL_VERSION}"
             ))));
         }
         if self.mount.init_reply.as_ref().is_some_and(|first| *first != init_reply) {

@@ -1,6 +1,6 @@
 //! Recognition of the directory that a VMM has written a snapshot into: which file is the guest's memory, which one the
-//! device state. Every file is opened once, without following a symbolic link, and imported from that descriptor, so that
-//! the owner of the directory cannot replace a recognized file by a link.
+//! device state. Every file is opened once, without following a symbolic link, and imported from that descriptor, so
+//! that the owner of the directory cannot replace a recognized file by a link.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -95,8 +95,8 @@ struct Found {
 }
 
 impl Folder {
-    /// Lists the directory at `path`, and recognizes its files unless it has only directories. Files with the name of one
-    /// in `given` are passed over, and one of kind ram there may be the memory.
+    /// Lists the directory at `path`, and recognizes its files unless it has only directories. Files with the name of
+    /// one in `given` are passed over, and one of kind ram there may be the memory.
     ///
     /// # Errors
     /// Returns a usage error that names the object if the directory has anything but files of a known snapshot or

@@ -195,8 +195,8 @@ impl Input {
         Ok((start < end).then_some(start..end))
     }
 
-    /// Returns the size in bytes that the file system allocates at least, which is the smallest size of a hole; `None` for
-    /// anything but a regular file. A tmpfs with huge pages and ZFS allocate more than a page.
+    /// Returns the size in bytes that the file system allocates at least, which is the smallest size of a hole; `None`
+    /// for anything but a regular file. A tmpfs with huge pages and ZFS allocate more than a page.
     pub fn hole_unit(&self) -> Result<Option<u64>> {
         if self.version.is_none() {
             return Ok(None);

@@ -72,7 +72,8 @@ impl PartialEq for Later {
 
 impl Eq for Later {}
 
-/// The base of a diff snapshot: pages that are holes in the diff are those of its memory. The caller holds a lease on it.
+/// The base of a diff snapshot: pages that are holes in the diff are those of its memory. The caller holds a lease on
+/// it.
 #[derive(Debug, Clone, Copy)]
 pub struct Base {
     /// Digest of the template.

@@ -332,7 +332,7 @@ fn an_overlay_that_cannot_be_renamed_is_committed_later() {
         // The guest can still write.
         vm.write();
         let [overlay] = &overlays(&dir)[..] else { panic!("not exactly one overlay") };
-        assert!(run.err.contains(&format!("`qemu-img commit {}`", overlay.display())), "{}", run.err);
+        assert!(run.err.contains(&format!("'qemu-img commit {}'", overlay.display())), "{}", run.err);
         (overlay.clone(), immutable)
     };
     // The helper retries the commit.
@@ -378,7 +378,7 @@ fn unplugging_a_disk_during_its_read_loses_no_writes() {
             (DiskOption::Blockdev, _) => {
                 let run = capture.finish().exits(1);
                 let [overlay] = &overlays(&vm.dir())[..] else { panic!("not exactly one overlay") };
-                assert!(run.err.contains(&format!("`qemu-img commit {}`", overlay.display())), "{}", run.err);
+                assert!(run.err.contains(&format!("'qemu-img commit {}'", overlay.display())), "{}", run.err);
                 vm.kill_helper();
                 vm.qmp.run("blockdev-del", json!({"node-name": "root"})).unwrap();
                 run_commit(overlay);

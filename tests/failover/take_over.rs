@@ -314,7 +314,7 @@ fn a_failed_takeover_leaves_the_mount_as_it_was() {
     let mut other: Value = serde_json::from_slice(&original).unwrap();
     other["ledger"] = json!([1, 2]);
     fs::write(record.join("mount.json"), other.to_string()).unwrap();
-    world.mount(&["--serve", "decode"]).says("cannot take over the mount").says("the server still serves it");
+    world.mount(&["--serve", "decode"]).says("cannot take over the mount").says("serves its clones until");
     assert_eq!(clone.tell("hash 0 900"), IMAGE.hash(900));
     let restart = ["restart", world.mountpoint().to_str().unwrap()];
     world.stencil(&restart).exits(1).says("the mount has lost its supervisor");

@@ -43,7 +43,12 @@ clean() {
     if grep -q " $dir/mnt " /proc/self/mountinfo; then
         stencil -q umount "$dir/mnt" 2>/dev/null || stencil -q umount --force "$dir/mnt"
     fi
-    rm -rf "$dir"
+    # The watchdog of a launch may still write how its clones ended.
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        rm -rf "$dir" 2>/dev/null
+        [ -e "$dir" ] || break
+        sleep 1
+    done
     [ "$code" = 0 ] || echo "demo: failed with exit code $code; all its files, mounts and processes have been removed" >&2
     exit "$code"
 }

@@ -276,9 +276,12 @@ fn signal_launcher(signal: Signal, clone_args: &[&str]) {
         let is_launching =
             || fs::read_dir(world.runtime_dir().join("launches")).map_or(0, Iterator::count) > 0;
         patiently("the end of the launch", Duration::from_secs(10), || (!is_launching()).then_some(()));
-        let clones = world.json(&["ps"])["clones"].as_array().unwrap().len();
+        // A worker that was forked just before the launch ended exits by itself.
+        let clones = patiently("all clones or none", Duration::from_secs(10), || {
+            Some(world.json(&["ps"])["clones"].as_array().unwrap().len())
+                .filter(|count| [0, 20].contains(count))
+        });
         if clones > 0 {
-            assert_eq!(clones, 20, "a launch has all clones or none");
             world.stencil(&["stop", "--all"]).ok();
         }
         patiently("the exit of all processes", Duration::from_secs(10), || {

@@ -117,7 +117,7 @@ impl Sound {
         self.dir.path().join("store").join(file)
     }
 
-    /// Returns every byte of the store with a mask: alternately all bits and one bit.
+    /// Returns the place of every byte of the store, each with a mask: all bits at even offsets, one bit at odd offsets.
     fn places(&self) -> Vec<Place<'_>> {
         let mut places = Vec::new();
         for file in &self.files {

@@ -35,7 +35,7 @@ impl How {
     }
 }
 
-/// How the Firecrackers of a launch are started.
+/// The program and the requests with which a launch starts its Firecracker processes.
 #[derive(Debug, Clone)]
 pub struct Microvm {
     /// Program: a path, or a name to search in PATH.

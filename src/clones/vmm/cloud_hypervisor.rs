@@ -27,7 +27,7 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let mut config = document(template, FILES[0])?;
     let mut state = document(template, FILES[1])?;
     let dir = template.clone_dir.as_deref().ok_or_else(|| {
-        Error::usage("missing directory for the files of the clone")
+        Error::usage("missing option --dir: Cloud Hypervisor restores a clone from files in a directory")
             .hint("name a directory that exists, another one for each clone: --dir DIR")
     })?;
     if dir.contains(SYNTAX) {

@@ -25,7 +25,8 @@ pub const MAX_GRACE: Duration = Duration::from_millis(200);
 struct Row {
     digest: Digest,
     removed: bool,
-    /// The caller; `None` if its connection is closed, or was one to an earlier supervisor.
+    /// The caller that condemned the template; `None` if the caller has closed the connection, or was connected to an
+    /// earlier supervisor.
     holder: Option<CallerId>,
     /// Time at which the removal counts as stalled.
     until: Instant,

@@ -193,7 +193,7 @@ fn files_that_cloud_hypervisor_did_not_write_are_refused() {
     assert!(refusal(&without).contains("has no file 'config.json'"));
     let mut without = template.clone();
     without.clone_dir = None;
-    assert!(refusal(&without).contains("missing directory"));
+    assert!(refusal(&without).contains("missing option --dir"));
     let mut comma = template;
     comma.clone_dir = Some("/run/a,b".to_owned());
     assert!(refusal(&comma).contains("invalid directory '/run/a,b'"));

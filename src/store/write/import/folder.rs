@@ -151,7 +151,7 @@ impl Folder {
         files.retain(|name| given.iter().all(|file| file.name != *name));
         if files.len() > MAX_FILES {
             return Err(Error::usage(format!(
-                "the directory has {} files, the limit of a template is {MAX_FILES}",
+                "the directory has {} files, but a template can have at most {MAX_FILES}",
                 files.len()
             ))
             .at(path)

@@ -26,7 +26,7 @@ pub struct ExportArgs {
     what: String,
     /// New file, existing directory, or '-' for standard output
     out: PathBuf,
-    /// Write zero pages of guest memory as holes; in other files they always are
+    /// Write zero pages of guest memory as holes; zero pages of other files always become holes
     #[arg(long)]
     sparse: bool,
     /// Replace files that exist

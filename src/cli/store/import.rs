@@ -123,7 +123,7 @@ fn source(path: PathBuf) -> Source {
     if path.as_os_str() == "-" { Source::Stdin } else { Source::Path(path) }
 }
 
-/// One template of the command: a request, and how its files were recognized.
+/// The import of one template: a request, and how the files of a directory were recognized.
 struct Job {
     request: ImportRequest,
     recognized: Option<Recognized>,

@@ -178,8 +178,8 @@ pub struct ControlSocket<'a> {
 /// Waits until a VMM listens on its socket, and connects.
 ///
 /// # Errors
-/// Returns an error if the VMM exits before it listens on the socket, and [`Code::TryAgain`](crate::error::Code::TryAgain) on a
-/// timeout.
+/// Returns an error if the VMM exits before it listens on the socket, and
+/// [`Code::TryAgain`](crate::error::Code::TryAgain) on a timeout.
 pub fn connect<T>(
     wait: &ReadyWait<'_>,
     child: &mut Child,

@@ -42,7 +42,7 @@ pub struct Microvm {
     pub program: PathBuf,
     /// Body of `PUT /snapshot/load`.
     pub body: serde_json::Value,
-    /// Ids of network interfaces, and for each the host's device with placeholders.
+    /// The id of each network interface, and the device of the host for that interface, with placeholders.
     pub networks: Vec<(String, String)>,
 }
 

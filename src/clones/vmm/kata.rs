@@ -1,6 +1,6 @@
-//! For Kata Containers with QEMU, a wrapper script for `path` in `[hypervisor.qemu]`. For its Cloud Hypervisor and
-//! Dragonball, which map the memory of a template privately and open it read-only, the commands that make Kata's
-//! template directory the one of the mount.
+//! For Kata Containers with QEMU, a wrapper script for `path` in `[hypervisor.qemu]`. Cloud Hypervisor and Dragonball
+//! open the memory of a Kata template read-only and map the memory privately: for these two, the commands that mount
+//! the template's directory over Kata's template directory.
 
 use super::paste::{VmmArguments, shell_word};
 use super::served::{Memory, Served};

@@ -64,8 +64,8 @@ impl BaseMemory {
         Ok(())
     }
 
-    /// Returns an error if another import has repaired the base since it was opened: the records that this import took
-    /// from its tables may be the damaged ones.
+    /// Returns an error if another import has repaired the base since this import opened the base: the records that
+    /// this import took from the base's tables may be damaged.
     pub fn check_unchanged(&self, store: &Store) -> Result<()> {
         match store.template(self.template.digest())?.front() == self.front {
             true => Ok(()),

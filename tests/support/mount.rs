@@ -342,7 +342,7 @@ impl Drop for TestMount {
 
 /// Polls `ask` every 5 ms until it returns a value; panics after 30 s.
 #[track_caller]
-pub fn wait_for<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let until = Instant::now() + Duration::from_secs(30);
     loop {
         if let Some(answer) = ask() {

@@ -1,11 +1,14 @@
 //! Servers that are killed by a memory limit: restarts back off, and `stencil status` shows the cause.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use stencilfs::sys::process::ProcessId;
+use stencilfs::units::PAGE_SIZE;
 
 use crate::support::host;
 use crate::support::mount::{STENCIL, TestMount, wait_for};
@@ -39,20 +42,23 @@ impl Group {
         fs::read_to_string(self.dir.join(self.usage)).unwrap().trim().parse().unwrap()
     }
 
-    /// Sets the limit to the memory that cannot be reclaimed, plus `room` bytes.
-    fn limit(&self, room: u64) {
-        const STEP: u64 = 128 << 10;
+    /// Sets the limit to the memory that cannot be reclaimed, to the page.
+    fn limit(&self) {
         let mut minimum = self.usage();
         // Version 2 reclaims memory on request. Version 1 rejects a limit below the memory that cannot be reclaimed.
         if self.limit == "memory.max" {
             let _ = fs::write(self.dir.join("memory.reclaim"), minimum.to_string());
             minimum = self.usage();
         } else {
-            while fs::write(self.dir.join(self.limit), minimum.to_string()).is_ok() {
-                minimum -= STEP;
+            let mut step = 1 << 20;
+            while step >= PAGE_SIZE {
+                match fs::write(self.dir.join(self.limit), minimum.saturating_sub(step).to_string()) {
+                    Ok(()) => minimum = minimum.saturating_sub(step),
+                    Err(_) => step /= 2,
+                }
             }
         }
-        fs::write(self.dir.join(self.limit), (minimum + STEP + room).to_string()).unwrap();
+        fs::write(self.dir.join(self.limit), (minimum + PAGE_SIZE).to_string()).unwrap();
     }
 
     fn unlimit(&self) {
@@ -89,10 +95,13 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
         (&serde_json::Value::Null, &serde_json::Value::Null)
     );
     // Enough memory for a server to start, and too little to decode blocks.
-    group.limit(ROOM);
+    // A server that has decoded all data nevertheless is limited again and gets the same reads.
     let file = world.file(&digest, "memory");
-    let reader = std::thread::spawn(move || fs::read(file));
+    let mut reader = limited_reader(&group, &file);
     let paused = wait_for("a delayed restart", || {
+        if reader.is_finished() {
+            reader = limited_reader(&group, &file);
+        }
         let status = world.status();
         status["next_start"].is_f64().then_some(status)
     });
@@ -130,5 +139,12 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
     drop(world);
 }
 
-/// Memory of the group above its minimum, in bytes: less than one decoded block for each thread.
-const ROOM: u64 = 0;
+/// Limits the group, then reads all of the file from the server in a thread.
+fn limited_reader(group: &Group, file: &Path) -> JoinHandle<io::Result<Vec<u8>>> {
+    let opened = File::open(file).unwrap();
+    rustix::fs::fadvise(&opened, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    drop(opened);
+    group.limit();
+    let file = file.to_owned();
+    std::thread::spawn(move || fs::read(file))
+}

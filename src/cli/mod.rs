@@ -62,7 +62,7 @@ enum Command {
     Explain(clones::explain::ExplainArgs),
     /// Show the memory that each clone has copied and the memory of all clones
     Density(clones::density::DensityArgs),
-    /// Show the pages that one clone has copied
+    /// Show the pages of one clone that are no longer those of its template
     Dirty(clones::dirty::DirtyArgs),
     /// Check what this host supports and what reduces sharing
     Doctor(host::doctor::DoctorArgs),

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::accounting::{self, Survey, Totals, residency};
 use super::baseline::Baseline;
-use super::find::{Inodes, Search, ServedFile};
+use super::find::{self, Inodes, Search, ServedFile};
 use crate::control::Mount;
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
@@ -68,7 +68,7 @@ pub struct Audit {
 /// Frames counted one by one, in bytes, with the figures of the accounting.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct FrameAudit {
-    /// Anonymous frames in template mappings of any process.
+    /// Anonymous frames in template mappings of any process, and in place of replaced pages.
     pub private_bytes: Bytes,
     /// Figure of the accounting.
     pub private_accounted: Bytes,
@@ -276,18 +276,23 @@ fn walk_process(
 ) -> Result<()> {
     let pagemap = Pagemap::open(pid)?;
     let mut exclusive = None;
+    let maps: Vec<_> = lines.iter().filter_map(|line| find::mapping(line, inodes)).collect();
+    let replaced = accounting::replaced(&maps, lines, || accounting::runs_kvm(pid));
     for line in lines.iter().filter(|line| !line.path.starts_with("[v")) {
         let template = inodes.lookup(line.dev, line.ino).is_some();
         let mut anonymous = Vec::new();
-        pagemap.each_entry(line.start..line.end, |_, entry| anonymous.extend(entry.frame()))?;
-        for frame in anonymous {
+        pagemap.each_entry(line.start..line.end, |address, entry| {
+            anonymous.extend(entry.frame().map(|frame| (address, frame)));
+        })?;
+        for (address, frame) in anonymous {
             if frames.kind(frame)? != FrameKind::Anonymous {
                 continue;
             }
             if exclusive.is_none() && frames.mappings(frame)? == 1 {
                 exclusive = Some(frame);
             }
-            let frames = if template { &mut walk.private } else { &mut walk.overhead };
+            let in_place = template || replaced.iter().any(|replaced| replaced.range.contains(&address));
+            let frames = if in_place { &mut walk.private } else { &mut walk.overhead };
             *frames.entry(frame).or_default() += 1;
         }
     }

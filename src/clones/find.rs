@@ -167,6 +167,9 @@ pub struct TemplateMapping {
     pub length: Bytes,
     /// How the pages are served.
     pub serving: Serving,
+    /// Length of the file.
+    #[serde(skip)]
+    pub file_size: Bytes,
     /// Index of the file within the template.
     #[serde(skip)]
     pub index: usize,
@@ -336,7 +339,8 @@ fn lines_of(pid: u32, wanted: &Wanted) -> io::Result<Option<Lines>> {
     Ok(process.map(|process| (process, lines)))
 }
 
-fn mapping(line: &procfs::MapLine, inodes: &Inodes) -> Option<TemplateMapping> {
+/// Returns the template mapping of a line, `None` for other files. Call it only for [wanted](Inodes::wanted) lines.
+pub fn mapping(line: &procfs::MapLine, inodes: &Inodes) -> Option<TemplateMapping> {
     let file = inodes.lookup(line.dev, line.ino)?;
     Some(TemplateMapping {
         digest: file.digest,
@@ -347,6 +351,7 @@ fn mapping(line: &procfs::MapLine, inodes: &Inodes) -> Option<TemplateMapping> {
         offset: FileOffset::new(line.offset),
         length: line.len(),
         serving: file.serving,
+        file_size: file.size,
         index: file.index,
         mount: file.mount,
     })

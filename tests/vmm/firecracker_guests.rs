@@ -1,7 +1,7 @@
 //! Real Firecrackers: a booted guest becomes a template, and clones of it run while servers are killed.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ const CLONES: usize = 8;
 const KILLS: usize = 20;
 
 /// Boots a guest and imports its snapshot as `fc:1`. Returns the paused Firecracker.
-fn import_snapshot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
+pub fn import_snapshot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
     let directory = world.dir().join("source");
     fs::create_dir(&directory).unwrap();
     let source = Firecracker::boot(&directory, more);
@@ -27,26 +27,29 @@ fn import_snapshot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
     source
 }
 
-fn import(world: &TestMount, directory: &Path) -> Run {
+pub fn import(world: &TestMount, directory: &Path) -> Run {
     let [memory, state] = ["memory", "state"].map(|name| directory.join(name).display().to_string());
     world.stencil(&["import", &memory, "fc:1", "--state", &state, "--format", "firecracker"])
 }
 
 /// A running clone.
-struct Clone {
-    id: String,
-    pid: u64,
-    serial: Serial,
+pub struct Clone {
+    pub id: String,
+    pub pid: u64,
+    pub serial: Serial,
+    /// Directory of the clone.
+    pub dir: PathBuf,
 }
 
 /// Launches clones. The vCPUs of their guests never idle: they get what other processes leave.
-fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
+pub fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
     let mut command = world.command_in("nice");
     command.args(["-n", "19", env!("CARGO_BIN_EXE_stencil"), "--json", "clone", "fc:1"]);
     command.args(["-n", &count.to_string(), "--firecracker"]).arg(program("firecracker")).args(more);
     let run = Run::of("clone".into(), &command.output().unwrap()).ok();
     let launched: Value = serde_json::from_str(&run.out).unwrap();
     let of = |clone: &Value| Clone {
+        dir: clone["dir"].as_str().unwrap().into(),
         id: clone["id"].as_str().unwrap().to_owned(),
         pid: clone["pid"].as_u64().unwrap(),
         serial: Serial::of_clone(Path::new(clone["dir"].as_str().unwrap())),

@@ -1,4 +1,4 @@
-//! `stencil dirty`: reports the pages that one clone has copied.
+//! `stencil dirty`: reports the pages of one clone that are not those of its template.
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use crate::control;
 use crate::error::{Error, Result};
 use crate::store::Target;
 use crate::sys::files::stream::Sink;
-use crate::units::{PageCount, to_usize};
+use crate::units::{PAGE_SIZE, PageCount, to_usize};
 
 /// Time after which a named pipe without a reader is an error.
 const STALL_TIMEOUT: Duration = Duration::from_secs(300);
@@ -33,7 +33,7 @@ pub struct DirtyArgs {
     /// Id or process id of the clone
     #[arg(value_name = "CLONE")]
     clone: String,
-    /// List the ranges of copied pages, in pages of the template's file
+    /// List the ranges of dirty pages, in pages of the template's file
     #[arg(long, conflicts_with = "bitmap")]
     ranges: bool,
     /// Write a bitmap of the file: one bit for each page, lowest bit first
@@ -52,11 +52,12 @@ struct DirtyReport {
     pid: u32,
     dirty_pages: PageCount,
     swapped_pages: PageCount,
+    replaced_pages: PageCount,
     #[serde(skip_serializing_if = "Option::is_none")]
     ranges: Option<Vec<DirtyRange>>,
 }
 
-/// Measures the copied pages of the clone, and returns the report.
+/// Measures the dirty pages of the clone, and returns the report.
 ///
 /// # Errors
 /// Returns `Code::NotFound` if the clone does not exist or maps no template.
@@ -70,20 +71,25 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
         let only = clone.maps.first().map(|map| &map.file);
         let only = only.filter(|file| clone.maps.iter().all(|map| map.file == **file)).map(String::as_str);
         let file = args.file.as_deref().or(only).unwrap_or("memory");
-        let end = clone.maps.iter().filter(|map| map.file == file);
-        let Some(end) = end.map(|map| map.offset.get() + map.length.get()).max() else {
+        let mapped = clone.maps.iter().filter(|map| map.file == file);
+        let Some(mapped) = mapped.map(|map| (map.offset.get() + map.length.get()) / PAGE_SIZE).max() else {
             return Err(Error::not_found(format!("process {pid} does not map file '{file}'"))
                 .hint("name a file of the template that the process maps: --file NAME"));
         };
-        let bitmap = bitmap(&ranges, file, end / crate::units::PAGE_SIZE);
+        // Replaced pages may lie behind the last mapped page.
+        let replaced = ranges.iter().filter(|range| range.file == file);
+        let end = replaced.map(|range| range.first_page + range.pages.get()).max().unwrap_or_default();
+        let bitmap = bitmap(&ranges, file, mapped.max(end));
         write(path, args.force, &bitmap)?;
     }
-    let pages =
-        |swapped: bool| ranges.iter().filter(|r| r.swapped == swapped).map(|r| r.pages).sum::<PageCount>();
+    let pages = |counts: fn(&DirtyRange) -> bool| -> PageCount {
+        ranges.iter().filter(|range| counts(range)).map(|range| range.pages).sum()
+    };
     Ok(Done::report(DirtyReport {
         pid,
-        dirty_pages: pages(false) + pages(true),
-        swapped_pages: pages(true),
+        dirty_pages: pages(|_| true),
+        swapped_pages: pages(|range| range.swapped),
+        replaced_pages: pages(|range| range.replaced),
         ranges: args.ranges.then_some(ranges),
     }))
 }
@@ -134,16 +140,21 @@ impl Report for DirtyReport {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         for range in self.ranges.iter().flatten() {
             let swapped = if range.swapped { " swapped" } else { "" };
-            writeln!(out, "{} {}+{}{swapped}", range.file, range.first_page, range.pages.get())?;
+            let replaced = if range.replaced { " replaced" } else { "" };
+            writeln!(out, "{} {}+{}{swapped}{replaced}", range.file, range.first_page, range.pages.get())?;
         }
         if self.ranges.is_none() {
-            writeln!(
+            write!(
                 out,
                 "{} dirty ({}), {} of them in swap",
                 counted(self.dirty_pages.get(), "page", "pages"),
                 self.dirty_pages.bytes(),
                 self.swapped_pages.get()
             )?;
+            if self.replaced_pages > PageCount::ZERO {
+                write!(out, ", {} replaced by other memory", self.replaced_pages.get())?;
+            }
+            writeln!(out)?;
         }
         Ok(())
     }
@@ -159,7 +170,9 @@ mod tests {
             file: "memory".into(),
             first_page,
             pages: PageCount::new(pages),
+            address: 0,
             swapped: false,
+            replaced: false,
         };
         let other = DirtyRange { file: "rom".into(), ..range(3, 1) };
         assert_eq!(bitmap(&[range(0, 1), range(7, 3), other], "memory", 17), [0x81, 0x03, 0]);

@@ -1,14 +1,17 @@
-//! The pages that one clone has copied, as ranges of the template's files.
+//! The dirty pages of one clone, as ranges of the template's files.
+
+use std::ops::Range;
 
 use serde::Serialize;
 
-use super::process::measure;
-use crate::clones::find::{self, CloneProcess, Inodes};
+use super::process::{Measured, measure};
+use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
 use crate::control::Mount;
 use crate::error::Result;
+use crate::sys::memory::pagemap;
 use crate::units::{PAGE_SIZE, PageCount};
 
-/// A range of pages that one clone has copied, in pages of the template's file.
+/// A range of dirty pages of one clone, in pages of the template's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DirtyRange {
     /// File of the template.
@@ -17,27 +20,82 @@ pub struct DirtyRange {
     pub first_page: u64,
     /// Number of pages.
     pub pages: PageCount,
-    /// True if the copied pages are in swap.
+    /// Address of the first page in the process.
+    pub address: u64,
+    /// True if the pages are in swap.
     pub swapped: bool,
+    /// True if the process has mapped other memory over the template. A page of it that was never written is 0.
+    pub replaced: bool,
 }
 
-/// Returns the pages that one process has copied; `None` if it maps no template or has exited.
+/// Returns the dirty pages of one process in the order of their addresses; `None` if the process maps no template or
+/// has exited.
 ///
 /// # Errors
 /// Returns an error if a store cannot be read or the process cannot be inspected.
 pub fn dirty_of(pid: u32, mounts: &[Mount]) -> Result<Option<(CloneProcess, Vec<DirtyRange>)>> {
     let Some(clone) = find::look_at(pid, &Inodes::of(mounts)?)? else { return Ok(None) };
     let Some(measured) = measure(&clone)? else { return Ok(None) };
+    let ranges = ranges(&clone.maps, &measured);
+    Ok(Some((clone, ranges)))
+}
+
+fn ranges(maps: &[TemplateMapping], measured: &Measured) -> Vec<DirtyRange> {
     let mut ranges = Vec::new();
-    for (map, dirty) in clone.maps.iter().zip(&measured.dirty) {
-        for copy in dirty {
-            ranges.push(DirtyRange {
-                file: map.file.clone(),
-                first_page: (map.offset.get() + copy.range.start - map.start) / PAGE_SIZE,
-                pages: PageCount::new(copy.pages()),
-                swapped: copy.swapped,
-            });
+    for (map, copied) in maps.iter().zip(&measured.copied) {
+        ranges.extend(copied.iter().map(|copy| range(map, &copy.range, copy.swapped, false)));
+    }
+    for (replaced, private) in &measured.replaced {
+        let map = &maps[replaced.map];
+        for (part, swapped) in parts(&replaced.range, private) {
+            ranges.push(range(map, &part, swapped, true));
         }
     }
-    Ok(Some((clone, ranges)))
+    ranges.sort_by_key(|range| range.address);
+    ranges
+}
+
+fn range(map: &TemplateMapping, addresses: &Range<u64>, swapped: bool, replaced: bool) -> DirtyRange {
+    DirtyRange {
+        file: map.file.clone(),
+        // A replaced page may lie before the mapping.
+        first_page: map.offset.get().wrapping_add(addresses.start).wrapping_sub(map.start) / PAGE_SIZE,
+        pages: PageCount::new((addresses.end - addresses.start) / PAGE_SIZE),
+        address: addresses.start,
+        swapped,
+        replaced,
+    }
+}
+
+/// Splits a range of replaced pages into parts that are in swap and parts that are not.
+fn parts(whole: &Range<u64>, private: &[pagemap::DirtyRange]) -> Vec<(Range<u64>, bool)> {
+    let mut parts = Vec::new();
+    let mut start = whole.start;
+    for swapped in private.iter().filter(|range| range.swapped) {
+        if start < swapped.range.start {
+            parts.push((start..swapped.range.start, false));
+        }
+        parts.push((swapped.range.clone(), true));
+        start = swapped.range.end;
+    }
+    if start < whole.end {
+        parts.push((start..whole.end, false));
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replaced_pages_in_swap_are_parts_of_their_range() {
+        let private = |range, swapped| pagemap::DirtyRange { range, swapped };
+        let found = [private(10..12, false), private(12..14, true), private(18..20, true)];
+        assert_eq!(
+            parts(&(10..20), &found),
+            [(10..12, false), (12..14, true), (14..18, false), (18..20, true)]
+        );
+        assert_eq!(parts(&(10..20), &[]), [(10..20, false)]);
+    }
 }

@@ -16,7 +16,7 @@ use crate::units::{Bytes, PAGE_SIZE, PageCount};
 /// The RAM of all clones together, with each frame counted once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Distinct {
-    /// Copies of template pages.
+    /// Copies of template pages, and memory of replaced pages.
     pub private: Bytes,
     /// Private memory outside template mappings.
     pub overhead: Bytes,
@@ -38,8 +38,9 @@ pub fn distinct(clones: &[(CloneProcess, Measured)]) -> Result<Distinct> {
             total.overhead += measured.memory.overhead_bytes;
             continue;
         }
-        let copies = measured.dirty.iter().flatten().filter(|d| !d.swapped).map(|d| d.range.clone());
-        if !collect(clone.pid, copies, &mut private)?
+        let private_pages =
+            measured.private().filter(|range| !range.swapped).map(|range| range.range.clone());
+        if !collect(clone.pid, private_pages, &mut private)?
             || !collect(clone.pid, measured.overhead.iter().cloned(), &mut overhead)?
         {
             log::info!("clone {} exited while its frames were counted", clone.pid);

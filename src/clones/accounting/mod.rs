@@ -8,12 +8,14 @@ mod disks;
 mod frames;
 mod process;
 mod records;
+mod replaced;
 pub mod residency;
 mod survey;
 mod templates;
 mod totals;
 
 pub use dirty::{DirtyRange, dirty_of};
-pub use process::{CloneMemory, Measured, measure};
+pub use process::{CloneMemory, Measured, measure, runs_kvm};
+pub use replaced::{Replaced, replaced};
 pub use survey::{CloneRow, Density, Survey, survey};
 pub use totals::Totals;

@@ -1,13 +1,15 @@
-//! The memory of one clone: copied pages, page tables, and memory outside template mappings.
+//! The memory of one clone: copied and replaced pages, page tables, and memory outside template mappings.
 
 use std::ops::Range;
 
 use serde::Serialize;
 
+use super::replaced::{self, Replaced};
 use crate::clones::find::CloneProcess;
 use crate::error::{Code, Result};
-use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
-use crate::sys::process::procfs;
+use crate::sys::memory::pagemap::{Categories, DirtyRange, Pagemap, Query};
+use crate::sys::process::procfs::{self, MapLine};
+use crate::sys::process::tasks;
 use crate::units::{Bytes, PageCount};
 
 /// User addresses on x86-64 with four-level page tables. With five levels, addresses above need an explicit hint to
@@ -21,12 +23,14 @@ pub struct CloneMemory {
     pub mapped_bytes: Bytes,
     /// Template pages that the page tables map unchanged. A mapped page need not have been accessed.
     pub mapped_clean_bytes: Bytes,
-    /// Copied template pages in RAM.
+    /// Copied template pages, and memory of replaced pages, in RAM.
     pub private_bytes: Bytes,
-    /// Copied template pages in swap. They take no RAM.
+    /// The same in swap. It takes no RAM.
     pub swap_bytes: Bytes,
-    /// Copied template pages, in RAM and in swap.
+    /// Copied template pages, in RAM and in swap, and replaced pages.
     pub dirty_pages: PageCount,
+    /// Template pages over which the process has mapped other memory.
+    pub replaced_pages: PageCount,
     /// Page tables (`VmPTE`).
     pub page_table_bytes: Bytes,
     /// Private memory outside template mappings, in RAM.
@@ -43,7 +47,9 @@ pub struct Measured {
     /// Memory figures.
     pub memory: CloneMemory,
     /// Copied pages of each mapping, in the order of the mappings.
-    pub dirty: Vec<Vec<crate::sys::memory::pagemap::DirtyRange>>,
+    pub copied: Vec<Vec<DirtyRange>>,
+    /// Replaced pages, each with the private pages of the memory that is there now.
+    pub replaced: Vec<(Replaced, Vec<DirtyRange>)>,
     /// Addresses of the private memory outside template mappings.
     pub overhead: Vec<Range<u64>>,
     /// Name of the command.
@@ -52,6 +58,13 @@ pub struct Measured {
     pub uid: u32,
     /// Control group.
     pub cgroup: String,
+}
+
+impl Measured {
+    /// Returns the private pages in place of template pages: copies, and memory of replaced pages.
+    pub fn private(&self) -> impl Iterator<Item = &DirtyRange> {
+        self.copied.iter().flatten().chain(self.replaced.iter().flat_map(|(_, private)| private))
+    }
 }
 
 /// Measures one clone. Returns `None` if the clone has exited.
@@ -73,16 +86,13 @@ fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
         return Ok(None);
     }
     let mut memory = CloneMemory::default();
-    let mut dirty = Vec::with_capacity(clone.maps.len());
+    let mut copied = Vec::with_capacity(clone.maps.len());
     for map in &clone.maps {
         memory.mapped_bytes += map.length;
         let copies = pagemap.dirty(map.range())?;
-        for copy in &copies {
-            let pages = PageCount::new(copy.pages());
-            memory.dirty_pages += pages;
-            *(if copy.swapped { &mut memory.swap_bytes } else { &mut memory.private_bytes }) += pages.bytes();
-        }
-        dirty.push(copies);
+        memory.dirty_pages += copies.iter().map(|copy| PageCount::new(copy.pages())).sum();
+        memory.add_private(&copies);
+        copied.push(copies);
         for region in pagemap.scan(map.range(), &clean())? {
             let bytes = Bytes::new(region.range.end - region.range.start);
             memory.mapped_clean_bytes += bytes;
@@ -91,12 +101,33 @@ fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
             }
         }
     }
-    let overhead = outside(clone, &pagemap)?;
+    let Some(lines) = procfs::maps(clone.pid, |_, _| true)? else { return Ok(None) };
+    let mut replaced = Vec::new();
+    for found in replaced::replaced(&clone.maps, &lines, || runs_kvm(clone.pid)) {
+        let pages = Bytes::new(found.range.end - found.range.start).pages();
+        memory.dirty_pages += pages;
+        memory.replaced_pages += pages;
+        let private = pagemap.dirty(found.range.clone())?;
+        memory.add_private(&private);
+        replaced.push((found, private));
+    }
+    let in_place = clone.maps.iter().map(|map| map.range());
+    let in_place = in_place.chain(replaced.iter().map(|(replaced, _)| replaced.range.clone()));
+    let overhead = outside(in_place.collect(), &lines, &pagemap)?;
     memory.overhead_bytes = overhead.iter().map(|range| Bytes::new(range.end - range.start)).sum();
     let Some(status) = procfs::status(clone.pid)? else { return Ok(None) };
     memory.page_table_bytes = status.page_tables;
     let Some(cgroup) = procfs::cgroup(clone.pid)? else { return Ok(None) };
-    Ok(Some(Measured { memory, dirty, overhead, command: status.name, uid: status.uid, cgroup }))
+    Ok(Some(Measured { memory, copied, replaced, overhead, command: status.name, uid: status.uid, cgroup }))
+}
+
+impl CloneMemory {
+    fn add_private(&mut self, ranges: &[DirtyRange]) {
+        for range in ranges {
+            let bytes = PageCount::new(range.pages()).bytes();
+            *(if range.swapped { &mut self.swap_bytes } else { &mut self.private_bytes }) += bytes;
+        }
+    }
 }
 
 /// Selects unchanged pages of the file.
@@ -104,8 +135,8 @@ fn clean() -> Query {
     Query { all: Categories::FILE | Categories::PRESENT, report: Categories::HUGE, ..Query::default() }
 }
 
-/// Returns the address ranges of anonymous memory outside the template mappings, in order.
-fn outside(clone: &CloneProcess, pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
+/// Returns the address ranges of anonymous memory outside of `skip`, in order.
+fn outside(mut skip: Vec<Range<u64>>, lines: &[MapLine], pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
     let anonymous = Query {
         all: Categories::PRESENT,
         none: Categories::FILE | Categories::ZERO | Categories::GUARD,
@@ -113,9 +144,7 @@ fn outside(clone: &CloneProcess, pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
     };
     let present = pagemap.scan(ADDRESS_SPACE, &anonymous)?.into_iter().map(|region| region.range).collect();
     // Data pages of the kernel ([vvar]) look like private memory, but exist only once.
-    let kernel = procfs::maps(clone.pid, |dev, ino| dev == 0 && ino == 0)?.unwrap_or_default();
-    let mut skip: Vec<Range<u64>> = clone.maps.iter().map(|map| map.range()).collect();
-    skip.extend(kernel.iter().filter(|line| line.path.starts_with("[v")).map(|line| line.start..line.end));
+    skip.extend(lines.iter().filter(|line| line.path.starts_with("[v")).map(|line| line.start..line.end));
     skip.sort_unstable_by_key(|range| range.start);
     Ok(subtract(present, &skip))
 }
@@ -137,6 +166,18 @@ fn subtract(ranges: Vec<Range<u64>>, skip: &[Range<u64>]) -> Vec<Range<u64>> {
         }
     }
     left
+}
+
+/// Returns true if the process has a KVM virtual machine. The kernel reports the second-level page tables of all VMs
+/// together, as `SecPageTables`.
+pub fn runs_kvm(pid: u32) -> bool {
+    let tables = tasks::file_tables(pid).unwrap_or_default();
+    let entries = tables.iter().flat_map(|thread| std::fs::read_dir(thread.join("fd")));
+    entries
+        .flatten()
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .any(|target| target.as_os_str() == "anon_inode:kvm-vm")
 }
 
 #[cfg(test)]

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::frames::Distinct;
-use super::process::Measured;
+use super::process::{Measured, runs_kvm};
 use super::records::{Records, record_of};
 use super::templates::TemplateMemory;
 use crate::clones::find::CloneProcess;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
-use crate::sys::process::{procfs, tasks};
+use crate::sys::process::procfs;
 use crate::units::{Bytes, PAGE_SIZE, PageCount, approximate};
 
 /// Sums over all clones, in bytes. Each page frame is counted once.
@@ -27,7 +27,7 @@ pub struct Totals {
     pub template_bytes: Bytes,
     /// Page cache of the store's files, and memory of the supervisors and servers.
     pub store_cache_bytes: Bytes,
-    /// Copied template pages in RAM, as distinct frames.
+    /// Copied template pages, and memory of replaced pages, in RAM, as distinct frames.
     pub private_bytes: Bytes,
     /// Page tables of the clones, including those of KVM.
     pub page_table_bytes: Bytes,
@@ -35,7 +35,7 @@ pub struct Totals {
     pub overhead_bytes: Bytes,
     /// Disks of the clones in a file system without other storage.
     pub disk_bytes: Bytes,
-    /// Copied template pages in swap. They take no RAM.
+    /// The same in swap. It takes no RAM.
     pub swap_bytes: Bytes,
     /// Sum of template pages, store cache, private pages, page tables, overhead and disks.
     pub host_bytes: Bytes,
@@ -138,16 +138,17 @@ fn mapped_file_ranges(clone: &CloneProcess) -> FileRanges {
     ranges
 }
 
-/// Counts the copied pages that are zero in the template. A restored copy would also need this memory.
+/// Counts the private pages that are zero in the template or replaced. A restored copy would also need this memory.
 fn new_pages(
     clone: &CloneProcess,
     measured: &Measured,
     templates: &BTreeMap<Digest, Template>,
 ) -> Result<PageCount> {
-    let mut new = 0;
-    for (map, dirty) in clone.maps.iter().zip(&measured.dirty) {
+    let replaced = measured.replaced.iter().flat_map(|(_, private)| private);
+    let mut new: u64 = replaced.filter(|range| !range.swapped).map(|range| range.pages()).sum();
+    for (map, copied) in clone.maps.iter().zip(&measured.copied) {
         let Some(template) = templates.get(&map.digest) else { continue };
-        for copy in dirty.iter().filter(|copy| !copy.swapped) {
+        for copy in copied.iter().filter(|copy| !copy.swapped) {
             let first = map.offset.get() + copy.range.start - map.start;
             for page in 0..copy.pages() {
                 let offset = first + page * PAGE_SIZE;
@@ -214,18 +215,6 @@ impl Totals {
     pub fn of_the_clones(&self) -> Bytes {
         self.private_bytes + self.page_table_bytes + self.overhead_bytes + self.disk_bytes
     }
-}
-
-/// Returns true if the process has a KVM virtual machine. The kernel reports the second-level page tables of all VMs
-/// together, as `SecPageTables`.
-fn runs_kvm(pid: u32) -> bool {
-    let tables = tasks::file_tables(pid).unwrap_or_default();
-    let entries = tables.iter().flat_map(|thread| std::fs::read_dir(thread.join("fd")));
-    entries
-        .flatten()
-        .flatten()
-        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
-        .any(|target| target.as_os_str() == "anon_inode:kvm-vm")
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
  *     c   print the counter, which runs all the time         hexadecimal number, C
  *     b   give 256 pages at 64 MiB to the balloon            first words of two of these pages afterwards, L; E without
  *                                                            a balloon
+ *     e   give the last 256 of 128 MiB to the balloon        the same
  *     H   halt                                               none
  *
  * Memory: code from 2 MiB, stack below 0x2f0000, variables and queues of the balloon from 3 MiB.
@@ -149,6 +150,16 @@ static void inflate(u32 device, u32 from, u32 pages)
         ;
 }
 
+static void give(u32 from)
+{
+    if (!AT(u32, BALLOON))
+        return answer('E');
+    inflate(AT(u32, BALLOON), from, 256);
+    print(AT(u32, from));
+    print(AT(u32, from + 200 * PAGE));
+    answer('L');
+}
+
 static void execute(u8 command)
 {
     switch (command) {
@@ -171,12 +182,9 @@ static void execute(u8 command)
         print(AT(u32, COUNTER));
         return answer('C');
     case 'b':
-        if (!AT(u32, BALLOON))
-            return answer('E');
-        inflate(AT(u32, BALLOON), SECOND, 256);
-        print(AT(u32, SECOND));
-        print(AT(u32, SECOND + 200 * PAGE));
-        return answer('L');
+        return give(SECOND);
+    case 'e':
+        return give(0x8000000 - 256 * PAGE);
     case 'H':
         __asm__ volatile("cli; hlt");
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::sys::socket::peer::Peer;
 use crate::sys::socket::unix;
 
 /// Maximum length of a reply in bytes.
@@ -38,18 +39,44 @@ impl Api {
         Ok(Api { stream, path: path.to_owned() })
     }
 
+    /// Returns the process that listens on the socket.
+    ///
+    /// # Errors
+    /// Returns an error if the process is not visible in this PID namespace.
+    pub fn peer_pid(&self) -> Result<u32> {
+        let failed = || Error::failed("cannot tell which process listens on the API socket").at(&self.path);
+        let peer = Peer::of(&self.stream).map_err(|e| failed().because(e))?;
+        peer.pid.ok_or_else(|| failed().hint("run the command in the PID namespace of Firecracker"))
+    }
+
     /// Sends a request (`PUT /snapshot/load`) and waits until Firecracker has executed it.
     ///
     /// # Errors
     /// Returns an error with Firecracker's text if Firecracker refuses the request, and
     /// [`Code::TryAgain`](crate::error::Code::TryAgain) if Firecracker does not reply before the deadline.
     pub fn run(&mut self, request: &str, body: &Value, deadline: Instant) -> Result<()> {
+        self.send(request, body)?;
+        self.wait(request, deadline)
+    }
+
+    /// Sends a request. [`wait`](Self::wait) waits until Firecracker has executed it.
+    ///
+    /// # Errors
+    /// Returns an error if the connection is lost.
+    pub fn send(&mut self, request: &str, body: &Value) -> Result<()> {
         let body = body.to_string();
         let text = format!(
             "{request} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         );
-        self.stream.write_all(text.as_bytes()).map_err(|e| self.lost(request, e))?;
+        self.stream.write_all(text.as_bytes()).map_err(|e| self.lost(request, e))
+    }
+
+    /// Waits until Firecracker has executed the request that was sent.
+    ///
+    /// # Errors
+    /// Same as [`run`](Self::run).
+    pub fn wait(&mut self, request: &str, deadline: Instant) -> Result<()> {
         let reply = self.reply(request, deadline)?;
         if reply.status / 100 == 2 {
             return Ok(());

@@ -4,4 +4,5 @@
 //! They form one module because the test harness runs tests in the order of their paths: the lock of the host then
 //! changes hands only twice in a run.
 mod failover;
+mod firecracker_jails;
 mod memory;

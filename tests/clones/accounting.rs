@@ -181,7 +181,7 @@ fn density_json_has_the_promised_fields() {
     assert_eq!(
         keys(&density["clones"][0]),
         "id pid pids reference command cgroup uid digest kind mapped_bytes mapped_clean_bytes private_bytes swap_bytes \
-         dirty_pages page_table_bytes overhead_bytes disk_bytes pmd_mapped_bytes maps"
+         dirty_pages replaced_pages page_table_bytes overhead_bytes disk_bytes pmd_mapped_bytes maps"
     );
     assert_eq!(keys(&density["clones"][0]["maps"][0]), "digest file dev ino start offset length serving");
     assert_eq!(

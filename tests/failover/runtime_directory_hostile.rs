@@ -261,6 +261,8 @@ fn planted_records_end_no_process_and_remove_no_file() {
         ("launch", with("launch", json!("../../x"))),
         ("disks", with("disks", disks)),
         ("disk_dir", with("disk_dir", json!("../outside"))),
+        ("jail", with("jail", json!(outside))),
+        ("jail", with("jail", json!("../c0000001"))),
         ("digest", with("digest", json!("../x"))),
     ];
     for (field, record) in &cases {

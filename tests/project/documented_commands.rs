@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::support::host;
-use crate::support::mount::{UNSEEN, run};
+use crate::support::mount::{UNSEEN, copy_program, run};
 use crate::support::pages::page::{Block, blocks, line_matches, matches, updated, violations};
 use crate::support::pages::session::{Outcome, Session};
 use crate::support::pages::svg::terminal;
@@ -88,12 +88,10 @@ fn prepare(environment: &str, session: &mut Session) {
         }
         // A Firecracker with a guest; its API socket is fc.sock. The guest never idles.
         "running-firecracker" => {
-            let program = session.bin().join("firecracker");
-            let script = format!(
-                "#!/bin/bash\nexec nice -n 19 {} \"$@\"\n",
-                vm::firecracker::program("firecracker").display()
-            );
-            install(&program, &script);
+            for program in ["firecracker", "jailer"] {
+                copy_program(vm::firecracker::program(program), session.bin().join(program));
+            }
+            tell(session, "renice -n 19 -p $$ >/dev/null");
             tell(session, "firecracker --api-sock fc.sock </dev/null >fc.log &");
             tell(session, "until [ -S fc.sock ]; do sleep 0.1; done");
             let kernel = vm::firecracker::guest().display();

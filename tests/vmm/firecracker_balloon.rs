@@ -3,15 +3,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stencilfs::clones::firecracker_api::Api;
 
 use crate::support::host;
 use crate::support::mount::TestMount;
 use crate::support::vm::firecracker::MEMORY_MIB;
-use crate::vmm::firecracker_guests::{import_snapshot, launch};
+use crate::vmm::firecracker_guests::{import_snapshot, launch, request};
 
 const PAGE: u64 = 4096;
 
@@ -23,11 +21,6 @@ const KNOWN: u64 = (64 << 20) / PAGE;
 
 /// The last pages of the memory.
 const LAST: u64 = (MEMORY_MIB << 20) / PAGE - PAGES;
-
-fn request(directory: &Path, request: &str, body: &Value) {
-    let mut api = Api::connect(&directory.join("api.sock")).unwrap();
-    api.run(request, body, Instant::now() + Duration::from_secs(60)).unwrap();
-}
 
 /// Writes a diff of the process: its dirty pages, and holes.
 fn write_diff(pid: u64, ranges: &[Value], diff: &Path) {

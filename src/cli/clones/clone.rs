@@ -16,7 +16,7 @@ use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
 use crate::clones::counted;
 use crate::clones::launch::{
-    Failure, How, LaunchRequest, Launched, Microvm, Ready, Simulate, Target, launch,
+    Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready, Simulate, Target, launch,
 };
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry, Kind};
@@ -68,6 +68,18 @@ pub struct CloneArgs {
     /// TAP device of a network interface of a Firecracker snapshot; {index} and {id} are replaced. Can be repeated
     #[arg(long, value_name = "IFACE=DEVICE", value_parser = network, conflicts_with_all = ["simulate", "command"])]
     network: Vec<(String, String)>,
+    /// Firecracker's jailer, which starts each Firecracker in a chroot of its own: a path, or a name in PATH
+    #[arg(long, value_name = "PROGRAM", requires_all = ["uid", "gid"], conflicts_with_all = ["simulate", "command"])]
+    jailer: Option<PathBuf>,
+    /// User id of each Firecracker in its jail
+    #[arg(long, value_name = "UID", requires = "jailer")]
+    uid: Option<u32>,
+    /// Group id of each Firecracker in its jail
+    #[arg(long, value_name = "GID", requires = "jailer")]
+    gid: Option<u32>,
+    /// Directory of the jails
+    #[arg(long, value_name = "DIR", requires = "jailer", default_value = "/srv/jailer")]
+    chroot_base_dir: PathBuf,
     /// Number of clones that are launched at the same time [default: twice the number of processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     parallel: Option<u32>,
@@ -209,26 +221,46 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
             return Err(Error::usage("--disk-dir does not apply to clones of a Firecracker snapshot")
                 .hint("omit the option: Firecracker opens disks at their paths in the snapshot"));
         }
-        let program = args.firecracker.clone().unwrap_or_else(|| "firecracker".into());
-        // The clones have another working directory.
-        let is_path = program.as_os_str().as_encoded_bytes().contains(&b'/');
-        let program = if is_path {
-            program.canonicalize().map_err(|e| Error::io("cannot use Firecracker", &program, e))?
-        } else {
-            program
-        };
+        let program = program(args.firecracker.as_deref().unwrap_or("firecracker".as_ref()))?;
         let body = paste(Vmm::Firecracker, &served)?.body.unwrap_or_default();
-        return Ok(How::Firecracker(Microvm { program, body, networks: args.network.clone() }));
+        let jailer = jailer(args)?;
+        return Ok(How::Firecracker(Microvm { program, body, networks: args.network.clone(), jailer }));
     }
     let recipe = target.recipe()?;
-    if args.firecracker.is_some() || !args.network.is_empty() {
+    if args.firecracker.is_some() || args.jailer.is_some() || !args.network.is_empty() {
         return Err(Error::usage(format!(
-            "template {} is resumed by QEMU: --firecracker and --network do not apply",
+            "template {} is resumed by QEMU: --firecracker, --jailer and --network do not apply",
             target.name
         ))
         .hint("omit these options, or choose a template of a Firecracker snapshot"));
     }
     Ok(How::Qemu(recipe))
+}
+
+fn jailer(args: &CloneArgs) -> Result<Option<Jailer>> {
+    let (Some(jailer), Some(uid), Some(gid)) = (&args.jailer, args.uid, args.gid) else { return Ok(None) };
+    let base = &args.chroot_base_dir;
+    let chroot_base_dir = std::fs::create_dir_all(base).and_then(|()| base.canonicalize());
+    let chroot_base_dir =
+        chroot_base_dir.map_err(|e| Error::io("cannot use the directory of the jails", base, e))?;
+    Ok(Some(Jailer { program: program(jailer)?, uid, gid, chroot_base_dir }))
+}
+
+/// Returns the absolute path of a program: clones have another working directory, and a jailer does not search PATH.
+fn program(name: &Path) -> Result<PathBuf> {
+    let is_path = name.as_os_str().as_encoded_bytes().contains(&b'/');
+    let found = match is_path {
+        true => name.canonicalize(),
+        false => {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let places = std::env::split_paths(&path).map(|directory| directory.join(name));
+            places
+                .filter(|place| place.is_file())
+                .find_map(|place| place.canonicalize().ok())
+                .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no directory of PATH has it"))
+        }
+    };
+    found.map_err(|e| Error::io("cannot find the program", name, e).hint("install it, or give its path"))
 }
 
 /// Parses `IFACE=DEVICE`.

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::cli::Global;
 use crate::cli::output::{Done, Report};
 use crate::clones::registry::process_tree::ProcessTrees;
-use crate::clones::registry::{self, API_SOCKET, Entry, LOG, QMP_SOCKET, SERIAL_LOG};
+use crate::clones::registry::{self, API_SOCKET, Entry, LOG, QMP_SOCKET, SERIAL_LOG, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::sys::poll::Patient;
 
@@ -86,7 +86,8 @@ pub fn run(args: &LogsArgs, global: &Global) -> Result<Done> {
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok::<_, Error>(entry.read_file(name).map_err(failed)?.map(text))
     };
-    let (log, serial) = (text(LOG)?.unwrap_or_default(), text(SERIAL_LOG)?);
+    let log = text(LOG)?.unwrap_or_default() + &text(VMM_LOG)?.unwrap_or_default();
+    let serial = text(SERIAL_LOG)?;
     Ok(Done::report(LogsReport { log, serial, sockets: sockets(&entry.dir)?, id: entry.id }))
 }
 
@@ -94,7 +95,7 @@ pub fn run(args: &LogsArgs, global: &Global) -> Result<Done> {
 fn follow(entry: &Entry) -> Result<Done> {
     entry.expect_ours()?;
     let fail = |e| Error::io("cannot print the log of a clone", &entry.dir, e);
-    let mut logs = [(LOG, None), (SERIAL_LOG, None)];
+    let mut logs = [(LOG, None), (VMM_LOG, None), (SERIAL_LOG, None)];
     let mut out = Patient(io::stdout());
     loop {
         // The end of the clone is seen before its last output is read.

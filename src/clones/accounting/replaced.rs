@@ -180,7 +180,7 @@ mod tests {
     }
 
     /// Returns the replaced pages, as pages of the address space, of a process with these other mappings.
-    fn pages(maps: &[TemplateMapping], others: &[MapLine], is_vmm: bool) -> Vec<Range<u64>> {
+    fn pages(maps: &[TemplateMapping], others: &[MapLine], is_vmm: bool) -> Vec<(u64, u64)> {
         let mut lines = others.to_vec();
         lines.extend(maps.iter().map(|map| MapLine {
             end: map.range().end,
@@ -190,21 +190,22 @@ mod tests {
         lines.iter_mut().filter(|line| !line.path.is_empty()).for_each(|line| line.ino = 2);
         lines.sort_by_key(|line| line.start);
         let found = replaced(maps, &lines, || is_vmm);
-        found.into_iter().map(|found| found.range.start / PAGE_SIZE..found.range.end / PAGE_SIZE).collect()
+        let found = found.into_iter().map(|found| found.range);
+        found.map(|range| (range.start / PAGE_SIZE, range.end / PAGE_SIZE)).collect()
     }
 
     #[test]
     fn readable_memory_between_two_parts_of_a_mapping_has_replaced_it() {
         let maps = [map(100, 0..3), map(106, 6..10)];
-        assert_eq!(pages(&maps, &[memory(103..106)], false), [103..106]);
+        assert_eq!(pages(&maps, &[memory(103..106)], false), [(103, 106)]);
         assert_eq!(
             pages(&maps, &[line(103..105, "r--s", "/other"), memory(105..106)], false),
-            [103..105, 105..106]
+            [(103, 105), (105, 106)]
         );
-        assert_eq!(pages(&maps, &[], false), [] as [Range<u64>; 0], "unmapped");
+        assert_eq!(pages(&maps, &[], false), [], "unmapped");
         assert_eq!(
             pages(&maps, &[line(103..104, "---p", ""), memory(105..106)], false),
-            [105..106],
+            [(105, 106)],
             "without access"
         );
     }
@@ -212,9 +213,9 @@ mod tests {
     #[test]
     fn memory_behind_a_mapping_of_a_vmm_has_replaced_the_rest_of_the_file() {
         let maps = [map(100, 0..7)];
-        assert_eq!(pages(&maps, &[memory(107..110)], true), [107..110]);
-        assert_eq!(pages(&maps, &[memory(107..900)], true), [107..110], "merged with memory behind it");
-        assert_eq!(pages(&maps, &[memory(107..108), memory(108..110)], true), [107..110]);
+        assert_eq!(pages(&maps, &[memory(107..110)], true), [(107, 110)]);
+        assert_eq!(pages(&maps, &[memory(107..900)], true), [(107, 110)], "merged with memory behind it");
+        assert_eq!(pages(&maps, &[memory(107..108), memory(108..110)], true), [(107, 110)]);
         for others in [
             vec![memory(107..109)],
             vec![memory(108..111)],
@@ -222,31 +223,31 @@ mod tests {
             vec![line(107..110, "---p", "")],
             vec![line(107..110, "rw-s", "")],
         ] {
-            assert_eq!(pages(&maps, &others, true), [] as [Range<u64>; 0], "{others:?}");
+            assert_eq!(pages(&maps, &others, true), [], "{others:?}");
         }
-        assert_eq!(pages(&maps, &[memory(107..110)], false), [] as [Range<u64>; 0], "not a VMM");
+        assert_eq!(pages(&maps, &[memory(107..110)], false), [], "not a VMM");
     }
 
     #[test]
     fn memory_before_a_mapping_of_a_vmm_has_replaced_the_start_of_the_file() {
         let maps = [map(103, 3..10)];
-        assert_eq!(pages(&maps, &[memory(50..103)], true), [100..103]);
-        assert_eq!(pages(&maps, &[memory(101..103)], true), [] as [Range<u64>; 0]);
+        assert_eq!(pages(&maps, &[memory(50..103)], true), [(100, 103)]);
+        assert_eq!(pages(&maps, &[memory(101..103)], true), []);
     }
 
     #[test]
     fn the_end_of_one_region_and_the_start_of_the_next_may_both_be_replaced() {
         // Pages 0 to 5 and 6 to 9 at two places; pages 4 to 6 are replaced.
         let maps = [map(100, 0..4), map(207, 7..10)];
-        assert_eq!(pages(&maps, &[memory(104..106), memory(206..207)], true), [104..106, 206..207]);
-        assert_eq!(pages(&maps, &[memory(104..105), memory(206..207)], true), [] as [Range<u64>; 0]);
+        assert_eq!(pages(&maps, &[memory(104..106), memory(206..207)], true), [(104, 106), (206, 207)]);
+        assert_eq!(pages(&maps, &[memory(104..105), memory(206..207)], true), []);
     }
 
     #[test]
     fn pages_that_are_mapped_elsewhere_are_not_replaced() {
         let maps = [map(100, 0..5), map(200, 5..10)];
-        assert_eq!(pages(&maps, &[memory(105..110), memory(195..200)], true), [] as [Range<u64>; 0]);
+        assert_eq!(pages(&maps, &[memory(105..110), memory(195..200)], true), []);
         let twice = [map(100, 0..10), map(200, 0..5)];
-        assert_eq!(pages(&twice, &[memory(205..210)], true), [] as [Range<u64>; 0]);
+        assert_eq!(pages(&twice, &[memory(205..210)], true), []);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::order::{Failure, LaunchRequest, Launched};
 use crate::clones::agent::Clock;
-use crate::clones::registry::{Entry, LOG, Launch, NewEntry, Touched};
+use crate::clones::registry::{Entry, LOG, Launch, NewEntry, Touched, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::sys::process::threads;
@@ -79,6 +79,16 @@ impl ActiveLaunch<'_> {
         Ok(Launched { clones: ready, failures, clocks, children })
     }
 
+    /// Removes a clone that did not become ready.
+    pub fn give_up(&self, entry: &Entry, error: &Error) {
+        let log_tail = log_tail(entry);
+        // Leftovers are removed with the whole launch or by the next sweep.
+        if let Err(left) = entry.destroy() {
+            log::warn!("{left}");
+        }
+        self.failed(entry.index, format!("{error}{log_tail}"), error.hint_text());
+    }
+
     fn launch_child<F>(&self, index: u32, start: &F)
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
@@ -95,14 +105,7 @@ impl ActiveLaunch<'_> {
                     g.children.push(child);
                 });
             }
-            Err(error) => {
-                let log_tail = log_tail(&entry);
-                // Leftovers are removed with the whole launch or by the next sweep.
-                if let Err(left) = entry.destroy() {
-                    log::warn!("{left}");
-                }
-                self.failed(index, format!("{error}{log_tail}"), error.hint_text());
-            }
+            Err(error) => self.give_up(&entry, &error),
         }
     }
 
@@ -133,9 +136,10 @@ impl ActiveLaunch<'_> {
     }
 }
 
-/// Returns the last lines of a clone's log, as a suffix of an error message.
+/// Returns the last lines of a clone's logs, as a suffix of an error message.
 fn log_tail(entry: &Entry) -> String {
-    let Ok(Some(bytes)) = entry.read_file(LOG) else { return String::new() };
+    let logs = [VMM_LOG, LOG].map(|name| entry.read_file(name).ok().flatten().unwrap_or_default());
+    let bytes = logs.concat();
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let last = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join(" | ");

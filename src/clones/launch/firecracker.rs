@@ -1,4 +1,6 @@
 //! Firecracker clones: starts Firecracker, loads the template's snapshot through its API and resumes the guest.
+//!
+//! No guest runs until all are loaded: a guest that runs takes processor time from those that are being loaded.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -11,46 +13,96 @@ use serde_json::{Value, json};
 
 use super::active_launch::ActiveLaunch;
 use super::child::{ControlSocket, ReadyWait, connect, expect_short, kill, spawn_with};
-use super::order::Microvm;
+use super::jail::{self, Jail};
+use super::order::{Launched, Microvm};
 use crate::clones::firecracker_api::Api;
 use crate::clones::recipe::Escape;
-use crate::clones::registry::{API_SOCKET, Entry, LOG, SERIAL_INPUT, SERIAL_LOG};
+use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG};
 use crate::error::{Error, Result};
-use crate::sys::process::own_session;
+use crate::sys::process::{ProcessId, own_session};
 
-/// Resumes one clone and returns when its guest runs.
+/// Number of guests that are resumed at the same time: each takes a descriptor.
+const RESUME_BATCH: usize = 64;
+
+/// Starts the Firecracker of one clone, and returns when it has loaded the snapshot. The guest is paused.
 ///
 /// # Errors
 /// Returns an error if Firecracker cannot be started or refuses the snapshot, and
 /// [`Code::TryAgain`](crate::error::Code::TryAgain) on a timeout.
-pub fn resume(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> Result<Child> {
-    let body = body(active, microvm, entry)?;
+pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> Result<Child> {
+    let mut body = body(active, microvm, entry)?;
+    let target = active.order.target;
+    let (mut command, path) = match &microvm.jailer {
+        Some(jailer) => {
+            jail::translate(&mut body, target);
+            let jail = Jail::create(jailer, &microvm.program, entry)?;
+            (jail.command(jailer, &microvm.program, target, entry)?, jail.socket())
+        }
+        None => (without_jail(microvm, entry)?, entry.dir.join(API_SOCKET)),
+    };
     let socket = ControlSocket {
         vmm: "Firecracker",
         name: "API",
-        path: entry.dir.join(API_SOCKET),
+        path,
         hint: "check that --firecracker names Firecracker 1.12 or newer",
     };
     expect_short(&socket.path.display().to_string())?;
-    let mut command = Command::new(&microvm.program);
-    // Relative paths in the snapshot (vsock, disks) become paths in the clone's directory.
-    own_session(&mut command)
-        .args(["--id", &entry.id, "--api-sock", API_SOCKET, "--log-path", LOG])
-        .current_dir(&entry.dir);
     let (input, output) = (serial_input(entry)?, entry.open_log(SERIAL_LOG)?);
     let mut child = spawn_with(&mut command, entry, input.into(), output.into())?;
     let wait = ReadyWait::new(active);
     let loaded = connect(&wait, &mut child, entry, &socket, Api::connect).and_then(|mut api| {
-        load(&mut api, &body, &wait)?;
-        if active.order.count > 1 {
-            refuse_shared_files(entry)?;
+        // A program that starts Firecracker may be another process.
+        if let Some(process) = ProcessId::of(api.peer_pid()?)?
+            && Some(process) != entry.process()
+        {
+            entry.set_process(process)?;
         }
-        api.run("PATCH /vm", &json!({"state": "Resumed"}), wait.deadline)
+        load_snapshot(&mut api, &body, microvm, &wait)?;
+        match active.order.count > 1 && microvm.jailer.is_none() {
+            true => refuse_shared_files(entry),
+            false => Ok(()),
+        }
     });
     match loaded {
         Ok(()) => Ok(child),
         Err(error) => Err(kill(child, entry, error)),
     }
+}
+
+/// Resumes the guests of these clones. A guest that cannot be resumed is removed, and is a failure of the launch.
+pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
+    let (request, body) = ("PATCH /vm", json!({"state": "Resumed"}));
+    let Launched { clones, failures, clocks, children } = launched;
+    active.gathered(|gathered| gathered.failures = failures);
+    let mut ready = Vec::with_capacity(clones.len());
+    for batch in clones.chunks(RESUME_BATCH).take_while(|_| !active.is_over()) {
+        let wait = ReadyWait::new(active);
+        // All requests are sent before the first reply is waited for: the guests that already run would delay the rest.
+        let send = |entry: &Entry| {
+            let mut api = Api::connect(&entry.dir.join(API_SOCKET))?;
+            api.send(request, &body).map(|()| api)
+        };
+        let sent: Vec<Result<Api>> = batch.iter().map(send).collect();
+        for (entry, api) in batch.iter().zip(sent) {
+            match api.and_then(|mut api| api.wait(request, wait.deadline)) {
+                Ok(()) => ready.push(entry.clone()),
+                Err(error) => active.give_up(entry, &error),
+            }
+        }
+    }
+    let failures = active.gathered(|gathered| std::mem::take(&mut gathered.failures));
+    Launched { clones: ready, failures, clocks, children }
+}
+
+/// Returns the command that starts Firecracker.
+fn without_jail(microvm: &Microvm, entry: &Entry) -> Result<Command> {
+    entry.open_log(VMM_LOG)?;
+    let mut command = Command::new(&microvm.program);
+    // Relative paths in the snapshot (vsock, disks) become paths in the clone's directory.
+    own_session(&mut command)
+        .args(["--id", &entry.id, "--api-sock", API_SOCKET, "--log-path", VMM_LOG])
+        .current_dir(&entry.dir);
+    Ok(command)
 }
 
 /// Returns the body of the request for one clone.
@@ -68,13 +120,22 @@ fn body(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &Entry) -> Result<V
     Ok(body)
 }
 
-fn load(api: &mut Api, body: &Value, wait: &ReadyWait<'_>) -> Result<()> {
+fn load_snapshot(api: &mut Api, body: &Value, microvm: &Microvm, wait: &ReadyWait<'_>) -> Result<()> {
+    let hint = match &microvm.jailer {
+        None => {
+            "give each clone the devices that the snapshot names: --network for TAP devices; Firecracker opens disks \
+             and the vsock socket at their paths in the snapshot, relative ones in the directory of the clone"
+                .to_owned()
+        }
+        Some(jailer) => format!(
+            "let user {} or group {} read the template (stencil chown, stencil chmod), and give each clone the devices \
+             that the snapshot names: --network for TAP devices",
+            jailer.uid, jailer.gid
+        ),
+    };
     api.run("PUT /snapshot/load", body, wait.deadline).map_err(|error| match error.hint_text() {
         Some(_) => error,
-        None => error.at(body["snapshot_path"].as_str().unwrap_or_default()).hint(
-            "give each clone the devices that the snapshot names: --network for TAP devices; Firecracker opens disks \
-             and the vsock socket at their paths in the snapshot, relative ones in the directory of the clone",
-        ),
+        None => error.at(body["snapshot_path"].as_str().unwrap_or_default()).hint(hint),
     })
 }
 

@@ -4,6 +4,7 @@ mod active_launch;
 mod child;
 mod clone_resources;
 mod firecracker;
+mod jail;
 mod job;
 mod launch_watchdog;
 mod order;
@@ -26,7 +27,7 @@ use crate::control;
 use crate::error::Result;
 use crate::progress::Progress;
 use active_launch::ActiveLaunch;
-pub use order::{Failure, How, LaunchRequest, Launched, Microvm, Ready};
+pub use order::{Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready};
 pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
 
@@ -88,7 +89,8 @@ fn gather(
             (active.launch_children(|active, entry| qemu::resume(active, recipe, entry))?, None)
         }
         How::Firecracker(microvm) => {
-            (active.launch_children(|active, entry| firecracker::resume(active, microvm, entry))?, None)
+            let loaded = active.launch_children(|active, entry| firecracker::load(active, microvm, entry))?;
+            (firecracker::resume(&active, loaded), None)
         }
         How::Command(argv, ready) => {
             (active.launch_children(|active, entry| child::run(active, argv, *ready, entry))?, None)

@@ -44,6 +44,21 @@ pub struct Microvm {
     pub body: serde_json::Value,
     /// The id of each network interface, and the device of the host for that interface, with placeholders.
     pub networks: Vec<(String, String)>,
+    /// Starts each Firecracker in a jail; `None` to start Firecracker itself.
+    pub jailer: Option<Jailer>,
+}
+
+/// Firecracker's jailer, and its options.
+#[derive(Debug, Clone)]
+pub struct Jailer {
+    /// Program: a path, or a name to search in PATH.
+    pub program: PathBuf,
+    /// User id of Firecracker in the jail.
+    pub uid: u32,
+    /// Group id of Firecracker in the jail.
+    pub gid: u32,
+    /// Absolute path of the directory in which the jailer makes a directory for each jail.
+    pub chroot_base_dir: PathBuf,
 }
 
 /// The condition for a command to be ready.

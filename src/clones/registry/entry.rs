@@ -21,13 +21,15 @@ use crate::units::Bytes;
 
 /// File in a clone's directory with the output of its process.
 pub const LOG: &str = "log";
+/// File in a Firecracker clone's directory with the messages of Firecracker.
+pub const VMM_LOG: &str = "vmm.log";
 /// File in a clone's directory with the output of its guest's first serial port.
 pub const SERIAL_LOG: &str = "serial.log";
 /// FIFO in a Firecracker clone's directory: the input of its guest's serial port.
 pub const SERIAL_INPUT: &str = "serial.in";
 /// Socket in a QEMU clone's directory: QMP.
 pub const QMP_SOCKET: &str = "qmp.sock";
-/// Socket in a Firecracker clone's directory: Firecracker's API.
+/// Socket in a Firecracker clone's directory, or a link to the socket in the clone's jail: Firecracker's API.
 pub const API_SOCKET: &str = "api.sock";
 
 /// Maximum size of a log that is read into memory.
@@ -116,6 +118,8 @@ pub struct Entry {
     pub disks: BTreeSet<String>,
     /// Directory of the disks, if it is not the clone's directory.
     pub disk_dir: Option<PathBuf>,
+    /// Directory that Firecracker's jailer has made for the clone.
+    pub jail: Option<PathBuf>,
     /// PID namespace of the process id, if `/proc` shows it.
     pub pid_namespace: Option<u64>,
     /// Process that writes the exit record of the clone. It exits after the last clone of the launch.
@@ -145,10 +149,10 @@ impl Entry {
         let what =
             format!("clone {} is of another PID namespace: its process cannot be checked here", self.id);
         let elsewhere = self.disks.iter().filter(|_| self.disk_dir.is_some());
-        let disks: String =
-            elsewhere.map(|name| format!(" and {}", self.disk_path(name).display())).collect();
+        let elsewhere = elsewhere.map(|name| self.disk_path(name)).chain(self.jail.clone());
+        let elsewhere: String = elsewhere.map(|path| format!(" and {}", path.display())).collect();
         Err(Error::try_again(what).at(&self.dir).hint(format!(
-            "run 'stencil stop {}' in its PID namespace; if that namespace has ended, remove this directory{disks}",
+            "run 'stencil stop {}' in its PID namespace; if that namespace has ended, remove this directory{elsewhere}",
             self.id
         )))
     }
@@ -227,11 +231,12 @@ impl Entry {
             ("uuid", self.uuid.as_ref().is_none_or(is_uuid)),
             ("disks", self.disks.iter().all(|name| is_plain_name(name))),
             ("disk_dir", self.disk_dir.as_deref().is_none_or(is_whole_path)),
+            ("jail", self.jail.as_deref().is_none_or(|jail| is_whole_path(jail) && jail.ends_with(&self.id))),
         ];
         fields.into_iter().find(|(_, is_valid)| !is_valid).map(|(field, _)| field)
     }
 
-    /// Opens a log for appending: [`LOG`] or [`SERIAL_LOG`].
+    /// Opens a log for appending: [`LOG`], [`VMM_LOG`] or [`SERIAL_LOG`].
     ///
     /// # Errors
     /// Returns an error if the log cannot be opened or is not a regular file.
@@ -255,13 +260,13 @@ impl Entry {
         if_any(Directory::open(&self.dir).and_then(|directory| directory.file(name)))
     }
 
-    /// Removes the clone's disks and directory, and releases its ports. Objects that do not exist are skipped.
+    /// Removes the clone's disks, jail and directory, and releases its ports. Objects that do not exist are skipped.
     ///
     /// # Errors
     /// Returns an error if an object cannot be removed or the clone is of another PID namespace.
     pub fn remove(&self) -> Result<()> {
         self.expect_ours()?;
-        // The record is removed last, because it alone names the disks and ports.
+        // The record is removed last, because it alone names the disks, the jail and the ports.
         for path in self.disks.iter().map(|name| self.disk_path(name)) {
             match fs::remove_file(&path) {
                 Err(e) if e.kind() != ErrorKind::NotFound => {
@@ -271,6 +276,7 @@ impl Entry {
             }
         }
         ports::release(&self.id, &self.ports);
+        self.jail.as_deref().map_or(Ok(()), remove_directory)?;
         remove_directory(&self.dir)
     }
 }

@@ -137,6 +137,7 @@ impl Launch {
             uuid: None,
             disks: BTreeSet::new(),
             disk_dir: new.disk_dir.map(Path::to_owned),
+            jail: None,
             pid_namespace: probe::pid_namespace(),
             watchdog: self.watchdog,
         };

@@ -15,7 +15,8 @@ pub mod process_tree;
 mod records;
 
 pub use entry::{
-    API_SOCKET, CloneStore, Entry, Kind, LOG, QMP_SOCKET, SERIAL_INPUT, SERIAL_LOG, Touched, open_log,
+    API_SOCKET, CloneStore, Entry, Kind, LOG, QMP_SOCKET, SERIAL_INPUT, SERIAL_LOG, Touched, VMM_LOG,
+    open_log,
 };
 pub use exit_record::Ending;
 pub use launch::{Launch, NewEntry, abort, sweep};

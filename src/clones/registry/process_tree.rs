@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::entry::{Entry, Kind};
+use super::layout::clones_dir;
+use crate::control::runtime::is_plain_name;
 use crate::error::{Error, Result};
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::{self, ProcessId};
 use crate::sys::process::{paused, procfs, tasks};
 
-/// Environment variable of all processes of a clone except workers, with the clone's directory as its value.
+/// Environment variable of the processes of a clone, with the clone's directory as its value. Workers do not have it, and
+/// a Firecracker in a jail has no environment.
 const MARK: &[u8] = b"STENCIL_DIR=";
 
 /// Time limit for the kernel to load a program, on a loaded host.
@@ -76,12 +79,25 @@ fn mark_of(pid: u32) -> Option<Vec<u8>> {
             Err(error) if tasks::is_gone(&error) => continue,
             environ => environ.ok()?,
         };
-        let mark = environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec);
+        let mut mark =
+            environ.split(|b| *b == 0).find_map(|word| word.strip_prefix(MARK)).map(<[u8]>::to_vec);
+        if environ.is_empty() {
+            mark = jailed(&thread);
+        }
         if mark.is_some() || is_whole(&thread, &environ) || Instant::now() > until {
             return mark;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Returns the directory of the clone whose Firecracker this is. A jailer starts Firecracker with an empty environment,
+/// and with the id of the clone.
+fn jailed(thread: &Path) -> Option<Vec<u8>> {
+    let arguments = fs::read(thread.join("cmdline")).ok()?;
+    let mut arguments = arguments.split(|b| *b == 0).skip_while(|word| *word != b"--id").skip(1);
+    let id = std::str::from_utf8(arguments.next()?).ok().filter(|id| is_plain_name(id))?;
+    Some(clones_dir().join(id).into_os_string().into_encoded_bytes())
 }
 
 /// Returns false while the kernel loads a program for the process: a read of the old memory may end early, and the new
@@ -107,7 +123,7 @@ fn may_have_others(entry: &Entry) -> bool {
     entry.kind != Kind::Simulated
 }
 
-/// Returns the living processes with this clone directory in their environment.
+/// Returns the living processes of the clone with this directory, but no workers.
 pub fn of_folder(dir: &Path) -> Vec<ProcessId> {
     let wanted = dir.as_os_str().as_encoded_bytes().to_vec();
     let looks = holders::look_at_each(procfs::pids().unwrap_or_default(), SCAN_TIMEOUT, marked);

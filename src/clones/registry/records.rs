@@ -131,6 +131,7 @@ mod tests {
             uuid: None,
             disks: BTreeSet::from(["root".into()]),
             disk_dir: Some("/var/tmp".into()),
+            jail: Some("/srv/jailer/firecracker/c0123456".into()),
             pid_namespace: Some(10),
             watchdog: Some(ProcessId { pid: 7, identity: 8 }),
         };

@@ -11,6 +11,8 @@ mod id;
 pub mod inherited;
 #[cfg(feature = "internals")]
 pub mod paused;
+#[cfg(feature = "internals")]
+pub mod private_mounts;
 pub mod procfs;
 pub mod tasks;
 pub mod threads;

@@ -105,13 +105,22 @@ pub struct Firecracker {
 impl Firecracker {
     /// Starts a Firecracker without a guest; its working directory is `dir`, which must exist.
     pub fn start(dir: &Path) -> Firecracker {
+        // The guest's vCPU never idles.
+        let mut command = Command::new("nice");
+        command.args(["-n", "19"]).arg(program("firecracker"));
+        Firecracker::run_in(dir, command)
+    }
+
+    /// Same as [`start`](Self::start) with the priority of the calling thread.
+    pub fn start_with_priority_of_thread(dir: &Path) -> Firecracker {
+        Firecracker::run_in(dir, Command::new(program("firecracker")))
+    }
+
+    fn run_in(dir: &Path, mut command: Command) -> Firecracker {
         for name in ["log", "serial.log"] {
             File::create(dir.join(name)).unwrap();
         }
-        // The guest's vCPU never idles.
-        let mut child = Command::new("nice")
-            .args(["-n", "19"])
-            .arg(program("firecracker"))
+        let mut child = command
             .args(["--api-sock", "api.sock", "--log-path", "log", "--level", "Info"])
             .current_dir(dir)
             .stdin(Stdio::piped())

@@ -1,0 +1,107 @@
+//! Firecracker's jailer: prepares the directory of a jail, and the command that starts Firecracker in it.
+//!
+//! The jailer gives each Firecracker a chroot of its own, `BASE/PROGRAM/ID/root`. The template's directory appears in it
+//! by a mount that only this jail has. Nothing is mounted on the host, so nothing has to be unmounted.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::order::Jailer;
+use super::target::Target;
+use crate::clones::registry::{API_SOCKET, Entry, VMM_LOG};
+use crate::error::{Error, Result};
+use crate::sys::process::own_session;
+use crate::sys::process::private_mounts::{PrivateMount, mount_privately};
+
+/// Directory of the template in the jail.
+const TEMPLATE: &str = "/template";
+
+/// A jail that the jailer can complete.
+pub struct Jail {
+    /// Root directory of the jail, on the host.
+    root: PathBuf,
+}
+
+impl Jail {
+    /// Creates the directory of the jail, and stores its path in the clone's record.
+    ///
+    /// # Errors
+    /// Returns an error if the directory or the record cannot be written.
+    pub fn create(jailer: &Jailer, program: &Path, entry: &mut Entry) -> Result<Jail> {
+        let jail = jailer.chroot_base_dir.join(program.file_name().unwrap_or_default()).join(&entry.id);
+        let root = jail.join("root");
+        entry.jail = Some(jail);
+        entry.save()?;
+        let made = || {
+            fs::create_dir_all(root.join(TEMPLATE.trim_start_matches('/')))?;
+            File::create_new(root.join(VMM_LOG))?;
+            // The socket is found where that of a clone without a jail is.
+            symlink(root.join(API_SOCKET), entry.dir.join(API_SOCKET))
+        };
+        made().map_err(|e| {
+            Error::io("cannot create a jail", &root, e).hint(
+                "name a directory on a file system that permits devices and programs with --chroot-base-dir",
+            )
+        })?;
+        Ok(Jail { root })
+    }
+
+    /// Returns the path of the API socket, on the host.
+    pub fn socket(&self) -> PathBuf {
+        self.root.join(API_SOCKET)
+    }
+
+    /// Returns the command that starts Firecracker in this jail.
+    ///
+    /// # Errors
+    /// Returns an error if the clone's log cannot be handed to the user of the jail.
+    pub fn command(
+        &self,
+        jailer: &Jailer,
+        program: &Path,
+        target: &Target,
+        entry: &Entry,
+    ) -> Result<Command> {
+        let log = entry.dir.join(VMM_LOG);
+        let handed = |file: File| std::os::unix::fs::fchown(&file, Some(jailer.uid), Some(jailer.gid));
+        handed(entry.open_log(VMM_LOG)?)
+            .map_err(|e| Error::io("cannot hand the log to the user of the jail", &log, e))?;
+        let mounts = vec![self.mount(&target.dir, TEMPLATE)?, self.mount(&log, VMM_LOG)?];
+        let mut command = Command::new(&jailer.program);
+        mount_privately(own_session(&mut command), mounts)
+            .args(["--id", &entry.id, "--uid", &jailer.uid.to_string(), "--gid", &jailer.gid.to_string()])
+            .arg("--exec-file")
+            .arg(program)
+            .arg("--chroot-base-dir")
+            .arg(&jailer.chroot_base_dir)
+            .args(["--", "--api-sock", API_SOCKET, "--log-path", VMM_LOG]);
+        Ok(command)
+    }
+
+    fn mount(&self, source: &Path, target: &str) -> Result<PrivateMount> {
+        let target = self.root.join(target.trim_start_matches('/'));
+        let c_string = |path: &Path| {
+            CString::new(path.as_os_str().as_bytes())
+                .map_err(|_| Error::io("cannot mount", path, io::ErrorKind::InvalidInput.into()))
+        };
+        Ok(PrivateMount { source: c_string(source)?, target: c_string(&target)? })
+    }
+}
+
+/// Replaces paths of the template below the mount by their paths in a jail, in the body of `PUT /snapshot/load`.
+pub fn translate(body: &mut Value, target: &Target) {
+    for pointer in ["/snapshot_path", "/mem_backend/backend_path"] {
+        let Some(path) = body.pointer_mut(pointer) else { continue };
+        let inside = path.as_str().and_then(|path| Path::new(path).strip_prefix(&target.dir).ok());
+        if let Some(inside) = inside {
+            *path = Path::new(TEMPLATE).join(inside).display().to_string().into();
+        }
+    }
+}

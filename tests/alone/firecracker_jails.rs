@@ -1,0 +1,158 @@
+//! Firecrackers in jails of Firecracker's own jailer: 64 at once, beside many other mounts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use rustix::mount::{MountFlags, mount};
+use serde_json::{Value, json};
+
+use crate::support::daemon::drill::Drill;
+use crate::support::daemon::passing::Mounted;
+use crate::support::host;
+use crate::support::mount::{Run, TestMount, temporary, without_others};
+use crate::support::vm::firecracker::{Firecracker, WRITTEN_PAGES, program};
+use crate::vmm::firecracker_guests::{Clone, ask_all, dirty, import_snapshot, request};
+
+/// Number of clones.
+const CLONES: usize = 64;
+
+/// Number of other mounts.
+const MOUNTS: usize = 300;
+
+/// Number of clones that run while servers are killed.
+const BUSY: usize = 8;
+
+/// Maximum time of a clone in a jail, relative to a Firecracker without jail and without Stencil.
+const TIME_LIMIT: f64 = 1.2;
+
+/// Directory of the jails: on a tmpfs, as jails are made of many small files.
+struct Jails {
+    _mounted: Mounted,
+    base: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Jails {
+    fn new() -> Jails {
+        let dir = temporary("jails-");
+        mount("none", dir.path(), "tmpfs", MountFlags::empty(), Some(c"mode=755")).unwrap();
+        let base = dir.path().join("jails");
+        Jails { _mounted: Mounted(dir.path().to_owned()), base, _dir: dir }
+    }
+}
+
+/// Launches clones in jails, beside other mounts that only the launcher sees. Returns them and the seconds that it took.
+fn launch(world: &TestMount, jails: &Jails) -> (Vec<Clone>, f64) {
+    let script = format!(
+        "{} && for n in $(seq {MOUNTS}); do mount -t tmpfs none \"$1\"; done && shift && exec \"$@\"",
+        without_others(world.dir())
+    );
+    let other = world.dir().join("other");
+    fs::create_dir_all(&other).unwrap();
+    let mut command = world.command_in("unshare");
+    command.args(["--mount", "nice", "-n", "19", "sh", "-c", &script, "sh"]).arg(&other);
+    command.args([env!("CARGO_BIN_EXE_stencil"), "--json", "clone", "fc:1"]);
+    command.args(["-n", &CLONES.to_string(), "--parallel", &CLONES.to_string()]);
+    command.arg("--firecracker").arg(program("firecracker")).arg("--jailer").arg(program("jailer"));
+    command.args(["--uid", "123", "--gid", "123", "--chroot-base-dir"]).arg(&jails.base);
+    let run = Run::of("clone".into(), &command.output().unwrap()).ok();
+    let launched: Value = serde_json::from_str(&run.out).unwrap();
+    let clones = launched["clones"].as_array().unwrap().iter().map(Clone::of).collect();
+    (clones, launched["ready_seconds"].as_f64().unwrap())
+}
+
+/// Loads the snapshot as often at once without jail and without Stencil. Returns the seconds that it took.
+fn load_raw(snapshot: &Path, directory: &Path) -> f64 {
+    let body = json!({
+        "snapshot_path": snapshot.join("state"),
+        "mem_backend": {"backend_type": "File", "backend_path": snapshot.join("memory")},
+        "resume_vm": true,
+    });
+    let directories: Vec<PathBuf> = (0..CLONES).map(|n| directory.join(n.to_string())).collect();
+    directories.iter().for_each(|directory| fs::create_dir_all(directory).unwrap());
+    let start = Instant::now();
+    let load = |directory: PathBuf| {
+        let body = body.clone();
+        std::thread::spawn(move || {
+            rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19).unwrap();
+            let firecracker = Firecracker::start_with_priority_of_thread(&directory);
+            firecracker.load(&body);
+            firecracker
+        })
+    };
+    let threads: Vec<_> = directories.into_iter().map(load).collect();
+    let loaded: Vec<Firecracker> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let seconds = start.elapsed().as_secs_f64();
+    drop(loaded);
+    fs::remove_dir_all(directory).unwrap();
+    seconds
+}
+
+#[test]
+fn soak_sixty_four_clones_in_jails_cost_little_more_than_plain_firecrackers() {
+    let _host = host::alone();
+    let world = TestMount::new("passthrough");
+    let jails = Jails::new();
+    drop(import_snapshot(&world, &[]));
+    world.stencil(&["chown", "123:123", "fc:1"]).ok();
+    world.stencil(&["chmod", "0440", "fc:1"]).ok();
+    let (snapshot, plain) = (world.dir().join("source"), world.dir().join("plain"));
+    load_raw(&snapshot, &plain);
+    let mut clones = vec![];
+    host::measured(|| {
+        // Guests that never idle make a single comparison a matter of luck.
+        let (mut raw, mut jailed) = (0.0, 0.0);
+        for _ in 0..host::rounds(1, 5) {
+            world.stencil(&["stop", "--all"]).ok();
+            raw += load_raw(&snapshot, &plain);
+            let seconds;
+            (clones, seconds) = launch(&world, &jails);
+            jailed += seconds;
+        }
+        let (ratio, limit) = (jailed / raw, host::rounds(2.0, TIME_LIMIT));
+        println!("{CLONES} clones in jails: {jailed:.2} s, plain: {raw:.2} s, {ratio:.2} times");
+        if ratio <= limit { Ok(()) } else { Err(format!("{ratio:.2} times the time without jail")) }
+    });
+    // So many guests that never idle would leave no time for anything else.
+    let set = |clones: &[Clone], state: &str| {
+        clones.iter().for_each(|clone| request(&clone.dir, "PATCH /vm", &json!({"state": state})));
+    };
+    set(&clones, "Paused");
+    let copied = |clones: &[Clone]| clones.iter().map(|clone| dirty(&world, clone.pid)).collect::<Vec<_>>();
+    let mut before = None;
+    for part in clones.chunks_mut(BUSY) {
+        set(part, "Resumed");
+        // After one command, each guest has written to the page of its stack and of its counter.
+        ask_all(part, 'm', "K");
+        let pages = *before.get_or_insert(dirty(&world, part[0].pid));
+        assert_eq!(copied(part), [pages; BUSY]);
+        ask_all(part, 'w', "W");
+        assert_eq!(copied(part), [pages + WRITTEN_PAGES; BUSY]);
+        set(part, "Paused");
+    }
+    set(&clones[..BUSY], "Resumed");
+
+    let density = world.json(&["density", "--audit"]);
+    let rows = density["clones"].as_array().unwrap();
+    assert!(rows.len() == CLONES && rows.iter().all(|row| row["uid"] == 123), "{density:#}");
+    let error = density["audit"]["frames"]["error_percent"].as_f64().unwrap();
+    assert!(error.abs() <= 0.5, "{}", density["audit"]);
+    let logs = world.json(&["logs", &clones[0].id]);
+    assert!(logs["log"].as_str().unwrap().contains("Running Firecracker v"), "{logs}");
+    let mut drill = Drill::new(&world);
+    let busy = &mut clones[..BUSY];
+    for _ in 0..host::rounds(4, 20) {
+        busy.iter_mut().for_each(|clone| clone.serial.send('m'));
+        drill.kill();
+        for clone in &mut *busy {
+            assert_eq!(clone.serial.answer(), "K", "clone {} after kill {}", clone.id, drill.kills().len());
+        }
+    }
+    ask_all(busy, 'a', "K");
+    world.stencil(&["stop", "--all"]).ok();
+    world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();
+    assert_eq!(world.processes(), vec![]);
+    let left: Vec<_> = fs::read_dir(jails.base.join("firecracker")).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -2,9 +2,10 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use stencilfs::clones::firecracker_api::Api;
 
 use crate::support::daemon::drill::{Drill, is_read};
 use crate::support::host;
@@ -41,6 +42,19 @@ pub struct Clone {
     pub dir: PathBuf,
 }
 
+impl Clone {
+    /// Opens the serial port of a clone, given as `stencil --json clone` prints it.
+    pub fn of(clone: &Value) -> Clone {
+        let dir = PathBuf::from(clone["dir"].as_str().unwrap());
+        Clone {
+            id: clone["id"].as_str().unwrap().to_owned(),
+            pid: clone["pid"].as_u64().unwrap(),
+            serial: Serial::of_clone(&dir),
+            dir,
+        }
+    }
+}
+
 /// Launches clones. The vCPUs of their guests never idle: they get what other processes leave.
 pub fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
     let mut command = world.command_in("nice");
@@ -48,22 +62,23 @@ pub fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
     command.args(["-n", &count.to_string(), "--firecracker"]).arg(program("firecracker")).args(more);
     let run = Run::of("clone".into(), &command.output().unwrap()).ok();
     let launched: Value = serde_json::from_str(&run.out).unwrap();
-    let of = |clone: &Value| Clone {
-        dir: clone["dir"].as_str().unwrap().into(),
-        id: clone["id"].as_str().unwrap().to_owned(),
-        pid: clone["pid"].as_u64().unwrap(),
-        serial: Serial::of_clone(Path::new(clone["dir"].as_str().unwrap())),
-    };
-    launched["clones"].as_array().unwrap().iter().map(of).collect()
+    launched["clones"].as_array().unwrap().iter().map(Clone::of).collect()
 }
 
-fn dirty(world: &TestMount, pid: u64) -> u64 {
+/// Runs a request on the API socket of a clone.
+pub fn request(directory: &Path, request: &str, body: &Value) {
+    let mut api = Api::connect(&directory.join("api.sock")).unwrap();
+    api.run(request, body, Instant::now() + Duration::from_secs(60)).unwrap();
+}
+
+/// The number of dirty pages of a process.
+pub fn dirty(world: &TestMount, pid: u64) -> u64 {
     world.json(&["dirty", &pid.to_string()])["dirty_pages"].as_u64().unwrap()
 }
 
 /// Sends a command to all guests, then waits for the answers.
 #[track_caller]
-fn ask_all(clones: &mut [Clone], command: char, answer: &str) {
+pub fn ask_all(clones: &mut [Clone], command: char, answer: &str) {
     clones.iter_mut().for_each(|clone| clone.serial.send(command));
     for clone in clones {
         assert_eq!(clone.serial.answer(), answer, "clone {}, command {command}", clone.id);
@@ -137,6 +152,47 @@ fn clones_of_a_firecracker_survive_server_kills_by_decode() {
 #[test]
 fn clones_of_a_firecracker_survive_server_kills_by_passthrough() {
     clones_survive_server_kills("passthrough");
+}
+
+/// The KiB that the commands `r` and `a` of the guest read.
+const READ_KIB: u64 = (512 + 1024) * 4;
+
+/// The KiB of the mapping of `memory` that 2 MiB entries map, and those that are mapped and not copied, from `smaps`.
+fn clean_memory(pid: u32) -> [u64; 2] {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut is_memory, mut sums) = (false, [0; 3]);
+    for line in text.lines() {
+        let Some((name, value)) = line.split_once(": ").filter(|(name, _)| !name.contains(' ')) else {
+            is_memory = line.ends_with("/memory");
+            continue;
+        };
+        let field = ["FilePmdMapped", "Rss", "Anonymous"].iter().position(|field| *field == name);
+        if let Some(field) = field.filter(|_| is_memory) {
+            sums[field] += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+        }
+    }
+    [sums[0], sums[1] - sums[2]]
+}
+
+#[test]
+fn memory_that_is_read_is_mapped_by_large_entries_and_a_write_splits_one() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    drop(import_snapshot(&world, &[]));
+    let mut clone = launch(&world, 1, &[]).remove(0);
+    for command in ['r', 'a'] {
+        assert_eq!(clone.serial.ask(command), "K");
+    }
+    let [large, clean] = clean_memory(clone.pid as u32);
+    // Small entries map the rest of each 2 MiB in which the guest has written a page, whether it was read or not.
+    println!("{large} KiB are mapped by 2 MiB entries, of {READ_KIB} KiB read and {clean} KiB mapped");
+    assert!(large * 10 >= READ_KIB * 9, "{large} of {READ_KIB} KiB");
+    let density = world.json(&["density"])["clones"][0].clone();
+    assert_eq!(density["pmd_mapped_bytes"], large << 10, "{density:#}");
+    // All writes of this command go to the same 2 MiB.
+    assert_eq!(clone.serial.ask('w'), "W");
+    assert_eq!(clean_memory(clone.pid as u32)[0], large - 2048);
+    world.stencil(&["stop", "--all"]).ok();
 }
 
 #[test]

@@ -291,7 +291,8 @@ fn walk_process(
             if exclusive.is_none() && frames.mappings(frame)? == 1 {
                 exclusive = Some(frame);
             }
-            let in_place = template || replaced.iter().any(|replaced| replaced.range.contains(&address));
+            let next = replaced.partition_point(|replaced| replaced.range.end <= address);
+            let in_place = template || replaced.get(next).is_some_and(|found| found.range.contains(&address));
             let frames = if in_place { &mut walk.private } else { &mut walk.overhead };
             *frames.entry(frame).or_default() += 1;
         }

@@ -61,6 +61,7 @@ fn pages_of_the_balloon_are_dirty_and_part_of_a_diff() {
     assert_eq!((&after["replaced_pages"], &after["dirty_pages"]), (&PAGES.into(), &dirty["dirty_pages"]));
     let bytes = |field: &str| after[field].as_u64().unwrap() as i64 - before[field].as_u64().unwrap() as i64;
     assert_eq!(bytes("mapped_bytes"), -((PAGES * PAGE) as i64));
+    assert!(bytes("private_bytes") >= PAGE as i64, "the page that the guest has written is counted");
     let audit = world.json(&["density", "--audit"])["audit"]["frames"].clone();
     assert_eq!(audit["private_bytes"], audit["private_accounted"], "{audit}");
     let text = world.stencil(&["dirty", &clone.pid.to_string()]).ok().out;

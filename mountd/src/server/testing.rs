@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use stencilfs::control::{
@@ -107,15 +107,43 @@ impl Supervisor {
     }
 }
 
+/// Holds back replies of the supervisor until it is opened.
+#[derive(Default)]
+pub struct Gate(Mutex<bool>, Condvar);
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+
+    fn pass(&self) {
+        drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
+    }
+}
+
+/// The requests whose replies wait at the gate. Other requests are answered meanwhile, as by a real supervisor.
+pub type Held = (fn(&ServerRequest) -> bool, Arc<Gate>);
+
 /// Starts a supervisor; returns a link to it.
-pub fn supervise(supervisor: Arc<Supervisor>, mut script: Script) -> Arc<Link> {
+pub fn supervise(supervisor: Arc<Supervisor>, mut script: Script, held: Option<Held>) -> Arc<Link> {
     let (ours, theirs) = Channel::pair().unwrap();
+    let ours = Arc::new(ours);
     std::thread::spawn(move || {
         while let Ok(Some((request, _))) = ours.receive::<Numbered<ServerRequest>>() {
             let Numbered { number, body } = request;
             supervisor.requests.lock().unwrap().push(body.clone());
+            let gate = held.as_ref().filter(|(is_held, _)| is_held(&body)).map(|(_, gate)| Arc::clone(gate));
             let (body, fd) = script(&body, &supervisor).unwrap_or_else(|| supervisor.answer(&body));
-            let _ = ours.send(&Numbered { number, body }, fd.as_ref().map(AsFd::as_fd));
+            let ours = Arc::clone(&ours);
+            let send = move || ours.send(&Numbered { number, body }, fd.as_ref().map(AsFd::as_fd));
+            match gate {
+                Some(gate) => drop(std::thread::spawn(move || {
+                    gate.pass();
+                    let _ = send();
+                })),
+                None => drop(send()),
+            }
         }
     });
     Arc::new(Link::new(theirs.into(), None, None))
@@ -129,6 +157,7 @@ pub struct Setup {
     pub longest_wait: Duration,
     pub ready: Vec<(FileKey, u32, OwnedFd)>,
     pub script: Script,
+    pub held: Option<Held>,
 }
 
 impl Setup {
@@ -140,7 +169,14 @@ impl Setup {
             longest_wait: LIMIT,
             ready: Vec::new(),
             script: Box::new(|_, _| None),
+            held: None,
         }
+    }
+
+    /// Holds back the replies to these requests until the gate is opened.
+    pub fn hold(self, is_held: fn(&ServerRequest) -> bool) -> (Setup, Arc<Gate>) {
+        let gate = Arc::new(Gate::default());
+        (Setup { held: Some((is_held, Arc::clone(&gate))), ..self }, gate)
     }
 
     pub fn script(
@@ -205,9 +241,9 @@ impl World {
     }
 
     fn serve(dir: TempDir, store: Store, (digest, memory): (Digest, Vec<u8>), setup: Setup) -> World {
-        let Setup { mode, cache, hydrate_timeout, longest_wait, ready, script } = setup;
+        let Setup { mode, cache, hydrate_timeout, longest_wait, ready, script, held } = setup;
         let supervisor = Arc::new(Supervisor::default());
-        let link = supervise(Arc::clone(&supervisor), script);
+        let link = supervise(Arc::clone(&supervisor), script, held);
         let stats = Stats::new(SharedCounters::create().unwrap());
         let condemned = Condemned::new(&[]);
         let tree = Arc::new(Tree::new(store.clone(), 64, Arc::clone(&condemned)));

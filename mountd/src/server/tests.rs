@@ -97,7 +97,7 @@ fn with_server(mode: ServeMode, work: impl FnOnce(&World, &mut Kernel)) {
     let null = || std::fs::File::open("/dev/null").unwrap().into();
     let inherited = Inherited {
         fuse,
-        link: supervise(Arc::clone(&supervisor), Box::new(|_, _| None)),
+        link: supervise(Arc::clone(&supervisor), Box::new(|_, _| None), None),
         counters: fds::copy(world.fs.stats.page().fd()).unwrap(),
         ledger: ledger.read_only().unwrap(),
         _for_takeover: [null(), null()],

@@ -1,6 +1,7 @@
 //! `stencil clone`: launches processes that map one template.
 
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -25,6 +26,7 @@ use crate::clones::vmm::{Vmm, paste};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
+use crate::sys::files::trust;
 
 /// Launch clones of a template
 ///
@@ -240,9 +242,15 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
 fn jailer(args: &CloneArgs) -> Result<Option<Jailer>> {
     let (Some(jailer), Some(uid), Some(gid)) = (&args.jailer, args.uid, args.gid) else { return Ok(None) };
     let base = &args.chroot_base_dir;
-    let chroot_base_dir = std::fs::create_dir_all(base).and_then(|()| base.canonicalize());
-    let chroot_base_dir =
-        chroot_base_dir.map_err(|e| Error::io("cannot use the directory of the jails", base, e))?;
+    // A user who can rename directories there could lead root elsewhere.
+    let trusted = std::fs::create_dir_all(base).and_then(|()| {
+        let path = trust::resolve(base)?;
+        trust::open(&path).map(|_| path)
+    });
+    let chroot_base_dir = trusted.map_err(|e| {
+        Error::io("cannot use the directory of the jails", base, e)
+            .hint("name a directory that only root can write: --chroot-base-dir DIR")
+    })?;
     Ok(Some(Jailer { program: program(jailer)?, uid, gid, chroot_base_dir }))
 }
 
@@ -255,12 +263,16 @@ fn program(name: &Path) -> Result<PathBuf> {
             let path = std::env::var_os("PATH").unwrap_or_default();
             let places = std::env::split_paths(&path).map(|directory| directory.join(name));
             places
-                .filter(|place| place.is_file())
+                .filter(|place| is_executable(place))
                 .find_map(|place| place.canonicalize().ok())
-                .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no directory of PATH has it"))
+                .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "not found in PATH"))
         }
     };
     found.map_err(|e| Error::io("cannot find the program", name, e).hint("install it, or give its path"))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
 /// Parses `IFACE=DEVICE`.

@@ -71,15 +71,11 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
         let only = clone.maps.first().map(|map| &map.file);
         let only = only.filter(|file| clone.maps.iter().all(|map| map.file == **file)).map(String::as_str);
         let file = args.file.as_deref().or(only).unwrap_or("memory");
-        let mapped = clone.maps.iter().filter(|map| map.file == file);
-        let Some(mapped) = mapped.map(|map| (map.offset.get() + map.length.get()) / PAGE_SIZE).max() else {
+        let Some(map) = clone.maps.iter().find(|map| map.file == file) else {
             return Err(Error::not_found(format!("process {pid} does not map file '{file}'"))
                 .hint("name a file of the template that the process maps: --file NAME"));
         };
-        // Replaced pages may lie behind the last mapped page.
-        let replaced = ranges.iter().filter(|range| range.file == file);
-        let end = replaced.map(|range| range.first_page + range.pages.get()).max().unwrap_or_default();
-        let bitmap = bitmap(&ranges, file, mapped.max(end));
+        let bitmap = bitmap(&ranges, file, map.file_size.get().div_ceil(PAGE_SIZE));
         write(path, args.force, &bitmap)?;
     }
     let pages = |counts: fn(&DirtyRange) -> bool| -> PageCount {
@@ -170,7 +166,7 @@ mod tests {
             file: "memory".into(),
             first_page,
             pages: PageCount::new(pages),
-            address: 0,
+            address: None,
             swapped: false,
             replaced: false,
         };

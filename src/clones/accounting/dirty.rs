@@ -20,11 +20,11 @@ pub struct DirtyRange {
     pub first_page: u64,
     /// Number of pages.
     pub pages: PageCount,
-    /// Address of the first page in the process.
-    pub address: u64,
+    /// Address of the first page in the process; null if `maps` does not show which memory is in its place.
+    pub address: Option<u64>,
     /// True if the pages are in swap.
     pub swapped: bool,
-    /// True if the process has mapped other memory over the template. A page of it that was never written is 0.
+    /// True if the process has mapped other memory over the template. Anonymous pages that were never written are 0.
     pub replaced: bool,
 }
 
@@ -43,16 +43,20 @@ pub fn dirty_of(pid: u32, mounts: &[Mount]) -> Result<Option<(CloneProcess, Vec<
 fn ranges(maps: &[TemplateMapping], measured: &Measured) -> Vec<DirtyRange> {
     let mut ranges = Vec::new();
     for (map, copied) in maps.iter().zip(&measured.copied) {
-        ranges.extend(copied.iter().map(|copy| range(map, &copy.range, copy.swapped, false)));
+        ranges.extend(
+            copied.iter().map(|copy| (copy.range.start, range(map, &copy.range, copy.swapped, false))),
+        );
     }
     for (replaced, private) in &measured.replaced {
         let map = &maps[replaced.map];
         for (part, swapped) in parts(&replaced.range, private) {
-            ranges.push(range(map, &part, swapped, true));
+            let mut range = range(map, &part, swapped, true);
+            range.address = range.address.filter(|_| replaced.is_certain);
+            ranges.push((part.start, range));
         }
     }
-    ranges.sort_by_key(|range| range.address);
-    ranges
+    ranges.sort_by_key(|(address, _)| *address);
+    ranges.into_iter().map(|(_, range)| range).collect()
 }
 
 fn range(map: &TemplateMapping, addresses: &Range<u64>, swapped: bool, replaced: bool) -> DirtyRange {
@@ -61,7 +65,7 @@ fn range(map: &TemplateMapping, addresses: &Range<u64>, swapped: bool, replaced:
         // A replaced page may lie before the mapping.
         first_page: map.offset.get().wrapping_add(addresses.start).wrapping_sub(map.start) / PAGE_SIZE,
         pages: PageCount::new((addresses.end - addresses.start) / PAGE_SIZE),
-        address: addresses.start,
+        address: Some(addresses.start),
         swapped,
         replaced,
     }

@@ -1,4 +1,4 @@
-//! RAM of the clones' disks that lie in a file system without other storage (tmpfs).
+//! RAM of the clones' disks and jails that lie in a file system without other storage (tmpfs).
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 
-/// Adds the disks of these records to the clones: to the recorded process, otherwise to another process of the clone's
+/// Adds the disks and jails of these records to the clones: to the recorded process, otherwise to another process of the clone's
 /// command. Each disk is counted once.
 ///
 /// # Errors
@@ -22,7 +22,7 @@ pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result
     let mut places: HashMap<ProcessId, usize> =
         places.flat_map(|(at, (clone, _))| clone.processes().map(move |its| (its, at))).collect();
     let mut others = vec![];
-    for entry in entries.iter().filter(|entry| !entry.disks.is_empty()) {
+    for entry in entries.iter().filter(|entry| !entry.disks.is_empty() || entry.jail.is_some()) {
         match entry.process().and_then(|its| places.remove(&its)) {
             Some(at) => clones[at].1.memory.disk_bytes += in_memory(entry)?,
             None => others.push(entry.clone()),
@@ -42,9 +42,9 @@ pub fn add(clones: &mut [(CloneProcess, Measured)], entries: &[Entry]) -> Result
     Ok(())
 }
 
-/// Returns the page cache of the clone's disks that cannot be written back. A removed disk takes none.
+/// Returns the page cache of the clone's disks and jail that cannot be written back. A removed disk takes none.
 fn in_memory(entry: &Entry) -> Result<Bytes> {
-    let mut sum = Bytes::ZERO;
+    let mut sum = entry.jail_bytes;
     for path in entry.disks.iter().map(|name| entry.disk_path(name)) {
         match probe::file_system(&path) {
             Ok(its) if its.is_memory() => sum += residency::cached_file(&path)?,

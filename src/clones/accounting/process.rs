@@ -35,7 +35,7 @@ pub struct CloneMemory {
     pub page_table_bytes: Bytes,
     /// Private memory outside template mappings, in RAM.
     pub overhead_bytes: Bytes,
-    /// Disks in a file system without other storage; 0 for disks on storage of the host.
+    /// Disks and jail in a file system without other storage; 0 on storage of the host.
     pub disk_bytes: Bytes,
     /// Part of `mapped_clean_bytes` that 2 MiB entries map.
     pub pmd_mapped_bytes: Bytes,
@@ -107,7 +107,9 @@ fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
         let pages = Bytes::new(found.range.end - found.range.start).pages();
         memory.dirty_pages += pages;
         memory.replaced_pages += pages;
-        let private = pagemap.dirty(found.range.clone())?;
+        // Another template mapping in the gap has its own copies.
+        let is_template = clone.maps.iter().any(|map| map.range().contains(&found.range.start));
+        let private = if is_template { vec![] } else { pagemap.dirty(found.range.clone())? };
         memory.add_private(&private);
         replaced.push((found, private));
     }

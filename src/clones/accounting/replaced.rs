@@ -1,15 +1,14 @@
 //! Pages of a template mapping over which the process has mapped other memory, as the balloon of Firecracker does.
 //!
-//! A page that was replaced reads as what is mapped there now. `/proc/PID/maps` does not say that a mapping was there
-//! before, so the parts of the file that the process maps nowhere are looked for where the rest of the mapping would
-//! have them:
+//! A page that was replaced reads as what is mapped there now. `/proc/PID/maps` does not say what was mapped before. So
+//! for each part of the file that the process maps nowhere, the addresses next to the mapped parts are examined:
 //!
 //! * Between two parts of one mapping, every readable page was replaced. Two mappings with the same distance between
 //!   address and file offset count as parts of one.
 //! * At an end of a mapping, neighbouring memory may have nothing to do with the template. It counts only in a process
 //!   with a virtual machine, whose memory is a whole file, and only if anonymous memory without a name, readable and
 //!   writable, continues the mapping up to the next mapped part or the end of the file. The guard page behind a
-//!   mapping of QEMU is neither.
+//!   mapping of QEMU does not.
 
 use std::ops::Range;
 
@@ -24,6 +23,8 @@ pub struct Replaced {
     pub map: usize,
     /// Addresses, page-aligned.
     pub range: Range<u64>,
+    /// False if the pages of the file are known, but not the memory in their place.
+    pub is_certain: bool,
 }
 
 /// Returns the replaced pages of a process in the order of their addresses. `maps` are its template mappings, `lines`
@@ -35,25 +36,30 @@ pub fn replaced(maps: &[TemplateMapping], lines: &[MapLine], is_vmm: impl Fn() -
         match (missing.before, missing.behind) {
             (Some(before), Some(behind)) if distance(&maps[before]) == distance(&maps[behind]) => {
                 let gap = maps[before].range().end..maps[behind].start;
-                found.extend(readable(lines, &gap).map(|range| Replaced { map: before, range }));
+                let replaced = |range| Replaced { map: before, range, is_certain: true };
+                found.extend(readable(lines, &gap).map(replaced));
             }
             (before, behind) => {
                 let length = missing.offsets.end - missing.offsets.start;
                 let above = before.map(|map| (map, continued_above(lines, maps[map].range().end, length)));
                 let below = behind.map(|map| (map, continued_below(lines, maps[map].start, length)));
-                let covered = [&above, &below].into_iter().flatten().map(|(_, bytes)| bytes).sum::<u64>();
-                if covered < length || !is_vmm() {
+                let bytes = |side: Option<(usize, u64)>| side.map_or(0, |(_, bytes)| bytes);
+                if bytes(above) + bytes(below) < length || !is_vmm() {
                     continue;
                 }
+                // With memory on both sides that could be more than the missing pages, each side may have any part.
+                let is_certain = bytes(above) + bytes(below) == length || bytes(above).min(bytes(below)) == 0;
                 let mut left = length;
-                for (map, bytes) in [above, below].into_iter().flatten() {
+                let above = above.map(|(map, bytes)| (map, bytes, true));
+                let below = below.map(|(map, bytes)| (map, bytes, false));
+                for (map, bytes, is_above) in [above, below].into_iter().flatten() {
                     let bytes = bytes.min(left);
                     left -= bytes;
-                    let range = match before == Some(map) {
+                    let range = match is_above {
                         true => maps[map].range().end..maps[map].range().end + bytes,
                         false => maps[map].start - bytes..maps[map].start,
                     };
-                    found.extend((bytes > 0).then_some(Replaced { map, range }));
+                    found.extend((bytes > 0).then_some(Replaced { map, range, is_certain }));
                 }
             }
         }
@@ -241,6 +247,17 @@ mod tests {
         let maps = [map(100, 0..4), map(207, 7..10)];
         assert_eq!(pages(&maps, &[memory(104..106), memory(206..207)], true), [(104, 106), (206, 207)]);
         assert_eq!(pages(&maps, &[memory(104..105), memory(206..207)], true), []);
+        // Other memory of the process may lie behind the first region, or before the second one.
+        let sides = |others: [Range<u64>; 2]| {
+            let lines = others.map(memory);
+            let found = replaced(&maps, &lines, || true);
+            let bytes: u64 = found.iter().map(|found| found.range.end - found.range.start).sum();
+            (bytes / PAGE_SIZE, found[0].is_certain)
+        };
+        assert_eq!(sides([104..106, 206..207]), (3, true));
+        assert_eq!(sides([104..107, 204..207]), (3, false));
+        assert_eq!(sides([104..106, 204..207]), (3, false));
+        assert_eq!(sides([150..160, 204..207]), (3, true), "only one side has memory");
     }
 
     #[test]

@@ -33,9 +33,9 @@ pub struct Totals {
     pub page_table_bytes: Bytes,
     /// Memory of the clones outside template mappings, as distinct frames.
     pub overhead_bytes: Bytes,
-    /// Disks of the clones in a file system without other storage.
+    /// Disks and jails of the clones in a file system without other storage.
     pub disk_bytes: Bytes,
-    /// The same in swap. It takes no RAM.
+    /// Copied template pages, and memory of replaced pages, in swap. They take no RAM.
     pub swap_bytes: Bytes,
     /// Sum of template pages, store cache, private pages, page tables, overhead and disks.
     pub host_bytes: Bytes,

@@ -160,7 +160,7 @@ pub fn expect_short(socket: &str) -> Result<()> {
         socket.len()
     ))
     .at(socket)
-    .hint("set STENCIL_RUNTIME_DIR to a shorter path"))
+    .hint("set STENCIL_RUNTIME_DIR, or --chroot-base-dir for jails, to a shorter path"))
 }
 
 /// The socket on which a VMM takes commands.

@@ -17,7 +17,7 @@ use super::jail::{self, Jail};
 use super::order::{Launched, Microvm};
 use crate::clones::firecracker_api::Api;
 use crate::clones::recipe::Escape;
-use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG};
+use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG, process_tree};
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
 
@@ -44,19 +44,29 @@ pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> 
         vmm: "Firecracker",
         name: "API",
         path,
-        hint: "check that --firecracker names Firecracker 1.12 or newer",
+        hint: match microvm.jailer {
+            None => "check that --firecracker names Firecracker 1.12 or newer",
+            Some(_) => {
+                "check that --jailer and --firecracker name programs of one release, 1.12 or newer, and that \
+                 --chroot-base-dir names a directory on a file system that permits devices and programs"
+            }
+        },
     };
-    expect_short(&socket.path.display().to_string())?;
+    for path in [&socket.path, &entry.dir.join(API_SOCKET)] {
+        expect_short(&path.display().to_string())?;
+    }
     let (input, output) = (serial_input(entry)?, entry.open_log(SERIAL_LOG)?);
-    let mut child = spawn_with(&mut command, entry, input.into(), output.into())?;
+    let mut child = spawn_with(&mut command, entry, input.into(), output.into()).map_err(|error| {
+        match microvm.jailer {
+            None => error,
+            Some(_) => {
+                error.hint("check that the jailer is executable, and that the mount of the template answers")
+            }
+        }
+    })?;
     let wait = ReadyWait::new(active);
     let loaded = connect(&wait, &mut child, entry, &socket, Api::connect).and_then(|mut api| {
-        // A program that starts Firecracker may be another process.
-        if let Some(process) = ProcessId::of(api.peer_pid()?)?
-            && Some(process) != entry.process()
-        {
-            entry.set_process(process)?;
-        }
+        expect_own(&api, entry)?;
         load_snapshot(&mut api, &body, microvm, &wait)?;
         match active.order.count > 1 && microvm.jailer.is_none() {
             true => refuse_shared_files(entry),
@@ -80,6 +90,10 @@ pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
         // All requests are sent before the first reply is waited for: the guests that already run would delay the rest.
         let send = |entry: &Entry| {
             let mut api = Api::connect(&entry.dir.join(API_SOCKET))?;
+            match api.peer_pid()? {
+                pid if pid == entry.pid => {}
+                other => return Err(foreign(other, entry)),
+            }
             api.send(request, &body).map(|()| api)
         };
         let sent: Vec<Result<Api>> = batch.iter().map(send).collect();
@@ -92,6 +106,23 @@ pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
     }
     let failures = active.gathered(|gathered| std::mem::take(&mut gathered.failures));
     Launched { clones: ready, failures, clocks, children }
+}
+
+/// Checks that a process of the clone listens on the API socket, and records that process: the program may be a script
+/// that starts Firecracker as a child. The user of a jail can put another socket in its place.
+fn expect_own(api: &Api, entry: &mut Entry) -> Result<()> {
+    let pid = api.peer_pid()?;
+    match ProcessId::of(pid)? {
+        Some(process) if Some(process) == entry.process() => Ok(()),
+        Some(process) if process_tree::of_folder(&entry.dir).contains(&process) => entry.set_process(process),
+        _ => Err(foreign(pid, entry)),
+    }
+}
+
+fn foreign(pid: u32, entry: &Entry) -> Error {
+    Error::failed(format!("process {pid}, which is not of clone {}, listens on the API socket", entry.id))
+        .at(entry.dir.join(API_SOCKET))
+        .hint("find out which program the user of the jail runs")
 }
 
 /// Returns the command that starts Firecracker.

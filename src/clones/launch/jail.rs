@@ -17,8 +17,10 @@ use super::order::Jailer;
 use super::target::Target;
 use crate::clones::registry::{API_SOCKET, Entry, VMM_LOG};
 use crate::error::{Error, Result};
+use crate::sys::probe;
 use crate::sys::process::own_session;
 use crate::sys::process::private_mounts::{PrivateMount, mount_privately};
+use crate::units::Bytes;
 
 /// Directory of the template in the jail.
 const TEMPLATE: &str = "/template";
@@ -37,19 +39,26 @@ impl Jail {
     pub fn create(jailer: &Jailer, program: &Path, entry: &mut Entry) -> Result<Jail> {
         let jail = jailer.chroot_base_dir.join(program.file_name().unwrap_or_default()).join(&entry.id);
         let root = jail.join("root");
+        let failed = |e| {
+            Error::io("cannot create a jail", &root, e)
+                .hint("name a directory of root on a file system that permits devices and programs: --chroot-base-dir DIR")
+        };
+        // The jail of another runtime directory may have the same id.
+        if jail.symlink_metadata().is_ok() {
+            return Err(failed(io::ErrorKind::AlreadyExists.into()));
+        }
+        if probe::file_system(&jailer.chroot_base_dir)?.is_memory() {
+            entry.jail_bytes = Bytes::new(fs::metadata(program).map_err(failed)?.len());
+        }
         entry.jail = Some(jail);
         entry.save()?;
         let made = || {
             fs::create_dir_all(root.join(TEMPLATE.trim_start_matches('/')))?;
             File::create_new(root.join(VMM_LOG))?;
-            // The socket is found where that of a clone without a jail is.
+            // Callers connect at the same path as without a jail.
             symlink(root.join(API_SOCKET), entry.dir.join(API_SOCKET))
         };
-        made().map_err(|e| {
-            Error::io("cannot create a jail", &root, e).hint(
-                "name a directory on a file system that permits devices and programs with --chroot-base-dir",
-            )
-        })?;
+        made().map_err(failed)?;
         Ok(Jail { root })
     }
 

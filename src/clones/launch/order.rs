@@ -38,7 +38,7 @@ impl How {
 /// The program and the requests with which a launch starts its Firecracker processes.
 #[derive(Debug, Clone)]
 pub struct Microvm {
-    /// Program: a path, or a name to search in PATH.
+    /// Absolute path of Firecracker.
     pub program: PathBuf,
     /// Body of `PUT /snapshot/load`.
     pub body: serde_json::Value,
@@ -51,7 +51,7 @@ pub struct Microvm {
 /// Firecracker's jailer, and its options.
 #[derive(Debug, Clone)]
 pub struct Jailer {
-    /// Program: a path, or a name to search in PATH.
+    /// Absolute path of the jailer.
     pub program: PathBuf,
     /// User id of Firecracker in the jail.
     pub uid: u32,

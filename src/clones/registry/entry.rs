@@ -120,6 +120,9 @@ pub struct Entry {
     pub disk_dir: Option<PathBuf>,
     /// Directory that Firecracker's jailer has made for the clone.
     pub jail: Option<PathBuf>,
+    /// Size of the program that the jailer has copied into the jail, if the jail is in a file system without other
+    /// storage.
+    pub jail_bytes: Bytes,
     /// PID namespace of the process id, if `/proc` shows it.
     pub pid_namespace: Option<u64>,
     /// Process that writes the exit record of the clone. It exits after the last clone of the launch.

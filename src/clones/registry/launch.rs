@@ -22,6 +22,7 @@ use crate::sys::files::file_locks;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::sys::process::holders;
+use crate::units::Bytes;
 
 /// Time limit for another process to clean up a launch, or for a child to execute its program.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -138,6 +139,7 @@ impl Launch {
             disks: BTreeSet::new(),
             disk_dir: new.disk_dir.map(Path::to_owned),
             jail: None,
+            jail_bytes: Bytes::ZERO,
             pid_namespace: probe::pid_namespace(),
             watchdog: self.watchdog,
         };

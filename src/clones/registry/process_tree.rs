@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -92,8 +93,12 @@ fn mark_of(pid: u32) -> Option<Vec<u8>> {
 }
 
 /// Returns the directory of the clone whose Firecracker this is. A jailer starts Firecracker with an empty environment,
-/// and with the id of the clone.
+/// with the id of the clone, and with a root directory of its own, which only root can give to a process.
 fn jailed(thread: &Path) -> Option<Vec<u8>> {
+    let root = |path: &Path| fs::metadata(path).ok().map(|root| (root.dev(), root.ino()));
+    if root(&thread.join("root"))? == root(Path::new("/"))? {
+        return None;
+    }
     let arguments = fs::read(thread.join("cmdline")).ok()?;
     let mut arguments = arguments.split(|b| *b == 0).skip_while(|word| *word != b"--id").skip(1);
     let id = std::str::from_utf8(arguments.next()?).ok().filter(|id| is_plain_name(id))?;

@@ -107,6 +107,7 @@ mod tests {
     use super::super::layout::random_id;
     use super::*;
     use crate::sys::process::ProcessId;
+    use crate::units::Bytes;
 
     #[test]
     fn reads_the_record_that_was_written() {
@@ -132,6 +133,7 @@ mod tests {
             disks: BTreeSet::from(["root".into()]),
             disk_dir: Some("/var/tmp".into()),
             jail: Some("/srv/jailer/firecracker/c0123456".into()),
+            jail_bytes: Bytes::new(11),
             pid_namespace: Some(10),
             watchdog: Some(ProcessId { pid: 7, identity: 8 }),
         };

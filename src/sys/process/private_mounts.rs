@@ -1,5 +1,5 @@
-//! Mounts that only one command sees, in a mount namespace of its own. They end with its last process, so that nobody
-//! has to unmount them.
+//! Mounts that only one command sees, in a mount namespace of its own. They end with the last process of the namespace,
+//! without an unmount.
 
 use std::ffi::CString;
 use std::io;
@@ -12,21 +12,21 @@ use rustix::mount::{
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// A file or directory of the host, and the place where the command sees it too. Both paths are absolute; the place
-/// exists and is of the same kind.
+/// A bind mount of a file or directory of the host. Both paths are absolute; the mount point exists and is of the same
+/// kind.
 #[derive(Debug, Clone)]
 pub struct PrivateMount {
-    /// What is mounted.
+    /// Path on the host.
     pub source: CString,
-    /// Where it is mounted.
+    /// Mount point.
     pub target: CString,
 }
 
 /// Gives the command a mount namespace with these mounts. Other mounts of the host stay visible; a later unmount on the
 /// host reaches the namespace, and no mount of the namespace reaches the host.
 pub fn mount_privately(command: &mut Command, mounts: Vec<PrivateMount>) -> &mut Command {
-    // SAFETY: the closure makes system calls only and allocates nothing, because the paths are C strings; it does not
-    // unshare the table of open files, which `unshare_unsafe` is unsafe for.
+    // SAFETY: the closure makes system calls only and allocates nothing, because the paths are C strings.
+    // `unshare_unsafe` is unsafe only with `UnshareFlags::FILES`.
     unsafe {
         command.pre_exec(move || {
             unshare_unsafe(UnshareFlags::NEWNS)?;

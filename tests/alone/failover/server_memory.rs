@@ -97,12 +97,13 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
     // Enough memory for a server to start, and too little to decode blocks.
     // A server that has decoded all data nevertheless is limited again and gets the same reads.
     let file = world.file(&digest, "memory");
-    let mut reader = limited_reader(&group, &file);
+    let opened = File::open(&file).unwrap();
+    let mut reader = limited_reader(&group, &opened, &file);
     let paused = wait_for("a delayed restart", || {
-        if reader.is_finished() {
-            reader = limited_reader(&group, &file);
-        }
         let status = world.status();
+        if reader.is_finished() && status["server_pid"].is_u64() {
+            reader = limited_reader(&group, &opened, &file);
+        }
         status["next_start"].is_f64().then_some(status)
     });
     let last_end = &paused["last_end"];
@@ -140,10 +141,8 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
 }
 
 /// Limits the group, then reads all of the file from the server in a thread.
-fn limited_reader(group: &Group, file: &Path) -> JoinHandle<io::Result<Vec<u8>>> {
-    let opened = File::open(file).unwrap();
-    rustix::fs::fadvise(&opened, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    drop(opened);
+fn limited_reader(group: &Group, opened: &File, file: &Path) -> JoinHandle<io::Result<Vec<u8>>> {
+    rustix::fs::fadvise(opened, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     group.limit();
     let file = file.to_owned();
     std::thread::spawn(move || fs::read(file))

@@ -8,8 +8,8 @@
  *     r   read the 512 known pages from 4 MiB                K or X
  *     a   read the 1024 known pages from 64 MiB              K or X
  *     c   print the counter, which runs all the time         hexadecimal number, C
- *     b   give 256 pages at 64 MiB to the balloon            first words of two of these pages afterwards, L; E without
- *                                                            a balloon
+ *     b   give 256 pages at 64 MiB to the balloon, then      first words of two of these pages afterwards, L; E without
+ *         write to one of them                               a balloon
  *     e   give the last 256 of 128 MiB to the balloon        the same
  *     H   halt                                               none
  *
@@ -157,6 +157,7 @@ static void give(u32 from)
     inflate(AT(u32, BALLOON), from, 256);
     print(AT(u32, from));
     print(AT(u32, from + 200 * PAGE));
+    AT(u32, from + 10 * PAGE) = 0x5a5a5a5a;
     answer('L');
 }
 

@@ -3,23 +3,8 @@ use stencilfs::error::Error;
 
 use super::*;
 use crate::protocol::{ServerReply, fds};
-use crate::server::testing::{Answer, BLOCK, Setup, Supervisor, World, content, reply, wait_for};
+use crate::server::testing::{Answer, BLOCK, Gate, Setup, Supervisor, World, content, reply, wait_for};
 use crate::server::tree::node::ROOT;
-
-/// Holds back a reply of the supervisor until the gate is opened.
-#[derive(Default)]
-struct Gate(Mutex<bool>, Condvar);
-
-impl Gate {
-    fn open(&self) {
-        *self.0.lock().unwrap() = true;
-        self.1.notify_all();
-    }
-
-    fn pass(&self) {
-        drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
-    }
-}
 
 fn refused(error: &Error) -> Option<Answer> {
     Some((ServerReply::Refused(error.into()), None))
@@ -31,16 +16,8 @@ fn is_reserve(request: &ServerRequest) -> bool {
 
 /// A server whose hydrations wait at the gate before the file is registered.
 fn gated(mode: ServeMode, timeout: Duration) -> (World, Arc<Gate>) {
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    let mut setup = Setup::new(mode).script(move |request, _| {
-        if matches!(request, ServerRequest::Freeze { .. }) {
-            held.pass();
-        }
-        None
-    });
-    setup.hydrate_timeout = timeout;
-    (World::with(setup), gate)
+    let (setup, gate) = Setup::new(mode).hold(|request| matches!(request, ServerRequest::Freeze { .. }));
+    (World::with(Setup { hydrate_timeout: timeout, ..setup }), gate)
 }
 
 /// Returns the reason that the server last reported for a file without a backing.
@@ -248,20 +225,16 @@ fn a_backing_in_use_is_not_evicted() {
 
 #[test]
 fn an_open_during_an_eviction_waits_for_its_outcome() {
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    let world =
-        World::with(Setup::new(ServeMode::Passthrough).script(move |request, supervisor| match request {
-            ServerRequest::Reserve { key, .. } => {
-                let first = supervisor.files.lock().unwrap().keys().find(|k| *k != key).cloned()?;
-                Some((ServerReply::Evict(vec![first]), None))
-            }
-            ServerRequest::Evict { .. } => {
-                held.pass();
-                Some((ServerReply::Evicted(Vec::new()), None))
-            }
-            _ => None,
-        }));
+    let (setup, gate) =
+        Setup::new(ServeMode::Passthrough).hold(|request| matches!(request, ServerRequest::Evict { .. }));
+    let world = World::with(setup.script(move |request, supervisor| match request {
+        ServerRequest::Reserve { key, .. } => {
+            let first = supervisor.files.lock().unwrap().keys().find(|k| *k != key).cloned()?;
+            Some((ServerReply::Evict(vec![first]), None))
+        }
+        ServerRequest::Evict { .. } => Some((ServerReply::Evicted(Vec::new()), None)),
+        _ => None,
+    }));
     let first = world.memory_ino();
     assert_eq!(reply(&world.open(first)), Ok(Opened::Backing(1)));
     let second = world.import("web:2", &content(3));
@@ -300,14 +273,9 @@ fn a_condemned_template_gets_no_backing() {
 
 #[test]
 fn a_backing_that_is_ready_is_not_served_if_its_template_was_condemned_meanwhile() {
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    let world = World::with(Setup::new(ServeMode::Auto).script(move |request, _| {
-        if matches!(request, ServerRequest::Register { .. }) {
-            held.pass();
-        }
-        None
-    }));
+    let (setup, gate) =
+        Setup::new(ServeMode::Auto).hold(|request| matches!(request, ServerRequest::Register { .. }));
+    let world = World::with(setup);
     let ino = world.memory_ino();
     let waiting = world.open(ino);
     wait_for("a verified backing", || {

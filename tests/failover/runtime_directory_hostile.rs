@@ -173,7 +173,7 @@ fn record_of(victim: &Victim, dir: &Path) -> Value {
         "pid": process.pid, "identity": process.identity,
         "id": dir.file_name().unwrap().to_str().unwrap(), "reference": "web:1", "digest": "ab".repeat(32),
         "kind": "command", "dir": dir, "created": 1, "index": 0, "launch": "c1234567.1.1",
-        "store": {"path": "/store", "id": "ab".repeat(16)}, "ports": {}, "disks": [],
+        "store": {"path": "/store", "id": "ab".repeat(16)}, "ports": {}, "disks": [], "jail_bytes": 0,
     })
 }
 

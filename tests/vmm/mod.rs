@@ -6,7 +6,6 @@ pub mod clone_qemu;
 pub mod cloud_hypervisor;
 pub mod example_vmm;
 pub mod firecracker;
-pub mod firecracker_balloon;
 pub mod firecracker_guests;
 pub mod kvm_guest;
 pub mod libvirt_guest;

@@ -2,6 +2,8 @@
 //!
 //! No guest runs until all are loaded: a guest that runs takes processor time from those that are being loaded.
 
+mod jail;
+
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -13,13 +15,13 @@ use serde_json::{Value, json};
 
 use super::active_launch::ActiveLaunch;
 use super::child::{ControlSocket, ReadyWait, connect, expect_short, kill, spawn_with};
-use super::jail::{self, Jail};
 use super::order::{Launched, Microvm};
 use crate::clones::firecracker_api::Api;
 use crate::clones::recipe::Escape;
 use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG, process_tree};
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
+use jail::Jail;
 
 /// Number of guests that are resumed at the same time: each takes a descriptor.
 const RESUME_BATCH: usize = 64;

@@ -4,7 +4,6 @@ mod active_launch;
 mod child;
 mod clone_resources;
 mod firecracker;
-mod jail;
 mod job;
 mod launch_watchdog;
 mod order;

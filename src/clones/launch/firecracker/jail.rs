@@ -13,8 +13,8 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::order::Jailer;
-use super::target::Target;
+use crate::clones::launch::order::Jailer;
+use crate::clones::launch::target::Target;
 use crate::clones::registry::{API_SOCKET, Entry, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::sys::probe;

@@ -158,7 +158,7 @@ base=$(sha256sum <"$disk")
 [ "$base" = "$(stencil export demo:v1/disk-root - | sha256sum)" ] || { echo "demo: the disk in the mount differs from the disk in the store" >&2; exit 1; }
 
 say "$qemus QEMU clones resume from the template"
-# Not from a process substitution: a signal would end the demo while the launch goes on.
+# A process substitution would continue after a signal has ended the demo.
 mapfile -t ids <<<"$(stencil clone demo:v1 -n "$qemus" | cut -f1)"
 [ "${#ids[@]}" = "$qemus" ] || exit 1
 

@@ -62,7 +62,7 @@ enum Command {
     Explain(clones::explain::ExplainArgs),
     /// Show the memory that each clone has copied and the memory of all clones
     Density(clones::density::DensityArgs),
-    /// Show the pages of one clone that are no longer those of its template
+    /// Show the dirty pages of one clone: copied by a write or replaced by other memory
     Dirty(clones::dirty::DirtyArgs),
     /// Check what this host supports and what reduces sharing
     Doctor(host::doctor::DoctorArgs),

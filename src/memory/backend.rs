@@ -264,8 +264,8 @@ impl Backend {
 
     /// Returns the pages that this process has copied since the mapping was created, as page ranges from the start of
     /// the memory. The result is exact. Shared memory and ROM have no copied pages; in anonymous memory every existing
-    /// page counts as copied. Do not map other memory over that of a backend, such as for a balloon: its pages would
-    /// differ from the file without being copies.
+    /// page counts as copied. Do not map other memory over the memory of a backend, for example for a balloon: such
+    /// pages differ from the file, and are not reported.
     ///
     /// # Errors
     /// Returns an error if `/proc/self/pagemap` cannot be read.

@@ -27,11 +27,11 @@ const MOUNTS: usize = 300;
 /// Number of clones that run while servers are killed.
 const BUSY: usize = 8;
 
-/// Maximum time of a clone in a jail, relative to a Firecracker without jail and without Stencil. Guests that never idle
-/// make a comparison partly a matter of luck.
+/// Maximum time of a clone in a jail, relative to a Firecracker without jail and without Stencil. The measured ratio
+/// varies, because the guests never idle.
 const TIME_LIMIT: f64 = 2.0;
 
-/// Directory of the jails: on a tmpfs, as jails are made of many small files.
+/// Directory of the jails, on a tmpfs: the jailer makes many small files.
 struct Jails {
     _mounted: Mounted,
     base: PathBuf,
@@ -47,7 +47,17 @@ impl Jails {
     }
 }
 
-/// Launches clones in jails, beside other mounts that only the launcher sees. Returns them and the seconds that it took.
+/// Mounts a store with a snapshot that only root and the user of the jails can read.
+fn world_with_jails(serve: &str) -> (TestMount, Jails) {
+    let world = TestMount::new(serve);
+    drop(import_snapshot(&world, &[]));
+    world.stencil(&["chown", "123:123", "fc:1"]).ok();
+    world.stencil(&["chmod", "0440", "fc:1"]).ok();
+    (world, Jails::new())
+}
+
+/// Launches clones in jails, beside other mounts that only the launcher sees. Returns the clones and the duration in
+/// seconds.
 fn launch(world: &TestMount, jails: &Jails) -> (Vec<Clone>, f64) {
     let script = format!(
         "{} && for n in $(seq {MOUNTS}); do mount -t tmpfs none \"$1\"; done && shift && exec \"$@\"",
@@ -67,7 +77,8 @@ fn launch(world: &TestMount, jails: &Jails) -> (Vec<Clone>, f64) {
     (clones, launched["ready_seconds"].as_f64().unwrap())
 }
 
-/// Loads the snapshot as often at once without jail and without Stencil. Returns the seconds that it took.
+/// Loads the snapshot in as many Firecrackers at once, without jails and without Stencil. Returns the duration in
+/// seconds.
 fn load_raw(snapshot: &Path, directory: &Path) -> f64 {
     let body = json!({
         "snapshot_path": snapshot.join("state"),
@@ -84,7 +95,7 @@ fn load_raw(snapshot: &Path, directory: &Path) -> f64 {
             rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19).unwrap();
             let firecracker = Firecracker::start_with_priority_of_thread(&directory);
             firecracker.load(&body);
-            // As Stencil does it: a guest that runs delays those that are being loaded.
+            // Same order as in a launch by Stencil: a running guest delays the loads.
             loaded.wait();
             firecracker.resume();
             firecracker
@@ -101,11 +112,7 @@ fn load_raw(snapshot: &Path, directory: &Path) -> f64 {
 #[test]
 fn soak_sixty_four_clones_in_jails_cost_little_more_than_plain_firecrackers() {
     let _host = host::alone();
-    let world = TestMount::new("passthrough");
-    let jails = Jails::new();
-    drop(import_snapshot(&world, &[]));
-    world.stencil(&["chown", "123:123", "fc:1"]).ok();
-    world.stencil(&["chmod", "0440", "fc:1"]).ok();
+    let (world, jails) = world_with_jails("passthrough");
     let (snapshot, plain) = (world.dir().join("source"), world.dir().join("plain"));
     load_raw(&snapshot, &plain);
     let mut clones = vec![];
@@ -124,7 +131,7 @@ fn soak_sixty_four_clones_in_jails_cost_little_more_than_plain_firecrackers() {
         );
         if ratio <= TIME_LIMIT { Ok(()) } else { Err(format!("{ratio:.2} times the time without jail")) }
     });
-    // So many guests that never idle would leave no time for anything else.
+    // All guests together would take the processor time of the commands below, because the guests never idle.
     let set = |clones: &[Clone], state: &str| {
         clones.iter().for_each(|clone| request(&clone.dir, "PATCH /vm", &json!({"state": state})));
     };
@@ -195,11 +202,7 @@ fn nothing_is_left(world: &TestMount, jails: &Jails) {
 #[test]
 fn soak_a_killed_launch_leaves_no_jail() {
     let _host = host::alone();
-    let world = TestMount::new("decode");
-    let jails = Jails::new();
-    drop(import_snapshot(&world, &[]));
-    world.stencil(&["chown", "123:123", "fc:1"]).ok();
-    world.stencil(&["chmod", "0440", "fc:1"]).ok();
+    let (world, jails) = world_with_jails("decode");
     let mut killed = 0;
     for round in 0..host::rounds(12, 40) {
         let mut command = world.command_in(env!("CARGO_BIN_EXE_stencil"));

@@ -107,7 +107,7 @@ impl Supervisor {
     }
 }
 
-/// Holds back replies of the supervisor until it is opened.
+/// A gate that holds back replies of the supervisor until the test opens the gate.
 #[derive(Default)]
 pub struct Gate(Mutex<bool>, Condvar);
 
@@ -122,7 +122,7 @@ impl Gate {
     }
 }
 
-/// The requests whose replies wait at the gate. Other requests are answered meanwhile, as by a real supervisor.
+/// Selects the requests whose replies wait at the gate. As with a real supervisor, all other requests are answered.
 pub type Held = (fn(&ServerRequest) -> bool, Arc<Gate>);
 
 /// Starts a supervisor; returns a link to it.

@@ -1,7 +1,6 @@
 //! `stencil clone`: launches processes that map one template.
 
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -27,6 +26,7 @@ use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
 use crate::sys::files::trust;
+use crate::sys::process::search_path::find_program;
 
 /// Launch clones of a template
 ///
@@ -242,7 +242,7 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
 fn jailer(args: &CloneArgs) -> Result<Option<Jailer>> {
     let (Some(jailer), Some(uid), Some(gid)) = (&args.jailer, args.uid, args.gid) else { return Ok(None) };
     let base = &args.chroot_base_dir;
-    // A user who can rename directories there could lead root elsewhere.
+    // Another user with write access to a parent directory could redirect the writes of root.
     let trusted = std::fs::create_dir_all(base).and_then(|()| {
         let path = trust::resolve(base)?;
         trust::open(&path).map(|_| path)
@@ -259,20 +259,11 @@ fn program(name: &Path) -> Result<PathBuf> {
     let is_path = name.as_os_str().as_encoded_bytes().contains(&b'/');
     let found = match is_path {
         true => name.canonicalize(),
-        false => {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            let places = std::env::split_paths(&path).map(|directory| directory.join(name));
-            places
-                .filter(|place| is_executable(place))
-                .find_map(|place| place.canonicalize().ok())
-                .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "not found in PATH"))
-        }
+        false => find_program(name)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "not found in PATH"))
+            .and_then(|path| path.canonicalize()),
     };
     found.map_err(|e| Error::io("cannot find the program", name, e).hint("install it, or give its path"))
-}
-
-fn is_executable(path: &Path) -> bool {
-    path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
 /// Parses `IFACE=DEVICE`.

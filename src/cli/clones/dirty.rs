@@ -1,4 +1,4 @@
-//! `stencil dirty`: reports the pages of one clone that are not those of its template.
+//! `stencil dirty`: reports the dirty pages of one clone.
 
 use std::fs;
 use std::io::{self, Write};

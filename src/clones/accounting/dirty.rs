@@ -20,11 +20,11 @@ pub struct DirtyRange {
     pub first_page: u64,
     /// Number of pages.
     pub pages: PageCount,
-    /// Address of the first page in the process; null if `maps` does not show which memory is in its place.
+    /// Address of the first page in the process; null if `/proc/PID/maps` does not show which memory has replaced the page.
     pub address: Option<u64>,
     /// True if the pages are in swap.
     pub swapped: bool,
-    /// True if the process has mapped other memory over the template. Anonymous pages that were never written are 0.
+    /// True if the process has mapped other memory over the template. Anonymous pages without a write contain zeros.
     pub replaced: bool,
 }
 

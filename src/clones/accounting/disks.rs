@@ -12,8 +12,8 @@ use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
 
-/// Adds the disks and jails of these records to the clones: to the recorded process, otherwise to another process of the clone's
-/// command. Each disk is counted once.
+/// Adds the disks and jails of these records to the clones: to the recorded process, otherwise to another process of the
+/// clone's command. Each disk is counted once.
 ///
 /// # Errors
 /// Returns an error if the page cache of a disk cannot be measured.

@@ -25,7 +25,7 @@ pub struct CloneMemory {
     pub mapped_clean_bytes: Bytes,
     /// Copied template pages, and memory of replaced pages, in RAM.
     pub private_bytes: Bytes,
-    /// The same in swap. It takes no RAM.
+    /// Copied template pages, and memory of replaced pages, in swap. They take no RAM.
     pub swap_bytes: Bytes,
     /// Copied template pages, in RAM and in swap, and replaced pages.
     pub dirty_pages: PageCount,
@@ -48,7 +48,7 @@ pub struct Measured {
     pub memory: CloneMemory,
     /// Copied pages of each mapping, in the order of the mappings.
     pub copied: Vec<Vec<DirtyRange>>,
-    /// Replaced pages, each with the private pages of the memory that is there now.
+    /// Ranges of replaced pages, and the private pages of the memory that is mapped there.
     pub replaced: Vec<(Replaced, Vec<DirtyRange>)>,
     /// Addresses of the private memory outside template mappings.
     pub overhead: Vec<Range<u64>>,

@@ -8,7 +8,7 @@
 //! * At an end of a mapping, neighbouring memory may have nothing to do with the template. It counts only in a process
 //!   with a virtual machine, whose memory is a whole file, and only if anonymous memory without a name, readable and
 //!   writable, continues the mapping up to the next mapped part or the end of the file. The guard page behind a
-//!   mapping of QEMU does not.
+//!   mapping of QEMU is not readable.
 
 use std::ops::Range;
 
@@ -23,13 +23,13 @@ pub struct Replaced {
     pub map: usize,
     /// Addresses, page-aligned.
     pub range: Range<u64>,
-    /// False if the pages of the file are known, but not the memory in their place.
+    /// False if the pages of the file are known, but not the addresses of the memory that has replaced the pages.
     pub is_certain: bool,
 }
 
 /// Returns the replaced pages of a process in the order of their addresses. `maps` are its template mappings, `lines`
-/// all of its mappings, both by address. `is_vmm` tells whether the process has a virtual machine; it is called only if
-/// the answer matters.
+/// all of its mappings, both by address. `is_vmm` returns true if the process has a virtual machine; the search calls
+/// `is_vmm` only if the result depends on the answer.
 pub fn replaced(maps: &[TemplateMapping], lines: &[MapLine], is_vmm: impl Fn() -> bool) -> Vec<Replaced> {
     let mut found = Vec::new();
     for missing in missing_parts(maps) {
@@ -47,7 +47,7 @@ pub fn replaced(maps: &[TemplateMapping], lines: &[MapLine], is_vmm: impl Fn() -
                 if bytes(above) + bytes(below) < length || !is_vmm() {
                     continue;
                 }
-                // With memory on both sides that could be more than the missing pages, each side may have any part.
+                // If the memory on both sides is larger than the missing pages, the border between the sides is unknown.
                 let is_certain = bytes(above) + bytes(below) == length || bytes(above).min(bytes(below)) == 0;
                 let mut left = length;
                 let above = above.map(|(map, bytes)| (map, bytes, true));

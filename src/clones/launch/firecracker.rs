@@ -1,6 +1,6 @@
 //! Firecracker clones: starts Firecracker, loads the template's snapshot through its API and resumes the guest.
 //!
-//! No guest runs until all are loaded: a guest that runs takes processor time from those that are being loaded.
+//! No guest runs until the snapshots of all clones are loaded: a running guest takes processor time from the loads.
 
 mod jail;
 
@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, own_session};
 use jail::Jail;
 
-/// Number of guests that are resumed at the same time: each takes a descriptor.
+/// Number of guests that are resumed at the same time. Each request needs a file descriptor.
 const RESUME_BATCH: usize = 64;
 
 /// Starts the Firecracker of one clone, and returns when it has loaded the snapshot. The guest is paused.
@@ -89,7 +89,7 @@ pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
     let mut ready = Vec::with_capacity(clones.len());
     for batch in clones.chunks(RESUME_BATCH).take_while(|_| !active.is_over()) {
         let wait = ReadyWait::new(active);
-        // All requests are sent before the first reply is waited for: the guests that already run would delay the rest.
+        // All requests are sent before the first wait: running guests would delay the remaining requests.
         let send = |entry: &Entry| {
             let mut api = Api::connect(&entry.dir.join(API_SOCKET))?;
             match api.peer_pid()? {
@@ -111,7 +111,7 @@ pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
 }
 
 /// Checks that a process of the clone listens on the API socket, and records that process: the program may be a script
-/// that starts Firecracker as a child. The user of a jail can put another socket in its place.
+/// that starts Firecracker as a child. The user of a jail can replace the socket.
 fn expect_own(api: &Api, entry: &mut Entry) -> Result<()> {
     let pid = api.peer_pid()?;
     match ProcessId::of(pid)? {

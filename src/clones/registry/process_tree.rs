@@ -16,8 +16,8 @@ use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::{self, ProcessId};
 use crate::sys::process::{paused, procfs, tasks};
 
-/// Environment variable of the processes of a clone, with the clone's directory as its value. Workers do not have it, and
-/// a Firecracker in a jail has no environment.
+/// Environment variable of the processes of a clone, with the clone's directory as its value. Workers do not have this
+/// variable, and a Firecracker in a jail has no environment.
 const MARK: &[u8] = b"STENCIL_DIR=";
 
 /// Time limit for the kernel to load a program, on a loaded host.

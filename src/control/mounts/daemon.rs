@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use crate::control::protocol::messages::Failure;
 use crate::control::protocol::options::MountOptions;
 use crate::error::{Error, Result};
+use crate::sys::process::search_path::find_program;
 
 const NAME: &str = "stencil-mountd";
 
@@ -31,9 +32,7 @@ pub fn find_daemon() -> Result<PathBuf> {
         };
     }
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let on_path = std::env::split_paths(&path).map(|dir| dir.join(NAME));
-    beside.into_iter().chain(on_path).find(|p| p.is_file()).ok_or_else(|| {
+    beside.filter(|path| path.is_file()).or_else(|| find_program(NAME)).ok_or_else(|| {
         Error::not_found("stencil-mountd is not installed")
             .hint("install it beside stencil or in a directory of PATH, or set STENCIL_MOUNTD to its path")
     })

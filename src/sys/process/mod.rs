@@ -14,6 +14,8 @@ pub mod paused;
 #[cfg(feature = "internals")]
 pub mod private_mounts;
 pub mod procfs;
+#[cfg(feature = "internals")]
+pub mod search_path;
 pub mod tasks;
 pub mod threads;
 

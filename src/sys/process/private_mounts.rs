@@ -23,7 +23,7 @@ pub struct PrivateMount {
 }
 
 /// Gives the command a mount namespace with these mounts. Other mounts of the host stay visible; a later unmount on the
-/// host reaches the namespace, and no mount of the namespace reaches the host.
+/// host propagates to the namespace, and no mount of the namespace propagates to the host.
 pub fn mount_privately(command: &mut Command, mounts: Vec<PrivateMount>) -> &mut Command {
     // SAFETY: the closure makes system calls only and allocates nothing, because the paths are C strings.
     // `unshare_unsafe` is unsafe only with `UnshareFlags::FILES`.

@@ -135,7 +135,7 @@ fn imports_and_removals_succeed_despite_server_kills() {
     for (serve, pause) in [("decode", 20), ("passthrough", 60)] {
         let world = TestMount::new(serve);
         let mut drill = Drill::new(&world);
-        let rounds = host::rounds(4, 10);
+        let rounds = host::rounds(4, 20);
         kill_during(&mut drill, Duration::from_millis(pause), || {
             for round in 0..rounds {
                 let image = image(2000 + round);

@@ -1,7 +1,7 @@
 //! Firecracker's jailer: prepares the directory of a jail, and the command that starts Firecracker in it.
 //!
-//! The jailer gives each Firecracker a chroot of its own, `BASE/PROGRAM/ID/root`. The template's directory appears in it
-//! by a mount that only this jail has. Nothing is mounted on the host, so nothing has to be unmounted.
+//! The jailer gives each Firecracker a chroot of its own, `BASE/PROGRAM/ID/root`. The template's directory appears
+//! in the chroot through a mount that no other process sees. The host has no mount that would need an unmount.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -25,7 +25,7 @@ use crate::units::Bytes;
 /// Directory of the template in the jail.
 const TEMPLATE: &str = "/template";
 
-/// A jail that the jailer can complete.
+/// The directory of a jail, prepared for the jailer.
 pub struct Jail {
     /// Root directory of the jail, on the host.
     root: PathBuf,
@@ -55,7 +55,7 @@ impl Jail {
         let made = || {
             fs::create_dir_all(root.join(TEMPLATE.trim_start_matches('/')))?;
             File::create_new(root.join(VMM_LOG))?;
-            // Callers connect at the same path as without a jail.
+            // The path of the API socket is the same as for a clone without a jail.
             symlink(root.join(API_SOCKET), entry.dir.join(API_SOCKET))
         };
         made().map_err(failed)?;

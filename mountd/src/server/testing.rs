@@ -122,28 +122,23 @@ impl Gate {
     }
 }
 
-/// Selects the requests whose replies wait at the gate. As with a real supervisor, all other requests are answered.
+/// Selects the requests whose replies wait at the gate. All later requests wait too: a link carries one at a time.
 pub type Held = (fn(&ServerRequest) -> bool, Arc<Gate>);
 
 /// Starts a supervisor; returns a link to it.
 pub fn supervise(supervisor: Arc<Supervisor>, mut script: Script, held: Option<Held>) -> Arc<Link> {
     let (ours, theirs) = Channel::pair().unwrap();
-    let ours = Arc::new(ours);
     std::thread::spawn(move || {
         while let Ok(Some((request, _))) = ours.receive::<Numbered<ServerRequest>>() {
             let Numbered { number, body } = request;
             supervisor.requests.lock().unwrap().push(body.clone());
-            let gate = held.as_ref().filter(|(is_held, _)| is_held(&body)).map(|(_, gate)| Arc::clone(gate));
-            let (body, fd) = script(&body, &supervisor).unwrap_or_else(|| supervisor.answer(&body));
-            let ours = Arc::clone(&ours);
-            let send = move || ours.send(&Numbered { number, body }, fd.as_ref().map(AsFd::as_fd));
-            match gate {
-                Some(gate) => drop(std::thread::spawn(move || {
-                    gate.pass();
-                    let _ = send();
-                })),
-                None => drop(send()),
+            if let Some((is_held, gate)) = &held
+                && is_held(&body)
+            {
+                gate.pass();
             }
+            let (body, fd) = script(&body, &supervisor).unwrap_or_else(|| supervisor.answer(&body));
+            let _ = ours.send(&Numbered { number, body }, fd.as_ref().map(AsFd::as_fd));
         }
     });
     Arc::new(Link::new(theirs.into(), None, None))

@@ -72,10 +72,10 @@ fn clones_on_a_bridge_stay_silent_until_they_have_addresses() {
     let captured_port = port_of(CAPTURED_MAC);
 
     let captured = world.json(&["capture", guest.socket().to_str().unwrap(), "vm:1"]);
-    assert!(captured["warnings"].to_string().contains("their links stay down"), "{captured}");
+    assert!(captured["warnings"].to_string().contains("cut off until QMP set_link"), "{captured}");
     let before: Vec<String> = taps().into_iter().map(|(name, _)| name).collect();
     let done = world.stencil(&["--json", "clone", "vm:1", "-n", "2"]).ok();
-    assert!(done.err.contains("note: the network cards on lan are unplugged (link down)"), "{}", done.err);
+    assert!(done.err.contains("note: the network lan is cut off"), "{}", done.err);
     let launched: Value = serde_json::from_str(&done.out).unwrap();
     assert!(launched["warnings"][0].as_str().unwrap().contains("name=lan"), "{launched}");
 
@@ -84,7 +84,7 @@ fn clones_on_a_bridge_stay_silent_until_they_have_addresses() {
     for clone in launched["clones"].as_array().unwrap() {
         let folder = Path::new(clone["dir"].as_str().unwrap());
         let port = folder.join("serial-1.sock");
-        // The clone announces the captured address, but its link is down.
+        // The clone announces the captured address, but its network is cut off.
         told(&port, &format!("mac {CAPTURED_MAC}"));
         let mut qmp = Qmp::connect(&folder.join("qmp.sock")).unwrap();
         let card = json!({"path": "/machine/peripheral/eth", "property": "mac"});
@@ -102,7 +102,7 @@ fn clones_on_a_bridge_stay_silent_until_they_have_addresses() {
             captured_port,
             "the captured guest's address is still learned on its own port"
         );
-        // The clone whose link is still down has sent nothing.
+        // The clone that is still cut off has sent nothing.
         let silent = clone_ports().iter().filter(|(_, sent)| *sent == 0).count();
         assert_eq!(silent, if clone == &launched["clones"][0] { 1 } else { 0 });
     }

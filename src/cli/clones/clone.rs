@@ -154,7 +154,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         ),
     };
     let mut warnings: Vec<String> = match &how {
-        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(link_is_down).collect(),
+        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(is_cut_off).collect(),
         _ => vec![],
     };
     let kind = how.kind();
@@ -289,11 +289,11 @@ fn disk_directory(path: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn link_is_down(network: String) -> String {
+fn is_cut_off(network: String) -> String {
     format!(
-        "the network cards on {network} are unplugged (link down), because their guests still have the MAC and IP \
-         address of the captured guest: change both in the guest, then run QMP set_link with name={network} and up=true on \
-         qmp.sock of the clone (docs/how-to/renew-clones.md)"
+        "the network {network} is cut off, because the guests still have the MAC and IP address of the captured guest: \
+         change both in the guest, then run QMP set_link with name={network} and up=true on qmp.sock of the clone \
+         (docs/how-to/renew-clones.md)"
     )
 }
 

@@ -1,5 +1,6 @@
 //! QEMU clones: starts QEMU by the template's recipe, loads the device state and resumes the guest.
 
+use std::collections::BTreeSet;
 use std::process::{Child, Command};
 
 use serde_json::json;
@@ -117,9 +118,7 @@ fn bring_up(
     migration::wait_end(&mut qmp, wait.deadline)?;
     settings.apply(&mut qmp)?;
     // The guest still has the addresses of the captured VM, which may be running.
-    for network in shared {
-        qmp.run("set_link", json!({"name": network, "up": false}))?;
-    }
+    shared.iter().try_for_each(|network| cut_off(&mut qmp, network))?;
     qmp.run("cont", json!({}))?;
     match qmp.status()?.as_str() {
         "running" => Ok(qmp),
@@ -128,6 +127,34 @@ fn bring_up(
                 .hint("capture the template again from a running guest, with this version of QEMU"))
         }
     }
+}
+
+/// Makes QEMU discard all packets from and to a network. Its cards keep their link: QEMU would keep packets that the
+/// guest sends on a card without a link, and would send them with the captured addresses when the link returns.
+fn cut_off(qmp: &mut Qmp, network: &str) -> Result<()> {
+    // Also takes away the link of the cards.
+    qmp.run("set_link", json!({"name": network, "up": false}))?;
+    let text = qmp.run("human-monitor-command", json!({"command-line": "info network"}))?;
+    for card in cards_on(text.as_str().unwrap_or_default(), network) {
+        qmp.run("set_link", json!({"name": card, "up": true}))?;
+    }
+    Ok(())
+}
+
+/// Returns the names of the cards on a network in the text of `info network`: below the line of each card is an
+/// indented line of its network.
+fn cards_on<'a>(text: &'a str, network: &str) -> BTreeSet<&'a str> {
+    let mut card = "";
+    let mut found = BTreeSet::new();
+    for line in text.lines() {
+        let Some((name, _)) = line.split_once(": ") else { continue };
+        match name.strip_prefix(" \\ ") {
+            None => card = name,
+            Some(peer) if peer == network => drop(found.insert(card)),
+            Some(_) => {}
+        }
+    }
+    found
 }
 
 /// Updates the clock of a resumed guest through its agent. The emulated RTC follows the host's clock.
@@ -139,4 +166,20 @@ fn update_clock(qmp: &mut Qmp, channel: Option<&Channel>) -> Clock {
         log::debug!("{error}");
     }
     clock
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_all_cards_on_a_network() {
+        let text = "eth0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\r\n \\ lan: index=0,type=tap,\
+                    ifname=tap0,script=/etc/ifup\r\neth0: index=1,type=nic,model=virtio-net-pci\r\n \\ lan: index=1,\
+                    type=tap,fd=9\r\ne1000.0: index=0,type=nic\r\n \\ net0: index=0,type=user,net=10.0.2.0\r\nspare: \
+                    index=0,type=tap\r\n";
+        assert_eq!(cards_on(text, "lan"), BTreeSet::from(["eth0"]));
+        assert_eq!(cards_on(text, "net0"), BTreeSet::from(["e1000.0"]));
+        assert_eq!(cards_on(text, "spare"), BTreeSet::new());
+    }
 }

@@ -81,7 +81,7 @@ impl Networks {
                 return None;
             }
         }
-        // The launcher takes the link down by this name (QMP set_link).
+        // The launcher cuts the network off by this name (QMP set_link).
         if is_shared(&kind) && props.get("id").is_none() {
             self.unnamed += 1;
             props.set("id", &format!("stencil-net-{}", self.unnamed));
@@ -189,8 +189,8 @@ impl Networks {
 
     fn shared(&mut self, shown: &str) {
         self.warnings.push(format!(
-            "{shown}: clones have the MAC and IP address of the captured guest, so their links stay down until \
-             they are enabled with QMP set_link"
+            "{shown}: clones have the MAC and IP address of the captured guest, so this network of each clone is cut off \
+             until QMP set_link with up=true"
         ));
     }
 }

@@ -5,9 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::sys::process::ProcessId;
 use crate::sys::socket::peer::Peer;
 use crate::sys::socket::unix;
 
@@ -17,11 +18,16 @@ const MAX_REPLY: usize = 64 << 10;
 /// Timeout for connecting while the listen queue of the socket is full, and for sending a request.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Timeout of requests that Firecracker executes at once. A request waits for earlier ones of other clients.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// A connection to the API socket of one Firecracker.
 #[derive(Debug)]
 pub struct Api {
     stream: UnixStream,
     path: PathBuf,
+    /// True after a request without a complete reply: the next bytes would belong to that request.
+    lost: bool,
 }
 
 impl Api {
@@ -36,7 +42,24 @@ impl Api {
                 Error::io("cannot connect to the API socket", path, e)
                     .hint("start Firecracker with --api-sock PATH and pass that PATH")
             })?;
-        Ok(Api { stream, path: path.to_owned() })
+        Ok(Api { stream, path: path.to_owned(), lost: false })
+    }
+
+    /// Connects to the API socket of exactly this process.
+    ///
+    /// # Errors
+    /// Returns an error if nothing or another process listens on the socket.
+    pub fn of_process(path: &Path, vm: ProcessId) -> Result<Api> {
+        let api = Api::connect(path)?;
+        match api.peer_pid()? {
+            found if found == vm.pid && vm.is_alive() => Ok(api),
+            found => Err(Error::failed(format!(
+                "expected process {} on this socket, found process {found}",
+                vm.pid
+            ))
+            .at(path)
+            .hint("pass the current API socket of the VM")),
+        }
     }
 
     /// Returns the process that listens on the socket.
@@ -49,6 +72,36 @@ impl Api {
         peer.pid.ok_or_else(|| failed().hint("run the command in the PID namespace of Firecracker"))
     }
 
+    /// Returns the state of the VM in lower case: `not started`, `running` or `paused`.
+    ///
+    /// # Errors
+    /// Same as [`run`](Self::run).
+    pub fn state(&mut self) -> Result<String> {
+        Ok(self.get("/")?["state"].as_str().unwrap_or("unknown").to_lowercase())
+    }
+
+    /// Pauses or resumes the VM: `Paused` or `Resumed`.
+    ///
+    /// # Errors
+    /// Same as [`run`](Self::run).
+    pub fn set_state(&mut self, state: &str) -> Result<()> {
+        self.run("PATCH /vm", &json!({"state": state}), Instant::now() + REPLY_TIMEOUT)
+    }
+
+    /// Reads a resource (`/vm/config`).
+    ///
+    /// # Errors
+    /// Same as [`run`](Self::run).
+    pub fn get(&mut self, resource: &str) -> Result<Value> {
+        self.get_until(resource, Instant::now() + REPLY_TIMEOUT)
+    }
+
+    fn get_until(&mut self, resource: &str, deadline: Instant) -> Result<Value> {
+        let request = format!("GET {resource}");
+        self.write(&request, &format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n"))?;
+        self.wait(&request, deadline)
+    }
+
     /// Sends a request (`PUT /snapshot/load`) and waits until Firecracker has executed it.
     ///
     /// # Errors
@@ -56,7 +109,7 @@ impl Api {
     /// [`Code::TryAgain`](crate::error::Code::TryAgain) if Firecracker does not reply before the deadline.
     pub fn run(&mut self, request: &str, body: &Value, deadline: Instant) -> Result<()> {
         self.send(request, body)?;
-        self.wait(request, deadline)
+        self.wait(request, deadline).map(drop)
     }
 
     /// Sends a request. [`wait`](Self::wait) waits until Firecracker has executed it.
@@ -69,20 +122,30 @@ impl Api {
             "{request} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         );
+        self.write(request, &text)
+    }
+
+    fn write(&mut self, request: &str, text: &str) -> Result<()> {
+        if self.lost {
+            return Err(self.lost(request, io::ErrorKind::NotConnected.into()));
+        }
+        // Reset by a complete reply.
+        self.lost = true;
         self.stream.write_all(text.as_bytes()).map_err(|e| self.lost(request, e))
     }
 
-    /// Waits until Firecracker has executed the request that was sent.
+    /// Waits until Firecracker has executed the request that was sent. Returns the body of the reply, or `null` if the
+    /// reply has none.
     ///
     /// # Errors
     /// Same as [`run`](Self::run).
-    pub fn wait(&mut self, request: &str, deadline: Instant) -> Result<()> {
+    pub fn wait(&mut self, request: &str, deadline: Instant) -> Result<Value> {
         let reply = self.reply(request, deadline)?;
+        let body = serde_json::from_slice::<Value>(&reply.body).unwrap_or_default();
         if reply.status / 100 == 2 {
-            return Ok(());
+            return Ok(body);
         }
-        let fault = serde_json::from_slice::<Value>(&reply.body).unwrap_or_default();
-        let fault = fault["fault_message"].as_str().unwrap_or("no reason given");
+        let fault = body["fault_message"].as_str().unwrap_or("no reason given");
         Err(Error::failed(format!("Firecracker refused {request}: {fault}")).at(&self.path))
     }
 
@@ -90,7 +153,10 @@ impl Api {
         let (mut bytes, mut buffer) = (vec![], [0; 4096]);
         loop {
             match Reply::parse(&bytes) {
-                Ok(Some(reply)) => return Ok(reply),
+                Ok(Some(reply)) => {
+                    self.lost = false;
+                    return Ok(reply);
+                }
                 Ok(None) if bytes.len() <= MAX_REPLY => {}
                 Ok(None) | Err(()) => {
                     return Err(Error::failed(format!("invalid reply to {request}"))
@@ -164,6 +230,19 @@ mod tests {
             }
             assert_eq!(Reply::parse(text), Ok(Some(Reply { status, body: body.to_vec() })));
         }
+    }
+
+    #[test]
+    fn a_late_reply_is_not_taken_for_the_next_one() {
+        use std::os::unix::net::UnixListener;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut api = Api::connect(&path).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        assert_eq!(api.get_until("/", Instant::now()).unwrap_err().code(), crate::error::Code::TryAgain);
+        server.write_all(b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n{}").unwrap();
+        assert!(api.get("/").is_err());
     }
 
     #[test]

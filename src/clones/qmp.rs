@@ -65,8 +65,9 @@ impl Qmp {
                     .find_map(|pid| paused_error(pid, path))
                     .unwrap_or_else(|| timeout_error(path))
             }
-            _ => Error::io("cannot connect to the QMP socket", path, e)
-                .hint("start QEMU with -qmp unix:PATH,server=on,wait=off and pass that PATH"),
+            _ => Error::io("cannot connect to the QMP socket", path, e).hint(
+                "start QEMU with -qmp unix:PATH,server=on,wait=off, or a Firecracker with --api-sock PATH, and pass that PATH",
+            ),
         })?;
         let (path, session) = (path.to_owned(), random_name()?);
         Ok(Qmp { stream, path, unread: vec![], seen: BTreeSet::new(), lost: false, session, next_id: 1 })

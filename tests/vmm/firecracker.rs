@@ -1,6 +1,7 @@
 //! Import of Firecracker snapshots: full snapshots become templates; other files are rejected with the reason.
 
 mod balloon;
+mod capture;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

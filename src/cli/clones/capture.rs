@@ -1,4 +1,4 @@
-//! `stencil capture`: makes a template from a running QEMU.
+//! `stencil capture`: makes a template from a running QEMU or Firecracker.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -16,30 +16,34 @@ use crate::sanitize::sanitize;
 use crate::store::{Store, TagName};
 use crate::units::Bytes;
 
-/// Make a template from a running QEMU VM
+/// Make a template from a running QEMU or Firecracker VM
 ///
-/// The RAM of the VM must be in memory-backend-file objects with share=on. The VM is paused during the capture and
-/// afterwards returns to its previous state.
+/// The VM is paused during the capture and afterwards returns to its previous state.
 ///
-/// Disks must be files in qcow2 or raw format. The VM resumes before its disks are read: until then, the VM writes to
-/// an overlay beside each image (IMAGE.stencil-…), which is committed into the image and removed at the end, also if
-/// the capture is killed. QEMU must be able to open a file in that directory; do not remove an overlay that an error
-/// message reports as left over. qemu-img must be in PATH, and the store needs space for a copy of each qcow2 image.
-/// With --pause or --quit, the VM stays paused until its disks are read, and no overlay is made.
+/// QEMU: the RAM of the VM must be in memory-backend-file objects with share=on. Disks must be files in qcow2 or raw
+/// format. The VM resumes before its disks are read: until then, the VM writes to an overlay beside each image
+/// (IMAGE.stencil-…), which is committed into the image and removed at the end, also if the capture is killed. QEMU
+/// must be able to open a file in that directory; do not remove an overlay that an error message reports as left over.
+/// qemu-img must be in PATH, and the store needs space for a copy of each qcow2 image. With --pause or --quit, the VM
+/// stays paused until its disks are read, and no overlay is made.
+///
+/// Firecracker: it writes a full snapshot to temporary files, then the VM resumes and the files are imported. The file
+/// system of the store, or for a VM in a jail the file system of the jail, needs space for the memory. Disks are not
+/// part of the template: a VM with a writable disk can be captured only with --pause or --quit.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   stencil capture /run/vm/qmp.sock --check
-  stencil capture /run/vm/qmp.sock web:1
-  stencil capture /run/vm/qmp.sock web:1 --quit")]
+  stencil capture /run/vm/qmp.sock web:1 --quit
+  stencil capture /run/vm/firecracker.sock web:1")]
 pub struct CaptureArgs {
-    /// QMP socket of the QEMU process
+    /// QMP socket of QEMU, or API socket of Firecracker
     #[arg(value_name = "SOCK")]
     socket: PathBuf,
     /// Name of the template [default tag: latest]
     #[arg(value_name = "NAME[:TAG]", value_parser = word::<TagName>, required_unless_present = "check")]
     tag: Option<TagName>,
-    /// Report the obstacles to a capture, and print a command line that avoids them, without capturing
+    /// Report the obstacles to a capture without capturing, and print a command line of QEMU that avoids them
     ///
     /// Exits with 0 if the VM can be captured, and with 6 if it cannot. The VM is not changed.
     #[arg(long, conflicts_with_all = ["tag", "pause", "quit"])]

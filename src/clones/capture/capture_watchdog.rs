@@ -11,7 +11,7 @@ use std::process::{Child, ExitCode, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::restore::{SavedState, retry, retry_while};
+use super::restore::{SavedMicrovm, SavedState, retry, retry_while};
 use crate::clones::helper_process::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
@@ -24,11 +24,18 @@ pub const RESUME_ARGUMENT: &str = "capture-watchdog";
 #[derive(Debug, Serialize, Deserialize)]
 enum Message {
     /// The state of the VM before the first change.
-    Before(SavedState),
+    Before(Before),
     /// The pause is over.
     Over,
     /// The VM is restored.
     Done,
+}
+
+/// The state of a VM before the capture changed the VM.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Before {
+    Qemu(SavedState),
+    Firecracker(SavedMicrovm),
 }
 
 /// The helper process, which restores the VM if this process dies first.
@@ -36,22 +43,29 @@ enum Message {
 pub struct ResumeOnDeath(Child);
 
 impl ResumeOnDeath {
-    /// Starts a helper for the VM behind a QMP socket; `before` is the state to restore. The helper holds `lock` until
-    /// it exits.
+    /// Starts a helper for the VM behind a QMP or API socket; `before` is the state to restore. The helper holds
+    /// `inherited` under the same numbers until it exits; one of them is the lock of the VM.
     ///
     /// # Errors
     /// Returns an error if the process cannot be started.
-    pub fn start(socket: &Path, vm: ProcessId, lock: OwnedFd, before: &SavedState) -> Result<ResumeOnDeath> {
+    pub fn start(
+        socket: &Path,
+        vm: ProcessId,
+        inherited: Vec<OwnedFd>,
+        before: Before,
+    ) -> Result<ResumeOnDeath> {
         let failed = |e| Error::failed("cannot start the watchdog of the VM").because(e);
         // The helper has another working directory.
         let socket = std::path::absolute(socket).map_err(failed)?;
         let mut command = this_program();
         own_session(&mut command).arg(RESUME_ARGUMENT).arg(socket);
         command.arg(vm.pid.to_string()).arg(vm.identity.to_string());
-        inherit(&mut command, lock);
+        for fd in inherited {
+            inherit(&mut command, fd);
+        }
         let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().map_err(failed)?;
         let mut helper = ResumeOnDeath(child);
-        helper.tell(&Message::Before(before.clone())).map_err(failed)?;
+        helper.tell(&Message::Before(before)).map_err(failed)?;
         Ok(helper)
     }
 
@@ -103,7 +117,12 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         }
     }
     let Some(before) = before else { return ExitCode::SUCCESS };
-    match restore(Path::new(&socket), vm, &before, is_resumed) {
+    let socket = Path::new(&socket);
+    let restored = match &before {
+        Before::Qemu(before) => restore(socket, vm, before, is_resumed),
+        Before::Firecracker(before) => before.restore(socket, vm, |resume| while_alive(vm, resume)),
+    };
+    match restored {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             crate::print_line!("error: cannot restore the VM: {error}");
@@ -113,8 +132,8 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Restores the VM: retries the guest as long as QEMU runs, and the disks for 30 s, because their data is safe in the
-/// overlays. Each attempt uses a new QMP session, since QEMU serves one at a time.
+/// Restores a VM of QEMU: retries the guest as long as QEMU runs, and the disks for 30 s, because their data is safe in
+/// the overlays. Each attempt uses a new QMP session, since QEMU serves one at a time.
 fn restore(socket: &Path, vm: ProcessId, before: &SavedState, is_resumed: bool) -> Result<()> {
     let restored = match is_resumed {
         true => Ok(()),
@@ -151,7 +170,7 @@ fn while_alive(vm: ProcessId, mut attempt: impl FnMut() -> Result<()>) -> Result
         match retry(vm, &mut attempt) {
             Err(error) if vm.is_alive() => {
                 if !std::mem::replace(&mut reported, true) {
-                    crate::print_line!("warning: cannot resume the VM, retrying while QEMU runs: {error}");
+                    crate::print_line!("warning: cannot resume the VM, retrying while the VM runs: {error}");
                 }
             }
             outcome => return outcome,

@@ -1,55 +1,30 @@
 //! Checks whether a VM can be captured: lists the obstacles, and derives a command line without them. Does not change
 //! the VM.
 
-use std::path::{Path, PathBuf};
-
-use serde::Serialize;
+use std::path::Path;
 
 use super::lock::VmLock;
-use super::qemu_process::path_of;
+use super::outcome::{Check, Finding};
 use super::vm::{self, Live, Vm};
-use super::{busy, images};
+use super::vm_process::{is_firecracker, path_of};
+use super::{busy, firecracker, images};
 use crate::clones::migration::{Settings, overridden};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{corrected, examine};
 use crate::error::{Error, Result};
 
-/// A finding of the check.
-#[derive(Debug, Clone, Serialize)]
-pub struct Finding {
-    /// Subject of the finding: `state`, `busy`, `ram`, `device`, `disk`, `option`, `file`, `tool`, `clone`, `settings`.
-    pub about: &'static str,
-    /// True if the finding prevents a capture.
-    pub blocks: bool,
-    /// Description of the finding.
-    pub what: String,
-    /// Advice to the user.
-    pub remedy: String,
-}
-
-/// The result of the check.
-#[derive(Debug, Serialize)]
-pub struct Check {
-    /// Process id of QEMU.
-    pub pid: u32,
-    /// True if no finding prevents a capture.
-    pub can_be_captured: bool,
-    /// All findings.
-    pub findings: Vec<Finding>,
-    /// The directory to run the corrected command in.
-    pub directory: PathBuf,
-    /// The corrected command line, beginning with the program; empty for a VM that libvirt started.
-    pub command: Vec<String>,
-}
-
-/// Checks the VM behind a QMP socket.
+/// Checks the VM behind a QMP socket of QEMU or an API socket of Firecracker.
 ///
 /// # Errors
-/// Returns an error if QEMU cannot be queried, for example because nothing listens on the socket or QEMU does not
+/// Returns an error if the VMM cannot be queried, for example because nothing listens on the socket or the VMM does not
 /// reply, and [`Code::InUse`](crate::error::Code::InUse) if another capture has locked the VM.
 pub fn check(socket: &Path) -> Result<Check> {
     let mut qmp = Qmp::open(socket)?;
     let pid = qmp.peer_pid()?;
+    if is_firecracker(pid) {
+        drop(qmp);
+        return firecracker::check(socket, pid);
+    }
     let _lock = VmLock::take(pid)?;
     qmp.greet()?;
     let mut findings = vec![];

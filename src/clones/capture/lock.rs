@@ -6,19 +6,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::qemu_process::no_vm_here;
+use super::vm_process::no_vm_here;
 use crate::error::{Error, Result};
 use crate::sys::files::file_locks;
 
 /// An exclusive lock on a VM, held while this value, or an inherited copy of its descriptor in another process, exists.
 ///
-/// The lock is a `flock(2)` on the directory of the QEMU process in `/proc`: it disappears with the process and leaves
+/// The lock is a `flock(2)` on the directory of the VMM's process in `/proc`: it disappears with the process and leaves
 /// no file.
 #[derive(Debug)]
 pub struct VmLock(OwnedFd);
 
 impl VmLock {
-    /// Locks the VM of a QEMU process.
+    /// Locks the VM of a VMM's process.
     ///
     /// # Errors
     /// Returns [`Code::InUse`](crate::error::Code::InUse) with the holder of the lock if the VM is locked.

@@ -1,6 +1,6 @@
-//! Captures a running QEMU as a template; the VM continues afterwards.
+//! Captures a running QEMU or Firecracker as a template; the VM continues afterwards.
 //!
-//! RAM is in files mapped with `share=on`, so the capture reads the files while the VM is paused. Device state is
+//! QEMU: RAM is in files mapped with `share=on`, so the capture reads the files while the VM is paused. Device state is
 //! received through a pipe, from a migration without shared RAM. If the file system can clone files (reflink), the VM
 //! is resumed after a clone of the RAM files; otherwise after the import has read them.
 
@@ -8,22 +8,22 @@ mod busy;
 mod capture_watchdog;
 mod check;
 mod disks;
+mod firecracker;
 mod images;
 mod lock;
 mod open_files;
+mod outcome;
 mod pause;
-mod qemu_process;
 mod restore;
 mod vm;
+mod vm_process;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
-use serde::Serialize;
 
 use super::migration::Settings;
 use super::qmp::Qmp;
@@ -33,46 +33,18 @@ use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportRequest, Imported, Later, Source, Store, TagName};
 use crate::sys::process::ProcessId;
 use crate::units::Bytes;
-use capture_watchdog::ResumeOnDeath;
+use capture_watchdog::{Before, ResumeOnDeath};
 pub use capture_watchdog::{RESUME_ARGUMENT, resume_main};
-pub use check::{Check, Finding, check};
+pub use check::check;
 use disks::Frozen;
 use lock::VmLock;
+use open_files::by_descriptor;
+pub use outcome::{AfterCapture, Captured, Check, Finding};
 use pause::PausedVm;
 use restore::SavedState;
 use vm::{RamFile, Vm};
 
-/// The state of the VM after a capture.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum AfterCapture {
-    /// Running if it was running before.
-    #[default]
-    AsBefore,
-    /// Paused.
-    Pause,
-    /// Terminated.
-    Quit,
-}
-
-/// The result of a capture.
-#[derive(Debug, Serialize)]
-pub struct Captured {
-    /// The template.
-    #[serde(flatten)]
-    pub imported: Imported,
-    /// Length of the pause in seconds; `null` if the VM was paused before or is paused or terminated now.
-    pub pause_seconds: Option<f64>,
-    /// True if RAM was cloned within its file system, so that the VM ran during the import.
-    pub cloned: bool,
-    /// Size of the device state.
-    pub state_bytes: Bytes,
-    /// State of the VM afterwards, as QEMU reports it; `quit` if QEMU was terminated.
-    pub vm: String,
-    /// Warnings for the user.
-    pub warnings: Vec<String>,
-}
-
-/// Captures the VM behind a QMP socket.
+/// Captures the VM behind a QMP socket of QEMU or an API socket of Firecracker.
 ///
 /// # Errors
 /// Returns [`Code::Usage`](crate::error::Code::Usage) with all obstacles if the VM is unsupported,
@@ -88,7 +60,12 @@ pub fn capture(
     progress: &dyn Progress,
 ) -> Result<Captured> {
     let mut qmp = Qmp::open(socket)?;
-    let lock = VmLock::take(qmp.peer_pid()?)?;
+    let pid = qmp.peer_pid()?;
+    if vm_process::is_firecracker(pid) {
+        drop(qmp);
+        return firecracker::capture(store, (socket, pid), tag, afterwards, interrupt, progress);
+    }
+    let lock = VmLock::take(pid)?;
     qmp.greet()?;
     restore_left_over(&mut qmp, socket, &lock, &interrupt)?;
     let vm = Arc::new(Vm::inspect(&mut qmp)?);
@@ -214,17 +191,17 @@ fn end_snapshot(paused: &Mutex<PausedVm>) -> Result<()> {
 /// must not be left in the middle of finishing a commit.
 fn restore_left_over(qmp: &mut Qmp, socket: &Path, lock: &VmLock, interrupt: &AtomicBool) -> Result<()> {
     let pid = qmp.peer_pid()?;
-    let disks = disks::left_over(qmp, &|path| qemu_process::path_of(pid, path))?;
+    let disks = disks::left_over(qmp, &|path| vm_process::path_of(pid, path))?;
     if disks.is_empty() {
         return Ok(());
     }
     for disk in &disks {
         log::warn!("overlay {} was left by an earlier capture; committing it first", disk.place.display());
     }
-    let process = ProcessId::of(pid)?.ok_or_else(|| qemu_process::no_vm_here(pid))?;
+    let process = ProcessId::of(pid)?.ok_or_else(|| vm_process::no_vm_here(pid))?;
     // `ran: false` leaves the run state of the guest unchanged.
     let before = SavedState { ran: false, settings: Settings::of(qmp)?, disks };
-    let helper = ResumeOnDeath::start(socket, process, lock.share()?, &before)?;
+    let helper = ResumeOnDeath::start(socket, process, vec![lock.share()?], Before::Qemu(before.clone()))?;
     before.restore_disks(qmp, process, Some(interrupt))?;
     helper.dismiss();
     Ok(())
@@ -279,11 +256,6 @@ impl Disk {
         let source = Source::Later(Later { size, open: Arc::new(open) });
         Ok(ImportFile { name, kind: FileKind::Blob, source })
     }
-}
-
-/// Returns a path that reopens the file in this process, independent of its name.
-fn by_descriptor(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Clones a file with shared blocks (`FICLONE`); returns `None` if the file system cannot.

@@ -11,7 +11,7 @@ use rustix::fs::{major, minor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::qemu_process::{no_vm_here, path_of};
+use super::vm_process::{no_vm_here, path_of};
 use crate::error::{Error, Result};
 
 /// The identity of a file: device and inode number.
@@ -237,6 +237,11 @@ impl HeldFiles {
     pub fn place(&self, path: &Path) -> Result<PathBuf> {
         Ok(format!("/proc/{}/fd/{}", std::process::id(), self.file(path)?.as_raw_fd()).into())
     }
+}
+
+/// Returns a path that reopens the file in this process, independent of its name.
+pub(super) fn by_descriptor(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
-use super::capture_watchdog::ResumeOnDeath;
+use super::capture_watchdog::{Before, ResumeOnDeath};
 use super::disks::{self, Frozen};
 use super::lock::VmLock;
 use super::restore::SavedState;
@@ -55,7 +55,8 @@ impl PausedVm {
         interrupt: Arc<AtomicBool>,
     ) -> Result<PausedVm> {
         let before = SavedState { ran: vm.was_running, settings: Settings::of(&mut qmp)?, disks };
-        let helper = ResumeOnDeath::start(socket, vm.process, lock.share()?, &before)?;
+        let helper =
+            ResumeOnDeath::start(socket, vm.process, vec![lock.share()?], Before::Qemu(before.clone()))?;
         let created =
             before.disks.iter().try_for_each(|d| images::create(&d.place, &d.image, helper.hold()?));
         // If an overlay could not be created, dropping this value removes the others.

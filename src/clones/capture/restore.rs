@@ -1,7 +1,10 @@
-//! Restores a captured VM: resumes the guest, then restores QEMU's migration settings, then the disks. Used by the
-//! capture itself, and by the watchdog of a capture that was killed.
+//! Restores a captured VM. QEMU: resumes the guest, then restores the migration settings, then the disks. Firecracker:
+//! resumes the guest, then removes temporary files. Used by the capture itself, and by the watchdog of a capture that was
+//! killed.
 
 use std::cell::RefCell;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -9,9 +12,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::disks::{self, Frozen};
+use crate::clones::firecracker_api::Api;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
+use crate::sys::files::directory::Directory;
 use crate::sys::process::ProcessId;
 
 /// How long a step of the restore is retried.
@@ -20,7 +25,7 @@ const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout for the exit of a QEMU process after its QMP session has ended.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The state of the VM before the capture changed the VM.
+/// The state of a QEMU VM before the capture changed the VM.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedState {
     /// True if the guest was running.
@@ -67,6 +72,76 @@ impl SavedState {
     /// Same as [`restore_disks`](Self::restore_disks).
     pub fn restore_without_vm(&self) -> Result<()> {
         disks::restore_without_vm(&self.disks)
+    }
+}
+
+/// The state of a Firecracker VM before a capture, and the files that the capture creates for a Firecracker that cannot
+/// open files without a name.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SavedMicrovm {
+    /// True if the guest was running.
+    pub ran: bool,
+    /// Names of temporary files. Empty if the files have no names.
+    pub files: Vec<String>,
+    /// Number of the descriptor of their directory in the helper.
+    pub directory: Option<RawFd>,
+}
+
+impl SavedMicrovm {
+    /// Resumes the guest if it was running. Returns after Firecracker has executed all earlier requests. Uses a new
+    /// connection, because an earlier one may still wait for a reply.
+    ///
+    /// # Errors
+    /// Returns an error if another process listens on the socket, or if Firecracker does not resume the guest.
+    pub fn resume(&self, socket: &Path, vm: ProcessId) -> Result<()> {
+        let mut api = Api::of_process(socket, vm)?;
+        if self.ran && api.state()? != "running" {
+            api.set_state("Resumed")?;
+        }
+        match api.state()?.as_str() {
+            state if self.ran && state != "running" => {
+                Err(Error::failed(format!("the VM is in state '{state}' after its resume"))
+                    .at(socket)
+                    .hint("resume the VM with PATCH /vm"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Restores the VM of a capture that was killed, and removes its files. `retry` repeats the resume while the VM
+    /// lives.
+    ///
+    /// # Errors
+    /// Same as [`resume`](Self::resume).
+    pub fn restore(
+        &self,
+        socket: &Path,
+        vm: ProcessId,
+        retry: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        let restored = retry(&mut || self.resume(socket, vm));
+        // Firecracker has executed all requests or has exited, and creates the files no more.
+        if let Some(number) = self.directory {
+            match Directory::open(&PathBuf::from(format!("/proc/self/fd/{number}"))) {
+                Ok(directory) => self.remove_files_in(&directory),
+                Err(e) => log::warn!("cannot remove the temporary files {}: {e}", self.files.join(" ")),
+            }
+        }
+        restored
+    }
+
+    /// Removes the files from their directory.
+    pub fn remove_files_in(&self, directory: &Directory) {
+        for name in &self.files {
+            match directory.remove_file(name) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    log::warn!(
+                        "cannot remove the temporary file {name} in the directory of Firecracker: {e}"
+                    );
+                }
+                _ => {}
+            }
+        }
     }
 }
 

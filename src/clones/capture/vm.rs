@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::busy;
 use super::disks::block_nodes;
 use super::open_files::HeldFiles;
-use super::qemu_process::{no_vm_here, path_of};
+use super::vm_process::{no_vm_here, path_of};
 use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Blob, Facts, LiveDisk, Plan, Ram, Recipe, Rom, is_device_for_clones, plan};
 use crate::error::{Error, Result};

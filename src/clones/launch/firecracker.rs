@@ -101,7 +101,7 @@ pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
         let sent: Vec<Result<Api>> = batch.iter().map(send).collect();
         for (entry, api) in batch.iter().zip(sent) {
             match api.and_then(|mut api| api.wait(request, wait.deadline)) {
-                Ok(()) => ready.push(entry.clone()),
+                Ok(_) => ready.push(entry.clone()),
                 Err(error) => active.give_up(entry, &error),
             }
         }

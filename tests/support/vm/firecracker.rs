@@ -181,7 +181,8 @@ impl Firecracker {
         self.child.id()
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The path of the API socket.
+    pub fn socket(&self) -> PathBuf {
         self.dir.join("api.sock")
     }
 }

@@ -20,11 +20,17 @@ const CLONES: usize = 8;
 /// Number of kills of the server. The guests check 32 pages with each, all of 1024 in the end.
 const KILLS: usize = 20;
 
-/// Boots a guest and imports its snapshot as `fc:1`. Returns the paused Firecracker.
-pub fn import_snapshot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
+/// Boots a guest in the directory `source`. `more` are requests before the start.
+pub fn boot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
     let directory = world.dir().join("source");
     fs::create_dir(&directory).unwrap();
-    let source = Firecracker::boot(&directory, more);
+    Firecracker::boot(&directory, more)
+}
+
+/// Boots a guest and imports its snapshot as `fc:1`. Returns the paused Firecracker.
+pub fn import_snapshot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
+    let source = boot(world, more);
+    let directory = world.dir().join("source");
     source.snapshot("Full", &directory);
     import(world, &directory).ok();
     source
@@ -90,7 +96,9 @@ pub fn ask_all(clones: &mut [Clone], command: char, answer: &str) {
 fn clones_survive_server_kills(serve: &str) {
     let _host = host::shared();
     let world = TestMount::with(&["--serve", serve]);
-    drop(import_snapshot(&world, &[]));
+    let source = boot(&world, &[]);
+    world.stencil(&["capture", source.socket().to_str().unwrap(), "fc:1", "--quit"]).ok();
+    drop(source);
     let mut clones = launch(&world, CLONES, &[]);
 
     // After one command, each guest has written to the page of its stack and of its counter.

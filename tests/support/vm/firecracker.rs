@@ -108,15 +108,12 @@ impl Firecracker {
         // The guest's vCPU never idles.
         let mut command = Command::new("nice");
         command.args(["-n", "19"]).arg(program("firecracker"));
-        Firecracker::run_in(dir, command)
+        Firecracker::start_by(dir, command)
     }
 
-    /// Same as [`start`](Self::start) with the priority of the calling thread.
-    pub fn start_with_priority_of_thread(dir: &Path) -> Firecracker {
-        Firecracker::run_in(dir, Command::new(program("firecracker")))
-    }
-
-    fn run_in(dir: &Path, mut command: Command) -> Firecracker {
+    /// Same as [`start`](Self::start) by another command, to which the arguments of Firecracker are added. Its files are
+    /// in `dir`.
+    pub fn start_by(dir: &Path, mut command: Command) -> Firecracker {
         for name in ["log", "serial.log"] {
             File::create(dir.join(name)).unwrap();
         }

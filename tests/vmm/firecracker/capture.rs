@@ -16,17 +16,11 @@ use crate::support::daemon::passing::Mounted;
 use crate::support::host;
 use crate::support::mount::{TestMount, run, temporary, wait_for};
 use crate::support::vm::firecracker::{Firecracker, MEMORY_MIB, program};
-use crate::vmm::firecracker_guests::{Clone, dirty, import_snapshot, launch};
+use crate::vmm::firecracker_guests::{Clone, boot, dirty, import_snapshot, launch};
 
 /// Returns the state of a VM: `running`, `paused` or `not started`.
 fn state(socket: &Path) -> String {
     Api::connect(socket).unwrap().state().unwrap()
-}
-
-fn boot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
-    let directory = world.dir().join("source");
-    fs::create_dir(&directory).unwrap();
-    Firecracker::boot(&directory, more)
 }
 
 fn capture(world: &TestMount, socket: &Path, more: &[&str]) -> Value {

@@ -38,8 +38,8 @@ const USAGE: &str = "\
 stencil-mountd serves a Stencil store through FUSE. 'stencil mount' starts it.
 
 usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [--cache-dir=DIR]
-                      [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--watchdog=SECONDS] [--noexec]
-                      -- MOUNTPOINT
+                      [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--watchdog=SECONDS]
+                      [--on-damage=eio|stop|kill] [--noexec] -- MOUNTPOINT
        stencil-mountd --version";
 
 /// Prints a line to standard output; a closed pipe is ignored.

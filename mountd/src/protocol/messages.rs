@@ -95,6 +95,17 @@ pub enum ServerRequest {
         /// Milliseconds until the last answered open of a condemned template is visible in `/proc` of its process.
         grace_ms: u64,
     },
+    /// Stops the process of a thread that needs a damaged block, as the mount's options demand. The server sends this
+    /// before it answers the READ, and answers after the reply, which is `Done` whether the process was signalled or
+    /// not.
+    StopReader {
+        /// The thread that requested the READ.
+        thread: u32,
+        /// The file.
+        key: FileKey,
+        /// Offset of the READ in the file.
+        offset: u64,
+    },
     /// Reports that the server cannot start. The reply is `Done`.
     GiveUp {
         /// The reason.

@@ -33,7 +33,7 @@ const PAGE: u32 = PAGE_SIZE as u32;
 pub struct Adapter(pub FileSystem);
 
 fn info(req: &Request, op: Op, ino: INodeNo) -> RequestInfo {
-    RequestInfo { unique: req.unique().0, op, ino: ino.0, offset: 0, size: 0 }
+    RequestInfo { unique: req.unique().0, op, ino: ino.0, offset: 0, size: 0, thread: req.pid() }
 }
 
 fn errno(refusal: Refusal) -> Errno {

@@ -44,6 +44,7 @@ use crate::server::condemn_watcher::Watcher;
 use crate::server::fs::FileSystem;
 use crate::server::in_flight::Flights;
 use crate::server::read::Reader;
+use crate::server::read::damage::DamagedReads;
 use crate::server::read::decode::{Decoder, MAX_READ};
 use crate::server::read::outage::{STORE_TIMEOUT, StoreOutage, retry_while};
 use crate::server::read::reply_buffers::Replies;
@@ -162,7 +163,8 @@ fn serve(
         link: Arc::clone(link),
     };
     let decoder = Decoder::new(BLOCK_CACHE, stats.clone(), replies);
-    let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, stats.clone()));
+    let damaged = DamagedReads::start(options.on_damage, Arc::clone(link))?;
+    let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, damaged, stats.clone()));
     let outage = StoreOutage::new(store, Arc::clone(&reader), stats.clone(), STORE_TIMEOUT);
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
     let unfinished = made.restore_late(late);

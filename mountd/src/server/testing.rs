@@ -10,7 +10,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use stencilfs::control::{
-    CONTROL_VERSION, Channel, Chosen, CondemnedRow, MountOptions, Op, RequestInfo, ServeMode, Snapshot,
+    CONTROL_VERSION, Channel, Chosen, CondemnedRow, MountOptions, OnDamage, Op, RequestInfo, ServeMode,
+    Snapshot,
 };
 use stencilfs::progress::Silent;
 use stencilfs::store::{BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Source, Store};
@@ -28,6 +29,7 @@ use crate::server::fs::{FileSystem, FoundEntry};
 use crate::server::in_flight::Flights;
 use crate::server::pending::Opened;
 use crate::server::read::Reader;
+use crate::server::read::damage::DamagedReads;
 use crate::server::read::decode::Decoder;
 use crate::server::read::outage::StoreOutage;
 use crate::server::read::reply_buffers::Replies;
@@ -150,6 +152,7 @@ pub struct Setup {
     pub cache: Cache,
     pub hydrate_timeout: Duration,
     pub longest_wait: Duration,
+    pub on_damage: OnDamage,
     pub ready: Vec<(FileKey, u32, OwnedFd)>,
     pub script: Script,
     pub held: Option<Held>,
@@ -162,6 +165,7 @@ impl Setup {
             cache: Cache::Memory,
             hydrate_timeout: LIMIT,
             longest_wait: LIMIT,
+            on_damage: OnDamage::Eio,
             ready: Vec::new(),
             script: Box::new(|_, _| None),
             held: None,
@@ -236,7 +240,7 @@ impl World {
     }
 
     fn serve(dir: TempDir, store: Store, (digest, memory): (Digest, Vec<u8>), setup: Setup) -> World {
-        let Setup { mode, cache, hydrate_timeout, longest_wait, ready, script, held } = setup;
+        let Setup { mode, cache, hydrate_timeout, longest_wait, on_damage, ready, script, held } = setup;
         let supervisor = Arc::new(Supervisor::default());
         let link = supervise(Arc::clone(&supervisor), script, held);
         let stats = Stats::new(SharedCounters::create().unwrap());
@@ -246,7 +250,8 @@ impl World {
         let backings = Backings::new(mode, hydrate_timeout, hydrator, ready, stats.clone());
         let replies = Replies::lock(2, Bytes::new(LARGEST_READ)).unwrap();
         let decoder = Decoder::new(Bytes::new(16 << 20), stats.clone(), replies);
-        let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, stats.clone()));
+        let damaged = DamagedReads::start(on_damage, Arc::clone(&link)).unwrap();
+        let reader = Arc::new(Reader::new(Arc::clone(&tree), decoder, damaged, stats.clone()));
         let outage = StoreOutage::new(store.clone(), Arc::clone(&reader), stats.clone(), longest_wait);
         let flights = Flights::create(stats.clone()).unwrap();
         let fs = FileSystem { tree, reader, outage, backings, condemned, stats, flights };
@@ -297,8 +302,19 @@ impl World {
 
     /// Reads a file; the receiver gets the reply.
     pub fn read(&self, ino: u64, offset: u64, size: usize) -> Receiver<Result<Vec<u8>, Refusal>> {
+        self.read_by(0, ino, offset, size)
+    }
+
+    /// Same as [`read`](Self::read), as a READ that this thread has requested.
+    pub fn read_by(
+        &self,
+        thread: u32,
+        ino: u64,
+        offset: u64,
+        size: usize,
+    ) -> Receiver<Result<Vec<u8>, Refusal>> {
         let (sender, receiver) = channel();
-        let request = RequestInfo { offset, size: size as u32, ..request(Op::Read, ino) };
+        let request = RequestInfo { offset, size: size as u32, thread, ..request(Op::Read, ino) };
         let send =
             move |reply: Result<&[u8], Refusal>| assert!(sender.send(reply.map(<[u8]>::to_vec)).is_ok());
         self.fs.read(request, send);
@@ -312,7 +328,7 @@ pub fn reply<T>(receiver: &Receiver<T>) -> T {
 }
 
 pub fn request(op: Op, ino: u64) -> RequestInfo {
-    RequestInfo { unique: 1, op, ino, offset: 0, size: 0 }
+    RequestInfo { unique: 1, op, ino, offset: 0, size: 0, thread: 0 }
 }
 
 fn import(dir: &TempDir, store: &Store, tag: &str, bytes: &[u8]) -> Digest {

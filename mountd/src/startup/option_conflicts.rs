@@ -66,6 +66,7 @@ pub fn warn_about_differences(requested: &MountOptions, current: &MountOptions) 
         ("cache-size", requested.cache_size != current.cache_size),
         ("hydrate-timeout", requested.hydrate_timeout != current.hydrate_timeout),
         ("watchdog", requested.watchdog != current.watchdog),
+        ("on-damage", requested.on_damage != current.on_damage),
         ("noexec", requested.noexec != current.noexec),
     ]
     .into_iter()

@@ -197,6 +197,15 @@ pub enum Action {
     ForgetBackings(Vec<u32>),
     /// Reports to the service manager that the mount is ending.
     AnnounceStop,
+    /// Stops or kills the process of a thread that needs a damaged block.
+    StopReader {
+        /// The thread.
+        thread: u32,
+        /// The file.
+        key: FileKey,
+        /// Offset of the READ in the file.
+        offset: u64,
+    },
     /// Counts a server that the watchdog replaced.
     CountReplaced,
     /// Responds to a caller of the control socket.

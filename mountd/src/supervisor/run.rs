@@ -16,6 +16,7 @@ use stencilfs::sys::process::{self, ProcessId};
 
 use super::become_program;
 use super::callers::{Callers, state_response};
+use super::damage::DamagedReaders;
 use super::event::{Action, CallerId, Event, Inputs, JobId, JobResult, Role, ServerId, Started, Task};
 use super::jobs::{self, Job};
 use super::machine::{InitialState, Machine, log_end};
@@ -66,6 +67,7 @@ pub struct Supervisor {
     signals: Signals,
     manager: ServiceManager,
     watchdog: Watchdog,
+    damaged_readers: DamagedReaders,
     end: Option<Error>,
 }
 
@@ -84,6 +86,7 @@ impl Supervisor {
         let AcquiredMount { initial_state, resources, link, drains } = acquired;
         let inputs = inputs(&resources);
         let mut watchdog = Watchdog::new(initial_state.mount.options.watchdog, initial_state.mount.device);
+        let damaged_readers = DamagedReaders::new(initial_state.mount.options.on_damage);
         let (server, leaving_processes) =
             (initial_state.server.as_ref().map(|row| row.process), initial_state.leaving.clone());
         let (machine, leaving, actions) = Machine::new(initial_state, &inputs);
@@ -111,6 +114,7 @@ impl Supervisor {
             signals,
             manager,
             watchdog,
+            damaged_readers,
             end,
         };
         supervisor.execute(actions);
@@ -343,6 +347,10 @@ impl Supervisor {
             Action::StoreBackings => self.manager.store_backings(self.machine.backings().registered()),
             Action::ForgetBackings(ids) => self.manager.forget_backings(&ids),
             Action::AnnounceStop => self.manager.stopping(),
+            Action::StopReader { thread, key, offset } => {
+                let own: Vec<u32> = self.servers.values().map(|server| server.process.pid).collect();
+                self.damaged_readers.stop(thread, &key, offset, &own);
+            }
             Action::CountReplaced => self.resources.stats.count(Counter::WatchdogReplaced),
             Action::Respond(caller, response, file) => return self.respond(caller, response, file),
             Action::RespondState(caller) => {

@@ -216,7 +216,7 @@ mod tests {
         assert_eq!(watchdog.check(&stats), None, "there is no server");
         let table = InFlightTable::create().unwrap();
         watchdog.watch(Some(table.fd().try_clone().unwrap()));
-        table.enter(0, &RequestInfo { unique: 7, op: Op::Read, ino: 2, offset: 0, size: 4096 });
+        table.enter(0, &RequestInfo { unique: 7, op: Op::Read, ino: 2, offset: 0, size: 4096, thread: 0 });
         table.stamp(0, Phase::Decoding);
         let start = Instant::now();
         let reason = loop {
@@ -242,7 +242,7 @@ mod tests {
         let mut watchdog = Watchdog::new(Duration::from_millis(200), u64::MAX);
         let table = InFlightTable::create().unwrap();
         watchdog.watch(Some(table.fd().try_clone().unwrap()));
-        table.enter(0, &RequestInfo { unique: 7, op: Op::Read, ino: 2, offset: 0, size: 4096 });
+        table.enter(0, &RequestInfo { unique: 7, op: Op::Read, ino: 2, offset: 0, size: 4096, thread: 0 });
         let start = Instant::now();
         while stats.get(Counter::SlowSource) == 0 {
             // Each attempt to reach the store is progress.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cli::output::{Done, Report};
 use crate::cli::{Global, value_parsers};
-use crate::control::{self, MountOptions, ServeMode};
+use crate::control::{self, MountOptions, OnDamage, ServeMode};
 use crate::error::{Error, Result};
 use crate::sanitize::path_text;
 use crate::units::Bytes;
@@ -28,7 +28,7 @@ pub struct MountArgs {
     /// Stay in the foreground and log to standard error
     #[arg(short = 'f', long)]
     foreground: bool,
-    /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec
+    /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, noexec
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
     /// Way to serve files: auto, passthrough or decode
@@ -46,6 +46,9 @@ pub struct MountArgs {
     /// Seconds that a request may make no progress before the server is replaced; 0 for no limit [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
     watchdog: Option<Duration>,
+    /// What happens to a process that needs a damaged block: eio (only an error), stop or kill [default: eio]
+    #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<OnDamage>)]
+    on_damage: Option<OnDamage>,
 }
 
 struct Mounted {
@@ -74,6 +77,7 @@ impl MountArgs {
         options.cache_size = self.cache_size.or(options.cache_size);
         options.hydrate_timeout = self.hydrate_timeout.unwrap_or(options.hydrate_timeout);
         options.watchdog = self.watchdog.unwrap_or(options.watchdog);
+        options.on_damage = self.on_damage.unwrap_or(options.on_damage);
         options.foreground = self.foreground;
         Ok(options)
     }

@@ -59,7 +59,7 @@ pub enum Phase {
     WaitingForStore = 3,
     /// The reply is written to the kernel.
     Replying = 4,
-    /// The request waits for a backing and occupies no thread.
+    /// The request waits for a backing or for the supervisor, and occupies no thread.
     Parked = 5,
 }
 
@@ -126,6 +126,9 @@ pub struct RequestInfo {
     pub offset: u64,
     /// Length of a READ, in bytes.
     pub size: u32,
+    /// The thread whose request this is; 0 if the kernel does not name a thread of this PID namespace. Not in the
+    /// table.
+    pub thread: u32,
 }
 
 /// A pending request, as read from the table.
@@ -310,7 +313,7 @@ mod tests {
     use crate::control::protocol::in_flight::*;
 
     fn asked(n: u64) -> RequestInfo {
-        RequestInfo { unique: n, op: Op::Read, ino: n ^ 0xff, offset: n * 4096, size: n as u32 }
+        RequestInfo { unique: n, op: Op::Read, ino: n ^ 0xff, offset: n * 4096, size: n as u32, thread: 0 }
     }
 
     #[test]

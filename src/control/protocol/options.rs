@@ -47,6 +47,43 @@ impl FromStr for ServeMode {
     }
 }
 
+/// What happens to a process that needs a damaged block, before its READ fails with EIO.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDamage {
+    /// Nothing: the READ fails.
+    #[default]
+    Eio,
+    /// The process gets SIGSTOP.
+    Stop,
+    /// The process gets SIGKILL.
+    Kill,
+}
+
+impl OnDamage {
+    /// Returns the option value of this choice.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnDamage::Eio => "eio",
+            OnDamage::Stop => "stop",
+            OnDamage::Kill => "kill",
+        }
+    }
+}
+
+impl FromStr for OnDamage {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<OnDamage> {
+        [OnDamage::Eio, OnDamage::Stop, OnDamage::Kill]
+            .into_iter()
+            .find(|choice| choice.name() == text)
+            .ok_or_else(|| {
+                Error::usage(format!("invalid reaction to damage '{text}'")).hint("use eio, stop or kill")
+            })
+    }
+}
+
 /// Options of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountOptions {
@@ -64,6 +101,9 @@ pub struct MountOptions {
     pub hydrate_timeout: Duration,
     /// The server is replaced after it leaves a request unanswered for this long; zero disables the watchdog.
     pub watchdog: Duration,
+    /// What happens to a process that needs a damaged block by decode.
+    #[serde(default)]
+    pub on_damage: OnDamage,
     /// Mount with `MS_NOEXEC`.
     pub noexec: bool,
     /// The supervisor stays in the foreground, in the session of its caller.
@@ -77,7 +117,8 @@ const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
 const WATCHDOG: Duration = Duration::from_secs(10);
 
 /// Options of `-o` that are specific to Stencil and take a value.
-const WITH_VALUE: [&str; 5] = ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog"];
+const WITH_VALUE: [&str; 6] =
+    ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog", "on-damage"];
 
 /// Options of `-o` that are ignored: they describe what every mount of Stencil is, or are for `mount` and `fstab`.
 const WITHOUT_EFFECT: [&str; 26] = [
@@ -137,6 +178,7 @@ impl MountOptions {
             cache_size: None,
             hydrate_timeout: HYDRATE_TIMEOUT,
             watchdog: WATCHDOG,
+            on_damage: OnDamage::default(),
             noexec: false,
             foreground: false,
         }
@@ -157,7 +199,7 @@ impl MountOptions {
                 _ if Self::knows(word) => {}
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).hint(
-                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, noexec or the usual options of fstab",
+                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, noexec or the usual options of fstab",
                     ));
                 }
             }
@@ -187,6 +229,7 @@ impl MountOptions {
             "cache-size" => self.cache_size = Some(Bytes::parse(text()?)?),
             "hydrate-timeout" => self.hydrate_timeout = parse_seconds(text()?)?,
             "watchdog" => self.watchdog = parse_seconds(text()?)?,
+            "on-damage" => self.on_damage = text()?.parse()?,
             _ => return Err(Error::usage(format!("unknown option '{key}'"))),
         }
         Ok(())
@@ -210,6 +253,7 @@ impl MountOptions {
         }
         push("hydrate-timeout", OsStr::new(&self.hydrate_timeout.as_secs_f64().to_string()));
         push("watchdog", OsStr::new(&self.watchdog.as_secs_f64().to_string()));
+        push("on-damage", OsStr::new(self.on_damage.name()));
         for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
             if set {
                 args.push(flag.into());
@@ -288,6 +332,7 @@ mod tests {
         options.cache_size = Some(Bytes::new(5 << 20));
         options.hydrate_timeout = Duration::from_millis(250);
         options.watchdog = Duration::from_millis(1500);
+        options.on_damage = OnDamage::Kill;
         options.noexec = true;
         options.foreground = true;
         let args = options.to_args();
@@ -299,11 +344,12 @@ mod tests {
     fn parses_option_lists() {
         let mut options = MountOptions::new("/m", "/s");
         options
-            .apply("ro,nosuid,serve=decode,cache-size=1G,hydrate-timeout=2s,x-systemd.automount,noexec")
+            .apply("ro,nosuid,serve=decode,cache-size=1G,hydrate-timeout=2s,on-damage=stop,x-systemd.automount,noexec")
             .unwrap();
         assert_eq!(options.serve, ServeMode::Decode);
         assert_eq!(options.cache_size, Some(Bytes::new(1 << 30)));
         assert_eq!(options.hydrate_timeout, Duration::from_secs(2));
+        assert_eq!(options.on_damage, OnDamage::Stop);
         assert!(options.noexec);
         for bad in [
             "frobnicate",
@@ -314,10 +360,20 @@ mod tests {
             "dev",
             "ro=1",
             "hydrate-timeout=-1",
+            "on-damage",
+            "on-damage=pause",
         ] {
             let error = options.apply(bad).unwrap_err();
             assert_eq!(error.code(), crate::error::Code::Usage, "{bad}");
             assert!(error.hint_text().is_some(), "{bad}: {error}");
         }
+    }
+    #[test]
+    fn the_ledger_of_an_earlier_build_has_no_reaction_to_damage() {
+        let options = MountOptions { on_damage: OnDamage::Stop, ..MountOptions::new("/m", "/s") };
+        let mut saved = serde_json::to_value(&options).unwrap();
+        assert_eq!(serde_json::from_value::<MountOptions>(saved.clone()).unwrap(), options);
+        assert_eq!(saved.as_object_mut().unwrap().remove("on_damage"), Some("stop".into()));
+        assert_eq!(serde_json::from_value::<MountOptions>(saved).unwrap(), MountOptions::new("/m", "/s"));
     }
 }

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
@@ -22,16 +23,23 @@ use crate::sys::process::procfs;
 /// `PID_FS_MAGIC` of `linux/magic.h`. On a kernel without pidfs all pidfds have the same inode number.
 const PIDFS_MAGIC: i64 = 0x5049_4446;
 
+/// `PIDFD_THREAD` of `linux/pidfd.h`: the descriptor is of one thread, and signals go to that thread.
+const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(OFlags::EXCL.bits());
+
 /// Opens a pidfd of the process that has this pid now. Returns `None` if there is none.
 ///
 /// # Errors
 /// Returns an error if the limit of open files is reached.
 pub fn pidfd(pid: u32) -> Result<Option<OwnedFd>> {
-    let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
-    match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
+    open_pidfd(pid, PidfdFlags::empty())
+}
+
+fn open_pidfd(number: u32, flags: PidfdFlags) -> Result<Option<OwnedFd>> {
+    let Some(pid) = i32::try_from(number).ok().and_then(Pid::from_raw) else { return Ok(None) };
+    match rustix::process::pidfd_open(pid, flags) {
         Ok(fd) => Ok(Some(fd)),
         Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Ok(None),
-        Err(e) => Err(Error::failed(format!("cannot open process {pid}")).because(e.into())),
+        Err(e) => Err(Error::failed(format!("cannot open process {number}")).because(e.into())),
     }
 }
 
@@ -137,6 +145,38 @@ impl ProcessId {
     }
 }
 
+/// One thread of a process, which no later thread with the same number is mistaken for.
+#[derive(Debug)]
+pub struct Thread {
+    tid: u32,
+    pidfd: OwnedFd,
+}
+
+impl Thread {
+    /// Returns the thread that has this number now, or `None` if there is none.
+    ///
+    /// # Errors
+    /// Returns an error if the limit of open files is reached.
+    pub fn of(tid: u32) -> Result<Option<Thread>> {
+        Ok(open_pidfd(tid, PIDFD_THREAD)?.map(|pidfd| Thread { tid, pidfd }))
+    }
+
+    /// Sends a signal to this thread. Returns false if the thread has ended.
+    ///
+    /// SIGSTOP stops all threads of the process. A signal to the process would be taken by any of its threads: until
+    /// then, this thread could return from the system call in which it waits and go on.
+    ///
+    /// # Errors
+    /// Returns an error without permission to signal the process.
+    pub fn signal(&self, signal: Signal) -> Result<bool> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, signal) {
+            Ok(()) => Ok(true),
+            Err(Errno::SRCH) => Ok(false),
+            Err(e) => Err(Error::failed(format!("cannot signal thread {}", self.tid)).because(e.into())),
+        }
+    }
+}
+
 fn identity_of(pidfd: &OwnedFd) -> Result<u64> {
     let failed = |e: Errno| Error::failed("cannot read inode number of pidfd").because(e.into());
     let boot = boot_number(pidfd)?;
@@ -180,6 +220,22 @@ mod tests {
         assert!(!other.signal(Signal::KILL).unwrap());
         assert!(other.wait_for_exit(Duration::ZERO).unwrap());
         assert!(!me.wait_for_exit(Duration::from_millis(1)).unwrap());
+    }
+
+    #[test]
+    fn a_signal_to_a_thread_stops_and_kills_its_process() {
+        let mut child = own_session(&mut Command::new("sleep")).arg("100").spawn().unwrap();
+        let thread = Thread::of(child.id()).unwrap().unwrap();
+        assert!(thread.signal(Signal::STOP).unwrap());
+        let until = Instant::now() + Duration::from_secs(5);
+        while procfs::stat(child.id()).unwrap().unwrap().state != 'T' {
+            assert!(Instant::now() < until, "the process was not stopped");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(thread.signal(Signal::KILL).unwrap());
+        child.wait().unwrap();
+        assert!(!thread.signal(Signal::KILL).unwrap());
+        assert!(Thread::of(u32::MAX >> 1).unwrap().is_none());
     }
 
     #[test]

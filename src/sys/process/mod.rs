@@ -33,7 +33,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
 use crate::error::{Error, Result};
 use crate::sys::poll::poll_for;
-pub use id::{ProcessId, has_ended, pidfd};
+pub use id::{ProcessId, Thread, has_ended, pidfd};
 
 /// The side of a fork on which the caller runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

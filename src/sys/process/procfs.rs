@@ -110,6 +110,10 @@ pub fn pids() -> Result<Vec<u32>> {
 pub struct Status {
     /// Name of the command, at most 15 bytes.
     pub name: String,
+    /// Pid of the process that the thread belongs to.
+    pub tgid: u32,
+    /// True for a thread of the kernel.
+    pub is_kernel_thread: bool,
     /// Real user id.
     pub uid: u32,
     /// Pid of the parent.
@@ -134,6 +138,8 @@ pub fn parse_status(text: &str) -> Status {
         let number = || first.parse::<u64>().unwrap_or(0);
         match key {
             "Name" => status.name = value.trim().to_owned(),
+            "Tgid" => status.tgid = first.parse().unwrap_or(0),
+            "Kthread" => status.is_kernel_thread = first == "1",
             "Uid" => status.uid = first.parse().unwrap_or(0),
             "PPid" => status.ppid = first.parse().unwrap_or(0),
             "Threads" => status.threads = number(),
@@ -155,6 +161,14 @@ pub fn status(pid: u32) -> Result<Option<Status>> {
         None => Ok(read_of(pid, "status")?.map(|text| parse_status(&text))),
         text => Ok(text.map(|text| parse_status(&text))),
     }
+}
+
+/// Returns fields of `/proc/TID/status` of a thread, or `None` if the thread has exited. Does not block.
+///
+/// # Errors
+/// Returns an error if the file cannot be read.
+pub fn status_of_thread(tid: u32) -> Result<Option<Status>> {
+    Ok(read_of(tid, "status")?.map(|text| parse_status(&text)))
 }
 
 /// Fields of `/proc/PID/stat`.
@@ -429,9 +443,10 @@ garbage
     #[test]
     fn parses_status_stat_and_cgroup() {
         let status = parse_status(
-            "Name:\tqemu (x)\nPPid:\t7\nUid:\t12\t0\t0\t0\nVmPTE:\t      44 kB\nRssAnon:\t 8 kB\nThreads:\t3\nVmSwap:\t0 kB\n",
+            "Name:\tqemu (x)\nTgid:\t6\nPPid:\t7\nKthread:\t1\nUid:\t12\t0\t0\t0\nVmPTE:\t      44 kB\nRssAnon:\t 8 kB\nThreads:\t3\nVmSwap:\t0 kB\n",
         );
         assert_eq!((status.name.as_str(), status.uid, status.ppid, status.threads), ("qemu (x)", 12, 7, 3));
+        assert_eq!((status.tgid, status.is_kernel_thread), (6, true));
         assert_eq!((status.page_tables.get(), status.rss_anon.get()), (44 << 10, 8 << 10));
         let stat =
             parse_stat("12 (a) b) S 1 12 12 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 77812 1 2 3").unwrap();
@@ -469,5 +484,9 @@ garbage
         assert!(maps(me, |_, _| true).unwrap().unwrap().len() > 3);
         assert!(cmdline(me).unwrap().unwrap()[0].contains("stencil"));
         assert_eq!(status(u32::MAX >> 1).unwrap(), None);
+        assert_eq!(status_of_thread(u32::MAX >> 1).unwrap(), None);
+        let thread = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        let status = status_of_thread(thread).unwrap().unwrap();
+        assert_eq!((status.tgid, status.is_kernel_thread), (me, false));
     }
 }

@@ -3,10 +3,13 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
-use stencilfs::control::{Op, Phase, ServeMode};
+use stencilfs::control::{OnDamage, Op, Phase, ServeMode};
+use stencilfs::error::Error;
+use stencilfs::store::Scratch;
 
 use super::*;
-use crate::server::testing::{BLOCK, Setup, World, content, reply, request, wait_for};
+use crate::protocol::{FileKey, ServerReply, ServerRequest};
+use crate::server::testing::{BLOCK, Setup, Supervisor, World, content, reply, request, wait_for};
 use crate::server::tree::node::{Kind, ROOT};
 
 fn attributes(world: &World, ino: u64) -> Result<Attributes, Refusal> {
@@ -251,25 +254,36 @@ fn totals_count_templates_and_data() {
     assert_eq!(found, Some(Ok((2, Bytes::new(7 * BLOCK as u64)))));
 }
 
-#[test]
-fn a_damaged_block_fails_alone_until_an_import_repairs_the_store() {
-    let world = World::new(ServeMode::Decode);
-    let ino = world.memory_ino();
+/// Damages one block of the world's template, and returns its number.
+fn damage_one(world: &World) -> usize {
     let pack = world.packs().remove(0);
     let file = File::options().read(true).write(true).open(pack).unwrap();
     // The first record follows the header.
     let mut byte = [0];
     file.read_exact_at(&mut byte, 300).unwrap();
     file.write_all_at(&[byte[0] ^ 1], 300).unwrap();
-    let damaged = |at: usize| reply(&world.read(ino, (at * BLOCK) as u64, BLOCK));
-    let bad: Vec<usize> = (0..7).filter(|block| damaged(*block) == Err(Refusal::Damaged)).collect();
+    let template = world.store.template(&world.digest).unwrap();
+    let mut buffer = vec![0; BLOCK];
+    let mut damaged =
+        |block: &usize| template.read_block(0, *block as u64, &mut Scratch::default(), &mut buffer).is_err();
+    let bad: Vec<usize> = (0..7).filter(|block| damaged(block)).collect();
     assert_eq!(bad.len(), 1, "{bad:?}");
+    bad[0]
+}
+
+#[test]
+fn a_damaged_block_fails_alone_until_an_import_repairs_the_store() {
+    let world = World::new(ServeMode::Decode);
+    let ino = world.memory_ino();
+    let bad = damage_one(&world);
+    let damaged = |at: usize| reply(&world.read(ino, (at * BLOCK) as u64, BLOCK));
+    assert_eq!(damaged(bad), Err(Refusal::Damaged));
     assert_eq!(world.fs.stats.get(Counter::Damaged), 1);
-    for block in (0..7).filter(|block| !bad.contains(block)) {
+    for block in (0..7).filter(|block| *block != bad) {
         assert!(damaged(block).unwrap() == world.memory[block * BLOCK..(block + 1) * BLOCK]);
     }
     assert_eq!(world.import("web:1", &world.memory), world.digest);
-    assert!(damaged(bad[0]).unwrap() == world.memory[bad[0] * BLOCK..(bad[0] + 1) * BLOCK]);
+    assert!(damaged(bad).unwrap() == world.memory[bad * BLOCK..(bad + 1) * BLOCK]);
 }
 
 #[test]
@@ -399,4 +413,63 @@ fn reads_wait_while_a_removal_is_undecided() {
     world.fs.tree.close_templates();
     fs::rename(&image, &hidden).unwrap();
     assert_eq!(reply(&world.read(ino, 0, 5)), Err(Refusal::NoEntry));
+}
+
+#[test]
+fn a_read_of_one_damaged_page_is_answered_after_its_process_was_stopped() {
+    let stops = |request: &ServerRequest| matches!(request, ServerRequest::StopReader { .. });
+    let (setup, gate) = Setup::new(ServeMode::Decode).hold(|r| matches!(r, ServerRequest::StopReader { .. }));
+    let world = World::with(Setup { on_damage: OnDamage::Stop, ..setup });
+    let damaged = (damage_one(&world) * BLOCK) as u64;
+    let ino = world.memory_ino();
+
+    // READs of more than a page, and of threads that the kernel does not name, fail at once.
+    assert_eq!(reply(&world.read_by(7, ino, damaged, BLOCK)), Err(Refusal::Damaged));
+    assert_eq!(reply(&world.read_by(7, ino, damaged, 8192)), Err(Refusal::Damaged));
+    assert_eq!(reply(&world.read_by(0, ino, damaged + 4096, 4096)), Err(Refusal::Damaged));
+    assert_eq!(world.supervisor.count(stops), 0);
+
+    let answers = world.fs.stats.get(Counter::Answers);
+    let reads = [7, 8].map(|thread| world.read_by(thread, ino, damaged + 8192, 4096));
+    wait_for("the request", || (world.supervisor.count(stops) == 1).then_some(()));
+    // The supervisor holds the reply: other READs are answered, also of the same threads.
+    let start = if damaged == 0 { 2 * BLOCK } else { 0 };
+    for thread in [0, 7, 8, 9] {
+        let read = reply(&world.read_by(thread, ino, start as u64, 4096));
+        assert!(read == Ok(world.memory[start..start + 4096].to_vec()), "thread {thread}");
+    }
+    let table = world.fs.flights.table();
+    assert_eq!((table.parked(), world.fs.stats.get(Counter::Answers) - answers), (2, 4));
+    assert!(table.oldest().is_none(), "the watchdog ignores READs that wait for the supervisor");
+    assert!(reads.iter().all(|read| read.try_recv().is_err()), "answered before the process was stopped");
+    gate.open();
+    for read in &reads {
+        assert_eq!(reply(read), Err(Refusal::Damaged));
+    }
+    assert_eq!((world.fs.stats.get(Counter::Damaged), world.supervisor.count(stops)), (5, 2));
+    let requests = world.supervisor.requests.lock().unwrap();
+    let stopped: Vec<(u32, &FileKey, u64)> = requests
+        .iter()
+        .filter_map(|request| match request {
+            ServerRequest::StopReader { thread, key, offset } => Some((*thread, key, *offset)),
+            _ => None,
+        })
+        .collect();
+    let key = world.key();
+    assert_eq!(stopped, [7, 8].map(|thread| (thread, &key, damaged + 8192)));
+}
+
+#[test]
+fn a_read_of_a_damaged_page_fails_if_its_process_cannot_be_stopped() {
+    let refuse = |request: &ServerRequest, _: &Supervisor| {
+        let refusal = ServerReply::Refused((&Error::failed("no")).into());
+        matches!(request, ServerRequest::StopReader { .. }).then_some((refusal, None))
+    };
+    for (on_damage, stops) in [(OnDamage::Kill, 1), (OnDamage::Eio, 0)] {
+        let world = World::with(Setup { on_damage, ..Setup::new(ServeMode::Decode).script(refuse) });
+        let damaged = (damage_one(&world) * BLOCK) as u64;
+        assert_eq!(reply(&world.read_by(7, world.memory_ino(), damaged, 4096)), Err(Refusal::Damaged));
+        let count = world.supervisor.count(|request| matches!(request, ServerRequest::StopReader { .. }));
+        assert_eq!(count, stops, "{on_damage:?}");
+    }
 }

@@ -1,22 +1,25 @@
-//! Answers READs, in the thread that read the request or in the thread that waits for the store.
+//! Answers READs, in the thread that read the request, in the thread that waits for the store, or in the thread
+//! that waits for the supervisor.
 //!
 //! A READ that fails is repeated in two cases. [`Template`] repeats the READ if the tables in the store differ from
 //! those that it has open: a collection has moved blocks, or an import has repaired them. [`outage`] repeats the READ
 //! while the store is away.
 
 mod block_cache;
+pub mod damage;
 pub mod decode;
 pub mod outage;
 pub mod reply_buffers;
 
 use std::sync::Arc;
 
-use stencilfs::control::Phase;
+use stencilfs::control::{FileKey, Phase};
 use stencilfs::store::{BLOCK_SIZE, Template};
 use stencilfs::units::to_usize;
 
 use crate::protocol::stats::Stats;
 use crate::server::in_flight::Flight;
+use crate::server::read::damage::DamagedReads;
 use crate::server::read::decode::Decoder;
 use crate::server::refusal::Refusal;
 use crate::server::tree::Tree;
@@ -27,19 +30,21 @@ use crate::server::tree::node::Node;
 pub struct Reader {
     tree: Arc<Tree>,
     decoder: Decoder,
+    /// `None` if READs of damaged blocks only fail.
+    damaged: Option<DamagedReads>,
     stats: Stats,
 }
 
 impl Reader {
     /// Creates a reader.
-    pub fn new(tree: Arc<Tree>, decoder: Decoder, stats: Stats) -> Reader {
-        Reader { tree, decoder, stats }
+    pub fn new(tree: Arc<Tree>, decoder: Decoder, damaged: Option<DamagedReads>, stats: Stats) -> Reader {
+        Reader { tree, decoder, damaged, stats }
     }
 
-    /// Sends the reply to a READ. Returns the READ without a reply if the store is away.
+    /// Sends the reply to a READ, later if the READ is of a damaged block and its process is stopped before. Returns the READ without a reply if the store is away.
     pub fn answer<R>(&self, flight: Flight, reply: R) -> Option<(Flight, R)>
     where
-        R: FnOnce(Result<&[u8], Refusal>),
+        R: FnOnce(Result<&[u8], Refusal>) + Send + 'static,
     {
         let mut unsent = Some(reply);
         let done = self.read(&flight, |bytes| {
@@ -53,9 +58,22 @@ impl Reader {
             return Some((flight, reply));
         }
         refusal.counter().into_iter().for_each(|counter| self.stats.count(counter));
+        if refusal == Refusal::Damaged
+            && let Some(damaged) = self.damaged.as_ref().filter(|_| DamagedReads::includes(flight.request()))
+            && let Some(key) = self.key(flight.request().ino)
+        {
+            damaged.refuse(flight, key, Box::new(reply));
+            return None;
+        }
         flight.replying();
         reply(Err(refusal));
         None
+    }
+
+    fn key(&self, ino: u64) -> Option<FileKey> {
+        let Node::File(digest, file, _) = self.tree.node(ino).ok()? else { return None };
+        let template = self.tree.template_in_use(&digest).ok()?;
+        Some(FileKey { digest, file: template.files().get(file)?.name.clone() })
     }
 
     /// Passes the requested bytes to `send`, or returns the refusal.

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use stencilfs::control::{CONTROL_VERSION, FileKey};
+use stencilfs::control::{CONTROL_VERSION, FileKey, OnDamage};
 use stencilfs::error::{Error, Result};
 use stencilfs::units::Bytes;
 
@@ -101,6 +101,12 @@ impl Machine {
             }
             ServerRequest::Condemned { ring, grace_ms } => {
                 self.removal.note_in_force(id, ring, grace_ms);
+                Some(Ok(ServerReply::Done))
+            }
+            ServerRequest::StopReader { thread, key, offset } => {
+                if self.mount.options.on_damage != OnDamage::Eio {
+                    self.actions.push(Action::StopReader { thread, key, offset });
+                }
                 Some(Ok(ServerReply::Done))
             }
             ServerRequest::Handshake { .. } | ServerRequest::GiveUp { .. } | ServerRequest::Serving => None,

@@ -7,7 +7,7 @@ mod server_model;
 
 use std::time::Duration;
 
-use stencilfs::control::{Failure, MAX_INODES, Request, Response, UnmountMode};
+use stencilfs::control::{Failure, MAX_INODES, OnDamage, Request, Response, UnmountMode};
 use stencilfs::error::{Code, Error};
 
 use super::*;
@@ -87,6 +87,23 @@ fn a_server_that_does_not_wait_for_its_reply_is_replaced() {
     assert_eq!((world.seen("EndServer"), world.seen("StartServer")), (1, 2));
     world.finish_jobs();
     assert_eq!(world.seen("Created"), 0, "the server that made the request is gone");
+}
+
+#[test]
+fn a_reader_of_a_damaged_block_is_stopped_before_the_reply() {
+    let stop = || ServerRequest::StopReader { thread: 7, key: Key(0).file(), offset: 4096 };
+    let mut world = serving_world();
+    assert!(matches!(world.request(stop()), Some(ServerReply::Done)));
+    assert_eq!(world.seen("StopReader"), 0, "not with --on-damage eio");
+    for choice in [OnDamage::Stop, OnDamage::Kill] {
+        world.machine.mount.options.on_damage = choice;
+        let before = world.log.len();
+        assert!(matches!(world.request(stop()), Some(ServerReply::Done)));
+        let actions = &world.log[before..];
+        assert_eq!(actions.len(), 2, "{actions:?}");
+        assert!(actions[0].starts_with("StopReader { thread: 7") && actions[0].ends_with("offset: 4096 }"));
+        assert!(actions[1].starts_with("Reply"), "{actions:?}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::process::Signal;
-use stencilfs::control::{Cache, Chosen, CondemnedRow, MountOptions, Response, ServeMode};
+use stencilfs::control::{Cache, Chosen, CondemnedRow, MountOptions, OnDamage, Response, ServeMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::Digest;
 use stencilfs::sys::process::{Ended, ProcessId};
@@ -47,6 +47,7 @@ pub fn initial() -> InitialState {
                 cache_size: None,
                 hydrate_timeout: Duration::from_secs(30),
                 watchdog: Duration::from_secs(10),
+                on_damage: OnDamage::Eio,
                 noexec: false,
                 foreground: false,
             },
@@ -422,6 +423,7 @@ impl World {
             | Action::StoreBackings
             | Action::ForgetBackings(_)
             | Action::AnnounceStop
+            | Action::StopReader { .. }
             | Action::CountReplaced
             | Action::KeepCaller(..) => {}
         }

@@ -1,0 +1,89 @@
+//! READs of damaged blocks, if the mount stops the processes that need such a block (`--on-damage`).
+//!
+//! Only the supervisor may signal other processes. The READ waits for the supervisor without a thread, so that other
+//! READs are answered even while no supervisor lives, and is then answered with EIO.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+
+use stencilfs::control::{FileKey, OnDamage, Phase, RequestInfo};
+use stencilfs::error::Result;
+use stencilfs::sys::process::threads;
+use stencilfs::units::PAGE_SIZE;
+
+use crate::protocol::ServerRequest;
+use crate::protocol::link::Link;
+use crate::server::in_flight::Flight;
+use crate::server::pending::ReadReply;
+use crate::server::refusal::Refusal;
+
+/// A READ of a damaged block.
+struct DamagedRead {
+    flight: Flight,
+    key: FileKey,
+    reply: ReadReply,
+}
+
+impl DamagedRead {
+    /// Makes the supervisor stop the process, then sends the reply. If the supervisor cannot be reached, the reply is
+    /// sent all the same.
+    fn finish(self, link: &Link) {
+        let DamagedRead { flight, key, reply } = self;
+        let RequestInfo { thread, offset, .. } = *flight.request();
+        if let Err(error) = link.request_done(&ServerRequest::StopReader { thread, key: key.clone(), offset })
+        {
+            log::error!(
+                "template {} file {} offset {offset}: the process of thread {thread} was not stopped: {error}",
+                key.digest,
+                key.file
+            );
+        }
+        flight.replying();
+        reply(Err(Refusal::Damaged));
+    }
+}
+
+/// READs of damaged blocks that wait for the supervisor. Bounded by the number of parking slots in the in-flight table.
+pub struct DamagedReads {
+    link: Arc<Link>,
+    queue: Sender<DamagedRead>,
+}
+
+impl std::fmt::Debug for DamagedReads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DamagedReads")
+    }
+}
+
+impl DamagedReads {
+    /// Starts the thread that waits for the supervisor. Returns `None` if READs of damaged blocks only fail.
+    ///
+    /// # Errors
+    /// Returns an error if the system refuses the thread.
+    pub fn start(on_damage: OnDamage, link: Arc<Link>) -> Result<Option<DamagedReads>> {
+        if on_damage == OnDamage::Eio {
+            return Ok(None);
+        }
+        let (queue, reads) = channel::<DamagedRead>();
+        let ours = Arc::clone(&link);
+        threads::start(move || reads.into_iter().for_each(|read| read.finish(&ours)))?;
+        Ok(Some(DamagedReads { link, queue }))
+    }
+
+    /// Returns true if the process of this READ is stopped. After a failed readahead the kernel reads each page alone
+    /// that a process needs. A longer READ is a readahead, and its process may need another page of the range.
+    pub fn includes(request: &RequestInfo) -> bool {
+        request.thread != 0 && u64::from(request.size) <= PAGE_SIZE
+    }
+
+    /// Stops the process of a READ, then answers the READ with EIO.
+    pub fn refuse(&self, mut flight: Flight, key: FileKey, reply: ReadReply) {
+        let is_parked = flight.park(Phase::Parked);
+        let read = DamagedRead { flight, key, reply };
+        // All parking slots are taken: wait in this thread.
+        let unqueued = if is_parked { self.queue.send(read).err().map(|error| error.0) } else { Some(read) };
+        if let Some(read) = unqueued {
+            read.finish(&self.link);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Stops or kills processes that need a damaged block (`--on-damage`).
+
+use rustix::process::Signal;
+use stencilfs::control::{FileKey, OnDamage};
+use stencilfs::error::Result;
+use stencilfs::sanitize::sanitize;
+use stencilfs::store::BLOCK_SIZE;
+use stencilfs::sys::process::holders::name_of;
+use stencilfs::sys::process::procfs::{self, Status};
+use stencilfs::sys::process::{ProcessId, Thread};
+
+/// Processes that needed a damaged block.
+#[derive(Debug)]
+pub struct DamagedReaders {
+    on_damage: OnDamage,
+    /// The process and block that were logged last: one page fault causes several READs.
+    logged: Option<(ProcessId, FileKey, u64)>,
+    /// The block for which a thread without a signal was logged last.
+    spared: Option<(FileKey, u64)>,
+}
+
+impl DamagedReaders {
+    /// Creates an empty list.
+    pub fn new(on_damage: OnDamage) -> DamagedReaders {
+        DamagedReaders { on_damage, logged: None, spared: None }
+    }
+
+    /// Sends the signal of the mount's option to the process of a thread that needs a damaged block, and logs it. The
+    /// processes `own`, this one and threads of the kernel get none. Does not block.
+    pub fn stop(&mut self, thread: u32, key: &FileKey, offset: u64, own: &[u32]) {
+        let block = offset / BLOCK_SIZE * BLOCK_SIZE;
+        let place = || format!("template {} file {} offset {block}", key.digest, sanitize(&key.file));
+        let (signal, done) = match self.on_damage {
+            OnDamage::Eio => return,
+            OnDamage::Stop => (Signal::STOP, "stopped"),
+            OnDamage::Kill => (Signal::KILL, "killed"),
+        };
+        match signal_process_of(thread, signal, own) {
+            Ok(Target::Signalled(process)) => {
+                let logged = Some((process, key.clone(), block));
+                if self.logged == logged {
+                    return;
+                }
+                self.logged = logged;
+                let advice = match self.on_damage {
+                    OnDamage::Stop => "; end it and do not continue it, as its access has failed",
+                    _ => "",
+                };
+                log::error!(
+                    "{}: {done} process {} ({}), which needs this damaged block{advice}; \
+                     to repair the template, import the same memory again",
+                    place(),
+                    process.pid,
+                    sanitize(&name_of(process.pid)),
+                );
+            }
+            Ok(Target::Spared(status)) => {
+                let spared = Some((key.clone(), block));
+                if self.spared != spared {
+                    self.spared = spared;
+                    let kind = if status.is_kernel_thread { "of the kernel" } else { "of this mount" };
+                    let name = sanitize(&status.name);
+                    log::warn!(
+                        "{}: thread {thread} {kind} ({name}) read this damaged block: EIO only",
+                        place()
+                    );
+                }
+            }
+            Ok(Target::Ended) => {}
+            Err(error) => {
+                log::error!("{}: a process that needs this damaged block was not {done}: {error}", place());
+            }
+        }
+    }
+}
+
+/// What happened to a process that needs a damaged block.
+enum Target {
+    Signalled(ProcessId),
+    /// No signal may be sent to this thread.
+    Spared(Status),
+    Ended,
+}
+
+fn signal_process_of(tid: u32, signal: Signal, own: &[u32]) -> Result<Target> {
+    // Opened before its status is read: if the status were of a later thread with the same number, this one had ended.
+    let Some(thread) = Thread::of(tid)? else { return Ok(Target::Ended) };
+    let Some(status) = procfs::status_of_thread(tid)? else { return Ok(Target::Ended) };
+    if status.is_kernel_thread || status.tgid == std::process::id() || own.contains(&status.tgid) {
+        return Ok(Target::Spared(status));
+    }
+    let Some(process) = ProcessId::of(status.tgid)? else { return Ok(Target::Ended) };
+    Ok(if thread.signal(signal)? { Target::Signalled(process) } else { Target::Ended })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use stencilfs::store::Digest;
+    use stencilfs::sys::process::own_session;
+
+    use super::*;
+
+    /// A child that is killed on drop.
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Sleeper {
+            Sleeper(own_session(&mut Command::new("sleep")).arg("100").spawn().unwrap())
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn signals_readers_but_no_process_of_the_mount_and_no_thread_of_the_kernel() {
+        let key = FileKey { digest: Digest::of(b"x"), file: "memory".into() };
+        let (reader, server) = (Sleeper::start(), Sleeper::start());
+        let mut readers = DamagedReaders::new(OnDamage::Kill);
+        let (pid, own) = (reader.0.id(), [server.0.id()]);
+        // This process would end with the test.
+        for thread in [std::process::id(), server.0.id(), u32::MAX >> 1, 0] {
+            readers.stop(thread, &key, 5 << 16, &own);
+            assert!(readers.logged.is_none(), "thread {thread}");
+        }
+        assert!(ProcessId::of(server.0.id()).unwrap().unwrap().is_alive());
+        DamagedReaders::new(OnDamage::Eio).stop(pid, &key, 0, &own);
+        let process = ProcessId::of(pid).unwrap().unwrap();
+        assert!(process.is_alive());
+        readers.stop(pid, &key, (5 << 16) + 4096, &own);
+        assert_eq!(readers.logged, Some((process, key, 5 << 16)));
+        assert!(process.wait_for_exit(std::time::Duration::from_secs(5)).unwrap());
+    }
+}

@@ -2,53 +2,22 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use stencilfs::memory::Backend;
-use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Store};
+use stencilfs::store::{BLOCK_SIZE, Store};
 
 use crate::support::actor::Actor;
 use crate::support::daemon::passing::SetOnDrop;
 use crate::support::host;
 use crate::support::mount::TestMount;
+use crate::support::store::damage_one;
 use crate::vmm::kvm_guest::{Machine, set_program, write_template};
 
 const PAGE: u64 = 4096;
 const IN_BLOCK: u64 = BLOCK_SIZE / PAGE;
 /// The guest's second window starts at this page. Pages below have the same address in the guest as in the memory file.
 const LOW: u64 = 0x80;
-
-/// Flips one byte of the store's only pack such that exactly one block is damaged: a block below [`LOW`], but not the
-/// block with the guest's code. Checks the blocks through the library, so no page is read through the mount.
-fn damage_one(dir: &Path, digest: &str) -> (u64, Digest) {
-    let store = Store::open(dir).unwrap();
-    let digest: Digest = digest.parse().unwrap();
-    let packs = store.pack_files().unwrap();
-    assert_eq!(packs.len(), 1);
-    let pack = File::options().read(true).write(true).open(&packs[0]).unwrap();
-    let flip = |at: u64| {
-        let mut byte = [0];
-        pack.read_exact_at(&mut byte, at).unwrap();
-        pack.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
-        pack.sync_all().unwrap();
-    };
-    for at in (0..pack.metadata().unwrap().len()).step_by(97) {
-        flip(at);
-        let template = Store::open(dir).unwrap().template(&digest).unwrap();
-        let mut buffer = vec![0; BLOCK_SIZE as usize];
-        let lost: Vec<u64> = (0..template.block_count(0))
-            .filter(|&b| template.read_block(0, b, &mut Scratch::default(), &mut buffer).is_err())
-            .collect();
-        if let [block] = lost[..]
-            && (1..LOW / IN_BLOCK - 1).contains(&block)
-        {
-            return (block, template.block_id(0, block).unwrap().unwrap());
-        }
-        flip(at);
-    }
-    panic!("no byte of the pack belongs to exactly one block below page {LOW}");
-}
 
 fn segments(pages: impl Iterator<Item = u64>) -> Vec<u16> {
     pages.map(|page| (page * PAGE / 16) as u16).collect()
@@ -61,7 +30,8 @@ fn a_damaged_block_fails_only_the_guests_that_touch_it() {
     let source = world.dir().join("source");
     write_template(&source, &[], &[]);
     let digest = world.import(&source, "guest:1");
-    let (block, id) = damage_one(&world.store_dir(), &digest);
+    // Pages below LOW, but not the block with the guest's code.
+    let (block, id) = damage_one(&world.store_dir(), &digest, 1..LOW / IN_BLOCK - 1);
     let bytes = fs::read(&source).unwrap();
     let lost = block * IN_BLOCK..(block + 1) * IN_BLOCK;
     let file = world.file(&digest, "memory");

@@ -1,7 +1,9 @@
 //! A store in a temporary directory, and the `stencil` command on it.
 
 use crate::support::host;
-use std::fs;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -38,6 +40,37 @@ pub fn guest_like(seed: u64, length: usize) -> Vec<u8> {
         }
     }
     bytes
+}
+
+/// Flips one byte of the store's only pack such that exactly one block of the template's first file is damaged, and
+/// this block is one of `blocks`. Checks the blocks through the library, so no page is read through a mount.
+pub fn damage_one(dir: &Path, digest: &str, blocks: Range<u64>) -> (u64, Digest) {
+    let store = Store::open(dir).unwrap();
+    let digest: Digest = digest.parse().unwrap();
+    let packs = store.pack_files().unwrap();
+    assert_eq!(packs.len(), 1);
+    let pack = File::options().read(true).write(true).open(&packs[0]).unwrap();
+    let flip = |at: u64| {
+        let mut byte = [0];
+        pack.read_exact_at(&mut byte, at).unwrap();
+        pack.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+        pack.sync_all().unwrap();
+    };
+    for at in (0..pack.metadata().unwrap().len()).step_by(97) {
+        flip(at);
+        let template = Store::open(dir).unwrap().template(&digest).unwrap();
+        let mut buffer = vec![0; BLOCK_SIZE as usize];
+        let lost: Vec<u64> = (0..template.block_count(0))
+            .filter(|&b| template.read_block(0, b, &mut Scratch::default(), &mut buffer).is_err())
+            .collect();
+        if let [block] = lost[..]
+            && blocks.contains(&block)
+        {
+            return (block, template.block_id(0, block).unwrap().unwrap());
+        }
+        flip(at);
+    }
+    panic!("no byte of the pack belongs to exactly one of the blocks {blocks:?}");
 }
 
 /// A private store.

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod capture;
+mod damage;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -4,7 +4,6 @@ use rustix::process::Signal;
 use stencilfs::control::{FileKey, OnDamage};
 use stencilfs::error::Result;
 use stencilfs::sanitize::sanitize;
-use stencilfs::store::BLOCK_SIZE;
 use stencilfs::sys::process::holders::name_of;
 use stencilfs::sys::process::procfs::{self, Status};
 use stencilfs::sys::process::{ProcessId, Thread};
@@ -13,9 +12,9 @@ use stencilfs::sys::process::{ProcessId, Thread};
 #[derive(Debug)]
 pub struct DamagedReaders {
     on_damage: OnDamage,
-    /// The process and block that were logged last: one page fault causes several READs.
+    /// The process and READ that were logged last: the kernel may repeat the READ for one access.
     logged: Option<(ProcessId, FileKey, u64)>,
-    /// The block for which a thread without a signal was logged last.
+    /// The READ for which a thread without a signal was logged last.
     spared: Option<(FileKey, u64)>,
 }
 
@@ -28,8 +27,7 @@ impl DamagedReaders {
     /// Sends the signal of the mount's option to the process of a thread that needs a damaged block, and logs it. The
     /// processes `own`, this one and threads of the kernel get none. Does not block.
     pub fn stop(&mut self, thread: u32, key: &FileKey, offset: u64, own: &[u32]) {
-        let block = offset / BLOCK_SIZE * BLOCK_SIZE;
-        let place = || format!("template {} file {} offset {block}", key.digest, sanitize(&key.file));
+        let place = || format!("template {} file {} offset {offset}", key.digest, sanitize(&key.file));
         let (signal, done) = match self.on_damage {
             OnDamage::Eio => return,
             OnDamage::Stop => (Signal::STOP, "stopped"),
@@ -37,17 +35,19 @@ impl DamagedReaders {
         };
         match signal_process_of(thread, signal, own) {
             Ok(Target::Signalled(process)) => {
-                let logged = Some((process, key.clone(), block));
+                let logged = Some((process, key.clone(), offset));
                 if self.logged == logged {
                     return;
                 }
                 self.logged = logged;
                 let advice = match self.on_damage {
-                    OnDamage::Stop => "; end it and do not continue it, as its access has failed",
+                    OnDamage::Stop => {
+                        "; end it and do not continue it: its access fails, and a guest reads zeros"
+                    }
                     _ => "",
                 };
                 log::error!(
-                    "{}: {done} process {} ({}), which needs this damaged block{advice}; \
+                    "{}: {done} process {} ({}), which needs this damaged page{advice}; \
                      to repair the template, import the same memory again",
                     place(),
                     process.pid,
@@ -55,20 +55,20 @@ impl DamagedReaders {
                 );
             }
             Ok(Target::Spared(status)) => {
-                let spared = Some((key.clone(), block));
+                let spared = Some((key.clone(), offset));
                 if self.spared != spared {
                     self.spared = spared;
                     let kind = if status.is_kernel_thread { "of the kernel" } else { "of this mount" };
                     let name = sanitize(&status.name);
                     log::warn!(
-                        "{}: thread {thread} {kind} ({name}) read this damaged block: EIO only",
+                        "{}: thread {thread} {kind} ({name}) needs this damaged page and gets EIO",
                         place()
                     );
                 }
             }
             Ok(Target::Ended) => {}
             Err(error) => {
-                log::error!("{}: a process that needs this damaged block was not {done}: {error}", place());
+                log::error!("{}: a process that needs this damaged page was not {done}: {error}", place());
             }
         }
     }
@@ -133,7 +133,7 @@ mod tests {
         DamagedReaders::new(OnDamage::Eio).stop(pid, &key, 0, &own);
         let process = ProcessId::of(pid).unwrap().unwrap();
         assert!(process.is_alive());
-        readers.stop(pid, &key, (5 << 16) + 4096, &own);
+        readers.stop(pid, &key, 5 << 16, &own);
         assert_eq!(readers.logged, Some((process, key, 5 << 16)));
         assert!(process.wait_for_exit(std::time::Duration::from_secs(5)).unwrap());
     }

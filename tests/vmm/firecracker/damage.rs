@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use stencilfs::store::BLOCK_SIZE;
@@ -27,6 +28,9 @@ const CLONES: usize = 4;
 
 /// Number of commands `m` that read no page near the damaged block.
 const READS: usize = 8;
+
+/// Time in which a guest that has read wrong bytes would answer.
+const WITHOUT_SUPERVISOR: Duration = Duration::from_secs(1);
 
 /// A mount with the snapshot of a Firecracker, one block of which is damaged.
 struct World {
@@ -85,18 +89,26 @@ fn text(clone: &Clone, name: &str) -> String {
     String::from_utf8_lossy(&fs::read(clone.dir.join(name)).unwrap()).into_owned()
 }
 
-/// Launches the clones; the first half reads all known pages. Returns both halves.
-fn launch_halves(world: &World) -> (Vec<Clone>, Vec<Clone>) {
-    let mut clones = launch(&world.world, CLONES, &[]);
-    let mut others = clones.split_off(CLONES / 2);
-    ask_all(&mut others, 'm', "K");
-    clones.iter_mut().for_each(|clone| clone.serial.send('a'));
-    (clones, others)
+/// A process that is stopped until this value is dropped.
+struct Paused(ProcessId);
+
+impl Paused {
+    fn new(pid: u32) -> Paused {
+        let process = ProcessId::of(pid).unwrap().unwrap();
+        assert!(process.signal(Signal::STOP).unwrap());
+        Paused(process)
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::CONT);
+    }
 }
 
 /// The clones that do not read the damaged block must run on.
 fn run_on(others: &mut [Clone]) {
-    for _ in 1..READS {
+    for _ in 0..READS {
         ask_all(others, 'm', "K");
     }
     ask_all(others, 'r', "K");
@@ -109,7 +121,19 @@ fn run_on(others: &mut [Clone]) {
 fn firecrackers_that_need_a_damaged_block_are_stopped_before_they_read_a_wrong_byte() {
     let _host = host::shared();
     let world = World::new("stop");
-    let (readers, mut others) = launch_halves(&world);
+    let mut readers = launch(&world.world, CLONES, &[]);
+    let mut others = readers.split_off(CLONES / 2);
+    // Without a supervisor, the readers of the block wait and the others go on.
+    let supervisor = Paused::new(world.world.status()["supervisor_pid"].as_u64().unwrap() as u32);
+    readers.iter_mut().for_each(|clone| clone.serial.send('a'));
+    wait_for("a READ of the damaged block", || world.world.log().contains("fail with EIO").then_some(()));
+    ask_all(&mut others, 'm', "K");
+    std::thread::sleep(WITHOUT_SUPERVISOR);
+    ask_all(&mut others, 'm', "K");
+    for clone in &readers {
+        assert_eq!((is_stopped(clone.pid as u32), text(clone, "serial.log").as_str()), (false, ""));
+    }
+    drop(supervisor);
     for clone in &readers {
         wait_for("a stopped Firecracker", || is_stopped(clone.pid as u32).then_some(()));
     }
@@ -147,17 +171,17 @@ fn firecrackers_that_need_a_damaged_block_are_stopped_before_they_read_a_wrong_b
 fn firecrackers_that_need_a_damaged_block_are_killed() {
     let _host = host::shared();
     let world = World::new("kill");
-    let mut clones = launch(&world.world, CLONES, &[]);
+    let mut readers = launch(&world.world, CLONES, &[]);
     let processes: Vec<ProcessId> =
-        clones.iter().map(|clone| ProcessId::of(clone.pid as u32).unwrap().unwrap()).collect();
-    let mut others = clones.split_off(CLONES / 2);
-    clones.iter_mut().for_each(|clone| clone.serial.send('a'));
-    for (clone, process) in clones.iter().zip(&processes) {
+        readers.iter().map(|clone| ProcessId::of(clone.pid as u32).unwrap().unwrap()).collect();
+    let mut others = readers.split_off(CLONES / 2);
+    readers.iter_mut().for_each(|clone| clone.serial.send('a'));
+    for (clone, process) in readers.iter().zip(&processes) {
         wait_for("the end of a Firecracker", || (!process.is_alive()).then_some(()));
         assert_eq!(text(clone, "serial.log"), "");
     }
     run_on(&mut others);
-    for clone in &clones {
+    for clone in &readers {
         assert_eq!(world.pages(&format!("killed process {} (firecracker)", clone.pid)), [0]);
     }
     assert_eq!(world.pages(" process ").len(), CLONES / 2, "{}", world.world.log());
@@ -168,7 +192,9 @@ fn firecrackers_that_need_a_damaged_block_are_killed() {
 fn firecrackers_that_need_a_damaged_block_run_on_without_the_option() {
     let _host = host::shared();
     let world = World::new("eio");
-    let (mut readers, mut others) = launch_halves(&world);
+    let mut readers = launch(&world.world, CLONES, &[]);
+    let mut others = readers.split_off(CLONES / 2);
+    readers.iter_mut().for_each(|clone| clone.serial.send('a'));
     for clone in &mut readers {
         let pid = clone.pid as u32;
         let end = wait_for("an answer or the end of a Firecracker", || {

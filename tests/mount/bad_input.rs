@@ -103,12 +103,18 @@ fn rejects_invalid_mount_options() {
         ("serve=fast", "invalid serve mode 'fast'"),
         ("cache-size=much", "invalid size 'much'"),
         ("hydrate-timeout=soon", "invalid time 'soon'"),
+        ("on-damage=pause", "invalid reaction to damage 'pause'"),
         ("suid", "'suid' is refused"),
         ("ro,dev", "'dev' is refused"),
     ] {
         world.mount(&["-o", list]).exits(2).says(message);
     }
-    for args in [["--serve", "fast"], ["--cache-size", "much"], ["--hydrate-timeout", "-1"]] {
+    for args in [
+        ["--serve", "fast"],
+        ["--cache-size", "much"],
+        ["--hydrate-timeout", "-1"],
+        ["--on-damage", "ignore"],
+    ] {
         world.mount(&args).exits(2);
     }
     let json = world.stencil(&["--json", "mount", "/no/such/place"]).exits(4);

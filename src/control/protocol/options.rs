@@ -102,7 +102,6 @@ pub struct MountOptions {
     /// The server is replaced after it leaves a request unanswered for this long; zero disables the watchdog.
     pub watchdog: Duration,
     /// What happens to a process that needs a damaged block by decode.
-    #[serde(default)]
     pub on_damage: OnDamage,
     /// Mount with `MS_NOEXEC`.
     pub noexec: bool,
@@ -367,13 +366,5 @@ mod tests {
             assert_eq!(error.code(), crate::error::Code::Usage, "{bad}");
             assert!(error.hint_text().is_some(), "{bad}: {error}");
         }
-    }
-    #[test]
-    fn the_ledger_of_an_earlier_build_has_no_reaction_to_damage() {
-        let options = MountOptions { on_damage: OnDamage::Stop, ..MountOptions::new("/m", "/s") };
-        let mut saved = serde_json::to_value(&options).unwrap();
-        assert_eq!(serde_json::from_value::<MountOptions>(saved.clone()).unwrap(), options);
-        assert_eq!(saved.as_object_mut().unwrap().remove("on_damage"), Some("stop".into()));
-        assert_eq!(serde_json::from_value::<MountOptions>(saved).unwrap(), MountOptions::new("/m", "/s"));
     }
 }

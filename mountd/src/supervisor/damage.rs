@@ -1,33 +1,43 @@
 //! Stops or kills processes that need a damaged block (`--on-damage`).
 
+use std::collections::VecDeque;
+
 use rustix::process::Signal;
 use stencilfs::control::{FileKey, OnDamage};
 use stencilfs::error::Result;
 use stencilfs::sanitize::sanitize;
+use stencilfs::store::Digest;
 use stencilfs::sys::process::holders::name_of;
 use stencilfs::sys::process::procfs::{self, Status};
 use stencilfs::sys::process::{ProcessId, Thread};
+
+/// Number of processes and READs that are not logged again.
+const MAX_LOGGED: usize = 256;
+
+/// A READ: template, hash of the file's name, offset. A server may send long names.
+type Read = (Digest, Digest, u64);
 
 /// Processes that needed a damaged block.
 #[derive(Debug)]
 pub struct DamagedReaders {
     on_damage: OnDamage,
-    /// The process and READ that were logged last: the kernel may repeat the READ for one access.
-    logged: Option<(ProcessId, FileKey, u64)>,
+    /// The processes and READs that were logged last: the kernel may repeat the READ for one access.
+    logged: VecDeque<(ProcessId, Read)>,
     /// The READ for which a thread without a signal was logged last.
-    spared: Option<(FileKey, u64)>,
+    spared: Option<Read>,
 }
 
 impl DamagedReaders {
     /// Creates an empty list.
     pub fn new(on_damage: OnDamage) -> DamagedReaders {
-        DamagedReaders { on_damage, logged: None, spared: None }
+        DamagedReaders { on_damage, logged: VecDeque::new(), spared: None }
     }
 
     /// Sends the signal of the mount's option to the process of a thread that needs a damaged block, and logs it. The
     /// processes `own`, this one and threads of the kernel get none. Does not block.
     pub fn stop(&mut self, thread: u32, key: &FileKey, offset: u64, own: &[u32]) {
         let place = || format!("template {} file {} offset {offset}", key.digest, sanitize(&key.file));
+        let read = (key.digest, Digest::of(key.file.as_bytes()), offset);
         let (signal, done) = match self.on_damage {
             OnDamage::Eio => return,
             OnDamage::Stop => (Signal::STOP, "stopped"),
@@ -35,11 +45,11 @@ impl DamagedReaders {
         };
         match signal_process_of(thread, signal, own) {
             Ok(Target::Signalled(process)) => {
-                let logged = Some((process, key.clone(), offset));
-                if self.logged == logged {
+                if self.logged.contains(&(process, read)) {
                     return;
                 }
-                self.logged = logged;
+                self.logged.truncate(MAX_LOGGED - 1);
+                self.logged.push_front((process, read));
                 let advice = match self.on_damage {
                     OnDamage::Stop => {
                         "; end it and do not continue it: its access fails, and a guest reads zeros"
@@ -55,9 +65,7 @@ impl DamagedReaders {
                 );
             }
             Ok(Target::Spared(status)) => {
-                let spared = Some((key.clone(), offset));
-                if self.spared != spared {
-                    self.spared = spared;
+                if self.spared.replace(read) != Some(read) {
                     let kind = if status.is_kernel_thread { "of the kernel" } else { "of this mount" };
                     let name = sanitize(&status.name);
                     log::warn!(
@@ -97,7 +105,6 @@ fn signal_process_of(tid: u32, signal: Signal, own: &[u32]) -> Result<Target> {
 mod tests {
     use std::process::{Child, Command};
 
-    use stencilfs::store::Digest;
     use stencilfs::sys::process::own_session;
 
     use super::*;
@@ -127,14 +134,15 @@ mod tests {
         // This process would end with the test.
         for thread in [std::process::id(), server.0.id(), u32::MAX >> 1, 0] {
             readers.stop(thread, &key, 5 << 16, &own);
-            assert!(readers.logged.is_none(), "thread {thread}");
+            assert!(readers.logged.is_empty(), "thread {thread}");
         }
         assert!(ProcessId::of(server.0.id()).unwrap().unwrap().is_alive());
         DamagedReaders::new(OnDamage::Eio).stop(pid, &key, 0, &own);
         let process = ProcessId::of(pid).unwrap().unwrap();
         assert!(process.is_alive());
         readers.stop(pid, &key, 5 << 16, &own);
-        assert_eq!(readers.logged, Some((process, key, 5 << 16)));
+        readers.stop(pid, &key, 5 << 16, &own);
+        assert_eq!(readers.logged, [(process, (key.digest, Digest::of(b"memory"), 5 << 16))]);
         assert!(process.wait_for_exit(std::time::Duration::from_secs(5)).unwrap());
     }
 }

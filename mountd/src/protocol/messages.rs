@@ -4,6 +4,8 @@
 //! that waits for a reply then sends its request again, and ignores replies to earlier requests. Each request may
 //! therefore arrive twice.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use stencilfs::control::Failure;
 pub use stencilfs::control::{Cache, FileKey};
@@ -105,6 +107,9 @@ pub enum ServerRequest {
         key: FileKey,
         /// Offset of the READ in the file.
         offset: u64,
+        /// When the server had the READ, in time since boot. A thread that started later is another thread with the
+        /// same number.
+        arrived: Duration,
     },
     /// Reports that the server cannot start. The reply is `Done`.
     GiveUp {

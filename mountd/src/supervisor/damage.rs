@@ -1,6 +1,7 @@
 //! Stops or kills processes that need a damaged block (`--on-damage`).
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use rustix::process::Signal;
 use stencilfs::control::{FileKey, OnDamage};
@@ -34,8 +35,9 @@ impl DamagedReaders {
     }
 
     /// Sends the signal of the mount's option to the process of a thread that needs a damaged block, and logs it. The
-    /// processes `own`, this one and threads of the kernel get none. Does not block.
-    pub fn stop(&mut self, thread: u32, key: &FileKey, offset: u64, own: &[u32]) {
+    /// processes `own`, this one, threads of the kernel, and threads that started after the READ `arrived` (in time
+    /// since boot) get none. Does not block.
+    pub fn stop(&mut self, (thread, arrived): (u32, Duration), key: &FileKey, offset: u64, own: &[u32]) {
         let place = || format!("template {} file {} offset {offset}", key.digest, sanitize(&key.file));
         let read = (key.digest, Digest::of(key.file.as_bytes()), offset);
         let (signal, done) = match self.on_damage {
@@ -43,16 +45,19 @@ impl DamagedReaders {
             OnDamage::Stop => (Signal::STOP, "stopped"),
             OnDamage::Kill => (Signal::KILL, "killed"),
         };
-        match signal_process_of(thread, signal, own) {
-            Ok(Target::Signalled(process)) => {
-                if self.logged.contains(&(process, read)) {
+        match signal_process_of(thread, arrived, signal, own) {
+            Ok(Target::Signalled(status, process)) => {
+                if process.is_some_and(|process| self.logged.contains(&(process, read))) {
                     return;
                 }
-                self.logged.truncate(MAX_LOGGED - 1);
-                self.logged.push_front((process, read));
+                if let Some(process) = process {
+                    self.logged.truncate(MAX_LOGGED - 1);
+                    self.logged.push_front((process, read));
+                }
                 let advice = match self.on_damage {
                     OnDamage::Stop => {
-                        "; end it and do not continue it: its access fails, and a guest reads zeros"
+                        "; end the process, do not continue the process: the failed access is not repeated, and a \
+                         guest reads zeros"
                     }
                     _ => "",
                 };
@@ -60,8 +65,8 @@ impl DamagedReaders {
                     "{}: {done} process {} ({}), which needs this damaged page{advice}; \
                      to repair the template, import the same memory again",
                     place(),
-                    process.pid,
-                    sanitize(&name_of(process.pid)),
+                    status.tgid,
+                    sanitize(&status.name),
                 );
             }
             Ok(Target::Spared(status)) => {
@@ -76,7 +81,11 @@ impl DamagedReaders {
             }
             Ok(Target::Ended) => {}
             Err(error) => {
-                log::error!("{}: a process that needs this damaged page was not {done}: {error}", place());
+                log::error!(
+                    "{}: a process that needs this damaged page was not {done}: {error}; the READ fails with EIO: \
+                     end the clones of this template",
+                    place()
+                );
             }
         }
     }
@@ -84,21 +93,27 @@ impl DamagedReaders {
 
 /// What happened to a process that needs a damaged block.
 enum Target {
-    Signalled(ProcessId),
+    /// The process, if its id could be read for the log.
+    Signalled(Status, Option<ProcessId>),
     /// No signal may be sent to this thread.
     Spared(Status),
     Ended,
 }
 
-fn signal_process_of(tid: u32, signal: Signal, own: &[u32]) -> Result<Target> {
+fn signal_process_of(tid: u32, arrived: Duration, signal: Signal, own: &[u32]) -> Result<Target> {
     // Opened before its status is read: if the status were of a later thread with the same number, this one had ended.
     let Some(thread) = Thread::of(tid)? else { return Ok(Target::Ended) };
-    let Some(status) = procfs::status_of_thread(tid)? else { return Ok(Target::Ended) };
+    let Some(mut status) = procfs::status_of_thread(tid)? else { return Ok(Target::Ended) };
+    if procfs::is_later_thread(tid, arrived)? {
+        return Ok(Target::Ended);
+    }
     if status.is_kernel_thread || status.tgid == std::process::id() || own.contains(&status.tgid) {
         return Ok(Target::Spared(status));
     }
-    let Some(process) = ProcessId::of(status.tgid)? else { return Ok(Target::Ended) };
-    Ok(if thread.signal(signal)? { Target::Signalled(process) } else { Target::Ended })
+    // Read before the signal: a killed process has no name.
+    status.name = name_of(status.tgid);
+    let process = ProcessId::of(status.tgid).ok().flatten();
+    Ok(if thread.signal(signal)? { Target::Signalled(status, process) } else { Target::Ended })
 }
 
 #[cfg(test)]
@@ -130,18 +145,20 @@ mod tests {
         let key = FileKey { digest: Digest::of(b"x"), file: "memory".into() };
         let (reader, server) = (Sleeper::start(), Sleeper::start());
         let mut readers = DamagedReaders::new(OnDamage::Kill);
-        let (pid, own) = (reader.0.id(), [server.0.id()]);
+        let (pid, own, now) = (reader.0.id(), [server.0.id()], procfs::since_boot());
         // This process would end with the test.
         for thread in [std::process::id(), server.0.id(), u32::MAX >> 1, 0] {
-            readers.stop(thread, &key, 5 << 16, &own);
+            readers.stop((thread, now), &key, 5 << 16, &own);
             assert!(readers.logged.is_empty(), "thread {thread}");
         }
         assert!(ProcessId::of(server.0.id()).unwrap().unwrap().is_alive());
-        DamagedReaders::new(OnDamage::Eio).stop(pid, &key, 0, &own);
+        DamagedReaders::new(OnDamage::Eio).stop((pid, now), &key, 0, &own);
+        // A READ from before the start of the process was that of an earlier thread with the same number.
+        readers.stop((pid, now - Duration::from_secs(60)), &key, 0, &own);
         let process = ProcessId::of(pid).unwrap().unwrap();
         assert!(process.is_alive());
-        readers.stop(pid, &key, 5 << 16, &own);
-        readers.stop(pid, &key, 5 << 16, &own);
+        readers.stop((pid, now), &key, 5 << 16, &own);
+        readers.stop((pid, now), &key, 5 << 16, &own);
         assert_eq!(readers.logged, [(process, (key.digest, Digest::of(b"memory"), 5 << 16))]);
         assert!(process.wait_for_exit(std::time::Duration::from_secs(5)).unwrap());
     }

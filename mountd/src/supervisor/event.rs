@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use stencilfs::control::{Failure, FileKey, Request, Response, UnmountMode};
 use stencilfs::error::{Error, Result};
@@ -205,6 +205,8 @@ pub enum Action {
         key: FileKey,
         /// Offset of the READ in the file.
         offset: u64,
+        /// When the server had the READ, in time since boot.
+        arrived: Duration,
     },
     /// Counts a server that the watchdog replaced.
     CountReplaced,

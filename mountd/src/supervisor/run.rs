@@ -347,9 +347,9 @@ impl Supervisor {
             Action::StoreBackings => self.manager.store_backings(self.machine.backings().registered()),
             Action::ForgetBackings(ids) => self.manager.forget_backings(&ids),
             Action::AnnounceStop => self.manager.stopping(),
-            Action::StopReader { thread, key, offset } => {
+            Action::StopReader { thread, key, offset, arrived } => {
                 let own: Vec<u32> = self.servers.values().map(|server| server.process.pid).collect();
-                self.damaged_readers.stop(thread, &key, offset, &own);
+                self.damaged_readers.stop((thread, arrived), &key, offset, &own);
             }
             Action::CountReplaced => self.resources.stats.count(Counter::WatchdogReplaced),
             Action::Respond(caller, response, file) => return self.respond(caller, response, file),

@@ -232,13 +232,28 @@ pub fn exit_status_of_zombie(pid: u32) -> Option<i32> {
 /// Returns an error if `/proc/PID/stat` cannot be read.
 pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
     let Some(stat) = stat(pid)? else { return Ok(None) };
-    let since_boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let since_boot = Duration::from_secs(since_boot.tv_sec.unsigned_abs())
-        + Duration::from_nanos(since_boot.tv_nsec.unsigned_abs());
-    let ticks = rustix::param::clock_ticks_per_second().max(1);
-    let at = Duration::from_millis((stat.start_ticks.saturating_add(1)).saturating_mul(1000) / ticks);
+    let at = after_ticks(stat.start_ticks.saturating_add(1));
     let now = SystemTime::now();
-    Ok(Some(now.checked_sub(since_boot.saturating_sub(at)).unwrap_or(now)))
+    Ok(Some(now.checked_sub(since_boot().saturating_sub(at)).unwrap_or(now)))
+}
+
+/// Returns the time since boot, in the time namespace of this process.
+pub fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_nanos(time.tv_nsec.unsigned_abs())
+}
+
+fn after_ticks(ticks: u64) -> Duration {
+    Duration::from_millis(ticks.saturating_mul(1000) / rustix::param::clock_ticks_per_second().max(1))
+}
+
+/// Returns true if a thread certainly started after a time since boot: false within the same clock tick, and for a
+/// thread that has exited. Does not block.
+///
+/// # Errors
+/// Returns an error if `/proc/TID/stat` cannot be read.
+pub fn is_later_thread(tid: u32, time: Duration) -> Result<bool> {
+    Ok(stat(tid)?.is_some_and(|stat| after_ticks(stat.start_ticks) > time))
 }
 
 /// Returns the cgroup of a process, with cgroup v1 that of the memory controller, or `None` if the process has exited.

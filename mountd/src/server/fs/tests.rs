@@ -451,7 +451,7 @@ fn a_read_of_one_damaged_page_is_answered_after_its_process_was_stopped() {
     let stopped: Vec<(u32, &FileKey, u64)> = requests
         .iter()
         .filter_map(|request| match request {
-            ServerRequest::StopReader { thread, key, offset } => Some((*thread, key, *offset)),
+            ServerRequest::StopReader { thread, key, offset, .. } => Some((*thread, key, *offset)),
             _ => None,
         })
         .collect();

@@ -1,14 +1,16 @@
 //! READs of damaged blocks, if the mount stops the processes that need such a block (`--on-damage`).
 //!
-//! Only the supervisor may signal other processes. The READ waits for the supervisor without a thread, so that other
-//! READs are answered even while no supervisor lives, and is then answered with EIO.
+//! Only the supervisor may signal other processes. The READ waits for the supervisor without a thread (unless all
+//! parking slots are taken), so that other READs are answered even while no supervisor lives, and is then answered with
+//! EIO.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use stencilfs::control::{FileKey, OnDamage, Phase, RequestInfo};
 use stencilfs::error::Result;
-use stencilfs::sys::process::threads;
+use stencilfs::sys::process::{procfs, threads};
 use stencilfs::units::PAGE_SIZE;
 
 use crate::protocol::ServerRequest;
@@ -21,6 +23,9 @@ use crate::server::refusal::Refusal;
 struct DamagedRead {
     flight: Flight,
     key: FileKey,
+    refusal: Refusal,
+    /// Time since boot.
+    arrived: Duration,
     reply: ReadReply,
 }
 
@@ -28,18 +33,19 @@ impl DamagedRead {
     /// Makes the supervisor stop the process, then sends the reply. If the supervisor cannot be reached, the reply is
     /// sent all the same.
     fn finish(self, link: &Link) {
-        let DamagedRead { flight, key, reply } = self;
+        let DamagedRead { flight, key, refusal, arrived, reply } = self;
         let RequestInfo { thread, offset, .. } = *flight.request();
-        if let Err(error) = link.request_done(&ServerRequest::StopReader { thread, key: key.clone(), offset })
-        {
+        let request = ServerRequest::StopReader { thread, key: key.clone(), offset, arrived };
+        if let Err(error) = link.request_done(&request) {
             log::error!(
-                "template {} file {} offset {offset}: the process of thread {thread} was not stopped: {error}",
+                "template {} file {} offset {offset}: the process of thread {thread} was not signalled: {error}; \
+                 the READ fails with EIO: end the clones of this template",
                 key.digest,
                 key.file
             );
         }
         flight.replying();
-        reply(Err(Refusal::Damaged));
+        reply(Err(refusal));
     }
 }
 
@@ -71,15 +77,17 @@ impl DamagedReads {
     }
 
     /// Returns true if the process of this READ is stopped. After a failed readahead the kernel reads each page alone
-    /// that a process needs. A longer READ is a readahead, and its process may need another page of the range.
+    /// that a process needs. A longer READ is a readahead, whose process may need another page of the range, or a direct
+    /// read, whose process sees the EIO.
     pub fn includes(request: &RequestInfo) -> bool {
         request.thread != 0 && u64::from(request.size) <= PAGE_SIZE
     }
 
     /// Stops the process of a READ, then answers the READ with EIO.
-    pub fn refuse(&self, mut flight: Flight, key: FileKey, reply: ReadReply) {
+    pub fn refuse(&self, mut flight: Flight, key: FileKey, refusal: Refusal, reply: ReadReply) {
+        let arrived = procfs::since_boot();
         let is_parked = flight.park(Phase::Parked);
-        let read = DamagedRead { flight, key, reply };
+        let read = DamagedRead { flight, key, refusal, arrived, reply };
         // All parking slots are taken: wait in this thread.
         let unqueued = if is_parked { self.queue.send(read).err().map(|error| error.0) } else { Some(read) };
         if let Some(read) = unqueued {

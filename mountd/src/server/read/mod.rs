@@ -41,7 +41,8 @@ impl Reader {
         Reader { tree, decoder, damaged, stats }
     }
 
-    /// Sends the reply to a READ, later if the READ is of a damaged block and its process is stopped before. Returns the READ without a reply if the store is away.
+    /// Sends the reply to a READ. If the process is to be stopped first, another thread sends the reply later. Returns
+    /// the READ without a reply if the store is away.
     pub fn answer<R>(&self, flight: Flight, reply: R) -> Option<(Flight, R)>
     where
         R: FnOnce(Result<&[u8], Refusal>) + Send + 'static,
@@ -58,11 +59,12 @@ impl Reader {
             return Some((flight, reply));
         }
         refusal.counter().into_iter().for_each(|counter| self.stats.count(counter));
-        if refusal == Refusal::Damaged
+        // Failed: for example, the disk cannot read the block.
+        if matches!(refusal, Refusal::Damaged | Refusal::Failed)
             && let Some(damaged) = self.damaged.as_ref().filter(|_| DamagedReads::includes(flight.request()))
             && let Some(key) = self.key(flight.request().ino)
         {
-            damaged.refuse(flight, key, Box::new(reply));
+            damaged.refuse(flight, key, refusal, Box::new(reply));
             return None;
         }
         flight.replying();
@@ -70,10 +72,13 @@ impl Reader {
         None
     }
 
+    /// Returns the file of an inode number; its place in the template as the name, if the template is so damaged that
+    /// it cannot be opened.
     fn key(&self, ino: u64) -> Option<FileKey> {
         let Node::File(digest, file, _) = self.tree.node(ino).ok()? else { return None };
-        let template = self.tree.template_in_use(&digest).ok()?;
-        Some(FileKey { digest, file: template.files().get(file)?.name.clone() })
+        let template = self.tree.template_in_use(&digest).ok();
+        let name = template.and_then(|template| Some(template.files().get(file)?.name.clone()));
+        Some(FileKey { digest, file: name.unwrap_or_else(|| format!("#{file}")) })
     }
 
     /// Passes the requested bytes to `send`, or returns the refusal.

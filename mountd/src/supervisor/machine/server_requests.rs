@@ -103,9 +103,9 @@ impl Machine {
                 self.removal.note_in_force(id, ring, grace_ms);
                 Some(Ok(ServerReply::Done))
             }
-            ServerRequest::StopReader { thread, key, offset } => {
+            ServerRequest::StopReader { thread, key, offset, arrived } => {
                 if self.mount.options.on_damage != OnDamage::Eio {
-                    self.actions.push(Action::StopReader { thread, key, offset });
+                    self.actions.push(Action::StopReader { thread, key, offset, arrived });
                 }
                 Some(Ok(ServerReply::Done))
             }

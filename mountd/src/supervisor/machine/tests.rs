@@ -91,7 +91,12 @@ fn a_server_that_does_not_wait_for_its_reply_is_replaced() {
 
 #[test]
 fn a_reader_of_a_damaged_block_is_stopped_before_the_reply() {
-    let stop = || ServerRequest::StopReader { thread: 7, key: Key(0).file(), offset: 4096 };
+    let stop = || ServerRequest::StopReader {
+        thread: 7,
+        key: Key(0).file(),
+        offset: 4096,
+        arrived: Duration::from_secs(5),
+    };
     let mut world = serving_world();
     assert!(matches!(world.request(stop()), Some(ServerReply::Done)));
     assert_eq!(world.seen("StopReader"), 0, "not with --on-damage eio");
@@ -101,7 +106,10 @@ fn a_reader_of_a_damaged_block_is_stopped_before_the_reply() {
         assert!(matches!(world.request(stop()), Some(ServerReply::Done)));
         let actions = &world.log[before..];
         assert_eq!(actions.len(), 2, "{actions:?}");
-        assert!(actions[0].starts_with("StopReader { thread: 7") && actions[0].ends_with("offset: 4096 }"));
+        assert!(
+            actions[0].starts_with("StopReader { thread: 7")
+                && actions[0].ends_with("offset: 4096, arrived: 5s }")
+        );
         assert!(actions[1].starts_with("Reply"), "{actions:?}");
     }
 }

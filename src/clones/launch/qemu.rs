@@ -135,26 +135,36 @@ fn cut_off(qmp: &mut Qmp, network: &str) -> Result<()> {
     // Also takes away the link of the cards.
     qmp.run("set_link", json!({"name": network, "up": false}))?;
     let text = qmp.run("human-monitor-command", json!({"command-line": "info network"}))?;
-    for card in cards_on(text.as_str().unwrap_or_default(), network) {
+    let cards = cards_on(text.as_str().unwrap_or_default(), network).ok_or_else(|| {
+        Error::failed(format!("QEMU's 'info network' does not show network {network}"))
+            .hint("launch the clones with another version of QEMU, and report this one")
+    })?;
+    for card in cards {
         qmp.run("set_link", json!({"name": card, "up": true}))?;
     }
     Ok(())
 }
 
-/// Returns the names of the cards on a network in the text of `info network`: below the line of each card is an
-/// indented line of its network.
-fn cards_on<'a>(text: &'a str, network: &str) -> BTreeSet<&'a str> {
-    let mut card = "";
-    let mut found = BTreeSet::new();
+/// Returns the names of the cards on a network in the text of `info network`, or `None` if the text does not have the
+/// network. An indented line is the peer of the card, hub or network in the line above.
+fn cards_on<'a>(text: &'a str, network: &str) -> Option<BTreeSet<&'a str>> {
+    let (mut above, mut is_found) = ("", false);
+    let mut cards = BTreeSet::new();
     for line in text.lines() {
-        let Some((name, _)) = line.split_once(": ") else { continue };
-        match name.strip_prefix(" \\ ") {
-            None => card = name,
-            Some(peer) if peer == network => drop(found.insert(card)),
+        let indented = line.strip_prefix(" \\ ");
+        let mut words = indented.unwrap_or(line).split(": ");
+        let names: Vec<&str> = words.by_ref().take_while(|word| !word.starts_with("index=")).collect();
+        is_found |= names.contains(&network);
+        match indented {
+            None => {
+                above =
+                    if line.contains("type=nic") { names.first().copied().unwrap_or_default() } else { "" }
+            }
+            Some(_) if names.first() == Some(&network) && !above.is_empty() => drop(cards.insert(above)),
             Some(_) => {}
         }
     }
-    found
+    is_found.then_some(cards)
 }
 
 /// Updates the clock of a resumed guest through its agent. The emulated RTC follows the host's clock.
@@ -177,9 +187,14 @@ mod tests {
         let text = "eth0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\r\n \\ lan: index=0,type=tap,\
                     ifname=tap0,script=/etc/ifup\r\neth0: index=1,type=nic,model=virtio-net-pci\r\n \\ lan: index=1,\
                     type=tap,fd=9\r\ne1000.0: index=0,type=nic\r\n \\ net0: index=0,type=user,net=10.0.2.0\r\nspare: \
-                    index=0,type=tap\r\n";
-        assert_eq!(cards_on(text, "lan"), BTreeSet::from(["eth0"]));
-        assert_eq!(cards_on(text, "net0"), BTreeSet::from(["e1000.0"]));
-        assert_eq!(cards_on(text, "spare"), BTreeSet::new());
+                    index=0,type=tap\r\nhub 0\r\n \\ hub0port1: hubbed: index=0,type=tap,ifname=tap1\r\n \\ hub0port0: \
+                    rtl.0: index=0,type=nic\r\n";
+        assert_eq!(cards_on(text, "lan"), Some(BTreeSet::from(["eth0"])));
+        assert_eq!(cards_on(text, "net0"), Some(BTreeSet::from(["e1000.0"])));
+        // QEMU does not take the link from a card that is connected through a hub.
+        for network in ["spare", "hubbed"] {
+            assert_eq!(cards_on(text, network), Some(BTreeSet::new()), "{network}");
+        }
+        assert_eq!(cards_on(text, "other"), None);
     }
 }

@@ -52,7 +52,10 @@ impl Api {
     pub fn of_process(path: &Path, vm: ProcessId) -> Result<Api> {
         let api = Api::connect(path)?;
         match api.peer_pid()? {
-            found if found == vm.pid && vm.is_alive() => Ok(api),
+            _ if !vm.is_alive() => Err(Error::failed(format!("Firecracker (process {}) has exited", vm.pid))
+                .at(path)
+                .hint("start the VM again")),
+            found if found == vm.pid => Ok(api),
             found => Err(Error::failed(format!(
                 "expected process {} on this socket, found process {found}",
                 vm.pid

@@ -27,9 +27,10 @@ use crate::units::Bytes;
 /// qemu-img must be in PATH, and the store needs space for a copy of each qcow2 image. With --pause or --quit, the VM
 /// stays paused until its disks are read, and no overlay is made.
 ///
-/// Firecracker: it writes a full snapshot to temporary files, then the VM resumes and the files are imported. The file
-/// system of the store, or for a VM in a jail the file system of the jail, needs space for the memory. Disks are not
-/// part of the template: a VM with a writable disk can be captured only with --pause or --quit.
+/// Firecracker writes a full snapshot to temporary files, then the VM resumes and the files are imported. The file
+/// system of the store needs space for the memory and for the new blocks. A Firecracker in a jail, or of another user,
+/// writes the snapshot to its working directory, which then needs the space for the memory. Disks are not part of the
+/// template: a running VM with a writable disk can be captured only with --pause or --quit.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -78,6 +78,15 @@ impl ResumeOnDeath {
         held.transpose().map_err(|e| Error::failed("cannot duplicate a file descriptor").because(e))
     }
 
+    /// Changes the state to restore.
+    ///
+    /// # Errors
+    /// Returns an error if the helper has exited.
+    pub fn tell_before(&mut self, before: Before) -> Result<()> {
+        self.tell(&Message::Before(before))
+            .map_err(|e| Error::failed("the watchdog of the VM has exited").because(e))
+    }
+
     /// Tells the helper that the pause is over.
     pub fn tell_resumed(&mut self) {
         let _ = self.tell(&Message::Over);

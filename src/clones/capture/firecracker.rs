@@ -27,7 +27,7 @@ use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportFormat, ImportRequest, Source, Store, TagName, random_name};
 use crate::sys::files::directory::Directory;
 use crate::sys::probe;
-use crate::sys::process::{ProcessId, paused};
+use crate::sys::process::{ProcessId, cgroup, paused};
 use crate::units::Bytes;
 
 /// Timeout of a snapshot without memory.
@@ -67,16 +67,15 @@ impl Microvm {
                 Error::failed(
                     "Firecracker does not report the size of its memory (GET /vm/config, mem_size_mib)",
                 )
-                .hint("use a Firecracker release between 1.0 and the newest one")
+                .hint("use Firecracker 1.0 or later")
             })?;
         let (ran, memory) = (state == "running", Bytes::new(size.saturating_mul(1 << 20)));
         let mut findings = findings(&state, &config, ran && may_run);
-        if file_size_limit(process.pid).is_some_and(|limit| limit < memory) {
+        if let Some(limit) = file_size_limit(process.pid).filter(|limit| *limit < memory) {
             findings.push(Finding {
                 about: "ram",
                 blocks: true,
-                what: "the limit of Firecracker on the size of files is below the size of the memory"
-                    .to_owned(),
+                what: format!("Firecracker may write files of at most {limit}, and the memory has {memory}"),
                 remedy: "start Firecracker without this limit (ulimit -f, --resource-limit fsize=)"
                     .to_owned(),
             });
@@ -111,7 +110,7 @@ fn findings(state: &str, config: &Value, resumes: bool) -> Vec<Finding> {
     }
     if config["vsock"].is_object() {
         let what = "Firecracker resets the vsock connections of the guest at each snapshot";
-        add("device", false, what.to_owned(), "connect again");
+        add("device", false, what.to_owned(), "connect the programs that use vsock again");
     }
     for drive in ["drives", "pmem"].into_iter().filter_map(|key| config[key].as_array()).flatten() {
         let text = |keys: &[&str]| keys.iter().find_map(|key| drive[*key].as_str()).unwrap_or("?").to_owned();
@@ -246,6 +245,8 @@ struct PausedMicrovm {
     api: Api,
     socket: PathBuf,
     vm: ProcessId,
+    /// True if the guest was running.
+    ran: bool,
     before: SavedMicrovm,
     directory: Option<FilesDirectory>,
     /// `None` after the VM was restored or released.
@@ -256,9 +257,9 @@ struct PausedMicrovm {
 }
 
 impl PausedMicrovm {
-    /// Starts the helper, which must know of the pause and of the files before they are made.
+    /// Starts the helper, which must know of the files before they are made, and of the pause before it begins.
     fn prepare(api: Api, socket: &Path, vm: ProcessId, ran: bool, lock: VmLock) -> Result<PausedMicrovm> {
-        let mut before = SavedMicrovm { ran, files: vec![], directory: None };
+        let mut before = SavedMicrovm { paused: false, files: vec![], directory: None };
         let mut inherited = vec![lock.share()?];
         let directory = if can_open_own_files(vm.pid) { None } else { Some(FilesDirectory::of(vm)?) };
         if let Some(FilesDirectory { directory, .. }) = &directory {
@@ -271,7 +272,7 @@ impl PausedMicrovm {
         }
         let helper = ResumeOnDeath::start(socket, vm, inherited, Before::Firecracker(before.clone()))?;
         let (socket, helper, since) = (socket.to_owned(), Some(helper), Instant::now());
-        Ok(PausedMicrovm { api, socket, vm, before, directory, helper, since, _lock: lock })
+        Ok(PausedMicrovm { api, socket, vm, ran, before, directory, helper, since, _lock: lock })
     }
 
     /// Pauses the guest, and makes Firecracker write a snapshot. Returns the files with memory and state.
@@ -285,11 +286,15 @@ impl PausedMicrovm {
             Some(name) => name.clone(),
             None => format!("/proc/{}/fd/{}", std::process::id(), files[at].as_raw_fd()),
         });
-        if self.before.ran {
+        if self.ran {
             if self.api.state()? != "running" {
                 return Err(Error::try_again("another client has paused the VM")
                     .at(&self.socket)
                     .hint("capture the VM again while no other client controls the VM"));
+            }
+            self.before.paused = true;
+            if let Some(helper) = &mut self.helper {
+                helper.tell_before(Before::Firecracker(self.before.clone()))?;
             }
             self.since = Instant::now();
             self.api.set_state("Paused")?;
@@ -320,14 +325,22 @@ impl PausedMicrovm {
             None => store.dir().to_owned(),
         };
         let needed = memory + MAX_STATE;
-        let free = probe::file_system(&path)?.free;
-        if free < needed {
-            let shown = fs::read_link(&path).unwrap_or(path);
-            return Err(Error::failed(format!("the snapshot needs {needed}, and {free} are free"))
+        let found = probe::file_system(&path)?;
+        let shown = fs::read_link(&path).unwrap_or(path);
+        if found.free < needed {
+            return Err(Error::failed(format!("the snapshot needs {needed}, and {} are free", found.free))
                 .at(shown)
                 .hint("free space in this file system"));
         }
-        Ok(())
+        // Without this check, the kernel would end Firecracker for its memory limit.
+        match cgroup::memory_left(self.vm.pid).filter(|left| found.is_memory() && *left < needed) {
+            Some(left) => Err(Error::failed(format!(
+                "the snapshot needs {needed} of memory, and the memory limit of Firecracker's control group leaves {left}"
+            ))
+            .at(shown)
+            .hint("raise the limit, or put the working directory of Firecracker on a disk")),
+            None => Ok(()),
+        }
     }
 
     fn create_file(&self, store: &Store, at: usize) -> Result<File> {
@@ -376,7 +389,11 @@ impl PausedMicrovm {
     fn quit(&mut self) -> Result<String> {
         self.dismiss();
         for signal in [Signal::TERM, Signal::KILL] {
-            self.vm.signal(signal)?;
+            self.vm.signal(signal).map_err(|error| {
+                error.hint(
+                    "the VM is paused: end Firecracker as root or as its user, or resume the VM (PATCH /vm)",
+                )
+            })?;
             if self.vm.wait_for_exit(EXIT_TIMEOUT)? {
                 return Ok("quit".to_owned());
             }

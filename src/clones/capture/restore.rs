@@ -79,8 +79,8 @@ impl SavedState {
 /// open files without a name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedMicrovm {
-    /// True if the guest was running.
-    pub ran: bool,
+    /// True if the capture has paused the guest, or is about to.
+    pub paused: bool,
     /// Names of temporary files. Empty if the files have no names.
     pub files: Vec<String>,
     /// Number of the descriptor of their directory in the helper.
@@ -88,18 +88,18 @@ pub struct SavedMicrovm {
 }
 
 impl SavedMicrovm {
-    /// Resumes the guest if it was running. Returns after Firecracker has executed all earlier requests. Uses a new
+    /// Resumes the guest if the capture has paused the guest. Returns after Firecracker has executed all earlier requests. Uses a new
     /// connection, because an earlier one may still wait for a reply.
     ///
     /// # Errors
     /// Returns an error if another process listens on the socket, or if Firecracker does not resume the guest.
     pub fn resume(&self, socket: &Path, vm: ProcessId) -> Result<()> {
         let mut api = Api::of_process(socket, vm)?;
-        if self.ran && api.state()? != "running" {
+        if self.paused && api.state()? != "running" {
             api.set_state("Resumed")?;
         }
         match api.state()?.as_str() {
-            state if self.ran && state != "running" => {
+            state if self.paused && state != "running" => {
                 Err(Error::failed(format!("the VM is in state '{state}' after its resume"))
                     .at(socket)
                     .hint("resume the VM with PATCH /vm"))

@@ -1,7 +1,9 @@
-//! OOM kill counters of memory cgroups, version 1 and 2.
+//! Memory cgroups, version 1 and 2: counters of OOM kills, and memory below the limit.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::units::Bytes;
 
 /// Where the cgroup file systems are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -32,6 +34,24 @@ impl OomKills {
     }
 }
 
+/// Returns how much memory the cgroups of a process leave below their limits, or `None` without a limit.
+pub fn memory_left(pid: u32) -> Option<Bytes> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let directories = candidates(&text).into_iter().filter_map(|file| Some(file.parent()?.to_owned()));
+    let left = directories.flat_map(|directory| {
+        let within = |path: &&Path| path.starts_with(ROOT);
+        directory.ancestors().take_while(within).filter_map(left_in).collect::<Vec<_>>()
+    });
+    left.min().map(Bytes::new)
+}
+
+/// Returns the difference between limit and use of one cgroup in bytes, or `None` without a limit.
+fn left_in(directory: &Path) -> Option<u64> {
+    let number = |name: &str| fs::read_to_string(directory.join(name)).ok()?.trim().parse::<u64>().ok();
+    let files = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")];
+    files.into_iter().find_map(|(limit, used)| Some(number(limit)?.saturating_sub(number(used)?)))
+}
+
 /// Returns the counter files for the cgroups of a `/proc/PID/cgroup`: that of version 1, if version 1 has the memory
 /// controller, before those of version 2.
 fn candidates(text: &str) -> Vec<PathBuf> {
@@ -56,6 +76,20 @@ fn parse(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use crate::sys::process::cgroup::*;
+
+    #[test]
+    fn memory_left_is_limit_minus_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        assert_eq!(left_in(dir.path()), None);
+        write("memory.max", "max\n");
+        write("memory.current", "300\n");
+        assert_eq!(left_in(dir.path()), None);
+        write("memory.max", "1000\n");
+        assert_eq!(left_in(dir.path()), Some(700));
+        write("memory.max", "200\n");
+        assert_eq!(left_in(dir.path()), Some(0));
+    }
 
     #[test]
     fn reads_counters_of_both_cgroup_versions() {

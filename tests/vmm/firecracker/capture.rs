@@ -119,24 +119,34 @@ fn a_captured_clone_stores_only_its_changed_pages_in_a_jail_too() {
     world.stencil(&["stop", "--all"]).ok();
 }
 
-/// Starts a capture and returns while Firecracker writes the memory to a file.
-fn capture_in_snapshot(world: &TestMount, socket: &Path, pid: u64) -> Child {
-    let mut command = world.command();
-    command.args(["capture", socket.to_str().unwrap(), "fc:2"]);
-    let capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    wait_for("a file of the snapshot", || {
-        let is_partly_written = |path: PathBuf| {
-            fs::metadata(path)
-                .is_ok_and(|meta| meta.len() == MEMORY_MIB << 20 && meta.blocks() * 512 < meta.len())
-        };
-        let fds = fs::read_dir(format!("/proc/{}/fd", capture.id())).unwrap().flatten();
-        let unnamed = fds.map(|fd| fd.path()).filter(|path| {
-            let is_unnamed = |link: PathBuf| link.to_string_lossy().ends_with(" (deleted)");
-            fs::read_link(path).is_ok_and(|link| link.starts_with(world.store_dir()) && is_unnamed(link))
+/// Starts a capture, and stops it while Firecracker writes the memory to a file. The guest is paused then.
+fn stopped_in_snapshot(world: &TestMount, socket: &Path, firecracker: u64) -> Child {
+    let is_partly_written = |path: PathBuf| {
+        let meta = fs::metadata(path);
+        meta.is_ok_and(|meta| meta.len() == MEMORY_MIB << 20 && meta.blocks() * 512 < meta.len())
+    };
+    loop {
+        let mut command = world.command();
+        command.args(["capture", socket.to_str().unwrap(), "fc:2"]);
+        let mut capture = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let is_writing = wait_for("a file of the snapshot", || {
+            let fds = fs::read_dir(format!("/proc/{}/fd", capture.id())).into_iter().flatten().flatten();
+            let unnamed = fds.map(|fd| fd.path()).filter(|path| {
+                let is_unnamed = |link: PathBuf| link.to_string_lossy().ends_with(" (deleted)");
+                fs::read_link(path).is_ok_and(|link| link.starts_with(world.store_dir()) && is_unnamed(link))
+            });
+            if unnamed.chain(temporary_files(firecracker)).any(is_partly_written) {
+                return Some(true);
+            }
+            capture.try_wait().unwrap().map(|_| false)
         });
-        unnamed.chain(temporary_files(pid)).any(is_partly_written).then_some(())
-    });
-    capture
+        if is_writing {
+            assert!(ProcessId::of(capture.id()).unwrap().unwrap().signal(Signal::STOP).unwrap());
+            return capture;
+        }
+        // The capture was faster than this thread.
+        world.stencil(&["rm", "fc:2"]).ok();
+    }
 }
 
 /// Waits until no process has locked the VM for a capture, so that the helper of a killed capture has exited.
@@ -153,9 +163,9 @@ fn soak_a_killed_capture_leaves_the_vm_running_and_no_file() {
     for mut clone in [launch(&world, 1, &[]).remove(0), launch_in_jail(&world)] {
         let socket = clone.dir.join("api.sock");
         for round in 0..host::rounds(3, 20) {
-            let mut capture = capture_in_snapshot(&world, &socket, clone.pid);
+            let mut capture = stopped_in_snapshot(&world, &socket, clone.pid);
             capture.kill().unwrap();
-            assert!(!capture.wait().unwrap().success(), "round {round}: the capture was faster");
+            assert!(!capture.wait().unwrap().success(), "round {round}");
             wait_for_the_helper(&world, &socket);
             assert_eq!(state(&socket), "running", "round {round}");
             assert_eq!(temporary_files(clone.pid), [] as [PathBuf; 0]);
@@ -167,15 +177,28 @@ fn soak_a_killed_capture_leaves_the_vm_running_and_no_file() {
 }
 
 #[test]
+fn a_vm_that_its_owner_has_paused_stays_paused_when_a_capture_fails() {
+    let _host = host::shared();
+    let world = TestMount::unmounted();
+    let source = boot(&world, &[]);
+    source.run("PATCH /vm", json!({"state": "Paused"}));
+    run("prlimit", &["--pid", &source.pid().to_string(), "--fsize=64000000:"]);
+    let socket = source.socket().display().to_string();
+    world.stencil(&["capture", &socket, "fc:1"]).exits(2).says("Firecracker may write files of at most");
+    assert_eq!(state(&source.socket()), "paused");
+}
+
+#[test]
 fn a_vm_that_dies_during_its_capture_leaves_no_file_in_its_jail() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");
     drop(import_snapshot(&world, &[]));
     let clone = launch_in_jail(&world);
     let directory = File::open(format!("/proc/{}/cwd", clone.pid)).unwrap();
-    let mut capture = capture_in_snapshot(&world, &clone.dir.join("api.sock"), clone.pid);
     let process = ProcessId::of(clone.pid as u32).unwrap().unwrap();
+    let mut capture = stopped_in_snapshot(&world, &clone.dir.join("api.sock"), clone.pid);
     process.signal(Signal::KILL).unwrap();
+    assert!(ProcessId::of(capture.id()).unwrap().unwrap().signal(Signal::CONT).unwrap());
     assert!(!capture.wait().unwrap().success());
     let jail = format!("/proc/self/fd/{}", directory.as_raw_fd());
     wait_for("the removal of the temporary files", || {

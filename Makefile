@@ -18,8 +18,6 @@ export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 
 # The profile of the unit tests.
 profile ?= release
-# Less optimization compiles the unit tests in half the time. The dependencies remain those of the release build.
-unit_config := --config profile.release.opt-level=1 --config 'profile.release.package."*".opt-level=3'
 # make setup installs missing subcommands of cargo there.
 tools := PATH="$(abspath $(target))/tools/bin:$$PATH"
 # Unit tests run as user nobody, without /dev/fuse and /dev/kvm.
@@ -65,15 +63,15 @@ test: setup build test-unit
 
 test-unit:
 	@$(tools) $(CARGO) nextest --version >/dev/null || { echo 'cargo-nextest is missing: run make setup' >&2; exit 1; }
-	$(unprivileged) $(tools) $(CARGO) nextest run $(unit_config) --workspace --lib --bins $(all_features) --cargo-profile $(profile)
-	$(unprivileged) $(CARGO) test $(unit_config) --doc $(all_features) --profile $(profile)
+	$(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile $(profile)
+	$(unprivileged) $(CARGO) test --doc $(all_features) --profile $(profile)
 
 coverage:
 	@CARGO='$(CARGO)' tests/coverage.sh
 
 soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --workspace --test suite -- soak kill crash
-	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run $(unit_config) --workspace --lib --bins $(all_features) --cargo-profile release fuzz::
+	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile release fuzz::
 
 check:
 	$(CARGO) fmt --all -- --check

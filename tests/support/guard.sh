@@ -60,6 +60,9 @@ our_processes() {
             { at = index($0, "-> ")
               if (index(substr($0, at), top "release/stencil") || index(substr($0, at), top "debug/stencil")) {
                   split($1, part, "/"); print part[3] " aged" } }'
+        # So is a Firecracker in a jail, by its root directory.
+        grep -sF " $scratch/" /proc/[0-9]*/mountinfo | awk -v scratch="$scratch/" '
+            $5 == "/" && index($4, scratch) == 1 { split($1, part, "/"); print part[3] " aged" }'
     } | sort -u | while read -r pid aged; do
         { stat=$(</proc/"$pid"/stat); } 2>/dev/null || continue
         stat=${stat##*) }

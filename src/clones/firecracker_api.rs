@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::sys::process::ProcessId;
-use crate::sys::socket::peer::Peer;
+use crate::sys::socket::peer::{Peer, expect_listener};
 use crate::sys::socket::unix;
 
 /// Maximum length of a reply in bytes.
@@ -51,18 +51,8 @@ impl Api {
     /// Returns an error if nothing or another process listens on the socket.
     pub fn of_process(path: &Path, vm: ProcessId) -> Result<Api> {
         let api = Api::connect(path)?;
-        match api.peer_pid()? {
-            _ if !vm.is_alive() => Err(Error::failed(format!("Firecracker (process {}) has exited", vm.pid))
-                .at(path)
-                .hint("start the VM again")),
-            found if found == vm.pid => Ok(api),
-            found => Err(Error::failed(format!(
-                "expected process {} on this socket, found process {found}",
-                vm.pid
-            ))
-            .at(path)
-            .hint("pass the current API socket of the VM")),
-        }
+        expect_listener(path, vm, api.peer_pid()?)?;
+        Ok(api)
     }
 
     /// Returns the process that listens on the socket.

@@ -162,7 +162,7 @@ fn soak_sixty_four_clones_in_jails_cost_little_more_than_plain_firecrackers() {
         }
         let ratio = jailed / raw;
         println!(
-            "{CLONES} Firecrackers: {raw:.2} s; in jails by hand {by_hand:.2} s; in jails by stencil clone {jailed:.2} s, \
+            "{CLONES} Firecrackers, all rounds: {raw:.2} s; in jails by hand {by_hand:.2} s; in jails by stencil clone {jailed:.2} s, \
              {ratio:.2} times the first"
         );
         if ratio <= TIME_LIMIT { Ok(()) } else { Err(format!("{ratio:.2} times the time")) }
@@ -179,7 +179,7 @@ fn soak_sixty_four_clones_in_jails_run_by_decode() {
 }
 
 /// Checks that all clones read and write their memory, that their dirty pages and the sum of all are exact, and that
-/// they survive killed servers. Stops them; nothing may be left.
+/// the clones survive killed servers. Stops all clones; nothing may be left.
 fn check_and_stop(world: &TestMount, jails: &Jails, mut clones: Vec<Clone>) {
     // All guests together would take the processor time of the commands below, because the guests never idle.
     let set = |clones: &[Clone], state: &str| {

@@ -51,7 +51,9 @@ our_mounts() {
 
 # Prints the processes of this run: "PID STATE COMMAND".
 our_processes() {
-    local pid stat
+    local pid stat devices
+    # The kernel shows the root directory of a process relative to its file system, which may be a mount of this run.
+    devices=" $(our_mounts | cut -d' ' -f1 | tr '\n' ' ')"
     {
         grep -slzxF "STENCIL_TEST_RUN=$run" /proc/[0-9]*/environ | cut -d/ -f3
         # A process with an empty environment is recognized by its program and its age; one with another environment
@@ -61,8 +63,9 @@ our_processes() {
               if (index(substr($0, at), top "release/stencil") || index(substr($0, at), top "debug/stencil")) {
                   split($1, part, "/"); print part[3] " aged" } }'
         # So is a Firecracker in a jail, by its root directory.
-        grep -sF " $scratch/" /proc/[0-9]*/mountinfo | awk -v scratch="$scratch/" '
-            $5 == "/" && index($4, scratch) == 1 { split($1, part, "/"); print part[3] " aged" }'
+        grep -sF ' / ' /proc/[0-9]*/mountinfo | awk -v scratch="$scratch/" -v devices="$devices" '
+            $5 == "/" && (index($4, scratch) == 1 || index(devices, " " $3 " ")) {
+                split($1, part, "/"); print part[3] " aged" }'
     } | sort -u | while read -r pid aged; do
         { stat=$(</proc/"$pid"/stat); } 2>/dev/null || continue
         stat=${stat##*) }

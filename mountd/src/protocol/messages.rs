@@ -107,7 +107,7 @@ pub enum ServerRequest {
         key: FileKey,
         /// Offset of the READ in the file.
         offset: u64,
-        /// When the server had the READ, in time since boot. A thread that started later is another thread with the
+        /// When a server read the request, in time since boot. A thread that started later is another thread with the
         /// same number.
         arrived: Duration,
     },

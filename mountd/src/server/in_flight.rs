@@ -2,9 +2,11 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use stencilfs::control::{InFlightTable, Phase, RequestInfo, THREAD_SLOTS};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::process::times;
 
 use crate::protocol::stats::{Counter, Stats};
 
@@ -49,7 +51,7 @@ impl Flights {
             thread
         });
         self.table.enter(thread, &request);
-        Flight { flights: self, request, place: Place::Thread(thread) }
+        Flight { flights: self, request, place: Place::Thread(thread), arrived: times::since_boot() }
     }
 }
 
@@ -66,6 +68,8 @@ pub struct Flight {
     flights: &'static Flights,
     request: RequestInfo,
     place: Place,
+    /// Time since boot.
+    arrived: Duration,
 }
 
 impl Flight {
@@ -85,6 +89,11 @@ impl Flight {
     /// Returns the request.
     pub fn request(&self) -> &RequestInfo {
         &self.request
+    }
+
+    /// Returns when this server read the request, in time since boot.
+    pub fn arrived(&self) -> Duration {
+        self.arrived
     }
 
     /// Moves the request from the thread's slot to a parking slot. Returns false if no parking slot is free.

@@ -10,7 +10,7 @@ use stencilfs::sanitize::sanitize;
 use stencilfs::store::Digest;
 use stencilfs::sys::process::holders::name_of;
 use stencilfs::sys::process::procfs::{self, Status};
-use stencilfs::sys::process::{ProcessId, Thread};
+use stencilfs::sys::process::{ProcessId, Thread, times};
 
 /// Number of processes and READs that are not logged again.
 const MAX_LOGGED: usize = 256;
@@ -56,14 +56,13 @@ impl DamagedReaders {
                 }
                 let advice = match self.on_damage {
                     OnDamage::Stop => {
-                        "; end the process, do not continue the process: the failed access is not repeated, and a \
-                         guest reads zeros"
+                        "; end the process, do not continue the process: a guest can read zeros instead of the page"
                     }
                     _ => "",
                 };
                 log::error!(
-                    "{}: {done} process {} ({}), which needs this damaged page{advice}; \
-                     to repair the template, import the same memory again",
+                    "{}: {done} process {} ({}), which needs this page, and the page cannot be read{advice}; \
+                     if the log reports damage, import the same memory again to repair the template",
                     place(),
                     status.tgid,
                     sanitize(&status.name),
@@ -74,7 +73,7 @@ impl DamagedReaders {
                     let kind = if status.is_kernel_thread { "of the kernel" } else { "of this mount" };
                     let name = sanitize(&status.name);
                     log::warn!(
-                        "{}: thread {thread} {kind} ({name}) needs this damaged page and gets EIO",
+                        "{}: thread {thread} {kind} ({name}) needs this page, which cannot be read, and gets EIO",
                         place()
                     );
                 }
@@ -82,7 +81,7 @@ impl DamagedReaders {
             Ok(Target::Ended) => {}
             Err(error) => {
                 log::error!(
-                    "{}: a process that needs this damaged page was not {done}: {error}; the READ fails with EIO: \
+                    "{}: a process that needs this page was not {done}: {error}; the READ fails with EIO: \
                      end the clones of this template",
                     place()
                 );
@@ -104,7 +103,7 @@ fn signal_process_of(tid: u32, arrived: Duration, signal: Signal, own: &[u32]) -
     // Opened before its status is read: if the status were of a later thread with the same number, this one had ended.
     let Some(thread) = Thread::of(tid)? else { return Ok(Target::Ended) };
     let Some(mut status) = procfs::status_of_thread(tid)? else { return Ok(Target::Ended) };
-    if procfs::is_later_thread(tid, arrived)? {
+    if times::is_later_thread(tid, arrived)? {
         return Ok(Target::Ended);
     }
     if status.is_kernel_thread || status.tgid == std::process::id() || own.contains(&status.tgid) {
@@ -145,7 +144,7 @@ mod tests {
         let key = FileKey { digest: Digest::of(b"x"), file: "memory".into() };
         let (reader, server) = (Sleeper::start(), Sleeper::start());
         let mut readers = DamagedReaders::new(OnDamage::Kill);
-        let (pid, own, now) = (reader.0.id(), [server.0.id()], procfs::since_boot());
+        let (pid, own, now) = (reader.0.id(), [server.0.id()], times::since_boot());
         // This process would end with the test.
         for thread in [std::process::id(), server.0.id(), u32::MAX >> 1, 0] {
             readers.stop((thread, now), &key, 5 << 16, &own);

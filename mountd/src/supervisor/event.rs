@@ -205,7 +205,7 @@ pub enum Action {
         key: FileKey,
         /// Offset of the READ in the file.
         offset: u64,
-        /// When the server had the READ, in time since boot.
+        /// When a server read the request, in time since boot.
         arrived: Duration,
     },
     /// Counts a server that the watchdog replaced.

@@ -8,6 +8,7 @@ use super::replaced::{self, Replaced};
 use crate::clones::find::CloneProcess;
 use crate::error::{Code, Result};
 use crate::sys::memory::pagemap::{Categories, DirtyRange, Pagemap, Query};
+use crate::sys::process::cgroup;
 use crate::sys::process::procfs::{self, MapLine};
 use crate::sys::process::tasks;
 use crate::units::{Bytes, PageCount};
@@ -119,7 +120,7 @@ fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
     memory.overhead_bytes = overhead.iter().map(|range| Bytes::new(range.end - range.start)).sum();
     let Some(status) = procfs::status(clone.pid)? else { return Ok(None) };
     memory.page_table_bytes = status.page_tables;
-    let Some(cgroup) = procfs::cgroup(clone.pid)? else { return Ok(None) };
+    let Some(cgroup) = cgroup::path(clone.pid)? else { return Ok(None) };
     Ok(Some(Measured { memory, copied, replaced, overhead, command: status.name, uid: status.uid, cgroup }))
 }
 

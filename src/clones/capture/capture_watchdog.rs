@@ -16,6 +16,7 @@ use crate::clones::helper_process::this_program;
 use crate::clones::qmp::Qmp;
 use crate::error::{Error, Result};
 use crate::sys::process::{ProcessId, inherit, own_session};
+use crate::sys::socket::peer::expect_listener;
 
 /// The argument that makes this program the watchdog of a capture.
 pub const RESUME_ARGUMENT: &str = "capture-watchdog";
@@ -83,8 +84,9 @@ impl ResumeOnDeath {
     /// # Errors
     /// Returns an error if the helper has exited.
     pub fn tell_before(&mut self, before: Before) -> Result<()> {
-        self.tell(&Message::Before(before))
-            .map_err(|e| Error::failed("the watchdog of the VM has exited").because(e))
+        self.tell(&Message::Before(before)).map_err(|e| {
+            Error::failed("the watchdog of the VM has exited").because(e).hint("capture the VM again")
+        })
     }
 
     /// Tells the helper that the pause is over.
@@ -161,14 +163,8 @@ fn restore(socket: &Path, vm: ProcessId, before: &SavedState, is_resumed: bool) 
 fn session(socket: &Path, vm: ProcessId) -> Result<Qmp> {
     let mut qmp = Qmp::open(socket)?;
     let found = qmp.peer_pid()?;
-    if found != vm.pid || !vm.is_alive() {
-        return Err(Error::failed(format!(
-            "expected process {} on this socket, found process {found}",
-            vm.pid
-        ))
-        .at(socket)
-        .hint("resume the VM with QMP cont on its current socket"));
-    }
+    expect_listener(socket, vm, found)
+        .map_err(|e| e.hint("resume the VM with QMP cont on its current socket"))?;
     qmp.greet()?;
     Ok(qmp)
 }

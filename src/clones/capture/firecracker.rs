@@ -332,13 +332,16 @@ impl PausedMicrovm {
                 .at(shown)
                 .hint("free space in this file system"));
         }
-        // Without this check, the kernel would end Firecracker for its memory limit.
+        // Without this check, the kernel could kill Firecracker for its memory limit.
         match cgroup::memory_left(self.vm.pid).filter(|left| found.is_memory() && *left < needed) {
             Some(left) => Err(Error::failed(format!(
                 "the snapshot needs {needed} of memory, and the memory limit of Firecracker's control group leaves {left}"
             ))
             .at(shown)
-            .hint("raise the limit, or put the working directory of Firecracker on a disk")),
+            .hint(match self.directory {
+                Some(_) => "raise the limit, or start Firecracker in a directory on a disk",
+                None => "raise the limit, or use a store on a disk",
+            })),
             None => Ok(()),
         }
     }

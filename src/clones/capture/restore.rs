@@ -75,8 +75,8 @@ impl SavedState {
     }
 }
 
-/// The state of a Firecracker VM before a capture, and the files that the capture creates for a Firecracker that cannot
-/// open files without a name.
+/// What to restore of a Firecracker VM: the run state, and the files that the capture creates for a Firecracker that
+/// cannot open files without a name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedMicrovm {
     /// True if the capture has paused the guest, or is about to.
@@ -88,8 +88,8 @@ pub struct SavedMicrovm {
 }
 
 impl SavedMicrovm {
-    /// Resumes the guest if the capture has paused the guest. Returns after Firecracker has executed all earlier requests. Uses a new
-    /// connection, because an earlier one may still wait for a reply.
+    /// Resumes the guest if the capture has paused the VM. Returns after Firecracker has executed all earlier requests.
+    /// Uses a new connection, because an earlier one may still wait for a reply.
     ///
     /// # Errors
     /// Returns an error if another process listens on the socket, or if Firecracker does not resume the guest.
@@ -193,5 +193,48 @@ pub fn retry_while<T>(may_retry: impl Fn() -> bool, mut attempt: impl FnMut() ->
             outcome => return outcome,
         }
         pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// Restores a VM that is paused. Returns the requests other than GET.
+    fn requests(paused: bool) -> Vec<String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (mut state, mut changes, mut buffer) = ("Paused", vec![], [0; 4096]);
+            loop {
+                let got = stream.read(&mut buffer).unwrap();
+                if got == 0 {
+                    return changes;
+                }
+                let request = String::from_utf8_lossy(&buffer[..got]).into_owned();
+                let body = format!("{{\"state\": \"{state}\"}}");
+                if !request.starts_with("GET ") {
+                    changes.push(request);
+                    state = "Running";
+                }
+                let reply = format!("HTTP/1.1 200 \r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(reply.as_bytes()).unwrap();
+            }
+        });
+        let before = SavedMicrovm { paused, files: vec![], directory: None };
+        before.resume(&path, ProcessId::current().unwrap()).unwrap();
+        server.join().unwrap()
+    }
+
+    #[test]
+    fn a_guest_that_another_client_has_paused_stays_paused() {
+        assert_eq!(requests(false), Vec::<String>::new());
+        let changes = requests(true);
+        assert!(changes.len() == 1 && changes[0].contains("Resumed"), "{changes:?}");
     }
 }

@@ -17,7 +17,7 @@ use crate::clones::recipe::{Blob, Facts, LiveDisk, Plan, Ram, Recipe, Rom, is_de
 use crate::error::{Error, Result};
 use crate::store::{FileKind, ImportFile, Source};
 use crate::sys::process::ProcessId;
-use crate::sys::process::procfs;
+use crate::sys::process::{procfs, times};
 
 /// A VM that can be captured.
 pub(super) struct Vm {
@@ -218,7 +218,7 @@ const RELABEL_TIME: Duration = Duration::from_secs(60);
 /// Warns about files that changed after QEMU read them. QEMU does not keep the files open, so only their times show a
 /// change.
 fn changed_files(pid: u32, blobs: &[Blob]) -> Result<Vec<String>> {
-    let Some(started) = procfs::started_at(pid)? else { return Err(no_vm_here(pid)) };
+    let Some(started) = times::started_at(pid)? else { return Err(no_vm_here(pid)) };
     let changed = |blob: &&Blob| {
         let meta = std::fs::metadata(path_of(pid, &blob.path)).ok()?;
         let at = |seconds: i64, nanoseconds: i64| {

@@ -139,15 +139,15 @@ fn cut_off(qmp: &mut Qmp, network: &str) -> Result<()> {
         Error::failed(format!("QEMU's 'info network' does not show network {network}"))
             .hint("launch the clones with another version of QEMU, and report this one")
     })?;
-    // A card may have the name of its network. QEMU sets the link of both then, so the card stays without a link.
-    for card in cards.into_iter().filter(|card| *card != network) {
+    for card in cards {
         qmp.run("set_link", json!({"name": card, "up": true}))?;
     }
     Ok(())
 }
 
 /// Returns the names of the cards on a network in the text of `info network`, or `None` if the text does not have the
-/// network. An indented line is the peer of the card, hub or network in the line above.
+/// network. An indented line is the network of the card in the line above, or a port of a hub. A card with the name of
+/// its network is left out: QEMU would set the link of both.
 fn cards_on<'a>(text: &'a str, network: &str) -> Option<BTreeSet<&'a str>> {
     let (mut above, mut is_found) = ("", false);
     let mut cards = BTreeSet::new();
@@ -161,8 +161,12 @@ fn cards_on<'a>(text: &'a str, network: &str) -> Option<BTreeSet<&'a str>> {
                 above =
                     if line.contains("type=nic") { names.first().copied().unwrap_or_default() } else { "" }
             }
-            Some(_) if names.first() == Some(&network) && !above.is_empty() => drop(cards.insert(above)),
-            Some(_) => {}
+            Some(_) => {
+                let is_on_network = names.first() == Some(&network);
+                if is_on_network && !above.is_empty() && above != network {
+                    cards.insert(above);
+                }
+            }
         }
     }
     is_found.then_some(cards)
@@ -192,6 +196,8 @@ mod tests {
                     rtl.0: index=0,type=nic\r\n";
         assert_eq!(cards_on(text, "lan"), Some(BTreeSet::from(["eth0"])));
         assert_eq!(cards_on(text, "net0"), Some(BTreeSet::from(["e1000.0"])));
+        let same = "n: index=0,type=nic\r\n \\ n: index=0,type=tap\r\n";
+        assert_eq!(cards_on(same, "n"), Some(BTreeSet::new()));
         // QEMU does not take the link from a card that is connected through a hub.
         for network in ["spare", "hubbed"] {
             assert_eq!(cards_on(text, network), Some(BTreeSet::new()), "{network}");

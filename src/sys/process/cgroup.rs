@@ -1,8 +1,10 @@
-//! Memory cgroups, version 1 and 2: counters of OOM kills, and memory below the limit.
+//! Cgroups, version 1 and 2: the cgroup of a process, its counter of OOM kills, and its memory below the limit.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::error::Result;
+use crate::sys::process::procfs;
 use crate::units::Bytes;
 
 /// Where the cgroup file systems are mounted.
@@ -34,6 +36,30 @@ impl OomKills {
     }
 }
 
+/// Returns the cgroup of a process, with cgroup v1 that of the memory controller, or `None` if the process has exited.
+///
+/// # Errors
+/// Returns an error if the file cannot be read.
+pub fn path(pid: u32) -> Result<Option<String>> {
+    Ok(procfs::read_of(pid, "cgroup")?.map(|text| parse_path(&text)))
+}
+
+/// Parses the text of a `cgroup` file.
+fn parse_path(text: &str) -> String {
+    let mut unified = "/";
+    for line in text.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (_, controllers, path) = (parts.next(), parts.next().unwrap_or(""), parts.next().unwrap_or("/"));
+        if controllers.split(',').any(|c| c == "memory") {
+            return path.to_owned();
+        }
+        if controllers.is_empty() {
+            unified = path;
+        }
+    }
+    unified.to_owned()
+}
+
 /// Returns how much memory the cgroups of a process leave below their limits, or `None` without a limit.
 pub fn memory_left(pid: u32) -> Option<Bytes> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
@@ -45,11 +71,23 @@ pub fn memory_left(pid: u32) -> Option<Bytes> {
     left.min().map(Bytes::new)
 }
 
-/// Returns the difference between limit and use of one cgroup in bytes, or `None` without a limit.
+/// Returns how many bytes one cgroup can still allocate below its limit, or `None` without a limit. Cached pages of files
+/// count as free: the kernel reclaims them before it kills a process. Pages of a tmpfs are not among them.
 fn left_in(directory: &Path) -> Option<u64> {
-    let number = |name: &str| fs::read_to_string(directory.join(name)).ok()?.trim().parse::<u64>().ok();
-    let files = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")];
-    files.into_iter().find_map(|(limit, used)| Some(number(limit)?.saturating_sub(number(used)?)))
+    let read = |name: &str| fs::read_to_string(directory.join(name)).ok();
+    let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+    let stat = read("memory.stat").unwrap_or_default();
+    let cached = |prefix: &str| -> u64 {
+        let fields = stat.lines().filter_map(|line| line.strip_prefix(prefix)?.split_once(' '));
+        let of_files = fields.filter(|(name, _)| matches!(*name, "inactive_file" | "active_file"));
+        of_files.filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok()).sum()
+    };
+    let files =
+        [("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")];
+    files.into_iter().find_map(|(limit, used, prefix)| {
+        let used = number(used)?.saturating_sub(cached(prefix));
+        Some(number(limit)?.saturating_sub(used))
+    })
 }
 
 /// Returns the counter files for the cgroups of a `/proc/PID/cgroup`: that of version 1, if version 1 has the memory
@@ -78,6 +116,12 @@ mod tests {
     use crate::sys::process::cgroup::*;
 
     #[test]
+    fn parses_the_cgroup_of_the_memory_controller() {
+        assert_eq!(parse_path("5:memory:/vm/7\n0::/u\n"), "/vm/7");
+        assert_eq!(parse_path("0::/u\n"), "/u");
+    }
+
+    #[test]
     fn memory_left_is_limit_minus_use() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
@@ -87,6 +131,9 @@ mod tests {
         assert_eq!(left_in(dir.path()), None);
         write("memory.max", "1000\n");
         assert_eq!(left_in(dir.path()), Some(700));
+        write("memory.stat", "anon 5\ninactive_file 40\nactive_file 10\nshmem 90\n");
+        assert_eq!(left_in(dir.path()), Some(750));
+        write("memory.stat", "");
         write("memory.max", "200\n");
         assert_eq!(left_in(dir.path()), Some(0));
     }

@@ -18,6 +18,8 @@ pub mod procfs;
 pub mod search_path;
 pub mod tasks;
 pub mod threads;
+#[cfg(feature = "internals")]
+pub mod times;
 
 use std::fs;
 use std::io;

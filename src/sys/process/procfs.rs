@@ -5,7 +5,6 @@
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::sys::process::tasks;
@@ -182,7 +181,7 @@ pub struct Stat {
     pub threads: u64,
     /// Start time in clock ticks since boot, as counted in the time namespace of the reader. Comparable with other
     /// times, but not an identity of the process.
-    start_ticks: u64,
+    pub start_ticks: u64,
 }
 
 impl Stat {
@@ -223,61 +222,6 @@ pub fn exit_status_of_zombie(pid: u32) -> Option<i32> {
     let (_, rest) = text.rsplit_once(") ")?;
     let is_permitted = || fs::read(format!("/proc/{pid}/io")).is_ok();
     rest.split_ascii_whitespace().nth(49).filter(|_| is_zombie && is_permitted())?.parse().ok()
-}
-
-/// Returns the start time of a process in current wall-clock time, rounded up to a clock tick, or `None` if the process
-/// has exited.
-///
-/// # Errors
-/// Returns an error if `/proc/PID/stat` cannot be read.
-pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
-    let Some(stat) = stat(pid)? else { return Ok(None) };
-    let at = after_ticks(stat.start_ticks.saturating_add(1));
-    let now = SystemTime::now();
-    Ok(Some(now.checked_sub(since_boot().saturating_sub(at)).unwrap_or(now)))
-}
-
-/// Returns the time since boot, in the time namespace of this process.
-pub fn since_boot() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_nanos(time.tv_nsec.unsigned_abs())
-}
-
-fn after_ticks(ticks: u64) -> Duration {
-    Duration::from_millis(ticks.saturating_mul(1000) / rustix::param::clock_ticks_per_second().max(1))
-}
-
-/// Returns true if a thread certainly started after a time since boot: false within the same clock tick, and for a
-/// thread that has exited. Does not block.
-///
-/// # Errors
-/// Returns an error if `/proc/TID/stat` cannot be read.
-pub fn is_later_thread(tid: u32, time: Duration) -> Result<bool> {
-    Ok(stat(tid)?.is_some_and(|stat| after_ticks(stat.start_ticks) > time))
-}
-
-/// Returns the cgroup of a process, with cgroup v1 that of the memory controller, or `None` if the process has exited.
-///
-/// # Errors
-/// Returns an error if the file cannot be read.
-pub fn cgroup(pid: u32) -> Result<Option<String>> {
-    Ok(read_of(pid, "cgroup")?.map(|text| parse_cgroup(&text)))
-}
-
-/// Parses the text of a `cgroup` file.
-pub fn parse_cgroup(text: &str) -> String {
-    let mut unified = "/";
-    for line in text.lines() {
-        let mut parts = line.splitn(3, ':');
-        let (_, controllers, path) = (parts.next(), parts.next().unwrap_or(""), parts.next().unwrap_or("/"));
-        if controllers.split(',').any(|c| c == "memory") {
-            return path.to_owned();
-        }
-        if controllers.is_empty() {
-            unified = path;
-        }
-    }
-    unified.to_owned()
 }
 
 /// Returns the command line of a process as words, or `None` if the process has exited.
@@ -398,7 +342,11 @@ fn kib(number: u64) -> Bytes {
     Bytes::new(number.saturating_mul(1024))
 }
 
-fn read_of(pid: u32, name: &str) -> Result<Option<String>> {
+/// Reads a file of a process. Returns `None` if the process has exited.
+///
+/// # Errors
+/// Returns an error if the file cannot be read.
+pub fn read_of(pid: u32, name: &str) -> Result<Option<String>> {
     let path = PathBuf::from(format!("/proc/{pid}/{name}"));
     match read_lossy(&path) {
         Ok(text) => Ok(Some(text)),
@@ -456,7 +404,7 @@ garbage
     }
 
     #[test]
-    fn parses_status_stat_and_cgroup() {
+    fn parses_status_and_stat() {
         let status = parse_status(
             "Name:\tqemu (x)\nTgid:\t6\nPPid:\t7\nKthread:\t1\nUid:\t12\t0\t0\t0\nVmPTE:\t      44 kB\nRssAnon:\t 8 kB\nThreads:\t3\nVmSwap:\t0 kB\n",
         );
@@ -467,8 +415,6 @@ garbage
             parse_stat("12 (a) b) S 1 12 12 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 77812 1 2 3").unwrap();
         assert_eq!((stat.state, stat.ppid, stat.threads, stat.start_ticks), ('S', 1, 1, 77812));
         assert_eq!(parse_stat("12 (a"), None);
-        assert_eq!(parse_cgroup("5:memory:/vm/7\n0::/u\n"), "/vm/7");
-        assert_eq!(parse_cgroup("0::/u\n"), "/u");
     }
 
     #[test]

@@ -2,6 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::sys::process::ProcessId;
 
 /// The process that called connect(2) or listen(2) on the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +41,22 @@ impl Peer {
             _ => Err(io::Error::last_os_error()),
         }
     }
+}
+
+/// Checks that the process `found`, which listens on a socket, is the VM's.
+///
+/// # Errors
+/// Returns an error if another process listens on the socket, or if the process of the VM has exited.
+pub fn expect_listener(socket: &Path, vm: ProcessId, found: u32) -> Result<()> {
+    if !vm.is_alive() {
+        let error = Error::failed(format!("the VM (process {}) has exited", vm.pid));
+        return Err(error.at(socket).hint("start the VM again"));
+    }
+    if found != vm.pid {
+        let text = format!("expected process {} on this socket, found process {found}", vm.pid);
+        return Err(Error::failed(text).at(socket).hint("pass the current socket of the VM"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

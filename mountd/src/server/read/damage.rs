@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use stencilfs::control::{FileKey, OnDamage, Phase, RequestInfo};
 use stencilfs::error::Result;
-use stencilfs::sys::process::{procfs, threads};
+use stencilfs::sys::process::threads;
 use stencilfs::units::PAGE_SIZE;
 
 use crate::protocol::ServerRequest;
@@ -85,7 +85,7 @@ impl DamagedReads {
 
     /// Stops the process of a READ, then answers the READ with EIO.
     pub fn refuse(&self, mut flight: Flight, key: FileKey, refusal: Refusal, reply: ReadReply) {
-        let arrived = procfs::since_boot();
+        let arrived = flight.arrived();
         let is_parked = flight.park(Phase::Parked);
         let read = DamagedRead { flight, key, refusal, arrived, reply };
         // All parking slots are taken: wait in this thread.

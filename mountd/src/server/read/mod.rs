@@ -59,7 +59,7 @@ impl Reader {
             return Some((flight, reply));
         }
         refusal.counter().into_iter().for_each(|counter| self.stats.count(counter));
-        // Failed: for example, the disk cannot read the block.
+        // Failed: any other failure, for example of the disk. The process would get the same EIO.
         if matches!(refusal, Refusal::Damaged | Refusal::Failed)
             && let Some(damaged) = self.damaged.as_ref().filter(|_| DamagedReads::includes(flight.request()))
             && let Some(key) = self.key(flight.request().ino)

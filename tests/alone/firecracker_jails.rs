@@ -17,22 +17,24 @@ use crate::support::daemon::passing::Mounted;
 use crate::support::host;
 use crate::support::mount::{Run, TestMount, temporary, wait_for, without_others};
 use crate::support::vm::firecracker::{Firecracker, WRITTEN_PAGES, program};
-use crate::vmm::firecracker_guests::{Clone, ask_all, dirty, import_snapshot, request};
+use crate::vmm::firecracker_guests::{Clone, ask_all, dirty, import_snapshot};
 
 /// Number of clones.
 const CLONES: usize = 64;
 
+/// Number of clones that are launched at the same time.
+const PARALLEL: usize = 8;
+
+/// Rounds of a measurement.
+const ROUNDS: usize = 3;
+
 /// Number of other mounts.
 const MOUNTS: usize = 300;
 
-/// Number of clones that run while servers are killed.
-const BUSY: usize = 8;
-
-/// Maximum time of a clone in a jail, relative to a Firecracker without jail and without Stencil. The measured ratio
-/// varies, because the guests never idle.
+/// Maximum duration of a launch, relative to the same jails without Stencil.
 const TIME_LIMIT: f64 = 2.0;
 
-/// Directory of the jails, on a tmpfs: the jailer makes many small files.
+/// A tmpfs for the jails and the runtime directory, as on a real host.
 struct Jails {
     _mounted: Mounted,
     base: PathBuf,
@@ -55,12 +57,14 @@ impl Jails {
 }
 
 /// Mounts a store with a snapshot that only root and the user of the jails can read.
-fn world_with_jails(serve: &str) -> (TestMount, Jails) {
-    let world = TestMount::new(serve);
+fn world_with_jails(serve: &str) -> (Jails, TestMount) {
+    let jails = Jails::new();
+    let world = TestMount::unmounted().with_runtime_dir(jails.base.with_file_name("run"));
+    world.mount(&["--serve", serve]).ok();
     drop(import_snapshot(&world, &[]));
     world.stencil(&["chown", "123:123", "fc:1"]).ok();
     world.stencil(&["chmod", "0440", "fc:1"]).ok();
-    (world, Jails::new())
+    (jails, world)
 }
 
 /// Launches clones in jails, beside other mounts that only the launcher sees. Returns the clones and the duration in
@@ -73,9 +77,9 @@ fn launch(world: &TestMount, jails: &Jails) -> (Vec<Clone>, f64) {
     let other = world.dir().join("other");
     fs::create_dir_all(&other).unwrap();
     let mut command = world.command_in("unshare");
-    command.args(["--mount", "nice", "-n", "19", "sh", "-c", &script, "sh"]).arg(&other);
+    command.args(["--mount", "sh", "-c", &script, "sh"]).arg(&other);
     command.args([env!("CARGO_BIN_EXE_stencil"), "--json", "clone", "fc:1"]);
-    command.args(["-n", &CLONES.to_string(), "--parallel", &CLONES.to_string()]);
+    command.args(["-n", &CLONES.to_string(), "--parallel", &PARALLEL.to_string()]);
     command.arg("--firecracker").arg(program("firecracker")).arg("--jailer").arg(program("jailer"));
     command.args(["--uid", "123", "--gid", "123", "--chroot-base-dir"]).arg(&jails.base);
     let run = Run::of("clone".into(), &command.output().unwrap()).ok();
@@ -121,10 +125,9 @@ fn load_by_hand(snapshot: &Path, base: &Path, start: Start) -> f64 {
     let load = |n: usize| {
         let (base, body, loaded) = (base.to_owned(), body.clone(), Arc::clone(&loaded));
         std::thread::spawn(move || {
-            rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19).unwrap();
             let firecracker = start(&base, n);
             firecracker.load(&body);
-            // Same order as in a launch by Stencil: a running guest delays the loads.
+            // Same order as in a launch by Stencil.
             loaded.wait();
             firecracker.resume();
             firecracker
@@ -139,33 +142,36 @@ fn load_by_hand(snapshot: &Path, base: &Path, start: Start) -> f64 {
 }
 
 #[test]
-fn soak_sixty_four_clones_in_jails_cost_little_more_than_plain_firecrackers() {
+fn soak_sixty_four_clones_in_jails_take_at_most_twice_the_time_of_jails_by_hand() {
     let _host = host::alone();
-    let (world, jails) = world_with_jails("passthrough");
+    let (jails, world) = world_with_jails("passthrough");
     let (snapshot, plain) = (world.dir().join("source"), world.dir().join("plain"));
     let hand = jails.base.with_file_name("hand");
     load_by_hand(&snapshot, &plain, start_plain);
     let mut clones = vec![];
+    // The shortest of several rounds: other load on the host only adds time.
+    let [mut raw, mut by_hand, mut jailed] = [f64::MAX; 3];
     host::measured(|| {
-        let [mut raw, mut by_hand, mut jailed] = [0.0; 3];
-        for _ in 0..host::rounds(1, 3) {
+        for _ in 0..ROUNDS {
             world.stencil(&["stop", "--all"]).ok();
-            raw += load_by_hand(&snapshot, &plain, start_plain);
+            raw = raw.min(load_by_hand(&snapshot, &plain, start_plain));
             fs::create_dir(&hand).unwrap();
             for name in ["state", "memory"] {
                 fs::copy(snapshot.join(name), hand.join(name)).unwrap();
             }
-            by_hand += load_by_hand(Path::new("/"), &hand, start_in_jail);
+            by_hand = by_hand.min(load_by_hand(Path::new("/"), &hand, start_in_jail));
             let seconds;
             (clones, seconds) = launch(&world, &jails);
-            jailed += seconds;
+            jailed = jailed.min(seconds);
         }
-        let ratio = jailed / raw;
         println!(
-            "{CLONES} Firecrackers, all rounds: {raw:.2} s; in jails by hand {by_hand:.2} s; in jails by stencil clone {jailed:.2} s, \
-             {ratio:.2} times the first"
+            "{CLONES} Firecrackers, shortest of all rounds: {raw:.3} s; in jails by hand {by_hand:.3} s, {:.2} times the first; in \
+             jails by stencil clone {jailed:.3} s, {:.2} times the first",
+            by_hand / raw,
+            jailed / raw
         );
-        if ratio <= TIME_LIMIT { Ok(()) } else { Err(format!("{ratio:.2} times the time")) }
+        let ratio = jailed / by_hand;
+        if ratio <= TIME_LIMIT { Ok(()) } else { Err(format!("{ratio:.2} times the time of jails by hand")) }
     });
     check_and_stop(&world, &jails, clones);
 }
@@ -173,7 +179,7 @@ fn soak_sixty_four_clones_in_jails_cost_little_more_than_plain_firecrackers() {
 #[test]
 fn soak_sixty_four_clones_in_jails_run_by_decode() {
     let _host = host::alone();
-    let (world, jails) = world_with_jails("decode");
+    let (jails, world) = world_with_jails("decode");
     let (clones, _) = launch(&world, &jails);
     check_and_stop(&world, &jails, clones);
 }
@@ -181,24 +187,13 @@ fn soak_sixty_four_clones_in_jails_run_by_decode() {
 /// Checks that all clones read and write their memory, that their dirty pages and the sum of all are exact, and that
 /// the clones survive killed servers. Stops all clones; nothing may be left.
 fn check_and_stop(world: &TestMount, jails: &Jails, mut clones: Vec<Clone>) {
-    // All guests together would take the processor time of the commands below, because the guests never idle.
-    let set = |clones: &[Clone], state: &str| {
-        clones.iter().for_each(|clone| request(&clone.dir, "PATCH /vm", &json!({"state": state})));
-    };
-    set(&clones, "Paused");
     let copied = |clones: &[Clone]| clones.iter().map(|clone| dirty(world, clone.pid)).collect::<Vec<_>>();
-    let mut before = None;
-    for part in clones.chunks_mut(BUSY) {
-        set(part, "Resumed");
-        // After one command, each guest has written to the page of its stack and of its counter.
-        ask_all(part, 'm', "K");
-        let pages = *before.get_or_insert(dirty(world, part[0].pid));
-        assert_eq!(copied(part), [pages; BUSY]);
-        ask_all(part, 'w', "W");
-        assert_eq!(copied(part), [pages + WRITTEN_PAGES; BUSY]);
-        set(part, "Paused");
-    }
-    set(&clones[..BUSY], "Resumed");
+    // After one command, each guest has written to the pages of its stack and of its variables.
+    ask_all(&mut clones, 'm', "K");
+    let before = copied(&clones);
+    assert_eq!(before, [before[0]; CLONES]);
+    ask_all(&mut clones, 'w', "W");
+    assert_eq!(copied(&clones), [before[0] + WRITTEN_PAGES; CLONES]);
 
     let density = world.json(&["density", "--audit"]);
     let rows = density["clones"].as_array().unwrap();
@@ -207,23 +202,18 @@ fn check_and_stop(world: &TestMount, jails: &Jails, mut clones: Vec<Clone>) {
     assert!(error.abs() <= 0.5, "{}", density["audit"]);
     let logs = world.json(&["logs", &clones[0].id]);
     assert!(logs["log"].as_str().unwrap().contains("Running Firecracker v"), "{logs}");
+    let digest = world.json(&["inspect", "fc:1"])["digest"].as_str().unwrap().to_owned();
     let mut drill = Drill::new(world);
-    let busy = &mut clones[..BUSY];
     for _ in 0..host::rounds(4, 20) {
-        busy.iter_mut().for_each(|clone| clone.serial.send('m'));
+        // A server that answers no request before its end would be restarted after a pause.
+        drop(File::open(world.file(&digest, "memory")).unwrap());
+        clones.iter_mut().for_each(|clone| clone.serial.send('m'));
         drill.kill();
-        for clone in &mut *busy {
+        for clone in &mut clones {
             assert_eq!(clone.serial.answer(), "K", "clone {} after kill {}", clone.id, drill.kills().len());
         }
     }
-    ask_all(busy, 'a', "K");
-    // The other guests are alive too, and read known pages as they were written.
-    set(&clones[..BUSY], "Paused");
-    for part in clones.chunks_mut(BUSY).skip(1) {
-        set(part, "Resumed");
-        ask_all(part, 'm', "K");
-        set(part, "Paused");
-    }
+    ask_all(&mut clones, 'a', "K");
     let jails_bytes = fs::metadata(program("firecracker")).unwrap().len();
     assert!(rows.iter().all(|row| row["disk_bytes"] == jails_bytes), "{density:#}");
     world.stencil(&["stop", "--all"]).ok();
@@ -252,7 +242,7 @@ fn nothing_is_left(world: &TestMount, jails: &Jails) {
 #[test]
 fn soak_a_killed_launch_leaves_no_jail() {
     let _host = host::alone();
-    let (world, jails) = world_with_jails("decode");
+    let (jails, world) = world_with_jails("decode");
     let mut killed = 0;
     for round in 0..host::rounds(12, 40) {
         let mut command = world.command_in(env!("CARGO_BIN_EXE_stencil"));

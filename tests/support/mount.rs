@@ -84,6 +84,7 @@ impl Run {
 pub struct TestMount {
     dir: tempfile::TempDir,
     mountpoint: PathBuf,
+    runtime_dir: PathBuf,
     /// Set by a scenario that makes its server die of a forbidden system call.
     pub expects_sigsys: bool,
 }
@@ -127,7 +128,15 @@ impl TestMount {
         let mountpoint = dir.path().join("mnt");
         std::fs::create_dir(&mountpoint).unwrap();
         stencilfs::store::Store::open_or_create(&dir.path().join("store")).unwrap();
-        TestMount { dir, mountpoint, expects_sigsys: false }
+        let runtime_dir = dir.path().join("run");
+        TestMount { dir, mountpoint, runtime_dir, expects_sigsys: false }
+    }
+
+    /// Selects another runtime directory, before the mount.
+    #[must_use]
+    pub fn with_runtime_dir(mut self, runtime_dir: PathBuf) -> TestMount {
+        self.runtime_dir = runtime_dir;
+        self
     }
 
     /// Runs `stencil mount` with these options.
@@ -167,7 +176,7 @@ impl TestMount {
 
     /// The runtime directory.
     pub fn runtime_dir(&self) -> PathBuf {
-        self.dir().join("run")
+        self.runtime_dir.clone()
     }
 
     /// The path of a template's file in the mount.

@@ -63,13 +63,11 @@ impl Clone {
     }
 }
 
-/// Launches clones. The vCPUs of their guests never idle: they get what other processes leave.
+/// Launches clones.
 pub fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
-    let mut command = world.command_in("nice");
-    command.args(["-n", "19", env!("CARGO_BIN_EXE_stencil"), "--json", "clone", "fc:1"]);
-    command.args(["-n", &count.to_string(), "--firecracker"]).arg(program("firecracker")).args(more);
-    let run = Run::of("clone".into(), &command.output().unwrap()).ok();
-    let launched: Value = serde_json::from_str(&run.out).unwrap();
+    let (count, program) = (count.to_string(), program("firecracker"));
+    let words = ["clone", "fc:1", "-n", &count, "--firecracker", program.to_str().unwrap()];
+    let launched = world.json(&[&words, more].concat());
     launched["clones"].as_array().unwrap().iter().map(Clone::of).collect()
 }
 
@@ -101,7 +99,7 @@ fn clones_survive_server_kills(serve: &str) {
     drop(source);
     let mut clones = launch(&world, CLONES, &[]);
 
-    // After one command, each guest has written to the page of its stack and of its counter.
+    // After one command, each guest has written to the pages of its stack and of its variables.
     ask_all(&mut clones, 'r', "K");
     let before: Vec<u64> = clones.iter().map(|clone| dirty(&world, clone.pid)).collect();
     println!("{serve}: each Firecracker has copied {} pages before its guest wrote", before[0]);

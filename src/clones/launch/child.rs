@@ -19,6 +19,9 @@ use crate::sys::process::{ProcessId, inherit, own_session};
 /// Maximum length of a Unix socket path in bytes (`sun_path` without its final zero byte).
 const MAX_SOCKET_PATH: usize = 107;
 
+/// Interval for looking for the control socket of a VMM. Firecracker opens it some 2 ms after its start.
+const SOCKET_INTERVAL: Duration = Duration::from_millis(1);
+
 /// Interval for searching the process tree of a command; each search reads every process of the host.
 const PROCESS_TREE_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -204,7 +207,7 @@ pub fn connect<T>(
             let what = format!("{vmm} exited before it opened its {name} socket ({status})");
             return Err(Error::failed(what).hint(*hint));
         }
-        wait.pause(Duration::from_millis(5))?;
+        wait.pause(SOCKET_INTERVAL)?;
     }
 }
 

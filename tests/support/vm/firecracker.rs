@@ -105,10 +105,7 @@ pub struct Firecracker {
 impl Firecracker {
     /// Starts a Firecracker without a guest; its working directory is `dir`, which must exist.
     pub fn start(dir: &Path) -> Firecracker {
-        // The guest's vCPU never idles.
-        let mut command = Command::new("nice");
-        command.args(["-n", "19"]).arg(program("firecracker"));
-        Firecracker::start_by(dir, command)
+        Firecracker::start_by(dir, Command::new(program("firecracker")))
     }
 
     /// Same as [`start`](Self::start) by another command, to which the arguments of Firecracker are added. Its files are
@@ -173,7 +170,7 @@ impl Firecracker {
         api.run(request, &body, Instant::now() + TIMEOUT).unwrap();
     }
 
-    /// The process id: nice(1) has executed Firecracker.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

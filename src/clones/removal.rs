@@ -80,7 +80,7 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
             Removal::Done(removed) => return Ok(removed),
             Removal::Template(digest) if Instant::now() > until => {
                 return Err(Error::try_again(format!(
-                    "cannot remove template {digest}: mounts of the store appeared and disappeared for {} s",
+                    "cannot remove template {digest}: for {} s the mounts of the store changed, or this command was stopped",
                     MOUNTS_TIMEOUT.as_secs()
                 ))
                 .hint("run 'stencil status', and run this command again when the mounts do not change"));

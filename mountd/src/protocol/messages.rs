@@ -41,7 +41,7 @@ pub enum ServerRequest {
     },
     /// Reports that the server answers the kernel from now on. The reply is `Done`.
     Serving,
-    /// Reserves space in the cache and creates an empty file for a backing. The reply is [`ServerReply::Created`] with
+    /// Reserves space in the cache and creates the file of a backing, at its full length and without data. The reply is [`ServerReply::Created`] with
     /// the file, [`ServerReply::Evict`], or [`ServerReply::Registered`] with the file if the backing is already
     /// registered.
     Reserve {
@@ -126,7 +126,7 @@ pub enum ServerReply {
     Done,
     /// The request failed.
     Refused(Failure),
-    /// The descriptor of the message is the empty file of a backing.
+    /// The descriptor of the message is the file of a backing: at its full length, without data.
     Created,
     /// The cache is full, but would have space without these backings: the server should stop answering opens with them
     /// and then send [`ServerRequest::Evict`].

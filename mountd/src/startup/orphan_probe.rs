@@ -56,15 +56,17 @@ pub fn expect_dead(mountpoint: &Path, device: u64) -> Result<()> {
     let remedy = match dir.filter(|dir| *dir != ours) {
         Some(dir) => {
             let dir = dir.display();
-            format!("run 'STENCIL_RUNTIME_DIR={dir} stencil umount {place}', or use another directory")
+            format!("run 'STENCIL_RUNTIME_DIR={dir} stencil umount {place}', or choose another mountpoint")
         }
         None => format!(
-            "run 'stencil umount {place}' with the STENCIL_RUNTIME_DIR of that mount, or use another \
-             directory"
+            "run 'stencil umount {place}' with the STENCIL_RUNTIME_DIR of that mount, or choose another \
+             mountpoint"
         ),
     };
-    let what =
-        format!("the mountpoint is in use by a live Stencil mount that has no record in {}", ours.display());
+    let what = format!(
+        "a Stencil mount without a record in {} is at the mountpoint, and may be in use",
+        ours.display()
+    );
     Err(Error::in_use(what).at(mountpoint).hint(remedy))
 }
 

@@ -18,7 +18,7 @@ use crate::sys::files::stream::open_source;
 /// Replace the daemon of a mount without interrupting clones
 ///
 /// Without --server, the installed stencil-mountd replaces the supervisor and the server. With --server, the given
-/// program replaces the server only. If the new program does not serve within 5 s, it is terminated and the old one
+/// program replaces the server only. If the new server does not serve within 5 s, it is terminated and the old server
 /// continues.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -77,8 +77,8 @@ impl Report for Restarted {
 /// Restarts the daemon of one mount or of all mounts in turn, and stops at the first failure.
 ///
 /// # Errors
-/// Returns the reason why the new program does not serve; the old program then continues. Returns `Code::NotFound` if
-/// nothing is mounted.
+/// Returns the reason why the new server does not serve; the old server then continues. Returns `Code::NotFound` if no
+/// mount is at the given path; with `--all`, no mount is not an error.
 pub fn run(args: &RestartArgs, global: &Global) -> Result<Done> {
     let path = match &args.server {
         Some(path) => path.clone(),

@@ -60,7 +60,7 @@ pub struct Survey {
     pub density: Density,
     /// The mappings of each clone, and the addresses of its copied pages.
     pub clones: Vec<(CloneProcess, Measured)>,
-    /// The files that the inode numbers belong to.
+    /// The template files of the mounts, by device and inode number.
     pub inodes: Inodes,
     /// Free memory of the host before the launch, if all clones belong to one launch with a baseline.
     pub baseline: Option<Baseline>,

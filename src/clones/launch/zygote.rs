@@ -274,7 +274,7 @@ impl Zygote {
             let before = self.workers.values().filter(|w| w.ready).count();
             self.reap()?;
             if self.workers.values().filter(|w| w.ready).count() < before {
-                return Err(Error::failed("a clone exited while the clones were released"));
+                return Err(Error::failed("a simulated clone exited before the launch was complete"));
             }
         }
         Ok(())

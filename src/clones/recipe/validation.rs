@@ -93,8 +93,10 @@ impl Recipe {
         for name in recipe.argv.iter().flat_map(|arg| placeholders(arg)) {
             let is_card = |number: &str| Identity::cards().any(|card| card.to_string() == number);
             let problem = match name.split_once(':') {
-                None if name == "memory" && roles.memory.is_none() => "the template has no such file",
-                None if name == "state" && roles.state.is_none() => "the template has no such file",
+                None if name == "memory" && roles.memory.is_none() => {
+                    "the template has no RAM file, or several without one named 'memory'; use {file:NAME}"
+                }
+                None if name == "state" && roles.state.is_none() => "the template has no device state",
                 Some(("file", file)) if !files.contains(&file) => "the template has no such file",
                 Some(("disk", disk)) if !recipe.disks.iter().any(|d| d.name == disk) => {
                     "the recipe has no such disk"

@@ -52,6 +52,7 @@ done
 [ -n "$incoming" ] || exec "$qemu" "$@"
 # shellcheck disable=SC2086
 set -- "$(set -- $ram && echo $#)" "$@"
+[ "$1" != 0 ] || refuse "found no RAM object (-numa node,memdev= or -machine memory-backend=)"
 [ "$1" = 1 ] || refuse "expected 1 RAM object, found $1: remove NUMA nodes from Kata's configuration"
 shift
 ram=${ram# }

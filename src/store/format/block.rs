@@ -50,7 +50,7 @@ impl BlockKind {
             KIND_PAGE_DELTA | KIND_IMAGE_BLOCK => {
                 return Err(Invalid::Newer(format!("unsupported block kind {number}")));
             }
-            _ => return Err(Invalid::damage(format!("unknown block kind {number}, expected 0 to 5"))),
+            _ => return Err(Invalid::damage(format!("unknown block kind {number}, expected 0 to 3"))),
         })
     }
 }

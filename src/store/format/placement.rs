@@ -127,7 +127,7 @@ impl Front {
         }
         if files > image::MAX_FILES || Self::length(files, packs) != bytes.len() as u64 {
             return Err(Invalid::damage(format!(
-                "a front of {} bytes does not fit {files} files and {packs} packs",
+                "header length {} does not match the file count {files} and the pack count {packs}",
                 bytes.len()
             )));
         }

@@ -12,7 +12,7 @@ use stencilfs::units::Bytes;
 
 use crate::supervisor::cache;
 
-/// Creates the empty file of a backing: `size` bytes long, of which `data` bytes will be written.
+/// Creates the file of a backing, without data: `size` bytes long, of which `data` bytes will be written.
 ///
 /// # Errors
 /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if the file system has too little free space, or an

@@ -45,7 +45,8 @@ pub struct InitialState {
     pub leaving: Vec<ProcessId>,
     /// The condemned templates.
     pub removal: Removal,
-    /// True if the mount has served: then the supervisor never gives up.
+    /// True if a server of the mount has served the kernel: then the supervisor always starts another server, and never
+    /// ends the mount because servers fail.
     pub has_served: bool,
     /// Number of servers that were started to replace other servers.
     pub restarts: u64,

@@ -24,8 +24,10 @@ impl BaseMemory {
         let template = store.template(digest)?;
         let memory = template.roles()?.memory.and_then(|name| template.file(&name));
         let Some(file) = memory else {
-            return Err(Error::usage(format!("the base {digest} has no file of kind ram, or several"))
-                .hint("choose the template that was imported from the base of the diff"));
+            return Err(Error::usage(format!(
+                "the base {digest} has no RAM file, or several of which none is named 'memory'"
+            ))
+            .hint("choose the template that was imported from the base of the diff"));
         };
         let (size, expected) = (diff.size().unwrap_or_default(), template.files()[file].size.get());
         if size != expected {

@@ -6,7 +6,6 @@ pub mod audit;
 pub mod baseline;
 pub mod capture;
 pub mod find;
-pub mod firecracker_api;
 mod helper_process;
 pub mod launch;
 pub mod migration;
@@ -16,6 +15,7 @@ pub mod registry;
 pub mod removal;
 pub mod stop;
 pub mod vmm;
+pub mod vmm_api;
 
 /// Formats a number with its noun: `1 clone`, `2 clones`.
 pub(crate) fn counted(number: u64, one: &str, many: &str) -> String {

@@ -1,4 +1,5 @@
-//! A client of Firecracker's API: JSON over HTTP/1.1 on a Unix socket. Every wait has a timeout.
+//! A client of the API of Firecracker and of Cloud Hypervisor: JSON over HTTP/1.1 on a Unix socket. Every wait has a
+//! timeout.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -18,12 +19,40 @@ const MAX_REPLY: usize = 64 << 10;
 /// Timeout for connecting while the listen queue of the socket is full, and for sending a request.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Timeout of requests that Firecracker executes at once. A request waits for earlier ones of other clients.
+/// Timeout of requests that the VMM executes at once. A request waits for earlier ones of other clients.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A connection to the API socket of one Firecracker.
+/// A VMM with such an API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Server {
+    /// Firecracker.
+    Firecracker,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+}
+
+impl Server {
+    /// Returns the name of the VMM.
+    pub fn name(self) -> &'static str {
+        match self {
+            Server::Firecracker => "Firecracker",
+            Server::CloudHypervisor => "Cloud Hypervisor",
+        }
+    }
+
+    /// Returns the option of the VMM that sets the path of the socket.
+    pub fn option(self) -> &'static str {
+        match self {
+            Server::Firecracker => "--api-sock",
+            Server::CloudHypervisor => "--api-socket",
+        }
+    }
+}
+
+/// A connection to the API socket of one VMM.
 #[derive(Debug)]
 pub struct Api {
+    server: Server,
     stream: UnixStream,
     path: PathBuf,
     /// True after a request without a complete reply: the next bytes would belong to that request.
@@ -35,22 +64,25 @@ impl Api {
     ///
     /// # Errors
     /// Returns an error if nothing listens on the socket.
-    pub fn connect(path: &Path) -> Result<Api> {
+    pub fn connect(server: Server, path: &Path) -> Result<Api> {
         let stream = unix::connect_within(path, CONNECT_TIMEOUT)
             .and_then(|stream| stream.set_write_timeout(Some(CONNECT_TIMEOUT)).map(|()| stream))
             .map_err(|e| {
-                Error::io("cannot connect to the API socket", path, e)
-                    .hint("start Firecracker with --api-sock PATH and pass that PATH")
+                Error::io("cannot connect to the API socket", path, e).hint(format!(
+                    "start {} with {} PATH and pass that PATH",
+                    server.name(),
+                    server.option()
+                ))
             })?;
-        Ok(Api { stream, path: path.to_owned(), lost: false })
+        Ok(Api { server, stream, path: path.to_owned(), lost: false })
     }
 
-    /// Connects to the API socket of exactly this process.
+    /// Connects to the API socket of exactly this Firecracker.
     ///
     /// # Errors
     /// Returns an error if nothing or another process listens on the socket.
     pub fn of_process(path: &Path, vm: ProcessId) -> Result<Api> {
-        let api = Api::connect(path)?;
+        let api = Api::connect(Server::Firecracker, path)?;
         expect_listener(path, vm, api.peer_pid()?)?;
         Ok(api)
     }
@@ -62,10 +94,12 @@ impl Api {
     pub fn peer_pid(&self) -> Result<u32> {
         let failed = || Error::failed("cannot tell which process listens on the API socket").at(&self.path);
         let peer = Peer::of(&self.stream).map_err(|e| failed().because(e))?;
-        peer.pid.ok_or_else(|| failed().hint("run the command in the PID namespace of Firecracker"))
+        peer.pid.ok_or_else(|| {
+            failed().hint(format!("run the command in the PID namespace of {}", self.server.name()))
+        })
     }
 
-    /// Returns the state of the VM in lower case: `not started`, `running` or `paused`.
+    /// Returns the state of Firecracker's VM in lower case: `not started`, `running` or `paused`.
     ///
     /// # Errors
     /// Same as [`run`](Self::run).
@@ -73,7 +107,7 @@ impl Api {
         Ok(self.get("/")?["state"].as_str().unwrap_or("unknown").to_lowercase())
     }
 
-    /// Pauses or resumes the VM: `Paused` or `Resumed`.
+    /// Pauses or resumes Firecracker's VM: `Paused` or `Resumed`.
     ///
     /// # Errors
     /// Same as [`run`](Self::run).
@@ -95,22 +129,23 @@ impl Api {
         self.wait(&request, deadline)
     }
 
-    /// Sends a request (`PUT /snapshot/load`) and waits until Firecracker has executed it.
+    /// Sends a request (`PUT /snapshot/load`) and waits until the VMM has executed it.
     ///
     /// # Errors
-    /// Returns an error with Firecracker's text if Firecracker refuses the request, and
-    /// [`Code::TryAgain`](crate::error::Code::TryAgain) if Firecracker does not reply before the deadline.
+    /// Returns an error with the VMM's text if the VMM refuses the request, and
+    /// [`Code::TryAgain`](crate::error::Code::TryAgain) if the VMM does not reply before the deadline.
     pub fn run(&mut self, request: &str, body: &Value, deadline: Instant) -> Result<()> {
-        self.send(request, body)?;
+        self.send(request, Some(body))?;
         self.wait(request, deadline).map(drop)
     }
 
-    /// Sends a request. [`wait`](Self::wait) waits until Firecracker has executed it.
+    /// Sends a request. [`wait`](Self::wait) waits until the VMM has executed it. Cloud Hypervisor refuses a body of a
+    /// request that needs none.
     ///
     /// # Errors
     /// Returns an error if the connection is lost.
-    pub fn send(&mut self, request: &str, body: &Value) -> Result<()> {
-        let body = body.to_string();
+    pub fn send(&mut self, request: &str, body: Option<&Value>) -> Result<()> {
+        let body = body.map(Value::to_string).unwrap_or_default();
         let text = format!(
             "{request} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
@@ -127,7 +162,7 @@ impl Api {
         self.stream.write_all(text.as_bytes()).map_err(|e| self.lost(request, e))
     }
 
-    /// Waits until Firecracker has executed the request that was sent. Returns the body of the reply, or `null` if the
+    /// Waits until the VMM has executed the request that was sent. Returns the body of the reply, or `null` if the
     /// reply has none.
     ///
     /// # Errors
@@ -138,8 +173,8 @@ impl Api {
         if reply.status / 100 == 2 {
             return Ok(body);
         }
-        let fault = body["fault_message"].as_str().unwrap_or("no reason given");
-        Err(Error::failed(format!("Firecracker refused {request}: {fault}")).at(&self.path))
+        Err(Error::failed(format!("{} refused {request}: {}", self.server.name(), reason(&body)))
+            .at(&self.path))
     }
 
     fn reply(&mut self, request: &str, deadline: Instant) -> Result<Reply> {
@@ -152,9 +187,13 @@ impl Api {
                 }
                 Ok(None) if bytes.len() <= MAX_REPLY => {}
                 Ok(None) | Err(()) => {
-                    return Err(Error::failed(format!("invalid reply to {request}"))
-                        .at(&self.path)
-                        .hint("pass the socket of Firecracker's option --api-sock"));
+                    return Err(Error::failed(format!("invalid reply to {request}")).at(&self.path).hint(
+                        format!(
+                            "pass the socket of {}'s option {}",
+                            self.server.name(),
+                            self.server.option()
+                        ),
+                    ));
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -173,14 +212,26 @@ impl Api {
     }
 
     fn timeout(&self, request: &str) -> Error {
-        Error::try_again(format!("timed out waiting for Firecracker's reply to {request}"))
+        let vmm = self.server.name();
+        Error::try_again(format!("timed out waiting for the reply of {vmm} to {request}"))
             .at(&self.path)
-            .hint("check whether Firecracker is stopped, and that the mount answers: stencil status")
+            .hint(format!("check whether {vmm} is stopped, and that the mount answers: stencil status"))
     }
 
     fn lost(&self, request: &str, e: io::Error) -> Error {
-        Error::io(format!("cannot exchange {request} with Firecracker"), &self.path, e)
-            .hint("check whether Firecracker still runs, and see its log")
+        let vmm = self.server.name();
+        Error::io(format!("cannot exchange {request} with {vmm}"), &self.path, e)
+            .hint(format!("check whether {vmm} still runs, and see its log"))
+    }
+}
+
+/// Returns the reason in the body of a refusal: Firecracker's `fault_message`, or Cloud Hypervisor's list of errors, from
+/// the effect to the cause.
+fn reason(body: &Value) -> String {
+    match (body["fault_message"].as_str(), body.as_array()) {
+        (Some(text), _) => text.to_owned(),
+        (None, Some(errors)) => errors.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(": "),
+        (None, None) => "no reason given".to_owned(),
     }
 }
 
@@ -226,12 +277,19 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_gives_the_reason_of_either_vmm() {
+        assert_eq!(reason(&json!({"fault_message": "no such file"})), "no such file");
+        assert_eq!(reason(&json!(["cannot restore", "no such file"])), "cannot restore: no such file");
+        assert_eq!(reason(&Value::Null), "no reason given");
+    }
+
+    #[test]
     fn a_late_reply_is_not_taken_for_the_next_one() {
         use std::os::unix::net::UnixListener;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        let mut api = Api::connect(&path).unwrap();
+        let mut api = Api::connect(Server::Firecracker, &path).unwrap();
         let (mut server, _) = listener.accept().unwrap();
         assert_eq!(api.get_until("/", Instant::now()).unwrap_err().code(), crate::error::Code::TryAgain);
         server.write_all(b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n{}").unwrap();

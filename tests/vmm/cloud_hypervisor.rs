@@ -163,6 +163,38 @@ fn clone_directories_of_three_versions_map_the_template() {
 }
 
 #[test]
+fn a_launch_that_cannot_succeed_is_refused_and_leaves_nothing() {
+    let _host = host::shared();
+    let world = TestMount::new("auto");
+    let regions = [("mem0", 0, MIB, 0)];
+    let mut config = config(Version::V51, anonymous(Version::V51, MIB));
+    let state = state(&regions, &regions);
+    let bytes = guest_like(3, MIB as usize);
+    import(&world, "disk", &bytes, [&config, &state]);
+    let launch = |template: &str, more: &[&str]| {
+        world.stencil(&[&["clone", template, "--cloud-hypervisor", "/bin/false"], more].concat())
+    };
+    launch("disk", &["-n", "2"]).exits(2).says("each would write to disk /var/lib/web.raw");
+    config["disks"][0]["readonly"] = json!(true);
+    import(&world, "tap", &bytes, [&config, &state]);
+    let network = config["net"][0]["id"].as_str().unwrap();
+    launch("tap", &["-n", "2"])
+        .exits(2)
+        .says(&format!("each would write to TAP device tap0 of network device {network}"));
+    launch("tap", &["--network", "other=tap-{index}"]).exits(2).says("no network device 'other'");
+    launch("tap", &["--jailer", "/bin/true", "--uid", "1", "--gid", "1"])
+        .exits(2)
+        .says("--jailer does not apply");
+    let own = format!("{network}=tap-{{index}}");
+    launch("tap", &["-n", "2", "--network", &own]).exits(1).says("exited before it opened its API socket");
+    assert_eq!(world.json(&["ps"])["clones"], json!([]));
+    for directory in ["clones", "launches"] {
+        let left = fs::read_dir(world.runtime_dir().join(directory)).into_iter().flatten().count();
+        assert_eq!(left, 0, "{directory}");
+    }
+}
+
+#[test]
 fn files_of_a_clone_are_private_and_not_replaced_by_mistake() {
     let _host = host::shared();
     let world = TestMount::new("auto");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stencilfs::clones::firecracker_api::Api;
+use stencilfs::clones::vmm_api::{Api, Server};
 use stencilfs::sys::memory::pagemap::{Categories, Pagemap, Query};
 
 use crate::support::daemon::drill::{Drill, is_read};
@@ -73,7 +73,7 @@ pub fn launch(world: &TestMount, count: usize, more: &[&str]) -> Vec<Clone> {
 
 /// Runs a request on the API socket of a clone.
 pub fn request(directory: &Path, request: &str, body: &Value) {
-    let mut api = Api::connect(&directory.join("api.sock")).unwrap();
+    let mut api = Api::connect(Server::Firecracker, &directory.join("api.sock")).unwrap();
     api.run(request, body, Instant::now() + Duration::from_secs(60)).unwrap();
 }
 

@@ -1,6 +1,5 @@
 //! `stencil args`: prints the arguments that another VMM needs to map a template.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -15,8 +14,7 @@ use crate::cli::value_parsers::word;
 use crate::clones::launch;
 use crate::clones::vmm::{Vmm, VmmArguments, paste};
 use crate::error::{Error, Result};
-use crate::store::{BLOCK_SIZE, Digest, Scratch, Store, Target, Template, TemplateRef};
-use crate::units::to_usize;
+use crate::store::{Digest, Store, Target, TemplateRef};
 
 /// Print the arguments for another VMM to run guests from a template
 ///
@@ -77,7 +75,7 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = launch::Target::find(&store, &args.template, "args")?;
     let mut served = target.served(&store)?;
-    served.documents = documents(&store.template(&target.digest)?, args.vmm)?;
+    served.read_documents(&store.template(&target.digest)?, args.vmm.documents())?;
     served.clone_dir = args.dir.as_deref().map(|dir| clone_directory(dir, args.vmm)).transpose()?;
     let VmmArguments { text, argv, body, files, notes } = paste(args.vmm, &served)?;
     // All files are checked before the first one is written.
@@ -108,33 +106,6 @@ pub fn run(args: &VmmArgs, global: &Global) -> Result<Done> {
         notes,
     };
     Ok(Done::report(report))
-}
-
-/// Most bytes of a file that a configuration is made from.
-const MAX_DOCUMENT: u64 = 64 << 20;
-
-/// Returns the contents of the files that the VMM's configuration is made from, by name.
-fn documents(template: &Template, vmm: Vmm) -> Result<BTreeMap<String, Vec<u8>>> {
-    let mut documents = BTreeMap::new();
-    for name in vmm.documents() {
-        if let Some(bytes) = read(template, name, MAX_DOCUMENT)? {
-            documents.insert((*name).to_owned(), bytes);
-        }
-    }
-    Ok(documents)
-}
-
-/// Returns the first `limit` bytes of a file; `None` if the template has no such file.
-fn read(template: &Template, name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
-    let Some(file) = template.file(name) else { return Ok(None) };
-    let (mut bytes, mut scratch) = (vec![], Scratch::default());
-    for block in 0..template.block_count(file).min(limit.div_ceil(BLOCK_SIZE)) {
-        let start = bytes.len();
-        bytes.resize(start + to_usize(BLOCK_SIZE), 0);
-        let length = template.read_block(file, block, &mut scratch, &mut bytes[start..])?;
-        bytes.truncate(start + length);
-    }
-    Ok(Some(bytes))
 }
 
 /// Returns the absolute path of `--dir`.

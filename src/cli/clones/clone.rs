@@ -16,12 +16,12 @@ use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
 use crate::clones::counted;
 use crate::clones::launch::{
-    Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready, Simulate, Target, launch,
+    CloudHypervisor, Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready, Simulate, Target, launch,
 };
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry, Kind};
 use crate::clones::stop::stop;
-use crate::clones::vmm::{Vmm, paste};
+use crate::clones::vmm::{Vmm, check_devices, paste};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
@@ -30,8 +30,8 @@ use crate::sys::process::search_path::find_program;
 
 /// Launch clones of a template
 ///
-/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker is
-/// loaded by Firecracker. The command returns when all clones are ready; the clones run until they exit or are stopped.
+/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker or Cloud
+/// Hypervisor is loaded by that program. The command returns when all clones are ready; the clones run until they exit or are stopped.
 /// If one clone fails to become ready, all clones of the call are removed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -67,10 +67,15 @@ pub struct CloneArgs {
     /// Firecracker to start for the clones of a Firecracker snapshot: a path, or a name in PATH [default: firecracker]
     #[arg(long, value_name = "PROGRAM", conflicts_with_all = ["simulate", "command"])]
     firecracker: Option<PathBuf>,
-    /// TAP device of a network interface of a Firecracker snapshot; {index} and {id} are replaced. Can be repeated
+    /// Cloud Hypervisor to start for the clones of a Cloud Hypervisor snapshot: a path, or a name in PATH [default:
+    /// cloud-hypervisor]
+    #[arg(long, value_name = "PROGRAM", conflicts_with_all = ["simulate", "command"])]
+    cloud_hypervisor: Option<PathBuf>,
+    /// TAP device of a network interface of a Firecracker or Cloud Hypervisor snapshot; {index} and {id} are replaced.
+    /// Can be repeated
     #[arg(long, value_name = "IFACE=DEVICE", value_parser = network, conflicts_with_all = ["simulate", "command"])]
     network: Vec<(String, String)>,
-    /// Firecracker's jailer, which starts each Firecracker in a chroot of its own: a path, or a name in PATH
+    /// Firecracker's jailer, which starts each Firecracker in its own chroot: a path, or a name in PATH
     #[arg(long, value_name = "PROGRAM", requires_all = ["uid", "gid"], conflicts_with_all = ["simulate", "command"])]
     jailer: Option<PathBuf>,
     /// User id of each Firecracker in its jail
@@ -182,7 +187,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let age = SystemTime::now().duration_since(target.created).unwrap_or_default();
     match kind {
         Kind::Qemu => warnings.push(clock_note(age, &launched.clocks)),
-        Kind::Firecracker => warnings.push(format!(
+        Kind::Firecracker | Kind::CloudHypervisor => warnings.push(format!(
             "the template is {} old, and the clocks of its clones are behind by the same time: see \
              docs/how-to/renew-clones.md",
             span(age)
@@ -215,28 +220,67 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     })
 }
 
-/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or Firecracker by the snapshot itself.
+/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or the VMM that took the snapshot.
 fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
-    let served = target.served(store)?;
+    let mut served = target.served(store)?;
     if served.recipe.is_none() && served.is_of_firecracker() {
-        if args.disk_dir.is_some() {
-            return Err(Error::usage("--disk-dir does not apply to clones of a Firecracker snapshot")
-                .hint("omit the option: Firecracker opens disks at their paths in the snapshot"));
-        }
+        not_applicable(
+            target,
+            "Firecracker",
+            [
+                ("--disk-dir", args.disk_dir.is_some()),
+                ("--cloud-hypervisor", args.cloud_hypervisor.is_some()),
+            ],
+        )?;
         let program = program(args.firecracker.as_deref().unwrap_or("firecracker".as_ref()))?;
         let body = paste(Vmm::Firecracker, &served)?.body.unwrap_or_default();
         let jailer = jailer(args)?;
         return Ok(How::Firecracker(Microvm { program, body, networks: args.network.clone(), jailer }));
     }
+    let snapshot = Vmm::CloudHypervisor.documents();
+    if served.recipe.is_none() && served.has_files(snapshot) {
+        not_applicable(
+            target,
+            "Cloud Hypervisor",
+            [
+                ("--disk-dir", args.disk_dir.is_some()),
+                ("--firecracker", args.firecracker.is_some()),
+                ("--jailer", args.jailer.is_some()),
+            ],
+        )?;
+        served.read_documents(&store.template(&target.digest)?, snapshot)?;
+        check_devices(&served, &args.network, args.count)?;
+        let program = program(args.cloud_hypervisor.as_deref().unwrap_or("cloud-hypervisor".as_ref()))?;
+        return Ok(How::CloudHypervisor(CloudHypervisor {
+            program,
+            template: Box::new(served),
+            networks: args.network.clone(),
+        }));
+    }
     let recipe = target.recipe()?;
-    if args.firecracker.is_some() || args.jailer.is_some() || !args.network.is_empty() {
-        return Err(Error::usage(format!(
-            "template {} is resumed by QEMU: --firecracker, --jailer and --network do not apply",
+    not_applicable(
+        target,
+        "QEMU",
+        [
+            ("--firecracker", args.firecracker.is_some()),
+            ("--cloud-hypervisor", args.cloud_hypervisor.is_some()),
+            ("--jailer", args.jailer.is_some()),
+            ("--network", !args.network.is_empty()),
+        ],
+    )?;
+    Ok(How::Qemu(recipe))
+}
+
+/// Returns an error if one of these options is set.
+fn not_applicable<const N: usize>(target: &Target, vmm: &str, options: [(&str, bool); N]) -> Result<()> {
+    match options.iter().find(|(_, is_set)| *is_set) {
+        None => Ok(()),
+        Some((option, _)) => Err(Error::usage(format!(
+            "option {option} does not apply: {vmm} runs the clones of template {}",
             target.name
         ))
-        .hint("omit these options, or choose a template of a Firecracker snapshot"));
+        .hint("omit the option, or choose another template")),
     }
-    Ok(How::Qemu(recipe))
 }
 
 fn jailer(args: &CloneArgs) -> Result<Option<Jailer>> {
@@ -308,18 +352,24 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
              properties that a clone must renew"
         );
     }
-    let clones = counted(clocks.len() as u64, "clone", "clones");
     let why = match clocks.iter().find_map(|clock| match clock {
         Clock::Refused(why) => Some(why.as_str()),
         _ => None,
     }) {
-        Some(why) => format!("guest agents set the clock in {set} of {clones} ({why})"),
-        None if no_channel > 0 => "the VM has no channel for a guest agent".to_owned(),
-        None => format!("no guest agent runs in {} of {clones}", clocks.len() - set),
+        Some(why) => why,
+        None if no_channel > 0 => "the VM has no channel for a guest agent",
+        None => "no guest agent runs",
+    };
+    let which = match set {
+        0 => "the system clocks of its clones are behind by the same time".to_owned(),
+        _ => format!(
+            "guest agents have set the system clocks of {set} of {}; the others are behind by the same time",
+            counted(clocks.len() as u64, "clone", "clones")
+        ),
     };
     format!(
-        "the template is {age} old, and the system clocks of its clones are behind by the same time: {why}; set \
-         the clocks from the RTC, which shows the current time (hwclock --hctosys), and follow docs/how-to/renew-clones.md"
+        "the template is {age} old, and {which} ({why}): set these clocks from the RTC, which shows the current time \
+         (hwclock --hctosys), and follow docs/how-to/renew-clones.md"
     )
 }
 
@@ -380,11 +430,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clock_note_counts_clones_with_their_noun() {
+    fn clock_note_says_which_clocks_are_behind_and_why() {
         let note = |clocks: &[Clock]| clock_note(Duration::from_secs(60), clocks);
-        assert!(note(&[Clock::NoAgent]).contains("no guest agent runs in 1 of 1 clone;"));
-        assert!(note(&[Clock::NoAgent, Clock::Set]).contains("no guest agent runs in 1 of 2 clones;"));
-        let refused = note(&[Clock::Refused("denied".into())]);
-        assert!(refused.contains("guest agents set the clock in 0 of 1 clone (denied);"), "{refused}");
+        let none = "the system clocks of its clones are behind by the same time";
+        assert!(note(&[Clock::NoAgent]).contains(&format!("{none} (no guest agent runs)")));
+        assert!(note(&[Clock::Refused("denied".into())]).contains(&format!("{none} (denied)")));
+        let some = note(&[Clock::NoAgent, Clock::Set]);
+        assert!(some.contains("set the system clocks of 1 of 2 clones; the others are behind"), "{some}");
     }
 }

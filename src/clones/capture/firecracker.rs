@@ -21,7 +21,7 @@ use super::open_files::by_descriptor;
 use super::outcome::{AfterCapture, Captured, Check, Finding};
 use super::restore::SavedMicrovm;
 use super::vm_process::{Credentials, can_open_own_files, file_size_limit, no_vm_here};
-use crate::clones::firecracker_api::Api;
+use crate::clones::vmm_api::Api;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::{FileKind, ImportFile, ImportFormat, ImportRequest, Source, Store, TagName, random_name};

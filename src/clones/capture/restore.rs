@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::disks::{self, Frozen};
-use crate::clones::firecracker_api::Api;
 use crate::clones::migration::{self, Settings};
 use crate::clones::qmp::Qmp;
+use crate::clones::vmm_api::Api;
 use crate::error::{Error, Result};
 use crate::sys::files::directory::Directory;
 use crate::sys::process::ProcessId;

@@ -3,9 +3,9 @@
 mod active_launch;
 mod child;
 mod clone_resources;
-mod firecracker;
 mod job;
 mod launch_watchdog;
+mod microvm;
 mod order;
 mod qemu;
 mod simulate;
@@ -22,11 +22,12 @@ use crate::clones::baseline::Baseline;
 use crate::clones::capture;
 use crate::clones::find;
 use crate::clones::registry::{self, Launch};
+use crate::clones::vmm_api::Server;
 use crate::control;
 use crate::error::Result;
 use crate::progress::Progress;
 use active_launch::ActiveLaunch;
-pub use order::{Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready};
+pub use order::{CloudHypervisor, Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready};
 pub use simulate::{Amount, Scatter, Simulate};
 pub use target::Target;
 
@@ -88,8 +89,12 @@ fn gather(
             (active.launch_children(|active, entry| qemu::resume(active, recipe, entry))?, None)
         }
         How::Firecracker(microvm) => {
-            let loaded = active.launch_children(|active, entry| firecracker::load(active, microvm, entry))?;
-            (firecracker::resume(&active, loaded), None)
+            let load = |active: &_, entry: &mut _| microvm::firecracker::load(active, microvm, entry);
+            (microvm::resume(&active, Server::Firecracker, active.launch_children(load)?), None)
+        }
+        How::CloudHypervisor(snapshot) => {
+            let load = |active: &_, entry: &mut _| microvm::cloud_hypervisor::load(active, snapshot, entry);
+            (microvm::resume(&active, Server::CloudHypervisor, active.launch_children(load)?), None)
         }
         How::Command(argv, ready) => {
             (active.launch_children(|active, entry| child::run(active, argv, *ready, entry))?, None)

@@ -9,6 +9,7 @@ use super::target::Target;
 use crate::clones::agent::Clock;
 use crate::clones::recipe::Recipe;
 use crate::clones::registry::{Entry, Kind};
+use crate::clones::vmm::Served;
 
 /// The kind of the clones to launch.
 #[derive(Debug, Clone)]
@@ -19,6 +20,8 @@ pub enum How {
     Qemu(Recipe),
     /// Firecracker processes that load the template's snapshot.
     Firecracker(Microvm),
+    /// Cloud Hypervisor processes that restore the template's snapshot.
+    CloudHypervisor(CloudHypervisor),
     /// Processes of a command with placeholders.
     Command(Vec<String>, Ready),
 }
@@ -30,6 +33,7 @@ impl How {
             How::Simulated(_) => Kind::Simulated,
             How::Qemu(_) => Kind::Qemu,
             How::Firecracker(_) => Kind::Firecracker,
+            How::CloudHypervisor(_) => Kind::CloudHypervisor,
             How::Command(..) => Kind::Command,
         }
     }
@@ -46,6 +50,17 @@ pub struct Microvm {
     pub networks: Vec<(String, String)>,
     /// Starts each Firecracker in a jail; `None` to start Firecracker itself.
     pub jailer: Option<Jailer>,
+}
+
+/// The program and the snapshot with which a launch starts its Cloud Hypervisor processes.
+#[derive(Debug, Clone)]
+pub struct CloudHypervisor {
+    /// Absolute path of Cloud Hypervisor.
+    pub program: PathBuf,
+    /// The template, with the files of the snapshot.
+    pub template: Box<Served>,
+    /// The id of each network device, and the TAP device of the host for that device, with placeholders.
+    pub networks: Vec<(String, String)>,
 }
 
 /// Firecracker's jailer, and its options.

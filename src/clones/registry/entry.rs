@@ -29,7 +29,8 @@ pub const SERIAL_LOG: &str = "serial.log";
 pub const SERIAL_INPUT: &str = "serial.in";
 /// Socket in a QEMU clone's directory: QMP.
 pub const QMP_SOCKET: &str = "qmp.sock";
-/// Socket in a Firecracker clone's directory, or a link to the socket in the clone's jail: Firecracker's API.
+/// Socket in the directory of a Firecracker or Cloud Hypervisor clone, or a link to the socket in the clone's jail: the
+/// VMM's API.
 pub const API_SOCKET: &str = "api.sock";
 
 /// Maximum size of a log that is read into memory.
@@ -37,7 +38,7 @@ const MAX_LOG: Bytes = Bytes::new(256 << 20);
 
 /// The kind of process that a clone is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// A worker of Stencil that maps the template and touches its pages.
     Simulated,
@@ -45,6 +46,8 @@ pub enum Kind {
     Qemu,
     /// A Firecracker that loaded the template's snapshot.
     Firecracker,
+    /// A Cloud Hypervisor that restored the template's snapshot.
+    CloudHypervisor,
     /// A command that the user gave.
     Command,
 }
@@ -56,6 +59,7 @@ impl Kind {
             Kind::Simulated => "simulated",
             Kind::Qemu => "qemu",
             Kind::Firecracker => "firecracker",
+            Kind::CloudHypervisor => "cloud-hypervisor",
             Kind::Command => "command",
         }
     }

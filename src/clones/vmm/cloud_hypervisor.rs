@@ -8,7 +8,7 @@
 mod config;
 mod state;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -22,14 +22,26 @@ pub(super) const FILES: [&str; 2] = ["config.json", "state.json"];
 /// Characters that are syntax in the value of Cloud Hypervisor's `--restore`.
 const SYNTAX: [char; 4] = [',', '"', '[', ']'];
 
-pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
+/// The files of one clone, as JSON.
+struct Converted {
+    config: Value,
+    state: Value,
+    notes: Vec<String>,
+}
+
+impl Converted {
+    /// Returns the files with their paths and contents.
+    fn files(&self, dir: &str) -> Vec<(PathBuf, Vec<u8>)> {
+        let written =
+            [&self.config, &self.state].map(|json| serde_json::to_vec_pretty(json).unwrap_or_default());
+        FILES.iter().zip(written).map(|(name, bytes)| (Path::new(dir).join(name), bytes)).collect()
+    }
+}
+
+fn convert(template: &Served, dir: &str) -> Result<Converted> {
     let memory = template.one_ram("a Cloud Hypervisor snapshot has one memory file")?;
     let mut config = document(template, FILES[0])?;
     let mut state = document(template, FILES[1])?;
-    let dir = template.clone_dir.as_deref().ok_or_else(|| {
-        Error::usage("missing option --dir: Cloud Hypervisor restores a clone from files in a directory")
-            .hint("name a directory that exists, another one for each clone: --dir DIR")
-    })?;
     if dir.contains(SYNTAX) {
         return Err(Error::usage(format!(
             "invalid directory '{dir}': Cloud Hypervisor cannot parse a path with one of {}",
@@ -39,7 +51,27 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     }
     let refused = |error: Error| error.context(format!("template {}", template.name));
     state::convert(&mut state, memory.size, &config::zone_ids(&config)).map_err(refused)?;
-    let mut notes = config::convert(&mut config, memory.path, dir).map_err(refused)?;
+    let notes = config::convert(&mut config, memory.path, dir).map_err(refused)?;
+    Ok(Converted { config, state, notes })
+}
+
+pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
+    // A template without the files of a snapshot is refused before a missing option is.
+    let dir = template.clone_dir.as_deref();
+    let converted = convert(template, dir.unwrap_or_default())?;
+    let dir = dir.ok_or_else(|| {
+        Error::usage("missing option --dir: Cloud Hypervisor restores a clone from files in a directory")
+            .hint("name a directory that exists, another one for each clone: --dir DIR")
+    })?;
+    let files = converted.files(dir);
+    let mut notes = converted.notes;
+    let shared = config::shared(&converted.config);
+    if !shared.is_empty() {
+        notes.push(format!(
+            "unchanged, and opened by each clone: {}; edit config.json for each clone that runs beside another",
+            shared.join(", ")
+        ));
+    }
     notes.extend([
         "use Cloud Hypervisor 51 or later, which opens the memory file read-only, and add no prefault=on to --restore, \
          which copies all memory"
@@ -58,9 +90,49 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     ];
     let [program, values @ ..] = words.each_ref().map(|word| shell_word(word));
     let text = format!("{program} \\\n    {} {} \\\n    {} {}", values[0], values[1], values[2], values[3]);
-    let written = [&config, &state].map(|json| serde_json::to_vec_pretty(json).unwrap_or_default());
-    let files = FILES.iter().zip(written).map(|(name, bytes)| (Path::new(dir).join(name), bytes)).collect();
     Ok(VmmArguments { text, argv: Some(words.to_vec()), files, notes, ..VmmArguments::default() })
+}
+
+/// Returns the files of one clone that `stencil clone` launches, with their contents. `taps` has the id of network
+/// devices, and the TAP device of the host for each. Terminals of the source VM become logs in the directory.
+///
+/// # Errors
+/// Same as [`paste`](fn@super::paste), and [`Code::Usage`](crate::error::Code::Usage) if the snapshot has no network device
+/// with such an id.
+pub fn clone_files(
+    template: &Served,
+    dir: &Path,
+    taps: &[(String, String)],
+) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+    let dir = dir.to_str().ok_or_else(|| {
+        Error::usage("invalid directory of a clone: the path is not UTF-8")
+            .at(dir)
+            .hint("set STENCIL_RUNTIME_DIR to another path")
+    })?;
+    let mut converted = convert(template, dir)?;
+    config::log_terminals(&mut converted.config, dir);
+    config::set_taps(&mut converted.config, taps)?;
+    Ok(converted.files(dir))
+}
+
+/// Checks the devices of the snapshot for a launch of `count` clones. `taps` has the id of each network device that gets
+/// its own TAP device for each clone.
+///
+/// # Errors
+/// Returns [`Code::Usage`](crate::error::Code::Usage) if the snapshot has no network device with such an id, or with the
+/// name of a disk or TAP device to which several clones would write.
+pub fn check_devices(template: &Served, taps: &[(String, String)], count: u32) -> Result<()> {
+    let mut config = document(template, FILES[0])?;
+    config::set_taps(&mut config, taps)?;
+    match config::written(&config, taps).first() {
+        Some(device) if count > 1 => {
+            Err(Error::usage(format!("cannot launch several clones: each would write to {device}")).hint(
+                "make a disk read-only before the snapshot, give each clone a TAP device with --network ID=tap-{index}, \
+                 or launch one clone",
+            ))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Returns a JSON file of the snapshot.

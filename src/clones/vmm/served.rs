@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::clones::recipe::{Recipe, Values};
 use crate::error::{Error, Result};
-use crate::store::{FileKind, FirecrackerState, Roles, TemplateFile};
-use crate::units::Bytes;
+use crate::store::{BLOCK_SIZE, FileKind, FirecrackerState, Roles, Scratch, Template, TemplateFile};
+use crate::units::{Bytes, to_usize};
 
 /// A template as a mount serves it.
 #[derive(Debug, Clone)]
@@ -96,14 +96,48 @@ impl Served {
         self.roles.state.as_deref().map(|name| self.path(name))
     }
 
+    /// Reads the files that a configuration is made from; see [`Vmm::documents`](super::Vmm::documents).
+    ///
+    /// # Errors
+    /// Returns an error if a file of the template cannot be read.
+    pub fn read_documents(&mut self, template: &Template, names: &[&str]) -> Result<()> {
+        for name in names {
+            if let Some(bytes) = read(template, name, MAX_DOCUMENT)? {
+                self.documents.insert((*name).to_owned(), bytes);
+            }
+        }
+        Ok(())
+    }
+
     /// Returns true if the device state is Firecracker's.
     pub fn is_of_firecracker(&self) -> bool {
         self.state_head.as_deref().is_some_and(|head| FirecrackerState::header(head).is_ok())
     }
 
+    /// Returns true if the template has files with all of these names.
+    pub fn has_files(&self, names: &[&str]) -> bool {
+        names.iter().all(|name| self.files.iter().any(|file| file.name == *name))
+    }
+
     pub(super) fn names(&self) -> String {
         self.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// Most bytes of a file that a configuration is made from.
+const MAX_DOCUMENT: u64 = 64 << 20;
+
+/// Returns the first `limit` bytes of a file; `None` if the template has no such file.
+fn read(template: &Template, name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+    let Some(file) = template.file(name) else { return Ok(None) };
+    let (mut bytes, mut scratch) = (vec![], Scratch::default());
+    for block in 0..template.block_count(file).min(limit.div_ceil(BLOCK_SIZE)) {
+        let start = bytes.len();
+        bytes.resize(start + to_usize(BLOCK_SIZE), 0);
+        let length = template.read_block(file, block, &mut scratch, &mut bytes[start..])?;
+        bytes.truncate(start + length);
+    }
+    Ok(Some(bytes))
 }
 
 /// Granularity of RAM sizes in bytes: QEMU rounds the size of `-m` up to a multiple, and refuses memory of another

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stencilfs::clones::firecracker_api::Api;
+use stencilfs::clones::vmm_api::{Api, Server};
 
 use crate::support::mount::{STENCIL, wait_for};
 use crate::support::vm::guest::cache;
@@ -125,7 +125,7 @@ impl Firecracker {
         let input = File::from(std::os::fd::OwnedFd::from(child.stdin.take().unwrap()));
         let serial = Serial { input, output: dir.join("serial.log"), read: 0 };
         let firecracker = Firecracker { child, dir: dir.to_owned(), serial };
-        wait_for("the API socket", || Api::connect(&firecracker.socket()).ok());
+        wait_for("the API socket", || Api::connect(Server::Firecracker, &firecracker.socket()).ok());
         firecracker
     }
 
@@ -166,7 +166,7 @@ impl Firecracker {
     /// Runs a request, which must succeed.
     #[track_caller]
     pub fn run(&self, request: &str, body: Value) {
-        let mut api = Api::connect(&self.socket()).unwrap();
+        let mut api = Api::connect(Server::Firecracker, &self.socket()).unwrap();
         api.run(request, &body, Instant::now() + TIMEOUT).unwrap();
     }
 

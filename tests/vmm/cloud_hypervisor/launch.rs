@@ -77,7 +77,7 @@ fn put(socket: &Path, action: &str, body: &str) {
 
 /// Where KVM cannot save nested state, as KVM_PVM cannot, Cloud Hypervisor takes no snapshot.
 #[test]
-fn four_clones_resume_in_the_real_cloud_hypervisor() {
+fn clones_resume_in_the_real_cloud_hypervisor() {
     let _host = host::shared();
     let binary = std::env::var("STENCIL_CLOUD_HYPERVISOR").expect("STENCIL_CLOUD_HYPERVISOR names no binary");
     let world = TestMount::new("auto");
@@ -157,5 +157,30 @@ fn four_clones_resume_in_the_real_cloud_hypervisor() {
             let pages = row["dirty_pages"].as_u64().unwrap();
             assert_eq!(pages, 64, "{form}: {row}");
         }
+        drop(clones);
+        clones_of_the_launcher(&world, form, &binary);
     }
+}
+
+/// Launches clones by `stencil clone`, and stops them.
+fn clones_of_the_launcher(world: &TestMount, template: &str, binary: &str) {
+    let launched = world.json(&["clone", template, "-n", "8", "--cloud-hypervisor", binary]);
+    let clones = launched["clones"].as_array().unwrap();
+    assert!(
+        clones.len() == 8 && clones.iter().all(|clone| clone["kind"] == "cloud-hypervisor"),
+        "{launched}"
+    );
+    for clone in clones {
+        let id = clone["id"].as_str().unwrap();
+        let log = patiently("the guest's output", Duration::from_secs(60), || {
+            let logs = world.json(&["logs", id]);
+            let serial = logs["serial"].as_str().unwrap_or_default().to_owned();
+            assert!(!serial.contains('X'), "the guest read a wrong word: {logs}");
+            serial.contains("..").then_some(serial)
+        });
+        assert!(!log.contains('B'), "the guest has booted instead of resuming: {log}");
+        assert_eq!(world.json(&["dirty", id])["dirty_pages"], 64, "{template}: clone {id}");
+    }
+    world.stencil(&["stop", "--all"]).ok();
+    assert_eq!(world.json(&["ps"])["clones"], json!([]));
 }

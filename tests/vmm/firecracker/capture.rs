@@ -9,7 +9,7 @@ use std::process::{Child, Stdio};
 use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use stencilfs::clones::firecracker_api::Api;
+use stencilfs::clones::vmm_api::{Api, Server};
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::daemon::passing::Mounted;
@@ -20,7 +20,7 @@ use crate::vmm::firecracker_guests::{Clone, boot, dirty, import_snapshot, launch
 
 /// Returns the state of a VM: `running`, `paused` or `not started`.
 fn state(socket: &Path) -> String {
-    Api::connect(socket).unwrap().state().unwrap()
+    Api::connect(Server::Firecracker, socket).unwrap().state().unwrap()
 }
 
 fn capture(world: &TestMount, socket: &Path, more: &[&str]) -> Value {
@@ -96,7 +96,7 @@ fn a_captured_vm_runs_on_or_stays_paused_and_its_template_has_its_memory() {
     source.resume();
     let captured = capture(&world, &socket, &["fc:4", "--quit"]);
     assert_eq!(captured["vm"], "quit", "{captured:#}");
-    assert!(Api::connect(&socket).is_err(), "Firecracker still runs");
+    assert!(Api::connect(Server::Firecracker, &socket).is_err(), "Firecracker still runs");
 }
 
 #[test]

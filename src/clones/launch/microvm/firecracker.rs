@@ -1,8 +1,4 @@
-//! Firecracker clones: starts Firecracker, loads the template's snapshot through its API and resumes the guest.
-//!
-//! No guest runs until the snapshots of all clones are loaded: a running guest takes processor time from the loads.
-
-mod jail;
+//! Firecracker clones: starts Firecracker and loads the template's snapshot through its API.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -13,18 +9,16 @@ use std::process::{Child, Command};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 
-use super::active_launch::ActiveLaunch;
-use super::child::{ControlSocket, ReadyWait, connect, expect_short, kill, spawn_with};
-use super::order::{Launched, Microvm};
-use crate::clones::firecracker_api::Api;
+use super::expect_own;
+use super::jail::{self, Jail};
+use crate::clones::launch::active_launch::ActiveLaunch;
+use crate::clones::launch::child::{ControlSocket, ReadyWait, connect, expect_short, kill, spawn_with};
+use crate::clones::launch::order::Microvm;
 use crate::clones::recipe::Escape;
-use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG, process_tree};
+use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG};
+use crate::clones::vmm_api::{Api, Server};
 use crate::error::{Error, Result};
-use crate::sys::process::{ProcessId, own_session};
-use jail::Jail;
-
-/// Number of guests that are resumed at the same time. Each request needs a file descriptor.
-const RESUME_BATCH: usize = 64;
+use crate::sys::process::own_session;
 
 /// Starts the Firecracker of one clone, and returns when it has loaded the snapshot. The guest is paused.
 ///
@@ -67,64 +61,19 @@ pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> 
         }
     })?;
     let wait = ReadyWait::new(active);
-    let loaded = connect(&wait, &mut child, entry, &socket, Api::connect).and_then(|mut api| {
-        expect_own(&api, entry)?;
-        load_snapshot(&mut api, &body, microvm, &wait)?;
-        match active.order.count > 1 && microvm.jailer.is_none() {
-            true => refuse_shared_files(entry),
-            false => Ok(()),
-        }
-    });
+    let loaded = connect(&wait, &mut child, entry, &socket, |path| Api::connect(Server::Firecracker, path))
+        .and_then(|mut api| {
+            expect_own(&api, entry)?;
+            load_snapshot(&mut api, &body, microvm, &wait)?;
+            match active.order.count > 1 && microvm.jailer.is_none() {
+                true => refuse_shared_files(entry),
+                false => Ok(()),
+            }
+        });
     match loaded {
         Ok(()) => Ok(child),
         Err(error) => Err(kill(child, entry, error)),
     }
-}
-
-/// Resumes the guests of these clones. A guest that cannot be resumed is removed, and is a failure of the launch.
-pub fn resume(active: &ActiveLaunch<'_>, launched: Launched) -> Launched {
-    let (request, body) = ("PATCH /vm", json!({"state": "Resumed"}));
-    let Launched { clones, failures, clocks, children } = launched;
-    active.gathered(|gathered| gathered.failures = failures);
-    let mut ready = Vec::with_capacity(clones.len());
-    for batch in clones.chunks(RESUME_BATCH).take_while(|_| !active.is_over()) {
-        let wait = ReadyWait::new(active);
-        // All requests are sent before the first wait: running guests would delay the remaining requests.
-        let send = |entry: &Entry| {
-            let mut api = Api::connect(&entry.dir.join(API_SOCKET))?;
-            match api.peer_pid()? {
-                pid if pid == entry.pid => {}
-                other => return Err(foreign(other, entry)),
-            }
-            api.send(request, &body).map(|()| api)
-        };
-        let sent: Vec<Result<Api>> = batch.iter().map(send).collect();
-        for (entry, api) in batch.iter().zip(sent) {
-            match api.and_then(|mut api| api.wait(request, wait.deadline)) {
-                Ok(_) => ready.push(entry.clone()),
-                Err(error) => active.give_up(entry, &error),
-            }
-        }
-    }
-    let failures = active.gathered(|gathered| std::mem::take(&mut gathered.failures));
-    Launched { clones: ready, failures, clocks, children }
-}
-
-/// Checks that a process of the clone listens on the API socket, and records that process: the program may be a script
-/// that starts Firecracker as a child. The user of a jail can replace the socket.
-fn expect_own(api: &Api, entry: &mut Entry) -> Result<()> {
-    let pid = api.peer_pid()?;
-    match ProcessId::of(pid)? {
-        Some(process) if Some(process) == entry.process() => Ok(()),
-        Some(process) if process_tree::of_folder(&entry.dir).contains(&process) => entry.set_process(process),
-        _ => Err(foreign(pid, entry)),
-    }
-}
-
-fn foreign(pid: u32, entry: &Entry) -> Error {
-    Error::failed(format!("process {pid}, which is not of clone {}, listens on the API socket", entry.id))
-        .at(entry.dir.join(API_SOCKET))
-        .hint("find out which program the user of the jail runs")
 }
 
 /// Returns the command that starts Firecracker.

@@ -1,6 +1,6 @@
 //! Firecracker's jailer: prepares the directory of a jail, and the command that starts Firecracker in it.
 //!
-//! The jailer gives each Firecracker a chroot of its own, `BASE/PROGRAM/ID/root`. The template's directory appears
+//! The jailer gives each Firecracker its own chroot, `BASE/PROGRAM/ID/root`. The template's directory appears
 //! in the chroot through a mount that no other process sees. The host has no mount that would need an unmount.
 
 use std::ffi::CString;
@@ -41,7 +41,7 @@ impl Jail {
         let root = jail.join("root");
         let failed = |e| {
             Error::io("cannot create a jail", &root, e)
-                .hint("name a directory of root on a file system that permits devices and programs: --chroot-base-dir DIR")
+                .hint("name another directory that only root can write, on a file system mounted without nodev and noexec: --chroot-base-dir DIR")
         };
         // The jail of another runtime directory may have the same id.
         if jail.symlink_metadata().is_ok() {

@@ -59,13 +59,6 @@ pub(super) fn convert(config: &mut Value, path: &str, dir: &str) -> Result<Vec<S
     if config["vsock"].is_object() {
         config["vsock"]["socket"] = json!(format!("{dir}/vsock.sock"));
     }
-    let shared = kept(config);
-    if !shared.is_empty() {
-        notes.push(format!(
-            "unchanged, and opened by each clone: {}; edit config.json for each clone that runs beside another",
-            shared.join(", ")
-        ));
-    }
     if config["balloon"].is_object() {
         let why = "Cloud Hypervisor punches holes into the memory file, which is read-only";
         notes.push(format!("the balloon frees no memory of a clone: {why}"));
@@ -140,12 +133,54 @@ fn remove_options(memory: &mut Map<String, Value>) -> Vec<String> {
 }
 
 /// Returns the files and host devices that all clones open under the name that the source VM used.
-fn kept(config: &Value) -> Vec<String> {
+pub(super) fn shared(config: &Value) -> Vec<String> {
     let named = |kind: &str, key: &str| {
         let paths = array(&config[kind]).filter_map(|device| device[key].as_str());
         paths.map(|name| format!("{key} {name} of {kind}")).collect::<Vec<_>>()
     };
     [named("disks", "path"), named("pmem", "file"), named("net", "tap")].concat()
+}
+
+/// Returns the files and host devices to which all clones would write, but for the network devices in `taps`.
+pub(super) fn written(config: &Value, taps: &[(String, String)]) -> Vec<String> {
+    let disks = array(&config["disks"]).filter(|disk| disk["readonly"] != true);
+    let disks = disks.filter_map(|disk| Some(format!("disk {}", disk["path"].as_str()?)));
+    let pmem = array(&config["pmem"]).filter(|pmem| pmem["discard_writes"] != true);
+    let pmem = pmem.filter_map(|pmem| Some(format!("persistent memory {}", pmem["file"].as_str()?)));
+    let own = |id: &Value| taps.iter().any(|(of, _)| id == of.as_str());
+    let cards = array(&config["net"]).filter(|card| !own(&card["id"]));
+    let cards = cards.filter_map(|card| {
+        Some(format!("TAP device {} of network device {}", card["tap"].as_str()?, card["id"].as_str()?))
+    });
+    disks.chain(pmem).chain(cards).collect()
+}
+
+/// Sets the TAP device of each network device in `taps`.
+///
+/// # Errors
+/// Returns [`Code::Usage`](crate::error::Code::Usage) if there is no such network device.
+pub(super) fn set_taps(config: &mut Value, taps: &[(String, String)]) -> Result<()> {
+    for (id, tap) in taps {
+        let mut cards = config["net"].as_array_mut().into_iter().flatten();
+        let Some(card) = cards.find(|card| card["id"] == id.as_str()) else {
+            let ids: Vec<_> = array(&config["net"]).filter_map(|card| card["id"].as_str()).collect();
+            let ids = if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
+            return Err(Error::usage(format!("the snapshot has no network device '{id}'"))
+                .hint(format!("network devices of the snapshot: {ids}")));
+        };
+        card["tap"] = json!(tap);
+    }
+    Ok(())
+}
+
+/// Writes the output of terminals to logs in `dir`: a clone has no terminal.
+pub(super) fn log_terminals(config: &mut Value, dir: &str) {
+    for (name, log) in [("serial", "serial.log"), ("console", "console.log")] {
+        if let Some("Tty" | "Pty") = config[name]["mode"].as_str() {
+            config[name]["mode"] = json!("File");
+            config[name]["file"] = json!(format!("{dir}/{log}"));
+        }
+    }
 }
 
 fn array(value: &Value) -> impl Iterator<Item = &Value> {

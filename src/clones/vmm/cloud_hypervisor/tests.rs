@@ -117,8 +117,42 @@ fn sockets_and_logs_are_in_the_directory_of_the_clone() {
     assert_eq!(config["console"]["socket"], "/run/web 7/console.sock");
     assert_eq!(config["debug_console"]["file"], "/dev/pts/4");
     assert_eq!(config["vsock"], json!({"cid": 3, "socket": "/run/web 7/vsock.sock"}));
-    assert!(arguments.notes[0].contains("path /d.raw of disks, tap tap4 of net"), "{:?}", arguments.notes);
-    assert!(arguments.notes[1].contains("balloon frees no memory"), "{:?}", arguments.notes);
+    for note in ["path /d.raw of disks, tap tap4 of net", "balloon frees no memory"] {
+        assert!(arguments.notes.iter().any(|line| line.contains(note)), "{:?}", arguments.notes);
+    }
+}
+
+#[test]
+fn a_launched_clone_has_its_own_taps_and_writes_terminals_to_logs() {
+    let mut config = anonymous();
+    for (key, value) in [
+        ("serial", json!({"mode": "Tty"})),
+        ("console", json!({"mode": "Pty", "file": "/dev/pts/4"})),
+        ("debug_console", json!({"mode": "Off"})),
+        ("net", json!([{"id": "a", "tap": "tap4"}, {"id": "b", "tap": "tap5"}])),
+        ("disks", json!([{"path": "/d.raw", "readonly": true}, {"path": "/e.raw", "readonly": false}])),
+        ("pmem", json!([{"file": "/p", "discard_writes": true}, {"file": "/q"}])),
+    ] {
+        config[key] = value;
+    }
+    let template = snapshot(&config, &[(0, 64)], &[(0, 64, 0)]);
+    let taps = |of: &[(&str, &str)]| {
+        of.iter().map(|(id, tap)| (id.to_string(), tap.to_string())).collect::<Vec<_>>()
+    };
+    let files = clone_files(&template, Path::new("/run/c1"), &taps(&[("b", "tap-7")])).unwrap();
+    let written: Value = serde_json::from_slice(&files[0].1).unwrap();
+    assert_eq!(written["serial"], json!({"mode": "File", "file": "/run/c1/serial.log"}));
+    assert_eq!(written["console"], json!({"mode": "File", "file": "/run/c1/console.log"}));
+    assert_eq!(written["debug_console"], json!({"mode": "Off"}));
+    assert_eq!(written["net"], json!([{"id": "a", "tap": "tap4"}, {"id": "b", "tap": "tap-7"}]));
+
+    let check =
+        |of: &[(&str, &str)], count| check_devices(&template, &taps(of), count).map_err(|e| e.to_string());
+    assert!(check(&[("c", "tap")], 1).unwrap_err().contains("no network device 'c'"));
+    assert!(check(&[], 2).unwrap_err().ends_with("each would write to disk /e.raw"));
+    assert_eq!(check(&[], 1), Ok(()));
+    let rest = config::written(&config, &taps(&[("a", "tap-0")]));
+    assert_eq!(rest[1..], ["persistent memory /q", "TAP device tap5 of network device b"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -259,6 +260,24 @@ fn clones_that_would_write_to_one_disk_are_refused() {
     let run = world.stencil(&["clone", "fc:1", "-n", "2", "--firecracker", firecracker.to_str().unwrap()]);
     let run = run.exits(1).says("each would write to this file");
     assert!(run.err.contains(disk.to_str().unwrap()), "{}", run.err);
+    assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
+}
+
+#[test]
+fn each_clone_has_its_own_vsock_socket() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    drop(import_snapshot(&world, &[("PUT /vsock", json!({"guest_cid": 3, "uds_path": "./vsock.sock"}))]));
+    for clone in launch(&world, 2, &[]) {
+        let stream = UnixStream::connect(clone.dir.join("vsock.sock")).unwrap();
+        let peer = rustix::net::sockopt::socket_peercred(&stream).unwrap();
+        assert_eq!(peer.pid.as_raw_nonzero().get() as u64, clone.pid);
+    }
+    world.stencil(&["stop", "--all"]).ok();
+    // This version of Firecracker has no other path for a clone.
+    let program = program("firecracker");
+    let words = ["clone", "fc:1", "--firecracker", program.to_str().unwrap(), "--vsock", "{dir}/v.sock"];
+    world.stencil(&words).exits(1).says("unknown field `vsock_override`");
     assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 }
 

@@ -75,6 +75,10 @@ pub struct CloneArgs {
     /// Can be repeated
     #[arg(long, value_name = "IFACE=DEVICE", value_parser = network, conflicts_with_all = ["simulate", "command"])]
     network: Vec<(String, String)>,
+    /// Path of the vsock socket of each clone of a Firecracker snapshot, which must differ from clone to clone: relative
+    /// to the directory of the clone, or with {id}, {index} or {dir}. Firecracker up to 1.15 refuses the option
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["simulate", "command"])]
+    vsock: Option<String>,
     /// Firecracker's jailer, which starts each Firecracker in its own chroot: a path, or a name in PATH
     #[arg(long, value_name = "PROGRAM", requires_all = ["uid", "gid"], conflicts_with_all = ["simulate", "command"])]
     jailer: Option<PathBuf>,
@@ -235,7 +239,8 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
         let program = program(args.firecracker.as_deref().unwrap_or("firecracker".as_ref()))?;
         let body = paste(Vmm::Firecracker, &served)?.body.unwrap_or_default();
         let jailer = jailer(args)?;
-        return Ok(How::Firecracker(Microvm { program, body, networks: args.network.clone(), jailer }));
+        let (networks, vsock) = (args.network.clone(), args.vsock.clone());
+        return Ok(How::Firecracker(Microvm { program, body, networks, vsock, jailer }));
     }
     let snapshot = Vmm::CloudHypervisor.documents();
     if served.recipe.is_none() && served.has_files(snapshot) {
@@ -246,6 +251,7 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
                 ("--disk-dir", args.disk_dir.is_some()),
                 ("--firecracker", args.firecracker.is_some()),
                 ("--jailer", args.jailer.is_some()),
+                ("--vsock", args.vsock.is_some()),
             ],
         )?;
         served.read_documents(&store.template(&target.digest)?, snapshot)?;
@@ -266,6 +272,7 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
             ("--cloud-hypervisor", args.cloud_hypervisor.is_some()),
             ("--jailer", args.jailer.is_some()),
             ("--network", !args.network.is_empty()),
+            ("--vsock", args.vsock.is_some()),
         ],
     )?;
     Ok(How::Qemu(recipe))

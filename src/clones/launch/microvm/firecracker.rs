@@ -89,15 +89,18 @@ fn without_jail(microvm: &Microvm, entry: &Entry) -> Result<Command> {
 
 /// Returns the body of the request for one clone.
 fn body(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &Entry) -> Result<Value> {
+    let values = active.order.target.values().of_clone(&entry.id, entry.index, &entry.dir);
     let mut body = microvm.body.clone();
     body["resume_vm"] = false.into();
     if !microvm.networks.is_empty() {
-        let values = active.order.target.values().of_clone(&entry.id, entry.index, &entry.dir);
         let override_of = |(interface, device): &(String, String)| {
             let device = values.fill(device, Escape::None)?;
             Ok(json!({"iface_id": interface, "host_dev_name": device}))
         };
         body["network_overrides"] = microvm.networks.iter().map(override_of).collect::<Result<_>>()?;
+    }
+    if let Some(path) = &microvm.vsock {
+        body["vsock_override"] = json!({"uds_path": values.fill(path, Escape::None)?});
     }
     Ok(body)
 }

@@ -39,7 +39,7 @@ stencil-mountd serves a Stencil store through FUSE. 'stencil mount' starts it.
 
 usage: stencil-mountd supervise --store=DIR [--serve=auto|passthrough|decode] [--cache-dir=DIR]
                       [--cache-size=BYTES] [--hydrate-timeout=SECONDS] [--watchdog=SECONDS]
-                      [--on-damage=eio|stop|kill] [--noexec] -- MOUNTPOINT
+                      [--on-damage=eio|stop|kill] [--read-ahead=BYTES] [--noexec] -- MOUNTPOINT
        stencil-mountd --version";
 
 /// Prints a line to standard output; a closed pipe is ignored.

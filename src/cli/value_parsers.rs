@@ -28,6 +28,14 @@ pub fn size(text: &str) -> Result<crate::units::Bytes, String> {
     crate::units::Bytes::parse(text).map_err(explain)
 }
 
+/// Parses a size of the kernel's read-ahead.
+///
+/// # Errors
+/// Same as [`word`].
+pub fn read_ahead(text: &str) -> Result<crate::units::Bytes, String> {
+    crate::control::parse_read_ahead(text).map_err(explain)
+}
+
 /// Parses a time in seconds.
 ///
 /// # Errors

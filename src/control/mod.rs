@@ -22,7 +22,7 @@ pub use protocol::in_flight::{
     INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
 };
 pub use protocol::messages::{CONTROL_VERSION, Failure, MAX_INODES, Request, Response, UnmountMode};
-pub use protocol::options::{MountOptions, OnDamage, ServeMode, parse_seconds};
+pub use protocol::options::{MountOptions, OnDamage, ServeMode, parse_read_ahead, parse_seconds};
 pub use protocol::snapshot::{
     BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage,
 };

@@ -109,6 +109,33 @@ fn smaps(path: &Path, field: &str) -> u64 {
 }
 
 #[test]
+fn a_fault_reads_as_many_bytes_as_the_read_ahead_of_the_mount() {
+    let _host = host::shared();
+    // Bytes of the page cache after one fault in the middle of a file.
+    let cached_after_fault = |world: &TestMount| {
+        let digest = world.import_bytes(&random(7, 32 << 20), "web:1");
+        let file = File::open(world.file(&digest, "memory")).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let mapping = Mapping::new(&Request::view(file.as_fd(), Bytes::new(32 << 20))).unwrap();
+        mapping.load(MemoryOffset::new(16 << 20)).unwrap();
+        cachestat::cached(&file).unwrap().bytes().get()
+    };
+    for (option, size) in [("--read-ahead=4M", 4 << 20), ("-oread-ahead=0", 0), ("--watchdog=10", 128 << 10)]
+    {
+        let world = TestMount::with(&["--serve", "decode", option]);
+        assert_eq!(world.status()["read_ahead_bytes"], size, "{option}");
+        assert_eq!(cached_after_fault(&world), size.max(PAGE), "{option}");
+        // The value belongs to the mount, not to a server.
+        world.kill_server();
+        assert_eq!(cached_after_fault(&world), size.max(PAGE), "{option}");
+        let text = world.stencil(&["status"]).ok().out;
+        assert_eq!(text.contains("(decode, read-ahead"), size != 128 << 10, "{text}");
+    }
+    let world = TestMount::unmounted();
+    world.mount(&["-o", "read-ahead=4097"]).exits(2).says("expected whole pages, at most 64.0 MiB");
+}
+
+#[test]
 fn first_touch_of_a_backing_maps_huge_pages() {
     let _host = host::shared();
     let world = TestMount::new("passthrough");

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use stencilfs::control::{Record, RecordDir, Snapshot};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::fuse::read_ahead;
 use stencilfs::sys::probe;
 use stencilfs::sys::process::ProcessId;
 
@@ -45,6 +46,19 @@ impl Resources {
         let text = serde_json::to_vec(snapshot)
             .map_err(|e| Error::failed(format!("cannot write the ledger: {e}")))?;
         self.ledger.write(&text).map_err(|e| Error::failed("cannot write the ledger").because(e))
+    }
+
+    /// Sets the kernel's read-ahead, if the options of the mount name a size. The kernel must have accepted the INIT
+    /// reply before.
+    pub fn set_read_ahead(mount: &MountFacts) {
+        if let Some(size) = mount.options.read_ahead
+            && let Err(error) = read_ahead::set(mount.device, size)
+        {
+            log::warn!(
+                "cannot set the read-ahead of {} to {size}: {error}",
+                mount.options.mountpoint.display()
+            );
+        }
     }
 
     /// Writes the record of the mount, which lets other programs find the mount, its supervisor and its server.

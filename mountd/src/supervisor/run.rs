@@ -341,6 +341,7 @@ impl Supervisor {
             }
             Action::Ring => drop(self.resources.stats.page().ring()),
             Action::Announce => {
+                Resources::set_read_ahead(self.machine.mount());
                 self.manager.ready(&self.resources, self.machine.program());
                 self.callers.report_serving();
             }

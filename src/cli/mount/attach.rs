@@ -28,7 +28,8 @@ pub struct MountArgs {
     /// Stay in the foreground and log to standard error
     #[arg(short = 'f', long)]
     foreground: bool,
-    /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, noexec
+    /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=,
+    /// read-ahead=, noexec
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
     /// Way to serve files: auto, passthrough or decode
@@ -49,6 +50,9 @@ pub struct MountArgs {
     /// What happens to a process that needs a damaged block: eio (only an error), stop or kill [default: eio]
     #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<OnDamage>)]
     on_damage: Option<OnDamage>,
+    /// Bytes that the kernel reads ahead in files served by decode; 0 for none [default: the kernel's, 128K]
+    #[arg(long, value_name = "SIZE", value_parser = value_parsers::read_ahead)]
+    read_ahead: Option<Bytes>,
 }
 
 struct Mounted {
@@ -78,6 +82,7 @@ impl MountArgs {
         options.hydrate_timeout = self.hydrate_timeout.unwrap_or(options.hydrate_timeout);
         options.watchdog = self.watchdog.unwrap_or(options.watchdog);
         options.on_damage = self.on_damage.unwrap_or(options.on_damage);
+        options.read_ahead = self.read_ahead.or(options.read_ahead);
         options.foreground = self.foreground;
         Ok(options)
     }

@@ -19,6 +19,7 @@ use crate::control::{self, DeadMount, FileStatus, Mount, MountStatus};
 use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
 use crate::store::{Serving, Store};
+use crate::sys::fuse::read_ahead;
 use crate::sys::process::paused;
 use crate::units::{Bytes, whole};
 
@@ -159,10 +160,12 @@ fn log_line(log: Option<&Path>, out: &mut dyn Write) -> io::Result<()> {
 }
 
 fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> io::Result<()> {
+    let read_ahead = mount.read_ahead.filter(|size| *size != read_ahead::DEFAULT);
+    let read_ahead = read_ahead.map_or_else(String::new, |size| format!(", read-ahead {size}"));
     let detached = if mount.detached { ", detached: served until its last user exits" } else { "" };
     writeln!(
         out,
-        "{} serves {} ({}){detached}",
+        "{} serves {} ({}{read_ahead}){detached}",
         mount.mountpoint.display(),
         mount.store.display(),
         mount.serve

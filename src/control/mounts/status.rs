@@ -11,6 +11,7 @@ use crate::control::protocol::snapshot::{Cache, FileKey, ServerEnd, Snapshot};
 use crate::error::Result;
 use crate::sanitize;
 use crate::store::{Digest, Serving, Store};
+use crate::sys::fuse::read_ahead;
 use crate::units::Bytes;
 
 /// Status of a mount, as printed by `status --json`.
@@ -52,6 +53,9 @@ pub struct MountStatus {
     pub log: Option<PathBuf>,
     /// Serve mode as requested: `auto`, `passthrough` or `decode`.
     pub serve: String,
+    /// The kernel's read-ahead for files served by decode; `None` if sysfs does not show the mount.
+    #[serde(rename = "read_ahead_bytes")]
+    pub read_ahead: Option<Bytes>,
     /// Location of passthrough backings: a directory or `memory`; `None` if there are none, with the reason in
     /// `cache_why`.
     pub cache: Option<String>,
@@ -139,6 +143,7 @@ impl MountStatus {
             detached: mount.detached,
             log: (!options.foreground).then(|| mount.dir.join(LOG_FILE)),
             serve: options.serve.name().to_owned(),
+            read_ahead: read_ahead::get(snapshot.device).ok(),
             cache: match &chosen.cache {
                 Cache::Directory(dir) => Some(dir.display().to_string()),
                 Cache::Memory => Some("memory".to_owned()),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::units::Bytes;
+use crate::units::{Bytes, PAGE_SIZE};
 
 /// How the files of a mount are served.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +103,8 @@ pub struct MountOptions {
     pub watchdog: Duration,
     /// What happens to a process that needs a damaged block by decode.
     pub on_damage: OnDamage,
+    /// The kernel's read-ahead for files served by decode; `None` leaves the kernel's default.
+    pub read_ahead: Option<Bytes>,
     /// Mount with `MS_NOEXEC`.
     pub noexec: bool,
     /// The supervisor stays in the foreground, in the session of its caller.
@@ -116,8 +118,26 @@ const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
 const WATCHDOG: Duration = Duration::from_secs(10);
 
 /// Options of `-o` that are specific to Stencil and take a value.
-const WITH_VALUE: [&str; 6] =
-    ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog", "on-damage"];
+const WITH_VALUE: [&str; 7] =
+    ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog", "on-damage", "read-ahead"];
+
+/// Largest value of [`MountOptions::read_ahead`].
+const MAX_READ_AHEAD: Bytes = Bytes::new(64 << 20);
+
+/// Parses a size of the kernel's read-ahead.
+///
+/// # Errors
+/// Returns a usage error for an invalid or too large size.
+pub fn parse_read_ahead(text: &str) -> Result<Bytes> {
+    let size = Bytes::parse(text)?;
+    match size <= MAX_READ_AHEAD && size.get().is_multiple_of(PAGE_SIZE) {
+        true => Ok(size),
+        false => Err(Error::usage(format!(
+            "invalid read-ahead {text}: expected whole pages, at most {MAX_READ_AHEAD}"
+        ))
+        .hint("use a size such as 128K or 4M, or 0 for no read-ahead")),
+    }
+}
 
 /// Options of `-o` that are ignored: they describe what every mount of Stencil is, or are for `mount` and `fstab`.
 const WITHOUT_EFFECT: [&str; 26] = [
@@ -178,6 +198,7 @@ impl MountOptions {
             hydrate_timeout: HYDRATE_TIMEOUT,
             watchdog: WATCHDOG,
             on_damage: OnDamage::default(),
+            read_ahead: None,
             noexec: false,
             foreground: false,
         }
@@ -198,7 +219,7 @@ impl MountOptions {
                 _ if Self::knows(word) => {}
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).hint(
-                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, noexec or the usual options of fstab",
+                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, read-ahead=, noexec or the usual options of fstab",
                     ));
                 }
             }
@@ -229,6 +250,7 @@ impl MountOptions {
             "hydrate-timeout" => self.hydrate_timeout = parse_seconds(text()?)?,
             "watchdog" => self.watchdog = parse_seconds(text()?)?,
             "on-damage" => self.on_damage = text()?.parse()?,
+            "read-ahead" => self.read_ahead = Some(parse_read_ahead(text()?)?),
             _ => return Err(Error::usage(format!("unknown option '{key}'"))),
         }
         Ok(())
@@ -253,6 +275,9 @@ impl MountOptions {
         push("hydrate-timeout", OsStr::new(&self.hydrate_timeout.as_secs_f64().to_string()));
         push("watchdog", OsStr::new(&self.watchdog.as_secs_f64().to_string()));
         push("on-damage", OsStr::new(self.on_damage.name()));
+        if let Some(size) = self.read_ahead {
+            push("read-ahead", OsStr::new(&size.get().to_string()));
+        }
         for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
             if set {
                 args.push(flag.into());
@@ -332,6 +357,7 @@ mod tests {
         options.hydrate_timeout = Duration::from_millis(250);
         options.watchdog = Duration::from_millis(1500);
         options.on_damage = OnDamage::Kill;
+        options.read_ahead = Some(Bytes::new(4 << 20));
         options.noexec = true;
         options.foreground = true;
         let args = options.to_args();
@@ -361,6 +387,8 @@ mod tests {
             "hydrate-timeout=-1",
             "on-damage",
             "on-damage=pause",
+            "read-ahead=4097",
+            "read-ahead=1G",
         ] {
             let error = options.apply(bad).unwrap_err();
             assert_eq!(error.code(), crate::error::Code::Usage, "{bad}");

@@ -2,3 +2,4 @@
 
 pub mod control_fs;
 pub mod device;
+pub mod read_ahead;

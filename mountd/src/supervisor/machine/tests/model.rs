@@ -48,6 +48,7 @@ pub fn initial() -> InitialState {
                 hydrate_timeout: Duration::from_secs(30),
                 watchdog: Duration::from_secs(10),
                 on_damage: OnDamage::Eio,
+                read_ahead: None,
                 noexec: false,
                 foreground: false,
             },

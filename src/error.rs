@@ -14,7 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Code {
     /// Any failure without a more specific kind.
     Failed,
-    /// Invalid arguments. The command has changed nothing.
+    /// Invalid arguments or input. The item that failed has changed nothing; earlier items of the command may be done.
     Usage,
     /// Stored data is corrupt.
     Damage,
@@ -116,7 +116,7 @@ impl Error {
         let remedy = match source.kind() {
             io::ErrorKind::NotFound => Some("check the path: no file or directory has this name"),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Some("free space on that file system and run the command again; nothing was changed")
+                Some("free space on that file system and run the command again")
             }
             io::ErrorKind::PermissionDenied => {
                 Some("run the command as root or as a user with access to the path")

@@ -87,7 +87,11 @@ pub fn finish(result: Result<Done>, json: bool) -> ExitCode {
             // The reader has closed the pipe. This is not a failure of the command.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(done.exit),
             Err(error) => {
-                print_line!("error: cannot write the result: {error}");
+                let error = Error::failed("cannot write the result").because(error);
+                print_error(
+                    "",
+                    &error.hint("the command itself is done; check the file or pipe of standard output"),
+                );
                 ExitCode::from(1)
             }
         },

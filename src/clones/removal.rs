@@ -120,7 +120,8 @@ impl Hidden {
     /// Hides the templates that are not in use.
     fn hide(store: &Store, digests: &[Digest]) -> Result<(Hidden, Refused)> {
         let mut mark = RemovalMark::announce(store, digests)?;
-        // Templates in use are never hidden, not even briefly.
+        // Templates that are leased or used by a process now are not hidden. A template whose use only the kernel knows,
+        // or that is used from now on, is hidden until it is released below.
         let (templates, mut refused) = unused_of(store, digests)?;
         refused.iter().for_each(|(digest, _)| mark.end_for(digest));
         let condemned = Condemnation::new(templates.keys().copied().collect());

@@ -211,9 +211,12 @@ pub fn leased(store: &Store, digests: &[Digest]) -> Result<Refused> {
     }
     let error = |(digest, names): (Digest, Vec<String>)| {
         let (count, names) = (names.len(), names.join(", "));
-        let holders = if count == 1 { "1 process" } else { &format!("{count} processes") };
+        let (holders, hint) = match count {
+            1 => ("1 process".to_owned(), "retry when the process has exited"),
+            _ => (format!("{count} processes"), "retry when the processes have exited"),
+        };
         let error = Error::in_use(format!("template {digest} is leased by {holders}: {names}"));
-        (digest, error.hint("retry when they have exited"))
+        (digest, error.hint(hint))
     };
     Ok(holders.into_iter().map(error).collect())
 }

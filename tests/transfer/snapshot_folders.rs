@@ -206,7 +206,7 @@ fn refuses_by_name_what_is_no_part_of_a_snapshot() {
         (".hidden", "invalid file name '.hidden'", write(".hidden", vec![1])),
         (
             "old.state",
-            "two Firecracker state files: 'old.state'",
+            "2 Firecracker state files, such as 'old.state'",
             write("old.state", state(0x8664, "8.0.0", 3)),
         ),
         ("twin", "'snapshot.mem' and 'twin' both have", write("twin", vec![1; 4 * MIB])),

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ const KILLS: usize = 20;
 /// Boots a guest in the directory `source`. `more` are requests before the start.
 pub fn boot(world: &TestMount, more: &[(&str, Value)]) -> Firecracker {
     let directory = world.dir().join("source");
-    fs::create_dir(&directory).unwrap();
+    fs::create_dir_all(&directory).unwrap();
     Firecracker::boot(&directory, more)
 }
 
@@ -261,6 +262,37 @@ fn clones_that_would_write_to_one_disk_are_refused() {
     let run = run.exits(1).says("each would write to this file");
     assert!(run.err.contains(disk.to_str().unwrap()), "{}", run.err);
     assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
+}
+
+#[test]
+fn a_script_makes_the_disk_of_each_clone() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let disk = world.dir().join("source/disk.img");
+    fs::create_dir_all(disk.parent().unwrap()).unwrap();
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let drive = json!({"drive_id": "data", "path_on_host": "disk.img", "is_root_device": false, "is_read_only": false});
+    drop(import_snapshot(&world, &[("PUT /drives/data", drive)]));
+    let script = world.dir().join("firecracker-with-disk");
+    let text = format!(
+        "#!/bin/sh\ncp --reflink=auto {} disk.img && exec {} \"$@\"\n",
+        disk.display(),
+        program("firecracker").display()
+    );
+    fs::write(&script, text).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let launched = world.json(&["clone", "fc:1", "-n", "2", "--firecracker", script.to_str().unwrap()]);
+    let mut clones: Vec<Clone> = launched["clones"].as_array().unwrap().iter().map(Clone::of).collect();
+    ask_all(&mut clones, 'r', "K");
+    for clone in &clones {
+        let own = fs::metadata(clone.dir.join("disk.img")).unwrap().ino();
+        let fds = fs::read_dir(format!("/proc/{}/fd", clone.pid)).unwrap();
+        let opened =
+            fds.filter_map(|fd| fs::metadata(fd.unwrap().path()).ok()).filter(|file| file.ino() == own);
+        assert_eq!(opened.count(), 1, "clone {} has not opened its disk", clone.id);
+    }
+    world.stencil(&["stop", "--all"]).ok();
+    assert!(clones.iter().all(|clone| !clone.dir.exists()), "a disk is left");
 }
 
 #[test]

@@ -28,9 +28,10 @@ pub fn take_over(orphan: &Mount) -> Result<AcquiredMount> {
             .context("cannot take over the mount, whose supervisor is dead")
             .at(&orphan.mountpoint)
             .hint(format!(
-                "run 'stencil umount -l {0}', then 'stencil mount {0}'; a server that still runs serves its clones until \
-                 they exit",
-                orphan.mountpoint.display()
+                "run 'stencil umount -l {0}', then 'stencil --store {1} mount {0}' with the options of that mount; a server \
+                 that still runs serves its clones until they exit",
+                orphan.mountpoint.display(),
+                orphan.store.display()
             ))
     };
     let record = RecordDir::take_over(&orphan.dir)?;
@@ -60,7 +61,10 @@ fn from_server(orphan: &Mount, record: RecordDir) -> Result<AcquiredMount> {
         return Err(wrong("ledger", "the ledger of this mount"));
     }
     // All descriptors are from one process, and the ledger is genuine: that process must be the server in the ledger.
-    let row = snapshot.server.clone().filter(|row| row.process.pid == pid && !has_ended(&server.pidfd));
+    if has_ended(&server.pidfd) {
+        return Err(Error::failed(format!("the server (process {pid}) has exited")));
+    }
+    let row = snapshot.server.clone().filter(|row| row.process.pid == pid);
     let row = row.ok_or_else(|| wrong("ledger", "a ledger that names this process"))?;
     let found = MountFds {
         fuse,
@@ -123,11 +127,13 @@ impl Holder {
     /// Duplicates the descriptor with this name in the arguments of the process.
     ///
     /// # Errors
-    /// Returns an error if the process has no descriptor with this number.
+    /// Returns an error if the process has no such descriptor, or the kernel does not permit to duplicate it.
     pub fn get(&self, name: &str) -> Result<OwnedFd> {
         let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
         let number = *self.names.get(name).ok_or_else(missing)?;
-        self.copy(number).map_err(|e| missing().because(e))
+        let failed =
+            || Error::failed(format!("cannot duplicate descriptor '{name}' of process {}", self.pid));
+        self.copy(number).map_err(|e| failed().because(e))
     }
 
     fn copy(&self, number: RawFd) -> io::Result<OwnedFd> {

@@ -236,8 +236,7 @@ impl Action {
         Action::Reply(server, Numbered { number, body }, file)
     }
 
-    /// Returns the response to a caller that its request was carried out or has failed. Returns `None` if the request
-    /// has no caller.
+    /// Returns the action that reports the result of a request to its caller; `None` if the request has no caller.
     pub fn answer(caller: Option<CallerId>, result: Result<()>) -> Option<Action> {
         Some(Action::Respond(caller?, result.map(|()| Response::Done), None))
     }

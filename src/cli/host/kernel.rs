@@ -179,7 +179,7 @@ pub fn read_size() -> Check {
         Some(pages) if pages < 256 => Check::note(
             "read size",
             format!("fs.fuse.max_pages_limit={pages}"),
-            "run sysctl fs.fuse.max_pages_limit=256, so that one request reads 1 MiB",
+            "run sysctl fs.fuse.max_pages_limit=256 before mounting: requests of later mounts read 1 MiB",
         ),
         Some(pages) => Check::ok("read size", Bytes::new(pages * crate::units::PAGE_SIZE).to_string()),
         None => Check::ok("read size", "1.00 MiB"),

@@ -228,6 +228,7 @@ fn in_use(mount: &Mount, users: &Users) -> Error {
     }
     Error::in_use(what).at(&mount.mountpoint).hint(match mount.detached {
         false => "stop the processes, or detach the mount with -l to serve it until they exit",
-        true => "stop the processes, or cut them off with --force; the mount is detached already",
+        true => "stop the processes, or end the mount with --force, which kills processes that still need its pages; the mount is \
+                 detached already",
     })
 }

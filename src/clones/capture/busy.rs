@@ -42,6 +42,7 @@ pub(super) fn find(qmp: &mut Qmp) -> Result<Vec<Busy>> {
         let (id, kind, status) = (text("id"), text("type"), text("status"));
         let remedy = match status {
             "concluded" => format!("remove it with QMP job-dismiss and id={id}"),
+            "ready" => format!("end it with QMP job-complete or job-cancel and id={id}"),
             _ => format!("wait for its end (QMP query-jobs), or cancel it with QMP job-cancel and id={id}"),
         };
         let what = format!("the VM's disks are in use by {kind} job '{id}' (state '{status}')");

@@ -234,7 +234,10 @@ impl FilesDirectory {
                 process.pid
             ))
             .at(fs::read_link(&path).unwrap_or(path))
-            .hint("start Firecracker in such a directory: a capture puts its temporary files there"));
+            .hint(format!(
+                "make the directory writable and owned by user {uid} if only this VM uses it (chown, chmod u+wx), or start \
+                 Firecracker in such a directory: a capture puts its temporary files there"
+            )));
         }
         Ok(FilesDirectory { directory, owner: (uid, gid) })
     }

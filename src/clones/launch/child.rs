@@ -181,7 +181,8 @@ pub struct ControlSocket<'a> {
 /// Waits until a VMM listens on its socket, and connects.
 ///
 /// # Errors
-/// Returns an error if the VMM exits before it listens on the socket, and
+/// Returns an error if the VMM exits before it listens on the socket, if the connection fails for another reason than
+/// that nothing listens yet, or if the launch is cancelled, and
 /// [`Code::TryAgain`](crate::error::Code::TryAgain) on a timeout.
 pub fn connect<T>(
     wait: &ReadyWait<'_>,

@@ -1,4 +1,4 @@
-//! Launches clones of one template: many in parallel, all or none, returning when every clone is ready.
+//! Launches clones of one template: many in parallel; all or none, unless `keep_going` is set.
 
 mod active_launch;
 mod child;

@@ -172,7 +172,8 @@ fn cards_on<'a>(text: &'a str, network: &str) -> Option<BTreeSet<&'a str>> {
     is_found.then_some(cards)
 }
 
-/// Updates the clock of a resumed guest through its agent. The emulated RTC follows the host's clock.
+/// Updates the clock of a resumed guest through its agent. With
+/// `-rtc clock=host`, the default, the emulated RTC follows the host's clock.
 fn update_clock(qmp: &mut Qmp, channel: Option<&Channel>) -> Clock {
     let clock = channel.map_or(Clock::NoChannel, |channel| channel.set_clock(qmp));
     // Discards missed RTC ticks, which QEMU would otherwise inject in a burst. Fails on machines without an MC146818

@@ -114,7 +114,9 @@ impl DeadMount {
         Error::try_again("the mount is dead: its supervisor and its server have exited")
             .at(&self.mountpoint)
             .hint(format!(
-                "run 'stencil mount {place}' to mount the store again, or 'stencil umount {place}' to unmount"
+                "run 'stencil --store {} mount {place}' with the options of that mount to mount the store again, or \
+                 'stencil umount {place}' to unmount",
+                self.store.display()
             ))
     }
 }

@@ -66,11 +66,7 @@ impl StreamFront {
             || self.without.len() > MAX_TEMPLATES
             || self.templates.iter().map(|t| t.tags.len()).sum::<usize>() > MAX_TAGS
         {
-            return Err(Invalid::damage(format!(
-                "the stream exceeds its limits: templates: {}, base templates: {}",
-                self.templates.len(),
-                self.without.len()
-            )));
+            return Err(Invalid::damage("the header exceeds the limits of a stream"));
         }
         let mut out = Vec::with_capacity(length);
         Preamble::plain(length).encode(MAGIC, &mut out);

@@ -56,7 +56,12 @@ impl Superblock {
         let mut fields = Fields(unseal(header)?);
         let preamble = Preamble::decode(MAGIC, &mut fields)?;
         if bytes.len() != Self::LEN || header.len() != Self::LEN {
-            return Err(Invalid::damage(format!("length is {}, expected {} bytes", bytes.len(), Self::LEN)));
+            return Err(Invalid::damage(format!(
+                "the file has {} bytes and a header of {} bytes; expected {} bytes for both",
+                bytes.len(),
+                header.len(),
+                Self::LEN
+            )));
         }
         Ok(Superblock { preamble, id: fields.array()?, secret: fields.array()?, created: fields.u64()? })
     }

@@ -92,7 +92,8 @@ impl Directory {
     /// Opens a directory below this one.
     ///
     /// # Errors
-    /// Returns an error if the system call fails: `ELOOP` for a symbolic link, `ENOTDIR` for a file.
+    /// Returns an error if the system call fails: `ENOTDIR` for a file; `ELOOP` for a symbolic link, or
+    /// `ENOTDIR` where openat2(2) is not available.
     pub fn folder(&self, name: impl AsRef<Path>) -> io::Result<Directory> {
         let name = name.as_ref();
         Ok(Directory { fd: self.resolve(name, DIRECTORY, Mode::empty())?, path: self.path_of(name) })

@@ -220,7 +220,7 @@ impl Backings {
             Ok((id, file)) => {
                 self.stats.count(Counter::HydrationsDone);
                 log::info!(
-                    "template {} file {} is served by passthrough after {:.2} s",
+                    "the backing of template {} file {} is ready after {:.2} s",
                     job.key.digest,
                     job.key.file,
                     start.elapsed().as_secs_f64()

@@ -98,7 +98,7 @@ impl Backoff {
         self.early_ends >= EARLY_ENDS_WITHOUT_DELAY
     }
 
-    /// Returns the number of servers in a row that have ended early.
+    /// Returns the number of early ends and failed starts in a row.
     pub fn early_ends(&self) -> u32 {
         self.early_ends
     }
@@ -121,7 +121,7 @@ impl Backoff {
         self.next_start = delay.map(|delay| wall + delay);
         if let Some(delay) = delay {
             log::error!(
-                "{} servers in a row ended soon after their start; starting the next one in {delay:?}",
+                "{} servers in a row could not be started or ended soon after their start; starting the next one in {delay:?}",
                 self.early_ends
             );
         }

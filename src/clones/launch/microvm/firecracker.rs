@@ -141,8 +141,8 @@ fn refuse_shared_files(entry: &Entry) -> Result<()> {
             return Err(Error::usage("cannot launch several clones: each would write to this file, a disk of the VM")
                 .at(path)
                 .hint(
-                    "make the disk read-only, or give it a relative path, before the snapshot: a relative path is one \
-                     in the directory of the clone",
+                    "make the disk read-only before the snapshot, or give it a relative path and make the disk of each \
+                     clone: docs/how-to/firecracker.md",
                 ));
         }
     }

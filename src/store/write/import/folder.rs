@@ -246,8 +246,8 @@ fn recognize(found: &[Found], has_memory: bool) -> std::result::Result<Recognize
             Err((format!("no snapshot found: the directory has {}", quoted(&names)), EXPECTED.into()))
         }
         [one, two, ..] => Err((
-            format!("two Firecracker state files: '{}' and '{}'", one.name, two.name),
-            "move one of the two snapshots into another directory".into(),
+            format!("{} Firecracker state files, such as '{}' and '{}'", states.len(), one.name, two.name),
+            "give each snapshot its own directory".into(),
         )),
     }
 }

@@ -253,7 +253,7 @@ impl Input {
 
     pub fn changed(&self, how: &str) -> Error {
         Error::failed(format!("the source {how} while being read")).at(Path::new(&self.origin)).hint(
-            "stop writing to the source (pause the guest), then import it again; the store was not changed",
+            "stop writing to the source (pause the guest), then import it again; nothing of this template was stored",
         )
     }
 

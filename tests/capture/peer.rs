@@ -115,7 +115,7 @@ fn capture_reports_a_stopped_or_frozen_qemu() {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
     });
-    assert_reported("is stopped (SIGSTOP)", &format!("kill -CONT {pid}"));
+    assert_reported("is stopped by a signal", &format!("kill -CONT {pid}"));
     drop(stopped);
 
     let mut hierarchies = 0;

@@ -139,7 +139,7 @@ fn rejects_unusable_cache_directories() {
         dir.to_str().unwrap().to_owned()
     };
     let cannot = "the cache directory cannot hold backings";
-    world.mount(&["--cache-dir", "/no/such/cache"]).exits(4).says(cannot);
+    world.mount(&["--cache-dir", "/no/such/cache"]).exits(4).says("cannot resolve the cache directory");
     world.mount(&["--cache-dir", "/proc"]).exits(1).says(cannot);
     let (lower, upper, work, merged) = (dir("lower"), dir("upper"), dir("work"), dir("merged"));
     let layers = format!("lowerdir={lower},upperdir={upper},workdir={work}");

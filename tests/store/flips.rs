@@ -32,7 +32,7 @@ struct Imported {
     policy: Policy,
     tag: TagName,
     packs: Vec<PathBuf>,
-    /// Bytes of the data that can be decoded apart.
+    /// Bytes of a chunk: each chunk of a stored block can be decoded alone.
     part: usize,
 }
 

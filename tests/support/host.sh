@@ -12,7 +12,8 @@ STENCIL_CARGO_DEB=3.8.0
 STENCIL_GLIBC_MAX=2.36
 # The LLVM of Debian 12 that reads coverage profiles.
 STENCIL_LLVM=19
-# The oldest versions that work. They are installed if none is there, and STENCIL_RUST_MIN compiles them.
+# The oldest versions of cargo-nextest and cargo-deny that work. setup.sh installs exactly these if the host has none or
+# older ones; the compiler of version STENCIL_RUST_MIN can build both.
 STENCIL_NEXTEST=0.9.114
 STENCIL_CARGO_DENY=0.20.2
 # A wheel of the Python package index that contains static builds of Firecracker 1.12.1 and its jailer (Apache-2.0).

@@ -210,7 +210,11 @@ fn refuses_by_name_what_is_no_part_of_a_snapshot() {
             write("old.state", state(0x8664, "8.0.0", 3)),
         ),
         ("twin", "'snapshot.mem' and 'twin' both have", write("twin", vec![1; 4 * MIB])),
-        ("state", "both 'snapshot.state', of Firecracker, and 'state'", write("state", vec![1])),
+        (
+            "state",
+            "'snapshot.state' is a Firecracker state file, and there is a file 'state'",
+            write("state", vec![1]),
+        ),
         (
             "snapshot.state",
             "'snapshot.mem', 'snapshot.state'",

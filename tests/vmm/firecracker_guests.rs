@@ -285,10 +285,11 @@ fn a_script_makes_the_disk_of_each_clone() {
     let mut clones: Vec<Clone> = launched["clones"].as_array().unwrap().iter().map(Clone::of).collect();
     ask_all(&mut clones, 'r', "K");
     for clone in &clones {
-        let own = fs::metadata(clone.dir.join("disk.img")).unwrap().ino();
+        let identity = |file: &fs::Metadata| (file.dev(), file.ino());
+        let own = identity(&fs::metadata(clone.dir.join("disk.img")).unwrap());
         let fds = fs::read_dir(format!("/proc/{}/fd", clone.pid)).unwrap();
         let opened =
-            fds.filter_map(|fd| fs::metadata(fd.unwrap().path()).ok()).filter(|file| file.ino() == own);
+            fds.filter_map(|fd| fs::metadata(fd.unwrap().path()).ok()).filter(|file| identity(file) == own);
         assert_eq!(opened.count(), 1, "clone {} has not opened its disk", clone.id);
     }
     world.stencil(&["stop", "--all"]).ok();
@@ -308,8 +309,10 @@ fn each_clone_has_its_own_vsock_socket() {
     world.stencil(&["stop", "--all"]).ok();
     // This version of Firecracker has no other path for a clone.
     let program = program("firecracker");
-    let words = ["clone", "fc:1", "--firecracker", program.to_str().unwrap(), "--vsock", "{dir}/v.sock"];
+    let words = ["clone", "fc:1", "--firecracker", program.to_str().unwrap(), "--vsock", "v.sock"];
     world.stencil(&words).exits(1).says("unknown field `vsock_override`");
+    let outside = ["clone", "fc:1", "--firecracker", program.to_str().unwrap(), "--vsock", "/run/v.sock"];
+    world.stencil(&outside).exits(2).says("the path must be in the directory of the clone");
     assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 }
 

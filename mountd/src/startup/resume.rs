@@ -122,7 +122,7 @@ fn connection(fds: &mut NamedFds) -> Result<Connection> {
         let Some(at) = connections.iter().position(|fuse| takeover::belongs_to(fuse, snapshot.device)) else {
             failure =
                 Error::failed("missing descriptor 'fuse': the ledger belongs to none of the connections")
-                    .hint("unmount and mount again");
+                    .hint("run 'stencil umount MNT', then 'stencil mount MNT' or the service of the mount");
             continue;
         };
         let newer =

@@ -21,7 +21,7 @@ use crate::clones::launch::{
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry, Kind};
 use crate::clones::stop::stop;
-use crate::clones::vmm::{Vmm, check_devices, paste};
+use crate::clones::vmm::{Vmm, check_launch, paste};
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
@@ -75,8 +75,8 @@ pub struct CloneArgs {
     /// Can be repeated
     #[arg(long, value_name = "IFACE=DEVICE", value_parser = network, conflicts_with_all = ["simulate", "command"])]
     network: Vec<(String, String)>,
-    /// Path of the vsock socket of each clone of a Firecracker snapshot, which must differ from clone to clone: relative
-    /// to the directory of the clone, or with {id}, {index} or {dir}. Firecracker up to 1.15 refuses the option
+    /// Path of the vsock socket of each clone of a Firecracker snapshot, relative to the directory or the jail of the
+    /// clone. Needs Firecracker 1.16
     #[arg(long, value_name = "PATH", conflicts_with_all = ["simulate", "command"])]
     vsock: Option<String>,
     /// Firecracker's jailer, which starts each Firecracker in its own chroot: a path, or a name in PATH
@@ -154,18 +154,18 @@ impl Report for CloneReport {
 pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, lease) = Target::find(&store, &args.template, "clone")?;
+    let mut warnings = vec![];
     let how = match (&args.simulate, args.command.is_empty()) {
         (Some(simulate), _) => How::Simulated(simulate.clone()),
-        (None, true) => vmm_of(args, &target, &store)?,
+        (None, true) => vmm_of(args, &target, &store, &mut warnings)?,
         (None, false) => How::Command(
             args.command.clone(),
             if args.ready == "notify" { Ready::Notify } else { Ready::Mapped },
         ),
     };
-    let mut warnings: Vec<String> = match &how {
-        How::Qemu(recipe) => recipe.shared_networks().into_iter().map(is_cut_off).collect(),
-        _ => vec![],
-    };
+    if let How::Qemu(recipe) = &how {
+        warnings.extend(recipe.shared_networks().into_iter().map(is_cut_off));
+    }
     let kind = how.kind();
     let cancel = interrupt::flag()?;
     let cores =
@@ -224,8 +224,9 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     })
 }
 
-/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or the VMM that took the snapshot.
-fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
+/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or the VMM that took the snapshot. Adds notes
+/// for the user.
+fn vmm_of(args: &CloneArgs, target: &Target, store: &Store, notes: &mut Vec<String>) -> Result<How> {
     let mut served = target.served(store)?;
     if served.recipe.is_none() && served.is_of_firecracker() {
         not_applicable(
@@ -240,6 +241,13 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
         let body = paste(Vmm::Firecracker, &served)?.body.unwrap_or_default();
         let jailer = jailer(args)?;
         let (networks, vsock) = (args.network.clone(), args.vsock.clone());
+        // Firecracker leaves its socket behind, so the socket must be in the directory that is removed with the clone.
+        if let Some(path) = vsock.as_deref().filter(|path| path.starts_with('/') || path.contains("..")) {
+            return Err(Error::usage(format!(
+                "invalid --vsock {path}: the path must be in the directory of the clone"
+            ))
+            .hint("use a relative path: --vsock vsock.sock"));
+        }
         return Ok(How::Firecracker(Microvm { program, body, networks, vsock, jailer }));
     }
     let snapshot = Vmm::CloudHypervisor.documents();
@@ -255,7 +263,7 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store) -> Result<How> {
             ],
         )?;
         served.read_documents(&store.template(&target.digest)?, snapshot)?;
-        check_devices(&served, &args.network, args.count)?;
+        notes.extend(check_launch(&served, &args.network, args.count)?);
         let program = program(args.cloud_hypervisor.as_deref().unwrap_or("cloud-hypervisor".as_ref()))?;
         return Ok(How::CloudHypervisor(CloudHypervisor {
             program,

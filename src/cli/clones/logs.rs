@@ -125,13 +125,16 @@ fn runs(id: &str) -> bool {
     })
 }
 
+/// Usual name of the socket of a vsock device, which is no stream of a guest's output.
+const VSOCK: &str = "vsock.sock";
+
 /// Returns the sockets of serial ports and other devices, without the control socket of the VMM.
 fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {
     let fail = |e| Error::io("cannot read the directory of a clone", dir, e);
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        let is_control = |name: &OsStr| name == QMP_SOCKET || name == API_SOCKET;
+        let is_control = |name: &OsStr| [QMP_SOCKET, API_SOCKET, VSOCK].iter().any(|its| name == *its);
         if entry.file_type().map_err(fail)?.is_socket() && !is_control(&entry.file_name()) {
             found.push(entry.path());
         }

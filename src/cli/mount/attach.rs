@@ -1,6 +1,7 @@
 //! `stencil mount`: mounts the store as a file system.
 
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use crate::cli::{Global, value_parsers};
 use crate::control::{self, MountOptions, OnDamage, ServeMode};
 use crate::error::{Error, Result};
 use crate::sanitize::path_text;
+use crate::sys::fuse::read_ahead;
 use crate::units::Bytes;
 
 /// Mount the store, with each template as read-only files
@@ -98,9 +100,13 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
         return Err(control::exec_supervisor(&options));
     }
     control::start_supervisor(&options)?;
-    std::fs::metadata(&options.mountpoint).map_err(|e| {
+    let root = std::fs::metadata(&options.mountpoint).map_err(|e| {
         Error::io("the mount does not respond", &options.mountpoint, e)
             .hint("see 'stencil status' and the log in the runtime directory")
     })?;
+    let set = read_ahead::get(root.dev()).ok();
+    if let Some(size) = options.read_ahead.filter(|size| set != Some(*size)) {
+        crate::print_line!("note: the read-ahead is not {size}: the log of the mount has the reason");
+    }
     Ok(Done::report(Mounted { mountpoint: options.mountpoint, store: options.store }))
 }

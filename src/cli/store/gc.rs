@@ -73,7 +73,10 @@ impl Report for Collection {
         if *repacked_packs > 0 {
             let (packs, templates) =
                 (counted(*new_packs, "new pack", "new packs"), counted(*placements, "template", "templates"));
-            write!(out, "; {repacked_packs} of them {would}rewritten as {packs}, for {templates}")?;
+            write!(
+                out,
+                "; {repacked_packs} of them {would}rewritten as {packs}; placements of {templates} {would}updated"
+            )?;
         }
         writeln!(out)?;
         if *sessions > 0 {

@@ -192,6 +192,7 @@ pub fn connect<T>(
     open: impl Fn(&Path) -> Result<T>,
 ) -> Result<T> {
     let ControlSocket { vmm, name, path, hint } = socket;
+    let mut next_search = Instant::now();
     loop {
         if path.exists() {
             match open(path) {
@@ -202,8 +203,13 @@ pub fn connect<T>(
         }
         let exited =
             child.try_wait().map_err(|e| Error::failed(format!("cannot wait for {vmm}")).because(e))?;
+        // A script may have started the VMM as a child and exited.
         if let Some(status) = exited
-            && process_tree::of_folder(&entry.dir).is_empty()
+            && Instant::now() >= next_search
+            && {
+                next_search = Instant::now() + PROCESS_TREE_INTERVAL;
+                process_tree::of_folder(&entry.dir).is_empty()
+            }
         {
             let what = format!("{vmm} exited before it opened its {name} socket ({status})");
             return Err(Error::failed(what).hint(*hint));

@@ -48,7 +48,7 @@ pub struct Microvm {
     pub body: serde_json::Value,
     /// The id of each network interface, and the device of the host for that interface, with placeholders.
     pub networks: Vec<(String, String)>,
-    /// Path of each clone's vsock socket, with placeholders; `None` for the path in the snapshot.
+    /// Path of each clone's vsock socket, relative to its directory or jail; `None` for the path in the snapshot.
     pub vsock: Option<String>,
     /// Starts each Firecracker in a jail; `None` to start Firecracker itself.
     pub jailer: Option<Jailer>,

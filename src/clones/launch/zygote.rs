@@ -2,8 +2,8 @@
 //! and cheap.
 //!
 //! The zygote reads from standard input: one line of JSON (the job), then `start INDEX DIR` for each clone, and finally
-//! `release`. It writes to standard output: `started INDEX PID START`, `ready INDEX`, `failed INDEX REASON` and
-//! `released`. End of input before `release` means that the launcher died: the zygote exits, and its workers die with
+//! `release`. It writes to standard output: `started INDEX PID IDENTITY`, `ready INDEX`, `failed INDEX REASON`
+//! and `released`. End of input before `release` means that the launcher died: the zygote exits, and its workers die with
 //! it.
 
 use std::collections::BTreeMap;

@@ -44,10 +44,10 @@ fn convert(template: &Served, dir: &str) -> Result<Converted> {
     let mut state = document(template, FILES[1])?;
     if dir.contains(SYNTAX) {
         return Err(Error::usage(format!(
-            "invalid directory '{dir}': Cloud Hypervisor cannot parse a path with one of {}",
-            String::from_iter(SYNTAX)
+            "invalid directory '{dir}': Cloud Hypervisor cannot parse a path that contains {}",
+            SYNTAX.map(|c| format!("'{c}'")).join(" or ")
         ))
-        .hint("choose another directory"));
+        .hint("choose a directory without these characters"));
     }
     let refused = |error: Error| error.context(format!("template {}", template.name));
     state::convert(&mut state, memory.size, &config::zone_ids(&config)).map_err(refused)?;
@@ -115,23 +115,24 @@ pub fn clone_files(
     Ok(converted.files(dir))
 }
 
-/// Checks the devices of the snapshot for a launch of `count` clones. `taps` has the id of each network device that gets
-/// its own TAP device for each clone.
+/// Checks the snapshot for a launch of `count` clones, and returns notes for the user. `taps` has the id of each network
+/// device that gets another TAP device, and the name of that device with placeholders.
 ///
 /// # Errors
-/// Returns [`Code::Usage`](crate::error::Code::Usage) if the snapshot has no network device with such an id, or with the
-/// name of a disk or TAP device to which several clones would write.
-pub fn check_devices(template: &Served, taps: &[(String, String)], count: u32) -> Result<()> {
-    let mut config = document(template, FILES[0])?;
-    config::set_taps(&mut config, taps)?;
-    match config::written(&config, taps).first() {
+/// Same as [`clone_files`], and [`Code::Usage`](crate::error::Code::Usage) with the name of a disk or TAP device to which
+/// several clones would write.
+pub fn check_launch(template: &Served, taps: &[(String, String)], count: u32) -> Result<Vec<String>> {
+    let mut converted = convert(template, "")?;
+    let written = config::written(&converted.config, taps);
+    config::set_taps(&mut converted.config, taps)?;
+    match written.first() {
         Some(device) if count > 1 => {
             Err(Error::usage(format!("cannot launch several clones: each would write to {device}")).hint(
-                "make a disk read-only before the snapshot, give each clone a TAP device with --network ID=tap-{index}, \
-                 or launch one clone",
+                "make a disk read-only, or give it a relative path, before the snapshot; give each clone a TAP device with \
+                 --network ID=tap-{index}; or launch one clone",
             ))
         }
-        _ => Ok(()),
+        _ => Ok(converted.notes),
     }
 }
 

@@ -11,7 +11,7 @@ mod served;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
-pub use cloud_hypervisor::{check_devices, clone_files as cloud_hypervisor_clone};
+pub use cloud_hypervisor::{check_launch, clone_files as cloud_hypervisor_clone};
 pub use paste::{VmmArguments, shell_word};
 pub use served::Served;
 

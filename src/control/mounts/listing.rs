@@ -131,7 +131,9 @@ impl Mount {
         let elsewhere = if self.foreign { " or invisible, in another PID namespace" } else { "" };
         let remedy = match (self.foreign, self.detached) {
             (true, _) => format!("run 'stencil mount {place}' in the PID namespace of that mount"),
-            (_, true) => "the mount is detached and ends with its last clone: see 'stencil ps'".to_owned(),
+            (_, true) => {
+                "run 'stencil ps' to list the clones: the detached mount ends with the last one".to_owned()
+            }
             _ => format!("run 'stencil mount {place}' to start another supervisor"),
         };
         let what =

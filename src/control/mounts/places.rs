@@ -65,10 +65,8 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
             return Err(inside());
         }
         if what == "cache directory" {
-            let dir = fs::canonicalize(&path).map_err(|e| {
-                Error::io("the cache directory cannot hold backings", &path, e)
-                    .hint("use a directory on ext4 or xfs")
-            })?;
+            let dir = fs::canonicalize(&path)
+                .map_err(|e| Error::io("cannot resolve the cache directory", &path, e))?;
             expect_utf8(what, &dir)?;
             options.cache_dir = Some(dir);
         }

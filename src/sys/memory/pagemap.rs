@@ -238,9 +238,10 @@ impl Pagemap {
         }
     }
 
-    /// Returns the copied pages of `range`, present or in swap, in ascending order. The result is exact and needs no
-    /// prior setup. Markers of userfaultfd and guard regions look like swap to a scan; they are identified by their
-    /// pagemap entries, whose content the kernel shows only with `CAP_SYS_ADMIN`.
+    /// Returns the copied pages of `range`, present or in swap, in ascending order. The result needs no prior setup
+    /// and, with `CAP_SYS_ADMIN`, is exact. Markers of userfaultfd and guard regions look like swap to a scan; they are identified by their
+    /// pagemap entries, whose content the kernel shows only with `CAP_SYS_ADMIN`. Without it, they count as copied pages in
+    /// swap.
     ///
     /// # Errors
     /// Same as [`Pagemap::scan`] and [`Pagemap::entries`].

@@ -44,11 +44,11 @@ impl Pause {
     }
 }
 
-/// A predicate without a subject, such as `is stopped (SIGSTOP)`.
+/// A predicate without a subject, such as `is stopped by a signal`.
 impl fmt::Display for Pause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Pause::Stopped => "is stopped (SIGSTOP)",
+            Pause::Stopped => "is stopped by a signal",
             Pause::Traced => "is stopped by a debugger",
             Pause::Frozen { .. } => "is frozen by its cgroup",
         })

@@ -41,20 +41,17 @@ pub fn load(active: &ActiveLaunch<'_>, snapshot: &CloudHypervisor, entry: &mut E
         connect(&wait, &mut child, entry, &socket, |path| Api::connect(Server::CloudHypervisor, path));
     let restored = connected.and_then(|mut api| {
         expect_own(&api, entry)?;
-        api.run("PUT /api/v1/vm.restore", &body, wait.deadline)
+        api.run("PUT /api/v1/vm.restore", &body, wait.deadline).map_err(|error| match error.hint_text() {
+            Some(_) => error,
+            None => error.hint(
+                "use the version of Cloud Hypervisor that took the snapshot, 51 or newer, and give each clone the TAP \
+                 devices of the snapshot: --network",
+            ),
+        })
     });
     match restored {
         Ok(()) => Ok(child),
-        Err(error) => {
-            let error = match error.hint_text() {
-                Some(_) => error,
-                None => error.hint(
-                    "use the version of Cloud Hypervisor that took the snapshot, 51 or newer, and give each clone the \
-                     TAP devices of the snapshot: --network",
-                ),
-            };
-            Err(kill(child, entry, error))
-        }
+        Err(error) => Err(kill(child, entry, error)),
     }
 }
 

@@ -100,7 +100,7 @@ fn body(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &Entry) -> Result<V
         body["network_overrides"] = microvm.networks.iter().map(override_of).collect::<Result<_>>()?;
     }
     if let Some(path) = &microvm.vsock {
-        body["vsock_override"] = json!({"uds_path": values.fill(path, Escape::None)?});
+        body["vsock_override"] = json!({"uds_path": path});
     }
     Ok(body)
 }

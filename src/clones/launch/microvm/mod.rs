@@ -52,7 +52,7 @@ pub fn resume(active: &ActiveLaunch<'_>, server: Server, launched: Launched) -> 
 }
 
 /// Checks that a process of the clone listens on the API socket, and records that process: the program may be a script
-/// that starts Firecracker as a child. The user of a jail can replace the socket.
+/// that starts the VMM as a child. The user of a jail can replace the socket.
 fn expect_own(api: &Api, entry: &mut Entry) -> Result<()> {
     let pid = api.peer_pid()?;
     match ProcessId::of(pid)? {

@@ -24,6 +24,10 @@ const PINS: &str = "it pins guest memory, which copies each page";
 /// Options of memory and zones that must not be set, because a clone would not share the template.
 const SHARING: [&str; 4] = ["shared", "hugepages", "prefault", "host_numa_node"];
 
+/// Devices with output, and the name of their log or socket in the directory of a clone.
+const OUTPUTS: [(&str, &str); 3] =
+    [("serial", "serial"), ("console", "console"), ("debug_console", "debug-console")];
+
 /// Returns the names of the memory zones.
 pub(super) fn zone_ids(config: &Value) -> Vec<String> {
     let zones = array(&config["memory"]["zones"]);
@@ -48,7 +52,7 @@ pub(super) fn convert(config: &mut Value, path: &str, dir: &str) -> Result<Vec<S
             removed.join(", ")
         ));
     }
-    for (name, device) in ["serial", "console", "debug_console"].map(|name| (name, name.replace('_', "-"))) {
+    for (name, device) in OUTPUTS {
         // With mode Pty, `file` is the terminal of the source VM, which Cloud Hypervisor replaces.
         match config[name]["mode"].as_str() {
             Some("File") => config[name]["file"] = json!(format!("{dir}/{device}.log")),
@@ -141,18 +145,28 @@ pub(super) fn shared(config: &Value) -> Vec<String> {
     [named("disks", "path"), named("pmem", "file"), named("net", "tap")].concat()
 }
 
-/// Returns the files and host devices to which all clones would write, but for the network devices in `taps`.
+/// Returns the files and host devices to which several clones would write, but for the network devices in `taps`. A
+/// relative path is one in the directory of the clone.
 pub(super) fn written(config: &Value, taps: &[(String, String)]) -> Vec<String> {
+    let absolute = |path: &&str| path.starts_with('/');
     let disks = array(&config["disks"]).filter(|disk| disk["readonly"] != true);
-    let disks = disks.filter_map(|disk| Some(format!("disk {}", disk["path"].as_str()?)));
+    let disks = disks.filter_map(|disk| disk["path"].as_str()).filter(absolute);
     let pmem = array(&config["pmem"]).filter(|pmem| pmem["discard_writes"] != true);
-    let pmem = pmem.filter_map(|pmem| Some(format!("persistent memory {}", pmem["file"].as_str()?)));
-    let own = |id: &Value| taps.iter().any(|(of, _)| id == of.as_str());
+    let pmem = pmem.filter_map(|pmem| pmem["file"].as_str()).filter(absolute);
+    // A TAP device with several queues can be opened by several processes.
+    let differs = |tap: &str| tap.contains("{id}") || tap.contains("{index}");
+    let own = |id: &Value| taps.iter().any(|(of, tap)| id == of.as_str() && differs(tap));
     let cards = array(&config["net"]).filter(|card| !own(&card["id"]));
     let cards = cards.filter_map(|card| {
-        Some(format!("TAP device {} of network device {}", card["tap"].as_str()?, card["id"].as_str()?))
+        let id = card["id"].as_str().unwrap_or("without id");
+        match (card["tap"].as_str(), array(&card["fds"]).count()) {
+            (Some(tap), _) => Some(format!("TAP device {tap} of network device {id}")),
+            (None, 0) => None,
+            (None, _) => Some(format!("the descriptors of network device {id}")),
+        }
     });
-    disks.chain(pmem).chain(cards).collect()
+    let disks = disks.map(|path| format!("disk {path}"));
+    disks.chain(pmem.map(|path| format!("persistent memory {path}"))).chain(cards).collect()
 }
 
 /// Sets the TAP device of each network device in `taps`.
@@ -161,24 +175,29 @@ pub(super) fn written(config: &Value, taps: &[(String, String)]) -> Vec<String> 
 /// Returns [`Code::Usage`](crate::error::Code::Usage) if there is no such network device.
 pub(super) fn set_taps(config: &mut Value, taps: &[(String, String)]) -> Result<()> {
     for (id, tap) in taps {
-        let mut cards = config["net"].as_array_mut().into_iter().flatten();
-        let Some(card) = cards.find(|card| card["id"] == id.as_str()) else {
+        // Not by index, which panics for a document that is no object.
+        let mut cards = config.get_mut("net").and_then(Value::as_array_mut).into_iter().flatten();
+        let card = cards.find(|card| card["id"] == id.as_str()).and_then(Value::as_object_mut);
+        let Some(card) = card else {
             let ids: Vec<_> = array(&config["net"]).filter_map(|card| card["id"].as_str()).collect();
             let ids = if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
             return Err(Error::usage(format!("the snapshot has no network device '{id}'"))
                 .hint(format!("network devices of the snapshot: {ids}")));
         };
-        card["tap"] = json!(tap);
+        card.insert("tap".to_owned(), json!(tap));
+        // A restore would give the TAP device the MAC address of the source's, and expect descriptors.
+        card.remove("host_mac");
+        card.remove("fds");
     }
     Ok(())
 }
 
 /// Writes the output of terminals to logs in `dir`: a clone has no terminal.
 pub(super) fn log_terminals(config: &mut Value, dir: &str) {
-    for (name, log) in [("serial", "serial.log"), ("console", "console.log")] {
+    for (name, device) in OUTPUTS {
         if let Some("Tty" | "Pty") = config[name]["mode"].as_str() {
             config[name]["mode"] = json!("File");
-            config[name]["file"] = json!(format!("{dir}/{log}"));
+            config[name]["file"] = json!(format!("{dir}/{device}.log"));
         }
     }
 }

@@ -129,8 +129,18 @@ fn a_launched_clone_has_its_own_taps_and_writes_terminals_to_logs() {
         ("serial", json!({"mode": "Tty"})),
         ("console", json!({"mode": "Pty", "file": "/dev/pts/4"})),
         ("debug_console", json!({"mode": "Off"})),
-        ("net", json!([{"id": "a", "tap": "tap4"}, {"id": "b", "tap": "tap5"}])),
-        ("disks", json!([{"path": "/d.raw", "readonly": true}, {"path": "/e.raw", "readonly": false}])),
+        (
+            "net",
+            json!([
+                {"id": "a", "tap": "tap4", "host_mac": "2e:89:a8:e4:92:b6"},
+                {"id": "b", "tap": "tap5", "host_mac": "2e:89:a8:e4:92:b7"},
+                {"id": "c", "tap": null, "fds": [3]},
+            ]),
+        ),
+        (
+            "disks",
+            json!([{"path": "/d.raw", "readonly": true}, {"path": "/e.raw", "readonly": false}, {"path": "f.raw"}]),
+        ),
         ("pmem", json!([{"file": "/p", "discard_writes": true}, {"file": "/q"}])),
     ] {
         config[key] = value;
@@ -144,15 +154,33 @@ fn a_launched_clone_has_its_own_taps_and_writes_terminals_to_logs() {
     assert_eq!(written["serial"], json!({"mode": "File", "file": "/run/c1/serial.log"}));
     assert_eq!(written["console"], json!({"mode": "File", "file": "/run/c1/console.log"}));
     assert_eq!(written["debug_console"], json!({"mode": "Off"}));
-    assert_eq!(written["net"], json!([{"id": "a", "tap": "tap4"}, {"id": "b", "tap": "tap-7"}]));
+    assert_eq!(written["net"][0]["host_mac"], "2e:89:a8:e4:92:b6");
+    assert_eq!(written["net"][1], json!({"id": "b", "tap": "tap-7"}), "the TAP device keeps its MAC address");
 
     let check =
-        |of: &[(&str, &str)], count| check_devices(&template, &taps(of), count).map_err(|e| e.to_string());
-    assert!(check(&[("c", "tap")], 1).unwrap_err().contains("no network device 'c'"));
+        |of: &[(&str, &str)], count| check_launch(&template, &taps(of), count).map_err(|e| e.to_string());
+    assert!(check(&[("d", "tap")], 1).unwrap_err().contains("no network device 'd'"));
     assert!(check(&[], 2).unwrap_err().ends_with("each would write to disk /e.raw"));
-    assert_eq!(check(&[], 1), Ok(()));
-    let rest = config::written(&config, &taps(&[("a", "tap-0")]));
-    assert_eq!(rest[1..], ["persistent memory /q", "TAP device tap5 of network device b"]);
+    assert_eq!(check(&[], 1), Ok(vec![]));
+    let rest = config::written(&config, &taps(&[("a", "tap-{index}"), ("b", "tap0")]));
+    assert_eq!(
+        rest[1..],
+        [
+            "persistent memory /q",
+            "TAP device tap5 of network device b",
+            "the descriptors of network device c"
+        ]
+    );
+}
+
+#[test]
+fn a_foreign_config_is_an_error() {
+    for foreign in ["[]", "7", "{}", r#"{"net": [1, null]}"#] {
+        let mut template = snapshot(&anonymous(), &[(0, 64)], &[(0, 64, 0)]);
+        template.documents.insert(FILES[0].to_owned(), foreign.into());
+        let error = check_launch(&template, &[("a".into(), "tap".into())], 2).unwrap_err();
+        assert_eq!(error.code(), crate::error::Code::Usage, "{foreign}: {error}");
+    }
 }
 
 #[test]

@@ -216,8 +216,11 @@ fn recognize(found: &[Found], has_memory: bool) -> std::result::Result<Recognize
         [state] => {
             if state.name != "state" && has("state") {
                 return Err((
-                    format!("ambiguous state: both '{}', of Firecracker, and 'state'", state.name),
-                    "rename the file 'state', which has another content".into(),
+                    format!(
+                        "two candidates for the device state: '{}' is a Firecracker state file, and there is a file 'state'",
+                        state.name
+                    ),
+                    "rename the file 'state', or move it out of the directory".into(),
                 ));
             }
             let header = FirecrackerState::header(&state.head).map_err(|why| {
@@ -322,7 +325,10 @@ mod tests {
                 "'m' and 'n' both have whole MiB",
             ),
             (vec![file("s", 99, STATE), file("t", 99, STATE), file("n", MIB, b"")], "'s' and 't'"),
-            (vec![file("s", 99, STATE), file("state", 9, b""), file("n", MIB, b"")], "ambiguous state"),
+            (
+                vec![file("s", 99, STATE), file("state", 9, b""), file("n", MIB, b"")],
+                "two candidates for the device state",
+            ),
             (vec![file("s", 99, &STATE[..10]), file("n", MIB, b"")], "'s' has no readable version"),
         ] {
             let (why, _) = recognize(&files, false).unwrap_err();

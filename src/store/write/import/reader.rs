@@ -50,7 +50,8 @@ impl ImportRequest {
     }
 }
 
-/// Returns the order in which inputs are read: late inputs come last.
+/// Returns the order in which inputs are read: those whose file is opened only after the others were read come last
+/// ([`Input::is_late`]).
 pub(super) fn order(inputs: &[Input]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..inputs.len()).collect();
     order.sort_by_key(|&at| inputs.get(at).is_some_and(Input::is_late));

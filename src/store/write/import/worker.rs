@@ -9,7 +9,7 @@ use crate::store::write::block_index::BlockIndex;
 use crate::store::{BLOCK_SIZE, Digest, Scratch};
 use crate::units::to_usize;
 
-/// What a worker reuses between batches.
+/// The encoder and the buffers that a worker reuses between batches.
 pub(super) struct Worker {
     encoder: Encoder,
     scratch: Scratch,

@@ -312,7 +312,7 @@ fn each_clone_has_its_own_vsock_socket() {
     let words = ["clone", "fc:1", "--firecracker", program.to_str().unwrap(), "--vsock", "v.sock"];
     world.stencil(&words).exits(1).says("unknown field `vsock_override`");
     let outside = ["clone", "fc:1", "--firecracker", program.to_str().unwrap(), "--vsock", "/run/v.sock"];
-    world.stencil(&outside).exits(2).says("the path must be in the directory of the clone");
+    world.stencil(&outside).exits(2).says("the socket must be in the directory or the jail of the clone");
     assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 }
 

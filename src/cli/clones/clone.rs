@@ -242,9 +242,11 @@ fn vmm_of(args: &CloneArgs, target: &Target, store: &Store, notes: &mut Vec<Stri
         let jailer = jailer(args)?;
         let (networks, vsock) = (args.network.clone(), args.vsock.clone());
         // Firecracker leaves its socket behind, so the socket must be in the directory that is removed with the clone.
-        if let Some(path) = vsock.as_deref().filter(|path| path.starts_with('/') || path.contains("..")) {
+        if let Some(path) =
+            vsock.as_deref().filter(|path| path.starts_with('/') || path.split('/').any(|part| part == ".."))
+        {
             return Err(Error::usage(format!(
-                "invalid --vsock {path}: the path must be in the directory of the clone"
+                "invalid --vsock {path}: the socket must be in the directory or the jail of the clone"
             ))
             .hint("use a relative path: --vsock vsock.sock"));
         }

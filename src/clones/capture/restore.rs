@@ -75,7 +75,7 @@ impl SavedState {
     }
 }
 
-/// What to restore of a Firecracker VM: the run state, and the files that the capture creates for a Firecracker that
+/// The state of a Firecracker VM that a capture restores: the run state, and the files that the capture creates for a Firecracker that
 /// cannot open files without a name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedMicrovm {

@@ -206,13 +206,12 @@ pub fn connect<T>(
         // A script may have started the VMM as a child and exited.
         if let Some(status) = exited
             && Instant::now() >= next_search
-            && {
-                next_search = Instant::now() + PROCESS_TREE_INTERVAL;
-                process_tree::of_folder(&entry.dir).is_empty()
-            }
         {
-            let what = format!("{vmm} exited before it opened its {name} socket ({status})");
-            return Err(Error::failed(what).hint(*hint));
+            next_search = Instant::now() + PROCESS_TREE_INTERVAL;
+            if process_tree::of_folder(&entry.dir).is_empty() {
+                let what = format!("{vmm} exited before it opened its {name} socket ({status})");
+                return Err(Error::failed(what).hint(*hint));
+            }
         }
         wait.pause(SOCKET_INTERVAL)?;
     }

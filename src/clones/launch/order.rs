@@ -1,4 +1,4 @@
-//! What a launch is asked for, and its result.
+//! The request and the result of a launch.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;

@@ -145,8 +145,8 @@ pub(super) fn shared(config: &Value) -> Vec<String> {
     [named("disks", "path"), named("pmem", "file"), named("net", "tap")].concat()
 }
 
-/// Returns the files and host devices to which several clones would write, but for the network devices in `taps`. A
-/// relative path is one in the directory of the clone.
+/// Returns the files and host devices to which several clones would write, except for the network devices in
+/// `taps`. A relative path leads to a file in the directory of the clone.
 pub(super) fn written(config: &Value, taps: &[(String, String)]) -> Vec<String> {
     let absolute = |path: &&str| path.starts_with('/');
     let disks = array(&config["disks"]).filter(|disk| disk["readonly"] != true);

@@ -1,4 +1,4 @@
-//! What the reader, the workers and the writer hand on: batches of blocks.
+//! Batches of blocks, which the reader hands to the workers, and the workers to the writer.
 
 use std::ops::Range;
 

@@ -28,7 +28,7 @@ const EXPECTED: &str = "name a directory with a Firecracker snapshot (a state fi
 /// Most file names in an error message.
 const MAX_NAMES: usize = 8;
 
-/// What a directory has.
+/// The contents of a directory.
 #[derive(Debug)]
 pub enum Folder {
     /// The files of one snapshot.

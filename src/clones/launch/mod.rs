@@ -89,6 +89,9 @@ fn gather(
             (active.launch_children(|active, entry| qemu::resume(active, recipe, entry))?, None)
         }
         How::Firecracker(microvm) => {
+            if microvm.jailer.is_some() {
+                microvm::enter_mount_namespace()?;
+            }
             let load = |active: &_, entry: &mut _| microvm::firecracker::load(active, microvm, entry);
             (microvm::resume(&active, Server::Firecracker, active.launch_children(load)?), None)
         }

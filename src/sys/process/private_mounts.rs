@@ -1,47 +1,50 @@
-//! Mounts that only one command sees, in a mount namespace of its own. They end with the last process of the namespace,
-//! without an unmount.
+//! Bind mounts in a mount namespace that only this process and its children see. Mounts that a child has copied into a
+//! namespace of its own stay until its last process ends.
 
-use std::ffi::CString;
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
 use rustix::mount::{
-    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount_change, move_mount, open_tree,
+    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
+    unmount,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// A bind mount of a file or directory of the host. Both paths are absolute; the mount point exists and is of the same
-/// kind.
-#[derive(Debug, Clone)]
-pub struct PrivateMount {
-    /// Path on the host.
-    pub source: CString,
-    /// Mount point.
-    pub target: CString,
+/// Moves this thread, and the threads that it starts later, to a new mount namespace. Other mounts of the host stay
+/// visible; a later unmount on the host propagates to the namespace, and no mount of the namespace propagates to the
+/// host.
+///
+/// # Errors
+/// Returns an error if the kernel refuses a new namespace, for example to an ordinary user.
+pub fn enter_namespace() -> io::Result<()> {
+    // SAFETY: `unshare_unsafe` is unsafe only with `UnshareFlags::FILES`.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS)? };
+    Ok(mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
 }
 
-/// Gives the command a mount namespace with these mounts. Other mounts of the host stay visible; a later unmount on the
-/// host propagates to the namespace, and no mount of the namespace propagates to the host.
-pub fn mount_privately(command: &mut Command, mounts: Vec<PrivateMount>) -> &mut Command {
-    // SAFETY: the closure makes system calls only and allocates nothing, because the paths are C strings.
-    // `unshare_unsafe` is unsafe only with `UnshareFlags::FILES`.
-    unsafe {
-        command.pre_exec(move || {
-            unshare_unsafe(UnshareFlags::NEWNS)?;
-            mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
-            mounts.iter().try_for_each(mount)
-        })
+/// A bind mount in the namespace of [`enter_namespace`]. It is unmounted on drop, so that its mount point can be
+/// removed.
+#[derive(Debug)]
+pub struct PrivateMount {
+    target: PathBuf,
+}
+
+impl PrivateMount {
+    /// Mounts a file or directory of the host on `target`, which exists and is of the same kind.
+    ///
+    /// # Errors
+    /// Returns an error if a path does not exist or the kernel refuses the mount.
+    pub fn bind(source: &Path, target: PathBuf) -> io::Result<PrivateMount> {
+        let tree = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+        move_mount(&tree, c"", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+        Ok(PrivateMount { target })
     }
 }
 
-fn mount(mount: &PrivateMount) -> io::Result<()> {
-    let tree = open_tree(
-        CWD,
-        mount.source.as_c_str(),
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-    )?;
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    Ok(move_mount(&tree, c"", CWD, mount.target.as_c_str(), flags)?)
+impl Drop for PrivateMount {
+    fn drop(&mut self) {
+        // Fails only if the mount is gone already.
+        let _ = unmount(&self.target, UnmountFlags::DETACH);
+    }
 }

@@ -28,13 +28,15 @@ use crate::sys::process::own_session;
 pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> Result<Child> {
     let mut body = body(active, microvm, entry)?;
     let target = active.order.target;
-    let (mut command, path) = match &microvm.jailer {
+    // The mounts end when this function returns: the jailer has its copy then.
+    let (mut command, path, _mounts) = match &microvm.jailer {
         Some(jailer) => {
             jail::translate(&mut body, target);
             let jail = Jail::create(jailer, &microvm.program, entry)?;
-            (jail.command(jailer, &microvm.program, target, entry)?, jail.socket())
+            let mounts = jail.mount(jailer, target, entry)?;
+            (jail::command(jailer, &microvm.program, entry), jail.socket(), Some(mounts))
         }
-        None => (without_jail(microvm, entry)?, entry.dir.join(API_SOCKET)),
+        None => (without_jail(microvm, entry)?, entry.dir.join(API_SOCKET), None),
     };
     let socket = ControlSocket {
         vmm: "Firecracker",
@@ -52,14 +54,7 @@ pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> 
         expect_short(&path.display().to_string())?;
     }
     let (input, output) = (serial_input(entry)?, entry.open_log(SERIAL_LOG)?);
-    let mut child = spawn_with(&mut command, entry, input.into(), output.into()).map_err(|error| {
-        match microvm.jailer {
-            None => error,
-            Some(_) => {
-                error.hint("check that the jailer is executable, and that the mount of the template answers")
-            }
-        }
-    })?;
+    let mut child = spawn_with(&mut command, entry, input.into(), output.into())?;
     let wait = ReadyWait::new(active);
     let loaded = connect(&wait, &mut child, entry, &socket, |path| Api::connect(Server::Firecracker, path))
         .and_then(|mut api| {

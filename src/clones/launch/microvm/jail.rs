@@ -1,13 +1,12 @@
 //! Firecracker's jailer: prepares the directory of a jail, and the command that starts Firecracker in it.
 //!
 //! The jailer gives each Firecracker its own chroot, `BASE/PROGRAM/ID/root`. The template's directory appears
-//! in the chroot through a mount that no other process sees. The host has no mount that would need an unmount.
+//! in the chroot through a mount that only the launch and the jail see: the launch has a mount namespace of its own, and
+//! the jailer makes a copy of that namespace. The host has no mount that would need an unmount.
 
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{fchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -19,7 +18,7 @@ use crate::clones::registry::{API_SOCKET, Entry, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::sys::probe;
 use crate::sys::process::own_session;
-use crate::sys::process::private_mounts::{PrivateMount, mount_privately};
+use crate::sys::process::private_mounts::{PrivateMount, enter_namespace};
 use crate::units::Bytes;
 
 /// Directory of the template in the jail.
@@ -67,41 +66,48 @@ impl Jail {
         self.root.join(API_SOCKET)
     }
 
-    /// Returns the command that starts Firecracker in this jail.
+    /// Mounts the template and the clone's log in the jail. The jailer copies the mounts; they end with the returned
+    /// value in this process, and with Firecracker in the jail.
     ///
     /// # Errors
-    /// Returns an error if the clone's log cannot be handed to the user of the jail.
-    pub fn command(
-        &self,
-        jailer: &Jailer,
-        program: &Path,
-        target: &Target,
-        entry: &Entry,
-    ) -> Result<Command> {
+    /// Returns an error if the clone's log cannot be handed to the user of the jail, or if a mount fails.
+    pub fn mount(&self, jailer: &Jailer, target: &Target, entry: &Entry) -> Result<[PrivateMount; 2]> {
         let log = entry.dir.join(VMM_LOG);
-        let handed = |file: File| std::os::unix::fs::fchown(&file, Some(jailer.uid), Some(jailer.gid));
-        handed(entry.open_log(VMM_LOG)?)
+        fchown(entry.open_log(VMM_LOG)?, Some(jailer.uid), Some(jailer.gid))
             .map_err(|e| Error::io("cannot hand the log to the user of the jail", &log, e))?;
-        let mounts = vec![self.mount(&target.dir, TEMPLATE)?, self.mount(&log, VMM_LOG)?];
-        let mut command = Command::new(&jailer.program);
-        mount_privately(own_session(&mut command), mounts)
-            .args(["--id", &entry.id, "--uid", &jailer.uid.to_string(), "--gid", &jailer.gid.to_string()])
-            .arg("--exec-file")
-            .arg(program)
-            .arg("--chroot-base-dir")
-            .arg(&jailer.chroot_base_dir)
-            .args(["--", "--api-sock", API_SOCKET, "--log-path", VMM_LOG]);
-        Ok(command)
-    }
-
-    fn mount(&self, source: &Path, target: &str) -> Result<PrivateMount> {
-        let target = self.root.join(target.trim_start_matches('/'));
-        let c_string = |path: &Path| {
-            CString::new(path.as_os_str().as_bytes())
-                .map_err(|_| Error::io("cannot mount", path, io::ErrorKind::InvalidInput.into()))
+        let bind = |source: &Path, name: &str| {
+            PrivateMount::bind(source, self.root.join(name.trim_start_matches('/'))).map_err(|e| {
+                Error::io("cannot make this visible in a jail", source, e)
+                    .hint("check with ls that the path can be read; the mount of a template must answer")
+            })
         };
-        Ok(PrivateMount { source: c_string(source)?, target: c_string(&target)? })
+        Ok([bind(&target.dir, TEMPLATE)?, bind(&log, VMM_LOG)?])
     }
+}
+
+/// Gives this launch a mount namespace of its own, for the mounts in jails.
+///
+/// # Errors
+/// Returns an error if the kernel refuses a new mount namespace.
+pub fn enter_mount_namespace() -> Result<()> {
+    enter_namespace().map_err(|e| {
+        Error::failed("cannot create a mount namespace for the jails")
+            .because(e)
+            .hint("run as root with CAP_SYS_ADMIN")
+    })
+}
+
+/// Returns the command that starts Firecracker in the jail of a clone.
+pub fn command(jailer: &Jailer, program: &Path, entry: &Entry) -> Command {
+    let mut command = Command::new(&jailer.program);
+    own_session(&mut command)
+        .args(["--id", &entry.id, "--uid", &jailer.uid.to_string(), "--gid", &jailer.gid.to_string()])
+        .arg("--exec-file")
+        .arg(program)
+        .arg("--chroot-base-dir")
+        .arg(&jailer.chroot_base_dir)
+        .args(["--", "--api-sock", API_SOCKET, "--log-path", VMM_LOG]);
+    command
 }
 
 /// Replaces paths of the template below the mount by their paths in a jail, in the body of `PUT /snapshot/load`.

@@ -6,6 +6,7 @@ pub mod cloud_hypervisor;
 pub mod firecracker;
 mod jail;
 
+pub use jail::enter_mount_namespace;
 use serde_json::json;
 
 use super::active_launch::ActiveLaunch;

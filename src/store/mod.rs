@@ -19,6 +19,8 @@ mod write;
 
 pub use disk::open::{ContentLock, Store};
 pub use disk::path::StorePath;
+#[cfg(feature = "internals")]
+pub use disk::verified::Proof;
 pub use format::BLOCK_SIZE;
 pub use format::codec::{ChunkSize, Compression};
 pub use format::digest::Digest;
@@ -42,6 +44,8 @@ pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
 pub use names::tags::{Moved, TagEntry};
 #[cfg(feature = "internals")]
 pub use read::export::Target;
+#[cfg(feature = "internals")]
+pub use read::kernel_image::{KERNEL_IMAGE_FILE, KernelProbe};
 #[cfg(feature = "internals")]
 pub use read::roles::Roles;
 pub use read::scratch::Scratch;

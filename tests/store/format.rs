@@ -69,9 +69,11 @@ fn packs(store: &Path) -> HashMap<Vec<u8>, Vec<u8>> {
         assert_eq!(path.file_name().unwrap().to_str().unwrap(), format!("{}.pack", hex(&id)));
         assert_eq!(bytes[56..72], [0; 16]);
         let (index, count) = (u64_at(&bytes, 72), u64_at(&bytes, 80));
-        assert_eq!(bytes.len(), index + count * 48);
-        assert_eq!(*blake3::hash(&bytes[index..]).as_bytes(), bytes[88..120]);
-        let entries: Vec<&[u8]> = bytes[index..].chunks(48).collect();
+        let end = index + count * 48;
+        assert_eq!(bytes.len(), end.next_multiple_of(4096));
+        assert!(bytes[end..].iter().all(|byte| *byte == 0));
+        assert_eq!(*blake3::hash(&bytes[index..end]).as_bytes(), bytes[88..120]);
+        let entries: Vec<&[u8]> = bytes[index..end].chunks(48).collect();
         assert!(entries.windows(2).all(|pair| pair[0][..32] < pair[1][..32]));
         for entry in entries {
             let (offset, length) = (u32_at(entry, 32), u32_at(entry, 36));

@@ -6,4 +6,8 @@ pub(super) mod open;
 pub(super) mod pack;
 pub(super) mod path;
 pub(super) mod publish;
+#[cfg(feature = "internals")]
+pub(super) mod seal;
 pub(super) mod session;
+#[cfg(feature = "internals")]
+pub(super) mod verified;

@@ -339,6 +339,29 @@ impl Store {
         Lock::wait_while(&self.0.root.join("locks/content"), true, &mut wait)
     }
 
+    /// Removes all tags and images. Packs stay.
+    pub(in crate::store) fn remove_templates(&self) -> Result<()> {
+        self.remove_trees(&["tags", "images"])
+    }
+
+    /// Removes all files of the store, except its directory. The packs must not be sealed.
+    pub(in crate::store) fn remove_rest(&self) -> Result<()> {
+        // The header goes last: until then the directory is a store, for which the command can be run again.
+        self.remove_trees(&DIRECTORIES)?;
+        self.remove_trees(&[COPY, HEADER])
+    }
+
+    fn remove_trees(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            let path = self.0.root.join(name);
+            match path.remove_tree() {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(path.error("cannot remove", e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the content lock, exclusively, for a collector. Then only readers rely on packs, and a reader reopens its
     /// placement when a pack is missing. New writers wait while the collector waits, so the wait has a timeout.
     pub(in crate::store) fn lock_content_alone(&self, interrupt: &AtomicBool) -> Result<Lock> {

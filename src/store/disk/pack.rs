@@ -250,6 +250,10 @@ impl PackIndex {
         let mut index = vec![0; to_usize(length - header.index_offset)];
         file.read_exact_at(&mut index, header.index_offset)
             .map_err(|e| invalid(Invalid::damage(format!("cannot read the index: {}", errno_text(&e)))))?;
+        let padding = index.split_off(to_usize(header.index_end() - header.index_offset));
+        if padding.iter().any(|&byte| byte != 0) {
+            return Err(invalid(Invalid::damage("the bytes after the index are not zero")));
+        }
         let got = Digest::of(&index);
         if got != header.index_hash {
             let why = format!("index has hash {got}, expected {}", header.index_hash);

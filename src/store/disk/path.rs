@@ -150,7 +150,7 @@ impl StorePath {
     }
 
     /// Returns true if a file of any type has this name.
-    pub(in crate::store) fn exists(&self) -> bool {
+    pub fn exists(&self) -> bool {
         self.metadata().is_ok()
     }
 

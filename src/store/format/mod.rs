@@ -7,6 +7,8 @@
 mod block;
 pub mod codec;
 pub mod digest;
+#[cfg(feature = "internals")]
+pub mod erofs;
 mod fields;
 #[cfg(feature = "internals")]
 pub mod firecracker;

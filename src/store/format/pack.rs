@@ -1,8 +1,9 @@
-//! A pack: `header | records | index`, in the file `packs/<id>.pack`.
+//! A pack: `header | records | index | zeros`, in the file `packs/<id>.pack`.
 
 use super::fields::{Fields, Invalid, Preamble, seal, unseal};
 use super::{PackId, Stored};
 use crate::store::Digest;
+use crate::units::PAGE_SIZE;
 
 const MAGIC: &[u8; 8] = b"STNCLPAK";
 
@@ -36,9 +37,15 @@ impl PackHeader {
         PackHeader { preamble, id, domain: [0; 16], index_offset, index_count, index_hash }
     }
 
-    /// Returns the length of the whole file in bytes.
-    pub fn file_length(&self) -> u64 {
+    /// Returns the end of the index in bytes.
+    pub fn index_end(&self) -> u64 {
         self.index_offset + self.index_count * IndexEntry::LEN as u64
+    }
+
+    /// Returns the length of the whole file in bytes: zeros after the index fill the last page, because the kernel
+    /// cannot read a page at the end of a pack that is not complete.
+    pub fn file_length(&self) -> u64 {
+        self.index_end().next_multiple_of(PAGE_SIZE)
     }
 
     /// Encodes the header.

@@ -3,6 +3,8 @@
 #[cfg(feature = "internals")]
 pub(super) mod export;
 #[cfg(feature = "internals")]
+pub(super) mod kernel_image;
+#[cfg(feature = "internals")]
 pub(super) mod roles;
 pub(super) mod scratch;
 mod tables;

@@ -128,6 +128,10 @@ impl Template {
         self.pack_ids().into_iter().map(|id| self.store.packs().path(id)).collect()
     }
 
+    pub(in crate::store) fn store(&self) -> &Store {
+        &self.store
+    }
+
     pub(in crate::store) fn pack_ids(&self) -> Vec<PackId> {
         self.tables().front.packs.clone()
     }

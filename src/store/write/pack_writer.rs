@@ -16,6 +16,7 @@ use crate::store::format::pack::{IndexEntry, PackHeader};
 use crate::store::format::{PackId, Stored};
 use crate::store::{BLOCK_SIZE, Digest};
 use crate::sys::process::threads;
+use crate::units::to_usize;
 
 /// A pack is closed at this size in bytes or this number of blocks. The limits bound memory use and the effect of
 /// damage.
@@ -131,9 +132,10 @@ impl OpenPack {
         for entry in &self.entries {
             entry.encode(&mut index);
         }
+        let header = PackHeader::new(self.id, self.length, self.entries.len() as u64, Digest::of(&index));
+        index.resize(to_usize(header.file_length() - header.index_offset), 0);
         self.file.write_all(&index).map_err(fail)?;
         let file = self.file.into_inner().map_err(|e| fail(e.into_error()))?;
-        let header = PackHeader::new(self.id, self.length, self.entries.len() as u64, Digest::of(&index));
         file.write_all_at(&header.encode(), 0).map_err(fail)?;
         Ok(file)
     }

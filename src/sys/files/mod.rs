@@ -4,8 +4,12 @@
 pub mod descriptor;
 pub mod directory;
 #[cfg(feature = "internals")]
+pub mod erofs;
+#[cfg(feature = "internals")]
 pub mod file_handle;
 pub mod file_locks;
+#[cfg(feature = "internals")]
+pub mod immutable;
 #[cfg(feature = "internals")]
 pub mod loop_devices;
 #[cfg(feature = "internals")]

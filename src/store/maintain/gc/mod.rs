@@ -20,6 +20,7 @@ use crate::progress::Progress;
 use crate::store::disk::pack::pack_path;
 use crate::store::disk::path::StorePath;
 use crate::store::disk::publish::{publish, sync_directory};
+use crate::store::disk::seal::remove_pack;
 use crate::store::disk::session::{Session, allocated, sweep};
 use crate::store::format::PackId;
 use crate::store::format::pack::IndexEntry;
@@ -253,7 +254,7 @@ impl Run<'_> {
             self.check()?;
             let path = self.store.packs().path(*id);
             freed += allocated(&path);
-            path.remove_file().map_err(|e| path.error("cannot remove pack", e))?;
+            remove_pack(&path)?;
             // A removed file keeps its disk space while it is open or mapped.
             self.store.packs().forget(*id);
             liveness.packs.remove(id);

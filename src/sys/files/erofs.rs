@@ -1,0 +1,70 @@
+//! EROFS mounts that no path leads to: the kernel reads and decompresses a file out of others, without a copy.
+//!
+//! The metadata and the data are regular files (file-backed mounts, Linux 6.12). The mount lasts as long as a file of it
+//! is open, or registered as a FUSE backing.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen,
+};
+
+use crate::error::{Error, Result};
+
+/// Mounts the image in `metadata` with its extra devices, in the order of its device table, and opens the file `name`
+/// in its root directory. The kernel caches pages of the file only.
+///
+/// # Errors
+/// Returns an error with the kernel's explanation if the kernel cannot mount the image: `ENODEV` without EROFS,
+/// `ENOTBLK` if the metadata is on a file system that cannot back a mount (tmpfs, overlayfs), `EINVAL` for an image
+/// that this kernel does not understand.
+pub fn open_file(metadata: impl AsFd, devices: &[impl AsFd], name: &str) -> Result<OwnedFd> {
+    let failed =
+        |e: Errno| Error::failed("the kernel cannot mount the metadata of a file (EROFS)").because(e.into());
+    let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|e| {
+        failed(e).hint("load the kernel module erofs (modprobe erofs), or set CONFIG_EROFS_FS")
+    })?;
+    let path = |fd: &dyn AsFd| format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    let mount = || {
+        fsconfig_set_string(&context, "source", path(&metadata))?;
+        for device in devices {
+            fsconfig_set_string(&context, "device", path(device))?;
+        }
+        // Neither the pages of the devices are cached nor, in EROFS, compressed data.
+        fsconfig_set_flag(&context, "directio")?;
+        fsconfig_set_string(&context, "cache_strategy", "disabled")?;
+        fsconfig_set_flag(&context, "ro")?;
+        fsconfig_create(&context)?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC
+            | MountAttrFlags::MOUNT_ATTR_NOATIME;
+        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    };
+    let root = mount().map_err(|e| match messages(&context) {
+        Some(text) => failed(e).context(text),
+        None => failed(e),
+    })?;
+    let failed = |e: Errno| Error::io("cannot open the file of an EROFS mount", name, e.into());
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = openat(&root, name, flags, Mode::empty()).map_err(failed)?;
+    match FileType::from_raw_mode(fstat(&file).map_err(failed)?.st_mode) {
+        FileType::RegularFile => Ok(file),
+        other => Err(Error::failed(format!("the file of an EROFS mount is a {other:?}")).at(name)),
+    }
+}
+
+/// Returns the kernel's messages about this mount.
+fn messages(context: &OwnedFd) -> Option<String> {
+    let mut messages = Vec::new();
+    let mut message = [0; 1024];
+    // Each read returns one message, and fails when there are no more.
+    while let Ok(length @ 1..) = rustix::io::read(context, &mut message) {
+        messages.push(String::from_utf8_lossy(&message[..length]).trim().to_owned());
+    }
+    (!messages.is_empty()).then(|| messages.join("; "))
+}

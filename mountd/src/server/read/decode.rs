@@ -2,17 +2,19 @@
 //!
 //! A block that is requested completely is decompressed straight into the reply. A block that is requested in part is
 //! cached for a while, as the kernel usually requests the rest next; the kernel's page cache holds everything else.
+//! Threads that need parts of the same block at the same time wait for the one that decompresses the block.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use dashmap::DashSet;
+use quick_cache::sync::Cache;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
 use stencilfs::sys::memory::memfd::LockedBuffer;
 use stencilfs::units::{Bytes, to_usize};
 
 use crate::protocol::stats::{Counter, Stats};
-use crate::server::read::block_cache::BlockCache;
 use crate::server::read::reply_buffers::Replies;
 use crate::server::refusal::Refusal;
 
@@ -34,20 +36,27 @@ thread_local! {
 }
 
 /// Answers READs of files that are served by decode.
-#[derive(Debug)]
 pub struct Decoder {
-    cache: BlockCache,
+    /// Decompressed blocks, by their hashes.
+    cache: Cache<Digest, Arc<Vec<u8>>>,
     stats: Stats,
     replies: Replies,
     /// Damaged blocks that were already logged.
     reported: DashSet<(Digest, usize, u64)>,
 }
 
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Decoder({} blocks cached)", self.cache.len())
+    }
+}
+
 impl Decoder {
     /// Creates a decoder that caches at most `max_bytes` bytes of decompressed blocks. `replies` are buffers of
     /// [`MAX_READ`] bytes, from which replies are sent.
     pub fn new(max_bytes: Bytes, stats: Stats, replies: Replies) -> Decoder {
-        Decoder { cache: BlockCache::new(max_bytes), stats, replies, reported: DashSet::new() }
+        let cache = Cache::new(to_usize(max_bytes.get() / BLOCK_SIZE));
+        Decoder { cache, stats, replies, reported: DashSet::new() }
     }
 
     /// Produces `size` bytes at `offset` of a file, fewer at its end, and passes them to `send`.
@@ -132,21 +141,20 @@ impl Decoder {
             out.fill(0);
             return Ok(());
         };
-        if let Some(cached) = self.cache.get(&id) {
-            self.stats.count(Counter::BlocksCached);
-            out.copy_from_slice(&cached.bytes[skip..skip + out.len()]);
-            return Ok(());
-        }
-        self.stats.count(Counter::BlocksDecoded);
-        if whole {
+        if whole && self.cache.peek(&id).is_none() {
+            self.stats.count(Counter::BlocksDecoded);
             template.read_block(file, block, scratch, out)?;
             return Ok(());
         }
-        let mut buffer = self.cache.buffer();
-        let got = template.read_block(file, block, scratch, &mut buffer)?;
-        buffer[got..].fill(0);
-        out.copy_from_slice(&buffer[skip..skip + out.len()]);
-        self.cache.put(id, buffer);
+        let mut was_cached = true;
+        let cached = self.cache.get_or_insert_with(&id, || {
+            was_cached = false;
+            let mut bytes = vec![0; to_usize(BLOCK_SIZE)];
+            template.read_block(file, block, scratch, &mut bytes)?;
+            Ok::<Arc<Vec<u8>>, Error>(Arc::new(bytes))
+        })?;
+        self.stats.count(if was_cached { Counter::BlocksCached } else { Counter::BlocksDecoded });
+        out.copy_from_slice(&cached[skip..skip + out.len()]);
         Ok(())
     }
 
@@ -169,5 +177,40 @@ impl Decoder {
             );
         }
         refusal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use stencilfs::control::ServeMode;
+
+    use super::*;
+    use crate::server::testing::{BLOCK, World, reply};
+
+    /// Threads that need parts of the same block at the same time: one decodes, the others wait for the block.
+    #[test]
+    fn a_block_is_decoded_once_for_readers_of_its_parts() {
+        const BLOCKS: usize = 200;
+        let world = World::new(ServeMode::Decode);
+        let bytes: Vec<u8> = (0..BLOCKS * BLOCK).map(|at| (at / 5 * 7 + at / BLOCK) as u8).collect();
+        let digest = world.import("big:1", &bytes);
+        let ino = world.find(&format!("by-id/{digest}/memory")).unwrap().attributes.ino;
+        let together = Barrier::new(2);
+        let read_all = |page: usize| {
+            for block in 0..BLOCKS {
+                together.wait();
+                let start = block * BLOCK + page * 4096;
+                assert!(reply(&world.read(ino, start as u64, 4096)).unwrap() == bytes[start..start + 4096]);
+            }
+        };
+        std::thread::scope(|threads| {
+            threads.spawn(|| read_all(3));
+            read_all(9);
+        });
+        let stats = &world.fs.stats;
+        assert_eq!(stats.get(Counter::BlocksDecoded), BLOCKS as u64);
+        assert_eq!(stats.get(Counter::BlocksCached), BLOCKS as u64);
     }
 }

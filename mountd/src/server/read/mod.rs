@@ -5,7 +5,6 @@
 //! those that it has open: a collection has moved blocks, or an import has repaired them. [`outage`] repeats the READ
 //! while the store is away.
 
-mod block_cache;
 pub mod damage;
 pub mod decode;
 pub mod outage;

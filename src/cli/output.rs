@@ -1,6 +1,6 @@
 //! Output of a command: results on standard output, messages on standard error, and an exit code.
 
-use std::io::{self, Write};
+use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -167,4 +167,24 @@ pub fn start_log(level: &str) {
     env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
         .format_timestamp(None)
         .init();
+}
+
+/// Asks a question on the terminal. Returns only if the answer is yes.
+///
+/// # Errors
+/// Returns [`Code::Usage`] without a terminal, and an error for another answer.
+pub fn confirm(question: &str) -> Result<()> {
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        return Err(Error::usage("cannot ask for a confirmation: standard input is not a terminal")
+            .hint("add --yes to run the command without a question"));
+    }
+    let _ = write!(io::stderr(), "{question} [y/N] ");
+    let mut answer = String::new();
+    stdin.lock().read_line(&mut answer).map_err(|e| Error::failed("cannot read the answer").because(e))?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(Error::failed("nothing was changed: the answer was not y")
+            .hint("run the command again and answer y, or add --yes")),
+    }
 }

@@ -132,6 +132,10 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     replies.insert("inspect --recipe", world.json(&["inspect", "--recipe", "disk:1"]));
     // `disk:2` is one of two tags of a template; `disk:1` is then its last tag.
     replies.insert("rm", world.json(&["rm", "disk:2", "disk:1"]));
+    let other = world.dir().join("other-store").display().to_string();
+    world.json(&["--store", &other, "import", &of("full"), "vm:1"]);
+    replies.insert("store unseal", world.json(&["store", "unseal", &other]));
+    replies.insert("store destroy", world.json(&["store", "destroy", "--yes", &other]));
     replies
 }
 

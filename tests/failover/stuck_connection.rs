@@ -149,7 +149,7 @@ fn doctor_lists_a_stuck_connection_and_aborts_it_on_yes() {
     doctor(&["999999", "--yes"]).exits(4).says("there is no FUSE connection 999999");
     let words = format!("doctor --fix-stuck {number}");
     let (code, said) = wedged.at_a_terminal(&words, "n");
-    assert!(code == 1 && said.contains("not aborted: the answer was not y"), "{code}: {said}");
+    assert!(code == 1 && said.contains("nothing was changed: the answer was not y"), "{code}: {said}");
     assert!(mounted(&wedged.world), "the mount is gone after the answer no");
     let (code, said) = wedged.at_a_terminal(&words, "y");
     assert!(code == 0 && said.contains(&format!("{pid} (")) && said.contains("is aborted"), "{code}: {said}");

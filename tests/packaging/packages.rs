@@ -288,6 +288,8 @@ fn man_pages_and_completions_are_installed_and_valid() {
     let others = [
         "man1/stencil.1",
         "man1/stencil-recipe-edit.1",
+        "man1/stencil-store-destroy.1",
+        "man1/stencil-store-unseal.1",
         "man8/mount.fuse.stencil.8",
         "man8/stencil-mountd.8",
     ];

@@ -17,6 +17,7 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::clones::counted;
 use crate::control::{self, Listing};
 use crate::error::{Code, Error, Result};
+use crate::store::Store;
 use crate::sys::probe;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 use crate::sys::process::procfs;
@@ -129,6 +130,7 @@ pub fn run(args: &DoctorArgs, global: &Global) -> Result<Done> {
         kernel::read_size(),
         store(&global.store),
         cache(args.cache_dir.as_deref().unwrap_or(&global.store)),
+        kernel_decode(args.cache_dir.as_deref().unwrap_or(&global.store), &global.store),
     ];
     let stuck = stuck::find();
     checks.extend(connections(stuck.as_ref().map(Vec::as_slice)));
@@ -146,6 +148,20 @@ fn device(name: &'static str, path: &str, remedy: &str) -> Check {
         Ok(meta) if meta.file_type().is_char_device() => Check::ok(name, path),
         Ok(_) => Check::missing(name, format!("{path} is not a character device"), remedy),
         Err(error) => Check::missing(name, format!("{path}: {}", crate::error::errno_text(&error)), remedy),
+    }
+}
+
+/// Checks whether the kernel could decode the packs of the store, with metadata in `metadata_dir`.
+fn kernel_decode(metadata_dir: &Path, store: &Path) -> Check {
+    const NAME: &str = "kernel decode";
+    const REMEDY: &str =
+        "see docs/explanation/kernel-decode.md; without kernel decode, mount with the default of --serve";
+    if !probe::has_sys_admin() {
+        return Check::note(NAME, "not probed without CAP_SYS_ADMIN", "run doctor as root");
+    }
+    match control::probe_kernel_decode(existing(metadata_dir), existing(store)) {
+        Ok(()) => Check::ok(NAME, "the kernel can decode packs (mount --serve kernel)"),
+        Err(error) => Check::note(NAME, error.to_string(), REMEDY),
     }
 }
 
@@ -254,7 +270,17 @@ fn store(dir: &Path) -> Check {
             format!("{} on {}, only {} free", dir.display(), fs.name, fs.free),
             "free space before the next import",
         ),
-        Ok(fs) => Check::ok("store", format!("{} on {}, {} free", dir.display(), fs.name, fs.free)),
+        Ok(fs) => {
+            let sealed = Store::open(dir).map_or(0, |store| store.sealed());
+            let sealed = match sealed {
+                0 => String::new(),
+                some => format!(
+                    "; {} by kernel decode: rm and mv fail with EPERM until 'stencil store unseal'",
+                    counted(some, "pack is sealed", "packs are sealed")
+                ),
+            };
+            Check::ok("store", format!("{} on {}, {} free{sealed}", dir.display(), fs.name, fs.free))
+        }
         Err(error) if error.code() == Code::NotFound => {
             Check::ok("store", format!("{} does not exist; the first import creates it", dir.display()))
         }
@@ -265,7 +291,7 @@ fn store(dir: &Path) -> Check {
 }
 
 fn cache(dir: &Path) -> Check {
-    let existing = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let existing = existing(dir);
     match probe::file_system(existing) {
         Ok(fs) if matches!(fs.name.as_str(), "ext4" | "xfs") => {
             Check::ok("backing", format!("{} on {}", existing.display(), fs.name))
@@ -277,6 +303,11 @@ fn cache(dir: &Path) -> Check {
         ),
         Err(error) => Check::unknown("backing", error.to_string(), "name a directory with --cache-dir"),
     }
+}
+
+/// Returns the directory, or the nearest one above it that exists.
+fn existing(dir: &Path) -> &Path {
+    dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
 
 /// Checks for FUSE connections whose requests make no progress.
